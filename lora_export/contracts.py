@@ -1,0 +1,272 @@
+"""The frozen dataclasses that travel between rooms. No logic beyond what a reader of one value would compute."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+BaseWeights = Literal["dequantized", "original"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+ModelKind = Literal["decoder", "encoder"]
+Verdict = Literal["equivalent", "slower", "inconclusive"]
+Phase = Literal["prefill", "decode"]
+
+
+# --- tensors and files -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a safetensors file, known from its header alone.
+
+    dtype is the file's own name for it (F32, BF16, U8, …); start and end are byte offsets in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read when somebody asks, and not before."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> "torch.Tensor": ...
+
+
+class Update(Protocol):
+    """What an adapter does to one weight.
+
+    `row_wise`: rows of the result depend on the same rows of the weight alone, so blocks of rows may be given.
+    `apply(weight, rows)`: weight is fp32, the rows [rows.start, rows.stop) of the whole; returns a new fp32
+    tensor of the same shape. Not a delta: replaced rows and normalised weights are no deltas.
+    """
+
+    @property
+    def row_wise(self) -> bool: ...
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor": ...
+
+
+# --- merge -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """An adapter folder and the factor its update is multiplied with."""
+
+    folder: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    base_weights: BaseWeights = "dequantized"
+    training_quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
+    training_double_quant: bool = False
+    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
+    max_shard_size: int = 5 * 10**9
+    max_memory: int = 2 * 2**30
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What happened to one tensor of the output; `survival` is ⟨W'−W, Δ⟩/⟨Δ, Δ⟩ after rounding."""
+
+    name: str
+    operation: Literal["copied", "updated", "replaced", "dequantized"]
+    dtype: str
+    shape: tuple[int, ...]
+    kinds: tuple[str, ...] = ()
+    relative_delta: float | None = None
+    survival: float | None = None
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    output: Path
+    tensors: Mapping[str, int]
+    adapter_tensors: Mapping[str, int]
+    seconds: float
+    peak_rss_bytes: int
+    delta_survival: float | None
+    certificate: Path
+    base_weights: str
+    dtype: str
+    records: tuple[TensorRecord, ...] = field(default=(), repr=False)
+    warnings: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "output": str(self.output),
+            "tensors": dict(self.tensors),
+            "adapter_tensors": dict(self.adapter_tensors),
+            "seconds": round(self.seconds, 3),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "delta_survival": self.delta_survival,
+            "certificate": str(self.certificate),
+            "base_weights": self.base_weights,
+            "dtype": self.dtype,
+            "warnings": list(self.warnings),
+        }
+
+
+# --- validation --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured figure against its threshold; `note` says where the threshold comes from."""
+
+    name: str
+    value: float
+    threshold: float
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    checks: tuple[Check, ...]
+    samples: tuple[Mapping[str, str], ...] = ()  # prompt, base, unmerged, merged: greedy continuations
+    kl_by_position: tuple[float, ...] = ()
+    weight_errors: tuple[str, ...] = ()  # tensors that are not what the adapter makes of the base, worst first
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(c.passed for c in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "checks": [asdict(c) for c in self.checks],
+            "samples": [dict(s) for s in self.samples],
+            "kl_by_position": list(self.kl_by_position),
+            "weight_errors": list(self.weight_errors),
+        }
+
+
+# --- export ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported folder. `files` maps a file name to its size in bytes; `nodes` counts the graph's nodes."""
+
+    output: Path
+    engine: str
+    precision: str
+    nodes: int
+    seconds: float
+    files: Mapping[str, int]
+    kind: ModelKind = "decoder"
+
+    @property
+    def model(self) -> Path:
+        return self.output / "model.onnx"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "output": str(self.output),
+            "engine": self.engine,
+            "precision": self.precision,
+            "nodes": self.nodes,
+            "seconds": round(self.seconds, 3),
+            "files": dict(self.files),
+            "kind": self.kind,
+        }
+
+
+# --- benchmark ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """margin: the largest relative difference that still counts as none, set before anything is measured."""
+
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    batches: tuple[int, ...] = (1,)
+    prompts: tuple[int, ...] = (128,)
+    margin: float = 0.01
+    max_seconds: float = 60.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch × prompt length × phase. Times are medians in milliseconds; ratio is merged over base."""
+
+    batch: int
+    prompt: int
+    phase: Phase
+    cuda_graph: bool
+    base_ms: float | None
+    merged_ms: float
+    unmerged_ms: float | None
+    ratio: float | None
+    ci_low: float | None
+    ci_high: float | None
+    verdict: Verdict
+    noise_floor: float | None = None  # half-width of the interval of base against base, around no difference
+    unmerged_ratio: float | None = None
+    unmerged_ci_low: float | None = None
+    unmerged_ci_high: float | None = None
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    provider: str
+    provider_verified: bool
+    cells: tuple[Cell, ...]
+    noise_floor: float | None
+    graph_identical: bool | None
+    verdict: Verdict
+    seconds: float
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    graph_differences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    samples: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict, repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the raw samples, which go to samples.json."""
+        out = asdict(self)
+        del out["samples"]
+        return out
+
+
+# --- the whole story ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base or adapter as named by the user, the folder it was found in, and the commit it was pinned to."""
+
+    name: str
+    folder: Path
+    commit: str | None = None
+
+
+class Progress(Protocol):
+    """Talk for a person; stages report to it and never print."""
+
+    def stage(self, title: str) -> None: ...
+
+    def detail(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def advance(self, done: int, total: int) -> None: ...
