@@ -1,6 +1,6 @@
 """The frozen dataclasses that travel between rooms. No logic beyond what a reader of one value would compute."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -60,6 +60,34 @@ class Update(Protocol):
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor": ...
 
 
+@dataclass(frozen=True)
+class TargetUpdate:
+    """What an adapter does to one weight, known from headers: nothing is read before `load`.
+
+    target: the weight's name in the model (`model.layers.0.self_attn.q_proj.weight`); shapes: the shapes of
+    that weight that this fits, or empty for any; load(shape): reads the adapter's tensors for that shape;
+    keys: the adapter's own names of them; replaces: the old weight does not matter (and may be absent).
+    """
+
+    target: str
+    kind: str
+    keys: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    load: Callable[[tuple[int, ...]], Update]
+    replaces: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter understood: one update or more for each target weight, every tensor of the file accounted for."""
+
+    folder: Path
+    kind: str
+    config: Mapping[str, Any]
+    updates: tuple[TargetUpdate, ...]
+    tensor_count: int
+
+
 # --- merge -------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +105,7 @@ class MergeOptions:
     training_quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     training_double_quant: bool = False
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
-    max_shard_size: int = 5 * 10**9
+    max_shard_size: int | None = None  # bytes; None keeps the base's own shards
     max_memory: int = 2 * 2**30
     force: bool = False
 
@@ -87,7 +115,7 @@ class TensorRecord:
     """What happened to one tensor of the output; `survival` is ⟨W'−W, Δ⟩/⟨Δ, Δ⟩ after rounding."""
 
     name: str
-    operation: Literal["copied", "updated", "replaced", "dequantized"]
+    operation: Literal["copied", "updated", "replaced", "dequantized", "converted"]
     dtype: str
     shape: tuple[int, ...]
     kinds: tuple[str, ...] = ()
@@ -133,7 +161,7 @@ class Check:
 
     name: str
     value: float
-    threshold: float
+    threshold: float | None  # None for a figure that is only reported
     passed: bool
     note: str = ""
 

@@ -1,0 +1,5 @@
+"""Adapters: adapter_config.json and its tensors → one update for each target weight."""
+
+from lora_export.adapters.registry import CONFIG, read_adapter
+
+__all__ = ["CONFIG", "read_adapter"]

@@ -1,0 +1,114 @@
+"""Merging: the one place where base, adapters and quantization meet."""
+
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_export.adapters import read_adapter
+from lora_export.checkpoint import open_adapter_files, open_checkpoint
+from lora_export.checkpoint.companions import companion_files, copy_files, tokenizer_files, write_config
+from lora_export.checkpoint.shards import write_index
+from lora_export.contracts import AdapterChoice, MergeOptions, MergeResult, Progress
+from lora_export.errors import AdapterError
+from lora_export.files import check_space, output_folder
+from lora_export.merge.certificate import NAME as CERTIFICATE
+from lora_export.merge.certificate import write_certificate
+from lora_export.merge.execute import Execution
+from lora_export.merge.plan import MergePlan, plan_merge
+from lora_export.progress import Silent
+
+__all__ = ["CERTIFICATE", "MergePlan", "merge", "plan"]
+
+
+def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -> MergePlan:
+    """Read headers and configurations, and decide everything. No adapters: only dequantizing and copying."""
+    checkpoint = open_checkpoint(base)
+    found = []
+    for choice in adapters:
+        config, tensors = open_adapter_files(choice.folder)
+        found.append(read_adapter(choice.folder, config, tensors, choice.weight))
+    return plan_merge(checkpoint, found, options)
+
+
+def merge(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    output: Path,
+    options: MergeOptions | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge adapter folders into a base folder and write a Hugging Face folder, all or nothing.
+
+    Arithmetic is fp32 and rounded once. Raises LoraExportError before the first byte for whatever headers
+    can tell, and leaves nothing behind if something fails later.
+    """
+    started = time.monotonic()
+    options, progress = options or MergeOptions(), progress or Silent()
+    planned = plan(base, adapters, options)
+    progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
+    inputs = [base, *(a.folder for a in adapters)]
+    with output_folder(output, options.force, inputs=inputs) as stage:
+        check_space(stage, planned.nbytes)
+        execution = Execution(planned, stage, progress)
+        execution.run()
+        write_index(stage, planned.shards)
+        warnings = [*planned.warnings, *_copy_companions(planned, stage)]
+        survival = execution.total.share
+        warnings += _judge(planned, execution, survival)
+        write_certificate(stage, planned, execution.records, survival)
+    for text in warnings:
+        progress.warn(text)
+    used = sum(a.tensor_count for a in planned.adapters)
+    return MergeResult(
+        output=output,
+        tensors=planned.counts,
+        adapter_tensors={"used": used, "total": used},
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=peak_rss(),
+        delta_survival=survival,
+        certificate=output / CERTIFICATE,
+        base_weights="dequantized" if _dequantizes(planned) else "original",
+        dtype=planned.dtype,
+        records=tuple(execution.records),
+        warnings=tuple(warnings),
+    )
+
+
+def _dequantizes(planned: MergePlan) -> bool:
+    return any(t.quantized or t.training for t in planned.tensors.values())
+
+
+def _copy_companions(planned: MergePlan, stage: Path) -> list[str]:
+    """The base's files, and over them the tokenizer that an adapter brings: it was trained with that one."""
+    base, warnings = planned.base.folder, []
+    copy_files(companion_files(base), stage)
+    write_config(
+        base / "config.json", stage / "config.json", planned.config_changes, planned.config_removals
+    )
+    for adapter in planned.adapters:
+        own = tokenizer_files(adapter.folder)
+        differing = [
+            p.name for p in own if not (stage / p.name).is_file() or (stage / p.name).read_bytes() != p.read_bytes()
+        ]
+        if differing:
+            copy_files(own, stage)
+            warnings.append(f"{', '.join(differing)} taken from the adapter, which was trained with it")
+    return warnings
+
+
+def _judge(planned: MergePlan, execution: Execution, survival: float | None) -> list[str]:
+    replaced = planned.counts["replaced"]
+    if planned.adapters and survival is None and not replaced:
+        return ["the adapter changes nothing: every delta is zero (was it trained, and saved after training?)"]
+    if survival is not None and survival < 0.9:
+        better = "float16 or float32" if planned.dtype == "bfloat16" else "float32"
+        return [f"only {survival:.0%} of the adapter's change survives rounding to {planned.dtype}: try --dtype {better}"]
+    return []
+
+
+def peak_rss() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

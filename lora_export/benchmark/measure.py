@@ -1,0 +1,137 @@
+"""Time several arms side by side until their noise allows a verdict or the time is up."""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_export.benchmark.statistics import (
+    MIN_BLOCKS,
+    Array,
+    Interval,
+    blocks_needed,
+    log_ratios,
+    ratio_interval,
+)
+
+Arm = Callable[[], float]  # runs once and returns its latency in milliseconds
+Clock = Callable[[], float]  # seconds
+
+_WARM_UP_WINDOW = 5
+_WARM_UP_SHARE = 0.2
+_MAX_WARM_UP_ROUNDS = 100
+_BLOCK_MS = 10.0
+_MAX_PASSES = 50
+_PLANNING_RESAMPLES = 500
+
+
+@dataclass(frozen=True)
+class Series:
+    """Raw latencies: arm → (blocks, calls) in milliseconds. settled: warm-up ended because drift was small."""
+
+    times: Mapping[str, Array]
+    settled: bool
+
+    @property
+    def blocks(self) -> int:
+        return len(next(iter(self.times.values())))
+
+    def median(self, arm: str) -> float | None:
+        return float(np.median(self.times[arm])) if arm in self.times else None
+
+    def against(self, arm: str, reference: str, rng: np.random.Generator) -> Interval:
+        return ratio_interval(log_ratios(self.times[arm], self.times[reference]), rng)
+
+
+def measure(
+    arms: Mapping[str, Arm],
+    *,
+    pairs: tuple[tuple[str, str], ...],
+    margin: float,
+    seconds: float,
+    rng: np.random.Generator,
+    clock: Clock = time.perf_counter,
+    tick: Callable[[int, int], None] = lambda done, planned: None,
+) -> Series:
+    """Warm up, then measure blocks until there are enough for every pair (arm, reference).
+
+    The number of blocks follows from the variance alone, never from the difference seen, so measuring on
+    does not favour a verdict.
+    """
+    deadline = clock() + seconds
+    with _no_garbage_collection():
+        typical, settled = warm_up(arms, margin, clock() + _WARM_UP_SHARE * seconds, rng, clock)
+        passes = min(_MAX_PASSES, max(1, math.ceil(_BLOCK_MS / (2 * sum(typical.values())))))
+        blocks: list[dict[str, list[float]]] = []
+        planned = MIN_BLOCKS
+        while len(blocks) < planned and (len(blocks) < 2 or clock() < deadline):
+            blocks.append(block(arms, passes, rng))
+            if len(blocks) == planned:
+                planned = _plan(blocks, pairs, margin, rng)
+            tick(len(blocks), planned)
+    times = {name: np.array([b[name] for b in blocks]) for name in arms}
+    return Series(times, settled)
+
+
+def block(arms: Mapping[str, Arm], passes: int, rng: np.random.Generator) -> dict[str, list[float]]:
+    """Every arm in random order and then in the reverse order (ABBA), so that a linear drift cancels."""
+    names = list(arms)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(passes):
+        order = [names[i] for i in rng.permutation(len(names))]
+        for name in (*order, *reversed(order)):
+            times[name].append(arms[name]())
+    return times
+
+
+def warm_up(
+    arms: Mapping[str, Arm], margin: float, deadline: float, rng: np.random.Generator, clock: Clock
+) -> tuple[dict[str, float], bool]:
+    """Run the arms in turns until two windows in a row agree within the margin; medians of the last window.
+
+    At least two windows, whatever the deadline: the first calls allocate, tune and capture.
+    """
+    history: dict[str, list[float]] = {name: [] for name in arms}
+    medians: dict[str, float] = {}
+    for round_number in range(1, _MAX_WARM_UP_ROUNDS + 1):
+        for i in rng.permutation(len(arms)):
+            name = list(arms)[i]
+            history[name].append(arms[name]())
+        if round_number % _WARM_UP_WINDOW:
+            continue
+        before, medians = medians, {n: float(np.median(h[-_WARM_UP_WINDOW:])) for n, h in history.items()}
+        if before and all(abs(medians[n] / before[n] - 1) <= margin for n in arms):
+            return medians, True
+        if before and clock() >= deadline:
+            break
+    return medians, False
+
+
+def _plan(
+    blocks: list[dict[str, list[float]]],
+    pairs: tuple[tuple[str, str], ...],
+    margin: float,
+    rng: np.random.Generator,
+) -> int:
+    def needed(arm: str, reference: str) -> int:
+        logs = log_ratios(np.array([b[arm] for b in blocks]), np.array([b[reference] for b in blocks]))
+        return blocks_needed(ratio_interval(logs, rng, _PLANNING_RESAMPLES), len(blocks), margin)
+
+    return max((needed(*pair) for pair in pairs), default=MIN_BLOCKS)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection would fall on one arm or another and count as its latency."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

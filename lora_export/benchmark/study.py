@@ -1,0 +1,302 @@
+"""The benchmark's story: open the arms, measure cell by cell, judge."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export import runtime
+from lora_export.benchmark import environment
+from lora_export.benchmark.measure import Series, measure
+from lora_export.benchmark.placement import PROVIDER_NAMES
+from lora_export.benchmark.sessions import Buffers, Engine, Shape, misplaced
+from lora_export.benchmark.statistics import Interval, judge, overall
+from lora_export.contracts import BenchmarkOptions, BenchmarkResult, Cell, Phase, Progress, Verdict
+from lora_export.errors import LoraExportError, RuntimeUnavailable
+
+BASE, AGAIN, MERGED, UNMERGED = "base", "base_again", "merged", "unmerged"
+_MAX_STRAYS_TOLD = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """One cell to measure, before anything is known about it."""
+
+    batch: int
+    prompt: int
+    phase: Phase
+    cuda_graph: bool
+
+    @property
+    def key(self) -> str:
+        return f"b{self.batch}/p{self.prompt}/{self.phase}" + ("/cuda_graph" if self.cuda_graph else "")
+
+    @property
+    def shape(self) -> Shape:
+        return Shape.of(self.phase, self.batch, self.prompt)
+
+
+@dataclass
+class Study:
+    """What one run holds on to while it goes from cell to cell."""
+
+    models: Mapping[str, Path]
+    provider: str
+    threads: int
+    options: BenchmarkOptions
+    progress: Progress
+    notes: list[str] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    samples: dict[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def run(
+    *,
+    merged: Path,
+    base: Path | None,
+    unmerged: Path | None,
+    options: BenchmarkOptions,
+    progress: Progress,
+    identity: tuple[bool, tuple[str, ...]] | None = None,
+) -> BenchmarkResult:
+    """Compare the latency of ONNX graphs in one process, side by side.
+
+    merged is judged against base; unmerged is the positive control. identity: whether the optimised graphs of
+    base and merged are the same, and where they differ, found out by the caller. Raises RuntimeUnavailable
+    if the provider does not work here, InputError for a graph that is neither decoder nor encoder.
+    """
+    started = time.perf_counter()
+    before = environment.snapshot()
+    study = Study(
+        models=_models(merged, base, unmerged),
+        provider=runtime.resolve_provider(options.provider),
+        threads=environment.usable_cores(),
+        options=options,
+        progress=progress,
+    )
+    progress.stage(f"benchmark on {study.provider}")
+    if base is None:
+        study.note("without a base there is nothing to compare with: the times of the merged graph alone")
+    verified = _verify_placement(study)
+    _measure_all(study)
+    floors = [c.noise_floor for c in study.cells if c.noise_floor is not None]
+    return BenchmarkResult(
+        provider=study.provider,
+        provider_verified=verified,
+        cells=tuple(study.cells),
+        noise_floor=max(floors, default=None),
+        graph_identical=identity[0] if identity else None,
+        verdict=overall([c.verdict for c in study.cells]),
+        seconds=time.perf_counter() - started,
+        environment=_environment(study, before),
+        graph_differences=identity[1] if identity else (),
+        notes=tuple(study.notes),
+        samples=study.samples,
+    )
+
+
+def _models(merged: Path, base: Path | None, unmerged: Path | None) -> dict[str, Path]:
+    paths = {BASE: base, AGAIN: base, MERGED: merged, UNMERGED: unmerged}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def _environment(study: Study, before: dict[str, Any]) -> dict[str, Any]:
+    fixed = {"intra_op_threads": study.threads, "margin": study.options.margin, "seed": study.options.seed}
+    return {**environment.describe(), **fixed, "before": before, "after": environment.snapshot()}
+
+
+# --- where the nodes run -----------------------------------------------------------------------------------
+
+
+def _verify_placement(study: Study) -> bool:
+    """Profile one run of every graph where some of it could silently run on the CPU instead."""
+    if study.provider == "cpu":
+        return True  # a session with the CPU alone has nowhere else to go; _open checks that it is alone
+    study.progress.detail("checking where every node runs")
+    batch, prompt = study.options.batches[0], study.options.prompts[0]
+    clean = True
+    for name, model in study.models.items():
+        if name == AGAIN:
+            continue
+        found = misplaced(model, study.provider, study.threads, Shape(batch, 0, prompt))
+        clean = clean and not found
+        for stray in found[:_MAX_STRAYS_TOLD]:
+            study.note(f"{name}: {stray}")
+        if len(found) > _MAX_STRAYS_TOLD:
+            study.note(f"{name}: and {len(found) - _MAX_STRAYS_TOLD} more nodes elsewhere")
+    return clean
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+def _measure_all(study: Study) -> None:
+    """Cells share the time: what one leaves over, the next ones may use."""
+    rng = np.random.default_rng(study.options.seed)
+    modes = (False, True) if study.provider == "cuda" else (False,)
+    deadline: float | None = None
+    for position, cuda_graph in enumerate(modes):
+        engines = _open_for(study, cuda_graph)
+        if not engines:
+            continue
+        tasks = _tasks(study.options, engines[MERGED].is_decoder, cuda_graph)
+        # Loading a model is not measuring: the clock starts with the first cell.
+        deadline = deadline or time.perf_counter() + study.options.max_seconds
+        for i, task in enumerate(tasks):
+            left = len(tasks) - i + len(tasks) * (len(modes) - position - 1)
+            seconds = max(0.0, deadline - time.perf_counter()) / left
+            _measure_cell(study, task, engines, seconds, i + 1, rng)
+
+
+def _tasks(options: BenchmarkOptions, is_decoder: bool, cuda_graph: bool) -> list[Task]:
+    phases: tuple[Phase, ...] = ("prefill", "decode") if is_decoder else ("prefill",)
+    return [
+        Task(batch, prompt, phase, cuda_graph)
+        for batch in options.batches
+        for prompt in options.prompts
+        for phase in phases
+    ]
+
+
+def _open_for(study: Study, cuda_graph: bool) -> dict[str, Engine]:
+    """All arms, or none if CUDA graphs are asked for and the merged graph cannot be captured."""
+    engines: dict[str, Engine] = {}
+    for name, model in study.models.items():
+        if name == AGAIN and not _fits_twice(model):
+            study.note(
+                "memory holds one session of the base only: the noise floor is that session against itself"
+            )
+            engines[AGAIN] = engines[BASE]
+            continue
+        study.progress.detail(f"loading {name}" + (" for CUDA graphs" if cuda_graph else ""))
+        try:
+            engines[name] = _open(study, model, cuda_graph)
+        except LoraExportError:
+            raise
+        except Exception as error:  # ONNX Runtime's own types; a graph that cannot be captured is no failure
+            if not cuda_graph:
+                raise
+            study.note(f"no CUDA graph of {name}: {_first_line(error)}")
+            if name != UNMERGED:
+                return {}
+    return engines
+
+
+def _open(study: Study, model: Path, cuda_graph: bool) -> Engine:
+    engine = Engine(model, study.provider, study.threads, cuda_graph=cuda_graph)
+    wanted, found = PROVIDER_NAMES[study.provider], engine.session.get_providers()
+    if found[:1] != [wanted] or (study.provider == "cpu" and found != [wanted]):
+        raise RuntimeUnavailable(
+            f"the session runs on {', '.join(found)}",
+            where=model,
+            expected=wanted,
+            next_step="lora-export env",
+        )
+    return engine
+
+
+def _fits_twice(model: Path) -> bool:
+    size = sum(p.stat().st_size for p in model.parent.glob(f"{model.name}*"))
+    return environment.available_memory() > 3 * size
+
+
+def _measure_cell(
+    study: Study,
+    task: Task,
+    engines: dict[str, Engine],
+    seconds: float,
+    number: int,
+    rng: np.random.Generator,
+) -> None:
+    study.progress.detail(f"measuring {task.key} for up to {seconds:.0f} s")
+    arms = _arms(study, task, engines, graph_id=number)
+    if MERGED not in arms or (BASE in engines and BASE not in arms):
+        return
+    pairs = ((AGAIN, BASE), (MERGED, BASE)) if BASE in arms else ()
+    series = measure(
+        arms,
+        pairs=pairs,
+        margin=study.options.margin,
+        seconds=seconds,
+        rng=rng,
+        tick=study.progress.advance,
+    )
+    if not series.settled:
+        study.note(f"{task.key}: latency still drifted by more than the margin when warm-up ended")
+    cell, reason = conclude(task, series, study.options.margin, rng)
+    if reason:
+        study.note(f"{task.key}: {reason}")
+    study.cells.append(cell)
+    study.samples[task.key] = {n: tuple(float(x) for x in t.ravel()) for n, t in series.times.items()}
+
+
+def _arms(
+    study: Study, task: Task, engines: dict[str, Engine], graph_id: int
+) -> dict[str, Callable[[], float]]:
+    buffers = Buffers(engines[MERGED].device)
+    arms: dict[str, Callable[[], float]] = {}
+    for name, engine in engines.items():
+        # The same session twice needs the same captured graph, so the same call.
+        twin = next((n for n in arms if engines[n] is engine), None)
+        if twin:
+            arms[name] = arms[twin]
+            continue
+        try:
+            call = engine.call(task.shape, buffers, graph_id, study.options.seed)
+            call()  # the capture run
+        except Exception as error:
+            if not task.cuda_graph:
+                raise
+            study.note(f"{task.key}: no CUDA graph of {name}: {_first_line(error)}")
+            continue
+        arms[name] = call
+    return arms
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+# --- judging -----------------------------------------------------------------------------------------------
+
+
+def conclude(task: Task, series: Series, margin: float, rng: np.random.Generator) -> tuple[Cell, str]:
+    """The cell and, where the verdict needs one, a reason in words."""
+    merged_ms = series.median(MERGED)
+    assert merged_ms is not None
+    verdict: Verdict = "inconclusive"
+    reason = ""
+    ratio: Interval | None = None
+    floor: Interval | None = None
+    control: Interval | None = None
+    if BASE in series.times:
+        ratio = series.against(MERGED, BASE, rng)
+        floor = series.against(AGAIN, BASE, rng)
+        control = series.against(UNMERGED, BASE, rng) if UNMERGED in series.times else None
+        verdict, reason = judge(ratio, floor, control, series.blocks, margin)
+    return Cell(
+        batch=task.batch,
+        prompt=task.prompt,
+        phase=task.phase,
+        cuda_graph=task.cuda_graph,
+        base_ms=series.median(BASE),
+        merged_ms=merged_ms,
+        unmerged_ms=series.median(UNMERGED),
+        ratio=ratio.ratio if ratio else None,
+        ci_low=ratio.low if ratio else None,
+        ci_high=ratio.high if ratio else None,
+        verdict=verdict,
+        noise_floor=floor.half_width if floor else None,
+        unmerged_ratio=control.ratio if control else None,
+        unmerged_ci_low=control.low if control else None,
+        unmerged_ci_high=control.high if control else None,
+        pairs=series.blocks,
+    ), reason

@@ -1,0 +1,57 @@
+"""Config, tokenizer and chat template: copied byte for byte; of config.json only the keys that must change do."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+WEIGHT_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
+)
+# Code and old runs are not the model; an index belongs to shards that are written anew.
+SKIPPED_SUFFIXES = WEIGHT_SUFFIXES | {".py", ".pkl", ".lock"}
+TOKENIZER_FILES = frozenset(
+    {
+        "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+        "chat_template.json", "spiece.model", "sentencepiece.bpe.model",
+    }
+)  # fmt: skip
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The files beside the weights that a user of the model needs, config.json left out."""
+    return [
+        p
+        for p in sorted(folder.iterdir())
+        if p.is_file()
+        and not p.name.startswith(".")
+        and p.suffix not in SKIPPED_SUFFIXES
+        and not p.name.endswith(".index.json")
+        and p.name not in ("config.json", "lora_export_certificate.json")
+    ]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer files in a folder, if they are a tokenizer of their own and not just a stray part."""
+    found = [p for p in sorted(folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file()]
+    complete = any(p.name in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json") for p in found)
+    return found if complete else [p for p in found if p.name.startswith("chat_template")]
+
+
+def copy_files(files: list[Path], target: Path) -> None:
+    """Copy contents only: the new files get the umask's mode, and a link becomes a file."""
+    for path in files:
+        shutil.copyfile(path, target / path.name)
+
+
+def write_config(source: Path, target: Path, changes: Mapping[str, Any], removals: frozenset[str]) -> None:
+    """Copy config.json with some keys set or removed; without a change, byte for byte."""
+    original = source.read_bytes()
+    config = json.loads(original)
+    wanted = {k: v for k, v in config.items() if k not in removals} | dict(changes)
+    if wanted == config:
+        target.write_bytes(original)
+    else:
+        target.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

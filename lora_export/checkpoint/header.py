@@ -1,0 +1,128 @@
+"""safetensors headers, parsed and distrusted.
+
+Format: 8 bytes little-endian header length, a JSON object, then the data; each tensor has a dtype, a shape
+and [start, end) offsets into the data (github.com/huggingface/safetensors, README "Format").
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_export.contracts import TensorInfo
+from lora_export.errors import CheckpointError
+
+ITEM_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_LARGEST = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: Path) -> ShardHeader:
+    """The tensors of one safetensors file, in the order of their bytes. Raises CheckpointError."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        prefix = f.read(8)
+        if len(prefix) < 8:
+            raise _damaged(path, f"the file has {size} bytes, too few for a safetensors header")
+        length = int.from_bytes(prefix, "little")
+        if length > min(size - 8, MAX_HEADER):
+            raise _damaged(path, f"the header claims {length} bytes, the file has {size}")
+        raw = f.read(length)
+    entries = _parse(path, raw)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "__metadata__ is not a map of strings")
+    data = 8 + length
+    infos = [_tensor(path, name, entry, data) for name, entry in entries.items()]
+    infos.sort(key=lambda t: (t.start, t.end))
+    _check_cover(path, infos, data, size)
+    return ShardHeader({t.name: t for t in infos}, metadata)
+
+
+def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise CheckpointError("a key stands twice in the header", where=path, tensor=twice)
+        return out
+
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"the header is not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise _damaged(path, "the header is no JSON object")
+    return value
+
+
+def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
+    def odd(found: str) -> CheckpointError:
+        return CheckpointError(found, where=path, tensor=name, expected="dtype, shape and data_offsets")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise odd("a malformed entry in the header")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in ITEM_SIZE:
+        raise odd(f"unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_natural(n) for n in shape):
+        raise odd(f"shape {shape!r} is no list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(n) for n in offsets):
+        raise odd(f"data_offsets {offsets!r} are no two positions")
+    start, end = offsets
+    needed = math.prod(shape) * ITEM_SIZE[dtype]
+    if end - start != needed:
+        raise odd(f"{end - start} bytes for a {dtype} tensor of shape {shape}, which needs {needed}")
+    return TensorInfo(name, dtype, tuple(shape), path, data + start, data + end)
+
+
+def _natural(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _LARGEST
+
+
+def _check_cover(path: Path, infos: list[TensorInfo], data: int, size: int) -> None:
+    at = data
+    for t in infos:
+        if t.start != at:
+            what = "overlaps the one before it" if t.start < at else "leaves a hole before it"
+            raise CheckpointError(f"the tensor's byte range {what}", where=path, tensor=t.name)
+        at = t.end
+    if at != size:
+        what = "is cut off" if at > size else "has bytes that no tensor claims"
+        raise CheckpointError(
+            f"the file {what}: its header describes {at} bytes, it has {size}",
+            where=path,
+            tensor=infos[-1].name if infos else None,
+            expected="a complete file",
+            next_step="download or copy the file again",
+        )
+
+
+def _damaged(path: Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        found, where=path, expected="a safetensors file", next_step="download or copy the file again"
+    )
+
+
+def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+    """Length prefix and header for (name, dtype, shape) written one after another, padded to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * ITEM_SIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,194 @@
+"""A checkpoint folder opened by its headers, and tensors read from it by byte range."""
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_export.checkpoint.header import ITEM_SIZE, read_header
+from lora_export.contracts import TensorInfo
+from lora_export.errors import CheckpointError, InputError
+from lora_export.files import plain_name, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Keys that make transformers import code which came with the model.
+CODE_KEYS = frozenset({"auto_map", "_attn_implementation_internal", "custom_pipelines"})
+_TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16",
+    "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    """torch's type for a safetensors dtype name."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
+    return dtype
+
+
+def file_dtype(name: str) -> str:
+    """The safetensors name of a torch type's name: bfloat16 → BF16."""
+    return {v: k for k, v in _TORCH_NAMES.items()}[name]
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """Tensors of one or several safetensors files; a TensorSource. Files are only ever opened for reading."""
+
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> "torch.Tensor":
+        """The whole tensor, in its own type."""
+        info = self.tensors[name]
+        return read_rows(info, 0, info.shape[0]) if info.shape else read_rows(info, 0, 1).reshape(())
+
+
+def read_rows(info: TensorInfo, start: int, stop: int) -> "torch.Tensor":
+    """Rows [start, stop) of the first dimension, shape (stop − start, …), in the tensor's own type."""
+    import torch
+
+    shape = info.shape or (1,)
+    row = info.nbytes // shape[0] if shape[0] else 0
+    buffer = bytearray((stop - start) * row)
+    with info.file.open("rb", buffering=0) as f:
+        f.seek(info.start + start * row)
+        view = memoryview(buffer)
+        while view:
+            done = f.readinto(view)
+            if not done:
+                raise CheckpointError("the file ended early", where=info.file, tensor=info.name)
+            view = view[done:]
+    out_shape = (stop - start, *shape[1:])
+    if not buffer:
+        return torch.empty(out_shape, dtype=torch_dtype(info.dtype))
+    return torch.frombuffer(buffer, dtype=torch_dtype(info.dtype)).reshape(out_shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint(TensorFiles):
+    folder: Path
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def open_checkpoint(folder: Path, *, trust_code_keys: bool = False) -> Checkpoint:
+    """Open a Hugging Face model folder by config.json and safetensors headers; no weight is read."""
+    if not folder.is_dir():
+        raise InputError(
+            "there is no such folder",
+            where=folder,
+            expected="a model folder with config.json and safetensors files",
+            next_step="give a folder, or a hub id such as owner/name",
+        )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError("this folder is an adapter, not a base model", where=folder, next_step="swap -b and -a")
+    config = read_json(folder / "config.json")
+    if not trust_code_keys:
+        refuse_code(config, folder / "config.json")
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for shard, names in _shards(folder).items():
+        header = read_header(_regular(folder / shard))
+        _check_index(folder, shard, names, set(header.tensors))
+        tensors |= header.tensors
+        metadata |= header.metadata
+    return Checkpoint(tensors, folder, config, metadata)
+
+
+def _shards(folder: Path) -> dict[str, set[str] | None]:
+    """Shard file names, with the tensors that the index promises in each (None where there is no index)."""
+    if (folder / SINGLE).is_file():
+        return {SINGLE: None}
+    index = folder / INDEX
+    if not index.is_file():
+        raise _no_weights(folder)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("the index has no weight_map", where=index)
+    shards: dict[str, set[str] | None] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not plain_name(name) or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"the index points to {name!r}",
+                where=index,
+                tensor=tensor,
+                expected="the plain name of a .safetensors file in the same folder",
+            )
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"the index names the shard {name}, which is not there",
+                where=index,
+                tensor=tensor,
+                expected=f"the file {folder / name}",
+                next_step="download the missing shard",
+            )
+        names = shards.setdefault(name, set())
+        assert names is not None
+        names.add(tensor)
+    return dict(sorted(shards.items()))
+
+
+def _check_index(folder: Path, shard: str, promised: set[str] | None, found: set[str]) -> None:
+    if promised is None or promised == found:
+        return
+    missing, extra = sorted(promised - found), sorted(found - promised)
+    raise CheckpointError(
+        f"the index and the shard {shard} disagree: {len(missing)} tensors missing, {len(extra)} not in the index",
+        where=folder / INDEX,
+        tensor=(missing or extra)[0],
+        expected="each tensor in exactly the shard that the index names",
+        next_step="download the checkpoint again",
+    )
+
+
+def _regular(path: Path) -> Path:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise CheckpointError("not a regular file", where=path)
+    return path
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return CheckpointError(
+            f"only pickled weights here ({', '.join(pickles[:3])}), which can run code when they are loaded",
+            where=folder / pickles[0],
+            expected="safetensors",
+            next_step="load it once where you trust it and save it again: model.save_pretrained(DIR)",
+        )
+    return CheckpointError("no weights here", where=folder, expected=f"{SINGLE} or {INDEX}")
+
+
+def refuse_code(config: Any, where: Path) -> None:
+    """Refuse a config that would make transformers run code which came with the model, at any depth."""
+    if isinstance(config, dict):
+        for key in CODE_KEYS & set(config):
+            if config[key]:
+                raise CheckpointError(
+                    f"the key {key!r} makes transformers run code that came with the model",
+                    where=where,
+                    expected="a model that transformers itself implements",
+                    next_step=f"remove {key!r} from the file if the model works without it",
+                )
+        for value in config.values():
+            refuse_code(value, where)
+    elif isinstance(config, list):
+        for value in config:
+            refuse_code(value, where)
+
+
+def item_size(dtype: str) -> int:
+    """Bytes of one element of a safetensors dtype."""
+    return ITEM_SIZE[dtype]

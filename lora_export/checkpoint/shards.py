@@ -1,0 +1,76 @@
+"""Which tensor goes into which output file, decided before the first byte."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_export.checkpoint.header import ITEM_SIZE, build_header
+from lora_export.checkpoint.reader import INDEX, SINGLE
+from lora_export.files import write_json
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written; `home` is the base's file that it came from."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    home: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    header: bytes
+    tensors: tuple[OutputTensor, ...]
+
+
+def plan_shards(
+    tensors: Sequence[OutputTensor], max_shard_size: int | None, metadata: dict[str, str]
+) -> list[Shard]:
+    """Group tensors into files of at most `max_shard_size` bytes, or as the base had them (None)."""
+    groups = _by_home(tensors) if max_shard_size is None else _by_size(tensors, max_shard_size)
+    count = len(groups)
+    metadata = {"format": "pt"} | metadata
+    return [
+        Shard(
+            SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors",
+            build_header([(t.name, t.dtype, t.shape) for t in group], metadata),
+            tuple(group),
+        )
+        for i, group in enumerate(groups, 1)
+    ]
+
+
+def _by_home(tensors: Sequence[OutputTensor]) -> list[list[OutputTensor]]:
+    homes: dict[str, list[OutputTensor]] = {}
+    for t in tensors:
+        homes.setdefault(t.home, []).append(t)
+    return list(homes.values())
+
+
+def _by_size(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTensor]]:
+    groups: list[list[OutputTensor]] = []
+    room = 0
+    for t in tensors:
+        if not groups or t.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(t)
+        room -= t.nbytes
+    return groups
+
+
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
+    """The index.json that transformers expects beside more than one shard."""
+    if len(shards) > 1:
+        total = sum(t.nbytes for s in shards for t in s.tensors)
+        weight_map = {t.name: s.file for s in shards for t in s.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX, index)

@@ -1,0 +1,55 @@
+"""From the model's names, which adapters use, to the checkpoint's names, which files use."""
+
+from collections.abc import Collection, Iterable
+
+from lora_export.errors import AdapterError
+
+INPUT_EMBEDDINGS = (
+    "model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight", "wte.weight",
+    "gpt_neox.embed_in.weight", "model.decoder.embed_tokens.weight", "transformer.word_embeddings.weight",
+    "shared.weight",
+)  # fmt: skip
+OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def resolve_prefix(targets: Iterable[str], weights: Collection[str]) -> tuple[str, str]:
+    """(add, strip): the one change of prefix that brings all target names to weights of the checkpoint.
+
+    A model with a task head names its body `bert.…` where the bare model says `…`, so one of them may lack it.
+    Returns ("", "") if no change explains more names than none.
+    """
+    wanted = list(targets)
+    firsts = sorted({name.partition(".")[0] + "." for name in weights if "." in name})
+    candidates = [("", "")] + [(p, "") for p in firsts]
+    candidates += [("", p) for p in sorted({t.partition(".")[0] + "." for t in wanted if "." in t})]
+
+    def hits(change: tuple[str, str]) -> int:
+        return sum(rename(t, change) in weights for t in wanted)
+
+    return max(candidates, key=hits)  # max keeps the first of equals: no change
+
+
+def rename(target: str, change: tuple[str, str]) -> str:
+    add, strip = change
+    return add + target.removeprefix(strip) if strip else add + target
+
+
+def tied_pair(weights: Collection[str]) -> tuple[str, str] | None:
+    """(input embedding, output head) where the checkpoint stores the embedding only; None if it has both."""
+    embedding = next((n for n in INPUT_EMBEDDINGS if n in weights), None)
+    if embedding is None or any(h in weights for h in OUTPUT_HEADS):
+        return None
+    return embedding, "embed_out.weight" if embedding.startswith("gpt_neox") else "lm_head.weight"
+
+
+def unknown_target(target: str, weights: Collection[str], where: str) -> AdapterError:
+    """The error for an adapter that targets a weight which the base does not have."""
+    leaf = ".".join(target.split(".")[-2:])
+    similar = sorted(w for w in weights if w.endswith(leaf))
+    return AdapterError(
+        "the adapter targets a weight that the base does not have",
+        where=where,
+        tensor=target,
+        expected=f"a name such as {similar[0]}" if similar else f"a base with a weight named …{leaf}",
+        next_step="check with `lora-export inspect ADAPTER` which base it was trained on, and give that as -b",
+    )

@@ -1,0 +1,146 @@
+"""bitsandbytes 4-bit weights (NF4, FP4; absmax nested or not) as they lie on disk, read into fp32.
+
+Layout (bitsandbytes functional.QuantState.as_dict, packed): X.weight, packed nibbles in any storage dtype;
+X.weight.absmax (one per block; uint8 when nested); X.weight.quant_map f32[16]; for nested absmax also
+.nested_absmax and .nested_quant_map f32[256]; X.weight.quant_state.bitsandbytes__nf4|fp4, a JSON object.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_export.contracts import TensorInfo, TensorSource
+from lora_export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+STATE = ".quant_state.bitsandbytes__"
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Blocks4Bit:
+    """One weight, still packed. codes: uint8 (numel/2 rounded up); scale: fp32, one per block."""
+
+    codes: "torch.Tensor"
+    code_book: "torch.Tensor"
+    scale: "torch.Tensor"
+    blocksize: int
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> "torch.Tensor":
+        """Rows [start, stop) in fp32: code_book[nibble] · scale[flat index // blocksize]."""
+        import torch
+
+        width = math.prod(self.shape[1:])
+        first, last = start * width, stop * width
+        packed = self.codes[first // 2 : (last + 1) // 2]
+        nibbles = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[first % 2 :][: last - first]
+        block, offset = divmod(first, self.blocksize)
+        scale = self.scale[block : -(-last // self.blocksize)].repeat_interleave(self.blocksize)[offset:]
+        value: torch.Tensor = self.code_book[nibbles.int()] * scale[: last - first]
+        return value.reshape(stop - start, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Bnb4Weight:
+    """A 4-bit weight known from headers and its JSON state; `load` reads it."""
+
+    weight: str
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    state: Mapping[str, Any]
+
+    def load(self, source: TensorSource) -> Blocks4Bit:
+        import torch
+
+        packed = source.read(self.weight).reshape(-1).view(torch.uint8)
+        absmax = source.read(f"{self.weight}.absmax").reshape(-1)
+        if "nested_blocksize" in self.state:
+            absmax = self._unnest(source, absmax)
+        code_book = source.read(f"{self.weight}.quant_map").float()
+        return Blocks4Bit(packed, code_book, absmax.float(), self.state["blocksize"], self.shape)
+
+    def _unnest(self, source: TensorSource, absmax: "torch.Tensor") -> "torch.Tensor":
+        """The block scales were quantized themselves, in blocks of their own, around an offset (QLoRA §3)."""
+        book = source.read(f"{self.weight}.nested_quant_map").float()
+        outer = source.read(f"{self.weight}.nested_absmax").float()
+        spread = outer.repeat_interleave(self.state["nested_blocksize"])[: absmax.numel()]
+        value: torch.Tensor = book[absmax.int()] * spread + self.state["nested_offset"]
+        return value
+
+
+def find(source: TensorSource) -> list[Bnb4Weight]:
+    """Every 4-bit weight of a checkpoint, with its state checked against the headers."""
+    found = []
+    for name in source.tensors:
+        if STATE in name:
+            found.append(_parse(source, name))
+    return found
+
+
+def _parse(source: TensorSource, state_name: str) -> Bnb4Weight:
+    weight, _, kind = state_name.partition(STATE)
+    info = source.tensors.get(weight)
+    if info is None:
+        raise CheckpointError(
+            "a quantization state without its weight", where=source.tensors[state_name].file, tensor=state_name
+        )
+    state = _state(source, state_name, info)
+    parts = [weight, f"{weight}.absmax", f"{weight}.quant_map", state_name]
+    if "nested_blocksize" in state:
+        parts += [f"{weight}.nested_absmax", f"{weight}.nested_quant_map"]
+    for part in parts:
+        if part not in source.tensors:
+            raise _odd(info, f"the tensor {part} is missing")
+    if state.get("quant_type") != kind or kind not in ("nf4", "fp4"):
+        raise _odd(info, f"quant_type {state.get('quant_type')!r} in a state named {kind!r}")
+    shape = tuple(state["shape"])
+    elements = math.prod(shape)
+    if info.nbytes != -(-elements // 2):
+        raise _odd(info, f"{info.nbytes} bytes for {elements} elements of 4 bits")
+    _check_sizes(source, weight, info, state, elements)
+    return Bnb4Weight(weight, tuple(parts), shape, _DTYPES[state["dtype"]], state)
+
+
+def _check_sizes(
+    source: TensorSource, weight: str, info: TensorInfo, state: Mapping[str, Any], elements: int
+) -> None:
+    blocks = -(-elements // state["blocksize"])
+    sizes = {"absmax": blocks, "quant_map": 16}
+    if "nested_blocksize" in state:
+        sizes |= {"nested_absmax": -(-blocks // state["nested_blocksize"]), "nested_quant_map": 256}
+    for part, size in sizes.items():
+        found = math.prod(source.tensors[f"{weight}.{part}"].shape)
+        if found != size:
+            raise _odd(info, f"{part} has {found} values, {size} are needed")
+
+
+def _state(source: TensorSource, name: str, info: TensorInfo) -> dict[str, Any]:
+    try:
+        state = json.loads(bytes(source.read(name).tolist()))
+    except ValueError as error:
+        raise _odd(info, f"the quantization state is not JSON ({error})") from None
+    sizes = [state.get("blocksize")] if isinstance(state, dict) else [None]
+    if isinstance(state, dict) and "nested_blocksize" in state:
+        sizes.append(state["nested_blocksize"])
+        if not isinstance(state.get("nested_offset"), float) or not math.isfinite(state["nested_offset"]):
+            raise _odd(info, "the quantization state has no finite nested_offset")
+    if not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise _odd(info, "the quantization state has no sound blocksize")
+    shape, dtype = state.get("shape"), state.get("dtype")
+    if not isinstance(shape, list) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise _odd(info, f"the quantization state has the shape {shape!r}")
+    if dtype not in _DTYPES:
+        raise _odd(info, f"the quantization state has the dtype {dtype!r}")
+    return state
+
+
+def _odd(info: TensorInfo, found: str) -> CheckpointError:
+    return CheckpointError(
+        found, where=info.file, tensor=info.name, expected="a 4-bit weight as bitsandbytes saves it"
+    )
