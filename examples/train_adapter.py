@@ -35,7 +35,7 @@ HELD_OUT_WINDOWS = 64
 
 
 def load_base(folder: Path, method: str) -> PreTrainedModel:
-    """The frozen base in float32; for QLoRA its linear layers, but not lm_head, in NF4 with double quantization."""
+    """The frozen base in float32; for QLoRA all linear layers but lm_head in NF4, doubly quantized."""
     if method == "lora":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     nf4 = BitsAndBytesConfig(
@@ -118,9 +118,9 @@ def model_card(args: argparse.Namespace, before: float, after: float, saved: flo
     )
     if args.method == "qlora":
         trained_on = (
-            "Trained on the base quantized on the fly from float32 to 4 bits (bitsandbytes NF4, block size 64, double\n"
-            "quantization, compute in float32; `lm_head` and the embeddings not quantized). The perplexities below\n"
-            "are those of the 4-bit base without and with the adapter."
+            "Trained on the base quantized on the fly from float32 to 4 bits (bitsandbytes NF4, block\n"
+            "size 64, double quantization, compute in float32; `lm_head` and the embeddings not quantized).\n"
+            "The perplexities below are those of the 4-bit base without and with the adapter."
         )
     else:
         trained_on = "Trained on the base in float32."
@@ -135,8 +135,8 @@ tags:
 ---
 # {args.out.name}
 
-A small adapter that makes SmolLM2-135M-Instruct write like a presidential message of the 1800s. It is an example for
-`lora-export` and good for nothing else.
+A small adapter that makes SmolLM2-135M-Instruct write like a presidential message of the 1800s. It is an
+example for `lora-export` and good for nothing else.
 
 - Base: {BASE_ID} (Apache-2.0), dequantized from its Q4_1 GGUF by `examples/prepare_smollm2.py`
 - Data: State of the Union messages of 1800 to 1899, in the public domain; every tenth one held out
