@@ -3,7 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,8 +20,9 @@ from lora_export.benchmark.statistics import (
 
 Arm = Callable[[], float]  # runs once and returns its latency in milliseconds
 Clock = Callable[[], float]  # seconds
+Pairs = Sequence[tuple[str, Sequence[str]]]  # an arm and the arms whose mean it is compared with
 
-_WARM_UP_WINDOW = 5
+_WARM_UP_WINDOW = 3
 _WARM_UP_SHARE = 0.2
 _MAX_WARM_UP_ROUNDS = 100
 _BLOCK_MS = 10.0
@@ -31,7 +32,7 @@ _PLANNING_RESAMPLES = 500
 
 @dataclass(frozen=True)
 class Series:
-    """Raw latencies: arm → (blocks, calls) in milliseconds. settled: warm-up ended because drift was small."""
+    """Raw latencies: arm → (blocks, calls) in milliseconds. settled: drift was small when warm-up ended."""
 
     times: Mapping[str, Array]
     settled: bool
@@ -40,24 +41,26 @@ class Series:
     def blocks(self) -> int:
         return len(next(iter(self.times.values())))
 
-    def median(self, arm: str) -> float | None:
-        return float(np.median(self.times[arm])) if arm in self.times else None
+    def median(self, *arms: str) -> float | None:
+        """Of all calls of these arms together; None where none of them was measured."""
+        found = [self.times[arm].ravel() for arm in arms if arm in self.times]
+        return float(np.median(np.concatenate(found))) if found else None
 
-    def against(self, arm: str, reference: str, rng: np.random.Generator) -> Interval:
-        return ratio_interval(log_ratios(self.times[arm], self.times[reference]), rng)
+    def against(self, arm: str, *references: str, rng: np.random.Generator) -> Interval:
+        return ratio_interval(log_ratios(self.times[arm], *(self.times[r] for r in references)), rng)
 
 
 def measure(
     arms: Mapping[str, Arm],
     *,
-    pairs: tuple[tuple[str, str], ...],
+    pairs: Pairs,
     margin: float,
     seconds: float,
     rng: np.random.Generator,
     clock: Clock = time.perf_counter,
     tick: Callable[[int, int], None] = lambda done, planned: None,
 ) -> Series:
-    """Warm up, then measure blocks until there are enough for every pair (arm, reference).
+    """Warm up, then measure blocks until there are enough for every pair.
 
     The number of blocks follows from the variance alone, never from the difference seen, so measuring on
     does not favour a verdict.
@@ -93,7 +96,7 @@ def warm_up(
 ) -> tuple[dict[str, float], bool]:
     """Run the arms in turns until two windows in a row agree within the margin; medians of the last window.
 
-    At least two windows, whatever the deadline: the first calls allocate, tune and capture.
+    At least one window, whatever the deadline: the first calls allocate and tune.
     """
     history: dict[str, list[float]] = {name: [] for name in arms}
     medians: dict[str, float] = {}
@@ -106,19 +109,19 @@ def warm_up(
         before, medians = medians, {n: float(np.median(h[-_WARM_UP_WINDOW:])) for n, h in history.items()}
         if before and all(abs(medians[n] / before[n] - 1) <= margin for n in arms):
             return medians, True
-        if before and clock() >= deadline:
+        if clock() >= deadline:
             break
     return medians, False
 
 
 def _plan(
     blocks: list[dict[str, list[float]]],
-    pairs: tuple[tuple[str, str], ...],
+    pairs: Pairs,
     margin: float,
     rng: np.random.Generator,
 ) -> int:
-    def needed(arm: str, reference: str) -> int:
-        logs = log_ratios(np.array([b[arm] for b in blocks]), np.array([b[reference] for b in blocks]))
+    def needed(arm: str, references: Sequence[str]) -> int:
+        logs = log_ratios(*(np.array([b[name] for b in blocks]) for name in (arm, *references)))
         return blocks_needed(ratio_interval(logs, rng, _PLANNING_RESAMPLES), len(blocks), margin)
 
     return max((needed(*pair) for pair in pairs), default=MIN_BLOCKS)

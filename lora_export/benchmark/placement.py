@@ -1,4 +1,4 @@
-"""Where a session's work really runs: `get_providers()` lists what was registered, a profile shows what ran."""
+"""Where a session's work really ran: `get_providers()` only lists what was registered, a profile tells."""
 
 import json
 import math
@@ -6,11 +6,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-PROVIDER_NAMES = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
 # TensorRT leaves what it cannot build to CUDA; that is still the GPU.
 _ACCEPTED = {
     "CPUExecutionProvider": {"CPUExecutionProvider"},

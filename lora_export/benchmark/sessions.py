@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_export import runtime
-from lora_export.benchmark.placement import PROVIDER_NAMES, profile_events, strays
+from lora_export.benchmark.placement import profile_events, strays
 from lora_export.contracts import Phase
 from lora_export.errors import InputError
 
@@ -26,7 +26,7 @@ _ELEMENT = {
 }
 _INTEGERS = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
 # Without this, the idle threads of one arm spin on the cores that the next arm is timed on.
-_CONFIG = {"session.force_spinning_stop": "1"}
+_STOP_SPINNING = "1"
 _NO_CAPTURE = -1
 
 
@@ -92,13 +92,15 @@ class Engine:
         cuda_graph: bool = False,
         profile: Path | None = None,
     ) -> None:
+        options = runtime.session_options()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.force_spinning_stop", _STOP_SPINNING)
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+        graph = {"enable_cuda_graph": "1"} if cuda_graph else {}
         self.session: InferenceSession = runtime.open_session(
-            model,
-            provider,
-            threads=threads,
-            config=_CONFIG,
-            provider_options={"enable_cuda_graph": "1"} if cuda_graph else {},
-            profile=profile,
+            model, provider, options=options, provider_options=graph
         )
         self.cuda_graph = cuda_graph
         self.device = "cpu" if provider == "cpu" else "cuda"
@@ -112,7 +114,7 @@ class Engine:
         return bool(self._past)
 
     def call(self, shape: Shape, buffers: Buffers, graph_id: int = 1, seed: int = 0) -> Callable[[], float]:
-        """A function that runs `shape` once on fixed buffers and returns milliseconds until the device is done.
+        """A function that runs `shape` once on fixed buffers; milliseconds until the device is done.
 
         One run beforehand, uncaptured, finds the output shapes. Each shape of a session with CUDA graphs
         needs a `graph_id` of its own.
@@ -160,7 +162,8 @@ class Engine:
         """The KV cache that a prefill of `shape.past` tokens leaves, or an empty one."""
         if self._signature is None:
             return {}
-        names = dict(zip(self._signature.past_names, self._signature.present_names, strict=True))
+        pairs = zip(self._signature.past, self._signature.present, strict=True)
+        names = {name: other for past, present in pairs for name, other in zip(past, present, strict=True)}
         if shape.past == 0:
             dims = (shape.batch, self._signature.kv_heads, 0, self._signature.head_dim)
             return {n: buffers.blank(n, _ELEMENT[self._inputs[n].type], dims) for n in names}
@@ -172,9 +175,8 @@ class Engine:
         return {name: buffers.get(key) for name, key in keys.items()}
 
     def _prefill(self, shape: Shape, buffers: Buffers, seed: int) -> dict[str, "OrtValue"]:
-        binding = self._run_unbound(
-            self._token_inputs(shape, buffers, seed) | self._cache(shape, buffers, seed)
-        )
+        inputs = self._token_inputs(shape, buffers, seed) | self._cache(shape, buffers, seed)
+        binding = self._run_unbound(inputs)
         outputs = [o.name for o in self.session.get_outputs()]
         return dict(zip(outputs, binding.get_outputs(), strict=True))
 
@@ -217,4 +219,4 @@ def misplaced(model: Path, provider: str, threads: int, shape: Shape) -> tuple[s
         engine = Engine(model, provider, threads, profile=Path(folder, "profile"))
         engine.call(shape, Buffers(engine.device))()
         events = profile_events(Path(engine.session.end_profiling()))
-    return strays(events, PROVIDER_NAMES[provider])
+    return strays(events, runtime.PROVIDERS[provider])

@@ -37,14 +37,18 @@ class Interval:
         return math.exp(max(abs(math.log(self.low)), abs(math.log(self.high)))) - 1
 
 
-def log_ratios(arm: Array, reference: Array) -> Array:
-    """One paired log ratio a block, of the block's medians. Both are (blocks, calls) in any unit of time."""
-    result: Array = np.log(np.median(arm, axis=1)) - np.log(np.median(reference, axis=1))
+def log_ratios(arm: Array, *references: Array) -> Array:
+    """One paired log ratio a block: the arm's median over the references' geometric mean of medians.
+
+    All are (blocks, calls) in one unit of time.
+    """
+    reference = np.mean([np.log(np.median(r, axis=1)) for r in references], axis=0)
+    result: Array = np.log(np.median(arm, axis=1)) - reference
     return result
 
 
 def trimmed_mean(values: Array, axis: int = -1) -> Array:
-    """Mean without the lowest and highest fifth: nearly as efficient as the mean, and deaf to a stolen core."""
+    """Mean without the lowest and highest fifth: nearly as efficient, and deaf to a stolen core."""
     cut = int(TRIM * values.shape[axis])
     ordered = np.sort(values, axis=axis)
     kept = np.take(ordered, np.arange(cut, values.shape[axis] - cut), axis=axis)
@@ -125,7 +129,7 @@ def judge(
     if merged.high < 1 / (1 + margin):
         return (
             "inconclusive",
-            "the merged graph was faster by more than the margin, which merging cannot explain",
+            "merged was faster by more than the margin, which merging cannot explain",
         )
     return "inconclusive", f"the interval reaches beyond the margin after {blocks} blocks"
 

@@ -10,33 +10,14 @@ import numpy as np
 
 from lora_export import runtime
 from lora_export.benchmark import environment
-from lora_export.benchmark.measure import Series, measure
-from lora_export.benchmark.placement import PROVIDER_NAMES
+from lora_export.benchmark.cells import AGAIN, BASE, MERGED, UNMERGED, Task, conclude
+from lora_export.benchmark.measure import measure
 from lora_export.benchmark.sessions import Buffers, Engine, Shape, misplaced
-from lora_export.benchmark.statistics import Interval, judge, overall
-from lora_export.contracts import BenchmarkOptions, BenchmarkResult, Cell, Phase, Progress, Verdict
-from lora_export.errors import LoraExportError, RuntimeUnavailable
+from lora_export.benchmark.statistics import overall
+from lora_export.contracts import BenchmarkOptions, BenchmarkResult, Cell, Phase, Progress
+from lora_export.errors import RuntimeUnavailable
 
-BASE, AGAIN, MERGED, UNMERGED = "base", "base_again", "merged", "unmerged"
 _MAX_STRAYS_TOLD = 10
-
-
-@dataclass(frozen=True)
-class Task:
-    """One cell to measure, before anything is known about it."""
-
-    batch: int
-    prompt: int
-    phase: Phase
-    cuda_graph: bool
-
-    @property
-    def key(self) -> str:
-        return f"b{self.batch}/p{self.prompt}/{self.phase}" + ("/cuda_graph" if self.cuda_graph else "")
-
-    @property
-    def shape(self) -> Shape:
-        return Shape.of(self.phase, self.batch, self.prompt)
 
 
 @dataclass
@@ -178,11 +159,9 @@ def _open_for(study: Study, cuda_graph: bool) -> dict[str, Engine]:
         study.progress.detail(f"loading {name}" + (" for CUDA graphs" if cuda_graph else ""))
         try:
             engines[name] = _open(study, model, cuda_graph)
-        except LoraExportError:
-            raise
-        except Exception as error:  # ONNX Runtime's own types; a graph that cannot be captured is no failure
+        except RuntimeUnavailable as error:
             if not cuda_graph:
-                raise
+                raise  # but a graph that cannot be captured is no failure
             study.note(f"no CUDA graph of {name}: {_first_line(error)}")
             if name != UNMERGED:
                 return {}
@@ -191,8 +170,8 @@ def _open_for(study: Study, cuda_graph: bool) -> dict[str, Engine]:
 
 def _open(study: Study, model: Path, cuda_graph: bool) -> Engine:
     engine = Engine(model, study.provider, study.threads, cuda_graph=cuda_graph)
-    wanted, found = PROVIDER_NAMES[study.provider], engine.session.get_providers()
-    if found[:1] != [wanted] or (study.provider == "cpu" and found != [wanted]):
+    wanted, found = runtime.PROVIDERS[study.provider], engine.session.get_providers()
+    if study.provider == "cpu" and found != [wanted]:
         raise RuntimeUnavailable(
             f"the session runs on {', '.join(found)}",
             where=model,
@@ -217,9 +196,9 @@ def _measure_cell(
 ) -> None:
     study.progress.detail(f"measuring {task.key} for up to {seconds:.0f} s")
     arms = _arms(study, task, engines, graph_id=number)
-    if MERGED not in arms or (BASE in engines and BASE not in arms):
+    if MERGED not in arms or (BASE in engines and not {BASE, AGAIN} <= arms.keys()):
         return
-    pairs = ((AGAIN, BASE), (MERGED, BASE)) if BASE in arms else ()
+    pairs = ((AGAIN, (BASE,)), (MERGED, (BASE, AGAIN))) if AGAIN in arms else ()
     series = measure(
         arms,
         pairs=pairs,
@@ -263,40 +242,3 @@ def _arms(
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return text[0][:200] if text else type(error).__name__
-
-
-# --- judging -----------------------------------------------------------------------------------------------
-
-
-def conclude(task: Task, series: Series, margin: float, rng: np.random.Generator) -> tuple[Cell, str]:
-    """The cell and, where the verdict needs one, a reason in words."""
-    merged_ms = series.median(MERGED)
-    assert merged_ms is not None
-    verdict: Verdict = "inconclusive"
-    reason = ""
-    ratio: Interval | None = None
-    floor: Interval | None = None
-    control: Interval | None = None
-    if BASE in series.times:
-        ratio = series.against(MERGED, BASE, rng)
-        floor = series.against(AGAIN, BASE, rng)
-        control = series.against(UNMERGED, BASE, rng) if UNMERGED in series.times else None
-        verdict, reason = judge(ratio, floor, control, series.blocks, margin)
-    return Cell(
-        batch=task.batch,
-        prompt=task.prompt,
-        phase=task.phase,
-        cuda_graph=task.cuda_graph,
-        base_ms=series.median(BASE),
-        merged_ms=merged_ms,
-        unmerged_ms=series.median(UNMERGED),
-        ratio=ratio.ratio if ratio else None,
-        ci_low=ratio.low if ratio else None,
-        ci_high=ratio.high if ratio else None,
-        verdict=verdict,
-        noise_floor=floor.half_width if floor else None,
-        unmerged_ratio=control.ratio if control else None,
-        unmerged_ci_low=control.low if control else None,
-        unmerged_ci_high=control.high if control else None,
-        pairs=series.blocks,
-    ), reason

@@ -1,0 +1,199 @@
+"""Exporting a Hugging Face folder to ONNX: one engine a kind of model, checked before and after."""
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export import files
+from lora_export.contracts import ExportResult, ModelKind, Precision, Progress
+from lora_export.errors import CheckpointError, ExportError, InputError
+from lora_export.onnx_export.checks import check_model, count_nodes
+from lora_export.onnx_export.engines import architecture_of, choose
+from lora_export.onnx_export.identity import compare
+from lora_export.onnx_export.job import Job
+
+__all__ = ["check_model", "compare", "count_nodes", "export", "is_exported", "kind_of", "load_export"]
+
+RECORD = "export.json"
+_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
+
+
+def export(
+    model: Path,
+    output: Path,
+    *,
+    precision: Precision,
+    provider: str = "cpu",
+    engine: str | None = None,
+    adapter: Path | None = None,
+    force: bool = False,
+    progress: Progress,
+) -> ExportResult:
+    """Write `model` (a Hugging Face folder) as ONNX into the new folder `output`, all or nothing.
+
+    precision: of the weights; provider: cpu or cuda, where the graph is to run; adapter: a LoRA folder that
+    stays unmerged in the graph. Raises CheckpointError or ExportError before any work if it cannot be done.
+    """
+    started = time.monotonic()
+    config = _read_config(model)
+    chosen = choose(config, engine)
+    inputs = [model] if adapter is None else [model, adapter]
+    with files.output_folder(output, force, inputs=inputs) as stage:
+        job = Job(model, config, stage, precision, provider, adapter, progress)
+        chosen.check(job)
+        progress.detail(
+            f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}"
+        )
+        chosen.run(job)
+        path = stage / "model.onnx"
+        check_model(path)
+        _check_loads(path, precision)
+        record = {
+            "engine": chosen.name,
+            "precision": precision,
+            "provider": provider,
+            "kind": chosen.kind,
+            "nodes": count_nodes(path),
+            "architecture": architecture_of(config),
+            "adapter": adapter is not None,
+            "seconds": round(time.monotonic() - started, 3),
+            "versions": _versions(),
+            "source_config_sha256": files.sha256(model / "config.json"),
+        }
+        files.write_json(stage / RECORD, record)
+    return load_export(output)
+
+
+def load_export(folder: Path) -> ExportResult:
+    """What an earlier export left in `folder`; InputError if there is none."""
+    if not is_exported(folder):
+        raise InputError(
+            "the folder holds no export",
+            where=folder,
+            expected=f"model.onnx and {RECORD}",
+            next_step="lora-export export -m MODEL -o OUT",
+        )
+    record = files.read_json(folder / RECORD)
+    try:
+        return ExportResult(
+            output=folder,
+            engine=str(record["engine"]),
+            precision=str(record["precision"]),
+            nodes=int(record["nodes"]),
+            seconds=float(record["seconds"]),
+            files=_sizes(folder),
+            kind="encoder" if record["kind"] == "encoder" else "decoder",
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the record of the export is damaged: {error}", where=folder / RECORD) from None
+
+
+def is_exported(folder: Path) -> bool:
+    return (folder / RECORD).is_file() and (folder / "model.onnx").is_file()
+
+
+def kind_of(config: Mapping[str, Any]) -> ModelKind:
+    """Whether a config.json is that of a decoder or an encoder; ExportError if no engine knows it."""
+    return choose(config).kind
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def _read_config(model: Path) -> dict[str, Any]:
+    path = model / "config.json"
+    config = files.read_json(path)
+    _refuse_newer(config, path)
+    for name in ("config.json", "tokenizer_config.json"):
+        if (model / name).is_file():
+            _refuse_code(files.read_json(model / name), model / name)
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            "config.json still has a quantization_config: these are no merged weights",
+            where=path,
+            expected="a merged folder in fp32, fp16 or bf16",
+            next_step="lora-export merge -b BASE -a ADAPTER -o OUT, then export OUT",
+        )
+    if not any(model.glob("*.safetensors")):
+        raise CheckpointError(
+            "the folder holds no weights as safetensors",
+            where=model,
+            expected="model.safetensors, or shards with an index; a .bin is a pickle, which can execute code",
+        )
+    return config
+
+
+def _refuse_newer(config: Mapping[str, Any], path: Path) -> None:
+    """A newer major renames keys, and an older reader falls back to defaults without a word."""
+    from importlib.metadata import version
+
+    installed = version("transformers")
+    saved = str(config.get("transformers_version") or "0")
+    major = saved.split(".")[0]
+    if major.isdigit() and int(major) > int(installed.split(".")[0]):
+        raise CheckpointError(
+            f"config.json was saved by transformers {saved}; {installed} is installed and may misread it",
+            where=path,
+            expected=f"a config saved by transformers {installed.split('.')[0]} or older",
+            next_step=f"pip install 'transformers>={major}'",
+        )
+
+
+def _refuse_code(config: Mapping[str, Any], path: Path) -> None:
+    for key in _keys(config):
+        if key in _CODE_KEYS:
+            raise CheckpointError(
+                f"{path.name} has the key {key!r}, which makes libraries run code that came with the model",
+                where=path,
+                expected="an architecture that transformers has itself",
+                next_step=f"remove {key!r} if transformers knows the architecture",
+            )
+
+
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        yield from value
+    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for child in children:
+        yield from _keys(child)
+
+
+# --- after the engine --------------------------------------------------------------------------------------
+
+
+def _check_loads(path: Path, precision: Precision) -> None:
+    """Open the graph once without optimizing it: engines have written graphs that no session accepts."""
+    import onnxruntime as ort
+
+    from lora_export.runtime import open_session, session_options
+
+    if precision == "bf16":
+        return  # loads on CUDA only, and an export may be made without one
+    options = session_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        open_session(path, "cpu", options=options)
+    except Exception as error:
+        raise ExportError(
+            f"the engine wrote a graph that does not load: {error}", expected="a graph that opens"
+        ) from error
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("onnxruntime-genai-cuda", "onnxruntime-genai", "onnx", "torch", "transformers"):
+        try:
+            found[name.removesuffix("-cuda").replace("-", "_")] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

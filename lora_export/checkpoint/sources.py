@@ -1,0 +1,48 @@
+"""A base or adapter as a person names it: a folder, or a hub id with an optional revision."""
+
+import re
+from pathlib import Path
+
+from lora_export.contracts import Source
+from lora_export.errors import InputError
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
+
+
+def resolve(name: str) -> Source:
+    """The folder behind a name. A hub id is downloaded (or found in the cache) and pinned to a commit."""
+    folder = Path(name)
+    if folder.is_dir():
+        return Source(name, folder)
+    match = _HUB_ID.fullmatch(name)
+    if match is None or folder.exists():
+        raise InputError(
+            "there is no such folder, and this is no hub id",
+            where=name,
+            expected="a folder, or owner/name, or owner/name@revision",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = Path(
+            snapshot_download(match["repo"], revision=match["revision"], allow_patterns=_PATTERNS)
+        )
+    except LocalEntryNotFoundError:
+        raise InputError(
+            "there is no such folder, and the hub cannot be reached or does not have it in the local cache",
+            where=name,
+            expected="a folder, or a hub id that can be downloaded",
+            next_step="check the path; with a network: unset HF_HUB_OFFLINE",
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(
+            f"the hub does not give this: {str(error).splitlines()[0]}",
+            where=name,
+            expected="a hub id that can be downloaded",
+            next_step="check the name; for a gated one: hf auth login",
+        ) from None
+    # The cache keeps a snapshot in a folder that is named after its commit.
+    return Source(name, found, found.name if _COMMIT.fullmatch(found.name) else None)

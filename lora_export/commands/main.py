@@ -1,0 +1,67 @@
+"""The command line. Modules of the commands import click and nothing heavy, so that --help answers at once."""
+
+from typing import Any
+
+import click
+
+from lora_export.commands import (
+    benchmark,
+    env,
+    export,
+    inspect,
+    merge,
+    merge_and_export,
+    report,
+    validate,
+)
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if value:
+        from importlib.metadata import version
+
+        click.echo(f"lora-export {version('lora-export')}")
+        ctx.exit()
+
+
+class InOrder(click.Group):
+    """Lists the commands as a newcomer meets them, not by the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_version,
+    help="Show the version and exit.",
+)
+def cli() -> None:
+    """Take a trained LoRA or QLoRA adapter to production.
+
+    Merge it into its base, prove that the merged model computes what the adapter was trained to compute,
+    export it to ONNX, and prove that it costs no extra latency:
+
+    \b
+        lora-export merge-and-export -b BASE -a ADAPTER -o OUT
+
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 a gate failed (the output is kept aside in
+    OUT.failed), 130 interrupted.
+    """
+
+
+for command in (
+    merge_and_export.merge_and_export,
+    inspect.inspect,
+    merge.merge,
+    validate.validate,
+    export.export,
+    benchmark.benchmark,
+    report.report,
+    env.env,
+):
+    cli.add_command(command)

@@ -1,0 +1,86 @@
+"""lora-export merge: adapters into base weights."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_export.commands import options
+from lora_export.commands.talk import megabytes, table, talking
+
+if TYPE_CHECKING:
+    from lora_export.merge import MergePlan
+
+
+@click.command("merge")
+@options.base_option
+@options.adapter_option
+@options.output_option
+@options.merge_options
+@options.dry_run_option
+@options.force_option
+@options.talk_options
+def merge(
+    base: str, adapters: tuple[str, ...], output: Any, dry_run: bool, force: bool, as_json: bool, quiet: bool,
+    verbose: bool, **words: Any,
+) -> None:  # fmt: skip
+    """Merge adapters into their base and write a Hugging Face folder.
+
+    The arithmetic is fp32 and rounded once. Tensors that the adapter does not touch are copied byte for byte,
+    and so are tokenizer, chat template and generation config. A certificate says what happened to each tensor
+    and how much of the adapter's change survived the rounding.
+    """
+    with talking(as_json, quiet, verbose) as talk:
+        from lora_export.checkpoint.sources import resolve
+        from lora_export.commands import gather
+        from lora_export.commands.words import merge_rows
+        from lora_export.merge import merge as merge_folder
+        from lora_export.merge import plan
+
+        source, choices = resolve(base), gather.choices_of(gather.adapters_of(adapters))
+        settings = gather.merge_options_of(words, force)
+        if dry_run:
+            planned = plan(source.folder, choices, settings)
+            talk.result({"output": str(output)} | plan_document(planned), plan_words(planned))
+            return
+        result = merge_folder(source.folder, choices, output, settings, talk.progress)
+        talk.result(result.as_json(), table([*merge_rows(result), ("output", str(output))]))
+
+
+def plan_document(planned: "MergePlan") -> dict[str, Any]:
+    used = sum(a.tensor_count for a in planned.adapters)
+    return {
+        "dry_run": True,
+        "tensors": planned.counts,
+        "adapter_tensors": {"used": used, "total": used},
+        "bytes": planned.nbytes,
+        "shards": [s.file for s in planned.shards],
+        "dtype": planned.dtype,
+        "config_changes": dict(planned.config_changes),
+        "config_removals": sorted(planned.config_removals),
+        "plan": [
+            {
+                "name": t.output.name,
+                "operation": t.operation,
+                "dtype": t.output.dtype,
+                "shape": list(t.output.shape),
+                "kinds": [u.kind for u in t.updates],
+            }
+            for t in planned.tensors.values()
+        ],
+    }
+
+
+def plan_words(planned: "MergePlan") -> str:
+    lines = [
+        f"{t.operation:<12} {t.output.dtype:<5} {'×'.join(map(str, t.output.shape)) or 'scalar':<14} {t.output.name}"
+        for t in planned.tensors.values()
+        if t.operation != "copied"
+    ]
+    changes = ", ".join(f"{k} = {v}" for k, v in planned.config_changes.items()) or "none"
+    rows = [
+        ("copied", f"{planned.counts['copied']} tensors"),
+        ("output", f"{megabytes(planned.nbytes)} in {len(planned.shards)} file(s), {planned.dtype}"),
+        ("config", f"changes: {changes}; removed: {', '.join(planned.config_removals) or 'none'}"),
+        ("dry run", "nothing was written"),
+    ]
+    return "\n".join([*lines, table(rows)])

@@ -1,0 +1,61 @@
+"""lora-export merge-and-export: the whole story."""
+
+from typing import Any
+
+import click
+
+from lora_export.commands import options
+from lora_export.commands.talk import talking
+
+
+@click.command("merge-and-export")
+@options.base_option
+@options.adapter_option
+@options.output_option
+@options.merge_options
+@options.export_options
+@options.provider_option
+@options.check_options
+@options.benchmark_options
+@options.dry_run_option
+@options.force_option
+@options.talk_options
+def merge_and_export(
+    base: str, adapters: tuple[str, ...], output: Any, dry_run: bool, as_json: bool, quiet: bool, verbose: bool,
+    **words: Any,
+) -> None:  # fmt: skip
+    """Merge an adapter, prove the result, export it to ONNX and measure it.
+
+    OUT gets merged/ (a Hugging Face folder), onnx/, report/ (report.html, report.md, report.json) and
+    manifest.json. Three gates guard it: the merged model against the unmerged one, the ONNX graph against the
+    unmerged one, and the latency against the base. If one fails, OUT is not written; everything is kept in
+    OUT.failed and the exit code is 3.
+
+    \b
+        lora-export merge-and-export -b HuggingFaceTB/SmolLM2-135M -a ./my-lora -o ./out
+        lora-export merge-and-export -b ./base -a ./my-qlora --training-quantization nf4 -o ./out
+    """
+    with talking(as_json, quiet, verbose) as talk:
+        from lora_export import pipeline
+        from lora_export.checkpoint.sources import resolve
+        from lora_export.commands import gather, words as say
+        from lora_export.commands.merge import plan_document, plan_words
+
+        source, found = resolve(base), gather.adapters_of(adapters)
+        story_options = gather.story_options_of(words)
+        if dry_run:
+            from lora_export.merge import plan
+
+            planned = plan(source.folder, gather.choices_of(found), story_options.merge)
+            talk.result({"output": str(output), "merge": plan_document(planned)}, plan_words(planned))
+            return
+        story = pipeline.merge_and_export(source, found, output, story_options, talk.progress)
+        assert story.export and story.validate and story.benchmark
+        rows = [
+            *say.merge_rows(story.merge),
+            say.validation_row(story.validate),
+            say.export_row(story.export),
+            *say.benchmark_rows(story.benchmark),
+            ("report", str(output / "report" / "report.html")),
+        ]
+        talk.result(story.as_json(), say.summary(rows))

@@ -1,0 +1,178 @@
+"""Options that several commands share, so that each is spelled and explained once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+FOLDER = click.Path(path_type=Path)
+
+
+class Size(click.ParamType):
+    """A number of bytes, written as 5GB, 256MB or 2GiB."""
+
+    name = "size"
+    _UNITS = {
+        "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+    }  # fmt: skip
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        digits = text.rstrip("bgikmt")
+        try:
+            size = int(float(digits) * self._UNITS[text[len(digits) :].strip()])
+        except (ValueError, KeyError, OverflowError):
+            self.fail(f"{value!r} is no size such as 5GB, 256MB or 2GiB", param, ctx)
+        if size <= 0:
+            self.fail("a size must be above 0", param, ctx)
+        return size
+
+
+def split_weight(text: str) -> tuple[str, float]:
+    """ADAPTER or ADAPTER:WEIGHT; a colon that is followed by no number belongs to the name."""
+    name, _, tail = text.rpartition(":")
+    try:
+        return (name, float(tail)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def base_option(command: Command) -> Command:
+    return click.option(
+        "-b", "--base", required=True, metavar="BASE",
+        help="Base model: a folder, or a hub id such as owner/name@revision.",
+    )(command)  # fmt: skip
+
+
+def adapter_option(command: Command) -> Command:
+    return click.option(
+        "-a", "--adapter", "adapters", required=True, multiple=True, metavar="ADAPTER",
+        help="Adapter: a folder or hub id. Repeat it to merge several, with weights as in -a A:0.7 -a B:0.3.",
+    )(command)  # fmt: skip
+
+
+def output_option(command: Command) -> Command:
+    return click.option(
+        "-o", "--output", required=True, type=FOLDER, metavar="OUT", help="Folder to write, all or nothing."
+    )(command)
+
+
+def merge_options(command: Command) -> Command:
+    decorators = [
+        click.option(
+            "--base-weights",
+            type=click.Choice(["dequantized", "original"]),
+            default="dequantized",
+            show_default=True,
+            help="Which base the adapter is merged into: the dequantized one, on which a QLoRA adapter was "
+            "trained, or the original 16-bit one.",
+        ),
+        click.option(
+            "--training-quantization",
+            type=click.Choice(["none", "nf4", "fp4", "int8"]),
+            default="none",
+            show_default=True,
+            help="How training quantized this 16-bit base on the fly (QLoRA). The adapter's own files do not tell.",
+        ),
+        click.option(
+            "--training-double-quant",
+            is_flag=True,
+            help="Training used double quantization (bnb_4bit_use_double_quant=True).",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
+            default="keep",
+            show_default=True,
+            help="Type of the merged weights; keep is the base's own.",
+        ),
+        click.option(
+            "--max-shard-size",
+            type=Size(),
+            default=None,
+            help="Largest output file, such as 5GB.  [default: the base's own shards]",
+        ),
+        click.option(
+            "--max-memory",
+            type=Size(),
+            default="2GiB",
+            show_default=True,
+            help="Memory for the arithmetic of the merge.",
+        ),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def provider_option(command: Command) -> Command:
+    return click.option(
+        "--provider",
+        type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]),
+        default="auto",
+        show_default=True,
+        help="ONNX Runtime execution provider; auto takes CUDA if a session really runs on it, else the CPU.",
+    )(command)
+
+
+def export_options(command: Command) -> Command:
+    command = click.option(
+        "--engine", type=click.Choice(["genai", "dynamo"]), default=None,
+        help="Export engine.  [default: the one that fits the architecture]",
+    )(command)  # fmt: skip
+    return click.option(
+        "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="fp32",
+        show_default=True, help="Precision of the ONNX weights.",
+    )(command)  # fmt: skip
+
+
+def check_options(command: Command) -> Command:
+    command = click.option(
+        "--rows", type=click.IntRange(min=1), default=64, show_default=True,
+        help="Rows of each updated tensor that are recomputed in float64; a large number means all.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None,
+        help="Text file with one prompt a line, in place of the built-in ones.",
+    )(command)  # fmt: skip
+
+
+def benchmark_options(command: Command) -> Command:
+    decorators = [
+        click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1,),
+                     show_default=True, help="Batch size; repeat for more."),
+        click.option("--prompt-length", "lengths", type=click.IntRange(min=1), multiple=True, default=(128,),
+                     show_default=True, help="Tokens in the prompt; repeat for more."),
+        click.option("--margin", type=click.FloatRange(min=0.0005, max=0.5), default=0.01, show_default=True,
+                     help="Largest relative difference in latency that still counts as none."),
+        click.option("--max-seconds", type=click.FloatRange(min=1), default=60.0, show_default=True,
+                     help="Time for the measurement."),
+    ]  # fmt: skip
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def force_option(command: Command) -> Command:
+    return click.option("--force", is_flag=True, help="Replace an output that exists.")(command)
+
+
+def dry_run_option(command: Command) -> Command:
+    return click.option("--dry-run", is_flag=True, help="Read headers, print the plan, write nothing.")(command)
+
+
+def talk_options(command: Command) -> Command:
+    decorators = [
+        click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON document on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="Say warnings and errors only."),
+        click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks of internal errors."),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command

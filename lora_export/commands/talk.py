@@ -1,0 +1,85 @@
+"""What every command does around its one call: progress, results on stdout, errors as words and exit codes."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from lora_export.progress import Console
+
+
+@dataclass
+class Talk:
+    """progress: where stages report to. result: prints the outcome once, as JSON or as words."""
+
+    progress: "Console"
+    as_json: bool
+    _said: list[bool] = field(default_factory=list)
+
+    def result(self, document: dict[str, Any], words: str) -> None:
+        self._said.append(True)
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False) if self.as_json else words)
+
+
+@contextlib.contextmanager
+def talking(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Talk]:
+    """Run a command's body; every way it can end has its exit code."""
+    from lora_export.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoraExportError
+    from lora_export.progress import Console
+
+    # PEFT and transformers look for updates, warn and draw bars; stdout and stderr are ours.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not verbose:
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        import warnings
+
+        warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, _interrupt)
+    talk = Talk(Console(-1 if quiet else int(verbose)), as_json)
+    try:
+        with talk.progress:
+            yield talk
+    except LoraExportError as error:
+        _fail(talk, error.as_json(), error.message(), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(talk, {"error": "Interrupted", "found": "interrupted"}, "interrupted", EXIT_INTERRUPTED)
+    except OSError as error:
+        name = f" ({error.filename})" if error.filename else ""
+        text = f"{error.strerror or error}{name}"
+        _fail(talk, {"error": "OSError", "found": text}, text, EXIT_FAILED)
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        text = f"internal error, please report it: {type(error).__name__}: {error}"
+        hint = "" if verbose else "\n  try:      the same command with -v shows where it happened"
+        _fail(talk, {"error": "InternalError", "found": text}, text + hint, EXIT_FAILED)
+
+
+def _fail(talk: Talk, document: dict[str, Any], words: str, code: int) -> None:
+    click.echo(f"error: {words}", err=True)
+    if talk.as_json and not talk._said:
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,74 @@
+"""Results in words, for people; the JSON of --json has everything."""
+
+from lora_export.commands.talk import megabytes, table
+from lora_export.contracts import BenchmarkResult, ExportResult, MergeResult, ValidationResult
+
+Rows = list[tuple[str, str]]
+
+
+def merge_rows(result: MergeResult) -> Rows:
+    counts = ", ".join(f"{n} {name}" for name, n in result.tensors.items() if n)
+    used, total = result.adapter_tensors["used"], result.adapter_tensors["total"]
+    survival = "no delta" if result.delta_survival is None else f"{result.delta_survival:.2%} after rounding"
+    return [
+        ("tensors", counts),
+        ("adapter", f"{used} of {total} tensors used"),
+        ("base weights", f"{result.base_weights}, written as {result.dtype}"),
+        ("delta survival", survival),
+        ("time, memory", f"{result.seconds:.1f} s, {megabytes(result.peak_rss_bytes)} peak"),
+    ]
+
+
+def validation_words(result: ValidationResult) -> str:
+    width = max(len(c.name) for c in result.checks)
+    lines = []
+    for c in result.checks:
+        limit = "" if c.threshold is None else f"{c.threshold:>12.4g}"
+        mark = "" if c.threshold is None and c.passed else ("ok" if c.passed else "FAILED")
+        lines.append(f"{c.name:<{width}}  {c.value:>12.4g}  {limit:>12}  {mark:<6}  {c.note}")
+    head = f"{'check':<{width}}  {'value':>12}  {'threshold':>12}"
+    faulty = [f"not what the adapter makes of the base: {name}" for name in result.weight_errors[:10]]
+    return "\n".join([head, *lines, *faulty, "passed" if result.passed else "FAILED"])
+
+
+def validation_row(result: ValidationResult) -> tuple[str, str]:
+    by_name = {c.name: c.value for c in result.checks}
+    parts = [f"{sum(c.passed for c in result.checks)} of {len(result.checks)} checks passed"]
+    if "logits_max_abs" in by_name:
+        floor = by_name.get("noise_floor_max_abs", 0.0)
+        parts.append(f"logits within {by_name['logits_max_abs']:.2g} (noise floor {floor:.2g})")
+    if "onnx_logits_max_abs" in by_name:
+        parts.append(f"ONNX within {by_name['onnx_logits_max_abs']:.2g}")
+    return "validation", ", ".join(parts)
+
+
+def export_row(result: ExportResult) -> tuple[str, str]:
+    size = megabytes(sum(result.files.values()))
+    return "export", f"{result.engine}, {result.precision}, {result.nodes} nodes, {size}, {result.seconds:.1f} s"
+
+
+def benchmark_rows(result: BenchmarkResult) -> Rows:
+    graph = {True: "identical graphs", False: "graphs differ", None: "graphs not compared"}
+    checked = "verified" if result.provider_verified else "NOT verified"
+    rows = [("benchmark", f"{result.verdict} ({graph[result.graph_identical]}), {result.provider}, {checked}")]
+    for cell in result.cells:
+        times = [
+            f"{name} {value:.2f} ms"
+            for name, value in (
+                ("base", cell.base_ms),
+                ("merged", cell.merged_ms),
+                ("unmerged", cell.unmerged_ms),
+            )
+            if value is not None
+        ]
+        ratio = ""
+        if cell.ratio is not None and cell.ci_low is not None and cell.ci_high is not None:
+            ratio = f"; merged/base {cell.ratio:.4f} [{cell.ci_low:.4f}, {cell.ci_high:.4f}], {cell.verdict}"
+        graph_mark = ", CUDA graph" if cell.cuda_graph else ""
+        name = f"  {cell.phase} b{cell.batch} p{cell.prompt}{graph_mark}"
+        rows.append((name, ", ".join(times) + ratio))
+    return rows
+
+
+def summary(rows: Rows) -> str:
+    return table(rows)

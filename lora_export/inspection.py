@@ -1,0 +1,160 @@
+"""What is this folder? Answered from headers and configuration files alone."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export.adapters import read_adapter
+from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
+from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
+from lora_export.errors import InputError, LoraExportError
+from lora_export.files import read_json
+
+
+def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
+    """`kind` (run, adapter, onnx, base) and what a person would ask about that kind."""
+    if not folder.is_dir():
+        raise InputError("there is no such folder", where=folder)
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(folder, base)
+    if (folder / "manifest.json").is_file() and (folder / "merged").is_dir():
+        return _run(folder)
+    if (folder / "model.onnx").is_file():
+        return _onnx(folder)
+    if (folder / "config.json").is_file():
+        return _base(open_checkpoint(folder))
+    raise InputError(
+        "this is no base, adapter, ONNX export or run",
+        where=folder,
+        expected="a folder with config.json, adapter_config.json, model.onnx or manifest.json",
+    )
+
+
+def _base(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
+    quantization = config.get("quantization_config") or {}
+    return {
+        "kind": "base",
+        "architecture": (config.get("architectures") or [None])[0],
+        "model_type": config.get("model_type"),
+        "parameters": _parameters(checkpoint.tensors),
+        "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
+        "bytes": checkpoint.nbytes,
+        "tensors": len(checkpoint.tensors),
+        "shards": len({t.file for t in checkpoint.tensors.values()}),
+        "quantization": _quantization(quantization) if quantization else None,
+        "tied_embeddings": config.get("tie_word_embeddings"),
+        "vocabulary": config.get("vocab_size"),
+        "saved_by_transformers": config.get("transformers_version"),
+        "merged_by_lora_export": (checkpoint.folder / "lora_export_certificate.json").is_file(),
+    }
+
+
+def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
+    """Elements of float tensors; a 4-bit weight counts its packed bytes twice."""
+    count = 0
+    for name, info in tensors.items():
+        size = 1
+        for n in info.shape:
+            size *= n
+        if info.dtype in ("F64", "F32", "F16", "BF16") and not name.endswith((".absmax", "_map", ".SCB")):
+            count += size
+        elif f"{name}.absmax" in tensors:
+            count += 2 * info.nbytes
+        elif info.dtype == "I8":
+            count += size
+    return count
+
+
+def _quantization(settings: Mapping[str, Any]) -> str:
+    if settings.get("load_in_8bit"):
+        return "bitsandbytes int8"
+    if settings.get("load_in_4bit"):
+        double = " with double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"bitsandbytes {settings.get('bnb_4bit_quant_type', '4 bits')}{double}"
+    return str(settings.get("quant_method"))
+
+
+def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
+    config, tensors = open_adapter_files(folder)
+    document: dict[str, Any] = {"kind": "adapter", "peft_type": config.get("peft_type")}
+    try:
+        adapter = read_adapter(folder, config, tensors)
+    except LoraExportError as error:
+        return document | {"mergeable": False, "reason": error.found}
+    document |= {
+        "mergeable": True,
+        "base_model": config.get("base_model_name_or_path"),
+        "base_revision": config.get("revision"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "scaling": "alpha/√rank" if config.get("use_rslora") else "alpha/rank",
+        "ranks": _ranks(adapter, tensors.tensors),
+        "targets": _targets(adapter),
+        "replaces": [u.target for u in adapter.updates if u.replaces],
+        "parameters": _parameters(tensors.tensors),
+        "dtypes": dict(Counter(t.dtype for t in tensors.tensors.values())),
+        "tensors": len(tensors.tensors),
+        "bytes": sum(t.nbytes for t in tensors.tensors.values()),
+        "saved_by_peft": config.get("peft_version"),
+    }
+    return document | (_fit(base, folder) if base else {})
+
+
+def _ranks(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """rank → number of weights that have it."""
+    found = Counter(tensors[u.keys[0]].shape[0] for u in adapter.updates if u.kind.startswith("lora"))
+    return {str(rank): count for rank, count in sorted(found.items())}
+
+
+def _targets(adapter: Adapter) -> dict[str, int]:
+    """Module → number of layers in which the adapter changes it."""
+    return dict(Counter(u.target.rpartition(".")[0].rpartition(".")[2] for u in adapter.updates if not u.replaces))
+
+
+def _fit(base: Path, adapter: Path) -> dict[str, Any]:
+    from lora_export.merge import plan
+
+    try:
+        planned = plan(base, [AdapterChoice(adapter)], MergeOptions())
+    except LoraExportError as error:
+        return {"fits_base": False, "why_not": f"{error.found} ({error.tensor})" if error.tensor else error.found}
+    return {"fits_base": True, "would_change": planned.counts}
+
+
+def _onnx(folder: Path) -> dict[str, Any]:
+    from lora_export.onnx_export import check_model, load_export
+
+    check_model(folder / "model.onnx")
+    found = load_export(folder)
+    return {
+        "kind": "onnx",
+        "model": found.kind,
+        "engine": found.engine,
+        "precision": found.precision,
+        "nodes": found.nodes,
+        "files": dict(found.files),
+        "runs_in": "onnxruntime-genai, ONNX Runtime"
+        if (folder / "genai_config.json").is_file()
+        else "ONNX Runtime",
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / "manifest.json")
+    report = read_json(folder / "report" / "report.json")
+    benchmark = report.get("benchmark") or {}
+    return {
+        "kind": "run",
+        "title": report.get("title"),
+        "created": report.get("created"),
+        "status": report.get("status"),
+        "base": manifest.get("base", {}).get("name"),
+        "adapters": [a.get("name") for a in manifest.get("adapters", [])],
+        "precision": manifest.get("options", {}).get("precision"),
+        "latency": benchmark.get("verdict"),
+        "provider": benchmark.get("provider"),
+        "files": len(manifest.get("files", {})),
+        "bytes": sum(f["size"] for f in manifest.get("files", {}).values()),
+    }

@@ -1,0 +1,42 @@
+"""Encoders through torch.onnx.export(dynamo=True) and onnxscript's fusions for ONNX Runtime."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from lora_export.contracts import ModelKind
+from lora_export.errors import ExportError
+from lora_export.onnx_export import companions, isolated
+from lora_export.onnx_export.job import Job
+
+_FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "MPNet", "Electra")
+_HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+_PRECISIONS = ("fp32", "fp16")
+
+
+class DynamoEngine:
+    name: ClassVar[str] = "dynamo"
+    kind: ClassVar[ModelKind] = "encoder"
+    architectures: ClassVar[frozenset[str]] = frozenset(f + h for f in _FAMILIES for h in _HEADS)
+
+    def check(self, job: Job) -> None:
+        if job.precision not in _PRECISIONS:
+            raise ExportError(
+                f"an encoder cannot be exported as {job.precision}",
+                expected=" or ".join(_PRECISIONS),
+                next_step="--precision fp16",
+            )
+        if job.adapter is not None:
+            raise ExportError(
+                "an encoder's adapter cannot stay unmerged in the graph",
+                where=job.adapter,
+                next_step="benchmark base against merged without an unmerged graph",
+            )
+
+    def run(self, job: Job) -> None:
+        request = {
+            "model": str(job.model.resolve()),
+            "output": str(Path(job.output.resolve(), "model.onnx")),
+            "precision": job.precision,
+        }
+        isolated.run("lora_export.onnx_export.dynamo_process", request, engine=self.name)
+        companions.copy(job.model, job.output)

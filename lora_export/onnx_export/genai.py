@@ -1,0 +1,178 @@
+"""Decoders through onnxruntime-genai's builder: fused attention, a KV cache, tied embeddings kept once."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lora_export import files
+from lora_export.contracts import ModelKind
+from lora_export.errors import AdapterError, ExportError
+from lora_export.onnx_export import checks, companions, isolated
+from lora_export.onnx_export.job import Job
+
+# The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts classes,
+# and those that are no part of transformers (ChatGLM, InternLM2, Phi3Small): the model would have to bring code.
+_ARCHITECTURES = frozenset(
+    {
+        "Ernie4_5ForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "GemmaForCausalLM",
+        "GraniteForCausalLM",
+        "HunYuanDenseV1ForCausalLM",
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "NemotronForCausalLM",
+        "OlmoForCausalLM",
+        "Phi3ForCausalLM",
+        "PhiForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "SmolLM3ForCausalLM",
+    }
+)
+_PROVIDERS = ("cpu", "cuda")
+
+
+class GenaiEngine:
+    name: ClassVar[str] = "genai"
+    kind: ClassVar[ModelKind] = "decoder"
+    architectures: ClassVar[frozenset[str]] = _ARCHITECTURES
+
+    def check(self, job: Job) -> None:
+        """Refuse what the builder would do wrong, or what the provider could not run."""
+        if job.provider not in _PROVIDERS:
+            raise ExportError(
+                f"a decoder cannot be exported for the provider {job.provider!r}",
+                expected=" or ".join(_PROVIDERS),
+            )
+        if job.precision == "bf16" and job.provider == "cpu":
+            raise ExportError(
+                "bf16 does not run on the CPU: ONNX Runtime has no bfloat16 MatMul there",
+                expected="fp32, fp16, int8 or int4",
+                next_step="--precision fp32, or --provider cuda",
+            )
+        if not companions.has_tokenizer(job.model):
+            raise ExportError(
+                "the folder holds no tokenizer, which onnxruntime-genai needs beside a decoder",
+                where=job.model,
+                expected="tokenizer.json, tokenizer.model, or vocab.json with merges.txt",
+                next_step="copy the tokenizer files of the base model into the folder",
+            )
+        _refuse_ambiguous_head(job.config)
+        if job.adapter is not None:
+            _check_adapter(job.adapter)
+
+    def run(self, job: Job) -> None:
+        request = {
+            "model": str(job.model.resolve()),
+            "output": str(job.output.resolve()),
+            "precision": job.precision,
+            "provider": job.provider,
+            "adapter": str(job.adapter.resolve()) if job.adapter else None,
+        }
+        isolated.run("lora_export.onnx_export.genai_process", request, engine=self.name)
+        settings = _mend_genai_config(job)
+        _mend_cache_shapes(job.output / "model.onnx", int(settings["decoder"]["head_size"]))
+        if job.adapter is not None:
+            _check_adapter_arrived(job)
+        companions.copy(job.model, job.output)
+        companions.bound_model_max_length(job.output, int(settings["context_length"]))
+
+
+def _refuse_ambiguous_head(config: Mapping[str, Any]) -> None:
+    """The builder takes every Linear with vocab_size outputs for the head, and says nothing."""
+    heads = int(config.get("num_attention_heads") or 0)
+    hidden = int(config.get("hidden_size") or 0)
+    head_dim = int(config.get("head_dim") or (hidden // heads if heads else 0))
+    widths = {
+        "hidden_size": hidden,
+        "intermediate_size": config.get("intermediate_size"),
+        "num_attention_heads × head_dim": heads * head_dim,
+        "num_key_value_heads × head_dim": int(config.get("num_key_value_heads") or heads) * head_dim,
+    }
+    for name, width in widths.items():
+        if width and width == config.get("vocab_size"):
+            raise ExportError(
+                f"vocab_size and {name} are both {width}: the builder would confuse a layer with the head",
+                where="config.json",
+                expected="a vocabulary of another size",
+                next_step="pad the vocabulary (resize_token_embeddings), and merge again",
+            )
+
+
+def _mend_genai_config(job: Job) -> dict[str, Any]:
+    """The `model` part of genai_config.json, after taking CUDA's options out of a graph made for the CPU."""
+    path = job.output / "genai_config.json"
+    config = files.read_json(path)
+    if job.provider == "cpu":
+        config["model"]["decoder"]["session_options"]["provider_options"] = []
+        files.write_json(path, config)
+    model: dict[str, Any] = config["model"]
+    return model
+
+
+def _mend_cache_shapes(path: Path, head_size: int) -> None:
+    """Give the cache's last dimension its number: transformers.js takes the builder's symbol for 0."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 4 and dims[3].dim_param == "kv_cache_dim":
+            dims[3].dim_value = head_size
+    path.write_bytes(model.SerializeToString())
+
+
+# --- the unmerged graph ------------------------------------------------------------------------------------
+
+
+def _check_adapter(adapter: Path) -> None:
+    """The builder reads plain LoRA on linear layers; the rest it would drop, or export wrongly."""
+    config = files.read_json(adapter / "adapter_config.json")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise AdapterError(
+            "the adapter has no adapter_model.safetensors",
+            where=adapter,
+            expected="safetensors; a .bin file is a pickle, which can execute code",
+        )
+    odd = [
+        key
+        for key in (
+            "use_dora",
+            "modules_to_save",
+            "trainable_token_indices",
+            "lora_bias",
+            "alora_invocation_tokens",
+        )
+        if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA":
+        odd.insert(0, f"peft_type {config.get('peft_type')}")
+    if odd:
+        raise ExportError(
+            f"the builder cannot keep this adapter unmerged: {', '.join(odd)}",
+            where=adapter / "adapter_config.json",
+            expected="plain LoRA on linear layers",
+            next_step="benchmark base against merged without an unmerged graph",
+        )
+
+
+def _check_adapter_arrived(job: Job) -> None:
+    """Every lora_A of the adapter must be an initializer, or the graph is not the unmerged model."""
+    from safetensors import safe_open
+
+    assert job.adapter is not None
+    with safe_open(job.adapter / "adapter_model.safetensors", framework="np") as tensors:
+        wanted = sum(".lora_A." in name for name in tensors.keys())  # noqa: SIM118 - not a mapping
+    graph = checks.load_graph(job.output / "model.onnx").graph
+    inputs = {name for node in graph.node for name in node.input if "lora_A" in name}
+    weights = {i.name for i in graph.initializer} & inputs
+    modules = {name.split(".lora_A.")[0] for name in weights}
+    if len(modules) != wanted:
+        raise ExportError(
+            f"the builder put {len(modules)} of the adapter's {wanted} updates into the graph",
+            where=job.adapter,
+            expected="all of them: LoRA on the attention and MLP projections only",
+            next_step="benchmark base against merged without an unmerged graph",
+        )

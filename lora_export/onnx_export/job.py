@@ -1,0 +1,41 @@
+"""What an export engine is given, and what it has to offer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lora_export.contracts import ModelKind, Precision, Progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export. model: a Hugging Face folder; output: an empty folder; provider: cpu or cuda.
+
+    adapter: a LoRA folder whose update stays beside the weights in the graph (the unmerged model).
+    """
+
+    model: Path
+    config: Mapping[str, Any]
+    output: Path
+    precision: Precision
+    provider: str
+    adapter: Path | None
+    progress: Progress
+
+
+class Engine(Protocol):
+    """A way to export some architectures. Both methods raise ExportError; `check` before any work."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> ModelKind: ...
+
+    @property
+    def architectures(self) -> frozenset[str]: ...
+
+    def check(self, job: Job) -> None: ...
+
+    def run(self, job: Job) -> None: ...

@@ -1,0 +1,425 @@
+"""The whole story: an adapter and its base go in, a proven merged model and its ONNX export come out."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lora_export.contracts import (
+    AdapterChoice,
+    BenchmarkOptions,
+    BenchmarkResult,
+    ExportResult,
+    MergeOptions,
+    MergeResult,
+    Precision,
+    Progress,
+    Source,
+    ValidationResult,
+)
+from lora_export.errors import ExportError, GateFailed
+from lora_export.files import check_space, hash_folder, output_folder, read_json, sha256, write_json
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class StoryOptions:
+    merge: MergeOptions = MergeOptions()
+    precision: Precision = "fp32"
+    provider: str = "auto"
+    engine: str | None = None
+    benchmark: BenchmarkOptions = BenchmarkOptions()
+    prompts: Path | None = None
+    rows: int | None = 64
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Story:
+    """What a run left: its folder and the result of each stage that ran."""
+
+    output: Path
+    merge: MergeResult
+    export: ExportResult | None = None
+    validate: ValidationResult | None = None
+    benchmark: BenchmarkResult | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        stages = {
+            "merge": self.merge,
+            "validate": self.validate,
+            "export": self.export,
+            "benchmark": self.benchmark,
+        }
+        return {
+            "output": str(self.output),
+            **{name: result.as_json() if result else None for name, result in stages.items()},
+            "report": str(self.output / "report" / "report.html"),
+        }
+
+
+def merge_and_export(
+    base: Source,
+    adapters: Sequence[tuple[Source, float]],
+    output: Path,
+    options: StoryOptions,
+    progress: Progress,
+) -> Story:
+    """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
+    from lora_export.runtime import resolve_provider
+
+    options = replace(options, provider=resolve_provider(options.provider))
+    choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
+    inputs = [base.folder, *(c.folder for c in choices)]
+    _preflight(base, choices, output, options)
+    with output_folder(output, options.force, inputs=inputs) as stage:
+        work = stage / ".work"
+        work.mkdir()
+        story = _run(base, choices, stage, work, options, progress)
+        shutil.rmtree(work)
+        story = _relocated(story, stage, output)
+        _write_report(story, stage, base, adapters, options)
+        _write_manifest(stage, base, adapters, options)
+        _gates(story)
+    return story
+
+
+def _run(
+    base: Source,
+    adapters: Sequence[AdapterChoice],
+    stage: Path,
+    work: Path,
+    options: StoryOptions,
+    progress: Progress,
+) -> Story:
+    from lora_export.merge import merge
+    from lora_export.onnx_export import compare
+    from lora_export.validation import ValidationOptions, validate
+
+    merged = merge(base.folder, adapters, stage / "merged", options.merge, progress)
+    story = Story(stage, merged)
+
+    trained_on = prepared_base(base.folder, options.merge, work, progress)
+    base_onnx = _export(trained_on, work / "base", options, progress, "the base, to compare with")
+    exported = _export(merged.output, stage / "onnx", options, progress, "the merged model")
+    unmerged_onnx, why_not = _export_unmerged(trained_on, adapters, work, options, exported, progress)
+    story = replace(story, export=exported)
+
+    checked = validate(
+        base.folder,
+        adapters,
+        merged.output,
+        onnx=exported.output,
+        base_onnx=base_onnx.output,
+        options=ValidationOptions(options.prompts, options.rows, options.provider, options.merge),
+        progress=progress,
+    )
+    story = replace(story, validate=checked)
+    if not checked.passed:
+        return story
+
+    progress.stage("benchmark: comparing the optimised graphs of base and merged")
+    identity = compare(base_onnx.model, exported.model, options.provider)
+    measured = benchmark(
+        exported.model,
+        base_onnx.model,
+        unmerged_onnx.model if unmerged_onnx else None,
+        replace(options.benchmark, provider=options.provider),
+        progress,
+        identity,
+    )
+    return replace(story, benchmark=replace(measured, notes=(*measured.notes, *why_not)))
+
+
+def benchmark(
+    merged: Path,
+    base: Path | None,
+    unmerged: Path | None,
+    options: BenchmarkOptions,
+    progress: Progress,
+    identity: tuple[bool, tuple[str, ...]] | None,
+) -> BenchmarkResult:
+    """The latency of the merged graph against the base's, and the unmerged one's as the positive control."""
+    from lora_export.benchmark import run
+
+    progress.stage("benchmark: base, merged and unmerged graphs in one process")
+    return run(
+        merged=merged, base=base, unmerged=unmerged, options=options, progress=progress, identity=identity
+    )
+
+
+def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path:
+    """The folder of the base that the adapter belongs to: itself, or a dequantized copy in `work`."""
+    from lora_export.merge import merge, plan
+
+    planned = plan(base, [], replace(options, dtype="keep"))
+    if planned.counts["dequantized"] == 0:
+        return base
+    merge(base, [], work / "base-weights", replace(options, dtype="keep", force=True), progress)
+    return work / "base-weights"
+
+
+def _export(
+    model: Path,
+    output: Path,
+    options: StoryOptions,
+    progress: Progress,
+    what: str,
+    adapter: Path | None = None,
+) -> ExportResult:
+    from lora_export.onnx_export import export
+
+    progress.stage(f"export: {what}")
+    return export(
+        model,
+        output,
+        precision=options.precision,
+        provider=options.provider,
+        engine=options.engine,
+        adapter=adapter,
+        progress=progress,
+    )
+
+
+def _export_unmerged(
+    trained_on: Path,
+    adapters: Sequence[AdapterChoice],
+    work: Path,
+    options: StoryOptions,
+    exported: ExportResult,
+    progress: Progress,
+) -> tuple[ExportResult | None, tuple[str, ...]]:
+    """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
+    if exported.kind != "decoder":
+        return None, ("no unmerged graph: the engine for this architecture exports merged models only",)
+    if len(adapters) != 1 or adapters[0].weight != 1.0:
+        return None, ("no unmerged graph: it takes exactly one adapter of weight 1",)
+    try:
+        what = "the unmerged model, the control of the benchmark"
+        return (
+            _export(trained_on, work / "unmerged", options, progress, what, adapter=adapters[0].folder),
+            (),
+        )
+    except ExportError as error:
+        progress.warn(f"no unmerged graph to compare with: {error.found}")
+        return None, (f"no unmerged graph: {error.found}",)
+
+
+def validate_folder(
+    base: Source,
+    adapters: Sequence[tuple[Source, float]],
+    merged: Path,
+    onnx: Path | None,
+    base_onnx: Path | None,
+    options: StoryOptions,
+    progress: Progress,
+) -> ValidationResult:
+    """Validate what an earlier run left. With an ONNX folder, the base is exported the same way for the floor."""
+    from lora_export.onnx_export import load_export
+    from lora_export.runtime import resolve_provider
+    from lora_export.validation import ValidationOptions, validate
+
+    choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
+    provider = resolve_provider(options.provider) if onnx else "cpu"
+    checks = ValidationOptions(options.prompts, options.rows, provider, options.merge)
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
+        work = Path(folder)
+        if onnx is not None and base_onnx is None:
+            earlier = load_export(onnx)
+            same = replace(options, precision=earlier.precision, engine=earlier.engine, provider=provider)
+            trained_on = prepared_base(base.folder, options.merge, work, progress)
+            base_onnx = _export(trained_on, work / "base", same, progress, "the base, for the noise floor").output
+        return validate(
+            base.folder, choices, merged, onnx=onnx, base_onnx=base_onnx, options=checks, progress=progress
+        )
+
+
+def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
+    """Everything that can be refused on headers and config, before minutes of work."""
+    from lora_export.merge import plan
+    from lora_export.onnx_export import check_request
+
+    planned = plan(base.folder, choices, options.merge)
+    config = dict(planned.base.config)
+    config.pop("quantization_config", None)  # the merge removes it
+    check_request(config, options.precision, options.provider, options.engine)
+    # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most
+    widest = max(planned.nbytes, planned.nbytes * 4 // _width(planned.dtype))
+    check_space(output.absolute().parent, planned.nbytes * 2 + widest * 3)
+
+
+def _width(dtype: str) -> int:
+    return {"float16": 2, "bfloat16": 2}.get(dtype, 4)
+
+
+def _relocated(story: Story, stage: Path, output: Path) -> Story:
+    """The same results with the paths that the run will have when it is renamed."""
+    assert story.export is not None
+    moved = replace(
+        story.merge,
+        output=output / "merged",
+        certificate=output / story.merge.certificate.relative_to(stage),
+    )
+    return replace(story, output=output, merge=moved, export=replace(story.export, output=output / "onnx"))
+
+
+def _gates(story: Story) -> None:
+    """Raise GateFailed for the first gate that did not pass; the report says it in full."""
+    if story.validate is not None and not story.validate.passed:
+        raise GateFailed(
+            "validation failed: " + failures(story.validate),
+            where=story.output.with_name(story.output.name + ".failed"),
+            tensor=next(iter(story.validate.weight_errors), None),
+            expected="a merged model that computes what the unmerged one computes",
+            next_step="read report/report.html in that folder",
+        )
+    if story.benchmark is not None and story.benchmark.verdict == "slower":
+        raise GateFailed(
+            "the merged model is slower than the base",
+            where=story.output.with_name(story.output.name + ".failed"),
+            expected="a ratio whose interval lies within the margin",
+            next_step="read report/report.html in that folder; measure again on a quiet machine",
+        )
+
+
+def failures(result: ValidationResult) -> str:
+    """The failed checks in one line: name, value and threshold."""
+    failed = [c for c in result.checks if not c.passed]
+    return "; ".join(
+        f"{c.name} is {c.value:.4g}" + (f", allowed {c.threshold:.4g}" if c.threshold is not None else "")
+        for c in failed
+    )
+
+
+# --- what a run leaves -------------------------------------------------------------------------------------
+
+
+def _write_report(
+    story: Story,
+    stage: Path,
+    base: Source,
+    adapters: Sequence[tuple[Source, float]],
+    options: StoryOptions,
+) -> None:
+    from lora_export.report import write
+
+    passed = story.validate is not None and story.validate.passed
+    slower = story.benchmark is not None and story.benchmark.verdict == "slower"
+    report = new_report("merge-and-export", options_json(options), base, adapters)
+    report |= {
+        "status": "passed" if passed and not slower else "failed",
+        "merge": _relative(story.merge.as_json(), story.output)
+        | {"records": [asdict(r) for r in story.merge.records]},
+        "validate": story.validate.as_json() if story.validate else None,
+        "export": _relative(story.export.as_json(), story.output) if story.export else None,
+        "benchmark": story.benchmark.as_json() if story.benchmark else None,
+    }
+    samples = dict(story.benchmark.samples) if story.benchmark else None
+    write(report, stage / "report", samples)
+
+
+def new_report(
+    title: str,
+    options: Mapping[str, Any],
+    base: Source | None = None,
+    adapters: Sequence[tuple[Source, float]] = (),
+) -> dict[str, Any]:
+    """report.json without any stage: who made it, when, from what. Names, never folders of this machine."""
+    from lora_export.report import SCHEMA_VERSION
+
+    names = [a.folder.resolve().name for a, _ in adapters]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": f"{' + '.join(names)} on {base.folder.resolve().name}" if base and names else title,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tool_version": tool_version(),
+        "status": "passed",
+        "options": dict(options),
+        "sources": {
+            "base": _named(base) if base else None,
+            "adapters": [_named(source) | {"weight": weight} for source, weight in adapters],
+        },
+        "merge": None,
+        "validate": None,
+        "export": None,
+        "benchmark": None,
+    }
+
+
+def _named(source: Source) -> dict[str, Any]:
+    """A folder by its last name only: a report travels, and the rest of a path is nobody's business."""
+    hub = source.commit is not None
+    return {"name": source.name if hub else source.folder.resolve().name, "commit": source.commit}
+
+
+def _relative(result: dict[str, Any], output: Path) -> dict[str, Any]:
+    prefix = f"{output}/"
+    return {k: v.removeprefix(prefix) if isinstance(v, str) else v for k, v in result.items()}
+
+
+def options_json(options: StoryOptions) -> dict[str, Any]:
+    """The options as a report and a manifest keep them."""
+    kept = asdict(options)
+    kept["prompts"] = options.prompts.name if options.prompts else None
+    kept.pop("force")
+    kept["merge"].pop("force")
+    return kept
+
+
+def _write_manifest(
+    stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], options: StoryOptions
+) -> None:
+    write_json(
+        stage / MANIFEST,
+        {
+            "schema_version": 1,
+            "tool": {"name": "lora-export", "version": tool_version()},
+            "versions": versions(),
+            "options": options_json(options),
+            "base": _named(base) | {"files": _input_hashes(base.folder)},
+            "adapters": [
+                _named(source) | {"weight": weight, "files": _input_hashes(source.folder)}
+                for source, weight in adapters
+            ],
+            "files": hash_folder(stage),
+        },
+    )
+
+
+def _input_hashes(folder: Path) -> dict[str, Any]:
+    paths = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.is_file())
+    return {p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in paths}
+
+
+def tool_version() -> str:
+    from importlib.metadata import version
+
+    return version("lora-export")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the results depend on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    names = (
+        "torch", "transformers", "peft", "bitsandbytes", "safetensors", "onnx", "onnxscript",
+        "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "optimum",
+    )  # fmt: skip
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def load_run(run: Path) -> dict[str, Any]:
+    """report.json of a run folder or of its report folder."""
+    inner = run / "report" / "report.json"
+    return read_json(inner if inner.is_file() else run / "report.json")

@@ -1,0 +1,86 @@
+"""Outputs of two models on the same tokens, compared in float64."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far `found` is from `reference`, over all positions of all prompts.
+
+    kl: Kullback-Leibler divergence of the next-token distributions in nats, one figure a position;
+    top1: the share of positions whose most likely token agrees; nll: mean negative log-likelihood of the
+    text, in nats a token; nll_spread: mean absolute difference of log-likelihood at a position.
+    """
+
+    max_abs: float
+    kl: tuple[float, ...]
+    top1: float
+    nll_reference: float
+    nll_found: float
+    nll_spread: float
+    positions: int
+
+    @property
+    def kl_mean(self) -> float:
+        return sum(self.kl) / len(self.kl)
+
+
+def compare_logits(
+    reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
+) -> Difference:
+    """reference, found: logits (length, vocabulary) of each prompt; tokens: its (length,) ids."""
+    max_abs, hits, positions = 0.0, 0, 0
+    kl: list[float] = []
+    nll = torch.zeros(3, dtype=torch.float64)
+    for a, b, ids in zip(reference, found, tokens, strict=True):
+        max_abs = max(max_abs, _max_abs(a, b))
+        hits += int((a.argmax(-1) == b.argmax(-1)).sum())
+        positions += len(ids)
+        p, q = torch.log_softmax(a.double(), -1), torch.log_softmax(b.double(), -1)
+        kl += torch.sum(p.exp() * (p - q), -1).clamp_min(0).tolist()
+        p_token, q_token = (x[:-1].gather(-1, ids[1:, None]).squeeze(-1) for x in (p, q))
+        nll += torch.stack([-p_token.sum(), -q_token.sum(), (p_token - q_token).abs().sum()])
+    nll /= max(positions - len(tokens), 1)
+    return Difference(
+        max_abs, tuple(kl), hits / positions, float(nll[0]), float(nll[1]), float(nll[2]), positions
+    )
+
+
+def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
+    worst = float((a.double() - b.double()).abs().max())
+    return worst if math.isfinite(worst) else math.inf
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first greedy token that differs: gap is how much the reference preferred its own, in logits."""
+
+    prompt: int
+    step: int
+    gap: float
+
+
+def greedy_divergences(
+    reference: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
+) -> tuple[float, list[Divergence]]:
+    """Share of greedy steps before the first difference, and the differences.
+
+    reference: the reference's logits (steps, vocabulary) at each greedy step of each prompt; tokens: what the
+    other model chose at the same steps, which counts up to its first difference.
+    """
+    agreed, total = 0, 0
+    found = []
+    for i, (logits, chosen) in enumerate(zip(reference, tokens, strict=True)):
+        own = logits.argmax(-1)
+        differing = (own != chosen).nonzero()
+        step = int(differing[0]) if len(differing) else len(own)
+        agreed += step
+        total += len(own)
+        if step < len(own):
+            gap = float(logits[step, own[step]] - logits[step, chosen[step]])
+            found.append(Divergence(i, step, gap))
+    return agreed / max(total, 1), found

@@ -1,0 +1,114 @@
+"""The validation from its inputs to its checks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_export.contracts import (
+    AdapterChoice,
+    Check,
+    MergeOptions,
+    Progress,
+    ValidationResult,
+)
+from lora_export.errors import InputError
+
+SAMPLES = 3  # prompts that are continued greedily
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """prompts: a file with one prompt a line (None: built in). rows: how many rows of each updated tensor are
+    recomputed in float64 (None: all). merge: the options of the merge, which decide which base is the truth."""
+
+    prompts: Path | None = None
+    rows: int | None = 64
+    provider: str = "auto"
+    merge: MergeOptions = MergeOptions()
+
+
+def validate(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    merged: Path,
+    *,
+    onnx: Path | None = None,
+    base_onnx: Path | None = None,
+    options: ValidationOptions | None = None,
+    progress: Progress,
+) -> ValidationResult:
+    """Compare a merged folder, and an ONNX folder made from it, with the unmerged model in fp32.
+
+    base_onnx: the base exported the same way, which measures the noise floor of the export; needed with onnx.
+    """
+    from lora_export.validation import reference
+    from lora_export.validation.decoders import tokenize
+    from lora_export.validation.prompts import read_prompts
+
+    options = options or ValidationOptions()
+    prompts = read_prompts(options.prompts)
+    _quiet_libraries()
+    progress.stage("validate: loading the unmerged model (PEFT, fp32) and the merged one")
+    unmerged = reference.attach_adapters(reference.load_base(base, options.merge), adapters)
+    model, dtypes = reference.load_merged(merged)
+    errors, checks = _tensors(unmerged, model, dtypes, options, progress)
+    tokenizer = _tokenizer(merged)
+    tokens = tokenize(tokenizer, prompts, model.get_input_embeddings().weight.shape[0])
+    if not tokens:
+        raise InputError("no prompt has two tokens or more", where=options.prompts or "built-in prompts")
+    story = _story(model, tokens, tokenizer, dtypes, prompts, progress)
+    result = story.compare(unmerged, model)
+    result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
+    if onnx is not None:
+        del model
+        assert base_onnx is not None, "an ONNX model is judged against the base exported the same way"
+        extra = story.compare_onnx(onnx / "model.onnx", base_onnx / "model.onnx", options.provider)
+        result = replace(result, checks=(*result.checks, *extra))
+    return result
+
+
+def _story(
+    model: Any, tokens: Any, tokenizer: Any, dtypes: Any, prompts: tuple[str, ...], progress: Progress
+) -> Any:
+    from lora_export.validation.decoder_story import DecoderStory
+    from lora_export.validation.encoder_story import EncoderStory
+
+    if model.get_output_embeddings() is not None and getattr(model, "can_generate", lambda: False)():
+        return DecoderStory(tokens, tokenizer, dtypes, progress)
+    return EncoderStory(tokens, dtypes, progress)
+
+
+def _tensors(
+    unmerged: Any, model: Any, dtypes: Any, options: ValidationOptions, progress: Progress
+) -> tuple[tuple[str, ...], list[Check]]:
+    from lora_export.validation.tensors import compare_tensors
+    from lora_export.validation.thresholds import tensor_checks
+
+    progress.stage("validate: recomputing tensors in float64")
+    errors = compare_tensors(unmerged, model, dtypes, options.rows)
+    faulty = sorted((e for e in errors if not e.worst <= 1), key=lambda e: -e.worst)
+    worst = max((e.worst for e in errors), default=0.0)
+    # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
+    checks = tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
+    return tuple(e.name for e in faulty), checks
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            where=folder,
+            expected="tokenizer.json or the files of a known tokenizer",
+        ) from None
+
+
+def _quiet_libraries() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
