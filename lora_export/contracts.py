@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 BaseWeights = Literal["dequantized", "original"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 ModelKind = Literal["decoder", "encoder"]
+Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 Verdict = Literal["equivalent", "slower", "inconclusive"]
 Phase = Literal["prefill", "decode"]
 
@@ -196,7 +197,7 @@ class ExportResult:
 
     output: Path
     engine: str
-    precision: str
+    precision: Precision
     nodes: int
     seconds: float
     files: Mapping[str, int]
@@ -225,7 +226,7 @@ class ExportResult:
 class BenchmarkOptions:
     """margin: the largest relative difference that still counts as none, set before anything is measured."""
 
-    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    provider: Provider = "auto"
     batches: tuple[int, ...] = (1,)
     prompts: tuple[int, ...] = (128,)
     margin: float = 0.01

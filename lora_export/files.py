@@ -25,7 +25,7 @@ def output_folder(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> I
     A GateFailed inside moves it to `final.failed` instead, with a file FAILED that says why. `final` may
     exist only if it is empty or `force` is given; it may neither contain nor lie inside any of `inputs`.
     """
-    final = Path(os.path.abspath(final))
+    final = final.resolve() if final.name in ("", "..") else final.absolute()
     _check_target(final, force, inputs)
     final.parent.mkdir(parents=True, exist_ok=True)
     with _lock(final):
@@ -107,14 +107,14 @@ def _clean_leftovers(final: Path) -> None:
 def replace_folder(stage: Path, final: Path) -> None:
     """Make `stage` the folder `final` in one step; what was there before is removed afterwards."""
     if not final.exists() or not any(final.iterdir()):
-        os.replace(stage, final)
+        stage.replace(final)
     elif _exchange(stage, final):
         shutil.rmtree(stage)
     else:
         # Without an atomic exchange (not Linux) there is a moment with neither name; _clean_leftovers mends it.
         old = final.with_name(f".{final.name}.old-{os.getpid()}")
         final.rename(old)
-        os.replace(stage, final)
+        stage.replace(final)
         shutil.rmtree(old)
     _sync(final.parent)
 
@@ -170,9 +170,7 @@ def sha256(path: Path) -> str:
 def hash_folder(folder: Path) -> dict[str, dict[str, Any]]:
     """Name (relative, with /), SHA-256 and size in bytes of every file below `folder`, sorted."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {
-        p.relative_to(folder).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size} for p in paths
-    }
+    return {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size} for p in paths}
 
 
 def read_json(path: Path, *, limit: int = 256 * 2**20) -> dict[str, Any]:

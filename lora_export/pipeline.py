@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lora_export.contracts import (
     MergeResult,
     Precision,
     Progress,
+    Provider,
     Source,
     ValidationResult,
 )
@@ -28,11 +29,11 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class StoryOptions:
-    merge: MergeOptions = MergeOptions()
+    merge: MergeOptions = field(default_factory=MergeOptions)
     precision: Precision = "fp32"
-    provider: str = "auto"
+    provider: Provider = "auto"
     engine: str | None = None
-    benchmark: BenchmarkOptions = BenchmarkOptions()
+    benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     prompts: Path | None = None
     rows: int | None = 64
     force: bool = False
@@ -70,9 +71,7 @@ def merge_and_export(
     progress: Progress,
 ) -> Story:
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
-    from lora_export.runtime import resolve_provider
-
-    options = replace(options, provider=resolve_provider(options.provider))
+    options = replace(options, provider=_provider(options.provider))
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
     inputs = [base.folder, *(c.folder for c in choices)]
     _preflight(base, choices, output, options)
@@ -147,9 +146,7 @@ def benchmark(
     from lora_export.benchmark import run
 
     progress.stage("benchmark: base, merged and unmerged graphs in one process")
-    return run(
-        merged=merged, base=base, unmerged=unmerged, options=options, progress=progress, identity=identity
-    )
+    return run(merged=merged, base=base, unmerged=unmerged, options=options, progress=progress, identity=identity)
 
 
 def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path:
@@ -220,11 +217,10 @@ def validate_folder(
 ) -> ValidationResult:
     """Validate what an earlier run left. With an ONNX folder, the base is exported the same way for the floor."""
     from lora_export.onnx_export import load_export
-    from lora_export.runtime import resolve_provider
     from lora_export.validation import ValidationOptions, validate
 
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
-    provider = resolve_provider(options.provider) if onnx else "cpu"
+    provider: Provider = _provider(options.provider) if onnx else "cpu"
     checks = ValidationOptions(options.prompts, options.rows, provider, options.merge)
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)

@@ -197,8 +197,8 @@ def numpy_dtype(onnx_type: str) -> "np.dtype[Any]":
     element = onnx_type.removeprefix("tensor(").removesuffix(")")
     if element == "bfloat16":
         return np.dtype(ml_dtypes.bfloat16)
-    plain: np.dtype[Any] = np.dtype({"float": "float32", "double": "float64"}.get(element, element))
-    return plain
+    plain = {"float": "float32", "double": "float64"}.get(element, element)
+    return np.dtype(plain)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ CONFIG = "adapter_config.json"
 _Reader = Callable[[TensorSource, Mapping[str, Any], Path, float], list[TargetUpdate]]
 
 
-def _read_lora(
-    source: TensorSource, config: Mapping[str, Any], where: Path, weight: float
-) -> list[TargetUpdate]:
+def _read_lora(source: TensorSource, config: Mapping[str, Any], where: Path, weight: float) -> list[TargetUpdate]:
     settings = parse_lora(config, where)
     updates = lora.read_updates(source, settings, weight)
     claimed = {key for u in updates for key in u.keys}
@@ -48,7 +46,7 @@ _NEVER = {
 def read_adapter(folder: Path, config: Mapping[str, Any], source: TensorSource, weight: float = 1.0) -> Adapter:
     """Every tensor of the adapter as part of exactly one update; AdapterError for what cannot be merged."""
     where = folder / CONFIG
-    kind = config.get("peft_type")
+    kind = str(config.get("peft_type"))
     if kind in _NEVER:
         raise AdapterError(
             f"peft_type is {kind!r}: {_NEVER[kind]}",

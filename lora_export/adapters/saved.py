@@ -29,9 +29,7 @@ class Replacement:
         return self.value[rows]
 
 
-def read_updates(
-    source: TensorSource, config: LoraConfig, weight: float, claimed: Set[str]
-) -> list[TargetUpdate]:
+def read_updates(source: TensorSource, config: LoraConfig, weight: float, claimed: Set[str]) -> list[TargetUpdate]:
     """A replacement for each whole tensor that the configuration explains; any other key is refused."""
     updates = []
     for key in source.tensors:

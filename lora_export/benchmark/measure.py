@@ -25,7 +25,8 @@ Pairs = Sequence[tuple[str, Sequence[str]]]  # an arm and the arms whose mean it
 _WARM_UP_WINDOW = 3
 _WARM_UP_SHARE = 0.2
 _MAX_WARM_UP_ROUNDS = 100
-_BLOCK_MS = 10.0
+# Short calls are repeated in a block, so that its median is deaf to a single call that was disturbed.
+_BLOCK_MS = 250.0
 _MAX_PASSES = 50
 _PLANNING_RESAMPLES = 500
 

@@ -1,6 +1,5 @@
 """A checkpoint folder opened by its headers, and tensors read from it by byte range."""
 
-import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,7 +153,7 @@ def _check_index(folder: Path, shard: str, promised: set[str] | None, found: set
 
 
 def _regular(path: Path) -> Path:
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if not stat.S_ISREG(path.stat().st_mode):
         raise CheckpointError("not a regular file", where=path)
     return path
 

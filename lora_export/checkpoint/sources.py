@@ -24,12 +24,10 @@ def resolve(name: str) -> Source:
             expected="a folder, or owner/name, or owner/name@revision",
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = Path(
-            snapshot_download(match["repo"], revision=match["revision"], allow_patterns=_PATTERNS)
-        )
+        found = Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=_PATTERNS))
     except LocalEntryNotFoundError:
         raise InputError(
             "there is no such folder, and the hub cannot be reached or does not have it in the local cache",

@@ -49,9 +49,7 @@ def benchmark(
             check_model(path)
         with output_folder(output, force, inputs=[p.parent for p in graphs]) as stage:
             identity = compare(base_file, merged_file, settings.provider) if base_file else None
-            result = pipeline.benchmark(
-                merged_file, base_file, unmerged_file, settings, talk.progress, identity
-            )
+            result = pipeline.benchmark(merged_file, base_file, unmerged_file, settings, talk.progress, identity)
             report = pipeline.new_report("benchmark", {"benchmark": words})
             write(report | {"benchmark": result.as_json()}, stage, dict(result.samples))
         rows = [*benchmark_rows(result), ("report", str(output / "report.html"))]

@@ -72,7 +72,7 @@ def plan_document(planned: "MergePlan") -> dict[str, Any]:
 
 def plan_words(planned: "MergePlan") -> str:
     lines = [
-        f"{t.operation:<12} {t.output.dtype:<5} {'×'.join(map(str, t.output.shape)) or 'scalar':<14} {t.output.name}"
+        f"{t.operation:<12} {t.output.dtype:<5} {_shape(t.output.shape):<14} {t.output.name}"
         for t in planned.tensors.values()
         if t.operation != "copied"
     ]
@@ -84,3 +84,7 @@ def plan_words(planned: "MergePlan") -> str:
         ("dry run", "nothing was written"),
     ]
     return "\n".join([*lines, table(rows)])
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"

@@ -38,7 +38,8 @@ def merge_and_export(
     with talking(as_json, quiet, verbose) as talk:
         from lora_export import pipeline
         from lora_export.checkpoint.sources import resolve
-        from lora_export.commands import gather, words as say
+        from lora_export.commands import gather
+        from lora_export.commands import words as say
         from lora_export.commands.merge import plan_document, plan_words
 
         source, found = resolve(base), gather.adapters_of(adapters)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -11,11 +11,11 @@ Command = Callable[..., Any]
 FOLDER = click.Path(path_type=Path)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A number of bytes, written as 5GB, 256MB or 2GiB."""
 
     name = "size"
-    _UNITS = {
+    _UNITS: ClassVar = {
         "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
     }  # fmt: skip

@@ -42,9 +42,7 @@ def validate(
         from lora_export.errors import EXIT_GATE
         from lora_export.pipeline import StoryOptions, failures, validate_folder
 
-        settings = StoryOptions(
-            merge=gather.merge_options_of(words), provider=provider, prompts=prompts, rows=rows
-        )
+        settings = StoryOptions(merge=gather.merge_options_of(words), provider=provider, prompts=prompts, rows=rows)
         result = validate_folder(
             resolve(base), gather.adapters_of(adapters), merged, onnx, base_onnx, settings, talk.progress
         )

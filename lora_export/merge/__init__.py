@@ -11,7 +11,6 @@ from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files, copy_files, tokenizer_files, write_config
 from lora_export.checkpoint.shards import write_index
 from lora_export.contracts import AdapterChoice, MergeOptions, MergeResult, Progress
-from lora_export.errors import AdapterError
 from lora_export.files import check_space, output_folder
 from lora_export.merge.certificate import NAME as CERTIFICATE
 from lora_export.merge.certificate import write_certificate
@@ -84,9 +83,7 @@ def _copy_companions(planned: MergePlan, stage: Path) -> list[str]:
     """The base's files, and over them the tokenizer that an adapter brings: it was trained with that one."""
     base, warnings = planned.base.folder, []
     copy_files(companion_files(base), stage)
-    write_config(
-        base / "config.json", stage / "config.json", planned.config_changes, planned.config_removals
-    )
+    write_config(base / "config.json", stage / "config.json", planned.config_changes, planned.config_removals)
     for adapter in planned.adapters:
         own = tokenizer_files(adapter.folder)
         differing = [
@@ -104,7 +101,10 @@ def _judge(planned: MergePlan, execution: Execution, survival: float | None) -> 
         return ["the adapter changes nothing: every delta is zero (was it trained, and saved after training?)"]
     if survival is not None and survival < 0.9:
         better = "float16 or float32" if planned.dtype == "bfloat16" else "float32"
-        return [f"only {survival:.0%} of the adapter's change survives rounding to {planned.dtype}: try --dtype {better}"]
+        return [
+            f"only {survival:.0%} of the adapter's change survives rounding to {planned.dtype}: "
+            f"try --dtype {better}"
+        ]
     return []
 
 

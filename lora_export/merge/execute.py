@@ -114,11 +114,9 @@ class Execution:
             self._check_finite(tensor, weight, rounded)
             if updates and weight.shape == result.shape:
                 survival.add(weight, result, rounded)
-            write_all(out, memoryview(rounded.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            write_all(out, memoryview(rounded.contiguous().reshape(-1).view(torch.uint8).numpy().data))
 
-    def _blocks(
-        self, tensor: PlannedTensor, updates: list[Update]
-    ) -> Iterator[tuple[slice, "torch.Tensor"]]:
+    def _blocks(self, tensor: PlannedTensor, updates: list[Update]) -> Iterator[tuple[slice, "torch.Tensor"]]:
         """(rows, fp32 weight) blocks, small enough for the memory limit wherever the work goes row by row."""
         import torch
 

@@ -88,9 +88,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
         planned[untie[1]] = _plan_new(base, untie[1], [], untie, options)
     shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, dict(base.metadata))
     changes, removals = _config_edits(base, planned, untie, quantized, options)
-    return MergePlan(
-        base, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings)
-    )
+    return MergePlan(base, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings))
 
 
 def _check_base_weights(base: Checkpoint, quantized: Mapping[str, Any], options: MergeOptions) -> None:
@@ -221,9 +219,7 @@ def _operation(updates: Sequence[TargetUpdate], dequantized: bool, converted: bo
     return "converted" if converted else "copied"
 
 
-def _fit(
-    base: Checkpoint, name: str, shape: tuple[int, ...], updates: Sequence[TargetUpdate]
-) -> tuple[int, ...]:
+def _fit(base: Checkpoint, name: str, shape: tuple[int, ...], updates: Sequence[TargetUpdate]) -> tuple[int, ...]:
     """The output's shape; a replacement may bring another number of rows to an embedding."""
     for update in updates:
         if update.replaces and _resizes(update.shapes[0], shape, name):

@@ -42,9 +42,7 @@ def export(
     with files.output_folder(output, force, inputs=inputs) as stage:
         job = Job(model, config, stage, precision, provider, adapter, progress)
         chosen.check(job)
-        progress.detail(
-            f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}"
-        )
+        progress.detail(f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}")
         chosen.run(job)
         path = stage / "model.onnx"
         check_model(path)
@@ -182,9 +180,7 @@ def _check_loads(path: Path, precision: Precision) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {
-        p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()
-    }
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def _versions() -> dict[str, str]:

@@ -36,9 +36,7 @@ def load_graph(path: Path) -> "onnx.ModelProto":
     try:
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no stubs and no other base
-        raise ExportError(
-            f"the file is no ONNX model: {error}", where=path, expected="an ONNX protobuf"
-        ) from None
+        raise ExportError(f"the file is no ONNX model: {error}", where=path, expected="an ONNX protobuf") from None
 
 
 # --- external data -----------------------------------------------------------------------------------------
@@ -69,9 +67,7 @@ def _check_tensor(path: Path, tensor: "onnx.TensorProto") -> None:
         raise _refusal(path, tensor, f"external data in {location!r}, which is not there", "a regular file")
     status = data.stat()
     if status.st_nlink > 1:
-        raise _refusal(
-            path, tensor, f"external data in {location!r}, which is a hard link", "a file of its own"
-        )
+        raise _refusal(path, tensor, f"external data in {location!r}, which is a hard link", "a file of its own")
     offset = _number(path, tensor, entries, "offset", 0)
     length = _number(path, tensor, entries, "length", max(0, status.st_size - offset))
     if offset + length > status.st_size:

@@ -1,4 +1,4 @@
-"""The small files that travel with a model: copied byte for byte, as a re-save has silently changed models."""
+"""The small files that travel with a model: copied byte for byte: re-saving has silently changed models."""
 
 import shutil
 from pathlib import Path

@@ -40,7 +40,7 @@ def _graph(folder: Path) -> Any:
         opset_version=OPSET,
         input_names=list(inputs),
         output_names=[output],
-        dynamic_shapes=({0: batch, 1: length},) * len(inputs),
+        dynamic_shapes=(({0: batch, 1: length},) * len(inputs),),  # one entry: forward's only parameter
     )
     assert program is not None
     fused, _ = optimize_for_ort(program.model, clear_metadata=True)
@@ -103,9 +103,7 @@ def _save(model: "onnx.ModelProto", path: Path) -> None:
     import onnx
 
     external = model.ByteSize() > SINGLE_FILE_LIMIT
-    onnx.save(
-        model, str(path), save_as_external_data=external, location=f"{path.name}_data" if external else None
-    )
+    onnx.save(model, str(path), save_as_external_data=external, location=f"{path.name}_data" if external else None)
 
 
 if __name__ == "__main__":

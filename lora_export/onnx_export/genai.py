@@ -10,8 +10,8 @@ from lora_export.errors import AdapterError, ExportError
 from lora_export.onnx_export import checks, companions, isolated
 from lora_export.onnx_export.job import Job
 
-# The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts classes,
-# and those that are no part of transformers (ChatGLM, InternLM2, Phi3Small): the model would have to bring code.
+# The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts
+# classes, and those that are no part of transformers (ChatGLM, InternLM2, Phi3Small) and need the model's code.
 _ARCHITECTURES = frozenset(
     {
         "Ernie4_5ForCausalLM",

@@ -1,4 +1,4 @@
-"""Engines run in a process of their own: its memory returns, its prints go to a log, its crashes stay there."""
+"""Engines run in a process of their own: memory returns, prints go to a log, crashes stay there."""
 
 import json
 import os

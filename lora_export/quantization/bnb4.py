@@ -122,7 +122,7 @@ def _check_sizes(
 
 def _state(source: TensorSource, name: str, info: TensorInfo) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(source.read(name).tolist()))
+        state: dict[str, Any] = json.loads(bytes(source.read(name).tolist()))
     except ValueError as error:
         raise _odd(info, f"the quantization state is not JSON ({error})") from None
     sizes = [state.get("blocksize")] if isinstance(state, dict) else [None]

@@ -45,9 +45,7 @@ def compare_logits(
         p_token, q_token = (x[:-1].gather(-1, ids[1:, None]).squeeze(-1) for x in (p, q))
         nll += torch.stack([-p_token.sum(), -q_token.sum(), (p_token - q_token).abs().sum()])
     nll /= max(positions - len(tokens), 1)
-    return Difference(
-        max_abs, tuple(kl), hits / positions, float(nll[0]), float(nll[1]), float(nll[2]), positions
-    )
+    return Difference(max_abs, tuple(kl), hits / positions, float(nll[0]), float(nll[1]), float(nll[2]), positions)
 
 
 def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -55,7 +55,9 @@ class EncoderStory:
                 worst <= FACTOR * floor,
                 f"{FACTOR:g} × the noise floor; hidden states or class logits",
             ),
-            Check(f"{prefix}embedding_cosine", similar, least, similar >= least, "mean-pooled, least of all prompts"),
+            Check(
+                f"{prefix}embedding_cosine", similar, least, similar >= least, "mean-pooled, least of all prompts"
+            ),
             Check(f"{prefix}noise_floor_max_abs", floor, None, True, "rounding on the base, no adapter"),
         ]
 
@@ -65,5 +67,5 @@ def _max_abs(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    pooled = [x.double().mean(0) if x.dim() == 2 else x.double() for x in (a, b)]
-    return float(torch.nn.functional.cosine_similarity(*pooled, dim=0))
+    x, y = (v.double().mean(0) if v.dim() == 2 else v.double() for v in (a, b))
+    return float(torch.nn.functional.cosine_similarity(x, y, dim=0))

@@ -28,7 +28,7 @@ def architecture(folder: Path) -> Any:
     return cls
 
 
-def load_base(base: Path, options: MergeOptions) -> torch.nn.Module:
+def load_base(base: Path, options: MergeOptions) -> Any:
     """The base in fp32: dequantized by bitsandbytes if it is stored, or was trained, quantized."""
     cls = architecture(base)
     config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
@@ -107,7 +107,7 @@ def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -
     return _quiet(unmerged)
 
 
-def load_merged(merged: Path) -> tuple[torch.nn.Module, dict[str, torch.dtype]]:
+def load_merged(merged: Path) -> tuple[Any, dict[str, torch.dtype]]:
     """The merged folder as transformers loads it, then widened to fp32; and the types that it was stored in."""
     model, info = architecture(merged).from_pretrained(
         merged, dtype="auto", local_files_only=True, output_loading_info=True

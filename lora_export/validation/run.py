@@ -1,7 +1,7 @@
 """The validation from its inputs to its checks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,6 @@ from lora_export.contracts import (
 )
 from lora_export.errors import InputError
 
-SAMPLES = 3  # prompts that are continued greedily
-
-
 @dataclass(frozen=True)
 class ValidationOptions:
     """prompts: a file with one prompt a line (None: built in). rows: how many rows of each updated tensor are
@@ -25,7 +22,7 @@ class ValidationOptions:
     prompts: Path | None = None
     rows: int | None = 64
     provider: str = "auto"
-    merge: MergeOptions = MergeOptions()
+    merge: MergeOptions = field(default_factory=MergeOptions)
 
 
 def validate(
@@ -54,11 +51,12 @@ def validate(
     model, dtypes = reference.load_merged(merged)
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     tokenizer = _tokenizer(merged)
-    tokens = tokenize(tokenizer, prompts, model.get_input_embeddings().weight.shape[0])
+    vocabulary = _embedding_rows(model)
+    tokens = tokenize(tokenizer, prompts, vocabulary)
     if not tokens:
         raise InputError("no prompt has two tokens or more", where=options.prompts or "built-in prompts")
     story = _story(model, tokens, tokenizer, dtypes, prompts, progress)
-    result = story.compare(unmerged, model)
+    result: ValidationResult = story.compare(unmerged, model)
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
     if onnx is not None:
         del model
@@ -92,6 +90,11 @@ def _tensors(
     # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
     checks = tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
     return tuple(e.name for e in faulty), checks
+
+
+def _embedding_rows(model: Any) -> int:
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    return rows
 
 
 def _tokenizer(folder: Path) -> Any:

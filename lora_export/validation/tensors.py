@@ -27,7 +27,7 @@ def compare_tensors(
 ) -> list[TensorError]:
     """One entry for each parameter of the merged model. rows: how many of an updated one (None: all)."""
     found = dict(merged.named_parameters())
-    expected = {name: parts for name, parts in _expected(unmerged)}
+    expected = dict(_expected(unmerged))
     # A head that the merge untied has a parameter of its own; in the tied model it is the embedding.
     tied = _tied(unmerged)
     errors = []
@@ -48,9 +48,7 @@ class Parts:
     deltas: tuple[tuple[float, torch.Tensor, torch.Tensor], ...] = ()
 
 
-def _compare(
-    name: str, value: torch.Tensor, parts: Parts, dtype: torch.dtype, rows: int | None
-) -> TensorError:
+def _compare(name: str, value: torch.Tensor, parts: Parts, dtype: torch.dtype, rows: int | None) -> TensorError:
     if value.shape != parts.weight.shape:
         return TensorError(name, float("inf"), 0)
     count = value.shape[0] if value.dim() else 1
@@ -81,7 +79,8 @@ def _pick(count: int, rows: int | None) -> torch.Tensor:
 def _half_ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     info = torch.finfo(dtype)
     magnitude = exact.abs().clamp_min(info.smallest_normal)
-    return torch.exp2(torch.floor(torch.log2(magnitude))) * (info.eps / 2)
+    half: torch.Tensor = torch.exp2(torch.floor(torch.log2(magnitude))) * (info.eps / 2)
+    return half
 
 
 def _expected(unmerged: Any) -> Iterator[tuple[str, Parts]]:
@@ -128,9 +127,8 @@ def _deltas(layer: Any, active: list[str]) -> Iterator[tuple[float, torch.Tensor
 def _bias_deltas(layer: Any, active: list[str]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
     """lora_bias: bias + scaling · addend, written as a product of (n, 1) and (1,) so that one formula serves."""
     for adapter in active:
-        module = layer.lora_B[adapter] if adapter in layer.lora_B else None
-        if module is not None and module.bias is not None:
-            yield float(layer.scaling[adapter]), module.bias.data[:, None], torch.ones(1)
+        if adapter in layer.lora_B and layer.lora_B[adapter].bias is not None:
+            yield float(layer.scaling[adapter]), layer.lora_B[adapter].bias.data[:, None], torch.ones(1)
 
 
 def _tied(unmerged: Any) -> dict[str, str]:

@@ -1,0 +1,45 @@
+# Two commands are all that a fresh clone needs: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= demo-output
+export HF_HUB_OFFLINE := 1
+export LORA_EXPORT_CACHE ?= $(CURDIR)/.cache
+
+.PHONY: demo demo-qlora test test-all lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo        merge, prove, export and measure a real adapter on a real model; ends with a report"
+	@echo "make demo-qlora  the same with an adapter that was trained on the 4-bit base"
+	@echo "make test        the quick tests        make test-all  slow ones too        make lint  ruff and mypy"
+
+# Everything in one pip call: the pinned torch must be chosen together with what depends on it.
+$(BIN)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
+	@touch $@
+
+demo: $(BIN)/.ready
+	@$(BIN)/python examples/demo.py --adapter lora-speeches --out $(OUT)
+
+demo-qlora: $(BIN)/.ready
+	@$(BIN)/python examples/demo.py --adapter qlora-speeches --out $(OUT)-qlora
+
+test: $(BIN)/.ready
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: $(BIN)/.ready
+	$(BIN)/python -m pytest -q --timeout 3600
+
+lint: $(BIN)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(BIN)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache demo-output*

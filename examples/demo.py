@@ -1,0 +1,79 @@
+"""The whole story on a real model: SmolLM2-135M and an adapter that was trained on presidents' messages.
+
+    python examples/demo.py --adapter lora-speeches --out demo-output
+
+Prepares the model once, runs `lora-export merge-and-export`, and shows a text before and after. A run that is
+there already is shown again and not repeated; delete the folder, or give --again, to repeat it.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import prepare_smollm2
+
+ADAPTERS = Path(__file__).parent / "adapters"
+# What training did to the base. An adapter's files do not tell, so a person has to (see the adapters' cards).
+TRAINED_WITH = {
+    "lora-speeches": [],
+    "qlora-speeches": ["--training-quantization", "nf4", "--training-double-quant"],
+}
+PROMPTS = Path(__file__).parent / "prompts.txt"
+
+
+def run_story(base: Path, adapter: str, out: Path, extra: list[str]) -> int:
+    """Run the command that a user would type, and print it first."""
+    command = ["lora-export", "merge-and-export", "-b", str(base), "-a", str(ADAPTERS / adapter), "-o", str(out)]
+    command += [*TRAINED_WITH[adapter], "--prompts", str(PROMPTS), "--force", *extra]
+    print("$ " + " ".join(command), file=sys.stderr)
+    executable = Path(sys.executable).with_name("lora-export")
+    return subprocess.run([str(executable), *command[1:]], check=False).returncode
+
+
+def show(out: Path) -> None:
+    """A text before and after, and the verdicts, from the run's own report."""
+    report = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
+    sample = report["validate"]["samples"][0]
+    checks = {c["name"]: c for c in report["validate"]["checks"]}
+    cell = report["benchmark"]["cells"][-1]
+    print(f"\nprompt    {sample['prompt'].strip()}")
+    print(f"base      {' '.join(sample['base'].split())}")
+    print(f"merged    {' '.join(sample['merged'].split())}\n")
+    rows = [
+        ("gates", report["status"]),
+        ("logits, merged against unmerged", f"{checks['logits_max_abs']['value']:.2g} at most"),
+        ("  noise floor of rounding alone", f"{checks['noise_floor_max_abs']['value']:.2g}"),
+        ("logits, ONNX against unmerged", f"{checks['onnx_logits_max_abs']['value']:.2g} at most"),
+        ("greedy tokens equal", f"{checks['onnx_greedy_agreement']['value']:.0%}"),
+        ("tensors beyond one rounding", f"{checks['tensor_errors']['value']:.0f}"),
+        ("base and merged graphs", "identical" if report["benchmark"]["graph_identical"] else "differ"),
+        (f"{cell['phase']} latency, merged/base", f"{cell['ratio']:.3f} ({cell['verdict']})"),
+        ("provider", report["benchmark"]["provider"]),
+        ("report", str(out / "report" / "report.html")),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--adapter", choices=sorted(TRAINED_WITH), default="lora-speeches")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"))
+    parser.add_argument("--again", action="store_true", help="run even if OUT is there")
+    parser.add_argument("extra", nargs="*", help="further options for lora-export, after --")
+    args = parser.parse_args()
+    if args.again or not (args.out / "manifest.json").is_file():
+        code = run_story(prepare_smollm2.model(), args.adapter, args.out, args.extra)
+        if code:
+            raise SystemExit(code)
+    else:
+        print(f"{args.out} is there already; its results (delete it to run again):", file=sys.stderr)
+    show(args.out)
+
+
+if __name__ == "__main__":
+    main()
