@@ -1,0 +1,52 @@
+"""The short version, for a pull request or a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_export.report import story
+from lora_export.report.text import markdown as escaped
+
+_TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}
+
+
+def markdown(report: Mapping[str, Any], comparison: Sequence[story.Row] = ()) -> str:
+    status = "✅ Passed" if report["status"] == "passed" else "❌ **Failed: do not deploy this output**"
+    lines = [f"# {escaped(report['title'])}", "", status, "", escaped(" ".join(story.headline(report))), ""]
+    lines += [" · ".join(f"{_TONES[b.tone]} {b.stage} {escaped(b.text)}" for b in story.badges(report)), ""]
+    lines += [f"- {escaped(kind)}: {escaped(name)}" for kind, name in story.sources(report)]
+    lines += _validation(report["validate"]) + _latency(report["benchmark"])
+    if report["merge"]:
+        lines += _facts("Merge", story.merge_facts(report["merge"]))
+    if report["export"]:
+        lines += _facts("Export", story.export_facts(report["export"]))
+    if comparison:
+        lines += ["", "## Beside another run", "", *_table(("", "this run", "the other run"), comparison, "lrr")]
+    made = f"lora-export {escaped(report['tool_version'])}, {escaped(report['created'])}"
+    return "\n".join([*lines, "", f"<sub>{made}. All figures: report.json, samples.json.</sub>", ""])
+
+
+def _validation(validate: Mapping[str, Any] | None) -> list[str]:
+    if not validate:
+        return []
+    rows = [(c.label, c.value, c.threshold, "passed" if c.passed else "FAILED") for c in story.check_rows(validate)]
+    return ["", "## Validation", "", *_table(("check", "value", "limit", ""), rows, "lrrl")]
+
+
+def _latency(bench: Mapping[str, Any] | None) -> list[str]:
+    if not bench:
+        return []
+    head = ("cell", "base ms", "merged ms", "unmerged ms", "ratio", "90 % interval", "noise floor", "verdict")
+    rows = [(*row[:7], row[9]) for row in story.latency_rows(bench)]
+    notes = [f"- {escaped(note)}" for note in bench["notes"]]
+    title = f"## Latency on {escaped(bench['provider'])}"
+    return ["", title, "", *_table(head, rows, "lrrrrrrl"), *([""] if notes else []), *notes]
+
+
+def _facts(title: str, rows: Sequence[story.Row]) -> list[str]:
+    return ["", f"## {title}", "", *(f"- {escaped(name)}: {escaped(value)}" for name, value in rows)]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    rule = " | ".join("---:" if side == "r" else "---" for side in align)
+    body = [f"| {' | '.join(escaped(cell) for cell in row)} |" for row in rows]
+    return [f"| {' | '.join(head)} |", f"| {rule} |", *body]

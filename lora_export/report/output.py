@@ -1,0 +1,52 @@
+"""Write a report, or write its pages again from its JSON."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export.files import write_json
+from lora_export.report.compare import compare
+from lora_export.report.markdown import markdown
+from lora_export.report.page import html
+from lora_export.report.schema import (
+    HTML,
+    MARKDOWN,
+    REPORT,
+    SAMPLES,
+    check,
+    finite,
+    load,
+    load_samples,
+)
+
+
+def write(
+    report: Mapping[str, Any],
+    folder: Path,
+    samples: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+) -> None:
+    """Write report.json, samples.json (cell → arm → milliseconds), report.html and report.md into `folder`.
+
+    NaN and infinity become null. Raises InputError if the report does not keep to its own schema.
+    """
+    clean = finite(report)
+    check(clean, folder / REPORT)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / REPORT, clean)
+    if samples is not None:
+        write_json(folder / SAMPLES, finite(samples))
+    render(folder)
+
+
+def render(folder: Path, compare_with: Path | None = None) -> None:
+    """Write report.html and report.md again from report.json, set beside another report folder if given.
+
+    Raises InputError if either report is missing, damaged or of another schema version; nothing is written then.
+    """
+    report, samples = load(folder), load_samples(folder)
+    rows = compare(report, load(compare_with)) if compare_with else []
+    pages = {HTML: html(report, samples, rows), MARKDOWN: markdown(report, rows)}
+    for name, text in pages.items():
+        partial = folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / name)

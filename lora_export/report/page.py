@@ -1,0 +1,106 @@
+"""The HTML page: one file, no script, nothing loaded from anywhere."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export.report import plots, story
+from lora_export.report.text import count, one_line, percent, printable
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_SAMPLE_FIELDS = ("prompt", "base", "unmerged", "merged")
+
+
+def html(
+    report: Mapping[str, Any],
+    samples: Mapping[str, Mapping[str, Sequence[float]]],
+    comparison: Sequence[story.Row] = (),
+) -> str:
+    """The whole page; every string of the report is escaped by the template."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    css = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
+    drawn = {k: Markup(v) if v else None for k, v in _plots(report, samples).items()}
+    context = _header(report) | _stages(report) | {"comparison": comparison, "plots": drawn}
+    return environment.get_template("report.html.j2").render(css=Markup(css), **context).lstrip() + "\n"
+
+
+def _plots(
+    report: Mapping[str, Any], samples: Mapping[str, Mapping[str, Sequence[float]]]
+) -> dict[str, str | None]:
+    merge, validate, bench = report["merge"], report["validate"], report["benchmark"]
+    return {
+        "layers": plots.layers(merge["records"]) if merge else None,
+        "kl": plots.kl_by_position(validate["kl_by_position"]) if validate else None,
+        "forest": plots.forest(bench) if bench else None,
+        "latency": plots.latency(bench, samples) if bench else None,
+    }
+
+
+def _header(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "title": one_line(report["title"]),
+        "failed": report["status"] != "passed",
+        "headline": story.headline(report),
+        "badges": story.badges(report),
+        "about": [*story.sources(report), ("Made", one_line(report["created"]).replace("T", " "))],
+        "tool_version": one_line(report["tool_version"]),
+        "options": story.flattened(report["options"]),
+    }
+
+
+def _stages(report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template asks of each stage; empty where a stage did not run."""
+    merge, validate, export, bench = (report[s] for s in ("merge", "validate", "export", "benchmark"))
+    return {
+        "merge": bool(merge),
+        "merge_facts": story.merge_facts(merge) if merge else (),
+        "merge_warnings": _lines(merge, "warnings"),
+        "weakest": story.weakest_records(merge) if merge else (),
+        "validate": bool(validate),
+        "checks": story.check_rows(validate) if validate else (),
+        "weight_errors": _lines(validate, "weight_errors"),
+        "samples": [_sample(s) for s in validate["samples"]] if validate else (),
+        "export": bool(export),
+        "export_facts": story.export_facts(export) if export else (),
+        "files": story.file_rows(export) if export else (),
+        "bench": bool(bench),
+        "latency_facts": story.latency_facts(bench) if bench else (),
+        "latency": story.latency_rows(bench) if bench else (),
+        "forest_caption": _forest_caption(bench) if bench else "",
+        "bench_notes": _lines(bench, "notes"),
+        "graph_differences": _lines(bench, "graph_differences"),
+        "machine": story.flattened(bench.get("environment") or {}) if bench else (),
+    }
+
+
+def _lines(stage: Mapping[str, Any] | None, name: str, limit: int = 50) -> list[str]:
+    items = [one_line(item) for item in (stage or {}).get(name) or ()]
+    more = len(items) - limit
+    return [*items[:limit], f"and {count(more, 'more')[:-1]}"] if more > 0 else items
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, str | None]:
+    return {name: printable(sample[name]) if name in sample else None for name in _SAMPLE_FIELDS}
+
+
+def _forest_caption(bench: Mapping[str, Any]) -> Any:
+    from markupsafe import Markup
+
+    margin = story.margin_of(bench)
+    band = (
+        f" The band is the margin of ±{percent(margin, 1)}: an interval inside it means no difference."
+        if margin
+        else ""
+    )
+    key = '<span class="key" style="--dot: var(--arm-{0})">{0}</span>'
+    arms = Markup(", ".join(key.format(name) for name in ("merged", "unmerged")))
+    return Markup("{arms}, against the base, with 90 % intervals.{band}").format(arms=arms, band=band)

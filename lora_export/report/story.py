@@ -1,0 +1,269 @@
+"""What a report says: its verdicts, badges and tables, the same for HTML and Markdown."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lora_export.report.text import DASH, count, interval, milliseconds, number, one_line, percent, ratio, size
+from lora_export.report.text import seconds as in_seconds
+
+Tone = Literal["good", "bad", "unsure", "off"]
+Row = tuple[str, ...]
+
+_CHECK_NAMES = {
+    "logits_max_abs": "Largest difference of a logit",
+    "logits_kl_mean": "Mean KL divergence of the next token",
+    "top1_agreement": "Same most likely token",
+    "perplexity_unmerged": "Perplexity, unmerged",
+    "perplexity_merged": "Perplexity, merged",
+    "perplexity_base": "Perplexity, base",
+    "greedy_agreement": "Same greedy continuation",
+    "noise_floor_max_abs": "Noise floor: rounding alone",
+}
+_LATENCY_TONE: dict[str, Tone] = {"equivalent": "good", "slower": "bad", "inconclusive": "unsure"}
+
+
+@dataclass(frozen=True)
+class Badge:
+    stage: str
+    text: str
+    tone: Tone
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    label: str
+    name: str
+    value: str
+    threshold: str
+    passed: bool
+    note: str
+
+
+def badges(report: Mapping[str, Any]) -> list[Badge]:
+    """One badge a gate; a stage that did not run says so instead of looking like a pass."""
+    merge, validate, export, bench = (report[s] for s in ("merge", "validate", "export", "benchmark"))
+    return [
+        Badge("Merge", "done" if merge else "not run", "good" if merge else "off"),
+        Badge("Validation", *_validation_badge(validate)),
+        Badge("Export", "done" if export else "not run", "good" if export else "off"),
+        Badge("Latency", bench["verdict"], _LATENCY_TONE.get(bench["verdict"], "unsure"))
+        if bench
+        else Badge("Latency", "not run", "off"),
+    ]
+
+
+def _validation_badge(validate: Mapping[str, Any] | None) -> tuple[str, Tone]:
+    if validate is None:
+        return "not run", "off"
+    return ("passed", "good") if validate["passed"] else ("failed", "bad")
+
+
+def headline(report: Mapping[str, Any]) -> list[str]:
+    """Two or three sentences: did it merge, does it compute what it should, what does it cost."""
+    said = [
+        _say_merge(report["merge"]),
+        _say_validation(report["validate"]),
+        _say_latency(report["benchmark"]),
+    ]
+    return [sentence for sentence in said if sentence] or ["No stage of this run left a result."]
+
+
+def _say_merge(merge: Mapping[str, Any] | None) -> str:
+    if merge is None:
+        return ""
+    used, total = merge["adapter_tensors"].get("used"), merge["adapter_tensors"].get("total")
+    changed = sum(merge["tensors"].get(k) or 0 for k in ("updated", "replaced"))
+    text = f"The adapter was merged: {used} of {total} adapter tensors went into {count(changed, 'weight')}"
+    survival = merge.get("delta_survival")
+    if survival is not None:
+        kind = one_line(merge.get("dtype") or "the output type")
+        text += f", and {percent(survival)} of the update survived rounding to {kind}"
+    return text + "."
+
+
+def _say_validation(validate: Mapping[str, Any] | None) -> str:
+    if validate is None:
+        return "Whether the merged model computes what the adapter was trained to compute was not checked."
+    checks = validate["checks"]
+    failed = [c for c in checks if not c["passed"]]
+    if validate["passed"]:
+        return f"It computes what the adapter was trained to compute: all {count(len(checks), 'check')} passed."
+    if not checks:
+        return "It is not known to compute what the adapter was trained to compute: no check was made."
+    names = ", ".join(_check_label(c["name"]).lower() for c in failed[:3]) or "see below"
+    return (
+        "It does not compute what the adapter was trained to compute: "
+        f"{len(failed)} of {count(len(checks), 'check')} failed ({names})."
+    )
+
+
+def _say_latency(bench: Mapping[str, Any] | None) -> str:
+    if bench is None:
+        return "Its latency was not compared with the base."
+    cells, provider = bench["cells"], one_line(bench["provider"]).upper()
+    margin = percent(margin_of(bench), 0) if margin_of(bench) else "the margin"
+    if bench["verdict"] == "equivalent":
+        worst = max((c["ci_high"] for c in cells if c["ci_high"]), default=None)
+        text = f"On {provider} it is as fast as the base, within ±{margin}, in {_all(len(cells))}"
+        return text + (f" (upper bound {percent(worst - 1)})." if worst else ".")
+    if bench["verdict"] == "slower":
+        slow = [c for c in cells if c["verdict"] == "slower"]
+        worst = max((c["ratio"] for c in slow if c["ratio"]), default=None)
+        text = f"On {provider} it is slower than the base in {len(slow)} of {count(len(cells), 'cell')}"
+        return text + (f", by up to {percent(worst - 1, 1)}." if worst else ".")
+    return f"The latency comparison on {provider} gave no verdict; the reasons are below."
+
+
+def _all(n: int) -> str:
+    return "the one cell measured" if n == 1 else f"all {n} cells measured"
+
+
+def margin_of(bench: Mapping[str, Any]) -> float | None:
+    margin = (bench.get("environment") or {}).get("margin")
+    return float(margin) if isinstance(margin, (int, float)) else None
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+
+def check_rows(validate: Mapping[str, Any]) -> list[CheckRow]:
+    return [
+        CheckRow(
+            label=_check_label(c["name"]),
+            name=one_line(c["name"]),
+            value="not a number" if c["value"] is None else number(c["value"], 4),
+            threshold=_threshold(c["name"], c["threshold"]),
+            passed=c["passed"],
+            note=one_line(c.get("note") or ""),
+        )
+        for c in validate["checks"]
+    ]
+
+
+def _check_label(name: str) -> str:
+    plain = name.removeprefix("onnx_")
+    label = _CHECK_NAMES.get(plain, one_line(plain).replace("_", " ").capitalize())
+    return f"{label} (ONNX)" if plain != name else label
+
+
+def _threshold(name: str, value: float | None) -> str:
+    if value is None:
+        return DASH
+    return f"{'≥' if 'agreement' in name else '≤'} {number(value, 4)}"
+
+
+def merge_facts(merge: Mapping[str, Any]) -> list[Row]:
+    kinds = ", ".join(f"{number(n)} {one_line(k)}" for k, n in merge["tensors"].items() if n)
+    used, total = merge["adapter_tensors"].get("used"), merge["adapter_tensors"].get("total")
+    return [
+        ("Tensors", kinds or DASH),
+        ("Adapter tensors used", f"{used} of {total}"),
+        ("Base weights", one_line(merge.get("base_weights") or DASH)),
+        ("Type written", one_line(merge.get("dtype") or DASH)),
+        ("Update that survived rounding", percent(merge.get("delta_survival"))),
+        ("Time", in_seconds(merge.get("seconds"))),
+        ("Peak memory", size(merge.get("peak_rss_bytes"))),
+    ]
+
+
+def weakest_records(merge: Mapping[str, Any], limit: int = 8) -> list[Row]:
+    """The tensors whose update lost most to rounding."""
+    known = [r for r in merge["records"] if r["survival"] is not None]
+    known.sort(key=lambda r: r["survival"])
+    return [
+        (one_line(r["name"]), number(r["relative_delta"]), percent(r["survival"]), _joined(r.get("kinds") or ()))
+        for r in known[:limit]
+    ]
+
+
+def export_facts(export: Mapping[str, Any]) -> list[Row]:
+    return [
+        ("Engine", one_line(export["engine"])),
+        ("Precision", one_line(export["precision"])),
+        ("Graph nodes", number(export["nodes"])),
+        ("Time", in_seconds(export.get("seconds"))),
+        ("Files", f"{len(export['files'])}, {size(sum(export['files'].values()))} together"),
+    ]
+
+
+def file_rows(export: Mapping[str, Any]) -> list[Row]:
+    return [(one_line(name), size(n)) for name, n in sorted(export["files"].items())]
+
+
+def cell_name(cell: Mapping[str, Any]) -> str:
+    graph = " · CUDA graph" if cell["cuda_graph"] else ""
+    return f"{one_line(cell['phase'])} · batch {cell['batch']} · {cell['prompt']} tokens{graph}"
+
+
+def cell_key(cell: Mapping[str, Any]) -> str:
+    graph = "/cuda_graph" if cell["cuda_graph"] else ""
+    return f"b{cell['batch']}/p{cell['prompt']}/{cell['phase']}{graph}"
+
+
+def latency_rows(bench: Mapping[str, Any]) -> list[Row]:
+    """Cell, base, merged, unmerged, ratio, interval, noise floor, pairs, verdict."""
+    return [
+        (
+            cell_name(c),
+            milliseconds(c["base_ms"]),
+            milliseconds(c["merged_ms"]),
+            milliseconds(c["unmerged_ms"]),
+            ratio(c["ratio"]),
+            interval(c["ci_low"], c["ci_high"]),
+            percent(c["noise_floor"]),
+            ratio(c["unmerged_ratio"]),
+            number(c.get("pairs")),
+            one_line(c["verdict"]),
+        )
+        for c in bench["cells"]
+    ]
+
+
+def latency_facts(bench: Mapping[str, Any]) -> list[Row]:
+    identical = {True: "yes, so there can be no difference", False: "no", None: "not compared"}
+    verified = "verified" if bench["provider_verified"] else "not verified"
+    return [
+        ("Execution provider", f"{one_line(bench['provider'])}, {verified}"),
+        ("Same optimised graph as the base", identical[bench.get("graph_identical")]),
+        ("Margin, set beforehand", f"±{percent(margin_of(bench), 1)}"),
+        ("Noise floor (base against itself)", percent(bench.get("noise_floor"))),
+        ("Time", in_seconds(bench.get("seconds"))),
+    ]
+
+
+def sources(report: Mapping[str, Any]) -> list[Row]:
+    base, adapters = report["sources"].get("base"), report["sources"].get("adapters") or []
+    rows = [("Base", _source(base))] if base else []
+    return [*rows, *(("Adapter", _source(a)) for a in adapters)]
+
+
+def _source(source: Any) -> str:
+    if not isinstance(source, Mapping):
+        return one_line(source)
+    commit, weight = source.get("commit"), source.get("weight", 1.0)
+    name = one_line(source.get("name", DASH)) + (f" @ {one_line(commit)[:12]}" if commit else "")
+    return name + (f" × {weight}" if weight != 1.0 else "")
+
+
+def flattened(value: Mapping[str, Any], prefix: str = "") -> list[Row]:
+    """Nested settings as (dotted.name, value)."""
+    rows: list[Row] = []
+    for key, item in value.items():
+        name = f"{prefix}{one_line(key)}"
+        if isinstance(item, Mapping):
+            rows += flattened(item, f"{name}.")
+        elif isinstance(item, list) and item and all(isinstance(i, Mapping) for i in item):
+            for n, entry in enumerate(item):
+                rows += flattened(entry, f"{name}[{n}].")
+        else:
+            rows.append((name, _joined(item) if isinstance(item, (list, tuple)) else _plain(item)))
+    return rows
+
+
+def _joined(items: Iterable[Any]) -> str:
+    return ", ".join(one_line(i) for i in items) or DASH
+
+
+def _plain(value: Any) -> str:
+    return DASH if value is None or value == "" else one_line(value)

@@ -1,0 +1,72 @@
+"""Numbers and names as a person reads them."""
+
+import math
+import re
+from typing import Any
+
+DASH = "–"
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """To significant digits; small and large ones as 1.2e-05."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    if value == 0 or (isinstance(value, int) and abs(value) < 10**7):
+        return f"{value:,}" if isinstance(value, int) else "0"
+    if 1e-3 <= abs(value) < 1e6:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return f"{value:,.{decimals}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return f"{value:,.3f}" if value < 10 else f"{value:,.2f}"
+
+
+def ratio(value: float | None) -> str:
+    return DASH if value is None else f"{value:.4f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    return DASH if low is None or high is None else f"{low:.4f} … {high:.4f}"
+
+
+def percent(value: float | None, decimals: int = 2) -> str:
+    return DASH if value is None else f"{value:.{decimals}%}"
+
+
+def size(value: int | float | None) -> str:
+    if value is None:
+        return DASH
+    amount, unit = float(value), 0
+    while amount >= 1000 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1000, unit + 1
+    return f"{amount:,.0f} B" if unit == 0 else f"{amount:,.2f} {_UNITS[unit]}"
+
+
+def seconds(value: float | None) -> str:
+    return DASH if value is None else f"{value:,.1f} s"
+
+
+def one_line(value: Any) -> str:
+    """Control characters, newlines among them, as spaces: for labels, headings and table cells."""
+    return re.sub(r"[\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", str(value)).strip()
+
+
+def printable(value: Any) -> str:
+    """Text of a model with its newlines kept, and without what XML and terminals choke on."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", "\ufffd", str(value))
+
+
+def markdown(value: Any) -> str:
+    """Escaped for a Markdown paragraph or table cell: names cannot become markup, HTML, links or mentions."""
+    text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", text)
+    return text.replace("@", "&#64;").replace("://", "&#58;//")
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

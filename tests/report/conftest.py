@@ -1,0 +1,147 @@
+"""A report with every stage, made from the contracts' own as_json, so that it fails when they change."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lora_export.contracts import (
+    BenchmarkResult,
+    Cell,
+    Check,
+    ExportResult,
+    MergeResult,
+    TensorRecord,
+    ValidationResult,
+)
+from lora_export.report import SCHEMA_VERSION
+
+MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+@pytest.fixture
+def full() -> dict[str, Any]:
+    return full_report()
+
+
+@pytest.fixture
+def timings() -> dict[str, dict[str, tuple[float, ...]]]:
+    return raw_timings()
+
+
+def full_report() -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "title": "support-bot-lora on SmolLM2-135M",
+        "created": "2026-11-23T23:59:00+00:00",
+        "tool_version": "0.1.0",
+        "status": "passed",
+        "options": {"merge": {"dtype": "keep", "max_memory": 2147483648}, "precision": "fp32", "provider": "auto"},
+        "sources": {
+            "base": {"name": "example/SmolLM2-135M", "commit": "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"},
+            "adapters": [{"name": "support-bot-lora", "commit": None, "weight": 0.7}],
+        },
+        "merge": _merge(),
+        "validate": _validation().as_json(),
+        "export": _export().as_json(),
+        "benchmark": _benchmark().as_json(),
+    }
+
+
+def _merge() -> dict[str, Any]:
+    dice = np.random.default_rng(0)
+    records = tuple(
+        TensorRecord(
+            name=f"model.layers.{layer}.{module}.weight",
+            operation="updated",
+            dtype="BF16",
+            shape=(576, 576),
+            kinds=("lora",),
+            relative_delta=float(0.01 + 0.03 * dice.random() + 0.0005 * layer),
+            survival=float(1 - 0.02 * dice.random()),
+        )
+        for layer in range(30)
+        for module in MODULES
+    ) + (TensorRecord("model.norm.weight", "copied", "BF16", (576,)),)
+    result = MergeResult(
+        output=Path("merged"),
+        tensors={"copied": 123, "updated": 150, "replaced": 0, "dequantized": 0},
+        adapter_tensors={"used": 300, "total": 300},
+        seconds=2.41,
+        peak_rss_bytes=412_000_000,
+        delta_survival=0.9931,
+        certificate=Path("merged/certificate.json"),
+        base_weights="dequantized",
+        dtype="bfloat16",
+        records=records,
+        warnings=("the adapter names another revision of the base",),
+    )
+    return result.as_json() | {"records": [asdict(r) for r in records]}
+
+
+def _validation() -> ValidationResult:
+    dice = np.random.default_rng(1)
+    return ValidationResult(
+        checks=(
+            Check("logits_max_abs", 0.0312, 0.0871, True, "three times the noise floor"),
+            Check("logits_kl_mean", 6.8e-5, 2.1e-4, True, "three times rounding alone, measured here"),
+            Check("top1_agreement", 0.998, 0.98, True, "what rounding alone leaves"),
+            Check("perplexity_merged", 14.207, 14.44, True, "the unmerged model's, plus 1 %"),
+            Check("onnx_logits_max_abs", 1.1e-4, 1e-3, True, "fp32 against fp32"),
+        ),
+        samples=(
+            {
+                "prompt": "Customer: my parcel has not arrived.\nAgent:",
+                "base": " The parcel is a parcel. The parcel is a parcel.",
+                "unmerged": " I am sorry to hear that. Could you tell me your order number?",
+                "merged": " I am sorry to hear that. Could you tell me your order number?",
+            },
+        ),
+        kl_by_position=tuple(float(x) for x in 6e-5 * np.exp(dice.standard_normal(128))),
+    )
+
+
+def _export() -> ExportResult:
+    return ExportResult(
+        output=Path("onnx"),
+        engine="genai",
+        precision="fp32",
+        nodes=342,
+        seconds=9.7,
+        files={"model.onnx": 170_928, "model.onnx.data": 540_157_184, "genai_config.json": 1455},
+    )
+
+
+def _benchmark() -> BenchmarkResult:
+    common = {"batch": 1, "prompt": 128, "cuda_graph": False, "noise_floor": 0.0021, "pairs": 44}
+    cells = (
+        Cell(phase="prefill", base_ms=271.31, merged_ms=271.18, unmerged_ms=303.02, ratio=0.9996, ci_low=0.9961,
+             ci_high=1.0032, verdict="equivalent", unmerged_ratio=1.117, unmerged_ci_low=1.109,
+             unmerged_ci_high=1.126, **common),
+        Cell(phase="decode", base_ms=23.91, merged_ms=23.94, unmerged_ms=26.72, ratio=1.0012, ci_low=0.9975,
+             ci_high=1.0049, verdict="equivalent", unmerged_ratio=1.1182, unmerged_ci_low=1.1018,
+             unmerged_ci_high=1.1377, **common),
+    )  # fmt: skip
+    return BenchmarkResult(
+        provider="cpu",
+        provider_verified=True,
+        cells=cells,
+        noise_floor=0.0021,
+        graph_identical=True,
+        verdict="equivalent",
+        seconds=61.2,
+        environment={"cpu": "Example CPU", "margin": 0.01, "before": {"load": [0.1, 0.2, 0.3], "gpus": []}},
+        notes=("b1/p128/decode: latency still drifted by more than the margin when warm-up ended",),
+    )
+
+
+def raw_timings() -> dict[str, dict[str, tuple[float, ...]]]:
+    dice = np.random.default_rng(2)
+    centres = {"b1/p128/prefill": 271.0, "b1/p128/decode": 23.9}
+    arms = {"base": 1.0, "base_again": 1.0, "merged": 1.0, "unmerged": 1.118}
+    return {
+        cell: {a: tuple(float(t) for t in centre * f * np.exp(0.02 * dice.standard_normal(176))) for a, f in arms.items()}
+        for cell, centre in centres.items()
+    }
