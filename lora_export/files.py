@@ -30,6 +30,7 @@ def output_folder(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> I
     final.parent.mkdir(parents=True, exist_ok=True)
     with _lock(final):
         _clean_leftovers(final)
+        _check_target(final, force, inputs)  # again: another run may have written it, or a leftover was put back
         stage = final.with_name(f".{final.name}.partial-{os.getpid()}")
         stage.mkdir()
         try:

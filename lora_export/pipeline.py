@@ -71,7 +71,9 @@ def merge_and_export(
     progress: Progress,
 ) -> Story:
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
-    options = replace(options, provider=_provider(options.provider))
+    from lora_export.runtime import resolve_provider
+
+    options = replace(options, provider=resolve_provider(options.provider))
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
     inputs = [base.folder, *(c.folder for c in choices)]
     _preflight(base, choices, output, options)
@@ -217,10 +219,11 @@ def validate_folder(
 ) -> ValidationResult:
     """Validate what an earlier run left. With an ONNX folder, the base is exported the same way for the floor."""
     from lora_export.onnx_export import load_export
+    from lora_export.runtime import resolve_provider
     from lora_export.validation import ValidationOptions, validate
 
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
-    provider: Provider = _provider(options.provider) if onnx else "cpu"
+    provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
     checks = ValidationOptions(options.prompts, options.rows, provider, options.merge)
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from lora_export.contracts import Provider
 from lora_export.errors import InputError, RuntimeUnavailable
 
 if TYPE_CHECKING:
@@ -38,23 +39,24 @@ _FIX = {
 # --- providers ---------------------------------------------------------------------------------------------
 
 
-def resolve_provider(name: str) -> str:
+def resolve_provider(name: str) -> Provider:
     """The short name of a provider that has run a node here: `auto` is cuda where it works, else cpu.
 
     Raises RuntimeUnavailable, with ONNX Runtime's own reason, if the provider asked for does not work.
     """
     if name == "auto":
         return "cpu" if why_not("cuda") else "cuda"
-    if name not in PROVIDERS:
+    known: Provider | None = next((p for p in get_args(Provider) if p == name), None)
+    if known is None:
         raise InputError(f"unknown provider {name!r}", expected="auto, " + ", ".join(PROVIDERS))
-    reason = why_not(name)
+    reason = why_not(known)
     if reason:
         raise RuntimeUnavailable(
             f"the {name} execution provider does not work here: {reason}",
-            expected=f"{PROVIDERS[name]} to run a model",
+            expected=f"{PROVIDERS[known]} to run a model",
             next_step=_FIX[name],
         )
-    return name
+    return known
 
 
 @functools.cache
@@ -196,7 +198,8 @@ def numpy_dtype(onnx_type: str) -> "np.dtype[Any]":
 
     element = onnx_type.removeprefix("tensor(").removesuffix(")")
     if element == "bfloat16":
-        return np.dtype(ml_dtypes.bfloat16)
+        brain: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return brain
     plain = {"float": "float32", "double": "float64"}.get(element, element)
     return np.dtype(plain)
 

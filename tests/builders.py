@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 VOCABULARY = 101
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it brings; and forks stay safe
 
 
 def llama_config(tied: bool = False, **changes: Any) -> transformers.LlamaConfig:

@@ -23,7 +23,7 @@ def strip_prefix(key: str) -> str:
 def base_name(key: str) -> str:
     """The base's name of a tensor that PEFT saved whole: its wrappers removed."""
     name = strip_prefix(key)
-    for wrapper in (".modules_to_save.default", ".base_layer", ".original_module"):
+    for wrapper in (".modules_to_save.default", ".modules_to_save", ".base_layer", ".original_module"):
         name = name.replace(wrapper, "")
     return name
 

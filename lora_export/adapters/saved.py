@@ -32,33 +32,47 @@ class Replacement:
 def read_updates(source: TensorSource, config: LoraConfig, weight: float, claimed: Set[str]) -> list[TargetUpdate]:
     """A replacement for each whole tensor that the configuration explains; any other key is refused."""
     updates = []
-    for key in source.tensors:
-        if key in claimed:
-            continue
-        target = base_name(key)
+    for target, keys in _by_target(source, claimed).items():
         kind = _kind(target, config)
         if weight != 1.0:
             raise AdapterError(
                 f"this tensor replaces the base's, so it cannot be weighted with {weight}",
-                where=source.tensors[key].file,
-                tensor=key,
+                where=source.tensors[keys[0]].file,
+                tensor=keys[0],
                 expected="weight 1, or an adapter without modules_to_save and trained biases",
             )
-        updates.append(_replace(source, key, target, kind))
+        updates.append(_replace(source, keys, target, kind))
     return updates
 
 
-def _replace(source: TensorSource, key: str, target: str, kind: str) -> TargetUpdate:
-    def load(shape: tuple[int, ...]) -> Replacement:
-        return Replacement(read_finite(source, key))
+def _by_target(source: TensorSource, claimed: Set[str]) -> dict[str, list[str]]:
+    """Base name → its keys, the trained one first.
 
-    shape = source.tensors[key].shape
-    return TargetUpdate(target, kind, (key,), (shape,), load, replaces=True)
+    With bias="all", PEFT saves the bias of a saved module up to three times: under its own name, inside
+    .modules_to_save (the same values), and as .original_module (the old ones, which its forward ignores).
+    """
+    targets: dict[str, list[str]] = {}
+    for key in source.tensors:
+        if key not in claimed:
+            targets.setdefault(base_name(key), []).append(key)
+    for keys in targets.values():
+        keys.sort(key=lambda k: (".original_module" in k, ".modules_to_save" in k))
+    return targets
+
+
+def _replace(source: TensorSource, keys: list[str], target: str, kind: str) -> TargetUpdate:
+    def load(shape: tuple[int, ...]) -> Replacement:
+        return Replacement(read_finite(source, keys[0]))
+
+    shape = source.tensors[keys[0]].shape
+    return TargetUpdate(target, kind, tuple(keys), (shape,), load, replaces=True)
 
 
 def _kind(target: str, config: LoraConfig) -> str:
     module, _, leaf = target.rpartition(".")
-    if any(f".{module}.".endswith(f".{name}.") or f".{name}." in f".{module}." for name in config.modules_to_save):
+    parts = module.split(".")
+    # PEFT's rule is a plain endswith: "norm" saves input_layernorm too. What lies inside a saved module counts.
+    if any(".".join(parts[: i + 1]).endswith(config.modules_to_save) for i in range(len(parts))):
         return "modules_to_save"
     if leaf == "bias" and config.bias != "none":
         return "bias"

@@ -40,6 +40,16 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return found if complete else [p for p in found if p.name.startswith("chat_template")]
 
 
+def copy_subfolders(folder: Path, target: Path) -> None:
+    """The settings in folders of their own that modules.json of sentence-transformers names (1_Pooling/…)."""
+    if not (folder / "modules.json").is_file():
+        return
+    for path in sorted(folder.glob("*/*.json")):
+        if path.is_file() and not path.parent.name.startswith("."):
+            (target / path.parent.name).mkdir(exist_ok=True)
+            shutil.copyfile(path, target / path.parent.name / path.name)
+
+
 def copy_files(files: list[Path], target: Path) -> None:
     """Copy contents only: the new files get the umask's mode, and a link becomes a file."""
     for path in files:

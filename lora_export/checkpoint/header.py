@@ -74,7 +74,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise odd("a malformed entry in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_SIZE:
+    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
         raise odd(f"unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(_natural(n) for n in shape):
         raise odd(f"shape {shape!r} is no list of sizes")

@@ -27,7 +27,7 @@ from lora_export.commands.talk import talking
 @options.talk_options
 def validate(
     base: str, adapters: tuple[str, ...], merged: Path, onnx: Path | None, base_onnx: Path | None,
-    provider: str, prompts: Path | None, rows: int, as_json: bool, quiet: bool, verbose: bool, **words: Any,
+    provider: Any, prompts: Path | None, rows: int, as_json: bool, quiet: bool, verbose: bool, **words: Any,
 ) -> None:  # fmt: skip
     """Compare a merged folder with PEFT's unmerged forward in fp32. Exit code 3 if a check fails.
 

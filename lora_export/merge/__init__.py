@@ -8,7 +8,13 @@ from pathlib import Path
 
 from lora_export.adapters import read_adapter
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
-from lora_export.checkpoint.companions import companion_files, copy_files, tokenizer_files, write_config
+from lora_export.checkpoint.companions import (
+    companion_files,
+    copy_files,
+    copy_subfolders,
+    tokenizer_files,
+    write_config,
+)
 from lora_export.checkpoint.shards import write_index
 from lora_export.contracts import AdapterChoice, MergeOptions, MergeResult, Progress
 from lora_export.files import check_space, output_folder
@@ -83,6 +89,7 @@ def _copy_companions(planned: MergePlan, stage: Path) -> list[str]:
     """The base's files, and over them the tokenizer that an adapter brings: it was trained with that one."""
     base, warnings = planned.base.folder, []
     copy_files(companion_files(base), stage)
+    copy_subfolders(base, stage)
     write_config(base / "config.json", stage / "config.json", planned.config_changes, planned.config_removals)
     for adapter in planned.adapters:
         own = tokenizer_files(adapter.folder)

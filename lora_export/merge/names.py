@@ -42,6 +42,13 @@ def tied_pair(weights: Collection[str]) -> tuple[str, str] | None:
     return embedding, "embed_out.weight" if embedding.startswith("gpt_neox") else "lm_head.weight"
 
 
+def stored_pair(weights: Collection[str]) -> tuple[str, str] | None:
+    """(input embedding, output head) where the checkpoint stores both."""
+    embedding = next((n for n in INPUT_EMBEDDINGS if n in weights), None)
+    head = next((h for h in OUTPUT_HEADS if h in weights), None)
+    return (embedding, head) if embedding and head else None
+
+
 def unknown_target(target: str, weights: Collection[str], where: str) -> AdapterError:
     """The error for an adapter that targets a weight which the base does not have."""
     leaf = ".".join(target.split(".")[-2:])

@@ -13,6 +13,7 @@ from lora_export.merge.names import (
     OUTPUT_HEADS,
     rename,
     resolve_prefix,
+    stored_pair,
     tied_pair,
     unknown_target,
 )
@@ -20,6 +21,8 @@ from lora_export.quantization import QuantizedWeight, TrainingQuantization, find
 
 Operation = Literal["copied", "updated", "replaced", "dequantized", "converted"]
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+EMBEDDING_NAMES = frozenset({n.split(".")[-2] for n in INPUT_EMBEDDINGS})
+_TIED_HEADS = ("MaskedLM", "PreTraining", "ConditionalGeneration", "LMHead", "CausalLM")
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,35 @@ def _untie(
     base: Checkpoint, weights: Mapping[str, tuple[int, ...]], targets: Mapping[str, Sequence[TargetUpdate]]
 ) -> tuple[str, str] | None:
     """(embedding, head) if the adapter changes one of a tied pair: PEFT's forward changes only that one."""
-    pair = tied_pair(weights)
-    if pair is None or not base.config.get("tie_word_embeddings", True) or not _is_language_model(base):
+    # A head may be stored although the config ties it: then the two are still one until the config says otherwise.
+    pair = tied_pair(weights) or stored_pair(weights)
+    if not base.config.get("tie_word_embeddings", True):
+        return None
+    if pair is None or not _is_language_model(base):
+        _refuse_hidden_tie(base, weights, targets)
         return None
     # An embedding saved because the vocabulary was resized changed before training, for both of the pair.
     trained = any(u.kind != "embedding" for u in targets.get(pair[0], ()))
     return pair if trained or pair[1] in targets else None
+
+
+def _refuse_hidden_tie(
+    base: Checkpoint, weights: Mapping[str, tuple[int, ...]], targets: Mapping[str, Sequence[TargetUpdate]]
+) -> None:
+    """Refuse to change an embedding that shares its weight with an output this tool cannot give its own."""
+    architecture = (base.config.get("architectures") or [""])[0]
+    if not any(head in architecture for head in _TIED_HEADS) or any(w.endswith(OUTPUT_HEADS) for w in weights):
+        return
+    for name, updates in targets.items():
+        is_embedding = name.endswith(".weight") and name.split(".")[-2] in EMBEDDING_NAMES
+        if is_embedding and any(u.kind != "embedding" for u in updates):
+            raise AdapterError(
+                f"the adapter changes an embedding whose weight {architecture} also uses for its output",
+                where=base.folder,
+                tensor=name,
+                expected="an adapter that leaves the tied embedding alone, or a base without tied weights",
+                next_step="serve it unmerged with PEFT",
+            )
 
 
 def _is_language_model(base: Checkpoint) -> bool:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from lora_export import files
 from lora_export.contracts import ExportResult, ModelKind, Precision, Progress
@@ -13,7 +13,17 @@ from lora_export.onnx_export.engines import architecture_of, choose
 from lora_export.onnx_export.identity import compare
 from lora_export.onnx_export.job import Job
 
-__all__ = ["check_model", "compare", "count_nodes", "export", "is_exported", "kind_of", "load_export"]
+__all__ = [
+    "check_model",
+    "check_request",
+    "compare",
+    "count_nodes",
+    "export",
+    "is_exported",
+    "kind_of",
+    "load_export",
+    "model_file",
+]
 
 RECORD = "export.json"
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
@@ -77,7 +87,7 @@ def load_export(folder: Path) -> ExportResult:
         return ExportResult(
             output=folder,
             engine=str(record["engine"]),
-            precision=str(record["precision"]),
+            precision=_precision(record["precision"]),
             nodes=int(record["nodes"]),
             seconds=float(record["seconds"]),
             files=_sizes(folder),
@@ -87,6 +97,13 @@ def load_export(folder: Path) -> ExportResult:
         raise InputError(f"the record of the export is damaged: {error}", where=folder / RECORD) from None
 
 
+def _precision(name: str) -> Precision:
+    for known in get_args(Precision):
+        if name == known:
+            return cast("Precision", known)
+    raise ValueError(f"unknown precision {name!r}")
+
+
 def is_exported(folder: Path) -> bool:
     return (folder / RECORD).is_file() and (folder / "model.onnx").is_file()
 
@@ -94,6 +111,29 @@ def is_exported(folder: Path) -> bool:
 def kind_of(config: Mapping[str, Any]) -> ModelKind:
     """Whether a config.json is that of a decoder or an encoder; ExportError if no engine knows it."""
     return choose(config).kind
+
+
+def check_request(config: Mapping[str, Any], precision: Precision, provider: str, engine: str | None) -> str:
+    """The name of the engine that will export a model with this config.json; refuses what it cannot do.
+
+    For a model that does not exist yet: what only its folder can tell is checked by `export`.
+    """
+    chosen = choose(config, engine)
+    chosen.check_precision(precision, provider)
+    return chosen.name
+
+
+def model_file(path: Path) -> Path:
+    """The .onnx file that a person means by a file or by the folder around it."""
+    file = path / "model.onnx" if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(
+            "there is no ONNX model here",
+            where=path,
+            expected="an .onnx file, or a folder with model.onnx",
+            next_step="lora-export export -m MODEL -o OUT",
+        )
+    return file
 
 
 # --- refusals ----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
-from lora_export.contracts import ModelKind
+from lora_export.contracts import ModelKind, Precision
 from lora_export.errors import ExportError
 from lora_export.onnx_export import companions, isolated
 from lora_export.onnx_export.job import Job
@@ -19,17 +19,20 @@ class DynamoEngine:
     architectures: ClassVar[frozenset[str]] = frozenset(f + h for f in _FAMILIES for h in _HEADS)
 
     def check(self, job: Job) -> None:
-        if job.precision not in _PRECISIONS:
-            raise ExportError(
-                f"an encoder cannot be exported as {job.precision}",
-                expected=" or ".join(_PRECISIONS),
-                next_step="--precision fp16",
-            )
+        self.check_precision(job.precision, job.provider)
         if job.adapter is not None:
             raise ExportError(
                 "an encoder's adapter cannot stay unmerged in the graph",
                 where=job.adapter,
                 next_step="benchmark base against merged without an unmerged graph",
+            )
+
+    def check_precision(self, precision: Precision, provider: str) -> None:
+        if precision not in _PRECISIONS:
+            raise ExportError(
+                f"an encoder cannot be exported as {precision}",
+                expected=" or ".join(_PRECISIONS),
+                next_step="--precision fp16",
             )
 
     def run(self, job: Job) -> None:

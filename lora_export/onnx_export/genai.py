@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export import files
-from lora_export.contracts import ModelKind
+from lora_export.contracts import ModelKind, Precision
 from lora_export.errors import AdapterError, ExportError
 from lora_export.onnx_export import checks, companions, isolated
 from lora_export.onnx_export.job import Job
@@ -41,17 +41,7 @@ class GenaiEngine:
 
     def check(self, job: Job) -> None:
         """Refuse what the builder would do wrong, or what the provider could not run."""
-        if job.provider not in _PROVIDERS:
-            raise ExportError(
-                f"a decoder cannot be exported for the provider {job.provider!r}",
-                expected=" or ".join(_PROVIDERS),
-            )
-        if job.precision == "bf16" and job.provider == "cpu":
-            raise ExportError(
-                "bf16 does not run on the CPU: ONNX Runtime has no bfloat16 MatMul there",
-                expected="fp32, fp16, int8 or int4",
-                next_step="--precision fp32, or --provider cuda",
-            )
+        self.check_precision(job.precision, job.provider)
         if not companions.has_tokenizer(job.model):
             raise ExportError(
                 "the folder holds no tokenizer, which onnxruntime-genai needs beside a decoder",
@@ -62,6 +52,19 @@ class GenaiEngine:
         _refuse_ambiguous_head(job.config)
         if job.adapter is not None:
             _check_adapter(job.adapter)
+
+    def check_precision(self, precision: Precision, provider: str) -> None:
+        if provider not in _PROVIDERS:
+            raise ExportError(
+                f"a decoder cannot be exported for the provider {provider!r}",
+                expected=" or ".join(_PROVIDERS),
+            )
+        if precision == "bf16" and provider == "cpu":
+            raise ExportError(
+                "bf16 does not run on the CPU: ONNX Runtime has no bfloat16 MatMul there",
+                expected="fp32, fp16, int8 or int4",
+                next_step="--precision fp32, or --provider cuda",
+            )
 
     def run(self, job: Job) -> None:
         request = {

@@ -25,7 +25,7 @@ class Job:
 
 
 class Engine(Protocol):
-    """A way to export some architectures. Both methods raise ExportError; `check` before any work."""
+    """A way to export some architectures. All methods raise ExportError; the checks before any work."""
 
     @property
     def name(self) -> str: ...
@@ -37,5 +37,7 @@ class Engine(Protocol):
     def architectures(self) -> frozenset[str]: ...
 
     def check(self, job: Job) -> None: ...
+
+    def check_precision(self, precision: Precision, provider: str) -> None: ...
 
     def run(self, job: Job) -> None: ...

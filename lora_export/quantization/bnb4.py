@@ -135,7 +135,7 @@ def _state(source: TensorSource, name: str, info: TensorInfo) -> dict[str, Any]:
     shape, dtype = state.get("shape"), state.get("dtype")
     if not isinstance(shape, list) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
         raise _odd(info, f"the quantization state has the shape {shape!r}")
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise _odd(info, f"the quantization state has the dtype {dtype!r}")
     return state
 

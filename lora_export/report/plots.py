@@ -27,7 +27,7 @@ _VARIABLES = {
     BAND: "--band",
 }
 _ARMS = (("base", BASE), ("merged", MERGED), ("unmerged", UNMERGED))
-_WIDTH = 6.4  # inches
+_WIDTH = 5.5  # inches
 _MAX_TICKS = 150
 _MAX_MODULES = 24
 
@@ -116,6 +116,8 @@ def kl_by_position(values: Sequence[float]) -> str | None:
         ax.semilogy(np.arange(len(known)), known, color=MERGED, lw=1.2)
         if len(known) == 1:
             ax.plot(0, known[0], "o", color=MERGED)
+        # matplotlib's own label of a power of ten is mathtext, which is switched off here.
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         ax.set_xlabel("position in the text")
         ax.set_ylabel("KL, nats")
         _quiet(ax, "y")
@@ -213,7 +215,7 @@ def _figure(height: float) -> Iterator["Figure"]:
 def _quiet(ax: "Axes", grid: str) -> None:
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
-    ax.tick_params(length=0)
+    ax.tick_params(length=0, which="both")
     if grid in ("x", "y"):
         ax.grid(axis=grid, color=RULE, lw=0.6)  # type: ignore[arg-type]
         ax.set_axisbelow(True)

@@ -91,7 +91,7 @@ def _say_validation(validate: Mapping[str, Any] | None) -> str:
         return f"It computes what the adapter was trained to compute: all {count(len(checks), 'check')} passed."
     if not checks:
         return "It is not known to compute what the adapter was trained to compute: no check was made."
-    names = ", ".join(_check_label(c["name"]).lower() for c in failed[:3]) or "see below"
+    names = ", ".join(_uncapitalized(_check_label(c["name"])) for c in failed[:3]) or "see below"
     return (
         "It does not compute what the adapter was trained to compute: "
         f"{len(failed)} of {count(len(checks), 'check')} failed ({names})."
@@ -139,6 +139,10 @@ def check_rows(validate: Mapping[str, Any]) -> list[CheckRow]:
         )
         for c in validate["checks"]
     ]
+
+
+def _uncapitalized(label: str) -> str:
+    return label[:1].lower() + label[1:]
 
 
 def _check_label(name: str) -> str:

@@ -9,15 +9,17 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """To significant digits; small and large ones as 1.2e-05."""
+    """To significant digits, without trailing zeros; small and large ones as 1.2e-5."""
     if value is None or not math.isfinite(value):
         return DASH
     if value == 0 or (isinstance(value, int) and abs(value) < 10**7):
         return f"{value:,}" if isinstance(value, int) else "0"
     if 1e-3 <= abs(value) < 1e6:
         decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-        return f"{value:,.{decimals}f}"
-    return f"{value:.{digits - 1}e}"
+        text = f"{value:,.{decimals}f}"
+        return text.rstrip("0").rstrip(".") if decimals else text
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def milliseconds(value: float | None) -> str:
@@ -64,7 +66,7 @@ def printable(value: Any) -> str:
 def markdown(value: Any) -> str:
     """Escaped for a Markdown paragraph or table cell: names cannot become markup, HTML, links or mentions."""
     text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", text)
+    text = re.sub(r"([\\`*_\[\]#|~])", r"\\\1", text)
     return text.replace("@", "&#64;").replace("://", "&#58;//")
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lora_export.contracts import Check, Progress, ValidationResult
-from lora_export.validation.compare import compare_logits, greedy_divergences
+from lora_export.validation.compare import Difference, compare_logits, greedy_divergences
 from lora_export.validation.decoders import greedy, greedy_steps, logits
-from lora_export.validation.noise import rounding_noise
+from lora_export.validation.noise import DRAWS, rounding_noise
 from lora_export.validation.thresholds import Floor, decoder_checks
 
 SAMPLES = 3  # prompts that are continued greedily
@@ -33,9 +33,11 @@ class DecoderStory:
         self.progress.stage("validate: noise floor of the rounding, without any adapter")
         with unmerged.disable_adapter():
             self._base = logits(unmerged, self.tokens)
-            with rounding_noise(unmerged, self.dtypes):
-                noisy = logits(unmerged, self.tokens)
-        floor = self._floor(noisy, "rounding errors of the output type on the base, no adapter")
+            draws = []
+            for seed in range(DRAWS):
+                with rounding_noise(unmerged, self.dtypes, seed):
+                    draws.append(self._from_base(logits(unmerged, self.tokens)))
+        floor = self._floor(draws, "rounding errors of the output type on the base, no adapter")
         self.progress.stage(f"validate: {len(self.tokens)} prompts, unmerged and merged")
         self._unmerged = logits(unmerged, self.tokens)
         found = compare_logits(self._unmerged, logits(merged, self.tokens), self.tokens)
@@ -52,8 +54,9 @@ class DecoderStory:
         from lora_export.validation.onnx_decoder import OnnxDecoder
 
         self.progress.stage("validate: ONNX Runtime, noise floor from the base exported the same way")
-        noisy = [OnnxDecoder(base, provider).logits(ids) for ids in self.tokens]
-        floor = self._floor(noisy, "the base exported the same way, against the base in PyTorch")
+        reference = OnnxDecoder(base, provider)
+        noisy = [reference.logits(ids) for ids in self.tokens]
+        floor = self._floor([self._from_base(noisy)], "the base exported the same way, against the base in PyTorch")
         self.progress.stage("validate: ONNX Runtime, the merged graph at several lengths and with its cache")
         runner = OnnxDecoder(model, provider)
         found = compare_logits(self._unmerged, [runner.logits(ids) for ids in self.tokens], self.tokens)
@@ -65,9 +68,11 @@ class DecoderStory:
     def _prompts(self) -> Sequence[torch.Tensor]:
         return self.tokens[:SAMPLES]
 
-    def _floor(self, noisy: list[torch.Tensor], where: str) -> Floor:
-        scale = max(float(x.abs().max()) for x in self._base)
-        return Floor(compare_logits(self._base, noisy, self.tokens), scale, where)
+    def _from_base(self, noisy: list[torch.Tensor]) -> Difference:
+        return compare_logits(self._base, noisy, self.tokens)
+
+    def _floor(self, draws: list[Difference], where: str) -> Floor:
+        return Floor(tuple(draws), max(float(x.abs().max()) for x in self._base), where)
 
     def _continue(self, unmerged: Any, merged: Any) -> list[torch.Tensor]:
         self.progress.stage("validate: greedy continuations")

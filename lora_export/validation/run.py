@@ -14,6 +14,7 @@ from lora_export.contracts import (
 )
 from lora_export.errors import InputError
 
+
 @dataclass(frozen=True)
 class ValidationOptions:
     """prompts: a file with one prompt a line (None: built in). rows: how many rows of each updated tensor are

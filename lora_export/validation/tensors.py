@@ -73,7 +73,7 @@ def _pick(count: int, rows: int | None) -> torch.Tensor:
         return torch.arange(count)
     generator = torch.Generator().manual_seed(SEED)
     picked = torch.randperm(count, generator=generator)[: max(rows - 2, 0)]
-    return torch.unique(torch.cat([picked, torch.tensor([0, count - 1])]))
+    return torch.tensor(sorted({0, count - 1, *picked.tolist()}))
 
 
 def _half_ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

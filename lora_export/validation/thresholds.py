@@ -8,23 +8,44 @@ from lora_export.contracts import Check
 from lora_export.validation.compare import Difference, Divergence
 
 FACTOR = 4.0  # on logits; divergences are quadratic in them, so they get its square
-# fp32 sums in another order differ by about this share of the largest logit (6e-5 of 37 on SmolLM2 against
-# float64). It counts where an adapter touches so few weights that their rounding is less than that.
+# fp32 sums in another order differ by about this share of the largest logit (6e-5 of 37 on SmolLM2,
+# measured against float64).
 FP32_ARITHMETIC = 2.0**-20
 COIN_TOSSES = 3  # positions at which two tokens are as good as equally likely
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Noise measured without an adapter; `scale` is the largest logit of the base, `where` says how."""
+    """Noise measured without an adapter, in one draw or several; `scale` is the largest logit of the base.
 
-    difference: Difference
+    Two sources add up: the rounding of weights, and the order of fp32 sums, which differs between the
+    unmerged and the merged forward.
+    """
+
+    draws: tuple[Difference, ...]
     scale: float
     where: str
 
     @property
+    def arithmetic(self) -> float:
+        return self.scale * FP32_ARITHMETIC
+
+    @property
     def max_abs(self) -> float:
-        return max(self.difference.max_abs, self.scale * FP32_ARITHMETIC)
+        return max(d.max_abs for d in self.draws) + self.arithmetic
+
+    @property
+    def kl(self) -> float:
+        # KL between two softmaxes whose logits differ by at most d is at most d²/2 (to second order).
+        return max(d.kl_mean for d in self.draws) + self.arithmetic**2 / 2
+
+    @property
+    def top1(self) -> float:
+        return min(d.top1 for d in self.draws)
+
+    @property
+    def nll_spread(self) -> float:
+        return max(d.nll_spread for d in self.draws) + self.arithmetic
 
 
 def decoder_checks(
@@ -33,10 +54,9 @@ def decoder_checks(
     """The checks that DESIGN names, for logits of a decoder against the unmerged ones."""
     logits = FACTOR * floor.max_abs
     note = f"{FACTOR:g} × the noise floor ({floor.where})"
-    # KL between two softmaxes whose logits differ by at most d is at most d²/2 (to second order).
-    kl = FACTOR**2 * max(floor.difference.kl_mean, (floor.scale * FP32_ARITHMETIC) ** 2 / 2)
-    top1 = 1 - FACTOR * (1 - floor.difference.top1) - COIN_TOSSES / found.positions
-    spread = FACTOR * max(floor.difference.nll_spread, floor.scale * FP32_ARITHMETIC)
+    kl = FACTOR**2 * floor.kl
+    top1 = 1 - FACTOR * (1 - floor.top1) - COIN_TOSSES / found.positions
+    spread = FACTOR * floor.nll_spread
     unexplained = [d for d in divergences if d.gap > 2 * logits]
     perplexity = math.exp(found.nll_reference)
     limit = perplexity * math.exp(spread)

@@ -13,9 +13,11 @@ import transformers
 from peft.tuners.lora import Embedding, LoraLayer
 
 from lora_export.contracts import AdapterChoice, MergeOptions, MergeResult
+from lora_export.errors import AdapterError
 from lora_export.merge import merge
 from tests.builders import (
     bert_config,
+    edit_tensors,
     gpt2_config,
     llama_config,
     load,
@@ -73,7 +75,9 @@ CASES: dict[str, Case] = {
     "every linear layer, tied": Case(lambda: lora(target_modules=ALL_LINEAR), tied_llama, tied_after=True),
     "rslora": Case(lambda: lora(use_rslora=True)),
     "patterns": Case(patterns),
-    "patterns with rslora": Case(lambda: lora(use_rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 4})),
+    "patterns with rslora": Case(
+        lambda: lora(use_rslora=True, rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 4})
+    ),
     "bias all": Case(lambda: lora(bias="all"), llama_with_biases),
     "bias lora_only": Case(lambda: lora(bias="lora_only"), llama_with_biases),
     "lora_bias": Case(lambda: lora(lora_bias=True), llama_with_biases),
@@ -82,7 +86,9 @@ CASES: dict[str, Case] = {
     "head saved, untied": Case(lambda: lora(modules_to_save=["lm_head"])),
     "norms saved": Case(lambda: lora(modules_to_save=["input_layernorm", "norm"])),
     "lora on the head, untied": Case(lambda: lora(target_modules=["lm_head", "q_proj"])),
-    "lora on the head, tied": Case(lambda: lora(target_modules=["lm_head", "q_proj"]), tied_llama, tied_after=False),
+    "lora on the head, tied": Case(
+        lambda: lora(target_modules=["lm_head", "q_proj"]), tied_llama, tied_after=False
+    ),
     "embedding": Case(lambda: lora(target_modules=["embed_tokens", "v_proj"])),
     "embedding, tied": Case(lambda: lora(target_modules=["embed_tokens", "v_proj"]), tied_llama, tied_after=False),
     "embedding and rslora": Case(lambda: lora(target_modules=["embed_tokens"], use_rslora=True)),
@@ -104,7 +110,9 @@ CASES: dict[str, Case] = {
     "gpt2 embedding": Case(
         lambda: lora(target_modules=["c_attn", "wte"], fan_in_fan_out=True), gpt2_config, GPT2, tied_after=False
     ),
-    "gpt2 bias all": Case(lambda: lora(target_modules=["c_attn"], fan_in_fan_out=True, bias="all"), gpt2_config, GPT2),
+    "gpt2 bias all": Case(
+        lambda: lora(target_modules=["c_attn"], fan_in_fan_out=True, bias="all"), gpt2_config, GPT2
+    ),
     "gpt2 bfloat16": Case(
         lambda: lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), gpt2_config, GPT2, torch.bfloat16
     ),
@@ -116,7 +124,7 @@ CASES: dict[str, Case] = {
         lambda: lora(target_modules=BERT_TARGETS, modules_to_save=["classifier"], bias="all"), bert_config, Bert
     ),
     "bert embeddings": Case(lambda: lora(target_modules=["word_embeddings", "query"]), bert_config, Bert),
-}  # fmt: skip
+}
 
 
 def build(case: Case, folder: Path) -> tuple[Path, Path]:
@@ -275,10 +283,31 @@ def test_bfloat16_adapter_enters_the_sum_in_fp32(tmp_path: Path) -> None:
     _check_tensors(oracle, tmp_path / "out", torch.float32)
 
 
-def test_masked_language_model_with_lora_on_its_tied_embedding(tmp_path: Path) -> None:
-    """The decoder of BertForMaskedLM shares the embedding; PEFT changes the embedding alone."""
+@pytest.mark.parametrize("how", [{"target_modules": ["word_embeddings"]}, {"modules_to_save": ["word_embeddings"]}])
+def test_embedding_with_a_hidden_tie_is_refused(tmp_path: Path, how: dict[str, list[str]]) -> None:
+    """The decoder of BertForMaskedLM shares the embedding; PEFT changes the embedding alone, a file cannot."""
     masked = transformers.BertForMaskedLM
     base = save_base(tmp_path / "base", masked, bert_config())
-    adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=["word_embeddings"]), masked)
+    adapter = save_adapter(tmp_path / "adapter", base, lora(**({"target_modules": ["query"]} | how)), masked)
+    with pytest.raises(AdapterError, match="also uses for its output"):
+        run(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_masked_language_model(tmp_path: Path) -> None:
+    masked = transformers.BertForMaskedLM
+    base = save_base(tmp_path / "base", masked, bert_config())
+    adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=BERT_TARGETS), masked)
     run(base, adapter, tmp_path / "out")
     assert relative(logits(load(tmp_path / "out", masked)), logits(unmerged(base, adapter, masked))) < 1e-5
+
+
+def test_base_that_stores_a_tied_head_twice(tmp_path: Path) -> None:
+    """Some files hold lm_head beside the embedding although the config ties them."""
+    base = save_base(tmp_path / "base", config=llama_config(tied=True))
+    embedding = tensors(base)["model.embed_tokens.weight"]
+    edit_tensors(base / "model.safetensors", {"lm_head.weight": embedding.clone()})
+    adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=["embed_tokens", "q_proj"]))
+    run(base, adapter, tmp_path / "out")
+    assert relative(logits(load(tmp_path / "out")), logits(unmerged(base, adapter))) < 1e-5
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False

@@ -1,5 +1,6 @@
 """A report with every stage, made from the contracts' own as_json, so that it fails when they change."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate
 
 @pytest.fixture
 def full() -> dict[str, Any]:
-    return full_report()
+    report: dict[str, Any] = json.loads(json.dumps(full_report()))
+    return report
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def full_report() -> dict[str, Any]:
 
 def _merge() -> dict[str, Any]:
     dice = np.random.default_rng(0)
-    records = tuple(
+    updated = tuple(
         TensorRecord(
             name=f"model.layers.{layer}.{module}.weight",
             operation="updated",
@@ -64,7 +66,8 @@ def _merge() -> dict[str, Any]:
         )
         for layer in range(30)
         for module in MODULES
-    ) + (TensorRecord("model.norm.weight", "copied", "BF16", (576,)),)
+    )
+    records = (*updated, TensorRecord("model.norm.weight", "copied", "BF16", (576,)))
     result = MergeResult(
         output=Path("merged"),
         tensors={"copied": 123, "updated": 150, "replaced": 0, "dequantized": 0},
@@ -141,7 +144,8 @@ def raw_timings() -> dict[str, dict[str, tuple[float, ...]]]:
     dice = np.random.default_rng(2)
     centres = {"b1/p128/prefill": 271.0, "b1/p128/decode": 23.9}
     arms = {"base": 1.0, "base_again": 1.0, "merged": 1.0, "unmerged": 1.118}
-    return {
-        cell: {a: tuple(float(t) for t in centre * f * np.exp(0.02 * dice.standard_normal(176))) for a, f in arms.items()}
-        for cell, centre in centres.items()
-    }
+
+    def times(median: float) -> tuple[float, ...]:
+        return tuple(float(t) for t in median * np.exp(0.02 * dice.standard_normal(176)))
+
+    return {cell: {arm: times(centre * f) for arm, f in arms.items()} for cell, centre in centres.items()}

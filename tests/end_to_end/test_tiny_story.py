@@ -1,0 +1,117 @@
+"""The whole story on a tiny model: every stage real, in half a minute."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.end_to_end.conftest import Run
+from tests.validation.conftest import save_adapter, save_base
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("story")
+    base = save_base(root / "base", torch.float32)
+    return base, save_adapter(base, root / "adapter")
+
+
+@pytest.fixture(scope="module")
+def story(inputs: tuple[Path, Path], run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    base, adapter = inputs
+    out = tmp_path_factory.mktemp("out") / "run"
+    words = ["--provider", "cpu", "--max-seconds", 5, "--prompt-length", 8, "--margin", 0.5]
+    code, document, talk = run("merge-and-export", "-b", base, "-a", adapter, "-o", out, *words)
+    assert code == 0, talk
+    return out, document
+
+
+def test_one_key_a_stage(story: tuple[Path, Any]) -> None:
+    out, document = story
+    assert document["output"] == str(out)
+    assert document["merge"]["tensors"]["updated"] == 8
+    assert document["merge"]["adapter_tensors"] == {"used": 16, "total": 16}
+    assert document["validate"]["passed"]
+    assert document["export"]["engine"] == "genai"
+    assert document["benchmark"]["graph_identical"] is True
+    assert document["benchmark"]["provider"] == "cpu"
+    assert document["benchmark"]["verdict"] in ("equivalent", "inconclusive")
+    names = {c["name"] for c in document["validate"]["checks"]}
+    contract = {
+        "logits_max_abs", "logits_kl_mean", "top1_agreement", "perplexity_unmerged", "perplexity_merged",
+        "greedy_agreement", "noise_floor_max_abs",
+    }  # fmt: skip
+    assert contract | {f"onnx_{n}" for n in contract} <= names
+
+
+def test_what_a_run_leaves(story: tuple[Path, Any]) -> None:
+    out, _ = story
+    assert {p.name for p in out.iterdir()} == {"merged", "onnx", "report", "manifest.json"}
+    assert {p.name for p in (out / "report").iterdir()} == {
+        "report.json", "report.html", "report.md", "samples.json",
+    }  # fmt: skip
+    assert not list(out.parent.glob(".*"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    on_disk = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert set(manifest["files"]) == on_disk - {"manifest.json"}
+
+
+def test_nothing_of_this_machine_in_what_travels(story: tuple[Path, Any], inputs: tuple[Path, Path]) -> None:
+    out, _ = story
+    for name in ("manifest.json", "report/report.json", "report/report.html", "merged/lora_export_certificate.json"):
+        assert str(inputs[0].parent) not in (out / name).read_text(), name
+
+
+def test_an_existing_run_is_kept(story: tuple[Path, Any], inputs: tuple[Path, Path], run: Run) -> None:
+    out, _ = story
+    before = (out / "manifest.json").read_bytes()
+    code, document, talk = run("merge-and-export", "-b", inputs[0], "-a", inputs[1], "-o", out)
+    assert code == 1
+    assert "--force" in talk and document["where"] == str(out)
+    assert (out / "manifest.json").read_bytes() == before
+
+
+def test_stages_alone_work_on_what_the_run_left(
+    story: tuple[Path, Any], inputs: tuple[Path, Path], run: Run, tmp_path: Path
+) -> None:
+    out, _ = story
+    base, adapter = inputs
+    code, document, talk = run(
+        "validate", "-b", base, "-a", adapter, "-m", out / "merged", "--onnx", out / "onnx", "--provider", "cpu"
+    )
+    assert code == 0 and document["passed"], talk
+    assert any(c["name"] == "onnx_logits_max_abs" for c in document["checks"])
+    code, document, talk = run("export", "-m", base, "-o", tmp_path / "base", "--provider", "cpu")
+    assert code == 0 and document["nodes"] > 0, talk
+    words = ["--provider", "cpu", "--max-seconds", 3, "--prompt-length", 8]
+    code, document, talk = run(
+        "benchmark", "-b", tmp_path / "base", "-m", out / "onnx", "-o", tmp_path / "latency", *words
+    )
+    assert code == 0 and document["graph_identical"] is True, talk
+    assert {c["phase"] for c in document["cells"]} == {"prefill", "decode"}
+    code, document, _ = run("report", out)
+    assert code == 0 and Path(document["html"]).is_file()
+    code, document, _ = run("inspect", out)
+    assert code == 0 and document["kind"] == "run" and document["status"] == "passed"
+
+
+def test_a_failed_gate_keeps_the_output_aside(inputs: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+    """Merged into the right base, but judged with more noise than rounding: a real run with a real failure."""
+    base, adapter = inputs
+    spoiled = tmp_path / "adapter"
+    spoiled.mkdir()
+    for path in adapter.iterdir():
+        spoiled.joinpath(path.name).write_bytes(path.read_bytes())
+    config = json.loads((spoiled / "adapter_config.json").read_text())
+    # PEFT ignores an unknown rank_pattern key; ours too. What only PEFT honours is `exclude_modules`: it leaves
+    # the projection unmerged, so the two disagree and the gate has to see it.
+    config["layers_to_transform"] = [0]
+    (spoiled / "adapter_config.json").write_text(json.dumps(config))
+    code, _, talk = run("merge-and-export", "-b", base, "-a", spoiled, "-o", tmp_path / "run", "--provider", "cpu")
+    assert code == 3, talk
+    assert not (tmp_path / "run").exists()
+    failed = tmp_path / "run.failed"
+    assert "validation failed" in (failed / "FAILED").read_text()
+    assert json.loads((failed / "report" / "report.json").read_text())["status"] == "failed"

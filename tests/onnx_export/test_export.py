@@ -1,0 +1,162 @@
+"""What an exported folder holds, and what is refused before any work."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_export import files
+from lora_export.contracts import ExportResult
+from lora_export.errors import AdapterError, CheckpointError, ExportError, InputError
+from lora_export.onnx_export import export, is_exported, isolated, kind_of, load_export
+from lora_export.onnx_export.engines import choose
+from lora_export.progress import Silent
+
+ModelWith = Callable[[dict[str, Any]], Path]
+
+
+def attempt(model: Path, output: Path, **options: Any) -> ExportResult:
+    return export(model, output, **{"precision": "fp32", "progress": Silent(), **options})
+
+
+def test_folder_holds_companions_and_record(exported: Callable[..., ExportResult], llama: Path) -> None:
+    result = exported(llama)
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (result.output / name).read_bytes() == (llama / name).read_bytes(), name
+    assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= set(result.files)
+    record = json.loads((result.output / "export.json").read_text())
+    assert record["source_config_sha256"] == files.sha256(llama / "config.json")
+    assert {"onnxruntime_genai", "onnx", "torch", "transformers"} <= set(record["versions"])
+    assert load_export(result.output) == result
+    assert json.loads((result.output / "tokenizer_config.json").read_text())["model_max_length"] == 64
+
+
+def test_fp16_for_the_cpu_names_no_cuda_provider(exported: Callable[..., ExportResult], llama: Path) -> None:
+    assert "cuda" not in (exported(llama, "fp16").output / "genai_config.json").read_text()
+
+
+def test_genai_generates_from_the_folder(exported: Callable[..., ExportResult], llama: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    model = og.Model(str(exported(llama).output))
+    ids = [ord("a") - ord("!") + 4, ord("b") - ord("!") + 4]
+    assert list(og.Tokenizer(model).encode("ab")) == ids
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=8)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(ids)
+    generator.generate_next_token()
+    assert len(generator.get_sequence(0)) == 3
+
+
+def test_load_export_refuses_other_folders(tmp_path: Path) -> None:
+    assert not is_exported(tmp_path)
+    with pytest.raises(InputError, match="holds no export"):
+        load_export(tmp_path)
+
+
+def test_kind_of_tells_decoders_from_encoders() -> None:
+    assert kind_of({"architectures": ["Qwen2ForCausalLM"]}) == "decoder"
+    assert kind_of({"architectures": ["BertForSequenceClassification"]}) == "encoder"
+
+
+def test_unknown_architecture_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"WeirdForCausalLM.*'weird'") as refusal:
+        choose({"architectures": ["WeirdForCausalLM"], "model_type": "weird"})
+    assert "LlamaForCausalLM" in str(refusal.value)
+
+
+def test_engine_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ExportError, match="dynamo does not export LlamaForCausalLM"):
+        choose({"architectures": ["LlamaForCausalLM"]}, "dynamo")
+    with pytest.raises(ExportError, match="unknown engine 'magic'"):
+        choose({"architectures": ["LlamaForCausalLM"]}, "magic")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"transformers_version": "99.0.1"}, "saved by transformers 99.0.1"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "still has a quantization_config"),
+        ({"auto_map": {"AutoModel": "modeling_x.X"}}, "'auto_map'"),
+        ({"text_config": {"auto_map": {}}}, "'auto_map'"),
+        ({"_attn_implementation_internal": "x/y"}, "'_attn_implementation_internal'"),
+    ],
+)
+def test_unsafe_configs_are_refused(
+    model_with: ModelWith, tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(CheckpointError, match=told):
+        attempt(model_with(changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ambiguous_vocabulary_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="vocab_size and intermediate_size are both 112"):
+        attempt(model_with({"vocab_size": 112}), tmp_path / "out")
+
+
+def test_decoder_without_tokenizer_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
+    model = model_with({})
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ExportError, match="holds no tokenizer"):
+        attempt(model, tmp_path / "out")
+
+
+def test_pickled_weights_are_refused(model_with: ModelWith, tmp_path: Path) -> None:
+    model = model_with({})
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="no weights as safetensors"):
+        attempt(model, tmp_path / "out")
+
+
+def test_impossible_precisions_are_refused(llama: Path, bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="bf16 does not run on the CPU"):
+        attempt(llama, tmp_path / "out", precision="bf16")
+    with pytest.raises(ExportError, match="cannot be exported as int4"):
+        attempt(bert, tmp_path / "out", precision="int4")
+    with pytest.raises(ExportError, match="provider 'tensorrt'"):
+        attempt(llama, tmp_path / "out", provider="tensorrt")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}],
+)
+def test_adapters_the_builder_would_drop_are_refused(
+    llama: Path, adapter: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    changed = tmp_path / "adapter"
+    shutil.copytree(adapter, changed)
+    config = json.loads((changed / "adapter_config.json").read_text())
+    (changed / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ExportError, match=next(iter(changes))):
+        attempt(llama, tmp_path / "out", adapter=changed)
+
+
+def test_pickled_adapter_is_refused(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "adapter"
+    shutil.copytree(adapter, changed)
+    (changed / "adapter_model.safetensors").rename(changed / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="pickle"):
+        attempt(llama, tmp_path / "out", adapter=changed)
+
+
+def test_a_failing_engine_is_told_without_traceback(model_with: ModelWith, tmp_path: Path) -> None:
+    model = model_with({})
+    (model / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(ExportError, match="engine genai failed") as failure:
+        attempt(model, tmp_path / "out")
+    assert "SafetensorError" in str(failure.value)
+    assert "Traceback" not in str(failure.value)
+    assert 'File "' not in str(failure.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_engines_do_not_see_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    environment = isolated._environment("/nowhere")
+    assert "HF_TOKEN" not in environment
+    assert environment["HF_HUB_OFFLINE"] == "1"

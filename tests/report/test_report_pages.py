@@ -1,0 +1,198 @@
+"""The HTML and Markdown pages: what they say, and what no name can make of them."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_export.report import render, write
+from lora_export.report.text import markdown as escaped
+from lora_export.report.text import number, size
+
+HOSTILE = '<script>alert("1")</script>\'"\n\n# <img src=x onerror=alert(1)> $x$ | `a` {{ 7*7 }} \x00\x1b[31m\u202e'
+Samples = dict[str, dict[str, tuple[float, ...]]]
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page, and whether its tags close."""
+
+    VOID = ("meta", "br", "path", "use", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def pages(report: dict[str, Any], folder: Path, samples: Samples | None = None) -> tuple[Page, str, str]:
+    write(report, folder, samples)
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    return Page(html), html, (folder / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_full_report_tells_its_story_on_top(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+    page, _, text = pages(full, tmp_path, timings)
+    for words in (page.words, text):
+        assert "Passed" in words
+        assert "300 of 300 adapter tensors went into 150 weights" in words
+        assert "computes what the adapter was trained to compute: all 5 checks passed" in words
+        assert "as fast as the base, within ±1%, in all 2 cells" in words
+        assert "support-bot-lora × 0.7" in words and "93efa2f097d5" in words
+    assert "Latency equivalent" in page.words
+    assert page.tags.count("figure") == 4 and page.tags.count("svg") == 4
+    assert not page.open
+    assert "three times rounding alone" in page.words
+    assert "0.9961 … 1.0032" in page.words and "271.31" in page.words
+
+
+def test_pages_are_the_same_bytes_again(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+    _, first, _ = pages(full, tmp_path / "a", timings)
+    _, second, _ = pages(full, tmp_path / "b", timings)
+    assert first == second
+
+
+def test_nothing_is_loaded_and_nothing_runs(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+    page, html, _ = pages(full, tmp_path, timings)
+    policy = next(v for tag, name, v in page.attributes if tag == "meta" and name == "content")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert not {"script", "link", "iframe", "object", "embed", "form", "base"} & set(page.tags)
+    assert not [a for a in page.attributes if a[1].startswith("on")]
+    for _, name, value in page.attributes:
+        if name in ("src", "href", "xlink:href"):
+            assert value.startswith(("#", "data:image/png"))
+    assert "@import" not in html and not re.search(r"url\((?!#)", html)
+
+
+def test_names_of_a_model_stay_names(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+    hostile = poisoned(full)
+    page, html, text = pages(hostile, tmp_path, {HOSTILE: {HOSTILE: (1.0,)}} | timings)  # type: ignore[arg-type]
+    assert "<script" not in html.lower() and "<img" not in html.lower()
+    assert not {"script", "img"} & set(page.tags) and not page.open
+    assert "alert" in page.words and "49" not in re.findall(r"\{\{.*?\}\}", page.words)
+    assert "\x00" not in html and "\x1b" not in html and "\u202e" not in html
+    assert "<script" not in text and "<img" not in text
+    # A newline must not start a heading, nor a pipe a column.
+    assert all(not line.startswith("# ") for line in text.splitlines()[1:])
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
+    assert set(widths) == {5, 9}
+
+
+def poisoned(value: Any, key: str = "") -> Any:
+    """Every free string of a report replaced by a hostile one, names of layers only in part."""
+    if key in ("status", "verdict", "phase"):
+        return value
+    if isinstance(value, dict):
+        return {k: poisoned(v, k) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [poisoned(v, key) for v in value]
+    if isinstance(value, str):
+        return value + HOSTILE if ".layers." in value else HOSTILE
+    return value
+
+
+@pytest.mark.parametrize("stage", ["merge", "validate", "export", "benchmark"])
+def test_a_stage_that_did_not_run_says_so(full: dict[str, Any], stage: str, tmp_path: Path) -> None:
+    full[stage] = None
+    page, _, text = pages(full, tmp_path)
+    assert "not run" in page.words and "not run" in text
+    assert not page.open
+
+
+def test_no_stage_at_all(full: dict[str, Any], tmp_path: Path) -> None:
+    page, _, _ = pages(full | dict.fromkeys(("merge", "validate", "export", "benchmark")), tmp_path)
+    assert page.words.count("not run") == 4
+    assert "was not checked" in page.words and "not compared with the base" in page.words
+
+
+def test_a_failure_cannot_be_overlooked(full: dict[str, Any], tmp_path: Path) -> None:
+    full["status"] = "failed"
+    full["validate"]["passed"] = False
+    full["validate"]["checks"][1] |= {"passed": False, "value": float("nan")}
+    full["validate"]["weight_errors"] = ["model.layers.3.mlp.down_proj.weight"]
+    page, html, text = pages(full, tmp_path)
+    for words in (page.words, text):
+        assert "Failed: do not deploy this output" in words
+        assert "does not compute what the adapter was trained to compute: 1 of 5 checks failed" in words
+        assert "not a number" in words
+    assert 'class="verdict bad"' in html and "✗ failed" in page.words
+    assert "model.layers.3.mlp.down_proj.weight" in page.words
+    assert json.loads((tmp_path / "report.json").read_text())["validate"]["checks"][1]["value"] is None
+
+
+def test_slower_and_inconclusive_read_differently(full: dict[str, Any], tmp_path: Path) -> None:
+    full["benchmark"]["verdict"] = "inconclusive"
+    page, _, _ = pages(full, tmp_path)
+    assert "gave no verdict" in page.words
+    full["benchmark"]["verdict"] = "slower"
+    full["benchmark"]["cells"][0] |= {"verdict": "slower", "ratio": 1.08}
+    page, _, _ = pages(full, tmp_path)
+    assert "slower than the base in 1 of 2 cells, by up to 8.0%" in page.words
+
+
+def test_a_benchmark_without_a_base(full: dict[str, Any], tmp_path: Path) -> None:
+    for cell in full["benchmark"]["cells"]:
+        nothing = (k for k in cell if k.startswith(("base", "ratio", "ci_", "noise", "unmerged")))
+        cell |= dict.fromkeys(nothing) | {"verdict": "inconclusive"}
+    full["benchmark"] |= {"verdict": "inconclusive", "noise_floor": None, "graph_identical": None}
+    page, _, _ = pages(full, tmp_path)
+    assert "not compared" in page.words and "None" not in page.words
+
+
+def test_compare_sets_two_runs_side_by_side(full: dict[str, Any], tmp_path: Path) -> None:
+    other = copy.deepcopy(full)
+    other["title"] = "another <b>run</b>"
+    other["merge"]["delta_survival"] = 0.5
+    other["benchmark"] = None
+    write(full, tmp_path / "a")
+    write(other, tmp_path / "b")
+    before = (tmp_path / "b" / "report.html").read_bytes()
+    render(tmp_path / "a", tmp_path / "b")
+    page = Page((tmp_path / "a" / "report.html").read_text(encoding="utf-8"))
+    assert "Beside another run" in page.words
+    assert "99.31% 50.00%" in page.words and "another <b>run</b>" in page.words
+    assert "23.94 ms –" in page.words
+    text = (tmp_path / "a" / "report.md").read_text(encoding="utf-8")
+    assert "| Update that survived | 99.31% | 50.00% |" in text and "<b>" not in text
+    assert (tmp_path / "b" / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, "–"), (float("inf"), "–"), (0.0, "0"), (0.03120, "0.0312"), (6.8e-5, "6.8e-5"), (1234567, "1,234,567"),
+     (14.2071, "14.2"), (-0.5, "-0.5"), (2.0e9, "2e9"), (100.0, "100")],
+)  # fmt: skip
+def test_numbers(value: float | None, expected: str) -> None:
+    assert number(value) == expected
+
+
+def test_sizes_and_markdown() -> None:
+    assert size(170_928) == "170.93 kB" and size(12) == "12 B" and size(None) == "–"
+    assert escaped("a|b @user https://x [y](z)") == r"a\|b &#64;user https&#58;//x \[y\](z)"

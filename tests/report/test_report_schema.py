@@ -1,0 +1,130 @@
+"""report.json is written whole, and read back with distrust."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_export.errors import InputError
+from lora_export.report import SCHEMA_VERSION, load, render, write
+from lora_export.report.plots import by_layer
+
+Samples = dict[str, dict[str, tuple[float, ...]]]
+
+
+def test_what_is_written_is_read_back(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+    write(full, tmp_path, timings)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", "samples.json"]
+    assert load(tmp_path) == json.loads(json.dumps(full))
+    assert len(json.loads((tmp_path / "samples.json").read_text())["b1/p128/decode"]["base_again"]) == 176
+
+
+def test_rendering_again_restores_the_pages(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+    write(full, tmp_path, timings)
+    first = (tmp_path / "report.html").read_bytes()
+    (tmp_path / "report.html").write_text("gone")
+    (tmp_path / "report.md").unlink()
+    render(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first
+    assert (tmp_path / "report.md").is_file()
+
+
+def test_a_missing_report_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no report here") as caught:
+        render(tmp_path)
+    assert caught.value.next_step
+
+
+def break_json(path: Path) -> None:
+    path.write_text(path.read_text()[:-20])
+
+
+def change(**changes: Any) -> Any:
+    def breaking(path: Path) -> None:
+        report = json.loads(path.read_text())
+        for dotted, value in changes.items():
+            *parents, last = dotted.split("__")
+            place = report
+            for parent in parents:
+                place = place[int(parent)] if parent.isdigit() else place[parent]
+            key = int(last) if last.isdigit() else last
+            if value is ...:
+                del place[key]
+            else:
+                place[key] = value
+        path.write_text(json.dumps(report))
+
+    return breaking
+
+
+@pytest.mark.parametrize(
+    ("breaking", "message"),
+    [
+        (break_json, "not valid JSON"),
+        (lambda path: path.write_text("[]"), "no JSON object"),
+        (change(schema_version=SCHEMA_VERSION + 1), "schema version"),
+        (change(schema_version=...), "schema version"),
+        (change(title=...), "title is missing"),
+        (change(status="perhaps"), "status is 'perhaps'"),
+        (change(merge=[]), "merge is list"),
+        (change(merge__records__0__name=3), r"merge.records\[0\].*name is int"),
+        (change(validate__checks__2__passed="yes"), r"validate.checks\[2\].*passed is str"),
+        (change(benchmark__cells__1__merged_ms=None), r"benchmark.cells\[1\].*merged_ms"),
+        (change(benchmark__cells__0__ratio=True), "ratio is bool"),
+        (change(benchmark__cells__0=7), "no JSON object"),
+    ],
+)
+def test_a_damaged_report_is_refused_and_its_pages_left(
+    breaking: Any, message: str, full: dict[str, Any], tmp_path: Path
+) -> None:
+    write(full, tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+    breaking(tmp_path / "report.json")
+    with pytest.raises(InputError, match=message) as caught:
+        render(tmp_path)
+    assert str(tmp_path / "report.json") == caught.value.where
+    assert (tmp_path / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("samples", [{"b1": 3}, {"b1": {"base": ["1"]}}, {"b1": {"base": 1.0}}])
+def test_damaged_samples_are_refused(samples: Any, full: dict[str, Any], tmp_path: Path) -> None:
+    write(full, tmp_path)
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    with pytest.raises(InputError, match="samples of 'b1' are damaged"):
+        render(tmp_path)
+
+
+def test_samples_may_be_gone(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+    write(full, tmp_path, timings)
+    (tmp_path / "samples.json").unlink()
+    render(tmp_path)
+    assert (tmp_path / "report.html").read_text().count("<figure>") == 3
+
+
+def test_layers_are_found_in_names_and_experts_taken_together() -> None:
+    def record(name: str, delta: float | None) -> dict[str, Any]:
+        return {"name": name, "relative_delta": delta}
+
+    found = by_layer(
+        [
+            record("model.layers.7.self_attn.q_proj.weight", 0.2),
+            record("model.layers.7.mlp.experts.0.w1.weight", 0.1),
+            record("model.layers.7.mlp.experts.1.w1.weight", 0.3),
+            record("model.layers.7.norm.weight", None),
+            record("lm_head.weight", 0.5),
+        ],
+        "relative_delta",
+    )
+    assert found == {(7, "q_proj"): 0.2, (7, "w1"): pytest.approx(0.2)}
+
+
+def test_a_big_model_is_drawn_in_seconds(full: dict[str, Any], tmp_path: Path) -> None:
+    record = full["merge"]["records"][0]
+    names = [f"model.layers.{i}.self_attn.p{j}.weight" for i in range(126) for j in range(30)]
+    full["merge"]["records"] = [record | {"name": name} for name in names]
+    started = time.perf_counter()
+    write(full, tmp_path)
+    assert time.perf_counter() - started < 30
+    assert (tmp_path / "report.html").stat().st_size < 4 * 2**20

@@ -1,0 +1,110 @@
+"""Who may import whom: DESIGN.md's rooms, read from the syntax tree."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lora_export
+
+PACKAGE = Path(lora_export.__file__).parent
+TOP = {"contracts", "errors", "files", "progress", "runtime"}
+ROOMS = {
+    "checkpoint",
+    "adapters",
+    "quantization",
+    "merge",
+    "validation",
+    "onnx_export",
+    "benchmark",
+    "report",
+    "packages",
+}
+EVERYTHING = TOP | ROOMS | {"pipeline", "inspection", "commands", ""}
+ALLOWED: dict[str, set[str]] = {
+    **dict.fromkeys(TOP, TOP),
+    **{room: TOP | {room} for room in ROOMS},
+    "merge": TOP | {"merge", "checkpoint", "adapters", "quantization"},
+    "onnx_export": TOP | {"onnx_export", "checkpoint"},
+    **dict.fromkeys(("pipeline", "inspection", "commands"), EVERYTHING),
+    "": TOP,
+}
+
+
+def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """(room, line) of every import of this package, wherever it stands; relative ones are made absolute."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*start, *([node.module] if node.module else [])))
+            names = [f"{module}.{alias.name}" for alias in node.names] if module == "lora_export" else [module]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module", "__import__",
+        ):  # fmt: skip
+            names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "lora_export":
+                yield (parts[1] if len(parts) > 1 else ""), node.lineno
+
+
+def violations(source: str, file: Path) -> list[str]:
+    """Imports in `file` (relative to the package) that its room may not make."""
+    room = file.parts[0] if len(file.parts) > 1 else file.stem.replace("__init__", "")
+    package = ("lora_export", *file.parts[:-1])
+    may = ALLOWED.get(room, TOP)
+    return [
+        f"{file}:{line} ({room or 'the package'}) imports {target or 'the package'}"
+        for target, line in imported(ast.parse(source), package)
+        if target not in may
+    ]
+
+
+def test_rooms_keep_their_boundaries() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 40
+    found = [v for f in files for v in violations(f.read_text(encoding="utf-8"), f.relative_to(PACKAGE))]
+    assert not found, "\n".join(found)
+
+
+def test_every_module_belongs_to_a_known_room() -> None:
+    names = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix in ("", ".py")}
+    assert names - {"__init__", "__main__", "__pycache__"} <= EVERYTHING, names
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("adapters/lora.py", "from lora_export.checkpoint import open_checkpoint"),
+        ("adapters/lora.py", "import lora_export.merge.plan"),
+        ("validation/run.py", "def f():\n    from lora_export.adapters import read_adapter"),
+        ("validation/run.py", "from lora_export import merge"),
+        ("checkpoint/reader.py", "from ..merge import plan"),
+        ("checkpoint/reader.py", "from .. import merge"),
+        ("onnx_export/engines.py", "from lora_export.quantization.bnb4 import find"),
+        ("merge/plan.py", "from lora_export.onnx_export import export"),
+        ("files.py", "from lora_export.checkpoint.header import read_header"),
+        ("errors.py", "from lora_export import pipeline"),
+        ("report/__init__.py", "import importlib\nimportlib.import_module('lora_export.benchmark')"),
+        ("benchmark/study.py", "if True:\n    from lora_export.commands import main"),
+    ],
+)
+def test_a_planted_violation_is_found(file: str, source: str) -> None:
+    assert violations(source, Path(file))
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("merge/plan.py", "from lora_export.quantization.bnb4 import find\nfrom .names import rename"),
+        ("onnx_export/dynamo.py", "from lora_export.checkpoint import open_checkpoint"),
+        ("commands/merge.py", "from lora_export.merge import merge"),
+        ("checkpoint/reader.py", "from lora_export.files import read_json\nimport torch, json"),
+    ],
+)
+def test_a_lawful_import_is_not_reported(file: str, source: str) -> None:
+    assert not violations(source, Path(file))
