@@ -1,7 +1,6 @@
 """Time several arms side by side until their noise allows a verdict or the time is up."""
 
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,7 +68,7 @@ def measure(
     deadline = clock() + seconds
     with _no_garbage_collection():
         typical, settled = warm_up(arms, margin, clock() + _WARM_UP_SHARE * seconds, rng, clock)
-        passes = min(_MAX_PASSES, max(1, math.ceil(_BLOCK_MS / (2 * sum(typical.values())))))
+        passes = _passes(2 * sum(typical.values()), seconds)
         blocks: list[dict[str, list[float]]] = []
         planned = MIN_BLOCKS
         while len(blocks) < planned and (len(blocks) < 2 or clock() < deadline):
@@ -79,6 +78,12 @@ def measure(
             tick(len(blocks), planned)
     times = {name: np.array([b[name] for b in blocks]) for name in arms}
     return Series(times, settled)
+
+
+def _passes(pass_ms: float, seconds: float) -> int:
+    """ABBA passes a block: fewer where the time would not hold twice the least number of blocks."""
+    block_ms = min(_BLOCK_MS, 1000 * seconds / (2 * MIN_BLOCKS))
+    return min(_MAX_PASSES, max(1, round(block_ms / pass_ms)))
 
 
 def block(arms: Mapping[str, Arm], passes: int, rng: np.random.Generator) -> dict[str, list[float]]:

@@ -151,9 +151,7 @@ def _open_for(study: Study, cuda_graph: bool) -> dict[str, Engine]:
     engines: dict[str, Engine] = {}
     for name, model in study.models.items():
         if name == AGAIN and not _fits_twice(model):
-            study.note(
-                "memory holds one session of the base only: the noise floor is that session against itself"
-            )
+            study.note("memory holds one session of the base only: the noise floor is that session against itself")
             engines[AGAIN] = engines[BASE]
             continue
         study.progress.detail(f"loading {name}" + (" for CUDA graphs" if cuda_graph else ""))
@@ -216,9 +214,7 @@ def _measure_cell(
     study.samples[task.key] = {n: tuple(float(x) for x in t.ravel()) for n, t in series.times.items()}
 
 
-def _arms(
-    study: Study, task: Task, engines: dict[str, Engine], graph_id: int
-) -> dict[str, Callable[[], float]]:
+def _arms(study: Study, task: Task, engines: dict[str, Engine], graph_id: int) -> dict[str, Callable[[], float]]:
     buffers = Buffers(engines[MERGED].device)
     arms: dict[str, Callable[[], float]] = {}
     for name, engine in engines.items():

@@ -30,7 +30,7 @@ def write_certificate(
         "adapters": [
             {
                 "kind": a.kind,
-                "base_model": a.config.get("base_model_name_or_path"),
+                "base_model": _name(a.config.get("base_model_name_or_path")),
                 "sha256": {p.name: sha256(p) for p in sorted(a.folder.glob("adapter_*")) if p.is_file()},
             }
             for a in plan.adapters
@@ -42,3 +42,9 @@ def write_certificate(
     }
     del certificate["options"]["force"]
     write_json(folder / NAME, certificate)
+
+
+def _name(base_model: object) -> str | None:
+    """A hub id as it is; a folder of the training machine by its last name, as the certificate travels."""
+    text = str(base_model or "")
+    return (Path(text).name if Path(text).is_absolute() else text) or None

@@ -49,6 +49,7 @@ class GenaiEngine:
                 expected="tokenizer.json, tokenizer.model, or vocab.json with merges.txt",
                 next_step="copy the tokenizer files of the base model into the folder",
             )
+        _refuse_head_size(job.config)
         _refuse_ambiguous_head(job.config)
         if job.adapter is not None:
             _check_adapter(job.adapter)
@@ -81,6 +82,19 @@ class GenaiEngine:
             _check_adapter_arrived(job)
         companions.copy(job.model, job.output)
         companions.bound_model_max_length(job.output, int(settings["context_length"]))
+
+
+def _refuse_head_size(config: Mapping[str, Any]) -> None:
+    """GroupQueryAttention in ONNX Runtime takes head sizes that are multiples of 8, and says so when it runs."""
+    heads = int(config.get("num_attention_heads") or 0)
+    size = int(config.get("head_dim") or (int(config.get("hidden_size") or 0) // heads if heads else 0))
+    if size % 8:
+        raise ExportError(
+            f"the attention heads have size {size}, which ONNX Runtime's GroupQueryAttention cannot run",
+            where="config.json",
+            expected="a multiple of 8",
+            next_step="use the merged folder with transformers, vLLM or TGI as it is: lora-export merge",
+        )
 
 
 def _refuse_ambiguous_head(config: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from lora_export.errors import RuntimeUnavailable
 from lora_export.runtime import DecoderSignature, open_session
 
 SPLIT = 3  # a prompt is fed in this many pieces, so that the cache has to carry the context
@@ -16,6 +17,7 @@ class OnnxDecoder:
     """One session, and its cache kept as ONNX Runtime values so that no type is converted on the way."""
 
     def __init__(self, model: Path, provider: str) -> None:
+        self._model = model
         self._session = open_session(model, provider)
         self._signature = DecoderSignature.of(self._session)
 
@@ -48,7 +50,15 @@ class OnnxDecoder:
             feeds[signature.position_ids] = _value(positions)
         feeds |= dict(zip([n for pair in signature.past for n in pair], past, strict=True))
         names = [signature.logits, *(n for pair in signature.present for n in pair)]
-        logits, *present = self._session.run_with_ort_values(names, feeds)
+        try:
+            logits, *present = self._session.run_with_ort_values(names, feeds)
+        except Exception as error:  # ONNX Runtime's exceptions share no base but this one
+            raise RuntimeUnavailable(
+                f"the exported graph fails when it runs: {' '.join(str(error).split())}",
+                where=self._model,
+                expected="a graph that the execution provider can run",
+                next_step="another --precision or --provider",
+            ) from None
         return torch.from_numpy(logits.numpy().astype(np.float32))[0], present
 
     def _empty_cache(self) -> list[Any]:

@@ -48,6 +48,12 @@ def graph(path: Path, layers: int, *, decoder: bool = True) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for each other are at the mercy of whatever else runs here."""
+    monkeypatch.setattr(environment, "usable_cores", lambda: 1)
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Callable[..., Path]:
     return lambda name, layers, **kw: graph(tmp_path / f"{name}.onnx", layers, **kw)
@@ -59,7 +65,11 @@ def options(**kw: object) -> BenchmarkOptions:
 
 def test_a_slower_graph_is_found_slower(small: Callable[..., Path]) -> None:
     result = benchmark.run(
-        merged=small("merged", 40), base=small("base", 8), unmerged=None, options=options(), progress=Silent()
+        merged=small("merged", 40),
+        base=small("base", 8),
+        unmerged=None,
+        options=options(max_seconds=30.0),
+        progress=Silent(),
     )
     assert result.verdict == "slower"
     assert {c.phase for c in result.cells} == {"prefill", "decode"}
@@ -204,7 +214,7 @@ def test_the_environment_names_no_machine() -> None:
 
     told = str(environment.describe() | environment.snapshot())
     assert not platform.node() or platform.node() not in told
-    assert "cpu" in environment.describe() and environment.usable_cores() >= 1
+    assert "cpu" in environment.describe() and environment.available_memory() > 0
 
 
 def test_nvidia_smi_table() -> None:

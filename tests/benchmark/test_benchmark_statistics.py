@@ -147,19 +147,19 @@ def verdicts(ratio: float, studies: int, sigma: float) -> dict[str, float]:
 
 
 def test_no_difference_is_found_equivalent_and_not_slower() -> None:
-    rates = verdicts(1.0, 120, sigma=0.004)
+    rates = verdicts(1.0, 60, sigma=0.004)
     assert rates["equivalent"] >= 0.90
     assert rates["slower"] <= 0.05
 
 
 def test_three_percent_is_not_called_equivalent() -> None:
-    rates = verdicts(1.03, 80, sigma=0.004)
+    rates = verdicts(1.03, 60, sigma=0.004)
     assert rates["equivalent"] <= 0.05
     assert rates["slower"] >= 0.90
 
 
 def test_a_difference_of_just_the_margin_is_called_neither_more_than_once_in_twenty() -> None:
-    rates = verdicts(1.01, 120, sigma=0.004)
+    rates = verdicts(1.01, 100, sigma=0.004)
     assert rates["equivalent"] <= 0.09
     assert rates["slower"] <= 0.09
 

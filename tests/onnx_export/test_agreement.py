@@ -12,6 +12,7 @@ import torch
 from lora_export.contracts import ExportResult
 from lora_export.onnx_export.checks import load_graph
 from lora_export.runtime import DecoderSignature, open_session
+from onnx import TensorProto
 
 Exported = Callable[..., ExportResult]
 IDS = np.array([[5, 6, 7, 8, 9, 40, 41], [30, 31, 11, 12, 13, 60, 61]])
@@ -120,6 +121,11 @@ def test_encoder_agrees_with_transformers(exported: Exported, bert: Path, precis
 
     result = exported(bert, precision)
     assert operators(result)["Attention"] == 2
+    types = {tensor.data_type for tensor in load_graph(result.model).graph.initializer}
+    assert (TensorProto.FLOAT16 in types, TensorProto.FLOAT in types) == (
+        precision == "fp16",
+        precision == "fp32",
+    )
     session = open_session(result.model, "cpu")
     mask = np.array([[1] * 7, [1] * 4 + [0] * 3])
     feed = {"input_ids": IDS, "attention_mask": mask, "token_type_ids": IDS % 2}

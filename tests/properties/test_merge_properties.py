@@ -15,11 +15,11 @@ from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.merge import merge
 from tests.builders import handmade_adapter, handmade_base, tensors
 
-NAMES = st.text(min_size=1, max_size=12).filter(lambda n: n != "__metadata__" and n.isprintable())
+NAMES = st.text(alphabet='ab.é"\\ 0_', min_size=1, max_size=12)
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.dictionaries(NAMES, st.tuples(st.sampled_from(["F32", "BF16", "U8", "I64"]), SHAPES), max_size=8))
 def test_a_header_that_was_built_is_read_back(entries: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     header = build_header([(n, d, s) for n, (d, s) in entries.items()], {"format": "pt"})

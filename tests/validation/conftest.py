@@ -32,7 +32,7 @@ def save_base(folder: Path, dtype: torch.dtype) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=48,
+        hidden_size=64,
         intermediate_size=80,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -61,7 +61,7 @@ def scaled_untouched(state: dict[str, torch.Tensor]) -> str:
 
 def transposed_heads(state: dict[str, torch.Tensor]) -> str:
     name = LAYER.format(0, Q)
-    state[name] = state[name].roll(12, 0).contiguous()
+    state[name] = state[name].roll(16, 0).contiguous()
     return name
 
 
