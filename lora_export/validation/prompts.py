@@ -16,7 +16,7 @@ BUILT_IN = (
     "of a wife. However little known the feelings or views of such a man may be on his first entering a "
     "neighbourhood, this truth is so well fixed in the minds of the surrounding families, that he is considered "
     "as the rightful property of some one or other of their daughters.",
-    "def fibonacci(n: int) -> int:\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "def fib(n: int) -> int:\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
     "Wer reitet so spät durch Nacht und Wind? Es ist der Vater mit seinem Kind.",
     "There is grandeur in this view of life, with its several powers, having been originally breathed into a few "
     "forms or into one; and that, whilst this planet has gone cycling on according to the fixed law of gravity, "

@@ -1,4 +1,4 @@
-"""SmolLM2-135M with the adapters of this repository: the bars of the main job, measured through the command line."""
+"""SmolLM2-135M with the adapters of this repository: the bars of the main job through the command line."""
 
 import json
 from pathlib import Path
@@ -74,9 +74,7 @@ def test_companions_arrive(story: tuple[str, Path, Any], smollm2: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4"])
-def test_lower_precisions_end_with_honest_figures(
-    smollm2: Path, run: Run, tmp_path: Path, precision: str
-) -> None:
+def test_lower_precisions_end_with_honest_figures(smollm2: Path, run: Run, tmp_path: Path, precision: str) -> None:
     adapter = ADAPTERS / "lora-speeches"
     words = ["--precision", precision, "--provider", "cpu", "--max-seconds", 20]
     code, document, talk = run("merge-and-export", "-b", smollm2, "-a", adapter, "-o", tmp_path / "out", *words)

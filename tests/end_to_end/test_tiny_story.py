@@ -60,7 +60,8 @@ def test_what_a_run_leaves(story: tuple[Path, Any]) -> None:
 
 def test_nothing_of_this_machine_in_what_travels(story: tuple[Path, Any], inputs: tuple[Path, Path]) -> None:
     out, _ = story
-    for name in ("manifest.json", "report/report.json", "report/report.html", "merged/lora_export_certificate.json"):
+    names = ("manifest.json", "report/report.json", "report/report.html", "merged/lora_export_certificate.json")
+    for name in names:
         assert str(inputs[0].parent) not in (out / name).read_text(), name
 
 

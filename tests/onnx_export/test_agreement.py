@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import TensorProto
 
 from lora_export.contracts import ExportResult
 from lora_export.onnx_export.checks import load_graph
 from lora_export.runtime import DecoderSignature, open_session
-from onnx import TensorProto
 
 Exported = Callable[..., ExportResult]
 IDS = np.array([[5, 6, 7, 8, 9, 40, 41], [30, 31, 11, 12, 13, 60, 61]])

@@ -116,9 +116,7 @@ def test_wrong_quantization_option_fails(folders: Folders, tmp_path: Path) -> No
     assert not check(base, adapter, tmp_path / "merged", training_quantization="nf4").passed
 
 
-@pytest.mark.parametrize(
-    ("method", "double"), [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False)]
-)
+@pytest.mark.parametrize(("method", "double"), [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False)])
 def test_qlora_on_the_fly_passes(folders: Folders, tmp_path: Path, method: str, double: bool) -> None:
     base, adapter = folders("bfloat16")
     options = {"training_quantization": method, "training_double_quant": double}
