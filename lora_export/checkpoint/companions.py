@@ -18,6 +18,14 @@ TOKENIZER_FILES = frozenset(
         "chat_template.json", "spiece.model", "sentencepiece.bpe.model",
     }
 )  # fmt: skip
+COMPLETE_TOKENIZERS = (
+    {"tokenizer.json"},
+    {"tokenizer.model"},
+    {"vocab.json", "merges.txt"},
+    {"vocab.txt"},
+    {"spiece.model"},
+    {"sentencepiece.bpe.model"},
+)
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -36,8 +44,13 @@ def companion_files(folder: Path) -> list[Path]:
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer files in a folder, if they are a tokenizer of their own and not just a stray part."""
     found = [p for p in sorted(folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file()]
-    complete = any(p.name in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json") for p in found)
-    return found if complete else [p for p in found if p.name.startswith("chat_template")]
+    return found if has_tokenizer(folder) else [p for p in found if p.name.startswith("chat_template")]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the files of one complete tokenizer, of whichever library, are there."""
+    present = {p.name for p in folder.iterdir()}
+    return any(needed <= present for needed in COMPLETE_TOKENIZERS)
 
 
 def copy_subfolders(folder: Path, target: Path) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Keys that make transformers import code which came with the model.
-CODE_KEYS = frozenset({"auto_map", "_attn_implementation_internal", "custom_pipelines"})
+CODE_KEYS = frozenset({"auto_map", "_attn_implementation_internal", "custom_pipelines", "trust_remote_code"})
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16",
@@ -82,7 +82,7 @@ class Checkpoint(TensorFiles):
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def open_checkpoint(folder: Path, *, trust_code_keys: bool = False) -> Checkpoint:
+def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a Hugging Face model folder by config.json and safetensors headers; no weight is read."""
     if not folder.is_dir():
         raise InputError(
@@ -94,8 +94,7 @@ def open_checkpoint(folder: Path, *, trust_code_keys: bool = False) -> Checkpoin
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise InputError("this folder is an adapter, not a base model", where=folder, next_step="swap -b and -a")
     config = read_json(folder / "config.json")
-    if not trust_code_keys:
-        refuse_code(config, folder / "config.json")
+    refuse_code(config, folder / "config.json")
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for shard, names in _shards(folder).items():

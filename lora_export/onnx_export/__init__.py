@@ -1,32 +1,22 @@
 """Exporting a Hugging Face folder to ONNX: one engine a kind of model, checked before and after."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from lora_export import files
-from lora_export.contracts import ExportResult, ModelKind, Precision, Progress
+from lora_export.checkpoint import refuse_code
+from lora_export.contracts import ExportResult, Precision, Progress
 from lora_export.errors import CheckpointError, ExportError, InputError
 from lora_export.onnx_export.checks import check_model, count_nodes
 from lora_export.onnx_export.engines import architecture_of, choose
 from lora_export.onnx_export.identity import compare
 from lora_export.onnx_export.job import Job
 
-__all__ = [
-    "check_model",
-    "check_request",
-    "compare",
-    "count_nodes",
-    "export",
-    "is_exported",
-    "kind_of",
-    "load_export",
-    "model_file",
-]
+__all__ = ["check_model", "check_request", "compare", "export", "load_export", "model_file"]
 
 RECORD = "export.json"
-_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines")
 
 
 def export(
@@ -75,7 +65,7 @@ def export(
 
 def load_export(folder: Path) -> ExportResult:
     """What an earlier export left in `folder`; InputError if there is none."""
-    if not is_exported(folder):
+    if not ((folder / RECORD).is_file() and (folder / "model.onnx").is_file()):
         raise InputError(
             "the folder holds no export",
             where=folder,
@@ -102,15 +92,6 @@ def _precision(name: str) -> Precision:
         if name == known:
             return cast("Precision", known)
     raise ValueError(f"unknown precision {name!r}")
-
-
-def is_exported(folder: Path) -> bool:
-    return (folder / RECORD).is_file() and (folder / "model.onnx").is_file()
-
-
-def kind_of(config: Mapping[str, Any]) -> ModelKind:
-    """Whether a config.json is that of a decoder or an encoder; ExportError if no engine knows it."""
-    return choose(config).kind
 
 
 def check_request(config: Mapping[str, Any], precision: Precision, provider: str, engine: str | None) -> str:
@@ -145,7 +126,7 @@ def _read_config(model: Path) -> dict[str, Any]:
     _refuse_newer(config, path)
     for name in ("config.json", "tokenizer_config.json"):
         if (model / name).is_file():
-            _refuse_code(files.read_json(model / name), model / name)
+            refuse_code(files.read_json(model / name), model / name)
     if config.get("quantization_config"):
         raise CheckpointError(
             "config.json still has a quantization_config: these are no merged weights",
@@ -176,25 +157,6 @@ def _refuse_newer(config: Mapping[str, Any], path: Path) -> None:
             expected=f"a config saved by transformers {installed.split('.')[0]} or older",
             next_step=f"pip install 'transformers>={major}'",
         )
-
-
-def _refuse_code(config: Mapping[str, Any], path: Path) -> None:
-    for key in _keys(config):
-        if key in _CODE_KEYS:
-            raise CheckpointError(
-                f"{path.name} has the key {key!r}, which makes libraries run code that came with the model",
-                where=path,
-                expected="an architecture that transformers has itself",
-                next_step=f"remove {key!r} if transformers knows the architecture",
-            )
-
-
-def _keys(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        yield from value
-    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    for child in children:
-        yield from _keys(child)
 
 
 # --- after the engine --------------------------------------------------------------------------------------

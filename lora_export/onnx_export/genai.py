@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export import files
+from lora_export.checkpoint.companions import has_tokenizer
 from lora_export.contracts import ModelKind, Precision
 from lora_export.errors import AdapterError, ExportError
 from lora_export.onnx_export import checks, companions, isolated
@@ -42,7 +43,7 @@ class GenaiEngine:
     def check(self, job: Job) -> None:
         """Refuse what the builder would do wrong, or what the provider could not run."""
         self.check_precision(job.precision, job.provider)
-        if not companions.has_tokenizer(job.model):
+        if not has_tokenizer(job.model):
             raise ExportError(
                 "the folder holds no tokenizer, which onnxruntime-genai needs beside a decoder",
                 where=job.model,

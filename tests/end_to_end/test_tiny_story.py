@@ -99,15 +99,13 @@ def test_stages_alone_work_on_what_the_run_left(
 
 
 def test_a_failed_gate_keeps_the_output_aside(inputs: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
-    """Merged into the right base, but judged with more noise than rounding: a real run with a real failure."""
+    """The config promises one layer and the tensors bring two: PEFT runs one, the merge takes both."""
     base, adapter = inputs
     spoiled = tmp_path / "adapter"
     spoiled.mkdir()
     for path in adapter.iterdir():
         spoiled.joinpath(path.name).write_bytes(path.read_bytes())
     config = json.loads((spoiled / "adapter_config.json").read_text())
-    # PEFT ignores an unknown rank_pattern key; ours too. What only PEFT honours is `exclude_modules`: it leaves
-    # the projection unmerged, so the two disagree and the gate has to see it.
     config["layers_to_transform"] = [0]
     (spoiled / "adapter_config.json").write_text(json.dumps(config))
     code, _, talk = run("merge-and-export", "-b", base, "-a", spoiled, "-o", tmp_path / "run", "--provider", "cpu")
