@@ -66,16 +66,24 @@ class TargetUpdate:
     """What an adapter does to one weight, known from headers: nothing is read before `load`.
 
     target: the weight's name in the model (`model.layers.0.self_attn.q_proj.weight`); shapes: the shapes of
-    that weight that this fits, or empty for any; load(shape): reads the adapter's tensors for that shape;
-    keys: the adapter's own names of them; replaces: the old weight does not matter (and may be absent).
+    that weight that this fits, None for a size that the adapter does not tell; load(shape): reads the
+    adapter's tensors for that shape; keys: the adapter's own names of them; replaces: the old weight does not
+    matter (and may be absent).
     """
 
     target: str
     kind: str
     keys: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[tuple[int | None, ...], ...]
     load: Callable[[tuple[int, ...]], Update]
     replaces: bool = False
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape can be meant."""
+        return any(
+            len(known) == len(shape) and all(k in (None, n) for k, n in zip(known, shape, strict=True))
+            for known in self.shapes
+        )
 
 
 @dataclass(frozen=True)

@@ -249,8 +249,8 @@ def _fit(base: Checkpoint, name: str, shape: tuple[int, ...], updates: Sequence[
     """The output's shape; a replacement may bring another number of rows to an embedding."""
     for update in updates:
         if update.replaces and _resizes(update.shapes[0], shape, name):
-            shape = update.shapes[0]
-        elif shape not in update.shapes:
+            shape = tuple(n or 0 for n in update.shapes[0])
+        elif not update.fits(shape):
             raise AdapterError(
                 f"the adapter's {update.kind} fits a weight of shape {list(update.shapes[0])}, "
                 f"the base's has {list(shape)}",
@@ -262,7 +262,7 @@ def _fit(base: Checkpoint, name: str, shape: tuple[int, ...], updates: Sequence[
     return shape
 
 
-def _resizes(new: tuple[int, ...], old: tuple[int, ...], name: str) -> bool:
+def _resizes(new: tuple[int | None, ...], old: tuple[int, ...], name: str) -> bool:
     return name in (*INPUT_EMBEDDINGS, *OUTPUT_HEADS) and len(new) == len(old) == 2 and new[1] == old[1]
 
 
