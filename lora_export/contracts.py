@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     import torch
 
 BaseWeights = Literal["dequantized", "original"]
+ExpertPacking = Literal["rank", "expert"]
+ExpertLayout = Literal["auto", "out-in", "in-out"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 ModelKind = Literal["decoder", "encoder"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
@@ -68,7 +70,8 @@ class TargetUpdate:
     target: the weight's name in the model (`model.layers.0.self_attn.q_proj.weight`); shapes: the shapes of
     that weight that this fits, None for a size that the adapter does not tell; load(shape): reads the
     adapter's tensors for that shape; keys: the adapter's own names of them; replaces: the old weight does not
-    matter (and may be absent).
+    matter (and may be absent); optional: a base without this weight (a bias) needs no update; tied: a weight
+    that is tied to this one gets the same update, so the two stay tied.
     """
 
     target: str
@@ -77,6 +80,8 @@ class TargetUpdate:
     shapes: tuple[tuple[int | None, ...], ...]
     load: Callable[[tuple[int, ...]], Update]
     replaces: bool = False
+    optional: bool = False
+    tied: bool = False
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of this shape can be meant."""
@@ -116,6 +121,8 @@ class MergeOptions:
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     max_shard_size: int | None = None  # bytes; None keeps the base's own shards
     max_memory: int = 2 * 2**30
+    expert_packing: ExpertPacking = "rank"
+    expert_layout: ExpertLayout = "auto"
     force: bool = False
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.adapters import read_adapter
+from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.errors import InputError, LoraExportError
@@ -80,7 +80,7 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
     config, tensors = open_adapter_files(folder)
     document: dict[str, Any] = {"kind": "adapter", "peft_type": config.get("peft_type")}
     try:
-        adapter = read_adapter(folder, config, tensors)
+        adapter = read_adapter(AdapterFile(tensors, config, folder / CONFIG))
     except LoraExportError as error:
         return document | {"mergeable": False, "reason": error.found}
     document |= {

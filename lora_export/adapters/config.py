@@ -9,9 +9,8 @@ from typing import Any
 
 from lora_export.errors import AdapterError
 
-# What changes the result in a way that no kind here computes: key → why, and what helps.
+# What changes the result in a way that no weight can hold, or that is not computed here: key → why, what helps.
 _REFUSALS: dict[str, tuple[str, str]] = {
-    "use_dora": ("DoRA rescales each row of the merged weight", "merge it with PEFT, or train without use_dora"),
     "alora_invocation_tokens": (
         "an activated LoRA (aLoRA) acts only after its invocation tokens, so it depends on the input "
         "and no merged weight equals it",
@@ -21,21 +20,23 @@ _REFUSALS: dict[str, tuple[str, str]] = {
         "Arrow routes each token among adapters, so no merged weight equals it",
         "serve it unmerged",
     ),
+    "monteclora_config": ("MonteCLoRA samples its matrices", "train with monteclora_config=null"),
+    "kasa_config": ("KaSA trains on a truncated base", "train with kasa_config=null"),
     "use_qalora": ("QALoRA pools the input in groups", "train with use_qalora=false"),
     "use_bdlora": ("block-diagonal LoRA", "train with use_bdlora=null"),
-    "layer_replication": ("layer_replication changes the number of layers", "train without layer_replication"),
-    "target_parameters": ("fused expert parameters (target_parameters)", "target the linear layers instead"),
-    "trainable_token_indices": ("trained token rows", "use modules_to_save=['embed_tokens'] instead"),
     "megatron_config": ("Megatron's parallel layers", "convert the adapter to plain PEFT LoRA first"),
-    "corda_config": ("CorDA trains on a changed base", "convert it (see init_lora_weights)"),
 }
 # These initialisations change the base weights, so the adapter alone does not belong to the original base.
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_RECOMPUTED_INITS = ("pissa", "olora")
+_LOST_INITS = ("pissa_niter_", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The parts of a LoRA configuration that change the merged weights."""
+    """The parts of a LoRA configuration that change the merged weights.
+
+    residual: the initialisation that took the adapter's first value out of the base ("pissa", "olora"), or None.
+    """
 
     r: int
     alpha: float
@@ -43,10 +44,7 @@ class LoraConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     fan_in_fan_out: bool
-    bias: str
-    lora_bias: bool
-    modules_to_save: tuple[str, ...]
-    base_model: str | None
+    residual: str | None
     where: Path
 
     def scaling(self, module: str, rank: int) -> float:
@@ -54,7 +52,7 @@ class LoraConfig:
 
         rank is the rank found in the file; it must be the one that the configuration gives this module.
         """
-        expected = _match(self.rank_pattern, module, self.r)
+        expected = match_pattern(self.rank_pattern, module, self.r)
         if rank != expected:
             raise AdapterError(
                 f"the tensors have rank {rank}, the configuration gives this module rank {expected}",
@@ -62,11 +60,11 @@ class LoraConfig:
                 tensor=module,
                 expected="rank_pattern and r that describe the file",
             )
-        alpha = float(_match(self.alpha_pattern, module, self.alpha))
+        alpha = float(match_pattern(self.alpha_pattern, module, self.alpha))
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
-def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+def match_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first key, in the file's order, that matches the end of the module's name."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -76,53 +74,66 @@ def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def parse_lora(config: Mapping[str, Any], where: Path) -> LoraConfig:
     """The LoRA configuration, or an AdapterError for whatever would make the merged result another one."""
-    for key, (why, next_step) in _REFUSALS.items():
-        if config.get(key):
-            raise AdapterError(f"{why}: {key} is set", where=where, expected=f"no {key}", next_step=next_step)
-    _check_init(config.get("init_lora_weights", True), where)
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise AdapterError(f"r is {r!r}", where=where, expected="a positive whole number")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"lora_alpha is {alpha!r}", where=where, expected="a number")
-    bias = config.get("bias", "none")
-    if bias not in ("none", "all", "lora_only"):
-        raise AdapterError(f"bias is {bias!r}", where=where, expected="none, all or lora_only")
+    refuse_unmergeable(config, where)
     return LoraConfig(
-        r=r,
-        alpha=float(alpha),
+        r=whole(config, "r", where),
+        alpha=number(config, "lora_alpha", where),
         use_rslora=bool(config.get("use_rslora")),
-        rank_pattern=_pattern(config, "rank_pattern", where),
-        alpha_pattern=_pattern(config, "alpha_pattern", where),
+        rank_pattern=pattern(config, "rank_pattern", where),
+        alpha_pattern=pattern(config, "alpha_pattern", where),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        bias=bias,
-        lora_bias=bool(config.get("lora_bias")),
-        modules_to_save=tuple(config.get("modules_to_save") or ()),
-        base_model=config.get("base_model_name_or_path"),
+        residual=_residual(config.get("init_lora_weights", True), where),
         where=where,
     )
 
 
-def _pattern(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise AdapterError(f"{key} is {value!r}", where=where, expected="a map from module to number")
-    for pattern, number in value.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise AdapterError(f"{key} has the key {pattern!r}: {error}", where=where) from None
-        if not isinstance(number, int | float) or isinstance(number, bool) or not number > 0:
-            raise AdapterError(f"{key} gives {pattern!r} the value {number!r}", where=where, expected="> 0")
+def refuse_unmergeable(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse the LoRA settings that make the adapter depend on its input, or that are not computed here."""
+    for key, (why, next_step) in _REFUSALS.items():
+        if config.get(key):
+            raise AdapterError(f"{why}: {key} is set", where=where, expected=f"no {key}", next_step=next_step)
+
+
+def whole(config: Mapping[str, Any], key: str, where: Path) -> int:
+    """A positive whole number of the configuration."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AdapterError(f"{key} is {value!r}", where=where, expected="a positive whole number")
     return value
 
 
-def _check_init(init: Any, where: Path) -> None:
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+def number(config: Mapping[str, Any], key: str, where: Path) -> float:
+    """A finite number of the configuration."""
+    value = config.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise AdapterError(f"{key} is {value!r}", where=where, expected="a number")
+    return float(value)
+
+
+def pattern(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
+    """rank_pattern or alpha_pattern: regular expression → positive number."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise AdapterError(f"{key} is {value!r}", where=where, expected="a map from module to number")
+    for name, size in value.items():
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise AdapterError(f"{key} has the key {name!r}: {error}", where=where) from None
+        if not isinstance(size, int | float) or isinstance(size, bool) or not size > 0:
+            raise AdapterError(f"{key} gives {name!r} the value {size!r}", where=where, expected="> 0")
+    return value
+
+
+def _residual(init: Any, where: Path) -> str | None:
+    kind = init.lower() if isinstance(init, str) else ""
+    if kind.startswith(_LOST_INITS):
         raise AdapterError(
-            f"init_lora_weights is {init!r}: this adapter was trained on a changed base, not on the original",
+            f"init_lora_weights is {init!r}: this adapter was trained on a changed base, not on the original, and "
+            "what was taken out of the base cannot be computed from it again",
             where=where,
             expected="an adapter converted to plain LoRA",
             next_step="in the training script: model.save_pretrained(DIR, "
             "path_initial_model_for_weight_conversion=INITIAL_ADAPTER)",
         )
+    return kind if kind in _RECOMPUTED_INITS else None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_export.contracts import TargetUpdate, TensorInfo, TensorSource
+from lora_export.contracts import ExpertLayout, ExpertPacking, TargetUpdate, TensorInfo, TensorSource
 from lora_export.errors import AdapterError
 
 
@@ -13,13 +13,18 @@ from lora_export.errors import AdapterError
 class AdapterFile:
     """An adapter as it lies on disk, known from its headers.
 
-    where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`).
+    where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`). The rest is about
+    fused experts, and matters where the file cannot tell: packing of B (all experts of a rank together, or all
+    ranks of an expert), layout of a square weight, and whether the architecture stores experts as (in, out).
     """
 
     source: TensorSource
     config: Mapping[str, Any]
     where: Path
     weight: float = 1.0
+    expert_packing: ExpertPacking = "rank"
+    expert_layout: ExpertLayout = "auto"
+    experts_stored_in_out: bool = False
 
     @property
     def folder(self) -> Path:
@@ -50,9 +55,12 @@ class Kind(Protocol):
     weight in one line, with its source.
     """
 
-    NAME: str
-    PEFT_TYPES: tuple[str, ...]
-    FORMULA: str
+    @property
+    def NAME(self) -> str: ...
+    @property
+    def PEFT_TYPES(self) -> tuple[str, ...]: ...
+    @property
+    def FORMULA(self) -> str: ...
 
     def read(self, file: AdapterFile) -> list[TargetUpdate]:
         """One update for each weight that this kind changes. It claims its tensors by `TargetUpdate.keys`, and

@@ -1,34 +1,85 @@
-"""LoRA (arXiv:2106.09685, eq. 3): W' = W + s·B·A, on linear layers, GPT-2's Conv1D and embeddings."""
+"""LoRA (arXiv:2106.09685, eq. 3): W' = W + s·B·A, on linear layers, GPT-2's Conv1D, embeddings, convolutions."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from lora_export.adapters.config import LoraConfig
+from lora_export.adapters import experts
+from lora_export.adapters.config import LoraConfig, parse_lora
 from lora_export.adapters.keys import group, read_finite
-from lora_export.contracts import TargetUpdate, TensorInfo, TensorSource
-from lora_export.errors import AdapterError
+from lora_export.adapters.kind import AdapterFile
+from lora_export.contracts import TargetUpdate, Update
 
 if TYPE_CHECKING:
     import torch
 
+NAME = "LoRA"
+PEFT_TYPES = ("LORA",)
+FORMULA = "W + s·B·A, s = alpha/r or alpha/√r"
+
 LINEAR = ("lora_A", "lora_B")
-LORA_BIAS = "lora_B.bias"
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+LORA_BIAS = "lora_B.bias"
+MAGNITUDE = "lora_magnitude_vector"
+
+Layer = Literal["linear", "embedding", "convolution"]
 
 
 @dataclass(frozen=True)
-class LowRankUpdate:
-    """weight + scaling · left · right; left is fp32 (rows, r), right is fp32 (r, columns)."""
+class LowRank:
+    """The delta scaling · left · right; left is fp32 (rows, r), right is fp32 (r, columns)."""
 
     left: "torch.Tensor"
     right: "torch.Tensor"
     scaling: float
+
+    def delta(self, rows: slice) -> "torch.Tensor":
+        """Rows of the delta as a matrix: what follows the first dimension is flat."""
+        return self.scaling * (self.left[rows] @ self.right)
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """weight + delta, row by row; a convolution's weight (out, in, kernel…) is taken as (out, rest)."""
+
+    low_rank: LowRank
     row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
 
-        return torch.addmm(weight, self.left[rows], self.right, alpha=self.scaling)
+        left, right = self.low_rank.left[rows], self.low_rank.right
+        flat = weight.reshape(left.shape[0], right.shape[1])
+        changed: torch.Tensor = torch.addmm(flat, left, right, alpha=self.low_rank.scaling)
+        return changed.reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class ResidualUpdate:
+    """The adapter on the base that its initialisation changed: W − s·B₀·A₀ + s·B·A.
+
+    PiSSA (arXiv:2404.02948, eq. 2-4): s·B₀·A₀ is the part of W in its r largest singular values; OLoRA
+    (arXiv:2406.01775, eq. 3): s times the first r columns of Q times the first r rows of R. Both are computed
+    from W again. They need the whole of W, so this does not go row by row.
+    """
+
+    low_rank: LowRank
+    rank: int
+    method: str
+    row_wise: bool = False
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
+        exact = weight.double()
+        if self.method == "pissa":
+            u, sizes, v = torch.linalg.svd(exact, full_matrices=False)
+            taken = (u[:, : self.rank] * sizes[: self.rank]) @ v[: self.rank]
+        else:
+            q, r = torch.linalg.qr(exact)
+            taken = self.low_rank.scaling * (q[:, : self.rank] @ r[: self.rank])
+        delta = self.low_rank.scaling * (self.low_rank.left.double() @ self.low_rank.right.double())
+        changed: torch.Tensor = exact - taken + delta
+        return changed.float()
 
 
 @dataclass(frozen=True)
@@ -43,91 +94,136 @@ class BiasUpdate:
         return weight + self.scaling * self.addend[rows]
 
 
-def read_updates(source: TensorSource, config: LoraConfig, weight: float) -> list[TargetUpdate]:
-    """One update for each LoRA module in the file; `weight` multiplies the whole delta."""
+@dataclass(frozen=True)
+class Module:
+    """A and B of one module, checked by their headers.
+
+    shapes: the weights that they fit; flipped: the shape among them that is stored transposed (Conv1D).
+    """
+
+    file: AdapterFile
+    config: LoraConfig
+    name: str
+    layer: Layer
+    a_key: str
+    b_key: str
+    rank: int
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def scaling(self) -> float:
+        return self.file.weight * self.config.scaling(self.name, self.rank)
+
+    def is_transposed(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape is stored (in, out): GPT-2's Conv1D, and every embedding's B·A."""
+        if self.layer == "embedding":
+            return True
+        if self.layer == "convolution":
+            return False
+        # A square weight fits both ways; then only the configuration knows (GPT-2's attention projection).
+        return self.config.fan_in_fan_out if self.shapes[0] == self.shapes[1] else shape == self.shapes[1]
+
+    def load(self, shape: tuple[int, ...]) -> LowRank:
+        down, up = read_finite(self.file.source, self.a_key), read_finite(self.file.source, self.b_key)
+        down, up = down.flatten(1), up.flatten(1)
+        if self.is_transposed(shape):
+            down, up = up.T, down.T
+        return LowRank(up, down, self.scaling)
+
+
+def read(file: AdapterFile) -> list[TargetUpdate]:
+    """One update for each LoRA module without a DoRA magnitude, and for each lora_bias."""
+    config = parse_lora(file.config, file.where)
+    magnitudes = group(file.tensors, (MAGNITUDE,))
     updates = []
-    for module, keys in group(source.tensors, (*LINEAR, LORA_BIAS)).items():
-        _require(module, keys, LINEAR, config)
-        updates.append(_linear(source, config, weight, module, keys))
-        if LORA_BIAS in keys:
-            updates.append(_bias(source, config, weight, module, keys))
-    for module, keys in group(source.tensors, EMBEDDING).items():
-        _require(module, keys, EMBEDDING, config)
-        updates.append(_embedding(source, config, weight, module, keys))
+    for module in modules(file, config):
+        if module.name not in magnitudes:
+            updates.append(_update(module))
+    for name, keys in group(file.tensors, (*LINEAR, LORA_BIAS)).items():
+        if LORA_BIAS in keys and name not in magnitudes:
+            updates.append(_bias(file, config, name, keys))
     return updates
 
 
-def _require(module: str, keys: dict[str, str], markers: tuple[str, str], config: LoraConfig) -> None:
+def modules(file: AdapterFile, config: LoraConfig) -> list[Module]:
+    """Every module with A and B, whatever is done with them; half a pair is refused."""
+    found = []
+    for markers in (LINEAR, EMBEDDING):
+        for name, keys in group(file.tensors, markers).items():
+            if not experts.claims(file, name):
+                found.append(_module(file, config, name, keys, markers))
+    return found
+
+
+def _module(
+    file: AdapterFile, config: LoraConfig, name: str, keys: dict[str, str], markers: tuple[str, str]
+) -> Module:
     missing = [m for m in markers if m not in keys]
     if missing:
-        raise AdapterError(
+        raise file.refuse(
             f"{missing[0]} of this module is missing, {', '.join(keys)} is there",
-            where=config.where.parent,
-            tensor=module,
+            tensor=name,
             expected="both " + " and ".join(markers),
             next_step="save the adapter again: model.save_pretrained(DIR)",
         )
-
-
-def _matrices(
-    source: TensorSource, config: LoraConfig, module: str, a_key: str, b_key: str
-) -> tuple[TensorInfo, TensorInfo, int]:
-    a, b = source.tensors[a_key], source.tensors[b_key]
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        raise AdapterError(
-            f"A and B have shapes {list(a.shape)} and {list(b.shape)}: a convolution, or not LoRA",
-            where=config.where.parent,
-            tensor=module,
-            expected="two matrices (LoRA on linear layers and embeddings)",
+    a_key, b_key = (keys[m] for m in markers)
+    a, b = file.tensors[a_key].shape, file.tensors[b_key].shape
+    if len(a) != len(b) or len(a) < 2 or (markers == EMBEDDING and len(a) != 2):
+        raise file.refuse(
+            f"A has the shape {list(a)}, B {list(b)}",
+            tensor=name,
+            expected="two matrices, or the two kernels of a convolution",
+            next_step="if training was sharded (ZeRO-3, FSDP), gather the parameters before saving",
         )
-    if a.shape[0] != b.shape[1]:
-        raise AdapterError(
-            f"A {list(a.shape)} and B {list(b.shape)} disagree about the rank",
-            where=a.file,
-            tensor=module,
+    rank = a[0]
+    if len(a) > 2 and b[1] < rank and rank % b[1] == 0:
+        raise file.refuse(
+            f"A {list(a)} and B {list(b)}: LoRA on a convolution in groups mixes the channels of all groups, "
+            "and no weight in groups equals that",
+            tensor=name,
+            expected="a convolution without groups",
+            next_step="serve it unmerged with PEFT, or train with exclude_modules for this layer",
+        )
+    if b[1] != rank or any(n != 1 for n in b[2:]):
+        raise file.refuse(
+            f"A {list(a)} and B {list(b)} disagree about the rank",
+            tensor=name,
             expected="A of shape (r, in) and B of shape (out, r)",
         )
-    return a, b, a.shape[0]
+    if markers == EMBEDDING:
+        return Module(file, config, name, "embedding", a_key, b_key, rank, ((a[1], b[0]),))
+    if len(a) > 2:
+        return Module(file, config, name, "convolution", a_key, b_key, rank, ((b[0], *a[1:]),))
+    return Module(file, config, name, "linear", a_key, b_key, rank, ((b[0], a[1]), (a[1], b[0])))
 
 
-def _linear(
-    source: TensorSource, config: LoraConfig, weight: float, module: str, keys: dict[str, str]
-) -> TargetUpdate:
-    a_key, b_key = keys["lora_A"], keys["lora_B"]
-    a, b, rank = _matrices(source, config, module, a_key, b_key)
-    scaling = weight * config.scaling(module, rank)
-    plain, transposed = (b.shape[0], a.shape[1]), (a.shape[1], b.shape[0])
+def _update(module: Module) -> TargetUpdate:
+    _ = module.scaling  # refuses a rank that the configuration does not give
+    residual = module.config.residual if module.layer == "linear" else None
+    if residual:
+        module.file.refuse_weight(f"an adapter initialised with {residual}")
 
-    def load(shape: tuple[int, ...]) -> LowRankUpdate:
-        # A square weight has both shapes; then only the configuration knows (GPT-2's attention projection).
-        flip = config.fan_in_fan_out if plain == transposed else shape == transposed
-        down, up = read_finite(source, a_key), read_finite(source, b_key)
-        return LowRankUpdate(down.T, up.T, scaling) if flip else LowRankUpdate(up, down, scaling)
+    def load(shape: tuple[int, ...]) -> Update:
+        low_rank = module.load(shape)
+        if residual == "olora" and module.is_transposed(shape):
+            raise module.file.refuse(
+                "OLoRA on a Conv1D layer: PEFT decomposes its transposed weight, and cannot run the result",
+                tensor=module.name,
+                expected="OLoRA on linear layers",
+            )
+        if residual:
+            return ResidualUpdate(low_rank, module.rank, residual)
+        return LowRankUpdate(low_rank)
 
-    return TargetUpdate(f"{module}.weight", "lora", (a_key, b_key), (plain, transposed), load)
+    kind = "lora" if module.layer == "linear" else f"lora_{module.layer}"
+    return TargetUpdate(f"{module.name}.weight", kind, (module.a_key, module.b_key), module.shapes, load)
 
 
-def _bias(
-    source: TensorSource, config: LoraConfig, weight: float, module: str, keys: dict[str, str]
-) -> TargetUpdate:
+def _bias(file: AdapterFile, config: LoraConfig, name: str, keys: dict[str, str]) -> TargetUpdate:
     key = keys[LORA_BIAS]
-    scaling = weight * config.scaling(module, source.tensors[keys["lora_B"]].shape[1])
+    scaling = file.weight * config.scaling(name, file.tensors[keys["lora_B"]].shape[1])
 
     def load(shape: tuple[int, ...]) -> BiasUpdate:
-        return BiasUpdate(read_finite(source, key), scaling)
+        return BiasUpdate(read_finite(file.source, key), scaling)
 
-    return TargetUpdate(f"{module}.bias", "lora_bias", (key,), (source.tensors[key].shape,), load)
-
-
-def _embedding(
-    source: TensorSource, config: LoraConfig, weight: float, module: str, keys: dict[str, str]
-) -> TargetUpdate:
-    a_key, b_key = keys["lora_embedding_A"], keys["lora_embedding_B"]
-    a, b, rank = _matrices(source, config, module, a_key, b_key)  # A (r, vocabulary), B (width, r)
-    scaling = weight * config.scaling(module, rank)
-
-    def load(shape: tuple[int, ...]) -> LowRankUpdate:
-        return LowRankUpdate(read_finite(source, a_key).T, read_finite(source, b_key).T, scaling)
-
-    shapes = ((a.shape[1], b.shape[0]),)
-    return TargetUpdate(f"{module}.weight", "lora_embedding", (a_key, b_key), shapes, load)
+    return TargetUpdate(f"{name}.bias", "lora_bias", (key,), (file.tensors[key].shape,), load)

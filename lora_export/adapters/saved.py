@@ -4,10 +4,9 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.config import LoraConfig
 from lora_export.adapters.keys import base_name, read_finite
-from lora_export.contracts import TargetUpdate, TensorSource
-from lora_export.errors import AdapterError
+from lora_export.adapters.kind import AdapterFile
+from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
     import torch
@@ -26,33 +25,32 @@ class Replacement:
     row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        return self.value[rows]
+        return self.value[rows] if self.value.dim() else self.value
 
 
-def read_updates(source: TensorSource, config: LoraConfig, weight: float, claimed: Set[str]) -> list[TargetUpdate]:
+def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:
     """A replacement for each whole tensor that the configuration explains; any other key is refused."""
     updates = []
-    for target, keys in _by_target(source, claimed).items():
-        kind = _kind(target, config)
-        if weight != 1.0:
-            raise AdapterError(
-                f"this tensor replaces the base's, so it cannot be weighted with {weight}",
-                where=source.tensors[keys[0]].file,
+    for target, keys in _by_target(file, claimed).items():
+        kind = _kind(file, target)
+        if file.weight != 1.0:
+            raise file.refuse(
+                f"this tensor replaces the base's, so it cannot be weighted with {file.weight}",
                 tensor=keys[0],
                 expected="weight 1, or an adapter without modules_to_save and trained biases",
             )
-        updates.append(_replace(source, keys, target, kind))
+        updates.append(_replace(file, keys, target, kind))
     return updates
 
 
-def _by_target(source: TensorSource, claimed: Set[str]) -> dict[str, list[str]]:
+def _by_target(file: AdapterFile, claimed: Set[str]) -> dict[str, list[str]]:
     """Base name → its keys, the trained one first.
 
     With bias="all", PEFT saves the bias of a saved module up to three times: under its own name, inside
     .modules_to_save (the same values), and as .original_module (the old ones, which its forward ignores).
     """
     targets: dict[str, list[str]] = {}
-    for key in source.tensors:
+    for key in file.tensors:
         if key not in claimed:
             targets.setdefault(base_name(key), []).append(key)
     for keys in targets.values():
@@ -60,28 +58,30 @@ def _by_target(source: TensorSource, claimed: Set[str]) -> dict[str, list[str]]:
     return targets
 
 
-def _replace(source: TensorSource, keys: list[str], target: str, kind: str) -> TargetUpdate:
+def _replace(file: AdapterFile, keys: list[str], target: str, kind: str) -> TargetUpdate:
     def load(shape: tuple[int, ...]) -> Replacement:
-        return Replacement(read_finite(source, keys[0]))
+        return Replacement(read_finite(file.source, keys[0]))
 
-    shape = source.tensors[keys[0]].shape
-    return TargetUpdate(target, kind, tuple(keys), (shape,), load, replaces=True)
+    shape = file.tensors[keys[0]].shape
+    # An embedding that was saved because the vocabulary was resized had changed before training, with its tie.
+    tied = kind == "embedding" or bool(file.config.get("ensure_weight_tying"))
+    return TargetUpdate(target, kind, tuple(keys), (shape,), load, replaces=True, tied=tied)
 
 
-def _kind(target: str, config: LoraConfig) -> str:
+def _kind(file: AdapterFile, target: str) -> str:
     module, _, leaf = target.rpartition(".")
     parts = module.split(".")
+    saved = tuple(file.config.get("modules_to_save") or ())
     # PEFT's rule is a plain endswith: "norm" saves input_layernorm too. What lies inside a saved module counts.
-    if any(".".join(parts[: i + 1]).endswith(config.modules_to_save) for i in range(len(parts))):
+    if any(".".join(parts[: i + 1]).endswith(saved) for i in range(len(parts))):
         return "modules_to_save"
-    if leaf == "bias" and config.bias != "none":
+    if leaf == "bias" and file.config.get("bias", "none") != "none":
         return "bias"
     if leaf == "weight" and module.rpartition(".")[2] in EMBEDDING_NAMES:
         return "embedding"
-    raise AdapterError(
+    raise file.refuse(
         "no adapter kind explains this tensor",
-        where=config.where.parent,
         tensor=target,
-        expected="LoRA matrices, or modules and biases that adapter_config.json names",
+        expected="tensors of the adapter's kind, or modules and biases that adapter_config.json names",
         next_step="lora-export inspect ADAPTER shows how the adapter was understood",
     )

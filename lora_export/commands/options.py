@@ -105,6 +105,21 @@ def merge_options(command: Command) -> Command:
             show_default=True,
             help="Memory for the arithmetic of the merge.",
         ),
+        click.option(
+            "--expert-packing",
+            type=click.Choice(["rank", "expert"]),
+            default="rank",
+            show_default=True,
+            help="How the adapter packs B of fused experts: all experts of one rank together (PEFT), or all ranks "
+            "of one expert. The file cannot tell.",
+        ),
+        click.option(
+            "--expert-layout",
+            type=click.Choice(["auto", "out-in", "in-out"]),
+            default="auto",
+            show_default=True,
+            help="How square weights of fused experts are stored; auto goes by the adapter's peft_version.",
+        ),
     ]
     for decorator in reversed(decorators):
         command = decorator(command)

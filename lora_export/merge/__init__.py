@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_export.adapters import read_adapter
+from lora_export.adapters import CONFIG as ADAPTER_CONFIG
+from lora_export.adapters import AdapterFile, read_adapter
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import (
     companion_files,
@@ -24,6 +25,9 @@ from lora_export.merge.execute import Execution
 from lora_export.merge.plan import MergePlan, plan_merge
 from lora_export.progress import Silent
 
+# Architectures of transformers whose expert modules store (experts, in, out) and say so (is_transposed).
+EXPERTS_IN_OUT = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+
 __all__ = ["CERTIFICATE", "MergePlan", "merge", "plan"]
 
 
@@ -33,7 +37,16 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
     found = []
     for choice in adapters:
         config, tensors = open_adapter_files(choice.folder)
-        found.append(read_adapter(choice.folder, config, tensors, choice.weight))
+        file = AdapterFile(
+            tensors,
+            config,
+            choice.folder / ADAPTER_CONFIG,
+            choice.weight,
+            options.expert_packing,
+            options.expert_layout,
+            checkpoint.config.get("model_type") in EXPERTS_IN_OUT,
+        )
+        found.append(read_adapter(file))
     return plan_merge(checkpoint, found, options)
 
 

@@ -10,7 +10,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
-from lora_export.adapters import read_adapter
+from lora_export.adapters import AdapterFile, read_adapter
 from lora_export.adapters.config import parse_lora
 from lora_export.adapters.keys import base_name, part, strip_prefix
 from lora_export.checkpoint import open_adapter_files
@@ -25,7 +25,8 @@ def adapter(folder: Path, values: dict[str, torch.Tensor], **config: Any) -> Ada
     save_file({k: v.contiguous() for k, v in values.items()}, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 10} | config
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return read_adapter(folder, *open_adapter_files(folder))
+    config, tensors = open_adapter_files(folder)
+    return read_adapter(AdapterFile(tensors, config, folder / "adapter_config.json"))
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", "base_model.", ""])

@@ -1,0 +1,91 @@
+"""DoRA (arXiv:2402.09353, eq. 5): V = W + s·B·A; W' = (m / ‖V‖)·V, the norm taken for each output."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_export.adapters import lora
+from lora_export.adapters.config import parse_lora
+from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.kind import AdapterFile
+from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "DoRA"
+PEFT_TYPES = ("LORA",)
+FORMULA = "(m / ‖V‖)·V with V = W + s·B·A, ‖V‖ for each output; W is the base that training saw"
+
+
+@dataclass(frozen=True)
+class DoraUpdate:
+    """magnitude: fp32, one for each output. Outputs are the rows of a linear layer's weight and of a
+    convolution's, but the columns of a Conv1D's and of an embedding's: then the norm needs the whole weight.
+    """
+
+    low_rank: lora.LowRank
+    magnitude: "torch.Tensor"
+    row_wise: bool
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
+        delta = self.low_rank.delta(rows)
+        changed = weight.reshape(delta.shape) + delta
+        if self.row_wise:
+            factor = (self.magnitude[rows] / torch.linalg.norm(changed, dim=1))[:, None]
+        else:
+            factor = (self.magnitude / torch.linalg.norm(changed, dim=0))[None, :]
+        scaled: torch.Tensor = factor * changed
+        return scaled.reshape(weight.shape)
+
+
+def read(file: AdapterFile) -> list[TargetUpdate]:
+    """One update for each module that has a magnitude; with use_dora each module must have one."""
+    magnitudes = {name: keys[lora.MAGNITUDE] for name, keys in group(file.tensors, (lora.MAGNITUDE,)).items()}
+    wanted = bool(file.config.get("use_dora"))
+    if not magnitudes and not wanted:
+        return []
+    if not wanted:
+        raise file.refuse(
+            "the file holds DoRA magnitudes, but use_dora is not set",
+            tensor=min(magnitudes.values()),
+            expected="use_dora: true in adapter_config.json",
+        )
+    if file.config.get("lora_bias"):
+        raise file.refuse("DoRA with lora_bias", expected="one of the two: PEFT does not train them together")
+    file.refuse_weight(NAME)
+    updates = []
+    for module in lora.modules(file, parse_lora(file.config, file.where)):
+        if module.name not in magnitudes:
+            raise file.refuse(
+                "use_dora is set, but this module has no magnitude",
+                tensor=module.name,
+                expected=f"a tensor …{lora.MAGNITUDE}",
+                next_step="save the adapter again: model.save_pretrained(DIR)",
+            )
+        updates.append(_update(file, module, magnitudes.pop(module.name)))
+    if magnitudes:
+        raise file.refuse("a DoRA magnitude without A and B", tensor=min(magnitudes), expected="both matrices")
+    return updates
+
+
+def _update(file: AdapterFile, module: lora.Module, key: str) -> TargetUpdate:
+    _ = module.scaling
+    outputs = module.shapes[0][1] if module.layer == "embedding" else module.shapes[0][0]
+    size = 1
+    for n in file.tensors[key].shape:
+        size *= n
+    if size != outputs:
+        raise file.refuse(
+            f"the magnitude has {size} values, the layer {outputs} outputs",
+            tensor=key,
+            expected="one magnitude for each output",
+        )
+
+    def load(shape: tuple[int, ...]) -> DoraUpdate:
+        magnitude = read_finite(file.source, key).reshape(-1)
+        return DoraUpdate(module.load(shape), magnitude, row_wise=not module.is_transposed(shape))
+
+    keys = (module.a_key, module.b_key, key)
+    return TargetUpdate(f"{module.name}.weight", "dora", keys, module.shapes, load)

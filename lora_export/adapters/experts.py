@@ -1,0 +1,162 @@
+"""LoRA on parameters (`target_parameters`): fused experts W[e] + s·B[e]·A[e], and single matrices."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_export.adapters.config import match_pattern, parse_lora
+from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.kind import AdapterFile
+from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "LoRA on fused experts"
+PEFT_TYPES = ("LORA",)
+FORMULA = "W[e] + s·B[e]·A[e]; A holds one expert after the other, B all experts of one rank after those of another"
+
+_PARTS = ("lora_A", "lora_B")
+_WRAPPER = ".base_layer"
+# Several parameters of one module are wrapped in the order in which the module defines them, so the first one
+# lies innermost and carries the most `.base_layer`. These are the orders of transformers' expert modules.
+_DEFINED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
+OUT_IN_SINCE = (0, 19)  # PEFT before this version called the middle dimension "in", whatever it was
+
+
+@dataclass(frozen=True)
+class ExpertsUpdate:
+    """a: fp32 (experts, r, in); b: fp32 (experts, out, r). in_out: the weight is (experts, in, out)."""
+
+    a: "torch.Tensor"
+    b: "torch.Tensor"
+    scaling: float
+    in_out: bool
+    row_wise: bool = True
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
+        left, right = self.b[rows], self.a[rows]
+        if self.in_out:
+            left, right = right.transpose(1, 2), left.transpose(1, 2)
+        return torch.baddbmm(weight, left, right, alpha=self.scaling)
+
+
+@dataclass(frozen=True)
+class MatrixUpdate:
+    """weight + scaling · b · a for a parameter of two dimensions; a: fp32 (r, in), b: fp32 (out, r)."""
+
+    a: "torch.Tensor"
+    b: "torch.Tensor"
+    scaling: float
+    row_wise: bool = True
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
+        return torch.addmm(weight, self.b[rows], self.a, alpha=self.scaling)
+
+
+def claims(file: AdapterFile, module: str) -> bool:
+    """Whether the matrices of this module (with its `.base_layer`s) belong to target_parameters."""
+    return bool(_parameters(file, module.replace(_WRAPPER, "")))
+
+
+def read(file: AdapterFile) -> list[TargetUpdate]:
+    """One update for each parameter that target_parameters names and the file has matrices for."""
+    if not file.config.get("target_parameters"):
+        return []
+    nested: dict[str, dict[int, dict[str, str]]] = {}
+    for name, keys in group(file.tensors, _PARTS).items():
+        if claims(file, name):
+            nested.setdefault(name.replace(_WRAPPER, ""), {})[name.count(_WRAPPER)] = keys
+    return [update for module, depths in nested.items() for update in _module(file, module, depths)]
+
+
+def _parameters(file: AdapterFile, module: str) -> list[str]:
+    """The parameters of this module that target_parameters names, in the order in which they are defined."""
+    names = []
+    for target in file.config.get("target_parameters") or ():
+        owner, _, parameter = str(target).rpartition(".")
+        if f".{module}".endswith(f".{owner}"):
+            names.append(parameter)
+    return sorted(set(names), key=lambda n: (_DEFINED.index(n) if n in _DEFINED else len(_DEFINED), n))
+
+
+def _module(file: AdapterFile, module: str, depths: dict[int, dict[str, str]]) -> list[TargetUpdate]:
+    parameters = _parameters(file, module)
+    if sorted(depths) != list(range(len(parameters))):
+        raise file.refuse(
+            f"{len(depths)} pairs of matrices for the parameters {', '.join(parameters)}",
+            tensor=module,
+            expected="one pair for each parameter in target_parameters",
+        )
+    unknown = [p for p in parameters if p not in _DEFINED]
+    if len(parameters) > 1 and unknown:
+        raise file.refuse(
+            f"several parameters of one module, and the order of {unknown[0]!r} is not known",
+            tensor=module,
+            expected=f"parameters among {', '.join(_DEFINED)}",
+        )
+    innermost_first = sorted(depths, reverse=True)
+    return [_update(file, module, p, depths[d]) for p, d in zip(parameters, innermost_first, strict=True)]
+
+
+def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]) -> TargetUpdate:
+    target = f"{module}.{parameter}"
+    missing = [p for p in _PARTS if p not in keys]
+    if missing:
+        raise file.refuse(f"{missing[0]} of this parameter is missing", tensor=target, expected="lora_A and lora_B")
+    config = parse_lora(file.config, file.where)
+    if config.residual:
+        raise file.refuse(
+            f"{config.residual} on fused experts", tensor=target, expected="an adapter converted to plain LoRA"
+        )
+    a, b = (file.tensors[keys[p]].shape for p in _PARTS)
+    rank = int(match_pattern(config.rank_pattern, target, config.r))
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % rank:
+        raise file.refuse(
+            f"A {list(a)} and B {list(b)} are not of rank {rank} for each expert",
+            tensor=target,
+            expected="A of shape (experts·r, in) and B of shape (out, experts·r)",
+        )
+    experts, scaling = a[0] // rank, file.weight * config.scaling(target, rank)
+    out_in, in_out = (experts, b[0], a[1]), (experts, a[1], b[0])
+
+    def load(shape: tuple[int, ...]) -> ExpertsUpdate | MatrixUpdate:
+        down, up = (read_finite(file.source, keys[p]) for p in _PARTS)
+        if len(shape) == 2:
+            return MatrixUpdate(down, up, scaling)
+        down = down.reshape(experts, rank, -1)
+        if file.expert_packing == "expert":
+            up = up.reshape(-1, experts, rank).permute(1, 0, 2)
+        else:
+            up = up.reshape(-1, rank, experts).permute(2, 0, 1)
+        flip = _square_is_in_out(file) if out_in == in_out else shape == in_out
+        return ExpertsUpdate(down, up, scaling, flip)
+
+    shapes: tuple[tuple[int, ...], ...] = (out_in, in_out)
+    if experts == 1:
+        shapes = (*shapes, (b[0], a[1]))
+    return TargetUpdate(target, "lora_experts", tuple(keys[p] for p in _PARTS), shapes, load)
+
+
+def _square_is_in_out(file: AdapterFile) -> bool:
+    """Where shapes cannot tell: the user's word, else PEFT's version and how the architecture stores experts."""
+    if file.expert_layout != "auto":
+        return file.expert_layout == "in-out"
+    return file.experts_stored_in_out or _peft_version(file) < OUT_IN_SINCE
+
+
+def _peft_version(file: AdapterFile) -> tuple[int, ...]:
+    """(major, minor); (0, 0) for the versions before 0.18, which did not write it."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(str(file.config.get("peft_version") or "0").partition("@")[0]).release[:2]
+    except InvalidVersion:
+        raise file.refuse(
+            f"peft_version is {file.config.get('peft_version')!r}",
+            expected="a version: it decides how square expert weights are stored",
+            next_step="--expert-layout out-in or in-out",
+        ) from None

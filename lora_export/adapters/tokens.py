@@ -1,0 +1,80 @@
+"""Trainable tokens: trained rows of an embedding (or of the output head) REPLACE the base's rows."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.kind import AdapterFile
+from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "trainable tokens"
+FORMULA = "W with the rows of the trained tokens replaced"
+PEFT_TYPES: tuple[str, ...] = ()  # part of any type; TRAINABLE_TOKENS has nothing else
+
+_MARKERS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
+
+
+@dataclass(frozen=True)
+class RowsUpdate:
+    """indices: rows of the weight; values: fp32 (tokens, width), what they become (no delta, despite its name)."""
+
+    indices: "torch.Tensor"
+    values: "torch.Tensor"
+    row_wise: bool = True
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        here = (self.indices >= rows.start) & (self.indices < rows.stop)
+        return weight.index_copy(0, self.indices[here] - rows.start, self.values[here])
+
+
+def read(file: AdapterFile) -> list[TargetUpdate]:
+    """One update for each trained embedding. With tied weights PEFT trains both as one, so they stay tied."""
+    updates = []
+    for name, keys in group(file.tensors, _MARKERS).items():
+        file.refuse_weight("a replaced token row")
+        updates.append(_update(file, name, next(iter(keys.values()))))
+    return updates
+
+
+def _update(file: AdapterFile, name: str, key: str) -> TargetUpdate:
+    indices = _indices(file, name)
+    count, width = file.tensors[key].shape
+    if len(indices) != count:
+        raise file.refuse(
+            f"{count} trained rows, but the configuration names {len(indices)} tokens",
+            tensor=key,
+            expected="one row for each token",
+        )
+    if len(set(indices)) != len(indices) or min(indices, default=0) < 0:
+        raise file.refuse("a token is named twice, or negative", tensor=key, expected="distinct token ids")
+
+    def load(shape: tuple[int, ...]) -> RowsUpdate:
+        import torch
+
+        if max(indices, default=0) >= shape[0]:
+            raise file.refuse(
+                f"the token {max(indices)} is trained, the base has {shape[0]} rows",
+                tensor=key,
+                expected="the base with the vocabulary that training had",
+            )
+        return RowsUpdate(torch.tensor(indices), read_finite(file.source, key))
+
+    return TargetUpdate(f"{name}.weight", "trainable_tokens", (key,), ((None, width),), load, tied=True)
+
+
+def _indices(file: AdapterFile, name: str) -> list[int]:
+    """The token ids of a module: a list for the input embedding, or a map from module name to list."""
+    config = file.config
+    named: Any = config.get("token_indices") or config.get("trainable_token_indices")
+    if isinstance(named, dict):
+        named = next((ids for module, ids in named.items() if f".{name}".endswith(f".{module}")), None)
+    if not isinstance(named, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in named):
+        raise file.refuse(
+            "the configuration does not say which tokens these rows are",
+            tensor=name,
+            expected="trainable_token_indices (or token_indices) with token ids",
+        )
+    return named

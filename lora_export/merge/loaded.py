@@ -1,0 +1,152 @@
+"""From the names of a loaded model, which adapters use, to the tensors on disk, where transformers converts.
+
+transformers 5 renames tensors when it loads them, and fuses experts that lie on disk one by one. Its own table of
+conversions (transformers.conversion_mapping) is asked, on a model without weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from lora_export.checkpoint.reader import Checkpoint
+from lora_export.contracts import TargetUpdate, Update
+from lora_export.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor on disk and its place in the loaded weight: all of it, or rows of one expert.
+
+    expert: index in the first dimension, None if the tensor is the whole weight; part: which of the tensors that
+    are concatenated in the second dimension; transposed: the last two dimensions are swapped on loading.
+    """
+
+    name: str
+    expert: int | None = None
+    part: int = 0
+    transposed: bool = False
+
+
+def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
+    """Name in the loaded model → the tensors on disk that make it; empty where transformers knows no conversion."""
+    try:
+        model, conversions = _conversions(base)
+    except (ValueError, OSError, ImportError, AttributeError):
+        return {}
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {p: c for c in converters for p in c.source_patterns}
+    meta, found = model.state_dict(), dict[str, list[Piece]]()
+    for name in sorted(weights, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
+        pieces = found.setdefault(target, [])
+        if pattern is None:
+            pieces.append(Piece(name))
+        else:
+            piece = _piece(name, pattern, by_pattern[pattern], pieces)
+            if piece is not None:
+                pieces.append(piece)
+    return {target: tuple(pieces) for target, pieces in found.items() if pieces}
+
+
+def _conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from lora_export import skeleton
+
+    model = skeleton.build(base.folder)
+    return model, get_model_conversion_mapping(model)
+
+
+def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Piece | None:
+    """The place of a tensor in what the converter makes; None for conversions that this cannot follow."""
+    operations = [type(o).__name__ for o in converter.operations]
+    part = converter.source_patterns.index(pattern)
+    if operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+        return Piece(name, sum(p.part == part for p in earlier), part)
+    if operations == ["Transpose"] and not earlier:
+        return Piece(name, transposed=True)
+    return None
+
+
+def spread(update: TargetUpdate, pieces: tuple[Piece, ...], weights: Mapping[str, Shape]) -> list[TargetUpdate]:
+    """One update of a loaded weight as updates of the tensors on disk. AdapterError if it does not fit them."""
+    first = pieces[0]
+    if first.expert is None and not first.transposed:
+        return [replace(update, target=first.name)]
+    shape, offsets = _fused(pieces, weights)
+    if not update.fits(shape):
+        raise AdapterError(
+            f"the adapter's {update.kind} fits a weight of shape {list(update.shapes[0])}, "
+            f"the loaded model has {list(shape)}",
+            tensor=update.target,
+            expected="the base that the adapter was trained on",
+        )
+    return [_for_piece(update, piece, shape, offsets[piece.part], weights[piece.name]) for piece in pieces]
+
+
+def _fused(pieces: tuple[Piece, ...], weights: Mapping[str, Shape]) -> tuple[Shape, list[int]]:
+    """The shape of the loaded weight, and where each concatenated part begins in its second dimension."""
+    if pieces[0].transposed:
+        *front, rows, columns = weights[pieces[0].name]
+        return (*front, columns, rows), [0]
+    of_first = sorted((p for p in pieces if p.expert == 0), key=lambda p: p.part)
+    heights = [weights[p.name][0] for p in of_first]
+    offsets = [sum(heights[:i]) for i in range(len(heights))]
+    experts = sum(p.part == 0 for p in pieces)
+    return (experts, sum(heights), *weights[of_first[0].name][1:]), offsets
+
+
+def _for_piece(update: TargetUpdate, piece: Piece, shape: Shape, offset: int, stored: Shape) -> TargetUpdate:
+    def load(_: Shape) -> Update:
+        whole = _load(update, shape)
+        if piece.transposed:
+            return TransposedUpdate(whole)
+        assert piece.expert is not None
+        return ExpertUpdate(whole, piece.expert, offset, shape[1])
+
+    return replace(update, target=piece.name, shapes=(stored,), load=load)
+
+
+@lru_cache(maxsize=4)  # the experts of a layer follow each other, and each needs the same matrices
+def _load(update: TargetUpdate, shape: Shape) -> Update:
+    return update.load(shape)
+
+
+@dataclass(frozen=True)
+class ExpertUpdate:
+    """A sum (no rescaling) on a fused weight (experts, height, width), seen from the rows of one expert."""
+
+    whole: Update
+    expert: int
+    offset: int
+    height: int
+    row_wise: bool = True
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        fused = weight.new_zeros(1, self.height, *weight.shape[1:])
+        mine = slice(self.offset + rows.start, self.offset + rows.start + weight.shape[0])
+        fused[0, mine] = weight
+        return self.whole.apply(fused, slice(self.expert, self.expert + 1))[0, mine]
+
+
+@dataclass(frozen=True)
+class TransposedUpdate:
+    """An update of a weight whose last two dimensions are swapped on disk."""
+
+    whole: Update
+
+    @property
+    def row_wise(self) -> bool:
+        return self.whole.row_wise
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        return self.whole.apply(weight.transpose(-2, -1), rows).transpose(-2, -1).contiguous()

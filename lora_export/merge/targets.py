@@ -1,0 +1,60 @@
+"""Updates of adapters brought to the weights of a base: each finds its weight, or is refused."""
+
+from collections.abc import Mapping, Sequence
+
+from lora_export.checkpoint.reader import Checkpoint
+from lora_export.contracts import Adapter, TargetUpdate
+from lora_export.errors import AdapterError
+from lora_export.merge.base import BaseWeight
+from lora_export.merge.loaded import Piece, loaded_weights, spread
+from lora_export.merge.names import rename, resolve_prefix, tied_pair, unknown_target
+
+
+def match_targets(
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Mapping[str, BaseWeight]
+) -> tuple[dict[str, list[TargetUpdate]], list[str]]:
+    """(weight → its updates, replacements first; warnings). A tied head that is not stored is a weight, too."""
+    targets: dict[str, list[TargetUpdate]] = {}
+    warnings: list[str] = []
+    for adapter in adapters:
+        change = resolve_prefix((u.target for u in adapter.updates), weights)
+        if any(change):
+            warnings.append(f"names of {adapter.folder.name} were matched with a changed prefix: {change}")
+        for update in _resolved(base, adapter, weights, change):
+            targets.setdefault(update.target, []).append(update)
+    for name, updates in targets.items():
+        updates.sort(key=lambda u: not u.replaces)
+        if sum(u.replaces for u in updates) > 1:
+            raise AdapterError(
+                "two adapters replace this tensor", where=adapters[-1].folder, tensor=name, expected="one of them"
+            )
+    return targets, warnings
+
+
+def _resolved(
+    base: Checkpoint, adapter: Adapter, weights: Mapping[str, BaseWeight], change: tuple[str, str]
+) -> list[TargetUpdate]:
+    """The adapter's updates under the names of the files; what transformers fuses on loading is taken apart."""
+    tied = tied_pair(weights)
+    found: list[TargetUpdate] = []
+    loaded: dict[str, tuple[Piece, ...]] | None = None
+    for update in adapter.updates:
+        name = next((n for n in (rename(update.target, change), update.target) if n in weights), None)
+        if name is None and tied and update.target == tied[1]:
+            name = update.target
+        if name is not None:
+            found.append(_renamed(update, name))
+            continue
+        if loaded is None:
+            loaded = loaded_weights(base, {n: w.shape for n, w in weights.items()})
+        if update.target in loaded:
+            found += spread(update, loaded[update.target], {n: w.shape for n, w in weights.items()})
+        elif not (update.optional and f"{update.target.rpartition('.')[0]}.weight" in {*weights, *loaded}):
+            raise unknown_target(update.target, weights, str(adapter.folder))
+    return found
+
+
+def _renamed(update: TargetUpdate, name: str) -> TargetUpdate:
+    from dataclasses import replace
+
+    return update if update.target == name else replace(update, target=name)
