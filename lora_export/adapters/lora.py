@@ -216,7 +216,9 @@ def _update(module: Module) -> TargetUpdate:
         return LowRankUpdate(low_rank)
 
     kind = "lora" if module.layer == "linear" else f"lora_{module.layer}"
-    return TargetUpdate(f"{module.name}.weight", kind, (module.a_key, module.b_key), module.shapes, load)
+    keys = (module.a_key, module.b_key)
+    tied = bool(module.file.config.get("ensure_weight_tying"))
+    return TargetUpdate(f"{module.name}.weight", kind, keys, module.shapes, load, tied=tied)
 
 
 def _bias(file: AdapterFile, config: LoraConfig, name: str, keys: dict[str, str]) -> TargetUpdate:

@@ -14,7 +14,8 @@ NAME = "trainable tokens"
 FORMULA = "W with the rows of the trained tokens replaced"
 PEFT_TYPES: tuple[str, ...] = ()  # part of any type; TRAINABLE_TOKENS has nothing else
 
-_MARKERS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
+_MARKER = "trainable_tokens_delta"
+_WRAPPER = ".token_adapter"
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class RowsUpdate:
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each trained embedding. With tied weights PEFT trains both as one, so they stay tied."""
     updates = []
-    for name, keys in group(file.tensors, _MARKERS).items():
+    for name, keys in group(file.tensors, (_MARKER,)).items():
         file.refuse_weight("a replaced token row")
-        updates.append(_update(file, name, next(iter(keys.values()))))
+        updates.append(_update(file, name.removesuffix(_WRAPPER), keys[_MARKER]))
     return updates
 
 

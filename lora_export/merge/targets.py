@@ -38,7 +38,7 @@ def _resolved(
     tied = tied_pair(weights)
     found: list[TargetUpdate] = []
     loaded: dict[str, tuple[Piece, ...]] | None = None
-    for update in adapter.updates:
+    for update in _one_of_tied(adapter, tied):
         name = next((n for n in (rename(update.target, change), update.target) if n in weights), None)
         if name is None and tied and update.target == tied[1]:
             name = update.target
@@ -52,6 +52,14 @@ def _resolved(
         elif not (update.optional and f"{update.target.rpartition('.')[0]}.weight" in {*weights, *loaded}):
             raise unknown_target(update.target, weights, str(adapter.folder))
     return found
+
+
+def _one_of_tied(adapter: Adapter, tied: tuple[str, str] | None) -> list[TargetUpdate]:
+    """With ensure_weight_tying PEFT trains embedding and head as one and saves both: the embedding's is enough."""
+    updates = list(adapter.updates)
+    if not tied or not adapter.config.get("ensure_weight_tying"):
+        return updates
+    return [u for u in updates if u.target != tied[1]] if any(u.target == tied[0] for u in updates) else updates
 
 
 def _renamed(update: TargetUpdate, name: str) -> TargetUpdate:
