@@ -1,4 +1,4 @@
-"""Train a small LoRA or QLoRA adapter for SmolLM2-135M-Instruct on presidential messages of the 1800s.
+"""Train a small LoRA, QLoRA, DoRA or AdaLoRA adapter for SmolLM2-135M-Instruct on messages of the 1800s.
 
     python examples/train_adapter.py --method lora --out lora-speeches --targets v_proj,o_proj,down_proj
     python examples/train_adapter.py --method qlora --out qlora-speeches --targets q_proj,v_proj
@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import bitsandbytes as bnb
 import prepare_smollm2
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -36,7 +36,7 @@ HELD_OUT_WINDOWS = 64
 
 def load_base(folder: Path, method: str) -> PreTrainedModel:
     """The frozen base in float32; for QLoRA all linear layers but lm_head in NF4, doubly quantized."""
-    if method == "lora":
+    if method != "qlora":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -70,15 +70,35 @@ def read_tokens(speeches: Path, base: Path) -> tuple[Tensor, Tensor]:
     return encode([f for i, f in enumerate(files) if i % 10 != 9]), encode(files[9::10])
 
 
+def adapter_config(args: argparse.Namespace) -> LoraConfig:
+    """AdaLoRA starts with half as much rank again, and prunes it to the wanted one in the middle of the run."""
+    shared = {"target_modules": args.targets.split(","), "lora_alpha": args.alpha, "task_type": "CAUSAL_LM"}
+    if args.method != "adalora":
+        return LoraConfig(r=args.rank, use_dora=args.method == "dora", **shared)
+    warm, left = args.steps // 5, args.steps // 3
+    return AdaLoraConfig(
+        init_r=args.rank * 3 // 2,
+        target_r=args.rank,
+        total_step=args.steps,
+        tinit=warm,
+        tfinal=left,
+        deltaT=1,
+        **shared,
+    )
+
+
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, windows: Tensor, batch: int) -> float:
     """exp of the mean cross-entropy per predicted token; windows: [count, sequence]."""
     model.eval()
-    losses = [model(input_ids=some, labels=some).loss.item() * len(some) for some in windows.split(batch)]
+    losses = []
+    for some in windows.split(batch):
+        logits = model(input_ids=some).logits[:, :-1].flatten(0, 1)  # AdaLoRA's own loss holds a penalty
+        losses.append(torch.nn.functional.cross_entropy(logits, some[:, 1:].flatten()).item() * len(some))
     return math.exp(sum(losses) / len(windows))
 
 
-def train(model: torch.nn.Module, tokens: Tensor, args: argparse.Namespace) -> None:
+def train(model: PeftModel, tokens: Tensor, args: argparse.Namespace) -> None:
     """AdamW on random windows of the text; the rate rises over the first steps, then falls to zero."""
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -93,6 +113,8 @@ def train(model: torch.nn.Module, tokens: Tensor, args: argparse.Namespace) -> N
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         schedule.step()
+        if args.method == "adalora":
+            model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
         if step % 5 == 0 or step == args.steps:
             print(f"step {step}/{args.steps}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
@@ -162,7 +184,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--base", type=Path, help=f"{BASE_ID}; default: what prepare_smollm2.py makes")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
-    parser.add_argument("--method", choices=["lora", "qlora"], default="lora")
+    parser.add_argument("--method", choices=["lora", "qlora", "dora", "adalora"], default="lora")
     parser.add_argument("--targets", default="q_proj,v_proj", help="modules to adapt, with commas")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
@@ -182,10 +204,7 @@ def main() -> None:
     starts = torch.linspace(0, len(held_out) - args.sequence, HELD_OUT_WINDOWS).long()
     windows = torch.stack([held_out[start : start + args.sequence] for start in starts])
 
-    lora = LoraConfig(
-        r=args.rank, lora_alpha=args.alpha, target_modules=args.targets.split(","), task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(load_base(base, args.method), lora)
+    model = get_peft_model(load_base(base, args.method), adapter_config(args))
     before = perplexity(model, windows, args.batch)  # lora_B starts at zero: this is the base
     print(f"held-out perplexity before: {before:.2f}", flush=True)
     train(model, tokens, args)

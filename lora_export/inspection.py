@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.adapters import CONFIG, AdapterFile, read_adapter
+from lora_export.adapters import CONFIG, KINDS, AdapterFile, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.errors import InputError, LoraExportError
 from lora_export.files import read_json
+
+_WITH_RANK = frozenset({"lora", "lora_embedding", "lora_convolution", "dora", "adalora"})
 
 
 def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
@@ -85,6 +87,8 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         return document | {"mergeable": False, "reason": error.found}
     document |= {
         "mergeable": True,
+        "summary": _words(adapter, tensors.tensors),
+        "kinds": dict(Counter(u.kind for u in adapter.updates)),
         "base_model": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
         "rank": config.get("r"),
@@ -102,9 +106,34 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
     return document | (_fit(base, folder) if base else {})
 
 
+def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
+    """The adapter in sentences: kind, ranks, targets, base, and what merging will do."""
+    config = adapter.config
+    names = [k for k in KINDS if adapter.kind.upper() in k.PEFT_TYPES]
+    kinds = {u.kind for u in adapter.updates}
+    kind = next((k for k in names if k.NAME.lower() in kinds), names[0] if names else tokens)
+    ranks = ", ".join(_ranks(adapter, tensors)) or None
+    targets = _targets(adapter)
+    layers = max(targets.values(), default=0)
+    types = " and ".join(sorted({t.dtype for t in tensors.values()}))
+    base = config.get("base_model_name_or_path") or "a base that it does not name"
+    replaced = sum(u.replaces for u in adapter.updates)
+    return " ".join(
+        text
+        for text in (
+            f"{kind.NAME} adapter" + (f" of rank {ranks}" if ranks else ""),
+            f"on {', '.join(targets)} in {layers} layers," if layers > 1 else f"on {', '.join(targets)},",
+            f"{_parameters(tensors):,} parameters in {types}, trained on {base}.",
+            "Whether that base was quantized in training, an adapter does not tell.",
+            f"Merging changes {len({u.target for u in adapter.updates}) - replaced} weights ({kind.FORMULA})",
+            f"and replaces {replaced}." if replaced else "and replaces none.",
+        )
+    )
+
+
 def _ranks(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
     """rank → number of weights that have it."""
-    found = Counter(tensors[u.keys[0]].shape[0] for u in adapter.updates if u.kind.startswith("lora"))
+    found = Counter(tensors[u.keys[0]].shape[0] for u in adapter.updates if u.kind in _WITH_RANK)
     return {str(rank): count for rank, count in sorted(found.items())}
 
 

@@ -70,6 +70,13 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     for name, keys in group(file.tensors, _PARTS).items():
         if claims(file, name):
             nested.setdefault(name.replace(_WRAPPER, ""), {})[name.count(_WRAPPER)] = keys
+    if not nested:
+        raise file.refuse(
+            f"target_parameters names {', '.join(map(str, file.config['target_parameters']))}, "
+            "but the file holds no matrices for them",
+            expected="tensors such as …experts.lora_A.weight",
+            next_step="save the adapter again: model.save_pretrained(DIR)",
+        )
     return [update for module, depths in nested.items() for update in _module(file, module, depths)]
 
 

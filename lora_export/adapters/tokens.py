@@ -33,8 +33,15 @@ class RowsUpdate:
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each trained embedding. With tied weights PEFT trains both as one, so they stay tied."""
-    updates = []
-    for name, keys in group(file.tensors, (_MARKER,)).items():
+    updates: list[TargetUpdate] = []
+    found = group(file.tensors, (_MARKER,))
+    if not found and file.config.get("trainable_token_indices"):
+        raise file.refuse(
+            "trainable_token_indices names tokens, but the file holds no trained rows",
+            expected=f"a tensor …{_MARKER}",
+            next_step="save the adapter again: model.save_pretrained(DIR)",
+        )
+    for name, keys in found.items():
         file.refuse_weight("a replaced token row")
         updates.append(_update(file, name.removesuffix(_WRAPPER), keys[_MARKER]))
     return updates

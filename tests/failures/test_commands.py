@@ -121,14 +121,26 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         [],
         ["have rank 6", "rank 12", CONFIG, "layers.0", "expected:"],
     ),
-    "a convolution": (adapt(A=torch.ones(6, 48, 3, 3)), [], ["a convolution", Q0, "expected:"]),
+    "half a convolution": (adapt(A=torch.ones(6, 48, 3, 3)), [], ["A has the shape", Q0, "expected:"]),
+    "a convolution in groups": (
+        adapt(A=torch.ones(6, 48, 3), B=torch.ones(48, 3, 1)),
+        [],
+        ["convolution in groups", "mixes the channels", Q0, "try:"],
+    ),
     "pickled adapter": (pickled, [], ["pickled", "adapter_model.bin", "expected:", "try:"]),
     "no adapter weights": (delete(f"adapter/{WEIGHTS}"), [], ["no weights", WEIGHTS]),
     "no adapter config": (delete(f"adapter/{CONFIG}"), [], [f"no {CONFIG}", "expected:"]),
     "unknown peft_type": (configure(peft_type="WIZARDRY"), [], ["WIZARDRY", CONFIG, "expected:", "LORA"]),
     "no peft_type": (configure(peft_type=None), [], ["peft_type is", "None", CONFIG]),
     "prompt tuning": (configure(peft_type="PROMPT_TUNING"), [], ["virtual tokens", CONFIG, "expected:", "try:"]),
-    "DoRA": (configure(use_dora=True), [], ["DoRA", "use_dora is set", CONFIG, "expected:", "try:"]),
+    "DoRA without magnitudes": (configure(use_dora=True), [], ["use_dora is set", "no magnitude", "layers.0.", "try:"]),
+    "magnitudes without DoRA": (
+        adapt(**{f"base_model.model.{Q0}.lora_magnitude_vector": torch.ones(48)}),
+        [],
+        ["DoRA magnitudes", "use_dora is not set", "expected:"],
+    ),
+    "MonteCLoRA": (configure(monteclora_config={"x": 1}), [], ["MonteCLoRA", "monteclora_config is set", "try:"]),
+    "KaSA": (configure(kasa_config={"x": 1}), [], ["KaSA", "truncated base", "try:"]),
     "aLoRA": (configure(alora_invocation_tokens=[1, 2]), [], ["aLoRA", "depends on the input", "try:"]),
     "Arrow": (configure(arrow_config={"x": 1}), [], ["Arrow", "each token", "try:"]),
     "QALoRA": (configure(use_qalora=True), [], ["QALoRA", "try:"]),
@@ -137,11 +149,33 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         [],
         ["pissa_niter_4", "changed base", "path_initial_model_for_weight_conversion"],
     ),
-    "OLoRA": (configure(init_lora_weights="olora"), [], ["olora", "changed base", "try:"]),
+    "CorDA": (configure(init_lora_weights="corda"), [], ["corda", "changed base", "try:"]),
+    "LoRA-GA": (configure(init_lora_weights="lora_ga"), [], ["lora_ga", "changed base", "try:"]),
     "LoftQ": (configure(init_lora_weights="loftq"), [], ["loftq", "changed base", "try:"]),
-    "layer replication": (configure(layer_replication=[[0, 2]]), [], ["number of layers", "try:"]),
-    "trainable tokens": (configure(trainable_token_indices=[1]), [], ["trained token rows", "try:"]),
-    "target_parameters": (configure(target_parameters=["x"]), [], ["fused expert", "try:"]),
+    "layers that do not exist": (configure(layer_replication=[[0, 4]]), [], ["the layer 3", "has 2", "expected:"]),
+    "no layer ranges": (configure(layer_replication=[[2, 0]]), [], ["layer_replication is", "expected:"]),
+    "no trained tokens": (configure(trainable_token_indices=[1]), [], ["no trained rows", "try:"]),
+    "tokens beyond the vocabulary": (
+        lambda w: (
+            configure(trainable_token_indices=[101])(w),
+            adapt(
+                **{"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 48)}
+            )(w),
+        ),
+        [],
+        ["token 101", "has 101 rows", "expected:"],
+    ),
+    "more rows than tokens": (
+        lambda w: (
+            configure(trainable_token_indices=[3])(w),
+            adapt(
+                **{"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 48)}
+            )(w),
+        ),
+        [],
+        ["2 trained rows", "1 tokens", "expected:"],
+    ),
+    "no fused experts": (configure(target_parameters=["x"]), [], ["target_parameters names x", "try:"]),
     "alpha is no number": (configure(lora_alpha="16"), [], ["lora_alpha is '16'", CONFIG]),
     "r is no number": (configure(r=True), [], ["r is True", CONFIG]),
     "bias is no word": (configure(bias="some"), [], ["bias is 'some'", "none, all or lora_only"]),
@@ -311,7 +345,7 @@ def test_inspect_says_why_an_adapter_does_not_fit(work: Path) -> None:
     assert document["fits_base"] is False and "fits a weight of shape" in document["why_not"]
     configure(use_dora=True)(work)
     document = json.loads(invoke("inspect", work / "adapter", "--json").stdout)
-    assert document["mergeable"] is False and "DoRA" in document["reason"]
+    assert document["mergeable"] is False and "no magnitude" in document["reason"]
 
 
 def test_force_replaces_the_whole_output(work: Path) -> None:
