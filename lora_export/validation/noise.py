@@ -22,7 +22,7 @@ def rounding_noise(unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int) 
     default = max(dtypes.values(), key=lambda d: torch.finfo(d).eps)
     try:
         for name, parameter in unmerged.base_model.model.named_parameters():
-            if not name.endswith(".base_layer.weight"):
+            if ".base_layer." not in name or parameter.dim() < 2 or _belongs_to_adapter(name):
                 continue
             weight = parameter.data
             saved.append((weight, weight.clone()))
@@ -33,6 +33,11 @@ def rounding_noise(unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int) 
     finally:
         for weight, before in saved:
             weight.copy_(before)
+
+
+def _belongs_to_adapter(name: str) -> bool:
+    """What lies outside the innermost base layer is the adapter's: fused experts have wrappers in wrappers."""
+    return "." in name.rpartition(".base_layer.")[2]
 
 
 def _ulp(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

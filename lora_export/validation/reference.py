@@ -91,7 +91,6 @@ def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]
 def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:
     """PEFT's unmerged model; several adapters act together, each with its weight."""
     import peft
-    from peft.tuners.lora import LoraLayer
 
     names = [f"adapter{i}" for i in range(len(adapters))]
     unmerged = peft.PeftModel.from_pretrained(
@@ -103,8 +102,9 @@ def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -
         unmerged.base_model.set_adapter(names)
     for module in unmerged.modules():
         for name, choice in zip(names, adapters, strict=True):
-            if choice.weight != 1.0 and isinstance(module, LoraLayer) and name in module.scaling:
-                module.scaling[name] *= choice.weight
+            scaling = getattr(module, "scaling", None)
+            if choice.weight != 1.0 and isinstance(scaling, dict) and name in scaling:
+                scaling[name] *= choice.weight
     return _quiet(unmerged)
 
 

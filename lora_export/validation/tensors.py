@@ -1,16 +1,30 @@
-"""Every tensor of the merged model, recomputed in float64 from the base and the adapter, and compared.
+"""Every tensor of the merged model against what PEFT's unmerged modules compute in float64.
 
 Model outputs cannot show a fine fault (one projection scaled by 1.02 hides in bf16 rounding); tensors can.
-What is expected is taken from PEFT's modules, so neither names nor formulas are shared with merge/.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-SEED = 20_240_501
+from lora_export.validation.effective import (
+    Probe,
+    answers,
+    effective_parameters,
+    make_probe,
+    plain_parameters,
+    wrapped_modules,
+)
+
+ARITHMETIC = 2.0**-22  # of |W|: what fp32 additions may lose
+DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
+# PEFT takes the residual of PiSSA and OLoRA out of the base in fp32, by a decomposition of its own.
+RECOMPUTED = 2.0**-17
+EXPERTS = 8  # of a fused weight are compared, unless all rows are asked for
 
 
 @dataclass(frozen=True)
@@ -23,116 +37,110 @@ class TensorError:
 
 
 def compare_tensors(
-    unmerged: Any, merged: torch.nn.Module, dtypes: Mapping[str, torch.dtype], rows: int | None
+    unmerged: Any, merged: nn.Module, dtypes: Mapping[str, torch.dtype], rows: int | None
 ) -> list[TensorError]:
-    """One entry for each parameter of the merged model. rows: how many of an updated one (None: all)."""
-    found = dict(merged.named_parameters())
-    expected = dict(_expected(unmerged))
-    # A head that the merge untied has a parameter of its own; in the tied model it is the embedding.
-    tied = _tied(unmerged)
-    errors = []
-    for name, value in found.items():
-        parts = expected.get(name) or expected.get(tied.get(name, ""))
-        if parts is None:
-            errors.append(TensorError(name, float("inf"), 0))
-            continue
-        errors.append(_compare(name, value, parts, dtypes[name], rows))
-    return errors
+    """One entry for each tensor. rows: how many columns or rows of an updated one are compared (None: all)."""
+    model = unmerged.base_model.model
+    found = dict(merged.named_parameters(remove_duplicate=False))
+    types = {n: dtypes.get(n) or dtypes[_first_name(merged, p)] for n, p in found.items()}
+    wrapped = wrapped_modules(model)
+    slack = RECOMPUTED if _recomputed(unmerged) else ARITHMETIC
+    errors: dict[str, TensorError] = {}
+    for name, exact in plain_parameters(model, wrapped):
+        errors[name] = _same(name, exact, found.get(name), types.get(name))
+    for path, module in wrapped.items():
+        for error in _wrapped(path, module, merged, types, rows, slack):
+            errors.setdefault(error.name, error)
+    for name in found.keys() - errors.keys():
+        errors[name] = TensorError(name, float("inf"), 0)
+    return list(errors.values())
 
 
-@dataclass(frozen=True)
-class Parts:
-    """weight (n, …) and what is added to it: scaling, left (n, r), right (r, m)."""
-
-    weight: torch.Tensor
-    deltas: tuple[tuple[float, torch.Tensor, torch.Tensor], ...] = ()
+def _first_name(model: nn.Module, parameter: torch.Tensor) -> str:
+    return next(n for n, p in model.named_parameters() if p is parameter)
 
 
-def _compare(name: str, value: torch.Tensor, parts: Parts, dtype: torch.dtype, rows: int | None) -> TensorError:
-    if value.shape != parts.weight.shape:
+def _recomputed(unmerged: Any) -> bool:
+    inits = (getattr(c, "init_lora_weights", True) for c in unmerged.peft_config.values())
+    return any(isinstance(i, str) and i.lower() in ("pissa", "olora") for i in inits)
+
+
+def _same(name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype | None) -> TensorError:
+    """Nothing was added to this tensor, so nothing but the rounding to its type may differ."""
+    if found is None or dtype is None or found.shape != exact.shape:
         return TensorError(name, float("inf"), 0)
-    count = value.shape[0] if value.dim() else 1
-    if not parts.deltas:
-        exact = parts.weight.to(dtype).float()  # nothing was added, so nothing but rounding may differ
-        return TensorError(name, 0.0 if torch.equal(exact, value) else float("inf"), count)
-    picked = _pick(count, rows)
-    weight = parts.weight[picked].double()
-    exact, bound = weight.clone(), weight.abs()
-    for scaling, left, right in parts.deltas:
-        a, b = left[picked].double(), right.double()
-        exact += scaling * (a @ b)
-        bound += abs(scaling) * (a.abs() @ b.abs())
-    # Half a unit in the last place of the output type, and what fp32 arithmetic may lose on the way.
-    allowed = _half_ulp(exact, dtype) + 2.0**-22 * bound
-    worst = ((value[picked].double() - exact).abs() / allowed.clamp_min(1e-45)).max()
-    return TensorError(name, float(worst.nan_to_num(nan=float("inf"))), len(picked))
+    equal = torch.equal(exact.data.to(dtype).float(), found.data)
+    return TensorError(name, 0.0 if equal else float("inf"), exact.shape[0] if exact.dim() else 1)
 
 
-def _pick(count: int, rows: int | None) -> torch.Tensor:
-    if rows is None or rows >= count:
-        return torch.arange(count)
-    generator = torch.Generator().manual_seed(SEED)
-    picked = torch.randperm(count, generator=generator)[: max(rows - 2, 0)]
-    return torch.tensor(sorted({0, count - 1, *picked.tolist()}))
+def _wrapped(
+    path: str, module: Any, merged: nn.Module, types: Mapping[str, torch.dtype], rows: int | None, slack: float
+) -> Iterator[TensorError]:
+    from peft.utils.other import ModulesToSaveWrapper
+
+    try:
+        plain: Any = merged.get_submodule(path)
+    except AttributeError:
+        yield TensorError(path, float("inf"), 0)
+        return
+    if isinstance(module, ModulesToSaveWrapper):
+        return
+    if hasattr(module, "parameter_name"):
+        yield from _parameters(path, module, plain, types, rows, slack)
+        return
+    probe = make_probe(module, rows)
+    if probe is None:
+        yield TensorError(f"{path}.weight", float("inf"), 0)
+    else:
+        yield from _layer(path, module, plain, types, probe, slack)
 
 
-def _half_ulp(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _layer(
+    path: str, module: Any, plain: Any, types: Mapping[str, torch.dtype], probe: Probe, slack: float
+) -> Iterator[TensorError]:
+    """The merged layer gets the same probes, and a copy whose weights are the allowed errors gives the bound."""
+    exact, exact_bias, deviation = answers(module, probe)
+    bound = copy.deepcopy(plain).double()
+    for name, parameter in bound.named_parameters():
+        dtype = types[f"{path}.{name}"]
+        parameter.data = _half_ulp(parameter.data, dtype) + slack * parameter.data.abs() + DEVIATIONS * deviation
+    with torch.no_grad():
+        copied = copy.deepcopy(plain).double()
+        yield _worst(f"{path}.weight", copied(probe.inputs), exact, bound(probe.inputs))
+        if probe.zeros is not None and getattr(plain, "bias", None) is not None:
+            assert exact_bias is not None
+            yield _worst(f"{path}.bias", copied(probe.zeros), exact_bias, bound(probe.zeros))
+
+
+def _parameters(
+    path: str, module: Any, plain: Any, types: Mapping[str, torch.dtype], rows: int | None, slack: float
+) -> Iterator[TensorError]:
+    exact = effective_parameters(module)
+    for name, parameter in plain.named_parameters():
+        full = f"{path}.{name}"
+        if name not in exact:
+            base = dict(module.get_base_layer().named_parameters())
+            yield _same(full, base[name], parameter, types[full])
+            continue
+        step = 1 if rows is None else max(1, len(parameter) // EXPERTS)
+        found, wanted = parameter.data[::step].double(), exact[name][::step]
+        if found.shape != wanted.shape:
+            yield TensorError(full, float("inf"), 0)
+            continue
+        added = (wanted - dict(module.get_base_layer().named_parameters())[name].data[::step].double()).abs()
+        allowed = _half_ulp(found, types[full]) + slack * (found.abs() + added) + ARITHMETIC * float(added.max())
+        yield _worst(full, found, wanted, allowed)
+
+
+def _worst(name: str, found: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> TensorError:
+    if found.shape != exact.shape:
+        return TensorError(name, float("inf"), 0)
+    worst = ((found - exact).abs() / allowed.abs().clamp_min(1e-45)).max()
+    return TensorError(name, float(worst.nan_to_num(nan=float("inf"))), len(found))
+
+
+def _half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     info = torch.finfo(dtype)
-    magnitude = exact.abs().clamp_min(info.smallest_normal)
+    magnitude = values.abs().clamp_min(info.smallest_normal)
     half: torch.Tensor = torch.exp2(torch.floor(torch.log2(magnitude))) * (info.eps / 2)
     return half
-
-
-def _expected(unmerged: Any) -> Iterator[tuple[str, Parts]]:
-    """(name in the plain model, what it must be) for every parameter of PEFT's unmerged model."""
-    from peft.tuners.lora import LoraLayer
-
-    model = unmerged.base_model.model
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    active = list(unmerged.base_model.active_adapters)
-    for name, parameter in model.named_parameters():
-        if any(f".{part}" in name for part in ("lora_", "original_module")):
-            continue
-        plain, module = _plain_name(name, active), name.partition(".base_layer.")[0]
-        layer = layers.get(module) if ".base_layer." in name else None
-        if layer is None or "base_layer.base_layer" in name:
-            yield plain, Parts(parameter.data)
-        elif name.endswith(".weight"):
-            yield plain, Parts(parameter.data, tuple(_deltas(layer, active)))
-        else:
-            yield plain, Parts(parameter.data, tuple(_bias_deltas(layer, active)))
-
-
-def _plain_name(name: str, active: list[str]) -> str:
-    plain = name.replace(".base_layer", "")
-    for adapter in active:
-        plain = plain.replace(f".modules_to_save.{adapter}", "")
-    return plain
-
-
-def _deltas(layer: Any, active: list[str]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
-    for adapter in active:
-        if adapter in layer.lora_A:
-            left, right = layer.lora_B[adapter].weight.data, layer.lora_A[adapter].weight.data
-            flip = layer.fan_in_fan_out
-        elif adapter in layer.lora_embedding_A:
-            left, right = layer.lora_embedding_B[adapter].data, layer.lora_embedding_A[adapter].data
-            flip = True
-        else:
-            continue
-        scaling = float(layer.scaling[adapter])
-        yield (scaling, right.T, left.T) if flip else (scaling, left, right)
-
-
-def _bias_deltas(layer: Any, active: list[str]) -> Iterator[tuple[float, torch.Tensor, torch.Tensor]]:
-    """lora_bias: bias + scaling · addend, written as a product of (n, 1) and (1,) so that one formula serves."""
-    for adapter in active:
-        if adapter in layer.lora_B and layer.lora_B[adapter].bias is not None:
-            yield float(layer.scaling[adapter]), layer.lora_B[adapter].bias.data[:, None], torch.ones(1)
-
-
-def _tied(unmerged: Any) -> dict[str, str]:
-    """Output head → input embedding, by the names that the plain model gives them."""
-    model = unmerged.base_model.model
-    keys = getattr(model, "all_tied_weights_keys", None) or {}
-    return {str(k).replace(".base_layer", ""): str(v).replace(".base_layer", "") for k, v in keys.items()}

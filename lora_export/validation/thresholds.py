@@ -108,7 +108,7 @@ def _below(name: str, value: float, threshold: float, note: str) -> Check:
 
 def tensor_checks(worst: float, faulty: int, total: int) -> list[Check]:
     """The arithmetic of each tensor: no tensor beyond what one rounding explains."""
-    bound = "½ ulp + 2⁻²²·(|W| + s·|B|·|A|), against float64"
+    bound = "½ ulp + 2⁻²²·|W| + 4 × the fp32 error of the unmerged layer, against float64"
     return [
         Check("tensor_errors", faulty, 0, faulty == 0, f"of {total} tensors; bound {bound}"),
         _below("tensor_max_error", worst, 1.0, f"in units of the bound {bound}"),
