@@ -22,8 +22,9 @@ from lora_export.validation.effective import (
 
 ARITHMETIC = 2.0**-22  # of |W|: what fp32 additions may lose
 DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
-# PEFT takes the residual of PiSSA and OLoRA out of the base in fp32, by a decomposition of its own.
-RECOMPUTED = 2.0**-17
+# PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition: an error of this share of the
+# largest weight, everywhere.
+RECOMPUTED = 2.0**-20
 EXPERTS = 8  # of a fused weight are compared, unless all rows are asked for
 
 
@@ -44,12 +45,12 @@ def compare_tensors(
     found = dict(merged.named_parameters(remove_duplicate=False))
     types = {n: dtypes.get(n) or dtypes[_first_name(merged, p)] for n, p in found.items()}
     wrapped = wrapped_modules(model)
-    slack = RECOMPUTED if _recomputed(unmerged) else ARITHMETIC
+    everywhere = RECOMPUTED if _recomputed(unmerged) else 0.0
     errors: dict[str, TensorError] = {}
     for name, exact in plain_parameters(model, wrapped):
         errors[name] = _same(name, exact, found.get(name), types.get(name))
     for path, module in wrapped.items():
-        for error in _wrapped(path, module, merged, types, rows, slack):
+        for error in _wrapped(path, module, merged, types, rows, everywhere):
             errors.setdefault(error.name, error)
     for name in found.keys() - errors.keys():
         errors[name] = TensorError(name, float("inf"), 0)
@@ -74,7 +75,7 @@ def _same(name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: tor
 
 
 def _wrapped(
-    path: str, module: Any, merged: nn.Module, types: Mapping[str, torch.dtype], rows: int | None, slack: float
+    path: str, module: Any, merged: nn.Module, types: Mapping[str, torch.dtype], rows: int | None, everywhere: float
 ) -> Iterator[TensorError]:
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -86,24 +87,26 @@ def _wrapped(
     if isinstance(module, ModulesToSaveWrapper):
         return
     if hasattr(module, "parameter_name"):
-        yield from _parameters(path, module, plain, types, rows, slack)
+        yield from _parameters(path, module, plain, types, rows)
         return
     probe = make_probe(module, rows)
     if probe is None:
         yield TensorError(f"{path}.weight", float("inf"), 0)
     else:
-        yield from _layer(path, module, plain, types, probe, slack)
+        yield from _layer(path, module, plain, types, probe, everywhere)
 
 
 def _layer(
-    path: str, module: Any, plain: Any, types: Mapping[str, torch.dtype], probe: Probe, slack: float
+    path: str, module: Any, plain: Any, types: Mapping[str, torch.dtype], probe: Probe, everywhere: float
 ) -> Iterator[TensorError]:
     """The merged layer gets the same probes, and a copy whose weights are the allowed errors gives the bound."""
     exact, exact_bias, deviation = answers(module, probe)
     bound = copy.deepcopy(plain).double()
     for name, parameter in bound.named_parameters():
         dtype = types[f"{path}.{name}"]
-        parameter.data = _half_ulp(parameter.data, dtype) + slack * parameter.data.abs() + DEVIATIONS * deviation
+        size = parameter.data.abs()
+        arithmetic = ARITHMETIC * size + everywhere * size.max() + DEVIATIONS * deviation
+        parameter.data = _half_ulp(parameter.data, dtype) + arithmetic
     with torch.no_grad():
         copied = copy.deepcopy(plain).double()
         yield _worst(f"{path}.weight", copied(probe.inputs), exact, bound(probe.inputs))
@@ -113,7 +116,7 @@ def _layer(
 
 
 def _parameters(
-    path: str, module: Any, plain: Any, types: Mapping[str, torch.dtype], rows: int | None, slack: float
+    path: str, module: Any, plain: Any, types: Mapping[str, torch.dtype], rows: int | None
 ) -> Iterator[TensorError]:
     exact = effective_parameters(module)
     for name, parameter in plain.named_parameters():
@@ -128,7 +131,7 @@ def _parameters(
             yield TensorError(full, float("inf"), 0)
             continue
         added = (wanted - dict(module.get_base_layer().named_parameters())[name].data[::step].double()).abs()
-        allowed = _half_ulp(found, types[full]) + slack * (found.abs() + added) + ARITHMETIC * float(added.max())
+        allowed = _half_ulp(found, types[full]) + ARITHMETIC * (found.abs() + added + added.max())
         yield _worst(full, found, wanted, allowed)
 
 
