@@ -1,0 +1,183 @@
+"""VeRA (arXiv:2310.11454, eq. 2): W' = W + Λb·B·Λd·A, with one random pair A, B for all layers, sliced."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_export.adapters.config import whole
+from lora_export.adapters.keys import group, read_finite, strip_prefix
+from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.lora import LowRank, LowRankUpdate
+from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "VeRA"
+PEFT_TYPES = ("VERA",)
+FORMULA = "W + diag(λb)·B[:out]·diag(λd)·A[:, :in], A and B shared by all layers"
+
+_SCALES = ("vera_lambda_b", "vera_lambda_d")
+_SHARED = ("vera_A", "vera_B")
+# What makes PEFT save the projections that it was told to leave out.
+_SAVE_THEM = (
+    "in Python: m = PeftModel.from_pretrained(BASE_MODEL, ADAPTER); "
+    "[p._non_persistent_buffers_set.clear() for p in (m.base_model.vera_A, m.base_model.vera_B)]; "
+    "m.peft_config['default'].save_projection = True; m.save_pretrained(DIR)"
+)
+
+
+@dataclass(frozen=True)
+class SlicedTarget(TargetUpdate):
+    """A weight with at most `widest` inputs (None: any number), which are rows where it is stored transposed."""
+
+    outputs: int = 0
+    widest: int | None = None
+    fan_in_fan_out: bool = False
+
+    def is_transposed(self, shape: tuple[int, ...]) -> bool:
+        """Whether a weight of this shape is stored (in, out): GPT-2's Conv1D."""
+        return self.fan_in_fan_out and shape[1] == self.outputs
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        if not super().fits(shape):
+            return False
+        return self.widest is None or shape[0 if self.is_transposed(shape) else 1] <= self.widest
+
+
+def regenerate(seed: int, rank: int, widest: int, outputs: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """A of shape (rank, widest) and B of shape (outputs, rank) as PEFT draws them from projection_prng_key.
+
+    One generator, first A, then B, each row by row, uniform with the bound √(6/fan-in). A therefore depends on
+    `widest`, the largest input of all adapted layers; the first rows of B do not depend on how many follow.
+    """
+    import torch
+
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    drawn = []
+    for shape in ((rank, widest), (outputs, rank)):
+        # These three roundings in a row are PEFT's: the bound must be the same to the last bit.
+        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+        drawn.append(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+    return drawn[0], drawn[1]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The shared pair: its keys in the file, or none and the seed that it was drawn from."""
+
+    file: AdapterFile
+    rank: int
+    keys: tuple[str, ...]
+    seed: int = 0
+
+    @property
+    def widest(self) -> int | None:
+        """The inputs that A reaches; None where it is drawn."""
+        return self.file.tensors[self.keys[0]].shape[1] if self.keys else None
+
+    def holds(self, outputs: int) -> bool:
+        """Whether B has as many rows."""
+        return not self.keys or outputs <= self.file.tensors[self.keys[1]].shape[0]
+
+    def sliced(self, outputs: int, inputs: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """A of shape (r, in) and B of shape (out, r) for one layer, fp32."""
+        if not self.keys:
+            return regenerate(self.seed, self.rank, inputs, outputs)
+        a, b = (read_finite(self.file.source, k) for k in self.keys)
+        return a[:, :inputs], b[:outputs]
+
+
+def read(file: AdapterFile) -> list[TargetUpdate]:
+    """One update for each layer; the first of them claims the shared projections, where they were saved."""
+    modules = group(file.tensors, _SCALES)
+    if not modules:
+        return []
+    found = {n: k for k in file.tensors if (n := strip_prefix(k).replace(".default", "")) in _SHARED}
+    shared = _saved(file, found) if file.config.get("save_projection", True) else _drawn(file, found, len(modules))
+    first = next(iter(modules))
+    return [_update(shared, name, keys, shared.keys if name == first else ()) for name, keys in modules.items()]
+
+
+def _saved(file: AdapterFile, found: dict[str, str]) -> Projections:
+    missing = [n for n in _SHARED if n not in found]
+    if missing:
+        raise file.refuse(
+            f"save_projection is set, but {' and '.join(missing)} cannot be found",
+            tensor=f"base_model.{missing[0]}",
+            expected="both projections in the file",
+            next_step="save the adapter again: model.save_pretrained(DIR)",
+        )
+    keys, rank = tuple(found[n] for n in _SHARED), whole(file.config, "r", file.where)
+    a, b = (file.tensors[k].shape for k in keys)
+    if not (len(a) == len(b) == 2 and a[0] == b[1] == rank):
+        raise file.refuse(
+            f"vera_A has the shape {list(a)}, vera_B {list(b)}, and r is {rank}",
+            tensor=keys[0],
+            expected="A of shape (r, in) and B of shape (out, r), with the largest in and out",
+        )
+    return Projections(file, rank, keys)
+
+
+def _drawn(file: AdapterFile, found: dict[str, str], layers: int) -> Projections:
+    if found:
+        raise file.refuse(
+            "save_projection is false, but the file holds a projection, which PEFT would not use",
+            tensor=min(found.values()),
+            expected="save_projection: true, or a file without vera_A and vera_B",
+        )
+    seed = file.config.get("projection_prng_key")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise file.refuse(f"projection_prng_key is {seed!r}", expected="the seed of vera_A and vera_B")
+    if layers > 1:
+        raise file.refuse(
+            "the projections were not saved (save_projection is false), and to draw them again takes the largest "
+            f"input of all {layers} layers, which the adapter does not tell",
+            expected="an adapter with vera_A and vera_B",
+            next_step=_SAVE_THEM,
+        )
+    return Projections(file, whole(file.config, "r", file.where), (), seed)
+
+
+def _update(shared: Projections, name: str, keys: dict[str, str], claimed: tuple[str, ...]) -> TargetUpdate:
+    file = shared.file
+    missing = [p for p in _SCALES if p not in keys]
+    if missing:
+        raise file.refuse(
+            f"{missing[0]} of this module is missing",
+            tensor=name,
+            expected=" and ".join(_SCALES),
+            next_step="save the adapter again: model.save_pretrained(DIR)",
+        )
+    b_key, d_key = (keys[p] for p in _SCALES)
+    b, d = file.tensors[b_key].shape, file.tensors[d_key].shape
+    if len(b) != 1 or d != (shared.rank,) or not shared.holds(b[0]):
+        raise file.refuse(
+            f"vera_lambda_b has the shape {list(b)}, vera_lambda_d {list(d)}, and r is {shared.rank}",
+            tensor=b_key,
+            expected="shapes (out,) and (r,), with no more outputs than vera_B has rows",
+        )
+    # Only the configuration tells Conv1D from a wrong base here, as the adapter does not hold the inputs' number.
+    flips = bool(file.config.get("fan_in_fan_out"))
+    shapes: tuple[tuple[int | None, ...], ...] = ((b[0], None), (None, b[0])) if flips else ((b[0], None),)
+
+    def load(shape: tuple[int, ...]) -> LowRankUpdate:
+        flip = target.is_transposed(shape)
+        down, up = shared.sliced(b[0], shape[0] if flip else shape[1])
+        left = read_finite(file.source, b_key)[:, None] * up
+        right = read_finite(file.source, d_key)[:, None] * down
+        if flip:
+            left, right = right.T, left.T
+        return LowRankUpdate(LowRank(left, right, file.weight))
+
+    target = SlicedTarget(
+        f"{name}.weight",
+        "vera",
+        (b_key, d_key, *claimed),
+        shapes,
+        load,
+        outputs=b[0],
+        widest=shared.widest,
+        fan_in_fan_out=flips,
+    )
+    return target
