@@ -29,8 +29,9 @@ _SAVE_THEM = (
 
 @dataclass(frozen=True)
 class SlicedTarget(TargetUpdate):
-    """A weight with at most `widest` inputs (None: any number), which are rows where it is stored transposed."""
+    """A weight whose outputs are known, and which has at most `widest` inputs (None: any number)."""
 
+    file: AdapterFile | None = None
     outputs: int = 0
     widest: int | None = None
     fan_in_fan_out: bool = False
@@ -40,9 +41,22 @@ class SlicedTarget(TargetUpdate):
         return self.fan_in_fan_out and shape[1] == self.outputs
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        if not super().fits(shape):
-            return False
-        return self.widest is None or shape[0 if self.is_transposed(shape) else 1] <= self.widest
+        """As for any update. AdapterError for a weight that only fits transposed, if nothing says it is."""
+        if super().fits(shape):
+            return self._reaches(shape[0 if self.is_transposed(shape) else 1])
+        if len(shape) == 2 and shape[1] == self.outputs and self._reaches(shape[0]) and self.file is not None:
+            raise self.file.refuse(
+                f"a base weight of shape {list(shape)} would fit this layer if it was stored transposed (Conv1D), "
+                "but fan_in_fan_out is false",
+                tensor=self.target,
+                expected=f"({self.outputs}, in); or fan_in_fan_out: true, which PEFT loses where a linear layer, "
+                "such as the head, is adapted too",
+                next_step="if the layer is a Conv1D, set fan_in_fan_out to true in adapter_config.json",
+            )
+        return False
+
+    def _reaches(self, inputs: int) -> bool:
+        return self.widest is None or inputs <= self.widest
 
 
 def regenerate(seed: int, rank: int, widest: int, outputs: int) -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -176,6 +190,7 @@ def _update(shared: Projections, name: str, keys: dict[str, str], claimed: tuple
         (b_key, d_key, *claimed),
         shapes,
         load,
+        file=file,
         outputs=b[0],
         widest=shared.widest,
         fan_in_fan_out=flips,

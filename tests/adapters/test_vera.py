@@ -122,8 +122,19 @@ def test_conv1d_is_told_by_shape_and_square_ones_by_the_configuration(tmp_path: 
     folder = saved(tmp_path, vera_config("up", "flipped", "flipped_square"))
     assert json.loads((folder / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     check_against_peft(folder, vera.read)
-    (flipped,) = [u for u in vera.read(opened(folder, fan_in_fan_out=False)) if u.target == "flipped.weight"]
-    assert flipped.fits((10, 8)) and not flipped.fits((8, 10))
+
+
+def test_a_conv1d_that_the_configuration_denies_is_refused(tmp_path: Path) -> None:
+    # PEFT keeps the flag of the last layer, and here that is a linear one.
+    folder = saved(tmp_path, vera_config("flipped", "wide"))
+    assert json.loads((folder / "adapter_config.json").read_text())["fan_in_fan_out"] is False
+    (flipped,) = [u for u in vera.read(opened(folder)) if u.target == "flipped.weight"]
+    with pytest.raises(AdapterError, match="fan_in_fan_out is false"):
+        flipped.fits((8, 10))
+    assert flipped.fits((10, 8)) and not flipped.fits((17, 10))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"fan_in_fan_out": True}))
+    check_against_peft(folder, vera.read)
 
 
 def test_a_weight_scales_the_delta(tmp_path: Path) -> None:
@@ -204,7 +215,7 @@ def test_weights_of_another_base_do_not_fit(tmp_path: Path) -> None:
     (up,) = [u for u in vera.read(opened(folder)) if u.target == "up.weight"]
     assert up.fits((20, 12)) and up.fits((20, 20))
     assert not up.fits((20, 21))  # vera_A reaches 20 inputs
-    assert not up.fits((12, 20)) and not up.fits((20,)) and not up.fits((20, 12, 1, 1))
+    assert not up.fits((12, 19)) and not up.fits((20,)) and not up.fits((20, 12, 1, 1))
 
 
 def test_nan_is_refused_when_read(tmp_path: Path) -> None:
