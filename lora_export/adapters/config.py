@@ -43,7 +43,6 @@ class LoraConfig:
     use_rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
-    fan_in_fan_out: bool
     residual: str | None
     where: Path
 
@@ -81,7 +80,6 @@ def parse_lora(config: Mapping[str, Any], where: Path) -> LoraConfig:
         use_rslora=bool(config.get("use_rslora")),
         rank_pattern=pattern(config, "rank_pattern", where),
         alpha_pattern=pattern(config, "alpha_pattern", where),
-        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         residual=_residual(config.get("init_lora_weights", True), where),
         where=where,
     )

@@ -85,7 +85,8 @@ def _parameters(file: AdapterFile, module: str) -> list[str]:
     names = []
     for target in file.config.get("target_parameters") or ():
         owner, _, parameter = str(target).rpartition(".")
-        if f".{module}".endswith(f".{owner}"):
+        # Without an owner PEFT asks each module whether it has the parameter; fused experts are all called so.
+        if f".{module}".endswith(f".{owner or 'experts'}"):
             names.append(parameter)
     return sorted(set(names), key=lambda n: (_DEFINED.index(n) if n in _DEFINED else len(_DEFINED), n))
 
@@ -152,7 +153,7 @@ def _square_is_in_out(file: AdapterFile) -> bool:
     """Where shapes cannot tell: the user's word, else PEFT's version and how the architecture stores experts."""
     if file.expert_layout != "auto":
         return file.expert_layout == "in-out"
-    return file.experts_stored_in_out or _peft_version(file) < OUT_IN_SINCE
+    return file.stores_experts_in_out or _peft_version(file) < OUT_IN_SINCE
 
 
 def _peft_version(file: AdapterFile) -> tuple[int, ...]:

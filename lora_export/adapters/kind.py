@@ -1,21 +1,26 @@
 """What an adapter kind is: one module that claims tensors of an adapter file and turns them into updates."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from lora_export.contracts import ExpertLayout, ExpertPacking, TargetUpdate, TensorInfo, TensorSource
 from lora_export.errors import AdapterError
 
+_EXPERTS_IN_OUT = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_CONV1D_LAYERS = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+
 
 @dataclass(frozen=True)
 class AdapterFile:
     """An adapter as it lies on disk, known from its headers.
 
-    where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`). The rest is about
-    fused experts, and matters where the file cannot tell: packing of B (all experts of a rank together, or all
-    ranks of an expert), layout of a square weight, and whether the architecture stores experts as (in, out).
+    where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`). The rest matters
+    where the file cannot tell: how B of fused experts is packed (all experts of a rank together, or all ranks of an
+    expert), the layout of square expert weights, the base's model_type (None: unknown) and the shapes of its
+    weights by name, for kinds that draw random matrices of the largest size again.
     """
 
     source: TensorSource
@@ -24,7 +29,8 @@ class AdapterFile:
     weight: float = 1.0
     expert_packing: ExpertPacking = "rank"
     expert_layout: ExpertLayout = "auto"
-    experts_stored_in_out: bool = False
+    base_model_type: str | None = None
+    base_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -33,6 +39,33 @@ class AdapterFile:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self.source.tensors
+
+    @property
+    def stores_experts_in_out(self) -> bool:
+        """Whether the architecture keeps fused experts as (experts, in, out), and says so (is_transposed)."""
+        return self.base_model_type in _EXPERTS_IN_OUT
+
+    def is_conv1d(self, module: str) -> bool:
+        """Whether the layer is a Conv1D, whose weight is stored (in, out).
+
+        The configuration's fan_in_fan_out is no proof: PEFT writes what was true of the last adapted layer.
+        """
+        if self.base_model_type is None:
+            return bool(self.config.get("fan_in_fan_out"))
+        return self.base_model_type in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_LAYERS
+
+    def base_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a weight of the base, whose names may have another prefix; None if it is not known."""
+        if name in self.base_shapes:
+            return self.base_shapes[name]
+        return next(
+            (
+                s
+                for n, s in self.base_shapes.items()
+                if f".{n}".endswith(f".{name}") or f".{name}".endswith(f".{n}")
+            ),
+            None,
+        )
 
     def refuse(self, found: str, *, tensor: str | None = None, expected: str, next_step: str = "") -> AdapterError:
         """The error for something in this adapter; it is for the caller to raise."""

@@ -120,8 +120,8 @@ class Module:
             return True
         if self.layer == "convolution":
             return False
-        # A square weight fits both ways; then only the configuration knows (GPT-2's attention projection).
-        return self.config.fan_in_fan_out if self.shapes[0] == self.shapes[1] else shape == self.shapes[1]
+        # A square weight fits both ways; then only the architecture knows (GPT-2's attention projection).
+        return self.file.is_conv1d(self.name) if self.shapes[0] == self.shapes[1] else shape == self.shapes[1]
 
     def load(self, shape: tuple[int, ...]) -> LowRank:
         down, up = read_finite(self.file.source, self.a_key), read_finite(self.file.source, self.b_key)

@@ -1,6 +1,7 @@
 """VeRA (arXiv:2310.11454, eq. 2): W' = W + Λb·B·Λd·A, with one random pair A, B for all layers, sliced."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,11 +85,12 @@ class Projections:
     rank: int
     keys: tuple[str, ...]
     seed: int = 0
+    drawn_inputs: int | None = None
 
     @property
     def widest(self) -> int | None:
-        """The inputs that A reaches; None where it is drawn."""
-        return self.file.tensors[self.keys[0]].shape[1] if self.keys else None
+        """The inputs that A reaches; None where it is drawn for one layer, whatever its inputs are."""
+        return self.file.tensors[self.keys[0]].shape[1] if self.keys else self.drawn_inputs
 
     def holds(self, outputs: int) -> bool:
         """Whether B has as many rows."""
@@ -97,7 +99,8 @@ class Projections:
     def sliced(self, outputs: int, inputs: int) -> tuple["torch.Tensor", "torch.Tensor"]:
         """A of shape (r, in) and B of shape (out, r) for one layer, fp32."""
         if not self.keys:
-            return regenerate(self.seed, self.rank, inputs, outputs)
+            a, b = regenerate(self.seed, self.rank, self.drawn_inputs or inputs, outputs)
+            return a[:, :inputs], b
         a, b = (read_finite(self.file.source, k) for k in self.keys)
         return a[:, :inputs], b[:outputs]
 
@@ -108,7 +111,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     if not modules:
         return []
     found = {n: k for k in file.tensors if (n := strip_prefix(k).replace(".default", "")) in _SHARED}
-    shared = _saved(file, found) if file.config.get("save_projection", True) else _drawn(file, found, len(modules))
+    shared = _saved(file, found) if file.config.get("save_projection", True) else _drawn(file, found, modules)
     first = next(iter(modules))
     return [_update(shared, name, keys, shared.keys if name == first else ()) for name, keys in modules.items()]
 
@@ -133,7 +136,7 @@ def _saved(file: AdapterFile, found: dict[str, str]) -> Projections:
     return Projections(file, rank, keys)
 
 
-def _drawn(file: AdapterFile, found: dict[str, str], layers: int) -> Projections:
+def _drawn(file: AdapterFile, found: dict[str, str], modules: Mapping[str, Mapping[str, str]]) -> Projections:
     if found:
         raise file.refuse(
             "save_projection is false, but the file holds a projection, which PEFT would not use",
@@ -143,14 +146,26 @@ def _drawn(file: AdapterFile, found: dict[str, str], layers: int) -> Projections
     seed = file.config.get("projection_prng_key")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise file.refuse(f"projection_prng_key is {seed!r}", expected="the seed of vera_A and vera_B")
-    if layers > 1:
+    inputs = [_inputs(file, name, keys) for name, keys in modules.items()]
+    unknown = [name for name, size in zip(modules, inputs, strict=True) if size is None]
+    if unknown and len(modules) > 1:
         raise file.refuse(
             "the projections were not saved (save_projection is false), and to draw them again takes the largest "
-            f"input of all {layers} layers, which the adapter does not tell",
-            expected="an adapter with vera_A and vera_B",
+            f"input of all {len(modules)} layers, which the adapter does not tell",
+            tensor=unknown[0],
+            expected="the base that it was trained on, or an adapter with vera_A and vera_B",
             next_step=_SAVE_THEM,
         )
-    return Projections(file, whole(file.config, "r", file.where), (), seed)
+    widest = None if unknown else max(n for n in inputs if n is not None)
+    return Projections(file, whole(file.config, "r", file.where), (), seed, widest)
+
+
+def _inputs(file: AdapterFile, name: str, keys: Mapping[str, str]) -> int | None:
+    """How many inputs the layer has: the side of the base's weight that is not the outputs'."""
+    shape = file.base_shape(f"{name}.weight")
+    if shape is None or len(shape) != 2 or "vera_lambda_b" not in keys:
+        return None
+    return shape[1] if file.tensors[keys["vera_lambda_b"]].shape == shape[:1] else shape[0]
 
 
 def _update(shared: Projections, name: str, keys: dict[str, str], claimed: tuple[str, ...]) -> TargetUpdate:
@@ -171,8 +186,8 @@ def _update(shared: Projections, name: str, keys: dict[str, str], claimed: tuple
             tensor=b_key,
             expected="shapes (out,) and (r,), with no more outputs than vera_B has rows",
         )
-    # Only the configuration tells Conv1D from a wrong base here, as the adapter does not hold the inputs' number.
-    flips = bool(file.config.get("fan_in_fan_out"))
+    # The shape cannot tell Conv1D from a wrong base here, as the adapter does not hold the inputs' number.
+    flips = file.is_conv1d(name)
     shapes: tuple[tuple[int | None, ...], ...] = ((b[0], None), (None, b[0])) if flips else ((b[0], None),)
 
     def load(shape: tuple[int, ...]) -> LowRankUpdate:

@@ -19,14 +19,12 @@ from lora_export.checkpoint.companions import (
 from lora_export.checkpoint.shards import write_index
 from lora_export.contracts import AdapterChoice, MergeOptions, MergeResult, Progress
 from lora_export.files import check_space, output_folder
+from lora_export.merge.base import base_weights
 from lora_export.merge.certificate import NAME as CERTIFICATE
 from lora_export.merge.certificate import write_certificate
 from lora_export.merge.execute import Execution
 from lora_export.merge.plan import MergePlan, plan_merge
 from lora_export.progress import Silent
-
-# Architectures of transformers whose expert modules store (experts, in, out) and say so (is_transposed).
-EXPERTS_IN_OUT = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
 __all__ = ["CERTIFICATE", "MergePlan", "merge", "plan"]
 
@@ -34,6 +32,7 @@ __all__ = ["CERTIFICATE", "MergePlan", "merge", "plan"]
 def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -> MergePlan:
     """Read headers and configurations, and decide everything. No adapters: only dequantizing and copying."""
     checkpoint = open_checkpoint(base)
+    shapes = {n: w.shape for n, w in base_weights(checkpoint, options, None).items()} if adapters else {}
     found = []
     for choice in adapters:
         config, tensors = open_adapter_files(choice.folder)
@@ -44,7 +43,8 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
             choice.weight,
             options.expert_packing,
             options.expert_layout,
-            checkpoint.config.get("model_type") in EXPERTS_IN_OUT,
+            checkpoint.config.get("model_type"),
+            shapes,
         )
         found.append(read_adapter(file))
     return plan_merge(checkpoint, found, options)

@@ -1,5 +1,6 @@
 """VeRA against PEFT's unmerged forward in float64, and the helpers that OFT's and BOFT's tests share."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,16 @@ def test_projections_of_several_layers_need_the_base_and_the_advice_works(tmp_pa
     names = {"PeftModel": PeftModel, "base": Layers(), "ADAPTER": folder, "DIR": tmp_path / "with"}
     exec(advice, names)
     check_against_peft(tmp_path / "with", vera.read)
+
+
+def test_projections_are_drawn_again_with_the_shapes_of_the_base(tmp_path: Path) -> None:
+    folder = saved(tmp_path, vera_config("up", "down", save_projection=False))
+    shapes = {f"model.{n}": tuple(p.shape) for n, p in Layers().named_parameters()}
+
+    def read(file: Any) -> Any:
+        return vera.read(dataclasses.replace(file, base_shapes=shapes))
+
+    check_against_peft(folder, read)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "unknown peft_type": (configure(peft_type="WIZARDRY"), [], ["WIZARDRY", CONFIG, "expected:", "LORA"]),
     "no peft_type": (configure(peft_type=None), [], ["peft_type is", "None", CONFIG]),
     "prompt tuning": (configure(peft_type="PROMPT_TUNING"), [], ["virtual tokens", CONFIG, "expected:", "try:"]),
-    "DoRA without magnitudes": (configure(use_dora=True), [], ["use_dora is set", "no magnitude", "layers.0.", "try:"]),
+    "DoRA without magnitudes": (configure(use_dora=True), [], ["use_dora is set", "no magnitude", "try:"]),
     "magnitudes without DoRA": (
         adapt(**{f"base_model.model.{Q0}.lora_magnitude_vector": torch.ones(48)}),
         [],
