@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from lora_export.adapters import adalora, boft, dora, experts, lora, oft, saved, tokens, vera
+from lora_export.adapters import adalora, boft, dora, experts, ia3, loha, lokr, lora, oft, saved, tokens, vera
 from lora_export.adapters.kind import AdapterFile, Kind
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
 
 CONFIG = "adapter_config.json"
 
-KINDS: tuple[Kind, ...] = (lora, dora, experts, adalora, vera, oft, boft)
+KINDS: tuple[Kind, ...] = (lora, dora, experts, adalora, ia3, loha, lokr, vera, oft, boft)
 TOKENS_ONLY = "TRAINABLE_TOKENS"
 
 # Kinds that no merged weight can equal, with the reason.

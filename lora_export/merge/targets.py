@@ -49,9 +49,20 @@ def _resolved(
             loaded = loaded_weights(base, {n: w.shape for n, w in weights.items()})
         if update.target in loaded:
             found += spread(update, loaded[update.target], {n: w.shape for n, w in weights.items()})
-        elif not (update.optional and f"{update.target.rpartition('.')[0]}.weight" in {*weights, *loaded}):
+        elif not (update.optional and _has_weight(update, weights, loaded, change)):
             raise unknown_target(update.target, weights, str(adapter.folder))
     return found
+
+
+def _has_weight(
+    update: TargetUpdate,
+    weights: Mapping[str, BaseWeight],
+    loaded: Mapping[str, tuple[Piece, ...]],
+    change: tuple[str, str],
+) -> bool:
+    """Whether the layer is there, though without the bias that this optional update is for."""
+    weight = f"{update.target.rpartition('.')[0]}.weight"
+    return weight in weights or weight in loaded or rename(weight, change) in weights
 
 
 def _one_of_tied(adapter: Adapter, tied: tuple[str, str] | None) -> list[TargetUpdate]:

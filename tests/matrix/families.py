@@ -32,6 +32,11 @@ def video() -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(1, 4, 3, 16, 16, dtype=torch.float64, generator=generator)}
 
 
+def wave() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(9)
+    return {"input_values": torch.randn(2, 64, dtype=torch.float64, generator=generator)}
+
+
 def speech() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
     mel = torch.randn(2, 8, 32, dtype=torch.float64, generator=generator)
@@ -185,6 +190,23 @@ FAMILIES: dict[str, Family] = {
             embedding_size=8, hidden_sizes=[12, 20], depths=[1, 2], layer_type="basic", num_labels=3
         ),
         (), convolution="convolution", head="classifier.1", inputs=pixels,
+    ),
+    "regnet": Family(  # convolutions in groups
+        transformers.RegNetForImageClassification,
+        lambda: transformers.RegNetConfig(
+            embedding_size=8, hidden_sizes=[12, 24], depths=[1, 1], groups_width=6, layer_type="x", num_labels=3
+        ),
+        (), convolution="layer.1.convolution", head="classifier.1", inputs=pixels,
+    ),
+    "wav2vec2": Family(
+        transformers.Wav2Vec2Model,
+        lambda: transformers.Wav2Vec2Config(
+            hidden_size=32, intermediate_size=44, num_hidden_layers=1, num_attention_heads=4, conv_dim=(8, 12),
+            conv_stride=(2, 2), conv_kernel=(3, 3), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+            feat_extract_norm="layer", mask_time_prob=0.0,
+        ),
+        ("q_proj", "v_proj", "out_proj", "intermediate_dense"), ("intermediate_dense",),
+        convolution="conv_layers.1.conv", norm="final_layer_norm", biases=True, inputs=wave,
     ),
     "videomae": Family(
         transformers.VideoMAEModel,

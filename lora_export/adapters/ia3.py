@@ -1,0 +1,117 @@
+"""(IA)³ (arXiv:2205.05638, §3.3): a learned vector scales outputs, or the inputs of feed-forward layers."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.kind import AdapterFile
+from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "IA3"
+PEFT_TYPES = ("IA3",)
+FORMULA = "W·l: columns of feed-forward layers, rows (and the bias) of all others"
+
+_MARKER = "ia3_l"
+
+
+@dataclass(frozen=True)
+class RowScale:
+    """weight · factors, a factor for each row; factors: fp32 (rows,). Also for biases."""
+
+    factors: "torch.Tensor"
+    row_wise: bool = True
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        return weight * self.factors[rows].reshape(-1, *(1 for _ in weight.shape[1:]))
+
+
+@dataclass(frozen=True)
+class ColumnScale:
+    """weight · factors, a factor for each input channel; factors: fp32 (inputs of all groups,).
+
+    outputs: rows of the whole weight. A convolution in groups sees other channels in each group of its rows.
+    """
+
+    factors: "torch.Tensor"
+    outputs: int
+    row_wise: bool = True
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
+        inputs = weight.shape[1]
+        groups = len(self.factors) // inputs
+        owner = torch.arange(rows.start, rows.start + len(weight)) // (self.outputs // groups)
+        factors = self.factors.reshape(groups, inputs)[owner]
+        return weight * factors.reshape(len(weight), inputs, *(1 for _ in weight.shape[2:]))
+
+
+def read(file: AdapterFile) -> list[TargetUpdate]:
+    """One update for each layer's weight, and one for its bias, if it has one, where outputs are scaled."""
+    modules = group(file.tensors, (_MARKER,))
+    if modules:
+        file.refuse_weight(NAME)
+    updates = []
+    for name, keys in modules.items():
+        key = keys[_MARKER]
+        shape = file.tensors[key].shape
+        size = math.prod(shape)
+        if len(shape) < 2 or size != max(shape):
+            raise file.refuse(
+                f"the vector has the shape {list(shape)}", tensor=key, expected="one dimension that is not 1"
+            )
+        feedforward = _is_feedforward(file, name)
+        updates.append(_weight(file, name, key, size, len(shape), feedforward))
+        if not feedforward:
+            updates.append(_bias(file, name, key, size))
+    return updates
+
+
+def _is_feedforward(file: AdapterFile, module: str) -> bool:
+    """PEFT's rule: a regular expression that matches the whole name, or one of the endings in a list."""
+    named = file.config.get("feedforward_modules")
+    if isinstance(named, str):
+        return re.fullmatch(named, module) is not None
+    if not isinstance(named, list):
+        raise file.refuse(
+            f"feedforward_modules is {named!r}",
+            expected="a list of endings, or a regular expression: it decides whether inputs or outputs are scaled",
+            next_step="save the adapter again: model.save_pretrained(DIR)",
+        )
+    return module.endswith(tuple(map(str, named)))
+
+
+def _weight(file: AdapterFile, name: str, key: str, size: int, dimensions: int, feedforward: bool) -> TargetUpdate:
+    by_rows = not feedforward
+    if dimensions == 2 and file.is_conv1d(name):
+        by_rows = feedforward
+    rest = (None,) * (dimensions - 2)
+
+    def load(shape: tuple[int, ...]) -> RowScale | ColumnScale:
+        factors = read_finite(file.source, key).reshape(-1)
+        if by_rows:
+            return RowScale(factors)
+        if size % shape[1] or (dimensions == 2 and size != shape[1]):
+            raise file.refuse(
+                f"the vector has {size} values, the weight {shape[1]} inputs",
+                tensor=key,
+                expected="one value for each input",
+            )
+        return ColumnScale(factors, shape[0])
+
+    shapes: tuple[tuple[int | None, ...], ...] = ((size, None, *rest),) if by_rows else ((None, size, *rest),)
+    if not by_rows and rest:
+        shapes = ((None, None, *rest),)  # in groups, the weight has fewer inputs than the layer
+    return TargetUpdate(f"{name}.weight", "ia3", (key,), shapes, load)
+
+
+def _bias(file: AdapterFile, name: str, key: str, size: int) -> TargetUpdate:
+    def load(shape: tuple[int, ...]) -> RowScale:
+        return RowScale(read_finite(file.source, key).reshape(-1))
+
+    return TargetUpdate(f"{name}.bias", "ia3", (), ((size,),), load, optional=True)

@@ -1,0 +1,118 @@
+"""LoKr (LyCORIS, arXiv:2309.14859, §3.3): W' = W + s·W1 ⊗ W2, each factor whole or decomposed, s = alpha/r."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_export.adapters.keys import read_finite
+from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.lycoris import ANY_LAYER, Parts, read_parts
+from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "LoKr"
+PEFT_TYPES = ("LOKR",)
+FORMULA = "W + s·W1 ⊗ W2 (Kronecker product); W1 and W2 may be products of low rank, W2 a Tucker product"
+
+_FIRST = (frozenset({"lokr_w1"}), frozenset({"lokr_w1_a", "lokr_w1_b"}))
+_SECOND = (
+    frozenset({"lokr_w2"}),
+    frozenset({"lokr_w2_a", "lokr_w2_b"}),
+    frozenset({"lokr_w2_a", "lokr_w2_b", "lokr_t2"}),
+)
+_MARKERS = tuple(sorted(set().union(*_FIRST, *_SECOND)))
+
+
+@dataclass(frozen=True)
+class KroneckerUpdate:
+    """first: fp32 (a, c); second: fp32 (b, d). Row i of the delta is row i // b of the first, times row i % b of
+    the second for each of its elements.
+    """
+
+    first: "torch.Tensor"
+    second: "torch.Tensor"
+    scaling: float
+    row_wise: bool = True
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
+        index = torch.arange(rows.start, rows.start + len(weight))
+        outer, inner = self.first[index // len(self.second)], self.second[index % len(self.second)]
+        delta = outer[:, :, None] * inner[:, None, :]
+        return weight + self.scaling * delta.reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class FlattenedKronecker:
+    """PEFT's product of a matrix with the whole kernel (b, d, k) of a one-dimensional convolution.
+
+    torch.kron puts the missing dimension of the matrix in front, so its rows meet the kernel's channels; that is no
+    Kronecker product of channels, but it is what the trained model computes. It does not go row by row.
+    """
+
+    first: "torch.Tensor"
+    second: "torch.Tensor"
+    scaling: float
+    row_wise: bool = False
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
+        return weight + self.scaling * torch.kron(self.first, self.second).reshape(weight.shape)
+
+
+def read(file: AdapterFile) -> list[TargetUpdate]:
+    """One update for each module; shapes are checked against the base's weight when it is known."""
+    sets = tuple(first | second for first in _FIRST for second in _SECOND)
+    return [_update(parts) for parts in read_parts(file, _MARKERS, sets)]
+
+
+def _update(parts: Parts) -> TargetUpdate:
+    for part, dimension in (("lokr_w1_a", 1), ("lokr_w1_b", 0), ("lokr_w2_b", 0)):
+        if part in parts.keys:
+            parts.check(part, dimension)
+    if "lokr_w2_a" in parts.keys:
+        parts.check("lokr_w2_a", 0 if "lokr_t2" in parts.keys else 1)
+    a, c = _size(parts, "1")
+    b, d = _size(parts, "2")
+
+    def load(shape: tuple[int, ...]) -> KroneckerUpdate | FlattenedKronecker:
+        parts.refuse_shape(shape, a * b, c * d)
+        first, second = _factor(parts, "1"), _factor(parts, "2")
+        if second.dim() == 3:
+            return FlattenedKronecker(first, second, parts.scaling)
+        return KroneckerUpdate(first, second.flatten(1), parts.scaling)
+
+    used = tuple(parts.keys.values())
+    return TargetUpdate(f"{parts.module}.weight", "lokr", used, ANY_LAYER, load)
+
+
+def _size(parts: Parts, number: str) -> tuple[int, int]:
+    """(rows, all the rest) of a factor, from headers."""
+    if f"lokr_w{number}" in parts.keys:
+        rows, *rest = parts.shape(f"lokr_w{number}")
+    elif f"lokr_t{number}" in parts.keys:
+        rows = parts.shape(f"lokr_w{number}_a")[1]
+        rest = [parts.shape(f"lokr_w{number}_b")[1], *parts.shape(f"lokr_t{number}")[2:]]
+    else:
+        rows, rest = parts.shape(f"lokr_w{number}_a")[0], [parts.shape(f"lokr_w{number}_b")[1]]
+    size = 1
+    for n in rest:
+        size *= n
+    return rows, size
+
+
+def _factor(parts: Parts, number: str) -> "torch.Tensor":
+    import torch
+
+    def get(part: str) -> "torch.Tensor":
+        return read_finite(parts.file.source, parts.keys[part])
+
+    if f"lokr_w{number}" in parts.keys:
+        return get(f"lokr_w{number}")
+    a, b = get(f"lokr_w{number}_a"), get(f"lokr_w{number}_b")
+    if f"lokr_t{number}" in parts.keys:
+        return torch.einsum("ij...,io,jc->oc...", get(f"lokr_t{number}"), a, b)
+    return a @ b

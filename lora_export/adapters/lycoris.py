@@ -1,0 +1,67 @@
+"""What LoHa and LoKr share: the parts of a module, its rank and scaling, and the check of the weight's shape."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_export.adapters.config import match_pattern, number, pattern, whole
+from lora_export.adapters.keys import group
+from lora_export.adapters.kind import AdapterFile
+
+# A delta is made flat, (outputs, the rest), and takes the shape of whatever the layer is.
+ANY_LAYER: tuple[tuple[None, ...], ...] = ((None,) * 2, (None,) * 3, (None,) * 4)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors of one module by their short names, and the factor of its delta."""
+
+    file: AdapterFile
+    module: str
+    keys: Mapping[str, str]
+    rank: int
+    scaling: float
+
+    def shape(self, part: str) -> tuple[int, ...]:
+        """From the header."""
+        return self.file.tensors[self.keys[part]].shape
+
+    def check(self, part: str, dimension: int) -> None:
+        """That a factor has the configured rank in one of its dimensions."""
+        if self.shape(part)[dimension] != self.rank:
+            raise self.file.refuse(
+                f"{part} has the shape {list(self.shape(part))}, the configured rank is {self.rank}",
+                tensor=self.keys[part],
+                expected="r and rank_pattern that describe the file",
+            )
+
+    def refuse_shape(self, shape: tuple[int, ...], outputs: int, rest: int) -> None:
+        """Refuse a weight with another number of outputs, or of elements for each."""
+        if shape[0] != outputs or math.prod(shape[1:]) != rest:
+            raise self.file.refuse(
+                f"the adapter's delta is {outputs} × {rest}, the base's weight has the shape {list(shape)}",
+                tensor=f"{self.module}.weight",
+                expected="the base that the adapter was trained on",
+                next_step="give that base as -b; `lora-export inspect ADAPTER` shows its name",
+            )
+
+
+def read_parts(file: AdapterFile, markers: tuple[str, ...], sets: tuple[frozenset[str], ...]) -> list[Parts]:
+    """The parts of every module; each must be one of the complete `sets`."""
+    found = []
+    for module, keys in group(file.tensors, markers).items():
+        if frozenset(keys) not in sets:
+            raise file.refuse(
+                f"this module has only {', '.join(sorted(keys))}",
+                tensor=module,
+                expected="one of: " + "; ".join(" ".join(sorted(s)) for s in sets),
+                next_step="save the adapter again: model.save_pretrained(DIR)",
+            )
+        rank = match_pattern(
+            pattern(file.config, "rank_pattern", file.where), module, whole(file.config, "r", file.where)
+        )
+        alpha = match_pattern(
+            pattern(file.config, "alpha_pattern", file.where), module, number(file.config, "alpha", file.where)
+        )
+        found.append(Parts(file, module, keys, int(rank), file.weight * float(alpha) / rank))
+    return found
