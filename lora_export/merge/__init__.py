@@ -23,6 +23,7 @@ from lora_export.merge.base import base_weights
 from lora_export.merge.certificate import NAME as CERTIFICATE
 from lora_export.merge.certificate import write_certificate
 from lora_export.merge.execute import Execution
+from lora_export.merge.loaded import loaded_weights
 from lora_export.merge.plan import MergePlan, plan_merge
 from lora_export.progress import Silent
 
@@ -36,6 +37,9 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
     found = []
     for choice in adapters:
         config, tensors = open_adapter_files(choice.folder)
+        if config.get("save_projection") is False:  # VeRA draws by the shapes of the layers that it names
+            loaded = loaded_weights(checkpoint, shapes)
+            shapes |= {name: shapes[pieces[0].name] for name, pieces in loaded.items() if len(pieces) == 1}
         file = AdapterFile(
             tensors,
             config,

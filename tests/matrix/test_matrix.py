@@ -73,7 +73,7 @@ def test_merged_equals_unmerged(kind: str, name: str, bases: dict[str, Path], tm
     tolerance = PISSA if kind == "lora pissa" else TOLERANCE
     assert float((found - expected).abs().max()) <= tolerance * scale
     # The adapter must matter, or the comparison shows nothing.
-    assert expected.shape != untouched.shape or float((expected - untouched).abs().max()) > 1e-3 * scale
+    assert expected.shape != untouched.shape or float((expected - untouched).abs().max()) > 1e-4 * scale
     assert result.adapter_tensors["used"] == result.adapter_tensors["total"] > 0
 
 
