@@ -10,6 +10,7 @@ from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoi
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.errors import InputError, LoraExportError
 from lora_export.files import read_json
+from lora_export.quantization import describe
 
 _WITH_RANK = frozenset({"lora", "lora_embedding", "lora_convolution", "dora", "adalora"})
 
@@ -45,7 +46,7 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
         "shards": len({t.file for t in checkpoint.tensors.values()}),
-        "quantization": _quantization(quantization) if quantization else None,
+        "quantization": describe(quantization) if quantization else None,
         "tied_embeddings": config.get("tie_word_embeddings"),
         "vocabulary": config.get("vocab_size"),
         "saved_by_transformers": config.get("transformers_version"),
@@ -67,15 +68,6 @@ def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
         elif info.dtype == "I8":
             count += size
     return count
-
-
-def _quantization(settings: Mapping[str, Any]) -> str:
-    if settings.get("load_in_8bit"):
-        return "bitsandbytes int8"
-    if settings.get("load_in_4bit"):
-        double = " with double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
-        return f"bitsandbytes {settings.get('bnb_4bit_quant_type', '4 bits')}{double}"
-    return str(settings.get("quant_method"))
 
 
 def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:

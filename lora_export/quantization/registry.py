@@ -1,15 +1,22 @@
 """Which quantized weights a checkpoint holds. One file a format; what is not known is refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
-from lora_export.quantization import bnb4, bnb8
+from lora_export.quantization import awq, bnb4, bnb8, compressed, gptq, scaled
 
 if TYPE_CHECKING:
     import torch
 
+_EXPECTED = {
+    "bitsandbytes": "weights with a quant_state (4 bits) or SCB (8 bits)",
+    "gptq": "tensors such as …q_proj.qweight",
+    "awq": "tensors such as …q_proj.qweight",
+    "fp8": "tensors such as …q_proj.weight_scale_inv",
+    "compressed-tensors": "tensors such as …q_proj.weight_packed or …q_proj.weight_scale",
+}
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -37,14 +44,34 @@ def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str,
     settings = config.get("quantization_config")
     if not settings:
         return {}
-    method = settings.get("quant_method", "bitsandbytes" if _is_bnb(settings) else None)
-    if method != "bitsandbytes":
+    method = method_of(settings)
+    dtype = _TYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float16"), "F16")
+    readers: Mapping[str, Callable[[], Sequence[QuantizedWeight]]] = {
+        "bitsandbytes": lambda: _bitsandbytes(source, config, dtype),
+        "gptq": lambda: gptq.find(source, settings),
+        "awq": lambda: awq.find(source, settings),
+        "fp8": lambda: scaled.find_fp8(source, settings, dtype),
+        "compressed-tensors": lambda: compressed.find(source, settings, dtype),
+    }
+    if method not in readers:
         raise CheckpointError(
             f"the base is quantized with {method!r}, which this tool does not read",
             where="config.json",
-            expected="an unquantized base, or one that bitsandbytes saved in 4 or 8 bits",
+            expected=f"an unquantized base, or one of {', '.join(readers)}",
             next_step="give the unquantized base model that this one was made from as -b",
         )
+    found = readers[method]()
+    if not found:
+        raise CheckpointError(
+            f"config.json says that this model was quantized with {method}, but no quantized weight is here",
+            where="config.json",
+            expected=_EXPECTED[method],
+            next_step="if the weights are not quantized, remove quantization_config from config.json",
+        )
+    return {w.weight: w for w in found}
+
+
+def _bitsandbytes(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[QuantizedWeight]:
     if config.get("model_type") in ("gpt2", "openai-gpt", "imagegpt"):
         raise CheckpointError(
             "a quantized model with Conv1D layers, whose weights bitsandbytes stores transposed",
@@ -52,17 +79,28 @@ def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str,
             expected="an unquantized base of this architecture",
             next_step="give the unquantized base as -b with --training-quantization",
         )
-    dtype = _TYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float16"), "F16")
-    found: list[QuantizedWeight] = [*bnb4.find(source), *bnb8.find(source, dtype)]
-    if not found:
-        raise CheckpointError(
-            "config.json says that bitsandbytes quantized this model, but no quantized weight is here",
-            where="config.json",
-            expected="weights with a quant_state (4 bits) or SCB (8 bits)",
-            next_step="if the weights are not quantized, remove quantization_config from config.json",
-        )
-    return {w.weight: w for w in found}
+    return [*bnb4.find(source), *bnb8.find(source, dtype)]
 
 
-def _is_bnb(settings: Mapping[str, Any]) -> bool:
-    return bool(settings.get("load_in_4bit") or settings.get("load_in_8bit"))
+def method_of(settings: Mapping[str, Any]) -> str:
+    """The method that a quantization_config names; bitsandbytes' older ones do not."""
+    named = settings.get("quant_method")
+    if named is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
+        return "bitsandbytes"
+    return str(named)
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """A quantization_config in a few words."""
+    method = method_of(settings)
+    if method == "bitsandbytes" and settings.get("load_in_8bit"):
+        return "bitsandbytes int8"
+    if method == "bitsandbytes":
+        double = " with double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"bitsandbytes {settings.get('bnb_4bit_quant_type', '4 bits')}{double}"
+    if method in ("gptq", "awq"):
+        order = ", act-order" if settings.get("desc_act") else ""
+        return f"{method.upper()} {settings.get('bits')} bits, groups of {settings.get('group_size')}{order}"
+    if method == "fp8":
+        return f"fp8 in blocks of {settings.get('weight_block_size') or 'whole tensors'}"
+    return f"{method} {settings.get('format', '')}".strip()

@@ -1,0 +1,143 @@
+"""compressed-tensors (vLLM's format): packed int4 and int8, plain int8 and fp8, with scales for any granularity.
+
+pack-quantized: X.weight_packed int32 (out, in · B/32), values plus 2^(B−1), lowest bits first; X.weight_shape (2,);
+X.weight_scale (out, groups); X.weight_zero_point int32 (out · B/32, groups), packed along the outputs, if it is
+asymmetric; X.weight_g_idx int32 (in,) with act-order. Others: X.weight int8 or fp8, X.weight_scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_export.contracts import TensorSource
+from lora_export.errors import CheckpointError
+from lora_export.quantization.packed import expect, part, unpack
+from lora_export.quantization.scaled import SCALES, ScaledRows, ScaledWeight, scaled_weight
+
+if TYPE_CHECKING:
+    import torch
+
+PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
+FORMATS = ("pack-quantized", *PLAIN, "dense")
+BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """packed: int32 (out, words); scale, zero: fp32 (out, groups); groups: int64 (in,)."""
+
+    packed: "torch.Tensor"
+    bits: int
+    scale: "torch.Tensor"
+    zero: "torch.Tensor | None"
+    groups: "torch.Tensor"
+
+    def rows(self, start: int, stop: int) -> "torch.Tensor":
+        """Rows [start, stop) in fp32: (q − 2^(B−1) − zero) · scale."""
+        codes = unpack(self.packed[start:stop], self.bits)[:, : len(self.groups)].float() - (1 << (self.bits - 1))
+        if self.zero is not None:
+            codes = codes - self.zero[start:stop][:, self.groups]
+        value: torch.Tensor = codes * self.scale[start:stop][:, self.groups]
+        return value
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    weight: str
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    bits: int
+
+    def load(self, source: TensorSource) -> PackedRows:
+        import torch
+
+        scale = source.read(f"{self.weight}_scale").float()
+        groups = torch.arange(self.shape[1]) // -(-self.shape[1] // scale.shape[1])
+        if f"{self.weight}_g_idx" in self.parts:
+            groups = source.read(f"{self.weight}_g_idx").long()
+        zero = None
+        if f"{self.weight}_zero_point" in self.parts:
+            zero = source.read(f"{self.weight}_zero_point")
+            if zero.dtype == torch.int32:  # packed along the outputs
+                zero = unpack(zero.T.contiguous(), self.bits).T[: self.shape[0]] - (1 << (self.bits - 1))
+            zero = zero.float()
+        return PackedRows(source.read(self.parts[0]), self.bits, scale, zero, groups)
+
+
+def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[PackedWeight | ScaledWeight]:
+    """Every compressed weight of a checkpoint, checked by headers; dtype: what the model computes in."""
+    groups = settings.get("config_groups") or {}
+    formats = {settings.get("format"), *(g.get("format") for g in groups.values())} - {None, "mixed-precision"}
+    if not formats <= set(FORMATS) or settings.get("sparsity_config", {}).get("format", "dense") != "dense":
+        raise CheckpointError(
+            f"compressed-tensors of the format {', '.join(sorted(map(str, formats)))}"
+            + (" with sparsity" if settings.get("sparsity_config") else ""),
+            where="config.json",
+            expected=", ".join(FORMATS[:-1]),
+            next_step="give the unquantized base model that this one was made from as -b",
+        )
+    found: list[PackedWeight | ScaledWeight] = []
+    for name in source.tensors:
+        if name.endswith(".weight_packed"):
+            found.append(_packed(source, name.removesuffix("_packed"), dtype))
+        elif name.endswith(".weight_scale") and name.removesuffix("_scale") in source.tensors:
+            found.append(_plain(source, name.removesuffix("_scale"), groups, dtype))
+    return found
+
+
+def _packed(source: TensorSource, weight: str, dtype: str) -> PackedWeight:
+    packed = part(source, weight, f"{weight}_packed", ("I32",))
+    scale = part(source, weight, f"{weight}_scale", SCALES)
+    size = part(source, weight, f"{weight}_shape", ("I64", "I32"))
+    rows, columns = (int(n) for n in source.read(size.name).tolist())
+    bits = next((b for b in BITS if packed.shape == (rows, -(-columns * b // 32))), None)
+    if bits is None:
+        raise CheckpointError(
+            f"{list(packed.shape)} words for a weight of {rows} × {columns}",
+            where=packed.file,
+            tensor=packed.name,
+            expected="4 or 8 bits for each element",
+        )
+    if len(scale.shape) != 2 or scale.shape[0] != rows or columns % scale.shape[1]:
+        raise CheckpointError(
+            f"scales of shape {list(scale.shape)}",
+            where=scale.file,
+            tensor=scale.name,
+            expected=f"[{rows}, groups]",
+        )
+    parts = [packed.name, scale.name, size.name]
+    if f"{weight}_zero_point" in source.tensors:
+        zero = part(source, weight, f"{weight}_zero_point", ("I32", "I8"))
+        expect(zero, (-(-rows * bits // 32) if zero.dtype == "I32" else rows, scale.shape[1]))
+        parts.append(zero.name)
+    if f"{weight}_g_idx" in source.tensors:
+        order = part(source, weight, f"{weight}_g_idx", ("I32", "I64"))
+        expect(order, (columns,))
+        parts.append(order.name)
+    return PackedWeight(weight, tuple(parts), (rows, columns), dtype, bits)
+
+
+def _plain(source: TensorSource, weight: str, groups: Mapping[str, Any], dtype: str) -> ScaledWeight:
+    """int8 or fp8; how many elements share a scale is told by the shape of the scales, and by a block_structure."""
+    codes, scale = source.tensors[weight], source.tensors[f"{weight}_scale"]
+    zero = f"{weight}_zero_point"
+    blocks = [g.get("weights", {}).get("block_structure") for g in groups.values() if g.get("weights")]
+    block: tuple[int | None, int | None] = (None, None)
+    if len(codes.shape) == 2 and len(scale.shape) == 2 and scale.shape != (1, 1):
+        structure = next((b for b in blocks if b and _fits(codes.shape, scale.shape, b)), None)
+        if structure:
+            block = (int(structure[0]), int(structure[1]))
+        else:
+            block = (1, None if scale.shape[1] == 1 else codes.shape[1] // scale.shape[1])
+    elif len(scale.shape) == 1 and scale.shape != (1,):
+        block = (1, None)
+    used = zero if zero in source.tensors else None
+    return scaled_weight(source, weight, scale.name, used, dtype, ("I8", "F8_E4M3"), block)
+
+
+def _fits(weight: tuple[int, ...], scale: tuple[int, ...], block: Any) -> bool:
+    return isinstance(block, list) and scale == tuple(-(-n // int(b)) for n, b in zip(weight, block, strict=True))
+
+
+__all__ = ["PackedRows", "PackedWeight", "ScaledRows", "find"]

@@ -1,0 +1,54 @@
+"""Small integers packed into int32 words, lowest bits first, as GPTQ, AWQ and compressed-tensors store them."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_export.contracts import TensorInfo, TensorSource
+from lora_export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def unpack(words: "torch.Tensor", bits: int, order: Sequence[int] | None = None) -> "torch.Tensor":
+    """int32 (…, n) → int32 (…, n · 32/bits), unsigned values; order[p] is the place of the p-th value in its word."""
+    import torch
+
+    count = 32 // bits
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    values = (words[..., None] >> shifts) & ((1 << bits) - 1)
+    if order is not None:
+        values = values[..., torch.argsort(torch.tensor(order))]
+    return values.reshape(*words.shape[:-1], words.shape[-1] * count)
+
+
+def part(source: TensorSource, weight: str, name: str, dtypes: Sequence[str]) -> TensorInfo:
+    """The header of a tensor that a quantized weight needs; CheckpointError if it is missing or of another type."""
+    info = source.tensors.get(name)
+    if info is None:
+        owner = next(t for n, t in source.tensors.items() if n.startswith(weight.removesuffix("weight")))
+        raise CheckpointError(
+            f"the tensor {name} is missing",
+            where=owner.file,
+            tensor=weight,
+            expected="all parts of a quantized weight",
+        )
+    if info.dtype not in dtypes:
+        raise CheckpointError(
+            f"the type is {info.dtype}", where=info.file, tensor=name, expected=" or ".join(dtypes)
+        )
+    return info
+
+
+def expect(info: TensorInfo, shape: Sequence[int]) -> None:
+    """Refuse a part of another shape."""
+    if info.shape != tuple(shape):
+        raise CheckpointError(
+            f"the shape is {list(info.shape)}", where=info.file, tensor=info.name, expected=str(list(shape))
+        )
+
+
+def groups_of(columns: int, group_size: int) -> int:
+    """How many groups of inputs there are; −1 is one group for all."""
+    return 1 if group_size == -1 else math.ceil(columns / group_size)

@@ -1,0 +1,100 @@
+"""Weights that lie as they are (fp8 or int8), with scales for tensors, rows, groups or blocks: W = (q − zero) · scale.
+
+fp8 as DeepSeek and transformers save it: X.weight F8_E4M3 (out, in), X.weight_scale_inv fp32, one for each block
+(short blocks at the ends are legal). compressed-tensors: X.weight with X.weight_scale and maybe X.weight_zero_point.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_export.contracts import TensorInfo, TensorSource
+from lora_export.errors import CheckpointError
+from lora_export.quantization.packed import part
+
+if TYPE_CHECKING:
+    import torch
+
+SCALES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """codes: (out, in); scale and zero: (rows, columns) of blocks of `block` elements."""
+
+    codes: "torch.Tensor"
+    scale: "torch.Tensor"
+    zero: "torch.Tensor | None"
+    block: tuple[int, int]
+
+    def rows(self, start: int, stop: int) -> "torch.Tensor":
+        """Rows [start, stop) in fp32."""
+        value = self.codes[start:stop].float()
+        if self.zero is not None:
+            value = value - self._spread(self.zero, start, stop)
+        return value * self._spread(self.scale, start, stop)
+
+    def _spread(self, blocks: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
+        import torch
+
+        height, width = self.block
+        row, column = torch.arange(start, stop) // height, torch.arange(self.codes.shape[1]) // width
+        return blocks.float()[row][:, column]
+
+
+@dataclass(frozen=True)
+class ScaledWeight:
+    """block: the (rows, columns) that share a scale."""
+
+    weight: str
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    block: tuple[int, int]
+
+    def load(self, source: TensorSource) -> ScaledRows:
+        codes, scale, *rest = (source.read(name) for name in self.parts)
+        grid = tuple(math.ceil(n / b) for n, b in zip(self.shape, self.block, strict=True))
+        zero = rest[0].reshape(grid) if rest else None
+        return ScaledRows(codes, scale.reshape(grid), zero, self.block)
+
+
+def find_fp8(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[ScaledWeight]:
+    """Every weight with a `weight_scale_inv`; dtype: what the model computes in, from its config."""
+    block = settings.get("weight_block_size") or (None, None)
+    found = []
+    for name in [n for n in source.tensors if n.endswith(".weight_scale_inv")]:
+        weight = name.removesuffix("_scale_inv")
+        found.append(scaled_weight(source, weight, name, None, dtype, ("F8_E4M3",), (block[0], block[1])))
+    return found
+
+
+def scaled_weight(
+    source: TensorSource,
+    weight: str,
+    scale: str,
+    zero: str | None,
+    dtype: str,
+    types: tuple[str, ...],
+    block: tuple[int | None, int | None],
+) -> ScaledWeight:
+    """A weight and its scales, checked by headers. block: None where one scale holds for the whole dimension."""
+    codes, scales = part(source, weight, weight, types), part(source, weight, scale, SCALES)
+    if len(codes.shape) != 2:
+        raise _odd(codes, f"a quantized weight of shape {list(codes.shape)}", "two dimensions")
+    height, width = (n if b is None else b for n, b in zip(codes.shape, block, strict=True))
+    if not all(isinstance(n, int) and n > 0 for n in (height, width)):
+        raise _odd(codes, f"blocks of {block}", "two positive numbers")
+    blocks = math.ceil(codes.shape[0] / height) * math.ceil(codes.shape[1] / width)
+    for info in (scales, *([source.tensors[zero]] if zero else [])):
+        if math.prod(info.shape) != blocks:
+            raise _odd(
+                info, f"{math.prod(info.shape)} values for {blocks} blocks of {height} × {width}", str(blocks)
+            )
+    parts = (codes.name, scales.name, *([zero] if zero else []))
+    return ScaledWeight(weight, parts, codes.shape, dtype, (height, width))
+
+
+def _odd(info: TensorInfo, found: str, expected: str) -> CheckpointError:
+    return CheckpointError(found, where=info.file, tensor=info.name, expected=expected)
