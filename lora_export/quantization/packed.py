@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def unpack(words: "torch.Tensor", bits: int, order: Sequence[int] | None = None) -> "torch.Tensor":
-    """int32 (…, n) → int32 (…, n · 32/bits), unsigned values; order[p] is the place of the p-th value in its word."""
+    """int32 (…, n) → int32 (…, n · 32/bits), unsigned; order[p] is the place of the p-th value of a word."""
     import torch
 
     count = 32 // bits

@@ -1,7 +1,7 @@
-"""Weights that lie as they are (fp8 or int8), with scales for tensors, rows, groups or blocks: W = (q − zero) · scale.
+"""Weights that lie unpacked (fp8, int8), with scales for tensors, rows, groups or blocks: W = (q − zero) · scale.
 
 fp8 as DeepSeek and transformers save it: X.weight F8_E4M3 (out, in), X.weight_scale_inv fp32, one for each block
-(short blocks at the ends are legal). compressed-tensors: X.weight with X.weight_scale and maybe X.weight_zero_point.
+(short blocks at the ends are legal). compressed-tensors: X.weight, X.weight_scale and maybe X.weight_zero_point.
 """
 
 import math

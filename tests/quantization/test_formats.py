@@ -1,0 +1,282 @@
+"""GPTQ, AWQ, fp8 and compressed-tensors: packed value by value from the formats' descriptions, and read back."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_export.checkpoint import TensorFiles, open_checkpoint
+from lora_export.checkpoint.header import read_header
+from lora_export.contracts import AdapterChoice, MergeOptions
+from lora_export.errors import CheckpointError
+from lora_export.merge import merge
+from lora_export.quantization import QuantizedWeight, describe, find_quantized
+from tests.builders import edit_json, edit_tensors, load, logits, lora, save_adapter, save_base, tensors, unmerged
+
+Tensors = dict[str, torch.Tensor]
+
+
+def integers(low: int, high: int, *shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scales(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(7)) * 0.02 + 0.01).to(dtype)
+
+
+def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """(…, n) small unsigned integers → int32 words, the first value in the lowest bits; one value at a time."""
+    count = 32 // bits
+    words = torch.zeros(*values.shape[:-1], math.ceil(values.shape[-1] / count), dtype=torch.int64)
+    for i in range(values.shape[-1]):
+        words[..., i // count] |= values[..., i].long() << (bits * (i % count))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def gptq(
+    out: int, width: int, bits: int = 4, group: int = 32, act_order: bool = False, v2: bool = False, name: str = "w"
+) -> tuple[Tensors, torch.Tensor]:
+    """What a GPTQ file holds for one layer, and its weight in float64."""
+    size = width if group == -1 else group
+    count = math.ceil(width / size)
+    codes, zeros, scale = (
+        integers(0, 2**bits, width, out),
+        integers(0, 2**bits, count, out, seed=2),
+        scales(count, out),
+    )
+    owner = torch.arange(width) // size
+    if act_order:
+        owner = owner[torch.randperm(width, generator=torch.Generator().manual_seed(3))]
+    stored = zeros if v2 else (zeros - 1) % 2**bits
+    exact = (codes - zeros[owner]).double() * scale[owner].double()
+    parts = {"qweight": pack(codes.T, bits).T, "qzeros": pack(stored, bits), "scales": scale, "g_idx": owner.int()}
+    return {f"{name}.{k}": v.contiguous() for k, v in parts.items()}, exact.T
+
+
+def awq(out: int, width: int, group: int = 32, name: str = "w") -> tuple[Tensors, torch.Tensor]:
+    size = width if group == -1 else group
+    count = math.ceil(width / size)
+    codes, zeros, scale = integers(0, 16, width, out), integers(0, 16, count, out, seed=2), scales(count, out)
+    owner = torch.arange(width) // size
+    exact = (codes - zeros[owner]).double() * scale[owner].double()
+    order = [8 * block + place for block in range(out // 8) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
+    parts = {"qweight": pack(codes[:, order], 4), "qzeros": pack(zeros[:, order], 4), "scales": scale}
+    return {f"{name}.{k}": v for k, v in parts.items()}, exact.T
+
+
+def fp8(out: int, width: int, block: tuple[int, int] | None = (16, 32)) -> tuple[Tensors, torch.Tensor]:
+    codes = torch.randn(out, width, generator=torch.Generator().manual_seed(4)).to(torch.float8_e4m3fn)
+    height, across = block or (out, width)
+    scale = scales(math.ceil(out / height), math.ceil(width / across), dtype=torch.float32)
+    exact = codes.double()
+    for i in range(out):
+        for j in range(width):
+            exact[i, j] *= scale[i // height, j // across].double()
+    return {"w.weight": codes, "w.weight_scale_inv": scale}, exact
+
+
+def packed(
+    out: int, width: int, bits: int = 4, group: int = 32, symmetric: bool = True, act_order: bool = False
+) -> tuple[Tensors, torch.Tensor]:
+    half, count = 2 ** (bits - 1), width // group
+    codes, scale = integers(-half, half, out, width), scales(out, count, dtype=torch.bfloat16)
+    zeros = torch.zeros(out, count, dtype=torch.long) if symmetric else integers(-half, half, out, count, seed=2)
+    owner = torch.arange(width) // group
+    parts = {"weight_packed": pack(codes + half, bits), "weight_scale": scale}
+    parts["weight_shape"] = torch.tensor([out, width])
+    if not symmetric:
+        parts["weight_zero_point"] = pack((zeros + half).T, bits).T
+    if act_order:
+        owner = owner[torch.randperm(width, generator=torch.Generator().manual_seed(3))]
+        parts["weight_g_idx"] = owner.int()
+    exact = (codes - zeros[:, owner]).double() * scale[:, owner].double()
+    return {f"w.{k}": v.contiguous() for k, v in parts.items()}, exact
+
+
+def plain(
+    out: int, width: int, codes: torch.Tensor, grid: tuple[int, ...], block: tuple[int, int], zero: bool = False
+) -> tuple[Tensors, torch.Tensor]:
+    scale = scales(*grid, dtype=torch.float32)
+    spread = scale.reshape(math.ceil(out / block[0]), -1).double()
+    rows, columns = torch.arange(out) // block[0], torch.arange(width) // block[1]
+    parts, exact = {"w.weight": codes, "w.weight_scale": scale}, codes.double()
+    if zero:
+        parts["w.weight_zero_point"] = integers(-9, 9, *grid, seed=2).to(torch.int8)
+        exact = exact - parts["w.weight_zero_point"].reshape(spread.shape).double()[rows][:, columns]
+    return parts, exact * spread[rows][:, columns]
+
+
+def quantized(folder: Path, values: Tensors, settings: dict[str, Any]) -> tuple[QuantizedWeight, TensorFiles]:
+    save_file(values, folder / "model.safetensors")
+    source = TensorFiles(read_header(folder / "model.safetensors").tensors)
+    (weight,) = find_quantized(source, {"quantization_config": settings, "dtype": "bfloat16"}).values()
+    return weight, source
+
+
+def check(folder: Path, made: tuple[Tensors, torch.Tensor], settings: dict[str, Any]) -> QuantizedWeight:
+    """All rows at once, and in blocks that begin and end anywhere, are the exact weight rounded to fp32 twice."""
+    values, exact = made
+    weight, source = quantized(folder, values, settings)
+    assert weight.weight == "w.weight" and weight.shape == tuple(exact.shape)
+    assert set(weight.parts) == set(values) and weight.parts[0] in source.tensors
+    rows = weight.load(source)
+    whole = rows.rows(0, weight.shape[0])
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whole.double(), exact, rtol=2.0**-23, atol=0)
+    for start, stop in ((0, 1), (3, min(10, len(whole))), (len(whole) - 1, len(whole))):
+        assert torch.equal(rows.rows(start, stop), whole[start:stop])
+    return weight
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("v2", [False, True])
+def test_gptq(tmp_path: Path, bits: int, group: int, act_order: bool, v2: bool) -> None:
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": group}
+    settings |= {"checkpoint_format": "gptq_v2"} if v2 else {}
+    found = check(tmp_path, gptq(48, 256, bits, group, act_order, v2), settings)
+    assert found.dtype == "F16"
+
+
+def test_gptq_with_a_short_last_group_and_without_g_idx(tmp_path: Path) -> None:
+    values, exact = gptq(16, 96, 4, 64)
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    check(tmp_path, (values, exact), settings)
+    del values["w.g_idx"]
+    check(tmp_path, (values, exact), settings)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, -1])
+def test_awq(tmp_path: Path, group: int) -> None:
+    check(tmp_path, awq(48, 256, group), {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"})
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (37, 81), (16, 32), (5, 7)])
+def test_fp8_blocks(tmp_path: Path, shape: tuple[int, int]) -> None:
+    check(tmp_path, fp8(*shape), {"quant_method": "fp8", "weight_block_size": [16, 32]})
+
+
+def test_fp8_with_one_scale(tmp_path: Path) -> None:
+    found = check(tmp_path, fp8(12, 20, None), {"quant_method": "fp8", "weight_block_size": None})
+    assert found.dtype == "BF16"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("group", "act_order"), [(32, False), (32, True), (64, False), (128, False)])
+def test_compressed_tensors_packed(tmp_path: Path, bits: int, symmetric: bool, group: int, act_order: bool) -> None:
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    check(tmp_path, packed(40, 128, bits, group, symmetric, act_order), settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "grid", "block", "zero"),
+    [
+        ("I8", (24, 1), (1, 40), False),
+        ("I8", (24, 1), (1, 40), True),
+        ("I8", (1,), (24, 40), False),
+        ("F8", (24, 1), (1, 40), False),
+        ("F8", (1,), (24, 40), False),
+        ("F8", (24,), (1, 40), False),
+        ("F8", (2, 3), (16, 16), False),
+        ("I8", (24, 5), (1, 8), False),
+    ],
+)
+def test_compressed_tensors_plain(
+    tmp_path: Path, kind: str, grid: tuple[int, ...], block: tuple[int, int], zero: bool
+) -> None:
+    codes = integers(-128, 128, 24, 40).to(torch.int8)
+    if kind == "F8":
+        codes = torch.randn(24, 40, generator=torch.Generator().manual_seed(4)).to(torch.float8_e4m3fn)
+    weights = {"block_structure": [16, 16]} if block == (16, 16) else {}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if kind == "F8" else "int-quantized",
+        "config_groups": {"group_0": {"weights": weights}},
+    }
+    check(tmp_path, plain(24, 40, codes, grid, block, zero), settings)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "told"),
+    [
+        ({}, {"bits": 3}, "GPTQ with 3 bits"),
+        ({}, {"group_size": 0}, "group_size is 0"),
+        ({}, {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        ({"w.qzeros": None}, {}, "w.qzeros is missing"),
+        ({"w.scales": None}, {}, "w.scales is missing"),
+        ({"w.scales": torch.ones(4, 16)}, {}, r"the shape is \[4, 16\]"),
+        ({"w.qzeros": torch.ones(4, 6)}, {}, "the type is F32"),
+        ({"w.g_idx": torch.zeros(9, dtype=torch.int32)}, {}, r"the shape is \[9\]"),
+        ({"w.qweight": None}, {}, "no quantized weight is here"),
+        ({}, {"quant_method": "hqq"}, "quantized with 'hqq'"),
+        ({}, {"quant_method": "awq", "version": "gemv"}, "AWQ of version 'gemv'"),
+        ({}, {"quant_method": "awq", "bits": 8}, "with 8 bits"),
+        ({}, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
+        ({}, {"quant_method": "compressed-tensors", "format": "marlin-24"}, "marlin-24"),
+        ({}, {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24"}}, "with sparsity"),
+    ],
+)
+def test_refusals_name_what_was_found(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], settings: dict[str, Any], told: str
+) -> None:
+    values = {k: v for k, v in (gptq(48, 128)[0] | change).items() if v is not None}
+    with pytest.raises(CheckpointError, match=told):
+        quantized(tmp_path, values, GPTQ | settings)
+
+
+def test_inputs_of_a_group_that_does_not_exist_are_refused(tmp_path: Path) -> None:
+    values, _ = gptq(48, 128)
+    values["w.g_idx"][5] = 4
+    weight, source = quantized(tmp_path, values, GPTQ)
+    with pytest.raises(CheckpointError, match="a group beyond the 4"):
+        weight.load(source)
+
+
+def test_words_for_people() -> None:
+    assert describe(GPTQ | {"desc_act": True}) == "GPTQ 4 bits, groups of 32, act-order"
+    assert describe({"quant_method": "fp8", "weight_block_size": [128, 128]}) == "fp8 in blocks of [128, 128]"
+    assert describe({"quant_method": "compressed-tensors", "format": "pack-quantized"}).endswith("pack-quantized")
+    assert describe({"load_in_8bit": True}) == "bitsandbytes int8"
+
+
+def test_an_adapter_merges_into_a_gptq_base(tmp_path: Path) -> None:
+    """Some layers packed, others plain: the merged model is the adapter on the dequantized weights."""
+    base = save_base(tmp_path / "base", dtype=torch.float16)
+    changes: dict[str, torch.Tensor | None] = {}
+    exact: Tensors = {}
+    for name, value in tensors(base).items():
+        if name.endswith(("q_proj.weight", "up_proj.weight")):
+            out, width = value.shape
+            module = name.removesuffix(".weight")
+            parts, weight = gptq(out, width, 4, 16, act_order=True, name=module)
+            changes |= parts | {name: None}
+            exact[name] = weight.float()
+    plain_base = tmp_path / "plain"
+    plain_base.mkdir()
+    edit_tensors(base / "model.safetensors", changes)
+    edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 16})
+    source = open_checkpoint(base)
+    found = find_quantized(source, source.config)
+    for path in base.iterdir():
+        (plain_base / path.name).write_bytes(path.read_bytes())
+    dequantized = {n: w.load(source).rows(0, w.shape[0]) for n, w in found.items()}
+    rest = {n: v.float() for n, v in tensors(base).items() if not any(n in w.parts for w in found.values())}
+    save_file(rest | dequantized, plain_base / "model.safetensors", {"format": "pt"})
+    edit_json(plain_base / "config.json", quantization_config=None)
+    assert dequantized.keys() == exact.keys()
+    for name, value in exact.items():
+        torch.testing.assert_close(dequantized[name], value, rtol=1e-6, atol=0)
+    adapter = save_adapter(tmp_path / "adapter", plain_base, lora())
+    result = merge(base, [AdapterChoice(adapter)], tmp_path / "out", MergeOptions(dtype="float32"))
+    assert result.tensors["dequantized"] == 2 and result.tensors["updated"] == 6
+    assert set(tensors(tmp_path / "out")) == set(tensors(plain_base))
+    expected = logits(unmerged(plain_base, adapter))
+    assert float((logits(load(tmp_path / "out")) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
