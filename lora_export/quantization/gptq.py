@@ -1,7 +1,7 @@
 """GPTQ weights (arXiv:2210.17323) of AutoGPTQ and GPTQModel: W[o, i] = scale[g, o] · (q[i, o] − zero[g, o]).
 
 Layout for B bits: X.qweight int32 (in · B/32, out), packed along the inputs; X.qzeros int32 (groups, out · B/32),
-packed along the outputs; X.scales (groups, out); X.g_idx int32 (in,), the group of each input (any, with act-order).
+packed along the outputs; X.scales (groups, out); X.g_idx int32 (in,), the group of each input.
 The format "gptq" stores zeros less one, "gptq_v2" stores them as they are.
 """
 

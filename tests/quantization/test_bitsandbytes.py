@@ -345,7 +345,7 @@ def test_odd_eight_bit_parts_are_refused(tmp_path: Path) -> None:
         assert said in caught.value.found
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", None])
+@pytest.mark.parametrize("method", ["hqq", "quanto", "mxfp4", None])
 def test_other_quantizations_are_refused_by_name(tmp_path: Path, method: str | None) -> None:
     parts, _ = quantize(random((48, 80)))
     folder = saved(tmp_path, parts, quantization_config={"quant_method": method, "bits": 4})
