@@ -144,13 +144,16 @@ def edit_tensors(path: Path, changes: dict[str, torch.Tensor | None]) -> None:
     save_file({k: v.contiguous() for k, v in merged.items() if v is not None}, path, {"format": "pt"})
 
 
-def handmade_base(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32) -> Path:
+def handmade_base(
+    folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
     """A base of named random matrices and a config that says little: for what needs no model."""
     generator = torch.Generator().manual_seed(5)
     folder.mkdir(parents=True)
     values = {n: (torch.randn(s, generator=generator) * 0.02).to(dtype) for n, s in shapes.items()}
     save_file(values, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+    settings = {"model_type": "llama", "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(settings | config))
     return folder
 
 

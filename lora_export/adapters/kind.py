@@ -19,8 +19,8 @@ class AdapterFile:
 
     where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`). The rest matters
     where the file cannot tell: how B of fused experts is packed (all experts of a rank together, or all ranks of an
-    expert), the layout of square expert weights, the base's model_type (None: unknown) and the shapes of its
-    weights by name, for kinds that draw random matrices of the largest size again.
+    expert), the layout of square expert weights, every model_type in the base's configuration (empty: unknown) and
+    the shapes of its weights by name, for kinds that draw random matrices of the largest size again.
     """
 
     source: TensorSource
@@ -29,7 +29,7 @@ class AdapterFile:
     weight: float = 1.0
     expert_packing: ExpertPacking = "rank"
     expert_layout: ExpertLayout = "auto"
-    base_model_type: str | None = None
+    base_model_types: frozenset[str] = frozenset()
     base_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -43,16 +43,16 @@ class AdapterFile:
     @property
     def stores_experts_in_out(self) -> bool:
         """Whether the architecture keeps fused experts as (experts, in, out), and says so (is_transposed)."""
-        return self.base_model_type in _EXPERTS_IN_OUT
+        return bool(self.base_model_types & _EXPERTS_IN_OUT)
 
     def is_conv1d(self, module: str) -> bool:
         """Whether the layer is a Conv1D, whose weight is stored (in, out).
 
         The configuration's fan_in_fan_out is no proof: PEFT writes what was true of the last adapted layer.
         """
-        if self.base_model_type is None:
+        if not self.base_model_types:
             return bool(self.config.get("fan_in_fan_out"))
-        return self.base_model_type in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_LAYERS
+        return bool(self.base_model_types & _CONV1D_MODELS) and module.rpartition(".")[2] in _CONV1D_LAYERS
 
     def base_shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a weight of the base, whose names may have another prefix; None if it is not known."""

@@ -1,7 +1,7 @@
 """A checkpoint folder opened by its headers, and tensors read from it by byte range."""
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,19 @@ class Checkpoint(TensorFiles):
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def model_types(self) -> frozenset[str]:
+        """Every model_type of the configuration: that of the model and those of its parts (encoder, decoder)."""
+        return frozenset(_model_types(self.config))
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(config.get("model_type"), str):
+        yield config["model_type"]
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _model_types(value)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

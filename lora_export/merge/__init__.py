@@ -47,7 +47,7 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
             choice.weight,
             options.expert_packing,
             options.expert_layout,
-            checkpoint.config.get("model_type"),
+            checkpoint.model_types,
             shapes,
         )
         found.append(read_adapter(file))

@@ -25,7 +25,7 @@ def adapter(folder: Path, matrices: dict[str, tuple[int, int]], **settings: Any)
         values[f"base_model.model.l.{module}.lora_A.weight"] = torch.randn(E * R, width, generator=generator)
         values[f"base_model.model.l.{module}.lora_B.weight"] = torch.randn(height, E * R, generator=generator)
     save_file(values, folder / "adapter_model.safetensors")
-    options = {k: settings.pop(k) for k in ("expert_packing", "expert_layout", "base_model_type") if k in settings}
+    options = {k: settings.pop(k) for k in ("expert_packing", "expert_layout", "base_model_types") if k in settings}
     config = {
         "peft_type": "LORA", "r": R, "lora_alpha": 15, "peft_version": "0.21.2",
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
@@ -86,7 +86,7 @@ def test_packing_by_expert_is_another_delta(tmp_path: Path) -> None:
         ({"peft_version": "0.19.0.dev0@UNKNOWN"}, False),
         ({"peft_version": "0.18.1"}, True),
         ({"peft_version": None}, True),
-        ({"peft_version": "0.21.2", "base_model_type": "gpt_oss"}, True),
+        ({"peft_version": "0.21.2", "base_model_types": frozenset({"gpt_oss"})}, True),
         ({"peft_version": "0.18.1", "expert_layout": "out-in"}, False),
         ({"peft_version": "0.21.2", "expert_layout": "in-out"}, True),
     ],

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,17 +192,26 @@ def test_more_memory_means_larger_blocks(tmp_path: Path) -> None:
     assert sizes[2**31] * 4_000 * execute.COPIES <= 2**31
 
 
-def test_square_conv1d_follows_the_configuration(tmp_path: Path) -> None:
-    """A square weight fits both ways: only fan_in_fan_out can tell."""
-    base = handmade_base(tmp_path / "base", {"m.proj.weight": (40, 40)})
+@pytest.mark.parametrize(
+    ("config", "flips"),
+    [
+        ({"model_type": "gpt2"}, True),
+        ({"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}, True),
+        ({"model_type": "llama"}, False),
+    ],
+)
+@pytest.mark.parametrize("flag", [False, True])
+def test_square_conv1d_follows_the_architecture(
+    config: dict[str, Any], flips: bool, flag: bool, tmp_path: Path
+) -> None:
+    """A square weight fits both ways, and PEFT computes by the layer, whatever fan_in_fan_out says."""
+    base = handmade_base(tmp_path / "base", {"m.c_proj.weight": (40, 40)}, **config)
     a, b = torch.randn(6, 40), torch.randn(40, 6)
-    for flip in (False, True):
-        adapter = handmade_adapter(tmp_path / f"adapter-{flip}", {"m.proj": (a, b)}, fan_in_fan_out=flip)
-        merge(base, [AdapterChoice(adapter)], tmp_path / f"out-{flip}")
-        delta = 2.5 * (b @ a).double()
-        expected = tensors(base)["m.proj.weight"].double() + (delta.T if flip else delta)
-        found = tensors(tmp_path / f"out-{flip}")["m.proj.weight"].double()
-        assert float((found - expected).abs().max()) < 1e-4
+    adapter = handmade_adapter(tmp_path / "adapter", {"m.c_proj": (a, b)}, fan_in_fan_out=flag)
+    merge(base, [AdapterChoice(adapter)], tmp_path / "out")
+    delta = 2.5 * (b @ a).double()
+    expected = tensors(base)["m.c_proj.weight"].double() + (delta.T if flips else delta)
+    assert float((tensors(tmp_path / "out")["m.c_proj.weight"].double() - expected).abs().max()) < 1e-4
 
 
 def test_two_adapters_may_not_both_replace_a_tensor(tmp_path: Path) -> None:

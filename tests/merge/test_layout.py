@@ -152,4 +152,4 @@ def test_options_about_experts_reach_the_adapter(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(AdapterError, match="enough"):
         room.plan(base, [AdapterChoice(adapter)], MergeOptions(expert_packing="expert", expert_layout="in-out"))
     assert (seen[0].expert_packing, seen[0].expert_layout) == ("expert", "in-out")
-    assert seen[0].base_model_type == "llama"
+    assert seen[0].base_model_types == {"llama"}

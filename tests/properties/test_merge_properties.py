@@ -60,13 +60,12 @@ def test_any_low_rank_update_is_rounded_once(
     a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
     shape = (columns, rows) if flip else (rows, columns)
     with tempfile.TemporaryDirectory() as folder:
-        base = handmade_base(Path(folder, "base"), {"m.proj.weight": shape}, dtype)
-        adapter = handmade_adapter(
-            Path(folder, "adapter"), {"m.proj": (a, b)}, alpha=alpha, use_rslora=rslora, fan_in_fan_out=flip
-        )
+        model_type = "gpt2" if flip else "llama"
+        base = handmade_base(Path(folder, "base"), {"m.c_proj.weight": shape}, dtype, model_type=model_type)
+        adapter = handmade_adapter(Path(folder, "adapter"), {"m.c_proj": (a, b)}, alpha=alpha, use_rslora=rslora)
         merge(base, [AdapterChoice(adapter, share)], Path(folder, "out"), MergeOptions())
-        before = tensors(base)["m.proj.weight"].double()
-        after = tensors(Path(folder, "out"))["m.proj.weight"]
+        before = tensors(base)["m.c_proj.weight"].double()
+        after = tensors(Path(folder, "out"))["m.c_proj.weight"]
     s = share * alpha / (math.sqrt(rank) if rslora else rank)
     delta, size = b.double() @ a.double(), b.double().abs() @ a.double().abs()
     exact = before + s * (delta.T if flip else delta)
