@@ -116,6 +116,7 @@ def _run(
         merged.output,
         onnx=exported.output,
         base_onnx=base_onnx.output,
+        dequantized=_stand_in(base.folder, options.merge, work, progress),
         options=ValidationOptions(options.prompts, options.rows, options.provider, options.merge),
         progress=progress,
     )
@@ -160,6 +161,21 @@ def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progr
         return base
     merge(base, [], work / "base-weights", replace(options, dtype="keep", force=True), progress)
     return work / "base-weights"
+
+
+def _stand_in(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path | None:
+    """An fp32 copy of a quantized base, for validation, unless bitsandbytes itself can dequantize it there."""
+    from lora_export.merge import merge
+    from lora_export.quantization import method_of
+
+    settings = read_json(base / "config.json").get("quantization_config")
+    if not settings or method_of(settings) == "bitsandbytes":
+        return None
+    progress.warn(
+        f"{method_of(settings)} weights are read by this tool alone: validation checks what was merged into them, "
+        "not how they were read"
+    )
+    return merge(base, [], work / "stand-in", replace(options, dtype="float32"), progress).output
 
 
 def _export(
@@ -233,7 +249,14 @@ def validate_folder(
             trained_on = prepared_base(base.folder, options.merge, work, progress)
             base_onnx = _export(trained_on, work / "base", same, progress, "the base, for the noise floor").output
         return validate(
-            base.folder, choices, merged, onnx=onnx, base_onnx=base_onnx, options=checks, progress=progress
+            base.folder,
+            choices,
+            merged,
+            onnx=onnx,
+            base_onnx=base_onnx,
+            dequantized=_stand_in(base.folder, options.merge, work, progress),
+            options=checks,
+            progress=progress,
         )
 
 

@@ -52,8 +52,8 @@ class AwqWeight:
         return InterleavedRows(packed, unpack(zeros, 4, ORDER).float(), scales.float(), size)
 
 
-def find(source: TensorSource, settings: Mapping[str, Any]) -> list[AwqWeight]:
-    """Every AWQ weight of a checkpoint, checked by headers."""
+def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[AwqWeight]:
+    """Every AWQ weight of a checkpoint, checked by headers; dtype: what the model computes in."""
     bits = settings.get("bits", settings.get("w_bit"))
     size = settings.get("group_size", settings.get("q_group_size"))
     version = str(settings.get("version", "gemm")).lower()
@@ -76,5 +76,5 @@ def find(source: TensorSource, settings: Mapping[str, Any]) -> list[AwqWeight]:
         expect(zeros, (groups_of(inputs, size), words))
         expect(scales, (groups_of(inputs, size), words * 8))
         parts = (packed.name, zeros.name, scales.name)
-        found.append(AwqWeight(weight, parts, (words * 8, inputs), scales.dtype, size))
+        found.append(AwqWeight(weight, parts, (words * 8, inputs), dtype, size))
     return found

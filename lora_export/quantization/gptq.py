@@ -70,8 +70,8 @@ class GptqWeight:
         return GroupedRows(source.read(f"{module}.qweight"), self.bits, zeros.float(), scales, groups)
 
 
-def find(source: TensorSource, settings: Mapping[str, Any]) -> list[GptqWeight]:
-    """Every GPTQ weight of a checkpoint, checked by headers."""
+def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[GptqWeight]:
+    """Every GPTQ weight of a checkpoint, checked by headers; dtype: what the model computes in."""
     bits, group_size = settings.get("bits"), settings.get("group_size")
     if bits not in BITS:
         raise CheckpointError(
@@ -86,10 +86,12 @@ def find(source: TensorSource, settings: Mapping[str, Any]) -> list[GptqWeight]:
             next_step="give the unquantized base model that this one was made from as -b",
         )  # fmt: skip
     names = [n.removesuffix(".qweight") for n in source.tensors if n.endswith(".qweight")]
-    return [_weight(source, name, int(bits), group_size, layout == "gptq") for name in names]
+    return [_weight(source, name, int(bits), group_size, layout == "gptq", dtype) for name in names]
 
 
-def _weight(source: TensorSource, module: str, bits: int, group_size: int, less_one: bool) -> GptqWeight:
+def _weight(
+    source: TensorSource, module: str, bits: int, group_size: int, less_one: bool, dtype: str
+) -> GptqWeight:
     weight = f"{module}.weight"
     packed = part(source, weight, f"{module}.qweight", ("I32",))
     scales = part(source, weight, f"{module}.scales", FLOATS)
@@ -105,4 +107,4 @@ def _weight(source: TensorSource, module: str, bits: int, group_size: int, less_
     expect(zeros, (groups, outputs * bits // 32))
     if f"{module}.bias" in source.tensors:
         expect(source.tensors[f"{module}.bias"], (outputs,))
-    return GptqWeight(weight, tuple(parts), (outputs, inputs), scales.dtype, bits, group_size, less_one)
+    return GptqWeight(weight, tuple(parts), (outputs, inputs), dtype, bits, group_size, less_one)

@@ -48,8 +48,8 @@ def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str,
     dtype = _TYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float16"), "F16")
     readers: Mapping[str, Callable[[], Sequence[QuantizedWeight]]] = {
         "bitsandbytes": lambda: _bitsandbytes(source, config, dtype),
-        "gptq": lambda: gptq.find(source, settings),
-        "awq": lambda: awq.find(source, settings),
+        "gptq": lambda: gptq.find(source, settings, dtype),
+        "awq": lambda: awq.find(source, settings, dtype),
         "fp8": lambda: scaled.find_fp8(source, settings, dtype),
         "compressed-tensors": lambda: compressed.find(source, settings, dtype),
     }

@@ -28,8 +28,13 @@ def architecture(folder: Path) -> Any:
     return cls
 
 
-def load_base(base: Path, options: MergeOptions) -> Any:
-    """The base in fp32: dequantized by bitsandbytes if it is stored, or was trained, quantized."""
+def load_base(base: Path, options: MergeOptions, dequantized: Path | None = None) -> Any:
+    """The base in fp32: dequantized by bitsandbytes if it is stored, or was trained, quantized.
+
+    dequantized: an fp32 copy of the base that stands for it, where its format needs a library or a GPU that may not
+    be here.
+    """
+    base = dequantized or base
     cls = architecture(base)
     config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
     stored = getattr(config, "quantization_config", None)
@@ -70,6 +75,8 @@ def _dequantized_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, bnb.nn.Linear4bit):
             quant = module.weight.quant_state
             quant.dtype = torch.float32
+            # As one row: bitsandbytes' AVX-512 kernel misplaces the blocks where a row does not end with one.
+            quant.shape = torch.Size((1, quant.shape.numel()))
             weight = bnb.functional.dequantize_4bit(module.weight.data, quant)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)

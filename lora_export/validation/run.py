@@ -33,12 +33,14 @@ def validate(
     *,
     onnx: Path | None = None,
     base_onnx: Path | None = None,
+    dequantized: Path | None = None,
     options: ValidationOptions | None = None,
     progress: Progress,
 ) -> ValidationResult:
     """Compare a merged folder, and an ONNX folder made from it, with the unmerged model in fp32.
 
     base_onnx: the base exported the same way, which measures the noise floor of the export; needed with onnx.
+    dequantized: an fp32 copy of a base whose format transformers cannot load everywhere; it stands for the base.
     """
     from lora_export.validation import reference
     from lora_export.validation.decoders import tokenize
@@ -48,7 +50,7 @@ def validate(
     prompts = read_prompts(options.prompts)
     _quiet_libraries()
     progress.stage("validate: loading the unmerged model (PEFT, fp32) and the merged one")
-    unmerged = reference.attach_adapters(reference.load_base(base, options.merge), adapters)
+    unmerged = reference.attach_adapters(reference.load_base(base, options.merge, dequantized), adapters)
     model, dtypes = reference.load_merged(merged)
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     tokenizer = _tokenizer(merged)

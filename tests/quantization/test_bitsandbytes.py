@@ -1,5 +1,6 @@
 """Quantized weights read bit for bit as bitsandbytes reads them, and merged as PEFT computes with them."""
 
+import copy
 import itertools
 import json
 import math
@@ -60,7 +61,15 @@ def quantize(
     )
     parts = {f"w.weight.{k}": v for k, v in state.as_dict(packed=True).items()} | {"w.weight": packed}
     state.dtype = torch.float32
-    return parts, bnb.dequantize_4bit(packed, state)
+    return parts, flat(packed, state)
+
+
+def flat(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """bitsandbytes' dequantized weight, taken as one row: its AVX-512 kernel misplaces the blocks of a weight whose
+    rows do not end with a block."""
+    one_row = copy.copy(state)
+    one_row.shape = torch.Size((1, math.prod(state.shape)))
+    return bnb.dequantize_4bit(packed, one_row).reshape(state.shape)
 
 
 def saved(folder: Path, parts: dict[str, torch.Tensor], bits: int = 4, **config: Any) -> Path:
@@ -126,7 +135,7 @@ def test_any_split_into_row_blocks_is_the_whole(
     rows: int, width: int, double: bool, cuts: list[int], kind: str
 ) -> None:
     packed, state = bnb.quantize_4bit(random((rows, width)), quant_type=kind, compress_statistics=double)
-    whole = bnb.dequantize_4bit(packed, state)
+    whole = flat(packed, state)
     scale = state.absmax
     if double:
         scale = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -185,7 +194,7 @@ def dequantized(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, bnb_nn.Linear4bit):
             state = module.weight.quant_state
             state.dtype = torch.float32
-            found[f"{name}.weight"] = bnb.dequantize_4bit(module.weight.data, state)
+            found[f"{name}.weight"] = flat(module.weight.data, state)
         elif isinstance(module, bnb_nn.Linear8bitLt):
             weight = module.weight
             found[f"{name}.weight"] = weight.data.float() * weight.SCB[:, None].float() / 127

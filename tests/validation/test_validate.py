@@ -1,5 +1,6 @@
 """Honest merges pass, spoiled ones fail, and the tensor that was spoiled is named."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_export.contracts import AdapterChoice, MergeOptions, ValidationResult
+from lora_export.contracts import AdapterChoice, MergeOptions, Source, ValidationResult
 from lora_export.merge import merge
+from lora_export.pipeline import StoryOptions, validate_folder
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
+from tests.builders import edit_json, edit_tensors
+from tests.quantization.packing import gptq
 from tests.validation.conftest import save_adapter
 
 Folders = Callable[[str], tuple[Path, Path]]
@@ -133,3 +137,30 @@ def test_two_weighted_adapters_pass(folders: Folders, tmp_path: Path) -> None:
     options = ValidationOptions(provider="cpu")
     result = validate(base, choices, tmp_path / "merged", options=options, progress=Silent())
     assert result.passed, [c for c in result.checks if not c.passed]
+
+
+def test_a_base_in_gptq_is_judged_by_its_dequantized_weights(folders: Folders, tmp_path: Path) -> None:
+    """transformers cannot load such a base here, and the copy that stands for it must not be rounded."""
+    plain, adapter = folders("bfloat16")
+    base = tmp_path / "base"
+    shutil.copytree(plain, base)
+    changes: dict[str, torch.Tensor | None] = {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        if name.endswith(("v_proj.weight", "down_proj.weight")):
+            module = name.removesuffix(".weight")
+            changes |= gptq(*weight.shape, 4, 16, name=module)[0] | {name: None}
+    edit_tensors(base / "model.safetensors", changes)
+    edit_json(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 16})
+    merged = tmp_path / "merged"
+    merge(base, [AdapterChoice(adapter)], merged)
+
+    def judged() -> ValidationResult:
+        sources = Source("base", base), [(Source("adapter", adapter), 1.0)]
+        return validate_folder(*sources, merged, None, None, StoryOptions(), Silent())
+
+    result = judged()
+    assert result.passed, [c for c in result.checks if not c.passed]
+    state = load_file(merged / "model.safetensors")
+    name = scaled(state)
+    save_file(state, merged / "model.safetensors", metadata={"format": "pt"})
+    assert judged().weight_errors == (name,)
