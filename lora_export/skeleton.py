@@ -1,7 +1,19 @@
-"""A transformers model without weights: the shapes and names that a config.json stands for."""
+"""What a config.json stands for: a transformers model without weights, and which layers are stored transposed."""
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
+
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_CONV1D_LAYERS = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+
+
+def is_conv1d(model_types: Set[str], module: str) -> bool:
+    """Whether a layer of such a model is a Conv1D, whose weight is stored (in, out).
+
+    model_types: every model_type in the configuration; module: the layer's name.
+    """
+    return bool(model_types & _CONV1D_MODELS) and module.rpartition(".")[2] in _CONV1D_LAYERS
 
 
 def build(folder: Path) -> Any:

@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from lora_export import skeleton
 from lora_export.contracts import ExpertLayout, ExpertPacking, TargetUpdate, TensorInfo, TensorSource
 from lora_export.errors import AdapterError
 
 _EXPERTS_IN_OUT = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-_CONV1D_LAYERS = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class AdapterFile:
         """
         if not self.base_model_types:
             return bool(self.config.get("fan_in_fan_out"))
-        return bool(self.base_model_types & _CONV1D_MODELS) and module.rpartition(".")[2] in _CONV1D_LAYERS
+        return skeleton.is_conv1d(self.base_model_types, module)
 
     def base_shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a weight of the base, whose names may have another prefix; None if it is not known."""

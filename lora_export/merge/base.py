@@ -64,14 +64,14 @@ def quantized_in_training(
     """Weight of the base → how training quantized it on the fly (`--training-quantization`)."""
     if options.training_quantization == "none" or options.base_weights == "original":
         return {}
-    how = TrainingQuantization(options.training_quantization, options.training_double_quant)
-    names = [f"{m}.weight" for m in quantized_modules(base.folder, base.config)]
+    modules = {f"{m}.weight": conv1d for m, conv1d in quantized_modules(base.folder).items()}
     stored = {w.name for w in weights.values()}
-    change = resolve_prefix(names, stored)
-    found = {rename(n, change) for n in names}
-    missing = found - stored
+    change = resolve_prefix(modules, stored)
+    method, double = options.training_quantization, options.training_double_quant
+    found = {rename(n, change): TrainingQuantization(method, double, t) for n, t in modules.items()}
+    missing = found.keys() - stored
     if missing:
         raise CheckpointError(
             "a layer that training quantized is not in the checkpoint", where=base.folder, tensor=min(missing)
         )
-    return dict.fromkeys(found, how)
+    return found

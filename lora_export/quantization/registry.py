@@ -1,8 +1,10 @@
 """Which quantized weights a checkpoint holds. One file a format; what is not known is refused by name."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lora_export import skeleton
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
 from lora_export.quantization import awq, bnb4, bnb8, compressed, gptq, scaled
@@ -39,6 +41,42 @@ class QuantizedWeight(Protocol):
     def load(self, source: TensorSource) -> Rows: ...
 
 
+@dataclass(frozen=True)
+class Transposed:
+    """A Conv1D's weight, (in, out), of which bitsandbytes stored the transpose. It is dequantized as a whole."""
+
+    stored: QuantizedWeight
+
+    @property
+    def weight(self) -> str:
+        return self.stored.weight
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return self.stored.parts
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape[::-1]
+
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
+    def load(self, source: TensorSource) -> "WholeRows":
+        return WholeRows(self.stored.load(source).rows(0, self.stored.shape[0]).T.contiguous())
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """Rows of a weight that is there already, in fp32."""
+
+    value: "torch.Tensor"
+
+    def rows(self, start: int, stop: int) -> "torch.Tensor":
+        return self.value[start:stop]
+
+
 def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str, QuantizedWeight]:
     """Weight name → how to read it. Empty for a checkpoint that is not quantized."""
     settings = config.get("quantization_config")
@@ -72,14 +110,9 @@ def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str,
 
 
 def _bitsandbytes(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[QuantizedWeight]:
-    if config.get("model_type") in ("gpt2", "openai-gpt", "imagegpt"):
-        raise CheckpointError(
-            "a quantized model with Conv1D layers, whose weights bitsandbytes stores transposed",
-            where="config.json",
-            expected="an unquantized base of this architecture",
-            next_step="give the unquantized base as -b with --training-quantization",
-        )
-    return [*bnb4.find(source), *bnb8.find(source, dtype)]
+    found: list[QuantizedWeight] = [*bnb4.find(source), *bnb8.find(source, dtype)]
+    types = frozenset({str(config.get("model_type"))})
+    return [Transposed(w) if skeleton.is_conv1d(types, w.weight.rpartition(".")[0]) else w for w in found]
 
 
 def method_of(settings: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, CheckpointError
@@ -82,7 +83,10 @@ def _dequantized_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
             weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
         else:
             continue
-        state[f"{name}.weight"] = weight.float().reshape(module.out_features, module.in_features)
+        weight = weight.float().reshape(module.out_features, module.in_features)
+        # GPT-2's Conv1D is turned into a linear layer when it is quantized.
+        turned = issubclass(getattr(module, "source_cls", torch.nn.Linear), Conv1D)
+        state[f"{name}.weight"] = weight.T.contiguous() if turned else weight
     for name, value in [*model.named_parameters(), *_persistent_buffers(model)]:
         module = name.rpartition(".")[0]
         if name not in state and not (name.endswith((".SCB", ".weight_format")) and f"{module}.weight" in state):
