@@ -1,6 +1,6 @@
 """Weights that lie unpacked (fp8, int8), with scales for tensors, rows, groups or blocks: W = (q − zero) · scale.
 
-fp8 as DeepSeek and transformers save it: X.weight F8_E4M3 (out, in), X.weight_scale_inv fp32, one for each block
+fp8 as DeepSeek and transformers save it: X.weight F8_E4M3 (out, in), X.weight_scale_inv fp32 or E8M0, one a block
 (short blocks at the ends are legal). compressed-tensors: X.weight, X.weight_scale and maybe X.weight_zero_point.
 """
 
@@ -16,7 +16,7 @@ from lora_export.quantization.packed import part
 if TYPE_CHECKING:
     import torch
 
-SCALES = ("F32", "BF16", "F16")
+SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
 @dataclass(frozen=True)

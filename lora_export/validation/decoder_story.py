@@ -24,6 +24,7 @@ class DecoderStory:
     progress: Progress
     # What later comparisons need of the unmerged model, so that it need not run twice.
     _base: list[torch.Tensor] = field(default_factory=list)
+    _rounding: tuple[Difference, ...] = ()
     _unmerged: list[torch.Tensor] = field(default_factory=list)
     _continued: list[torch.Tensor] = field(default_factory=list)
     _steps: list[torch.Tensor] = field(default_factory=list)
@@ -33,11 +34,10 @@ class DecoderStory:
         self.progress.stage("validate: noise floor of the rounding, without any adapter")
         with unmerged.disable_adapter():
             self._base = logits(unmerged, self.tokens)
-            draws = []
             for seed in range(DRAWS):
                 with rounding_noise(unmerged, self.dtypes, seed):
-                    draws.append(self._from_base(logits(unmerged, self.tokens)))
-        floor = self._floor(draws, "rounding errors of the output type on the base, no adapter")
+                    self._rounding += (self._from_base(logits(unmerged, self.tokens)),)
+        floor = self._floor("rounding errors of the output type on the base, no adapter", self._rounding)
         self.progress.stage(f"validate: {len(self.tokens)} prompts, unmerged and merged")
         self._unmerged = logits(unmerged, self.tokens)
         found = compare_logits(self._unmerged, logits(merged, self.tokens), self.tokens)
@@ -56,7 +56,8 @@ class DecoderStory:
         self.progress.stage("validate: ONNX Runtime, noise floor from the base exported the same way")
         reference = OnnxDecoder(base, provider)
         noisy = [reference.logits(ids) for ids in self.tokens]
-        floor = self._floor([self._from_base(noisy)], "the base exported the same way, against the base in PyTorch")
+        where = "rounding errors, and the base exported the same way against the base in PyTorch"
+        floor = self._floor(where, self._rounding, (self._from_base(noisy),))
         self.progress.stage("validate: ONNX Runtime, the merged graph at several lengths and with its cache")
         runner = OnnxDecoder(model, provider)
         found = compare_logits(self._unmerged, [runner.logits(ids) for ids in self.tokens], self.tokens)
@@ -71,8 +72,8 @@ class DecoderStory:
     def _from_base(self, noisy: list[torch.Tensor]) -> Difference:
         return compare_logits(self._base, noisy, self.tokens)
 
-    def _floor(self, draws: list[Difference], where: str) -> Floor:
-        return Floor(tuple(draws), max(float(x.abs().max()) for x in self._base), where)
+    def _floor(self, where: str, *sources: tuple[Difference, ...]) -> Floor:
+        return Floor(sources, max(float(x.abs().max()) for x in self._base), where)
 
     def _continue(self, unmerged: Any, merged: Any) -> list[torch.Tensor]:
         self.progress.stage("validate: greedy continuations")

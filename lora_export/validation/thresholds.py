@@ -16,13 +16,13 @@ COIN_TOSSES = 3  # positions at which two tokens are as good as equally likely
 
 @dataclass(frozen=True)
 class Floor:
-    """Noise measured without an adapter, in one draw or several; `scale` is the largest logit of the base.
+    """Noise measured without an adapter; `scale` is the largest logit of the base.
 
-    Two sources add up: the rounding of weights, and the order of fp32 sums, which differs between the
-    unmerged and the merged forward.
+    sources: what moves the outputs (the rounding of the merged weights, the export), each measured in one draw or
+    several. They add up, and so does the order of fp32 sums, which differs from one forward to another.
     """
 
-    draws: tuple[Difference, ...]
+    sources: tuple[tuple[Difference, ...], ...]
     scale: float
     where: str
 
@@ -32,20 +32,22 @@ class Floor:
 
     @property
     def max_abs(self) -> float:
-        return max(d.max_abs for d in self.draws) + self.arithmetic
+        return sum(max(d.max_abs for d in draws) for draws in self.sources) + self.arithmetic
 
     @property
     def kl(self) -> float:
-        # KL between two softmaxes whose logits differ by at most d is at most d²/2 (to second order).
-        return max(d.kl_mean for d in self.draws) + self.arithmetic**2 / 2
+        # KL between two softmaxes whose logits differ by at most d is at most d²/2 (to second order), so that it is
+        # the roots that add up.
+        roots = [math.sqrt(max(d.kl_mean for d in draws)) for draws in self.sources]
+        return (sum(roots) + self.arithmetic / math.sqrt(2)) ** 2
 
     @property
     def top1(self) -> float:
-        return min(d.top1 for d in self.draws)
+        return 1 - sum(max(1 - d.top1 for d in draws) for draws in self.sources)
 
     @property
     def nll_spread(self) -> float:
-        return max(d.nll_spread for d in self.draws) + self.arithmetic
+        return sum(max(d.nll_spread for d in draws) for draws in self.sources) + self.arithmetic
 
 
 def decoder_checks(

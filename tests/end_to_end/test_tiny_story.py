@@ -98,6 +98,18 @@ def test_stages_alone_work_on_what_the_run_left(
     assert code == 0 and document["kind"] == "run" and document["status"] == "passed"
 
 
+def test_a_bfloat16_base_passes_its_gates(run: Run, tmp_path: Path) -> None:
+    """The merged weights are rounded to bfloat16, and the ONNX graph carries that rounding, too."""
+    base = save_base(tmp_path / "base", torch.bfloat16)
+    adapter = save_adapter(base, tmp_path / "adapter")
+    words = ["--provider", "cpu", "--max-seconds", 1, "--prompt-length", 8, "--margin", 0.5]
+    code, document, talk = run("merge-and-export", "-b", base, "-a", adapter, "-o", tmp_path / "run", *words)
+    assert code == 0, talk
+    assert document["merge"]["dtype"] == "bfloat16"
+    found = {c["name"]: c["value"] for c in document["validate"]["checks"]}
+    assert found["onnx_noise_floor_max_abs"] > found["noise_floor_max_abs"] > 1e-3
+
+
 def test_a_failed_gate_keeps_the_output_aside(inputs: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
     """The config promises one layer and the tensors bring two: PEFT runs one, the merge takes both."""
     base, adapter = inputs

@@ -68,6 +68,18 @@ def test_fp8_blocks(tmp_path: Path, shape: tuple[int, int]) -> None:
     check(tmp_path, fp8(*shape), {"quant_method": "fp8", "weight_block_size": [16, 32]})
 
 
+def test_fp8_with_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+    """DeepSeek's scale_fmt ue8m0: eight bits of exponent and nothing else."""
+    values, _ = fp8(48, 96)
+    values["w.weight_scale_inv"] = values["w.weight_scale_inv"].to(torch.float8_e8m0fnu)
+    spread = values["w.weight_scale_inv"].double().repeat_interleave(16, 0).repeat_interleave(32, 1)
+    check(
+        tmp_path,
+        (values, values["w.weight"].double() * spread),
+        {"quant_method": "fp8", "weight_block_size": [16, 32]},
+    )
+
+
 def test_fp8_with_one_scale(tmp_path: Path) -> None:
     found = check(tmp_path, fp8(12, 20, None), {"quant_method": "fp8", "weight_block_size": None})
     assert found.dtype == "BF16"
