@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 BaseWeights = Literal["dequantized", "original"]
-ExpertPacking = Literal["rank", "expert"]
+ExpertPacking = Literal["auto", "rank", "expert"]
 ExpertLayout = Literal["auto", "out-in", "in-out"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 ModelKind = Literal["decoder", "encoder"]
@@ -99,7 +99,11 @@ class Adapter:
     kind: str
     config: Mapping[str, Any]
     updates: tuple[TargetUpdate, ...]
-    tensor_count: int
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def tensor_count(self) -> int:
+        return len(self.tensors)
 
 
 # --- merge -------------------------------------------------------------------------------------------------
@@ -121,7 +125,7 @@ class MergeOptions:
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     max_shard_size: int | None = None  # bytes; None keeps the base's own shards
     max_memory: int = 2 * 2**30
-    expert_packing: ExpertPacking = "rank"
+    expert_packing: ExpertPacking = "auto"
     expert_layout: ExpertLayout = "auto"
     force: bool = False
 

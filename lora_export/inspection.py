@@ -79,14 +79,14 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         return document | {"mergeable": False, "reason": error.found}
     document |= {
         "mergeable": True,
-        "summary": _words(adapter, tensors.tensors),
+        "summary": _words(adapter, adapter.tensors),
         "kinds": dict(Counter(u.kind for u in adapter.updates)),
         "base_model": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
         "scaling": "alpha/√rank" if config.get("use_rslora") else "alpha/rank",
-        "ranks": _ranks(adapter, tensors.tensors),
+        "ranks": _ranks(adapter, adapter.tensors),
         "targets": _targets(adapter),
         "replaces": [u.target for u in adapter.updates if u.replaces],
         "parameters": _parameters(tensors.tensors),

@@ -104,7 +104,8 @@ MUTATIONS = (
     Mutation(
         "a trained head stays tied", "merge/plan.py",
         'changes["tie_word_embeddings"] = False', "pass",
-        f"{MATRIX}[lora head on llama tied]",
+        "tests/merge/test_against_peft.py::test_merged_model_computes_what_the_unmerged_one_computes"
+        "[lora on the head, tied]",
     ),
     Mutation(
         "replicated layers share the first layer's update", "merge/replication.py",

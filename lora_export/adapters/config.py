@@ -74,6 +74,7 @@ def match_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
 def parse_lora(config: Mapping[str, Any], where: Path) -> LoraConfig:
     """The LoRA configuration, or an AdapterError for whatever would make the merged result another one."""
     refuse_unmergeable(config, where)
+    _refuse_trainers(config, where)
     return LoraConfig(
         r=whole(config, "r", where),
         alpha=number(config, "lora_alpha", where),
@@ -90,6 +91,32 @@ def refuse_unmergeable(config: Mapping[str, Any], where: Path) -> None:
     for key, (why, next_step) in _REFUSALS.items():
         if config.get(key):
             raise AdapterError(f"{why}: {key} is set", where=where, expected=f"no {key}", next_step=next_step)
+
+
+def _refuse_trainers(config: Mapping[str, Any], where: Path) -> None:
+    """What some trainers write, looks like an adapter for the original base, and is not one."""
+    if config.get("lora_alpha") == 0:
+        raise AdapterError(
+            "lora_alpha is 0, so merging would change nothing (verl writes this where it lost the value)",
+            where=where,
+            expected="the alpha of the training",
+            next_step="set lora_alpha in adapter_config.json to what the training had",
+        )
+    enabled = config.get("enable_lora")
+    if isinstance(enabled, list) and any(enabled):
+        raise AdapterError(
+            "enable_lora: LoRA on parts of a fused projection, which PEFT has not known since 0.3",
+            where=where,
+            expected="an adapter of PEFT 0.3 or newer",
+            next_step="merge it with the PEFT that saved it",
+        )
+    if where.parent.name in ("pissa_init", "pissa_backup"):
+        raise AdapterError(
+            f"LLaMA-Factory's {where.parent.name} belongs to a base from which its first value was taken out",
+            where=where,
+            expected="the converted adapter",
+            next_step="give the folder pissa_converted beside it",
+        )
 
 
 def whole(config: Mapping[str, Any], key: str, where: Path) -> int:

@@ -1,12 +1,13 @@
 """LoRA on parameters (`target_parameters`): fused experts W[e] + s·B[e]·A[e], and single matrices."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import match_pattern, parse_lora
 from lora_export.adapters.keys import group, read_finite
 from lora_export.adapters.kind import AdapterFile
-from lora_export.contracts import TargetUpdate
+from lora_export.contracts import ExpertPacking, TargetUpdate
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ _WRAPPER = ".base_layer"
 # Several parameters of one module are wrapped in the order in which the module defines them, so the first one
 # lies innermost and carries the most `.base_layer`. These are the orders of transformers' expert modules.
 _DEFINED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
+_LAYOUTS: dict[str, ExpertPacking] = {"grouped_by_expert": "expert", "rank_major": "rank"}  # Unsloth's words
 OUT_IN_SINCE = (0, 19)  # PEFT before this version called the middle dimension "in", whatever it was
 
 
@@ -129,6 +131,7 @@ def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]
             expected="A of shape (experts·r, in) and B of shape (out, experts·r)",
         )
     experts, scaling = a[0] // rank, file.weight * config.scaling(target, rank)
+    expert_major = experts > 1 and rank > 1 and _packing(file, parameter) == "expert"
     out_in, in_out = (experts, b[0], a[1]), (experts, a[1], b[0])
 
     def load(shape: tuple[int, ...]) -> ExpertsUpdate | MatrixUpdate:
@@ -136,7 +139,7 @@ def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]
         if len(shape) == 2:
             return MatrixUpdate(down, up, scaling)
         down = down.reshape(experts, rank, -1)
-        if file.expert_packing == "expert":
+        if expert_major:
             up = up.reshape(-1, experts, rank).permute(1, 0, 2)
         else:
             up = up.reshape(-1, rank, experts).permute(2, 0, 1)
@@ -147,6 +150,60 @@ def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]
     if experts == 1:
         shapes = (*shapes, (b[0], a[1]))
     return TargetUpdate(target, "lora_experts", tuple(keys[p] for p in _PARTS), shapes, load)
+
+
+def _packing(file: AdapterFile, parameter: str) -> ExpertPacking:
+    """The user's word, else what Unsloth notes in the configuration, else PEFT's packing by rank.
+
+    Refused: a note that contradicts the user or is not understood, and files of trainers that are known to have
+    packed by expert without noting it.
+    """
+    noted = _noted_packing(file, parameter)
+    if noted and file.expert_packing not in ("auto", noted):
+        raise file.refuse(
+            f"--expert-packing {file.expert_packing}, but the adapter says that {parameter} is packed by {noted}",
+            expected="the packing of the training",
+            next_step="leave --expert-packing away",
+        )
+    if file.expert_packing != "auto":
+        return file.expert_packing
+    if noted is None and (_is_unsloth(file) or _is_megatron(file)):
+        trainer = "Unsloth" if _is_unsloth(file) else "Megatron-Bridge"
+        raise file.refuse(
+            f"{trainer} has packed B of fused experts both ways, and this file does not say which it has",
+            tensor=parameter,
+            expected="--expert-packing",
+            next_step="--expert-packing expert (Unsloth before September 2026, Megatron-Bridge), else rank; "
+            "`lora-export validate` cannot tell, as PEFT always reads by rank: compare a text",
+        )
+    return noted or "rank"
+
+
+def _noted_packing(file: AdapterFile, parameter: str) -> ExpertPacking | None:
+    notes = file.config.get("unsloth_fused_expert_lora")
+    of_parameters = notes.get("parameters") if isinstance(notes, dict) else None
+    own = of_parameters.get(parameter) if isinstance(of_parameters, dict) else None
+    layout = own.get("lora_B_layout") if isinstance(own, dict) else file.config.get("lora_B_layout")
+    if layout is None:
+        return None
+    if layout not in _LAYOUTS:
+        raise file.refuse(
+            f"lora_B_layout of {parameter} is {layout!r}",
+            expected=" or ".join(_LAYOUTS),
+            next_step="save the adapter again with a current Unsloth",
+        )
+    return _LAYOUTS[layout]
+
+
+def _is_unsloth(file: AdapterFile) -> bool:
+    mapping = file.config.get("auto_mapping")
+    return isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
+
+
+def _is_megatron(file: AdapterFile) -> bool:
+    """Its export names the parameters in full and, unlike PEFT, writes no version."""
+    named = map(str, file.config.get("target_parameters") or ())
+    return not file.config.get("peft_version") and any(re.search(r"layers\.\d+\.", name) for name in named)
 
 
 def _square_is_in_out(file: AdapterFile) -> bool:

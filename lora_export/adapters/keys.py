@@ -1,4 +1,4 @@
-"""The names that trainers give adapter tensors, brought to one spelling, and the one way to read them."""
+"""Tensors of an adapter by module and marker, and the one way to read them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -9,28 +9,16 @@ from lora_export.errors import AdapterError
 if TYPE_CHECKING:
     import torch
 
-_PREFIXES = ("base_model.model.", "base_model.")
 
-
-def strip_prefix(key: str) -> str:
-    """base_model.model.model.layers.0… → model.layers.0…; a name without PEFT's prefix stays as it is."""
-    for prefix in _PREFIXES:
-        if key.startswith(prefix):
-            return key.removeprefix(prefix)
-    return key
-
-
-def base_name(key: str) -> str:
+def base_name(name: str) -> str:
     """The base's name of a tensor that PEFT saved whole: its wrappers removed."""
-    name = strip_prefix(key)
-    for wrapper in (".modules_to_save.default", ".modules_to_save", ".base_layer", ".original_module"):
+    for wrapper in (".modules_to_save", ".base_layer", ".original_module"):
         name = name.replace(wrapper, "")
     return name
 
 
-def part(key: str, marker: str) -> str | None:
-    """The module of `module.<marker>` or `module.<marker>.weight`, with or without PEFT's `.default`."""
-    name = strip_prefix(key).replace(".default", "")
+def part(name: str, marker: str) -> str | None:
+    """The module of `module.<marker>` or `module.<marker>.weight`."""
     for ending in (f".{marker}.weight", f".{marker}"):
         if name.endswith(ending):
             return name.removesuffix(ending)
@@ -57,7 +45,7 @@ def read_finite(source: TensorSource, key: str) -> "torch.Tensor":
         raise AdapterError(
             "the adapter holds NaN or infinity",
             where=source.tensors[key].file,
-            tensor=key,
+            tensor=source.tensors[key].name,
             expected="finite numbers",
             next_step="take an earlier checkpoint of the training: this one diverged",
         )

@@ -26,7 +26,7 @@ class AdapterFile:
     config: Mapping[str, Any]
     where: Path
     weight: float = 1.0
-    expert_packing: ExpertPacking = "rank"
+    expert_packing: ExpertPacking = "auto"
     expert_layout: ExpertLayout = "auto"
     base_model_types: frozenset[str] = frozenset()
     base_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -68,6 +68,8 @@ class AdapterFile:
 
     def refuse(self, found: str, *, tensor: str | None = None, expected: str, next_step: str = "") -> AdapterError:
         """The error for something in this adapter; it is for the caller to raise."""
+        if tensor is not None and tensor in self.tensors:
+            tensor = self.tensors[tensor].name  # as the file has it
         return AdapterError(found, where=self.folder, tensor=tensor, expected=expected, next_step=next_step or None)
 
     def refuse_weight(self, kind: str) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lora_export.adapters import experts
+from lora_export.adapters import experts, stacked
 from lora_export.adapters.config import LoraConfig, parse_lora
 from lora_export.adapters.keys import group, read_finite
 from lora_export.adapters.kind import AdapterFile
@@ -150,7 +150,7 @@ def modules(file: AdapterFile, config: LoraConfig) -> list[Module]:
     found = []
     for markers in (LINEAR, EMBEDDING):
         for name, keys in group(file.tensors, markers).items():
-            if not experts.claims(file, name):
+            if not experts.claims(file, name) and not stacked.claims(file, name, keys):
                 found.append(_module(file, config, name, keys, markers))
     return found
 

@@ -1,15 +1,31 @@
 """From adapter_config.json and the adapter's tensors to updates. Exactly one kind claims a tensor."""
 
+import re
 from collections.abc import Sequence
 
-from lora_export.adapters import adalora, boft, dora, experts, ia3, loha, lokr, lora, oft, saved, tokens, vera
+from lora_export.adapters import (
+    adalora,
+    boft,
+    dora,
+    experts,
+    ia3,
+    loha,
+    lokr,
+    lora,
+    oft,
+    saved,
+    stacked,
+    tokens,
+    vera,
+)
 from lora_export.adapters.kind import AdapterFile, Kind
+from lora_export.adapters.spelling import respelled
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
 
 CONFIG = "adapter_config.json"
 
-KINDS: tuple[Kind, ...] = (lora, dora, experts, adalora, ia3, loha, lokr, vera, oft, boft)
+KINDS: tuple[Kind, ...] = (lora, dora, experts, stacked, adalora, ia3, loha, lokr, vera, oft, boft)
 TOKENS_ONLY = "TRAINABLE_TOKENS"
 
 # Kinds that no merged weight can equal, with the reason.
@@ -28,7 +44,8 @@ _NEVER = {
 
 def read_adapter(file: AdapterFile) -> Adapter:
     """Every tensor of the adapter as part of exactly one update; AdapterError for what cannot be merged."""
-    kind = str(file.config.get("peft_type"))
+    file = respelled(file)
+    kind = _peft_type(file)
     if kind in _NEVER:
         raise AdapterError(
             f"peft_type is {kind!r}: {_NEVER[kind]}",
@@ -46,6 +63,7 @@ def read_adapter(file: AdapterFile) -> Adapter:
         )
     if not file.tensors:
         raise file.refuse("the adapter holds no tensors", expected="trained matrices")
+    _refuse_empty(file)
     updates = [u for k in (*KINDS, tokens) if kind in k.PEFT_TYPES or k is tokens for u in k.read(file)]
     if not updates:
         raise file.refuse(
@@ -56,7 +74,29 @@ def read_adapter(file: AdapterFile) -> Adapter:
         )
     updates += saved.read(file, {key for u in updates for key in u.keys})
     _check_claims(updates, file)
-    return Adapter(file.folder, kind.lower(), file.config, tuple(updates), len(file.tensors))
+    return Adapter(file.folder, kind.lower(), file.config, tuple(updates), file.tensors)
+
+
+def _peft_type(file: AdapterFile) -> str:
+    """What the configuration says, ms-swift's word for it, or LORA where the tensors leave no doubt."""
+    named = file.config.get("peft_type") or file.config.get("swift_type")
+    plain = all(re.search(r"\.lora_[AB](\.|$)", name) for name in file.tensors)
+    if named is None and plain and {"r", "lora_alpha"} <= file.config.keys():
+        return "LORA"
+    return str(named)
+
+
+def _refuse_empty(file: AdapterFile) -> None:
+    """ZeRO-3 leaves each process with a part; saved ungathered, a tensor is there and holds nothing."""
+    for name, info in file.tensors.items():
+        if info.shape == (0,):
+            raise file.refuse(
+                "the tensor is empty: saved under ZeRO-3 without gathering the parameters",
+                tensor=name,
+                expected="trained values",
+                next_step="python zero_to_fp32.py CHECKPOINT OUT, or save with "
+                "stage3_gather_16bit_weights_on_model_save",
+            )
 
 
 def _check_claims(updates: Sequence[TargetUpdate], file: AdapterFile) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import whole
-from lora_export.adapters.keys import group, read_finite, strip_prefix
+from lora_export.adapters.keys import group, read_finite
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.lora import LowRank, LowRankUpdate
 from lora_export.contracts import TargetUpdate
@@ -110,7 +110,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     modules = group(file.tensors, _SCALES)
     if not modules:
         return []
-    found = {n: k for k in file.tensors if (n := strip_prefix(k).replace(".default", "")) in _SHARED}
+    found = {n: n for n in _SHARED if n in file.tensors}
     shared = _saved(file, found) if file.config.get("save_projection", True) else _drawn(file, found, modules)
     first = next(iter(modules))
     return [_update(shared, name, keys, shared.keys if name == first else ()) for name, keys in modules.items()]

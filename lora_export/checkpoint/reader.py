@@ -109,21 +109,26 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise InputError("this folder is an adapter, not a base model", where=folder, next_step="swap -b and -a")
     config = read_json(folder / "config.json")
     refuse_code(config, folder / "config.json")
-    tensors: dict[str, TensorInfo] = {}
-    metadata: dict[str, str] = {}
-    for shard, names in _shards(folder).items():
-        header = read_header(_regular(folder / shard))
-        _check_index(folder, shard, names, set(header.tensors))
-        tensors |= header.tensors
-        metadata |= header.metadata
+    tensors, metadata = read_tensors(folder, SINGLE, INDEX)
     return Checkpoint(tensors, folder, config, metadata)
 
 
-def _shards(folder: Path) -> dict[str, set[str] | None]:
+def read_tensors(folder: Path, single: str, index: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of one safetensors file, or of the shards that an index names."""
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for shard, names in _shards(folder, single, folder / index).items():
+        header = read_header(_regular(folder / shard))
+        _check_index(folder / index, shard, names, set(header.tensors))
+        tensors |= header.tensors
+        metadata |= header.metadata
+    return tensors, metadata
+
+
+def _shards(folder: Path, single: str, index: Path) -> dict[str, set[str] | None]:
     """Shard file names, with the tensors that the index promises in each (None where there is no index)."""
-    if (folder / SINGLE).is_file():
-        return {SINGLE: None}
-    index = folder / INDEX
+    if (folder / single).is_file():
+        return {single: None}
     if not index.is_file():
         raise _no_weights(folder)
     weight_map = read_json(index).get("weight_map")
@@ -152,13 +157,13 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     return dict(sorted(shards.items()))
 
 
-def _check_index(folder: Path, shard: str, promised: set[str] | None, found: set[str]) -> None:
+def _check_index(index: Path, shard: str, promised: set[str] | None, found: set[str]) -> None:
     if promised is None or promised == found:
         return
     missing, extra = sorted(promised - found), sorted(found - promised)
     raise CheckpointError(
         f"the index and the shard {shard} disagree: {len(missing)} tensors missing, {len(extra)} not in the index",
-        where=folder / INDEX,
+        where=index,
         tensor=(missing or extra)[0],
         expected="each tensor in exactly the shard that the index names",
         next_step="download the checkpoint again",

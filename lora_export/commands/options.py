@@ -107,11 +107,11 @@ def merge_options(command: Command) -> Command:
         ),
         click.option(
             "--expert-packing",
-            type=click.Choice(["rank", "expert"]),
-            default="rank",
+            type=click.Choice(["auto", "rank", "expert"]),
+            default="auto",
             show_default=True,
             help="How the adapter packs B of fused experts: all experts of one rank together (PEFT), or all ranks "
-            "of one expert. The file cannot tell.",
+            "of one expert (older Unsloth, Megatron-Bridge). auto: as the adapter says, else as PEFT does.",
         ),
         click.option(
             "--expert-layout",

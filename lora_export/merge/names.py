@@ -10,6 +10,12 @@ INPUT_EMBEDDINGS = (
     "shared.weight",
 )  # fmt: skip
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight")
+# Where a model that sees has the text model, or the other one, under another name than the text model alone has.
+_VISION_LANGUAGE = (
+    ("model.language_model.", "model."),
+    ("model.language_model.", "language_model.model."),
+    ("model.visual.", "visual."),
+)
 
 
 def resolve_prefix(targets: Iterable[str], weights: Collection[str]) -> tuple[str, str]:
@@ -22,6 +28,7 @@ def resolve_prefix(targets: Iterable[str], weights: Collection[str]) -> tuple[st
     firsts = sorted({name.partition(".")[0] + "." for name in weights if "." in name})
     candidates = [("", "")] + [(p, "") for p in firsts]
     candidates += [("", p) for p in sorted({t.partition(".")[0] + "." for t in wanted if "." in t})]
+    candidates += [change for pair in _VISION_LANGUAGE for change in (pair, pair[::-1])]
 
     def hits(change: tuple[str, str]) -> int:
         return sum(rename(t, change) in weights for t in wanted)
@@ -31,7 +38,7 @@ def resolve_prefix(targets: Iterable[str], weights: Collection[str]) -> tuple[st
 
 def rename(target: str, change: tuple[str, str]) -> str:
     add, strip = change
-    return add + target.removeprefix(strip) if strip else add + target
+    return add + target.removeprefix(strip) if target.startswith(strip) else target
 
 
 def tied_pair(weights: Collection[str]) -> tuple[str, str] | None:

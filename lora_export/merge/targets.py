@@ -8,6 +8,7 @@ from lora_export.errors import AdapterError
 from lora_export.merge.base import BaseWeight
 from lora_export.merge.loaded import Piece, loaded_weights, spread
 from lora_export.merge.names import rename, resolve_prefix, tied_pair, unknown_target
+from lora_export.merge.one_expert import on_disk
 
 
 def match_targets(
@@ -38,6 +39,7 @@ def _resolved(
     tied = tied_pair(weights)
     found: list[TargetUpdate] = []
     loaded: dict[str, tuple[Piece, ...]] | None = None
+    shapes = {n: w.shape for n, w in weights.items()}
     for update in _one_of_tied(adapter, tied):
         name = next((n for n in (rename(update.target, change), update.target) if n in weights), None)
         if name is None and tied and update.target == tied[1]:
@@ -45,10 +47,14 @@ def _resolved(
         if name is not None:
             found.append(_renamed(update, name))
             continue
+        expert = on_disk(update, rename(update.target, change), shapes, base.model_types)
+        if expert is not None:
+            found.append(expert)
+            continue
         if loaded is None:
-            loaded = loaded_weights(base, {n: w.shape for n, w in weights.items()})
+            loaded = loaded_weights(base, shapes)
         if update.target in loaded:
-            found += spread(update, loaded[update.target], {n: w.shape for n, w in weights.items()})
+            found += spread(update, loaded[update.target], shapes)
         elif not (update.optional and _has_weight(update, weights, loaded, change)):
             raise unknown_target(update.target, weights, str(adapter.folder))
     return found

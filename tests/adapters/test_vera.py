@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_export.adapters import AdapterFile, vera
+from lora_export.adapters.spelling import respelled
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import TargetUpdate
 from lora_export.errors import AdapterError
@@ -67,7 +68,7 @@ def saved(folder: Path, config: PeftConfig, size: float = 0.3) -> Path:
 
 def opened(folder: Path, weight: float = 1.0, **changes: Any) -> AdapterFile:
     config, tensors = open_adapter_files(folder)
-    return AdapterFile(tensors, {**config, **changes}, folder / "adapter_config.json", weight)
+    return respelled(AdapterFile(tensors, {**config, **changes}, folder / "adapter_config.json", weight))
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -91,7 +92,7 @@ def check_against_peft(folder: Path, read: Read) -> set[str]:
     base, model = Layers(), PeftModel.from_pretrained(Layers(), folder).eval()
     updates = read(opened(folder))
     keys = [k for u in updates for k in u.keys]
-    assert sorted(keys) == sorted(load_file(folder / WEIGHTS))
+    assert sorted(keys) == sorted(opened(folder).tensors)
     model.double()
     for update in updates:
         name = update.target.removesuffix(".weight")

@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "no adapter weights": (delete(f"adapter/{WEIGHTS}"), [], ["no weights", WEIGHTS]),
     "no adapter config": (delete(f"adapter/{CONFIG}"), [], [f"no {CONFIG}", "expected:"]),
     "unknown peft_type": (configure(peft_type="WIZARDRY"), [], ["WIZARDRY", CONFIG, "expected:", "LORA"]),
-    "no peft_type": (configure(peft_type=None), [], ["peft_type is", "None", CONFIG]),
+    "no peft_type": (configure(peft_type=None, lora_alpha=None, r=None), [], ["r is None", CONFIG]),
     "prompt tuning": (configure(peft_type="PROMPT_TUNING"), [], ["virtual tokens", CONFIG, "expected:", "try:"]),
     "DoRA without magnitudes": (configure(use_dora=True), [], ["use_dora is set", "no magnitude", "try:"]),
     "magnitudes without DoRA": (
