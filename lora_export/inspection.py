@@ -83,9 +83,9 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         "kinds": dict(Counter(u.kind for u in adapter.updates)),
         "base_model": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
-        "scaling": "alpha/√rank" if config.get("use_rslora") else "alpha/rank",
+        "rank": config.get("init_r") if adapter.kind == "adalora" else config.get("r"),
+        "alpha": config.get("lora_alpha", config.get("alpha")),
+        "scaling": _scaling(adapter),
         "ranks": _ranks(adapter, adapter.tensors),
         "targets": _targets(adapter),
         "replaces": [u.target for u in adapter.updates if u.replaces],
@@ -104,7 +104,8 @@ def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
     names = [k for k in KINDS if adapter.kind.upper() in k.PEFT_TYPES]
     kinds = {u.kind for u in adapter.updates}
     kind = next((k for k in names if k.NAME.lower() in kinds), names[0] if names else tokens)
-    ranks = ", ".join(_ranks(adapter, tensors)) or None
+    ranks = list(_ranks(adapter, tensors))
+    span = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 3 else f"rank {', '.join(ranks)}"
     targets = _targets(adapter)
     layers = max(targets.values(), default=0)
     types = " and ".join(sorted({t.dtype for t in tensors.values()}))
@@ -113,7 +114,7 @@ def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
     return " ".join(
         text
         for text in (
-            f"{kind.NAME} adapter" + (f" of rank {ranks}" if ranks else ""),
+            f"{kind.NAME} adapter" + (f" of {span}" if ranks else ""),
             f"on {', '.join(targets)} in {layers} layers," if layers > 1 else f"on {', '.join(targets)},",
             f"{_parameters(tensors):,} parameters in {types}, trained on {base}.",
             "Whether that base was quantized in training, an adapter does not tell.",
@@ -121,6 +122,15 @@ def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
             f"and replaces {replaced}." if replaced else "and replaces none.",
         )
     )
+
+
+def _scaling(adapter: Adapter) -> str | None:
+    """The factor of the delta in words; None for kinds that have none."""
+    if adapter.kind == "adalora":
+        return "alpha/(initial rank + 1e-5)"
+    if not {"lora_alpha", "alpha"} & adapter.config.keys():
+        return None
+    return "alpha/√rank" if adapter.config.get("use_rslora") else "alpha/rank"
 
 
 def _ranks(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:

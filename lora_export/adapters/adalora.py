@@ -1,10 +1,8 @@
 """AdaLoRA (arXiv:2303.10512, eq. 3): W' = W + s·B·(E ⊙ A) with s = alpha/(init_r + 1e-5) and pruned E."""
 
-import math
-
 from lora_export.adapters.config import number, refuse_unmergeable, whole
 from lora_export.adapters.keys import group, read_finite
-from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.kind import AdapterFile, FlatTarget
 from lora_export.adapters.lora import LowRank, LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
@@ -56,15 +54,8 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str], scaling: float, 
             expected="A (rank, in), B (out, rank) and E (rank, 1)",
         )
     plain, transposed = (b[0], a[1]), (a[1], b[0])
-    convolution = (b[0], None, None, None)  # PEFT flattens all but the outputs
 
     def load(shape: tuple[int, ...]) -> LowRankUpdate:
-        if math.prod(shape[1:]) != a[1] and shape != transposed:
-            raise file.refuse(
-                f"the weight has {math.prod(shape[1:])} elements for each output, A has {a[1]} columns",
-                tensor=name,
-                expected="the base that the adapter was trained on",
-            )
         right, left, sizes = (read_finite(file.source, keys[p]) for p in _PARTS)
         right = right * sizes
         flip = file.is_conv1d(name) if plain == transposed else shape == transposed
@@ -73,4 +64,4 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str], scaling: float, 
         return LowRankUpdate(LowRank(left, right, scaling))
 
     used = tuple(keys[p] for p in _PARTS)
-    return TargetUpdate(f"{name}.weight", "adalora", used, (plain, transposed, convolution), load)
+    return FlatTarget(f"{name}.weight", "adalora", used, (plain, transposed), load)

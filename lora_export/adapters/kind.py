@@ -1,5 +1,6 @@
 """What an adapter kind is: one module that claims tensors of an adapter file and turns them into updates."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,14 @@ class AdapterFile:
                 expected="weight 1",
                 next_step="give the adapter without a weight",
             )
+
+
+@dataclass(frozen=True)
+class FlatTarget(TargetUpdate):
+    """A weight of any number of dimensions that is one of `shapes` when all but its outputs are made flat."""
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return super().fits(shape) or (len(shape) > 2 and super().fits((shape[0], math.prod(shape[1:]))))
 
 
 class Kind(Protocol):

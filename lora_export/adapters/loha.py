@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.keys import read_finite
-from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lycoris import ANY_LAYER, Parts, read_parts
+from lora_export.adapters.kind import AdapterFile, FlatTarget
+from lora_export.adapters.lycoris import Parts, read_parts
 from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
@@ -51,12 +51,11 @@ def _update(parts: Parts) -> TargetUpdate:
             rest *= n
 
     def load(shape: tuple[int, ...]) -> HadamardUpdate:
-        parts.refuse_shape(shape, outputs, rest)
         left, right = zip(*(_factors(parts, n) for n in ("1", "2")), strict=True)
         return HadamardUpdate(left, right, parts.scaling)
 
     used = tuple(parts.keys.values())
-    return TargetUpdate(f"{parts.module}.weight", "loha", used, ANY_LAYER, load)
+    return FlatTarget(f"{parts.module}.weight", "loha", used, ((outputs, rest),), load)
 
 
 def _factors(parts: Parts, number: str) -> tuple["torch.Tensor", "torch.Tensor"]:

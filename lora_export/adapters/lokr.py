@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.keys import read_finite
-from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lycoris import ANY_LAYER, Parts, read_parts
+from lora_export.adapters.kind import AdapterFile, FlatTarget
+from lora_export.adapters.lycoris import Parts, read_parts
 from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
@@ -79,14 +79,13 @@ def _update(parts: Parts) -> TargetUpdate:
     b, d = _size(parts, "2")
 
     def load(shape: tuple[int, ...]) -> KroneckerUpdate | FlattenedKronecker:
-        parts.refuse_shape(shape, a * b, c * d)
         first, second = _factor(parts, "1"), _factor(parts, "2")
         if second.dim() == 3:
             return FlattenedKronecker(first, second, parts.scaling)
         return KroneckerUpdate(first, second.flatten(1), parts.scaling)
 
     used = tuple(parts.keys.values())
-    return TargetUpdate(f"{parts.module}.weight", "lokr", used, ANY_LAYER, load)
+    return FlatTarget(f"{parts.module}.weight", "lokr", used, ((a * b, c * d),), load)
 
 
 def _size(parts: Parts, number: str) -> tuple[int, int]:

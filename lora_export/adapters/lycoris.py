@@ -1,15 +1,11 @@
-"""What LoHa and LoKr share: the parts of a module, its rank and scaling, and the check of the weight's shape."""
+"""What LoHa and LoKr share: the parts of a module, its rank and scaling."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_export.adapters.config import match_pattern, number, pattern, whole
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
-
-# A delta is made flat, (outputs, the rest), and takes the shape of whatever the layer is.
-ANY_LAYER: tuple[tuple[None, ...], ...] = ((None,) * 2, (None,) * 3, (None,) * 4)
 
 
 @dataclass(frozen=True)
@@ -33,16 +29,6 @@ class Parts:
                 f"{part} has the shape {list(self.shape(part))}, the configured rank is {self.rank}",
                 tensor=self.keys[part],
                 expected="r and rank_pattern that describe the file",
-            )
-
-    def refuse_shape(self, shape: tuple[int, ...], outputs: int, rest: int) -> None:
-        """Refuse a weight with another number of outputs, or of elements for each."""
-        if shape[0] != outputs or math.prod(shape[1:]) != rest:
-            raise self.file.refuse(
-                f"the adapter's delta is {outputs} × {rest}, the base's weight has the shape {list(shape)}",
-                tensor=f"{self.module}.weight",
-                expected="the base that the adapter was trained on",
-                next_step="give that base as -b; `lora-export inspect ADAPTER` shows its name",
             )
 
 
