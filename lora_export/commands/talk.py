@@ -40,9 +40,12 @@ def talking(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Talk]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not verbose:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        import logging
         import warnings
 
         warnings.simplefilter("ignore")
+        # It tells of a faster kernel that it cannot find, which nothing here would use.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _interrupt)
     talk = Talk(Console(-1 if quiet else int(verbose)), as_json)
     try:
