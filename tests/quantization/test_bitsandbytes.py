@@ -219,15 +219,16 @@ def test_round_trip_is_what_transformers_computes_with(tmp_path: Path, method: s
 
 @pytest.mark.parametrize(("method", "double"), METHODS)
 @pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("gpt2", [False, True])
+@pytest.mark.parametrize(("gpt2", "dora"), [(False, False), (False, True), (True, False)])
 def test_qlora_merge_against_the_unmerged_dequantized_model(
-    tmp_path: Path, method: str, double: bool, stored: bool, gpt2: bool
+    tmp_path: Path, method: str, double: bool, stored: bool, gpt2: bool, dora: bool
 ) -> None:
-    """Stored in 4 or 8 bits, or quantized on the fly: both are dequant(quant(W)) + s·B·A. GPT-2 is transposed."""
+    """Stored in 4 or 8 bits, or quantized on the fly: both are dequant(quant(W)) + s·B·A. GPT-2 is transposed, and
+    QDoRA's norm is that of the dequantized weight."""
     cls, config = (transformers.GPT2LMHeadModel, gpt2_config()) if gpt2 else (transformers.LlamaForCausalLM, None)
     plain = save_base(tmp_path / "plain", cls, config, dtype=torch.bfloat16)
     targets = ["c_attn", "c_proj", "c_fc"] if gpt2 else ALL_LINEAR
-    adapter = save_adapter(tmp_path / "adapter", plain, lora(target_modules=targets), cls)
+    adapter = save_adapter(tmp_path / "adapter", plain, lora(target_modules=targets, use_dora=dora), cls)
     model = quantized_model(plain, method, double)
     weights = dequantized(model)
     base, options = plain, {"training_quantization": method, "training_double_quant": double}
