@@ -48,17 +48,17 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> "torch.Tensor": ...
 
+    def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Bytes [start, stop) of a tensor as they lie in the file, uint8."""
+        ...
+
 
 class Update(Protocol):
     """What an adapter does to one weight.
 
-    `row_wise`: rows of the result depend on the same rows of the weight alone, so blocks of rows may be given.
-    `apply(weight, rows)`: weight is fp32, the rows [rows.start, rows.stop) of the whole; returns a new fp32
-    tensor of the same shape. Not a delta: replaced rows and normalised weights are no deltas.
+    `apply(weight, rows)`: weight is fp32, the rows [rows.start, rows.stop) of the whole; returns an fp32 tensor of
+    the same shape and leaves the weight as it is. Not a delta: replaced rows and normalised weights are no deltas.
     """
-
-    @property
-    def row_wise(self) -> bool: ...
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor": ...
 
@@ -71,7 +71,8 @@ class TargetUpdate:
     that weight that this fits, None for a size that the adapter does not tell; load(shape): reads the
     adapter's tensors for that shape; keys: the adapter's own names of them; replaces: the old weight does not
     matter (and may be absent); optional: a base without this weight (a bias) needs no update; tied: a weight
-    that is tied to this one gets the same update, so the two stay tied.
+    that is tied to this one gets the same update, so the two stay tied; row_wise(shape): whether rows of the result
+    depend on the same rows of the weight alone, so that blocks of rows may be given.
     """
 
     target: str
@@ -82,6 +83,7 @@ class TargetUpdate:
     replaces: bool = False
     optional: bool = False
     tied: bool = False
+    row_wise: Callable[[tuple[int, ...]], bool] = lambda shape: True
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of this shape can be meant."""
@@ -124,9 +126,10 @@ class MergeOptions:
     training_double_quant: bool = False
     dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
     max_shard_size: int | None = None  # bytes; None keeps the base's own shards
-    max_memory: int = 2 * 2**30
+    max_memory: int = 2 * 2**30  # bytes for the arithmetic, besides what Python and its libraries take
     expert_packing: ExpertPacking = "auto"
     expert_layout: ExpertLayout = "auto"
+    allow_nonfinite: bool = False
     force: bool = False
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -13,7 +14,9 @@ from typing import Any
 
 from lora_export.errors import GateFailed, InputError, OutputError
 
-COPY_BLOCK = 16 * 2**20
+COPY_BLOCK = 2**21  # bytes that go through this process at a time
+# Across file systems, on old kernels, or on a file system that does not know how.
+_CANNOT_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -198,27 +201,30 @@ def plain_name(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0:")
 
 
-def copy_range(source: int, start: int, length: int, target: int) -> None:
-    """Copy bytes between file descriptors, in the kernel where it can; `target` is written at its position."""
+def copy_range(source: int, start: int, length: int, target: int, at: int) -> None:
+    """Copy bytes between file descriptors, in the kernel where it can, to the position `at`."""
     in_kernel = hasattr(os, "copy_file_range")
     while length:
         done = 0
         if in_kernel:
             try:
-                done = os.copy_file_range(source, target, min(length, 2**30), start)
-            except OSError:
-                in_kernel = False  # across file systems of different kinds
+                done = os.copy_file_range(source, target, length, start, at)
+            except OSError as error:
+                if error.errno not in _CANNOT_COPY:
+                    raise
+                in_kernel = False
         if not in_kernel:
             block = os.pread(source, min(length, COPY_BLOCK), start)
             done = len(block)
-            write_all(target, block)
+            write_at(target, block, at)
         if not done:
             raise OSError("a file ended while it was being copied")
-        start += done
-        length -= done
+        start, at, length = start + done, at + done, length - done
 
 
-def write_all(fd: int, data: bytes | memoryview) -> None:
+def write_at(fd: int, data: bytes | memoryview, at: int) -> None:
+    """Write all of `data` at a position of the file."""
     view = memoryview(data).cast("B")
     while view:
-        view = view[os.write(fd, view) :]
+        done = os.pwrite(fd, view, at)
+        view, at = view[done:], at + done

@@ -83,7 +83,7 @@ MUTATIONS = (
     ),
     Mutation(
         "VeRA forgets λd", "adapters/vera.py",
-        "right = read_finite(file.source, d_key)[:, None] * down", "right = down",
+        "right = file.read(d_key)[:, None] * down", "right = down",
         f"{MATRIX}[vera on llama]",
     ),
     Mutation(
@@ -113,7 +113,7 @@ MUTATIONS = (
         f"{MATRIX}[lora replication on llama]",
     ),
     Mutation(
-        "the delta is rounded before it is added", "merge/execute.py",
+        "the delta is rounded before it is added", "merge/work.py",
         "rounded = result.to(dtype)", "rounded = weight.to(dtype) + (result - weight).to(dtype)",
         "tests/properties/test_merge_properties.py::test_any_low_rank_update_is_rounded_once",
     ),

@@ -1,7 +1,7 @@
 """AdaLoRA (arXiv:2303.10512, eq. 3): W' = W + s·B·(E ⊙ A) with s = alpha/(init_r + 1e-5) and pruned E."""
 
 from lora_export.adapters.config import number, refuse_unmergeable, whole
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile, FlatTarget
 from lora_export.adapters.lora import LowRank, LowRankUpdate
 from lora_export.contracts import TargetUpdate
@@ -56,7 +56,7 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str], scaling: float, 
     plain, transposed = (b[0], a[1]), (a[1], b[0])
 
     def load(shape: tuple[int, ...]) -> LowRankUpdate:
-        right, left, sizes = (read_finite(file.source, keys[p]) for p in _PARTS)
+        right, left, sizes = (file.read(keys[p]) for p in _PARTS)
         right = right * sizes
         flip = file.is_conv1d(name) if plain == transposed else shape == transposed
         if flip:

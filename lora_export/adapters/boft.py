@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import whole
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.oft import cayley, rotate
 from lora_export.contracts import TargetUpdate
@@ -29,7 +29,6 @@ class ButterflyUpdate:
 
     blocks: "torch.Tensor"
     scales: "torch.Tensor"
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
@@ -91,9 +90,9 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str], configured: int)
     def load(_: tuple[int, ...]) -> ButterflyUpdate:
         import torch
 
-        raw = read_finite(file.source, r_key).double()
+        raw = file.read(r_key).double()
         blocks = torch.stack([cayley((factor - factor.mT) / 2) for factor in raw])
-        return ButterflyUpdate(blocks.float(), read_finite(file.source, s_key).reshape(-1))
+        return ButterflyUpdate(blocks.float(), file.read(s_key).reshape(-1))
 
     shapes = _shapes(rotations[1] * rotations[2], scales)
     return TargetUpdate(f"{name}.weight", "boft", (r_key, s_key), shapes, load)

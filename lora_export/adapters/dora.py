@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.adapters import lora
 from lora_export.adapters.config import parse_lora
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
 
@@ -25,14 +25,14 @@ class DoraUpdate:
 
     low_rank: lora.LowRank
     magnitude: "torch.Tensor"
-    row_wise: bool
+    outputs_are_rows: bool
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
 
         delta = self.low_rank.delta(rows)
         changed = weight.reshape(delta.shape) + delta
-        if self.row_wise:
+        if self.outputs_are_rows:
             factor = (self.magnitude[rows] / torch.linalg.norm(changed, dim=1))[:, None]
         else:
             factor = (self.magnitude / torch.linalg.norm(changed, dim=0))[None, :]
@@ -83,9 +83,12 @@ def _update(file: AdapterFile, module: lora.Module, key: str) -> TargetUpdate:
             expected="one magnitude for each output",
         )
 
+    def outputs_are_rows(shape: tuple[int, ...]) -> bool:
+        return not module.is_transposed(shape)
+
     def load(shape: tuple[int, ...]) -> DoraUpdate:
-        magnitude = read_finite(file.source, key).reshape(-1)
-        return DoraUpdate(module.load(shape), magnitude, row_wise=not module.is_transposed(shape))
+        magnitude = file.read(key).reshape(-1)
+        return DoraUpdate(module.load(shape), magnitude, outputs_are_rows(shape))
 
     keys = (module.a_key, module.b_key, key)
-    return TargetUpdate(f"{module.name}.weight", "dora", keys, module.shapes, load)
+    return TargetUpdate(f"{module.name}.weight", "dora", keys, module.shapes, load, row_wise=outputs_are_rows)

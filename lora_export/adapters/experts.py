@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import match_pattern, parse_lora
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import ExpertPacking, TargetUpdate
 
@@ -33,7 +33,6 @@ class ExpertsUpdate:
     b: "torch.Tensor"
     scaling: float
     in_out: bool
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
@@ -51,7 +50,6 @@ class MatrixUpdate:
     a: "torch.Tensor"
     b: "torch.Tensor"
     scaling: float
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
@@ -135,7 +133,7 @@ def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]
     out_in, in_out = (experts, b[0], a[1]), (experts, a[1], b[0])
 
     def load(shape: tuple[int, ...]) -> ExpertsUpdate | MatrixUpdate:
-        down, up = (read_finite(file.source, keys[p]) for p in _PARTS)
+        down, up = (file.read(keys[p]) for p in _PARTS)
         if len(shape) == 2:
             return MatrixUpdate(down, up, scaling)
         down = down.reshape(experts, rank, -1)

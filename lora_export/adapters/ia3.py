@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
 
@@ -24,7 +24,6 @@ class RowScale:
     """weight · factors, a factor for each row; factors: fp32 (rows,). Also for biases."""
 
     factors: "torch.Tensor"
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return weight * self.factors[rows].reshape(-1, *(1 for _ in weight.shape[1:]))
@@ -39,7 +38,6 @@ class ColumnScale:
 
     factors: "torch.Tensor"
     outputs: int
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
@@ -93,7 +91,7 @@ def _weight(file: AdapterFile, name: str, key: str, size: int, dimensions: int, 
     rest = (None,) * (dimensions - 2)
 
     def load(shape: tuple[int, ...]) -> RowScale | ColumnScale:
-        factors = read_finite(file.source, key).reshape(-1)
+        factors = file.read(key).reshape(-1)
         if by_rows:
             return RowScale(factors)
         if size % shape[1] or (dimensions == 2 and size != shape[1]):
@@ -112,6 +110,6 @@ def _weight(file: AdapterFile, name: str, key: str, size: int, dimensions: int, 
 
 def _bias(file: AdapterFile, name: str, key: str, size: int) -> TargetUpdate:
     def load(shape: tuple[int, ...]) -> RowScale:
-        return RowScale(read_finite(file.source, key).reshape(-1))
+        return RowScale(file.read(key).reshape(-1))
 
     return TargetUpdate(f"{name}.bias", "ia3", (), ((size,),), load, optional=True)

@@ -1,13 +1,8 @@
-"""Tensors of an adapter by module and marker, and the one way to read them."""
+"""Tensors of an adapter by module and marker."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.errors import AdapterError
-
-if TYPE_CHECKING:
-    import torch
+from lora_export.contracts import TensorInfo
 
 
 def base_name(name: str) -> str:
@@ -34,19 +29,3 @@ def group(tensors: Mapping[str, TensorInfo], markers: tuple[str, ...]) -> dict[s
             if module is not None:
                 modules.setdefault(module, {})[marker] = key
     return modules
-
-
-def read_finite(source: TensorSource, key: str) -> "torch.Tensor":
-    """An adapter tensor in fp32; NaN or infinity would spread to the whole weight, so it is refused."""
-    import torch
-
-    value = source.read(key).to(torch.float32)
-    if not bool(torch.isfinite(value).all()):
-        raise AdapterError(
-            "the adapter holds NaN or infinity",
-            where=source.tensors[key].file,
-            tensor=source.tensors[key].name,
-            expected="finite numbers",
-            next_step="take an earlier checkpoint of the training: this one diverged",
-        )
-    return value

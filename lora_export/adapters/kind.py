@@ -4,11 +4,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_export import skeleton
 from lora_export.contracts import ExpertLayout, ExpertPacking, TargetUpdate, TensorInfo, TensorSource
 from lora_export.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
 
 _EXPERTS_IN_OUT = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 
@@ -31,6 +34,7 @@ class AdapterFile:
     expert_layout: ExpertLayout = "auto"
     base_model_types: frozenset[str] = frozenset()
     base_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    allow_nonfinite: bool = False
 
     @property
     def folder(self) -> Path:
@@ -66,6 +70,22 @@ class AdapterFile:
             ),
             None,
         )
+
+    def read(self, key: str) -> "torch.Tensor":
+        """A tensor in fp32. NaN or infinity would spread to the whole weight, so it is refused."""
+        import torch
+
+        value = self.source.read(key).to(torch.float32)
+        if not self.allow_nonfinite and not bool(torch.isfinite(value).all()):
+            raise AdapterError(
+                "the adapter holds NaN or infinity",
+                where=self.tensors[key].file,
+                tensor=self.tensors[key].name,
+                expected="finite numbers",
+                next_step="take an earlier checkpoint of the training: this one diverged; "
+                "--allow-nonfinite takes it as it is",
+            )
+        return value
 
     def refuse(self, found: str, *, tensor: str | None = None, expected: str, next_step: str = "") -> AdapterError:
         """The error for something in this adapter; it is for the caller to raise."""

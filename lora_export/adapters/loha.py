@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.keys import read_finite
 from lora_export.adapters.kind import AdapterFile, FlatTarget
 from lora_export.adapters.lycoris import Parts, read_parts
 from lora_export.contracts import TargetUpdate
@@ -26,7 +25,6 @@ class HadamardUpdate:
     left: tuple["torch.Tensor", "torch.Tensor"]
     right: tuple["torch.Tensor", "torch.Tensor"]
     scaling: float
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         first, second = (a[rows] @ b for a, b in zip(self.left, self.right, strict=True))
@@ -62,9 +60,9 @@ def _factors(parts: Parts, number: str) -> tuple["torch.Tensor", "torch.Tensor"]
     """(outputs, r) and (r, rest). With a core t (r, r, kernel…): Σ_j t[i, j, …]·b[j, channel] for the right one."""
     import torch
 
-    a, b = (read_finite(parts.file.source, parts.keys[f"hada_w{number}_{side}"]) for side in "ab")
+    a, b = (parts.file.read(parts.keys[f"hada_w{number}_{side}"]) for side in "ab")
     core = parts.keys.get(f"hada_t{number}")
     if core is None:
         return a, b
-    t = read_finite(parts.file.source, core)
+    t = parts.file.read(core)
     return a.T, torch.einsum("ij...,jc->ic...", t, b).flatten(1)

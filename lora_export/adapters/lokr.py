@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.keys import read_finite
 from lora_export.adapters.kind import AdapterFile, FlatTarget
 from lora_export.adapters.lycoris import Parts, read_parts
 from lora_export.contracts import TargetUpdate
@@ -33,7 +32,6 @@ class KroneckerUpdate:
     first: "torch.Tensor"
     second: "torch.Tensor"
     scaling: float
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
@@ -55,7 +53,6 @@ class FlattenedKronecker:
     first: "torch.Tensor"
     second: "torch.Tensor"
     scaling: float
-    row_wise: bool = False
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
@@ -85,7 +82,8 @@ def _update(parts: Parts) -> TargetUpdate:
         return KroneckerUpdate(first, second.flatten(1), parts.scaling)
 
     used = tuple(parts.keys.values())
-    return FlatTarget(f"{parts.module}.weight", "lokr", used, ((a * b, c * d),), load)
+    target = f"{parts.module}.weight"
+    return FlatTarget(target, "lokr", used, ((a * b, c * d),), load, row_wise=lambda shape: len(shape) != 3)
 
 
 def _size(parts: Parts, number: str) -> tuple[int, int]:
@@ -107,7 +105,7 @@ def _factor(parts: Parts, number: str) -> "torch.Tensor":
     import torch
 
     def get(part: str) -> "torch.Tensor":
-        return read_finite(parts.file.source, parts.keys[part])
+        return parts.file.read(parts.keys[part])
 
     if f"lokr_w{number}" in parts.keys:
         return get(f"lokr_w{number}")

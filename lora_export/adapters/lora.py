@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapters import experts, stacked
 from lora_export.adapters.config import LoraConfig, parse_lora
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate, Update
 
@@ -42,7 +42,6 @@ class LowRankUpdate:
     """weight + delta, row by row; a convolution's weight (out, in, kernel…) is taken as (out, rest)."""
 
     low_rank: LowRank
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
@@ -65,7 +64,6 @@ class ResidualUpdate:
     low_rank: LowRank
     rank: int
     method: str
-    row_wise: bool = False
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
@@ -88,7 +86,6 @@ class BiasUpdate:
 
     addend: "torch.Tensor"
     scaling: float
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return weight + self.scaling * self.addend[rows]
@@ -124,7 +121,7 @@ class Module:
         return self.file.is_conv1d(self.name) if self.shapes[0] == self.shapes[1] else shape == self.shapes[1]
 
     def load(self, shape: tuple[int, ...]) -> LowRank:
-        down, up = read_finite(self.file.source, self.a_key), read_finite(self.file.source, self.b_key)
+        down, up = self.file.read(self.a_key), self.file.read(self.b_key)
         down, up = down.flatten(1), up.flatten(1)
         if self.is_transposed(shape):
             down, up = up.T, down.T
@@ -218,7 +215,8 @@ def _update(module: Module) -> TargetUpdate:
     kind = "lora" if module.layer == "linear" else f"lora_{module.layer}"
     keys = (module.a_key, module.b_key)
     tied = bool(module.file.config.get("ensure_weight_tying"))
-    return TargetUpdate(f"{module.name}.weight", kind, keys, module.shapes, load, tied=tied)
+    target = f"{module.name}.weight"
+    return TargetUpdate(target, kind, keys, module.shapes, load, tied=tied, row_wise=lambda _: residual is None)
 
 
 def _bias(file: AdapterFile, config: LoraConfig, name: str, keys: dict[str, str]) -> TargetUpdate:
@@ -226,6 +224,6 @@ def _bias(file: AdapterFile, config: LoraConfig, name: str, keys: dict[str, str]
     scaling = file.weight * config.scaling(name, file.tensors[keys["lora_B"]].shape[1])
 
     def load(shape: tuple[int, ...]) -> BiasUpdate:
-        return BiasUpdate(read_finite(file.source, key), scaling)
+        return BiasUpdate(file.read(key), scaling)
 
     return TargetUpdate(f"{name}.bias", "lora_bias", (key,), (file.tensors[key].shape,), load)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import number, whole
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
 
@@ -94,7 +94,6 @@ class RotationUpdate:
     """W·diag(blocks)ᵀ. Each row is rotated for itself. blocks: fp32 (blocks, n, n), one block if shared."""
 
     blocks: "torch.Tensor"
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return rotate(weight.flatten(1), self.blocks).reshape(weight.shape)
@@ -193,7 +192,7 @@ def _update(file: AdapterFile, rotations: Rotations, name: str, key: str, marker
         shapes += ((None, inputs, 1, 1),)
 
     def load(_: tuple[int, ...]) -> RotationUpdate:
-        blocks = rotations.blocks(read_finite(file.source, key), size).float()
+        blocks = rotations.blocks(file.read(key), size).float()
         return RotationUpdate(blocks.mT if embedding else blocks)
 
     kind = "oft_embedding" if embedding else "oft"

@@ -4,7 +4,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.keys import base_name, read_finite
+from lora_export.adapters.keys import base_name
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
 
@@ -23,7 +23,6 @@ class Replacement:
     """The trained tensor itself, fp32; the old weight does not enter."""
 
     value: "torch.Tensor"
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return self.value[rows] if self.value.dim() else self.value
@@ -64,7 +63,7 @@ def _by_target(file: AdapterFile, claimed: Set[str]) -> dict[str, list[str]]:
 
 def _replace(file: AdapterFile, keys: list[str], target: str, kind: str) -> TargetUpdate:
     def load(shape: tuple[int, ...]) -> Replacement:
-        return Replacement(read_finite(file.source, keys[0]))
+        return Replacement(file.read(keys[0]))
 
     shape = file.tensors[keys[0]].shape
     # An embedding that was saved because the vocabulary was resized had changed before training, with its tie.

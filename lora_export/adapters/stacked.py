@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import LoraConfig, parse_lora
 from lora_export.adapters.experts import MatrixUpdate
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
 
@@ -54,7 +54,7 @@ def _module(file: AdapterFile, config: LoraConfig, module: str, keys: dict[str, 
     scaling = file.weight * config.scaling(module, rank)
 
     def matrix(part: str, expert: int) -> "torch.Tensor":
-        whole = read_finite(file.source, keys[part])
+        whole = file.read(keys[part])
         return whole[expert if len(whole) > 1 else 0]
 
     def of(expert: int) -> TargetUpdate:

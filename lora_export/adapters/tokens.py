@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
 
@@ -24,7 +24,6 @@ class RowsUpdate:
 
     indices: "torch.Tensor"
     values: "torch.Tensor"
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         here = (self.indices >= rows.start) & (self.indices < rows.stop)
@@ -68,7 +67,7 @@ def _update(file: AdapterFile, name: str, key: str) -> TargetUpdate:
                 tensor=key,
                 expected="the base with the vocabulary that training had",
             )
-        return RowsUpdate(torch.tensor(indices), read_finite(file.source, key))
+        return RowsUpdate(torch.tensor(indices), file.read(key))
 
     return TargetUpdate(f"{name}.weight", "trainable_tokens", (key,), ((None, width),), load, tied=True)
 

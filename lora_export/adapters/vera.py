@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import whole
-from lora_export.adapters.keys import group, read_finite
+from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.lora import LowRank, LowRankUpdate
 from lora_export.contracts import TargetUpdate
@@ -101,7 +101,7 @@ class Projections:
         if not self.keys:
             a, b = regenerate(self.seed, self.rank, self.drawn_inputs or inputs, outputs)
             return a[:, :inputs], b
-        a, b = (read_finite(self.file.source, k) for k in self.keys)
+        a, b = (self.file.read(k) for k in self.keys)
         return a[:, :inputs], b[:outputs]
 
 
@@ -193,8 +193,8 @@ def _update(shared: Projections, name: str, keys: dict[str, str], claimed: tuple
     def load(shape: tuple[int, ...]) -> LowRankUpdate:
         flip = target.is_transposed(shape)
         down, up = shared.sliced(b[0], shape[0] if flip else shape[1])
-        left = read_finite(file.source, b_key)[:, None] * up
-        right = read_finite(file.source, d_key)[:, None] * down
+        left = file.read(b_key)[:, None] * up
+        right = file.read(d_key)[:, None] * down
         if flip:
             left, right = right.T, left.T
         return LowRankUpdate(LowRank(left, right, file.weight))

@@ -1,5 +1,6 @@
 """A checkpoint folder opened by its headers, and tensors read from it by byte range."""
 
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -50,26 +51,33 @@ class TensorFiles:
         info = self.tensors[name]
         return read_rows(info, 0, info.shape[0]) if info.shape else read_rows(info, 0, 1).reshape(())
 
+    def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Bytes [start, stop) of a tensor as they lie in the file, uint8."""
+        return read_bytes(self.tensors[name], start, stop)
+
+
+def read_bytes(info: TensorInfo, start: int, stop: int) -> "torch.Tensor":
+    """Bytes [start, stop) of a tensor as they lie in the file, uint8. CheckpointError if the file is shorter."""
+    import torch
+
+    buffer = torch.empty(stop - start, dtype=torch.uint8)
+    view = memoryview(buffer.numpy().data)
+    with info.file.open("rb", buffering=0) as f:
+        at = info.start + start
+        while view:
+            done = os.preadv(f.fileno(), [view], at)
+            if not done:
+                raise CheckpointError("the file ended early", where=info.file, tensor=info.name)
+            view, at = view[done:], at + done
+    return buffer
+
 
 def read_rows(info: TensorInfo, start: int, stop: int) -> "torch.Tensor":
     """Rows [start, stop) of the first dimension, shape (stop − start, …), in the tensor's own type."""
-    import torch
-
     shape = info.shape or (1,)
     row = info.nbytes // shape[0] if shape[0] else 0
-    buffer = bytearray((stop - start) * row)
-    with info.file.open("rb", buffering=0) as f:
-        f.seek(info.start + start * row)
-        view = memoryview(buffer)
-        while view:
-            done = f.readinto(view)
-            if not done:
-                raise CheckpointError("the file ended early", where=info.file, tensor=info.name)
-            view = view[done:]
-    out_shape = (stop - start, *shape[1:])
-    if not buffer:
-        return torch.empty(out_shape, dtype=torch_dtype(info.dtype))
-    return torch.frombuffer(buffer, dtype=torch_dtype(info.dtype)).reshape(out_shape)
+    data = read_bytes(info, start * row, stop * row)
+    return data.view(torch_dtype(info.dtype)).reshape(stop - start, *shape[1:])
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,12 @@ def merge_options(command: Command) -> Command:
             type=Size(),
             default="2GiB",
             show_default=True,
-            help="Memory for the arithmetic of the merge.",
+            help="Memory for the arithmetic of the merge, besides what Python and its libraries take.",
+        ),
+        click.option(
+            "--allow-nonfinite",
+            is_flag=True,
+            help="Take NaN and infinity (base, adapter, overflow) as they come; else they are refused.",
         ),
         click.option(
             "--expert-packing",

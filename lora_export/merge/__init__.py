@@ -49,6 +49,7 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
             options.expert_layout,
             checkpoint.model_types,
             shapes,
+            options.allow_nonfinite,
         )
         found.append(read_adapter(file))
     return plan_merge(checkpoint, found, options)

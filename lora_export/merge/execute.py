@@ -1,53 +1,82 @@
-"""A plan carried out: one tensor, one block of rows at a time, in fp32, rounded once at the write."""
+"""A plan carried out by as many threads as there are cores: read, computed and written at planned offsets.
+
+Every thread takes the next job: bytes to copy, or a block of rows to compute. The jobs that are in work at a time
+stay within the memory limit together.
+"""
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lora_export.checkpoint.reader import file_dtype, read_rows, torch_dtype
-from lora_export.contracts import Progress, TensorRecord, Update
-from lora_export.errors import CheckpointError
-from lora_export.files import copy_range, write_all
-from lora_export.merge.plan import FLOATS, MergePlan, PlannedTensor
+from lora_export.contracts import Progress, TensorRecord
+from lora_export.errors import InputError
+from lora_export.files import copy_range, write_at
+from lora_export.merge.plan import MergePlan, PlannedTensor
+from lora_export.merge.survival import Survival
+from lora_export.merge.work import COPIES, TensorWork, record
 
-if TYPE_CHECKING:
-    import torch
-
-MIN_BLOCK = 2**20  # bytes of fp32; smaller blocks cost more in calls than they save in memory
-COPIES = 6  # fp32 buffers of a block that are alive at once: read, weight, result, delta, rounded, difference
+BLOCK = 2**22  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
+PIECE = 2**24  # bytes that are copied at a time
+PATIENCE = 0.1  # seconds between two looks at the threads, and so what Ctrl-C may have to wait
 
 
-@dataclass
-class Survival:
-    """How much of the delta is still there after rounding: ⟨W'−W, Δ⟩ / ⟨Δ, Δ⟩, summed in float64."""
+@dataclass(frozen=True)
+class Copy:
+    """`length` bytes from `start` of one open file to `at` of another."""
 
-    kept: float = 0.0
-    delta: float = 0.0
-    weight: float = 0.0
+    source: int
+    start: int
+    length: int
+    out: int
+    at: int
+    cost: int = 0
 
-    def add(self, before: "torch.Tensor", after: "torch.Tensor", rounded: "torch.Tensor") -> None:
+    def run(self) -> int:
+        copy_range(self.source, self.start, self.length, self.out, self.at)
+        return self.length
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [start, stop) of a tensor to `at` of an open file."""
+
+    work: TensorWork
+    start: int
+    stop: int
+    out: int
+    at: int
+    cost: int
+
+    def run(self) -> int:
         import torch
 
-        delta = (after - before).reshape(-1)
-        flat = before.reshape(-1)
-        square = float(torch.dot(delta, delta))
-        self.delta += square
-        self.weight += float(torch.dot(flat, flat))
-        if rounded.dtype == torch.float32:
-            self.kept += square
-        else:
-            self.kept += float(torch.dot((rounded.to(torch.float32) - before).reshape(-1), delta))
+        data = self.work.compute(self.start, self.stop).reshape(-1).view(torch.uint8).numpy().data
+        write_at(self.out, data, self.at)
+        return len(data)
 
-    @property
-    def share(self) -> float | None:
-        return self.kept / self.delta if self.delta > 0 else None
 
-    @property
-    def relative_delta(self) -> float | None:
-        return float((self.delta / self.weight) ** 0.5) if self.weight > 0 else None
+class Budget:
+    """Bytes that may be in use together; whoever would exceed them waits for others to finish."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def holding(self, cost: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + cost <= self._limit)
+            self._used += cost
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= cost
+                self._changed.notify_all()
 
 
 @dataclass
@@ -57,108 +86,150 @@ class Execution:
     plan: MergePlan
     folder: Path
     progress: Progress
+    workers: int = field(default_factory=lambda: _cores())
     total: Survival = field(default_factory=Survival)
-    records: list[TensorRecord] = field(default_factory=list)
-    _inputs: dict[Path, int] = field(default_factory=dict)
+    _records: dict[str, TensorRecord] = field(default_factory=dict)
+    _taking: threading.Lock = field(default_factory=threading.Lock)
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _written: int = 0
 
     def run(self) -> None:
-        count, done = len(self.plan.tensors), 0
-        with contextlib.ExitStack() as stack:
-            for shard in self.plan.shards:
-                with (self.folder / shard.file).open("wb", buffering=0) as out:
-                    write_all(out.fileno(), shard.header)
-                    for output in shard.tensors:
-                        self._write(out.fileno(), self.plan.tensors[output.name], stack)
-                        done += 1
-                        self.progress.advance(done, count)
+        """InputError before the first byte if a single block needs more memory than is allowed."""
+        computed = [t for t in self.plan.tensors.values() if t.operation != "copied"]
+        for tensor in computed:
+            self._check_memory(tensor)
+        with contextlib.ExitStack() as files, _one_thread_each(bool(computed)):
+            self._share_out(self._jobs(files))
 
-    def _write(self, out: int, tensor: PlannedTensor, stack: contextlib.ExitStack) -> None:
-        survival = Survival()
-        if tensor.operation == "copied":
-            self._copy(out, tensor, stack)
-        else:
-            self._compute(out, tensor, survival)
-        self.total.kept += survival.kept
-        self.total.delta += survival.delta
-        self.records.append(
-            TensorRecord(
-                name=tensor.output.name,
-                operation=tensor.operation,
-                dtype=tensor.output.dtype,
-                shape=tensor.output.shape,
-                kinds=tuple(u.kind for u in tensor.updates),
-                relative_delta=survival.relative_delta if tensor.updates else None,
-                survival=survival.share,
+    @property
+    def records(self) -> list[TensorRecord]:
+        return [self._records[name] for shard in self.plan.shards for name in (t.name for t in shard.tensors)]
+
+    def _share_out(self, jobs: Iterator[Copy | Block]) -> None:
+        budget = Budget(self.plan.options.max_memory)
+        with ThreadPoolExecutor(self.workers, "merge") as pool:
+            running = {pool.submit(self._take, jobs, budget) for _ in range(self.workers)}
+            try:
+                while running:
+                    done, running = wait(running, PATIENCE, FIRST_EXCEPTION)
+                    self.progress.advance(self._written, self.plan.nbytes)
+                    for finished in done:
+                        finished.result()
+            finally:
+                self._stopped.set()
+
+    def _take(self, jobs: Iterator[Copy | Block], budget: Budget) -> None:
+        while not self._stopped.is_set():
+            with self._taking:
+                job = next(jobs, None)
+            if job is None:
+                return
+            with budget.holding(job.cost):
+                written = job.run()
+            last = isinstance(job, Block) and job.work.finished()
+            with self._taking:
+                self._written += written
+                if isinstance(job, Block) and last:
+                    self._keep(job.work.tensor, job.work.survival)
+
+    def _keep(self, tensor: PlannedTensor, survival: Survival) -> None:
+        self.total.join(survival)
+        self._records[tensor.output.name] = record(tensor, survival)
+
+    def _jobs(self, files: contextlib.ExitStack) -> Iterator[Copy | Block]:
+        """Every byte of the output once, in the order of the files. Runs under the lock of `_take`."""
+        inputs: dict[Path, int] = {}
+
+        def opened(path: Path, flags: int) -> int:
+            fd = os.open(path, flags, 0o666)
+            files.callback(os.close, fd)
+            return fd
+
+        for shard in self.plan.shards:
+            out = opened(self.folder / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            write_at(out, shard.header, 0)
+            at = len(shard.header)
+            for output in shard.tensors:
+                tensor = self.plan.tensors[output.name]
+                if tensor.operation == "copied":
+                    assert tensor.source is not None
+                    file = tensor.source.file
+                    if file not in inputs:
+                        inputs[file] = opened(file, os.O_RDONLY)
+                    yield from self._copies(tensor, inputs[file], out, at)
+                else:
+                    yield from self._blocks(tensor, out, at)
+                at += output.nbytes
+
+    def _copies(self, tensor: PlannedTensor, source: int, out: int, at: int) -> Iterator[Copy]:
+        info = tensor.source
+        assert info is not None
+        self._keep(tensor, Survival())
+        for done in range(0, info.nbytes, PIECE):
+            yield Copy(source, info.start + done, min(PIECE, info.nbytes - done), out, at + done)
+
+    def _blocks(self, tensor: PlannedTensor, out: int, at: int) -> Iterator[Block]:
+        height, rows = _height(tensor), self._rows(tensor)
+        if not tensor.output.nbytes:
+            self._keep(tensor, Survival())
+            return
+        row = tensor.output.nbytes // height
+        work = TensorWork(tensor, self.plan.base, -(-height // rows), self.plan.options.allow_nonfinite)
+        for start in range(0, height, rows):
+            stop = min(start + rows, height)
+            yield Block(work, start, stop, out, at + start * row, self._cost(tensor, stop - start))
+
+    def _rows(self, tensor: PlannedTensor) -> int:
+        """Rows of a block: all of them where the result of one depends on others."""
+        if not tensor.row_wise:
+            return max(1, _height(tensor))
+        limit = min(BLOCK, self.plan.options.max_memory // (self.workers * COPIES))
+        return max(1, limit // max(1, _row(tensor)))
+
+    def _cost(self, tensor: PlannedTensor, rows: int) -> int:
+        packed = sum(self.plan.base.tensors[p].nbytes for p in tensor.quantized.parts) if tensor.quantized else 0
+        return rows * _row(tensor) * COPIES + packed
+
+    def _check_memory(self, tensor: PlannedTensor) -> None:
+        needed = self._cost(tensor, self._rows(tensor))
+        if needed > self.plan.options.max_memory:
+            raise InputError(
+                f"merging this tensor takes {needed / 2**20:.0f} MiB, --max-memory allows "
+                f"{self.plan.options.max_memory / 2**20:.0f} MiB",
+                tensor=tensor.output.name,
+                expected="room for what cannot be done in smaller pieces",
+                next_step=f"--max-memory {-(-needed // 2**20)}MiB",
             )
-        )
 
-    def _copy(self, out: int, tensor: PlannedTensor, stack: contextlib.ExitStack) -> None:
-        info = tensor.source
-        assert info is not None
-        if info.file not in self._inputs:
-            fd = os.open(info.file, os.O_RDONLY)
-            stack.callback(os.close, fd)
-            self._inputs[info.file] = fd
-        copy_range(self._inputs[info.file], info.start, info.nbytes, out)
 
-    def _compute(self, out: int, tensor: PlannedTensor, survival: Survival) -> None:
-        import torch
+def _height(tensor: PlannedTensor) -> int:
+    return tensor.shape[0] if tensor.shape else 1
 
-        updates = [u.load(tensor.shape) for u in tensor.updates]
-        dtype = torch_dtype(tensor.output.dtype)
-        for rows, weight in self._blocks(tensor, updates):
-            result = weight
-            for update in updates:
-                result = update.apply(result, rows)
-            rounded = result.to(dtype)
-            self._check_finite(tensor, weight, rounded)
-            if updates and weight.shape == result.shape:
-                survival.add(weight, result, rounded)
-            write_all(out, memoryview(rounded.contiguous().reshape(-1).view(torch.uint8).numpy().data))
 
-    def _blocks(self, tensor: PlannedTensor, updates: list[Update]) -> Iterator[tuple[slice, "torch.Tensor"]]:
-        """(rows, fp32 weight) blocks, small enough for the memory limit wherever the work goes row by row."""
-        import torch
+def _row(tensor: PlannedTensor) -> int:
+    """Bytes of a row in fp32."""
+    size = 4
+    for n in tensor.shape[1:]:
+        size *= n
+    return size
 
-        shape = tensor.shape or (1,)
-        info = tensor.source
-        assert info is not None
-        if info.shape != shape and tensor.quantized is None:  # resized: the old rows do not enter
-            yield slice(0, shape[0]), torch.zeros(tensor.shape, dtype=torch.float32)
-            return
-        whole = tensor.training is not None or not all(u.row_wise for u in updates)
-        step = shape[0] if whole else self._rows_per_block(shape)
-        packed = tensor.quantized.load(self.plan.base) if tensor.quantized else None
-        for start in range(0, shape[0], step):
-            stop = min(start + step, shape[0])
-            if packed is not None:
-                block = packed.rows(start, stop)
-            elif tensor.training is not None:
-                block = tensor.training.round_trip(read_rows(info, start, stop))
-            else:
-                block = read_rows(info, start, stop).to(torch.float32)
-            yield slice(start, stop), block.reshape(tensor.shape) if not tensor.shape else block
 
-    def _rows_per_block(self, shape: tuple[int, ...]) -> int:
-        row = 4
-        for n in shape[1:]:
-            row *= n
-        budget = max(MIN_BLOCK, min(self.plan.options.max_memory // (2 * COPIES), 16 * MIN_BLOCK))
-        return max(1, budget // max(row, 1))
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def _check_finite(self, tensor: PlannedTensor, weight: "torch.Tensor", rounded: "torch.Tensor") -> None:
-        import torch
 
-        if tensor.output.dtype not in FLOATS or bool(torch.isfinite(rounded).all()):
-            return
-        side = "the merged result" if bool(torch.isfinite(weight).all()) else "the base"
-        kind = file_dtype(str(rounded.dtype).removeprefix("torch."))
-        raise CheckpointError(
-            f"{side} holds NaN or infinity as {kind}",
-            where=tensor.source.file if tensor.source and side == "the base" else None,
-            tensor=tensor.output.name,
-            expected="finite numbers",
-            next_step="--dtype bfloat16 or float32 has the range that float16 lacks"
-            if kind == "F16"
-            else "check this tensor in the base and in the adapter",
-        )
+@contextlib.contextmanager
+def _one_thread_each(computing: bool) -> Iterator[None]:
+    """The threads share out blocks; within a block, torch would only get in their way."""
+    if not computing:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -113,7 +113,10 @@ def _for_piece(update: TargetUpdate, piece: Piece, shape: Shape, offset: int, st
         assert piece.expert is not None
         return ExpertUpdate(whole, piece.expert, offset, shape[1])
 
-    return replace(update, target=piece.name, shapes=(stored,), load=load)
+    def row_wise(_: Shape) -> bool:
+        return not piece.transposed or update.row_wise(shape)
+
+    return replace(update, target=piece.name, shapes=(stored,), load=load, row_wise=row_wise)
 
 
 @lru_cache(maxsize=4)  # the experts of a layer follow each other, and each needs the same matrices
@@ -129,7 +132,6 @@ class ExpertUpdate:
     expert: int
     offset: int
     height: int
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         fused = weight.new_zeros(1, self.height, *weight.shape[1:])
@@ -143,10 +145,6 @@ class TransposedUpdate:
     """An update of a weight whose last two dimensions are swapped on disk."""
 
     whole: Update
-
-    @property
-    def row_wise(self) -> bool:
-        return self.whole.row_wise
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return self.whole.apply(weight.transpose(-2, -1), rows).transpose(-2, -1).contiguous()

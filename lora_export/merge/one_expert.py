@@ -70,7 +70,7 @@ def _of_fused(
     def load(_: Shape) -> OneExpertUpdate:
         return OneExpertUpdate(update.load((out or 0, width or 0)), expert, half, transposed, interleaved)
 
-    return replace(update, target=fused, shapes=(shape,), load=load)
+    return replace(update, target=fused, shapes=(shape,), load=load, row_wise=lambda _: True)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,6 @@ class OneExpertUpdate:
     half: int | None
     transposed: bool
     interleaved: bool
-    row_wise: bool = True
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         if not rows.start <= self.expert < rows.stop:

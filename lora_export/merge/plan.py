@@ -35,6 +35,12 @@ class PlannedTensor:
     quantized: QuantizedWeight | None = None
     training: TrainingQuantization | None = None
 
+    @property
+    def row_wise(self) -> bool:
+        """Whether blocks of its rows can be computed apart."""
+        quantized_apart = self.training is None or self.training.row_wise(self.shape)
+        return quantized_apart and all(u.row_wise(self.shape) for u in self.updates)
+
 
 @dataclass(frozen=True)
 class MergePlan:

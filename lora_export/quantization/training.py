@@ -1,5 +1,6 @@
 """What QLoRA training did to a 16-bit base on the fly: quantize, and compute with the dequantized weights."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from lora_export.quantization.bnb8 import Rows8Bit
 
 if TYPE_CHECKING:
     import torch
+
+BLOCKSIZE = 64  # elements; bitsandbytes' own for its 4-bit layers
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,12 @@ class TrainingQuantization:
     double: bool = False
     transposed: bool = False
 
+    def row_wise(self, shape: tuple[int, ...]) -> bool:
+        """Whether blocks of rows may be given: block scales that are quantized have an offset of all of them."""
+        if self.transposed:
+            return False
+        return self.method == "int8" or (not self.double and math.prod(shape[1:]) % BLOCKSIZE == 0)
+
     def round_trip(self, weight: "torch.Tensor") -> "torch.Tensor":
         """dequantize(quantize(weight)) in fp32, shape kept; the quantizing is bitsandbytes' own."""
         if self.transposed:
@@ -31,7 +40,7 @@ class TrainingQuantization:
         from bitsandbytes import functional as bnb
 
         packed, state = bnb.quantize_4bit(
-            weight.contiguous(), quant_type=self.method, compress_statistics=self.double
+            weight.contiguous(), blocksize=BLOCKSIZE, quant_type=self.method, compress_statistics=self.double
         )
         scale = state.absmax
         if state.nested:

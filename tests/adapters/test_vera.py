@@ -82,7 +82,7 @@ def merged(update: TargetUpdate, weight: torch.Tensor, step: int = 3) -> torch.T
     """The fp32 weight after the update, given in blocks of rows where the update allows it."""
     assert update.fits(tuple(weight.shape))
     loaded = update.load(tuple(weight.shape))
-    step = step if loaded.row_wise else len(weight)
+    step = step if update.row_wise(tuple(weight.shape)) else len(weight)
     blocks = [slice(i, min(i + step, len(weight))) for i in range(0, len(weight), step)]
     return torch.cat([loaded.apply(weight[rows], rows) for rows in blocks])
 

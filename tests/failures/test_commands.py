@@ -360,7 +360,7 @@ def test_force_replaces_the_whole_output(work: Path) -> None:
 # --- a disk that fills up ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["write_all", "copy_range"])
+@pytest.mark.parametrize("where", ["write_at", "copy_range"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("call", [1, 2, 5])
 def test_write_errors_leave_nothing(
@@ -377,7 +377,7 @@ def test_write_errors_leave_nothing(
 
     monkeypatch.setattr(execute, where, fail)
     _check_refused(merge_words(work), work, [os.strerror(number)])
-    assert calls == call
+    assert call <= calls <= call + 1  # a second thread may have been on its way
     monkeypatch.undo()
     assert invoke(*merge_words(work)).exit_code == 0
 
@@ -394,8 +394,8 @@ def test_errors_at_the_very_end_leave_nothing(work: Path, monkeypatch: pytest.Mo
 def test_short_writes_are_completed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     invoke(*merge_words(work))
     expected = everything(work / "out")
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, data: real(fd, memoryview(data)[:1000]))
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, memoryview(data)[:1000], at))
     assert invoke(*merge_words(work, "--force")).exit_code == 0
     assert everything(work / "out") == expected
 

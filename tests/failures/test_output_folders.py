@@ -1,5 +1,6 @@
 """files.py: output folders that appear whole or not at all."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora_export.files import (
     output_folder,
     plain_name,
     read_json,
-    write_all,
+    write_at,
 )
 
 
@@ -205,23 +206,44 @@ def test_names_that_leave_the_folder(name: str) -> None:
     assert not plain_name(name)
 
 
-@pytest.mark.parametrize("in_kernel", [True, False])
+@pytest.mark.parametrize("way", ["kernel", "missing", errno.EXDEV, errno.EINVAL])
 @pytest.mark.parametrize("block", [1, 7, 16 * 2**20])
 def test_copy_range_copies_exactly_that_range(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_kernel: bool, block: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str | int, block: int
 ) -> None:
+    def cannot(*_: object) -> int:
+        raise OSError(way, "cannot")
+
     monkeypatch.setattr(files, "COPY_BLOCK", block)
-    if not in_kernel:
+    if way == "missing":
         monkeypatch.delattr(os, "copy_file_range")
+    elif way != "kernel":
+        monkeypatch.setattr(os, "copy_file_range", cannot)
     content = bytes(range(256)) * 3
     (tmp_path / "a").write_bytes(content)
     with (tmp_path / "a").open("rb") as source, (tmp_path / "b").open("wb", buffering=0) as target:
-        write_all(target.fileno(), b"head")
-        copy_range(source.fileno(), 5, 600, target.fileno())
-        write_all(target.fileno(), b"tail")
+        write_at(target.fileno(), b"tail", 604)
+        copy_range(source.fileno(), 5, 600, target.fileno(), 4)
+        write_at(target.fileno(), b"head", 0)
         with pytest.raises(OSError, match="ended"):
-            copy_range(source.fileno(), 700, 100, target.fileno())
+            copy_range(source.fileno(), 700, 100, target.fileno(), 608)
     assert (tmp_path / "b").read_bytes()[:608] == b"head" + content[5:605] + b"tail"
+
+
+def test_a_read_error_while_copying_is_no_reason_to_try_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "copy_file_range", broken)
+    (tmp_path / "a").write_bytes(b"x" * 9)
+    with (
+        (tmp_path / "a").open("rb") as source,
+        (tmp_path / "b").open("wb") as target,
+        pytest.raises(OSError, match="Input/output error"),
+    ):
+        copy_range(source.fileno(), 0, 9, target.fileno(), 0)
 
 
 def test_hash_folder_and_read_json(tmp_path: Path) -> None:

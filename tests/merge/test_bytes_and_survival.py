@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError
-from lora_export.merge import CERTIFICATE, execute, merge
+from lora_export.merge import CERTIFICATE, merge
 from tests.builders import (
     edit_json,
     edit_tensors,
@@ -148,48 +148,6 @@ def test_merging_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         merge(base, [AdapterChoice(adapter)], tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_little_memory_changes_no_byte(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of rows are small enough for the limit, cover every row once, and give the bits of the whole."""
-    base = handmade_base(tmp_path / "base", {"m.proj.weight": (2_500, 1_100), "m.up.weight": (301, 96)}, dtype)
-    generator = torch.Generator().manual_seed(3)
-    matrices = {
-        f"m.{n}": (torch.randn(7, columns, generator=generator), torch.randn(rows, 7, generator=generator))
-        for n, rows, columns in (("proj", 2_500, 1_100), ("up", 301, 96))
-    }
-    adapter = handmade_adapter(tmp_path / "adapter", matrices)
-    reads: list[tuple[str, int, int]] = []
-    real = execute.read_rows
-
-    def watch(info: object, start: int, stop: int) -> torch.Tensor:
-        reads.append((info.name, start, stop))  # type: ignore[attr-defined]
-        return real(info, start, stop)  # type: ignore[arg-type]
-
-    merge(base, [AdapterChoice(adapter)], tmp_path / "whole")
-    monkeypatch.setattr(execute, "read_rows", watch)
-    merge(base, [AdapterChoice(adapter)], tmp_path / "blocks", MergeOptions(max_memory=2**20))
-    blocks = [(a, b) for n, a, b in reads if n == "m.proj.weight"]
-    assert len(blocks) > 5
-    assert max((b - a) * 1_100 * 4 for a, b in blocks) <= execute.MIN_BLOCK
-    assert [a for a, _ in blocks] == [0, *(b for _, b in blocks[:-1])] and blocks[-1][1] == 2_500
-    name = "model.safetensors"
-    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "blocks" / name).read_bytes()
-
-
-def test_more_memory_means_larger_blocks(tmp_path: Path) -> None:
-    sizes = {}
-    for limit in (2**20, 2**26, 2**31):
-        base = handmade_base(tmp_path / str(limit), {"x": (1, 1)})
-        from lora_export.merge import plan
-
-        planned = plan(base, [], MergeOptions(max_memory=limit))
-        run = execute.Execution(planned, tmp_path, execute.Progress)  # type: ignore[arg-type]
-        sizes[limit] = run._rows_per_block((10**6, 1_000))
-        assert run._rows_per_block((5, 10**12)) == 1
-    assert sizes[2**20] < sizes[2**26] < sizes[2**31]
-    assert sizes[2**31] * 4_000 * execute.COPIES <= 2**31
 
 
 @pytest.mark.parametrize(

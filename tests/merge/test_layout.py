@@ -85,8 +85,6 @@ def test_an_update_of_another_size_is_refused_before_it_is_taken_apart() -> None
 
 def test_transposed_on_disk() -> None:
     class Scale:
-        row_wise = True
-
         def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
             return weight * torch.arange(1.0, weight.shape[1] + 1)[None, :, None]
 

@@ -1,0 +1,124 @@
+"""One tensor of the output being computed: blocks of its rows in fp32, rounded once."""
+
+import math
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from lora_export.checkpoint.reader import file_dtype, read_rows, torch_dtype
+from lora_export.contracts import TensorRecord, TensorSource, Update
+from lora_export.errors import CheckpointError
+from lora_export.merge.plan import FLOATS, PlannedTensor
+from lora_export.merge.survival import Survival, sampled
+
+if TYPE_CHECKING:
+    import torch
+
+# fp32 copies of a block that are alive at once: read, weight, delta, result, rounded, and what a kind adds.
+COPIES = 6
+
+
+def record(tensor: PlannedTensor, survival: Survival) -> TensorRecord:
+    """What happened to a tensor, for the certificate."""
+    return TensorRecord(
+        name=tensor.output.name,
+        operation=tensor.operation,
+        dtype=tensor.output.dtype,
+        shape=tensor.output.shape,
+        kinds=tuple(u.kind for u in tensor.updates),
+        relative_delta=survival.relative_delta if tensor.updates else None,
+        survival=survival.share,
+    )
+
+
+class Rows(Protocol):
+    def rows(self, start: int, stop: int) -> "torch.Tensor": ...
+
+
+@dataclass
+class TensorWork:
+    """base: where the numbers come from; blocks: how many there are, which several threads may compute."""
+
+    tensor: PlannedTensor
+    base: TensorSource
+    blocks: int
+    allow_nonfinite: bool = False
+    survival: Survival = field(default_factory=Survival)
+    _updates: list[Update] | None = None
+    _packed: Rows | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def finished(self) -> bool:
+        """To be called once after each block: whether it was the last one."""
+        with self._lock:
+            self.blocks -= 1
+            return self.blocks == 0
+
+    def compute(self, start: int, stop: int) -> "torch.Tensor":
+        """Rows [start, stop) in the output's type. CheckpointError for NaN and infinity."""
+        updates, dtype = self._load(), torch_dtype(self.tensor.output.dtype)
+        rows = slice(start, stop)
+        weight = self._read(start, stop)
+        result = weight
+        for update in updates:
+            result = update.apply(result, rows)
+        rounded = result.to(dtype).contiguous()
+        if not self.allow_nonfinite:
+            self._check_finite(weight, rounded)
+        if updates and weight.shape == result.shape:
+            self._judge(weight, result, rounded)
+        return rounded
+
+    def _load(self) -> list[Update]:
+        """The adapter's matrices and the packed weight, read by the first thread that needs them."""
+        with self._lock:
+            if self._updates is None:
+                if self.tensor.quantized:
+                    self._packed = self.tensor.quantized.load(self.base)
+                self._updates = [u.load(self.tensor.shape) for u in self.tensor.updates]
+            return self._updates
+
+    def _read(self, start: int, stop: int) -> "torch.Tensor":
+        import torch
+
+        tensor, info = self.tensor, self.tensor.source
+        assert info is not None
+        if self._packed is not None:
+            return self._packed.rows(start, stop)
+        if info.shape != tensor.shape:  # resized: the old rows do not enter
+            return torch.zeros((stop - start, *tensor.shape[1:]), dtype=torch.float32)
+        block = read_rows(info, start, stop)
+        if tensor.training is not None:
+            return tensor.training.round_trip(block)
+        block = block.to(torch.float32)
+        return block if tensor.shape else block.reshape(())
+
+    def _judge(self, before: "torch.Tensor", after: "torch.Tensor", rounded: "torch.Tensor") -> None:
+        found = Survival()
+        some = sampled(after) if after.dim() else ...
+        found.add(before[some], after[some], rounded[some])
+        if found.delta == 0:  # perhaps only the rows that were looked at are unchanged
+            found = Survival()
+            found.add(before, after, rounded)
+        with self._lock:
+            self.survival.join(found)
+
+    def _check_finite(self, weight: "torch.Tensor", rounded: "torch.Tensor") -> None:
+        import torch
+
+        # A finite sum proves that all is finite; any other needs a closer look.
+        if self.tensor.output.dtype not in FLOATS or math.isfinite(float(rounded.sum(dtype=torch.float32))):
+            return
+        if bool(torch.isfinite(rounded).all()):
+            return
+        tensor, in_base = self.tensor, not bool(torch.isfinite(weight).all())
+        kind = file_dtype(str(rounded.dtype).removeprefix("torch."))
+        raise CheckpointError(
+            f"{'the base' if in_base else 'the merged result'} holds NaN or infinity as {kind}",
+            where=tensor.source.file if tensor.source and in_base else None,
+            tensor=tensor.output.name,
+            expected="finite numbers",
+            next_step="--dtype bfloat16 or float32 has the range that float16 lacks"
+            if kind == "F16" and not in_base
+            else "check this tensor in the base and in the adapter; --allow-nonfinite takes it as it is",
+        )
