@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ class Forked:
         pid = os.fork()
         if pid == 0:
             code = 99
+            # A shell that runs the tests in the background has them ignore it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
                 os.dup2(fd, 1)
