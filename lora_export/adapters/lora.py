@@ -44,12 +44,9 @@ class LowRankUpdate:
     low_rank: LowRank
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
         left, right = self.low_rank.left[rows], self.low_rank.right
-        flat = weight.reshape(left.shape[0], right.shape[1])
-        changed: torch.Tensor = torch.addmm(flat, left, right, alpha=self.low_rank.scaling)
-        return changed.reshape(weight.shape)
+        flat = weight.reshape(left.shape[0], right.shape[1]).addmm_(left, right, alpha=self.low_rank.scaling)
+        return flat.reshape(weight.shape)
 
 
 @dataclass(frozen=True)

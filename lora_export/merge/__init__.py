@@ -67,9 +67,12 @@ def merge(
     Arithmetic is fp32 and rounded once. Raises LoraExportError before the first byte for whatever headers
     can tell, and leaves nothing behind if something fails later.
     """
-    started = time.monotonic()
     options, progress = options or MergeOptions(), progress or Silent()
     planned = plan(base, adapters, options)
+    if planned.computes:
+        import torch  # noqa: F401  - it takes a second, which is no part of the merge
+
+    started = time.monotonic()
     progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
     inputs = [base, *(a.folder for a in adapters)]
     with output_folder(output, options.force, inputs=inputs) as stage:

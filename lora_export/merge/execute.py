@@ -5,6 +5,7 @@ stay within the memory limit together.
 """
 
 import contextlib
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.survival import Survival
 from lora_export.merge.work import COPIES, TensorWork, record
 
-BLOCK = 2**22  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
+BLOCK = 2**21  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
 PIECE = 2**24  # bytes that are copied at a time
 PATIENCE = 0.1  # seconds between two looks at the threads, and so what Ctrl-C may have to wait
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Execution:
         computed = [t for t in self.plan.tensors.values() if t.operation != "copied"]
         for tensor in computed:
             self._check_memory(tensor)
-        with contextlib.ExitStack() as files, _one_thread_each(bool(computed)):
+        with contextlib.ExitStack() as files, _one_thread_each(self.plan.computes):
             self._share_out(self._jobs(files))
 
     @property
@@ -219,6 +221,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _reuse_memory() -> None:
+    """Have glibc keep what is freed: a block that went back to the system costs its page faults anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 8 * BLOCK)
+        mallopt(_M_TRIM_THRESHOLD, 64 * BLOCK)
+
+
 @contextlib.contextmanager
 def _one_thread_each(computing: bool) -> Iterator[None]:
     """The threads share out blocks; within a block, torch would only get in their way."""
@@ -227,6 +237,7 @@ def _one_thread_each(computing: bool) -> Iterator[None]:
         return
     import torch
 
+    _reuse_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

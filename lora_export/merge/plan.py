@@ -58,6 +58,11 @@ class MergePlan:
         return sum(len(s.header) + sum(t.nbytes for t in s.tensors) for s in self.shards)
 
     @property
+    def computes(self) -> bool:
+        """Whether anything is more than copied."""
+        return any(t.operation != "copied" for t in self.tensors.values())
+
+    @property
     def counts(self) -> dict[str, int]:
         return {n: sum(t.operation == n for t in self.tensors.values()) for n in get_args(Operation)}
 

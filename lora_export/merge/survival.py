@@ -1,7 +1,7 @@
 """How much of a change is still there after rounding."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,8 @@ class Survival:
         return float((self.delta / self.weight) ** 0.5) if self.weight > 0 else None
 
 
-def sampled(block: "torch.Tensor") -> slice:
-    """Rows of a block that are enough to judge it by."""
-    step = max(1, block.numel() // SAMPLE)
-    return slice(None, None, min(step, max(1, len(block))))
+def sampled(block: "torch.Tensor") -> Any:
+    """The index of rows of a block that are enough to judge it by."""
+    if not block.dim():
+        return ...
+    return slice(None, None, max(1, min(block.numel() // SAMPLE, len(block))))

@@ -58,15 +58,21 @@ class TensorWork:
         """Rows [start, stop) in the output's type. CheckpointError for NaN and infinity."""
         updates, dtype = self._load(), torch_dtype(self.tensor.output.dtype)
         rows = slice(start, stop)
-        weight = self._read(start, stop)
-        result = weight
+        result = self._read(start, stop)
+        some = sampled(result)
+        before = result[some].clone() if updates else None
         for update in updates:
             result = update.apply(result, rows)
         rounded = result.to(dtype).contiguous()
         if not self.allow_nonfinite:
-            self._check_finite(weight, rounded)
-        if updates and weight.shape == result.shape:
-            self._judge(weight, result, rounded)
+            self._check_finite(result, rounded, start, stop)
+        if before is not None:
+            found = Survival()
+            found.add(before, result[some], rounded[some])
+            if found.delta == 0:  # perhaps only the rows that were looked at are unchanged
+                found.add(self._read(start, stop), result, rounded)
+            with self._lock:
+                self.survival.join(found)
         return rounded
 
     def _load(self) -> list[Update]:
@@ -93,25 +99,18 @@ class TensorWork:
         block = block.to(torch.float32)
         return block if tensor.shape else block.reshape(())
 
-    def _judge(self, before: "torch.Tensor", after: "torch.Tensor", rounded: "torch.Tensor") -> None:
-        found = Survival()
-        some = sampled(after) if after.dim() else ...
-        found.add(before[some], after[some], rounded[some])
-        if found.delta == 0:  # perhaps only the rows that were looked at are unchanged
-            found = Survival()
-            found.add(before, after, rounded)
-        with self._lock:
-            self.survival.join(found)
-
-    def _check_finite(self, weight: "torch.Tensor", rounded: "torch.Tensor") -> None:
+    def _check_finite(self, result: "torch.Tensor", rounded: "torch.Tensor", start: int, stop: int) -> None:
         import torch
 
-        # A finite sum proves that all is finite; any other needs a closer look.
-        if self.tensor.output.dtype not in FLOATS or math.isfinite(float(rounded.sum(dtype=torch.float32))):
+        if self.tensor.output.dtype not in FLOATS:
+            return
+        # A small sum of squares proves that nothing is NaN, infinite or too large; any other needs a closer look.
+        flat = result.reshape(-1)
+        if math.sqrt(float(torch.dot(flat, flat))) < torch.finfo(rounded.dtype).max:
             return
         if bool(torch.isfinite(rounded).all()):
             return
-        tensor, in_base = self.tensor, not bool(torch.isfinite(weight).all())
+        tensor, in_base = self.tensor, not bool(torch.isfinite(self._read(start, stop)).all())
         kind = file_dtype(str(rounded.dtype).removeprefix("torch."))
         raise CheckpointError(
             f"{'the base' if in_base else 'the merged result'} holds NaN or infinity as {kind}",

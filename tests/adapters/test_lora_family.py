@@ -36,7 +36,7 @@ def in_blocks(update: TargetUpdate, weight: torch.Tensor, size: int = 3) -> torc
     step = size if update.row_wise(tuple(weight.shape)) else len(weight)
     return torch.cat(
         [
-            loaded.apply(weight[i : i + step], slice(i, min(i + step, len(weight))))
+            loaded.apply(weight[i : i + step].clone(), slice(i, min(i + step, len(weight))))
             for i in range(0, len(weight), step)
         ]
     )

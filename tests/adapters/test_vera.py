@@ -84,7 +84,7 @@ def merged(update: TargetUpdate, weight: torch.Tensor, step: int = 3) -> torch.T
     loaded = update.load(tuple(weight.shape))
     step = step if update.row_wise(tuple(weight.shape)) else len(weight)
     blocks = [slice(i, min(i + step, len(weight))) for i in range(0, len(weight), step)]
-    return torch.cat([loaded.apply(weight[rows], rows) for rows in blocks])
+    return torch.cat([loaded.apply(weight[rows].clone(), rows) for rows in blocks])
 
 
 def check_against_peft(folder: Path, read: Read) -> set[str]:
