@@ -119,7 +119,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the two nibbles of a byte are exchanged", "quantization/bnb4.py",
-        "torch.stack((packed >> 4, packed & 15), dim=1)", "torch.stack((packed & 15, packed >> 4), dim=1)",
+        "torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1)",
+        "torch.stack((book.repeat(16), book.repeat_interleave(16)), dim=1)",
         f"{BITSANDBYTES}::test_other_block_sizes[64]",
     ),
     Mutation(

@@ -7,8 +7,9 @@ X.weight.absmax (one per block; uint8 when nested); X.weight.quant_map f32[16]; 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorInfo, TensorSource
@@ -23,9 +24,9 @@ _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class Blocks4Bit:
-    """One weight, still packed. codes: uint8 (numel/2 rounded up); scale: fp32, one per block."""
+    """One weight, still packed. packed(start, stop): bytes of codes, uint8; scale: fp32, one per block."""
 
-    codes: "torch.Tensor"
+    packed: Callable[[int, int], "torch.Tensor"]
     code_book: "torch.Tensor"
     scale: "torch.Tensor"
     blocksize: int
@@ -33,16 +34,25 @@ class Blocks4Bit:
 
     def rows(self, start: int, stop: int) -> "torch.Tensor":
         """Rows [start, stop) in fp32: code_book[nibble] · scale[flat index // blocksize]."""
-        import torch
-
         width = math.prod(self.shape[1:])
         first, last = start * width, stop * width
-        packed = self.codes[first // 2 : (last + 1) // 2]
-        nibbles = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[first % 2 :][: last - first]
+        values = self._values(self.packed(first // 2, (last + 1) // 2))[first % 2 :][: last - first]
         block, offset = divmod(first, self.blocksize)
-        scale = self.scale[block : -(-last // self.blocksize)].repeat_interleave(self.blocksize)[offset:]
-        value: torch.Tensor = self.code_book[nibbles.int()] * scale[: last - first]
-        return value.reshape(stop - start, *self.shape[1:])
+        scale = self.scale[block : -(-last // self.blocksize)]
+        if offset or len(values) % self.blocksize:
+            values = values * scale.repeat_interleave(self.blocksize)[offset:][: len(values)]
+        else:
+            values.view(-1, self.blocksize).mul_(scale[:, None])
+        return values.reshape(stop - start, *self.shape[1:])
+
+    def _values(self, codes: "torch.Tensor") -> "torch.Tensor":
+        """Both values of each byte, high nibble first: one look-up of eight bytes."""
+        import torch
+
+        book = self.code_book
+        pairs = torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1).view(torch.int64).reshape(-1)
+        found: torch.Tensor = torch.index_select(pairs, 0, codes.int()).view(torch.float32)
+        return found
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,11 @@ class Bnb4Weight:
     state: Mapping[str, Any]
 
     def load(self, source: TensorSource) -> Blocks4Bit:
-        import torch
-
-        packed = source.read(self.weight).reshape(-1).view(torch.uint8)
         absmax = source.read(f"{self.weight}.absmax").reshape(-1)
         if "nested_blocksize" in self.state:
             absmax = self._unnest(source, absmax)
         code_book = source.read(f"{self.weight}.quant_map").float()
+        packed = partial(source.read_bytes, self.weight)
         return Blocks4Bit(packed, code_book, absmax.float(), self.state["blocksize"], self.shape)
 
     def _unnest(self, source: TensorSource, absmax: "torch.Tensor") -> "torch.Tensor":

@@ -46,7 +46,8 @@ class TrainingQuantization:
         if state.nested:
             scale = bnb.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
         shape = tuple(weight.shape)
-        blocks = Blocks4Bit(packed.reshape(-1), state.code.float(), scale, state.blocksize, shape)
+        codes = packed.reshape(-1)
+        blocks = Blocks4Bit(lambda a, b: codes[a:b], state.code.float(), scale, state.blocksize, shape)
         return blocks.rows(0, shape[0])
 
     def _int8(self, weight: "torch.Tensor") -> "torch.Tensor":
