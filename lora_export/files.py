@@ -180,6 +180,7 @@ def hash_folder(folder: Path) -> dict[str, dict[str, Any]]:
 def read_json(path: Path, *, limit: int = 256 * 2**20) -> dict[str, Any]:
     """The JSON object in a file; anything else is an InputError that names it. `limit` is in bytes."""
     try:
+        refuse_outward_link(path)
         if path.stat().st_size > limit:
             raise InputError(f"a JSON file of more than {limit} bytes", where=path)
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -199,6 +200,26 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def plain_name(name: str) -> bool:
     """Whether a file name that came with a model stays inside its folder."""
     return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0:")
+
+
+def refuse_outward_link(path: Path) -> None:
+    """A link in a model's folder may lead to a file of that folder, or to the blobs of the hub cache that it is in.
+
+    Any other link would have this process read, and copy into its output, a file that did not come with the model.
+    """
+    if not path.is_symlink():
+        return
+    target, folder = path.resolve(), path.parent.resolve()
+    homes = [folder]
+    if folder.parent.name == "snapshots":
+        homes.append(folder.parent.parent / "blobs")
+    if not any(home in target.parents for home in homes):
+        raise InputError(
+            "a link that leads out of the folder",
+            where=path,
+            expected="a file, or a link within the folder or into the blobs of a hub cache",
+            next_step="copy the file itself into the folder",
+        )
 
 
 def copy_range(source: int, start: int, length: int, target: int, at: int) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_export.files import refuse_outward_link
+
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
 )
@@ -30,7 +32,7 @@ COMPLETE_TOKENIZERS = (
 
 def companion_files(folder: Path) -> list[Path]:
     """The files beside the weights that a user of the model needs, config.json left out."""
-    return [
+    found = [
         p
         for p in sorted(folder.iterdir())
         if p.is_file()
@@ -39,6 +41,9 @@ def companion_files(folder: Path) -> list[Path]:
         and not p.name.endswith(".index.json")
         and p.name not in ("config.json", "lora_export_certificate.json")
     ]
+    for path in found:
+        refuse_outward_link(path)
+    return found
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -59,6 +64,7 @@ def copy_subfolders(folder: Path, target: Path) -> None:
         return
     for path in sorted(folder.glob("*/*.json")):
         if path.is_file() and not path.parent.name.startswith("."):
+            refuse_outward_link(path)
             (target / path.parent.name).mkdir(exist_ok=True)
             shutil.copyfile(path, target / path.parent.name / path.name)
 

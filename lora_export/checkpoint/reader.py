@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export.checkpoint.header import ITEM_SIZE, read_header
 from lora_export.contracts import TensorInfo
 from lora_export.errors import CheckpointError, InputError
-from lora_export.files import plain_name, read_json
+from lora_export.files import plain_name, read_json, refuse_outward_link
 
 if TYPE_CHECKING:
     import torch
@@ -179,6 +179,7 @@ def _check_index(index: Path, shard: str, promised: set[str] | None, found: set[
 
 
 def _regular(path: Path) -> Path:
+    refuse_outward_link(path)
     if not stat.S_ISREG(path.stat().st_mode):
         raise CheckpointError("not a regular file", where=path)
     return path

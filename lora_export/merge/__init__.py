@@ -74,13 +74,13 @@ def merge(
 
     started = time.monotonic()
     progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
-    inputs = [base, *(a.folder for a in adapters)]
+    inputs, companions = [base, *(a.folder for a in adapters)], companion_files(base)
     with output_folder(output, options.force, inputs=inputs) as stage:
         check_space(stage, planned.nbytes)
         execution = Execution(planned, stage, progress)
         execution.run()
         write_index(stage, planned.shards)
-        warnings = [*planned.warnings, *_copy_companions(planned, stage)]
+        warnings = [*planned.warnings, *_copy_companions(planned, companions, stage)]
         survival = execution.total.share
         warnings += _judge(planned, execution, survival)
         write_certificate(stage, planned, execution.records, survival)
@@ -106,10 +106,10 @@ def _dequantizes(planned: MergePlan) -> bool:
     return any(t.quantized or t.training for t in planned.tensors.values())
 
 
-def _copy_companions(planned: MergePlan, stage: Path) -> list[str]:
+def _copy_companions(planned: MergePlan, companions: list[Path], stage: Path) -> list[str]:
     """The base's files, and over them the tokenizer that an adapter brings: it was trained with that one."""
     base, warnings = planned.base.folder, []
-    copy_files(companion_files(base), stage)
+    copy_files(companions, stage)
     copy_subfolders(base, stage)
     write_config(base / "config.json", stage / "config.json", planned.config_changes, planned.config_removals)
     for adapter in planned.adapters:
