@@ -131,6 +131,7 @@ class MergeOptions:
     expert_packing: ExpertPacking = "auto"
     expert_layout: ExpertLayout = "auto"
     allow_nonfinite: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"  # where the arithmetic is done
     force: bool = False
 
 

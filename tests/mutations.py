@@ -62,7 +62,7 @@ MUTATIONS = (
     ),
     Mutation(
         "trained token rows are added, not put in place", "adapters/tokens.py",
-        "weight.index_copy(0,", "weight.index_add(0,",
+        "return weight.index_copy(0, places,", "return weight.index_add(0, places,",
         f"{MATRIX}[lora tokens on llama]",
     ),
     Mutation(

@@ -35,7 +35,7 @@ class ButterflyUpdate:
 
         matrix = weight.flatten(1)
         for factor, blocks in enumerate(self.blocks):
-            order = butterfly_order(matrix.shape[1], blocks.shape[-1], factor)
+            order = butterfly_order(matrix.shape[1], blocks.shape[-1], factor).to(weight.device)
             matrix = rotate(matrix[:, torch.argsort(order)], blocks)[:, order]
         return (self.scales[rows, None] * matrix).reshape(weight.shape)
 

@@ -44,7 +44,7 @@ class ColumnScale:
 
         inputs = weight.shape[1]
         groups = len(self.factors) // inputs
-        owner = torch.arange(rows.start, rows.start + len(weight)) // (self.outputs // groups)
+        owner = torch.arange(rows.start, rows.start + len(weight), device=weight.device) // (self.outputs // groups)
         factors = self.factors.reshape(groups, inputs)[owner]
         return weight * factors.reshape(len(weight), inputs, *(1 for _ in weight.shape[2:]))
 

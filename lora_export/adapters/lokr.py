@@ -36,7 +36,7 @@ class KroneckerUpdate:
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
 
-        index = torch.arange(rows.start, rows.start + len(weight))
+        index = torch.arange(rows.start, rows.start + len(weight), device=weight.device)
         outer, inner = self.first[index // len(self.second)], self.second[index % len(self.second)]
         delta = outer[:, :, None] * inner[:, None, :]
         return weight + self.scaling * delta.reshape(weight.shape)

@@ -22,12 +22,15 @@ _WRAPPER = ".token_adapter"
 class RowsUpdate:
     """indices: rows of the weight; values: fp32 (tokens, width), what they become (no delta, despite its name)."""
 
-    indices: "torch.Tensor"
+    indices: tuple[int, ...]
     values: "torch.Tensor"
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        here = (self.indices >= rows.start) & (self.indices < rows.stop)
-        return weight.index_copy(0, self.indices[here] - rows.start, self.values[here])
+        import torch
+
+        here = [i for i, token in enumerate(self.indices) if rows.start <= token < rows.stop]
+        places = torch.tensor([self.indices[i] - rows.start for i in here], device=weight.device, dtype=torch.long)
+        return weight.index_copy(0, places, self.values[here])
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
@@ -59,15 +62,13 @@ def _update(file: AdapterFile, name: str, key: str) -> TargetUpdate:
         raise file.refuse("a token is named twice, or negative", tensor=key, expected="distinct token ids")
 
     def load(shape: tuple[int, ...]) -> RowsUpdate:
-        import torch
-
         if max(indices, default=0) >= shape[0]:
             raise file.refuse(
                 f"the token {max(indices)} is trained, the base has {shape[0]} rows",
                 tensor=key,
                 expected="the base with the vocabulary that training had",
             )
-        return RowsUpdate(torch.tensor(indices), file.read(key))
+        return RowsUpdate(tuple(indices), file.read(key))
 
     return TargetUpdate(f"{name}.weight", "trainable_tokens", (key,), ((None, width),), load, tied=True)
 

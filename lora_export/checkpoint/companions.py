@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ COMPLETE_TOKENIZERS = (
 
 def companion_files(folder: Path) -> list[Path]:
     """The files beside the weights that a user of the model needs, config.json left out."""
-    found = [
+    return _own(
         p
         for p in sorted(folder.iterdir())
         if p.is_file()
@@ -40,16 +40,21 @@ def companion_files(folder: Path) -> list[Path]:
         and p.suffix not in SKIPPED_SUFFIXES
         and not p.name.endswith(".index.json")
         and p.name not in ("config.json", "lora_export_certificate.json")
-    ]
-    for path in found:
-        refuse_outward_link(path)
-    return found
+    )
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer files in a folder, if they are a tokenizer of their own and not just a stray part."""
-    found = [p for p in sorted(folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file()]
+    found = _own(p for p in sorted(folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file())
     return found if has_tokenizer(folder) else [p for p in found if p.name.startswith("chat_template")]
+
+
+def _own(paths: Iterable[Path]) -> list[Path]:
+    """The same paths; InputError for a link that leads out of their folder."""
+    found = list(paths)
+    for path in found:
+        refuse_outward_link(path)
+    return found
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -62,9 +67,8 @@ def copy_subfolders(folder: Path, target: Path) -> None:
     """The settings in folders of their own that modules.json of sentence-transformers names (1_Pooling/…)."""
     if not (folder / "modules.json").is_file():
         return
-    for path in sorted(folder.glob("*/*.json")):
+    for path in _own(sorted(folder.glob("*/*.json"))):
         if path.is_file() and not path.parent.name.startswith("."):
-            refuse_outward_link(path)
             (target / path.parent.name).mkdir(exist_ok=True)
             shutil.copyfile(path, target / path.parent.name / path.name)
 

@@ -106,6 +106,13 @@ def merge_options(command: Command) -> Command:
             help="Memory for the arithmetic of the merge, besides what Python and its libraries take.",
         ),
         click.option(
+            "--device",
+            type=click.Choice(["cpu", "cuda"]),
+            default="cpu",
+            show_default=True,
+            help="Where the arithmetic of the merge is done, block by block.",
+        ),
+        click.option(
             "--allow-nonfinite",
             is_flag=True,
             help="Take NaN and infinity (base, adapter, overflow) as they come; else they are refused.",

@@ -18,6 +18,7 @@ from lora_export.checkpoint.companions import (
 )
 from lora_export.checkpoint.shards import write_index
 from lora_export.contracts import AdapterChoice, MergeOptions, MergeResult, Progress
+from lora_export.errors import RuntimeUnavailable
 from lora_export.files import check_space, output_folder
 from lora_export.merge.base import base_weights
 from lora_export.merge.certificate import NAME as CERTIFICATE
@@ -70,8 +71,7 @@ def merge(
     options, progress = options or MergeOptions(), progress or Silent()
     planned = plan(base, adapters, options)
     if planned.computes:
-        import torch  # noqa: F401  - it takes a second, which is no part of the merge
-
+        _prepare(options.device)
     started = time.monotonic()
     progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
     inputs, companions = [base, *(a.folder for a in adapters)], companion_files(base)
@@ -100,6 +100,18 @@ def merge(
         records=tuple(execution.records),
         warnings=tuple(warnings),
     )
+
+
+def _prepare(device: str) -> None:
+    """Import torch, which takes a second that is no part of the merge. RuntimeUnavailable without the device."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeUnavailable(
+            f"--device cuda, and torch {torch.__version__} finds no CUDA device",
+            expected="a GPU, its driver, and a torch built for CUDA",
+            next_step="--device cpu; `lora-export env` shows what works here",
+        )
 
 
 def _dequantizes(planned: MergePlan) -> bool:
@@ -138,5 +150,9 @@ def _judge(planned: MergePlan, execution: Execution, survival: float | None) -> 
 
 def peak_rss() -> int:
     """The largest resident set of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux's ru_maxrss begins with what the parent had at the fork
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -176,7 +176,8 @@ class Execution:
             self._keep(tensor, Survival())
             return
         row = tensor.output.nbytes // height
-        work = TensorWork(tensor, self.plan.base, -(-height // rows), self.plan.options.allow_nonfinite)
+        options = self.plan.options
+        work = TensorWork(tensor, self.plan.base, -(-height // rows), options.allow_nonfinite, options.device)
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             yield Block(work, start, stop, out, at + start * row, self._cost(tensor, stop - start))

@@ -2,8 +2,8 @@
 
 import math
 import threading
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_export.checkpoint.reader import file_dtype, read_rows, torch_dtype
 from lora_export.contracts import TensorRecord, TensorSource, Update
@@ -31,6 +31,20 @@ def record(tensor: PlannedTensor, survival: Survival) -> TensorRecord:
     )
 
 
+def moved(update: Any, device: str) -> Any:
+    """The same update with its tensors on another device, whatever it is made of."""
+    import torch
+
+    if isinstance(update, torch.Tensor):
+        return update.to(device)
+    if isinstance(update, tuple | list):
+        return type(update)(moved(part, device) for part in update)
+    if not is_dataclass(update) or isinstance(update, type):
+        return update
+    parts = {f.name: moved(getattr(update, f.name), device) for f in fields(update)}
+    return replace(update, **parts)
+
+
 class Rows(Protocol):
     def rows(self, start: int, stop: int) -> "torch.Tensor": ...
 
@@ -43,6 +57,7 @@ class TensorWork:
     base: TensorSource
     blocks: int
     allow_nonfinite: bool = False
+    device: str = "cpu"
     survival: Survival = field(default_factory=Survival)
     _updates: list[Update] | None = None
     _packed: Rows | None = None
@@ -58,7 +73,7 @@ class TensorWork:
         """Rows [start, stop) in the output's type. CheckpointError for NaN and infinity."""
         updates, dtype = self._load(), torch_dtype(self.tensor.output.dtype)
         rows = slice(start, stop)
-        result = self._read(start, stop)
+        result = self._read(start, stop).to(self.device)
         some = sampled(result)
         before = result[some].clone() if updates else None
         for update in updates:
@@ -70,10 +85,10 @@ class TensorWork:
             found = Survival()
             found.add(before, result[some], rounded[some])
             if found.delta == 0:  # perhaps only the rows that were looked at are unchanged
-                found.add(self._read(start, stop), result, rounded)
+                found.add(self._read(start, stop).to(self.device), result, rounded)
             with self._lock:
                 self.survival.join(found)
-        return rounded
+        return rounded.cpu()
 
     def _load(self) -> list[Update]:
         """The adapter's matrices and the packed weight, read by the first thread that needs them."""
@@ -81,7 +96,8 @@ class TensorWork:
             if self._updates is None:
                 if self.tensor.quantized:
                     self._packed = self.tensor.quantized.load(self.base)
-                self._updates = [u.load(self.tensor.shape) for u in self.tensor.updates]
+                loaded = (u.load(self.tensor.shape) for u in self.tensor.updates)
+                self._updates = [u if self.device == "cpu" else moved(u, self.device) for u in loaded]
             return self._updates
 
     def _read(self, start: int, stop: int) -> "torch.Tensor":

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from lora_export.contracts import AdapterChoice, MergeOptions
-from lora_export.errors import InputError
+from lora_export.errors import InputError, RuntimeUnavailable
 from lora_export.merge import execute, merge, plan, work
 from lora_export.progress import Silent
 from tests.builders import handmade_adapter, handmade_base, tensors
+from tests.matrix.families import FAMILIES
+from tests.matrix.test_matrix import RUNNING, train
 
 SHAPES = {
     "m.proj.weight": (2_500, 1_100),
@@ -143,3 +145,41 @@ def test_survival_looks_at_every_row_if_the_sample_shows_no_change(tmp_path: Pat
     assert result.delta_survival == pytest.approx(1.0) and not result.warnings
     changed = (tensors(base)["m.proj.weight"] != tensors(tmp_path / "out")["m.proj.weight"]).any(1)
     assert changed.nonzero().flatten().tolist() == [101]
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in RUNNING}))
+def test_every_kind_computes_where_its_weight_is(kind: str, tmp_path: Path) -> None:
+    """On the meta device, which refuses a tensor that was left behind on the CPU as CUDA does."""
+    family = FAMILIES[next(name for of, name in RUNNING if of == kind)]
+    base = family.save(tmp_path / "base")
+    train(base, family, kind, tmp_path / "adapter")
+    computed = 0
+    for tensor in plan(base, [AdapterChoice(tmp_path / "adapter")], MergeOptions()).tensors.values():
+        weight = torch.empty(tensor.shape, device="meta")
+        for update in tensor.updates:
+            weight = work.moved(update.load(tensor.shape), "meta").apply(weight, slice(0, len(weight)))
+            computed += 1
+        assert weight.device.type == "meta" and weight.shape == tensor.shape
+    assert computed
+
+
+def test_cuda_that_is_not_there_is_refused(
+    tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeUnavailable, match="finds no CUDA device"):
+        merge(*inputs, tmp_path / "out", MergeOptions(device="cuda"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_the_cpu_s_values(tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]]) -> None:
+    """The sums are taken in another order: one unit in the last place of fp32 before the one rounding."""
+    merge(*inputs, tmp_path / "cpu")
+    merge(*inputs, tmp_path / "cuda", MergeOptions(device="cuda"))
+    cpu, cuda = tensors(tmp_path / "cpu"), tensors(tmp_path / "cuda")
+    for name, value in cpu.items():
+        equal = float((value == cuda[name]).double().mean())
+        assert equal >= 0.999, name
+        torch.testing.assert_close(cuda[name].float(), value.float(), rtol=2.0**-7, atol=1e-6)
