@@ -16,6 +16,7 @@ ModelKind = Literal["decoder", "encoder"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 Verdict = Literal["equivalent", "slower", "inconclusive"]
 Phase = Literal["prefill", "decode"]
+Outcome = Literal["agrees", "differs", "unknown"]
 
 
 # --- tensors and files -------------------------------------------------------------------------------------
@@ -47,6 +48,10 @@ class TensorSource(Protocol):
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     def read(self, name: str) -> "torch.Tensor": ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Rows [start, stop) of the first dimension; a scalar has one."""
+        ...
 
     def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Bytes [start, stop) of a tensor as they lie in the file, uint8."""
@@ -136,6 +141,15 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class BaseCheck:
+    """One sign of whether the base is the one that an adapter was trained on; note says what was compared."""
+
+    name: str
+    outcome: Outcome
+    note: str
+
+
+@dataclass(frozen=True)
 class TensorRecord:
     """What happened to one tensor of the output; `survival` is ⟨W'−W, Δ⟩/⟨Δ, Δ⟩ after rounding."""
 
@@ -161,6 +175,7 @@ class MergeResult:
     dtype: str
     records: tuple[TensorRecord, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
+    base_checks: tuple[BaseCheck, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -174,6 +189,7 @@ class MergeResult:
             "base_weights": self.base_weights,
             "dtype": self.dtype,
             "warnings": list(self.warnings),
+            "base_checks": [asdict(c) for c in self.base_checks],
         }
 
 

@@ -71,11 +71,12 @@ class AdapterFile:
             None,
         )
 
-    def read(self, key: str) -> "torch.Tensor":
-        """A tensor in fp32. NaN or infinity would spread to the whole weight, so it is refused."""
+    def read(self, key: str, rows: slice | None = None) -> "torch.Tensor":
+        """A tensor in fp32, or rows of it. NaN or infinity would spread to the whole weight, so it is refused."""
         import torch
 
-        value = self.source.read(key).to(torch.float32)
+        stored = self.source.read(key) if rows is None else self.source.read_rows(key, rows.start, rows.stop)
+        value = stored.to(torch.float32)
         if not self.allow_nonfinite and not bool(torch.isfinite(value).all()):
             raise AdapterError(
                 "the adapter holds NaN or infinity",

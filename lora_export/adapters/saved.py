@@ -20,12 +20,13 @@ EMBEDDING_NAMES = frozenset(
 
 @dataclass(frozen=True)
 class Replacement:
-    """The trained tensor itself, fp32; the old weight does not enter."""
+    """The trained tensor itself, read as far as it is asked for; the old weight does not enter."""
 
-    value: "torch.Tensor"
+    file: AdapterFile
+    key: str
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        return self.value[rows] if self.value.dim() else self.value
+        return self.file.read(self.key, rows).reshape(weight.shape).to(weight.device)
 
 
 def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:
@@ -63,7 +64,7 @@ def _by_target(file: AdapterFile, claimed: Set[str]) -> dict[str, list[str]]:
 
 def _replace(file: AdapterFile, keys: list[str], target: str, kind: str) -> TargetUpdate:
     def load(shape: tuple[int, ...]) -> Replacement:
-        return Replacement(file.read(keys[0]))
+        return Replacement(file, keys[0])
 
     shape = file.tensors[keys[0]].shape
     # An embedding that was saved because the vocabulary was resized had changed before training, with its tie.

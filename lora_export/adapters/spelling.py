@@ -41,6 +41,9 @@ class Respelled:
     def read(self, name: str) -> "torch.Tensor":
         return self.source.read(self.names[name])
 
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        return self.source.read_rows(self.names[name], start, stop)
+
     def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
         return self.source.read_bytes(self.names[name], start, stop)
 

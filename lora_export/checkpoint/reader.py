@@ -51,6 +51,10 @@ class TensorFiles:
         info = self.tensors[name]
         return read_rows(info, 0, info.shape[0]) if info.shape else read_rows(info, 0, 1).reshape(())
 
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        """Rows [start, stop) of the first dimension, in the tensor's own type; a scalar has one."""
+        return read_rows(self.tensors[name], start, stop)
+
     def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Bytes [start, stop) of a tensor as they lie in the file, uint8."""
         return read_bytes(self.tensors[name], start, stop)

@@ -14,6 +14,7 @@ def merge_rows(result: MergeResult) -> Rows:
         ("tensors", counts),
         ("adapter", f"{used} of {total} tensors used"),
         ("base weights", f"{result.base_weights}, written as {result.dtype}"),
+        ("right base?", ", ".join(f"{c.name} {c.outcome}" for c in result.base_checks) or "no adapter"),
         ("delta survival", survival),
         ("time, memory", f"{result.seconds:.1f} s, {megabytes(result.peak_rss_bytes)} peak"),
     ]

@@ -26,6 +26,7 @@ from lora_export.merge.certificate import write_certificate
 from lora_export.merge.execute import Execution
 from lora_export.merge.loaded import loaded_weights
 from lora_export.merge.plan import MergePlan, plan_merge
+from lora_export.merge.right_base import base_checks
 from lora_export.progress import Silent
 
 __all__ = ["CERTIFICATE", "MergePlan", "merge", "plan"]
@@ -81,9 +82,10 @@ def merge(
         execution.run()
         write_index(stage, planned.shards)
         warnings = [*planned.warnings, *_copy_companions(planned, companions, stage)]
-        survival = execution.total.share
+        survival, checks = execution.total.share, base_checks(planned)
         warnings += _judge(planned, execution, survival)
-        write_certificate(stage, planned, execution.records, survival)
+        warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
+        write_certificate(stage, planned, execution.records, survival, checks)
     for text in warnings:
         progress.warn(text)
     used = sum(a.tensor_count for a in planned.adapters)
@@ -99,6 +101,7 @@ def merge(
         dtype=planned.dtype,
         records=tuple(execution.records),
         warnings=tuple(warnings),
+        base_checks=tuple(checks),
     )
 
 

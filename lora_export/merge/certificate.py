@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import TensorRecord
+from lora_export.contracts import BaseCheck, TensorRecord
 from lora_export.files import sha256, write_json
 from lora_export.merge.plan import MergePlan
 
@@ -15,7 +15,11 @@ NAME = "lora_export_certificate.json"
 
 
 def write_certificate(
-    folder: Path, plan: MergePlan, records: Sequence[TensorRecord], survival: float | None
+    folder: Path,
+    plan: MergePlan,
+    records: Sequence[TensorRecord],
+    survival: float | None,
+    checks: Sequence[BaseCheck],
 ) -> None:
     """JSON beside the weights: options, hashes of inputs, and a record for each tensor."""
     used = sum(a.tensor_count for a in plan.adapters)
@@ -38,6 +42,7 @@ def write_certificate(
         "tensors": plan.counts,
         "adapter_tensors": {"used": used, "total": used},
         "delta_survival": survival,
+        "base_checks": [asdict(c) for c in checks],
         "records": [asdict(r) for r in records],
     }
     del certificate["options"]["force"]

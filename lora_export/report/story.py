@@ -168,6 +168,10 @@ def merge_facts(merge: Mapping[str, Any]) -> list[Row]:
         ("Update that survived rounding", percent(merge.get("delta_survival"))),
         ("Time", in_seconds(merge.get("seconds"))),
         ("Peak memory", size(merge.get("peak_rss_bytes"))),
+        *(
+            (f"The right base, by its {one_line(c['name'])}", one_line(f"{c['outcome']}: {c['note']}"))
+            for c in merge.get("base_checks") or ()
+        ),
     ]
 
 

@@ -1,5 +1,7 @@
 """Blocks, threads and memory: how the work is cut changes no byte."""
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import InputError, RuntimeUnavailable
-from lora_export.merge import execute, merge, plan, work
+from lora_export.merge import execute, merge, peak_rss, plan, work
 from lora_export.progress import Silent
 from tests.builders import handmade_adapter, handmade_base, tensors
 from tests.matrix.families import FAMILIES
@@ -183,3 +185,10 @@ def test_cuda_gives_the_cpu_s_values(tmp_path: Path, inputs: tuple[Path, list[Ad
         equal = float((value == cuda[name]).double().mean())
         assert equal >= 0.999, name
         torch.testing.assert_close(cuda[name].float(), value.float(), rtol=2.0**-7, atol=1e-6)
+
+
+def test_peak_memory_is_this_process_s_own() -> None:
+    """Linux counts what the parent had at the fork into ru_maxrss; tests have torch loaded, the child has not."""
+    command = "from lora_export.merge import peak_rss; print(peak_rss())"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert 2**23 < int(done.stdout) < 150 * 2**20 < peak_rss()
