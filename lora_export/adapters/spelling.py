@@ -33,10 +33,7 @@ class Respelled:
 
     source: TensorSource
     names: Mapping[str, str]
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return {ours: self.source.tensors[theirs] for ours, theirs in self.names.items()}
+    tensors: Mapping[str, TensorInfo]
 
     def read(self, name: str) -> "torch.Tensor":
         return self.source.read(self.names[name])
@@ -66,7 +63,8 @@ def respelled(file: AdapterFile) -> AdapterFile:
                 f"two tensors mean the same, {names[ours]} and {key}", tensor=key, expected="one of them"
             )
         names[ours] = key
-    return replace(file, source=Respelled(file.source, names))
+    tensors = {ours: file.tensors[theirs] for ours, theirs in names.items()}
+    return replace(file, source=Respelled(file.source, names, tensors))
 
 
 def _without_prefix(key: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-SAMPLE = 2**16  # elements of a block that are looked at; a smaller block is looked at whole
+SAMPLE = 2**15  # elements of a block that are looked at; a smaller block is looked at whole
 
 
 @dataclass
