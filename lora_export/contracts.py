@@ -78,7 +78,8 @@ class TargetUpdate:
     adapter's tensors for that shape; keys: the adapter's own names of them; replaces: the old weight does not
     matter (and may be absent); optional: a base without this weight (a bias) needs no update; tied: a weight
     that is tied to this one gets the same update, so the two stay tied; row_wise(shape): whether rows of the result
-    depend on the same rows of the weight alone, so that blocks of rows may be given.
+    depend on the same rows of the weight alone, so that blocks of rows may be given; copies: how often the block is
+    in memory at once, counted in fp32, while it is read, changed, judged and rounded.
     """
 
     target: str
@@ -90,6 +91,7 @@ class TargetUpdate:
     optional: bool = False
     tied: bool = False
     row_wise: Callable[[tuple[int, ...]], bool] = lambda shape: True
+    copies: int = 6
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of this shape can be meant."""

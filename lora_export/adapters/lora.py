@@ -21,6 +21,7 @@ EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 LORA_BIAS = "lora_B.bias"
 MAGNITUDE = "lora_magnitude_vector"
 
+DECOMPOSITION = 20  # copies in fp32: weight, factors, work space, products, all in float64
 Layer = Literal["linear", "embedding", "convolution"]
 
 
@@ -213,7 +214,15 @@ def _update(module: Module) -> TargetUpdate:
     keys = (module.a_key, module.b_key)
     tied = bool(module.file.config.get("ensure_weight_tying"))
     target = f"{module.name}.weight"
-    return TargetUpdate(target, kind, keys, module.shapes, load, tied=tied, row_wise=lambda _: residual is None)
+    if residual:
+
+        def whole(_: tuple[int, ...]) -> bool:
+            return False
+
+        return TargetUpdate(
+            target, kind, keys, module.shapes, load, tied=tied, row_wise=whole, copies=DECOMPOSITION
+        )
+    return TargetUpdate(target, kind, keys, module.shapes, load, tied=tied)
 
 
 def _bias(file: AdapterFile, config: LoraConfig, name: str, keys: dict[str, str]) -> TargetUpdate:

@@ -18,7 +18,7 @@ from lora_export.errors import InputError
 from lora_export.files import copy_range, write_at
 from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.survival import Survival
-from lora_export.merge.work import COPIES, TensorWork, record
+from lora_export.merge.work import TensorWork, record
 
 BLOCK = 2**21  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
 PIECE = 2**24  # bytes that are copied at a time
@@ -186,12 +186,12 @@ class Execution:
         """Rows of a block: all of them where the result of one depends on others."""
         if not tensor.row_wise:
             return max(1, _height(tensor))
-        limit = min(BLOCK, self.plan.options.max_memory // (self.workers * COPIES))
+        limit = min(BLOCK, self.plan.options.max_memory // (self.workers * tensor.copies))
         return max(1, limit // max(1, _row(tensor)))
 
     def _cost(self, tensor: PlannedTensor, rows: int) -> int:
         packed = sum(self.plan.base.tensors[p].nbytes for p in tensor.quantized.parts) if tensor.quantized else 0
-        return rows * _row(tensor) * COPIES + packed
+        return rows * _row(tensor) * tensor.copies + packed
 
     def _check_memory(self, tensor: PlannedTensor) -> None:
         needed = self._cost(tensor, self._rows(tensor))

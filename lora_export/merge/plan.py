@@ -36,6 +36,11 @@ class PlannedTensor:
     training: TrainingQuantization | None = None
 
     @property
+    def copies(self) -> int:
+        """How often a block of it is in memory at once, counted in fp32."""
+        return max((u.copies for u in self.updates), default=4)
+
+    @property
     def row_wise(self) -> bool:
         """Whether blocks of its rows can be computed apart."""
         quantized_apart = self.training is None or self.training.row_wise(self.shape)

@@ -14,9 +14,6 @@ from lora_export.merge.survival import Survival, sampled
 if TYPE_CHECKING:
     import torch
 
-# fp32 copies of a block that are alive at once: read, weight, delta, result, rounded, and what a kind adds.
-COPIES = 6
-
 
 def record(tensor: PlannedTensor, survival: Survival) -> TensorRecord:
     """What happened to a tensor, for the certificate."""

@@ -75,7 +75,7 @@ def test_blocks_cover_every_row_once_within_the_memory(
     executed(*inputs, tmp_path / "out", 2, max_memory=2**20)
     blocks = sorted(seen)
     assert len(blocks) > 50
-    assert max((b - a) * 1_100 * 4 for a, b in blocks) * 2 * work.COPIES <= 2**20
+    assert max((b - a) * 1_100 * 4 for a, b in blocks) * 2 * 6 <= 2**20
     assert [a for a, _ in blocks] == [0, *(b for _, b in blocks[:-1])] and blocks[-1][1] == 2_500
 
 
