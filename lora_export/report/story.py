@@ -18,7 +18,7 @@ _CHECK_NAMES = {
     "perplexity_merged": "Perplexity, merged",
     "perplexity_base": "Perplexity, base",
     "greedy_agreement": "Same greedy continuation",
-    "noise_floor_max_abs": "Noise floor: rounding alone",
+    "noise_floor_max_abs": "Noise floor",
 }
 _LATENCY_TONE: dict[str, Tone] = {"equivalent": "good", "slower": "bad", "inconclusive": "unsure"}
 
