@@ -15,10 +15,15 @@ from typing import Any
 from lora_export.errors import GateFailed, InputError, OutputError
 
 COPY_BLOCK = 2**21  # bytes that go through this process at a time
+# Bytes of one write. A larger one has the file system ask for large pages, which a virtual machine may first have to
+# get from its host: the same merge took 0.9 or 3 seconds.
+WRITE_BLOCK = 2**18
 # Across file systems, on old kernels, or on a file system that does not know how.
 _CANNOT_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux
 
 
 @contextlib.contextmanager
@@ -131,6 +136,12 @@ def _exchange(a: Path, b: Path) -> bool:
         return False
     done = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
     return bool(done == 0)
+
+
+def start_writing_back(fd: int, at: int, length: int) -> None:
+    """Have the disk begin with bytes that were written, so that the sync at the end finds little left to do."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
 def _sync(path: Path) -> None:
@@ -247,5 +258,5 @@ def write_at(fd: int, data: bytes | memoryview, at: int) -> None:
     """Write all of `data` at a position of the file."""
     view = memoryview(data).cast("B")
     while view:
-        done = os.pwrite(fd, view, at)
+        done = os.pwrite(fd, view[:WRITE_BLOCK], at)
         view, at = view[done:], at + done

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from lora_export.contracts import Progress, TensorRecord
 from lora_export.errors import InputError
-from lora_export.files import copy_range, write_at
+from lora_export.files import copy_range, start_writing_back, write_at
 from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.survival import Survival
 from lora_export.merge.work import TensorWork, record
 
-BLOCK = 2**21  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
+BLOCK = 2**22  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
 PIECE = 2**24  # bytes that are copied at a time
 PATIENCE = 0.1  # seconds between two looks at the threads, and so what Ctrl-C may have to wait
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -39,6 +39,7 @@ class Copy:
 
     def run(self) -> int:
         copy_range(self.source, self.start, self.length, self.out, self.at)
+        start_writing_back(self.out, self.at, self.length)
         return self.length
 
 
@@ -58,6 +59,7 @@ class Block:
 
         data = self.work.compute(self.start, self.stop).reshape(-1).view(torch.uint8).numpy().data
         write_at(self.out, data, self.at)
+        start_writing_back(self.out, self.at, len(data))
         return len(data)
 
 
