@@ -15,8 +15,8 @@ from typing import Any
 from lora_export.errors import GateFailed, InputError, OutputError
 
 COPY_BLOCK = 2**21  # bytes that go through this process at a time
-# Bytes of one write. A larger one has the file system ask for large pages, which a virtual machine may first have to
-# get from its host: the same merge took 0.9 or 3 seconds.
+# Bytes of one write. A larger one has the file system ask for large pages, which a virtual machine may have to get
+# from its host first: the same merge took 0.9 or 3 seconds.
 WRITE_BLOCK = 2**18
 # Across file systems, on old kernels, or on a file system that does not know how.
 _CANNOT_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
