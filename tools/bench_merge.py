@@ -66,7 +66,7 @@ class Sample:
     reported_peak_rss_bytes: int | None = None
 
 
-def measure(arm: Arm, repetition: int, sync: bool) -> Sample:
+def measure(arm: Arm, repetition: int, sync: bool, settle: float) -> Sample:
     """Run an arm and remove its output. SystemExit with the end of its stderr if it fails.
 
     On Linux the largest resident set of a child starts at that of its parent at the fork. So this process stays
@@ -75,6 +75,9 @@ def measure(arm: Arm, repetition: int, sync: bool) -> Sample:
     read_once(arm.inputs)
     if sync:
         os.sync()
+    # A virtual machine gives free memory back to its host within seconds, and getting it again takes time. Without
+    # this pause, whoever writes first after the last output was removed would get that memory, and others not.
+    time.sleep(settle)
     with tempfile.TemporaryFile() as errors:
         started = time.perf_counter()
         process = subprocess.Popen(arm.command, stdout=subprocess.PIPE, stderr=errors)
@@ -139,7 +142,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, int], list[Sample]]:
             subprocess.run(merge_command(base, adapter, copied), check=True, stdout=subprocess.DEVNULL)
         arms = arms_of(base, adapter, copied, output, options.with_peft)
         samples = [
-            measure(arm, repetition, options.sync)
+            measure(arm, repetition, options.sync, options.settle)
             for repetition in range(options.repeat)
             for arm in arms[:: 1 if repetition % 2 == 0 else -1]
         ]
@@ -215,6 +218,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kind", choices=KINDS, default="lora", help="kind of adapter (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=5, help="repetitions (default: %(default)s)")
     parser.add_argument("--with-peft", action="store_true", help="measure PEFT's merge_and_unload, too (slow)")
+    parser.add_argument(
+        "--settle", type=float, default=4.0, help="seconds of rest before every run (default: %(default)s)"
+    )
     parser.add_argument("--sync", action="store_true", help="fsync every output inside its time: for a disk")
     work = Path(tempfile.gettempdir(), "lora-export-bench")
     parser.add_argument(
@@ -249,7 +255,9 @@ def main() -> None:
     kind = f"{options.kind}-nf4" if options.base == "nf4" else options.kind
     path = options.save or RESULTS / f"merge-{options.size}-{kind}-{date:%Y-%m-%d-%H%M%S}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = {name: getattr(options, name) for name in ("size", "base", "kind", "repeat", "with_peft", "sync")}
+    chosen = {
+        name: getattr(options, name) for name in ("size", "base", "kind", "repeat", "with_peft", "sync", "settle")
+    }
     head = {"date": date.isoformat(timespec="seconds"), "options": chosen, "bytes": sizes, "load": load}
     write_json(path, head | around | {"summary": summary, "samples": [asdict(s) for s in samples]})
     print(f"raw samples: {path}")
