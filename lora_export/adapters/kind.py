@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_export import skeleton
 from lora_export.contracts import ExpertLayout, ExpertPacking, TargetUpdate, TensorInfo, TensorSource
 from lora_export.errors import AdapterError
+from lora_export.finite import all_below
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ class AdapterFile:
 
         stored = self.source.read(key) if rows is None else self.source.read_rows(key, rows.start, rows.stop)
         value = stored.to(torch.float32)
-        if not self.allow_nonfinite and not bool(torch.isfinite(value).all()):
+        if not (self.allow_nonfinite or all_below(value, math.inf) or bool(torch.isfinite(value).all())):
             raise AdapterError(
                 "the adapter holds NaN or infinity",
                 where=self.tensors[key].file,

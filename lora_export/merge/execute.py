@@ -45,7 +45,10 @@ class Copy:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows [start, stop) of a tensor to `at` of an open file."""
+    """Rows [start, stop) of a tensor to `at` of an open file.
+
+    turn: writes to one file take turns in the kernel, which keeps a core busy with waiting; here the thread sleeps.
+    """
 
     work: TensorWork
     start: int
@@ -53,12 +56,14 @@ class Block:
     out: int
     at: int
     cost: int
+    turn: threading.Lock
 
     def run(self) -> int:
         import torch
 
         data = self.work.compute(self.start, self.stop).reshape(-1).view(torch.uint8).numpy().data
-        write_at(self.out, data, self.at)
+        with self.turn:
+            write_at(self.out, data, self.at)
         start_writing_back(self.out, self.at, len(data))
         return len(data)
 
@@ -152,7 +157,7 @@ class Execution:
         for shard in self.plan.shards:
             out = opened(self.folder / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             write_at(out, shard.header, 0)
-            at = len(shard.header)
+            at, turn = len(shard.header), threading.Lock()
             for output in shard.tensors:
                 tensor = self.plan.tensors[output.name]
                 if tensor.operation == "copied":
@@ -162,7 +167,7 @@ class Execution:
                         inputs[file] = opened(file, os.O_RDONLY)
                     yield from self._copies(tensor, inputs[file], out, at)
                 else:
-                    yield from self._blocks(tensor, out, at)
+                    yield from self._blocks(tensor, out, at, turn)
                 at += output.nbytes
 
     def _copies(self, tensor: PlannedTensor, source: int, out: int, at: int) -> Iterator[Copy]:
@@ -172,7 +177,7 @@ class Execution:
         for done in range(0, info.nbytes, PIECE):
             yield Copy(source, info.start + done, min(PIECE, info.nbytes - done), out, at + done)
 
-    def _blocks(self, tensor: PlannedTensor, out: int, at: int) -> Iterator[Block]:
+    def _blocks(self, tensor: PlannedTensor, out: int, at: int, turn: threading.Lock) -> Iterator[Block]:
         height, rows = _height(tensor), self._rows(tensor)
         if not tensor.output.nbytes:
             self._keep(tensor, Survival())
@@ -182,7 +187,7 @@ class Execution:
         work = TensorWork(tensor, self.plan.base, -(-height // rows), options.allow_nonfinite, options.device)
         for start in range(0, height, rows):
             stop = min(start + rows, height)
-            yield Block(work, start, stop, out, at + start * row, self._cost(tensor, stop - start))
+            yield Block(work, start, stop, out, at + start * row, self._cost(tensor, stop - start), turn)
 
     def _rows(self, tensor: PlannedTensor) -> int:
         """Rows of a block: all of them where the result of one depends on others."""

@@ -1,6 +1,5 @@
 """One tensor of the output being computed: blocks of its rows in fp32, rounded once."""
 
-import math
 import threading
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_export.checkpoint.reader import file_dtype, read_rows, torch_dtype
 from lora_export.contracts import TensorRecord, TensorSource, Update
 from lora_export.errors import CheckpointError
+from lora_export.finite import all_below
 from lora_export.merge.plan import FLOATS, PlannedTensor
 from lora_export.merge.survival import Survival, sampled
 
@@ -117,11 +117,7 @@ class TensorWork:
 
         if self.tensor.output.dtype not in FLOATS:
             return
-        # A small sum of squares proves that nothing is NaN, infinite or too large; any other needs a closer look.
-        flat = result.reshape(-1)
-        if math.sqrt(float(torch.dot(flat, flat))) < torch.finfo(rounded.dtype).max:
-            return
-        if bool(torch.isfinite(rounded).all()):
+        if all_below(result, torch.finfo(rounded.dtype).max) or bool(torch.isfinite(rounded).all()):
             return
         tensor, in_base = self.tensor, not bool(torch.isfinite(self._read(start, stop)).all())
         kind = file_dtype(str(rounded.dtype).removeprefix("torch."))
