@@ -30,14 +30,12 @@ class DoraUpdate:
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
 
-        delta = self.low_rank.delta(rows)
-        changed = weight.reshape(delta.shape) + delta
+        changed = self.low_rank.added_to(weight, rows)
         if self.outputs_are_rows:
             factor = (self.magnitude[rows] / torch.linalg.norm(changed, dim=1))[:, None]
         else:
             factor = (self.magnitude / torch.linalg.norm(changed, dim=0))[None, :]
-        scaled: torch.Tensor = factor * changed
-        return scaled.reshape(weight.shape)
+        return changed.mul_(factor).reshape(weight.shape)
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:

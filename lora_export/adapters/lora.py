@@ -33,9 +33,10 @@ class LowRank:
     right: "torch.Tensor"
     scaling: float
 
-    def delta(self, rows: slice) -> "torch.Tensor":
-        """Rows of the delta as a matrix: what follows the first dimension is flat."""
-        return self.scaling * (self.left[rows] @ self.right)
+    def added_to(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        """The weight's rows changed in place, as a matrix: what follows the first dimension is flat."""
+        left = self.left[rows]
+        return weight.reshape(len(left), self.right.shape[1]).addmm_(left, self.right, alpha=self.scaling)
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,7 @@ class LowRankUpdate:
     low_rank: LowRank
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        left, right = self.low_rank.left[rows], self.low_rank.right
-        flat = weight.reshape(left.shape[0], right.shape[1]).addmm_(left, right, alpha=self.low_rank.scaling)
-        return flat.reshape(weight.shape)
+        return self.low_rank.added_to(weight, rows).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
