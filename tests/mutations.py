@@ -51,8 +51,8 @@ MUTATIONS = (
         f"{MATRIX}[lora experts on qwen2 moe]",
     ),
     Mutation(
-        "DoRA normalises by the base's norm, not by that of V", "adapters/dora.py",
-        "torch.linalg.norm(changed, dim=1)", "torch.linalg.norm(weight.flatten(1), dim=1)",
+        "DoRA forgets the norm of V", "adapters/dora.py",
+        "torch.linalg.norm(changed, dim=1)", "torch.ones(len(changed))",
         f"{MATRIX}[dora on llama]",
     ),
     Mutation(
