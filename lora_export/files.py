@@ -6,24 +6,32 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import sys
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_export.errors import GateFailed, InputError, OutputError
+from lora_export.interrupts import Interrupts
 
 COPY_BLOCK = 2**21  # bytes that go through this process at a time
 # Bytes of one write. A larger one has the file system ask for large pages, which a virtual machine may have to get
 # from its host first: the same merge took 0.9 or 3 seconds.
 WRITE_BLOCK = 2**18
+SYNC_BLOCK = 2**25  # bytes that are on their way to the disk at a time, and so what Ctrl-C may have to wait for
+LOCK_PATIENCE = 0.2  # seconds, for one who holds the lock to say who it is, or to be gone
 # Across file systems, on old kernels, or on a file system that does not know how.
 _CANNOT_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
+_NOT_SUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_SYNC_FILE_RANGE_WRITE = 2
-_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux
+_SYNC_FILE_RANGE_WRITE, _WRITE_AND_WAIT = 2, 7
+_libc = ctypes.CDLL(None, use_errno=True)
+_sync_file_range = getattr(_libc, "sync_file_range", None)  # Linux
+_renameat2 = getattr(_libc, "renameat2", None)  # Linux
 
 
 @contextlib.contextmanager
@@ -35,15 +43,16 @@ def output_folder(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> I
     """
     final = final.resolve() if final.name in ("", "..") else final.absolute()
     _check_target(final, force, inputs)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(final):
-        _clean_leftovers(final)
+    with Interrupts() as interrupts, _full_disk_told(final), _parents(final), _lock(final):
+        with interrupts.welcome():
+            _clean_leftovers(final)
         _check_target(final, force, inputs)  # again: another run may have written it, or a leftover was put back
         stage = final.with_name(f".{final.name}.partial-{os.getpid()}")
-        stage.mkdir()
         try:
-            yield stage
-            sync_tree(stage)
+            stage.mkdir()
+            with interrupts.welcome():
+                yield stage
+                sync_tree(stage)
             replace_folder(stage, final)
         except GateFailed as failure:
             (stage / "FAILED").write_text(failure.message() + "\n", encoding="utf-8")
@@ -61,8 +70,7 @@ def failed_folder(final: Path) -> Path:
 
 def _check_target(final: Path, force: bool, inputs: Sequence[Path]) -> None:
     for source in inputs:
-        real, target = source.resolve(), final.resolve()
-        if real == target or real in target.parents or target in real.parents:
+        if _inside(final.resolve(), source) or any(_inside(p, final) for p in _real_paths(source)):
             raise OutputError(
                 "the output and an input lie inside each other, so writing would change the input",
                 where=final,
@@ -71,6 +79,13 @@ def _check_target(final: Path, force: bool, inputs: Sequence[Path]) -> None:
             )
     if final.is_symlink() or (final.exists() and not final.is_dir()):
         raise OutputError("the output path is a file or a link", where=final, expected="a folder, or nothing")
+    if final.is_mount():
+        raise OutputError(
+            "the output folder is a mount point, which cannot be replaced as a whole",
+            where=final,
+            expected="a folder below it",
+            next_step=f"-o {final / 'merged'}",
+        )
     if final.is_dir() and any(final.iterdir()) and not force:
         raise OutputError(
             "the output folder exists and is not empty",
@@ -80,62 +95,151 @@ def _check_target(final: Path, force: bool, inputs: Sequence[Path]) -> None:
         )
 
 
+def _inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or lies below it: by inodes, as bind mounts and capitals add names."""
+    return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))
+
+
+def _real_paths(source: Path) -> list[Path]:
+    """Where an input really lies: in a hub cache its files are links to blobs elsewhere."""
+    links = [p for p in source.iterdir() if p.is_symlink()] if source.is_dir() else []
+    return [p.resolve() for p in (source, *links)]
+
+
+@contextlib.contextmanager
+def _parents(final: Path) -> Iterator[None]:
+    """Make the folders that `final` is to lie in, and remove them again if it does not come to be."""
+    missing = [p for p in final.parents if not p.exists()]
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        if not final.exists():
+            for folder in missing:
+                with contextlib.suppress(OSError):  # not empty: somebody else has use for it
+                    folder.rmdir()
+
+
 @contextlib.contextmanager
 def _lock(final: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = final.with_name(f".{final.name}.lock")
     try:
-        with FileLock(path, timeout=0):
-            path.write_text(str(os.getpid()))
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+        held = FileLock(path).acquire(timeout=LOCK_PATIENCE, poll_interval=LOCK_PATIENCE / 10)
     except Timeout:
-        holder = path.read_text().strip() if path.exists() else ""
         raise OutputError(
-            f"another process{f' (PID {holder})' if holder else ''} is writing this output",
+            f"another process{_holder(path)} is writing this output",
             where=final,
             expected="one writer at a time",
             next_step="wait for it, or choose another -o",
+        ) from None
+    with held:
+        try:
+            # As filelock itself writes it where files cannot be locked: it tells a dead holder by that.
+            path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
+            yield
+        finally:
+            # Only who holds it removes it, and filelock gives nobody a lock on a file that is gone.
+            path.unlink(missing_ok=True)
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as far as its file says it."""
+    try:
+        number, host, *_ = [*path.read_text().split("\n"), "", ""]
+    except OSError:
+        return ""
+    elsewhere = f" on {host}" if host not in ("", socket.gethostname()) else ""
+    return f" (PID {number}{elsewhere})" if number else ""
+
+
+@contextlib.contextmanager
+def _full_disk_told(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OutputError(
+            f"{error.strerror}: the disk became full while the output was being written",
+            where=error.filename2 or error.filename or final,
+            expected="enough space for the whole output",
+            next_step="free some space, or choose another -o",
         ) from None
 
 
 def _clean_leftovers(final: Path) -> None:
     """Remove what a killed run left; put back an output that it had moved away. Called under the lock."""
-    for old in final.parent.glob(f".{final.name}.old-*"):
+    for old in _leftovers(final, "old"):
         if final.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(final)
-    for stale in final.parent.glob(f".{final.name}.partial-*"):
+    for stale in _leftovers(final, "partial"):
         shutil.rmtree(stale, ignore_errors=True)
 
 
+def _leftovers(final: Path, kind: str) -> list[Path]:
+    """By the whole name: no pattern that also fits what belongs to another output."""
+    name = re.compile(rf"\.{re.escape(final.name)}\.{kind}-\d+")
+    return [p for p in final.parent.iterdir() if name.fullmatch(p.name)]
+
+
 def replace_folder(stage: Path, final: Path) -> None:
-    """Make `stage` the folder `final` in one step; what was there before is removed afterwards."""
-    if not final.exists() or not any(final.iterdir()):
-        stage.replace(final)
-    elif _exchange(stage, final):
-        shutil.rmtree(stage)
-    else:
-        # Without an atomic exchange (not Linux) there is a moment with neither name; _clean_leftovers mends it.
-        old = final.with_name(f".{final.name}.old-{os.getpid()}")
-        final.rename(old)
-        stage.replace(final)
-        shutil.rmtree(old)
-    _sync(final.parent)
+    """Make `stage` the folder `final` in one step, see it on disk, and remove what was there before.
+
+    OSError if either cannot be done; then everything is as it was.
+    """
+    existed = final.exists()
+    _rename(stage, final, existed)
+    try:
+        _sync(final.parent)
+    except OSError:
+        _rename(final, stage, existed)
+        raise
+    if existed:
+        _remove_replaced(stage, final)
+
+
+def _rename(a: Path, b: Path, swap: bool) -> None:
+    """Rename the folder `a` to `b`; with `swap`, where there is a `b` already, that becomes `a`."""
+    if not swap:
+        a.replace(b)
+    elif not _exchange(a, b):
+        # Without an atomic exchange there is a moment with neither name; _clean_leftovers mends it after a kill.
+        old = b.with_name(f".{b.name}.old-{os.getpid()}")
+        b.rename(old)
+        try:
+            a.replace(b)
+        except BaseException:
+            old.rename(b)
+            raise
+        old.rename(a)
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    if not sys.platform.startswith("linux"):
+    """Exchange two names in one step; False where the system or the file system does not know how."""
+    if _renameat2 is None:
         return False
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
+    if _renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NOT_SUPPORTED:
         return False
-    done = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
-    return bool(done == 0)
+    raise OSError(number, os.strerror(number), str(b))
+
+
+def _remove_replaced(old: Path, final: Path) -> None:
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        raise OutputError(
+            f"the new output is complete and in place, but what it replaced cannot be removed: {error.strerror}",
+            where=error.filename or old,
+            expected=f"an older output that may be deleted; {final} is the new one",
+            next_step=f"delete {old} yourself",
+        ) from None
 
 
 def start_writing_back(fd: int, at: int, length: int) -> None:
@@ -147,12 +251,28 @@ def start_writing_back(fd: int, at: int, length: int) -> None:
 def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
-    except OSError:
         if path.is_file():
-            raise  # some file systems cannot sync a folder; a file that cannot be synced is a lost file
+            _write_back(fd)
+        os.fsync(fd)
+    except OSError as error:
+        # Some file systems cannot sync a folder; a file that cannot be synced is a lost file.
+        if path.is_file() or error.errno not in _NOT_SUPPORTED:
+            error.filename = str(path)
+            raise
     finally:
         os.close(fd)
+
+
+def _write_back(fd: int) -> None:
+    """Send a file to the disk in pieces where the system knows how: an fsync of gigabytes hears no Ctrl-C."""
+    if _sync_file_range is None:
+        return
+    for at in range(0, os.fstat(fd).st_size, SYNC_BLOCK):
+        if _sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(SYNC_BLOCK), _WRITE_AND_WAIT) != 0:
+            number = ctypes.get_errno()
+            if number in _NOT_SUPPORTED:
+                return
+            raise OSError(number, os.strerror(number))
 
 
 def sync_tree(folder: Path) -> None:
@@ -234,7 +354,10 @@ def refuse_outward_link(path: Path) -> None:
 
 
 def copy_range(source: int, start: int, length: int, target: int, at: int) -> None:
-    """Copy bytes between file descriptors, in the kernel where it can, to the position `at`."""
+    """Copy bytes between file descriptors, in the kernel where it can, to the position `at`.
+
+    EOFError if the source is too short.
+    """
     in_kernel = hasattr(os, "copy_file_range")
     while length:
         done = 0
@@ -250,7 +373,7 @@ def copy_range(source: int, start: int, length: int, target: int, at: int) -> No
             done = len(block)
             write_at(target, block, at)
         if not done:
-            raise OSError("a file ended while it was being copied")
+            raise EOFError("a file ended while it was being copied")
         start, at, length = start + done, at + done, length - done
 
 

@@ -14,6 +14,7 @@ from lora_export.commands import (
     report,
     validate,
 )
+from lora_export.errors import EXIT_INTERRUPTED
 
 
 def _version(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -29,6 +30,13 @@ class InOrder(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # before a command's own `talking` could hear it; click would exit with 1
+            click.echo("error: interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
 
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -46,7 +46,7 @@ def talking(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Talk]:
         warnings.simplefilter("ignore")
         # It tells of a faster kernel that it cannot find, which nothing here would use.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, _interrupt)
+    _interrupt_once()
     talk = Talk(Console(-1 if quiet else int(verbose)), as_json)
     try:
         with talk.progress:
@@ -56,8 +56,8 @@ def talking(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Talk]:
     except KeyboardInterrupt:
         _fail(talk, {"error": "Interrupted", "found": "interrupted"}, "interrupted", EXIT_INTERRUPTED)
     except OSError as error:
-        name = f" ({error.filename})" if error.filename else ""
-        text = f"{error.strerror or error}{name}"
+        names = " → ".join(str(n) for n in (error.filename, error.filename2) if n)
+        text = f"{error.strerror or error}{f' ({names})' if names else ''}"
         _fail(talk, {"error": "OSError", "found": text}, text, EXIT_FAILED)
     except Exception as error:
         if verbose:
@@ -74,8 +74,18 @@ def _fail(talk: Talk, document: dict[str, Any], words: str, code: int) -> None:
     sys.exit(code)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def _interrupt_once() -> None:
+    """Have the first Ctrl-C, SIGTERM or SIGHUP end the command; further ones do not disturb how it ends."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) == 1:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
+            signal.signal(number, interrupt)
 
 
 def megabytes(count: int) -> str:

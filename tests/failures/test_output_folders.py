@@ -1,12 +1,19 @@
 """files.py: output folders that appear whole or not at all."""
 
+import contextlib
+import ctypes
 import errno
+import fcntl
+import multiprocessing
 import os
+import signal
+import socket
 import stat
+import time
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lora_export import files
 from lora_export.errors import GateFailed, InputError, OutputError
@@ -131,18 +138,6 @@ def test_input_with_a_similar_name_is_no_overlap(tmp_path: Path) -> None:
         fill(stage)
 
 
-def test_modes_follow_the_umask(tmp_path: Path) -> None:
-    for umask, folder_mode, file_mode in ((0o022, 0o755, 0o644), (0o077, 0o700, 0o600), (0o002, 0o775, 0o664)):
-        before = os.umask(umask)
-        try:
-            with output_folder(tmp_path / "out", True) as stage:
-                fill(stage)
-        finally:
-            os.umask(before)
-        assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == folder_mode
-        assert stat.S_IMODE((tmp_path / "out" / "sub" / "file").stat().st_mode) == file_mode
-
-
 def test_leftovers_of_a_killed_run_are_cleaned(tmp_path: Path) -> None:
     (tmp_path / ".out.partial-99999").mkdir()
     (tmp_path / ".out.partial-99999" / "half").write_text("x")
@@ -178,12 +173,229 @@ def test_output_written_while_waiting_is_not_overwritten(tmp_path: Path, monkeyp
     assert (tmp_path / "out" / "sub" / "file").read_text() == "theirs"
 
 
-def test_second_writer_is_told_who_holds_the_output(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["out", "o[u]t", "o*t", "out.partial-7"])
+def test_leftovers_of_other_outputs_stay(tmp_path: Path, name: str) -> None:
+    mine = {f".{name}.partial-1", f".{name}.old-2"}
+    others = {".oXt.partial-1", ".out.partial-7.partial-1", ".out.partial-mine", ".out2.partial-1", ".o-t.old-2"}
+    others -= mine
+    for folder in mine | others:
+        (tmp_path / folder).mkdir()
+    with output_folder(tmp_path / name, True) as stage:
+        fill(stage)
+    assert names(tmp_path) == {name} | others
+
+
+def test_folders_made_for_an_output_go_with_it(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "mine" / "deep" / "er" / "out", False):
+        raise RuntimeError
+    assert names(tmp_path) == {"mine"} and names(tmp_path / "mine") == set()
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "mine" / "deep" / "er" / "out", False):
+        (tmp_path / "mine" / "deep" / "other").write_text("of somebody else")
+        raise RuntimeError
+    assert names(tmp_path / "mine" / "deep") == {"other"}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("step", ["rename", "sync"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_step_that_fails_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, step: str, exists: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if exists:
+        (tmp_path / "out").mkdir()
+        fill(tmp_path / "out", "old")
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    elif step == "rename":
+        monkeypatch.setattr(files, "_exchange", fail)
+    real = files._sync
+    with pytest.raises(OSError, match="Input/output"), output_folder(tmp_path / "out", True) as stage:
+        fill(stage)
+        if step == "rename":
+            monkeypatch.setattr(Path, "replace", fail)
+        else:
+            monkeypatch.setattr(files, "_sync", lambda path: fail() if path == tmp_path else real(path))
+    assert names(tmp_path) == ({"out"} if exists else set())
+    assert not exists or (tmp_path / "out" / "sub" / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EINVAL, errno.ENOSYS])
+def test_an_exchange_that_fails_is_no_exchange_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(files, "_renameat2", fail)
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out", "old")
+    missing = number in (errno.EINVAL, errno.ENOSYS)
+    with (
+        contextlib.nullcontext() if missing else pytest.raises(OSError, match=os.strerror(number)),
+        output_folder(tmp_path / "out", True) as stage,
+    ):
+        fill(stage)
+    assert names(tmp_path) == {"out"}
+    assert (tmp_path / "out" / "sub" / "file").read_text() == ("new" if missing else "old")
+
+
+def test_what_was_replaced_and_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.unlink
+
+    def unlink(path: str, *more: object, **words: object) -> None:
+        if str(path).endswith("mine"):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
+        real(path, *more, **words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("old")
+    with (
+        pytest.raises(OutputError, match=r"complete and in place.*cannot be removed: Operation not") as failure,
+        output_folder(tmp_path / "out", True) as stage,
+    ):
+        fill(stage)
+    assert str(stage) in str(failure.value.next_step)
+    assert names(tmp_path) == {"out", stage.name} and names(tmp_path / "out") == {"sub"}
+    monkeypatch.undo()
+    with output_folder(tmp_path / "out", True) as stage:
+        fill(stage)
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("where", ["folder", "file"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
+def test_a_folder_that_cannot_be_synced_is_let_pass_only_where_none_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
+) -> None:
+    def fsync(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode) == (where == "folder"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    passes = where == "folder" and number == errno.EINVAL
+    with (
+        contextlib.nullcontext() if passes else pytest.raises(OSError, match=r"\.out\.partial-"),
+        output_folder(tmp_path / "out", False) as stage,
+    ):
+        fill(stage)
+    assert names(tmp_path) == ({"out"} if passes else set())
+
+
+def test_large_files_reach_the_disk_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two of them Ctrl-C is heard."""
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(files, "SYNC_BLOCK", 10)
+    monkeypatch.setattr(
+        files, "_sync_file_range", lambda fd, at, length, how: calls.append((at.value, length.value)) or 0
+    )
+    with output_folder(tmp_path / "out", False) as stage:
+        (stage / "file").write_bytes(b"x" * 25)
+    assert calls == [(0, 10), (10, 10), (20, 10)]
+
+
+def test_a_piece_that_does_not_reach_the_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        ctypes.set_errno(errno.EIO)
+        return -1
+
+    monkeypatch.setattr(files, "_sync_file_range", fail)
+    with pytest.raises(OSError, match="Input/output"), output_folder(tmp_path / "out", False) as stage:
+        fill(stage)
+    assert names(tmp_path) == set()
+
+
+def test_the_blobs_of_a_base_in_a_hub_cache_are_no_output(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "0").write_text("weights")
+    (snapshot / "model.safetensors").symlink_to(Path("../../blobs/0"))
+    with pytest.raises(OutputError, match="lie inside each other"), output_folder(blobs, True, inputs=[snapshot]):
+        raise AssertionError("entered")
+    assert (blobs / "0").read_text() == "weights"
+
+
+def test_the_wait_for_a_lock_of_another_kind_is_not_ours(tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / "theirs"),
+        pytest.raises(Timeout),
+        output_folder(tmp_path / "out", False),
+        FileLock(tmp_path / "theirs", timeout=0),
+    ):
+        raise AssertionError("entered")
+
+
+def contend(folder: Path, rounds: int) -> None:
+    """Exit code 1 if another process is in the output folder at the same time."""
+    for _ in range(rounds):
+        with contextlib.suppress(OutputError), output_folder(folder / "out", True):
+            (folder / "inside").touch(exist_ok=False)
+            time.sleep(0.0005)
+            (folder / "inside").unlink()
+
+
+def test_never_two_in_one_output(tmp_path: Path) -> None:
+    """The lock file goes when its holder does: who waited for it has a file that nobody else can find."""
+    forks = multiprocessing.get_context("forkserver")
+    children = [forks.Process(target=contend, args=(tmp_path, 60)) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0] * 4
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("4242\n{host}\n", r"process \(PID 4242\) is"),
+        ("4242\nfar-away\n", r"process \(PID 4242 on far-away\) is"),
+        ("4242", r"process \(PID 4242\) is"),
+        ("", "process is"),
+    ],
+)
+def test_second_writer_is_told_who_holds_the_output(tmp_path: Path, text: str, said: str) -> None:
     with FileLock(tmp_path / ".out.lock"):
-        (tmp_path / ".out.lock").write_text("4242")
-        with pytest.raises(OutputError, match="PID 4242"), output_folder(tmp_path / "out", False):
+        (tmp_path / ".out.lock").write_text(text.format(host=socket.gethostname()))
+        with pytest.raises(OutputError, match=said), output_folder(tmp_path / "out", False):
             raise AssertionError("entered")
         assert names(tmp_path) == {".out.lock"}
+
+
+def die_inside(folder: Path) -> None:
+    without_flock(pytest.MonkeyPatch())
+    with output_folder(folder / "out", False):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_where_files_cannot_be_locked_a_dead_process_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = multiprocessing.get_context("forkserver").Process(target=die_inside, args=(tmp_path,))
+    dead.start()
+    dead.join()
+    assert dead.exitcode == -signal.SIGKILL and ".out.lock" in names(tmp_path)
+    without_flock(monkeypatch)
+    with output_folder(tmp_path / "out", False) as stage:
+        fill(stage)
+        with pytest.raises(OutputError, match=f"PID {os.getpid()}"), output_folder(tmp_path / "out", False):
+            raise AssertionError("entered")
+    assert names(tmp_path) == {"out"}
 
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +437,7 @@ def test_copy_range_copies_exactly_that_range(
         write_at(target.fileno(), b"tail", 604)
         copy_range(source.fileno(), 5, 600, target.fileno(), 4)
         write_at(target.fileno(), b"head", 0)
-        with pytest.raises(OSError, match="ended"):
+        with pytest.raises(EOFError, match="ended"):
             copy_range(source.fileno(), 700, 100, target.fileno(), 608)
     assert (tmp_path / "b").read_bytes()[:608] == b"head" + content[5:605] + b"tail"
 
