@@ -1,12 +1,11 @@
 """Config, tokenizer and chat template: copied byte for byte; of config.json only the keys that must change do."""
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export.files import refuse_outward_link
+from lora_export.files import refuse_outward_link, write_json
 
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
@@ -79,12 +78,12 @@ def copy_files(files: list[Path], target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def write_config(source: Path, target: Path, changes: Mapping[str, Any], removals: frozenset[str]) -> None:
-    """Copy config.json with some keys set or removed; without a change, byte for byte."""
-    original = source.read_bytes()
-    config = json.loads(original)
+def write_config(
+    source: Path, target: Path, config: Mapping[str, Any], changes: Mapping[str, Any], removals: frozenset[str]
+) -> None:
+    """Copy config.json, which holds `config`, with some keys set or removed; without a change, byte for byte."""
     wanted = {k: v for k, v in config.items() if k not in removals} | dict(changes)
     if wanted == config:
-        target.write_bytes(original)
+        shutil.copyfile(source, target)
     else:
-        target.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(target, wanted)

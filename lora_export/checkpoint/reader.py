@@ -61,18 +61,22 @@ class TensorFiles:
 
 
 def read_bytes(info: TensorInfo, start: int, stop: int) -> "torch.Tensor":
-    """Bytes [start, stop) of a tensor as they lie in the file, uint8. CheckpointError if the file is shorter."""
+    """Bytes [start, stop) of a tensor as they lie in the file, uint8. CheckpointError where they cannot be read."""
     import torch
 
     buffer = torch.empty(stop - start, dtype=torch.uint8)
     view = memoryview(buffer.numpy().data)
-    with info.file.open("rb", buffering=0) as f:
-        at = info.start + start
-        while view:
-            done = os.preadv(f.fileno(), [view], at)
-            if not done:
-                raise CheckpointError("the file ended early", where=info.file, tensor=info.name)
-            view, at = view[done:], at + done
+    try:
+        with info.file.open("rb", buffering=0) as f:
+            at = info.start + start
+            while view:
+                done = os.preadv(f.fileno(), [view], at)
+                if not done:
+                    raise CheckpointError("the file ended early", where=info.file, tensor=info.name)
+                view, at = view[done:], at + done
+    except OSError as error:
+        text = f"the file cannot be read: {error.strerror}"
+        raise CheckpointError(text, where=info.file, tensor=info.name) from None
     return buffer
 
 

@@ -147,7 +147,8 @@ def _copy_companions(planned: MergePlan, companions: list[Path], stage: Path) ->
     base, warnings = planned.base.folder, []
     copy_files(companions, stage)
     copy_subfolders(base, stage)
-    write_config(base / "config.json", stage / "config.json", planned.config_changes, planned.config_removals)
+    changes = planned.base.config, planned.config_changes, planned.config_removals
+    write_config(base / "config.json", stage / "config.json", *changes)
     for adapter in planned.adapters:
         own = tokenizer_files(adapter.folder)
         differing = [

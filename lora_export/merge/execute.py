@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.contracts import Progress, TensorRecord
-from lora_export.errors import InputError
+from lora_export.errors import CheckpointError, InputError
 from lora_export.files import copy_range, start_writing_back, write_at
 from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.survival import Survival
@@ -27,44 +27,63 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
-class Copy:
-    """`length` bytes from `start` of one open file to `at` of another."""
+class OpenFile:
+    """turn: writes to one file take turns in the kernel, which has a core wait for it; here the thread sleeps."""
 
-    source: int
+    path: Path
+    fd: int
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def write(self, data: bytes | memoryview, at: int) -> None:
+        try:
+            with self.turn:
+                write_at(self.fd, data, at)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        start_writing_back(self.fd, at, len(data))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """`length` bytes of the tensor `name`, from `start` of one open file to `at` of another."""
+
+    name: str
+    source: OpenFile
     start: int
     length: int
-    out: int
+    out: OpenFile
     at: int
     cost: int = 0
 
     def run(self) -> int:
-        copy_range(self.source, self.start, self.length, self.out, self.at)
-        start_writing_back(self.out, self.at, self.length)
+        try:
+            copy_range(self.source.fd, self.start, self.length, self.out.fd, self.at)
+        except EOFError:
+            raise CheckpointError("the file ended early", where=self.source.path, tensor=self.name) from None
+        except OSError as error:  # the kernel does not say which of the two it was
+            error.filename, error.filename2 = str(self.source.path), str(self.out.path)
+            raise
+        start_writing_back(self.out.fd, self.at, self.length)
         return self.length
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows [start, stop) of a tensor to `at` of an open file.
-
-    turn: writes to one file take turns in the kernel, which keeps a core busy with waiting; here the thread sleeps.
-    """
+    """Rows [start, stop) of a tensor to `at` of an open file."""
 
     work: TensorWork
     start: int
     stop: int
-    out: int
+    out: OpenFile
     at: int
     cost: int
-    turn: threading.Lock
 
     def run(self) -> int:
         import torch
 
         data = self.work.compute(self.start, self.stop).reshape(-1).view(torch.uint8).numpy().data
-        with self.turn:
-            write_at(self.out, data, self.at)
-        start_writing_back(self.out, self.at, len(data))
+        self.out.write(data, self.at)
         return len(data)
 
 
@@ -147,17 +166,17 @@ class Execution:
 
     def _jobs(self, files: contextlib.ExitStack) -> Iterator[Copy | Block]:
         """Every byte of the output once, in the order of the files. Runs under the lock of `_take`."""
-        inputs: dict[Path, int] = {}
+        inputs: dict[Path, OpenFile] = {}
 
-        def opened(path: Path, flags: int) -> int:
-            fd = os.open(path, flags, 0o666)
-            files.callback(os.close, fd)
-            return fd
+        def opened(path: Path, flags: int) -> OpenFile:
+            file = OpenFile(path, os.open(path, flags, 0o666))
+            files.callback(os.close, file.fd)
+            return file
 
         for shard in self.plan.shards:
             out = opened(self.folder / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            write_at(out, shard.header, 0)
-            at, turn = len(shard.header), threading.Lock()
+            out.write(shard.header, 0)
+            at = len(shard.header)
             for output in shard.tensors:
                 tensor = self.plan.tensors[output.name]
                 if tensor.operation == "copied":
@@ -167,17 +186,18 @@ class Execution:
                         inputs[file] = opened(file, os.O_RDONLY)
                     yield from self._copies(tensor, inputs[file], out, at)
                 else:
-                    yield from self._blocks(tensor, out, at, turn)
+                    yield from self._blocks(tensor, out, at)
                 at += output.nbytes
 
-    def _copies(self, tensor: PlannedTensor, source: int, out: int, at: int) -> Iterator[Copy]:
+    def _copies(self, tensor: PlannedTensor, source: OpenFile, out: OpenFile, at: int) -> Iterator[Copy]:
         info = tensor.source
         assert info is not None
         self._keep(tensor, Survival())
         for done in range(0, info.nbytes, PIECE):
-            yield Copy(source, info.start + done, min(PIECE, info.nbytes - done), out, at + done)
+            length = min(PIECE, info.nbytes - done)
+            yield Copy(info.name, source, info.start + done, length, out, at + done)
 
-    def _blocks(self, tensor: PlannedTensor, out: int, at: int, turn: threading.Lock) -> Iterator[Block]:
+    def _blocks(self, tensor: PlannedTensor, out: OpenFile, at: int) -> Iterator[Block]:
         height, rows = _height(tensor), self._rows(tensor)
         if not tensor.output.nbytes:
             self._keep(tensor, Survival())
@@ -187,7 +207,7 @@ class Execution:
         work = TensorWork(tensor, self.plan.base, -(-height // rows), options.allow_nonfinite, options.device)
         for start in range(0, height, rows):
             stop = min(start + rows, height)
-            yield Block(work, start, stop, out, at + start * row, self._cost(tensor, stop - start), turn)
+            yield Block(work, start, stop, out, at + start * row, self._cost(tensor, stop - start))
 
     def _rows(self, tensor: PlannedTensor) -> int:
         """Rows of a block: all of them where the result of one depends on others."""

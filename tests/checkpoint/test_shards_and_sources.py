@@ -44,10 +44,11 @@ def test_index_only_beside_several_shards(tmp_path: Path) -> None:
 
 def test_config_changes_only_what_must_change(tmp_path: Path) -> None:
     text = '{"z": 1,  "a": {"é": [1, 2]}, "drop": true}\n'
+    config = json.loads(text)
     (tmp_path / "in").write_text(text, encoding="utf-8")
-    write_config(tmp_path / "in", tmp_path / "out", {}, frozenset({"absent"}))
+    write_config(tmp_path / "in", tmp_path / "out", config, {}, frozenset({"absent"}))
     assert (tmp_path / "out").read_text(encoding="utf-8") == text
-    write_config(tmp_path / "in", tmp_path / "out", {"z": 2}, frozenset({"drop"}))
+    write_config(tmp_path / "in", tmp_path / "out", config, {"z": 2}, frozenset({"drop"}))
     assert list(json.loads((tmp_path / "out").read_text()).items()) == [("z", 2), ("a", {"é": [1, 2]})]
 
 
