@@ -5,12 +5,14 @@ from pathlib import Path
 EXIT_FAILED = 1
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
+LONGEST = 2000  # characters of one part of a message; a name in a file may be longer than a screen
 
 
 class LoraExportError(Exception):
     """A refusal or failure that is told in plain words, without a traceback (exit code 1).
 
     found: what is there; where: file and tensor; expected: what would be right; next_step: a command to try.
+    All of them may quote a file, so they are kept as `plain` text.
     """
 
     exit_code = EXIT_FAILED
@@ -24,11 +26,11 @@ class LoraExportError(Exception):
         expected: str | None = None,
         next_step: str | None = None,
     ) -> None:
-        self.found = found
-        self.where = str(where) if where is not None else None
-        self.tensor = tensor
-        self.expected = expected
-        self.next_step = next_step
+        self.found = plain(found)
+        self.where = plain(str(where)) if where is not None else None
+        self.tensor = plain(tensor) if tensor is not None else None
+        self.expected = plain(expected) if expected is not None else None
+        self.next_step = plain(next_step) if next_step is not None else None
         super().__init__(self.message())
 
     def message(self) -> str:
@@ -52,6 +54,17 @@ class LoraExportError(Exception):
             "expected": self.expected,
             "next": self.next_step,
         }
+
+
+def plain(text: str) -> str:
+    """The text on one line, for any terminal and log: what cannot be printed is escaped, what is too long is cut.
+
+    A tensor's name could otherwise move the cursor, add a line "try: …" of its own, or (a lone surrogate) be
+    something that no stream can write.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}…"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class InputError(LoraExportError):
