@@ -8,10 +8,19 @@ from typing import Any
 from lora_export.adapters import CONFIG, KINDS, AdapterFile, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
+from lora_export.documents import Kind, check
 from lora_export.errors import InputError, LoraExportError
 from lora_export.files import read_json
 from lora_export.quantization import describe
+from lora_export.report.schema import load as report_of
 
+_NAMED: Kind = {"name": str}
+_MANIFEST: Kind = {
+    "base": _NAMED,
+    "adapters": [_NAMED],
+    "options": {"precision": str},
+    "files": {str: {"size": int}},
+}
 _WITH_RANK = frozenset({"lora", "lora_embedding", "lora_convolution", "dora", "adalora"})
 
 
@@ -173,19 +182,20 @@ def _onnx(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    manifest = read_json(folder / "manifest.json")
-    report = read_json(folder / "report" / "report.json")
-    benchmark = report.get("benchmark") or {}
+    path = folder / "manifest.json"
+    manifest, report = read_json(path), report_of(folder / "report")
+    check(manifest, _MANIFEST, "the manifest", path)
+    benchmark = report["benchmark"] or {}
     return {
         "kind": "run",
-        "title": report.get("title"),
-        "created": report.get("created"),
-        "status": report.get("status"),
-        "base": manifest.get("base", {}).get("name"),
-        "adapters": [a.get("name") for a in manifest.get("adapters", [])],
-        "precision": manifest.get("options", {}).get("precision"),
+        "title": report["title"],
+        "created": report["created"],
+        "status": report["status"],
+        "base": manifest["base"]["name"],
+        "adapters": [a["name"] for a in manifest["adapters"]],
+        "precision": manifest["options"]["precision"],
         "latency": benchmark.get("verdict"),
         "provider": benchmark.get("provider"),
-        "files": len(manifest.get("files", {})),
-        "bytes": sum(f["size"] for f in manifest.get("files", {}).values()),
+        "files": len(manifest["files"]),
+        "bytes": sum(f["size"] for f in manifest["files"].values()),
     }

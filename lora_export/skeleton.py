@@ -1,9 +1,12 @@
 """What a config.json stands for: a transformers model without weights, and which layers are stored transposed."""
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
+from lora_export.errors import CheckpointError
+
+_MOST_LAYERS = 1000
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_LAYERS = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 
@@ -17,16 +20,37 @@ def is_conv1d(model_types: Set[str], module: str) -> bool:
 
 
 def build(folder: Path) -> Any:
-    """The model that config.json in `folder` describes, on the meta device. ValueError if transformers cannot."""
+    """The model that config.json in `folder` describes, on the meta device; CheckpointError for what is none."""
+    try:
+        return _build(folder)
+    except Exception as error:  # a configuration can make transformers raise anything
+        raise CheckpointError(
+            f"transformers cannot build the model that this describes: {error or type(error).__name__}",
+            where=folder / "config.json",
+            expected="a configuration that transformers itself understands",
+        ) from error
+
+
+def _build(folder: Path) -> Any:
+    import torch
     import transformers
-    from accelerate import init_empty_weights
 
     settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    for key, value in _settings(settings.to_dict()):
+        if "layer" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ValueError(f"{key} is {value}, which would take hours to build")
     name = (settings.architectures or ["AutoModel"])[0]
     architecture = getattr(transformers, name, None)
     if architecture is None:
         raise ValueError(f"transformers has no {name}")
-    with init_empty_weights():
+    with torch.device("meta"):  # buffers too: they may be as large as a configuration likes
         model = architecture(settings)
     model.tie_weights()
     return model
+
+
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        yield str(key), value
+        if isinstance(value, dict):
+            yield from _settings(value)

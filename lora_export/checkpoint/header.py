@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import TensorInfo
+from lora_export.documents import is_text
 from lora_export.errors import CheckpointError
 
 ITEM_SIZE = {
@@ -18,6 +19,7 @@ ITEM_SIZE = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+LONGEST_NAME = 1024  # characters; patterns are matched with names, and digits in them become numbers
 _LARGEST = 2**63 - 1
 
 
@@ -29,18 +31,13 @@ class ShardHeader:
 
 def read_header(path: Path) -> ShardHeader:
     """The tensors of one safetensors file, in the order of their bytes. Raises CheckpointError."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        prefix = f.read(8)
-        if len(prefix) < 8:
-            raise _damaged(path, f"the file has {size} bytes, too few for a safetensors header")
-        length = int.from_bytes(prefix, "little")
-        if length > min(size - 8, MAX_HEADER):
-            raise _damaged(path, f"the header claims {length} bytes, the file has {size}")
-        raw = f.read(length)
+    try:
+        size, length, raw = _read(path)
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read: {error.strerror}", where=path) from None
     entries = _parse(path, raw)
     metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) and is_text(v) for v in metadata.values()):
         raise _damaged(path, "__metadata__ is not a map of strings")
     data = 8 + length
     infos = [_tensor(path, name, entry, data) for name, entry in entries.items()]
@@ -49,9 +46,25 @@ def read_header(path: Path) -> ShardHeader:
     return ShardHeader({t.name: t for t in infos}, metadata)
 
 
+def _read(path: Path) -> tuple[int, int, bytes]:
+    """Size of the file, length of its header, the header. Nothing is read for a length that cannot be true."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        prefix = f.read(8)
+        if len(prefix) < 8:
+            raise _damaged(path, f"the file has {size} bytes, too few for a safetensors header")
+        length = int.from_bytes(prefix, "little")
+        if length > min(size - 8, MAX_HEADER):
+            raise _damaged(path, f"the header claims {length} bytes, the file has {size}")
+        return size, length, f.read(length)
+
+
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
+        for name in out:
+            if not is_text(name):  # safetensors refuses it, too, and no header could be written with it
+                raise CheckpointError("a name in the header is no Unicode text", where=path, tensor=name)
         if len(out) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
@@ -71,6 +84,8 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     def odd(found: str) -> CheckpointError:
         return CheckpointError(found, where=path, tensor=name, expected="dtype, shape and data_offsets")
 
+    if len(name) > LONGEST_NAME:
+        raise odd(f"a name of {len(name)} characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise odd("a malformed entry in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.checkpoint.header import ITEM_SIZE, read_header
 from lora_export.contracts import TensorInfo
+from lora_export.documents import Kind, check, walk
 from lora_export.errors import CheckpointError, InputError
 from lora_export.files import plain_name, read_json, refuse_outward_link
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Keys that make transformers import code which came with the model.
+LONGEST_NAME = 128  # characters, up to four bytes each, where most file systems end at 255 bytes
 CODE_KEYS = frozenset({"auto_map", "_attn_implementation_internal", "custom_pipelines", "trust_remote_code"})
+# What is read of a config.json, if it is there.
+_CONFIG: Kind = {"architectures?": (None, [str]), "quantization_config?": (None, dict)}
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
@@ -125,6 +129,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise InputError("this folder is an adapter, not a base model", where=folder, next_step="swap -b and -a")
     config = read_json(folder / "config.json")
     refuse_code(config, folder / "config.json")
+    check(config, _CONFIG, "the configuration", folder / "config.json")
     tensors, metadata = read_tensors(folder, SINGLE, INDEX)
     return Checkpoint(tensors, folder, config, metadata)
 
@@ -159,7 +164,7 @@ def _shards(folder: Path, single: str, index: Path) -> dict[str, set[str] | None
                 tensor=tensor,
                 expected="the plain name of a .safetensors file in the same folder",
             )
-        if not (folder / name).is_file():
+        if len(name) > LONGEST_NAME or not (folder / name).is_file():
             raise CheckpointError(
                 f"the index names the shard {name}, which is not there",
                 where=index,
@@ -207,20 +212,15 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 def refuse_code(config: Any, where: Path) -> None:
     """Refuse a config that would make transformers run code which came with the model, at any depth."""
-    if isinstance(config, dict):
-        for key in CODE_KEYS & set(config):
-            if config[key]:
+    for value in walk(config, where):
+        for key in CODE_KEYS & set(value) if isinstance(value, dict) else ():
+            if value[key]:
                 raise CheckpointError(
                     f"the key {key!r} makes transformers run code that came with the model",
                     where=where,
                     expected="a model that transformers itself implements",
                     next_step=f"remove {key!r} from the file if the model works without it",
                 )
-        for value in config.values():
-            refuse_code(value, where)
-    elif isinstance(config, list):
-        for value in config:
-            refuse_code(value, where)
 
 
 def item_size(dtype: str) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import TargetUpdate, Update
-from lora_export.errors import AdapterError
+from lora_export.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, 
     """Name in the loaded model → the tensors on disk that make it; empty where transformers knows no conversion."""
     try:
         model, conversions = _conversions(base)
-    except (ValueError, OSError, ImportError, AttributeError):
+    except (CheckpointError, ImportError, AttributeError):
         return {}
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 

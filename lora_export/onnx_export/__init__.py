@@ -3,11 +3,12 @@
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from lora_export import files
 from lora_export.checkpoint import refuse_code
-from lora_export.contracts import ExportResult, Precision, Progress
+from lora_export.contracts import ExportResult, ModelKind, Precision, Progress
+from lora_export.documents import Kind, check
 from lora_export.errors import CheckpointError, ExportError, InputError
 from lora_export.onnx_export.checks import check_model, count_nodes
 from lora_export.onnx_export.engines import architecture_of, choose
@@ -17,6 +18,7 @@ from lora_export.onnx_export.job import Job
 __all__ = ["check_model", "check_request", "compare", "export", "load_export", "model_file"]
 
 RECORD = "export.json"
+_RECORD: Kind = {"engine": str, "precision": str, "nodes": int, "seconds": float, "kind": str}
 
 
 def export(
@@ -73,25 +75,24 @@ def load_export(folder: Path) -> ExportResult:
             next_step="lora-export export -m MODEL -o OUT",
         )
     record = files.read_json(folder / RECORD)
-    try:
-        return ExportResult(
-            output=folder,
-            engine=str(record["engine"]),
-            precision=_precision(record["precision"]),
-            nodes=int(record["nodes"]),
-            seconds=float(record["seconds"]),
-            files=_sizes(folder),
-            kind="encoder" if record["kind"] == "encoder" else "decoder",
+    check(record, _RECORD, "the record of the export", folder / RECORD)
+    return ExportResult(
+        output=folder,
+        engine=record["engine"],
+        precision=_known(Precision, record["precision"], folder),
+        nodes=record["nodes"],
+        seconds=record["seconds"],
+        files=_sizes(folder),
+        kind=_known(ModelKind, record["kind"], folder),
+    )
+
+
+def _known(words: Any, found: str, folder: Path) -> Any:
+    if found not in get_args(words):
+        raise InputError(
+            f"the record of the export says {found!r}", where=folder / RECORD, expected=", ".join(get_args(words))
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"the record of the export is damaged: {error}", where=folder / RECORD) from None
-
-
-def _precision(name: str) -> Precision:
-    for known in get_args(Precision):
-        if name == known:
-            return cast("Precision", known)
-    raise ValueError(f"unknown precision {name!r}")
+    return found
 
 
 def check_request(config: Mapping[str, Any], precision: Precision, provider: str, engine: str | None) -> str:

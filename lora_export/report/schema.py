@@ -5,61 +5,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_export import documents
+from lora_export.documents import Kind
 from lora_export.errors import InputError
 from lora_export.files import read_json
 
 SCHEMA_VERSION = 1
 REPORT, SAMPLES, HTML, MARKDOWN = "report.json", "samples.json", "report.html", "report.md"
-STAGES = ("merge", "validate", "export", "benchmark")
-
-_Kind = type | tuple[type, ...]
-_NUMBER: _Kind = (int, float)
-_MAYBE_NUMBER: _Kind = (int, float, type(None))
-_MAYBE_TEXT: _Kind = (str, type(None))
-
-_TOP: dict[str, _Kind] = {
-    "schema_version": int,
-    "title": str,
-    "created": str,
-    "tool_version": str,
-    "status": str,
-    "options": dict,
-    "sources": dict,
-    **dict.fromkeys(STAGES, (dict, type(None))),
-}
-_STAGE_FIELDS: dict[str, dict[str, _Kind]] = {
-    "merge": {"tensors": dict, "adapter_tensors": dict, "records": list},
-    "validate": {"passed": bool, "checks": list, "samples": list, "kl_by_position": list},
-    "export": {"engine": str, "precision": str, "nodes": int, "files": dict},
-    "benchmark": {
-        "provider": str,
-        "provider_verified": bool,
-        "cells": list,
-        "verdict": str,
-        "notes": (list, tuple),
-    },
-}
-# (stage, list) → the fields of each entry
-_ENTRIES: dict[tuple[str, str], dict[str, _Kind]] = {
-    ("merge", "records"): {
-        "name": str,
-        "operation": str,
-        "relative_delta": _MAYBE_NUMBER,
-        "survival": _MAYBE_NUMBER,
-    },
-    ("validate", "checks"): {"name": str, "value": _MAYBE_NUMBER, "threshold": _MAYBE_NUMBER, "passed": bool},
-    ("validate", "samples"): {},
-    ("benchmark", "cells"): {
-        "batch": int,
-        "prompt": int,
-        "phase": str,
-        "cuda_graph": bool,
-        "verdict": str,
-        "merged_ms": _NUMBER,
-        **dict.fromkeys(("base_ms", "unmerged_ms", "ratio", "ci_low", "ci_high", "noise_floor"), _MAYBE_NUMBER),
-        **dict.fromkeys(("unmerged_ratio", "unmerged_ci_low", "unmerged_ci_high"), _MAYBE_NUMBER),
-    },
-}
+_NUMBER: Kind = (None, float)  # NaN and infinity are written as null
+_TEXT: Kind = (None, str)
+_RECORD: Kind = {
+    "name": str, "operation": str, "relative_delta": _NUMBER, "survival": _NUMBER, "kinds?": [str],
+}  # fmt: skip
+_BASE_CHECK: Kind = {"name": str, "outcome": str, "note": str}
+_MERGE: Kind = {
+    "tensors": {str: int}, "adapter_tensors": {"used?": int, "total?": int}, "records": [_RECORD],
+    "warnings?": (None, [str]), "base_checks?": (None, [_BASE_CHECK]),
+    "delta_survival?": _NUMBER, "dtype?": _TEXT, "base_weights?": _TEXT,
+    "seconds?": _NUMBER, "peak_rss_bytes?": _NUMBER,
+}  # fmt: skip
+_CHECK: Kind = {"name": str, "value": _NUMBER, "threshold": _NUMBER, "passed": bool, "note?": _TEXT}
+_VALIDATE: Kind = {
+    "passed": bool, "checks": [_CHECK], "samples": [dict], "kl_by_position": [_NUMBER],
+    "weight_errors?": (None, [str]),
+}  # fmt: skip
+_EXPORT: Kind = {"engine": str, "precision": str, "nodes": int, "files": {str: int}, "seconds?": _NUMBER}
+_CELL: Kind = {
+    "batch": int, "prompt": int, "phase": str, "cuda_graph": bool, "verdict": str,
+    "merged_ms": float, "pairs?": (None, int),
+    **dict.fromkeys(("base_ms", "unmerged_ms", "ratio", "ci_low", "ci_high", "noise_floor"), _NUMBER),
+    **dict.fromkeys(("unmerged_ratio", "unmerged_ci_low", "unmerged_ci_high"), _NUMBER),
+}  # fmt: skip
+_BENCHMARK: Kind = {
+    "provider": str, "provider_verified": bool, "cells": [_CELL], "verdict": str, "notes": [str],
+    "graph_identical?": (None, bool), "graph_differences?": (None, [str]), "noise_floor?": _NUMBER,
+    "seconds?": _NUMBER, "environment?": (None, {"margin?": _NUMBER}),
+}  # fmt: skip
+_REPORT: Kind = {
+    "schema_version": int, "title": str, "created": str, "tool_version": str, "status": str, "options": dict,
+    "sources": {"adapters?": (None, list)}, "merge": (None, _MERGE), "validate": (None, _VALIDATE),
+    "export": (None, _EXPORT), "benchmark": (None, _BENCHMARK),
+}  # fmt: skip
+_SAMPLES: Kind = {str: {str: [float]}}
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -83,12 +70,7 @@ def load_samples(folder: Path) -> dict[str, dict[str, list[float]]]:
     if not path.is_file():
         return {}
     cells = read_json(path)
-    for key, arms in cells.items():
-        good = isinstance(arms, dict) and all(
-            isinstance(times, list) and all(_is(t, _NUMBER) for t in times) for times in arms.values()
-        )
-        if not good:
-            raise InputError(f"the samples of {key!r} are damaged", where=path, expected="lists of milliseconds")
+    documents.check(cells, _SAMPLES, "the file of samples", path)
     return cells
 
 
@@ -102,30 +84,11 @@ def check(report: Mapping[str, Any], where: Path) -> None:
             expected=f"version {SCHEMA_VERSION}, which this lora-export writes and reads",
             next_step="use the lora-export that wrote it, or run again",
         )
-    _check_fields(report, _TOP, "the report", where)
+    for _ in documents.walk(report, where):
+        pass
+    documents.check(report, _REPORT, "the report", where)
     if report["status"] not in ("passed", "failed"):
         raise InputError(f"status is {report['status']!r}", where=where, expected="passed or failed")
-    for stage, fields in _STAGE_FIELDS.items():
-        if report[stage] is not None:
-            _check_fields(report[stage], fields, stage, where)
-    for (stage, name), fields in _ENTRIES.items():
-        for i, entry in enumerate((report[stage] or {}).get(name, [])):
-            _check_fields(entry, fields, f"{stage}.{name}[{i}]", where)
-
-
-def _check_fields(value: Any, fields: Mapping[str, _Kind], what: str, where: Path) -> None:
-    if not isinstance(value, Mapping):
-        raise InputError(f"{what} is damaged: no JSON object", where=where)
-    for name, kind in fields.items():
-        if name not in value:
-            raise InputError(f"{what} is damaged: {name} is missing", where=where)
-        if not _is(value[name], kind):
-            raise InputError(f"{what} is damaged: {name} is {type(value[name]).__name__}", where=where)
-
-
-def _is(value: Any, kind: _Kind) -> bool:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
 
 
 def finite(value: Any) -> Any:

@@ -1,0 +1,114 @@
+"""JSON that came from elsewhere, checked once at the door: nothing behind it asks again what kind a value is of."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_export.errors import InputError
+
+DEEPEST = 64  # levels; what walks a document by recursion must get to its ends
+# A kind of value. int, float, str, bool, dict, list: that type (a bool is no number; an int fits into 64 bits, a
+# float is finite, and may be written as 1); None: null; (a, b): one of these; [a]: a list of these; {str: a}: an
+# object of these, whatever they are called; {"x": a, "y?": b}: an object with a field x, maybe y, and maybe others.
+Kind = Any
+
+
+def check(value: Any, kind: Kind, what: str, where: str | Path) -> None:
+    """InputError, with the place in the document, unless `value` is of this kind. what: its name for people."""
+    misfit = _misfit(value, kind, "")
+    if misfit:
+        place, found, expected = misfit
+        raise InputError(
+            f"{what} is damaged: {f'{place} ' if place else ''}{found}", where=where, expected=_words(expected)
+        )
+
+
+def is_kind(value: Any, kind: Kind) -> bool:
+    return _misfit(value, kind, "") is None
+
+
+def walk(document: Any, where: str | Path) -> Iterator[Any]:
+    """Every value of a document, itself first. InputError if it is too deep, or if a text in it is no text."""
+    waiting = [(document, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise InputError(f"the JSON is nested in more than {DEEPEST} levels", where=where)
+        inner: list[Any] = []
+        if isinstance(value, dict):
+            inner = [*value, *value.values()]
+        elif isinstance(value, list):
+            inner = value
+        elif isinstance(value, str) and not is_text(value):
+            raise InputError(f"{value!r} is no Unicode text", where=where, expected="text without lone surrogates")
+        yield value
+        waiting += ((item, depth + 1) for item in inner)
+
+
+def is_text(value: str) -> bool:
+    r"""Whether it can be written as UTF-8: JSON can spell half a character ("\ud800"), which no file can hold."""
+    return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+Misfit = tuple[str, str, Kind]  # place, what is wrong there, the kind it should be of
+
+
+def _misfit(value: Any, kind: Kind, place: str) -> Misfit | None:
+    if isinstance(kind, tuple):
+        found = [_misfit(value, one, place) for one in kind]
+        # The alternative that got furthest says most.
+        return None if None in found else max((m for m in found if m), key=lambda m: len(m[0]) * (m[0] != place))
+    if isinstance(kind, (list, dict)):
+        if not isinstance(value, type(kind)):
+            return place, _is(value), kind
+        return next((m for m in _inner(value, kind, place) if m), None)
+    return None if _plain(value, kind) else (place, _is(value), kind)
+
+
+def _inner(value: Any, kind: Kind, place: str) -> Iterator[Misfit | None]:
+    if isinstance(kind, list):
+        yield from (_misfit(item, kind[0], f"{place}[{i}]") for i, item in enumerate(value))
+    for name, of in kind.items() if isinstance(kind, dict) else ():
+        if name is str:
+            yield from (_misfit(item, of, _joined(place, key)) for key, item in value.items())
+        elif name.removesuffix("?") in value:
+            yield _misfit(value[name.removesuffix("?")], of, _joined(place, name.removesuffix("?")))
+        elif not name.endswith("?"):
+            yield _joined(place, name), "is missing", of
+
+
+def _joined(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _plain(value: Any, kind: Kind) -> bool:
+    if kind is None:
+        return value is None
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is int:
+        return isinstance(value, int) and -(2**63) <= value < 2**63
+    if kind is float:
+        return _plain(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return isinstance(value, kind)
+
+
+def _is(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is {value}"
+    return "is too large" if isinstance(value, int) and abs(value) >= 2**63 else f"is {type(value).__name__}"
+
+
+_NAMES: dict[Any, str] = {
+    int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object",
+    list: "a list", None: "null",
+}  # fmt: skip
+
+
+def _words(kind: Kind) -> str:
+    if isinstance(kind, tuple):
+        return " or ".join(dict.fromkeys(map(_words, kind)))
+    if isinstance(kind, list):
+        return f"a list, each {_words(kind[0])}"
+    return "an object" if isinstance(kind, dict) else _NAMES[kind]
