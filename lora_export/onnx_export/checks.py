@@ -1,5 +1,6 @@
 """Checks of an ONNX file before any session sees it: a valid graph, and weights that stay in its folder."""
 
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -60,12 +61,16 @@ def _check_tensor(path: Path, tensor: "onnx.TensorProto") -> None:
     # a backslash or a colon is a folder or a drive on another system than this one
     if not files.plain_name(location):
         raise _refusal(path, tensor, f"external data at {location!r}", "a plain file name beside the model")
-    data = path.parent / location
-    if data.is_symlink():
+    try:
+        status = (path.parent / location).lstat()
+    except (OSError, ValueError):  # also a name that no file can have
+        raise _refusal(
+            path, tensor, f"external data in {location!r}, which is not there", "a regular file"
+        ) from None
+    if stat.S_ISLNK(status.st_mode):
         raise _refusal(path, tensor, f"external data in {location!r}, which is a symbolic link", "a file")
-    if not data.is_file():
-        raise _refusal(path, tensor, f"external data in {location!r}, which is not there", "a regular file")
-    status = data.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise _refusal(path, tensor, f"external data in {location!r}, which is no file", "a regular file")
     if status.st_nlink > 1:
         raise _refusal(path, tensor, f"external data in {location!r}, which is a hard link", "a file of its own")
     offset = _number(path, tensor, entries, "offset", 0)
@@ -83,6 +88,8 @@ def _entries(path: Path, tensor: "onnx.TensorProto") -> dict[str, str]:
     """The external_data entries; a key given twice could be read one way here and another way elsewhere."""
     entries: dict[str, str] = {}
     for entry in tensor.external_data:
+        if not (isinstance(entry.key, str) and isinstance(entry.value, str)):  # protobuf hands over bytes then
+            raise _refusal(path, tensor, f"external data has {entry.key!r}: {entry.value!r}", "UTF-8")
         if entry.key in entries:
             raise _refusal(path, tensor, f"external data gives {entry.key!r} twice", "each key once")
         if entry.key not in _KNOWN_KEYS:
@@ -106,7 +113,7 @@ def _refusal(path: Path, tensor: "onnx.TensorProto", found: str, expected: str) 
     return ExportError(
         found,
         where=path,
-        tensor=tensor.name or "(unnamed)",
+        tensor=str(tensor.name) or "(unnamed)",
         expected=expected,
         next_step="export the model again with lora-export export; do not run this one",
     )

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import CheckpointError
+from lora_export.quantization.packed import part
 
 if TYPE_CHECKING:
     import torch
 
 STATE = ".quant_state.bitsandbytes__"
+LARGEST_STATE = 2**16  # bytes; bitsandbytes writes about 200
+FLOATS = ("F32", "F16", "BF16")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -102,9 +105,6 @@ def _parse(source: TensorSource, state_name: str) -> Bnb4Weight:
     parts = [weight, f"{weight}.absmax", f"{weight}.quant_map", state_name]
     if "nested_blocksize" in state:
         parts += [f"{weight}.nested_absmax", f"{weight}.nested_quant_map"]
-    for part in parts:
-        if part not in source.tensors:
-            raise _odd(info, f"the tensor {part} is missing")
     if state.get("quant_type") != kind or kind not in ("nf4", "fp4"):
         raise _odd(info, f"quant_type {state.get('quant_type')!r} in a state named {kind!r}")
     shape = tuple(state["shape"])
@@ -119,33 +119,42 @@ def _check_sizes(
     source: TensorSource, weight: str, info: TensorInfo, state: Mapping[str, Any], elements: int
 ) -> None:
     blocks = -(-elements // state["blocksize"])
-    sizes = {"absmax": blocks, "quant_map": 16}
-    if "nested_blocksize" in state:
-        sizes |= {"nested_absmax": -(-blocks // state["nested_blocksize"]), "nested_quant_map": 256}
-    for part, size in sizes.items():
-        found = math.prod(source.tensors[f"{weight}.{part}"].shape)
-        if found != size:
-            raise _odd(info, f"{part} has {found} values, {size} are needed")
+    nested = "nested_blocksize" in state
+    sizes = {"absmax": (blocks, ("U8",) if nested else FLOATS), "quant_map": (16, FLOATS)}
+    if nested:
+        outer = -(-blocks // state["nested_blocksize"])
+        sizes |= {"nested_absmax": (outer, FLOATS), "nested_quant_map": (256, FLOATS)}
+    for name, (size, dtypes) in sizes.items():
+        found = part(source, weight, f"{weight}.{name}", dtypes, None)
+        if math.prod(found.shape) != size:
+            raise _odd(info, f"{name} has {math.prod(found.shape)} values, {size} are needed")
 
 
 def _state(source: TensorSource, name: str, info: TensorInfo) -> dict[str, Any]:
+    stored = source.tensors[name]
+    if stored.dtype != "U8" or stored.nbytes > LARGEST_STATE:
+        raise _odd(info, f"the quantization state is {stored.nbytes} bytes of type {stored.dtype}")
     try:
-        state: dict[str, Any] = json.loads(bytes(source.read(name).tolist()))
-    except ValueError as error:
+        state: dict[str, Any] = json.loads(source.read(name).numpy().tobytes())
+    except (ValueError, RecursionError) as error:
         raise _odd(info, f"the quantization state is not JSON ({error})") from None
     sizes = [state.get("blocksize")] if isinstance(state, dict) else [None]
     if isinstance(state, dict) and "nested_blocksize" in state:
         sizes.append(state["nested_blocksize"])
         if not isinstance(state.get("nested_offset"), float) or not math.isfinite(state["nested_offset"]):
             raise _odd(info, "the quantization state has no finite nested_offset")
-    if not all(isinstance(n, int) and n > 0 for n in sizes):
+    if not all(map(_positive, sizes)):
         raise _odd(info, "the quantization state has no sound blocksize")
     shape, dtype = state.get("shape"), state.get("dtype")
-    if not isinstance(shape, list) or not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+    if not isinstance(shape, list) or not shape or not all(map(_positive, shape)):
         raise _odd(info, f"the quantization state has the shape {shape!r}")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise _odd(info, f"the quantization state has the dtype {dtype!r}")
     return state
+
+
+def _positive(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and 0 < n < 2**63
 
 
 def _odd(info: TensorInfo, found: str) -> CheckpointError:

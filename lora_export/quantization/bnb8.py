@@ -1,5 +1,6 @@
 """bitsandbytes 8-bit weights (LLM.int8) as they lie on disk: X.weight int8 (out, in), X.SCB fp32 (out,)."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,11 +60,16 @@ def find(source: TensorSource, dtype: str) -> list[Bnb8Weight]:
 
 
 def _check_layout(source: TensorSource, name: str) -> None:
-    value = int(source.read(name).reshape(-1)[0])
+    info = source.tensors[name]
+    if math.prod(info.shape) != 1 or info.dtype not in ("U8", "I8", "I32", "I64"):
+        raise CheckpointError(
+            f"the shape is {list(info.shape)}, the type {info.dtype}", where=info.file, tensor=name, expected="0"
+        )
+    value = int(source.read(name))
     if value != 0:
         raise CheckpointError(
             f"weight_format is {value}: a layout of tiles for one kind of GPU",
-            where=source.tensors[name].file,
+            where=info.file,
             tensor=name,
             expected="0 (row by row)",
             next_step="load the model with a current bitsandbytes and save it again",

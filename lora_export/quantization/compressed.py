@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorSource
+from lora_export.documents import Kind, check
 from lora_export.errors import CheckpointError
-from lora_export.quantization.packed import expect, part, unpack
-from lora_export.quantization.scaled import SCALES, ScaledRows, ScaledWeight, scaled_weight
+from lora_export.quantization.packed import check_groups, expect, part, unpack
+from lora_export.quantization.scaled import SCALES, Block, ScaledRows, ScaledWeight, block_of, scaled_weight
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 FORMATS = ("pack-quantized", *PLAIN, "dense")
 BITS = (4, 8)
+_GROUP: Kind = {"format?": (None, str), "weights?": (None, {"block_structure?": (None, str, [int])})}
+_SETTINGS: Kind = {
+    "format?": (None, str),
+    "config_groups?": (None, {str: _GROUP}),
+    "sparsity_config?": (None, {"format?": (None, str)}),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class PackedWeight:
         groups = torch.arange(self.shape[1]) // -(-self.shape[1] // scale.shape[1])
         if f"{self.weight}_g_idx" in self.parts:
             groups = source.read(f"{self.weight}_g_idx").long()
+            check_groups(groups, scale.shape[1], source.tensors[f"{self.weight}_g_idx"])
         zero = None
         if f"{self.weight}_zero_point" in self.parts:
             zero = source.read(f"{self.weight}_zero_point")
@@ -67,9 +75,10 @@ class PackedWeight:
 
 def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[PackedWeight | ScaledWeight]:
     """Every compressed weight of a checkpoint, checked by headers; dtype: what the model computes in."""
+    check(settings, _SETTINGS, "quantization_config", "config.json")
     groups = settings.get("config_groups") or {}
     formats = {settings.get("format"), *(g.get("format") for g in groups.values())} - {None, "mixed-precision"}
-    if not formats <= set(FORMATS) or settings.get("sparsity_config", {}).get("format", "dense") != "dense":
+    if not formats <= set(FORMATS) or (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
         raise CheckpointError(
             f"compressed-tensors of the format {', '.join(sorted(map(str, formats)))}"
             + (" with sparsity" if settings.get("sparsity_config") else ""),
@@ -89,7 +98,8 @@ def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[
 def _packed(source: TensorSource, weight: str, dtype: str) -> PackedWeight:
     packed = part(source, weight, f"{weight}_packed", ("I32",))
     scale = part(source, weight, f"{weight}_scale", SCALES)
-    size = part(source, weight, f"{weight}_shape", ("I64", "I32"))
+    size = part(source, weight, f"{weight}_shape", ("I64", "I32"), 1)
+    expect(size, (2,))
     rows, columns = (int(n) for n in source.read(size.name).tolist())
     bits = next((b for b in BITS if packed.shape == (rows, -(-columns * b // 32))), None)
     if bits is None:
@@ -99,7 +109,7 @@ def _packed(source: TensorSource, weight: str, dtype: str) -> PackedWeight:
             tensor=packed.name,
             expected="4 or 8 bits for each element",
         )
-    if len(scale.shape) != 2 or scale.shape[0] != rows or columns % scale.shape[1]:
+    if 0 in packed.shape or 0 in scale.shape or scale.shape[0] != rows or columns % scale.shape[1]:
         raise CheckpointError(
             f"scales of shape {list(scale.shape)}",
             where=scale.file,
@@ -112,7 +122,7 @@ def _packed(source: TensorSource, weight: str, dtype: str) -> PackedWeight:
         expect(zero, (-(-rows * bits // 32) if zero.dtype == "I32" else rows, scale.shape[1]))
         parts.append(zero.name)
     if f"{weight}_g_idx" in source.tensors:
-        order = part(source, weight, f"{weight}_g_idx", ("I32", "I64"))
+        order = part(source, weight, f"{weight}_g_idx", ("I32", "I64"), 1)
         expect(order, (columns,))
         parts.append(order.name)
     return PackedWeight(weight, tuple(parts), (rows, columns), dtype, bits)
@@ -122,22 +132,19 @@ def _plain(source: TensorSource, weight: str, groups: Mapping[str, Any], dtype: 
     """int8 or fp8; how many elements share a scale is told by the shape of the scales, and by a block_structure."""
     codes, scale = source.tensors[weight], source.tensors[f"{weight}_scale"]
     zero = f"{weight}_zero_point"
-    blocks = [g.get("weights", {}).get("block_structure") for g in groups.values() if g.get("weights")]
-    block: tuple[int | None, int | None] = (None, None)
+    blocks = [block_of((g.get("weights") or {}).get("block_structure")) for g in groups.values()]
+    block: Block = (None, None)
     if len(codes.shape) == 2 and len(scale.shape) == 2 and scale.shape != (1, 1):
         structure = next((b for b in blocks if b and _fits(codes.shape, scale.shape, b)), None)
-        if structure:
-            block = (int(structure[0]), int(structure[1]))
-        else:
-            block = (1, None if scale.shape[1] == 1 else codes.shape[1] // scale.shape[1])
+        block = structure or (1, None if scale.shape[1] <= 1 else codes.shape[1] // scale.shape[1])
     elif len(scale.shape) == 1 and scale.shape != (1,):
         block = (1, None)
     used = zero if zero in source.tensors else None
     return scaled_weight(source, weight, scale.name, used, dtype, ("I8", "F8_E4M3"), block)
 
 
-def _fits(weight: tuple[int, ...], scale: tuple[int, ...], block: Any) -> bool:
-    return isinstance(block, list) and scale == tuple(-(-n // int(b)) for n, b in zip(weight, block, strict=True))
+def _fits(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]) -> bool:
+    return scale == tuple(-(-n // b) for n, b in zip(weight, block, strict=True))
 
 
 __all__ = ["PackedRows", "PackedWeight", "ScaledRows", "find"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
-from lora_export.quantization.packed import expect, groups_of, part, unpack
+from lora_export.quantization.packed import check_groups, expect, groups_of, part, unpack
 
 if TYPE_CHECKING:
     import torch
@@ -58,15 +58,10 @@ class GptqWeight:
             zeros = (zeros + 1) & mask
         inputs = torch.arange(self.shape[1])
         groups = inputs // (self.shape[1] if self.group_size == -1 else self.group_size)
+        scales = source.read(f"{module}.scales").float()
         if f"{module}.g_idx" in self.parts:
             groups = source.read(f"{module}.g_idx").long()
-        scales = source.read(f"{module}.scales").float()
-        if bool(((groups < 0) | (groups >= len(scales))).any()):
-            raise CheckpointError(
-                f"an input belongs to a group beyond the {len(scales)} there are",
-                where=source.tensors[f"{module}.g_idx"].file,
-                tensor=f"{module}.g_idx",
-            )
+            check_groups(groups, len(scales), source.tensors[f"{module}.g_idx"])
         return GroupedRows(source.read(f"{module}.qweight"), self.bits, zeros.float(), scales, groups)
 
 
@@ -99,7 +94,7 @@ def _weight(
     words, outputs = packed.shape
     inputs, parts = words * 32 // bits, [packed.name, scales.name, zeros.name]
     if f"{module}.g_idx" in source.tensors:
-        order = part(source, weight, f"{module}.g_idx", ("I32", "I64"))
+        order = part(source, weight, f"{module}.g_idx", ("I32", "I64"), 1)
         expect(order, (inputs,))
         parts.append(order.name)
     groups = groups_of(inputs, group_size)

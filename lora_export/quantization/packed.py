@@ -23,8 +23,13 @@ def unpack(words: "torch.Tensor", bits: int, order: Sequence[int] | None = None)
     return values.reshape(*words.shape[:-1], words.shape[-1] * count)
 
 
-def part(source: TensorSource, weight: str, name: str, dtypes: Sequence[str]) -> TensorInfo:
-    """The header of a tensor that a quantized weight needs; CheckpointError if it is missing or of another type."""
+def part(
+    source: TensorSource, weight: str, name: str, dtypes: Sequence[str], dimensions: int | None = 2
+) -> TensorInfo:
+    """The header of a tensor that a quantized weight needs; CheckpointError if it is missing or of another type.
+
+    dimensions: how many it has, None for any number.
+    """
     info = source.tensors.get(name)
     if info is None:
         owner = next(t for n, t in source.tensors.items() if n.startswith(weight.removesuffix("weight")))
@@ -38,6 +43,10 @@ def part(source: TensorSource, weight: str, name: str, dtypes: Sequence[str]) ->
         raise CheckpointError(
             f"the type is {info.dtype}", where=info.file, tensor=name, expected=" or ".join(dtypes)
         )
+    if dimensions is not None and len(info.shape) != dimensions:
+        raise CheckpointError(
+            f"the shape is {list(info.shape)}", where=info.file, tensor=name, expected=f"{dimensions} dimensions"
+        )
     return info
 
 
@@ -46,6 +55,14 @@ def expect(info: TensorInfo, shape: Sequence[int]) -> None:
     if info.shape != tuple(shape):
         raise CheckpointError(
             f"the shape is {list(info.shape)}", where=info.file, tensor=info.name, expected=str(list(shape))
+        )
+
+
+def check_groups(groups: "torch.Tensor", count: int, info: TensorInfo) -> None:
+    """Refuse an input that belongs to a group which is not there. groups: the values of the tensor `info`."""
+    if bool(((groups < 0) | (groups >= count)).any()):
+        raise CheckpointError(
+            f"an input belongs to a group beyond the {count} there are", where=info.file, tensor=info.name
         )
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorInfo, TensorSource
+from lora_export.documents import check
 from lora_export.errors import CheckpointError
 from lora_export.quantization.packed import part
 
 if TYPE_CHECKING:
     import torch
 
+Block = tuple[int | None, int | None]  # rows and columns that share a scale; None for all of them
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
@@ -62,12 +64,25 @@ class ScaledWeight:
 
 def find_fp8(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[ScaledWeight]:
     """Every weight with a `weight_scale_inv`; dtype: what the model computes in, from its config."""
-    block = settings.get("weight_block_size") or (None, None)
+    check(settings, {"weight_block_size?": (None, [int])}, "quantization_config", "config.json")
+    size = settings.get("weight_block_size")
+    block: Block = block_of(size) or (None, None)
+    if size and block == (None, None):
+        raise CheckpointError(
+            f"weight_block_size is {size!r}", where="config.json", expected="the height and width of a block"
+        )
     found = []
     for name in [n for n in source.tensors if n.endswith(".weight_scale_inv")]:
         weight = name.removesuffix("_scale_inv")
-        found.append(scaled_weight(source, weight, name, None, dtype, ("F8_E4M3",), (block[0], block[1])))
+        found.append(scaled_weight(source, weight, name, None, dtype, ("F8_E4M3",), block))
     return found
+
+
+def block_of(value: Any) -> tuple[int, int] | None:
+    """[height, width] of a configuration; None for anything else, such as a text."""
+    if isinstance(value, list) and len(value) == 2 and all(n > 0 for n in value):
+        return value[0], value[1]
+    return None
 
 
 def scaled_weight(
@@ -77,12 +92,10 @@ def scaled_weight(
     zero: str | None,
     dtype: str,
     types: tuple[str, ...],
-    block: tuple[int | None, int | None],
+    block: Block,
 ) -> ScaledWeight:
     """A weight and its scales, checked by headers. block: None where one scale holds for the whole dimension."""
-    codes, scales = part(source, weight, weight, types), part(source, weight, scale, SCALES)
-    if len(codes.shape) != 2:
-        raise _odd(codes, f"a quantized weight of shape {list(codes.shape)}", "two dimensions")
+    codes, scales = part(source, weight, weight, types), part(source, weight, scale, SCALES, None)
     height, width = (n if b is None else b for n, b in zip(codes.shape, block, strict=True))
     if not all(isinstance(n, int) and n > 0 for n in (height, width)):
         raise _odd(codes, f"blocks of {block}", "two positive numbers")
