@@ -46,8 +46,8 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str], scaling: float, 
         raise file.refuse(
             f"{missing[0]} of this module is missing", tensor=name, expected="lora_A, lora_B and lora_E"
         )
-    a, b, e = (file.tensors[keys[p]].shape for p in _PARTS)
-    if not (len(a) == len(b) == 2 and a[0] == b[1] == e[0] == rank and e[1:] == (1,)):
+    a, b, e = (file.shape(keys[p], 2) for p in _PARTS)
+    if not (a[0] == b[1] == rank and e == (rank, 1)):
         raise file.refuse(
             f"A {list(a)}, B {list(b)} and E {list(e)} do not have the configured rank {rank}",
             tensor=name,

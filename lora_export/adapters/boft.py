@@ -111,7 +111,7 @@ def _check_factors(file: AdapterFile, key: str, configured: int) -> None:
         raise file.refuse(
             f"{blocks} blocks of {size}×{size} cannot be interleaved {factors - 1} times",
             tensor=key,
-            expected=f"blocks of an even size, their number a multiple of {2 ** (factors - 1)}",
+            expected=f"blocks of an even size, their number a multiple of 2^{factors - 1}",
         )
 
 

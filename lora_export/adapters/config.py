@@ -7,8 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
+from lora_export.documents import Kind, check, is_kind
 from lora_export.errors import AdapterError
 
+# What is read of a configuration without a question of its own.
+_FIELDS: Kind = {
+    "peft_type?": (None, str),
+    "swift_type?": (None, str),
+    "peft_version?": (None, str),
+    "base_model_name_or_path?": (None, str),
+    "modules_to_save?": (None, [str]),
+    "target_parameters?": (None, [str]),
+    "lora_B_layout?": (None, str),
+}
+LARGEST = 1e30  # of an alpha: the arithmetic is fp32, and the factor is multiplied with two matrices
+LONGEST_EXPRESSION = 1000  # characters
+PATIENCE = 1.0  # seconds for one name; (a+)+b would take longer than the universe
 # What changes the result in a way that no weight can hold, or that is not computed here: key → why, what helps.
 _REFUSALS: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": (
@@ -66,9 +82,39 @@ class LoraConfig:
 def match_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first key, in the file's order, that matches the end of the module's name."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if matches(rf"(.*\.)?({key})", module):
             return value
     return default
+
+
+def matches(expression: str, name: str) -> bool:
+    """Whether the regular expression of an adapter matches a whole name. AdapterError if that takes long."""
+    try:
+        return regex.fullmatch(expression, name, timeout=PATIENCE) is not None
+    except TimeoutError:
+        raise AdapterError(
+            f"the regular expression {expression!r} takes more than {PATIENCE:g} s for one name",
+            tensor=name,
+            expected="one without repeats inside of repeats",
+        ) from None
+
+
+def check_expression(expression: str, what: str, where: Path) -> None:
+    """Refuse what is no regular expression, or one so large that to compile it would fill the memory."""
+    reason = None
+    try:
+        re.compile(f"({expression})")
+    except (re.error, RecursionError, OverflowError) as error:
+        reason = str(error)
+    if len(expression) > LONGEST_EXPRESSION or re.search(r"\{\d*,?\d{4}", expression):
+        reason = "it is too large"
+    if reason:
+        raise AdapterError(f"{what} {expression!r}: {reason}", where=where, expected="a regular expression")
+
+
+def check_config(config: Mapping[str, Any], where: Path) -> None:
+    """InputError unless every field that is read is of its kind."""
+    check(config, _FIELDS, "the configuration", where)
 
 
 def parse_lora(config: Mapping[str, Any], where: Path) -> LoraConfig:
@@ -79,8 +125,8 @@ def parse_lora(config: Mapping[str, Any], where: Path) -> LoraConfig:
         r=whole(config, "r", where),
         alpha=number(config, "lora_alpha", where),
         use_rslora=bool(config.get("use_rslora")),
-        rank_pattern=pattern(config, "rank_pattern", where),
-        alpha_pattern=pattern(config, "alpha_pattern", where),
+        rank_pattern=pattern(config, "rank_pattern", where, int),
+        alpha_pattern=pattern(config, "alpha_pattern", where, float),
         residual=_residual(config.get("init_lora_weights", True), where),
         where=where,
     )
@@ -121,32 +167,30 @@ def _refuse_trainers(config: Mapping[str, Any], where: Path) -> None:
 
 def whole(config: Mapping[str, Any], key: str, where: Path) -> int:
     """A positive whole number of the configuration."""
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    value: Any = config.get(key)
+    if not is_kind(value, int) or value < 1:
         raise AdapterError(f"{key} is {value!r}", where=where, expected="a positive whole number")
-    return value
+    return int(value)
 
 
 def number(config: Mapping[str, Any], key: str, where: Path) -> float:
     """A finite number of the configuration."""
-    value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    value: Any = config.get(key)
+    if not is_kind(value, float) or abs(value) > LARGEST:
         raise AdapterError(f"{key} is {value!r}", where=where, expected="a number")
     return float(value)
 
 
-def pattern(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
-    """rank_pattern or alpha_pattern: regular expression → positive number."""
+def pattern(config: Mapping[str, Any], key: str, where: Path, kind: type[int] | type[float]) -> dict[str, Any]:
+    """rank_pattern or alpha_pattern: regular expression → positive number of a kind."""
     value = config.get(key) or {}
     if not isinstance(value, dict):
         raise AdapterError(f"{key} is {value!r}", where=where, expected="a map from module to number")
     for name, size in value.items():
-        try:
-            re.compile(name)
-        except re.error as error:
-            raise AdapterError(f"{key} has the key {name!r}: {error}", where=where) from None
-        if not isinstance(size, int | float) or isinstance(size, bool) or not size > 0:
-            raise AdapterError(f"{key} gives {name!r} the value {size!r}", where=where, expected="> 0")
+        check_expression(name, f"{key} has the key", where)
+        if not is_kind(size, kind) or not 0 < size <= LARGEST:
+            words = "a positive whole number" if kind is int else "a positive number"
+            raise AdapterError(f"{key} gives {name!r} the value {size!r}", where=where, expected=words)
     return value
 
 

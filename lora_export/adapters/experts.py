@@ -121,7 +121,7 @@ def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]
             f"{config.residual} on fused experts", tensor=target, expected="an adapter converted to plain LoRA"
         )
     a, b = (file.tensors[keys[p]].shape for p in _PARTS)
-    rank = int(match_pattern(config.rank_pattern, target, config.r))
+    rank = match_pattern(config.rank_pattern, target, config.r)
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % rank:
         raise file.refuse(
             f"A {list(a)} and B {list(b)} are not of rank {rank} for each expert",
@@ -213,11 +213,11 @@ def _square_is_in_out(file: AdapterFile) -> bool:
 
 def _peft_version(file: AdapterFile) -> tuple[int, ...]:
     """(major, minor); (0, 0) for the versions before 0.18, which did not write it."""
-    from packaging.version import InvalidVersion, Version
+    from packaging.version import Version
 
     try:
         return Version(str(file.config.get("peft_version") or "0").partition("@")[0]).release[:2]
-    except InvalidVersion:
+    except ValueError:
         raise file.refuse(
             f"peft_version is {file.config.get('peft_version')!r}",
             expected="a version: it decides how square expert weights are stored",

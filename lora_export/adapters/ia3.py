@@ -1,10 +1,10 @@
 """(IA)³ (arXiv:2205.05638, §3.3): a learned vector scales outputs, or the inputs of feed-forward layers."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_export.adapters.config import check_expression, matches
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
@@ -74,7 +74,8 @@ def _is_feedforward(file: AdapterFile, module: str) -> bool:
     """PEFT's rule: a regular expression that matches the whole name, or one of the endings in a list."""
     named = file.config.get("feedforward_modules")
     if isinstance(named, str):
-        return re.fullmatch(named, module) is not None
+        check_expression(named, "feedforward_modules is", file.where)
+        return matches(named, module)
     if not isinstance(named, list):
         raise file.refuse(
             f"feedforward_modules is {named!r}",

@@ -89,6 +89,13 @@ class AdapterFile:
             )
         return value
 
+    def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
+        """The shape of a tensor, which is refused unless it has so many dimensions."""
+        shape = self.tensors[key].shape
+        if len(shape) != dimensions:
+            raise self.refuse(f"the shape is {list(shape)}", tensor=key, expected=f"{dimensions} dimensions")
+        return shape
+
     def refuse(self, found: str, *, tensor: str | None = None, expected: str, next_step: str = "") -> AdapterError:
         """The error for something in this adapter; it is for the caller to raise."""
         if tensor is not None and tensor in self.tensors:

@@ -41,6 +41,14 @@ def _update(parts: Parts) -> TargetUpdate:
     cores = _CORES[0] in parts.keys
     for part in _PLAIN:
         parts.check(part, 0 if cores or part.endswith("_b") else 1)
+    for part in parts.keys:
+        other = part.replace("1", "2")
+        if parts.shape(part) != parts.shape(other):
+            raise parts.file.refuse(
+                f"{part} has the shape {list(parts.shape(part))}, {other} has {list(parts.shape(other))}",
+                tensor=parts.keys[part],
+                expected="two products of the same shape",
+            )
     outputs = parts.shape("hada_w1_a")[1 if cores else 0]
     rest = parts.shape("hada_w1_b")[1]
     if cores:

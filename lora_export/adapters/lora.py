@@ -226,6 +226,8 @@ def _update(module: Module) -> TargetUpdate:
 
 def _bias(file: AdapterFile, config: LoraConfig, name: str, keys: dict[str, str]) -> TargetUpdate:
     key = keys[LORA_BIAS]
+    if "lora_B" not in keys:
+        raise file.refuse("a trained bias of lora_B without lora_B", tensor=key, expected="lora_A and lora_B")
     scaling = file.weight * config.scaling(name, file.tensors[keys["lora_B"]].shape[1])
 
     def load(shape: tuple[int, ...]) -> BiasUpdate:

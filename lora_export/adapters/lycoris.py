@@ -44,10 +44,28 @@ def read_parts(file: AdapterFile, markers: tuple[str, ...], sets: tuple[frozense
                 next_step="save the adapter again: model.save_pretrained(DIR)",
             )
         rank = match_pattern(
-            pattern(file.config, "rank_pattern", file.where), module, whole(file.config, "r", file.where)
+            pattern(file.config, "rank_pattern", file.where, int), module, whole(file.config, "r", file.where)
         )
         alpha = match_pattern(
-            pattern(file.config, "alpha_pattern", file.where), module, number(file.config, "alpha", file.where)
+            pattern(file.config, "alpha_pattern", file.where, float),
+            module,
+            number(file.config, "alpha", file.where),
         )
-        found.append(Parts(file, module, keys, int(rank), file.weight * float(alpha) / rank))
+        parts = Parts(file, module, keys, rank, file.weight * float(alpha) / rank)
+        for part in keys:
+            _check_dimensions(parts, part)
+        found.append(parts)
     return found
+
+
+def _check_dimensions(parts: Parts, part: str) -> None:
+    """Matrices have two; the core (r, r, kernel…) of a Tucker product and a factor that is whole may have more."""
+    shape, core = parts.shape(part), "_t" in part
+    whole_factor = part == "lokr_w2"
+    good = len(shape) > 2 and shape[:2] == (parts.rank, parts.rank) if core else len(shape) == 2
+    if not good and not (whole_factor and len(shape) > 2):
+        raise parts.file.refuse(
+            f"{part} has the shape {list(shape)}, the configured rank is {parts.rank}",
+            tensor=parts.keys[part],
+            expected="(r, r, kernel…)" if core else "a matrix",
+        )

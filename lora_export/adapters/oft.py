@@ -157,12 +157,12 @@ def _rotations(file: AdapterFile) -> Rotations:
 
 
 def _refuse_old_series(file: AdapterFile) -> None:
-    from packaging.version import InvalidVersion, Version
+    from packaging.version import Version
 
     saved = file.config.get("peft_version")
     try:
         version = Version(str(saved or "0").partition("@")[0])
-    except InvalidVersion:
+    except ValueError:
         raise file.refuse(
             f"peft_version is {saved!r}", expected="a version such as 0.21.2: the Cayley-Neumann series follows it"
         ) from None

@@ -18,6 +18,7 @@ from lora_export.adapters import (
     tokens,
     vera,
 )
+from lora_export.adapters.config import check_config
 from lora_export.adapters.kind import AdapterFile, Kind
 from lora_export.adapters.spelling import respelled
 from lora_export.contracts import Adapter, TargetUpdate
@@ -44,6 +45,7 @@ _NEVER = {
 
 def read_adapter(file: AdapterFile) -> Adapter:
     """Every tensor of the adapter as part of exactly one update; AdapterError for what cannot be merged."""
+    check_config(file.config, file.where)
     file = respelled(file)
     kind = _peft_type(file)
     if kind in _NEVER:
@@ -63,7 +65,7 @@ def read_adapter(file: AdapterFile) -> Adapter:
         )
     if not file.tensors:
         raise file.refuse("the adapter holds no tensors", expected="trained matrices")
-    _refuse_empty(file)
+    _refuse_empty(file, kind)
     updates = [u for k in (*KINDS, tokens) if kind in k.PEFT_TYPES or k is tokens for u in k.read(file)]
     if not updates:
         raise file.refuse(
@@ -86,12 +88,16 @@ def _peft_type(file: AdapterFile) -> str:
     return str(named)
 
 
-def _refuse_empty(file: AdapterFile) -> None:
-    """ZeRO-3 leaves each process with a part; saved ungathered, a tensor is there and holds nothing."""
+def _refuse_empty(file: AdapterFile, kind: str) -> None:
+    """ZeRO-3 leaves each process with a part; saved ungathered, a tensor is there and holds nothing.
+
+    AdaLoRA may prune a module to rank 0. Elsewhere a size of 0 would let the others claim anything.
+    """
     for name, info in file.tensors.items():
-        if info.shape == (0,):
+        if info.shape == (0,) or (0 in info.shape and kind != "ADALORA"):
             raise file.refuse(
-                "the tensor is empty: saved under ZeRO-3 without gathering the parameters",
+                f"the tensor is empty, its shape {list(info.shape)}: saved under ZeRO-3 without gathering the "
+                "parameters?",
                 tensor=name,
                 expected="trained values",
                 next_step="python zero_to_fp32.py CHECKPOINT OUT, or save with "

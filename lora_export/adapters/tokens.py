@@ -51,7 +51,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
 
 def _update(file: AdapterFile, name: str, key: str) -> TargetUpdate:
     indices = _indices(file, name)
-    count, width = file.tensors[key].shape
+    count, width = file.shape(key, 2)
     if len(indices) != count:
         raise file.refuse(
             f"{count} trained rows, but the configuration names {len(indices)} tokens",

@@ -15,8 +15,8 @@ Shape = tuple[int, ...]
 
 # experts.3.gate_proj.weight; Unsloth's gpt-oss in 4 bits has experts.gate_up_projs.3.weight
 _NAMES = (
-    re.compile(r"(?P<owner>(?:.+\.)?experts)\.(?P<expert>\d+)\.(?P<part>\w+)\.weight"),
-    re.compile(r"(?P<owner>(?:.+\.)?experts)\.(?P<part>gate_up_proj|down_proj)s\.(?P<expert>\d+)\.weight"),
+    re.compile(r"(?P<owner>(?:.+\.)?experts)\.(?P<expert>\d{1,6})\.(?P<part>\w+)\.weight"),
+    re.compile(r"(?P<owner>(?:.+\.)?experts)\.(?P<part>gate_up_proj|down_proj)s\.(?P<expert>\d{1,6})\.weight"),
 )
 _OTHER_NAME = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _OTHER_NAME |= {v: k for k, v in _OTHER_NAME.items()}

@@ -8,7 +8,8 @@ from lora_export.contracts import Adapter
 from lora_export.errors import AdapterError
 
 # Where PEFT looks for the layers: model.layers, bert.encoder.layer, transformer.h, with or without a head.
-_LAYER = re.compile(r"^((?:model\.|bert\.|transformer\.)*(?:layers|encoder\.layer|h)\.)(\d+)(\..+)$")
+_LAYER = re.compile(r"^((?:model\.|bert\.|transformer\.)*(?:layers|encoder\.layer|h)\.)(\d{1,6})(\..+)$")
+MOST_LAYERS = 10_000  # [[0, 1000000000]] would fill the memory before anyone sees what the base has
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -28,6 +29,9 @@ def layer_order(adapters: Sequence[Adapter]) -> list[int] | None:
         raise AdapterError(
             f"layer_replication is {ranges!r}", where=adapters[0].folder, expected="pairs such as [[0, 4], [2, 5]]"
         )
+    count = sum(end - start for start, end in ranges)
+    if count > MOST_LAYERS:
+        raise AdapterError(f"layer_replication makes {count} layers", where=adapters[0].folder, expected="fewer")
     return [i for start, end in ranges for i in range(start, end)]
 
 
@@ -50,9 +54,10 @@ def replicated_names(names: Iterable[str], order: Sequence[int], where: str) -> 
             result[name] = name
         else:
             layers.setdefault(int(match[2]), []).append((match[1], match[3]))
-    if max(order) not in layers:
+    missing = set(order) - layers.keys()
+    if missing:
         raise AdapterError(
-            f"layer_replication names the layer {max(order)}, the base has {len(layers)}",
+            f"layer_replication names the layer {max(missing)}, the base has {len(layers)}",
             where=where,
             expected="the base that the adapter was trained on",
         )
@@ -67,6 +72,7 @@ def config_changes(config: Mapping[str, Any], order: Sequence[int]) -> dict[str,
     count = next((config[k] for k in _COUNTS if k in config), None)
     changes: dict[str, Any] = {k: len(order) for k in _COUNTS if k in config}
     for key, value in config.items():
-        if isinstance(value, list) and count and len(value) == count and key != "architectures":
+        a_layer_each = isinstance(value, list) and len(value) == count and max(order) < len(value)
+        if a_layer_each and key != "architectures":
             changes[key] = [value[i] for i in order]
     return changes
