@@ -95,11 +95,18 @@ def _weight(file: AdapterFile, name: str, key: str, size: int, dimensions: int, 
         factors = file.read(key).reshape(-1)
         if by_rows:
             return RowScale(factors)
-        if size % shape[1] or (dimensions == 2 and size != shape[1]):
+        if not shape[1] or size % shape[1] or (dimensions == 2 and size != shape[1]):
             raise file.refuse(
                 f"the vector has {size} values, the weight {shape[1]} inputs",
                 tensor=key,
                 expected="one value for each input",
+            )
+        groups = size // shape[1]
+        if shape[0] % groups:
+            raise file.refuse(
+                f"the vector has {size} values, so {groups} groups of {shape[1]} inputs for {shape[0]} outputs",
+                tensor=key,
+                expected="as many outputs in each group",
             )
         return ColumnScale(factors, shape[0])
 

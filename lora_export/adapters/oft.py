@@ -18,6 +18,7 @@ FORMULA = "W·Rᵀ, an embedding's W·R; R = diag(Cayley transforms of skew-symm
 
 ROTATION = "oft_R"
 EMBEDDING_ROTATION = "oft_embedding_R"
+MOST_TERMS = 1000  # each is a product of matrices; PEFT's default is 5
 _OLD = ("oft_r", "oft_s")
 # PEFT's truncated series became another one in this version, which is also the first to write peft_version.
 SERIES_SINCE = (0, 18)
@@ -148,6 +149,8 @@ def _rotations(file: AdapterFile) -> Rotations:
         if not isinstance(config.get(key), bool):
             raise file.refuse(f"{key} is {config.get(key)!r}", expected=f"{key}: true or false, as PEFT writes it")
     terms = whole(config, "num_cayley_neumann_terms", where) if config["use_cayley_neumann"] else None
+    if terms is not None and terms > MOST_TERMS:
+        raise file.refuse(f"num_cayley_neumann_terms is {terms}", expected=f"at most {MOST_TERMS} terms")
     if terms is not None and terms > 2:
         _refuse_old_series(file)
     limit = number(config, "eps", where) if config["coft"] else None

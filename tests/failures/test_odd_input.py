@@ -129,7 +129,7 @@ def test_a_config_that_transformers_stumbles_over(tmp_path: Path, config: dict[s
 def adapter(
     tmp_path: Path, kind: str, tensors: dict[str, tuple[int, ...] | None] | None = None, **config: Any
 ) -> Callable[[], MergePlan]:
-    """The plan for an adapter of tests/fuzz with some settings and shapes changed (None: left out)."""
+    """The plan for an adapter of tests/fuzz with some settings and shapes changed (None: left out), carried out."""
     made = adapters.tensors(kind)
     shapes = {n: tuple(t.shape) for n, t in made.items()} | (tensors or {})
     found = [Entry(n, "F32", s, b"") for n, s in shapes.items() if s is not None]
@@ -138,7 +138,15 @@ def adapter(
     (folder / "adapter_config.json").write_text(json.dumps(adapters.KINDS[kind][0] | config))
     (folder / "adapter_model.safetensors").write_bytes(file_bytes(found))
     base_folder = adapters.base(tmp_path / "base")
-    return lambda: plan(base_folder, [AdapterChoice(folder)], MergeOptions())
+
+    def planned() -> MergePlan:
+        found = plan(base_folder, [AdapterChoice(folder)], MergeOptions())
+        for tensor in found.tensors.values():
+            for update in tensor.updates:
+                update.load(tensor.shape).apply(torch.ones(tensor.shape), slice(0, tensor.shape[0]))
+        return found
+
+    return planned
 
 
 @pytest.mark.parametrize(
@@ -161,6 +169,7 @@ def adapter(
         ("ia3 feedforward", {"feedforward_modules": "("}, "feedforward_modules"),
         ("ia3 feedforward", {"feedforward_modules": ENDLESS}, "takes more than 1 s"),
         ("replicated", {"layer_replication": [[0, 10**9]]}, "1000000000 layers"),
+        ("oft", {"num_cayley_neumann_terms": 10**9}, "num_cayley_neumann_terms is 1000000000"),
         ("oft", {"peft_version": "9" * 5000}, "peft_version"),
         ("lora", {"x": "\ud800"}, "no Unicode text"),
         ("lora", {"x": json.loads("[" * 100 + "]" * 100)}, "more than 64 levels"),
@@ -190,6 +199,7 @@ def test_an_adapter_config_of_other_kinds(tmp_path: Path, kind: str, config: dic
         ("lokr", {f"{CONV}.lokr_t2": (3, 2, 3, 3)}, {}, "lokr_t2 has the shape [3, 2, 3, 3]"),
         ("lora convolution", {f"{CONV}.lora_B.weight": (6, 0, 1, 1)}, {}, "[6, 0, 1, 1]"),
         ("stacked", {f"{EXPERTS}.w1.lora_A": (2**62, 0, 4)}, {}, "the tensor is empty"),
+        ("ia3 feedforward", {f"{CONV}.ia3_l": (1, 28, 1, 1)}, {}, "7 groups"),
         ("boft", {f"{UP}.boft_R": (15_000, 3, 1, 1)}, {"boft_n_butterfly_factor": 15_000}, "interleaved"),
     ],
 )
