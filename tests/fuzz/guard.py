@@ -115,7 +115,9 @@ def harness(examples: int, **strategies: Any) -> Callable[[Callable[..., None]],
 
     def decorate(check: Callable[..., None]) -> Callable[..., None]:
         HARNESSES.append(Harness(check.__name__.removeprefix("test_"), check, strategies))
-        few = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+        few = settings(
+            max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+        )
         test: Callable[..., None] = few(given(**strategies)(check))
         return test
 
