@@ -1,4 +1,4 @@
-"""Time and memory of `lora-export merge` beside `cp -r` of the same bytes and, if asked for, PEFT's own merge.
+"""Time and memory of `lora-export merge` beside `cp -r` of the same bytes and, if asked for, PEFT's and axolotl's.
 
 Every arm is a whole process. A repetition runs each arm once, in the other order every second time; ratios and
 differences are taken within a repetition. Before a run, its inputs are read once and the last output is removed.
@@ -111,16 +111,18 @@ def merge_command(base: Path, adapter: Path, output: Path) -> Command:
     return [LORA_EXPORT, "merge", "-b", base, "-a", adapter, "-o", output, "--json", "-q"]
 
 
-def arms_of(base: Path, adapter: Path, copied: Path, output: Path, with_peft: bool) -> list[Arm]:
+def arms_of(base: Path, adapter: Path, copied: Path, output: Path, options: argparse.Namespace) -> list[Arm]:
     """`copied` is what cp copies: as many bytes as the merge writes."""
+    others = {"peft": sys.executable if options.with_peft else None, "axolotl": options.with_axolotl}
     arms = [
         Arm("imports", [sys.executable, "-c", "import numpy, torch"], (), output),
         Arm("cp", ["cp", "-r", copied, output], (copied,), output),
         Arm("ours", merge_command(base, adapter, output), (base, adapter), output),
     ]
-    if with_peft:
-        command: Command = [sys.executable, HERE / "merge_with_peft.py", base, adapter, output]
-        arms.append(Arm("peft", command, (base, adapter), output))
+    for name, python in others.items():
+        if python:
+            command: Command = [python, HERE / f"merge_with_{name}.py", base, adapter, output]
+            arms.append(Arm(name, command, (base, adapter), output))
     return arms
 
 
@@ -140,7 +142,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, int], list[Sample]]:
         if options.base == "nf4":
             copied = Path(kept, "merged")
             subprocess.run(merge_command(base, adapter, copied), check=True, stdout=subprocess.DEVNULL)
-        arms = arms_of(base, adapter, copied, output, options.with_peft)
+        arms = arms_of(base, adapter, copied, output, options)
         samples = [
             measure(arm, repetition, options.sync, options.settle)
             for repetition in range(options.repeat)
@@ -219,6 +221,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="repetitions (default: %(default)s)")
     parser.add_argument("--with-peft", action="store_true", help="measure PEFT's merge_and_unload, too (slow)")
     parser.add_argument(
+        "--with-axolotl",
+        metavar="PYTHON",
+        help="measure axolotl's merge, with the Python that has it",
+    )
+    parser.add_argument(
         "--settle", type=float, default=4.0, help="seconds of rest before every run (default: %(default)s)"
     )
     parser.add_argument("--sync", action="store_true", help="fsync every output inside its time: for a disk")
@@ -255,9 +262,8 @@ def main() -> None:
     kind = f"{options.kind}-nf4" if options.base == "nf4" else options.kind
     path = options.save or RESULTS / f"merge-{options.size}-{kind}-{date:%Y-%m-%d-%H%M%S}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    chosen = {
-        name: getattr(options, name) for name in ("size", "base", "kind", "repeat", "with_peft", "sync", "settle")
-    }
+    chosen = {name: getattr(options, name) for name in ("size", "base", "kind", "repeat", "sync", "settle")}
+    chosen |= {"with": sorted({s.arm for s in samples} - {"imports", "cp", "ours"})}
     head = {"date": date.isoformat(timespec="seconds"), "options": chosen, "bytes": sizes, "load": load}
     write_json(path, head | around | {"summary": summary, "samples": [asdict(s) for s in samples]})
     print(f"raw samples: {path}")
