@@ -153,7 +153,12 @@ class BaseCheck:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What happened to one tensor of the output; `survival` is ⟨W'−W, Δ⟩/⟨Δ, Δ⟩ after rounding."""
+    """What happened to one tensor of the output; `survival` is ⟨W'−W, Δ⟩/⟨Δ, Δ⟩ after rounding.
+
+    Against float64, in units in the last place of the output type, over `checked` elements: max_ulps, mean_ulps.
+    saturated: how many elements became the largest number or infinity. hash_in, hash_out: of the bytes of the
+    base's tensor and of the output's (certificate.py says how).
+    """
 
     name: str
     operation: Literal["copied", "updated", "replaced", "dequantized", "converted"]
@@ -162,6 +167,12 @@ class TensorRecord:
     kinds: tuple[str, ...] = ()
     relative_delta: float | None = None
     survival: float | None = None
+    max_ulps: float | None = None
+    mean_ulps: float | None = None
+    checked: int = 0
+    saturated: int = 0
+    hash_in: str | None = None
+    hash_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,11 +221,70 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of a text's tokens under `model`.
+
+    model: base, unmerged, merged, "onnx int4", dequantized, original, …; tokens: how many were predicted.
+    """
+
+    model: str
+    value: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Where the merged model first leaves the unmerged one, in the order of the forward pass.
+
+    module: the first whose output differs by more than the floor although its inputs agree (`value` and `floor`:
+    largest difference and noise floor of that output); tensors: its weights that differ, worst first.
+    """
+
+    module: str
+    value: float
+    floor: float
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterSurvival:
+    """What remains of the adapter's effect on the outputs of a model in lower precision.
+
+    model: as in Perplexity; share: of the effect that is kept, 1 for all, 0 for none, None if the adapter has none;
+    kl_base: mean KL(base‖merged) in nats, the effect; kl_lost: mean KL(merged‖model).
+    """
+
+    model: str
+    share: float | None
+    kl_base: float
+    kl_lost: float
+
+
+@dataclass(frozen=True)
+class BaseComparison:
+    """An adapter merged into one of the bases that it could belong to, on a text.
+
+    base: dequantized, original or requantized; kl_trained: mean KL from the model as it was trained, in nats.
+    """
+
+    base: str
+    perplexity: float
+    kl_trained: float
+
+
+@dataclass(frozen=True)
 class ValidationResult:
+    """advice: sentences for a person, such as which base or precision to ship, and why."""
+
     checks: tuple[Check, ...]
     samples: tuple[Mapping[str, str], ...] = ()  # prompt, base, unmerged, merged: greedy continuations
     kl_by_position: tuple[float, ...] = ()
     weight_errors: tuple[str, ...] = ()  # tensors that are not what the adapter makes of the base, worst first
+    perplexities: tuple[Perplexity, ...] = ()
+    deviation: Deviation | None = None  # looked for where a check failed
+    adapter_survival: tuple[AdapterSurvival, ...] = ()
+    bases: tuple[BaseComparison, ...] = ()
+    advice: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -227,6 +297,11 @@ class ValidationResult:
             "samples": [dict(s) for s in self.samples],
             "kl_by_position": list(self.kl_by_position),
             "weight_errors": list(self.weight_errors),
+            "perplexities": [asdict(p) for p in self.perplexities],
+            "deviation": asdict(self.deviation) if self.deviation else None,
+            "adapter_survival": [asdict(s) for s in self.adapter_survival],
+            "bases": [asdict(b) for b in self.bases],
+            "advice": list(self.advice),
         }
 
 

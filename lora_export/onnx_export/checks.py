@@ -171,6 +171,8 @@ def _check_graph(path: Path, model: "onnx.ModelProto") -> None:
     import onnx
 
     for node in model.graph.node:
+        if isinstance(node.op_type, bytes):  # what protobuf makes of text that is no UTF-8
+            raise ExportError(f"an operator is called {node.op_type!r}", where=path, expected="a name in UTF-8")
         if node.domain in _DEFAULT_DOMAINS and not onnx.defs.has(node.op_type, ""):
             node.domain = "com.microsoft"
     locations = {e.value for t in all_tensors(model) for e in t.external_data if e.key == "location"}

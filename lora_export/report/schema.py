@@ -28,6 +28,10 @@ _CHECK: Kind = {"name": str, "value": _NUMBER, "threshold": _NUMBER, "passed": b
 _VALIDATE: Kind = {
     "passed": bool, "checks": [_CHECK], "samples": [dict], "kl_by_position": [_NUMBER],
     "weight_errors?": (None, [str]),
+    "perplexities?": (None, [{"model": str, "value": _NUMBER, "tokens": int}]),
+    "deviation?": (None, {"module": str, "value": _NUMBER, "floor": _NUMBER, "tensors": [str]}),
+    "adapter_survival?": (None, [{"model": str, "share": _NUMBER, "kl_base": _NUMBER, "kl_lost": _NUMBER}]),
+    "bases?": (None, [{"base": str, "perplexity": _NUMBER, "kl_trained": _NUMBER}]), "advice?": (None, [str]),
 }  # fmt: skip
 _EXPORT: Kind = {"engine": str, "precision": str, "nodes": int, "files": {str: int}, "seconds?": _NUMBER}
 _CELL: Kind = {

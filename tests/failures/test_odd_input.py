@@ -317,8 +317,10 @@ def test_external_data_under_a_name_that_no_file_can_have(tmp_path: Path) -> Non
     refused(tmp_path, lambda: check_model(tmp_path / "model.onnx"), "which is not there")
 
 
-@pytest.mark.parametrize(("old", "new"), [(b"weights.bin", b"\xffeights.bin"), (b"location", b"\xffocation")])
-def test_external_data_that_is_no_text(tmp_path: Path, old: bytes, new: bytes) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"weights.bin", b"\xffeights.bin"), (b"location", b"\xffocation"), (b"Add", b"\xffdd")]
+)
+def test_text_of_a_model_that_is_no_text(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = onnx_model(tmp_path, old, new)
     refused(tmp_path, lambda: check_model(path), "UTF-8")
 
