@@ -38,6 +38,7 @@ def _resolved(
     """The adapter's updates under the names of the files; what transformers fuses on loading is taken apart."""
     tied = tied_pair(weights)
     found: list[TargetUpdate] = []
+    called: dict[str, str] = {}  # weight → what the adapter calls it
     loaded: dict[str, tuple[Piece, ...]] | None = None
     shapes = {n: w.shape for n, w in weights.items()}
     for update in _one_of_tied(adapter, tied):
@@ -45,6 +46,13 @@ def _resolved(
         if name is None and tied and update.target == tied[1]:
             name = update.target
         if name is not None:
+            if called.setdefault(name, update.target) != update.target:
+                raise AdapterError(
+                    f"the adapter changes this weight under two names, {called[name]} and {update.target}",
+                    where=adapter.folder,
+                    tensor=name,
+                    expected="one name for each weight",
+                )
             found.append(_renamed(update, name))
             continue
         expert = on_disk(update, rename(update.target, change), shapes, base.model_types)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from lora_export import files
 from lora_export.checkpoint import refuse_code
 from lora_export.contracts import ExportResult, ModelKind, Precision, Progress
-from lora_export.documents import Kind, check
+from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import CheckpointError, ExportError, InputError
 from lora_export.onnx_export.checks import check_model, count_nodes
 from lora_export.onnx_export.engines import architecture_of, choose
@@ -75,6 +75,7 @@ def load_export(folder: Path) -> ExportResult:
             next_step="lora-export export -m MODEL -o OUT",
         )
     record = files.read_json(folder / RECORD)
+    check_texts(record, folder / RECORD)
     check(record, _RECORD, "the record of the export", folder / RECORD)
     return ExportResult(
         output=folder,

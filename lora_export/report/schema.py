@@ -88,8 +88,7 @@ def check(report: Mapping[str, Any], where: Path) -> None:
             expected=f"version {SCHEMA_VERSION}, which this lora-export writes and reads",
             next_step="use the lora-export that wrote it, or run again",
         )
-    for _ in documents.walk(report, where):
-        pass
+    documents.check_texts(report, where)
     documents.check(report, _REPORT, "the report", where)
     if report["status"] not in ("passed", "failed"):
         raise InputError(f"status is {report['status']!r}", where=where, expected="passed or failed")

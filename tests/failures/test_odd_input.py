@@ -14,7 +14,7 @@ from safetensors.torch import save
 from lora_export.checkpoint import open_checkpoint
 from lora_export.checkpoint.header import read_header
 from lora_export.contracts import AdapterChoice, MergeOptions
-from lora_export.errors import LoraExportError, plain
+from lora_export.errors import AdapterError, LoraExportError, plain
 from lora_export.inspection import inspect_folder
 from lora_export.merge import MergePlan, plan
 from lora_export.merge.loaded import loaded_weights
@@ -22,7 +22,7 @@ from lora_export.onnx_export import check_model, load_export
 from lora_export.quantization import find_quantized
 from lora_export.report import render
 from tests.builders import edit_json
-from tests.fuzz import adapters, test_fuzz_quantization
+from tests.fuzz import adapters, test_fuzz_adapters, test_fuzz_quantization
 from tests.fuzz.files import Entry, entries, file_bytes
 from tests.fuzz.guard import attempt
 from tests.fuzz.test_fuzz_runs import MANIFEST, REPORT, SAMPLES, write_run
@@ -297,6 +297,14 @@ def test_a_block_structure_that_fits_nothing_is_passed_over(tmp_path: Path) -> N
     assert list(find_quantized(checkpoint, checkpoint.config)) == ["w.weight"]
 
 
+def test_a_weight_under_two_names(tmp_path: Path) -> None:
+    """A change of prefix brings both to it."""
+    found = {k: v for k, v in adapters.tensors("lora").items() if "mlp.up_proj" in k}
+    found |= {k.replace("base_model.model.", "base_model.layers.", 1): v + 1 for k, v in found.items()}
+    result = test_fuzz_adapters.check(adapters.config_bytes("lora"), file_bytes(entries(found)))
+    assert isinstance(result, AdapterError) and "under two names" in result.found, result
+
+
 # --- ONNX --------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +342,14 @@ def test_the_record_of_an_export_of_other_kinds(tmp_path: Path, changes: dict[st
     onnx_model(tmp_path, b"x", b"x")
     (tmp_path / "export.json").write_text(json.dumps(RECORD | changes))
     refused(tmp_path, lambda: load_export(tmp_path), "the record of the export")
+
+
+def test_the_record_of_an_export_that_is_no_text(tmp_path: Path) -> None:
+    from tests.fuzz.test_fuzz_onnx import RECORD
+
+    onnx_model(tmp_path, b"x", b"x")
+    (tmp_path / "export.json").write_text(json.dumps(RECORD | {"engine": "\ud800"}))
+    refused(tmp_path, lambda: load_export(tmp_path), "no Unicode text")
 
 
 # --- runs --------------------------------------------------------------------------------------------------

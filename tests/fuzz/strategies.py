@@ -95,7 +95,8 @@ def _near(draw: st.DrawFn, value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        near = [value + 1, value - 1, value * 2, -value, value * 10**9, str(value), float(value)]
+        real = float(value) if abs(value) < 1e300 else 0.5
+        near = [value + 1, value - 1, value * 2, -value, value * 10**9, str(value), real]
         return draw(st.sampled_from(near))
     if isinstance(value, str):
         texts = [value[:-1], value[1:], f"{value}x", value.upper(), f"../{value}", value * 2, [value]]

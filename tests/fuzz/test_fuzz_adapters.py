@@ -44,7 +44,7 @@ def check(config: bytes, tensors: bytes, base_folder: Path | None = None) -> Mer
         described = attempt(around, lambda: inspect_folder(folder, base_folder))
         if isinstance(described, dict):
             json.dumps(described, ensure_ascii=False).encode()
-            assert described.get("fits_base", False) == isinstance(planned, MergePlan)
+            assert described.get("fits_base", False) == isinstance(planned, MergePlan), described.get("why_not")
         if isinstance(planned, MergePlan):
             _check_plan(around, planned)
     return planned
