@@ -72,14 +72,14 @@ class Bnb4Weight:
         absmax = source.read(f"{self.weight}.absmax").reshape(-1)
         if "nested_blocksize" in self.state:
             absmax = self._unnest(source, absmax)
-        code_book = source.read(f"{self.weight}.quant_map").float()
+        code_book = source.read(f"{self.weight}.quant_map").float().reshape(-1)
         packed = partial(source.read_bytes, self.weight)
         return Blocks4Bit(packed, code_book, absmax.float(), self.state["blocksize"], self.shape)
 
     def _unnest(self, source: TensorSource, absmax: "torch.Tensor") -> "torch.Tensor":
         """The block scales were quantized themselves, in blocks of their own, around an offset (QLoRA §3)."""
-        book = source.read(f"{self.weight}.nested_quant_map").float()
-        outer = source.read(f"{self.weight}.nested_absmax").float()
+        book = source.read(f"{self.weight}.nested_quant_map").float().reshape(-1)
+        outer = source.read(f"{self.weight}.nested_absmax").float().reshape(-1)
         spread = outer.repeat_interleave(self.state["nested_blocksize"])[: absmax.numel()]
         value: torch.Tensor = book[absmax.int()] * spread + self.state["nested_offset"]
         return value

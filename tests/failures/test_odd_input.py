@@ -297,6 +297,21 @@ def test_a_block_structure_that_fits_nothing_is_passed_over(tmp_path: Path) -> N
     assert list(find_quantized(checkpoint, checkpoint.config)) == ["w.weight"]
 
 
+@pytest.mark.parametrize("shape", [(16, 1), (4, 4), (1, 16)])
+def test_a_code_book_of_another_shape_is_the_same_book(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    read = []
+    for place, spoil in (("as", None), ("other", change("w.weight.quant_map", shape=shape))):
+        folder = tmp_path / place
+        folder.mkdir()
+        tensors, settings = test_fuzz_quantization.BASES["bnb4"]
+        (folder / "config.json").write_text(json.dumps({"quantization_config": settings, "dtype": "bfloat16"}))
+        (folder / "model.safetensors").write_bytes(file_bytes(spoil(list(tensors)) if spoil else list(tensors)))
+        checkpoint = open_checkpoint(folder)
+        (weight,) = find_quantized(checkpoint, checkpoint.config).values()
+        read.append(weight.load(checkpoint).rows(0, weight.shape[0]))
+    assert torch.equal(*read)
+
+
 def test_a_weight_under_two_names(tmp_path: Path) -> None:
     """A change of prefix brings both to it."""
     found = {k: v for k, v in adapters.tensors("lora").items() if "mlp.up_proj" in k}
