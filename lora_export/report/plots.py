@@ -30,10 +30,12 @@ _ARMS = (("base", BASE), ("merged", MERGED), ("unmerged", UNMERGED))
 _WIDTH = 5.5  # inches
 _MAX_TICKS = 150
 _MAX_MODULES = 24
+_LARGEST = 1e9  # of what is drawn: with axes up to 1e300, matplotlib cannot place its ticks
 
 
 def latency(bench: Mapping[str, Any], samples: Mapping[str, Mapping[str, Sequence[float]]]) -> str | None:
     """For each cell and arm: raw samples as ticks, the middle half as a bar, the median as a dot."""
+    samples = _drawable(samples)
     cells = [c for c in bench["cells"] if any((samples.get(cell_key(c)) or {}).values())]
     if not cells:
         return None
@@ -45,6 +47,15 @@ def latency(bench: Mapping[str, Any], samples: Mapping[str, Mapping[str, Sequenc
             ax.set_title(cell_name(cell), loc="left", fontsize=9, color=INK)
         axes[-1].set_xlabel("milliseconds")
         return _svg(fig, "Latency of every arm in each cell")
+
+
+def _drawable(value: Any) -> Any:
+    """The same with None for numbers that are too large to be drawn, which leave a list."""
+    if isinstance(value, Mapping):
+        return {k: _drawable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [kept for kept in map(_drawable, value) if kept is not None]
+    return None if isinstance(value, (int, float)) and abs(value) > _LARGEST else value
 
 
 def _pooled(arms: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
@@ -76,7 +87,7 @@ def _strips(ax: "Axes", arms: Mapping[str, Sequence[float]]) -> None:
 
 def forest(bench: Mapping[str, Any]) -> str | None:
     """Difference from the base in percent with its 90 % interval, before the band of the margin."""
-    cells = [c for c in bench["cells"] if c["ratio"] is not None]
+    cells = [c for c in _drawable(bench["cells"]) if c["ratio"] is not None]
     if not cells:
         return None
     with _figure(0.42 * len(cells) + 1.0) as fig:
@@ -113,7 +124,7 @@ def _not_thinner_than(ax: "Axes", reach: float) -> None:
 
 def kl_by_position(values: Sequence[float]) -> str | None:
     """KL divergence of the next token at each position, on a logarithmic scale."""
-    known = np.array([np.nan if v is None or v <= 0 else v for v in values], float)
+    known = np.array([np.nan if v is None or not 0 < v <= _LARGEST else v for v in values], float)
     if not np.isfinite(known).any():
         return None
     with _figure(2.1) as fig:
@@ -161,7 +172,7 @@ def by_layer(records: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[int
     found: dict[tuple[int, str], list[float]] = {}
     for record in records:
         match = re.search(r"\.(\d{1,4})\.", record["name"])
-        if match and record[field] is not None:
+        if match and _drawable(record[field]) is not None:
             module = re.sub(r"\.\d+(?=\.)", "", record["name"][match.end() :])
             module = one_line(module).removesuffix(".weight").rsplit(".", 1)[-1][:32]
             found.setdefault((int(match[1]), module), []).append(record[field])

@@ -125,7 +125,7 @@ def _all(n: int) -> str:
 
 def margin_of(bench: Mapping[str, Any]) -> float | None:
     margin = (bench.get("environment") or {}).get("margin")
-    return float(margin) if isinstance(margin, (int, float)) and margin > 0 else None
+    return float(margin) if isinstance(margin, (int, float)) and 0 < margin <= 1 else None
 
 
 # --- tables ------------------------------------------------------------------------------------------------

@@ -107,6 +107,20 @@ def test_where_it_goes_wrong_is_said_on_top(full: dict[str, Any], tmp_path: Path
         assert "look at model.layers.3.mlp.up" in words.replace("\\", "")
 
 
+@pytest.mark.parametrize("size", [5e305, 1e307, 1.7e308, -1e300, 1e30])
+def test_numbers_beyond_all_axes_are_left_out_of_the_plots(
+    full: dict[str, Any], timings: Samples, tmp_path: Path, size: float
+) -> None:
+    full["benchmark"]["environment"]["margin"] = size
+    page, _, _ = pages(full, tmp_path, timings)
+    full["benchmark"]["cells"][0] |= {"ratio": size, "ci_low": size, "ci_high": size, "unmerged_ci_high": size}
+    full["merge"]["records"][0] |= {"relative_delta": size, "survival": size}
+    full["validate"]["kl_by_position"][3] = size
+    some = {cell: {arm: (size, *times) for arm, times in arms.items()} for cell, arms in timings.items()}
+    page, _, _ = pages(full, tmp_path, some)
+    assert page.tags.count("svg") == 4 and not page.open
+
+
 def test_saturated_elements_are_told(full: dict[str, Any], tmp_path: Path) -> None:
     full["merge"]["records"][2]["saturated"] = 3
     assert "Saturated elements 3" in pages(full, tmp_path)[0].words
