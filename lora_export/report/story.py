@@ -14,12 +14,15 @@ _CHECK_NAMES = {
     "logits_max_abs": "Largest difference of a logit",
     "logits_kl_mean": "Mean KL divergence of the next token",
     "top1_agreement": "Same most likely token",
+    "top5_agreement": "Same five most likely tokens",
+    "run_to_run_max_abs": "The same model run twice",
     "perplexity_unmerged": "Perplexity, unmerged",
     "perplexity_merged": "Perplexity, merged",
     "perplexity_base": "Perplexity, base",
     "greedy_agreement": "Same greedy continuation",
     "noise_floor_max_abs": "Noise floor",
 }
+_MODELS = {"onnx_": " (ONNX)", "loaded_": " (in its own type)"}
 _LATENCY_TONE: dict[str, Tone] = {"equivalent": "good", "slower": "bad", "inconclusive": "unsure"}
 
 
@@ -94,8 +97,19 @@ def _say_validation(validate: Mapping[str, Any] | None) -> str:
     names = ", ".join(_uncapitalized(_check_label(c["name"])) for c in failed[:3]) or "see below"
     return (
         "It does not compute what the adapter was trained to compute: "
-        f"{len(failed)} of {count(len(checks), 'check')} failed ({names})."
+        f"{len(failed)} of {count(len(checks), 'check')} failed ({names}).{_say_deviation(validate)}"
     )
+
+
+def _say_deviation(validate: Mapping[str, Any]) -> str:
+    """Where it goes wrong, as one more sentence."""
+    found = validate.get("deviation")
+    if not found:
+        return ""
+    sentence = f" The first module that differs is {one_line(found['module'])}"
+    if found["tensors"]:
+        sentence += f", because of {one_line(found['tensors'][0])}"
+    return sentence + "."
 
 
 def _say_latency(bench: Mapping[str, Any] | None) -> str:
@@ -146,9 +160,9 @@ def _uncapitalized(label: str) -> str:
 
 
 def _check_label(name: str) -> str:
-    plain = name.removeprefix("onnx_")
-    label = _CHECK_NAMES.get(plain, one_line(plain).replace("_", " ").capitalize())
-    return f"{label} (ONNX)" if plain != name else label
+    prefix, where = next(((p, w) for p, w in _MODELS.items() if name.startswith(p)), ("", ""))
+    plain = name.removeprefix(prefix)
+    return _CHECK_NAMES.get(plain, one_line(plain).replace("_", " ").capitalize()) + where
 
 
 def _threshold(name: str, value: float | None) -> str:
