@@ -38,11 +38,11 @@ def first_deviation(
     """
     plain = dict(merged.named_modules())
     holding = {name for name, module in plain.items() if next(module.parameters(recurse=False), None) is not None}
-    seen = _walk(unmerged, plain, holding, run, dtypes)
+    seen = _walk(unmerged, plain, holding, run, dtypes, factor)
     found = next((s for s in seen if s.value > factor * s.floor), None)
     if found is None and not weight_errors:
-        around = set(plain) - holding - {""}
-        found = next((s for s in _walk(unmerged, plain, around, run, dtypes) if s.value > factor * s.floor), None)
+        around = _walk(unmerged, plain, set(plain) - holding - {""}, run, dtypes, factor)
+        found = next((s for s in around if s.value > factor * s.floor), None)
     if found is None:
         found = next((s for s in seen if _within(s.module, weight_errors)), None)
     if found is None:
@@ -68,14 +68,19 @@ def _walk(
     names: set[str],
     run: Callable[[], Any],
     dtypes: Mapping[str, torch.dtype],
+    factor: float,
 ) -> list[Deviation]:
-    """Value and floor of each named module, in the order in which the unmerged model leaves them."""
+    """Value and floor of each named module, in the order in which the unmerged model leaves them, up to the first
+    value that is above `factor` floors."""
     seen: dict[str, Deviation] = {}
+    found = False
 
     def compare(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if name not in seen:
+            nonlocal found
+            if not found and name not in seen:
                 seen[name] = _compare(name, plain[name], args, kwargs, output, dtypes)
+                found = seen[name].value > factor * seen[name].floor
 
         return hook
 

@@ -138,16 +138,10 @@ def _story(
 def _tensors(
     unmerged: Any, model: Any, dtypes: Any, options: ValidationOptions, progress: Progress
 ) -> tuple[tuple[str, ...], list[Check]]:
-    from lora_export.validation.tensors import compare_tensors
-    from lora_export.validation.thresholds import tensor_checks
+    from lora_export.validation.tensors import compare_tensors, verdict
 
     progress.stage("validate: recomputing tensors in float64")
-    errors = compare_tensors(unmerged, model, dtypes, options.rows)
-    faulty = sorted((e for e in errors if not e.worst <= 1), key=lambda e: -e.worst)
-    worst = max((e.worst for e in errors), default=0.0)
-    # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
-    checks = tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
-    return tuple(e.name for e in faulty), checks
+    return verdict(compare_tensors(unmerged, model, dtypes, options.rows))
 
 
 def _embedding_rows(model: Any) -> int:

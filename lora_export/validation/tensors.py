@@ -4,13 +4,14 @@ Model outputs cannot show a fine fault (one projection scaled by 1.02 hides in b
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_export.contracts import Check
 from lora_export.validation.effective import (
     Probe,
     answers,
@@ -21,6 +22,7 @@ from lora_export.validation.effective import (
     random_signs,
     wrapped_modules,
 )
+from lora_export.validation.thresholds import tensor_checks
 
 ARITHMETIC = 2.0**-22  # of |W|: what fp32 additions may lose
 DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
@@ -41,9 +43,15 @@ class TensorError:
 
 
 def compare_tensors(
-    unmerged: Any, merged: nn.Module, dtypes: Mapping[str, torch.dtype], rows: int | None
+    unmerged: Any,
+    merged: nn.Module,
+    dtypes: Mapping[str, torch.dtype],
+    rows: int | None,
+    only: Collection[str] | None = None,
 ) -> list[TensorError]:
-    """One entry for each tensor. rows: how many columns or rows of an updated one are compared (None: all)."""
+    """One entry for each tensor. rows: how many columns or rows of an updated one are compared one by one (None:
+    all). only: the modules that are of interest, by path (None: all); a tensor's entry depends on no other module.
+    """
     model = unmerged.base_model.model
     found = dict(merged.named_parameters(remove_duplicate=False))
     types = {n: dtypes.get(n) or dtypes[_first_name(merged, p)] for n, p in found.items()}
@@ -51,13 +59,25 @@ def compare_tensors(
     everywhere = RECOMPUTED if _recomputed(unmerged) else 0.0
     errors: dict[str, TensorError] = {}
     for name, exact in plain_parameters(model, wrapped):
+        if only is not None and name.rpartition(".")[0] not in only:
+            continue
         errors[name] = _same(name, exact, found.get(name), types.get(name))
     for path, module in wrapped.items():
+        if only is not None and path not in only:
+            continue
         for error in _wrapped(path, module, merged, types, rows, everywhere):
             errors.setdefault(error.name, error)
-    for name in found.keys() - errors.keys():
+    for name in found.keys() - errors.keys() if only is None else ():
         errors[name] = TensorError(name, float("inf"), 0)
     return list(errors.values())
+
+
+def verdict(errors: Sequence[TensorError]) -> tuple[tuple[str, ...], list[Check]]:
+    """(the tensors beyond what rounding explains, worst first; the checks that say so)."""
+    faulty = sorted((e for e in errors if not e.worst <= 1), key=lambda e: -e.worst)
+    worst = max((e.worst for e in errors), default=0.0)
+    # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
+    return tuple(e.name for e in faulty), tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
 
 
 def _first_name(model: nn.Module, parameter: torch.Tensor) -> str:
@@ -110,7 +130,7 @@ def _layer(
 ) -> Iterator[TensorError]:
     """The merged layer gets the same probes, and a copy whose weights are the allowed errors gives the bound.
 
-    whole: besides the probe, which is a sample, see to it that no element of the weight goes unseen.
+    whole: the probe is a sample, so see to it that no element of the weight goes unseen.
     """
     exact = copy.deepcopy(module).double()
     wanted, deviation = answers(module, exact, probe.inputs)
@@ -120,34 +140,34 @@ def _layer(
         size = parameter.data.abs()
         arithmetic = ARITHMETIC * size + everywhere * size.max() + DEVIATIONS * deviation
         parameter.data = _half_ulp(parameter.data, dtype) + arithmetic
+    weight = f"{path}.weight"
     with torch.no_grad():
-        errors = [_worst(f"{path}.weight", found(probe.inputs), wanted, bound(probe.inputs))]
-        if whole and errors[0].worst <= 1:
-            errors += _whole(f"{path}.weight", exact, found, bound)
+        one_by_one = cheap_probes(exact, found, bound) if whole else None
+        if one_by_one is not None:
+            errors = [_worst(weight, found(x), exact(x), bound(x)) for x in one_by_one]
+        else:
+            errors = [_worst(weight, found(probe.inputs), wanted, bound(probe.inputs))]
+            if whole:
+                errors.append(_combined(weight, exact, found, bound))
         yield max(errors, key=lambda e: e.worst)
         if probe.zeros is not None and getattr(plain, "bias", None) is not None:
             yield _worst(f"{path}.bias", found(probe.zeros), exact(probe.zeros), bound(probe.zeros))
 
 
-def _whole(name: str, exact: Any, found: nn.Module, bound: nn.Module) -> Iterator[TensorError]:
-    """Every element: one by one where that is cheap, else all of a row together in random combinations.
+def _combined(name: str, exact: Any, found: nn.Module, bound: nn.Module) -> TensorError:
+    """All elements of a row together, in random combinations: for what is too dear to be asked one by one.
 
     Of a sum with random signs the mean square is the sum of the squared errors, which rounding keeps below the sum
     of the squared bounds (a third of it, if errors are uniform). Twice that is allowed, so that no chance of the
     signs raises an alarm: with COMBINATIONS draws, one in 10¹² rows would.
     """
-    one_by_one = cheap_probes(exact, found, bound)
-    if one_by_one is not None:
-        for inputs in one_by_one:
-            yield _worst(name, found(inputs), exact(inputs), bound(inputs))
-        return
     signs = random_signs(exact, COMBINATIONS)
     square = copy.deepcopy(bound)
     for parameter in square.parameters():
         parameter.data = parameter.data.square()
     error = (found(signs) - exact(signs)).square().mean(0)
     allowed = 2 * square(signs[:1].square())[0]
-    yield _worst(name, (error / allowed.clamp_min(1e-90)).sqrt(), torch.zeros_like(error), torch.ones_like(error))
+    return _worst(name, (error / allowed.clamp_min(1e-90)).sqrt(), torch.zeros_like(error), torch.ones_like(error))
 
 
 def _parameters(
