@@ -40,7 +40,7 @@ from tests.validation.faults import FAULTS, Bench, Fault, unmerged_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = (BUILT_IN[0], BUILT_IN[3], BUILT_IN[4])  # few and short, of three registers: 73 tokens of SmolLM2
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES: tuple[Any, ...] = ("float32", "bfloat16", "float16")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 Row = dict[str, Any]
 
@@ -171,20 +171,20 @@ def try_honest(options: argparse.Namespace, adapters: Sequence[Path], work: Path
     """One row a merge that must pass, as stored and as loaded; after the given adapters, random ones."""
     for index in range(-(-options.honest // len(DTYPES))):
         adapter = adapters[index] if index < len(adapters) else random_adapter(options.base, work, index)
-        unmerged = unmerged_model(options.base, adapter)
-        for number, dtype in enumerate(DTYPES):
-            if index * len(DTYPES) + number < options.honest:
-                yield try_merge(options, unmerged, adapter, dtype, work / "honest")
+        unmerged, bench = unmerged_model(options.base, adapter), None
+        for dtype in DTYPES[: options.honest - index * len(DTYPES)]:
+            merged = work / "honest"
+            merge(options.base, [AdapterChoice(adapter)], merged, MergeOptions(dtype=dtype, force=True))
+            bench = Bench.load(unmerged, merged, PROMPTS, options.rows, like=bench)
+            yield try_merge(bench, adapter, dtype, merged)
 
 
-def try_merge(options: argparse.Namespace, unmerged: Any, adapter: Path, dtype: Any, merged: Path) -> Row:
+def try_merge(bench: Bench, adapter: Path, dtype: Any, merged: Path) -> Row:
     started = time.monotonic()
-    merge(options.base, [AdapterChoice(adapter)], merged, MergeOptions(dtype=dtype, force=True))
-    bench = Bench.load(unmerged, merged, PROMPTS, options.rows)
     failed = list(bench.judge().failed)
     narrow = own_type(bench.dtypes)
     if narrow:
-        checks, _ = bench.story.compare_loaded(unmerged, load_as_stored(merged), narrow)
+        checks, _ = bench.story.compare_loaded(bench.unmerged, load_as_stored(merged), narrow)
         failed += [c.name for c in checks if not c.passed]
     row = {
         "adapter": adapter.name,
@@ -198,13 +198,18 @@ def try_merge(options: argparse.Namespace, unmerged: Any, adapter: Path, dtype: 
 
 
 def random_adapter(base: Path, work: Path, seed: int) -> Path:
-    """Matrices as training leaves them in size (an update of about a percent), on two or three kinds of layers."""
+    """Matrices as training leaves them in size (an update of about a percent), on some kinds of some layers."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(TARGETS), generator=generator)[: 2 + seed % 2].tolist()
+    model = reference.load_base(base, MergeOptions())
     config = LoraConfig(
-        r=4 * (1 + seed % 3), lora_alpha=10, target_modules=[TARGETS[i] for i in chosen], task_type="CAUSAL_LM"
+        r=4 * (1 + seed % 3),
+        lora_alpha=10,
+        target_modules=[TARGETS[i] for i in chosen],
+        layers_to_transform=torch.randperm(model.config.num_hidden_layers, generator=generator)[:8].tolist(),
+        task_type="CAUSAL_LM",
     )
-    tuned = get_peft_model(reference.load_base(base, MergeOptions()), config)
+    tuned = get_peft_model(model, config)
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.01

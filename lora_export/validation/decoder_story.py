@@ -1,7 +1,7 @@
 """How a decoder is compared: floors first, then the merged model in fp32, as it is loaded, and as an ONNX graph."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,8 @@ class DecoderStory:
         self.progress.stage("validate: noise floor of the rounding, without any adapter")
         with unmerged.disable_adapter():
             self._base = logits(unmerged, self.tokens)
-            for seed in range(DRAWS):
-                with rounding_noise(unmerged, self.dtypes, seed):
-                    self._rounding += (self._from_base(logits(unmerged, self.tokens)),)
             self._perplexities += self._perplexity("base", unmerged)
+        self._rounding = self._measure_rounding(unmerged)
         self.progress.stage(f"validate: {len(self.tokens)} prompts, unmerged and merged")
         self._unmerged = logits(unmerged, self.tokens)
         self._again = (self._from_unmerged(logits(unmerged, self.tokens)),)
@@ -108,6 +106,20 @@ class DecoderStory:
         checks = decoder_checks(floor, found, self._parted(chosen), self.factor, prefix="onnx_")
         name = f"onnx {precision}" if precision else "onnx"
         return checks, [perplexity(name, runner.logits, self.text)] if self.text else []
+
+    def for_types(self, unmerged: Any, dtypes: Mapping[str, torch.dtype]) -> "DecoderStory":
+        """The same story for a merge into other types: only the rounding is measured anew."""
+        other = replace(self, dtypes=dtypes)
+        other._rounding = other._measure_rounding(unmerged)
+        return other
+
+    def _measure_rounding(self, unmerged: Any) -> tuple[Difference, ...]:
+        found = []
+        with unmerged.disable_adapter():
+            for seed in range(DRAWS):
+                with rounding_noise(unmerged, self.dtypes, seed):
+                    found.append(self._from_base(logits(unmerged, self.tokens)))
+        return tuple(found)
 
     @property
     def _prompts(self) -> Sequence[torch.Tensor]:

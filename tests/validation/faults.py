@@ -20,6 +20,7 @@ from lora_export.validation.decoders import tokenize
 from lora_export.validation.deviation import first_deviation
 from lora_export.validation.effective import base_layer, wrapped_modules
 from lora_export.validation.tensors import compare_tensors, verdict
+from lora_export.validation.thresholds import FACTOR
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Changed = dict[str, torch.Tensor]
@@ -152,7 +153,7 @@ FAULTS: tuple[Fault, ...] = (
 
 @dataclass(frozen=True)
 class Judgement:
-    """failed: names of checks; located: the deviation, and `by_outputs` the one found without the tensors."""
+    """failed: names of checks; located: the deviation; by_outputs: that one, if its output is above the floor."""
 
     failed: tuple[str, ...]
     weight_errors: tuple[str, ...]
@@ -180,8 +181,13 @@ class Bench:
     rows: int
 
     @classmethod
-    def load(cls, unmerged: Any, merged: Path, prompts: Sequence[str], rows: int = 64) -> "Bench":
+    def load(
+        cls, unmerged: Any, merged: Path, prompts: Sequence[str], rows: int = 64, like: "Bench | None" = None
+    ) -> "Bench":
+        """like: the bench of the same unmerged model and prompts, merged into another type."""
         model, dtypes = reference.load_merged(merged)
+        if like is not None:
+            return cls(unmerged, model, dtypes, like.story.for_types(unmerged, dtypes), rows)
         tokenizer = transformers.AutoTokenizer.from_pretrained(merged, local_files_only=True)
         tokens = tokenize(tokenizer, prompts, len(model.get_input_embeddings().weight))
         story = DecoderStory(tokens, tokenizer, dtypes, Silent())
@@ -195,12 +201,12 @@ class Bench:
         failed = _failed([*self.story.judge(self.merged).checks, *checks])
         if not failed:
             return Judgement((), (), None, None)
-        by_outputs = self._deviation(())
-        return Judgement(failed, names, self._deviation(names) if names else by_outputs, by_outputs)
-
-    def _deviation(self, names: Sequence[str]) -> Deviation | None:
         ids = max(self.story.tokens, key=len)[None]
-        return first_deviation(self.unmerged, self.merged, lambda: self.unmerged(input_ids=ids), self.dtypes, names)
+        located = first_deviation(
+            self.unmerged, self.merged, lambda: self.unmerged(input_ids=ids), self.dtypes, names
+        )
+        seen = located is not None and located.value > FACTOR * located.floor
+        return Judgement(failed, names, located, located if seen else None)
 
     def material(self, seed: int) -> Material:
         wrapped = wrapped_modules(self.unmerged.base_model.model)
