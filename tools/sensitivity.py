@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from lora_export.validation.prompts import BUILT_IN
 from tests.validation.faults import FAULTS, Bench, Fault, unmerged_model
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPTS = (BUILT_IN[0], BUILT_IN[3], BUILT_IN[4])  # few and short, of three registers: 73 tokens of SmolLM2
+PROMPTS = (BUILT_IN[4], BUILT_IN[0], BUILT_IN[3])  # short ones of three registers: 26, 5 and 42 tokens of SmolLM2
 DTYPES: tuple[Any, ...] = ("float32", "bfloat16", "float16")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 Row = dict[str, Any]
@@ -49,26 +49,43 @@ def main() -> int:
     options = arguments()
     adapters = options.adapter or sorted((ROOT / "examples" / "adapters").iterdir())
     started = time.monotonic()
+    faults: list[Row] = []
+    honest: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="lora-export-sensitivity-") as folder:
-        work = Path(folder)
-        faults = list(try_faults(options, adapters, work))
-        honest = list(try_honest(options, adapters, work))
-    rows = {"faults": faults, "honest": honest}
+        for rows, found in (
+            (faults, try_faults(options, adapters, Path(folder))),
+            (honest, try_honest(options, adapters, Path(folder))),
+        ):
+            for row in found:
+                rows.append(row)
+                save(options, adapters, faults, honest, time.monotonic() - started)
     summary = summarize(faults, honest)
     print(json.dumps(summary, indent=1))
-    record = {
-        "summary": summary,
-        "model": options.base.name,
-        "adapters": [a.name for a in adapters],
-        "prompts": list(PROMPTS),
-        "rows": options.rows,
-        "seconds": round(time.monotonic() - started, 1),
-        "machine": describe(),
-        **rows,
-    }
-    write_json(options.save, record)
     print(f"raw results: {options.save}")
     return 0 if not summary["unseen"] and not summary["false_alarms"] else 1
+
+
+def save(
+    options: argparse.Namespace,
+    adapters: Sequence[Path],
+    faults: Sequence[Row],
+    honest: Sequence[Row],
+    seconds: float,
+) -> None:
+    """After each row, so that a run that is broken off has left what it found."""
+    record = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "summary": summarize(faults, honest),
+        "model": options.base.name,
+        "adapters": [a.name for a in adapters],
+        "prompts": options.prompts,
+        "rows": options.rows,
+        "seconds": round(seconds, 1),
+        "machine": describe(),
+        "faults": list(faults),
+        "honest": list(honest),
+    }
+    write_json(options.save, record)
 
 
 def arguments() -> argparse.Namespace:
@@ -78,10 +95,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=60)
     parser.add_argument("--honest", type=int, default=30, help="honest merges, over types and adapters")
     parser.add_argument("--cli", type=int, default=3, help="faults that the command line judges, too")
+    parser.add_argument("--prompts", type=int, default=2, help="how many of the short ones")
     parser.add_argument("--rows", type=int, default=64)
     name = f"sensitivity-{datetime.now():%Y-%m-%d-%H%M%S}.json"
     parser.add_argument("--save", type=Path, default=ROOT / "benchmarks" / "results" / name)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.prompts = PROMPTS[: options.prompts]
+    return options
 
 
 # --- faults ------------------------------------------------------------------------------------------------
@@ -95,7 +115,7 @@ def try_faults(options: argparse.Namespace, adapters: Sequence[Path], work: Path
             return
         merged = work / f"merged-{index}"
         merge(options.base, [AdapterChoice(adapter)], merged, MergeOptions(dtype="bfloat16"))
-        bench = Bench.load(unmerged_model(options.base, adapter), merged, PROMPTS, options.rows)
+        bench = Bench.load(unmerged_model(options.base, adapter), merged, options.prompts, options.rows)
         assert not bench.judge().failed, "the honest merge does not pass"
         for number in numbers:
             fault = FAULTS[(number // len(adapters) + index) % len(FAULTS)]
@@ -125,18 +145,18 @@ def try_fault(
         "seconds": round(time.monotonic() - started, 1),
     }
     if number < options.cli:
-        row["command_line"] = by_command_line(options.base, adapter, merged, bench, fault(bench.material(seed)))
+        row["command_line"] = by_command_line(options, adapter, merged, fault(bench.material(seed)))
     print_row(row)
     return row
 
 
-def by_command_line(base: Path, adapter: Path, merged: Path, bench: Bench, changed: dict[str, Any]) -> Row:
+def by_command_line(options: argparse.Namespace, adapter: Path, merged: Path, changed: dict[str, Any]) -> Row:
     """Exit code and verdict of `lora-export validate` on the same fault in a file, which is then made whole."""
     file = merged / "model.safetensors"
     honest = load_file(file)
     spoiled = {n: changed[n].to(t.dtype).contiguous() if n in changed else t for n, t in honest.items()}
     prompts = merged.parent / "prompts.txt"
-    prompts.write_text("\n".join(" ".join(p.split()) for p in PROMPTS), encoding="utf-8")
+    prompts.write_text("\n".join(" ".join(p.split()) for p in options.prompts), encoding="utf-8")
     code = "from lora_export.commands.main import cli; cli()"
     command = [
         sys.executable,
@@ -144,7 +164,7 @@ def by_command_line(base: Path, adapter: Path, merged: Path, bench: Bench, chang
         code,
         "validate",
         "-b",
-        base,
+        options.base,
         "-a",
         adapter,
         "-m",
@@ -152,7 +172,7 @@ def by_command_line(base: Path, adapter: Path, merged: Path, bench: Bench, chang
         "--dtype",
         "bfloat16",
     ]
-    command += ["--prompts", prompts, "--text", prompts, "--rows", str(bench.rows), "--json", "-q"]
+    command += ["--prompts", prompts, "--text", prompts, "--rows", str(options.rows), "--json", "-q"]
     try:
         save_file(spoiled, file, metadata={"format": "pt"})
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -175,7 +195,7 @@ def try_honest(options: argparse.Namespace, adapters: Sequence[Path], work: Path
         for dtype in DTYPES[: options.honest - index * len(DTYPES)]:
             merged = work / "honest"
             merge(options.base, [AdapterChoice(adapter)], merged, MergeOptions(dtype=dtype, force=True))
-            bench = Bench.load(unmerged, merged, PROMPTS, options.rows, like=bench)
+            bench = Bench.load(unmerged, merged, options.prompts, options.rows, like=bench)
             yield try_merge(bench, adapter, dtype, merged)
 
 

@@ -29,7 +29,9 @@ def _validation(validate: Mapping[str, Any] | None) -> list[str]:
     if not validate:
         return []
     rows = [(c.label, c.value, c.threshold, "passed" if c.passed else "FAILED") for c in story.check_rows(validate)]
-    return ["", "## Validation", "", *_table(("check", "value", "limit", ""), rows, "lrrl")]
+    table = _table(("check", "value", "limit", ""), rows, "lrrl")
+    figures = [f"- {escaped(name)}: {escaped(value)}" for name, value in story.perplexity_rows(validate)]
+    return ["", "## Validation", "", *table, *([""] if figures else []), *figures]
 
 
 def _latency(bench: Mapping[str, Any] | None) -> list[str]:

@@ -8,7 +8,7 @@ from lora_export.report import plots, story
 from lora_export.report.text import count, one_line, percent, printable
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_SAMPLE_FIELDS = ("prompt", "base", "unmerged", "merged")
+_SAMPLE_FIELDS = ("prompt", "base", "unmerged", "merged", "first_difference")
 
 
 def html(
@@ -67,6 +67,7 @@ def _stages(report: Mapping[str, Any]) -> dict[str, Any]:
         "weakest": story.weakest_records(merge) if merge else (),
         "validate": bool(validate),
         "checks": story.check_rows(validate) if validate else (),
+        "perplexities": story.perplexity_rows(validate) if validate else (),
         "weight_errors": _lines(validate, "weight_errors"),
         "samples": [_sample(s) for s in validate["samples"]] if validate else (),
         "export": bool(export),

@@ -155,6 +155,14 @@ def check_rows(validate: Mapping[str, Any]) -> list[CheckRow]:
     ]
 
 
+def perplexity_rows(validate: Mapping[str, Any]) -> list[Row]:
+    """Model and perplexity on the text, as measured one beside the other."""
+    return [
+        (f"Perplexity, {one_line(p['model'])}", f"{number(p['value'], 5)} on {count(p['tokens'], 'token')} of text")
+        for p in validate.get("perplexities") or ()
+    ]
+
+
 def _uncapitalized(label: str) -> str:
     return label[:1].lower() + label[1:]
 

@@ -14,6 +14,7 @@ from lora_export.contracts import (
     Check,
     ExportResult,
     MergeResult,
+    Perplexity,
     TensorRecord,
     ValidationResult,
 )
@@ -100,9 +101,11 @@ def _validation() -> ValidationResult:
                 "base": " The parcel is a parcel. The parcel is a parcel.",
                 "unmerged": " I am sorry to hear that. Could you tell me your order number?",
                 "merged": " I am sorry to hear that. Could you tell me your order number?",
+                "first_difference": "prompt 1, token 15: unmerged ' number', here ' code'",
             },
         ),
         kl_by_position=tuple(float(x) for x in 6e-5 * np.exp(dice.standard_normal(128))),
+        perplexities=(Perplexity("unmerged", 14.2071, 902), Perplexity("onnx fp32", 14.2079, 902)),
     )
 
 

@@ -73,6 +73,16 @@ def test_a_full_report_tells_its_story_on_top(full: dict[str, Any], timings: Sam
     assert "0.9961 … 1.0032" in page.words and "271.31" in page.words
 
 
+def test_perplexities_and_the_first_difference_are_told(
+    full: dict[str, Any], timings: Samples, tmp_path: Path
+) -> None:
+    write(full, tmp_path, timings)
+    page, short = ((tmp_path / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+    for text in (page, short):
+        assert "Perplexity, onnx fp32" in text and "14.208 on 902 tokens of text" in text
+    assert "First difference: prompt 1, token 15" in page
+
+
 def test_pages_are_the_same_bytes_again(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     _, first, _ = pages(full, tmp_path / "a", timings)
     _, second, _ = pages(full, tmp_path / "b", timings)
