@@ -76,6 +76,10 @@ class DecoderStory:
             kl_by_position=found.kl,
         )
 
+    def once(self, model: Any) -> Any:
+        """One forward on the longest prompt, without a cache."""
+        return model(input_ids=max(self.tokens, key=len)[None], use_cache=False)
+
     def compare_loaded(self, unmerged: Any, loaded: Any, dtype: str) -> tuple[list[Check], list[Perplexity]]:
         """The merged model in its own type, weights and arithmetic, against the unmerged one in fp32."""
         self.progress.stage(f"validate: the merged model as it will be loaded ({dtype})")

@@ -18,6 +18,7 @@ from lora_export.validation.noise import rounding_errors
 from lora_export.validation.thresholds import FACTOR, FP32_ARITHMETIC
 
 DRAWS = 2
+INCOMPARABLE = 1.7e308  # outputs of other shapes, or not finite: JSON has no infinity
 
 
 @torch.inference_mode()
@@ -31,10 +32,10 @@ def first_deviation(
 ) -> Deviation | None:
     """The first module at fault, or None if modules and tensors show none.
 
-    run: one forward of the unmerged model; dtypes: the stored type of each merged tensor; weight_errors: tensors
-    known to be wrong, worst first. Modules that hold weights come first, then those around them, for a fault in
-    none of the tensors (such as a changed setting). Where no output shows what a wrong tensor does, the first
-    module that holds one is told, with its own figures.
+    run: one forward of the unmerged model, without a cache (the merged modules would add to it); dtypes: the
+    stored type of each merged tensor; weight_errors: tensors known to be wrong, worst first. Modules that hold
+    weights come first, then those around them, for a fault in none of the tensors (such as a changed setting).
+    Where no output shows what a wrong tensor does, the first module that holds one is told, with its own figures.
     """
     plain = dict(merged.named_modules())
     holding = {name for name, module in plain.items() if next(module.parameters(recurse=False), None) is not None}
@@ -99,8 +100,8 @@ def _compare(
     wanted = list(_tensors(output))
     try:
         found = list(_tensors(module(*args, **kwargs)))
-    except (RuntimeError, ValueError, TypeError):  # a weight of another shape, for one
-        return Deviation(name, math.inf, 0.0)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # a weight of another shape, for one
+        return Deviation(name, INCOMPARABLE, 0.0)
     value = _distance(wanted, found)
     floor = max((float(t.abs().max()) for t in wanted if t.numel()), default=0.0) * FP32_ARITHMETIC
     if value <= floor:  # nothing was added and nothing rounded: most modules, and no draw is needed
@@ -128,9 +129,9 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 
 def _distance(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
     if [t.shape for t in wanted] != [t.shape for t in found]:
-        return math.inf
+        return INCOMPARABLE
     worst = max((float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True) if a.numel()), default=0.0)
-    return worst if math.isfinite(worst) else math.inf
+    return worst if math.isfinite(worst) else INCOMPARABLE
 
 
 @contextmanager

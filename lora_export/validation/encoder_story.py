@@ -33,6 +33,10 @@ class EncoderStory:
         where = "rounding errors on the base, no adapter"
         return ValidationResult(tuple(self._checks(self._rounding, self._outputs(merged), "", where)))
 
+    def once(self, model: Any) -> Any:
+        """One forward on the longest prompt."""
+        return model(input_ids=max(self.tokens, key=len)[None])
+
     def compare_onnx(
         self, model: Path, base: Path, provider: str, precision: str | None
     ) -> tuple[list[Check], list[Perplexity]]:

@@ -70,7 +70,7 @@ def validate(
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
     result = _as_loaded(result, story, unmerged, merged, dtypes)
     if not result.passed:
-        result = replace(result, deviation=_deviation(unmerged, model, tokens, dtypes, errors, options, progress))
+        result = replace(result, deviation=_deviation(unmerged, model, story, dtypes, errors, options, progress))
     if onnx is not None:
         del model
         assert base_onnx is not None, "an ONNX model is judged against the base exported the same way"
@@ -101,7 +101,7 @@ def _as_loaded(
 def _deviation(
     unmerged: Any,
     model: Any,
-    tokens: Sequence[Any],
+    story: Any,
     dtypes: Mapping[str, Any],
     errors: Sequence[str],
     options: ValidationOptions,
@@ -110,10 +110,7 @@ def _deviation(
     from lora_export.validation.deviation import first_deviation
 
     progress.stage("validate: a check failed; looking for the first module that differs")
-    longest = max(tokens, key=len)
-    return first_deviation(
-        unmerged, model, lambda: unmerged(input_ids=longest[None]), dtypes, errors, options.tolerance
-    )
+    return first_deviation(unmerged, model, lambda: story.once(unmerged), dtypes, errors, options.tolerance)
 
 
 def _story(

@@ -201,12 +201,14 @@ class Bench:
         failed = _failed([*self.story.judge(self.merged).checks, *checks])
         if not failed:
             return Judgement((), (), None, None)
-        ids = max(self.story.tokens, key=len)[None]
-        located = first_deviation(
-            self.unmerged, self.merged, lambda: self.unmerged(input_ids=ids), self.dtypes, names
-        )
+        located = self.locate(names)
         seen = located is not None and located.value > FACTOR * located.floor
         return Judgement(failed, names, located, located if seen else None)
+
+    def locate(self, names: Sequence[str]) -> Deviation | None:
+        """The first module at fault, `names` being the tensors known to be wrong."""
+        unmerged = self.unmerged
+        return first_deviation(unmerged, self.merged, lambda: self.story.once(unmerged), self.dtypes, names)
 
     def material(self, seed: int) -> Material:
         wrapped = wrapped_modules(self.unmerged.base_model.model)

@@ -18,7 +18,6 @@ from lora_export.merge import merge
 from lora_export.pipeline import Story, _gates, failures
 from lora_export.report.story import headline
 from lora_export.validation import reference
-from lora_export.validation.deviation import first_deviation
 from lora_export.validation.prompts import BUILT_IN
 from lora_export.validation.tensors import compare_tensors
 from tests.builders import edit_json
@@ -65,12 +64,7 @@ def test_honest_weights_have_no_deviation(bench: Callable[[str], Bench], dtype: 
     """Asked for although nothing failed, it finds nothing, in no module and in none around them."""
     honest = bench(dtype)
     assert not honest.judge().failed
-    assert located(honest, ()) is None
-
-
-def located(bench: Bench, names: tuple[str, ...]) -> Deviation | None:
-    ids = bench.story.tokens[1][None]
-    return first_deviation(bench.unmerged, bench.merged, lambda: bench.unmerged(input_ids=ids), bench.dtypes, names)
+    assert honest.locate(()) is None
 
 
 def test_the_value_is_what_the_wrong_weight_adds_to_the_module_alone(bench: Callable[[str], Bench]) -> None:
@@ -83,7 +77,7 @@ def test_the_value_is_what_the_wrong_weight_adds_to_the_module_alone(bench: Call
     module = honest.unmerged.base_model.model.get_submodule(LAYER)
     handle = module.register_forward_hook(lambda _, args, output: inputs.append(args[0]))
     with honest.spoiled({weight: merged[weight] + error}):
-        found = located(honest, (weight,))
+        found = honest.locate((weight,))
     handle.remove()
     assert found is not None and found.module == LAYER and found.tensors == (weight,)
     expected = (inputs[0].double() @ error.double().T).abs().max()
@@ -96,7 +90,7 @@ def test_the_first_in_the_order_of_the_forward_pass_is_named(bench: Callable[[st
     merged = dict(honest.merged.named_parameters())
     early, late = "model.layers.0.mlp.gate_proj.weight", "model.layers.1.self_attn.q_proj.weight"
     with honest.spoiled({late: merged[late] * 3, early: merged[early] * 1.1}):
-        found = located(honest, (late, early))  # worst first
+        found = honest.locate((late, early))  # worst first
     assert found is not None and found.module == early.removesuffix(".weight") and found.tensors == (early,)
 
 
@@ -106,8 +100,8 @@ def test_what_no_output_shows_is_named_by_its_tensor(bench: Callable[[str], Benc
     changed = dict(honest.merged.named_parameters())[name].clone()
     changed[0, 0] *= 1.01
     with honest.spoiled({name: changed}):
-        found = located(honest, (name,))
-        blind = located(honest, ())
+        found = honest.locate((name,))
+        blind = honest.locate(())
     assert blind is None
     assert found is not None and found.tensors == (name,) and found.value <= 4 * found.floor
 
