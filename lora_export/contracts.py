@@ -237,7 +237,8 @@ class Deviation:
     """Where the merged model first leaves the unmerged one, in the order of the forward pass.
 
     module: the first whose output differs by more than the floor although its inputs agree (`value` and `floor`:
-    largest difference and noise floor of that output); tensors: its weights that differ, worst first.
+    largest difference and noise floor of that output); where no output shows what a wrong tensor does, the first
+    that holds one. tensors: its weights that differ, worst first.
     """
 
     module: str

@@ -35,7 +35,9 @@ class StoryOptions:
     engine: str | None = None
     benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     prompts: Path | None = None
+    text: Path | None = None
     rows: int | None = 64
+    tolerance: float = 4.0
     force: bool = False
 
 
@@ -99,7 +101,7 @@ def _run(
 ) -> Story:
     from lora_export.merge import merge
     from lora_export.onnx_export import compare
-    from lora_export.validation import ValidationOptions, validate
+    from lora_export.validation import validate
 
     merged = merge(base.folder, adapters, stage / "merged", options.merge, progress)
     story = Story(stage, merged)
@@ -117,7 +119,7 @@ def _run(
         onnx=exported.output,
         base_onnx=base_onnx.output,
         dequantized=_stand_in(base.folder, options.merge, work, progress),
-        options=ValidationOptions(options.prompts, options.rows, options.provider, options.merge),
+        options=_validation_options(options, options.provider, options.precision),
         progress=progress,
     )
     story = replace(story, validate=checked)
@@ -234,17 +236,20 @@ def validate_folder(
     progress: Progress,
 ) -> ValidationResult:
     """Validate what an earlier run left. With an ONNX folder, the base is exported the same way for the floor."""
+    from lora_export.onnx_export import RECORD as EXPORT_RECORD
     from lora_export.onnx_export import load_export
     from lora_export.runtime import resolve_provider
-    from lora_export.validation import ValidationOptions, validate
+    from lora_export.validation import validate
 
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
-    checks = ValidationOptions(options.prompts, options.rows, provider, options.merge)
+    # A graph of another tool has no record of its precision, and with a base beside it needs none.
+    known = onnx is not None and (base_onnx is None or (onnx / EXPORT_RECORD).is_file())
+    earlier = load_export(onnx) if onnx is not None and known else None
+    precision = earlier.precision if earlier else None
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)
-        if onnx is not None and base_onnx is None:
-            earlier = load_export(onnx)
+        if earlier is not None and base_onnx is None:
             same = replace(options, precision=earlier.precision, engine=earlier.engine, provider=provider)
             trained_on = prepared_base(base.folder, options.merge, work, progress)
             base_onnx = _export(trained_on, work / "base", same, progress, "the base, for the noise floor").output
@@ -255,16 +260,34 @@ def validate_folder(
             onnx=onnx,
             base_onnx=base_onnx,
             dequantized=_stand_in(base.folder, options.merge, work, progress),
-            options=checks,
+            options=_validation_options(options, provider, precision),
             progress=progress,
         )
+
+
+def _validation_options(options: StoryOptions, provider: Provider, precision: str | None) -> Any:
+    from lora_export.validation import ValidationOptions
+
+    return ValidationOptions(
+        prompts=options.prompts,
+        text=options.text,
+        rows=options.rows,
+        provider=provider,
+        merge=options.merge,
+        tolerance=options.tolerance,
+        precision=precision,
+    )
 
 
 def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
     """Everything that can be refused on headers and config, before minutes of work."""
     from lora_export.merge import plan
     from lora_export.onnx_export import check_request
+    from lora_export.validation.prompts import read_prompts
+    from lora_export.validation.text import read_text
 
+    read_prompts(options.prompts)
+    read_text(options.text)
     planned = plan(base.folder, choices, options.merge)
     config = dict(planned.base.config)
     config.pop("quantization_config", None)  # the merge removes it
@@ -295,7 +318,7 @@ def _gates(story: Story) -> None:
         raise GateFailed(
             "validation failed: " + failures(story.validate),
             where=story.output.with_name(story.output.name + ".failed"),
-            tensor=next(iter(story.validate.weight_errors), None),
+            tensor=next(iter(_suspects(story.validate)), None),
             expected="a merged model that computes what the unmerged one computes",
             next_step="read report/report.html in that folder",
         )
@@ -308,13 +331,20 @@ def _gates(story: Story) -> None:
         )
 
 
+def _suspects(result: ValidationResult) -> tuple[str, ...]:
+    """Tensors at fault: those of the first module that goes wrong, then all others."""
+    return (*(result.deviation.tensors if result.deviation else ()), *result.weight_errors)
+
+
 def failures(result: ValidationResult) -> str:
-    """The failed checks in one line: name, value and threshold."""
-    failed = [c for c in result.checks if not c.passed]
-    return "; ".join(
+    """The failed checks in one line (name, value and threshold), and the first module that goes wrong."""
+    failed = [
         f"{c.name} is {c.value:.4g}" + (f", allowed {c.threshold:.4g}" if c.threshold is not None else "")
-        for c in failed
-    )
+        for c in result.checks
+        if not c.passed
+    ]
+    where = [f"the first module that differs is {result.deviation.module}"] if result.deviation else []
+    return "; ".join([*failed, *where])
 
 
 # --- what a run leaves -------------------------------------------------------------------------------------
@@ -387,6 +417,7 @@ def options_json(options: StoryOptions) -> dict[str, Any]:
     """The options as a report and a manifest keep them."""
     kept = asdict(options)
     kept["prompts"] = options.prompts.name if options.prompts else None
+    kept["text"] = options.text.name if options.text else None
     kept.pop("force")
     kept["merge"].pop("force")
     return kept

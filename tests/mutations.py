@@ -6,6 +6,9 @@ MATRIX = "tests/matrix/test_matrix.py::test_merged_equals_unmerged"
 BITSANDBYTES = "tests/quantization/test_bitsandbytes.py"
 FORMATS = "tests/quantization/test_formats.py"
 
+CERTIFICATE = "tests/validation/test_certificate.py"
+DEVIATION = "tests/validation/test_deviation.py"
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -137,5 +140,84 @@ MUTATIONS = (
         "AWQ's outputs are not interleaved", "quantization/awq.py",
         "ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "ORDER = (0, 1, 2, 3, 4, 5, 6, 7)",
         f"{FORMATS}::test_awq[32]",
+    ),
+    Mutation(
+        "top-5 is asked of the other model twice", "validation/compare.py",
+        "one, other = (x.topk(count, -1).indices for x in (a, b))",
+        "one, other = (x.topk(count, -1).indices for x in (b, b))",
+        f"{CERTIFICATE}::test_figures_of_a_comparison",
+    ),
+    Mutation(
+        "KL is taken the other way round", "validation/compare.py",
+        "torch.sum(p.exp() * (p - q), -1)", "torch.sum(q.exp() * (q - p), -1)",
+        f"{CERTIFICATE}::test_figures_of_a_comparison",
+    ),
+    Mutation(
+        "perplexity predicts the token that it has seen", "validation/text.py",
+        "said.gather(-1, ids[1:, None])", "said.gather(-1, ids[:-1, None])",
+        f"{CERTIFICATE}::test_perplexities_and_as_loaded_checks",
+    ),
+    Mutation(
+        "the merged model as loaded is the one in fp32", "validation/run.py",
+        "load_as_stored(merged), narrow", "load_as_stored(merged).float(), narrow",
+        f"{CERTIFICATE}::test_perplexities_and_as_loaded_checks",
+    ),
+    Mutation(
+        "the floor as loaded forgets the arithmetic of the type", "validation/decoder_story.py",
+        "self._floor(where, self._rounding, (narrow,))", "self._floor(where, self._rounding)",
+        f"{CERTIFICATE}::test_perplexities_and_as_loaded_checks",
+    ),
+    Mutation(
+        "weights without an adapter stay unrounded in the noise", "validation/noise.py",
+        "elif not torch.equal(rounded := weight.to(dtype).float(), weight):",
+        "elif torch.isnan(rounded := weight.to(dtype).float()).any():",
+        f"{CERTIFICATE}::test_the_noise_is_gone_afterwards_and_reaches_every_rounded_weight",
+    ),
+    Mutation(
+        "--tolerance does not reach KL", "validation/thresholds.py",
+        "kl = factor**2 * floor.kl", "kl = FACTOR**2 * floor.kl",
+        f"{CERTIFICATE}::test_tolerance_reaches_every_threshold",
+    ),
+    Mutation(
+        "greedy tokens are never unexplained", "validation/thresholds.py",
+        "if not d.gap <= tie]", "if d.gap > 100 * tie]",
+        f"{CERTIFICATE}::test_the_first_diverging_token_is_shown",
+    ),
+    Mutation(
+        "a text's last piece of one token is kept", "validation/text.py",
+        "if len(piece) > 1]", "if len(piece) > 0]",
+        f"{CERTIFICATE}::test_a_long_text_is_read_in_windows",
+    ),
+    Mutation(
+        "the merged module gets other inputs", "validation/deviation.py",
+        "found = list(_tensors(module(*args, **kwargs)))",
+        "found = list(_tensors(module(*(1.5 * a for a in args), **kwargs)))",
+        f"{DEVIATION}::test_the_value_is_what_the_wrong_weight_adds_to_the_module_alone",
+    ),
+    Mutation(
+        "tensors of other modules are blamed, too", "validation/deviation.py",
+        "found.floor, _within(found.module, weight_errors))", "found.floor, tuple(weight_errors))",
+        f"{DEVIATION}::test_the_first_in_the_order_of_the_forward_pass_is_named",
+    ),
+    Mutation(
+        "modules without weights are not looked at", "validation/deviation.py",
+        "if found is None and not weight_errors:", "if found is None and weight_errors:",
+        f"{DEVIATION}::test_a_changed_setting_is_found_though_every_tensor_is_right",
+    ),
+    Mutation(
+        "only the sampled columns of a low-rank update are compared", "validation/tensors.py",
+        "cheap_probes(exact, found, bound) if whole else None", "(iter([probe.inputs])) if whole else None",
+        f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[lora-bfloat16]",
+    ),
+    Mutation(
+        "no random combinations of what is dear to ask", "validation/tensors.py",
+        "errors.append(_combined(weight, exact, found, bound))", "errors.append(errors[0])",
+        f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[oft-bfloat16]",
+    ),
+    Mutation(
+        "the error names the worst tensor of all", "pipeline.py",
+        "return (*(result.deviation.tensors if result.deviation else ()), *result.weight_errors)",
+        "return result.weight_errors",
+        f"{DEVIATION}::test_the_gate_names_the_first_module_s_tensor",
     ),
 )  # fmt: skip

@@ -40,7 +40,9 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         engine=words["engine"],
         benchmark=benchmark_options_of(words),
         prompts=words["prompts"],
+        text=words["text"],
         rows=words["rows"],
+        tolerance=words["tolerance"],
         force=words["force"],
     )
 

@@ -1,5 +1,6 @@
 """Options that several commands share, so that each is spelled and explained once."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,6 +33,16 @@ class Size(click.ParamType[int]):
         if size <= 0:
             self.fail("a size must be above 0", param, ctx)
         return size
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range, which NaN and infinity are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return number
 
 
 def split_weight(text: str) -> tuple[str, float]:
@@ -160,14 +171,24 @@ def export_options(command: Command) -> Command:
 
 
 def check_options(command: Command) -> Command:
-    command = click.option(
-        "--rows", type=click.IntRange(min=1), default=64, show_default=True,
-        help="Rows of each updated tensor that are recomputed in float64; a large number means all.",
-    )(command)  # fmt: skip
-    return click.option(
-        "--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None,
-        help="Text file with one prompt a line, in place of the built-in ones.",
-    )(command)  # fmt: skip
+    file = click.Path(path_type=Path)  # what is wrong with a file is told by who reads it
+    decorators = [
+        click.option("--prompts", type=click.Path(path_type=Path, exists=True, dir_okay=False), default=None,
+                     help="Text file with one prompt a line, in place of the built-in ones."),
+        click.option("--text", type=file, default=None, metavar="FILE",
+                     help="Running text in UTF-8 for the perplexities.  "
+                     "[default: a page of Lincoln, Darwin and Austen]"),
+        click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True,
+                     help="Rows of each updated tensor that are recomputed in float64 one by one; a large number "
+                     "means all. Low-rank updates are always recomputed whole, and of others every element takes "
+                     "part in random combinations."),
+        click.option("--tolerance", type=FiniteRange(min=1), default=4.0, show_default=True, metavar="FACTOR",
+                     help="How many times the noise floor outputs may differ. The arithmetic of each tensor has a "
+                     "bound of its own, which this does not move."),
+    ]  # fmt: skip
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
 
 
 def benchmark_options(command: Command) -> Command:

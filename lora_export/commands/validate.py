@@ -27,13 +27,16 @@ from lora_export.commands.talk import talking
 @options.talk_options
 def validate(
     base: str, adapters: tuple[str, ...], merged: Path, onnx: Path | None, base_onnx: Path | None,
-    provider: Any, prompts: Path | None, rows: int, as_json: bool, quiet: bool, verbose: bool, **words: Any,
+    provider: Any, prompts: Path | None, text: Path | None, rows: int, tolerance: float,
+    as_json: bool, quiet: bool, verbose: bool, **words: Any,
 ) -> None:  # fmt: skip
     """Compare a merged folder with PEFT's unmerged forward in fp32. Exit code 3 if a check fails.
 
-    Every tensor is also recomputed in float64 from base and adapter (sampled rows, see --rows), because model
-    outputs alone cannot show a fine fault. Thresholds come from a noise floor that is measured on the base
-    without any adapter. Give the options of the merge again: they decide which base is the truth.
+    The merged model is judged in fp32 arithmetic, as it will be loaded (its own type, names that begin with
+    loaded_) and, with --onnx, as an exported graph (onnx_). Every tensor is also recomputed in float64 from base
+    and adapter (see --rows), because model outputs alone cannot show a fine fault. Thresholds are --tolerance times
+    a noise floor that is measured on the base without any adapter. If a check fails, the first module that goes
+    wrong is named. Give the options of the merge again: they decide which base is the truth.
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export.checkpoint.sources import resolve
@@ -42,7 +45,14 @@ def validate(
         from lora_export.errors import EXIT_GATE
         from lora_export.pipeline import StoryOptions, failures, validate_folder
 
-        settings = StoryOptions(merge=gather.merge_options_of(words), provider=provider, prompts=prompts, rows=rows)
+        settings = StoryOptions(
+            merge=gather.merge_options_of(words),
+            provider=provider,
+            prompts=prompts,
+            text=text,
+            rows=rows,
+            tolerance=tolerance,
+        )
         result = validate_folder(
             resolve(base), gather.adapters_of(adapters), merged, onnx, base_onnx, settings, talk.progress
         )

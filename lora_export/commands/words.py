@@ -29,7 +29,24 @@ def validation_words(result: ValidationResult) -> str:
         lines.append(f"{c.name:<{width}}  {c.value:>12.4g}  {limit:>12}  {mark:<6}  {c.note}")
     head = f"{'check':<{width}}  {'value':>12}  {'threshold':>12}"
     faulty = [f"not what the adapter makes of the base: {name}" for name in result.weight_errors[:10]]
-    return "\n".join([head, *lines, *faulty, "passed" if result.passed else "FAILED"])
+    verdict = "passed" if result.passed else "FAILED"
+    return "\n".join([head, *lines, *_perplexities(result), *faulty, *_deviation(result), verdict])
+
+
+def _perplexities(result: ValidationResult) -> list[str]:
+    if not result.perplexities:
+        return []
+    figures = ", ".join(f"{p.model} {p.value:.5g}" for p in result.perplexities)
+    return [f"perplexity on {result.perplexities[0].tokens} tokens of text: {figures}"]
+
+
+def _deviation(result: ValidationResult) -> list[str]:
+    """Where it goes wrong, in one line."""
+    found = result.deviation
+    if found is None:
+        return []
+    line = f"the first module that differs: {found.module}, by {found.value:.3g} (noise floor {found.floor:.3g})"
+    return [line + (f", because of {', '.join(found.tensors[:3])}" if found.tensors else "")]
 
 
 def validation_row(result: ValidationResult) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from lora_export.onnx_export.engines import architecture_of, choose
 from lora_export.onnx_export.identity import compare
 from lora_export.onnx_export.job import Job
 
-__all__ = ["check_model", "check_request", "compare", "export", "load_export", "model_file"]
+__all__ = ["RECORD", "check_model", "check_request", "compare", "export", "load_export", "model_file"]
 
 RECORD = "export.json"
 _RECORD: Kind = {"engine": str, "precision": str, "nodes": int, "seconds": float, "kind": str}

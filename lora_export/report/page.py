@@ -8,7 +8,7 @@ from lora_export.report import plots, proof, story
 from lora_export.report.text import count, one_line, percent, printable
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_SAMPLE_FIELDS = ("prompt", "base", "unmerged", "merged")
+_SAMPLE_FIELDS = ("prompt", "base", "unmerged", "merged", "first_difference")
 
 
 def html(

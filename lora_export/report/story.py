@@ -15,12 +15,15 @@ _CHECK_NAMES = {
     "logits_max_abs": "Largest difference of a logit",
     "logits_kl_mean": "Mean KL divergence of the next token",
     "top1_agreement": "Same most likely token",
+    "top5_agreement": "Same five most likely tokens",
+    "run_to_run_max_abs": "The same model run twice",
     "perplexity_unmerged": "Perplexity, unmerged",
     "perplexity_merged": "Perplexity, merged",
     "perplexity_base": "Perplexity, base",
     "greedy_agreement": "Same greedy continuation",
     "noise_floor_max_abs": "Noise floor",
 }
+_MODELS = {"onnx_": " (ONNX)", "loaded_": " (in its own type)"}
 _LATENCY_TONE: dict[str, Tone] = {"equivalent": "good", "slower": "bad", "inconclusive": "unsure"}
 
 
@@ -150,9 +153,9 @@ def _uncapitalized(label: str) -> str:
 
 
 def _check_label(name: str) -> str:
-    plain = name.removeprefix("onnx_")
-    label = _CHECK_NAMES.get(plain, one_line(plain).replace("_", " ").capitalize())
-    return f"{label} (ONNX)" if plain != name else label
+    prefix, where = next(((p, w) for p, w in _MODELS.items() if name.startswith(p)), ("", ""))
+    plain = name.removeprefix(prefix)
+    return _CHECK_NAMES.get(plain, one_line(plain).replace("_", " ").capitalize()) + where
 
 
 def _threshold(name: str, value: float | None) -> str:

@@ -6,19 +6,23 @@ from dataclasses import dataclass
 
 import torch
 
+TOP = 5
+
 
 @dataclass(frozen=True)
 class Difference:
     """How far `found` is from `reference`, over all positions of all prompts.
 
     kl: Kullback-Leibler divergence of the next-token distributions in nats, one figure a position;
-    top1: the share of positions whose most likely token agrees; nll: mean negative log-likelihood of the
+    top1: the share of positions whose most likely token agrees; top5: the share of the reference's five most
+    likely tokens that are among the other's five, mean over positions; nll: mean negative log-likelihood of the
     text, in nats a token; nll_spread: mean absolute difference of log-likelihood at a position.
     """
 
     max_abs: float
     kl: tuple[float, ...]
     top1: float
+    top5: float
     nll_reference: float
     nll_found: float
     nll_spread: float
@@ -33,19 +37,28 @@ def compare_logits(
     reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
 ) -> Difference:
     """reference, found: logits (length, vocabulary) of each prompt; tokens: its (length,) ids."""
-    max_abs, hits, positions = 0.0, 0, 0
+    max_abs, hits, shared, positions = 0.0, 0, 0.0, 0
     kl: list[float] = []
     nll = torch.zeros(3, dtype=torch.float64)
     for a, b, ids in zip(reference, found, tokens, strict=True):
         max_abs = max(max_abs, _max_abs(a, b))
         hits += int((a.argmax(-1) == b.argmax(-1)).sum())
+        shared += _shared(a, b)
         positions += len(ids)
         p, q = torch.log_softmax(a.double(), -1), torch.log_softmax(b.double(), -1)
         kl += torch.sum(p.exp() * (p - q), -1).clamp_min(0).tolist()
         p_token, q_token = (x[:-1].gather(-1, ids[1:, None]).squeeze(-1) for x in (p, q))
         nll += torch.stack([-p_token.sum(), -q_token.sum(), (p_token - q_token).abs().sum()])
     nll /= max(positions - len(tokens), 1)
-    return Difference(max_abs, tuple(kl), hits / positions, float(nll[0]), float(nll[1]), float(nll[2]), positions)
+    own, other, spread = nll.tolist()
+    return Difference(max_abs, tuple(kl), hits / positions, shared / positions, own, other, spread, positions)
+
+
+def _shared(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The sum over positions of the share of a's most likely tokens that are among b's."""
+    count = min(TOP, a.shape[-1])
+    one, other = (x.topk(count, -1).indices for x in (a, b))
+    return float((one[:, :, None] == other[:, None, :]).any(-1).double().mean(-1).sum())
 
 
 def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -55,11 +68,16 @@ def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first greedy token that differs: gap is how much the reference preferred its own, in logits."""
+    """The first greedy token that differs, counted from 0.
+
+    gap: how much the reference preferred its own token, in logits; own, other: the ids of the two tokens.
+    """
 
     prompt: int
     step: int
     gap: float
+    own: int
+    other: int
 
 
 def greedy_divergences(
@@ -80,5 +98,5 @@ def greedy_divergences(
         total += len(own)
         if step < len(own):
             gap = float(logits[step, own[step]] - logits[step, chosen[step]])
-            found.append(Divergence(i, step, gap))
+            found.append(Divergence(i, step, gap, int(own[step]), int(chosen[step])))
     return agreed / max(total, 1), found

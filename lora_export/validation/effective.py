@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 SEED = 20_240_501
+BLOCK = 512  # inputs at once, which bounds the memory
+CHEAP = 0.25  # of the arithmetic of a product with the whole weight
 IMPULSES_A_CHANNEL = 8  # where every channel of a convolution is asked
 
 
@@ -95,7 +98,7 @@ def _trained_tokens(module: Any) -> set[int]:
 
 def _impulses(layer: Any, count: int | None, generator: torch.Generator) -> Probe:
     """Images that are zero but for one element, at places from which every tap of the kernel can be reached."""
-    sizes = [d * (k - 1) + 1 + s for k, s, d in zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)]
+    sizes = _field(layer)
     channels = torch.arange(layer.in_channels).repeat(IMPULSES_A_CHANNEL)
     if count is not None and count < len(channels):
         channels = channels[torch.randperm(len(channels), generator=generator)[:count]]
@@ -105,19 +108,93 @@ def _impulses(layer: Any, count: int | None, generator: torch.Generator) -> Prob
     return Probe(inputs, torch.zeros(1, layer.in_channels, *sizes, dtype=torch.float64))
 
 
+def _field(layer: Any) -> list[int]:
+    """The size of an image from whose places every tap of the kernel can be reached."""
+    taps = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    return [d * (k - 1) + 1 + s for k, s, d in taps]
+
+
 @torch.no_grad()
-def answers(module: Any, probe: Probe) -> tuple[torch.Tensor, torch.Tensor | None, float]:
-    """(answers, answer to zeros, fp32 deviation) of a wrapper, in float64.
+def answers(module: Any, exact: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """(answers of `exact`, the module's copy in float64; the fp32 deviation of the module itself).
 
     The deviation is the largest difference between the module's own float32 arithmetic and its float64 one.
     """
-    exact = copy.deepcopy(module).double()
-    found = exact(probe.inputs)
-    nothing = exact(probe.zeros) if probe.zeros is not None else None
-    del exact
-    inputs = probe.inputs.float() if probe.inputs.is_floating_point() else probe.inputs
-    deviation = float((module(inputs).double() - found).abs().max())
-    return found, nothing, deviation
+    found = exact(inputs)
+    narrow = inputs.float() if inputs.is_floating_point() else inputs
+    return found, float((module(narrow).double() - found).abs().max())
+
+
+class OneHot:
+    """One-hot inputs for every element of a weight, block by block, answered without a product of matrices.
+
+    What a plain layer computes for a one-hot input is a column of its weight. Layers that `speak_for` was told of
+    answer so, but only to the very inputs of the block; whatever else a wrapper asks, the layer itself answers.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._width = layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0]
+        self._inputs: torch.Tensor | None = None
+        self._columns = slice(0)
+
+    def speak_for(self, layer: Any) -> None:
+        plain = layer.forward
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if x is not self._inputs:
+                answer: torch.Tensor = plain(x)
+                return answer
+            linear = isinstance(layer, nn.Linear)
+            columns = layer.weight[:, self._columns].T if linear else layer.weight[self._columns]
+            chosen: torch.Tensor = columns.clone() if layer.bias is None else columns + layer.bias
+            return chosen
+
+        layer.forward = forward
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """Inputs (up to BLOCK, width) in float64, each to be asked before the next is taken."""
+        for start in range(0, self._width, BLOCK):
+            stop = min(start + BLOCK, self._width)
+            self._columns = slice(start, stop)
+            self._inputs = torch.zeros(stop - start, self._width, dtype=torch.float64)
+            self._inputs[torch.arange(stop - start), torch.arange(start, stop)] = 1
+            yield self._inputs
+
+
+def cheap_probes(exact: Any, *others: nn.Module) -> Iterator[torch.Tensor] | None:
+    """Inputs that together ask for every element of a weight; None if that is too much arithmetic.
+
+    exact: a wrapper in float64; others: plain layers that are asked the same. It is too much where the wrapper
+    multiplies by more than its low ranks, because it turns the inputs or builds a whole matrix anew.
+    """
+    layer = base_layer(exact)
+    if isinstance(layer, nn.Embedding):
+        return iter(torch.split(torch.arange(layer.num_embeddings), BLOCK))
+    if not isinstance(layer, nn.Linear | Conv1D):
+        return None
+    one_hot = OneHot(layer)
+    for speaker in (layer, *others):
+        one_hot.speak_for(speaker)
+    first = next(one_hot.blocks())
+    with FlopCounterMode(display=False) as counter:
+        exact(first)
+    if counter.get_total_flops() < CHEAP * 2 * len(first) * layer.weight.numel():
+        return one_hot.blocks()
+    for speaker in (layer, *others):
+        del speaker.forward  # the class's own again
+    return None
+
+
+def random_signs(exact: Any, count: int) -> torch.Tensor:
+    """`count` inputs of ±1 for the layer inside a wrapper, so that all elements of its weight take part."""
+    layer = base_layer(exact)
+    if isinstance(layer, nn.Linear | Conv1D):
+        shape: tuple[int, ...] = (layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0],)
+    else:
+        shape = (layer.in_channels, *_field(layer))
+    generator = torch.Generator().manual_seed(SEED)
+    signs = torch.randint(0, 2, (count, *shape), generator=generator)
+    return signs.double() * 2 - 1
 
 
 @torch.no_grad()

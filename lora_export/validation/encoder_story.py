@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, Progress, ValidationResult
+from lora_export.contracts import Check, Perplexity, Progress, ValidationResult
 from lora_export.validation.noise import DRAWS, rounding_noise
 from lora_export.validation.thresholds import FACTOR, FP32_ARITHMETIC
 
@@ -17,6 +17,7 @@ class EncoderStory:
     tokens: Sequence[torch.Tensor]
     dtypes: Mapping[str, torch.dtype]
     progress: Progress
+    factor: float = FACTOR
     _base: list[torch.Tensor] = field(default_factory=list)
     _unmerged: list[torch.Tensor] = field(default_factory=list)
     _rounding: float = 0.0
@@ -32,14 +33,20 @@ class EncoderStory:
         where = "rounding errors on the base, no adapter"
         return ValidationResult(tuple(self._checks(self._rounding, self._outputs(merged), "", where)))
 
-    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]:
+    def once(self, model: Any) -> Any:
+        """One forward on the longest prompt."""
+        return model(input_ids=max(self.tokens, key=len)[None])
+
+    def compare_onnx(
+        self, model: Path, base: Path, provider: str, precision: str | None
+    ) -> tuple[list[Check], list[Perplexity]]:
         from lora_export.validation.onnx_encoder import OnnxEncoder
 
         self.progress.stage("validate: ONNX Runtime, at several lengths and in one padded batch")
         noisy = OnnxEncoder(base, provider).outputs(self.tokens)
         found = OnnxEncoder(model, provider).outputs(self.tokens)
         where = "rounding errors, and the base exported the same way against PyTorch"
-        return self._checks(self._rounding + _max_abs(self._base, noisy), found, "onnx_", where)
+        return self._checks(self._rounding + _max_abs(self._base, noisy), found, "onnx_", where), []
 
     @torch.inference_mode()
     def _outputs(self, model: Any) -> list[torch.Tensor]:
@@ -51,14 +58,14 @@ class EncoderStory:
         worst = _max_abs(self._unmerged, found)
         similar = min(_cosine(a, b) for a, b in zip(self._unmerged, found, strict=True))
         # Both vectors lie within the threshold of each other, so 1 − cos is bounded by its square.
-        least = 1 - (FACTOR * floor / scale) ** 2 - 1e-6
+        least = 1 - (self.factor * floor / scale) ** 2 - 1e-6
         return [
             Check(
                 f"{prefix}logits_max_abs",
                 worst,
-                FACTOR * floor,
-                worst <= FACTOR * floor,
-                f"{FACTOR:g} × the noise floor; hidden states or class logits",
+                self.factor * floor,
+                worst <= self.factor * floor,
+                f"{self.factor:g} × the noise floor; hidden states or class logits",
             ),
             Check(
                 f"{prefix}embedding_cosine", similar, least, similar >= least, "mean-pooled, least of all prompts"

@@ -2,7 +2,8 @@
 
 A merged weight is rounded to its type, so each of its elements is off by up to half a unit in the last place.
 The noise floor is the base without any adapter, its adapted weights moved by such errors (uniform, seeded),
-against the base itself. Rounding the base as it is would not do: a 16-bit base already lies on its grid.
+against the base itself. Rounding the base as it is would not do: a 16-bit base already lies on its grid. Weights
+without an adapter are rounded as they are, for that is what happens to them.
 """
 
 import contextlib
@@ -16,28 +17,56 @@ DRAWS = 3  # the largest error over all positions varies by a fifth from draw to
 
 @contextlib.contextmanager
 def rounding_noise(unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int) -> Iterator[None]:
-    """Inside, the adapted base weights carry rounding errors of the types in `dtypes` (by plain name)."""
+    """Inside, the base weights carry rounding errors of the types in `dtypes` (by plain name)."""
     generator = torch.Generator().manual_seed(seed)
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    default = max(dtypes.values(), key=lambda d: torch.finfo(d).eps)
     try:
-        for name, parameter in unmerged.base_model.model.named_parameters():
-            if ".base_layer." not in name or parameter.dim() < 2 or _belongs_to_adapter(name):
-                continue
+        for name, parameter, dtype in _base_parameters(unmerged, dtypes):
             weight = parameter.data
-            saved.append((weight, weight.clone()))
-            dtype = dtypes.get(name.replace(".base_layer", ""), default)
-            noise = torch.rand(weight.shape, generator=generator) - 0.5
-            weight += noise * _ulp(weight, dtype)
+            if ".base_layer." in name and weight.dim() >= 2:
+                saved.append((weight, weight.clone()))
+                weight += rounding_errors(weight, dtype, generator)
+            elif not torch.equal(rounded := weight.to(dtype).float(), weight):
+                saved.append((weight, weight.clone()))
+                weight.copy_(rounded)
         yield
     finally:
         for weight, before in saved:
             weight.copy_(before)
 
 
-def _belongs_to_adapter(name: str) -> bool:
-    """What lies outside the innermost base layer is the adapter's: fused experts have wrappers in wrappers."""
-    return "." in name.rpartition(".base_layer.")[2]
+@contextlib.contextmanager
+def in_output_types(unmerged: Any, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Inside, the base computes in the types of `dtypes`, as transformers would load and run it.
+
+    Its parameters have these types; its buffers (such as the frequencies of rotary embeddings) stay in fp32.
+    """
+    saved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    try:
+        for _, parameter, dtype in _base_parameters(unmerged, dtypes):
+            saved.append((parameter, parameter.data))
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, before in saved:
+            parameter.data = before
+
+
+def rounding_errors(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """Errors as rounding to `dtype` makes them: uniform, up to half a unit in the last place of each element."""
+    return (torch.rand(weight.shape, generator=generator) - 0.5) * _ulp(weight, dtype)
+
+
+def _base_parameters(
+    unmerged: Any, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, torch.nn.Parameter, torch.dtype]]:
+    """(name, parameter, type in the output) of the base inside PEFT's wrappers."""
+    default = max(dtypes.values(), key=lambda d: torch.finfo(d).eps)
+    for name, parameter in unmerged.base_model.model.named_parameters():
+        plain = name.replace(".base_layer", "").replace(".original_module", "")
+        # What lies outside the innermost base layer is the adapter's: fused experts have wrappers in wrappers.
+        if plain in dtypes or (".base_layer." in name and "." not in name.rpartition(".base_layer.")[2]):
+            yield name, parameter, dtypes.get(plain, default)
 
 
 def _ulp(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

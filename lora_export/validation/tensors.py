@@ -4,27 +4,32 @@ Model outputs cannot show a fine fault (one projection scaled by 1.02 hides in b
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora_export.contracts import Check
 from lora_export.validation.effective import (
     Probe,
     answers,
+    cheap_probes,
     effective_parameters,
     make_probe,
     plain_parameters,
+    random_signs,
     wrapped_modules,
 )
+from lora_export.validation.thresholds import tensor_checks
 
 ARITHMETIC = 2.0**-22  # of |W|: what fp32 additions may lose
 DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
 # PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition: an error of this share of the
 # largest weight, everywhere.
 RECOMPUTED = 2.0**-20
+COMBINATIONS = 16  # random ones, of the elements of a row
 EXPERTS = 8  # of a fused weight are compared, unless all rows are asked for
 
 
@@ -38,9 +43,15 @@ class TensorError:
 
 
 def compare_tensors(
-    unmerged: Any, merged: nn.Module, dtypes: Mapping[str, torch.dtype], rows: int | None
+    unmerged: Any,
+    merged: nn.Module,
+    dtypes: Mapping[str, torch.dtype],
+    rows: int | None,
+    only: Collection[str] | None = None,
 ) -> list[TensorError]:
-    """One entry for each tensor. rows: how many columns or rows of an updated one are compared (None: all)."""
+    """One entry for each tensor. rows: how many columns or rows of an updated one are compared one by one (None:
+    all). only: the modules that are of interest, by path (None: all); a tensor's entry depends on no other module.
+    """
     model = unmerged.base_model.model
     found = dict(merged.named_parameters(remove_duplicate=False))
     types = {n: dtypes.get(n) or dtypes[_first_name(merged, p)] for n, p in found.items()}
@@ -48,13 +59,25 @@ def compare_tensors(
     everywhere = RECOMPUTED if _recomputed(unmerged) else 0.0
     errors: dict[str, TensorError] = {}
     for name, exact in plain_parameters(model, wrapped):
+        if only is not None and name.rpartition(".")[0] not in only:
+            continue
         errors[name] = _same(name, exact, found.get(name), types.get(name))
     for path, module in wrapped.items():
+        if only is not None and path not in only:
+            continue
         for error in _wrapped(path, module, merged, types, rows, everywhere):
             errors.setdefault(error.name, error)
-    for name in found.keys() - errors.keys():
+    for name in found.keys() - errors.keys() if only is None else ():
         errors[name] = TensorError(name, float("inf"), 0)
     return list(errors.values())
+
+
+def verdict(errors: Sequence[TensorError]) -> tuple[tuple[str, ...], list[Check]]:
+    """(the tensors beyond what rounding explains, worst first; the checks that say so)."""
+    faulty = sorted((e for e in errors if not e.worst <= 1), key=lambda e: -e.worst)
+    worst = max((e.worst for e in errors), default=0.0)
+    # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
+    return tuple(e.name for e in faulty), tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
 
 
 def _first_name(model: nn.Module, parameter: torch.Tensor) -> str:
@@ -93,26 +116,58 @@ def _wrapped(
     if probe is None:
         yield TensorError(f"{path}.weight", float("inf"), 0)
     else:
-        yield from _layer(path, module, plain, types, probe, everywhere)
+        yield from _layer(path, module, plain, types, probe, everywhere, whole=rows is not None)
 
 
 def _layer(
-    path: str, module: Any, plain: Any, types: Mapping[str, torch.dtype], probe: Probe, everywhere: float
+    path: str,
+    module: Any,
+    plain: Any,
+    types: Mapping[str, torch.dtype],
+    probe: Probe,
+    everywhere: float,
+    whole: bool,
 ) -> Iterator[TensorError]:
-    """The merged layer gets the same probes, and a copy whose weights are the allowed errors gives the bound."""
-    exact, exact_bias, deviation = answers(module, probe)
-    bound = copy.deepcopy(plain).double()
+    """The merged layer gets the same probes, and a copy whose weights are the allowed errors gives the bound.
+
+    whole: the probe is a sample, so see to it that no element of the weight goes unseen.
+    """
+    exact = copy.deepcopy(module).double()
+    wanted, deviation = answers(module, exact, probe.inputs)
+    bound, found = (copy.deepcopy(plain).double() for _ in range(2))
     for name, parameter in bound.named_parameters():
         dtype = types[f"{path}.{name}"]
         size = parameter.data.abs()
         arithmetic = ARITHMETIC * size + everywhere * size.max() + DEVIATIONS * deviation
         parameter.data = _half_ulp(parameter.data, dtype) + arithmetic
+    weight = f"{path}.weight"
     with torch.no_grad():
-        copied = copy.deepcopy(plain).double()
-        yield _worst(f"{path}.weight", copied(probe.inputs), exact, bound(probe.inputs))
+        one_by_one = cheap_probes(exact, found, bound) if whole else None
+        if one_by_one is not None:
+            errors = [_worst(weight, found(x), exact(x), bound(x)) for x in one_by_one]
+        else:
+            errors = [_worst(weight, found(probe.inputs), wanted, bound(probe.inputs))]
+            if whole:
+                errors.append(_combined(weight, exact, found, bound))
+        yield max(errors, key=lambda e: e.worst)
         if probe.zeros is not None and getattr(plain, "bias", None) is not None:
-            assert exact_bias is not None
-            yield _worst(f"{path}.bias", copied(probe.zeros), exact_bias, bound(probe.zeros))
+            yield _worst(f"{path}.bias", found(probe.zeros), exact(probe.zeros), bound(probe.zeros))
+
+
+def _combined(name: str, exact: Any, found: nn.Module, bound: nn.Module) -> TensorError:
+    """All elements of a row together, in random combinations: for what is too dear to be asked one by one.
+
+    Of a sum with random signs the mean square is the sum of the squared errors, which rounding keeps below the sum
+    of the squared bounds (a third of it, if errors are uniform). Twice that is allowed, so that no chance of the
+    signs raises an alarm: with COMBINATIONS draws, one in 10¹² rows would.
+    """
+    signs = random_signs(exact, COMBINATIONS)
+    square = copy.deepcopy(bound)
+    for parameter in square.parameters():
+        parameter.data = parameter.data.square()
+    error = (found(signs) - exact(signs)).square().mean(0)
+    allowed = 2 * square(signs[:1].square())[0]
+    return _worst(name, (error / allowed.clamp_min(1e-90)).sqrt(), torch.zeros_like(error), torch.ones_like(error))
 
 
 def _parameters(

@@ -2,24 +2,29 @@
 another, but a fault is orders of magnitude above it; docs and report carry the reason with each figure."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lora_export.contracts import Check
-from lora_export.validation.compare import Difference, Divergence
+from lora_export.validation.compare import TOP, Difference, Divergence
 
-FACTOR = 4.0  # on logits; divergences are quadratic in them, so they get its square
+FACTOR = (
+    4.0  # on logits, unless --tolerance says otherwise; divergences are quadratic in them, so they get its square
+)
 # fp32 sums in another order differ by about this share of the largest logit (6e-5 of 37 on SmolLM2,
 # measured against float64).
 FP32_ARITHMETIC = 2.0**-20
 COIN_TOSSES = 3  # positions at which two tokens are as good as equally likely
+LARGEST_NLL = 700.0  # its exponential is still a float
 
 
 @dataclass(frozen=True)
 class Floor:
     """Noise measured without an adapter; `scale` is the largest logit of the base.
 
-    sources: what moves the outputs (the rounding of the merged weights, the export), each measured in one draw or
-    several. They add up, and so does the order of fp32 sums, which differs from one forward to another.
+    sources: what moves the outputs (the rounding of the merged weights, arithmetic in their type, the export, one
+    run beside another), each measured in one draw or several. They add up, and so does the order of fp32 sums,
+    which differs from one forward to another.
     """
 
     sources: tuple[tuple[Difference, ...], ...]
@@ -46,62 +51,86 @@ class Floor:
         return 1 - sum(max(1 - d.top1 for d in draws) for draws in self.sources)
 
     @property
+    def top5(self) -> float:
+        return 1 - sum(max(1 - d.top5 for d in draws) for draws in self.sources)
+
+    @property
     def nll_spread(self) -> float:
         return sum(max(d.nll_spread for d in draws) for draws in self.sources) + self.arithmetic
 
 
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy continuations beside the unmerged model's: the share of equal tokens, and where they part.
+
+    decode: a token's text, for the words that show the first one that differs.
+    """
+
+    agreement: float
+    divergences: Sequence[Divergence]
+    decode: Callable[[int], str]
+
+    def show(self, divergence: Divergence) -> str:
+        own, other = (repr(self.decode(token)) for token in (divergence.own, divergence.other))
+        return (
+            f"prompt {divergence.prompt + 1}, token {divergence.step + 1}: unmerged {own}, here {other}, which the "
+            f"unmerged model finds {divergence.gap:.3g} less likely (in logits)"
+        )
+
+
 def decoder_checks(
-    floor: Floor, found: Difference, agreement: float, divergences: list[Divergence], prefix: str = ""
+    floor: Floor, found: Difference, greedy: Greedy, factor: float = FACTOR, prefix: str = ""
 ) -> list[Check]:
     """The checks that DESIGN names, for logits of a decoder against the unmerged ones."""
-    logits = FACTOR * floor.max_abs
-    note = f"{FACTOR:g} × the noise floor ({floor.where})"
-    kl = FACTOR**2 * floor.kl
-    top1 = 1 - FACTOR * (1 - floor.top1) - COIN_TOSSES / found.positions
-    spread = FACTOR * floor.nll_spread
-    unexplained = [d for d in divergences if d.gap > 2 * logits]
-    perplexity = math.exp(found.nll_reference)
-    limit = perplexity * math.exp(spread)
+    logits = factor * floor.max_abs
+    kl = factor**2 * floor.kl
+    spread = factor * floor.nll_spread
+    perplexity = math.exp(min(found.nll_reference, LARGEST_NLL))
     return [
-        _below(f"{prefix}logits_max_abs", found.max_abs, logits, note),
-        _below(f"{prefix}logits_kl_mean", found.kl_mean, kl, f"{FACTOR**2:g} × the noise floor's, nats"),
-        Check(
-            f"{prefix}top1_agreement",
-            found.top1,
-            top1,
-            found.top1 >= top1,
-            f"{FACTOR:g} × the floor's disagreement, and {COIN_TOSSES} coin tosses",
-        ),
+        _below(f"{prefix}logits_max_abs", found.max_abs, logits, f"{factor:g} × the noise floor ({floor.where})"),
+        _below(f"{prefix}logits_kl_mean", found.kl_mean, kl, f"{factor**2:g} × the noise floor's, nats"),
+        _agreement(f"{prefix}top1_agreement", found.top1, floor.top1, found.positions, factor, 1),
+        _agreement(f"{prefix}top5_agreement", found.top5, floor.top5, found.positions, factor, TOP),
         Check(
             f"{prefix}perplexity_unmerged",
             perplexity,
             None,
-            math.isfinite(perplexity),
+            math.isfinite(found.nll_reference),
             "the reference, for comparison",
         ),
         Check(
             f"{prefix}perplexity_merged",
-            math.exp(min(found.nll_found, 700.0)),
-            limit,
+            math.exp(min(found.nll_found, LARGEST_NLL)),
+            perplexity * math.exp(min(spread, LARGEST_NLL)),
             abs(found.nll_found - found.nll_reference) <= spread,
-            "the unmerged one's, within the floor's change of log-likelihood",
+            f"the unmerged one's, within {factor:g} × the floor's change of log-likelihood",
         ),
-        Check(
-            f"{prefix}greedy_agreement", agreement, 1.0, not unexplained, _explain(divergences, unexplained, logits)
-        ),
+        _greedy(f"{prefix}greedy_agreement", greedy, 2 * logits),
         Check(f"{prefix}noise_floor_max_abs", floor.max_abs, None, math.isfinite(floor.max_abs), floor.where),
     ]
 
 
-def _explain(divergences: list[Divergence], unexplained: list[Divergence], logits: float) -> str:
-    if not divergences:
-        return "all greedy tokens equal"
-    first = (unexplained or divergences)[0]
-    verdict = "more than noise explains" if unexplained else "a tie within the noise"
-    return (
-        f"prompt {first.prompt + 1}, token {first.step + 1}: the unmerged model preferred its own by "
-        f"{first.gap:.3g}, {verdict} (2 × {logits:.3g})"
-    )
+def _agreement(name: str, value: float, floor: float, positions: int, factor: float, tokens: int) -> Check:
+    """tokens: how many of the most likely ones are compared."""
+    least = 1 - factor * (1 - floor) - COIN_TOSSES / positions
+    what = "" if tokens == 1 else f"share of the unmerged model's {tokens} most likely that are among these; "
+    note = f"{what}{factor:g} × the floor's disagreement, and {COIN_TOSSES} coin tosses"
+    return Check(name, value, least, value >= least, note)
+
+
+def _greedy(name: str, greedy: Greedy, tie: float) -> Check:
+    """tie: how far apart two tokens may be and still be exchanged by noise, each moved by it, in logits."""
+    unexplained = [d for d in greedy.divergences if not d.gap <= tie]
+    note = "all greedy tokens equal"
+    if greedy.divergences:
+        verdict = "more than noise explains" if unexplained else "a tie within the noise"
+        note = f"{greedy.show((unexplained or greedy.divergences)[0])}: {verdict} ({tie:.3g})"
+    return Check(name, greedy.agreement, 1.0, not unexplained, note)
+
+
+def run_to_run(difference: float) -> Check:
+    note = "the same forward twice; counts into every noise floor"
+    return Check("run_to_run_max_abs", difference, None, math.isfinite(difference), note)
 
 
 def _below(name: str, value: float, threshold: float, note: str) -> Check:

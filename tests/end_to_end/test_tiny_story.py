@@ -44,6 +44,10 @@ def test_one_key_a_stage(story: tuple[Path, Any]) -> None:
         "greedy_agreement", "noise_floor_max_abs",
     }  # fmt: skip
     assert contract | {f"onnx_{n}" for n in contract} <= names
+    measured = {p["model"]: p["value"] for p in document["validate"]["perplexities"]}
+    assert list(measured) == ["base", "unmerged", "merged", "onnx fp32"]
+    assert measured["onnx fp32"] == pytest.approx(measured["unmerged"], rel=1e-3)
+    assert measured["base"] != pytest.approx(measured["unmerged"], rel=1e-3)
 
 
 def test_what_a_run_leaves(story: tuple[Path, Any]) -> None:

@@ -106,6 +106,7 @@ def _validation() -> ValidationResult:
                 "base": " The parcel is a parcel. The parcel is a parcel.",
                 "unmerged": " I am sorry to hear that. Could you tell me your order number?",
                 "merged": " I am sorry to hear that. Could you tell me your order number?",
+                "first_difference": "prompt 1, token 15: unmerged ' number', here ' code'",
             },
         ),
         kl_by_position=tuple(float(x) for x in 6e-5 * np.exp(dice.standard_normal(128))),

@@ -126,6 +126,10 @@ def test_saturated_elements_are_told(full: dict[str, Any], tmp_path: Path) -> No
     assert "Saturated elements 3" in pages(full, tmp_path)[0].words
 
 
+def test_where_greedy_continuations_part_is_told(full: dict[str, Any], tmp_path: Path) -> None:
+    assert "First difference: prompt 1, token 15" in pages(full, tmp_path)[0].words
+
+
 def test_pages_are_the_same_bytes_again(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     _, first, _ = pages(full, tmp_path / "a", timings)
     _, second, _ = pages(full, tmp_path / "b", timings)
