@@ -12,6 +12,7 @@ BaseWeights = Literal["dequantized", "original"]
 ExpertPacking = Literal["auto", "rank", "expert"]
 ExpertLayout = Literal["auto", "out-in", "in-out"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Requantization = Literal["nf4", "fp4", "int8"]
 ModelKind = Literal["decoder", "encoder"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 Verdict = Literal["equivalent", "slower", "inconclusive"]
@@ -264,7 +265,8 @@ class AdapterSurvival:
 class BaseComparison:
     """An adapter merged into one of the bases that it could belong to, on a text.
 
-    base: dequantized, original or requantized; kl_trained: mean KL from the model as it was trained, in nats.
+    base: trained (the unmerged forward on the dequantized base, the yardstick), dequantized, original or requantized;
+    kl_trained: mean KL from the model as it was trained, in nats.
     """
 
     base: str
