@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_export.report import story
+from lora_export.report import proof, story
 from lora_export.report.text import markdown as escaped
 
 _TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}
@@ -29,7 +29,15 @@ def _validation(validate: Mapping[str, Any] | None) -> list[str]:
     if not validate:
         return []
     rows = [(c.label, c.value, c.threshold, "passed" if c.passed else "FAILED") for c in story.check_rows(validate)]
-    return ["", "## Validation", "", *_table(("check", "value", "limit", ""), rows, "lrrl")]
+    lines = ["", "## Validation", "", *_table(("check", "value", "limit", ""), rows, "lrrl")]
+    for head, found in (
+        (proof.PERPLEXITY_HEAD, proof.perplexity_rows(validate)),
+        (proof.BASES_HEAD, proof.base_rows(validate)),
+        (proof.SURVIVAL_HEAD, proof.survival_rows(validate)),
+    ):
+        if found:
+            lines += ["", *_table(head, found, "l" + "r" * (len(head) - 1))]
+    return lines
 
 
 def _latency(bench: Mapping[str, Any] | None) -> list[str]:

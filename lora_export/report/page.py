@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export.report import plots, story
+from lora_export.report import plots, proof, story
 from lora_export.report.text import count, one_line, percent, printable
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -68,6 +68,14 @@ def _stages(report: Mapping[str, Any]) -> dict[str, Any]:
         "validate": bool(validate),
         "checks": story.check_rows(validate) if validate else (),
         "weight_errors": _lines(validate, "weight_errors"),
+        "perplexities": proof.perplexity_rows(validate) if validate else (),
+        "bases": proof.base_rows(validate) if validate else (),
+        "survivals": proof.survival_rows(validate) if validate else (),
+        "heads": {
+            "perplexities": proof.PERPLEXITY_HEAD,
+            "bases": proof.BASES_HEAD,
+            "survivals": proof.SURVIVAL_HEAD,
+        },
         "samples": [_sample(s) for s in validate["samples"]] if validate else (),
         "export": bool(export),
         "export_facts": story.export_facts(export) if export else (),

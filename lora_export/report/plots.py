@@ -136,21 +136,24 @@ def layers(records: Sequence[Mapping[str, Any]]) -> str | None:
         return None
     modules = sorted({module for _, module in deltas})[:_MAX_MODULES]
     count = max(layer for layer, _ in deltas) + 1
-    grid = np.full((len(modules), count), np.nan)
-    for (layer, module), value in deltas.items():
-        if module in modules:
-            grid[modules.index(module), layer] = value
-    rows = 2 if survivals else 1
-    heights = [0.24 * len(modules) + 0.2, 1.0][:rows]
-    with _figure(sum(heights) + 0.9) as fig:
-        axes = fig.subplots(rows, 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
-        _heat(fig, axes[0], grid, modules)
-        if survivals:
-            _survival(axes[1], survivals)
+    fields = [(deltas, "‖ΔW‖ / ‖W‖, %", None), (survivals, "survived, %", 100.0)][: 2 if survivals else 1]
+    with _figure((0.24 * len(modules) + 0.35) * len(fields) + 0.6) as fig:
+        axes = fig.subplots(len(fields), 1, squeeze=False, sharex=True)[:, 0]
+        for ax, (values, label, top) in zip(axes, fields, strict=True):
+            _heat(fig, ax, _grid(values, modules, count), modules, label, top)
         axes[-1].set_xlabel("layer")
         axes[-1].set_xlim(-0.5, count - 0.5)
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
-        return _svg(fig, "Relative size of the update and its survival by layer")
+        return _svg(fig, "Relative size of the update and its survival by layer and module")
+
+
+def _grid(values: Mapping[tuple[int, str], float], modules: list[str], count: int) -> "np.ndarray[Any, Any]":
+    """In percent, modules × layers; NaN where there is nothing."""
+    grid = np.full((len(modules), count), np.nan)
+    for (layer, module), value in values.items():
+        if module in modules:
+            grid[modules.index(module), layer] = 100 * value
+    return grid
 
 
 def by_layer(records: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[int, str], float]:
@@ -165,24 +168,19 @@ def by_layer(records: Sequence[Mapping[str, Any]], field: str) -> dict[tuple[int
     return {key: float(np.mean(values)) for key, values in found.items()}
 
 
-def _heat(fig: "Figure", ax: "Axes", grid: "np.ndarray[Any, Any]", modules: list[str]) -> None:
+def _heat(
+    fig: "Figure", ax: "Axes", grid: "np.ndarray[Any, Any]", modules: list[str], label: str, top: float | None
+) -> None:
+    """top: where the scale ends; if all values are near it, the scale still tells them apart."""
     edges = [np.arange(n + 1) - 0.5 for n in reversed(grid.shape)]
-    mesh = ax.pcolormesh(*edges, 100 * np.ma.masked_invalid(grid), cmap="viridis", linewidth=0)
+    bottom = None if top is None else min(float(np.nanmin(grid)), top - 1)
+    mesh = ax.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="viridis", linewidth=0, vmin=bottom, vmax=top)
     ax.set_yticks(range(len(modules)), modules)
     ax.invert_yaxis()
     bar = fig.colorbar(mesh, ax=ax, pad=0.015, fraction=0.04)
     bar.outline.set_visible(False)
-    bar.set_label("‖ΔW‖ / ‖W‖, %", fontsize=8)
+    bar.set_label(label, fontsize=8)
     _quiet(ax, "")
-
-
-def _survival(ax: "Axes", survivals: Mapping[tuple[int, str], float]) -> None:
-    for layer in sorted({layer for layer, _ in survivals}):
-        values = [100 * v for (at, _), v in survivals.items() if at == layer]
-        ax.plot([layer, layer], [min(values), max(values)], color=MERGED, lw=3, alpha=0.45)
-        ax.plot(layer, float(np.mean(values)), "o", color=MERGED, ms=4, markeredgewidth=0)
-    ax.set_ylabel("survived, %")
-    _quiet(ax, "y")
 
 
 # --- style -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lora_export.report import proof
 from lora_export.report.text import DASH, count, interval, milliseconds, number, one_line, percent, ratio, size
 from lora_export.report.text import seconds as in_seconds
 
@@ -60,11 +61,14 @@ def _validation_badge(validate: Mapping[str, Any] | None) -> tuple[str, Tone]:
 
 
 def headline(report: Mapping[str, Any]) -> list[str]:
-    """Two or three sentences: did it merge, does it compute what it should, what does it cost."""
+    """A paragraph: did it merge, does it compute what it should, what does it cost, what is advised."""
+    validate = report["validate"]
     said = [
         _say_merge(report["merge"]),
-        _say_validation(report["validate"]),
+        _say_validation(validate),
+        *(say(validate) for say in (proof.deviation_sentence, proof.perplexity_sentence) if validate),
         _say_latency(report["benchmark"]),
+        *((one_line(text) for text in validate.get("advice") or ()) if validate else ()),
     ]
     return [sentence for sentence in said if sentence] or ["No stage of this run left a result."]
 
@@ -166,6 +170,7 @@ def merge_facts(merge: Mapping[str, Any]) -> list[Row]:
         ("Base weights", one_line(merge.get("base_weights") or DASH)),
         ("Type written", one_line(merge.get("dtype") or DASH)),
         ("Update that survived rounding", percent(merge.get("delta_survival"))),
+        *proof.rounding_facts(merge["records"]),
         ("Time", in_seconds(merge.get("seconds"))),
         ("Peak memory", size(merge.get("peak_rss_bytes"))),
         *(

@@ -73,6 +73,45 @@ def test_a_full_report_tells_its_story_on_top(full: dict[str, Any], timings: Sam
     assert "0.9961 … 1.0032" in page.words and "271.31" in page.words
 
 
+def test_the_proof_in_figures(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+    page, _, text = pages(full, tmp_path, timings)
+    for words in (page.words, text):
+        assert "On the text its perplexity is 28.83; the unmerged model has 28.82 and the base 40.94." in words
+        assert "Ship the dequantized merge: it is the function that was trained." in words
+        assert "at most 0.5 and on average 0.25 units in the last place, in 691,200 elements of 150" in words
+    assert "onnx int4 30.4 -25.7 % 612" in page.words and "| onnx int4 | 30.4 | -25.7 % | 612 |" in text
+    assert "original 50.81 0.04" in page.words and "| original | 50.81 | 0.04 |" in text
+    assert "onnx int4 93.00% 0.41 0.07" in page.words and "| onnx int4 | 93.00% | 0.41 | 0.07 |" in text
+
+
+def test_a_report_without_the_proof_is_a_report(full: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("perplexities", "bases", "adapter_survival", "advice", "deviation"):
+        del full["validate"][name]
+    for record in full["merge"]["records"]:
+        del record["max_ulps"], record["checked"]
+    page, _, _ = pages(full, tmp_path)
+    assert "Perplexity on a text" not in page.words and "last place" not in page.words and "None" not in page.words
+
+
+def test_where_it_goes_wrong_is_said_on_top(full: dict[str, Any], tmp_path: Path) -> None:
+    full["status"], full["validate"]["passed"] = "failed", False
+    full["validate"]["deviation"] = {
+        "module": "model.layers.3.mlp", "value": 0.21, "floor": 0.003,
+        "tensors": ["model.layers.3.mlp.up_proj.weight"]
+    }  # fmt: skip
+    for words in (pages(full, tmp_path)[0].words, pages(full, tmp_path)[2]):
+        assert (
+            "It goes wrong first in model.layers.3.mlp, whose output is off by 0.21 where rounding"
+            in words.replace("\\", "")
+        )
+        assert "look at model.layers.3.mlp.up" in words.replace("\\", "")
+
+
+def test_saturated_elements_are_told(full: dict[str, Any], tmp_path: Path) -> None:
+    full["merge"]["records"][2]["saturated"] = 3
+    assert "Saturated elements 3" in pages(full, tmp_path)[0].words
+
+
 def test_pages_are_the_same_bytes_again(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     _, first, _ = pages(full, tmp_path / "a", timings)
     _, second, _ = pages(full, tmp_path / "b", timings)
@@ -102,7 +141,7 @@ def test_names_of_a_model_stay_names(full: dict[str, Any], timings: Samples, tmp
     # A newline must not start a heading, nor a pipe a column.
     assert all(not line.startswith("# ") for line in text.splitlines()[1:])
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
-    assert set(widths) == {5, 9}
+    assert set(widths) == {4, 5, 9}
 
 
 def poisoned(value: Any, key: str = "") -> Any:
