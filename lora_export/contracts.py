@@ -19,6 +19,8 @@ Verdict = Literal["equivalent", "slower", "inconclusive"]
 Phase = Literal["prefill", "decode"]
 Outcome = Literal["agrees", "differs", "unknown"]
 
+MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
+
 
 # --- tensors and files -------------------------------------------------------------------------------------
 
@@ -265,13 +267,42 @@ class AdapterSurvival:
 class BaseComparison:
     """An adapter merged into one of the bases that it could belong to, on a text.
 
-    base: trained (the unmerged forward on the dequantized base, the yardstick), dequantized, original or requantized;
-    kl_trained: mean KL from the model as it was trained, in nats.
+    base: trained (the unmerged forward on the dequantized base, the yardstick), dequantized, original or
+    requantized; kl_trained: mean KL from the model as it was trained, in nats.
     """
 
     base: str
     perplexity: float
     kl_trained: float
+
+
+@dataclass(frozen=True)
+class CompareBases:
+    """requantize: also measure what putting the merged weights back into this format does.
+
+    original: the 16-bit base of which a stored 4- or 8-bit base was made.
+    """
+
+    requantize: Requantization | None = None
+    original: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExportedPair:
+    """The ONNX folders of a merged model and of the base exported the same way.
+
+    nbytes: size of the merged one's files; prefix: of the names of its checks.
+    """
+
+    merged: Path
+    base: Path
+    precision: Precision
+    nbytes: int
+    prefix: str = "onnx_"
+
+    @property
+    def name(self) -> str:
+        return f"onnx {self.precision}"
 
 
 @dataclass(frozen=True)

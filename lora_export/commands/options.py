@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import click
 
+from lora_export.contracts import MIN_SURVIVAL
+
 Command = Callable[..., Any]
 
 FOLDER = click.Path(path_type=Path)
@@ -159,7 +161,26 @@ def export_options(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
+def bases_options(command: Command) -> Command:
+    decorators = [
+        click.option("--compare-bases", is_flag=True,
+                     help="For a QLoRA adapter: measure on the prompts what merging into the dequantized and into "
+                     "the original base gives, and advise which to ship."),
+        click.option("--requantize", type=click.Choice(["nf4", "fp4", "int8"]), default=None,
+                     help="With --compare-bases: also what putting the merged weights back into this format does."),
+        click.option("--original-base", metavar="BASE", default=None,
+                     help="With --compare-bases: the 16-bit model of which a 4- or 8-bit base was made."),
+    ]  # fmt: skip
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
 def check_options(command: Command) -> Command:
+    command = click.option(
+        "--min-survival", type=click.FloatRange(0, 1), default=MIN_SURVIVAL, show_default=True,
+        help="Share of the adapter's effect on the outputs that an ONNX export has to keep; 0 for none.",
+    )(command)  # fmt: skip
     command = click.option(
         "--rows", type=click.IntRange(min=1), default=64, show_default=True,
         help="Rows of each updated tensor that are recomputed in float64; a large number means all.",

@@ -17,8 +17,11 @@ def bases_advice(
     method: Requantization | None,
     merged_faithfully: bool,
 ) -> tuple[str, ...]:
-    """bases: by name; untrained: perplexity of "base dequantized" (and "base original"); kept: of the adapter in the
-    merged weights put back into `method`; merged_faithfully: whether the merged folder is the dequantized merge."""
+    """bases: by name; untrained: perplexity of "base dequantized" (and "base original").
+
+    kept: of the adapter in the merged weights put back into `method`; merged_faithfully: whether the merged folder is
+    the dequantized merge.
+    """
     said = [_which(bases, merged_faithfully)]
     if bases["trained"].perplexity >= untrained["base dequantized"]:
         said.append(
@@ -74,8 +77,8 @@ def _back(
     if share >= KEEPS:
         return f"Putting it back into {name} keeps the adapter: lost are {' and '.join(lost)} ({figures})."
     return (
-        f"Do not put it back into {name}: lost are {' and '.join(lost)} ({figures}). To serve in 4 or 8 bits, load the "
-        "quantized base and keep the adapter unmerged."
+        f"Do not put it back into {name}: lost are {' and '.join(lost)} ({figures}). To serve in 4 or 8 bits, load "
+        "the quantized base and keep the adapter unmerged."
     )
 
 
@@ -90,7 +93,8 @@ LARGER: Mapping[str, str] = {"int4": "int8", "int8": "fp16", "fp16": "fp32", "bf
 
 @dataclass(frozen=True)
 class Measured:
-    """An export: its precision, the size of its files in bytes, what it keeps of the adapter, whether that is enough."""
+    """An export: its precision, the size of its files in bytes, what it keeps of the adapter, and whether that is
+    enough."""
 
     precision: str
     nbytes: int
@@ -109,7 +113,9 @@ def precision_advice(measured: Sequence[Measured], least: float, again: str) -> 
         which = "keeps" if len(measured) == 1 else "is the smallest of those measured that keeps"
         return (f"Ship the {best.precision} export: it {which} the adapter's effect (kept: {figures}).",)
     largest = max(measured, key=lambda m: m.nbytes).precision
-    lost = f"Do not ship {' or '.join(m.precision for m in measured)}: less than {least:.0%} of the adapter's effect"
+    lost = (
+        f"Do not ship {' or '.join(m.precision for m in measured)}: less than {least:.0%} of the adapter's effect"
+    )
     if largest not in LARGER:
         return (f"{lost} is left even so (kept: {figures}). See which check of the merge or the export fails.",)
     command = again.replace("{precision}", LARGER[largest])

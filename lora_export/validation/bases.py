@@ -15,10 +15,10 @@ from lora_export.contracts import (
     AdapterChoice,
     AdapterSurvival,
     BaseComparison,
+    CompareBases,
     MergeOptions,
     Perplexity,
     Progress,
-    Requantization,
 )
 from lora_export.errors import InputError
 from lora_export.files import read_json
@@ -27,15 +27,6 @@ from lora_export.validation.advice import bases_advice
 from lora_export.validation.requantize import requantize
 
 Windows = Sequence[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class CompareBases:
-    """requantize: also measure what putting the merged weights back into this format does; original: the 16-bit base
-    of which a stored 4- or 8-bit base was made."""
-
-    requantize: Requantization | None = None
-    original: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +98,7 @@ class Bases:
         if original is not None:
             merged = effect.of(original if self._merged_faithfully else self.merged)
             found.append(self._one("original", trained, merged))
-            untrained.append(
-                effect.perplexity("base original", effect.without_adapter(original), self.windows)
-            )
+            untrained.append(effect.perplexity("base original", effect.without_adapter(original), self.windows))
         del original
         kept = self._requantized(trained, found)
         bases = {b.base: b for b in found}
@@ -127,7 +116,7 @@ class Bases:
         return self._attached(self.base, replace(self.merge, base_weights="dequantized"), self.dequantized)
 
     def _original(self) -> Any:
-        """The adapter on the original base, unmerged: the merge into it up to rounding. None if that is not here."""
+        """The adapter on the original base, unmerged: the merge into it up to rounding. None if it is not here."""
         if not self._merged_faithfully:
             return self.unmerged
         if self.asked.original is not None:
@@ -160,7 +149,12 @@ class Bases:
             requantize(model, method, self.merge.training_double_quant, dtypes)
         found.append(self._one("requantized", trained, effect.of(low)))
         measured = effect.Effect()
-        models = (effect.without_adapter(self.unmerged), effect.of(self.unmerged), effect.of(low_base), effect.of(low))
+        models = (
+            effect.without_adapter(self.unmerged),
+            effect.of(self.unmerged),
+            effect.of(low_base),
+            effect.of(low),
+        )
         for ids in self.windows:
             measured.add(ids, *(logits_of(ids) for logits_of in models))
         return measured.survival(f"requantized {method}")

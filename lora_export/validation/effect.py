@@ -14,6 +14,7 @@ from lora_export.contracts import AdapterSurvival, Perplexity
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # ids (length,) → logits (length, vocabulary)
 LARGEST = 700.0  # exp of more is no float, and JSON has no infinity
+NO_EFFECT = 1e-8  # nats of symmetric KL a position, which two fp32 forwards of one model may show
 
 
 def of(model: Any) -> LogitsOf:
@@ -118,7 +119,7 @@ class Effect:
 
     @property
     def share(self) -> float | None:
-        """Of the effect that is kept: 1 for all, 0 for none; None where there is no effect beyond fp32's own noise."""
+        """Of the effect that is kept: 1 for all, 0 for none; None without an effect beyond fp32's own noise."""
         whole = sum(self.whole)
         return sum(self.kept) / whole if whole > NO_EFFECT * self.positions else None
 
@@ -137,8 +138,3 @@ class Effect:
     def perplexities(self, names: Sequence[tuple[str, str]]) -> tuple[Perplexity, ...]:
         """names: (B, M, BQ or Q, how it is called) for those that are wanted."""
         return tuple(as_perplexity(name, self.surprises[key], self.predicted) for key, name in names)
-
-
-# A nat of symmetric KL a position: two fp32 forwards of one SmolLM2 differ by 1e-9 or less, an adapter of 1 % of its
-# trained strength by 1e-5.
-NO_EFFECT = 1e-8

@@ -3,29 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_export.contracts import AdapterSurvival, Check, Perplexity, Precision, Progress
+from lora_export.contracts import AdapterSurvival, Check, ExportedPair, Perplexity, Progress
 from lora_export.validation import effect
 from lora_export.validation.advice import Measured, precision_advice
-
-@dataclass(frozen=True)
-class Graph:
-    """An exported decoder: `model` is its .onnx file, `base` the base's, exported the same way; nbytes: of all its
-    files; prefix: of the names of its checks."""
-
-    model: Path
-    base: Path
-    precision: Precision
-    nbytes: int
-    prefix: str = "onnx_"
-
-    @property
-    def name(self) -> str:
-        return f"onnx {self.precision}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +22,7 @@ class SurvivalFound:
 
 def adapter_survival(
     unmerged: Any,
-    graphs: Sequence[Graph],
+    exports: Sequence[ExportedPair],
     windows: Sequence[torch.Tensor],
     provider: str,
     least: float,
@@ -53,24 +37,27 @@ def adapter_survival(
     perplexities: list[Perplexity] = []
     survivals: list[AdapterSurvival] = []
     measured: list[Measured] = []
-    for graph in graphs:
-        progress.stage(f"validate: what {graph.precision} leaves of the adapter's effect")
-        found = _measure(unmerged, graph, windows, provider)
-        survivals.append(found.survival(graph.name))
-        perplexities += found.perplexities(_names(graph, first=not perplexities))
+    for export in exports:
+        progress.stage(f"validate: what {export.precision} leaves of the adapter's effect")
+        found = _measure(unmerged, export, windows, provider)
+        survivals.append(found.survival(export.name))
+        perplexities += found.perplexities(_names(export, first=not perplexities))
         share = found.share
         if share is not None:
-            check = _check(graph, share, found.uncertainty, least)
+            check = _check(export, share, found.uncertainty, least)
             checks.append(check)
-            measured.append(Measured(graph.precision, graph.nbytes, share, check.passed))
+            measured.append(Measured(export.precision, export.nbytes, share, check.passed))
     advice = precision_advice(measured, least, again)
     return SurvivalFound(tuple(checks), tuple(perplexities), tuple(survivals), advice)
 
 
-def _measure(unmerged: Any, graph: Graph, windows: Sequence[torch.Tensor], provider: str) -> effect.Effect:
+def _measure(unmerged: Any, export: ExportedPair, windows: Sequence[torch.Tensor], provider: str) -> effect.Effect:
     from lora_export.validation.onnx_decoder import OnnxDecoder
 
-    base, model = OnnxDecoder(graph.base, provider), OnnxDecoder(graph.model, provider)
+    base, model = (
+        OnnxDecoder(export.base / "model.onnx", provider),
+        OnnxDecoder(export.merged / "model.onnx", provider),
+    )
     models = (effect.without_adapter(unmerged), effect.of(unmerged), base.logits, model.logits)
     found = effect.Effect()
     for ids in windows:
@@ -78,17 +65,17 @@ def _measure(unmerged: Any, graph: Graph, windows: Sequence[torch.Tensor], provi
     return found
 
 
-def _names(graph: Graph, first: bool) -> list[tuple[str, str]]:
+def _names(export: ExportedPair, first: bool) -> list[tuple[str, str]]:
     in_fp32 = [("B", "base"), ("M", "unmerged")] if first else []
-    return [*in_fp32, ("BQ", f"{graph.name} base"), ("Q", graph.name)]
+    return [*in_fp32, ("BQ", f"{export.name} base"), ("Q", export.name)]
 
 
-def _check(graph: Graph, share: float, uncertainty: float, least: float) -> Check:
+def _check(export: ExportedPair, share: float, uncertainty: float, least: float) -> Check:
     error = "" if math.isnan(uncertainty) else f", ± {uncertainty:.2g} between the texts"
     return Check(
-        f"{graph.prefix}adapter_survival",
+        f"{export.prefix}adapter_survival",
         share,
         least,
         share >= least,
-        f"share of the adapter's effect on the outputs that {graph.precision} keeps{error}",
+        f"share of the adapter's effect on the outputs that {export.precision} keeps{error}",
     )

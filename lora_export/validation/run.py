@@ -3,27 +3,39 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import (
+    MIN_SURVIVAL,
     AdapterChoice,
     Check,
+    CompareBases,
+    ExportedPair,
     MergeOptions,
     Progress,
     ValidationResult,
 )
 from lora_export.errors import InputError
 
+if TYPE_CHECKING:
+    from lora_export.validation.bases import BasesFound
+    from lora_export.validation.precisions import SurvivalFound
+
 
 @dataclass(frozen=True)
 class ValidationOptions:
     """prompts: a file with one prompt a line (None: built in). rows: how many rows of each updated tensor are
-    recomputed in float64 (None: all). merge: the options of the merge, which decide which base is the truth."""
+    recomputed in float64 (None: all). merge: the options of the merge, which decide which base is the truth.
+    min_survival: the share of the adapter's effect that an ONNX graph has to keep. bases: compare the bases that a
+    QLoRA adapter could be merged into. again: the command that tries another precision, {precision} in it."""
 
     prompts: Path | None = None
     rows: int | None = 64
     provider: str = "auto"
     merge: MergeOptions = field(default_factory=MergeOptions)
+    min_survival: float = MIN_SURVIVAL
+    bases: CompareBases | None = None
+    again: str = "the same command with --precision {precision}"
 
 
 def validate(
@@ -31,22 +43,25 @@ def validate(
     adapters: Sequence[AdapterChoice],
     merged: Path,
     *,
-    onnx: Path | None = None,
-    base_onnx: Path | None = None,
+    exports: Sequence[ExportedPair] = (),
     dequantized: Path | None = None,
     options: ValidationOptions | None = None,
     progress: Progress,
 ) -> ValidationResult:
-    """Compare a merged folder, and an ONNX folder made from it, with the unmerged model in fp32.
+    """Compare a merged folder, and ONNX graphs made from it, with the unmerged model in fp32.
 
-    base_onnx: the base exported the same way, which measures the noise floor of the export; needed with onnx.
     dequantized: an fp32 copy of a base whose format transformers cannot load everywhere; it stands for the base.
     """
     from lora_export.validation import reference
+    from lora_export.validation.bases import Bases
+    from lora_export.validation.bases import check_request as check_bases
     from lora_export.validation.decoders import tokenize
+    from lora_export.validation.precisions import adapter_survival
     from lora_export.validation.prompts import read_prompts
 
     options = options or ValidationOptions()
+    if options.bases is not None:
+        check_bases(options.bases, base, options.merge)
     prompts = read_prompts(options.prompts)
     _quiet_libraries()
     progress.stage("validate: loading the unmerged model (PEFT, fp32) and the merged one")
@@ -61,12 +76,55 @@ def validate(
     story = _story(model, tokens, tokenizer, dtypes, prompts, progress)
     result: ValidationResult = story.compare(unmerged, model)
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
-    if onnx is not None:
-        del model
-        assert base_onnx is not None, "an ONNX model is judged against the base exported the same way"
-        extra = story.compare_onnx(onnx / "model.onnx", base_onnx / "model.onnx", options.provider)
-        result = replace(result, checks=(*result.checks, *extra))
+    decoder = _is_decoder(model)
+    if options.bases is not None:
+        if not decoder:
+            raise _no_perplexity(base)
+        compared = Bases(
+            options.bases, base, adapters, merged, unmerged, model, options.merge, dequantized, tokens, progress
+        )
+        result = _joined(result, compared.compare())
+    del model
+    for pair in exports:
+        extra = story.compare_onnx(pair.merged / "model.onnx", pair.base / "model.onnx", options.provider)
+        renamed = (replace(c, name=pair.prefix + c.name.removeprefix("onnx_")) for c in extra)
+        result = replace(result, checks=(*result.checks, *renamed))
+    if exports and decoder:
+        found = adapter_survival(
+            unmerged, exports, tokens, options.provider, options.min_survival, options.again, progress
+        )
+        result = _joined(result, found)
     return result
+
+
+def _joined(result: ValidationResult, found: "BasesFound | SurvivalFound") -> ValidationResult:
+    """A perplexity that two comparisons took of the same model on the same text is kept once."""
+    known = {p.model for p in result.perplexities}
+    more = tuple(p for p in found.perplexities if p.model not in known)
+    result = replace(
+        result,
+        perplexities=(*result.perplexities, *more),
+        adapter_survival=(*result.adapter_survival, *found.adapter_survival),
+        advice=(*result.advice, *found.advice),
+    )
+    return replace(
+        result,
+        checks=(*result.checks, *getattr(found, "checks", ())),
+        bases=(*result.bases, *getattr(found, "bases", ())),
+    )
+
+
+def _is_decoder(model: Any) -> bool:
+    return model.get_output_embeddings() is not None and getattr(model, "can_generate", lambda: False)()
+
+
+def _no_perplexity(base: Path) -> InputError:
+    return InputError(
+        "the bases are compared by perplexity, which an encoder has not",
+        where=base / "config.json",
+        expected="a decoder (…ForCausalLM)",
+        next_step="the same command without --compare-bases, once with --base-weights original and once without",
+    )
 
 
 def _story(
@@ -75,7 +133,7 @@ def _story(
     from lora_export.validation.decoder_story import DecoderStory
     from lora_export.validation.encoder_story import EncoderStory
 
-    if model.get_output_embeddings() is not None and getattr(model, "can_generate", lambda: False)():
+    if _is_decoder(model):
         return DecoderStory(tokens, tokenizer, dtypes, progress)
     return EncoderStory(tokens, dtypes, progress)
 
