@@ -19,8 +19,8 @@ def bases_advice(
 ) -> tuple[str, ...]:
     """bases: by name; untrained: perplexity of "base dequantized" (and "base original").
 
-    kept: of the adapter in the merged weights put back into `method`; merged_faithfully: whether the merged folder is
-    the dequantized merge.
+    kept: of the adapter in the merged weights put back into `method`; merged_faithfully: whether the merged folder
+    is the dequantized merge.
     """
     said = [_which(bases, merged_faithfully)]
     if bases["trained"].perplexity >= untrained["base dequantized"]:
