@@ -67,6 +67,9 @@ def validate(
     progress.stage("validate: loading the unmerged model (PEFT, fp32) and the merged one")
     unmerged = reference.attach_adapters(reference.load_base(base, options.merge, dequantized), adapters)
     model, dtypes = reference.load_merged(merged)
+    decoder = _is_decoder(model)
+    if options.bases is not None and not decoder:
+        raise _no_perplexity(base)
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     tokenizer = _tokenizer(merged)
     vocabulary = _embedding_rows(model)
@@ -76,10 +79,7 @@ def validate(
     story = _story(model, tokens, tokenizer, dtypes, prompts, progress)
     result: ValidationResult = story.compare(unmerged, model)
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
-    decoder = _is_decoder(model)
     if options.bases is not None:
-        if not decoder:
-            raise _no_perplexity(base)
         compared = Bases(
             options.bases, base, adapters, merged, unmerged, model, options.merge, dequantized, tokens, progress
         )
