@@ -86,15 +86,18 @@ def validate(
         result = _joined(result, compared.compare())
     del model
     for pair in exports:
-        extra = story.compare_onnx(pair.merged / "model.onnx", pair.base / "model.onnx", options.provider)
-        renamed = (replace(c, name=pair.prefix + c.name.removeprefix("onnx_")) for c in extra)
-        result = replace(result, checks=(*result.checks, *renamed))
+        result = replace(result, checks=(*result.checks, *_onnx_checks(story, pair, options.provider)))
     if exports and decoder:
         found = adapter_survival(
             unmerged, exports, tokens, options.provider, options.min_survival, options.again, progress
         )
         result = _joined(result, found)
     return result
+
+
+def _onnx_checks(story: Any, pair: ExportedPair, provider: str) -> list[Check]:
+    checks = story.compare_onnx(pair.merged / "model.onnx", pair.base / "model.onnx", provider)
+    return [replace(c, name=pair.prefix + c.name.removeprefix("onnx_")) for c in checks]
 
 
 def _joined(result: ValidationResult, found: "BasesFound | SurvivalFound") -> ValidationResult:
