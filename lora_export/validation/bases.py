@@ -89,10 +89,8 @@ class Bases:
         self.progress.stage("validate: the bases that the adapter could be merged into")
         trained = self._trained()
         faithful = effect.of(self.merged) if self._merged_faithfully else effect.of(trained)
-        found = [
-            self._one("trained", trained, effect.of(trained)),
-            self._one("dequantized", trained, faithful),
-        ]
+        yardstick = effect.perplexity("trained", effect.of(trained), self.windows)
+        found = [BaseComparison("trained", yardstick.value, 0.0), self._one("dequantized", trained, faithful)]
         untrained = [effect.perplexity("base dequantized", effect.without_adapter(trained), self.windows)]
         original = self._original()
         if original is not None:
