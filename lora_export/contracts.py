@@ -12,11 +12,14 @@ BaseWeights = Literal["dequantized", "original"]
 ExpertPacking = Literal["auto", "rank", "expert"]
 ExpertLayout = Literal["auto", "out-in", "in-out"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Requantization = Literal["nf4", "fp4", "int8"]
 ModelKind = Literal["decoder", "encoder"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 Verdict = Literal["equivalent", "slower", "inconclusive"]
 Phase = Literal["prefill", "decode"]
 Outcome = Literal["agrees", "differs", "unknown"]
+
+MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
 
 
 # --- tensors and files -------------------------------------------------------------------------------------
@@ -265,12 +268,42 @@ class AdapterSurvival:
 class BaseComparison:
     """An adapter merged into one of the bases that it could belong to, on a text.
 
-    base: dequantized, original or requantized; kl_trained: mean KL from the model as it was trained, in nats.
+    base: trained (the unmerged forward on the dequantized base, the yardstick), dequantized, original or
+    requantized; kl_trained: mean KL from the model as it was trained, in nats.
     """
 
     base: str
     perplexity: float
     kl_trained: float
+
+
+@dataclass(frozen=True)
+class CompareBases:
+    """requantize: also measure what putting the merged weights back into this format does.
+
+    original: the 16-bit base of which a stored 4- or 8-bit base was made.
+    """
+
+    requantize: Requantization | None = None
+    original: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExportedPair:
+    """The ONNX folders of a merged model and of the base exported the same way.
+
+    nbytes: size of the merged one's files; prefix: of the names of its checks.
+    """
+
+    merged: Path
+    base: Path
+    precision: Precision
+    nbytes: int
+    prefix: str = "onnx_"
+
+    @property
+    def name(self) -> str:
+        return f"onnx {self.precision}"
 
 
 @dataclass(frozen=True)

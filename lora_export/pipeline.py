@@ -1,5 +1,6 @@
 """The whole story: an adapter and its base go in, a proven merged model and its ONNX export come out."""
 
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import (
+    MIN_SURVIVAL,
     AdapterChoice,
     BenchmarkOptions,
     BenchmarkResult,
+    CompareBases,
+    ExportedPair,
     ExportResult,
     MergeOptions,
     MergeResult,
@@ -21,7 +25,7 @@ from lora_export.contracts import (
     Source,
     ValidationResult,
 )
-from lora_export.errors import ExportError, GateFailed
+from lora_export.errors import ExportError, GateFailed, InputError
 from lora_export.files import check_space, hash_folder, output_folder, read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
@@ -38,6 +42,7 @@ class StoryOptions:
     text: Path | None = None
     rows: int | None = 64
     tolerance: float = 4.0
+    min_survival: float = MIN_SURVIVAL
     force: bool = False
 
 
@@ -116,10 +121,9 @@ def _run(
         base.folder,
         adapters,
         merged.output,
-        onnx=exported.output,
-        base_onnx=base_onnx.output,
+        exports=[_pair(exported, base_onnx.output)],
         dequantized=_stand_in(base.folder, options.merge, work, progress),
-        options=_validation_options(options, options.provider, options.precision),
+        options=_validation_options(options, options.provider),
         progress=progress,
     )
     story = replace(story, validate=checked)
@@ -230,42 +234,49 @@ def validate_folder(
     base: Source,
     adapters: Sequence[tuple[Source, float]],
     merged: Path,
-    onnx: Path | None,
-    base_onnx: Path | None,
+    onnx: Sequence[Path],
+    base_onnx: Sequence[Path],
     options: StoryOptions,
     progress: Progress,
+    bases: CompareBases | None = None,
 ) -> ValidationResult:
-    """Validate what an earlier run left. With an ONNX folder, the base is exported the same way for the floor."""
-    from lora_export.onnx_export import RECORD as EXPORT_RECORD
+    """Validate what an earlier run left.
+
+    onnx: exports in different precisions; base_onnx: the base exported in the same ways and order, or none: then it
+    is exported anew for each. bases: compare the bases that a QLoRA adapter could be merged into.
+    """
     from lora_export.onnx_export import load_export
     from lora_export.runtime import resolve_provider
     from lora_export.validation import validate
 
+    exports = [load_export(folder) for folder in onnx]
+    _check_exports(exports, base_onnx)
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
-    # A graph of another tool has no record of its precision, and with a base beside it needs none.
-    known = onnx is not None and (base_onnx is None or (onnx / EXPORT_RECORD).is_file())
-    earlier = load_export(onnx) if onnx is not None and known else None
-    precision = earlier.precision if earlier else None
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)
-        if earlier is not None and base_onnx is None:
-            same = replace(options, precision=earlier.precision, engine=earlier.engine, provider=provider)
-            trained_on = prepared_base(base.folder, options.merge, work, progress)
-            base_onnx = _export(trained_on, work / "base", same, progress, "the base, for the noise floor").output
+        pairs = []
+        for i, exported in enumerate(exports):
+            if base_onnx:
+                same = base_onnx[i]
+            else:
+                same = _export_base(base.folder, exported, work, replace(options, provider=provider), progress)
+            prefix = "onnx_" if i == 0 else f"onnx_{exported.precision}_"
+            pairs.append(_pair(exported, same, prefix))
         return validate(
             base.folder,
             choices,
             merged,
-            onnx=onnx,
-            base_onnx=base_onnx,
+            exports=pairs,
             dequantized=_stand_in(base.folder, options.merge, work, progress),
-            options=_validation_options(options, provider, precision),
+            options=_validation_options(options, provider, bases, _again(merged, onnx[0]) if onnx else None),
             progress=progress,
         )
 
 
-def _validation_options(options: StoryOptions, provider: Provider, precision: str | None) -> Any:
+def _validation_options(
+    options: StoryOptions, provider: Provider, bases: CompareBases | None = None, again: str | None = None
+) -> Any:
     from lora_export.validation import ValidationOptions
 
     return ValidationOptions(
@@ -275,8 +286,49 @@ def _validation_options(options: StoryOptions, provider: Provider, precision: st
         provider=provider,
         merge=options.merge,
         tolerance=options.tolerance,
-        precision=precision,
+        min_survival=options.min_survival,
+        bases=bases,
+        **({"again": again} if again else {}),
     )
+
+
+def _check_exports(exports: Sequence[ExportResult], bases: Sequence[Path]) -> None:
+    precisions = [e.precision for e in exports]
+    twice = next((p for p in precisions if precisions.count(p) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"two of the exports are in {twice}",
+            where=[e.output for e in exports if e.precision == twice][1],
+            expected="one --onnx a precision: their checks are told apart by it",
+            next_step="validate them one at a time",
+        )
+    if bases and len(bases) != len(exports):
+        raise InputError(
+            f"{len(exports)} × --onnx and {len(bases)} × --base-onnx",
+            expected="one --base-onnx for each --onnx, in the same order and the same precisions, or none",
+            next_step="leave out --base-onnx: the base is then exported the same way, and deleted",
+        )
+
+
+def _export_base(base: Path, like: ExportResult, work: Path, options: StoryOptions, progress: Progress) -> Path:
+    """The base that the adapter belongs to, exported as `like` was."""
+    same = replace(options, precision=like.precision, engine=like.engine)
+    weights = work / "base-weights"
+    trained_on = weights if weights.is_dir() else prepared_base(base, options.merge, work, progress)
+    what = f"the base in {like.precision}, for the noise floor"
+    return _export(trained_on, work / f"base-{like.precision}", same, progress, what).output
+
+
+def _pair(exported: ExportResult, base: Path, prefix: str = "onnx_") -> ExportedPair:
+    size = sum(exported.files.values())
+    return ExportedPair(exported.output, base, exported.precision, size, prefix)
+
+
+def _again(merged: Path, onnx: Path) -> str:
+    """The commands that try another precision of what was validated."""
+    other = f"{shlex.quote(str(onnx))}-{{precision}}"
+    export = f"lora-export export -m {shlex.quote(str(merged))} -o {other} --precision {{precision}}"
+    return f"{export}, and then this command with --onnx {other}"
 
 
 def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
@@ -315,12 +367,15 @@ def _relocated(story: Story, stage: Path, output: Path) -> Story:
 def _gates(story: Story) -> None:
     """Raise GateFailed for the first gate that did not pass; the report says it in full."""
     if story.validate is not None and not story.validate.passed:
+        lost = _only_survival_failed(story.validate)
         raise GateFailed(
             "validation failed: " + failures(story.validate),
             where=story.output.with_name(story.output.name + ".failed"),
             tensor=next(iter(_suspects(story.validate)), None),
-            expected="a merged model that computes what the unmerged one computes",
-            next_step="read report/report.html in that folder",
+            expected="an export that keeps the adapter's effect"
+            if lost
+            else "a merged model that computes what the unmerged one computes",
+            next_step=story.validate.advice[-1] if lost else "read report/report.html in that folder",
         )
     if story.benchmark is not None and story.benchmark.verdict == "slower":
         raise GateFailed(
@@ -334,6 +389,10 @@ def _gates(story: Story) -> None:
 def _suspects(result: ValidationResult) -> tuple[str, ...]:
     """Tensors at fault: those of the first module that goes wrong, then all others."""
     return (*(result.deviation.tensors if result.deviation else ()), *result.weight_errors)
+
+
+def _only_survival_failed(result: ValidationResult) -> bool:
+    return bool(result.advice) and all(c.passed or c.name.endswith("adapter_survival") for c in result.checks)
 
 
 def failures(result: ValidationResult) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 from lora_export.checkpoint.sources import resolve
 from lora_export.commands.options import split_weight
-from lora_export.contracts import AdapterChoice, BenchmarkOptions, MergeOptions, Source
+from lora_export.contracts import AdapterChoice, BenchmarkOptions, CompareBases, MergeOptions, Source
+from lora_export.errors import InputError
 from lora_export.pipeline import StoryOptions
 
 MERGE_KEYS = (
@@ -32,6 +33,21 @@ def merge_options_of(words: dict[str, Any], force: bool = False) -> MergeOptions
     return MergeOptions(**{key: words[key] for key in MERGE_KEYS}, force=force)
 
 
+def bases_of(words: dict[str, Any]) -> CompareBases | None:
+    """The comparison of bases that was asked for; refuses its details without it."""
+    given = [f"--{key.replace('_', '-')}" for key in ("requantize", "original_base") if words[key] is not None]
+    if not words["compare_bases"]:
+        if given:
+            raise InputError(
+                f"{given[0]} says how the bases are compared, and no comparison was asked for",
+                expected="--compare-bases beside it",
+                next_step="the same command with --compare-bases",
+            )
+        return None
+    original = words["original_base"]
+    return CompareBases(words["requantize"], resolve(original).folder if original else None)
+
+
 def story_options_of(words: dict[str, Any]) -> StoryOptions:
     return StoryOptions(
         merge=merge_options_of(words),
@@ -43,6 +59,7 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         text=words["text"],
         rows=words["rows"],
         tolerance=words["tolerance"],
+        min_survival=words["min_survival"],
         force=words["force"],
     )
 

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import click
 
+from lora_export.contracts import MIN_SURVIVAL
+
 Command = Callable[..., Any]
 
 FOLDER = click.Path(path_type=Path)
@@ -170,6 +172,21 @@ def export_options(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
+def bases_options(command: Command) -> Command:
+    decorators = [
+        click.option("--compare-bases", is_flag=True,
+                     help="For a QLoRA adapter: measure on the prompts what merging into the dequantized and into "
+                     "the original base gives, and advise which to ship."),
+        click.option("--requantize", type=click.Choice(["nf4", "fp4", "int8"]), default=None,
+                     help="With --compare-bases: also what putting the merged weights back into this format does."),
+        click.option("--original-base", metavar="BASE", default=None,
+                     help="With --compare-bases: the 16-bit model of which a 4- or 8-bit base was made."),
+    ]  # fmt: skip
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
 def check_options(command: Command) -> Command:
     file = click.Path(path_type=Path)  # what is wrong with a file is told by who reads it
     decorators = [
@@ -185,6 +202,8 @@ def check_options(command: Command) -> Command:
         click.option("--tolerance", type=FiniteRange(min=1), default=4.0, show_default=True, metavar="FACTOR",
                      help="How many times the noise floor outputs may differ. The arithmetic of each tensor has a "
                      "bound of its own, which this does not move."),
+        click.option("--min-survival", type=click.FloatRange(0, 1), default=MIN_SURVIVAL, show_default=True,
+                     help="Share of the adapter's effect on the outputs that an ONNX export has to keep; 0 for none."),
     ]  # fmt: skip
     for decorator in reversed(decorators):
         command = decorator(command)

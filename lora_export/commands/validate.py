@@ -14,20 +14,28 @@ from lora_export.commands.talk import talking
 @options.base_option
 @options.adapter_option
 @click.option("-m", "--merged", required=True, type=options.FOLDER, help="The merged Hugging Face folder.")
-@click.option("--onnx", type=options.FOLDER, default=None, help="An ONNX folder that was exported from it.")
+@click.option(
+    "--onnx",
+    type=options.FOLDER,
+    multiple=True,
+    help="An ONNX folder that was exported from it. Repeat it for other precisions, to be told the smallest one "
+    "that keeps the adapter.",
+)
 @click.option(
     "--base-onnx",
     type=options.FOLDER,
-    default=None,
-    help="The base exported the same way, for the noise floor.  [default: exported anew, then deleted]",
+    multiple=True,
+    help="The base exported the same way, for the noise floor; one for each --onnx.  [default: exported anew, then "
+    "deleted]",
 )
+@options.bases_options
 @options.merge_options
 @options.provider_option
 @options.check_options
 @options.talk_options
 def validate(
-    base: str, adapters: tuple[str, ...], merged: Path, onnx: Path | None, base_onnx: Path | None,
-    provider: Any, prompts: Path | None, text: Path | None, rows: int, tolerance: float,
+    base: str, adapters: tuple[str, ...], merged: Path, onnx: tuple[Path, ...], base_onnx: tuple[Path, ...],
+    provider: Any, prompts: Path | None, text: Path | None, rows: int, tolerance: float, min_survival: float,
     as_json: bool, quiet: bool, verbose: bool, **words: Any,
 ) -> None:  # fmt: skip
     """Compare a merged folder with PEFT's unmerged forward in fp32. Exit code 3 if a check fails.
@@ -37,6 +45,10 @@ def validate(
     and adapter (see --rows), because model outputs alone cannot show a fine fault. Thresholds are --tolerance times
     a noise floor that is measured on the base without any adapter. If a check fails, the first module that goes
     wrong is named. Give the options of the merge again: they decide which base is the truth.
+
+    \b
+        lora-export validate -b BASE -a QLORA -m MERGED --training-quantization nf4 --compare-bases --requantize nf4
+        lora-export validate -b BASE -a ADAPTER -m MERGED --onnx ONNX-int4 --onnx ONNX-int8 --onnx ONNX-fp16
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export.checkpoint.sources import resolve
@@ -52,10 +64,10 @@ def validate(
             text=text,
             rows=rows,
             tolerance=tolerance,
+            min_survival=min_survival,
         )
-        result = validate_folder(
-            resolve(base), gather.adapters_of(adapters), merged, onnx, base_onnx, settings, talk.progress
-        )
+        bases, found = gather.bases_of(words), gather.adapters_of(adapters)
+        result = validate_folder(resolve(base), found, merged, onnx, base_onnx, settings, talk.progress, bases)
         talk.result(result.as_json(), validation_words(result))
         if not result.passed:
             click.echo(f"gate failed: {failures(result)}", err=True)

@@ -29,15 +29,27 @@ def validation_words(result: ValidationResult) -> str:
         lines.append(f"{c.name:<{width}}  {c.value:>12.4g}  {limit:>12}  {mark:<6}  {c.note}")
     head = f"{'check':<{width}}  {'value':>12}  {'threshold':>12}"
     faulty = [f"not what the adapter makes of the base: {name}" for name in result.weight_errors[:10]]
-    verdict = "passed" if result.passed else "FAILED"
-    return "\n".join([head, *lines, *_perplexities(result), *faulty, *_deviation(result), verdict])
+    tables = [*_perplexity_lines(result), *_bases_lines(result), *_survival_lines(result)]
+    return "\n".join([head, *lines, *tables, *faulty, *_deviation(result), *result.advice, "passed" if result.passed else "FAILED"])
 
 
-def _perplexities(result: ValidationResult) -> list[str]:
-    if not result.perplexities:
-        return []
-    figures = ", ".join(f"{p.model} {p.value:.5g}" for p in result.perplexities)
-    return [f"perplexity on {result.perplexities[0].tokens} tokens of text: {figures}"]
+def _perplexity_lines(result: ValidationResult) -> list[str]:
+    return [f"perplexity {p.model:<20}  {p.value:>10.4f}  on {p.tokens} tokens" for p in result.perplexities]
+
+
+def _bases_lines(result: ValidationResult) -> list[str]:
+    return [
+        f"merged into {b.base:<19}  {b.perplexity:>10.4f}  perplexity, KL from trained {b.kl_trained:.2e} nats"
+        for b in result.bases
+    ]
+
+
+def _survival_lines(result: ValidationResult) -> list[str]:
+    return [
+        f"adapter in {s.model:<20}  {'no effect' if s.share is None else f'{s.share:.1%} left':>10}"
+        f"  KL base → merged {s.kl_base:.2e} nats, lost {s.kl_lost:.2e}"
+        for s in result.adapter_survival
+    ]
 
 
 def _deviation(result: ValidationResult) -> list[str]:

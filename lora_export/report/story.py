@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from lora_export.contracts import Precision
 from lora_export.report import proof
 from lora_export.report.text import DASH, count, interval, milliseconds, number, one_line, percent, ratio, size
 from lora_export.report.text import seconds as in_seconds
@@ -22,6 +23,7 @@ _CHECK_NAMES = {
     "perplexity_base": "Perplexity, base",
     "greedy_agreement": "Same greedy continuation",
     "noise_floor_max_abs": "Noise floor",
+    "adapter_survival": "Adapter's effect that is left",
 }
 _MODELS = {"onnx_": " (ONNX)", "loaded_": " (in its own type)"}
 _LATENCY_TONE: dict[str, Tone] = {"equivalent": "good", "slower": "bad", "inconclusive": "unsure"}
@@ -155,13 +157,16 @@ def _uncapitalized(label: str) -> str:
 def _check_label(name: str) -> str:
     prefix, where = next(((p, w) for p, w in _MODELS.items() if name.startswith(p)), ("", ""))
     plain = name.removeprefix(prefix)
-    return _CHECK_NAMES.get(plain, one_line(plain).replace("_", " ").capitalize()) + where
+    precision = next((p for p in get_args(Precision) if prefix and plain.startswith(f"{p}_")), "")
+    known = plain.removeprefix(f"{precision}_")
+    label = _CHECK_NAMES.get(known, one_line(known).replace("_", " ").capitalize())
+    return label + (f" (ONNX {precision})" if precision else where)
 
 
 def _threshold(name: str, value: float | None) -> str:
     if value is None:
         return DASH
-    return f"{'≥' if 'agreement' in name else '≤'} {number(value, 4)}"
+    return f"{'≥' if 'agreement' in name or 'survival' in name else '≤'} {number(value, 4)}"
 
 
 def merge_facts(merge: Mapping[str, Any]) -> list[Row]:

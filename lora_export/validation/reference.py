@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, CheckpointError
+from lora_export.validation.requantize import dequantize_4bit
 
 
 def architecture(folder: Path) -> Any:
@@ -74,11 +75,7 @@ def _dequantized_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            quant = module.weight.quant_state
-            quant.dtype = torch.float32
-            # As one row: bitsandbytes' AVX-512 kernel misplaces the blocks where a row does not end with one.
-            quant.shape = torch.Size((1, quant.shape.numel()))
-            weight = bnb.functional.dequantize_4bit(module.weight.data, quant)
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             weight = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
         else:

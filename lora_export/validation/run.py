@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import (
+    MIN_SURVIVAL,
     AdapterChoice,
     Check,
     Deviation,
@@ -15,6 +16,10 @@ from lora_export.contracts import (
     ValidationResult,
 )
 from lora_export.errors import InputError
+
+if TYPE_CHECKING:
+    from lora_export.validation.bases import BasesFound
+    from lora_export.validation.precisions import SurvivalFound
 
 
 @dataclass(frozen=True)
@@ -38,19 +43,20 @@ def validate(
     adapters: Sequence[AdapterChoice],
     merged: Path,
     *,
-    onnx: Path | None = None,
-    base_onnx: Path | None = None,
+    exports: Sequence[ExportedPair] = (),
     dequantized: Path | None = None,
     options: ValidationOptions | None = None,
     progress: Progress,
 ) -> ValidationResult:
-    """Compare a merged folder, and an ONNX folder made from it, with the unmerged model in fp32.
+    """Compare a merged folder, and ONNX graphs made from it, with the unmerged model in fp32.
 
-    base_onnx: the base exported the same way, which measures the noise floor of the export; needed with onnx.
     dequantized: an fp32 copy of a base whose format transformers cannot load everywhere; it stands for the base.
     """
     from lora_export.validation import reference
+    from lora_export.validation.bases import Bases
+    from lora_export.validation.bases import check_request as check_bases
     from lora_export.validation.decoders import tokenize
+    from lora_export.validation.precisions import adapter_survival
     from lora_export.validation.prompts import read_prompts
     from lora_export.validation.text import read_text
 
@@ -60,6 +66,9 @@ def validate(
     progress.stage("validate: loading the unmerged model (PEFT, fp32) and the merged one")
     unmerged = reference.attach_adapters(reference.load_base(base, options.merge, dequantized), adapters)
     model, dtypes = reference.load_merged(merged)
+    decoder = _is_decoder(model)
+    if options.bases is not None and not decoder:
+        raise _no_perplexity(base)
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     tokenizer = _tokenizer(merged)
     tokens = tokenize(tokenizer, prompts, _embedding_rows(model))

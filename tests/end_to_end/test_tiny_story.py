@@ -114,6 +114,20 @@ def test_a_bfloat16_base_passes_its_gates(run: Run, tmp_path: Path) -> None:
     assert found["onnx_noise_floor_max_abs"] > found["noise_floor_max_abs"] > 1e-3
 
 
+def test_an_export_that_loses_the_adapter_is_kept_aside(
+    inputs: tuple[Path, Path], run: Run, tmp_path: Path
+) -> None:
+    base, adapter = inputs
+    words = ["--provider", "cpu", "--precision", "int4", "--min-survival", 1]
+    code, document, talk = run("merge-and-export", "-b", base, "-a", adapter, "-o", tmp_path / "run", *words)
+    assert code == 3, talk
+    assert "onnx_adapter_survival" in document["found"]
+    assert document["next"].endswith("the same command with --precision int8")
+    report = json.loads((tmp_path / "run.failed" / "report" / "report.json").read_text())
+    assert report["validate"]["advice"] == [document["next"]]
+    assert report["validate"]["adapter_survival"][0]["model"] == "onnx int4"
+
+
 def test_a_failed_gate_keeps_the_output_aside(inputs: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
     """The config promises one layer and the tensors bring two: PEFT runs one, the merge takes both."""
     base, adapter = inputs

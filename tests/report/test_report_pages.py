@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_export.report import render, write
+from lora_export.report import render, story, write
 from lora_export.report.text import markdown as escaped
 from lora_export.report.text import number, size
 
@@ -253,3 +253,14 @@ def test_numbers(value: float | None, expected: str) -> None:
 def test_sizes_and_markdown() -> None:
     assert size(170_928) == "170.93 kB" and size(12) == "12 B" and size(None) == "–"
     assert escaped("a|b @user https://x [y](z)") == r"a\|b &#64;user https&#58;//x \[y\](z)"
+
+
+def test_checks_of_several_exports_are_told_apart(full: dict[str, Any]) -> None:
+    names = ("adapter_survival", "onnx_adapter_survival", "onnx_int4_logits_max_abs")
+    checks = [{"name": n, "value": 0.75, "threshold": 0.9, "passed": False, "note": ""} for n in names]
+    rows = story.check_rows({"checks": checks})
+    assert [(r.label, r.threshold[0]) for r in rows] == [
+        ("Adapter's effect that is left", "≥"),
+        ("Adapter's effect that is left (ONNX)", "≥"),
+        ("Largest difference of a logit (ONNX int4)", "≤"),
+    ]

@@ -156,7 +156,7 @@ def test_a_base_in_gptq_is_judged_by_its_dequantized_weights(folders: Folders, t
 
     def judged() -> ValidationResult:
         sources = Source("base", base), [(Source("adapter", adapter), 1.0)]
-        return validate_folder(*sources, merged, None, None, StoryOptions(), Silent())
+        return validate_folder(*sources, merged, (), (), StoryOptions(), Silent())
 
     result = judged()
     assert result.passed, [c for c in result.checks if not c.passed]

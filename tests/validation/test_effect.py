@@ -1,0 +1,152 @@
+"""The share of an adapter's effect, against the figures that its definition gives in float64 here."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lora_export.validation import effect
+from lora_export.validation.advice import Measured, precision_advice
+
+VOCABULARY = 11
+
+
+def random(length: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(length, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def windows() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, VOCABULARY, (n,), generator=generator) for n in (4, 7, 5)]
+
+
+def measured(low_base_of: object, low_of: object, adapter: float = 1.0) -> effect.Effect:
+    """Three windows; low_base_of(base) and low_of(merged) make the logits in lower precision."""
+    found = effect.Effect()
+    for i, ids in enumerate(windows()):
+        base = random(len(ids), i)
+        merged = base + adapter * random(len(ids), 10 + i)
+        found.add(ids, base, merged, low_base_of(base), low_of(merged))  # type: ignore[operator]
+    return found
+
+
+def log_softmax(logits: torch.Tensor) -> np.ndarray:
+    x = logits.numpy().astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_the_figures_are_those_of_the_definition() -> None:
+    found = measured(lambda b: b + random(len(b), 20, 0.3), lambda m: m + random(len(m), 21, 0.3))
+    whole = kept = kl_base = kl_lost = surprise = 0.0
+    for i, ids in enumerate(windows()):
+        base = random(len(ids), i)
+        merged = base + random(len(ids), 10 + i)
+        b, m = log_softmax(base), log_softmax(merged)
+        bq = log_softmax(base + random(len(ids), 20, 0.3))
+        q = log_softmax(merged + random(len(ids), 21, 0.3))
+        whole += ((np.exp(m) - np.exp(b)) * (m - b)).sum()
+        kept += ((np.exp(m) - np.exp(b)) * (q - bq)).sum()
+        kl_base += (np.exp(b) * (b - m)).sum()
+        kl_lost += (np.exp(m) * (m - q)).sum()
+        surprise -= sum(q[t, ids[t + 1]] for t in range(len(ids) - 1))
+    survival = found.survival("x")
+    assert survival.share == pytest.approx(kept / whole, rel=1e-9)
+    assert survival.kl_base == pytest.approx(kl_base / 16, rel=1e-9)
+    assert survival.kl_lost == pytest.approx(kl_lost / 16, rel=1e-9)
+    (perplexity,) = found.perplexities([("Q", "q")])
+    assert perplexity.value == pytest.approx(math.exp(surprise / 13), rel=1e-9)
+    assert perplexity.tokens == 13
+
+
+def test_the_effect_is_the_symmetric_divergence() -> None:
+    found = measured(lambda b: b, lambda m: m)
+    both = 0.0
+    for i, ids in enumerate(windows()):
+        b, m = log_softmax(random(len(ids), i)), log_softmax(random(len(ids), i) + random(len(ids), 10 + i))
+        both += (np.exp(m) * (m - b)).sum() + (np.exp(b) * (b - m)).sum()
+    assert sum(found.whole) == pytest.approx(both, rel=1e-9)
+    assert found.share == pytest.approx(1, abs=1e-12)
+    assert found.uncertainty == pytest.approx(0, abs=1e-12)
+
+
+def test_damage_to_base_and_merged_alike_is_no_loss_of_the_adapter() -> None:
+    def damage(x: torch.Tensor) -> torch.Tensor:
+        return x + random(len(x), 30, 5.0)
+
+    found = measured(damage, damage)
+    assert found.share == pytest.approx(1, abs=1e-6)
+    assert found.survival("x").kl_lost > 1
+
+
+def test_an_adapter_that_is_gone_leaves_nothing() -> None:
+    found = effect.Effect()
+    for i, ids in enumerate(windows()):
+        base = random(len(ids), i)
+        found.add(ids, base, base + random(len(ids), 10 + i), base, base)
+    assert found.share == pytest.approx(0, abs=1e-12)
+
+
+def test_half_an_adapter_leaves_half() -> None:
+    found = effect.Effect()
+    for i, ids in enumerate(windows()):
+        base, update = random(len(ids), i), random(len(ids), 10 + i)
+        found.add(ids, base, base + update, base, base + update / 2)
+    assert found.share == pytest.approx(0.5, abs=1e-6)
+
+
+def test_no_effect_has_no_share() -> None:
+    found = measured(lambda b: b, lambda m: m + random(len(m), 5), adapter=0.0)
+    assert found.share is None
+    assert math.isnan(found.uncertainty)
+    assert found.survival("x").kl_base == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_leave_finite_figures_and_no_adapter(value: float) -> None:
+    found = measured(lambda b: b, lambda m: torch.full_like(m, value))
+    assert found.share is not None and math.isfinite(found.share) and found.share < 0.5
+    assert math.isfinite(found.survival("x").kl_lost)
+
+
+def test_perplexity_is_that_of_cross_entropy() -> None:
+    table = random(VOCABULARY, 40)
+    found = effect.perplexity("m", lambda ids: table[ids], windows())
+    losses = [
+        torch.nn.functional.cross_entropy(table[ids[:-1]].double(), ids[1:], reduction="sum") for ids in windows()
+    ]
+    assert found.value == pytest.approx(math.exp(float(sum(losses)) / 13), rel=1e-9)
+    assert (found.model, found.tokens) == ("m", 13)
+
+
+# --- advice ------------------------------------------------------------------------------------------------
+
+AGAIN = "lora-export export --precision {precision}"
+
+
+def exported(precision: str, nbytes: int, share: float) -> Measured:
+    return Measured(precision, nbytes, share, share >= 0.9)
+
+
+def test_the_smallest_export_that_keeps_the_adapter_is_advised() -> None:
+    some = [exported("fp16", 270, 1.0), exported("int4", 86, 0.75), exported("int8", 267, 0.99)]
+    (advice,) = precision_advice(some, 0.9, AGAIN)
+    assert advice.startswith("Ship the int8 export")
+    assert "int4 75.0%" in advice
+
+
+@pytest.mark.parametrize(("precision", "larger"), [("int4", "int8"), ("int8", "fp16"), ("fp16", "fp32")])
+def test_where_none_keeps_it_the_next_larger_is_advised(precision: str, larger: str) -> None:
+    (advice,) = precision_advice([exported(precision, 86, 0.4)], 0.9, AGAIN)
+    assert advice.startswith(f"Do not ship {precision}")
+    assert advice.endswith(f"lora-export export --precision {larger}")
+
+
+def test_a_loss_in_fp32_is_no_matter_of_precision() -> None:
+    (advice,) = precision_advice([exported("fp32", 540, 0.4)], 0.9, AGAIN)
+    assert "See which check" in advice and "{precision}" not in advice
+
+
+def test_no_effect_no_advice() -> None:
+    assert precision_advice([], 0.9, AGAIN) == ()

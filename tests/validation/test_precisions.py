@@ -1,0 +1,234 @@
+"""What real exports of a tiny decoder leave of an adapter, against figures computed here in float64."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from peft import PeftModel
+
+from lora_export.commands.main import cli
+from lora_export.contracts import AdapterChoice, Check, ExportedPair, Precision, Source, ValidationResult
+from lora_export.errors import InputError
+from lora_export.merge import merge
+from lora_export.onnx_export import export
+from lora_export.pipeline import StoryOptions, validate_folder
+from lora_export.progress import Silent
+from lora_export.validation import ValidationOptions, validate
+from tests.builders import lora, save_adapter
+from tests.validation.conftest import save_base
+
+TEXT = ("It is with great satisfaction that I", "The state of the Union is good. " * 3, "def f(x): return x")
+
+
+class Models:
+    """A base, a strong and a weak adapter, their merges, and exports that are made when somebody asks."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.base = save_base(root / "base", torch.float32)
+        self.adapters = {
+            n: self._adapter(n, scale) for n, scale in (("strong", 0.1), ("weak", 0.004), ("none", 0.0))
+        }
+        (root / "prompts.txt").write_text("\n".join(t.strip() for t in TEXT), encoding="utf-8")
+
+    def _adapter(self, name: str, scale: float) -> Path:
+        config = lora(target_modules=["q_proj", "v_proj", "down_proj"])
+        return save_adapter(self.root / f"adapter-{name}", self.base, config, scale=scale)
+
+    def merged(self, name: str) -> Path:
+        if name == "base":
+            return self.base
+        folder = self.root / f"merged-{name}"
+        if not folder.exists():
+            merge(self.base, [AdapterChoice(self.adapters[name])], folder)
+        return folder
+
+    def onnx(self, name: str, precision: Precision) -> Path:
+        folder = self.root / f"onnx-{name}-{precision}"
+        if not folder.exists():
+            export(self.merged(name), folder, precision=precision, provider="cpu", progress=Silent())
+        return folder
+
+    def pair(self, name: str, precision: Precision, **changes: Any) -> ExportedPair:
+        merged = self.onnx(changes.pop("exported", name), precision)
+        size = sum(p.stat().st_size for p in merged.iterdir())
+        return ExportedPair(merged, self.onnx("base", precision), precision, size, **changes)
+
+    def validated(self, name: str, *pairs: ExportedPair) -> ValidationResult:
+        options = ValidationOptions(self.root / "prompts.txt", provider="cpu")
+        merged = self.merged("base" if name == "none" else name)
+        choices = [AdapterChoice(self.adapters[name])]
+        return validate(self.base, choices, merged, exports=pairs, options=options, progress=Silent())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("precisions"))
+
+
+def check(result: ValidationResult, name: str) -> Check:
+    return next(c for c in result.checks if c.name == name)
+
+
+# --- the figures, computed here ----------------------------------------------------------------------------
+
+
+def torch_outputs(models: Models, adapter: Path | None) -> list[np.ndarray]:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(models.base, dtype=torch.float32)
+    model = (PeftModel.from_pretrained(model, adapter) if adapter else model).double().eval()
+    with torch.no_grad():
+        return [log_softmax(model(input_ids=ids[None]).logits[0].numpy()) for ids in tokens(models)]
+
+
+def onnx_outputs(models: Models, folder: Path) -> list[np.ndarray]:
+    """The graph on each whole text at once, its cache empty."""
+    session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    found = []
+    for ids in tokens(models):
+        feeds: dict[str, np.ndarray] = {}
+        for given in session.get_inputs():
+            if given.name.startswith("past"):
+                feeds[given.name] = np.zeros((1, given.shape[1], 0, given.shape[3]), np.float32)
+        feeds["input_ids"] = ids.numpy()[None]
+        feeds["attention_mask"] = np.ones_like(feeds["input_ids"])
+        found.append(log_softmax(session.run(["logits"], feeds)[0][0]))
+    return found
+
+
+def tokens(models: Models) -> list[torch.Tensor]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.base)
+    return [tokenizer(t.strip(), return_tensors="pt")["input_ids"][0] for t in TEXT]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def total(function: Callable[..., np.ndarray], *outputs: Sequence[np.ndarray]) -> float:
+    return float(sum(function(*at).sum() for at in zip(*outputs, strict=True)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_the_figures_are_those_of_float64(models: Models, precision: Precision) -> None:
+    result = models.validated("strong", models.pair("strong", precision))
+    b, m = torch_outputs(models, None), torch_outputs(models, models.adapters["strong"])
+    bq = onnx_outputs(models, models.onnx("base", precision))
+    q = onnx_outputs(models, models.onnx("strong", precision))
+    whole = total(lambda b, m: (np.exp(m) - np.exp(b)) * (m - b), b, m)
+    kept = total(lambda b, m, bq, q: (np.exp(m) - np.exp(b)) * (q - bq), b, m, bq, q)
+    positions = sum(len(ids) for ids in tokens(models))
+    (survival,) = result.adapter_survival
+    assert survival.model == f"onnx {precision}"
+    # fp32 sums in another order, through the cache in pieces, move the logits in their sixth digit
+    assert survival.share == pytest.approx(kept / whole, abs=1e-3)
+    assert survival.kl_base == pytest.approx(total(lambda b, m: np.exp(b) * (b - m), b, m) / positions, rel=1e-3)
+    lost = total(lambda m, q: np.exp(m) * (m - q), m, q) / positions
+    assert survival.kl_lost == pytest.approx(lost, rel=1e-2, abs=1e-8)
+    assert check(result, "onnx_adapter_survival").value == survival.share
+    found = {p.model: p.value for p in result.perplexities}
+    for name, outputs in {
+        "base": b, "unmerged": m, f"onnx {precision} base": bq, f"onnx {precision}": q,
+    }.items():  # fmt: skip
+        assert found[name] == pytest.approx(perplexity(models, outputs), rel=1e-3), name
+
+
+def perplexity(models: Models, outputs: Sequence[np.ndarray]) -> float:
+    losses = [
+        -p[t, ids[t + 1]] for ids, p in zip(tokens(models), outputs, strict=True) for t in range(len(ids) - 1)
+    ]
+    return math.exp(sum(losses) / len(losses))
+
+
+# --- the gate ----------------------------------------------------------------------------------------------
+
+
+def test_fp32_keeps_everything(models: Models) -> None:
+    result = models.validated("strong", models.pair("strong", "fp32"))
+    assert check(result, "onnx_adapter_survival").value == pytest.approx(1, abs=1e-3)
+    assert result.passed, [c for c in result.checks if not c.passed]
+    assert result.advice[0].startswith("Ship the fp32 export")
+
+
+def test_only_this_gate_sees_that_a_weak_adapter_is_missing(models: Models) -> None:
+    """The others are measured against what int4 does to the base, which is more than a weak adapter does."""
+    result = models.validated("weak", models.pair("weak", "int4", exported="base"))
+    assert {c.name for c in result.checks if not c.passed} == {"onnx_adapter_survival"}
+    assert check(result, "onnx_adapter_survival").value == pytest.approx(0, abs=1e-6)
+    assert result.advice[0].startswith("Do not ship int4")
+    assert result.advice[0].endswith("--precision int8")
+
+
+def test_an_adapter_without_effect_has_no_share_and_no_gate(models: Models) -> None:
+    result = models.validated("none", models.pair("none", "fp32", exported="base"))
+    assert [s.share for s in result.adapter_survival] == [None]
+    assert not any(c.name.endswith("adapter_survival") for c in result.checks)
+    assert result.advice == ()
+    assert result.passed
+
+
+# --- several exports, and the command ----------------------------------------------------------------------
+
+
+def run(models: Models, name: str, onnx: Sequence[Path], *words: object) -> tuple[int, dict[str, Any], str]:
+    command = ["validate", "-b", models.base, "-a", models.adapters[name], "-m", models.merged(name)]
+    for folder in onnx:
+        command += ["--onnx", folder]
+    command += ["--provider", "cpu", "--prompts", models.root / "prompts.txt", "--json", *words]
+    done = CliRunner().invoke(cli, list(map(str, command)))
+    return done.exit_code, json.loads(done.stdout), done.stderr
+
+
+def test_several_precisions_and_the_smallest_that_keeps_it(models: Models) -> None:
+    exports = [models.onnx("strong", p) for p in ("int4", "fp32")]
+    bases = [models.onnx("base", p) for p in ("int4", "fp32")]
+    words = [w for folder in bases for w in ("--base-onnx", folder)]
+    code, document, _ = run(models, "strong", exports, *words, "--min-survival", 0.999)
+    found = {c["name"]: c for c in document["checks"]}
+    assert not found["onnx_adapter_survival"]["passed"]
+    assert found["onnx_fp32_adapter_survival"]["passed"]
+    assert {"onnx_logits_max_abs", "onnx_fp32_logits_max_abs", "logits_max_abs"} <= set(found)
+    assert [s["model"] for s in document["adapter_survival"]] == ["onnx int4", "onnx fp32"]
+    assert document["advice"][0].startswith("Ship the fp32 export: it is the smallest of those measured")
+    assert code == 3
+
+
+def test_a_failed_gate_names_the_command(models: Models) -> None:
+    code, document, talk = run(
+        models, "strong", [models.onnx("strong", "int4")],
+        "--base-onnx", models.onnx("base", "int4"), "--min-survival", 1,
+    )  # fmt: skip
+    assert code == 3 and "onnx_adapter_survival" in talk
+    export_to = f"{models.onnx('strong', 'int4')}-int8"
+    wanted = f"lora-export export -m {models.merged('strong')} -o {export_to} --precision int8"
+    assert wanted in document["advice"][0]
+
+
+def test_one_export_a_precision(models: Models) -> None:
+    exports = [models.onnx("strong", "int4")] * 2
+    with pytest.raises(InputError, match="two of the exports are in int4") as caught:
+        folder(models, exports, ())
+    assert caught.value.next_step is not None
+    code, _, talk = run(models, "strong", exports)
+    assert code == 1 and "one at a time" in talk
+
+
+def test_a_base_for_each_export_or_none(models: Models) -> None:
+    exports = [models.onnx("strong", p) for p in ("int4", "fp32")]
+    with pytest.raises(InputError, match="2 × --onnx and 1 × --base-onnx"):
+        folder(models, exports, [models.onnx("base", "int4")])
+
+
+def folder(models: Models, exports: Sequence[Path], bases: Sequence[Path]) -> ValidationResult:
+    adapters = [(Source("a", models.adapters["strong"]), 1.0)]
+    base = Source("b", models.base)
+    return validate_folder(base, adapters, models.merged("strong"), exports, bases, StoryOptions(), Silent())
