@@ -12,7 +12,6 @@ from lora_export.contracts import (
     Progress,
     ValidationResult,
 )
-from lora_export.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -42,23 +41,20 @@ def validate(
     base_onnx: the base exported the same way, which measures the noise floor of the export; needed with onnx.
     dequantized: an fp32 copy of a base whose format transformers cannot load everywhere; it stands for the base.
     """
-    from lora_export.validation import reference
-    from lora_export.validation.decoders import tokenize
+    from lora_export.validation import kinds
     from lora_export.validation.prompts import read_prompts
+    from lora_export.validation.reference import load_merged, load_unmerged
 
     options = options or ValidationOptions()
     prompts = read_prompts(options.prompts)
     _quiet_libraries()
     progress.stage("validate: loading the unmerged model (PEFT, fp32) and the merged one")
-    unmerged = reference.attach_adapters(reference.load_base(base, options.merge, dequantized), adapters)
-    model, dtypes = reference.load_merged(merged)
+    reference = load_unmerged(base, adapters, options.merge, dequantized)
+    unmerged = reference.model
+    model, dtypes = load_merged(merged, reference.cls, reference.absent)
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
-    tokenizer = _tokenizer(merged)
-    vocabulary = _embedding_rows(model)
-    tokens = tokenize(tokenizer, prompts, vocabulary)
-    if not tokens:
-        raise InputError("no prompt has two tokens or more", where=options.prompts or "built-in prompts")
-    story = _story(model, tokens, tokenizer, dtypes, prompts, progress)
+    subject = kinds.Subject(model, merged, dtypes, prompts, options.prompts, progress)
+    story = kinds.choose(model).story(subject)
     result: ValidationResult = story.compare(unmerged, model)
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
     if onnx is not None:
@@ -67,17 +63,6 @@ def validate(
         extra = story.compare_onnx(onnx / "model.onnx", base_onnx / "model.onnx", options.provider)
         result = replace(result, checks=(*result.checks, *extra))
     return result
-
-
-def _story(
-    model: Any, tokens: Any, tokenizer: Any, dtypes: Any, prompts: tuple[str, ...], progress: Progress
-) -> Any:
-    from lora_export.validation.decoder_story import DecoderStory
-    from lora_export.validation.encoder_story import EncoderStory
-
-    if model.get_output_embeddings() is not None and getattr(model, "can_generate", lambda: False)():
-        return DecoderStory(tokens, tokenizer, dtypes, progress)
-    return EncoderStory(tokens, dtypes, progress)
 
 
 def _tensors(
@@ -93,24 +78,6 @@ def _tensors(
     # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
     checks = tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
     return tuple(e.name for e in faulty), checks
-
-
-def _embedding_rows(model: Any) -> int:
-    rows: int = model.get_input_embeddings().weight.shape[0]
-    return rows
-
-
-def _tokenizer(folder: Path) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
-            where=folder,
-            expected="tokenizer.json or the files of a known tokenizer",
-        ) from None
 
 
 def _quiet_libraries() -> None:
