@@ -36,6 +36,7 @@ class StoryOptions:
     benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     prompts: Path | None = None
     rows: int | None = 64
+    validation_memory: int | None = None  # bytes for the weights that validation compares; None: as there is
     force: bool = False
 
 
@@ -116,8 +117,10 @@ def _run(
         merged.output,
         onnx=exported.output,
         base_onnx=base_onnx.output,
-        dequantized=_stand_in(base.folder, options.merge, work, progress),
-        options=ValidationOptions(options.prompts, options.rows, options.provider, options.merge),
+        dequantized=_stand_in(base.folder, merged.output, options, work, progress),
+        options=ValidationOptions(
+            options.prompts, options.rows, options.provider, options.merge, options.validation_memory
+        ),
         progress=progress,
     )
     story = replace(story, validate=checked)
@@ -163,19 +166,22 @@ def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progr
     return work / "base-weights"
 
 
-def _stand_in(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path | None:
+def _stand_in(base: Path, merged: Path, options: StoryOptions, work: Path, progress: Progress) -> Path | None:
     """An fp32 copy of a quantized base, for validation, unless bitsandbytes itself can dequantize it there."""
     from lora_export.merge import merge
     from lora_export.quantization import method_of
+    from lora_export.validation import streams
 
     settings = read_json(base / "config.json").get("quantization_config")
-    if not settings or method_of(settings) == "bitsandbytes":
+    on_the_fly = options.merge.training_quantization != "none" and options.merge.base_weights == "dequantized"
+    method = method_of(settings) if settings else "bitsandbytes" if on_the_fly else None
+    if method is None or (method == "bitsandbytes" and not streams(merged, options.validation_memory)):
         return None
     progress.warn(
-        f"{method_of(settings)} weights are read by this tool alone: validation checks what was merged into them, "
+        f"{method} weights are read by this tool alone: validation checks what was merged into them, "
         "not how they were read"
     )
-    return merge(base, [], work / "stand-in", replace(options, dtype="float32"), progress).output
+    return merge(base, [], work / "stand-in", replace(options.merge, dtype="float32"), progress).output
 
 
 def _export(
@@ -240,7 +246,7 @@ def validate_folder(
 
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
-    checks = ValidationOptions(options.prompts, options.rows, provider, options.merge)
+    checks = ValidationOptions(options.prompts, options.rows, provider, options.merge, options.validation_memory)
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)
         if onnx is not None and base_onnx is None:
@@ -254,7 +260,7 @@ def validate_folder(
             merged,
             onnx=onnx,
             base_onnx=base_onnx,
-            dequantized=_stand_in(base.folder, options.merge, work, progress),
+            dequantized=_stand_in(base.folder, merged, options, work, progress),
             options=checks,
             progress=progress,
         )

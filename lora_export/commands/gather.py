@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+from click.core import ParameterSource
+
 from lora_export.checkpoint.sources import resolve
 from lora_export.commands.options import split_weight
 from lora_export.contracts import AdapterChoice, BenchmarkOptions, MergeOptions, Source
@@ -32,6 +35,13 @@ def merge_options_of(words: dict[str, Any], force: bool = False) -> MergeOptions
     return MergeOptions(**{key: words[key] for key in MERGE_KEYS}, force=force)
 
 
+def validation_memory_of(words: dict[str, Any]) -> int | None:
+    """--max-memory where it was given. Its default is meant for the merge's blocks, and would make validation read
+    models layer by layer that fit into memory easily."""
+    given = click.get_current_context().get_parameter_source("max_memory")
+    return None if given is ParameterSource.DEFAULT else int(words["max_memory"])
+
+
 def story_options_of(words: dict[str, Any]) -> StoryOptions:
     return StoryOptions(
         merge=merge_options_of(words),
@@ -41,6 +51,7 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         benchmark=benchmark_options_of(words),
         prompts=words["prompts"],
         rows=words["rows"],
+        validation_memory=validation_memory_of(words),
         force=words["force"],
     )
 

@@ -34,6 +34,10 @@ def validate(
     Every tensor is also recomputed in float64 from base and adapter (sampled rows, see --rows), because model
     outputs alone cannot show a fine fault. Thresholds come from a noise floor that is measured on the base
     without any adapter. Give the options of the merge again: they decide which base is the truth.
+
+    Decoders, text encoders with any head, encoder-decoders, vision, audio and two-tower models are each run on
+    inputs of their own kind. Models that do not fit into memory, or into --max-memory if you give it, are read
+    layer by layer: the same checks with the same figures, slower.
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export.checkpoint.sources import resolve
@@ -42,7 +46,13 @@ def validate(
         from lora_export.errors import EXIT_GATE
         from lora_export.pipeline import StoryOptions, failures, validate_folder
 
-        settings = StoryOptions(merge=gather.merge_options_of(words), provider=provider, prompts=prompts, rows=rows)
+        settings = StoryOptions(
+            merge=gather.merge_options_of(words),
+            provider=provider,
+            prompts=prompts,
+            rows=rows,
+            validation_memory=gather.validation_memory_of(words),
+        )
         result = validate_folder(
             resolve(base), gather.adapters_of(adapters), merged, onnx, base_onnx, settings, talk.progress
         )

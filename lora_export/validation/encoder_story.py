@@ -101,8 +101,10 @@ class EncoderStory:
         return valid
 
     def _floor(self, name: str, noise: Floor) -> float:
-        scale = max(float(x[name].abs().max()) for x in self._base)
-        return noise.max_abs + scale * FP32_ARITHMETIC
+        """In proportion to the outputs: an adapter may make them larger, and the errors with them."""
+        base, adapted = (max(float(x[name].abs().max()) for x in found) for found in (self._base, self._unmerged))
+        larger = max(1.0, adapted / base) if base else 1.0
+        return (noise.max_abs + base * FP32_ARITHMETIC) * larger
 
     def _max_abs_check(self, output: str, noise: Floor, found: list[Outputs], name: str) -> Check:
         limit = FACTOR * self._floor(output, noise)

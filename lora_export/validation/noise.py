@@ -6,33 +6,48 @@ against the base itself. Rounding the base as it is would not do: a 16-bit base 
 """
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from lora_export.validation import streaming
 
 DRAWS = 3  # the largest error over all positions varies by a fifth from draw to draw
 
 
 @contextlib.contextmanager
 def rounding_noise(unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int) -> Iterator[None]:
-    """Inside, the adapted base weights carry rounding errors of the types in `dtypes` (by plain name)."""
-    generator = torch.Generator().manual_seed(seed)
-    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    """Inside, the adapted base weights carry rounding errors of the types in `dtypes` (by plain name).
+
+    A weight's errors depend on its name and the seed alone, not on the order in which weights are read.
+    """
     default = max(dtypes.values(), key=lambda d: torch.finfo(d).eps)
-    try:
-        for name, parameter in unmerged.base_model.model.named_parameters():
-            if ".base_layer." not in name or parameter.dim() < 2 or _belongs_to_adapter(name):
-                continue
-            weight = parameter.data
-            saved.append((weight, weight.clone()))
-            dtype = dtypes.get(name.replace(".base_layer", ""), default)
-            noise = torch.rand(weight.shape, generator=generator) - 0.5
-            weight += noise * _ulp(weight, dtype)
-        yield
-    finally:
-        for weight, before in saved:
-            weight.copy_(before)
+
+    def noise(name: str, weight: torch.Tensor) -> torch.Tensor | None:
+        if ".base_layer." not in name or weight.dim() < 2 or _belongs_to_adapter(name):
+            return None
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        dtype = dtypes.get(name.replace(".base_layer", ""), default)
+        return (torch.rand(weight.shape, generator=generator) - 0.5) * _ulp(weight, dtype)
+
+    def noisy(name: str, weight: torch.Tensor) -> torch.Tensor:
+        errors = noise(name, weight)
+        return weight if errors is None else weight + errors
+
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with streaming.changing(unmerged, noisy) as streamed:
+        try:
+            for name, parameter in unmerged.base_model.model.named_parameters():
+                errors = None if streamed else noise(name, parameter.data)
+                if errors is not None:
+                    saved.append((parameter.data, parameter.data.clone()))
+                    parameter.data += errors
+            yield
+        finally:
+            for weight, before in saved:
+                weight.copy_(before)
 
 
 def _belongs_to_adapter(name: str) -> bool:

@@ -4,17 +4,20 @@ This is the oracle: PEFT's unmerged forward. It shares no formula and no reader 
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, CheckpointError
+from lora_export.validation import streaming
+from lora_export.validation.effective import wrapped_modules
 
 SEED = 20_240_504
 # The class that a task is trained with. It need not be the one that config.json names: a body that is stored with
@@ -54,16 +57,25 @@ class Unmerged:
 
 
 def load_unmerged(
-    base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions, dequantized: Path | None = None
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    options: MergeOptions,
+    dequantized: Path | None = None,
+    keep: int | None = None,
 ) -> Unmerged:
-    """The class is the first of these into which every tensor of the adapters fits: the one that config.json names,
+    """keep: None for a base in memory; else it is streamed, and so many bytes of it may stay there between uses.
+
+    The class is the first of these into which every tensor of the adapters fits: the one that config.json names,
     the one of the adapter's task, the bare body. AdapterError if there is none.
     """
     unused: list[str] = []
     for cls in _classes(dequantized or base, adapters):
-        model, absent = load_base(base, options, dequantized, cls)
+        model, absent = load_base(base, options, dequantized, cls, keep, _whole_tensors(adapters))
+        if keep is not None:
+            streaming.refuse_changing_inits(_configs(adapters), adapters[0].folder)
         unmerged, left = attach_adapters(model, adapters)
         if not left:
+            streaming.attach(model, wrapped_modules(model).values())
             return Unmerged(unmerged, cls, absent)
         unused = unused or left
     raise AdapterError(
@@ -76,11 +88,9 @@ def load_unmerged(
 
 
 def _classes(folder: Path, adapters: Sequence[AdapterChoice]) -> list[Any]:
-    import peft
-
     config = _config(folder)
     found = [architecture(folder)]
-    tasks = {peft.PeftConfig.from_pretrained(a.folder, local_files_only=True).task_type for a in adapters}
+    tasks = {c.task_type for c in _configs(adapters)}
     for name in [*(_TASKS[t] for t in sorted(filter(None, tasks)) if t in _TASKS), "AutoModel"]:
         mapping = getattr(transformers, name)._model_mapping
         cls = mapping.get(type(config), None)
@@ -89,32 +99,43 @@ def _classes(folder: Path, adapters: Sequence[AdapterChoice]) -> list[Any]:
     return found
 
 
+def _configs(adapters: Sequence[AdapterChoice]) -> list[Any]:
+    import peft
+
+    return [peft.PeftConfig.from_pretrained(a.folder, local_files_only=True) for a in adapters]
+
+
 def _config(folder: Path) -> Any:
     return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def load_base(
-    base: Path, options: MergeOptions, dequantized: Path | None = None, cls: Any = None
+    base: Path,
+    options: MergeOptions,
+    dequantized: Path | None = None,
+    cls: Any = None,
+    keep: int | None = None,
+    written: Collection[str] = (),
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """The base in fp32: dequantized by bitsandbytes if it is stored, or was trained, quantized.
 
     And what its files lack, as it was drawn here: from a fixed seed, so that no result depends on the hour.
 
     dequantized: an fp32 copy of the base that stands for it, where its format needs a library or a GPU that may not
-    be here.
+    be here, or where it is streamed.
     """
+    on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
+    on_the_fly = on_the_fly and dequantized is None
     base = dequantized or base
     cls = cls or architecture(base)
     config = _config(base)
     stored = getattr(config, "quantization_config", None)
-    on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
     if not stored and not on_the_fly:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model, info = cls.from_pretrained(
-                base, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
+            model, info = _load(cls, base, torch.float32, keep, written)
         return _quiet(model), _named(model, info["missing_keys"])
+    assert keep is None, "a quantized base is streamed from a dequantized copy"
     settings = {} if stored else {"quantization_config": _bnb_config(options)}
     model = cls.from_pretrained(base, dtype="auto", local_files_only=True, device_map={"": "cpu"}, **settings)
     state = _dequantized_state(model)
@@ -127,6 +148,24 @@ def load_base(
     if unmet or unexpected:
         raise CheckpointError("the dequantized base does not fill the model", tensor=(unmet + unexpected)[0])
     return _quiet(plain), {}
+
+
+def _whole_tensors(adapters: Sequence[AdapterChoice]) -> set[str]:
+    """Names in the base of what the adapters' files hold whole (biases, embeddings), among other names."""
+    names: set[str] = set()
+    for adapter in adapters:
+        for file in adapter.folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                names |= {key.removeprefix("base_model.model.") for key in tensors.keys()}  # noqa: SIM118
+    return names
+
+
+def _load(cls: Any, folder: Path, dtype: Any, keep: int | None, written: Collection[str] = ()) -> tuple[Any, Any]:
+    """(model, loading info) as transformers loads it, or streamed."""
+    if keep is not None:
+        return streaming.load_streamed(cls, folder, dtype, keep, written)
+    model, info = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    return model, info
 
 
 def _named(model: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -203,16 +242,17 @@ def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -
 
 
 def load_merged(
-    merged: Path, cls: Any = None, absent: Mapping[str, torch.Tensor] | None = None
+    merged: Path,
+    cls: Any = None,
+    absent: Mapping[str, torch.Tensor] | None = None,
+    keep: int | None = None,
 ) -> tuple[Any, dict[str, torch.dtype]]:
     """The merged folder as transformers loads it, then widened to fp32; and the types that it was stored in.
 
-    absent: tensors that the base's files lack, too; they are taken from here.
+    absent: tensors that the base's files lack, too; they are taken from here. keep: as of load_unmerged.
     """
     absent = absent or {}
-    model, info = (cls or architecture(merged)).from_pretrained(
-        merged, dtype="auto", local_files_only=True, output_loading_info=True
-    )
+    model, info = _load(cls or architecture(merged), merged, "auto", keep)
     missing = set(info["missing_keys"]) - absent.keys()
     if missing or info["mismatched_keys"]:
         name = sorted(missing or {k[0] for k in info["mismatched_keys"]})[0]
@@ -222,8 +262,9 @@ def load_merged(
             tensor=name,
             expected="every tensor of the architecture",
         )
-    dtypes = {n: p.dtype for n, p in model.named_parameters()}
+    dtypes = {n: streaming.stored_dtype(p) for n, p in model.named_parameters()}
     model.float()
+    streaming.attach(model, ())
     shared = {n: absent[n] for n in info["missing_keys"]}
     for name in shared:
         dtypes[name] = torch.float32

@@ -17,12 +17,14 @@ from lora_export.contracts import (
 @dataclass(frozen=True)
 class ValidationOptions:
     """prompts: a file with one prompt a line (None: built in). rows: how many rows of each updated tensor are
-    recomputed in float64 (None: all). merge: the options of the merge, which decide which base is the truth."""
+    recomputed in float64 (None: all). merge: the options of the merge, which decide which base is the truth.
+    max_memory: bytes for the weights of both models (None: as the machine has); larger models are streamed."""
 
     prompts: Path | None = None
     rows: int | None = 64
     provider: str = "auto"
     merge: MergeOptions = field(default_factory=MergeOptions)
+    max_memory: int | None = None
 
 
 def validate(
@@ -40,18 +42,22 @@ def validate(
 
     base_onnx: the base exported the same way, which measures the noise floor of the export; needed with onnx.
     dequantized: an fp32 copy of a base whose format transformers cannot load everywhere; it stands for the base.
+    Needed, too, for any quantized base of a model that `streams`.
     """
     from lora_export.validation import kinds
+    from lora_export.validation.memory import kept_bytes
     from lora_export.validation.prompts import read_prompts
     from lora_export.validation.reference import load_merged, load_unmerged
 
     options = options or ValidationOptions()
     prompts = read_prompts(options.prompts)
     _quiet_libraries()
-    progress.stage("validate: loading the unmerged model (PEFT, fp32) and the merged one")
-    reference = load_unmerged(base, adapters, options.merge, dequantized)
+    keep = kept_bytes(merged, options.max_memory)
+    how = "loading" if keep is None else "streaming, layer by layer,"
+    progress.stage(f"validate: {how} the unmerged model (PEFT, fp32) and the merged one")
+    reference = load_unmerged(base, adapters, options.merge, dequantized, keep)
     unmerged = reference.model
-    model, dtypes = load_merged(merged, reference.cls, reference.absent)
+    model, dtypes = load_merged(merged, reference.cls, reference.absent, keep)
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     subject = kinds.Subject(model, merged, dtypes, prompts, options.prompts, progress)
     story = kinds.choose(model).story(subject)
@@ -63,6 +69,13 @@ def validate(
         extra = story.compare_onnx(onnx / "model.onnx", base_onnx / "model.onnx", options.provider)
         result = replace(result, checks=(*result.checks, *extra))
     return result
+
+
+def streams(merged: Path, max_memory: int | None) -> bool:
+    """Whether the models are too large for the memory, so that validation reads them layer by layer."""
+    from lora_export.validation.memory import kept_bytes
+
+    return kept_bytes(merged, max_memory) is not None
 
 
 def _tensors(
