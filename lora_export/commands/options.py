@@ -103,8 +103,8 @@ def merge_options(command: Command) -> Command:
             type=Size(),
             default="2GiB",
             show_default=True,
-            help="Memory for the arithmetic of the merge, besides what Python and its libraries take; and, if given, "
-            "for the weights that validation compares.  [validation's default: what the machine has]",
+            help="Memory for the arithmetic of the merge, besides what Python and its libraries take; and, if "
+            "given, for the weights that validation compares.  [validation's default: what the machine has]",
         ),
         click.option(
             "--device",
