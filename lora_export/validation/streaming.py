@@ -6,6 +6,7 @@ of a weight that is not there shows. PEFT wraps such a model as any other; its o
 """
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lora_export.errors import AdapterError
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 # These inits take something out of the base's weights when an adapter is attached, so they must be in memory.
+BLOCK = 16 * 2**20  # bytes in fp32
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -73,12 +75,19 @@ class Slot:
 def _read(file: str, key: str, dtype: torch.dtype) -> torch.Tensor:
     """fp32 values of a tensor, through `dtype`.
 
-    The file is mapped for this one tensor only, or its pages would count as memory in use. And it is a copy:
+    The file is mapped for one block of rows at a time, or its pages would count as memory in use. And it is a copy:
     kernels add in another order where memory is not aligned as torch's own is, and a file's tensors are not.
     """
     with safe_open(file, framework="pt") as tensors:
-        value: torch.Tensor = tensors.get_tensor(key)
-        return value.to(dtype).to(torch.float32, copy=True)
+        shape = tensors.get_slice(key).get_shape()
+        if not shape:
+            return tensors.get_tensor(key).to(dtype).to(torch.float32, copy=True)  # type: ignore[no-any-return]
+    value = torch.empty(shape)
+    rows = max(1, BLOCK // (4 * math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        with safe_open(file, framework="pt") as tensors:
+            value[start : start + rows] = tensors.get_slice(key)[start : start + rows].to(dtype)
+    return value
 
 
 def _nothing(shape: torch.Size) -> torch.Tensor:
