@@ -43,6 +43,7 @@ class StoryOptions:
     rows: int | None = 64
     tolerance: float = 4.0
     min_survival: float = MIN_SURVIVAL
+    validation_memory: int | None = None  # bytes for the weights that validation compares; None: as there is
     force: bool = False
 
 
@@ -122,7 +123,7 @@ def _run(
         adapters,
         merged.output,
         exports=[_pair(exported, base_onnx.output)],
-        dequantized=_stand_in(base.folder, options.merge, work, progress),
+        dequantized=_stand_in(base.folder, merged.output, options, work, progress),
         options=_validation_options(options, options.provider),
         progress=progress,
     )
@@ -169,19 +170,22 @@ def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progr
     return work / "base-weights"
 
 
-def _stand_in(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path | None:
+def _stand_in(base: Path, merged: Path, options: StoryOptions, work: Path, progress: Progress) -> Path | None:
     """An fp32 copy of a quantized base, for validation, unless bitsandbytes itself can dequantize it there."""
     from lora_export.merge import merge
     from lora_export.quantization import method_of
+    from lora_export.validation import streams
 
     settings = read_json(base / "config.json").get("quantization_config")
-    if not settings or method_of(settings) == "bitsandbytes":
+    on_the_fly = options.merge.training_quantization != "none" and options.merge.base_weights == "dequantized"
+    method = method_of(settings) if settings else "bitsandbytes" if on_the_fly else None
+    if method is None or (method == "bitsandbytes" and not streams(merged, options.validation_memory)):
         return None
     progress.warn(
-        f"{method_of(settings)} weights are read by this tool alone: validation checks what was merged into them, "
+        f"{method} weights are read by this tool alone: validation checks what was merged into them, "
         "not how they were read"
     )
-    return merge(base, [], work / "stand-in", replace(options, dtype="float32"), progress).output
+    return merge(base, [], work / "stand-in", replace(options.merge, dtype="float32"), progress).output
 
 
 def _export(
@@ -268,7 +272,7 @@ def validate_folder(
             choices,
             merged,
             exports=pairs,
-            dequantized=_stand_in(base.folder, options.merge, work, progress),
+            dequantized=_stand_in(base.folder, merged, options, work, progress),
             options=_validation_options(options, provider, bases, _again(merged, onnx[0]) if onnx else None),
             progress=progress,
         )
@@ -287,6 +291,7 @@ def _validation_options(
         merge=options.merge,
         tolerance=options.tolerance,
         min_survival=options.min_survival,
+        max_memory=options.validation_memory,
         bases=bases,
         **({"again": again} if again else {}),
     )

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+from click.core import ParameterSource
+
 from lora_export.checkpoint.sources import resolve
 from lora_export.commands.options import split_weight
 from lora_export.contracts import AdapterChoice, BenchmarkOptions, CompareBases, MergeOptions, Source
@@ -48,6 +51,13 @@ def bases_of(words: dict[str, Any]) -> CompareBases | None:
     return CompareBases(words["requantize"], resolve(original).folder if original else None)
 
 
+def validation_memory_of(words: dict[str, Any]) -> int | None:
+    """--max-memory where it was given. Its default is meant for the merge's blocks, and would make validation read
+    models layer by layer that fit into memory easily."""
+    given = click.get_current_context().get_parameter_source("max_memory")
+    return None if given is ParameterSource.DEFAULT else int(words["max_memory"])
+
+
 def story_options_of(words: dict[str, Any]) -> StoryOptions:
     return StoryOptions(
         merge=merge_options_of(words),
@@ -60,6 +70,7 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         rows=words["rows"],
         tolerance=words["tolerance"],
         min_survival=words["min_survival"],
+        validation_memory=validation_memory_of(words),
         force=words["force"],
     )
 

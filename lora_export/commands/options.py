@@ -116,7 +116,8 @@ def merge_options(command: Command) -> Command:
             type=Size(),
             default="2GiB",
             show_default=True,
-            help="Memory for the arithmetic of the merge, besides what Python and its libraries take.",
+            help="Memory for the arithmetic of the merge, besides what Python and its libraries take; and, if "
+            "given, for the weights that validation compares.  [validation's default: what the machine has]",
         ),
         click.option(
             "--device",
@@ -203,7 +204,7 @@ def check_options(command: Command) -> Command:
                      help="How many times the noise floor outputs may differ. The arithmetic of each tensor has a "
                      "bound of its own, which this does not move."),
         click.option("--min-survival", type=click.FloatRange(0, 1), default=MIN_SURVIVAL, show_default=True,
-                     help="Share of the adapter's effect on the outputs that an ONNX export has to keep; 0 for none."),
+                     help="Share of the adapter's effect on the outputs that an ONNX export keeps; 0 for any."),
     ]  # fmt: skip
     for decorator in reversed(decorators):
         command = decorator(command)

@@ -46,6 +46,10 @@ def validate(
     a noise floor that is measured on the base without any adapter. If a check fails, the first module that goes
     wrong is named. Give the options of the merge again: they decide which base is the truth.
 
+    Decoders, text encoders with any head, encoder-decoders, vision, audio and two-tower models are each run on
+    inputs of their own kind. Models that do not fit into memory, or into --max-memory if you give it, are read
+    layer by layer: the same checks with the same figures, slower.
+
     \b
         lora-export validate -b BASE -a QLORA -m MERGED --training-quantization nf4 --compare-bases --requantize nf4
         lora-export validate -b BASE -a ADAPTER -m MERGED --onnx ONNX-int4 --onnx ONNX-int8 --onnx ONNX-fp16
@@ -65,6 +69,7 @@ def validate(
             rows=rows,
             tolerance=tolerance,
             min_survival=min_survival,
+            validation_memory=gather.validation_memory_of(words),
         )
         bases, found = gather.bases_of(words), gather.adapters_of(adapters)
         result = validate_folder(resolve(base), found, merged, onnx, base_onnx, settings, talk.progress, bases)

@@ -30,7 +30,17 @@ def validation_words(result: ValidationResult) -> str:
     head = f"{'check':<{width}}  {'value':>12}  {'threshold':>12}"
     faulty = [f"not what the adapter makes of the base: {name}" for name in result.weight_errors[:10]]
     tables = [*_perplexity_lines(result), *_bases_lines(result), *_survival_lines(result)]
-    return "\n".join([head, *lines, *tables, *faulty, *_deviation(result), *result.advice, "passed" if result.passed else "FAILED"])
+    return "\n".join(
+        [
+            head,
+            *lines,
+            *tables,
+            *faulty,
+            *_deviation(result),
+            *result.advice,
+            "passed" if result.passed else "FAILED",
+        ]
+    )
 
 
 def _perplexity_lines(result: ValidationResult) -> list[str]:

@@ -1,5 +1,5 @@
 """Validation: the merged model and its ONNX export against PEFT's unmerged forward, and each tensor in float64."""
 
-from lora_export.validation.run import ValidationOptions, validate
+from lora_export.validation.run import ValidationOptions, streams, validate
 
-__all__ = ["ValidationOptions", "validate"]
+__all__ = ["ValidationOptions", "streams", "validate"]

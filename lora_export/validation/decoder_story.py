@@ -76,6 +76,11 @@ class DecoderStory:
             kl_by_position=found.kl,
         )
 
+    @property
+    def windows(self) -> Sequence[torch.Tensor]:
+        """The text, or the prompts where none can be read: ids (length,), of which all but the first are predicted."""
+        return self.text or self.tokens
+
     def once(self, model: Any) -> Any:
         """One forward on the longest prompt, without a cache."""
         return model(input_ids=max(self.tokens, key=len)[None], use_cache=False)
@@ -92,9 +97,7 @@ class DecoderStory:
         checks = decoder_checks(floor, found, parted, self.factor, prefix="loaded_")
         return checks, self._perplexity(f"merged as loaded ({dtype})", loaded)
 
-    def compare_onnx(
-        self, model: Path, base: Path, provider: str, precision: str | None
-    ) -> tuple[list[Check], list[Perplexity]]:
+    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]:
         """The exported graph, run with its KV cache, against the same unmerged forward."""
         from lora_export.validation.onnx_decoder import OnnxDecoder
 
@@ -107,9 +110,7 @@ class DecoderStory:
         runner = OnnxDecoder(model, provider)
         found = self._from_unmerged([runner.logits(ids) for ids in self.tokens])
         chosen = [runner.greedy(ids, len(c)) for ids, c in zip(self._prompts, self._continued, strict=True)]
-        checks = decoder_checks(floor, found, self._parted(chosen), self.factor, prefix="onnx_")
-        name = f"onnx {precision}" if precision else "onnx"
-        return checks, [perplexity(name, runner.logits, self.text)] if self.text else []
+        return decoder_checks(floor, found, self._parted(chosen), self.factor, prefix="onnx_")
 
     def for_types(self, unmerged: Any, dtypes: Mapping[str, torch.dtype]) -> "DecoderStory":
         """The same story for a merge into other types: only the rounding is measured anew."""

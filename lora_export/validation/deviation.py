@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_export.contracts import Deviation
 from lora_export.validation.noise import rounding_errors
+from lora_export.validation.streaming import present
 from lora_export.validation.thresholds import FACTOR, FP32_ARITHMETIC
 
 DRAWS = 2
@@ -95,6 +96,13 @@ def _walk(
 
 
 def _compare(
+    name: str, module: nn.Module, args: Any, kwargs: Any, output: Any, dtypes: Mapping[str, torch.dtype]
+) -> Deviation:
+    with present(module):
+        return _judge(name, module, args, kwargs, output, dtypes)
+
+
+def _judge(
     name: str, module: nn.Module, args: Any, kwargs: Any, output: Any, dtypes: Mapping[str, torch.dtype]
 ) -> Deviation:
     wanted = list(_tensors(output))

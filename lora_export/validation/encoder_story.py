@@ -1,4 +1,4 @@
-"""How an encoder is compared: hidden states (or class logits) of each prompt, and the mean-pooled embedding."""
+"""How a model without next-token logits is compared: all its outputs, and the embedding pooled from the first."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,20 +7,44 @@ from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, Perplexity, Progress, ValidationResult
+from lora_export.contracts import Check, Progress, ValidationResult
+from lora_export.errors import InputError
 from lora_export.validation.noise import DRAWS, rounding_noise
+from lora_export.validation.subject import plain
 from lora_export.validation.thresholds import FACTOR, FP32_ARITHMETIC
+
+Outputs = dict[str, torch.Tensor]
+# A pooled vector is a mean of the outputs; 1 − cos of two that differ by fp32 arithmetic alone.
+COSINE_ARITHMETIC = 1e-6
+
+
+@dataclass(frozen=True)
+class Floor:
+    """How far rounding alone moves one output: the largest difference, and √(1 − cos) of the pooled vector."""
+
+    max_abs: float = 0.0
+    angle: float = 0.0
+
+    def widest(self, other: "Floor") -> "Floor":
+        return Floor(max(self.max_abs, other.max_abs), max(self.angle, other.angle))
+
+    def plus(self, other: "Floor") -> "Floor":
+        return Floor(self.max_abs + other.max_abs, self.angle + other.angle)
 
 
 @dataclass
 class EncoderStory:
-    tokens: Sequence[torch.Tensor]
+    """batches: keyword inputs of one forward each; tokens: ids (length,) that the first batches hold one by one,
+    given where an ONNX graph can be compared."""
+
+    batches: Sequence[Mapping[str, Any]]
     dtypes: Mapping[str, torch.dtype]
     progress: Progress
+    tokens: Sequence[torch.Tensor] = ()
     factor: float = FACTOR
-    _base: list[torch.Tensor] = field(default_factory=list)
-    _unmerged: list[torch.Tensor] = field(default_factory=list)
-    _rounding: float = 0.0
+    _base: list[Outputs] = field(default_factory=list)
+    _unmerged: list[Outputs] = field(default_factory=list)
+    _rounding: dict[str, Floor] = field(default_factory=dict)
 
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
         self.progress.stage("validate: noise floor of the rounding, then unmerged and merged")
@@ -28,56 +52,109 @@ class EncoderStory:
             self._base = self._outputs(unmerged)
             for seed in range(DRAWS):
                 with rounding_noise(unmerged, self.dtypes, seed):
-                    self._rounding = max(self._rounding, _max_abs(self._base, self._outputs(unmerged)))
+                    noisy = self._outputs(unmerged)
+                for name in self._base[0]:
+                    drawn = self._difference(name, self._base, noisy)
+                    self._rounding[name] = self._rounding.get(name, Floor()).widest(drawn)
         self._unmerged = self._outputs(unmerged)
+        found = self._outputs(merged)
         where = "rounding errors on the base, no adapter"
-        return ValidationResult(tuple(self._checks(self._rounding, self._outputs(merged), "", where)))
+        first, *others = self._base[0]
+        checks = self._checks(first, self._rounding[first], found, "", where)
+        for name in others:
+            checks.append(self._max_abs_check(name, self._rounding[name], found, f"{name}_max_abs"))
+        return ValidationResult(tuple(checks))
+
+    @property
+    def windows(self) -> Sequence[torch.Tensor]:
+        """There is no next token to predict."""
+        return ()
 
     def once(self, model: Any) -> Any:
-        """One forward on the longest prompt."""
-        return model(input_ids=max(self.tokens, key=len)[None])
+        return plain(model)(**self.batches[0])
 
-    def compare_onnx(
-        self, model: Path, base: Path, provider: str, precision: str | None
-    ) -> tuple[list[Check], list[Perplexity]]:
+    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]:
+        """The first output of an exported graph that reads text, against the same unmerged forward."""
+        if not self.tokens:
+            raise InputError("ONNX graphs are validated of models that read text only", where=model)
         from lora_export.validation.onnx_encoder import OnnxEncoder
 
         self.progress.stage("validate: ONNX Runtime, at several lengths and in one padded batch")
-        noisy = OnnxEncoder(base, provider).outputs(self.tokens)
-        found = OnnxEncoder(model, provider).outputs(self.tokens)
+        first = next(iter(self._base[0]))
+        noisy = [{first: x[None]} for x in OnnxEncoder(base, provider).outputs(self.tokens)]
+        found = [{first: x[None]} for x in OnnxEncoder(model, provider).outputs(self.tokens)]
+        floor = self._rounding[first].plus(self._difference(first, self._base[: len(noisy)], noisy))
         where = "rounding errors, and the base exported the same way against PyTorch"
-        return self._checks(self._rounding + _max_abs(self._base, noisy), found, "onnx_", where), []
+        return self._checks(first, floor, found, "onnx_", where)
 
     @torch.inference_mode()
-    def _outputs(self, model: Any) -> list[torch.Tensor]:
-        return [model(input_ids=ids[None])[0][0].float() for ids in self.tokens]
+    def _outputs(self, model: Any) -> list[Outputs]:
+        body = plain(model)
+        return [dict(_tensors(body(**batch))) for batch in self.batches]
 
-    def _checks(self, noise: float, found: list[torch.Tensor], prefix: str, where: str) -> list[Check]:
-        scale = max(float(x.abs().max()) for x in self._base)
-        floor = noise + scale * FP32_ARITHMETIC
-        worst = _max_abs(self._unmerged, found)
-        similar = min(_cosine(a, b) for a, b in zip(self._unmerged, found, strict=True))
-        # Both vectors lie within the threshold of each other, so 1 − cos is bounded by its square.
-        least = 1 - (self.factor * floor / scale) ** 2 - 1e-6
+    def _difference(self, name: str, reference: list[Outputs], found: list[Outputs]) -> Floor:
+        """Over all batches; positions that are padding do not count."""
+        pairs = [
+            (self._valid(a[name], batch), self._valid(b[name], batch))
+            for a, b, batch in zip(reference, found, self.batches, strict=False)
+        ]
+        worst = max(float((a - b).abs().max()) for a, b in pairs)
+        apart = max(_one_minus_cosine(a, b) for a, b in pairs)
+        return Floor(worst, apart**0.5)
+
+    def _valid(self, output: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+        mask = batch.get("attention_mask")
+        if mask is None or output.shape[:2] != mask.shape:
+            return output
+        valid: torch.Tensor = output * mask.reshape(*mask.shape, *[1] * (output.dim() - 2))
+        return valid
+
+    def _floor(self, name: str, noise: Floor) -> float:
+        """In proportion to the outputs: an adapter may make them larger, and the errors with them."""
+        base, adapted = (max(float(x[name].abs().max()) for x in found) for found in (self._base, self._unmerged))
+        larger = max(1.0, adapted / base) if base else 1.0
+        return (noise.max_abs + base * FP32_ARITHMETIC) * larger
+
+    def _max_abs_check(self, output: str, noise: Floor, found: list[Outputs], name: str) -> Check:
+        limit = self.factor * self._floor(output, noise)
+        worst = self._difference(output, self._unmerged[: len(found)], found).max_abs
+        return Check(name, worst, limit, worst <= limit, f"{self.factor:g} × the noise floor; output {output}")
+
+    def _checks(self, output: str, noise: Floor, found: list[Outputs], prefix: str, where: str) -> list[Check]:
+        similar = 1 - self._difference(output, self._unmerged[: len(found)], found).angle ** 2
+        least = 1 - (self.factor * noise.angle) ** 2 - COSINE_ARITHMETIC
         return [
+            self._max_abs_check(output, noise, found, f"{prefix}logits_max_abs"),
             Check(
-                f"{prefix}logits_max_abs",
-                worst,
-                self.factor * floor,
-                worst <= self.factor * floor,
-                f"{self.factor:g} × the noise floor; hidden states or class logits",
+                f"{prefix}embedding_cosine",
+                similar,
+                least,
+                similar >= least,
+                f"of {output}, mean over positions, least of all inputs; from {self.factor**2:g} × the floor's",
             ),
-            Check(
-                f"{prefix}embedding_cosine", similar, least, similar >= least, "mean-pooled, least of all prompts"
-            ),
-            Check(f"{prefix}noise_floor_max_abs", floor, None, True, where),
+            Check(f"{prefix}noise_floor_max_abs", self._floor(output, noise), None, True, where),
         ]
 
 
-def _max_abs(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(reference, found, strict=True))
+def _tensors(output: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
+    """Every floating-point tensor of a transformers output, those of nested outputs (CLIP's towers) included."""
+    if isinstance(output, torch.Tensor):
+        return [(name or "output", output.float())] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        parts = [(k, v) for k, v in output.items() if k != "loss" and not k.startswith("past_")]
+    elif isinstance(output, tuple | list):
+        parts = [(str(i), v) for i, v in enumerate(output)]
+    else:
+        return []
+    joined = [(f"{name}.{k}" if name else k, v) for k, v in parts]
+    return [pair for k, v in joined for pair in _tensors(v, k)]
 
 
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> float:
-    x, y = (v.double().mean(0) if v.dim() == 2 else v.double() for v in (a, b))
-    return float(torch.nn.functional.cosine_similarity(x, y, dim=0))
+def _one_minus_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest over a batch; all dimensions between the first and the last are pooled by their mean.
+
+    float64, and from the difference of unit vectors: 1 − cos of two that are almost equal would be cancellation.
+    """
+    x, y = (v.double().reshape(v.shape[0] if v.dim() > 1 else 1, -1, v.shape[-1]).mean(1) for v in (a, b))
+    unit = [torch.nn.functional.normalize(v, dim=-1) for v in (x, y)]
+    return float((unit[0] - unit[1]).square().sum(-1).max() / 2)

@@ -7,32 +7,49 @@ without an adapter are rounded as they are, for that is what happens to them.
 """
 
 import contextlib
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from lora_export.validation import streaming
 
 DRAWS = 3  # the largest error over all positions varies by a fifth from draw to draw
 
 
 @contextlib.contextmanager
 def rounding_noise(unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int) -> Iterator[None]:
-    """Inside, the base weights carry rounding errors of the types in `dtypes` (by plain name)."""
-    generator = torch.Generator().manual_seed(seed)
+    """Inside, the base weights carry rounding errors of the types in `dtypes` (by plain name).
+
+    A weight's errors depend on its name and the seed alone, not on the order in which weights are read.
+    """
+    types = {name: dtype for name, _, dtype in _base_parameters(unmerged, dtypes)}
+
+    def noisy(name: str, weight: torch.Tensor) -> torch.Tensor:
+        dtype = types.get(name)
+        if dtype is None:
+            return weight
+        if ".base_layer." not in name or weight.dim() < 2:
+            return weight.to(dtype).float()
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        return weight + rounding_errors(weight, dtype, generator)
+
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
-        for name, parameter, dtype in _base_parameters(unmerged, dtypes):
-            weight = parameter.data
-            if ".base_layer." in name and weight.dim() >= 2:
-                saved.append((weight, weight.clone()))
-                weight += rounding_errors(weight, dtype, generator)
-            elif not torch.equal(rounded := weight.to(dtype).float(), weight):
-                saved.append((weight, weight.clone()))
-                weight.copy_(rounded)
-        yield
-    finally:
-        for weight, before in saved:
-            weight.copy_(before)
+    with streaming.changing(unmerged, noisy):
+        try:
+            for name, parameter, _ in _base_parameters(unmerged, dtypes):
+                if streaming.slots_of(parameter):
+                    continue
+                weight = parameter.data
+                changed = noisy(name, weight)
+                if not torch.equal(changed, weight):
+                    saved.append((weight, weight.clone()))
+                    weight.copy_(changed)
+            yield
+        finally:
+            for weight, before in saved:
+                weight.copy_(before)
 
 
 @contextlib.contextmanager

@@ -3,22 +3,39 @@
 This is the oracle: PEFT's unmerged forward. It shares no formula and no reader with merge/ and adapters/.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, CheckpointError
+from lora_export.validation import streaming
+from lora_export.validation.effective import wrapped_modules
 from lora_export.validation.requantize import dequantize_4bit
+
+SEED = 20_240_504
+# The class that a task is trained with. It need not be the one that config.json names: a body that is stored with
+# the head of its pre-training is often trained bare, or with another head.
+_TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 def architecture(folder: Path) -> Any:
     """The transformers class that config.json names."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = _config(folder)
     name = (config.architectures or ["AutoModel"])[0]
     cls = getattr(transformers, name, None)
     if cls is None:
@@ -27,22 +44,115 @@ def architecture(folder: Path) -> Any:
             where=folder / "config.json",
             expected="an architecture that transformers implements",
         )
-    return cls
+    return transformers.AutoModel._model_mapping[type(config)] if cls is transformers.AutoModel else cls
+
+
+@dataclass(frozen=True)
+class Unmerged:
+    """model: PEFT's; cls: the transformers class of its base; absent: what that class has and the base's files have
+    not (a pooler, say), with the values that it began with here."""
+
+    model: Any
+    cls: Any
+    absent: Mapping[str, torch.Tensor]
+
+
+def load_unmerged(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    options: MergeOptions,
+    dequantized: Path | None = None,
+    keep: int | None = None,
+) -> Unmerged:
+    """keep: None for a base in memory; else it is streamed, and so many bytes of it may stay there between uses.
+
+    The class is the first of these into which every tensor of the adapters fits: the one that config.json names,
+    the one of the adapter's task, the bare body. AdapterError if there is none.
+    """
+    unused: list[str] = []
+    for cls in _classes(dequantized or base, adapters):
+        model, absent = _load_base(base, options, dequantized, cls, keep, _whole_tensors(adapters))
+        if keep is not None:
+            streaming.refuse_changing_inits(_configs(adapters), adapters[0].folder)
+        unmerged, left = _attach(model, adapters)
+        if not left:
+            streaming.attach(model, wrapped_modules(model).values())
+            return Unmerged(unmerged, cls, absent)
+        unused = unused or left
+    raise _left_over(unused, architecture(base).__name__, adapters)
 
 
 def load_base(base: Path, options: MergeOptions, dequantized: Path | None = None) -> Any:
+    """The base in fp32, in the class that config.json names."""
+    return _load_base(base, options, dequantized)[0]
+
+
+def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:
+    """PEFT's unmerged model. AdapterError if a tensor of the adapters finds no place in it."""
+    unmerged, left = _attach(model, adapters)
+    if left:
+        raise _left_over(left, type(model).__name__, adapters)
+    return unmerged
+
+
+def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoice]) -> AdapterError:
+    return AdapterError(
+        f"PEFT finds {len(tensors)} tensors of the adapter without a place in {cls}, or layers without a tensor",
+        where=adapters[0].folder,
+        tensor=tensors[0],
+        expected="an adapter that PEFT itself loads into this base with nothing left over",
+    )
+
+
+def _classes(folder: Path, adapters: Sequence[AdapterChoice]) -> list[Any]:
+    config = _config(folder)
+    found = [architecture(folder)]
+    tasks = {c.task_type for c in _configs(adapters)}
+    for name in [*(_TASKS[t] for t in sorted(filter(None, tasks)) if t in _TASKS), "AutoModel"]:
+        mapping = getattr(transformers, name)._model_mapping
+        cls = mapping.get(type(config), None)
+        if cls is not None and not isinstance(cls, tuple | list) and cls not in found:
+            found.append(cls)
+    return found
+
+
+def _configs(adapters: Sequence[AdapterChoice]) -> list[Any]:
+    import peft
+
+    return [peft.PeftConfig.from_pretrained(a.folder, local_files_only=True) for a in adapters]
+
+
+def _config(folder: Path) -> Any:
+    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _load_base(
+    base: Path,
+    options: MergeOptions,
+    dequantized: Path | None = None,
+    cls: Any = None,
+    keep: int | None = None,
+    written: Collection[str] = (),
+) -> tuple[Any, dict[str, torch.Tensor]]:
     """The base in fp32: dequantized by bitsandbytes if it is stored, or was trained, quantized.
 
+    And what its files lack, as it was drawn here: from a fixed seed, so that no result depends on the hour.
+
     dequantized: an fp32 copy of the base that stands for it, where its format needs a library or a GPU that may not
-    be here.
+    be here, or where it is streamed.
     """
-    base = dequantized or base
-    cls = architecture(base)
-    config = transformers.AutoConfig.from_pretrained(base, local_files_only=True)
-    stored = getattr(config, "quantization_config", None)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
+    on_the_fly = on_the_fly and dequantized is None
+    base = dequantized or base
+    cls = cls or architecture(base)
+    config = _config(base)
+    stored = getattr(config, "quantization_config", None)
     if not stored and not on_the_fly:
-        return _quiet(cls.from_pretrained(base, dtype=torch.float32, local_files_only=True))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(SEED)
+            model, info = _load(cls, base, torch.float32, keep, written)
+        return _quiet(model), _named(model, info["missing_keys"])
+    assert keep is None, "a quantized base is streamed from a dequantized copy"
     settings = {} if stored else {"quantization_config": _bnb_config(options)}
     model = cls.from_pretrained(base, dtype="auto", local_files_only=True, device_map={"": "cpu"}, **settings)
     state = _dequantized_state(model)
@@ -54,7 +164,30 @@ def load_base(base: Path, options: MergeOptions, dequantized: Path | None = None
     unmet = [k for k in missing if k not in (getattr(plain, "all_tied_weights_keys", None) or {})]
     if unmet or unexpected:
         raise CheckpointError("the dequantized base does not fill the model", tensor=(unmet + unexpected)[0])
-    return _quiet(plain)
+    return _quiet(plain), {}
+
+
+def _whole_tensors(adapters: Sequence[AdapterChoice]) -> set[str]:
+    """Names in the base of what the adapters' files hold whole (biases, embeddings), among other names."""
+    names: set[str] = set()
+    for adapter in adapters:
+        for file in adapter.folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                names |= {key.removeprefix("base_model.model.") for key in tensors.keys()}  # noqa: SIM118
+    return names
+
+
+def _load(cls: Any, folder: Path, dtype: Any, keep: int | None, written: Collection[str] = ()) -> tuple[Any, Any]:
+    """(model, loading info) as transformers loads it, or streamed."""
+    if keep is not None:
+        return streaming.load_streamed(cls, folder, dtype, keep, written)
+    model, info = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    return model, info
+
+
+def _named(model: torch.nn.Module, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return {name: state[name].clone() for name in names if name in state}
 
 
 def _bnb_config(options: MergeOptions) -> Any:
@@ -96,16 +229,21 @@ def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]
     return [(n, b) for n, b in model.named_buffers() if n in kept]
 
 
-def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:
-    """PEFT's unmerged model; several adapters act together, each with its weight."""
+def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[Any, list[str]]:
+    """(PEFT's unmerged model, tensors left over or missing). Adapters act together, each with its weight."""
     import peft
 
     names = [f"adapter{i}" for i in range(len(adapters))]
-    unmerged = peft.PeftModel.from_pretrained(
-        model, adapters[0].folder, adapter_name=names[0], local_files_only=True
-    )
-    for name, choice in zip(names[1:], adapters[1:], strict=True):
-        unmerged.load_adapter(choice.folder, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # asked for again below
+        unmerged = peft.PeftModel.from_pretrained(
+            model, adapters[0].folder, adapter_name=names[0], local_files_only=True
+        )
+    left: list[str] = []
+    for name, choice in zip(names, adapters, strict=True):
+        # The first one is loaded a second time, because only this call tells what it did not use.
+        told = unmerged.load_adapter(choice.folder, adapter_name=name)
+        left += [*told.unexpected_keys, *told.missing_keys]
     if len(names) > 1:
         unmerged.base_model.set_adapter(names)
     for module in unmerged.modules():
@@ -113,24 +251,38 @@ def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -
             scaling = getattr(module, "scaling", None)
             if choice.weight != 1.0 and isinstance(scaling, dict) and name in scaling:
                 scaling[name] *= choice.weight
-    return _quiet(unmerged)
+    return _quiet(unmerged), left
 
 
-def load_merged(merged: Path) -> tuple[Any, dict[str, torch.dtype]]:
-    """The merged folder as transformers loads it, then widened to fp32; and the types that it was stored in."""
-    model, info = architecture(merged).from_pretrained(
-        merged, dtype="auto", local_files_only=True, output_loading_info=True
-    )
-    if info["missing_keys"] or info["mismatched_keys"]:
-        name = sorted(info["missing_keys"] or {k[0] for k in info["mismatched_keys"]})[0]
+def load_merged(
+    merged: Path,
+    cls: Any = None,
+    absent: Mapping[str, torch.Tensor] | None = None,
+    keep: int | None = None,
+) -> tuple[Any, dict[str, torch.dtype]]:
+    """The merged folder as transformers loads it, then widened to fp32; and the types that it was stored in.
+
+    absent: tensors that the base's files lack, too; they are taken from here. keep: as of load_unmerged.
+    """
+    absent = absent or {}
+    model, info = _load(cls or architecture(merged), merged, "auto", keep)
+    missing = set(info["missing_keys"]) - absent.keys()
+    if missing or info["mismatched_keys"]:
+        name = sorted(missing or {k[0] for k in info["mismatched_keys"]})[0]
         raise AdapterError(
             "the merged folder does not fill the model: a tensor is missing or has another shape",
             where=merged,
             tensor=name,
             expected="every tensor of the architecture",
         )
-    dtypes = {n: p.dtype for n, p in model.named_parameters()}
-    return _quiet(model.float()), dtypes
+    dtypes = {n: streaming.stored_dtype(p) for n, p in model.named_parameters()}
+    model.float()
+    streaming.attach(model, ())
+    shared = {n: absent[n] for n in info["missing_keys"]}
+    for name in shared:
+        dtypes[name] = torch.float32
+    model.load_state_dict(shared, strict=False)
+    return _quiet(model), dtypes
 
 
 def _quiet(model: Any) -> Any:

@@ -9,9 +9,10 @@ from lora_export.contracts import (
     MIN_SURVIVAL,
     AdapterChoice,
     Check,
+    CompareBases,
     Deviation,
+    ExportedPair,
     MergeOptions,
-    Perplexity,
     Progress,
     ValidationResult,
 )
@@ -20,6 +21,7 @@ from lora_export.errors import InputError
 if TYPE_CHECKING:
     from lora_export.validation.bases import BasesFound
     from lora_export.validation.precisions import SurvivalFound
+    from lora_export.validation.subject import Story
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class ValidationOptions:
     """prompts: a file with one prompt a line; text: a file of running text for the perplexities (None: built in).
     rows: how many rows of each updated tensor are recomputed in float64 one by one (None: all). merge: the options
     of the merge, which decide which base is the truth. tolerance: thresholds are this many noise floors.
-    precision: of the ONNX weights, for the words."""
+    min_survival: the share of the adapter's effect that an ONNX graph has to keep. max_memory: bytes for the
+    weights of both models (None: as the machine has); larger models are streamed. bases: compare the bases that a
+    QLoRA adapter could be merged into. again: the command that tries another precision, {precision} in it."""
 
     prompts: Path | None = None
     text: Path | None = None
@@ -35,7 +39,10 @@ class ValidationOptions:
     provider: str = "auto"
     merge: MergeOptions = field(default_factory=MergeOptions)
     tolerance: float = 4.0
-    precision: str | None = None
+    min_survival: float = MIN_SURVIVAL
+    max_memory: int | None = None
+    bases: CompareBases | None = None
+    again: str = "the same command with --precision {precision}"
 
 
 def validate(
@@ -51,66 +58,98 @@ def validate(
     """Compare a merged folder, and ONNX graphs made from it, with the unmerged model in fp32.
 
     dequantized: an fp32 copy of a base whose format transformers cannot load everywhere; it stands for the base.
+    Needed, too, for any quantized base of a model that `streams`.
     """
-    from lora_export.validation import reference
+    from lora_export.validation import kinds
     from lora_export.validation.bases import Bases
     from lora_export.validation.bases import check_request as check_bases
-    from lora_export.validation.decoders import tokenize
+    from lora_export.validation.memory import kept_bytes
     from lora_export.validation.precisions import adapter_survival
     from lora_export.validation.prompts import read_prompts
+    from lora_export.validation.reference import load_merged, load_unmerged
     from lora_export.validation.text import read_text
 
     options = options or ValidationOptions()
+    keep = kept_bytes(merged, options.max_memory)
+    if options.bases is not None:
+        check_bases(options.bases, base, options.merge)
+        _check_fits(keep)
     prompts, text = read_prompts(options.prompts), read_text(options.text)
     _quiet_libraries()
-    progress.stage("validate: loading the unmerged model (PEFT, fp32) and the merged one")
-    unmerged = reference.attach_adapters(reference.load_base(base, options.merge, dequantized), adapters)
-    model, dtypes = reference.load_merged(merged)
-    decoder = _is_decoder(model)
-    if options.bases is not None and not decoder:
+    how = "loading" if keep is None else "streaming, layer by layer,"
+    progress.stage(f"validate: {how} the unmerged model (PEFT, fp32) and the merged one")
+    reference = load_unmerged(base, adapters, options.merge, dequantized, keep)
+    unmerged = reference.model
+    model, dtypes = load_merged(merged, reference.cls, reference.absent, keep)
+    subject = kinds.Subject(
+        model, merged, dtypes, prompts, options.prompts, progress, text, options.text, options.tolerance
+    )
+    story = kinds.choose(model).story(subject)
+    if options.bases is not None and not story.windows:
         raise _no_perplexity(base)
+
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
-    tokenizer = _tokenizer(merged)
-    tokens = tokenize(tokenizer, prompts, _embedding_rows(model))
-    if not tokens:
-        raise InputError("no prompt has two tokens or more", where=options.prompts or "built-in prompts")
-    story = _story(model, tokens, tokenizer, dtypes, text, options, progress)
-    result: ValidationResult = story.compare(unmerged, model)
+    result = story.compare(unmerged, model)
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
-    result = _as_loaded(result, story, unmerged, merged, dtypes)
+    if keep is None:
+        result = _as_loaded(result, story, unmerged, merged, dtypes)
     if not result.passed:
         result = replace(result, deviation=_deviation(unmerged, model, story, dtypes, errors, options, progress))
-    if onnx is not None:
-        del model
-        assert base_onnx is not None, "an ONNX model is judged against the base exported the same way"
-        files = onnx / "model.onnx", base_onnx / "model.onnx"
-        result = _with(result, *story.compare_onnx(*files, options.provider, options.precision))
+    if options.bases is not None:
+        asked = options.bases, base, adapters, merged, unmerged, model, options.merge, dequantized
+        result = _joined(result, Bases(*asked, story.windows, progress).compare())
+    del model, subject
+    for pair in exports:
+        result = replace(result, checks=(*result.checks, *_onnx_checks(story, pair, options.provider)))
+    if exports and story.windows:
+        least = options.provider, options.min_survival, options.again
+        result = _joined(result, adapter_survival(unmerged, exports, story.windows, *least, progress))
     return result
 
 
-def _with(
-    result: ValidationResult, checks: Sequence[Check], perplexities: Sequence[Perplexity]
-) -> ValidationResult:
-    return replace(result, checks=(*result.checks, *checks), perplexities=(*result.perplexities, *perplexities))
+def streams(merged: Path, max_memory: int | None) -> bool:
+    """Whether the models are too large for the memory, so that validation reads them layer by layer."""
+    from lora_export.validation.memory import kept_bytes
+
+    return kept_bytes(merged, max_memory) is not None
+
+
+def _check_fits(keep: int | None) -> None:
+    if keep is not None:
+        raise InputError(
+            "the bases are compared in memory, and there is not enough of it for this model in fp32",
+            expected="memory for the model in fp32, four times",
+            next_step="the same command without --compare-bases, or on a larger machine; or a larger --max-memory",
+        )
+
+
+def _no_perplexity(base: Path) -> InputError:
+    return InputError(
+        "the bases are compared by perplexity, which an encoder has not",
+        where=base / "config.json",
+        expected="a decoder (…ForCausalLM)",
+        next_step="the same command without --compare-bases, once with --base-weights original and once without",
+    )
 
 
 def _as_loaded(
-    result: ValidationResult, story: Any, unmerged: Any, merged: Path, dtypes: Mapping[str, Any]
+    result: ValidationResult, story: "Story", unmerged: Any, merged: Path, dtypes: Mapping[str, Any]
 ) -> ValidationResult:
     """The same checks of a decoder in its own type, unless that is fp32."""
     from lora_export.validation.decoder_story import DecoderStory
     from lora_export.validation.loaded import load_as_stored, own_type
 
-    narrow = own_type(dtypes)
+    narrow, story = own_type(dtypes), getattr(story, "story", story)
     if narrow is None or not isinstance(story, DecoderStory):
         return result
-    return _with(result, *story.compare_loaded(unmerged, load_as_stored(merged), narrow))
+    checks, perplexities = story.compare_loaded(unmerged, load_as_stored(merged), narrow)
+    return replace(result, checks=(*result.checks, *checks), perplexities=(*result.perplexities, *perplexities))
 
 
 def _deviation(
     unmerged: Any,
     model: Any,
-    story: Any,
+    story: "Story",
     dtypes: Mapping[str, Any],
     errors: Sequence[str],
     options: ValidationOptions,
@@ -122,23 +161,26 @@ def _deviation(
     return first_deviation(unmerged, model, lambda: story.once(unmerged), dtypes, errors, options.tolerance)
 
 
-def _story(
-    model: Any,
-    tokens: Any,
-    tokenizer: Any,
-    dtypes: Any,
-    text: str,
-    options: ValidationOptions,
-    progress: Progress,
-) -> Any:
-    from lora_export.validation.decoder_story import DecoderStory
-    from lora_export.validation.encoder_story import EncoderStory
-    from lora_export.validation.text import windows
+def _onnx_checks(story: "Story", pair: ExportedPair, provider: str) -> list[Check]:
+    checks = story.compare_onnx(pair.merged / "model.onnx", pair.base / "model.onnx", provider)
+    return [replace(c, name=pair.prefix + c.name.removeprefix("onnx_")) for c in checks]
 
-    if model.get_output_embeddings() is not None and getattr(model, "can_generate", lambda: False)():
-        pieces = windows(tokenizer, text, _embedding_rows(model), options.text)
-        return DecoderStory(tokens, tokenizer, dtypes, progress, options.tolerance, pieces)
-    return EncoderStory(tokens, dtypes, progress, options.tolerance)
+
+def _joined(result: ValidationResult, found: "BasesFound | SurvivalFound") -> ValidationResult:
+    """A perplexity that two comparisons took of the same model on the same text is kept once."""
+    known = {p.model for p in result.perplexities}
+    more = tuple(p for p in found.perplexities if p.model not in known)
+    result = replace(
+        result,
+        perplexities=(*result.perplexities, *more),
+        adapter_survival=(*result.adapter_survival, *found.adapter_survival),
+        advice=(*result.advice, *found.advice),
+    )
+    return replace(
+        result,
+        checks=(*result.checks, *getattr(found, "checks", ())),
+        bases=(*result.bases, *getattr(found, "bases", ())),
+    )
 
 
 def _tensors(
@@ -148,24 +190,6 @@ def _tensors(
 
     progress.stage("validate: recomputing tensors in float64")
     return verdict(compare_tensors(unmerged, model, dtypes, options.rows))
-
-
-def _embedding_rows(model: Any) -> int:
-    rows: int = model.get_input_embeddings().weight.shape[0]
-    return rows
-
-
-def _tokenizer(folder: Path) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
-            where=folder,
-            expected="tokenizer.json or the files of a known tokenizer",
-        ) from None
 
 
 def _quiet_libraries() -> None:

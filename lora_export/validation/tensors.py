@@ -22,6 +22,7 @@ from lora_export.validation.effective import (
     random_signs,
     wrapped_modules,
 )
+from lora_export.validation.streaming import present
 from lora_export.validation.thresholds import tensor_checks
 
 ARITHMETIC = 2.0**-22  # of |W|: what fp32 additions may lose
@@ -29,6 +30,7 @@ DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
 # PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition: an error of this share of the
 # largest weight, everywhere.
 RECOMPUTED = 2.0**-20
+BLOCK = 4096  # rows of an untouched tensor that are compared at once
 COMBINATIONS = 16  # random ones, of the elements of a row
 EXPERTS = 8  # of a fused weight are compared, unless all rows are asked for
 
@@ -61,12 +63,14 @@ def compare_tensors(
     for name, exact in plain_parameters(model, wrapped):
         if only is not None and name.rpartition(".")[0] not in only:
             continue
-        errors[name] = _same(name, exact, found.get(name), types.get(name))
+        with present(exact, found.get(name)):
+            errors[name] = _same(name, exact, found.get(name), types.get(name))
     for path, module in wrapped.items():
         if only is not None and path not in only:
             continue
-        for error in _wrapped(path, module, merged, types, rows, everywhere):
-            errors.setdefault(error.name, error)
+        with present(module, _submodule(merged, path)):
+            for error in _wrapped(path, module, merged, types, rows, everywhere):
+                errors.setdefault(error.name, error)
     for name in found.keys() - errors.keys() if only is None else ():
         errors[name] = TensorError(name, float("inf"), 0)
     return list(errors.values())
@@ -78,6 +82,13 @@ def verdict(errors: Sequence[TensorError]) -> tuple[tuple[str, ...], list[Check]
     worst = max((e.worst for e in errors), default=0.0)
     # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
     return tuple(e.name for e in faulty), tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _first_name(model: nn.Module, parameter: torch.Tensor) -> str:
@@ -93,7 +104,9 @@ def _same(name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: tor
     """Nothing was added to this tensor, so nothing but the rounding to its type may differ."""
     if found is None or dtype is None or found.shape != exact.shape:
         return TensorError(name, float("inf"), 0)
-    equal = torch.equal(exact.data.to(dtype).float(), found.data)
+    # In blocks of rows: an embedding is the largest tensor of many models, and a copy of it as large again.
+    blocks = [slice(i, i + BLOCK) for i in range(0, len(exact), BLOCK)] if exact.dim() else [...]
+    equal = all(torch.equal(exact.data[b].to(dtype).float(), found.data[b]) for b in blocks)
     return TensorError(name, 0.0 if equal else float("inf"), exact.shape[0] if exact.dim() else 1)
 
 
@@ -102,9 +115,8 @@ def _wrapped(
 ) -> Iterator[TensorError]:
     from peft.utils.other import ModulesToSaveWrapper
 
-    try:
-        plain: Any = merged.get_submodule(path)
-    except AttributeError:
+    plain: Any = _submodule(merged, path)
+    if plain is None:
         yield TensorError(path, float("inf"), 0)
         return
     if isinstance(module, ModulesToSaveWrapper):

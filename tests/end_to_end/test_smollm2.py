@@ -127,3 +127,42 @@ def test_an_encoder(minilm: Path, run: Run, tmp_path: Path) -> None:
     assert document["export"]["engine"] == "dynamo"
     assert checks(document)["onnx_embedding_cosine"]["value"] > 0.99999
     assert json.loads((out / "report" / "report.json").read_text())["status"] == "passed"
+
+
+def test_minilm_is_validated_from_the_command_line(minilm: Path, run: Run, tmp_path: Path) -> None:
+    """A real encoder with its own tokenizer: honest passes, in memory and streamed alike, and spoiled fails."""
+    import peft
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
+    tuned = peft.get_peft_model(transformers.AutoModel.from_pretrained(minilm), config)
+    torch.manual_seed(0)
+    for key, parameter in tuned.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tuned.save_pretrained(tmp_path / "adapter")
+    words = ["-b", minilm, "-a", tmp_path / "adapter"]
+    assert run("merge", *words, "-o", tmp_path / "merged")[0] == 0
+    words += ["-m", tmp_path / "merged"]
+    code, resident, talk = run("validate", *words)
+    assert code == 0, talk
+    assert "layer by layer" not in talk
+    assert {"logits_max_abs", "embedding_cosine", "pooler_output_max_abs"} <= {
+        c["name"] for c in resident["checks"]
+    }
+    assert "random" not in resident["checks"][0]["note"]
+    code, streamed, talk = run("validate", *words, "--max-memory", "50MB")
+    assert code == 0, talk
+    assert "layer by layer" in talk
+    for a, b in zip(streamed["checks"], resident["checks"], strict=True):
+        assert (a["name"], a["value"]) == (b["name"], pytest.approx(b["value"], rel=1e-6, abs=1e-6))
+    state = load_file(tmp_path / "merged" / "model.safetensors")
+    name = next(n for n in state if n.endswith("layer.3.attention.self.value.weight"))
+    state[name] *= 1.05
+    save_file(state, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    code, spoiled, talk = run("validate", *words)
+    assert code == 3
+    assert len(spoiled["weight_errors"]) == 1
+    assert name.endswith(spoiled["weight_errors"][0])

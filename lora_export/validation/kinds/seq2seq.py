@@ -1,0 +1,49 @@
+"""Encoder-decoders: text or sound in, text out."""
+
+from typing import Any
+
+import torch
+
+from lora_export.validation.kinds.signals import images, sounds
+from lora_export.validation.kinds.texts import Noted, Texts, padded, token_lists
+from lora_export.validation.seq2seq_story import Seq2SeqStory
+from lora_export.validation.subject import Story, Subject, generates, setting, takes
+
+NAME = "encoder-decoder (T5, BART, Marian, Whisper, …)"
+STEPS = 32  # tokens that are generated, if the decoder has so many positions
+
+
+def matches(model: Any) -> bool:
+    return generates(model) and bool(model.config.is_encoder_decoder)
+
+
+def story(subject: Subject) -> Story:
+    """The decoder is given the next text's tokens: it need not agree with them to be compared on them."""
+    texts = token_lists(subject)
+    batches, note = _encoder_batches(subject, texts)
+    config = subject.model.config
+    positions = setting(config, "max_target_positions", "max_position_embeddings") or 2 * STEPS
+    rows = sum(len(next(iter(b.values()))) for b in batches)
+    start = torch.tensor([_start(config)])
+    given = [texts.tokens[(i + 1) % len(texts.tokens)] for i in range(rows)]
+    tokens = [torch.cat([start, ids])[:positions] for ids in given]
+    told = "; ".join(n for n in (texts.note, note) if n)
+    steps = min(STEPS, positions - 1)
+    story = Seq2SeqStory(batches, tokens, steps, texts.tokenizer, subject.dtypes, subject.progress, subject.factor)
+    return Noted(story, told)
+
+
+def _encoder_batches(subject: Subject, texts: Texts) -> tuple[list[dict[str, torch.Tensor]], str]:
+    """What the encoder gets: texts one alone and the others padded, or sounds, or images."""
+    names = takes(subject.model)
+    if "input_ids" in names:
+        pad = setting(subject.model.config, "pad_token_id") or 0
+        batches = [padded(some, pad) for some in (texts.tokens[:1], texts.tokens[1:]) if some]
+        return [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches], ""
+    return images(subject) if "pixel_values" in names else sounds(subject)
+
+
+def _start(config: Any) -> int:
+    """The token that a decoder begins with."""
+    found = setting(config, "decoder_start_token_id", "bos_token_id", "pad_token_id")
+    return int(found or 0)

@@ -1,0 +1,138 @@
+"""Token ids for models that read text: of the prompts, by the folder's own tokenizer, or seeded ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_export.contracts import Check, ValidationResult
+from lora_export.errors import InputError
+from lora_export.validation.decoders import tokenize
+from lora_export.validation.prompts import MAX_TOKENS
+from lora_export.validation.subject import Story, Subject, setting
+
+SEED = 20_240_502
+RANDOM_LENGTHS = (5, 11, 23, 37, 48, 64)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """tokens: ids (length,) of each text; tokenizer: something with `decode`; note: on what, if not on prompts."""
+
+    tokens: list[torch.Tensor]
+    tokenizer: Any
+    note: str = ""
+
+
+class NoTokenizer:
+    """Stands for a tokenizer where the folder has none: a text is its token ids."""
+
+    def decode(self, ids: torch.Tensor, skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, ids.tolist()))
+
+
+def token_lists(subject: Subject, room: int = 0) -> Texts:
+    """Ids of each prompt, in the model's vocabulary. room: positions to leave free after each.
+
+    InputError if the folder has a tokenizer that does not load, or if no prompt has two tokens.
+    """
+    limit = _positions(subject.model.config, room)
+    if any((subject.folder / name).is_file() for name in _TOKENIZERS):
+        tokenizer = _tokenizer(subject.folder)
+        tokens = [ids[:limit] for ids in tokenize(tokenizer, subject.prompts, vocabulary(subject.model))]
+        if not tokens:
+            raise InputError("no prompt has two tokens or more", where=subject.prompts_file or "built-in prompts")
+        return Texts(tokens, tokenizer)
+    note = "on seeded random token ids, for the merged folder has no tokenizer"
+    if subject.prompts_file is not None:
+        raise InputError(
+            "the prompts cannot be read by the model: the merged folder has no tokenizer",
+            where=subject.folder,
+            expected="tokenizer.json or the files of a known tokenizer",
+            next_step="copy the base's tokenizer there, or leave out --prompts",
+        )
+    subject.progress.warn(f"validation compares {note}")
+    return Texts(_random_ids(subject.model, limit), NoTokenizer(), note)
+
+
+def vocabulary(model: Any) -> int:
+    """How many token ids the model knows. Two towers have no one input embedding; their configuration tells."""
+    try:
+        rows = model.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):
+        rows = model.config.get_text_config().vocab_size
+    return int(rows)
+
+
+def _positions(config: Any, room: int) -> int:
+    """How many tokens a text may have. RoBERTa counts positions from its padding id on."""
+    text = config.get_text_config()
+    known = setting(text, "max_position_embeddings")
+    if not isinstance(known, int) or known < 2:
+        return MAX_TOKENS
+    offset = (setting(text, "pad_token_id") or 0) + 1
+    return min(MAX_TOKENS, max(known - offset - room, min(known // 2, 8)))
+
+
+def _random_ids(model: Any, limit: int) -> list[torch.Tensor]:
+    """No padding, begin or end among them: those change masks, positions and pooling; BART wants one end."""
+    config = model.config.get_text_config()
+    special = {setting(config, f"{name}_token_id") for name in ("pad", "bos", "eos", "decoder_start")}
+    allowed = torch.tensor([i for i in range(vocabulary(model)) if i not in special])
+    generator = torch.Generator().manual_seed(SEED)
+    lengths = sorted({min(n, limit) for n in RANDOM_LENGTHS})
+    lists = [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths]
+    end = setting(config, "eos_token_id")
+    if model.config.is_encoder_decoder and isinstance(end, int):
+        lists = [torch.cat([ids[:-1], torch.tensor([end])]) for ids in lists]
+    return lists
+
+
+def padded(tokens: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (batch, longest), padded on the right."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True, padding_value=pad)
+    lengths = torch.tensor([len(t) for t in tokens])
+    return ids, (torch.arange(ids.shape[1])[None] < lengths[:, None]).to(ids.dtype)
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            where=folder,
+            expected="tokenizer.json or the files of a known tokenizer",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A story whose first check says on what inputs it was measured."""
+
+    story: Story
+    note: str
+
+    @property
+    def windows(self) -> Sequence[torch.Tensor]:
+        return self.story.windows
+
+    def once(self, model: Any) -> Any:
+        return self.story.once(model)
+
+    def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
+        result = self.story.compare(unmerged, merged)
+        return replace(result, checks=tuple(self._noted(list(result.checks))))
+
+    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]:
+        return self._noted(self.story.compare_onnx(model, base, provider))
+
+    def _noted(self, checks: list[Check]) -> list[Check]:
+        if not self.note or not checks:
+            return checks
+        return [replace(checks[0], note=f"{checks[0].note}; {self.note}"), *checks[1:]]

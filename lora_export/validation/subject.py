@@ -1,0 +1,68 @@
+"""What every kind of model is asked about: its inputs, by the signature of its forward, and its folder."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lora_export.contracts import Check, Progress, ValidationResult
+
+
+@dataclass(frozen=True)
+class Subject:
+    """model: the merged one, whose configuration and signature tell the inputs; folder: where its tokenizer or
+    processor may lie; dtypes: stored type of each of its parameters; prompts: texts, from prompts_file if given;
+    text: running text, from text_file if given; factor: thresholds are this many noise floors."""
+
+    model: Any
+    folder: Path
+    dtypes: Mapping[str, torch.dtype]
+    prompts: tuple[str, ...]
+    prompts_file: Path | None
+    progress: Progress
+    text: str
+    text_file: Path | None
+    factor: float
+
+
+class Story(Protocol):
+    """windows: token ids (length,) on which perplexities are taken, none where a model has none; once: one forward
+    without a cache."""
+
+    @property
+    def windows(self) -> Sequence[torch.Tensor]: ...
+
+    def once(self, model: Any) -> Any: ...
+
+    def compare(self, unmerged: Any, merged: Any) -> ValidationResult: ...
+
+    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]: ...
+
+
+def takes(model: Any) -> set[str]:
+    """The names of forward's parameters."""
+    return set(inspect.signature(model.forward).parameters) - {"kwargs", "args", "labels", "return_dict"}
+
+
+def generates(model: Any) -> bool:
+    return bool(getattr(model, "can_generate", lambda: False)())
+
+
+def is_pair(model: Any) -> bool:
+    """Two towers that are compared with each other, such as CLIP's."""
+    others = ("get_image_features", "get_audio_features")
+    return hasattr(model, "get_text_features") and any(hasattr(model, name) for name in others)
+
+
+def setting(config: Any, *names: str) -> Any:
+    """The first of these that the configuration has, None if there is none."""
+    return next((v for v in (getattr(config, name, None) for name in names) if v is not None), None)
+
+
+def plain(model: Any) -> Any:
+    """The transformers model itself. PEFT's task classes pass on only the inputs of their own task; the layers that
+    they wrapped are wrapped in here, too."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
