@@ -78,7 +78,7 @@ class DecoderStory:
 
     @property
     def windows(self) -> Sequence[torch.Tensor]:
-        """The text, or the prompts where none can be read: ids (length,), of which all but the first are predicted."""
+        """The text, or the prompts where none can be read: ids (length,); all but the first are predicted."""
         return self.text or self.tokens
 
     def once(self, model: Any) -> Any:
