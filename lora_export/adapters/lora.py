@@ -74,7 +74,7 @@ class ResidualUpdate:
             taken = self.low_rank.scaling * (q[:, : self.rank] @ r[: self.rank])
         delta = self.low_rank.scaling * (self.low_rank.left.double() @ self.low_rank.right.double())
         changed: torch.Tensor = exact - taken + delta
-        return changed.float()
+        return changed.to(weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ class MergePlan:
     def nbytes(self) -> int:
         return sum(len(s.header) + sum(t.nbytes for t in s.tensors) for s in self.shards)
 
+    def inputs_of(self, tensor: PlannedTensor) -> list[TensorInfo]:
+        """The base's tensors that hold its weight: one, or the parts of a quantized one."""
+        if tensor.quantized:
+            return [self.base.tensors[p] for p in tensor.quantized.parts]
+        return [tensor.source] if tensor.source else []
+
     @property
     def computes(self) -> bool:
         """Whether anything is more than copied."""

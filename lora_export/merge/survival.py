@@ -1,17 +1,20 @@
 """How much of a change is still there after rounding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
-SAMPLE = 2**15  # elements of a block that are looked at; a smaller block is looked at whole
+SAMPLE = 2**15  # elements that are enough: a tensor of fewer than twice as many is looked at whole
+SPARSEST = 32  # of so many rows one at least is looked at
 
 
 @dataclass
 class Survival:
-    """⟨W'−W, Δ⟩ / ⟨Δ, Δ⟩ with W' after rounding, summed in float64 over evenly spread rows of each block."""
+    """⟨W'−W, Δ⟩ / ⟨Δ, Δ⟩ with W' after rounding, summed in float64 over evenly spread rows."""
 
     kept: float = 0.0
     delta: float = 0.0
@@ -45,8 +48,13 @@ class Survival:
         return float((self.delta / self.weight) ** 0.5) if self.weight > 0 else None
 
 
-def sampled(block: "torch.Tensor") -> Any:
-    """The index of rows of a block that are enough to judge it by."""
-    if not block.dim():
-        return ...
-    return slice(None, None, max(1, min(block.numel() // SAMPLE, len(block))))
+def stride(shape: Sequence[int]) -> int:
+    """Every how many rows of a tensor one is looked at, from the first on: it follows from the shape alone."""
+    return max(1, min(prod(shape) // SAMPLE, SPARSEST))
+
+
+def sampled(shape: Sequence[int], start: int, rows: int) -> slice | None:
+    """Those rows within the block of `rows` rows from `start` on, of a tensor of this shape; None if it has none."""
+    step = stride(shape)
+    first = -start % step
+    return slice(first, None, step) if first < rows else None
