@@ -63,8 +63,8 @@ class Update(Protocol):
     """What an adapter does to one weight.
 
     `apply(weight, rows)`: weight is fp32, the rows [rows.start, rows.stop) of the whole; returns an fp32 tensor of
-    the same shape, which may be the weight itself, changed in place. With its tensors in float64, all is float64. Not a delta: replaced rows and normalised
-    weights are no deltas.
+    the same shape, which may be the weight itself, changed in place. With its tensors in float64, all is float64.
+    Not a delta: replaced rows and normalised weights are no deltas.
     """
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor": ...

@@ -339,7 +339,7 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote, without the digest. InputError if one byte of the file is not as it was written."""
+    """What `write_sealed` wrote, without the digest. InputError if a byte of the file is not as it was written."""
     value = read_json(path)
     try:
         text = path.read_text(encoding="utf-8")

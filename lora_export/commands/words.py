@@ -1,7 +1,7 @@
 """Results in words, for people; the JSON of --json has everything."""
 
 from lora_export.commands.talk import megabytes, table
-from lora_export.contracts import BenchmarkResult, ExportResult, MergeResult, ValidationResult
+from lora_export.contracts import BenchmarkResult, ExportResult, MergeResult, ValidationResult, Verification
 
 Rows = list[tuple[str, str]]
 
@@ -30,6 +30,12 @@ def validation_words(result: ValidationResult) -> str:
     head = f"{'check':<{width}}  {'value':>12}  {'threshold':>12}"
     faulty = [f"not what the adapter makes of the base: {name}" for name in result.weight_errors[:10]]
     return "\n".join([head, *lines, *faulty, "passed" if result.passed else "FAILED"])
+
+
+def verification_words(result: Verification) -> str:
+    rows = [("ok" if c.passed else "FAILED", f"{c.name}: {c.note}") for c in result.checks]
+    rows += [("not checked", text) for text in result.not_checked]
+    return table([*rows, ("", "verified" if result.verified else "NOT verified")])
 
 
 def validation_row(result: ValidationResult) -> tuple[str, str]:

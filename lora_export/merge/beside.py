@@ -8,9 +8,9 @@ from lora_export.merge.plan import MergePlan
 
 
 def write_beside(planned: MergePlan, companions: list[Path], stage: Path) -> list[str]:
-    """The index, the base's files, and over them the tokenizer that an adapter brings: it was trained with that one.
+    """Write the index, copy the base's files, and over them the tokenizer that an adapter brings.
 
-    companions: those of the base; returns warnings.
+    The adapter was trained with that one. companions: those of the base; returns warnings.
     """
     base, warnings = planned.base.folder, []
     write_index(stage, planned.shards)

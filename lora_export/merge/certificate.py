@@ -1,8 +1,8 @@
 """The record of a merge that stays with the merged folder: what happened to each tensor, and what survived.
 
-Schema 2. `digest` is the SHA-256 of the document without it, written as this file is; `files` holds every other file of
-the folder: SHA-256 and size, of a shard that of its header alone, for its tensors have their own hashes (hashing.py).
-A digest can be made anew by whoever changes the document: `lora-export verify` computes the rest again, too.
+Schema 2. `digest` is the SHA-256 of the document without it, written as this file is; `files` holds every other
+file of the folder: SHA-256 and size, of a shard that of its header alone, for its tensors have their own hashes
+(hashing.py). A digest can be made anew by whoever changes the document: `lora-export verify` makes all anew.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import AdapterChoice, BaseCheck, TensorRecord
+from lora_export.contracts import BaseCheck, TensorRecord
 from lora_export.files import sha256
 from lora_export.merge.plan import MergePlan
 
@@ -63,7 +63,8 @@ def certificate_of(
         "files": files,
         "unchecked": dict(sorted(unchecked.items())),
         "records": [
-            {k: _number(v) if isinstance(v, float) else v for k, v in asdict(r).items()} | {"shape": list(r.shape), "kinds": list(r.kinds)}
+            {k: _number(v) if isinstance(v, float) else v for k, v in asdict(r).items()}
+            | {"shape": list(r.shape), "kinds": list(r.kinds)}
             for r in records
         ],
     }

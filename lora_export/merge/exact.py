@@ -1,8 +1,8 @@
 """A tensor of the output computed again in float64, and how far the written numbers are from that.
 
-The base's rows are read anew and the output's from the written file. The adapter's matrices are those that the merge
-used, moved to float64: what is prepared from an adapter's file in fp32 (E ⊙ A, say) is data here. A quantized weight
-is dequantized into fp32, as the merge does, and goes on from there.
+The base's rows are read anew and the output's from the written file. The adapter's matrices are those that the
+merge used, moved to float64: what is prepared from an adapter's file in fp32 (E ⊙ A, say) is data here. A quantized
+weight is dequantized into fp32, as the merge does, and goes on from there.
 
 The bound of an element: ½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|), the rounding to the output's type and that of fp32 before;
 for other formulas than LoRA's, the second part has all their numbers taken as positive. The fp32 part is about four
@@ -12,7 +12,7 @@ times what was ever seen: a merge that goes beyond is not imprecise but wrong.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lora_export.checkpoint.reader import read_rows
 from lora_export.contracts import Certify, TensorInfo, TensorSource, Update
@@ -28,7 +28,12 @@ RUN = 2**11  # elements of a place, if its rows are as short
 WIDE = 2**17  # elements of all places, if its rows are long (a row of fused experts is a whole expert)
 CHUNK = 2**18  # elements that are looked at together
 SLACK = 2.0**-20
-_BITS = {"F64": (52, -1022), "F32": (23, -126), "F16": (10, -14), "BF16": (7, -126)}  # of the mantissa; least exponent
+_BITS = {
+    "F64": (52, -1022),
+    "F32": (23, -126),
+    "F16": (10, -14),
+    "BF16": (7, -126),
+}  # of the mantissa; least exponent
 
 
 def sampled_runs(shape: Sequence[int]) -> Runs:
@@ -165,7 +170,7 @@ class ExactTensor:
 
         least = before.abs() + exact.abs()
         if not self._tensor.row_wise:
-            return least
+            return cast("torch.Tensor", least)
         positive = [rebuilt(u, abs) for u in self._updates]
         parts, at = [], 0
         for start, stop in runs:

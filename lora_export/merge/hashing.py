@@ -1,7 +1,7 @@
 """The hash of a tensor's bytes, which does not depend on the pieces in which they came.
 
-The bytes, as they lie in the file, are cut into leaves of 2^18 bytes from the tensor's first one on; the last leaf may
-be shorter. The hash is BLAKE3(BLAKE3(leaf 0) ‖ BLAKE3(leaf 1) ‖ …), 32 bytes each, in hexadecimal. In Python:
+The bytes, as they lie in the file, are cut into leaves of 2^18 bytes from the tensor's first one on; the last leaf
+may be shorter. The hash is BLAKE3(BLAKE3(leaf 0) ‖ BLAKE3(leaf 1) ‖ …), 32 bytes each, in hexadecimal. In Python:
 
     leaves = [blake3(data[i : i + 2**18]).digest() for i in range(0, len(data), 2**18)]
     blake3(b"".join(leaves)).hexdigest()

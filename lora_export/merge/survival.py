@@ -54,7 +54,7 @@ def stride(shape: Sequence[int]) -> int:
 
 
 def sampled(shape: Sequence[int], start: int, rows: int) -> slice | None:
-    """Those rows within the block of `rows` rows from `start` on, of a tensor of this shape; None if it has none."""
+    """Those rows within a block of `rows` rows from `start` on, of a tensor of this shape; None if it has none."""
     step = stride(shape)
     first = -start % step
     return slice(first, None, step) if first < rows else None

@@ -123,9 +123,15 @@ class TensorWork:
         return rounded.cpu()
 
     def _survey(
-        self, before: "torch.Tensor", result: "torch.Tensor", rounded: "torch.Tensor", some: Any, start: int, stop: int
+        self,
+        before: "torch.Tensor",
+        result: "torch.Tensor",
+        rounded: "torch.Tensor",
+        some: Any,
+        start: int,
+        stop: int,
     ) -> None:
-        """Add a block to the survival: by some of its rows, and by all where there are none or they did not change."""
+        """Add a block to the survival: by some of its rows, by all where those are none or did not change."""
         found, rest = Survival(), Survival()
         if some is None:
             rest.add(before, result, rounded)
