@@ -76,6 +76,10 @@ class ResidualUpdate:
         changed: torch.Tensor = exact - taken + delta
         return changed.to(weight.dtype)
 
+    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        """|W| and |W'|: between them all is float64, so nothing else is rounded."""
+        return terms + self.apply(weight, rows).abs()
+
 
 @dataclass(frozen=True)
 class BiasUpdate:

@@ -5,14 +5,15 @@ merge used, moved to float64: what is prepared from an adapter's file in fp32 (E
 weight is dequantized into fp32, as the merge does, and goes on from there.
 
 The bound of an element: ½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|), the rounding to the output's type and that of fp32 before;
-for other formulas than LoRA's, the second part has all their numbers taken as positive. The fp32 part is about four
-times what was ever seen: a merge that goes beyond is not imprecise but wrong.
+for other formulas than LoRA's, the second part has all their numbers taken as positive (an update may say
+otherwise: `terms`). The fp32 part is about four times what was ever seen: a merge that goes beyond is not imprecise but wrong.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from lora_export.checkpoint.reader import read_rows
 from lora_export.contracts import Certify, TensorInfo, TensorSource, Update
@@ -112,35 +113,41 @@ class ExactTensor:
 
     def compare(self, output: TensorInfo, runs: Runs) -> Errors:
         """How far the rows of `runs` in the written tensor are from float64."""
-        errors = Errors()
-        if not self._tensor.row_wise and runs:  # any of its rows needs all of the base's
-            height = self._tensor.shape[0] if self._tensor.shape else 1
-            before, exact = self._exact(0, height)
-            for start, stop in runs:
-                self._judge(errors, output, [(start, stop)], before[start:stop], exact[start:stop])
-            return errors
         import torch
 
+        errors = Errors()
+        if not self._tensor.row_wise and runs:  # any of its rows needs all of the base's
+            whole = (0, self._tensor.shape[0] if self._tensor.shape else 1)
+            rows = torch.cat([torch.arange(start, stop) for start, stop in runs])
+            self._judge(errors, output, runs, self._exact(*whole)[rows], lambda: self._terms(*whole)[rows])
+            return errors
         for some in _bundles(runs, self._tensor.shape):
-            pairs = [self._exact(start, stop) for start, stop in some]
-            before, exact = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-            self._judge(errors, output, some, before, exact)
+            exact = torch.cat([self._exact(*run) for run in some])
+            self._judge(errors, output, some, exact, partial(self._terms_of, some))
         return errors
 
-    def _exact(self, start: int, stop: int) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """Rows of the base and of the result, float64; a scalar has one row."""
-        before = base_rows(self._tensor, self._packed, start, stop).double()
-        exact = self._shaped(before.clone())
+    def _exact(self, start: int, stop: int) -> "torch.Tensor":
+        """Rows of the result, float64; a scalar has one row."""
+        exact = self._before(start, stop)
+        shape = exact.shape
         for update in self._updates:
-            exact = update.apply(exact, slice(start, stop))
-        return before, exact.reshape(before.shape)
+            exact = update.apply(
+                exact.reshape(shape) if self._tensor.shape else exact.reshape(()), slice(start, stop)
+            )
+        return exact.reshape(shape)
 
-    def _shaped(self, rows: "torch.Tensor") -> "torch.Tensor":
-        return rows if self._tensor.shape else rows.reshape(())
+    def _before(self, start: int, stop: int) -> "torch.Tensor":
+        return base_rows(self._tensor, self._packed, start, stop).double()
 
     def _judge(
-        self, errors: Errors, output: TensorInfo, runs: Sequence[tuple[int, int]], before: Any, exact: Any
+        self,
+        errors: Errors,
+        output: TensorInfo,
+        runs: Sequence[tuple[int, int]],
+        exact: "torch.Tensor",
+        terms: "Callable[[], torch.Tensor]",
     ) -> None:
+        """terms: asked for only where the result alone does not show that the rows are within the bound."""
         import torch
 
         found = torch.cat([read_rows(output, start, stop) for start, stop in runs])
@@ -152,34 +159,32 @@ class ExactTensor:
         errors.checked += exact.numel()
         errors.total += float(ulps.sum())
         errors.largest = max(errors.largest, float(ulps.max()) if ulps.numel() else 0.0)
-        # Cheap and never too generous first: no formula's numbers are smaller than its result.
-        if bool((off <= unit / 2 + 2.0**-22 * exact.abs()).logical_or_(~known).all()):
+        # No formula's terms are smaller than its result. A NaN is within no bound.
+        if bool(((off <= unit / 2 + 2.0**-22 * exact.abs()) | ~known).all()):
             return
-        bound = unit / 2 + SLACK * self._magnitude(runs, before, exact)
-        # A NaN is within no bound.
-        beyond = known & ~(off <= bound)
-        count = int(beyond.sum())
-        if count and errors.worst is None:
+        beyond = known & ~(off <= unit / 2 + SLACK * terms())
+        errors.beyond += int(beyond.sum())
+        if errors.worst is None and errors.beyond:
             rows = [row for start, stop in runs for row in range(start, stop)]
             errors.worst = rows[int(beyond.reshape(len(rows), -1).any(1).nonzero()[0])]
-        errors.beyond += count
 
-    def _magnitude(self, runs: Sequence[tuple[int, int]], before: Any, exact: Any) -> "torch.Tensor":
-        """|W| + s·|B|·|A|, or what the formula has in its place; where rows need the whole weight, |W| + |W'|."""
+    def _terms_of(self, runs: Sequence[tuple[int, int]]) -> "torch.Tensor":
         import torch
 
-        least = before.abs() + exact.abs()
-        if not self._tensor.row_wise:
-            return cast("torch.Tensor", least)
-        positive = [rebuilt(u, abs) for u in self._updates]
-        parts, at = [], 0
-        for start, stop in runs:
-            rows = self._shaped(before[at : at + stop - start].abs())
-            at += stop - start
-            for update in positive:
-                rows = update.apply(rows, slice(start, stop))
-            parts.append(rows.abs().reshape(stop - start, *self._tensor.shape[1:]))
-        return torch.maximum(least, torch.cat(parts))
+        return torch.cat([self._terms(*run) for run in runs])
+
+    def _terms(self, start: int, stop: int) -> "torch.Tensor":
+        """|W| + s·|B|·|A| of rows, or what the formula has in its place, float64."""
+        weight = self._before(start, stop)
+        rows, shape = slice(start, stop), weight.shape
+        if not self._tensor.shape:
+            weight = weight.reshape(())
+        terms = weight.abs()
+        for update in self._updates:
+            own = getattr(update, "terms", None)
+            terms = own(weight, terms, rows) if own else rebuilt(update, abs).apply(terms, rows).abs()
+            weight = update.apply(weight, rows)
+        return terms.reshape(shape)
 
 
 def _double(part: Any) -> Any:

@@ -231,12 +231,12 @@ class Execution:
             errors = ExactTensor(tensor, self.plan.base, work.updates).compare(output, runs)
         if errors.beyond:
             raise CheckpointError(
-                f"{errors.beyond} of {errors.checked} numbers that were computed again in float64 are beyond the bound "
-                f"of the arithmetic; the worst is {errors.largest:.3g} units in the last place off",
+                f"{errors.beyond} of {errors.checked} numbers that were computed again in float64 are beyond the "
+                f"bound of the arithmetic; the worst is {errors.largest:.3g} units in the last place off",
                 where=output.file.name,
                 tensor=f"{output.name}, row {errors.worst}",
                 expected="½ unit, and what fp32 may lose before",
-                next_step="merge again; if it comes back, report it: the processor, its memory or a library is at fault",
+                next_step="merge again; if it comes back, report it: processor, memory or a library is at fault",
             )
         return errors
 

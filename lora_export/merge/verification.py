@@ -1,7 +1,7 @@
 """A merged folder checked again later, with its certificate as something to be proved and not as a witness.
 
 What the certificate says is computed again: from the folder's own bytes, and, where base and adapters are given,
-from a new plan, float64 rows and the files that a merge would write. Then both documents must agree, field by field.
+from a new plan, float64 rows and the files that a merge would write. Then the two must agree, field by field.
 """
 
 import hashlib
@@ -231,10 +231,10 @@ def _what_is_missing(
     findings: Findings, recorded: Mapping[str, Any], base: Path | None, adapters: Sequence[AdapterChoice]
 ) -> None:
     lacking = [] if base else ["the base (-b)"]
-    if len(adapters) < len(recorded["adapters"]):
-        lacking.append("every adapter (-a)")
+    if len(adapters) != len(recorded["adapters"]):
+        lacking.append("every adapter that was merged (-a)")
     findings.not_checked.append(
-        f"the arithmetic, the plan and the figures of the certificate: that takes {' and '.join(lacking) or 'them'}; "
+        f"the arithmetic, the plan and the figures of the certificate: that takes {' and '.join(lacking)}; "
         "so far the folder agrees with its certificate, which whoever changed both could have written"
     )
     if base is not None:
