@@ -305,8 +305,8 @@ def _verify_manifest(
     checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
     checks += _same_files("run_files", manifest["files"], found)
     certificate = run / "merged" / "lora_export_certificate.json"
-    if certificate.is_file() and read_json(certificate).get("options") != manifest["options"]["merge"]:
-        checks.append(Finding("manifest", False, "its options of the merge are not those of the certificate"))
+    if certificate.is_file():
+        checks += _same_options(manifest["options"]["merge"], certificate)
     if base is not None:
         checks += _same_files("base_files", manifest["base"]["files"], _input_hashes(base))
     if choices and len(choices) != len(manifest["adapters"]):
@@ -316,6 +316,18 @@ def _verify_manifest(
         checks += _same_files("adapter_files", entry["files"], _input_hashes(choice.folder))
     unproved = "names, tool and versions in the manifest: no bytes of the run depend on them"
     return checks, [unproved, *([] if base and choices else ["the files of base and adapters that were not given"])]
+
+
+def _same_options(merge: Mapping[str, Any], certificate: Path) -> list[Finding]:
+    """The options that a certificate keeps as they were given, whether they mattered or not."""
+    try:
+        recorded = read_json(certificate).get("options")
+    except InputError:  # the check of the merged folder tells it
+        return []
+    kept = ("training_quantization", "dtype", "max_memory", "allow_nonfinite", "device", "certify")
+    if isinstance(recorded, dict) and all(merge.get(k) == recorded.get(k) for k in kept):
+        return []
+    return [Finding("manifest", False, "its options of the merge are not those of the certificate")]
 
 
 def _same_files(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Finding]:

@@ -14,7 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import BaseCheck, TensorRecord
+from lora_export.checkpoint.shards import Shard, plan_shards
+from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
 from lora_export.files import sha256
 from lora_export.merge.plan import MergePlan
 
@@ -37,15 +38,13 @@ def certificate_of(
     `describe_files`."""
     used = sum(a.tensor_count for a in plan.adapters)
     inputs = sorted({t.file for t in plan.base.tensors.values()})
-    options = asdict(plan.options)
-    del options["force"]
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "lora-export", "version": version("lora-export")},
         "versions": {"python": platform.python_version(), "torch": version("torch")},
         "arithmetic": "fp32, rounded once to the output type (round to nearest, ties to even)",
         "bound": "½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|) from float64; hashes of tensors: BLAKE3 of leaves of 2^18 bytes",
-        "options": options,
+        "options": effective_options(plan),
         "base": {"files": {p.name: {"size": p.stat().st_size} for p in inputs}},
         "adapters": [
             {
@@ -68,6 +67,27 @@ def certificate_of(
             for r in records
         ],
     }
+
+
+def effective_options(plan: MergePlan) -> dict[str, Any]:
+    """The options of a merge. One that did not matter has its default: no other value of it can be claimed."""
+    options, default = asdict(plan.options), asdict(MergeOptions())
+    tensors = plan.tensors.values()
+    matters = {
+        "force": False,
+        "base_weights": any(t.quantized for t in tensors) or options["training_quantization"] != "none",
+        "training_double_quant": options["training_quantization"] in ("nf4", "fp4"),
+        "max_shard_size": _grouping(plan.shards) != _grouping(plan_shards([t.output for t in tensors], None, {})),
+    }
+    if not any(u.kind == "lora_experts" for t in tensors for u in t.updates):
+        matters |= {"expert_packing": False, "expert_layout": False}
+    options |= {name: default[name] for name, does in matters.items() if not does}
+    del options["force"]
+    return options
+
+
+def _grouping(shards: Sequence[Shard]) -> list[tuple[str, tuple[str, ...]]]:
+    return [(s.file, tuple(t.name for t in s.tensors)) for s in shards]
 
 
 def describe_files(folder: Path, shards: Files) -> Files:

@@ -1,12 +1,11 @@
 """A tensor of the output computed again in float64, and how far the written numbers are from that.
 
-The base's rows are read anew and the output's from the written file. The adapter's matrices are those that the
-merge used, moved to float64: what is prepared from an adapter's file in fp32 (E ⊙ A, say) is data here. A quantized
-weight is dequantized into fp32, as the merge does, and goes on from there.
+The base's rows and the adapter's matrices are read anew, the output's rows from the written file. A quantized weight
+is dequantized into fp32, as the merge does, and goes on from there.
 
 The bound of an element: ½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|), the rounding to the output's type and that of fp32 before;
 for other formulas than LoRA's, the second part has all their numbers taken as positive (an update may say
-otherwise: `terms`). The fp32 part is about four times what was ever seen: a merge that goes beyond is not imprecise but wrong.
+otherwise: `terms`). The fp32 part is four times what is tested: what goes beyond is not imprecise but wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from lora_export.adapters.kind import float64
 from lora_export.checkpoint.reader import read_rows
 from lora_export.contracts import Certify, TensorInfo, TensorSource, Update
 from lora_export.merge.plan import PlannedTensor
@@ -105,11 +105,12 @@ class Errors:
 class ExactTensor:
     """A planned tensor in float64. Not for several threads at a time."""
 
-    def __init__(self, tensor: PlannedTensor, base: TensorSource, updates: Sequence[Update]) -> None:
-        """updates: as the merge used them, on the CPU."""
+    def __init__(self, tensor: PlannedTensor, base: TensorSource) -> None:
         self._tensor = tensor
         self._packed = tensor.quantized.load(base) if tensor.quantized else None
-        self._updates: list[Update] = [rebuilt(u, _double) for u in updates]
+        with float64():
+            loaded: list[Update] = [u.load(tensor.shape) for u in tensor.updates]
+        self._updates = [rebuilt(u, _double) for u in loaded]
 
     def compare(self, output: TensorInfo, runs: Runs) -> Errors:
         """How far the rows of `runs` in the written tensor are from float64."""
@@ -188,6 +189,7 @@ class ExactTensor:
 
 
 def _double(part: Any) -> Any:
+    """What an update holds besides what it read, such as the projections that VeRA draws."""
     import torch
 
     return part.double() if isinstance(part, torch.Tensor) and part.is_floating_point() else part

@@ -228,7 +228,7 @@ class Execution:
             return Errors()
         with budget.holding(needed):
             output = self._outputs[tensor.output.name]
-            errors = ExactTensor(tensor, self.plan.base, work.updates).compare(output, runs)
+            errors = ExactTensor(tensor, self.plan.base).compare(output, runs)
         if errors.beyond:
             raise CheckpointError(
                 f"{errors.beyond} of {errors.checked} numbers that were computed again in float64 are beyond the "

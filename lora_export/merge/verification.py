@@ -65,7 +65,7 @@ _CERTIFICATE: Kind = {
 # Recomputed on another processor, sums differ in their last digits; fp32 sums earlier than float64 ones.
 _CLOSE = {"survival": 1e-4, "delta_survival": 1e-4, "relative_delta": 1e-4, "max_ulps": 1e-6, "mean_ulps": 1e-6}
 # No trace of these is in the folder; a hash is compared where the bytes are.
-_UNPROVABLE = ("tool.version", "versions", "options.device", "options.max_memory")
+_UNPROVABLE = ("tool.version", "versions", "options.device", "options.max_memory", "options.allow_nonfinite")
 _WHERE_IT_LIES = ("name", "revision")  # checks of the right base that go by where it is
 
 
@@ -353,13 +353,13 @@ class Recheck:
             self.records.append(record(tensor, Survival(), Certified(hash_in=hash_in)))  # the plan's check tells it
             return
         updates = [u.load(tensor.shape) for u in tensor.updates]
-        errors = self._errors(tensor, output, updates) if output.nbytes else Errors()
+        errors = self._errors(tensor, output) if output.nbytes else Errors()
         survival = measured(tensor, self.plan, updates, output) if updates and output.nbytes else Survival()
         self._total.join(survival)
         count = sum(saturated(read_rows(output, *run)) for run in all_runs(output.shape))
         self.records.append(record(tensor, survival, Certified(errors, count, hash_in, hash_tensor(output))))
 
-    def _errors(self, tensor: PlannedTensor, output: TensorInfo, updates: list[Update]) -> Errors:
+    def _errors(self, tensor: PlannedTensor, output: TensorInfo) -> Errors:
         """Of the rows that the certificate speaks of; whatever rows are asked for must be within the bound."""
         limit, name = self.plan.options.max_memory, tensor.output.name
         runs = runs_of(tensor.shape, self.plan.options.certify)
@@ -367,7 +367,7 @@ class Recheck:
         if needed > limit:
             self.unchecked[name] = too_large(needed, limit)
             return Errors()
-        exact = ExactTensor(tensor, self.plan.base, updates)
+        exact = ExactTensor(tensor, self.plan.base)
         errors = exact.compare(output, runs)
         judged = errors
         if self.certify == "full" and self.plan.options.certify != "full":

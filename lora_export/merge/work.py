@@ -101,12 +101,6 @@ class TensorWork:
             rest.join(of_all)
         return some if some.delta > 0 else rest
 
-    @property
-    def updates(self) -> list[Update]:
-        """As they were applied, on the CPU."""
-        updates = self._load()
-        return updates if self.device == "cpu" else [moved(u, "cpu") for u in updates]
-
     def compute(self, start: int, stop: int) -> "torch.Tensor":
         """Rows [start, stop) in the output's type. CheckpointError for NaN and infinity."""
         updates, dtype = self._load(), torch_dtype(self.tensor.output.dtype)
