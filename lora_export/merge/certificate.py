@@ -42,7 +42,7 @@ def certificate_of(
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "lora-export", "version": version("lora-export")},
         "versions": {"python": platform.python_version(), "torch": version("torch")},
-        "arithmetic": "fp32, rounded once to the output type (round to nearest, ties to even)",
+        "arithmetic": "fp32, or float64 where fp32 is written; rounded once to the output type, ties to even",
         "bound": "½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|) from float64; hashes of tensors: BLAKE3 of leaves of 2^18 bytes",
         "options": effective_options(plan),
         "base": {"files": {p.name: {"size": p.stat().st_size} for p in inputs}},

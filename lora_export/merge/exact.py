@@ -1,7 +1,7 @@
 """A tensor of the output computed again in float64, and how far the written numbers are from that.
 
-The base's rows and the adapter's matrices are read anew, the output's rows from the written file. A quantized weight
-is dequantized into fp32, as the merge does, and goes on from there.
+The base's rows and the adapter's matrices are read anew, the output's rows from the written file. A quantized
+weight is dequantized into fp32, as the merge does, and goes on from there.
 
 The bound of an element: ½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|), the rounding to the output's type and that of fp32 before;
 for other formulas than LoRA's, the second part has all their numbers taken as positive (an update may say
@@ -67,7 +67,7 @@ def memory(tensor: PlannedTensor, runs: Runs) -> int:
     height, width = (tensor.shape[0] if tensor.shape else 1), prod(tensor.shape[1:])
     rows = max((stop - start for start, stop in runs), default=0) if tensor.row_wise else height
     together = min(CHUNK, sum(stop - start for start, stop in runs) * width)
-    return max(rows * width, together) * 8 * tensor.copies
+    return max(rows * width, together) * 4 * tensor.copies * (1 if tensor.wide else 2)
 
 
 def too_large(needed: int, allowed: int) -> str:
@@ -108,9 +108,7 @@ class ExactTensor:
     def __init__(self, tensor: PlannedTensor, base: TensorSource) -> None:
         self._tensor = tensor
         self._packed = tensor.quantized.load(base) if tensor.quantized else None
-        with float64():
-            loaded: list[Update] = [u.load(tensor.shape) for u in tensor.updates]
-        self._updates = [rebuilt(u, _double) for u in loaded]
+        self._updates = load_updates(tensor, wide=True)
 
     def compare(self, output: TensorInfo, runs: Runs) -> Errors:
         """How far the rows of `runs` in the written tensor are from float64."""
@@ -186,6 +184,15 @@ class ExactTensor:
             terms = own(weight, terms, rows) if own else rebuilt(update, abs).apply(terms, rows).abs()
             weight = update.apply(weight, rows)
         return terms.reshape(shape)
+
+
+def load_updates(tensor: PlannedTensor, wide: bool) -> list[Update]:
+    """The updates of a tensor with all their numbers in fp32, or in float64."""
+    if not wide:
+        return [u.load(tensor.shape) for u in tensor.updates]
+    with float64():
+        loaded: list[Update] = [u.load(tensor.shape) for u in tensor.updates]
+    return [rebuilt(u, _double) for u in loaded]
 
 
 def _double(part: Any) -> Any:

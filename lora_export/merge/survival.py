@@ -21,7 +21,7 @@ class Survival:
     weight: float = 0.0
 
     def add(self, before: "torch.Tensor", after: "torch.Tensor", rounded: "torch.Tensor") -> None:
-        """before, after: fp32; rounded: after, in the type of the output; all of one shape."""
+        """before, after: fp32 or float64; rounded: after, in the type of the output; all of one shape."""
         import torch
 
         delta = (after - before).reshape(-1)
@@ -29,10 +29,10 @@ class Survival:
         square = float(torch.dot(delta, delta))
         self.delta += square
         self.weight += float(torch.dot(flat, flat))
-        if rounded.dtype == torch.float32:
+        if rounded.dtype == before.dtype:
             self.kept += square
         else:
-            self.kept += float(torch.dot((rounded.to(torch.float32) - before).reshape(-1), delta))
+            self.kept += float(torch.dot((rounded.to(before.dtype) - before).reshape(-1), delta))
 
     def join(self, other: "Survival") -> None:
         self.kept += other.kept

@@ -42,7 +42,16 @@ from lora_export.merge.certificate import (
     describe_files,
     describe_shards,
 )
-from lora_export.merge.exact import Errors, ExactTensor, all_runs, base_rows, memory, runs_of, too_large
+from lora_export.merge.exact import (
+    Errors,
+    ExactTensor,
+    all_runs,
+    base_rows,
+    load_updates,
+    memory,
+    runs_of,
+    too_large,
+)
 from lora_export.merge.hashing import hash_parts, hash_tensor
 from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.right_base import base_checks
@@ -352,7 +361,7 @@ class Recheck:
         if (output.dtype, output.shape) != (tensor.output.dtype, tensor.output.shape):
             self.records.append(record(tensor, Survival(), Certified(hash_in=hash_in)))  # the plan's check tells it
             return
-        updates = [u.load(tensor.shape) for u in tensor.updates]
+        updates = load_updates(tensor, tensor.wide)
         errors = self._errors(tensor, output) if output.nbytes else Errors()
         survival = measured(tensor, self.plan, updates, output) if updates and output.nbytes else Survival()
         self._total.join(survival)
@@ -391,7 +400,7 @@ def measured(tensor: PlannedTensor, plan: MergePlan, updates: Sequence[Update], 
     def of(runs: Sequence[tuple[int, int]], every: int) -> Survival:
         found = Survival()
         for start, stop in runs:
-            before = base_rows(tensor, packed, start, stop).to(torch.float32)
+            before = base_rows(tensor, packed, start, stop).to(torch.float64 if tensor.wide else torch.float32)
             after = before.clone() if tensor.shape else before.clone().reshape(())
             for update in updates:
                 after = update.apply(after, slice(start, stop))

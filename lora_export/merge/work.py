@@ -1,4 +1,4 @@
-"""One tensor of the output being computed: blocks of its rows in fp32, rounded once."""
+"""One tensor of the output being computed: blocks of its rows in fp32 (or wider, see `wide`), rounded once."""
 
 import threading
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from lora_export.checkpoint.reader import file_dtype, torch_dtype
 from lora_export.contracts import TensorRecord, TensorSource, Update
 from lora_export.errors import CheckpointError
 from lora_export.finite import all_below
-from lora_export.merge.exact import Errors, base_rows, rebuilt
+from lora_export.merge.exact import Errors, base_rows, load_updates, rebuilt
 from lora_export.merge.hashing import TensorHash
 from lora_export.merge.plan import FLOATS, PlannedTensor
 from lora_export.merge.survival import Survival, sampled
@@ -142,7 +142,7 @@ class TensorWork:
             if self._updates is None:
                 if self.tensor.quantized:
                     self._packed = self.tensor.quantized.load(self.base)
-                loaded = (u.load(self.tensor.shape) for u in self.tensor.updates)
+                loaded = load_updates(self.tensor, self.tensor.wide)
                 self._updates = [u if self.device == "cpu" else moved(u, self.device) for u in loaded]
             return self._updates
 
@@ -150,7 +150,7 @@ class TensorWork:
         import torch
 
         block = base_rows(self.tensor, self._packed, start, stop, hashed.add if hashed else None)
-        block = block.to(torch.float32)
+        block = block.to(torch.float64 if self.tensor.wide else torch.float32)
         return block if self.tensor.shape else block.reshape(())
 
     def _check_range(self, result: "torch.Tensor", rounded: "torch.Tensor", start: int, stop: int) -> None:
