@@ -342,7 +342,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """What `write_sealed` wrote, without the digest. InputError if a byte of the file is not as it was written."""
     value = read_json(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # as text, \r would read as \n
     except (OSError, ValueError) as error:
         raise InputError(f"the file cannot be read: {error}", where=path) from None
     digest = value.pop("digest", None)

@@ -17,7 +17,6 @@ from lora_export import documents
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
 from lora_export.checkpoint.header import read_header
-from lora_export.checkpoint.reader import read_rows
 from lora_export.contracts import (
     AdapterChoice,
     Certify,
@@ -25,13 +24,11 @@ from lora_export.contracts import (
     MergeOptions,
     Progress,
     TensorInfo,
-    TensorRecord,
-    Update,
     Verification,
 )
 from lora_export.documents import Kind
 from lora_export.errors import CheckpointError, InputError, LoraExportError, plain
-from lora_export.files import read_sealed, refuse_outward_link, sha256
+from lora_export.files import plain_name, read_sealed, refuse_outward_link, sha256
 from lora_export.merge.beside import write_beside
 from lora_export.merge.certificate import (
     NAME,
@@ -42,21 +39,10 @@ from lora_export.merge.certificate import (
     describe_files,
     describe_shards,
 )
-from lora_export.merge.exact import (
-    Errors,
-    ExactTensor,
-    all_runs,
-    base_rows,
-    load_updates,
-    memory,
-    runs_of,
-    too_large,
-)
-from lora_export.merge.hashing import hash_parts, hash_tensor
-from lora_export.merge.plan import MergePlan, PlannedTensor
+from lora_export.merge.hashing import hash_tensor
+from lora_export.merge.plan import MergePlan
+from lora_export.merge.recheck import Recheck, place
 from lora_export.merge.right_base import base_checks
-from lora_export.merge.survival import Survival, stride
-from lora_export.merge.work import Certified, record, saturated
 
 _RECORD: Kind = {
     "name": str, "operation": str, "dtype": str, "shape": [int], "kinds": [str], "checked": int, "saturated": int,
@@ -197,7 +183,7 @@ def _output_tensors(findings: Findings, folder: Path, recorded: Mapping[str, Any
     """The tensors of the folder by name, each compared with the certificate's shape, type and hash."""
     found: dict[str, TensorInfo] = {}
     failures: list[str] = []
-    for name in sorted(n for n, f in recorded["files"].items() if "header_sha256" in f):
+    for name in sorted(n for n, f in recorded["files"].items() if "header_sha256" in f and plain_name(n)):
         try:
             if (folder / name).is_file():
                 found |= read_header(folder / name).tensors
@@ -205,16 +191,16 @@ def _output_tensors(findings: Findings, folder: Path, recorded: Mapping[str, Any
             failures.append(_words(error))
     records = {r["name"]: r for r in recorded["records"]}
     failures += [f"{n} is not there" for n in sorted(records.keys() - found.keys())]
-    failures += [f"{_place(found[n])} has no record" for n in sorted(found.keys() - records.keys())]
+    failures += [f"{place(found[n])} has no record" for n in sorted(found.keys() - records.keys())]
     both = [found[n] for n in found.keys() & records.keys()]
     for info in sorted(both, key=lambda t: t.name):
         wanted = records[info.name]
         if (info.dtype, list(info.shape)) != (wanted["dtype"], wanted["shape"]):
-            failures.append(f"{_place(info)} is {info.dtype} {list(info.shape)}, not as recorded")
+            failures.append(f"{place(info)} is {info.dtype} {list(info.shape)}, not as recorded")
     with ThreadPoolExecutor(2) as pool:
         for info, digest in zip(both, pool.map(hash_tensor, both), strict=True):
             if digest != records[info.name]["hash_out"]:
-                failures.append(f"{_place(info)}: its hash is not the recorded one")
+                failures.append(f"{place(info)}: its hash is not the recorded one")
     findings.judge("output_hashes", f"the bytes of {len(found)} tensors are those that were written", failures)
     return found
 
@@ -250,7 +236,7 @@ def _what_is_missing(
         tensors = open_checkpoint(base).tensors
         records = [r for r in recorded["records"] if r["name"] in tensors]
         failures = [
-            f"{_place(tensors[r['name']])} is not the tensor that was merged"
+            f"{place(tensors[r['name']])} is not the tensor that was merged"
             for r in records
             if r["operation"] == "copied" and hash_tensor(tensors[r["name"]]) != r["hash_in"]
         ]
@@ -294,7 +280,10 @@ def _again(
     findings.judge("written_files", f"{len(files)} files are what a merge writes, headers byte for byte", failures)
     if outputs.keys() >= planned.tensors.keys():
         recheck = Recheck(planned, outputs, certify, progress)
-        recheck.run(findings)
+        recheck.run()
+        rows = "all rows" if certify == "full" else "sampled rows"
+        findings.judge("arithmetic", f"{rows} of every computed tensor are what float64 gives", recheck.beyond)
+        findings.not_checked += [f"the arithmetic of {n}: {why}" for n, why in recheck.unchecked.items()]
         weights = [c.weight for c in adapters]
         found = certificate_of(
             planned, weights, recheck.records, recheck.survival, base_checks(planned), recheck.unchecked, files
@@ -316,103 +305,11 @@ def _unplanned(planned: MergePlan, outputs: Mapping[str, TensorInfo]) -> Iterato
             yield f"{name}: planned, and not there"
         elif (found.dtype, found.shape, found.file.name) != (tensor.output.dtype, tensor.output.shape, homes[name]):
             yield (
-                f"{_place(found)}: {found.dtype} {list(found.shape)}, planned is {tensor.output.dtype} "
+                f"{place(found)}: {found.dtype} {list(found.shape)}, planned is {tensor.output.dtype} "
                 f"{list(tensor.output.shape)} in {homes[name]}"
             )
     for name in outputs.keys() - planned.tensors.keys():
-        yield f"{_place(outputs[name])}: not planned"
-
-
-@dataclass
-class Recheck:
-    """Every record of the certificate made again, from the written folder, the base and the adapters."""
-
-    plan: MergePlan
-    outputs: Mapping[str, TensorInfo]
-    certify: Certify
-    progress: Progress
-    records: list[TensorRecord] = field(default_factory=list)
-    unchecked: dict[str, str] = field(default_factory=dict)
-    beyond: list[str] = field(default_factory=list)
-    _total: Survival = field(default_factory=Survival)
-
-    @property
-    def survival(self) -> float | None:
-        return self._total.share
-
-    def run(self, findings: Findings) -> None:
-        names = [t.name for s in self.plan.shards for t in s.tensors]
-        inputs = [self.plan.inputs_of(self.plan.tensors[n]) for n in names]
-        with ThreadPoolExecutor(2) as pool:
-            for at, (name, hash_in) in enumerate(zip(names, pool.map(hash_parts, inputs), strict=True)):
-                self._tensor(self.plan.tensors[name], self.outputs[name], hash_in)
-                self.progress.advance(at + 1, len(names))
-        rows = "all rows" if self.certify == "full" else "sampled rows"
-        findings.judge("arithmetic", f"{rows} of every computed tensor are what float64 gives", self.beyond)
-        findings.not_checked += [f"the arithmetic of {n}: {why}" for n, why in self.unchecked.items()]
-
-    def _tensor(self, tensor: PlannedTensor, output: TensorInfo, hash_in: str) -> None:
-        if tensor.operation == "copied":
-            same = hash_tensor(output)
-            if same != hash_in:
-                self.beyond.append(f"{_place(output)} is not the base's tensor, which is to be copied")
-            self.records.append(record(tensor, Survival(), Certified(hash_in=hash_in, hash_out=same)))
-            return
-        if (output.dtype, output.shape) != (tensor.output.dtype, tensor.output.shape):
-            self.records.append(record(tensor, Survival(), Certified(hash_in=hash_in)))  # the plan's check tells it
-            return
-        updates = load_updates(tensor, tensor.wide)
-        errors = self._errors(tensor, output) if output.nbytes else Errors()
-        survival = measured(tensor, self.plan, updates, output) if updates and output.nbytes else Survival()
-        self._total.join(survival)
-        count = sum(saturated(read_rows(output, *run)) for run in all_runs(output.shape))
-        self.records.append(record(tensor, survival, Certified(errors, count, hash_in, hash_tensor(output))))
-
-    def _errors(self, tensor: PlannedTensor, output: TensorInfo) -> Errors:
-        """Of the rows that the certificate speaks of; whatever rows are asked for must be within the bound."""
-        limit, name = self.plan.options.max_memory, tensor.output.name
-        runs = runs_of(tensor.shape, self.plan.options.certify)
-        needed = memory(tensor, runs)
-        if needed > limit:
-            self.unchecked[name] = too_large(needed, limit)
-            return Errors()
-        exact = ExactTensor(tensor, self.plan.base)
-        errors = exact.compare(output, runs)
-        judged = errors
-        if self.certify == "full" and self.plan.options.certify != "full":
-            judged = exact.compare(output, all_runs(tensor.shape))
-        if judged.beyond:
-            self.beyond.append(
-                f"{_place(output)}: {judged.beyond} of {judged.checked} numbers are beyond the bound, the worst by "
-                f"{judged.largest:.3g} ulps; the first in row {judged.worst}"
-            )
-        return errors
-
-
-def measured(tensor: PlannedTensor, plan: MergePlan, updates: Sequence[Update], output: TensorInfo) -> Survival:
-    """The survival of the written tensor, on the rows that the merge takes."""
-    import torch
-
-    packed = tensor.quantized.load(plan.base) if tensor.quantized else None
-    height = tensor.shape[0] if tensor.shape else 1
-    step = stride(tensor.shape) if tensor.shape else 1
-
-    def of(runs: Sequence[tuple[int, int]], every: int) -> Survival:
-        found = Survival()
-        for start, stop in runs:
-            before = base_rows(tensor, packed, start, stop).to(torch.float64 if tensor.wide else torch.float32)
-            after = before.clone() if tensor.shape else before.clone().reshape(())
-            for update in updates:
-                after = update.apply(after, slice(start, stop))
-            rows = slice(None, None, every)
-            found.add(before[rows], after.reshape(before.shape)[rows], read_rows(output, start, stop)[rows])
-        return found
-
-    if not tensor.row_wise:
-        some = of([(0, height)], step)
-        return some if some.delta > 0 else of([(0, height)], 1)
-    some = of(all_runs(tensor.shape) if step == 1 else [(i, i + 1) for i in range(0, height, step)], 1)
-    return some if some.delta > 0 or step == 1 else of(all_runs(tensor.shape), 1)
+        yield f"{place(outputs[name])}: not planned"
 
 
 # --- the two documents -------------------------------------------------------------------------------------
@@ -454,10 +351,6 @@ def _differences(said: Any, found: Any, place: str = "", key: str = "") -> Itera
             yield place, said, found
     elif type(said) is not type(found) or said != found:
         yield place, said, found
-
-
-def _place(info: TensorInfo) -> str:
-    return f"{info.file.name}, tensor {info.name}"
 
 
 def _words(error: LoraExportError) -> str:

@@ -215,7 +215,10 @@ def test_a_certificate_that_is_written_otherwise(work: Path) -> None:
     path = work / "out" / CERTIFICATE
     path.write_text(json.dumps(json.loads(path.read_text())))
     assert verify(work)[0] == 3
-    path.write_text(json_text(json.loads(path.read_text())))
+    text = json_text(json.loads(path.read_text()))
+    path.write_bytes(text.replace("\n", "\r", 1).encode())
+    assert verify(work)[0] == 3
+    path.write_text(text)
     assert verify(work)[0] == 0
 
 

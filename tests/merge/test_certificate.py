@@ -86,15 +86,18 @@ def test_hashes_do_not_depend_on_pieces(tmp_path: Path, memory: int) -> None:
         assert record["hash_out"] == leaves_hash(after[name]), name
 
 
-def test_saturated_elements_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("values", "count"), [((65502.0, -1e6, 65400.0), 2), ((65502.0,), 1), ((65400.0,), 0)])
+def test_saturated_elements_are_counted(tmp_path: Path, values: tuple[float, ...], count: int) -> None:
+    """Rounded up to the largest number, infinite, below."""
     base, adapter = handmade(tmp_path, torch.float32)
     weight = tensors(base)["m.proj.weight"]
-    weight[3, 4], weight[5, 6], weight[7, 8] = 65502.0, -1e6, 65400.0  # rounded up, infinite, below
+    for row, value in enumerate(values):
+        weight[row, 4] = value
     edit_tensors(base / "model.safetensors", {"m.proj.weight": weight})
     options = MergeOptions(dtype="float16", allow_nonfinite=True)
     merge(base, [AdapterChoice(adapter)], tmp_path / "out", options)
     record = records_of(tmp_path / "out")["m.proj.weight"]
-    assert record["saturated"] == int((tensors(tmp_path / "out")["m.proj.weight"].abs() >= 65504).sum()) == 2
+    assert record["saturated"] == int((tensors(tmp_path / "out")["m.proj.weight"].abs() >= 65504).sum()) == count
 
 
 # --- every kind --------------------------------------------------------------------------------------------
