@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Runs = tuple[tuple[int, int], ...]
 
-RUNS = 8  # places of a tensor that are looked at
-RUN = 2**11  # elements of a place, if its rows are as short
+RUNS = 4  # places of a tensor that are looked at
+RUN = 2**12  # elements of a place, if its rows are as short
 WIDE = 2**17  # elements of all places, if its rows are long (a row of fused experts is a whole expert)
 CHUNK = 2**18  # elements that are looked at together
 SLACK = 2.0**-20
