@@ -18,6 +18,7 @@ Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 Verdict = Literal["equivalent", "slower", "inconclusive"]
 Phase = Literal["prefill", "decode"]
 Outcome = Literal["agrees", "differs", "unknown"]
+Certify = Literal["sampled", "full"]
 
 MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
 
@@ -65,8 +66,8 @@ class Update(Protocol):
     """What an adapter does to one weight.
 
     `apply(weight, rows)`: weight is fp32, the rows [rows.start, rows.stop) of the whole; returns an fp32 tensor of
-    the same shape, which may be the weight itself, changed in place. Not a delta: replaced rows and normalised
-    weights are no deltas.
+    the same shape, which may be the weight itself, changed in place. With its tensors in float64, all is float64.
+    Not a delta: replaced rows and normalised weights are no deltas.
     """
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor": ...
@@ -142,6 +143,7 @@ class MergeOptions:
     expert_layout: ExpertLayout = "auto"
     allow_nonfinite: bool = False
     device: Literal["cpu", "cuda"] = "cpu"  # where the arithmetic is done
+    certify: Certify = "sampled"  # which rows are computed again in float64
     force: bool = False
 
 
@@ -206,6 +208,37 @@ class MergeResult:
             "dtype": self.dtype,
             "warnings": list(self.warnings),
             "base_checks": [asdict(c) for c in self.base_checks],
+        }
+
+
+# --- verification ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check of what an earlier run left; where it failed, note says what, in which file and tensor."""
+
+    name: str
+    passed: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """not_checked: what could not be looked at, in words, and what it would take."""
+
+    checks: tuple[Finding, ...]
+    not_checked: tuple[str, ...] = ()
+
+    @property
+    def verified(self) -> bool:
+        return bool(self.checks) and all(c.passed for c in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "verified": self.verified,
+            "checks": [asdict(c) for c in self.checks],
+            "not_checked": list(self.not_checked),
         }
 
 

@@ -325,7 +325,43 @@ def read_json(path: Path, *, limit: int = 256 * 2**20) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """As every JSON file of this tool is written: one document, one text."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON file with a `digest`: the SHA-256 of the same file without it."""
+    write_json(path, {**value, "digest": _digest(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the digest. InputError if a byte of the file is not as it was written."""
+    value = read_json(path)
+    try:
+        text = path.read_bytes().decode("utf-8")  # as text, \r would read as \n
+    except (OSError, ValueError) as error:
+        raise InputError(f"the file cannot be read: {error}", where=path) from None
+    digest = value.pop("digest", None)
+    try:
+        whole = digest == _digest(value) and text == json_text({**value, "digest": digest})
+    except ValueError:  # half a character, which no file can hold
+        whole = False
+    if not whole:
+        raise InputError(
+            "the file was changed after it was written: it does not agree with its own digest",
+            where=path,
+            expected="the file as this tool wrote it",
+            next_step="take it from where it was made",
+        )
+    return value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json_text(value).encode()).hexdigest()
 
 
 def plain_name(name: str) -> bool:

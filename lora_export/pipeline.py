@@ -14,9 +14,11 @@ from lora_export.contracts import (
     AdapterChoice,
     BenchmarkOptions,
     BenchmarkResult,
+    Certify,
     CompareBases,
     ExportedPair,
     ExportResult,
+    Finding,
     MergeOptions,
     MergeResult,
     Precision,
@@ -24,11 +26,18 @@ from lora_export.contracts import (
     Provider,
     Source,
     ValidationResult,
+    Verification,
 )
+from lora_export.documents import Kind, check
 from lora_export.errors import ExportError, GateFailed, InputError
-from lora_export.files import check_space, hash_folder, output_folder, read_json, sha256, write_json
+from lora_export.files import check_space, hash_folder, output_folder, read_json, read_sealed, sha256, write_sealed
 
 MANIFEST = "manifest.json"
+_HASHES: Kind = {str: {"sha256": str, "size": int}}
+_MANIFEST: Kind = {
+    "schema_version": int, "options": {"merge": dict}, "files": _HASHES, "base": {"files": _HASHES},
+    "adapters": [{"weight": float, "files": _HASHES}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -336,6 +345,76 @@ def _again(merged: Path, onnx: Path) -> str:
     return f"{export}, and then this command with --onnx {other}"
 
 
+def verify(
+    path: Path,
+    base: Source | None,
+    adapters: Sequence[tuple[Source, float]],
+    certify: Certify,
+    progress: Progress,
+) -> Verification:
+    """Check a merged folder, or all of a run folder, again. InputError if it is neither."""
+    from lora_export.merge.verification import verify_folder
+
+    if not path.is_dir():
+        raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
+    choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
+    folder = base.folder if base else None
+    if not ((path / MANIFEST).is_file() and (path / "merged").is_dir()):
+        return verify_folder(path, folder, choices, certify, progress)
+    progress.stage("verify: every file of the run")
+    files, not_checked = _verify_manifest(path, folder, choices)
+    merged = verify_folder(path / "merged", folder, choices, certify, progress)
+    return Verification((*files, *merged.checks), (*not_checked, *merged.not_checked))
+
+
+def _verify_manifest(
+    run: Path, base: Path | None, choices: Sequence[AdapterChoice]
+) -> tuple[list[Finding], list[str]]:
+    """The files of a run, and those of base and adapters, against its manifest; (checks, what was not checked)."""
+    try:
+        manifest = read_sealed(run / MANIFEST)
+        check(manifest, _MANIFEST, "the manifest", run / MANIFEST)
+    except InputError as error:
+        return [Finding("manifest", False, f"{error.found} ({run / MANIFEST})")], ["the files that it names"]
+    found = hash_folder(run)
+    del found[MANIFEST]
+    checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
+    checks += _same_files("run_files", manifest["files"], found)
+    certificate = run / "merged" / "lora_export_certificate.json"
+    if certificate.is_file():
+        checks += _same_options(manifest["options"]["merge"], certificate)
+    if base is not None:
+        checks += _same_files("base_files", manifest["base"]["files"], _input_hashes(base))
+    if choices and len(choices) != len(manifest["adapters"]):
+        note = f"{len(choices)} adapters were given, the manifest names {len(manifest['adapters'])}"
+        checks.append(Finding("adapter_files", False, note))
+    for choice, entry in zip(choices, manifest["adapters"], strict=False):
+        checks += _same_files("adapter_files", entry["files"], _input_hashes(choice.folder))
+    unproved = "names, tool and versions in the manifest: no bytes of the run depend on them"
+    return checks, [unproved, *([] if base and choices else ["the files of base and adapters that were not given"])]
+
+
+def _same_options(merge: Mapping[str, Any], certificate: Path) -> list[Finding]:
+    """The options that a certificate keeps as they were given, whether they mattered or not."""
+    try:
+        recorded = read_json(certificate).get("options")
+    except InputError:  # the check of the merged folder tells it
+        return []
+    kept = ("training_quantization", "dtype", "max_memory", "allow_nonfinite", "device", "certify")
+    if isinstance(recorded, dict) and all(merge.get(k) == recorded.get(k) for k in kept):
+        return []
+    return [Finding("manifest", False, "its options of the merge are not those of the certificate")]
+
+
+def _same_files(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Finding]:
+    notes = [f"{n} is missing" for n in wanted if n not in found]
+    notes += [f"{n} was added" for n in found if n not in wanted]
+    notes += [f"{n} was changed" for n in wanted if n in found and found[n] != wanted[n]]
+    return [Finding(name, False, note) for note in notes] or [
+        Finding(name, True, f"{len(found)} files have the size and SHA-256 of the manifest")
+    ]
+
+
 def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
     """Everything that can be refused on headers and config, before minutes of work."""
     from lora_export.merge import plan
@@ -490,7 +569,7 @@ def options_json(options: StoryOptions) -> dict[str, Any]:
 def _write_manifest(
     stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], options: StoryOptions
 ) -> None:
-    write_json(
+    write_sealed(
         stage / MANIFEST,
         {
             "schema_version": 1,

@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results"
 LORA_EXPORT = Path(sys.executable).with_name("lora-export")
 MEASURED = ("seconds", "cpu_seconds", "peak_rss_bytes")
+OURS = ("ours", "certified", "uncertified")
 COLUMNS = {
     "seconds": ("wall s", 1, ".2f"),
     "cpu_seconds": ("CPU s", 1, ".2f"),
@@ -93,7 +94,7 @@ def measure(arm: Arm, repetition: int, sync: bool, settle: float) -> Sample:
             raise SystemExit(f"{arm.name} failed:\n{errors.read().decode(errors='replace')[-4000:]}")
     shutil.rmtree(arm.output, ignore_errors=True)
     print(f"  {repetition + 1} {arm.name}: {seconds:.2f} s", file=sys.stderr)
-    own = json.loads(said) if arm.name == "ours" else {}
+    own = json.loads(said) if arm.name in OURS else {}
     cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
     return Sample(arm.name, repetition, seconds, cpu, peak, own.get("seconds"), own.get("peak_rss_bytes"))
 
@@ -119,6 +120,10 @@ def arms_of(base: Path, adapter: Path, copied: Path, output: Path, options: argp
         Arm("cp", ["cp", "-r", copied, output], (copied,), output),
         Arm("ours", merge_command(base, adapter, output), (base, adapter), output),
     ]
+    if options.uncertified:
+        plain: Command = [sys.executable, HERE / "merge_uncertified.py", base, adapter, output]
+        arms.append(Arm("certified", [*plain, "certified"], (base, adapter), output))
+        arms.append(Arm("uncertified", plain, (base, adapter), output))
     for name, python in others.items():
         if python:
             command: Command = [python, HERE / f"merge_with_{name}.py", base, adapter, output]
@@ -161,7 +166,8 @@ def summarize(samples: Sequence[Sample]) -> Summary:
     for sample in samples:
         arms.setdefault(sample.arm, []).append(sample)
     rows = {arm: {c: [getattr(s, c) for s in own] for c in MEASURED} for arm, own in arms.items()}
-    rows["ours: merge stage"] = {"seconds": [s.merge_seconds for s in arms["ours"]]}
+    for name in (n for n in OURS if n in arms):
+        rows[f"{name}: merge stage"] = {"seconds": [s.merge_seconds for s in arms[name]]}
     rows["ours − imports"] = {
         c: [a - b for a, b in zip(rows["ours"][c], rows["imports"][c], strict=True)] for c in MEASURED
     }
@@ -224,6 +230,11 @@ def parse() -> argparse.Namespace:
         "--with-axolotl",
         metavar="PYTHON",
         help="measure axolotl's merge, with the Python that has it",
+    )
+    parser.add_argument(
+        "--uncertified",
+        action="store_true",
+        help="measure the merge through the Python API with and without its certificate, too",
     )
     parser.add_argument(
         "--settle", type=float, default=4.0, help="seconds of rest before every run (default: %(default)s)"

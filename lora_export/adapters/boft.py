@@ -90,9 +90,9 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str], configured: int)
     def load(_: tuple[int, ...]) -> ButterflyUpdate:
         import torch
 
-        raw = file.read(r_key).double()
+        raw, scales = file.read(r_key).double(), file.read(s_key).reshape(-1)
         blocks = torch.stack([cayley((factor - factor.mT) / 2) for factor in raw])
-        return ButterflyUpdate(blocks.float(), file.read(s_key).reshape(-1))
+        return ButterflyUpdate(blocks.to(scales.dtype), scales)
 
     shapes = _shapes(rotations[1] * rotations[2], scales)
     return TargetUpdate(f"{name}.weight", "boft", (r_key, s_key), shapes, load)

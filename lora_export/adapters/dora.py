@@ -28,14 +28,25 @@ class DoraUpdate:
     outputs_are_rows: bool
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        changed = self.low_rank.added_to(weight, rows)
+        return changed.mul_(self._factor(changed, rows)).reshape(weight.shape)
+
+    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        """(m / ‖V‖)·(terms + s·|B|·|A|): the numbers that the result is summed up from, without their signs."""
+        changed = self.low_rank.added_to(weight.clone(), rows)
+        positive = lora.LowRank(self.low_rank.left.abs(), self.low_rank.right.abs(), abs(self.low_rank.scaling))
+        added = positive.added_to(terms.clone(), rows)
+        return added.mul_(self._factor(changed, rows).abs()).reshape(weight.shape)
+
+    def _factor(self, changed: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        """m / ‖V‖, to be multiplied with V."""
         import torch
 
-        changed = self.low_rank.added_to(weight, rows)
         if self.outputs_are_rows:
-            factor = (self.magnitude[rows] / torch.linalg.norm(changed, dim=1))[:, None]
+            factor: torch.Tensor = (self.magnitude[rows] / torch.linalg.norm(changed, dim=1))[:, None]
         else:
             factor = (self.magnitude / torch.linalg.norm(changed, dim=0))[None, :]
-        return changed.mul_(factor).reshape(weight.shape)
+        return factor
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:

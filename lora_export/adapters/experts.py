@@ -42,6 +42,15 @@ class ExpertsUpdate:
             left, right = right.transpose(1, 2), left.transpose(1, 2)
         return torch.baddbmm(weight, left, right, alpha=self.scaling)
 
+    def part(self, weight: "torch.Tensor", expert: int, rows: slice) -> "torch.Tensor":
+        """The same for these rows of one expert, weight being (rows, …): of a few rows a small part of the work."""
+        import torch
+
+        left, right = self.b[expert], self.a[expert]
+        if self.in_out:
+            left, right = right.T, left.T
+        return torch.addmm(weight, left[rows], right, alpha=self.scaling)
+
 
 @dataclass(frozen=True)
 class MatrixUpdate:

@@ -1,7 +1,9 @@
 """What an adapter kind is: one module that claims tensors of an adapter file and turns them into updates."""
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +16,22 @@ from lora_export.finite import all_below
 if TYPE_CHECKING:
     import torch
 
+_wide: ContextVar[bool] = ContextVar("wide", default=False)
 _EXPERTS_IN_OUT = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """Within this, in this thread, updates are loaded with all their numbers in float64, products of them too."""
+    before = _wide.set(True)
+    try:
+        yield
+    finally:
+        _wide.reset(before)
+
+
+def is_float64() -> bool:
+    return _wide.get()
 
 
 @dataclass(frozen=True)
@@ -73,11 +90,14 @@ class AdapterFile:
         )
 
     def read(self, key: str, rows: slice | None = None) -> "torch.Tensor":
-        """A tensor in fp32, or rows of it. NaN or infinity would spread to the whole weight, so it is refused."""
+        """A tensor in fp32, or rows of it (within `float64`: in that); NaN or infinity are refused.
+
+        They would spread to the whole weight.
+        """
         import torch
 
         stored = self.source.read(key) if rows is None else self.source.read_rows(key, rows.start, rows.stop)
-        value = stored.to(torch.float32)
+        value = stored.to(torch.float64 if _wide.get() else torch.float32)
         if not (self.allow_nonfinite or all_below(value, math.inf) or bool(torch.isfinite(value).all())):
             raise AdapterError(
                 "the adapter holds NaN or infinity",

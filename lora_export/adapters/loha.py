@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.kind import AdapterFile, FlatTarget
-from lora_export.adapters.lycoris import Parts, read_parts
+from lora_export.adapters.lycoris import Parts, product, read_parts
 from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
@@ -66,11 +66,9 @@ def _update(parts: Parts) -> TargetUpdate:
 
 def _factors(parts: Parts, number: str) -> tuple["torch.Tensor", "torch.Tensor"]:
     """(outputs, r) and (r, rest). With a core t (r, r, kernel…): Σ_j t[i, j, …]·b[j, channel] for the right one."""
-    import torch
-
     a, b = (parts.file.read(parts.keys[f"hada_w{number}_{side}"]) for side in "ab")
     core = parts.keys.get(f"hada_t{number}")
     if core is None:
         return a, b
     t = parts.file.read(core)
-    return a.T, torch.einsum("ij...,jc->ic...", t, b).flatten(1)
+    return a.T, product("ij...,jc->ic...", t, b).flatten(1)

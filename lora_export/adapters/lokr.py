@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.kind import AdapterFile, FlatTarget
-from lora_export.adapters.lycoris import Parts, read_parts
+from lora_export.adapters.lycoris import Parts, product, read_parts
 from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
@@ -102,8 +102,6 @@ def _size(parts: Parts, number: str) -> tuple[int, int]:
 
 
 def _factor(parts: Parts, number: str) -> "torch.Tensor":
-    import torch
-
     def get(part: str) -> "torch.Tensor":
         return parts.file.read(parts.keys[part])
 
@@ -111,5 +109,5 @@ def _factor(parts: Parts, number: str) -> "torch.Tensor":
         return get(f"lokr_w{number}")
     a, b = get(f"lokr_w{number}_a"), get(f"lokr_w{number}_b")
     if f"lokr_t{number}" in parts.keys:
-        return torch.einsum("ij...,io,jc->oc...", get(f"lokr_t{number}"), a, b)
-    return a @ b
+        return product("ij...,io,jc->oc...", get(f"lokr_t{number}"), a, b)
+    return product("ij,jk->ik", a, b)

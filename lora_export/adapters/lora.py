@@ -74,7 +74,11 @@ class ResidualUpdate:
             taken = self.low_rank.scaling * (q[:, : self.rank] @ r[: self.rank])
         delta = self.low_rank.scaling * (self.low_rank.left.double() @ self.low_rank.right.double())
         changed: torch.Tensor = exact - taken + delta
-        return changed.float()
+        return changed.to(weight.dtype)
+
+    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        """|W| and |W'|: between them all is float64, so nothing else is rounded."""
+        return terms + self.apply(weight, rows).abs()
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import match_pattern, number, pattern, whole
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,14 @@ def read_parts(file: AdapterFile, markers: tuple[str, ...], sets: tuple[frozense
             _check_dimensions(parts, part)
         found.append(parts)
     return found
+
+
+def product(equation: str, *factors: "torch.Tensor") -> "torch.Tensor":
+    """An einsum in float64, rounded once to the type of the factors: its terms may cancel."""
+    import torch
+
+    exact: torch.Tensor = torch.einsum(equation, *(f.double() for f in factors))
+    return exact.to(factors[0].dtype)
 
 
 def _check_dimensions(parts: Parts, part: str) -> None:

@@ -195,7 +195,8 @@ def _update(file: AdapterFile, rotations: Rotations, name: str, key: str, marker
         shapes += ((None, inputs, 1, 1),)
 
     def load(_: tuple[int, ...]) -> RotationUpdate:
-        blocks = rotations.blocks(file.read(key), size).float()
+        upper = file.read(key)
+        blocks = rotations.blocks(upper, size).to(upper.dtype)
         return RotationUpdate(blocks.mT if embedding else blocks)
 
     kind = "oft_embedding" if embedding else "oft"

@@ -26,7 +26,7 @@ class Replacement:
     key: str
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        return self.file.read(self.key, rows).reshape(weight.shape).to(weight.device)
+        return self.file.read(self.key, rows).reshape(weight.shape).to(weight)
 
 
 def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:

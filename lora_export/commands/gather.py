@@ -15,7 +15,7 @@ from lora_export.pipeline import StoryOptions
 
 MERGE_KEYS = (
     "base_weights", "training_quantization", "training_double_quant", "dtype", "max_shard_size", "max_memory",
-    "expert_packing", "expert_layout", "allow_nonfinite", "device",
+    "expert_packing", "expert_layout", "allow_nonfinite", "device", "certify",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from lora_export.commands import (
     merge_and_export,
     report,
     validate,
+    verify,
 )
 from lora_export.errors import EXIT_INTERRUPTED
 
@@ -57,8 +58,8 @@ def cli() -> None:
     \b
         lora-export merge-and-export -b BASE -a ADAPTER -o OUT
 
-    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 a gate failed (the output is kept aside in
-    OUT.failed), 130 interrupted.
+    Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 a gate or a check failed (an output that did not
+    pass is kept aside in OUT.failed), 130 interrupted.
     """
 
 
@@ -70,6 +71,7 @@ for command in (
     export.export,
     benchmark.benchmark,
     report.report,
+    verify.verify,
     env.env,
 ):
     cli.add_command(command)

@@ -76,8 +76,15 @@ def output_option(command: Command) -> Command:
     )(command)
 
 
+def certify_option(command: Command) -> Command:
+    return click.option(
+        "--certify", type=click.Choice(["sampled", "full"]), default="sampled", show_default=True,
+        help="Which rows of each tensor are computed again in float64 and compared: some, spread evenly, or all.",
+    )(command)  # fmt: skip
+
+
 def merge_options(command: Command) -> Command:
-    decorators = [
+    decorators: list[Callable[[Command], Command]] = [
         click.option(
             "--base-weights",
             type=click.Choice(["dequantized", "original"]),
@@ -126,6 +133,7 @@ def merge_options(command: Command) -> Command:
             show_default=True,
             help="Where the arithmetic of the merge is done, block by block.",
         ),
+        certify_option,
         click.option(
             "--allow-nonfinite",
             is_flag=True,

@@ -1,7 +1,7 @@
 """Results in words, for people; the JSON of --json has everything."""
 
 from lora_export.commands.talk import megabytes, table
-from lora_export.contracts import BenchmarkResult, ExportResult, MergeResult, ValidationResult
+from lora_export.contracts import BenchmarkResult, ExportResult, MergeResult, ValidationResult, Verification
 
 Rows = list[tuple[str, str]]
 
@@ -69,6 +69,14 @@ def _deviation(result: ValidationResult) -> list[str]:
         return []
     line = f"the first module that differs: {found.module}, by {found.value:.3g} (noise floor {found.floor:.3g})"
     return [line + (f", because of {', '.join(found.tensors[:3])}" if found.tensors else "")]
+
+
+def verification_words(result: Verification) -> str:
+    rows = [("ok" if c.passed else "FAILED", f"{c.name}: {c.note}") for c in result.checks]
+    rows += [("not checked", text) for text in result.not_checked]
+    arithmetic = any(c.name == "arithmetic" for c in result.checks)
+    good = "verified" if arithmetic else "the hashes agree; nothing else was checked"
+    return table([*rows, ("", good if result.verified else "NOT verified")])
 
 
 def validation_row(result: ValidationResult) -> tuple[str, str]:

@@ -11,20 +11,14 @@ from pathlib import Path
 from lora_export.adapters import CONFIG as ADAPTER_CONFIG
 from lora_export.adapters import AdapterFile, read_adapter
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
-from lora_export.checkpoint.companions import (
-    companion_files,
-    copy_files,
-    copy_subfolders,
-    tokenizer_files,
-    write_config,
-)
-from lora_export.checkpoint.shards import write_index
-from lora_export.contracts import AdapterChoice, MergeOptions, MergeResult, Progress
+from lora_export.checkpoint.companions import companion_files
+from lora_export.contracts import AdapterChoice, BaseCheck, MergeOptions, MergeResult, Progress
 from lora_export.errors import RuntimeUnavailable
-from lora_export.files import check_space, output_folder
+from lora_export.files import check_space, output_folder, write_sealed
 from lora_export.merge.base import base_weights
+from lora_export.merge.beside import write_beside
 from lora_export.merge.certificate import NAME as CERTIFICATE
-from lora_export.merge.certificate import write_certificate
+from lora_export.merge.certificate import certificate_of, describe_files, describe_shards
 from lora_export.merge.execute import Execution
 from lora_export.merge.loaded import loaded_weights
 from lora_export.merge.plan import MergePlan, plan_merge
@@ -65,11 +59,14 @@ def merge(
     output: Path,
     options: MergeOptions | None = None,
     progress: Progress | None = None,
+    *,
+    certified: bool = True,
 ) -> MergeResult:
     """Merge adapter folders into a base folder and write a Hugging Face folder, all or nothing.
 
-    Arithmetic is fp32 and rounded once. Raises LoraExportError before the first byte for whatever headers
-    can tell, and leaves nothing behind if something fails later.
+    Arithmetic is fp32, or float64 where fp32 is written, and rounded once. Raises LoraExportError before the first
+    byte for whatever headers can tell, and leaves nothing behind if something fails later. certified=False leaves
+    out hashes and the comparison with float64, to see what they cost; such a folder cannot be verified.
     """
     options, progress = options or MergeOptions(), progress or Silent()
     planned = plan(base, adapters, options)
@@ -80,14 +77,13 @@ def merge(
     inputs, companions = [base, *(a.folder for a in adapters)], companion_files(base)
     with output_folder(output, options.force, inputs=inputs) as stage:
         check_space(stage, planned.nbytes)
-        execution = Execution(planned, stage, progress)
+        execution = Execution(planned, stage, progress, certified)
         execution.run()
-        write_index(stage, planned.shards)
-        warnings = [*planned.warnings, *_copy_companions(planned, companions, stage)]
-        survival, checks = execution.total.share, base_checks(planned)
+        warnings = [*planned.warnings, *write_beside(planned, companions, stage)]
+        survival, checks = execution.survival, base_checks(planned)
         warnings += _judge(planned, execution, survival)
         warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
-        write_certificate(stage, planned, execution.records, survival, checks)
+        write_certificate(stage, execution, [a.weight for a in adapters], checks)
     for text in warnings:
         progress.warn(text)
     used = sum(a.tensor_count for a in planned.adapters)
@@ -142,22 +138,17 @@ def _dequantizes(planned: MergePlan) -> bool:
     return any(t.quantized or t.training for t in planned.tensors.values())
 
 
-def _copy_companions(planned: MergePlan, companions: list[Path], stage: Path) -> list[str]:
-    """The base's files, and over them the tokenizer that an adapter brings: it was trained with that one."""
-    base, warnings = planned.base.folder, []
-    copy_files(companions, stage)
-    copy_subfolders(base, stage)
-    changes = planned.base.config, planned.config_changes, planned.config_removals
-    write_config(base / "config.json", stage / "config.json", *changes)
-    for adapter in planned.adapters:
-        own = tokenizer_files(adapter.folder)
-        differing = [
-            p.name for p in own if not (stage / p.name).is_file() or (stage / p.name).read_bytes() != p.read_bytes()
-        ]
-        if differing:
-            copy_files(own, stage)
-            warnings.append(f"{', '.join(differing)} taken from the adapter, which was trained with it")
-    return warnings
+def write_certificate(
+    stage: Path, execution: Execution, weights: Sequence[float], checks: Sequence[BaseCheck]
+) -> None:
+    """The certificate of a finished merge, written last: it names every other file."""
+    planned = execution.plan
+    shards = describe_shards(planned)
+    files = dict(sorted((describe_files(stage, shards) | shards).items()))
+    document = certificate_of(
+        planned, weights, execution.records, execution.survival, checks, execution.unchecked, files
+    )
+    write_sealed(stage / CERTIFICATE, document)
 
 
 def _judge(planned: MergePlan, execution: Execution, survival: float | None) -> list[str]:

@@ -13,15 +13,18 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_export.contracts import Progress, TensorRecord
+from lora_export.contracts import Progress, TensorInfo, TensorRecord
 from lora_export.errors import CheckpointError, InputError
 from lora_export.files import copy_range, start_writing_back, write_at
+from lora_export.merge.exact import Errors, ExactTensor, memory, runs_of, too_large
+from lora_export.merge.hashing import TensorHash, hash_parts, hash_range
 from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.survival import Survival
-from lora_export.merge.work import TensorWork, record
+from lora_export.merge.work import Certified, TensorWork, record
 
 BLOCK = 2**22  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
-PIECE = 2**24  # bytes that are copied at a time
+PIECE = 2**24  # bytes that are copied by a thread before it takes something else
+STRETCH = 2**20  # bytes that are copied, and then hashed
 PATIENCE = 0.1  # seconds between two looks at the threads, and so what Ctrl-C may have to wait
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -54,11 +57,17 @@ class Copy:
     length: int
     out: OpenFile
     at: int
+    pieces: "Pieces"
     cost: int = 0
 
     def run(self) -> int:
         try:
-            copy_range(self.source.fd, self.start, self.length, self.out.fd, self.at)
+            for done in range(0, self.length, STRETCH):
+                length = min(STRETCH, self.length - done)
+                copy_range(self.source.fd, self.start + done, length, self.out.fd, self.at + done)
+                if self.pieces.hash is not None:  # the bytes are still in the processor's cache
+                    at = self.start + done - self.pieces.start
+                    hash_range(self.source.fd, self.start + done, length, self.pieces.hash, at)
         except EOFError:
             raise CheckpointError("the file ended early", where=self.source.path, tensor=self.name) from None
         except OSError as error:  # the kernel does not say which of the two it was
@@ -66,6 +75,16 @@ class Copy:
             raise
         start_writing_back(self.out.fd, self.at, self.length)
         return self.length
+
+
+@dataclass
+class Pieces:
+    """A tensor that is copied: where its bytes begin in the base's file, how many pieces are left, their hash."""
+
+    tensor: PlannedTensor
+    start: int
+    left: int
+    hash: TensorHash | None
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,9 @@ class Block:
         import torch
 
         data = self.work.compute(self.start, self.stop).reshape(-1).view(torch.uint8).numpy().data
+        if self.work.hash_out is not None:
+            row = len(data) // (self.stop - self.start)
+            self.work.hash_out.add(self.start * row, data)
         self.out.write(data, self.at)
         return len(data)
 
@@ -109,15 +131,23 @@ class Budget:
 
 @dataclass
 class Execution:
-    """Writes the shards of a plan into a folder and keeps the record of every tensor."""
+    """Writes the shards of a plan into a folder and keeps the record of every tensor.
+
+    certified: whether tensors are hashed and computed again in float64; unchecked: tensors that were not computed
+    again → why.
+    """
 
     plan: MergePlan
     folder: Path
     progress: Progress
+    certified: bool = True
     workers: int = field(default_factory=lambda: _cores())
-    total: Survival = field(default_factory=Survival)
+    unchecked: dict[str, str] = field(default_factory=dict)
     _records: dict[str, TensorRecord] = field(default_factory=dict)
+    _survival: dict[str, Survival] = field(default_factory=dict)
+    _outputs: dict[str, TensorInfo] = field(default_factory=dict)
     _taking: threading.Lock = field(default_factory=threading.Lock)
+    _keeping: threading.Lock = field(default_factory=threading.Lock)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _written: int = 0
 
@@ -131,7 +161,16 @@ class Execution:
 
     @property
     def records(self) -> list[TensorRecord]:
-        return [self._records[name] for shard in self.plan.shards for name in (t.name for t in shard.tensors)]
+        return [self._records[t.name] for shard in self.plan.shards for t in shard.tensors]
+
+    @property
+    def survival(self) -> float | None:
+        """Of the whole adapter, summed in the order of the output."""
+        total = Survival()
+        for shard in self.plan.shards:
+            for tensor in shard.tensors:
+                total.join(self._survival[tensor.name])
+        return total.share
 
     def _share_out(self, jobs: Iterator[Copy | Block]) -> None:
         budget = Budget(self.plan.options.max_memory)
@@ -154,15 +193,57 @@ class Execution:
                 return
             with budget.holding(job.cost):
                 written = job.run()
-            last = isinstance(job, Block) and job.work.finished()
+            if isinstance(job, Block):
+                if job.work.finished():
+                    self._complete(job.work, budget)
+            else:
+                self._copied(job.pieces)
             with self._taking:
                 self._written += written
-                if isinstance(job, Block) and last:
-                    self._keep(job.work.tensor, job.work.survival)
 
-    def _keep(self, tensor: PlannedTensor, survival: Survival) -> None:
-        self.total.join(survival)
-        self._records[tensor.output.name] = record(tensor, survival)
+    def _copied(self, pieces: Pieces) -> None:
+        with self._keeping:
+            pieces.left -= 1
+            if pieces.left > 0:
+                return
+        found = pieces.hash.hexdigest() if pieces.hash else None
+        self._keep(pieces.tensor, Survival(), Certified(hash_in=found, hash_out=found))
+
+    def _complete(self, work: TensorWork, budget: Budget) -> None:
+        """Certify a tensor whose last block was written. CheckpointError if it is not what float64 gives."""
+        if not self.certified:
+            self._keep(work.tensor, work.survival, Certified(saturated=work.saturated))
+            return
+        errors = self._check(work, budget)
+        hash_in = work.hash_in.hexdigest() if work.hash_in else hash_parts(self.plan.inputs_of(work.tensor))
+        hash_out = work.hash_out.hexdigest() if work.hash_out else None
+        self._keep(work.tensor, work.survival, Certified(errors, work.saturated, hash_in, hash_out))
+
+    def _check(self, work: TensorWork, budget: Budget) -> Errors:
+        tensor, options = work.tensor, self.plan.options
+        runs = runs_of(tensor.shape, options.certify)
+        needed = memory(tensor, runs)
+        if needed > options.max_memory:
+            self.unchecked[tensor.output.name] = too_large(needed, options.max_memory)
+            return Errors()
+        with budget.holding(needed):
+            output = self._outputs[tensor.output.name]
+            errors = ExactTensor(tensor, self.plan.base).compare(output, runs)
+        if errors.beyond:
+            raise CheckpointError(
+                f"{errors.beyond} of {errors.checked} numbers that were computed again in float64 are beyond the "
+                f"bound of the arithmetic; the worst is {errors.largest:.3g} units in the last place off",
+                where=output.file.name,
+                tensor=f"{output.name}, row {errors.worst}",
+                expected="½ unit, and what fp32 may lose before",
+                next_step="merge again; if it comes back, report it: processor, memory or a library is at fault",
+            )
+        return errors
+
+    def _keep(self, tensor: PlannedTensor, survival: Survival, certified: Certified) -> None:
+        with self._keeping:
+            self._survival[tensor.output.name] = survival
+            self._records[tensor.output.name] = record(tensor, survival, certified)
 
     def _jobs(self, files: contextlib.ExitStack) -> Iterator[Copy | Block]:
         """Every byte of the output once, in the order of the files. Runs under the lock of `_take`."""
@@ -179,6 +260,9 @@ class Execution:
             at = len(shard.header)
             for output in shard.tensors:
                 tensor = self.plan.tensors[output.name]
+                self._outputs[output.name] = TensorInfo(
+                    output.name, output.dtype, output.shape, out.path, at, at + output.nbytes
+                )
                 if tensor.operation == "copied":
                     assert tensor.source is not None
                     file = tensor.source.file
@@ -192,22 +276,32 @@ class Execution:
     def _copies(self, tensor: PlannedTensor, source: OpenFile, out: OpenFile, at: int) -> Iterator[Copy]:
         info = tensor.source
         assert info is not None
-        self._keep(tensor, Survival())
+        pieces = Pieces(tensor, info.start, -(-info.nbytes // PIECE), self._hash(info.nbytes))
+        if not info.nbytes:
+            self._copied(pieces)
         for done in range(0, info.nbytes, PIECE):
             length = min(PIECE, info.nbytes - done)
-            yield Copy(info.name, source, info.start + done, length, out, at + done)
+            yield Copy(info.name, source, info.start + done, length, out, at + done, pieces)
 
     def _blocks(self, tensor: PlannedTensor, out: OpenFile, at: int) -> Iterator[Block]:
         height, rows = _height(tensor), self._rows(tensor)
-        if not tensor.output.nbytes:
-            self._keep(tensor, Survival())
+        options, info = self.plan.options, tensor.source
+        blocks = -(-height // rows) if tensor.output.nbytes else 0
+        work = TensorWork(tensor, self.plan.base, blocks, options.allow_nonfinite, options.device)
+        work.hash_out = self._hash(tensor.output.nbytes)
+        if tensor.quantized is None and info is not None and info.shape == tensor.shape:  # read as a whole
+            work.hash_in = self._hash(info.nbytes)
+        if not blocks:
+            found = work.hash_out.hexdigest() if work.hash_out else None
+            self._keep(tensor, Survival(), Certified(hash_in=found, hash_out=found))
             return
         row = tensor.output.nbytes // height
-        options = self.plan.options
-        work = TensorWork(tensor, self.plan.base, -(-height // rows), options.allow_nonfinite, options.device)
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             yield Block(work, start, stop, out, at + start * row, self._cost(tensor, stop - start))
+
+    def _hash(self, nbytes: int) -> TensorHash | None:
+        return TensorHash(nbytes) if self.certified else None
 
     def _rows(self, tensor: PlannedTensor) -> int:
         """Rows of a block: all of them where the result of one depends on others."""

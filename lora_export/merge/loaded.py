@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from lora_export.adapters.kind import is_float64
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import TargetUpdate, Update
 from lora_export.errors import AdapterError, CheckpointError
@@ -107,7 +108,7 @@ def _fused(pieces: tuple[Piece, ...], weights: Mapping[str, Shape]) -> tuple[Sha
 
 def _for_piece(update: TargetUpdate, piece: Piece, shape: Shape, offset: int, stored: Shape) -> TargetUpdate:
     def load(_: Shape) -> Update:
-        whole = _load(update, shape)
+        whole = _load(update, shape, is_float64())
         if piece.transposed:
             return TransposedUpdate(whole)
         assert piece.expert is not None
@@ -120,7 +121,7 @@ def _for_piece(update: TargetUpdate, piece: Piece, shape: Shape, offset: int, st
 
 
 @lru_cache(maxsize=4)  # the experts of a layer follow each other, and each needs the same matrices
-def _load(update: TargetUpdate, shape: Shape) -> Update:
+def _load(update: TargetUpdate, shape: Shape, wide: bool) -> Update:
     return update.load(shape)
 
 
@@ -134,8 +135,12 @@ class ExpertUpdate:
     height: int
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        fused = weight.new_zeros(1, self.height, *weight.shape[1:])
         mine = slice(self.offset + rows.start, self.offset + rows.start + weight.shape[0])
+        part = getattr(self.whole, "part", None)
+        if part is not None and weight.element_size() == 8:  # in float64 a few rows are asked for
+            few: torch.Tensor = part(weight, self.expert, mine)
+            return few
+        fused = weight.new_zeros(1, self.height, *weight.shape[1:])
         fused[0, mine] = weight
         return self.whole.apply(fused, slice(self.expert, self.expert + 1))[0, mine]
 

@@ -36,9 +36,14 @@ class PlannedTensor:
     training: TrainingQuantization | None = None
 
     @property
+    def wide(self) -> bool:
+        """Whether it is computed in float64: fp32 arithmetic would round one of two fp32 numbers the wrong way."""
+        return bool(self.updates) and self.output.dtype in ("F32", "F64")
+
+    @property
     def copies(self) -> int:
         """How often a block of it is in memory at once, counted in fp32."""
-        return max((u.copies for u in self.updates), default=4)
+        return max((u.copies for u in self.updates), default=4) * (2 if self.wide else 1)
 
     @property
     def row_wise(self) -> bool:
@@ -61,6 +66,12 @@ class MergePlan:
     @property
     def nbytes(self) -> int:
         return sum(len(s.header) + sum(t.nbytes for t in s.tensors) for s in self.shards)
+
+    def inputs_of(self, tensor: PlannedTensor) -> list[TensorInfo]:
+        """The base's tensors that hold its weight: one, or the parts of a quantized one."""
+        if tensor.quantized:
+            return [self.base.tensors[p] for p in tensor.quantized.parts]
+        return [tensor.source] if tensor.source else []
 
     @property
     def computes(self) -> bool:

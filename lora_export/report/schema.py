@@ -16,6 +16,8 @@ _NUMBER: Kind = (None, float)  # NaN and infinity are written as null
 _TEXT: Kind = (None, str)
 _RECORD: Kind = {
     "name": str, "operation": str, "relative_delta": _NUMBER, "survival": _NUMBER, "kinds?": [str],
+    "max_ulps?": _NUMBER, "mean_ulps?": _NUMBER, "checked?": int, "saturated?": int,
+    "hash_in?": _TEXT, "hash_out?": _TEXT,
 }  # fmt: skip
 _BASE_CHECK: Kind = {"name": str, "outcome": str, "note": str}
 _MERGE: Kind = {

@@ -1,0 +1,90 @@
+"""The hash of a tensor's bytes, which does not depend on the pieces in which they came.
+
+The bytes, as they lie in the file, are cut into leaves of 2^18 bytes from the tensor's first one on; the last leaf
+may be shorter. The hash is BLAKE3(BLAKE3(leaf 0) ‖ BLAKE3(leaf 1) ‖ …), 32 bytes each, in hexadecimal. In Python:
+
+    leaves = [blake3(data[i : i + 2**18]).digest() for i in range(0, len(data), 2**18)]
+    blake3(b"".join(leaves)).hexdigest()
+
+BLAKE3 hashes 9.8 GB in a second of a core where SHA-256 takes five seconds, with the processor's own instructions.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+
+from blake3 import blake3
+
+from lora_export.contracts import TensorInfo
+from lora_export.errors import CheckpointError
+
+LEAF = 2**18  # bytes: still in the cache when they are hashed, and few calls
+_CHUNK = 4 * LEAF  # bytes that are read at a time
+
+
+class TensorHash:
+    """Takes the bytes of a tensor in any order and from any thread; each byte once."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._leaves = [b""] * -(-nbytes // LEAF)
+        self._parts: dict[int, list[tuple[int, bytes]]] = {}  # leaf → (where in the tensor, its bytes so far)
+        self._lock = threading.Lock()
+
+    def add(self, at: int, data: memoryview) -> None:
+        """data: the bytes from `at` on. Whole leaves are hashed where they lie, what is left over is kept."""
+        end = at + len(data)
+        while at < end:
+            leaf = at // LEAF
+            stop = min((leaf + 1) * LEAF, self._nbytes)
+            piece, data = data[: stop - at], data[stop - at :]
+            if len(piece) == stop - leaf * LEAF:
+                self._leaves[leaf] = blake3(piece).digest()
+            else:
+                self._keep(leaf, at, bytes(piece), stop - leaf * LEAF)
+            at += len(piece)
+
+    def _keep(self, leaf: int, at: int, piece: bytes, size: int) -> None:
+        with self._lock:
+            parts = self._parts.setdefault(leaf, [])
+            parts.append((at, piece))
+            if sum(len(p) for _, p in parts) < size:
+                return
+            del self._parts[leaf]
+        self._leaves[leaf] = blake3(b"".join(p for _, p in sorted(parts))).digest()
+
+    def hexdigest(self) -> str:
+        assert all(self._leaves) and not self._parts
+        return str(blake3(b"".join(self._leaves)).hexdigest())
+
+
+def hash_range(fd: int, start: int, length: int, into: TensorHash, at: int) -> None:
+    """Add `length` bytes of a file from `start` on, which are the tensor's from `at` on. EOFError if it ends."""
+    buffer = memoryview(bytearray(min(_CHUNK, length)))
+    while length:
+        done = os.preadv(fd, [buffer[: min(length, len(buffer))]], start)
+        if not done:
+            raise EOFError("a file ended while it was being hashed")
+        into.add(at, buffer[:done])
+        start, at, length = start + done, at + done, length - done
+
+
+def hash_tensor(info: TensorInfo) -> str:
+    """The hash of a tensor as it lies in its file. CheckpointError where it cannot be read."""
+    found = TensorHash(info.nbytes)
+    try:
+        with info.file.open("rb", buffering=0) as f:
+            hash_range(f.fileno(), info.start, info.nbytes, found, 0)
+    except EOFError:
+        raise CheckpointError("the file ended early", where=info.file, tensor=info.name) from None
+    except OSError as error:
+        text = f"the file cannot be read: {error.strerror}"
+        raise CheckpointError(text, where=info.file, tensor=info.name) from None
+    return found.hexdigest()
+
+
+def hash_parts(infos: Sequence[TensorInfo]) -> str:
+    """Of a plain tensor its own hash; of a quantized weight BLAKE3 of its parts' hashes, 32 bytes each."""
+    if len(infos) == 1:
+        return hash_tensor(infos[0])
+    return str(blake3(b"".join(bytes.fromhex(hash_tensor(i)) for i in infos)).hexdigest())
