@@ -69,12 +69,17 @@ def load_unmerged(
     The class is the first of these into which every tensor of the adapters fits: the one that config.json names,
     the one of the adapter's task, the bare body. AdapterError if there is none.
     """
+    import peft.utils.error
+
     unused: list[str] = []
     for cls in _classes(dequantized or base, adapters):
         model, absent = _load_base(base, options, dequantized, cls, keep, _whole_tensors(adapters))
         if keep is not None:
             streaming.refuse_changing_inits(_configs(adapters), adapters[0].folder)
-        unmerged, left = _attach(model, adapters)
+        try:
+            unmerged, left = _attach(model, adapters)
+        except peft.utils.error.NoMatchingPeftModuleError:
+            continue  # this class has no layer of the adapter's
         if not left:
             streaming.attach(model, wrapped_modules(model).values())
             return Unmerged(unmerged, cls, absent)

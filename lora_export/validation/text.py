@@ -34,8 +34,10 @@ def read_text(file: Path | None) -> str:
     return text
 
 
-def windows(tokenizer: Any, text: str, vocabulary: int, where: Path | None = None) -> list[torch.Tensor]:
-    """The text's ids in pieces of at most MAX_TOKENS, shape (length,); a piece of one token predicts none.
+def windows(
+    tokenizer: Any, text: str, vocabulary: int, where: Path | None = None, longest: int = MAX_TOKENS
+) -> list[torch.Tensor]:
+    """The text's ids in pieces of at most `longest`, shape (length,); a piece of one token predicts none.
 
     vocabulary: how many ids the model knows. InputError if fewer than LEAST_TOKENS are left.
     """
@@ -47,7 +49,7 @@ def windows(tokenizer: Any, text: str, vocabulary: int, where: Path | None = Non
             where=where,
             expected=f"{LEAST_TOKENS} tokens or more; a page or more tells something",
         )
-    return [piece for piece in torch.split(ids, MAX_TOKENS) if len(piece) > 1]
+    return [piece for piece in torch.split(ids, longest) if len(piece) > 1]
 
 
 def perplexity(

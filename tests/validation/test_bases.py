@@ -53,7 +53,7 @@ def prompts(tmp_path: Path) -> Path:
 def compared(
     base: Path, adapter: Path, merged: Path, prompts: Path, asked: CompareBases, options: MergeOptions
 ) -> ValidationResult:
-    settings = ValidationOptions(prompts, provider="cpu", merge=options, bases=asked)
+    settings = ValidationOptions(prompts, prompts, provider="cpu", merge=options, bases=asked)
     return validate(base, [AdapterChoice(adapter)], merged, options=settings, progress=Silent())
 
 
@@ -89,7 +89,7 @@ def with_adapter(model: Any, adapter: Path) -> Any:
 def outputs(model: Any, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, log-probabilities) of each text in float64."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    texts = [tokenizer(t.strip(), return_tensors="pt")["input_ids"][0] for t in TEXT]
+    texts = [tokenizer("\n".join(t.strip() for t in TEXT), return_tensors="pt")["input_ids"][0]]
     with torch.no_grad():
         return [(ids, torch.log_softmax(model(input_ids=ids[None]).logits[0], -1)) for ids in texts]
 

@@ -211,6 +211,7 @@ def test_words_and_report_say_where(tmp_path: Path) -> None:
     assert "the first module that differs: model.layers.1.a, by 0.5 (noise floor 0.01), because of" in said
     report: dict[str, Any] = copy.deepcopy(full_report()) | {"validate": result.as_json(), "status": "failed"}
     sentences = " ".join(headline(report))
-    assert "The first module that differs is model.layers.1.a, because of model.layers.1.a.weight." in sentences
+    assert "It goes wrong first in model.layers.1.a, whose output is off by 0.5" in sentences
+    assert "look at model.layers.1.a.weight" in sentences
     report["validate"] = spoiled_result(None).as_json()
-    assert "first module" not in " ".join(headline(report))
+    assert "goes wrong first" not in " ".join(headline(report))

@@ -63,7 +63,7 @@ class Models:
         return ExportedPair(merged, self.onnx("base", precision), precision, size, **changes)
 
     def validated(self, name: str, *pairs: ExportedPair) -> ValidationResult:
-        options = ValidationOptions(self.root / "prompts.txt", provider="cpu")
+        options = ValidationOptions(self.root / "prompts.txt", self.root / "prompts.txt", provider="cpu")
         merged = self.merged("base" if name == "none" else name)
         choices = [AdapterChoice(self.adapters[name])]
         return validate(self.base, choices, merged, exports=pairs, options=options, progress=Silent())
@@ -105,7 +105,7 @@ def onnx_outputs(models: Models, folder: Path) -> list[np.ndarray]:
 
 def tokens(models: Models) -> list[torch.Tensor]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(models.base)
-    return [tokenizer(t.strip(), return_tensors="pt")["input_ids"][0] for t in TEXT]
+    return [tokenizer("\n".join(t.strip() for t in TEXT), return_tensors="pt")["input_ids"][0]]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

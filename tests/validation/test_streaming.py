@@ -124,7 +124,7 @@ def test_a_base_quantized_in_training_is_streamed_from_a_dequantized_copy(tmp_pa
     sources = Source("base", base), [(Source("adapter", tmp_path / "adapter"), 1.0)]
     results = [
         validate_folder(
-            *sources, tmp_path / "merged", None, None, StoryOptions(merging, validation_memory=limit), Silent()
+            *sources, tmp_path / "merged", (), (), StoryOptions(merging, validation_memory=limit), Silent()
         )
         for limit in (10**12, 1)
     ]

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
+
 from lora_export.validation.decoder_story import DecoderStory
 from lora_export.validation.decoders import GREEDY_TOKENS
-from lora_export.validation.kinds.texts import Noted, token_lists, vocabulary
+from lora_export.validation.kinds.texts import Noted, Texts, positions, token_lists, vocabulary
 from lora_export.validation.subject import Story, Subject, generates, takes
 from lora_export.validation.text import windows
 
@@ -17,8 +19,14 @@ def matches(model: Any) -> bool:
 
 def story(subject: Subject) -> Story:
     texts = token_lists(subject, room=GREEDY_TOKENS)
-    pieces = (
-        [] if texts.note else windows(texts.tokenizer, subject.text, vocabulary(subject.model), subject.text_file)
-    )
+    pieces = [] if texts.note else _pieces(subject, texts)
     story = DecoderStory(texts.tokens, texts.tokenizer, subject.dtypes, subject.progress, subject.factor, pieces)
     return Noted(story, texts.note)
+
+
+def _pieces(subject: Subject, texts: Texts) -> list[torch.Tensor]:
+    """The running text in pieces that the model has positions for; none without a tokenizer."""
+    if texts.note:
+        return []
+    longest = positions(subject.model.config, 0)
+    return windows(texts.tokenizer, subject.text, vocabulary(subject.model), subject.text_file, longest)

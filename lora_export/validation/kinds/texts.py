@@ -30,8 +30,8 @@ class Texts:
 class NoTokenizer:
     """Stands for a tokenizer where the folder has none: a text is its token ids."""
 
-    def decode(self, ids: torch.Tensor, skip_special_tokens: bool = True) -> str:
-        return " ".join(map(str, ids.tolist()))
+    def decode(self, ids: torch.Tensor | int | Sequence[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, torch.as_tensor(ids).reshape(-1).tolist()))
 
 
 def token_lists(subject: Subject, room: int = 0) -> Texts:
@@ -39,7 +39,7 @@ def token_lists(subject: Subject, room: int = 0) -> Texts:
 
     InputError if the folder has a tokenizer that does not load, or if no prompt has two tokens.
     """
-    limit = _positions(subject.model.config, room)
+    limit = positions(subject.model.config, room)
     if any((subject.folder / name).is_file() for name in _TOKENIZERS):
         tokenizer = _tokenizer(subject.folder)
         tokens = [ids[:limit] for ids in tokenize(tokenizer, subject.prompts, vocabulary(subject.model))]
@@ -67,7 +67,7 @@ def vocabulary(model: Any) -> int:
     return int(rows)
 
 
-def _positions(config: Any, room: int) -> int:
+def positions(config: Any, room: int) -> int:
     """How many tokens a text may have. RoBERTa counts positions from its padding id on."""
     text = config.get_text_config()
     known = setting(text, "max_position_embeddings")
