@@ -93,6 +93,10 @@ def validate(
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
     if keep is None:
         result = _as_loaded(result, story, unmerged, merged, dtypes)
+    else:
+        progress.warn(
+            "the merged model is not compared as it will be loaded: it does not fit into the memory allowed"
+        )
     if not result.passed:
         result = replace(result, deviation=_deviation(unmerged, model, story, dtypes, errors, options, progress))
     if options.bases is not None:
