@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lora_export import manifest
 from lora_export.contracts import (
     MIN_SURVIVAL,
     AdapterChoice,
@@ -18,7 +19,6 @@ from lora_export.contracts import (
     CompareBases,
     ExportedPair,
     ExportResult,
-    Finding,
     MergeOptions,
     MergeResult,
     Precision,
@@ -28,16 +28,8 @@ from lora_export.contracts import (
     ValidationResult,
     Verification,
 )
-from lora_export.documents import Kind, check
 from lora_export.errors import ExportError, GateFailed, InputError
-from lora_export.files import check_space, hash_folder, output_folder, read_json, read_sealed, sha256, write_sealed
-
-MANIFEST = "manifest.json"
-_HASHES: Kind = {str: {"sha256": str, "size": int}}
-_MANIFEST: Kind = {
-    "schema_version": int, "options": {"merge": dict}, "files": _HASHES, "base": {"files": _HASHES},
-    "adapters": [{"weight": float, "files": _HASHES}],
-}  # fmt: skip
+from lora_export.files import check_space, output_folder, read_json
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ def merge_and_export(
         shutil.rmtree(work)
         story = _relocated(story, stage, output)
         _write_report(story, stage, base, adapters, options)
-        _write_manifest(stage, base, adapters, options)
+        manifest.write(stage, base, adapters, options_json(options))
         _gates(story)
     return story
 
@@ -359,60 +351,12 @@ def verify(
         raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
     folder = base.folder if base else None
-    if not ((path / MANIFEST).is_file() and (path / "merged").is_dir()):
+    if not ((path / manifest.NAME).is_file() and (path / "merged").is_dir()):
         return verify_folder(path, folder, choices, certify, progress)
     progress.stage("verify: every file of the run")
-    files, not_checked = _verify_manifest(path, folder, choices)
+    files, not_checked = manifest.verify(path, folder, choices)
     merged = verify_folder(path / "merged", folder, choices, certify, progress)
     return Verification((*files, *merged.checks), (*not_checked, *merged.not_checked))
-
-
-def _verify_manifest(
-    run: Path, base: Path | None, choices: Sequence[AdapterChoice]
-) -> tuple[list[Finding], list[str]]:
-    """The files of a run, and those of base and adapters, against its manifest; (checks, what was not checked)."""
-    try:
-        manifest = read_sealed(run / MANIFEST)
-        check(manifest, _MANIFEST, "the manifest", run / MANIFEST)
-    except InputError as error:
-        return [Finding("manifest", False, f"{error.found} ({run / MANIFEST})")], ["the files that it names"]
-    found = hash_folder(run)
-    del found[MANIFEST]
-    checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
-    checks += _same_files("run_files", manifest["files"], found)
-    certificate = run / "merged" / "lora_export_certificate.json"
-    if certificate.is_file():
-        checks += _same_options(manifest["options"]["merge"], certificate)
-    if base is not None:
-        checks += _same_files("base_files", manifest["base"]["files"], _input_hashes(base))
-    if choices and len(choices) != len(manifest["adapters"]):
-        note = f"{len(choices)} adapters were given, the manifest names {len(manifest['adapters'])}"
-        checks.append(Finding("adapter_files", False, note))
-    for choice, entry in zip(choices, manifest["adapters"], strict=False):
-        checks += _same_files("adapter_files", entry["files"], _input_hashes(choice.folder))
-    unproved = "names, tool and versions in the manifest: no bytes of the run depend on them"
-    return checks, [unproved, *([] if base and choices else ["the files of base and adapters that were not given"])]
-
-
-def _same_options(merge: Mapping[str, Any], certificate: Path) -> list[Finding]:
-    """The options that a certificate keeps as they were given, whether they mattered or not."""
-    try:
-        recorded = read_json(certificate).get("options")
-    except InputError:  # the check of the merged folder tells it
-        return []
-    kept = ("training_quantization", "dtype", "max_memory", "allow_nonfinite", "device", "certify")
-    if isinstance(recorded, dict) and all(merge.get(k) == recorded.get(k) for k in kept):
-        return []
-    return [Finding("manifest", False, "its options of the merge are not those of the certificate")]
-
-
-def _same_files(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Finding]:
-    notes = [f"{n} is missing" for n in wanted if n not in found]
-    notes += [f"{n} was added" for n in found if n not in wanted]
-    notes += [f"{n} was changed" for n in wanted if n in found and found[n] != wanted[n]]
-    return [Finding(name, False, note) for note in notes] or [
-        Finding(name, True, f"{len(found)} files have the size and SHA-256 of the manifest")
-    ]
 
 
 def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
@@ -531,24 +475,18 @@ def new_report(
         "schema_version": SCHEMA_VERSION,
         "title": f"{' + '.join(names)} on {base.folder.resolve().name}" if base and names else title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "tool_version": tool_version(),
+        "tool_version": manifest.tool_version(),
         "status": "passed",
         "options": dict(options),
         "sources": {
-            "base": _named(base) if base else None,
-            "adapters": [_named(source) | {"weight": weight} for source, weight in adapters],
+            "base": manifest.named(base) if base else None,
+            "adapters": [manifest.named(source) | {"weight": weight} for source, weight in adapters],
         },
         "merge": None,
         "validate": None,
         "export": None,
         "benchmark": None,
     }
-
-
-def _named(source: Source) -> dict[str, Any]:
-    """A folder by its last name only: a report travels, and the rest of a path is nobody's business."""
-    hub = source.commit is not None
-    return {"name": source.name if hub else source.folder.resolve().name, "commit": source.commit}
 
 
 def _relative(result: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -564,55 +502,6 @@ def options_json(options: StoryOptions) -> dict[str, Any]:
     kept.pop("force")
     kept["merge"].pop("force")
     return kept
-
-
-def _write_manifest(
-    stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], options: StoryOptions
-) -> None:
-    write_sealed(
-        stage / MANIFEST,
-        {
-            "schema_version": 1,
-            "tool": {"name": "lora-export", "version": tool_version()},
-            "versions": versions(),
-            "options": options_json(options),
-            "base": _named(base) | {"files": _input_hashes(base.folder)},
-            "adapters": [
-                _named(source) | {"weight": weight, "files": _input_hashes(source.folder)}
-                for source, weight in adapters
-            ],
-            "files": hash_folder(stage),
-        },
-    )
-
-
-def _input_hashes(folder: Path) -> dict[str, Any]:
-    paths = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.is_file())
-    return {p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in paths}
-
-
-def tool_version() -> str:
-    from importlib.metadata import version
-
-    return version("lora-export")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what the results depend on."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    names = (
-        "torch", "transformers", "peft", "bitsandbytes", "safetensors", "onnx", "onnxscript",
-        "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "optimum",
-    )  # fmt: skip
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def load_run(run: Path) -> dict[str, Any]:

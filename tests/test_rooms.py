@@ -9,7 +9,18 @@ import pytest
 import lora_export
 
 PACKAGE = Path(lora_export.__file__).parent
-TOP = {"contracts", "documents", "errors", "files", "finite", "interrupts", "progress", "runtime", "skeleton"}
+TOP = {
+    "contracts",
+    "documents",
+    "errors",
+    "files",
+    "finite",
+    "interrupts",
+    "manifest",
+    "progress",
+    "runtime",
+    "skeleton",
+}
 ROOMS = {
     "checkpoint",
     "adapters",

@@ -196,7 +196,7 @@ def cell(values: dict[str, float], unit: float, form: str) -> str:
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions and file systems, with nothing that names the machine or its user."""
     from lora_export.benchmark.environment import describe
-    from lora_export.pipeline import versions
+    from lora_export.manifest import versions
 
     code = str(Path(lora_export.__file__).parent)
     return {

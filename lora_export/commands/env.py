@@ -15,7 +15,7 @@ def env(as_json: bool, quiet: bool, verbose: bool) -> None:
 
         import psutil
 
-        from lora_export.pipeline import tool_version, versions
+        from lora_export.manifest import tool_version, versions
         from lora_export.runtime import providers_report
 
         providers = providers_report()

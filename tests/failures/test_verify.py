@@ -318,8 +318,9 @@ def test_read_errors_have_words(work: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def run(work: Path) -> Path:
     """A run folder without the stages that take long: the manifest is written as pipeline writes it."""
+    from lora_export import manifest
     from lora_export.contracts import MergeOptions, Source
-    from lora_export.pipeline import StoryOptions, _write_manifest
+    from lora_export.pipeline import StoryOptions, options_json
 
     folder = work / "run"
     folder.mkdir()
@@ -327,7 +328,7 @@ def run(work: Path) -> Path:
     (folder / "report").mkdir()
     (folder / "report" / "report.md").write_text("# fine")
     base, adapter = Source("base", work / "base"), Source("adapter", work / "adapter")
-    _write_manifest(folder, base, [(adapter, 1.0)], StoryOptions(merge=MergeOptions()))
+    manifest.write(folder, base, [(adapter, 1.0)], options_json(StoryOptions(merge=MergeOptions())))
     folder.rename(work / "out")
     return work
 

@@ -1,0 +1,117 @@
+"""manifest.json: what a run was made from and what it left, by size and SHA-256; written, and checked again."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export.contracts import AdapterChoice, Finding, Source
+from lora_export.documents import Kind, check
+from lora_export.errors import InputError
+from lora_export.files import hash_folder, read_json, read_sealed, sha256, write_sealed
+
+NAME = "manifest.json"
+_HASHES: Kind = {str: {"sha256": str, "size": int}}
+_FIELDS: Kind = {
+    "schema_version": int, "options": {"merge": dict}, "files": _HASHES, "base": {"files": _HASHES},
+    "adapters": [{"weight": float, "files": _HASHES}],
+}  # fmt: skip
+
+
+def write(stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], options: Mapping[str, Any]) -> None:
+    """Of everything in `stage`, sealed with its own digest. options: as the report keeps them."""
+    write_sealed(
+        stage / NAME,
+        {
+            "schema_version": 1,
+            "tool": {"name": "lora-export", "version": tool_version()},
+            "versions": versions(),
+            "options": dict(options),
+            "base": named(base) | {"files": _input_hashes(base.folder)},
+            "adapters": [
+                named(source) | {"weight": weight, "files": _input_hashes(source.folder)}
+                for source, weight in adapters
+            ],
+            "files": hash_folder(stage),
+        },
+    )
+
+
+def _input_hashes(folder: Path) -> dict[str, Any]:
+    paths = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.is_file())
+    return {p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in paths}
+
+
+def tool_version() -> str:
+    from importlib.metadata import version
+
+    return version("lora-export")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what the results depend on."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    names = (
+        "torch", "transformers", "peft", "bitsandbytes", "safetensors", "onnx", "onnxscript",
+        "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "optimum",
+    )  # fmt: skip
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def named(source: Source) -> dict[str, Any]:
+    """A folder by its last name only: a report travels, and the rest of a path is nobody's business."""
+    hub = source.commit is not None
+    return {"name": source.name if hub else source.folder.resolve().name, "commit": source.commit}
+
+
+def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tuple[list[Finding], list[str]]:
+    """The files of a run, and those of base and adapters, against its manifest; (checks, what was not checked)."""
+    try:
+        manifest = read_sealed(run / NAME)
+        check(manifest, _FIELDS, "the manifest", run / NAME)
+    except InputError as error:
+        return [Finding("manifest", False, f"{error.found} ({run / NAME})")], ["the files that it names"]
+    found = hash_folder(run)
+    del found[NAME]
+    checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
+    checks += _same_files("run_files", manifest["files"], found)
+    certificate = run / "merged" / "lora_export_certificate.json"
+    if certificate.is_file():
+        checks += _same_options(manifest["options"]["merge"], certificate)
+    if base is not None:
+        checks += _same_files("base_files", manifest["base"]["files"], _input_hashes(base))
+    if choices and len(choices) != len(manifest["adapters"]):
+        note = f"{len(choices)} adapters were given, the manifest names {len(manifest['adapters'])}"
+        checks.append(Finding("adapter_files", False, note))
+    for choice, entry in zip(choices, manifest["adapters"], strict=False):
+        checks += _same_files("adapter_files", entry["files"], _input_hashes(choice.folder))
+    unproved = "names, tool and versions in the manifest: no bytes of the run depend on them"
+    return checks, [unproved, *([] if base and choices else ["the files of base and adapters that were not given"])]
+
+
+def _same_options(merge: Mapping[str, Any], certificate: Path) -> list[Finding]:
+    """The options that a certificate keeps as they were given, whether they mattered or not."""
+    try:
+        recorded = read_json(certificate).get("options")
+    except InputError:  # the check of the merged folder tells it
+        return []
+    kept = ("training_quantization", "dtype", "max_memory", "allow_nonfinite", "device", "certify")
+    if isinstance(recorded, dict) and all(merge.get(k) == recorded.get(k) for k in kept):
+        return []
+    return [Finding("manifest", False, "its options of the merge are not those of the certificate")]
+
+
+def _same_files(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Finding]:
+    notes = [f"{n} is missing" for n in wanted if n not in found]
+    notes += [f"{n} was added" for n in found if n not in wanted]
+    notes += [f"{n} was changed" for n in wanted if n in found and found[n] != wanted[n]]
+    return [Finding(name, False, note) for note in notes] or [
+        Finding(name, True, f"{len(found)} files have the size and SHA-256 of the manifest")
+    ]
