@@ -184,7 +184,7 @@ def export_options(command: Command) -> Command:
 def bases_options(command: Command) -> Command:
     decorators = [
         click.option("--compare-bases", is_flag=True,
-                     help="For a QLoRA adapter: measure on the prompts what merging into the dequantized and into "
+                     help="For a QLoRA adapter: measure on the text what merging into the dequantized and into "
                      "the original base gives, and advise which to ship."),
         click.option("--requantize", type=click.Choice(["nf4", "fp4", "int8"]), default=None,
                      help="With --compare-bases: also what putting the merged weights back into this format does."),

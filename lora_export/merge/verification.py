@@ -338,19 +338,35 @@ def _comparable(document: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _differences(said: Any, found: Any, place: str = "", key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def _differences(
+    said: Any, found: Any, place: str = "", key: str = "", slack: float = 0.0
+) -> Iterator[tuple[str, Any, Any]]:
+    """slack: how much figures may differ besides, relatively."""
     if isinstance(said, dict) and isinstance(found, dict):
+        slack = _fp32_slack(found)
         for name in [*said, *(n for n in found if n not in said)]:
             inner = f"{place} {name}".strip()
-            yield from _differences(said.get(name, "nothing"), found.get(name, "nothing"), inner, name)
+            yield from _differences(said.get(name, "nothing"), found.get(name, "nothing"), inner, name, slack)
     elif isinstance(said, list) and isinstance(found, list) and len(said) == len(found):
         for at, pair in enumerate(zip(said, found, strict=True)):
-            yield from _differences(*pair, f"{place}[{at}]", key)
+            yield from _differences(*pair, f"{place}[{at}]", key, slack)
     elif isinstance(said, float) and isinstance(found, float) and key in _CLOSE:
-        if not math.isclose(said, found, rel_tol=_CLOSE[key], abs_tol=1e-9):
+        if not math.isclose(said, found, rel_tol=_CLOSE[key] + slack, abs_tol=1e-9):
             yield place, said, found
     elif type(said) is not type(found) or said != found:
         yield place, said, found
+
+
+def _fp32_slack(document: Mapping[str, Any]) -> float:
+    """What fp32 loses of a change that is small beside its weight: 2⁻²² of the weight, in units of the change.
+
+    Of a tensor's record, or of a whole certificate the largest of its tensors.
+    """
+    records = document.get("records")
+    if isinstance(records, dict):
+        return max((_fp32_slack(r) for r in records.values() if isinstance(r, dict)), default=0.0)
+    delta = document.get("relative_delta")
+    return min(0.1, 2.0**-22 / delta) if isinstance(delta, float) and delta > 0 else 0.0
 
 
 def _words(error: LoraExportError) -> str:

@@ -3,8 +3,9 @@
 This is the oracle: PEFT's unmerged forward. It shares no formula and no reader with merge/ and adapters/.
 """
 
+import contextlib
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,16 +240,13 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
     import peft
 
     names = [f"adapter{i}" for i in range(len(adapters))]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # asked for again below
+    with _load_results() as results:
         unmerged = peft.PeftModel.from_pretrained(
             model, adapters[0].folder, adapter_name=names[0], local_files_only=True
         )
-    left: list[str] = []
-    for name, choice in zip(names, adapters, strict=True):
-        # The first one is loaded a second time, because only this call tells what it did not use.
-        told = unmerged.load_adapter(choice.folder, adapter_name=name)
-        left += [*told.unexpected_keys, *told.missing_keys]
+        for name, choice in zip(names[1:], adapters[1:], strict=True):
+            unmerged.load_adapter(choice.folder, adapter_name=name)
+    left = [key for told in results for key in (*told.unexpected_keys, *told.missing_keys)]
     if len(names) > 1:
         unmerged.base_model.set_adapter(names)
     for module in unmerged.modules():
@@ -257,6 +255,32 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
             if choice.weight != 1.0 and isinstance(scaling, dict) and name in scaling:
                 scaling[name] *= choice.weight
     return _quiet(unmerged), left
+
+
+@contextlib.contextmanager
+def _load_results() -> Iterator[list[Any]]:
+    """What PEFT could not place of each adapter that is loaded inside: from_pretrained knows and does not tell.
+
+    A second load would, but AdaLoRA's, whose ranks the first one has cut, cannot be loaded twice.
+    """
+    import peft
+
+    results: list[Any] = []
+    original = peft.PeftModel.load_adapter
+
+    def load_adapter(self: Any, *arguments: Any, **more: Any) -> Any:
+        results.append(original(self, *arguments, **more))
+        return results[-1]
+
+    peft.PeftModel.load_adapter = load_adapter
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Found missing adapter keys"
+            )  # they are refused by the caller
+            yield results
+    finally:
+        peft.PeftModel.load_adapter = original
 
 
 def load_merged(

@@ -377,3 +377,18 @@ def test_an_edited_manifest(run: Path) -> None:
     write_sealed(path, document)
     code, found = verify(run)
     assert code == 3 and "options of the merge" in failed(found)["manifest"][0]
+
+
+def test_a_small_change_is_known_to_what_fp32_keeps_of_it(made: Path, tmp_path: Path) -> None:
+    """Blocks of other heights sum in another order; the survival of a change of 1e-4 of the weight then differs."""
+    work = tmp_path / "work"
+    shutil.copytree(made / "base", work / "base")
+    save_adapter(work / "adapter", work / "base", lora(), scale=0.005)
+    assert invoke(*merge_words(work)).exit_code == 0
+    said = record(json.loads((work / "out" / CERTIFICATE).read_text()), Q0)
+    slack = 2.0**-22 / said["relative_delta"]
+    assert 1e-4 < slack < 0.05
+    for factor, code in ((1 + slack / 2, 0), (1 + 1e-3 + 2 * slack, 3)):
+        survival = said["survival"] * factor
+        forge(work, lambda d, survival=survival: record(d, Q0).update(survival=survival))  # type: ignore[misc]
+        assert verify(work)[0] == code

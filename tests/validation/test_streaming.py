@@ -23,7 +23,7 @@ ADAPTERS = {
     "dora": "llama", "lora tokens": "llama tied", "lora head saved": "bert", "lora experts": "mixtral",
     "lora embedding": "llama tied", "lora bias all": "bert", "boft": "llama", "ia3": "bert",
     "lora norm saved": "vit", "lora convolution": "resnet", "oft": "llama", "vera": "roberta", "loha": "t5",
-    "lora replication": "llama",
+    "lora replication": "llama", "adalora pruned": "llama", "lokr": "llama",
 }  # fmt: skip
 
 
