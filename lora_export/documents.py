@@ -1,7 +1,7 @@
 """JSON that came from elsewhere, checked once at the door: nothing behind it asks again what kind a value is of."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,17 @@ def check_texts(document: Any, where: str | Path) -> None:
 def is_text(value: str) -> bool:
     r"""Whether it can be written as UTF-8: JSON can spell half a character ("\ud800"), which no file can hold."""
     return not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with null for NaN and infinity, which JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
 
 
 Misfit = tuple[str, str, Kind]  # place, what is wrong there, the kind it should be of

@@ -26,7 +26,13 @@ class Talk:
 
     def result(self, document: dict[str, Any], words: str) -> None:
         self._said.append(True)
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False) if self.as_json else words)
+        click.echo(_json(document) if self.as_json else words)
+
+
+def _json(document: dict[str, Any]) -> str:
+    from lora_export.documents import finite
+
+    return json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 @contextlib.contextmanager
@@ -70,7 +76,7 @@ def talking(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Talk]:
 def _fail(talk: Talk, document: dict[str, Any], words: str, code: int) -> None:
     click.echo(f"error: {words}", err=True)
     if talk.as_json and not talk._said:
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        click.echo(_json(document))
     sys.exit(code)
 
 

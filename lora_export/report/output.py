@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_export.documents import finite
 from lora_export.files import write_json
 from lora_export.report.compare import compare
 from lora_export.report.markdown import markdown
@@ -14,7 +15,6 @@ from lora_export.report.schema import (
     REPORT,
     SAMPLES,
     check,
-    finite,
     load,
     load_samples,
 )

@@ -1,6 +1,5 @@
 """report.json: what it must hold, read back with distrust."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,14 +93,3 @@ def check(report: Mapping[str, Any], where: Path) -> None:
     documents.check(report, _REPORT, "the report", where)
     if report["status"] not in ("passed", "failed"):
         raise InputError(f"status is {report['status']!r}", where=where, expected="passed or failed")
-
-
-def finite(value: Any) -> Any:
-    """The same JSON value with null for NaN and infinity, which JSON does not know."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(k): finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return value

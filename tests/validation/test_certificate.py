@@ -1,5 +1,6 @@
 """What a decoder's certificate says: its figures against figures computed here, and what moves its thresholds."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -240,6 +241,19 @@ def test_tolerance_and_text_on_the_command_line(folders: Folders, merged: Merged
     assert done.exit_code == 0, done.output
     assert "6.5 × the noise floor" in done.stdout
     assert "perplexity unmerged" in done.stdout and "on 89 tokens" in done.stdout
+
+
+def test_outputs_that_are_no_numbers_are_valid_json(folders: Folders, merged: Merged) -> None:
+    """A NaN passes no check, and JSON has no word for it."""
+    base, adapter = folders("float32")
+    folder = merged("float32")
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][0] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    done = invoke("validate", "-b", base, "-a", adapter, "-m", folder, "--json")
+    assert done.exit_code == 3, done.output
+    document = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert not document["passed"] and document["weight_errors"][0] == "model.norm.weight"
 
 
 @pytest.mark.parametrize("factor", ["0.5", "-1", "nan", "inf", "many"])
