@@ -71,8 +71,9 @@ class Forked:
 
 
 def _run(log: Path, arguments: list[str], before: Callable[[], object] | None) -> None:
-    # A shell that runs the tests in the background has them ignore it.
+    # A shell that runs the tests in the background has them ignore it, and nohup the other.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
