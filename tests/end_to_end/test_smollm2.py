@@ -77,7 +77,7 @@ def test_companions_arrive(story: tuple[str, Path, Any], smollm2: Path) -> None:
 def test_lower_precisions_end_with_honest_figures(
     smollm2: Path, run: Run, tmp_path: Path, precision: str, least: float
 ) -> None:
-    """int4 loses half of this adapter's effect on the built-in text, which the default gate does not let through."""
+    """int4 loses half of this adapter's effect on the built-in text: the default gate does not let it through."""
     adapter = ADAPTERS / "lora-speeches"
     words = ["--precision", precision, "--min-survival", least, "--provider", "cpu", "--max-seconds", 20]
     code, document, talk = run("merge-and-export", "-b", smollm2, "-a", adapter, "-o", tmp_path / "out", *words)
