@@ -11,6 +11,7 @@ from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorIn
 from lora_export.documents import Kind, check
 from lora_export.errors import InputError, LoraExportError
 from lora_export.files import read_json
+from lora_export.manifest import NAME as MANIFEST
 from lora_export.quantization import describe
 from lora_export.report.schema import load as report_of
 
@@ -30,7 +31,7 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         raise InputError("there is no such folder", where=folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, base)
-    if (folder / "manifest.json").is_file() and (folder / "merged").is_dir():
+    if (folder / MANIFEST).is_file() and (folder / "merged").is_dir():
         return _run(folder)
     if (folder / "model.onnx").is_file():
         return _onnx(folder)
@@ -182,7 +183,7 @@ def _onnx(folder: Path) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     manifest, report = read_json(path), report_of(folder / "report")
     check(manifest, _MANIFEST, "the manifest", path)
     benchmark = report["benchmark"] or {}

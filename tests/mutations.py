@@ -153,8 +153,8 @@ MUTATIONS = (
         f"{CERTIFICATE}::test_figures_of_a_comparison",
     ),
     Mutation(
-        "perplexity predicts the token that it has seen", "validation/text.py",
-        "said.gather(-1, ids[1:, None])", "said.gather(-1, ids[:-1, None])",
+        "perplexity predicts the token that it has seen", "validation/effect.py",
+        "-p[:-1].gather(-1, ids[1:, None])", "-p[:-1].gather(-1, ids[:-1, None])",
         f"{CERTIFICATE}::test_perplexities_and_as_loaded_checks",
     ),
     Mutation(

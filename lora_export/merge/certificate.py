@@ -6,7 +6,6 @@ file of the folder: SHA-256 and size, of a shard that of its header alone, for i
 """
 
 import hashlib
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from typing import Any
 
 from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
+from lora_export.documents import finite
 from lora_export.files import sha256
 from lora_export.merge.plan import MergePlan
 
@@ -38,7 +38,7 @@ def certificate_of(
     `describe_files`."""
     used = sum(a.tensor_count for a in plan.adapters)
     inputs = sorted({t.file for t in plan.base.tensors.values()})
-    return {
+    found = {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "lora-export", "version": version("lora-export")},
         "versions": {"python": platform.python_version(), "torch": version("torch")},
@@ -57,16 +57,14 @@ def certificate_of(
         ],
         "tensors": plan.counts,
         "adapter_tensors": {"used": used, "total": used},
-        "delta_survival": _number(survival),
+        "delta_survival": survival,
         "base_checks": [asdict(c) for c in checks],
         "files": files,
         "unchecked": dict(sorted(unchecked.items())),
-        "records": [
-            {k: _number(v) if isinstance(v, float) else v for k, v in asdict(r).items()}
-            | {"shape": list(r.shape), "kinds": list(r.kinds)}
-            for r in records
-        ],
+        "records": [asdict(r) for r in records],
     }
+    document: dict[str, Any] = finite(found)  # --allow-nonfinite may lead to figures that are no numbers
+    return document
 
 
 def effective_options(plan: MergePlan) -> dict[str, Any]:
@@ -113,11 +111,6 @@ def describe_shards(plan: MergePlan) -> Files:
 def adapter_hashes(folder: Path, used: set[Path]) -> dict[str, str]:
     """SHA-256 of an adapter's files: those that its tensors are in, and whatever is called adapter_…."""
     return {p.name: sha256(p) for p in sorted({*folder.glob("adapter_*"), *used}) if p.is_file()}
-
-
-def _number(value: float | None) -> float | None:
-    """JSON knows neither NaN nor infinity, which --allow-nonfinite may lead to."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _name(base_model: object) -> str | None:

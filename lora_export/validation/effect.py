@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lora_export.contracts import AdapterSurvival, Perplexity
+from lora_export.validation.thresholds import LARGEST_NLL
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # ids (length,) → logits (length, vocabulary)
-LARGEST = 700.0  # exp of more is no float, and JSON has no infinity
 NO_EFFECT = 1e-8  # nats of symmetric KL a position, which two fp32 forwards of one model may show
 
 
@@ -60,7 +60,7 @@ def perplexity(name: str, logits_of: LogitsOf, windows: Sequence[torch.Tensor]) 
 
 
 def as_perplexity(name: str, surprise: float, tokens: int) -> Perplexity:
-    return Perplexity(name, math.exp(min(surprise / tokens, LARGEST)), tokens)
+    return Perplexity(name, math.exp(min(surprise / tokens, LARGEST_NLL)), tokens)
 
 
 def predicted(windows: Sequence[torch.Tensor]) -> int:

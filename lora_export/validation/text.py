@@ -1,6 +1,5 @@
 """Perplexity on a running text: the one figure of a language model that everybody knows."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import torch
 
 from lora_export.contracts import Perplexity
 from lora_export.errors import InputError
+from lora_export.validation.effect import as_perplexity, predicted, surprise
 from lora_export.validation.prompts import MAX_TOKENS
-from lora_export.validation.thresholds import LARGEST_NLL
 
 # Lincoln 1863, Darwin 1859, Austen 1813: long in the public domain, and of three registers.
 BUILT_IN = Path(__file__).parent / "texts" / "public_domain.txt"
@@ -56,9 +55,5 @@ def perplexity(
     name: str, logits: Callable[[torch.Tensor], torch.Tensor], pieces: Sequence[torch.Tensor]
 ) -> Perplexity:
     """exp of the mean negative log-likelihood, in float64. logits(ids): (length, vocabulary) of (length,) ids."""
-    total, count = 0.0, 0
-    for ids in pieces:
-        said = torch.log_softmax(logits(ids)[:-1].double(), -1)
-        total -= float(said.gather(-1, ids[1:, None]).sum())
-        count += len(ids) - 1
-    return Perplexity(name, math.exp(min(total / count, LARGEST_NLL)), count)
+    total = sum(surprise(torch.log_softmax(logits(ids).double(), -1), ids) for ids in pieces)
+    return as_perplexity(name, total, predicted(pieces))
