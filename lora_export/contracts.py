@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 BaseWeights = Literal["dequantized", "original"]
 ExpertPacking = Literal["auto", "rank", "expert"]
 ExpertLayout = Literal["auto", "out-in", "in-out"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "nf4"]
 Requantization = Literal["nf4", "fp4", "int8"]
-ModelKind = Literal["decoder", "encoder"]
+ModelKind = Literal["decoder", "encoder", "seq2seq"]  # encoder: whatever does not generate
+Optimize = Literal["none", "basic", "full"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 Verdict = Literal["equivalent", "slower", "inconclusive"]
 Phase = Literal["prefill", "decode"]
@@ -377,7 +378,10 @@ class ValidationResult:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported folder. `files` maps a file name to its size in bytes; `nodes` counts the graph's nodes."""
+    """An exported folder. `files` maps a file name to its size in bytes; `nodes` counts the nodes of all graphs.
+
+    task: Optimum's name of it; graphs: file names of the graphs, the encoder's first where there are several.
+    """
 
     output: Path
     engine: str
@@ -386,10 +390,13 @@ class ExportResult:
     seconds: float
     files: Mapping[str, int]
     kind: ModelKind = "decoder"
+    task: str = "text-generation"
+    graphs: tuple[str, ...] = ("model.onnx",)
 
     @property
     def model(self) -> Path:
-        return self.output / "model.onnx"
+        """The graph that reads the input: the only one, or the encoder's."""
+        return self.output / self.graphs[0]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -400,6 +407,8 @@ class ExportResult:
             "seconds": round(self.seconds, 3),
             "files": dict(self.files),
             "kind": self.kind,
+            "task": self.task,
+            "graphs": list(self.graphs),
         }
 
 

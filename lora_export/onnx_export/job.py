@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_export.contracts import ModelKind, Precision, Progress
+from lora_export.contracts import ModelKind, Optimize, Precision, Progress
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,20 @@ class Job:
     provider: str
     adapter: Path | None
     progress: Progress
+    optimize: Optimize = "full"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What an engine left in the folder of a job. task: Optimum's name; graphs: file names, an encoder's first.
+
+    described: whether weights-map.json is there and the data files wait for writing.fill.
+    """
+
+    kind: ModelKind
+    task: str
+    graphs: tuple[str, ...]
+    described: bool
 
 
 class Engine(Protocol):
@@ -31,13 +45,10 @@ class Engine(Protocol):
     def name(self) -> str: ...
 
     @property
-    def kind(self) -> ModelKind: ...
-
-    @property
     def architectures(self) -> frozenset[str]: ...
 
     def check(self, job: Job) -> None: ...
 
     def check_precision(self, precision: Precision, provider: str) -> None: ...
 
-    def run(self, job: Job) -> None: ...
+    def run(self, job: Job) -> Made: ...

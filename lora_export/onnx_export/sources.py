@@ -1,0 +1,108 @@
+"""A transformers model without its weights, and the checkpoint tensor behind each of its parameters.
+
+transformers renames and fuses tensors while it loads. Asked to place a model on the disk, it tells where each
+parameter lies: in a checkpoint's file under some name, or, where it had to compute it, in a file of its own.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+SMALL = 2**14  # elements; such parameters are read: exporters look at them (a bias of zeros, a scale)
+
+
+@dataclass(frozen=True)
+class Described:
+    """model: transformers' own, large parameters on the meta device, small ones and buffers read in fp32.
+
+    tensors: name of each parameter that is exactly one tensor of the checkpoint → the tensor's name there, for
+    every name of tied parameters; computed: names of the others, whose values were read.
+    """
+
+    model: "torch.nn.Module"
+    tensors: Mapping[str, str]
+    computed: frozenset[str]
+
+
+def load_described(cls: Any, folder: Path, **options: Any) -> Described:
+    """`cls.from_pretrained(folder, **options)` in evaluation mode, without reading what is large."""
+    import torch
+
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, _without_dispatch() as places:
+        model = cls.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            device_map={"": "disk"},
+            offload_folder=scratch,
+            local_files_only=True,
+            use_safetensors=True,
+            **options,
+        ).eval()
+        tensors, computed = _fill(model, places, Path(scratch))
+    return Described(model, tensors, computed)
+
+
+@contextlib.contextmanager
+def _without_dispatch() -> Iterator[dict[str, Any]]:
+    """Keep the places that transformers hands to accelerate, whose hooks would load each layer as it runs."""
+    from transformers import modeling_utils
+
+    places: dict[str, Any] = {}
+    original = modeling_utils.accelerate_dispatch
+
+    def keep(model: Any, quantizer: Any, device_map: Any, folder: Any, index: Any, buffers: Any) -> None:
+        places.update(index)
+
+    modeling_utils.accelerate_dispatch = keep
+    try:
+        yield places
+    finally:
+        modeling_utils.accelerate_dispatch = original
+
+
+def _fill(model: Any, places: Mapping[str, Any], scratch: Path) -> tuple[dict[str, str], frozenset[str]]:
+    import torch
+    from safetensors import safe_open
+
+    tensors: dict[str, str] = {}
+    computed: set[str] = set()
+    made: dict[tuple[str, str], torch.nn.Parameter] = {}
+
+    def read(file: str, key: str) -> torch.Tensor:
+        with safe_open(file, framework="pt") as opened:
+            # a copy: the file of what was computed goes, and memory mapped from files counts as memory
+            return opened.get_tensor(key).to(torch.float32, copy=True)  # type: ignore[no-any-return]
+
+    for prefix, module in model.named_modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            place = places.get(name)
+            if place is None:
+                computed.add(name)
+                continue
+            file, key = place["safetensors_file"], place["weight_name"]
+            own = Path(file).is_relative_to(scratch)
+            if own:
+                computed.add(name)
+            else:
+                tensors[name] = key
+            if not parameter.is_meta:
+                continue
+            if (file, key) not in made:  # tied weights lie in one place, and stay one parameter
+                value = read(file, key) if own or parameter.numel() <= SMALL else parameter.data
+                made[file, key] = torch.nn.Parameter(value.reshape(parameter.shape), requires_grad=False)
+            module._parameters[leaf] = made[file, key]
+        for leaf, buffer in list(module._buffers.items()):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if buffer is not None and buffer.is_meta:
+                place = places[name]
+                module._buffers[leaf] = read(place["safetensors_file"], place["weight_name"]).to(buffer.dtype)
+    return tensors, frozenset(computed)
