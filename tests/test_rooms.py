@@ -20,6 +20,7 @@ TOP = {
     "progress",
     "runtime",
     "skeleton",
+    "workers",
 }
 ROOMS = {
     "checkpoint",

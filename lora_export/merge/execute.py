@@ -5,46 +5,24 @@ stay within the memory limit together.
 """
 
 import contextlib
-import ctypes
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_export.contracts import Progress, TensorInfo, TensorRecord
 from lora_export.errors import CheckpointError, InputError
-from lora_export.files import copy_range, start_writing_back, write_at
+from lora_export.files import copy_range, start_writing_back
 from lora_export.merge.exact import Errors, ExactTensor, memory, runs_of, too_large
-from lora_export.merge.hashing import TensorHash, hash_parts, hash_range
+from lora_export.checkpoint.hashing import TensorHash, hash_parts, hash_range
 from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.survival import Survival
 from lora_export.merge.work import Certified, TensorWork, record
+from lora_export.workers import BLOCK, Budget, OpenFile, cores, reuse_memory, share_out
 
-BLOCK = 2**22  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
 PIECE = 2**24  # bytes that are copied by a thread before it takes something else
 STRETCH = 2**20  # bytes that are copied, and then hashed
-PATIENCE = 0.1  # seconds between two looks at the threads, and so what Ctrl-C may have to wait
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-@dataclass(frozen=True)
-class OpenFile:
-    """turn: writes to one file take turns in the kernel, which has a core wait for it; here the thread sleeps."""
-
-    path: Path
-    fd: int
-    turn: threading.Lock = field(default_factory=threading.Lock)
-
-    def write(self, data: bytes | memoryview, at: int) -> None:
-        try:
-            with self.turn:
-                write_at(self.fd, data, at)
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
-        start_writing_back(self.fd, at, len(data))
 
 
 @dataclass(frozen=True)
@@ -109,26 +87,6 @@ class Block:
         return len(data)
 
 
-class Budget:
-    """Bytes that may be in use together; whoever would exceed them waits for others to finish."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._used = limit, 0
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def holding(self, cost: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._used == 0 or self._used + cost <= self._limit)
-            self._used += cost
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._used -= cost
-                self._changed.notify_all()
-
-
 @dataclass
 class Execution:
     """Writes the shards of a plan into a folder and keeps the record of every tensor.
@@ -141,14 +99,13 @@ class Execution:
     folder: Path
     progress: Progress
     certified: bool = True
-    workers: int = field(default_factory=lambda: _cores())
+    workers: int = field(default_factory=cores)
     unchecked: dict[str, str] = field(default_factory=dict)
     _records: dict[str, TensorRecord] = field(default_factory=dict)
     _survival: dict[str, Survival] = field(default_factory=dict)
     _outputs: dict[str, TensorInfo] = field(default_factory=dict)
     _taking: threading.Lock = field(default_factory=threading.Lock)
     _keeping: threading.Lock = field(default_factory=threading.Lock)
-    _stopped: threading.Event = field(default_factory=threading.Event)
     _written: int = 0
 
     def run(self) -> None:
@@ -174,32 +131,27 @@ class Execution:
 
     def _share_out(self, jobs: Iterator[Copy | Block]) -> None:
         budget = Budget(self.plan.options.max_memory)
-        with ThreadPoolExecutor(self.workers, "merge") as pool:
-            running = {pool.submit(self._take, jobs, budget) for _ in range(self.workers)}
-            try:
-                while running:
-                    done, running = wait(running, PATIENCE, FIRST_EXCEPTION)
-                    self.progress.advance(self._written, self.plan.nbytes)
-                    for finished in done:
-                        finished.result()
-            finally:
-                self._stopped.set()
 
-    def _take(self, jobs: Iterator[Copy | Block], budget: Budget) -> None:
-        while not self._stopped.is_set():
-            with self._taking:
-                job = next(jobs, None)
-            if job is None:
-                return
-            with budget.holding(job.cost):
-                written = job.run()
-            if isinstance(job, Block):
-                if job.work.finished():
-                    self._complete(job.work, budget)
-            else:
-                self._copied(job.pieces)
-            with self._taking:
-                self._written += written
+        def look() -> None:
+            self.progress.advance(self._written, self.plan.nbytes)
+
+        share_out(lambda: self._take(jobs, budget), self.workers, look)
+
+    def _take(self, jobs: Iterator[Copy | Block], budget: Budget) -> bool:
+        with self._taking:
+            job = next(jobs, None)
+        if job is None:
+            return False
+        with budget.holding(job.cost):
+            written = job.run()
+        if isinstance(job, Block):
+            if job.work.finished():
+                self._complete(job.work, budget)
+        else:
+            self._copied(job.pieces)
+        with self._taking:
+            self._written += written
+        return True
 
     def _copied(self, pieces: Pieces) -> None:
         with self._keeping:
@@ -338,19 +290,6 @@ def _row(tensor: PlannedTensor) -> int:
     return size
 
 
-def _cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _reuse_memory() -> None:
-    """Have glibc keep what is freed: a block that went back to the system costs its page faults anew."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 8 * BLOCK)
-        mallopt(_M_TRIM_THRESHOLD, 64 * BLOCK)
-
-
 @contextlib.contextmanager
 def _one_thread_each(computing: bool) -> Iterator[None]:
     """The threads share out blocks; within a block, torch would only get in their way."""
@@ -359,7 +298,7 @@ def _one_thread_each(computing: bool) -> Iterator[None]:
         return
     import torch
 
-    _reuse_memory()
+    reuse_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

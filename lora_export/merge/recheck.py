@@ -16,7 +16,7 @@ from lora_export.merge.exact import (
     runs_of,
     too_large,
 )
-from lora_export.merge.hashing import hash_parts, hash_tensor
+from lora_export.checkpoint.hashing import hash_parts, hash_tensor
 from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.survival import Survival, stride
 from lora_export.merge.work import Certified, record, saturated

@@ -39,7 +39,7 @@ from lora_export.merge.certificate import (
     describe_files,
     describe_shards,
 )
-from lora_export.merge.hashing import hash_tensor
+from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.merge.plan import MergePlan
 from lora_export.merge.recheck import Recheck, place
 from lora_export.merge.right_base import base_checks

@@ -9,7 +9,7 @@ from lora_export.contracts import TensorRecord, TensorSource, Update
 from lora_export.errors import CheckpointError
 from lora_export.finite import all_below
 from lora_export.merge.exact import Errors, base_rows, load_updates, rebuilt
-from lora_export.merge.hashing import TensorHash
+from lora_export.checkpoint.hashing import TensorHash
 from lora_export.merge.plan import FLOATS, PlannedTensor
 from lora_export.merge.survival import Survival, sampled
 

@@ -1,7 +1,12 @@
-"""Run by genai.py as a process: onnxruntime-genai's model builder on one request, given as JSON on stdin."""
+"""Run by genai.py as a process: onnxruntime-genai's model builder on one request, given as JSON on stdin.
+
+The builder puts numbers into its graph; here it gets parameters that say where their numbers lie, and the graph goes
+out with a map of them. An unmerged graph (`adapter`) is the builder's own work, numbers and all.
+"""
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -12,12 +17,16 @@ def main() -> None:
     precision, provider = request["precision"], request["provider"]
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
+    _own_commit(builder.Model)
+    described = _Described(builder.Model) if request["described"] else None
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
     # The builder's fp16 graph for the CPU does without GroupQueryAttention (six times the nodes) and fails
     # on a second token; ONNX Runtime's CPU provider runs the one for CUDA.
     target = "cuda" if precision == "fp16" else provider
     common = ("", request["model"], request["output"], precision, target, request["cache"])
     builder.create_model(*common, **builder.parse_extra_options(*common, options))
+    if described is not None:
+        described.save(Path(request["output"]))
 
 
 def _options(request: dict[str, Any]) -> list[str]:
@@ -36,6 +45,85 @@ def _avoid_packed_attention(model: Any) -> None:
     has none there.
     """
     model.is_packed_attn_supported = lambda self: False
+
+
+# --- weights that are described ----------------------------------------------------------------------------
+
+
+class _Described:
+    """Has the builder take described parameters, and keeps its graphs until `save` writes them with their map."""
+
+    def __init__(self, builder: Any) -> None:
+        self._recipes: dict[int, dict[str, Any]] = {}  # by the builder of a graph: Whisper has two
+        self._builders: list[Any] = []
+        self._make_initializer = builder.make_initializer
+        builder.load_weights = lambda of, folder: self._load(Path(folder))
+        builder.make_initializer = lambda of, tensor, /, name, **how: self._make(of, tensor, name, **how)
+        builder.save_model = lambda of, folder: self._builders.append(of)
+
+    @staticmethod
+    def _load(folder: Path) -> Any:
+        import transformers
+
+        from lora_export.onnx_export.described import describe
+        from lora_export.onnx_export.sources import load_described
+
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = load_described(getattr(transformers, config.architectures[0]), folder)
+        describe(model)
+        return model.model
+
+    def _make(self, builder: Any, tensor: Any, name: str, *, to: Any = None, raw: bool = False) -> None:
+        from lora_export.onnx_export.described import DescribedTensor, recipe_of
+
+        if isinstance(tensor, DescribedTensor):
+            self._recipes.setdefault(id(builder), {})[name] = recipe_of(tensor, name)
+            tensor, to = _placeholder(tensor, name, to), None
+        self._make_initializer(builder, tensor, name, to=to, raw=raw)
+
+    def save(self, folder: Path) -> None:
+        import onnx_ir as ir
+
+        from lora_export.onnx_export import graph_files
+
+        graphs, weights, constants, data_files = {}, [], {}, {}
+        for builder in self._builders:
+            file, recipes = builder.filename, self._recipes[id(builder)]
+            data_files[file] = f"{file}.data"
+            builder.model.graph.sort()
+            builder.stamp_build_metadata(builder.model)
+            for name, value in builder.model.graph.initializers.items():
+                tensor = value.const_value
+                if name in recipes or tensor.nbytes >= graph_files.INLINE:
+                    weights.append(_weight(tensor, name, data_files[file], recipes.get(name)))
+                if name not in recipes:
+                    constants[data_files[file], name] = tensor.numpy()
+            graphs[file] = ir.to_proto(builder.model)
+        graph_files.save(folder, graphs, weights, constants, data_files)
+
+
+def _weight(tensor: Any, name: str, file: str, recipe: Any) -> Any:
+    from lora_export.onnx_export.weights_map import Recipe, Weight
+
+    dtype = str(tensor.dtype.name).lower()
+    plain = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+    return Weight(name, file, plain, tuple(tensor.shape.numpy()), recipe or Recipe())
+
+
+def _own_commit(builder: Any) -> None:
+    """The builder asks git in the folder that it lies in, which may be a repository of somebody else's."""
+    import onnxruntime_genai
+
+    builder.get_genai_commit = classmethod(lambda cls: getattr(onnxruntime_genai, "__commit__", None))
+
+
+def _placeholder(tensor: Any, name: str, to: Any) -> Any:
+    """A tensor that is only a type and a shape."""
+    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import from_torch_dtype
+
+    dtype = to or from_torch_dtype(tensor.dtype)
+    return ir.ExternalTensor("", 0, 0, dtype, shape=ir.Shape(tensor.shape), name=name)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,14 @@ def save(
     folder: Path,
     graphs: "Mapping[str, onnx.ModelProto]",
     weights: Sequence[Weight],
-    constants: "Mapping[str, np.ndarray[Any, Any]]",
+    constants: "Mapping[tuple[str, str], np.ndarray[Any, Any]]",
     data_files: Mapping[str, str],
-    settings: Mapping[str, Any],
 ) -> None:
     """Write graphs (file name → model) and weights-map.json, and data files that hold the constants alone.
 
     An initializer becomes external where a weight of its name belongs to the data file of its graph (data_files:
     graph → data file); graphs that share a data file share the weights in it. constants: values of the weights
-    without a recipe, by name. What a recipe makes is left as a hole, for writing.fill.
+    without a recipe, by data file and name. What a recipe makes is left as a hole, for writing.fill.
     """
     laid = placed(weights)
     by_place = {(w.file, w.name): w for w in laid}
@@ -41,10 +40,10 @@ def save(
         with (folder / file).open("xb") as out:
             out.truncate(size)
             for weight in laid:
-                if weight.file == file and weight.name in constants and not weight.recipe.pieces:
+                if weight.file == file and not weight.recipe.pieces:
                     out.seek(weight.offset)
-                    out.write(_bytes(weight, constants[weight.name]))
-    weights_map.write(folder, WeightsMap(laid, settings=settings))
+                    out.write(_bytes(weight, constants[file, weight.name]))
+    weights_map.write(folder, WeightsMap(laid))
 
 
 def _bytes(weight: Weight, value: "np.ndarray[Any, Any]") -> bytes:

@@ -89,12 +89,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class WeightsMap:
-    """weights: in the order of the files; unused: checkpoint tensors that no weight is made of → hash of their bytes
-    (hashing as in the certificate): what a graph leaves out, such as a bias of zeros, must not change."""
+    """weights: in the order of the files; hashes: of the bytes of every tensor of the checkpoint that was exported,
+    as the certificate has them. Those that no weight is made of count too: what a graph leaves out, such as a bias
+    of zeros, must be the same in the next checkpoint."""
 
     weights: tuple[Weight, ...]
-    unused: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -123,7 +123,7 @@ def placed(weights: Iterable[Weight]) -> tuple[Weight, ...]:
 
 # --- the file ----------------------------------------------------------------------------------------------
 
-_FILE: Kind = {"schema_version": int, "settings": dict, "unused": dict, "weights": [dict]}
+_FILE: Kind = {"schema_version": int, "hashes": {str: str}, "weights": [dict]}
 _WEIGHT: Kind = {"name": str, "file": str, "dtype": str, "shape": [int], "offset": int, "made_of": [dict]}
 _PIECE: Kind = {"tensor": str, "rows": [int]}
 _QUANTIZED: Kind = {
@@ -135,8 +135,7 @@ def write(folder: Path, found: WeightsMap) -> None:
     """Write weights-map.json into the folder of an export."""
     document = {
         "schema_version": SCHEMA_VERSION,
-        "settings": dict(found.settings),
-        "unused": dict(found.unused),
+        "hashes": dict(found.hashes),
         "weights": [_as_json(w) for w in found.weights],
     }
     files.write_json(folder / NAME, document)
@@ -173,7 +172,7 @@ def read(folder: Path) -> WeightsMap:
         raise _odd(path, f"schema_version {document['schema_version']}", str(SCHEMA_VERSION))
     weights = tuple(_weight(entry, path) for entry in document["weights"])
     _refuse_overlaps(weights, path)
-    return WeightsMap(weights, document["unused"], document["settings"])
+    return WeightsMap(weights, document["hashes"])
 
 
 def _weight(entry: dict[str, Any], path: Path) -> Weight:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lora_export import workers
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import InputError, RuntimeUnavailable
 from lora_export.merge import execute, merge, peak_rss, plan, work
@@ -89,7 +90,7 @@ def test_memory_for_less_than_a_row_is_refused_before_the_first_byte(
 
 
 def test_the_budget_holds_whatever_the_threads_do() -> None:
-    budget, used, most = execute.Budget(10), 0, 0
+    budget, used, most = workers.Budget(10), 0, 0
     lock = threading.Lock()
 
     def take(cost: int) -> None:
@@ -121,7 +122,7 @@ def test_an_error_in_one_thread_ends_the_others(
         calls += 1
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(execute, "write_at", fail)
+    monkeypatch.setattr(workers, "write_at", fail)
     with pytest.raises(OSError, match="Input/output error"):
         merge(*inputs, tmp_path / "out", MergeOptions(max_memory=2**20))
     assert calls <= 4

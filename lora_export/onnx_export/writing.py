@@ -1,0 +1,258 @@
+"""The data files of an export, filled from a checkpoint as weights-map.json says: in blocks, on all cores.
+
+No weight is in memory as a whole, unless a quantizer needs it so, and torch is not needed at all. A first export and
+the next adapter of the same graph go the same way: `fill` with and without an earlier export to copy from.
+"""
+
+import contextlib
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_export.contracts import Progress
+from lora_export.errors import CheckpointError, ExportError
+from lora_export.files import copy_range
+from lora_export.onnx_export.weights_map import Piece, Recipe, Weight, WeightsMap
+from lora_export.onnx_export.weight_source import WeightSource
+from lora_export.workers import BLOCK, OpenFile, cores, reuse_memory, share_out
+
+if TYPE_CHECKING:
+    from lora_export.onnx_export.casting import Array
+
+TILE = 2**24  # bytes in fp32 that are turned at a time; a taller tensor is written in narrower strips
+STRIP = 2**18  # bytes of rows that are turned in one go, so that they stay in the processor's cache
+COPY = 2**24  # bytes that a thread copies before it takes something else
+
+
+@dataclass
+class Writing:
+    """folder: holds the data files, or gets them; earlier: an export with the same graphs, of which constants are
+    taken, and every weight whose tensors have the hash that they had then."""
+
+    folder: Path
+    found: WeightsMap
+    source: WeightSource
+    progress: Progress
+    earlier: Path | None = None
+    unchanged: frozenset[str] = frozenset()
+    workers: int = field(default_factory=cores)
+    _taking: threading.Lock = field(default_factory=threading.Lock)
+    _written: int = 0
+
+    def run(self) -> None:
+        """Write every byte that a recipe or an earlier export gives. ExportError, CheckpointError, OSError."""
+        check_sources(self.found, self.source)
+        reuse_memory()
+        total = sum(w.nbytes for w in self.found.weights)
+        with contextlib.ExitStack() as opened:
+            jobs = self._jobs(opened)
+
+            def take() -> bool:
+                with self._taking:
+                    job = next(jobs, None)
+                if job is None:
+                    return False
+                written = job.run()
+                with self._taking:
+                    self._written += written
+                return True
+
+            share_out(take, self.workers, lambda: self.progress.advance(self._written, total))
+
+    def _jobs(self, opened: contextlib.ExitStack) -> Iterator["Job"]:
+        files: dict[Path, OpenFile] = {}
+
+        def file(path: Path, flags: int) -> OpenFile:
+            if path not in files:
+                files[path] = OpenFile(path, os.open(path, flags | os.O_NOFOLLOW, 0o666))
+                opened.callback(os.close, files[path].fd)
+            return files[path]
+
+        sizes, quantized = self.found.sizes, defaultdict(list)
+        for name, size in sizes.items():
+            out = file(self.folder / name, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if self.earlier else 0))
+            os.truncate(out.fd, size)
+        for weight in self.found.weights:
+            out = file(self.folder / weight.file, os.O_WRONLY)
+            if self.earlier is not None and self._kept(weight):
+                old = file(self.earlier / weight.file, os.O_RDONLY)
+                yield from _copies(old, weight.offset, weight.nbytes, out, weight.offset)
+            elif weight.recipe.quantized is not None:
+                quantized[weight.file, weight.recipe.pieces, weight.recipe.transposed].append(weight)
+            elif weight.recipe.pieces:
+                yield from _straight(weight, self.source, out)
+        for (name, *_), parts in quantized.items():
+            yield from _quantized(parts, self.source, file(self.folder / name, os.O_WRONLY))
+
+    def _kept(self, weight: Weight) -> bool:
+        return all(p.tensor in self.unchanged for p in weight.recipe.pieces)
+
+
+def check_sources(found: WeightsMap, source: WeightSource) -> None:
+    """ExportError unless the checkpoint has every tensor and row that weights are made of, in sizes that fit."""
+    for weight in found.weights:
+        for piece in weight.recipe.pieces:
+            info = source.tensors.get(piece.tensor)
+            if info is None:
+                raise _other_model(f"there is no {piece.tensor}", weight.name)
+            if piece.stop > (info.shape or (1,))[0]:
+                raise _other_model(f"{piece.tensor} has the shape {list(info.shape)}", weight.name)
+        elements = sum(_elements(source, p) for p in weight.recipe.pieces)
+        wanted = 1
+        for n in weight.shape:
+            wanted *= n
+        if weight.recipe.pieces and weight.recipe.quantized is None and elements != wanted:
+            raise _other_model(f"{elements} numbers for an initializer of {list(weight.shape)}", weight.name)
+
+
+def _elements(source: WeightSource, piece: Piece) -> int:
+    count = piece.stop - piece.start
+    for n in source.tensors[piece.tensor].shape[1:]:
+        count *= n
+    return count
+
+
+def _other_model(found: str, initializer: str) -> ExportError:
+    return ExportError(
+        f"{found}, which the graph's {initializer} is made of",
+        expected="a model of the same shape as the one that was exported",
+        next_step="export it without --graph-from",
+    )
+
+
+# --- jobs: each writes some bytes of one weight ------------------------------------------------------------
+
+
+class Job:
+    def run(self) -> int:
+        """Bytes written."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Copy(Job):
+    source: OpenFile
+    start: int
+    length: int
+    out: OpenFile
+    at: int
+
+    def run(self) -> int:
+        try:
+            copy_range(self.source.fd, self.start, self.length, self.out.fd, self.at)
+        except EOFError:
+            raise CheckpointError("the file ended early", where=self.source.path) from None
+        except OSError as error:
+            error.filename, error.filename2 = str(self.source.path), str(self.out.path)
+            raise
+        return self.length
+
+
+def _copies(source: OpenFile, start: int, length: int, out: OpenFile, at: int) -> Iterator[Copy]:
+    for done in range(0, length, COPY):
+        yield Copy(source, start + done, min(COPY, length - done), out, at + done)
+
+
+@dataclass(frozen=True)
+class Rows(Job):
+    """Rows [start, stop) of a tensor, cast, to `at`."""
+
+    weight: Weight
+    source: WeightSource
+    piece: Piece
+    out: OpenFile
+    at: int
+
+    def run(self) -> int:
+        piece = self.piece
+        data = _cast(self.source.rows(piece.tensor, piece.start, piece.stop), self.weight)
+        self.out.write(_view(data), self.at)
+        return int(data.nbytes)
+
+
+@dataclass(frozen=True)
+class Tile(Job):
+    """Rows of a matrix (out, in), turned, and so the columns [column, …) of the initializer (in, out)."""
+
+    weight: Weight
+    source: WeightSource
+    piece: Piece
+    out: OpenFile
+    column: int
+
+    def run(self) -> int:
+        piece, height = self.piece, self.piece.stop - self.piece.start
+        turned = None
+        for start in range(piece.start, piece.stop, self._strip(height)):
+            stop = min(start + self._strip(height), piece.stop)
+            rows = _cast(self.source.rows(piece.tensor, start, stop), self.weight)
+            if turned is None:
+                turned = _empty((rows.shape[1], height), rows)
+            turned[:, start - piece.start : stop - piece.start] = rows.T
+        assert turned is not None
+        self._write(turned)
+        return int(turned.nbytes)
+
+    def _strip(self, height: int) -> int:
+        width = self.weight.shape[0] * 4
+        return max(16, STRIP // width)
+
+    def _write(self, turned: "Array") -> None:
+        row = self.weight.shape[1] * turned.itemsize
+        at = self.weight.offset + self.column * turned.itemsize
+        if turned.shape[1] == self.weight.shape[1]:
+            self.out.write(_view(turned), at)
+            return
+        for i, line in enumerate(turned):
+            self.out.write(_view(line), at + i * row)
+
+
+def _straight(weight: Weight, source: WeightSource, out: OpenFile) -> Iterator[Job]:
+    """Jobs for a weight that is not quantized."""
+    recipe, at, column = weight.recipe, weight.offset, 0
+    for piece in recipe.pieces:
+        width = _elements(source, Piece(piece.tensor, 0, 1)) * 4
+        step = max(1, (TILE if recipe.transposed else BLOCK) // max(1, width))
+        for start in range(piece.start, piece.stop, step):
+            part = Piece(piece.tensor, start, min(start + step, piece.stop))
+            if recipe.transposed:
+                yield Tile(weight, source, part, out, column)
+                column += part.stop - part.start
+            else:
+                yield Rows(weight, source, part, out, at)
+                at += _elements(source, part) * (weight.nbytes // max(1, _count(weight.shape)))
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _cast(rows: "Array", weight: Weight) -> "Array":
+    from lora_export.onnx_export.casting import ONNX, rounded, to_float32
+
+    dtype = ONNX[weight.dtype]
+    if rows.dtype == dtype and not weight.recipe.plus:
+        return rows
+    if rows.dtype.kind in "biu":  # integers are no weights of a sum
+        return rows.astype(dtype)
+    wide = to_float32(rows)
+    return rounded(wide + wide.dtype.type(weight.recipe.plus) if weight.recipe.plus else wide, dtype)
+
+
+def _empty(shape: tuple[int, ...], like: "Array") -> "Array":
+    import numpy as np
+
+    return np.empty(shape, like.dtype)
+
+
+def _view(data: "Array") -> memoryview:
+    import numpy as np
+
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
