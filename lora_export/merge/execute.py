@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lora_export.checkpoint.hashing import TensorHash, hash_parts, hash_range
 from lora_export.contracts import Progress, TensorInfo, TensorRecord
 from lora_export.errors import CheckpointError, InputError
 from lora_export.files import copy_range, start_writing_back
 from lora_export.merge.exact import Errors, ExactTensor, memory, runs_of, too_large
-from lora_export.checkpoint.hashing import TensorHash, hash_parts, hash_range
 from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.survival import Survival
 from lora_export.merge.work import Certified, TensorWork, record

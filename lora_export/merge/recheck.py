@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from lora_export.checkpoint.hashing import hash_parts, hash_tensor
 from lora_export.checkpoint.reader import read_rows
 from lora_export.contracts import Certify, Progress, TensorInfo, TensorRecord, Update
 from lora_export.merge.exact import (
@@ -16,7 +17,6 @@ from lora_export.merge.exact import (
     runs_of,
     too_large,
 )
-from lora_export.checkpoint.hashing import hash_parts, hash_tensor
 from lora_export.merge.plan import MergePlan, PlannedTensor
 from lora_export.merge.survival import Survival, stride
 from lora_export.merge.work import Certified, record, saturated

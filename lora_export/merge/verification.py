@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 from lora_export import documents
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
+from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.checkpoint.header import read_header
 from lora_export.contracts import (
     AdapterChoice,
@@ -39,7 +40,6 @@ from lora_export.merge.certificate import (
     describe_files,
     describe_shards,
 )
-from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.merge.plan import MergePlan
 from lora_export.merge.recheck import Recheck, place
 from lora_export.merge.right_base import base_checks

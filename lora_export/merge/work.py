@@ -4,12 +4,12 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lora_export.checkpoint.hashing import TensorHash
 from lora_export.checkpoint.reader import file_dtype, torch_dtype
 from lora_export.contracts import TensorRecord, TensorSource, Update
 from lora_export.errors import CheckpointError
 from lora_export.finite import all_below
 from lora_export.merge.exact import Errors, base_rows, load_updates, rebuilt
-from lora_export.checkpoint.hashing import TensorHash
 from lora_export.merge.plan import FLOATS, PlannedTensor
 from lora_export.merge.survival import Survival, sampled
 

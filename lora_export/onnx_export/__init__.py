@@ -1,24 +1,32 @@
-"""Exporting a Hugging Face folder to ONNX: one engine a kind of model, checked before and after."""
+"""Exporting a Hugging Face folder to ONNX: one engine a kind of model, checked before and after.
 
+An engine makes a graph and a map of its weights; `writing` fills the data files from a checkpoint as the map says.
+The next adapter of the same base needs no engine: `graph_from` takes the graph and the map of an earlier export.
+"""
+
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lora_export import files
-from lora_export.checkpoint import refuse_code
-from lora_export.contracts import ExportResult, ModelKind, Precision, Progress
-from lora_export.documents import Kind, check, check_texts
+from lora_export.checkpoint import open_checkpoint, refuse_code
+from lora_export.contracts import ExportResult, Optimize, Precision, Progress
 from lora_export.errors import CheckpointError, ExportError, InputError
+from lora_export.onnx_export import records, weights_map
 from lora_export.onnx_export.checks import check_model, count_nodes
-from lora_export.onnx_export.engines import architecture_of, choose
+from lora_export.onnx_export.engines import ENGINES, architecture_of, choose
 from lora_export.onnx_export.identity import compare
-from lora_export.onnx_export.job import Job
+from lora_export.onnx_export.job import Engine, Job
+from lora_export.onnx_export.records import load_export
+from lora_export.onnx_export.reweight import config_digest, copy_graphs, hash_all, read_map, refuse_other_model
+from lora_export.onnx_export.weight_source import FileSource, WeightSource
+from lora_export.onnx_export.writing import Writing
 
-__all__ = ["RECORD", "check_model", "check_request", "compare", "export", "load_export", "model_file"]
-
-RECORD = "export.json"
-_RECORD: Kind = {"engine": str, "precision": str, "nodes": int, "seconds": float, "kind": str}
+RECORD = records.NAME
+__all__ = ["RECORD", "check_model", "check_request", "compare", "export", "load_export", "model_file", "reweight"]
 
 
 def export(
@@ -28,72 +36,115 @@ def export(
     precision: Precision,
     provider: str = "cpu",
     engine: str | None = None,
+    optimize: Optimize = "full",
     adapter: Path | None = None,
+    source: WeightSource | None = None,
     force: bool = False,
     progress: Progress,
 ) -> ExportResult:
     """Write `model` (a Hugging Face folder) as ONNX into the new folder `output`, all or nothing.
 
     precision: of the weights; provider: cpu or cuda, where the graph is to run; adapter: a LoRA folder that
-    stays unmerged in the graph. Raises CheckpointError or ExportError before any work if it cannot be done.
+    stays unmerged in the graph; source: where the numbers come from, if not from the files of `model`. Raises
+    CheckpointError or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
     config = _read_config(model)
     chosen = choose(config, engine)
     inputs = [model] if adapter is None else [model, adapter]
     with files.output_folder(output, force, inputs=inputs) as stage:
-        job = Job(model, config, stage, precision, provider, adapter, progress)
+        job = Job(model, config, stage, precision, provider, adapter, progress, optimize)
         chosen.check(job)
         progress.detail(f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}")
-        chosen.run(job)
-        path = stage / "model.onnx"
-        check_model(path)
-        _check_loads(path, precision)
+        made = chosen.run(job)
+        own = sorted(p.name for p in stage.iterdir() if p.suffix != ".data" and not p.name.endswith("_data"))
+        chosen.accompany(model, stage)
+        if made.described:
+            with _opened(model, source) as numbers:
+                _fill(stage, numbers, progress)
+        for name in made.graphs:
+            check_model(stage / name)
+            _check_loads(stage / name, precision)
         record = {
             "engine": chosen.name,
             "precision": precision,
             "provider": provider,
-            "kind": chosen.kind,
-            "nodes": count_nodes(path),
+            "optimize": optimize,
+            "kind": made.kind,
+            "task": made.task,
+            "graphs": list(made.graphs),
+            "nodes": sum(count_nodes(stage / name) for name in made.graphs),
             "architecture": architecture_of(config),
             "adapter": adapter is not None,
             "seconds": round(time.monotonic() - started, 3),
-            "versions": _versions(),
             "source_config_sha256": files.sha256(model / "config.json"),
+            "config_digest": config_digest(config),
+            "made_by_engine": [n for n in own if n != weights_map.NAME],
         }
-        files.write_json(stage / RECORD, record)
+        records.write_record(stage, record)
     return load_export(output)
 
 
-def load_export(folder: Path) -> ExportResult:
-    """What an earlier export left in `folder`; InputError if there is none."""
-    if not ((folder / RECORD).is_file() and (folder / "model.onnx").is_file()):
-        raise InputError(
-            "the folder holds no export",
-            where=folder,
-            expected=f"model.onnx and {RECORD}",
-            next_step="lora-export export -m MODEL -o OUT",
-        )
-    record = files.read_json(folder / RECORD)
-    check_texts(record, folder / RECORD)
-    check(record, _RECORD, "the record of the export", folder / RECORD)
-    return ExportResult(
-        output=folder,
-        engine=record["engine"],
-        precision=_known(Precision, record["precision"], folder),
-        nodes=record["nodes"],
-        seconds=record["seconds"],
-        files=_sizes(folder),
-        kind=_known(ModelKind, record["kind"], folder),
-    )
+def reweight(
+    earlier: Path,
+    model: Path,
+    output: Path,
+    *,
+    source: WeightSource | None = None,
+    force: bool = False,
+    progress: Progress,
+) -> ExportResult:
+    """Export `model` with the graphs of `earlier`, an export of the same base: only data files are written anew.
+
+    The result is, byte for byte, what a fresh export of `model` with the options of `earlier` gives.
+    """
+    started = time.monotonic()
+    record = records.read_record(earlier)
+    config = _read_config(model)
+    found = read_map(earlier, tuple(record["graphs"]))
+    with files.output_folder(output, force, inputs=[model, earlier]) as stage, _opened(model, source) as numbers:
+        hashes = hash_all(numbers)
+        refuse_other_model(earlier, record, config, found, hashes)
+        unchanged = frozenset(n for n, h in hashes.items() if found.hashes[n] == h)
+        files.check_space(output.absolute().parent, sum(found.sizes.values()))
+        progress.detail(f"{len(unchanged)} of {len(hashes)} tensors are as they were exported")
+        copy_graphs(earlier, stage, record["made_by_engine"])
+        _engine(record["engine"]).accompany(model, stage)
+        Writing(stage, found, numbers, progress, earlier, unchanged).run()
+        weights_map.write(stage, replace(found, hashes=hashes))
+        record |= {
+            "seconds": round(time.monotonic() - started, 3),
+            "source_config_sha256": files.sha256(model / "config.json"),
+        }
+        records.write_record(stage, record)
+    return load_export(output)
 
 
-def _known(words: Any, found: str, folder: Path) -> Any:
-    if found not in get_args(words):
-        raise InputError(
-            f"the record of the export says {found!r}", where=folder / RECORD, expected=", ".join(get_args(words))
-        )
-    return found
+@contextlib.contextmanager
+def _opened(model: Path, source: WeightSource | None) -> Iterator[WeightSource]:
+    if source is not None:
+        yield source
+        return
+    numbers = FileSource(open_checkpoint(model).tensors)
+    try:
+        yield numbers
+    finally:
+        numbers.close()
+
+
+def _fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
+    """The data files of a new export, and the hashes that tell the next one what has changed."""
+    found = weights_map.read(stage)
+    files.check_space(stage, sum(found.sizes.values()))
+    Writing(stage, found, numbers, progress).run()
+    weights_map.write(stage, replace(found, hashes=hash_all(numbers)))
+
+
+def _engine(name: str) -> Engine:
+    known = {e.name: e for e in ENGINES}
+    if name not in known:
+        raise InputError(f"the record of the export names the engine {name!r}", expected=", ".join(known))
+    return known[name]
 
 
 def check_request(config: Mapping[str, Any], precision: Precision, provider: str, engine: str | None) -> str:
@@ -181,19 +232,3 @@ def _check_loads(path: Path, precision: Precision) -> None:
         raise ExportError(
             f"the engine wrote a graph that does not load: {error}", expected="a graph that opens"
         ) from error
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("onnxruntime-genai-cuda", "onnxruntime-genai", "onnx", "torch", "transformers"):
-        try:
-            found[name.removesuffix("-cuda").replace("-", "_")] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

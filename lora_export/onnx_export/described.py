@@ -1,4 +1,4 @@
-"""A torch tensor that knows of which checkpoint tensors it is made: an exporter's handling of weights is its recipe.
+"""A torch tensor that knows of which checkpoint tensors it is made: what an engine does to it is its recipe.
 
 The engines turn, slice, join and shift weights while they build a graph. Instead of doing that with numbers, and
 finding out afterwards what was done, they are given parameters without numbers that note it.
@@ -60,7 +60,7 @@ def describe(model: Model) -> None:
                 rows = parameter.shape[0] if parameter.dim() else 1
                 recipe = Recipe((Piece(model.tensors[name], 0, rows),))
                 made[id(parameter)] = torch.nn.Parameter(with_recipe(parameter.data, recipe), requires_grad=False)
-            module._parameters[leaf] = made[id(parameter)]  # type: ignore[assignment]
+            module._parameters[leaf] = made[id(parameter)]
 
 
 def recipe_of(tensor: torch.Tensor, name: str) -> Recipe:
@@ -83,7 +83,7 @@ def _follow(name: str, result: torch.Tensor, args: Sequence[Any], kwargs: dict[s
     if name in ("cat", "concat", "concatenate"):
         return _joined(args[0], result)
     first = next((a for a in args if isinstance(a, DescribedTensor)), None)
-    recipe = getattr(first, "recipe", None)
+    recipe: Recipe | None = getattr(first, "recipe", None)
     if first is None or recipe is None:
         return None
     if name in _SAME:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import ClassVar
 
-from lora_export.contracts import ModelKind, Precision
+from lora_export.contracts import Precision
 from lora_export.errors import ExportError
 from lora_export.onnx_export import companions, isolated
-from lora_export.onnx_export.job import Job
+from lora_export.onnx_export.job import Job, Made
 
 _FAMILIES = ("Bert", "Roberta", "XLMRoberta", "Camembert", "DistilBert", "MPNet", "Electra")
 _HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
@@ -15,7 +15,6 @@ _PRECISIONS = ("fp32", "fp16")
 
 class DynamoEngine:
     name: ClassVar[str] = "dynamo"
-    kind: ClassVar[ModelKind] = "encoder"
     architectures: ClassVar[frozenset[str]] = frozenset(f + h for f in _FAMILIES for h in _HEADS)
 
     def check(self, job: Job) -> None:
@@ -35,11 +34,14 @@ class DynamoEngine:
                 next_step="--precision fp16",
             )
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Made:
         request = {
             "model": str(job.model.resolve()),
             "output": str(Path(job.output.resolve(), "model.onnx")),
             "precision": job.precision,
         }
         isolated.run("lora_export.onnx_export.dynamo_process", request, engine=self.name)
-        companions.copy(job.model, job.output)
+        return Made("encoder", "feature-extraction", ("model.onnx",), False)
+
+    def accompany(self, model: Path, output: Path) -> None:
+        companions.copy(model, output)

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from lora_export import files
 from lora_export.checkpoint.companions import has_tokenizer
-from lora_export.contracts import ModelKind, Precision
+from lora_export.contracts import Precision
 from lora_export.errors import AdapterError, ExportError
 from lora_export.onnx_export import checks, companions, isolated
-from lora_export.onnx_export.job import Job
+from lora_export.onnx_export.job import Job, Made
 
 # The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts
 # classes, and those that are no part of transformers (ChatGLM, InternLM2, Phi3Small) and need the model's code.
@@ -33,11 +33,11 @@ _ARCHITECTURES = frozenset(
     }
 )
 _PROVIDERS = ("cpu", "cuda")
+_DESCRIBED = ("fp32", "fp16", "bf16")
 
 
 class GenaiEngine:
     name: ClassVar[str] = "genai"
-    kind: ClassVar[ModelKind] = "decoder"
     architectures: ClassVar[frozenset[str]] = _ARCHITECTURES
 
     def check(self, job: Job) -> None:
@@ -68,8 +68,10 @@ class GenaiEngine:
                 next_step="--precision fp32, or --provider cuda",
             )
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Job) -> Made:
+        described = job.adapter is None and job.precision in _DESCRIBED
         request = {
+            "described": described,
             "model": str(job.model.resolve()),
             "output": str(job.output.resolve()),
             "precision": job.precision,
@@ -81,8 +83,12 @@ class GenaiEngine:
         _mend_cache_shapes(job.output / "model.onnx", int(settings["decoder"]["head_size"]))
         if job.adapter is not None:
             _check_adapter_arrived(job)
-        companions.copy(job.model, job.output)
-        companions.bound_model_max_length(job.output, int(settings["context_length"]))
+        return Made("decoder", "text-generation-with-past", ("model.onnx",), described)
+
+    def accompany(self, model: Path, output: Path) -> None:
+        companions.copy(model, output)
+        settings = files.read_json(output / "genai_config.json")["model"]
+        companions.bound_model_max_length(output, int(settings["context_length"]))
 
 
 def _refuse_head_size(config: Mapping[str, Any]) -> None:

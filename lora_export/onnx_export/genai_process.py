@@ -1,7 +1,7 @@
 """Run by genai.py as a process: onnxruntime-genai's model builder on one request, given as JSON on stdin.
 
-The builder puts numbers into its graph; here it gets parameters that say where their numbers lie, and the graph goes
-out with a map of them. An unmerged graph (`adapter`) is the builder's own work, numbers and all.
+The builder puts numbers into its graph; here it gets parameters that say where their numbers lie, and the graph
+goes out with a map of them. An unmerged graph (`adapter`) is the builder's own work, numbers and all.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Where the numbers of an export come from: a checkpoint's files, or a merge that computes them as they are read."""
+"""Where the numbers of an export come from: a checkpoint's files, or a merge that computes them when asked."""
 
 import os
 import threading

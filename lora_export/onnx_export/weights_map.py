@@ -38,8 +38,7 @@ class Piece:
 class Quantization:
     """One of the arrays that a blockwise quantizer makes of a matrix (out, in). part: which of them.
 
-    block_size: elements along `in` that share a scale; scale_type: ONNX type of the scales; algorithm: how the scale
-    of a block is chosen (quantizing.py).
+    block_size: elements along `in` that share a scale; algorithm: how the scale of a block is chosen.
     """
 
     method: Method

@@ -1,14 +1,14 @@
 """The data files of an export, filled from a checkpoint as weights-map.json says: in blocks, on all cores.
 
-No weight is in memory as a whole, unless a quantizer needs it so, and torch is not needed at all. A first export and
-the next adapter of the same graph go the same way: `fill` with and without an earlier export to copy from.
+No weight is in memory as a whole, unless a quantizer needs it so, and torch is not needed at all. A first export
+and the next adapter of the same graph go the same way, without and with an earlier export to copy from.
 """
 
 import contextlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from lora_export.contracts import Progress
 from lora_export.errors import CheckpointError, ExportError
 from lora_export.files import copy_range
-from lora_export.onnx_export.weights_map import Piece, Recipe, Weight, WeightsMap
 from lora_export.onnx_export.weight_source import WeightSource
+from lora_export.onnx_export.weights_map import Piece, Recipe, Weight, WeightsMap
 from lora_export.workers import BLOCK, OpenFile, cores, reuse_memory, share_out
 
 if TYPE_CHECKING:
@@ -225,6 +225,77 @@ def _straight(weight: Weight, source: WeightSource, out: OpenFile) -> Iterator[J
             else:
                 yield Rows(weight, source, part, out, at)
                 at += _elements(source, part) * (weight.nbytes // max(1, _count(weight.shape)))
+
+
+@dataclass(frozen=True)
+class Blocks(Job):
+    """Rows [start, stop) of a matrix (out, in), quantized; parts: the arrays that become of it, each by rows."""
+
+    parts: Sequence[Weight]
+    source: WeightSource
+    start: int
+    stop: int
+    out: OpenFile
+
+    def run(self) -> int:
+        from lora_export.onnx_export.quantizing import quantize
+
+        recipe = self.parts[0].recipe
+        matrix = self._matrix(recipe)
+        assert recipe.quantized is not None
+        arrays, written = quantize(matrix, recipe.quantized), 0
+        for weight in self.parts:
+            assert weight.recipe.quantized is not None
+            data = arrays[weight.recipe.quantized.part]
+            data = _cast(data, weight) if data.dtype.kind == "f" else data
+            self.out.write(_view(data), weight.offset + self._share(weight, self.start))
+            written += data.nbytes
+        return written
+
+    def _matrix(self, recipe: Recipe) -> "Array":
+        """(in, rows) in fp32, as ONNX's MatMul has it."""
+        import numpy as np
+
+        from lora_export.onnx_export.casting import to_float32
+
+        if not recipe.transposed:
+            (piece,) = recipe.pieces
+            rows = self.source.rows(piece.tensor, piece.start, piece.stop)[:, self.start : self.stop]
+            return to_float32(np.ascontiguousarray(rows))
+        found, at = [], 0
+        for piece in recipe.pieces:
+            low, high = max(self.start - at, 0), min(self.stop - at, piece.stop - piece.start)
+            if low < high:
+                rows = self.source.rows(piece.tensor, piece.start + low, piece.start + high)
+                found.append(to_float32(rows))
+            at += piece.stop - piece.start
+        return np.ascontiguousarray(np.concatenate(found).T)
+
+    def _share(self, weight: Weight, row: int) -> int:
+        return weight.nbytes * row // _height(self.parts, self.source)
+
+
+def _quantized(parts: Sequence[Weight], source: WeightSource, out: OpenFile) -> Iterator[Job]:
+    """Jobs for one matrix and all arrays that a quantizer makes of it."""
+    from lora_export.onnx_export.quantizing import granularity
+
+    recipe, height = parts[0].recipe, _height(parts, source)
+    assert recipe.quantized is not None
+    step = height
+    if recipe.transposed:
+        width = _elements(source, recipe.pieces[0]) // (recipe.pieces[0].stop - recipe.pieces[0].start)
+        least = granularity(width, recipe.quantized)
+        step = max(1, BLOCK // (4 * width * least)) * least
+    for start in range(0, height, step):
+        yield Blocks(parts, source, start, min(start + step, height), out)
+
+
+def _height(parts: Sequence[Weight], source: WeightSource) -> int:
+    """Rows of the matrix (out, in)."""
+    recipe = parts[0].recipe
+    if recipe.transposed:
+        return sum(p.stop - p.start for p in recipe.pieces)
+    return source.tensors[recipe.pieces[0].tensor].shape[1]
 
 
 def _count(shape: Sequence[int]) -> int:
