@@ -13,41 +13,40 @@ from lora_export.commands.talk import megabytes, table, talking
 @click.option("-m", "--model", required=True, metavar="MODEL", help="A merged folder, or any model.")
 @options.output_option
 @options.export_options
+@options.graph_from_option
 @options.provider_option
 @options.dry_run_option
 @options.force_option
 @options.talk_options
 def export(
-    model: str, output: Path, precision: Any, provider: str, engine: str | None, dry_run: bool, force: bool,
-    as_json: bool, quiet: bool, verbose: bool,
+    model: str, output: Path, precision: Any, provider: str, engine: str | None, optimize: Any,
+    graph_from: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool, verbose: bool,
 ) -> None:  # fmt: skip
-    """Export a model folder to ONNX: decoders for onnxruntime-genai, encoders with Optimum's names."""
+    """Export a model folder to ONNX: decoders for onnxruntime-genai, all others with Optimum's names.
+
+    The graph does not depend on an adapter. With --graph-from, an earlier export of the same base gives the graph,
+    byte for byte, and only the weights are written anew: at the speed of a copy, without loading the model.
+
+    \b
+        lora-export export -m ./base -o ./base-onnx
+        lora-export export -m ./merged-a -o ./a-onnx --graph-from ./base-onnx
+    """
     with talking(as_json, quiet, verbose) as talk:
-        from lora_export.checkpoint import open_checkpoint
         from lora_export.checkpoint.sources import resolve
-        from lora_export.onnx_export import check_request
-        from lora_export.onnx_export import export as export_folder
-        from lora_export.runtime import resolve_provider
+        from lora_export.commands.gather import refuse_beside_graph_from
 
         folder = resolve(model).folder
-        provider = resolve_provider(provider)
+        if graph_from is not None:
+            refuse_beside_graph_from()
         if dry_run:
-            checkpoint = open_checkpoint(folder)
-            chosen = check_request(checkpoint.config, precision, provider, engine)
-            document = {"output": str(output), "dry_run": True, "engine": chosen, "precision": precision}
-            talk.result(
-                document, table([("engine", chosen), ("precision", precision), ("dry run", "nothing was written")])
-            )
+            document = _planned(folder, precision, provider, engine, graph_from)
+            rows = [*((k, str(v)) for k, v in document.items()), ("dry run", "nothing was written")]
+            talk.result({"output": str(output), "dry_run": True} | document, table(rows))
             return
-        result = export_folder(
-            folder,
-            output,
-            precision=precision,
-            provider=provider,
-            engine=engine,
-            force=force,
-            progress=talk.progress,
-        )
+        if graph_from is not None:
+            result = _reweighted(graph_from, folder, output, force, talk.progress)
+        else:
+            result = _exported(folder, output, precision, provider, engine, optimize, force, talk.progress)
         rows = [
             ("engine", result.engine),
             ("precision", result.precision),
@@ -57,3 +56,42 @@ def export(
             ("output", str(output)),
         ]
         talk.result(result.as_json(), table(rows))
+
+
+def _planned(
+    folder: Path, precision: Any, provider: str, engine: str | None, earlier: Path | None
+) -> dict[str, Any]:
+    from lora_export.checkpoint import open_checkpoint
+    from lora_export.onnx_export import check_request, load_export
+    from lora_export.runtime import resolve_provider
+
+    if earlier is not None:
+        like = load_export(earlier)
+        return {"engine": like.engine, "precision": like.precision, "graph_from": str(earlier)}
+    config = open_checkpoint(folder).config
+    return {"engine": check_request(config, precision, resolve_provider(provider), engine), "precision": precision}
+
+
+def _exported(
+    folder: Path, output: Path, precision: Any, provider: str, engine: str | None, optimize: Any, force: bool,
+    progress: Any,
+) -> Any:  # fmt: skip
+    from lora_export.onnx_export import export
+    from lora_export.runtime import resolve_provider
+
+    return export(
+        folder,
+        output,
+        precision=precision,
+        provider=resolve_provider(provider),
+        engine=engine,
+        optimize=optimize,
+        force=force,
+        progress=progress,
+    )
+
+
+def _reweighted(earlier: Path, folder: Path, output: Path, force: bool, progress: Any) -> Any:
+    from lora_export.onnx_export import reweight
+
+    return reweight(earlier, folder, output, force=force, progress=progress)

@@ -83,3 +83,15 @@ def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
         margin=words["margin"],
         max_seconds=words["max_seconds"],
     )
+
+
+def refuse_beside_graph_from() -> None:
+    """An earlier export has its precision, engine, … already: InputError for one that is asked for beside it."""
+    context = click.get_current_context()
+    for key in ("precision", "engine", "optimize"):
+        if context.get_parameter_source(key) is not ParameterSource.DEFAULT:
+            raise InputError(
+                f"--{key} beside --graph-from, which takes the options of the earlier export",
+                expected="one of them",
+                next_step=f"the same command without --{key}, or without --graph-from",
+            )

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import click
 
-from lora_export.contracts import MIN_SURVIVAL
+from lora_export.contracts import MIN_SURVIVAL, Optimize, Precision
 
 Command = Callable[..., Any]
 
@@ -171,13 +171,26 @@ def provider_option(command: Command) -> Command:
 
 
 def export_options(command: Command) -> Command:
-    command = click.option(
-        "--engine", type=click.Choice(["genai", "dynamo"]), default=None,
-        help="Export engine.  [default: the one that fits the architecture]",
-    )(command)  # fmt: skip
+    decorators = [
+        click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32",
+                     show_default=True, help="Precision of the ONNX weights."),
+        click.option("--engine", type=click.Choice(["genai", "dynamo"]), default=None,
+                     help="Export engine.  [default: the one that fits the architecture]"),
+        click.option("--optimize", type=click.Choice(get_args(Optimize)), default="full", show_default=True,
+                     help="What the dynamo engine does to its graph: nothing, simplify it, or fuse attention, "
+                     "normalization and activation into ONNX Runtime's operators. The genai engine writes fused "
+                     "graphs only."),
+    ]  # fmt: skip
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def graph_from_option(command: Command) -> Command:
     return click.option(
-        "--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8", "int4"]), default="fp32",
-        show_default=True, help="Precision of the ONNX weights.",
+        "--graph-from", type=FOLDER, default=None, metavar="EXPORTED",
+        help="An earlier export of the same base, with or without another adapter: take its graph and its options, "
+        "and write only the weights.",
     )(command)  # fmt: skip
 
 
