@@ -33,7 +33,7 @@ class DescribedTensor(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
+            result = func(*_together(args), **(kwargs or {}))
         if isinstance(result, torch.Tensor):
             return with_recipe(result, _follow(_name(func), result, args, kwargs or {}))
         if isinstance(result, tuple) and _name(func) in ("split", "chunk"):
@@ -70,6 +70,14 @@ def recipe_of(tensor: torch.Tensor, name: str) -> Recipe:
         raise ExportError(f"the engine computes {name} in a way that no recipe describes", tensor=name)
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _together(args: Sequence[Any]) -> Sequence[Any]:
+    """Joining a tensor that was read with one that was not: neither needs its numbers."""
+    tensors = args[0] if args and isinstance(args[0], list | tuple) else ()
+    if len({t.device for t in tensors if isinstance(t, torch.Tensor)}) < 2:
+        return args
+    return ([t.to("meta") for t in tensors], *args[1:])
 
 
 def _name(func: Callable[..., Any]) -> str:
