@@ -17,9 +17,9 @@ from lora_export.contracts import ExportResult, Optimize, Precision, Progress
 from lora_export.errors import CheckpointError, ExportError, InputError
 from lora_export.onnx_export import records, weights_map
 from lora_export.onnx_export.checks import check_model, count_nodes
-from lora_export.onnx_export.engines import ENGINES, architecture_of, choose
+from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
-from lora_export.onnx_export.job import Engine, Job
+from lora_export.onnx_export.job import Engine, Job, architecture_of
 from lora_export.onnx_export.records import load_export
 from lora_export.onnx_export.reweight import config_digest, copy_graphs, hash_all, read_map, refuse_other_model
 from lora_export.onnx_export.weight_source import FileSource, WeightSource

@@ -6,7 +6,7 @@ from typing import Any
 from lora_export.errors import ExportError
 from lora_export.onnx_export.dynamo import DynamoEngine
 from lora_export.onnx_export.genai import GenaiEngine
-from lora_export.onnx_export.job import Engine
+from lora_export.onnx_export.job import Engine, architecture_of
 
 ENGINES: tuple[Engine, ...] = (GenaiEngine(), DynamoEngine())
 
@@ -34,15 +34,3 @@ def choose(config: Mapping[str, Any], engine: str | None = None) -> Engine:
             expected=f"--engine {found.name}, or no --engine",
         )
     return found
-
-
-def architecture_of(config: Mapping[str, Any]) -> str:
-    """The class that a config.json names first."""
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise ExportError(
-            f"config.json names no architecture (model_type {config.get('model_type')!r})",
-            where="config.json",
-            expected='"architectures": ["LlamaForCausalLM"] or another class of transformers',
-        )
-    return names[0]

@@ -1,6 +1,7 @@
 """Decoders through onnxruntime-genai's builder: fused attention, a KV cache, tied embeddings kept once."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ from lora_export.checkpoint.companions import has_tokenizer
 from lora_export.contracts import Precision
 from lora_export.errors import AdapterError, ExportError
 from lora_export.onnx_export import checks, companions, isolated
-from lora_export.onnx_export.job import Job, Made
+from lora_export.onnx_export.job import Job, Made, architecture_of
 
 # The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts
 # classes, and those that are no part of transformers (ChatGLM, InternLM2, Phi3Small) and need the model's code.
@@ -32,13 +33,16 @@ _ARCHITECTURES = frozenset(
         "SmolLM3ForCausalLM",
     }
 )
+_WHISPER = frozenset({"WhisperForConditionalGeneration"})
 _PROVIDERS = ("cpu", "cuda")
+_TEXT = Made("decoder", "text-generation-with-past", ("model.onnx",), True)
+_SPEECH = Made("seq2seq", "automatic-speech-recognition-with-past", ("encoder.onnx", "decoder.onnx"), True)
 _DESCRIBED = ("fp32", "fp16", "bf16")
 
 
 class GenaiEngine:
     name: ClassVar[str] = "genai"
-    architectures: ClassVar[frozenset[str]] = _ARCHITECTURES
+    architectures: ClassVar[frozenset[str]] = _ARCHITECTURES | _WHISPER
 
     def check(self, job: Job) -> None:
         """Refuse what the builder would do wrong, or what the provider could not run."""
@@ -80,10 +84,12 @@ class GenaiEngine:
         }
         isolated.run("lora_export.onnx_export.genai_process", request, engine=self.name)
         settings = _mend_genai_config(job)
-        _mend_cache_shapes(job.output / "model.onnx", int(settings["decoder"]["head_size"]))
+        made = _SPEECH if architecture_of(job.config) in _WHISPER else _TEXT
+        for graph in made.graphs:
+            _mend_cache_shapes(job.output / graph, int(settings["decoder"]["head_size"]))
         if job.adapter is not None:
             _check_adapter_arrived(job)
-        return Made("decoder", "text-generation-with-past", ("model.onnx",), described)
+        return replace(made, described=described)
 
     def accompany(self, model: Path, output: Path) -> None:
         companions.copy(model, output)
@@ -93,8 +99,7 @@ class GenaiEngine:
 
 def _refuse_head_size(config: Mapping[str, Any]) -> None:
     """GroupQueryAttention in ONNX Runtime takes head sizes that are multiples of 8, and says so when it runs."""
-    heads = int(config.get("num_attention_heads") or 0)
-    size = int(config.get("head_dim") or (int(config.get("hidden_size") or 0) // heads if heads else 0))
+    size = _sizes(config)["head size"]
     if size % 8:
         raise ExportError(
             f"the attention heads have size {size}, which ONNX Runtime's GroupQueryAttention cannot run",
@@ -106,17 +111,8 @@ def _refuse_head_size(config: Mapping[str, Any]) -> None:
 
 def _refuse_ambiguous_head(config: Mapping[str, Any]) -> None:
     """The builder takes every Linear with vocab_size outputs for the head, and says nothing."""
-    heads = int(config.get("num_attention_heads") or 0)
-    hidden = int(config.get("hidden_size") or 0)
-    head_dim = int(config.get("head_dim") or (hidden // heads if heads else 0))
-    widths = {
-        "hidden_size": hidden,
-        "intermediate_size": config.get("intermediate_size"),
-        "num_attention_heads × head_dim": heads * head_dim,
-        "num_key_value_heads × head_dim": int(config.get("num_key_value_heads") or heads) * head_dim,
-    }
-    for name, width in widths.items():
-        if width and width == config.get("vocab_size"):
+    for name, width in _sizes(config).items():
+        if name != "head size" and width and width == config.get("vocab_size"):
             raise ExportError(
                 f"vocab_size and {name} are both {width}: the builder would confuse a layer with the head",
                 where="config.json",
@@ -125,12 +121,31 @@ def _refuse_ambiguous_head(config: Mapping[str, Any]) -> None:
             )
 
 
+def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """The widths of a model's layers by name; 0 for what the configuration does not tell."""
+
+    def first(*names: str) -> int:
+        return next((int(config[n]) for n in names if isinstance(config.get(n), int)), 0)
+
+    heads, hidden = first("num_attention_heads", "decoder_attention_heads"), first("hidden_size", "d_model")
+    size = first("head_dim") or (hidden // heads if heads else 0)
+    return {
+        "head size": size,
+        "hidden_size": hidden,
+        "intermediate_size": first("intermediate_size", "decoder_ffn_dim"),
+        "num_attention_heads × head_dim": heads * size,
+        "num_key_value_heads × head_dim": (first("num_key_value_heads") or heads) * size,
+    }
+
+
 def _mend_genai_config(job: Job) -> dict[str, Any]:
     """The `model` part of genai_config.json, after taking CUDA's options out of a graph made for the CPU."""
     path = job.output / "genai_config.json"
     config = files.read_json(path)
     if job.provider == "cpu":
-        config["model"]["decoder"]["session_options"]["provider_options"] = []
+        for part in config["model"].values():
+            if isinstance(part, dict) and "session_options" in part:
+                part["session_options"]["provider_options"] = []
         files.write_json(path, config)
     model: dict[str, Any] = config["model"]
     return model

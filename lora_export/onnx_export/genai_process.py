@@ -18,6 +18,7 @@ def main() -> None:
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
     _own_commit(builder.Model)
+    _flatten_rope(builder.Model)
     described = _Described(builder.Model) if request["described"] else None
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
     # The builder's fp16 graph for the CPU does without GroupQueryAttention (six times the nodes) and fails
@@ -27,6 +28,20 @@ def main() -> None:
     builder.create_model(*common, **builder.parse_extra_options(*common, options))
     if described is not None:
         described.save(Path(request["output"]))
+
+
+def _flatten_rope(model: Any) -> None:
+    """transformers 5 keeps the two rotary settings of Gemma 3 by layer type; the builder wants the older keys."""
+    plain = model.make_config_init
+
+    def make_config_init(self: Any, config: Any) -> None:
+        rope = getattr(config, "rope_parameters", None)
+        if isinstance(rope, dict) and "rope_theta" in rope.get("sliding_attention", {}):
+            config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+            config.rope_parameters = dict(rope["full_attention"])
+        plain(self, config)
+
+    model.make_config_init = make_config_init
 
 
 def _options(request: dict[str, Any]) -> list[str]:

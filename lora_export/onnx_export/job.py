@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_export.contracts import ModelKind, Optimize, Precision, Progress
+from lora_export.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,15 @@ class Engine(Protocol):
     def accompany(self, model: Path, output: Path) -> None:
         """Put the small files of `model` beside the graphs in `output`."""
         ...
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The class that a config.json names first."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise ExportError(
+            f"config.json names no architecture (model_type {config.get('model_type')!r})",
+            where="config.json",
+            expected='"architectures": ["LlamaForCausalLM"] or another class of transformers',
+        )
+    return names[0]
