@@ -21,6 +21,7 @@ from lora_export.contracts import (
     ExportResult,
     MergeOptions,
     MergeResult,
+    Optimize,
     Precision,
     Progress,
     Provider,
@@ -38,6 +39,8 @@ class StoryOptions:
     precision: Precision = "fp32"
     provider: Provider = "auto"
     engine: str | None = None
+    optimize: Optimize = "full"
+    graph_from: Path | None = None  # an earlier export of the same base: its graph, its precision, its engine
     benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     prompts: Path | None = None
     text: Path | None = None
@@ -82,9 +85,9 @@ def merge_and_export(
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
     from lora_export.runtime import resolve_provider
 
-    options = replace(options, provider=resolve_provider(options.provider))
+    options = _like_earlier(replace(options, provider=resolve_provider(options.provider)))
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
-    inputs = [base.folder, *(c.folder for c in choices)]
+    inputs = [base.folder, *(c.folder for c in choices), *([options.graph_from] if options.graph_from else [])]
     _preflight(base, choices, output, options)
     with output_folder(output, options.force, inputs=inputs) as stage:
         work = stage / ".work"
@@ -115,7 +118,7 @@ def _run(
 
     trained_on = prepared_base(base.folder, options.merge, work, progress)
     base_onnx = _export(trained_on, work / "base", options, progress, "the base, to compare with")
-    exported = _export(merged.output, stage / "onnx", options, progress, "the merged model")
+    exported = _export_merged(base_onnx, merged.output, stage / "onnx", options, progress)
     unmerged_onnx, why_not = _export_unmerged(trained_on, adapters, work, options, exported, progress)
     story = replace(story, export=exported)
 
@@ -189,6 +192,32 @@ def _stand_in(base: Path, merged: Path, options: StoryOptions, work: Path, progr
     return merge(base, [], work / "stand-in", replace(options.merge, dtype="float32"), progress).output
 
 
+def _like_earlier(options: StoryOptions) -> StoryOptions:
+    """With the precision and the engine of the export whose graph is to be taken, if there is one."""
+    if options.graph_from is None:
+        return options
+    from lora_export.onnx_export import load_export
+
+    like = load_export(options.graph_from)
+    return replace(options, precision=like.precision, engine=like.engine)
+
+
+def _export_merged(
+    base_onnx: ExportResult, merged: Path, output: Path, options: StoryOptions, progress: Progress
+) -> ExportResult:
+    """The merged model with the base's graph; with one of its own where the merge changed more than weights."""
+    from lora_export.onnx_export import reweight
+
+    progress.stage("export: the merged model, with the graph of the base")
+    try:
+        return reweight(base_onnx.output, merged, output, progress=progress)
+    except ExportError as error:
+        if options.graph_from is not None:
+            raise
+        progress.detail(f"a graph of its own: {error.found}")
+    return _export(merged, output, options, progress, "the merged model")
+
+
 def _export(
     model: Path,
     output: Path,
@@ -197,15 +226,18 @@ def _export(
     what: str,
     adapter: Path | None = None,
 ) -> ExportResult:
-    from lora_export.onnx_export import export
+    from lora_export.onnx_export import export, reweight
 
     progress.stage(f"export: {what}")
+    if options.graph_from is not None and adapter is None:
+        return reweight(options.graph_from, model, output, progress=progress)
     return export(
         model,
         output,
         precision=options.precision,
         provider=options.provider,
         engine=options.engine,
+        optimize=options.optimize,
         adapter=adapter,
         progress=progress,
     )
@@ -499,6 +531,7 @@ def options_json(options: StoryOptions) -> dict[str, Any]:
     kept = asdict(options)
     kept["prompts"] = options.prompts.name if options.prompts else None
     kept["text"] = options.text.name if options.text else None
+    kept["graph_from"] = options.graph_from.name if options.graph_from else None
     kept.pop("force")
     kept["merge"].pop("force")
     return kept

@@ -64,6 +64,8 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         precision=words["precision"],
         provider=words["provider"],
         engine=words["engine"],
+        optimize=words["optimize"],
+        graph_from=words["graph_from"],
         benchmark=benchmark_options_of(words),
         prompts=words["prompts"],
         text=words["text"],

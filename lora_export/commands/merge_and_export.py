@@ -14,6 +14,7 @@ from lora_export.commands.talk import talking
 @options.output_option
 @options.merge_options
 @options.export_options
+@options.graph_from_option
 @options.provider_option
 @options.check_options
 @options.benchmark_options
@@ -31,6 +32,9 @@ def merge_and_export(
     unmerged one, and the latency against the base. If one fails, OUT is not written; everything is kept in
     OUT.failed and the exit code is 3.
 
+    The graph does not depend on the adapter: with --graph-from, an earlier export of the same base (OUT/onnx of an
+    earlier run) gives it, and the adapter costs a copy of the weights.
+
     \b
         lora-export merge-and-export -b HuggingFaceTB/SmolLM2-135M -a ./my-lora -o ./out
         lora-export merge-and-export -b ./base -a ./my-qlora --training-quantization nf4 -o ./out
@@ -42,6 +46,8 @@ def merge_and_export(
         from lora_export.commands import words as say
         from lora_export.commands.merge import plan_document, plan_words
 
+        if words["graph_from"] is not None:
+            gather.refuse_beside_graph_from()
         source, found = resolve(base), gather.adapters_of(adapters)
         story_options = gather.story_options_of(words)
         if dry_run:
