@@ -15,7 +15,9 @@ from lora_export.errors import ExportError
 
 NAME = "weights-map.json"
 SCHEMA_VERSION = 1
-ALIGNMENT = 4096  # bytes; a weight that begins at a page can be mapped, and CUDA wants 256
+PAGE = 4096  # bytes: where a large weight begins, so that it can be mapped
+ALIGNMENT = 256  # bytes: where others begin, as CUDA wants it
+LARGE = 2**20  # bytes
 # ONNX types of what data files hold → bytes of one element
 ITEM_SIZE = {
     "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
@@ -110,11 +112,12 @@ class WeightsMap:
 
 
 def placed(weights: Iterable[Weight]) -> tuple[Weight, ...]:
-    """The same weights with offsets, one behind the other in each file, each at the start of a page."""
+    """The same weights with offsets, one behind the other in each file."""
     ends: dict[str, int] = {}
     out = []
     for weight in weights:
-        at = -(-ends.get(weight.file, 0) // ALIGNMENT) * ALIGNMENT
+        alignment = PAGE if weight.nbytes >= LARGE else ALIGNMENT
+        at = -(-ends.get(weight.file, 0) // alignment) * alignment
         ends[weight.file] = at + weight.nbytes
         out.append(replace(weight, offset=at))
     return tuple(out)

@@ -57,8 +57,8 @@ def test_load_export_refuses_other_folders(tmp_path: Path) -> None:
 
 
 def test_the_architecture_chooses_the_engine() -> None:
-    assert choose({"architectures": ["Qwen2ForCausalLM"]}).kind == "decoder"
-    assert choose({"architectures": ["BertForSequenceClassification"]}).kind == "encoder"
+    assert choose({"architectures": ["Qwen2ForCausalLM"]}).name == "genai"
+    assert choose({"architectures": ["BertForSequenceClassification"]}).name == "dynamo"
 
 
 def test_unknown_architecture_is_refused() -> None:
