@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters.kind import float64
 from lora_export.checkpoint.reader import read_rows
-from lora_export.contracts import Certify, TensorInfo, TensorSource, Update
+from lora_export.contracts import Certify, TensorSource, Update
+from lora_export.errors import CheckpointError
 from lora_export.merge.plan import PlannedTensor
 
 if TYPE_CHECKING:
     import torch
 
 Runs = tuple[tuple[int, int], ...]
+Reader = Callable[[int, int], "torch.Tensor"]
 
 RUNS = 4  # places of a tensor that are looked at
 RUN = 2**12  # elements of a place, if its rows are as short
@@ -102,6 +104,19 @@ class Errors:
         return self.total / self.checked if self.checked else 0.0
 
 
+def refuse_beyond(errors: Errors, where: str, tensor: str) -> None:
+    """CheckpointError if a number is not what float64 gives. where: the file that it was read from."""
+    if errors.beyond:
+        raise CheckpointError(
+            f"{errors.beyond} of {errors.checked} numbers that were computed again in float64 are beyond the "
+            f"bound of the arithmetic; the worst is {errors.largest:.3g} units in the last place off",
+            where=where,
+            tensor=f"{tensor}, row {errors.worst}",
+            expected="½ unit, and what fp32 may lose before",
+            next_step="merge again; if it comes back, report it: processor, memory or a library is at fault",
+        )
+
+
 class ExactTensor:
     """A planned tensor in float64. Not for several threads at a time."""
 
@@ -110,19 +125,19 @@ class ExactTensor:
         self._packed = tensor.quantized.load(base) if tensor.quantized else None
         self._updates = load_updates(tensor, wide=True)
 
-    def compare(self, output: TensorInfo, runs: Runs) -> Errors:
-        """How far the rows of `runs` in the written tensor are from float64."""
+    def compare(self, written: Reader, runs: Runs) -> Errors:
+        """How far the rows of `runs` are from float64. written: reads rows of the output, in its own type."""
         import torch
 
         errors = Errors()
         if not self._tensor.row_wise and runs:  # any of its rows needs all of the base's
             whole = (0, self._tensor.shape[0] if self._tensor.shape else 1)
             rows = torch.cat([torch.arange(start, stop) for start, stop in runs])
-            self._judge(errors, output, runs, self._exact(*whole)[rows], lambda: self._terms(*whole)[rows])
+            self._judge(errors, written, runs, self._exact(*whole)[rows], lambda: self._terms(*whole)[rows])
             return errors
         for some in _bundles(runs, self._tensor.shape):
             exact = torch.cat([self._exact(*run) for run in some])
-            self._judge(errors, output, some, exact, partial(self._terms_of, some))
+            self._judge(errors, written, some, exact, partial(self._terms_of, some))
         return errors
 
     def _exact(self, start: int, stop: int) -> "torch.Tensor":
@@ -141,7 +156,7 @@ class ExactTensor:
     def _judge(
         self,
         errors: Errors,
-        output: TensorInfo,
+        written: Reader,
         runs: Sequence[tuple[int, int]],
         exact: "torch.Tensor",
         terms: "Callable[[], torch.Tensor]",
@@ -149,11 +164,11 @@ class ExactTensor:
         """terms: asked for only where the result alone does not show that the rows are within the bound."""
         import torch
 
-        found = torch.cat([read_rows(output, start, stop) for start, stop in runs])
+        found = torch.cat([written(start, stop) for start, stop in runs])
         largest = torch.finfo(found.dtype).max
         found = found.double()
         known = torch.isfinite(exact) & (exact.abs() <= largest)  # the rest is --allow-nonfinite's
-        off, unit = (found - exact).abs(), ulp(exact, output.dtype)
+        off, unit = (found - exact).abs(), ulp(exact, self._tensor.output.dtype)
         ulps = torch.where(known, off / unit, 0.0)
         errors.checked += exact.numel()
         errors.total += float(ulps.sum())

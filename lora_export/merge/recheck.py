@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from lora_export.checkpoint.hashing import hash_parts, hash_tensor
 from lora_export.checkpoint.reader import read_rows
@@ -73,10 +74,10 @@ class Recheck:
             self.unchecked[name] = too_large(needed, limit)
             return Errors()
         exact = ExactTensor(tensor, self.plan.base)
-        errors = exact.compare(output, runs)
+        errors = exact.compare(partial(read_rows, output), runs)
         judged = errors
         if self.certify == "full" and self.plan.options.certify != "full":
-            judged = exact.compare(output, all_runs(tensor.shape))
+            judged = exact.compare(partial(read_rows, output), all_runs(tensor.shape))
         if judged.beyond:
             self.beyond.append(
                 f"{place(output)}: {judged.beyond} of {judged.checked} numbers are beyond the bound, the worst by "
