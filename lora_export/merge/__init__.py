@@ -12,7 +12,7 @@ from lora_export.adapters import CONFIG as ADAPTER_CONFIG
 from lora_export.adapters import AdapterFile, read_adapter
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
-from lora_export.contracts import AdapterChoice, BaseCheck, MergeOptions, MergeResult, Progress
+from lora_export.contracts import AdapterChoice, BaseCheck, MergeOptions, MergeResult, Progress, TensorRecord
 from lora_export.errors import RuntimeUnavailable
 from lora_export.files import check_space, output_folder, write_sealed
 from lora_export.merge.base import base_weights
@@ -23,9 +23,10 @@ from lora_export.merge.execute import Execution
 from lora_export.merge.loaded import loaded_weights
 from lora_export.merge.plan import MergePlan, plan_merge
 from lora_export.merge.right_base import base_checks
+from lora_export.merge.streamed import MergedSource, write_outline
 from lora_export.progress import Silent
 
-__all__ = ["CERTIFICATE", "MergePlan", "merge", "plan"]
+__all__ = ["CERTIFICATE", "MergePlan", "MergedSource", "begin_stream", "end_stream", "merge", "plan"]
 
 
 def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -> MergePlan:
@@ -81,26 +82,69 @@ def merge(
         execution.run()
         warnings = [*planned.warnings, *write_beside(planned, companions, stage)]
         survival, checks = execution.survival, base_checks(planned)
-        warnings += _judge(planned, execution, survival)
+        warnings += _judge(planned, survival)
         warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
         write_certificate(stage, execution, [a.weight for a in adapters], checks)
     for text in warnings:
         progress.warn(text)
+    seconds = time.monotonic() - started
+    return _result(planned, execution.records, survival, checks, warnings, output / CERTIFICATE, seconds)
+
+
+def _result(
+    planned: MergePlan,
+    records: Sequence[TensorRecord],
+    survival: float | None,
+    checks: Sequence[BaseCheck],
+    warnings: Sequence[str],
+    certificate: Path,
+    seconds: float,
+) -> MergeResult:
     used = sum(a.tensor_count for a in planned.adapters)
     return MergeResult(
-        output=output,
+        output=certificate.parent,
         tensors=planned.counts,
         adapter_tensors={"used": used, "total": used},
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         peak_rss_bytes=peak_rss(),
         delta_survival=survival,
-        certificate=output / CERTIFICATE,
+        certificate=certificate,
         base_weights="dequantized" if _dequantizes(planned) else "original",
         dtype=planned.dtype,
-        records=tuple(execution.records),
+        records=tuple(records),
         warnings=tuple(warnings),
         base_checks=tuple(checks),
     )
+
+
+def begin_stream(
+    base: Path, adapters: Sequence[AdapterChoice], outline: Path, options: MergeOptions, progress: Progress
+) -> MergedSource:
+    """A merge whose large tensors are computed as they are read; `outline` gets the rest of the merged folder."""
+    planned = plan(base, adapters, options)
+    _prepare(options.device)
+    counts = planned.counts
+    progress.stage(
+        f"merge: {counts['updated']} weights updated, {counts['copied']} copied, into the export"
+    )
+    source = MergedSource(planned, outline)
+    source.warnings += write_outline(source)
+    return source
+
+
+def end_stream(
+    source: MergedSource, adapters: Sequence[AdapterChoice], certificate: Path, seconds: float, progress: Progress
+) -> MergeResult:
+    """What was merged, with its certificate, once every tensor was hashed. seconds: what reading them took."""
+    planned, survival, checks = source.plan, source.survival, base_checks(source.plan)
+    warnings = [*planned.warnings, *source.warnings, *_judge(planned, survival)]
+    warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
+    weights = [a.weight for a in adapters]
+    document = certificate_of(planned, weights, source.records, survival, checks, source.unchecked, {})
+    write_sealed(certificate, document)
+    for text in warnings:
+        progress.warn(text)
+    return _result(planned, source.records, survival, checks, warnings, certificate, seconds)
 
 
 def _prepare(device: str) -> None:
@@ -151,7 +195,7 @@ def write_certificate(
     write_sealed(stage / CERTIFICATE, document)
 
 
-def _judge(planned: MergePlan, execution: Execution, survival: float | None) -> list[str]:
+def _judge(planned: MergePlan, survival: float | None) -> list[str]:
     replaced = planned.counts["replaced"]
     if planned.adapters and survival is None and not replaced:
         return ["the adapter changes nothing: every delta is zero (was it trained, and saved after training?)"]

@@ -40,6 +40,7 @@ class MergedSource:
     folder: Path
     tensors: Mapping[str, TensorInfo] = field(init=False)
     unchecked: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     _work: dict[str, TensorWork] = field(default_factory=dict)
     _whole: dict[str, "torch.Tensor"] = field(default_factory=dict)  # of tensors that have no rows of their own
     _records: dict[str, tuple[TensorRecord, Survival]] = field(default_factory=dict)

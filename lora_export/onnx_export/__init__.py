@@ -21,7 +21,14 @@ from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
 from lora_export.onnx_export.job import Engine, Job, architecture_of
 from lora_export.onnx_export.records import load_export
-from lora_export.onnx_export.reweight import config_digest, copy_graphs, hash_all, read_map, refuse_other_model
+from lora_export.onnx_export.reweight import (
+    config_digest,
+    copy_graphs,
+    hash_all,
+    read_map,
+    refuse_other_model,
+    refuse_undescribed,
+)
 from lora_export.onnx_export.weight_source import FileSource, WeightSource
 from lora_export.onnx_export.writing import Writing
 
@@ -135,6 +142,8 @@ def _opened(model: Path, source: WeightSource | None) -> Iterator[WeightSource]:
 def _fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
     """The data files of a new export, and the hashes that tell the next one what has changed."""
     found = weights_map.read(stage)
+    if not isinstance(numbers, FileSource):
+        refuse_undescribed(found, numbers)
     files.check_space(stage, sum(found.sizes.values()))
     Writing(stage, found, numbers, progress).run()
     weights_map.write(stage, replace(found, hashes=hash_all(numbers)))

@@ -9,6 +9,7 @@ from typing import Any
 from lora_export import files
 from lora_export.errors import ExportError
 from lora_export.onnx_export import weights_map
+from lora_export.onnx_export.sources import SMALL
 from lora_export.onnx_export.weight_source import WeightSource
 from lora_export.onnx_export.weights_map import WeightsMap
 from lora_export.workers import cores, share_out
@@ -59,6 +60,26 @@ def refuse_other_model(
     for name in sorted(fixed & before.keys()):
         if hashes[name] != before[name]:
             raise _other(earlier, "the graph holds this tensor in a way that no recipe says, and it changed", name)
+
+
+def refuse_undescribed(found: WeightsMap, source: WeightSource) -> None:
+    """ExportError if the engine computed something of large tensors, which were not in the files that it read."""
+    computed = {n for w in found.weights for n in w.recipe.computed_from}
+    left = [n for n, t in source.tensors.items() if n not in found.tensors and _count(t.shape) > SMALL]
+    if computed or left:
+        raise ExportError(
+            "the engine computes a part of the graph from this tensor, and no merged folder holds it",
+            tensor=sorted(computed or left)[0],
+            expected="a model whose weights go into the graph as they are, turned, joined or cast",
+            next_step="the same command without --no-merged-folder",
+        )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
 
 
 def _other(earlier: Path, found: str, tensor: str | None) -> ExportError:
