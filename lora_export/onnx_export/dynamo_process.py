@@ -1,109 +1,91 @@
-"""Run by dynamo.py as a process: torch's dynamo exporter on one request, given as JSON on stdin."""
+"""Run by dynamo.py as a process: torch's dynamo exporter on one request, given as JSON on stdin.
 
-import inspect
+Prints, as its last line, what was made: kind, task and file names of the graphs.
+"""
+
 import json
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import onnx
-    import torch
-
-OPSET = 20
-SINGLE_FILE_LIMIT = 1_500_000_000  # bytes; protobuf ends at 2 GiB, and Optimum writes one file below that
-DUMMY_BATCH, DUMMY_LENGTH = 2, 16  # neither may be 1: torch.export would take it for a constant
+from typing import Any
 
 
 def main() -> None:
     request = json.load(sys.stdin)
-    import onnx_ir
+    warnings.simplefilter("ignore")  # torch tells of axes and names that were asked for
+    from lora_export.onnx_export import graph_files
+    from lora_export.onnx_export.dynamo_engine import attention, passes, tracing
+    from lora_export.onnx_export.dynamo_engine.parts import parts_of
 
-    model = onnx_ir.to_proto(_graph(Path(request["model"])))
-    if request["precision"] == "fp16":
-        model = _halve(model)
-    _save(model, Path(request["output"]))
-
-
-def _graph(folder: Path) -> Any:
-    """The fused graph (onnx_ir.Model): ids and masks [batch, length] of int64 in, one tensor out."""
-    import torch
-    from onnxscript.rewriter.ort_fusions import optimize_for_ort
-
-    model, output = _load(folder)
-    inputs = _dummy_inputs(model)
-    batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
-    program = torch.onnx.export(
-        _one_output(model, tuple(inputs), output),
-        tuple(inputs.values()),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=list(inputs),
-        output_names=[output],
-        dynamic_shapes=(({0: batch, 1: length},) * len(inputs),),  # one entry: forward's only parameter
-    )
-    assert program is not None
-    fused, _ = optimize_for_ort(program.model, clear_metadata=True)
-    return fused
+    attention.register()
+    model = _load(Path(request["model"]), request["optimize"])
+    traced = parts_of(model.model, request["task"])
+    graphs, weights, constants = {}, {}, {}
+    for part in traced.parts:
+        graph = passes.Graph(*tracing.trace(part, model))
+        passes.run(graph, request["optimize"])
+        if request["precision"] in _HALVES:
+            _halve(graph, request["precision"])
+        for weight, value in _weights(graph, part.data):
+            weights[part.data, weight.name] = weight
+            if value is not None:
+                constants[part.data, weight.name] = value
+        graphs[part.file] = _proto(graph.model)
+    data_files = {part.file: part.data for part in traced.parts}
+    graph_files.save(Path(request["output"]), graphs, list(weights.values()), constants, data_files)
+    made = {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)}
+    Path(request["output"], request["result"]).write_text(json.dumps(made), encoding="utf-8")
 
 
-def _load(folder: Path) -> tuple["torch.nn.Module", str]:
-    """The model in fp32, in evaluation mode, and the name of its output as Optimum has it."""
-    import torch
+_HALVES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
+
+
+def _load(folder: Path, optimize: str) -> Any:
+    """The model without large weights; attention as one operator where the architecture lets itself be told."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    from lora_export.onnx_export.dynamo_engine import attention
+    from lora_export.onnx_export.sources import load_described
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     cls = getattr(transformers, config.architectures[0])
-    model = cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
-    return model, "last_hidden_state" if config.architectures[0].endswith("Model") else "logits"
+    if optimize == "full" and getattr(cls, "_supports_attention_backend", False):
+        return load_described(cls, folder, attn_implementation=attention.NAME)
+    try:
+        if optimize == "full":
+            return load_described(cls, folder, attn_implementation=attention.NAME)
+    except ValueError:  # transformers' answer for an architecture with an attention of its own
+        pass
+    return load_described(cls, folder, attn_implementation="eager")
 
 
-def _dummy_inputs(model: Any) -> dict[str, "torch.Tensor"]:
-    """Ids, mask and, where the model tells segments apart, token types; from Optimum's generator."""
-    from optimum.utils import DummyTextInputGenerator, NormalizedConfigManager
+def _halve(graph: Any, precision: str) -> None:
+    import onnx_ir as ir
 
-    names = ["input_ids", "attention_mask"]
-    takes_segments = "token_type_ids" in inspect.signature(model.forward).parameters
-    if takes_segments and getattr(model.config, "type_vocab_size", 0) > 1:
-        names.append("token_type_ids")
-    normalized = NormalizedConfigManager.get_normalized_config_class(model.config.model_type)(model.config)
-    generator = DummyTextInputGenerator(
-        "feature-extraction", normalized, batch_size=DUMMY_BATCH, sequence_length=DUMMY_LENGTH
-    )
-    return {name: generator.generate(name, framework="pt") for name in names}
+    from lora_export.onnx_export.dynamo_engine.halving import halve
+
+    halve(graph.model, ir.DataType[_HALVES[precision]])
 
 
-def _one_output(model: Any, names: tuple[str, ...], output: str) -> "torch.nn.Module":
-    import torch
+def _weights(graph: Any, data: str) -> Any:
+    """(weight, its value if it is a constant) for all that goes into the data file."""
+    warnings.simplefilter("ignore")  # torch tells of axes and names that were asked for
+    from lora_export.onnx_export import graph_files
+    from lora_export.onnx_export.weights_map import Recipe, Weight
 
-    class OneOutput(torch.nn.Module):
-        """Takes the inputs by position and returns one tensor: poolers and hidden states stay outside."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *values: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = self.model(**dict(zip(names, values, strict=True)))[output]
-            return result
-
-    return OneOutput().eval()
+    for name, value in graph.model.graph.initializers.items():
+        tensor, recipe = value.const_value, graph.recipes.get(name)
+        if recipe is None and tensor.nbytes < graph_files.INLINE:
+            continue
+        dtype = {"float": "float32", "double": "float64"}.get(t := tensor.dtype.name.lower(), t)
+        weight = Weight(name, data, dtype, tuple(int(n) for n in tensor.shape.numpy()), recipe or Recipe())
+        yield weight, None if recipe else tensor.numpy()
 
 
-def _halve(model: "onnx.ModelProto") -> "onnx.ModelProto":
-    """Weights and arithmetic in half precision; the output stays fp32, as Optimum leaves it."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
+def _proto(model: Any) -> Any:
+    import onnx_ir as ir
 
-    # onnx's shape inference does not know the fused operators
-    halved: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
-    return halved
-
-
-def _save(model: "onnx.ModelProto", path: Path) -> None:
-    import onnx
-
-    external = model.ByteSize() > SINGLE_FILE_LIMIT
-    onnx.save(model, str(path), save_as_external_data=external, location=f"{path.name}_data" if external else None)
+    return ir.to_proto(model)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ OPSET = 20
 
 
 def trace(part: Part, model: Described) -> tuple[Any, dict[str, Recipe]]:
-    """(onnx_ir.Model, recipe of each initializer that is a tensor of the checkpoint).
+    """(onnx_ir.Model, recipe of each parameter that is a tensor of the checkpoint).
 
-    Such initializers are types and shapes without numbers, so that nothing can be computed from them on the way.
+    Such parameters are inputs of the graph: an initializer without numbers would be asked for them by every pass,
+    and one with numbers would be computed with.
     """
     with attention.cached(part.caches), torch.no_grad():
         program = _export(part, model.model)
@@ -24,25 +25,18 @@ def trace(part: Part, model: Described) -> tuple[Any, dict[str, Recipe]]:
     graph = program.model.graph
     for value in list(graph.initializers.values()):
         name = value.name.removeprefix(_Forward.PREFIX)
-        tensor = model.tensors.get(name)
-        if tensor is not None:
-            shape = tuple(value.shape.numpy())
-            recipes[name] = Recipe((Piece(tensor, 0, shape[0] if shape else 1),))
-            value.const_value = placeholder(name, value.dtype, shape)
-        else:
-            value.const_value = _real(model.model, name, value)
         del graph.initializers[value.name]
         value.name = name
-        graph.initializers[name] = value
+        if name in model.tensors:
+            shape = tuple(value.shape.numpy())
+            recipes[name] = Recipe((Piece(model.tensors[name], 0, shape[0] if shape else 1),))
+            value.const_value = None
+            graph.inputs.append(value)
+        else:
+            value.const_value = _real(model.model, name, value)
+            graph.initializers[name] = value
     _name_axes(graph, part)
     return program.model, recipes
-
-
-def placeholder(name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
-    """A tensor that is only a type and a shape."""
-    import onnx_ir as ir
-
-    return ir.ExternalTensor("", 0, 0, dtype, shape=ir.Shape(shape), name=name)
 
 
 class _Forward(torch.nn.Module):
@@ -117,5 +111,5 @@ def _name_axes(graph: Any, part: Part) -> None:
 
     wanted = {n: axes for n, (_, _, axes) in part.inputs.items()} | dict(part.outputs)
     for value in (*graph.inputs, *graph.outputs):
-        for axis, name in wanted[value.name].items():
+        for axis, name in wanted.get(value.name, {}).items():
             value.shape[axis] = ir.SymbolicDim(name)

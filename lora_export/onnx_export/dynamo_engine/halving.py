@@ -1,0 +1,56 @@
+"""A graph in half precision whose weights have no numbers yet: types are changed, and the writer rounds."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3e38}
+
+
+def halve(model: ir.Model, dtype: ir.DataType) -> None:
+    """fp32 becomes `dtype` everywhere but at the graph's inputs and outputs, as Optimum leaves them."""
+    graph = model.graph
+    for value in graph.initializers.values():
+        if value.dtype == ir.DataType.FLOAT:
+            value.const_value = _narrow(value.const_value, dtype)
+            value.dtype = dtype
+    for node in list(graph):
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.FLOAT:
+                node.attributes[name] = ir.AttrTensor(name, _narrow(attribute.as_tensor(), dtype))
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT:
+            node.attributes["to"] = ir.AttrInt64("to", int(dtype))
+        for output in node.outputs:
+            if output.dtype == ir.DataType.FLOAT:
+                output.dtype = dtype
+    _cast_ends(graph, dtype)
+
+
+def _narrow(tensor: Any, dtype: ir.DataType) -> Any:
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor("", 0, 0, dtype, shape=tensor.shape, name=str(tensor.name))
+    values = np.clip(tensor.numpy(), -LARGEST[dtype], LARGEST[dtype])
+    return ir.tensor(values.astype(dtype.numpy()), dtype=dtype, name=tensor.name)
+
+
+def _cast_ends(graph: Any, dtype: ir.DataType) -> None:
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.FLOAT:
+            uses = list(value.uses())
+            node = ir.node("Cast", [value], {"to": int(dtype)}, num_outputs=1)
+            node.outputs[0].dtype, node.outputs[0].shape = dtype, value.shape
+            node.outputs[0].name = f"{value.name}_half"
+            graph.insert_before(graph[0], node)
+            for user, index in uses:
+                user.replace_input_with(index, node.outputs[0])
+    for index, value in enumerate(list(graph.outputs)):
+        if value.dtype != dtype:
+            continue
+        name = value.name
+        value.name = f"{name}_half"
+        node = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, num_outputs=1)
+        node.outputs[0].name, node.outputs[0].dtype = name, ir.DataType.FLOAT
+        node.outputs[0].shape = value.shape
+        graph.append(node)
+        graph.outputs[index] = node.outputs[0]
