@@ -49,14 +49,9 @@ def _load(folder: Path, optimize: str) -> Any:
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     cls = getattr(transformers, config.architectures[0])
-    if optimize == "full" and getattr(cls, "_supports_attention_backend", False):
-        return load_described(cls, folder, attn_implementation=attention.NAME)
-    try:
-        if optimize == "full":
-            return load_described(cls, folder, attn_implementation=attention.NAME)
-    except ValueError:  # transformers' answer for an architecture with an attention of its own
-        pass
-    return load_described(cls, folder, attn_implementation="eager")
+    # A model's own flag says less: BART's is off, and it asks the interface like all others.
+    told = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
+    return load_described(cls, folder, attn_implementation=attention.NAME if told else "eager")
 
 
 def _halve(graph: Any, precision: str) -> None:

@@ -18,7 +18,8 @@ def main() -> None:
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
     _own_commit(builder.Model)
-    _flatten_rope(builder.Model)
+    _rename_settings(builder.Model)
+    _subtract_mean(builder.OLMoModel)
     described = _Described(builder.Model) if request["described"] else None
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
     # The builder's fp16 graph for the CPU does without GroupQueryAttention (six times the nodes) and fails
@@ -30,8 +31,12 @@ def main() -> None:
         described.save(Path(request["output"]))
 
 
-def _flatten_rope(model: Any) -> None:
-    """transformers 5 keeps the two rotary settings of Gemma 3 by layer type; the builder wants the older keys."""
+def _rename_settings(model: Any) -> None:
+    """Settings that the builder looks for under one name, and some models have under another.
+
+    transformers 5 keeps the two rotary settings of Gemma 3 by layer type. Phi's and Nemotron's epsilon of the
+    normalization has names of its own, and OLMo's is written in its code: the builder would take another number.
+    """
     plain = model.make_config_init
 
     def make_config_init(self: Any, config: Any) -> None:
@@ -39,13 +44,27 @@ def _flatten_rope(model: Any) -> None:
         if isinstance(rope, dict) and "rope_theta" in rope.get("sliding_attention", {}):
             config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
             config.rope_parameters = dict(rope["full_attention"])
+        if not hasattr(config, "rms_norm_eps"):
+            named = (getattr(config, n, None) for n in ("layer_norm_eps", "norm_eps", "layer_norm_epsilon"))
+            config.rms_norm_eps = next((e for e in named if e is not None), 1e-5)
         plain(self, config)
 
     model.make_config_init = make_config_init
 
 
+def _subtract_mean(model: Any) -> None:
+    """OLMo's normalization takes the mean away (it has no weights); the builder (0.18) writes one that does not."""
+    plain = model.make_layernorm
+
+    def make_layernorm(self: Any, layer: int, norm: Any, skip: bool, simple: bool, location: str) -> None:
+        plain(self, layer, norm, skip, False, location)
+
+    model.make_layernorm = make_layernorm
+
+
 def _options(request: dict[str, Any]) -> list[str]:
-    options = []
+    # A cache cut to the window must be allocated by the runtime; one that grows suits every runtime.
+    options = ["windowed_kv_cache=false"]
     if request["provider"] == "cpu":
         options.append("fuse_qk_norm_gqa=false")  # a CUDA kernel's inputs
     if request["adapter"]:

@@ -47,8 +47,11 @@ def _text(prefix: str, head: str, targets: tuple[str, ...] = ("query", "value"),
     return Architecture(prefix + head, prefix + "Config", {**_BERT, **more}, targets, attention)
 
 
-def _genai(prefix: str, config: str | None = None, targets: tuple[str, ...] = ("q_proj", "v_proj"), **more: Any) -> Architecture:  # fmt: skip
-    return Architecture(f"{prefix}ForCausalLM", config or f"{prefix}Config", {**_LLAMA, **more}, targets)
+def _genai(prefix: str, config: str = "", targets: tuple[str, ...] = ("q_proj", "v_proj"), **more: Any) -> Architecture:
+    scale = more.pop("scale", 0.15)
+    return Architecture(
+        f"{prefix}ForCausalLM", config or f"{prefix}Config", {**_LLAMA, **more}, targets, scale=scale
+    )
 
 
 _QV = ("q_proj", "v_proj")
@@ -107,7 +110,7 @@ DYNAMO: dict[str, Architecture] = {
             "ViTForImageClassification", "ViTConfig", {**_VISION, "intermediate_size": 112, "num_labels": 7},
             _QV,
         ),
-        Architecture("Dinov2Model", "Dinov2Config", {**_VISION, "mlp_ratio": 2}, ("query", "value")),
+        Architecture("Dinov2Model", "Dinov2Config", {**_VISION, "mlp_ratio": 2}, _QV),
         Architecture(
             "CLIPModel",
             "CLIPConfig",
@@ -132,12 +135,12 @@ GENAI: dict[str, Architecture] = {
         _genai("Gemma", head_dim=16),
         _genai("Gemma2", head_dim=16, sliding_window=16),
         _genai("Gemma3", "Gemma3TextConfig", head_dim=16, sliding_window=16),
-        _genai("Phi", num_key_value_heads=4, partial_rotary_factor=0.5),
+        _genai("Phi", num_key_value_heads=4, partial_rotary_factor=0.5, hidden_size=128, scale=0.08),
         _genai("Phi3", targets=("qkv_proj", "gate_up_proj"), original_max_position_embeddings=64),
         _genai("SmolLM3"),
         _genai("Granite"),
         _genai("Olmo"),
-        _genai("Nemotron"),
+        _genai("Nemotron", hidden_size=128, scale=0.08),
         _genai("Ernie4_5"),
         _genai("HunYuanDenseV1", head_dim=16),
     )
