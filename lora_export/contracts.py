@@ -377,6 +377,22 @@ class ValidationResult:
 
 
 @dataclass(frozen=True)
+class QuantizationOptions:
+    """How the weights of an int4, int8 or nf4 graph are quantized.
+
+    block_size: numbers that share a scale (None: 32, and 64 for nf4); algorithm: how a scale is chosen;
+    accuracy_level: in which type products are computed (None: int8 (4) on the CPU, as the inputs elsewhere (0));
+    keep: nodes that stay as they are, by name or pattern, or `auto`: those that do the most damage.
+    """
+
+    block_size: int | None = None
+    symmetric: bool = True
+    algorithm: Literal["default", "rtn", "k_quant"] = "default"
+    accuracy_level: int | None = None
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """An exported folder. `files` maps a file name to its size in bytes; `nodes` counts the nodes of all graphs.
 

@@ -25,6 +25,7 @@ from lora_export.contracts import (
     Precision,
     Progress,
     Provider,
+    QuantizationOptions,
     Source,
     ValidationResult,
     Verification,
@@ -40,6 +41,7 @@ class StoryOptions:
     provider: Provider = "auto"
     engine: str | None = None
     optimize: Optimize = "full"
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     graph_from: Path | None = None  # an earlier export of the same base: its graph, its precision, its engine
     benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     prompts: Path | None = None
@@ -238,6 +240,7 @@ def _export(
         provider=options.provider,
         engine=options.engine,
         optimize=options.optimize,
+        quantization=options.quantization,
         adapter=adapter,
         progress=progress,
     )

@@ -19,8 +19,8 @@ from lora_export.commands.talk import megabytes, table, talking
 @options.force_option
 @options.talk_options
 def export(
-    model: str, output: Path, precision: Any, provider: str, engine: str | None, optimize: Any,
-    graph_from: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool, verbose: bool,
+    model: str, output: Path, graph_from: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool,
+    verbose: bool, **words: Any,
 ) -> None:  # fmt: skip
     """Export a model folder to ONNX: decoders for onnxruntime-genai, all others with Optimum's names.
 
@@ -39,14 +39,14 @@ def export(
         if graph_from is not None:
             refuse_beside_graph_from()
         if dry_run:
-            document = _planned(folder, precision, provider, engine, graph_from)
+            document = _planned(folder, words, graph_from)
             rows = [*((k, str(v)) for k, v in document.items()), ("dry run", "nothing was written")]
             talk.result({"output": str(output), "dry_run": True} | document, table(rows))
             return
         if graph_from is not None:
             result = _reweighted(graph_from, folder, output, force, talk.progress)
         else:
-            result = _exported(folder, output, precision, provider, engine, optimize, force, talk.progress)
+            result = _exported(folder, output, words, force, talk.progress)
         rows = [
             ("engine", result.engine),
             ("precision", result.precision),
@@ -58,9 +58,7 @@ def export(
         talk.result(result.as_json(), table(rows))
 
 
-def _planned(
-    folder: Path, precision: Any, provider: str, engine: str | None, earlier: Path | None
-) -> dict[str, Any]:
+def _planned(folder: Path, words: dict[str, Any], earlier: Path | None) -> dict[str, Any]:
     from lora_export.checkpoint import open_checkpoint
     from lora_export.onnx_export import check_request, load_export
     from lora_export.runtime import resolve_provider
@@ -68,24 +66,24 @@ def _planned(
     if earlier is not None:
         like = load_export(earlier)
         return {"engine": like.engine, "precision": like.precision, "graph_from": str(earlier)}
-    config = open_checkpoint(folder).config
-    return {"engine": check_request(config, precision, resolve_provider(provider), engine), "precision": precision}
+    config, precision = open_checkpoint(folder).config, words["precision"]
+    engine = check_request(config, precision, resolve_provider(words["provider"]), words["engine"])
+    return {"engine": engine, "precision": precision}
 
 
-def _exported(
-    folder: Path, output: Path, precision: Any, provider: str, engine: str | None, optimize: Any, force: bool,
-    progress: Any,
-) -> Any:  # fmt: skip
+def _exported(folder: Path, output: Path, words: dict[str, Any], force: bool, progress: Any) -> Any:
+    from lora_export.commands.gather import quantization_of
     from lora_export.onnx_export import export
     from lora_export.runtime import resolve_provider
 
     return export(
         folder,
         output,
-        precision=precision,
-        provider=resolve_provider(provider),
-        engine=engine,
-        optimize=optimize,
+        precision=words["precision"],
+        provider=resolve_provider(words["provider"]),
+        engine=words["engine"],
+        optimize=words["optimize"],
+        quantization=quantization_of(words),
         force=force,
         progress=progress,
     )

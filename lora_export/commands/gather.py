@@ -9,7 +9,14 @@ from click.core import ParameterSource
 
 from lora_export.checkpoint.sources import resolve
 from lora_export.commands.options import split_weight
-from lora_export.contracts import AdapterChoice, BenchmarkOptions, CompareBases, MergeOptions, Source
+from lora_export.contracts import (
+    AdapterChoice,
+    BenchmarkOptions,
+    CompareBases,
+    MergeOptions,
+    QuantizationOptions,
+    Source,
+)
 from lora_export.errors import InputError
 from lora_export.pipeline import StoryOptions
 
@@ -65,6 +72,7 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         provider=words["provider"],
         engine=words["engine"],
         optimize=words["optimize"],
+        quantization=quantization_of(words),
         graph_from=words["graph_from"],
         benchmark=benchmark_options_of(words),
         prompts=words["prompts"],
@@ -74,6 +82,15 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         min_survival=words["min_survival"],
         validation_memory=validation_memory_of(words),
         force=words["force"],
+    )
+
+
+def quantization_of(words: dict[str, Any]) -> QuantizationOptions:
+    return QuantizationOptions(
+        block_size=words["block_size"],
+        algorithm=words["quantizer"],
+        accuracy_level=words["accuracy_level"],
+        keep=words["keep"],
     )
 
 
@@ -90,8 +107,9 @@ def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
 def refuse_beside_graph_from() -> None:
     """An earlier export has its precision, engine, … already: InputError for one that is asked for beside it."""
     context = click.get_current_context()
-    for key in ("precision", "engine", "optimize"):
+    for key in ("precision", "engine", "optimize", "block_size", "quantizer", "accuracy_level", "keep"):
         if context.get_parameter_source(key) is not ParameterSource.DEFAULT:
+            key = key.replace("_", "-")
             raise InputError(
                 f"--{key} beside --graph-from, which takes the options of the earlier export",
                 expected="one of them",

@@ -180,6 +180,17 @@ def export_options(command: Command) -> Command:
                      help="What the dynamo engine does to its graph: nothing, simplify it, or fuse attention, "
                      "normalization and activation into ONNX Runtime's operators. The genai engine writes fused "
                      "graphs only."),
+        click.option("--block-size", type=click.IntRange(min=1), default=None,
+                     help="int4, int8, nf4: numbers that share a scale.  [default: 32, and 64 for nf4]"),
+        click.option("--quantizer", type=click.Choice(["default", "rtn", "k_quant"]), default="default",
+                     show_default=True, help="int4, int8: how the scale of a block is chosen. default: MLAS, by the "
+                     "largest number; rtn: rounding to nearest; k_quant: searched, with zero points."),
+        click.option("--accuracy-level", type=click.IntRange(0, 4), default=None,
+                     help="int4, int8: type in which products are computed: 0 that of the inputs, 1 fp32, 2 fp16, "
+                     "3 bf16, 4 int8.  [default: 4 on the CPU, 0 on CUDA]"),
+        click.option("--keep", "keep", multiple=True, metavar="NODE|auto",
+                     help="Nodes whose weights are not quantized, by name or pattern ('*down_proj*'); auto: those "
+                     "that do the most damage for their size. Repeat it for more."),
     ]  # fmt: skip
     for decorator in reversed(decorators):
         command = decorator(command)

@@ -124,9 +124,7 @@ def begin_stream(
     planned = plan(base, adapters, options)
     _prepare(options.device)
     counts = planned.counts
-    progress.stage(
-        f"merge: {counts['updated']} weights updated, {counts['copied']} copied, into the export"
-    )
+    progress.stage(f"merge: {counts['updated']} weights updated, {counts['copied']} copied, into the export")
     source = MergedSource(planned, outline)
     source.warnings += write_outline(source)
     return source

@@ -7,19 +7,20 @@ The next adapter of the same base needs no engine: `graph_from` takes the graph 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from lora_export import files
 from lora_export.checkpoint import open_checkpoint, refuse_code
-from lora_export.contracts import ExportResult, Optimize, Precision, Progress
+from lora_export.contracts import ExportResult, Optimize, Precision, Progress, QuantizationOptions
 from lora_export.errors import CheckpointError, ExportError, InputError
 from lora_export.onnx_export import records, weights_map
 from lora_export.onnx_export.checks import check_model, count_nodes
 from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
 from lora_export.onnx_export.job import Engine, Job, architecture_of
+from lora_export.onnx_export.quantize_graph import blockwise
 from lora_export.onnx_export.records import load_export
 from lora_export.onnx_export.reweight import (
     config_digest,
@@ -44,6 +45,7 @@ def export(
     provider: str = "cpu",
     engine: str | None = None,
     optimize: Optimize = "full",
+    quantization: QuantizationOptions | None = None,
     adapter: Path | None = None,
     source: WeightSource | None = None,
     force: bool = False,
@@ -60,7 +62,8 @@ def export(
     chosen = choose(config, engine)
     inputs = [model] if adapter is None else [model, adapter]
     with files.output_folder(output, force, inputs=inputs) as stage:
-        job = Job(model, config, stage, precision, provider, adapter, progress, optimize)
+        quantized = blockwise(precision, provider, quantization or QuantizationOptions())
+        job = Job(model, config, stage, precision, provider, adapter, progress, optimize, quantized)
         chosen.check(job)
         progress.detail(f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}")
         made = chosen.run(job)
@@ -82,6 +85,7 @@ def export(
             "graphs": list(made.graphs),
             "nodes": sum(count_nodes(stage / name) for name in made.graphs),
             "architecture": architecture_of(config),
+            "quantization": asdict(quantized) if quantized else None,
             "adapter": adapter is not None,
             "seconds": round(time.monotonic() - started, 3),
             "source_config_sha256": files.sha256(model / "config.json"),

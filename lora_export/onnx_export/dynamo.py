@@ -1,6 +1,7 @@
 """Every other model through torch.onnx.export(dynamo=True), fused for ONNX Runtime, with Optimum's names."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,30 +19,31 @@ _HEADS = {
     "ForQuestionAnswering": "question-answering",
 }
 _TEXT = (
-    "Albert", "Bert", "Camembert", "Deberta", "DebertaV2", "DistilBert", "Electra", "MPNet", "ModernBert", "Roberta",
-    "XLMRoberta",
+    "Albert", "Bert", "Camembert", "Deberta", "DebertaV2", "DistilBert", "Electra", "MPNet", "ModernBert",
+    "Roberta", "XLMRoberta",
 )  # fmt: skip
-_SPEECH = {"Model": "feature-extraction", "ForCTC": "automatic-speech-recognition",
-           "ForSequenceClassification": "audio-classification"}  # fmt: skip
+_SPEECH = {
+    "Model": "feature-extraction",
+    "ForCTC": "automatic-speech-recognition",
+    "ForSequenceClassification": "audio-classification",
+}
+_PAIRED = ("CLIPTextModel", "CLIPVisionModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection")
+_SEQ2SEQ = (
+    "BartForConditionalGeneration", "MBartForConditionalGeneration", "MT5ForConditionalGeneration",
+    "MarianMTModel", "PegasusForConditionalGeneration", "T5ForConditionalGeneration",
+)  # fmt: skip
+_VISION = {"Model": "feature-extraction", "ForImageClassification": "image-classification"}
 # Architecture → Optimum's name of the task.
 TASKS: Mapping[str, str] = {
-    **{f + h: task for f in _TEXT for h, task in _HEADS.items()},
-    **{f + h: task for f in ("Wav2Vec2", "Hubert") for h, task in _SPEECH.items()},
-    **{f + "Model": "feature-extraction" for f in ("ViT", "DeiT", "Dinov2")},
-    **{f + "ForImageClassification": "image-classification" for f in ("ViT", "DeiT", "Dinov2")},
+    **{family + head: task for family in _TEXT for head, task in _HEADS.items()},
+    **{family + head: task for family in ("Wav2Vec2", "Hubert") for head, task in _SPEECH.items()},
+    **{family + head: task for family in ("ViT", "DeiT", "Dinov2") for head, task in _VISION.items()},
     "CLIPModel": "zero-shot-image-classification",
-    "CLIPTextModel": "feature-extraction",
-    "CLIPVisionModel": "feature-extraction",
-    "CLIPTextModelWithProjection": "feature-extraction",
-    "CLIPVisionModelWithProjection": "feature-extraction",
     "T5EncoderModel": "feature-extraction",
-    **{f: "text2text-generation" for f in (
-        "BartForConditionalGeneration", "MBartForConditionalGeneration", "MT5ForConditionalGeneration",
-        "MarianMTModel", "PegasusForConditionalGeneration", "T5ForConditionalGeneration",
-    )},
-    **{f: "text-generation" for f in ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM")},
-}  # fmt: skip
-_PRECISIONS = ("fp32", "fp16", "bf16")
+    **dict.fromkeys(_PAIRED, "feature-extraction"),
+    **dict.fromkeys(_SEQ2SEQ, "text2text-generation"),
+    **dict.fromkeys(("GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM"), "text-generation"),
+}
 _RESULT = "made.json"
 
 
@@ -59,11 +61,11 @@ class DynamoEngine:
             )
 
     def check_precision(self, precision: Precision, provider: str) -> None:
-        if precision not in _PRECISIONS:
+        if precision == "bf16" and provider == "cpu":
             raise ExportError(
-                f"the dynamo engine does not export {precision}",
-                expected=" or ".join(_PRECISIONS),
-                next_step="--precision fp16",
+                "bf16 does not run on the CPU: ONNX Runtime has no bfloat16 MatMul there",
+                expected="fp32, fp16, int8, int4 or nf4",
+                next_step="--precision fp32, or --provider cuda",
             )
 
     def run(self, job: Job) -> Made:
@@ -72,6 +74,7 @@ class DynamoEngine:
             "output": str(job.output.resolve()),
             "precision": job.precision,
             "optimize": job.optimize,
+            "quantized": asdict(job.quantized) if job.quantized else None,
             "task": TASKS[architecture_of(job.config)],
             "result": _RESULT,
         }

@@ -16,21 +16,27 @@ def main() -> None:
     from lora_export.onnx_export import graph_files
     from lora_export.onnx_export.dynamo_engine import attention, passes, tracing
     from lora_export.onnx_export.dynamo_engine.parts import parts_of
+    from lora_export.onnx_export.quantize_graph import Blockwise, quantize_graph
 
     attention.register()
     model = _load(Path(request["model"]), request["optimize"])
     traced = parts_of(model.model, request["task"])
-    graphs, weights, constants = {}, {}, {}
+    graphs, constants = {}, {}
+    weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
         graph = passes.Graph(*tracing.trace(part, model))
         passes.run(graph, request["optimize"])
         if request["precision"] in _HALVES:
             _halve(graph, request["precision"])
+        own = []
         for weight, value in _weights(graph, part.data):
-            weights[part.data, weight.name] = weight
+            own.append(weight)
             if value is not None:
                 constants[part.data, weight.name] = value
         graphs[part.file] = _proto(graph.model)
+        if request["quantized"]:
+            graphs[part.file], own = quantize_graph(graphs[part.file], own, Blockwise(**request["quantized"]))
+        weights |= {(part.data, weight.name): weight for weight in own}
     data_files = {part.file: part.data for part in traced.parts}
     graph_files.save(Path(request["output"]), graphs, list(weights.values()), constants, data_files)
     made = {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)}

@@ -1,7 +1,7 @@
 """Decoders through onnxruntime-genai's builder: fused attention, a KV cache, tied embeddings kept once."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +37,6 @@ _WHISPER = frozenset({"WhisperForConditionalGeneration"})
 _PROVIDERS = ("cpu", "cuda")
 _TEXT = Made("decoder", "text-generation-with-past", ("model.onnx",), True)
 _SPEECH = Made("seq2seq", "automatic-speech-recognition-with-past", ("encoder.onnx", "decoder.onnx"), True)
-_DESCRIBED = ("fp32", "fp16", "bf16")
 
 
 class GenaiEngine:
@@ -65,6 +64,12 @@ class GenaiEngine:
                 f"a decoder cannot be exported for the provider {provider!r}",
                 expected=" or ".join(_PROVIDERS),
             )
+        if precision == "nf4":
+            raise ExportError(
+                "the genai engine does not export nf4: its graphs are quantized as int4 and int8",
+                expected="int4 for a decoder",
+                next_step="--precision int4",
+            )
         if precision == "bf16" and provider == "cpu":
             raise ExportError(
                 "bf16 does not run on the CPU: ONNX Runtime has no bfloat16 MatMul there",
@@ -73,9 +78,10 @@ class GenaiEngine:
             )
 
     def run(self, job: Job) -> Made:
-        described = job.adapter is None and job.precision in _DESCRIBED
+        described = job.adapter is None
         request = {
             "described": described,
+            "quantized": asdict(job.quantized) if job.quantized else None,
             "model": str(job.model.resolve()),
             "output": str(job.output.resolve()),
             "precision": job.precision,

@@ -28,7 +28,7 @@ def main() -> None:
     common = ("", request["model"], request["output"], precision, target, request["cache"])
     builder.create_model(*common, **builder.parse_extra_options(*common, options))
     if described is not None:
-        described.save(Path(request["output"]))
+        described.save(Path(request["output"]), request["quantized"])
 
 
 def _rename_settings(model: Any) -> None:
@@ -65,6 +65,13 @@ def _subtract_mean(model: Any) -> None:
 def _options(request: dict[str, Any]) -> list[str]:
     # A cache cut to the window must be allocated by the runtime; one that grows suits every runtime.
     options = ["windowed_kv_cache=false"]
+    if how := request["quantized"]:
+        options += [
+            f"block_size={how['block_size']}",
+            f"is_symmetric={str(how['symmetric']).lower()}",
+            f"accuracy_level={how['accuracy_level']}",
+            f"algo_config={how['algorithm']}",
+        ]
     if request["provider"] == "cpu":
         options.append("fuse_qk_norm_gqa=false")  # a CUDA kernel's inputs
     if request["adapter"]:
@@ -115,10 +122,11 @@ class _Described:
             tensor, to = _placeholder(tensor, name, to), None
         self._make_initializer(builder, tensor, name, to=to, raw=raw)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, quantized: dict[str, Any] | None) -> None:
         import onnx_ir as ir
 
         from lora_export.onnx_export import graph_files
+        from lora_export.onnx_export.quantize_graph import Blockwise, quantize_graph
 
         graphs, weights, constants, data_files = {}, [], {}, {}
         for builder in self._builders:
@@ -133,6 +141,11 @@ class _Described:
                 if name not in recipes:
                     constants[data_files[file], name] = tensor.numpy()
             graphs[file] = ir.to_proto(builder.model)
+            if quantized:
+                own = [w for w in weights if w.file == data_files[file]]
+                others = [w for w in weights if w.file != data_files[file]]
+                graphs[file], own = quantize_graph(graphs[file], own, Blockwise(**quantized))
+                weights = others + own
         graph_files.save(folder, graphs, weights, constants, data_files)
 
 

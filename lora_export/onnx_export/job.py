@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from lora_export.contracts import ModelKind, Optimize, Precision, Progress
 from lora_export.errors import ExportError
+from lora_export.onnx_export.quantize_graph import Blockwise
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Job:
     adapter: Path | None
     progress: Progress
     optimize: Optimize = "full"
+    quantized: Blockwise | None = None
 
 
 @dataclass(frozen=True)

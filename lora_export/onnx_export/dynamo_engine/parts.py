@@ -1,4 +1,4 @@
-"""What is traced of a model: one part a graph file, with the names that Optimum gives to files, inputs and outputs."""
+"""What is traced of a model: one part a graph file, with Optimum's names of files, inputs and outputs."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ import torch
 from lora_export.contracts import ModelKind
 
 Axes = dict[int, str]
+Input = tuple[tuple[int, ...], torch.dtype, Axes]
 BATCH, LENGTH = 2, 16  # of the inputs that are traced; neither may be 1: that would be taken for a constant
 PAST, ENCODED = 5, 11
 # Decoders to which Optimum hands positions, because they do not count them from the mask.
@@ -18,7 +19,7 @@ _POSITIONS = frozenset({"gpt2", "gpt_neox", "gptj", "gpt_neo", "gpt_bigcode", "c
 
 @dataclass(frozen=True)
 class Part:
-    """run: takes the inputs in their order and returns the outputs in theirs; caches: whether it takes or gives one.
+    """run: takes the inputs in their order, returns the outputs in theirs; caches: whether it takes or gives one.
 
     inputs: shape of the tensors to trace with, type and dynamic axes by name; outputs: their dynamic axes.
     """
@@ -26,7 +27,7 @@ class Part:
     file: str
     data: str
     run: Callable[..., tuple[torch.Tensor, ...]]
-    inputs: Mapping[str, tuple[tuple[int, ...], torch.dtype, Axes]]
+    inputs: Mapping[str, Input]
     outputs: Mapping[str, Axes]
     caches: bool = False
 
@@ -64,9 +65,10 @@ def _single(model: Any) -> Part:
     return Part("model.onnx", "model.onnx_data", run, inputs, outputs)
 
 
-def _inputs(model: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype, Axes]]:
-    config, found = model.config, {}
-    ids = ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "sequence_length"})
+def _inputs(model: Any) -> dict[str, Input]:
+    config = model.config
+    found: dict[str, Input] = {}
+    ids: Input = ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "sequence_length"})
     if _takes(model, "input_ids"):
         two_towers = _takes(model, "pixel_values")
         axes = {0: "text_batch_size" if two_towers else "batch_size", 1: "sequence_length"}
@@ -86,7 +88,7 @@ def _inputs(model: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype, Axes]]:
     return found
 
 
-def _pixels(config: Any, batch: str) -> tuple[tuple[int, ...], torch.dtype, Axes]:
+def _pixels(config: Any, batch: str) -> Input:
     size = config.image_size
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return (BATCH, getattr(config, "num_channels", 3), height, width), torch.float32, {0: batch}
@@ -127,7 +129,7 @@ def _decoder(model: Any) -> Part:
     config = model.config.get_text_config(decoder=True)
     layers, heads, size = _cache_shape(config)
     grown = "past_sequence_length + sequence_length"
-    inputs = {
+    inputs: dict[str, Input] = {
         "input_ids": ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "sequence_length"}),
         "attention_mask": ((BATCH, PAST + LENGTH), torch.int64, {0: "batch_size", 1: grown}),
     }
@@ -169,9 +171,9 @@ def _decoders(model: Any) -> tuple[Part, Part]:
 
     layers, heads, size = _cache_shape(model.config)
     encoded = {0: "batch_size", 1: "encoder_sequence_length"}
-    ids = ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "decoder_sequence_length"})
-    mask = ((BATCH, ENCODED), torch.int64, encoded)
-    states = ((BATCH, ENCODED, _width(model.config)), torch.float32, encoded)
+    ids: Input = ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "decoder_sequence_length"})
+    mask: Input = ((BATCH, ENCODED), torch.int64, encoded)
+    states: Input = ((BATCH, ENCODED, _width(model.config)), torch.float32, encoded)
     logits = {"logits": {0: "batch_size", 1: "decoder_sequence_length"}}
 
     def step(ids: torch.Tensor, mask: torch.Tensor, states: torch.Tensor | None, cache: Any) -> Any:
@@ -184,7 +186,10 @@ def _decoders(model: Any) -> tuple[Part, Part]:
         result = step(ids, mask, states, EncoderDecoderCache(_filled(()), _filled(())))
         cache = result.past_key_values
         own, cross = _contents(cache.self_attention_cache), _contents(cache.cross_attention_cache)
-        return (result.logits, *(x for i in range(layers) for x in (*own[2 * i : 2 * i + 2], *cross[2 * i : 2 * i + 2])))
+        return (
+            result.logits,
+            *(x for i in range(layers) for x in (*own[2 * i : 2 * i + 2], *cross[2 * i : 2 * i + 2])),
+        )
 
     def later(ids: torch.Tensor, mask: torch.Tensor, *past: torch.Tensor) -> tuple[torch.Tensor, ...]:
         own = _filled([x for i in range(layers) for x in past[4 * i : 4 * i + 2]])
@@ -197,14 +202,14 @@ def _decoders(model: Any) -> tuple[Part, Part]:
 
     own, cross = "past_decoder_sequence_length", "encoder_sequence_length"
     grown = f"{own} + decoder_sequence_length"
-    with_past = dict(input_ids=ids, encoder_attention_mask=mask)
+    with_past = {"input_ids": ids, "encoder_attention_mask": mask}
     first_outputs: dict[str, Axes] = dict(logits)
     for i in range(layers):
         with_past |= _cache_inputs("decoder.", [i], heads, size, PAST, own)
         with_past |= _cache_inputs("encoder.", [i], heads, size, ENCODED, cross)
         first_outputs |= _cache_outputs("decoder.", [i], "decoder_sequence_length")
         first_outputs |= _cache_outputs("encoder.", [i], cross)
-    inputs = dict(input_ids=ids, encoder_attention_mask=mask, encoder_hidden_states=states)
+    inputs = {"input_ids": ids, "encoder_attention_mask": mask, "encoder_hidden_states": states}
     data = "decoder_model.onnx_data"
     return (
         Part("decoder_model.onnx", data, first, inputs, first_outputs, caches=True),
@@ -235,9 +240,7 @@ def _cache_shape(config: Any) -> tuple[int, int, int]:
     return layers, heads, int(size)
 
 
-def _cache_inputs(
-    of: str, layers: Any, heads: int, size: int, length: int, axis: str
-) -> dict[str, tuple[tuple[int, ...], torch.dtype, Axes]]:
+def _cache_inputs(of: str, layers: Any, heads: int, size: int, length: int, axis: str) -> dict[str, Input]:
     each = ((BATCH, heads, length, size), torch.float32, {0: "batch_size", 2: axis})
     numbers = range(layers) if isinstance(layers, int) else layers
     return {f"past_key_values.{i}.{of}{what}": each for i in numbers for what in ("key", "value")}

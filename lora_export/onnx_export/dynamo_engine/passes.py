@@ -88,10 +88,10 @@ def drop_round_trips(graph: Graph) -> None:
     for node in graph.nodes("Reshape", "Transpose"):
         value, perm = node.inputs[0], _permutation(node)
         while value is not None:
-            if perm is not None and value.shape is not None and _same(value.shape, node.outputs[0].shape):
-                if perm == sorted(perm):
-                    _replace(node.outputs[0], value)
-                    break
+            settled = perm is not None and perm == sorted(perm)
+            if settled and value.shape is not None and _same(value.shape, node.outputs[0].shape):
+                _replace(node.outputs[0], value)
+                break
             before = value.producer()
             if before is None or before.op_type not in ("Reshape", "Transpose"):
                 break
@@ -144,7 +144,7 @@ def turn_weights(graph: Graph, fused: bool = False) -> None:
         if recipe is None or perm != [1, 0] or recipe.transposed:
             continue
         if all(user.op_type == "Transpose" for user, _ in weight.uses()):
-            new = _new_weight(graph, f"{weight.name}_transposed", weight, recipe, turned=True)
+            new = _turned(graph, f"{weight.name}_transposed", weight, recipe)
             _replace(node.outputs[0], new)
         elif fused:
             for user, index in list(node.outputs[0].uses()):
@@ -157,10 +157,11 @@ def _turn_in_matmul(node: ir.Node, weight: ir.Value) -> None:
     _put(node, new)
 
 
-def _new_weight(graph: Graph, name: str, like: ir.Value, recipe: Recipe, turned: bool) -> ir.Value:
+def _turned(graph: Graph, name: str, like: ir.Value, recipe: Recipe) -> ir.Value:
     assert like.shape is not None and like.dtype is not None
     shape = tuple(int(n) for n in like.shape.numpy())
-    return add_weight(graph, name, like.dtype, shape[::-1] if turned else shape, _turned(recipe) if turned else recipe)
+    turned = Recipe(recipe.pieces, not recipe.transposed, recipe.plus)
+    return add_weight(graph, name, like.dtype, shape[::-1], turned)
 
 
 def add_weight(graph: Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], recipe: Recipe) -> ir.Value:
@@ -171,10 +172,6 @@ def add_weight(graph: Graph, name: str, dtype: ir.DataType, shape: tuple[int, ..
     graph.model.graph.inputs.append(value)
     graph.recipes[name] = recipe
     return value
-
-
-def _turned(recipe: Recipe) -> Recipe:
-    return Recipe(recipe.pieces, not recipe.transposed, recipe.plus)
 
 
 def _put(old: ir.Node, new: ir.Node) -> None:
@@ -231,7 +228,12 @@ def _projection(graph: Graph, value: ir.Value | None) -> _Projection | None:
         if matmul is None or matmul.op_type != "MatMul" or bias is None:
             continue
         source, weight = matmul.inputs
-        if weight is not None and weight.name in graph.recipes and bias.name in graph.recipes and source is not None:
+        if (
+            weight is not None
+            and weight.name in graph.recipes
+            and bias.name in graph.recipes
+            and source is not None
+        ):
             return _Projection(source, weight, bias)
     return None
 
@@ -259,4 +261,3 @@ def _common_name(names: Sequence[str]) -> str:
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
-

@@ -94,7 +94,7 @@ def _replace(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Non
                 if id(old) not in made:
                     new = tensors[name]
                     made[id(old)] = torch.nn.Parameter(new, requires_grad=False) if wrap else new
-                leaves[leaf] = made[id(old)]  # type: ignore[assignment]
+                leaves[leaf] = made[id(old)]
 
 
 def _real(model: torch.nn.Module, name: str, value: Any) -> Any:

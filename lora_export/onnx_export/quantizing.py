@@ -1,0 +1,109 @@
+"""The numbers of blockwise weight quantization, by ONNX Runtime's own quantizers: MatMulNBits and MatMulBnb4.
+
+A matrix (in, out), as ONNX's MatMul has it, is cut along `in` into blocks that share a scale. Columns do not know
+of each other, so a matrix may be quantized some columns at a time, with the same bytes.
+"""
+
+import numpy as np
+
+from lora_export.onnx_export.casting import Array
+from lora_export.onnx_export.weights_map import Part, Quantization
+
+_BITS = {"int4": 4, "int8": 8}
+_BNB4 = {"fp4": 0, "nf4": 1}
+
+
+def quantize(matrix: Array, how: Quantization) -> dict[Part, Array]:
+    """The arrays for the operator of `how`: packed numbers, scales in fp32, and zero points where there are any.
+
+    matrix: fp32 (in, out). MatMulNBits: packed (out, blocks, block_size · bits / 8) uint8, scales (out, blocks),
+    zero points (out, ⌈blocks · bits / 8⌉). MatMulBnb4: packed (⌈in · out / 2⌉,), scales (⌈in · out / block_size⌉,).
+    """
+    if how.method in _BNB4:
+        return _bnb4(matrix, how)
+    bits, rows = _BITS[how.method], matrix.shape[0]
+    blocks = -(-rows // how.block_size)
+    padded = np.pad(matrix, ((0, blocks * how.block_size - rows), (0, 0)))
+    if how.algorithm == "default":
+        return _default(padded, rows, bits, how)
+    return _searched(padded, bits, how)
+
+
+def granularity(rows: int, how: Quantization) -> int:
+    """Columns (of `rows` numbers) that must be quantized together: one, but where blocks run on from column to
+    column, as bitsandbytes has it."""
+    if how.method not in _BNB4:
+        return 1
+    columns = 1
+    while rows * columns % how.block_size or rows * columns % 2:
+        columns *= 2
+        if columns > how.block_size:
+            break
+    return columns
+
+
+def shapes(rows: int, columns: int, how: Quantization) -> dict[Part, tuple[int, ...]]:
+    """The shapes of the arrays that `quantize` makes of a whole matrix (rows, columns)."""
+    if how.method in _BNB4:
+        count = rows * columns
+        return {"packed": (-(-count // 2),), "scales": (-(-count // how.block_size),)}
+    bits, blocks = _BITS[how.method], -(-rows // how.block_size)
+    found: dict[Part, tuple[int, ...]] = {
+        "packed": (columns, blocks, how.block_size * bits // 8),
+        "scales": (columns, blocks),
+    }
+    if not how.symmetric:
+        found["zero_points"] = (columns, -(-blocks * bits // 8))
+    return found
+
+
+def _default(padded: Array, rows: int, bits: int, how: Quantization) -> dict[Part, Array]:
+    """MLAS: the scale of a block by its largest number (symmetric), or by its range."""
+    from onnxruntime.capi import _pybind_state as native
+
+    columns, blocks = padded.shape[1], padded.shape[0] // how.block_size
+    packed = np.zeros((columns, blocks, how.block_size * bits // 8), np.uint8)
+    scales = np.zeros((columns, blocks), np.float32)
+    zero_points = np.zeros((columns, -(-blocks * bits // 8)), np.uint8)
+    run = native.quantize_matmul_8bits if bits == 8 else native.quantize_matmul_4bits
+    run(packed, padded, scales, zero_points, how.block_size, columns, rows, how.symmetric)
+    found: dict[Part, Array] = {"packed": packed, "scales": scales}
+    return found if how.symmetric else found | {"zero_points": zero_points}
+
+
+def _searched(padded: Array, bits: int, how: Quantization) -> dict[Part, Array]:
+    """rtn: rounded to nearest; k_quant: the scale and zero point with the least weighted error, as in llama.cpp."""
+    from onnxruntime.quantization.neural_compressor import weight_only
+
+    columns, blocks = padded.shape[1], padded.shape[0] // how.block_size
+    if how.algorithm == "k_quant":
+        numbers, scales, zeros = weight_only.quant_tensor_k_quant_cpu(padded.T, bits, how.block_size)
+    else:
+        scheme = "sym" if how.symmetric else "asym"
+        numbers, scales, zeros = weight_only.quant_tensor(padded.T, bits, how.block_size, scheme, "uint", 1)
+    numbers = numbers.astype(np.uint8).reshape(columns, blocks, how.block_size)
+    packed = numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
+    found: dict[Part, Array] = {
+        "packed": packed,
+        "scales": np.asarray(scales, np.float32).reshape(columns, blocks),
+    }
+    if how.symmetric:
+        return found
+    points = zeros.astype(np.uint8).reshape(columns, blocks)
+    if bits == 4:
+        even = np.full((columns, -(-blocks // 2) * 2), 8, np.uint8)  # half a byte that nothing uses
+        even[:, :blocks] = points
+        points = even[:, ::2] | even[:, 1::2] << 4
+    return found | {"zero_points": points}
+
+
+def _bnb4(matrix: Array, how: Quantization) -> dict[Part, Array]:
+    """bitsandbytes' 4-bit numbers: blocks of the turned matrix, one column after the other."""
+    from onnxruntime.capi import _pybind_state as native
+
+    rows, columns = matrix.shape
+    turned = np.ascontiguousarray(matrix.T)
+    packed = np.zeros(-(-rows * columns // 2), np.uint8)
+    scales = np.zeros(-(-rows * columns // how.block_size), np.float32)
+    native.quantize_matmul_bnb4(packed, turned, scales, how.block_size, _BNB4[how.method], columns, rows)
+    return {"packed": packed, "scales": scales}
