@@ -183,8 +183,8 @@ def export_options(command: Command) -> Command:
         click.option("--block-size", type=click.IntRange(min=1), default=None,
                      help="int4, int8, nf4: numbers that share a scale.  [default: 32, and 64 for nf4]"),
         click.option("--quantizer", type=click.Choice(["default", "rtn", "k_quant"]), default="default",
-                     show_default=True, help="int4, int8: how the scale of a block is chosen. default: MLAS, by the "
-                     "largest number; rtn: rounding to nearest; k_quant: searched, with zero points."),
+                     show_default=True, help="int4, int8: how the scale of a block is chosen. default: by the "
+                     "largest number (MLAS); rtn: rounding to nearest; k_quant: searched, with zero points."),
         click.option("--accuracy-level", type=click.IntRange(0, 4), default=None,
                      help="int4, int8: type in which products are computed: 0 that of the inputs, 1 fp32, 2 fp16, "
                      "3 bf16, 4 int8.  [default: 4 on the CPU, 0 on CUDA]"),

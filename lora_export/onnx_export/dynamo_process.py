@@ -25,7 +25,7 @@ def main() -> None:
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
         graph = passes.Graph(*tracing.trace(part, model))
-        passes.run(graph, request["optimize"])
+        passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:
             _halve(graph, request["precision"])
         own = []

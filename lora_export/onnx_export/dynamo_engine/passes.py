@@ -26,8 +26,11 @@ class Graph:
         return (n for n in list(self.model.graph) if n.op_type in kinds)
 
 
-def run(graph: Graph, optimize: Optimize) -> None:
-    """Change the graph as `optimize` says; `none` leaves what the exporter wrote."""
+def run(graph: Graph, optimize: Optimize, pack: bool = True) -> None:
+    """Change the graph as `optimize` says; `none` leaves what the exporter wrote.
+
+    pack: three projections may become one Attention, whose weights no quantizer takes.
+    """
     from onnx_ir.passes import common
 
     if optimize != "none":
@@ -35,7 +38,7 @@ def run(graph: Graph, optimize: Optimize) -> None:
         turn_weights(graph)
         _simplify(graph)
     if optimize == "full":
-        fuse(graph)
+        fuse(graph, pack)
     common.RemoveUnusedNodesPass()(graph.model)
     common.RemoveUnusedOpsetsPass()(graph.model)
     common.ClearMetadataAndDocStringPass()(graph.model)
@@ -68,14 +71,15 @@ def _simplify(graph: Graph) -> None:
     drop_round_trips(graph)
 
 
-def fuse(graph: Graph) -> None:
+def fuse(graph: Graph, pack: bool) -> None:
     """onnxscript's fusions for ONNX Runtime; attention is one operator already (attention.py)."""
     from onnx_ir.passes import common
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
     optimize_for_ort(graph.model)
     drop_round_trips(graph)
-    pack_projections(graph)
+    if pack:
+        pack_projections(graph)
     common.CommonSubexpressionEliminationPass()(graph.model)
     turn_weights(graph, fused=True)
 
