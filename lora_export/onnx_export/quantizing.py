@@ -2,6 +2,10 @@
 
 A matrix (in, out), as ONNX's MatMul has it, is cut along `in` into blocks that share a scale. Columns do not know
 of each other, so a matrix may be quantized some columns at a time, with the same bytes.
+
+The bytes are those of onnxruntime.quantization's MatMulNBitsQuantizer and MatMulBnb4Quantizer, with two exceptions:
+their k_quant adds up a matrix of one block (in ≤ block_size) in the order in which it happens to lie in memory, and
+their rtn and k_quant cannot pack int4 zero points of an odd number of blocks.
 """
 
 import numpy as np
@@ -14,16 +18,16 @@ _BNB4 = {"fp4": 0, "nf4": 1}
 
 
 def quantize(matrix: Array, how: Quantization) -> dict[Part, Array]:
-    """The arrays for the operator of `how`: packed numbers, scales in fp32, and zero points where there are any.
+    """The arrays for the operator of `how`: packed numbers, scales, and zero points where there are any.
 
-    matrix: fp32 (in, out). MatMulNBits: packed (out, blocks, block_size · bits / 8) uint8, scales (out, blocks),
+    matrix: fp32 or fp16 (in, out); the scales get its type. MatMulNBits: packed (out, blocks, block_size · bits / 8) uint8, scales (out, blocks),
     zero points (out, ⌈blocks · bits / 8⌉). MatMulBnb4: packed (⌈in · out / 2⌉,), scales (⌈in · out / block_size⌉,).
     """
     if how.method in _BNB4:
         return _bnb4(matrix, how)
     bits, rows = _BITS[how.method], matrix.shape[0]
     blocks = -(-rows // how.block_size)
-    padded = np.pad(matrix, ((0, blocks * how.block_size - rows), (0, 0)))
+    padded = np.ascontiguousarray(np.pad(matrix, ((0, blocks * how.block_size - rows), (0, 0))))
     if how.algorithm == "default":
         return _default(padded, rows, bits, how)
     return _searched(padded, bits, how)
@@ -63,7 +67,7 @@ def _default(padded: Array, rows: int, bits: int, how: Quantization) -> dict[Par
 
     columns, blocks = padded.shape[1], padded.shape[0] // how.block_size
     packed = np.zeros((columns, blocks, how.block_size * bits // 8), np.uint8)
-    scales = np.zeros((columns, blocks), np.float32)
+    scales = np.zeros((columns, blocks), padded.dtype)
     zero_points = np.zeros((columns, -(-blocks * bits // 8)), np.uint8)
     run = native.quantize_matmul_8bits if bits == 8 else native.quantize_matmul_4bits
     run(packed, padded, scales, zero_points, how.block_size, columns, rows, how.symmetric)
@@ -76,16 +80,20 @@ def _searched(padded: Array, bits: int, how: Quantization) -> dict[Part, Array]:
     from onnxruntime.quantization.neural_compressor import weight_only
 
     columns, blocks = padded.shape[1], padded.shape[0] // how.block_size
+    turned = np.ascontiguousarray(padded.T)
     if how.algorithm == "k_quant":
-        numbers, scales, zeros = weight_only.quant_tensor_k_quant_cpu(padded.T, bits, how.block_size)
+        with np.errstate(
+            divide="ignore", invalid="ignore"
+        ):  # a block of equal numbers; what comes of it is not used
+            numbers, scales, zeros = weight_only.quant_tensor_k_quant_cpu(turned, bits, how.block_size)
     else:
         scheme = "sym" if how.symmetric else "asym"
-        numbers, scales, zeros = weight_only.quant_tensor(padded.T, bits, how.block_size, scheme, "uint", 1)
+        numbers, scales, zeros = weight_only.quant_tensor(turned, bits, how.block_size, scheme, "uint", 1)
     numbers = numbers.astype(np.uint8).reshape(columns, blocks, how.block_size)
     packed = numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
     found: dict[Part, Array] = {
         "packed": packed,
-        "scales": np.asarray(scales, np.float32).reshape(columns, blocks),
+        "scales": scales.astype(padded.dtype).reshape(columns, blocks),
     }
     if how.symmetric:
         return found
@@ -104,6 +112,6 @@ def _bnb4(matrix: Array, how: Quantization) -> dict[Part, Array]:
     rows, columns = matrix.shape
     turned = np.ascontiguousarray(matrix.T)
     packed = np.zeros(-(-rows * columns // 2), np.uint8)
-    scales = np.zeros(-(-rows * columns // how.block_size), np.float32)
+    scales = np.zeros(-(-rows * columns // how.block_size), matrix.dtype)
     native.quantize_matmul_bnb4(packed, turned, scales, how.block_size, _BNB4[how.method], columns, rows)
     return {"packed": packed, "scales": scales}
