@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_HEAD = "/lm_head/MatMul"
+
 
 def main() -> None:
     request = json.load(sys.stdin)
@@ -20,6 +22,7 @@ def main() -> None:
     _own_commit(builder.Model)
     _rename_settings(builder.Model)
     _subtract_mean(builder.OLMoModel)
+    _share_zero_points(builder.Model)
     described = _Described(builder.Model) if request["described"] else None
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
     # The builder's fp16 graph for the CPU does without GroupQueryAttention (six times the nodes) and fails
@@ -62,7 +65,23 @@ def _subtract_mean(model: Any) -> None:
     model.make_layernorm = make_layernorm
 
 
+def _share_zero_points(model: Any) -> None:
+    """Tied embeddings read the head's quantized weight; the builder (0.18) names its parts only where it is symmetric,
+    or of another quantizer than the default."""
+    plain = model.make_tied_quantized_embedding_input_names
+
+    def make_names(self: Any) -> tuple[int, str, str, str]:
+        bits, weight, scales, zero_points = plain(self)
+        if scales:
+            return bits, weight, scales, zero_points
+        return bits, f"{weight}_Q{bits}", f"{weight}_scales", f"{weight}_zero_points"
+
+    model.make_tied_quantized_embedding_input_names = make_names
+
+
 def _options(request: dict[str, Any]) -> list[str]:
+    from lora_export.onnx_export.quantize_graph import kept
+
     # A cache cut to the window must be allocated by the runtime; one that grows suits every runtime.
     options = ["windowed_kv_cache=false"]
     if how := request["quantized"]:
@@ -72,6 +91,8 @@ def _options(request: dict[str, Any]) -> list[str]:
             f"accuracy_level={how['accuracy_level']}",
             f"algo_config={how['algorithm']}",
         ]
+        if kept(_HEAD, how["keep"]):  # tied embeddings then read it as it is
+            options.append(f"nodes_to_exclude={_HEAD},/model/embed_tokens/Gather")
     if request["provider"] == "cpu":
         options.append("fuse_qk_norm_gqa=false")  # a CUDA kernel's inputs
     if request["adapter"]:

@@ -68,7 +68,7 @@ def quantize_graph(
     done: dict[str, list[Weight]] = {}
     for node in model.graph.node:
         weight = known.get(node.input[1]) if node.op_type == "MatMul" and len(node.input) > 1 else None
-        if weight is None or not _fits(weight) or _kept(node.name, how.keep):
+        if weight is None or not _fits(weight) or kept(node.name, how.keep):
             continue
         parts = done.setdefault(weight.name, _parts(weight, how))
         _rewrite(node, weight, parts, how)
@@ -99,7 +99,8 @@ def _fits(weight: Weight) -> bool:
     )
 
 
-def _kept(name: str, patterns: Collection[str]) -> bool:
+def kept(name: str, patterns: Collection[str]) -> bool:
+    """Whether a node of this name stays in high precision."""
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
 

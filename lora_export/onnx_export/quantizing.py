@@ -20,8 +20,9 @@ _BNB4 = {"fp4": 0, "nf4": 1}
 def quantize(matrix: Array, how: Quantization) -> dict[Part, Array]:
     """The arrays for the operator of `how`: packed numbers, scales, and zero points where there are any.
 
-    matrix: fp32 or fp16 (in, out); the scales get its type. MatMulNBits: packed (out, blocks, block_size · bits / 8) uint8, scales (out, blocks),
-    zero points (out, ⌈blocks · bits / 8⌉). MatMulBnb4: packed (⌈in · out / 2⌉,), scales (⌈in · out / block_size⌉,).
+    matrix: fp32 or fp16 (in, out); the scales get its type. MatMulNBits: packed (out, blocks,
+    block_size · bits / 8) uint8, scales (out, blocks), zero points (out, ⌈blocks · bits / 8⌉) uint8.
+    MatMulBnb4: packed (⌈in · out / 2⌉,) uint8, scales (⌈in · out / block_size⌉,).
     """
     if how.method in _BNB4:
         return _bnb4(matrix, how)

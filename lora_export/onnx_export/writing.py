@@ -241,7 +241,7 @@ class Blocks(Job):
         from lora_export.onnx_export.quantizing import quantize
 
         recipe = self.parts[0].recipe
-        matrix = self._matrix(recipe)
+        matrix = _as_in_graph(self._matrix(recipe), self.parts)
         assert recipe.quantized is not None
         arrays, written = quantize(matrix, recipe.quantized), 0
         for weight in self.parts:
@@ -288,6 +288,15 @@ def _quantized(parts: Sequence[Weight], source: WeightSource, out: OpenFile) -> 
         step = max(1, BLOCK // (4 * width * least)) * least
     for start in range(0, height, step):
         yield Blocks(parts, source, start, min(start + step, height), out)
+
+
+def _as_in_graph(matrix: "Array", parts: Sequence[Weight]) -> "Array":
+    """The matrix rounded to the type that the graph has without quantization, as ONNX Runtime's quantizers meet it."""
+    from lora_export.onnx_export.casting import ONNX, rounded, to_float32
+
+    (scales,) = (w for w in parts if w.recipe.quantized is not None and w.recipe.quantized.part == "scales")
+    cast = rounded(matrix, ONNX[scales.dtype])
+    return cast if scales.dtype == "float16" else to_float32(cast)
 
 
 def _height(parts: Sequence[Weight], source: WeightSource) -> int:

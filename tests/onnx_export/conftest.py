@@ -30,7 +30,7 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def save_llama(folder: Path, seed: int, *, tied: bool = True) -> Path:
+def save_llama(folder: Path, seed: int, *, tied: bool = True, dtype: str = "float32") -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def save_llama(folder: Path, seed: int, *, tied: bool = True) -> Path:
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.data.uniform_(0.5, 1.5)  # all ones otherwise, whatever the seed
-    model.save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     save_tokenizer(folder)
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}\n\n")
     return folder
