@@ -66,8 +66,8 @@ def _subtract_mean(model: Any) -> None:
 
 
 def _share_zero_points(model: Any) -> None:
-    """Tied embeddings read the head's quantized weight; the builder (0.18) names its parts only where it is symmetric,
-    or of another quantizer than the default."""
+    """Tied embeddings read the head's quantized weight; the builder (0.18) does not name the parts that it has
+    if the default quantizer makes zero points."""
     plain = model.make_tied_quantized_embedding_input_names
 
     def make_names(self: Any) -> tuple[int, str, str, str]:

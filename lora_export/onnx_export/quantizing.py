@@ -8,6 +8,8 @@ their k_quant adds up a matrix of one block (in ≤ block_size) in the order in 
 their rtn and k_quant cannot pack int4 zero points of an odd number of blocks.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from lora_export.onnx_export.casting import Array
@@ -15,6 +17,17 @@ from lora_export.onnx_export.weights_map import Part, Quantization
 
 _BITS = {"int4": 4, "int8": 8}
 _BNB4 = {"fp4": 0, "nf4": 1}
+# The numbers of a block whose largest is 1, by their code (blockwise_quant_block_bnb4.h in ONNX Runtime's MLAS).
+_FP4 = (0.0, 5.208333333e-03, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+_CODES = {
+    "fp4": (*_FP4, *(-n for n in _FP4)),
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+        0.7229568362236023, 1.0,
+    ),
+}  # fmt: skip
 
 
 def quantize(matrix: Array, how: Quantization) -> dict[Part, Array]:
@@ -32,6 +45,30 @@ def quantize(matrix: Array, how: Quantization) -> dict[Part, Array]:
     if how.algorithm == "default":
         return _default(padded, rows, bits, how)
     return _searched(padded, bits, how)
+
+
+def dequantize(arrays: Mapping[Part, Array], rows: int, columns: int, how: Quantization) -> Array:
+    """The matrix (rows, columns) in fp32 that the operator multiplies with; arrays: what `quantize` made of one."""
+    scales = arrays["scales"].astype(np.float32)
+    if how.method in _BNB4:
+        codes = _halves(arrays["packed"])[..., ::-1].reshape(-1)[: rows * columns]  # the first in the upper half
+        found = np.array(_CODES[how.method], np.float32)[codes]
+        found *= np.repeat(scales, how.block_size)[: rows * columns]
+        return np.ascontiguousarray(found.reshape(columns, rows).T)
+    bits, blocks = _BITS[how.method], -(-rows // how.block_size)
+    numbers = arrays["packed"].reshape(columns, blocks, -1)
+    points = arrays.get("zero_points")
+    if bits == 4:
+        numbers = _halves(numbers).reshape(columns, blocks, how.block_size)
+        points = None if points is None else _halves(points).reshape(columns, -1)[:, :blocks]
+    zeros = np.float32(2 ** (bits - 1)) if points is None else points.astype(np.float32)[..., None]
+    found = (numbers.astype(np.float32) - zeros) * scales[..., None]
+    return np.ascontiguousarray(found.reshape(columns, -1)[:, :rows].T)
+
+
+def _halves(packed: Array) -> Array:
+    """The two 4-bit numbers of each byte, the lower first, in a new last dimension."""
+    return np.stack((packed & 0xF, packed >> 4), axis=-1)
 
 
 def granularity(rows: int, how: Quantization) -> int:

@@ -291,7 +291,7 @@ def _quantized(parts: Sequence[Weight], source: WeightSource, out: OpenFile) -> 
 
 
 def _as_in_graph(matrix: "Array", parts: Sequence[Weight]) -> "Array":
-    """The matrix rounded to the type that the graph has without quantization, as ONNX Runtime's quantizers meet it."""
+    """The matrix in the type that the graph has without quantization: ONNX Runtime's quantizers meet it rounded."""
     from lora_export.onnx_export.casting import ONNX, rounded, to_float32
 
     (scales,) = (w for w in parts if w.recipe.quantized is not None and w.recipe.quantized.part == "scales")

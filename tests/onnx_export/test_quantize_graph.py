@@ -1,10 +1,8 @@
 """Quantized graphs: the builder's own, ONNX Runtime's quantizer's, and what they compute."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 

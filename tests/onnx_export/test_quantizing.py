@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
 from onnxruntime.quantization.matmul_nbits_quantizer import (
@@ -13,7 +14,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     RTNWeightOnlyQuantConfig,
 )
 
-from lora_export.onnx_export.quantizing import granularity, quantize, shapes
+from lora_export.onnx_export.quantizing import dequantize, granularity, quantize, shapes
 from lora_export.onnx_export.weights_map import Quantization
 
 Array = np.ndarray[Any, Any]
@@ -27,6 +28,10 @@ NBITS = [
     )
 ]  # fmt: skip
 BNB4 = [Quantization(method, "packed", block) for method in ("nf4", "fp4") for block in (16, 64, 128)]
+
+
+def _name(how: Quantization) -> str:
+    return f"{how.method}-{how.block_size}-{how.algorithm}-{'symmetric' if how.symmetric else 'asymmetric'}"
 
 
 def _matrix(size: tuple[int, int], dtype: Any = np.float32) -> Array:
@@ -89,9 +94,7 @@ def _onnxruntime_differs(how: Quantization, rows: int) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-@pytest.mark.parametrize(
-    "how", NBITS + BNB4, ids=lambda h: f"{h.method}-{h.block_size}-{h.algorithm}-{h.symmetric}"
-)
+@pytest.mark.parametrize("how", NBITS + BNB4, ids=_name)
 def test_the_bytes_are_those_of_onnxruntime(how: Quantization, dtype: Any) -> None:
     for size in SIZES:
         if not _onnxruntime_differs(how, size[0]):
@@ -99,9 +102,7 @@ def test_the_bytes_are_those_of_onnxruntime(how: Quantization, dtype: Any) -> No
             _same(quantize(matrix, how), _by_onnxruntime(matrix, how))
 
 
-@pytest.mark.parametrize(
-    "how", NBITS + BNB4, ids=lambda h: f"{h.method}-{h.block_size}-{h.algorithm}-{h.symmetric}"
-)
+@pytest.mark.parametrize("how", NBITS + BNB4, ids=_name)
 def test_columns_may_be_quantized_some_at_a_time(how: Quantization) -> None:
     for size in SIZES:
         matrix = _matrix(size)
@@ -111,3 +112,37 @@ def test_columns_may_be_quantized_some_at_a_time(how: Quantization) -> None:
         for part, array in whole.items():
             assert b"".join(c[part].tobytes() for c in cut) == array.tobytes(), (size, part)
             assert array.shape == shapes(*size, how)[part]
+
+
+def _operator(how: Quantization, size: tuple[int, int], parts: Mapping[Any, Array]) -> Array:
+    """What ONNX Runtime's operator multiplies with: its product with the identity."""
+    rows, columns = size
+    kind, attributes = "MatMulBnb4", {"K": rows, "N": columns, "block_size": how.block_size}
+    if how.method in ("nf4", "fp4"):
+        attributes["quant_type"] = int(how.method == "nf4")
+    else:
+        kind = "MatMulNBits"
+        attributes |= {"bits": int(how.method[3:]), "accuracy_level": 1}
+    node = onnx.helper.make_node(kind, ["x", *parts], ["y"], domain="com.microsoft", **attributes)
+    graph = onnx.helper.make_graph(
+        [node],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", rows])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", columns])],
+        [onnx.numpy_helper.from_array(a, n) for n, a in parts.items()],
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(["y"], {"x": np.eye(rows, dtype=np.float32)})[0])
+
+
+@pytest.mark.parametrize("how", NBITS + BNB4, ids=_name)
+def test_the_operators_multiply_with_the_dequantized_matrix(how: Quantization) -> None:
+    for size in ((64, 32), (112, 7), (1000, 9)):
+        matrix = _matrix(size)
+        parts = quantize(matrix, how)
+        found = dequantize(parts, *size, how)
+        np.testing.assert_allclose(_operator(how, size, parts), found, rtol=1e-5, atol=1e-6)
+        error = np.linalg.norm(found - matrix) / np.linalg.norm(matrix)
+        assert error < (0.02 if how.method == "int8" else 0.2)
