@@ -1,0 +1,234 @@
+"""Which products stay in high precision: those whose quantization does the most damage per byte.
+
+The damage is measured, not guessed: the weights of one group at a time are replaced by what their quantized form
+dequantizes to, in one session over the unquantized graph, whose weights are inputs with a default. Nothing is
+exported again, no session is opened twice, and only one group is in memory beside the model.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_export.contracts import Progress
+from lora_export.errors import ExportError
+from lora_export.onnx_export import weights_map
+from lora_export.onnx_export.casting import Array
+from lora_export.onnx_export.checks import check_external_data, load_graph
+from lora_export.onnx_export.feeds import Feed
+from lora_export.onnx_export.quantize_graph import Blockwise, candidates
+from lora_export.onnx_export.quantizing import dequantize, granularity, quantize, shapes
+from lora_export.onnx_export.weights_map import Quantization, Weight
+from lora_export.workers import BLOCK
+
+if TYPE_CHECKING:
+    import onnx
+
+BUDGET = 0.15  # of the bytes of all quantized weights
+MOST_GROUPS = 64  # each costs a run over all inputs
+_LAYER = re.compile(r"(?<=[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")
+_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A group of products. damage: of the outputs while its weights alone are quantized (see `choose_kept`);
+    nbytes: by how much the model grows if they are not; kept: whether they should not be."""
+
+    name: str
+    nodes: tuple[str, ...]
+    damage: float
+    nbytes: int
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class _Group:
+    name: str
+    nodes: tuple[str, ...]
+    weights: tuple[Weight, ...]
+
+
+def choose_kept(
+    model: Path,
+    how: Blockwise,
+    feeds: Sequence[Feed],
+    *,
+    logits: str | None = None,
+    budget: float = BUDGET,
+    target: float = 0.0,
+    item_size: int = 4,
+    groups: int = MOST_GROUPS,
+    progress: Progress,
+) -> tuple[Damage, ...]:
+    """Every group of products with its damage, worst per byte first; `kept` marks those to name in `keep`.
+
+    model: an fp32 export with its weights map, of the same graph that is to be quantized; feeds: inputs of the
+    graph. damage: with `logits` (the name of an output), the mean KL divergence of its distributions in nats;
+    without, the mean over the outputs of the squared error relative to the squared output. Both are quadratic in
+    the error of a weight, so that those of different groups about add up. budget: how much larger than with
+    everything quantized the weights may become; target: as much damage as may be left. Groups that do less damage
+    per byte than the average are never kept. item_size: bytes of a number that is kept. ExportError if the model
+    has no weights map, or nothing to quantize.
+    """
+    graph = load_graph(model)
+    check_external_data(model, graph)
+    found = _groups(graph, weights_map.read(model.parent).weights, groups)
+    run = _Run(model, graph, [w for g in found for w in g.weights])
+    expected = [run(feed, {}) for feed in feeds]
+    measured = []
+    for done, group in enumerate(found):
+        changed = {w.name: _simulated(run.weights[w.name], how) for w in group.weights}
+        damage = float(np.mean([_damage(e, run(f, changed), logits) for e, f in zip(expected, feeds, strict=True)]))
+        grown = sum(item_size * w.shape[0] * w.shape[1] - _nbytes(w, how, item_size) for w in group.weights)
+        measured.append(Damage(group.name, group.nodes, damage, grown))
+        progress.advance(done + 1, len(found))
+    quantized = sum(_nbytes(w, how, item_size) for g in found for w in g.weights)
+    return mark(measured, budget=int(budget * quantized), target=target)
+
+
+def mark(measured: Sequence[Damage], *, budget: int, target: float = 0.0) -> tuple[Damage, ...]:
+    """The same groups, worst per byte first, with those `kept` that fit into `budget` (bytes) until no more than
+    `target` damage is left."""
+    left = total = sum(m.damage for m in measured)
+    average = total / max(1, sum(m.nbytes for m in measured))
+    marked = []
+    for one in sorted(measured, key=lambda m: m.damage / m.nbytes, reverse=True):
+        keep = left > target and one.nbytes <= budget and one.damage > average * one.nbytes
+        if keep:
+            budget -= one.nbytes
+            left -= one.damage
+        marked.append(Damage(one.name, one.nodes, one.damage, one.nbytes, keep))
+    return tuple(marked)
+
+
+# --- groups ------------------------------------------------------------------------------------------------
+
+
+def _groups(graph: "onnx.ModelProto", weights: Sequence[Weight], most: int) -> list[_Group]:
+    """Products in groups: by weight, or, where there are too many, those with the same role in layers that follow
+    one another."""
+    nodes: dict[str, list[str]] = {}
+    by_name: dict[str, Weight] = {}
+    for node, weight in candidates(graph, weights).items():
+        nodes.setdefault(weight.name, []).append(node)
+        by_name[weight.name] = weight
+    if not nodes:
+        raise ExportError(
+            "no product in this graph has a weight that can be quantized",
+            expected="an fp32 export of a model with linear layers",
+        )
+    for layers in range(1, len(nodes) + 1):
+        named: dict[str, list[str]] = {}
+        for weight_name in nodes:
+            named.setdefault(_group_name(nodes[weight_name][0], layers), []).append(weight_name)
+        if len(named) <= most or layers == len(nodes):
+            break
+    return [
+        _Group(name, tuple(n for w in own for n in nodes[w]), tuple(by_name[w] for w in own))
+        for name, own in named.items()
+    ]
+
+
+def _group_name(node: str, layers: int) -> str:
+    """The node's name, with the first and last of `layers` layers in place of its own."""
+
+    def together(found: re.Match[str]) -> str:
+        first = int(found[1]) // layers * layers
+        return f"{found[0][: -len(found[1])]}{first}-{first + layers - 1}"
+
+    return node if layers == 1 else _LAYER.sub(together, node, count=1)
+
+
+# --- measuring ---------------------------------------------------------------------------------------------
+
+
+def _settings(how: Blockwise) -> Quantization:
+    return Quantization(how.method, "packed", how.block_size, how.symmetric, how.algorithm)
+
+
+def _simulated(matrix: Array, how: Blockwise) -> Array:
+    """The fp32 matrix (in, out) that the quantized operator multiplies with, made some columns at a time."""
+    settings, (rows, columns) = _settings(how), matrix.shape
+    least = granularity(rows, settings)
+    step = max(1, BLOCK // (4 * rows * least)) * least
+    out = np.empty(matrix.shape, np.float32)
+    for start in range(0, columns, step):
+        part = np.ascontiguousarray(matrix[:, start : start + step])
+        out[:, start : start + step] = dequantize(quantize(part, settings), rows, part.shape[1], settings)
+    return out
+
+
+def _nbytes(weight: Weight, how: Blockwise, item_size: int) -> int:
+    sizes = shapes(weight.shape[0], weight.shape[1], _settings(how))
+    return sum(int(np.prod(s)) * (item_size if part == "scales" else 1) for part, s in sizes.items())
+
+
+class _Run:
+    """A session over the graph in which some weights can be replaced for one run."""
+
+    def __init__(self, path: Path, graph: "onnx.ModelProto", weights: Sequence[Weight]) -> None:
+        import onnx
+        import onnxruntime as ort
+
+        self.weights = _Stored(path.parent, weights)
+        known = {w.name for w in weights}
+        for tensor in graph.graph.initializer:
+            if tensor.name in known:
+                value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+                graph.graph.input.append(value)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # an initializer that is an input is warned of: it cannot be folded
+        options.add_session_config_entry(_FOLDER, str(path.parent.resolve()))
+        self._session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._outputs = [o.name for o in self._session.get_outputs()]
+
+    def __call__(self, feed: Feed, changed: Mapping[str, Array]) -> dict[str, Array]:
+        values = self._session.run(self._outputs, {**feed, **changed})
+        return dict(zip(self._outputs, values, strict=True))
+
+
+class _Stored(Mapping[str, Array]):
+    """fp32 matrices of data files, mapped when they are asked for."""
+
+    def __init__(self, folder: Path, weights: Sequence[Weight]) -> None:
+        self._folder = folder
+        self._weights = {w.name: w for w in weights}
+
+    def __getitem__(self, name: str) -> Array:
+        weight = self._weights[name]
+        if weight.dtype != "float32":
+            raise ExportError(f"{name} is {weight.dtype}", tensor=name, expected="an fp32 export")
+        return np.memmap(self._folder / weight.file, np.float32, "r", weight.offset, weight.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _damage(expected: Mapping[str, Array], found: Mapping[str, Array], logits: str | None) -> float:
+    if logits is not None:
+        return _divergence(expected[logits], found[logits])
+    errors = []
+    for name, value in expected.items():
+        if value.dtype.kind == "f" and value.size:
+            wanted = value.astype(np.float64)
+            errors.append(float(np.sum((found[name] - wanted) ** 2) / max(np.sum(wanted**2), 1e-30)))
+    return float(np.mean(errors)) if errors else 0.0
+
+
+def _divergence(expected: Array, found: Array) -> float:
+    """Mean KL(expected ‖ found) over positions, of logits in the last dimension, in nats."""
+    wanted, other = _log_softmax(expected), _log_softmax(found)
+    return float(np.mean(np.sum(np.exp(wanted) * (wanted - other), axis=-1)))
+
+
+def _log_softmax(logits: Array) -> Any:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

@@ -1,0 +1,149 @@
+"""What is kept in high precision: damage as a quantized graph really does it, and the choice by it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from lora_export.contracts import ExportResult, QuantizationOptions
+from lora_export.errors import ExportError
+from lora_export.onnx_export import export
+from lora_export.onnx_export.feeds import token_feeds
+from lora_export.onnx_export.keeping import Damage, choose_kept, mark
+from lora_export.onnx_export.quantize_graph import Blockwise
+from lora_export.progress import Silent
+from tests.onnx_export.conftest import VOCABULARY, save_llama
+
+INT4 = Blockwise("int4", accuracy_level=1)
+SENSITIVE = "/model/layers.1/mlp/down_proj/MatMul"
+
+
+@pytest.fixture(scope="module")
+def sensitive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of which one matrix has an outlier in every block."""
+    from transformers import LlamaForCausalLM
+
+    folder = save_llama(tmp_path_factory.mktemp("models") / "sensitive", seed=5, tied=False)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.layers[1].mlp.down_proj.weight.data[:, ::32] *= 20
+    model.save_pretrained(folder)
+    return folder
+
+
+def _rows(count: int = 3) -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(4, VOCABULARY, size=9 + 4 * i).tolist() for i in range(count)]
+
+
+def _logits(model: Path, feeds: Any) -> list[np.ndarray[Any, Any]]:
+    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    return [np.asarray(session.run(["logits"], dict(feed))[0]) for feed in feeds]
+
+
+def _divergence(expected: Any, found: Any) -> float:
+    """torch's, in fp64."""
+    values = []
+    for a, b in zip(expected, found, strict=True):
+        p, q = (torch.log_softmax(torch.from_numpy(x).double(), -1) for x in (a, b))
+        values.append(float(torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).mean()))
+    return float(np.mean(values))
+
+
+def _int4(model: Path, folder: Path, keep: tuple[str, ...]) -> Path:
+    options = QuantizationOptions(keep=keep, accuracy_level=1)
+    return export(model, folder, precision="int4", quantization=options, progress=Silent()).model
+
+
+def test_the_damage_is_what_a_quantized_graph_does(
+    exported: Callable[..., ExportResult], sensitive: Path, tmp_path: Path
+) -> None:
+    plain = exported(sensitive).model
+    feeds = token_feeds(plain, _rows())
+    measured = choose_kept(plain, INT4, feeds, logits="logits", budget=1, progress=Silent())
+    assert len(measured) == 11
+    found = {d.nodes: d for d in measured}
+    others = tuple(n for d in measured for n in d.nodes if n != SENSITIVE)
+    alone = _int4(sensitive, tmp_path / "alone", others)
+    real = _divergence(_logits(plain, feeds), _logits(alone, feeds))
+    assert found[(SENSITIVE,)].damage == pytest.approx(real, rel=1e-3)
+    assert real > 3 * found[(SENSITIVE.replace("1", "0"),)].damage
+
+    keep = tuple(n for d in measured if d.kept for n in d.nodes)
+    better = _divergence(_logits(plain, feeds), _logits(_int4(sensitive, tmp_path / "kept", keep), feeds))
+    worse = _divergence(_logits(plain, feeds), _logits(_int4(sensitive, tmp_path / "all", ()), feeds))
+    assert better < worse / 2
+
+
+def test_bytes_are_those_by_which_the_data_grow(
+    exported: Callable[..., ExportResult], sensitive: Path, tmp_path: Path
+) -> None:
+    plain = exported(sensitive).model
+    one = next(
+        d
+        for d in choose_kept(plain, INT4, token_feeds(plain, _rows(1)), progress=Silent())
+        if d.nodes == (SENSITIVE,)
+    )
+    sizes = [
+        (_int4(sensitive, tmp_path / name, keep).parent / "model.onnx.data").stat().st_size
+        for name, keep in (("kept", (SENSITIVE,)), ("all", ()))
+    ]
+    assert sizes[0] - sizes[1] == pytest.approx(one.nbytes, abs=1024)  # weights begin at multiples of 256
+
+
+def test_an_encoder_is_measured_by_the_error_of_its_outputs(
+    exported: Callable[..., ExportResult], bert: Path
+) -> None:
+    result = exported(bert)
+    feeds = token_feeds(result.model, _rows())
+    measured = choose_kept(result.model, Blockwise("nf4", 64), feeds, budget=2, progress=Silent())
+    assert all(0 < d.damage < 1 for d in measured)
+    grown = sum(d.nbytes for d in measured if d.kept)
+    assert 0 < grown < sum(d.nbytes for d in measured)
+
+
+def test_many_products_are_measured_by_role_and_layer(
+    exported: Callable[..., ExportResult], sensitive: Path
+) -> None:
+    plain = exported(sensitive).model
+    feeds = token_feeds(plain, _rows(1))
+    measured = choose_kept(plain, INT4, feeds, logits="logits", groups=6, progress=Silent())
+    groups = {d.name: d.nodes for d in measured}
+    assert len(groups) == 6
+    assert groups["/model/layers.0-1/mlp/down_proj/MatMul"] == (SENSITIVE.replace("1", "0"), SENSITIVE)
+
+
+def _damage(name: str, damage: float, nbytes: int) -> Damage:
+    return Damage(name, (name,), damage, nbytes)
+
+
+def test_the_worst_per_byte_are_kept_until_the_budget_is_spent() -> None:
+    measured = [_damage("a", 8, 400), _damage("b", 9, 100), _damage("c", 1, 1000), _damage("d", 4, 90)]
+    found = mark(measured, budget=200)
+    assert [(d.name, d.kept) for d in found] == [("b", True), ("d", True), ("a", False), ("c", False)]
+
+
+def test_what_reaches_the_target_is_enough() -> None:
+    measured = [_damage("a", 8, 400), _damage("b", 9, 100), _damage("c", 1, 1000), _damage("d", 4, 90)]
+    assert [d.name for d in mark(measured, budget=10**6, target=13) if d.kept] == ["b"]
+
+
+def test_no_more_damage_than_average_is_no_reason() -> None:
+    assert not any(d.kept for d in mark([_damage("a", 1, 10), _damage("b", 2, 20)], budget=10**6))
+
+
+def test_a_graph_that_reads_more_than_tokens(exported: Callable[..., ExportResult], tmp_path: Path) -> None:
+    import onnx
+
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["pixels"], ["y"])],
+        "g",
+        [onnx.helper.make_tensor_value_info("pixels", 1, [1])],
+        [onnx.helper.make_tensor_value_info("y", 1, [1])],
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="pixels"):
+        token_feeds(tmp_path / "model.onnx", [[1]])
