@@ -1,0 +1,100 @@
+"""Graphs with int8 activations: what is quantized, and how far the outputs are from fp32."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from lora_export.contracts import ExportResult
+from lora_export.errors import ExportError
+from lora_export.onnx_export.checks import check_model
+from lora_export.onnx_export.feeds import token_feeds
+from lora_export.onnx_export.quantize_int8 import quantize_int8
+from tests.onnx_export.conftest import VOCABULARY
+
+Array = np.ndarray[Any, Any]
+
+
+@pytest.fixture(scope="module")
+def graph(exported: Callable[..., ExportResult], bert: Path) -> Path:
+    return exported(bert).model
+
+
+def _feeds(graph: Path, count: int, seed: int) -> Sequence[Mapping[str, Array]]:
+    random = np.random.default_rng(seed)
+    return token_feeds(graph, [random.integers(4, VOCABULARY, size=9 + i).tolist() for i in range(count)])
+
+
+def _outputs(graph: Path, feeds: Sequence[Mapping[str, Array]]) -> list[Array]:
+    session = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    return [np.asarray(session.run(None, dict(feed))[0]) for feed in feeds]
+
+
+def _error(graph: Path, other: Path) -> float:
+    feeds = _feeds(graph, 3, seed=1)
+    pairs = zip(_outputs(graph, feeds), _outputs(other, feeds), strict=True)
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in pairs)
+
+
+def _kinds(graph: Path) -> list[str]:
+    return [n.op_type for n in onnx.load(str(graph), load_external_data=False).graph.node]
+
+
+def test_ranges_found_while_it_runs(graph: Path, tmp_path: Path) -> None:
+    beside = sorted(p.name for p in graph.parent.iterdir())
+    touched = quantize_int8(graph, tmp_path / "model.onnx")
+    assert sorted(p.name for p in graph.parent.iterdir()) == beside
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    check_model(tmp_path / "model.onnx")
+    kinds = _kinds(tmp_path / "model.onnx")
+    assert kinds.count("MatMulInteger") == _kinds(graph).count("MatMul")
+    assert kinds.count("QAttention") == 2
+    assert len(touched) == kinds.count("MatMulInteger") + 2
+    assert 0 < _error(graph, tmp_path / "model.onnx") < 0.1  # large random weights make attention sharp
+
+
+def test_ranges_of_calibration_inputs(graph: Path, tmp_path: Path) -> None:
+    touched = quantize_int8(graph, tmp_path / "model.onnx", _feeds(graph, 8, seed=0))
+    check_model(tmp_path / "model.onnx")
+    kinds = _kinds(tmp_path / "model.onnx")
+    assert len(touched) == kinds.count("MatMul") > 0
+    assert "DynamicQuantizeLinear" not in kinds
+    assert 0 < _error(graph, tmp_path / "model.onnx") < 0.1
+
+
+def test_ranges_are_those_of_the_inputs(graph: Path, tmp_path: Path) -> None:
+    """Calibrated with one token over and over, the ranges are too narrow for others."""
+    (tmp_path / "narrow").mkdir()
+    quantize_int8(graph, tmp_path / "model.onnx", _feeds(graph, 8, seed=0))
+    quantize_int8(graph, tmp_path / "narrow" / "model.onnx", token_feeds(graph, [[5, 5, 5]]))
+    assert _error(graph, tmp_path / "narrow" / "model.onnx") > 1.5 * _error(graph, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_excluded_nodes_stay(graph: Path, tmp_path: Path, calibrated: bool) -> None:
+    nodes = [n for n in onnx.load(str(graph), load_external_data=False).graph.node if n.op_type == "MatMul"]
+    kept, feeds = nodes[0], _feeds(graph, 2, seed=0) if calibrated else None
+    touched = quantize_int8(graph, tmp_path / "model.onnx", feeds, [kept.name])
+    left = {n.name: n for n in onnx.load(str(tmp_path / "model.onnx"), load_external_data=False).graph.node}
+    assert kept.name not in touched
+    assert list(left[kept.name].input) == list(kept.input)
+
+
+def test_nothing_left_to_quantize(graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no product"):
+        quantize_int8(graph, tmp_path / "model.onnx", None, ["*"])
+
+
+def test_calibrating_with_nothing(graph: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no input to calibrate"):
+        quantize_int8(graph, tmp_path / "model.onnx", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_halves_are_refused(exported: Callable[..., ExportResult], bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="fp32"):
+        quantize_int8(exported(bert, "fp16", "cuda").model, tmp_path / "model.onnx")
