@@ -80,7 +80,7 @@ def _share_zero_points(model: Any) -> None:
 
 
 def _options(request: dict[str, Any]) -> list[str]:
-    from lora_export.onnx_export.quantize_graph import kept
+    from lora_export.onnx_export.products import kept
 
     # A cache cut to the window must be allocated by the runtime; one that grows suits every runtime.
     options = ["windowed_kv_cache=false"]

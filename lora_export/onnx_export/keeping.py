@@ -6,7 +6,7 @@ exported again, no session is opened twice, and only one group is in memory besi
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ from lora_export.onnx_export import weights_map
 from lora_export.onnx_export.casting import Array
 from lora_export.onnx_export.checks import check_external_data, load_graph
 from lora_export.onnx_export.feeds import Feed
-from lora_export.onnx_export.quantize_graph import Blockwise, candidates
+from lora_export.onnx_export.products import Product, candidates
+from lora_export.onnx_export.quantize_graph import Blockwise
 from lora_export.onnx_export.quantizing import dequantize, granularity, quantize, shapes
 from lora_export.onnx_export.weights_map import Quantization, Weight
 from lora_export.workers import BLOCK
@@ -49,7 +50,7 @@ class Damage:
 class _Group:
     name: str
     nodes: tuple[str, ...]
-    weights: tuple[Weight, ...]
+    products: tuple[Product, ...]  # of different weights
 
 
 def choose_kept(
@@ -77,16 +78,16 @@ def choose_kept(
     graph = load_graph(model)
     check_external_data(model, graph)
     found = _groups(graph, weights_map.read(model.parent).weights, groups)
-    run = _Run(model, graph, [w for g in found for w in g.weights])
+    run = _Run(model, graph, found)
     expected = [run(feed, {}) for feed in feeds]
     measured = []
     for done, group in enumerate(found):
-        changed = {w.name: _simulated(run.weights[w.name], how) for w in group.weights}
+        changed = dict(run.simulated(p, how) for p in group.products)
         damage = float(np.mean([_damage(e, run(f, changed), logits) for e, f in zip(expected, feeds, strict=True)]))
-        grown = sum(item_size * w.shape[0] * w.shape[1] - _nbytes(w, how, item_size) for w in group.weights)
+        grown = sum(item_size * p.rows * p.columns - _nbytes(p, how, item_size) for p in group.products)
         measured.append(Damage(group.name, group.nodes, damage, grown))
         progress.advance(done + 1, len(found))
-    quantized = sum(_nbytes(w, how, item_size) for g in found for w in g.weights)
+    quantized = sum(_nbytes(p, how, item_size) for g in found for p in g.products)
     return mark(measured, budget=int(budget * quantized), target=target)
 
 
@@ -112,10 +113,10 @@ def _groups(graph: "onnx.ModelProto", weights: Sequence[Weight], most: int) -> l
     """Products in groups: by weight, or, where there are too many, those with the same role in layers that follow
     one another."""
     nodes: dict[str, list[str]] = {}
-    by_name: dict[str, Weight] = {}
-    for node, weight in candidates(graph, weights).items():
-        nodes.setdefault(weight.name, []).append(node)
-        by_name[weight.name] = weight
+    products: dict[str, Product] = {}
+    for node, product in candidates(graph, weights).items():
+        nodes.setdefault(product.weight.name, []).append(node)
+        products[product.weight.name] = product
     if not nodes:
         raise ExportError(
             "no product in this graph has a weight that can be quantized",
@@ -123,12 +124,12 @@ def _groups(graph: "onnx.ModelProto", weights: Sequence[Weight], most: int) -> l
         )
     for layers in range(1, len(nodes) + 1):
         named: dict[str, list[str]] = {}
-        for weight_name in nodes:
-            named.setdefault(_group_name(nodes[weight_name][0], layers), []).append(weight_name)
-        if len(named) <= most or layers == len(nodes):
+        for weight in nodes:
+            named.setdefault(_group_name(nodes[weight][0], layers), []).append(weight)
+        if len(named) <= most:
             break
     return [
-        _Group(name, tuple(n for w in own for n in nodes[w]), tuple(by_name[w] for w in own))
+        _Group(name, tuple(n for w in own for n in nodes[w]), tuple(products[w] for w in own))
         for name, own in named.items()
     ]
 
@@ -162,53 +163,63 @@ def _simulated(matrix: Array, how: Blockwise) -> Array:
     return out
 
 
-def _nbytes(weight: Weight, how: Blockwise, item_size: int) -> int:
-    sizes = shapes(weight.shape[0], weight.shape[1], _settings(how))
+def _nbytes(product: Product, how: Blockwise, item_size: int) -> int:
+    sizes = shapes(product.rows, product.columns, _settings(how))
     return sum(int(np.prod(s)) * (item_size if part == "scales" else 1) for part, s in sizes.items())
 
 
 class _Run:
-    """A session over the graph in which some weights can be replaced for one run."""
+    """A session over the graph in which the weights of some products can be replaced for one run."""
 
-    def __init__(self, path: Path, graph: "onnx.ModelProto", weights: Sequence[Weight]) -> None:
-        import onnx
+    def __init__(self, path: Path, model: "onnx.ModelProto", groups: Sequence[_Group]) -> None:
         import onnxruntime as ort
 
-        self.weights = _Stored(path.parent, weights)
-        known = {w.name for w in weights}
-        for tensor in graph.graph.initializer:
-            if tensor.name in known:
-                value = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-                graph.graph.input.append(value)
+        self._folder = path.parent
+        graph, tensors = model.graph, {t.name: t for t in model.graph.initializer}
+        for group in groups:
+            for product in group.products:
+                _replaceable(graph, tensors[product.weight.name], product, group.nodes)
         options = ort.SessionOptions()
         options.log_severity_level = 3  # an initializer that is an input is warned of: it cannot be folded
         options.add_session_config_entry(_FOLDER, str(path.parent.resolve()))
-        self._session = ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        graph_bytes = model.SerializeToString()
+        self._session = ort.InferenceSession(graph_bytes, options, providers=["CPUExecutionProvider"])
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def __call__(self, feed: Feed, changed: Mapping[str, Array]) -> dict[str, Array]:
         values = self._session.run(self._outputs, {**feed, **changed})
         return dict(zip(self._outputs, values, strict=True))
 
-
-class _Stored(Mapping[str, Array]):
-    """fp32 matrices of data files, mapped when they are asked for."""
-
-    def __init__(self, folder: Path, weights: Sequence[Weight]) -> None:
-        self._folder = folder
-        self._weights = {w.name: w for w in weights}
-
-    def __getitem__(self, name: str) -> Array:
-        weight = self._weights[name]
+    def simulated(self, product: Product, how: Blockwise) -> tuple[str, Array]:
+        """An input of the session, and what it is if the product is quantized."""
+        weight = product.weight
         if weight.dtype != "float32":
-            raise ExportError(f"{name} is {weight.dtype}", tensor=name, expected="an fp32 export")
-        return np.memmap(self._folder / weight.file, np.float32, "r", weight.offset, weight.shape)
+            raise ExportError(f"{weight.name} is {weight.dtype}", tensor=weight.name, expected="an fp32 export")
+        stored = np.memmap(self._folder / weight.file, np.float32, "r", weight.offset, weight.shape)
+        if not product.turned:
+            return _input_name(product), _simulated(stored, how)
+        return _input_name(product), np.ascontiguousarray(_simulated(stored.T, how).T)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
 
-    def __len__(self) -> int:
-        return len(self._weights)
+def _input_name(product: Product) -> str:
+    return product.weight.name + "_of_product" * product.turned
+
+
+def _replaceable(
+    graph: "onnx.GraphProto", tensor: "onnx.TensorProto", product: Product, nodes: Sequence[str]
+) -> None:
+    """Make an initializer an input with a default. One that is turned is an embedding, too, which stays."""
+    import onnx
+
+    name = _input_name(product)
+    if product.turned:
+        copied = graph.initializer.add()
+        copied.CopyFrom(tensor)
+        copied.name = name
+        for node in graph.node:
+            if node.name in nodes and node.input[1] == tensor.name:
+                node.input[1] = name
+    graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
 
 
 def _damage(expected: Mapping[str, Array], found: Mapping[str, Array], logits: str | None) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export.errors import ExportError
 from lora_export.onnx_export.checks import all_tensors, check_external_data, load_graph
 from lora_export.onnx_export.feeds import Feed
-from lora_export.onnx_export.quantize_graph import kept
+from lora_export.onnx_export.products import kept
 
 if TYPE_CHECKING:
     import onnx

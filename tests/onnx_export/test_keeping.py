@@ -1,23 +1,27 @@
 """What is kept in high precision: damage as a quantized graph really does it, and the choice by it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
 
-from lora_export.contracts import ExportResult, QuantizationOptions
+from lora_export.contracts import ExportResult
 from lora_export.errors import ExportError
-from lora_export.onnx_export import export
+from lora_export.onnx_export import weights_map
 from lora_export.onnx_export.feeds import token_feeds
 from lora_export.onnx_export.keeping import Damage, choose_kept, mark
-from lora_export.onnx_export.quantize_graph import Blockwise
+from lora_export.onnx_export.quantize_graph import Blockwise, quantize_graph
+from lora_export.onnx_export.quantizing import quantize
 from lora_export.progress import Silent
-from tests.onnx_export.conftest import VOCABULARY, save_llama
+from tests.onnx_export.conftest import VOCABULARY, save_llama, save_tokenizer
 
+Array = np.ndarray[Any, Any]
 INT4 = Blockwise("int4", accuracy_level=1)
 SENSITIVE = "/model/layers.1/mlp/down_proj/MatMul"
 
@@ -39,12 +43,29 @@ def _rows(count: int = 3) -> list[list[int]]:
     return [random.integers(4, VOCABULARY, size=9 + 4 * i).tolist() for i in range(count)]
 
 
-def _logits(model: Path, feeds: Any) -> list[np.ndarray[Any, Any]]:
-    session = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+def _int4(plain: Path, keep: tuple[str, ...], how: Blockwise = INT4) -> onnx.ModelProto:
+    """The quantized graph, with its numbers, made of those of the graph in fp32."""
+    known = weights_map.read(plain.parent).weights
+    values = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(plain).graph.initializer}
+    made_of = {(w.recipe.pieces, w.recipe.transposed): values[w.name] for w in known if w.recipe.pieces}
+    model, weights = quantize_graph(onnx.load(plain), known, replace(how, keep=keep))
+    tensors = {t.name: t for t in model.graph.initializer}
+    for weight in weights:
+        settings, recipe = weight.recipe.quantized, weight.recipe
+        if settings is not None:
+            stored = made_of.get((recipe.pieces, recipe.transposed))
+            matrix = made_of[recipe.pieces, not recipe.transposed].T if stored is None else stored
+            value = quantize(matrix, settings)[settings.part]
+            tensors[weight.name].CopyFrom(onnx.numpy_helper.from_array(value, weight.name))
+    return model
+
+
+def _logits(model: onnx.ModelProto, feeds: Any) -> list[Array]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return [np.asarray(session.run(["logits"], dict(feed))[0]) for feed in feeds]
 
 
-def _divergence(expected: Any, found: Any) -> float:
+def _divergence(expected: list[Array], found: list[Array]) -> float:
     """torch's, in fp64."""
     values = []
     for a, b in zip(expected, found, strict=True):
@@ -53,45 +74,52 @@ def _divergence(expected: Any, found: Any) -> float:
     return float(np.mean(values))
 
 
-def _int4(model: Path, folder: Path, keep: tuple[str, ...]) -> Path:
-    options = QuantizationOptions(keep=keep, accuracy_level=1)
-    return export(model, folder, precision="int4", quantization=options, progress=Silent()).model
-
-
-def test_the_damage_is_what_a_quantized_graph_does(
-    exported: Callable[..., ExportResult], sensitive: Path, tmp_path: Path
-) -> None:
+def test_the_damage_is_what_a_quantized_graph_does(exported: Callable[..., ExportResult], sensitive: Path) -> None:
     plain = exported(sensitive).model
     feeds = token_feeds(plain, _rows())
     measured = choose_kept(plain, INT4, feeds, logits="logits", budget=1, progress=Silent())
     assert len(measured) == 11
     found = {d.nodes: d for d in measured}
     others = tuple(n for d in measured for n in d.nodes if n != SENSITIVE)
-    alone = _int4(sensitive, tmp_path / "alone", others)
-    real = _divergence(_logits(plain, feeds), _logits(alone, feeds))
+    expected = _logits(onnx.load(plain), feeds)
+    real = _divergence(expected, _logits(_int4(plain, others), feeds))
     assert found[(SENSITIVE,)].damage == pytest.approx(real, rel=1e-3)
     assert real > 3 * found[(SENSITIVE.replace("1", "0"),)].damage
 
     keep = tuple(n for d in measured if d.kept for n in d.nodes)
-    better = _divergence(_logits(plain, feeds), _logits(_int4(sensitive, tmp_path / "kept", keep), feeds))
-    worse = _divergence(_logits(plain, feeds), _logits(_int4(sensitive, tmp_path / "all", ()), feeds))
+    better = _divergence(expected, _logits(_int4(plain, keep), feeds))
+    worse = _divergence(expected, _logits(_int4(plain, ()), feeds))
     assert better < worse / 2
 
 
-def test_bytes_are_those_by_which_the_data_grow(
-    exported: Callable[..., ExportResult], sensitive: Path, tmp_path: Path
+def test_a_head_that_is_the_embedding_is_measured_as_head(
+    exported: Callable[..., ExportResult], tmp_path: Path
 ) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(6)
+    sizes = {"n_embd": 64, "n_inner": 112, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, initializer_range=0.3, **sizes)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    plain = exported(tmp_path).model
+    feeds = token_feeds(plain, _rows(1))
+    measured = choose_kept(plain, INT4, feeds, logits="logits", progress=Silent())
+    (head,) = (d for d in measured if d.nbytes == 4 * VOCABULARY * 64 - VOCABULARY * (32 + 2 * 4))
+    others = tuple(n for d in measured for n in d.nodes if n not in head.nodes)
+    expected = _logits(onnx.load(plain), feeds)
+    real = _divergence(expected, _logits(_int4(plain, others), feeds))
+    assert head.damage == pytest.approx(real, rel=1e-3)
+
+
+def test_bytes_are_those_by_which_the_weights_grow(exported: Callable[..., ExportResult], sensitive: Path) -> None:
     plain = exported(sensitive).model
-    one = next(
-        d
-        for d in choose_kept(plain, INT4, token_feeds(plain, _rows(1)), progress=Silent())
-        if d.nodes == (SENSITIVE,)
-    )
+    measured = choose_kept(plain, INT4, token_feeds(plain, _rows(1)), progress=Silent())
+    one = next(d for d in measured if d.nodes == (SENSITIVE,))
     sizes = [
-        (_int4(sensitive, tmp_path / name, keep).parent / "model.onnx.data").stat().st_size
-        for name, keep in (("kept", (SENSITIVE,)), ("all", ()))
+        sum(onnx.numpy_helper.to_array(t).nbytes for t in _int4(plain, keep).graph.initializer)
+        for keep in ((SENSITIVE,), ())
     ]
-    assert sizes[0] - sizes[1] == pytest.approx(one.nbytes, abs=1024)  # weights begin at multiples of 256
+    assert sizes[0] - sizes[1] == one.nbytes
 
 
 def test_an_encoder_is_measured_by_the_error_of_its_outputs(
@@ -136,8 +164,6 @@ def test_no_more_damage_than_average_is_no_reason() -> None:
 
 
 def test_a_graph_that_reads_more_than_tokens(exported: Callable[..., ExportResult], tmp_path: Path) -> None:
-    import onnx
-
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Identity", ["pixels"], ["y"])],
         "g",

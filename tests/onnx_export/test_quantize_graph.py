@@ -3,11 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from lora_export.contracts import Precision, QuantizationOptions
+from lora_export.errors import ExportError
 from lora_export.onnx_export import export
+from lora_export.onnx_export.quantize_graph import Blockwise, blockwise, quantize_graph
+from lora_export.onnx_export.quantizing import dequantize, quantize
+from lora_export.onnx_export.weights_map import Piece, Recipe, Weight
 from lora_export.progress import Silent
 from tests.onnx_export.conftest import save_llama
 
@@ -100,3 +106,200 @@ def test_a_decoder_is_the_builders(
         (o.domain, o.version) for o in expected.opset_import
     ]
     assert _tensors(found) == _tensors(expected)
+
+
+# --- a small graph -----------------------------------------------------------------------------------------
+
+Array = np.ndarray[Any, Any]
+VOCABULARY, WIDTH, WIDE = 40, 64, 112
+random = np.random.default_rng(0)
+# Checkpoint tensors as torch has them: (out, in); `conv` as GPT-2's: (in, out).
+CHECKPOINT: dict[str, Array] = {
+    name: random.normal(size=shape).astype(np.float32) * 0.2
+    for name, shape in {
+        "up": (WIDE, WIDTH), "gate": (WIDE, WIDTH), "down": (WIDTH, WIDE), "conv": (WIDTH, WIDTH),
+        "embedding": (VOCABULARY, WIDTH),
+    }.items()
+}  # fmt: skip
+
+
+def _recipe(*names: str, turned: bool = True) -> Recipe:
+    return Recipe(tuple(Piece(n, 0, len(CHECKPOINT[n])) for n in names), transposed=turned)
+
+
+WEIGHTS = (
+    Weight("w_embedding", "data", "float32", (VOCABULARY, WIDTH), _recipe("embedding", turned=False)),
+    Weight("w_up", "data", "float32", (WIDTH, 2 * WIDE), _recipe("up", "gate")),
+    Weight("w_down", "data", "float32", (WIDE, WIDTH), _recipe("down")),
+    Weight("w_conv", "data", "float32", (WIDTH, WIDTH), _recipe("conv", turned=False)),
+)
+
+
+def _graph(dtype: int = onnx.TensorProto.FLOAT) -> onnx.ModelProto:
+    """Two layers with the same weights, a product of two activations, and a head that is the embedding."""
+    make = onnx.helper.make_node
+    nodes = [make("Gather", ["w_embedding", "ids"], ["x0"], name="lookup")]
+    for i in range(2):
+        nodes += [
+            make("MatMul", [f"x{i}", "w_up"], [f"up{i}"], name=f"layers.{i}.up"),
+            make("Slice", [f"up{i}", "zero", "middle", "last"], [f"half{i}"], name=f"slice{i}"),
+            make("MatMul", [f"half{i}", "w_down"], [f"down{i}"], name=f"layers.{i}.down"),
+            make("MatMul", [f"down{i}", "w_conv"], [f"conv{i}"], name=f"layers.{i}.conv"),
+            make("Transpose", [f"conv{i}"], [f"turned{i}"], name=f"turn{i}", perm=[0, 2, 1]),
+            make("MatMul", [f"conv{i}", f"turned{i}"], [f"scores{i}"], name=f"scores{i}"),
+            make("MatMul", [f"scores{i}", f"x{i}"], [f"x{i + 1}"], name=f"mix{i}"),
+        ]
+    nodes.append(
+        make("FusedMatMul", ["x2", "w_embedding"], ["logits"], name="head", domain="com.microsoft", transB=1)
+    )
+    tensors = [onnx.TensorProto(name=w.name, data_type=dtype, dims=w.shape) for w in WEIGHTS]
+    tensors += [
+        onnx.numpy_helper.from_array(np.array([n], np.int64), name)
+        for name, n in (("zero", 0), ("middle", WIDE), ("last", -1))
+    ]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["batch", "length"])],
+        [onnx.helper.make_tensor_value_info("logits", dtype, ["batch", "length", VOCABULARY])],
+        tensors,
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def _stored(weight: Weight) -> Array:
+    """The matrix of a weight before it is quantized, by its recipe."""
+    joined = np.concatenate([CHECKPOINT[p.tensor][p.start : p.stop] for p in weight.recipe.pieces])
+    return np.ascontiguousarray(joined.T) if weight.recipe.transposed else joined
+
+
+def _value(weight: Weight) -> Array:
+    how = weight.recipe.quantized
+    return _stored(weight) if how is None else quantize(_stored(weight), how)[how.part]
+
+
+def _logits(model: onnx.ModelProto, values: dict[str, Array]) -> Array:
+    for tensor in model.graph.initializer:
+        if tensor.name in values:
+            value = values[tensor.name]
+            assert tuple(tensor.dims) == value.shape
+            assert tensor.data_type == onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    onnx.checker.check_model(model)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"ids": np.array([[1, 5, 2], [7, 0, 39]])})[0])
+
+
+def _dequantized(weight: Weight) -> Array:
+    how = weight.recipe.quantized
+    assert how is not None
+    matrix = _stored(weight)
+    return dequantize(quantize(matrix, how), matrix.shape[0], matrix.shape[1], how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Blockwise("int4", accuracy_level=1),
+        Blockwise("int4", 16, symmetric=False, embeddings=True),
+        Blockwise("int4", 32, False, "k_quant", 1, ("*.down", "head"), embeddings=True),
+        Blockwise("int8", 64, embeddings=True),
+        Blockwise("nf4", 64),
+        Blockwise("nf4", 128, embeddings=True),
+    ],
+)
+def test_a_quantized_graph_computes_with_the_dequantized_weights(how: Blockwise) -> None:
+    model, weights = quantize_graph(_graph(), WEIGHTS, how)
+    found = _logits(model, {w.name: _value(w) for w in weights})
+
+    plain = {w.name: _value(w) for w in WEIGHTS}
+    for packed in (w for w in weights if w.recipe.quantized is not None and w.recipe.quantized.part == "packed"):
+        name = packed.name.split("_Q")[0].removesuffix("_Bnb4")
+        plain[name] = _dequantized(packed) if name != "w_embedding" else _dequantized(packed).T.copy()
+    reference = _graph()
+    if "w_embedding" in {w.name for w in weights}:  # the lookup, or the head, reads it as it is
+        original = onnx.TensorProto(name="w_original", data_type=1, dims=(VOCABULARY, WIDTH))
+        reference.graph.initializer.append(original)
+        for node in reference.graph.node:
+            unchanged = "head" if "head" in how.keep else "lookup"
+            if node.name == unchanged:
+                at = list(node.input).index("w_embedding")
+                node.input[at] = "w_original"
+        plain["w_original"] = CHECKPOINT["embedding"]
+    expected = _logits(reference, plain)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+    exact = _logits(_graph(), {w.name: _value(w) for w in WEIGHTS})
+    assert np.abs(found - exact).max() > 1e-4 * np.abs(exact).max()
+
+
+def test_a_weight_of_several_products_is_quantized_once() -> None:
+    model, weights = quantize_graph(_graph(), WEIGHTS, Blockwise("int4"))
+    assert [w.name for w in weights] == [
+        "w_embedding", "w_embedding_Q4", "w_embedding_scales", "w_up_Q4", "w_up_scales", "w_down_Q4",
+        "w_down_scales", "w_conv_Q4", "w_conv_scales",
+    ]  # fmt: skip
+    named = [t.name for t in model.graph.initializer if t.name.startswith("w_")]
+    assert sorted(named) == sorted(w.name for w in weights)
+    quantized = [n.name for n in model.graph.node if n.op_type == "MatMulNBits"]
+    layers = [f"layers.{i}.{name}_Q4" for i in range(2) for name in ("up", "down", "conv")]
+    assert quantized == [*layers, "head_Q4"]
+
+
+def test_what_is_kept_keeps_its_weight() -> None:
+    model, weights = quantize_graph(_graph(), WEIGHTS, Blockwise("int4", keep=("layers.1.*", "head")))
+    names = [w.name for w in weights]
+    assert {"w_up", "w_up_Q4", "w_down", "w_down_Q4"} <= set(names)
+    assert "w_embedding_Q4" not in names
+    kinds = {n.name: n.op_type for n in model.graph.node}
+    assert kinds["layers.1.up"] == "MatMul"
+    assert kinds["layers.0.up_Q4"] == "MatMulNBits"
+
+
+def test_scales_have_the_type_of_the_graph() -> None:
+    halves = [Weight(w.name, w.file, "float16", w.shape, w.recipe) for w in WEIGHTS]
+    model, weights = quantize_graph(_graph(onnx.TensorProto.FLOAT16), halves, Blockwise("int8", symmetric=False))
+    types = {w.recipe.quantized.part: w.dtype for w in weights if w.recipe.quantized is not None}
+    assert types == {"packed": "uint8", "scales": "float16", "zero_points": "uint8"}
+    declared = {t.name: t.data_type for t in model.graph.initializer}
+    assert declared["w_up_scales"] == onnx.TensorProto.FLOAT16
+
+
+def test_a_weight_that_no_recipe_makes_is_left() -> None:
+    fixed = ("w_up", "w_embedding")
+    constant = [Weight(w.name, w.file, w.dtype, w.shape) if w.name in fixed else w for w in WEIGHTS]
+    _, weights = quantize_graph(_graph(), constant, Blockwise("int4"))
+    names = {w.name for w in weights}
+    assert {"w_up", "w_embedding", "w_down_Q4"} <= names
+    assert not {"w_up_Q4", "w_embedding_Q4"} & names
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "found"),
+    [
+        ("int4", QuantizationOptions(block_size=24), "blocks of 24"),
+        ("int4", QuantizationOptions(block_size=8), "blocks of 8"),
+        ("int4", QuantizationOptions(accuracy_level=5), "accuracy level 5"),
+        ("int8", QuantizationOptions(block_size=0), "blocks of 0"),
+        ("nf4", QuantizationOptions(symmetric=False), "nf4 with zero points"),
+        ("nf4", QuantizationOptions(algorithm="rtn"), "nf4 with rtn"),
+    ],
+)
+def test_settings_that_no_quantizer_has(precision: Precision, options: QuantizationOptions, found: str) -> None:
+    with pytest.raises(ExportError, match=found) as refused:
+        blockwise(precision, "cpu", options)
+    assert refused.value.expected
+    assert refused.value.next_step
+
+
+def test_k_quant_has_zero_points_unasked() -> None:
+    how = blockwise("int4", "cpu", QuantizationOptions(algorithm="k_quant"))
+    assert how is not None
+    assert not how.symmetric
+    with pytest.raises(ExportError, match="without zero points"):
+        Blockwise("int4", algorithm="k_quant").check()
+
+
+def test_nothing_to_quantize() -> None:
+    with pytest.raises(ExportError, match="no product"):
+        quantize_graph(_graph(), WEIGHTS, Blockwise("int4", keep=("*",)))

@@ -95,6 +95,17 @@ def test_calibrating_with_nothing(graph: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_halves_are_refused(exported: Callable[..., ExportResult], bert: Path, tmp_path: Path) -> None:
+def test_halves_are_refused(tmp_path: Path) -> None:
+    half = onnx.TensorProto.FLOAT16
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+            "g",
+            [onnx.helper.make_tensor_value_info("x", half, ["n", 4])],
+            [onnx.helper.make_tensor_value_info("y", half, ["n", 4])],
+            [onnx.numpy_helper.from_array(np.eye(4, dtype=np.float16), "w")],
+        )
+    )
+    onnx.save(model, tmp_path / "half.onnx")
     with pytest.raises(ExportError, match="fp32"):
-        quantize_int8(exported(bert, "fp16", "cuda").model, tmp_path / "model.onnx")
+        quantize_int8(tmp_path / "half.onnx", tmp_path / "model.onnx")
