@@ -382,8 +382,8 @@ class QuantizationOptions:
 
     block_size: numbers that share a scale (None: 32, and 64 for nf4); algorithm: how a scale is chosen;
     accuracy_level: in which type products are computed (None: int8 (4) on the CPU, as the inputs elsewhere (0));
-    keep: nodes that stay as they are, by name or pattern, or `auto`: those that do the most damage; embeddings:
-    quantize those, too (not for nf4).
+    keep: nodes that stay as they are, by name or pattern, or `auto`: those that do the most damage;
+    eight_bits: nodes of an int4 graph that are int8; embeddings: quantize those, too (not for nf4).
     """
 
     block_size: int | None = None
@@ -391,6 +391,7 @@ class QuantizationOptions:
     algorithm: Literal["default", "rtn", "k_quant"] = "default"
     accuracy_level: int | None = None
     keep: tuple[str, ...] = ()
+    eight_bits: tuple[str, ...] = ()
     embeddings: bool = False
 
 

@@ -22,7 +22,7 @@ def main() -> None:
     _own_commit(builder.Model)
     _rename_settings(builder.Model)
     _subtract_mean(builder.OLMoModel)
-    _share_zero_points(builder.Model)
+    _share_head(builder.Model)
     described = _Described(builder.Model) if request["described"] else None
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
     # The builder's fp16 graph for the CPU does without GroupQueryAttention (six times the nodes) and fails
@@ -65,16 +65,19 @@ def _subtract_mean(model: Any) -> None:
     model.make_layernorm = make_layernorm
 
 
-def _share_zero_points(model: Any) -> None:
-    """Tied embeddings read the head's quantized weight; the builder (0.18) does not name the parts that it has
-    if the default quantizer makes zero points."""
-    plain = model.make_tied_quantized_embedding_input_names
+def _share_head(model: Any) -> None:
+    """Tied embeddings read the head's quantized weight, by the names of its parts; those that the builder (0.18)
+    has for the default quantizer are wrong where it makes zero points or 8 bits."""
+    from lora_export.onnx_export.quantize_graph import part_names
+    from lora_export.onnx_export.weights_map import Quantization
 
     def make_names(self: Any) -> tuple[int, str, str, str]:
-        bits, weight, scales, zero_points = plain(self)
-        if scales:
-            return bits, weight, scales, zero_points
-        return bits, f"{weight}_Q{bits}", f"{weight}_scales", f"{weight}_zero_points"
+        bits = 8 if self.matmul_mixed_precision.get("last_matmul") == "int8" else self.quant_attrs["bits"]
+        symmetric = self.quant_attrs["is_symmetric"]
+        size, algorithm = self.quant_attrs["matmul_block_size"], self.quantization_algo
+        how = Quantization(f"int{bits}", "packed", size, symmetric, algorithm)  # type: ignore[arg-type]
+        names = part_names("lm_head.MatMul.weight", how)
+        return bits, names["packed"], names["scales"], "" if symmetric else names["zero_points"]
 
     model.make_tied_quantized_embedding_input_names = make_names
 
@@ -93,6 +96,8 @@ def _options(request: dict[str, Any]) -> list[str]:
         ]
         if kept(_HEAD, how["keep"]):  # tied embeddings then read it as it is
             options.append(f"nodes_to_exclude={_HEAD},/model/embed_tokens/Gather")
+        elif kept(_HEAD, how["eight_bits"]):
+            options.append("matmul_mixed_precision=last_matmul:int8")
     if request["provider"] == "cpu":
         options.append("fuse_qk_norm_gqa=false")  # a CUDA kernel's inputs
     if request["adapter"]:

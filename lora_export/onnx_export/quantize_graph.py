@@ -24,7 +24,8 @@ ALGORITHMS = ("default", "rtn", "k_quant")
 class Blockwise:
     """method: int4 and int8 by ONNX Runtime's MatMulNBits, nf4 by its MatMulBnb4; accuracy_level: in which type the
     operator computes, 0: as its inputs are, 4: int8; keep: nodes that stay as they are, by name or pattern;
-    embeddings: quantize those, too, by GatherBlockQuantized."""
+    eight_bits: nodes of an int4 graph that are int8, as many bytes buy more there than in `keep`; embeddings:
+    quantize those, too, by GatherBlockQuantized."""
 
     method: Method
     block_size: int = 32
@@ -32,6 +33,7 @@ class Blockwise:
     algorithm: str = "default"
     accuracy_level: int = 0
     keep: tuple[str, ...] = ()
+    eight_bits: tuple[str, ...] = ()
     embeddings: bool = False
 
     def check(self) -> None:
@@ -47,6 +49,10 @@ class Blockwise:
             raise _refusal(found, "the default quantizer, symmetric: nf4 has one way", "--precision int4")
         if self.algorithm == "k_quant" and self.symmetric:
             raise _refusal("k_quant without zero points", "zero points, which it looks for", "--quantizer rtn")
+        if self.eight_bits and self.method != "int4":
+            raise _refusal(
+                f"{self.method} with nodes of 8 bits", "int4, of which some nodes are int8", "--precision int4"
+            )
 
 
 def blockwise(precision: Precision, provider: str, options: QuantizationOptions) -> Blockwise | None:
@@ -64,6 +70,7 @@ def blockwise(precision: Precision, provider: str, options: QuantizationOptions)
         options.algorithm,
         0 if method == "nf4" else level,
         options.keep,
+        options.eight_bits,
         options.embeddings,
     )
     how.check()
@@ -86,18 +93,17 @@ def quantize_graph(
     done: dict[str, list[Weight]] = {}
     lookups = how.block_size if how.embeddings and how.method in ("int4", "int8") else None
     found = candidates(model, weights, lookups)
+    wide = {p.weight.name for n, p in found.items() if kept(n, how.eight_bits)}
     nodes = []
     for node in model.graph.node:
         product = found.get(node.name)
         if product is None or node.op_type not in SOURCES or kept(node.name, how.keep):
             nodes.append(node)
             continue
-        parts = done.setdefault(product.weight.name, _parts(product, how))
-        nodes += (
-            _lookup(node, product, parts, how)
-            if node.op_type == "Gather"
-            else [_rewritten(node, product, parts, how)]
-        )
+        own = replace(how, method="int8") if product.weight.name in wide else how
+        parts = done.setdefault(product.weight.name, _parts(product, own))
+        rewrite = _lookup if node.op_type == "Gather" else _rewritten
+        nodes += rewrite(node, product, parts, own)
     if not done:
         raise ExportError(
             f"no product in this graph has a weight that {how.method} can be made of",
@@ -115,7 +121,7 @@ def quantize_graph(
 def _parts(product: Product, how: Blockwise) -> list[Weight]:
     weight = product.weight
     settings = Quantization(how.method, "packed", how.block_size, how.symmetric, how.algorithm)
-    names = _names(weight.name, settings)
+    names = part_names(weight.name, settings)
     turned = weight.recipe.transposed != product.turned
     found = []
     for part, shape in shapes(product.rows, product.columns, settings).items():
@@ -125,7 +131,8 @@ def _parts(product: Product, how: Blockwise) -> list[Weight]:
     return found
 
 
-def _names(name: str, how: Quantization) -> dict[Part, str]:
+def part_names(name: str, how: Quantization) -> dict[Part, str]:
+    """The names that ONNX Runtime's quantizers give to the parts of the initializer `name`."""
     if how.method in ("nf4", "fp4"):
         return {"packed": f"{name}_Bnb4", "scales": f"{name}_absmax"}
     bits = how.method.removeprefix("int")
@@ -136,7 +143,7 @@ def _names(name: str, how: Quantization) -> dict[Part, str]:
 
 def _rewritten(
     node: "onnx.NodeProto", product: Product, parts: Sequence[Weight], how: Blockwise
-) -> "onnx.NodeProto":
+) -> list["onnx.NodeProto"]:
     import onnx
 
     attributes: dict[str, Any] = {"K": product.rows, "N": product.columns, "block_size": how.block_size}
@@ -149,7 +156,7 @@ def _rewritten(
         attributes["bits"] = bits
         if how.accuracy_level:
             attributes["accuracy_level"] = how.accuracy_level
-    return onnx.helper.make_node(
+    new = onnx.helper.make_node(
         kind,
         [node.input[0], *(p.name for p in parts)],
         list(node.output),
@@ -157,6 +164,7 @@ def _rewritten(
         domain="com.microsoft",
         **attributes,
     )
+    return [new]
 
 
 def _lookup(

@@ -122,6 +122,15 @@ def test_bytes_are_those_by_which_the_weights_grow(exported: Callable[..., Expor
     assert sizes[0] - sizes[1] == one.nbytes
 
 
+def test_8_bits_cost_less_than_32(exported: Callable[..., ExportResult], sensitive: Path) -> None:
+    plain = exported(sensitive).model
+    feeds = token_feeds(plain, _rows(1))
+    measured = choose_kept(plain, INT4, feeds, logits="logits", eight_bits=True, progress=Silent())
+    one = next(d for d in measured if d.nodes == (SENSITIVE,))
+    assert one.nbytes == 4 * 32 * 64 / 2  # half a byte more for each of four whole blocks
+    assert any(d.kept for d in measured)
+
+
 def test_an_encoder_is_measured_by_the_error_of_its_outputs(
     exported: Callable[..., ExportResult], bert: Path
 ) -> None:
