@@ -9,7 +9,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,10 +82,11 @@ class Writing:
                 old = file(self.earlier / weight.file, os.O_RDONLY)
                 yield from _copies(old, weight.offset, weight.nbytes, out, weight.offset)
             elif weight.recipe.quantized is not None:
-                quantized[weight.file, weight.recipe.pieces, weight.recipe.transposed].append(weight)
+                whole = replace(weight.recipe, quantized=replace(weight.recipe.quantized, part="packed"))
+                quantized[weight.file, whole].append(weight)
             elif weight.recipe.pieces:
                 yield from _straight(weight, self.source, out)
-        for (name, *_), parts in quantized.items():
+        for (name, _), parts in quantized.items():
             yield from _quantized(parts, self.source, file(self.folder / name, os.O_WRONLY))
 
     def _kept(self, weight: Weight) -> bool:
@@ -229,7 +230,8 @@ def _straight(weight: Weight, source: WeightSource, out: OpenFile) -> Iterator[J
 
 @dataclass(frozen=True)
 class Blocks(Job):
-    """Rows [start, stop) of a matrix (out, in), quantized; parts: the arrays that become of it, each by rows."""
+    """Rows [start, stop) of a matrix (out, in), quantized; parts: the arrays that become of it, each by rows, and
+    again where it has two names (an embedding and its head)."""
 
     parts: Sequence[Weight]
     source: WeightSource
@@ -294,7 +296,7 @@ def _as_in_graph(matrix: "Array", parts: Sequence[Weight]) -> "Array":
     """The matrix in the type that the graph has without quantization: ONNX Runtime's quantizers meet it rounded."""
     from lora_export.onnx_export.casting import ONNX, rounded, to_float32
 
-    (scales,) = (w for w in parts if w.recipe.quantized is not None and w.recipe.quantized.part == "scales")
+    scales = next(w for w in parts if w.recipe.quantized is not None and w.recipe.quantized.part == "scales")
     cast = rounded(matrix, ONNX[scales.dtype])
     return cast if scales.dtype == "float16" else to_float32(cast)
 

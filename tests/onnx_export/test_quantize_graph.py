@@ -112,21 +112,31 @@ def test_a_decoder_is_the_builders(
 
 
 @pytest.mark.parametrize(
-    ("how", "embedding"),
+    ("precision", "how", "embedding"),
     [
-        (QuantizationOptions(symmetric=False, eight_bits=("/lm_head/*",)), "GatherBlockQuantized"),
-        (QuantizationOptions(keep=("/lm_head/*",)), "Gather"),
+        ("int4", QuantizationOptions(symmetric=False, eight_bits=("/lm_head/*",)), "GatherBlockQuantized"),
+        ("int4", QuantizationOptions(keep=("/lm_head/*",)), "Gather"),
+        ("int8", QuantizationOptions(embeddings=True), "GatherBlockQuantized"),
     ],
 )
 def test_tied_embeddings_follow_their_head(
-    models: dict[tuple[bool, str], Path], tmp_path: Path, how: QuantizationOptions, embedding: str
+    models: dict[tuple[bool, str], Path],
+    tmp_path: Path,
+    precision: Precision,
+    how: QuantizationOptions,
+    embedding: str,
 ) -> None:
-    """Graphs that the builder's names would make unloadable: `export` opens them."""
-    made = export(
-        models[True, "bfloat16"], tmp_path / "onnx", precision="int4", quantization=how, progress=Silent()
-    )
-    kinds = [n.op_type for n in onnx.load(made.model, load_external_data=False).graph.node]
-    assert embedding in kinds
+    """Graphs that the builder's names would make unloadable, and an int8 one, where the builder has fp32."""
+    model = models[True, "bfloat16"]
+    made = export(model, tmp_path / "onnx", precision=precision, quantization=how, progress=Silent())
+    graph = onnx.load(made.model)
+    assert embedding in {n.op_type for n in graph.graph.node}
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}
+    if precision == "int8":
+        for part in ("Q8", "scales"):
+            np.testing.assert_array_equal(
+                tensors[f"model.embed_tokens.weight_{part}"], tensors[f"lm_head.MatMul.weight_{part}"]
+            )
 
 
 # --- a small graph -----------------------------------------------------------------------------------------
