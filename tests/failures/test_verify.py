@@ -184,8 +184,8 @@ def test_an_edited_certificate_is_found(work: Path, edit: str) -> None:
 
 def test_a_forgery_of_weights_and_certificate_is_found(work: Path) -> None:
     """One number of a row that is looked at, and every hash made to fit: the arithmetic tells."""
-    from lora_export.checkpoint.header import read_header
     from lora_export.checkpoint.hashing import hash_tensor
+    from lora_export.checkpoint.header import read_header
 
     path = next(p for p in (work / "out").glob("*.safetensors") if Q0 in tensors_of(p))
     changed = tensors_of(path)[Q0]

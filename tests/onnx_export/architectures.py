@@ -47,7 +47,9 @@ def _text(prefix: str, head: str, targets: tuple[str, ...] = ("query", "value"),
     return Architecture(prefix + head, prefix + "Config", {**_BERT, **more}, targets, attention)
 
 
-def _genai(prefix: str, config: str = "", targets: tuple[str, ...] = ("q_proj", "v_proj"), **more: Any) -> Architecture:
+def _genai(
+    prefix: str, config: str = "", targets: tuple[str, ...] = ("q_proj", "v_proj"), **more: Any
+) -> Architecture:
     scale = more.pop("scale", 0.15)
     return Architecture(
         f"{prefix}ForCausalLM", config or f"{prefix}Config", {**_LLAMA, **more}, targets, scale=scale

@@ -117,10 +117,16 @@ def _decoder(result: ExportResult, model: Any) -> Iterator[tuple[torch.Tensor, n
         positions = torch.arange(12).expand(3, 12)
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **_empty(runs, 3)}
         found = _run(runs, feeds)
-        yield model(input_ids=ids, attention_mask=mask).logits * mask[..., None], found["logits"] * mask[..., None].numpy()
-    assert _greedy_decoder(runs, _ids(1, 6)) == model.generate(
-        _ids(1, 6), do_sample=False, max_new_tokens=12, min_new_tokens=12, use_cache=True, pad_token_id=3
-    )[0, 6:].tolist()
+        yield (
+            model(input_ids=ids, attention_mask=mask).logits * mask[..., None],
+            found["logits"] * mask[..., None].numpy(),
+        )
+    assert (
+        _greedy_decoder(runs, _ids(1, 6))
+        == model.generate(
+            _ids(1, 6), do_sample=False, max_new_tokens=12, min_new_tokens=12, use_cache=True, pad_token_id=3
+        )[0, 6:].tolist()
+    )
 
 
 def _grown(found: Arrays) -> Arrays:
