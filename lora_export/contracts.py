@@ -326,7 +326,7 @@ class CompareBases:
 class ExportedPair:
     """The ONNX folders of a merged model and of the base exported the same way.
 
-    nbytes: size of the merged one's files; prefix: of the names of its checks.
+    nbytes: size of the merged one's files; prefix: of the names of its checks; graphs: file names, alike in both.
     """
 
     merged: Path
@@ -334,10 +334,19 @@ class ExportedPair:
     precision: Precision
     nbytes: int
     prefix: str = "onnx_"
+    graphs: tuple[str, ...] = ("model.onnx",)
 
     @property
     def name(self) -> str:
         return f"onnx {self.precision}"
+
+    @property
+    def merged_graphs(self) -> tuple[Path, ...]:
+        return tuple(self.merged / name for name in self.graphs)
+
+    @property
+    def base_graphs(self) -> tuple[Path, ...]:
+        return tuple(self.base / name for name in self.graphs)
 
 
 @dataclass(frozen=True)

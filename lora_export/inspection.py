@@ -33,7 +33,7 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         return _adapter(folder, base)
     if (folder / MANIFEST).is_file() and (folder / "merged").is_dir():
         return _run(folder)
-    if (folder / "model.onnx").is_file():
+    if any((folder / name).is_file() for name in ("export.json", "model.onnx")):
         return _onnx(folder)
     if (folder / "config.json").is_file():
         return _base(open_checkpoint(folder))
@@ -167,11 +167,14 @@ def _fit(base: Path, adapter: Path) -> dict[str, Any]:
 def _onnx(folder: Path) -> dict[str, Any]:
     from lora_export.onnx_export import check_model, load_export
 
-    check_model(folder / "model.onnx")
     found = load_export(folder)
+    for name in found.graphs:
+        check_model(folder / name)
     return {
         "kind": "onnx",
         "model": found.kind,
+        "task": found.task,
+        "graphs": list(found.graphs),
         "engine": found.engine,
         "precision": found.precision,
         "nodes": found.nodes,

@@ -362,7 +362,7 @@ def _export_base(base: Path, like: ExportResult, work: Path, options: StoryOptio
 
 def _pair(exported: ExportResult, base: Path, prefix: str = "onnx_") -> ExportedPair:
     size = sum(exported.files.values())
-    return ExportedPair(exported.output, base, exported.precision, size, prefix)
+    return ExportedPair(exported.output, base, exported.precision, size, prefix, exported.graphs)
 
 
 def _again(merged: Path, onnx: Path) -> str:

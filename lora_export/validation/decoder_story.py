@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, Perplexity, Progress, ValidationResult
+from lora_export.contracts import Check, ExportedPair, Perplexity, Progress, ValidationResult
 from lora_export.validation.compare import Difference, compare_logits, greedy_divergences
 from lora_export.validation.decoders import greedy, greedy_steps, logits
 from lora_export.validation.noise import DRAWS, in_output_types, rounding_noise
@@ -97,17 +96,17 @@ class DecoderStory:
         checks = decoder_checks(floor, found, parted, self.factor, prefix="loaded_")
         return checks, self._perplexity(f"merged as loaded ({dtype})", loaded)
 
-    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]:
+    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]:
         """The exported graph, run with its KV cache, against the same unmerged forward."""
         from lora_export.validation.onnx_decoder import OnnxDecoder
 
         self.progress.stage("validate: ONNX Runtime, noise floor from the base exported the same way")
-        reference = OnnxDecoder(base, provider)
+        reference = OnnxDecoder(pair.base_graphs[0], provider)
         noisy = self._from_base([reference.logits(ids) for ids in self.tokens])
         where = "rounding errors, and the base exported the same way against the base in PyTorch"
         floor = self._floor(where, self._rounding, (noisy,))
         self.progress.stage("validate: ONNX Runtime, the merged graph at several lengths and with its cache")
-        runner = OnnxDecoder(model, provider)
+        runner = OnnxDecoder(pair.merged_graphs[0], provider)
         found = self._from_unmerged([runner.logits(ids) for ids in self.tokens])
         chosen = [runner.greedy(ids, len(c)) for ids, c in zip(self._prompts, self._continued, strict=True)]
         return decoder_checks(floor, found, self._parted(chosen), self.factor, prefix="onnx_")

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, Progress, ValidationResult
+from lora_export.contracts import Check, ExportedPair, Progress, ValidationResult
 from lora_export.errors import InputError
 from lora_export.validation.noise import DRAWS, rounding_noise
 from lora_export.validation.subject import plain
@@ -34,13 +33,11 @@ class Floor:
 
 @dataclass
 class EncoderStory:
-    """batches: keyword inputs of one forward each; tokens: ids (length,) that the first batches hold one by one,
-    given where an ONNX graph can be compared."""
+    """batches: keyword inputs of one forward each."""
 
     batches: Sequence[Mapping[str, Any]]
     dtypes: Mapping[str, torch.dtype]
     progress: Progress
-    tokens: Sequence[torch.Tensor] = ()
     factor: float = FACTOR
     _base: list[Outputs] = field(default_factory=list)
     _unmerged: list[Outputs] = field(default_factory=list)
@@ -73,19 +70,27 @@ class EncoderStory:
     def once(self, model: Any) -> Any:
         return plain(model)(**self.batches[0])
 
-    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]:
-        """The first output of an exported graph that reads text, against the same unmerged forward."""
-        if not self.tokens:
-            raise InputError("ONNX graphs are validated of models that read text only", where=model)
+    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]:
+        """The outputs of an exported graph, by their names, against the same unmerged forward."""
         from lora_export.validation.onnx_encoder import OnnxEncoder
 
-        self.progress.stage("validate: ONNX Runtime, at several lengths and in one padded batch")
-        first = next(iter(self._base[0]))
-        noisy = [{first: x[None]} for x in OnnxEncoder(base, provider).outputs(self.tokens)]
-        found = [{first: x[None]} for x in OnnxEncoder(model, provider).outputs(self.tokens)]
-        floor = self._rounding[first].plus(self._difference(first, self._base[: len(noisy)], noisy))
+        self.progress.stage("validate: ONNX Runtime, on the same inputs")
+        noisy = OnnxEncoder(pair.base_graphs[0], provider).outputs(self.batches)
+        found = OnnxEncoder(pair.merged_graphs[0], provider).outputs(self.batches)
+        names = [name for name in self._base[0] if name in found[0]]
+        if not names:
+            raise InputError(
+                f"no output of the graph ({', '.join(found[0])}) is one of the model",
+                where=pair.merged_graphs[0],
+                expected=", ".join(self._base[0]),
+            )
+        floors = {n: self._rounding[n].plus(self._difference(n, self._base, noisy)) for n in names}
         where = "rounding errors, and the base exported the same way against PyTorch"
-        return self._checks(first, floor, found, "onnx_", where)
+        first, *others = names
+        return [
+            *self._checks(first, floors[first], found, "onnx_", where),
+            *(self._max_abs_check(n, floors[n], found, f"onnx_{n}_max_abs") for n in others),
+        ]
 
     @torch.inference_mode()
     def _outputs(self, model: Any) -> list[Outputs]:
@@ -96,7 +101,7 @@ class EncoderStory:
         """Over all batches; positions that are padding do not count."""
         pairs = [
             (self._valid(a[name], batch), self._valid(b[name], batch))
-            for a, b, batch in zip(reference, found, self.batches, strict=False)
+            for a, b, batch in zip(reference, found, self.batches, strict=True)
         ]
         worst = max(float((a - b).abs().max()) for a, b in pairs)
         apart = max(_one_minus_cosine(a, b) for a, b in pairs)
@@ -117,11 +122,11 @@ class EncoderStory:
 
     def _max_abs_check(self, output: str, noise: Floor, found: list[Outputs], name: str) -> Check:
         limit = self.factor * self._floor(output, noise)
-        worst = self._difference(output, self._unmerged[: len(found)], found).max_abs
+        worst = self._difference(output, self._unmerged, found).max_abs
         return Check(name, worst, limit, worst <= limit, f"{self.factor:g} × the noise floor; output {output}")
 
     def _checks(self, output: str, noise: Floor, found: list[Outputs], prefix: str, where: str) -> list[Check]:
-        similar = 1 - self._difference(output, self._unmerged[: len(found)], found).angle ** 2
+        similar = 1 - self._difference(output, self._unmerged, found).angle ** 2
         least = 1 - (self.factor * noise.angle) ** 2 - COSINE_ARITHMETIC
         return [
             self._max_abs_check(output, noise, found, f"{prefix}logits_max_abs"),

@@ -54,10 +54,8 @@ def adapter_survival(
 def _measure(unmerged: Any, export: ExportedPair, windows: Sequence[torch.Tensor], provider: str) -> effect.Effect:
     from lora_export.validation.onnx_decoder import OnnxDecoder
 
-    base, model = (
-        OnnxDecoder(export.base / "model.onnx", provider),
-        OnnxDecoder(export.merged / "model.onnx", provider),
-    )
+    base = OnnxDecoder(export.base_graphs[0], provider)
+    model = OnnxDecoder(export.merged_graphs[0], provider)
     models = (effect.without_adapter(unmerged), effect.of(unmerged), base.logits, model.logits)
     found = effect.Effect()
     for ids in windows:

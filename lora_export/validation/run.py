@@ -166,7 +166,7 @@ def _deviation(
 
 
 def _onnx_checks(story: "Story", pair: ExportedPair, provider: str) -> list[Check]:
-    checks = story.compare_onnx(pair.merged / "model.onnx", pair.base / "model.onnx", provider)
+    checks = story.compare_onnx(pair, provider)
     return [replace(c, name=pair.prefix + c.name.removeprefix("onnx_")) for c in checks]
 
 

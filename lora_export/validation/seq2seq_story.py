@@ -1,14 +1,12 @@
 """How an encoder-decoder is compared: teacher-forced logits, and greedy texts token by token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, Progress, ValidationResult
-from lora_export.errors import InputError
+from lora_export.contracts import Check, ExportedPair, Progress, ValidationResult
 from lora_export.validation.compare import Difference, Divergence, compare_logits, greedy_divergences
 from lora_export.validation.noise import DRAWS, rounding_noise
 from lora_export.validation.subject import plain, takes
@@ -28,30 +26,28 @@ class Seq2SeqStory:
     progress: Progress
     factor: float = FACTOR
     _base: list[torch.Tensor] = field(default_factory=list)
+    _unmerged: list[torch.Tensor] = field(default_factory=list)
+    _rounding: tuple[Difference, ...] = ()
+    _wanted: list[torch.Tensor] = field(default_factory=list)
+    _steps: list[torch.Tensor] = field(default_factory=list)
 
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
         self.progress.stage("validate: noise floor of the rounding, without any adapter")
         with unmerged.disable_adapter():
             self._base = self._logits(unmerged)
             before = self._generate(unmerged)
-            rounding: list[Difference] = []
             for seed in range(DRAWS):
                 with rounding_noise(unmerged, self.dtypes, seed):
-                    rounding.append(compare_logits(self._base, self._logits(unmerged), self.tokens))
-        scale = max(float(x.abs().max()) for x in self._base)
-        where = "rounding errors of the output type on the base, no adapter"
-        floor = Floor((tuple(rounding),), scale, where)
+                    self._rounding += (self._from_base(self._logits(unmerged)),)
         self.progress.stage(f"validate: {len(self.tokens)} texts, teacher-forced and generated")
-        found = compare_logits(self._logits(unmerged), self._logits(merged), self.tokens)
-        wanted, generated = self._generate(unmerged), self._generate(merged)
-        steps = self._logits(unmerged, wanted)
-        chosen = [x.argmax(-1) for x in self._logits(merged, wanted)]
-        agreement, divergences = greedy_divergences(steps, chosen)
-        parted = Greedy(agreement, divergences, self.tokenizer.decode)
-        checks = decoder_checks(floor, found, parted, self.factor)
-        greedy = next(c for c in checks if c.name == "greedy_agreement")
-        checks.append(token_agreement(wanted, generated, divergences, greedy))
-        return ValidationResult(tuple(checks), self._samples(before, wanted, generated), found.kl)
+        self._unmerged, self._wanted = self._logits(unmerged), self._generate(unmerged)
+        self._steps = self._logits(unmerged, self._wanted)
+        found = compare_logits(self._unmerged, self._logits(merged), self.tokens)
+        generated = self._generate(merged)
+        along = self._logits(merged, self._wanted)
+        floor = self._floor("rounding errors of the output type on the base, no adapter")
+        checks = self._checks(floor, found, along, generated)
+        return ValidationResult(tuple(checks), self._samples(before, self._wanted, generated), found.kl)
 
     @property
     def windows(self) -> Sequence[torch.Tensor]:
@@ -62,20 +58,59 @@ class Seq2SeqStory:
         first = {k: v[:1] for k, v in self.batches[0].items()}
         return plain(model)(**first, decoder_input_ids=self.tokens[0][None], use_cache=False)
 
-    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]:
-        raise InputError("ONNX graphs of encoder-decoders are not validated", where=model)
+    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]:
+        """The exported graphs, run with their caches, against the same unmerged forward."""
+        from lora_export.validation.onnx_seq2seq import OnnxSeq2Seq
+
+        self.progress.stage("validate: ONNX Runtime, noise floor from the base exported the same way")
+        base = OnnxSeq2Seq(pair.base_graphs, provider)
+        noisy = self._from_base([base.logits(*row) for row in self._rows_of(self.tokens)])
+        where = "rounding errors, and the base exported the same way against the base in PyTorch"
+        self.progress.stage("validate: ONNX Runtime, encoder and decoder of the merged model")
+        runner = OnnxSeq2Seq(pair.merged_graphs, provider)
+        logits = [runner.logits(*row) for row in self._rows_of(self.tokens)]
+        found = compare_logits(self._unmerged, logits, self.tokens)
+        before = [self._before(ids) for ids in self._wanted]
+        along = [runner.logits(*row) for row in self._rows_of(before)]
+        texts = [runner.greedy(inputs, self.tokens[0][:1], self.steps) for inputs in self.batches]
+        return self._checks(self._floor(where, (noisy,)), found, along, list(torch.cat(texts)), "onnx_")
+
+    def _checks(
+        self,
+        floor: Floor,
+        found: Difference,
+        along: Sequence[torch.Tensor],
+        generated: Sequence[torch.Tensor],
+        prefix: str = "",
+    ) -> list[Check]:
+        """along: logits at each step of the unmerged model's texts; generated: the other model's own texts."""
+        agreement, divergences = greedy_divergences(self._steps, [x.argmax(-1) for x in along])
+        parted = Greedy(agreement, divergences, self.tokenizer.decode)
+        checks = decoder_checks(floor, found, parted, self.factor, prefix)
+        greedy = next(c for c in checks if c.name == f"{prefix}greedy_agreement")
+        return [*checks, token_agreement(self._wanted, generated, divergences, greedy, prefix)]
+
+    def _from_base(self, noisy: Sequence[torch.Tensor]) -> Difference:
+        return compare_logits(self._base, noisy, self.tokens)
+
+    def _floor(self, where: str, *sources: tuple[Difference, ...]) -> Floor:
+        return Floor((self._rounding, *sources), max(float(x.abs().max()) for x in self._base), where)
+
+    def _rows_of(self, tokens: Sequence[torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        """Each row of the inputs, and the ids that its decoder is given."""
+        given = iter(tokens)
+        for inputs in self.batches:
+            for row in range(self._rows(inputs)):
+                yield {k: v[row : row + 1] for k, v in inputs.items()}, next(given)
 
     @torch.inference_mode()
     def _logits(self, model: Any, generated: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
         """fp32 logits (length, vocabulary) of each row: teacher-forced, or at the steps of what was generated."""
         body = plain(model)
-        given = iter(self.tokens if generated is None else [self._before(ids) for ids in generated])
-        found = []
-        for inputs in self.batches:
-            for row in range(self._rows(inputs)):
-                one = {k: v[row : row + 1] for k, v in inputs.items()}
-                found.append(body(**one, decoder_input_ids=next(given)[None]).logits[0].float())
-        return found
+        given = self.tokens if generated is None else [self._before(ids) for ids in generated]
+        return [
+            body(**inputs, decoder_input_ids=ids[None]).logits[0].float() for inputs, ids in self._rows_of(given)
+        ]
 
     def _before(self, generated: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.tokens[0][:1], generated[:-1]])
@@ -116,7 +151,11 @@ class Seq2SeqStory:
 
 
 def token_agreement(
-    wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], divergences: Sequence[Divergence], greedy: Check
+    wanted: Sequence[torch.Tensor],
+    found: Sequence[torch.Tensor],
+    divergences: Sequence[Divergence],
+    greedy: Check,
+    prefix: str = "",
 ) -> Check:
     """1 − edits/length of all generated texts, as a word error rate is counted, but of tokens.
 
@@ -127,7 +166,7 @@ def token_agreement(
     differing = {i for i, n in enumerate(edits) if n}
     excused = greedy.passed and differing <= {d.prompt for d in divergences}
     note = "1 − edit distance / length of the greedy texts, each model continuing its own"
-    return Check("token_agreement", share, 1.0, excused, f"{note}; {greedy.note}" if differing else note)
+    return Check(f"{prefix}token_agreement", share, 1.0, excused, f"{note}; {greedy.note}" if differing else note)
 
 
 def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lora_export.contracts import Check, Progress, ValidationResult
+from lora_export.contracts import Check, ExportedPair, Progress, ValidationResult
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Story(Protocol):
 
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult: ...
 
-    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]: ...
+    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]: ...
 
 
 def takes(model: Any) -> set[str]:

@@ -21,6 +21,8 @@ _SEQ2SEQ = {
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3,
     "decoder_start_token_id": 2, "forced_eos_token_id": None,
 }  # fmt: skip
+# The runtime that the builder writes for hears thirty seconds, and nothing shorter.
+_WHISPER = {**_SEQ2SEQ, "num_mel_bins": 80, "max_source_positions": 1500, "max_target_positions": 64}
 _AUDIO = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 112, "conv_dim": (32, 32, 32), "conv_stride": (5, 4, 4), "conv_kernel": (10, 8, 4),
@@ -145,6 +147,9 @@ GENAI: dict[str, Architecture] = {
         _genai("Nemotron", hidden_size=128, scale=0.08),
         _genai("Ernie4_5"),
         _genai("HunYuanDenseV1", head_dim=16),
+        Architecture(
+            "WhisperForConditionalGeneration", "WhisperConfig", _WHISPER, ("q_proj", "v_proj", "fc1"), None
+        ),
     )
 }
 

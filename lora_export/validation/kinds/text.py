@@ -23,7 +23,7 @@ def story(subject: Subject) -> Story:
     pad = setting(model.config, "pad_token_id")
     if "attention_mask" in takes(model) and pad is not None and len(texts.tokens) > 1:
         batches.append(_inputs(model, *padded(texts.tokens, pad)))
-    story = EncoderStory(batches, subject.dtypes, subject.progress, texts.tokens, subject.factor)
+    story = EncoderStory(batches, subject.dtypes, subject.progress, subject.factor)
     return Noted(story, texts.note)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, ValidationResult
+from lora_export.contracts import Check, ExportedPair, ValidationResult
 from lora_export.errors import InputError
 from lora_export.validation.decoders import tokenize
 from lora_export.validation.prompts import MAX_TOKENS
@@ -129,8 +129,8 @@ class Noted:
         result = self.story.compare(unmerged, merged)
         return replace(result, checks=tuple(self._noted(list(result.checks))))
 
-    def compare_onnx(self, model: Path, base: Path, provider: str) -> list[Check]:
-        return self._noted(self.story.compare_onnx(model, base, provider))
+    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]:
+        return self._noted(self.story.compare_onnx(pair, provider))
 
     def _noted(self, checks: list[Check]) -> list[Check]:
         if not self.note or not checks:
