@@ -21,12 +21,15 @@ _SAME = frozenset(
 )  # fmt: skip
 _SHAPED = frozenset({"reshape", "view", "flatten", "reshape_as", "view_as", "squeeze", "unsqueeze"})
 _TURNED = frozenset({"T.__get__", "mT.__get__", "t", "transpose", "permute", "swapaxes"})
+_LIKE = frozenset({"zeros_like", "ones_like", "empty_like", "full_like"})  # take only type and shape
 
 
 class DescribedTensor(torch.Tensor):
-    """recipe: None where something was done that no recipe can say; the result may still be used for its shape."""
+    """recipe: None where something was done that no recipe can say; the result may still be used for its shape, or,
+    where its numbers were read, as a constant. sources: the tensors of the checkpoint that it depends on."""
 
     recipe: Recipe | None
+    sources: frozenset[str]
 
     @classmethod
     def __torch_function__(
@@ -35,16 +38,20 @@ class DescribedTensor(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*_together(args), **(kwargs or {}))
         if isinstance(result, torch.Tensor):
-            return with_recipe(result, _follow(_name(func), result, args, kwargs or {}))
+            sources = frozenset() if _name(func) in _LIKE else _sources(args)
+            return with_recipe(result, _follow(_name(func), result, args, kwargs or {}), sources)
         if isinstance(result, tuple) and _name(func) in ("split", "chunk"):
             return _parts(result, args)
         return result
 
 
-def with_recipe(tensor: torch.Tensor, recipe: Recipe | None) -> DescribedTensor:
-    """The same tensor, which tells how it is made."""
+def with_recipe(
+    tensor: torch.Tensor, recipe: Recipe | None, sources: frozenset[str] = frozenset()
+) -> DescribedTensor:
+    """The same tensor, which tells how it is made. sources: what it depends on, where the recipe does not say."""
     described = tensor.as_subclass(DescribedTensor)
     described.recipe = recipe
+    described.sources = frozenset(p.tensor for p in recipe.pieces) if recipe else sources
     return described
 
 
@@ -64,12 +71,26 @@ def describe(model: Model) -> None:
 
 
 def recipe_of(tensor: torch.Tensor, name: str) -> Recipe:
-    """How `tensor` is made; ExportError for one that no recipe describes. name: of the initializer."""
+    """How `tensor` is made; ExportError for one that no recipe describes. name: of the initializer.
+
+    A recipe without pieces: its numbers are there, and stay what they are.
+    """
     recipe = getattr(tensor, "recipe", None)
+    if recipe is None and not tensor.is_meta:
+        return Recipe(computed_from=tuple(sorted(getattr(tensor, "sources", ()))))
     if recipe is None:
         raise ExportError(f"the engine computes {name} in a way that no recipe describes", tensor=name)
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _sources(args: Iterable[Any]) -> frozenset[str]:
+    found: frozenset[str] = frozenset()
+    for value in args:
+        if isinstance(value, list | tuple):
+            found |= _sources(value)
+        found |= getattr(value, "sources", frozenset())
+    return found
 
 
 def _together(args: Sequence[Any]) -> Sequence[Any]:
@@ -159,6 +180,6 @@ def _parts(result: tuple[torch.Tensor, ...], args: Sequence[Any]) -> tuple[torch
         own = None
         if recipe is not None and not recipe.transposed and part.shape[1:] == whole.shape[1:]:
             own = _rows(recipe, at, at + part.shape[0])
-        parts.append(with_recipe(part, own))
+        parts.append(with_recipe(part, own, _sources(args)))
         at += part.shape[0]
     return tuple(parts)

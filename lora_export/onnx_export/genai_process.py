@@ -141,11 +141,17 @@ class _Described:
         return model.model
 
     def _make(self, builder: Any, tensor: Any, name: str, *, to: Any = None, raw: bool = False) -> None:
+        import torch
+
         from lora_export.onnx_export.described import DescribedTensor, recipe_of
 
         if isinstance(tensor, DescribedTensor):
-            self._recipes.setdefault(id(builder), {})[name] = recipe_of(tensor, name)
-            tensor, to = _placeholder(tensor, name, to), None
+            recipe = recipe_of(tensor, name)
+            self._recipes.setdefault(id(builder), {})[name] = recipe
+            if recipe.pieces:
+                tensor, to = _placeholder(tensor, name, to), None
+            else:
+                tensor = tensor.as_subclass(torch.Tensor)
         self._make_initializer(builder, tensor, name, to=to, raw=raw)
 
     def save(self, folder: Path, quantized: dict[str, Any] | None) -> None:
@@ -164,7 +170,7 @@ class _Described:
                 tensor = value.const_value
                 if name in recipes or tensor.nbytes >= graph_files.INLINE:
                     weights.append(_weight(tensor, name, data_files[file], recipes.get(name)))
-                if name not in recipes:
+                if name not in recipes or not recipes[name].pieces:
                     constants[data_files[file], name] = tensor.numpy()
             graphs[file] = ir.to_proto(builder.model)
             if quantized:

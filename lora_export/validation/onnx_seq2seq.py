@@ -1,7 +1,8 @@
 """An exported encoder-decoder under ONNX Runtime: the encoder once, then the decoder with its caches.
 
-The graphs are those of Optimum (encoder, decoder, decoder with past) or of onnxruntime-genai (encoder, decoder). What
-one gives, the next reads under a name that tells so: present… as past…, the encoder's states as encoder_hidden_states.
+The graphs are those of Optimum (encoder, decoder, decoder with past) or of onnxruntime-genai (encoder, decoder).
+What one gives, the next reads under a name that tells so: present… as past…, the encoder's states as
+encoder_hidden_states.
 """
 
 from collections.abc import Mapping, Sequence

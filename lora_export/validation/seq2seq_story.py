@@ -94,7 +94,8 @@ class Seq2SeqStory:
         return compare_logits(self._base, noisy, self.tokens)
 
     def _floor(self, where: str, *sources: tuple[Difference, ...]) -> Floor:
-        return Floor((self._rounding, *sources), max(float(x.abs().max()) for x in self._base), where)
+        largest = max(float(x.abs().max()) for x in (*self._base, *self._unmerged))
+        return Floor((self._rounding, *sources), largest, where)
 
     def _rows_of(self, tokens: Sequence[torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Each row of the inputs, and the ids that its decoder is given."""

@@ -1,5 +1,6 @@
 """A graph and the transformers model that it is made from, on the same inputs: largest relative differences."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+import transformers
 
 from lora_export.contracts import ExportResult
 from tests.onnx_export.conftest import VOCABULARY
@@ -44,9 +46,9 @@ def _mask(batch: int, length: int) -> torch.Tensor:
 
 
 def _run(runs: Any, feeds: Mapping[str, Any]) -> Arrays:
-    names = [i.name for i in runs.get_inputs()]
     outputs = [o.name for o in runs.get_outputs()]
-    given = {n: np.asarray(feeds[n]) for n in names}
+    types = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(float)": np.float32}
+    given = {i.name: np.asarray(feeds[i.name]).astype(types[i.type]) for i in runs.get_inputs()}
     return dict(zip(outputs, runs.run(outputs, given), strict=True))
 
 
@@ -153,21 +155,51 @@ def _greedy_decoder(runs: Any, ids: torch.Tensor) -> list[int]:
 
 @torch.no_grad()
 def _seq2seq(result: ExportResult, model: Any) -> Iterator[tuple[torch.Tensor, np.ndarray[Any, Any]]]:
-    """The encoder on padded rows; the decoder's first step, then one and three tokens with the growing cache."""
-    encoder, first, later = (session(result.output / name) for name in result.graphs)
+    """The encoder on padded rows; the decoder's first step, then more with the growing cache; greedy tokens."""
+    encoder, first, later = (session(result.output / name) for name in (*result.graphs, result.graphs[-1])[:3])
+    hears = "input_features" in inspect.signature(model.forward).parameters
+    steps = (1, 1, 1, 1) if hears else (1, 3)  # the builder's decoder goes on by one token at a time
     for batch, length in SHAPES:
-        ids, mask = _ids(batch, length), _mask(batch, length)
-        given = _ids(batch, 9, seed=1)
+        mask, given = _mask(batch, length), _ids(batch, 9, seed=1)
         given[:, 0] = model.config.decoder_start_token_id
-        expected = model(input_ids=ids, attention_mask=mask, decoder_input_ids=given)
-        states = _run(encoder, {"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
-        keep = mask[..., None]
+        inputs: dict[str, Any] = {"input_ids": _ids(batch, length), "attention_mask": mask}
+        if hears:
+            inputs = {"input_features": _sounds(batch)}
+        expected = model(**inputs, decoder_input_ids=given)
+        found = _run(encoder, {**inputs, "audio_features": inputs.get("input_features")})
+        states = found.pop("hidden_states" if hears else "last_hidden_state")
+        keep = torch.ones(states.shape[:2])[..., None] if hears else mask[..., None]
         yield expected.encoder_last_hidden_state * keep, states * keep.numpy()
-        fixed = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-        found = _run(first, {"input_ids": given[:, :5], **fixed})
+        fixed = {"encoder_hidden_states": states, "encoder_attention_mask": mask, **_grown(found)}
+        found = _run(first, {"input_ids": given[:, :5], **_empty(first, batch), **fixed})
         yield expected.logits[:, :5], found.pop("logits")
-        cache = _grown(found)
-        for at, stop in ((5, 6), (6, 9)):
-            found = _run(later, {"input_ids": given[:, at:stop], **fixed, **cache})
-            yield expected.logits[:, at:stop], found.pop("logits")
+        cache, at = _grown(found), 5
+        for step in steps:
+            found = _run(later, {"input_ids": given[:, at : at + step], **fixed, **cache})
+            yield expected.logits[:, at : at + step], found.pop("logits")
             cache |= _grown(found)
+            at += step
+    yield _greedy_seq2seq(model, inputs, (first, later), fixed)
+
+
+def _sounds(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 80, 3000, generator=torch.Generator().manual_seed(batch))
+
+
+def _greedy_seq2seq(
+    model: Any, inputs: Mapping[str, Any], decoders: Any, fixed: Arrays
+) -> tuple[torch.Tensor, np.ndarray[Any, Any]]:
+    """12 tokens for each row, by transformers and by the graphs."""
+    rows = len(next(iter(inputs.values())))
+    plain = {"do_sample": False, "num_beams": 1, "max_new_tokens": 12, "min_new_tokens": 12}
+    expected = transformers.GenerationMixin.generate(model, **inputs, **plain)[:, 1:]
+    session, cache, out = decoders[0], _empty(decoders[0], rows), []
+    ids = np.full((rows, 1), model.config.decoder_start_token_id)
+    for _ in range(12):
+        found = _run(session, {"input_ids": ids, **cache, **fixed})
+        logits = found.pop("logits")[:, -1].copy()
+        logits[:, model.generation_config.eos_token_id] = -np.inf  # as min_new_tokens keeps the end away
+        ids = logits.argmax(-1)[:, None]
+        out.append(ids)
+        cache, session = cache | _grown(found), decoders[1]
+    return expected, np.concatenate(out, 1)
