@@ -426,6 +426,10 @@ class ExportResult:
         """The graph that reads the input: the only one, or the encoder's."""
         return self.output / self.graphs[0]
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        return tuple(self.output / name for name in self.graphs)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "output": str(self.output),

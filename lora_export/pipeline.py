@@ -112,7 +112,6 @@ def _run(
     progress: Progress,
 ) -> Story:
     from lora_export.merge import merge
-    from lora_export.onnx_export import compare
     from lora_export.validation import validate
 
     merged = merge(base.folder, adapters, stage / "merged", options.merge, progress)
@@ -137,32 +136,45 @@ def _run(
     if not checked.passed:
         return story
 
-    progress.stage("benchmark: comparing the optimised graphs of base and merged")
-    identity = compare(base_onnx.model, exported.model, options.provider)
     measured = benchmark(
-        exported.model,
-        base_onnx.model,
-        unmerged_onnx.model if unmerged_onnx else None,
+        exported.paths,
+        base_onnx.paths,
+        unmerged_onnx.paths if unmerged_onnx else (),
         replace(options.benchmark, provider=options.provider),
         progress,
-        identity,
     )
     return replace(story, benchmark=replace(measured, notes=(*measured.notes, *why_not)))
 
 
 def benchmark(
-    merged: Path,
-    base: Path | None,
-    unmerged: Path | None,
+    merged: Sequence[Path],
+    base: Sequence[Path],
+    unmerged: Sequence[Path],
     options: BenchmarkOptions,
     progress: Progress,
-    identity: tuple[bool, tuple[str, ...]] | None,
 ) -> BenchmarkResult:
-    """The latency of the merged graph against the base's, and the unmerged one's as the positive control."""
-    from lora_export.benchmark import run
+    """The latency of the merged graphs against the base's, and the unmerged one's as the positive control.
 
+    Several graphs: an encoder's, and those of a decoder, the last of which does a step. Only merged must be there.
+    """
+    from lora_export.benchmark import run
+    from lora_export.onnx_export import compare
+
+    identity = None
+    if base:
+        progress.stage("benchmark: comparing the optimised graphs of base and merged")
+        found = [compare(a, b, options.provider) for a, b in zip(base, merged, strict=True)]
+        identity = all(same for same, _ in found), tuple(d for _, differences in found for d in differences)
     progress.stage("benchmark: base, merged and unmerged graphs in one process")
-    return run(merged=merged, base=base, unmerged=unmerged, options=options, progress=progress, identity=identity)
+    return run(
+        merged=merged[0],
+        base=base[0] if base else None,
+        unmerged=unmerged[0] if unmerged else None,
+        steps=(merged[-1], base[-1] if base else None) if len(merged) > 1 else None,
+        options=options,
+        progress=progress,
+        identity=identity,
+    )
 
 
 def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path:

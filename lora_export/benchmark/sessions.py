@@ -28,6 +28,9 @@ _INTEGERS = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
 # Without this, the idle threads of one arm spin on the cores that the next arm is timed on.
 _STOP_SPINNING = "1"
 _NO_CAPTURE = -1
+_TOKENS = ("input_ids", "attention_mask", "encoder_attention_mask", "position_ids", "token_type_ids")
+_IDS = 64  # no vocabulary is smaller, and which token it is makes no difference to the time
+_SAMPLES = 320  # of a wave at 16 kHz, for each position of wav2vec 2
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,16 @@ class Engine:
         self.cuda_graph = cuda_graph
         self.device = "cpu" if provider == "cpu" else "cuda"
         self._inputs = {i.name: i for i in self.session.get_inputs()}
-        self._past = [name for name in self._inputs if name.startswith("past")]
+        past = [name for name in self._inputs if name.startswith("past")]
+        # The decoder of an encoder-decoder cannot fill its own caches: they are inputs like any other.
+        alone = not any("encoder" in name or "cross" in name for name in self._inputs)
+        self._past = past if alone else []
         self._signature = runtime.DecoderSignature.of(self.session) if self._past else None
-        self._refuse_unknown_inputs(model)
+        self._refuse_unknown_types(model)
 
     @property
     def is_decoder(self) -> bool:
+        """Whether one graph does both a prompt and a step."""
         return bool(self._past)
 
     def call(self, shape: Shape, buffers: Buffers, graph_id: int = 1, seed: int = 0) -> Callable[[], float]:
@@ -142,7 +149,11 @@ class Engine:
         return {name: buffers.array(name, shape, self._values(name, shape, seed)) for name in names}
 
     def _values(self, name: str, shape: Shape, seed: int) -> "np.ndarray[Any, Any]":
+        if self._inputs[name].type not in _INTEGERS:
+            return self._signal(name, shape, seed)
         dtype = _INTEGERS[self._inputs[name].type]
+        if name == "encoder_attention_mask":
+            return np.ones((shape.batch, shape.past), dtype)
         if "mask" in name:
             return np.ones((shape.batch, shape.past + shape.tokens), dtype)
         if name == "position_ids":
@@ -150,13 +161,17 @@ class Engine:
             return np.tile(row, (shape.batch, 1))
         if name == "token_type_ids":
             return np.zeros((shape.batch, shape.tokens), dtype)
-        ids = np.random.default_rng(seed).integers(0, self._vocabulary(), (shape.batch, shape.tokens))
-        return ids.astype(dtype)
+        return np.random.default_rng(seed).integers(0, _IDS, (shape.batch, shape.tokens)).astype(dtype)
 
-    def _vocabulary(self) -> int:
-        """Of an encoder nothing tells it; every vocabulary in use has more than 1000 tokens."""
-        last = self.session.get_outputs()[0].shape[-1] if self.is_decoder else None
-        return last if isinstance(last, int) else 1000
+    def _signal(self, name: str, shape: Shape, seed: int) -> "np.ndarray[Any, Any]":
+        """Seeded numbers for images, sounds, states of an encoder and caches. A sequence is as long as the prompt,
+        a wave as long as the sound of so many tokens."""
+        given = self._inputs[name]
+        dims = [d if isinstance(d, int) else _length(d, shape) for d in given.shape]
+        if name == "input_values":
+            dims[-1] *= _SAMPLES
+        values = np.random.default_rng(seed).standard_normal([shape.batch, *dims[1:]], np.float32)
+        return values.astype(runtime.numpy_dtype(given.type))
 
     def _cache(self, shape: Shape, buffers: Buffers, seed: int) -> dict[str, "OrtValue"]:
         """The KV cache that a prefill of `shape.past` tokens leaves, or an empty one."""
@@ -189,15 +204,23 @@ class Engine:
         options.add_run_config_entry("gpu_graph_id", str(graph_id))
         return options
 
-    def _refuse_unknown_inputs(self, model: Path) -> None:
-        known = {"input_ids", "attention_mask", "position_ids", "token_type_ids", *self._past}
-        odd = [n for n, i in self._inputs.items() if n not in known or i.type not in _ELEMENT]
+    def _refuse_unknown_types(self, model: Path) -> None:
+        odd = [
+            f"{n} ({i.type})"
+            for n, i in self._inputs.items()
+            if i.type not in _ELEMENT or (i.type in _INTEGERS and n not in _TOKENS)
+        ]
         if odd:
             raise InputError(
                 f"inputs that the benchmark does not know: {', '.join(odd)}",
                 where=model,
-                expected="a decoder with a KV cache, or an encoder with input_ids and attention_mask",
+                expected=f"{', '.join(_TOKENS)}, caches, and images or sounds as floating-point numbers",
             )
+
+
+def _length(name: str | None, shape: Shape) -> int:
+    """Of a dimension with this name: past tokens and those of an encoder make up the prompt of a step."""
+    return shape.past if name and ("past" in name or "encoder" in name) else shape.tokens
 
 
 def _timed(session: "InferenceSession", binding: "IOBinding", options: Any) -> Callable[[], float]:

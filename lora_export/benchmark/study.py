@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ from lora_export.benchmark.sessions import Buffers, Engine, Shape, misplaced
 from lora_export.benchmark.statistics import overall
 from lora_export.contracts import BenchmarkOptions, BenchmarkResult, Cell, Phase, Progress
 from lora_export.errors import RuntimeUnavailable
+from lora_export.files import read_json
 
 _MAX_STRAYS_TOLD = 10
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
 @dataclass
 class Study:
-    """What one run holds on to while it goes from cell to cell."""
+    """What one run holds on to while it goes from cell to cell. steps: the graphs of a decoder's step, where they
+    are not the same as those of a prompt."""
 
     models: Mapping[str, Path]
+    steps: Mapping[str, Path]
     provider: str
     threads: int
     options: BenchmarkOptions
@@ -46,23 +50,29 @@ def run(
     options: BenchmarkOptions,
     progress: Progress,
     identity: tuple[bool, tuple[str, ...]] | None = None,
+    steps: tuple[Path, Path | None] | None = None,
 ) -> BenchmarkResult:
     """Compare the latency of ONNX graphs in one process, side by side.
 
     merged is judged against base; unmerged is the positive control. identity: whether the optimised graphs of
-    base and merged are the same, and where they differ, found out by the caller. Raises RuntimeUnavailable
-    if the provider does not work here, InputError for a graph that is neither decoder nor encoder.
+    base and merged are the same, and where they differ, found out by the caller. steps: of an encoder-decoder, the
+    graphs of merged and base that decode a token; merged and base are then its encoders. Raises RuntimeUnavailable
+    if the provider does not work here, InputError for a graph with inputs that it cannot make up.
     """
     started = time.perf_counter()
     before = environment.snapshot()
+    options, cut = _fitting(options, merged.with_name("config.json"))
     study = Study(
         models=_models(merged, base, unmerged),
+        steps=_models(*steps, None) if steps else {},
         provider=runtime.resolve_provider(options.provider),
         threads=environment.usable_cores(),
         options=options,
         progress=progress,
     )
     progress.stage(f"benchmark on {study.provider}")
+    if cut:
+        study.note(cut)
     if base is None:
         study.note("without a base there is nothing to compare with: the times of the merged graph alone")
     verified = _verify_placement(study)
@@ -81,6 +91,26 @@ def run(
         notes=tuple(study.notes),
         samples=study.samples,
     )
+
+
+def _fitting(options: BenchmarkOptions, config: Path) -> tuple[BenchmarkOptions, str]:
+    """Options with no prompt longer than the model has positions for, and a note if one was cut.
+
+    config: the config.json beside the graph, which may not be there.
+    """
+    if not config.is_file():
+        return options, ""
+    settings = read_json(config)
+    settings = settings.get("text_config") or settings
+    known = [n for n in (settings.get(key) for key in _POSITIONS) if isinstance(n, int)]
+    # RoBERTa begins to count after its padding id, OPT at 2; and a step needs a position, too.
+    most = min(known, default=10**9) - 4
+    if most < 1 or max(options.prompts) <= most:
+        return options, ""
+    prompts = tuple(dict.fromkeys(min(n, most) for n in options.prompts))
+    return replace(
+        options, prompts=prompts
+    ), f"prompts of at most {most} tokens: config.json knows {most + 4} positions"
 
 
 def _models(merged: Path, base: Path | None, unmerged: Path | None) -> dict[str, Path]:
@@ -103,10 +133,12 @@ def _verify_placement(study: Study) -> bool:
     study.progress.detail("checking where every node runs")
     batch, prompt = study.options.batches[0], study.options.prompts[0]
     clean = True
-    for name, model in study.models.items():
+    arms = [(name, model, Shape(batch, 0, prompt)) for name, model in study.models.items()]
+    arms += [(name, model, Shape(batch, prompt, 1)) for name, model in study.steps.items()]
+    for name, model, shape in arms:
         if name == AGAIN:
             continue
-        found = misplaced(model, study.provider, study.threads, Shape(batch, 0, prompt))
+        found = misplaced(model, study.provider, study.threads, shape)
         clean = clean and not found
         for stray in found[:_MAX_STRAYS_TOLD]:
             study.note(f"{name}: {stray}")
@@ -122,22 +154,28 @@ def _measure_all(study: Study) -> None:
     """Cells share the time: what one leaves over, the next ones may use."""
     rng = np.random.default_rng(study.options.seed)
     modes = (False, True) if study.provider == "cuda" else (False,)
+    parts = [(models, cuda_graph) for cuda_graph in modes for models in (study.models, study.steps) if models]
     deadline: float | None = None
-    for position, cuda_graph in enumerate(modes):
-        engines = _open_for(study, cuda_graph)
+    for position, (models, cuda_graph) in enumerate(parts):
+        engines = _open_for(study, models, cuda_graph)
         if not engines:
             continue
-        tasks = _tasks(study.options, engines[MERGED].is_decoder, cuda_graph)
+        tasks = _tasks(study.options, _phases(study, models, engines), cuda_graph)
         # Loading a model is not measuring: the clock starts with the first cell.
         deadline = deadline or time.perf_counter() + study.options.max_seconds
         for i, task in enumerate(tasks):
-            left = len(tasks) - i + len(tasks) * (len(modes) - position - 1)
+            left = len(tasks) - i + len(tasks) * (len(parts) - position - 1)
             seconds = max(0.0, deadline - time.perf_counter()) / left
             _measure_cell(study, task, engines, seconds, i + 1, rng)
 
 
-def _tasks(options: BenchmarkOptions, is_decoder: bool, cuda_graph: bool) -> list[Task]:
-    phases: tuple[Phase, ...] = ("prefill", "decode") if is_decoder else ("prefill",)
+def _phases(study: Study, models: Mapping[str, Path], engines: Mapping[str, Engine]) -> tuple[Phase, ...]:
+    if models is study.steps:
+        return ("decode",)
+    return ("prefill", "decode") if engines[MERGED].is_decoder else ("prefill",)
+
+
+def _tasks(options: BenchmarkOptions, phases: tuple[Phase, ...], cuda_graph: bool) -> list[Task]:
     return [
         Task(batch, prompt, phase, cuda_graph)
         for batch in options.batches
@@ -146,10 +184,10 @@ def _tasks(options: BenchmarkOptions, is_decoder: bool, cuda_graph: bool) -> lis
     ]
 
 
-def _open_for(study: Study, cuda_graph: bool) -> dict[str, Engine]:
+def _open_for(study: Study, models: Mapping[str, Path], cuda_graph: bool) -> dict[str, Engine]:
     """All arms, or none if CUDA graphs are asked for and the merged graph cannot be captured."""
     engines: dict[str, Engine] = {}
-    for name, model in study.models.items():
+    for name, model in models.items():
         if name == AGAIN and not _fits_twice(model):
             study.note("memory holds one session of the base only: the noise floor is that session against itself")
             engines[AGAIN] = engines[BASE]

@@ -35,22 +35,34 @@ def benchmark(
         from lora_export.commands import gather
         from lora_export.commands.words import benchmark_rows, summary
         from lora_export.files import output_folder
-        from lora_export.onnx_export import check_model, compare, model_file
+        from lora_export.onnx_export import check_model, model_files
         from lora_export.report import write
         from lora_export.runtime import resolve_provider
 
         settings = gather.benchmark_options_of(words)
         settings = replace(settings, provider=resolve_provider(settings.provider))
-        merged_file, *others = [model_file(p) if p else None for p in (merged, base, unmerged)]
-        base_file, unmerged_file = others
-        assert merged_file is not None
-        graphs = [p for p in (merged_file, base_file, unmerged_file) if p]
+        arms = [model_files(p) if p else () for p in (merged, base, unmerged)]
+        merged_graphs, base_graphs, unmerged_graphs = arms
+        _refuse_other_kind(arms)
+        graphs = [path for arm in arms for path in arm]
         for path in graphs:
             check_model(path)
         with output_folder(output, force, inputs=[p.parent for p in graphs]) as stage:
-            identity = compare(base_file, merged_file, settings.provider) if base_file else None
-            result = pipeline.benchmark(merged_file, base_file, unmerged_file, settings, talk.progress, identity)
+            result = pipeline.benchmark(merged_graphs, base_graphs, unmerged_graphs, settings, talk.progress)
             report = pipeline.new_report("benchmark", {"benchmark": words})
             write(report | {"benchmark": result.as_json()}, stage, dict(result.samples))
         rows = [*benchmark_rows(result), ("report", str(output / "report.html"))]
         talk.result(result.as_json(), summary(rows))
+
+
+def _refuse_other_kind(arms: list[tuple[Path, ...]]) -> None:
+    """Arms with another number of graphs are other kinds of models."""
+    from lora_export.errors import InputError
+
+    counts = {len(arm) for arm in arms if arm}
+    if len(counts) > 1:
+        raise InputError(
+            f"exports with {' and '.join(map(str, sorted(counts)))} graphs",
+            where=next(arm for arm in arms if len(arm) == max(counts))[0].parent,
+            expected="exports of one model, made the same way",
+        )

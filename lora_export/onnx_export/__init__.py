@@ -34,7 +34,7 @@ from lora_export.onnx_export.weight_source import FileSource, WeightSource
 from lora_export.onnx_export.writing import Writing
 
 RECORD = records.NAME
-__all__ = ["RECORD", "check_model", "check_request", "compare", "export", "load_export", "model_file", "reweight"]
+__all__ = ["RECORD", "check_model", "check_request", "compare", "export", "load_export", "model_files", "reweight"]
 
 
 def export(
@@ -170,8 +170,10 @@ def check_request(config: Mapping[str, Any], precision: Precision, provider: str
     return chosen.name
 
 
-def model_file(path: Path) -> Path:
-    """The .onnx file that a person means by a file or by the folder around it."""
+def model_files(path: Path) -> tuple[Path, ...]:
+    """The .onnx files that a person means by a file or by a folder; an encoder's first."""
+    if (path / RECORD).is_file():
+        return load_export(path).paths
     file = path / "model.onnx" if path.is_dir() else path
     if not file.is_file():
         raise InputError(
@@ -180,7 +182,7 @@ def model_file(path: Path) -> Path:
             expected="an .onnx file, or a folder with model.onnx",
             next_step="lora-export export -m MODEL -o OUT",
         )
-    return file
+    return (file,)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------
