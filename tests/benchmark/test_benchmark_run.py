@@ -134,16 +134,55 @@ def test_too_little_time_is_inconclusive_and_says_so(small: Callable[..., Path])
     assert any("blocks fitted" in note for note in result.notes)
 
 
+def rectifier(path: Path, name: str, dtype: int, dims: list[str | int]) -> Path:
+    """A graph of one node with one input of this name and shape."""
+    given, out = h.make_tensor_value_info(name, dtype, dims), h.make_tensor_value_info("out", dtype, dims)
+    made = h.make_graph([h.make_node("Identity", [name], ["out"])], "one", [given], [out])
+    onnx.save(h.make_model(made, opset_imports=[h.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
 def test_unknown_inputs_are_refused_by_name(tmp_path: Path) -> None:
-    image = h.make_tensor_value_info("pixel_values", T.FLOAT, [1, 3])
-    out = h.make_tensor_value_info("out", T.FLOAT, [1, 3])
-    made = h.make_graph([h.make_node("Relu", ["pixel_values"], ["out"])], "image", [image], [out])
-    model = h.make_model(made, opset_imports=[h.make_opsetid("", 17)], ir_version=8)
-    onnx.save(model, tmp_path / "image.onnx")
-    with pytest.raises(InputError, match="pixel_values"):
-        benchmark.run(
-            merged=tmp_path / "image.onnx", base=None, unmerged=None, options=options(), progress=Silent()
-        )
+    model = rectifier(tmp_path / "model.onnx", "bbox", T.INT64, ["batch", "length", 4])
+    with pytest.raises(InputError, match=r"bbox \(tensor\(int64\)\)"):
+        benchmark.run(merged=model, base=None, unmerged=None, options=options(), progress=Silent())
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "expected"),
+    [
+        ("pixel_values", ["batch_size", 3, 8, 8], (2, 3, 8, 8)),
+        ("input_values", ["batch_size", "sequence_length"], (2, 5 * 320)),
+        ("encoder_hidden_states", ["batch_size", "encoder_sequence_length", 4], (2, 7, 4)),
+        ("past_key_values.0.encoder.key", ["batch_size", 2, "encoder_sequence_length", 4], (2, 2, 7, 4)),
+    ],
+)
+def test_signals_states_and_caches_are_made_up_in_their_shapes(
+    tmp_path: Path, name: str, dims: list[str | int], expected: tuple[int, ...]
+) -> None:
+    engine = sessions.Engine(rectifier(tmp_path / "model.onnx", name, T.FLOAT, dims), "cpu", 1)
+    buffers = sessions.Buffers("cpu")
+    engine.call(sessions.Shape(2, 7, 5), buffers)()
+    assert {tuple(v.shape()) for v in buffers._values.values()} == {expected}
+
+
+def test_an_encoder_decoder_is_measured_as_prompt_and_step(small: Callable[..., Path]) -> None:
+    encoder, step = small("encoder", 2, decoder=False), small("step", 1, decoder=False)
+    result = benchmark.run(
+        merged=encoder, base=encoder, unmerged=None, steps=(step, step), options=options(), progress=Silent()
+    )
+    assert [c.phase for c in result.cells] == ["prefill", "decode"]
+    assert result.cells[1].merged_ms < result.cells[0].merged_ms
+
+
+def test_no_prompt_is_longer_than_the_model_has_positions(small: Callable[..., Path]) -> None:
+    model = small("short", 1)
+    model.with_name("config.json").write_text('{"max_position_embeddings": 16}')
+    result = benchmark.run(
+        merged=model, base=None, unmerged=None, options=options(prompts=(8, 64, 128)), progress=Silent()
+    )
+    assert {c.prompt for c in result.cells} == {8, 12}
+    assert "prompts of at most 12 tokens: config.json knows 16 positions" in result.notes
 
 
 def test_decode_sees_the_cache_that_a_prefill_left(small: Callable[..., Path]) -> None:
