@@ -31,7 +31,7 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         raise InputError("there is no such folder", where=folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, base)
-    if (folder / MANIFEST).is_file() and (folder / "merged").is_dir():
+    if (folder / MANIFEST).is_file() and (folder / "report").is_dir():
         return _run(folder)
     if any((folder / name).is_file() for name in ("export.json", "model.onnx")):
         return _onnx(folder)

@@ -3,11 +3,12 @@
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export import manifest
 from lora_export.contracts import (
@@ -33,6 +34,9 @@ from lora_export.contracts import (
 from lora_export.errors import ExportError, GateFailed, InputError
 from lora_export.files import check_space, output_folder, read_json
 
+if TYPE_CHECKING:
+    from lora_export.onnx_export.weight_source import WeightSource
+
 
 @dataclass(frozen=True)
 class StoryOptions:
@@ -43,6 +47,7 @@ class StoryOptions:
     optimize: Optimize = "full"
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
     graph_from: Path | None = None  # an earlier export of the same base: its graph, its precision, its engine
+    merged_folder: bool = True  # False: base and adapter go straight into the export
     benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
     prompts: Path | None = None
     text: Path | None = None
@@ -114,21 +119,26 @@ def _run(
     from lora_export.merge import merge
     from lora_export.validation import validate
 
-    merged = merge(base.folder, adapters, stage / "merged", options.merge, progress)
-    story = Story(stage, merged)
-
     trained_on = prepared_base(base.folder, options.merge, work, progress)
-    base_onnx = _export(trained_on, work / "base", options, progress, "the base, to compare with")
-    exported = _export_merged(base_onnx, merged.output, stage / "onnx", options, progress)
+    if options.merged_folder:
+        folder = stage / "merged"
+        merged = merge(base.folder, adapters, folder, options.merge, progress)
+        base_onnx = _export(trained_on, work / "base", options, progress, "the base, to compare with")
+        exported = _export_merged(base_onnx, folder, stage / "onnx", options, progress)
+    else:
+        folder = work / "outline"
+        base_onnx = _export(trained_on, work / "base", options, progress, "the base, to compare with")
+        merged, exported = _merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     unmerged_onnx, why_not = _export_unmerged(trained_on, adapters, work, options, exported, progress)
-    story = replace(story, export=exported)
+    story = Story(stage, merged, exported)
 
     checked = validate(
         base.folder,
         adapters,
-        merged.output,
+        folder,
         exports=[_pair(exported, base_onnx.output)],
-        dequantized=_stand_in(base.folder, merged.output, options, work, progress),
+        dequantized=_stand_in(base.folder, folder, options, work, progress),
+        graphs_alone=not options.merged_folder,
         options=_validation_options(options, options.provider),
         progress=progress,
     )
@@ -216,20 +226,47 @@ def _like_earlier(options: StoryOptions) -> StoryOptions:
     return replace(options, precision=like.precision, engine=like.engine)
 
 
+def _merge_into(
+    base_onnx: ExportResult,
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    outline: Path,
+    stage: Path,
+    options: StoryOptions,
+    progress: Progress,
+) -> tuple[MergeResult, ExportResult]:
+    """Merge and export in one pass; the certificate lies in `stage`, the rest of a merged folder in `outline`."""
+    from lora_export.merge import CERTIFICATE, begin_stream, end_stream
+
+    started = time.monotonic()
+    source = begin_stream(base, adapters, outline, options.merge, progress)
+    exported = _export_merged(base_onnx, outline, stage / "onnx", options, progress, source)
+    seconds = time.monotonic() - started
+    return end_stream(source, adapters, stage / CERTIFICATE, seconds, progress), exported
+
+
 def _export_merged(
-    base_onnx: ExportResult, merged: Path, output: Path, options: StoryOptions, progress: Progress
+    base_onnx: ExportResult,
+    merged: Path,
+    output: Path,
+    options: StoryOptions,
+    progress: Progress,
+    source: "WeightSource | None" = None,
 ) -> ExportResult:
-    """The merged model with the base's graph; with one of its own where the merge changed more than weights."""
+    """The merged model with the base's graph; with one of its own where the merge changed more than weights.
+
+    source: where the numbers come from, if `merged` is an outline without them.
+    """
     from lora_export.onnx_export import reweight
 
     progress.stage("export: the merged model, with the graph of the base")
     try:
-        return reweight(base_onnx.output, merged, output, progress=progress)
+        return reweight(base_onnx.output, merged, output, source=source, progress=progress)
     except ExportError as error:
         if options.graph_from is not None:
             raise
         progress.detail(f"a graph of its own: {error.found}")
-    return _export(merged, output, options, progress, "the merged model")
+    return _export(merged, output, options, progress, "the merged model", source=source)
 
 
 def _export(
@@ -239,6 +276,7 @@ def _export(
     progress: Progress,
     what: str,
     adapter: Path | None = None,
+    source: "WeightSource | None" = None,
 ) -> ExportResult:
     from lora_export.onnx_export import export, reweight
 
@@ -254,6 +292,7 @@ def _export(
         optimize=options.optimize,
         quantization=options.quantization,
         adapter=adapter,
+        source=source,
         progress=progress,
     )
 
@@ -392,17 +431,21 @@ def verify(
     progress: Progress,
 ) -> Verification:
     """Check a merged folder, or all of a run folder, again. InputError if it is neither."""
-    from lora_export.merge.verification import verify_folder
+    from lora_export.merge.verification import verify_folder, verify_streamed
+    from lora_export.onnx_export import tensor_hashes
 
     if not path.is_dir():
         raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
     folder = base.folder if base else None
-    if not ((path / manifest.NAME).is_file() and (path / "merged").is_dir()):
+    if not ((path / manifest.NAME).is_file() and (path / "report").is_dir()):
         return verify_folder(path, folder, choices, certify, progress)
     progress.stage("verify: every file of the run")
     files, not_checked = manifest.verify(path, folder, choices)
-    merged = verify_folder(path / "merged", folder, choices, certify, progress)
+    if (path / "merged").is_dir():
+        merged = verify_folder(path / "merged", folder, choices, certify, progress)
+    else:
+        merged = verify_streamed(path, tensor_hashes(path / "onnx"))
     return Verification((*files, *merged.checks), (*not_checked, *merged.not_checked))
 
 
@@ -421,7 +464,8 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     check_request(config, options.precision, options.provider, options.engine)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most
     widest = max(planned.nbytes, planned.nbytes * 4 // _width(planned.dtype))
-    check_space(output.absolute().parent, planned.nbytes * 2 + widest * 3)
+    folders = 2 if options.merged_folder else 1
+    check_space(output.absolute().parent, planned.nbytes * folders + widest * 3)
 
 
 def _width(dtype: str) -> int:
@@ -433,7 +477,7 @@ def _relocated(story: Story, stage: Path, output: Path) -> Story:
     assert story.export is not None
     moved = replace(
         story.merge,
-        output=output / "merged",
+        output=output / story.merge.output.relative_to(stage),
         certificate=output / story.merge.certificate.relative_to(stage),
     )
     return replace(story, output=output, merge=moved, export=replace(story.export, output=output / "onnx"))

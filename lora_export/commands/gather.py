@@ -74,6 +74,7 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         optimize=words["optimize"],
         quantization=quantization_of(words),
         graph_from=words["graph_from"],
+        merged_folder=not words["no_merged_folder"],
         benchmark=benchmark_options_of(words),
         prompts=words["prompts"],
         text=words["text"],

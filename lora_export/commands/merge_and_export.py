@@ -15,6 +15,7 @@ from lora_export.commands.talk import talking
 @options.merge_options
 @options.export_options
 @options.graph_from_option
+@options.merged_folder_option
 @options.provider_option
 @options.check_options
 @options.benchmark_options
@@ -33,7 +34,8 @@ def merge_and_export(
     OUT.failed and the exit code is 3.
 
     The graph does not depend on the adapter: with --graph-from, an earlier export of the same base (OUT/onnx of an
-    earlier run) gives it, and the adapter costs a copy of the weights.
+    earlier run) gives it, and the adapter costs a copy of the weights. With --no-merged-folder the merged weights
+    are written once, into onnx/, instead of twice.
 
     \b
         lora-export merge-and-export -b HuggingFaceTB/SmolLM2-135M -a ./my-lora -o ./out

@@ -205,6 +205,14 @@ def graph_from_option(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
+def merged_folder_option(command: Command) -> Command:
+    return click.option(
+        "--no-merged-folder", is_flag=True,
+        help="Stream base and adapter straight into the ONNX files. Nothing else of the merged model is written: "
+        "validation compares the ONNX graph alone, and the certificate lies in OUT.",
+    )(command)  # fmt: skip
+
+
 def bases_options(command: Command) -> Command:
     decorators = [
         click.option("--compare-bases", is_flag=True,

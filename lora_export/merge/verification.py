@@ -118,6 +118,32 @@ def verify_folder(
     return findings.result()
 
 
+def verify_streamed(folder: Path, hashes: Mapping[str, str]) -> Verification:
+    """Check the certificate of a merge that went straight into an export.
+
+    hashes: of the tensors that the export says it was made of, by name. What the export's own files hold is not
+    looked at.
+    """
+    findings = Findings()
+    try:
+        recorded = read_certificate(folder)
+    except InputError as error:
+        findings.fail("certificate", _words(error))
+        return findings.result()
+    findings.judge("certificate", "complete, and agrees with its own digest", ())
+    wanted = {r["name"]: r["hash_out"] for r in recorded["records"]}
+    other = [n for n in wanted.keys() | hashes.keys() if wanted.get(n) != hashes.get(n)]
+    notes = [
+        f"{name}: the export was made of other numbers than the certificate is about" for name in sorted(other)
+    ]
+    findings.judge("tensors", f"the export was made of the certificate's {len(wanted)} tensors", notes)
+    findings.not_checked.append(
+        "the merged numbers against base and adapters: without a merged folder they lie in the export alone; "
+        "lora-export merge with the same options has the hashes of this certificate"
+    )
+    return findings.result()
+
+
 def read_certificate(folder: Path) -> dict[str, Any]:
     """The certificate of a folder, its seal and kinds checked. InputError says what is wrong with it."""
     recorded = read_sealed(folder / NAME)

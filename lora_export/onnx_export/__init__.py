@@ -34,7 +34,17 @@ from lora_export.onnx_export.weight_source import FileSource, WeightSource
 from lora_export.onnx_export.writing import Writing
 
 RECORD = records.NAME
-__all__ = ["RECORD", "check_model", "check_request", "compare", "export", "load_export", "model_files", "reweight"]
+__all__ = [
+    "RECORD",
+    "check_model",
+    "check_request",
+    "compare",
+    "export",
+    "load_export",
+    "model_files",
+    "reweight",
+    "tensor_hashes",
+]
 
 
 def export(
@@ -168,6 +178,11 @@ def check_request(config: Mapping[str, Any], precision: Precision, provider: str
     chosen = choose(config, engine)
     chosen.check_precision(precision, provider)
     return chosen.name
+
+
+def tensor_hashes(folder: Path) -> Mapping[str, str]:
+    """Name → hash of each checkpoint tensor that an export was made of. InputError for a folder without them."""
+    return weights_map.read(folder).hashes
 
 
 def model_files(path: Path) -> tuple[Path, ...]:

@@ -43,8 +43,8 @@ class EncoderStory:
     _unmerged: list[Outputs] = field(default_factory=list)
     _rounding: dict[str, Floor] = field(default_factory=dict)
 
-    def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
-        self.progress.stage("validate: noise floor of the rounding, then unmerged and merged")
+    def measure(self, unmerged: Any) -> None:
+        self.progress.stage("validate: noise floor of the rounding, without any adapter")
         with unmerged.disable_adapter():
             self._base = self._outputs(unmerged)
             for seed in range(DRAWS):
@@ -54,6 +54,10 @@ class EncoderStory:
                     drawn = self._difference(name, self._base, noisy)
                     self._rounding[name] = self._rounding.get(name, Floor()).widest(drawn)
         self._unmerged = self._outputs(unmerged)
+
+    def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
+        self.measure(unmerged)
+        self.progress.stage(f"validate: {len(self.batches)} inputs, unmerged and merged")
         found = self._outputs(merged)
         where = "rounding errors on the base, no adapter"
         first, *others = self._base[0]

@@ -314,6 +314,23 @@ def load_merged(
     return _quiet(model), dtypes
 
 
+def stored_dtypes(folder: Path, unmerged: Any) -> dict[str, torch.dtype]:
+    """Plain name of each parameter of the base in `unmerged` → the type that it has in the folder's headers.
+
+    A parameter that no file names (a stacked one, say) has the narrowest type that is there.
+    """
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    stored: dict[str, torch.dtype] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:
+            types = {n: tensors.get_slice(n).get_dtype() for n in tensors.keys()}  # noqa: SIM118 - not a mapping
+        stored |= {name: known[dtype] for name, dtype in types.items() if dtype in known}
+    narrowest = max(stored.values(), key=lambda d: torch.finfo(d).eps)
+    plain = (n for n, _ in unmerged.base_model.model.named_parameters() if "lora_" not in n)
+    names = (n.replace(".base_layer", "").replace(".original_module", "") for n in plain)
+    return {name: stored.get(name, narrowest) for name in names}
+
+
 def _quiet(model: Any) -> Any:
     model.eval()
     model.requires_grad_(False)

@@ -52,21 +52,23 @@ def validate(
     *,
     exports: Sequence[ExportedPair] = (),
     dequantized: Path | None = None,
+    graphs_alone: bool = False,
     options: ValidationOptions | None = None,
     progress: Progress,
 ) -> ValidationResult:
     """Compare a merged folder, and ONNX graphs made from it, with the unmerged model in fp32.
 
     dequantized: an fp32 copy of a base whose format transformers cannot load everywhere; it stands for the base.
-    Needed, too, for any quantized base of a model that `streams`.
+    Needed, too, for any quantized base of a model that `streams`. graphs_alone: `merged` is an outline without
+    numbers, and only the graphs are compared.
     """
     from lora_export.validation import kinds
     from lora_export.validation.bases import Bases
     from lora_export.validation.bases import check_request as check_bases
     from lora_export.validation.memory import kept_bytes
-    from lora_export.validation.precisions import adapter_survival
     from lora_export.validation.prompts import read_prompts
-    from lora_export.validation.reference import load_merged, load_unmerged
+    from lora_export.validation.reference import load_merged, load_unmerged, stored_dtypes
+    from lora_export.validation.subject import plain
     from lora_export.validation.text import read_text
 
     options = options or ValidationOptions()
@@ -80,7 +82,10 @@ def validate(
     progress.stage(f"validate: {how} the unmerged model (PEFT, fp32) and the merged one")
     reference = load_unmerged(base, adapters, options.merge, dequantized, keep)
     unmerged = reference.model
-    model, dtypes = load_merged(merged, reference.cls, reference.absent, keep)
+    if graphs_alone:
+        model, dtypes = plain(unmerged), stored_dtypes(merged, unmerged)
+    else:
+        model, dtypes = load_merged(merged, reference.cls, reference.absent, keep)
     subject = kinds.Subject(
         model, merged, dtypes, prompts, options.prompts, progress, text, options.text, options.tolerance
     )
@@ -88,6 +93,9 @@ def validate(
     if options.bases is not None and not story.windows:
         raise _no_perplexity(base)
 
+    if graphs_alone:
+        story.measure(unmerged)
+        return _with_graphs(ValidationResult(()), story, unmerged, exports, options, progress)
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     result = story.compare(unmerged, model)
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
@@ -103,6 +111,19 @@ def validate(
         asked = options.bases, base, adapters, merged, unmerged, model, options.merge, dequantized
         result = _joined(result, Bases(*asked, story.windows, progress).compare())
     del model, subject
+    return _with_graphs(result, story, unmerged, exports, options, progress)
+
+
+def _with_graphs(
+    result: ValidationResult,
+    story: "Story",
+    unmerged: Any,
+    exports: Sequence[ExportedPair],
+    options: ValidationOptions,
+    progress: Progress,
+) -> ValidationResult:
+    from lora_export.validation.precisions import adapter_survival
+
     for pair in exports:
         result = replace(result, checks=(*result.checks, *_onnx_checks(story, pair, options.provider)))
     if exports and story.windows:

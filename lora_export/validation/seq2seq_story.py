@@ -28,26 +28,30 @@ class Seq2SeqStory:
     _base: list[torch.Tensor] = field(default_factory=list)
     _unmerged: list[torch.Tensor] = field(default_factory=list)
     _rounding: tuple[Difference, ...] = ()
+    _first: list[torch.Tensor] = field(default_factory=list)  # what the base generates
     _wanted: list[torch.Tensor] = field(default_factory=list)
     _steps: list[torch.Tensor] = field(default_factory=list)
 
-    def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
+    def measure(self, unmerged: Any) -> None:
         self.progress.stage("validate: noise floor of the rounding, without any adapter")
         with unmerged.disable_adapter():
             self._base = self._logits(unmerged)
-            before = self._generate(unmerged)
+            self._first = self._generate(unmerged)
             for seed in range(DRAWS):
                 with rounding_noise(unmerged, self.dtypes, seed):
                     self._rounding += (self._from_base(self._logits(unmerged)),)
         self.progress.stage(f"validate: {len(self.tokens)} texts, teacher-forced and generated")
         self._unmerged, self._wanted = self._logits(unmerged), self._generate(unmerged)
         self._steps = self._logits(unmerged, self._wanted)
+
+    def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
+        self.measure(unmerged)
         found = compare_logits(self._unmerged, self._logits(merged), self.tokens)
         generated = self._generate(merged)
         along = self._logits(merged, self._wanted)
         floor = self._floor("rounding errors of the output type on the base, no adapter")
         checks = self._checks(floor, found, along, generated)
-        return ValidationResult(tuple(checks), self._samples(before, self._wanted, generated), found.kl)
+        return ValidationResult(tuple(checks), self._samples(self._first, self._wanted, generated), found.kl)
 
     @property
     def windows(self) -> Sequence[torch.Tensor]:

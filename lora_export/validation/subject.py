@@ -30,12 +30,15 @@ class Subject:
 
 class Story(Protocol):
     """windows: token ids (length,) on which perplexities are taken, none where a model has none; once: one forward
-    without a cache."""
+    without a cache; measure: the unmerged model's outputs and noise floors, which `compare` begins with, and which
+    `compare_onnx` needs."""
 
     @property
     def windows(self) -> Sequence[torch.Tensor]: ...
 
     def once(self, model: Any) -> Any: ...
+
+    def measure(self, unmerged: Any) -> None: ...
 
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult: ...
 

@@ -125,6 +125,9 @@ class Noted:
     def once(self, model: Any) -> Any:
         return self.story.once(model)
 
+    def measure(self, unmerged: Any) -> None:
+        self.story.measure(unmerged)
+
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
         result = self.story.compare(unmerged, merged)
         return replace(result, checks=tuple(self._noted(list(result.checks))))
