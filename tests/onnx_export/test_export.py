@@ -114,8 +114,10 @@ def test_pickled_weights_are_refused(model_with: ModelWith, tmp_path: Path) -> N
 def test_impossible_precisions_are_refused(llama: Path, bert: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="bf16 does not run on the CPU"):
         attempt(llama, tmp_path / "out", precision="bf16")
-    with pytest.raises(ExportError, match="cannot be exported as int4"):
-        attempt(bert, tmp_path / "out", precision="int4")
+    with pytest.raises(ExportError, match="bf16 does not run on the CPU"):
+        attempt(bert, tmp_path / "out", precision="bf16")
+    with pytest.raises(ExportError, match="does not export nf4"):
+        attempt(llama, tmp_path / "out", precision="nf4")
     with pytest.raises(ExportError, match="provider 'tensorrt'"):
         attempt(llama, tmp_path / "out", provider="tensorrt")
 
