@@ -5,6 +5,7 @@ The next adapter of the same base needs no engine: `graph_from` takes the graph 
 """
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -20,7 +21,7 @@ from lora_export.onnx_export.checks import check_model, count_nodes
 from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
 from lora_export.onnx_export.job import Engine, Job, architecture_of
-from lora_export.onnx_export.quantize_graph import blockwise
+from lora_export.onnx_export.quantize_graph import AUTO, Blockwise, blockwise
 from lora_export.onnx_export.records import load_export
 from lora_export.onnx_export.reweight import (
     config_digest,
@@ -75,6 +76,8 @@ def export(
         quantized = blockwise(precision, provider, quantization or QuantizationOptions())
         job = Job(model, config, stage, precision, provider, adapter, progress, optimize, quantized)
         chosen.check(job)
+        if quantized and AUTO in quantized.keep:
+            job = _with_measured_damage(job, quantized, chosen, source)
         progress.detail(f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}")
         made = chosen.run(job)
         own = sorted(p.name for p in stage.iterdir() if p.suffix != ".data" and not p.name.endswith("_data"))
@@ -95,7 +98,7 @@ def export(
             "graphs": list(made.graphs),
             "nodes": sum(count_nodes(stage / name) for name in made.graphs),
             "architecture": architecture_of(config),
-            "quantization": asdict(quantized) if quantized else None,
+            "quantization": asdict(job.quantized) if job.quantized else None,
             "adapter": adapter is not None,
             "seconds": round(time.monotonic() - started, 3),
             "source_config_sha256": files.sha256(model / "config.json"),
@@ -161,6 +164,37 @@ def _fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
     files.check_space(stage, sum(found.sizes.values()))
     Writing(stage, found, numbers, progress).run()
     weights_map.write(stage, replace(found, hashes=hash_all(numbers)))
+
+
+def _with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: WeightSource | None) -> Job:
+    """The job with those products in int8 whose int4 does the most measured damage for its size."""
+    from lora_export.onnx_export.feeds import built_in_rows, token_feeds
+    from lora_export.onnx_export.keeping import choose_kept
+
+    if chosen.name != "genai" or how.method != "int4":
+        raise ExportError(
+            f"--keep auto was asked for {how.method} with the {chosen.name} engine",
+            expected="int4 of a decoder that the genai engine exports",
+            next_step="name the nodes with --keep, or leave it out",
+        )
+    how = replace(how, keep=tuple(k for k in how.keep if k != AUTO))
+    plain = job.output / ".plain"
+    plain.mkdir()
+    job.progress.detail("measuring what the quantization of each product does to the outputs")
+    made = chosen.run(replace(job, output=plain, precision="fp32", provider="cpu", quantized=None))
+    if made.kind != "decoder":
+        raise ExportError("--keep auto is for decoders", where=job.model, next_step="leave it out")
+    with _opened(job.model, source) as numbers:
+        _fill(plain, numbers, job.progress)
+    graph = plain / made.graphs[0]
+    feeds = token_feeds(graph, built_in_rows(job.model))
+    damages = choose_kept(graph, how, feeds, logits="logits", eight_bits=True, progress=job.progress)
+    shutil.rmtree(plain)
+    worst = [d for d in damages if d.kept]
+    grown = sum(d.nbytes for d in worst)
+    job.progress.detail(f"int8 for {len(worst)} of {len(damages)} groups of products, {grown / 1e6:.1f} MB more")
+    nodes = tuple(node for d in worst for node in d.nodes)
+    return replace(job, quantized=replace(how, eight_bits=(*how.eight_bits, *nodes)))
 
 
 def _engine(name: str) -> Engine:

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     import onnx
 
 Feed = Mapping[str, Array]
+_TEXTS = (
+    "The ship left the harbour before dawn, and by noon the coast was a grey line behind it.",
+    "Water boils at a lower temperature on a mountain, because the air above it weighs less.",
+    "To add two fractions, bring them to a common denominator first; then add what stands above.",
+    "She asked him whether the letter had come. He shook his head and went on sweeping the yard.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Question: Which river runs through Vienna?\nAnswer: The Danube, which comes from the Black Forest.",
+)
 
 
 def token_feeds(model: Path, rows: Sequence[Sequence[int]]) -> list[Feed]:
@@ -25,6 +33,14 @@ def token_feeds(model: Path, rows: Sequence[Sequence[int]]) -> list[Feed]:
     weights = {t.name for t in graph.initializer}
     inputs = [i for i in graph.input if i.name not in weights]
     return [{i.name: _value(i, np.asarray(row, np.int64)) for i in inputs} for row in rows]
+
+
+def built_in_rows(folder: Path) -> list[list[int]]:
+    """Token ids of a few sentences, by the tokenizer of a model's folder."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return [ids for ids in (tokenizer(text)["input_ids"] for text in _TEXTS) if ids]
 
 
 def _value(given: "onnx.ValueInfoProto", row: Array) -> Array:

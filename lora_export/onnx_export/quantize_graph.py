@@ -15,6 +15,7 @@ from lora_export.onnx_export.weights_map import Method, Part, Quantization, Weig
 if TYPE_CHECKING:
     import onnx
 
+AUTO = "auto"  # in place of names of nodes: those that damage is measured for
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = range(5)
 ALGORITHMS = ("default", "rtn", "k_quant")
