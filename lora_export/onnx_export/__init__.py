@@ -187,7 +187,7 @@ def _with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Weig
     with _opened(job.model, source) as numbers:
         _fill(plain, numbers, job.progress)
     graph = plain / made.graphs[0]
-    feeds = token_feeds(graph, built_in_rows(job.model))
+    feeds = token_feeds(graph, built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128))))
     damages = choose_kept(graph, how, feeds, logits="logits", eight_bits=True, progress=job.progress)
     shutil.rmtree(plain)
     worst = [d for d in damages if d.kept]

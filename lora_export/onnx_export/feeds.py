@@ -35,12 +35,12 @@ def token_feeds(model: Path, rows: Sequence[Sequence[int]]) -> list[Feed]:
     return [{i.name: _value(i, np.asarray(row, np.int64)) for i in inputs} for row in rows]
 
 
-def built_in_rows(folder: Path) -> list[list[int]]:
-    """Token ids of a few sentences, by the tokenizer of a model's folder."""
+def built_in_rows(folder: Path, longest: int) -> list[list[int]]:
+    """Token ids of a few sentences, by the tokenizer of a model's folder; longest: how many positions there are."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return [ids for ids in (tokenizer(text)["input_ids"] for text in _TEXTS) if ids]
+    return [ids[:longest] for ids in (tokenizer(text)["input_ids"] for text in _TEXTS) if ids]
 
 
 def _value(given: "onnx.ValueInfoProto", row: Array) -> Array:

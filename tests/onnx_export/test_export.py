@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from lora_export import files
-from lora_export.contracts import ExportResult
+from lora_export.contracts import ExportResult, QuantizationOptions
 from lora_export.errors import AdapterError, CheckpointError, ExportError, InputError
 from lora_export.onnx_export import export, isolated, load_export
 from lora_export.onnx_export.engines import choose
@@ -161,3 +162,17 @@ def test_engines_do_not_see_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     environment = isolated._environment("/nowhere")
     assert "HF_TOKEN" not in environment
     assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_keep_auto_makes_the_worst_products_int8(llama: Path, bert: Path, tmp_path: Path) -> None:
+    """What was chosen is in the record, and the folder has nothing of what it was measured on."""
+    options = QuantizationOptions(keep=("auto",))
+    result = attempt(llama, tmp_path / "out", precision="int4", quantization=options)
+    how = json.loads((result.output / "export.json").read_text())["quantization"]
+    assert how["keep"] == [] and how["eight_bits"]
+    graph = onnx.load(result.model, load_external_data=False).graph
+    bits = {n.name: a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"}
+    assert 0 < sum(b == 8 for b in bits.values()) < len(bits)
+    assert not [p for p in result.output.iterdir() if p.name.startswith(".")]
+    with pytest.raises(ExportError, match="--keep auto was asked for"):
+        attempt(bert, tmp_path / "bert", precision="int4", quantization=options)
