@@ -9,7 +9,7 @@ import torch
 from lora_export.contracts import Check, ExportedPair, Perplexity, Progress, ValidationResult
 from lora_export.validation.compare import Difference, compare_logits, greedy_divergences
 from lora_export.validation.decoders import greedy, greedy_steps, logits
-from lora_export.validation.noise import DRAWS, in_output_types, rounding_noise
+from lora_export.validation.noise import draws, in_output_types
 from lora_export.validation.text import perplexity
 from lora_export.validation.thresholds import FACTOR, Floor, Greedy, decoder_checks, run_to_run
 
@@ -118,12 +118,7 @@ class DecoderStory:
         return other
 
     def _measure_rounding(self, unmerged: Any) -> tuple[Difference, ...]:
-        found = []
-        with unmerged.disable_adapter():
-            for seed in range(DRAWS):
-                with rounding_noise(unmerged, self.dtypes, seed):
-                    found.append(self._from_base(logits(unmerged, self.tokens)))
-        return tuple(found)
+        return tuple(draws(unmerged, self.dtypes, lambda: self._from_base(logits(unmerged, self.tokens))))
 
     @property
     def _prompts(self) -> Sequence[torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from lora_export.contracts import Check, ExportedPair, Progress, ValidationResult
 from lora_export.errors import InputError
-from lora_export.validation.noise import DRAWS, rounding_noise
+from lora_export.validation.noise import draws
 from lora_export.validation.subject import plain
 from lora_export.validation.thresholds import FACTOR, FP32_ARITHMETIC
 
@@ -47,12 +47,9 @@ class EncoderStory:
         self.progress.stage("validate: noise floor of the rounding, without any adapter")
         with unmerged.disable_adapter():
             self._base = self._outputs(unmerged)
-            for seed in range(DRAWS):
-                with rounding_noise(unmerged, self.dtypes, seed):
-                    noisy = self._outputs(unmerged)
-                for name in self._base[0]:
-                    drawn = self._difference(name, self._base, noisy)
-                    self._rounding[name] = self._rounding.get(name, Floor()).widest(drawn)
+        for drawn in draws(unmerged, self.dtypes, lambda: self._from_base(self._outputs(unmerged))):
+            for name, floor in drawn.items():
+                self._rounding[name] = self._rounding.get(name, Floor()).widest(floor)
         self._unmerged = self._outputs(unmerged)
 
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
@@ -88,7 +85,8 @@ class EncoderStory:
                 where=pair.merged_graphs[0],
                 expected=", ".join(self._base[0]),
             )
-        floors = {n: self._rounding[n].plus(self._difference(n, self._base, noisy)) for n in names}
+        apart = self._from_base(noisy)
+        floors = {n: self._rounding[n].plus(apart[n]) for n in names}
         where = "rounding errors, and the base exported the same way against PyTorch"
         first, *others = names
         return [
@@ -100,6 +98,10 @@ class EncoderStory:
     def _outputs(self, model: Any) -> list[Outputs]:
         body = plain(model)
         return [dict(_tensors(body(**batch))) for batch in self.batches]
+
+    def _from_base(self, noisy: list[Outputs]) -> dict[str, Floor]:
+        """For each output of the base that is there."""
+        return {n: self._difference(n, self._base, noisy) for n in self._base[0] if n in noisy[0]}
 
     def _difference(self, name: str, reference: list[Outputs], found: list[Outputs]) -> Floor:
         """Over all batches; positions that are padding do not count."""

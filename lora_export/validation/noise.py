@@ -8,13 +8,14 @@ without an adapter are rounded as they are, for that is what happens to them.
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from lora_export.validation import streaming
 
+Measured = TypeVar("Measured")
 DRAWS = 3  # the largest error over all positions varies by a fifth from draw to draw
 
 
@@ -50,6 +51,16 @@ def rounding_noise(unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int) 
         finally:
             for weight, before in saved:
                 weight.copy_(before)
+
+
+def draws(unmerged: Any, dtypes: Mapping[str, torch.dtype], measure: Callable[[], Measured]) -> list[Measured]:
+    """What `measure` finds on the base, without any adapter, under the rounding errors of each of DRAWS seeds."""
+    found = []
+    with unmerged.disable_adapter():
+        for seed in range(DRAWS):
+            with rounding_noise(unmerged, dtypes, seed):
+                found.append(measure())
+    return found
 
 
 @contextlib.contextmanager

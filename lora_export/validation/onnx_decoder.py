@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
-from lora_export.errors import RuntimeUnavailable
 from lora_export.runtime import DecoderSignature, open_session
+from lora_export.validation.onnx_run import run_values, value
 
 SPLIT = 3  # a prompt is fed in this many pieces, so that the cache has to carry the context
 
@@ -42,30 +41,18 @@ class OnnxDecoder:
 
     def _step(self, ids: torch.Tensor, past: list[Any], seen: int) -> tuple[torch.Tensor, list[Any]]:
         signature = self._signature
-        feeds = {signature.input_ids: _value(ids.numpy()[None].astype(signature.ids_dtype))}
+        feeds = {signature.input_ids: value(ids.numpy()[None].astype(signature.ids_dtype))}
         if signature.attention_mask:
-            feeds[signature.attention_mask] = _value(np.ones((1, seen + len(ids)), signature.ids_dtype))
+            feeds[signature.attention_mask] = value(np.ones((1, seen + len(ids)), signature.ids_dtype))
         if signature.position_ids:
             positions = np.arange(seen, seen + len(ids), dtype=signature.ids_dtype)[None]
-            feeds[signature.position_ids] = _value(positions)
+            feeds[signature.position_ids] = value(positions)
         feeds |= dict(zip([n for pair in signature.past for n in pair], past, strict=True))
         names = [signature.logits, *(n for pair in signature.present for n in pair)]
-        try:
-            logits, *present = self._session.run_with_ort_values(names, feeds)
-        except Exception as error:  # ONNX Runtime's exceptions share no base but this one
-            raise RuntimeUnavailable(
-                f"the exported graph fails when it runs: {' '.join(str(error).split())}",
-                where=self._model,
-                expected="a graph that the execution provider can run",
-                next_step="another --precision or --provider",
-            ) from None
+        logits, *present = run_values(self._session, names, feeds, self._model)
         return torch.from_numpy(logits.numpy().astype(np.float32))[0], present
 
     def _empty_cache(self) -> list[Any]:
         signature = self._signature
         empty = np.zeros((1, signature.kv_heads, 0, signature.head_dim), signature.cache_dtype)
-        return [_value(empty) for pair in signature.past for _ in pair]
-
-
-def _value(array: "np.ndarray[Any, Any]") -> Any:
-    return ort.OrtValue.ortvalue_from_numpy(array)
+        return [value(empty) for pair in signature.past for _ in pair]

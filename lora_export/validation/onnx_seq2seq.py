@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 
-from lora_export.errors import RuntimeUnavailable
 from lora_export.runtime import numpy_dtype, open_session
+from lora_export.validation.onnx_run import run_values, value
 
 STEPS = 2  # tokens at the end of a text that the decoder is given one at a time, from its cache
 _SAME = {"last_hidden_state": "encoder_hidden_states", "hidden_states": "encoder_hidden_states"}
@@ -58,7 +57,7 @@ class OnnxSeq2Seq:
         mask = given.setdefault("attention_mask", np.ones(first.shape[:2], np.int64))
         names = [i.name for i in self._encoder.get_inputs()]
         found = self._run(self._encoder, {name: given[name] for name in names})
-        return {"encoder_attention_mask": mask, "seen": 0, "rows": len(first), **_renamed(found)}
+        return {"encoder_attention_mask": mask, "seen": 0, **_renamed(found)}
 
     def _step(self, ids: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
         """fp32 logits (rows, length, vocabulary) of these ids, and the state after them."""
@@ -79,25 +78,17 @@ class OnnxSeq2Seq:
 
     def _run(self, session: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
         types = {i.name: numpy_dtype(i.type) for i in session.get_inputs()}
-        values = {name: _value(value, types[name]) for name, value in feeds.items()}
+        values = {name: _as_value(given, types[name]) for name, given in feeds.items()}
         names = [o.name for o in session.get_outputs()]
-        try:
-            return dict(zip(names, session.run_with_ort_values(names, values), strict=True))
-        except Exception as error:  # ONNX Runtime's exceptions share no base but this one
-            raise RuntimeUnavailable(
-                f"the exported graph fails when it runs: {' '.join(str(error).split())}",
-                where=self._model,
-                expected="graphs that the execution provider can run",
-                next_step="another --precision or --provider",
-            ) from None
+        return dict(zip(names, run_values(session, names, values, self._model), strict=True))
 
 
 def _renamed(found: Mapping[str, Any]) -> dict[str, Any]:
     """What a graph gave, by the names under which the next one reads it."""
-    plain = {_SAME.get(name, name): value for name, value in found.items()}
+    plain = {_SAME.get(name, name): given for name, given in found.items()}
     return {
-        name.replace("present.", "past_key_values.").replace("present_", "past_"): value
-        for name, value in plain.items()
+        name.replace("present.", "past_key_values.").replace("present_", "past_"): given
+        for name, given in plain.items()
     }
 
 
@@ -107,7 +98,6 @@ def _empty(given: Any, rows: int) -> "np.ndarray[Any, Any]":
     return np.zeros((rows, heads, 0, size), numpy_dtype(given.type))
 
 
-def _value(value: Any, dtype: "np.dtype[Any]") -> Any:
-    if isinstance(value, np.ndarray):
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.astype(dtype, copy=False)))
-    return value
+def _as_value(given: Any, dtype: "np.dtype[Any]") -> Any:
+    """An array in the type that the graph reads; what a graph gave is as it should be."""
+    return value(np.ascontiguousarray(given.astype(dtype, copy=False))) if isinstance(given, np.ndarray) else given

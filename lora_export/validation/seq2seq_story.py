@@ -8,7 +8,7 @@ import torch
 
 from lora_export.contracts import Check, ExportedPair, Progress, ValidationResult
 from lora_export.validation.compare import Difference, Divergence, compare_logits, greedy_divergences
-from lora_export.validation.noise import DRAWS, rounding_noise
+from lora_export.validation.noise import draws
 from lora_export.validation.subject import plain, takes
 from lora_export.validation.thresholds import FACTOR, Floor, Greedy, decoder_checks
 
@@ -37,9 +37,7 @@ class Seq2SeqStory:
         with unmerged.disable_adapter():
             self._base = self._logits(unmerged)
             self._first = self._generate(unmerged)
-            for seed in range(DRAWS):
-                with rounding_noise(unmerged, self.dtypes, seed):
-                    self._rounding += (self._from_base(self._logits(unmerged)),)
+        self._rounding = tuple(draws(unmerged, self.dtypes, lambda: self._from_base(self._logits(unmerged))))
         self.progress.stage(f"validate: {len(self.tokens)} texts, teacher-forced and generated")
         self._unmerged, self._wanted = self._logits(unmerged), self._generate(unmerged)
         self._steps = self._logits(unmerged, self._wanted)

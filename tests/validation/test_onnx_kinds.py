@@ -47,7 +47,7 @@ def test_a_graph_of_every_kind(name: str, tmp_path: Path) -> None:
 
 
 def test_a_graph_of_another_model_is_told(tmp_path: Path) -> None:
-    """A graph whose outputs have other names, and one with inputs that nobody has."""
+    """By an input that the inputs of validation do not have."""
     other = save(DYNAMO["ViTForImageClassification"], tmp_path / "other")
     exported = export(other, tmp_path / "onnx", precision="fp32", progress=Silent())
     architecture = DYNAMO["BertModel"]
