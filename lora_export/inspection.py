@@ -12,6 +12,7 @@ from lora_export.documents import Kind, check
 from lora_export.errors import InputError, LoraExportError
 from lora_export.files import read_json
 from lora_export.manifest import NAME as MANIFEST
+from lora_export.manifest import is_run
 from lora_export.quantization import describe
 from lora_export.report.schema import load as report_of
 
@@ -31,7 +32,7 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         raise InputError("there is no such folder", where=folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, base)
-    if (folder / MANIFEST).is_file() and (folder / "report").is_dir():
+    if is_run(folder):
         return _run(folder)
     if any((folder / name).is_file() for name in ("export.json", "model.onnx")):
         return _onnx(folder)

@@ -36,6 +36,11 @@ def write(stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], o
     )
 
 
+def is_run(folder: Path) -> bool:
+    """Whether merge-and-export left this folder, with a merged model or without."""
+    return (folder / NAME).is_file() and any((folder / name).is_dir() for name in ("merged", "onnx"))
+
+
 def _input_hashes(folder: Path) -> dict[str, Any]:
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.is_file())
     return {p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in paths}
@@ -82,9 +87,10 @@ def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tu
     del found[NAME]
     checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
     checks += _same_files("run_files", manifest["files"], found)
-    certificate = run / "merged" / "lora_export_certificate.json"
-    if certificate.is_file():
-        checks += _same_options(manifest["options"]["merge"], certificate)
+    for folder in (run / "merged", run):  # the second without a merged folder
+        certificate = folder / "lora_export_certificate.json"
+        if certificate.is_file():
+            checks += _same_options(manifest["options"]["merge"], certificate)
     if base is not None:
         checks += _same_files("base_files", manifest["base"]["files"], _input_hashes(base))
     if choices and len(choices) != len(manifest["adapters"]):

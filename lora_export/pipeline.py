@@ -119,15 +119,13 @@ def _run(
     from lora_export.merge import merge
     from lora_export.validation import validate
 
+    folder = stage / "merged" if options.merged_folder else work / "outline"
+    merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
     trained_on = prepared_base(base.folder, options.merge, work, progress)
-    if options.merged_folder:
-        folder = stage / "merged"
-        merged = merge(base.folder, adapters, folder, options.merge, progress)
-        base_onnx = _export(trained_on, work / "base", options, progress, "the base, to compare with")
+    base_onnx = _export(trained_on, work / "base", options, progress, "the base, to compare with")
+    if merged is not None:
         exported = _export_merged(base_onnx, folder, stage / "onnx", options, progress)
     else:
-        folder = work / "outline"
-        base_onnx = _export(trained_on, work / "base", options, progress, "the base, to compare with")
         merged, exported = _merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     unmerged_onnx, why_not = _export_unmerged(trained_on, adapters, work, options, exported, progress)
     story = Story(stage, merged, exported)
@@ -432,19 +430,20 @@ def verify(
 ) -> Verification:
     """Check a merged folder, or all of a run folder, again. InputError if it is neither."""
     from lora_export.merge.verification import verify_folder, verify_streamed
-    from lora_export.onnx_export import tensor_hashes
 
     if not path.is_dir():
         raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
     folder = base.folder if base else None
-    if not ((path / manifest.NAME).is_file() and (path / "report").is_dir()):
+    if not manifest.is_run(path):
         return verify_folder(path, folder, choices, certify, progress)
     progress.stage("verify: every file of the run")
     files, not_checked = manifest.verify(path, folder, choices)
     if (path / "merged").is_dir():
         merged = verify_folder(path / "merged", folder, choices, certify, progress)
     else:
+        from lora_export.onnx_export import tensor_hashes
+
         merged = verify_streamed(path, tensor_hashes(path / "onnx"))
     return Verification((*files, *merged.checks), (*not_checked, *merged.not_checked))
 

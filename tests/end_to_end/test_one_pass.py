@@ -1,6 +1,7 @@
 """merge-and-export without a merged folder, and with the graph of an earlier run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from lora_export.contracts import Source
 from lora_export.errors import GateFailed
-from lora_export.files import sha256
+from lora_export.files import read_sealed, sha256, write_sealed
 from lora_export.pipeline import StoryOptions, merge_and_export
 from lora_export.progress import Silent
 from tests.end_to_end.conftest import Run
@@ -72,9 +73,7 @@ def test_only_the_graph_is_validated(streamed: tuple[Path, dict[str, Any]]) -> N
     assert all(name.startswith("onnx_") for name in names)
 
 
-def test_verify_ties_the_export_to_the_certificate(
-    streamed: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path
-) -> None:
+def test_verify_ties_the_export_to_the_certificate(streamed: tuple[Path, dict[str, Any]], run: Run) -> None:
     out = streamed[0]
     code, document, _ = run("verify", out)
     assert code == 0 and document["verified"]
@@ -91,6 +90,23 @@ def test_verify_ties_the_export_to_the_certificate(
         described.write_bytes(before)
     assert code == 3
     assert any(c["name"] == "tensors" and first in c["note"] for c in document["checks"] if not c["passed"])
+
+
+def test_verify_ties_the_manifest_to_the_certificate(
+    streamed: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path
+) -> None:
+    """Options changed afterwards, the digest made to fit; and a report that is gone."""
+    out = tmp_path / "run"
+    shutil.copytree(streamed[0], out)
+    manifest = read_sealed(out / "manifest.json")
+    manifest["options"]["merge"]["certify"] = "full"
+    write_sealed(out / "manifest.json", manifest)
+    shutil.rmtree(out / "report")
+    code, document, _ = run("verify", out)
+    assert code == 3
+    notes = [c["note"] for c in document["checks"] if not c["passed"]]
+    assert any("its options of the merge are not those of the certificate" in note for note in notes)
+    assert any("report/report.json is missing" in note for note in notes)
 
 
 def test_a_stream_without_the_adapter_fails_the_gate(
