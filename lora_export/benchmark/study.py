@@ -108,9 +108,8 @@ def _fitting(options: BenchmarkOptions, config: Path) -> tuple[BenchmarkOptions,
     if most < 1 or max(options.prompts) <= most:
         return options, ""
     prompts = tuple(dict.fromkeys(min(n, most) for n in options.prompts))
-    return replace(
-        options, prompts=prompts
-    ), f"prompts of at most {most} tokens: config.json knows {most + 4} positions"
+    cut = f"prompts of at most {most} tokens: config.json knows {most + 4} positions"
+    return replace(options, prompts=prompts), cut
 
 
 def _models(merged: Path, base: Path | None, unmerged: Path | None) -> dict[str, Path]:

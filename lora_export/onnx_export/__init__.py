@@ -171,9 +171,9 @@ def _with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Weig
     from lora_export.onnx_export.feeds import built_in_rows, token_feeds
     from lora_export.onnx_export.keeping import choose_kept
 
-    if chosen.name != "genai" or how.method != "int4":
+    if chosen.name != "genai" or how.method != "int4" or job.config.get("is_encoder_decoder"):
         raise ExportError(
-            f"--keep auto was asked for {how.method} with the {chosen.name} engine",
+            f"--keep auto was asked for {how.method} of {architecture_of(job.config)} ({chosen.name} engine)",
             expected="int4 of a decoder that the genai engine exports",
             next_step="name the nodes with --keep, or leave it out",
         )
@@ -182,8 +182,6 @@ def _with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Weig
     plain.mkdir()
     job.progress.detail("measuring what the quantization of each product does to the outputs")
     made = chosen.run(replace(job, output=plain, precision="fp32", provider="cpu", quantized=None))
-    if made.kind != "decoder":
-        raise ExportError("--keep auto is for decoders", where=job.model, next_step="leave it out")
     with _opened(job.model, source) as numbers:
         _fill(plain, numbers, job.progress)
     graph = plain / made.graphs[0]

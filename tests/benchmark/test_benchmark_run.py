@@ -134,7 +134,7 @@ def test_too_little_time_is_inconclusive_and_says_so(small: Callable[..., Path])
     assert any("blocks fitted" in note for note in result.notes)
 
 
-def rectifier(path: Path, name: str, dtype: int, dims: list[str | int]) -> Path:
+def one_node(path: Path, name: str, dtype: int, dims: list[str | int]) -> Path:
     """A graph of one node with one input of this name and shape."""
     given, out = h.make_tensor_value_info(name, dtype, dims), h.make_tensor_value_info("out", dtype, dims)
     made = h.make_graph([h.make_node("Identity", [name], ["out"])], "one", [given], [out])
@@ -143,7 +143,7 @@ def rectifier(path: Path, name: str, dtype: int, dims: list[str | int]) -> Path:
 
 
 def test_unknown_inputs_are_refused_by_name(tmp_path: Path) -> None:
-    model = rectifier(tmp_path / "model.onnx", "bbox", T.INT64, ["batch", "length", 4])
+    model = one_node(tmp_path / "model.onnx", "bbox", T.INT64, ["batch", "length", 4])
     with pytest.raises(InputError, match=r"bbox \(tensor\(int64\)\)"):
         benchmark.run(merged=model, base=None, unmerged=None, options=options(), progress=Silent())
 
@@ -160,7 +160,7 @@ def test_unknown_inputs_are_refused_by_name(tmp_path: Path) -> None:
 def test_signals_states_and_caches_are_made_up_in_their_shapes(
     tmp_path: Path, name: str, dims: list[str | int], expected: tuple[int, ...]
 ) -> None:
-    engine = sessions.Engine(rectifier(tmp_path / "model.onnx", name, T.FLOAT, dims), "cpu", 1)
+    engine = sessions.Engine(one_node(tmp_path / "model.onnx", name, T.FLOAT, dims), "cpu", 1)
     buffers = sessions.Buffers("cpu")
     engine.call(sessions.Shape(2, 7, 5), buffers)()
     assert {tuple(v.shape()) for v in buffers._values.values()} == {expected}
