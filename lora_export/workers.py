@@ -34,6 +34,22 @@ class OpenFile:
         start_writing_back(self.fd, at, len(data))
 
 
+    def write_lines(self, data: memoryview, length: int, at: int, apart: int) -> None:
+        """`data` in lines of `length` bytes, the first to `at`, each next one `apart` bytes further on."""
+        if length == apart:
+            self.write(data, at)
+            return
+        count = len(data) // length
+        try:
+            with self.turn:
+                for i in range(count):
+                    write_at(self.fd, data[i * length : (i + 1) * length], at + i * apart)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        start_writing_back(self.fd, at, apart * count)
+
+
 class Budget:
     """Bytes that may be in use together; whoever would exceed them waits for others to finish."""
 

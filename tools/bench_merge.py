@@ -7,26 +7,27 @@ differences are taken within a repetition. Before a run, its inputs are read onc
 import argparse
 import json
 import os
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from processes import (
+    HERE,
+    LORA_EXPORT,
+    Arm,
+    Command,
+    Sample,
+    circumstances,
+    in_turn,
+    save,
+    shown,
+    spread,
+)
 from random_models import BASES, KINDS, SHAPES
 
-import lora_export
-from lora_export.files import sync_tree, write_json
-
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE.parent / "benchmarks" / "results"
-LORA_EXPORT = Path(sys.executable).with_name("lora-export")
 MEASURED = ("seconds", "cpu_seconds", "peak_rss_bytes")
 OURS = ("ours", "certified", "uncertified")
 COLUMNS = {
@@ -36,76 +37,7 @@ COLUMNS = {
     "to_cp": ("× cp", 1, ".2f"),
 }
 
-Command = list[str | Path]
 Summary = dict[str, dict[str, dict[str, float]]]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A command that reads the folders `inputs` and makes the folder `output`, if any."""
-
-    name: str
-    command: Command
-    inputs: tuple[Path, ...]
-    output: Path
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One process: wall time, user and system time, largest resident set.
-
-    The last two are what `lora-export merge` reports of itself: its stage from the plan to the synced output,
-    which includes importing torch but not the start of Python, and its own largest resident set.
-    """
-
-    arm: str
-    repetition: int
-    seconds: float
-    cpu_seconds: float
-    peak_rss_bytes: int
-    merge_seconds: float | None = None
-    reported_peak_rss_bytes: int | None = None
-
-
-def measure(arm: Arm, repetition: int, sync: bool, settle: float) -> Sample:
-    """Run an arm and remove its output. SystemExit with the end of its stderr if it fails.
-
-    On Linux the largest resident set of a child starts at that of its parent at the fork. So this process stays
-    small (no torch; models are built by another process), and what is below its own 25 MB cannot be told.
-    """
-    read_once(arm.inputs)
-    if sync:
-        os.sync()
-    # A virtual machine gives free memory back to its host within seconds, and getting it again takes time. Without
-    # this pause, whoever writes first after the last output was removed would get that memory, and others not.
-    time.sleep(settle)
-    with tempfile.TemporaryFile() as errors:
-        started = time.perf_counter()
-        process = subprocess.Popen(arm.command, stdout=subprocess.PIPE, stderr=errors)
-        assert process.stdout is not None
-        said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if sync and arm.output.is_dir():
-            sync_tree(arm.output)
-        seconds = time.perf_counter() - started
-        if process.returncode:
-            errors.seek(0)
-            raise SystemExit(f"{arm.name} failed:\n{errors.read().decode(errors='replace')[-4000:]}")
-    shutil.rmtree(arm.output, ignore_errors=True)
-    print(f"  {repetition + 1} {arm.name}: {seconds:.2f} s", file=sys.stderr)
-    own = json.loads(said) if arm.name in OURS else {}
-    cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-    return Sample(arm.name, repetition, seconds, cpu, peak, own.get("seconds"), own.get("peak_rss_bytes"))
-
-
-def read_once(folders: tuple[Path, ...]) -> None:
-    """Bring every file into the page cache, as far as there is room."""
-    buffer = bytearray(2**20)
-    for path in (p for folder in folders for p in sorted(folder.iterdir())):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
 
 
 def merge_command(base: Path, adapter: Path, output: Path) -> Command:
@@ -148,11 +80,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, int], list[Sample]]:
             copied = Path(kept, "merged")
             subprocess.run(merge_command(base, adapter, copied), check=True, stdout=subprocess.DEVNULL)
         arms = arms_of(base, adapter, copied, output, options)
-        samples = [
-            measure(arm, repetition, options.sync, options.settle)
-            for repetition in range(options.repeat)
-            for arm in arms[:: 1 if repetition % 2 == 0 else -1]
-        ]
+        samples = in_turn(arms, options.repeat, sync=options.sync, settle=options.settle)
     return {"base": folder_size(base), "adapter": folder_size(adapter), "output": planned["bytes"]}, samples
 
 
@@ -165,9 +93,9 @@ def summarize(samples: Sequence[Sample]) -> Summary:
     arms: dict[str, list[Sample]] = {}
     for sample in samples:
         arms.setdefault(sample.arm, []).append(sample)
-    rows = {arm: {c: [getattr(s, c) for s in own] for c in MEASURED} for arm, own in arms.items()}
+    rows = {arm: {c: [getattr(s, c) for s in each] for c in MEASURED} for arm, each in arms.items()}
     for name in (n for n in OURS if n in arms):
-        rows[f"{name}: merge stage"] = {"seconds": [s.merge_seconds for s in arms[name]]}
+        rows[f"{name}: merge stage"] = {"seconds": [own(s)["seconds"] for s in arms[name]]}
     rows["ours − imports"] = {
         c: [a - b for a, b in zip(rows["ours"][c], rows["imports"][c], strict=True)] for c in MEASURED
     }
@@ -176,47 +104,28 @@ def summarize(samples: Sequence[Sample]) -> Summary:
     return {name: {c: spread(values) for c, values in row.items()} for name, row in rows.items()}
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def own(sample: Sample) -> dict[str, Any]:
+    """What `lora-export merge` reports of itself: its stage from the plan to the synced output, which includes
+    importing torch but not the start of Python, and its own largest resident set."""
+    said = json.loads(sample.said)
+    return {"seconds": said["seconds"], "peak_rss_bytes": said["peak_rss_bytes"]}
+
+
+def raw(sample: Sample) -> dict[str, Any]:
+    if sample.arm not in OURS:
+        return sample.raw()
+    return sample.raw() | {
+        "merge_seconds": own(sample)["seconds"],
+        "reported_peak_rss_bytes": own(sample)["peak_rss_bytes"],
+    }
 
 
 def table(summary: Summary) -> str:
     lines = [" " * 18 + "".join(f"{title:>25}" for title, _, _ in COLUMNS.values())]
     for name, row in summary.items():
-        cells = (cell(row[c], unit, form) if c in row else "" for c, (_, unit, form) in COLUMNS.items())
+        cells = (shown(row[c], unit, form) if c in row else "" for c, (_, unit, form) in COLUMNS.items())
         lines.append(f"{name:<18}" + "".join(f"{text:>25}" for text in cells))
     return "\n".join(lines)
-
-
-def cell(values: dict[str, float], unit: float, form: str) -> str:
-    median, least, most = (format(values[k] / unit, form) for k in ("median", "min", "max"))
-    return f"{median} ({least}–{most})"
-
-
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions and file systems, with nothing that names the machine or its user."""
-    from lora_export.benchmark.environment import describe
-    from lora_export.manifest import versions
-
-    code = str(Path(lora_export.__file__).parent)
-    return {
-        "machine": describe(),
-        "file_systems": {"inputs": file_system(options.work), "output": file_system(options.out)},
-        "versions": versions()
-        | {"lora-export": first_line("git", "-C", code, "describe", "--always", "--dirty")}
-        | {"cp": first_line("cp", "--version")},
-    }
-
-
-def first_line(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.partition("\n")[0]
-
-
-def file_system(folder: Path) -> str:
-    import psutil
-
-    mounts = [d for d in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(d.mountpoint)]
-    return max(mounts, key=lambda d: len(d.mountpoint)).fstype
 
 
 def parse() -> argparse.Namespace:
@@ -260,7 +169,7 @@ def main() -> None:
     load = [os.getloadavg()]
     sizes, samples = run(options)
     load.append(os.getloadavg())
-    summary, around, date = summarize(samples), circumstances(options), datetime.now().astimezone()
+    summary, around = summarize(samples), circumstances(options.work, options.out)
     systems = around["file_systems"]
     print(
         f"{options.kind} on {options.size} in {options.base}, {sizes['base'] / 1e9:.2f} GB on {systems['inputs']}, "
@@ -271,13 +180,10 @@ def main() -> None:
     if systems["output"] != "tmpfs" and not options.sync:
         print("Only ours syncs its output to the disk: --sync makes the others do it, too.", file=sys.stderr)
     kind = f"{options.kind}-nf4" if options.base == "nf4" else options.kind
-    path = options.save or RESULTS / f"merge-{options.size}-{kind}-{date:%Y-%m-%d-%H%M%S}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     chosen = {name: getattr(options, name) for name in ("size", "base", "kind", "repeat", "sync", "settle")}
     chosen |= {"with": sorted({s.arm for s in samples} - {"imports", "cp", "ours"})}
-    head = {"date": date.isoformat(timespec="seconds"), "options": chosen, "bytes": sizes, "load": load}
-    write_json(path, head | around | {"summary": summary, "samples": [asdict(s) for s in samples]})
-    print(f"raw samples: {path}")
+    document = around | {"options": chosen, "bytes": sizes, "load": load, "summary": summary}
+    save(options.save, f"merge-{options.size}-{kind}", document | {"samples": [raw(s) for s in samples]})
 
 
 if __name__ == "__main__":

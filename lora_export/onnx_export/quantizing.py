@@ -41,7 +41,8 @@ def quantize(matrix: Array, how: Quantization) -> dict[Part, Array]:
         return _bnb4(matrix, how)
     bits, rows = _BITS[how.method], matrix.shape[0]
     blocks = -(-rows // how.block_size)
-    padded = np.ascontiguousarray(np.pad(matrix, ((0, blocks * how.block_size - rows), (0, 0))))
+    missing = blocks * how.block_size - rows
+    padded = np.ascontiguousarray(np.pad(matrix, ((0, missing), (0, 0))) if missing else matrix)
     if how.algorithm == "default":
         return _default(padded, rows, bits, how)
     return _searched(padded, bits, how)

@@ -23,7 +23,7 @@ from lora_export.workers import BLOCK, OpenFile, cores, reuse_memory, share_out
 if TYPE_CHECKING:
     from lora_export.onnx_export.casting import Array
 
-TILE = 2**24  # bytes in fp32 that are turned at a time; a taller tensor is written in narrower strips
+TILE = 2**25  # bytes in fp32 that are turned at a time; a larger matrix is written in tiles, line by line
 STRIP = 2**18  # bytes of rows that are turned in one go, so that they stay in the processor's cache
 COPY = 2**24  # bytes that a thread copies before it takes something else
 
@@ -177,55 +177,69 @@ class Rows(Job):
 
 @dataclass(frozen=True)
 class Tile(Job):
-    """Rows of a matrix (out, in), turned, and so the columns [column, …) of the initializer (in, out)."""
+    """Rows of matrices (out, in) below each other, turned, and so the columns [column, …) of the initializer
+    (in, out)."""
 
     weight: Weight
     source: WeightSource
-    piece: Piece
+    pieces: tuple[Piece, ...]
     out: OpenFile
     column: int
 
     def run(self) -> int:
-        piece, height = self.piece, self.piece.stop - self.piece.start
-        turned = None
-        for start in range(piece.start, piece.stop, self._strip(height)):
-            stop = min(start + self._strip(height), piece.stop)
-            rows = _cast(self.source.rows(piece.tensor, start, stop), self.weight)
+        width, height = sum(p.stop - p.start for p in self.pieces), self.weight.shape[0]
+        turned, at = None, 0
+        for start, stop, name in self._strips():
+            rows = _cast(self.source.rows(name, start, stop), self.weight)
             if turned is None:
-                turned = _empty((rows.shape[1], height), rows)
-            turned[:, start - piece.start : stop - piece.start] = rows.T
+                turned = _empty((height, width), rows)
+            turned[:, at : at + stop - start] = rows.T
+            at += stop - start
         assert turned is not None
-        self._write(turned)
+        size = turned.itemsize
+        at, apart = self.weight.offset + self.column * size, self.weight.shape[1] * size
+        self.out.write_lines(_view(turned), width * size, at, apart)
         return int(turned.nbytes)
 
-    def _strip(self, height: int) -> int:
-        width = self.weight.shape[0] * 4
-        return max(16, STRIP // width)
-
-    def _write(self, turned: "Array") -> None:
-        row = self.weight.shape[1] * turned.itemsize
-        at = self.weight.offset + self.column * turned.itemsize
-        if turned.shape[1] == self.weight.shape[1]:
-            self.out.write(_view(turned), at)
-            return
-        for i, line in enumerate(turned):
-            self.out.write(_view(line), at + i * row)
+    def _strips(self) -> Iterator[tuple[int, int, str]]:
+        """Rows that stay in the processor's cache while they are turned."""
+        step = max(16, STRIP // (self.weight.shape[0] * 4))
+        for piece in self.pieces:
+            for start in range(piece.start, piece.stop, step):
+                yield start, min(start + step, piece.stop), piece.tensor
 
 
 def _straight(weight: Weight, source: WeightSource, out: OpenFile) -> Iterator[Job]:
     """Jobs for a weight that is not quantized."""
-    recipe, at, column = weight.recipe, weight.offset, 0
-    for piece in recipe.pieces:
+    if weight.recipe.transposed:
+        yield from _tiles(weight, source, out)
+        return
+    at = weight.offset
+    for piece in weight.recipe.pieces:
         width = _elements(source, Piece(piece.tensor, 0, 1)) * 4
-        step = max(1, (TILE if recipe.transposed else BLOCK) // max(1, width))
+        step = max(1, BLOCK // max(1, width))
         for start in range(piece.start, piece.stop, step):
             part = Piece(piece.tensor, start, min(start + step, piece.stop))
-            if recipe.transposed:
-                yield Tile(weight, source, part, out, column)
-                column += part.stop - part.start
-            else:
-                yield Rows(weight, source, part, out, at)
-                at += _elements(source, part) * (weight.nbytes // max(1, _count(weight.shape)))
+            yield Rows(weight, source, part, out, at)
+            at += _elements(source, part) * (weight.nbytes // max(1, _count(weight.shape)))
+
+
+def _tiles(weight: Weight, source: WeightSource, out: OpenFile) -> Iterator[Tile]:
+    """As wide as TILE allows, across pieces: a tile of the whole width is one write, a narrower one many."""
+    most = max(1, TILE // max(4, weight.shape[0] * 4))
+    parts: list[Piece] = []
+    column = filled = 0
+    for piece in weight.recipe.pieces:
+        start = piece.start
+        while start < piece.stop:
+            stop = min(piece.stop, start + most - filled)
+            parts.append(Piece(piece.tensor, start, stop))
+            filled, start = filled + stop - start, stop
+            if filled == most:
+                yield Tile(weight, source, tuple(parts), out, column)
+                parts, column, filled = [], column + filled, 0
+    if parts:
+        yield Tile(weight, source, tuple(parts), out, column)
 
 
 @dataclass(frozen=True)
@@ -271,7 +285,7 @@ class Blocks(Job):
                 rows = self.source.rows(piece.tensor, piece.start + low, piece.start + high)
                 found.append(to_float32(rows))
             at += piece.stop - piece.start
-        return np.ascontiguousarray(np.concatenate(found).T)
+        return (found[0] if len(found) == 1 else np.concatenate(found)).T
 
     def _share(self, weight: Weight, row: int) -> int:
         return weight.nbytes * row // _height(self.parts, self.source)

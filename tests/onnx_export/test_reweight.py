@@ -1,0 +1,232 @@
+"""The next adapter of an exported graph: byte for byte a fresh export, or a refusal with nothing written."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from click.testing import CliRunner
+
+from lora_export import workers
+from lora_export.commands.main import cli
+from lora_export.contracts import AdapterChoice, ExportResult, Precision, QuantizationOptions
+from lora_export.errors import LoraExportError
+from lora_export.merge import merge
+from lora_export.onnx_export import export, reweight
+from lora_export.progress import Silent
+from tests.builders import edit_json, edit_tensors
+from tests.onnx_export.architectures import DYNAMO, GENAI, save, save_adapter
+
+Folders = tuple[Path, Path, Path]
+
+
+def same_files(a: Path, b: Path) -> None:
+    """All but the record, which tells the time."""
+    names = sorted(p.name for p in a.iterdir())
+    assert names == sorted(p.name for p in b.iterdir())
+    for name in (n for n in names if n != "export.json"):
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """The base and a merged model of an architecture."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            architecture = (DYNAMO | GENAI)[name]
+            base = save(architecture, folder / "base")
+            save_adapter(architecture, base, folder / "adapter")
+            merge(base, [AdapterChoice(folder / "adapter")], folder / "merged")
+            made[name] = base, folder / "merged"
+        return made[name]
+
+    return get
+
+
+PLAIN = QuantizationOptions()
+Case = tuple[str, Precision, QuantizationOptions]
+QUICK: list[Case] = [("LlamaForCausalLM", p, PLAIN) for p in ("fp32", "bf16", "int4")]
+SLOW: list[Case] = [
+    *(("LlamaForCausalLM", p, PLAIN) for p in ("fp16", "int8")),
+    *(("LlamaForCausalLM", "int4", QuantizationOptions(16, algorithm=a)) for a in ("rtn", "k_quant")),
+    ("LlamaForCausalLM", "int4", QuantizationOptions(keep=("*down_proj*",))),
+    *(("Qwen3ForCausalLM", p, PLAIN) for p in ("fp16", "int4")),
+    *(("GPT2LMHeadModel", p, PLAIN) for p in ("fp32", "fp16", "int4", "nf4")),
+    *(("BertModel", p, PLAIN) for p in ("fp32", "fp16", "int8")),
+    ("T5ForConditionalGeneration", "int4", PLAIN),
+    ("ViTForImageClassification", "fp16", PLAIN),
+]  # fmt: skip
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+
+
+@pytest.mark.parametrize(("name", "precision", "how"), CASES)
+def test_the_next_adapter_is_what_a_fresh_export_gives(
+    name: str, precision: Precision, how: QuantizationOptions, models: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    base, merged = models(name)
+
+    def fresh(model: Path, output: str) -> ExportResult:
+        provider = "cuda" if precision == "bf16" else "cpu"  # the CPU has no bf16; a graph can be made anywhere
+        return export(
+            model, tmp_path / output, precision=precision, provider=provider, quantization=how, progress=Silent()
+        )
+
+    earlier, wanted = fresh(base, "earlier"), fresh(merged, "wanted")
+    found = reweight(earlier.output, merged, tmp_path / "found", progress=Silent())
+    same_files(wanted.output, found.output)
+    graphs = [p.name for p in earlier.paths]
+    for graph in graphs:
+        assert (found.output / graph).read_bytes() == (earlier.output / graph).read_bytes()
+    data = [p.name for p in found.output.iterdir() if "data" in p.name]
+    assert any((found.output / n).read_bytes() != (earlier.output / n).read_bytes() for n in data)
+    # and back: the base again, from the graph of a merged model
+    back = reweight(found.output, base, tmp_path / "back", progress=Silent())
+    same_files(earlier.output, back.output)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported_base(models: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("exported") / "base"
+    return export(models("LlamaForCausalLM")[0], output, precision="fp32", progress=Silent()).output
+
+
+@pytest.fixture
+def folders(models: Callable[[str], tuple[Path, Path]], exported_base: Path, tmp_path: Path) -> Folders:
+    """An export of the base and a merged model, both to be spoiled; and where the next export is to lie."""
+    shutil.copytree(models("LlamaForCausalLM")[1], tmp_path / "merged")
+    shutil.copytree(exported_base, tmp_path / "earlier")
+    return tmp_path / "earlier", tmp_path / "merged", tmp_path / "out"
+
+
+def refused(folders: Folders, *words: str) -> None:
+    """The words are in the message, there is no output, and nothing beside it that was not there."""
+    earlier, merged, out = folders
+    before = sorted(p.name for p in out.parent.iterdir() if not p.name.startswith("."))
+    with pytest.raises((LoraExportError, OSError)) as raised:
+        reweight(earlier, merged, out, progress=Silent())
+    for word in words:
+        assert word in str(raised.value), raised.value
+    assert sorted(p.name for p in out.parent.iterdir() if not p.name.startswith(".")) == before
+    assert not [p for p in out.parent.iterdir() if p.name.startswith(".out") and p.is_dir()]
+
+
+def test_another_config_is_refused(folders: Folders) -> None:
+    edit_json(folders[1] / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    refused(folders, "config.json is another", "without --graph-from")
+
+
+def test_a_tensor_more_or_less_is_refused(folders: Folders) -> None:
+    weights = folders[1] / "model.safetensors"
+    edit_tensors(weights, {"model.more.weight": torch.ones(3)})
+    refused(folders, "only this model has the tensor", "model.more.weight")
+    edit_tensors(weights, {"model.more.weight": None, "model.norm.weight": None})
+    refused(folders, "only the exported model has the tensor", "model.norm.weight")
+
+
+def test_another_shape_is_refused(folders: Folders) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(folders[1] / "model.safetensors", {name: torch.ones(96, 64)})
+    refused(folders, name, "a model of the same shape")
+
+
+def test_a_tensor_of_which_no_weight_is_made_must_not_change(
+    models: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """The graph lacks the pooler; a bias of zeros may be lacking too, and then no other could come in."""
+    base, merged = models("BertModel")
+    earlier = export(base, tmp_path / "earlier", precision="fp32", progress=Silent())
+    shutil.copytree(merged, tmp_path / "merged")
+    edit_tensors(tmp_path / "merged" / "model.safetensors", {"pooler.dense.bias": torch.ones(64)})
+    refused((earlier.output, tmp_path / "merged", tmp_path / "out"), "it changed", "pooler.dense.bias")
+
+
+def test_a_data_file_that_is_cut_is_refused(folders: Folders) -> None:
+    data = folders[0] / "model.onnx.data"
+    os.truncate(data, data.stat().st_size - 1)
+    refused(folders, "model.onnx.data")
+
+
+def test_a_planted_link_is_refused_and_its_target_stays(folders: Folders, tmp_path: Path) -> None:
+    data = folders[0] / "model.onnx.data"
+    secret = tmp_path / "secret"
+    data.rename(secret)
+    before = secret.read_bytes()
+    data.symlink_to(secret)
+    refused(folders, "link")
+    data.unlink()
+    os.link(secret, data)
+    refused(folders, "link")
+    assert secret.read_bytes() == before
+
+
+def test_a_link_planted_for_the_graph_is_refused(folders: Folders, tmp_path: Path) -> None:
+    graph = folders[0] / "genai_config.json"
+    (tmp_path / "elsewhere.json").write_bytes(graph.read_bytes())
+    graph.unlink()
+    graph.symlink_to(tmp_path / "elsewhere.json")
+    refused(folders, "genai_config.json")
+
+
+def test_a_graph_that_disagrees_with_the_map_is_refused(folders: Folders) -> None:
+    path = folders[0] / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.external_data)
+    next(e for e in tensor.external_data if e.key == "offset").value = "256"
+    path.write_bytes(model.SerializeToString())
+    refused(folders, "disagree on where", tensor.name)
+
+
+def test_an_unmerged_export_has_no_map(llama: Path, adapter: Path, folders: Folders) -> None:
+    _, merged, out = folders
+    unmerged = export(llama, out.with_name("unmerged"), precision="fp32", adapter=adapter, progress=Silent())
+    refused((unmerged.output, merged, out), "no weights-map.json")
+
+
+def test_a_full_disk_leaves_nothing(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(workers.OpenFile, "write", full)
+    refused(folders, "full")
+
+
+def test_too_little_space_is_told_before_any_work(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Usage:
+        free: int = 10_000
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage())
+    refused(folders, "are needed and 0.00 GB are free")
+
+
+@pytest.mark.parametrize("option", [["--precision", "fp16"], ["--engine", "genai"], ["--keep", "auto"]])
+def test_options_of_the_earlier_export_are_not_chosen_again(option: list[str], folders: Folders) -> None:
+    earlier, merged, out = map(str, folders)
+    command = ["export", "-m", merged, "-o", out, "--graph-from", earlier, *option, "--json"]
+    found = CliRunner().invoke(cli, command)
+    assert found.exit_code == 1
+    assert f"{option[0]} beside --graph-from" in found.stderr
+    assert not folders[2].exists()
+
+
+def test_the_command_writes_and_reports_it(folders: Folders) -> None:
+    earlier, merged, out = map(str, folders)
+    found = CliRunner().invoke(cli, ["export", "-m", merged, "-o", out, "--graph-from", earlier, "--json"])
+    assert found.exit_code == 0, found.stderr
+    document = json.loads(found.stdout)
+    assert document["engine"] == "genai" and document["precision"] == "fp32"
+    assert document["files"]["model.onnx.data"] == (folders[2] / "model.onnx.data").stat().st_size
