@@ -385,6 +385,9 @@ class ValidationResult:
 # --- export ------------------------------------------------------------------------------------------------
 
 
+Activations = Literal["float", "dynamic", "static"]
+
+
 @dataclass(frozen=True)
 class QuantizationOptions:
     """How the weights of an int4, int8 or nf4 graph are quantized.
@@ -392,7 +395,9 @@ class QuantizationOptions:
     block_size: numbers that share a scale (None: 32, and 64 for nf4); algorithm: how a scale is chosen;
     accuracy_level: in which type products are computed (None: int8 (4) on the CPU, as the inputs elsewhere (0));
     keep: nodes that stay as they are, by name or pattern, or `auto`: those that do the most damage;
-    eight_bits: nodes of an int4 graph that are int8; embeddings: quantize those, too (not for nf4).
+    eight_bits: nodes of an int4 graph that are int8; embeddings: quantize those, too (not for nf4); activations: of
+    an int8 graph that does not generate: as they are, or int8, by ranges that are found while it runs (dynamic) or
+    on `calibration`, a file of one text a line (static; None: built-in texts).
     """
 
     block_size: int | None = None
@@ -402,13 +407,16 @@ class QuantizationOptions:
     keep: tuple[str, ...] = ()
     eight_bits: tuple[str, ...] = ()
     embeddings: bool = False
+    activations: Activations = "float"
+    calibration: Path | None = None
 
 
 @dataclass(frozen=True)
 class ExportResult:
     """An exported folder. `files` maps a file name to its size in bytes; `nodes` counts the nodes of all graphs.
 
-    task: Optimum's name of it; graphs: file names of the graphs, the encoder's first where there are several.
+    task: Optimum's name of it; graphs: file names of the graphs, the encoder's first where there are several;
+    activations: of an int8 graph, as in QuantizationOptions.
     """
 
     output: Path
@@ -420,6 +428,7 @@ class ExportResult:
     kind: ModelKind = "decoder"
     task: str = "text-generation"
     graphs: tuple[str, ...] = ("model.onnx",)
+    activations: Activations = "float"
 
     @property
     def model(self) -> Path:

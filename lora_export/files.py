@@ -63,6 +63,15 @@ def output_folder(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> I
             shutil.rmtree(stage, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def added_to(folder: Path) -> Iterator[None]:
+    """Be the only writer of a folder that others read meanwhile: files are made whole, and then renamed."""
+    with Interrupts() as interrupts, _full_disk_told(folder), _lock(folder.absolute()):
+        with interrupts.welcome():
+            yield
+        sync(folder)
+
+
 def failed_folder(final: Path) -> Path:
     """Where an output that did not pass its gates is kept."""
     return final.with_name(final.name + ".failed")
@@ -194,7 +203,7 @@ def replace_folder(stage: Path, final: Path) -> None:
     existed = final.exists()
     _rename(stage, final, existed)
     try:
-        _sync(final.parent)
+        sync(final.parent)
     except OSError:
         _rename(final, stage, existed)
         raise
@@ -248,7 +257,8 @@ def start_writing_back(fd: int, at: int, length: int) -> None:
         _sync_file_range(fd, ctypes.c_int64(at), ctypes.c_int64(length), _SYNC_FILE_RANGE_WRITE)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
     fd = os.open(path, os.O_RDONLY)
     try:
         if path.is_file():
@@ -279,8 +289,8 @@ def sync_tree(folder: Path) -> None:
     """fsync every file and folder below `folder`, and itself."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync(Path(root, name))
-        _sync(Path(root))
+            sync(Path(root, name))
+        sync(Path(root))
 
 
 def check_space(folder: Path, needed: int) -> None:

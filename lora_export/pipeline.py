@@ -401,12 +401,20 @@ def _check_exports(exports: Sequence[ExportResult], bases: Sequence[Path]) -> No
 
 
 def _export_base(base: Path, like: ExportResult, work: Path, options: StoryOptions, progress: Progress) -> Path:
-    """The base that the adapter belongs to, exported as `like` was."""
-    same = replace(options, precision=like.precision, engine=like.engine)
+    """The base that the adapter belongs to, exported as `like` was: with its graph, if that takes other weights."""
+    from lora_export.onnx_export import reweight
+
+    quantization = replace(options.quantization, activations=like.activations)
+    same = replace(options, precision=like.precision, engine=like.engine, quantization=quantization)
     weights = work / "base-weights"
     trained_on = weights if weights.is_dir() else prepared_base(base, options.merge, work, progress)
-    what = f"the base in {like.precision}, for the noise floor"
-    return _export(trained_on, work / f"base-{like.precision}", same, progress, what).output
+    what, output = f"the base in {like.precision}, for the noise floor", work / f"base-{like.precision}"
+    try:
+        progress.stage(f"export: {what}")
+        return reweight(like.output, trained_on, output, progress=progress).output
+    except ExportError as error:
+        progress.detail(f"a graph of its own: {error.found}")
+    return _export(trained_on, output, same, progress, what).output
 
 
 def _pair(exported: ExportResult, base: Path, prefix: str = "onnx_") -> ExportedPair:
@@ -590,6 +598,8 @@ def options_json(options: StoryOptions) -> dict[str, Any]:
     kept["prompts"] = options.prompts.name if options.prompts else None
     kept["text"] = options.text.name if options.text else None
     kept["graph_from"] = options.graph_from.name if options.graph_from else None
+    calibration = options.quantization.calibration
+    kept["quantization"]["calibration"] = calibration.name if calibration else None
     kept.pop("force")
     kept["merge"].pop("force")
     return kept

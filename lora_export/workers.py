@@ -33,7 +33,6 @@ class OpenFile:
             raise
         start_writing_back(self.fd, at, len(data))
 
-
     def write_lines(self, data: memoryview, length: int, at: int, apart: int) -> None:
         """`data` in lines of `length` bytes, the first to `at`, each next one `apart` bytes further on."""
         if length == apart:

@@ -5,8 +5,7 @@
 
 Arms, each a whole process:
 
-    imports   onnxruntime-genai's builder imported, and nothing else
-    builder   the builder alone, as its documentation calls it, in the same precision
+    builder   the builder alone, from its own command line, on the base in the same precision
     first     `lora-export export -m TUNED`
     next      `lora-export export -m TUNED --graph-from BASE_ONNX`
     copy      `cp -r` of the export that `next` takes the graph from: as many bytes as it writes
@@ -23,18 +22,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from processes import LORA_EXPORT, Arm, Command, Sample, circumstances, in_turn, measure, save, shown, spread
+from processes import (
+    LORA_EXPORT,
+    Arm,
+    Command,
+    Sample,
+    circumstances,
+    in_turn,
+    measure,
+    remove,
+    save,
+    shown,
+    spread,
+)
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-# What the builder is asked for by its own words.
-BUILDER = """
-import sys
-from onnxruntime_genai.models.builder import create_model
-model, output, precision, provider = sys.argv[1:]
-options = {"int4_accuracy_level": "4"} if precision == "int4" else {}
-create_model("", model, output, precision, provider, output + "/cache", **options)
-"""
-IMPORTS = "import onnxruntime_genai.models.builder"
 RATIOS = (("first", "builder"), ("next", "copy"), ("first", "next"))
 
 
@@ -60,12 +62,24 @@ def arms_of(precision: str, base: Path, tuned: Path, earlier: Path, output: Path
     fresh = export_command(tuned, output / "first", *as_asked(precision))
     again = export_command(tuned, output / "next", "--graph-from", earlier)
     arms = [
-        Arm("imports", [sys.executable, "-c", IMPORTS], (), output / "none"),
         Arm("first", fresh, (tuned,), output / "first"),
         Arm("next", again, (tuned, earlier), output / "next"),
         Arm("copy", ["cp", "-r", earlier, output / "copy"], (earlier,), output / "copy"),
     ]
-    builder: Command = [sys.executable, "-c", BUILDER, base, output / "builder", *as_asked(precision)[1::2]]
+    kind, provider = as_asked(precision)[1::2]
+    builder: Command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        base,
+        "-p",
+        kind,
+        "-e",
+        provider,
+    ]
+    builder += ["-o", output / "builder", "-c", output / "cache", "--extra_options", "hf_token=false"]
+    builder += ["int4_accuracy_level=4"] * (precision == "int4")
     return [*arms, Arm("builder", builder, (base,), output / "builder")]
 
 
@@ -74,9 +88,12 @@ def run(base: Path, tuned: Path, precision: str, options: argparse.Namespace) ->
         earlier = Path(scratch, "earlier")
         subprocess.run(export_command(base, earlier, *as_asked(precision)), check=True, stdout=subprocess.DEVNULL)
         arms = arms_of(precision, base, tuned, earlier, Path(scratch))
-        for arm in (a for a in arms if a.name in ("first", "next")):
+        compared = [arm for arm in arms if arm.name in ("first", "next")]
+        for arm in compared:
             measure(arm, -1, settle=0, keep=True)
-        refuse_difference(Path(scratch, "first"), Path(scratch, "next"))
+        refuse_difference(*(arm.output for arm in compared))
+        for arm in compared:
+            remove(arm.output)
         return in_turn(arms, options.repeat, sync=options.sync, settle=options.settle)
 
 

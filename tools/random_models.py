@@ -66,6 +66,7 @@ class Shape:
 SHAPES = {
     "0.1B": Shape(hidden=768, intermediate=2048, layers=12, heads=12, kv_heads=12),
     "1.1B": Shape(hidden=2048, intermediate=5632, layers=22, heads=32, kv_heads=4),
+    "3B": Shape(hidden=3072, intermediate=8192, layers=28, heads=24, kv_heads=8),
     "7B": Shape(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32),
 }
 
@@ -124,6 +125,20 @@ def write_base(folder: Path, shape: Shape) -> None:
                     file.write(values.bfloat16().view(torch.uint8).numpy().data)
     write_index(folder, shards)
     write_config(folder, shape)
+    write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Byte-level BPE without merges: an export for onnxruntime-genai wants one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def write_nf4(folder: Path, shape: Shape, base: Path) -> None:

@@ -11,40 +11,71 @@ from lora_export.commands.talk import megabytes, table, talking
 
 @click.command("export")
 @click.option("-m", "--model", required=True, metavar="MODEL", help="A merged folder, or any model.")
+@click.option(
+    "-a",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER",
+    help="Keep this LoRA out of the weights: MODEL is exported with slots, and ADAPTER.onnx_adapter is written, "
+    "which onnxruntime (LoraAdapter) and onnxruntime-genai (Adapters) plug in as they run. Repeat it for more.",
+)
 @options.output_option
 @options.export_options
 @options.graph_from_option
+@options.shared_as_option
 @options.provider_option
 @options.dry_run_option
 @options.force_option
 @options.talk_options
 def export(
-    model: str, output: Path, graph_from: Path | None, dry_run: bool, force: bool, as_json: bool, quiet: bool,
-    verbose: bool, **words: Any,
+    model: str, adapters: tuple[str, ...], output: Path, graph_from: Path | None, shared_as: str | None,
+    dry_run: bool, force: bool, as_json: bool, quiet: bool, verbose: bool, **words: Any,
 ) -> None:  # fmt: skip
     """Export a model folder to ONNX: decoders for onnxruntime-genai, all others with Optimum's names.
 
     The graph does not depend on an adapter. With --graph-from, an earlier export of the same base gives the graph,
-    byte for byte, and only the weights are written anew: at the speed of a copy, without loading the model.
+    byte for byte, and only the weights are written anew: at the speed of a copy, without loading the model. With
+    --shared-as besides, OUT is a folder that many adapters share: base.bin, and for each adapter a graph and the
+    weights that it changed.
 
     \b
         lora-export export -m ./base -o ./base-onnx
         lora-export export -m ./merged-a -o ./a-onnx --graph-from ./base-onnx
+        lora-export export -m ./merged-b -o ./all --graph-from ./base-onnx --shared-as b    # all/b.onnx
+        lora-export export -m ./base -a ./a -a ./b -o ./plug        # one graph, a.onnx_adapter, b.onnx_adapter
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands.gather import refuse_beside_graph_from
+        from lora_export.errors import InputError
+        from lora_export.onnx_export import reweight, share
 
         folder = resolve(model).folder
+        if graph_from is not None and adapters:
+            raise InputError(
+                "--adapter beside --graph-from",
+                expected="a merged MODEL with --graph-from, or a base and the adapters that stay outside of it",
+            )
         if graph_from is not None:
             refuse_beside_graph_from()
+        elif shared_as is not None:
+            raise InputError(
+                "--shared-as without --graph-from",
+                expected="an export of the base, whose graph and weights the adapters share",
+                next_step="lora-export export -m BASE -o BASE_ONNX, then --graph-from BASE_ONNX",
+            )
         if dry_run:
             document = _planned(folder, words, graph_from)
             rows = [*((k, str(v)) for k, v in document.items()), ("dry run", "nothing was written")]
             talk.result({"output": str(output), "dry_run": True} | document, table(rows))
             return
-        if graph_from is not None:
-            result = _reweighted(graph_from, folder, output, force, talk.progress)
+        if graph_from is not None and shared_as is not None:
+            result = share(graph_from, folder, output, shared_as, force=force, progress=talk.progress)
+        elif graph_from is not None:
+            result = reweight(graph_from, folder, output, force=force, progress=talk.progress)
+        elif adapters:
+            result = _pluggable(model, adapters, output, words, force, talk.progress)
         else:
             result = _exported(folder, output, words, force, talk.progress)
         rows = [
@@ -60,36 +91,47 @@ def export(
 
 def _planned(folder: Path, words: dict[str, Any], earlier: Path | None) -> dict[str, Any]:
     from lora_export.checkpoint import open_checkpoint
+    from lora_export.commands.gather import target_of
     from lora_export.onnx_export import check_request, load_export
-    from lora_export.runtime import resolve_provider
 
     if earlier is not None:
         like = load_export(earlier)
         return {"engine": like.engine, "precision": like.precision, "graph_from": str(earlier)}
     config, precision = open_checkpoint(folder).config, words["precision"]
-    engine = check_request(config, precision, resolve_provider(words["provider"]), words["engine"])
+    engine = check_request(config, precision, target_of(words["provider"]), words["engine"])
     return {"engine": engine, "precision": precision}
 
 
+def _pluggable(
+    model: str, adapters: tuple[str, ...], output: Path, words: dict[str, Any], force: bool, progress: Any
+) -> Any:
+    from lora_export.checkpoint.sources import resolve
+    from lora_export.commands.gather import target_of
+    from lora_export.pluggable import export_pluggable
+
+    return export_pluggable(
+        resolve(model),
+        [resolve(a) for a in adapters],
+        output,
+        precision=words["precision"],
+        provider=target_of(words["provider"]),
+        force=force,
+        progress=progress,
+    )
+
+
 def _exported(folder: Path, output: Path, words: dict[str, Any], force: bool, progress: Any) -> Any:
-    from lora_export.commands.gather import quantization_of
+    from lora_export.commands.gather import quantization_of, target_of
     from lora_export.onnx_export import export
-    from lora_export.runtime import resolve_provider
 
     return export(
         folder,
         output,
         precision=words["precision"],
-        provider=resolve_provider(words["provider"]),
+        provider=target_of(words["provider"]),
         engine=words["engine"],
         optimize=words["optimize"],
         quantization=quantization_of(words),
         force=force,
         progress=progress,
     )
-
-
-def _reweighted(earlier: Path, folder: Path, output: Path, force: bool, progress: Any) -> Any:
-    from lora_export.onnx_export import reweight
-
-    return reweight(earlier, folder, output, force=force, progress=progress)

@@ -86,12 +86,21 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
     )
 
 
+def target_of(provider: str) -> str:
+    """The provider that a graph is made for: a graph for CUDA can be made where there is none."""
+    from lora_export.runtime import resolve_provider
+
+    return provider if provider == "cuda" else resolve_provider(provider)
+
+
 def quantization_of(words: dict[str, Any]) -> QuantizationOptions:
     return QuantizationOptions(
         block_size=words["block_size"],
         algorithm=words["quantizer"],
         accuracy_level=words["accuracy_level"],
         keep=words["keep"],
+        activations=words["activations"],
+        calibration=words["calibration"],
     )
 
 
@@ -108,7 +117,16 @@ def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
 def refuse_beside_graph_from() -> None:
     """An earlier export has its precision, engine, … already: InputError for one that is asked for beside it."""
     context = click.get_current_context()
-    for key in ("precision", "engine", "optimize", "block_size", "quantizer", "accuracy_level", "keep"):
+    for key in (
+        "precision",
+        "engine",
+        "optimize",
+        "block_size",
+        "quantizer",
+        "accuracy_level",
+        "keep",
+        "activations",
+    ):
         if context.get_parameter_source(key) is not ParameterSource.DEFAULT:
             key = key.replace("_", "-")
             raise InputError(

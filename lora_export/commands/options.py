@@ -7,7 +7,7 @@ from typing import Any, ClassVar, get_args
 
 import click
 
-from lora_export.contracts import MIN_SURVIVAL, Optimize, Precision
+from lora_export.contracts import MIN_SURVIVAL, Activations, Optimize, Precision
 
 Command = Callable[..., Any]
 
@@ -192,6 +192,13 @@ def export_options(command: Command) -> Command:
                      help="Nodes whose weights are not quantized, by name or pattern ('*down_proj*'); auto "
                      "(int4 of decoders): those whose int4 does the most measured damage for its size are int8. "
                      "Repeat it for more."),
+        click.option("--activations", type=click.Choice(get_args(Activations)), default="float",
+                     show_default=True, help="int8 of models that do not generate: what multiplies the weights. "
+                     "dynamic: int8, its range found as the model runs; static: int8, its range fixed on texts. "
+                     "Such graphs cannot be taken by --graph-from."),
+        click.option("--calibration", type=click.Path(path_type=Path), default=None, metavar="FILE",
+                     help="Static activations: texts in UTF-8, one a line, as the model will see.  "
+                     "[default: a few built-in sentences]"),
     ]  # fmt: skip
     for decorator in reversed(decorators):
         command = decorator(command)
@@ -203,6 +210,14 @@ def graph_from_option(command: Command) -> Command:
         "--graph-from", type=FOLDER, default=None, metavar="EXPORTED",
         help="An earlier export of the same base, with or without another adapter: take its graph and its options, "
         "and write only the weights.",
+    )(command)  # fmt: skip
+
+
+def shared_as_option(command: Command) -> Command:
+    return click.option(
+        "--shared-as", default=None, metavar="NAME",
+        help="With --graph-from: write only NAME.onnx and the weights that differ from the base's into OUT, which "
+        "is made with the base in it if it is not there.",
     )(command)  # fmt: skip
 
 

@@ -18,8 +18,8 @@ from lora_export.commands.talk import talking
     "--onnx",
     type=options.FOLDER,
     multiple=True,
-    help="An ONNX folder that was exported from it. Repeat it for other precisions, to be told the smallest one "
-    "that keeps the adapter.",
+    help="An ONNX folder that was exported from it, or the graph of an adapter in a shared one. Repeat it for "
+    "other precisions, to be told the smallest one that keeps the adapter.",
 )
 @click.option(
     "--base-onnx",

@@ -7,7 +7,7 @@ The next adapter of the same base needs no engine: `graph_from` takes the graph 
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from lora_export import files
 from lora_export.checkpoint import open_checkpoint, refuse_code
 from lora_export.contracts import ExportResult, Optimize, Precision, Progress, QuantizationOptions
 from lora_export.errors import CheckpointError, ExportError, InputError
-from lora_export.onnx_export import records, weights_map
-from lora_export.onnx_export.checks import check_model, count_nodes
+from lora_export.onnx_export import activations, records, shared, weights_map
+from lora_export.onnx_export.checks import check_loads, check_model, count_nodes, load_graph
 from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
-from lora_export.onnx_export.job import Engine, Job, architecture_of
+from lora_export.onnx_export.job import Engine, Job, Made, architecture_of
+from lora_export.onnx_export.products import kept
 from lora_export.onnx_export.quantize_graph import AUTO, Blockwise, blockwise
 from lora_export.onnx_export.records import load_export
 from lora_export.onnx_export.reweight import (
@@ -44,6 +45,7 @@ __all__ = [
     "load_export",
     "model_files",
     "reweight",
+    "share",
     "tensor_hashes",
 ]
 
@@ -59,35 +61,46 @@ def export(
     quantization: QuantizationOptions | None = None,
     adapter: Path | None = None,
     source: WeightSource | None = None,
+    finish: Callable[[Path], Mapping[str, Any]] | None = None,
+    inputs: Sequence[Path] = (),
     force: bool = False,
     progress: Progress,
 ) -> ExportResult:
     """Write `model` (a Hugging Face folder) as ONNX into the new folder `output`, all or nothing.
 
     precision: of the weights; provider: cpu or cuda, where the graph is to run; adapter: a LoRA folder that
-    stays unmerged in the graph; source: where the numbers come from, if not from the files of `model`. Raises
-    CheckpointError or ExportError before any work if it cannot be done.
+    stays unmerged in the graph; source: where the numbers come from, if not from the files of `model`; finish:
+    what is done to the folder before it is checked, and what it adds to the record; inputs: other folders that
+    `output` must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
     config = _read_config(model)
     chosen = choose(config, engine)
-    inputs = [model] if adapter is None else [model, adapter]
-    with files.output_folder(output, force, inputs=inputs) as stage:
-        quantized = blockwise(precision, provider, quantization or QuantizationOptions())
+    read = [model, *inputs, *([adapter] if adapter else [])]
+    with files.output_folder(output, force, inputs=read) as stage:
+        how = quantization or QuantizationOptions()
+        activations.check(precision, None, how)
+        quantized = blockwise(precision, provider, how) if how.activations == "float" else None
+        _refuse_unused(precision, how)
         job = Job(model, config, stage, precision, provider, adapter, progress, optimize, quantized)
         chosen.check(job)
         if quantized and AUTO in quantized.keep:
             job = _with_measured_damage(job, quantized, chosen, source)
         progress.detail(f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}")
-        made = chosen.run(job)
+        made = chosen.run(job if how.activations == "float" else replace(job, precision="fp32"))
+        activations.check(precision, made.kind, how)
         own = sorted(p.name for p in stage.iterdir() if p.suffix != ".data" and not p.name.endswith("_data"))
         chosen.accompany(model, stage)
         if made.described:
             with _opened(model, source) as numbers:
                 _fill(stage, numbers, progress)
+        if how.activations != "float":
+            activations.quantize(stage, model, made, how, config)
+        _refuse_unmatched(stage, made, how.keep)
+        more = finish(stage) if finish else {}
         for name in made.graphs:
             check_model(stage / name)
-            _check_loads(stage / name, precision)
+            check_loads(stage / name, precision)
         record = {
             "engine": chosen.name,
             "precision": precision,
@@ -99,11 +112,13 @@ def export(
             "nodes": sum(count_nodes(stage / name) for name in made.graphs),
             "architecture": architecture_of(config),
             "quantization": asdict(job.quantized) if job.quantized else None,
+            "activations": how.activations,
             "adapter": adapter is not None,
             "seconds": round(time.monotonic() - started, 3),
             "source_config_sha256": files.sha256(model / "config.json"),
             "config_digest": config_digest(config),
             "made_by_engine": [n for n in own if n != weights_map.NAME],
+            **more,
         }
         records.write_record(stage, record)
     return load_export(output)
@@ -142,6 +157,28 @@ def reweight(
         }
         records.write_record(stage, record)
     return load_export(output)
+
+
+def share(
+    earlier: Path, model: Path, root: Path, name: str, *, force: bool = False, progress: Progress
+) -> ExportResult:
+    """Add `model` as the adapter `name` to `root`, where all adapters share the weights of `earlier`'s base.
+
+    `root` is made with the base in it if it is not there. What is written for an adapter is a graph and the weights
+    that differ from the base's; see `shared`. Refuses what `reweight` refuses.
+    """
+    started = time.monotonic()
+    record = records.read_record(earlier)
+    shared.check_name(name, record, earlier)
+    found = read_map(earlier, tuple(record["graphs"]))
+    base = shared.Shared(earlier, found, record)
+    inputs = [model] if root.exists() and root.samefile(earlier) else [model, earlier]
+    with shared.opened(root, base, inputs) as folder, _opened(model, None) as numbers:
+        hashes = hash_all(numbers)
+        refuse_other_model(earlier, record, _read_config(model), found, hashes)
+        graph = shared.add(folder, name, base, numbers, hashes, force, progress)
+        shared.warn_of_companions(model, folder, progress)
+    return replace(load_export(root / graph), seconds=time.monotonic() - started)
 
 
 @contextlib.contextmanager
@@ -235,6 +272,35 @@ def model_files(path: Path) -> tuple[Path, ...]:
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
+def _refuse_unused(precision: Precision, how: QuantizationOptions) -> None:
+    """Options of quantization beside a precision in which nothing is quantized: ExportError, not silence."""
+    if precision in ("int4", "int8", "nf4"):
+        return
+    for name in ("block_size", "keep", "accuracy_level", "algorithm"):
+        if getattr(how, name) != getattr(QuantizationOptions(), name):
+            option = {"algorithm": "quantizer"}.get(name, name).replace("_", "-")
+            raise ExportError(
+                f"--{option} beside --precision {precision}, in which nothing is quantized",
+                expected="int4, int8 or nf4",
+                next_step=f"the same command without --{option}, or with --precision int4",
+            )
+
+
+def _refuse_unmatched(stage: Path, made: Made, patterns: Sequence[str]) -> None:
+    """A pattern that keeps nothing is a mistake that nobody would see."""
+    names = [node.name for graph in made.graphs for node in load_graph(stage / graph).graph.node]
+    for pattern in patterns:
+        if pattern != AUTO and not any(kept(name, [pattern]) for name in names):
+            products = [
+                n.removesuffix("_Q4").removesuffix("_Q8") for n in names if n.endswith(("_Q4", "_Q8", "_Bnb4"))
+            ]
+            raise ExportError(
+                f"no node is called {pattern!r}, which --keep says",
+                expected="a node or a pattern, such as " + (products or names)[0],
+                next_step="--keep '*down_proj*', say; quotes keep the shell from reading it",
+            )
+
+
 def _read_config(model: Path) -> dict[str, Any]:
     path = model / "config.json"
     config = files.read_json(path)
@@ -272,25 +338,3 @@ def _refuse_newer(config: Mapping[str, Any], path: Path) -> None:
             expected=f"a config saved by transformers {installed.split('.')[0]} or older",
             next_step=f"pip install 'transformers>={major}'",
         )
-
-
-# --- after the engine --------------------------------------------------------------------------------------
-
-
-def _check_loads(path: Path, precision: Precision) -> None:
-    """Open the graph once without optimizing it: engines have written graphs that no session accepts."""
-    import onnxruntime as ort
-
-    from lora_export.runtime import open_session, session_options
-
-    if precision == "bf16":
-        return  # loads on CUDA only, and an export may be made without one
-    options = session_options()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        open_session(path, "cpu", options=options)
-    except Exception as error:
-        raise ExportError(
-            f"the engine wrote a graph that does not load: {error}", expected="a graph that opens"
-        ) from error

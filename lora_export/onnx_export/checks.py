@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import files
+from lora_export.contracts import Precision
 from lora_export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -21,6 +22,25 @@ def check_model(path: Path) -> None:
     model = load_graph(path)
     check_external_data(path, model)
     _check_graph(path, model)
+
+
+def check_loads(path: Path, precision: Precision) -> None:
+    """Open the graph once without optimizing it: engines have written graphs that no session accepts."""
+    import onnxruntime as ort
+
+    from lora_export.runtime import open_session, session_options
+
+    if precision == "bf16":
+        return  # loads on CUDA only, and an export may be made without one
+    options = session_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        open_session(path, "cpu", options=options)
+    except Exception as error:
+        raise ExportError(
+            f"the engine wrote a graph that does not load: {error}", expected="a graph that opens"
+        ) from error
 
 
 def count_nodes(path: Path) -> int:

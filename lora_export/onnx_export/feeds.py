@@ -37,10 +37,15 @@ def token_feeds(model: Path, rows: Sequence[Sequence[int]]) -> list[Feed]:
 
 def built_in_rows(folder: Path, longest: int) -> list[list[int]]:
     """Token ids of a few sentences, by the tokenizer of a model's folder; longest: how many positions there are."""
+    return rows_of(folder, _TEXTS, longest)
+
+
+def rows_of(folder: Path, texts: Sequence[str], longest: int) -> list[list[int]]:
+    """Token ids of texts, cut to `longest`."""
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return [ids[:longest] for ids in (tokenizer(text)["input_ids"] for text in _TEXTS) if ids]
+    return [ids[:longest] for ids in (tokenizer(text)["input_ids"] for text in texts) if ids]
 
 
 def _value(given: "onnx.ValueInfoProto", row: Array) -> Array:

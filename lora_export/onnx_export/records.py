@@ -5,46 +5,52 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_export import files
-from lora_export.contracts import ExportResult, ModelKind, Precision
+from lora_export.contracts import Activations, ExportResult, ModelKind, Precision
 from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import InputError
 
 NAME = "export.json"
 _RECORD: Kind = {
     "engine": str, "precision": str, "nodes": int, "seconds": float, "kind": str, "task?": str, "graphs?": [str],
+    "files?": [str],
+    "activations?": str,
 }  # fmt: skip
 
 
-def load_export(folder: Path) -> ExportResult:
-    """What an earlier export left in `folder`; InputError if there is none."""
-    record = read_record(folder)
+def load_export(place: Path) -> ExportResult:
+    """What an earlier export left in a folder, or as one graph of a folder that adapters share. InputError if
+    there is none."""
+    name = NAME if place.is_dir() else f"{place.stem}.{NAME}"
+    folder = place if place.is_dir() else place.parent
+    record = read_record(folder, name)
     return ExportResult(
         output=folder,
         engine=record["engine"],
         precision=_known(Precision, record["precision"], folder),
         nodes=record["nodes"],
         seconds=record["seconds"],
-        files=_sizes(folder),
+        files={n: s for n, s in _sizes(folder).items() if n in record.get("files", (n,))},
         kind=_known(ModelKind, record["kind"], folder),
         task=record.get("task", "text-generation"),
         graphs=tuple(record["graphs"]),
+        activations=_known(Activations, record.get("activations", "float"), folder),
     )
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """export.json, with graphs that are there. InputError for anything else."""
-    path = folder / NAME
+def read_record(folder: Path, name: str = NAME) -> dict[str, Any]:
+    """export.json, with graphs that are there. InputError for anything else. name: of an adapter's own record."""
+    path = folder / name
     if not path.is_file():
-        raise _no_export(folder, f"model.onnx and {NAME}")
+        raise _no_export(folder, f"model.onnx and {name}")
     record = files.read_json(path)
     check_texts(record, path)
     check(record, _RECORD, "the record of the export", path)
     graphs = record.setdefault("graphs", ["model.onnx"])
     for name in graphs:
         if not files.plain_name(name) or not (folder / name).is_file():
-            raise _no_export(folder, f"{name!r}, which {NAME} names")
+            raise _no_export(folder, f"{name!r}, which {path.name} names")
     if not graphs:
-        raise _no_export(folder, f"a graph, of which {NAME} names none")
+        raise _no_export(folder, f"a graph, of which {path.name} names none")
     return record
 
 
@@ -69,8 +75,8 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    files.write_json(folder / NAME, {**record, "versions": _versions()})
+def write_record(folder: Path, record: Mapping[str, Any], name: str = NAME) -> None:
+    files.write_json(folder / name, {**record, "versions": _versions()})
 
 
 def _versions() -> dict[str, str]:

@@ -100,7 +100,7 @@ def read_map(earlier: Path, graphs: tuple[str, ...]) -> WeightsMap:
         raise ExportError(
             f"the export has no {weights_map.NAME}: it does not say what its weights are made of",
             where=earlier,
-            expected="an export that is not statically quantized, unmerged, or made by an older version",
+            expected="an export that is not unmerged, without int8 activations, by this version",
             next_step="export the model without --graph-from",
         )
     found = weights_map.read(earlier)

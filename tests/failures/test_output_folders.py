@@ -212,13 +212,13 @@ def test_a_step_that_fails_is_undone(
         monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     elif step == "rename":
         monkeypatch.setattr(files, "_exchange", fail)
-    real = files._sync
+    real = files.sync
     with pytest.raises(OSError, match="Input/output"), output_folder(tmp_path / "out", True) as stage:
         fill(stage)
         if step == "rename":
             monkeypatch.setattr(Path, "replace", fail)
         else:
-            monkeypatch.setattr(files, "_sync", lambda path: fail() if path == tmp_path else real(path))
+            monkeypatch.setattr(files, "sync", lambda path: fail() if path == tmp_path else real(path))
     assert names(tmp_path) == ({"out"} if exists else set())
     assert not exists or (tmp_path / "out" / "sub" / "file").read_text() == "old"
 
@@ -400,7 +400,7 @@ def test_where_files_cannot_be_locked_a_dead_process_holds_nothing(
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    monkeypatch.setattr(files, "_sync", lambda path: events.append(path.name))
+    monkeypatch.setattr(files, "sync", lambda path: events.append(path.name))
     real = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), real(a, b)))
     with output_folder(tmp_path / "out", False) as stage:

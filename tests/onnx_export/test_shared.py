@@ -1,0 +1,204 @@
+"""Many adapters in one folder: each computes what an export of its own does, and holds only what it changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from lora_export.commands.main import cli
+from lora_export.contracts import AdapterChoice, ExportResult
+from lora_export.errors import LoraExportError
+from lora_export.merge import merge
+from lora_export.onnx_export import compare, export, load_export, model_files, reweight, share, shared
+from lora_export.progress import Silent
+from tests.onnx_export.conftest import save_llama
+from tests.onnx_export.runs import session
+
+
+def merged(base: Path, folder: Path, targets: list[str], seed: int) -> Path:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder / "adapter")
+    merge(base, [AdapterChoice(folder / "adapter")], folder / "merged")
+    return folder / "merged"
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base, two merged models of it, and the base's export in fp32 and int4."""
+    folder = tmp_path_factory.mktemp("shared")
+    base = save_llama(folder / "base", seed=3)
+    found = {
+        "base": base,
+        "a": merged(base, folder / "a", ["q_proj", "v_proj"], 1),
+        "b": merged(base, folder / "b", ["down_proj"], 2),
+    }
+    for precision in ("fp32", "int4"):
+        output = folder / precision
+        export(base, output, precision=precision, progress=Silent())  # type: ignore[arg-type]
+        found[precision] = output
+    return found
+
+
+def logits(graph: Path) -> np.ndarray:
+    ids = np.arange(4, 15, dtype=np.int64)[None]
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(11)[None]}
+    runs = session(graph)
+    for given in runs.get_inputs():
+        if given.name.startswith("past"):
+            feeds[given.name] = np.zeros((1, given.shape[1], 0, given.shape[3]), np.float32)
+    return np.asarray(runs.run(["logits"], {i.name: feeds[i.name] for i in runs.get_inputs()})[0])
+
+
+def added(given: dict[str, Path], root: Path, name: str, precision: str = "fp32", **how: bool) -> ExportResult:
+    return share(given[precision], given[name], root, name, progress=Silent(), **how)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_each_graph_computes_what_its_own_export_does(
+    precision: str, given: dict[str, Path], tmp_path: Path
+) -> None:
+    root = tmp_path / "all"
+    for name in ("a", "b"):
+        result = added(given, root, name, precision)
+        own = reweight(given[precision], given[name], tmp_path / name, progress=Silent())
+        np.testing.assert_array_equal(logits(result.model), logits(own.model))
+        assert compare(root / "base.onnx", result.model, "cpu") == (True, ())
+        small, whole = result.files[result.model.with_suffix("").name + ".onnx"], own.files["model.onnx"]
+        assert small < 2 * whole
+    np.testing.assert_array_equal(logits(root / "base.onnx"), logits(load_export(given[precision]).model))
+    assert not np.array_equal(logits(root / "a.onnx"), logits(root / "b.onnx"))
+
+
+def test_an_adapter_holds_only_what_it_changed(given: dict[str, Path], tmp_path: Path) -> None:
+    result = added(given, tmp_path / "all", "b")
+    (data,) = (n for n in result.files if n.endswith(".bin"))
+    two_down_projections = 2 * 64 * 112 * 4
+    assert two_down_projections <= result.files[data] < two_down_projections + 2 * 4096
+    places = {
+        e.value
+        for t in onnx.load(result.model, load_external_data=False).graph.initializer
+        for e in t.external_data
+        if e.key == "location"
+    }
+    assert places == {"base.bin", data}
+
+
+def test_the_folder_is_an_export_of_the_base(given: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "all"
+    added(given, root, "a")
+    assert load_export(root).graphs == ("base.onnx",)
+    assert json.loads((root / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "base.onnx"
+    assert model_files(root / "a.onnx") == (root / "a.onnx",)
+    again = share(root, given["b"], root, "b", progress=Silent())  # the graph from the folder itself
+    assert sorted(p.name for p in root.iterdir() if p.suffix == ".onnx") == ["a.onnx", "b.onnx", "base.onnx"]
+    own = reweight(root, given["b"], tmp_path / "own", progress=Silent())
+    np.testing.assert_array_equal(logits(again.model), logits(own.model))
+
+
+def test_genai_generates_with_an_adapter(given: dict[str, Path], tmp_path: Path) -> None:
+    import onnxruntime_genai as og
+
+    root = tmp_path / "all"
+    added(given, root, "a")
+
+    def tokens(folder: Path, graph: str) -> list[int]:
+        config = og.Config(str(folder))
+        config.overlay(json.dumps({"model": {"decoder": {"filename": graph}}}))
+        model = og.Model(config)
+        settings = og.GeneratorParams(model)
+        settings.set_search_options(do_sample=False, max_length=20)
+        generator = og.Generator(model, settings)
+        generator.append_tokens([5, 9, 20])
+        while not generator.is_done():
+            generator.generate_next_token()
+        return list(generator.get_sequence(0))
+
+    own = reweight(given["fp32"], given["a"], tmp_path / "own", progress=Silent())
+    assert tokens(root, "a.onnx") == tokens(own.output, "model.onnx")
+
+
+def test_replaced_by_force_alone_and_the_old_data_go(given: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "all"
+    added(given, root, "a")
+    before = {p.name: p.read_bytes() for p in root.iterdir()}
+    with pytest.raises(LoraExportError, match="has an adapter called a"):
+        share(given["fp32"], given["b"], root, "a", progress=Silent())
+    assert {p.name: p.read_bytes() for p in root.iterdir()} == before
+    share(given["fp32"], given["b"], root, "a", force=True, progress=Silent())
+    assert len(list(root.glob("a-*.bin"))) == 1
+    own = reweight(given["fp32"], given["b"], tmp_path / "own", progress=Silent())
+    np.testing.assert_array_equal(logits(root / "a.onnx"), logits(own.model))
+
+
+def test_a_failure_leaves_the_folder_as_it_was(
+    given: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "all"
+    added(given, root, "a")
+    before = {p.name: p.read_bytes() for p in root.iterdir()}
+
+    def broken(*_: object) -> None:
+        raise LoraExportError("no")
+
+    monkeypatch.setattr(shared, "check_loads", broken)
+    with pytest.raises(LoraExportError):
+        share(given["fp32"], given["b"], root, "a", force=True, progress=Silent())
+    with pytest.raises(LoraExportError):
+        share(given["fp32"], given["b"], tmp_path / "other", "b", progress=Silent())
+    assert {p.name: p.read_bytes() for p in root.iterdir()} == before
+    assert not (tmp_path / "other").exists()
+
+
+def test_another_base_is_refused(given: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "all"
+    added(given, root, "a")
+    other = save_llama(tmp_path / "other", seed=9)
+    export(other, tmp_path / "other-onnx", precision="fp32", progress=Silent())
+    with pytest.raises(LoraExportError, match="shares another base"):
+        share(tmp_path / "other-onnx", given["b"], root, "b", progress=Silent())
+    assert not list(root.glob("b*.onnx")) or [p.name for p in root.glob("b*.onnx")] == ["base.onnx"]
+
+
+@pytest.mark.parametrize("name", ["", "base", "../a", "a/b", "a b", ".a", "-a", "a.b", "Ä", "a" * 65])
+def test_names_that_are_no_file_names_are_refused(name: str, given: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(LoraExportError, match="cannot be called"):
+        share(given["fp32"], given["a"], tmp_path / "all", name, progress=Silent())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_stays(given: dict[str, Path], tmp_path: Path) -> None:
+    root = tmp_path / "mine"
+    root.mkdir()
+    (root / "notes.txt").write_text("mine")
+    with pytest.raises(LoraExportError, match="not empty"):
+        share(given["fp32"], given["a"], root, "a", force=True, progress=Silent())
+    assert [p.name for p in root.iterdir()] == ["notes.txt"]
+
+
+def test_another_chat_template_is_told(
+    given: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(given["a"], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("other")
+    command = ["export", "-m", tmp_path / "model", "-o", tmp_path / "all", "--graph-from", given["fp32"]]
+    found = CliRunner().invoke(cli, [*map(str, command), "--shared-as", "a", "--json"])
+    assert found.exit_code == 0, found.stderr
+    assert "chat_template.jinja" in found.stderr
+    document = json.loads(found.stdout)
+    assert document["graphs"] == ["a.onnx"] and "a.onnx" in document["files"]
+
+
+def test_shared_as_needs_a_graph(given: dict[str, Path], tmp_path: Path) -> None:
+    command = ["export", "-m", given["a"], "-o", tmp_path / "all", "--shared-as", "a"]
+    found = CliRunner().invoke(cli, [*map(str, command)])
+    assert found.exit_code == 1 and "--shared-as without --graph-from" in found.stderr
