@@ -468,7 +468,7 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     planned = plan(base.folder, choices, options.merge)
     config = dict(planned.base.config)
     config.pop("quantization_config", None)  # the merge removes it
-    check_request(config, options.precision, options.provider, options.engine)
+    check_request(config, options.precision, options.provider, options.engine, options.quantization)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most
     widest = max(planned.nbytes, planned.nbytes * 4 // _width(planned.dtype))
     folders = 2 if options.merged_folder else 1

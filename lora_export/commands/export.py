@@ -82,6 +82,7 @@ def export(
             ("engine", result.engine),
             ("precision", result.precision),
             ("nodes", str(result.nodes)),
+            *_fusions(result.fused_against_plain),
             ("time", f"{result.seconds:.1f} s"),
             *((name, megabytes(size)) for name, size in result.files.items()),
             ("output", str(output)),
@@ -89,16 +90,23 @@ def export(
         talk.result(result.as_json(), table(rows))
 
 
+def _fusions(difference: float | None) -> list[tuple[str, str]]:
+    if difference is None:
+        return []
+    return [("fused graph", f"differs by {difference:.1e} from the plain one, relative, on made-up inputs")]
+
+
 def _planned(folder: Path, words: dict[str, Any], earlier: Path | None) -> dict[str, Any]:
     from lora_export.checkpoint import open_checkpoint
-    from lora_export.commands.gather import target_of
+    from lora_export.commands.gather import quantization_of, target_of
     from lora_export.onnx_export import check_request, load_export
 
     if earlier is not None:
         like = load_export(earlier)
         return {"engine": like.engine, "precision": like.precision, "graph_from": str(earlier)}
     config, precision = open_checkpoint(folder).config, words["precision"]
-    engine = check_request(config, precision, target_of(words["provider"]), words["engine"])
+    target, how = target_of(words["provider"]), quantization_of(words)
+    engine = check_request(config, precision, target, words["engine"], how)
     return {"engine": engine, "precision": precision}
 
 
@@ -132,6 +140,7 @@ def _exported(folder: Path, output: Path, words: dict[str, Any], force: bool, pr
         engine=words["engine"],
         optimize=words["optimize"],
         quantization=quantization_of(words),
+        against_plain=True,
         force=force,
         progress=progress,
     )

@@ -17,6 +17,7 @@ from lora_export.checkpoint import open_checkpoint, refuse_code
 from lora_export.contracts import ExportResult, Optimize, Precision, Progress, QuantizationOptions
 from lora_export.errors import CheckpointError, ExportError, InputError
 from lora_export.onnx_export import activations, records, shared, weights_map
+from lora_export.onnx_export.against_plain import compare as compare_to_plain
 from lora_export.onnx_export.checks import check_loads, check_model, count_nodes, load_graph
 from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
@@ -36,6 +37,7 @@ from lora_export.onnx_export.weight_source import FileSource, WeightSource
 from lora_export.onnx_export.writing import Writing
 
 RECORD = records.NAME
+LARGEST_COMPARED = 2**31  # bytes of a model that is run twice, beside itself without optimizations
 __all__ = [
     "RECORD",
     "check_model",
@@ -62,6 +64,7 @@ def export(
     adapter: Path | None = None,
     source: WeightSource | None = None,
     finish: Callable[[Path], Mapping[str, Any]] | None = None,
+    against_plain: bool = False,
     inputs: Sequence[Path] = (),
     force: bool = False,
     progress: Progress,
@@ -70,8 +73,9 @@ def export(
 
     precision: of the weights; provider: cpu or cuda, where the graph is to run; adapter: a LoRA folder that
     stays unmerged in the graph; source: where the numbers come from, if not from the files of `model`; finish:
-    what is done to the folder before it is checked, and what it adds to the record; inputs: other folders that
-    `output` must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
+    what is done to the folder before it is checked, and what it adds to the record; against_plain: run an fp32
+    export beside one without optimizations, for callers that do not compare with PyTorch; inputs: other folders
+    that `output` must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
     config = _read_config(model)
@@ -79,21 +83,20 @@ def export(
     read = [model, *inputs, *([adapter] if adapter else [])]
     with files.output_folder(output, force, inputs=read) as stage:
         how = quantization or QuantizationOptions()
-        activations.check(precision, None, how)
+        check_request(config, precision, provider, engine, how)
         quantized = blockwise(precision, provider, how) if how.activations == "float" else None
-        _refuse_unused(precision, how)
         job = Job(model, config, stage, precision, provider, adapter, progress, optimize, quantized)
         chosen.check(job)
         if quantized and AUTO in quantized.keep:
             job = _with_measured_damage(job, quantized, chosen, source)
         progress.detail(f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}")
         made = chosen.run(job if how.activations == "float" else replace(job, precision="fp32"))
-        activations.check(precision, made.kind, how)
         own = sorted(p.name for p in stage.iterdir() if p.suffix != ".data" and not p.name.endswith("_data"))
         chosen.accompany(model, stage)
         if made.described:
             with _opened(model, source) as numbers:
                 _fill(stage, numbers, progress)
+        checked = _against_plain(job, made, chosen) if against_plain else None
         if how.activations != "float":
             activations.quantize(stage, model, made, how, config)
         _refuse_unmatched(stage, made, how.keep)
@@ -113,6 +116,7 @@ def export(
             "architecture": architecture_of(config),
             "quantization": asdict(job.quantized) if job.quantized else None,
             "activations": how.activations,
+            "fused_against_plain": checked,
             "adapter": adapter is not None,
             "seconds": round(time.monotonic() - started, 3),
             "source_config_sha256": files.sha256(model / "config.json"),
@@ -203,6 +207,23 @@ def _fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
     weights_map.write(stage, replace(found, hashes=hash_all(numbers)))
 
 
+def _against_plain(job: Job, made: Made, chosen: Engine) -> float | None:
+    """The largest relative difference between the fused graphs and plain ones; None where none are to be compared:
+    the engine writes fused graphs only, a type other than fp32 differs by its rounding, or the model is large."""
+    nbytes = sum(weights_map.read(job.output).sizes.values()) if made.described else LARGEST_COMPARED + 1
+    if chosen.name != "dynamo" or job.optimize == "none" or job.precision != "fp32" or nbytes > LARGEST_COMPARED:
+        return None
+    job.progress.detail("the fused graphs beside plain ones, on made-up inputs")
+    plain = job.output / ".plain"
+    plain.mkdir()
+    chosen.run(replace(job, output=plain, optimize="none"))
+    with _opened(job.model, None) as numbers:
+        _fill(plain, numbers, job.progress)
+    worst = max(compare_to_plain(job.output / name, plain / name, job.config) for name in made.graphs)
+    shutil.rmtree(plain)
+    return worst
+
+
 def _with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: WeightSource | None) -> Job:
     """The job with those products in int8 whose int4 does the most measured damage for its size."""
     from lora_export.onnx_export.feeds import built_in_rows, token_feeds
@@ -239,13 +260,23 @@ def _engine(name: str) -> Engine:
     return known[name]
 
 
-def check_request(config: Mapping[str, Any], precision: Precision, provider: str, engine: str | None) -> str:
+def check_request(
+    config: Mapping[str, Any],
+    precision: Precision,
+    provider: str,
+    engine: str | None,
+    quantization: QuantizationOptions | None = None,
+) -> str:
     """The name of the engine that will export a model with this config.json; refuses what it cannot do.
 
     For a model that does not exist yet: what only its folder can tell is checked by `export`.
     """
-    chosen = choose(config, engine)
+    chosen, how = choose(config, engine), quantization or QuantizationOptions()
     chosen.check_precision(precision, provider)
+    activations.check(precision, chosen.generates(config), how)
+    _refuse_unused(precision, how)
+    if how.activations == "float":
+        blockwise(precision, provider, how)
     return chosen.name
 
 

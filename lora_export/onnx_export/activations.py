@@ -14,8 +14,8 @@ from lora_export.onnx_export.job import Made
 LONGEST = 128  # tokens of a text that take part in calibration
 
 
-def check(precision: str, kind: str | None, how: QuantizationOptions) -> None:
-    """ExportError for what only weights can be, or what has no calibration. kind: of the model, None if unknown."""
+def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
+    """ExportError for what only weights can be, or what has no calibration. generates: whether the model does."""
     if how.activations == "float":
         if how.calibration is not None:
             raise ExportError(
@@ -32,9 +32,9 @@ def check(precision: str, kind: str | None, how: QuantizationOptions) -> None:
         raise ExportError(
             f"int8 activations in a graph of {precision}", expected="--precision int8", next_step="--precision int8"
         )
-    if kind not in (None, "encoder"):
+    if generates:
         raise ExportError(
-            f"int8 activations of a {kind}",
+            "int8 activations of a model that generates",
             expected="a model that does not generate",
             next_step="--precision int8 without --activations, or int4: their weights alone are quantized",
         )

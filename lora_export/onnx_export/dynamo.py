@@ -68,6 +68,9 @@ class DynamoEngine:
                 next_step="--precision fp32, or --provider cuda",
             )
 
+    def generates(self, config: Mapping[str, Any]) -> bool:
+        return TASKS[architecture_of(config)].endswith("-generation")
+
     def run(self, job: Job) -> Made:
         request = {
             "model": str(job.model.resolve()),

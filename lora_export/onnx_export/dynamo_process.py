@@ -3,6 +3,7 @@
 Prints, as its last line, what was made: kind, task and file names of the graphs.
 """
 
+import gc
 import json
 import sys
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 
 def main() -> None:
     request = json.load(sys.stdin)
+    gc.disable()  # a short life, in which a million objects are made and stay
     warnings.simplefilter("ignore")  # torch tells of axes and names that were asked for
     from lora_export.onnx_export import graph_files
     from lora_export.onnx_export.dynamo_engine import attention, passes, tracing

@@ -77,6 +77,9 @@ class GenaiEngine:
                 next_step="--precision fp32, or --provider cuda",
             )
 
+    def generates(self, config: Mapping[str, Any]) -> bool:
+        return True
+
     def run(self, job: Job) -> Made:
         described = job.adapter is None
         request = {

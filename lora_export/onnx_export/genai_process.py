@@ -4,6 +4,7 @@ The builder puts numbers into its graph; here it gets parameters that say where 
 goes out with a map of them. An unmerged graph (`adapter`) is the builder's own work, numbers and all.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ _HEAD = "/lm_head/MatMul"
 
 def main() -> None:
     request = json.load(sys.stdin)
+    gc.disable()  # a short life, in which a million objects are made and stay
     from onnxruntime_genai.models import builder
 
     precision, provider = request["precision"], request["provider"]

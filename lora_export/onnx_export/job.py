@@ -54,6 +54,10 @@ class Engine(Protocol):
 
     def check_precision(self, precision: Precision, provider: str) -> None: ...
 
+    def generates(self, config: Mapping[str, Any]) -> bool:
+        """Whether the model makes a text token by token."""
+        ...
+
     def run(self, job: Job) -> Made: ...
 
     def accompany(self, model: Path, output: Path) -> None:

@@ -33,6 +33,7 @@ def load_export(place: Path) -> ExportResult:
         kind=_known(ModelKind, record["kind"], folder),
         task=record.get("task", "text-generation"),
         graphs=tuple(record["graphs"]),
+        fused_against_plain=_number(record.get("fused_against_plain")),
         activations=_known(Activations, record.get("activations", "float"), folder),
     )
 
@@ -61,6 +62,10 @@ def _no_export(folder: Path, expected: str) -> InputError:
         expected=expected,
         next_step="lora-export export -m MODEL -o OUT",
     )
+
+
+def _number(found: Any) -> float | None:
+    return float(found) if isinstance(found, int | float) else None
 
 
 def _known(words: Any, found: str, folder: Path) -> Any:

@@ -1,0 +1,107 @@
+"""int8 activations by the command line, and options of quantization that would do nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+
+from lora_export.commands.main import cli
+from tests.onnx_export.architectures import DYNAMO, save
+from tests.onnx_export.runs import session
+
+
+def run(model: Path, output: Path, *words: str) -> Result:
+    return CliRunner().invoke(cli, ["export", "-m", str(model), "-o", str(output), *words, "--json"])
+
+
+def operators(folder: Path) -> list[str]:
+    return [n.op_type for n in onnx.load(folder / "model.onnx", load_external_data=False).graph.node]
+
+
+def hidden(folder: Path) -> np.ndarray:
+    ids = np.arange(4, 24)[None]
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return np.asarray(session(folder / "model.onnx").run(None, given)[0])
+
+
+@pytest.fixture(scope="module")
+def plain(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("plain") / "onnx"
+    assert run(bert, output, "--optimize", "basic").exit_code == 0
+    return output
+
+
+@pytest.mark.parametrize(("kind", "operator"), [("dynamic", "MatMulInteger"), ("static", "QuantizeLinear")])
+def test_an_encoder_with_int8_activations(
+    kind: str, operator: str, bert: Path, plain: Path, tmp_path: Path
+) -> None:
+    words = ["--precision", "int8", "--activations", kind]
+    if kind == "static":
+        texts = tmp_path / "texts.txt"
+        texts.write_text("abc def\n\nghi jkl mno\n" * 4)
+        words += ["--calibration", str(texts)]
+    found = run(bert, tmp_path / "onnx", *words)
+    assert found.exit_code == 0, found.stderr
+    document = json.loads(found.stdout)
+    assert document["precision"] == "int8" and "weights-map.json" not in document["files"]
+    assert operator in operators(tmp_path / "onnx")
+    expected, quantized = hidden(plain), hidden(tmp_path / "onnx")
+    assert 0 < np.linalg.norm(expected - quantized) / np.linalg.norm(expected) < 0.15
+    again = run(bert, tmp_path / "again", "--graph-from", str(tmp_path / "onnx"))
+    assert again.exit_code == 1 and "without int8 activations" in again.stderr
+
+
+def test_a_kept_node_stays_in_fp32(bert: Path, tmp_path: Path) -> None:
+    words = ["--precision", "int8", "--activations", "dynamic", "--keep", "*"]
+    found = run(bert, tmp_path / "onnx", *words)
+    assert found.exit_code == 1 and "can be quantized to int8" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--activations", "dynamic"], "int8 activations in a graph of fp32"),
+        (["--precision", "int4", "--activations", "static"], "int8 activations in a graph of int4"),
+        (["--precision", "int8", "--calibration", "t.txt"], "a calibration without --activations static"),
+        (
+            ["--precision", "int8", "--activations", "dynamic", "--calibration", "t.txt"],
+            "a calibration of dynamic activations",
+        ),
+        (["--keep", "*"], "--keep beside --precision fp32"),
+        (["--precision", "fp16", "--block-size", "16"], "--block-size beside --precision fp16"),
+        (["--quantizer", "rtn"], "--quantizer beside --precision fp32"),
+        (["--precision", "int4", "--block-size", "48"], "blocks of 48"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(words: list[str], said: str, bert: Path, tmp_path: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        found = run(bert, tmp_path / "onnx", *words, *more)
+        assert found.exit_code == 1 and said in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_models_that_generate_are_refused(name: str, llama: Path, tmp_path: Path) -> None:
+    model = llama if name == "llama" else save(DYNAMO["T5ForConditionalGeneration"], tmp_path / "t5")
+    found = run(model, tmp_path / "onnx", "--precision", "int8", "--activations", "dynamic")
+    assert found.exit_code == 1 and "a model that does not generate" in found.stderr
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_pattern_that_keeps_nothing_is_refused(llama: Path, tmp_path: Path) -> None:
+    found = run(llama, tmp_path / "onnx", "--precision", "int4", "--keep", "*downproj*")
+    assert found.exit_code == 1
+    assert "no node is called '*downproj*'" in found.stderr and "/model/layers.0/" in found.stderr
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe"])
+def test_a_calibration_without_text_is_refused(content: bytes, bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_bytes(content)
+    words = ["--precision", "int8", "--activations", "static", "--calibration", str(tmp_path / "texts.txt")]
+    found = run(bert, tmp_path / "onnx", *words)
+    assert found.exit_code == 1 and "texts.txt" in found.stderr
+    assert not (tmp_path / "onnx").exists()
