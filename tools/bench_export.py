@@ -14,6 +14,7 @@ Arms, each a whole process:
 """
 
 import argparse
+import filecmp
 import os
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def run(base: Path, tuned: Path, precision: str, options: argparse.Namespace) ->
 
 def refuse_difference(first: Path, following: Path) -> None:
     for path in sorted(p for p in first.iterdir() if p.name not in ("export.json",)):
-        if path.read_bytes() != (following / path.name).read_bytes():
+        if not filecmp.cmp(path, following / path.name, shallow=False):
             raise SystemExit(f"{path.name} differs between the first export and the next")
 
 

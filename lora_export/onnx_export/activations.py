@@ -38,6 +38,8 @@ def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
             expected="a model that does not generate",
             next_step="--precision int8 without --activations, or int4: their weights alone are quantized",
         )
+    if how.calibration is not None:
+        _texts(how.calibration)
 
 
 def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, config: Mapping[str, Any]) -> int:
@@ -65,10 +67,14 @@ def _calibration(graph: Path, model: Path, how: QuantizationOptions, config: Map
     longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
     if how.calibration is None:
         return token_feeds(graph, built_in_rows(model, longest))
+    return token_feeds(graph, rows_of(model, _texts(how.calibration), longest))
+
+
+def _texts(path: Path) -> list[str]:
     try:
-        texts = [t for t in how.calibration.read_text(encoding="utf-8").splitlines() if t.strip()]
+        texts = [t for t in path.read_text(encoding="utf-8").splitlines() if t.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the file cannot be read: {error}", where=how.calibration, expected="UTF-8") from None
+        raise InputError(f"the file cannot be read: {error}", where=path, expected="UTF-8") from None
     if not texts:
-        raise InputError("the file has no text", where=how.calibration, expected="one text a line")
-    return token_feeds(graph, rows_of(model, texts, longest))
+        raise InputError("the file has no text", where=path, expected="one text a line")
+    return texts

@@ -7,7 +7,7 @@ writes their bytes: the first export and the re-weighting of an earlier one are 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lora_export import files
 from lora_export.documents import Kind, check, check_texts
@@ -126,7 +126,10 @@ def placed(weights: Iterable[Weight]) -> tuple[Weight, ...]:
 # --- the file ----------------------------------------------------------------------------------------------
 
 _FILE: Kind = {"schema_version": int, "hashes": {str: str}, "weights": [dict]}
-_WEIGHT: Kind = {"name": str, "file": str, "dtype": str, "shape": [int], "offset": int, "made_of": [dict]}
+_WEIGHT: Kind = {
+    "name": str, "file": str, "dtype": str, "shape": [int], "offset": int, "made_of": [dict], "transposed?": bool,
+    "plus?": float, "quantized?": dict, "computed_from?": [str],
+}  # fmt: skip
 _PIECE: Kind = {"tensor": str, "rows": [int]}
 _QUANTIZED: Kind = {
     "method": str, "part": str, "block_size": int, "symmetric": bool, "algorithm": str,
@@ -186,17 +189,22 @@ def _weight(entry: dict[str, Any], path: Path) -> Weight:
         raise _odd(path, f"the type {entry['dtype']!r}", ", ".join(ITEM_SIZE), name)
     if entry["offset"] < 0 or any(n < 0 for n in entry["shape"]):
         raise _odd(path, "a negative size or offset", "0 or more", name)
-    quantized = entry.get("quantized")
-    if quantized is not None:
-        check(quantized, _QUANTIZED, "the quantization of a weight", path)
     recipe = Recipe(
         tuple(_piece(p, path) for p in entry["made_of"]),
-        bool(entry.get("transposed", False)),
+        entry.get("transposed", False),
         float(entry.get("plus", 0.0)),
-        Quantization(**quantized) if quantized is not None else None,
+        _quantization(entry["quantized"], name, path) if "quantized" in entry else None,
         tuple(entry.get("computed_from", ())),
     )
     return Weight(name, entry["file"], entry["dtype"], tuple(entry["shape"]), recipe, entry["offset"])
+
+
+def _quantization(entry: dict[str, Any], name: str, path: Path) -> Quantization:
+    check(entry, _QUANTIZED, "the quantization of a weight", path)
+    known = entry["method"] in get_args(Method) and entry["part"] in get_args(Part) and entry["block_size"] > 0
+    if not known:
+        raise _odd(path, f"the quantization {entry}", "one that this version writes", name)
+    return Quantization(**{field: entry[field] for field in _QUANTIZED})
 
 
 def _piece(entry: dict[str, Any], path: Path) -> Piece:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.contracts import Progress
 from lora_export.errors import CheckpointError, ExportError
-from lora_export.files import copy_range
+from lora_export.files import copy_range, start_writing_back
 from lora_export.onnx_export.weight_source import WeightSource
 from lora_export.onnx_export.weights_map import Piece, Recipe, Weight, WeightsMap
 from lora_export.workers import BLOCK, OpenFile, cores, reuse_memory, share_out
@@ -108,6 +108,22 @@ def check_sources(found: WeightsMap, source: WeightSource) -> None:
             wanted *= n
         if weight.recipe.pieces and weight.recipe.quantized is None and elements != wanted:
             raise _other_model(f"{elements} numbers for an initializer of {list(weight.shape)}", weight.name)
+        if weight.recipe.quantized is not None:
+            _check_quantized(weight, source)
+
+
+def _check_quantized(weight: Weight, source: WeightSource) -> None:
+    """ExportError unless the array has the shape that a quantizer gives it."""
+    from lora_export.onnx_export.quantizing import shapes
+
+    recipe = weight.recipe
+    matrices = {source.tensors[p.tensor].shape[1:] for p in recipe.pieces}
+    if recipe.quantized is None or len(matrices) != 1 or len(next(iter(matrices))) != 1:
+        raise _other_model(f"no matrix to quantize in {len(recipe.pieces)} pieces", weight.name)
+    height, ((width,),) = sum(p.stop - p.start for p in recipe.pieces), matrices
+    rows, columns = (width, height) if recipe.transposed else (height, width)
+    if shapes(rows, columns, recipe.quantized).get(recipe.quantized.part) != weight.shape:
+        raise _other_model(f"a matrix [{height}, {width}] for an array of {list(weight.shape)}", weight.name)
 
 
 def _elements(source: WeightSource, piece: Piece) -> int:
@@ -150,6 +166,7 @@ class Copy(Job):
         except OSError as error:
             error.filename, error.filename2 = str(self.source.path), str(self.out.path)
             raise
+        start_writing_back(self.out.fd, self.at, self.length)
         return self.length
 
 

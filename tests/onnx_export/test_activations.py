@@ -1,6 +1,7 @@
 """int8 activations by the command line, and options of quantization that would do nothing."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from lora_export.commands.main import cli
+from lora_export.contracts import ExportResult
 from tests.onnx_export.architectures import DYNAMO, save
 from tests.onnx_export.runs import session
 
@@ -27,16 +29,9 @@ def hidden(folder: Path) -> np.ndarray:
     return np.asarray(session(folder / "model.onnx").run(None, given)[0])
 
 
-@pytest.fixture(scope="module")
-def plain(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("plain") / "onnx"
-    assert run(bert, output, "--optimize", "basic").exit_code == 0
-    return output
-
-
 @pytest.mark.parametrize(("kind", "operator"), [("dynamic", "MatMulInteger"), ("static", "QuantizeLinear")])
 def test_an_encoder_with_int8_activations(
-    kind: str, operator: str, bert: Path, plain: Path, tmp_path: Path
+    kind: str, operator: str, bert: Path, exported: Callable[..., ExportResult], tmp_path: Path
 ) -> None:
     words = ["--precision", "int8", "--activations", kind]
     if kind == "static":
@@ -48,12 +43,13 @@ def test_an_encoder_with_int8_activations(
     document = json.loads(found.stdout)
     assert document["precision"] == "int8" and "weights-map.json" not in document["files"]
     assert operator in operators(tmp_path / "onnx")
-    expected, quantized = hidden(plain), hidden(tmp_path / "onnx")
+    expected, quantized = hidden(exported(bert).output), hidden(tmp_path / "onnx")
     assert 0 < np.linalg.norm(expected - quantized) / np.linalg.norm(expected) < 0.15
     again = run(bert, tmp_path / "again", "--graph-from", str(tmp_path / "onnx"))
     assert again.exit_code == 1 and "without int8 activations" in again.stderr
 
 
+@pytest.mark.slow
 def test_a_kept_node_stays_in_fp32(bert: Path, tmp_path: Path) -> None:
     words = ["--precision", "int8", "--activations", "dynamic", "--keep", "*"]
     found = run(bert, tmp_path / "onnx", *words)

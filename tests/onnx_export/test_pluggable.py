@@ -130,6 +130,7 @@ def test_what_is_written(exported: ExportResult) -> None:
     assert len(parameters) == 2 * 2 * 2 and parameters.keys() <= slots
 
 
+@pytest.mark.slow
 def test_half_precision_adapters_have_the_type_of_the_graph(given: dict[str, Path], tmp_path: Path) -> None:
     result = plugged(given, ("plain",), tmp_path / "out", precision="fp16")
     parameters = ort.AdapterFormat.read_adapter(str(result.output / "plain.onnx_adapter")).get_parameters()

@@ -25,6 +25,7 @@ from tests.builders import edit_json, edit_tensors
 from tests.onnx_export.architectures import DYNAMO, GENAI, save, save_adapter
 
 Folders = tuple[Path, Path, Path]
+Exported = Callable[..., ExportResult]
 
 
 def same_files(a: Path, b: Path) -> None:
@@ -55,9 +56,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pa
 
 PLAIN = QuantizationOptions()
 Case = tuple[str, Precision, QuantizationOptions]
-QUICK: list[Case] = [("LlamaForCausalLM", p, PLAIN) for p in ("fp32", "bf16", "int4")]
+QUICK: list[Case] = [("LlamaForCausalLM", "int4", PLAIN)]
 SLOW: list[Case] = [
-    *(("LlamaForCausalLM", p, PLAIN) for p in ("fp16", "int8")),
+    *(("LlamaForCausalLM", p, PLAIN) for p in ("fp32", "fp16", "bf16", "int8")),
     *(("LlamaForCausalLM", "int4", QuantizationOptions(16, algorithm=a)) for a in ("rtn", "k_quant")),
     ("LlamaForCausalLM", "int4", QuantizationOptions(keep=("*down_proj*",))),
     *(("Qwen3ForCausalLM", p, PLAIN) for p in ("fp16", "int4")),
@@ -99,16 +100,17 @@ def test_the_next_adapter_is_what_a_fresh_export_gives(
 
 
 @pytest.fixture(scope="module")
-def exported_base(models: Callable[[str], tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("exported") / "base"
-    return export(models("LlamaForCausalLM")[0], output, precision="fp32", progress=Silent()).output
+def merged_llama(llama: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("merged") / "llama"
+    merge(llama, [AdapterChoice(adapter)], output)
+    return output
 
 
 @pytest.fixture
-def folders(models: Callable[[str], tuple[Path, Path]], exported_base: Path, tmp_path: Path) -> Folders:
+def folders(exported: Exported, llama: Path, merged_llama: Path, tmp_path: Path) -> Folders:
     """An export of the base and a merged model, both to be spoiled; and where the next export is to lie."""
-    shutil.copytree(models("LlamaForCausalLM")[1], tmp_path / "merged")
-    shutil.copytree(exported_base, tmp_path / "earlier")
+    shutil.copytree(merged_llama, tmp_path / "merged")
+    shutil.copytree(exported(llama).output, tmp_path / "earlier")
     return tmp_path / "earlier", tmp_path / "merged", tmp_path / "out"
 
 
@@ -144,14 +146,12 @@ def test_another_shape_is_refused(folders: Folders) -> None:
 
 
 def test_a_tensor_of_which_no_weight_is_made_must_not_change(
-    models: Callable[[str], tuple[Path, Path]], tmp_path: Path
+    exported: Exported, bert: Path, tmp_path: Path
 ) -> None:
     """The graph lacks the pooler; a bias of zeros may be lacking too, and then no other could come in."""
-    base, merged = models("BertModel")
-    earlier = export(base, tmp_path / "earlier", precision="fp32", progress=Silent())
-    shutil.copytree(merged, tmp_path / "merged")
+    shutil.copytree(bert, tmp_path / "merged")
     edit_tensors(tmp_path / "merged" / "model.safetensors", {"pooler.dense.bias": torch.ones(64)})
-    refused((earlier.output, tmp_path / "merged", tmp_path / "out"), "it changed", "pooler.dense.bias")
+    refused((exported(bert).output, tmp_path / "merged", tmp_path / "out"), "it changed", "pooler.dense.bias")
 
 
 def test_a_data_file_that_is_cut_is_refused(folders: Folders) -> None:
@@ -190,10 +190,8 @@ def test_a_graph_that_disagrees_with_the_map_is_refused(folders: Folders) -> Non
     refused(folders, "disagree on where", tensor.name)
 
 
-def test_an_unmerged_export_has_no_map(llama: Path, adapter: Path, folders: Folders) -> None:
-    _, merged, out = folders
-    unmerged = export(llama, out.with_name("unmerged"), precision="fp32", adapter=adapter, progress=Silent())
-    refused((unmerged.output, merged, out), "no weights-map.json")
+def test_an_unmerged_export_has_no_map(exported: Exported, llama: Path, adapter: Path, folders: Folders) -> None:
+    refused((exported(llama, adapter=adapter).output, *folders[1:]), "no weights-map.json")
 
 
 def test_a_full_disk_leaves_nothing(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
