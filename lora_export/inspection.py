@@ -166,7 +166,7 @@ def _fit(base: Path, adapter: Path) -> dict[str, Any]:
 
 
 def _onnx(folder: Path) -> dict[str, Any]:
-    from lora_export.onnx_export import check_model, load_export
+    from lora_export.onnx_export import adapters_beside, check_model, load_export
 
     found = load_export(folder)
     for name in found.graphs:
@@ -179,6 +179,7 @@ def _onnx(folder: Path) -> dict[str, Any]:
         "engine": found.engine,
         "precision": found.precision,
         "nodes": found.nodes,
+        "adapters": adapters_beside(folder),
         "files": dict(found.files),
         "runs_in": "onnxruntime-genai, ONNX Runtime"
         if (folder / "genai_config.json").is_file()

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import files
-from lora_export.checkpoint import open_checkpoint, refuse_code
+from lora_export.checkpoint import open_checkpoint
 from lora_export.contracts import ExportResult, Optimize, Precision, Progress, QuantizationOptions
-from lora_export.errors import CheckpointError, ExportError, InputError
+from lora_export.errors import ExportError, InputError
 from lora_export.onnx_export import activations, records, shared, weights_map
 from lora_export.onnx_export.against_plain import compare as compare_to_plain
-from lora_export.onnx_export.checks import check_loads, check_model, count_nodes, load_graph
+from lora_export.onnx_export.checks import check_loads, check_model, count_nodes
 from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
 from lora_export.onnx_export.job import Engine, Job, Made, architecture_of
-from lora_export.onnx_export.products import kept
 from lora_export.onnx_export.quantize_graph import AUTO, Blockwise, blockwise
-from lora_export.onnx_export.records import load_export
+from lora_export.onnx_export.records import adapters_beside, load_export
+from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
 from lora_export.onnx_export.reweight import (
     config_digest,
     copy_graphs,
@@ -40,6 +40,7 @@ RECORD = records.NAME
 LARGEST_COMPARED = 2**31  # bytes of a model that is run twice, beside itself without optimizations
 __all__ = [
     "RECORD",
+    "adapters_beside",
     "check_model",
     "check_request",
     "compare",
@@ -78,7 +79,7 @@ def export(
     that `output` must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
-    config = _read_config(model)
+    config = read_config(model)
     chosen = choose(config, engine)
     read = [model, *inputs, *([adapter] if adapter else [])]
     with files.output_folder(output, force, inputs=read) as stage:
@@ -99,7 +100,7 @@ def export(
         checked = _against_plain(job, made, chosen) if against_plain else None
         if how.activations != "float":
             activations.quantize(stage, model, made, how, config)
-        _refuse_unmatched(stage, made, how.keep)
+        refuse_unmatched(stage, made, how.keep)
         more = finish(stage) if finish else {}
         for name in made.graphs:
             check_model(stage / name)
@@ -143,7 +144,7 @@ def reweight(
     """
     started = time.monotonic()
     record = records.read_record(earlier)
-    config = _read_config(model)
+    config = read_config(model)
     found = read_map(earlier, tuple(record["graphs"]))
     with files.output_folder(output, force, inputs=[model, earlier]) as stage, _opened(model, source) as numbers:
         hashes = hash_all(numbers)
@@ -179,7 +180,7 @@ def share(
     inputs = [model] if root.exists() and root.samefile(earlier) else [model, earlier]
     with shared.opened(root, base, inputs) as folder, _opened(model, None) as numbers:
         hashes = hash_all(numbers)
-        refuse_other_model(earlier, record, _read_config(model), found, hashes)
+        refuse_other_model(earlier, record, read_config(model), found, hashes)
         graph = shared.add(folder, name, base, numbers, hashes, force, progress)
         shared.warn_of_companions(model, folder, progress)
     return replace(load_export(root / graph), seconds=time.monotonic() - started)
@@ -274,7 +275,7 @@ def check_request(
     chosen, how = choose(config, engine), quantization or QuantizationOptions()
     chosen.check_precision(precision, provider)
     activations.check(precision, chosen.generates(config), how)
-    _refuse_unused(precision, how)
+    refuse_unused(precision, how)
     if how.activations == "float":
         blockwise(precision, provider, how)
     return chosen.name
@@ -298,74 +299,3 @@ def model_files(path: Path) -> tuple[Path, ...]:
             next_step="lora-export export -m MODEL -o OUT",
         )
     return (file,)
-
-
-# --- refusals ----------------------------------------------------------------------------------------------
-
-
-def _refuse_unused(precision: Precision, how: QuantizationOptions) -> None:
-    """Options of quantization beside a precision in which nothing is quantized: ExportError, not silence."""
-    if precision in ("int4", "int8", "nf4"):
-        return
-    for name in ("block_size", "keep", "accuracy_level", "algorithm"):
-        if getattr(how, name) != getattr(QuantizationOptions(), name):
-            option = {"algorithm": "quantizer"}.get(name, name).replace("_", "-")
-            raise ExportError(
-                f"--{option} beside --precision {precision}, in which nothing is quantized",
-                expected="int4, int8 or nf4",
-                next_step=f"the same command without --{option}, or with --precision int4",
-            )
-
-
-def _refuse_unmatched(stage: Path, made: Made, patterns: Sequence[str]) -> None:
-    """A pattern that keeps nothing is a mistake that nobody would see."""
-    names = [node.name for graph in made.graphs for node in load_graph(stage / graph).graph.node]
-    for pattern in patterns:
-        if pattern != AUTO and not any(kept(name, [pattern]) for name in names):
-            products = [
-                n.removesuffix("_Q4").removesuffix("_Q8") for n in names if n.endswith(("_Q4", "_Q8", "_Bnb4"))
-            ]
-            raise ExportError(
-                f"no node is called {pattern!r}, which --keep says",
-                expected="a node or a pattern, such as " + (products or names)[0],
-                next_step="--keep '*down_proj*', say; quotes keep the shell from reading it",
-            )
-
-
-def _read_config(model: Path) -> dict[str, Any]:
-    path = model / "config.json"
-    config = files.read_json(path)
-    _refuse_newer(config, path)
-    for name in ("config.json", "tokenizer_config.json"):
-        if (model / name).is_file():
-            refuse_code(files.read_json(model / name), model / name)
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            "config.json still has a quantization_config: these are no merged weights",
-            where=path,
-            expected="a merged folder in fp32, fp16 or bf16",
-            next_step="lora-export merge -b BASE -a ADAPTER -o OUT, then export OUT",
-        )
-    if not any(model.glob("*.safetensors")):
-        raise CheckpointError(
-            "the folder holds no weights as safetensors",
-            where=model,
-            expected="model.safetensors, or shards with an index; a .bin is a pickle, which can execute code",
-        )
-    return config
-
-
-def _refuse_newer(config: Mapping[str, Any], path: Path) -> None:
-    """A newer major renames keys, and an older reader falls back to defaults without a word."""
-    from importlib.metadata import version
-
-    installed = version("transformers")
-    saved = str(config.get("transformers_version") or "0")
-    major = saved.split(".")[0]
-    if major.isdigit() and int(major) > int(installed.split(".")[0]):
-        raise CheckpointError(
-            f"config.json was saved by transformers {saved}; {installed} is installed and may misread it",
-            where=path,
-            expected=f"a config saved by transformers {installed.split('.')[0]} or older",
-            next_step=f"pip install 'transformers>={major}'",
-        )

@@ -38,6 +38,12 @@ def load_export(place: Path) -> ExportResult:
     )
 
 
+def adapters_beside(folder: Path) -> list[str]:
+    """The adapters that share the folder with an export, and those that its graph takes as it runs."""
+    shared = [p.name.removesuffix(f".{NAME}") for p in folder.glob(f"*.{NAME}")]
+    return sorted([*shared, *(p.stem for p in folder.glob("*.onnx_adapter"))])
+
+
 def read_record(folder: Path, name: str = NAME) -> dict[str, Any]:
     """export.json, with graphs that are there. InputError for anything else. name: of an adapter's own record."""
     path = folder / name

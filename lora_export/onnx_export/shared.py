@@ -69,6 +69,13 @@ def check_name(name: str, record: Mapping[str, Any], earlier: Path) -> None:
 def opened(root: Path, shared: Shared, inputs: list[Path]) -> Iterator[Path]:
     """The folder to add an adapter to: `root` itself, or what becomes it, with the base in it already."""
     if not (root / BASE_GRAPH).is_file():
+        if root.is_dir() and any(root.iterdir()):
+            raise InputError(
+                "the folder holds something else than adapters that share a base",
+                where=root,
+                expected=f"{BASE_GRAPH} and {BASE_DATA}, or no such folder yet",
+                next_step="choose another -o",
+            )
         with files.output_folder(root, False, inputs=inputs) as stage:
             _write_base(stage, shared)
             yield stage

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lora_export.commands.main import cli
 from lora_export.contracts import ExportResult, Source
 from lora_export.errors import LoraExportError
+from lora_export.inspection import inspect_folder
 from lora_export.pluggable import export_pluggable
 from lora_export.progress import Silent
 from tests.onnx_export.conftest import save_llama
@@ -122,6 +123,7 @@ def test_what_is_written(exported: ExportResult) -> None:
     names = {p.name for p in exported.output.iterdir()}
     assert {"plain.onnx_adapter", "wide.onnx_adapter", "odd.onnx_adapter", "model.onnx"} <= names
     record = json.loads((exported.output / "export.json").read_text())
+    assert inspect_folder(exported.output)["adapters"] == ["odd", "plain", "wide"]
     assert record["pluggable"] == ["plain", "wide", "odd"]
     graph = onnx.load(exported.model, load_external_data=False).graph
     slots = {i.name for i in graph.input if "lora" in i.name}

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, ExportResult
 from lora_export.errors import LoraExportError
+from lora_export.inspection import inspect_folder
 from lora_export.merge import merge
 from lora_export.onnx_export import compare, load_export, model_files, reweight, share, shared
 from lora_export.progress import Silent
@@ -97,6 +98,7 @@ def test_the_folder_is_an_export_of_the_base(given: dict[str, Path], tmp_path: P
     assert load_export(root).graphs == ("base.onnx",)
     assert json.loads((root / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "base.onnx"
     assert model_files(root / "a.onnx") == (root / "a.onnx",)
+    assert inspect_folder(root)["adapters"] == ["a"]
     again = share(root, given["b"], root, "b", progress=Silent())  # the graph from the folder itself
     assert sorted(p.name for p in root.iterdir() if p.suffix == ".onnx") == ["a.onnx", "b.onnx", "base.onnx"]
     own = reweight(root, given["b"], tmp_path / "own", progress=Silent())
@@ -177,7 +179,7 @@ def test_a_folder_of_something_else_stays(given: dict[str, Path], tmp_path: Path
     root = tmp_path / "mine"
     root.mkdir()
     (root / "notes.txt").write_text("mine")
-    with pytest.raises(LoraExportError, match="not empty"):
+    with pytest.raises(LoraExportError, match="something else than adapters"):
         share(given["fp32"], given["a"], root, "a", force=True, progress=Silent())
     assert [p.name for p in root.iterdir()] == ["notes.txt"]
 
