@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from processes import HERE, LORA_EXPORT, Command, circumstances, folder_size, remove, save
+from processes import HERE, LORA_EXPORT, Command, circumstances, remove, save
 
 PAUSE = 0.02  # seconds between two looks at the processes
 
@@ -94,7 +94,7 @@ def main() -> None:
         subprocess.run([sys.executable, HERE / "random_models.py", *models], check=True)
         base, adapter = options.work / size / "bf16", options.work / size / "lora"
         with tempfile.TemporaryDirectory(prefix="bench-memory-", dir=options.work) as scratch:
-            rows[size] = {"bytes": folder_size(base)}
+            rows[size] = {"bytes": sum(p.stat().st_size for p in base.iterdir())}
             for name, command in stages(base, adapter, Path(scratch)).items():
                 rows[size][name] = peak_of(command)
                 seconds, peak = rows[size][name]["seconds"], rows[size][name]["peak_rss_bytes"]
