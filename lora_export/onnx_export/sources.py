@@ -34,7 +34,7 @@ def load_described(cls: Any, folder: Path, **options: Any) -> Described:
     """`cls.from_pretrained(folder, **options)` in evaluation mode, without reading what is large."""
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, _without_dispatch() as places:
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, _without_reading() as places:
         model = cls.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -49,21 +49,27 @@ def load_described(cls: Any, folder: Path, **options: Any) -> Described:
 
 
 @contextlib.contextmanager
-def _without_dispatch() -> Iterator[dict[str, Any]]:
-    """Keep the places that transformers hands to accelerate, whose hooks would load each layer as it runs."""
-    from transformers import modeling_utils
+def _without_reading() -> Iterator[dict[str, Any]]:
+    """Keep the places that transformers hands to accelerate, whose hooks would load each layer as it runs.
+
+    Tensors stay in their own type while transformers places them: the cast to another one would read all of a model.
+    """
+    from transformers import core_model_loading, modeling_utils
 
     places: dict[str, Any] = {}
-    original = modeling_utils.accelerate_dispatch
+    dispatch, materialize = modeling_utils.accelerate_dispatch, core_model_loading._materialize_copy
 
     def keep(model: Any, quantizer: Any, device_map: Any, folder: Any, index: Any, buffers: Any) -> None:
         places.update(index)
 
-    modeling_utils.accelerate_dispatch = keep
+    def mapped(tensor: Any, device: Any = None, dtype: Any = None) -> Any:
+        return tensor[...]
+
+    modeling_utils.accelerate_dispatch, core_model_loading._materialize_copy = keep, mapped
     try:
         yield places
     finally:
-        modeling_utils.accelerate_dispatch = original
+        modeling_utils.accelerate_dispatch, core_model_loading._materialize_copy = dispatch, materialize
 
 
 def _fill(model: Any, places: Mapping[str, Any], scratch: Path) -> tuple[dict[str, str], frozenset[str]]:
