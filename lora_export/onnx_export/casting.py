@@ -1,5 +1,6 @@
 """Between the types of checkpoints and those of ONNX, in numpy: to fp32, and rounded to nearest, ties to even."""
 
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -26,8 +27,22 @@ _HALF = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)  #
 def to_float32(values: Array) -> Array:
     """The same numbers in fp32 (of fp64, the nearest). numpy converts halves one by one in software."""
     if values.dtype == np.float16:
-        return _HALF[values.view(np.uint16)]
+        return np.take(_HALF, values.view(np.uint16), mode="clip")  # which, unlike others, copies no index
     return values.astype(np.float32, copy=False)
+
+
+def cast(values: Array, dtype: np.dtype[Any]) -> Array:
+    """Numbers of one type in another, rounded once; of fp64 by way of fp32."""
+    if values.dtype == ml_dtypes.bfloat16 and dtype == np.float16:
+        return np.take(_halves_of_bfloat16(), values.view(np.uint16), mode="clip")
+    return rounded(to_float32(values), dtype)
+
+
+@functools.cache
+def _halves_of_bfloat16() -> Array:
+    """The half of every bfloat16 there is."""
+    every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
+    return rounded(to_float32(every), np.dtype(np.float16))
 
 
 def rounded(values: Array, dtype: np.dtype[Any]) -> Array:

@@ -52,7 +52,7 @@ def load_described(cls: Any, folder: Path, **options: Any) -> Described:
 def _without_reading() -> Iterator[dict[str, Any]]:
     """Keep the places that transformers hands to accelerate, whose hooks would load each layer as it runs.
 
-    Tensors stay in their own type while transformers places them: the cast to another one would read all of a model.
+    Tensors stay in their own type while transformers places them: a cast would read all of the model.
     """
     from transformers import core_model_loading, modeling_utils
 

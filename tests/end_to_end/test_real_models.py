@@ -1,0 +1,49 @@
+"""Real weights of other families, by the command line: a LoRA merged, validated, exported, its graph validated."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+
+from tests.end_to_end.conftest import Run, prepared
+
+pytestmark = pytest.mark.slow
+CLASSES = {
+    "whisper-tiny.en": (transformers.WhisperForConditionalGeneration, ["q_proj", "v_proj"]),
+    "rxnfp": (transformers.BertForMaskedLM, ["query", "value"]),
+}
+REACTIONS = "CCO.CC(=O)O>>CC(=O)OCC\nc1ccccc1Br.OB(O)c1ccccc1>>c1ccc(-c2ccccc2)cc1\nCC(C)=O>>CC(C)O\n"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_lora_on_a_real_model(name: str, run: Run, tmp_path: Path) -> None:
+    base, (cls, targets) = prepared("prepare_others.py", name), CLASSES[name]
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=targets)
+    model = peft.get_peft_model(cls.from_pretrained(base), config)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "prompts.txt").write_text(REACTIONS)
+    words = ["--prompts", tmp_path / "prompts.txt"] if name == "rxnfp" else []
+    out = tmp_path / "out"
+    code, document, talk = run(
+        "merge-and-export", "-b", base, "-a", tmp_path / "adapter", "-o", out, "--max-seconds", "5", *words
+    )
+    assert code == 0, talk
+    assert document["validate"]["passed"]
+    checks = {c["name"]: c for c in document["validate"]["checks"]}
+    assert any(name.startswith("onnx_") for name in checks)
+    assert checks["tensor_errors"]["value"] == 0
+    assert document["benchmark"]["graph_identical"]
+
+
+def test_whisper_hears_nothing_in_silence() -> None:
+    """The conversion: a model whose weights lie in the wrong places babbles."""
+    folder = prepared("prepare_others.py", "whisper-tiny.en")
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(folder)
+    tokens = model.generate(torch.full((1, 80, 3000), -1.0), max_new_tokens=20, do_sample=False)
+    assert tokens.tolist() == [[50361]]  # <|nocaptions|>
