@@ -88,8 +88,8 @@ def opened(root: Path, shared: Shared, inputs: list[Path]) -> Iterator[Path]:
 def _write_base(folder: Path, shared: Shared) -> None:
     """The export under the names that adapters share."""
     (data,) = shared.found.sizes
-    own = {shared.graph.name, data, records.NAME, weights_map.NAME}
-    for path in sorted(p for p in shared.earlier.iterdir() if p.is_file() and p.name not in own):
+    own = (data, weights_map.NAME, records.NAME, ".onnx", ".bin")  # and those of adapters, if that is such a folder
+    for path in sorted(p for p in shared.earlier.iterdir() if p.is_file() and not p.name.endswith(own)):
         files.refuse_outward_link(path)
         shutil.copyfile(path, folder / path.name)
     with (shared.earlier / data).open("rb") as source, (folder / BASE_DATA).open("xb") as target:

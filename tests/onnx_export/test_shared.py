@@ -101,6 +101,8 @@ def test_the_folder_is_an_export_of_the_base(given: dict[str, Path], tmp_path: P
     assert inspect_folder(root)["adapters"] == ["a"]
     again = share(root, given["b"], root, "b", progress=Silent())  # the graph from the folder itself
     assert sorted(p.name for p in root.iterdir() if p.suffix == ".onnx") == ["a.onnx", "b.onnx", "base.onnx"]
+    share(root, given["b"], tmp_path / "another", "b", progress=Silent())
+    assert not list((tmp_path / "another").glob("a*"))
     own = reweight(root, given["b"], tmp_path / "own", progress=Silent())
     np.testing.assert_array_equal(logits(again.model), logits(own.model))
 
