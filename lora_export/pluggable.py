@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import files
-from lora_export.contracts import AdapterChoice, ExportResult, MergeOptions, Precision, Progress, Source
+from lora_export.contracts import (
+    AdapterChoice,
+    ExportResult,
+    MergeOptions,
+    Precision,
+    Progress,
+    QuantizationOptions,
+    Source,
+)
 from lora_export.errors import AdapterError, ExportError, InputError
 
 if TYPE_CHECKING:
@@ -27,6 +35,8 @@ def export_pluggable(
     *,
     precision: Precision,
     provider: str,
+    engine: str | None = None,
+    quantization: QuantizationOptions | None = None,
     force: bool = False,
     progress: Progress,
 ) -> ExportResult:
@@ -59,6 +69,8 @@ def export_pluggable(
             output,
             precision=precision,
             provider=provider,
+            engine=engine,
+            quantization=quantization,
             adapter=_one_for_all(Path(work), updates),
             finish=finish,
             inputs=[a.folder for a in adapters],

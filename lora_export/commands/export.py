@@ -114,7 +114,7 @@ def _pluggable(
     model: str, adapters: tuple[str, ...], output: Path, words: dict[str, Any], force: bool, progress: Any
 ) -> Any:
     from lora_export.checkpoint.sources import resolve
-    from lora_export.commands.gather import target_of
+    from lora_export.commands.gather import quantization_of, target_of
     from lora_export.pluggable import export_pluggable
 
     return export_pluggable(
@@ -123,6 +123,8 @@ def _pluggable(
         output,
         precision=words["precision"],
         provider=target_of(words["provider"]),
+        engine=words["engine"],
+        quantization=quantization_of(words),
         force=force,
         progress=progress,
     )

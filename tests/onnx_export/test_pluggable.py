@@ -156,6 +156,12 @@ def test_two_adapters_of_one_name_are_refused(given: dict[str, Path], tmp_path: 
         plugged(given | {"odd": other}, ("plain", "odd"), tmp_path / "out")
 
 
+def test_options_that_fit_no_unmerged_graph_are_refused(given: dict[str, Path], tmp_path: Path) -> None:
+    command = ["export", "-m", given["base"], "-a", given["plain"], "-o", tmp_path / "out"]
+    found = CliRunner().invoke(cli, [*map(str, command), "--keep", "*down_proj*"])
+    assert found.exit_code == 1 and "--keep beside --precision fp32" in found.stderr
+
+
 def test_quantized_graphs_have_no_slots(given: dict[str, Path], tmp_path: Path) -> None:
     command = ["export", "-m", given["base"], "-a", given["plain"], "-o", tmp_path / "out", "--precision", "int4"]
     found = CliRunner().invoke(cli, [*map(str, command)])
