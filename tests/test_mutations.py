@@ -46,5 +46,6 @@ def test_every_fault_is_caught(mutation: Mutation, copy: Path) -> None:
 
 def _pytest(folder: Path, mutation: Mutation) -> int:
     command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", mutation.caught_by]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    # The path, for tests that run the command line as a process: it is to find the copy, too.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
