@@ -52,6 +52,7 @@ def test_a_wrong_fusion_is_told(exported: Callable[..., ExportResult], bert: Pat
         compare(result.model, plain.model, config)
 
 
+@pytest.mark.slow
 def test_a_failing_comparison_leaves_no_export(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_export.onnx_export.against_plain.RELATIVE", -1.0)
     with pytest.raises(ExportError, match="--optimize basic"):
