@@ -178,11 +178,13 @@ def share(
     found = read_map(earlier, tuple(record["graphs"]))
     base = shared.Shared(earlier, found, record)
     inputs = [model] if root.exists() and root.samefile(earlier) else [model, earlier]
-    with shared.opened(root, base, inputs) as folder, _opened(model, None) as numbers:
+    config = read_config(model)
+    with _opened(model, None) as numbers:
         hashes = hash_all(numbers)
-        refuse_other_model(earlier, record, read_config(model), found, hashes)
-        graph = shared.add(folder, name, base, numbers, hashes, force, progress)
-        shared.warn_of_companions(model, folder, progress)
+        refuse_other_model(earlier, record, config, found, hashes)
+        with shared.opened(root, base, inputs) as folder:
+            graph = shared.add(folder, name, base, numbers, hashes, force, progress)
+            shared.warn_of_companions(model, folder, progress)
     return replace(load_export(root / graph), seconds=time.monotonic() - started)
 
 
@@ -211,8 +213,9 @@ def _fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
 def _against_plain(job: Job, made: Made, chosen: Engine) -> float | None:
     """The largest relative difference between the fused graphs and plain ones; None where none are to be compared:
     the engine writes fused graphs only, a type other than fp32 differs by its rounding, or the model is large."""
-    nbytes = sum(weights_map.read(job.output).sizes.values()) if made.described else LARGEST_COMPARED + 1
-    if chosen.name != "dynamo" or job.optimize == "none" or job.precision != "fp32" or nbytes > LARGEST_COMPARED:
+    if chosen.name != "dynamo" or job.optimize == "none" or job.precision != "fp32":
+        return None
+    if sum(weights_map.read(job.output).sizes.values()) > LARGEST_COMPARED:
         return None
     job.progress.detail("the fused graphs beside plain ones, on made-up inputs")
     plain = job.output / ".plain"

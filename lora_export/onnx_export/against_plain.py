@@ -25,10 +25,7 @@ _TOKENS = 5  # ids are below this: every vocabulary has so many
 
 
 def compare(fused: Path, plain: Path, config: Mapping[str, Any]) -> float:
-    """The largest difference of any output, relative to its largest value. ExportError beyond RELATIVE.
-
-    Masks are all ones but for one row, whose end is padding; what stands there is left out of the comparison.
-    """
+    """The largest difference of any output, relative to its largest value. ExportError beyond RELATIVE."""
     feeds = made_up(load_graph(plain).graph, config)
     expected, found = _run(plain, feeds), _run(fused, feeds)
     if expected.keys() != found.keys():

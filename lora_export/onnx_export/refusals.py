@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lora_export import files
 from lora_export.checkpoint import refuse_code
@@ -12,6 +12,7 @@ from lora_export.onnx_export.checks import load_graph
 from lora_export.onnx_export.job import Made
 from lora_export.onnx_export.products import kept
 from lora_export.onnx_export.quantize_graph import AUTO
+from lora_export.onnx_export.weights_map import Method
 
 
 def read_config(model: Path) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _refuse_newer(config: Mapping[str, Any], path: Path) -> None:
 
 def refuse_unused(precision: Precision, how: QuantizationOptions) -> None:
     """Options of quantization beside a precision in which nothing is quantized: ExportError, not silence."""
-    if precision in ("int4", "int8", "nf4"):
+    if precision in get_args(Method):
         return
     for name in ("block_size", "keep", "accuracy_level", "algorithm"):
         if getattr(how, name) != getattr(QuantizationOptions(), name):
@@ -70,6 +71,8 @@ def refuse_unused(precision: Precision, how: QuantizationOptions) -> None:
 
 def refuse_unmatched(stage: Path, made: Made, patterns: Sequence[str]) -> None:
     """A pattern that keeps nothing is a mistake that nobody would see."""
+    if not patterns:
+        return
     names = [node.name for graph in made.graphs for node in load_graph(stage / graph).graph.node]
     for pattern in patterns:
         if pattern != AUTO and not any(kept(name, [pattern]) for name in names):
