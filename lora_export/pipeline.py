@@ -255,16 +255,29 @@ def _export_merged(
 
     source: where the numbers come from, if `merged` is an outline without them.
     """
+    progress.stage("export: the merged model, with the graph of the base")
+    return _with_graph_of(base_onnx, merged, output, options, progress, "the merged model", source)
+
+
+def _with_graph_of(
+    earlier: ExportResult,
+    model: Path,
+    output: Path,
+    options: StoryOptions,
+    progress: Progress,
+    what: str,
+    source: "WeightSource | None" = None,
+) -> ExportResult:
+    """`model` with the graph of `earlier`; with one of its own where that does not take its weights."""
     from lora_export.onnx_export import reweight
 
-    progress.stage("export: the merged model, with the graph of the base")
     try:
-        return reweight(base_onnx.output, merged, output, source=source, progress=progress)
+        return reweight(earlier.output, model, output, source=source, progress=progress)
     except ExportError as error:
         if options.graph_from is not None:
             raise
         progress.detail(f"a graph of its own: {error.found}")
-    return _export(merged, output, options, progress, "the merged model", source=source)
+    return _export(model, output, options, progress, what, source=source)
 
 
 def _export(
@@ -402,19 +415,13 @@ def _check_exports(exports: Sequence[ExportResult], bases: Sequence[Path]) -> No
 
 def _export_base(base: Path, like: ExportResult, work: Path, options: StoryOptions, progress: Progress) -> Path:
     """The base that the adapter belongs to, exported as `like` was: with its graph, if that takes other weights."""
-    from lora_export.onnx_export import reweight
-
     quantization = replace(options.quantization, activations=like.activations)
     same = replace(options, precision=like.precision, engine=like.engine, quantization=quantization)
     weights = work / "base-weights"
     trained_on = weights if weights.is_dir() else prepared_base(base, options.merge, work, progress)
     what, output = f"the base in {like.precision}, for the noise floor", work / f"base-{like.precision}"
-    try:
-        progress.stage(f"export: {what}")
-        return reweight(like.output, trained_on, output, progress=progress).output
-    except ExportError as error:
-        progress.detail(f"a graph of its own: {error.found}")
-    return _export(trained_on, output, same, progress, what).output
+    progress.stage(f"export: {what}")
+    return _with_graph_of(like, trained_on, output, same, progress, what).output
 
 
 def _pair(exported: ExportResult, base: Path, prefix: str = "onnx_") -> ExportedPair:
