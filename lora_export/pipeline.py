@@ -14,12 +14,14 @@ from lora_export import manifest
 from lora_export.contracts import (
     MIN_SURVIVAL,
     AdapterChoice,
+    BenchmarkArm,
     BenchmarkOptions,
     BenchmarkResult,
     Certify,
     CompareBases,
     ExportedPair,
     ExportResult,
+    ExtraArm,
     MergeOptions,
     MergeResult,
     Optimize,
@@ -33,6 +35,7 @@ from lora_export.contracts import (
 )
 from lora_export.errors import ExportError, GateFailed, InputError
 from lora_export.files import check_space, output_folder, read_json
+from lora_export.latency import benchmark, extra_arms, refuse_extra
 
 if TYPE_CHECKING:
     from lora_export.onnx_export.weight_source import WeightSource
@@ -49,6 +52,7 @@ class StoryOptions:
     graph_from: Path | None = None  # an earlier export of the same base: its graph, its precision, its engine
     merged_folder: bool = True  # False: base and adapter go straight into the export
     benchmark: BenchmarkOptions = field(default_factory=BenchmarkOptions)
+    extra_arms: tuple[ExtraArm, ...] = ()  # measured besides base, merged and unmerged
     prompts: Path | None = None
     text: Path | None = None
     rows: int | None = 64
@@ -144,45 +148,13 @@ def _run(
     if not checked.passed:
         return story
 
-    measured = benchmark(
-        exported.paths,
-        base_onnx.paths,
-        unmerged_onnx.paths if unmerged_onnx else (),
-        replace(options.benchmark, provider=options.provider),
-        progress,
-    )
-    return replace(story, benchmark=replace(measured, notes=(*measured.notes, *why_not)))
-
-
-def benchmark(
-    merged: Sequence[Path],
-    base: Sequence[Path],
-    unmerged: Sequence[Path],
-    options: BenchmarkOptions,
-    progress: Progress,
-) -> BenchmarkResult:
-    """The latency of the merged graphs against the base's, and the unmerged one's as the positive control.
-
-    Several graphs: an encoder's, and those of a decoder, the last of which does a step. Only merged must be there.
-    """
-    from lora_export.benchmark import run
-    from lora_export.onnx_export import compare
-
-    identity = None
-    if base:
-        progress.stage("benchmark: comparing the optimised graphs of base and merged")
-        found = [compare(a, b, options.provider) for a, b in zip(base, merged, strict=True)]
-        identity = all(same for same, _ in found), tuple(d for _, differences in found for d in differences)
-    progress.stage("benchmark: base, merged and unmerged graphs in one process")
-    return run(
-        merged=merged[0],
-        base=base[0] if base else None,
-        unmerged=unmerged[0] if unmerged else None,
-        steps=(merged[-1], base[-1] if base else None) if len(merged) > 1 else None,
-        options=options,
-        progress=progress,
-        identity=identity,
-    )
+    arms = [BenchmarkArm("base", base_onnx.paths), BenchmarkArm("merged", exported.paths)]
+    if unmerged_onnx:
+        arms.append(BenchmarkArm("unmerged", unmerged_onnx.paths))
+    unmerged_graph = unmerged_onnx.model if unmerged_onnx else None
+    extra, without = extra_arms(options.extra_arms, unmerged_graph, trained_on, adapters, progress)
+    measured = benchmark([*arms, *extra], replace(options.benchmark, provider=options.provider), progress)
+    return replace(story, benchmark=replace(measured, notes=(*measured.notes, *why_not, *without)))
 
 
 def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path:
@@ -476,6 +448,7 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     config = dict(planned.base.config)
     config.pop("quantization_config", None)  # the merge removes it
     check_request(config, options.precision, options.provider, options.engine, options.quantization)
+    refuse_extra(options.extra_arms, choices, options.precision)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most
     widest = max(planned.nbytes, planned.nbytes * 4 // _width(planned.dtype))
     folders = 2 if options.merged_folder else 1
@@ -562,8 +535,12 @@ def _write_report(
         "export": _relative(story.export.as_json(), story.output) if story.export else None,
         "benchmark": story.benchmark.as_json() if story.benchmark else None,
     }
-    samples = dict(story.benchmark.samples) if story.benchmark else None
-    write(report, stage / "report", samples)
+    write(report, stage / "report", *raw(story.benchmark))
+
+
+def raw(measured: BenchmarkResult | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Every timing, and the conditions under which each block was measured."""
+    return (dict(measured.samples), dict(measured.conditions)) if measured else (None, None)
 
 
 def new_report(

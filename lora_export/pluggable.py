@@ -55,7 +55,7 @@ def export_pluggable(
             next_step="one of them, or merge: lora-export merge-and-export --precision " + precision,
         )
     names = _names(adapters)
-    updates = [_low_rank(base, adapter) for adapter in adapters]
+    updates = [_low_rank(base.folder, adapter.folder) for adapter in adapters]
 
     def finish(stage: Path) -> dict[str, Any]:
         slots = {(s.layer, s.leaf): s for s in open_slots(stage / "model.onnx")}
@@ -92,12 +92,26 @@ def _names(adapters: Sequence[Source]) -> list[str]:
     return names
 
 
-def _low_rank(base: Source, adapter: Source) -> Updates:
+def plug(graph: Path, base: Path, adapter: Path) -> Path:
+    """Make slots of the LoRA in an unmerged graph, in place, and write the adapter that fills them beside it.
+
+    graph: the .onnx file; base, adapter: the folders that it was exported from. The adapter's file.
+    """
+    from lora_export.onnx_export.slots import SUFFIX, open_slots, write_adapter
+
+    updates = _low_rank(base, adapter)
+    slots = {(s.layer, s.leaf): s for s in open_slots(graph)}
+    file = graph.with_suffix(SUFFIX)
+    write_adapter(file, _by_slot(updates, slots, adapter))
+    return file
+
+
+def _low_rank(base: Path, adapter: Path) -> Updates:
     """The weights that an adapter changes, each with its A, B and scaling."""
     from lora_export.adapters.lora import LowRankUpdate
     from lora_export.merge import plan
 
-    planned = plan(base.folder, [AdapterChoice(adapter.folder)], MergeOptions())
+    planned = plan(base, [AdapterChoice(adapter)], MergeOptions())
     found: Updates = {}
     for name, tensor in planned.tensors.items():
         for target in tensor.updates:
@@ -105,7 +119,7 @@ def _low_rank(base: Source, adapter: Source) -> Updates:
             if target.kind != "lora" or not isinstance(update, LowRankUpdate):
                 raise AdapterError(
                     f"{target.kind} is no LoRA on a linear layer, and has no place outside the weights",
-                    where=adapter.folder,
+                    where=adapter,
                     tensor=name,
                     expected="plain LoRA on the projections of attention and MLP",
                     next_step="lora-export merge-and-export",

@@ -204,6 +204,18 @@ def numpy_dtype(onnx_type: str) -> "np.dtype[Any]":
     return np.dtype(plain)
 
 
+def to_numpy(value: "onnxruntime.OrtValue", dtype: "np.dtype[Any]") -> "np.ndarray[Any, Any]":
+    """The numbers of an OrtValue on the CPU, in a copy. dtype: numpy_dtype of its type; OrtValue.numpy() does not
+    know bfloat16."""
+    import ctypes
+
+    import numpy as np
+
+    size = value.tensor_size_in_bytes()
+    raw = (ctypes.c_uint8 * size).from_address(value.data_ptr())
+    return np.frombuffer(raw, dtype).reshape(value.shape()).copy()
+
+
 @dataclass(frozen=True)
 class DecoderSignature:
     """What goes into and comes out of a decoder with a KV cache.

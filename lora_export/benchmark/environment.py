@@ -2,20 +2,10 @@
 
 import os
 import platform
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-_GPU_FIELDS = (
-    "name",
-    "driver_version",
-    "clocks.sm",
-    "clocks.mem",
-    "power.draw",
-    "temperature.gpu",
-    "clocks_throttle_reasons.active",
-)
+from lora_export.benchmark.gpus import Gpus
 
 
 def usable_cores() -> int:
@@ -49,42 +39,34 @@ def describe() -> dict[str, Any]:
         "os": _operating_system(),
         "python": platform.python_version(),
         "onnxruntime": onnxruntime.__version__,
+        "cuda": _cuda_libraries(),
+        "gpus": Gpus().describe(),
     }
 
 
-def snapshot() -> dict[str, Any]:
-    """What does change: load, and the GPU's clocks, power and throttling. Taken before and after."""
+def memory(provider: str, gpus: Gpus) -> tuple[int, int]:
+    """(used, free) bytes where a session of this provider keeps its weights: by this process in RAM, or on the GPU.
+
+    On a GPU it is all that is used: a container does not see its own process there.
+    """
     import psutil
 
-    return {
-        "load": [round(x, 2) for x in psutil.getloadavg()],
-        "available_ram_bytes": psutil.virtual_memory().available,
-        "gpus": gpus(),
-    }
+    on_gpu = gpus.memory() if provider != "cpu" else None
+    return on_gpu or (psutil.Process().memory_info().rss, psutil.virtual_memory().available)
 
 
-def available_memory() -> int:
-    import psutil
+def _cuda_libraries() -> dict[str, str]:
+    """CUDA and cuDNN as pip has installed them, and the CUDA that onnxruntime was built for."""
+    from importlib.metadata import distributions
 
-    return int(psutil.virtual_memory().available)
+    from onnxruntime.capi import build_and_package_info
 
-
-def gpus() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU; empty without one."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    query = [tool, f"--query-gpu={','.join(_GPU_FIELDS)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_gpus(done.stdout)
-
-
-def parse_gpus(table: str) -> list[dict[str, str]]:
-    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.strip()]
-    return [dict(zip(_GPU_FIELDS, row, strict=True)) for row in rows if len(row) == len(_GPU_FIELDS)]
+    found = {"onnxruntime_cuda": str(getattr(build_and_package_info, "cuda_version", "none"))}
+    for package in distributions():
+        name = (package.metadata["Name"] or "").lower()
+        if name.startswith(("nvidia-cudnn", "nvidia-cublas", "nvidia-cuda-runtime", "nvidia-cufft", "tensorrt")):
+            found[name] = package.version
+    return found
 
 
 def _cpu_model() -> str:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,10 +33,14 @@ _PLANNING_RESAMPLES = 500
 
 @dataclass(frozen=True)
 class Series:
-    """Raw latencies: arm → (blocks, calls) in milliseconds. settled: drift was small when warm-up ended."""
+    """Raw latencies: arm → (blocks, calls) in milliseconds. settled: drift was small when warm-up ended.
+
+    readings: what `observe` said after each block.
+    """
 
     times: Mapping[str, Array]
     settled: bool
+    readings: tuple[Any, ...] = ()
 
     @property
     def blocks(self) -> int:
@@ -59,6 +64,7 @@ def measure(
     rng: np.random.Generator,
     clock: Clock = time.perf_counter,
     tick: Callable[[int, int], None] = lambda done, planned: None,
+    observe: Callable[[], Any] = lambda: None,
 ) -> Series:
     """Warm up, then measure blocks until there are enough for every pair.
 
@@ -70,14 +76,17 @@ def measure(
         typical, settled = warm_up(arms, margin, clock() + _WARM_UP_SHARE * seconds, rng, clock)
         passes = _passes(2 * sum(typical.values()), seconds)
         blocks: list[dict[str, list[float]]] = []
+        readings: list[Any] = []
+        observe()  # what came before is nobody's business
         planned = MIN_BLOCKS
         while len(blocks) < planned and (len(blocks) < 2 or clock() < deadline):
             blocks.append(block(arms, passes, rng))
+            readings.append(observe())
             if len(blocks) == planned:
                 planned = _plan(blocks, pairs, margin, rng)
             tick(len(blocks), planned)
     times = {name: np.array([b[name] for b in blocks]) for name in arms}
-    return Series(times, settled)
+    return Series(times, settled, tuple(readings))
 
 
 def _passes(pass_ms: float, seconds: float) -> int:

@@ -20,6 +20,12 @@ from lora_export.commands.talk import megabytes, table, talking
     help="Keep this LoRA out of the weights: MODEL is exported with slots, and ADAPTER.onnx_adapter is written, "
     "which onnxruntime (LoraAdapter) and onnxruntime-genai (Adapters) plug in as they run. Repeat it for more.",
 )
+@click.option(
+    "--unmerged",
+    is_flag=True,
+    help="With one -a: the adapter as operators of its own, with its weights in the graph. For comparison: it is "
+    "what merging saves.",
+)
 @options.output_option
 @options.export_options
 @options.graph_from_option
@@ -29,8 +35,8 @@ from lora_export.commands.talk import megabytes, table, talking
 @options.force_option
 @options.talk_options
 def export(
-    model: str, adapters: tuple[str, ...], output: Path, graph_from: Path | None, shared_as: str | None,
-    dry_run: bool, force: bool, as_json: bool, quiet: bool, verbose: bool, **words: Any,
+    model: str, adapters: tuple[str, ...], unmerged: bool, output: Path, graph_from: Path | None,
+    shared_as: str | None, dry_run: bool, force: bool, as_json: bool, quiet: bool, verbose: bool, **words: Any,
 ) -> None:  # fmt: skip
     """Export a model folder to ONNX: decoders for onnxruntime-genai, all others with Optimum's names.
 
@@ -44,6 +50,7 @@ def export(
         lora-export export -m ./merged-a -o ./a-onnx --graph-from ./base-onnx
         lora-export export -m ./merged-b -o ./all --graph-from ./base-onnx --shared-as b    # all/b.onnx
         lora-export export -m ./base -a ./a -a ./b -o ./plug        # one graph, a.onnx_adapter, b.onnx_adapter
+        lora-export export -m ./base -a ./a --unmerged -o ./slow    # to measure what merging saves
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export.checkpoint.sources import resolve
@@ -56,6 +63,12 @@ def export(
             raise InputError(
                 "--adapter beside --graph-from",
                 expected="a merged MODEL with --graph-from, or a base and the adapters that stay outside of it",
+            )
+        if unmerged and len(adapters) != 1:
+            raise InputError(
+                f"--unmerged with {len(adapters)} adapters",
+                expected="one adapter, which the graph has in it",
+                next_step="lora-export export -m BASE -a ADAPTER --unmerged -o OUT",
             )
         if graph_from is not None:
             refuse_beside_graph_from()
@@ -74,6 +87,8 @@ def export(
             result = share(graph_from, folder, output, shared_as, force=force, progress=talk.progress)
         elif graph_from is not None:
             result = reweight(graph_from, folder, output, force=force, progress=talk.progress)
+        elif unmerged:
+            result = _exported(folder, output, words, force, talk.progress, resolve(adapters[0]).folder)
         elif adapters:
             result = _pluggable(model, adapters, output, words, force, talk.progress)
         else:
@@ -130,7 +145,9 @@ def _pluggable(
     )
 
 
-def _exported(folder: Path, output: Path, words: dict[str, Any], force: bool, progress: Any) -> Any:
+def _exported(
+    folder: Path, output: Path, words: dict[str, Any], force: bool, progress: Any, adapter: Path | None = None
+) -> Any:
     from lora_export.commands.gather import quantization_of, target_of
     from lora_export.onnx_export import export
 
@@ -142,7 +159,8 @@ def _exported(folder: Path, output: Path, words: dict[str, Any], force: bool, pr
         engine=words["engine"],
         optimize=words["optimize"],
         quantization=quantization_of(words),
-        against_plain=True,
+        adapter=adapter,
+        against_plain=adapter is None,
         force=force,
         progress=progress,
     )

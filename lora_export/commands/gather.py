@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from lora_export.checkpoint.sources import resolve
-from lora_export.commands.options import split_weight
+from lora_export.commands.options import GRIDS, split_weight
 from lora_export.contracts import (
     AdapterChoice,
     BenchmarkOptions,
@@ -76,6 +76,7 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         graph_from=words["graph_from"],
         merged_folder=not words["no_merged_folder"],
         benchmark=benchmark_options_of(words),
+        extra_arms=tuple(dict.fromkeys(words["extra_arms"])),
         prompts=words["prompts"],
         text=words["text"],
         rows=words["rows"],
@@ -105,13 +106,34 @@ def quantization_of(words: dict[str, Any]) -> QuantizationOptions:
 
 
 def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
+    """InputError for a grid that is asked for beside sizes of one's own."""
+    shapes = GRIDS[words["grid"]]
+    if words["batches"] or words["lengths"]:
+        if click.get_current_context().get_parameter_source("grid") is not ParameterSource.DEFAULT:
+            raise InputError(
+                "--grid beside --batch or --prompt-length",
+                expected="one of them: a grid has both",
+                next_step=f"the same command without --grid, whose sizes are {shapes}",
+            )
+        batches, lengths = words["batches"] or (shapes[0][0],), words["lengths"] or (shapes[0][1],)
+        shapes = tuple((batch, length) for batch in batches for length in lengths)
     return BenchmarkOptions(
         provider=words["provider"],
-        batches=words["batches"],
-        prompts=words["lengths"],
+        shapes=shapes,
         margin=words["margin"],
         max_seconds=words["max_seconds"],
     )
+
+
+def named_folders(pairs: Sequence[str]) -> list[tuple[str, Path]]:
+    """NAME=FOLDER taken apart."""
+    found = []
+    for pair in pairs:
+        name, given, folder = pair.partition("=")
+        if not given:
+            raise InputError(f"--beside {pair}", expected="NAME=ONNX", next_step=f"--beside other={pair}")
+        found.append((name, Path(folder)))
+    return found
 
 
 def refuse_beside_graph_from() -> None:
@@ -126,6 +148,7 @@ def refuse_beside_graph_from() -> None:
         "accuracy_level",
         "keep",
         "activations",
+        "calibration",
     ):
         if context.get_parameter_source(key) is not ParameterSource.DEFAULT:
             key = key.replace("_", "-")

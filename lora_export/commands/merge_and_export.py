@@ -19,6 +19,7 @@ from lora_export.commands.talk import talking
 @options.provider_option
 @options.check_options
 @options.benchmark_options
+@options.extra_arms_option
 @options.dry_run_option
 @options.force_option
 @options.talk_options

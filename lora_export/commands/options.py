@@ -7,7 +7,7 @@ from typing import Any, ClassVar, get_args
 
 import click
 
-from lora_export.contracts import MIN_SURVIVAL, Activations, Optimize, Precision
+from lora_export.contracts import MIN_SURVIVAL, Activations, ExtraArm, Optimize, Precision
 
 Command = Callable[..., Any]
 
@@ -267,16 +267,76 @@ def check_options(command: Command) -> Command:
     return command
 
 
+GRIDS: dict[str, tuple[tuple[int, int], ...]] = {
+    "quick": ((1, 128),),
+    "standard": ((1, 128), (1, 1024), (8, 128), (8, 1024)),
+    "paper": ((1, 128), (16, 256), (32, 512)),
+}
+
+
+def _grids() -> str:
+    """Each grid in words: batch × tokens."""
+    return "; ".join(f"{name}: {', '.join(f'{b}×{n}' for b, n in shapes)}" for name, shapes in GRIDS.items())
+
+
+class Share(click.ParamType[float]):
+    """A share within bounds, as 1% or 0.01."""
+
+    name = "share"
+
+    def __init__(self, least: float, most: float) -> None:
+        self.least, self.most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            self.fail(f"{value!r} is no share; write 1% or 0.01.", param, ctx)
+        if not self.least <= share <= self.most:
+            self.fail(f"{value!r} is not between {self.least:.2%} and {self.most:.0%}.", param, ctx)
+        return share
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, at least one, as 90, 90s, 5m or 1h."""
+
+    name = "duration"
+    _UNITS: ClassVar = {"s": 1, "m": 60, "h": 3600}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        unit = self._UNITS.get(text[-1:], 0)
+        try:
+            seconds = float(text[:-1] if unit else text) * (unit or 1)
+        except ValueError:
+            self.fail(f"{value!r} is no time; write 90, 90s or 5m.", param, ctx)
+        if not 1 <= seconds <= 7 * 24 * 3600:
+            self.fail(f"{value!r} is not between a second and a week.", param, ctx)
+        return seconds
+
+
+def extra_arms_option(command: Command) -> Command:
+    return click.option(
+        "--arm", "extra_arms", type=click.Choice(get_args(ExtraArm)), multiple=True,
+        help="Measure also: plugged, the adapter as ONNX Runtime plugs it into a graph with slots; pytorch, PEFT's "
+        "unmerged model under PyTorch. Repeat it for both.",
+    )(command)  # fmt: skip
+
+
 def benchmark_options(command: Command) -> Command:
     decorators = [
-        click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1,),
-                     show_default=True, help="Batch size; repeat for more."),
-        click.option("--prompt-length", "lengths", type=click.IntRange(min=1), multiple=True, default=(128,),
-                     show_default=True, help="Tokens in the prompt; repeat for more."),
-        click.option("--margin", type=click.FloatRange(min=0.0005, max=0.5), default=0.01, show_default=True,
-                     help="Largest relative difference in latency that still counts as none."),
-        click.option("--max-seconds", type=click.FloatRange(min=1), default=60.0, show_default=True,
-                     help="Time for the measurement."),
+        click.option("--grid", type=click.Choice(list(GRIDS)), default="quick", show_default=True,
+                     help="Batch sizes and prompt lengths that are measured. " + _grids()),
+        click.option("--batch", "batches", type=click.IntRange(min=1), multiple=True,
+                     help="Batch size, in place of a grid's; repeat for more."),
+        click.option("--prompt-length", "lengths", type=click.IntRange(min=1), multiple=True,
+                     help="Tokens in the prompt, in place of a grid's; repeat for more."),
+        click.option("--margin", type=Share(0.0005, 0.5), default="1%", show_default=True, metavar="SHARE",
+                     help="Largest relative difference in latency that still counts as none, as 1% or 0.01."),
+        click.option("--max-time", "--max-seconds", "max_seconds", type=Duration(), default=None, metavar="TIME",
+                     help="For the measurement, as 90, 90s or 5m; it ends sooner when the noise allows a verdict.  "
+                     "[default: a minute for each batch size and prompt length]"),
     ]  # fmt: skip
     for decorator in reversed(decorators):
         command = decorator(command)

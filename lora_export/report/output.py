@@ -10,6 +10,7 @@ from lora_export.report.compare import compare
 from lora_export.report.markdown import markdown
 from lora_export.report.page import html
 from lora_export.report.schema import (
+    CONDITIONS,
     HTML,
     MARKDOWN,
     REPORT,
@@ -24,8 +25,10 @@ def write(
     report: Mapping[str, Any],
     folder: Path,
     samples: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    conditions: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> None:
-    """Write report.json, samples.json (cell → arm → milliseconds), report.html and report.md into `folder`.
+    """Write report.json, samples.json (cell → arm → milliseconds), conditions.json (cell → a reading of the machine
+    for each block), report.html and report.md into `folder`.
 
     NaN and infinity become null. Raises InputError if the report does not keep to its own schema.
     """
@@ -35,6 +38,8 @@ def write(
     write_json(folder / REPORT, clean)
     if samples is not None:
         write_json(folder / SAMPLES, finite(samples))
+    if conditions is not None:
+        write_json(folder / CONDITIONS, finite(conditions))
     render(folder)
 
 

@@ -11,6 +11,7 @@ from lora_export.files import read_json
 
 SCHEMA_VERSION = 1
 REPORT, SAMPLES, HTML, MARKDOWN = "report.json", "samples.json", "report.html", "report.md"
+CONDITIONS = "conditions.json"
 _NUMBER: Kind = (None, float)  # NaN and infinity are written as null
 _TEXT: Kind = (None, str)
 _RECORD: Kind = {

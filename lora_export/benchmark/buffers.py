@@ -1,0 +1,81 @@
+"""What one call computes, and the buffers that its inputs and outputs are bound to."""
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_export.contracts import Phase
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
+
+# ONNX Runtime's numbers of element types, and the bytes that an element takes.
+ELEMENT = {
+    "tensor(float)": 1,
+    "tensor(int32)": 6,
+    "tensor(int64)": 7,
+    "tensor(float16)": 10,
+    "tensor(bfloat16)": 16,
+}
+_BYTES = {1: 4, 6: 4, 7: 8, 10: 2, 16: 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one call computes: `tokens` new tokens after `past` cached ones, for each of `batch` sequences."""
+
+    batch: int
+    past: int
+    tokens: int
+
+    @staticmethod
+    def of(phase: Phase, batch: int, prompt: int) -> "Shape":
+        return Shape(batch, prompt, 1) if phase == "decode" else Shape(batch, 0, prompt)
+
+    @property
+    def total(self) -> int:
+        return self.past + self.tokens
+
+
+@dataclass
+class Buffers:
+    """The buffers of one cell, shared by all arms whose inputs and outputs look the same.
+
+    One set for all: no arm profits from a luckier address, and a long prefill's logits exist once.
+    """
+
+    device: str
+    _values: dict[tuple[Any, ...], "OrtValue"] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(math.prod(v.shape()) * _BYTES.get(v.element_type(), 8) for v in self._values.values())
+
+    def get(self, key: tuple[Any, ...]) -> "OrtValue":
+        return self._values[key]
+
+    def put(self, key: tuple[Any, ...], value: "OrtValue") -> "OrtValue":
+        return self._values.setdefault(key, value)
+
+    def has(self, key: tuple[Any, ...]) -> bool:
+        return key in self._values
+
+    def array(self, name: str, shape: Shape, value: "np.ndarray[Any, Any]") -> "OrtValue":
+        import onnxruntime as ort
+
+        key = (name, str(value.dtype), shape)
+        if not self.has(key):
+            self.put(key, ort.OrtValue.ortvalue_from_numpy(value, self.device, 0))
+        return self.get(key)
+
+    def blank(self, name: str, element: int, dims: tuple[int, ...]) -> "OrtValue":
+        """Uninitialized memory of one name, type and shape, the same for all that ask for it."""
+        import onnxruntime as ort
+
+        key = (name, element, dims)
+        if not self.has(key):
+            make = ort.OrtValue.ortvalue_from_shape_and_type
+            self.put(key, make(list(dims), element, self.device, 0))
+        return self.get(key)
