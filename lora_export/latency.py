@@ -12,7 +12,7 @@ from lora_export.contracts import (
     ExtraArm,
     Progress,
 )
-from lora_export.errors import ExportError, InputError
+from lora_export.errors import ExportError, GateFailed, InputError
 from lora_export.onnx_export import model_files
 from lora_export.onnx_export.slots import SUFFIX
 
@@ -36,6 +36,17 @@ def benchmark(arms: Sequence[BenchmarkArm], options: BenchmarkOptions, progress:
             progress.warn(warning)
     progress.stage(f"benchmark: {', '.join(named)} in one process")
     return run(arms, options=options, progress=progress, graph=graph)
+
+
+def refuse_slower(result: BenchmarkResult, output: Path, report: str) -> None:
+    """GateFailed if merged is slower. output: the folder that is not written then; report: the page in it."""
+    if result.verdict == "slower":
+        raise GateFailed(
+            "the merged model is slower than the base",
+            where=output.with_name(output.name + ".failed"),
+            expected="a ratio whose interval lies within the margin",
+            next_step=f"read {report} in that folder; measure again on a quiet machine",
+        )
 
 
 # --- arms from what lies on disk -----------------------------------------------------------------------------

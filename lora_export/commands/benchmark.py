@@ -71,6 +71,8 @@ def benchmark(
         with output_folder(output, force, inputs=[*(p.parent for p in graphs), *(pair or ())]) as stage:
             result = latency.benchmark(arms, settings, talk.progress)
             report = new_report("benchmark", {"benchmark": words | {"arms": [arm.name for arm in arms]}})
-            write(report | {"benchmark": result.as_json()}, stage, *raw(result))
+            status = "failed" if result.verdict == "slower" else "passed"
+            write(report | {"status": status, "benchmark": result.as_json()}, stage, *raw(result))
+            latency.refuse_slower(result, output, "report.html")
         rows = [*benchmark_rows(result), ("report", str(output / "report.html"))]
         talk.result(result.as_json(), summary(rows))

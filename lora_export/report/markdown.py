@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_export.report import proof, story
+from lora_export.report import latency, proof, story
 from lora_export.report.text import markdown as escaped
 
 _TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}
 
 
 def markdown(report: Mapping[str, Any], comparison: Sequence[story.Row] = ()) -> str:
-    status = "✅ Passed" if report["status"] == "passed" else "❌ **Failed: do not deploy this output**"
+    words, tone = story.standing(report)
+    status = f"{_TONES[tone]} {f'**{words}**' if tone == 'bad' else words}"
     lines = [f"# {escaped(report['title'])}", "", status, "", escaped(" ".join(story.headline(report))), ""]
     lines += [" · ".join(f"{_TONES[b.tone]} {b.stage} {escaped(b.text)}" for b in story.badges(report)), ""]
     lines += [f"- {escaped(kind)}: {escaped(name)}" for kind, name in story.sources(report)]
@@ -41,13 +42,26 @@ def _validation(validate: Mapping[str, Any] | None) -> list[str]:
 
 
 def _latency(bench: Mapping[str, Any] | None) -> list[str]:
+    """The table of cells in the open, all else folded away."""
     if not bench:
         return []
     head = ("cell", "base ms", "merged ms", "unmerged ms", "ratio", "90 % interval", "noise floor", "verdict")
-    rows = [(*row[:7], row[9]) for row in story.latency_rows(bench)]
-    notes = [f"- {escaped(note)}" for note in bench["notes"]]
-    title = f"## Latency on {escaped(bench['provider'])}"
-    return ["", title, "", *_table(head, rows, "lrrrrrrl"), *([""] if notes else []), *notes]
+    rows = [(*row[:7], row[9]) for row in latency.rows(bench)]
+    lines = ["", f"## Latency on {escaped(bench['provider'])}", "", *_table(head, rows, "lrrrrrrl"), ""]
+    lines += [f"- {escaped(name)}: {escaped(value)}" for name, value in latency.facts(bench)[:3]]
+    lines += [f"- ⚠️ {escaped(text)}" for text in latency.warnings(bench)]
+    lines += [f"- {escaped(note)}" for note in bench["notes"]]
+    for name, arms in latency.arm_tables(bench):
+        cells = [[f"{value} ({small})" if small else value for value, small in row] for row in arms]
+        lines += _folded(escaped(name), _table(latency.ARMS_HEAD, cells, "lrrrrrr"))
+    differences = [f"- {escaped(text)}" for text in bench.get("graph_differences") or ()]
+    lines += _folded("Where the graphs differ", differences)
+    said = [escaped(" ".join(latency.method(bench))), "", *(f"- {escaped(text)}" for text in latency.limits(bench))]
+    return [*lines, *_folded("How it was measured, and what it does not say", said)]
+
+
+def _folded(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"<details><summary>{title}</summary>", "", *lines, "", "</details>"] if lines else []
 
 
 def _facts(title: str, rows: Sequence[story.Row]) -> list[str]:

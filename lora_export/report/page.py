@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export.report import plots, proof, story
+from lora_export.report import latency, latency_plots, plots, proof, story
 from lora_export.report.text import count, one_line, percent, printable
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -40,15 +40,16 @@ def _plots(
     return {
         "layers": plots.layers(merge["records"]) if merge else None,
         "kl": plots.kl_by_position(validate["kl_by_position"]) if validate else None,
-        "forest": plots.forest(bench) if bench else None,
-        "latency": plots.latency(bench, samples) if bench else None,
+        "forest": latency_plots.forest(bench) if bench else None,
+        "overheads": latency_plots.overheads(bench) if bench else None,
+        "latency": latency_plots.latency(bench, samples) if bench else None,
     }
 
 
 def _header(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": one_line(report["title"]),
-        "failed": report["status"] != "passed",
+        "standing": story.standing(report),
         "headline": story.headline(report),
         "badges": story.badges(report),
         "about": [*story.sources(report), ("Made", one_line(report["created"]).replace("T", " "))],
@@ -80,13 +81,28 @@ def _stages(report: Mapping[str, Any]) -> dict[str, Any]:
         "export": bool(export),
         "export_facts": story.export_facts(export) if export else (),
         "files": story.file_rows(export) if export else (),
-        "bench": bool(bench),
-        "latency_facts": story.latency_facts(bench) if bench else (),
-        "latency": story.latency_rows(bench) if bench else (),
-        "forest_caption": _forest_caption(bench) if bench else "",
+    } | _latency(bench)
+
+
+def _latency(bench: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not bench:
+        return {"bench": False}
+    machine = {k: v for k, v in (bench.get("environment") or {}).items() if k != "blocks"}
+    return {
+        "bench": True,
+        "latency_facts": latency.facts(bench),
+        "latency": latency.rows(bench),
+        "arms_head": latency.ARMS_HEAD,
+        "arm_tables": latency.arm_tables(bench),
+        "forest_caption": _forest_caption(bench),
+        "method": latency.method(bench),
+        "limits": latency.limits(bench),
         "bench_notes": _lines(bench, "notes"),
+        "graph_warnings": list(latency.warnings(bench)),
         "graph_differences": _lines(bench, "graph_differences"),
-        "machine": story.flattened(bench.get("environment") or {}) if bench else (),
+        "conditions_head": latency.CONDITIONS_HEAD,
+        "conditions": latency.conditions(bench),
+        "machine": story.flattened(machine),
     }
 
 
@@ -100,15 +116,11 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, str | None]:
     return {name: printable(sample[name]) if name in sample else None for name in _SAMPLE_FIELDS}
 
 
-def _forest_caption(bench: Mapping[str, Any]) -> Any:
-    from markupsafe import Markup
-
-    margin = story.margin_of(bench)
+def _forest_caption(bench: Mapping[str, Any]) -> str:
+    margin = latency.margin_of(bench)
     band = (
         f" The band is the margin of ±{percent(margin, 1)}: an interval inside it means no difference."
         if margin
         else ""
     )
-    key = '<span class="key" style="--dot: var(--arm-{0})">{0}</span>'
-    arms = Markup(", ".join(key.format(name) for name in ("merged", "unmerged")))
-    return Markup("{arms}, against the base, with 90 % intervals.{band}").format(arms=arms, band=band)
+    return f"Merged against the base with its 90 % interval, and in grey how far the base is from itself.{band}"

@@ -36,14 +36,25 @@ _VALIDATE: Kind = {
     "bases?": (None, [{"base": str, "perplexity": _NUMBER, "kl_trained": _NUMBER}]), "advice?": (None, [str]),
 }  # fmt: skip
 _EXPORT: Kind = {"engine": str, "precision": str, "nodes": int, "files": {str: int}, "seconds?": _NUMBER}
+_PERCENTILE: Kind = {"ms": _NUMBER, "low": _NUMBER, "high": _NUMBER}
+_ARM: Kind = {
+    "p50": _PERCENTILE, "p95": _PERCENTILE, "p99": _PERCENTILE, "tokens_per_second": _NUMBER,
+    "first_token_ms": _NUMBER, "memory_bytes": (None, int), "ratio": _NUMBER, "ci_low": _NUMBER, "ci_high": _NUMBER,
+}  # fmt: skip
+_GRAPH: Kind = {
+    "identical": bool, "base_sha256": str, "merged_sha256": str, "nodes": int, "placement": {str: int},
+    "differences": [str], "warnings": [str],
+}  # fmt: skip
 _CELL: Kind = {
     "batch": int, "prompt": int, "phase": str, "cuda_graph": bool, "verdict": str,
     "merged_ms": float, "pairs?": (None, int),
     **dict.fromkeys(("base_ms", "unmerged_ms", "ratio", "ci_low", "ci_high", "noise_floor"), _NUMBER),
     **dict.fromkeys(("unmerged_ratio", "unmerged_ci_low", "unmerged_ci_high"), _NUMBER),
+    "kv_in_place?": bool, "control?": _TEXT, "reason?": _TEXT, "arms?": {str: _ARM},
 }  # fmt: skip
 _BENCHMARK: Kind = {
     "provider": str, "provider_verified": bool, "cells": [_CELL], "verdict": str, "notes": [str],
+    "graph?": (None, _GRAPH),
     "graph_identical?": (None, bool), "graph_differences?": (None, [str]), "noise_floor?": _NUMBER,
     "seconds?": _NUMBER, "environment?": (None, {"margin?": _NUMBER}),
 }  # fmt: skip

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lora_export.contracts import Precision
-from lora_export.report import proof
-from lora_export.report.text import DASH, count, interval, milliseconds, number, one_line, percent, ratio, size
+from lora_export.report import latency, proof
+from lora_export.report.text import DASH, count, number, one_line, percent, size
 from lora_export.report.text import seconds as in_seconds
 
 Tone = Literal["good", "bad", "unsure", "off"]
@@ -26,6 +26,11 @@ _CHECK_NAMES = {
     "adapter_survival": "Adapter's effect that is left",
 }
 _MODELS = {"onnx_": " (ONNX)", "loaded_": " (in its own type)"}
+_GRAPH_TONE: dict[bool | None, tuple[str, Tone]] = {
+    True: ("identical", "good"),
+    False: ("differs", "unsure"),
+    None: ("not compared", "off"),
+}
 _LATENCY_TONE: dict[str, Tone] = {"equivalent": "good", "slower": "bad", "inconclusive": "unsure"}
 
 
@@ -53,16 +58,30 @@ def badges(report: Mapping[str, Any]) -> list[Badge]:
         Badge("Merge", "done" if merge else "not run", "good" if merge else "off"),
         Badge("Validation", *_validation_badge(validate)),
         Badge("Export", "done" if export else "not run", "good" if export else "off"),
-        Badge("Latency", bench["verdict"], _LATENCY_TONE.get(bench["verdict"], "unsure"))
-        if bench
-        else Badge("Latency", "not run", "off"),
+        *(_latency_badges(bench) if bench else [Badge("Latency", "not run", "off")]),
     ]
+
+
+def _latency_badges(bench: Mapping[str, Any]) -> list[Badge]:
+    words, tone = _GRAPH_TONE[bench.get("graph_identical")]
+    verdict = Badge("Latency", bench["verdict"], _LATENCY_TONE.get(bench["verdict"], "unsure"))
+    return [Badge("Graph", words, tone), verdict]
 
 
 def _validation_badge(validate: Mapping[str, Any] | None) -> tuple[str, Tone]:
     if validate is None:
         return "not run", "off"
     return ("passed", "good") if validate["passed"] else ("failed", "bad")
+
+
+def standing(report: Mapping[str, Any]) -> tuple[str, Tone]:
+    """The word above all others. A measurement that found nothing out, and was all there was, is no pass."""
+    if report["status"] != "passed":
+        return "Failed: do not deploy this output", "bad"
+    ran = [name for name in ("merge", "validate", "export", "benchmark") if report[name]]
+    if ran == ["benchmark"] and report["benchmark"]["verdict"] == "inconclusive":
+        return "No verdict", "unsure"
+    return "Passed", "good"
 
 
 def headline(report: Mapping[str, Any]) -> list[str]:
@@ -72,7 +91,9 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         _say_merge(report["merge"]),
         _say_validation(validate),
         *(say(validate) for say in (proof.deviation_sentence, proof.perplexity_sentence) if validate),
-        _say_latency(report["benchmark"]),
+        latency.sentence(report["benchmark"])
+        if report["benchmark"]
+        else "Its latency was not compared with the base.",
         *((one_line(text) for text in validate.get("advice") or ()) if validate else ()),
     ]
     return [sentence for sentence in said if sentence] or ["No stage of this run left a result."]
@@ -105,32 +126,6 @@ def _say_validation(validate: Mapping[str, Any] | None) -> str:
         "It does not compute what the adapter was trained to compute: "
         f"{len(failed)} of {count(len(checks), 'check')} failed ({names})."
     )
-
-
-def _say_latency(bench: Mapping[str, Any] | None) -> str:
-    if bench is None:
-        return "Its latency was not compared with the base."
-    cells, provider = bench["cells"], one_line(bench["provider"]).upper()
-    margin = percent(margin_of(bench), 0) if margin_of(bench) else "the margin"
-    if bench["verdict"] == "equivalent":
-        worst = max((c["ci_high"] for c in cells if c["ci_high"]), default=None)
-        text = f"On {provider} it is as fast as the base, within ±{margin}, in {_all(len(cells))}"
-        return text + (f" (upper bound {percent(worst - 1)})." if worst else ".")
-    if bench["verdict"] == "slower":
-        slow = [c for c in cells if c["verdict"] == "slower"]
-        worst = max((c["ratio"] for c in slow if c["ratio"]), default=None)
-        text = f"On {provider} it is slower than the base in {len(slow)} of {count(len(cells), 'cell')}"
-        return text + (f", by up to {percent(worst - 1, 1)}." if worst else ".")
-    return f"The latency comparison on {provider} gave no verdict; the reasons are below."
-
-
-def _all(n: int) -> str:
-    return "the one cell measured" if n == 1 else f"all {n} cells measured"
-
-
-def margin_of(bench: Mapping[str, Any]) -> float | None:
-    margin = (bench.get("environment") or {}).get("margin")
-    return float(margin) if isinstance(margin, (int, float)) and 0 < margin <= 1 else None
 
 
 # --- tables ------------------------------------------------------------------------------------------------
@@ -210,47 +205,6 @@ def export_facts(export: Mapping[str, Any]) -> list[Row]:
 
 def file_rows(export: Mapping[str, Any]) -> list[Row]:
     return [(one_line(name), size(n)) for name, n in sorted(export["files"].items())]
-
-
-def cell_name(cell: Mapping[str, Any]) -> str:
-    graph = " · CUDA graph" if cell["cuda_graph"] else ""
-    return f"{one_line(cell['phase'])} · batch {cell['batch']} · {cell['prompt']} tokens{graph}"
-
-
-def cell_key(cell: Mapping[str, Any]) -> str:
-    graph = "/cuda_graph" if cell["cuda_graph"] else ""
-    return f"b{cell['batch']}/p{cell['prompt']}/{cell['phase']}{graph}"
-
-
-def latency_rows(bench: Mapping[str, Any]) -> list[Row]:
-    """Cell, base, merged, unmerged, ratio, interval, noise floor, pairs, verdict."""
-    return [
-        (
-            cell_name(c),
-            milliseconds(c["base_ms"]),
-            milliseconds(c["merged_ms"]),
-            milliseconds(c["unmerged_ms"]),
-            ratio(c["ratio"]),
-            interval(c["ci_low"], c["ci_high"]),
-            percent(c["noise_floor"]),
-            ratio(c["unmerged_ratio"]),
-            number(c.get("pairs")),
-            one_line(c["verdict"]),
-        )
-        for c in bench["cells"]
-    ]
-
-
-def latency_facts(bench: Mapping[str, Any]) -> list[Row]:
-    identical = {True: "yes, so there can be no difference", False: "no", None: "not compared"}
-    verified = "verified" if bench["provider_verified"] else "not verified"
-    return [
-        ("Execution provider", f"{one_line(bench['provider'])}, {verified}"),
-        ("Same optimised graph as the base", identical[bench.get("graph_identical")]),
-        ("Margin, set beforehand", f"±{percent(margin_of(bench), 1)}"),
-        ("Noise floor (base against itself)", percent(bench.get("noise_floor"))),
-        ("Time", in_seconds(bench.get("seconds"))),
-    ]
 
 
 def sources(report: Mapping[str, Any]) -> list[Row]:
