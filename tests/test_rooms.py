@@ -33,13 +33,13 @@ ROOMS = {
     "report",
     "packages",
 }
-EVERYTHING = TOP | ROOMS | {"pipeline", "pluggable", "inspection", "commands", ""}
+EVERYTHING = TOP | ROOMS | {"pipeline", "latency", "pluggable", "inspection", "commands", ""}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(TOP, TOP),
     **{room: TOP | {room} for room in ROOMS},
     "merge": TOP | {"merge", "checkpoint", "adapters", "quantization"},
     "onnx_export": TOP | {"onnx_export", "checkpoint"},
-    **dict.fromkeys(("pipeline", "pluggable", "inspection", "commands"), EVERYTHING),
+    **dict.fromkeys(("pipeline", "latency", "pluggable", "inspection", "commands"), EVERYTHING),
     "": TOP,
 }
 

@@ -43,8 +43,8 @@ class Node:
 
 @dataclass(frozen=True)
 class Canonical:
-    """initializer_bytes: ONNX type → bytes; tied: an initializer is both looked up as embedding and multiplied
-    with; placement: provider → nodes."""
+    """initializer_bytes: of the stored model, ONNX type → bytes; tied: one of its initializers is both looked up as
+    embedding and multiplied with; placement: provider → nodes."""
 
     inputs: tuple[str, ...]
     nodes: tuple[Node, ...]
@@ -59,21 +59,24 @@ class Canonical:
         return _digest(*parts, *(f"{provider} {n}" for provider, n in sorted(self.placement.items())))
 
 
-def canonical(model: "onnx.ModelProto", placement: Mapping[str, int]) -> Canonical:
-    """placement: how many nodes a session gave to each provider, which is part of what is hashed."""
-    graph = model.graph
+def canonical(
+    model: "onnx.ModelProto", placement: Mapping[str, int], stored: "onnx.ModelProto | None" = None
+) -> Canonical:
+    """placement: how many nodes a session gave to each provider, which is part of what is hashed; stored: the model
+    that this one was optimized from, whose weights are not yet in the types that a provider wants them in."""
+    graph, written = model.graph, (stored or model).graph
     values = {v.name: _digest("input", v.name, _type(v)) for v in graph.input}
     uses = Counter(name for node in graph.node for name in node.input)
     nodes = tuple(_nodes(graph, values, uses))
     kinds: Counter[str] = Counter()
-    for tensor in graph.initializer:
+    for tensor in written.initializer:
         kinds[_kind(tensor)] += _nbytes(tensor)
     return Canonical(
         inputs=tuple(values[v.name] for v in graph.input),
         nodes=nodes,
         outputs=tuple(_digest("output", v.name, _type(v), values[v.name]) for v in graph.output),
         initializer_bytes=dict(kinds),
-        tied=_is_tied(graph),
+        tied=_is_tied(written),
         placement=dict(placement),
     )
 

@@ -51,7 +51,8 @@ def optimized(model: Path, provider: str) -> Canonical:
     """What ONNX Runtime makes of `model` for `provider`."""
     from lora_export.runtime import open_session, session_options
 
-    check_external_data(model, load_graph(model))
+    stored = load_graph(model)
+    check_external_data(model, stored)
     with tempfile.TemporaryDirectory(prefix="lora-export-graph-") as folder:
         written = Path(folder, "optimized.onnx")
         options = session_options()
@@ -67,7 +68,7 @@ def optimized(model: Path, provider: str) -> Canonical:
         placement: Counter[str] = Counter()
         for part in session.get_provider_graph_assignment_info():
             placement[part.ep_name] += len(part.get_nodes())
-        return canonical(load_graph(written), placement)
+        return canonical(load_graph(written), placement, stored)
 
 
 def _together(graphs: Sequence[Canonical]) -> str:

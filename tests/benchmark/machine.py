@@ -20,7 +20,7 @@ class Noise:
     is forgotten by `persistence` a call; drift: relative, a call; wave: amplitude of a swing over 500 calls;
     stolen: share of calls that take three times as long."""
 
-    own: float = 0.004
+    own: float = 0.02
     mood: float = 0.0
     persistence: float = 0.9
     drift: float = 0.0
@@ -30,10 +30,10 @@ class Noise:
 
 NOISES: Mapping[str, Noise] = {
     "independent": Noise(),
-    "autocorrelated": Noise(mood=0.004, persistence=0.95),
-    "drifting": Noise(drift=1e-4, wave=0.03),
+    "autocorrelated": Noise(mood=0.02, persistence=0.95),
+    "drifting": Noise(drift=1e-4, wave=0.05),
     "disturbed": Noise(stolen=0.02),
-    "all of these": Noise(mood=0.004, drift=1e-4, wave=0.01, stolen=0.01),
+    "all of these": Noise(mood=0.02, drift=1e-4, wave=0.03, stolen=0.01),
 }
 
 

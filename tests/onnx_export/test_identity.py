@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from onnx import numpy_helper
 
-from lora_export.contracts import ExportResult
+from lora_export.contracts import ExportResult, GraphComparison
 from lora_export.onnx_export import compare
+from lora_export.onnx_export.canonical import Canonical, canonical
 from lora_export.onnx_export.checks import load_graph
-from lora_export.onnx_export.identity import fingerprint
 
 from .conftest import save_llama
 
@@ -21,24 +21,35 @@ def other_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("models") / "other", seed=7)
 
 
+def against(a: Path, b: Path) -> GraphComparison:
+    return compare([a], [b], "cpu")
+
+
 def test_other_weights_are_the_same_graph(exported: Exported, llama: Path, other_weights: Path) -> None:
     a, b = exported(llama).model, exported(other_weights).model
     assert a.with_name("model.onnx.data").read_bytes() != b.with_name("model.onnx.data").read_bytes()
-    assert compare(a, b, "cpu") == (True, ())
-    assert fingerprint(a, "cpu") == fingerprint(b, "cpu")
+    found = against(a, b)
+    assert found.identical and found.base_sha256 == found.merged_sha256 and len(found.base_sha256) == 64
+    assert found.differences == found.warnings == ()
+    assert found.nodes > 20 and set(found.placement) == {"CPUExecutionProvider"}
+    assert found.placement["CPUExecutionProvider"] >= found.nodes
 
 
 def test_an_unmerged_adapter_is_seen(exported: Exported, llama: Path, adapter: Path) -> None:
-    same, differences = compare(exported(llama).model, exported(llama, adapter=adapter).model, "cpu")
-    assert not same
+    found = against(exported(llama).model, exported(llama, adapter=adapter).model)
+    assert not found.identical and found.base_sha256 != found.merged_sha256
     # 2 layers × 3 projections, A and B each, and the packed projection of q, k, v taken apart
-    assert "ai.onnx.MatMul: 11 in the base, 27 in the other" in differences
+    assert "ai.onnx.MatMul: 11 in the base, 27 in the other" in found.differences
+    assert any("lora_A/MatMul: only in the other: ai.onnx.MatMul(·, float[" in line for line in found.differences)
 
 
 def test_another_type_is_seen(exported: Exported, llama: Path) -> None:
-    same, differences = compare(exported(llama).model, exported(llama, "fp16").model, "cpu")
-    assert not same
-    assert any("float16" in line for line in differences)
+    half, full = exported(llama, "fp16").model, exported(llama).model
+    found = against(half, full)
+    assert not found.identical and any("float16" in line for line in found.differences)
+    (wider,) = found.warnings
+    assert "export both in the same --precision" in wider and "(float)" in wider and "(float16" in wider
+    assert not any("--precision" in text for text in against(full, half).warnings)
 
 
 def test_one_changed_attribute_is_seen(exported: Exported, llama: Path, tmp_path: Path) -> None:
@@ -50,16 +61,108 @@ def test_one_changed_attribute_is_seen(exported: Exported, llama: Path, tmp_path
     changed = tmp_path / "model.onnx"
     changed.write_bytes(model.SerializeToString())
     (tmp_path / "model.onnx.data").write_bytes(source.with_name("model.onnx.data").read_bytes())
-    same, differences = compare(source, changed, "cpu")
-    assert not same
-    assert len(differences) == 1
-    assert "GroupQueryAttention" in differences[0]
+    found = against(source, changed)
+    assert not found.identical
+    (difference,) = found.differences
+    assert "GroupQueryAttention with scale 0.25 in the base, 0.5 in the other" in difference
+
+
+# --- the canonical form -------------------------------------------------------------------------------------
+
+
+def small(*, order: int = 1, prefix: str = "", square: int = 4, axis: int = 1, shared: bool = True) -> Canonical:
+    """x·w and x·v, concatenated. shared: w and v are one initializer."""
+    import numpy as np
+    from onnx import TensorProto, helper
+
+    weights = [numpy_helper.from_array(np.ones((square, square), np.float32) * order, f"{prefix}w")]
+    if not shared:
+        weights.append(numpy_helper.from_array(np.ones((square, square), np.float32), f"{prefix}v"))
+    weights.append(numpy_helper.from_array(np.array([0, -1]), "shape"))
+    second = f"{prefix}{'w' if shared else 'v'}"
+    products = [
+        helper.make_node("MatMul", ["x", f"{prefix}w"], [f"{prefix}a"], name=f"{prefix}1"),
+        helper.make_node("MatMul", ["x", second], [f"{prefix}b"], name=f"{prefix}2"),
+    ][::order]
+    ends = [
+        helper.make_node("Concat", [f"{prefix}a", f"{prefix}b"], ["c"], axis=axis),
+        helper.make_node("Reshape", ["c", "shape"], ["y"]),
+    ]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", square])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "m"])
+    graph = helper.make_graph([*products, *ends], "g", [given], [out], weights)
+    return canonical(helper.make_model(graph), {"CPUExecutionProvider": 4})
+
+
+def test_names_order_and_values_do_not_count() -> None:
+    assert small().sha256 == small(prefix="other/").sha256 == small(order=-1).sha256
+
+
+@pytest.mark.parametrize("change", [{"square": 5}, {"axis": 0}, {"shared": False}])
+def test_shapes_attributes_and_sharing_count(change: dict[str, int]) -> None:
+    assert small().sha256 != small(**change).sha256  # type: ignore[arg-type]
+
+
+def test_wiring_and_placement_count() -> None:
+    from dataclasses import replace
+
+    from onnx import TensorProto, helper
+
+    def chain(*steps: tuple[str, str, str]) -> Canonical:
+        nodes = [helper.make_node(op, [a], [b]) for op, a, b in steps]
+        values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n"]) for n in ("x", "y")]
+        return canonical(helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:])), {})
+
+    one = chain(("Abs", "x", "a"), ("Neg", "x", "b"), ("Abs", "b", "y"))
+    other = chain(("Abs", "x", "a"), ("Neg", "a", "b"), ("Abs", "b", "y"))
+    assert [n.local for n in one.nodes] == [n.local for n in other.nodes] and one.sha256 != other.sha256
+    assert replace(one, placement={"CUDAExecutionProvider": 3}).sha256 != one.sha256
+
+
+def test_settings_and_shapes_that_slow_a_merged_model_down_are_told(
+    exported: Exported, llama: Path, tmp_path: Path
+) -> None:
+    import json
+    import shutil
+
+    base = exported(llama).model.parent
+    slow = Path(shutil.copytree(base, tmp_path / "slow"))
+    config = json.loads((slow / "config.json").read_text())
+    (slow / "config.json").write_text(json.dumps(config | {"use_cache": False, "tie_word_embeddings": False}))
+    before = json.loads((base / "config.json").read_text())
+    found = against(base / "model.onnx", slow / "model.onnx")
+    assert found.identical
+    assert any("use_cache false" in text for text in found.warnings)
+    assert any("ties" in text for text in found.warnings) == bool(before.get("tie_word_embeddings"))
+
+
+def test_lost_fusions_and_untied_embeddings_are_told() -> None:
+    from lora_export.onnx_export.canonical import Node
+    from lora_export.onnx_export.identity import _graph_warnings
+
+    def of(*operators: str, tied: bool) -> Canonical:
+        nodes = tuple(Node(f"n{i}", operator, "", (), str(i)) for i, operator in enumerate(operators))
+        return Canonical((), nodes, (), {"FLOAT": 100}, tied, {})
+
+    gqa = "com.microsoft.GroupQueryAttention"
+    fused, apart = of(gqa, gqa, "ai.onnx.MatMul", tied=True), of(gqa, "ai.onnx.MatMul", tied=False)
+    untied, lost = _graph_warnings(fused, apart)
+    assert "share one weight" in untied
+    assert lost == "1 fewer GroupQueryAttention in the merged graph: fusions that were lost"
+    assert list(_graph_warnings(apart, fused)) == []
+
+
+def test_a_tied_embedding_is_seen_through_its_transpose(exported: Exported, llama: Path) -> None:
+    import json
+
+    tied = canonical(load_graph(exported(llama).model), {}).tied
+    assert tied == json.loads((llama / "config.json").read_text())["tie_word_embeddings"]
 
 
 def test_values_of_integer_constants_count() -> None:
     import numpy as np
 
-    from lora_export.onnx_export.identity import _tensor
+    from lora_export.onnx_export.canonical import _tensor
 
     def describe(*values: float, dtype: type) -> str:
         return _tensor(numpy_helper.from_array(np.array(values, dtype)))

@@ -10,12 +10,15 @@ import pytest
 
 from lora_export.contracts import (
     AdapterSurvival,
+    ArmTimes,
     BaseComparison,
     BenchmarkResult,
     Cell,
     Check,
     ExportResult,
+    GraphComparison,
     MergeResult,
+    Percentile,
     Perplexity,
     TensorRecord,
     ValidationResult,
@@ -133,15 +136,34 @@ def _export() -> ExportResult:
     )
 
 
+def arms(base: float, tokens: int, **ratios: float) -> dict[str, ArmTimes]:
+    """Times of the base and of arms that take so many times as long."""
+
+    def times(name: str, ratio: float) -> ArmTimes:
+        p50, p95, p99 = (
+            Percentile(ms, 0.99 * ms, 1.01 * ms) for ms in (base * ratio, base * ratio * 1.1, base * ratio * 1.2)
+        )
+        known = (ratio, ratio * 0.99, ratio * 1.01) if name != "base" else (None, None, None)
+        first = p50.ms if tokens > 1 else None
+        return ArmTimes(p50, p95, p99, 1000 * tokens / p50.ms, first, 685_000_000, *known)
+
+    return {name: times(name, ratio) for name, ratio in {"base": 1.0, **ratios}.items()}
+
+
 def _benchmark() -> BenchmarkResult:
-    common = {"batch": 1, "prompt": 128, "cuda_graph": False, "noise_floor": 0.0021, "pairs": 44}
+    common = {
+        "batch": 1, "prompt": 128, "cuda_graph": False, "noise_floor": 0.0021, "pairs": 44, "kv_in_place": True,
+        "control": "unmerged",
+    }  # fmt: skip
     cells = (
         Cell(phase="prefill", base_ms=271.31, merged_ms=271.18, unmerged_ms=303.02, ratio=0.9996, ci_low=0.9961,
              ci_high=1.0032, verdict="equivalent", unmerged_ratio=1.117, unmerged_ci_low=1.109,
-             unmerged_ci_high=1.126, **common),
+             unmerged_ci_high=1.126, arms=arms(271.31, 128, merged=0.9996, unmerged=1.117, plugged=1.12),
+             **common),
         Cell(phase="decode", base_ms=23.91, merged_ms=23.94, unmerged_ms=26.72, ratio=1.0012, ci_low=0.9975,
              ci_high=1.0049, verdict="equivalent", unmerged_ratio=1.1182, unmerged_ci_low=1.1018,
-             unmerged_ci_high=1.1377, **common),
+             unmerged_ci_high=1.1377, arms=arms(23.91, 1, merged=1.0012, unmerged=1.1182, pytorch=3.6),
+             **common),
     )  # fmt: skip
     return BenchmarkResult(
         provider="cpu",
@@ -151,7 +173,20 @@ def _benchmark() -> BenchmarkResult:
         graph_identical=True,
         verdict="equivalent",
         seconds=61.2,
-        environment={"cpu": "Example CPU", "margin": 0.01, "before": {"load": [0.1, 0.2, 0.3], "gpus": []}},
+        environment={
+            "cpu": "Example CPU",
+            "margin": 0.01,
+            "onnxruntime": "1.31.1",
+            "gpus": [{"name": "Example GPU"}],
+            "blocks": {
+                "b1/p128/decode": {
+                    "load": [0.1, 0.2, 0.3],
+                    "gpu0_sm_mhz": [1200, 1980, 1980],
+                    "throttled": ["power limit"],
+                }
+            },
+        },
+        graph=GraphComparison(True, "5a" * 32, "5a" * 32, 309, {"CPUExecutionProvider": 339}),
         notes=("b1/p128/decode: latency still drifted by more than the margin when warm-up ended",),
     )
 
@@ -159,7 +194,7 @@ def _benchmark() -> BenchmarkResult:
 def raw_timings() -> dict[str, dict[str, tuple[float, ...]]]:
     dice = np.random.default_rng(2)
     centres = {"b1/p128/prefill": 271.0, "b1/p128/decode": 23.9}
-    arms = {"base": 1.0, "base_again": 1.0, "merged": 1.0, "unmerged": 1.118}
+    arms = {"base": 1.0, "base_again": 1.0, "merged": 1.0, "unmerged": 1.118, "pytorch": 4.0}
 
     def times(median: float) -> tuple[float, ...]:
         return tuple(float(t) for t in median * np.exp(0.02 * dice.standard_normal(176)))

@@ -66,11 +66,55 @@ def test_a_full_report_tells_its_story_on_top(full: dict[str, Any], timings: Sam
         assert "computes what the adapter was trained to compute: all 5 checks passed" in words
         assert "as fast as the base, within ±1%, in all 2 cells" in words
         assert "support-bot-lora × 0.7" in words and "93efa2f097d5" in words
-    assert "Latency equivalent" in page.words
-    assert page.tags.count("figure") == 4 and page.tags.count("svg") == 4
+    assert "Latency equivalent" in page.words and "Graph identical" in page.words
+    assert page.tags.count("figure") == 5 and page.tags.count("svg") == 5
     assert not page.open
     assert "three times rounding alone" in page.words
     assert "0.9961 … 1.0032" in page.words and "271.31" in page.words
+
+
+def test_every_arm_has_its_percentiles_and_rates(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+    page, _, text = pages(full, tmp_path, timings)
+    assert "time to first token 271.20 ms, merged; cache in place; control: unmerged" in page.words
+    row = "pytorch 86.08 85.22 … 86.94 94.68 93.74 … 95.63 103.29 102.26 … 104.32 11.62 3.6000 3.5640 … 3.6360"
+    assert row in page.words
+    assert "| pytorch | 86.08 (85.22 … 86.94) |" in text
+    for words in (page.words, text.replace("\\", "")):
+        assert "Canonical hash, base and merged" in words and "5a5a5a5a5a5a5a5a" in words
+        assert "All arms (base, merged, unmerged, plugged, pytorch) and a second session of the base" in words
+        assert "Other batch sizes and prompt lengths than these were not measured: 1 × 128." in words
+        assert "on a GPU an unmerged adapter costs other shares" in words
+        assert "writes in place is faster" not in words
+    assert "GPU 0: clock, MHz 1,200 1,980 1,980" in page.words and "throttled power limit" in page.words
+
+
+def test_warnings_and_differences_of_the_graphs_are_told(full: dict[str, Any], tmp_path: Path) -> None:
+    graph = full["benchmark"]["graph"]
+    graph |= {"identical": False, "merged_sha256": "6b" * 32, "warnings": ["<b>wider</b>"], "differences": ["n: x"]}
+    full["benchmark"] |= {"graph_identical": False, "graph_differences": ["n: x"]}
+    page, html, text = pages(full, tmp_path)
+    assert "Graph differs" in page.words and "5a5a5a5a5a5a5a5a, 6b6b6b6b6b6b6b6b" in page.words
+    assert "What would slow the merged model down" in page.words and "<b>wider" not in html
+    assert "Where the graphs differ" in page.words and "&lt;b&gt;wider" in text
+
+
+def test_a_measurement_alone_that_found_nothing_out_is_no_pass(full: dict[str, Any], tmp_path: Path) -> None:
+    full |= {"merge": None, "validate": None, "export": None}
+    full["benchmark"]["verdict"] = "inconclusive"
+    page, _, text = pages(full, tmp_path)
+    assert "No verdict" in page.words and "⚠️ No verdict" in text and "Passed" not in page.words + text
+    assert "no difference can come from them" in page.words
+
+
+def test_a_report_from_before_there_were_arms_is_a_report(
+    full: dict[str, Any], timings: Samples, tmp_path: Path
+) -> None:
+    for cell in full["benchmark"]["cells"]:
+        for name in ("arms", "control", "kv_in_place", "reason"):
+            del cell[name]
+    del full["benchmark"]["graph"]
+    page, _, _ = pages(full, tmp_path, timings)
+    assert page.tags.count("svg") == 5 and "unmerged · decode" in page.words and "None" not in page.words
 
 
 def test_the_proof_in_figures(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
@@ -118,7 +162,7 @@ def test_numbers_beyond_all_axes_are_left_out_of_the_plots(
     full["validate"]["kl_by_position"][3] = size
     some = {cell: {arm: (size, *times) for arm, times in arms.items()} for cell, arms in timings.items()}
     page, _, _ = pages(full, tmp_path, some)
-    assert page.tags.count("svg") == 4 and not page.open
+    assert page.tags.count("svg") == 5 and not page.open
 
 
 def test_saturated_elements_are_told(full: dict[str, Any], tmp_path: Path) -> None:
@@ -159,7 +203,7 @@ def test_names_of_a_model_stay_names(full: dict[str, Any], timings: Samples, tmp
     # A newline must not start a heading, nor a pipe a column.
     assert all(not line.startswith("# ") for line in text.splitlines()[1:])
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
-    assert set(widths) == {4, 5, 9}
+    assert set(widths) == {4, 5, 8, 9}
 
 
 def poisoned(value: Any, key: str = "") -> Any:
@@ -235,10 +279,25 @@ def test_compare_sets_two_runs_side_by_side(full: dict[str, Any], tmp_path: Path
     page = Page((tmp_path / "a" / "report.html").read_text(encoding="utf-8"))
     assert "Beside another run" in page.words
     assert "99.31% 50.00%" in page.words and "another <b>run</b>" in page.words
-    assert "23.94 ms –" in page.words
+    assert "23.94 ms (23.70 … 24.18) –" in page.words
     text = (tmp_path / "a" / "report.md").read_text(encoding="utf-8")
     assert "| Update that survived | 99.31% | 50.00% |" in text and "<b>" not in text
     assert (tmp_path / "b" / "report.html").read_bytes() == before
+
+
+def test_compare_gives_the_ratio_of_what_both_measured(full: dict[str, Any], tmp_path: Path) -> None:
+    other = copy.deepcopy(full)
+    other["benchmark"]["cells"][1]["arms"]["merged"]["p50"]["ms"] *= 2
+    del other["benchmark"]["cells"][1]["arms"]["pytorch"]
+    other["benchmark"]["environment"]["gpus"] = []
+    write(full, tmp_path / "a")
+    write(other, tmp_path / "b")
+    render(tmp_path / "a", tmp_path / "b")
+    words = Page((tmp_path / "a" / "report.html").read_text(encoding="utf-8")).words
+    assert "decode · batch 1 · 128 tokens: merged, this ÷ the other 0.500" in words
+    assert "decode · batch 1 · 128 tokens: base, this ÷ the other 1.000" in words
+    assert "pytorch, this ÷ the other" not in words
+    assert "Machine Example CPU, Example GPU Example CPU" in words
 
 
 @pytest.mark.parametrize(

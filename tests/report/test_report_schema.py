@@ -100,7 +100,7 @@ def test_samples_may_be_gone(full: dict[str, Any], timings: Samples, tmp_path: P
     write(full, tmp_path, timings)
     (tmp_path / "samples.json").unlink()
     render(tmp_path)
-    assert (tmp_path / "report.html").read_text().count("<figure>") == 3
+    assert (tmp_path / "report.html").read_text().count("<figure>") == 4
 
 
 def test_layers_are_found_in_names_and_experts_taken_together() -> None:
