@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,8 @@ _MAX_WARM_UP_ROUNDS = 100
 _BLOCK_MS = 250.0
 _MAX_PASSES = 50
 _PLANNING_RESAMPLES = 500
+# Threads of OpenMP go on spinning for a few milliseconds after their work is done.
+_SETTLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,13 @@ def measure(
     clock: Clock = time.perf_counter,
     tick: Callable[[int, int], None] = lambda done, planned: None,
     observe: Callable[[], Any] = lambda: None,
+    apart: Collection[str] = (),
 ) -> Series:
     """Warm up, then measure blocks until there are enough for every pair.
 
     The number of blocks follows from the variance alone, never from the difference seen, so measuring on
-    does not favour a verdict.
+    does not favour a verdict. observe: called between blocks, what it says is kept. apart: arms that would disturb
+    those that run after them.
     """
     deadline = clock() + seconds
     with _no_garbage_collection():
@@ -80,7 +84,7 @@ def measure(
         observe()  # what came before is nobody's business
         planned = MIN_BLOCKS
         while len(blocks) < planned and (len(blocks) < 2 or clock() < deadline):
-            blocks.append(block(arms, passes, rng))
+            blocks.append(block(arms, passes, rng, apart))
             readings.append(observe())
             if len(blocks) == planned:
                 planned = _plan(blocks, pairs, margin, rng)
@@ -95,14 +99,23 @@ def _passes(pass_ms: float, seconds: float) -> int:
     return min(_MAX_PASSES, max(1, round(block_ms / pass_ms)))
 
 
-def block(arms: Mapping[str, Arm], passes: int, rng: np.random.Generator) -> dict[str, list[float]]:
-    """Every arm in random order and then in the reverse order (ABBA), so that a linear drift cancels."""
-    names = list(arms)
-    times: dict[str, list[float]] = {name: [] for name in names}
+def block(
+    arms: Mapping[str, Arm], passes: int, rng: np.random.Generator, apart: Collection[str] = ()
+) -> dict[str, list[float]]:
+    """Every arm in random order and then in the reverse order (ABBA), so that a linear drift cancels.
+
+    Arms that are kept apart come after all others, once for each pass.
+    """
+    names = [name for name in arms if name not in apart]
+    times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(passes):
         order = [names[i] for i in rng.permutation(len(names))]
         for name in (*order, *reversed(order)):
             times[name].append(arms[name]())
+    for name in apart:
+        times[name] += [arms[name]() for _ in range(passes)]
+    if apart:
+        time.sleep(_SETTLE_SECONDS)
     return times
 
 

@@ -56,7 +56,7 @@ class TorchEngine:
                 cache.crop(-shape.tokens)
             return ms
 
-        return Bound(call)
+        return Bound(call, disturbs=True)
 
     def _filled(self, shape: Shape, seed: int) -> Any:
         import torch

@@ -32,11 +32,13 @@ Values = dict[str, "OrtValue"]
 class Bound:
     """Something that can be timed: run() does it once and returns milliseconds until the device is done.
 
-    kv_in_place: a step writes its keys and values into the buffer of the cache, instead of copying it.
+    kv_in_place: a step writes its keys and values into the buffer of the cache, instead of copying it; disturbs:
+    what runs right after it would be slowed down.
     """
 
     run: Callable[[], float]
     kv_in_place: bool = False
+    disturbs: bool = False
 
 
 class Arm(Protocol):

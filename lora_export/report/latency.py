@@ -191,7 +191,10 @@ def method(bench: Mapping[str, Any]) -> list[str]:
         f"All arms{listed} and a second session of the base ran in one process, with the same options and the "
         "same bound buffers, warmed up until their medians stopped drifting.",
         "They were timed in blocks, each a random order and its reverse, so that drift and whatever else the "
-        "machine does falls on all of them alike.",
+        "machine does falls on all of them alike"
+        + (
+            "; PyTorch comes after them in each block, as its threads go on spinning." if "pytorch" in arms else "."
+        ),
         "Each block gives one ratio of medians; their trimmed mean is the figure, and its 90 % interval comes from "
         "drawing runs of neighbouring blocks, because blocks that follow each other are alike.",
         f"Equivalent means that this whole interval lies within ±{margin}, a margin that was set beforehand "

@@ -40,6 +40,14 @@ def test_a_block_is_an_order_and_its_reverse_so_that_linear_drift_cancels() -> N
     assert len({sum(t) for t in times.values()}) == 1
 
 
+def test_arms_that_disturb_come_after_all_others() -> None:
+    clock = Clock()
+    arms = {name: clock.arm(name, lambda i: 1.0) for name in "abz"}
+    times = block(arms, 4, rng(), apart=("z",))
+    assert clock.called[-4:] == ["z"] * 4 and "z" not in clock.called[:-4]
+    assert {name: len(t) for name, t in times.items()} == {"a": 8, "b": 8, "z": 4}
+
+
 def test_orders_differ_between_blocks() -> None:
     clock = Clock()
     arms = {name: clock.arm(name, lambda i: 1.0) for name in "abcd"}

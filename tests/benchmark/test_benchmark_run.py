@@ -1,6 +1,7 @@
 """Real sessions on small graphs, from files to a verdict."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,25 @@ def test_a_slower_graph_is_found_slower(small: Callable[..., Path]) -> None:
     assert {c.phase for c in result.cells} == {"prefill", "decode"}
     assert all(c.ci_low and c.ci_low > 1.25 for c in result.cells if c.verdict == "slower")
     assert result.provider == "cpu" and result.provider_verified
+
+
+def test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions(
+    small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[object] = []
+    real_open, real_cell = study._opened, study._measure_cell
+    monkeypatch.setattr(study, "_opened", lambda *a: opened.append(a) or real_open(*a))
+    slow, base = small("merged", 40), small("base", 8)
+    found = run(slow, base, max_seconds=20, shapes=((1, 8),), graph=IDENTICAL)
+    assert found.verdict == "slower" and len(opened) == 1 + [c.verdict for c in found.cells].count("slower")
+
+    verdicts = iter(["slower", "equivalent", "equivalent"])
+    monkeypatch.setattr(
+        study, "_measure_cell", lambda *a: replace(real_cell(*a), verdict=next(verdicts), ratio=1.0)
+    )
+    found = run(base, base, max_seconds=1, graph=IDENTICAL)
+    assert [c.verdict for c in found.cells] == ["inconclusive", "equivalent"]
+    assert "it is the sessions that differ" in found.cells[0].reason and found.cells[0].reason in found.notes[-1]
 
 
 def test_the_same_graph_with_other_weights_is_not(small: Callable[..., Path]) -> None:

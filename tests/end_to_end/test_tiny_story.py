@@ -23,8 +23,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def story(inputs: tuple[Path, Path], run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     base, adapter = inputs
     out = tmp_path_factory.mktemp("out") / "run"
-    words = ["--provider", "cpu", "--max-seconds", 5, "--prompt-length", 8, "--margin", 0.5]
-    code, document, talk = run("merge-and-export", "-b", base, "-a", adapter, "-o", out, *words)
+    words = ["--provider", "cpu", "--max-time", "6s", "--prompt-length", 8, "--margin", "50%"]
+    arms = ["--arm", "plugged", "--arm", "pytorch"]
+    code, document, talk = run("merge-and-export", "-b", base, "-a", adapter, "-o", out, *words, *arms)
     assert code == 0, talk
     return out, document
 
@@ -39,6 +40,11 @@ def test_one_key_a_stage(story: tuple[Path, Any]) -> None:
     assert document["benchmark"]["graph_identical"] is True
     assert document["benchmark"]["provider"] == "cpu"
     assert document["benchmark"]["verdict"] in ("equivalent", "inconclusive")
+    for cell in document["benchmark"]["cells"]:
+        assert list(cell["arms"]) == ["base", "merged", "unmerged", "plugged", "pytorch"]
+        assert cell["kv_in_place"] and cell["control"] == "unmerged"
+    graph = document["benchmark"]["graph"]
+    assert graph["base_sha256"] == graph["merged_sha256"] and not graph["warnings"]
     names = {c["name"] for c in document["validate"]["checks"]}
     contract = {
         "logits_max_abs", "logits_kl_mean", "top1_agreement", "perplexity_unmerged", "perplexity_merged",
@@ -55,7 +61,7 @@ def test_what_a_run_leaves(story: tuple[Path, Any]) -> None:
     out, _ = story
     assert {p.name for p in out.iterdir()} == {"merged", "onnx", "report", "manifest.json"}
     assert {p.name for p in (out / "report").iterdir()} == {
-        "report.json", "report.html", "report.md", "samples.json",
+        "report.json", "report.html", "report.md", "samples.json", "conditions.json",
     }  # fmt: skip
     assert not list(out.parent.glob(".*"))
     manifest = json.loads((out / "manifest.json").read_text())
@@ -91,12 +97,16 @@ def test_stages_alone_work_on_what_the_run_left(
     assert any(c["name"] == "onnx_logits_max_abs" for c in document["checks"])
     code, document, talk = run("export", "-m", base, "-o", tmp_path / "base", "--provider", "cpu")
     assert code == 0 and document["nodes"] > 0, talk
-    words = ["--provider", "cpu", "--max-seconds", 3, "--prompt-length", 8]
-    code, document, talk = run(
-        "benchmark", "-b", tmp_path / "base", "-m", out / "onnx", "-o", tmp_path / "latency", *words
-    )
+    words = ["-b", tmp_path / "base", "-m", out / "onnx", "--provider", "cpu", "--max-time", "3s"]
+    grid = ["--prompt-length", 8, "--batch", 1, "--batch", 2, "--beside", f"again={out / 'onnx'}"]
+    code, document, talk = run("benchmark", *words, *grid, "-o", tmp_path / "latency")
     assert code == 0 and document["graph_identical"] is True, talk
-    assert {c["phase"] for c in document["cells"]} == {"prefill", "decode"}
+    assert {(c["batch"], c["phase"]) for c in document["cells"]} == {
+        (batch, phase) for batch in (1, 2) for phase in ("prefill", "decode")
+    }
+    assert list(document["cells"][0]["arms"]) == ["base", "merged", "again", "delayed"]
+    code, document, _ = run("report", tmp_path / "latency", "--compare", out)
+    assert code == 0 and "Beside another run" in Path(document["html"]).read_text()
     code, document, _ = run("report", out)
     assert code == 0 and Path(document["html"]).is_file()
     code, document, _ = run("inspect", out)
