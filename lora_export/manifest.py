@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_export import __version__
 from lora_export.contracts import AdapterChoice, Finding, Source
 from lora_export.documents import Kind, check
 from lora_export.errors import InputError
@@ -23,7 +24,7 @@ def write(stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], o
         stage / NAME,
         {
             "schema_version": 1,
-            "tool": {"name": "lora-export", "version": tool_version()},
+            "tool": {"name": "lora-export", "version": __version__},
             "versions": versions(),
             "options": dict(options),
             "base": named(base) | {"files": _input_hashes(base.folder)},
@@ -44,12 +45,6 @@ def is_run(folder: Path) -> bool:
 def _input_hashes(folder: Path) -> dict[str, Any]:
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.is_file())
     return {p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in paths}
-
-
-def tool_version() -> str:
-    from importlib.metadata import version
-
-    return version("lora-export")
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import manifest
+from lora_export import __version__, manifest
 from lora_export.contracts import (
     MIN_SURVIVAL,
     AdapterChoice,
@@ -552,7 +552,7 @@ def new_report(
         "schema_version": SCHEMA_VERSION,
         "title": f"{' + '.join(names)} on {base.folder.resolve().name}" if base and names else title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "tool_version": manifest.tool_version(),
+        "tool_version": __version__,
         "status": "passed",
         "options": dict(options),
         "sources": {

@@ -10,6 +10,7 @@ import lora_export
 
 PACKAGE = Path(lora_export.__file__).parent
 TOP = {
+    "__version__",
     "contracts",
     "documents",
     "errors",
@@ -39,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     **{room: TOP | {room} for room in ROOMS},
     "merge": TOP | {"merge", "checkpoint", "adapters", "quantization"},
     "onnx_export": TOP | {"onnx_export", "checkpoint"},
-    **dict.fromkeys(("pipeline", "latency", "pluggable", "inspection", "commands"), EVERYTHING),
+    **dict.fromkeys(("pipeline", "latency", "pluggable", "inspection", "commands", "__main__"), EVERYTHING),
     "": TOP,
 }
 

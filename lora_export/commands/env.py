@@ -15,12 +15,13 @@ def env(as_json: bool, quiet: bool, verbose: bool) -> None:
 
         import psutil
 
-        from lora_export.manifest import tool_version, versions
+        from lora_export import __version__
+        from lora_export.manifest import versions
         from lora_export.runtime import providers_report
 
         providers = providers_report()
         document = {
-            "lora_export": tool_version(),
+            "lora_export": __version__,
             "platform": platform.platform(),
             "cpu_count": psutil.cpu_count(logical=False) or psutil.cpu_count(),
             "memory_bytes": psutil.virtual_memory().total,

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from lora_export import __version__
 from lora_export.commands import (
     benchmark,
     env,
@@ -20,9 +21,7 @@ from lora_export.errors import EXIT_INTERRUPTED
 
 def _version(ctx: click.Context, param: click.Parameter, value: Any) -> None:
     if value:
-        from importlib.metadata import version
-
-        click.echo(f"lora-export {version('lora-export')}")
+        click.echo(f"lora-export {__version__}")
         ctx.exit()
 
 

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lora_export import __version__
 from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
 from lora_export.documents import finite
@@ -40,7 +41,7 @@ def certificate_of(
     inputs = sorted({t.file for t in plan.base.tensors.values()})
     found = {
         "schema_version": SCHEMA_VERSION,
-        "tool": {"name": "lora-export", "version": version("lora-export")},
+        "tool": {"name": "lora-export", "version": __version__},
         "versions": {"python": platform.python_version(), "torch": version("torch")},
         "arithmetic": "fp32, or float64 where fp32 is written; rounded once to the output type, ties to even",
         "bound": "½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|) from float64; hashes of tensors: BLAKE3 of leaves of 2^18 bytes",
