@@ -86,6 +86,13 @@ def test_percentiles_of_independent_blocks_agree_with_scipys_bootstrap() -> None
         assert percentile.high == pytest.approx(theirs.high, abs=0.25 * width)
 
 
+def test_percentiles_keep_the_calls_of_a_block_together() -> None:
+    """Calls of a block that are all alike are one observation, not twenty."""
+    blocks = np.random.default_rng(9).lognormal(3, 0.2, (20, 1))
+    alone, repeated = (percentiles(t, np.random.default_rng(1))[0] for t in (blocks, np.repeat(blocks, 20, axis=1)))
+    assert repeated.high - repeated.low > 0.8 * (alone.high - alone.low)
+
+
 def test_one_block_has_percentiles_and_no_interval() -> None:
     (p50, *_) = percentiles(np.array([[1.0, 2.0, 3.0]]), np.random.default_rng(0))
     assert (p50.ms, p50.low, p50.high) == (2.0, 0.0, math.inf)
