@@ -481,17 +481,22 @@ class GraphComparison:
 @dataclass(frozen=True)
 class BenchmarkOptions:
     """shapes: (batch, prompt tokens) of each cell; margin: the largest relative difference that still counts as
-    none, set before anything is measured; max_seconds: for all cells together, None: a minute for each shape."""
+    none, set before anything is measured; max_seconds: for all cells together, None: a minute for each shape, or
+    20 s for each shape and set of sessions; sessions: how often all sessions are opened, each time in another
+    order.
+    """
 
     provider: Provider = "auto"
     shapes: tuple[tuple[int, int], ...] = ((1, 128),)
     margin: float = 0.01
     max_seconds: float | None = None
+    sessions: int = 1
     seed: int = 0
 
     @property
     def seconds(self) -> float:
-        return 60.0 * len(self.shapes) if self.max_seconds is None else self.max_seconds
+        each = 60.0 if self.sessions == 1 else 20.0 * self.sessions
+        return each * len(self.shapes) if self.max_seconds is None else self.max_seconds
 
 
 @dataclass(frozen=True)
@@ -540,8 +545,9 @@ class ArmTimes:
 class Cell:
     """One batch × prompt length × phase. Times are medians in milliseconds; ratio is merged over base.
 
-    kv_in_place: the cache is one buffer, which a step writes into; control: the arm that must be found slower, or
-    else there is no verdict; reason: for a verdict that does not follow from the interval alone.
+    sessions: how often its sessions were opened; kv_in_place: the cache is one buffer, which a step writes into;
+    control: the arm that must be found slower, or else there is no verdict; reason: for a verdict that does not
+    follow from the interval alone.
     """
 
     batch: int
@@ -560,6 +566,7 @@ class Cell:
     unmerged_ci_low: float | None = None
     unmerged_ci_high: float | None = None
     pairs: int = 0
+    sessions: int = 1
     kv_in_place: bool = False
     control: str | None = None
     reason: str = ""

@@ -359,8 +359,8 @@ MUTATIONS = (
     ),
     Mutation(
         'a slower verdict of identical graphs is believed at once', 'benchmark/study.py',
-        'if again is None or again.verdict == "slower":\n        return again',
-        'if again is None or first.verdict == "slower":\n        return first',
+        'if again.verdict == "slower":\n        return again',
+        'if first.verdict == "slower":\n        return first',
         'tests/benchmark/test_benchmark_run.py::test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions',
     ),
     Mutation(
@@ -398,5 +398,11 @@ MUTATIONS = (
         '- before - (buffers.nbytes - own)',
         '- before',
         'tests/benchmark/test_benchmark_run.py::test_memory_is_counted_for_each_arm_without_the_shared_buffers',
+    ),
+    Mutation(
+        "the spread of sessions is passed over", "benchmark/measure.py",
+        "if len(self.sets) > 1:", "if len(self.sets) > 99:",
+        "tests/benchmark/test_benchmark_measure.py::"
+        "test_sessions_that_differ_are_covered_by_their_spread_and_not_by_blocks",
     ),
 )  # fmt: skip

@@ -62,7 +62,9 @@ def conclude(task: Task, series: Series, margin: float, rng: np.random.Generator
     reason = ""
     if compared:
         shown = ratios[control] if control else None
-        verdict, reason = judge(ratios[MERGED], ratios[AGAIN], shown, series.blocks, margin, control or "")
+        verdict, reason = judge(
+            ratios[MERGED], ratios[AGAIN], shown, series.blocks, margin, control or "", len(series.sets) or 1
+        )
     merged, unmerged = ratios.get(MERGED), ratios.get(UNMERGED)
     return Cell(
         batch=task.batch,
@@ -81,6 +83,7 @@ def conclude(task: Task, series: Series, margin: float, rng: np.random.Generator
         unmerged_ci_low=unmerged.low if unmerged else None,
         unmerged_ci_high=unmerged.high if unmerged else None,
         pairs=series.blocks,
+        sessions=len(series.sets) or 1,
         kv_in_place=facts.kv_in_place,
         control=control,
         reason=reason,

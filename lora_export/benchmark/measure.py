@@ -16,6 +16,7 @@ from lora_export.benchmark.statistics import (
     blocks_needed,
     log_ratios,
     ratio_interval,
+    trimmed_mean,
 )
 
 Arm = Callable[[], float]  # runs once and returns its latency in milliseconds
@@ -37,12 +38,15 @@ _SETTLE_SECONDS = 0.02
 class Series:
     """Raw latencies: arm → (blocks, calls) in milliseconds. settled: drift was small when warm-up ended.
 
-    readings: what `observe` said after each block.
+    readings: what `observe` said after each block; sets: how many of the blocks each set of sessions was measured
+    in; passes: of a block.
     """
 
     times: Mapping[str, Array]
     settled: bool
     readings: tuple[Any, ...] = ()
+    sets: tuple[int, ...] = ()
+    passes: int = 1
 
     @property
     def blocks(self) -> int:
@@ -54,7 +58,24 @@ class Series:
         return float(np.median(np.concatenate(found))) if found else None
 
     def against(self, arm: str, *references: str, rng: np.random.Generator) -> Interval:
-        return ratio_interval(log_ratios(self.times[arm], *(self.times[r] for r in references)), rng)
+        """From blocks, or from the means of several sets of sessions: what all blocks of one set share, such as
+        where its memory lies, no number of blocks averages out."""
+        logs = log_ratios(self.times[arm], *(self.times[r] for r in references))
+        if len(self.sets) > 1:
+            ends = np.cumsum(self.sets)
+            logs = np.array([float(trimmed_mean(part)) for part in np.split(logs, ends[:-1])])
+        return ratio_interval(logs, rng)
+
+
+def joined(series: Sequence[Series]) -> Series:
+    """Several sets of sessions of the same arms as one series. Their blocks must have the same number of calls."""
+    names = [n for n in series[0].times if all(n in s.times for s in series)]
+    return Series(
+        times={name: np.concatenate([s.times[name] for s in series]) for name in names},
+        settled=all(s.settled for s in series),
+        readings=tuple(r for s in series for r in s.readings),
+        sets=tuple(s.blocks for s in series),
+    )
 
 
 def measure(
@@ -68,17 +89,18 @@ def measure(
     tick: Callable[[int, int], None] = lambda done, planned: None,
     observe: Callable[[], Any] = lambda: None,
     apart: Collection[str] = (),
+    passes: int | None = None,
 ) -> Series:
     """Warm up, then measure blocks until there are enough for every pair.
 
     The number of blocks follows from the variance alone, never from the difference seen, so measuring on
     does not favour a verdict. observe: called between blocks, what it says is kept. apart: arms that would disturb
-    those that run after them.
+    those that run after them; passes: of a block, None: as many as fit into a quarter of a second.
     """
     deadline = clock() + seconds
     with _no_garbage_collection():
         typical, settled = warm_up(arms, margin, clock() + _WARM_UP_SHARE * seconds, rng, clock)
-        passes = _passes(2 * sum(typical.values()), seconds)
+        passes = passes or _passes(2 * sum(typical.values()), seconds)
         blocks: list[dict[str, list[float]]] = []
         readings: list[Any] = []
         observe()  # what came before is nobody's business
@@ -90,7 +112,7 @@ def measure(
                 planned = _plan(blocks, pairs, margin, rng)
             tick(len(blocks), planned)
     times = {name: np.array([b[name] for b in blocks]) for name in arms}
-    return Series(times, settled, tuple(readings))
+    return Series(times, settled, tuple(readings), passes=passes)
 
 
 def _passes(pass_ms: float, seconds: float) -> int:

@@ -16,6 +16,7 @@ Array = npt.NDArray[np.float64]
 
 CONFIDENCE = 0.90
 MIN_BLOCKS = 15
+MIN_SESSIONS = 6  # sets of sessions whose spread gives an interval
 TRIM = 0.2
 RESAMPLES = 2000
 PERCENTILES = (0.50, 0.95, 0.99)
@@ -121,19 +122,27 @@ def blocks_needed(interval: Interval, blocks: int, margin: float) -> int:
 
 
 def judge(
-    merged: Interval, floor: Interval, control: Interval | None, blocks: int, margin: float, name: str = "unmerged"
+    merged: Interval,
+    floor: Interval,
+    control: Interval | None,
+    blocks: int,
+    margin: float,
+    name: str = "unmerged",
+    sessions: int = 1,
 ) -> tuple[Verdict, str]:
     """The verdict on one cell, and the reason where it is not the interval alone.
 
     floor: the base against itself. control: an arm called `name` that does more work than the base, against it.
     """
     noisy = floor.half_width > margin
+    if 1 < sessions < MIN_SESSIONS:
+        return "inconclusive", f"only {sessions} sets of sessions, {MIN_SESSIONS} are the least that have a spread"
     if blocks < MIN_BLOCKS:
         return "inconclusive", f"only {blocks} blocks fitted into the time, {MIN_BLOCKS} are the least"
     if noisy:
         return "inconclusive", (
-            f"the noise floor ({floor.half_width:.2%}) exceeds the margin ({margin:.2%}): give it more time "
-            "or a quieter machine"
+            f"the noise floor ({floor.half_width:.2%}) exceeds the margin ({margin:.2%}): give it more time, a "
+            "quieter machine, or more --sessions if it is two sessions of one graph that differ"
         )
     if merged.low > 1 + margin:
         return "slower", ""
@@ -149,7 +158,8 @@ def judge(
             "inconclusive",
             "merged was faster by more than the margin, which merging cannot explain",
         )
-    return "inconclusive", f"the interval reaches beyond the margin after {blocks} blocks"
+    of = f" of {sessions} sets of sessions" if sessions > 1 else ""
+    return "inconclusive", f"the interval reaches beyond the margin after {blocks} blocks{of}"
 
 
 def overall(verdicts: list[Verdict]) -> Verdict:

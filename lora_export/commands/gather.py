@@ -122,6 +122,7 @@ def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
         shapes=shapes,
         margin=words["margin"],
         max_seconds=words["max_seconds"],
+        sessions=words["sessions"],
     )
 
 

@@ -336,7 +336,10 @@ def benchmark_options(command: Command) -> Command:
                      help="Largest relative difference in latency that still counts as none, as 1% or 0.01."),
         click.option("--max-time", "--max-seconds", "max_seconds", type=Duration(), default=None, metavar="TIME",
                      help="For the measurement, as 90, 90s or 5m; it ends sooner when the noise allows a verdict.  "
-                     "[default: a minute for each batch size and prompt length]"),
+                     "[default: a minute for each batch size and prompt length; 20 s for each of --sessions]"),
+        click.option("--sessions", type=click.IntRange(min=1, max=1000), default=1, show_default=True,
+                     help="Open all sessions anew so many times, each time in another order, and take the interval "
+                     "from their spread: for machines where two sessions of one graph differ. 6 are the least."),
     ]  # fmt: skip
     for decorator in reversed(decorators):
         command = decorator(command)

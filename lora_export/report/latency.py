@@ -86,7 +86,7 @@ def rows(bench: Mapping[str, Any]) -> list[Row]:
             interval(c["ci_low"], c["ci_high"]),
             percent(c["noise_floor"]),
             ratio(c["unmerged_ratio"]),
-            number(c.get("pairs")),
+            number(c.get("pairs")) + (f" in {c['sessions']} sets" if c.get("sessions", 1) > 1 else ""),
             one_line(c["verdict"]),
         )
         for c in bench["cells"]
@@ -184,6 +184,7 @@ def method(bench: Mapping[str, Any]) -> list[str]:
     """How it was measured, in five sentences."""
     margin = percent(margin_of(bench), 1) if margin_of(bench) else "the margin"
     arms = list(dict.fromkeys(one_line(n) for c in bench["cells"] for n in (c.get("arms") or {})))
+    sets = max((c.get("sessions") or 1 for c in bench["cells"]), default=1)
     listed = f" ({', '.join(arms)})" if arms else ""
     controls = {c.get("control") for c in bench["cells"]} - {None}
     named = " or ".join(sorted(map(one_line, controls))) or "the unmerged graph"
@@ -196,7 +197,11 @@ def method(bench: Mapping[str, Any]) -> list[str]:
             "; PyTorch comes after them in each block, as its threads go on spinning." if "pytorch" in arms else "."
         ),
         "Each block gives one ratio of medians; their trimmed mean is the figure, and its 90 % interval comes from "
-        "drawing runs of neighbouring blocks, because blocks that follow each other are alike.",
+        + (
+            f"the spread between {sets} sets of sessions, each opened anew and in another order."
+            if sets > 1
+            else "drawing runs of neighbouring blocks, because blocks that follow each other are alike."
+        ),
         f"Equivalent means that this whole interval lies within ±{margin}, a margin that was set beforehand "
         "(two one-sided tests at 5 %); the number of blocks followed from the noise, never from the difference.",
         f"There is no verdict where base differs from base by more than the margin, or where {named}, which does "
@@ -210,7 +215,8 @@ def limits(bench: Mapping[str, Any]) -> list[str]:
     said = [
         f"Other batch sizes and prompt lengths than these were not measured: {shapes}.",
         "Time for tokenizing, sampling, scheduling requests and moving data to a client is not in it.",
-        "It holds for this machine, these versions and this execution provider.",
+        "It holds for this machine, these versions and this execution provider"
+        + (", and for one set of sessions: --sessions measures how sets differ." if _one_set(bench) else "."),
         "It says nothing of throughput under load, when many requests compete.",
     ]
     if any(not c.get("kv_in_place") and c["phase"] == "decode" for c in bench["cells"] if "kv_in_place" in c):
@@ -218,6 +224,10 @@ def limits(bench: Mapping[str, Any]) -> list[str]:
     if one_line(bench["provider"]) == "cpu":
         said.append("It was measured on a CPU; on a GPU an unmerged adapter costs other shares than here.")
     return said
+
+
+def _one_set(bench: Mapping[str, Any]) -> bool:
+    return all((c.get("sessions") or 1) == 1 for c in bench["cells"])
 
 
 def warnings(bench: Mapping[str, Any]) -> Iterator[str]:

@@ -50,7 +50,7 @@ _CELL: Kind = {
     "merged_ms": float, "pairs?": (None, int),
     **dict.fromkeys(("base_ms", "unmerged_ms", "ratio", "ci_low", "ci_high", "noise_floor"), _NUMBER),
     **dict.fromkeys(("unmerged_ratio", "unmerged_ci_low", "unmerged_ci_high"), _NUMBER),
-    "kv_in_place?": bool, "control?": _TEXT, "reason?": _TEXT, "arms?": {str: _ARM},
+    "kv_in_place?": bool, "sessions?": int, "control?": _TEXT, "reason?": _TEXT, "arms?": {str: _ARM},
 }  # fmt: skip
 _BENCHMARK: Kind = {
     "provider": str, "provider_verified": bool, "cells": [_CELL], "verdict": str, "notes": [str],

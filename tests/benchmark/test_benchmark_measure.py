@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lora_export.benchmark.measure import block, measure, warm_up
+from lora_export.benchmark.measure import Series, block, joined, measure, warm_up
 
 
 class Clock:
@@ -73,6 +73,34 @@ def test_warm_up_gives_up_when_its_time_is_over() -> None:
 def noisy(clock: Clock, sigma: float) -> dict[str, Callable[[], float]]:
     dice = np.random.default_rng(7)
     return {name: clock.arm(name, lambda i: float(20 * np.exp(dice.normal(0, sigma)))) for name in ("x", "y")}
+
+
+def _sets(dice: np.random.Generator, count: int, sigma: float, ratio: float) -> Series:
+    """Sets of sessions of two arms: each session is faster or slower than the next by sigma, for all its blocks."""
+    found = []
+    for _ in range(count):
+        own = {name: 20 * np.exp(dice.normal(0, sigma)) for name in ("x", "y")}
+        own["x"] *= ratio
+        found.append(Series({n: t * np.exp(dice.normal(0, 0.002, (15, 4))) for n, t in own.items()}, True))
+    return joined(found)
+
+
+def test_sessions_that_differ_are_covered_by_their_spread_and_not_by_blocks() -> None:
+    dice = np.random.default_rng(11)
+
+    def coverage(count: int) -> float:
+        intervals = [_sets(dice, count, 0.03, 1.02).against("x", "y", rng=dice) for _ in range(100)]
+        return sum(i.low <= 1.02 <= i.high for i in intervals) / 100
+
+    assert coverage(1) < 0.3
+    assert coverage(12) > 0.8
+
+
+def test_sets_are_joined_block_by_block() -> None:
+    a, b = _sets(rng(), 1, 0.0, 1.0), _sets(rng(), 1, 0.0, 1.0)
+    both = joined([a, b])
+    assert both.sets == (15, 15) and both.blocks == 30
+    np.testing.assert_array_equal(both.times["x"][15:], b.times["x"])
 
 
 def test_more_noise_asks_for_more_blocks() -> None:

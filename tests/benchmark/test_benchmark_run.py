@@ -100,20 +100,37 @@ def test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions(
     small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[object] = []
-    real_open, real_cell = study._opened, study._measure_cell
+    real_open, real_conclude = study._opened, study.conclude
     monkeypatch.setattr(study, "_opened", lambda *a: opened.append(a) or real_open(*a))
     slow, base = small("merged", 40), small("base", 8)
     found = run(slow, base, max_seconds=20, shapes=((1, 64),), graph=IDENTICAL)
     assert found.verdict == "slower" and len(opened) >= 2
 
     verdicts = iter(["slower", "equivalent", "equivalent"])
-    monkeypatch.setattr(
-        study, "_measure_cell", lambda *a: replace(real_cell(*a), verdict=next(verdicts), ratio=1.0)
-    )
+    monkeypatch.setattr(study, "conclude", lambda *a: replace(real_conclude(*a), verdict=next(verdicts)))
     found = run(base, base, max_seconds=1, graph=IDENTICAL)
     assert [c.verdict for c in found.cells] == ["inconclusive", "equivalent"]
     reason = found.cells[0].reason
     assert "it is the sessions that differ" in reason and any(reason in note for note in found.notes)
+
+
+def test_sets_of_sessions_are_opened_in_other_orders_and_counted(
+    small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[list[str]] = []
+    real = engines.Engines.open
+    monkeypatch.setattr(
+        engines.Engines, "open", lambda self, arms, part: orders.append([*arms]) or real(self, arms, part)
+    )
+    result = run(small("merged", 4), small("base", 4), small("unmerged", 30), sessions=6, max_seconds=9)
+    assert len(orders) == 6 and orders[0] == ["base", "merged", "base_again", "unmerged"]
+    assert len({tuple(order) for order in orders}) > 2
+    for cell in result.cells:
+        key = f"b1/p24/{cell.phase}"
+        assert cell.sessions == 6 and cell.pairs >= 12 and len(result.conditions[key]) == cell.pairs
+        assert list(cell.arms) == ["base", "merged", "unmerged"]
+    few = run(small("merged", 4), small("base", 4), sessions=2, max_seconds=2)
+    assert all("sets of sessions" in cell.reason for cell in few.cells)
 
 
 def test_the_same_graph_with_other_weights_is_not(small: Callable[..., Path]) -> None:
@@ -338,7 +355,8 @@ def test_memory_is_counted_for_each_arm_without_the_shared_buffers(
     monkeypatch.setattr(environment, "memory", lambda provider, gpus: (next(used), 10**12))
     result = run(small("merged", 2), small("base", 2), small("unmerged", 3), max_seconds=1)
     found = {name: arm.memory_bytes for name, arm in result.cells[0].arms.items()}
-    assert found["merged"] == 2 * 10**6  # once to open, once to run; it needs no buffer that base does not have
+    # once to open, and once to run in each cell before; it needs no buffer that base does not have
+    assert found["merged"] == 2 * 10**6
     assert found["base"] is not None and found["base"] < 2 * 10**6
 
 

@@ -88,6 +88,15 @@ def test_every_arm_has_its_percentiles_and_rates(full: dict[str, Any], timings: 
     assert "GPU 0: clock, MHz 1,200 1,980 1,980" in page.words and "throttled power limit" in page.words
 
 
+def test_sets_of_sessions_are_told(full: dict[str, Any], tmp_path: Path) -> None:
+    assert "for one set of sessions" in pages(full, tmp_path / "one")[0].words
+    for cell in full["benchmark"]["cells"]:
+        cell["sessions"] = 12
+    words = pages(full, tmp_path / "many")[0].words
+    assert "the spread between 12 sets of sessions" in words and "44 in 12 sets" in words
+    assert "for one set of sessions" not in words
+
+
 def test_warnings_and_differences_of_the_graphs_are_told(full: dict[str, Any], tmp_path: Path) -> None:
     graph = full["benchmark"]["graph"]
     graph |= {"identical": False, "merged_sha256": "6b" * 32, "warnings": ["<b>wider</b>"], "differences": ["n: x"]}
