@@ -26,7 +26,7 @@ PROMPTS = Path(__file__).parent / "prompts.txt"
 def run_story(base: Path, adapter: str, out: Path, extra: list[str]) -> int:
     """Run the command that a user would type, and print it first."""
     command = ["lora-export", "merge-and-export", "-b", str(base), "-a", str(ADAPTERS / adapter), "-o", str(out)]
-    command += [*TRAINED_WITH[adapter], "--prompts", str(PROMPTS), "--max-seconds", "40", "--force", *extra]
+    command += [*TRAINED_WITH[adapter], "--prompts", str(PROMPTS), "--max-time", "40s", "--force", *extra]
     print("$ " + " ".join(command), file=sys.stderr)
     executable = Path(sys.executable).with_name("lora-export")
     return subprocess.run([str(executable), *command[1:]], check=False).returncode

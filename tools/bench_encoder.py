@@ -30,14 +30,15 @@ def minilm() -> Path:
 
 def latency(ours: Path, theirs: Path, output: Path, seconds: float) -> dict[str, Any]:
     command = [LORA_EXPORT, "benchmark", "-m", ours, "-b", theirs, "-o", output, "--provider", "cpu"]
-    command += ["--max-seconds", str(seconds), "--json", "-q"]
+    command += ["--max-time", str(seconds), "-q"]
     for name, values in (("--batch", {b for b, _ in SHAPES}), ("--prompt-length", {n for _, n in SHAPES})):
         for value in sorted(values):
             command += [name, str(value)]
-    done = subprocess.run(command, check=False, stdout=subprocess.PIPE)
-    if done.returncode not in (0, 3):  # 3: one is slower, which is a result here
+    done = subprocess.run(command, check=False, stdout=sys.stderr)
+    folder = output if done.returncode == 0 else output.with_name(f"{output.name}.failed")
+    if done.returncode not in (0, 3):  # 3: ours is slower, which is a result here
         raise SystemExit(f"lora-export benchmark ended with {done.returncode}")
-    return dict(json.loads(done.stdout))
+    return dict(json.loads((folder / "report.json").read_text(encoding="utf-8"))["benchmark"])
 
 
 def main() -> None:
