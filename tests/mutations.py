@@ -358,7 +358,7 @@ MUTATIONS = (
         'tests/benchmark/test_benchmark_run.py::test_pytorch_runs_the_unmerged_model_again_and_again',
     ),
     Mutation(
-        'a slower verdict of identical graphs is believed at once', 'benchmark/study.py',
+        'a slower verdict of identical graphs is believed at once', 'benchmark/measuring.py',
         'if again.verdict == "slower":\n        return again',
         'if first.verdict == "slower":\n        return first',
         'tests/benchmark/test_benchmark_run.py::test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions',

@@ -39,6 +39,7 @@ def test_help_lists_every_command() -> None:
     assert [line.split()[0] for line in text.partition("Commands:")[2].splitlines() if line.strip()] == COMMANDS
 
 
+@pytest.mark.timing
 def test_help_costs_less_than_twice_an_empty_click_program(tmp_path: Path) -> None:
     empty = tmp_path / "empty.py"
     empty.write_text("import click\n@click.group()\ndef cli(): ...\ncli(['--help'])\n")

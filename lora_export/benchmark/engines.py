@@ -7,13 +7,14 @@ from pathlib import Path
 from lora_export import runtime
 from lora_export.benchmark import environment
 from lora_export.benchmark.buffers import Buffers
-from lora_export.benchmark.cells import AGAIN, BASE, DELAY, DELAYED, MERGED, Task
+from lora_export.benchmark.cells import AGAIN, BASE, DELAY, DELAYED, MERGED, PLUGGED, UNMERGED, Task
 from lora_export.benchmark.gpus import Gpus
 from lora_export.benchmark.sessions import Arm, Bound, Engine, delayed
 from lora_export.contracts import BenchmarkArm
 from lora_export.errors import RuntimeUnavailable
 
 _ESSENTIAL = (BASE, MERGED)
+_TWINS = {BASE: AGAIN, AGAIN: BASE}
 _ROOM = 3  # times the size of a graph that must be free before the base is loaded a second time
 
 
@@ -44,11 +45,12 @@ class Engines:
         for name, arm in arms.items():
             if arm.pytorch and self.cuda_graph:
                 continue  # ONNX Runtime's CUDA graphs are not PyTorch's
-            if name == AGAIN and BASE in self.opened and not self._fits_again(arm.graphs[part]):
+            twin = _TWINS.get(name, "")
+            if twin in self.opened and not self._fits_again(arm.graphs[part]):
                 self.note(
                     "memory holds one session of the base only: the noise floor is that session against itself"
                 )
-                self.opened[AGAIN], self.one_base = self.opened[BASE], True
+                self.opened[name], self.one_base = self.opened[twin], True
                 continue
             self.detail(f"loading {name}" + (" for CUDA graphs" if self.cuda_graph else ""))
             before, _ = environment.memory(self.provider, self.gpus)
@@ -74,8 +76,9 @@ class Engines:
         buffers = Buffers(self.opened[MERGED].device)
         bound: dict[str, Bound] = {}
         for name, engine in self.opened.items():
-            if name == AGAIN and self.one_base and BASE in bound:
-                bound[AGAIN] = bound[BASE]  # the same session needs the same captured graph
+            twin = _TWINS.get(name, "")
+            if self.one_base and twin in bound:
+                bound[name] = bound[twin]  # the same session needs the same captured graph
                 continue
             before, own = environment.memory(self.provider, self.gpus)[0], buffers.nbytes
             try:
@@ -89,7 +92,7 @@ class Engines:
             bound[name] = call
             grown = environment.memory(self.provider, self.gpus)[0] - before - (buffers.nbytes - own)
             self.memory[name] = self.memory.get(name, 0) + max(0, grown)
-        if BASE in bound and not bound.keys() & {"unmerged", "plugged"}:
+        if BASE in bound and not bound.keys() & {UNMERGED, PLUGGED}:
             bound[DELAYED] = Bound(delayed(bound[BASE].run, DELAY * margin), bound[BASE].kv_in_place)
         return bound
 

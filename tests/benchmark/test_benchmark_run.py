@@ -13,13 +13,15 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 from lora_export import benchmark
-from lora_export.benchmark import engines, environment, sessions, study
+from lora_export.benchmark import engines, environment, measuring, sessions, study
 from lora_export.benchmark.buffers import Buffers, Shape
 from lora_export.benchmark.gpus import Gpus
 from lora_export.contracts import BenchmarkArm, BenchmarkOptions, BenchmarkResult, GraphComparison
 from lora_export.errors import InputError
 from lora_export.onnx_export.slots import Slot, write_adapter
 from lora_export.progress import Silent
+
+pytestmark = pytest.mark.timing
 
 WIDTH, HEAD, VOCABULARY = 192, 8, 1000
 
@@ -100,14 +102,14 @@ def test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions(
     small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[object] = []
-    real_open, real_conclude = study._opened, study.conclude
-    monkeypatch.setattr(study, "_opened", lambda *a: opened.append(a) or real_open(*a))
+    real_open, real_conclude = measuring._opened, measuring.conclude
+    monkeypatch.setattr(measuring, "_opened", lambda *a: opened.append(a) or real_open(*a))
     slow, base = small("merged", 40), small("base", 8)
     found = run(slow, base, max_seconds=20, shapes=((1, 64),), graph=IDENTICAL)
     assert found.verdict == "slower" and len(opened) >= 2
 
     verdicts = iter(["slower", "equivalent", "equivalent"])
-    monkeypatch.setattr(study, "conclude", lambda *a: replace(real_conclude(*a), verdict=next(verdicts)))
+    monkeypatch.setattr(measuring, "conclude", lambda *a: replace(real_conclude(*a), verdict=next(verdicts)))
     found = run(base, base, max_seconds=1, graph=IDENTICAL)
     assert [c.verdict for c in found.cells] == ["inconclusive", "equivalent"]
     reason = found.cells[0].reason
@@ -428,8 +430,9 @@ def test_a_plugged_adapter_is_in_every_run(tmp_path: Path) -> None:
 # --- the cache in place -------------------------------------------------------------------------------------
 
 
-def attention(path: Path) -> Path:
-    """A decoder of one GroupQueryAttention, as the builder of onnxruntime-genai wires it."""
+def attention(path: Path, kind: int = T.FLOAT) -> Path:
+    """A decoder of one GroupQueryAttention, as the builder of onnxruntime-genai wires it. kind: FLOAT or
+    FLOAT16."""
     width = 2 * HEAD
     qkv = h.make_node("MatMul", ["h", "wqkv"], ["qkv"])
     nodes = [
@@ -449,16 +452,22 @@ def attention(path: Path) -> Path:
         ),
         h.make_node("MatMul", ["mixed", "head"], ["logits"]),
     ]  # fmt: skip
+    numbers = [
+        _weights("embedding", VOCABULARY, width),
+        _weights("wqkv", width, 4 * HEAD),
+        _weights("head", width, 50),
+    ]
+    narrow = h.tensor_dtype_to_np_dtype(kind)
     weights = [
-        _weights("embedding", VOCABULARY, width), _weights("wqkv", width, 4 * HEAD), _weights("head", width, 50),
+        *(numpy_helper.from_array(numpy_helper.to_array(t).astype(narrow), t.name) for t in numbers),
         numpy_helper.from_array(np.array([1]), "axis"), numpy_helper.from_array(np.array([1]), "one"),
         numpy_helper.from_array(np.array(1), "index"),
     ]  # fmt: skip
     inputs = [h.make_tensor_value_info(n, T.INT64, ["b", n]) for n in ("input_ids", "attention_mask")]
-    outputs = [h.make_tensor_value_info("logits", T.FLOAT, ["b", "s", 50])]
+    outputs = [h.make_tensor_value_info("logits", kind, ["b", "s", 50])]
     for part in ("key", "value"):
-        inputs.append(h.make_tensor_value_info(f"past_key_values.0.{part}", T.FLOAT, ["b", 1, "past", HEAD]))
-        outputs.append(h.make_tensor_value_info(f"present.0.{part}", T.FLOAT, ["b", 1, "total", HEAD]))
+        inputs.append(h.make_tensor_value_info(f"past_key_values.0.{part}", kind, ["b", 1, "past", HEAD]))
+        outputs.append(h.make_tensor_value_info(f"present.0.{part}", kind, ["b", 1, "total", HEAD]))
     made = h.make_graph(nodes, "attention", inputs, outputs, weights)
     opsets = [h.make_opsetid("", 17), h.make_opsetid("com.microsoft", 1)]
     onnx.save(h.make_model(made, opset_imports=opsets, ir_version=8), path)

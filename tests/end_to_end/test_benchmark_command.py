@@ -15,6 +15,8 @@ from lora_export.commands.options import GRIDS
 from tests.end_to_end.conftest import Run
 from tests.validation.conftest import save_adapter, save_base
 
+pytestmark = pytest.mark.timing
+
 QUICK = ["--provider", "cpu", "--prompt-length", 8]
 
 
