@@ -42,7 +42,8 @@ def benchmark(
     The verdict is equivalent, slower or inconclusive: the 90 % interval of merged/base lies within the margin,
     above it, or the machine was too noisy to tell. Something that does more work must be found slower in the same
     blocks, or there is no verdict: -u, else --plugged, else the base itself held up by two margins. OUT gets a
-    report and every raw sample. Asking for cuda where it does not work is an error, never a silent fallback.
+    report and every raw sample; if merged is slower, the exit code is 3 and they are in OUT.failed. Asking for cuda
+    where it does not work is an error, never a silent fallback.
 
     \b
         lora-export export -m BASE -a ADAPTER --unmerged -o unmerged-onnx

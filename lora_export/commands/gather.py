@@ -106,7 +106,16 @@ def quantization_of(words: dict[str, Any]) -> QuantizationOptions:
 
 
 def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
-    """InputError for a grid that is asked for beside sizes of one's own."""
+    """InputError for a grid that is asked for beside sizes of one's own, or too few sets of sessions for a
+    spread."""
+    from lora_export.benchmark.statistics import MIN_SESSIONS
+
+    if 1 < words["sessions"] < MIN_SESSIONS:
+        raise InputError(
+            f"--sessions {words['sessions']}",
+            expected=f"1, or at least {MIN_SESSIONS}: fewer have no spread that an interval could be taken from",
+            next_step=f"the same command with --sessions {2 * MIN_SESSIONS}",
+        )
     shapes = GRIDS[words["grid"]]
     if words["batches"] or words["lengths"]:
         if click.get_current_context().get_parameter_source("grid") is not ParameterSource.DEFAULT:

@@ -86,6 +86,7 @@ def test_a_merged_graph_with_more_work_fails_the_gate(folders: dict[str, Path], 
         (["--beside", "merged={base}"], "an arm called 'merged'"),
         (["--beside", "a b={base}"], "an arm called 'a b'"),
         (["--grid", "paper"], "--grid beside --batch or --prompt-length"),
+        (["--sessions", "3"], "--sessions 3"),
     ],
 )
 def test_arms_and_grids_that_make_no_sense_are_refused(
