@@ -139,6 +139,8 @@ def judge(
         return "inconclusive", f"only {sessions} sets of sessions, {MIN_SESSIONS} are the least that have a spread"
     if blocks < MIN_BLOCKS:
         return "inconclusive", f"only {blocks} blocks fitted into the time, {MIN_BLOCKS} are the least"
+    if noisy and merged.low > (1 + margin) * (1 + floor.half_width):
+        return "slower", ""  # by more than the margin and the floor together
     if noisy:
         return "inconclusive", (
             f"the noise floor ({floor.half_width:.2%}) exceeds the margin ({margin:.2%}): give it more time, a "

@@ -204,8 +204,8 @@ def method(bench: Mapping[str, Any]) -> list[str]:
         ),
         f"Equivalent means that this whole interval lies within ±{margin}, a margin that was set beforehand "
         "(two one-sided tests at 5 %); the number of blocks followed from the noise, never from the difference.",
-        f"There is no verdict where base differs from base by more than the margin, or where {named}, which does "
-        "more work, was not found slower.",
+        "There is no verdict where base differs from base by more than the margin, unless merged is slower by more "
+        f"than both, or where {named}, which does more work, was not found slower.",
     ]
 
 

@@ -131,6 +131,8 @@ def test_planned_pairs_follow_the_formula(sigma: float, expected: int) -> None:
         (interval(1.02, 1.03), QUIET, QUIET, 20, "slower", ""),
         (interval(1.02, 1.03), interval(0.98, 1.0), SLOW, 20, "inconclusive", "noise floor"),
         (interval(0.995, 1.005), interval(0.98, 1.0), SLOW, 20, "inconclusive", "noise floor"),
+        (interval(1.029, 1.05), interval(0.98, 1.0), SLOW, 20, "inconclusive", "noise floor"),
+        (interval(1.032, 1.05), interval(0.98, 1.0), SLOW, 20, "slower", ""),
         (interval(0.995, 1.005), QUIET, interval(0.99, 1.02), 20, "inconclusive", "positive control"),
         (interval(0.995, 1.02), QUIET, SLOW, 20, "inconclusive", "beyond the margin"),
         (interval(0.9, 0.95), QUIET, SLOW, 20, "inconclusive", "faster"),
