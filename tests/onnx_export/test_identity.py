@@ -1,6 +1,7 @@
 """Graph identity: other weights are the same work, other operators, types or constants are not."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,9 @@ def small(*, order: int = 1, prefix: str = "", square: int = 4, axis: int = 1, s
 
 def test_names_order_and_values_do_not_count() -> None:
     assert small().sha256 == small(prefix="other/").sha256 == small(order=-1).sha256
+    apart = small(shared=False, axis=0)
+    turned = replace(apart, nodes=apart.nodes[::-1])
+    assert len({n.digest for n in apart.nodes}) > 2 and turned.sha256 == apart.sha256
 
 
 @pytest.mark.parametrize("change", [{"square": 5}, {"axis": 0}, {"shared": False}])
@@ -104,8 +108,6 @@ def test_shapes_attributes_and_sharing_count(change: dict[str, int]) -> None:
 
 
 def test_wiring_and_placement_count() -> None:
-    from dataclasses import replace
-
     from onnx import TensorProto, helper
 
     def chain(*steps: tuple[str, str, str]) -> Canonical:
