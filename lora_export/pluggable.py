@@ -3,7 +3,7 @@
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def export_pluggable(
     layers, ExportError for a precision or an architecture that cannot be exported unmerged.
     """
     from lora_export.onnx_export import export
-    from lora_export.onnx_export.slots import SUFFIX, open_slots, write_adapter
+    from lora_export.onnx_export.slots import SUFFIX
 
     if precision not in PRECISIONS:
         raise ExportError(
@@ -58,9 +58,8 @@ def export_pluggable(
     updates = [_low_rank(base.folder, adapter.folder) for adapter in adapters]
 
     def finish(stage: Path) -> dict[str, Any]:
-        slots = {(s.layer, s.leaf): s for s in open_slots(stage / "model.onnx")}
-        for name, adapter, own in zip(names, adapters, updates, strict=True):
-            write_adapter(stage / f"{name}{SUFFIX}", _by_slot(own, slots, adapter.folder))
+        written = [stage / f"{name}{SUFFIX}" for name in names]
+        _fill(stage / "model.onnx", zip(written, updates, [a.folder for a in adapters], strict=True))
         return {"pluggable": names}
 
     with tempfile.TemporaryDirectory(prefix="lora-export-") as work:
@@ -97,13 +96,20 @@ def plug(graph: Path, base: Path, adapter: Path) -> Path:
 
     graph: the .onnx file; base, adapter: the folders that it was exported from. The adapter's file.
     """
-    from lora_export.onnx_export.slots import SUFFIX, open_slots, write_adapter
+    from lora_export.onnx_export.slots import SUFFIX
 
-    updates = _low_rank(base, adapter)
-    slots = {(s.layer, s.leaf): s for s in open_slots(graph)}
     file = graph.with_suffix(SUFFIX)
-    write_adapter(file, _by_slot(updates, slots, adapter))
+    _fill(graph, [(file, _low_rank(base, adapter), adapter)])
     return file
+
+
+def _fill(graph: Path, adapters: Iterable[tuple[Path, Updates, Path]]) -> None:
+    """Make slots of the LoRA in an unmerged graph, and write each adapter: its file, its updates, its folder."""
+    from lora_export.onnx_export.slots import open_slots, write_adapter
+
+    slots = {(s.layer, s.leaf): s for s in open_slots(graph)}
+    for file, updates, folder in adapters:
+        write_adapter(file, _by_slot(updates, slots, folder))
 
 
 def _low_rank(base: Path, adapter: Path) -> Updates:

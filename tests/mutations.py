@@ -401,7 +401,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the spread of sessions is passed over", "benchmark/measure.py",
-        "if len(self.sets) > 1:", "if len(self.sets) > 99:",
+        "if self.sessions > 1:", "if self.sessions > 99:",
         "tests/benchmark/test_benchmark_measure.py::"
         "test_sessions_that_differ_are_covered_by_their_spread_and_not_by_blocks",
     ),

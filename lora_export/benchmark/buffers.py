@@ -1,6 +1,5 @@
 """What one call computes, and the buffers that its inputs and outputs are bound to."""
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from lora_export.contracts import Phase
 if TYPE_CHECKING:
     from onnxruntime import OrtValue
 
-# ONNX Runtime's numbers of element types, and the bytes that an element takes.
+# ONNX Runtime's numbers of element types.
 ELEMENT = {
     "tensor(float)": 1,
     "tensor(int32)": 6,
@@ -19,7 +18,6 @@ ELEMENT = {
     "tensor(float16)": 10,
     "tensor(bfloat16)": 16,
 }
-_BYTES = {1: 4, 6: 4, 7: 8, 10: 2, 16: 2}
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Buffers:
 
     @property
     def nbytes(self) -> int:
-        return sum(math.prod(v.shape()) * _BYTES.get(v.element_type(), 8) for v in self._values.values())
+        return sum(value.tensor_size_in_bytes() for value in self._values.values())
 
     def get(self, key: tuple[Any, ...]) -> "OrtValue":
         return self._values[key]

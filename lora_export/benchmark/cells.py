@@ -63,7 +63,7 @@ def conclude(task: Task, series: Series, margin: float, rng: np.random.Generator
     if compared:
         shown = ratios[control] if control else None
         verdict, reason = judge(
-            ratios[MERGED], ratios[AGAIN], shown, series.blocks, margin, control or "", len(series.sets) or 1
+            ratios[MERGED], ratios[AGAIN], shown, series.blocks, margin, control or "", series.sessions
         )
     merged, unmerged = ratios.get(MERGED), ratios.get(UNMERGED)
     return Cell(
@@ -83,7 +83,7 @@ def conclude(task: Task, series: Series, margin: float, rng: np.random.Generator
         unmerged_ci_low=unmerged.low if unmerged else None,
         unmerged_ci_high=unmerged.high if unmerged else None,
         pairs=series.blocks,
-        sessions=len(series.sets) or 1,
+        sessions=series.sessions,
         kv_in_place=facts.kv_in_place,
         control=control,
         reason=reason,

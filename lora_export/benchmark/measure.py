@@ -52,6 +52,11 @@ class Series:
     def blocks(self) -> int:
         return len(next(iter(self.times.values())))
 
+    @property
+    def sessions(self) -> int:
+        """How many sets of sessions it comes from."""
+        return len(self.sets) or 1
+
     def median(self, *arms: str) -> float | None:
         """Of all calls of these arms together; None where none of them was measured."""
         found = [self.times[arm].ravel() for arm in arms if arm in self.times]
@@ -61,7 +66,7 @@ class Series:
         """From blocks, or from the means of several sets of sessions: what all blocks of one set share, such as
         where its memory lies, no number of blocks averages out."""
         logs = log_ratios(self.times[arm], *(self.times[r] for r in references))
-        if len(self.sets) > 1:
+        if self.sessions > 1:
             ends = np.cumsum(self.sets)
             logs = np.array([float(trimmed_mean(part)) for part in np.split(logs, ends[:-1])])
         return ratio_interval(logs, rng)

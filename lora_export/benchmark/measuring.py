@@ -55,17 +55,18 @@ def measure_all(study: Study) -> None:
         found = _Found()
         for number in range(study.options.sessions):
             found.add(*_measure_sessions(study, part, cuda_graph, number, clock, rng))
-        for task, series in found.series.items():
-            cell = conclude(task, joined(series), study.options.margin, rng, found.facts[task])
+        for task, sets in found.series.items():
+            series = joined(sets)
+            cell = conclude(task, series, study.options.margin, rng, found.facts[task])
             if cell.verdict == "slower" and cell.sessions == 1 and study.graph and study.graph.identical:
                 again = _Found()
                 alone = _Clock(study.options.seconds / (len(parts) * len(found.series)), 1)
                 again.add(*_measure_sessions(study, part, cuda_graph, 1, alone, rng, only=task))
                 if task in again.series:
-                    series = again.series[task]
-                    second = conclude(task, joined(series), study.options.margin, rng, again.facts[task])
+                    series = joined(again.series[task])
+                    second = conclude(task, series, study.options.margin, rng, again.facts[task])
                     cell = _confirmed(cell, second)
-            _keep(study, task, cell, joined(series))
+            _keep(study, task, cell, series)
 
 
 @dataclass
