@@ -4,7 +4,10 @@
     python examples/train_adapter.py --method qlora --out qlora-speeches --targets q_proj,v_proj
 
 A step takes a few seconds on two CPU cores. Every tenth message is held out; perplexity on those is measured
-before the training, after it, and once more with the adapter as it was saved, in bfloat16.
+before the training, after it, and once more with the adapter as it was saved, in bfloat16. With --watch N it is
+measured every N steps, beside that of what is trained on: where the first rises while the second falls, the adapter
+learns by heart (try --windows 8), and --dropout and --weight-decay are worth a try. compare_training.py does so for
+all four methods and several ranks.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import math
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,6 +36,7 @@ from transformers import (
 
 BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HELD_OUT_WINDOWS = 64
+Sampler = Callable[[], Tensor]  # a batch of windows, [batch, sequence]
 
 
 def load_base(folder: Path, method: str) -> PreTrainedModel:
@@ -72,7 +77,12 @@ def read_tokens(speeches: Path, base: Path) -> tuple[Tensor, Tensor]:
 
 def adapter_config(args: argparse.Namespace) -> LoraConfig:
     """AdaLoRA starts with half as much rank again, and prunes it to the wanted one in the middle of the run."""
-    shared = {"target_modules": args.targets.split(","), "lora_alpha": args.alpha, "task_type": "CAUSAL_LM"}
+    shared = {
+        "target_modules": args.targets.split(","),
+        "lora_alpha": args.alpha,
+        "lora_dropout": args.dropout,
+        "task_type": "CAUSAL_LM",
+    }
     if args.method != "adalora":
         return LoraConfig(r=args.rank, use_dora=args.method == "dora", **shared)
     warm, left = args.steps // 5, args.steps // 3
@@ -98,16 +108,36 @@ def perplexity(model: torch.nn.Module, windows: Tensor, batch: int) -> float:
     return math.exp(sum(losses) / len(windows))
 
 
-def train(model: PeftModel, tokens: Tensor, args: argparse.Namespace) -> None:
-    """AdamW on random windows of the text; the rate rises over the first steps, then falls to zero."""
-    model.train()
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=args.steps)
+def spread(tokens: Tensor, count: int, sequence: int) -> Tensor:
+    """`count` windows that are spread evenly over a text, [count, sequence]."""
+    starts = torch.linspace(0, len(tokens) - sequence, count).long()
+    return torch.stack([tokens[start : start + sequence] for start in starts])
+
+
+def anywhere(tokens: Tensor, args: argparse.Namespace) -> Sampler:
+    """Random windows of a text; of --windows of it, where so few are to be learnt from."""
     draw = random.Random(args.seed)
-    for step in range(1, args.steps + 1):
+    few = spread(tokens, args.windows, args.sequence) if args.windows else None
+
+    def batch() -> Tensor:
+        if few is not None:
+            return few[[draw.randrange(len(few)) for _ in range(args.batch)]]
         starts = [draw.randrange(len(tokens) - args.sequence) for _ in range(args.batch)]
-        batch = torch.stack([tokens[start : start + args.sequence] for start in starts])
+        return torch.stack([tokens[start : start + args.sequence] for start in starts])
+
+    return batch
+
+
+def train(
+    model: PeftModel, sample: Sampler, args: argparse.Namespace, watch: Callable[[int], None] | None = None
+) -> None:
+    """AdamW; the rate rises over the first steps, then falls to zero. watch: called every --watch steps."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, num_warmup_steps=5, num_training_steps=args.steps)
+    for step in range(1, args.steps + 1):
+        model.train()
+        batch = sample()
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
@@ -118,6 +148,18 @@ def train(model: PeftModel, tokens: Tensor, args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         if step % 5 == 0 or step == args.steps:
             print(f"step {step}/{args.steps}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
+        if watch and args.watch and (step % args.watch == 0 or step == args.steps):
+            watch(step)
+
+
+def watcher(model: PeftModel, seen: Tensor, unseen: Tensor, args: argparse.Namespace) -> Callable[[int], None]:
+    """Prints the perplexities on windows that are trained on and on others."""
+
+    def watch(step: int) -> None:
+        learnt, other = perplexity(model, seen, args.batch), perplexity(model, unseen, args.batch)
+        print(f"step {step}: perplexity of what is trained on {learnt:.2f}, held out {other:.2f}", flush=True)
+
+    return watch
 
 
 def save(model: PeftModel, out: Path) -> None:
@@ -135,8 +177,9 @@ def save(model: PeftModel, out: Path) -> None:
 
 def model_card(args: argparse.Namespace, before: float, after: float, saved: float) -> str:
     shown = ["method", "targets", "rank", "alpha", "steps", "lr", "sequence", "batch", "seed"]
+    shown += [name for name in ("dropout", "weight_decay", "windows") if getattr(args, name)]
     command = f"python examples/train_adapter.py --out {args.out.name} " + " ".join(
-        f"--{name} {getattr(args, name)}" for name in shown
+        f"--{name.replace('_', '-')} {getattr(args, name)}" for name in shown
     )
     if args.method == "qlora":
         trained_on = (
@@ -178,7 +221,7 @@ Measured on {HELD_OUT_WINDOWS} windows of {args.sequence} tokens. The command:
 """
 
 
-def parse_args() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -193,21 +236,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=128, help="tokens in a window")
     parser.add_argument("--batch", type=int, default=4, help="windows in a step")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    parser.add_argument("--dropout", type=float, default=0.0, help="of what enters the adapter, in training")
+    parser.add_argument("--weight-decay", type=float, default=0.0, help="of the adapter's matrices (AdamW)")
+    parser.add_argument("--windows", type=int, default=0, help="train on so few windows of the text; 0: on all")
+    parser.add_argument("--watch", type=int, default=0, help="measure every so many steps; 0: at the end alone")
+    return parser
 
 
 def main() -> None:
-    args = parse_args()
+    args = parser().parse_args()
     torch.manual_seed(args.seed)
     base = args.base or prepare_smollm2.model()
     tokens, held_out = read_tokens(prepare_smollm2.speeches(), base)
-    starts = torch.linspace(0, len(held_out) - args.sequence, HELD_OUT_WINDOWS).long()
-    windows = torch.stack([held_out[start : start + args.sequence] for start in starts])
+    windows = spread(held_out, HELD_OUT_WINDOWS, args.sequence)
 
     model = get_peft_model(load_base(base, args.method), adapter_config(args))
     before = perplexity(model, windows, args.batch)  # lora_B starts at zero: this is the base
     print(f"held-out perplexity before: {before:.2f}", flush=True)
-    train(model, tokens, args)
+    watch = watcher(model, spread(tokens, args.windows or HELD_OUT_WINDOWS, args.sequence), windows, args)
+    train(model, anywhere(tokens, args), args, watch)
     after = perplexity(model, windows, args.batch)
     print(f"held-out perplexity after: {after:.2f}", flush=True)
 

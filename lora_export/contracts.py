@@ -21,6 +21,8 @@ Verdict = Literal["equivalent", "slower", "inconclusive"]
 Phase = Literal["prefill", "decode"]
 Outcome = Literal["agrees", "differs", "unknown"]
 Certify = Literal["sampled", "full"]
+Combine = Literal["none", "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+MajoritySign = Literal["total", "frequency"]
 
 MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
 
@@ -85,7 +87,9 @@ class TargetUpdate:
     matter (and may be absent); optional: a base without this weight (a bias) needs no update; tied: a weight
     that is tied to this one gets the same update, so the two stay tied; row_wise(shape): whether rows of the result
     depend on the same rows of the weight alone, so that blocks of rows may be given; copies: how often the block is
-    in memory at once, counted in fp32, while it is read, changed, judged and rounded.
+    in memory at once, counted in fp32, while it is read, changed, judged and rounded; adds: the change is the same
+    for every weight; low_rank: `load` gives adapters.lora.LowRankUpdate; owner: which of the merged adapters it is
+    of; wide: it takes float64, whatever is written; parts: of several adapters combined, the updates of each.
     """
 
     target: str
@@ -98,6 +102,11 @@ class TargetUpdate:
     tied: bool = False
     row_wise: Callable[[tuple[int, ...]], bool] = lambda shape: True
     copies: int = 6
+    adds: bool = False
+    low_rank: bool = False
+    owner: int = 0
+    wide: bool = False
+    parts: tuple[tuple["TargetUpdate", ...], ...] = ()
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether a weight of this shape can be meant."""
@@ -109,13 +118,17 @@ class TargetUpdate:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter understood: one update or more for each target weight, every tensor of the file accounted for."""
+    """An adapter understood: one update or more for each target weight, every tensor of the file accounted for.
+
+    weight: the factor that it is combined with, where its updates do not have it already.
+    """
 
     folder: Path
     kind: str
     config: Mapping[str, Any]
     updates: tuple[TargetUpdate, ...]
     tensors: Mapping[str, TensorInfo]
+    weight: float = 1.0
 
     @property
     def tensor_count(self) -> int:
@@ -135,6 +148,13 @@ class AdapterChoice:
 
 @dataclass(frozen=True)
 class MergeOptions:
+    """combine: how several adapters become one change; none: each is applied to what the one before it left.
+
+    combine_on: their deltas, or their factors A and B apart (as PEFT's methods of these names do); density: the
+    share of a delta that ties, dare and magnitude_prune keep; svd_rank: of the combined delta (None: as it is;
+    for svd the largest of the adapters).
+    """
+
     base_weights: BaseWeights = "dequantized"
     training_quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
     training_double_quant: bool = False
@@ -146,7 +166,30 @@ class MergeOptions:
     allow_nonfinite: bool = False
     device: Literal["cpu", "cuda"] = "cpu"  # where the arithmetic is done
     certify: Certify = "sampled"  # which rows are computed again in float64
+    combine: Combine = "none"
+    combine_on: Literal["deltas", "factors"] = "deltas"
+    density: float | None = None
+    seed: int = 0  # of dare's random choice
+    majority_sign: MajoritySign = "total"
+    svd_rank: int | None = None
     force: bool = False
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What two adapters do to each other: in one weight, or in all.
+
+    first, second: their names; cosine: of their deltas; sign_conflicts: share of the elements that both change in
+    different directions (½: they have nothing to do with each other); norm_ratio: ‖first‖/‖second‖, weights and
+    all.
+    """
+
+    tensor: str | None
+    first: str
+    second: str
+    cosine: float
+    sign_conflicts: float
+    norm_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -196,6 +239,7 @@ class MergeResult:
     records: tuple[TensorRecord, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
     base_checks: tuple[BaseCheck, ...] = ()
+    interference: tuple[Interference, ...] = field(default=(), repr=False)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -210,6 +254,7 @@ class MergeResult:
             "dtype": self.dtype,
             "warnings": list(self.warnings),
             "base_checks": [asdict(c) for c in self.base_checks],
+            "interference": [asdict(i) for i in self.interference],
         }
 
 

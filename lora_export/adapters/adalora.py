@@ -64,4 +64,4 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str], scaling: float, 
         return LowRankUpdate(LowRank(left, right, scaling))
 
     used = tuple(keys[p] for p in _PARTS)
-    return FlatTarget(f"{name}.weight", "adalora", used, (plain, transposed), load)
+    return FlatTarget(f"{name}.weight", "adalora", used, (plain, transposed), load, adds=True, low_rank=True)

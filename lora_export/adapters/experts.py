@@ -156,7 +156,7 @@ def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]
     shapes: tuple[tuple[int, ...], ...] = (out_in, in_out)
     if experts == 1:
         shapes = (*shapes, (b[0], a[1]))
-    return TargetUpdate(target, "lora_experts", tuple(keys[p] for p in _PARTS), shapes, load)
+    return TargetUpdate(target, "lora_experts", tuple(keys[p] for p in _PARTS), shapes, load, adds=True)
 
 
 def _packing(file: AdapterFile, parameter: str) -> ExpertPacking:

@@ -61,7 +61,7 @@ def _update(parts: Parts) -> TargetUpdate:
         return HadamardUpdate(left, right, parts.scaling)
 
     used = tuple(parts.keys.values())
-    return FlatTarget(f"{parts.module}.weight", "loha", used, ((outputs, rest),), load)
+    return FlatTarget(f"{parts.module}.weight", "loha", used, ((outputs, rest),), load, adds=True)
 
 
 def _factors(parts: Parts, number: str) -> tuple["torch.Tensor", "torch.Tensor"]:

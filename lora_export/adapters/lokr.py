@@ -83,7 +83,8 @@ def _update(parts: Parts) -> TargetUpdate:
 
     used = tuple(parts.keys.values())
     target = f"{parts.module}.weight"
-    return FlatTarget(target, "lokr", used, ((a * b, c * d),), load, row_wise=lambda shape: len(shape) != 3)
+    shapes = ((a * b, c * d),)
+    return FlatTarget(target, "lokr", used, shapes, load, row_wise=lambda shape: len(shape) != 3, adds=True)
 
 
 def _size(parts: Parts, number: str) -> tuple[int, int]:

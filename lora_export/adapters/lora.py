@@ -33,6 +33,9 @@ class LowRank:
     right: "torch.Tensor"
     scaling: float
 
+    def double(self) -> "LowRank":
+        return LowRank(self.left.double(), self.right.double(), self.scaling)
+
     def added_to(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         """The weight's rows changed in place, as a matrix: what follows the first dimension is flat."""
         left = self.left[rows]
@@ -225,7 +228,7 @@ def _update(module: Module) -> TargetUpdate:
         return TargetUpdate(
             target, kind, keys, module.shapes, load, tied=tied, row_wise=whole, copies=DECOMPOSITION
         )
-    return TargetUpdate(target, kind, keys, module.shapes, load, tied=tied)
+    return TargetUpdate(target, kind, keys, module.shapes, load, tied=tied, adds=True, low_rank=True)
 
 
 def _bias(file: AdapterFile, config: LoraConfig, name: str, keys: dict[str, str]) -> TargetUpdate:
@@ -237,4 +240,4 @@ def _bias(file: AdapterFile, config: LoraConfig, name: str, keys: dict[str, str]
     def load(shape: tuple[int, ...]) -> BiasUpdate:
         return BiasUpdate(file.read(key), scaling)
 
-    return TargetUpdate(f"{name}.bias", "lora_bias", (key,), (file.tensors[key].shape,), load)
+    return TargetUpdate(f"{name}.bias", "lora_bias", (key,), (file.tensors[key].shape,), load, adds=True)

@@ -63,6 +63,6 @@ def _module(file: AdapterFile, config: LoraConfig, module: str, keys: dict[str, 
 
         claimed = (keys["lora_A"], keys["lora_B"]) if expert == 0 else ()
         target = f"{match['owner']}.{expert}.{match['part']}.weight"
-        return TargetUpdate(target, "lora_stacked", claimed, ((b[1], a[2]),), load)
+        return TargetUpdate(target, "lora_stacked", claimed, ((b[1], a[2]),), load, adds=True)
 
     return [of(expert) for expert in range(experts)]

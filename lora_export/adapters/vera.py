@@ -205,6 +205,8 @@ def _update(shared: Projections, name: str, keys: dict[str, str], claimed: tuple
         (b_key, d_key, *claimed),
         shapes,
         load,
+        adds=True,
+        low_rank=True,
         file=file,
         outputs=b[0],
         widest=shared.widest,

@@ -23,6 +23,7 @@ from lora_export.pipeline import StoryOptions
 MERGE_KEYS = (
     "base_weights", "training_quantization", "training_double_quant", "dtype", "max_shard_size", "max_memory",
     "expert_packing", "expert_layout", "allow_nonfinite", "device", "certify",
+    "combine", "combine_on", "density", "seed", "majority_sign", "svd_rank",
 )  # fmt: skip
 
 

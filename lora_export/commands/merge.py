@@ -1,5 +1,6 @@
 """lora-export merge: adapters into base weights."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,22 +29,32 @@ def merge(
     The arithmetic is fp32 and rounded once. Tensors that the adapter does not touch are copied byte for byte,
     and so are tokenizer, chat template and generation config. A certificate says what happened to each tensor
     and how much of the adapter's change survived the rounding.
+
+    Several adapters are applied in turn, or made one change by --combine; what they do to each other (cosines, signs
+    in conflict, norms) is shown first, and in --dry-run.
+
+    \b
+        lora-export merge -b BASE -a A:0.7 -a B:0.3 --combine ties --density 0.2 -o OUT
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands import gather
-        from lora_export.commands.words import merge_rows
+        from lora_export.commands.words import interference_lines, merge_rows
+        from lora_export.merge import interference, plan
         from lora_export.merge import merge as merge_folder
-        from lora_export.merge import plan
 
         source, choices = resolve(base), gather.choices_of(gather.adapters_of(adapters))
         settings = gather.merge_options_of(words, force)
         if dry_run:
             planned = plan(source.folder, choices, settings)
-            talk.result({"output": str(output)} | plan_document(planned), plan_words(planned))
+            found = interference(planned) if len(planned.adapters) > 1 else []
+            document = plan_document(planned) | {"interference": [asdict(i) for i in found]}
+            words = "\n".join([plan_words(planned), *interference_lines(found)])
+            talk.result({"output": str(output)} | document, words)
             return
         result = merge_folder(source.folder, choices, output, settings, talk.progress)
-        talk.result(result.as_json(), table([*merge_rows(result), ("output", str(output))]))
+        words = [table([*merge_rows(result), ("output", str(output))]), *interference_lines(result.interference)]
+        talk.result(result.as_json(), "\n".join(words))
 
 
 def plan_document(planned: "MergePlan") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, get_args
 
 import click
 
-from lora_export.contracts import MIN_SURVIVAL, Activations, ExtraArm, Optimize, Precision
+from lora_export.contracts import MIN_SURVIVAL, Activations, Combine, ExtraArm, MajoritySign, Optimize, Precision
 
 Command = Callable[..., Any]
 
@@ -154,7 +154,33 @@ def merge_options(command: Command) -> Command:
             show_default=True,
             help="How square weights of fused experts are stored; auto goes by the adapter's peft_version.",
         ),
+        combine_options,
     ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def combine_options(command: Command) -> Command:
+    decorators = [
+        click.option("--combine", type=click.Choice(get_args(Combine)), default="none", show_default=True,
+                     help="How several adapters become one change. none: each is applied to what the one before it "
+                     "left; linear, cat: the weighted sum of their deltas; svd: that sum in a lower rank; ties, "
+                     "magnitude_prune: of each delta the largest elements, with or without a vote about the sign; "
+                     "dare_linear, dare_ties: elements chosen at random, made larger for those left out."),
+        click.option("--combine-on", type=click.Choice(["deltas", "factors"]), default="deltas", show_default=True,
+                     help="What is combined: the deltas, as in the papers, or A and B apart, as PEFT's methods of "
+                     "these names do (LoRA of one rank)."),
+        click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=None,
+                     help="ties, dare_…, magnitude_prune: the share of each delta that is kept."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
+                     help="dare_…: of the random choice."),
+        click.option("--majority-sign", type=click.Choice(get_args(MajoritySign)), default="total",
+                     show_default=True, help="ties, dare_ties: the vote counts sizes, or heads."),
+        click.option("--svd-rank", type=click.IntRange(min=1), default=None,
+                     help="Bring the combined delta of each weight to this rank.  [default for svd: the largest of "
+                     "the adapters]"),
+    ]  # fmt: skip
     for decorator in reversed(decorators):
         command = decorator(command)
     return command

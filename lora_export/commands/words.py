@@ -1,7 +1,16 @@
 """Results in words, for people; the JSON of --json has everything."""
 
+from collections.abc import Sequence
+
 from lora_export.commands.talk import megabytes, table
-from lora_export.contracts import BenchmarkResult, ExportResult, MergeResult, ValidationResult, Verification
+from lora_export.contracts import (
+    BenchmarkResult,
+    ExportResult,
+    Interference,
+    MergeResult,
+    ValidationResult,
+    Verification,
+)
 
 Rows = list[tuple[str, str]]
 
@@ -18,6 +27,25 @@ def merge_rows(result: MergeResult) -> Rows:
         ("delta survival", survival),
         ("time, memory", f"{result.seconds:.1f} s, {megabytes(result.peak_rss_bytes)} peak"),
     ]
+
+
+WORST = 3  # tensors of each pair of adapters that are named
+
+
+def interference_lines(found: Sequence[Interference]) -> list[str]:
+    """What several adapters do to each other: over all, and the tensors in which they oppose each other most."""
+    lines = []
+    for pair in (i for i in found if i.tensor is None):
+        lines.append(f"{pair.first} and {pair.second}  {_lying(pair)}")
+        tensors = [i for i in found if i.tensor and (i.first, i.second) == (pair.first, pair.second)]
+        worst = sorted(tensors, key=lambda i: i.cosine)[:WORST]
+        lines += [f"  {i.tensor}  {_lying(i)}" for i in worst]
+    return ["interference (of unrelated adapters: cosine 0, half of the signs)", *lines] if lines else []
+
+
+def _lying(pair: Interference) -> str:
+    ratio = "–" if pair.norm_ratio is None else f"{pair.norm_ratio:.2f}"
+    return f"cosine {pair.cosine:+.3f}, {pair.sign_conflicts:.1%} of signs in conflict, norms {ratio} to 1"
 
 
 def validation_words(result: ValidationResult) -> str:

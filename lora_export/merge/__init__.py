@@ -6,31 +6,52 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lora_export.adapters import CONFIG as ADAPTER_CONFIG
 from lora_export.adapters import AdapterFile, read_adapter
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
-from lora_export.contracts import AdapterChoice, BaseCheck, MergeOptions, MergeResult, Progress, TensorRecord
+from lora_export.contracts import (
+    AdapterChoice,
+    BaseCheck,
+    Interference,
+    MergeOptions,
+    MergeResult,
+    Progress,
+    TensorRecord,
+)
 from lora_export.errors import RuntimeUnavailable
 from lora_export.files import check_space, output_folder, write_sealed
 from lora_export.merge.base import base_weights
 from lora_export.merge.beside import write_beside
 from lora_export.merge.certificate import NAME as CERTIFICATE
 from lora_export.merge.certificate import certificate_of, describe_files, describe_shards
+from lora_export.merge.combining import check_options
 from lora_export.merge.execute import Execution
+from lora_export.merge.interference import OPPOSED, interference
 from lora_export.merge.loaded import loaded_weights
 from lora_export.merge.plan import MergePlan, plan_merge
 from lora_export.merge.right_base import base_checks
 from lora_export.merge.streamed import MergedSource, write_outline
 from lora_export.progress import Silent
 
-__all__ = ["CERTIFICATE", "MergePlan", "MergedSource", "begin_stream", "end_stream", "merge", "plan"]
+__all__ = [
+    "CERTIFICATE",
+    "MergePlan",
+    "MergedSource",
+    "begin_stream",
+    "end_stream",
+    "interference",
+    "merge",
+    "plan",
+]
 
 
 def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -> MergePlan:
     """Read headers and configurations, and decide everything. No adapters: only dequantizing and copying."""
+    check_options(options)
     checkpoint = open_checkpoint(base)
     shapes = {n: w.shape for n, w in base_weights(checkpoint, options, None).items()} if adapters else {}
     found = []
@@ -43,14 +64,14 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
             tensors,
             config,
             choice.folder / ADAPTER_CONFIG,
-            choice.weight,
+            choice.weight if options.combine == "none" else 1.0,
             options.expert_packing,
             options.expert_layout,
             checkpoint.model_types,
             shapes,
             options.allow_nonfinite,
         )
-        found.append(read_adapter(file))
+        found.append(replace(read_adapter(file), weight=choice.weight))
     return plan_merge(checkpoint, found, options)
 
 
@@ -75,6 +96,7 @@ def merge(
         _prepare(options.device)
     started = time.monotonic()
     progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
+    lying = _look_between(planned, progress)
     inputs, companions = [base, *(a.folder for a in adapters)], companion_files(base)
     with output_folder(output, options.force, inputs=inputs) as stage:
         check_space(stage, planned.nbytes)
@@ -88,7 +110,19 @@ def merge(
     for text in warnings:
         progress.warn(text)
     seconds = time.monotonic() - started
-    return _result(planned, execution.records, survival, checks, warnings, output / CERTIFICATE, seconds)
+    result = _result(planned, execution.records, survival, checks, warnings, output / CERTIFICATE, seconds)
+    return replace(result, interference=lying)
+
+
+def _look_between(planned: MergePlan, progress: Progress) -> tuple[Interference, ...]:
+    """What several adapters do to each other, told before anything is written."""
+    found = tuple(interference(planned)) if len(planned.adapters) > 1 else ()
+    for pair in found:
+        if pair.tensor is None:
+            progress.stage(f"{pair.first} and {pair.second}: the cosine of their changes is {pair.cosine:+.2f}")
+            if pair.cosine < OPPOSED:
+                progress.warn(f"{pair.first} and {pair.second} undo part of each other: their cosine is negative")
+    return found
 
 
 def _result(
@@ -123,9 +157,10 @@ def begin_stream(
     """A merge whose large tensors are computed as they are read; `outline` gets the rest of the merged folder."""
     planned = plan(base, adapters, options)
     _prepare(options.device)
+    lying = _look_between(planned, progress)
     counts = planned.counts
     progress.stage(f"merge: {counts['updated']} weights updated, {counts['copied']} copied, into the export")
-    source = MergedSource(planned, outline)
+    source = MergedSource(planned, outline, interference=lying)
     source.warnings += write_outline(source)
     return source
 
@@ -142,7 +177,8 @@ def end_stream(
     write_sealed(certificate, document)
     for text in warnings:
         progress.warn(text)
-    return _result(planned, source.records, survival, checks, warnings, certificate, seconds)
+    result = _result(planned, source.records, survival, checks, warnings, certificate, seconds)
+    return replace(result, interference=source.interference)
 
 
 def _prepare(device: str) -> None:

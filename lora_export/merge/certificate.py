@@ -18,6 +18,7 @@ from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
 from lora_export.documents import finite
 from lora_export.files import sha256
+from lora_export.merge.combining import ELECTING, RANDOM
 from lora_export.merge.plan import MergePlan
 
 NAME = "lora_export_certificate.json"
@@ -76,6 +77,8 @@ def effective_options(plan: MergePlan) -> dict[str, Any]:
         "force": False,
         "base_weights": any(t.quantized for t in tensors) or options["training_quantization"] != "none",
         "training_double_quant": options["training_quantization"] in ("nf4", "fp4"),
+        "seed": options["combine"] in RANDOM,
+        "majority_sign": options["combine"] in ELECTING,
         "max_shard_size": _grouping(plan.shards) != _grouping(plan_shards([t.output for t in tensors], None, {})),
     }
     if not any(u.kind == "lora_experts" for t in tensors for u in t.updates):

@@ -117,7 +117,7 @@ def _for_piece(update: TargetUpdate, piece: Piece, shape: Shape, offset: int, st
     def row_wise(_: Shape) -> bool:
         return not piece.transposed or update.row_wise(shape)
 
-    return replace(update, target=piece.name, shapes=(stored,), load=load, row_wise=row_wise)
+    return replace(update, target=piece.name, shapes=(stored,), load=load, row_wise=row_wise, low_rank=False)
 
 
 @lru_cache(maxsize=4)  # the experts of a layer follow each other, and each needs the same matrices

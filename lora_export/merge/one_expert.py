@@ -70,7 +70,7 @@ def _of_fused(
     def load(_: Shape) -> OneExpertUpdate:
         return OneExpertUpdate(update.load((out or 0, width or 0)), expert, half, transposed, interleaved)
 
-    return replace(update, target=fused, shapes=(shape,), load=load, row_wise=lambda _: True)
+    return replace(update, target=fused, shapes=(shape,), load=load, row_wise=lambda _: True, low_rank=False)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from lora_export.checkpoint.shards import OutputTensor, Shard, plan_shards
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInfo
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merge.base import BaseWeight, base_weights, quantized_in_training
+from lora_export.merge.combining import combined
 from lora_export.merge.names import INPUT_EMBEDDINGS, OUTPUT_HEADS, unknown_target
 from lora_export.merge.replication import config_changes, layer_order
 from lora_export.merge.targets import match_targets
@@ -38,7 +39,7 @@ class PlannedTensor:
     @property
     def wide(self) -> bool:
         """Whether it is computed in float64: fp32 arithmetic would round one of two fp32 numbers the wrong way."""
-        return bool(self.updates) and self.output.dtype in ("F32", "F64")
+        return bool(self.updates) and (self.output.dtype in ("F32", "F64") or any(u.wide for u in self.updates))
 
     @property
     def copies(self) -> int:
@@ -98,6 +99,8 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     order = layer_order(adapters)
     weights = base_weights(base, options, order)
     targets, warnings = match_targets(base, adapters, weights)
+    if options.combine != "none":
+        targets = {name: combined(name, updates, adapters, options) for name, updates in targets.items()}
     untie = pair_to_untie(base, weights, targets)
     trained = quantized_in_training(base, weights, options)
     planned = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export.checkpoint.companions import companion_files
 from lora_export.checkpoint.hashing import TensorHash, hash_parts, hash_tensor
 from lora_export.checkpoint.reader import read_rows
-from lora_export.contracts import TensorInfo, TensorRecord
+from lora_export.contracts import Interference, TensorInfo, TensorRecord
 from lora_export.merge.beside import write_beside
 from lora_export.merge.exact import Errors, ExactTensor, memory, refuse_beyond, runs_of, too_large
 from lora_export.merge.plan import MergePlan, PlannedTensor
@@ -41,6 +41,7 @@ class MergedSource:
     tensors: Mapping[str, TensorInfo] = field(init=False)
     unchecked: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    interference: tuple[Interference, ...] = ()
     _work: dict[str, TensorWork] = field(default_factory=dict)
     _whole: dict[str, "torch.Tensor"] = field(default_factory=dict)  # of tensors that have no rows of their own
     _records: dict[str, tuple[TensorRecord, Survival]] = field(default_factory=dict)

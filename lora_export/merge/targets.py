@@ -1,6 +1,7 @@
 """Updates of adapters brought to the weights of a base: each finds its weight, or is refused."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import Adapter, TargetUpdate
@@ -17,12 +18,12 @@ def match_targets(
     """(weight → its updates, replacements first; warnings). A tied head that is not stored is a weight, too."""
     targets: dict[str, list[TargetUpdate]] = {}
     warnings: list[str] = []
-    for adapter in adapters:
+    for owner, adapter in enumerate(adapters):
         change = resolve_prefix((u.target for u in adapter.updates), weights)
         if any(change):
             warnings.append(f"names of {adapter.folder.name} were matched with a changed prefix: {change}")
         for update in _resolved(base, adapter, weights, change):
-            targets.setdefault(update.target, []).append(update)
+            targets.setdefault(update.target, []).append(replace(update, owner=owner))
     for name, updates in targets.items():
         updates.sort(key=lambda u: not u.replaces)
         if sum(u.replaces for u in updates) > 1:
@@ -88,6 +89,4 @@ def _one_of_tied(adapter: Adapter, tied: tuple[str, str] | None) -> list[TargetU
 
 
 def _renamed(update: TargetUpdate, name: str) -> TargetUpdate:
-    from dataclasses import replace
-
     return update if update.target == name else replace(update, target=name)
