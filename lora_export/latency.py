@@ -130,11 +130,15 @@ def _refuse_other_kind(arms: Sequence[BenchmarkArm]) -> None:
 # --- arms of a run -------------------------------------------------------------------------------------------
 
 
-def refuse_extra(extra: Sequence[ExtraArm], adapters: Sequence[AdapterChoice], precision: str) -> None:
+def refuse_extra(
+    extra: Sequence[ExtraArm], adapters: Sequence[AdapterChoice], precision: str, combine: str = "none"
+) -> None:
     """InputError for arms that this run cannot have, before any work."""
     from lora_export.pluggable import PRECISIONS
 
     for name in extra:
+        if combine != "none":
+            raise InputError(f"--arm {name} beside --combine {combine}", expected="one adapter, as it is")
         if len(adapters) != 1 or adapters[0].weight != 1.0:
             raise InputError(f"--arm {name} with {_counted(adapters)}", expected="exactly one adapter of weight 1")
         if name == "plugged" and precision not in PRECISIONS:

@@ -291,8 +291,8 @@ def _export_unmerged(
     """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
     if exported.kind != "decoder":
         return None, ("no unmerged graph: the engine for this architecture exports merged models only",)
-    if len(adapters) != 1 or adapters[0].weight != 1.0:
-        return None, ("no unmerged graph: it takes exactly one adapter of weight 1",)
+    if len(adapters) != 1 or adapters[0].weight != 1.0 or options.merge.combine != "none":
+        return None, ("no unmerged graph: it takes exactly one adapter of weight 1, as it is",)
     try:
         what = "the unmerged model, the control of the benchmark"
         return (
@@ -313,18 +313,27 @@ def validate_folder(
     options: StoryOptions,
     progress: Progress,
     bases: CompareBases | None = None,
+    own_texts: Sequence[Path] = (),
 ) -> ValidationResult:
     """Validate what an earlier run left.
 
     onnx: exports in different precisions; base_onnx: the base exported in the same ways and order, or none: then it
-    is exported anew for each. bases: compare the bases that a QLoRA adapter could be merged into.
+    is exported anew for each. bases: compare the bases that a QLoRA adapter could be merged into. own_texts: a text
+    for each adapter, on which is measured what the merged model has left of it.
     """
     from lora_export.onnx_export import load_export
     from lora_export.runtime import resolve_provider
     from lora_export.validation import validate
+    from lora_export.validation.own_texts import own_texts as measure
 
     exports = [load_export(folder) for folder in onnx]
     _check_exports(exports, base_onnx)
+    if own_texts and len(own_texts) != len(adapters):
+        raise InputError(
+            f"{len(own_texts)} × --own-text and {len(adapters)} × -a",
+            expected="one text for each adapter, in the same order",
+            next_step="the same command with an --own-text for each -a",
+        )
     choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
@@ -337,14 +346,23 @@ def validate_folder(
                 same = _export_base(base.folder, exported, work, replace(options, provider=provider), progress)
             prefix = "onnx_" if i == 0 else f"onnx_{exported.precision}_"
             pairs.append(_pair(exported, same, prefix))
-        return validate(
+        stand_in = _stand_in(base.folder, merged, options, work, progress)
+        result = validate(
             base.folder,
             choices,
             merged,
             exports=pairs,
-            dequantized=_stand_in(base.folder, merged, options, work, progress),
+            dequantized=stand_in,
             options=_validation_options(options, provider, bases, _again(merged, onnx[0]) if onnx else None),
             progress=progress,
+        )
+        if not own_texts:
+            return result
+        found = measure(base.folder, choices, merged, own_texts, options.merge, stand_in, progress)
+        return replace(
+            result,
+            perplexities=(*result.perplexities, *found.perplexities),
+            adapter_survival=(*result.adapter_survival, *found.adapter_survival),
         )
 
 
@@ -448,7 +466,7 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     config = dict(planned.base.config)
     config.pop("quantization_config", None)  # the merge removes it
     check_request(config, options.precision, options.provider, options.engine, options.quantization)
-    refuse_extra(options.extra_arms, choices, options.precision)
+    refuse_extra(options.extra_arms, choices, options.precision, options.merge.combine)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most
     widest = max(planned.nbytes, planned.nbytes * 4 // _width(planned.dtype))
     folders = 2 if options.merged_folder else 1

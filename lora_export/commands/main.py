@@ -7,12 +7,15 @@ import click
 from lora_export import __version__
 from lora_export.commands import (
     benchmark,
+    combine,
     env,
     export,
+    extract,
     inspect,
     merge,
     merge_and_export,
     report,
+    truncate,
     validate,
     verify,
 )
@@ -69,6 +72,9 @@ for command in (
     validate.validate,
     export.export,
     benchmark.benchmark,
+    combine.combine,
+    extract.extract,
+    truncate.truncate,
     report.report,
     verify.verify,
     env.env,

@@ -30,8 +30,8 @@ def merge(
     and so are tokenizer, chat template and generation config. A certificate says what happened to each tensor
     and how much of the adapter's change survived the rounding.
 
-    Several adapters are applied in turn, or made one change by --combine; what they do to each other (cosines, signs
-    in conflict, norms) is shown first, and in --dry-run.
+    Several adapters are applied in turn, or made one change by --combine; what they do to each other (cosines,
+    signs in conflict, norms) is shown first, and in --dry-run.
 
     \b
         lora-export merge -b BASE -a A:0.7 -a B:0.3 --combine ties --density 0.2 -o OUT
@@ -49,12 +49,12 @@ def merge(
             planned = plan(source.folder, choices, settings)
             found = interference(planned) if len(planned.adapters) > 1 else []
             document = plan_document(planned) | {"interference": [asdict(i) for i in found]}
-            words = "\n".join([plan_words(planned), *interference_lines(found)])
-            talk.result({"output": str(output)} | document, words)
+            lines = [plan_words(planned), *interference_lines(found)]
+            talk.result({"output": str(output)} | document, "\n".join(lines))
             return
         result = merge_folder(source.folder, choices, output, settings, talk.progress)
-        words = [table([*merge_rows(result), ("output", str(output))]), *interference_lines(result.interference)]
-        talk.result(result.as_json(), "\n".join(words))
+        lines = [table([*merge_rows(result), ("output", str(output))]), *interference_lines(result.interference)]
+        talk.result(result.as_json(), "\n".join(lines))
 
 
 def plan_document(planned: "MergePlan") -> dict[str, Any]:

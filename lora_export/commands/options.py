@@ -162,12 +162,23 @@ def merge_options(command: Command) -> Command:
 
 
 def combine_options(command: Command) -> Command:
+    rank = click.option(
+        "--svd-rank", type=click.IntRange(min=1), default=None,
+        help="Bring the combined delta of each weight to this rank.  [default for svd: the adapters' largest]",
+    )  # fmt: skip
+    return method_options("none")(rank(command))
+
+
+def method_options(default: Combine) -> Callable[[Command], Command]:
+    """How several adapters become one; where they must, `none` is no choice."""
+    methods = [m for m in get_args(Combine) if m != "none" or default == "none"]
+    in_turn = "none: each is applied to what the one before it left; " if default == "none" else ""
     decorators = [
-        click.option("--combine", type=click.Choice(get_args(Combine)), default="none", show_default=True,
-                     help="How several adapters become one change. none: each is applied to what the one before it "
-                     "left; linear, cat: the weighted sum of their deltas; svd: that sum in a lower rank; ties, "
-                     "magnitude_prune: of each delta the largest elements, with or without a vote about the sign; "
-                     "dare_linear, dare_ties: elements chosen at random, made larger for those left out."),
+        click.option("--combine", type=click.Choice(methods), default=default, show_default=True,
+                     help=f"How several adapters become one change. {in_turn}linear, cat: the weighted sum of "
+                     "their deltas; svd: that sum in a lower rank; ties, magnitude_prune: of each delta the "
+                     "largest elements, with or without a vote about the sign; dare_linear, dare_ties: elements chosen at "
+                     "random, made larger for those left out."),
         click.option("--combine-on", type=click.Choice(["deltas", "factors"]), default="deltas", show_default=True,
                      help="What is combined: the deltas, as in the papers, or A and B apart, as PEFT's methods of "
                      "these names do (LoRA of one rank)."),
@@ -177,13 +188,14 @@ def combine_options(command: Command) -> Command:
                      help="dare_…: of the random choice."),
         click.option("--majority-sign", type=click.Choice(get_args(MajoritySign)), default="total",
                      show_default=True, help="ties, dare_ties: the vote counts sizes, or heads."),
-        click.option("--svd-rank", type=click.IntRange(min=1), default=None,
-                     help="Bring the combined delta of each weight to this rank.  [default for svd: the largest of "
-                     "the adapters]"),
     ]  # fmt: skip
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+
+    def decorated(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorated
 
 
 def provider_option(command: Command) -> Command:
@@ -366,6 +378,20 @@ def benchmark_options(command: Command) -> Command:
         click.option("--sessions", type=click.IntRange(min=1, max=1000), default=1, show_default=True,
                      help="Open all sessions anew so many times, each time in another order, and take the interval "
                      "from their spread: for machines where two sessions of one graph differ. 6 are the least."),
+    ]  # fmt: skip
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def rank_options(command: Command) -> Command:
+    """How small a new adapter is."""
+    decorators = [
+        click.option("--rank", type=click.IntRange(min=1), default=None, help="Rank of every module."),
+        click.option("--energy", type=Share(0.0, 1.0), default=None,
+                     help="Of each module the least rank that keeps this share of ‖ΔW‖², as 95% or 0.95."),
+        click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32",
+                     show_default=True, help="Type of the new adapter's matrices."),
     ]  # fmt: skip
     for decorator in reversed(decorators):
         command = decorator(command)

@@ -28,6 +28,15 @@ from lora_export.commands.talk import talking
     help="The base exported the same way, for the noise floor; one for each --onnx.  [default: exported anew, then "
     "deleted]",
 )
+@click.option(
+    "--own-text",
+    "own_texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Several adapters: a text for each -a, in the same order. What the merged model has left of what each "
+    "adapter does alone is measured on its own text.",
+)
 @options.bases_options
 @options.merge_options
 @options.provider_option
@@ -35,8 +44,8 @@ from lora_export.commands.talk import talking
 @options.talk_options
 def validate(
     base: str, adapters: tuple[str, ...], merged: Path, onnx: tuple[Path, ...], base_onnx: tuple[Path, ...],
-    provider: Any, prompts: Path | None, text: Path | None, rows: int, tolerance: float, min_survival: float,
-    as_json: bool, quiet: bool, verbose: bool, **words: Any,
+    own_texts: tuple[Path, ...], provider: Any, prompts: Path | None, text: Path | None, rows: int,
+    tolerance: float, min_survival: float, as_json: bool, quiet: bool, verbose: bool, **words: Any,
 ) -> None:  # fmt: skip
     """Compare a merged folder with PEFT's unmerged forward in fp32. Exit code 3 if a check fails.
 
@@ -53,6 +62,8 @@ def validate(
     \b
         lora-export validate -b BASE -a QLORA -m MERGED --training-quantization nf4 --compare-bases --requantize nf4
         lora-export validate -b BASE -a ADAPTER -m MERGED --onnx ONNX-int4 --onnx ONNX-int8 --onnx ONNX-fp16
+        lora-export validate -b BASE -a A:0.7 -a B:0.3 --combine ties --density 0.2 -m MERGED \
+            --own-text A.txt --own-text B.txt
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export.checkpoint.sources import resolve
@@ -72,7 +83,9 @@ def validate(
             validation_memory=gather.validation_memory_of(words),
         )
         bases, found = gather.bases_of(words), gather.adapters_of(adapters)
-        result = validate_folder(resolve(base), found, merged, onnx, base_onnx, settings, talk.progress, bases)
+        result = validate_folder(
+            resolve(base), found, merged, onnx, base_onnx, settings, talk.progress, bases, own_texts
+        )
         talk.result(result.as_json(), validation_words(result))
         if not result.passed:
             click.echo(f"gate failed: {failures(result)}", err=True)

@@ -1,6 +1,7 @@
 """Results in words, for people; the JSON of --json has everything."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lora_export.commands.talk import megabytes, table
 from lora_export.contracts import (
@@ -11,6 +12,9 @@ from lora_export.contracts import (
     ValidationResult,
     Verification,
 )
+
+if TYPE_CHECKING:
+    from lora_export.deriving import Derived
 
 Rows = list[tuple[str, str]]
 
@@ -46,6 +50,26 @@ def interference_lines(found: Sequence[Interference]) -> list[str]:
 def _lying(pair: Interference) -> str:
     ratio = "–" if pair.norm_ratio is None else f"{pair.norm_ratio:.2f}"
     return f"cosine {pair.cosine:+.3f}, {pair.sign_conflicts:.1%} of signs in conflict, norms {ratio} to 1"
+
+
+def derived_words(made: "Derived") -> str:
+    """A new adapter: its size, its ranks, and what it costs."""
+    ranks = sorted(made.ranks.values())
+    if not ranks:
+        span = "no module"
+    elif ranks[0] == ranks[-1]:
+        span = f"{ranks[0]} in {len(ranks)} modules"
+    else:
+        span = f"{ranks[0]} to {ranks[-1]}, {sum(ranks) / len(ranks):.1f} on average, in {len(ranks)} modules"
+    rows = [
+        ("rank", span),
+        ("size", f"{made.parameters:,} numbers, {megabytes(made.nbytes)}"),
+        ("error", f"{made.error:.3g} of ‖ΔW‖, {1 - made.error**2:.4%} of its square are kept"),
+    ]
+    rows += [("  most in", f"{module}: {error:.3g}") for module, error in made.worst if error > 1e-6]
+    rows += [("saved whole", f"{len(made.whole)} tensors, {made.whole[0]} first")] if made.whole else []
+    rows += [("left out", f"{len(made.dropped)} changed weights, {made.dropped[0]} first")] if made.dropped else []
+    return table([*rows, ("output", str(made.output))])
 
 
 def validation_words(result: ValidationResult) -> str:

@@ -1,5 +1,6 @@
 """The validation from its inputs to its checks."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,6 +73,13 @@ def validate(
     from lora_export.validation.text import read_text
 
     options = options or ValidationOptions()
+    if options.merge.combine != "none":
+        with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+            adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
+            return validate(
+                base, adapters, merged, exports=exports, dequantized=dequantized, graphs_alone=graphs_alone,
+                options=options, progress=progress,
+            )  # fmt: skip
     keep = kept_bytes(merged, options.max_memory)
     if options.bases is not None:
         check_bases(options.bases, base, options.merge)
@@ -112,6 +120,31 @@ def validate(
         result = _joined(result, Bases(*asked, story.windows, progress).compare())
     del model, subject
     return _with_graphs(result, story, unmerged, exports, options, progress)
+
+
+def _combined(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    options: ValidationOptions,
+    merged: Path,
+    dequantized: Path | None,
+    scratch: Path,
+    progress: Progress,
+) -> tuple[list[AdapterChoice], ValidationOptions]:
+    """The combination as one adapter, and options that know of no combination."""
+    from lora_export.validation.combined import reference_adapter
+
+    if streams(merged, options.max_memory) or options.bases is not None:
+        raise InputError(
+            "combined adapters are validated in memory, and without a comparison of bases",
+            where=merged,
+            expected="a model that fits into memory in fp32, three times",
+            next_step="lora-export merge with the same options: its certificate checks the arithmetic",
+        )
+    progress.stage("validate: what each adapter does, asked of PEFT, and combined anew in float64")
+    reference = reference_adapter(base, adapters, options.merge, dequantized, scratch)
+    plain = replace(options.merge, combine="none", combine_on="deltas", density=None, svd_rank=None)
+    return [reference], replace(options, merge=plain)
 
 
 def _with_graphs(
