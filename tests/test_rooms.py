@@ -36,14 +36,16 @@ ROOMS = {
     "deltas",
     "deriving",
 }
-EVERYTHING = TOP | ROOMS | {"pipeline", "latency", "pluggable", "inspection", "commands", ""}
+EVERYTHING = TOP | ROOMS | {"pipeline", "latency", "pluggable", "inspection", "understanding", "commands", ""}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(TOP, TOP),
     **{room: TOP | {room} for room in ROOMS},
     "merge": TOP | {"merge", "checkpoint", "adapters", "quantization", "deltas"},
     "deriving": TOP | {"deriving", "checkpoint", "adapters", "deltas", "merge"},
     "onnx_export": TOP | {"onnx_export", "checkpoint"},
-    **dict.fromkeys(("pipeline", "latency", "pluggable", "inspection", "commands", "__main__"), EVERYTHING),
+    **dict.fromkeys(
+        ("pipeline", "latency", "pluggable", "inspection", "understanding", "commands", "__main__"), EVERYTHING
+    ),
     "": TOP,
 }
 

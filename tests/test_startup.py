@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"torch", "transformers", "onnxruntime", "onnx", "peft", "numpy", "scipy", "safetensors", "bitsandbytes"}
-COMMANDS = ["merge-and-export", "inspect", "merge", "validate", "export", "benchmark", "report", "verify", "env"]
+COMMANDS = [
+    "merge-and-export",
+    "inspect",
+    "merge",
+    "validate",
+    "export",
+    "benchmark",
+    "combine",
+    "extract",
+    "truncate",
+    "report",
+    "verify",
+    "env",
+]
 ASK = """
 import json, sys
 from lora_export.commands.main import cli

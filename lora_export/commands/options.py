@@ -177,8 +177,8 @@ def method_options(default: Combine) -> Callable[[Command], Command]:
         click.option("--combine", type=click.Choice(methods), default=default, show_default=True,
                      help=f"How several adapters become one change. {in_turn}linear, cat: the weighted sum of "
                      "their deltas; svd: that sum in a lower rank; ties, magnitude_prune: of each delta the "
-                     "largest elements, with or without a vote about the sign; dare_linear, dare_ties: elements chosen at "
-                     "random, made larger for those left out."),
+                     "largest elements, with or without a vote about the sign; dare_linear, dare_ties: elements "
+                     "chosen at random, made larger for those left out."),
         click.option("--combine-on", type=click.Choice(["deltas", "factors"]), default="deltas", show_default=True,
                      help="What is combined: the deltas, as in the papers, or A and B apart, as PEFT's methods of "
                      "these names do (LoRA of one rank)."),

@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export.report import latency, latency_plots, plots, proof, story
 from lora_export.report.text import count, one_line, percent, printable
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _SAMPLE_FIELDS = ("prompt", "base", "unmerged", "merged", "first_difference")
@@ -17,20 +21,30 @@ def html(
     comparison: Sequence[story.Row] = (),
 ) -> str:
     """The whole page; every string of the report is escaped by the template."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
+    drawn = {k: Markup(v) if v else None for k, v in _plots(report, samples).items()}
+    context = _header(report) | _stages(report) | {"comparison": comparison, "plots": drawn}
+    return environment().get_template("report.html.j2").render(css=stylesheet(), **context).lstrip() + "\n"
+
+
+def environment() -> "Environment":
+    """Templates in which every string is escaped, and none may be missing."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    css = (_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    drawn = {k: Markup(v) if v else None for k, v in _plots(report, samples).items()}
-    context = _header(report) | _stages(report) | {"comparison": comparison, "plots": drawn}
-    return environment.get_template("report.html.j2").render(css=Markup(css), **context).lstrip() + "\n"
+
+
+def stylesheet() -> "Markup":
+    from markupsafe import Markup
+
+    return Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8"))
 
 
 def _plots(

@@ -36,28 +36,41 @@ def kl_by_position(values: Sequence[float]) -> str | None:
 
 def layers(records: Sequence[Mapping[str, Any]]) -> str | None:
     """Relative size of the update by layer and module, and below it what of the update survived rounding."""
-    deltas, survivals = by_layer(records, "relative_delta"), by_layer(records, "survival")
-    if not deltas:
+    fields = [("relative_delta", "‖ΔW‖ / ‖W‖, %", 100.0), ("survival", "survived, %", 100.0)]
+    title = "Relative size of the update and its survival by layer and module"
+    return layered(records, fields, title, tops={"survival": 100.0})
+
+
+def layered(
+    records: Sequence[Mapping[str, Any]],
+    fields: Sequence[tuple[str, str, float]],
+    title: str,
+    tops: Mapping[str, float] | None = None,
+) -> str | None:
+    """A heat map by layer and module for each field that has values. fields: (name, label, factor); tops: where the
+    scale of a field ends. None if the first field has no value in any layer."""
+    found = [(by_layer(records, name), label, factor, (tops or {}).get(name)) for name, label, factor in fields]
+    if not found[0][0]:
         return None
-    modules = sorted({module for _, module in deltas})[:_MAX_MODULES]
-    count = max(layer for layer, _ in deltas) + 1
-    fields = [(deltas, "‖ΔW‖ / ‖W‖, %", None), (survivals, "survived, %", 100.0)][: 2 if survivals else 1]
-    with figure((0.24 * len(modules) + 0.35) * len(fields) + 0.6) as fig:
-        axes = fig.subplots(len(fields), 1, squeeze=False, sharex=True)[:, 0]
-        for ax, (values, label, top) in zip(axes, fields, strict=True):
-            _heat(fig, ax, _grid(values, modules, count), modules, label, top)
+    found = [one for one in found if one[0]]
+    modules = sorted({module for _, module in found[0][0]})[:_MAX_MODULES]
+    count = max(layer for layer, _ in found[0][0]) + 1
+    with figure((0.24 * len(modules) + 0.35) * len(found) + 0.6) as fig:
+        axes = fig.subplots(len(found), 1, squeeze=False, sharex=True)[:, 0]
+        for ax, (values, label, factor, top) in zip(axes, found, strict=True):
+            _heat(fig, ax, factor * _grid(values, modules, count), modules, label, top)
         axes[-1].set_xlabel("layer")
         axes[-1].set_xlim(-0.5, count - 0.5)
         axes[-1].xaxis.get_major_locator().set_params(integer=True)
-        return svg(fig, "Relative size of the update and its survival by layer and module")
+        return svg(fig, title)
 
 
 def _grid(values: Mapping[tuple[int, str], float], modules: list[str], count: int) -> "np.ndarray[Any, Any]":
-    """In percent, modules × layers; NaN where there is nothing."""
+    """modules × layers; NaN where there is nothing."""
     grid = np.full((len(modules), count), np.nan)
     for (layer, module), value in values.items():
         if module in modules:
-            grid[modules.index(module), layer] = 100 * value
+            grid[modules.index(module), layer] = value
     return grid
 
 
