@@ -66,10 +66,17 @@ def output_folder(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> I
 @contextlib.contextmanager
 def added_to(folder: Path) -> Iterator[None]:
     """Be the only writer of a folder that others read meanwhile: files are made whole, and then renamed."""
-    with Interrupts() as interrupts, _full_disk_told(folder), _lock(folder.absolute()):
+    with only_writer(folder) as interrupts:
         with interrupts.welcome():
             yield
         sync(folder)
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[Interrupts]:
+    """Hold the lock of a folder. Interrupts wait, but where what is yielded is told that they are welcome."""
+    with Interrupts() as interrupts, _full_disk_told(folder), _lock(folder.absolute()):
+        yield interrupts
 
 
 def failed_folder(final: Path) -> Path:
@@ -209,6 +216,11 @@ def replace_folder(stage: Path, final: Path) -> None:
         raise
     if existed:
         _remove_replaced(stage, final)
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Two folders change names, in one step where the system and the file system know how."""
+    _rename(a, b, swap=True)
 
 
 def _rename(a: Path, b: Path, swap: bool) -> None:

@@ -92,7 +92,8 @@ class Understanding:
             "modules": [asdict(m) | {"type": m.type} for m in self.modules],
             "skipped": dict(self.skipped),
         }
-        return finite(document)
+        known: dict[str, Any] = finite(document)
+        return known
 
 
 def understand(adapter: Path, base: Path | None = None, progress: Progress | None = None) -> Understanding:

@@ -21,6 +21,7 @@ TOP = {
     "progress",
     "runtime",
     "skeleton",
+    "spare",
     "workers",
 }
 ROOMS = {
@@ -36,7 +37,9 @@ ROOMS = {
     "deltas",
     "deriving",
 }
-EVERYTHING = TOP | ROOMS | {"pipeline", "latency", "pluggable", "inspection", "understanding", "commands", ""}
+EVERYTHING = (
+    TOP | ROOMS | {"pipeline", "latency", "pluggable", "inspection", "understanding", "switching", "commands", ""}
+)
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(TOP, TOP),
     **{room: TOP | {room} for room in ROOMS},
@@ -44,7 +47,8 @@ ALLOWED: dict[str, set[str]] = {
     "deriving": TOP | {"deriving", "checkpoint", "adapters", "deltas", "merge"},
     "onnx_export": TOP | {"onnx_export", "checkpoint"},
     **dict.fromkeys(
-        ("pipeline", "latency", "pluggable", "inspection", "understanding", "commands", "__main__"), EVERYTHING
+        ("pipeline", "latency", "pluggable", "inspection", "understanding", "switching", "commands", "__main__"),
+        EVERYTHING,
     ),
     "": TOP,
 }

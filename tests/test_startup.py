@@ -16,6 +16,7 @@ COMMANDS = [
     "validate",
     "export",
     "benchmark",
+    "switch",
     "combine",
     "extract",
     "truncate",

@@ -15,6 +15,7 @@ from lora_export.contracts import (
 
 if TYPE_CHECKING:
     from lora_export.deriving import Derived
+    from lora_export.switching import Switched
 
 Rows = list[tuple[str, str]]
 
@@ -70,6 +71,16 @@ def derived_words(made: "Derived") -> str:
     rows += [("saved whole", f"{len(made.whole)} tensors, {made.whole[0]} first")] if made.whole else []
     rows += [("left out", f"{len(made.dropped)} changed weights, {made.dropped[0]} first")] if made.dropped else []
     return table([*rows, ("output", str(made.output))])
+
+
+def switched_rows(found: "Switched") -> Rows:
+    written = f"{found.tensors} tensors, {megabytes(found.nbytes)}, {found.share:.1%} of the folder"
+    return [
+        ("switched", "back to what the spare held: nothing was written" if found.went_back else written),
+        ("time", f"{found.seconds:.2f} s"),
+        ("output", str(found.output)),
+        ("spare", f"{found.spare}: what it held before" if found.spare else "none was kept"),
+    ]
 
 
 def validation_words(result: ValidationResult) -> str:

@@ -27,7 +27,8 @@ from lora_export.files import check_space, output_folder, write_sealed
 from lora_export.merge.base import base_weights
 from lora_export.merge.beside import write_beside
 from lora_export.merge.certificate import NAME as CERTIFICATE
-from lora_export.merge.certificate import certificate_of, describe_files, describe_shards
+from lora_export.merge.certificate import certificate_of
+from lora_export.merge.certify import write_certificate
 from lora_export.merge.combining import check_options
 from lora_export.merge.execute import Execution
 from lora_export.merge.interference import OPPOSED, interference
@@ -46,6 +47,7 @@ __all__ = [
     "interference",
     "merge",
     "plan",
+    "prepare",
 ]
 
 
@@ -93,7 +95,7 @@ def merge(
     options, progress = options or MergeOptions(), progress or Silent()
     planned = plan(base, adapters, options)
     if planned.computes:
-        _prepare(options.device)
+        prepare(options.device)
     started = time.monotonic()
     progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
     lying = _look_between(planned, progress)
@@ -156,7 +158,7 @@ def begin_stream(
 ) -> MergedSource:
     """A merge whose large tensors are computed as they are read; `outline` gets the rest of the merged folder."""
     planned = plan(base, adapters, options)
-    _prepare(options.device)
+    prepare(options.device)
     lying = _look_between(planned, progress)
     counts = planned.counts
     progress.stage(f"merge: {counts['updated']} weights updated, {counts['copied']} copied, into the export")
@@ -181,7 +183,7 @@ def end_stream(
     return replace(result, interference=source.interference)
 
 
-def _prepare(device: str) -> None:
+def prepare(device: str) -> None:
     """Import torch, which takes a second that is no part of the merge. RuntimeUnavailable without the device."""
     with _without_collections():
         import torch
@@ -214,19 +216,6 @@ def _without_collections() -> Iterator[None]:
 
 def _dequantizes(planned: MergePlan) -> bool:
     return any(t.quantized or t.training for t in planned.tensors.values())
-
-
-def write_certificate(
-    stage: Path, execution: Execution, weights: Sequence[float], checks: Sequence[BaseCheck]
-) -> None:
-    """The certificate of a finished merge, written last: it names every other file."""
-    planned = execution.plan
-    shards = describe_shards(planned)
-    files = dict(sorted((describe_files(stage, shards) | shards).items()))
-    document = certificate_of(
-        planned, weights, execution.records, execution.survival, checks, execution.unchecked, files
-    )
-    write_sealed(stage / CERTIFICATE, document)
 
 
 def _judge(planned: MergePlan, survival: float | None) -> list[str]:

@@ -160,6 +160,11 @@ def read_certificate(folder: Path) -> dict[str, Any]:
     return recorded
 
 
+def recorded_options(recorded: Mapping[str, Any], folder: Path) -> MergeOptions:
+    """The options of the merge that a certificate is of."""
+    return _options(recorded["options"], folder / NAME)
+
+
 def _options(recorded: Mapping[str, Any], where: Path) -> MergeOptions:
     hints = get_type_hints(MergeOptions)
     names = {f.name for f in fields(MergeOptions)} - {"force"}

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def hash_all(source: WeightSource) -> dict[str, str]:
-    """The hash of every tensor, on all cores."""
-    names = iter(sorted(source.tensors))
+def hash_all(source: WeightSource, of: Iterable[str] | None = None) -> dict[str, str]:
+    """The hash of every tensor, or of those that are named, on all cores."""
+    names = iter(sorted(source.tensors if of is None else of))
     found: dict[str, str] = {}
 
     def take() -> bool:

@@ -31,7 +31,8 @@ COPY = 2**24  # bytes that a thread copies before it takes something else
 @dataclass
 class Writing:
     """folder: holds the data files, or gets them; earlier: an export with the same graphs, of which constants are
-    taken, and every weight whose tensors have the hash that they had then."""
+    taken, and every weight whose tensors have the hash that they had then. only: tensors of which weights are
+    written; what is made of none of them stays as it is in the files."""
 
     folder: Path
     found: WeightsMap
@@ -39,6 +40,7 @@ class Writing:
     progress: Progress
     earlier: Path | None = None
     unchanged: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
     workers: int = field(default_factory=cores)
     _taking: threading.Lock = field(default_factory=threading.Lock)
     _written: int = 0
@@ -47,7 +49,7 @@ class Writing:
         """Write every byte that a recipe or an earlier export gives. ExportError, CheckpointError, OSError."""
         check_sources(self.found, self.source)
         reuse_memory()
-        total = sum(w.nbytes for w in self.found.weights)
+        total = sum(w.nbytes for w in self._wanted())
         with contextlib.ExitStack() as opened:
             jobs = self._jobs(opened)
 
@@ -72,11 +74,11 @@ class Writing:
                 opened.callback(os.close, files[path].fd)
             return files[path]
 
-        sizes, quantized = self.found.sizes, defaultdict(list)
-        for name, size in sizes.items():
+        quantized = defaultdict(list)
+        for name, size in self.found.sizes.items() if self.only is None else ():
             out = file(self.folder / name, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if self.earlier else 0))
             os.truncate(out.fd, size)
-        for weight in self.found.weights:
+        for weight in self._wanted():
             out = file(self.folder / weight.file, os.O_WRONLY)
             if self.earlier is not None and self._kept(weight):
                 old = file(self.earlier / weight.file, os.O_RDONLY)
@@ -88,6 +90,10 @@ class Writing:
                 yield from _straight(weight, self.source, out)
         for (name, _), parts in quantized.items():
             yield from _quantized(parts, self.source, file(self.folder / name, os.O_WRONLY))
+
+    def _wanted(self) -> list[Weight]:
+        weights, only = self.found.weights, self.only
+        return [w for w in weights if only is None or any(p.tensor in only for p in w.recipe.pieces)]
 
     def _kept(self, weight: Weight) -> bool:
         return all(p.tensor in self.unchanged for p in weight.recipe.pieces)
