@@ -3,8 +3,8 @@
 Readers of the folder see the old state or the new one, whole, at every moment: names are exchanged in one step, and
 who has files open keeps what was opened. The second folder stays as the spare, `.NAME.spare`, with what the folder
 held before; large files that do not change are one file with two names. The next change then has to write only what
-differs, and nothing if it goes back. A spare that is not what its seal says, or of which a file is still open
-somewhere, is thrown away and made anew.
+differs, and nothing if it goes back. A spare that is not what its seal says is thrown away and made anew, and so is
+a file of it that somebody still has open.
 """
 
 import contextlib
@@ -39,11 +39,11 @@ class Spare:
     def seal(self) -> Path:
         return self.place.with_name(f"{self.place.name}.json")
 
-    def prepare(self, edited: Mapping[str, Ranges], linked: Iterable[str]) -> None:
-        """Put files of the folder into `place`: those to be changed in some ranges, and others as they are.
+    def prepare(self, edited: Mapping[str, Ranges], kept: Iterable[str]) -> None:
+        """Have two sorts of files in `place` and nothing else: those to be changed in some ranges, and those to stay.
 
-        With a state, an edited file has the bytes of that state; without, those of the folder. What is in the
-        ranges is not copied, for it will be written. Nothing else stays in `place`.
+        With a state they are as they were then; without, as they are in the folder. What is in the ranges is not
+        copied, for it will be written.
         """
         if self.state is None:
             shutil.rmtree(self.place, ignore_errors=True)
@@ -51,17 +51,23 @@ class Spare:
         self.seal.unlink(missing_ok=True)
         (self.place / self.proof).unlink(missing_ok=True)  # from now on it is no state of anything
         files.sync(self.place)
-        kept = set(edited) if self.state is not None else set()
-        for path in [p for p in self.place.iterdir() if p.name not in kept]:
+        names = {*edited, *kept} - {self.proof}
+        for path in [p for p in self.place.iterdir() if p.name not in names]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for name in sorted({*edited, *linked} - kept):
-            path = self.folder / name
-            if path.is_symlink() or not path.is_file():
-                raise InputError("this is no plain file", where=path, expected="plain files alone")
+        for name in sorted(names):
+            source, target = self.folder / name, self.place / name
+            if target.exists():
+                if name not in edited or (target.stat().st_nlink == 1 and nobody_reads(target)):
+                    continue
+                source = target.rename(target.with_name(f"{name}.old"))
+            if source.is_symlink() or not source.is_file():
+                raise InputError("this is no plain file", where=source, expected="plain files alone")
             if name in edited:
-                _copy_around(path, self.place / name, edited[name])
+                _copy_around(source, target, edited[name])
             else:
-                os.link(path, self.place / name)
+                os.link(source, target)
+            if source.parent == self.place:
+                source.unlink()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorR
 from lora_export.errors import InputError
 from lora_export.merge import CERTIFICATE, MergePlan, plan, prepare
 from lora_export.merge.certificate import adapter_hashes
-from lora_export.spare import Spare, exchanged, nobody_reads
+from lora_export.spare import Spare, exchanged
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,6 @@ def _merged_folder(
     old, new = plan(base, before, options), plan(base, after, options)
     _check_layout(folder, old, new)
     with exchanged(folder, CERTIFICATE, keep, {"adapters": holds}) as spare:
-        _distrust_readers(spare, [s.file for s in new.shards])
         if spare.state is not None and spare.state.get("adapters") == _described(after):
             return _result(folder, "merged", 0, new, True, spare, keep)
         starts_as = read_certificate(spare.place) if spare.state is not None else recorded
@@ -161,14 +160,6 @@ def _check_holds(folder: Path, recorded: Sequence[Mapping[str, Any]], holds: Seq
             expected="the adapters and weights that are in it, in their order",
             next_step="lora-export verify FOLDER -a ADAPTER says which file differs",
         )
-
-
-def _distrust_readers(spare: Spare, names: Iterable[str]) -> None:
-    """A file that somebody has open is not written into, nor one that has another name."""
-    for name in names:
-        path = spare.place / name
-        if spare.state is not None and not (path.is_file() and path.stat().st_nlink == 1 and nobody_reads(path)):
-            spare.state = None
 
 
 def _result(
@@ -217,7 +208,6 @@ def _export(
     rewriting.check_holds(sources[0], sorted(_touched(old)), sorted(set(old.tensors) - _touched(old)))
     holds: dict[str, Any] = {"adapters": _described(before), "touched": sorted(_touched(old))}
     with exchanged(folder, weights_map.NAME, keep, holds) as spare:
-        _distrust_readers(spare, rewriting.found.sizes)
         if spare.state is not None and spare.state.get("adapters") == _described(after):
             return _result(folder, "onnx", 0, new, True, spare, keep)
         stale = set((spare.state or holds)["touched"])
