@@ -40,7 +40,7 @@ class Spare:
         return self.place.with_name(f"{self.place.name}.json")
 
     def prepare(self, edited: Mapping[str, Ranges], kept: Iterable[str]) -> None:
-        """Have two sorts of files in `place` and nothing else: those to be changed in some ranges, and those to stay.
+        """Have two sorts of files in `place`, nothing else: those to be changed in some ranges, and those to stay.
 
         With a state they are as they were then; without, as they are in the folder. What is in the ranges is not
         copied, for it will be written.

@@ -210,11 +210,12 @@ def _export(
     with exchanged(folder, weights_map.NAME, keep, holds) as spare:
         if spare.state is not None and spare.state.get("adapters") == _described(after):
             return _result(folder, "onnx", 0, new, True, spare, keep)
-        stale = set((spare.state or holds)["touched"])
-        names = stale | _touched(new)
+        starts_as = spare.place if spare.state is not None else folder
+        names = set((spare.state or holds)["touched"]) | _touched(new)
+        others = rewriting.hashes_of(starts_as)
         progress.stage(f"switch: weights of {len(names)} of {len(new.tensors)} tensors are written anew")
         spare.prepare(rewriting.ranges(names), rewriting.others)
-        nbytes = rewriting.write(spare.place, names, progress)
+        nbytes = rewriting.write(spare.place, names, others, progress)
         total = sum(rewriting.found.sizes.values())
         result = _result(folder, "onnx", len(names), new, False, spare, keep)
         return replace(result, nbytes=nbytes, share=nbytes / max(1, total))

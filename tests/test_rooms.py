@@ -38,7 +38,9 @@ ROOMS = {
     "deriving",
 }
 EVERYTHING = (
-    TOP | ROOMS | {"pipeline", "latency", "pluggable", "inspection", "understanding", "switching", "commands", ""}
+    TOP
+    | ROOMS
+    | {"pipeline", "latency", "pluggable", "inspection", "understanding", "switching", "serving", "commands", ""}
 )
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(TOP, TOP),
@@ -47,7 +49,17 @@ ALLOWED: dict[str, set[str]] = {
     "deriving": TOP | {"deriving", "checkpoint", "adapters", "deltas", "merge"},
     "onnx_export": TOP | {"onnx_export", "checkpoint"},
     **dict.fromkeys(
-        ("pipeline", "latency", "pluggable", "inspection", "understanding", "switching", "commands", "__main__"),
+        (
+            "pipeline",
+            "latency",
+            "pluggable",
+            "inspection",
+            "understanding",
+            "switching",
+            "serving",
+            "commands",
+            "__main__",
+        ),
         EVERYTHING,
     ),
     "": TOP,

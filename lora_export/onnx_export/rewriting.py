@@ -1,6 +1,6 @@
 """Some weights of an export written anew, in place, for another adapter: the rest of its files stay as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,12 +50,17 @@ class Rewriting:
         own = {records.NAME, weights_map.NAME}
         return [p.name for p in self._folder.iterdir() if p.name not in own]
 
-    def write(self, place: Path, names: set[str], progress: Progress) -> int:
+    def hashes_of(self, place: Path) -> Mapping[str, str]:
+        """What the map in a folder says of every tensor."""
+        return weights_map.read(place).hashes
+
+    def write(self, place: Path, names: set[str], others: Mapping[str, str], progress: Progress) -> int:
         """Fill in the ranges in `place`, then its record, and last its map. Bytes that were written.
 
+        others: hashes of the tensors that the files in `place` were made of, which still hold for those not named.
         ExportError if the graph holds a tensor that changes in a way that no recipe says.
         """
-        hashes = dict(self.found.hashes) | hash_all(self._source, names)
+        hashes = dict(others) | hash_all(self._source, names)
         fixed = (hashes.keys() - self.found.tensors) | {
             n for w in self.found.weights for n in w.recipe.computed_from
         }
