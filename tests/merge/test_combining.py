@@ -306,6 +306,28 @@ def test_interference_is_numpys(made: Any) -> None:
     assert overall.norm_ratio == pytest.approx((one / two) ** 0.5, rel=1e-5)
 
 
+def test_interference_of_combined_adapters_has_their_weights(made: Any) -> None:
+    base, adapters = made(Llama, (4, 3))
+    options = MergeOptions(combine="ties", density=0.5)
+    one, other = (
+        interference(plan(base, [AdapterChoice(adapters[0], w), AdapterChoice(adapters[1], 0.5)], options))[0]
+        for w in (1.0, -3.0)
+    )
+    assert one.norm_ratio and other.norm_ratio
+    assert (other.norm_ratio / one.norm_ratio, other.cosine) == pytest.approx((3.0, -one.cosine))
+
+
+def test_an_untrained_adapter_changes_not_one_byte(made: Any, tmp_path: Path) -> None:
+    """A is Gaussian and B zero before the first step (arXiv:2106.09685, sec. 4.1)."""
+    base, _ = made(Llama, (4, 3))
+    model = peft.get_peft_model(load(base), lora(init_lora_weights="gaussian"))
+    model.save_pretrained(tmp_path / "untrained")
+    assert all(t.any() == ("lora_A" in n) for n, t in tensors(tmp_path / "untrained").items())
+    merge(base, [AdapterChoice(tmp_path / "untrained")], tmp_path / "merged")
+    for shard in base.glob("*.safetensors"):
+        assert (tmp_path / "merged" / shard.name).read_bytes() == shard.read_bytes()
+
+
 def test_an_adapter_and_its_opposite(made: Any, tmp_path: Path) -> None:
     base, adapters = made(Llama, (4, 3))
     found = interference(plan(base, [AdapterChoice(adapters[0]), AdapterChoice(adapters[0], -1.0)], MergeOptions()))

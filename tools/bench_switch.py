@@ -1,0 +1,182 @@
+"""What it costs to put another adapter into a merged folder, into an export, and into a session that serves.
+
+    python tools/bench_switch.py --base BASE --first ADAPTER --second ADAPTER
+
+On disk: `switch` through four states in a circle, so that the spare never holds the next one, beside a copy of the
+folder that is synced as well; the ratio is to the share of that copy that was written. Live: each way of
+`lora_export.serving` beside a plain session, in turn: what a switch takes, and what a decoding step takes.
+"""
+
+import argparse
+import itertools
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from processes import circumstances, save, spread
+
+from lora_export.contracts import AdapterChoice, Source
+from lora_export.files import sync_tree
+from lora_export.merge import merge
+from lora_export.onnx_export import export, reweight
+from lora_export.pluggable import export_pluggable
+from lora_export.progress import Silent
+from lora_export.serving import Overridden, Plugged, Swapped
+from lora_export.switching import switch
+
+PAST = 128  # tokens in the cache of the decoding step
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    found = work()
+    return time.perf_counter() - started, found
+
+
+def on_disk(folder: Path, base: Path, states: list[list[AdapterChoice]], rounds: int) -> dict[str, Any]:
+    """Seconds, shares and ratios of `rounds` times around, the first of which makes the spare."""
+    samples, steps = [], itertools.pairwise(itertools.cycle(states))
+    for _ in range(rounds * len(states)):
+        before, after = next(steps)
+        aside = folder.with_name("copy")
+        copy = timed(lambda at=aside: (shutil.copytree(folder, at), sync_tree(at)))[0]  # type: ignore[misc]
+        shutil.rmtree(aside)
+        found = switch(folder, base, before, after, Silent())
+        samples.append({"seconds": found.seconds, "share": found.share, "copy_seconds": copy})
+    for sample in samples:
+        sample["ratio"] = sample["seconds"] / (sample["share"] * sample["copy_seconds"])
+    first, later = samples[0], samples[1:]
+    back = switch(folder, base, after, before, Silent())
+    return {
+        "first": first,
+        "ratio": spread([s["ratio"] for s in later]),
+        "to_copy": spread([s["seconds"] / s["copy_seconds"] for s in later]),
+        "back_to_copy": back.seconds / statistics.median(s["copy_seconds"] for s in later),
+        "samples": samples,
+    }
+
+
+def step(session: Any) -> dict[str, Any]:
+    """Inputs of one decoding step."""
+    import numpy as np
+
+    types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+    found = {}
+    for i in session.get_inputs():
+        if "past" in i.name:
+            shape = [1 if d == "batch_size" else PAST if isinstance(d, str) else d for d in i.shape]
+            found[i.name] = np.zeros(shape, types[i.type])
+        else:
+            found[i.name] = np.ones((1, PAST + 1 if "mask" in i.name else 1), types[i.type])
+    return found
+
+
+def live(plain: Path, other: Path, plugged: Path | None, repeat: int) -> dict[str, Any]:
+    """Medians of a decoding step, in turn with a plain session's, and of a switch there and back."""
+    import onnxruntime
+
+    base = onnxruntime.InferenceSession(str(plain / "model.onnx"), providers=["CPUExecutionProvider"])
+    overridden, swapped = Overridden(plain, "cpu"), Swapped(plain, "cpu")
+    feeds = step(base)
+    runs: dict[str, Callable[[], Any]] = {
+        "plain": lambda: base.run(None, feeds),
+        "overridden": lambda: overridden.run(None, feeds),
+        "swapped": lambda: swapped.run(None, feeds),
+    }
+    switches: dict[str, Callable[[Path], Any]] = {"overridden": overridden.switch, "swapped": swapped.switch}
+    if plugged is not None:
+        session = Plugged(plugged, "cpu")
+        name = session.adapters[0]
+        runs["plugged"] = lambda: session.run(None, feeds, name)
+        switches["plugged"] = lambda _: session.add("again", plugged / f"{name}.onnx_adapter")
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for at in range(repeat + 3):
+        for name, run in runs.items():
+            seconds = timed(run)[0]
+            if at >= 3:
+                times[name].append(1000 * seconds)
+    changes = {
+        name: spread([1000 * timed(partial(change, folder))[0] for folder in (other, plain) * 5])
+        for name, change in switches.items()
+    }
+    reopened = [
+        1000
+        * timed(lambda: onnxruntime.InferenceSession(str(other / "model.onnx"), providers=base.get_providers()))[0]
+        for _ in range(3)
+    ]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "step_ms": {name: spread(values) for name, values in times.items()},
+        "step_ratio": {name: value / medians["plain"] for name, value in medians.items()},
+        "switch_ms": changes | {"reopened": spread(reopened)},
+    }
+
+
+def main() -> None:
+    options = parse()
+    base, progress = options.base, Silent()
+    states = [[AdapterChoice(a, w)] for w in (1.0, 0.5) for a in (options.first, options.second)]
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="bench-switch-", dir=options.work) as scratch:
+        work = Path(scratch)
+        merged = [merge(base, s, work / f"merged-{i}").output for i, s in enumerate(states[:2])]
+        results["merged"] = on_disk(Path(shutil.copytree(merged[0], work / "x")), base, states, options.rounds)
+        _say("merged", results["merged"])
+        for precision in options.precision:
+            graph = export(base, work / f"base-{precision}", precision=precision, provider="cpu", progress=progress)
+            pair = [
+                reweight(graph.output, m, work / f"{precision}-{i}", progress=progress).output
+                for i, m in enumerate(merged)
+            ]
+            plugged = None
+            if precision != "int4":
+                source = Source("base", base)
+                plugged = work / f"plugged-{precision}"
+                export_pluggable(
+                    source, [Source("first", options.first)], plugged, precision=precision, provider="cpu",
+                    progress=progress,
+                )  # fmt: skip
+            found = {"live": live(*pair, plugged, options.repeat)}
+            folder = Path(shutil.copytree(pair[0], work / f"x-{precision}"))
+            found |= on_disk(folder, base, states, options.rounds)
+            results[precision] = found
+            _say(precision, found)
+            print(f"  live: step {found['live']['step_ratio']}, switch {found['live']['switch_ms']}", flush=True)
+            for path in work.glob(f"*{precision}*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    names = {"base": base.name, "first": options.first.name, "second": options.second.name}
+    save(options.save, "switch", circumstances(options.work, options.work) | names | {"results": results})
+
+
+def _say(name: str, found: dict[str, Any]) -> None:
+    first, ratio = found["first"], found["ratio"]
+    print(
+        f"{name}: of the share of a copy {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}), "
+        f"first {first['ratio']:.2f}; of a whole copy {found['to_copy']['median']:.2f}, "
+        f"back {found['back_to_copy']:.2f}",
+        flush=True,
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--first", type=Path, required=True)
+    parser.add_argument("--second", type=Path, required=True)
+    parser.add_argument(
+        "--precision", nargs="*", choices=["fp32", "fp16", "int4"], default=["fp32", "fp16", "int4"]
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="times around the four states")
+    parser.add_argument("--repeat", type=int, default=30, help="decoding steps of each session")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="default: %(default)s")
+    parser.add_argument("--save", type=Path, help="JSON file to write (default: a new one in benchmarks/results)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
