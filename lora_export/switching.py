@@ -13,6 +13,7 @@ from typing import Any
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorRecord
 from lora_export.errors import InputError
+from lora_export.manifest import is_run
 from lora_export.merge import CERTIFICATE, MergePlan, plan, prepare
 from lora_export.merge.certificate import adapter_hashes
 from lora_export.spare import Spare, exchanged
@@ -59,6 +60,7 @@ def switch(
     `base`, or if the two need another layout (a resized vocabulary, an untied head). Until the end the folder is as
     it was.
     """
+    _refuse_run(folder)
     prepare((options or MergeOptions()).device)
     started = time.monotonic()
     if (folder / CERTIFICATE).is_file():
@@ -73,6 +75,20 @@ def switch(
             next_step="lora-export inspect shows what a folder is",
         )
     return replace(found, seconds=time.monotonic() - started)
+
+
+def _refuse_run(folder: Path) -> None:
+    """InputError for a run or a part of one: its report and manifest are about the adapter that it was made with."""
+    home = folder.absolute()
+    run = next((p for p in (home, home.parent) if is_run(p)), None)
+    if run is not None:
+        part = home if run != home else home / "merged"
+        raise InputError(
+            "the folder is part of a run, whose report and manifest are about the adapter that is in it",
+            where=run,
+            expected="a folder of its own",
+            next_step=f"cp -r {part} COPY, and switch that",
+        )
 
 
 def base_of(adapter: Path) -> str:

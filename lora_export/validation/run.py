@@ -73,6 +73,7 @@ def validate(
     from lora_export.validation.text import read_text
 
     options = options or ValidationOptions()
+    _quiet_libraries()
     if options.merge.combine != "none":
         with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
             adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
@@ -85,7 +86,6 @@ def validate(
         check_bases(options.bases, base, options.merge)
         _check_fits(keep)
     prompts, text = read_prompts(options.prompts), read_text(options.text)
-    _quiet_libraries()
     how = "loading" if keep is None else "streaming, layer by layer,"
     progress.stage(f"validate: {how} the unmerged model (PEFT, fp32) and the merged one")
     reference = load_unmerged(base, adapters, options.merge, dequantized, keep)

@@ -101,7 +101,7 @@ def test_sums_and_votes_by_hand() -> None:
     assert summed([one, two, three], [1, 0.5, -1]).tolist() == [3.5, -5, -6, 3]
     assert agreed([one, two, three], [1, 1, 1], "total").tolist() == [3, 5, 4, 2]
     assert agreed([one, two, three], [1, 1, 1], "frequency").tolist() == [-1, 5, -1.5, 2]
-    assert agreed([one, two, three], [2, 1, 1], "total").tolist() == [6, 5, 4, 3]
+    assert agreed([one, two, three], [3, 1, 1], "total").tolist() == [9, 5, 4, 4]
     assert agreed([one, -one], [1, 1], "total").tolist() == [3, 0, 1, 2]  # a sum of zero elects plus
 
 

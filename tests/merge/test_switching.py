@@ -233,6 +233,17 @@ def test_what_is_not_in_the_folder_is_refused(base: Path, adapters: list[Path], 
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
 
+def test_a_part_of_a_run_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    shutil.copytree(fresh(0), tmp_path / "run" / "merged")
+    (tmp_path / "run" / "report").mkdir()
+    for name in ("manifest.json", "report/report.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    for folder in (tmp_path / "run", tmp_path / "run" / "merged"):
+        with pytest.raises(InputError, match="part of a run") as refused:
+            to(folder, base, adapters[0], adapters[1])
+        assert f"cp -r {tmp_path / 'run' / 'merged'} COPY" in str(refused.value.next_step)
+
+
 def test_another_base_is_noticed(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     other = save_base(tmp_path / "other", dtype=torch.bfloat16, max_shard_size="12KB", seed=8)
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
