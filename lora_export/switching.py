@@ -78,7 +78,7 @@ def switch(
 
 
 def _refuse_run(folder: Path) -> None:
-    """InputError for a run or a part of one: its report and manifest are about the adapter that it was made with."""
+    """InputError for a run or a part of one: its report is about the adapter that it was made with."""
     home = folder.absolute()
     run = next((p for p in (home, home.parent) if is_run(p)), None)
     if run is not None:
@@ -151,9 +151,11 @@ def _merged_folder(
     old, new = plan(base, before, options), plan(base, after, options)
     _check_layout(folder, old, new)
     with exchanged(folder, CERTIFICATE, keep, {"adapters": holds}) as spare:
+        starts_as = recorded
+        if spare.state is not None:
+            starts_as = _of_one_base(spare, recorded) or recorded
         if spare.state is not None and spare.state.get("adapters") == _described(after):
             return _result(folder, "merged", 0, new, True, spare, keep)
-        starts_as = read_certificate(spare.place) if spare.state is not None else recorded
         records = [TensorRecord(**_tuples(r)) for r in starts_as["records"]]
         names = {r.name for r in records if r.kinds} | _touched(new)
         progress.stage(f"switch: {len(names)} of {len(new.tensors)} tensors from the base and the new adapter")
@@ -161,6 +163,23 @@ def _merged_folder(
         spare.prepare(rewriting.ranges(), (s.file for s in new.shards))
         rewriting.write(spare.place, [a.weight for a in after], progress)
         return _result(folder, "merged", len(names), new, False, spare, keep, names)
+
+
+def _of_one_base(spare: Spare, recorded: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The spare's certificate; None, and no state, if it is of another base or of other options."""
+    from lora_export.merge.verification import read_certificate
+
+    def made_of(document: Mapping[str, Any]) -> Any:
+        return document["options"], {r["name"]: (r["hash_in"], r["dtype"]) for r in document["records"]}
+
+    try:
+        found = read_certificate(spare.place)
+    except InputError:
+        found = {}
+    if not found or made_of(found) != made_of(recorded):
+        spare.state = None
+        return None
+    return found
 
 
 def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,11 +243,14 @@ def _export(
     rewriting.check_holds(sources[0], sorted(_touched(old)), sorted(set(old.tensors) - _touched(old)))
     holds: dict[str, Any] = {"adapters": _described(before), "touched": sorted(_touched(old))}
     with exchanged(folder, weights_map.NAME, keep, holds) as spare:
+        if spare.state is not None and not rewriting.of_one_base(
+            spare.place, {*spare.state["touched"], *holds["touched"]}
+        ):
+            spare.state = None
         if spare.state is not None and spare.state.get("adapters") == _described(after):
             return _result(folder, "onnx", 0, new, True, spare, keep)
-        starts_as = spare.place if spare.state is not None else folder
         names = set((spare.state or holds)["touched"]) | _touched(new)
-        others = rewriting.hashes_of(starts_as)
+        others = rewriting.hashes_of(spare.place if spare.state is not None else folder)
         progress.stage(f"switch: weights of {len(names)} of {len(new.tensors)} tensors are written anew")
         spare.prepare(rewriting.ranges(names), rewriting.others)
         nbytes = rewriting.write(spare.place, names, others, progress)

@@ -418,7 +418,7 @@ MUTATIONS = (
         'tests/deltas/test_deltas.py::test_sums_and_votes_by_hand',
     ),
     Mutation(
-        'what DARE keeps is not made larger', 'merge/combining.py',
+        'what DARE keeps is not made larger', 'merge/recipe.py',
         'delta / density, 0.0)',
         'delta, 0.0)',
         'tests/merge/test_combining.py::test_dare_keeps_its_share_and_the_expected_sum',
@@ -436,7 +436,7 @@ MUTATIONS = (
         'tests/deltas/test_deltas.py::test_the_largest_are_numpys',
     ),
     Mutation(
-        'A has no sign', 'merge/combining.py',
+        'A has no sign', 'merge/recipe.py',
         'signed = [copysign(root, s) for root, s in zip(roots, scales, strict=True)]',
         'signed = list(roots)',
         'tests/merge/test_combining.py::test_factors_are_combined_as_peft_does',
@@ -478,21 +478,21 @@ MUTATIONS = (
         'tests/adapters/test_understanding.py::test_figures_are_numpys_with_a_base',
     ),
     Mutation(
-        'a dead module is no trouble', 'understanding.py',
+        'a dead module is no trouble', 'understanding/words.py',
         'elif dead:',
         'elif len(dead) > 99:',
         'tests/adapters/test_understanding.py::test_signs_of_trouble[dead]',
     ),
     Mutation(
         'the records of the folder stand for those of the spare', 'switching.py',
-        'read_certificate(spare.place) if spare.state is not None else recorded',
-        'recorded',
+        'starts_as = _of_one_base(spare, recorded) or recorded',
+        'starts_as = recorded if _of_one_base(spare, recorded) else recorded',
         'tests/merge/test_switching.py::test_ten_switches_end_where_a_fresh_merge_ends',
     ),
     Mutation(
         'the map of the folder stands for that of the spare', 'switching.py',
-        'starts_as = spare.place if spare.state is not None else folder',
-        'starts_as = folder',
+        'rewriting.hashes_of(spare.place if spare.state is not None else folder)',
+        'rewriting.hashes_of(folder)',
         'tests/onnx_export/test_switching.py::test_ten_switches_of_an_export',
     ),
     Mutation(

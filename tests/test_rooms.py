@@ -36,17 +36,17 @@ ROOMS = {
     "packages",
     "deltas",
     "deriving",
+    "understanding",
 }
 EVERYTHING = (
-    TOP
-    | ROOMS
-    | {"pipeline", "latency", "pluggable", "inspection", "understanding", "switching", "serving", "commands", ""}
+    TOP | ROOMS | {"pipeline", "latency", "pluggable", "inspection", "switching", "serving", "commands", ""}
 )
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(TOP, TOP),
     **{room: TOP | {room} for room in ROOMS},
     "merge": TOP | {"merge", "checkpoint", "adapters", "quantization", "deltas"},
     "deriving": TOP | {"deriving", "checkpoint", "adapters", "deltas", "merge"},
+    "understanding": TOP | {"understanding", "checkpoint", "adapters", "deltas", "merge"},
     "onnx_export": TOP | {"onnx_export", "checkpoint"},
     **dict.fromkeys(
         (
@@ -54,7 +54,6 @@ ALLOWED: dict[str, set[str]] = {
             "latency",
             "pluggable",
             "inspection",
-            "understanding",
             "switching",
             "serving",
             "commands",

@@ -18,8 +18,8 @@ from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
 from lora_export.documents import finite
 from lora_export.files import sha256
-from lora_export.merge.combining import ELECTING, RANDOM
 from lora_export.merge.plan import MergePlan
+from lora_export.merge.recipe import ELECTING, RANDOM
 
 NAME = "lora_export_certificate.json"
 SCHEMA_VERSION = 2

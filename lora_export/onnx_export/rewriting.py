@@ -54,6 +54,12 @@ class Rewriting:
         """What the map in a folder says of every tensor."""
         return weights_map.read(place).hashes
 
+    def of_one_base(self, place: Path, touched: set[str]) -> bool:
+        """Whether another state of the export has the same numbers in all tensors but these."""
+        others = self.hashes_of(place)
+        mine = self.found.hashes
+        return others.keys() == mine.keys() and all(others[n] == mine[n] for n in mine if n not in touched)
+
     def write(self, place: Path, names: set[str], others: Mapping[str, str], progress: Progress) -> int:
         """Fill in the ranges in `place`, then its record, and last its map. Bytes that were written.
 

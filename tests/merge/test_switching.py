@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file as tensors_of
 
 from lora_export import files, spare, switching
 from lora_export.checkpoint import open_checkpoint
@@ -22,7 +23,7 @@ from lora_export.merge import merge
 from lora_export.progress import Silent
 from lora_export.switching import Switched, switch
 from lora_export.workers import OpenFile
-from tests.builders import llama_config, lora, save_adapter, save_base
+from tests.builders import edit_tensors, llama_config, lora, save_adapter, save_base
 
 CHANGED = {"q_proj", "v_proj", "o_proj", "down_proj"}
 TARGETS = (["q_proj", "down_proj"], ["q_proj", "v_proj"], ["o_proj"])
@@ -140,6 +141,20 @@ def test_who_reads_the_old_state_goes_on_reading_it(
         assert file.read() == before[name]
         file.close()
     assert contents(folder) == contents(fresh(1))
+
+
+def test_a_spare_of_another_base_is_not_used(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    """The folder is merged anew from a base that differs in a tensor that no adapter touches."""
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    to(folder, base, adapters[0], adapters[1])
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    shard = next(p for p in other.glob("*.safetensors") if "model.norm.weight" in tensors_of(p))
+    stored = tensors_of(shard)
+    edit_tensors(shard, {"model.norm.weight": stored["model.norm.weight"] * 2})
+    merge(other, [AdapterChoice(adapters[1])], folder, MergeOptions(force=True))
+    to(folder, other, adapters[1], adapters[2])
+    merge(other, [AdapterChoice(adapters[2])], tmp_path / "fresh")
+    assert contents(folder) == contents(tmp_path / "fresh")
 
 
 # --- killed in the middle -----------------------------------------------------------------------------------
