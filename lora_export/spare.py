@@ -91,7 +91,7 @@ def exchanged(folder: Path, proof: str, keep: bool, state: Mapping[str, Any]) ->
         files.exchange(spare.place, folder)
         files.sync(folder.parent)
         if keep:
-            files.write_json(spare.seal, {"proof": proof, "sha256": before, "state": dict(state)})
+            files.write_sealed(spare.seal, {"proof": proof, "sha256": before, "state": dict(state)})
         else:
             shutil.rmtree(spare.place)
             spare.seal.unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def _trusted(spare: Spare) -> Mapping[str, Any] | None:
     if not (spare.seal.is_file() and proof.is_file() and spare.place.is_dir()) or spare.place.is_symlink():
         return None
     try:
-        sealed = files.read_json(spare.seal)
+        sealed = files.read_sealed(spare.seal)
     except InputError:
         return None
     state = sealed.get("state")

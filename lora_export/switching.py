@@ -243,10 +243,9 @@ def _export(
     rewriting.check_holds(sources[0], sorted(_touched(old)), sorted(set(old.tensors) - _touched(old)))
     holds: dict[str, Any] = {"adapters": _described(before), "touched": sorted(_touched(old))}
     with exchanged(folder, weights_map.NAME, keep, holds) as spare:
-        if spare.state is not None and not rewriting.of_one_base(
-            spare.place, {*spare.state["touched"], *holds["touched"]}
-        ):
-            spare.state = None
+        if spare.state is not None:
+            touched = {*spare.state["touched"], *holds["touched"]}
+            spare.state = spare.state if rewriting.of_one_base(spare.place, touched) else None
         if spare.state is not None and spare.state.get("adapters") == _described(after):
             return _result(folder, "onnx", 0, new, True, spare, keep)
         names = set((spare.state or holds)["touched"]) | _touched(new)

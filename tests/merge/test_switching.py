@@ -185,7 +185,7 @@ def killed_at(count: int, work: Callable[[], Any]) -> bool:
         OpenFile.write = countdown(OpenFile.write)  # type: ignore[method-assign]
         files.sync, files.exchange = countdown(files.sync), countdown(files.exchange)
         files.copy_range = countdown(files.copy_range)
-        files.write_json = countdown(files.write_json)
+        files.write_sealed = countdown(files.write_sealed)
         spare._copy_around = countdown(spare._copy_around)
         try:
             work()
