@@ -156,3 +156,26 @@ def test_a_failed_gate_keeps_the_output_aside(inputs: tuple[Path, Path], run: Ru
     failed = tmp_path / "run.failed"
     assert "validation failed" in (failed / "FAILED").read_text()
     assert json.loads((failed / "report" / "report.json").read_text())["status"] == "failed"
+
+
+def test_combined_adapters_through_the_whole_story(
+    inputs: tuple[Path, Path], run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """TIES of two adapters: merged, exported, validated against PEFT, reported, verified."""
+    base, adapter = inputs
+    root = tmp_path_factory.mktemp("combined")
+    other, out = save_adapter(base, root / "other", seed=7), root / "run"
+    words = ["--provider", "cpu", "--max-time", "6s", "--prompt-length", 8, "--margin", "50%"]
+    chosen = ["-a", f"{adapter}:0.7", "-a", f"{other}:0.3"]
+    how = ["--combine", "ties", "--density", 0.4]
+    code, document, talk = run("merge-and-export", "-b", base, *chosen, *how, "-o", out, *words)
+    assert code == 0, talk
+    assert document["validate"]["passed"] and document["benchmark"]["graph_identical"] is True
+    overall = document["merge"]["interference"][0]
+    assert overall["tensor"] is None and {overall["first"], overall["second"]} == {"adapter", "other"}
+    assert any("exactly one adapter" in note for note in document["benchmark"]["notes"])
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert sum(r["kinds"] == ["ties of lora + lora"] for r in report["merge"]["records"]) == 8
+    assert report["options"]["merge"]["combine"] == "ties"
+    code, verified, talk = run("verify", out, "-b", base, *chosen)
+    assert code == 0 and verified["verified"], talk
