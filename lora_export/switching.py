@@ -225,6 +225,7 @@ def _export(
     options: MergeOptions,
 ) -> Switched:
     from lora_export.merge import MergedSource
+    from lora_export.merge.execute import one_thread_each
     from lora_export.onnx_export import adapters_beside, weights_map
     from lora_export.onnx_export.rewriting import Rewriting
 
@@ -238,7 +239,7 @@ def _export(
         )
     old, new = plan(base, before, options), plan(base, after, options)
     _check_layout(folder, old, new)
-    sources = MergedSource(old, folder), MergedSource(new, folder)
+    sources = MergedSource(old, folder), MergedSource(new, folder, keep=options.max_memory // 2)
     rewriting = Rewriting(folder, sources[1])
     rewriting.check_holds(sources[0], sorted(_touched(old)), sorted(set(old.tensors) - _touched(old)))
     holds: dict[str, Any] = {"adapters": _described(before), "touched": sorted(_touched(old))}
@@ -252,7 +253,8 @@ def _export(
         others = rewriting.hashes_of(spare.place if spare.state is not None else folder)
         progress.stage(f"switch: weights of {len(names)} of {len(new.tensors)} tensors are written anew")
         spare.prepare(rewriting.ranges(names), rewriting.others)
-        nbytes = rewriting.write(spare.place, names, others, progress)
+        with one_thread_each():
+            nbytes = rewriting.write(spare.place, names, others, progress)
         total = sum(rewriting.found.sizes.values())
         result = _result(folder, "onnx", len(names), new, False, spare, keep)
         return replace(result, nbytes=nbytes, share=nbytes / max(1, total))

@@ -116,7 +116,7 @@ class Execution:
         computed = [t for t in self.plan.tensors.values() if t.operation != "copied" and self._writes(t)]
         for tensor in computed:
             self._check_memory(tensor)
-        with contextlib.ExitStack() as files, _one_thread_each(self.plan.computes):
+        with contextlib.ExitStack() as files, one_thread_each(self.plan.computes):
             self._share_out(self._jobs(files))
 
     @property
@@ -299,7 +299,7 @@ def _row(tensor: PlannedTensor) -> int:
 
 
 @contextlib.contextmanager
-def _one_thread_each(computing: bool) -> Iterator[None]:
+def one_thread_each(computing: bool = True) -> Iterator[None]:
     """The threads share out blocks; within a block, torch would only get in their way."""
     if not computing:
         yield

@@ -33,7 +33,8 @@ SMALL = 2**14  # elements of a tensor that the outline holds: an exporter may lo
 class MergedSource:
     """The tensors of a plan's output. `tensors` are as they would lie in the plan's shards in `folder`.
 
-    A tensor that is hashed is computed for it once more, compared with float64, and gets its record.
+    A tensor that is hashed is computed for it once more, compared with float64, and gets its record; as many of
+    those as fit into `keep` bytes are kept for whoever asks for their rows afterwards.
     """
 
     plan: MergePlan
@@ -42,6 +43,8 @@ class MergedSource:
     unchecked: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     interference: tuple[Interference, ...] = ()
+    keep: int = 0
+    _kept: dict[str, "torch.Tensor"] = field(default_factory=dict)
     _work: dict[str, TensorWork] = field(default_factory=dict)
     _whole: dict[str, "torch.Tensor"] = field(default_factory=dict)  # of tensors that have no rows of their own
     _records: dict[str, tuple[TensorRecord, Survival]] = field(default_factory=dict)
@@ -74,12 +77,29 @@ class MergedSource:
         height = tensor.shape[0] if tensor.shape else 1
         step = self._step(tensor, height)
         row = tensor.output.nbytes // max(1, height)
+        blocks = []
         for start in range(0, height if tensor.output.nbytes else 0, step):
-            digest.add(start * row, _bytes(work.compute(start, min(start + step, height))))
+            blocks.append(work.compute(start, min(start + step, height)))
+            digest.add(start * row, _bytes(blocks[-1]))
+            if tensor.output.nbytes > self.keep:
+                blocks.clear()
+        self._remember(name, blocks)
         found = digest.hexdigest()
         hash_in = hash_parts(self.plan.inputs_of(tensor))
         self._keep(tensor, work.survival, Certified(self._errors(tensor), work.saturated, hash_in, found))
         return found
+
+    def _remember(self, name: str, blocks: "list[torch.Tensor]") -> None:
+        import torch
+
+        if not blocks:
+            return
+        nbytes = self.plan.tensors[name].output.nbytes
+        with self._lock:
+            if nbytes > self.keep:
+                return
+            self.keep -= nbytes
+        self._kept[name] = torch.cat([b.reshape(-1, *self.plan.tensors[name].shape[1:]) for b in blocks])
 
     @property
     def records(self) -> list[TensorRecord]:
@@ -101,6 +121,8 @@ class MergedSource:
         if tensor.operation == "copied":
             assert tensor.source is not None
             return read_rows(tensor.source, start, stop)
+        if name in self._kept:
+            return self._kept[name][start:stop]
         if not tensor.row_wise:
             return self._computed_whole(tensor)[start:stop]
         with self._lock:

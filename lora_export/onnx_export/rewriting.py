@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError, InputError
+from lora_export.files import read_json
 from lora_export.onnx_export import records, weights_map
 from lora_export.onnx_export.reweight import hash_all, read_map
 from lora_export.onnx_export.weight_source import WeightSource
@@ -51,8 +52,11 @@ class Rewriting:
         return [p.name for p in self._folder.iterdir() if p.name not in own]
 
     def hashes_of(self, place: Path) -> Mapping[str, str]:
-        """What the map in a folder says of every tensor."""
-        return weights_map.read(place).hashes
+        """What the map of this export says of every tensor, or that of its spare, whose seal was checked."""
+        if place == self._folder:
+            return self.found.hashes
+        found: Mapping[str, str] = read_json(place / weights_map.NAME)["hashes"]
+        return found
 
     def of_one_base(self, place: Path, touched: set[str]) -> bool:
         """Whether another state of the export has the same numbers in all tensors but these."""
