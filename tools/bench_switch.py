@@ -9,6 +9,7 @@ folder that is synced as well; the ratio is to the share of that copy that was w
 
 import argparse
 import itertools
+import random
 import shutil
 import statistics
 import tempfile
@@ -98,8 +99,9 @@ def live(plain: Path, other: Path, plugged: Path | None, repeat: int) -> dict[st
         runs["plugged"] = lambda: session.run(None, feeds, adapter)
         switches["plugged"] = lambda _: session.add("again", plugged / f"{adapter}.onnx_adapter")
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
     for at in range(repeat + 3):
-        for name, run in runs.items():
+        for name, run in order.sample(list(runs.items()), len(runs)):
             seconds = timed(run)[0]
             if at >= 3:
                 times[name].append(1000 * seconds)
