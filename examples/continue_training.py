@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    steps, watch, count = (3, 3, 4) if args.short else (40, 10, 12)
+    steps, watch, count = (3, 3, 4) if args.short else (30, 10, 12)
     words = ["--out=unused", "--targets=v_proj,o_proj,down_proj", f"--steps={steps}", f"--watch={watch}"]
     found = run(prepare_smollm2.model(), train_adapter.parser().parse_args(words), args.out, count)
     (args.out / "continued.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

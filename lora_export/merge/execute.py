@@ -24,6 +24,7 @@ from lora_export.merge.work import Certified, TensorWork, record
 from lora_export.workers import BLOCK, Budget, OpenFile, cores, reuse_memory, share_out
 
 PIECE = 2**24  # bytes that are copied by a thread before it takes something else
+_SMALLER = 4  # times smaller is a block of which several deltas are in memory, in float64
 STRETCH = 2**20  # bytes that are copied, and then hashed
 
 
@@ -267,7 +268,8 @@ class Execution:
         """Rows of a block: all of them where the result of one depends on others."""
         if not tensor.row_wise:
             return max(1, _height(tensor))
-        limit = min(BLOCK, self.plan.options.max_memory // (self.workers * tensor.copies))
+        block = BLOCK // _SMALLER if any(u.wide for u in tensor.updates) else BLOCK
+        limit = min(block, self.plan.options.max_memory // (self.workers * tensor.copies))
         return max(1, limit // max(1, _row(tensor)))
 
     def _cost(self, tensor: PlannedTensor, rows: int) -> int:

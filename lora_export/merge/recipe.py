@@ -208,7 +208,7 @@ class CombinedUpdate:
     def runs(self) -> list[tuple[int, int]]:
         """All rows, in blocks of which each core may have several in memory."""
         height, width = self.shape[0], prod(self.shape[1:])
-        step = max(1, BLOCK // 8 // max(1, width))
+        step = max(1, BLOCK // 16 // max(1, width))
         if not all(u.row_wise(self.shape) for part in self.recipe.parts for u in part):
             step = max(1, height)
         return [(start, min(start + step, height)) for start in range(0, height, step)]
