@@ -45,12 +45,12 @@ class Recipe:
         return all(u.adds for part in self.parts for u in part)
 
     @property
-    def rank(self) -> bool:
+    def truncates(self) -> bool:
         """Whether the result is brought to a rank."""
         return self.options.combine == "svd" or self.options.svd_rank is not None
 
     @property
-    def low(self) -> bool:
+    def stays_factored(self) -> bool:
         """Whether the sum of the deltas can be had from their factors, without a matrix of the weight's size."""
         return self.options.combine not in PRUNING and self.factored
 
@@ -61,10 +61,11 @@ class Recipe:
 
     @property
     def decomposes(self) -> bool:
-        return self.rank and not self.low
+        """Whether it takes the singular values of a whole matrix."""
+        return self.truncates and not self.stays_factored
 
     def row_wise(self, shape: Shape) -> bool:
-        if self.options.combine_on == "factors" or self.low:
+        if self.options.combine_on == "factors" or self.stays_factored:
             return True
         needs_all = self.options.combine in PRUNING - RANDOM and not self.adds
         return not (self.decomposes or needs_all) and all(u.row_wise(shape) for p in self.parts for u in p)
@@ -95,7 +96,7 @@ class Recipe:
         loaded = tuple(tuple(u.load(shape) for u in part) for part in self.parts)
         if self.options.combine_on == "factors":
             return LowRankUpdate(self._factors(loaded))
-        if self.low:
+        if self.stays_factored:
             return LowRankUpdate(self._concatenated(loaded))
         return self.update_of(loaded, shape)
 
@@ -111,7 +112,7 @@ class Recipe:
         lows = [_low_rank(part[0]).double() for part in loaded]
         left = torch.cat([w * low.scaling * low.left for w, low in zip(self.weights, lows, strict=True)], dim=1)
         right = torch.cat([low.right for low in lows])
-        if self.rank:
+        if self.truncates:
             left, right = spectrum.of_factors(left, right).factors(self.options.svd_rank or self.largest)
         return LowRank(left, right, 1.0)
 
