@@ -1,6 +1,6 @@
 """Go on training after a merge: a merged folder is a base like any other.
 
-    python examples/continue_training.py --out continued            # twenty minutes on two CPU cores
+    python examples/continue_training.py --out continued            # ten minutes on two CPU cores
     python examples/continue_training.py --out continued --short    # two minutes, to see that it runs
 
 The messages of 1800 to 1849 are learnt first, by LoRA 1; then come those of 1850 to 1899, with a quarter of the old
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    steps, watch, count = (3, 3, 4) if args.short else (30, 10, 12)
+    steps, watch, count = (3, 3, 4) if args.short else (20, 10, 12)
     words = ["--out=unused", "--targets=v_proj,o_proj,down_proj", f"--steps={steps}", f"--watch={watch}"]
     found = run(prepare_smollm2.model(), train_adapter.parser().parse_args(words), args.out, count)
     (args.out / "continued.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
