@@ -52,6 +52,12 @@ class LowRankUpdate:
         return self.low_rank.added_to(weight, rows).reshape(weight.shape)
 
 
+def low_rank_of(update: Update) -> LowRank:
+    """Of an update whose target says that it is low_rank."""
+    assert isinstance(update, LowRankUpdate)
+    return update.low_rank
+
+
 @dataclass(frozen=True)
 class ResidualUpdate:
     """The adapter on the base that its initialisation changed: W − s·B₀·A₀ + s·B·A.
@@ -154,6 +160,13 @@ def modules(file: AdapterFile, config: LoraConfig) -> list[Module]:
             if not experts.claims(file, name) and not stacked.claims(file, name, keys):
                 found.append(_module(file, config, name, keys, markers))
     return found
+
+
+def factors(file: AdapterFile, target: str) -> LowRank:
+    """A and B of the module that has this weight, whatever is done with them; laid out as (outputs, inputs)."""
+    config = parse_lora(file.config, file.where)
+    module = next(m for m in modules(file, config) if f"{m.name}.weight" == target)
+    return module.load(module.shapes[0])
 
 
 def _module(

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.adapters.kind import float64
@@ -14,10 +13,7 @@ from lora_export.deltas import spectrum
 from lora_export.deltas.spectrum import Spectrum
 from lora_export.deriving.saving import Derived, DType, NewAdapter, Rank, check_rank
 from lora_export.errors import AdapterError
-from lora_export.merge.combining import check_options, combined
-
-if TYPE_CHECKING:
-    pass
+from lora_export.merge.combining import check_options, combined, largest_rank
 
 
 def combine(
@@ -106,5 +102,4 @@ def _default_rank(update: TargetUpdate, adapters: Sequence[Adapter], options: Me
     """All of a low-rank sum; of anything else as much as the largest of the adapters has."""
     if options.combine != "svd" and has < min(n or 0 for n in update.shapes[0]):
         return has
-    ranks = [r for a in adapters for r in (a.config.get("init_r"), a.config.get("r")) if isinstance(r, int)]
-    return max(ranks, default=has)
+    return largest_rank(adapters) or has

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +11,7 @@ from lora_export.contracts import MergeOptions, Progress
 from lora_export.deltas import spectrum
 from lora_export.deriving.saving import Derived, DType, NewAdapter, Rank, check_rank
 from lora_export.errors import CheckpointError
-from lora_export.merge.exact import base_rows
+from lora_export.merge.exact import whole_base
 from lora_export.merge.plan import FLOATS, MergePlan, PlannedTensor, plan_merge
 from lora_export.progress import Silent
 
@@ -174,6 +173,4 @@ def _read(plan: MergePlan, tensor: PlannedTensor) -> "torch.Tensor | None":
     """A weight in float64; None for what holds no floats."""
     if tensor.output.dtype not in FLOATS:
         return None
-    packed = tensor.quantized.load(plan.base) if tensor.quantized else None
-    rows = partial(base_rows, tensor, packed)
-    return rows(0, tensor.shape[0] if tensor.shape else 1).double()
+    return whole_base(tensor, plan.base)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lora_export import __version__
+from lora_export.checkpoint.adapter_files import CONFIG, WEIGHTS
 from lora_export.deltas.spectrum import Spectrum
 from lora_export.errors import AdapterError, InputError
 from lora_export.files import output_folder, write_json
@@ -13,8 +14,6 @@ from lora_export.files import output_folder, write_json
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."  # PEFT's, before every name of the model
 # Of the adapter that another is made of, what is still true of it.
 _KEPT = (

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from lora_export.adapters import CONFIG, AdapterFile, lora, read_adapter
-from lora_export.adapters.config import parse_lora
 from lora_export.adapters.spelling import respelled
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import Adapter, TargetUpdate
@@ -51,9 +50,7 @@ def _carried(new: NewAdapter, file: AdapterFile, adapter: Adapter, update: Targe
 def _factors(file: AdapterFile, adapter: Adapter, update: TargetUpdate) -> lora.LowRank:
     """B (outputs, r), A (r, inputs) and scaling of a module; of an embedding (rows, r) and (r, width)."""
     if update.kind == "dora":
-        config = parse_lora(file.config, file.where)
-        module = next(m for m in lora.modules(file, config) if f"{m.name}.weight" == update.target)
-        return module.load(module.shapes[0]).double()
+        return lora.factors(file, update.target).double()
     shape = update.shapes[0]
     loaded = update.load(tuple(n or 0 for n in shape)) if update.low_rank and None not in shape else None
     if not isinstance(loaded, lora.LowRankUpdate) or len(shape) > 2:

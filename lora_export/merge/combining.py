@@ -61,10 +61,7 @@ def combined(
     parts = tuple(tuple(u for u in updates if u.owner == owner) for owner in owners)
     weights = tuple(adapters[owner].weight for owner in owners)
     kinds = " + ".join("/".join(dict.fromkeys(u.kind for u in part)) for part in parts)
-    largest = max(
-        (rank for a in adapters for rank in (a.config.get("init_r"), a.config.get("r")) if rank), default=0
-    )
-    recipe = Recipe(target, parts, weights, tuple(owners), options, largest)
+    recipe = Recipe(target, parts, weights, tuple(owners), options, largest_rank(adapters))
     if options.combine_on == "factors":
         recipe.check_factors(adapters)
     elif recipe.decomposes and options.svd_rank is None:
@@ -90,6 +87,14 @@ def combined(
             parts=parts,
         )
     ]
+
+
+def largest_rank(adapters: Sequence[Adapter]) -> int:
+    """As their configurations have it; 0 for kinds without one."""
+    ranks = [
+        rank for a in adapters for rank in (a.config.get("init_r"), a.config.get("r")) if isinstance(rank, int)
+    ]
+    return max(ranks, default=0)
 
 
 def _check_replaced(target: str, updates: Sequence[TargetUpdate], adapters: Sequence[Adapter]) -> None:

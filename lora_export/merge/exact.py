@@ -201,6 +201,20 @@ class ExactTensor:
         return terms.reshape(shape)
 
 
+def change_of(updates: Sequence[Update], before: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    """What updates together make of these rows of the base, less the rows."""
+    after = before.clone()
+    for update in updates:
+        after = update.apply(after, rows).reshape(before.shape)
+    return after - before
+
+
+def whole_base(tensor: PlannedTensor, base: TensorSource) -> "torch.Tensor":
+    """The base's weight before the adapter, float64."""
+    packed = tensor.quantized.load(base) if tensor.quantized else None
+    return base_rows(tensor, packed, 0, tensor.shape[0] if tensor.shape else 1).double()
+
+
 def load_updates(tensor: PlannedTensor, wide: bool) -> list[Update]:
     """The updates of a tensor with all their numbers in fp32, or in float64."""
     if not wide:

@@ -6,13 +6,13 @@ from itertools import combinations
 from math import prod
 from typing import TYPE_CHECKING
 
-from lora_export.contracts import Interference, TargetUpdate, Update
+from lora_export.contracts import Interference, TargetUpdate
 from lora_export.deltas.overlap import Overlap
-from lora_export.merge.exact import base_rows, load_updates
+from lora_export.merge.exact import base_rows, change_of, load_updates
 from lora_export.merge.plan import MergePlan, PlannedTensor
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 SEEN = 2**20  # elements of a weight that are looked at, if its rows can be had apart
 OPPOSED = -0.2  # of a cosine: less is no accident
@@ -63,17 +63,10 @@ def _overlaps(
     row_wise = all(u.row_wise(tensor.shape) for updates in parts.values() for u in updates)
     for start, stop in _runs(tensor.shape, row_wise):
         before = base_rows(tensor, packed, start, stop).double()
-        deltas = {o: weights[o] * _delta(updates, before, slice(start, stop)) for o, updates in loaded.items()}
+        deltas = {o: weights[o] * change_of(updates, before, slice(start, stop)) for o, updates in loaded.items()}
         for (first, second), overlap in found.items():
             overlap.add(deltas[first], deltas[second])
     return found
-
-
-def _delta(updates: list[Update], before: "torch.Tensor", rows: slice) -> "torch.Tensor":
-    after = before.clone()
-    for update in updates:
-        after = update.apply(after, rows).reshape(before.shape)
-    return after - before
 
 
 def _runs(shape: tuple[int, ...], row_wise: bool) -> Iterator[tuple[int, int]]:

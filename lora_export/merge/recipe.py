@@ -6,7 +6,7 @@ from functools import partial
 from math import copysign, prod, sqrt
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.lora import LowRank, LowRankUpdate
+from lora_export.adapters.lora import LowRank, LowRankUpdate, low_rank_of
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, Update
 from lora_export.deltas import spectrum
 from lora_export.deltas.draws import drawn
@@ -109,7 +109,7 @@ class Recipe:
         """[w₁s₁B₁ w₂s₂B₂ …]·[A₁ A₂ …], and of a lower rank where one is asked for."""
         import torch
 
-        lows = [_low_rank(part[0]).double() for part in loaded]
+        lows = [low_rank_of(part[0]).double() for part in loaded]
         left = torch.cat([w * low.scaling * low.left for w, low in zip(self.weights, lows, strict=True)], dim=1)
         right = torch.cat([low.right for low in lows])
         if self.truncates:
@@ -118,7 +118,7 @@ class Recipe:
 
     def _factors(self, loaded: Sequence[Sequence[Update]]) -> LowRank:
         """A and B combined apart, each with √|w·s|, and the sign of w·s in A: PEFT's way."""
-        lows = [_low_rank(part[0]).double() for part in loaded]
+        lows = [low_rank_of(part[0]).double() for part in loaded]
         scales = [w * low.scaling for w, low in zip(self.weights, lows, strict=True)]
         roots = [sqrt(abs(s)) for s in scales]
         left = self._mixed_whole([low.left for low in lows], roots, "B")
@@ -241,8 +241,3 @@ def _truncated(matrix: "torch.Tensor", rank: int) -> "torch.Tensor":
 
 def _rows(matrix: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
     return matrix[start:stop]
-
-
-def _low_rank(update: Update) -> LowRank:
-    assert isinstance(update, LowRankUpdate)
-    return update.low_rank

@@ -7,13 +7,13 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters import AdapterFile, lora
-from lora_export.adapters.config import match_pattern, parse_lora
+from lora_export.adapters.config import match_pattern
 from lora_export.adapters.kind import float64
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.deltas import spectrum
 from lora_export.deltas.spectrum import Spectrum
 from lora_export.merge import MergePlan
-from lora_export.merge.exact import base_rows, load_updates
+from lora_export.merge.exact import change_of, load_updates, whole_base
 
 if TYPE_CHECKING:
     import torch
@@ -67,12 +67,10 @@ def alone(file: AdapterFile, adapter: Adapter, skipped: dict[str, str]) -> Itera
         shape, note = update.shapes[0], ""
         with float64():
             if update.kind == "dora":
-                config = parse_lora(file.config, file.where)
-                module = next(m for m in lora.modules(file, config) if f"{m.name}.weight" == update.target)
-                low, note = module.load(module.shapes[0]), "of B·A, before the magnitudes"
+                low, note = lora.factors(file, update.target), "of B·A, before the magnitudes"
                 found = _spectrum(low)
             elif update.low_rank and None not in shape:
-                low = _low_rank(update, tuple(n or 0 for n in shape))
+                low = lora.low_rank_of(update.load(tuple(n or 0 for n in shape)))
                 found = _spectrum(low)
             elif update.adds and len(shape) == 2 and None not in shape:
                 known = tuple(n or 0 for n in shape)
@@ -100,12 +98,11 @@ def with_base(planned: MergePlan, file: AdapterFile) -> Iterator[Module]:
             or tensor.source.shape != tensor.shape
         ):
             continue
-        packed = tensor.quantized.load(planned.base) if tensor.quantized else None
-        before = base_rows(tensor, packed, 0, tensor.shape[0]).double()
+        before = whole_base(tensor, planned.base)
         update, low = tensor.updates[0], None
         if len(tensor.updates) == 1 and update.low_rank:
             with float64():
-                low = _low_rank(update, tensor.shape)
+                low = lora.low_rank_of(update.load(tensor.shape))
             found = _spectrum(low)
         else:
             found = _dense(before, load_updates(tensor, wide=True))
@@ -114,10 +111,7 @@ def with_base(planned: MergePlan, file: AdapterFile) -> Iterator[Module]:
 
 def _dense(before: "torch.Tensor", updates: Sequence[Any]) -> Spectrum:
     """Of a change of any kind; of experts the matrices one below the other."""
-    after = before.clone()
-    for update in updates:
-        after = update.apply(after, slice(0, before.shape[0])).reshape(before.shape)
-    delta = after - before
+    delta = change_of(updates, before, slice(0, before.shape[0]))
     return spectrum.of_matrix(delta.reshape(-1, delta.shape[-1]) if delta.dim() == 3 else delta.flatten(1))
 
 
@@ -129,12 +123,6 @@ def _spectrum(low: lora.LowRank) -> Spectrum:
     if not bool(torch.isfinite(left).all() and torch.isfinite(low.right).all()):
         return Spectrum(left, torch.full((len(low.right),), math.nan), low.right)
     return spectrum.of_factors(left, low.right)
-
-
-def _low_rank(update: TargetUpdate, shape: tuple[int, ...]) -> lora.LowRank:
-    loaded = update.load(shape)
-    assert isinstance(loaded, lora.LowRankUpdate)
-    return loaded.low_rank
 
 
 def _module(
