@@ -15,7 +15,6 @@ from lora_export.validation.text import read_text, windows
 class OwnTexts:
     perplexities: tuple[Perplexity, ...]
     adapter_survival: tuple[AdapterSurvival, ...]
-    advice: tuple[str, ...] = ()
 
 
 def own_texts(
