@@ -5,26 +5,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from lora_export.choices import (
+    Activations,
+    BaseWeights,
+    Certify,
+    Combine,
+    ExpertLayout,
+    ExpertPacking,
+    MajoritySign,
+    ModelKind,
+    Outcome,
+    Phase,
+    Precision,
+    Provider,
+    Requantization,
+    Verdict,
+)
+
 if TYPE_CHECKING:
     import torch
-
-BaseWeights = Literal["dequantized", "original"]
-ExpertPacking = Literal["auto", "rank", "expert"]
-ExpertLayout = Literal["auto", "out-in", "in-out"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "nf4"]
-Requantization = Literal["nf4", "fp4", "int8"]
-ModelKind = Literal["decoder", "encoder", "seq2seq"]  # encoder: whatever does not generate
-Optimize = Literal["none", "basic", "full"]
-Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
-ExtraArm = Literal["plugged", "pytorch"]
-Verdict = Literal["equivalent", "slower", "inconclusive"]
-Phase = Literal["prefill", "decode"]
-Outcome = Literal["agrees", "differs", "unknown"]
-Certify = Literal["sampled", "full"]
-Combine = Literal["none", "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
-MajoritySign = Literal["total", "frequency"]
-
-MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
 
 
 # --- tensors and files -------------------------------------------------------------------------------------
@@ -429,9 +428,6 @@ class ValidationResult:
 
 
 # --- export ------------------------------------------------------------------------------------------------
-
-
-Activations = Literal["float", "dynamic", "static"]
 
 
 @dataclass(frozen=True)

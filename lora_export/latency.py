@@ -4,14 +4,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_export.contracts import (
-    AdapterChoice,
-    BenchmarkArm,
-    BenchmarkOptions,
-    BenchmarkResult,
-    ExtraArm,
-    Progress,
-)
+from lora_export.choices import ExtraArm
+from lora_export.contracts import AdapterChoice, BenchmarkArm, BenchmarkOptions, BenchmarkResult, Progress
 from lora_export.errors import ExportError, GateFailed, InputError
 from lora_export.onnx_export import model_files
 from lora_export.onnx_export.slots import SUFFIX

@@ -11,23 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import __version__, manifest
+from lora_export.choices import MIN_SURVIVAL, Certify, ExtraArm, Optimize, Precision, Provider
 from lora_export.contracts import (
-    MIN_SURVIVAL,
     AdapterChoice,
     BenchmarkArm,
     BenchmarkOptions,
     BenchmarkResult,
-    Certify,
     CompareBases,
     ExportedPair,
     ExportResult,
-    ExtraArm,
     MergeOptions,
     MergeResult,
-    Optimize,
-    Precision,
     Progress,
-    Provider,
     QuantizationOptions,
     Source,
     ValidationResult,

@@ -8,15 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export import files
-from lora_export.contracts import (
-    AdapterChoice,
-    ExportResult,
-    MergeOptions,
-    Precision,
-    Progress,
-    QuantizationOptions,
-    Source,
-)
+from lora_export.choices import Precision
+from lora_export.contracts import AdapterChoice, ExportResult, MergeOptions, Progress, QuantizationOptions, Source
 from lora_export.errors import AdapterError, ExportError, InputError
 
 if TYPE_CHECKING:

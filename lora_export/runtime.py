@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lora_export.contracts import Provider
+from lora_export.choices import Provider
 from lora_export.errors import InputError, RuntimeUnavailable
 
 if TYPE_CHECKING:

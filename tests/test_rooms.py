@@ -11,6 +11,7 @@ import lora_export
 PACKAGE = Path(lora_export.__file__).parent
 TOP = {
     "__version__",
+    "choices",
     "contracts",
     "documents",
     "errors",

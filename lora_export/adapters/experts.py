@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from lora_export.adapters.config import match_pattern, parse_lora
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
-from lora_export.contracts import ExpertPacking, TargetUpdate
+from lora_export.choices import ExpertPacking
+from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
     import torch

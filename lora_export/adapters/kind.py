@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_export import skeleton
-from lora_export.contracts import ExpertLayout, ExpertPacking, TargetUpdate, TensorInfo, TensorSource
+from lora_export.choices import ExpertLayout, ExpertPacking
+from lora_export.contracts import TargetUpdate, TensorInfo, TensorSource
 from lora_export.errors import AdapterError
 from lora_export.finite import all_below
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_export.contracts import Phase
+from lora_export.choices import Phase
 
 if TYPE_CHECKING:
     from onnxruntime import OrtValue

@@ -8,7 +8,8 @@ import numpy as np
 from lora_export.benchmark.buffers import Shape
 from lora_export.benchmark.measure import Series
 from lora_export.benchmark.statistics import Interval, judge, percentiles
-from lora_export.contracts import ArmTimes, Cell, Phase, Verdict
+from lora_export.choices import Phase, Verdict
+from lora_export.contracts import ArmTimes, Cell
 
 BASE, AGAIN, MERGED, UNMERGED, PLUGGED, DELAYED = "base", "base_again", "merged", "unmerged", "plugged", "delayed"
 CONTROLS = (UNMERGED, PLUGGED, DELAYED)  # the first of them that is there must be found slower

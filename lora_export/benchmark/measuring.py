@@ -14,7 +14,8 @@ from lora_export.benchmark.engines import Engines
 from lora_export.benchmark.gpus import Gpus
 from lora_export.benchmark.measure import Series, joined, measure
 from lora_export.benchmark.statistics import MIN_SESSIONS
-from lora_export.contracts import BenchmarkArm, BenchmarkOptions, Cell, GraphComparison, Phase, Progress
+from lora_export.choices import Phase
+from lora_export.contracts import BenchmarkArm, BenchmarkOptions, Cell, GraphComparison, Progress
 
 
 @dataclass

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lora_export.contracts import Percentile, Verdict
+from lora_export.choices import Verdict
+from lora_export.contracts import Percentile
 
 Array = npt.NDArray[np.float64]
 

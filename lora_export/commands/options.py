@@ -7,7 +7,7 @@ from typing import Any, ClassVar, get_args
 
 import click
 
-from lora_export.contracts import MIN_SURVIVAL, Activations, Combine, ExtraArm, MajoritySign, Optimize, Precision
+from lora_export.choices import MIN_SURVIVAL, Activations, Combine, ExtraArm, MajoritySign, Optimize, Precision
 
 Command = Callable[..., Any]
 

@@ -10,7 +10,7 @@ is the paper's with λ = w.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lora_export.contracts import MajoritySign
+from lora_export.choices import MajoritySign
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters.kind import float64
 from lora_export.checkpoint.reader import read_rows
-from lora_export.contracts import Certify, TensorSource, Update
+from lora_export.choices import Certify
+from lora_export.contracts import TensorSource, Update
 from lora_export.errors import CheckpointError
 from lora_export.merge.plan import PlannedTensor
 

@@ -7,7 +7,8 @@ from functools import partial
 
 from lora_export.checkpoint.hashing import hash_parts, hash_tensor
 from lora_export.checkpoint.reader import read_rows
-from lora_export.contracts import Certify, Progress, TensorInfo, TensorRecord, Update
+from lora_export.choices import Certify
+from lora_export.contracts import Progress, TensorInfo, TensorRecord, Update
 from lora_export.merge.exact import (
     Errors,
     ExactTensor,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.checkpoint.reader import Checkpoint, read_rows
-from lora_export.contracts import Adapter, BaseCheck, Outcome, TargetUpdate
+from lora_export.choices import Outcome
+from lora_export.contracts import Adapter, BaseCheck, TargetUpdate
 from lora_export.merge.names import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from lora_export.merge.plan import MergePlan, PlannedTensor
 

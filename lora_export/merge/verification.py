@@ -18,15 +18,8 @@ from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
 from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.checkpoint.header import read_header
-from lora_export.contracts import (
-    AdapterChoice,
-    Certify,
-    Finding,
-    MergeOptions,
-    Progress,
-    TensorInfo,
-    Verification,
-)
+from lora_export.choices import Certify
+from lora_export.contracts import AdapterChoice, Finding, MergeOptions, Progress, TensorInfo, Verification
 from lora_export.documents import Kind
 from lora_export.errors import CheckpointError, InputError, LoraExportError, plain
 from lora_export.files import plain_name, read_sealed, refuse_outward_link, sha256

@@ -14,7 +14,8 @@ from typing import Any
 
 from lora_export import files
 from lora_export.checkpoint import open_checkpoint
-from lora_export.contracts import ExportResult, Optimize, Precision, Progress, QuantizationOptions
+from lora_export.choices import Optimize, Precision
+from lora_export.contracts import ExportResult, Progress, QuantizationOptions
 from lora_export.errors import ExportError, InputError
 from lora_export.onnx_export import activations, records, shared, weights_map
 from lora_export.onnx_export.against_plain import compare as compare_to_plain

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import files
-from lora_export.contracts import Precision
+from lora_export.choices import Precision
 from lora_export.errors import ExportError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export import files
-from lora_export.contracts import Precision
+from lora_export.choices import Precision
 from lora_export.errors import ExportError
 from lora_export.onnx_export import companions, isolated
 from lora_export.onnx_export.job import Job, Made, architecture_of

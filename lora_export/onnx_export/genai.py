@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from lora_export import files
 from lora_export.checkpoint.companions import has_tokenizer
-from lora_export.contracts import Precision
+from lora_export.choices import Precision
 from lora_export.errors import AdapterError, ExportError
 from lora_export.onnx_export import checks, companions, isolated
 from lora_export.onnx_export.job import Job, Made, architecture_of

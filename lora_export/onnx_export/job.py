@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_export.contracts import ModelKind, Optimize, Precision, Progress
+from lora_export.choices import ModelKind, Optimize, Precision
+from lora_export.contracts import Progress
 from lora_export.errors import ExportError
 from lora_export.onnx_export.quantize_graph import Blockwise
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from lora_export.contracts import Precision, QuantizationOptions
+from lora_export.choices import Precision
+from lora_export.contracts import QuantizationOptions
 from lora_export.errors import ExportError
 from lora_export.onnx_export.products import SOURCES, Product, candidates, kept
 from lora_export.onnx_export.quantizing import shapes

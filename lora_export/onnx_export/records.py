@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_export import files
-from lora_export.contracts import Activations, ExportResult, ModelKind, Precision
+from lora_export.choices import Activations, ModelKind, Precision
+from lora_export.contracts import ExportResult
 from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import InputError
 

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from lora_export import files
 from lora_export.checkpoint import refuse_code
-from lora_export.contracts import Precision, QuantizationOptions
+from lora_export.choices import Precision
+from lora_export.contracts import QuantizationOptions
 from lora_export.errors import CheckpointError, ExportError
 from lora_export.onnx_export.checks import load_graph
 from lora_export.onnx_export.job import Made

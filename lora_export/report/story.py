@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lora_export.contracts import Precision
+from lora_export.choices import Precision
 from lora_export.report import latency, proof
 from lora_export.report.text import DASH, count, number, one_line, percent, size
 from lora_export.report.text import seconds as in_seconds

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_export.contracts import AdapterSurvival, BaseComparison, Requantization
+from lora_export.choices import Requantization
+from lora_export.contracts import AdapterSurvival, BaseComparison
 
 ALIKE = 0.01  # a relative difference of perplexities that is not worth a decision
 KEEPS = 0.9  # of an adapter's effect: below, putting weights back into few bits is advised against

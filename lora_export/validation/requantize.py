@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_export.contracts import Requantization
+from lora_export.choices import Requantization
 
 BLOCKSIZE = 64  # elements; bitsandbytes' own for its 4-bit layers
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_export.choices import MIN_SURVIVAL
 from lora_export.contracts import (
-    MIN_SURVIVAL,
     AdapterChoice,
     Check,
     CompareBases,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export.contracts import ExportResult, Precision
+from lora_export.choices import Precision
+from lora_export.contracts import ExportResult
 from lora_export.onnx_export import export
 from lora_export.progress import Silent
 

@@ -8,7 +8,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from lora_export.contracts import Precision, QuantizationOptions
+from lora_export.choices import Precision
+from lora_export.contracts import QuantizationOptions
 from lora_export.errors import ExportError
 from lora_export.onnx_export import export
 from lora_export.onnx_export.quantize_graph import Blockwise, blockwise, quantize_graph

@@ -15,8 +15,9 @@ import torch
 from click.testing import CliRunner
 
 from lora_export import workers
+from lora_export.choices import Precision
 from lora_export.commands.main import cli
-from lora_export.contracts import AdapterChoice, ExportResult, Precision, QuantizationOptions
+from lora_export.contracts import AdapterChoice, ExportResult, QuantizationOptions
 from lora_export.errors import LoraExportError
 from lora_export.merge import merge
 from lora_export.onnx_export import export, reweight

@@ -14,8 +14,9 @@ import transformers
 from click.testing import CliRunner
 from peft import PeftModel
 
+from lora_export.choices import Precision
 from lora_export.commands.main import cli
-from lora_export.contracts import AdapterChoice, Check, ExportedPair, Precision, Source, ValidationResult
+from lora_export.contracts import AdapterChoice, Check, ExportedPair, Source, ValidationResult
 from lora_export.errors import InputError
 from lora_export.merge import merge
 from lora_export.onnx_export import export

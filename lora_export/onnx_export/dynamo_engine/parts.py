@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_export.contracts import ModelKind
+from lora_export.choices import ModelKind
 
 Axes = dict[int, str]
 Input = tuple[tuple[int, ...], torch.dtype, Axes]

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from lora_export.contracts import Optimize
+from lora_export.choices import Optimize
 from lora_export.onnx_export.weights_map import Recipe
 
 MICROSOFT = "com.microsoft"

@@ -1,0 +1,22 @@
+"""The words that a caller chooses among, and a default. Light, as the command line imports it for --help."""
+
+from typing import Literal
+
+BaseWeights = Literal["dequantized", "original"]
+ExpertPacking = Literal["auto", "rank", "expert"]
+ExpertLayout = Literal["auto", "out-in", "in-out"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "nf4"]
+Requantization = Literal["nf4", "fp4", "int8"]
+ModelKind = Literal["decoder", "encoder", "seq2seq"]  # encoder: whatever does not generate
+Optimize = Literal["none", "basic", "full"]
+Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
+ExtraArm = Literal["plugged", "pytorch"]
+Verdict = Literal["equivalent", "slower", "inconclusive"]
+Phase = Literal["prefill", "decode"]
+Outcome = Literal["agrees", "differs", "unknown"]
+Certify = Literal["sampled", "full"]
+Combine = Literal["none", "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+MajoritySign = Literal["total", "frequency"]
+Activations = Literal["float", "dynamic", "static"]
+
+MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
