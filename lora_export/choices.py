@@ -20,3 +20,5 @@ MajoritySign = Literal["total", "frequency"]
 Activations = Literal["float", "dynamic", "static"]
 
 MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
+RUNTIMES = ("genai", "optimum", "triton", "transformers-js", "hf")
+ARCHIVES = ("tar.zst", "zip")

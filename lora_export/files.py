@@ -64,6 +64,38 @@ def output_folder(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> I
 
 
 @contextlib.contextmanager
+def output_file(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+    """Yield a hidden folder beside `final`; on success the file of its name in there is synced and becomes `final`.
+
+    `final` may exist only if `force` is given, and may not lie inside any of `inputs`.
+    """
+    final = final.absolute()
+    if final.is_dir() or final.is_symlink():
+        raise OutputError("the output path is a folder or a link", where=final, expected="a file, or nothing")
+    if any(_inside(final.parent.resolve(), source) for source in inputs):
+        raise OutputError("the output lies inside an input", where=final, expected="another folder for it")
+    if final.exists() and not force:
+        raise OutputError(
+            "the output exists",
+            where=final,
+            expected="a file that does not exist yet",
+            next_step="add --force to replace it, or choose another -o",
+        )
+    with Interrupts() as interrupts, _full_disk_told(final), _parents(final), _lock(final):
+        work = final.with_name(f".{final.name}.partial-{os.getpid()}")
+        try:
+            with interrupts.welcome():
+                _clean_leftovers(final)
+                work.mkdir()
+                yield work
+                sync(work / final.name)
+            (work / final.name).replace(final)
+            sync(final.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def added_to(folder: Path) -> Iterator[None]:
     """Be the only writer of a folder that others read meanwhile: files are made whole, and then renamed."""
     with only_writer(folder) as interrupts:

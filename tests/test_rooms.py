@@ -14,6 +14,7 @@ TOP = {
     "choices",
     "contracts",
     "documents",
+    "escaping",
     "errors",
     "files",
     "finite",
@@ -40,7 +41,20 @@ ROOMS = {
     "understanding",
 }
 EVERYTHING = (
-    TOP | ROOMS | {"pipeline", "latency", "pluggable", "inspection", "switching", "serving", "commands", ""}
+    TOP
+    | ROOMS
+    | {
+        "pipeline",
+        "latency",
+        "pluggable",
+        "inspection",
+        "switching",
+        "serving",
+        "packaging",
+        "delivered",
+        "commands",
+        "",
+    }
 )
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(TOP, TOP),
@@ -57,6 +71,8 @@ ALLOWED: dict[str, set[str]] = {
             "inspection",
             "switching",
             "serving",
+            "packaging",
+            "delivered",
             "commands",
             "__main__",
         ),

@@ -17,6 +17,7 @@ COMMANDS = [
     "validate",
     "export",
     "benchmark",
+    "package",
     "switch",
     "combine",
     "extract",

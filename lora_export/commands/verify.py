@@ -17,27 +17,55 @@ from lora_export.commands.talk import talking
     "-a", "--adapter", "adapters", multiple=True, metavar="ADAPTER",
     help="The adapter that was merged, with its weight if it had one; repeat it as for the merge.",
 )  # fmt: skip
+@click.option(
+    "--key",
+    type=options.FOLDER,
+    default=None,
+    metavar="KEY",
+    help="Of a package: the public key of who signed it, in PEM.",
+)
+@click.option("--run", "run_it", is_flag=True, help="Of a package: have its runtime load it and answer the sample.")
+@click.option(
+    "--runtime", type=options.FOLDER, default=None, metavar="PATH",
+    help="With --run: where the runtime is, if not in this environment: a Python interpreter, or for transformers-js "
+    "a folder with node_modules.",
+)  # fmt: skip
 @options.certify_option
 @options.talk_options
 def verify(
-    path: Path, base: str | None, adapters: tuple[str, ...], certify: Any, as_json: bool, quiet: bool, verbose: bool
-) -> None:
-    """Check a merged folder, or the folder of a whole run, again. Exit code 3 if a check fails.
+    path: Path, base: str | None, adapters: tuple[str, ...], key: Path | None, run_it: bool, runtime: Path | None,
+    certify: Any, as_json: bool, quiet: bool, verbose: bool,
+) -> None:  # fmt: skip
+    """Check a merged folder, the folder of a whole run, or a package, again. Exit code 3 if a check of the first two
+    fails, and 1 for a package that is not what was made.
 
     The certificate in it is not believed: with -b and -a the merge is planned anew, rows are computed in float64
     and compared, files are compared with what a merge would write, all bytes are hashed again, and every figure
     of the certificate must come out. Without them only hashes can be checked, and the answer says so.
+
+    Of a package (a folder, .tar.zst or .zip) every file is hashed, its signature is checked with --key, its graphs
+    are checked before anything opens them, and with --run its runtime answers as the unmerged model did.
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export import pipeline
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands import gather
         from lora_export.commands.words import verification_words
-        from lora_export.errors import EXIT_GATE
+        from lora_export.delivered import is_package
+        from lora_export.delivered import verify as verify_package
+        from lora_export.errors import EXIT_FAILED, EXIT_GATE, InputError
 
-        source = resolve(base) if base else None
-        result = pipeline.verify(path, source, gather.adapters_of(adapters), certify, talk.progress)
+        packaged = is_package(path)
+        if packaged and (base or adapters):
+            raise InputError("--base or --adapter with a package", expected="them with a merged folder or a run")
+        if not packaged and (key or run_it or runtime):
+            raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
+        if packaged:
+            result = verify_package(path, key, run_it, runtime, talk.progress)
+        else:
+            source = resolve(base) if base else None
+            result = pipeline.verify(path, source, gather.adapters_of(adapters), certify, talk.progress)
         talk.result(result.as_json(), verification_words(result))
         if not result.verified:
             click.echo(f"not verified: {sum(not c.passed for c in result.checks)} checks failed", err=True)
-            sys.exit(EXIT_GATE)
+            sys.exit(EXIT_FAILED if packaged else EXIT_GATE)

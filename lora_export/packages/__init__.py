@@ -1,0 +1,57 @@
+"""Packages for production runtimes: one file a target; what all of them hold lies beside it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export.packages import bom, card, companions, contents, readme, signature
+from lora_export.packages.job import RUNS_OWN, Facts, Job, Run, Sample, Snippet, Target, Variant
+from lora_export.packages.programs import NUMBERS, PROMPT
+from lora_export.packages.targets import TARGETS
+from lora_export.packages.tasks import Task, task_of
+
+__all__ = [
+    "NUMBERS",
+    "PROMPT",
+    "RUNS_OWN", "TARGETS", "Facts", "Job", "Run", "Sample", "Snippet", "Target", "Task", "Variant", "describe", "lay", "seal", "task_of",
+]  # fmt: skip
+
+
+def lay(job: Job, target: Target) -> None:
+    """Fill the stage of `job` with what the runtime reads, and with the licences."""
+    target.lay(job)
+    companions.lay_licences(job.run, job.stage)
+
+
+def describe(job: Job, target: Target, licence: str | None) -> Facts:
+    """Write README.md and the bill of materials beside what was laid. licence: of the model, None if nobody knows."""
+    facts = Facts(
+        target=target.name,
+        name=job.name,
+        task=job.run.task,
+        precision=_precision(job),
+        variants=tuple(job.exports),
+        providers=job.providers,
+        sample=job.sample,
+        config=job.run.config,
+    )
+    if target.name == "hf":
+        text = card.text(job.run, facts, licence)
+    else:
+        text = readme.text(job.run, facts)
+    (job.stage / readme.NAME).write_text(text, encoding="utf-8")
+    bom.write(job.stage, job.run, facts, licence)
+    return facts
+
+
+def seal(job: Job, facts: Facts, options: Mapping[str, Any], measured: Mapping[str, Any], key: Path | None) -> None:
+    """Write the manifest, which names every other file, and with a private key the signature, which covers both."""
+    contents.write(job.stage, job.run, facts, options, measured)
+    if key is not None:
+        signature.sign(job.stage, key)
+
+
+def _precision(job: Job) -> str:
+    """Of what the program in the README runs: the first variant, or the merged folder."""
+    first = next(iter(job.exports.values()), None)
+    return first.precision if first else str(job.run.report["merge"].get("dtype") or "keep")

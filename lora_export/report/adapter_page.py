@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_export.escaping import one_line
 from lora_export.report import plots
 from lora_export.report.drawing import INK, MERGED, MUTED, figure, quiet, svg
 from lora_export.report.page import environment, stylesheet
-from lora_export.report.text import one_line
 
 TYPES_HEAD = ("Module", "Weights", "Share of ‖ΔW‖²", "‖ΔW‖", "‖ΔW‖/‖W‖", "Effective rank", "Rank for 99 %")
 RANKS_HEAD = ("Rank", "Keeps of ‖ΔW‖²", "Loses of ‖ΔW‖", "Numbers left")

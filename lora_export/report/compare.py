@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lora_export.escaping import one_line
 from lora_export.report.latency import cell_key, cell_name
 from lora_export.report.story import Row
-from lora_export.report.text import DASH, milliseconds, number, one_line, percent, ratio, size
+from lora_export.report.text import DASH, milliseconds, number, percent, ratio, size
 
 Report = Mapping[str, Any]
 

@@ -3,18 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_export.report.text import (
-    DASH,
-    count,
-    interval,
-    milliseconds,
-    number,
-    one_line,
-    percent,
-    ratio,
-    seconds,
-    size,
-)
+from lora_export.escaping import one_line
+from lora_export.report.text import DASH, count, interval, milliseconds, number, percent, ratio, seconds, size
 
 Row = tuple[str, ...]
 Pairs = tuple[tuple[str, str], ...]  # of each table cell what is said, and its interval or nothing

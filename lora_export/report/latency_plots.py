@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_export.escaping import one_line
 from lora_export.report.drawing import (
     BAND,
     BASE,
@@ -21,7 +22,6 @@ from lora_export.report.drawing import (
     svg,
 )
 from lora_export.report.latency import cell_key, cell_name, margin_of
-from lora_export.report.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

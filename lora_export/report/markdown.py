@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_export.escaping import markdown as escaped
 from lora_export.report import latency, proof, story
-from lora_export.report.text import markdown as escaped
 
 _TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_export.escaping import one_line
 from lora_export.report.drawing import LARGEST, MERGED, drawable, figure, quiet, svg
-from lora_export.report.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

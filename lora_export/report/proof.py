@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_export.report.text import DASH, number, one_line, percent
+from lora_export.escaping import one_line
+from lora_export.report.text import DASH, number, percent
 
 Row = tuple[str, ...]
 

@@ -1,8 +1,6 @@
 """Numbers and names as a person reads them."""
 
 import math
-import re
-from typing import Any
 
 DASH = "–"
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -51,23 +49,6 @@ def size(value: int | float | None) -> str:
 
 def seconds(value: float | None) -> str:
     return DASH if value is None else f"{value:,.1f} s"
-
-
-def one_line(value: Any) -> str:
-    """Control characters, newlines among them, as spaces: for labels, headings and table cells."""
-    return re.sub(r"[\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", str(value)).strip()
-
-
-def printable(value: Any) -> str:
-    """Text of a model with its newlines kept, and without what XML and terminals choke on."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", "\ufffd", str(value))
-
-
-def markdown(value: Any) -> str:
-    """Escaped for a Markdown paragraph or table cell: names cannot become markup, HTML, links or mentions."""
-    text = one_line(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_\[\]#|~])", r"\\\1", text)
-    return text.replace("@", "&#64;").replace("://", "&#58;//")
 
 
 def count(n: int, noun: str) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from lora_export.escaping import markdown as escaped
 from lora_export.report import render, story, write
-from lora_export.report.text import markdown as escaped
 from lora_export.report.text import number, size
 
 HOSTILE = '<script>alert("1")</script>\'"\n\n# <img src=x onerror=alert(1)> $x$ | `a` {{ 7*7 }} \x00\x1b[31m\u202e'

@@ -1,0 +1,163 @@
+"""A package, checked again where it arrived: its files, its signature, its graphs, and what its runtime says."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lora_export.contracts import Finding, Progress, Verification
+from lora_export.errors import InputError, LoraExportError
+from lora_export.packages import archive, contents, signature
+from lora_export.packages.job import Facts, Snippet
+from lora_export.packages.targets import TARGETS
+
+RELATIVE = 1e-3  # of the largest number of a sample: another order of additions, in fp32
+RUN_SECONDS = 3600
+_EXACT = frozenset({"fp32", "float32"})  # precisions in which a runtime must say what the unmerged model says
+_UNSIGNED = "who made it: it is not signed, and whoever changes a file can write another manifest"
+
+
+def is_package(path: Path) -> bool:
+    """Whether this is the folder or the archive of a package."""
+    return (path.is_file() and archive.kind_of(path) is not None) or contents.is_package(path)
+
+
+def verify(path: Path, key: Path | None, run: bool, runtime: Path | None, progress: Progress) -> Verification:
+    """Check a package, a folder or an archive.
+
+    key: the public key of who signed it, in PEM; run: have its runtime generate; runtime: where that is, if not in
+    this environment: a Python interpreter, or for transformers.js a folder with node_modules.
+    """
+    with _folder(path) as folder:
+        progress.stage("verify: every file of the package")
+        try:
+            manifest = contents.read(folder)
+        except InputError as error:
+            return Verification((Finding("manifest", False, f"{error.found} ({contents.NAME})"),))
+        checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
+        checks += contents.compare(folder, manifest)
+        not_checked = []
+        if key is not None:
+            checks.append(signature.verify(folder, key))
+        elif (folder / contents.SIGNATURE).is_file():
+            not_checked.append(f"the signature {contents.SIGNATURE}: give the public key of who signed it (--key)")
+        else:
+            not_checked.append(_UNSIGNED)
+        if all(c.passed for c in checks):
+            checks += _graphs(folder)
+        if not run:
+            not_checked.append("whether its runtime runs it: --run")
+        elif all(c.passed for c in checks):  # nothing that was tampered with is run
+            checks.append(_said(folder, contents.facts_of(folder, manifest), runtime, progress))
+        return Verification(tuple(checks), tuple(not_checked))
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """The folder of a package; an archive is unpacked for the time being."""
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
+        archive.extract(path, Path(folder))
+        yield Path(folder)
+
+
+def _graphs(folder: Path) -> list[Finding]:
+    """Whether each graph is valid, and its weights lie in plain files beside it."""
+    from lora_export.onnx_export import check_model
+
+    found = []
+    graphs = [p for p in sorted(folder.rglob("*.onnx")) if p.is_file()]
+    for path in graphs:
+        try:
+            check_model(path)
+        except LoraExportError as error:
+            name = path.relative_to(folder).as_posix()
+            found.append(Finding("graphs", False, f"{name}: {error.found}"))
+    if not found and graphs:
+        found.append(Finding("graphs", True, f"{len(graphs)} valid, with their weights in files beside them"))
+    return found
+
+
+# --- running it --------------------------------------------------------------------------------------------
+
+
+def _said(folder: Path, facts: Facts, runtime: Path | None, progress: Progress) -> Finding:
+    """What the package's runtime says to the sample, beside what the unmerged model says."""
+    progress.stage(f"verify: {facts.target} runs the package")
+    snippet = TARGETS[facts.target].check(facts, str(folder.resolve()))
+    command, place = _command(snippet, runtime)
+    # No variable of this process has a say in what is loaded, and nothing is fetched.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    try:
+        done = subprocess.run(
+            command, input=snippet.code, capture_output=True, text=True, timeout=RUN_SECONDS, cwd=place,
+            env=environment, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("runs", False, f"{command[0]} did not run: {error}")
+    if done.returncode != 0:
+        return Finding("runs", False, f"its program failed: {_reason(done.stderr)}")
+    try:
+        said: Any = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return Finding("runs", False, f"its program printed no answer, but {done.stdout[-200:]!r}")
+    return _judged(said, facts)
+
+
+def _command(snippet: Snippet, runtime: Path | None) -> tuple[list[str], Path | None]:
+    """The interpreter that reads a program from its input, and the folder to start it in."""
+    if snippet.language == "python":
+        if runtime is not None and not runtime.is_file():
+            raise InputError("there is no such interpreter", where=runtime, expected="--runtime VENV/bin/python")
+        return [str(runtime or sys.executable), "-"], None
+    if runtime is not None and not (runtime / "node_modules").is_dir():
+        raise InputError(
+            "there is no node_modules in this folder",
+            where=runtime,
+            expected="a folder in which transformers.js is installed",
+            next_step=f"npm install --prefix {runtime} @huggingface/transformers",
+        )
+    return ["node", "--input-type=module", "-"], runtime
+
+
+def _reason(stderr: str) -> str:
+    """The line that says most: the last of a Python traceback, the first error of Node."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "error" in line]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def _judged(said: Any, facts: Facts) -> Finding:
+    sample = facts.sample
+    if sample is None:
+        return Finding("runs", bool(said or said == ""), "its runtime loads it and answers")
+    wanted = sample.text if sample.text is not None else list(sample.numbers)
+    same = _same(said, wanted)
+    who = "the unmerged model" if sample.text is not None else "the validated graph"
+    if same:
+        return Finding("runs", True, f"its runtime says to the sample what {who} says")
+    if facts.precision in _EXACT:
+        return Finding("runs", False, f"its runtime says {said!r} to the sample, and {who} {wanted!r}")
+    answered = isinstance(said, str) and bool(said) if sample.text is not None else _finite(said)
+    return Finding("runs", answered, f"its runtime answers, in {facts.precision} not as {who} does")
+
+
+def _same(said: Any, wanted: str | Sequence[float]) -> bool:
+    if isinstance(wanted, str):
+        # The sample goes on beyond an end of text, a runtime stops there; and neither is longer than its limit.
+        return isinstance(said, str) and bool(said) and (wanted.startswith(said) or said.startswith(wanted))
+    if not _finite(said) or len(said) != len(wanted):
+        return False
+    scale = max(abs(x) for x in wanted)
+    return all(abs(a - b) <= RELATIVE * scale for a, b in zip(said, wanted, strict=True))
+
+
+def _finite(said: Any) -> bool:
+    return isinstance(said, list) and bool(said) and all(isinstance(x, int | float) and x == x for x in said)

@@ -1,0 +1,53 @@
+"""How nearly two exports of one model, of different precisions, say the same on a few sentences."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.errors import ExportError
+from lora_export.onnx_export.casting import Array
+from lora_export.onnx_export.feeds import Feed, built_in_rows, rows_of, token_feeds
+
+
+def agreement(
+    reference: Sequence[Path], other: Sequence[Path], tokenizer: Path, config: Mapping[str, Any]
+) -> dict[str, float]:
+    """By the first output of the first graph: top1_agreement and kl_mean (nats a position) of logits, cosine of any.
+
+    tokenizer: a folder. {} for models whose first graph does not read tokens.
+    """
+    longest = int(config.get("max_position_embeddings", 128))
+    try:
+        rows = built_in_rows(tokenizer, min(longest, 128))
+        want, have = (_first_outputs(graphs[0], token_feeds(graphs[0], rows)) for graphs in (reference, other))
+    except (ExportError, OSError, ValueError):  # no tokenizer, or inputs that tokens do not give
+        return {}
+    found = {"cosine": float((want * have).sum() / max(np.linalg.norm(want) * np.linalg.norm(have), 1e-300))}
+    if want.shape[-1] == config.get("vocab_size"):
+        p, q = _log_softmax(want), _log_softmax(have)
+        found["top1_agreement"] = float((p.argmax(-1) == q.argmax(-1)).mean())
+        found["kl_mean"] = float((np.exp(p) * (p - q)).sum(-1).mean())
+    return found
+
+
+def first_numbers(graph: Path, tokenizer: Path, text: str, count: int) -> list[float]:
+    """The first numbers of a graph's first output for a text."""
+    found = _first_outputs(graph, token_feeds(graph, rows_of(tokenizer, [text], 512)))
+    return [float(x) for x in found.astype(np.float32).ravel()[:count]]
+
+
+def _first_outputs(graph: Path, feeds: Sequence[Feed]) -> Array:
+    """The first output for each feed, a row a position, in float64."""
+    from lora_export.runtime import open_session
+
+    session = open_session(graph, "cpu")
+    name = session.get_outputs()[0].name
+    rows = [np.asarray(session.run([name], dict(feed))[0], np.float64) for feed in feeds]
+    return np.concatenate([r.reshape(-1, r.shape[-1]) for r in rows])
+
+
+def _log_softmax(x: Array) -> Array:
+    shifted = x - x.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))

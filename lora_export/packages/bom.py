@@ -1,0 +1,103 @@
+"""bom.cdx.json: a CycloneDX bill of materials of the model, its base and adapters, and the files of the package."""
+
+import json
+import uuid
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_export import __version__, files
+from lora_export.escaping import one_line
+from lora_export.packages.job import Facts, Run
+
+if TYPE_CHECKING:
+    from cyclonedx.model.component import Component
+
+NAME = "bom.cdx.json"
+_SPACE = uuid.UUID("6f1c0a55-4f0e-5a83-9a3b-2f1f5f0f9d10")  # of the serial numbers: one for the same files
+_PREFIX = "lora-export:"
+
+
+def write(stage: Path, run: Run, facts: Facts, licence: str | None) -> None:
+    """Of everything in `stage`; nothing in it tells when or where it was written."""
+    from cyclonedx.model.bom import Bom, BomMetaData
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.output import make_outputter
+    from cyclonedx.schema import OutputFormat, SchemaVersion
+
+    hashes = files.hash_folder(stage)
+    model = _model(run, facts, licence)
+    tool = Component(name="lora-export", version=__version__, type=ComponentType.APPLICATION, bom_ref="tool")
+    bom = Bom(
+        components=[_file(name, value["sha256"]) for name, value in hashes.items()],
+        serial_number=uuid.uuid5(_SPACE, json.dumps(hashes, sort_keys=True)),
+        metadata=BomMetaData(component=model, timestamp=datetime.fromisoformat(run.report["created"])),
+    )
+    bom.metadata.tools.components.add(tool)
+    text = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string()
+    document = json.loads(text)
+    # The library has no class for a model card; the format has.
+    document["metadata"]["component"]["modelCard"] = _card(run)
+    files.write_json(stage / NAME, document)
+
+
+def _model(run: Run, facts: Facts, licence: str | None) -> "Component":
+    from cyclonedx.model.component import Component, ComponentType, Pedigree
+    from cyclonedx.model.license import DisjunctiveLicense
+
+    manifest = run.manifest
+    ancestors = [_ancestor("base", manifest["base"])]
+    ancestors += [_ancestor(f"adapter-{i}", a) for i, a in enumerate(manifest["adapters"])]
+    return Component(
+        name=one_line(facts.name),
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        bom_ref="model",
+        description=one_line(f"{run.report['title']}, packaged for {facts.target}"),
+        licenses=[DisjunctiveLicense(name=one_line(licence))] if licence else [],
+        pedigree=Pedigree(ancestors=ancestors, notes="The adapters were merged into the weights of the base."),
+        properties=_properties({f"version:{k}": v for k, v in manifest["versions"].items()}),
+    )
+
+
+def _ancestor(reference: str, source: Mapping[str, Any]) -> "Component":
+    from cyclonedx.model.component import Component, ComponentType
+
+    return Component(
+        name=one_line(source["name"]),
+        version=source.get("commit"),
+        type=ComponentType.MACHINE_LEARNING_MODEL,
+        bom_ref=reference,
+        properties=_properties({f"sha256:{n}": f["sha256"] for n, f in source["files"].items()}),
+    )
+
+
+def _properties(values: Mapping[str, str]) -> list[Any]:
+    from cyclonedx.model import Property
+
+    return [Property(name=one_line(f"{_PREFIX}{k}"), value=one_line(v)) for k, v in values.items()]
+
+
+def _file(name: str, digest: str) -> "Component":
+    from cyclonedx.model import HashAlgorithm, HashType
+    from cyclonedx.model.component import Component, ComponentType
+
+    return Component(
+        name=name,
+        type=ComponentType.FILE,
+        bom_ref=f"file:{name}",
+        hashes=[HashType(alg=HashAlgorithm.SHA_256, content=digest)],
+    )
+
+
+def _card(run: Run) -> dict[str, Any]:
+    checks = run.report["validate"]["checks"]
+    measured = [{"type": c["name"], "value": str(c["value"])} for c in checks if c["value"] is not None]
+    return {
+        "modelParameters": {
+            "task": run.task.name,
+            "architectureFamily": one_line(run.config.get("model_type", "")),
+            "modelArchitecture": run.architecture,
+        },
+        "quantitativeAnalysis": {"performanceMetrics": measured},
+    }

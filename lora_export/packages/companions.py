@@ -1,0 +1,107 @@
+"""The small files that go into every package: configuration, tokenizer, chat template, licences."""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export import files
+from lora_export.errors import InputError
+from lora_export.packages.configs import for_both, tokenizer_for_both
+from lora_export.packages.job import Run
+
+# Files that a tokenizer, a processor or generation reads, whichever of them a model has.
+_READ = frozenset(
+    {
+        "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+        "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+        "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
+        "processor_config.json", "normalizer.json", "modules.json", "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+    }
+)  # fmt: skip
+_TOKENIZERS = (
+    {"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"}, {"vocab.txt"}, {"spiece.model"},
+    {"sentencepiece.bpe.model"}, {"source.spm", "target.spm"},
+)  # fmt: skip
+_LICENCES = ("licence", "license", "notice", "copying", "use_policy", "usage_policy", "copyright")
+
+
+def check(run: Run) -> None:
+    """InputError for a run that lacks what its users cannot do without: a tokenizer, a promised chat template, a
+    processor of sound or images."""
+    present = {p.name for p in run.companions.iterdir()}
+    if run.task.input in ("text", "both") and not any(needed <= present for needed in _TOKENIZERS):
+        raise _missing(run, "no tokenizer", "tokenizer.json, tokenizer.model, or vocab.json with merges.txt")
+    if run.task.input != "text" and not {"preprocessor_config.json", "processor_config.json"} & present:
+        raise _missing(run, "no preprocessor", "preprocessor_config.json")
+    if run.task.generates and run.task.input == "audio" and "tokenizer.json" not in present:
+        raise _missing(run, "no tokenizer", "tokenizer.json")
+    if _promises_chat(run) and not _has_chat(run.companions, present):
+        raise _missing(run, "no chat template, and its name says that it is a chat model", "chat_template.jinja")
+
+
+def _promises_chat(run: Run) -> bool:
+    """Whether the base says in its name that it was tuned to chat."""
+    if run.task.name != "text-generation":
+        return False
+    words = str(run.manifest["base"]["name"]).lower().replace("_", "-").replace("/", "-").split("-")
+    return bool({"instruct", "chat", "it"} & set(words))
+
+
+def _has_chat(folder: Path, present: set[str]) -> bool:
+    if {"chat_template.jinja", "chat_template.json"} & present:
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and "chat_template" in files.read_json(path)
+
+
+def _missing(run: Run, found: str, expected: str) -> InputError:
+    return InputError(
+        f"the run has {found}",
+        where=run.companions,
+        expected=f"{expected}, without which a package cannot be used",
+        next_step="copy it into the base's folder and repeat the run",
+    )
+
+
+def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None) -> None:
+    """Write configuration, tokenizer and processor into `target`. changes: keys of config.json that this runtime
+    needs besides."""
+    files.write_json(target / "config.json", for_both(run.config) | dict(changes or {}))
+    lay_tokenizer(run, target)
+    if (run.companions / "modules.json").is_file():  # sentence-transformers
+        for path in sorted(run.companions.glob("*/config.json")):
+            files.refuse_outward_link(path)
+            (target / path.parent.name).mkdir()
+            shutil.copyfile(path, target / path.parent.name / path.name)
+
+
+def lay_tokenizer(run: Run, target: Path) -> None:
+    for path in sorted(run.companions.iterdir()):
+        if path.name in _READ and path.is_file():
+            _copy(path, target)
+    settings = run.companions / "tokenizer_config.json"
+    if settings.is_file():
+        files.write_json(target / settings.name, tokenizer_for_both(files.read_json(settings)))
+
+
+def lay_licences(run: Run, target: Path) -> None:
+    for path in licences(run):
+        _copy(path, target)
+
+
+def licences(run: Run) -> list[Path]:
+    """The files that a model's licence asks to be handed on."""
+    return list(_licences(run.companions))
+
+
+def _licences(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name.lower().startswith(_LICENCES) and path.suffix != ".py":
+            yield path
+
+
+def _copy(path: Path, target: Path) -> None:
+    files.refuse_outward_link(path)
+    shutil.copyfile(path, target / path.name)

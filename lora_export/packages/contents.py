@@ -1,0 +1,132 @@
+"""manifest.json of a package: every file by size and SHA-256, what it was made of, and what proves it."""
+
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lora_export import __version__, files
+from lora_export.contracts import Finding
+from lora_export.documents import Kind, check, check_texts
+from lora_export.errors import InputError
+from lora_export.packages import readme
+from lora_export.packages.job import Facts, Run, Sample
+from lora_export.packages.targets import TARGETS
+from lora_export.packages.tasks import task_of
+
+NAME, SIGNATURE = "manifest.json", "model.sig"
+KIND = "lora-export package"
+_HASHES: Kind = {str: {"sha256": str, "size": int}}
+_MANIFEST: Kind = {
+    "schema_version": int, "kind": str, "target": str, "name": str, "files": _HASHES, "task": str,
+    "architecture": str, "precision": str, "variants": [str], "providers": [str],
+    "sample": (None, {"prompt": str, "text": (None, str), "numbers": [float]}),
+}  # fmt: skip
+
+
+def write(stage: Path, run: Run, facts: Facts, options: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+    """Of everything in `stage`. measured: what each variant was found to do beside the run's own export."""
+    bench = run.report["benchmark"] or {}
+    files.write_sealed(
+        stage / NAME,
+        {
+            "schema_version": 1,
+            "kind": KIND,
+            "target": facts.target,
+            "name": facts.name,
+            "task": run.task.name,
+            "architecture": run.architecture,
+            **readme.facts_json(facts),
+            "tool": {"name": "lora-export", "version": __version__},
+            "versions": run.manifest["versions"],
+            "options": {"package": dict(options), "run": run.manifest["options"]},
+            "base": run.manifest["base"],
+            "adapters": run.manifest["adapters"],
+            "run": {
+                "title": run.report["title"],
+                "created": run.report["created"],
+                "status": run.report["status"],
+                "manifest_digest": run.manifest["digest"],
+            },
+            "certificate": _certificate(run),
+            "validation": {
+                "passed": run.report["validate"]["passed"],
+                "checks": run.report["validate"]["checks"],
+            },
+            "latency": {k: bench.get(k) for k in ("verdict", "provider", "provider_verified", "graph_identical")},
+            "measured": dict(measured),
+            "files": files.hash_folder(stage),
+        },
+    )
+
+
+def _certificate(run: Run) -> dict[str, Any]:
+    """The certificate of the merge by its hash, and its summary."""
+    merge = run.report["merge"]
+    path = merge.get("certificate", "")
+    return {
+        "sha256": run.manifest["files"].get(path, {}).get("sha256"),
+        **{k: merge.get(k) for k in ("tensors", "adapter_tensors", "delta_survival", "base_weights", "dtype")},
+    }
+
+
+def is_package(folder: Path) -> bool:
+    """Whether this is the folder of a package, whole or not."""
+    path = folder / NAME
+    try:
+        return path.is_file() and files.read_json(path).get("kind") == KIND
+    except InputError:
+        return False
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a package. InputError unless it is whole and names files within the folder."""
+    path = folder / NAME
+    manifest = files.read_sealed(path)
+    check_texts(manifest, path)
+    check(manifest, _MANIFEST, "the manifest of the package", path)
+    for name in manifest["files"]:
+        parts = PurePosixPath(name).parts
+        if not parts or PurePosixPath(name).as_posix() != name or not all(map(files.plain_name, parts)):
+            raise InputError(
+                f"the manifest names {name!r}, which lies outside of the package",
+                where=path,
+                expected="relative names within the folder",
+            )
+    if manifest["target"] not in TARGETS:
+        raise InputError(f"the package is for {manifest['target']!r}", where=path, expected=", ".join(TARGETS))
+    return manifest
+
+
+def facts_of(folder: Path, manifest: Mapping[str, Any]) -> Facts:
+    """What running a package takes. InputError for a configuration that cannot be read."""
+    sample = manifest["sample"]
+    return Facts(
+        target=manifest["target"],
+        name=manifest["name"],
+        task=task_of(manifest["task"], manifest["architecture"]),
+        precision=manifest["precision"],
+        variants=tuple(manifest["variants"]),
+        providers=tuple(manifest["providers"]),
+        sample=Sample(sample["prompt"], sample["text"], tuple(sample["numbers"])) if sample else None,
+        config=files.read_json(folder / "config.json"),
+    )
+
+
+def compare(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
+    """Each file that is missing, was added, was changed, or is no plain file; or that all are as they were."""
+    wanted, found = manifest["files"], {}
+    notes = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            notes.append(f"{name} is a link, or no file")
+        elif path.is_file() and name not in (NAME, SIGNATURE):
+            found[name] = {"sha256": files.sha256(path), "size": path.stat().st_size}
+        elif path.is_dir() and not any(w.startswith(f"{name}/") for w in wanted):
+            notes.append(f"{name}/ was added")
+    notes += [f"{n} is missing" for n in wanted if n not in found]
+    notes += [f"{n} was added" for n in found if n not in wanted]
+    notes += [f"{n} was changed" for n in wanted if n in found and found[n] != wanted[n]]
+    if notes:
+        return [Finding("package_files", False, note) for note in notes]
+    return [Finding("package_files", True, f"{len(wanted)} files have the size and SHA-256 of the manifest")]

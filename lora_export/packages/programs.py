@@ -1,0 +1,96 @@
+"""Programs of a few lines that load a package and print what it says to a sample, as one line of JSON.
+
+A README shows them and `verify --run` runs them. They hold no name that came with a model.
+"""
+
+import json
+
+from lora_export.packages.job import Facts, Snippet
+from lora_export.packages.tasks import Task
+
+TOKENS = 32  # greedy ones
+NUMBERS = 8  # of a model's first output that are shown
+PROMPT = "The capital of France is"
+_SECOND = 16_000  # samples of one second of sound
+
+
+def prompt_of(facts: Facts) -> str:
+    return facts.sample.prompt if facts.sample else PROMPT
+
+
+def python_program(facts: Facts, folder: str, library: str, auto: str, setup: str) -> Snippet:
+    """For classes with from_pretrained and the inputs and outputs of transformers."""
+    task = facts.task
+    reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
+    lines = [
+        "import json",
+        *(["import torch"] if task.input != "text" else []),
+        *(
+            [f"from transformers import {', '.join(sorted((auto, reader)))}"]
+            if library == "transformers"
+            else [f"from {library} import {auto}", f"from transformers import {reader}"]
+        ),
+        f"folder = {folder!r}",
+        f"reader = {reader}.from_pretrained(folder)",
+        f"model = {auto}.from_pretrained(folder)",
+        *_inputs(task, prompt_of(facts)),
+    ]
+    if task.generates:
+        start = "inputs.input_ids.shape[1]" if task.name == "text-generation" else "0"
+        lines += [
+            f"tokens = model.generate(**inputs, max_new_tokens={TOKENS}, do_sample=False)[0]",
+            f"print(json.dumps(reader.decode(tokens[{start}:], skip_special_tokens=True)))",
+        ]
+    else:
+        lines += [f"print(json.dumps(model(**inputs)[0].flatten()[:{NUMBERS}].tolist()))"]
+    return Snippet("python", setup, "\n".join(lines))
+
+
+def _inputs(task: Task, prompt: str) -> list[str]:
+    text = json.dumps(prompt)
+    if task.input == "text":
+        return [f'inputs = reader({text}, return_tensors="pt")']
+    if task.input == "audio":
+        return [f'inputs = reader(torch.zeros({_SECOND}).numpy(), sampling_rate={_SECOND}, return_tensors="pt")']
+    picture = "torch.zeros(3, 224, 224)"
+    words = f"text=[{text}], " if task.input == "both" else ""
+    return [f'inputs = reader({words}images={picture}, return_tensors="pt")']
+
+
+def javascript_program(facts: Facts, folder: str, dtype: str, setup: str) -> Snippet:
+    """For transformers.js on Node."""
+    task = facts.task
+    reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
+    names = sorted({task.auto, reader, *(["AutoTokenizer"] if task.generates else []), "env"})
+    lines = [
+        f'import {{ {", ".join(names)} }} from "@huggingface/transformers";',
+        "env.allowRemoteModels = false;",
+        f"const folder = {json.dumps(folder)};",
+        f"const reader = await {reader}.from_pretrained(folder);",
+        f"const model = await {task.auto}.from_pretrained(folder, {{ dtype: {json.dumps(dtype)} }});",
+    ]
+    text = json.dumps(prompt_of(facts))
+    if task.input == "audio":
+        lines += [f"const inputs = await reader(new Float32Array({_SECOND}));"]
+    elif task.input == "text":
+        lines += [f"const inputs = await reader({text});"]
+    else:
+        lines.insert(0, 'import { RawImage } from "@huggingface/transformers";')
+        image = "new RawImage(new Uint8ClampedArray(3 * 224 * 224), 224, 224, 3)"
+        words = [f"const words = (await AutoTokenizer.from_pretrained(folder))([{text}]);"]
+        lines += [*(words if task.input == "both" else []), f"const image = await reader({image});",
+                  f"const inputs = {'{ ...words, ...image }' if task.input == 'both' else 'image'};"]  # fmt: skip
+    if task.generates:
+        start = "inputs.input_ids.dims[1]" if task.name == "text-generation" else "0"
+        decoder = "reader" if reader == "AutoTokenizer" else "(await AutoTokenizer.from_pretrained(folder))"
+        lines += [
+            f"const tokens = await model.generate({{ ...inputs, max_new_tokens: {TOKENS}, do_sample: false }});",
+            f"const said = {decoder}.decode(tokens.tolist()[0].slice({start}), {{ skip_special_tokens: true }});",
+            "console.log(JSON.stringify(said));",
+        ]
+    else:
+        lines += [
+            "const first = Object.values(await model(inputs))[0];",
+            f'console.log(JSON.stringify(Array.from(first.to("float32").data.slice(0, {NUMBERS}))));',
+        ]
+    return Snippet("javascript", setup, "\n".join(lines))

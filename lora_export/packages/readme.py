@@ -1,0 +1,104 @@
+"""README.md of a package: what it is, how it was proved, and the commands that run it."""
+
+import json
+from typing import Any
+
+from lora_export.escaping import markdown
+from lora_export.packages.job import Facts, Run, Snippet
+from lora_export.packages.targets import TARGETS
+
+NAME = "README.md"
+FOLDER = "."
+_TITLES = {
+    "genai": "onnxruntime-genai",
+    "optimum": "Optimum and ONNX Runtime",
+    "triton": "the Triton Inference Server",
+    "transformers-js": "transformers.js",
+    "hf": "transformers, vLLM and TGI",
+}
+
+
+def text(run: Run, facts: Facts) -> str:
+    """For every target but hf, whose README is the model card."""
+    lines = [f"# {markdown(facts.name)} for {_TITLES[facts.target]}", "", *about(run), "", *how_to_run(facts)]
+    return "\n".join(lines) + "\n"
+
+
+def about(run: Run) -> list[str]:
+    """What was merged into what, and what was found when it was checked."""
+    names = [markdown(a["name"]) for a in run.manifest["adapters"]]
+    lines = [
+        f"{markdown(run.manifest['base']['name'])} with the adapter{'s' * (len(names) > 1)} {' and '.join(names)}"
+        " merged into its weights by lora-export."
+    ]
+    return [*lines, *(f"- {markdown(name)}: {markdown(value)}" for name, value in proof(run).items())]
+
+
+def proof(run: Run) -> dict[str, str]:
+    """The figures of the run's report in words."""
+    merge, validate, bench = (run.report[k] for k in ("merge", "validate", "benchmark"))
+    found: dict[str, str] = {}
+    if merge:
+        used = merge["adapter_tensors"]
+        found["adapter tensors merged"] = f"{used.get('used')} of {used.get('total')}"
+        if merge.get("delta_survival") is not None:
+            found["of the delta left after rounding"] = f"{merge['delta_survival']:.4%}"
+    if validate:
+        checks = validate["checks"]
+        found["checks against the unmerged model"] = f"{sum(c['passed'] for c in checks)} of {len(checks)} passed"
+        worst = {c["name"]: c["value"] for c in checks}
+        for name, words in (("onnx_logits_max_abs", "largest difference of an ONNX output"),):
+            if worst.get(name) is not None:
+                found[words] = f"{worst[name]:.2g}"
+    if bench:
+        same = {True: "the graph of the base", False: "a graph of its own", None: "not compared"}
+        found["graph"] = same[bench.get("graph_identical")]
+        found["latency against the base"] = f"{bench['verdict']}, on {bench['provider']}"
+    return found
+
+
+def how_to_run(facts: Facts) -> list[str]:
+    target = TARGETS[facts.target]
+    snippet = target.snippet(facts, FOLDER)
+    lines = ["## Run it", "", "In this folder:", "", "```bash", snippet.setup, "```", ""]
+    lines += [*_shell(snippet), ""]
+    lines += _expected(facts)
+    notes = target.notes(facts)
+    return [*lines, *([notes.rstrip(), ""] if notes else []), *_verify()]
+
+
+def _shell(snippet: Snippet) -> list[str]:
+    start = "python" if snippet.language == "python" else "node --input-type=module"
+    return [
+        "```bash",
+        f"{start} - <<'END'" if start == "python" else f"{start} <<'END'",
+        snippet.code,
+        "END",
+        "```",
+    ]
+
+
+def _expected(facts: Facts) -> list[str]:
+    """What the program prints where the arithmetic is that of the unmerged model. JSON, which no fence ends in."""
+    if facts.sample is None:
+        return []
+    said = facts.sample.text if facts.sample.text is not None else list(facts.sample.numbers)
+    who = "The unmerged model says" if facts.sample.text is not None else "The validated graph computes"
+    return [f"{who}:", "", "```json", json.dumps(said, ensure_ascii=False), "```", ""]
+
+
+def _verify() -> list[str]:
+    return ["", "`lora-export verify .` checks every file, and with `--run` that the model says the same."]
+
+
+def facts_json(facts: Facts) -> dict[str, Any]:
+    """What the manifest keeps of the facts; the configuration lies beside it."""
+    sample = facts.sample
+    return {
+        "precision": facts.precision,
+        "variants": list(facts.variants),
+        "providers": list(facts.providers),
+        "sample": {"prompt": sample.prompt, "text": sample.text, "numbers": list(sample.numbers)}
+        if sample
+        else None,
+    }

@@ -1,0 +1,73 @@
+"""A signature over all files of a package by model-signing, with a key that needs no network."""
+
+from pathlib import Path
+from typing import Any
+
+from lora_export.contracts import Finding
+from lora_export.errors import InputError
+from lora_export.packages.contents import SIGNATURE
+
+
+def sign(folder: Path, key: Path) -> None:
+    """Write `folder`/model.sig. key: a private key in PEM on one of the curves P-256, P-384 and P-521. InputError for
+    any other."""
+    signing, hashing = _library()
+    target = folder / SIGNATURE
+    try:
+        config = signing.Config().use_elliptic_key_signer(private_key=key)
+        config.set_hashing_config(_hashing(hashing, folder)).sign(folder, target)
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(
+            f"the package cannot be signed with this key: {error}",
+            where=key,
+            expected="an unencrypted private key in PEM on the curve P-256, P-384 or P-521",
+            next_step="openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
+        ) from None
+
+
+def check_key(key: Path) -> None:
+    """Refuse a key that cannot sign, before any work."""
+    _library()
+    from model_signing._signing import sign_ec_key
+
+    try:
+        sign_ec_key.Signer(key)
+    except (ValueError, TypeError, OSError) as error:
+        raise InputError(
+            f"this is no key to sign with: {error}",
+            where=key,
+            expected="an unencrypted private key in PEM on the curve P-256, P-384 or P-521",
+            next_step="openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
+        ) from None
+
+
+def verify(folder: Path, key: Path) -> Finding:
+    """Whether model.sig was made by the owner of the public `key`, over these files."""
+    if not (folder / SIGNATURE).is_file():
+        return Finding("signature", False, f"{SIGNATURE} is missing, and a public key was given")
+    _library()
+    from model_signing import hashing, verifying
+
+    config = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    config.set_hashing_config(_hashing(hashing, folder))
+    try:
+        config.verify(folder, folder / SIGNATURE)
+    except Exception as error:
+        return Finding("signature", False, f"{SIGNATURE} is not of this key and these files: {error}")
+    return Finding("signature", True, "of this key, over every file")
+
+
+def _hashing(hashing: Any, folder: Path) -> Any:
+    return hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)
+
+
+def _library() -> tuple[Any, Any]:
+    try:
+        from model_signing import hashing, signing
+    except ImportError:
+        raise InputError(
+            "model-signing is not installed",
+            expected="the extra `signing`",
+            next_step="pip install 'lora-export[signing]'",
+        ) from None
+    return signing, hashing

@@ -1,0 +1,65 @@
+"""What models do, by Optimum's names of tasks, and what the runtimes call the classes that do it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_export.errors import ExportError
+
+
+@dataclass(frozen=True)
+class Task:
+    """auto: the class of transformers and transformers.js; optimum: Optimum's; input: what the model reads; pipeline:
+    the hub's name."""
+
+    name: str
+    auto: str
+    optimum: str
+    input: Literal["text", "image", "audio", "both"]
+    pipeline: str
+    generates: bool = False
+
+
+_ALL = (
+    Task("text-generation", "AutoModelForCausalLM", "ORTModelForCausalLM", "text", "text-generation", True),
+    Task("text2text-generation", "AutoModelForSeq2SeqLM", "ORTModelForSeq2SeqLM", "text", "translation", True),
+    Task("feature-extraction", "AutoModel", "ORTModelForFeatureExtraction", "text", "feature-extraction"),
+    Task("fill-mask", "AutoModelForMaskedLM", "ORTModelForMaskedLM", "text", "fill-mask"),
+    Task(
+        "text-classification", "AutoModelForSequenceClassification", "ORTModelForSequenceClassification", "text",
+        "text-classification",
+    ),
+    Task(
+        "token-classification", "AutoModelForTokenClassification", "ORTModelForTokenClassification", "text",
+        "token-classification",
+    ),
+    Task(
+        "question-answering", "AutoModelForQuestionAnswering", "ORTModelForQuestionAnswering", "text",
+        "question-answering",
+    ),
+    Task(
+        "image-classification", "AutoModelForImageClassification", "ORTModelForImageClassification", "image",
+        "image-classification",
+    ),
+    Task(
+        "audio-classification", "AutoModelForAudioClassification", "ORTModelForAudioClassification", "audio",
+        "audio-classification",
+    ),
+    Task(
+        "zero-shot-image-classification", "AutoModelForZeroShotImageClassification",
+        "ORTModelForZeroShotImageClassification", "both", "zero-shot-image-classification",
+    ),
+)  # fmt: skip
+_ASR = "automatic-speech-recognition"
+_CTC = Task(_ASR, "AutoModelForCTC", "ORTModelForCTC", "audio", _ASR)
+_SPEECH = Task(_ASR, "AutoModelForSpeechSeq2Seq", "ORTModelForSpeechSeq2Seq", "audio", _ASR, True)
+
+
+def task_of(name: str, architecture: str) -> Task:
+    """The task that an export names ("text-generation-with-past"). ExportError for one that no package knows."""
+    plain = name.removesuffix("-with-past")
+    if plain == _ASR:
+        return _CTC if architecture.endswith("ForCTC") else _SPEECH
+    found = next((t for t in _ALL if t.name == plain), None)
+    if found is None:
+        raise ExportError(f"the export is for the task {name!r}", expected=", ".join(t.name for t in _ALL))
+    return found
