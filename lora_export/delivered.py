@@ -92,14 +92,14 @@ def _said(folder: Path, facts: Facts, runtime: Path | None, progress: Progress) 
     """What the package's runtime says to the sample, beside what the unmerged model says."""
     progress.stage(f"verify: {facts.target} runs the package")
     snippet = TARGETS[facts.target].check(facts, str(folder.resolve()))
-    command, place = _command(snippet, runtime)
-    # No variable of this process has a say in what is loaded, and nothing is fetched.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     try:
-        done = subprocess.run(
-            command, input=snippet.code, capture_output=True, text=True, timeout=RUN_SECONDS, cwd=place,
-            env=environment, check=False,
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory(prefix="lora-export-") as empty:  # Python imports from where it is started
+            command, place = _command(snippet, runtime, Path(empty))
+            done = subprocess.run(
+                command, input=snippet.code, capture_output=True, text=True, timeout=RUN_SECONDS, cwd=place,
+                env=environment, check=False,
+            )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding("runs", False, f"{command[0]} did not run: {error}")
     if done.returncode != 0:
@@ -111,12 +111,12 @@ def _said(folder: Path, facts: Facts, runtime: Path | None, progress: Progress) 
     return _judged(said, facts)
 
 
-def _command(snippet: Snippet, runtime: Path | None) -> tuple[list[str], Path | None]:
+def _command(snippet: Snippet, runtime: Path | None, empty: Path) -> tuple[list[str], Path]:
     """The interpreter that reads a program from its input, and the folder to start it in."""
     if snippet.language == "python":
         if runtime is not None and not runtime.is_file():
             raise InputError("there is no such interpreter", where=runtime, expected="--runtime VENV/bin/python")
-        return [str(runtime or sys.executable), "-"], None
+        return [str(runtime.absolute() if runtime else sys.executable), "-"], empty
     if runtime is not None and not (runtime / "node_modules").is_dir():
         raise InputError(
             "there is no node_modules in this folder",
@@ -124,7 +124,7 @@ def _command(snippet: Snippet, runtime: Path | None) -> tuple[list[str], Path | 
             expected="a folder in which transformers.js is installed",
             next_step=f"npm install --prefix {runtime} @huggingface/transformers",
         )
-    return ["node", "--input-type=module", "-"], runtime
+    return ["node", "--input-type=module", "-"], runtime or empty
 
 
 def _reason(stderr: str) -> str:

@@ -13,6 +13,8 @@ from lora_export.errors import InputError, LoraExportError
 from lora_export.files import read_json
 from lora_export.manifest import NAME as MANIFEST
 from lora_export.manifest import is_run
+from lora_export.packages import contents
+from lora_export.packages.contents import is_package
 from lora_export.quantization import describe
 from lora_export.report.schema import load as report_of
 
@@ -27,11 +29,13 @@ _WITH_RANK = frozenset({"lora", "lora_embedding", "lora_convolution", "dora", "a
 
 
 def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
-    """`kind` (run, adapter, onnx, base) and what a person would ask about that kind."""
+    """`kind` (package, run, adapter, onnx, base) and what a person would ask about that kind."""
     if not folder.is_dir():
         raise InputError("there is no such folder", where=folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, base)
+    if is_package(folder):
+        return _package(folder)
     if is_run(folder):
         return _run(folder)
     if any((folder / name).is_file() for name in ("export.json", "model.onnx")):
@@ -39,7 +43,7 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return _base(open_checkpoint(folder))
     raise InputError(
-        "this is no base, adapter, ONNX export or run",
+        "this is no base, adapter, ONNX export, run or package",
         where=folder,
         expected="a folder with config.json, adapter_config.json, model.onnx or manifest.json",
     )
@@ -184,6 +188,24 @@ def _onnx(folder: Path) -> dict[str, Any]:
         "runs_in": "onnxruntime-genai, ONNX Runtime"
         if (folder / "genai_config.json").is_file()
         else "ONNX Runtime",
+    }
+
+
+def _package(folder: Path) -> dict[str, Any]:
+    manifest = contents.read(folder)
+    return {
+        "kind": "package",
+        "target": manifest["target"],
+        "name": manifest["name"],
+        "task": manifest["task"],
+        "base": manifest["base"]["name"],
+        "adapters": [a["name"] for a in manifest["adapters"]],
+        "precision": manifest["precision"],
+        "variants": manifest["variants"],
+        "latency": manifest["latency"]["verdict"],
+        "signed": (folder / contents.SIGNATURE).is_file(),
+        "files": len(manifest["files"]),
+        "bytes": sum(f["size"] for f in manifest["files"].values()),
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from lora_export import files, manifest, packages
 from lora_export.contracts import ExportResult, PackageResult, Progress
 from lora_export.errors import InputError, OutputError
-from lora_export.packages import archive, card, companions, signature
+from lora_export.packages import archive, card, companions, contents, signature
 from lora_export.packages.job import RUNS_OWN, Job, Run, Variant
 from lora_export.packages.targets import TARGETS
 from lora_export.packages.tasks import task_of
@@ -61,12 +61,12 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         shutil.rmtree(work)
         facts = packages.describe(job, chosen, card.licence_of(found, options.licence))
         packages.seal(job, facts, _kept(options), measured, options.key)
-        contents = {n: f["size"] for n, f in files.hash_folder(stage).items()}
+        sizes = {n: f["size"] for n, f in files.hash_folder(stage).items()}
     return PackageResult(
         output=final,
         target=target,
         name=name,
-        files=contents,
+        files=sizes,
         variants=tuple(exports),
         measured=measured,
         archive=options.archive,
@@ -107,7 +107,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
     from lora_export.onnx_export import load_export
     from lora_export.report.schema import load as load_report
 
-    if not folder.is_dir() or not manifest.is_run(folder):
+    if not folder.is_dir() or contents.is_package(folder) or not manifest.is_run(folder):
         raise InputError(
             "this is no run",
             where=folder,

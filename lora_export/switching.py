@@ -16,6 +16,7 @@ from lora_export.errors import InputError
 from lora_export.manifest import is_run
 from lora_export.merge import CERTIFICATE, MergePlan, plan, prepare
 from lora_export.merge.certificate import adapter_hashes
+from lora_export.packages.contents import is_package
 from lora_export.spare import Spare, exchanged
 
 
@@ -78,8 +79,15 @@ def switch(
 
 
 def _refuse_run(folder: Path) -> None:
-    """InputError for a run or a part of one: its report is about the adapter that it was made with."""
+    """InputError for a run, a part of one, or a package: they tell of the adapter that they were made with."""
     home = folder.absolute()
+    if is_package(home):
+        raise InputError(
+            "the folder is a package, whose manifest is about the adapter that is in it",
+            where=home,
+            expected="a merged folder or an export of its own",
+            next_step="switch the export that the package was made of, or package another run",
+        )
     run = next((p for p in (home, home.parent) if is_run(p)), None)
     if run is not None:
         part = home if run != home else home / "merged"

@@ -1,5 +1,6 @@
 """lora-export package: a finished run for a production runtime."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def package(
         talk.result(result.as_json() | {"pushed": address}, table(rows))
 
 
-def _found(measured: dict[str, Any]) -> str:
+def _found(measured: Mapping[str, Any]) -> str:
     """A variant beside the run's own export, in words."""
     against = measured["against"]
     if "top1_agreement" in measured:

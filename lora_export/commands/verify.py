@@ -27,8 +27,8 @@ from lora_export.commands.talk import talking
 @click.option("--run", "run_it", is_flag=True, help="Of a package: have its runtime load it and answer the sample.")
 @click.option(
     "--runtime", type=options.FOLDER, default=None, metavar="PATH",
-    help="With --run: where the runtime is, if not in this environment: a Python interpreter, or for transformers-js "
-    "a folder with node_modules.",
+    help="With --run: where the runtime is, if not in this environment: a Python interpreter, or for "
+    "transformers-js a folder with node_modules.",
 )  # fmt: skip
 @options.certify_option
 @options.talk_options
@@ -36,8 +36,9 @@ def verify(
     path: Path, base: str | None, adapters: tuple[str, ...], key: Path | None, run_it: bool, runtime: Path | None,
     certify: Any, as_json: bool, quiet: bool, verbose: bool,
 ) -> None:  # fmt: skip
-    """Check a merged folder, the folder of a whole run, or a package, again. Exit code 3 if a check of the first two
-    fails, and 1 for a package that is not what was made.
+    """Check a merged folder, the folder of a whole run, or a package, again.
+
+    Exit code 3 if a check of the first two fails, and 1 for a package that is not what was made.
 
     The certificate in it is not believed: with -b and -a the merge is planned anew, rows are computed in float64
     and compared, files are compared with what a merge would write, all bytes are hashed again, and every figure
@@ -55,6 +56,8 @@ def verify(
         from lora_export.delivered import verify as verify_package
         from lora_export.errors import EXIT_FAILED, EXIT_GATE, InputError
 
+        if not path.exists():
+            raise InputError("there is no such folder or archive", where=path)
         packaged = is_package(path)
         if packaged and (base or adapters):
             raise InputError("--base or --adapter with a package", expected="them with a merged folder or a run")

@@ -14,7 +14,7 @@ from lora_export.onnx_export.feeds import Feed, built_in_rows, rows_of, token_fe
 def agreement(
     reference: Sequence[Path], other: Sequence[Path], tokenizer: Path, config: Mapping[str, Any]
 ) -> dict[str, float]:
-    """By the first output of the first graph: top1_agreement and kl_mean (nats a position) of logits, cosine of any.
+    """By the first output of the first graph: top1_agreement and kl_mean (nats) of logits, cosine of any.
 
     tokenizer: a folder. {} for models whose first graph does not read tokens.
     """

@@ -24,7 +24,7 @@ def lay(job: Job, target: Target) -> None:
 
 
 def describe(job: Job, target: Target, licence: str | None) -> Facts:
-    """Write README.md and the bill of materials beside what was laid. licence: of the model, None if nobody knows."""
+    """Write README.md and the bill of materials beside what was laid. licence: None if nobody knows it."""
     facts = Facts(
         target=target.name,
         name=job.name,
@@ -35,10 +35,8 @@ def describe(job: Job, target: Target, licence: str | None) -> Facts:
         sample=job.sample,
         config=job.run.config,
     )
-    if target.name == "hf":
-        text = card.text(job.run, facts, licence)
-    else:
-        text = readme.text(job.run, facts)
+    write = card.text if target.name == "hf" else readme.text
+    text = write(job.run, facts, licence)
     (job.stage / readme.NAME).write_text(text, encoding="utf-8")
     bom.write(job.stage, job.run, facts, licence)
     return facts

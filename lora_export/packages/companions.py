@@ -81,9 +81,12 @@ def lay_tokenizer(run: Run, target: Path) -> None:
     for path in sorted(run.companions.iterdir()):
         if path.name in _READ and path.is_file():
             _copy(path, target)
-    settings = run.companions / "tokenizer_config.json"
-    if settings.is_file():
-        files.write_json(target / settings.name, tokenizer_for_both(files.read_json(settings)))
+    # A base without one gets what the exporter made for it.
+    places = [folder / "tokenizer_config.json" for folder in (run.companions, run.export.output)]
+    settings = next((p for p in places if p.is_file()), None)
+    if settings is not None or (target / "tokenizer.json").is_file():
+        config = files.read_json(settings) if settings else {"tokenizer_class": "TokenizersBackend"}
+        files.write_json(target / "tokenizer_config.json", tokenizer_for_both(config))
 
 
 def lay_licences(run: Run, target: Path) -> None:

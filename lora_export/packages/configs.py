@@ -10,6 +10,7 @@ from typing import Any
 
 _OURS = "TokenizersBackend"
 _THEIRS = "PreTrainedTokenizerFast"
+_INPUTS = ("input_ids", "attention_mask")  # what the class of transformers 5 gives where the file says nothing
 # rope_parameters by layer type → the legacy keys of ModernBERT and of Gemma 3.
 _LOCAL = {"modernbert": "local_rope_theta", "gemma3_text": "rope_local_base_freq", "gemma3": "rope_local_base_freq"}
 _GLOBAL = {"modernbert": "global_rope_theta"}
@@ -55,6 +56,7 @@ def tokenizer_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
     if found.get("tokenizer_class") == _OURS:
         found["tokenizer_class"] = _THEIRS
+        found.setdefault("model_input_names", list(_INPUTS))  # 4.57's own default has token_type_ids
     extra = found.get("extra_special_tokens")
     if isinstance(extra, list):  # 4.57 wants a name for each, and had this for tokens without one
         del found["extra_special_tokens"]

@@ -8,7 +8,7 @@ from lora_export import __version__, files
 from lora_export.contracts import Finding
 from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import InputError
-from lora_export.packages import readme
+from lora_export.packages import bom, readme
 from lora_export.packages.job import Facts, Run, Sample
 from lora_export.packages.targets import TARGETS
 from lora_export.packages.tasks import task_of
@@ -17,7 +17,8 @@ NAME, SIGNATURE = "manifest.json", "model.sig"
 KIND = "lora-export package"
 _HASHES: Kind = {str: {"sha256": str, "size": int}}
 _MANIFEST: Kind = {
-    "schema_version": int, "kind": str, "target": str, "name": str, "files": _HASHES, "task": str,
+    "schema_version": int, "kind": str, "base": {"name": str}, "adapters": [{"name": str}],
+    "latency": {"verdict": (None, str)}, "target": str, "name": str, "files": _HASHES, "task": str,
     "architecture": str, "precision": str, "variants": [str], "providers": [str],
     "sample": (None, {"prompt": str, "text": (None, str), "numbers": [float]}),
 }  # fmt: skip
@@ -45,7 +46,7 @@ def write(stage: Path, run: Run, facts: Facts, options: Mapping[str, Any], measu
                 "title": run.report["title"],
                 "created": run.report["created"],
                 "status": run.report["status"],
-                "manifest_digest": run.manifest["digest"],
+                "manifest_sha256": files.sha256(run.folder / NAME),
             },
             "certificate": _certificate(run),
             "validation": {
@@ -70,8 +71,10 @@ def _certificate(run: Run) -> dict[str, Any]:
 
 
 def is_package(folder: Path) -> bool:
-    """Whether this is the folder of a package, whole or not."""
+    """Whether this is the folder of a package, even if one of its files is damaged or missing."""
     path = folder / NAME
+    if (folder / bom.NAME).is_file():
+        return True
     try:
         return path.is_file() and files.read_json(path).get("kind") == KIND
     except InputError:

@@ -11,33 +11,32 @@ _TWO_STEPS = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_mod
 def lay(
     export: ExportResult, folder: Path, suffix: str = "", largest: int = graphs.LARGEST_CHUNK
 ) -> dict[str, int]:
-    """Write the graphs of an export into `folder`: file name → number of its data files (NAME_data, NAME_data_1, …).
+    """Write the graphs of an export into `folder`: file name → number of data files (NAME_data, NAME_data_1, …).
 
     suffix: of the names before .onnx; largest: bytes of a data file.
     """
-
-    def save(name: str, model: "graphs.Model", sources: dict[str, Path]) -> tuple[str, int]:
+    found = {}
+    for name, (model, sources) in models(export).items():
         file = f"{name}{suffix}.onnx"
-        return file, graphs.save(model, folder / file, f"{file}_data", sources, largest)
+        found[file] = graphs.save(model, folder / file, f"{file}_data", sources, largest)
+    return found
 
-    source = export.output
+
+def models(export: ExportResult) -> "dict[str, tuple[graphs.Model, dict[str, Path]]]":
+    """Name → graph, and the folder of each of its external tensors."""
     if speech.is_whisper(export):
         first, second = export.paths
-        return dict(
-            (
-                save("encoder_model", *_alone(speech.encoder(first), source)),
-                save("decoder_model_merged", *speech.decoder(first, second)),
-            )
-        )
+        return {
+            "encoder_model": _alone(speech.encoder(first), export.output),
+            "decoder_model_merged": speech.decoder(first, second),
+        }
     if export.graphs == _TWO_STEPS:
         encoder, decoder, later = export.paths
-        return dict(
-            (
-                save("encoder_model", *_alone(graphs.load(encoder), source)),
-                save("decoder_model_merged", *two_steps.joined(decoder, later)),
-            )
-        )
-    return dict(save(p.stem, *_alone(graphs.load(p), source)) for p in export.paths)
+        return {
+            "encoder_model": _alone(graphs.load(encoder), export.output),
+            "decoder_model_merged": two_steps.joined(decoder, later),
+        }
+    return {p.stem: _alone(graphs.load(p), export.output) for p in export.paths}
 
 
 def _alone(model: "graphs.Model", folder: Path) -> "tuple[graphs.Model, dict[str, Path]]":

@@ -18,9 +18,10 @@ _TITLES = {
 }
 
 
-def text(run: Run, facts: Facts) -> str:
-    """For every target but hf, whose README is the model card."""
-    lines = [f"# {markdown(facts.name)} for {_TITLES[facts.target]}", "", *about(run), "", *how_to_run(facts)]
+def text(run: Run, facts: Facts, licence: str | None) -> str:
+    """For every target but hf, whose README is the model card. licence: None if nobody knows it."""
+    lines = [f"# {markdown(facts.name)} for {_TITLES[facts.target]}", "", *about(run)]
+    lines += [f"- licence: {markdown(licence)}"] * bool(licence) + ["", *how_to_run(facts)]
     return "\n".join(lines) + "\n"
 
 

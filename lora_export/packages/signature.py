@@ -48,7 +48,8 @@ def verify(folder: Path, key: Path) -> Finding:
     _library()
     from model_signing import hashing, verifying
 
-    config = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    config: Any = verifying.Config()  # type: ignore[no-untyped-call]
+    config.use_elliptic_key_verifier(public_key=key)
     config.set_hashing_config(_hashing(hashing, folder))
     try:
         config.verify(folder, folder / SIGNATURE)
@@ -64,9 +65,9 @@ def _hashing(hashing: Any, folder: Path) -> Any:
 def _library() -> tuple[Any, Any]:
     try:
         from model_signing import hashing, signing
-    except ImportError:
+    except ImportError as error:
         raise InputError(
-            "model-signing is not installed",
+            f"model-signing is not installed: {error}",
             expected="the extra `signing`",
             next_step="pip install 'lora-export[signing]'",
         ) from None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 STATES, CACHED = "encoder_hidden_states", "use_cache_branch"
 _BUILDERS = ("encoder.onnx", "decoder.onnx")
+_ENCODED = "encoder_sequence_length_out"
 _EVERYTHING = 2**31 - 1  # an end that no cache reaches, for Slice
 
 
@@ -63,19 +64,22 @@ def decoder(encoder_path: Path, path: Path) -> "tuple[onnx.ModelProto, dict[str,
     ]
     outputs = [graph.output[0]]
     for what, i in names:
-        old, new = f"past_key_values.{i}.decoder.{what}", f"past_key_values.{i}.encoder.{what}"
-        own, encoded = given[f"used_{what}_{i}"], given[f"cross_{what}_{i}"]
-        inputs += [_as(own, old), _as(encoded, new, {2: "encoder_sequence_length_out"})]
+        old = f"past_key_values.{i}.decoder.{what}"
         # What is handed over where there is no cache yet is a placeholder, in Optimum of one position.
         before.append(helper.make_node("Slice", [old, "start", "cache_end", "axis"], [f"used_{what}_{i}"]))
     before.append(_chosen(cross, names))
     _rename(graph, {f"present_{w}_self_{i}": f"present.{i}.decoder.{w}" for w, i in names})
     own_outputs = {o.name: o for o in graph.output}
-    for what, i in names:
-        outputs.append(own_outputs[f"present.{i}.decoder.{what}"])
-        shape = given[f"cross_{what}_{i}"]
-        outputs.append(_as(shape, f"present.{i}.encoder.{what}", {2: "encoder_sequence_length_out"}))
-        before.append(helper.make_node("Identity", [f"cross_{what}_{i}"], [f"present.{i}.encoder.{what}"]))
+    for of, what, i in _in_order(layers):
+        past, present = (f"{time}.{i}.{of}.{what}" for time in ("past_key_values", "present"))
+        if of == "decoder":
+            inputs.append(_as(given[f"used_{what}_{i}"], past))
+            outputs.append(own_outputs[present])
+        else:
+            encoded = given[f"cross_{what}_{i}"]
+            inputs.append(_as(encoded, past, {2: _ENCODED}))
+            outputs.append(_as(encoded, present, {2: _ENCODED}))
+            before.append(helper.make_node("Identity", [f"cross_{what}_{i}"], [present]))
     constants = {"start": [0], "axis": [2], "everything": [_EVERYTHING]}
     initializers = [
         *graph.initializer,
@@ -89,6 +93,11 @@ def decoder(encoder_path: Path, path: Path) -> "tuple[onnx.ModelProto, dict[str,
         helper.make_graph([*before, *graph.node], graph.name or "decoder", inputs, outputs, initializers)
     )
     return made, sources
+
+
+def _in_order(layers: int) -> list[tuple[str, str, int]]:
+    """The tensors of the cache as Optimum counts them."""
+    return [(of, what, i) for i in range(layers) for of in ("decoder", "encoder") for what in ("key", "value")]
 
 
 def _past(what: str, layer: int, of: str) -> str:

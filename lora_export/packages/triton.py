@@ -5,11 +5,10 @@ config.pbtxt is built of Triton's own protobuf classes, as no template quotes a 
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_export.errors import ExportError, InputError
-from lora_export.packages import companions, graphs
+from lora_export.packages import companions, graphs, hub_graphs
 from lora_export.packages.job import RUNS_OWN, Facts, Job, Run, Snippet, Target, Variant
 from lora_export.packages.programs import NUMBERS, TOKENS, prompt_of
 
@@ -40,27 +39,24 @@ class TritonTarget(Target):
     def lay(self, job: Job) -> None:
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
-        for path in export.paths:
-            model = graphs.load(path)
-            name = job.name if len(export.graphs) == 1 else f"{job.name}-{path.stem}"
+        for part, (model, sources) in hub_graphs.models(export).items():
+            name = _model_name(job.name, part)
             version = job.stage / name / "1" / "model.onnx"
             version.mkdir(parents=True)
-            sources = {t.name: export.output for t in graphs.external(model)}
             graphs.save(model, version / "model.onnx", "model.onnx.data", sources, largest=2**62)
             config, warm = configured(name, model, job.providers[0])
             (job.stage / name / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
-            (job.stage / name / "warmup").mkdir()
             for file, value in warm.items():
+                (job.stage / name / "warmup").mkdir(exist_ok=True)
                 (job.stage / name / "warmup" / file).write_bytes(value.tobytes())
 
     def snippet(self, facts: Facts, folder: str) -> Snippet:
         setup = "pip install 'tritonclient[http]' transformers  # after starting the server, see below"
-        return Snippet("python", setup, _program(facts, folder, _CLIENT.format(name=facts.name)))
+        return Snippet("python", setup, _program(facts, folder, _CLIENT))
 
     def check(self, facts: Facts, folder: str) -> Snippet:
         """The same program with ONNX Runtime in place of the server, on the file that the server would load."""
-        path = f"{folder}/{facts.name}/1/model.onnx/model.onnx"
-        return Snippet("python", "", _program(facts, folder, _SESSION.format(path=path)))
+        return Snippet("python", "", _program(facts, folder, _SESSION.format(folder=folder)))
 
     def notes(self, facts: Facts) -> str:
         gpus = "--gpus all " if facts.providers[0] == "cuda" else ""
@@ -68,18 +64,23 @@ class TritonTarget(Target):
             "Start the server first, in this folder:\n\n```bash\n"
             f'docker run --rm {gpus}-p 8000:8000 -v "$PWD":/models:ro {_IMAGE} \\\n'
             "  tritonserver --model-repository=/models\n```\n\n"
-            "The server takes token ids: the tokenizer runs in the client, as above. To move it into the server, put "
-            "the same call into a model of Triton's Python backend and join the two by an ensemble.\n"
+            "The server takes token ids: the tokenizer runs in the client, as above. To move it into the server, "
+            "put the same call into a model of Triton's Python backend and join the two by an ensemble.\n"
         )
+
+
+def _model_name(name: str, part: str) -> str:
+    """Of one graph: a model of a single graph has the name alone."""
+    return name if part == "model" else f"{name}-{part}"
 
 
 def _classes() -> Any:
     """tritonclient's protobuf classes. InputError where they are not installed."""
     try:
         from tritonclient.grpc import model_config_pb2
-    except ImportError:
+    except ImportError as error:
         raise InputError(
-            "tritonclient is not installed, whose classes config.pbtxt is written with",
+            f"tritonclient is not installed, whose classes config.pbtxt is written with: {error}",
             expected="the extra `triton`",
             next_step="pip install 'lora-export[triton]'",
         ) from None
@@ -171,74 +172,103 @@ def _warm_size(dim: Any, past: bool) -> int:
 
 _CLIENT = """import tritonclient.http as triton
 client = triton.InferenceServerClient("localhost:8000")
-def infer(feeds):
+def infer(model, feeds):
     sent = [triton.InferInput(n, v.shape, triton.np_to_triton_dtype(v.dtype)) for n, v in feeds.items()]
     for tensor, value in zip(sent, feeds.values()):
         tensor.set_data_from_numpy(value)
-    answer = client.infer("{name}", sent)
-    return {{o["name"]: answer.as_numpy(o["name"]) for o in answer.get_response()["outputs"]}}"""
+    answer = client.infer(model, sent)
+    return {o["name"]: answer.as_numpy(o["name"]) for o in answer.get_response()["outputs"]}"""
 
-_SESSION = """import onnxruntime
-session = onnxruntime.InferenceSession({path!r}, providers=["CPUExecutionProvider"])
-def infer(feeds):
-    return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds)))"""
+_SESSION = """import functools, onnxruntime
+@functools.cache
+def session(model):
+    return onnxruntime.InferenceSession({folder!r} + f"/{{model}}/1/model.onnx/model.onnx")
+def infer(model, feeds):
+    names = [o.name for o in session(model).get_outputs()]
+    return dict(zip(names, session(model).run(names, feeds)))"""
+
+_ENCODER = """out = infer({name}, dict({inputs}))
+print(json.dumps(next(iter(out.values())).flatten()[:{numbers}].tolist()))"""
 
 _DECODER = """ids, said = reader({prompt})["input_ids"], []
 cache = {{f"past_key_values.{{i}}.{{w}}": numpy.zeros((1, {heads}, 0, {size}), "{dtype}")
          for i in range({layers}) for w in ("key", "value")}}
 step = ids
 for _ in range({tokens}):
-    mask = numpy.ones((1, len(ids) + len(said)), "int64"){positions_line}
-    out = infer({{"input_ids": numpy.array([step]), "attention_mask": mask{positions}, **cache}})
+    mask = numpy.ones((1, len(ids) + len(said)), "int64")
+    out = infer({name}, {{"input_ids": numpy.array([step]), "attention_mask": mask, {positions}**cache}})
     step = [int(out["logits"][0, -1].argmax())]
     if step[0] in {ends}:
         break
     said += step
     cache = {{n.replace("present", "past_key_values"): v for n, v in out.items() if n != "logits"}}
 print(json.dumps(reader.decode(said, skip_special_tokens=True)))"""
+_POSITIONS = '"position_ids": numpy.arange(mask.shape[1])[None, -len(step):], '
+
+_SEQ2SEQ = """inputs, said = dict({inputs}), []
+fixed = {{"encoder_hidden_states": infer({encoder}, inputs)["last_hidden_state"]{mask}}}
+cache = {{f"past_key_values.{{i}}.{{p}}.{{w}}": numpy.zeros((1, {heads}, 0, {size}), "{dtype}")
+         for i in range({layers}) for p in ("decoder", "encoder") for w in ("key", "value")}}
+step = [{start}]
+for _ in range({tokens}):
+    cached = numpy.array([bool(said)])
+    out = infer({decoder}, {{"input_ids": numpy.array([step]), "use_cache_branch": cached, **fixed, **cache}})
+    step = [int(out["logits"][0, -1].argmax())]
+    if step[0] in {ends}:
+        break
+    said += step
+    cache = {{n.replace("present", "past_key_values"): v for n, v in out.items() if n != "logits"}}
+print(json.dumps({words}.decode(said, skip_special_tokens=True)))"""
+_INPUTS = {
+    "text": 'reader({prompt}, return_tensors="np")',
+    "audio": 'reader(numpy.zeros(16000, "float32"), sampling_rate=16000, return_tensors="np")',
+    "image": 'reader(images=numpy.zeros((3, 224, 224)), return_tensors="np")',
+    "both": 'reader(text=[{prompt}], images=numpy.zeros((3, 224, 224)), return_tensors="np")',
+}
 
 
 def _program(facts: Facts, folder: str, infer: str) -> str:
-    text = facts.task.input == "text"
-    reader = "AutoTokenizer" if text else "AutoProcessor"
+    reader = "AutoTokenizer" if facts.task.input == "text" else "AutoProcessor"
     head = f"import json\nimport numpy\nfrom transformers import {reader}\n{infer}"
     head += f"\nreader = {reader}.from_pretrained({folder!r})\n"
     prompt = json.dumps(prompt_of(facts))
+    inputs = _INPUTS[facts.task.input].format(prompt=prompt)
+    name = json.dumps(facts.name)
+    if not facts.task.generates:
+        return head + _ENCODER.format(name=name, inputs=inputs, numbers=NUMBERS)
+    config = facts.config
+    ends = config.get("eos_token_id")
+    common = {
+        "tokens": TOKENS,
+        "ends": ends if isinstance(ends, list) else [ends],
+        "dtype": "float16" if facts.precision == "fp16" else "float32",
+        **dict(zip(("layers", "heads", "size"), _cache(config), strict=True)),
+    }
     if facts.task.name == "text-generation":
-        layers, heads, size = _cache(facts.config)
-        positions = facts.config.get("model_type") in ("gpt2", "gpt_neox", "opt_with_positions")
-        ends = facts.config.get("eos_token_id")
-        return head + _DECODER.format(
-            prompt=prompt, layers=layers, heads=heads, size=size, tokens=TOKENS,
-            dtype="float16" if facts.precision == "fp16" else "float32",
-            ends=ends if isinstance(ends, list) else [ends],
-            positions_line="\n    seen = mask.shape[1] - len(step)" if positions else "",
-            positions=', "position_ids": numpy.arange(seen, mask.shape[1])[None]' if positions else "",
-        )  # fmt: skip
-    made = (
-        f'reader({prompt}, return_tensors="np")'
-        if text
-        else 'reader(images=numpy.zeros((3, 224, 224)), return_tensors="np")'
+        positions = _POSITIONS if config.get("model_type") in _COUNTED else ""
+        return head + _DECODER.format(name=name, prompt=prompt, positions=positions, **common)
+    text = facts.task.input == "text"
+    return head + _SEQ2SEQ.format(
+        inputs=inputs,
+        encoder=json.dumps(_model_name(facts.name, "encoder_model")),
+        decoder=json.dumps(_model_name(facts.name, "decoder_model_merged")),
+        mask=', "encoder_attention_mask": inputs["attention_mask"]' if text else "",
+        start=int(config.get("decoder_start_token_id") or 0),
+        words="reader" if text else "reader.tokenizer",
+        **common,
     )
-    if facts.task.input == "audio":
-        made = 'reader(numpy.zeros(16000, "float32"), sampling_rate=16000, return_tensors="np")'
-    return (
-        head
-        + f"out = infer(dict({made}))\nprint(json.dumps(next(iter(out.values())).flatten()[:{NUMBERS}].tolist()))"
-    )
+
+
+_COUNTED = frozenset({"gpt2", "gpt_neox"})  # decoders that are told positions, as they do not count the mask
 
 
 def _cache(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Layers, key-value heads and head size, by the names that decoders have for them."""
+    """Layers, key-value heads and head size of a decoder's cache, by the names that configurations have for them."""
 
     def first(*names: str) -> int:
         return next((int(config[n]) for n in names if isinstance(config.get(n), int)), 0)
 
-    heads = first("num_attention_heads", "n_head")
-    size = first("head_dim") or first("hidden_size", "n_embd") // max(heads, 1)
-    return first("num_hidden_layers", "n_layer"), first("num_key_value_heads") or heads, size
-
-
-def repositories(folder: Path) -> list[Path]:
-    """The models of a repository."""
-    return sorted(p.parent for p in folder.glob("*/config.pbtxt"))
+    heads = first("decoder_attention_heads", "num_attention_heads", "n_head", "num_heads")
+    size = first("head_dim", "d_kv") or first("hidden_size", "n_embd", "d_model") // max(heads, 1)
+    layers = first("decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "num_layers")
+    return layers, first("num_key_value_heads") or heads, size

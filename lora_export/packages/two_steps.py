@@ -78,7 +78,7 @@ def _shared(both: "Iterable[onnx.GraphProto]") -> "list[onnx.TensorProto]":
 
 
 def _branch(graph: "onnx.GraphProto", outputs: "list[onnx.ValueInfoProto]", outside: set[str]) -> "onnx.GraphProto":
-    """The graph without inputs and shared weights; what it does not compute of `outputs`, it hands on from its cache.
+    """The graph without inputs and shared weights; what it does not compute of `outputs`, it hands on of its cache.
 
     Names of outputs get a suffix, as those of the If may not be hidden.
     """
