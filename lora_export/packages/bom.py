@@ -35,6 +35,7 @@ def write(stage: Path, run: Run, facts: Facts, licence: str | None) -> None:
         metadata=BomMetaData(component=model, timestamp=datetime.fromisoformat(run.report["created"])),
     )
     bom.metadata.tools.components.add(tool)
+    bom.register_dependency(model, bom.components)
     text = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string()
     document = json.loads(text)
     # The library has no class for a model card; the format has.

@@ -51,7 +51,7 @@ class TritonTarget(Target):
                 (job.stage / name / "warmup" / file).write_bytes(value.tobytes())
 
     def snippet(self, facts: Facts, folder: str) -> Snippet:
-        setup = "pip install 'tritonclient[http]' transformers  # after starting the server, see below"
+        setup = "pip install 'tritonclient[grpc]' transformers  # after starting the server, see below"
         return Snippet("python", setup, _program(facts, folder, _CLIENT))
 
     def check(self, facts: Facts, folder: str) -> Snippet:
@@ -62,7 +62,7 @@ class TritonTarget(Target):
         gpus = "--gpus all " if facts.providers[0] == "cuda" else ""
         return (
             "Start the server first, in this folder:\n\n```bash\n"
-            f'docker run --rm {gpus}-p 8000:8000 -v "$PWD":/models:ro {_IMAGE} \\\n'
+            f'docker run --rm {gpus}-p 8001:8001 -v "$PWD":/models:ro {_IMAGE} \\\n'
             "  tritonserver --model-repository=/models\n```\n\n"
             "The server takes token ids: the tokenizer runs in the client, as above. To move it into the server, "
             "put the same call into a model of Triton's Python backend and join the two by an ensemble.\n"
@@ -170,14 +170,15 @@ def _warm_size(dim: Any, past: bool) -> int:
 
 # --- the client --------------------------------------------------------------------------------------------
 
-_CLIENT = """import tritonclient.http as triton
-client = triton.InferenceServerClient("localhost:8000")
+_CLIENT = """import tritonclient.grpc as triton
+from tritonclient.utils import np_to_triton_dtype
+client = triton.InferenceServerClient("localhost:8001")
 def infer(model, feeds):
-    sent = [triton.InferInput(n, v.shape, triton.np_to_triton_dtype(v.dtype)) for n, v in feeds.items()]
+    sent = [triton.InferInput(n, v.shape, np_to_triton_dtype(v.dtype)) for n, v in feeds.items()]
     for tensor, value in zip(sent, feeds.values()):
         tensor.set_data_from_numpy(value)
     answer = client.infer(model, sent)
-    return {o["name"]: answer.as_numpy(o["name"]) for o in answer.get_response()["outputs"]}"""
+    return {o.name: answer.as_numpy(o.name) for o in answer.get_response().outputs}"""
 
 _SESSION = """import functools, onnxruntime
 @functools.cache
