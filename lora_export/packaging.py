@@ -22,9 +22,9 @@ WORST_AGREEMENT = 0.8  # share of tokens on which a variant should say the same 
 
 @dataclass(frozen=True)
 class PackageOptions:
-    """name: of the model, None for the adapters' names; variants: of the weights, () for the usual ones; provider: cpu
-    or cuda, None for that of the run; licence: None for that of the base's card; archive: tar.zst or zip, None for a
-    folder; key: a private key to sign with, in PEM."""
+    """name: of the model, None for the adapters' names; variants: of the weights, () for the usual ones; provider:
+    cpu or cuda, None for that of the run; licence: None for that of the base's card; archive: tar.zst or zip, None
+    for a folder; key: a private key to sign with, in PEM."""
 
     name: str | None = None
     variants: tuple[str, ...] = ()
@@ -196,8 +196,8 @@ def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress)
 
 
 def _sample(run: Run) -> packages.Sample | None:
-    """What a runtime should say: the unmerged model's words for the first prompt of the validation, or numbers of the
-    validated graph."""
+    """What a runtime should say: the unmerged model's words for the first prompt of the validation, or numbers of
+    the validated graph; None where that is not text."""
     from lora_export.onnx_export.agreement import first_numbers
 
     said = [s for s in run.report["validate"]["samples"] if s.get("unmerged") and s.get("prompt")]

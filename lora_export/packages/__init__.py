@@ -13,8 +13,21 @@ from lora_export.packages.tasks import Task, task_of
 __all__ = [
     "NUMBERS",
     "PROMPT",
-    "RUNS_OWN", "TARGETS", "Facts", "Job", "Run", "Sample", "Snippet", "Target", "Task", "Variant", "describe", "lay", "seal", "task_of",
-]  # fmt: skip
+    "RUNS_OWN",
+    "TARGETS",
+    "Facts",
+    "Job",
+    "Run",
+    "Sample",
+    "Snippet",
+    "Target",
+    "Task",
+    "Variant",
+    "describe",
+    "lay",
+    "seal",
+    "task_of",
+]
 
 
 def lay(job: Job, target: Target) -> None:

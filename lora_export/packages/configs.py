@@ -17,8 +17,10 @@ _GLOBAL = {"modernbert": "global_rope_theta"}
 
 
 def for_both(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with the legacy spelling beside the new one, in nested configurations too. Values that are there
-    already stay as they are."""
+    """A config.json with the legacy spelling beside the new one, in nested configurations too.
+
+    Values that are there already stay as they are.
+    """
     found = {k: for_both(v) if k.endswith("_config") and isinstance(v, dict) else v for k, v in config.items()}
     legacy = _legacy_rope(found)
     if isinstance(found.get("dtype"), str):

@@ -1,4 +1,4 @@
-"""A folder for onnxruntime-genai: the graph, its configuration for the CPU and for CUDA, tokenizer, chat template."""
+"""A folder for onnxruntime-genai: graph, configuration for the CPU and for CUDA, tokenizer, chat template."""
 
 import json
 import shutil
@@ -99,7 +99,8 @@ processor = model.create_multimodal_processor()
 params = og.GeneratorParams(model)
 params.set_search_options(max_length={tokens}, do_sample=False, num_beams=1)
 generator = og.Generator(model, params)
-generator.set_inputs(processor(["<|startoftranscript|><|notimestamps|>"], audios=og.Audios.open_bytes(sound.getvalue())))
+audios = og.Audios.open_bytes(sound.getvalue())
+generator.set_inputs(processor(["<|startoftranscript|><|notimestamps|>"], audios=audios))
 while not generator.is_done():
     generator.generate_next_token()
 print(json.dumps(processor.decode(generator.get_sequence(0))))"""

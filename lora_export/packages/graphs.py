@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     Model = onnx.ModelProto
 
-ALIGNMENT = 4096  # bytes: a page, which is what ONNX Runtime maps, and more than the 256 that CUDA wants
+ALIGNMENT = 256  # bytes, which CUDA wants
 LARGEST_CHUNK = 2**31 - 2**20  # bytes of one data file: a browser's ArrayBuffer holds 2 GiB less a bit
 Range = tuple[Path, int, int]  # file, offset, length
 

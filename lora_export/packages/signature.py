@@ -8,37 +8,27 @@ from lora_export.errors import InputError
 from lora_export.packages.contents import SIGNATURE
 
 
-def sign(folder: Path, key: Path) -> None:
-    """Write `folder`/model.sig. key: a private key in PEM on one of the curves P-256, P-384 and P-521. InputError for
-    any other."""
-    signing, hashing = _library()
-    target = folder / SIGNATURE
-    try:
-        config = signing.Config().use_elliptic_key_signer(private_key=key)
-        config.set_hashing_config(_hashing(hashing, folder)).sign(folder, target)
-    except (ValueError, TypeError, OSError) as error:
-        raise InputError(
-            f"the package cannot be signed with this key: {error}",
-            where=key,
-            expected="an unencrypted private key in PEM on the curve P-256, P-384 or P-521",
-            next_step="openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
-        ) from None
-
-
 def check_key(key: Path) -> None:
-    """Refuse a key that cannot sign, before any work."""
+    """InputError, before any work, unless `key` is a private key in PEM on the curve P-256, P-384 or P-521."""
     _library()
-    from model_signing._signing import sign_ec_key
+    from model_signing._signing.sign_ec_key import Signer
 
     try:
-        sign_ec_key.Signer(key)
-    except (ValueError, TypeError, OSError) as error:
+        Signer(key)
+    except (ValueError, TypeError, AttributeError, OSError) as error:  # a key of another kind has no curve
         raise InputError(
             f"this is no key to sign with: {error}",
             where=key,
             expected="an unencrypted private key in PEM on the curve P-256, P-384 or P-521",
             next_step="openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
         ) from None
+
+
+def sign(folder: Path, key: Path) -> None:
+    """Write `folder`/model.sig with a key that `check_key` let pass."""
+    signing, hashing = _library()
+    config = signing.Config().use_elliptic_key_signer(private_key=key)
+    config.set_hashing_config(_hashing(hashing, folder)).sign(folder, folder / SIGNATURE)
 
 
 def verify(folder: Path, key: Path) -> Finding:

@@ -8,8 +8,8 @@ from lora_export.errors import ExportError
 
 @dataclass(frozen=True)
 class Task:
-    """auto: the class of transformers and transformers.js; optimum: Optimum's; input: what the model reads; pipeline:
-    the hub's name."""
+    """name: Optimum's; auto: the class of transformers and transformers.js; optimum: that of Optimum; input: what the
+    model reads; pipeline: the hub's name; generates: whether the model makes text token by token."""
 
     name: str
     auto: str

@@ -264,7 +264,7 @@ _COUNTED = frozenset({"gpt2", "gpt_neox"})  # decoders that are told positions, 
 
 
 def _cache(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Layers, key-value heads and head size of a decoder's cache, by the names that configurations have for them."""
+    """Layers, key-value heads and head size of a decoder's cache, by any of their names."""
 
     def first(*names: str) -> int:
         return next((int(config[n]) for n in names if isinstance(config.get(n), int)), 0)

@@ -41,7 +41,8 @@ def save_decoder(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(3)
     settings: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "initializer_range": 0.2,
         "rope_parameters": {"rope_type": "default", "rope_theta": THETA}, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes))

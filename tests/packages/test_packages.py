@@ -57,7 +57,9 @@ def test_verify_finds_it_as_it_was_made(made: tuple[Path, Path, str]) -> None:
     _, folder, target = made
     found = delivered.verify(folder, None, False, None, Silent())
     assert found.verified, found
-    assert {c.name for c in found.checks} >= {"manifest", "package_files"} | ({"graphs"} if target != "hf" else set())
+    assert {c.name for c in found.checks} >= {"manifest", "package_files"} | (
+        {"graphs"} if target != "hf" else set()
+    )
     assert any("not signed" in text for text in found.not_checked)
 
 
@@ -179,7 +181,7 @@ def run_readme(folder: Path, before: str = "") -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-# Takes requests as the server would: only inputs of the config, of its types and sizes, and answers by ONNX Runtime.
+# Takes requests as the server would, with the inputs, types and sizes of the config, and answers by ONNX Runtime.
 FAKE_TRITON = """
 import sys, types
 import numpy, onnxruntime

@@ -1,0 +1,264 @@
+"""A byte of any file, a file more, less or elsewhere, a link, a name that leads out: `verify` exits 1 and tells."""
+
+import json
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from click.testing import CliRunner
+
+from lora_export.commands.main import cli
+from lora_export.errors import InputError
+from lora_export.files import read_sealed, write_sealed
+from lora_export.packages import archive
+from lora_export.packaging import PackageOptions, package
+from lora_export.progress import Silent
+from tests.packages.conftest import Packed
+from tests.packages.test_packages import ALL
+
+Copied = Callable[..., Path]
+
+
+def verify(path: Path, *words: object) -> tuple[int, dict[str, Any]]:
+    result = CliRunner().invoke(cli, ["verify", str(path), "--json", *map(str, words)])
+    assert "Traceback" not in result.output and "internal error" not in result.output, result.output
+    return result.exit_code, json.loads(result.stdout)
+
+
+def notes(document: dict[str, Any]) -> str:
+    if "checks" not in document:
+        return json.dumps(document)
+    return "\n".join(c["note"] for c in document["checks"] if not c["passed"])
+
+
+@pytest.mark.parametrize(("run", "target"), ALL)
+def test_one_byte_of_any_file(
+    run: str, target: str, packed: Packed, copied: Copied, request: pytest.FixtureRequest
+) -> None:
+    folder = copied(request.getfixturevalue(run), target, **_quick(target))
+    assert verify(folder)[0] == 0
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        before = path.read_bytes()
+        for at in {0, len(before) // 2, len(before) - 1}:
+            changed = bytearray(before)
+            changed[at] ^= 1
+            path.write_bytes(changed)
+            code, document = verify(folder)
+            assert code == 1 and path.name in notes(document), (path, at, document)
+        path.write_bytes(before)
+    assert verify(folder)[0] == 0
+
+
+def _quick(target: str) -> dict[str, Any]:
+    return {"variants": ("fp32", "q4")} if target == "transformers-js" else {}
+
+
+@pytest.mark.parametrize(("run", "target"), ALL)
+def test_a_file_less_more_or_elsewhere(
+    run: str, target: str, copied: Copied, request: pytest.FixtureRequest
+) -> None:
+    folder = copied(request.getfixturevalue(run), target, **_quick(target))
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        away = folder.parent / "away"
+        path.rename(away)
+        code, document = verify(folder)
+        assert code == 1 and path.name in notes(document), (path, document)
+        away.rename(path)
+        if path.name == "manifest.json":
+            continue
+        renamed = path.with_name(path.name + "x")
+        path.rename(renamed)
+        code, document = verify(folder)
+        assert code == 1 and f"{renamed.name} was added" in notes(document), document
+        renamed.rename(path)
+    (folder / "more.py").write_text("import os")
+    (folder / "empty").mkdir()
+    code, document = verify(folder)
+    assert code == 1 and "more.py was added" in notes(document) and "empty/ was added" in notes(document)
+
+
+def test_links_are_refused(decoder_run: Path, copied: Copied) -> None:
+    folder = copied(decoder_run, "genai")
+    (folder / "NOTICE").rename(folder.parent / "NOTICE")
+    (folder / "NOTICE").symlink_to(folder.parent / "NOTICE")
+    code, document = verify(folder)
+    assert code == 1 and "NOTICE is a link" in notes(document)
+
+
+@pytest.mark.parametrize("name", ["../NOTICE", "/etc/passwd", "a/../../b", "", ".", "a//b", "C:b", "a\\b"])
+def test_a_manifest_that_names_a_path_outside(name: str, decoder_run: Path, copied: Copied) -> None:
+    folder = copied(decoder_run, "genai")
+    (folder.parent / "NOTICE").write_text("outside")
+    document = read_sealed(folder / "manifest.json")
+    document["files"][name] = document["files"].pop("NOTICE")
+    write_sealed(folder / "manifest.json", document)
+    code, found = verify(folder)
+    assert code == 1 and "outside of the package" in notes(found)
+
+
+def test_a_graph_that_reads_elsewhere_is_not_run(decoder_run: Path, copied: Copied) -> None:
+    """With a manifest that fits: who changes a file can write another manifest."""
+    import onnx
+
+    from lora_export.files import hash_folder
+
+    folder = copied(decoder_run, "genai")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    tensor = next(t for t in model.graph.initializer if t.external_data)
+    next(e for e in tensor.external_data if e.key == "location").value = "../outside"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    document = read_sealed(folder / "manifest.json")
+    document["files"] = {n: f for n, f in hash_folder(folder).items() if n != "manifest.json"}
+    write_sealed(folder / "manifest.json", document)
+    code, found = verify(folder, "--run")
+    assert code == 1 and "model.onnx" in notes(found) and "../outside" in notes(found)
+    assert "runs" not in {c["name"] for c in found["checks"]}
+
+
+# --- the signature -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """a.pem, a.pub, b.pem, b.pub, and rsa.pem, which cannot sign."""
+    from cryptography.hazmat.primitives import serialization as form
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+    folder = tmp_path_factory.mktemp("keys")
+    private = (form.Encoding.PEM, form.PrivateFormat.PKCS8, form.NoEncryption())
+    for name in ("a", "b"):
+        key = ec.generate_private_key(ec.SECP256R1())
+        (folder / f"{name}.pem").write_bytes(key.private_bytes(*private))
+        public = key.public_key().public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo)
+        (folder / f"{name}.pub").write_bytes(public)
+    (folder / "rsa.pem").write_bytes(rsa.generate_private_key(65537, 2048).private_bytes(*private))
+    return folder
+
+
+def test_a_signature(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
+    folder = package(decoder_run, "hf", tmp_path / "p", PackageOptions(key=keys / "a.pem"), Silent()).output
+    code, found = verify(folder, "--key", keys / "a.pub")
+    assert code == 0 and any(c["name"] == "signature" for c in found["checks"])
+    code, found = verify(folder)
+    assert code == 0 and any("--key" in text for text in found["not_checked"])
+    code, found = verify(folder, "--key", keys / "b.pub")
+    assert code == 1 and "model.sig" in notes(found)
+    # The format's own tool agrees.
+    command = ["model_signing", "verify", "key", folder, "--signature", folder / "model.sig"]
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command), "--public_key", str(keys / "a.pub")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_forged_manifest_does_not_pass_the_signature(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
+    folder = package(decoder_run, "hf", tmp_path / "p", PackageOptions(key=keys / "a.pem"), Silent()).output
+    before = (folder / "manifest.json").read_bytes()
+    document = read_sealed(folder / "manifest.json")
+    document["base"]["name"] = "another base"
+    write_sealed(folder / "manifest.json", document)
+    code, found = verify(folder, "--key", keys / "a.pub")
+    assert code == 1 and "model.sig" in notes(found)
+    (folder / "manifest.json").write_bytes(before)
+    signature = (folder / "model.sig").read_bytes()
+    for at in range(0, len(signature), max(1, len(signature) // 40)):
+        changed = bytearray(signature)
+        changed[at] ^= 1
+        (folder / "model.sig").write_bytes(changed)
+        code, found = verify(folder, "--key", keys / "a.pub")
+        assert code == 1 and "model.sig" in notes(found), at
+    (folder / "model.sig").unlink()
+    code, found = verify(folder, "--key", keys / "a.pub")
+    assert code == 1 and "model.sig is missing" in notes(found)
+
+
+def test_a_key_that_cannot_sign_is_refused_before_any_work(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
+    for key in (keys / "rsa.pem", keys / "a.pub", keys / "nothing.pem"):
+        with pytest.raises(InputError, match="no key to sign with"):
+            package(decoder_run, "hf", tmp_path / "p", PackageOptions(key=key), Silent())
+    assert not list(tmp_path.iterdir())
+
+
+# --- archives from elsewhere -------------------------------------------------------------------------------
+
+OUTSIDE = ["../outside", "/outside", "a/../../outside", "a//b", "./a", "C:a", "a\\..\\b", "a\nb/../c"]
+
+
+def tar_of(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    raw = BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as out:
+        for info, data in members:
+            info.size = len(data)
+            out.addfile(info, BytesIO(data))
+    path.write_bytes(zstandard.ZstdCompressor().compress(raw.getvalue()))
+    return path
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_an_archive_that_leads_out(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as out:
+        out.writestr(name, "x")
+    made = [tmp_path / "p.zip", tar_of(tmp_path / "p.tar.zst", (tarfile.TarInfo(name), b"x"))]
+    for path in made:
+        (tmp_path / "deep" / path.name).mkdir(parents=True)
+        with pytest.raises(InputError, match="outside of the package"):
+            archive.extract(path, tmp_path / "deep" / path.name)
+        assert verify(path)[0] == 1
+    assert not list(tmp_path.rglob("outside"))
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE]
+)
+def test_a_tar_of_anything_but_files(kind: bytes, tmp_path: Path) -> None:
+    info = tarfile.TarInfo("link")
+    info.type, info.linkname = kind, "/etc/passwd"
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="no file"):
+        archive.extract(tar_of(tmp_path / "p.tar.zst", (info, b"")), tmp_path / "out")
+
+
+def test_a_zip_with_a_link(tmp_path: Path) -> None:
+    entry = zipfile.ZipInfo("link")
+    entry.create_system, entry.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as out:
+        out.writestr(entry, "/etc/passwd")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="no file"):
+        archive.extract(tmp_path / "p.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.zst"])
+def test_a_damaged_archive(kind: str, decoder_run: Path, tmp_path: Path) -> None:
+    whole = package(decoder_run, "genai", tmp_path / "p", PackageOptions(archive=kind), Silent()).output
+    data = whole.read_bytes()
+    for name, damaged in {
+        "cut": data[: len(data) // 2],
+        "empty": b"",
+        "text": b"no archive at all",
+        "flipped": data[: len(data) // 3] + bytes([data[len(data) // 3] ^ 1]) + data[len(data) // 3 + 1 :],
+    }.items():
+        path = tmp_path / f"{name}.{kind}"
+        path.write_bytes(damaged)
+        assert verify(path)[0] == 1, name
+
+
+def test_what_is_no_package(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for words in ([tmp_path / "nothing"], [tmp_path / "folder", "--run"], [tmp_path / "folder"]):
+        assert verify(*words)[0] == 1
+
+
+def test_a_package_takes_no_base(decoder: tuple[Path, Path, Path], packed: Packed) -> None:
+    base, _, run = decoder
+    code, document = verify(packed(run, "hf").output, "-b", base)
+    assert code == 1 and "with a merged folder or a run" in document["expected"]
