@@ -8,7 +8,7 @@ from lora_export.errors import ExportError
 
 @dataclass(frozen=True)
 class Task:
-    """name: Optimum's; auto: the class of transformers and transformers.js; optimum: that of Optimum; input: what the
+    """name: Optimum's; auto: the class of transformers and transformers.js; optimum: its class; input: what the
     model reads; pipeline: the hub's name; generates: whether the model makes text token by token."""
 
     name: str

@@ -18,6 +18,7 @@ _PRECISIONS = {
     "q4": Variant("q4", "int4"),
     "q4f16": Variant("q4f16", "int4", provider="cuda"),
 }
+_BUILT = ("q4f16",)  # by the genai engine alone: the other quantizes graphs that compute in fp32
 USUAL = ("fp32", "q8", "q4")  # what Node loads where nobody asks, what a browser does, and the smallest for both
 _MOST_CHUNKS = 100
 _SETUP = "npm install --prefix .. @huggingface/transformers"
@@ -37,8 +38,16 @@ class TransformersJsTarget(Target):
                 expected="merged/",
                 next_step="repeat merge-and-export without --no-merged-folder",
             )
-        chosen = tuple(_PRECISIONS) if "all" in names else tuple(n for n in _PRECISIONS if n in (names or USUAL))
-        return tuple(_PRECISIONS[n] for n in chosen)
+        made = [n for n in _PRECISIONS if n not in _BUILT or run.export.engine == "genai"]
+        lacking = next((n for n in names if n != "all" and n not in made), None)
+        if lacking:
+            raise InputError(
+                f"--variant {lacking} of a model that the {run.export.engine} engine exports",
+                expected=", ".join(made),
+                next_step="--variant q4, or fp16",
+            )
+        wanted = made if "all" in names else names or USUAL
+        return tuple(_PRECISIONS[n] for n in made if n in wanted)
 
     def lay(self, job: Job) -> None:
         folder = job.stage / "onnx"
