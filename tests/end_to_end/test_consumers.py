@@ -16,8 +16,8 @@ import transformers
 from lora_export import delivered
 from lora_export.packages.configs import for_both
 from lora_export.progress import Silent
+from tests.end_to_end import consumers
 from tests.end_to_end.conftest import ROOT, Run, prepared
-from tests.packages import consumers
 from tests.packages.conftest import save_decoder
 from tests.packages.test_packages import FAKE_TRITON, PROMPT, run_readme
 
@@ -26,7 +26,7 @@ TARGETS = ["genai", "optimum", "triton", "transformers-js", "hf"]
 
 
 @pytest.fixture(scope="module")
-def smollm2(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smollm2_packages(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of the demo's adapter on SmolLM2, and a package of it for each target."""
     root, base = tmp_path_factory.mktemp("smollm2"), prepared("prepare_smollm2.py")
     adapter = ROOT / "examples" / "adapters" / "lora-speeches"
@@ -34,7 +34,7 @@ def smollm2(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def minilm(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def minilm_packages(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, base = tmp_path_factory.mktemp("minilm"), prepared("prepare_smollm2.py", "--minilm")
     torch.manual_seed(5)
     config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=["query", "value"])
@@ -77,8 +77,8 @@ def program(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_same_32_greedy_tokens(target: str, smollm2: Path, unmerged: tuple[list[int], str]) -> None:
-    folder = smollm2 / target
+def test_the_same_32_greedy_tokens(target: str, smollm2_packages: Path, unmerged: tuple[list[int], str]) -> None:
+    folder = smollm2_packages / target
     if target == "optimum":
         said = consumers.python(consumers.optimum_python(), program(folder))
     elif target == "transformers-js":
@@ -92,8 +92,8 @@ def test_the_same_32_greedy_tokens(target: str, smollm2: Path, unmerged: tuple[l
     assert found.verified and any(c.name == "runs" for c in found.checks)
 
 
-def test_transformers_js_generates_from_q4_what_onnx_runtime_does(smollm2: Path) -> None:
-    folder = smollm2 / "transformers-js"
+def test_transformers_js_generates_from_q4_what_onnx_runtime_does(smollm2_packages: Path) -> None:
+    folder = smollm2_packages / "transformers-js"
     said = consumers.node(program(folder).replace('dtype: "fp32"', 'dtype: "q4"'))
     session = ort.InferenceSession(str(folder / "onnx" / "model_q4.onnx"))
     reader = transformers.AutoTokenizer.from_pretrained(folder)
@@ -110,9 +110,9 @@ def test_transformers_js_generates_from_q4_what_onnx_runtime_does(smollm2: Path)
 
 
 @pytest.mark.parametrize("target", TARGETS[1:])
-def test_the_same_vectors(target: str, minilm: Path) -> None:
-    wanted = _unmerged_vectors(minilm)
-    folder = minilm / target
+def test_the_same_vectors(target: str, minilm_packages: Path) -> None:
+    wanted = _unmerged_vectors(minilm_packages)
+    folder = minilm_packages / target
     if target == "optimum":
         said = consumers.python(consumers.optimum_python(), program(folder))
     elif target == "transformers-js":
@@ -123,11 +123,11 @@ def test_the_same_vectors(target: str, minilm: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "q4"])
-def test_a_browser_computes_the_same_vectors(dtype: str, minilm: Path) -> None:
-    folder = minilm / "transformers-js"
+def test_a_browser_computes_the_same_vectors(dtype: str, minilm_packages: Path) -> None:
+    folder = minilm_packages / "transformers-js"
     said = consumers.browser(folder, PROMPT, {"dtype": dtype, "device": "wasm"})
     assert isinstance(said, list), said
-    wanted = _unmerged_vectors(minilm) if dtype == "fp32" else _quantized_vectors(folder)
+    wanted = _unmerged_vectors(minilm_packages) if dtype == "fp32" else _quantized_vectors(folder)
     np.testing.assert_allclose(said, wanted, atol=1e-4 if dtype == "fp32" else 0.05)
 
 
