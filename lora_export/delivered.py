@@ -85,6 +85,17 @@ def _graphs(folder: Path) -> list[Finding]:
     return found
 
 
+def refuse_other_words(folder: Path, facts: Facts, progress: Progress) -> None:
+    """InputError unless what lies in `folder` says to the sample what the unmerged model says."""
+    found = _said(folder, facts, None, progress)
+    if not found.passed:
+        raise InputError(
+            f"the export with slots is not the model of this run: {found.note}",
+            expected="an export of the same base, with the adapter of the run beside it",
+            next_step="lora-export export -m BASE -a ADAPTER -o EXPORT",
+        )
+
+
 # --- running it --------------------------------------------------------------------------------------------
 
 

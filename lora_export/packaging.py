@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_export import files, manifest, packages
 from lora_export.contracts import ExportResult, PackageResult, Progress
+from lora_export.delivered import refuse_other_words
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive, card, companions, contents, signature
 from lora_export.packages.job import RUNS_OWN, Job, Run, Variant
@@ -24,7 +25,8 @@ WORST_AGREEMENT = 0.8  # share of tokens on which a variant should say the same 
 class PackageOptions:
     """name: of the model, None for the adapters' names; variants: of the weights, () for the usual ones; provider:
     cpu or cuda, None for that of the run; licence: None for that of the base's card; archive: tar.zst or zip, None
-    for a folder; key: a private key to sign with, in PEM."""
+    for a folder; key: a private key to sign with, in PEM; pluggable: an export of the run's base with its adapter
+    beside it, which genai gets in the place of the merged model."""
 
     name: str | None = None
     variants: tuple[str, ...] = ()
@@ -32,6 +34,7 @@ class PackageOptions:
     licence: str | None = None
     archive: str | None = None
     key: Path | None = None
+    pluggable: Path | None = None
     force: bool = False
 
 
@@ -49,17 +52,22 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
     if options.key is not None:
         signature.check_key(options.key)
     final = archive.named(output, options.archive) if options.archive else output
-    inputs = [run, *([options.key] if options.key else [])]
+    plugged, adapters = _plugged(options.pluggable, target, found)
+    inputs = [run, *(p for p in (options.key, options.pluggable) if p)]
     with _stage(final, options, inputs) as stage:
         work = stage / ".work"
         work.mkdir()
         exports = {v.name: _export(v, found, work / v.name, progress) for v in variants}
+        if plugged is not None:
+            exports = {RUNS_OWN: plugged}
         measured, sample = _measured(found, exports, progress), _sample(found)
-        job = Job(found, stage, name, chosen.providers(found, options.provider), exports, sample)
+        job = Job(found, stage, name, chosen.providers(found, options.provider), exports, sample, adapters)
         progress.stage(f"package: {name} for {target}")
         packages.lay(job, chosen)
         shutil.rmtree(work)
         facts = packages.describe(job, chosen, card.licence_of(found, options.licence))
+        if adapters:
+            refuse_other_words(stage, facts, progress)
         packages.seal(job, facts, _kept(options), measured, options.key)
         sizes = {n: f["size"] for n, f in files.hash_folder(stage).items()}
     return PackageResult(
@@ -141,6 +149,25 @@ def read_run(folder: Path, progress: Progress) -> Run:
     return Run(folder, merged, export, kept, config, files.read_sealed(folder / manifest.NAME), report, task)
 
 
+def _plugged(folder: Path | None, target: str, run: Run) -> tuple[ExportResult | None, tuple[str, ...]]:
+    """An export with slots, and the names of its adapters, that of the run first. InputError for any other."""
+    from lora_export.onnx_export import load_export
+    from lora_export.onnx_export.records import read_record
+
+    if folder is None:
+        return None, ()
+    own = [Path(str(a["name"])).name for a in run.manifest["adapters"]]
+    names = [str(n) for n in read_record(folder).get("pluggable", [])]
+    if target != "genai" or len(own) != 1 or own[0] not in names:
+        raise InputError(
+            f"--pluggable for {target}, of an export with {', '.join(names) or 'no adapters'} beside it",
+            where=folder,
+            expected=f"--for genai, and an export with {', '.join(own)} beside it, the only adapter of the run",
+            next_step="lora-export export -m BASE -a ADAPTER -o EXPORT",
+        )
+    return load_export(folder), (own[0], *(n for n in names if n != own[0]))
+
+
 def _name(asked: str | None, run: Run) -> str:
     """A name that is a file's name, a Triton model's and a title: letters, digits, and . _ - between them."""
     if asked is not None:
@@ -182,7 +209,7 @@ def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress)
 
     found: dict[str, Any] = {}
     for name, export in exports.items():
-        if export is run.export:
+        if export is run.export or name == RUNS_OWN:
             continue
         progress.stage(f"compare: {name} with the run's {run.export.precision}")
         result = agreement(run.export.paths, export.paths, run.companions, run.config)

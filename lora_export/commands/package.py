@@ -32,6 +32,10 @@ from lora_export.commands.talk import megabytes, table, talking
     "--sign", "key", type=options.FOLDER, default=None, metavar="KEY",
     help="Sign it with this private key (PEM, P-256, P-384 or P-521), by model-signing and without a network.",
 )  # fmt: skip
+@click.option(
+    "--pluggable", type=options.FOLDER, default=None, metavar="EXPORT",
+    help="genai: in place of the merged model an export with slots (export -m BASE -a ADAPTER), with its adapters.",
+)  # fmt: skip
 @click.option("--push", "repository", default=None, metavar="OWNER/NAME", help="hf: upload the package to the hub.")
 @click.option("--private", is_flag=True, help="With --push: a repository that others cannot see.")
 @options.force_option

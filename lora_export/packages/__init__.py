@@ -47,6 +47,7 @@ def describe(job: Job, target: Target, licence: str | None) -> Facts:
         providers=job.providers,
         sample=job.sample,
         config=job.run.config,
+        adapters=job.adapters,
     )
     write = card.text if target.name == "hf" else readme.text
     text = write(job.run, facts, licence)

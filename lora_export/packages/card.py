@@ -52,7 +52,7 @@ def text(run: Run, facts: Facts, licence: str | None) -> str:
     body = [
         f"# {markdown(facts.name)}",
         "",
-        *readme.about(run),
+        *readme.about(run, facts),
         "",
         "## How it was made",
         "",

@@ -19,7 +19,7 @@ _HASHES: Kind = {str: {"sha256": str, "size": int}}
 _MANIFEST: Kind = {
     "schema_version": int, "kind": str, "base": {"name": str}, "adapters": [{"name": str}],
     "latency": {"verdict": (None, str)}, "target": str, "name": str, "files": _HASHES, "task": str,
-    "architecture": str, "precision": str, "variants": [str], "providers": [str],
+    "architecture": str, "precision": str, "variants": [str], "providers": [str], "onnx_adapters": [str],
     "sample": (None, {"prompt": str, "text": (None, str), "numbers": [float]}),
 }  # fmt: skip
 
@@ -112,6 +112,7 @@ def facts_of(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         providers=tuple(manifest["providers"]),
         sample=Sample(sample["prompt"], sample["text"], tuple(sample["numbers"])) if sample else None,
         config=files.read_json(folder / "config.json"),
+        adapters=tuple(manifest["onnx_adapters"]),
     )
 
 

@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 
 from lora_export import files
 from lora_export.errors import InputError
+from lora_export.escaping import markdown
 from lora_export.packages import companions, graphs
 from lora_export.packages.job import RUNS_OWN, Facts, Job, Run, Snippet, Target, Variant
 from lora_export.packages.programs import TOKENS, prompt_of
 
 CONFIG = "genai_config.json"
+SUFFIX = ".onnx_adapter"
 PROVIDERS: Mapping[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {"enable_cuda_graph": "0"}}]}
 # Of generation_config.json: what genai's `search` has under the same name.
 _SEARCH = (
@@ -41,6 +43,8 @@ class GenaiTarget(Target):
             model = graphs.load(path)
             sources = {t.name: export.output for t in graphs.external(model)}
             graphs.save(model, job.stage / path.name, f"{path.name}.data", sources, largest=2**62)
+        for name in job.adapters:
+            shutil.copyfile(export.output / f"{name}{SUFFIX}", job.stage / f"{name}{SUFFIX}")
         extra = export.output / "audio_processor_config.json"
         if extra.is_file():
             shutil.copyfile(extra, job.stage / extra.name)
@@ -59,15 +63,29 @@ class GenaiTarget(Target):
 
     def snippet(self, facts: Facts, folder: str) -> Snippet:
         build = _TEXT if facts.task.input == "text" else _SPEECH
-        code = build.format(folder=folder, prompt=json.dumps(prompt_of(facts)), tokens=TOKENS)
+        plug, active = "", ""
+        if facts.adapters:
+            name = json.dumps(facts.adapters[0])
+            file = json.dumps(f"{folder}/{facts.adapters[0]}{SUFFIX}")
+            plug = f"\nadapters = og.Adapters(model)\nadapters.load({file}, {name})"
+            active = f"\ngenerator.set_active_adapter(adapters, {name})"
+        code = build.format(
+            folder=folder, prompt=json.dumps(prompt_of(facts)), tokens=TOKENS, plug=plug, active=active
+        )
         package = "onnxruntime-genai" if "cpu" in facts.providers else "onnxruntime-genai-cuda"
         return Snippet("python", f"pip install {package}", code)
 
     def notes(self, facts: Facts) -> str:
+        words = ""
+        if facts.adapters[1:]:
+            names = ", ".join(f"`{markdown(n)}`" for n in facts.adapters[1:])
+            words = (
+                f"Beside it lie the adapters {names}: load them and make one of them active in the same way.\n\n"
+            )
         other = next((p for p in facts.providers[1:]), None)
         if other is None:
-            return ""
-        return (
+            return words
+        return words + (
             f"On {other.upper()} (`pip install onnxruntime-genai-{other}`), put this between the configuration and "
             f'the model:\n\n```python\nconfig.overlay(open("genai_config.{other}.json").read())\n```\n'
         )
@@ -76,12 +94,12 @@ class GenaiTarget(Target):
 _TEXT = """import json
 import onnxruntime_genai as og
 config = og.Config({folder!r})
-model = og.Model(config)
+model = og.Model(config){plug}
 tokenizer = og.Tokenizer(model)
 prompt = tokenizer.encode({prompt})
 params = og.GeneratorParams(model)
 params.set_search_options(max_length=len(prompt) + {tokens}, do_sample=False)
-generator = og.Generator(model, params)
+generator = og.Generator(model, params){active}
 generator.append_tokens(prompt)
 while not generator.is_done():
     generator.generate_next_token()

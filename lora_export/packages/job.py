@@ -62,7 +62,8 @@ class Variant:
 @dataclass(frozen=True)
 class Job:
     """One package. stage: the empty folder to fill; exports: by the names of the variants; name: of the model;
-    providers: what it is to run on, the usual one first."""
+    providers: what it is to run on, the usual one first; adapters: names of the .onnx_adapter files beside a graph
+    with slots, the run's own first."""
 
     run: Run
     stage: Path
@@ -70,6 +71,7 @@ class Job:
     providers: tuple[str, ...]
     exports: Mapping[str, ExportResult]
     sample: Sample | None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Facts:
     """What running a package takes, as its manifest and config.json have it.
 
     name: of the model; variants: their names; providers: what it runs on, the usual one first; precision: of what
-    the program runs.
+    the program runs; adapters: that are plugged in as it runs.
     """
 
     target: str
@@ -100,6 +102,7 @@ class Facts:
     providers: tuple[str, ...]
     sample: Sample | None
     config: Mapping[str, Any]
+    adapters: tuple[str, ...] = ()
 
 
 class Target(ABC):

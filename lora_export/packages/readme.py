@@ -20,18 +20,21 @@ _TITLES = {
 
 def text(run: Run, facts: Facts, licence: str | None) -> str:
     """For every target but hf, whose README is the model card. licence: None if nobody knows it."""
-    lines = [f"# {markdown(facts.name)} for {_TITLES[facts.target]}", "", *about(run)]
+    lines = [f"# {markdown(facts.name)} for {_TITLES[facts.target]}", "", *about(run, facts)]
     lines += [f"- licence: {markdown(licence)}"] * bool(licence) + ["", *how_to_run(facts)]
     return "\n".join(lines) + "\n"
 
 
-def about(run: Run) -> list[str]:
+def about(run: Run, facts: Facts) -> list[str]:
     """What was merged into what, and what was found when it was checked."""
     names = [markdown(a["name"]) for a in run.manifest["adapters"]]
-    lines = [
-        f"{markdown(run.manifest['base']['name'])} with the adapter{'s' * (len(names) > 1)} {' and '.join(names)}"
-        " merged into its weights by lora-export."
-    ]
+    how = (
+        "beside its weights, as lora-export merged and checked it"
+        if facts.adapters
+        else "merged into its weights by lora-export"
+    )
+    words = f"the adapter{'s' * (len(names) > 1)} {' and '.join(names)}"
+    lines = [f"{markdown(run.manifest['base']['name'])} with {words} {how}."]
     return [*lines, *(f"- {markdown(name)}: {markdown(value)}" for name, value in proof(run).items())]
 
 
@@ -99,6 +102,7 @@ def facts_json(facts: Facts) -> dict[str, Any]:
         "precision": facts.precision,
         "variants": list(facts.variants),
         "providers": list(facts.providers),
+        "onnx_adapters": list(facts.adapters),
         "sample": {"prompt": sample.prompt, "text": sample.text, "numbers": list(sample.numbers)}
         if sample
         else None,

@@ -20,13 +20,15 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from lora_export import delivered
-from lora_export.errors import InputError
+from lora_export.contracts import Source
+from lora_export.errors import InputError, OutputError
 from lora_export.files import hash_folder
 from lora_export.packages import archive
 from lora_export.packages.targets import TARGETS
 from lora_export.packaging import PackageOptions, package
+from lora_export.pluggable import export_pluggable
 from lora_export.progress import Silent
-from tests.packages.conftest import Packed
+from tests.packages.conftest import Packed, save_decoder, save_lora
 
 DECODER_TARGETS = ["genai", "optimum", "triton", "transformers-js", "hf"]
 ALL = [("decoder_run", t) for t in DECODER_TARGETS] + [("encoder_run", t) for t in DECODER_TARGETS[1:]]
@@ -303,6 +305,29 @@ def test_genai_has_a_configuration_for_each_provider(packed: Packed, decoder_run
     assert first == cuda
 
 
+def test_genai_with_adapters_beside_the_graph(decoder: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """The run's own is plugged in by the README's program, and says what the unmerged model says; another base does
+    not, and is refused."""
+    base, adapter, run = decoder
+    save_lora(base, tmp_path / "second", ["q_proj"])
+    other = save_decoder(tmp_path / "other", initializer_range=0.21)
+    for name, model in (("plug", base), ("wrong", other)):
+        adapters = [Source("", p) for p in (tmp_path / "second", adapter)]
+        export_pluggable(
+            Source("", model), adapters, tmp_path / name, precision="fp32", provider="cpu", progress=Silent()
+        )
+    made = package(run, "genai", tmp_path / "p", PackageOptions(pluggable=tmp_path / "plug"), Silent())
+    assert {n for n in made.files if n.endswith(".onnx_adapter")} == {"adapter.onnx_adapter", "second.onnx_adapter"}
+    assert run_readme(made.output) == unmerged_text(base, adapter)
+    assert "`second`" in (made.output / "README.md").read_text()
+    assert delivered.verify(made.output, None, True, None, Silent()).verified
+    with pytest.raises(InputError, match="not the model of this run"):
+        package(run, "genai", tmp_path / "q", PackageOptions(pluggable=tmp_path / "wrong"), Silent())
+    with pytest.raises(InputError, match="no adapters beside it"):
+        package(run, "genai", tmp_path / "q", PackageOptions(pluggable=run / "onnx"), Silent())
+    assert not (tmp_path / "q").exists()
+
+
 def test_genai_refuses_what_it_cannot_run(encoder_run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="dynamo engine"):
         package(encoder_run, "genai", tmp_path / "p", PackageOptions(), Silent())
@@ -326,8 +351,6 @@ def test_an_archive_is_the_same_each_time_and_holds_the_folder(
     archive.extract(made[0].output, tmp_path / "out")
     assert hash_folder(tmp_path / "out") == hash_folder(packed(decoder_run, "genai").output)
     assert delivered.verify(made[0].output, None, False, None, Silent()).verified
-    from lora_export.errors import OutputError
-
     with pytest.raises(OutputError, match="exists"):
         package(decoder_run, "genai", tmp_path / "one", PackageOptions(archive=kind), Silent())
     package(decoder_run, "genai", tmp_path / "one", PackageOptions(archive=kind, force=True), Silent())
