@@ -24,6 +24,7 @@ TOP = {
     "runtime",
     "skeleton",
     "spare",
+    "tokenizer_names",
     "workers",
 }
 ROOMS = {

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_export import tokenizer_names
 from lora_export.files import refuse_outward_link, write_json
 
 WEIGHT_SUFFIXES = frozenset(
@@ -12,21 +13,6 @@ WEIGHT_SUFFIXES = frozenset(
 )
 # Code and old runs are not the model; an index belongs to shards that are written anew.
 SKIPPED_SUFFIXES = WEIGHT_SUFFIXES | {".py", ".pkl", ".lock"}
-TOKENIZER_FILES = frozenset(
-    {
-        "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-        "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-        "chat_template.json", "spiece.model", "sentencepiece.bpe.model",
-    }
-)  # fmt: skip
-COMPLETE_TOKENIZERS = (
-    {"tokenizer.json"},
-    {"tokenizer.model"},
-    {"vocab.json", "merges.txt"},
-    {"vocab.txt"},
-    {"spiece.model"},
-    {"sentencepiece.bpe.model"},
-)
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -44,7 +30,7 @@ def companion_files(folder: Path) -> list[Path]:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer files in a folder, if they are a tokenizer of their own and not just a stray part."""
-    found = _own(p for p in sorted(folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file())
+    found = _own(p for p in sorted(folder.iterdir()) if p.name in tokenizer_names.FILES and p.is_file())
     return found if has_tokenizer(folder) else [p for p in found if p.name.startswith("chat_template")]
 
 
@@ -58,8 +44,7 @@ def _own(paths: Iterable[Path]) -> list[Path]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the files of one complete tokenizer, of whichever library, are there."""
-    present = {p.name for p in folder.iterdir()}
-    return any(needed <= present for needed in COMPLETE_TOKENIZERS)
+    return tokenizer_names.complete(p.name for p in folder.iterdir())
 
 
 def copy_subfolders(folder: Path, target: Path) -> None:

@@ -5,25 +5,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import files
+from lora_export import files, tokenizer_names
 from lora_export.errors import InputError
 from lora_export.packages.configs import for_both, tokenizer_for_both
 from lora_export.packages.job import Run
 
-# Files that a tokenizer, a processor or generation reads, whichever of them a model has.
-_READ = frozenset(
-    {
-        "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-        "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
-        "chat_template.jinja", "chat_template.json", "generation_config.json", "preprocessor_config.json",
-        "processor_config.json", "normalizer.json", "modules.json", "sentence_bert_config.json",
-        "config_sentence_transformers.json",
-    }
-)  # fmt: skip
-_TOKENIZERS = (
-    {"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"}, {"vocab.txt"}, {"spiece.model"},
-    {"sentencepiece.bpe.model"}, {"source.spm", "target.spm"},
-)  # fmt: skip
+# What a processor and generation read; tokenizer_config.json is written anew.
+_READ = (tokenizer_names.FILES - {"tokenizer_config.json"}) | {
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json",
+    "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json",
+}  # fmt: skip
 _LICENCES = ("licence", "license", "notice", "copying", "use_policy", "usage_policy", "copyright")
 
 
@@ -31,7 +23,7 @@ def check(run: Run) -> None:
     """InputError for a run that lacks what its users cannot do without: a tokenizer, a promised chat template, a
     processor of sound or images."""
     present = {p.name for p in run.companions.iterdir()}
-    if run.task.input in ("text", "both") and not any(needed <= present for needed in _TOKENIZERS):
+    if run.task.input in ("text", "both") and not tokenizer_names.complete(present):
         raise _missing(run, "no tokenizer", "tokenizer.json, tokenizer.model, or vocab.json with merges.txt")
     if run.task.input != "text" and not {"preprocessor_config.json", "processor_config.json"} & present:
         raise _missing(run, "no preprocessor", "preprocessor_config.json")
