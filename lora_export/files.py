@@ -359,7 +359,18 @@ def sha256(path: Path) -> str:
 def hash_folder(folder: Path) -> dict[str, dict[str, Any]]:
     """Name (relative, with /), SHA-256 and size in bytes of every file below `folder`, sorted."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "size": p.stat().st_size} for p in paths}
+    return {p.relative_to(folder).as_posix(): hashed(p) for p in paths}
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Name (relative, with /) and size in bytes of every file below `folder`, sorted."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths}
+
+
+def hashed(path: Path) -> dict[str, Any]:
+    """SHA-256 and size in bytes of a file."""
+    return {"sha256": sha256(path), "size": path.stat().st_size}
 
 
 def read_json(path: Path, *, limit: int = 256 * 2**20) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from lora_export import __version__
 from lora_export.contracts import AdapterChoice, Finding, Source
 from lora_export.documents import Kind, check
 from lora_export.errors import InputError
-from lora_export.files import hash_folder, read_json, read_sealed, sha256, write_sealed
+from lora_export.files import hash_folder, hashed, read_json, read_sealed, write_sealed
 
 NAME = "manifest.json"
 _HASHES: Kind = {str: {"sha256": str, "size": int}}
@@ -44,7 +44,7 @@ def is_run(folder: Path) -> bool:
 
 def _input_hashes(folder: Path) -> dict[str, Any]:
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.is_file())
-    return {p.name: {"sha256": sha256(p), "size": p.stat().st_size} for p in paths}
+    return {p.name: hashed(p) for p in paths}
 
 
 def versions() -> dict[str, str]:

@@ -65,11 +65,12 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         progress.stage(f"package: {name} for {target}")
         packages.lay(job, chosen)
         shutil.rmtree(work)
-        facts = packages.describe(job, chosen, card.licence_of(found, options.licence))
+        licence = card.licence_of(found, options.licence)
+        facts = packages.describe(job, chosen, licence)
         if adapters:
             refuse_other_words(stage, facts, progress)
-        packages.seal(job, facts, _kept(options), measured, options.key)
-        sizes = {n: f["size"] for n, f in files.hash_folder(stage).items()}
+        packages.seal(job, facts, licence, _kept(options), measured, options.key)
+        sizes = files.sizes(stage)
     return PackageResult(
         output=final,
         target=target,

@@ -30,7 +30,7 @@ def load_export(place: Path) -> ExportResult:
         precision=_known(Precision, record["precision"], folder),
         nodes=record["nodes"],
         seconds=record["seconds"],
-        files={n: s for n, s in _sizes(folder).items() if n in record.get("files", (n,))},
+        files={n: s for n, s in files.sizes(folder).items() if n in record.get("files", (n,))},
         kind=_known(ModelKind, record["kind"], folder),
         task=record.get("task", "text-generation"),
         graphs=tuple(record["graphs"]),
@@ -81,10 +81,6 @@ def _known(words: Any, found: str, folder: Path) -> Any:
             f"the record of the export says {found!r}", where=folder / NAME, expected=", ".join(get_args(words))
         )
     return found
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def write_record(folder: Path, record: Mapping[str, Any], name: str = NAME) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_export import files
 from lora_export.packages import bom, card, companions, contents, readme, signature
 from lora_export.packages.job import RUNS_OWN, Facts, Job, Run, Sample, Snippet, Target, Variant
 from lora_export.packages.programs import NUMBERS, PROMPT
@@ -37,7 +38,7 @@ def lay(job: Job, target: Target) -> None:
 
 
 def describe(job: Job, target: Target, licence: str | None) -> Facts:
-    """Write README.md and the bill of materials beside what was laid. licence: None if nobody knows it."""
+    """Write README.md beside what was laid; what running the package takes. licence: None if nobody knows it."""
     facts = Facts(
         target=target.name,
         name=job.name,
@@ -50,15 +51,26 @@ def describe(job: Job, target: Target, licence: str | None) -> Facts:
         adapters=job.adapters,
     )
     write = card.text if target.name == "hf" else readme.text
-    text = write(job.run, facts, licence)
-    (job.stage / readme.NAME).write_text(text, encoding="utf-8")
-    bom.write(job.stage, job.run, facts, licence)
+    (job.stage / readme.NAME).write_text(write(job.run, facts, licence), encoding="utf-8")
     return facts
 
 
-def seal(job: Job, facts: Facts, options: Mapping[str, Any], measured: Mapping[str, Any], key: Path | None) -> None:
-    """Write the manifest, which names every other file, and with a private key the signature, which covers both."""
-    contents.write(job.stage, job.run, facts, options, measured)
+def seal(
+    job: Job,
+    facts: Facts,
+    licence: str | None,
+    options: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    key: Path | None,
+) -> None:
+    """Write the bill of materials and the manifest, which names every other file.
+
+    With a private key also the signature, which covers them all.
+    """
+    hashes = files.hash_folder(job.stage)
+    bom.write(job.stage, job.run, facts, licence, hashes)
+    hashes[bom.NAME] = files.hashed(job.stage / bom.NAME)
+    contents.write(job.stage, job.run, facts, options, measured, hashes)
     if key is not None:
         signature.sign(job.stage, key)
 

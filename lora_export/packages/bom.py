@@ -19,14 +19,15 @@ _SPACE = uuid.UUID("6f1c0a55-4f0e-5a83-9a3b-2f1f5f0f9d10")  # of the serial numb
 _PREFIX = "lora-export:"
 
 
-def write(stage: Path, run: Run, facts: Facts, licence: str | None) -> None:
-    """Of everything in `stage`; nothing in it tells when or where it was written."""
+def write(
+    stage: Path, run: Run, facts: Facts, licence: str | None, hashes: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Of everything in `stage`, whose hashes are given; nothing in it tells when or where it was written."""
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.output import make_outputter
     from cyclonedx.schema import OutputFormat, SchemaVersion
 
-    hashes = files.hash_folder(stage)
     model = _model(run, facts, licence)
     tool = Component(name="lora-export", version=__version__, type=ComponentType.APPLICATION, bom_ref="tool")
     bom = Bom(

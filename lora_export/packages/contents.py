@@ -24,8 +24,18 @@ _MANIFEST: Kind = {
 }  # fmt: skip
 
 
-def write(stage: Path, run: Run, facts: Facts, options: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-    """Of everything in `stage`. measured: what each variant was found to do beside the run's own export."""
+def write(
+    stage: Path,
+    run: Run,
+    facts: Facts,
+    options: Mapping[str, Any],
+    measured: Mapping[str, Any],
+    hashes: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Of everything in `stage`, whose hashes are given.
+
+    measured: what each variant was found to do beside the run's own export.
+    """
     bench = run.report["benchmark"] or {}
     files.write_sealed(
         stage / NAME,
@@ -55,7 +65,7 @@ def write(stage: Path, run: Run, facts: Facts, options: Mapping[str, Any], measu
             },
             "latency": {k: bench.get(k) for k in ("verdict", "provider", "provider_verified", "graph_identical")},
             "measured": dict(measured),
-            "files": files.hash_folder(stage),
+            "files": dict(sorted(hashes.items())),
         },
     )
 
@@ -125,7 +135,7 @@ def compare(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             notes.append(f"{name} is a link, or no file")
         elif path.is_file() and name not in (NAME, SIGNATURE):
-            found[name] = {"sha256": files.sha256(path), "size": path.stat().st_size}
+            found[name] = files.hashed(path)
         elif path.is_dir() and not any(w.startswith(f"{name}/") for w in wanted):
             notes.append(f"{name}/ was added")
     notes += [f"{n} is missing" for n in wanted if n not in found]

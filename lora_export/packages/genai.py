@@ -14,6 +14,7 @@ from lora_export.packages.programs import TOKENS, prompt_of
 
 CONFIG = "genai_config.json"
 SUFFIX = ".onnx_adapter"
+_WHEELS = {"cpu": "onnxruntime-genai", "cuda": "onnxruntime-genai-cuda"}
 PROVIDERS: Mapping[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {"enable_cuda_graph": "0"}}]}
 # Of generation_config.json: what genai's `search` has under the same name.
 _SEARCH = (
@@ -59,7 +60,8 @@ class GenaiTarget(Target):
         path, made = job.stage / "tokenizer_config.json", job.exports[RUNS_OWN].output / "tokenizer_config.json"
         if path.is_file() and made.is_file():
             length = files.read_json(made).get("model_max_length")
-            files.write_json(path, {**files.read_json(path), **({"model_max_length": length} if length else {})})
+            bound = {"model_max_length": length} if length else {}
+            files.write_json(path, files.read_json(path) | bound)
 
     def snippet(self, facts: Facts, folder: str) -> Snippet:
         build = _TEXT if facts.task.input == "text" else _SPEECH
@@ -72,8 +74,7 @@ class GenaiTarget(Target):
         code = build.format(
             folder=folder, prompt=json.dumps(prompt_of(facts)), tokens=TOKENS, plug=plug, active=active
         )
-        package = "onnxruntime-genai" if "cpu" in facts.providers else "onnxruntime-genai-cuda"
-        return Snippet("python", f"pip install {package}", code)
+        return Snippet("python", f"pip install {_WHEELS[facts.providers[0]]}", code)
 
     def notes(self, facts: Facts) -> str:
         words = ""
@@ -82,11 +83,11 @@ class GenaiTarget(Target):
             words = (
                 f"Beside it lie the adapters {names}: load them and make one of them active in the same way.\n\n"
             )
-        other = next((p for p in facts.providers[1:]), None)
+        other = next(iter(facts.providers[1:]), None)
         if other is None:
             return words
         return words + (
-            f"On {other.upper()} (`pip install onnxruntime-genai-{other}`), put this between the configuration and "
+            f"On {other.upper()} (`pip install {_WHEELS[other]}`), put this between the configuration and "
             f'the model:\n\n```python\nconfig.overlay(open("genai_config.{other}.json").read())\n```\n'
         )
 
