@@ -170,13 +170,10 @@ def _plugged(folder: Path | None, target: str, run: Run) -> tuple[ExportResult |
 
 
 def _name(asked: str | None, run: Run) -> str:
-    """A name that is a file's name, a Triton model's and a title: letters, digits, and . _ - between them."""
+    """The name that was asked for, or one made of the adapters' names. InputError for one that no file can have."""
     if asked is not None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", asked):
-            raise InputError(
-                f"--name {asked!r}",
-                expected="letters, digits, '.', '_' and '-', the first a letter or a digit, at most 100",
-            )
+        if not contents.is_model_name(asked):
+            raise InputError(f"--name {asked!r}", expected=contents.MODEL_NAME_WORDS)
         return asked
     names = "-".join(str(a["name"]).rpartition("/")[2] for a in run.manifest["adapters"])
     return re.sub(r"[^A-Za-z0-9._-]+", "-", names).strip("-._")[:100] or "model"

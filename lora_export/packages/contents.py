@@ -1,5 +1,6 @@
 """manifest.json of a package: every file by size and SHA-256, what it was made of, and what proves it."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +16,7 @@ from lora_export.packages.tasks import task_of
 
 NAME, SIGNATURE = "manifest.json", "model.sig"
 KIND = "lora-export package"
+MODEL_NAME_WORDS = "letters, digits, '.', '_' and '-', the first a letter or a digit, at most 100"
 _HASHES: Kind = {str: {"sha256": str, "size": int}}
 _MANIFEST: Kind = {
     "schema_version": int, "kind": str, "base": {"name": str}, "adapters": [{"name": str}],
@@ -105,9 +107,29 @@ def read(folder: Path) -> dict[str, Any]:
                 where=path,
                 expected="relative names within the folder",
             )
-    if manifest["target"] not in TARGETS:
-        raise InputError(f"the package is for {manifest['target']!r}", where=path, expected=", ".join(TARGETS))
+    _check_words(manifest, path)
     return manifest
+
+
+def _check_words(manifest: Mapping[str, Any], path: Path) -> None:
+    """InputError unless what ends in a program or in a path is one of the words that a package can have."""
+    adapters = [f"{name}.onnx_adapter" for name in manifest["onnx_adapters"]]
+    for what, holds, expected in (
+        ("target", manifest["target"] in TARGETS, ", ".join(TARGETS)),
+        ("name", is_model_name(manifest["name"]), MODEL_NAME_WORDS),
+        ("providers", {*manifest["providers"]} in ({"cpu"}, {"cuda"}, {"cpu", "cuda"}), "cpu, cuda"),
+        ("variants", all(map(str.isalnum, manifest["variants"])), "letters and digits"),
+        ("onnx_adapters", all(name in manifest["files"] for name in adapters), "files of the package"),
+    ):
+        if not holds:
+            raise InputError(
+                f"the manifest of the package says {what} {manifest[what]!r}", where=path, expected=expected
+            )
+
+
+def is_model_name(name: str) -> bool:
+    """Whether a name is one of a file, of a model of Triton's, and a title."""
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None
 
 
 def facts_of(folder: Path, manifest: Mapping[str, Any]) -> Facts:

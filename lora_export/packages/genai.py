@@ -1,6 +1,5 @@
 """A folder for onnxruntime-genai: graph, configuration for the CPU and for CUDA, tokenizer, chat template."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -67,13 +66,11 @@ class GenaiTarget(Target):
         build = _TEXT if facts.task.input == "text" else _SPEECH
         plug, active = "", ""
         if facts.adapters:
-            name = json.dumps(facts.adapters[0])
-            file = json.dumps(f"{folder}/{facts.adapters[0]}{SUFFIX}")
+            name = repr(facts.adapters[0])
+            file = repr(f"{folder}/{facts.adapters[0]}{SUFFIX}")
             plug = f"\nadapters = og.Adapters(model)\nadapters.load({file}, {name})"
             active = f"\ngenerator.set_active_adapter(adapters, {name})"
-        code = build.format(
-            folder=folder, prompt=json.dumps(prompt_of(facts)), tokens=TOKENS, plug=plug, active=active
-        )
+        code = build.format(folder=folder, prompt=repr(prompt_of(facts)), tokens=TOKENS, plug=plug, active=active)
         return Snippet("python", f"pip install {_WHEELS[facts.providers[0]]}", code)
 
     def notes(self, facts: Facts) -> str:

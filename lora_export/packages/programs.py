@@ -47,7 +47,7 @@ def python_program(facts: Facts, folder: str, library: str, auto: str, setup: st
 
 
 def _inputs(task: Task, prompt: str) -> list[str]:
-    text = json.dumps(prompt)
+    text = repr(prompt)
     if task.input == "text":
         return [f'inputs = reader({text}, return_tensors="pt")']
     if task.input == "audio":

@@ -3,7 +3,6 @@
 config.pbtxt is built of Triton's own protobuf classes, as no template quotes a name right.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -232,9 +231,9 @@ def _program(facts: Facts, folder: str, infer: str) -> str:
     reader = "AutoTokenizer" if facts.task.input == "text" else "AutoProcessor"
     head = f"import json\nimport numpy\nfrom transformers import {reader}\n{infer}"
     head += f"\nreader = {reader}.from_pretrained({folder!r})\n"
-    prompt = json.dumps(prompt_of(facts))
+    prompt = repr(prompt_of(facts))
     inputs = _INPUTS[facts.task.input].format(prompt=prompt)
-    name = json.dumps(facts.name)
+    name = repr(facts.name)
     if not facts.task.generates:
         return head + _ENCODER.format(name=name, inputs=inputs, numbers=NUMBERS)
     config = facts.config
@@ -246,13 +245,13 @@ def _program(facts: Facts, folder: str, infer: str) -> str:
         **dict(zip(("layers", "heads", "size"), _cache(config), strict=True)),
     }
     if facts.task.name == "text-generation":
-        positions = _POSITIONS if config.get("model_type") in _COUNTED else ""
+        positions = _POSITIONS if str(config.get("model_type")) in _COUNTED else ""
         return head + _DECODER.format(name=name, prompt=prompt, positions=positions, **common)
     text = facts.task.input == "text"
     return head + _SEQ2SEQ.format(
         inputs=inputs,
-        encoder=json.dumps(_model_name(facts.name, "encoder_model")),
-        decoder=json.dumps(_model_name(facts.name, "decoder_model_merged")),
+        encoder=repr(_model_name(facts.name, "encoder_model")),
+        decoder=repr(_model_name(facts.name, "decoder_model_merged")),
         mask=', "encoder_attention_mask": inputs["attention_mask"]' if text else "",
         start=int(config.get("decoder_start_token_id") or 0),
         words="reader" if text else "reader.tokenizer",

@@ -24,7 +24,9 @@ from lora_export.contracts import Source
 from lora_export.errors import InputError, OutputError
 from lora_export.files import hash_folder
 from lora_export.packages import archive
+from lora_export.packages.job import Facts, Sample
 from lora_export.packages.targets import TARGETS
+from lora_export.packages.tasks import task_of
 from lora_export.packaging import PackageOptions, package
 from lora_export.pluggable import export_pluggable
 from lora_export.progress import Silent
@@ -235,6 +237,23 @@ def test_an_encoder_computes_what_the_unmerged_one_does(
     said = run_readme(folder, FAKE_TRITON if target == "triton" else "")
     np.testing.assert_allclose(said, wanted.flatten()[:8].numpy(), rtol=1e-4, atol=1e-4)
     assert delivered.verify(folder, None, True, None, Silent()).verified
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_programs_hold_any_prompt_as_text(target: str) -> None:
+    """The prompt is somebody's text, and the program is code."""
+    import ast
+
+    prompt = "a\"b'c\\\nimport os\n\u2028</script>{x} 😀"
+    task = task_of("text-generation", "LlamaForCausalLM")
+    config = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "eos_token_id": "x'+y"}
+    facts = Facts(target, "n", task, "fp32", ("fp32",), ("cpu",), Sample(prompt, "t"), config, ("p'q",))
+    snippet = TARGETS[target].check(facts, "/f'{o}lder")
+    if snippet.language == "python":
+        found = {n.value for n in ast.walk(ast.parse(snippet.code)) if isinstance(n, ast.Constant)}
+    else:  # strings of JavaScript as JSON writes them
+        found = {json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', snippet.code)}
+    assert prompt in found
 
 
 def test_a_runtime_that_says_something_else_is_found(decoder_run: Path, packed: Packed, tmp_path: Path) -> None:

@@ -102,6 +102,24 @@ def test_a_manifest_that_names_a_path_outside(name: str, decoder_run: Path, copi
     assert code == 1 and "outside of the package" in notes(found)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("target", "other"), ("target", 3), ("name", "../.."), ("name", "a'b"), ("providers", []),
+        ("providers", ["tpu"]), ("variants", ["q4'; x"]), ("onnx_adapters", ["../x"]), ("task", "cooking"),
+        ("sample", {"prompt": 3, "text": None, "numbers": []}), ("files", []), ("schema_version", "1"),
+        ("latency", {}), ("architecture", None),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_odd_words(key: str, value: Any, decoder_run: Path, copied: Copied) -> None:
+    folder = copied(decoder_run, "triton")
+    write_sealed(folder / "manifest.json", {**read_sealed(folder / "manifest.json"), key: value})
+    code, found = verify(folder, "--run")
+    assert code == 1 and "runs" not in {c["name"] for c in found.get("checks", [])}
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--json"])
+    assert result.exit_code in (0, 1) and "internal error" not in result.output
+
+
 def test_a_graph_that_reads_elsewhere_is_not_run(decoder_run: Path, copied: Copied) -> None:
     """With a manifest that fits: who changes a file can write another manifest."""
     import onnx
