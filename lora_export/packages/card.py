@@ -13,11 +13,11 @@ _INHERITED = ("language", "license_name", "license_link", "datasets")
 
 def base_card(run: Run) -> Mapping[str, Any]:
     """The metadata of the base's own model card; empty where there is none, or none that can be read."""
-    from huggingface_hub import ModelCard
-
     path = run.companions / "README.md"
     if not path.is_file():
         return {}
+    from huggingface_hub import ModelCard
+
     try:
         data: dict[str, Any] = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # YAML's errors, and what the hub's classes make of other people's metadata
