@@ -602,7 +602,7 @@ MUTATIONS = (
         'genai forgets the search defaults', 'packages/genai.py',
         '"search": {**config["search"], **search}',
         '"search": {**search, **config["search"]}',
-        'tests/packages/test_packages.py::test_genai_has_a_configuration_for_each_provider',
+        'tests/packages/test_commands.py::test_search_defaults_of_a_list_of_ends',
     ),
     Mutation(
         'a name is markup in a README', 'packages/readme.py',
