@@ -14,7 +14,9 @@ import torch
 import transformers
 
 from lora_export import delivered
+from lora_export.packages import transformers_js
 from lora_export.packages.configs import for_both
+from lora_export.packaging import PackageOptions, package
 from lora_export.progress import Silent
 from tests.end_to_end import consumers
 from tests.end_to_end.conftest import ROOT, Run, prepared
@@ -129,6 +131,20 @@ def test_a_browser_computes_the_same_vectors(dtype: str, minilm_packages: Path) 
     assert isinstance(said, list), said
     wanted = _unmerged_vectors(minilm_packages) if dtype == "fp32" else _quantized_vectors(folder)
     np.testing.assert_allclose(said, wanted, atol=1e-4 if dtype == "fp32" else 0.05)
+
+
+def test_a_model_in_several_data_files(
+    minilm_packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model of more than 2 GiB lies there."""
+    monkeypatch.setattr(transformers_js, "LARGEST_CHUNK", 50_000_000)
+    options = PackageOptions(variants=("fp32",))
+    made = package(minilm_packages / "run", "transformers-js", tmp_path / "package", options, Silent())
+    assert {n for n in made.files if "_data" in n} == {"onnx/model.onnx_data", "onnx/model.onnx_data_1"}
+    wanted = _unmerged_vectors(minilm_packages)
+    np.testing.assert_allclose(consumers.node(program(made.output)), wanted, atol=1e-4)
+    said = consumers.browser(made.output, PROMPT, {"dtype": "fp32", "device": "wasm"})
+    np.testing.assert_allclose(said, wanted, atol=1e-4)
 
 
 def _unmerged_vectors(root: Path) -> Any:
