@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_export.errors import GateFailed, InputError, OutputError
@@ -432,6 +432,12 @@ def _digest(value: Mapping[str, Any]) -> str:
 def plain_name(name: str) -> bool:
     """Whether a file name that came with a model stays inside its folder."""
     return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0:")
+
+
+def plain_path(name: str) -> bool:
+    """Whether a name with / that came with a model stays inside its folder, and is spelled as it always is."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and path.as_posix() == name and all(map(plain_name, path.parts))
 
 
 def refuse_outward_link(path: Path) -> None:

@@ -5,7 +5,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO
 
 from lora_export import files
@@ -72,15 +72,14 @@ def extract(archive: Path, folder: Path) -> None:
     """Unpack into the empty `folder`. InputError for a name that leads out of it, a link, or a damaged archive."""
     try:
         for name, size, source in _entries(archive):
-            parts = PurePosixPath(name).parts
-            if not parts or PurePosixPath(name).as_posix() != name or not all(map(files.plain_name, parts)):
+            if not files.plain_path(name):
                 raise InputError(
                     f"the archive holds {name!r}, which would lie outside of the package",
                     where=archive,
                     expected="relative names",
                 )
             files.check_space(folder, size)
-            target = folder.joinpath(*parts)
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as out:
                 _copy(source, out)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from lora_export import __version__, files
@@ -100,8 +100,7 @@ def read(folder: Path) -> dict[str, Any]:
     check_texts(manifest, path)
     check(manifest, _MANIFEST, "the manifest of the package", path)
     for name in manifest["files"]:
-        parts = PurePosixPath(name).parts
-        if not parts or PurePosixPath(name).as_posix() != name or not all(map(files.plain_name, parts)):
+        if not files.plain_path(name):
             raise InputError(
                 f"the manifest names {name!r}, which lies outside of the package",
                 where=path,

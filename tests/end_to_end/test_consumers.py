@@ -38,14 +38,17 @@ def smollm2_packages(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def minilm_packages(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, base = tmp_path_factory.mktemp("minilm"), prepared("prepare_smollm2.py", "--minilm")
+    _save_lora(transformers.AutoModel.from_pretrained(base), ["query", "value"], root / "adapter")
+    return _packaged(run, root, base, root / "adapter")
+
+
+def _save_lora(model: Any, targets: list[str], folder: Path) -> None:
     torch.manual_seed(5)
-    config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=["query", "value"])
-    model = peft.get_peft_model(transformers.AutoModel.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=12, target_modules=targets))
+    for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    model.save_pretrained(root / "adapter")
-    return _packaged(run, root, base, root / "adapter")
+    tuned.save_pretrained(folder)
 
 
 def _packaged(run: Run, root: Path, base: Path, adapter: Path) -> Path:
@@ -259,13 +262,8 @@ def test_both_versions_of_transformers_read_one_configuration(kind: str, tmp_pat
 @pytest.fixture(scope="module")
 def whisper(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, base = tmp_path_factory.mktemp("whisper"), prepared("prepare_others.py", "whisper-tiny.en")
-    torch.manual_seed(5)
-    config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=["q_proj", "v_proj"])
-    model = peft.get_peft_model(transformers.WhisperForConditionalGeneration.from_pretrained(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
-    model.save_pretrained(root / "adapter")
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(base)
+    _save_lora(model, ["q_proj", "v_proj"], root / "adapter")
     words = ["-b", base, "-a", root / "adapter", "-o", root / "run", "--max-time", "3s"]
     code, _, talk = run("merge-and-export", *words)
     assert code == 0, talk
