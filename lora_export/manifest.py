@@ -81,18 +81,18 @@ def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tu
     found = hash_folder(run)
     del found[NAME]
     checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
-    checks += _same_files("run_files", manifest["files"], found)
+    checks += same_files("run_files", manifest["files"], found)
     for folder in (run / "merged", run):  # the second without a merged folder
         certificate = folder / "lora_export_certificate.json"
         if certificate.is_file():
             checks += _same_options(manifest["options"]["merge"], certificate)
     if base is not None:
-        checks += _same_files("base_files", manifest["base"]["files"], _input_hashes(base))
+        checks += same_files("base_files", manifest["base"]["files"], _input_hashes(base))
     if choices and len(choices) != len(manifest["adapters"]):
         note = f"{len(choices)} adapters were given, the manifest names {len(manifest['adapters'])}"
         checks.append(Finding("adapter_files", False, note))
     for choice, entry in zip(choices, manifest["adapters"], strict=False):
-        checks += _same_files("adapter_files", entry["files"], _input_hashes(choice.folder))
+        checks += same_files("adapter_files", entry["files"], _input_hashes(choice.folder))
     unproved = "names, tool and versions in the manifest: no bytes of the run depend on them"
     return checks, [unproved, *([] if base and choices else ["the files of base and adapters that were not given"])]
 
@@ -109,8 +109,11 @@ def _same_options(merge: Mapping[str, Any], certificate: Path) -> list[Finding]:
     return [Finding("manifest", False, "its options of the merge are not those of the certificate")]
 
 
-def _same_files(name: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[Finding]:
-    notes = [f"{n} is missing" for n in wanted if n not in found]
+def same_files(
+    name: str, wanted: Mapping[str, Any], found: Mapping[str, Any], notes: Sequence[str] = ()
+) -> list[Finding]:
+    """Each file that is missing, was added or was changed, after `notes` of other faults; or that all agree."""
+    notes = [*notes, *(f"{n} is missing" for n in wanted if n not in found)]
     notes += [f"{n} was added" for n in found if n not in wanted]
     notes += [f"{n} was changed" for n in wanted if n in found and found[n] != wanted[n]]
     return [Finding(name, False, note) for note in notes] or [

@@ -14,7 +14,8 @@ from lora_export.contracts import ExportResult, PackageResult, Progress
 from lora_export.delivered import refuse_other_words
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive, card, companions, contents, signature
-from lora_export.packages.job import RUNS_OWN, Job, Run, Variant
+from lora_export.packages.job import RUNS_OWN, Job, Run, Sample, Variant
+from lora_export.packages.programs import NUMBERS, PROMPT
 from lora_export.packages.targets import TARGETS
 from lora_export.packages.tasks import task_of
 
@@ -203,24 +204,22 @@ def _export(variant: Variant, run: Run, output: Path, progress: Progress) -> Exp
 
 def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress) -> dict[str, Any]:
     """What each variant that is not the run's own export was found to do beside it."""
-    from lora_export.onnx_export.agreement import agreement
+    from lora_export.onnx_export.agreement import agreements
 
-    found: dict[str, Any] = {}
-    for name, export in exports.items():
-        if export is run.export or name == RUNS_OWN:
-            continue
-        progress.stage(f"compare: {name} with the run's {run.export.precision}")
-        result = agreement(run.export.paths, export.paths, run.companions, run.config)
-        found[name] = {"against": run.export.precision, **result}
-        same = result.get("top1_agreement")
-        if same is not None and same < WORST_AGREEMENT:
-            progress.warn(
-                f"{name} chooses the same token as {run.export.precision} at {same:.0%} of positions only"
-            )
-    return found
+    others = {n: e.paths[0] for n, e in exports.items() if e is not run.export and n != RUNS_OWN}
+    if not others:
+        return {}
+    against = run.export.precision
+    progress.stage(f"compare: {', '.join(others)} with the run's {against}")
+    found = agreements(run.export.paths[0], others, run.companions, run.config)
+    for name, result in found.items():
+        same = result.get("top1_agreement", 1.0)
+        if same < WORST_AGREEMENT:
+            progress.warn(f"{name} chooses the same token as {against} at {same:.0%} of positions only")
+    return {name: {"against": against, **result} for name, result in found.items()}
 
 
-def _sample(run: Run) -> packages.Sample | None:
+def _sample(run: Run) -> Sample | None:
     """What a runtime should say: the unmerged model's words for the first prompt of the validation, or numbers of
     the validated graph; None where that is not text."""
     from lora_export.onnx_export.agreement import first_numbers
@@ -229,9 +228,9 @@ def _sample(run: Run) -> packages.Sample | None:
     if run.task.input != "text":
         return None
     if run.task.generates:
-        return packages.Sample(said[0]["prompt"], said[0]["unmerged"]) if said else None
-    numbers = first_numbers(run.export.paths[0], run.companions, packages.PROMPT, packages.NUMBERS)
-    return packages.Sample(packages.PROMPT, None, tuple(numbers))
+        return Sample(said[0]["prompt"], said[0]["unmerged"]) if said else None
+    numbers = first_numbers(run.export.paths[0], run.companions, PROMPT, NUMBERS)
+    return Sample(PROMPT, None, tuple(numbers))
 
 
 # --- the hub -----------------------------------------------------------------------------------------------

@@ -563,7 +563,7 @@ MUTATIONS = (
         'tests/packages/test_commands.py::test_the_legacy_spelling_of_rotary_embeddings',
     ),
     Mutation(
-        'a file that was added goes unnoticed', 'packages/contents.py',
+        'a file that was added goes unnoticed', 'manifest.py',
         'notes += [f"{n} was added" for n in found if n not in wanted]',
         'pass',
         'tests/packages/test_tampering.py::test_a_file_less_more_or_elsewhere[decoder_run-hf]',

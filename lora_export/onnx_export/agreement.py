@@ -11,21 +11,26 @@ from lora_export.onnx_export.casting import Array
 from lora_export.onnx_export.feeds import Feed, built_in_rows, rows_of, token_feeds
 
 
-def agreement(
-    reference: Sequence[Path], other: Sequence[Path], tokenizer: Path, config: Mapping[str, Any]
-) -> dict[str, float]:
-    """By the first output of the first graph: top1_agreement and kl_mean (nats) of logits, cosine of any.
+def agreements(
+    reference: Path, others: Mapping[str, Path], tokenizer: Path, config: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """By the first output of each graph: top1_agreement and kl_mean (nats) of logits, cosine of any.
 
-    tokenizer: a folder. {} for models whose first graph does not read tokens.
+    tokenizer: a folder. An empty entry for graphs that do not read tokens.
     """
     longest = int(config.get("max_position_embeddings", 128))
     try:
         rows = built_in_rows(tokenizer, min(longest, 128))
-        want, have = (_first_outputs(graphs[0], token_feeds(graphs[0], rows)) for graphs in (reference, other))
+        want = _first_outputs(reference, token_feeds(reference, rows))
+        found = {n: _first_outputs(g, token_feeds(g, rows)) for n, g in others.items()}
     except (ExportError, OSError, ValueError):  # no tokenizer, or inputs that tokens do not give
-        return {}
+        return {name: {} for name in others}
+    return {n: _agreement(want, have, config.get("vocab_size")) for n, have in found.items()}
+
+
+def _agreement(want: Array, have: Array, vocabulary: Any) -> dict[str, float]:
     found = {"cosine": float((want * have).sum() / max(np.linalg.norm(want) * np.linalg.norm(have), 1e-300))}
-    if want.shape[-1] == config.get("vocab_size"):
+    if want.shape[-1] == vocabulary:
         p, q = _log_softmax(want), _log_softmax(have)
         found["top1_agreement"] = float((p.argmax(-1) == q.argmax(-1)).mean())
         found["kl_mean"] = float((np.exp(p) * (p - q)).sum(-1).mean())

@@ -6,29 +6,9 @@ from typing import Any
 
 from lora_export import files
 from lora_export.packages import bom, card, companions, contents, readme, signature
-from lora_export.packages.job import RUNS_OWN, Facts, Job, Run, Sample, Snippet, Target, Variant
-from lora_export.packages.programs import NUMBERS, PROMPT
-from lora_export.packages.targets import TARGETS
-from lora_export.packages.tasks import Task, task_of
+from lora_export.packages.job import Facts, Job, Target
 
-__all__ = [
-    "NUMBERS",
-    "PROMPT",
-    "RUNS_OWN",
-    "TARGETS",
-    "Facts",
-    "Job",
-    "Run",
-    "Sample",
-    "Snippet",
-    "Target",
-    "Task",
-    "Variant",
-    "describe",
-    "lay",
-    "seal",
-    "task_of",
-]
+__all__ = ["describe", "lay", "seal"]
 
 
 def lay(job: Job, target: Target) -> None:

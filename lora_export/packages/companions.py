@@ -1,7 +1,7 @@
 """The small files that go into every package: configuration, tokenizer, chat template, licences."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,11 @@ def lay_licences(run: Run, target: Path) -> None:
 
 def licences(run: Run) -> list[Path]:
     """The files that a model's licence asks to be handed on."""
-    return list(_licences(run.companions))
-
-
-def _licences(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name.lower().startswith(_LICENCES) and path.suffix != ".py":
-            yield path
+    return [
+        path
+        for path in sorted(run.companions.iterdir())
+        if path.is_file() and path.name.lower().startswith(_LICENCES) and path.suffix != ".py"
+    ]
 
 
 def _copy(path: Path, target: Path) -> None:

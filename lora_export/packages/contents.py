@@ -9,7 +9,9 @@ from lora_export import __version__, files
 from lora_export.contracts import Finding
 from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import InputError
+from lora_export.manifest import same_files
 from lora_export.packages import bom, readme
+from lora_export.packages.genai import SUFFIX
 from lora_export.packages.job import Facts, Run, Sample
 from lora_export.packages.targets import TARGETS
 from lora_export.packages.tasks import task_of
@@ -112,7 +114,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def _check_words(manifest: Mapping[str, Any], path: Path) -> None:
     """InputError unless what ends in a program or in a path is one of the words that a package can have."""
-    adapters = [f"{name}.onnx_adapter" for name in manifest["onnx_adapters"]]
+    adapters = [f"{name}{SUFFIX}" for name in manifest["onnx_adapters"]]
     for what, holds, expected in (
         ("target", manifest["target"] in TARGETS, ", ".join(TARGETS)),
         ("name", is_model_name(manifest["name"]), MODEL_NAME_WORDS),
@@ -159,9 +161,4 @@ def compare(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
             found[name] = files.hashed(path)
         elif path.is_dir() and not any(w.startswith(f"{name}/") for w in wanted):
             notes.append(f"{name}/ was added")
-    notes += [f"{n} is missing" for n in wanted if n not in found]
-    notes += [f"{n} was added" for n in found if n not in wanted]
-    notes += [f"{n} was changed" for n in wanted if n in found and found[n] != wanted[n]]
-    if notes:
-        return [Finding("package_files", False, note) for note in notes]
-    return [Finding("package_files", True, f"{len(wanted)} files have the size and SHA-256 of the manifest")]
+    return same_files("package_files", wanted, found, notes)

@@ -40,8 +40,7 @@ class GenaiTarget(Target):
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
         for path in export.paths:
-            model = graphs.load(path)
-            sources = {t.name: export.output for t in graphs.external(model)}
+            model, sources = graphs.opened(path)
             graphs.save(model, job.stage / path.name, f"{path.name}.data", sources, largest=2**62)
         for name in job.adapters:
             shutil.copyfile(export.output / f"{name}{SUFFIX}", job.stage / f"{name}{SUFFIX}")

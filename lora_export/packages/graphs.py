@@ -35,6 +35,12 @@ def load(path: Path) -> "onnx.ModelProto":
     return onnx.load(str(path), load_external_data=False)
 
 
+def opened(path: Path) -> "tuple[onnx.ModelProto, dict[str, Path]]":
+    """A graph, and the folder of each of its external tensors: its own."""
+    model = load(path)
+    return model, {t.name: path.parent for t in external(model)}
+
+
 def external(model: "onnx.ModelProto") -> "Iterator[onnx.TensorProto]":
     """Initializers whose bytes lie in a file, of all graphs within the model."""
     import onnx

@@ -27,17 +27,13 @@ def models(export: ExportResult) -> "dict[str, tuple[graphs.Model, dict[str, Pat
     if speech.is_whisper(export):
         first, second = export.paths
         return {
-            "encoder_model": _alone(speech.encoder(first), export.output),
+            "encoder_model": speech.encoder(first),
             "decoder_model_merged": speech.decoder(first, second),
         }
     if export.graphs == _TWO_STEPS:
         encoder, decoder, later = export.paths
         return {
-            "encoder_model": _alone(graphs.load(encoder), export.output),
+            "encoder_model": graphs.opened(encoder),
             "decoder_model_merged": two_steps.joined(decoder, later),
         }
-    return {p.stem: _alone(graphs.load(p), export.output) for p in export.paths}
-
-
-def _alone(model: "graphs.Model", folder: Path) -> "tuple[graphs.Model, dict[str, Path]]":
-    return model, {t.name: folder for t in graphs.external(model)}
+    return {p.stem: graphs.opened(p) for p in export.paths}

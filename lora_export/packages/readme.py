@@ -51,9 +51,8 @@ def proof(run: Run) -> dict[str, str]:
         checks = validate["checks"]
         found["checks against the unmerged model"] = f"{sum(c['passed'] for c in checks)} of {len(checks)} passed"
         worst = {c["name"]: c["value"] for c in checks}
-        for name, words in (("onnx_logits_max_abs", "largest difference of an ONNX output"),):
-            if worst.get(name) is not None:
-                found[words] = f"{worst[name]:.2g}"
+        if worst.get("onnx_logits_max_abs") is not None:
+            found["largest difference of an ONNX output"] = f"{worst['onnx_logits_max_abs']:.2g}"
     if bench:
         same = {True: "the graph of the base", False: "a graph of its own", None: "not compared"}
         found["graph"] = same[bench.get("graph_identical")]
@@ -72,14 +71,8 @@ def how_to_run(facts: Facts) -> list[str]:
 
 
 def _shell(snippet: Snippet) -> list[str]:
-    start = "python" if snippet.language == "python" else "node --input-type=module"
-    return [
-        "```bash",
-        f"{start} - <<'END'" if start == "python" else f"{start} <<'END'",
-        snippet.code,
-        "END",
-        "```",
-    ]
+    start = {"python": "python -", "javascript": "node --input-type=module"}[snippet.language]
+    return ["```bash", f"{start} <<'END'", snippet.code, "END", "```"]
 
 
 def _expected(facts: Facts) -> list[str]:

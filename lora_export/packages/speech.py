@@ -24,12 +24,12 @@ def is_whisper(export: ExportResult) -> bool:
     return export.graphs == _BUILDERS
 
 
-def encoder(path: Path) -> "onnx.ModelProto":
-    """input_features → last_hidden_state; nothing of the cross-attention."""
-    model = graphs.load(path)
+def encoder(path: Path) -> "tuple[onnx.ModelProto, dict[str, Path]]":
+    """input_features → last_hidden_state, and the folder of each external tensor."""
+    model, sources = graphs.opened(path)
     _keep(model, ["hidden_states"])
     _rename(model.graph, {"audio_features": "input_features", "hidden_states": "last_hidden_state"})
-    return model
+    return model, sources
 
 
 def decoder(encoder_path: Path, path: Path) -> "tuple[onnx.ModelProto, dict[str, Path]]":
@@ -40,9 +40,8 @@ def decoder(encoder_path: Path, path: Path) -> "tuple[onnx.ModelProto, dict[str,
     import onnx
     from onnx import TensorProto, helper
 
-    model, cross = graphs.load(path), _cross_attention(encoder_path)
+    (model, sources), cross = graphs.opened(path), _cross_attention(encoder_path)
     graph = model.graph
-    sources = {t.name: path.parent for t in graphs.external(model)}
     sources |= {t.name: encoder_path.parent for t in cross.initializer}
     layers = sum(o.name.startswith("present_key_self_") for o in graph.output)
     names = [(what, i) for i in range(layers) for what in ("key", "value")]
@@ -121,7 +120,7 @@ def _width(cross: "onnx.GraphProto") -> int:
 
 def _chosen(cross: "onnx.GraphProto", names: list[tuple[str, int]]) -> "onnx.NodeProto":
     """cross_key_0, …: from the cache where there is one, else computed of the encoder's states."""
-    from onnx import TensorProto, helper
+    from onnx import helper
 
     kept, made = [], []
     elem = cross.input[0].type.tensor_type.elem_type
@@ -130,7 +129,6 @@ def _chosen(cross: "onnx.GraphProto", names: list[tuple[str, int]]) -> "onnx.Nod
         made.append(f"cross/present_{what}_cross_{i}")
     ends = [[helper.make_tensor_value_info(n, elem, None) for n in outputs]
             for outputs in ([n.output[0] for n in kept], made)]  # fmt: skip
-    assert elem != TensorProto.UNDEFINED
     return helper.make_node(
         "If",
         [CACHED],
