@@ -30,7 +30,7 @@ from lora_export.contracts import (
 )
 from lora_export.errors import ExportError, GateFailed, InputError
 from lora_export.files import check_space, output_folder, read_json
-from lora_export.latency import benchmark, extra_arms, refuse_extra, refuse_slower
+from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra, refuse_slower
 
 if TYPE_CHECKING:
     from lora_export.onnx_export.weight_source import WeightSource
@@ -115,7 +115,7 @@ def _run(
     options: StoryOptions,
     progress: Progress,
 ) -> Story:
-    from lora_export.merge import merge
+    from lora_export.merging import merge
     from lora_export.validation import validate
 
     folder = stage / "merged" if options.merged_folder else work / "outline"
@@ -154,7 +154,7 @@ def _run(
 
 def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path:
     """The folder of the base that the adapter belongs to: itself, or a dequantized copy in `work`."""
-    from lora_export.merge import merge, plan
+    from lora_export.merging import merge, plan
 
     planned = plan(base, [], replace(options, dtype="keep"))
     if planned.counts["dequantized"] == 0:
@@ -165,7 +165,7 @@ def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progr
 
 def _stand_in(base: Path, merged: Path, options: StoryOptions, work: Path, progress: Progress) -> Path | None:
     """An fp32 copy of a quantized base, for validation, unless bitsandbytes itself can dequantize it there."""
-    from lora_export.merge import merge
+    from lora_export.merging import merge
     from lora_export.quantization import method_of
     from lora_export.validation import streams
 
@@ -201,7 +201,7 @@ def _merge_into(
     progress: Progress,
 ) -> tuple[MergeResult, ExportResult]:
     """Merge and export in one pass; the certificate lies in `stage`, the rest of a merged folder in `outline`."""
-    from lora_export.merge import CERTIFICATE, begin_stream, end_stream
+    from lora_export.merging import CERTIFICATE, begin_stream, end_stream
 
     started = time.monotonic()
     source = begin_stream(base, adapters, outline, options.merge, progress)
@@ -429,7 +429,7 @@ def verify(
     progress: Progress,
 ) -> Verification:
     """Check a merged folder, or all of a run folder, again. InputError if it is neither."""
-    from lora_export.merge.verification import verify_folder, verify_streamed
+    from lora_export.merging.verification import verify_folder, verify_streamed
 
     if not path.is_dir():
         raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
@@ -450,7 +450,7 @@ def verify(
 
 def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
     """Everything that can be refused on headers and config, before minutes of work."""
-    from lora_export.merge import plan
+    from lora_export.merging import plan
     from lora_export.onnx_export import check_request
     from lora_export.validation.prompts import read_prompts
     from lora_export.validation.text import read_text

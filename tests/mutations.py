@@ -107,7 +107,7 @@ MUTATIONS = (
     Mutation(
         "a trained head stays tied", "merge/plan.py",
         'changes["tie_word_embeddings"] = False', "pass",
-        "tests/merge/test_against_peft.py::test_merged_model_computes_what_the_unmerged_one_computes"
+        "tests/merging/test_against_peft.py::test_merged_model_computes_what_the_unmerged_one_computes"
         "[lora on the head, tied]",
     ),
     Mutation(
@@ -289,7 +289,7 @@ MUTATIONS = (
     Mutation(
         "a streamed merge takes other rows", "merge/streamed.py",
         "return work.compute(start, stop)", "return work.compute(0, stop - start)",
-        "tests/merge/test_streamed.py::test_the_same_bytes_as_the_merged_folder[plain]",
+        "tests/merging/test_streamed.py::test_the_same_bytes_as_the_merged_folder[plain]",
     ),
     Mutation(
         "Whisper's sounds are not padded to thirty seconds", 'validation/kinds/signals.py',
@@ -331,61 +331,61 @@ MUTATIONS = (
         'a cache in place is trusted unseen', 'benchmark/sessions.py',
         'return bool(np.abs(found - expected).max() <= _SAME * np.abs(expected).max())',
         'return True',
-        'tests/benchmark/test_benchmark_run.py::test_a_cache_in_place_with_other_logits_is_not_used',
+        'tests/benchmarking/test_benchmark_run.py::test_a_cache_in_place_with_other_logits_is_not_used',
     ),
     Mutation(
         'the adapter that is plugged in is not bound', 'benchmark/sessions.py',
         'made | (self._adapter.values if self._adapter else {})',
         'made',
-        'tests/benchmark/test_benchmark_run.py::test_a_plugged_adapter_is_in_every_run',
+        'tests/benchmarking/test_benchmark_run.py::test_a_plugged_adapter_is_in_every_run',
     ),
     Mutation(
         'the control is not held up', 'benchmark/sessions.py',
         '(now() - start) * (1 + share)',
         '(now() - start)',
-        'tests/benchmark/test_benchmark_run.py::test_without_a_slower_graph_the_base_held_up_is_the_control',
+        'tests/benchmarking/test_benchmark_run.py::test_without_a_slower_graph_the_base_held_up_is_the_control',
     ),
     Mutation(
         'a control that is not slower is no matter', 'benchmark/statistics.py',
         'if control is not None and control.low <= 1:',
         'if control is not None and control.low <= 0:',
-        'tests/benchmark/test_benchmark_statistics.py::test_verdicts',
+        'tests/benchmarking/test_benchmark_statistics.py::test_verdicts',
     ),
     Mutation(
         "PyTorch's cache grows with every call", 'benchmark/pytorch.py',
         'cache.crop(-shape.tokens)',
         'pass',
-        'tests/benchmark/test_benchmark_run.py::test_pytorch_runs_the_unmerged_model_again_and_again',
+        'tests/benchmarking/test_benchmark_run.py::test_pytorch_runs_the_unmerged_model_again_and_again',
     ),
     Mutation(
         'a slower verdict of identical graphs is believed at once', 'benchmark/measuring.py',
         'if again.verdict == "slower":\n        return again',
         'if first.verdict == "slower":\n        return first',
-        'tests/benchmark/test_benchmark_run.py::test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions',
+        'tests/benchmarking/test_benchmark_run.py::test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions',
     ),
     Mutation(
         'p95 is p90', 'benchmark/statistics.py',
         'PERCENTILES = (0.50, 0.95, 0.99)',
         'PERCENTILES = (0.50, 0.90, 0.99)',
-        'tests/benchmark/test_benchmark_run.py::test_percentiles_and_rates_are_those_of_the_samples',
+        'tests/benchmarking/test_benchmark_run.py::test_percentiles_and_rates_are_those_of_the_samples',
     ),
     Mutation(
         'percentiles are drawn call by call', 'benchmark/statistics.py',
         '[np.quantile(times[rows], PERCENTILES) for rows in',
         '[np.quantile(rng.choice(times.ravel(), times.size), PERCENTILES) for rows in',
-        'tests/benchmark/test_benchmark_statistics.py::test_percentiles_keep_the_calls_of_a_block_together',
+        'tests/benchmarking/test_benchmark_statistics.py::test_percentiles_keep_the_calls_of_a_block_together',
     ),
     Mutation(
         'an idle GPU counts as throttled', 'benchmark/gpus.py',
         '"SwPowerCap": "power limit",',
         '"SwPowerCap": "power limit",\n    "GpuIdle": "idle",',
-        'tests/benchmark/test_benchmark_conditions.py::test_a_card_is_described_and_read',
+        'tests/benchmarking/test_benchmark_conditions.py::test_a_card_is_described_and_read',
     ),
     Mutation(
         "our own work counts as others'", 'benchmark/conditions.py',
         'passed["busy"] - passed["own"]',
         'passed["busy"]',
-        'tests/benchmark/test_benchmark_conditions.py::test_readings_are_of_the_time_since_the_last',
+        'tests/benchmarking/test_benchmark_conditions.py::test_readings_are_of_the_time_since_the_last',
     ),
     Mutation(
         'a slower benchmark is no failure', 'latency.py',
@@ -397,12 +397,12 @@ MUTATIONS = (
         'buffers that all arms share count for the first', 'benchmark/engines.py',
         '- before - (buffers.nbytes - own)',
         '- before',
-        'tests/benchmark/test_benchmark_run.py::test_memory_is_counted_for_each_arm_without_the_shared_buffers',
+        'tests/benchmarking/test_benchmark_run.py::test_memory_is_counted_for_each_arm_without_the_shared_buffers',
     ),
     Mutation(
         "the spread of sessions is passed over", "benchmark/measure.py",
         "if self.sessions > 1:", "if self.sessions > 99:",
-        "tests/benchmark/test_benchmark_measure.py::"
+        "tests/benchmarking/test_benchmark_measure.py::"
         "test_sessions_that_differ_are_covered_by_their_spread_and_not_by_blocks",
     ),
     Mutation(
@@ -421,13 +421,13 @@ MUTATIONS = (
         'what DARE keeps is not made larger', 'merge/recipe.py',
         'delta / density, 0.0)',
         'delta, 0.0)',
-        'tests/merge/test_combining.py::test_dare_keeps_its_share_and_the_expected_sum',
+        'tests/merging/test_combining.py::test_dare_keeps_its_share_and_the_expected_sum',
     ),
     Mutation(
         'a block draws as if it were the first', 'deltas/draws.py',
         'counter=start // _PER_COUNT',
         'counter=0',
-        'tests/merge/test_combining.py::test_draws_are_the_same_however_they_are_cut',
+        'tests/merging/test_combining.py::test_draws_are_the_same_however_they_are_cut',
     ),
     Mutation(
         'one element too few is kept', 'deltas/largest.py',
@@ -439,13 +439,13 @@ MUTATIONS = (
         'A has no sign', 'merge/recipe.py',
         'signed = [copysign(root, s) for root, s in zip(roots, scales, strict=True)]',
         'signed = list(roots)',
-        'tests/merge/test_combining.py::test_factors_are_combined_as_peft_does',
+        'tests/merging/test_combining.py::test_factors_are_combined_as_peft_does',
     ),
     Mutation(
         'interference forgets the weights', 'merge/interference.py',
         'if plan.options.combine != "none" else 1.0',
         'if plan.options.combine == "x" else 1.0',
-        'tests/merge/test_combining.py::test_interference_of_combined_adapters_has_their_weights',
+        'tests/merging/test_combining.py::test_interference_of_combined_adapters_has_their_weights',
     ),
     Mutation(
         'truncation forgets the scaling', 'deriving/truncate.py',
@@ -487,7 +487,7 @@ MUTATIONS = (
         'the records of the folder stand for those of the spare', 'switching.py',
         'starts_as = _of_one_base(spare, recorded) or recorded',
         'starts_as = recorded if _of_one_base(spare, recorded) else recorded',
-        'tests/merge/test_switching.py::test_ten_switches_end_where_a_fresh_merge_ends',
+        'tests/merging/test_switching.py::test_ten_switches_end_where_a_fresh_merge_ends',
     ),
     Mutation(
         'the map of the folder stands for that of the spare', 'switching.py',
@@ -499,26 +499,26 @@ MUTATIONS = (
         'a file that is open is written into', 'spare.py',
         '(target.stat().st_nlink == 1 and nobody_reads(target))',
         'target.stat().st_nlink == 1',
-        'tests/merge/test_switching.py::test_who_reads_the_old_state_goes_on_reading_it',
+        'tests/merging/test_switching.py::test_who_reads_the_old_state_goes_on_reading_it',
     ),
     Mutation(
         'a spare is believed unseen', 'spare.py',
         "if any(p.is_symlink() or (p.is_file() and p.stat().st_mtime_ns > written) "
         "for p in spare.place.rglob(\"*\")):",
         'if spare.place.is_symlink():',
-        'tests/merge/test_switching.py::test_a_spare_that_was_changed_is_made_anew',
+        'tests/merging/test_switching.py::test_a_spare_that_was_changed_is_made_anew',
     ),
     Mutation(
         'another base goes unnoticed', 'merge/switched.py',
         'if hashes.get(new.name) not in (None, new.hash_in):',
         'if hashes.get(new.name) is None:',
-        'tests/merge/test_switching.py::test_another_base_is_noticed',
+        'tests/merging/test_switching.py::test_another_base_is_noticed',
     ),
     Mutation(
         'the folder itself is written into', 'spare.py',
         'place = folder.with_name(f".{folder.name}.spare")\n',
         'place = folder\n',
-        'tests/merge/test_switching.py::test_killed_anywhere_it_is_the_old_state_or_the_new_one',
+        'tests/merging/test_switching.py::test_killed_anywhere_it_is_the_old_state_or_the_new_one',
     ),
     Mutation(
         'a switch does not wait for requests', 'serving.py',

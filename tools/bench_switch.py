@@ -23,12 +23,12 @@ from processes import circumstances, save, spread
 
 from lora_export.contracts import AdapterChoice, Source
 from lora_export.files import sync_tree
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
-from lora_export.pluggable import export_pluggable
 from lora_export.progress import Silent
 from lora_export.serving import Overridden, Plugged, Swapped
-from lora_export.switching import switch
+from lora_export.workflows.pluggable import export_pluggable
+from lora_export.workflows.switching import switch
 
 PAST = 128  # tokens in the cache of the decoding step
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lora_export.contracts import AdapterChoice
-from lora_export.merge import merge
+from lora_export.merging import merge
 
 if __name__ == "__main__":
     base, adapter, output, *certified = sys.argv[1:]

@@ -123,7 +123,7 @@ def shown(values: Spread, unit: float, form: str) -> str:
 
 def circumstances(work: Path, out: Path) -> dict[str, Any]:
     """Machine, versions and file systems, with nothing that names the machine or its user."""
-    from lora_export.benchmark.environment import describe
+    from lora_export.benchmarking.environment import describe
     from lora_export.manifest import versions
 
     code = str(Path(lora_export.__file__).parent)

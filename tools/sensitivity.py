@@ -28,11 +28,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import tests.conftest  # noqa: F401  - keeps every library off the network
-from lora_export.benchmark.environment import describe
+from lora_export.benchmarking.environment import describe
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import EXIT_GATE
 from lora_export.files import write_json
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.validation import reference
 from lora_export.validation.loaded import load_as_stored, own_type
 from lora_export.validation.prompts import BUILT_IN

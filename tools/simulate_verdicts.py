@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 
 sys.path.insert(0, str(HERE.parent))
 
-from tests.benchmark.machine import MARGIN, NOISES, verdict
+from tests.benchmarking.machine import MARGIN, NOISES, verdict
 
 RATIOS = (1.0, 1.005, 1.01, 1.02, 1.03)
 VERDICTS = ("equivalent", "slower", "inconclusive")

@@ -52,7 +52,6 @@ def benchmark(
     with talking(as_json, quiet, verbose) as talk:
         from dataclasses import replace
 
-        from lora_export import latency
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands import gather
         from lora_export.commands.words import benchmark_rows, summary
@@ -61,6 +60,7 @@ def benchmark(
         from lora_export.pipeline import new_report, raw
         from lora_export.report import write
         from lora_export.runtime import resolve_provider
+        from lora_export.workflows import latency
 
         settings = gather.benchmark_options_of(words)
         settings = replace(settings, provider=resolve_provider(settings.provider))

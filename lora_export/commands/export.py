@@ -130,7 +130,7 @@ def _pluggable(
 ) -> Any:
     from lora_export.checkpoint.sources import resolve
     from lora_export.commands.gather import quantization_of, target_of
-    from lora_export.pluggable import export_pluggable
+    from lora_export.workflows.pluggable import export_pluggable
 
     return export_pluggable(
         resolve(model),

@@ -109,7 +109,7 @@ def quantization_of(words: dict[str, Any]) -> QuantizationOptions:
 def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
     """InputError for a grid that is asked for beside sizes of one's own, or too few sets of sessions for a
     spread."""
-    from lora_export.benchmark.statistics import MIN_SESSIONS
+    from lora_export.benchmarking.statistics import MIN_SESSIONS
 
     if 1 < words["sessions"] < MIN_SESSIONS:
         raise InputError(

@@ -54,7 +54,7 @@ def inspect(
         raise click.UsageError("--picture is of the numbers of an adapter: give it as -a ADAPTER.")
     with talking(as_json, quiet, verbose) as talk:
         from lora_export.checkpoint.sources import resolve
-        from lora_export.inspection import inspect_folder
+        from lora_export.workflows.inspection import inspect_folder
 
         if adapter is not None:
             from lora_export.commands.learnt import learnt

@@ -9,7 +9,7 @@ from lora_export.commands import options
 from lora_export.commands.talk import megabytes, table, talking
 
 if TYPE_CHECKING:
-    from lora_export.merge import MergePlan
+    from lora_export.merging import MergePlan
 
 
 @click.command("merge")
@@ -40,8 +40,8 @@ def merge(
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands import gather
         from lora_export.commands.words import interference_lines, merge_rows
-        from lora_export.merge import interference, plan
-        from lora_export.merge import merge as merge_folder
+        from lora_export.merging import interference, plan
+        from lora_export.merging import merge as merge_folder
 
         source, choices = resolve(base), gather.choices_of(gather.adapters_of(adapters))
         settings = gather.merge_options_of(words, force)

@@ -54,7 +54,7 @@ def merge_and_export(
         source, found = resolve(base), gather.adapters_of(adapters)
         story_options = gather.story_options_of(words)
         if dry_run:
-            from lora_export.merge import plan
+            from lora_export.merging import plan
 
             planned = plan(source.folder, gather.choices_of(found), story_options.merge)
             talk.result({"output": str(output), "merge": plan_document(planned)}, plan_words(planned))

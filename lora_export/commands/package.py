@@ -59,8 +59,8 @@ def package(
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export.errors import InputError
-        from lora_export.packaging import PackageOptions, push
-        from lora_export.packaging import package as make
+        from lora_export.workflows.packaging import PackageOptions, push
+        from lora_export.workflows.packaging import package as make
 
         if repository is not None and (target != "hf" or words["archive"]):
             raise InputError(

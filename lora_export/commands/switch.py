@@ -70,8 +70,8 @@ def switch(
         from lora_export.commands import gather
         from lora_export.commands.talk import table
         from lora_export.commands.words import switched_rows
-        from lora_export.switching import base_of
-        from lora_export.switching import switch as switch_adapter
+        from lora_export.workflows.switching import base_of
+        from lora_export.workflows.switching import switch as switch_adapter
 
         old, new = (gather.choices_of(gather.adapters_of(names)) for names in (before, after))
         folder = resolve(base or base_of(new[0].folder)).folder

@@ -52,9 +52,9 @@ def verify(
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands import gather
         from lora_export.commands.words import verification_words
-        from lora_export.delivered import is_package
-        from lora_export.delivered import verify as verify_package
         from lora_export.errors import EXIT_FAILED, EXIT_GATE, InputError
+        from lora_export.workflows.delivered import is_package
+        from lora_export.workflows.delivered import verify as verify_package
 
         if not path.exists():
             raise InputError("there is no such folder or archive", where=path)

@@ -15,7 +15,7 @@ from lora_export.contracts import (
 
 if TYPE_CHECKING:
     from lora_export.deriving import Derived
-    from lora_export.switching import Switched
+    from lora_export.workflows.switching import Switched
 
 Rows = list[tuple[str, str]]
 

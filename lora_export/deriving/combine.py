@@ -13,7 +13,7 @@ from lora_export.deltas import spectrum
 from lora_export.deltas.spectrum import Spectrum
 from lora_export.deriving.saving import Derived, DType, NewAdapter, Rank, check_rank
 from lora_export.errors import AdapterError
-from lora_export.merge.combining import check_options, combined, largest_rank
+from lora_export.merging.combining import check_options, combined, largest_rank
 
 
 def combine(

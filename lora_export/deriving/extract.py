@@ -11,8 +11,8 @@ from lora_export.contracts import MergeOptions, Progress
 from lora_export.deltas import spectrum
 from lora_export.deriving.saving import Derived, DType, NewAdapter, Rank, check_rank
 from lora_export.errors import CheckpointError
-from lora_export.merge.exact import whole_base
-from lora_export.merge.plan import FLOATS, MergePlan, PlannedTensor, plan_merge
+from lora_export.merging.exact import whole_base
+from lora_export.merging.plan import FLOATS, MergePlan, PlannedTensor, plan_merge
 from lora_export.progress import Silent
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import AdapterChoice, MergeOptions, Progress
 from lora_export.documents import finite
 from lora_export.errors import InputError
-from lora_export.merge import plan
+from lora_export.merging import plan
 from lora_export.progress import Silent
 from lora_export.understanding.figures import Module, alone, by_layer, by_type, truncation, with_base, with_share
 from lora_export.understanding.words import config_trouble, sentences, trouble

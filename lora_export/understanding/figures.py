@@ -12,8 +12,8 @@ from lora_export.adapters.kind import float64
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.deltas import spectrum
 from lora_export.deltas.spectrum import Spectrum
-from lora_export.merge import MergePlan
-from lora_export.merge.exact import change_of, load_updates, whole_base
+from lora_export.merging import MergePlan
+from lora_export.merging.exact import change_of, load_updates, whole_base
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,6 @@
 """The models that are compared, as transformers and PEFT themselves build them, in fp32.
 
-This is the oracle: PEFT's unmerged forward. It shares no formula and no reader with merge/ and adapters/.
+This is the oracle: PEFT's unmerged forward. It shares no formula and no reader with merging/ and adapters/.
 """
 
 import contextlib

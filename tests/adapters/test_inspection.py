@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_export.inspection import inspect_folder
+from lora_export.workflows.inspection import inspect_folder
 from tests.builders import llama_config, save_base
 from tests.matrix.families import FAMILIES
 from tests.matrix.test_matrix import train

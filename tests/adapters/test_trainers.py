@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import LoraExportError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from tests.builders import edit_json, handmade_base, tensors
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -405,7 +405,7 @@ def test_another_number_of_experts_is_refused(tmp_path: Path) -> None:
 
 
 def test_inspect_tells_a_named_adapter(tmp_path: Path) -> None:
-    from lora_export.inspection import inspect_folder
+    from lora_export.workflows.inspection import inspect_folder
 
     values = {k.replace(".weight", ".actor.weight"): v for k, v in pair(Q).items()}
     adapter = save(tmp_path / "adapter", values)

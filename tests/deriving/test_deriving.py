@@ -15,7 +15,7 @@ from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.deriving import combine, extract, truncate
 from lora_export.deriving.saving import Rank
 from lora_export.errors import AdapterError, CheckpointError, InputError, OutputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from tests.builders import (
     bert_config,
     edit_tensors,

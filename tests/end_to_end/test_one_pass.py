@@ -113,7 +113,7 @@ def test_a_stream_without_the_adapter_fails_the_gate(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing but the ONNX gate can see it."""
-    from lora_export.merge import streamed
+    from lora_export.merging import streamed
 
     def without(self: Any, name: str, start: int, stop: int) -> Any:
         return streamed.read_rows(self.plan.tensors[name].source, start, stop)

@@ -38,7 +38,7 @@ def everything(folder: Path) -> dict[str, str]:
 # Children are forked from a process that has imported everything and computed nothing: MKL's threads do not
 # survive a fork. Every third child of a process that had merged before it forked ran for ever.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "lora_export.merge", "tests.failures.faults", "tests.failures.commands"])
+_FORKS.set_forkserver_preload(["torch", "lora_export.merging", "tests.failures.faults", "tests.failures.commands"])
 
 
 @dataclass
@@ -83,7 +83,7 @@ def _run(log: Path, arguments: list[str], before: Callable[[], object] | None) -
     cli(arguments, prog_name="lora-export")
 
 
-def slow_down(seconds: float, mark: Path, name: str = "lora_export.merge.execute.copy_range") -> None:
+def slow_down(seconds: float, mark: Path, name: str = "lora_export.merging.execute.copy_range") -> None:
     """For `before`: every call of a function takes that long, and the first one makes the file `mark`."""
     real = pkgutil.resolve_name(name)
 

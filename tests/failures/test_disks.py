@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import lora_export.merge
+import lora_export.merging
 from tests.failures.commands import everything, invoke, merge_words
 
 PAGE = 4096
@@ -52,7 +52,7 @@ def prepared(
 ) -> tuple[int, int]:
     """Pages and inodes that a merge takes, where it is not asked beforehand whether there is room."""
     assert invoke(*words_for(work, disk)).exit_code == 0
-    monkeypatch.setattr(lora_export.merge, "check_space", lambda folder, needed: None)
+    monkeypatch.setattr(lora_export.merging, "check_space", lambda folder, needed: None)
     needed = pages(disk / "out"), len(everything(disk / "out"))
     shutil.rmtree(disk / "out")
     return needed

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lora_export.merge.execute import Execution
+from lora_export.merging.execute import Execution
 from tests.failures.commands import Forked, everything, invoke, merge_words
 from tests.failures.faults import Faults, failing, kill_at
 

@@ -8,7 +8,7 @@ import pytest
 
 from lora_export.contracts import AdapterChoice
 from lora_export.errors import InputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from tests.builders import lora, save_adapter, save_base, tensors
 from tests.failures.commands import everything
 

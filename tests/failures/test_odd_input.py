@@ -15,12 +15,12 @@ from lora_export.checkpoint import open_checkpoint
 from lora_export.checkpoint.header import read_header
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, LoraExportError, plain
-from lora_export.inspection import inspect_folder
-from lora_export.merge import MergePlan, plan
-from lora_export.merge.loaded import loaded_weights
+from lora_export.merging import MergePlan, plan
+from lora_export.merging.loaded import loaded_weights
 from lora_export.onnx_export import check_model, load_export
 from lora_export.quantization import find_quantized
 from lora_export.report import render
+from lora_export.workflows.inspection import inspect_folder
 from tests.builders import edit_json
 from tests.fuzz import adapters, test_fuzz_adapters, test_fuzz_quantization
 from tests.fuzz.files import Entry, entries, file_bytes

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
-from lora_export import files, interrupts, merge
+from lora_export import files, interrupts
 from lora_export.checkpoint import companions
 from lora_export.files import output_folder
 from lora_export.interrupts import Interrupts
 from tests.failures.commands import Forked, everything, invoke, merge_words, slow_down, until
 
 PHASES = {
-    "copying": "lora_export.merge.execute.copy_range",
-    "computing": "lora_export.merge.work.TensorWork.compute",
+    "copying": "lora_export.merging.execute.copy_range",
+    "computing": "lora_export.merging.work.TensorWork.compute",
     "companions": "shutil.copyfile",
-    "certificate": "lora_export.merge.write_certificate",
+    "certificate": "lora_export.merging.write_certificate",
     "syncing": "os.fsync",
 }
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -81,7 +81,7 @@ def test_an_interrupt_before_the_command_begins_is_130(work: Path, monkeypatch: 
 class AtLine:
     """Sends SIGINT to this process when it comes to the nth line of the code that puts an output in its place."""
 
-    FILES = frozenset(str(module.__file__) for module in (files, interrupts, merge, companions))
+    FILES = frozenset(str(module.__file__) for module in (files, interrupts, merging, companions))
 
     def __init__(self, nth: int) -> None:
         self.nth, self.seen, self.where = nth, 0, ""

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from lora_export.checkpoint import open_checkpoint
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import LoraExportError
-from lora_export.inspection import inspect_folder
-from lora_export.merge import MergePlan, plan
-from lora_export.merge.loaded import loaded_weights
+from lora_export.merging import MergePlan, plan
+from lora_export.merging.loaded import loaded_weights
+from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz import adapters
 from tests.fuzz.files import Entry, damaged_entries, entries, file_bytes
 from tests.fuzz.guard import attempt, harness

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from lora_export.checkpoint import Checkpoint, open_checkpoint
 from lora_export.contracts import MergeOptions
 from lora_export.errors import LoraExportError
-from lora_export.inspection import inspect_folder
-from lora_export.merge import MergePlan, plan
+from lora_export.merging import MergePlan, plan
 from lora_export.quantization import QuantizedWeight, find_quantized
+from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz.files import Entry, damaged_entries, entries, write
 from tests.fuzz.guard import attempt, harness
 from tests.fuzz.strategies import damaged_bytes, damaged_tree, encoded

@@ -9,9 +9,9 @@ import matplotlib.font_manager  # noqa: F401  - reads its cache, which lies else
 from hypothesis import strategies as st
 
 from lora_export.errors import LoraExportError
-from lora_export.inspection import inspect_folder
 from lora_export.report import render
 from lora_export.report.schema import load, load_samples
+from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz.guard import attempt, harness
 from tests.fuzz.strategies import json_files
 from tests.report.conftest import full_report, raw_timings

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_export.contracts import AdapterChoice
-from lora_export.merge import merge
+from lora_export.merging import merge
 from tests.builders import randomize
 from tests.matrix.families import FAMILIES, Family
 from tests.matrix.kinds import KINDS

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from lora_export.contracts import AdapterChoice, ExportResult
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight, weights_map
 from lora_export.onnx_export.engines import ENGINES
 from lora_export.progress import Silent

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from lora_export.commands.main import cli
 from lora_export.contracts import ExportResult, Source
 from lora_export.errors import LoraExportError
-from lora_export.inspection import inspect_folder
-from lora_export.pluggable import export_pluggable
 from lora_export.progress import Silent
+from lora_export.workflows.inspection import inspect_folder
+from lora_export.workflows.pluggable import export_pluggable
 from tests.onnx_export.conftest import save_llama
 
 IDS = torch.arange(4, 17)[None]

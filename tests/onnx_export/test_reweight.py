@@ -19,7 +19,7 @@ from lora_export.choices import Precision
 from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, ExportResult, QuantizationOptions
 from lora_export.errors import LoraExportError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
 from tests.builders import edit_json, edit_tensors

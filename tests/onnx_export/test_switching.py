@@ -13,12 +13,12 @@ import pytest
 
 from lora_export.contracts import AdapterChoice, Source
 from lora_export.errors import InputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
-from lora_export.pluggable import export_pluggable
 from lora_export.progress import Silent
 from lora_export.serving import Overridden, Plugged, Swapped
-from lora_export.switching import switch
+from lora_export.workflows.pluggable import export_pluggable
+from lora_export.workflows.switching import switch
 from tests.onnx_export.conftest import save_llama
 from tests.onnx_export.test_pluggable import save_lora
 

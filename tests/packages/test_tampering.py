@@ -17,8 +17,8 @@ from lora_export.commands.main import cli
 from lora_export.errors import InputError
 from lora_export.files import read_sealed, write_sealed
 from lora_export.packages import archive
-from lora_export.packaging import PackageOptions, package
 from lora_export.progress import Silent
+from lora_export.workflows.packaging import PackageOptions, package
 from tests.packages.conftest import Packed
 from tests.packages.test_packages import ALL
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lora_export.checkpoint.header import build_header, read_header
 from lora_export.checkpoint.shards import OutputTensor, plan_shards
 from lora_export.contracts import AdapterChoice, MergeOptions
-from lora_export.merge import merge
+from lora_export.merging import merge
 from tests.builders import handmade_adapter, handmade_base, tensors
 
 NAMES = st.text(alphabet='ab.é"\\ 0_', min_size=1, max_size=12)

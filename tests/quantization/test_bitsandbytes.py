@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_export.checkpoint import open_checkpoint
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import CheckpointError, InputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.quantization import TrainingQuantization, find_quantized, quantized_modules
 from lora_export.quantization.bnb4 import Blocks4Bit
 from lora_export.quantization.bnb8 import Rows8Bit

@@ -11,7 +11,7 @@ from lora_export.checkpoint import TensorFiles, open_checkpoint
 from lora_export.checkpoint.header import read_header
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import CheckpointError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.quantization import QuantizedWeight, describe, find_quantized
 from tests.builders import edit_json, edit_tensors, load, logits, lora, save_adapter, save_base, tensors, unmerged
 from tests.quantization.packing import Tensors, awq, fp8, gptq, integers, packed, plain

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lora_export.contracts import AdapterChoice, MergeOptions
-from lora_export.merge import merge
+from lora_export.merging import merge
 
 VOCABULARY = 320
 

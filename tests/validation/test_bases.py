@@ -22,7 +22,7 @@ from lora_export.contracts import (
     ValidationResult,
 )
 from lora_export.errors import InputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
 from lora_export.validation.advice import bases_advice

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import AdapterChoice, Check, MergeOptions, ValidationResult
 from lora_export.errors import InputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
 from lora_export.validation.compare import compare_logits, greedy_divergences

@@ -7,7 +7,7 @@ import pytest
 
 from lora_export.contracts import AdapterChoice, MergeOptions, Source
 from lora_export.errors import AdapterError, InputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.pipeline import StoryOptions, validate_folder
 from lora_export.progress import Silent
 from tests.builders import lora

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lora_export.commands.words import validation_words
 from lora_export.contracts import AdapterChoice, Check, Deviation, MergeOptions, ValidationResult
 from lora_export.errors import GateFailed
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.pipeline import Story, _gates, failures
 from lora_export.report.story import headline
 from lora_export.validation import reference

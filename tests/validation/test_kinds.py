@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import AdapterChoice, Check, ValidationResult
 from lora_export.errors import AdapterError, InputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, kinds, validate
 from lora_export.validation.seq2seq_story import edit_distance

@@ -6,7 +6,7 @@ import pytest
 
 from lora_export.contracts import AdapterChoice, ExportedPair, ValidationResult
 from lora_export.errors import InputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate

@@ -18,7 +18,7 @@ from lora_export.choices import Precision
 from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, Check, ExportedPair, Source, ValidationResult
 from lora_export.errors import InputError
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.onnx_export import export
 from lora_export.pipeline import StoryOptions, validate_folder
 from lora_export.progress import Silent

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import AdapterChoice, MergeOptions, Source, ValidationResult
-from lora_export.merge import merge
+from lora_export.merging import merge
 from lora_export.pipeline import StoryOptions, validate_folder
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate

@@ -1,5 +1,0 @@
-"""Compare the latency of exported graphs: sessions and providers, measuring, statistics."""
-
-from lora_export.benchmark.study import run
-
-__all__ = ["run"]

@@ -1,0 +1,5 @@
+"""Compare the latency of exported graphs: sessions and providers, measuring, statistics."""
+
+from lora_export.benchmarking.study import run
+
+__all__ = ["run"]

@@ -1,0 +1,241 @@
+"""Merging: the one place where base, adapters and quantization meet."""
+
+import contextlib
+import gc
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_export.adapters import CONFIG as ADAPTER_CONFIG
+from lora_export.adapters import AdapterFile, read_adapter
+from lora_export.checkpoint import open_adapter_files, open_checkpoint
+from lora_export.checkpoint.companions import companion_files
+from lora_export.contracts import (
+    AdapterChoice,
+    BaseCheck,
+    Interference,
+    MergeOptions,
+    MergeResult,
+    Progress,
+    TensorRecord,
+)
+from lora_export.errors import RuntimeUnavailable
+from lora_export.files import check_space, output_folder, write_sealed
+from lora_export.merging.base import base_weights
+from lora_export.merging.beside import write_beside
+from lora_export.merging.certificate import NAME as CERTIFICATE
+from lora_export.merging.certificate import certificate_of
+from lora_export.merging.certify import write_certificate
+from lora_export.merging.combining import check_options
+from lora_export.merging.execute import Execution
+from lora_export.merging.interference import OPPOSED, interference
+from lora_export.merging.loaded import loaded_weights
+from lora_export.merging.plan import MergePlan, plan_merge
+from lora_export.merging.right_base import base_checks
+from lora_export.merging.streamed import MergedSource, write_outline
+from lora_export.progress import Silent
+
+__all__ = [
+    "CERTIFICATE",
+    "MergePlan",
+    "MergedSource",
+    "begin_stream",
+    "end_stream",
+    "interference",
+    "merge",
+    "plan",
+    "prepare",
+]
+
+
+def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -> MergePlan:
+    """Read headers and configurations, and decide everything. No adapters: only dequantizing and copying."""
+    check_options(options)
+    checkpoint = open_checkpoint(base)
+    shapes = {n: w.shape for n, w in base_weights(checkpoint, options, None).items()} if adapters else {}
+    found = []
+    for choice in adapters:
+        config, tensors = open_adapter_files(choice.folder)
+        if config.get("save_projection") is False:  # VeRA draws by the shapes of the layers that it names
+            loaded = loaded_weights(checkpoint, shapes)
+            shapes |= {name: shapes[pieces[0].name] for name, pieces in loaded.items() if len(pieces) == 1}
+        file = AdapterFile(
+            tensors,
+            config,
+            choice.folder / ADAPTER_CONFIG,
+            choice.weight if options.combine == "none" else 1.0,
+            options.expert_packing,
+            options.expert_layout,
+            checkpoint.model_types,
+            shapes,
+            options.allow_nonfinite,
+        )
+        found.append(replace(read_adapter(file), weight=choice.weight))
+    return plan_merge(checkpoint, found, options)
+
+
+def merge(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    output: Path,
+    options: MergeOptions | None = None,
+    progress: Progress | None = None,
+    *,
+    certified: bool = True,
+) -> MergeResult:
+    """Merge adapter folders into a base folder and write a Hugging Face folder, all or nothing.
+
+    Arithmetic is fp32, or float64 where fp32 is written, and rounded once. Raises LoraExportError before the first
+    byte for whatever headers can tell, and leaves nothing behind if something fails later. certified=False leaves
+    out hashes and the comparison with float64, to see what they cost; such a folder cannot be verified.
+    """
+    options, progress = options or MergeOptions(), progress or Silent()
+    planned = plan(base, adapters, options)
+    if planned.computes:
+        prepare(options.device)
+    started = time.monotonic()
+    progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
+    lying = _look_between(planned, progress)
+    inputs, companions = [base, *(a.folder for a in adapters)], companion_files(base)
+    with output_folder(output, options.force, inputs=inputs) as stage:
+        check_space(stage, planned.nbytes)
+        execution = Execution(planned, stage, progress, certified)
+        execution.run()
+        warnings = [*planned.warnings, *write_beside(planned, companions, stage)]
+        survival, checks = execution.survival, base_checks(planned)
+        warnings += _judge(planned, survival)
+        warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
+        write_certificate(stage, execution, [a.weight for a in adapters], checks)
+    for text in warnings:
+        progress.warn(text)
+    seconds = time.monotonic() - started
+    result = _result(planned, execution.records, survival, checks, warnings, output / CERTIFICATE, seconds)
+    return replace(result, interference=lying)
+
+
+def _look_between(planned: MergePlan, progress: Progress) -> tuple[Interference, ...]:
+    """What several adapters do to each other, told before anything is written."""
+    found = tuple(interference(planned)) if len(planned.adapters) > 1 else ()
+    for pair in found:
+        if pair.tensor is None:
+            progress.stage(f"{pair.first} and {pair.second}: the cosine of their changes is {pair.cosine:+.2f}")
+            if pair.cosine < OPPOSED:
+                progress.warn(f"{pair.first} and {pair.second} undo part of each other: their cosine is negative")
+    return found
+
+
+def _result(
+    planned: MergePlan,
+    records: Sequence[TensorRecord],
+    survival: float | None,
+    checks: Sequence[BaseCheck],
+    warnings: Sequence[str],
+    certificate: Path,
+    seconds: float,
+) -> MergeResult:
+    used = sum(a.tensor_count for a in planned.adapters)
+    return MergeResult(
+        output=certificate.parent,
+        tensors=planned.counts,
+        adapter_tensors={"used": used, "total": used},
+        seconds=seconds,
+        peak_rss_bytes=peak_rss(),
+        delta_survival=survival,
+        certificate=certificate,
+        base_weights="dequantized" if _dequantizes(planned) else "original",
+        dtype=planned.dtype,
+        records=tuple(records),
+        warnings=tuple(warnings),
+        base_checks=tuple(checks),
+    )
+
+
+def begin_stream(
+    base: Path, adapters: Sequence[AdapterChoice], outline: Path, options: MergeOptions, progress: Progress
+) -> MergedSource:
+    """A merge whose large tensors are computed as they are read; `outline` gets the rest of the merged folder."""
+    planned = plan(base, adapters, options)
+    prepare(options.device)
+    lying = _look_between(planned, progress)
+    counts = planned.counts
+    progress.stage(f"merge: {counts['updated']} weights updated, {counts['copied']} copied, into the export")
+    source = MergedSource(planned, outline, interference=lying)
+    source.warnings += write_outline(source)
+    return source
+
+
+def end_stream(
+    source: MergedSource, adapters: Sequence[AdapterChoice], certificate: Path, seconds: float, progress: Progress
+) -> MergeResult:
+    """What was merged, with its certificate, once every tensor was hashed. seconds: what reading them took."""
+    planned, survival, checks = source.plan, source.survival, base_checks(source.plan)
+    warnings = [*planned.warnings, *source.warnings, *_judge(planned, survival)]
+    warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
+    weights = [a.weight for a in adapters]
+    document = certificate_of(planned, weights, source.records, survival, checks, source.unchecked, {})
+    write_sealed(certificate, document)
+    for text in warnings:
+        progress.warn(text)
+    result = _result(planned, source.records, survival, checks, warnings, certificate, seconds)
+    return replace(result, interference=source.interference)
+
+
+def prepare(device: str) -> None:
+    """Import torch, which takes a second that is no part of the merge. RuntimeUnavailable without the device."""
+    with _without_collections():
+        import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeUnavailable(
+            f"--device cuda, and torch {torch.__version__} finds no CUDA device",
+            expected="a GPU, its driver, and a torch built for CUDA",
+            next_step="--device cpu; `lora-export env` shows what works here",
+        )
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No search for garbage among the half a million lasting objects that an import of torch makes.
+
+    It would take a quarter of the import, and a part of the merge.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _dequantizes(planned: MergePlan) -> bool:
+    return any(t.quantized or t.training for t in planned.tensors.values())
+
+
+def _judge(planned: MergePlan, survival: float | None) -> list[str]:
+    replaced = planned.counts["replaced"]
+    if planned.adapters and survival is None and not replaced:
+        return ["the adapter changes nothing: every delta is zero (was it trained, and saved after training?)"]
+    if survival is not None and survival < 0.9:
+        better = "float16 or float32" if planned.dtype == "bfloat16" else "float32"
+        return [
+            f"only {survival:.0%} of the adapter's change survives rounding to {planned.dtype}: "
+            f"try --dtype {better}"
+        ]
+    return []
+
+
+def peak_rss() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux's ru_maxrss begins with what the parent had at the fork
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,236 @@
+"""Everything about a merge that headers can tell, decided and refused before the first output byte."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from lora_export.checkpoint.reader import Checkpoint, file_dtype
+from lora_export.checkpoint.shards import OutputTensor, Shard, plan_shards
+from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInfo
+from lora_export.errors import AdapterError, CheckpointError
+from lora_export.merging.base import BaseWeight, base_weights, quantized_in_training
+from lora_export.merging.combining import combined
+from lora_export.merging.names import INPUT_EMBEDDINGS, OUTPUT_HEADS, unknown_target
+from lora_export.merging.replication import config_changes, layer_order
+from lora_export.merging.targets import match_targets
+from lora_export.merging.ties import pair_to_untie
+from lora_export.quantization import QuantizedWeight, TrainingQuantization
+
+Operation = Literal["copied", "updated", "replaced", "dequantized", "converted"]
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output: where its numbers come from, and what is done to them.
+
+    source is the base's tensor (None for a new one); quantized tells how to dequantize it; training, how
+    training had quantized it.
+    """
+
+    output: OutputTensor
+    operation: Operation
+    source: TensorInfo | None
+    shape: tuple[int, ...]
+    updates: tuple[TargetUpdate, ...] = ()
+    quantized: QuantizedWeight | None = None
+    training: TrainingQuantization | None = None
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is computed in float64: fp32 arithmetic would round one of two fp32 numbers the wrong way."""
+        return bool(self.updates) and (self.output.dtype in ("F32", "F64") or any(u.wide for u in self.updates))
+
+    @property
+    def copies(self) -> int:
+        """How often a block of it is in memory at once, counted in fp32."""
+        return max((u.copies for u in self.updates), default=4) * (2 if self.wide else 1)
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether blocks of its rows can be computed apart."""
+        quantized_apart = self.training is None or self.training.row_wise(self.shape)
+        return quantized_apart and all(u.row_wise(self.shape) for u in self.updates)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    options: MergeOptions
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, PlannedTensor]
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+    config_removals: frozenset[str] = frozenset()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(s.header) + sum(t.nbytes for t in s.tensors) for s in self.shards)
+
+    def inputs_of(self, tensor: PlannedTensor) -> list[TensorInfo]:
+        """The base's tensors that hold its weight: one, or the parts of a quantized one."""
+        if tensor.quantized:
+            return [self.base.tensors[p] for p in tensor.quantized.parts]
+        return [tensor.source] if tensor.source else []
+
+    @property
+    def computes(self) -> bool:
+        """Whether anything is more than copied."""
+        return any(t.operation != "copied" for t in self.tensors.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {n: sum(t.operation == n for t in self.tensors.values()) for n in get_args(Operation)}
+
+    @property
+    def dtype(self) -> str:
+        """The type that most bytes of the output have, by torch's name."""
+        sizes: dict[str, int] = {}
+        for t in self.tensors.values():
+            sizes[t.output.dtype] = sizes.get(t.output.dtype, 0) + t.output.nbytes
+        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+        largest = max(sizes, key=lambda d: sizes[d])
+        return names.get(largest, largest)
+
+
+def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions) -> MergePlan:
+    """The plan for `base` with `adapters` merged in turn. Raises for whatever cannot be done faithfully."""
+    order = layer_order(adapters)
+    weights = base_weights(base, options, order)
+    targets, warnings = match_targets(base, adapters, weights)
+    if options.combine != "none":
+        targets = {name: combined(name, updates, adapters, options) for name, updates in targets.items()}
+    untie = pair_to_untie(base, weights, targets)
+    trained = quantized_in_training(base, weights, options)
+    planned = {
+        name: _plan_tensor(base, name, weight, targets.pop(name, []), trained.get(weight.name), options)
+        for name, weight in weights.items()
+    }
+    for name in list(targets):
+        planned[name] = _plan_head(base, name, targets.pop(name), untie, weights, options)
+    if untie and untie[1] not in planned:
+        planned[untie[1]] = _plan_head(base, untie[1], [], untie, weights, options)
+    shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, dict(base.metadata))
+    dequantized = any(w.quantized for w in weights.values())
+    changes, removals = _config_edits(base, planned, untie, dequantized, options)
+    if order:
+        changes |= config_changes(base.config, order)
+    return MergePlan(base, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings))
+
+
+def _plan_tensor(
+    base: Checkpoint,
+    name: str,
+    weight: BaseWeight,
+    updates: list[TargetUpdate],
+    training: TrainingQuantization | None,
+    options: MergeOptions,
+) -> PlannedTensor:
+    stored = weight.dtype
+    if updates and stored not in FLOATS:
+        raise CheckpointError(
+            f"the adapter targets a tensor of type {stored}",
+            where=weight.info.file,
+            tensor=name,
+            expected="a float type",
+        )
+    shape = _fit(base, name, weight, updates)
+    dtype = stored if options.dtype == "keep" or stored not in FLOATS else file_dtype(options.dtype)
+    operation = _operation(updates, weight.quantized is not None or training is not None, dtype != stored)
+    output = OutputTensor(name, dtype, shape, weight.info.file.name)
+    return PlannedTensor(output, operation, weight.info, shape, tuple(updates), weight.quantized, training)
+
+
+def _operation(updates: Sequence[TargetUpdate], dequantized: bool, converted: bool) -> Operation:
+    if any(u.replaces for u in updates):
+        return "replaced"
+    if updates:
+        return "updated"
+    if dequantized:
+        return "dequantized"
+    return "converted" if converted else "copied"
+
+
+def _fit(base: Checkpoint, name: str, weight: BaseWeight, updates: Sequence[TargetUpdate]) -> tuple[int, ...]:
+    """The output's shape; a replacement may bring another number of rows to an embedding."""
+    shape = weight.shape
+    for update in updates:
+        if update.replaces and _resizes(update.shapes[0], shape, name):
+            shape = tuple(n or 0 for n in update.shapes[0])
+        elif not update.fits(shape):
+            raise AdapterError(
+                f"the adapter's {update.kind} fits a weight of shape {list(update.shapes[0])}, "
+                f"the base's has {list(shape)}",
+                where=weight.info.file,
+                tensor=name,
+                expected="the base that the adapter was trained on",
+                next_step="give that base as -b; `lora-export inspect ADAPTER` shows its name",
+            )
+    return shape
+
+
+def _resizes(new: tuple[int | None, ...], old: tuple[int, ...], name: str) -> bool:
+    return name in (*INPUT_EMBEDDINGS, *OUTPUT_HEADS) and len(new) == len(old) == 2 and new[1] == old[1]
+
+
+def _plan_head(
+    base: Checkpoint,
+    name: str,
+    updates: list[TargetUpdate],
+    untie: tuple[str, str] | None,
+    weights: Mapping[str, BaseWeight],
+    options: MergeOptions,
+) -> PlannedTensor:
+    """An output head that the base did not store because it was tied: it starts as the embedding."""
+    if untie is None or name != untie[1]:
+        raise unknown_target(name, base.tensors, str(base.folder))
+    weight = weights[untie[0]]
+    shape = _fit(base, name, weight, updates)
+    dtype = weight.dtype if options.dtype == "keep" else file_dtype(options.dtype)
+    operation = _operation(updates, False, dtype != weight.dtype)
+    output = OutputTensor(name, dtype, shape, weight.info.file.name)
+    return PlannedTensor(output, operation, weight.info, shape, tuple(updates), weight.quantized)
+
+
+def _config_edits(
+    base: Checkpoint,
+    planned: Mapping[str, PlannedTensor],
+    untie: tuple[str, str] | None,
+    dequantized: bool,
+    options: MergeOptions,
+) -> tuple[dict[str, Any], frozenset[str]]:
+    changes: dict[str, Any] = {}
+    removals = frozenset({"quantization_config"}) if dequantized else frozenset()
+    if untie:
+        changes["tie_word_embeddings"] = False
+    if options.dtype != "keep":
+        key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
+        changes[key] = options.dtype
+    rows = {
+        p.shape[0]
+        for n, p in planned.items()
+        if p.operation == "replaced" and p.source is not None and p.shape != p.source.shape and len(p.shape) == 2
+    }
+    if len(rows) > 1:
+        raise AdapterError(
+            f"embedding and output head were resized to different sizes: {sorted(rows)}", where=base.folder
+        )
+    if rows:
+        changes["vocab_size"] = rows.pop()
+        _check_resized_together(base, planned, changes["vocab_size"], untie)
+    return {k: v for k, v in changes.items() if base.config.get(k) != v}, removals
+
+
+def _check_resized_together(
+    base: Checkpoint, planned: Mapping[str, PlannedTensor], rows: int, untie: tuple[str, str] | None
+) -> None:
+    for name in (*INPUT_EMBEDDINGS, *OUTPUT_HEADS):
+        if name in planned and planned[name].shape[0] != rows:
+            raise AdapterError(
+                f"the vocabulary was resized to {rows}, but this tensor still has {planned[name].shape[0]} rows",
+                where=base.folder,
+                tensor=name,
+                expected="both the embedding and the output head in the adapter",
+                next_step="save the adapter with save_embedding_layers=True",
+            )

@@ -1,0 +1,92 @@
+"""Updates of adapters brought to the weights of a base: each finds its weight, or is refused."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from lora_export.checkpoint.reader import Checkpoint
+from lora_export.contracts import Adapter, TargetUpdate
+from lora_export.errors import AdapterError
+from lora_export.merging.base import BaseWeight
+from lora_export.merging.loaded import Piece, loaded_weights, spread
+from lora_export.merging.names import rename, resolve_prefix, tied_pair, unknown_target
+from lora_export.merging.one_expert import on_disk
+
+
+def match_targets(
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Mapping[str, BaseWeight]
+) -> tuple[dict[str, list[TargetUpdate]], list[str]]:
+    """(weight → its updates, replacements first; warnings). A tied head that is not stored is a weight, too."""
+    targets: dict[str, list[TargetUpdate]] = {}
+    warnings: list[str] = []
+    for owner, adapter in enumerate(adapters):
+        change = resolve_prefix((u.target for u in adapter.updates), weights)
+        if any(change):
+            warnings.append(f"names of {adapter.folder.name} were matched with a changed prefix: {change}")
+        for update in _resolved(base, adapter, weights, change):
+            targets.setdefault(update.target, []).append(replace(update, owner=owner))
+    for name, updates in targets.items():
+        updates.sort(key=lambda u: not u.replaces)
+        if sum(u.replaces for u in updates) > 1:
+            raise AdapterError(
+                "two adapters replace this tensor", where=adapters[-1].folder, tensor=name, expected="one of them"
+            )
+    return targets, warnings
+
+
+def _resolved(
+    base: Checkpoint, adapter: Adapter, weights: Mapping[str, BaseWeight], change: tuple[str, str]
+) -> list[TargetUpdate]:
+    """The adapter's updates under the names of the files; what transformers fuses on loading is taken apart."""
+    tied = tied_pair(weights)
+    found: list[TargetUpdate] = []
+    called: dict[str, str] = {}  # weight → what the adapter calls it
+    loaded: dict[str, tuple[Piece, ...]] | None = None
+    shapes = {n: w.shape for n, w in weights.items()}
+    for update in _one_of_tied(adapter, tied):
+        name = next((n for n in (rename(update.target, change), update.target) if n in weights), None)
+        if name is None and tied and update.target == tied[1]:
+            name = update.target
+        if name is not None:
+            if called.setdefault(name, update.target) != update.target:
+                raise AdapterError(
+                    f"the adapter changes this weight under two names, {called[name]} and {update.target}",
+                    where=adapter.folder,
+                    tensor=name,
+                    expected="one name for each weight",
+                )
+            found.append(_renamed(update, name))
+            continue
+        expert = on_disk(update, rename(update.target, change), shapes, base.model_types)
+        if expert is not None:
+            found.append(expert)
+            continue
+        if loaded is None:
+            loaded = loaded_weights(base, shapes)
+        if update.target in loaded:
+            found += spread(update, loaded[update.target], shapes)
+        elif not (update.optional and _has_weight(update, weights, loaded, change)):
+            raise unknown_target(update.target, weights, str(adapter.folder))
+    return found
+
+
+def _has_weight(
+    update: TargetUpdate,
+    weights: Mapping[str, BaseWeight],
+    loaded: Mapping[str, tuple[Piece, ...]],
+    change: tuple[str, str],
+) -> bool:
+    """Whether the layer is there, though without the bias that this optional update is for."""
+    weight = f"{update.target.rpartition('.')[0]}.weight"
+    return weight in weights or weight in loaded or rename(weight, change) in weights
+
+
+def _one_of_tied(adapter: Adapter, tied: tuple[str, str] | None) -> list[TargetUpdate]:
+    """With ensure_weight_tying PEFT trains embedding and head as one and saves both: the embedding's is enough."""
+    updates = list(adapter.updates)
+    if not tied or not adapter.config.get("ensure_weight_tying"):
+        return updates
+    return [u for u in updates if u.target != tied[1]] if any(u.target == tied[0] for u in updates) else updates
+
+
+def _renamed(update: TargetUpdate, name: str) -> TargetUpdate:
+    return update if update.target == name else replace(update, target=name)

@@ -1,0 +1,229 @@
+"""What is this folder? Answered from headers and configuration files alone."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_export.adapters import CONFIG, KINDS, AdapterFile, read_adapter, tokens
+from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
+from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
+from lora_export.documents import Kind, check
+from lora_export.errors import InputError, LoraExportError
+from lora_export.files import read_json
+from lora_export.manifest import NAME as MANIFEST
+from lora_export.manifest import is_run
+from lora_export.packages import contents
+from lora_export.packages.contents import is_package
+from lora_export.quantization import describe
+from lora_export.report.schema import load as report_of
+
+_NAMED: Kind = {"name": str}
+_MANIFEST: Kind = {
+    "base": _NAMED,
+    "adapters": [_NAMED],
+    "options": {"precision": str},
+    "files": {str: {"size": int}},
+}
+_WITH_RANK = frozenset({"lora", "lora_embedding", "lora_convolution", "dora", "adalora"})
+
+
+def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
+    """`kind` (package, run, adapter, onnx, base) and what a person would ask about that kind."""
+    if not folder.is_dir():
+        raise InputError("there is no such folder", where=folder)
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(folder, base)
+    if is_package(folder):
+        return _package(folder)
+    if is_run(folder):
+        return _run(folder)
+    if any((folder / name).is_file() for name in ("export.json", "model.onnx")):
+        return _onnx(folder)
+    if (folder / "config.json").is_file():
+        return _base(open_checkpoint(folder))
+    raise InputError(
+        "this is no base, adapter, ONNX export, run or package",
+        where=folder,
+        expected="a folder with config.json, adapter_config.json, model.onnx or manifest.json",
+    )
+
+
+def _base(checkpoint: Checkpoint) -> dict[str, Any]:
+    config = checkpoint.config
+    quantization = config.get("quantization_config") or {}
+    return {
+        "kind": "base",
+        "architecture": (config.get("architectures") or [None])[0],
+        "model_type": config.get("model_type"),
+        "parameters": _parameters(checkpoint.tensors),
+        "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
+        "bytes": checkpoint.nbytes,
+        "tensors": len(checkpoint.tensors),
+        "shards": len({t.file for t in checkpoint.tensors.values()}),
+        "quantization": describe(quantization) if quantization else None,
+        "tied_embeddings": config.get("tie_word_embeddings"),
+        "vocabulary": config.get("vocab_size"),
+        "saved_by_transformers": config.get("transformers_version"),
+        "merged_by_lora_export": (checkpoint.folder / "lora_export_certificate.json").is_file(),
+    }
+
+
+def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
+    """Elements of float tensors; a 4-bit weight counts its packed bytes twice."""
+    count = 0
+    for name, info in tensors.items():
+        size = 1
+        for n in info.shape:
+            size *= n
+        if info.dtype in ("F64", "F32", "F16", "BF16") and not name.endswith((".absmax", "_map", ".SCB")):
+            count += size
+        elif f"{name}.absmax" in tensors:
+            count += 2 * info.nbytes
+        elif info.dtype == "I8":
+            count += size
+    return count
+
+
+def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
+    config, tensors = open_adapter_files(folder)
+    document: dict[str, Any] = {"kind": "adapter", "peft_type": config.get("peft_type")}
+    try:
+        adapter = read_adapter(AdapterFile(tensors, config, folder / CONFIG))
+    except LoraExportError as error:
+        return document | {"mergeable": False, "reason": error.found}
+    document |= {
+        "mergeable": True,
+        "summary": _words(adapter, adapter.tensors),
+        "kinds": dict(Counter(u.kind for u in adapter.updates)),
+        "base_model": config.get("base_model_name_or_path"),
+        "base_revision": config.get("revision"),
+        "rank": config.get("init_r") if adapter.kind == "adalora" else config.get("r"),
+        "alpha": config.get("lora_alpha", config.get("alpha")),
+        "scaling": _scaling(adapter),
+        "ranks": _ranks(adapter, adapter.tensors),
+        "targets": _targets(adapter),
+        "replaces": [u.target for u in adapter.updates if u.replaces],
+        "parameters": _parameters(tensors.tensors),
+        "dtypes": dict(Counter(t.dtype for t in tensors.tensors.values())),
+        "tensors": len(tensors.tensors),
+        "bytes": sum(t.nbytes for t in tensors.tensors.values()),
+        "saved_by_peft": config.get("peft_version"),
+    }
+    return document | (_fit(base, folder) if base else {})
+
+
+def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
+    """The adapter in sentences: kind, ranks, targets, base, and what merging will do."""
+    config = adapter.config
+    names = [k for k in KINDS if adapter.kind.upper() in k.PEFT_TYPES]
+    kinds = {u.kind for u in adapter.updates}
+    kind = next((k for k in names if k.NAME.lower() in kinds), names[0] if names else tokens)
+    ranks = list(_ranks(adapter, tensors))
+    span = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 3 else f"rank {', '.join(ranks)}"
+    targets = _targets(adapter)
+    layers = max(targets.values(), default=0)
+    types = " and ".join(sorted({t.dtype for t in tensors.values()}))
+    base = config.get("base_model_name_or_path") or "a base that it does not name"
+    replaced = sum(u.replaces for u in adapter.updates)
+    return " ".join(
+        text
+        for text in (
+            f"{kind.NAME} adapter" + (f" of {span}" if ranks else ""),
+            f"on {', '.join(targets)} in {layers} layers," if layers > 1 else f"on {', '.join(targets)},",
+            f"{_parameters(tensors):,} parameters in {types}, trained on {base}.",
+            "Whether that base was quantized in training, an adapter does not tell.",
+            f"Merging changes {len({u.target for u in adapter.updates}) - replaced} weights ({kind.FORMULA})",
+            f"and replaces {replaced}." if replaced else "and replaces none.",
+        )
+    )
+
+
+def _scaling(adapter: Adapter) -> str | None:
+    """The factor of the delta in words; None for kinds that have none."""
+    if adapter.kind == "adalora":
+        return "alpha/(initial rank + 1e-5)"
+    if not {"lora_alpha", "alpha"} & adapter.config.keys():
+        return None
+    return "alpha/√rank" if adapter.config.get("use_rslora") else "alpha/rank"
+
+
+def _ranks(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """rank → number of weights that have it."""
+    found = Counter(tensors[u.keys[0]].shape[0] for u in adapter.updates if u.kind in _WITH_RANK)
+    return {str(rank): count for rank, count in sorted(found.items())}
+
+
+def _targets(adapter: Adapter) -> dict[str, int]:
+    """Module → number of layers in which the adapter changes it."""
+    return dict(Counter(u.target.rpartition(".")[0].rpartition(".")[2] for u in adapter.updates if not u.replaces))
+
+
+def _fit(base: Path, adapter: Path) -> dict[str, Any]:
+    from lora_export.merging import plan
+
+    try:
+        planned = plan(base, [AdapterChoice(adapter)], MergeOptions())
+    except LoraExportError as error:
+        return {"fits_base": False, "why_not": f"{error.found} ({error.tensor})" if error.tensor else error.found}
+    return {"fits_base": True, "would_change": planned.counts}
+
+
+def _onnx(folder: Path) -> dict[str, Any]:
+    from lora_export.onnx_export import adapters_beside, check_model, load_export
+
+    found = load_export(folder)
+    for name in found.graphs:
+        check_model(folder / name)
+    return {
+        "kind": "onnx",
+        "model": found.kind,
+        "task": found.task,
+        "graphs": list(found.graphs),
+        "engine": found.engine,
+        "precision": found.precision,
+        "nodes": found.nodes,
+        "adapters": adapters_beside(folder),
+        "files": dict(found.files),
+        "runs_in": "onnxruntime-genai, ONNX Runtime"
+        if (folder / "genai_config.json").is_file()
+        else "ONNX Runtime",
+    }
+
+
+def _package(folder: Path) -> dict[str, Any]:
+    manifest = contents.read(folder)
+    return {
+        "kind": "package",
+        "target": manifest["target"],
+        "name": manifest["name"],
+        "task": manifest["task"],
+        "base": manifest["base"]["name"],
+        "adapters": [a["name"] for a in manifest["adapters"]],
+        "precision": manifest["precision"],
+        "variants": manifest["variants"],
+        "latency": manifest["latency"]["verdict"],
+        "signed": (folder / contents.SIGNATURE).is_file(),
+        "files": len(manifest["files"]),
+        "bytes": sum(f["size"] for f in manifest["files"].values()),
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    manifest, report = read_json(path), report_of(folder / "report")
+    check(manifest, _MANIFEST, "the manifest", path)
+    benchmark = report["benchmark"] or {}
+    return {
+        "kind": "run",
+        "title": report["title"],
+        "created": report["created"],
+        "status": report["status"],
+        "base": manifest["base"]["name"],
+        "adapters": [a["name"] for a in manifest["adapters"]],
+        "precision": manifest["options"]["precision"],
+        "latency": benchmark.get("verdict"),
+        "provider": benchmark.get("provider"),
+        "files": len(manifest["files"]),
+        "bytes": sum(f["size"] for f in manifest["files"].values()),
+    }

@@ -1,0 +1,179 @@
+"""What a merged model's latency is compared with, whether its graph is the base's, and the measurement itself."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_export.choices import ExtraArm
+from lora_export.contracts import AdapterChoice, BenchmarkArm, BenchmarkOptions, BenchmarkResult, Progress
+from lora_export.errors import ExportError, GateFailed, InputError
+from lora_export.onnx_export import model_files
+from lora_export.onnx_export.slots import SUFFIX
+
+RESERVED = ("base", "merged", "unmerged", "plugged", "pytorch")
+
+
+def benchmark(arms: Sequence[BenchmarkArm], options: BenchmarkOptions, progress: Progress) -> BenchmarkResult:
+    """The latency of the arms, side by side in one process: merged against base, and whatever else there is.
+
+    First the optimised graphs of base and merged are compared, for the provider that they will run on.
+    """
+    from lora_export.benchmarking import run
+    from lora_export.onnx_export import compare
+
+    named = {arm.name: arm for arm in arms}
+    graph = None
+    if "base" in named:
+        progress.stage("benchmark: comparing the optimised graphs of base and merged")
+        graph = compare(named["base"].graphs, named["merged"].graphs, options.provider)
+        for warning in graph.warnings:
+            progress.warn(warning)
+    progress.stage(f"benchmark: {', '.join(named)} in one process")
+    return run(arms, options=options, progress=progress, graph=graph)
+
+
+def refuse_slower(result: BenchmarkResult, output: Path, report: str) -> None:
+    """GateFailed if merged is slower. output: the folder that is not written then; report: the page in it."""
+    if result.verdict == "slower":
+        raise GateFailed(
+            "the merged model is slower than the base",
+            where=output.with_name(output.name + ".failed"),
+            expected="a ratio whose interval lies within the margin",
+            next_step=f"read {report} in that folder; measure again on a quiet machine",
+        )
+
+
+# --- arms from what lies on disk -----------------------------------------------------------------------------
+
+
+def arms_of(
+    merged: Path,
+    base: Path | None,
+    unmerged: Path | None,
+    plugged: Path | None,
+    pytorch: tuple[Path, Path] | None,
+    beside: Sequence[tuple[str, Path]],
+) -> tuple[BenchmarkArm, ...]:
+    """An arm for each ONNX folder or file that is given. InputError if they cannot be compared.
+
+    plugged: a folder that `export -a` wrote with one adapter, or one of its .onnx_adapter files; pytorch: base and
+    adapter; beside: other graphs of the same model, with names of their own.
+    """
+    arms = [BenchmarkArm("base", model_files(base))] if base else []
+    arms.append(BenchmarkArm("merged", model_files(merged)))
+    if unmerged:
+        arms.append(BenchmarkArm("unmerged", _without_slots(unmerged)))
+    if plugged:
+        arms.append(_plugged(plugged))
+    if pytorch:
+        arms.append(BenchmarkArm("pytorch", pytorch=pytorch))
+    for name, folder in beside:
+        if name in (a.name for a in arms) or name in RESERVED or not name.isidentifier():
+            raise InputError(
+                f"an arm called {name!r}",
+                expected=f"a word, once, and none of {', '.join(RESERVED)}",
+                next_step="--beside optimum=FOLDER",
+            )
+        arms.append(BenchmarkArm(name, model_files(folder)))
+    _refuse_other_kind([a for a in arms if a.graphs])
+    return tuple(arms)
+
+
+def _without_slots(unmerged: Path) -> tuple[Path, ...]:
+    graphs = model_files(unmerged)
+    if _adapters(graphs[0].parent):
+        raise InputError(
+            "this graph is the base until an adapter is plugged into it",
+            where=graphs[0].parent,
+            expected="an unmerged graph with the adapter in it",
+            next_step="--plugged in place of -u, or lora-export export --unmerged -a ADAPTER",
+        )
+    return graphs
+
+
+def _plugged(path: Path) -> BenchmarkArm:
+    folder = path if path.is_dir() else path.parent
+    found = [path] if path.is_file() else _adapters(folder)
+    if len(found) != 1:
+        raise InputError(
+            f"{len(found)} adapters to plug in",
+            where=folder,
+            expected="one .onnx_adapter file",
+            next_step="name the file: --plugged FOLDER/NAME.onnx_adapter"
+            if found
+            else "lora-export export -m BASE -a ADAPTER -o FOLDER, which writes one",
+        )
+    return BenchmarkArm("plugged", model_files(folder), adapter=found[0])
+
+
+def _adapters(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def _refuse_other_kind(arms: Sequence[BenchmarkArm]) -> None:
+    """Arms with another number of graphs are other kinds of models."""
+    counts = {len(arm.graphs) for arm in arms}
+    if len(counts) > 1:
+        raise InputError(
+            f"exports with {' and '.join(map(str, sorted(counts)))} graphs",
+            where=next(arm for arm in arms if len(arm.graphs) == max(counts)).graphs[0].parent,
+            expected="exports of one model, made the same way",
+        )
+
+
+# --- arms of a run -------------------------------------------------------------------------------------------
+
+
+def refuse_extra(
+    extra: Sequence[ExtraArm], adapters: Sequence[AdapterChoice], precision: str, combine: str = "none"
+) -> None:
+    """InputError for arms that this run cannot have, before any work."""
+    from lora_export.workflows.pluggable import PRECISIONS
+
+    for name in extra:
+        if combine != "none":
+            raise InputError(f"--arm {name} beside --combine {combine}", expected="one adapter, as it is")
+        if len(adapters) != 1 or adapters[0].weight != 1.0:
+            raise InputError(f"--arm {name} with {_counted(adapters)}", expected="exactly one adapter of weight 1")
+        if name == "plugged" and precision not in PRECISIONS:
+            raise InputError(f"--arm plugged in {precision}", expected=", ".join(PRECISIONS))
+
+
+def _counted(adapters: Sequence[AdapterChoice]) -> str:
+    return f"{len(adapters)} adapters" if len(adapters) != 1 else f"an adapter of weight {adapters[0].weight:g}"
+
+
+def plugged_beside(unmerged: Path, base: Path, adapter: Path) -> BenchmarkArm:
+    """The unmerged graph with slots in place of its LoRA, in the same folder and on the same weights.
+
+    unmerged: its .onnx file. ExportError if the adapter has no place in it.
+    """
+    from lora_export.workflows.pluggable import plug
+
+    graph = unmerged.with_name("plugged.onnx")
+    shutil.copyfile(unmerged, graph)
+    return BenchmarkArm("plugged", (graph,), adapter=plug(graph, base, adapter))
+
+
+def extra_arms(
+    extra: Sequence[ExtraArm],
+    unmerged: Path | None,
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    progress: Progress,
+) -> tuple[tuple[BenchmarkArm, ...], tuple[str, ...]]:
+    """The arms that were asked for besides, and a note for each that there is not. unmerged: its .onnx file,
+    without which there is neither."""
+    arms, notes = [], []
+    for name in extra:
+        if unmerged is None:
+            notes.append(f"no arm {name}: there is no unmerged graph of this model")
+        elif name == "pytorch":
+            arms.append(BenchmarkArm("pytorch", pytorch=(base, adapters[0].folder)))
+        else:
+            try:
+                arms.append(plugged_beside(unmerged, base, adapters[0].folder))
+            except ExportError as error:
+                progress.warn(f"no graph to plug the adapter into: {error.found}")
+                notes.append(f"no graph to plug the adapter into: {error.found}")
+    return tuple(arms), tuple(notes)

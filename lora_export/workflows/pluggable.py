@@ -1,0 +1,171 @@
+"""A base exported once with slots for LoRA, and each adapter as a small file that a runtime plugs in as it runs."""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_export import files
+from lora_export.choices import Precision
+from lora_export.contracts import AdapterChoice, ExportResult, MergeOptions, Progress, QuantizationOptions, Source
+from lora_export.errors import AdapterError, ExportError, InputError
+
+if TYPE_CHECKING:
+    from lora_export.adapters.lora import LowRank
+    from lora_export.onnx_export.slots import Slot
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+_MODULE = re.compile(r".*\blayers\.(\d+)\..*?([^.]+)\.weight")
+Updates = dict[str, "LowRank"]  # by the name of the weight
+
+
+def export_pluggable(
+    base: Source,
+    adapters: Sequence[Source],
+    output: Path,
+    *,
+    precision: Precision,
+    provider: str,
+    engine: str | None = None,
+    quantization: QuantizationOptions | None = None,
+    force: bool = False,
+    progress: Progress,
+) -> ExportResult:
+    """Write the base's graph with slots into `output`, and NAME.onnx_adapter for each adapter, NAME its folder's.
+
+    Without an adapter the graph computes the base. AdapterError for an adapter that is not plain LoRA on linear
+    layers, ExportError for a precision or an architecture that cannot be exported unmerged.
+    """
+    from lora_export.onnx_export import export
+    from lora_export.onnx_export.slots import SUFFIX
+
+    if precision not in PRECISIONS:
+        raise ExportError(
+            f"adapters beside a graph in {precision}",
+            expected=f"{', '.join(PRECISIONS)}: what comes from outside is not quantized",
+            next_step="one of them, or merge: lora-export merge-and-export --precision " + precision,
+        )
+    names = _names(adapters)
+    updates = [_low_rank(base.folder, adapter.folder) for adapter in adapters]
+
+    def finish(stage: Path) -> dict[str, Any]:
+        written = [stage / f"{name}{SUFFIX}" for name in names]
+        _fill(stage / "model.onnx", zip(written, updates, [a.folder for a in adapters], strict=True))
+        return {"pluggable": names}
+
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as work:
+        return export(
+            base.folder,
+            output,
+            precision=precision,
+            provider=provider,
+            engine=engine,
+            quantization=quantization,
+            adapter=_one_for_all(Path(work), updates),
+            finish=finish,
+            inputs=[a.folder for a in adapters],
+            force=force,
+            progress=progress,
+        )
+
+
+def _names(adapters: Sequence[Source]) -> list[str]:
+    names = [a.folder.resolve().name for a in adapters]
+    for name in names:
+        if names.count(name) > 1 or not files.plain_name(name):
+            raise InputError(
+                f"{names.count(name)} adapters would be written as {name!r}",
+                where=adapters[names.index(name)].folder,
+                expected="folders whose names are different, and names of files",
+                next_step="rename the folder of one of them",
+            )
+    return names
+
+
+def plug(graph: Path, base: Path, adapter: Path) -> Path:
+    """Make slots of the LoRA in an unmerged graph, in place, and write the adapter that fills them beside it.
+
+    graph: the .onnx file; base, adapter: the folders that it was exported from. The adapter's file.
+    """
+    from lora_export.onnx_export.slots import SUFFIX
+
+    file = graph.with_suffix(SUFFIX)
+    _fill(graph, [(file, _low_rank(base, adapter), adapter)])
+    return file
+
+
+def _fill(graph: Path, adapters: Iterable[tuple[Path, Updates, Path]]) -> None:
+    """Make slots of the LoRA in an unmerged graph, and write each adapter: its file, its updates, its folder."""
+    from lora_export.onnx_export.slots import open_slots, write_adapter
+
+    slots = {(s.layer, s.leaf): s for s in open_slots(graph)}
+    for file, updates, folder in adapters:
+        write_adapter(file, _by_slot(updates, slots, folder))
+
+
+def _low_rank(base: Path, adapter: Path) -> Updates:
+    """The weights that an adapter changes, each with its A, B and scaling."""
+    from lora_export.adapters.lora import LowRankUpdate
+    from lora_export.merging import plan
+
+    planned = plan(base, [AdapterChoice(adapter)], MergeOptions())
+    found: Updates = {}
+    for name, tensor in planned.tensors.items():
+        for target in tensor.updates:
+            update = target.load(tensor.shape)
+            if target.kind != "lora" or not isinstance(update, LowRankUpdate):
+                raise AdapterError(
+                    f"{target.kind} is no LoRA on a linear layer, and has no place outside the weights",
+                    where=adapter,
+                    tensor=name,
+                    expected="plain LoRA on the projections of attention and MLP",
+                    next_step="lora-export merge-and-export",
+                )
+            found[name] = update.low_rank
+    return found
+
+
+def _one_for_all(folder: Path, updates: Sequence[Updates]) -> Path:
+    """An adapter of rank 1 without an effect on every weight that some adapter changes: the engine makes slots."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for own in updates:
+        for name, low_rank in own.items():
+            prefix = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.zeros(1, low_rank.right.shape[1])
+            tensors[f"{prefix}.lora_B.weight"] = torch.zeros(low_rank.left.shape[0], 1)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "",
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": sorted({n.removesuffix(".weight") for own in updates for n in own}),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def _by_slot(
+    updates: Updates, slots: "dict[tuple[int, str], Slot]", adapter: Path
+) -> dict["Slot", tuple[Any, Any]]:
+    """Aᵀ and s·Bᵀ for each slot that the adapter uses."""
+    found = {}
+    for name, low_rank in updates.items():
+        match = _MODULE.fullmatch(name)
+        slot = slots.get((int(match[1]), match[2])) if match else None
+        if slot is None or (slot.inputs, slot.outputs) != (low_rank.right.shape[1], low_rank.left.shape[0]):
+            raise ExportError(
+                "the graph has no slot for the LoRA of this weight",
+                where=adapter,
+                tensor=name,
+                expected="LoRA on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj",
+                next_step="lora-export merge-and-export",
+            )
+        found[slot] = (low_rank.right.T.numpy(), (low_rank.scaling * low_rank.left).T.numpy())
+    return found

@@ -1,0 +1,131 @@
+"""The order of calls, warm-up, planning and the time limit, on arms that only move a clock."""
+
+import gc
+from collections.abc import Callable
+
+import numpy as np
+
+from lora_export.benchmarking.measure import Series, block, joined, measure, warm_up
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.called: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def arm(self, name: str, latencies: Callable[[int], float]) -> Callable[[], float]:
+        def call() -> float:
+            ms = latencies(self.called.count(name))
+            self.called.append(name)
+            self.now += ms / 1000
+            return ms
+
+        return call
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_a_block_is_an_order_and_its_reverse_so_that_linear_drift_cancels() -> None:
+    clock = Clock()
+    arms = {name: clock.arm(name, lambda i: 1.0) for name in "abc"}
+    # Each call is 1 ms slower than the one before, whoever makes it.
+    drifting = {name: lambda name=name: arms[name]() + len(clock.called) for name in "abc"}
+    times = block(drifting, 1, rng())
+    assert clock.called[:3] == clock.called[:2:-1]
+    assert len({sum(t) for t in times.values()}) == 1
+
+
+def test_arms_that_disturb_come_after_all_others() -> None:
+    clock = Clock()
+    arms = {name: clock.arm(name, lambda i: 1.0) for name in "abz"}
+    times = block(arms, 4, rng(), apart=("z",))
+    assert clock.called[-4:] == ["z"] * 4 and "z" not in clock.called[:-4]
+    assert {name: len(t) for name, t in times.items()} == {"a": 8, "b": 8, "z": 4}
+
+
+def test_orders_differ_between_blocks() -> None:
+    clock = Clock()
+    arms = {name: clock.arm(name, lambda i: 1.0) for name in "abcd"}
+    block(arms, 10, rng())
+    assert len({tuple(clock.called[i : i + 4]) for i in range(0, 80, 8)}) > 3
+
+
+def test_warm_up_goes_on_until_drift_is_small() -> None:
+    clock = Clock()
+    arms = {"a": clock.arm("a", lambda i: max(10.0, 100.0 - 5 * i))}
+    medians, settled = warm_up(arms, 0.01, 1e9, rng(), clock)
+    assert settled and medians == {"a": 10.0}
+    assert len(clock.called) > 20
+
+
+def test_warm_up_gives_up_when_its_time_is_over() -> None:
+    clock = Clock()
+    _, settled = warm_up({"a": clock.arm("a", lambda i: 10.0 * 2**i)}, 0.01, 0.05, rng(), clock)
+    assert not settled
+    assert len(clock.called) < 10
+
+
+def noisy(clock: Clock, sigma: float) -> dict[str, Callable[[], float]]:
+    dice = np.random.default_rng(7)
+    return {name: clock.arm(name, lambda i: float(20 * np.exp(dice.normal(0, sigma)))) for name in ("x", "y")}
+
+
+def _sets(dice: np.random.Generator, count: int, sigma: float, ratio: float) -> Series:
+    """Sets of sessions of two arms: each session is faster or slower than the next by sigma, for all its blocks."""
+    found = []
+    for _ in range(count):
+        own = {name: 20 * np.exp(dice.normal(0, sigma)) for name in ("x", "y")}
+        own["x"] *= ratio
+        found.append(Series({n: t * np.exp(dice.normal(0, 0.002, (15, 4))) for n, t in own.items()}, True))
+    return joined(found)
+
+
+def test_sessions_that_differ_are_covered_by_their_spread_and_not_by_blocks() -> None:
+    dice = np.random.default_rng(11)
+
+    def coverage(count: int) -> float:
+        intervals = [_sets(dice, count, 0.03, 1.02).against("x", "y", rng=dice) for _ in range(100)]
+        return sum(i.low <= 1.02 <= i.high for i in intervals) / 100
+
+    assert coverage(1) < 0.3
+    assert coverage(12) > 0.8
+
+
+def test_sets_are_joined_block_by_block() -> None:
+    a, b = _sets(rng(), 1, 0.0, 1.0), _sets(rng(), 1, 0.0, 1.0)
+    both = joined([a, b])
+    assert both.sets == (15, 15) and both.blocks == 30
+    np.testing.assert_array_equal(both.times["x"][15:], b.times["x"])
+
+
+def test_more_noise_asks_for_more_blocks() -> None:
+    counts = []
+    for sigma in (0.0001, 0.05, 0.12):
+        clock = Clock()
+        series = measure(
+            noisy(clock, sigma), pairs=(("x", ("y",)),), margin=0.01, seconds=1e6, rng=rng(), clock=clock
+        )
+        counts.append(series.blocks)
+    assert counts[0] == 15
+    assert 20 < counts[1] < counts[2]
+
+
+def test_time_limit_holds_and_is_told() -> None:
+    clock = Clock()
+    arms = noisy(clock, 0.2)
+    series = measure(arms, pairs=(("x", ("y",)),), margin=0.01, seconds=3.0, rng=rng(), clock=clock)
+    assert clock.now < 3.5
+    assert 2 <= series.blocks < 60
+
+
+def test_every_sample_is_kept_and_collection_is_back_on() -> None:
+    clock = Clock()
+    series = measure(noisy(clock, 0.001), pairs=(("x", ("y",)),), margin=0.05, seconds=10, rng=rng(), clock=clock)
+    passes = round(250 / (2 * 2 * 20))
+    assert {t.shape for t in series.times.values()} == {(series.blocks, 2 * passes)}
+    assert gc.isenabled()

@@ -1,0 +1,306 @@
+"""Switched folders are fresh merges byte for byte, whatever came before, and whenever the switch is killed."""
+
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file as tensors_of
+
+from lora_export import files, spare
+from lora_export.checkpoint import open_checkpoint
+from lora_export.commands.main import cli
+from lora_export.contracts import AdapterChoice, MergeOptions
+from lora_export.errors import CheckpointError, InputError, OutputError
+from lora_export.merging import merge
+from lora_export.progress import Silent
+from lora_export.workers import OpenFile
+from lora_export.workflows import switching
+from lora_export.workflows.switching import Switched, switch
+from tests.builders import edit_tensors, llama_config, lora, save_adapter, save_base
+
+CHANGED = {"q_proj", "v_proj", "o_proj", "down_proj"}
+TARGETS = (["q_proj", "down_proj"], ["q_proj", "v_proj"], ["o_proj"])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("switching")
+    return save_base(folder / "base", dtype=torch.bfloat16, max_shard_size="12KB")
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> list[Path]:
+    return [
+        save_adapter(base.parent / name, base, lora(3 + i, target_modules=TARGETS[i]), seed=50 + i, scale=0.05)
+        for i, name in enumerate("ABC")
+    ]
+
+
+@pytest.fixture(scope="module")
+def fresh(base: Path, adapters: list[Path]) -> Callable[..., Path]:
+    """A merge of one of the adapters, made once."""
+
+    def make(which: int, **options: Any) -> Path:
+        out = base.parent / "-".join(["fresh", str(which), *(str(v) for v in options.values())])
+        if not out.exists():
+            merge(base, [AdapterChoice(adapters[which])], out, MergeOptions(**options))
+        return out
+
+    return make
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def to(folder: Path, base: Path, before: Path, after: Path, **more: Any) -> Switched:
+    return switch(folder, base, [AdapterChoice(before)], [AdapterChoice(after)], Silent(), **more)
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float32"])
+def test_ten_switches_end_where_a_fresh_merge_ends(
+    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path, dtype: str
+) -> None:
+    folder = Path(shutil.copytree(fresh(0, dtype=dtype), tmp_path / "merged"))
+    order = [0, 1, 2, 0, 2, 1, 0, 1, 1, 2, 0]
+    for before, after in itertools.pairwise(order):
+        to(folder, base, adapters[before], adapters[after])
+        assert contents(folder) == contents(fresh(after, dtype=dtype))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".merged.spare", ".merged.spare.json", "merged"]
+
+
+def test_only_what_changes_is_written(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    first = to(folder, base, adapters[0], adapters[1])
+    assert first.tensors == 6 and not first.went_back  # q, v and down of two layers
+    back = to(folder, base, adapters[1], adapters[0])
+    assert (back.went_back, back.tensors, back.nbytes) == (True, 0, 0)
+    third = to(folder, base, adapters[0], adapters[2])  # the spare holds B: q and v are put back, o is new
+    assert third.tensors == 6
+    sizes = {n: t.nbytes for n, t in open_checkpoint(folder).tensors.items()}
+    written = [s for n, s in sizes.items() if any(x in n for x in ("q_proj", "v_proj", "o_proj"))]
+    assert third.nbytes == sum(written)
+    assert third.share == pytest.approx(sum(written) / sum(p.stat().st_size for p in folder.glob("*.safetensors")))
+    untouched = {s.name for s in folder.glob("*.safetensors")} - {
+        t.file.name for n, t in open_checkpoint(folder).tensors.items() if n.split(".")[-2] in CHANGED
+    }
+    place = tmp_path / ".merged.spare"
+    assert len(untouched) > 2 and all((folder / n).samefile(place / n) for n in untouched)
+
+
+def test_without_a_spare_nothing_is_left(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    to(folder, base, adapters[0], adapters[1])
+    made = to(folder, base, adapters[1], adapters[2], keep_spare=False)
+    assert made.spare is None and [p.name for p in tmp_path.iterdir()] == ["merged"]
+    assert contents(folder) == contents(fresh(2))
+
+
+def test_several_adapters_and_weights(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    both = [AdapterChoice(adapters[1], 0.5), AdapterChoice(adapters[2], -1.0)]
+    switch(folder, base, [AdapterChoice(adapters[0])], both, Silent())
+    merge(base, both, tmp_path / "fresh")
+    assert contents(folder) == contents(tmp_path / "fresh")
+    switch(folder, base, both, [AdapterChoice(adapters[0])], Silent())
+    assert contents(folder) == contents(fresh(0))
+
+
+def test_a_spare_that_was_changed_is_made_anew(
+    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    to(folder, base, adapters[0], adapters[1])
+    shard = next(p for p in (tmp_path / ".merged.spare").glob("*.safetensors") if p.stat().st_nlink == 1)
+    with shard.open("r+b") as f:
+        f.seek(-64, os.SEEK_END)
+        f.write(bytes(64))
+    found = to(folder, base, adapters[1], adapters[0])
+    assert not found.went_back and contents(folder) == contents(fresh(0))
+
+
+def test_who_reads_the_old_state_goes_on_reading_it(
+    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
+) -> None:
+    """A server that mapped the folder two switches ago must not see its weights change."""
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    shards = sorted(folder.glob("*.safetensors"))
+    before = {s.name: s.read_bytes() for s in shards}
+    opened = {s.name: s.open("rb") for s in shards}
+    to(folder, base, adapters[0], adapters[1])
+    to(folder, base, adapters[1], adapters[2])  # would be written into the files that are open
+    to(folder, base, adapters[2], adapters[1])
+    for name, file in opened.items():
+        assert file.read() == before[name]
+        file.close()
+    assert contents(folder) == contents(fresh(1))
+
+
+def test_a_spare_of_another_base_is_not_used(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    """The folder is merged anew from a base that differs in a tensor that no adapter touches."""
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    to(folder, base, adapters[0], adapters[1])
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    shard = next(p for p in other.glob("*.safetensors") if "model.norm.weight" in tensors_of(p))
+    stored = tensors_of(shard)
+    edit_tensors(shard, {"model.norm.weight": stored["model.norm.weight"] * 2})
+    merge(other, [AdapterChoice(adapters[1])], folder, MergeOptions(force=True))
+    to(folder, other, adapters[1], adapters[2])
+    merge(other, [AdapterChoice(adapters[2])], tmp_path / "fresh")
+    assert contents(folder) == contents(tmp_path / "fresh")
+
+
+# --- killed in the middle -----------------------------------------------------------------------------------
+
+
+class Countdown:
+    """Kills this process, as SIGKILL would, at the n-th write, sync or rename."""
+
+    def __init__(self, left: int) -> None:
+        self.left, self._lock = left, threading.Lock()
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **more: Any) -> Any:
+            with self._lock:
+                self.left -= 1
+                if self.left == 0:
+                    os._exit(9)
+            return function(*arguments, **more)
+
+        return counted
+
+
+def killed_at(count: int, work: Callable[[], Any]) -> bool:
+    """Whether a child that does `work` was killed before it was done."""
+    child = os.fork()
+    if child == 0:
+        countdown = Countdown(count)
+        OpenFile.write = countdown(OpenFile.write)  # type: ignore[method-assign]
+        files.sync, files.exchange = countdown(files.sync), countdown(files.exchange)
+        files.copy_range = countdown(files.copy_range)
+        files.write_sealed = countdown(files.write_sealed)
+        spare._copy_around = countdown(spare._copy_around)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) == 9
+
+
+@pytest.mark.parametrize("with_spare", [False, True])
+def test_killed_anywhere_it_is_the_old_state_or_the_new_one(
+    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path, with_spare: bool
+) -> None:
+    old, new = contents(fresh(0)), contents(fresh(2))
+    seen, kills, count = set[str](), 0, 1
+    while True:
+        home = tmp_path / str(count)
+        folder = Path(shutil.copytree(fresh(1 if with_spare else 0), home / "merged"))
+        if with_spare:
+            to(folder, base, adapters[1], adapters[0])
+        was_killed = killed_at(count, lambda at=folder: to(at, base, adapters[0], adapters[2]))  # type: ignore[misc]
+        found = contents(folder)
+        assert found in (old, new), f"mixed after {count}"
+        seen.add("new" if found == new else "old")
+        if found == old:  # whatever was left behind, the next one goes through
+            to(folder, base, adapters[0], adapters[2])
+            assert contents(folder) == new
+        else:
+            to(folder, base, adapters[2], adapters[0])
+            assert contents(folder) == old
+        if not was_killed:
+            break
+        kills, count = kills + 1, count + 1
+        shutil.rmtree(home)
+    assert kills >= 10 and seen == {"old", "new"}
+
+
+def test_an_error_leaves_all_as_it_was(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_export.merging.switched.write_beside", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            to(folder, base, adapters[0], adapters[1])
+    assert contents(folder) == contents(fresh(0))
+    to(folder, base, adapters[0], adapters[1])
+    assert contents(folder) == contents(fresh(1))
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_in_the_folder_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    with pytest.raises(InputError, match="not merged from the adapters of --from"):
+        to(folder, base, adapters[1], adapters[2])
+    with pytest.raises(InputError, match="not merged from the adapters of --from"):
+        switch(folder, base, [AdapterChoice(adapters[0], 0.5)], [AdapterChoice(adapters[1])], Silent())
+    with pytest.raises(InputError, match="no merged folder and no export"):
+        to(base, base, adapters[0], adapters[1])
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_part_of_a_run_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    shutil.copytree(fresh(0), tmp_path / "run" / "merged")
+    (tmp_path / "run" / "report").mkdir()
+    for name in ("manifest.json", "report/report.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    for folder in (tmp_path / "run", tmp_path / "run" / "merged"):
+        with pytest.raises(InputError, match="part of a run") as refused:
+            to(folder, base, adapters[0], adapters[1])
+        assert f"cp -r {tmp_path / 'run' / 'merged'} COPY" in str(refused.value.next_step)
+
+
+def test_another_base_is_noticed(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    other = save_base(tmp_path / "other", dtype=torch.bfloat16, max_shard_size="12KB", seed=8)
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    with pytest.raises(CheckpointError, match="not the one that the folder was merged from"):
+        to(folder, other, adapters[0], adapters[1])
+    assert contents(folder) == contents(fresh(0))
+
+
+def test_another_layout_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    tied = save_base(tmp_path / "tied", config=llama_config(tied=True))
+    plain = save_adapter(tmp_path / "plain", tied, lora(target_modules=["q_proj"]))
+    head = save_adapter(tmp_path / "head", tied, lora(target_modules=["lm_head"]), save_embeddings=False)
+    merge(tied, [AdapterChoice(plain)], tmp_path / "merged")
+    with pytest.raises(InputError, match="folders of different layout"):
+        to(tmp_path / "merged", tied, plain, head)
+
+
+def test_one_at_a_time(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    with files.only_writer(folder), pytest.raises(OutputError, match="is writing this output"):
+        to(folder, base, adapters[0], adapters[1])
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    with pytest.raises(OutputError, match="no folder whose name"):
+        to(link, base, adapters[0], adapters[1])
+
+
+def test_the_command(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    command = ["switch", "-m", str(folder), "--from", str(adapters[0]), "--to", str(adapters[1])]
+    done = CliRunner().invoke(cli, [*command, "-b", str(base), "--json", "-q"])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["kind"] == "merged" and document["tensors"] == 6 and document["spare"].endswith(".merged.spare")
+    assert contents(folder) == contents(fresh(1))
+    again = CliRunner().invoke(cli, [*command, "-b", str(base)])
+    assert again.exit_code == 1 and "--from" in again.stderr
+    nowhere = tmp_path / "nowhere"
+    shutil.copytree(adapters[0], nowhere)
+    config = json.loads((nowhere / "adapter_config.json").read_text())
+    (nowhere / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(InputError, match="does not name its base"):
+        switching.base_of(nowhere)
+    assert switching.base_of(adapters[0]) == str(base)
