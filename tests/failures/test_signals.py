@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lora_export import files, interrupts
+from lora_export import files, interrupts, merging
 from lora_export.checkpoint import companions
 from lora_export.files import output_folder
 from lora_export.interrupts import Interrupts
