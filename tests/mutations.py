@@ -215,7 +215,7 @@ MUTATIONS = (
         f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[oft-bfloat16]",
     ),
     Mutation(
-        "the error names the worst tensor of all", "pipeline.py",
+        "the error names the worst tensor of all", "workflows/gates.py",
         "return (*(result.deviation.tensors if result.deviation else ()), *result.weight_errors)",
         "return result.weight_errors",
         f"{DEVIATION}::test_the_gate_names_the_first_module_s_tensor",

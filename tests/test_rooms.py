@@ -45,6 +45,7 @@ EVERYTHING = (
     TOP
     | ROOMS
     | {
+        "api",
         "pipeline",
         "workflows",
         "serving",
@@ -61,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "onnx_export": TOP | {"onnx_export", "checkpoint"},
     **dict.fromkeys(
         (
+            "api",
             "pipeline",
             "workflows",
             "serving",
@@ -69,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
         ),
         EVERYTHING,
     ),
-    "": TOP,
+    "": TOP | {"api"},
 }
 
 

@@ -50,30 +50,21 @@ def benchmark(
         lora-export benchmark -b base-onnx -m merged-onnx -u unmerged-onnx --grid standard -o latency
     """
     with talking(as_json, quiet, verbose) as talk:
-        from dataclasses import replace
-
-        from lora_export.checkpoint.sources import resolve
+        from lora_export import api
         from lora_export.commands import gather
         from lora_export.commands.words import benchmark_rows, summary
-        from lora_export.files import output_folder
-        from lora_export.onnx_export import check_model
-        from lora_export.pipeline import new_report, raw
-        from lora_export.report import write
-        from lora_export.runtime import resolve_provider
-        from lora_export.workflows import latency
 
-        settings = gather.benchmark_options_of(words)
-        settings = replace(settings, provider=resolve_provider(settings.provider))
-        pair = (resolve(pytorch[0]).folder, resolve(pytorch[1]).folder) if pytorch else None
-        arms = latency.arms_of(merged, base, unmerged, plugged, pair, gather.named_folders(beside))
-        graphs = [path for arm in arms for path in arm.graphs]
-        for path in graphs:
-            check_model(path)
-        with output_folder(output, force, inputs=[*(p.parent for p in graphs), *(pair or ())]) as stage:
-            result = latency.benchmark(arms, settings, talk.progress)
-            report = new_report("benchmark", {"benchmark": words | {"arms": [arm.name for arm in arms]}})
-            status = "failed" if result.verdict == "slower" else "passed"
-            write(report | {"status": status, "benchmark": result.as_json()}, stage, *raw(result))
-            latency.refuse_slower(result, output, "report.html")
+        result = api.benchmark(
+            merged,
+            output,
+            base=base,
+            unmerged=unmerged,
+            plugged=plugged,
+            pytorch=pytorch,
+            beside=gather.named_folders(beside),
+            options=gather.benchmark_options_of(words),
+            force=force,
+            progress=talk.progress,
+        )
         rows = [*benchmark_rows(result), ("report", str(output / "report.html"))]
         talk.result(result.as_json(), summary(rows))

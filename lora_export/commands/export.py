@@ -1,12 +1,15 @@
 """lora-export export: a Hugging Face folder to ONNX."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_export.commands import options
 from lora_export.commands.talk import megabytes, table, talking
+
+if TYPE_CHECKING:
+    from lora_export.contracts import ExportOptions
 
 
 @click.command("export")
@@ -53,46 +56,29 @@ def export(
         lora-export export -m ./base -a ./a --unmerged -o ./slow    # to measure what merging saves
     """
     with talking(as_json, quiet, verbose) as talk:
-        from lora_export.checkpoint.sources import resolve
-        from lora_export.commands.gather import refuse_beside_graph_from
-        from lora_export.errors import InputError
-        from lora_export.onnx_export import reweight, share
+        from lora_export import api
+        from lora_export.commands.gather import export_options_of, refuse_beside_graph_from
+        from lora_export.workflows.exporting import check_export
 
-        folder = resolve(model).folder
-        if graph_from is not None and adapters:
-            raise InputError(
-                "--adapter beside --graph-from",
-                expected="a merged MODEL with --graph-from, or a base and the adapters that stay outside of it",
-            )
-        if unmerged and len(adapters) != 1:
-            raise InputError(
-                f"--unmerged with {len(adapters)} adapters",
-                expected="one adapter, which the graph has in it",
-                next_step="lora-export export -m BASE -a ADAPTER --unmerged -o OUT",
-            )
+        check_export(adapters, unmerged, graph_from, shared_as)
         if graph_from is not None:
             refuse_beside_graph_from()
-        elif shared_as is not None:
-            raise InputError(
-                "--shared-as without --graph-from",
-                expected="an export of the base, whose graph and weights the adapters share",
-                next_step="lora-export export -m BASE -o BASE_ONNX, then --graph-from BASE_ONNX",
-            )
+        settings = export_options_of(words, force)
         if dry_run:
-            document = _planned(folder, words, graph_from)
+            document = _planned(model, settings, graph_from)
             rows = [*((k, str(v)) for k, v in document.items()), ("dry run", "nothing was written")]
             talk.result({"output": str(output), "dry_run": True} | document, table(rows))
             return
-        if graph_from is not None and shared_as is not None:
-            result = share(graph_from, folder, output, shared_as, force=force, progress=talk.progress)
-        elif graph_from is not None:
-            result = reweight(graph_from, folder, output, force=force, progress=talk.progress)
-        elif unmerged:
-            result = _exported(folder, output, words, force, talk.progress, resolve(adapters[0]).folder)
-        elif adapters:
-            result = _pluggable(model, adapters, output, words, force, talk.progress)
-        else:
-            result = _exported(folder, output, words, force, talk.progress)
+        result = api.export(
+            model,
+            output,
+            adapters=adapters,
+            unmerged=unmerged,
+            graph_from=graph_from,
+            shared_as=shared_as,
+            options=settings,
+            progress=talk.progress,
+        )
         rows = [
             ("engine", result.engine),
             ("precision", result.precision),
@@ -111,56 +97,16 @@ def _fusions(difference: float | None) -> list[tuple[str, str]]:
     return [("fused graph", f"differs by {difference:.1e} from the plain one, relative, on made-up inputs")]
 
 
-def _planned(folder: Path, words: dict[str, Any], earlier: Path | None) -> dict[str, Any]:
+def _planned(model: str, options: "ExportOptions", earlier: Path | None) -> dict[str, Any]:
     from lora_export.checkpoint import open_checkpoint
-    from lora_export.commands.gather import quantization_of, target_of
+    from lora_export.checkpoint.sources import resolve
     from lora_export.onnx_export import check_request, load_export
+    from lora_export.workflows.exporting import target_of
 
+    config = open_checkpoint(resolve(model).folder).config
     if earlier is not None:
         like = load_export(earlier)
         return {"engine": like.engine, "precision": like.precision, "graph_from": str(earlier)}
-    config, precision = open_checkpoint(folder).config, words["precision"]
-    target, how = target_of(words["provider"]), quantization_of(words)
-    engine = check_request(config, precision, target, words["engine"], how)
-    return {"engine": engine, "precision": precision}
-
-
-def _pluggable(
-    model: str, adapters: tuple[str, ...], output: Path, words: dict[str, Any], force: bool, progress: Any
-) -> Any:
-    from lora_export.checkpoint.sources import resolve
-    from lora_export.commands.gather import quantization_of, target_of
-    from lora_export.workflows.pluggable import export_pluggable
-
-    return export_pluggable(
-        resolve(model),
-        [resolve(a) for a in adapters],
-        output,
-        precision=words["precision"],
-        provider=target_of(words["provider"]),
-        engine=words["engine"],
-        quantization=quantization_of(words),
-        force=force,
-        progress=progress,
-    )
-
-
-def _exported(
-    folder: Path, output: Path, words: dict[str, Any], force: bool, progress: Any, adapter: Path | None = None
-) -> Any:
-    from lora_export.commands.gather import quantization_of, target_of
-    from lora_export.onnx_export import export
-
-    return export(
-        folder,
-        output,
-        precision=words["precision"],
-        provider=target_of(words["provider"]),
-        engine=words["engine"],
-        optimize=words["optimize"],
-        quantization=quantization_of(words),
-        adapter=adapter,
-        against_plain=adapter is None,
-        force=force,
-        progress=progress,
-    )
+    target = target_of(options.provider)
+    engine = check_request(config, options.precision, target, options.engine, options.quantization)
+    return {"engine": engine, "precision": options.precision}

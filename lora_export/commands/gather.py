@@ -13,12 +13,13 @@ from lora_export.contracts import (
     AdapterChoice,
     BenchmarkOptions,
     CompareBases,
+    ExportOptions,
     MergeOptions,
     QuantizationOptions,
     Source,
+    StoryOptions,
 )
 from lora_export.errors import InputError
-from lora_export.pipeline import StoryOptions
 
 MERGE_KEYS = (
     "base_weights", "training_quantization", "training_double_quant", "dtype", "max_shard_size", "max_memory",
@@ -27,13 +28,14 @@ MERGE_KEYS = (
 )  # fmt: skip
 
 
+def weighted(names: Sequence[str]) -> list[tuple[str, float]]:
+    """Each adapter's name and its weight; a folder whose own name ends in :NUMBER is taken as it is."""
+    return [(name, 1.0) if Path(name).is_dir() else split_weight(name) for name in names]
+
+
 def adapters_of(names: Sequence[str]) -> list[tuple[Source, float]]:
-    """Each adapter found and its weight; a folder whose own name ends in :NUMBER is taken as it is."""
-    found = []
-    for name in names:
-        plain, weight = (name, 1.0) if Path(name).is_dir() else split_weight(name)
-        found.append((resolve(plain), weight))
-    return found
+    """Each adapter found, and its weight."""
+    return [(resolve(name), weight) for name, weight in weighted(names)]
 
 
 def choices_of(adapters: Sequence[tuple[Source, float]]) -> list[AdapterChoice]:
@@ -88,11 +90,15 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
     )
 
 
-def target_of(provider: str) -> str:
-    """The provider that a graph is made for: a graph for CUDA can be made where there is none."""
-    from lora_export.runtime import resolve_provider
-
-    return provider if provider == "cuda" else resolve_provider(provider)
+def export_options_of(words: dict[str, Any], force: bool = False) -> ExportOptions:
+    return ExportOptions(
+        precision=words["precision"],
+        provider=words["provider"],
+        engine=words["engine"],
+        optimize=words["optimize"],
+        quantization=quantization_of(words),
+        force=force,
+    )
 
 
 def quantization_of(words: dict[str, Any]) -> QuantizationOptions:

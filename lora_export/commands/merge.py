@@ -37,22 +37,22 @@ def merge(
         lora-export merge -b BASE -a A:0.7 -a B:0.3 --combine ties --density 0.2 -o OUT
     """
     with talking(as_json, quiet, verbose) as talk:
+        from lora_export import api
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands import gather
         from lora_export.commands.words import interference_lines, merge_rows
         from lora_export.merging import interference, plan
-        from lora_export.merging import merge as merge_folder
 
-        source, choices = resolve(base), gather.choices_of(gather.adapters_of(adapters))
         settings = gather.merge_options_of(words, force)
         if dry_run:
-            planned = plan(source.folder, choices, settings)
+            choices = gather.choices_of(gather.adapters_of(adapters))
+            planned = plan(resolve(base).folder, choices, settings)
             found = interference(planned) if len(planned.adapters) > 1 else []
             document = plan_document(planned) | {"interference": [asdict(i) for i in found]}
             lines = [plan_words(planned), *interference_lines(found)]
             talk.result({"output": str(output)} | document, "\n".join(lines))
             return
-        result = merge_folder(source.folder, choices, output, settings, talk.progress)
+        result = api.merge(base, gather.weighted(adapters), output, settings, progress=talk.progress)
         lines = [table([*merge_rows(result), ("output", str(output))]), *interference_lines(result.interference)]
         talk.result(result.as_json(), "\n".join(lines))
 

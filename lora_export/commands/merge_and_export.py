@@ -43,7 +43,7 @@ def merge_and_export(
         lora-export merge-and-export -b ./base -a ./my-qlora --training-quantization nf4 -o ./out
     """
     with talking(as_json, quiet, verbose) as talk:
-        from lora_export import pipeline
+        from lora_export import api
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands import gather
         from lora_export.commands import words as say
@@ -51,15 +51,15 @@ def merge_and_export(
 
         if words["graph_from"] is not None:
             gather.refuse_beside_graph_from()
-        source, found = resolve(base), gather.adapters_of(adapters)
         story_options = gather.story_options_of(words)
         if dry_run:
             from lora_export.merging import plan
 
-            planned = plan(source.folder, gather.choices_of(found), story_options.merge)
+            choices = gather.choices_of(gather.adapters_of(adapters))
+            planned = plan(resolve(base).folder, choices, story_options.merge)
             talk.result({"output": str(output), "merge": plan_document(planned)}, plan_words(planned))
             return
-        story = pipeline.merge_and_export(source, found, output, story_options, talk.progress)
+        story = api.merge_and_export(base, gather.weighted(adapters), output, story_options, progress=talk.progress)
         assert story.export and story.validate and story.benchmark
         rows = [
             *say.merge_rows(story.merge),

@@ -58,9 +58,10 @@ def package(
         lora-export verify ./genai --run
     """
     with talking(as_json, quiet, verbose) as talk:
+        from lora_export import api
+        from lora_export.contracts import PackageOptions
         from lora_export.errors import InputError
-        from lora_export.workflows.packaging import PackageOptions, push
-        from lora_export.workflows.packaging import package as make
+        from lora_export.workflows.packaging import push
 
         if repository is not None and (target != "hf" or words["archive"]):
             raise InputError(
@@ -69,7 +70,7 @@ def package(
             )
         if private and repository is None:
             raise InputError("--private without --push", expected="--push OWNER/NAME with it")
-        result = make(run, target, output, PackageOptions(key=key, **words), talk.progress)
+        result = api.package(run, target, output, PackageOptions(key=key, **words), progress=talk.progress)
         address = push(output, repository, private, talk.progress) if repository else None
         rows = [
             ("package", f"{result.name} for {target}"),

@@ -66,13 +66,14 @@ def validate(
             --own-text A.txt --own-text B.txt
     """
     with talking(as_json, quiet, verbose) as talk:
-        from lora_export.checkpoint.sources import resolve
+        from lora_export import api
         from lora_export.commands import gather
         from lora_export.commands.words import validation_words
+        from lora_export.contracts import ValidationOptions
         from lora_export.errors import EXIT_GATE
-        from lora_export.pipeline import StoryOptions, failures, validate_folder
+        from lora_export.workflows.gates import failures
 
-        settings = StoryOptions(
+        settings = ValidationOptions(
             merge=gather.merge_options_of(words),
             provider=provider,
             prompts=prompts,
@@ -80,11 +81,18 @@ def validate(
             rows=rows,
             tolerance=tolerance,
             min_survival=min_survival,
-            validation_memory=gather.validation_memory_of(words),
+            max_memory=gather.validation_memory_of(words),
+            bases=gather.bases_of(words),
         )
-        bases, found = gather.bases_of(words), gather.adapters_of(adapters)
-        result = validate_folder(
-            resolve(base), found, merged, onnx, base_onnx, settings, talk.progress, bases, own_texts
+        result = api.validate(
+            base,
+            gather.weighted(adapters),
+            merged,
+            onnx=onnx,
+            base_onnx=base_onnx,
+            own_texts=own_texts,
+            options=settings,
+            progress=talk.progress,
         )
         talk.result(result.as_json(), validation_words(result))
         if not result.passed:

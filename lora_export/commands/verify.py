@@ -48,27 +48,24 @@ def verify(
     are checked before anything opens them, and with --run its runtime answers as the unmerged model did.
     """
     with talking(as_json, quiet, verbose) as talk:
-        from lora_export import pipeline
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands import gather
         from lora_export.commands.words import verification_words
-        from lora_export.errors import EXIT_FAILED, EXIT_GATE, InputError
+        from lora_export.errors import EXIT_FAILED, EXIT_GATE
         from lora_export.workflows.delivered import is_package
-        from lora_export.workflows.delivered import verify as verify_package
+        from lora_export.workflows.verifying import verify as verify_path
 
-        if not path.exists():
-            raise InputError("there is no such folder or archive", where=path)
-        packaged = is_package(path)
-        if packaged and (base or adapters):
-            raise InputError("--base or --adapter with a package", expected="them with a merged folder or a run")
-        if not packaged and (key or run_it or runtime):
-            raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
-        if packaged:
-            result = verify_package(path, key, run_it, runtime, talk.progress)
-        else:
-            source = resolve(base) if base else None
-            result = pipeline.verify(path, source, gather.adapters_of(adapters), certify, talk.progress)
+        result = verify_path(
+            path,
+            resolve(base) if base else None,
+            gather.adapters_of(adapters),
+            certify,
+            talk.progress,
+            key=key,
+            run=run_it,
+            runtime=runtime,
+        )
         talk.result(result.as_json(), verification_words(result))
         if not result.verified:
             click.echo(f"not verified: {sum(not c.passed for c in result.checks)} checks failed", err=True)
-            sys.exit(EXIT_FAILED if packaged else EXIT_GATE)
+            sys.exit(EXIT_FAILED if is_package(path) else EXIT_GATE)

@@ -2,19 +2,17 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.choices import MIN_SURVIVAL
 from lora_export.contracts import (
     AdapterChoice,
     Check,
-    CompareBases,
     Deviation,
     ExportedPair,
-    MergeOptions,
     Progress,
+    ValidationOptions,
     ValidationResult,
 )
 from lora_export.errors import InputError
@@ -23,27 +21,6 @@ if TYPE_CHECKING:
     from lora_export.validation.bases import BasesFound
     from lora_export.validation.precisions import SurvivalFound
     from lora_export.validation.subject import Story
-
-
-@dataclass(frozen=True)
-class ValidationOptions:
-    """prompts: a file with one prompt a line; text: a file of running text for the perplexities (None: built in).
-    rows: how many rows of each updated tensor are recomputed in float64 one by one (None: all). merge: the options
-    of the merge, which decide which base is the truth. tolerance: thresholds are this many noise floors.
-    min_survival: the share of the adapter's effect that an ONNX graph has to keep. max_memory: bytes for the
-    weights of both models (None: as the machine has); larger models are streamed. bases: compare the bases that a
-    QLoRA adapter could be merged into. again: the command that tries another precision, {precision} in it."""
-
-    prompts: Path | None = None
-    text: Path | None = None
-    rows: int | None = 64
-    provider: str = "auto"
-    merge: MergeOptions = field(default_factory=MergeOptions)
-    tolerance: float = 4.0
-    min_survival: float = MIN_SURVIVAL
-    max_memory: int | None = None
-    bases: CompareBases | None = None
-    again: str = "the same command with --precision {precision}"
 
 
 def validate(

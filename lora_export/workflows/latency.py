@@ -2,13 +2,16 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lora_export.choices import ExtraArm
 from lora_export.contracts import AdapterChoice, BenchmarkArm, BenchmarkOptions, BenchmarkResult, Progress
 from lora_export.errors import ExportError, GateFailed, InputError
+from lora_export.files import output_folder
 from lora_export.onnx_export import model_files
 from lora_export.onnx_export.slots import SUFFIX
+from lora_export.workflows.run_report import new_report, raw
 
 RESERVED = ("base", "merged", "unmerged", "plugged", "pytorch")
 
@@ -41,6 +44,36 @@ def refuse_slower(result: BenchmarkResult, output: Path, report: str) -> None:
             expected="a ratio whose interval lies within the margin",
             next_step=f"read {report} in that folder; measure again on a quiet machine",
         )
+
+
+def benchmark_folder(
+    arms: Sequence[BenchmarkArm],
+    output: Path,
+    options: BenchmarkOptions,
+    progress: Progress,
+    *,
+    force: bool = False,
+) -> BenchmarkResult:
+    """Measure what lies on disk, and write a report and every raw sample into the new folder `output`.
+
+    GateFailed if merged is slower: then all is in `output.failed`.
+    """
+    from lora_export.onnx_export import check_model
+    from lora_export.report import write
+    from lora_export.runtime import resolve_provider
+
+    options = replace(options, provider=resolve_provider(options.provider))
+    graphs = [path for arm in arms for path in arm.graphs]
+    for path in graphs:
+        check_model(path)
+    inputs = [*(p.parent for p in graphs), *(folder for arm in arms for folder in arm.pytorch or ())]
+    with output_folder(output, force, inputs=inputs) as stage:
+        result = benchmark(arms, options, progress)
+        report = new_report("benchmark", {"benchmark": asdict(options) | {"arms": [arm.name for arm in arms]}})
+        status = "failed" if result.verdict == "slower" else "passed"
+        write(report | {"status": status, "benchmark": result.as_json()}, stage, *raw(result))
+        refuse_slower(result, output, "report.html")
+    return result
 
 
 # --- arms from what lies on disk -----------------------------------------------------------------------------

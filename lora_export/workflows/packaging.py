@@ -5,12 +5,11 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_export import files, manifest, packages
-from lora_export.contracts import ExportResult, PackageResult, Progress
+from lora_export.contracts import ExportResult, PackageOptions, PackageResult, Progress
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive, card, companions, contents, signature
 from lora_export.packages.job import RUNS_OWN, Job, Run, Sample, Variant
@@ -20,23 +19,6 @@ from lora_export.packages.tasks import task_of
 from lora_export.workflows.delivered import refuse_other_words
 
 WORST_AGREEMENT = 0.8  # share of tokens on which a variant should say the same as the run's own export
-
-
-@dataclass(frozen=True)
-class PackageOptions:
-    """name: of the model, None for the adapters' names; variants: of the weights, () for the usual ones; provider:
-    cpu or cuda, None for that of the run; licence: None for that of the base's card; archive: tar.zst or zip, None
-    for a folder; key: a private key to sign with, in PEM; pluggable: an export of the run's base with its adapter
-    beside it, which genai gets in the place of the merged model."""
-
-    name: str | None = None
-    variants: tuple[str, ...] = ()
-    provider: str | None = None
-    licence: str | None = None
-    archive: str | None = None
-    key: Path | None = None
-    pluggable: Path | None = None
-    force: bool = False
 
 
 def package(run: Path, target: str, output: Path, options: PackageOptions, progress: Progress) -> PackageResult:

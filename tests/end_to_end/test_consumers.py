@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 
+from lora_export.contracts import PackageOptions
 from lora_export.packages import transformers_js
 from lora_export.packages.configs import for_both
 from lora_export.progress import Silent
 from lora_export.workflows import delivered
-from lora_export.workflows.packaging import PackageOptions, package
+from lora_export.workflows.packaging import package
 from tests.end_to_end import consumers
 from tests.end_to_end.conftest import ROOT, Run, prepared
 from tests.packages.conftest import save_decoder

@@ -319,8 +319,8 @@ def test_read_errors_have_words(work: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def run(work: Path) -> Path:
     """A run folder without the stages that take long: the manifest is written as pipeline writes it."""
     from lora_export import manifest
-    from lora_export.contracts import MergeOptions, Source
-    from lora_export.pipeline import StoryOptions, options_json
+    from lora_export.contracts import MergeOptions, Source, StoryOptions
+    from lora_export.workflows.run_report import options_json
 
     folder = work / "run"
     folder.mkdir()

@@ -11,10 +11,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lora_export.contracts import BenchmarkOptions, PackageResult, Source
-from lora_export.pipeline import StoryOptions, merge_and_export
+from lora_export.contracts import BenchmarkOptions, PackageOptions, PackageResult, Source, StoryOptions
+from lora_export.pipeline import merge_and_export
 from lora_export.progress import Silent
-from lora_export.workflows.packaging import PackageOptions, package
+from lora_export.workflows.packaging import package
 
 VOCABULARY = 10 + 96
 THETA = 500.0  # far from every default, so that a model with another one says something else

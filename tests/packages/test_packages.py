@@ -19,7 +19,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from lora_export.contracts import Source
+from lora_export.contracts import PackageOptions, Source
 from lora_export.errors import InputError, OutputError
 from lora_export.files import hash_folder
 from lora_export.packages import archive
@@ -28,7 +28,7 @@ from lora_export.packages.targets import TARGETS
 from lora_export.packages.tasks import task_of
 from lora_export.progress import Silent
 from lora_export.workflows import delivered
-from lora_export.workflows.packaging import PackageOptions, package
+from lora_export.workflows.packaging import package
 from lora_export.workflows.pluggable import export_pluggable
 from tests.packages.conftest import Packed, save_decoder, save_lora
 

@@ -14,11 +14,12 @@ import zstandard
 from click.testing import CliRunner
 
 from lora_export.commands.main import cli
+from lora_export.contracts import PackageOptions
 from lora_export.errors import InputError
 from lora_export.files import read_sealed, write_sealed
 from lora_export.packages import archive
 from lora_export.progress import Silent
-from lora_export.workflows.packaging import PackageOptions, package
+from lora_export.workflows.packaging import package
 from tests.packages.conftest import Packed
 from tests.packages.test_packages import ALL
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from lora_export.contracts import AdapterChoice, MergeOptions, Source
+from lora_export.contracts import AdapterChoice, MergeOptions, Source, ValidationOptions
 from lora_export.errors import AdapterError, InputError
 from lora_export.merging import merge
-from lora_export.pipeline import StoryOptions, validate_folder
 from lora_export.progress import Silent
+from lora_export.workflows.validating import validate_folder
 from tests.builders import lora
 from tests.builders import save_adapter as save_random
 from tests.validation.conftest import save_adapter
@@ -40,7 +40,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, folders: Any) -> tuple[Path, 
 def check(pair: Any, merged: Path, settings: dict[str, Any], **more: Any) -> Any:
     base, adapters = pair
     sources = [(Source(a.name, a), w) for a, w in zip(adapters, WEIGHTS, strict=True)]
-    options = StoryOptions(merge=MergeOptions(**settings), provider="cpu")
+    options = ValidationOptions(merge=MergeOptions(**settings), provider="cpu")
     return validate_folder(Source("base", base), sources, merged, (), (), options, Silent(), **more)
 
 
@@ -85,7 +85,7 @@ def test_own_texts_tell_what_is_left_of_each(pair: Any, tmp_path: Path) -> None:
     assert first is not None and second is not None
     assert second < 0 < first  # the second adapter's weight is negative
     sources = [(Source("first", adapters[0]), 1.0)]
-    options = StoryOptions(provider="cpu")
+    options = ValidationOptions(provider="cpu")
     one = validate_folder(Source("base", base), sources, alone, (), (), options, Silent(), own_texts=[text])
     assert one.adapter_survival[0].share == pytest.approx(1.0, abs=1e-3)
     with pytest.raises(InputError, match="1 × --own-text and 2 × -a"):

@@ -12,14 +12,14 @@ from peft import LoHaConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lora_export.commands.words import validation_words
-from lora_export.contracts import AdapterChoice, Check, Deviation, MergeOptions, ValidationResult
+from lora_export.contracts import AdapterChoice, Check, Deviation, MergeOptions, Story, ValidationResult
 from lora_export.errors import GateFailed
 from lora_export.merging import merge
-from lora_export.pipeline import Story, _gates, failures
 from lora_export.report.story import headline
 from lora_export.validation import reference
 from lora_export.validation.prompts import BUILT_IN
 from lora_export.validation.tensors import compare_tensors
+from lora_export.workflows.gates import failures, refuse_failed
 from tests.builders import edit_json
 from tests.failures.commands import invoke
 from tests.report.conftest import full_report
@@ -196,7 +196,7 @@ DEVIATION = Deviation("model.layers.1.a", 0.5, 0.01, ("model.layers.1.a.weight",
 def test_the_gate_names_the_first_module_s_tensor(tmp_path: Path) -> None:
     def gate(deviation: Deviation | None) -> GateFailed:
         with pytest.raises(GateFailed) as caught:
-            _gates(Story(tmp_path, merge=None, validate=spoiled_result(deviation)))  # type: ignore[arg-type]
+            refuse_failed(Story(tmp_path, merge=None, validate=spoiled_result(deviation)))  # type: ignore[arg-type]
         return caught.value
 
     assert gate(DEVIATION).tensor == "model.layers.1.a.weight"

@@ -20,9 +20,9 @@ from lora_export.contracts import AdapterChoice, Check, ExportedPair, Source, Va
 from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.onnx_export import export
-from lora_export.pipeline import StoryOptions, validate_folder
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
+from lora_export.workflows.validating import validate_folder
 from tests.builders import lora, save_adapter
 from tests.validation.conftest import save_base
 
@@ -232,4 +232,4 @@ def test_a_base_for_each_export_or_none(models: Models) -> None:
 def folder(models: Models, exports: Sequence[Path], bases: Sequence[Path]) -> ValidationResult:
     adapters = [(Source("a", models.adapters["strong"]), 1.0)]
     base = Source("b", models.base)
-    return validate_folder(base, adapters, models.merged("strong"), exports, bases, StoryOptions(), Silent())
+    return validate_folder(base, adapters, models.merged("strong"), exports, bases, ValidationOptions(), Silent())

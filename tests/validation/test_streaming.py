@@ -9,9 +9,9 @@ import torch
 from lora_export.contracts import AdapterChoice, MergeOptions, Source, ValidationResult
 from lora_export.errors import AdapterError
 from lora_export.merging import merge
-from lora_export.pipeline import StoryOptions, validate_folder
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, streaming, streams, validate
+from lora_export.workflows.validating import validate_folder
 from tests.matrix.families import FAMILIES
 from tests.matrix.test_matrix import train
 from tests.validation.models import MODELS
@@ -126,7 +126,7 @@ def test_a_base_quantized_in_training_is_streamed_from_a_dequantized_copy(tmp_pa
     sources = Source("base", base), [(Source("adapter", tmp_path / "adapter"), 1.0)]
     results = [
         validate_folder(
-            *sources, tmp_path / "merged", (), (), StoryOptions(merging, validation_memory=limit), Silent()
+            *sources, tmp_path / "merged", (), (), ValidationOptions(merge=merging, max_memory=limit), Silent()
         )
         for limit in (10**12, 1)
     ]

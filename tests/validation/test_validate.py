@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import AdapterChoice, MergeOptions, Source, ValidationResult
 from lora_export.merging import merge
-from lora_export.pipeline import StoryOptions, validate_folder
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
+from lora_export.workflows.validating import validate_folder
 from tests.builders import edit_json, edit_tensors
 from tests.quantization.packing import gptq
 from tests.validation.conftest import save_adapter
@@ -156,7 +156,7 @@ def test_a_base_in_gptq_is_judged_by_its_dequantized_weights(folders: Folders, t
 
     def judged() -> ValidationResult:
         sources = Source("base", base), [(Source("adapter", adapter), 1.0)]
-        return validate_folder(*sources, merged, (), (), StoryOptions(), Silent())
+        return validate_folder(*sources, merged, (), (), ValidationOptions(), Silent())
 
     result = judged()
     assert result.passed, [c for c in result.checks if not c.passed]

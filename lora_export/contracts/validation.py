@@ -1,0 +1,166 @@
+"""What validation is asked for, and what it found."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_export.choices import MIN_SURVIVAL, Precision, Provider, Requantization
+from lora_export.contracts.merging import MergeOptions
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured figure against its threshold; `note` says where the threshold comes from."""
+
+    name: str
+    value: float
+    threshold: float | None  # None for a figure that is only reported
+    passed: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of a text's tokens under `model`.
+
+    model: base, unmerged, merged, "onnx int4", dequantized, original, …; tokens: how many were predicted.
+    """
+
+    model: str
+    value: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Where the merged model first leaves the unmerged one, in the order of the forward pass.
+
+    module: the first whose output differs by more than the floor although its inputs agree (`value` and `floor`:
+    largest difference and noise floor of that output); where no output shows what a wrong tensor does, the first
+    that holds one. tensors: its weights that differ, worst first.
+    """
+
+    module: str
+    value: float
+    floor: float
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AdapterSurvival:
+    """What remains of the adapter's effect on the outputs of a model in lower precision.
+
+    model: as in Perplexity; share: of the effect that is kept, 1 for all, 0 for none, None if the adapter has none;
+    kl_base: mean KL(base‖merged) in nats, the effect; kl_lost: mean KL(merged‖model).
+    """
+
+    model: str
+    share: float | None
+    kl_base: float
+    kl_lost: float
+
+
+@dataclass(frozen=True)
+class BaseComparison:
+    """An adapter merged into one of the bases that it could belong to, on a text.
+
+    base: trained (the unmerged forward on the dequantized base, the yardstick), dequantized, original or
+    requantized; kl_trained: mean KL from the model as it was trained, in nats.
+    """
+
+    base: str
+    perplexity: float
+    kl_trained: float
+
+
+@dataclass(frozen=True)
+class CompareBases:
+    """requantize: also measure what putting the merged weights back into this format does.
+
+    original: the 16-bit base of which a stored 4- or 8-bit base was made.
+    """
+
+    requantize: Requantization | None = None
+    original: Path | None = None
+
+
+@dataclass(frozen=True)
+class ExportedPair:
+    """The ONNX folders of a merged model and of the base exported the same way.
+
+    nbytes: size of the merged one's files; prefix: of the names of its checks; graphs: file names, alike in both.
+    """
+
+    merged: Path
+    base: Path
+    precision: Precision
+    nbytes: int
+    prefix: str = "onnx_"
+    graphs: tuple[str, ...] = ("model.onnx",)
+
+    @property
+    def name(self) -> str:
+        return f"onnx {self.precision}"
+
+    @property
+    def merged_graphs(self) -> tuple[Path, ...]:
+        return tuple(self.merged / name for name in self.graphs)
+
+    @property
+    def base_graphs(self) -> tuple[Path, ...]:
+        return tuple(self.base / name for name in self.graphs)
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """prompts: a file with one prompt a line; text: a file of running text for the perplexities (None: built in).
+    rows: how many rows of each updated tensor are recomputed in float64 one by one (None: all). merge: the options
+    of the merge, which decide which base is the truth. tolerance: thresholds are this many noise floors.
+    min_survival: the share of the adapter's effect that an ONNX graph has to keep. max_memory: bytes for the
+    weights of both models (None: as the machine has); larger models are streamed. bases: compare the bases that a
+    QLoRA adapter could be merged into. again: the command that tries another precision, {precision} in it."""
+
+    prompts: Path | None = None
+    text: Path | None = None
+    rows: int | None = 64
+    provider: Provider = "auto"
+    merge: MergeOptions = field(default_factory=MergeOptions)
+    tolerance: float = 4.0
+    min_survival: float = MIN_SURVIVAL
+    max_memory: int | None = None
+    bases: CompareBases | None = None
+    again: str = "the same command with --precision {precision}"
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """advice: sentences for a person, such as which base or precision to ship, and why."""
+
+    checks: tuple[Check, ...]
+    samples: tuple[Mapping[str, str], ...] = ()  # prompt, base, unmerged, merged: greedy continuations
+    kl_by_position: tuple[float, ...] = ()
+    weight_errors: tuple[str, ...] = ()  # tensors that are not what the adapter makes of the base, worst first
+    perplexities: tuple[Perplexity, ...] = ()
+    deviation: Deviation | None = None  # looked for where a check failed
+    adapter_survival: tuple[AdapterSurvival, ...] = ()
+    bases: tuple[BaseComparison, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(c.passed for c in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "passed": self.passed,
+            "checks": [asdict(c) for c in self.checks],
+            "samples": [dict(s) for s in self.samples],
+            "kl_by_position": list(self.kl_by_position),
+            "weight_errors": list(self.weight_errors),
+            "perplexities": [asdict(p) for p in self.perplexities],
+            "deviation": asdict(self.deviation) if self.deviation else None,
+            "adapter_survival": [asdict(s) for s in self.adapter_survival],
+            "bases": [asdict(b) for b in self.bases],
+            "advice": list(self.advice),
+        }

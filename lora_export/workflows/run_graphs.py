@@ -1,0 +1,137 @@
+"""The graphs of a run: merged, base and unmerged, of which the later ones take the first one's graph."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_export.contracts import (
+    AdapterChoice,
+    ExportResult,
+    MergeResult,
+    Progress,
+    StoryOptions,
+)
+from lora_export.errors import ExportError
+
+if TYPE_CHECKING:
+    from lora_export.onnx_export.weight_source import WeightSource
+
+
+def like_earlier(options: StoryOptions) -> StoryOptions:
+    """With the precision and the engine of the export whose graph is to be taken, if there is one."""
+    if options.graph_from is None:
+        return options
+    from lora_export.onnx_export import load_export
+
+    like = load_export(options.graph_from)
+    return replace(options, precision=like.precision, engine=like.engine)
+
+
+def merge_into(
+    base_onnx: ExportResult,
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    outline: Path,
+    stage: Path,
+    options: StoryOptions,
+    progress: Progress,
+) -> tuple[MergeResult, ExportResult]:
+    """Merge and export in one pass; the certificate lies in `stage`, the rest of a merged folder in `outline`."""
+    from lora_export.merging import CERTIFICATE, begin_stream, end_stream
+
+    started = time.monotonic()
+    source = begin_stream(base, adapters, outline, options.merge, progress)
+    exported = export_merged(base_onnx, outline, stage / "onnx", options, progress, source)
+    seconds = time.monotonic() - started
+    return end_stream(source, adapters, stage / CERTIFICATE, seconds, progress), exported
+
+
+def export_merged(
+    base_onnx: ExportResult,
+    merged: Path,
+    output: Path,
+    options: StoryOptions,
+    progress: Progress,
+    source: "WeightSource | None" = None,
+) -> ExportResult:
+    """The merged model with the base's graph; with one of its own where the merge changed more than weights.
+
+    source: where the numbers come from, if `merged` is an outline without them.
+    """
+    progress.stage("export: the merged model, with the graph of the base")
+    return with_graph_of(base_onnx, merged, output, options, progress, "the merged model", source)
+
+
+def with_graph_of(
+    earlier: ExportResult,
+    model: Path,
+    output: Path,
+    options: StoryOptions,
+    progress: Progress,
+    what: str,
+    source: "WeightSource | None" = None,
+) -> ExportResult:
+    """`model` with the graph of `earlier`; with one of its own where that does not take its weights."""
+    from lora_export.onnx_export import reweight
+
+    try:
+        return reweight(earlier.output, model, output, source=source, progress=progress)
+    except ExportError as error:
+        if options.graph_from is not None:
+            raise
+        progress.detail(f"a graph of its own: {error.found}")
+    return export_as(model, output, options, progress, what, source=source)
+
+
+def export_as(
+    model: Path,
+    output: Path,
+    options: StoryOptions,
+    progress: Progress,
+    what: str,
+    adapter: Path | None = None,
+    source: "WeightSource | None" = None,
+) -> ExportResult:
+    from lora_export.onnx_export import export, reweight
+
+    progress.stage(f"export: {what}")
+    if options.graph_from is not None and adapter is None:
+        return reweight(options.graph_from, model, output, progress=progress)
+    return export(
+        model,
+        output,
+        precision=options.precision,
+        provider=options.provider,
+        engine=options.engine,
+        optimize=options.optimize,
+        quantization=options.quantization,
+        adapter=adapter,
+        source=source,
+        progress=progress,
+    )
+
+
+def export_unmerged(
+    trained_on: Path,
+    adapters: Sequence[AdapterChoice],
+    work: Path,
+    options: StoryOptions,
+    exported: ExportResult,
+    progress: Progress,
+) -> tuple[ExportResult | None, tuple[str, ...]]:
+    """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
+    if exported.kind != "decoder":
+        return None, ("no unmerged graph: the engine for this architecture exports merged models only",)
+    if len(adapters) != 1 or adapters[0].weight != 1.0 or options.merge.combine != "none":
+        return None, ("no unmerged graph: it takes exactly one adapter of weight 1, as it is",)
+    try:
+        what = "the unmerged model, the control of the benchmark"
+        return (
+            export_as(trained_on, work / "unmerged", options, progress, what, adapter=adapters[0].folder),
+            (),
+        )
+    except ExportError as error:
+        progress.warn(f"no unmerged graph to compare with: {error.found}")
+        return None, (f"no unmerged graph: {error.found}",)

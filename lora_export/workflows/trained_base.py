@@ -1,0 +1,44 @@
+"""The base that an adapter was trained on, in a form that others can read."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from lora_export.contracts import (
+    MergeOptions,
+    Progress,
+)
+from lora_export.files import read_json
+
+
+def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path:
+    """The folder of the base that the adapter belongs to: itself, or a dequantized copy in `work`."""
+    from lora_export.merging import merge, plan
+
+    planned = plan(base, [], replace(options, dtype="keep"))
+    if planned.counts["dequantized"] == 0:
+        return base
+    merge(base, [], work / "base-weights", replace(options, dtype="keep", force=True), progress)
+    return work / "base-weights"
+
+
+def stand_in(
+    base: Path, merged: Path, options: MergeOptions, max_memory: int | None, work: Path, progress: Progress
+) -> Path | None:
+    """An fp32 copy of a quantized base, for validation, unless bitsandbytes itself can dequantize it there.
+
+    max_memory: bytes for the weights that validation compares; None: as there is.
+    """
+    from lora_export.merging import merge
+    from lora_export.quantization import method_of
+    from lora_export.validation import streams
+
+    settings = read_json(base / "config.json").get("quantization_config")
+    on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
+    method = method_of(settings) if settings else "bitsandbytes" if on_the_fly else None
+    if method is None or (method == "bitsandbytes" and not streams(merged, max_memory)):
+        return None
+    progress.warn(
+        f"{method} weights are read by this tool alone: validation checks what was merged into them, "
+        "not how they were read"
+    )
+    return merge(base, [], work / "stand-in", replace(options, dtype="float32"), progress).output

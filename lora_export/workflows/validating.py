@@ -1,0 +1,128 @@
+"""A merged folder and its exports against the unmerged model, as an earlier run left them."""
+
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_export.choices import Provider
+from lora_export.contracts import (
+    AdapterChoice,
+    ExportedPair,
+    ExportResult,
+    MergeOptions,
+    Progress,
+    QuantizationOptions,
+    Source,
+    StoryOptions,
+    ValidationOptions,
+    ValidationResult,
+)
+from lora_export.errors import InputError
+from lora_export.workflows.run_graphs import with_graph_of
+from lora_export.workflows.trained_base import prepared_base, stand_in
+
+
+def validate_folder(
+    base: Source,
+    adapters: Sequence[tuple[Source, float]],
+    merged: Path,
+    onnx: Sequence[Path],
+    base_onnx: Sequence[Path],
+    options: ValidationOptions,
+    progress: Progress,
+    own_texts: Sequence[Path] = (),
+) -> ValidationResult:
+    """Validate what an earlier run left.
+
+    onnx: exports in different precisions; base_onnx: the base exported in the same ways and order, or none: then it
+    is exported anew for each. own_texts: a text for each adapter, on which is measured what the merged model has
+    left of it.
+    """
+    from lora_export.onnx_export import load_export
+    from lora_export.runtime import resolve_provider
+    from lora_export.validation import validate
+    from lora_export.validation.own_texts import own_texts as measure
+
+    exports = [load_export(folder) for folder in onnx]
+    _check_exports(exports, base_onnx)
+    if own_texts and len(own_texts) != len(adapters):
+        raise InputError(
+            f"{len(own_texts)} × --own-text and {len(adapters)} × -a",
+            expected="one text for each adapter, in the same order",
+            next_step="the same command with an --own-text for each -a",
+        )
+    choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
+    provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
+        work = Path(folder)
+        pairs = []
+        for i, exported in enumerate(exports):
+            if base_onnx:
+                same = base_onnx[i]
+            else:
+                same = _export_base(base.folder, exported, work, options.merge, provider, progress)
+            prefix = "onnx_" if i == 0 else f"onnx_{exported.precision}_"
+            pairs.append(pair_of(exported, same, prefix))
+        readable = stand_in(base.folder, merged, options.merge, options.max_memory, work, progress)
+        result = validate(
+            base.folder,
+            choices,
+            merged,
+            exports=pairs,
+            dequantized=readable,
+            options=replace(options, provider=provider, again=_again(merged, onnx[0]) if onnx else options.again),
+            progress=progress,
+        )
+        if not own_texts:
+            return result
+        found = measure(base.folder, choices, merged, own_texts, options.merge, readable, progress)
+        return replace(
+            result,
+            perplexities=(*result.perplexities, *found.perplexities),
+            adapter_survival=(*result.adapter_survival, *found.adapter_survival),
+        )
+
+
+def _check_exports(exports: Sequence[ExportResult], bases: Sequence[Path]) -> None:
+    precisions = [e.precision for e in exports]
+    twice = next((p for p in precisions if precisions.count(p) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"two of the exports are in {twice}",
+            where=[e.output for e in exports if e.precision == twice][1],
+            expected="one --onnx a precision: their checks are told apart by it",
+            next_step="validate them one at a time",
+        )
+    if bases and len(bases) != len(exports):
+        raise InputError(
+            f"{len(exports)} × --onnx and {len(bases)} × --base-onnx",
+            expected="one --base-onnx for each --onnx, in the same order and the same precisions, or none",
+            next_step="leave out --base-onnx: the base is then exported the same way, and deleted",
+        )
+
+
+def _export_base(
+    base: Path, like: ExportResult, work: Path, merge: MergeOptions, provider: Provider, progress: Progress
+) -> Path:
+    """The base that the adapter belongs to, exported as `like` was: with its graph, if that takes other weights."""
+    quantization = QuantizationOptions(activations=like.activations)
+    same = StoryOptions(merge, like.precision, provider, like.engine, quantization=quantization)
+    weights = work / "base-weights"
+    trained_on = weights if weights.is_dir() else prepared_base(base, merge, work, progress)
+    what, output = f"the base in {like.precision}, for the noise floor", work / f"base-{like.precision}"
+    progress.stage(f"export: {what}")
+    return with_graph_of(like, trained_on, output, same, progress, what).output
+
+
+def pair_of(exported: ExportResult, base: Path, prefix: str = "onnx_") -> ExportedPair:
+    size = sum(exported.files.values())
+    return ExportedPair(exported.output, base, exported.precision, size, prefix, exported.graphs)
+
+
+def _again(merged: Path, onnx: Path) -> str:
+    """The commands that try another precision of what was validated."""
+    other = f"{shlex.quote(str(onnx))}-{{precision}}"
+    export = f"lora-export export -m {shlex.quote(str(merged))} -o {other} --precision {{precision}}"
+    return f"{export}, and then this command with --onnx {other}"
