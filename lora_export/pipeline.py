@@ -15,7 +15,8 @@ from lora_export.contracts import (
     StoryOptions,
     ValidationOptions,
 )
-from lora_export.files import check_space, output_folder
+from lora_export.disk import check_space
+from lora_export.files import output_folder
 from lora_export.workflows.gates import refuse_failed
 from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra
 from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export import files
+from lora_export import disk, files, sealed
 from lora_export.errors import InputError, OutputError
 
 Ranges = Sequence[tuple[int, int]]  # (offset, length)
@@ -50,7 +50,7 @@ class Spare:
         self.place.mkdir(exist_ok=True)
         self.seal.unlink(missing_ok=True)
         (self.place / self.proof).unlink(missing_ok=True)  # from now on it is no state of anything
-        files.sync(self.place)
+        disk.sync(self.place)
         names = {*edited, *kept} - {self.proof}
         for path in [p for p in self.place.iterdir() if p.name not in names]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -86,12 +86,12 @@ def exchanged(folder: Path, proof: str, keep: bool, state: Mapping[str, Any]) ->
         spare.state = _trusted(spare)
         with interrupts.welcome():
             yield spare
-            files.sync_tree(spare.place)
-        before = files.sha256(folder / proof)
+            disk.sync_tree(spare.place)
+        before = sealed.sha256(folder / proof)
         files.exchange(spare.place, folder)
-        files.sync(folder.parent)
+        disk.sync(folder.parent)
         if keep:
-            files.write_sealed(spare.seal, {"proof": proof, "sha256": before, "state": dict(state)})
+            sealed.write_sealed(spare.seal, {"proof": proof, "sha256": before, "state": dict(state)})
         else:
             shutil.rmtree(spare.place)
             spare.seal.unlink(missing_ok=True)
@@ -103,14 +103,14 @@ def _trusted(spare: Spare) -> Mapping[str, Any] | None:
     if not (spare.seal.is_file() and proof.is_file() and spare.place.is_dir()) or spare.place.is_symlink():
         return None
     try:
-        sealed = files.read_sealed(spare.seal)
+        known = sealed.read_sealed(spare.seal)
     except InputError:
         return None
-    state = sealed.get("state")
+    state = known.get("state")
     written = proof.stat().st_mtime_ns
     if any(p.is_symlink() or (p.is_file() and p.stat().st_mtime_ns > written) for p in spare.place.rglob("*")):
         return None
-    if sealed.get("sha256") != files.sha256(proof) or not isinstance(state, dict):
+    if known.get("sha256") != sealed.sha256(proof) or not isinstance(state, dict):
         return None
     return state
 
@@ -138,7 +138,7 @@ def _copy_around(source: Path, target: Path, ranges: Ranges) -> None:
         os.truncate(new, size)
         for start, length in [*sorted(ranges), (size, 0)]:
             if start > at:
-                files.copy_range(old, at, start - at, new, at)
+                disk.copy_range(old, at, start - at, new, at)
             at = max(at, start + length)
     finally:
         os.close(old)

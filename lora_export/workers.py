@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_export.files import start_writing_back, write_at
+from lora_export.disk import start_writing_back, write_at
 
 BLOCK = 2**22  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
 PATIENCE = 0.1  # seconds between two looks at the threads, and so what Ctrl-C may have to wait

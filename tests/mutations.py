@@ -245,7 +245,7 @@ MUTATIONS = (
         "tests/onnx_export/test_pluggable.py::test_each_adapter_computes_what_peft_does[wide]",
     ),
     Mutation(
-        "the pieces of a weight are turned onto one another", "onnx_export/writing.py",
+        "the pieces of a weight are turned onto one another", "onnx_export/writing_jobs.py",
         "turned[:, at : at + stop - start] = rows.T\n            at += stop - start",
         "turned[:, at : at + stop - start] = rows.T",
         "tests/onnx_export/test_agreement.py::test_fp32_decoder_agrees_with_transformers",

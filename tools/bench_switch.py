@@ -22,7 +22,7 @@ from typing import Any
 from processes import circumstances, save, spread
 
 from lora_export.contracts import AdapterChoice, Source
-from lora_export.files import sync_tree
+from lora_export.disk import sync_tree
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent

@@ -31,9 +31,9 @@ import tests.conftest  # noqa: F401  - keeps every library off the network
 from lora_export.benchmarking.environment import describe
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import EXIT_GATE
-from lora_export.files import write_json
 from lora_export.merging import merge
-from lora_export.validation import reference
+from lora_export.sealed import write_json
+from lora_export.validation import loading
 from lora_export.validation.loaded import load_as_stored, own_type
 from lora_export.validation.prompts import BUILT_IN
 from tests.validation.faults import FAULTS, Bench, Fault, unmerged_model
@@ -221,7 +221,7 @@ def random_adapter(base: Path, work: Path, seed: int) -> Path:
     """Matrices as training leaves them in size (an update of about a percent), on some kinds of some layers."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(TARGETS), generator=generator)[: 2 + seed % 2].tolist()
-    model = reference.load_base(base, MergeOptions())
+    model = loading.load_base(base, MergeOptions())
     config = LoraConfig(
         r=4 * (1 + seed % 3),
         lora_alpha=10,

@@ -23,7 +23,7 @@ from lora_export.contracts import (
     Progress,
 )
 from lora_export.errors import InputError
-from lora_export.files import read_json
+from lora_export.sealed import read_json
 
 _MAX_STRAYS_TOLD = 10
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")

@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_export.checkpoint.reader import TensorFiles, read_tensors, refuse_code
 from lora_export.errors import CheckpointError, InputError
-from lora_export.files import read_json
+from lora_export.sealed import read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

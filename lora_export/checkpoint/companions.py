@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import tokenizer_names
-from lora_export.files import refuse_outward_link, write_json
+from lora_export.sealed import refuse_outward_link, write_json
 
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}

@@ -11,7 +11,7 @@ from lora_export.checkpoint.header import ITEM_SIZE, read_header
 from lora_export.contracts import TensorInfo
 from lora_export.documents import Kind, check, walk
 from lora_export.errors import CheckpointError, InputError
-from lora_export.files import plain_name, read_json, refuse_outward_link
+from lora_export.sealed import plain_name, read_json, refuse_outward_link
 
 if TYPE_CHECKING:
     import torch

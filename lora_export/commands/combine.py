@@ -4,15 +4,15 @@ from typing import Any
 
 import click
 
-from lora_export.commands import options
+from lora_export.commands import merging_options, options
 from lora_export.commands.talk import talking
 
 
 @click.command("combine")
 @options.adapter_option
 @options.output_option
-@options.method_options("linear")
-@options.rank_options
+@merging_options.method_options("linear")
+@merging_options.rank_options
 @options.force_option
 @options.talk_options
 def combine(

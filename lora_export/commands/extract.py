@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands import options
+from lora_export.commands import merging_options, options
 from lora_export.commands.talk import talking
 
 
@@ -13,7 +13,7 @@ from lora_export.commands.talk import talking
 @options.base_option
 @click.option("-m", "--tuned", required=True, metavar="TUNED", help="The tuned model: a folder or hub id.")
 @options.output_option
-@options.rank_options
+@merging_options.rank_options
 @click.option(
     "--rest",
     type=click.Choice(["save", "drop", "refuse"]),

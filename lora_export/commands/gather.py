@@ -8,7 +8,8 @@ import click
 from click.core import ParameterSource
 
 from lora_export.checkpoint.sources import resolve
-from lora_export.commands.options import GRIDS, split_weight
+from lora_export.commands.options import GRIDS
+from lora_export.commands.types import split_weight
 from lora_export.contracts import (
     AdapterChoice,
     BenchmarkOptions,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.commands import options
+from lora_export.commands import merging_options, options
 from lora_export.commands.talk import megabytes, table, talking
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @options.base_option
 @options.adapter_option
 @options.output_option
-@options.merge_options
+@merging_options.merge_options
 @options.dry_run_option
 @options.force_option
 @options.talk_options

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands import options
+from lora_export.commands import merging_options, options
 from lora_export.commands.talk import talking
 
 
@@ -12,7 +12,7 @@ from lora_export.commands.talk import talking
 @options.base_option
 @options.adapter_option
 @options.output_option
-@options.merge_options
+@merging_options.merge_options
 @options.export_options
 @options.graph_from_option
 @options.merged_folder_option

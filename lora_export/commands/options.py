@@ -1,59 +1,24 @@
 """Options that several commands share, so that each is spelled and explained once."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import click
 
-from lora_export.choices import MIN_SURVIVAL, Activations, Combine, ExtraArm, MajoritySign, Optimize, Precision
+from lora_export.choices import MIN_SURVIVAL, Activations, ExtraArm, Optimize, Precision
+from lora_export.commands.types import Duration, FiniteRange, Share
 
 Command = Callable[..., Any]
 
 FOLDER = click.Path(path_type=Path)
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes, written as 5GB, 256MB or 2GiB."""
-
-    name = "size"
-    _UNITS: ClassVar = {
-        "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-        "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-    }  # fmt: skip
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().lower()
-        digits = text.rstrip("bgikmt")
-        try:
-            size = int(float(digits) * self._UNITS[text[len(digits) :].strip()])
-        except (ValueError, KeyError, OverflowError):
-            self.fail(f"{value!r} is no size such as 5GB, 256MB or 2GiB", param, ctx)
-        if size <= 0:
-            self.fail("a size must be above 0", param, ctx)
-        return size
-
-
-class FiniteRange(click.FloatRange):
-    """A number in a range, which NaN and infinity are not."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number: float = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is no finite number", param, ctx)
-        return number
-
-
-def split_weight(text: str) -> tuple[str, float]:
-    """ADAPTER or ADAPTER:WEIGHT; a colon that is followed by no number belongs to the name."""
-    name, _, tail = text.rpartition(":")
-    try:
-        return (name, float(tail)) if name else (text, 1.0)
-    except ValueError:
-        return text, 1.0
+def stacked(decorators: Sequence[Callable[[Command], Command]], command: Command) -> Command:
+    """The command with options in the order in which they are listed."""
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
 
 
 def base_option(command: Command) -> Command:
@@ -74,128 +39,6 @@ def output_option(command: Command) -> Command:
     return click.option(
         "-o", "--output", required=True, type=FOLDER, metavar="OUT", help="Folder to write, all or nothing."
     )(command)
-
-
-def certify_option(command: Command) -> Command:
-    return click.option(
-        "--certify", type=click.Choice(["sampled", "full"]), default="sampled", show_default=True,
-        help="Which rows of each tensor are computed again in float64 and compared: some, spread evenly, or all.",
-    )(command)  # fmt: skip
-
-
-def merge_options(command: Command) -> Command:
-    decorators: list[Callable[[Command], Command]] = [
-        click.option(
-            "--base-weights",
-            type=click.Choice(["dequantized", "original"]),
-            default="dequantized",
-            show_default=True,
-            help="Which base the adapter is merged into: the dequantized one, on which a QLoRA adapter was "
-            "trained, or the original 16-bit one.",
-        ),
-        click.option(
-            "--training-quantization",
-            type=click.Choice(["none", "nf4", "fp4", "int8"]),
-            default="none",
-            show_default=True,
-            help="How training quantized this 16-bit base on the fly (QLoRA). The adapter's own files do not tell.",
-        ),
-        click.option(
-            "--training-double-quant",
-            is_flag=True,
-            help="Training used double quantization (bnb_4bit_use_double_quant=True).",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
-            default="keep",
-            show_default=True,
-            help="Type of the merged weights; keep is the base's own.",
-        ),
-        click.option(
-            "--max-shard-size",
-            type=Size(),
-            default=None,
-            help="Largest output file, such as 5GB.  [default: the base's own shards]",
-        ),
-        click.option(
-            "--max-memory",
-            type=Size(),
-            default="2GiB",
-            show_default=True,
-            help="Memory for the arithmetic of the merge, besides what Python and its libraries take; and, if "
-            "given, for the weights that validation compares.  [validation's default: what the machine has]",
-        ),
-        click.option(
-            "--device",
-            type=click.Choice(["cpu", "cuda"]),
-            default="cpu",
-            show_default=True,
-            help="Where the arithmetic of the merge is done, block by block.",
-        ),
-        certify_option,
-        click.option(
-            "--allow-nonfinite",
-            is_flag=True,
-            help="Take NaN and infinity (base, adapter, overflow) as they come; else they are refused.",
-        ),
-        click.option(
-            "--expert-packing",
-            type=click.Choice(["auto", "rank", "expert"]),
-            default="auto",
-            show_default=True,
-            help="How the adapter packs B of fused experts: all experts of one rank together (PEFT), or all ranks "
-            "of one expert (older Unsloth, Megatron-Bridge). auto: as the adapter says, else as PEFT does.",
-        ),
-        click.option(
-            "--expert-layout",
-            type=click.Choice(["auto", "out-in", "in-out"]),
-            default="auto",
-            show_default=True,
-            help="How square weights of fused experts are stored; auto goes by the adapter's peft_version.",
-        ),
-        combine_options,
-    ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
-
-
-def combine_options(command: Command) -> Command:
-    rank = click.option(
-        "--svd-rank", type=click.IntRange(min=1), default=None,
-        help="Bring the combined delta of each weight to this rank.  [default for svd: the adapters' largest]",
-    )  # fmt: skip
-    return method_options("none")(rank(command))
-
-
-def method_options(default: Combine) -> Callable[[Command], Command]:
-    """How several adapters become one; where they must, `none` is no choice."""
-    methods = [m for m in get_args(Combine) if m != "none" or default == "none"]
-    in_turn = "none: each is applied to what the one before it left; " if default == "none" else ""
-    decorators = [
-        click.option("--combine", type=click.Choice(methods), default=default, show_default=True,
-                     help=f"How several adapters become one change. {in_turn}linear, cat: the weighted sum of "
-                     "their deltas; svd: that sum in a lower rank; ties, magnitude_prune: of each delta the "
-                     "largest elements, with or without a vote about the sign; dare_linear, dare_ties: elements "
-                     "chosen at random, made larger for those left out."),
-        click.option("--combine-on", type=click.Choice(["deltas", "factors"]), default="deltas", show_default=True,
-                     help="What is combined: the deltas, as in the papers, or A and B apart, as PEFT's methods of "
-                     "these names do (LoRA of one rank)."),
-        click.option("--density", type=click.FloatRange(0, 1, min_open=True), default=None,
-                     help="ties, dare_…, magnitude_prune: the share of each delta that is kept."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True,
-                     help="dare_…: of the random choice."),
-        click.option("--majority-sign", type=click.Choice(get_args(MajoritySign)), default="total",
-                     show_default=True, help="ties, dare_ties: the vote counts sizes, or heads."),
-    ]  # fmt: skip
-
-    def decorated(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorated
 
 
 def provider_option(command: Command) -> Command:
@@ -238,9 +81,7 @@ def export_options(command: Command) -> Command:
                      help="Static activations: texts in UTF-8, one a line, as the model will see.  "
                      "[default: a few built-in sentences]"),
     ]  # fmt: skip
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return stacked(decorators, command)
 
 
 def graph_from_option(command: Command) -> Command:
@@ -277,9 +118,7 @@ def bases_options(command: Command) -> Command:
         click.option("--original-base", metavar="BASE", default=None,
                      help="With --compare-bases: the 16-bit model of which a 4- or 8-bit base was made."),
     ]  # fmt: skip
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return stacked(decorators, command)
 
 
 def check_options(command: Command) -> Command:
@@ -300,9 +139,7 @@ def check_options(command: Command) -> Command:
         click.option("--min-survival", type=click.FloatRange(0, 1), default=MIN_SURVIVAL, show_default=True,
                      help="Share of the adapter's effect on the outputs that an ONNX export keeps; 0 for any."),
     ]  # fmt: skip
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return stacked(decorators, command)
 
 
 GRIDS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -315,43 +152,6 @@ GRIDS: dict[str, tuple[tuple[int, int], ...]] = {
 def _grids() -> str:
     """Each grid in words: batch × tokens."""
     return "; ".join(f"{name}: {', '.join(f'{b}×{n}' for b, n in shapes)}" for name, shapes in GRIDS.items())
-
-
-class Share(click.ParamType[float]):
-    """A share within bounds, as 1% or 0.01."""
-
-    name = "share"
-
-    def __init__(self, least: float, most: float) -> None:
-        self.least, self.most = least, most
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).strip()
-        try:
-            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            self.fail(f"{value!r} is no share; write 1% or 0.01.", param, ctx)
-        if not self.least <= share <= self.most:
-            self.fail(f"{value!r} is not between {self.least:.2%} and {self.most:.0%}.", param, ctx)
-        return share
-
-
-class Duration(click.ParamType[float]):
-    """Seconds, at least one, as 90, 90s, 5m or 1h."""
-
-    name = "duration"
-    _UNITS: ClassVar = {"s": 1, "m": 60, "h": 3600}
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        text = str(value).strip()
-        unit = self._UNITS.get(text[-1:], 0)
-        try:
-            seconds = float(text[:-1] if unit else text) * (unit or 1)
-        except ValueError:
-            self.fail(f"{value!r} is no time; write 90, 90s or 5m.", param, ctx)
-        if not 1 <= seconds <= 7 * 24 * 3600:
-            self.fail(f"{value!r} is not between a second and a week.", param, ctx)
-        return seconds
 
 
 def extra_arms_option(command: Command) -> Command:
@@ -379,23 +179,7 @@ def benchmark_options(command: Command) -> Command:
                      help="Open all sessions anew so many times, each time in another order, and take the interval "
                      "from their spread: for machines where two sessions of one graph differ. 6 are the least."),
     ]  # fmt: skip
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
-
-
-def rank_options(command: Command) -> Command:
-    """How small a new adapter is."""
-    decorators = [
-        click.option("--rank", type=click.IntRange(min=1), default=None, help="Rank of every module."),
-        click.option("--energy", type=Share(0.0, 1.0), default=None,
-                     help="Of each module the least rank that keeps this share of ‖ΔW‖², as 95% or 0.95."),
-        click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32",
-                     show_default=True, help="Type of the new adapter's matrices."),
-    ]  # fmt: skip
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return stacked(decorators, command)
 
 
 def force_option(command: Command) -> Command:
@@ -412,6 +196,4 @@ def talk_options(command: Command) -> Command:
         click.option("-q", "--quiet", is_flag=True, help="Say warnings and errors only."),
         click.option("-v", "--verbose", is_flag=True, help="Say more, and show tracebacks of internal errors."),
     ]
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
+    return stacked(decorators, command)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands import options
+from lora_export.commands import merging_options, options
 from lora_export.commands.talk import talking
 
 
@@ -47,7 +47,7 @@ from lora_export.commands.talk import talking
     help="Do not keep what was in use. The spare beside it, .NAME.spare, makes the next switch cost only what "
     "differs, and the way back nothing; it takes the disk of the files that changed.",
 )
-@options.merge_options
+@merging_options.merge_options
 @options.talk_options
 def switch(
     model: Path, before: tuple[str, ...], after: tuple[str, ...], base: str | None, no_spare: bool, as_json: bool,

@@ -5,14 +5,14 @@ from typing import Any
 
 import click
 
-from lora_export.commands import options
+from lora_export.commands import merging_options, options
 from lora_export.commands.talk import talking
 
 
 @click.command("truncate")
 @click.option("-a", "--adapter", required=True, metavar="ADAPTER", help="Adapter: a folder or hub id.")
 @options.output_option
-@options.rank_options
+@merging_options.rank_options
 @options.force_option
 @options.talk_options
 def truncate(

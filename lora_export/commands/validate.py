@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands import options
+from lora_export.commands import merging_options, options
 from lora_export.commands.talk import talking
 
 
@@ -38,7 +38,7 @@ from lora_export.commands.talk import talking
     "adapter does alone is measured on its own text.",
 )
 @options.bases_options
-@options.merge_options
+@merging_options.merge_options
 @options.provider_option
 @options.check_options
 @options.talk_options

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands import options
+from lora_export.commands import merging_options, options
 from lora_export.commands.talk import talking
 
 
@@ -30,7 +30,7 @@ from lora_export.commands.talk import talking
     help="With --run: where the runtime is, if not in this environment: a Python interpreter, or for "
     "transformers-js a folder with node_modules.",
 )  # fmt: skip
-@options.certify_option
+@merging_options.certify_option
 @options.talk_options
 def verify(
     path: Path, base: str | None, adapters: tuple[str, ...], key: Path | None, run_it: bool, runtime: Path | None,

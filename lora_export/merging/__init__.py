@@ -22,8 +22,9 @@ from lora_export.contracts import (
     Progress,
     TensorRecord,
 )
+from lora_export.disk import check_space
 from lora_export.errors import RuntimeUnavailable
-from lora_export.files import check_space, output_folder, write_sealed
+from lora_export.files import output_folder
 from lora_export.merging.base import base_weights
 from lora_export.merging.beside import write_beside
 from lora_export.merging.certificate import NAME as CERTIFICATE
@@ -37,6 +38,7 @@ from lora_export.merging.plan import MergePlan, plan_merge
 from lora_export.merging.right_base import base_checks
 from lora_export.merging.streamed import MergedSource, write_outline
 from lora_export.progress import Silent
+from lora_export.sealed import write_sealed
 
 __all__ = [
     "CERTIFICATE",

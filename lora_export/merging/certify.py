@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export.contracts import BaseCheck
-from lora_export.files import write_sealed
 from lora_export.merging.certificate import NAME, certificate_of, describe_files, describe_shards
 from lora_export.merging.execute import Execution
+from lora_export.sealed import write_sealed
 
 
 def write_certificate(

@@ -4,26 +4,23 @@ An engine makes a graph and a map of its weights; `writing` fills the data files
 The next adapter of the same base needs no engine: `graph_from` takes the graph and the map of an earlier export.
 """
 
-import contextlib
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export import files
-from lora_export.checkpoint import open_checkpoint
+from lora_export import disk, files, sealed
 from lora_export.choices import Optimize, Precision
 from lora_export.contracts import ExportResult, Progress, QuantizationOptions
-from lora_export.errors import ExportError, InputError
+from lora_export.errors import InputError
 from lora_export.onnx_export import activations, records, shared, weights_map
-from lora_export.onnx_export.against_plain import compare as compare_to_plain
+from lora_export.onnx_export.building import against_plain_graphs, fill, opened, with_measured_damage
 from lora_export.onnx_export.checks import check_loads, check_model, count_nodes
 from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
 from lora_export.onnx_export.job import Engine, Job, Made, architecture_of
-from lora_export.onnx_export.quantize_graph import AUTO, Blockwise, blockwise
+from lora_export.onnx_export.quantize_graph import AUTO, blockwise
 from lora_export.onnx_export.records import adapters_beside, load_export
 from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
 from lora_export.onnx_export.reweight import (
@@ -32,13 +29,11 @@ from lora_export.onnx_export.reweight import (
     hash_all,
     read_map,
     refuse_other_model,
-    refuse_undescribed,
 )
-from lora_export.onnx_export.weight_source import FileSource, WeightSource
+from lora_export.onnx_export.weight_source import WeightSource
 from lora_export.onnx_export.writing import Writing
 
 RECORD = records.NAME
-LARGEST_COMPARED = 2**31  # bytes of a model that is run twice, beside itself without optimizations
 __all__ = [
     "RECORD",
     "adapters_beside",
@@ -90,15 +85,15 @@ def export(
         job = Job(model, config, stage, precision, provider, adapter, progress, optimize, quantized)
         chosen.check(job)
         if quantized and AUTO in quantized.keep:
-            job = _with_measured_damage(job, quantized, chosen, source)
+            job = with_measured_damage(job, quantized, chosen, source)
         progress.detail(f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}")
         made = chosen.run(job if how.activations == "float" else replace(job, precision="fp32"))
         own = sorted(p.name for p in stage.iterdir() if p.suffix != ".data" and not p.name.endswith("_data"))
         chosen.accompany(model, stage)
         if made.described:
-            with _opened(model, source) as numbers:
-                _fill(stage, numbers, progress)
-        checked = _against_plain(job, made, chosen) if against_plain else None
+            with opened(model, source) as numbers:
+                fill(stage, numbers, progress)
+        checked = against_plain_graphs(job, made, chosen) if against_plain else None
         if how.activations != "float":
             activations.quantize(stage, model, made, how, config)
         refuse_unmatched(stage, made, how.keep)
@@ -106,28 +101,34 @@ def export(
         for name in made.graphs:
             check_model(stage / name)
             check_loads(stage / name, precision)
-        record = {
-            "engine": chosen.name,
-            "precision": precision,
-            "provider": provider,
-            "optimize": optimize,
-            "kind": made.kind,
-            "task": made.task,
-            "graphs": list(made.graphs),
-            "nodes": sum(count_nodes(stage / name) for name in made.graphs),
-            "architecture": architecture_of(config),
-            "quantization": asdict(job.quantized) if job.quantized else None,
-            "activations": how.activations,
+        record = _record(job, made, chosen.name, how.activations) | {
             "fused_against_plain": checked,
-            "adapter": adapter is not None,
             "seconds": round(time.monotonic() - started, 3),
-            "source_config_sha256": files.sha256(model / "config.json"),
-            "config_digest": config_digest(config),
             "made_by_engine": [n for n in own if n != weights_map.NAME],
             **more,
         }
         records.write_record(stage, record)
     return load_export(output)
+
+
+def _record(job: Job, made: Made, engine: str, activations: str) -> dict[str, Any]:
+    """What an export says of how it was made, as far as the job tells it."""
+    return {
+        "engine": engine,
+        "precision": job.precision,
+        "provider": job.provider,
+        "optimize": job.optimize,
+        "kind": made.kind,
+        "task": made.task,
+        "graphs": list(made.graphs),
+        "nodes": sum(count_nodes(job.output / name) for name in made.graphs),
+        "architecture": architecture_of(job.config),
+        "quantization": asdict(job.quantized) if job.quantized else None,
+        "activations": activations,
+        "adapter": job.adapter is not None,
+        "source_config_sha256": sealed.sha256(job.model / "config.json"),
+        "config_digest": config_digest(job.config),
+    }
 
 
 def reweight(
@@ -147,11 +148,11 @@ def reweight(
     record = records.read_record(earlier)
     config = read_config(model)
     found = read_map(earlier, tuple(record["graphs"]))
-    with files.output_folder(output, force, inputs=[model, earlier]) as stage, _opened(model, source) as numbers:
+    with files.output_folder(output, force, inputs=[model, earlier]) as stage, opened(model, source) as numbers:
         hashes = hash_all(numbers)
         refuse_other_model(earlier, record, config, found, hashes)
         unchanged = frozenset(n for n, h in hashes.items() if found.hashes[n] == h)
-        files.check_space(output.absolute().parent, sum(found.sizes.values()))
+        disk.check_space(output.absolute().parent, sum(found.sizes.values()))
         progress.detail(f"{len(unchanged)} of {len(hashes)} tensors are as they were exported")
         copy_graphs(earlier, stage, record["made_by_engine"])
         _engine(record["engine"]).accompany(model, stage)
@@ -159,7 +160,7 @@ def reweight(
         weights_map.write(stage, replace(found, hashes=hashes))
         record |= {
             "seconds": round(time.monotonic() - started, 3),
-            "source_config_sha256": files.sha256(model / "config.json"),
+            "source_config_sha256": sealed.sha256(model / "config.json"),
         }
         records.write_record(stage, record)
     return load_export(output)
@@ -180,82 +181,13 @@ def share(
     base = shared.Shared(earlier, found, record)
     inputs = [model] if root.exists() and root.samefile(earlier) else [model, earlier]
     config = read_config(model)
-    with _opened(model, None) as numbers:
+    with opened(model, None) as numbers:
         hashes = hash_all(numbers)
         refuse_other_model(earlier, record, config, found, hashes)
         with shared.opened(root, base, inputs) as folder:
             graph = shared.add(folder, name, base, numbers, hashes, force, progress)
             shared.warn_of_companions(model, folder, progress)
     return replace(load_export(root / graph), seconds=time.monotonic() - started)
-
-
-@contextlib.contextmanager
-def _opened(model: Path, source: WeightSource | None) -> Iterator[WeightSource]:
-    if source is not None:
-        yield source
-        return
-    numbers = FileSource(open_checkpoint(model).tensors)
-    try:
-        yield numbers
-    finally:
-        numbers.close()
-
-
-def _fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
-    """The data files of a new export, and the hashes that tell the next one what has changed."""
-    found = weights_map.read(stage)
-    if not isinstance(numbers, FileSource):
-        refuse_undescribed(found, numbers)
-    files.check_space(stage, sum(found.sizes.values()))
-    Writing(stage, found, numbers, progress).run()
-    weights_map.write(stage, replace(found, hashes=hash_all(numbers)))
-
-
-def _against_plain(job: Job, made: Made, chosen: Engine) -> float | None:
-    """The largest relative difference between the fused graphs and plain ones; None where none are to be compared:
-    the engine writes fused graphs only, a type other than fp32 differs by its rounding, or the model is large."""
-    if chosen.name != "dynamo" or job.optimize == "none" or job.precision != "fp32":
-        return None
-    if sum(weights_map.read(job.output).sizes.values()) > LARGEST_COMPARED:
-        return None
-    job.progress.detail("the fused graphs beside plain ones, on made-up inputs")
-    plain = job.output / ".plain"
-    plain.mkdir()
-    chosen.run(replace(job, output=plain, optimize="none"))
-    with _opened(job.model, None) as numbers:
-        _fill(plain, numbers, job.progress)
-    worst = max(compare_to_plain(job.output / name, plain / name, job.config) for name in made.graphs)
-    shutil.rmtree(plain)
-    return worst
-
-
-def _with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: WeightSource | None) -> Job:
-    """The job with those products in int8 whose int4 does the most measured damage for its size."""
-    from lora_export.onnx_export.feeds import built_in_rows, token_feeds
-    from lora_export.onnx_export.keeping import choose_kept
-
-    if chosen.name != "genai" or how.method != "int4" or job.config.get("is_encoder_decoder"):
-        raise ExportError(
-            f"--keep auto was asked for {how.method} of {architecture_of(job.config)} ({chosen.name} engine)",
-            expected="int4 of a decoder that the genai engine exports",
-            next_step="name the nodes with --keep, or leave it out",
-        )
-    how = replace(how, keep=tuple(k for k in how.keep if k != AUTO))
-    plain = job.output / ".plain"
-    plain.mkdir()
-    job.progress.detail("measuring what the quantization of each product does to the outputs")
-    made = chosen.run(replace(job, output=plain, precision="fp32", provider="cpu", quantized=None))
-    with _opened(job.model, source) as numbers:
-        _fill(plain, numbers, job.progress)
-    graph = plain / made.graphs[0]
-    feeds = token_feeds(graph, built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128))))
-    damages = choose_kept(graph, how, feeds, logits="logits", eight_bits=True, progress=job.progress)
-    shutil.rmtree(plain)
-    worst = [d for d in damages if d.kept]
-    grown = sum(d.nbytes for d in worst)
-    job.progress.detail(f"int8 for {len(worst)} of {len(damages)} groups of products, {grown / 1e6:.1f} MB more")
-    nodes = tuple(node for d in worst for node in d.nodes)
-    return replace(job, quantized=replace(how, eight_bits=(*how.eight_bits, *nodes)))
 
 
 def _engine(name: str) -> Engine:

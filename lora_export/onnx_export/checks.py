@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.choices import Precision
 from lora_export.errors import ExportError
 
@@ -79,7 +79,7 @@ def _check_tensor(path: Path, tensor: "onnx.TensorProto") -> None:
     entries = _entries(path, tensor)
     location = entries.get("location", "")
     # a backslash or a colon is a folder or a drive on another system than this one
-    if not files.plain_name(location):
+    if not sealed.plain_name(location):
         raise _refusal(path, tensor, f"external data at {location!r}", "a plain file name beside the model")
     try:
         status = (path.parent / location).lstat()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.checkpoint.companions import companion_files, copy_files, copy_subfolders
 
 
@@ -20,6 +20,6 @@ def bound_model_max_length(folder: Path, length: int) -> None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
-    config = files.read_json(path)
+    config = sealed.read_json(path)
     if config.get("model_max_length", 0) >= 2**31:
-        files.write_json(path, {**config, "model_max_length": length})
+        sealed.write_json(path, {**config, "model_max_length": length})

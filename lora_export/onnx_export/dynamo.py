@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.choices import Precision
 from lora_export.errors import ExportError
 from lora_export.onnx_export import companions, isolated
@@ -83,7 +83,7 @@ class DynamoEngine:
         }
         isolated.run("lora_export.onnx_export.dynamo_process", request, engine=self.name)
         path = Path(job.output, _RESULT)
-        made: dict[str, Any] = files.read_json(path)
+        made: dict[str, Any] = sealed.read_json(path)
         path.unlink()
         return Made(made["kind"], made["task"], tuple(made["graphs"]), True)
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.checkpoint.companions import has_tokenizer
 from lora_export.choices import Precision
 from lora_export.errors import AdapterError, ExportError
@@ -102,7 +102,7 @@ class GenaiEngine:
 
     def accompany(self, model: Path, output: Path) -> None:
         companions.copy(model, output)
-        settings = files.read_json(output / "genai_config.json")["model"]
+        settings = sealed.read_json(output / "genai_config.json")["model"]
         companions.bound_model_max_length(output, int(settings["context_length"]))
 
 
@@ -150,12 +150,12 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
 def _mend_genai_config(job: Job) -> dict[str, Any]:
     """The `model` part of genai_config.json, after taking CUDA's options out of a graph made for the CPU."""
     path = job.output / "genai_config.json"
-    config = files.read_json(path)
+    config = sealed.read_json(path)
     if job.provider == "cpu":
         for part in config["model"].values():
             if isinstance(part, dict) and "session_options" in part:
                 part["session_options"]["provider_options"] = []
-        files.write_json(path, config)
+        sealed.write_json(path, config)
     model: dict[str, Any] = config["model"]
     return model
 
@@ -177,7 +177,7 @@ def _mend_cache_shapes(path: Path, head_size: int) -> None:
 
 def _check_adapter(adapter: Path) -> None:
     """The builder reads plain LoRA on linear layers; the rest it would drop, or export wrongly."""
-    config = files.read_json(adapter / "adapter_config.json")
+    config = sealed.read_json(adapter / "adapter_config.json")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise AdapterError(
             "the adapter has no adapter_model.safetensors",

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lora_export.contracts import GraphComparison
-from lora_export.files import read_json
 from lora_export.onnx_export.canonical import Canonical, Node, canonical
 from lora_export.onnx_export.checks import check_external_data, load_graph
+from lora_export.sealed import read_json
 
 SHOWN = 8
 _EXTERNAL_FROM = "1024"  # bytes; ONNX Runtime needs small shape constants inline

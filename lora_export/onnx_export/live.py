@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.errors import InputError
 from lora_export.onnx_export import weights_map
 from lora_export.onnx_export.records import read_record
@@ -29,7 +29,7 @@ class LiveWeights:
         graphs = tuple(read_record(folder)["graphs"])
         self.folder = folder
         self._found = read_map(folder, graphs)
-        self._graphs = [files.sha256(folder / name) for name in graphs]
+        self._graphs = [sealed.sha256(folder / name) for name in graphs]
 
     def arrays(self) -> Iterator[tuple[str, "Array"]]:
         """Each initializer by its name, in the shape and type that the graph has."""

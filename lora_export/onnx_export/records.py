@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.choices import Activations, ModelKind, Precision
 from lora_export.contracts import ExportResult
 from lora_export.documents import Kind, check, check_texts
@@ -30,7 +30,7 @@ def load_export(place: Path) -> ExportResult:
         precision=_known(Precision, record["precision"], folder),
         nodes=record["nodes"],
         seconds=record["seconds"],
-        files={n: s for n, s in files.sizes(folder).items() if n in record.get("files", (n,))},
+        files={n: s for n, s in sealed.sizes(folder).items() if n in record.get("files", (n,))},
         kind=_known(ModelKind, record["kind"], folder),
         task=record.get("task", "text-generation"),
         graphs=tuple(record["graphs"]),
@@ -50,12 +50,12 @@ def read_record(folder: Path, name: str = NAME) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         raise _no_export(folder, f"model.onnx and {name}")
-    record = files.read_json(path)
+    record = sealed.read_json(path)
     check_texts(record, path)
     check(record, _RECORD, "the record of the export", path)
     graphs = record.setdefault("graphs", ["model.onnx"])
     for name in graphs:
-        if not files.plain_name(name) or not (folder / name).is_file():
+        if not sealed.plain_name(name) or not (folder / name).is_file():
             raise _no_export(folder, f"{name!r}, which {path.name} names")
     if not graphs:
         raise _no_export(folder, f"a graph, of which {path.name} names none")
@@ -84,7 +84,7 @@ def _known(words: Any, found: str, folder: Path) -> Any:
 
 
 def write_record(folder: Path, record: Mapping[str, Any], name: str = NAME) -> None:
-    files.write_json(folder / name, {**record, "versions": _versions()})
+    sealed.write_json(folder / name, {**record, "versions": _versions()})
 
 
 def _versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.checkpoint import refuse_code
 from lora_export.choices import Precision
 from lora_export.contracts import QuantizationOptions
@@ -19,11 +19,11 @@ from lora_export.onnx_export.weights_map import Method
 def read_config(model: Path) -> dict[str, Any]:
     """config.json of a folder of merged weights that can be exported. CheckpointError for any other."""
     path = model / "config.json"
-    config = files.read_json(path)
+    config = sealed.read_json(path)
     _refuse_newer(config, path)
     for name in ("config.json", "tokenizer_config.json"):
         if (model / name).is_file():
-            refuse_code(files.read_json(model / name), model / name)
+            refuse_code(sealed.read_json(model / name), model / name)
     if config.get("quantization_config"):
         raise CheckpointError(
             "config.json still has a quantization_config: these are no merged weights",

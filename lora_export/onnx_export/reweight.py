@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.errors import ExportError
 from lora_export.onnx_export import weights_map
 from lora_export.onnx_export.sources import SMALL
@@ -143,5 +143,5 @@ def _check_places(path: Path, model: Any, found: WeightsMap) -> None:
 def copy_graphs(earlier: Path, output: Path, names: list[str]) -> None:
     """Copy what the engine made, byte for byte: the graphs and the runtime's configuration."""
     for name in names:
-        files.refuse_outward_link(earlier / name)
+        sealed.refuse_outward_link(earlier / name)
         shutil.copyfile(earlier / name, output / name)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError, InputError
-from lora_export.files import read_json
 from lora_export.onnx_export import records, weights_map
 from lora_export.onnx_export.reweight import hash_all, read_map
 from lora_export.onnx_export.weight_source import WeightSource
 from lora_export.onnx_export.writing import Writing
+from lora_export.sealed import read_json
 
 LOOKED_AT = 3  # tensors of each sort that are hashed, to know what an export holds
 

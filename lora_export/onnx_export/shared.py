@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import files
+from lora_export import disk, files, sealed
 from lora_export.checkpoint.companions import companion_files
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError, InputError
@@ -90,16 +90,16 @@ def _write_base(folder: Path, shared: Shared) -> None:
     (data,) = shared.found.sizes
     own = (data, weights_map.NAME, records.NAME, ".onnx", ".bin")  # and those of adapters, if that is such a folder
     for path in sorted(p for p in shared.earlier.iterdir() if p.is_file() and not p.name.endswith(own)):
-        files.refuse_outward_link(path)
+        sealed.refuse_outward_link(path)
         shutil.copyfile(path, folder / path.name)
     with (shared.earlier / data).open("rb") as source, (folder / BASE_DATA).open("xb") as target:
-        files.copy_range(source.fileno(), 0, shared.found.sizes[data], target.fileno(), 0)
+        disk.copy_range(source.fileno(), 0, shared.found.sizes[data], target.fileno(), 0)
     (folder / BASE_GRAPH).write_bytes(_serialized(_moved(shared.graph, {})))
     settings = folder / "genai_config.json"
     if settings.is_file():
-        config = files.read_json(settings)
+        config = sealed.read_json(settings)
         config["model"]["decoder"]["filename"] = BASE_GRAPH
-        files.write_json(settings, config)
+        sealed.write_json(settings, config)
     weights = tuple(replace(w, file=BASE_DATA) for w in shared.found.weights)
     weights_map.write(folder, WeightsMap(weights, shared.found.hashes))
     kept = [n for n in shared.record["made_by_engine"] if n != shared.graph.name]
@@ -143,7 +143,7 @@ def add(
     data = f"{name}-{_digest(touched, hashes)}.bin"
     with _partial(folder, name, folder / data) as (unfinished_data, unfinished_graph):
         weights = placed(replace(w, file=unfinished_data.name) for w in touched)
-        files.check_space(folder, sum(w.nbytes for w in weights))
+        disk.check_space(folder, sum(w.nbytes for w in weights))
         unfinished_data.touch(mode=0o666, exist_ok=False)
         Writing(folder, WeightsMap(weights), source, progress).run()
         unfinished_data.replace(folder / data)
@@ -155,7 +155,7 @@ def add(
         own = {"graphs": [graph.name], "files": [graph.name, data], "seconds": seconds}
         records.write_record(folder, {**shared.record, **own}, f"{name}.{records.NAME}")
         for path in (folder / data, unfinished_graph):
-            files.sync(path)
+            disk.sync(path)
         unfinished_graph.replace(graph)
     for left in folder.iterdir():
         if re.fullmatch(re.escape(name) + r"-[0-9a-f]{8}\.bin", left.name) and left.name != data:

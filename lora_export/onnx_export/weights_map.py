@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import ExportError
 
@@ -143,7 +143,7 @@ def write(folder: Path, found: WeightsMap) -> None:
         "hashes": dict(found.hashes),
         "weights": [_as_json(w) for w in found.weights],
     }
-    files.write_json(folder / NAME, document)
+    sealed.write_json(folder / NAME, document)
 
 
 def _as_json(weight: Weight) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _as_json(weight: Weight) -> dict[str, Any]:
 def read(folder: Path) -> WeightsMap:
     """weights-map.json of an export; ExportError if it is not one, or if what it says cannot be."""
     path = folder / NAME
-    document = files.read_json(path)
+    document = sealed.read_json(path)
     check_texts(document, path)
     check(document, _FILE, "the weights map", path)
     if document["schema_version"] != SCHEMA_VERSION:
@@ -183,7 +183,7 @@ def read(folder: Path) -> WeightsMap:
 def _weight(entry: dict[str, Any], path: Path) -> Weight:
     check(entry, _WEIGHT, "a weight of the map", path)
     name = entry["name"]
-    if not files.plain_name(entry["file"]):
+    if not sealed.plain_name(entry["file"]):
         raise _odd(path, f"a data file called {entry['file']!r}", "a plain file name", name)
     if entry["dtype"] not in ITEM_SIZE:
         raise _odd(path, f"the type {entry['dtype']!r}", ", ".join(ITEM_SIZE), name)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.packages import bom, card, companions, contents, readme, signature
 from lora_export.packages.job import Facts, Job, Target
 
@@ -47,9 +47,9 @@ def seal(
 
     With a private key also the signature, which covers them all.
     """
-    hashes = files.hash_folder(job.stage)
+    hashes = sealed.hash_folder(job.stage)
     bom.write(job.stage, job.run, facts, licence, hashes)
-    hashes[bom.NAME] = files.hashed(job.stage / bom.NAME)
+    hashes[bom.NAME] = sealed.hashed(job.stage / bom.NAME)
     contents.write(job.stage, job.run, facts, options, measured, hashes)
     if key is not None:
         signature.sign(job.stage, key)

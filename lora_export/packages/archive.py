@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from lora_export import files
+from lora_export import disk, sealed
 from lora_export.choices import ARCHIVES
 from lora_export.errors import InputError
 
@@ -72,13 +72,13 @@ def extract(archive: Path, folder: Path) -> None:
     """Unpack into the empty `folder`. InputError for a name that leads out of it, a link, or a damaged archive."""
     try:
         for name, size, source in _entries(archive):
-            if not files.plain_path(name):
+            if not sealed.plain_path(name):
                 raise InputError(
                     f"the archive holds {name!r}, which would lie outside of the package",
                     where=archive,
                     expected="relative names",
                 )
-            files.check_space(folder, size)
+            disk.check_space(folder, size)
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with target.open("xb") as out:

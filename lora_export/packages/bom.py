@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import __version__, files
+from lora_export import __version__, sealed
 from lora_export.escaping import one_line
 from lora_export.packages.job import Facts, Run
 
@@ -41,7 +41,7 @@ def write(
     document = json.loads(text)
     # The library has no class for a model card; the format has.
     document["metadata"]["component"]["modelCard"] = _card(run)
-    files.write_json(stage / NAME, document)
+    sealed.write_json(stage / NAME, document)
 
 
 def _model(run: Run, facts: Facts, licence: str | None) -> "Component":

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import files, tokenizer_names
+from lora_export import sealed, tokenizer_names
 from lora_export.errors import InputError
 from lora_export.packages.configs import for_both, tokenizer_for_both
 from lora_export.packages.job import Run
@@ -45,7 +45,7 @@ def _has_chat(folder: Path, present: set[str]) -> bool:
     if {"chat_template.jinja", "chat_template.json"} & present:
         return True
     path = folder / "tokenizer_config.json"
-    return path.is_file() and "chat_template" in files.read_json(path)
+    return path.is_file() and "chat_template" in sealed.read_json(path)
 
 
 def _missing(run: Run, found: str, expected: str) -> InputError:
@@ -60,11 +60,11 @@ def _missing(run: Run, found: str, expected: str) -> InputError:
 def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None) -> None:
     """Write configuration, tokenizer and processor into `target`. changes: keys of config.json that this runtime
     needs besides."""
-    files.write_json(target / "config.json", for_both(run.config) | dict(changes or {}))
+    sealed.write_json(target / "config.json", for_both(run.config) | dict(changes or {}))
     lay_tokenizer(run, target)
     if (run.companions / "modules.json").is_file():  # sentence-transformers
         for path in sorted(run.companions.glob("*/config.json")):
-            files.refuse_outward_link(path)
+            sealed.refuse_outward_link(path)
             (target / path.parent.name).mkdir()
             shutil.copyfile(path, target / path.parent.name / path.name)
 
@@ -77,8 +77,8 @@ def lay_tokenizer(run: Run, target: Path) -> None:
     places = [folder / "tokenizer_config.json" for folder in (run.companions, run.export.output)]
     settings = next((p for p in places if p.is_file()), None)
     if settings is not None or (target / "tokenizer.json").is_file():
-        config = files.read_json(settings) if settings else {"tokenizer_class": "TokenizersBackend"}
-        files.write_json(target / "tokenizer_config.json", tokenizer_for_both(config))
+        config = sealed.read_json(settings) if settings else {"tokenizer_class": "TokenizersBackend"}
+        sealed.write_json(target / "tokenizer_config.json", tokenizer_for_both(config))
 
 
 def lay_licences(run: Run, target: Path) -> None:
@@ -96,5 +96,5 @@ def licences(run: Run) -> list[Path]:
 
 
 def _copy(path: Path, target: Path) -> None:
-    files.refuse_outward_link(path)
+    sealed.refuse_outward_link(path)
     shutil.copyfile(path, target / path.name)

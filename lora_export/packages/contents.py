@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import __version__, files
+from lora_export import __version__, sealed
 from lora_export.contracts import Finding
 from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import InputError
@@ -41,7 +41,7 @@ def write(
     measured: what each variant was found to do beside the run's own export.
     """
     bench = run.report["benchmark"] or {}
-    files.write_sealed(
+    sealed.write_sealed(
         stage / NAME,
         {
             "schema_version": 1,
@@ -60,7 +60,7 @@ def write(
                 "title": run.report["title"],
                 "created": run.report["created"],
                 "status": run.report["status"],
-                "manifest_sha256": files.sha256(run.folder / NAME),
+                "manifest_sha256": sealed.sha256(run.folder / NAME),
             },
             "certificate": _certificate(run),
             "validation": {
@@ -90,7 +90,7 @@ def is_package(folder: Path) -> bool:
     if (folder / bom.NAME).is_file():
         return True
     try:
-        return path.is_file() and files.read_json(path).get("kind") == KIND
+        return path.is_file() and sealed.read_json(path).get("kind") == KIND
     except InputError:
         return False
 
@@ -98,11 +98,11 @@ def is_package(folder: Path) -> bool:
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a package. InputError unless it is whole and names files within the folder."""
     path = folder / NAME
-    manifest = files.read_sealed(path)
+    manifest = sealed.read_sealed(path)
     check_texts(manifest, path)
     check(manifest, _MANIFEST, "the manifest of the package", path)
     for name in manifest["files"]:
-        if not files.plain_path(name):
+        if not sealed.plain_path(name):
             raise InputError(
                 f"the manifest names {name!r}, which lies outside of the package",
                 where=path,
@@ -144,7 +144,7 @@ def facts_of(folder: Path, manifest: Mapping[str, Any]) -> Facts:
         variants=tuple(manifest["variants"]),
         providers=tuple(manifest["providers"]),
         sample=Sample(sample["prompt"], sample["text"], tuple(sample["numbers"])) if sample else None,
-        config=files.read_json(folder / "config.json"),
+        config=sealed.read_json(folder / "config.json"),
         adapters=tuple(manifest["onnx_adapters"]),
     )
 
@@ -158,7 +158,7 @@ def compare(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             notes.append(f"{name} is a link, or no file")
         elif path.is_file() and name not in (NAME, SIGNATURE):
-            found[name] = files.hashed(path)
+            found[name] = sealed.hashed(path)
         elif path.is_dir() and not any(w.startswith(f"{name}/") for w in wanted):
             notes.append(f"{name}/ was added")
     return same_files("package_files", wanted, found, notes)

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.errors import InputError
 from lora_export.escaping import markdown
 from lora_export.packages import companions, graphs
@@ -49,17 +49,17 @@ class GenaiTarget(Target):
             shutil.copyfile(extra, job.stage / extra.name)
         self._bound_length(job)
         for name in job.providers:
-            config = configured(files.read_json(export.output / CONFIG), job.run, name)
+            config = configured(sealed.read_json(export.output / CONFIG), job.run, name)
             file = CONFIG if name == job.providers[0] else f"genai_config.{name}.json"
-            files.write_json(job.stage / file, config)
+            sealed.write_json(job.stage / file, config)
 
     def _bound_length(self, job: Job) -> None:
         """tokenizer_config.json as the export mended it: genai reads "no limit" as an integer of 64 bits."""
         path, made = job.stage / "tokenizer_config.json", job.exports[RUNS_OWN].output / "tokenizer_config.json"
         if path.is_file() and made.is_file():
-            length = files.read_json(made).get("model_max_length")
+            length = sealed.read_json(made).get("model_max_length")
             bound = {"model_max_length": length} if length else {}
-            files.write_json(path, files.read_json(path) | bound)
+            sealed.write_json(path, sealed.read_json(path) | bound)
 
     def snippet(self, facts: Facts, folder: str) -> Snippet:
         build = _TEXT if facts.task.input == "text" else _SPEECH
@@ -130,7 +130,7 @@ def configured(config: Mapping[str, Any], run: Run, provider: str) -> dict[str, 
         for key, part in config["model"].items()
     }
     path = run.companions / "generation_config.json"
-    generation = files.read_json(path) if path.is_file() else {}
+    generation = sealed.read_json(path) if path.is_file() else {}
     search = {k: generation[k] for k in _SEARCH if generation.get(k) is not None}
     search["max_length"] = min(int(search.get("max_length") or 2**31), int(config["model"]["context_length"]))
     ends = generation.get("eos_token_id")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export import files
+from lora_export import disk
 from lora_export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _copy(places: Mapping[Range, Placed], targets: list[Path]) -> None:
         out = [_opened(stack, t, os.O_WRONLY | os.O_CREAT | os.O_EXCL) for t in targets]
         sources = {p: _opened(stack, p, os.O_RDONLY) for p in {path for path, _, _ in places}}
         for (path, start, length), at in places.items():
-            files.copy_range(sources[path], start, length, out[at.chunk], at.offset)
+            disk.copy_range(sources[path], start, length, out[at.chunk], at.offset)
 
 
 def _opened(stack: ExitStack, path: Path, flags: int) -> int:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.documents import finite
-from lora_export.files import write_json
 from lora_export.report.compare import compare
 from lora_export.report.markdown import markdown
 from lora_export.report.page import html
@@ -19,6 +18,7 @@ from lora_export.report.schema import (
     load,
     load_samples,
 )
+from lora_export.sealed import write_json
 
 
 def write(

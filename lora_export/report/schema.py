@@ -7,7 +7,7 @@ from typing import Any
 from lora_export import documents
 from lora_export.documents import Kind
 from lora_export.errors import InputError
-from lora_export.files import read_json
+from lora_export.sealed import read_json
 
 SCHEMA_VERSION = 1
 REPORT, SAMPLES, HTML, MARKDOWN = "report.json", "samples.json", "report.html", "report.md"

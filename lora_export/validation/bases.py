@@ -21,8 +21,8 @@ from lora_export.contracts import (
     Progress,
 )
 from lora_export.errors import InputError
-from lora_export.files import read_json
-from lora_export.validation import effect, reference
+from lora_export.sealed import read_json
+from lora_export.validation import effect, loading, reference
 from lora_export.validation.advice import bases_advice
 from lora_export.validation.requantize import requantize
 
@@ -125,7 +125,7 @@ class Bases:
         return self._attached(self.base, replace(self.merge, base_weights="original"), None)
 
     def _attached(self, base: Path, options: MergeOptions, dequantized: Path | None) -> Any:
-        return reference.attach_adapters(reference.load_base(base, options, dequantized), self.adapters)
+        return reference.attach_adapters(loading.load_base(base, options, dequantized), self.adapters)
 
     def _one(self, name: str, trained: Any, model: effect.LogitsOf) -> BaseComparison:
         self.progress.detail(f"perplexity and divergence: {name}")
@@ -141,8 +141,8 @@ class Bases:
         if method is None:
             return None
         self.progress.detail(f"the merged weights put back into {method}")
-        low, dtypes = reference.load_merged(self.merged_folder)
-        low_base = reference.load_base(self.base, self.merge, self.dequantized)
+        low, dtypes = loading.load_merged(self.merged_folder)
+        low_base = loading.load_base(self.base, self.merge, self.dequantized)
         for model in (low, low_base):
             requantize(model, method, self.merge.training_double_quant, dtypes)
         found.append(self._one("requantized", trained, effect.of(low)))
@@ -178,5 +178,5 @@ def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model = reference.architecture(folder)(config)
+        model = loading.architecture(folder)(config)
     return {name: tuple(p.shape) for name, p in model.named_parameters()}

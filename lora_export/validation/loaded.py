@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lora_export.validation.reference import architecture
+from lora_export.validation.loading import architecture
 
 
 def load_as_stored(merged: Path) -> Any:

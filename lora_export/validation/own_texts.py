@@ -7,7 +7,8 @@ from typing import Any
 
 from lora_export.contracts import AdapterChoice, AdapterSurvival, MergeOptions, Perplexity, Progress
 from lora_export.validation import effect
-from lora_export.validation.reference import load_merged, load_unmerged
+from lora_export.validation.loading import load_merged
+from lora_export.validation.reference import load_unmerged
 from lora_export.validation.text import read_text, windows
 
 

@@ -40,24 +40,34 @@ def validate(
     Needed, too, for any quantized base of a model that `streams`. graphs_alone: `merged` is an outline without
     numbers, and only the graphs are compared.
     """
+    options = options or ValidationOptions()
+    _quiet_libraries()
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+        if options.merge.combine != "none":
+            adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
+        return _validate(base, adapters, merged, exports, dequantized, graphs_alone, options, progress)
+
+
+def _validate(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    merged: Path,
+    exports: Sequence[ExportedPair],
+    dequantized: Path | None,
+    graphs_alone: bool,
+    options: ValidationOptions,
+    progress: Progress,
+) -> ValidationResult:
     from lora_export.validation import kinds
     from lora_export.validation.bases import Bases
     from lora_export.validation.bases import check_request as check_bases
+    from lora_export.validation.loading import load_merged, stored_dtypes
     from lora_export.validation.memory import kept_bytes
     from lora_export.validation.prompts import read_prompts
-    from lora_export.validation.reference import load_merged, load_unmerged, stored_dtypes
+    from lora_export.validation.reference import load_unmerged
     from lora_export.validation.subject import plain
     from lora_export.validation.text import read_text
 
-    options = options or ValidationOptions()
-    _quiet_libraries()
-    if options.merge.combine != "none":
-        with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
-            adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
-            return validate(
-                base, adapters, merged, exports=exports, dequantized=dequantized, graphs_alone=graphs_alone,
-                options=options, progress=progress,
-            )  # fmt: skip
     keep = kept_bytes(merged, options.max_memory)
     if options.bases is not None:
         check_bases(options.bases, base, options.merge)
@@ -81,22 +91,40 @@ def validate(
     if graphs_alone:
         story.measure(unmerged)
         return _with_graphs(ValidationResult(()), story, unmerged, exports, options, progress)
-    errors, checks = _tensors(unmerged, model, dtypes, options, progress)
-    result = story.compare(unmerged, model)
-    result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
-    if keep is None:
-        result = _as_loaded(result, story, unmerged, merged, dtypes)
-    else:
-        progress.warn(
-            "the merged model is not compared as it will be loaded: it does not fit into the memory allowed"
-        )
-    if not result.passed:
-        result = replace(result, deviation=_deviation(unmerged, model, story, dtypes, errors, options, progress))
+    as_loaded = merged if keep is None else None
+    result = _judged(story, unmerged, model, dtypes, as_loaded, options, progress)
     if options.bases is not None:
         asked = options.bases, base, adapters, merged, unmerged, model, options.merge, dequantized
         result = _joined(result, Bases(*asked, story.windows, progress).compare())
     del model, subject
     return _with_graphs(result, story, unmerged, exports, options, progress)
+
+
+def _judged(
+    story: Any,
+    unmerged: Any,
+    model: Any,
+    dtypes: Mapping[str, Any],
+    merged: Path | None,
+    options: ValidationOptions,
+    progress: Progress,
+) -> ValidationResult:
+    """The merged model by its tensors, by its outputs, and as it will be loaded from the folder `merged`.
+
+    merged: None where it does not fit into the memory allowed. If a check fails, where it went wrong is looked for.
+    """
+    errors, checks = _tensors(unmerged, model, dtypes, options, progress)
+    result: ValidationResult = story.compare(unmerged, model)
+    result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
+    if merged is not None:
+        result = _as_loaded(result, story, unmerged, merged, dtypes)
+    else:
+        progress.warn(
+            "the merged model is not compared as it will be loaded: it does not fit into the memory allowed"
+        )
+    if result.passed:
+        return result
+    return replace(result, deviation=_deviation(unmerged, model, story, dtypes, errors, options, progress))
 
 
 def _combined(

@@ -10,13 +10,13 @@ from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoi
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.documents import Kind, check
 from lora_export.errors import InputError, LoraExportError
-from lora_export.files import read_json
 from lora_export.manifest import NAME as MANIFEST
 from lora_export.manifest import is_run
 from lora_export.packages import contents
 from lora_export.packages.contents import is_package
 from lora_export.quantization import describe
 from lora_export.report.schema import load as report_of
+from lora_export.sealed import read_json
 
 _NAMED: Kind = {"name": str}
 _MANIFEST: Kind = {

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_export import files, manifest, packages
+from lora_export import files, manifest, packages, sealed
 from lora_export.contracts import ExportResult, PackageOptions, PackageResult, Progress
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive, card, companions, contents, signature
@@ -53,7 +53,7 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         if adapters:
             refuse_other_words(stage, facts, progress)
         packages.seal(job, facts, licence, _kept(options), measured, options.key)
-        sizes = files.sizes(stage)
+        sizes = sealed.sizes(stage)
     return PackageResult(
         output=final,
         target=target,
@@ -127,10 +127,10 @@ def read_run(folder: Path, progress: Progress) -> Run:
     export = load_export(folder / "onnx")
     merged = folder / "merged" if (folder / "merged").is_dir() else None
     kept = merged or export.output
-    config = files.read_json(kept / "config.json")
+    config = sealed.read_json(kept / "config.json")
     architecture = str((config.get("architectures") or [""])[0])
     task = task_of(export.task, architecture)
-    return Run(folder, merged, export, kept, config, files.read_sealed(folder / manifest.NAME), report, task)
+    return Run(folder, merged, export, kept, config, sealed.read_sealed(folder / manifest.NAME), report, task)
 
 
 def _plugged(folder: Path | None, target: str, run: Run) -> tuple[ExportResult | None, tuple[str, ...]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.choices import Precision
 from lora_export.contracts import AdapterChoice, ExportResult, MergeOptions, Progress, QuantizationOptions, Source
 from lora_export.errors import AdapterError, ExportError, InputError
@@ -74,7 +74,7 @@ def export_pluggable(
 def _names(adapters: Sequence[Source]) -> list[str]:
     names = [a.folder.resolve().name for a in adapters]
     for name in names:
-        if names.count(name) > 1 or not files.plain_name(name):
+        if names.count(name) > 1 or not sealed.plain_name(name):
             raise InputError(
                 f"{names.count(name)} adapters would be written as {name!r}",
                 where=adapters[names.index(name)].folder,

@@ -150,8 +150,8 @@ def _merged_folder(
     progress: Progress,
     keep: bool,
 ) -> Switched:
+    from lora_export.merging.certificate_check import read_certificate, recorded_options
     from lora_export.merging.switched import Rewriting
-    from lora_export.merging.verification import read_certificate, recorded_options
 
     recorded = read_certificate(folder)
     options, holds = recorded_options(recorded, folder), _described(before)
@@ -175,7 +175,7 @@ def _merged_folder(
 
 def _of_one_base(spare: Spare, recorded: Mapping[str, Any]) -> dict[str, Any] | None:
     """The spare's certificate; None, and no state, if it is of another base or of other options."""
-    from lora_export.merging.verification import read_certificate
+    from lora_export.merging.certificate_check import read_certificate
 
     def made_of(document: Mapping[str, Any]) -> Any:
         return document["options"], {r["name"]: (r["hash_in"], r["dtype"]) for r in document["records"]}

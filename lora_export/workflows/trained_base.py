@@ -7,7 +7,7 @@ from lora_export.contracts import (
     MergeOptions,
     Progress,
 )
-from lora_export.files import read_json
+from lora_export.sealed import read_json
 
 
 def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path:

@@ -10,9 +10,9 @@ import torch
 
 from lora_export.contracts import Source, StoryOptions
 from lora_export.errors import GateFailed
-from lora_export.files import read_sealed, sha256, write_sealed
 from lora_export.pipeline import merge_and_export
 from lora_export.progress import Silent
+from lora_export.sealed import read_sealed, sha256, write_sealed
 from tests.end_to_end.conftest import Run
 from tests.validation.conftest import save_adapter, save_base
 

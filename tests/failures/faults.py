@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lora_export import files
+from lora_export import disk
 
 WRITES = (
     "pwrite", "pwritev", "write", "writev", "copy_file_range", "sendfile", "mkdir", "replace", "rename", "link",
@@ -40,7 +40,7 @@ class Faults:
         self._real_os_open, self._real_open = os.open, io.open
         if mode == "w":
             monkeypatch.setattr(os, "open", self._os_open)
-            monkeypatch.setattr(files, "_exchange", self._counted("renameat2", files._exchange))
+            monkeypatch.setattr(disk, "exchange_names", self._counted("renameat2", disk.exchange_names))
         monkeypatch.setattr(io, "open", self._open)
         monkeypatch.setattr(builtins, "open", self._open)
 

@@ -15,17 +15,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from lora_export import files
+from lora_export import disk, files, sealed
+from lora_export.disk import copy_range, write_at
 from lora_export.errors import GateFailed, InputError, OutputError
-from lora_export.files import (
-    copy_range,
-    failed_folder,
-    hash_folder,
-    output_folder,
-    plain_name,
-    read_json,
-    write_at,
-)
+from lora_export.files import failed_folder, output_folder
+from lora_export.sealed import hash_folder, plain_name, read_json
 
 
 def fill(folder: Path, text: str = "new") -> None:
@@ -88,7 +82,7 @@ def test_force_replaces_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_force_replaces_without_an_atomic_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(disk, "exchange_names", lambda a, b: False)
     test_force_replaces_as_a_whole(tmp_path)
 
 
@@ -209,16 +203,16 @@ def test_a_step_that_fails_is_undone(
         (tmp_path / "out").mkdir()
         fill(tmp_path / "out", "old")
     if not exchange:
-        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+        monkeypatch.setattr(disk, "exchange_names", lambda a, b: False)
     elif step == "rename":
-        monkeypatch.setattr(files, "_exchange", fail)
-    real = files.sync
+        monkeypatch.setattr(disk, "exchange_names", fail)
+    real = disk.sync
     with pytest.raises(OSError, match="Input/output"), output_folder(tmp_path / "out", True) as stage:
         fill(stage)
         if step == "rename":
             monkeypatch.setattr(Path, "replace", fail)
         else:
-            monkeypatch.setattr(files, "sync", lambda path: fail() if path == tmp_path else real(path))
+            monkeypatch.setattr(disk, "sync", lambda path: fail() if path == tmp_path else real(path))
     assert names(tmp_path) == ({"out"} if exists else set())
     assert not exists or (tmp_path / "out" / "sub" / "file").read_text() == "old"
 
@@ -231,7 +225,7 @@ def test_an_exchange_that_fails_is_no_exchange_that_is_missing(
         ctypes.set_errno(number)
         return -1
 
-    monkeypatch.setattr(files, "_renameat2", fail)
+    monkeypatch.setattr(disk, "_renameat2", fail)
     (tmp_path / "out").mkdir()
     fill(tmp_path / "out", "old")
     missing = number in (errno.EINVAL, errno.ENOSYS)
@@ -290,9 +284,9 @@ def test_a_folder_that_cannot_be_synced_is_let_pass_only_where_none_can(
 def test_large_files_reach_the_disk_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two of them Ctrl-C is heard."""
     calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(files, "SYNC_BLOCK", 10)
+    monkeypatch.setattr(disk, "SYNC_BLOCK", 10)
     monkeypatch.setattr(
-        files, "_sync_file_range", lambda fd, at, length, how: calls.append((at.value, length.value)) or 0
+        disk, "_sync_file_range", lambda fd, at, length, how: calls.append((at.value, length.value)) or 0
     )
     with output_folder(tmp_path / "out", False) as stage:
         (stage / "file").write_bytes(b"x" * 25)
@@ -304,7 +298,7 @@ def test_a_piece_that_does_not_reach_the_disk_is_an_error(tmp_path: Path, monkey
         ctypes.set_errno(errno.EIO)
         return -1
 
-    monkeypatch.setattr(files, "_sync_file_range", fail)
+    monkeypatch.setattr(disk, "_sync_file_range", fail)
     with pytest.raises(OSError, match="Input/output"), output_folder(tmp_path / "out", False) as stage:
         fill(stage)
     assert names(tmp_path) == set()
@@ -400,7 +394,7 @@ def test_where_files_cannot_be_locked_a_dead_process_holds_nothing(
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    monkeypatch.setattr(files, "sync", lambda path: events.append(path.name))
+    monkeypatch.setattr(disk, "sync", lambda path: events.append(path.name))
     real = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), real(a, b)))
     with output_folder(tmp_path / "out", False) as stage:
@@ -426,7 +420,7 @@ def test_copy_range_copies_exactly_that_range(
     def cannot(*_: object) -> int:
         raise OSError(way, "cannot")
 
-    monkeypatch.setattr(files, "COPY_BLOCK", block)
+    monkeypatch.setattr(disk, "COPY_BLOCK", block)
     if way == "missing":
         monkeypatch.delattr(os, "copy_file_range")
     elif way != "kernel":
@@ -462,7 +456,7 @@ def test_hash_folder_and_read_json(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.json").write_text('{"x": 1}')
     found = hash_folder(tmp_path)
-    assert found == {"a/b.json": {"sha256": files.sha256(tmp_path / "a" / "b.json"), "size": 8}}
+    assert found == {"a/b.json": {"sha256": sealed.sha256(tmp_path / "a" / "b.json"), "size": 8}}
     assert read_json(tmp_path / "a" / "b.json") == {"x": 1}
     with pytest.raises(InputError, match="more than 4 bytes"):
         read_json(tmp_path / "a" / "b.json", limit=4)
@@ -473,5 +467,5 @@ def test_hash_folder_and_read_json(tmp_path: Path) -> None:
 
 def test_full_disk_is_refused_before_the_first_byte(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="are free"):
-        files.check_space(tmp_path / "not" / "there", 10**18)
-    files.check_space(tmp_path, 1)
+        disk.check_space(tmp_path / "not" / "there", 10**18)
+    disk.check_space(tmp_path, 1)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export.files import json_text, write_sealed
 from lora_export.merging import CERTIFICATE
+from lora_export.sealed import json_text, write_sealed
 from tests.builders import edit_json, edit_tensors, lora, save_adapter, save_base
 from tests.failures.commands import everything, invoke, merge_words
 from tests.failures.faults import Faults, failing

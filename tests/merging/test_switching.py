@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file as tensors_of
 
-from lora_export import files, spare
+from lora_export import disk, files, sealed, spare
 from lora_export.checkpoint import open_checkpoint
 from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, MergeOptions
@@ -184,9 +184,9 @@ def killed_at(count: int, work: Callable[[], Any]) -> bool:
     if child == 0:
         countdown = Countdown(count)
         OpenFile.write = countdown(OpenFile.write)  # type: ignore[method-assign]
-        files.sync, files.exchange = countdown(files.sync), countdown(files.exchange)
-        files.copy_range = countdown(files.copy_range)
-        files.write_sealed = countdown(files.write_sealed)
+        disk.sync, files.exchange = countdown(disk.sync), countdown(files.exchange)
+        disk.copy_range = countdown(disk.copy_range)
+        sealed.write_sealed = countdown(sealed.write_sealed)
         spare._copy_around = countdown(spare._copy_around)
         try:
             work()

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from lora_export import files
+from lora_export import sealed
 from lora_export.contracts import ExportResult, QuantizationOptions
 from lora_export.errors import AdapterError, CheckpointError, ExportError, InputError
 from lora_export.onnx_export import export, isolated, load_export
@@ -29,7 +29,7 @@ def test_folder_holds_companions_and_record(exported: Callable[..., ExportResult
         assert (result.output / name).read_bytes() == (llama / name).read_bytes(), name
     assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= set(result.files)
     record = json.loads((result.output / "export.json").read_text())
-    assert record["source_config_sha256"] == files.sha256(llama / "config.json")
+    assert record["source_config_sha256"] == sealed.sha256(llama / "config.json")
     assert {"onnxruntime_genai", "onnx", "torch", "transformers"} <= set(record["versions"])
     assert load_export(result.output) == result
     assert json.loads((result.output / "tokenizer_config.json").read_text())["model_max_length"] == 64

@@ -21,12 +21,12 @@ from peft import PeftModel
 
 from lora_export.contracts import PackageOptions, Source
 from lora_export.errors import InputError, OutputError
-from lora_export.files import hash_folder
 from lora_export.packages import archive
 from lora_export.packages.job import Facts, Sample
 from lora_export.packages.targets import TARGETS
 from lora_export.packages.tasks import task_of
 from lora_export.progress import Silent
+from lora_export.sealed import hash_folder
 from lora_export.workflows import delivered
 from lora_export.workflows.packaging import package
 from lora_export.workflows.pluggable import export_pluggable
@@ -260,7 +260,7 @@ def test_a_runtime_that_says_something_else_is_found(decoder_run: Path, packed: 
     """Another model under a manifest that fits it: the files agree, the words do not."""
     import shutil
 
-    from lora_export.files import read_sealed, write_sealed
+    from lora_export.sealed import read_sealed, write_sealed
 
     folder = Path(shutil.copytree(packed(decoder_run, "hf").output, tmp_path / "p"))
     document = read_sealed(folder / "manifest.json")

@@ -14,7 +14,7 @@ import transformers
 
 from lora_export.contracts import AdapterChoice, Check, Deviation, MergeOptions
 from lora_export.progress import Silent
-from lora_export.validation import reference
+from lora_export.validation import loading, reference
 from lora_export.validation.decoder_story import DecoderStory
 from lora_export.validation.decoders import tokenize
 from lora_export.validation.deviation import first_deviation
@@ -185,7 +185,7 @@ class Bench:
         cls, unmerged: Any, merged: Path, prompts: Sequence[str], rows: int = 64, like: "Bench | None" = None
     ) -> "Bench":
         """like: the bench of the same unmerged model and prompts, merged into another type."""
-        model, dtypes = reference.load_merged(merged)
+        model, dtypes = loading.load_merged(merged)
         if like is not None:
             return cls(unmerged, model, dtypes, like.story.for_types(unmerged, dtypes), rows)
         tokenizer = transformers.AutoTokenizer.from_pretrained(merged, local_files_only=True)
@@ -240,7 +240,7 @@ class Bench:
 
 
 def unmerged_model(base: Path, adapter: Path) -> Any:
-    return reference.attach_adapters(reference.load_base(base, MergeOptions()), [AdapterChoice(adapter)])
+    return reference.attach_adapters(loading.load_base(base, MergeOptions()), [AdapterChoice(adapter)])
 
 
 def _failed(checks: Sequence[Check]) -> tuple[str, ...]:

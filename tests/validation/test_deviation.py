@@ -16,7 +16,7 @@ from lora_export.contracts import AdapterChoice, Check, Deviation, MergeOptions,
 from lora_export.errors import GateFailed
 from lora_export.merging import merge
 from lora_export.report.story import headline
-from lora_export.validation import reference
+from lora_export.validation import loading
 from lora_export.validation.prompts import BUILT_IN
 from lora_export.validation.tensors import compare_tensors
 from lora_export.workflows.gates import failures, refuse_failed
@@ -154,7 +154,7 @@ def kinds() -> dict[str, PeftConfig]:
 def test_a_column_that_is_not_sampled_is_seen(folders: Folders, tmp_path: Path, kind: str, dtype: str) -> None:
     """Two sampled columns are the first and the last; the fault is in another, of whatever kind the adapter is."""
     base, _ = folders(dtype)
-    tuned = get_peft_model(reference.load_base(base, MergeOptions()), kinds()[kind])
+    tuned = get_peft_model(loading.load_base(base, MergeOptions()), kinds()[kind])
     generator = torch.Generator().manual_seed(5)
     for name, parameter in tuned.named_parameters():
         if any(x in name for x in ("lora_B", "hada_", "oft_R")):
@@ -162,7 +162,7 @@ def test_a_column_that_is_not_sampled_is_seen(folders: Folders, tmp_path: Path, 
     tuned.save_pretrained(tmp_path / "adapter")
     merge(base, [AdapterChoice(tmp_path / "adapter")], tmp_path / "merged", MergeOptions())
     unmerged = unmerged_model(base, tmp_path / "adapter")
-    model, dtypes = reference.load_merged(tmp_path / "merged")
+    model, dtypes = loading.load_merged(tmp_path / "merged")
 
     def worst() -> dict[str, float]:
         return {e.name: e.worst for e in compare_tensors(unmerged, model, dtypes, rows=2)}

@@ -211,16 +211,10 @@ def _decoders(model: Any) -> tuple[Part, Part]:
         first_outputs |= _cache_outputs("encoder.", [i], cross)
     inputs = {"input_ids": ids, "encoder_attention_mask": mask, "encoder_hidden_states": states}
     data = "decoder_model.onnx_data"
+    later_outputs = logits | _cache_outputs("decoder.", layers, grown)
     return (
         Part("decoder_model.onnx", data, first, inputs, first_outputs, caches=True),
-        Part(
-            "decoder_with_past_model.onnx",
-            data,
-            later,
-            with_past,
-            logits | _cache_outputs("decoder.", layers, grown),
-            caches=True,
-        ),
+        Part("decoder_with_past_model.onnx", data, later, with_past, later_outputs, caches=True),
     )
 
 
