@@ -57,12 +57,12 @@ def export(
     """
     with talking(as_json, quiet, verbose) as talk:
         from lora_export import api
-        from lora_export.commands.gather import export_options_of, refuse_beside_graph_from
+        from lora_export.commands.gather import as_the_earlier, export_options_of
         from lora_export.workflows.exporting import check_export
 
         check_export(adapters, unmerged, graph_from, shared_as)
         if graph_from is not None:
-            refuse_beside_graph_from()
+            words = as_the_earlier(words)
         settings = export_options_of(words, force)
         if dry_run:
             document = _planned(model, settings, graph_from)

@@ -69,6 +69,12 @@ def validation_memory_of(words: dict[str, Any]) -> int | None:
     return None if given is ParameterSource.DEFAULT else int(words["max_memory"])
 
 
+def _asked(key: str) -> bool:
+    """Whether an option was given for this command, and is no default of one's own."""
+    source = click.get_current_context().get_parameter_source(key)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+
+
 def story_options_of(words: dict[str, Any]) -> StoryOptions:
     return StoryOptions(
         merge=merge_options_of(words),
@@ -125,8 +131,9 @@ def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
             next_step=f"the same command with --sessions {2 * MIN_SESSIONS}",
         )
     shapes = GRIDS[words["grid"]]
-    if words["batches"] or words["lengths"]:
-        if click.get_current_context().get_parameter_source("grid") is not ParameterSource.DEFAULT:
+    sizes = _asked("batches") or _asked("lengths")
+    if sizes or ((words["batches"] or words["lengths"]) and not _asked("grid")):
+        if _asked("grid"):
             raise InputError(
                 "--grid beside --batch or --prompt-length",
                 expected="one of them: a grid has both",
@@ -154,24 +161,25 @@ def named_folders(pairs: Sequence[str]) -> list[tuple[str, Path]]:
     return found
 
 
-def refuse_beside_graph_from() -> None:
-    """An earlier export has its precision, engine, … already: InputError for one that is asked for beside it."""
-    context = click.get_current_context()
-    for key in (
-        "precision",
-        "engine",
-        "optimize",
-        "block_size",
-        "quantizer",
-        "accuracy_level",
-        "keep",
-        "activations",
-        "calibration",
-    ):
-        if context.get_parameter_source(key) is not ParameterSource.DEFAULT:
+GRAPH_OPTIONS = (
+    "precision", "engine", "optimize", "block_size", "quantizer", "accuracy_level", "keep", "activations",
+    "calibration",
+)  # fmt: skip
+
+
+def as_the_earlier(words: dict[str, Any]) -> dict[str, Any]:
+    """The words beside --graph-from: an earlier export has its precision, engine, … already.
+
+    What the configuration file has of them does not matter. InputError for one that is asked for.
+    """
+    for key in GRAPH_OPTIONS:
+        if _asked(key):
             key = key.replace("_", "-")
             raise InputError(
                 f"--{key} beside --graph-from, which takes the options of the earlier export",
                 expected="one of them",
                 next_step=f"the same command without --{key}, or without --graph-from",
             )
+    context = click.get_current_context()
+    plain = context.command.make_context(context.info_name, [], resilient_parsing=True).params
+    return words | {key: plain[key] for key in GRAPH_OPTIONS}

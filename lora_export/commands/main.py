@@ -1,5 +1,6 @@
 """The command line. Modules of the commands import click and nothing heavy, so that --help answers at once."""
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -8,6 +9,7 @@ from lora_export import __version__
 from lora_export.commands import (
     benchmark,
     combine,
+    configuration,
     env,
     export,
     extract,
@@ -21,7 +23,7 @@ from lora_export.commands import (
     validate,
     verify,
 )
-from lora_export.errors import EXIT_INTERRUPTED
+from lora_export.errors import EXIT_INTERRUPTED, LoraExportError
 
 
 def _version(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -35,6 +37,18 @@ class InOrder(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Of a command that is not only asked for its help, with defaults from the configuration file."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if not {"-h", "--help"} & set(rest):
+            try:
+                ctx.default_map = configuration.defaults(self, Path.cwd())
+            except LoraExportError as error:
+                ctx.obj = error  # told by the command, in its way
+        return name, command, rest
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -84,3 +98,4 @@ for command in (
     env.env,
 ):
     cli.add_command(command)
+configuration.name_variables(cli)

@@ -50,7 +50,7 @@ def merge_and_export(
         from lora_export.commands.merge import plan_document, plan_words
 
         if words["graph_from"] is not None:
-            gather.refuse_beside_graph_from()
+            words = gather.as_the_earlier(words)
         story_options = gather.story_options_of(words)
         if dry_run:
             from lora_export.merging import plan

@@ -36,8 +36,11 @@ def _json(document: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def talking(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Talk]:
-    """Run a command's body; every way it can end has its exit code."""
+def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = True) -> Iterator[Talk]:
+    """Run a command's body; every way it can end has its exit code.
+
+    configured: refuse to run with a configuration file that cannot be read, and say what it gave.
+    """
     from lora_export.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoraExportError
     from lora_export.progress import Console
 
@@ -56,6 +59,8 @@ def talking(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Talk]:
     talk = Talk(Console(-1 if quiet else int(verbose)), as_json)
     try:
         with talk.progress:
+            if configured:
+                _say_configured(talk.progress)
             yield talk
     except LoraExportError as error:
         _fail(talk, error.as_json(), error.message(), error.exit_code)
@@ -71,6 +76,19 @@ def talking(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Talk]:
         text = f"internal error, please report it: {type(error).__name__}: {error}"
         hint = "" if verbose else "\n  try:      the same command with -v shows where it happened"
         _fail(talk, {"error": "InternalError", "found": text}, text + hint, EXIT_FAILED)
+
+
+def _say_configured(progress: "Console") -> None:
+    from lora_export.commands import configuration
+    from lora_export.errors import LoraExportError
+
+    context = click.get_current_context(silent=True)
+    if context is None:
+        return
+    if isinstance(context.obj, LoraExportError):
+        raise context.obj
+    for option, value, where in configuration.used(context):
+        progress.stage(f"--{option} {value}, from {where}")
 
 
 def _fail(talk: Talk, document: dict[str, Any], words: str, code: int) -> None:

@@ -81,9 +81,10 @@ class Execution:
 
     def _share_out(self, jobs: Iterator[Copy | Block]) -> None:
         budget = Budget(self.plan.options.max_memory)
+        total = sum(t.output.nbytes for t in self.plan.tensors.values() if self._writes(t))
 
         def look() -> None:
-            self.progress.advance(self._written, self.plan.nbytes)
+            self.progress.advance(self._written, total)
 
         share_out(lambda: self._take(jobs, budget), self.workers, look)
 

@@ -19,6 +19,8 @@ from tests.validation.conftest import save_adapter, save_base
 WORDS = ("--provider", "cpu", "--max-seconds", 1, "--prompt-length", 8, "--margin", 0.5)
 CERTIFICATE = "lora_export_certificate.json"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

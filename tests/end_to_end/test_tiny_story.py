@@ -113,6 +113,7 @@ def test_stages_alone_work_on_what_the_run_left(
     assert code == 0 and document["kind"] == "run" and document["status"] == "passed"
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_passes_its_gates(run: Run, tmp_path: Path) -> None:
     """The merged weights are rounded to bfloat16, and the ONNX graph carries that rounding, too."""
     base = save_base(tmp_path / "base", torch.bfloat16)
@@ -125,6 +126,7 @@ def test_a_bfloat16_base_passes_its_gates(run: Run, tmp_path: Path) -> None:
     assert found["onnx_noise_floor_max_abs"] > found["noise_floor_max_abs"] > 1e-3
 
 
+@pytest.mark.slow
 def test_an_export_that_loses_the_adapter_is_kept_aside(
     inputs: tuple[Path, Path], run: Run, tmp_path: Path
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_failed_gate_keeps_the_output_aside(inputs: tuple[Path, Path], run: Ru
     assert json.loads((failed / "report" / "report.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_combined_adapters_through_the_whole_story(
     inputs: tuple[Path, Path], run: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

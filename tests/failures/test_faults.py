@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lora_export.merging.execute import Execution
+from tests.daily import daily
 from tests.failures.commands import Forked, everything, invoke, merge_words
 from tests.failures.faults import Faults, failing, kill_at
 
@@ -89,14 +90,15 @@ def test_every_write_may_fail(
             assert everything(work) == before, where
 
 
+@pytest.mark.parametrize("first", daily(range(1, 5), (1,)))
 def test_a_kill_at_every_write(
-    work: Path, new: dict[str, str], old: Callable[[], dict[str, str]], monkeypatch: pytest.MonkeyPatch
+    first: int, work: Path, new: dict[str, str], old: Callable[[], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, before = merge_words(work, "--force"), old()
     with monkeypatch.context() as patch:
         points = counted(Faults.of_writing_and_removing(patch, work), words)
     reached = set()
-    for i in range(1, points + 1):
+    for i in range(first, points + 1, 4):
         before = old()
         child = Forked.start(work.parent / "log", *words, before=partial(kill_at, i, work))
         where = f"killed at call {i} of {points}"

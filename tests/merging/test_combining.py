@@ -17,6 +17,7 @@ from lora_export.deltas.draws import drawn
 from lora_export.errors import AdapterError, InputError
 from lora_export.merging import interference, merge, plan
 from tests.builders import gpt2_config, llama_config, load, lora, save_adapter, save_base, tensors
+from tests.daily import later
 
 Llama = transformers.LlamaForCausalLM
 GPT2 = transformers.GPT2LMHeadModel
@@ -155,7 +156,7 @@ def agree(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], base: 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("case", ON_DELTAS, ids=lambda c: f"{c[0]}-{c[2]}-{c[3]}")
-@pytest.mark.parametrize("model", [Llama, GPT2], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("model", [Llama, later(GPT2)], ids=lambda m: m.__name__)
 def test_deltas_are_combined_as_peft_does(
     made: Any, tmp_path: Path, model: type, case: Any, weights: tuple[float, ...]
 ) -> None:

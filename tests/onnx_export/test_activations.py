@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from lora_export.commands.main import cli
 from lora_export.contracts import ExportResult
+from tests.daily import later
 from tests.onnx_export.architectures import DYNAMO, save
 from tests.onnx_export.runs import session
 
@@ -29,7 +30,7 @@ def hidden(folder: Path) -> np.ndarray:
     return np.asarray(session(folder / "model.onnx").run(None, given)[0])
 
 
-@pytest.mark.parametrize(("kind", "operator"), [("dynamic", "MatMulInteger"), ("static", "QuantizeLinear")])
+@pytest.mark.parametrize(("kind", "operator"), [later(("dynamic", "MatMulInteger")), ("static", "QuantizeLinear")])
 def test_an_encoder_with_int8_activations(
     kind: str, operator: str, bert: Path, exported: Callable[..., ExportResult], tmp_path: Path
 ) -> None:

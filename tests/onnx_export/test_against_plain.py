@@ -13,12 +13,13 @@ from lora_export.errors import ExportError
 from lora_export.onnx_export import export, load_export
 from lora_export.onnx_export.against_plain import compare
 from lora_export.progress import Silent
+from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, save
 
-QUICK = ("BertModel",)
+QUICK = ()
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in DYNAMO])
+@pytest.mark.parametrize("name", daily(DYNAMO, QUICK))
 def test_every_fused_graph_agrees_with_the_plain_one(name: str, tmp_path: Path) -> None:
     model = save(DYNAMO[name], tmp_path / "model")
     result = export(model, tmp_path / "onnx", precision="fp32", against_plain=True, progress=Silent())

@@ -11,15 +11,14 @@ from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight, weights_map
 from lora_export.onnx_export.engines import ENGINES
 from lora_export.progress import Silent
+from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, GENAI, Architecture, save, save_adapter
 from tests.onnx_export.runs import worst
 
 ALL = DYNAMO | GENAI
 # One of each kind, for every day; all others are exported by `make test-all`.
 QUICK = {
-    "BertForSequenceClassification", "ModernBertForMaskedLM", "DebertaV2ForSequenceClassification",
-    "T5ForConditionalGeneration", "GPT2LMHeadModel", "ViTForImageClassification", "CLIPModel", "Wav2Vec2ForCTC",
-    "LlamaForCausalLM", "Gemma3ForCausalLM", "Phi3ForCausalLM", "Qwen3ForCausalLM",
+    "BertForSequenceClassification", "DebertaV2ForSequenceClassification", "LlamaForCausalLM", "Gemma3ForCausalLM",
     "WhisperForConditionalGeneration",
 }  # fmt: skip
 RELATIVE = 1e-4  # of fp32 results: another order of additions
@@ -30,7 +29,7 @@ def operators(result: ExportResult) -> Counter[str]:
     return Counter(node.op_type for graph in graphs for node in graph.node)
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
+@pytest.mark.parametrize("name", daily(ALL, QUICK))
 def test_exported_with_an_adapter(name: str, tmp_path: Path) -> None:
     architecture = ALL[name]
     base = save(architecture, tmp_path / "base")

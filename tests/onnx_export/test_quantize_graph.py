@@ -16,6 +16,7 @@ from lora_export.onnx_export.quantize_graph import Blockwise, blockwise, quantiz
 from lora_export.onnx_export.quantizing import dequantize, quantize
 from lora_export.onnx_export.weights_map import Piece, Recipe, Weight
 from lora_export.progress import Silent
+from tests.daily import daily
 from tests.onnx_export.conftest import save_llama
 
 Tensors = dict[str, tuple[int, tuple[int, ...], bytes]]
@@ -84,7 +85,7 @@ CASES: list[tuple[bool, Precision, str, QuantizationOptions]] = [
 ]
 
 
-@pytest.mark.parametrize(("tied", "precision", "provider", "options"), CASES)
+@pytest.mark.parametrize(("tied", "precision", "provider", "options"), daily(CASES, [CASES[1], CASES[3]]))
 def test_a_decoder_is_the_builders(
     models: dict[tuple[bool, str], Path],
     tmp_path: Path,

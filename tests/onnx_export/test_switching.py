@@ -19,6 +19,7 @@ from lora_export.progress import Silent
 from lora_export.serving import Overridden, Plugged, Swapped
 from lora_export.workflows.pluggable import export_pluggable
 from lora_export.workflows.switching import switch
+from tests.daily import daily
 from tests.onnx_export.conftest import save_llama
 from tests.onnx_export.test_pluggable import save_lora
 
@@ -63,7 +64,7 @@ def choice(given: dict[str, Path], name: str) -> list[AdapterChoice]:
     return [AdapterChoice(given[name])]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", daily(PRECISIONS, ("fp32", "int4")))
 def test_ten_switches_of_an_export(given: Any, exports: Any, tmp_path: Path, precision: str) -> None:
     folder = Path(shutil.copytree(exports("a", precision), tmp_path / "onnx"))
     half = [AdapterChoice(given["b"], 0.5)]

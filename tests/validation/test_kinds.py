@@ -1,5 +1,6 @@
 """Every kind of model through its own inputs: honest merges pass, spoiled ones fail and are named."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, kinds, validate
 from lora_export.validation.seq2seq_story import edit_distance
+from tests.daily import daily
 from tests.validation.conftest import save_tokenizer
 from tests.validation.models import MODELS
 
@@ -51,8 +53,10 @@ def spoil(merged: Path, part: str, factor: float) -> str:
     return name
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    daily(itertools.product(MODELS, TYPES), [(n, "float32") for n in MODELS] + [("gpt2", "bfloat16")]),
+)
 def test_honest_passes_and_spoiled_is_named(
     name: str, dtype: str, made: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
@@ -72,7 +76,7 @@ def test_honest_passes_and_spoiled_is_named(
     assert found.endswith(MODELS[name].loaded or spoiled) or spoiled.endswith(found)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", daily(MODELS, ("gpt2", "bert", "clip", "whisper")))
 def test_without_the_adapter_the_outputs_differ(
     name: str, made: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

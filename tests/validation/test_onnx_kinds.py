@@ -10,6 +10,7 @@ from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
+from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, GENAI, save, save_adapter
 
 KINDS = {
@@ -22,7 +23,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", daily(KINDS, ("MarianMTModel", "BertForQuestionAnswering")))
 def test_a_graph_of_every_kind(name: str, tmp_path: Path) -> None:
     architecture = (DYNAMO | GENAI)[name]
     base = save(architecture, tmp_path / "base")

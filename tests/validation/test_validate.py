@@ -14,6 +14,7 @@ from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
 from lora_export.workflows.validating import validate_folder
 from tests.builders import edit_json, edit_tensors
+from tests.daily import daily
 from tests.quantization.packing import gptq
 from tests.validation.conftest import save_adapter
 
@@ -42,7 +43,7 @@ def test_honest_merge_passes(folders: Folders, merged: Merged, dtype: str) -> No
     assert value(result, "perplexity_unmerged") > 1
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", daily(range(5), (0,)))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_false_alarm(folders: Folders, tmp_path: Path, dtype: str, seed: int) -> None:
     base, _ = folders(dtype)
@@ -87,7 +88,7 @@ def one_element(state: dict[str, torch.Tensor]) -> str:
     return name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", daily(("float32", "bfloat16"), ("bfloat16",)))
 @pytest.mark.parametrize(
     "spoil", [scaled, scaled_untouched, transposed_heads, shifted_embedding, swapped, one_element]
 )

@@ -1,0 +1,133 @@
+"""Repeated options from lora-export.toml or pyproject.toml: flags beat environment variables, which beat the file.
+
+Only the folder in which the command is started is looked at. What names an output, replaces one, or says what
+program is run is asked for each time: a file that came with a model can do neither.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lora_export.errors import InputError
+
+FILE = "lora-export.toml"
+PREFIX = "LORA_EXPORT"
+NOT_HERE = frozenset({"output", "force", "dry_run", "run_it", "runtime", "key", "repository", "private"})
+
+
+def variables(command: str, option: click.Option) -> list[str]:
+    """Environment variables that stand for an option: of one command, then of all."""
+    name = _key(option).upper().replace("-", "_")
+    return [f"{PREFIX}_{command.upper().replace('-', '_')}_{name}", f"{PREFIX}_{name}"]
+
+
+def name_variables(group: click.Group) -> None:
+    """Let each option that may be configured be given by its environment variables."""
+    for name, command in group.commands.items():
+        for option in _options(command).values():
+            option.envvar = variables(name, option)
+
+
+def read(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The configuration in a folder, and its file; lora-export.toml comes first. InputError if damaged."""
+    for path, inner in ((folder / FILE, ()), (folder / "pyproject.toml", ("tool", "lora-export"))):
+        if not path.is_file():
+            continue
+        import tomllib
+
+        try:
+            found: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise InputError(f"this is no TOML: {error}", where=path, expected="key = value") from None
+        for key in inner:
+            found = found.get(key, {}) if isinstance(found, dict) else {}
+        if found or not inner:
+            return path, found
+    return None
+
+
+def defaults(group: click.Group, folder: Path) -> dict[str, dict[str, Any]]:
+    """Command → option → value, as click takes it. InputError for what no command has, or of another type."""
+    found = read(folder)
+    if found is None:
+        return {}
+    path, document = found
+    wanted: dict[str, dict[str, Any]] = {name: {} for name in group.commands}
+    for key, value in document.items():
+        if not isinstance(value, Mapping):
+            holders = [n for n, c in group.commands.items() if key in _options(c)]
+            if not holders:
+                every = {k for c in group.commands.values() for k in _options(c)}
+                raise _unknown(path, key, sorted(every), "an option of a command, by its long name, or a table")
+            for name in holders:
+                _set(wanted[name], group.commands[name], key, value, path)
+    for name, table in document.items():
+        if isinstance(table, Mapping):
+            if name not in group.commands:
+                raise _unknown(path, f"[{name}]", list(group.commands))
+            for key, value in table.items():
+                if key not in _options(group.commands[name]):
+                    raise _unknown(path, f"{key} in [{name}]", sorted(_options(group.commands[name])))
+                _set(wanted[name], group.commands[name], key, value, path)
+    return wanted
+
+
+def used(context: click.Context) -> list[tuple[str, str, str]]:
+    """(option, value, where it was read) of what the command was given by a file or a variable."""
+    from click.core import ParameterSource
+
+    found = []
+    for option in _options(context.command).values():
+        source = context.get_parameter_source(str(option.name))
+        if source not in (ParameterSource.DEFAULT_MAP, ParameterSource.ENVIRONMENT):
+            continue
+        named = [v for v in variables(str(context.info_name), option) if os.environ.get(v)]
+        where = named[0] if source is ParameterSource.ENVIRONMENT else "the configuration file"
+        found.append((_key(option), _words(context.params[str(option.name)]), where))
+    return found
+
+
+def in_environment(group: click.Group) -> dict[str, str]:
+    """Variables that are set and stand for an option of a command."""
+    known = {v for n, c in group.commands.items() for o in _options(c).values() for v in variables(n, o)}
+    return {name: os.environ[name] for name in sorted(known) if os.environ.get(name)}
+
+
+def _options(command: click.Command) -> dict[str, click.Option]:
+    """What may be configured, by its long name without dashes."""
+    found = [p for p in command.params if isinstance(p, click.Option) and p.name not in NOT_HERE]
+    return {_key(option): option for option in found}
+
+
+def _key(option: click.Option) -> str:
+    return next(o for o in option.opts if o.startswith("--")).removeprefix("--")
+
+
+def _set(into: dict[str, Any], command: click.Command, key: str, value: Any, path: Path) -> None:
+    option = _options(command)[key]
+    value = [value] if option.multiple and not isinstance(value, list) else value
+    try:
+        option.type_cast_value(click.Context(command), value)
+    except (click.BadParameter, TypeError, ValueError) as error:
+        told = error.format_message() if isinstance(error, click.BadParameter) else str(error)
+        raise InputError(f"{key} = {value!r}: {told}", where=path, expected=f"a value of --{key}") from None
+    into[str(option.name)] = value
+
+
+def _unknown(path: Path, key: str, known: list[str], expected: str = "") -> InputError:
+    import difflib
+
+    near = difflib.get_close_matches(key.strip("[]").partition(" ")[0], known, n=1)
+    return InputError(
+        f"{key} is no option that can be configured",
+        where=path,
+        expected=expected or f"one of {', '.join(known)}",
+        next_step=f"did you mean {near[0]}?" if near else "lora-export COMMAND --help lists the options",
+    )
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

@@ -1,0 +1,186 @@
+"""`from lora_export import merge, …`: the functions, their defaults, their silence and their words."""
+
+import ast
+import dataclasses
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from peft import LoraConfig
+
+import lora_export
+from lora_export import api
+from lora_export.commands.main import cli
+from lora_export.contracts import (
+    BenchmarkOptions,
+    ExportOptions,
+    MergeOptions,
+    StoryOptions,
+    ValidationOptions,
+)
+from lora_export.errors import InputError, LoraExportError
+from lora_export.progress import Silent
+from tests.builders import save_adapter, save_base
+
+FUNCTIONS = ("merge", "validate", "export", "benchmark", "package", "merge_and_export", "verify")
+
+
+def test_the_names_are_functions_whatever_was_imported_before() -> None:
+    program = (
+        "import lora_export.merging, lora_export.benchmarking, lora_export.packages\n"
+        f"from lora_export import {', '.join(FUNCTIONS)}\n"
+        f"assert all(callable(f) for f in ({', '.join(FUNCTIONS)}))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    program = "import sys, lora_export; from lora_export import merge; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
+
+
+def test_another_name_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'mrege'"):
+        _ = lora_export.mrege
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_parameter_result_and_error_is_described(name: str) -> None:
+    function = getattr(lora_export, name)
+    text = inspect.getdoc(function) or ""
+    arguments, _, rest = text.partition("Args:")[2].partition("Returns:")
+    named = [
+        line.split(":")[0].strip() for line in arguments.splitlines() if line.startswith("    ") and ":" in line
+    ]
+    assert [n for n in named if n in inspect.signature(function).parameters] == [
+        *inspect.signature(function).parameters
+    ]
+    assert "Raises:" in rest and rest.partition("Raises:")[0].strip()
+
+
+def leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every field of nested options, by its own name."""
+    for field in dataclasses.fields(value):
+        inner = getattr(value, field.name)
+        if dataclasses.is_dataclass(inner):
+            yield from leaves(inner)
+        else:
+            yield field.name, inner
+
+
+@pytest.mark.parametrize(
+    ("words", "function", "options"),
+    [
+        (("merge", "-b", "B", "-a", "A", "-o", "O"), "merge", MergeOptions()),
+        (("export", "-m", "M", "-o", "O"), "export", ExportOptions()),
+        (("validate", "-b", "B", "-a", "A", "-m", "M"), "validate", ValidationOptions()),
+        (("benchmark", "-m", "M", "-o", "O"), "benchmark", BenchmarkOptions()),
+        (("merge-and-export", "-b", "B", "-a", "A", "-o", "O"), "merge_and_export", StoryOptions()),
+    ],
+)
+def test_the_command_line_has_the_same_defaults(
+    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], function: str, options: Any
+) -> None:
+    """The command, told nothing, calls the function with what the function takes when it is told nothing."""
+    called: list[Any] = []
+
+    def stop(*arguments: Any, **named: Any) -> Any:
+        called.append(next((a for a in (*arguments, *named.values()) if type(a) is type(options)), None))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, function, stop)
+    assert CliRunner().invoke(cli, list(words)).exit_code == 130
+    assert dict(leaves(called[0])) == dict(leaves(options))
+
+
+def test_only_commands_print_and_end_the_process() -> None:
+    package = Path(lora_export.__file__).parent
+    found = []
+    for file in package.rglob("*.py"):
+        room = file.relative_to(package).parts[0]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            raised = ast.unparse(node.exc) if isinstance(node, ast.Raise) and node.exc else ""
+            if called in ("print", "sys.exit", "exit", "click.echo") or raised.startswith("SystemExit"):
+                found.append((room, called or raised))
+    elsewhere = [f for f in found if f[0] not in ("commands", "__main__.py")]
+    assert found and elsewhere == []
+
+
+class Heard(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.done: list[tuple[int, int]] = []
+
+    def stage(self, title: str) -> None:
+        self.stages.append(title)
+
+    def advance(self, done: int, total: int) -> None:
+        self.done.append((done, total))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    work = tmp_path_factory.mktemp("api")
+    base = save_base(work / "base")
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    return base, save_adapter(work / "adapter", base, config)
+
+
+def test_a_merge_tells_its_progress_and_prints_nothing(
+    pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter = pair
+    heard = Heard()
+    result = lora_export.merge(
+        base, [(adapter, 0.5)], tmp_path / "out", MergeOptions(dtype="float16"), progress=heard
+    )
+    assert result.output == tmp_path / "out" and result.dtype == "float16" and result.tensors["updated"] == 4
+    assert heard.stages and heard.done[-1][0] == heard.done[-1][1] > 0
+    assert lora_export.verify(result.output, base, [(adapter, 0.5)]).verified
+    assert not lora_export.verify(result.output, base, adapter).verified  # another weight
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_is_an_exception_with_its_parts(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    with pytest.raises(InputError, match=r"no adapter_config\.json here") as caught:
+        lora_export.merge(base, base, tmp_path / "out")
+    assert caught.value.where == str(base) and caught.value.expected == "a PEFT adapter folder"
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(LoraExportError, match="no such folder"):
+        lora_export.export(tmp_path / "none", tmp_path / "out")
+    with pytest.raises(LoraExportError, match="--shared-as without --graph-from"):
+        lora_export.export(base, tmp_path / "out", shared_as="a")
+    with pytest.raises(LoraExportError, match="this is no run"):
+        lora_export.package(adapter, "genai", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_whole_story_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from tests.packages.conftest import save_decoder
+    from tests.packages.conftest import save_lora as lora_of
+
+    base = save_decoder(tmp_path / "base")
+    adapter = lora_of(base, tmp_path / "adapter", ["q_proj", "v_proj"])
+    options = StoryOptions(benchmark=BenchmarkOptions(max_seconds=2, shapes=((1, 8),)), provider="cpu")
+    story = lora_export.merge_and_export(base, adapter, tmp_path / "run", options)
+    assert story.validate and story.validate.passed and story.benchmark
+    package = lora_export.package(story.output, "optimum", tmp_path / "package")
+    assert lora_export.verify(package.output).verified
+    again = lora_export.validate(base, adapter, story.output / "merged", options=ValidationOptions(provider="cpu"))
+    assert again.passed
+    measured = lora_export.benchmark(
+        story.output / "onnx", tmp_path / "latency", base=story.output / "onnx",
+        options=BenchmarkOptions(max_seconds=2, shapes=((1, 8),), provider="cpu"),
+    )  # fmt: skip
+    assert measured.graph_identical
+    assert capfd.readouterr().out == ""
