@@ -68,30 +68,58 @@ def plain(text: str) -> str:
 
 
 class InputError(LoraExportError):
-    """A path, option or file that cannot be what was asked for."""
+    """A path, option or file that cannot be what was asked for.
+
+    Cause: a folder that is not there or is of another kind, options that do not go together, a damaged document.
+    Cure: `lora-export inspect PATH` says what a folder is; the error names the options, and which to leave out.
+    """
 
 
 class CheckpointError(LoraExportError):
-    """A safetensors file, index or config that is damaged, unsafe or not understood."""
+    """A safetensors file, index or config that is damaged, unsafe or not understood.
+
+    Cause: a download cut short, a header that does not fit its file, a pickle, keys that would run code, NaN.
+    Cure: fetch the file again; convert pickles to safetensors elsewhere; `--allow-nonfinite` if NaN is meant.
+    """
 
 
 class AdapterError(LoraExportError):
-    """An adapter that cannot be merged, or not into this base."""
+    """An adapter that cannot be merged, or not into this base.
+
+    Cause: it was trained on another base, no merged weight can equal its kind, or its tensors match nothing.
+    Cure: `lora-export inspect -a ADAPTER -b BASE` shows what fits; give the base that adapter_config.json names.
+    """
 
 
 class OutputError(LoraExportError):
-    """The output cannot be written: it exists, is held by another process, or does not fit."""
+    """The output cannot be written: it exists, is held by another process, or does not fit.
+
+    Cause: an output that is there already, a second writer, a full disk, an output inside an input.
+    Cure: `--force` replaces an output as a whole; otherwise another `-o`. What was there before is unchanged.
+    """
 
 
 class ExportError(LoraExportError):
-    """No engine can export this model, or the engine failed."""
+    """No engine can export this model, or the engine failed.
+
+    Cause: an architecture or precision that no engine takes, an earlier export of another base, a faulty graph.
+    Cure: another `--precision` or `--engine`; without `--graph-from` the model gets a graph of its own.
+    """
 
 
 class RuntimeUnavailable(LoraExportError):
-    """An execution provider or library that was asked for does not work here."""
+    """An execution provider or library that was asked for does not work here.
+
+    Cause: CUDA's libraries are missing or of another version, there is no GPU, a runtime is not installed.
+    Cure: `lora-export env` shows what works and which library is missing; `--provider cpu` measures the CPU.
+    """
 
 
 class GateFailed(LoraExportError):
-    """The result was made but did not pass its checks (exit code 3)."""
+    """The result was made but did not pass its checks (exit code 3).
+
+    Cause: the merged model or its graph computes something else than the unmerged one, or is slower than the base.
+    Cure: everything is in `OUT.failed`; its report names the check, and the first module and tensor that go wrong.
+    """
 
     exit_code = EXIT_GATE

@@ -15,6 +15,7 @@ import pytest
 DEAR = ("packages", "end_to_end", "onnx_export", "validation")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `--dist loadgroup`: a file goes to one worker, as it shares what it made; so do all tests of packages,
     which share runs. Folders that take long come first, so that no worker is left with one at the end."""

@@ -1,0 +1,228 @@
+"""The generated pages of docs/reference: commands from click, JSON fields from dataclasses, errors from errors.py.
+
+python tools/reference.py            # write them again
+python tools/reference.py --check    # exit code 1 if one is out of date
+python tools/reference.py --errors   # list every refusal: class, file, words
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+import lora_export
+from lora_export import contracts, errors
+from lora_export.commands.main import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "reference"
+WRITTEN = "<!-- written by tools/reference.py -->\n"
+DOCUMENTS = {
+    "merge": contracts.MergeResult,
+    "validate": contracts.ValidationResult,
+    "export": contracts.ExportResult,
+    "benchmark": contracts.BenchmarkResult,
+    "package": contracts.PackageResult,
+    "verify": contracts.Verification,
+    "merge-and-export": contracts.Story,
+}
+PARTS = (
+    contracts.TensorRecord, contracts.Check, contracts.Perplexity, contracts.Deviation, contracts.AdapterSurvival,
+    contracts.BaseComparison, contracts.GraphComparison, contracts.Cell, contracts.ArmTimes, contracts.Percentile,
+    contracts.Finding, contracts.BaseCheck, contracts.Interference,
+)  # fmt: skip
+
+
+# What `as_json` adds to the fields and properties of a result.
+ADDED = {"report": "str", "bytes": "int", "graph_differences": "list[str]"}
+
+
+# --- commands ------------------------------------------------------------------------------------------------
+
+
+def commands() -> str:
+    parts = [WRITTEN, "# Commands\n", "What `lora-export COMMAND --help` says.\n"]
+    for name, command in cli.commands.items():
+        context = click.Context(command, info_name=f"lora-export {name}", max_content_width=100, terminal_width=100)
+        parts.append(f"## {name}\n\n```text\n{command.get_help(context).rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------
+
+
+def json_fields() -> str:
+    parts = [
+        WRITTEN,
+        "# JSON fields\n",
+        "What `--json` prints on stdout: one document. A name that is here stays; others may be added. A failure "
+        "has `error` (the class), `found`, `where`, `tensor`, `expected`, `next`.\n",
+    ]
+    for name, result in DOCUMENTS.items():
+        parts.append(f"## {name}\n\n{_table(result)}\n")
+    parts.append("## Parts of these\n")
+    parts += [f"### {part.__name__}\n\n{_table(part)}\n" for part in PARTS]
+    return "\n".join(parts)
+
+
+def _table(of: Any) -> str:
+    told = " ".join((inspect.getdoc(of) or "").replace("|", "\\|").split())
+    if told.startswith(f"{of.__name__}("):  # what dataclass writes where there is no docstring
+        told = ""
+    rows = "\n".join(f"| `{name}` | `{kind}` |" for name, kind in fields(of).items())
+    return f"{told}\n\n| field | type |\n|---|---|\n{rows}\n".lstrip()
+
+
+def fields(of: Any) -> dict[str, str]:
+    """Name → type of what `as_json` writes; without one, of all fields."""
+    kinds = {f.name: _kind(f.type) for f in dataclasses.fields(of)}
+    kinds |= {
+        n: _kind(inspect.get_annotations(p.fget).get("return", ""))
+        for n, p in vars(of).items()
+        if isinstance(p, property) and p.fget
+    }
+    if not hasattr(of, "as_json"):
+        return {f.name: kinds[f.name] for f in dataclasses.fields(of)}
+    tree = ast.parse(textwrap.dedent(inspect.getsource(of.as_json)))
+    written: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node) == "asdict(self)":
+            written += [f.name for f in dataclasses.fields(of)]
+        elif isinstance(node, ast.Dict):
+            written += [str(k.value) for k in node.keys if isinstance(k, ast.Constant)]
+    dropped = {
+        str(t.slice.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Delete)
+        for t in node.targets
+        if isinstance(t, ast.Subscript) and isinstance(t.slice, ast.Constant)
+    }
+    return {name: kinds.get(name) or ADDED[name] for name in dict.fromkeys(written) if name not in dropped}
+
+
+def _kind(annotation: Any) -> str:
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    if not isinstance(annotation, str | type):
+        text = str(annotation)
+    for name in ("lora_export.contracts.", "typing.", "collections.abc.", "pathlib."):
+        text = text.replace(name, "")
+    for module in ("adapters", "benchmark", "export", "merging", "packages", "story", "tensors", "validation"):
+        text = text.replace(f"{module}.", "")
+    text = re.sub(
+        r"tuple\[([^\[\]]+|[^\[\]]*\[[^\[\]]*\]), \.\.\.\]", r"list[\1]", text.replace("verification.", "")
+    )
+    return text.replace("Path", "str").replace("Mapping", "dict").replace("|", "\\|")
+
+
+# --- errors --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that raises: the class, the module, and its words, … for what is filled in."""
+
+    error: str
+    module: str
+    words: str
+
+
+def refusals() -> list[Refusal]:
+    """Every place in the package that makes a LoraExportError."""
+    package = Path(lora_export.__file__).parent
+    names = {e.__name__ for e in classes()}
+    found = []
+    for file in sorted(package.rglob("*.py")):
+        module = file.relative_to(package).as_posix()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in names
+                and node.args
+            ):
+                found.append(Refusal(node.func.id, module, _words(node.args[0])))
+    return found
+
+
+def _words(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+    if isinstance(node, ast.BinOp):
+        return _words(node.left) + _words(node.right)
+    return "…"
+
+
+def classes() -> list[type[errors.LoraExportError]]:
+    """The classes that are raised, in the order of errors.py."""
+    return [
+        value
+        for value in vars(errors).values()
+        if isinstance(value, type)
+        and issubclass(value, errors.LoraExportError)
+        and value is not errors.LoraExportError
+    ]
+
+
+def error_page() -> str:
+    parts = [
+        WRITTEN,
+        "# Errors\n",
+        "An error says what was found, in which file and tensor, what was expected, and what to try next. With "
+        "`--json` its class is `error`; in Python it is what you catch, and all are "
+        "`lora_export.errors.LoraExportError`. Exit code 1, but for GateFailed (3).\n",
+    ]
+    listed = refusals()
+    for error in classes():
+        words = sorted({(r.words, r.module) for r in listed if r.error == error.__name__ and r.words.strip("… :")})
+        parts.append(f"## {error.__name__}\n\n{inspect.getdoc(error)}\n")
+        rows = [f"| {_cell(text)} | `{module}` |" for text, module in words]
+        parts.append("\n".join(["| what it says | raised in |", "|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _cell(text: str) -> str:
+    for sign in "\\|<>*_`[]{}":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
+
+
+# --- all -----------------------------------------------------------------------------------------------------
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    yield PAGES / "commands.md", commands()
+    yield PAGES / "json.md", json_fields()
+    yield PAGES / "errors.md", error_page()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--errors", action="store_true")
+    args = parser.parse_args()
+    if args.errors:
+        for refusal in refusals():
+            print(f"{refusal.error:<20} {refusal.module:<40} {refusal.words}")
+        return
+    stale = [path for path, text in pages() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path, text in pages():
+        if path in stale and not args.check:
+            path.write_text(text, encoding="utf-8")
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'is out of date' if args.check else 'written'}")
+    sys.exit(1 if args.check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()
