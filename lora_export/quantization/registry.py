@@ -12,13 +12,6 @@ from lora_export.quantization import awq, bnb4, bnb8, compressed, gptq, scaled
 if TYPE_CHECKING:
     import torch
 
-_EXPECTED = {
-    "bitsandbytes": "weights with a quant_state (4 bits) or SCB (8 bits)",
-    "gptq": "tensors such as …q_proj.qweight",
-    "awq": "tensors such as …q_proj.qweight",
-    "fp8": "tensors such as …q_proj.weight_scale_inv",
-    "compressed-tensors": "tensors such as …q_proj.weight_packed or …q_proj.weight_scale",
-}
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -84,26 +77,20 @@ def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str,
         return {}
     method = method_of(settings)
     dtype = _TYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float16"), "F16")
-    readers: Mapping[str, Callable[[], Sequence[QuantizedWeight]]] = {
-        "bitsandbytes": lambda: _bitsandbytes(source, config, dtype),
-        "gptq": lambda: gptq.find(source, settings, dtype),
-        "awq": lambda: awq.find(source, settings, dtype),
-        "fp8": lambda: scaled.find_fp8(source, settings, dtype),
-        "compressed-tensors": lambda: compressed.find(source, settings, dtype),
-    }
-    if method not in readers:
+    if method not in FORMATS:
         raise CheckpointError(
             f"the base is quantized with {method!r}, which this tool does not read",
             where="config.json",
-            expected=f"an unquantized base, or one of {', '.join(readers)}",
+            expected=f"an unquantized base, or one of {', '.join(FORMATS)}",
             next_step="give the unquantized base model that this one was made from as -b",
         )
-    found = readers[method]()
+    find, expected = FORMATS[method]
+    found = find(source, config, dtype)
     if not found:
         raise CheckpointError(
             f"config.json says that this model was quantized with {method}, but no quantized weight is here",
             where="config.json",
-            expected=_EXPECTED[method],
+            expected=expected,
             next_step="if the weights are not quantized, remove quantization_config from config.json",
         )
     return {w.weight: w for w in found}
@@ -137,3 +124,24 @@ def describe(settings: Mapping[str, Any]) -> str:
     if method == "fp8":
         return f"fp8 in blocks of {settings.get('weight_block_size') or 'whole tensors'}"
     return f"{method} {settings.get('format', '')}".strip()
+
+
+Find = Callable[[TensorSource, Mapping[str, Any], str], Sequence[QuantizedWeight]]
+
+
+def _by_settings(find: Find) -> Find:
+    """Of a format that needs nothing of config.json but its own settings."""
+    return lambda source, config, dtype: find(source, config["quantization_config"], dtype)
+
+
+# The method that config.json names → how its weights are found, and what they look like.
+FORMATS: dict[str, tuple[Find, str]] = {
+    "bitsandbytes": (_bitsandbytes, "weights with a quant_state (4 bits) or SCB (8 bits)"),
+    "gptq": (_by_settings(gptq.find), "tensors such as …q_proj.qweight"),
+    "awq": (_by_settings(awq.find), "tensors such as …q_proj.qweight"),
+    "fp8": (_by_settings(scaled.find_fp8), "tensors such as …q_proj.weight_scale_inv"),
+    "compressed-tensors": (
+        _by_settings(compressed.find),
+        "tensors such as …q_proj.weight_packed or …q_proj.weight_scale",
+    ),
+}
