@@ -27,7 +27,7 @@ demo-qlora: $(BIN)/.ready
 	@$(BIN)/python examples/demo.py --adapter qlora-speeches --out $(OUT)-qlora
 
 test: $(BIN)/.ready
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -q -m "timing and not slow and not gpu"
 
 test-all: $(BIN)/.ready
