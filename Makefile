@@ -6,13 +6,14 @@ OUT    ?= demo-output
 export HF_HUB_OFFLINE := 1
 export LORA_EXPORT_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo demo-qlora test test-all lint format clean
+.PHONY: demo demo-qlora test test-all coverage lint docs format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        merge, prove, export and measure a real adapter on a real model; ends with a report"
 	@echo "make demo-qlora  the same with an adapter that was trained on the 4-bit base"
-	@echo "make test        the quick tests        make test-all  slow ones too        make lint  ruff and mypy"
+	@echo "make test        the quick tests        make test-all  slow ones too        make coverage  of the quick ones"
+	@echo "make lint        style, types, dead code, unused dependencies                make docs  the documentation"
 
 # Everything in one pip call: the pinned torch must be chosen together with what depends on it.
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -37,10 +38,21 @@ lint: $(BIN)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/vulture
+	$(BIN)/deptry .
+
+docs: $(BIN)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+coverage: $(BIN)/.ready
+	$(BIN)/coverage run -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/coverage run -m pytest -q -m "timing and not slow and not gpu"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --sort=cover
 
 format: $(BIN)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache demo-output*
+	rm -rf $(VENV) .cache site demo-output*

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import prepare_smollm2
 
@@ -35,12 +36,13 @@ def run_story(base: Path, adapter: str, out: Path, extra: list[str]) -> int:
 def show(out: Path) -> None:
     """A text before and after, and the verdicts, from the run's own report."""
     report = json.loads((out / "report" / "report.json").read_text(encoding="utf-8"))
+    print("\n" + ending(report, out))
+
+
+def ending(report: dict[str, Any], out: Path) -> str:
     sample = report["validate"]["samples"][0]
     checks = {c["name"]: c for c in report["validate"]["checks"]}
     cell = report["benchmark"]["cells"][-1]
-    print(f"\nprompt    {sample['prompt'].strip()}")
-    print(f"base      {' '.join(sample['base'].split())}")
-    print(f"merged    {' '.join(sample['merged'].split())}\n")
     rows = [
         ("gates", report["status"]),
         ("logits, merged against unmerged", f"{checks['logits_max_abs']['value']:.2g} at most"),
@@ -54,7 +56,8 @@ def show(out: Path) -> None:
         ("report", str(out / "report" / "report.html")),
     ]
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    texts = [f"{name:<10}{' '.join(sample[name].split())}" for name in ("prompt", "base", "merged")]
+    return "\n".join([*texts, "", *(f"{name:<{width}}  {value}" for name, value in rows)])
 
 
 def main() -> None:

@@ -253,11 +253,22 @@ def bases() -> str:
     return table(["", "perplexity", "KL from trained"], rows)
 
 
+def demo() -> str:
+    sys.path.insert(0, str(ROOT / "examples"))
+    from demo import ending
+
+    return f"\n```text\n{ending(read('demo-*.json'), Path('demo-output'))}\n```\n\n"
+
+
+def inspected() -> str:
+    return f"\n```text\n{(RESULTS / 'inspect-lora-speeches.txt').read_text(encoding='utf-8').strip()}\n```\n\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        combining, switching, serving, continued, precisions, bases,
+        combining, switching, serving, continued, precisions, bases, demo, inspected,
     )
 }  # fmt: skip
 

@@ -49,13 +49,17 @@ def read(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def defaults(group: click.Group, folder: Path) -> dict[str, dict[str, Any]]:
-    """Command → option → value, as click takes it. InputError for what no command has, or of another type."""
+def defaults(group: click.Group, folder: Path, invoked: str | None = None) -> dict[str, dict[str, Any]]:
+    """Command → option → value, as click takes it. InputError for what no command has.
+
+    invoked: the command whose values are looked at, too; None: those of all.
+    """
     found = read(folder)
     if found is None:
         return {}
     path, document = found
     wanted: dict[str, dict[str, Any]] = {name: {} for name in group.commands}
+    looked_at = group.commands if invoked is None else (invoked,)
     for key, value in document.items():
         if not isinstance(value, Mapping):
             holders = [n for n, c in group.commands.items() if key in _options(c)]
@@ -63,7 +67,7 @@ def defaults(group: click.Group, folder: Path) -> dict[str, dict[str, Any]]:
                 every = {k for c in group.commands.values() for k in _options(c)}
                 raise _unknown(path, key, sorted(every), "an option of a command, by its long name, or a table")
             for name in holders:
-                _set(wanted[name], group.commands[name], key, value, path)
+                _set(wanted[name], group.commands[name], key, value, path if name in looked_at else None)
     for name, table in document.items():
         if isinstance(table, Mapping):
             if name not in group.commands:
@@ -71,7 +75,7 @@ def defaults(group: click.Group, folder: Path) -> dict[str, dict[str, Any]]:
             for key, value in table.items():
                 if key not in _options(group.commands[name]):
                     raise _unknown(path, f"{key} in [{name}]", sorted(_options(group.commands[name])))
-                _set(wanted[name], group.commands[name], key, value, path)
+                _set(wanted[name], group.commands[name], key, value, path if name in looked_at else None)
     return wanted
 
 
@@ -106,14 +110,16 @@ def _key(option: click.Option) -> str:
     return next(o for o in option.opts if o.startswith("--")).removeprefix("--")
 
 
-def _set(into: dict[str, Any], command: click.Command, key: str, value: Any, path: Path) -> None:
+def _set(into: dict[str, Any], command: click.Command, key: str, value: Any, told: Path | None) -> None:
+    """told: the file that is named if the value is none of the option; None: nobody asks."""
     option = _options(command)[key]
     value = [value] if option.multiple and not isinstance(value, list) else value
-    try:
-        option.type_cast_value(click.Context(command), value)
-    except (click.BadParameter, TypeError, ValueError) as error:
-        told = error.format_message() if isinstance(error, click.BadParameter) else str(error)
-        raise InputError(f"{key} = {value!r}: {told}", where=path, expected=f"a value of --{key}") from None
+    if told is not None:
+        try:
+            option.type_cast_value(click.Context(command), value)
+        except (click.BadParameter, TypeError, ValueError) as error:
+            why = error.format_message() if isinstance(error, click.BadParameter) else str(error)
+            raise InputError(f"{key} = {value!r}: {why}", where=told, expected=f"a value of --{key}") from None
     into[str(option.name)] = value
 
 

@@ -45,7 +45,7 @@ class InOrder(click.Group):
         name, command, rest = super().resolve_command(ctx, args)
         if not {"-h", "--help"} & set(rest):
             try:
-                ctx.default_map = configuration.defaults(self, Path.cwd())
+                ctx.default_map = configuration.defaults(self, Path.cwd(), name)
             except LoraExportError as error:
                 ctx.obj = error  # told by the command, in its way
         return name, command, rest

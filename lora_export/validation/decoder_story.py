@@ -1,7 +1,7 @@
 """How a decoder is compared: floors first, then the merged model in fp32, as it is loaded, and as an ONNX graph."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -110,12 +110,6 @@ class DecoderStory:
         found = self._from_unmerged([runner.logits(ids) for ids in self.tokens])
         chosen = [runner.greedy(ids, len(c)) for ids, c in zip(self._prompts, self._continued, strict=True)]
         return decoder_checks(floor, found, self._parted(chosen), self.factor, prefix="onnx_")
-
-    def for_types(self, unmerged: Any, dtypes: Mapping[str, torch.dtype]) -> "DecoderStory":
-        """The same story for a merge into other types: only the rounding is measured anew."""
-        other = replace(self, dtypes=dtypes)
-        other._rounding = other._measure_rounding(unmerged)
-        return other
 
     def _measure_rounding(self, unmerged: Any) -> tuple[Difference, ...]:
         return tuple(draws(unmerged, self.dtypes, lambda: self._from_base(logits(unmerged, self.tokens))))

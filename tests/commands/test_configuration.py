@@ -144,6 +144,14 @@ def test_env_shows_all_of_it(here: Path) -> None:
     assert result.exit_code == 0 and "nonsense is no option" in result.stdout
 
 
+def test_values_of_other_commands_are_not_looked_at(here: Path, seen: dict[str, Any]) -> None:
+    (here / "lora-export.toml").write_text('[validate]\nprompts = "not-there.txt"\n')
+    run(*MERGE)
+    assert seen["options"].dtype == "keep"
+    result = run("validate", "-b", "B", "-a", "A", "-m", "M")
+    assert result.exit_code == 1 and "does not exist" in result.stderr
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_shells_are_given_their_completion(shell: str) -> None:
     environment = {"_LORA_EXPORT_COMPLETE": f"{shell}_source"}

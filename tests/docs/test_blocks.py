@@ -1,0 +1,122 @@
+"""Code blocks of README.md and docs/: read by their own parsers every day, and run by `make test-all`."""
+
+import ast
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from lora_export.commands.main import cli
+from tests.docs.pages import ROOT, RUN, Block, blocks, name, pages, scenery
+from tests.docs.scenery import SCENERIES
+
+ALL = [b for page in pages() for b in blocks(page)]
+LANGUAGES = {"text", "bash", "python", "toml", "yaml", "json"}
+
+
+def of(language: str) -> list[object]:
+    found = [b for b in ALL if b.language == language]
+    assert found
+    return [pytest.param(b, id=f"{name(b.page)}-{i}") for i, b in enumerate(found)]
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The words of each call of lora-export in a piece of bash."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if line.endswith("|| test $? -eq 2"):
+            continue  # shown because it is wrong
+        for i, word in enumerate(words):
+            if word == "lora-export" and all("=" in w for w in words[:i]):
+                stop = next((j for j, w in enumerate(words) if w in ("||", "&&", ">", "|", ";")), len(words))
+                yield words[i + 1 : stop]
+
+
+def test_every_block_says_its_language() -> None:
+    assert {b.language for b in ALL} <= LANGUAGES, [name(b.page) for b in ALL if b.language not in LANGUAGES]
+    assert len(ALL) > 40
+
+
+@pytest.mark.parametrize("block", of("bash"))
+def test_every_command_has_these_options(block: Block) -> None:
+    for words in commands(block.code):
+        if not words:
+            continue
+        context = cli.make_context("lora-export", list(words[:1]))
+        _, command, _ = cli.resolve_command(context, words)
+        assert command is not None
+        try:
+            command.make_context(words[0], words[1:], parent=context)
+        except click.BadParameter as error:
+            assert "does not exist" in str(error), (words, error)  # a file of the reader
+
+
+@pytest.mark.parametrize("block", of("python"))
+def test_python_imports_what_is_there(block: Block) -> None:
+    for node in ast.walk(ast.parse(block.code)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, a.name) for a in node.names), ast.unparse(node)
+
+
+@pytest.mark.parametrize("block", of("toml") + of("yaml"))
+def test_files_are_what_they_say(block: Block, tmp_path: Path) -> None:
+    if block.language == "yaml":
+        assert yaml.safe_load(block.code)
+        return
+    assert tomllib.loads(block.code)
+    if "lora-export" not in block.code:
+        from lora_export.commands import configuration
+
+        (tmp_path / configuration.FILE).write_text(block.code)
+        assert configuration.defaults(cli, tmp_path, "merge")["merge"]["dtype"] == "bfloat16"
+
+
+def runnable() -> list[object]:
+    found = [p for p in pages() if any(b.language in RUN and not b.not_run for b in blocks(p))]
+    return [pytest.param(p, id=name(p)) for p in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", runnable())
+def test_the_blocks_of_a_page_run_in_their_order(page: Path, tmp_path: Path) -> None:
+    SCENERIES[scenery(page) or "checkout"](tmp_path)
+    script = ["set -euo pipefail", "export LC_ALL=C.UTF-8"]
+    for block in blocks(page):
+        if block.not_run or block.language not in RUN:
+            continue
+        code = block.code if block.language == "bash" else f"python -c {shlex.quote(block.code)}\n"
+        script.append(code + 'if [ -n "${BASE:-}" ]; then export BASE; fi')
+    file = tmp_path / "page.sh"
+    file.write_text("\n".join(script))
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "LORA_EXPORT_CACHE": os.environ.get("LORA_EXPORT_CACHE", str(ROOT / ".cache")),
+    }
+    done = subprocess.run(
+        ["bash", str(file)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=3000,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+def test_json_blocks_are_json() -> None:
+    for block in ALL:
+        if block.language == "json":
+            json.loads(block.code)
