@@ -106,7 +106,7 @@ def test_sizes_of_the_file_give_way_to_a_grid(here: Path, monkeypatch: pytest.Mo
         ('[merge]\nprecision = "int4"', "precision in [merge]"),
         ('dtype = "float8"', "'float8' is not one of"),
         ('max-memory = "much"', "no size"),
-        ("margin = [1, 2]", "margin = [1, 2]"),
+        ("density = [1, 2]", "density = [1, 2]"),
         ("force = true", "force is no option"),
         ('[verify]\nruntime = "./python"', "runtime in [verify]"),
         ('[package]\npush = "me/model"', "push in [package]"),

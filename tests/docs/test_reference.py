@@ -1,0 +1,39 @@
+"""The JSON page names what the results really write."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora_export.contracts import (
+    BenchmarkResult,
+    ExportResult,
+    MergeResult,
+    PackageResult,
+    Story,
+    ValidationResult,
+    Verification,
+)
+from tests.docs.pages import ROOT
+
+MERGED = MergeResult(Path("o"), {}, {}, 0.0, 0, None, Path("c"), "dequantized", "float32")
+RESULTS = [
+    MERGED,
+    ValidationResult(()),
+    ExportResult(Path("o"), "genai", "fp32", 0, 0.0, {}),
+    BenchmarkResult("cpu", True, (), None, None, "inconclusive", 0.0),
+    PackageResult(Path("o"), "hf", "name", {}, (), {}, None, False, 0.0),
+    Verification(()),
+    Story(Path("o"), MERGED),
+]
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
+def test_the_page_has_every_field_and_no_other(result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import reference
+
+    assert set(reference.fields(type(result))) == set(result.as_json())
+    assert type(result) in reference.DOCUMENTS.values()
+    sys.modules.pop("reference")
