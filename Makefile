@@ -6,7 +6,7 @@ OUT    ?= demo-output
 export HF_HUB_OFFLINE := 1
 export LORA_EXPORT_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo demo-qlora test test-all coverage lint docs format clean
+.PHONY: demo demo-qlora test test-all coverage lint docs smoke format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make demo-qlora  the same with an adapter that was trained on the 4-bit base"
 	@echo "make test        the quick tests        make test-all  slow ones too        make coverage  of the quick ones"
 	@echo "make lint        style, types, dead code, unused dependencies                make docs  the documentation"
+	@echo "make smoke       wheel and sdist; the wheel tried in a clean environment"
 
 # Everything in one pip call: the pinned torch must be chosen together with what depends on it.
 $(BIN)/.ready: pyproject.toml constraints.txt
@@ -43,6 +44,14 @@ lint: $(BIN)/.ready
 
 docs: $(BIN)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# Wheel and sdist, and the wheel in an environment of its own.
+smoke: $(BIN)/.ready
+	rm -rf dist build/smoke
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 dist/*.whl
+	build/smoke/bin/python tools/smoke.py
 
 coverage: $(BIN)/.ready
 	$(BIN)/coverage run -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadfile --no-loadscope-reorder

@@ -28,7 +28,7 @@ from lora_export.contracts import (
 )
 from lora_export.progress import Silent
 
-Model = str | Path
+Model = str | Path  # a folder, or a hub id
 Adapters = Model | Sequence[Model | tuple[Model, float]]
 SILENT = Silent()
 
@@ -59,9 +59,8 @@ def merge_and_export(
     """
     from lora_export import pipeline
 
-    return pipeline.merge_and_export(
-        _source(base), _sources(adapters), Path(output), options or StoryOptions(), progress
-    )
+    options = options or StoryOptions()
+    return pipeline.merge_and_export(_source(base), _sources(adapters), Path(output), options, progress)
 
 
 def merge(

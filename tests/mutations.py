@@ -634,4 +634,40 @@ MUTATIONS = (
         '"licence", "license",',
         'tests/packages/test_packages.py::test_licences_and_the_chat_template_are_carried',
     ),
+    Mutation(
+        'a file gives way to no variable', 'commands/configuration.py',
+        '    return [f"{PREFIX}_{command.upper().replace(\'-\', \'_\')}_{name}", f"{PREFIX}_{name}"]',
+        '    return [f"{PREFIX}_{name}", f"{PREFIX}_{command.upper().replace(\'-\', \'_\')}_{name}"]',
+        'tests/commands/test_configuration.py::test_a_flag_beats_a_variable_which_beats_the_file',
+    ),
+    Mutation(
+        'a configuration file replaces an output', 'commands/configuration.py',
+        '"output", "force", "dry_run"',
+        '"output", "dry_run"',
+        'tests/commands/test_configuration.py::test_a_bad_file_is_refused[force = true-force is no option]',
+    ),
+    Mutation(
+        "a default of one's own is a wish beside --graph-from", 'commands/gather.py',
+        '    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)',
+        '    return source is not ParameterSource.DEFAULT',
+        'tests/commands/test_configuration.py::test_an_earlier_export_keeps_its_own_options',
+    ),
+    Mutation(
+        'a damaged configuration goes unseen', 'commands/talk.py',
+        '    if isinstance(context.obj, LoraExportError):\n        raise context.obj\n',
+        '',
+        'tests/commands/test_configuration.py::test_a_bad_file_is_refused[dtype = -no TOML]',
+    ),
+    Mutation(
+        'the API takes another default', 'contracts/story.py',
+        '    tolerance: float = 4.0',
+        '    tolerance: float = 5.0',
+        'tests/test_api.py::test_the_command_line_has_the_same_defaults[words4-merge_and_export-options4]',
+    ),
+    Mutation(
+        'the API forgets the weights', 'api.py',
+        '    return [AdapterChoice(source.folder, weight) for source, weight in _sources(adapters)]',
+        '    return [AdapterChoice(source.folder) for source, weight in _sources(adapters)]',
+        'tests/test_api.py::test_a_merge_tells_its_progress_and_prints_nothing',
+    ),
 )  # fmt: skip

@@ -113,7 +113,7 @@ def test_sizes_of_the_file_give_way_to_a_grid(here: Path, monkeypatch: pytest.Mo
         ("dtype = ", "no TOML"),
     ],
 )
-def test_a_file_that_cannot_be_meant_is_refused(here: Path, seen: dict[str, Any], text: str, told: str) -> None:
+def test_a_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told: str) -> None:
     (here / "lora-export.toml").write_text(text)
     result = run(*MERGE, "--json")
     assert result.exit_code == 1 and not seen
