@@ -46,14 +46,10 @@ def band(cell: dict[str, Any]) -> str:
 
 def merging() -> str:
     def row(what: str, result: str, arm: str) -> list[str]:
-        found = read(result)["summary"][arm]
-        peak = found.get("peak_rss_bytes", {}).get("median")
-        return [
-            what,
-            f"{found['seconds']['median']:.2f} s",
-            f"{found['to_cp']['median']:.2f}",
-            mb(peak) if peak else "",
-        ]
+        summary = read(result)["summary"]
+        found, process = summary[arm], summary["ours" if arm.startswith("ours") else arm]
+        peak = mb(process["peak_rss_bytes"]["median"])
+        return [what, f"{found['seconds']['median']:.2f} s", f"{found['to_cp']['median']:.2f}", peak]
 
     plain, stage = "merge-1.1B-lora-2026-11-24-201727.json", "ours: merge stage"
     rows = [
