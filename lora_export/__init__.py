@@ -2,10 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lora_export.version import __version__
+
 if TYPE_CHECKING:
     from lora_export.api import benchmark, export, merge, merge_and_export, package, validate, verify
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "benchmark", "export", "merge", "merge_and_export", "package", "validate", "verify"]
 
 

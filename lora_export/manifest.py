@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export import __version__
 from lora_export.contracts import AdapterChoice, Finding, Source
 from lora_export.documents import Kind, check
 from lora_export.errors import InputError
 from lora_export.sealed import hash_folder, hashed, read_json, read_sealed, write_sealed
+from lora_export.version import __version__
 
 NAME = "manifest.json"
 _HASHES: Kind = {str: {"sha256": str, "size": int}}

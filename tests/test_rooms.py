@@ -10,7 +10,6 @@ import lora_export
 
 PACKAGE = Path(lora_export.__file__).parent
 TOP = {
-    "__version__",
     "choices",
     "contracts",
     "documents",
@@ -27,6 +26,7 @@ TOP = {
     "skeleton",
     "spare",
     "tokenizer_names",
+    "version",
     "workers",
 }
 ROOMS = {

@@ -28,9 +28,9 @@ def env(as_json: bool, quiet: bool, verbose: bool) -> None:
 
         import psutil
 
-        from lora_export import __version__
         from lora_export.manifest import versions
         from lora_export.runtime import providers_report
+        from lora_export.version import __version__
 
         providers = providers_report()
         configured = configuration_of()

@@ -5,7 +5,6 @@ from typing import Any
 
 import click
 
-from lora_export import __version__
 from lora_export.commands import (
     benchmark,
     combine,
@@ -24,6 +23,7 @@ from lora_export.commands import (
     verify,
 )
 from lora_export.errors import EXIT_INTERRUPTED, LoraExportError
+from lora_export.version import __version__
 
 
 def _version(ctx: click.Context, param: click.Parameter, value: Any) -> None:

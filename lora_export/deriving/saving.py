@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_export import __version__
 from lora_export.checkpoint.adapter_files import CONFIG, WEIGHTS
 from lora_export.deltas.spectrum import Spectrum
 from lora_export.errors import AdapterError, InputError
 from lora_export.files import output_folder
 from lora_export.sealed import write_json
+from lora_export.version import __version__
 
 if TYPE_CHECKING:
     import torch

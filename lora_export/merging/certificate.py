@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lora_export import __version__
 from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
 from lora_export.documents import finite
 from lora_export.merging.plan import MergePlan
 from lora_export.merging.recipe import ELECTING, RANDOM
 from lora_export.sealed import sha256
+from lora_export.version import __version__
 
 NAME = "lora_export_certificate.json"
 SCHEMA_VERSION = 2

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import __version__, sealed
+from lora_export import sealed
 from lora_export.contracts import Finding
 from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import InputError
@@ -15,6 +15,7 @@ from lora_export.packages.genai import SUFFIX
 from lora_export.packages.job import Facts, Run, Sample
 from lora_export.packages.targets import TARGETS
 from lora_export.packages.tasks import task_of
+from lora_export.version import __version__
 
 NAME, SIGNATURE = "manifest.json", "model.sig"
 KIND = "lora-export package"

@@ -6,13 +6,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora_export import __version__, manifest
+from lora_export import manifest
 from lora_export.contracts import (
     BenchmarkResult,
     Source,
     Story,
     StoryOptions,
 )
+from lora_export.version import __version__
 
 
 def write_report(
