@@ -33,3 +33,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "packages" if "/packages/" in file else file
 
     return Together(config, log)
+
+
+def pytest_configure() -> None:
+    """While coverage is measured, engines' processes are measured, too: they get a clean environment otherwise."""
+    if any(name.startswith("COVERAGE_PROCESS") for name in os.environ):
+        from lora_export.onnx_export import isolated
+
+        isolated._KEPT_PREFIXES = (*isolated._KEPT_PREFIXES, "COVERAGE_PROCESS")

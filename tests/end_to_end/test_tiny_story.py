@@ -85,6 +85,7 @@ def test_an_existing_run_is_kept(story: tuple[Path, Any], inputs: tuple[Path, Pa
     assert (out / "manifest.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_stages_alone_work_on_what_the_run_left(
     story: tuple[Path, Any], inputs: tuple[Path, Path], run: Run, tmp_path: Path
 ) -> None:

@@ -98,7 +98,7 @@ def test_a_kill_at_every_write(
     with monkeypatch.context() as patch:
         points = counted(Faults.of_writing_and_removing(patch, work), words)
     reached = set()
-    for i in range(first, points + 1, 4):
+    for i in sorted({*range(first, points + 1, 4), *range(points - 3, points + 1)}):  # the last leave the new one
         before = old()
         child = Forked.start(work.parent / "log", *words, before=partial(kill_at, i, work))
         where = f"killed at call {i} of {points}"

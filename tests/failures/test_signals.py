@@ -19,6 +19,7 @@ from lora_export import disk, files, interrupts, merging
 from lora_export.checkpoint import companions
 from lora_export.files import output_folder
 from lora_export.interrupts import Interrupts
+from tests.daily import later
 from tests.failures.commands import Forked, everything, invoke, merge_words, slow_down, until
 
 PHASES = {
@@ -112,7 +113,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("exists", [later(False), True])
 def test_an_interrupt_at_every_line(work: Path, monkeypatch: pytest.MonkeyPatch, step: int, exists: bool) -> None:
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     words = merge_words(work, "--force")

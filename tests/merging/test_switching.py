@@ -25,6 +25,7 @@ from lora_export.workers import OpenFile
 from lora_export.workflows import switching
 from lora_export.workflows.switching import Switched, switch
 from tests.builders import edit_tensors, llama_config, lora, save_adapter, save_base
+from tests.daily import later
 
 CHANGED = {"q_proj", "v_proj", "o_proj", "down_proj"}
 TARGETS = (["q_proj", "down_proj"], ["q_proj", "v_proj"], ["o_proj"])
@@ -196,7 +197,7 @@ def killed_at(count: int, work: Callable[[], Any]) -> bool:
     return os.waitstatus_to_exitcode(status) == 9
 
 
-@pytest.mark.parametrize("with_spare", [False, True])
+@pytest.mark.parametrize("with_spare", [later(False), True])
 def test_killed_anywhere_it_is_the_old_state_or_the_new_one(
     base: Path, adapters: list[Path], fresh: Any, tmp_path: Path, with_spare: bool
 ) -> None:

@@ -92,6 +92,7 @@ def test_the_damage_is_what_a_quantized_graph_does(exported: Callable[..., Expor
     assert better < worse / 2
 
 
+@pytest.mark.slow
 def test_a_head_that_is_the_embedding_is_measured_as_head(
     exported: Callable[..., ExportResult], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from lora_export.errors import ExportError
 from lora_export.onnx_export import check_model, export
 from lora_export.packages import graphs, hub_graphs
 from lora_export.progress import Silent
+from tests.daily import later
 from tests.onnx_export.architectures import DYNAMO, GENAI, Architecture, save
 from tests.packages.conftest import save_decoder
 
@@ -94,7 +95,7 @@ TOKENS = (17, 33, 8, 41, 60)  # what the decoder is made to say, whatever it wou
 
 
 @pytest.mark.parametrize("placeholder", [0, 1], ids=["transformers.js", "optimum"])
-@pytest.mark.parametrize("name", ["bart", "whisper"])
+@pytest.mark.parametrize("name", [later("bart"), "whisper"])
 def test_a_joined_decoder(name: str, placeholder: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Logits of the two graphs, token by token with a cache, against those of the whole model.
 

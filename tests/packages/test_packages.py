@@ -30,6 +30,7 @@ from lora_export.sealed import hash_folder
 from lora_export.workflows import delivered
 from lora_export.workflows.packaging import package
 from lora_export.workflows.pluggable import export_pluggable
+from tests.daily import daily, later
 from tests.packages.conftest import Packed, save_decoder, save_lora
 
 DECODER_TARGETS = ["genai", "optimum", "triton", "transformers-js", "hf"]
@@ -160,7 +161,7 @@ def unmerged_text(base: Path, adapter: Path, count: int = 32) -> str:
     return text
 
 
-@pytest.mark.parametrize("target", ["genai", "triton", "hf"])
+@pytest.mark.parametrize("target", daily(["genai", "triton", "hf"], ["genai"]))
 def test_the_readmes_program_says_what_the_unmerged_model_says(
     target: str, decoder: tuple[Path, Path, Path], packed: Packed
 ) -> None:
@@ -224,7 +225,7 @@ real.InferenceServerClient = Client
 """
 
 
-@pytest.mark.parametrize("target", ["triton", "hf"])
+@pytest.mark.parametrize("target", ["triton", later("hf")])
 def test_an_encoder_computes_what_the_unmerged_one_does(
     target: str, encoder: tuple[Path, Path, Path], packed: Packed
 ) -> None:
@@ -324,6 +325,7 @@ def test_genai_has_a_configuration_for_each_provider(packed: Packed, decoder_run
     assert first == cuda
 
 
+@pytest.mark.slow
 def test_genai_with_adapters_beside_the_graph(decoder: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """The run's own is plugged in by the README's program, and says what the unmerged model says; another base does
     not, and is refused."""

@@ -12,6 +12,7 @@ import pytest
 from lora_export.escaping import markdown as escaped
 from lora_export.report import render, story, write
 from lora_export.report.text import number, size
+from tests.daily import daily
 
 HOSTILE = '<script>alert("1")</script>\'"\n\n# <img src=x onerror=alert(1)> $x$ | `a` {{ 7*7 }} \x00\x1b[31m\u202e'
 Samples = dict[str, dict[str, tuple[float, ...]]]
@@ -160,7 +161,7 @@ def test_where_it_goes_wrong_is_said_on_top(full: dict[str, Any], tmp_path: Path
         assert "look at model.layers.3.mlp.up" in words.replace("\\", "")
 
 
-@pytest.mark.parametrize("size", [5e305, 1e307, 1.7e308, -1e300, 1e30])
+@pytest.mark.parametrize("size", daily([5e305, 1e307, 1.7e308, -1e300, 1e30], [1.7e308, 1e30]))
 def test_numbers_beyond_all_axes_are_left_out_of_the_plots(
     full: dict[str, Any], timings: Samples, tmp_path: Path, size: float
 ) -> None:
