@@ -11,7 +11,6 @@ from click.testing import CliRunner, Result
 
 from lora_export.commands.main import cli
 from lora_export.contracts import ExportResult
-from tests.daily import later
 from tests.onnx_export.architectures import DYNAMO, save
 from tests.onnx_export.runs import session
 
