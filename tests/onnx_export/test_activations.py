@@ -29,9 +29,8 @@ def hidden(folder: Path) -> np.ndarray:
     return np.asarray(session(folder / "model.onnx").run(None, given)[0])
 
 
-@pytest.mark.parametrize(
-    ("kind", "operator"), [later(("dynamic", "MatMulInteger")), later(("static", "QuantizeLinear"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "operator"), [("dynamic", "MatMulInteger"), ("static", "QuantizeLinear")])
 def test_an_encoder_with_int8_activations(
     kind: str, operator: str, bert: Path, exported: Callable[..., ExportResult], tmp_path: Path
 ) -> None:
