@@ -7,9 +7,9 @@ line tells in words. Talk goes to `progress`.
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_export.checkpoint.sources import choices_of, resolve
 from lora_export.choices import Certify
 from lora_export.contracts import (
-    AdapterChoice,
     BenchmarkOptions,
     BenchmarkResult,
     ExportOptions,
@@ -90,7 +90,8 @@ def merge(
     """
     from lora_export.merging import merge as merge_folder
 
-    return merge_folder(_source(base).folder, _choices(adapters), Path(output), options or MergeOptions(), progress)
+    choices = choices_of(_sources(adapters))
+    return merge_folder(_source(base).folder, choices, Path(output), options or MergeOptions(), progress)
 
 
 def validate(
@@ -285,8 +286,6 @@ def _path(model: Model | None) -> Path | None:
 
 
 def _source(model: Model) -> Source:
-    from lora_export.checkpoint.sources import resolve
-
     return resolve(str(model))
 
 
@@ -294,7 +293,3 @@ def _sources(adapters: Adapters) -> list[tuple[Source, float]]:
     several = [adapters] if isinstance(adapters, str | Path) else adapters
     pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in several]
     return [(_source(model), float(weight)) for model, weight in pairs]
-
-
-def _choices(adapters: Adapters) -> list[AdapterChoice]:
-    return [AdapterChoice(source.folder, weight) for source, weight in _sources(adapters)]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export import manifest
+from lora_export.checkpoint.sources import choices_of
 from lora_export.contracts import (
     AdapterChoice,
     BenchmarkArm,
@@ -36,7 +37,7 @@ def merge_and_export(
     from lora_export.runtime import resolve_provider
 
     options = like_earlier(replace(options, provider=resolve_provider(options.provider)))
-    choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
+    choices = choices_of(adapters)
     inputs = [base.folder, *(c.folder for c in choices), *([options.graph_from] if options.graph_from else [])]
     _preflight(base, choices, output, options)
     with output_folder(output, options.force, inputs=inputs) as stage:

@@ -666,8 +666,8 @@ MUTATIONS = (
     ),
     Mutation(
         'the API forgets the weights', 'api.py',
-        '    return [AdapterChoice(source.folder, weight) for source, weight in _sources(adapters)]',
-        '    return [AdapterChoice(source.folder) for source, weight in _sources(adapters)]',
+        'choices = choices_of(_sources(adapters))',
+        'choices = choices_of([(source, 1.0) for source, _ in _sources(adapters)])',
         'tests/test_api.py::test_a_merge_tells_its_progress_and_prints_nothing',
     ),
 )  # fmt: skip

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from generated import ROOT, settle
+
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
@@ -282,16 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = []
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        if (new := renewed(text)) != text:
-            stale.append(str(page.relative_to(ROOT)))
-            if not check:
-                page.write_text(new, encoding="utf-8")
-    for page_name in stale:
-        print(f"{page_name} {'is not what the results say' if check else 'written'}")
-    sys.exit(1 if check and stale else 0)
+    settle(((page, renewed(page.read_text(encoding="utf-8"))) for page in pages()), check)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from generated import ROOT, settle
 
 import lora_export
 from lora_export import contracts, errors
 from lora_export.commands.main import cli
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "reference"
 WRITTEN = "<!-- written by tools/reference.py -->\n"
 DOCUMENTS = {
@@ -215,13 +214,7 @@ def main() -> None:
         for refusal in refusals():
             print(f"{refusal.error:<20} {refusal.module:<40} {refusal.words}")
         return
-    stale = [path for path, text in pages() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    for path, text in pages():
-        if path in stale and not args.check:
-            path.write_text(text, encoding="utf-8")
-    for path in stale:
-        print(f"{path.relative_to(ROOT)} {'is out of date' if args.check else 'written'}")
-    sys.exit(1 if args.check and stale else 0)
+    settle(pages(), args.check)
 
 
 if __name__ == "__main__":

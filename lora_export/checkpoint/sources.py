@@ -1,9 +1,10 @@
 """A base or adapter as a person names it: a folder, or a hub id with an optional revision."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from lora_export.contracts import Source
+from lora_export.contracts import AdapterChoice, Source
 from lora_export.errors import InputError
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -44,3 +45,8 @@ def resolve(name: str) -> Source:
         ) from None
     # The cache keeps a snapshot in a folder that is named after its commit.
     return Source(name, found, found.name if _COMMIT.fullmatch(found.name) else None)
+
+
+def choices_of(adapters: Sequence[tuple[Source, float]]) -> list[AdapterChoice]:
+    """The adapters that were found, each with its weight, as the rooms take them."""
+    return [AdapterChoice(source.folder, weight) for source, weight in adapters]

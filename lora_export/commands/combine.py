@@ -36,6 +36,6 @@ def combine(
         from lora_export.deriving import combine as combine_adapters
         from lora_export.deriving.saving import Rank
 
-        choices = gather.choices_of(gather.adapters_of(adapters))
+        choices = gather.chosen(adapters)
         made = combine_adapters(choices, output, MergeOptions(**words), Rank(rank, energy), dtype, force)
         talk.result(made.as_json(), derived_words(made))

@@ -49,34 +49,30 @@ def read(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def defaults(group: click.Group, folder: Path, invoked: str | None = None) -> dict[str, dict[str, Any]]:
-    """Command → option → value, as click takes it. InputError for what no command has.
-
-    invoked: the command whose values are looked at, too; None: those of all.
-    """
-    found = read(folder)
-    if found is None:
-        return {}
-    path, document = found
-    wanted: dict[str, dict[str, Any]] = {name: {} for name in group.commands}
-    looked_at = group.commands if invoked is None else (invoked,)
+def refuse_unknown(group: click.Group, path: Path, document: Mapping[str, Any]) -> None:
+    """InputError for a table that is no command, or a key that no command, or not this one, has."""
     for key, value in document.items():
         if not isinstance(value, Mapping):
-            holders = [n for n, c in group.commands.items() if key in _options(c)]
-            if not holders:
-                every = {k for c in group.commands.values() for k in _options(c)}
+            every = {k for c in group.commands.values() for k in _options(c)}
+            if key not in every:
                 raise _unknown(path, key, sorted(every), "an option of a command, by its long name, or a table")
-            for name in holders:
-                _set(wanted[name], group.commands[name], key, value, path if name in looked_at else None)
-    for name, table in document.items():
-        if isinstance(table, Mapping):
-            if name not in group.commands:
-                raise _unknown(path, f"[{name}]", list(group.commands))
-            for key, value in table.items():
-                if key not in _options(group.commands[name]):
-                    raise _unknown(path, f"{key} in [{name}]", sorted(_options(group.commands[name])))
-                _set(wanted[name], group.commands[name], key, value, path if name in looked_at else None)
-    return wanted
+        elif key not in group.commands:
+            raise _unknown(path, f"[{key}]", list(group.commands))
+        else:
+            known = _options(group.commands[key])
+            for inner in value:
+                if inner not in known:
+                    raise _unknown(path, f"{inner} in [{key}]", sorted(known))
+
+
+def defaults(command: click.Command, name: str, path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Option → value for one command, as click takes it: its own table over what is meant for all.
+
+    InputError for a value that is none of its option.
+    """
+    own, options = document.get(name, {}), _options(command)
+    asked = {k: v for k, v in document.items() if k in options and not isinstance(v, Mapping)} | dict(own)
+    return {str(options[key].name): _value(options[key], key, value, path) for key, value in asked.items()}
 
 
 def used(context: click.Context) -> list[tuple[str, str, str]]:
@@ -110,17 +106,14 @@ def _key(option: click.Option) -> str:
     return next(o for o in option.opts if o.startswith("--")).removeprefix("--")
 
 
-def _set(into: dict[str, Any], command: click.Command, key: str, value: Any, told: Path | None) -> None:
-    """told: the file that is named if the value is none of the option; None: nobody asks."""
-    option = _options(command)[key]
+def _value(option: click.Option, key: str, value: Any, path: Path) -> Any:
     value = [value] if option.multiple and not isinstance(value, list) else value
-    if told is not None:
-        try:
-            option.type_cast_value(click.Context(command), value)
-        except (click.BadParameter, TypeError, ValueError) as error:
-            why = error.format_message() if isinstance(error, click.BadParameter) else str(error)
-            raise InputError(f"{key} = {value!r}: {why}", where=told, expected=f"a value of --{key}") from None
-    into[str(option.name)] = value
+    try:
+        option.type_cast_value(click.Context(click.Command(None)), value)
+    except (click.BadParameter, TypeError, ValueError) as error:
+        why = error.format_message() if isinstance(error, click.BadParameter) else str(error)
+        raise InputError(f"{key} = {value!r}: {why}", where=path, expected=f"a value of --{key}") from None
+    return value
 
 
 def _unknown(path: Path, key: str, known: list[str], expected: str = "") -> InputError:

@@ -60,11 +60,12 @@ def configuration_of() -> dict[str, Any]:
 
     group = click.get_current_context().find_root().command
     assert isinstance(group, click.Group)
-    here = Path.cwd()
     try:
-        found = configuration.read(here)
-        configuration.defaults(group, here)
-        error = None
+        found, error = configuration.read(Path.cwd()), None
+        if found is not None:
+            configuration.refuse_unknown(group, *found)
+            for name, command in group.commands.items():
+                configuration.defaults(command, name, *found)
     except LoraExportError as wrong:
         found, error = None, wrong.message()
     return {

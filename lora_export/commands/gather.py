@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from lora_export.checkpoint.sources import resolve
+from lora_export.checkpoint.sources import choices_of, resolve
 from lora_export.commands.options import GRIDS
 from lora_export.commands.types import split_weight
 from lora_export.contracts import (
@@ -39,8 +39,9 @@ def adapters_of(names: Sequence[str]) -> list[tuple[Source, float]]:
     return [(resolve(name), weight) for name, weight in weighted(names)]
 
 
-def choices_of(adapters: Sequence[tuple[Source, float]]) -> list[AdapterChoice]:
-    return [AdapterChoice(source.folder, weight) for source, weight in adapters]
+def chosen(names: Sequence[str]) -> list[AdapterChoice]:
+    """Each adapter's folder and its weight."""
+    return choices_of(adapters_of(names))
 
 
 def merge_options_of(words: dict[str, Any], force: bool = False) -> MergeOptions:

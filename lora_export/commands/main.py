@@ -43,9 +43,11 @@ class InOrder(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Of a command that is not only asked for its help, with defaults from the configuration file."""
         name, command, rest = super().resolve_command(ctx, args)
-        if not {"-h", "--help"} & set(rest):
+        if name is not None and command is not None and not {"-h", "--help"} & set(rest):
             try:
-                ctx.default_map = configuration.defaults(self, Path.cwd(), name)
+                if (found := configuration.read(Path.cwd())) is not None:
+                    configuration.refuse_unknown(self, *found)
+                    ctx.default_map = {name: configuration.defaults(command, name, *found)}
             except LoraExportError as error:
                 ctx.obj = error  # told by the command, in its way
         return name, command, rest

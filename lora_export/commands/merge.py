@@ -45,7 +45,7 @@ def merge(
 
         settings = gather.merge_options_of(words, force)
         if dry_run:
-            choices = gather.choices_of(gather.adapters_of(adapters))
+            choices = gather.chosen(adapters)
             planned = plan(resolve(base).folder, choices, settings)
             found = interference(planned) if len(planned.adapters) > 1 else []
             document = plan_document(planned) | {"interference": [asdict(i) for i in found]}

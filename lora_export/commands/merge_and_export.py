@@ -55,7 +55,7 @@ def merge_and_export(
         if dry_run:
             from lora_export.merging import plan
 
-            choices = gather.choices_of(gather.adapters_of(adapters))
+            choices = gather.chosen(adapters)
             planned = plan(resolve(base).folder, choices, story_options.merge)
             talk.result({"output": str(output), "merge": plan_document(planned)}, plan_words(planned))
             return

@@ -73,7 +73,7 @@ def switch(
         from lora_export.workflows.switching import base_of
         from lora_export.workflows.switching import switch as switch_adapter
 
-        old, new = (gather.choices_of(gather.adapters_of(names)) for names in (before, after))
+        old, new = (gather.chosen(names) for names in (before, after))
         folder = resolve(base or base_of(new[0].folder)).folder
         settings = gather.merge_options_of(words)
         found = switch_adapter(model, folder, old, new, talk.progress, not no_spare, settings)

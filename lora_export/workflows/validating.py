@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_export.checkpoint.sources import choices_of
 from lora_export.choices import Provider
 from lora_export.contracts import (
-    AdapterChoice,
     ExportedPair,
     ExportResult,
     MergeOptions,
@@ -53,7 +53,7 @@ def validate_folder(
             expected="one text for each adapter, in the same order",
             next_step="the same command with an --own-text for each -a",
         )
-    choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
+    choices = choices_of(adapters)
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)

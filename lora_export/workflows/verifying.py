@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export import manifest
+from lora_export.checkpoint.sources import choices_of
 from lora_export.choices import Certify
-from lora_export.contracts import AdapterChoice, Progress, Source, Verification
+from lora_export.contracts import Progress, Source, Verification
 from lora_export.errors import InputError
 from lora_export.workflows import delivered
 
@@ -50,7 +51,7 @@ def _verify_folder(
 
     if not path.is_dir():
         raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
-    choices = [AdapterChoice(source.folder, weight) for source, weight in adapters]
+    choices = choices_of(adapters)
     folder = base.folder if base else None
     if not manifest.is_run(path):
         return verify_folder(path, folder, choices, certify, progress)

@@ -4,9 +4,12 @@ Before a block, or above it on the page, comments say how it is run: `<!-- with:
 blocks find in their folder (scenery.py); `<!-- not run: WHY -->` for the next block alone.
 """
 
+import importlib
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _BLOCK = re.compile(
@@ -40,3 +43,13 @@ def scenery(page: Path) -> str | None:
 
 def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+def tool(name: str) -> Any:
+    """A module of tools/, which import one another by their bare names."""
+    folder = str(ROOT / "tools")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)

@@ -78,7 +78,10 @@ def test_files_are_what_they_say(block: Block, tmp_path: Path) -> None:
         from lora_export.commands import configuration
 
         (tmp_path / configuration.FILE).write_text(block.code)
-        assert configuration.defaults(cli, tmp_path, "merge")["merge"]["dtype"] == "bfloat16"
+        found = configuration.read(tmp_path)
+        assert found is not None
+        configuration.refuse_unknown(cli, *found)
+        assert configuration.defaults(cli.commands["merge"], "merge", *found)["dtype"] == "bfloat16"
 
 
 def runnable() -> list[object]:

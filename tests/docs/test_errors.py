@@ -7,28 +7,13 @@ from pathlib import Path
 import pytest
 
 from lora_export import errors
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, tool
 
 TESTS = ROOT / "tests"
 
 
-@pytest.fixture(scope="module")
-def reference(request: pytest.FixtureRequest) -> object:
-    import sys
-
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import reference as module
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    return module
-
-
-CLASSES = [
-    c
-    for c in vars(errors).values()
-    if isinstance(c, type) and issubclass(c, errors.LoraExportError) and c is not errors.LoraExportError
-]
+REFERENCE = tool("reference")
+CLASSES = REFERENCE.classes()
 
 
 @pytest.mark.parametrize("error", CLASSES, ids=lambda c: c.__name__)
@@ -40,8 +25,8 @@ def test_it_has_an_anchor_a_cause_and_a_cure(error: type) -> None:
 
 
 @pytest.mark.parametrize("error", CLASSES, ids=lambda c: c.__name__)
-def test_it_is_raised_by_the_package_and_expected_by_a_test(error: type, reference: object) -> None:
-    assert any(r.error == error.__name__ for r in reference.refusals())  # type: ignore[attr-defined]
+def test_it_is_raised_by_the_package_and_expected_by_a_test(error: type) -> None:
+    assert any(r.error == error.__name__ for r in REFERENCE.refusals())
     expected = [f for f in TESTS.rglob("test_*.py") if f != Path(__file__) and _expects(f, error.__name__)]
     assert expected
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_export.commands.main import cli
-from tests.docs.pages import ROOT, name, pages
+from tests.docs.pages import ROOT, name, pages, tool
 
 # What is chosen or defined and not measured: margins, tolerances, sizes of what was measured, constants of formats.
 DEFINED = {
@@ -42,9 +42,7 @@ def test_a_planted_measurement_is_found() -> None:
 
 
 def test_a_changed_result_makes_a_table_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import figures
-
+    figures = tool("figures")
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert figures.renewed(page) == page
     monkeypatch.setitem(figures.TABLES, "merging", lambda: "\n| 1 |\n")

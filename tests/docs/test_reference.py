@@ -1,6 +1,5 @@
 """The JSON page names what the results really write."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lora_export.contracts import (
     ValidationResult,
     Verification,
 )
-from tests.docs.pages import ROOT
+from tests.docs.pages import tool
 
 MERGED = MergeResult(Path("o"), {}, {}, 0.0, 0, None, Path("c"), "dequantized", "float32")
 RESULTS = [
@@ -30,10 +29,7 @@ RESULTS = [
 
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda r: type(r).__name__)
-def test_the_page_has_every_field_and_no_other(result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import reference
-
+def test_the_page_has_every_field_and_no_other(result: Any) -> None:
+    reference = tool("reference")
     assert set(reference.fields(type(result))) == set(result.as_json())
     assert type(result) in reference.DOCUMENTS.values()
-    sys.modules.pop("reference")
