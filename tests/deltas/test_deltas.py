@@ -55,6 +55,8 @@ def test_figures_of_a_spectrum() -> None:
     shares = np.array([4, 2, 1]) / 7
     assert found.effective_rank == pytest.approx(float(np.exp(-(shares * np.log(shares)).sum())))
     assert found.stable_rank == pytest.approx(21 / 16)
+    none = spectrum.Spectrum(torch.zeros(4, 0), torch.zeros(0).double(), torch.zeros(0, 4))
+    assert none.rank_for(0.9) == 0 and none.energy.tolist() == []
 
 
 def test_a_delta_of_zero() -> None:
@@ -82,6 +84,20 @@ def test_the_largest_are_numpys(values: list[float], share: float, step: int) ->
     assert (chosen == wanted)[~close].all() and chosen[wanted].all()
 
 
+def test_the_size_lies_halfway_to_the_next() -> None:
+    """So that sums in another order, which are off by a hair, choose the same elements."""
+    steps = torch.tensor([8.0, -2, 4, 0, -1], dtype=torch.float64) / 4096
+    delta = steps + steps.sign() + (steps == 0)  # of one key in the first pass
+
+    def least(kept: int) -> float:
+        return least_kept(lambda a, b: delta[a:b], [(0, 2), (2, 5)], kept, 5)
+
+    halves = [1 + h / 4096 for h in (6, 3, 1.5, 0.5)]
+    assert [least(k) for k in range(6)] == [float("inf"), *halves, 0]
+    same = torch.tensor([1.0, 1, 1, 0.5], dtype=torch.float64)
+    assert 1 - 1e-11 < least_kept(lambda a, b: same[a:b], [(0, 4)], 2, 4) < 1
+
+
 def test_the_largest_of_many_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(largest, "FEW", 50)
     draw = torch.Generator().manual_seed(1)
@@ -90,6 +106,15 @@ def test_the_largest_of_many_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [(0, 400), (400, 1000)]
     least = least_kept(lambda a, b: delta[a:b], runs, 200, 1000)
     assert order[200] < least <= order[199]
+    for kept in (1, 10, 500, 999):
+        least = least_kept(lambda a, b: delta[a:b], runs, kept, 1000)
+        assert order[kept] < least <= order[kept - 1]
+    monkeypatch.setattr(largest, "FEW", 1)  # two passes, and then a single number
+    many = torch.tensor([5.0, 4.9, 4.8, 1.0, 1.00001, 1.00002, 0.1], dtype=torch.float64)
+    ordered = many.sort(descending=True).values
+    for kept in range(1, 7):
+        least = least_kept(lambda a, b: many[a:b], [(0, 3), (3, 7)], kept, 7)
+        assert least == float(ordered[kept - 1]) * (1 - 2.0**-40), kept
     equal = torch.full((300,), 0.25, dtype=torch.float64)
     assert 0.2 < least_kept(lambda a, b: equal[a:b], [(0, 300)], 10, 300) <= 0.25
 
@@ -103,6 +128,28 @@ def test_sums_and_votes_by_hand() -> None:
     assert agreed([one, two, three], [1, 1, 1], "frequency").tolist() == [-1, 5, -1.5, 2]
     assert agreed([one, two, three], [3, 1, 1], "total").tolist() == [9, 5, 4, 4]
     assert agreed([one, -one], [1, 1], "total").tolist() == [3, 0, 1, 2]  # a sum of zero elects plus
+
+
+def test_sums_need_a_weight_for_each_delta() -> None:
+    one = torch.tensor([1.0, -2], dtype=torch.float64)
+    assert agreed([one], [0.5], "total").tolist() == [0.5, -1] == summed([one], [0.5]).tolist()
+    for weights in ([1.0], [1.0, 1, 1]):
+        with pytest.raises(ValueError, match="zip"):
+            summed([one, one], weights)
+        with pytest.raises(ValueError, match="zip"):
+            agreed([one, one], weights, "total")
+
+
+def test_overlap_is_summed_over_blocks() -> None:
+    first, second = (torch.tensor(v).double() for v in ([3.0, 0, 1, 2], [-4.0, 1, 2, -1]))
+    whole, blocks, joined = Overlap(), Overlap(), Overlap()
+    whole.add(first, second)
+    for rows in (slice(0, 2), slice(2, 4)):
+        part = Overlap()
+        part.add(first[rows], second[rows])
+        blocks.add(first[rows], second[rows])
+        joined.join(part)
+    assert whole == blocks == joined == Overlap(dot=-12, first=14, second=22, both=3, conflicts=2)
 
 
 def test_overlap_by_hand() -> None:
