@@ -105,7 +105,7 @@ def _check_factors(file: AdapterFile, key: str, configured: int) -> None:
         raise file.refuse(
             f"{factors} butterfly factors, boft_n_butterfly_factor is {configured}",
             tensor=key,
-            expected=f"{configured} factors, or 1",
+            expected="one factor, or as many as are configured",
         )
     if factors > 1 and (size % 2 or blocks % 2 ** (factors - 1)):
         raise file.refuse(

@@ -177,7 +177,7 @@ def number(config: Mapping[str, Any], key: str, where: Path) -> float:
     """A finite number of the configuration."""
     value: Any = config.get(key)
     if not is_kind(value, float) or abs(value) > LARGEST:
-        raise AdapterError(f"{key} is {value!r}", where=where, expected="a number")
+        raise AdapterError(f"{key} is {value!r}", where=where, expected=f"a number of at most {LARGEST:g}")
     return float(value)
 
 

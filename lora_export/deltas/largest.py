@@ -1,8 +1,8 @@
 """The size from which on an element is among the k largest of a delta that is never whole in memory.
 
 A first pass counts sizes by the upper half of their bits in float32, a second looks at those that share the bits of
-the k-th. The answer lies halfway between the k-th and the next, or a hair below the k-th where the next has other bits, so that
-sums in another order, which move both by 1e-16 of themselves, choose the same elements.
+the k-th. The answer lies halfway between the k-th and the next, or a hair below the k-th where the next has other
+bits, so that sums in another order, which move both by 1e-16 of themselves, choose the same elements.
 """
 
 from collections.abc import Callable, Sequence

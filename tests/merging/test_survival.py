@@ -1,5 +1,7 @@
 """What of a change survives rounding, as a formula; test_bytes_and_survival has it in whole merges."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -51,7 +53,7 @@ def test_small_tensors_are_looked_at_whole_and_of_large_ones_a_row_in_32() -> No
 def test_the_rows_looked_at_do_not_depend_on_the_blocks(rows: int, columns: int, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, rows), max_size=8)) | {0, rows})
     seen = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         part = sampled((rows, columns), start, stop - start)
         if part is not None:
             assert list(range(start, stop)[part]), "a block without such rows is not looked at"
