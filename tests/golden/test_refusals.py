@@ -76,7 +76,9 @@ CASES: dict[str, Case] = {
     "dora: magnitudes that nobody asked for": (LORA, PAIR | {MAGNITUDE: (8,)}, None),
     "dora: with lora_bias": (LORA | {"use_dora": True, "lora_bias": True}, PAIR | {MAGNITUDE: (8,)}, None),
     "dora: no magnitude": (LORA | {"use_dora": True}, PAIR, None),
-    "dora: a magnitude alone": (LORA | {"use_dora": True}, PAIR | {MAGNITUDE: (8,), f"y{MAGNITUDE[1:]}": (8,)}, None),
+    "dora: a magnitude alone": (
+        LORA | {"use_dora": True}, PAIR | {MAGNITUDE: (8,), "y.lora_magnitude_vector": (8,)}, None,
+    ),
     "dora: another number of outputs": (LORA | {"use_dora": True}, PAIR | {MAGNITUDE: (7,)}, None),
     "adalora: no E": (ADALORA, without(TRIPLE, "x.lora_E"), None),
     "adalora: another rank": (ADALORA, TRIPLE | {"x.lora_E": (3, 1)}, None),
