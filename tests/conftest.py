@@ -41,3 +41,12 @@ def pytest_configure() -> None:
         from lora_export.onnx_export import isolated
 
         isolated._KEPT_PREFIXES = (*isolated._KEPT_PREFIXES, "COVERAGE_PROCESS")
+
+
+def pytest_sessionfinish() -> None:
+    """xdist kills a worker that takes long to end, and all that coverage counted in it would be lost."""
+    if "PYTEST_XDIST_WORKER" in os.environ and any(name.startswith("COVERAGE_PROCESS") for name in os.environ):
+        from coverage import Coverage
+
+        if (measuring := Coverage.current()) is not None:
+            measuring.save()

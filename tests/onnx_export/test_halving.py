@@ -1,0 +1,93 @@
+"""A graph in half precision: what ONNX Runtime computes with it, and which types it has where."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from lora_export.onnx_export.dynamo_engine.halving import halve
+
+DRAW = np.random.default_rng(3)
+WEIGHT = DRAW.standard_normal((4, 3)).astype(np.float32)
+FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
+
+
+def graph() -> onnx.ModelProto:
+    """x·W + cast(ids) + a constant; the sum is an output, and so is what is below a mask of −3.4e38."""
+    mask = helper.make_node(
+        "Constant", [], ["mask"], value=numpy_helper.from_array(np.float32([np.finfo(np.float32).min, 0, 0.5]))
+    )
+    nodes = [
+        mask,
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("Cast", ["ids"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["product", "numbers"], ["sum"]),
+        helper.make_node("Add", ["sum", "mask"], ["masked"]),
+        helper.make_node("Identity", ["ids"], ["same_ids"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4]),
+        helper.make_tensor_value_info("ids", TensorProto.INT64, [3]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["batch", 3]),
+        helper.make_tensor_value_info("masked", TensorProto.FLOAT, ["batch", 3]),
+        helper.make_tensor_value_info("same_ids", TensorProto.INT64, [3]),
+    ]
+    made = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(WEIGHT, "w")])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def halved(dtype: str) -> onnx.ModelProto:
+    model = ir.from_proto(graph())
+    halve(model, ir.DataType[dtype])
+    return ir.to_proto(model)
+
+
+def test_a_half_graph_computes_the_same_between_inputs_and_outputs_in_fp32() -> None:
+    feeds = {"x": DRAW.standard_normal((2, 4)).astype(np.float32), "ids": np.array([1, -2, 7], np.int64)}
+
+    def run(model: onnx.ModelProto) -> list[np.ndarray]:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, feeds)
+
+    whole, half = run(graph()), run(halved("FLOAT16"))
+    assert [v.dtype for v in half] == [np.float32, np.float32, np.int64]
+    np.testing.assert_allclose(half[0], whole[0], atol=0.01)
+    assert not np.array_equal(half[0], whole[0])  # it was rounded
+    assert (half[1][:, 0] < -6e4).all() and np.isfinite(half[1]).all()  # the mask is the least half, not −infinity
+    np.testing.assert_allclose(half[1][:, 1:], whole[1][:, 1:], atol=0.01)
+    np.testing.assert_array_equal(half[2], whole[2])
+
+
+@pytest.mark.parametrize("dtype", ["FLOAT16", "BFLOAT16"])
+def test_every_number_inside_is_half(dtype: str) -> None:
+    model = halved(dtype)
+    onnx.checker.check_model(model, full_check=True)
+    kind = TensorProto.DataType.Value(dtype)
+    assert [t.data_type for t in model.graph.initializer] == [kind]
+    inside = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    assert {t for n, t in inside.items() if t in FLOATS} == {kind}
+    (mask,) = (n.attribute[0].t for n in model.graph.node if n.op_type == "Constant")
+    assert mask.data_type == kind and np.isfinite(numpy_helper.to_array(mask).astype(np.float32)).all()
+    ends = [v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)]
+    assert ends == [TensorProto.FLOAT, TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64]
+
+
+def test_a_weight_without_numbers_changes_its_type_alone(tmp_path: Path) -> None:
+    """Weights of a model stay in its files until the writer rounds them."""
+    model = ir.from_proto(graph())
+    weight = model.graph.initializers["w"]
+    weight.const_value = ir.ExternalTensor(
+        str(tmp_path / "nowhere"), 0, 48, ir.DataType.FLOAT, shape=ir.Shape([4, 3]), name="w"
+    )
+    halve(model, ir.DataType.FLOAT16)
+    tensor = model.graph.initializers["w"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    assert (tensor.dtype, tuple(tensor.shape)) == (ir.DataType.FLOAT16, (4, 3))
+    assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT16
