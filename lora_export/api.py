@@ -168,8 +168,10 @@ def export(
         ExportError: No engine takes this architecture in this precision, or the graph did not check.
         InputError: Arguments do not go together.
     """
-    from lora_export.workflows.exporting import export_model
+    from lora_export.workflows.exporting import check_export, export_model
 
+    earlier = _path(graph_from)
+    check_export(adapters, unmerged, earlier, shared_as)  # before a hub is asked
     return export_model(
         _source(model),
         Path(output),
@@ -177,7 +179,7 @@ def export(
         options or ExportOptions(),
         progress,
         unmerged=unmerged,
-        graph_from=None if graph_from is None else Path(graph_from),
+        graph_from=earlier,
         shared_as=shared_as,
     )
 
@@ -259,6 +261,9 @@ def verify(
     adapters: Adapters = (),
     *,
     certify: Certify = "sampled",
+    key: Model | None = None,
+    run: bool = False,
+    runtime: Model | None = None,
     progress: Progress = SILENT,
 ) -> Verification:
     """Check again what an earlier merge, run or packaging left.
@@ -268,17 +273,29 @@ def verify(
         base: The base that was merged into; without it (and for packages) only hashes can be checked.
         adapters: What was merged, with the same weights.
         certify: Which rows are computed again in float64.
+        key: Of a package: the public key of who signed it, in PEM.
+        run: Of a package: have its runtime load it and answer the sample.
+        runtime: With `run`: a Python interpreter, or a folder with node_modules, if it is not in this environment.
         progress: Told of stages.
 
     Returns:
         Every finding, and what could not be checked; `verified` says whether all held.
 
     Raises:
-        InputError: The path is none of these.
+        InputError: The path is none of these, or an argument is for another of them.
     """
     from lora_export.workflows.verifying import verify as verify_path
 
-    return verify_path(Path(path), _source(base) if base else None, _sources(adapters), certify, progress)
+    return verify_path(
+        Path(path),
+        _source(base) if base else None,
+        _sources(adapters),
+        certify,
+        progress,
+        key=_path(key),
+        run=run,
+        runtime=_path(runtime),
+    )
 
 
 def _path(model: Model | None) -> Path | None:

@@ -99,6 +99,22 @@ def test_the_command_line_has_the_same_defaults(
     assert dict(leaves(called[0])) == dict(leaves(options))
 
 
+def test_verify_on_the_command_line_is_told_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: dict[str, Any] = {}
+    signature = inspect.signature(api.verify)
+
+    def stop(*arguments: Any, **named: Any) -> Any:
+        called.update(signature.bind(*arguments, **named).arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "verify", stop)
+    assert CliRunner().invoke(cli, ["verify", "PATH"]).exit_code == 130
+    del called["progress"]
+    assert called.pop("path") == Path("PATH") and called.pop("adapters") == []
+    assert called == {n: p.default for n, p in signature.parameters.items() if n in called}
+    assert called.keys() == signature.parameters.keys() - {"path", "adapters", "progress"}
+
+
 def test_only_commands_print_and_end_the_process() -> None:
     package = Path(lora_export.__file__).parent
     found = []
@@ -159,7 +175,9 @@ def test_an_error_is_an_exception_with_its_parts(pair: tuple[Path, Path], tmp_pa
     with pytest.raises(LoraExportError, match="no such folder"):
         lora_export.export(tmp_path / "none", tmp_path / "out")
     with pytest.raises(LoraExportError, match="--shared-as without --graph-from"):
-        lora_export.export(base, tmp_path / "out", shared_as="a")
+        lora_export.export("no/hub-has-this", tmp_path / "out", shared_as="a")
+    with pytest.raises(LoraExportError, match="--key, --run or --runtime without a package"):
+        lora_export.verify(base, key=tmp_path / "key.pem")
     with pytest.raises(LoraExportError, match="this is no run"):
         lora_export.package(adapter, "genai", tmp_path / "out")
 

@@ -17,7 +17,6 @@ from lora_export.contracts import (
     ExportOptions,
     MergeOptions,
     QuantizationOptions,
-    Source,
     StoryOptions,
 )
 from lora_export.errors import InputError
@@ -34,14 +33,9 @@ def weighted(names: Sequence[str]) -> list[tuple[str, float]]:
     return [(name, 1.0) if Path(name).is_dir() else split_weight(name) for name in names]
 
 
-def adapters_of(names: Sequence[str]) -> list[tuple[Source, float]]:
-    """Each adapter found, and its weight."""
-    return [(resolve(name), weight) for name, weight in weighted(names)]
-
-
 def chosen(names: Sequence[str]) -> list[AdapterChoice]:
     """Each adapter's folder and its weight."""
-    return choices_of(adapters_of(names))
+    return choices_of([(resolve(name), weight) for name, weight in weighted(names)])
 
 
 def merge_options_of(words: dict[str, Any], force: bool = False) -> MergeOptions:

@@ -48,22 +48,21 @@ def verify(
     are checked before anything opens them, and with --run its runtime answers as the unmerged model did.
     """
     with talking(as_json, quiet, verbose) as talk:
-        from lora_export.checkpoint.sources import resolve
+        from lora_export import api
         from lora_export.commands import gather
         from lora_export.commands.words import verification_words
         from lora_export.errors import EXIT_FAILED, EXIT_GATE
         from lora_export.workflows.delivered import is_package
-        from lora_export.workflows.verifying import verify as verify_path
 
-        result = verify_path(
+        result = api.verify(
             path,
-            resolve(base) if base else None,
-            gather.adapters_of(adapters),
-            certify,
-            talk.progress,
+            base,
+            gather.weighted(adapters),
+            certify=certify,
             key=key,
             run=run_it,
             runtime=runtime,
+            progress=talk.progress,
         )
         talk.result(result.as_json(), verification_words(result))
         if not result.verified:
