@@ -1,4 +1,5 @@
-"""The generated pages of docs/reference: commands from click, JSON fields from dataclasses, errors from errors.py.
+"""The generated pages of docs/reference: commands from click, JSON fields from dataclasses, errors from errors.py,
+and report.schema.json from what the reader of a report asks of it.
 
 python tools/reference.py            # write them again
 python tools/reference.py --check    # exit code 1 if one is out of date
@@ -9,6 +10,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from generated import ROOT, settle
 import lora_export
 from lora_export import contracts, errors
 from lora_export.commands.main import cli
+from lora_export.report import schema
 
 PAGES = ROOT / "docs" / "reference"
 WRITTEN = "<!-- written by tools/reference.py -->\n"
@@ -122,6 +125,45 @@ def _kind(annotation: Any) -> str:
     return text.replace("Path", "str").replace("Mapping", "dict").replace("|", "\\|")
 
 
+# --- report.json ---------------------------------------------------------------------------------------------
+
+_PLAIN = {
+    int: "integer",
+    float: "number",
+    str: "string",
+    bool: "boolean",
+    dict: "object",
+    list: "array",
+    None: "null",
+}
+
+
+def report_schema() -> str:
+    """JSON Schema of report.json."""
+    found = _schema(schema.REPORT_KIND)
+    found["properties"]["schema_version"] = {"const": schema.SCHEMA_VERSION}
+    found["properties"]["status"] = {"enum": list(schema.STATUSES)}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "report.json of lora-export"}
+    return json.dumps(head | found, indent=1) + "\n"
+
+
+def _schema(kind: Any) -> dict[str, Any]:
+    """The JSON Schema of a documents.Kind. A field that is not required may be missing; others may be added."""
+    if isinstance(kind, tuple):
+        return {"anyOf": [_schema(k) for k in kind]}
+    if isinstance(kind, list):
+        return {"type": "array", "items": _schema(kind[0])}
+    if not isinstance(kind, dict):
+        return {"type": _PLAIN[kind]}
+    if str in kind:
+        return {"type": "object", "additionalProperties": _schema(kind[str])}
+    return {
+        "type": "object",
+        "properties": {name.removesuffix("?"): _schema(of) for name, of in kind.items()},
+        "required": [name for name in kind if not name.endswith("?")],
+    }
+
+
 # --- errors --------------------------------------------------------------------------------------------------
 
 
@@ -142,13 +184,12 @@ def refusals() -> list[Refusal]:
     for file in sorted(package.rglob("*.py")):
         module = file.relative_to(package).as_posix()
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Name)
-                and node.func.id in names
-                and node.args
-            ):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            if isinstance(node.func, ast.Name) and node.func.id in names:
                 found.append(Refusal(node.func.id, module, _words(node.args[0])))
+            elif isinstance(node.func, ast.Attribute) and node.func.attr == "refuse":  # of an AdapterFile
+                found.append(Refusal(errors.AdapterError.__name__, module, _words(node.args[0])))
     return found
 
 
@@ -203,6 +244,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield PAGES / "commands.md", commands()
     yield PAGES / "json.md", json_fields()
     yield PAGES / "errors.md", error_page()
+    yield PAGES / "report.schema.json", report_schema()
 
 
 def main() -> None:

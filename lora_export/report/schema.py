@@ -10,6 +10,7 @@ from lora_export.errors import InputError
 from lora_export.sealed import read_json
 
 SCHEMA_VERSION = 1
+STATUSES = ("passed", "failed")
 REPORT, SAMPLES, HTML, MARKDOWN = "report.json", "samples.json", "report.html", "report.md"
 CONDITIONS = "conditions.json"
 _NUMBER: Kind = (None, float)  # NaN and infinity are written as null
@@ -58,7 +59,7 @@ _BENCHMARK: Kind = {
     "graph_identical?": (None, bool), "graph_differences?": (None, [str]), "noise_floor?": _NUMBER,
     "seconds?": _NUMBER, "environment?": (None, {"margin?": _NUMBER}),
 }  # fmt: skip
-_REPORT: Kind = {
+REPORT_KIND: Kind = {
     "schema_version": int, "title": str, "created": str, "tool_version": str, "status": str, "options": dict,
     "sources": {"adapters?": (None, list)}, "merge": (None, _MERGE), "validate": (None, _VALIDATE),
     "export": (None, _EXPORT), "benchmark": (None, _BENCHMARK),
@@ -102,6 +103,6 @@ def check(report: Mapping[str, Any], where: Path) -> None:
             next_step="use the lora-export that wrote it, or run again",
         )
     documents.check_texts(report, where)
-    documents.check(report, _REPORT, "the report", where)
-    if report["status"] not in ("passed", "failed"):
-        raise InputError(f"status is {report['status']!r}", where=where, expected="passed or failed")
+    documents.check(report, REPORT_KIND, "the report", where)
+    if report["status"] not in STATUSES:
+        raise InputError(f"status is {report['status']!r}", where=where, expected=" or ".join(STATUSES))

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from lora_export.errors import InputError
@@ -86,6 +87,36 @@ def test_a_damaged_report_is_refused_and_its_pages_left(
         render(tmp_path)
     assert str(tmp_path / "report.json") == caught.value.where
     assert (tmp_path / "report.html").read_bytes() == before
+
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "report.schema.json"
+BROKEN = [
+    change(schema_version=SCHEMA_VERSION + 1), change(title=...), change(status="perhaps"), change(merge=[]),
+    change(merge__records__0__name=3), change(validate__checks__2__passed="yes"), change(validate__checks__0=...),
+    change(benchmark__cells__1__merged_ms=None), change(benchmark__cells__0__arms__base__p50=3),
+    change(merge=None), change(benchmark=None), change(export__files={"a": 1}), change(export__files={"a": "b"}),
+    change(more=1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("breaking", BROKEN)
+def test_the_published_schema_takes_what_the_reader_takes(
+    breaking: Any, full: dict[str, Any], tmp_path: Path
+) -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    write(full, tmp_path)
+    assert validator.is_valid(json.loads((tmp_path / "report.json").read_text()))
+    breaking(tmp_path / "report.json")
+    try:
+        load(tmp_path)
+        taken = True
+    except InputError:
+        taken = False
+    assert validator.is_valid(json.loads((tmp_path / "report.json").read_text())) == taken
+
+
+def test_the_published_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("samples", [{"b1": 3}, {"b1": {"base": ["1"]}}, {"b1": {"base": 1.0}}])
