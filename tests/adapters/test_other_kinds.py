@@ -205,7 +205,7 @@ def test_adalora_on_a_conv1d_is_transposed(tmp_path: Path, name: str, size: tupl
     close(in_blocks(update, given), given.double() + (delta if name == "head" else delta.T))
 
 
-def test_dora_says_what_it_is_and_asks_for_its_rank(tmp_path: Path) -> None:
+def test_dora_says_what_it_is(tmp_path: Path) -> None:
     values = {
         "x.lora_A.weight": random(4, 7),
         "x.lora_B.weight": random(9, 4),
