@@ -49,6 +49,7 @@ def without(shapes: Shapes, *names: str) -> Shapes:
 CASES: dict[str, Case] = {
     "lora: half a pair": (LORA, without(PAIR, "x.lora_B.weight"), None),
     "lora: the other half": (LORA, without(PAIR, "x.lora_A.weight"), None),
+    "lora: half a pair and a bias": (LORA, {"x.lora_B.weight": (8, 4), "x.lora_B.bias": (8,)}, None),
     "lora: sharded matrices": (LORA, PAIR | {"x.lora_A.weight": (0,), "x.lora_B.weight": (0,)}, None),
     "lora: vectors": (LORA, {"x.lora_A.weight": (4,), "x.lora_B.weight": (4,)}, None),
     "lora: a matrix and a kernel": (LORA, PAIR | {"x.lora_A.weight": (4, 6, 3)}, None),
@@ -79,6 +80,7 @@ CASES: dict[str, Case] = {
     "dora: a magnitude alone": (
         LORA | {"use_dora": True}, PAIR | {MAGNITUDE: (8,), "y.lora_magnitude_vector": (8,)}, None,
     ),
+    "dora: another rank than configured": (LORA | {"use_dora": True, "r": 5}, PAIR | {MAGNITUDE: (8,)}, None),
     "dora: another number of outputs": (LORA | {"use_dora": True}, PAIR | {MAGNITUDE: (7,)}, None),
     "adalora: no E": (ADALORA, without(TRIPLE, "x.lora_E"), None),
     "adalora: another rank": (ADALORA, TRIPLE | {"x.lora_E": (3, 1)}, None),

@@ -1,5 +1,5 @@
-"""IA3, LoHa, LoKr and AdaLoRA in blocks of rows, against their papers' formulas in float64, and what they say of
-themselves: the kind, whether it adds, whether it has factors of low rank."""
+"""IA3, LoHa, LoKr and AdaLoRA in blocks of rows, against their papers' formulas in float64, and what every kind
+says of itself: its name, whether it adds, whether it has factors of low rank, whether a tied weight follows."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lora_export.adapters import AdapterFile, read_adapter
+from lora_export.adapters.lora import DECOMPOSITION
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import TargetUpdate
 from tests.adapters.test_lora_family import close, in_blocks, random
@@ -205,14 +206,48 @@ def test_adalora_on_a_conv1d_is_transposed(tmp_path: Path, name: str, size: tupl
     close(in_blocks(update, given), given.double() + (delta if name == "head" else delta.T))
 
 
-def test_dora_says_what_it_is(tmp_path: Path) -> None:
-    values = {
-        "x.lora_A.weight": random(4, 7),
-        "x.lora_B.weight": random(9, 4),
-        "x.lora_magnitude_vector": random(9),
-    }
-    (update,) = read(tmp_path, values, peft_type="LORA", r=4, lora_alpha=4, use_dora=True)
-    assert facts(update) == ("x.weight", "dora", False, False, False)
+# --- what kinds say of themselves ---------------------------------------------------------------------------
+
+PAIR = {"x.lora_A.weight": (4, 7), "x.lora_B.weight": (9, 4)}
+LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "settings", "expected"),
+    [
+        (PAIR, {}, ("lora", True, True)),
+        ({"x.lora_embedding_A": (4, 7), "x.lora_embedding_B": (9, 4)}, {}, ("lora_embedding", True, True)),
+        ({"x.lora_A.weight": (4, 7, 3), "x.lora_B.weight": (9, 4, 1)}, {}, ("lora_convolution", True, True)),
+        (PAIR, {"init_lora_weights": "pissa"}, ("lora", False, False)),
+        (PAIR | {"x.lora_magnitude_vector": (9,)}, {"use_dora": True}, ("dora", False, False)),
+        (
+            {"x.boft_R": (1, 2, 3, 3), "x.boft_s": (9, 1)},
+            {"peft_type": "BOFT", "boft_n_butterfly_factor": 1},
+            ("boft", False, False),
+        ),
+    ],
+)
+def test_what_a_kind_says_of_itself(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], settings: dict[str, Any], expected: tuple[str, bool, bool]
+) -> None:
+    (update,) = read(tmp_path, {k: random(*v) for k, v in shapes.items()}, **LORA | settings)
+    assert facts(update) == ("x.weight", *expected, False)
+    assert not update.tied
+
+
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_a_tied_weight_follows_where_the_configuration_says_so(tmp_path: Path, init: Any) -> None:
+    values = {k: random(*v) for k, v in PAIR.items()}
+    (update,) = read(tmp_path, values, **LORA, ensure_weight_tying=True, init_lora_weights=init)
+    assert update.tied
+
+
+def test_a_decomposition_needs_the_whole_weight_and_many_copies_of_it(tmp_path: Path) -> None:
+    (update,) = read(tmp_path, {k: random(*v) for k, v in PAIR.items()}, **LORA, init_lora_weights="olora")
+    assert not update.row_wise((9, 7)) and update.copies == DECOMPOSITION
+    embedding = {"x.lora_embedding_A": random(4, 7), "x.lora_embedding_B": random(9, 4)}
+    (update,) = read(tmp_path / "e", embedding, **LORA, init_lora_weights="olora")
+    assert update.row_wise((7, 9)) and update.adds  # PEFT initialises embeddings in the plain way
 
 
 def test_lora_bias_says_what_it_is(tmp_path: Path) -> None:
