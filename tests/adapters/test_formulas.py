@@ -131,6 +131,7 @@ def test_loha_with_cores(tmp_path: Path) -> None:
     wide = {k: v.double() for k, v in parts.items()}
     one, two = (torch.einsum("ijk,io,jc->ock", wide[f"t{n}"], wide[f"w{n}_a"], wide[f"w{n}_b"]) for n in (1, 2))
     given = random(8, 6, 3, seed=5)
+    assert update.fits((8, 6, 3)) and not update.fits((4, 6, 3)) and not update.fits((8, 6, 4))
     close(in_blocks(update, given), given.double() + 2 * one * two)
 
 
@@ -167,8 +168,20 @@ def test_lokr_with_a_core_is_a_kronecker_product_of_channels(tmp_path: Path) -> 
     wide = {k: v.double() for k, v in parts.items()}
     second = torch.einsum("ijkl,io,jc->ockl", wide["t2"], wide["w2_a"], wide["w2_b"])
     given = random(12, 10, 3, 2, seed=5)
+    assert update.fits(tuple(given.shape)) and not update.fits((12, 10, 3, 3))
     exact = torch.einsum("ac,bdkl->abcdkl", wide["w1"], second).reshape(12, 10, 3, 2)
     close(in_blocks(update, given, 5), given.double() + 1.5 * exact)
+
+
+def test_lokr_on_a_kernel_of_one_dimension_is_pefts_product(tmp_path: Path) -> None:
+    """torch.kron of a matrix and (out, in, kernel): the matrix's rows meet the channels, as PEFT trains it."""
+    first, second = random(3, 2), random(4, 5, 3, seed=2)
+    values = {"x.lokr_w1": first, "x.lokr_w2": second}
+    (update,) = read(tmp_path, values, peft_type="LOKR", r=4, alpha=6)
+    assert not update.row_wise((12, 10, 3)) and update.row_wise((12, 10)) and update.row_wise((12, 10, 3, 3))
+    given = random(12, 10, 3, seed=5)
+    product = torch.kron(first.double(), second.double()).reshape(given.shape)
+    close(in_blocks(update, given), given.double() + 1.5 * product)
 
 
 # --- AdaLoRA ------------------------------------------------------------------------------------------------
