@@ -21,7 +21,8 @@ from lora_export.errors import InputError
 from lora_export.onnx_export.slots import Slot, write_adapter
 from lora_export.progress import Silent
 
-pytestmark = pytest.mark.timing
+# Verdicts need a machine to themselves; that arms, caches and notes are right does not.
+quiet = pytest.mark.timing
 
 WIDTH, HEAD, VOCABULARY = 192, 8, 1000
 
@@ -86,6 +87,7 @@ def run(
 IDENTICAL = GraphComparison(True, "a" * 64, "a" * 64, 9, {"CPUExecutionProvider": 9})
 
 
+@quiet
 def test_a_slower_graph_is_found_slower(small: Callable[..., Path]) -> None:
     result = run(
         merged=small("merged", 40),
@@ -98,6 +100,7 @@ def test_a_slower_graph_is_found_slower(small: Callable[..., Path]) -> None:
     assert result.provider == "cpu" and result.provider_verified
 
 
+@quiet
 def test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions(
     small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +138,7 @@ def test_sets_of_sessions_are_opened_in_other_orders_and_counted(
     assert all("sets of sessions" in cell.reason for cell in few.cells)
 
 
+@quiet
 def test_the_same_graph_with_other_weights_is_not(small: Callable[..., Path]) -> None:
     result = run(
         merged=small("merged", 8),
@@ -235,7 +239,7 @@ def test_signals_states_and_caches_are_made_up_in_their_shapes(
 
 def test_an_encoder_decoder_is_measured_as_prompt_and_step(small: Callable[..., Path]) -> None:
     graphs = (small("encoder", 2, decoder=False), small("step", 1, decoder=False))
-    result = run(graphs, graphs)
+    result = run(graphs, graphs, max_seconds=2)
     assert [c.phase for c in result.cells] == ["prefill", "decode"]
     assert result.cells[1].merged_ms < result.cells[0].merged_ms
 
@@ -246,6 +250,7 @@ def test_no_prompt_is_longer_than_the_model_has_positions(small: Callable[..., P
     result = run(
         merged=model,
         shapes=((1, 8), (1, 64), (1, 128)),
+        max_seconds=1,
     )
     assert {c.prompt for c in result.cells} == {8, 12}
     assert "prompts of at most 12 tokens: config.json knows 16 positions" in result.notes
@@ -365,6 +370,7 @@ def test_memory_is_counted_for_each_arm_without_the_shared_buffers(
 # --- controls and other arms --------------------------------------------------------------------------------
 
 
+@quiet
 def test_without_a_slower_graph_the_base_held_up_is_the_control(small: Callable[..., Path]) -> None:
     result = run(small("merged", 8), small("base", 8), max_seconds=6)
     for cell in result.cells:
@@ -373,6 +379,7 @@ def test_without_a_slower_graph_the_base_held_up_is_the_control(small: Callable[
         assert delayed.ratio is not None and 1.3 < delayed.ratio < 1.8  # two margins of 25 %
 
 
+@quiet
 def test_a_control_that_is_not_slower_takes_the_verdict_away(small: Callable[..., Path]) -> None:
     result = run(small("merged", 8), small("base", 8), small("unmerged", 8), margin=0.4, max_seconds=6)
     fast = [c for c in result.cells if c.unmerged_ci_low is not None and c.unmerged_ci_low <= 1 and c.pairs >= 15]
@@ -380,6 +387,7 @@ def test_a_control_that_is_not_slower_takes_the_verdict_away(small: Callable[...
     assert all(c.verdict == "inconclusive" and c.reason for c in fast)
 
 
+@quiet
 def test_other_graphs_are_measured_beside(small: Callable[..., Path]) -> None:
     other = BenchmarkArm("optimum", (small("other", 60),))
     result = run(small("merged", 4), small("base", 4), None, other, max_seconds=3)
