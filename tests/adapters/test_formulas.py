@@ -258,6 +258,10 @@ def test_a_tied_weight_follows_where_the_configuration_says_so(tmp_path: Path, i
 def test_a_decomposition_needs_the_whole_weight_and_many_copies_of_it(tmp_path: Path) -> None:
     (update,) = read(tmp_path, {k: random(*v) for k, v in PAIR.items()}, **LORA, init_lora_weights="olora")
     assert not update.row_wise((9, 7)) and update.copies == DECOMPOSITION
+    loaded: Any = update.load((9, 7))
+    given, whole = random(9, 7, seed=5).double(), slice(0, 9)
+    # Between the weight and the result all is float64, so the two are all that rounding can be told by.
+    close(loaded.terms(given, given.abs(), whole), given.abs() + loaded.apply(given, whole).abs())
     embedding = {"x.lora_embedding_A": random(4, 7), "x.lora_embedding_B": random(9, 4)}
     (update,) = read(tmp_path / "e", embedding, **LORA, init_lora_weights="olora")
     assert update.row_wise((7, 9)) and update.adds  # PEFT initialises embeddings in the plain way
