@@ -28,9 +28,12 @@ demo: $(BIN)/.ready
 demo-qlora: $(BIN)/.ready
 	@$(BIN)/python examples/demo.py --adapter qlora-speeches --out $(OUT)-qlora
 
+# Where the tests are that need the machine to themselves: tests/conftest.py refuses them elsewhere.
+TIMED = tests/test_startup.py tests/benchmarking
+
 test: $(BIN)/.ready
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -q -m "timing and not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "timing and not slow and not gpu" $(TIMED)
 
 test-all: $(BIN)/.ready
 	$(BIN)/python -m pytest -q --timeout 3600
@@ -55,7 +58,7 @@ smoke: $(BIN)/.ready
 
 coverage: $(BIN)/.ready
 	$(BIN)/coverage run -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadfile --no-loadscope-reorder
-	$(BIN)/coverage run -m pytest -q -m "timing and not slow and not gpu"
+	$(BIN)/coverage run -m pytest -q -m "timing and not slow and not gpu" $(TIMED)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --sort=cover
 

@@ -14,11 +14,17 @@ from typing import Any
 
 import pytest
 
+TIMED = ("tests/test_startup.py", "tests/benchmarking/")
 DEAR = ("packages", "end_to_end", "onnx_export", "validation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Folders that take long come first, so that no worker is left with one at the end."""
+    strays = [
+        item.nodeid for item in items if item.get_closest_marker("timing") and not item.nodeid.startswith(TIMED)
+    ]
+    if strays:
+        raise pytest.UsageError(f"marked timing, and not where `make test` looks for such tests: {strays}")
     items.sort(key=lambda item: DEAR.index(item.path.parent.name) if item.path.parent.name in DEAR else len(DEAR))
 
 

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/ from the result files that they are about.
+"""The tables of README.md, tests/README.md and docs/ from the result files that they are about.
 
     python tools/figures.py            # write them again
     python tools/figures.py --check    # exit code 1 if one is not what its results say
@@ -257,6 +257,17 @@ def demo() -> str:
     return f"\n```text\n{ending(read('demo-*.json'), Path('demo-output'))}\n```\n\n"
 
 
+def mutants() -> str:
+    found = read("mutants-*.json")["files"]
+    rows = []
+    for name, told in found.items():
+        tried = sum(told.values()) - told["not_run"]
+        rows.append([f"`{name}`", f"{tried}", f"{told['noticed']}", percent(told["noticed"] / tried)])
+    noticed, tried = (sum(int(row[i]) for row in rows) for i in (2, 1))
+    rows.append(["all", f"{tried}", f"{noticed}", percent(noticed / tried)])
+    return table(["file", "mutants", "noticed", ""], rows)
+
+
 def inspected() -> str:
     return f"\n```text\n{(RESULTS / 'inspect-lora-speeches.txt').read_text(encoding='utf-8').strip()}\n```\n\n"
 
@@ -265,13 +276,14 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        combining, switching, serving, continued, precisions, bases, demo, inspected,
+        combining, switching, serving, continued, precisions, bases, mutants, demo,
+        inspected,
     )
 }  # fmt: skip
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [ROOT / "README.md", ROOT / "tests" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def renewed(text: str) -> str:

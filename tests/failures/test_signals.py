@@ -86,13 +86,14 @@ class AtLine:
 
     def __init__(self, nth: int) -> None:
         self.nth, self.seen, self.where = nth, 0, ""
+        self.before = sys.gettrace()  # coverage's, while it is measured
 
     def __enter__(self) -> "AtLine":
         sys.settrace(lambda frame, event, value: self._line if frame.f_code.co_filename in self.FILES else None)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self.before)
 
     def _line(self, frame: FrameType, event: str, value: object) -> Any:
         if event == "line":

@@ -23,7 +23,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", daily(KINDS, ("MarianMTModel", "BertForQuestionAnswering")))
+@pytest.mark.parametrize("name", daily(KINDS, ("WhisperForConditionalGeneration", "BertForQuestionAnswering")))
 def test_a_graph_of_every_kind(name: str, tmp_path: Path) -> None:
     architecture = (DYNAMO | GENAI)[name]
     base = save(architecture, tmp_path / "base")

@@ -24,6 +24,7 @@ from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
 from lora_export.workflows.validating import validate_folder
 from tests.builders import lora, save_adapter
+from tests.daily import later
 from tests.validation.conftest import save_base
 
 TEXT = ("It is with great satisfaction that I", "The state of the Union is good. " * 3, "def f(x): return x")
@@ -119,7 +120,7 @@ def total(function: Callable[..., np.ndarray], *outputs: Sequence[np.ndarray]) -
     return float(sum(function(*at).sum() for at in zip(*outputs, strict=True)))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", [later("fp32"), "int4"])
 def test_the_figures_are_those_of_float64(models: Models, precision: Precision) -> None:
     result = models.validated("strong", models.pair("strong", precision))
     b, m = torch_outputs(models, None), torch_outputs(models, models.adapters["strong"])
