@@ -4,6 +4,7 @@ The numbers are chosen so that mistakes show: alpha ≠ rank, in ≠ out, B ≠ 
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import peft
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
+from lora_export.adapters import AdapterFile, read_adapter
+from lora_export.checkpoint import open_adapter_files
+from lora_export.contracts import TargetUpdate
 
 VOCABULARY = 101
 transformers.utils.logging.disable_progress_bar()
@@ -155,6 +160,23 @@ def handmade_base(
     settings = {"model_type": "llama", "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(settings | config))
     return folder
+
+
+def updates_of(
+    folder: Path,
+    values: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    models: frozenset[str] = frozenset(),
+    factor: float = 1.0,
+) -> list[TargetUpdate]:
+    """What an adapter of these tensors does, whose names lack PEFT's prefix. models: the base's model_types."""
+    folder.mkdir(exist_ok=True)
+    named = {f"base_model.model.{k}": v.contiguous() for k, v in values.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    found, tensors = open_adapter_files(folder)
+    file = AdapterFile(tensors, found, folder / "adapter_config.json", weight=factor, base_model_types=models)
+    return list(read_adapter(file).updates)
 
 
 def handmade_adapter(

@@ -1,19 +1,16 @@
 """IA3, LoHa, LoKr and AdaLoRA in blocks of rows, against their papers' formulas in float64, and what every kind
 says of itself: its name, whether it adds, whether it has factors of low rank, whether a tied weight follows."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from lora_export.adapters import AdapterFile, read_adapter
 from lora_export.adapters.lora import DECOMPOSITION
-from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import TargetUpdate
 from tests.adapters.test_lora_family import close, in_blocks, random
+from tests.builders import updates_of
 
 GPT2 = frozenset({"gpt2"})  # its c_attn, c_proj and c_fc are Conv1D
 
@@ -21,13 +18,7 @@ GPT2 = frozenset({"gpt2"})  # its c_attn, c_proj and c_fc are Conv1D
 def read(
     folder: Path, values: dict[str, torch.Tensor], models: frozenset[str] = frozenset(), **config: Any
 ) -> list[TargetUpdate]:
-    folder.mkdir(exist_ok=True)
-    named = {f"base_model.model.{k}": v.contiguous() for k, v in values.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    found, tensors = open_adapter_files(folder)
-    file = AdapterFile(tensors, found, folder / "adapter_config.json", base_model_types=models)
-    return list(read_adapter(file).updates)
+    return updates_of(folder, values, config, models)
 
 
 def facts(update: TargetUpdate) -> tuple[str, str, bool, bool, bool]:

@@ -1,17 +1,14 @@
 """DoRA, AdaLoRA, convolutions, trained tokens and recomputed initialisations, against float64 by hand."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from lora_export.adapters import AdapterFile, read_adapter
-from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import TargetUpdate
 from lora_export.errors import AdapterError
+from tests.builders import updates_of
 
 R, S = 4, 2.5  # rank, and scaling with alpha 10
 
@@ -21,13 +18,7 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def updates(folder: Path, values: dict[str, torch.Tensor], **config: Any) -> list[TargetUpdate]:
-    folder.mkdir(exist_ok=True)
-    named = {f"base_model.model.{k}": v.contiguous() for k, v in values.items()}
-    save_file(named, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": R, "lora_alpha": 10} | config
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    found, tensors = open_adapter_files(folder)
-    return list(read_adapter(AdapterFile(tensors, found, folder / "adapter_config.json")).updates)
+    return updates_of(folder, values, {"peft_type": "LORA", "r": R, "lora_alpha": 10} | config)
 
 
 def in_blocks(update: TargetUpdate, weight: torch.Tensor, size: int = 3) -> torch.Tensor:

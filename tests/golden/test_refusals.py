@@ -4,7 +4,6 @@ What is found, which tensor, what would be right and what to do next are all tha
 missing is a fault. `python -m tests.golden.test_refusals` writes the file again: read the difference.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from lora_export.adapters import AdapterFile, read_adapter
-from lora_export.checkpoint import open_adapter_files
 from lora_export.errors import AdapterError
+from tests.builders import updates_of
 
 GOLDEN = Path(__file__).with_name("refusals.txt")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -147,14 +144,9 @@ WEIGHTED |= {"boft": (BOFT, BUTTERFLY), "pissa": (LORA | {"init_lora_weights": "
 
 def refusal(folder: Path, config: dict[str, Any], shapes: Shapes, weight: Any = None, factor: float = 1.0) -> str:
     """The whole message, with the adapter's folder called ADAPTER."""
-    folder.mkdir()
-    values = {f"base_model.model.{name}": torch.ones(shape) for name, shape in shapes.items()}
-    save_file(values, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    found, tensors = open_adapter_files(folder)
+    values = {name: torch.ones(shape) for name, shape in shapes.items()}
     with pytest.raises(AdapterError) as caught:
-        file = AdapterFile(tensors, found, folder / "adapter_config.json", weight=factor)
-        for update in read_adapter(file).updates:
+        for update in updates_of(folder, values, config, factor=factor):
             if weight is not None and update.target.endswith(".weight"):
                 update.load(weight)
     return str(caught.value).replace(str(folder), "ADAPTER")
