@@ -7,7 +7,7 @@ line tells in words. Talk goes to `progress`.
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_export.checkpoint.sources import choices_of, resolve
+from lora_export.checkpoint.sources import Adapters, Model, choices_of, resolve, resolve_all
 from lora_export.choices import Certify
 from lora_export.contracts import (
     BenchmarkOptions,
@@ -19,7 +19,6 @@ from lora_export.contracts import (
     PackageOptions,
     PackageResult,
     Progress,
-    Source,
     Story,
     StoryOptions,
     ValidationOptions,
@@ -28,8 +27,6 @@ from lora_export.contracts import (
 )
 from lora_export.progress import Silent
 
-Model = str | Path  # a folder, or a hub id
-Adapters = Model | Sequence[Model | tuple[Model, float]]
 SILENT = Silent()
 
 
@@ -60,7 +57,7 @@ def merge_and_export(
     from lora_export import pipeline
 
     options = options or StoryOptions()
-    return pipeline.merge_and_export(_source(base), _sources(adapters), Path(output), options, progress)
+    return pipeline.merge_and_export(resolve(base), resolve_all(adapters), Path(output), options, progress)
 
 
 def merge(
@@ -90,8 +87,8 @@ def merge(
     """
     from lora_export.merging import merge as merge_folder
 
-    choices = choices_of(_sources(adapters))
-    return merge_folder(_source(base).folder, choices, Path(output), options or MergeOptions(), progress)
+    choices = choices_of(resolve_all(adapters))
+    return merge_folder(resolve(base).folder, choices, Path(output), options or MergeOptions(), progress)
 
 
 def validate(
@@ -127,8 +124,8 @@ def validate(
     from lora_export.workflows.validating import validate_folder
 
     return validate_folder(
-        _source(base),
-        _sources(adapters),
+        resolve(base),
+        resolve_all(adapters),
         Path(merged),
         [Path(p) for p in onnx],
         [Path(p) for p in base_onnx],
@@ -173,9 +170,9 @@ def export(
     earlier = _path(graph_from)
     check_export(adapters, unmerged, earlier, shared_as)  # before a hub is asked
     return export_model(
-        _source(model),
+        resolve(model),
         Path(output),
-        [_source(a) for a in adapters],
+        [resolve(a) for a in adapters],
         options or ExportOptions(),
         progress,
         unmerged=unmerged,
@@ -226,7 +223,7 @@ def benchmark(
         _path(base),
         _path(unmerged),
         _path(plugged),
-        (_source(pytorch[0]).folder, _source(pytorch[1]).folder) if pytorch else None,
+        (resolve(pytorch[0]).folder, resolve(pytorch[1]).folder) if pytorch else None,
         [(name, Path(folder)) for name, folder in beside],
     )
     return latency.benchmark_folder(arms, Path(output), options or BenchmarkOptions(), progress, force=force)
@@ -288,8 +285,8 @@ def verify(
 
     return verify_path(
         Path(path),
-        _source(base) if base else None,
-        _sources(adapters),
+        resolve(base) if base else None,
+        resolve_all(adapters),
         certify,
         progress,
         key=_path(key),
@@ -300,13 +297,3 @@ def verify(
 
 def _path(model: Model | None) -> Path | None:
     return None if model is None else Path(model)
-
-
-def _source(model: Model) -> Source:
-    return resolve(str(model))
-
-
-def _sources(adapters: Adapters) -> list[tuple[Source, float]]:
-    several = [adapters] if isinstance(adapters, str | Path) else adapters
-    pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in several]
-    return [(_source(model), float(weight)) for model, weight in pairs]

@@ -153,3 +153,24 @@ def test_a_planted_violation_is_found(file: str, source: str) -> None:
 )
 def test_a_lawful_import_is_not_reported(file: str, source: str) -> None:
     assert not violations(source, Path(file))
+
+
+def too_long(source: str) -> list[str]:
+    """A file of more than 300 lines and functions of more than 60, unless the docstring says "long because"."""
+    tree = ast.parse(source)
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    sizes = [("the file", source.count("\n"), 300, ast.get_docstring(tree))]
+    sizes += [(f.name, (f.end_lineno or 0) - f.lineno + 1, 60, ast.get_docstring(f)) for f in functions]
+    return [name for name, lines, most, told in sizes if lines > most and "long because" not in (told or "")]
+
+
+def test_files_and_functions_fit_into_a_head() -> None:
+    found = {p.relative_to(PACKAGE): too_long(p.read_text(encoding="utf-8")) for p in PACKAGE.rglob("*.py")}
+    assert len(found) > 100 and {name: what for name, what in found.items() if what} == {}
+
+
+def test_what_is_too_long_is_found() -> None:
+    body = "\n".join(["    x = 1"] * 60)
+    assert too_long(f"def f():\n{body}\n") == ["f"]
+    assert too_long(f'def f():\n    "Does y; long because of z."\n{body}\n') == []
+    assert too_long("x = 1\n" * 301) == ["the file"]

@@ -12,9 +12,13 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
 
 
-def resolve(name: str) -> Source:
+Model = str | Path  # a folder, or a hub id
+Adapters = Model | Sequence[Model | tuple[Model, float]]  # one, or several, each alone or with its weight
+
+
+def resolve(model: Model) -> Source:
     """The folder behind a name. A hub id is downloaded (or found in the cache) and pinned to a commit."""
-    folder = Path(name)
+    name, folder = str(model), Path(model)
     if folder.is_dir():
         return Source(name, folder)
     match = _HUB_ID.fullmatch(name)
@@ -45,6 +49,13 @@ def resolve(name: str) -> Source:
         ) from None
     # The cache keeps a snapshot in a folder that is named after its commit.
     return Source(name, found, found.name if _COMMIT.fullmatch(found.name) else None)
+
+
+def resolve_all(adapters: Adapters) -> list[tuple[Source, float]]:
+    """Each adapter found, and its weight: 1 where none is given."""
+    several = [adapters] if isinstance(adapters, str | Path) else adapters
+    pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in several]
+    return [(resolve(model), float(weight)) for model, weight in pairs]
 
 
 def choices_of(adapters: Sequence[tuple[Source, float]]) -> list[AdapterChoice]:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from lora_export.checkpoint.sources import choices_of, resolve
+from lora_export.checkpoint.sources import choices_of, resolve, resolve_all
 from lora_export.commands.options import GRIDS
 from lora_export.commands.types import split_weight
 from lora_export.contracts import (
@@ -35,7 +35,7 @@ def weighted(names: Sequence[str]) -> list[tuple[str, float]]:
 
 def chosen(names: Sequence[str]) -> list[AdapterChoice]:
     """Each adapter's folder and its weight."""
-    return choices_of([(resolve(name), weight) for name, weight in weighted(names)])
+    return choices_of(resolve_all(weighted(names)))
 
 
 def merge_options_of(words: dict[str, Any], force: bool = False) -> MergeOptions:
