@@ -666,8 +666,8 @@ MUTATIONS = (
     ),
     Mutation(
         'the API forgets the weights', 'api.py',
-        'choices = choices_of(_sources(adapters))',
-        'choices = choices_of([(source, 1.0) for source, _ in _sources(adapters)])',
+        'choices = choices_of(resolve_all(adapters))',
+        'choices = choices_of([(source, 1.0) for source, _ in resolve_all(adapters)])',
         'tests/test_api.py::test_a_merge_tells_its_progress_and_prints_nothing',
     ),
 )  # fmt: skip
