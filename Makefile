@@ -28,8 +28,8 @@ demo: $(BIN)/.ready
 demo-qlora: $(BIN)/.ready
 	@$(BIN)/python examples/demo.py --adapter qlora-speeches --out $(OUT)-qlora
 
-# Where the tests are that need the machine to themselves: tests/conftest.py refuses them elsewhere.
-TIMED = tests/test_startup.py tests/benchmarking
+# The files with tests that need the machine to themselves; to collect all others a second time takes long.
+TIMED = $(shell grep -rl --include='test_*.py' 'mark\.timing' tests)
 
 test: $(BIN)/.ready
 	$(BIN)/python -m pytest -q -m "not slow and not gpu and not timing" -n auto --dist loadfile --no-loadscope-reorder

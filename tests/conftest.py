@@ -14,17 +14,12 @@ from typing import Any
 
 import pytest
 
-TIMED = ("tests/test_startup.py", "tests/benchmarking/")
+MEASURED = any(name.startswith("COVERAGE_PROCESS") for name in os.environ)  # coverage is
 DEAR = ("packages", "end_to_end", "onnx_export", "validation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Folders that take long come first, so that no worker is left with one at the end."""
-    strays = [
-        item.nodeid for item in items if item.get_closest_marker("timing") and not item.nodeid.startswith(TIMED)
-    ]
-    if strays:
-        raise pytest.UsageError(f"marked timing, and not where `make test` looks for such tests: {strays}")
     items.sort(key=lambda item: DEAR.index(item.path.parent.name) if item.path.parent.name in DEAR else len(DEAR))
 
 
@@ -43,7 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_configure() -> None:
     """While coverage is measured, engines' processes are measured, too: they get a clean environment otherwise."""
-    if any(name.startswith("COVERAGE_PROCESS") for name in os.environ):
+    if MEASURED:
         from lora_export.onnx_export import isolated
 
         isolated._KEPT_PREFIXES = (*isolated._KEPT_PREFIXES, "COVERAGE_PROCESS")
@@ -51,7 +46,7 @@ def pytest_configure() -> None:
 
 def pytest_sessionfinish() -> None:
     """xdist kills a worker that takes long to end, and all that coverage counted in it would be lost."""
-    if "PYTEST_XDIST_WORKER" in os.environ and any(name.startswith("COVERAGE_PROCESS") for name in os.environ):
+    if "PYTEST_XDIST_WORKER" in os.environ and MEASURED:
         from coverage import Coverage
 
         if (measuring := Coverage.current()) is not None:

@@ -276,8 +276,8 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        combining, switching, serving, continued, precisions, bases, mutants, demo,
-        inspected,
+        combining, switching, serving, continued, precisions, bases, mutants,
+        demo, inspected,
     )
 }  # fmt: skip
 

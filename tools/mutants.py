@@ -1,6 +1,6 @@
 """How many faults that mutmut puts into the arithmetic the quick tests notice, file by file, as a result.
 
-mutmut run                                # an hour on two cores; pyproject.toml says which files and tests
+mutmut run                                # takes long; pyproject.toml says which files and tests
 python tools/mutants.py --out benchmarks/results
 """
 

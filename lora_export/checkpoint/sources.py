@@ -11,7 +11,6 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<re
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
 
-
 Model = str | Path  # a folder, or a hub id
 Adapters = Model | Sequence[Model | tuple[Model, float]]  # one, or several, each alone or with its weight
 

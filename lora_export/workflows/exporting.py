@@ -22,12 +22,11 @@ def export_model(
 
     adapters: stay outside, as .onnx_adapter files of a graph with slots; or, with `unmerged`, the only one of them
     is in the graph as operators of its own. graph_from: an earlier export of the same base, whose graph and options
-    hold. InputError for what does not go together, before any work.
+    hold. What goes together is for `check_export` to say, before anything is looked for.
     """
     from lora_export.onnx_export import export, reweight, share
     from lora_export.workflows.pluggable import export_pluggable
 
-    check_export(adapters, unmerged, graph_from, shared_as)
     if graph_from is not None and shared_as is not None:
         return share(graph_from, model.folder, output, shared_as, force=options.force, progress=progress)
     if graph_from is not None:

@@ -21,6 +21,11 @@ def read(
     return updates_of(folder, values, config, models)
 
 
+def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Other numbers for each, of one shape, too."""
+    return {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
 def facts(update: TargetUpdate) -> tuple[str, str, bool, bool, bool]:
     return update.target, update.kind, update.adds, update.low_rank, update.optional
 
@@ -105,19 +110,8 @@ def test_loha(tmp_path: Path) -> None:
 
 def test_loha_with_cores(tmp_path: Path) -> None:
     """Tucker products: τ ×₁ aᵀ ×₂ bᵀ over a kernel of 3 (FedPara, proposition 3)."""
-    parts = {
-        name: random(*shape, seed=i)
-        for i, (name, shape) in enumerate(
-            {
-                "t1": (4, 4, 3),
-                "w1_a": (4, 8),
-                "w1_b": (4, 6),
-                "t2": (4, 4, 3),
-                "w2_a": (4, 8),
-                "w2_b": (4, 6),
-            }.items()
-        )
-    }
+    shapes = {"t1": (4, 4, 3), "w1_a": (4, 8), "w1_b": (4, 6), "t2": (4, 4, 3), "w2_a": (4, 8), "w2_b": (4, 6)}
+    parts = drawn(shapes)
     (update,) = read(tmp_path, {f"x.hada_{k}": v for k, v in parts.items()}, peft_type="LOHA", r=4, alpha=8)
     wide = {k: v.double() for k, v in parts.items()}
     one, two = (torch.einsum("ijk,io,jc->ock", wide[f"t{n}"], wide[f"w{n}_a"], wide[f"w{n}_b"]) for n in (1, 2))
@@ -144,7 +138,7 @@ def kronecker(parts: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("shapes", [WHOLE, LEFT, RIGHT, BOTH])
 def test_lokr(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    parts = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    parts = drawn(shapes)
     (update,) = read(tmp_path, {f"x.lokr_{k}": v for k, v in parts.items()}, peft_type="LOKR", r=4, alpha=6)
     assert facts(update) == ("x.weight", "lokr", True, False, False)
     assert update.fits((12, 10)) and not update.fits((10, 12))
@@ -154,7 +148,7 @@ def test_lokr(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 def test_lokr_with_a_core_is_a_kronecker_product_of_channels(tmp_path: Path) -> None:
     shapes = {"w1": (3, 2), "w2_a": (4, 4), "w2_b": (4, 5), "t2": (4, 4, 3, 2)}
-    parts = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    parts = drawn(shapes)
     (update,) = read(tmp_path, {f"x.lokr_{k}": v for k, v in parts.items()}, peft_type="LOKR", r=4, alpha=6)
     wide = {k: v.double() for k, v in parts.items()}
     second = torch.einsum("ijkl,io,jc->ockl", wide["t2"], wide["w2_a"], wide["w2_b"])
@@ -195,7 +189,7 @@ def test_adalora_masks_by_any_name(tmp_path: Path, name: str) -> None:
     values = {"x.lora_A": random(2, 7), "x.lora_B": random(9, 2), "x.lora_E": random(2, 1)}
     settings = {"peft_type": "ADALORA", "init_r": 6, "lora_alpha": 6, "rank_pattern": {name: [True, False, True]}}
     (update,) = read(tmp_path, values, **settings)
-    assert update.keys == tuple(f"{k}" for k in ("x.lora_A", "x.lora_B", "x.lora_E"))
+    assert update.keys == ("x.lora_A", "x.lora_B", "x.lora_E")
 
 
 @pytest.mark.parametrize(("name", "size"), [("h.0.c_fc", (9, 7)), ("h.0.c_proj", (7, 7)), ("head", (7, 7))])

@@ -87,10 +87,8 @@ def test_a_damaged_report_is_refused_and_its_pages_left(
     with pytest.raises(InputError, match=message) as caught:
         render(tmp_path)
     assert str(tmp_path / "report.json") == caught.value.where
-    assert kept.read_text() == "as it was" and sorted(p.name for p in tmp_path.iterdir()) == [
-        kept.name,
-        "report.json",
-    ]
+    assert kept.read_text() == "as it was"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [kept.name, "report.json"]
 
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "report.schema.json"
