@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from lora_export.validation import streaming
@@ -99,8 +100,8 @@ class _Double(TorchDispatchMode):
             return func(*args, **kwargs)
         if not any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args):
             return func(*args, **kwargs)
-        wide = torch.utils._pytree.tree_map(_widened, (args, kwargs))
-        return torch.utils._pytree.tree_map(_narrowed, func(*wide[0], **wide[1]))
+        wide = tree_map(_widened, (args, kwargs))
+        return tree_map(_narrowed, func(*wide[0], **wide[1]))
 
 
 def _widened(value: Any) -> Any:
@@ -135,10 +136,28 @@ def in_types(unmerged: Any, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]
                 if dtype is not None and not streaming.slots_of(parameter):
                     saved.append((parameter, parameter.data))
                     parameter.data = parameter.data.to(dtype)
-            yield
+            with _inputs_in(unmerged.base_model.model, widest):
+                yield
         finally:
             for parameter, before in saved:
                 parameter.data = before
+
+
+@contextlib.contextmanager
+def _inputs_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, sounds and images reach the model in `dtype`, as its user has to give them."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def narrow(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return tree_map(cast, args), {name: tree_map(cast, value) for name, value in kwargs.items()}
+
+    handle = model.register_forward_pre_hook(narrow, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextlib.contextmanager

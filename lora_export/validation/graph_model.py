@@ -307,8 +307,9 @@ def _load(work: Path, unmerged: Any, merged: Path, head: torch.Tensor | None, ke
     config = copy.deepcopy(body.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    tied = loading.config_of(merged).get_text_config().tie_word_embeddings
-    config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = tied
+    tied = getattr(loading.config_of(merged).get_text_config(), "tie_word_embeddings", None)
+    if tied is not None:  # a merge unties a head that it changes
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = tied
     config.save_pretrained(work)
     model, info = loading.load(type(body), work, torch.float32, keep)
     streaming.attach(model, ())

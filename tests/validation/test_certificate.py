@@ -18,8 +18,8 @@ from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
-from lora_export.validation.compare import compare_logits, greedy_divergences
 from lora_export.validation.arithmetic import in_types
+from lora_export.validation.compare import compare_logits, greedy_divergences
 from lora_export.validation.noise import rounding_noise
 from lora_export.validation.prompts import BUILT_IN
 from lora_export.validation.text import read_text, windows
