@@ -5,7 +5,7 @@ Model outputs cannot show a fine fault (one projection scaled by 1.02 hides in b
 
 import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,12 +86,14 @@ def compare_tensors(
     return list(errors.values())
 
 
-def verdict(errors: Sequence[TensorError]) -> tuple[tuple[str, ...], list[Check]]:
-    """(the tensors beyond what rounding explains, worst first; the checks that say so)."""
+def verdict(errors: Sequence[TensorError], seed: int = 0) -> tuple[tuple[str, ...], list[Check]]:
+    """(the tensors beyond what rounding explains, worst first; the checks that say so). seed: of the samples."""
     faulty = sorted((e for e in errors if not e.worst <= 1), key=lambda e: -e.worst)
     worst = max((e.worst for e in errors), default=0.0)
     # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
-    return tuple(e.name for e in faulty), tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
+    checks = tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
+    checks[0] = replace(checks[0], note=f"{checks[0].note}; what is sampled is drawn with seed {seed}")
+    return tuple(e.name for e in faulty), checks
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -30,7 +30,7 @@ ADAPTERS = {
 
 def check(folders: Folders, max_memory: int | None, **merge_options: Any) -> ValidationResult:
     base, adapter, merged = folders
-    options = ValidationOptions(provider="cpu", max_memory=max_memory, merge=MergeOptions(**merge_options), rows=16)
+    options = ValidationOptions(provider="cpu", max_memory=max_memory, merge=MergeOptions(**merge_options), rows=16, seed=0)
     return validate(base, [AdapterChoice(adapter)], merged, options=options, progress=Silent())
 
 
@@ -127,7 +127,7 @@ def test_a_base_quantized_in_training_is_streamed_from_a_dequantized_copy(tmp_pa
     sources = Source("base", base), [(Source("adapter", tmp_path / "adapter"), 1.0)]
     results = [
         validate_folder(
-            *sources, tmp_path / "merged", (), (), ValidationOptions(merge=merging, max_memory=limit), Silent()
+            *sources, tmp_path / "merged", (), (), ValidationOptions(merge=merging, max_memory=limit, seed=0), Silent()
         )
         for limit in (10**12, 1)
     ]

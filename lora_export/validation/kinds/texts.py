@@ -46,13 +46,13 @@ def token_lists(subject: Subject, room: int = 0) -> Texts:
         if not tokens:
             raise InputError("no prompt has two tokens or more", where=subject.prompts_file or "built-in prompts")
         return Texts(tokens, tokenizer)
-    note = "on seeded random token ids, for the merged folder has no tokenizer"
+    note = "on seeded random token ids, for there is no tokenizer"
     if subject.prompts_file is not None:
         raise InputError(
-            "the prompts cannot be read by the model: the merged folder has no tokenizer",
-            where=subject.folder,
-            expected="tokenizer.json or the files of a known tokenizer",
-            next_step="copy the base's tokenizer there, or leave out --prompts",
+            "the prompts cannot be read by the model: there is no tokenizer, neither the base's nor an adapter's",
+            where=subject.prompts_file,
+            expected="tokenizer.json or the files of a known tokenizer, in the base's folder",
+            next_step="the same command without --prompts",
         )
     subject.progress.warn(f"validation compares {note}")
     return Texts(_random_ids(subject.model, limit), NoTokenizer(), note)
