@@ -6,6 +6,7 @@ their place, and of config.json the keys change that the merge must change.
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from lora_export.validation.stored import FLOATS, HEADS, headers
 CONFIG = "config.json"
 CERTIFICATE = "lora_export_certificate.json"
 _WEIGHTS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data", ".py",
-    ".pkl", ".lock",
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data",
+    ".py", ".pkl", ".lock",
 )  # fmt: skip
 MOST = 256 * 2**20  # bytes of a file of settings
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -46,6 +47,22 @@ def expected_folder(
     return folder
 
 
+def declared(base: Path, merged: Path, options: MergeOptions) -> MergeOptions:
+    """The options with the type that the merge was asked for, where they do not tell: its config.json does.
+
+    All its tensors have to be of that type, then, and the base's are compared after they were rounded to it.
+    """
+    before, after = (_type(read_json(folder / CONFIG)) for folder in (base, merged))
+    known = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS.values())
+    if options.dtype != "keep" or after == before or after not in known:
+        return options
+    return replace(options, dtype=after)  # type: ignore[arg-type]
+
+
+def _type(config: Mapping[str, Any]) -> Any:
+    return config.get("dtype", config.get("torch_dtype"))
+
+
 def settings_of(folder: Path) -> Iterator[Path]:
     """The files beside the weights, config.json left out."""
     for path in sorted(folder.iterdir()):
@@ -67,9 +84,7 @@ def _copy(path: Path, target: Path) -> None:
     shutil.copyfile(path, target)
 
 
-def _config(
-    base: Path, adapters: Sequence[AdapterChoice], merged: Path, options: MergeOptions
-) -> dict[str, Any]:
+def _config(base: Path, adapters: Sequence[AdapterChoice], merged: Path, options: MergeOptions) -> dict[str, Any]:
     config = read_json(base / CONFIG)
     config.pop("quantization_config", None)
     if options.dtype != "keep":

@@ -206,7 +206,7 @@ def load_merged(
     absent: Mapping[str, torch.Tensor] | None = None,
     keep: int | None = None,
 ) -> tuple[Any, dict[str, torch.dtype]]:
-    """The merged folder as transformers loads it, then widened to fp32; and the types of its parameters and buffers.
+    """The merged folder as transformers loads it, then widened to fp32; and the types of parameters and buffers.
 
     absent: tensors that the base's files lack, too; they are taken from here. keep: as of load_unmerged.
     """

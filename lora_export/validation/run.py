@@ -41,13 +41,14 @@ def validate(
     Needed, too, for any quantized base of a model that `streams`. graphs_alone: `merged` is an outline without
     numbers, and only the graphs are compared.
     """
-    from lora_export.validation.beside import expected_folder
+    from lora_export.validation.beside import declared, expected_folder
     from lora_export.validation.settings import settings_check
 
     options = seeded(options or ValidationOptions())
     _quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
-        settings = expected_folder(base, adapters, merged, options.merge, Path(scratch) / "settings")
+        asked_of_merge = declared(base, merged, options.merge)
+        settings = expected_folder(base, adapters, merged, asked_of_merge, Path(scratch) / "settings")
         check = settings_check(settings, merged)
         if options.merge.combine != "none":
             adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
@@ -267,20 +268,21 @@ def _tensors(
     from lora_export.validation.tensors import compare_tensors, verdict
 
     progress.stage("validate: recomputing tensors in float64")
-    return verdict(compare_tensors(unmerged, model, dtypes, options.rows, seed=options.seed or 0), options.seed or 0)
+    seed = options.seed or 0
+    return verdict(compare_tensors(unmerged, model, dtypes, options.rows, seed=seed), seed)
 
 
 def _stored(
     base: Path, adapters: Sequence[AdapterChoice], merged: Path, unmerged: Any, options: ValidationOptions
 ) -> Check:
-    from lora_export.validation.beside import replication
+    from lora_export.validation.beside import declared, replication
     from lora_export.validation.effective import wrapped_modules
     from lora_export.validation.loading import whole_tensors
     from lora_export.validation.stored import Changed, loaded_names, stored_check
 
     modules = wrapped_modules(unmerged.base_model.model)
     changed = Changed(tuple(modules), whole_tensors(adapters), loaded_names(base))
-    return stored_check(base, merged, changed, options.merge, bool(replication(adapters)))
+    return stored_check(base, merged, changed, declared(base, merged, options.merge), bool(replication(adapters)))
 
 
 def _quiet_libraries() -> None:

@@ -1,6 +1,6 @@
-"""The tensors of the merged files against the base's, without a model: what no adapter touches is the same, to a bit.
+"""The tensors of the merged files against the base's, without a model: untouched ones are the same, to a bit.
 
-A model of transformers reads only the tensors that it has a place for, in one type for all; other programs read all.
+transformers reads only the tensors that a model has a place for, and in one type; other programs read them all.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -77,14 +77,15 @@ def loaded_names(base: Path) -> dict[str, str]:
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    state = model.state_dict()
-    return {n: rename_source_key(n, renamings, converters, model.base_model_prefix, state)[0] for n in headers(base)}
+    told = renamings, converters, model.base_model_prefix, model.state_dict()
+    return {name: rename_source_key(name, *told)[0] for name in headers(base)}
 
 
 def stored_check(base: Path, merged: Path, changed: Changed, options: MergeOptions, replicated: bool) -> Check:
     found = list(dict.fromkeys(differences(base, merged, changed, options, replicated)))
     told = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
     note = "tensors that no adapter touches are the base's, to a bit, and none is missing or in excess"
+    note += "" if options.dtype == "keep" else f"; all are converted to {options.dtype}"
     return Check("stored_tensors_differ", len(found), 0, not found, told or note)
 
 
@@ -108,9 +109,7 @@ def differences(
         yield from _one(name, old, new, changed, options.dtype, on_the_fly and len(old.shape) > 1)
 
 
-def _one(
-    name: str, old: Stored, new: Stored, changed: Changed, dtype: str, dequantized: bool
-) -> Iterator[str]:
+def _one(name: str, old: Stored, new: Stored, changed: Changed, dtype: str, dequantized: bool) -> Iterator[str]:
     wanted = old.dtype if dtype == "keep" or old.dtype not in FLOATS else _header_type(dtype)
     if new.dtype != wanted:
         yield f"{name}: stored as {new.dtype}, should be {wanted}"
@@ -127,11 +126,10 @@ def _header_type(dtype: str) -> str:
 
 
 def _names(before: Mapping[str, Stored], after: Mapping[str, Stored], quantized: bool) -> Iterator[str]:
-    """A quantized weight has several tensors in the base, whose names begin as its own."""
-    whole = {n.removesuffix("weight") for n in after.keys() - before.keys()}
+    """A quantized weight has several tensors in the base, whose names begin as its own does."""
+    beginnings = {n.removesuffix("weight") for n in after if n.endswith("weight") or n not in before}
     for name in sorted(before.keys() - after.keys()):
-        kept = {n for n in after if quantized and n.endswith("weight") and name.startswith(n.removesuffix("weight"))}
-        if not kept and not (quantized and any(name.startswith(w) for w in whole)):
+        if not quantized or beginnings.isdisjoint(name[:i] for i in range(len(name))):
             yield f"{name}: missing"
     for name in sorted(after.keys() - before.keys()):
         parts = quantized and any(n.startswith(name.removesuffix("weight")) for n in before)

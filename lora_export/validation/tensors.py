@@ -192,9 +192,7 @@ def _layer(
         yield max(errors, key=lambda e: e.worst)
 
 
-def _combined(
-    name: str, exact: Any, found: nn.Module, bound: nn.Module, generator: torch.Generator
-) -> TensorError:
+def _combined(name: str, exact: Any, found: nn.Module, bound: nn.Module, generator: torch.Generator) -> TensorError:
     """All elements of a row together, in random combinations: for what is too dear to be asked one by one.
 
     Of a sum with random signs the mean square is the sum of the squared errors, which rounding keeps below the sum

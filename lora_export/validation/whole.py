@@ -1,7 +1,7 @@
 """Every element of a weight, asked of PEFT's own modules block by block, so that memory stays bounded.
 
-A plain layer answers a one-hot input with a column of its weight. Answering so, without a product of matrices, leaves
-only what the adapter adds, which is cheap for updates of a low rank. Still no formula of any kind is known here.
+A plain layer answers a one-hot input with a column of its weight. Answering so, without a product of matrices,
+leaves only what the adapter adds, which is cheap for updates of a low rank. No formula of any kind is known here.
 """
 
 import copy
@@ -19,6 +19,7 @@ from lora_export.validation.effective import base_layer
 BLOCK = 512  # inputs at once
 PARAMETER_BLOCK = 2**22  # elements of a stacked parameter at once
 CHEAP = 0.25  # of the arithmetic of a product with the whole weight
+Factors = tuple[torch.Tensor, torch.Tensor, float]
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -121,8 +122,8 @@ def _without_geometry(owner: nn.Module) -> None:
 def effective_blocks(module: Any, name: str) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """(where, the base's values, those in effect) of a parameter inside PEFT's wrappers of parameters, in float64.
 
-    Blocks of its first dimension, which counts experts. The wrapper's own arithmetic makes them: it is given a block
-    of the parameter, and that part of its factors.
+    Blocks of its first dimension, which counts experts. The wrapper's own arithmetic makes them: it is given a
+    block of the parameter, and that part of its factors.
     """
     base = module.get_base_layer()
     values = getattr(base, name).data
@@ -140,7 +141,7 @@ def effective_blocks(module: Any, name: str) -> Iterator[tuple[slice, torch.Tens
         yield where, block, _in_effect(wrapper, name, block)
 
 
-def _part(factors: tuple[torch.Tensor, torch.Tensor, float], where: slice) -> tuple[torch.Tensor, torch.Tensor, float]:
+def _part(factors: Factors, where: slice) -> Factors:
     left, right, scaling = factors
     return left[where], right[where], scaling
 

@@ -1,4 +1,4 @@
-"""Every element is recomputed: of each expert, of each tap of a kernel, of each rank, and each buffer is compared."""
+"""Every element is recomputed: of each expert, of each tap of a kernel, of any rank; and buffers are compared."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -91,9 +91,10 @@ def test_compare_tensors_experts_in_small_blocks_give_the_same_errors(
     judged = mixtral(tmp_path)
     together = {e.name: e.worst for e in judged.errors()}
     monkeypatch.setattr("lora_export.validation.whole.PARAMETER_BLOCK", 5 * 48 * 40)
+    # Not to the last place: the bound looks at the largest change of a block.
     apart = {e.name: e.worst for e in judged.errors()}
     assert apart.keys() == together.keys()
-    assert all(apart[n] == pytest.approx(together[n], rel=1e-2) for n in apart)  # the bound looks at a block's largest
+    assert all(apart[n] == pytest.approx(together[n], rel=1e-2) for n in apart)
 
 
 @pytest.mark.parametrize("kind", ["lora convolution", "dora convolution"])
@@ -142,7 +143,7 @@ def test_compare_tensors_a_count_in_a_buffer_is_named(tmp_path: Path) -> None:
 
 
 def test_compare_tensors_samples_are_other_ones_with_another_seed(tmp_path: Path) -> None:
-    """Of what is sampled (OFT multiplies by more than low ranks) the columns follow from the seed, not the shape."""
+    """Of what is sampled (OFT multiplies by more than low ranks) the columns follow from the seed."""
     family = FAMILIES["llama"]
     base = family.save(tmp_path / "base")
     train(base, family, "oft", tmp_path / "adapter")

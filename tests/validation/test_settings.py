@@ -17,7 +17,7 @@ from lora_export.contracts import AdapterChoice, Check, MergeOptions, Validation
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
-from lora_export.validation.beside import expected_folder
+from lora_export.validation.beside import declared, expected_folder
 from lora_export.validation.settings import settings_check
 from lora_export.validation.stored import Changed, stored_check
 from tests.builders import edit_json, edit_tensors, save_base
@@ -145,11 +145,15 @@ def test_settings_check_documents_and_who_wrote_it_do_not_count(
 def test_settings_check_a_type_that_was_not_asked_for_is_named(
     made: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    asked = MergeOptions(dtype="float16")
-    merge(made[0], [AdapterChoice(made[1])], tmp_path / "merged", asked)
-    assert found(made, tmp_path / "merged", tmp_path / "a", asked).passed
-    check = found(made, tmp_path / "merged", tmp_path / "b")
-    assert not check.passed and "config.json: dtype: should be 'bfloat16', is 'float16'" in check.note
+    merge(made[0], [AdapterChoice(made[1])], tmp_path / "merged", MergeOptions(dtype="float16"))
+    for i, (asked, passes) in enumerate((("float16", True), ("keep", True), ("float32", False))):
+        options = declared(made[0], tmp_path / "merged", MergeOptions(dtype=asked))  # type: ignore[arg-type]
+        assert options.dtype == ("float32" if asked == "float32" else "float16")
+        assert found(made, tmp_path / "merged", tmp_path / f"{i}", options).passed == passes
+    edit_json(made[2] / "config.json", dtype="float16")  # says so alone: the tensors are bfloat16 still
+    options = declared(made[0], made[2], MergeOptions())
+    edit_json(made[2] / "config.json", dtype="bfloat16")
+    assert "stored as BF16, should be F16" in stored_check(made[0], made[2], CHANGED, options, False).note
 
 
 def test_settings_check_an_adapter_s_tokenizer_takes_the_place_of_the_base_s(
