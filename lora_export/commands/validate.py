@@ -84,6 +84,7 @@ def validate(
             min_survival=min_survival,
             max_memory=gather.validation_memory_of(words),
             bases=gather.bases_of(words),
+            seed=words["validation_seed"],
         )
         result = api.validate(
             base,
