@@ -701,4 +701,41 @@ MUTATIONS = (
         'one_by_one = compare_logits(answered, answered, self.tokens)',
         f'{NOISE}::test_validate_graph_fault_shared_with_base_fails[softcap]',
     ),
+    Mutation(
+        'every fourth expert is compared', 'validation/tensors.py',
+        '_worst(name, found, wanted, allowed).worst',
+        '_worst(name, found[::4], wanted[::4], allowed[::4]).worst',
+        'tests/validation/test_recomputed.py::test_compare_tensors_any_expert_changed_is_named[exchanged]',
+    ),
+    Mutation(
+        'a high rank is too dear', 'validation/whole.py',
+        '    return isinstance(module, LoraLayer)',
+        '    return False',
+        'tests/validation/test_recomputed.py::test_compare_tensors_a_high_rank_is_recomputed_whole',
+    ),
+    Mutation(
+        'buffers are not compared', 'validation/tensors.py',
+        'in plain_buffers(model, wrapped):',
+        'in ():',
+        'tests/validation/test_recomputed.py::test_compare_tensors_a_running_variance_is_named',
+    ),
+    Mutation(
+        'the merged folder chooses its inputs', 'validation/run.py',
+        'kinds.Subject(plain(unmerged), settings, dtypes, *asked)',
+        'kinds.Subject(plain(unmerged), merged, dtypes, *asked)',
+        'tests/validation/test_settings.py::test_validate_the_merged_folder_does_not_choose_its_inputs',
+    ),
+    Mutation(
+        'a file too many is no setting', 'validation/settings.py',
+        'elif name.endswith(_READ):',
+        'elif False:',
+        'tests/validation/test_settings.py::'
+        'test_settings_check_a_changed_file_is_named_with_its_key[planted_adapter]',
+    ),
+    Mutation(
+        'no text reaches beyond a window', 'validation/lengths.py',
+        'at |= {length, length + 1,',
+        'at |= {length} or {length + 1,',
+        'tests/validation/test_lengths.py::test_choose_windows_and_original_ropes_are_reached_and_passed[window]',
+    ),
 )  # fmt: skip
