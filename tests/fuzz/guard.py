@@ -42,7 +42,7 @@ class Hang(Exception):
 @dataclass
 class Worst:
     """What inputs have cost so far at most. seconds, megabytes: beyond what any input may take, of one call; rate:
-    seconds of the processor for each MB of an input of 100 kB or more."""
+    seconds of the processor for each MB of an input of a MB or more."""
 
     seconds: float = 0.0
     rate: float = 0.0
@@ -65,7 +65,7 @@ def measured(size: int) -> Iterator[None]:
     finally:
         seconds, memory = time.process_time() - started, _peak() - before
         WORST.seconds, WORST.memory = max(WORST.seconds, seconds), max(WORST.memory, memory)
-        if size >= 100_000:
+        if size >= 1_000_000:
             WORST.rate = max(WORST.rate, seconds / (size / 1e6))
     assert seconds < FLOOR + size / 1e6, f"{seconds:.1f} s for {size} bytes"
     assert memory < EXPANSION * size + ROOM, f"{memory} bytes of memory for {size}"
