@@ -21,7 +21,7 @@ LONGEST = 2**16  # characters; whoever trains on chosen modules may list them al
 LARGEST_REPEAT = (
     10_000  # copies of a part that {m,n} asks for, multiplied over the expression: compiling makes them
 )
-PATIENCE = 1.0  # seconds for one name
+PATIENCE = 0.5  # seconds of the processor for one name
 TOTAL = 4.0  # seconds of the processor for all names and expressions of an adapter
 MOST_REMEMBERED = 500  # expressions that need not be looked at again; `regex` keeps as many
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
