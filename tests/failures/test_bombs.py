@@ -1,6 +1,7 @@
 """Small files that ask for much: archives, headers, documents and expressions. refused, soon, in little memory."""
 
 import io
+import itertools
 import json
 import tarfile
 import zipfile
@@ -8,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import zstandard
+from onnx import helper
 
 from lora_export.checkpoint.header import read_header
-from lora_export.errors import InputError, LoraExportError
-from lora_export.onnx_export import weights_map
+from lora_export.errors import ExportError, InputError, LoraExportError
+from lora_export.onnx_export import check_model, weights_map
 from lora_export.packages import archive
 from lora_export.sealed import read_json, read_sealed, write_sealed
 from tests.fuzz.guard import measured
@@ -221,3 +224,37 @@ def test_a_sealed_document_with_another_text_is_refused_soon(tmp_path: Path) -> 
         (tmp_path / "a.json").write_bytes(changed)
         with pytest.raises(InputError, match="digest"), measured(len(changed)):
             read_sealed(tmp_path / "a.json")
+
+
+# --- graphs ------------------------------------------------------------------------------------------------
+
+
+def calling(depth: int, times: int = 2, first: str = "Neg") -> onnx.ModelProto:
+    """A graph of one node: a call of a function that calls another as often, and so on; the last calls `first`."""
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)]
+    functions = []
+    for i in range(depth):
+        called, domain = (f"f{i - 1}", "own") if i else (first, "" if first == "Neg" else "own")
+        names = ["a", *(f"t{j}" for j in range(times - 1)), "b"]
+        nodes = [helper.make_node(called, [x], [y], domain=domain) for x, y in itertools.pairwise(names)]
+        functions.append(helper.make_function("own", f"f{i}", ["a"], ["b"], nodes, imports))
+    x, y = (helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [4]) for n in "xy")
+    graph = helper.make_graph([helper.make_node(f"f{depth - 1}", ["x"], ["y"], domain="own")], "g", [x], [y])
+    return helper.make_model(graph, opset_imports=imports, ir_version=8, functions=functions)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (calling(30), "more than 1,000,000 nodes"),
+        (calling(300, 1), "calls within"),
+        (calling(2, 1, "f1"), "calls within"),
+    ],
+    ids=["a billion calls", "deep calls", "a call of itself"],
+)
+def test_functions_that_make_a_graph_huge_are_refused(model: onnx.ModelProto, said: str, tmp_path: Path) -> None:
+    onnx.save(calling(10), tmp_path / "honest.onnx")
+    check_model(tmp_path / "honest.onnx")
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match=said), measured((tmp_path / "model.onnx").stat().st_size):
+        check_model(tmp_path / "model.onnx")

@@ -107,8 +107,9 @@ def zip_archives(draw: st.DrawFn) -> bytes:
         for _ in range(draw(st.integers(0, 4))):
             name = draw(NAMES) or "n"
             method = draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA]))
-            for i in range(draw(st.sampled_from([1, 1, 1, 1, 2, 300, 11_000]))):
-                data = bytes(draw(LENGTHS)) if not i else b""
+            length = 100 if method == zipfile.ZIP_LZMA else draw(LENGTHS)
+            for i in range(draw(st.sampled_from([1] * 12 + [2, 2, 2, 300, 300, 11_000]))):
+                data = bytes(length) if not i else b""
                 out.writestr(zipfile.ZipInfo(f"{name}{i or ''}"), data, method)
     content = raw.getvalue()
     at = content.find(b"PK\1\2") if draw(st.booleans()) else 0
