@@ -106,6 +106,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", FIELDS)
 def test_an_expression_without_end_does_not_hold_up_peft(name: str, folders: Any, tmp_path: Path) -> None:
     started = time.process_time()
