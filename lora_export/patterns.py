@@ -22,7 +22,7 @@ LARGEST_REPEAT = (
     10_000  # copies of a part that {m,n} asks for, multiplied over the expression: compiling makes them
 )
 PATIENCE = 0.5  # seconds of the processor for one name
-TOTAL = 4.0  # seconds of the processor for all names and expressions of an adapter
+TOTAL = 2.0  # seconds of the processor for all names and expressions of an adapter
 MOST_REMEMBERED = 500  # expressions that need not be looked at again; `regex` keeps as many
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 # Only `regex` takes these for a class of characters and an approximate match.
@@ -44,6 +44,20 @@ _budget: ContextVar[_Budget | None] = ContextVar("_budget", default=None)
 
 def reason_against(expression: str) -> str | None:
     """Why a text is no regular expression, or one so large that compiling it would fill the memory; or None."""
+    if expression in _accepted or (_PLAIN.fullmatch(expression) and len(expression) <= LONGEST):
+        return None
+    budget, started = _budget.get(), time.thread_time()
+    reason = _judged(expression)
+    if budget is not None:
+        budget.seconds -= time.thread_time() - started
+        if budget.seconds <= 0:
+            return reason or "it is one of too many"
+    if reason is None and len(_accepted) < MOST_REMEMBERED:
+        _accepted.add(expression)
+    return reason
+
+
+def _judged(expression: str) -> str | None:
     if len(expression) > LONGEST:
         return "it is too large"
     copies = 1
@@ -129,13 +143,10 @@ def bounded(library: Literal["peft", "transformers.quantizers"], where: str) -> 
 
 def _matched(how: str, expression: str, name: str) -> Any:
     budget = _budget.get() or _Budget(PATIENCE)
+    reason = reason_against(expression)
+    if reason:
+        raise _refused(f"the regular expression {expression!r}: {reason}", name, budget)
     started = time.thread_time()
-    if expression not in _accepted:
-        reason = reason_against(expression)
-        if reason:
-            raise _refused(f"the regular expression {expression!r}: {reason}", name, budget)
-        if len(_accepted) < MOST_REMEMBERED:
-            _accepted.add(expression)
     try:
         match = getattr(regex, how)(expression, name, timeout=max(1e-3, min(PATIENCE, budget.seconds)))
     except TimeoutError:

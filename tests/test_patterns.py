@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_export import patterns
-from lora_export.adapters.config import match_pattern
+from lora_export.adapters.config import match_pattern, pattern
 from lora_export.contracts import AdapterChoice
 from lora_export.errors import AdapterError
 from lora_export.validation.reference import attach_adapters
@@ -77,6 +77,17 @@ def test_all_names_and_expressions_share_one_budget() -> None:
             patterns.fullmatch(EVIL, f"{'a' * 12}{i}")
             match_pattern({f"{EVIL}{i % 7}": 1}, f"{'a' * 12}{i}", None)
     assert time.process_time() - started < 3 and refused.value.where == "here"
+
+
+def test_many_expressions_are_refused_soon(tmp_path: Path) -> None:
+    """As keys of rank_pattern, where each is checked before any is matched; plain names are no matter."""
+    started = time.process_time()
+    keys = {f"{i}.[a-z]+(b|c{i})*": 2 for i in range(50_000)}
+    with pytest.raises(AdapterError, match="one of too many"), patterns.within(0.5, "here"):
+        pattern({"rank_pattern": keys}, "rank_pattern", tmp_path, int)
+    assert time.process_time() - started < 3
+    with patterns.within(0.5, "here"):
+        assert pattern({"rank_pattern": {f"layers.{i}.q": 2 for i in range(50_000)}}, "rank_pattern", tmp_path, int)
 
 
 # --- inside of PEFT ----------------------------------------------------------------------------------------
