@@ -1,12 +1,18 @@
 """Files that are read with distrust: JSON within bounds, documents sealed by a digest, hashes, plain names."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lora_export.documents import parse_json
 from lora_export.errors import InputError
+
+LARGEST = 256 * 2**20  # bytes of a document that grows with the number of tensors
+LARGEST_SETTINGS = 16 * 2**20  # bytes of a file of settings, such as config.json
+_PIECES = 4096  # of the JSON encoder, a word or a bracket each
 
 
 def sha256(path: Path) -> str:
@@ -31,16 +37,29 @@ def hashed(path: Path) -> dict[str, Any]:
     return {"sha256": sha256(path), "size": path.stat().st_size}
 
 
-def read_json(path: Path, *, limit: int = 256 * 2**20) -> dict[str, Any]:
+def read_json(path: Path, *, limit: int = LARGEST) -> dict[str, Any]:
     """The JSON object in a file; anything else is an InputError that names it. `limit` is in bytes."""
+    return _object(_read(path, limit), path)
+
+
+def _read(path: Path, limit: int) -> bytes:
     try:
         refuse_outward_link(path)
-        if path.stat().st_size > limit:
-            raise InputError(f"a JSON file of more than {limit} bytes", where=path)
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
     except OSError as error:
         raise InputError(f"the file cannot be read: {error.strerror}", where=path) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:  # a name that no file can have
+        raise InputError(f"the file cannot be read: {error}", where=path) from None
+    if len(raw) > limit:
+        raise InputError(f"a JSON file of more than {limit} bytes", where=path)
+    return raw
+
+
+def _object(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = parse_json(raw, len(raw))
+    except ValueError as error:
         raise InputError(f"the file is not valid JSON: {error}", where=path) from None
     if not isinstance(value, dict):
         raise InputError("the file holds no JSON object", where=path, expected="{…}")
@@ -63,17 +82,10 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """What `write_sealed` wrote, without the digest. InputError if a byte of the file is not as it was written."""
-    value = read_json(path)
-    try:
-        text = path.read_bytes().decode("utf-8")  # as text, \r would read as \n
-    except (OSError, ValueError) as error:
-        raise InputError(f"the file cannot be read: {error}", where=path) from None
+    raw = _read(path, LARGEST)
+    value = _object(raw, path)
     digest = value.pop("digest", None)
-    try:
-        whole = digest == _digest(value) and text == json_text({**value, "digest": digest})
-    except ValueError:  # half a character, which no file can hold
-        whole = False
-    if not whole:
+    if not _is_text_of(raw, {**value, "digest": digest}) or digest != _digest(value):
         raise InputError(
             "the file was changed after it was written: it does not agree with its own digest",
             where=path,
@@ -83,8 +95,32 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return value
 
 
+def _is_text_of(raw: bytes, value: Mapping[str, Any]) -> bool:
+    """Whether these bytes are what is written of a document; found out piece by piece, for it may be large."""
+    at = 0
+    try:
+        for piece in _encoded(value):
+            if not raw.startswith(piece, at):
+                return False
+            at += len(piece)
+    except (ValueError, RecursionError):  # half a character, which no file can hold; deeper than anything written
+        return False
+    return at == len(raw)
+
+
 def _digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json_text(value).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for piece in _encoded(value):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _encoded(value: Mapping[str, Any]) -> Iterator[bytes]:
+    """`json_text` in pieces."""
+    pieces = json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(value)
+    while some := "".join(itertools.islice(pieces, _PIECES)):
+        yield some.encode("utf-8")
+    yield b"\n"
 
 
 def plain_name(name: str) -> bool:

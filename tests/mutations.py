@@ -738,4 +738,24 @@ MUTATIONS = (
         'at |= {length} or {length + 1,',
         'tests/validation/test_lengths.py::test_choose_windows_and_original_ropes_are_reached_and_passed[window]',
     ),
+    Mutation(
+        'what a pax header may hold is not bounded', 'packages/unpacking.py',
+        '    if not 0 < size <= LARGEST_EXTENDED:', '    if size <= 0:',
+        'tests/failures/test_bombs.py::test_an_archive_that_asks_for_much_is_refused[a pax header of 100 MB]',
+    ),
+    Mutation(
+        'sizes are multiplied to the end', 'documents.py',
+        '        if strides > LARGEST:\n            return None\n', '',
+        'tests/failures/test_bombs.py::test_shapes_of_a_weights_map_are_bounded[shape2]',
+    ),
+    Mutation(
+        'brackets are parsed however many they are', 'documents.py',
+        '> _EXPANSION * size + _ALLOWANCE', '> _EXPANSION * size + 2**40',
+        'tests/failures/test_bombs.py::test_a_header_that_asks_for_much_is_refused[many empty lists]',
+    ),
+    Mutation(
+        'PEFT matches by itself', 'patterns.py',
+        '        module.re = stand_in', '        module.re = re',
+        'tests/test_patterns.py::test_an_expression_without_end_does_not_hold_up_peft[target_modules]',
+    ),
 )  # fmt: skip

@@ -20,6 +20,7 @@ TOP = {
     "finite",
     "interrupts",
     "manifest",
+    "patterns",
     "progress",
     "runtime",
     "sealed",
