@@ -12,7 +12,6 @@ from tests.failures.scenes import DAILY, SLOW, stock
 __all__ = ["stock"]  # a fixture
 
 SAMPLE = 10  # cells of a command that run every day
-DRAWS = 2  # of one that draws plots, which takes seconds
 
 
 def run_cells(scene: Scene, inputs: Path, folder: Path, count: int | None) -> int:
@@ -37,8 +36,7 @@ def run_cells(scene: Scene, inputs: Path, folder: Path, count: int | None) -> in
 def test_a_sample_of_what_is_planted_does_no_harm(
     scene: Scene, stock: Callable[[Scene], Path], tmp_path: Path
 ) -> None:
-    count = DRAWS if scene.name == "report" else SAMPLE
-    assert run_cells(scene, stock(scene), tmp_path, count) == count
+    assert run_cells(scene, stock(scene), tmp_path, SAMPLE) == SAMPLE
 
 
 @pytest.mark.slow
