@@ -30,6 +30,7 @@ class StoryOptions:
     min_survival: float = MIN_SURVIVAL
     validation_memory: int | None = None  # bytes for the weights that validation compares; None: as there is
     force: bool = False
+    configured: str = ""  # a configuration file and what it gave, for the report
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What stands on no list is refused, by its name; what transformers, the exporters and this tool write is on one."""
+"""What stands on no list is refused, by its name; what transformers, exporters and this tool write is on one."""
 
 import json
 from pathlib import Path
@@ -283,7 +283,11 @@ def test_operator_that_a_library_brings_is_refused(node: onnx.NodeProto, tmp_pat
 
 
 def test_operators_of_onnx_of_onnx_runtime_and_of_the_model_are_taken(tmp_path: Path) -> None:
-    for domain, name in (("", "Add"), ("com.microsoft", "GroupQueryAttention"), ("", "SimplifiedLayerNormalization")):
+    for domain, name in (
+        ("", "Add"),
+        ("com.microsoft", "GroupQueryAttention"),
+        ("", "SimplifiedLayerNormalization"),
+    ):
         check_operators(tmp_path, model_of(inside(helper.make_node(name, [], ["y"], domain=domain))))
     function = helper.make_function("own", "f", [], ["y"], [], [helper.make_opsetid("", 17)])
     check_operators(tmp_path, model_of(helper.make_node("f", [], ["y"], domain="own"), function))
@@ -336,8 +340,8 @@ def test_triton_configuration_with_what_is_on_no_list_is_refused(
 @pytest.mark.parametrize(
     "name",
     [
-        "evil.so", "evil.so.1.2", "evil.DLL", "evil.dylib", "model.py", "model.pkl", "pytorch_model.bin", "model.pt",
-        "other.json", "LICENSE.so", "NOTICE.py", "1/model.py", "run.sh", "tokenizer_module.json", "x.zip",
+        "evil.so", "evil.so.1.2", "evil.DLL", "evil.dylib", "model.py", "model.pkl", "pytorch_model.bin",
+        "model.pt", "other.json", "LICENSE.so", "NOTICE.py", "1/model.py", "run.sh", "tokenizer_module.json", "x.zip",
     ],
 )  # fmt: skip
 def test_file_of_a_type_that_no_package_has_is_refused(name: str, tmp_path: Path) -> None:
