@@ -641,10 +641,10 @@ MUTATIONS = (
         'tests/commands/test_configuration.py::test_a_flag_beats_a_variable_which_beats_the_file',
     ),
     Mutation(
-        'a configuration file replaces an output', 'commands/configuration.py',
+        'a variable replaces an output', 'commands/configuration.py',
         '"output", "force", "dry_run"',
         '"output", "dry_run"',
-        'tests/commands/test_configuration.py::test_a_bad_file_is_refused[force = true-force is no option]',
+        'tests/commands/test_configuration.py::test_no_variable_replaces_an_output_or_names_a_program',
     ),
     Mutation(
         "a default of one's own is a wish beside --graph-from", 'commands/gather.py',
@@ -656,7 +656,7 @@ MUTATIONS = (
         'a damaged configuration goes unseen', 'commands/talk.py',
         '    if isinstance(context.obj, LoraExportError):\n        raise context.obj\n',
         '',
-        'tests/commands/test_configuration.py::test_a_bad_file_is_refused[dtype = -no TOML]',
+        'tests/commands/test_configuration.py::test_a_bad_file_is_refused[device = -no TOML]',
     ),
     Mutation(
         'the API takes another default', 'contracts/story.py',
@@ -669,5 +669,29 @@ MUTATIONS = (
         'choices = choices_of(resolve_all(adapters))',
         'choices = choices_of([(source, 1.0) for source, _ in resolve_all(adapters)])',
         'tests/test_api.py::test_a_merge_tells_its_progress_and_prints_nothing',
+    ),
+    Mutation(
+        'a configuration file sets the tolerance', 'commands/configuration.py',
+        'IN_A_FILE = frozenset({"device",',
+        'IN_A_FILE = frozenset({"tolerance", "device",',
+        'tests/commands/test_configuration.py::test_file_with_what_bears_on_a_verdict_is_refused[lora-export.toml-tolerance]',
+    ),
+    Mutation(
+        'a runtime may be told of a library', 'allowed/genai_config.py',
+        '"enable_cpu_mem_arena": FLAG,',
+        '"enable_cpu_mem_arena": FLAG, "custom_ops_library": WORD,',
+        'tests/packages/test_attacks.py::test_verify_run_of_a_package_with_a_library_runs_nothing',
+    ),
+    Mutation(
+        'a kernel of a hub is an implementation', 'allowed/hub.py',
+        'isinstance(one, str) and one in _IMPLEMENTATIONS',
+        'isinstance(one, str)',
+        'tests/packages/test_attacks.py::test_commands_that_read_a_model_with_a_kernel_load_none',
+    ),
+    Mutation(
+        'a package runs with a network', 'workflows/confined.py',
+        'if libc.unshare(NET) == 0:',
+        'if True:',
+        'tests/packages/test_confined.py::test_program_reaches_no_network',
     ),
 )  # fmt: skip

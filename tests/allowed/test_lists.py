@@ -341,7 +341,8 @@ def test_triton_configuration_with_what_is_on_no_list_is_refused(
     "name",
     [
         "evil.so", "evil.so.1.2", "evil.DLL", "evil.dylib", "model.py", "model.pkl", "pytorch_model.bin",
-        "model.pt", "other.json", "LICENSE.so", "NOTICE.py", "1/model.py", "run.sh", "tokenizer_module.json", "x.zip",
+        "model.pt", "other.json", "LICENSE.so", "NOTICE.py", "1/model.py", "run.sh", "tokenizer_module.json",
+        "x.zip",
     ],
 )  # fmt: skip
 def test_file_of_a_type_that_no_package_has_is_refused(name: str, tmp_path: Path) -> None:

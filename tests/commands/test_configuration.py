@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -209,10 +208,9 @@ def test_a_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told
 
 
 def test_no_variable_replaces_an_output_or_names_a_program() -> None:
-    for command in cli.commands.values():
-        for option in command.params:
-            if isinstance(option, click.Option) and option.name in configuration.NOT_HERE:
-                assert not option.envvar
+    names = {"output", "force", "dry_run", "run_it", "runtime", "key", "repository", "private"}
+    found = [o for c in cli.commands.values() for o in configuration._every(c).values() if o.name in names]
+    assert {o.name for o in found} == names and not any(o.envvar for o in found)
 
 
 def test_env_shows_all_of_it(here: Path) -> None:
