@@ -113,7 +113,8 @@ def _misfits(value: Any, rule: Rule, place: str) -> Iterator[Misfit]:
         yield place, value, "an object" if isinstance(rule, dict) else "a list"
     elif isinstance(rule, list):
         for i, item in enumerate(value):
-            yield from _misfits(item, rule[0], f"{place}[{i}]")
+            if not (isinstance(rule[0], Value) and rule[0].holds(item)):  # the usual case, and soon done
+                yield from _misfits(item, rule[0], f"{place}[{i}]")
     else:
         for key, item in value.items():
             inner = f"{place}.{key}" if place else key
