@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export import manifest
+from lora_export.allowed import check_model_folder
 from lora_export.checkpoint.sources import choices_of
 from lora_export.contracts import (
     AdapterChoice,
@@ -120,6 +121,8 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
 
     read_prompts(options.prompts)
     read_text(options.text)
+    for folder in (base.folder, *(c.folder for c in choices)):
+        check_model_folder(folder)
     planned = plan(base.folder, choices, options.merge)
     config = dict(planned.base.config)
     config.pop("quantization_config", None)  # the merge removes it

@@ -611,10 +611,10 @@ MUTATIONS = (
         'tests/commands/test_configuration.py::test_a_flag_beats_a_variable_which_beats_the_file',
     ),
     Mutation(
-        'a configuration file replaces an output', 'commands/configuration.py',
+        'a variable replaces an output', 'commands/configuration.py',
         '"output", "force", "dry_run"',
         '"output", "dry_run"',
-        'tests/commands/test_configuration.py::test_a_bad_file_is_refused[force = true-force is no option]',
+        'tests/commands/test_configuration.py::test_no_variable_replaces_an_output_or_names_a_program',
     ),
     Mutation(
         "a default of one's own is a wish beside --graph-from", 'commands/gather.py',
@@ -626,7 +626,7 @@ MUTATIONS = (
         'a damaged configuration goes unseen', 'commands/talk.py',
         '    if isinstance(context.obj, LoraExportError):\n        raise context.obj\n',
         '',
-        'tests/commands/test_configuration.py::test_a_bad_file_is_refused[dtype = -no TOML]',
+        'tests/commands/test_configuration.py::test_a_bad_file_is_refused[device = -no TOML]',
     ),
     Mutation(
         'the API takes another default', 'contracts/story.py',
@@ -744,5 +744,29 @@ MUTATIONS = (
         'return old if os.path.lexists(old) and _identity(old) == identity else None',
         'return old if os.path.lexists(old) else None',
         'tests/failures/test_output_folders.py::test_a_planted_folder_does_not_become_the_output[noted]',
+    ),
+    Mutation(
+        'a configuration file sets the tolerance', 'commands/configuration.py',
+        'IN_A_FILE = frozenset({"device",',
+        'IN_A_FILE = frozenset({"tolerance", "device",',
+        'tests/commands/test_configuration.py::test_file_with_what_bears_on_a_verdict_is_refused[lora-export.toml-tolerance]',
+    ),
+    Mutation(
+        'a runtime may be told of a library', 'allowed/genai_config.py',
+        '"enable_cpu_mem_arena": FLAG,',
+        '"enable_cpu_mem_arena": FLAG, "custom_ops_library": WORD,',
+        'tests/packages/test_attacks.py::test_verify_run_of_a_package_with_a_library_runs_nothing',
+    ),
+    Mutation(
+        'a kernel of a hub is an implementation', 'allowed/hub.py',
+        'isinstance(one, str) and one in _IMPLEMENTATIONS',
+        'isinstance(one, str)',
+        'tests/packages/test_attacks.py::test_commands_that_read_a_model_with_a_kernel_load_none',
+    ),
+    Mutation(
+        'a package runs with a network', 'workflows/confined.py',
+        'if libc.unshare(NET) == 0:',
+        'if True:',
+        'tests/packages/test_confined.py::test_program_reaches_no_network',
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ import lora_export
 
 PACKAGE = Path(lora_export.__file__).parent
 TOP = {
+    "allowed",
     "choices",
     "contracts",
     "documents",

@@ -11,7 +11,9 @@ WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
 )
 # Code and old runs are not the model; an index belongs to shards that are written anew.
-SKIPPED_SUFFIXES = WEIGHT_SUFFIXES | {".py", ".pkl", ".lock"}
+SKIPPED_SUFFIXES = WEIGHT_SUFFIXES | {
+    ".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".node", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".lock",
+}  # fmt: skip
 
 
 def companion_files(folder: Path) -> list[Path]:
@@ -23,7 +25,7 @@ def companion_files(folder: Path) -> list[Path]:
         and not p.name.startswith(".")
         and p.suffix not in SKIPPED_SUFFIXES
         and not p.name.endswith(".index.json")
-        and p.name not in ("config.json", "lora_export_certificate.json")
+        and p.name not in ("config.json", "adapter_config.json", "lora_export_certificate.json")
     )
 
 

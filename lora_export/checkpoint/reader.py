@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_export.allowed import hub
 from lora_export.checkpoint.header import ITEM_SIZE, read_header
 from lora_export.contracts import TensorInfo
-from lora_export.documents import Kind, check, walk
+from lora_export.documents import Kind, check
 from lora_export.errors import CheckpointError, InputError
 from lora_export.sealed import LARGEST_SETTINGS, plain_name, read_json, refuse_outward_link
 
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Keys that make transformers import code which came with the model.
 LONGEST_NAME = 128  # characters, up to four bytes each, where most file systems end at 255 bytes
-CODE_KEYS = frozenset({"auto_map", "_attn_implementation_internal", "custom_pipelines", "trust_remote_code"})
 # What is read of a config.json, if it is there.
 _CONFIG: Kind = {"architectures?": (None, [str]), "quantization_config?": (None, dict)}
 _TORCH_NAMES = {
@@ -213,15 +212,7 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 def refuse_code(config: Any, where: Path) -> None:
     """Refuse a config that would make transformers run code which came with the model, at any depth."""
-    for value in walk(config, where):
-        for key in CODE_KEYS & set(value) if isinstance(value, dict) else ():
-            if value[key]:
-                raise CheckpointError(
-                    f"the key {key!r} makes transformers run code that came with the model",
-                    where=where,
-                    expected="a model that transformers itself implements",
-                    next_step=f"remove {key!r} from the file if the model works without it",
-                )
+    hub.check_config(config, where)
 
 
 def item_size(dtype: str) -> int:

@@ -1,7 +1,7 @@
 """Repeated options from lora-export.toml or pyproject.toml: flags beat environment variables, which beat the file.
 
-Only the folder in which the command is started is looked at. What names an output, replaces one, or says what
-program is run is asked for each time: a file that came with a model can do neither.
+Only the folder in which the command is started is looked at, which may be a model's own: a file may say how work is
+done, and nothing that bears on what is made, on what it is compared with, or on when it passes.
 """
 
 import os
@@ -15,7 +15,11 @@ from lora_export.errors import InputError
 
 FILE = "lora-export.toml"
 PREFIX = "LORA_EXPORT"
+# Of the environment, too: what names an output, replaces one, or says what program is run.
 NOT_HERE = frozenset({"output", "force", "dry_run", "run_it", "runtime", "key", "repository", "private"})
+# All that may stand in a file. Every other option can weaken a verdict, direct it to something else, or hide it.
+IN_A_FILE = frozenset({"device", "engine", "json", "max-memory", "max-shard-size", "optimize", "verbose"})
+_META = "lora_export.configuration"  # where a click context keeps the path of the file
 
 
 def variables(command: str, option: click.Option) -> list[str]:
@@ -50,19 +54,36 @@ def read(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def refuse_unknown(group: click.Group, path: Path, document: Mapping[str, Any]) -> None:
-    """InputError for a table that is no command, or a key that no command, or not this one, has."""
+    """InputError for a table that is no command, a key that no command, or not this one, has, or one that must not
+    stand in a file."""
     for key, value in document.items():
         if not isinstance(value, Mapping):
-            every = {k for c in group.commands.values() for k in _options(c)}
+            every = {k: o for c in group.commands.values() for k, o in _every(c).items()}
             if key not in every:
-                raise _unknown(path, key, sorted(every), "an option of a command, by its long name, or a table")
+                raise _unknown(path, key, sorted(IN_A_FILE), "an option of a command, by its long name, or a table")
+            _refuse_in_file(path, key, every[key])
         elif key not in group.commands:
             raise _unknown(path, f"[{key}]", list(group.commands))
         else:
-            known = _options(group.commands[key])
+            known = _every(group.commands[key])
             for inner in value:
                 if inner not in known:
-                    raise _unknown(path, f"{inner} in [{key}]", sorted(known))
+                    raise _unknown(path, f"{inner} in [{key}]", sorted(IN_A_FILE & set(known)))
+                _refuse_in_file(path, inner, known[inner])
+
+
+def _refuse_in_file(path: Path, key: str, option: click.Option) -> None:
+    if key in IN_A_FILE:
+        return
+    asked = f"--{key} on the command line"
+    if option.name not in NOT_HERE:
+        asked += f", or {PREFIX}_{key.upper().replace('-', '_')} in the environment"
+    raise InputError(
+        f"{key} must not stand in a configuration file: it bears on what comes out, or on what passes",
+        where=path,
+        expected=f"one of {', '.join(sorted(IN_A_FILE))}",
+        next_step=f"take it out of {path.name}, and give {asked}",
+    )
 
 
 def defaults(command: click.Command, name: str, path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +91,7 @@ def defaults(command: click.Command, name: str, path: Path, document: Mapping[st
 
     InputError for a value that is none of its option.
     """
-    own, options = document.get(name, {}), _options(command)
+    own, options = document.get(name, {}), _every(command)
     asked = {k: v for k, v in document.items() if k in options and not isinstance(v, Mapping)} | dict(own)
     return {str(options[key].name): _value(options[key], key, value, path) for key, value in asked.items()}
 
@@ -85,9 +106,30 @@ def used(context: click.Context) -> list[tuple[str, str, str]]:
         if source not in (ParameterSource.DEFAULT_MAP, ParameterSource.ENVIRONMENT):
             continue
         named = [v for v in variables(str(context.info_name), option) if os.environ.get(v)]
-        where = named[0] if source is ParameterSource.ENVIRONMENT else "the configuration file"
+        where = named[0] if source is ParameterSource.ENVIRONMENT else context.meta[_META].name
         found.append((_key(option), _words(context.params[str(option.name)]), where))
     return found
+
+
+def remember(context: click.Context, path: Path) -> None:
+    """Keep the path of the file that gives a command its defaults."""
+    context.meta[_META] = path
+
+
+def from_file(context: click.Context | None) -> dict[str, Any] | None:
+    """The file that gave options to the command, by its path, and the options; None if none did."""
+    if context is None or _META not in context.meta:
+        return None
+    path: Path = context.meta[_META]
+    options = {option: value for option, value, where in used(context) if where == path.name}
+    return {"file": str(path), "options": options} if options else None
+
+
+def said(found: Mapping[str, Any] | None) -> str:
+    """What from_file found, in a line; '' for nothing."""
+    if not found:
+        return ""
+    return f"{Path(found['file']).name}: {', '.join(f'--{k} {v}' for k, v in found['options'].items())}"
 
 
 def in_environment(group: click.Group) -> dict[str, str]:
@@ -97,9 +139,12 @@ def in_environment(group: click.Group) -> dict[str, str]:
 
 
 def _options(command: click.Command) -> dict[str, click.Option]:
-    """What may be configured, by its long name without dashes."""
-    found = [p for p in command.params if isinstance(p, click.Option) and p.name not in NOT_HERE]
-    return {_key(option): option for option in found}
+    """What the environment may give, by its long name without dashes."""
+    return {key: option for key, option in _every(command).items() if option.name not in NOT_HERE}
+
+
+def _every(command: click.Command) -> dict[str, click.Option]:
+    return {_key(option): option for option in command.params if isinstance(option, click.Option)}
 
 
 def _key(option: click.Option) -> str:

@@ -8,6 +8,7 @@ import click
 from click.core import ParameterSource
 
 from lora_export.checkpoint.sources import choices_of, resolve, resolve_all
+from lora_export.commands import configuration
 from lora_export.commands.options import GRIDS
 from lora_export.commands.types import split_weight
 from lora_export.contracts import (
@@ -58,10 +59,10 @@ def bases_of(words: dict[str, Any]) -> CompareBases | None:
 
 
 def validation_memory_of(words: dict[str, Any]) -> int | None:
-    """--max-memory where it was given. Its default is meant for the merge's blocks, and would make validation read
-    models layer by layer that fit into memory easily."""
-    given = click.get_current_context().get_parameter_source("max_memory")
-    return None if given is ParameterSource.DEFAULT else int(words["max_memory"])
+    """--max-memory where it was asked for. Its default, also one from a file, is meant for the merge's blocks: it
+    would make validation read models layer by layer that fit into memory easily, and leave out how they are loaded.
+    """
+    return int(words["max_memory"]) if _asked("max_memory") else None
 
 
 def _asked(key: str) -> bool:
@@ -90,6 +91,7 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         validation_memory=validation_memory_of(words),
         validation_seed=words["validation_seed"],
         force=words["force"],
+        configured=_configured(),
     )
 
 
@@ -127,8 +129,7 @@ def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
             next_step=f"the same command with --sessions {2 * MIN_SESSIONS}",
         )
     shapes = GRIDS[words["grid"]]
-    sizes = _asked("batches") or _asked("lengths")
-    if sizes or ((words["batches"] or words["lengths"]) and not _asked("grid")):
+    if words["batches"] or words["lengths"]:
         if _asked("grid"):
             raise InputError(
                 "--grid beside --batch or --prompt-length",
@@ -143,7 +144,13 @@ def benchmark_options_of(words: dict[str, Any]) -> BenchmarkOptions:
         margin=words["margin"],
         max_seconds=words["max_seconds"],
         sessions=words["sessions"],
+        configured=_configured(),
     )
+
+
+def _configured() -> str:
+    """The configuration file and what it gave, for the report."""
+    return configuration.said(configuration.from_file(click.get_current_context()))
 
 
 def named_folders(pairs: Sequence[str]) -> list[tuple[str, Path]]:

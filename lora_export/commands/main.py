@@ -47,6 +47,7 @@ class InOrder(click.Group):
             try:
                 if (found := configuration.read(Path.cwd())) is not None:
                     configuration.refuse_unknown(self, *found)
+                    configuration.remember(ctx, found[0])
                     ctx.default_map = {name: configuration.defaults(command, name, *found)}
             except LoraExportError as error:
                 ctx.obj = error  # told by the command, in its way

@@ -18,15 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass
 class Talk:
-    """progress: where stages report to. result: prints the outcome once, as JSON or as words."""
+    """progress: where stages report to. result: prints the outcome once, as JSON or as words.
+
+    configuration: the file that gave options, and which; every outcome names it.
+    """
 
     progress: "Console"
     as_json: bool
+    configuration: dict[str, Any] | None = None
     _said: list[bool] = field(default_factory=list)
 
     def result(self, document: dict[str, Any], words: str) -> None:
+        from lora_export.commands import configuration
+
         self._said.append(True)
-        click.echo(_json(document) if self.as_json else words)
+        if line := configuration.said(self.configuration):
+            words = f"{words}\nconfigured by {line}"
+        click.echo(_json(self.named(document)) if self.as_json else words)
+
+    def named(self, document: dict[str, Any]) -> dict[str, Any]:
+        """The document with the configuration file, if one was used."""
+        return document | ({"configuration": self.configuration} if self.configuration else {})
 
 
 def _json(document: dict[str, Any]) -> str:
@@ -60,7 +72,7 @@ def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = Tru
     try:
         with talk.progress:
             if configured:
-                _say_configured(talk.progress)
+                talk.configuration = _say_configured(talk.progress)
             yield talk
     except LoraExportError as error:
         _fail(talk, error.as_json(), error.message(), error.exit_code)
@@ -78,23 +90,28 @@ def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = Tru
         _fail(talk, {"error": "InternalError", "found": text}, text + hint, EXIT_FAILED)
 
 
-def _say_configured(progress: "Console") -> None:
+def _say_configured(progress: "Console") -> dict[str, Any] | None:
     from lora_export.commands import configuration
     from lora_export.errors import LoraExportError
 
     context = click.get_current_context(silent=True)
     if context is None:
-        return
+        return None
     if isinstance(context.obj, LoraExportError):
         raise context.obj
     for option, value, where in configuration.used(context):
         progress.stage(f"--{option} {value}, from {where}")
+    return configuration.from_file(context)
 
 
 def _fail(talk: Talk, document: dict[str, Any], words: str, code: int) -> None:
+    from lora_export.commands import configuration
+
     click.echo(f"error: {words}", err=True)
+    if line := configuration.said(talk.configuration):
+        click.echo(f"  configured by {line}", err=True)
     if talk.as_json and not talk._said:
-        click.echo(_json(document))
+        click.echo(_json(talk.named(document)))
     sys.exit(code)
 
 

@@ -31,7 +31,7 @@ class BenchmarkOptions:
     """shapes: (batch, prompt tokens) of each cell; margin: the largest relative difference that still counts as
     none, set before anything is measured; max_seconds: for all cells together, None: a minute for each shape, or
     20 s for each shape and set of sessions; sessions: how often all sessions are opened, each time in another
-    order.
+    order; configured: a configuration file and what it gave, for the report.
     """
 
     provider: Provider = "auto"
@@ -40,6 +40,7 @@ class BenchmarkOptions:
     max_seconds: float | None = None
     sessions: int = 1
     seed: int = 0
+    configured: str = ""
 
     @property
     def seconds(self) -> float:

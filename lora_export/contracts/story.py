@@ -31,6 +31,7 @@ class StoryOptions:
     validation_memory: int | None = None  # bytes for the weights that validation compares; None: as there is
     validation_seed: int | None = None  # of what validation draws; None: another one at each run
     force: bool = False
+    configured: str = ""  # a configuration file and what it gave, for the report
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a check of something finished tells."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -15,10 +16,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """not_checked: what could not be looked at, in words, and what it would take."""
+    """not_checked: what could not be looked at, in words, and what it would take. about: further fields of the
+    JSON, by their names."""
 
     checks: tuple[Finding, ...]
     not_checked: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def verified(self) -> bool:
@@ -29,4 +32,5 @@ class Verification:
             "verified": self.verified,
             "checks": [asdict(c) for c in self.checks],
             "not_checked": list(self.not_checked),
+            **self.about,
         }

@@ -16,7 +16,7 @@ from lora_export.contracts import ExportResult, Progress, QuantizationOptions
 from lora_export.errors import InputError
 from lora_export.onnx_export import activations, records, shared, weights_map
 from lora_export.onnx_export.building import against_plain_graphs, fill, opened, with_measured_damage
-from lora_export.onnx_export.checks import check_loads, check_model, count_nodes
+from lora_export.onnx_export.checks import check_export, check_loads, check_model, count_nodes
 from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
 from lora_export.onnx_export.job import Engine, Job, Made, architecture_of
@@ -37,6 +37,7 @@ RECORD = records.NAME
 __all__ = [
     "RECORD",
     "adapters_beside",
+    "check_export",
     "check_model",
     "check_request",
     "compare",
@@ -75,7 +76,7 @@ def export(
     that `output` must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
-    config = read_config(model)
+    config = read_config(model, adapter)
     chosen = choose(config, engine)
     read = [model, *inputs, *([adapter] if adapter else [])]
     with files.output_folder(output, force, inputs=read) as stage:
@@ -147,6 +148,7 @@ def reweight(
     """
     started = time.monotonic()
     record = records.read_record(earlier)
+    check_export(earlier, record["graphs"])
     config = read_config(model)
     found = read_map(earlier, tuple(record["graphs"]))
     inputs = [model] if output.exists() and output.samefile(earlier) else [model, earlier]
@@ -178,6 +180,7 @@ def share(
     """
     started = time.monotonic()
     record = records.read_record(earlier)
+    check_export(earlier, record["graphs"])
     shared.check_name(name, record, earlier)
     found = read_map(earlier, tuple(record["graphs"]))
     base = shared.Shared(earlier, found, record)

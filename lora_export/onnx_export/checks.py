@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import sealed
+from lora_export.allowed import check_onnx_folder
+from lora_export.allowed.graphs import check_operators
 from lora_export.choices import Precision
 from lora_export.errors import ExportError
 from lora_export.onnx_export.expansion import refuse_expansion
@@ -23,7 +25,18 @@ def check_model(path: Path) -> None:
     model = load_graph(path)
     check_external_data(path, model)
     refuse_expansion(path, model)
+    check_operators(path, model)
     _check_graph(path, model)
+
+
+def check_export(folder: Path, graphs: Iterable[str]) -> None:
+    """check_model for graphs of a folder, and lists for what lies beside them: before any runtime reads it.
+
+    Graphs that share a folder are those of one export, or of adapters; `graphs` are names in it.
+    """
+    check_onnx_folder(folder)
+    for name in graphs:
+        check_model(folder / name)
 
 
 def check_loads(path: Path, precision: Precision) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_export import sealed
-from lora_export.checkpoint import refuse_code
+from lora_export.allowed import check_model_folder
 from lora_export.choices import Precision
 from lora_export.contracts import QuantizationOptions
 from lora_export.errors import CheckpointError, ExportError
@@ -16,14 +16,14 @@ from lora_export.onnx_export.quantize_graph import AUTO
 from lora_export.onnx_export.weights_map import Method
 
 
-def read_config(model: Path) -> dict[str, Any]:
-    """config.json of a folder of merged weights that can be exported. CheckpointError for any other."""
+def read_config(model: Path, adapter: Path | None = None) -> dict[str, Any]:
+    """config.json of a folder of merged weights that can be exported. CheckpointError for any other, or for an
+    adapter whose configuration an engine must not read."""
     path = model / "config.json"
     config = sealed.read_json(path)
     _refuse_newer(config, path)
-    for name in ("config.json", "tokenizer_config.json"):
-        if (model / name).is_file():
-            refuse_code(sealed.read_json(model / name), model / name)
+    for folder in (model, *([adapter] if adapter else [])):
+        check_model_folder(folder)
     if config.get("quantization_config"):
         raise CheckpointError(
             "config.json still has a quantization_config: these are no merged weights",

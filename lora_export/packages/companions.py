@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import sealed, tokenizer_names
+from lora_export.allowed.files import TEXTS
 from lora_export.errors import InputError
 from lora_export.packages.configs import for_both, tokenizer_for_both
 from lora_export.packages.job import Run
@@ -90,5 +91,5 @@ def licences(run: Run) -> list[Path]:
     return [
         path
         for path in sorted(run.companions.iterdir())
-        if path.is_file() and path.name.lower().startswith(_LICENCES) and path.suffix != ".py"
+        if path.is_file() and path.name.lower().startswith(_LICENCES) and path.suffix.lower() in TEXTS
     ]

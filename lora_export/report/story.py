@@ -220,7 +220,11 @@ def file_rows(export: Mapping[str, Any]) -> list[Row]:
 def sources(report: Mapping[str, Any]) -> list[Row]:
     base, adapters = report["sources"].get("base"), report["sources"].get("adapters") or []
     rows = [("Base", _source(base))] if base else []
-    return [*rows, *(("Adapter", _source(a)) for a in adapters)]
+    rows += [("Adapter", _source(a)) for a in adapters]
+    options = report["options"]
+    benchmark = options.get("benchmark")
+    file = options.get("configured") or (benchmark.get("configured") if isinstance(benchmark, Mapping) else None)
+    return [*rows, *([("Configured by", one_line(file))] if file else [])]
 
 
 def _source(source: Any) -> str:

@@ -1,8 +1,6 @@
 """A package, checked again where it arrived: its files, its signature, its graphs, and what its runtime says."""
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lora_export import allowed, sealed
 from lora_export.contracts import Finding, Progress, Verification
 from lora_export.errors import InputError, LoraExportError
 from lora_export.packages import archive, contents, signature
 from lora_export.packages.job import Facts, Snippet
 from lora_export.packages.targets import TARGETS
+from lora_export.workflows import confined
 
+MODEL_SHARE = 6  # bytes of memory for each byte of a package: fp16 is computed in fp32, and packed anew
 RELATIVE = 1e-3  # of the largest number of a sample: another order of additions, in fp32
-RUN_SECONDS = 3600
 _EXACT = frozenset({"fp32", "float32"})  # precisions in which a runtime must say what the unmerged model says
 _UNSIGNED = "who made it: it is not signed, and whoever changes a file can write another manifest"
 
@@ -49,12 +49,42 @@ def verify(path: Path, key: Path | None, run: bool, runtime: Path | None, progre
         else:
             not_checked.append(_UNSIGNED)
         if all(c.passed for c in checks):
+            checks += _allowed(folder, manifest["target"])
+        if all(c.passed for c in checks):
             checks += _graphs(folder)
+        about: dict[str, Any] = {"signature": _signature(folder, key, checks)}
         if not run:
             not_checked.append("whether its runtime runs it: --run")
         elif all(c.passed for c in checks):  # nothing that was tampered with is run
-            checks.append(_said(folder, contents.facts_of(folder, manifest), runtime, progress))
-        return Verification(tuple(checks), tuple(not_checked))
+            if about["signature"] != "verified":
+                progress.warn(f"{_WARNINGS[about['signature']]}: --run has a runtime read files of unknown origin")
+            finding, network = _said(folder, contents.facts_of(folder, manifest), runtime, progress)
+            checks.append(finding)
+            about["network_of_run"] = network
+        return Verification(tuple(checks), tuple(not_checked), about)
+
+
+def _signature(folder: Path, key: Path | None, checks: Sequence[Finding]) -> str:
+    if key is not None:
+        return "verified" if all(c.passed for c in checks if c.name == "signature") else "refused"
+    return "not checked" if (folder / contents.SIGNATURE).is_file() else "none"
+
+
+_WARNINGS = {
+    "none": "the package is not signed",
+    "not checked": "the signature of the package was not checked (--key)",
+    "refused": "the signature of the package is not that of the key",
+}
+
+
+def _allowed(folder: Path, target: str) -> list[Finding]:
+    """Whether its files are of known types, and its configuration says only what a runtime may be told."""
+    try:
+        allowed.check_package(folder, target)
+    except LoraExportError as error:
+        where = f" ({error.where})" if error.where else ""
+        return [Finding("contents", False, f"{error.found}{where}")]
+    return [Finding("contents", True, "known types of files, and settings that are on the lists of their runtimes")]
 
 
 @contextmanager
@@ -87,7 +117,7 @@ def _graphs(folder: Path) -> list[Finding]:
 
 def refuse_other_words(folder: Path, facts: Facts, progress: Progress) -> None:
     """InputError unless what lies in `folder` says to the sample what the unmerged model says."""
-    found = _said(folder, facts, None, progress)
+    found, _ = _said(folder, facts, None, progress)
     if not found.passed:
         raise InputError(
             f"the export with slots is not the model of this run: {found.note}",
@@ -99,25 +129,31 @@ def refuse_other_words(folder: Path, facts: Facts, progress: Progress) -> None:
 # --- running it --------------------------------------------------------------------------------------------
 
 
-def _said(folder: Path, facts: Facts, runtime: Path | None, progress: Progress) -> Finding:
-    """What the package's runtime says to the sample, beside what the unmerged model says."""
-    progress.stage(f"verify: {facts.target} runs the package")
+def _said(folder: Path, facts: Facts, runtime: Path | None, progress: Progress) -> tuple[Finding, str]:
+    """What the package's runtime says to the sample, beside what the unmerged model says; and whether it had a
+    network: 'none', or why."""
+    progress.stage(f"verify: {facts.target} runs the package, without a network")
     snippet = TARGETS[facts.target].check(facts, str(folder.resolve()))
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    try:
-        with tempfile.TemporaryDirectory(prefix="lora-export-") as empty:  # Python imports from where it is started
-            command, place = _command(snippet, runtime, Path(empty))
-            done = subprocess.run(
-                command, input=snippet.code, capture_output=True, text=True, timeout=RUN_SECONDS, cwd=place,
-                env=environment, check=False,
-            )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding("runs", False, f"{command[0]} did not run: {error}")
-    if done.returncode != 0:
+    memory = confined.MEMORY + MODEL_SHARE * sum(sealed.sizes(folder).values())
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as empty:  # Python imports from where it is started
+        command, place = _command(snippet, runtime, Path(empty))
+        try:
+            done = confined.run(command, snippet.code, place, memory=memory)
+        except (OSError, InputError) as error:
+            return Finding("runs", False, f"{command[0]} did not run: {error}"), "none"
+    if done.network != "none":
+        progress.warn(f"the program of the package ran with the network of this machine: {done.network}")
+    return _heard(done, facts), done.network
+
+
+def _heard(done: confined.Outcome, facts: Facts) -> Finding:
+    if done.code is None:
+        return Finding("runs", False, f"its program was ended after {confined.SECONDS} s")
+    if done.code != 0:
         return Finding("runs", False, f"its program failed: {_reason(done.stderr)}")
     try:
         said: Any = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, RecursionError):
         return Finding("runs", False, f"its program printed no answer, but {done.stdout[-200:]!r}")
     return _judged(said, facts)
 

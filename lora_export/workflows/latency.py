@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from lora_export.allowed import check_model_folder
 from lora_export.choices import ExtraArm
 from lora_export.contracts import AdapterChoice, BenchmarkArm, BenchmarkOptions, BenchmarkResult, Progress
 from lora_export.errors import ExportError, GateFailed, InputError
@@ -58,14 +59,16 @@ def benchmark_folder(
 
     GateFailed if merged is slower: then all is in `output.failed`.
     """
-    from lora_export.onnx_export import check_model
+    from lora_export.onnx_export import check_export
     from lora_export.report import write
     from lora_export.runtime import resolve_provider
 
     options = replace(options, provider=resolve_provider(options.provider))
     graphs = [path for arm in arms for path in arm.graphs]
     for path in graphs:
-        check_model(path)
+        check_export(path.parent, [path.name])
+    for model in (folder for arm in arms for folder in arm.pytorch or ()):
+        check_model_folder(model)
     inputs = [*(p.parent for p in graphs), *(folder for arm in arms for folder in arm.pytorch or ())]
     with output_folder(output, force, inputs=inputs) as stage:
         result = benchmark(arms, options, progress)

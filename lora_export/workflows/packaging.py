@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import files, manifest, packages, sealed
+from lora_export.allowed import check_model_folder, check_package
 from lora_export.contracts import ExportResult, PackageOptions, PackageResult, Progress
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive, card, companions, contents, signature
@@ -53,6 +54,7 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         if adapters:
             refuse_other_words(stage, facts, progress)
         packages.seal(job, facts, licence, _kept(options), measured, options.key)
+        check_package(stage, target)
         sizes = sealed.sizes(stage)
     return PackageResult(
         output=final,
@@ -96,7 +98,7 @@ def _stage(final: Path, options: PackageOptions, inputs: list[Path]) -> Iterator
 
 def read_run(folder: Path, progress: Progress) -> Run:
     """A run that passed and is as it was left. InputError for any other folder."""
-    from lora_export.onnx_export import load_export
+    from lora_export.onnx_export import check_export, load_export
     from lora_export.report.schema import load as load_report
 
     if not folder.is_dir() or contents.is_package(folder) or not manifest.is_run(folder):
@@ -127,6 +129,8 @@ def read_run(folder: Path, progress: Progress) -> Run:
     export = load_export(folder / "onnx")
     merged = folder / "merged" if (folder / "merged").is_dir() else None
     kept = merged or export.output
+    check_export(export.output, export.graphs)
+    check_model_folder(kept)
     config = sealed.read_json(kept / "config.json")
     architecture = str((config.get("architectures") or [""])[0])
     task = task_of(export.task, architecture)
@@ -135,7 +139,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
 
 def _plugged(folder: Path | None, target: str, run: Run) -> tuple[ExportResult | None, tuple[str, ...]]:
     """An export with slots, and the names of its adapters, that of the run first. InputError for any other."""
-    from lora_export.onnx_export import load_export
+    from lora_export.onnx_export import check_export, load_export
     from lora_export.onnx_export.records import read_record
 
     if folder is None:
@@ -149,7 +153,9 @@ def _plugged(folder: Path | None, target: str, run: Run) -> tuple[ExportResult |
             expected=f"--for genai, and an export with {', '.join(own)} beside it, the only adapter of the run",
             next_step="lora-export export -m BASE -a ADAPTER -o EXPORT",
         )
-    return load_export(folder), (own[0], *(n for n in names if n != own[0]))
+    export = load_export(folder)
+    check_export(export.output, export.graphs)
+    return export, (own[0], *(n for n in names if n != own[0]))
 
 
 def _name(asked: str | None, run: Run) -> str:

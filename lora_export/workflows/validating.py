@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_export.allowed import check_model_folder
 from lora_export.checkpoint.sources import choices_of
 from lora_export.choices import Provider
 from lora_export.contracts import (
@@ -47,6 +48,7 @@ def validate_folder(
 
     exports = [load_export(folder) for folder in onnx]
     _check_exports(exports, base_onnx)
+    _check_folders(base, adapters, merged, [*exports, *map(load_export, base_onnx)])
     if own_texts and len(own_texts) != len(adapters):
         raise InputError(
             f"{len(own_texts)} × --own-text and {len(adapters)} × -a",
@@ -83,6 +85,18 @@ def validate_folder(
             perplexities=(*result.perplexities, *found.perplexities),
             adapter_survival=(*result.adapter_survival, *found.adapter_survival),
         )
+
+
+def _check_folders(
+    base: Source, adapters: Sequence[tuple[Source, float]], merged: Path, exports: Sequence[ExportResult]
+) -> None:
+    """Refuse what a runtime must not read, before any does."""
+    from lora_export.onnx_export import check_export
+
+    for folder in (base.folder, *(source.folder for source, _ in adapters), merged):
+        check_model_folder(folder)
+    for exported in exports:
+        check_export(exported.output, exported.graphs)
 
 
 def _check_exports(exports: Sequence[ExportResult], bases: Sequence[Path]) -> None:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -42,75 +41,160 @@ MERGE = ("merge", "-b", "BASE", "-a", "ADAPTER", "-o", "OUT")
 
 
 def test_a_flag_beats_a_variable_which_beats_the_file(here: Path, seen: dict[str, Any]) -> None:
-    (here / "lora-export.toml").write_text('dtype = "float16"\nmax-memory = "1GB"\n[merge]\ncertify = "full"\n')
+    (here / "lora-export.toml").write_text('max-memory = "1GB"\n[merge]\nmax-shard-size = "7GB"\n')
     run(*MERGE)
-    assert (seen["options"].dtype, seen["options"].max_memory, seen["options"].certify) == (
-        "float16",
-        10**9,
-        "full",
-    )
-    run(*MERGE, LORA_EXPORT_DTYPE="bfloat16")
-    assert seen["options"].dtype == "bfloat16"
-    run(*MERGE, LORA_EXPORT_DTYPE="bfloat16", LORA_EXPORT_MERGE_DTYPE="float32")
-    assert seen["options"].dtype == "float32"
-    run(*MERGE, "--dtype", "keep", LORA_EXPORT_DTYPE="bfloat16")
-    assert (seen["options"].dtype, seen["options"].certify) == ("keep", "full")
+    assert (seen["options"].max_memory, seen["options"].max_shard_size) == (10**9, 7 * 10**9)
+    run(*MERGE, LORA_EXPORT_MAX_MEMORY="2GB")
+    assert seen["options"].max_memory == 2 * 10**9
+    run(*MERGE, LORA_EXPORT_MAX_MEMORY="2GB", LORA_EXPORT_MERGE_MAX_MEMORY="3GB")
+    assert seen["options"].max_memory == 3 * 10**9
+    run(*MERGE, "--max-memory", "4GB", LORA_EXPORT_MAX_MEMORY="2GB")
+    assert (seen["options"].max_memory, seen["options"].max_shard_size) == (4 * 10**9, 7 * 10**9)
 
 
 def test_a_table_beats_what_is_meant_for_all(here: Path, seen: dict[str, Any]) -> None:
     (here / "pyproject.toml").write_text(
-        '[tool.lora-export]\nprecision = "fp16"\n[tool.lora-export.export]\nprecision = "int4"\nkeep = "auto"\n'
+        '[tool.lora-export]\noptimize = "basic"\n[tool.lora-export.export]\noptimize = "none"\nengine = "dynamo"\n'
     )
     run("export", "-m", "MODEL", "-o", "OUT")
-    assert (seen["options"].precision, seen["options"].quantization.keep) == ("int4", ("auto",))
+    assert (seen["options"].optimize, seen["options"].engine) == ("none", "dynamo")
 
 
 def test_its_own_file_comes_before_pyproject(here: Path, seen: dict[str, Any]) -> None:
-    (here / "pyproject.toml").write_text('[tool.lora-export]\nprecision = "fp16"\n')
+    (here / "pyproject.toml").write_text('[tool.lora-export]\noptimize = "none"\n')
     (here / "lora-export.toml").write_text("")
     run("export", "-m", "MODEL", "-o", "OUT")
-    assert seen["options"].precision == "fp32"
+    assert seen["options"].optimize == "full"
 
 
 def test_what_the_file_gives_is_said(here: Path, seen: dict[str, Any]) -> None:
-    (here / "lora-export.toml").write_text("allow-nonfinite = true\n")
+    (here / "lora-export.toml").write_text('device = "cuda"\n')
     said = run(*MERGE, LORA_EXPORT_DTYPE="float16").stderr
-    assert "--allow-nonfinite True, from the configuration file" in said
+    assert "--device cuda, from lora-export.toml" in said
     assert "--dtype float16, from LORA_EXPORT_DTYPE" in said
 
 
 def test_an_earlier_export_keeps_its_own_options(here: Path, seen: dict[str, Any]) -> None:
     """A default of one's own is no wish for this export; a variable is one."""
-    (here / "lora-export.toml").write_text('precision = "int4"\nblock-size = 64\n')
+    (here / "lora-export.toml").write_text('optimize = "none"\nengine = "dynamo"\n')
     words = ("export", "-m", "MODEL", "-o", "OUT", "--graph-from", "EARLIER")
     run(*words)
-    assert (seen["options"].precision, seen["options"].quantization.block_size) == ("fp32", None)
+    assert (seen["options"].optimize, seen["options"].engine) == ("full", None)
     refused = run(*words, LORA_EXPORT_PRECISION="int8")
     assert refused.exit_code == 1 and "--precision beside --graph-from" in refused.stderr
 
 
-def test_sizes_of_the_file_give_way_to_a_grid(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Why each of the others must not stand in a file.
+ASKED_FOR = {
+    "what is compared, with what": """
+        adapter base base-onnx beside compare from graph-from merged model onnx original-base own-text pluggable
+        plugged pytorch to tuned unmerged""",
+    "what comes out": """
+        accuracy-level activations archive base-weights block-size calibration combine combine-on density
+        dtype energy expert-layout expert-packing for keep license majority-sign name no-merged-folder
+        no-spare picture precision quantizer rank rest seed shared-as svd-rank training-double-quant
+        training-quantization variant""",
+    "what is looked at": """
+        arm batch certify compare-bases grid max-time prompt-length prompts provider requantize rows sessions
+        text""",
+    "what passes": "allow-nonfinite margin min-survival tolerance",
+    "what is said": "quiet",
+    "where it is written, and what is run": "dry-run force key output private push run runtime sign",
+}
+
+
+def test_every_option_may_stand_in_a_file_or_is_asked_for_with_a_reason() -> None:
+    options = {k for c in cli.commands.values() for k in configuration._every(c)}
+    asked = {name for names in ASKED_FOR.values() for name in names.split()}
+    assert options == asked | configuration.IN_A_FILE and not asked & configuration.IN_A_FILE
+
+
+@pytest.mark.parametrize("name", sorted({n for names in ASKED_FOR.values() for n in names.split()}))
+@pytest.mark.parametrize("file", ["lora-export.toml", "pyproject.toml"])
+def test_file_with_what_bears_on_a_verdict_is_refused(
+    name: str, file: str, here: Path, seen: dict[str, Any]
+) -> None:
+    """With any value, at the top and in a table, and for the commands that do not have the option, too."""
+    commands = [n for n, c in cli.commands.items() if name in configuration._every(c)]
+    head = "[tool.lora-export" if file == "pyproject.toml" else "["
+    top = f"{head}]\n" if file == "pyproject.toml" else ""
+    table = f"{head}.{commands[0]}]\n" if file == "pyproject.toml" else f"[{commands[0]}]\n"
+    for text in (top, table):
+        (here / file).write_text(f'{text}{name} = "1"\n')
+        result = run(*MERGE, "-q", "--json")
+        assert result.exit_code == 1 and not seen
+        told = json.loads(result.stdout)
+        assert told["found"].startswith(f"{name} must not stand in a configuration file") and file in told["where"]
+        option = configuration._every(cli.commands[commands[0]])[name]
+        variable = f"LORA_EXPORT_{name.upper().replace('-', '_')}"
+        assert f"--{name} on the command line" in told["next"]
+        assert (variable in told["next"]) == bool(option.envvar)
+        assert option.name in configuration.NOT_HERE or variable in (option.envvar or ())
+
+
+def test_verdict_names_the_file_and_what_it_gave_however_quiet(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_export.contracts import Check, ValidationResult
+
+    result = ValidationResult((Check("logits_max_abs", 0.1, 1.0, True, "measured"),))
+    monkeypatch.setattr("lora_export.api.validate", lambda *_, **__: result)
+    words = ("validate", "-b", "B", "-a", "A", "-m", "M", "-q")
+    assert "configur" not in run(*words).output + run(*words, "--json").output
+    (here / "lora-export.toml").write_text('max-memory = "1GB"\n[merge]\ndevice = "cuda"\n')
+    assert "configured by lora-export.toml: --max-memory 1000000000" in run(*words).stdout
+    found = json.loads(run(*words, "--json").stdout)["configuration"]
+    assert found == {"file": str(here / "lora-export.toml"), "options": {"max-memory": "1000000000"}}
+    assert "configuration" not in json.loads(run(*words, "--json", "--max-memory", "2GB").stdout)
+
+
+def test_refusal_names_the_file_and_what_it_gave(here: Path) -> None:
+    (here / "lora-export.toml").write_text('max-memory = "1GB"\n')
+    result = run(*MERGE, "-q", "--json")
+    assert "configured by lora-export.toml: --max-memory 1000000000" in result.stderr
+    assert json.loads(result.stdout)["configuration"]["options"] == {"max-memory": "1000000000"}
+
+
+def test_memory_of_the_file_leaves_validation_as_it_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read layer by layer, a model is not compared as it is loaded."""
     found: list[Any] = []
-    monkeypatch.setattr("lora_export.api.benchmark", lambda *_, options, **__: found.append(options.shapes))
-    (here / "lora-export.toml").write_text("batch = [2, 4]\n")
+    monkeypatch.setattr("lora_export.api.validate", lambda *_, options, **__: found.append(options.max_memory))
+    (here / "lora-export.toml").write_text('max-memory = "1MB"\n')
+    words = ("validate", "-b", "B", "-a", "A", "-m", "M")
+    run(*words)
+    run(*words, LORA_EXPORT_MAX_MEMORY="2MB")
+    run(*words, "--max-memory", "3MB")
+    assert found == [None, 2 * 10**6, 3 * 10**6]
+
+
+def test_report_has_a_line_with_the_file_and_what_it_gave(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_export.report.story import sources
+    from lora_export.workflows.run_report import new_report, options_json
+
+    (here / "lora-export.toml").write_text('engine = "dynamo"\nmax-memory = "1GB"\n')
+    found: list[Any] = []
+    monkeypatch.setattr("lora_export.api.merge_and_export", lambda *a, **_: found.append(a[3]))
+    monkeypatch.setattr("lora_export.api.benchmark", lambda *_, options, **__: found.append(options))
+    run("merge-and-export", "-b", "B", "-a", "A", "-o", "OUT")
+    line = ("Configured by", "lora-export.toml: --engine dynamo, --max-memory 1000000000")
+    found_lines = sources(new_report("x", options_json(found[0])))
+    assert [(k, f"lora-export.toml: {', '.join(sorted(v[18:].split(', ')))}") for k, v in found_lines] == [line]
     run("benchmark", "-m", "ONNX", "-o", "OUT")
-    run("benchmark", "-m", "ONNX", "-o", "OUT", "--grid", "paper")
-    assert found == [((2, 128), (4, 128)), ((1, 128), (16, 256), (32, 512))]
+    assert found[1].configured == ""  # benchmark has none of these options
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('dtipe = "float16"', "did you mean dtype?"),
-        ('[merg]\ndtype = "float16"', "did you mean merge?"),
-        ('[merge]\nprecision = "int4"', "precision in [merge]"),
-        ('dtype = "float8"', "'float8' is not one of"),
+        ('devise = "cpu"', "did you mean device?"),
+        ('[merg]\ndevice = "cpu"', "did you mean merge?"),
+        ('[merge]\nengine = "dynamo"', "engine in [merge]"),
+        ('device = "abacus"', "'abacus' is not one of"),
         ('max-memory = "much"', "no size"),
-        ("density = [1, 2]", "density = [1, 2]"),
-        ("force = true", "force is no option"),
-        ('[verify]\nruntime = "./python"', "runtime in [verify]"),
-        ('[package]\npush = "me/model"', "push in [package]"),
-        ("dtype = ", "no TOML"),
+        ("max-memory = [1, 2]", "max-memory = [1, 2]"),
+        ("force = true", "force must not stand"),
+        ("tolerance = 1e9", "tolerance must not stand"),
+        ('[verify]\nruntime = "./python"', "runtime must not stand"),
+        ('[package]\npush = "me/model"', "push must not stand"),
+        ("device = ", "no TOML"),
     ],
 )
 def test_a_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told: str) -> None:
@@ -124,18 +208,17 @@ def test_a_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told
 
 
 def test_no_variable_replaces_an_output_or_names_a_program() -> None:
-    for command in cli.commands.values():
-        for option in command.params:
-            if isinstance(option, click.Option) and option.name in configuration.NOT_HERE:
-                assert not option.envvar
+    names = {"output", "force", "dry_run", "run_it", "runtime", "key", "repository", "private"}
+    found = [o for c in cli.commands.values() for o in configuration._every(c).values() if o.name in names]
+    assert {o.name for o in found} == names and not any(o.envvar for o in found)
 
 
 def test_env_shows_all_of_it(here: Path) -> None:
-    (here / "lora-export.toml").write_text('provider = "cpu"\n[merge]\ndtype = "float16"\n')
+    (here / "lora-export.toml").write_text('device = "cpu"\n[merge]\nmax-memory = "1GB"\n')
     found = json.loads(run("env", "--json", LORA_EXPORT_TEXT="mine.txt").stdout)["configuration"]
     assert found == {
         "file": "lora-export.toml",
-        "values": {"provider": "cpu", "merge": {"dtype": "float16"}},
+        "values": {"device": "cpu", "merge": {"max-memory": "1GB"}},
         "error": None,
         "environment": {"LORA_EXPORT_TEXT": "mine.txt"},
     }
@@ -145,11 +228,11 @@ def test_env_shows_all_of_it(here: Path) -> None:
 
 
 def test_values_of_other_commands_are_not_looked_at(here: Path, seen: dict[str, Any]) -> None:
-    (here / "lora-export.toml").write_text('[validate]\nprompts = "not-there.txt"\n')
+    (here / "lora-export.toml").write_text('[validate]\ndevice = "abacus"\n')
     run(*MERGE)
-    assert seen["options"].dtype == "keep"
+    assert seen["options"].device == "cpu"
     result = run("validate", "-b", "B", "-a", "A", "-m", "M")
-    assert result.exit_code == 1 and "does not exist" in result.stderr
+    assert result.exit_code == 1 and "'abacus' is not one of" in result.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

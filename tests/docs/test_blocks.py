@@ -81,7 +81,7 @@ def test_files_are_what_they_say(block: Block, tmp_path: Path) -> None:
         found = configuration.read(tmp_path)
         assert found is not None
         configuration.refuse_unknown(cli, *found)
-        assert configuration.defaults(cli.commands["merge"], "merge", *found)["dtype"] == "bfloat16"
+        assert configuration.defaults(cli.commands["merge"], "merge", *found)["max_shard_size"] == "5GB"
 
 
 def runnable() -> list[object]:

@@ -1,0 +1,59 @@
+"""What may stand in the files that other programs read: lists of keys, values, operators and file types.
+
+A runtime does what its configuration says: it loads a library that genai_config.json names, a kernel that
+config.json names, a backend that config.pbtxt names. These functions are called before a runtime sees the folder.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_export.allowed import files, genai_config, hub, triton_config
+from lora_export.errors import CheckpointError, InputError
+
+__all__ = ["check_model_folder", "check_onnx_folder", "check_package"]
+
+
+def check_model_folder(folder: Path) -> None:
+    """A folder that transformers is to load as a model. CheckpointError or InputError for what is not on a list.
+
+    Code beside the weights (modeling_x.py, pytorch_model.bin) stays: nothing that is read here leads to it.
+    """
+    hub.check_files(folder)
+    if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            "beside the model lies an adapter, which transformers would load with it without a word",
+            where=folder / "adapter_config.json",
+            expected="a model and its adapter in folders of their own",
+            next_step="move adapter_config.json and adapter_model.safetensors into another folder",
+        )
+
+
+def check_onnx_folder(folder: Path) -> None:
+    """A folder from which a runtime takes graphs, configuration and tokenizer; what lies in its subfolders is not
+    read."""
+    files.refuse_libraries(folder)
+    hub.check_files(folder)
+    _check_runtimes(folder.iterdir())
+
+
+def check_package(folder: Path, target: str) -> None:
+    """A package: each of its files is of a known type, and what a runtime reads of it is on a list."""
+    files.refuse_strangers(folder)
+    hub.check_files(folder)
+    _check_runtimes(folder.rglob("*"))
+    if target == "genai" and not (folder / genai_config.NAME).is_file():
+        raise InputError(
+            f"there is no {genai_config.NAME}",
+            where=folder,
+            expected=f"{genai_config.NAME}, without which onnxruntime-genai takes manifest.json for its own",
+        )
+
+
+def _check_runtimes(paths: Iterable[Path]) -> None:
+    for path in sorted(p for p in paths if p.is_file()):
+        if genai_config.is_config(path.name):
+            genai_config.check_config(path)
+        elif path.name == genai_config.AUDIO:
+            genai_config.check_audio(path)
+        elif path.name == triton_config.NAME:
+            triton_config.check_config(path)

@@ -1,0 +1,130 @@
+"""A program that runs what came from elsewhere: in a process of its own, without a network, within limits.
+
+Network and limits are Linux's. Where the kernel gives nobody a network namespace (some containers), the program
+keeps the network, and the outcome says so. Files are not hidden from it: `lora_export.allowed` checks beforehand
+what it is about to read.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lora_export.errors import InputError
+
+SECONDS = 3600
+MEMORY = 8 * 2**30  # bytes that a runtime may take beside the model
+_OUTPUT = 2**20  # bytes of what a program prints that are looked at
+_LARGEST_FILE = 2**30
+_KEPT = frozenset(
+    {
+        "PATH", "HOME", "USER", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LANG", "VIRTUAL_ENV", "PYTHONPATH",
+        "NODE_PATH",
+    }
+)  # fmt: skip
+_KEPT_PREFIXES = ("LC_", "LD_LIBRARY", "DYLD_", "CUDA", "NVIDIA", "OMP_", "MKL_", "KMP_")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """code: of the exit, negative for a signal; None if the time was up. network: 'none', or why there was one."""
+
+    code: int | None
+    stdout: str
+    stderr: str
+    network: str
+
+
+def run(command: Sequence[str], program: str, place: Path, *, memory: int, seconds: int = SECONDS) -> Outcome:
+    """Run `command` in the folder `place` with `program` as its input. OSError if it cannot be started.
+
+    memory: bytes of data, in all of the process. Everything that it started ends with it.
+    """
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, contextlib.ExitStack() as files:
+        out, err, told = (files.enter_context((Path(scratch) / n).open("w+b")) for n in ("out", "err", "told"))
+        limits = {"memory": memory, "seconds": seconds, "file": _LARGEST_FILE, "told": told.fileno()}
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _LAUNCHER, json.dumps(limits), *command],
+            stdin=subprocess.PIPE, stdout=out, stderr=err, cwd=place, env=_environment(scratch),
+            pass_fds=[told.fileno()], start_new_session=True,
+        )  # fmt: skip
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(program.encode(), timeout=seconds)
+            code = process.poll()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        note = _read(told)
+        if note.startswith("!"):
+            raise InputError(f"{command[0]} does not start: {note[1:]}", expected="a program that can be run")
+        return Outcome(code, _read(out), _read(err), note or "none")
+
+
+def _read(file: IO[bytes]) -> str:
+    """The end of what was written."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _OUTPUT))
+    return file.read(_OUTPUT).decode("utf-8", errors="replace")
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    """Without tokens and proxies, and offline."""
+    kept = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
+    return kept | {
+        "HF_HOME": str(Path(scratch, "hf")),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "USE_HUB_KERNELS": "0",
+    }
+
+
+# Limits are of data, not of addresses: CUDA and V8 reserve far more addresses than they use.
+_LAUNCHER = """
+import ctypes, json, os, sys
+limits, command = json.loads(sys.argv[1]), sys.argv[2:]
+told = os.fdopen(limits["told"], "w")
+NET, USER = 0x40000000, 0x10000000
+def alone():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(NET) == 0:
+        return
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(NET | USER) != 0:
+        raise OSError(ctypes.get_errno(), "no network namespace: " + os.strerror(ctypes.get_errno()))
+    for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
+        with open("/proc/self/" + name, "w") as f:
+            f.write(text)
+try:
+    alone()
+except (OSError, AttributeError) as error:
+    told.write(str(getattr(error, "strerror", None) or error))
+try:
+    import resource
+    for name, value in (("DATA", limits["memory"]), ("CPU", limits["seconds"] * (os.cpu_count() or 1)),
+                        ("FSIZE", limits["file"]), ("CORE", 0)):
+        kind = getattr(resource, "RLIMIT_" + name)
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+except (ImportError, AttributeError, ValueError, OSError) as error:
+    told.write(f" no limits: {error}")
+told.flush()
+try:
+    os.execvp(command[0], command)
+except OSError as error:
+    told.seek(0)
+    told.truncate()
+    told.write("!" + str(error.strerror))
+    told.flush()
+    os._exit(127)
+"""
