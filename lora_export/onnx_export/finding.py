@@ -31,12 +31,12 @@ def find_graphs(folder: Path) -> list[Path]:
     found = {p for p in files if p.suffix == SUFFIX or looks_like_graph(p)}
     for path in files:
         for name in named_models(path):
-            found.add(_beside(path, name))
+            found |= _beside(path, name)
     return sorted(found)
 
 
-def _beside(config: Path, name: str) -> Path:
-    """The file that a configuration names. Triton's lie in the folders of the versions."""
+def _beside(config: Path, name: str) -> set[Path]:
+    """The files that a configuration names. Triton's lie in the folders of the versions, and may be folders."""
     if not sealed.plain_name(name):
         raise ExportError(
             f"a model called {name!r}",
@@ -44,10 +44,9 @@ def _beside(config: Path, name: str) -> Path:
             expected="a plain file name in the folder of the configuration",
         )
     places = [config.parent / name, *sorted(config.parent.glob(f"*/{name}"))]
-    found = [p for p in places if p.is_file()]
-    if not found:
+    if not any(p.exists() for p in places):
         raise ExportError(f"the model {name!r}, which is not there", where=config, expected="a file of the folder")
-    return found[0]
+    return {p for p in places if p.is_file()}
 
 
 def named_models(path: Path) -> list[str]:
