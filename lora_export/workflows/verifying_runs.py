@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from lora_export.onnx_export.recheck import Rechecked
 
 _ONNX_UNKNOWN = (
-    "the ONNX graph, its weights (quantized or not), weights-map.json, and config.json, tokenizer, chat template "
-    "and generation config beside it"
+    "the ONNX graph, its weights (quantized or not), weights-map.json, export.json, the runtime's configuration, "
+    "and config.json, tokenizer, chat template and generation config beside them"
 )
 
 
