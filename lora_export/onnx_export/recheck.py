@@ -5,35 +5,34 @@ weights-map.json says, by the writer that made them, and compared as they would 
 """
 
 import tempfile
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_export import sealed
 from lora_export.contracts import Finding, Progress, QuantizationOptions
 from lora_export.documents import Kind, check
 from lora_export.errors import ExportError, LoraExportError, plain
 from lora_export.onnx_export import records, weights_map
+from lora_export.onnx_export.against_plain import compare
 from lora_export.onnx_export.building import record_of
 from lora_export.onnx_export.checks import check_model
 from lora_export.onnx_export.engines import choose
 from lora_export.onnx_export.finding import find_graphs
 from lora_export.onnx_export.job import Engine, Job
 from lora_export.onnx_export.quantize_graph import Blockwise
+from lora_export.onnx_export.recheck_data import Rechecked, judge_constants, judge_data
 from lora_export.onnx_export.refusals import read_config
 from lora_export.onnx_export.reweight import read_map
 from lora_export.onnx_export.weight_source import WeightSource
-from lora_export.onnx_export.weights_map import Weight, WeightsMap
+from lora_export.onnx_export.weights_map import WeightsMap
 from lora_export.onnx_export.writing import Writing
-
-if TYPE_CHECKING:
-    from lora_export.workers import Bytes
 
 # Of export.json: when and with what it was made, which leaves no trace in the other files.
 _UNPROVABLE = ("seconds", "versions", "graph_versions", "fused_against_plain")
-_CHUNK = 2**22  # bytes of what is between the weights that are read at a time
+# Between graphs of the same weights, of the largest value: fp32 in another order, or rounded otherwise.
+_CLOSE, _CLOSE_OTHERWISE = {"fp32": 1e-4}, 3e-2
 _RECORD: Kind = {
     "engine": str, "precision": str, "provider": str, "optimize": str, "activations": str, "adapter": bool,
     "graphs": [str], "made_by_engine": [str],
@@ -42,17 +41,6 @@ _RECORD: Kind = {
         "eight_bits": [str], "embeddings": bool,
     }),
 }  # fmt: skip
-
-
-@dataclass
-class Rechecked:
-    """checks: by the name of what they are about; not_checked: as in a Verification."""
-
-    checks: list[Finding] = field(default_factory=list)
-    not_checked: list[str] = field(default_factory=list)
-
-    def judge(self, name: str, passed: str, failures: list[str]) -> None:
-        self.checks += [Finding(name, False, plain(note)) for note in failures] or [Finding(name, True, passed)]
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ def _compare(
         described = read_map(folder, tuple(record["graphs"]))
         _given_companions(found, folder, record, model, stage, chosen)
         found.not_checked.append("the ONNX graph, weights-map.json and the runtime's configuration: not built anew")
-        _judge_data(found, folder, described, model.source, progress)
+        judge_data(found, folder, described, model.source, progress)
         return
     progress.stage(f"verify: the graph, built anew by the {chosen.name} engine")
     made = chosen.run(job)
@@ -123,9 +111,12 @@ def _compare(
     wanted = record_of(job, made, chosen.name, "float")
     wanted["made_by_engine"] = [n for n in own if n != weights_map.NAME]
     _judge_record(found, record, wanted)
-    _judge_files(found, folder, stage, described, record)
-    _judge_data(found, folder, described, model.source, progress)
-    _judge_constants(found, folder, stage, described)
+    if _of_other_versions(folder, stage, record):
+        _beside_new_graphs(found, folder, stage, described, record, model, job)
+        return
+    _judge_files(found, folder, stage, described)
+    judge_data(found, folder, described, model.source, progress)
+    judge_constants(found, folder, stage, described)
 
 
 def _compare_whole(found: Rechecked, folder: Path, job: Job, model: Model, new: Path) -> None:
@@ -143,7 +134,7 @@ def _compare_whole(found: Rechecked, folder: Path, job: Job, model: Model, new: 
         quantization=model.quantization, source=model.source, progress=job.progress,
     )  # fmt: skip
     _judge_record(found, records.read_record(folder), records.read_record(new))
-    _judge_files(found, folder, new, WeightsMap(()), records.read_record(folder))
+    _judge_files(found, folder, new, WeightsMap(()))
 
 
 def _job(record: Mapping[str, Any], model: Model, stage: Path, progress: Progress) -> tuple[Job, Engine]:
@@ -151,7 +142,8 @@ def _job(record: Mapping[str, Any], model: Model, stage: Path, progress: Progres
     config = read_config(model.folder)
     chosen = choose(config, record["engine"])
     how = record["quantization"]
-    quantized = Blockwise(**{k: tuple(v) if isinstance(v, list) else v for k, v in how.items()}) if how else None
+    words: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (how or {}).items()}
+    quantized = Blockwise(**words) if words else None
     if quantized:
         quantized.check()
     job = Job(
@@ -160,6 +152,49 @@ def _job(record: Mapping[str, Any], model: Model, stage: Path, progress: Progres
     )  # fmt: skip
     chosen.check(job)
     return job, chosen
+
+
+# --- graphs of other versions ------------------------------------------------------------------------------
+
+
+def _of_other_versions(folder: Path, stage: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the graphs are others than those that are made here, and were not made by what is installed here."""
+    graphs = [n for n in record["graphs"] if (stage / n).is_file()]
+    same = all(sealed.sha256(folder / n) == sealed.sha256(stage / n) for n in graphs)
+    return not same and record.get("graph_versions") != records.versions()
+
+
+def _beside_new_graphs(
+    found: Rechecked,
+    folder: Path,
+    stage: Path,
+    described: WeightsMap,
+    record: Mapping[str, Any],
+    model: Model,
+    job: Job,
+) -> None:
+    """Graphs that no version here makes: weights by their own map, outputs beside those of new graphs."""
+    own = read_map(folder, tuple(record["graphs"]))
+    made = {*record["graphs"], *record["made_by_engine"], weights_map.NAME}
+    _judge_files(found, folder, stage, described, frozenset(made))
+    judge_data(found, folder, own, model.source, job.progress)
+    limit = _CLOSE.get(job.precision, _CLOSE_OTHERWISE)
+    versions = f"they were made by {record.get('graph_versions')}, here are {records.versions()}"
+    found.not_checked.append(f"the bytes of the ONNX graph, its map and configuration: {versions}")
+    if job.precision == "bf16":
+        found.not_checked.append("what the ONNX graph computes: bf16 runs on CUDA alone")
+        return
+    job.progress.stage("verify: the graph beside one that was built anew, on made-up inputs")
+    Writing(stage, described, model.source, job.progress).run()
+    notes = []
+    for name in record["graphs"]:
+        try:
+            compare(folder / name, stage / name, job.config, limit)
+        except ExportError as error:
+            notes.append(f"{name}: {error.found} ({versions})")
+        except Exception as error:  # ONNX Runtime's have no base of their own
+            notes.append(f"{name}: it does not run: {error}")
+    found.judge("onnx_outputs", f"made-up inputs give what a new graph gives, within {limit:g}", notes)
 
 
 # --- small files -------------------------------------------------------------------------------------------
@@ -182,20 +217,17 @@ def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _judge_files(
-    found: Rechecked, folder: Path, stage: Path, described: WeightsMap, record: Mapping[str, Any]
+    found: Rechecked, folder: Path, stage: Path, described: WeightsMap, without: frozenset[str] = frozenset()
 ) -> None:
-    """Everything but the data files and the record."""
-    left = {*described.sizes, records.NAME}
+    """Everything but the data files, the record, and what is to be left out."""
+    left = {*described.sizes, records.NAME, *without}
     wanted, there = (_hashes(f, left) for f in (stage, folder))
     notes = [f"{n} is missing" for n in sorted(wanted.keys() - there.keys())]
     notes += [f"{n} is no file of an export" for n in sorted(there.keys() - wanted.keys())]
     unlike = sorted(n for n in wanted.keys() & there.keys() if wanted[n] != there[n])
-    made = record.get("graph_versions")
-    why = "" if made == records.versions() else f" (the graph was made by {made}, here are {records.versions()})"
-    notes += [f"{n} is not what a new export has{why}" for n in unlike]
-    found.judge(
-        "onnx_files", f"{len(wanted)} files beside the weights are those of a new export, graphs too", notes
-    )
+    notes += [f"{n} is not what a new export has" for n in unlike]
+    what = "" if without else ", graphs too"
+    found.judge("onnx_files", f"{len(wanted)} files beside the weights are those of a new export{what}", notes)
 
 
 def _given_companions(
@@ -218,80 +250,3 @@ def _hashes(folder: Path, without: set[str]) -> dict[str, Any]:
     found = {n: h for n, h in sealed.hash_folder(folder).items() if n not in without} if folder.is_dir() else {}
     links = [p for p in folder.rglob("*") if p.is_symlink() or not (p.is_file() or p.is_dir())]
     return found | {p.relative_to(folder).as_posix(): "a link, or no file" for p in links}
-
-
-# --- data files --------------------------------------------------------------------------------------------
-
-
-def _judge_data(
-    found: Rechecked, folder: Path, described: WeightsMap, source: WeightSource, progress: Progress
-) -> None:
-    """Every byte that a recipe gives, made again; between the weights there are zeros."""
-    notes = [
-        f"{n} has not the {s} bytes of its weights" for n, s in described.sizes.items() if _size(folder / n) != s
-    ]
-    if notes:
-        found.judge("onnx_weights", "", notes)
-        return
-    progress.stage("verify: the weights of the ONNX export, made again")
-    places, other = _Places(described), dict[str, int]()
-
-    def tell(file: str, at: int, wanted: "Bytes", there: "Bytes") -> None:
-        name = places.at(file, at).name
-        count = int((wanted[: len(there)] != there).sum()) + len(wanted) - len(there)
-        other[name] = other.get(name, 0) + count
-
-    Writing(folder, described, source, progress, compared=tell).run()
-    notes = [f"{name}: {count} bytes are not what the merged model gives" for name, count in sorted(other.items())]
-    notes += [f"{file}: bytes between the weights are not zero" for file in _unclean(folder, described)]
-    made = sum(bool(w.recipe.pieces) for w in described.weights)
-    found.judge("onnx_weights", f"every byte of {made} weights is what the merged model gives", notes)
-
-
-def _judge_constants(found: Rechecked, folder: Path, stage: Path, described: WeightsMap) -> None:
-    constants = [w for w in described.weights if not w.recipe.pieces]
-    notes = [
-        f"{w.name}: not the constant of a new export"
-        for w in constants
-        if _size(folder / w.file) >= w.offset + w.nbytes and _part(folder, w) != _part(stage, w)
-    ]
-    found.judge("onnx_constants", f"{len(constants)} constants in data files are those of a new export", notes)
-
-
-class _Places:
-    """Which weight lies where."""
-
-    def __init__(self, described: WeightsMap) -> None:
-        self._starts: dict[str, list[Weight]] = {}
-        for weight in sorted(described.weights, key=lambda w: w.offset):
-            if weight.nbytes:
-                self._starts.setdefault(weight.file, []).append(weight)
-
-    def at(self, file: str, offset: int) -> Weight:
-        weights = self._starts[file]
-        return weights[max(0, bisect_right(weights, offset, key=lambda w: w.offset) - 1)]
-
-
-def _unclean(folder: Path, described: WeightsMap) -> Iterator[str]:
-    """Data files that hold something where no weight lies."""
-    for file in described.sizes:
-        end = 0
-        with (folder / file).open("rb") as data:
-            for weight in sorted((w for w in described.weights if w.file == file), key=lambda w: w.offset):
-                data.seek(end)
-                while end < weight.offset and not any(piece := data.read(min(_CHUNK, weight.offset - end))):
-                    end += len(piece)
-                if end < weight.offset:
-                    yield file
-                    break
-                end = max(end, weight.offset + weight.nbytes)
-
-
-def _part(folder: Path, weight: Weight) -> bytes:
-    with (folder / weight.file).open("rb") as data:
-        data.seek(weight.offset)
-        return data.read(weight.nbytes)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() and not path.is_symlink() else -1

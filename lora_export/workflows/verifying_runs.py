@@ -138,10 +138,11 @@ def _verification(found: "Rechecked") -> Verification:
 def _quantization(document: Mapping[str, Any]) -> QuantizationOptions:
     """What the manifest says was asked for. A calibration is known by its name."""
     asked = document["options"].get("quantization") or {}
-    known = {f.name: asked[f.name] for f in fields(QuantizationOptions) if f.name in asked}
+    known: dict[str, Any] = {f.name: asked[f.name] for f in fields(QuantizationOptions) if f.name in asked}
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     if known.get("calibration") is not None:
         known["calibration"] = Path(str(known["calibration"]))
-    return QuantizationOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
+    return QuantizationOptions(**known)
 
 
 def _same_options(
