@@ -1,7 +1,7 @@
 """The Python API: each function does what the command of its name does, with the same defaults.
 
 Nothing is printed and no process is ended: a result comes back, or a `LoraExportError` is raised, which the command
-line tells in words. Talk goes to `progress`.
+line tells in words. Talk goes to `progress`. The file is long because every argument is documented here.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from lora_export.contracts import (
     ValidationOptions,
     ValidationResult,
     Verification,
+    VerifyOptions,
 )
 from lora_export.progress import Silent
 
@@ -257,7 +258,10 @@ def verify(
     base: Model | None = None,
     adapters: Adapters = (),
     *,
-    certify: Certify = "sampled",
+    certify: Certify = "full",
+    rows: int = 64,
+    seed: int | None = None,
+    graph: bool = True,
     key: Model | None = None,
     run: bool = False,
     runtime: Model | None = None,
@@ -269,7 +273,10 @@ def verify(
         path: A merged folder, the folder of a whole run, or a package (folder or archive).
         base: The base that was merged into; without it (and for packages) only hashes can be checked.
         adapters: What was merged, with the same weights.
-        certify: Which rows are computed again in float64.
+        certify: full: every byte is computed again; sampled: `rows` rows of each tensor, drawn at random.
+        rows: How many rows, with sampled.
+        seed: Of that draw; None: a new one, which the result names.
+        graph: Of a run: build the graph of its ONNX export anew and compare it.
         key: Of a package: the public key of who signed it, in PEM.
         run: Of a package: have its runtime load it and answer the sample.
         runtime: With `run`: a Python interpreter, or a folder with node_modules, if it is not in this environment.
@@ -287,7 +294,7 @@ def verify(
         Path(path),
         resolve(base) if base else None,
         resolve_all(adapters),
-        certify,
+        VerifyOptions(certify, rows, seed, graph),
         progress,
         key=_path(key),
         run=run,

@@ -12,8 +12,12 @@ from lora_export.version import __version__
 
 NAME = "manifest.json"
 _HASHES: Kind = {str: {"sha256": str, "size": int}}
+_WRITTEN = {f"report/report.{kind}" for kind in ("json", "html", "md")} | {
+    "report/samples.json", "report/conditions.json", "lora_export_certificate.json",
+}  # fmt: skip
 _FIELDS: Kind = {
-    "schema_version": int, "options": {"merge": dict}, "files": _HASHES, "base": {"files": _HASHES},
+    "schema_version": int, "options": {"merge": dict, "precision?": str, "quantization?": dict},
+    "files": _HASHES, "base": {"files": _HASHES},
     "adapters": [{"weight": float, "files": _HASHES}],
 }  # fmt: skip
 
@@ -81,7 +85,7 @@ def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tu
     found = hash_folder(run)
     del found[NAME]
     checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
-    checks += same_files("run_files", manifest["files"], found)
+    checks += same_files("run_files", manifest["files"], found, _foreign(run))
     for folder in (run / "merged", run):  # the second without a merged folder
         certificate = folder / "lora_export_certificate.json"
         if certificate.is_file():
@@ -92,9 +96,27 @@ def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tu
         note = f"{len(choices)} adapters were given, the manifest names {len(manifest['adapters'])}"
         checks.append(Finding("adapter_files", False, note))
     for choice, entry in zip(choices, manifest["adapters"], strict=False):
+        if choice.weight != entry["weight"]:
+            note = f"the weight is {choice.weight:g}, the manifest has {entry['weight']:g}"
+            checks.append(Finding("adapter_files", False, note))
         checks += same_files("adapter_files", entry["files"], _input_hashes(choice.folder))
-    unproved = "names, tool and versions in the manifest: no bytes of the run depend on them"
+    unproved = (
+        "the report with its figures, and names, tool, versions and the options of validation and benchmark in the "
+        "manifest: nothing else of the run depends on them"
+    )
     return checks, [unproved, *([] if base and choices else ["the files of base and adapters that were not given"])]
+
+
+def _foreign(run: Path) -> list[str]:
+    """What a run does not hold: files of no stage, and links, which lead to what was not part of it."""
+    notes = []
+    for path in sorted(run.rglob("*")):
+        name = path.relative_to(run).as_posix()
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            notes.append(f"{name} is a link, or no file")
+        elif path.is_file() and name != NAME and name not in _WRITTEN and not name.startswith(("merged/", "onnx/")):
+            notes.append(f"{name} is no file of a run")
+    return notes
 
 
 def _same_options(merge: Mapping[str, Any], certificate: Path) -> list[Finding]:

@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_export.disk import start_writing_back, write_at
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 BLOCK = 2**22  # bytes of fp32 in a block: small enough for the caches, large enough to be worth a call
 PATIENCE = 0.1  # seconds between two looks at the threads, and so what Ctrl-C may have to wait
@@ -47,6 +53,47 @@ class OpenFile:
             error.filename = str(self.path)
             raise
         start_writing_back(self.fd, at, apart * count)
+
+
+@dataclass(frozen=True)
+class ComparedFile(OpenFile):
+    """A file that is only read: what would be written is compared with what is there.
+
+    told: gets the place of each write of which a byte differs, the bytes that belong there, and those that are
+    there (fewer where the file ends).
+    """
+
+    told: Callable[[int, "Bytes", "Bytes"], None] = field(kw_only=True)
+
+    def write(self, data: bytes | memoryview, at: int) -> None:
+        import numpy as np
+
+        wanted = np.frombuffer(data, np.uint8)
+        found = read_bytes(self, at, len(wanted))
+        if len(found) < len(wanted) or not np.array_equal(wanted, found):
+            self.told(at, wanted, found)
+
+    def write_lines(self, data: memoryview, length: int, at: int, apart: int) -> None:
+        for i in range(len(data) // length):
+            self.write(data[i * length : (i + 1) * length], at + i * apart)
+
+
+def read_bytes(file: OpenFile, at: int, length: int) -> "Bytes":
+    """The bytes of a file from `at` on, fewer where it ends. OSError names the file."""
+    import numpy as np
+
+    data = np.empty(length, np.uint8)
+    done = 0
+    try:
+        while done < length:
+            got = os.preadv(file.fd, [data[done:].data], at + done)
+            if not got:
+                break
+            done += got
+    except OSError as error:
+        error.filename = str(file.path)
+        raise
+    return data[:done]
 
 
 class Budget:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from lora_export.commands import merging_options, options
+from lora_export.commands import options
 from lora_export.commands.talk import talking
 
 
@@ -30,19 +30,37 @@ from lora_export.commands.talk import talking
     help="With --run: where the runtime is, if not in this environment: a Python interpreter, or for "
     "transformers-js a folder with node_modules.",
 )  # fmt: skip
-@merging_options.certify_option
+@click.option(
+    "--certify", type=click.Choice(["sampled", "full"]), default="full", show_default=True,
+    help="full: every byte of the merge is computed again and compared; sampled: some rows of each tensor, drawn "
+    "at random, in float64.",
+)  # fmt: skip
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=64, show_default=True,
+    help="With --certify sampled: how many rows of each tensor.",
+)  # fmt: skip
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=None,
+    help="With --certify sampled: which rows; a new draw each time without it, whose seed is printed.",
+)  # fmt: skip
+@click.option(
+    "--graph/--no-graph", default=True,
+    help="Of a run: build the graph of its ONNX export anew and compare it byte for byte. Without this the graph "
+    "is only checked to be valid, and the verdict says so.",
+)  # fmt: skip
 @options.talk_options
 def verify(
     path: Path, base: str | None, adapters: tuple[str, ...], key: Path | None, run_it: bool, runtime: Path | None,
-    certify: Any, as_json: bool, quiet: bool, verbose: bool,
+    certify: Any, rows: int, seed: int | None, graph: bool, as_json: bool, quiet: bool, verbose: bool,
 ) -> None:  # fmt: skip
     """Check a merged folder, the folder of a whole run, or a package, again.
 
     Exit code 3 if a check of the first two fails, and 1 for a package that is not what was made.
 
-    The certificate in it is not believed: with -b and -a the merge is planned anew, rows are computed in float64
-    and compared, files are compared with what a merge would write, all bytes are hashed again, and every figure
-    of the certificate must come out. Without them only hashes can be checked, and the answer says so.
+    The certificate in it is not believed. With -b and -a the merge is done again, and every byte of the folder,
+    every file beside the weights and every figure of the certificate is compared with what comes out. Of a run the
+    ONNX export is compared as well: its weights are converted or quantized again, and its graph is built again.
+    Without base and adapters only hashes can be checked. Whatever was not checked is named in the verdict.
 
     Of a package (a folder, .tar.zst or .zip) every file is hashed, its signature is checked with --key, its graphs
     are checked before anything opens them, and with --run its runtime answers as the unmerged model did.
@@ -59,6 +77,9 @@ def verify(
             base,
             gather.weighted(adapters),
             certify=certify,
+            rows=rows,
+            seed=seed,
+            graph=graph,
             key=key,
             run=run_it,
             runtime=runtime,

@@ -34,7 +34,7 @@ from lora_export.contracts.validation import (
     ValidationOptions,
     ValidationResult,
 )
-from lora_export.contracts.verification import Finding, Verification
+from lora_export.contracts.verification import Finding, Verification, VerifyOptions
 
 __all__ = [
     "Adapter",
@@ -75,4 +75,5 @@ __all__ = [
     "ValidationOptions",
     "ValidationResult",
     "Verification",
+    "VerifyOptions",
 ]

@@ -4,6 +4,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lora_export.choices import Certify
+
+_RECOMPUTED = frozenset({"arithmetic", "runs"})  # checks that take base and adapters, or a runtime
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """certify: whether all of a merge is recomputed, or `rows` rows of each tensor, drawn at random; seed: of that
+    draw (None: a new one each time); graph: whether the graph of a run's export is built anew."""
+
+    certify: Certify = "full"
+    rows: int = 64
+    seed: int | None = None
+    graph: bool = True
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -16,8 +31,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """not_checked: what could not be looked at, in words, and what it would take. about: further fields of the
-    JSON, by their names."""
+    """not_checked: what was not looked at; before the colon what it is, after it why, or what it would take. about:
+    further fields of the JSON, by their names."""
 
     checks: tuple[Finding, ...]
     not_checked: tuple[str, ...] = ()
@@ -27,9 +42,24 @@ class Verification:
     def verified(self) -> bool:
         return bool(self.checks) and all(c.passed for c in self.checks)
 
+    @property
+    def verdict(self) -> str:
+        """One sentence, with all that was not checked in it."""
+        if not self.verified:
+            return "NOT verified"
+        names = {c.name for c in self.checks}
+        good = "the hashes agree; nothing else was checked"
+        if names & _RECOMPUTED:
+            good = "verified"
+        elif "package_files" in names:
+            good = "the package is as it was made" + " and signed" * ("signature" in names)
+        left = "; ".join(text.partition(":")[0] for text in self.not_checked)
+        return f"{good}; not checked: {left}" if left else good
+
     def as_json(self) -> dict[str, Any]:
         return {
             "verified": self.verified,
+            "verdict": self.verdict,
             "checks": [asdict(c) for c in self.checks],
             "not_checked": list(self.not_checked),
             **self.about,

@@ -43,7 +43,7 @@ def certificate_of(
     found = {
         "schema_version": SCHEMA_VERSION,
         "tool": {"name": "lora-export", "version": __version__},
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
+        "versions": versions(plan),
         "arithmetic": "fp32, or float64 where fp32 is written; rounded once to the output type, ties to even",
         "bound": "½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|) from float64; hashes of tensors: BLAKE3 of leaves of 2^18 bytes",
         "options": effective_options(plan),
@@ -67,6 +67,23 @@ def certificate_of(
     }
     document: dict[str, Any] = finite(found)  # --allow-nonfinite may lead to figures that are no numbers
     return document
+
+
+def versions(plan: MergePlan) -> dict[str, str]:
+    """What the bits of a merge depend on besides its inputs: the same versions give the same bytes."""
+    found = {"python": platform.python_version(), "torch": version("torch")}
+    return found | {"processor": _processor()} if plan.computes else found
+
+
+def _processor() -> str:
+    """The vector unit and the vendor, by which torch and its libraries choose how they add up."""
+    import torch
+
+    vendor = ""
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        vendor = next((x.partition(":")[2].strip() for x in lines if x.startswith("vendor_id")), "")
+    return " ".join(filter(None, (platform.machine(), torch.backends.cpu.get_cpu_capability(), vendor)))
 
 
 def effective_options(plan: MergePlan) -> dict[str, Any]:

@@ -122,8 +122,11 @@ class Execution:
         with budget.holding(needed):
             output = self._outputs[tensor.output.name]
             errors = ExactTensor(tensor, self.plan.base).compare(partial(read_rows, output), runs)
-        refuse_beyond(errors, output.file.name, output.name)
+        self._judge(errors, output)
         return errors
+
+    def _judge(self, errors: Errors, output: TensorInfo) -> None:
+        refuse_beyond(errors, output.file.name, output.name)
 
     def _keep(self, tensor: PlannedTensor, survival: Survival, certified: Certified) -> None:
         with self._keeping:
@@ -134,13 +137,12 @@ class Execution:
         """Every byte of the output once, in the order of the files. Runs under the lock of `_take`."""
         inputs: dict[Path, OpenFile] = {}
 
-        def opened(path: Path, flags: int) -> OpenFile:
-            file = OpenFile(path, os.open(path, flags, 0o666))
+        def closed_later(file: OpenFile) -> OpenFile:
             files.callback(os.close, file.fd)
             return file
 
         for shard in self.plan.shards:
-            out = opened(self.folder / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            out = closed_later(self._output(self.folder / shard.file))
             out.write(shard.header, 0)
             at = len(shard.header)
             for output in shard.tensors:
@@ -152,11 +154,14 @@ class Execution:
                     assert tensor.source is not None
                     file = tensor.source.file
                     if file not in inputs:
-                        inputs[file] = opened(file, os.O_RDONLY)
+                        inputs[file] = closed_later(OpenFile(file, os.open(file, os.O_RDONLY)))
                     yield from self._copies(tensor, inputs[file], out, at)
                 else:
                     yield from self._blocks(tensor, out, at)
                 at += output.nbytes
+
+    def _output(self, path: Path) -> OpenFile:
+        return OpenFile(path, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
 
     def _copies(self, tensor: PlannedTensor, source: OpenFile, out: OpenFile, at: int) -> Iterator[Copy]:
         info = tensor.source

@@ -1,5 +1,6 @@
-"""Every record of a certificate made again, from the written folder, the base and the adapters."""
+"""The records of a certificate made again from some rows: those of the certificate, and others drawn at random."""
 
+import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -7,11 +8,12 @@ from functools import partial
 
 from lora_export.checkpoint.hashing import hash_parts, hash_tensor
 from lora_export.checkpoint.reader import read_rows
-from lora_export.choices import Certify
 from lora_export.contracts import Progress, TensorInfo, TensorRecord, Update
+from lora_export.merging.as_recorded import place
 from lora_export.merging.exact import (
     Errors,
     ExactTensor,
+    Runs,
     all_runs,
     base_rows,
     load_updates,
@@ -26,11 +28,15 @@ from lora_export.merging.work import Certified, record, saturated
 
 @dataclass
 class Recheck:
-    """records: in the order of the output; beyond: what is not as computed, in words; unchecked: tensor → why."""
+    """rows: of each computed tensor, drawn with `seed`, so that whoever changes a folder cannot know which.
+
+    records: in the order of the output; beyond: what is not as computed, in words; unchecked: tensor → why.
+    """
 
     plan: MergePlan
     outputs: Mapping[str, TensorInfo]
-    certify: Certify
+    rows: int
+    seed: int
     progress: Progress
     records: list[TensorRecord] = field(default_factory=list)
     unchecked: dict[str, str] = field(default_factory=dict)
@@ -67,7 +73,7 @@ class Recheck:
         self.records.append(record(tensor, survival, Certified(errors, count, hash_in, hash_tensor(output))))
 
     def _errors(self, tensor: PlannedTensor, output: TensorInfo) -> Errors:
-        """Of the rows that the certificate speaks of; whatever rows are asked for must be within the bound."""
+        """Of the rows that the certificate speaks of; those that are drawn must be within the bound as well."""
         limit, name = self.plan.options.max_memory, tensor.output.name
         runs = runs_of(tensor.shape, self.plan.options.certify)
         needed = memory(tensor, runs)
@@ -76,15 +82,19 @@ class Recheck:
             return Errors()
         exact = ExactTensor(tensor, self.plan.base)
         errors = exact.compare(partial(read_rows, output), runs)
-        judged = errors
-        if self.certify == "full" and self.plan.options.certify != "full":
-            judged = exact.compare(partial(read_rows, output), all_runs(tensor.shape))
+        drawn = exact.compare(partial(read_rows, output), self._drawn(name, tensor.shape))
+        judged = errors if errors.beyond else drawn
         if judged.beyond:
             self.beyond.append(
                 f"{place(output)}: {judged.beyond} of {judged.checked} numbers are beyond the bound, the worst by "
                 f"{judged.largest:.3g} ulps; the first in row {judged.worst}"
             )
         return errors
+
+    def _drawn(self, name: str, shape: Sequence[int]) -> Runs:
+        height = shape[0] if shape else 1
+        rows = random.Random(f"{self.seed} {name}").sample(range(height), min(self.rows, height))
+        return tuple((row, row + 1) for row in sorted(rows))
 
 
 def measured(tensor: PlannedTensor, plan: MergePlan, updates: Sequence[Update], output: TensorInfo) -> Survival:
@@ -111,7 +121,3 @@ def measured(tensor: PlannedTensor, plan: MergePlan, updates: Sequence[Update], 
         return some if some.delta > 0 else of([(0, height)], 1)
     some = of(all_runs(tensor.shape) if step == 1 else [(i, i + 1) for i in range(0, height, step)], 1)
     return some if some.delta > 0 or step == 1 else of(all_runs(tensor.shape), 1)
-
-
-def place(info: TensorInfo) -> str:
-    return f"{info.file.name}, tensor {info.name}"

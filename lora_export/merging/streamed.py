@@ -51,7 +51,7 @@ class MergedSource:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.tensors = _places(self.plan, self.folder)
+        self.tensors = places(self.plan, self.folder)
 
     def rows(self, name: str, start: int, stop: int) -> "np.ndarray[Any, Any]":
         """Rows [start, stop) in the output's type, as numpy has it. CheckpointError for NaN and infinity."""
@@ -183,7 +183,7 @@ def write_outline(source: MergedSource) -> list[str]:
     return write_beside(plan, companion_files(plan.base.folder), folder)
 
 
-def _places(plan: MergePlan, folder: Path) -> dict[str, TensorInfo]:
+def places(plan: MergePlan, folder: Path) -> dict[str, TensorInfo]:
     found = {}
     for shard in plan.shards:
         at = len(shard.header)

@@ -6,7 +6,7 @@ The next adapter of the same base needs no engine: `graph_from` takes the graph 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,15 @@ from lora_export.choices import Optimize, Precision
 from lora_export.contracts import ExportResult, Progress, QuantizationOptions
 from lora_export.errors import InputError
 from lora_export.onnx_export import activations, records, shared, weights_map
-from lora_export.onnx_export.building import against_plain_graphs, fill, opened, with_measured_damage
-from lora_export.onnx_export.checks import check_export, check_loads, check_model, count_nodes
+from lora_export.onnx_export.building import against_plain_graphs, fill, opened, record_of, with_measured_damage
+from lora_export.onnx_export.checks import check_export, check_loads, check_model
 from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.identity import compare
-from lora_export.onnx_export.job import Engine, Job, Made, architecture_of
+from lora_export.onnx_export.job import Engine, Job, architecture_of
 from lora_export.onnx_export.quantize_graph import AUTO, blockwise
 from lora_export.onnx_export.records import adapters_beside, load_export
 from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
 from lora_export.onnx_export.reweight import (
-    config_digest,
     copy_graphs,
     hash_all,
     read_map,
@@ -102,34 +101,14 @@ def export(
         for name in made.graphs:
             check_model(stage / name)
             check_loads(stage / name, precision)
-        record = _record(job, made, chosen.name, how.activations) | {
+        record = record_of(job, made, chosen.name, how.activations) | {
             "fused_against_plain": checked,
             "seconds": round(time.monotonic() - started, 3),
             "made_by_engine": [n for n in own if n != weights_map.NAME],
             **more,
         }
-        records.write_record(stage, record)
+        records.write_record(stage, record | {"graph_versions": records.versions()})
     return load_export(output)
-
-
-def _record(job: Job, made: Made, engine: str, activations: str) -> dict[str, Any]:
-    """What an export says of how it was made, as far as the job tells it."""
-    return {
-        "engine": engine,
-        "precision": job.precision,
-        "provider": job.provider,
-        "optimize": job.optimize,
-        "kind": made.kind,
-        "task": made.task,
-        "graphs": list(made.graphs),
-        "nodes": sum(count_nodes(job.output / name) for name in made.graphs),
-        "architecture": architecture_of(job.config),
-        "quantization": asdict(job.quantized) if job.quantized else None,
-        "activations": activations,
-        "adapter": job.adapter is not None,
-        "source_config_sha256": sealed.sha256(job.model / "config.json"),
-        "config_digest": config_digest(job.config),
-    }
 
 
 def reweight(

@@ -3,18 +3,21 @@
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from lora_export import disk
+from lora_export import disk, sealed
 from lora_export.checkpoint import open_checkpoint
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
 from lora_export.onnx_export import weights_map
 from lora_export.onnx_export.against_plain import compare as compare_to_plain
+from lora_export.onnx_export.checks import count_nodes
 from lora_export.onnx_export.job import Engine, Job, Made, architecture_of
 from lora_export.onnx_export.quantize_graph import AUTO, Blockwise
 from lora_export.onnx_export.reweight import (
+    config_digest,
     hash_all,
     refuse_undescribed,
 )
@@ -91,3 +94,23 @@ def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Weigh
     job.progress.detail(f"int8 for {len(worst)} of {len(damages)} groups of products, {grown / 1e6:.1f} MB more")
     nodes = tuple(node for d in worst for node in d.nodes)
     return replace(job, quantized=replace(how, eight_bits=(*how.eight_bits, *nodes)))
+
+
+def record_of(job: Job, made: Made, engine: str, activations: str) -> dict[str, Any]:
+    """What an export says of how it was made, as far as the job tells it."""
+    return {
+        "engine": engine,
+        "precision": job.precision,
+        "provider": job.provider,
+        "optimize": job.optimize,
+        "kind": made.kind,
+        "task": made.task,
+        "graphs": list(made.graphs),
+        "nodes": sum(count_nodes(job.output / name) for name in made.graphs),
+        "architecture": architecture_of(job.config),
+        "quantization": asdict(job.quantized) if job.quantized else None,
+        "activations": activations,
+        "adapter": job.adapter is not None,
+        "source_config_sha256": sealed.sha256(job.model / "config.json"),
+        "config_digest": config_digest(job.config),
+    }

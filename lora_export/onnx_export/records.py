@@ -84,10 +84,11 @@ def _known(words: Any, found: str, folder: Path) -> Any:
 
 
 def write_record(folder: Path, record: Mapping[str, Any], name: str = NAME) -> None:
-    sealed.write_json(folder / name, {**record, "versions": _versions()})
+    sealed.write_json(folder / name, {**record, "versions": versions()})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Installed versions of what makes graphs."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

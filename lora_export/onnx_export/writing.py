@@ -8,8 +8,9 @@ import contextlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +19,18 @@ from lora_export.errors import ExportError
 from lora_export.onnx_export.weight_source import WeightSource
 from lora_export.onnx_export.weights_map import Weight, WeightsMap
 from lora_export.onnx_export.writing_jobs import Job, copies, elements_of, quantize, straight
-from lora_export.workers import OpenFile, cores, reuse_memory, share_out
+from lora_export.workers import ComparedFile, OpenFile, cores, reuse_memory, share_out
 
 if TYPE_CHECKING:
-    pass
+    from lora_export.workers import Bytes
 
 
 @dataclass
 class Writing:
     """folder: holds the data files, or gets them; earlier: an export with the same graphs, of which constants are
-    taken, and every weight whose tensors have the hash that they had then."""
+    taken, and every weight whose tensors have the hash that they had then. compared: nothing is written, and this is
+    told of each place (data file, offset, bytes that belong there, bytes that are there) where the folder differs.
+    """
 
     folder: Path
     found: WeightsMap
@@ -35,6 +38,7 @@ class Writing:
     progress: Progress
     earlier: Path | None = None
     unchanged: frozenset[str] = frozenset()
+    compared: "Callable[[str, int, Bytes, Bytes], None] | None" = None
     workers: int = field(default_factory=cores)
     _taking: threading.Lock = field(default_factory=threading.Lock)
     _written: int = 0
@@ -64,12 +68,12 @@ class Writing:
 
         def file(path: Path, flags: int) -> OpenFile:
             if path not in files:
-                files[path] = OpenFile(path, os.open(path, flags | os.O_NOFOLLOW, 0o666))
+                files[path] = self._opened(path, flags | os.O_NOFOLLOW)
                 opened.callback(os.close, files[path].fd)
             return files[path]
 
         quantized = defaultdict(list)
-        for name, size in self.found.sizes.items():
+        for name, size in self.found.sizes.items() if self.compared is None else ():
             out = file(self.folder / name, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if self.earlier else 0))
             os.truncate(out.fd, size)
         for weight in self.found.weights:
@@ -84,6 +88,13 @@ class Writing:
                 yield from straight(weight, self.source, out)
         for (name, _), parts in quantized.items():
             yield from quantize(parts, self.source, file(self.folder / name, os.O_WRONLY))
+
+    def _opened(self, path: Path, flags: int) -> OpenFile:
+        if self.compared is None:
+            return OpenFile(path, os.open(path, flags, 0o666))
+        return ComparedFile(
+            path, os.open(path, os.O_RDONLY | os.O_NOFOLLOW), told=partial(self.compared, path.name)
+        )
 
     def _kept(self, weight: Weight) -> bool:
         return all(p.tensor in self.unchanged for p in weight.recipe.pieces)

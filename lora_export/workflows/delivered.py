@@ -99,11 +99,15 @@ def _folder(path: Path) -> Iterator[Path]:
 
 
 def _graphs(folder: Path) -> list[Finding]:
-    """Whether each graph is valid, and its weights lie in plain files beside it."""
+    """Whether each graph is valid, whatever it is called, and its weights lie in plain files beside it."""
     from lora_export.onnx_export import check_model
+    from lora_export.onnx_export.finding import find_graphs
 
     found = []
-    graphs = [p for p in sorted(folder.rglob("*.onnx")) if p.is_file()]
+    try:
+        graphs = find_graphs(folder)
+    except LoraExportError as error:
+        return [Finding("graphs", False, f"{Path(error.where or folder).name}: {error.found}")]
     for path in graphs:
         try:
             check_model(path)

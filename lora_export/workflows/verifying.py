@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_export import manifest
 from lora_export.checkpoint.sources import choices_of
-from lora_export.choices import Certify
-from lora_export.contracts import Progress, Source, Verification
+from lora_export.contracts import Progress, Source, Verification, VerifyOptions
 from lora_export.errors import InputError
+from lora_export.manifest import is_run
 from lora_export.workflows import delivered
 
 
@@ -15,7 +14,7 @@ def verify(
     path: Path,
     base: Source | None,
     adapters: Sequence[tuple[Source, float]],
-    certify: Certify,
+    how: VerifyOptions,
     progress: Progress,
     *,
     key: Path | None = None,
@@ -36,31 +35,24 @@ def verify(
         return delivered.verify(path, key, run, runtime, progress)
     if key or run or runtime:
         raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
-    return _verify_folder(path, base, adapters, certify, progress)
+    return _verify_folder(path, base, adapters, how, progress)
 
 
 def _verify_folder(
     path: Path,
     base: Source | None,
     adapters: Sequence[tuple[Source, float]],
-    certify: Certify,
+    how: VerifyOptions,
     progress: Progress,
 ) -> Verification:
     """A merged folder, or all of a run folder. InputError if it is neither."""
-    from lora_export.merging.verification import verify_folder, verify_streamed
+    from lora_export.merging.verification import verify_folder
+    from lora_export.workflows.verifying_runs import verify_run
 
     if not path.is_dir():
         raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
     choices = choices_of(adapters)
     folder = base.folder if base else None
-    if not manifest.is_run(path):
-        return verify_folder(path, folder, choices, certify, progress)
-    progress.stage("verify: every file of the run")
-    files, not_checked = manifest.verify(path, folder, choices)
-    if (path / "merged").is_dir():
-        merged = verify_folder(path / "merged", folder, choices, certify, progress)
-    else:
-        from lora_export.onnx_export import tensor_hashes
-
-        merged = verify_streamed(path, tensor_hashes(path / "onnx"))
-    return Verification((*files, *merged.checks), (*not_checked, *merged.not_checked))
+    if is_run(path):
+        return verify_run(path, folder, choices, how, progress)
+    return verify_folder(path, folder, choices, how, progress)

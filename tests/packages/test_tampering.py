@@ -121,8 +121,9 @@ def test_a_manifest_of_odd_words(key: str, value: Any, decoder_run: Path, copied
     assert result.exit_code in (0, 1) and "internal error" not in result.output
 
 
-def test_a_graph_that_reads_elsewhere_is_not_run(decoder_run: Path, copied: Copied) -> None:
-    """With a manifest that fits: who changes a file can write another manifest."""
+@pytest.mark.parametrize("called", ["model.onnx", "graph.dat"])
+def test_a_graph_that_reads_elsewhere_is_not_run(called: str, decoder_run: Path, copied: Copied) -> None:
+    """With a manifest that fits: who changes a file can write another manifest. Whatever the graph is called."""
     import onnx
 
     from lora_export.sealed import hash_folder
@@ -131,12 +132,15 @@ def test_a_graph_that_reads_elsewhere_is_not_run(decoder_run: Path, copied: Copi
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.external_data)
     next(e for e in tensor.external_data if e.key == "location").value = "../outside"
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / "model.onnx").unlink()
+    (folder / called).write_bytes(model.SerializeToString())
+    config = (folder / "genai_config.json").read_text()
+    (folder / "genai_config.json").write_text(config.replace('"model.onnx"', f'"{called}"'))
     document = read_sealed(folder / "manifest.json")
     document["files"] = {n: f for n, f in hash_folder(folder).items() if n != "manifest.json"}
     write_sealed(folder / "manifest.json", document)
     code, found = verify(folder, "--run")
-    assert code == 1 and "model.onnx" in notes(found) and "../outside" in notes(found)
+    assert code == 1 and called in notes(found) and "../outside" in notes(found)
     assert "runs" not in {c["name"] for c in found["checks"]}
 
 
