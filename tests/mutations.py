@@ -311,8 +311,8 @@ MUTATIONS = (
     ),
     Mutation(
         'the wiring of a graph is not hashed', 'onnx_export/canonical.py',
-        'for key, value in attributes), "from", *inputs)',
-        'for key, value in attributes), "from")',
+        '                *(values.get(name, "") for name in node.input),\n',
+        '',
         'tests/onnx_export/test_identity.py::test_wiring_and_placement_count',
     ),
     Mutation(
@@ -669,5 +669,11 @@ MUTATIONS = (
         'choices = choices_of(resolve_all(adapters))',
         'choices = choices_of([(source, 1.0) for source, _ in resolve_all(adapters)])',
         'tests/test_api.py::test_a_merge_tells_its_progress_and_prints_nothing',
+    ),
+    Mutation(
+        'constants that steer count by type and shape', 'onnx_export/steering.py',
+        'flow.behind(flow.work) |',
+        'set() |',
+        'tests/onnx_export/test_steering.py::test_a_branch_that_another_length_takes_is_another_graph',
     ),
 )  # fmt: skip
