@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lora_export.documents import finite
 from lora_export.errors import InputError
 
 
@@ -52,8 +53,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """As every JSON file of this tool is written: one document, one text."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """As every JSON document of this tool is written: one document, one text, "nan" and "inf" as words."""
+    return json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_settings(path: Path, value: Mapping[str, Any]) -> None:
+    """A model's own configuration, in which its libraries read NaN and Infinity as numbers."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:

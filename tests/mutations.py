@@ -676,4 +676,10 @@ MUTATIONS = (
         'set() |',
         'tests/onnx_export/test_steering.py::test_a_branch_that_another_length_takes_is_another_graph',
     ),
+    Mutation(
+        'the largest error forgets NaN', 'merging/exact.py',
+        'float(torch.maximum(ulps.max(), ulps.new_tensor(errors.largest)))',
+        'max(errors.largest, float(ulps.max()))',
+        'tests/test_not_a_number.py::test_a_check_of_what_is_no_number_fails[exact]',
+    ),
 )  # fmt: skip

@@ -1,7 +1,6 @@
 """What every command does around its one call: progress, results on stdout, errors as words and exit codes."""
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -30,9 +29,9 @@ class Talk:
 
 
 def _json(document: dict[str, Any]) -> str:
-    from lora_export.documents import finite
+    from lora_export.sealed import json_text
 
-    return json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+    return json_text(document).rstrip("\n")
 
 
 @contextlib.contextmanager
