@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lora_export.documents import finite
+from lora_export.documents import finite, is_text
 from lora_export.errors import InputError
 
 
@@ -54,7 +54,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def json_text(value: Mapping[str, Any]) -> str:
     """As every JSON document of this tool is written: one document, one text, "nan" and "inf" as words."""
-    return json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if not is_text(text):
+        raise InputError(
+            "a name that is no UTF-8, which JSON cannot hold",
+            expected="files and folders with names in UTF-8",
+            next_step="rename what lies in the folders that were given",
+        )
+    return text
 
 
 def write_settings(path: Path, value: Mapping[str, Any]) -> None:
@@ -77,7 +84,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     digest = value.pop("digest", None)
     try:
         whole = digest == _digest(value) and text == json_text({**value, "digest": digest})
-    except ValueError:  # half a character, which no file can hold
+    except (ValueError, InputError):  # half a character, which no file can hold
         whole = False
     if not whole:
         raise InputError(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_export.escaping import shown
+
 if TYPE_CHECKING:
     from lora_export.progress import Console
 
@@ -25,7 +27,11 @@ class Talk:
 
     def result(self, document: dict[str, Any], words: str) -> None:
         self._said.append(True)
-        click.echo(_json(document) if self.as_json else words)
+        click.echo(_json(document) if self.as_json else _lines(words))
+
+
+def _lines(words: str) -> str:
+    return "\n".join(map(shown, words.split("\n")))
 
 
 def _json(document: dict[str, Any]) -> str:
@@ -58,6 +64,7 @@ def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = Tru
     talk = Talk(Console(-1 if quiet else int(verbose)), as_json)
     try:
         with talk.progress:
+            _refuse_unreadable_paths()
             if configured:
                 _say_configured(talk.progress)
             yield talk
@@ -77,6 +84,17 @@ def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = Tru
         _fail(talk, {"error": "InternalError", "found": text}, text + hint, EXIT_FAILED)
 
 
+def _refuse_unreadable_paths() -> None:
+    """InputError for a path that is no UTF-8: JSON cannot name it, and the libraries that read models refuse it."""
+    from lora_export.checkpoint.sources import refuse_unreadable
+
+    context = click.get_current_context(silent=True)
+    for value in context.params.values() if context else ():
+        for path in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(path, str | os.PathLike):
+                refuse_unreadable(path)
+
+
 def _say_configured(progress: "Console") -> None:
     from lora_export.commands import configuration
     from lora_export.errors import LoraExportError
@@ -91,7 +109,7 @@ def _say_configured(progress: "Console") -> None:
 
 
 def _fail(talk: Talk, document: dict[str, Any], words: str, code: int) -> None:
-    click.echo(f"error: {words}", err=True)
+    click.echo(_lines(f"error: {words}"), err=True)
     if talk.as_json and not talk._said:
         click.echo(_json(document))
     sys.exit(code)
@@ -116,6 +134,7 @@ def megabytes(count: int) -> str:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns."""
+    """Two aligned columns, a row a line."""
+    rows = [(shown(name), shown(value)) for name, value in rows]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
