@@ -18,7 +18,10 @@ _EXPANSION, _ALLOWANCE = 6, 32 * 2**20  # bytes that it may take for a byte of t
 # A kind of value. int, float, str, bool, dict, list: that type (a bool is no number; an int fits into 64 bits, a
 # float is finite, and may be written as 1); None: null; (a, b): one of these; [a]: a list of these; {str: a}: an
 # object of these, whatever they are called; {"x": a, "y?": b}: an object with a field x, maybe y, and maybe others.
+# FIGURE: a float, or the word for one that is no number.
 Kind = Any
+FIGURE: Kind = "figure"
+NONFINITE = ("nan", "inf", "-inf")  # as Python spells them, and reads them with float()
 
 
 def check(value: Any, kind: Kind, what: str, where: str | Path) -> None:
@@ -100,14 +103,28 @@ def is_text(value: str) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """The same JSON value with null for NaN and infinity, which JSON does not know."""
+    """The same JSON value with "nan", "inf" and "-inf" for what JSON has no number for."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):
         return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return value
+
+
+def with_numbers(value: Any, kind: Kind) -> Any:
+    """What `finite` made of a document of this kind, with floats again for words in the place of a FIGURE."""
+    if isinstance(kind, tuple):
+        return with_numbers(value, next(one for one in kind if is_kind(value, one)))
+    if kind == FIGURE:
+        return float(value)
+    if isinstance(kind, list):
+        return [with_numbers(item, kind[0]) for item in value]
+    if not isinstance(kind, dict):
+        return value
+    of = {name.removesuffix("?"): inner for name, inner in kind.items() if name is not str}
+    return {k: with_numbers(v, of.get(k, kind.get(str, Any))) for k, v in value.items()}
 
 
 Misfit = tuple[str, str, Kind]  # place, what is wrong there, the kind it should be of
@@ -144,6 +161,8 @@ def _joined(place: str, name: str) -> str:
 def _plain(value: Any, kind: Kind) -> bool:
     if kind is None:
         return value is None
+    if kind == FIGURE:
+        return value in NONFINITE if isinstance(value, str) else _plain(value, float)
     if isinstance(value, bool):
         return kind is bool
     if kind is int:
@@ -161,7 +180,7 @@ def _is(value: Any) -> str:
 
 _NAMES: dict[Any, str] = {
     int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object",
-    list: "a list", None: "null",
+    list: "a list", None: "null", FIGURE: f"a number, or {' or '.join(NONFINITE)}",
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from lora_export.escaping import shown
+
 EXIT_FAILED = 1
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
@@ -57,14 +59,8 @@ class LoraExportError(Exception):
 
 
 def plain(text: str) -> str:
-    """The text on one line, for any terminal and log: what cannot be printed is escaped, what is too long is cut.
-
-    A tensor's name could otherwise move the cursor, add a line "try: …" of its own, or (a lone surrogate) be
-    something that no stream can write.
-    """
-    if len(text) > LONGEST:
-        text = f"{text[:LONGEST]}…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    """The text as `shown` on one line, cut if it is too long."""
+    return shown(f"{text[:LONGEST]}…" if len(text) > LONGEST else text)
 
 
 class InputError(LoraExportError):

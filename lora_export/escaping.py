@@ -4,6 +4,15 @@ import re
 from typing import Any
 
 
+def shown(text: str) -> str:
+    """The text on one line of a terminal or a log: whatever cannot be printed is escaped, newlines too.
+
+    A tensor's name could otherwise move the cursor, add a line "try: …" of its own, or (a lone surrogate) be
+    something that no stream can write.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def one_line(value: Any) -> str:
     """Control characters, newlines among them, as spaces: for labels, headings and table cells."""
     return re.sub(r"[\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", str(value)).strip()

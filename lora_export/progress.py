@@ -4,6 +4,8 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from lora_export.escaping import shown
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -35,7 +37,7 @@ class Console:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
             self._bar = Progress(*columns, console=RichConsole(stderr=True), transient=True)
             self._bar.start()
         return self
@@ -51,6 +53,7 @@ class Console:
             self._bar = None
 
     def _say(self, text: str) -> None:
+        text = shown(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
@@ -63,7 +66,7 @@ class Console:
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
-            self._task = self._bar.add_task(title, total=None)
+            self._task = self._bar.add_task(shown(title), total=None)
 
     def detail(self, text: str) -> None:
         if self.verbosity >= 1:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from lora_export import disk
-from lora_export.documents import parse_json
+from lora_export.documents import finite, is_text, parse_json
 from lora_export.errors import InputError
 
 LARGEST = 256 * 2**20  # bytes of a document that grows with the number of tensors
@@ -154,12 +154,17 @@ def _object(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON document of this tool; see json_text."""
+    _write(path, json_text(value))
+
+
+def _write(path: Path, text: str) -> None:
     """The file is made new and gets its name last: a link of that name is replaced, never written through."""
     unfinished = path.with_name(f".{path.name}.partial-{secrets.token_hex(16)}")
     try:
         fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            disk.write_at(fd, json_text(value).encode(), 0)
+            disk.write_at(fd, text.encode(), 0)
         finally:
             os.close(fd)
         unfinished.replace(path)
@@ -171,13 +176,25 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """As every JSON file of this tool is written: one document, one text."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """As every JSON document of this tool is written: one document, one text, "nan" and "inf" as words."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if not is_text(text):
+        raise InputError(
+            "a name that is no UTF-8, which JSON cannot hold",
+            expected="files and folders with names in UTF-8",
+            next_step="rename what lies in the folders that were given",
+        )
+    return text
+
+
+def write_settings(path: Path, value: Mapping[str, Any]) -> None:
+    """A model's own configuration, in which its libraries read NaN and Infinity as numbers."""
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
     """A JSON file with a `digest`: the SHA-256 of the same file without it."""
-    write_json(path, {**value, "digest": _digest(value)})
+    write_json(path, {**value, "digest": hashlib.sha256(json_text(value).encode()).hexdigest()})
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -217,7 +234,7 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 def _encoded(value: Mapping[str, Any]) -> Iterator[bytes]:
     """`json_text` in pieces."""
-    pieces = json.JSONEncoder(indent=2, ensure_ascii=False).iterencode(value)
+    pieces = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(finite(value))
     while some := "".join(itertools.islice(pieces, _PIECES)):
         yield some.encode("utf-8")
     yield b"\n"

@@ -165,14 +165,15 @@ def _graph(folder: Path) -> Path:
 
 
 class _Turns:
-    """Many may share, or one is alone."""
+    """Many may share, or one is alone. Who waits to be alone is next: nobody begins to share before that."""
 
     def __init__(self) -> None:
-        self._sharing, self._changed = 0, threading.Condition()
+        self._sharing, self._waiting, self._changed = 0, 0, threading.Condition()
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         with self._changed:
+            self._changed.wait_for(lambda: self._waiting == 0)
             self._sharing += 1
         try:
             yield
@@ -183,7 +184,12 @@ class _Turns:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Who comes to share meanwhile waits."""
+        """Who comes to share meanwhile waits, from the moment this is asked for."""
         with self._changed:
-            self._changed.wait_for(lambda: self._sharing == 0)
-            yield
+            self._waiting += 1
+            try:
+                self._changed.wait_for(lambda: self._sharing == 0)
+                yield
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()

@@ -265,8 +265,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a wrong fusion is let through", "onnx_export/against_plain.py",
-        "if not error <= RELATIVE:",
-        "if error <= RELATIVE and error < 0:",
+        "if not error <= limit:",
+        "if error < 0:",
         "tests/onnx_export/test_against_plain.py::test_a_wrong_fusion_is_told",
     ),
     Mutation(
@@ -312,8 +312,8 @@ MUTATIONS = (
     ),
     Mutation(
         'the wiring of a graph is not hashed', 'onnx_export/canonical.py',
-        'for key, value in attributes), "from", *inputs)',
-        'for key, value in attributes), "from")',
+        '                *(values.get(name, "") for name in node.input),\n',
+        '',
         'tests/onnx_export/test_identity.py::test_wiring_and_placement_count',
     ),
     Mutation(
@@ -348,7 +348,7 @@ MUTATIONS = (
     ),
     Mutation(
         'a control that is not slower is no matter', 'benchmarking/statistics.py',
-        'if control is not None and control.low <= 1:',
+        'if control is not None and not control.low > 1:',
         'if control is not None and control.low <= 0:',
         'tests/benchmarking/test_benchmark_statistics.py::test_verdicts',
     ),
@@ -768,5 +768,17 @@ MUTATIONS = (
         'if libc.unshare(NET) == 0:',
         'if True:',
         'tests/packages/test_confined.py::test_program_reaches_no_network',
+    ),
+    Mutation(
+        'constants that steer count by type and shape', 'onnx_export/steering.py',
+        'flow.behind(flow.work) |',
+        'set() |',
+        'tests/onnx_export/test_steering.py::test_a_branch_that_another_length_takes_is_another_graph',
+    ),
+    Mutation(
+        'the largest error forgets NaN', 'merging/exact.py',
+        'float(torch.maximum(ulps.max(), ulps.new_tensor(errors.largest)))',
+        'max(errors.largest, float(ulps.max()))',
+        'tests/test_not_a_number.py::test_a_check_of_what_is_no_number_fails[exact]',
     ),
 )  # fmt: skip

@@ -70,12 +70,12 @@ def unsteady(readings: Sequence[Reading]) -> list[str]:
         ("steal", _STOLEN, "the host took more than {:.0f} % of the cores' time"),
         ("others", _OTHERS, "other processes took more than {:.0f} % of the cores' time"),
     ):
-        share = sum(r[key] > limit for r in readings) / len(readings)
+        share = sum(not r[key] <= limit for r in readings) / len(readings)
         if share > _UNSTEADY:
             found.append(f"{words.format(limit)} in {share:.0%} of the blocks")
     for i in range(len(readings[0]["gpus"])):
         clocks = [r["gpus"][i]["sm_mhz"] for r in readings if r["gpus"][i]["sm_mhz"]]
-        if clocks and max(clocks) > (1 + _CLOCKS) * min(clocks):
+        if clocks and not max(clocks) <= (1 + _CLOCKS) * min(clocks):
             found.append(f"the clock of GPU {i} went from {min(clocks)} to {max(clocks)} MHz between blocks")
         throttled = [r for r in readings if r["gpus"][i]["throttled"]]
         if throttled:

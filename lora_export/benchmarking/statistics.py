@@ -38,7 +38,8 @@ class Interval:
     @property
     def half_width(self) -> float:
         """How far the interval reaches from no difference, as a relative difference."""
-        return math.exp(max(abs(math.log(self.low)), abs(math.log(self.high)))) - 1
+        with np.errstate(divide="ignore"):
+            return float(np.exp(np.abs(np.log([self.low, self.high])).max()) - 1)
 
 
 def log_ratios(arm: Array, *references: Array) -> Array:
@@ -135,11 +136,13 @@ def judge(
 
     floor: the base against itself. control: an arm called `name` that does more work than the base, against it.
     """
-    noisy = floor.half_width > margin
+    noisy = not floor.half_width <= margin
     if 1 < sessions < MIN_SESSIONS:
         return "inconclusive", f"only {sessions} sets of sessions, {MIN_SESSIONS} are the least that have a spread"
     if blocks < MIN_BLOCKS:
         return "inconclusive", f"only {blocks} blocks fitted into the time, {MIN_BLOCKS} are the least"
+    if any(math.isnan(x) for of in (merged, floor) for x in (of.ratio, of.low, of.high)):
+        return "inconclusive", "the timings are no numbers"
     if noisy and merged.low > (1 + margin) * (1 + floor.half_width):
         return "slower", ""  # by more than the margin and the floor together
     if noisy:
@@ -149,7 +152,7 @@ def judge(
         )
     if merged.low > 1 + margin:
         return "slower", ""
-    if control is not None and control.low <= 1:
+    if control is not None and not control.low > 1:
         return "inconclusive", (
             f"the positive control failed: {name} does more work than the base but was not found slower "
             f"(ratio {control.ratio:.4f}, 90 % interval {control.low:.4f}–{control.high:.4f})"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import tokenizer_names
-from lora_export.sealed import copy, refuse_outward_link, write_json
+from lora_export.sealed import copy, refuse_outward_link, write_settings
 
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
@@ -74,4 +74,4 @@ def write_config(
     if wanted == config:
         copy(source, target)
     else:
-        write_json(target, wanted)
+        write_settings(target, wanted)

@@ -1,10 +1,12 @@
 """A base or adapter as a person names it: a folder, or a hub id with an optional revision."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export.contracts import AdapterChoice, Source
+from lora_export.documents import is_text
 from lora_export.errors import InputError
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -17,6 +19,7 @@ Adapters = Model | Sequence[Model | tuple[Model, float]]  # one, or several, eac
 
 def resolve(model: Model) -> Source:
     """The folder behind a name. A hub id is downloaded (or found in the cache) and pinned to a commit."""
+    refuse_unreadable(model)
     name, folder = str(model), Path(model)
     if folder.is_dir():
         return Source(name, folder)
@@ -48,6 +51,20 @@ def resolve(model: Model) -> Source:
         ) from None
     # The cache keeps a snapshot in a folder that is named after its commit.
     return Source(name, found, found.name if _COMMIT.fullmatch(found.name) else None)
+
+
+def refuse_unreadable(path: str | os.PathLike[str]) -> None:
+    """InputError for a path that is no UTF-8, where a link leads included: JSON cannot name it, and the libraries
+    that read models refuse it."""
+    name = os.fspath(path)
+    whole = os.path.realpath(name) if isinstance(path, os.PathLike) or Path(name).exists() else name
+    if not (is_text(name) and is_text(whole)):
+        raise InputError(
+            "the path is not UTF-8",
+            where=whole,
+            expected="folders with names in UTF-8",
+            next_step="rename the folder",
+        )
 
 
 def resolve_all(adapters: Adapters) -> list[tuple[Source, float]]:

@@ -7,6 +7,7 @@ import click
 
 from lora_export.commands import merging_options, options
 from lora_export.commands.talk import megabytes, table, talking
+from lora_export.escaping import shown
 
 if TYPE_CHECKING:
     from lora_export.merging import MergePlan
@@ -83,7 +84,7 @@ def plan_document(planned: "MergePlan") -> dict[str, Any]:
 
 def plan_words(planned: "MergePlan") -> str:
     lines = [
-        f"{t.operation:<12} {t.output.dtype:<5} {_shape(t.output.shape):<14} {t.output.name}"
+        f"{t.operation:<12} {t.output.dtype:<5} {_shape(t.output.shape):<14} {shown(t.output.name)}"
         for t in planned.tensors.values()
         if t.operation != "copied"
     ]

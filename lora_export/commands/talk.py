@@ -1,7 +1,6 @@
 """What every command does around its one call: progress, results on stdout, errors as words and exit codes."""
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -11,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from lora_export.escaping import shown
 
 if TYPE_CHECKING:
     from lora_export.progress import Console
@@ -34,17 +35,21 @@ class Talk:
         self._said.append(True)
         if line := configuration.said(self.configuration):
             words = f"{words}\nconfigured by {line}"
-        click.echo(_json(self.named(document)) if self.as_json else words)
+        click.echo(_json(self.named(document)) if self.as_json else _lines(words))
 
     def named(self, document: dict[str, Any]) -> dict[str, Any]:
         """The document with the configuration file, if one was used."""
         return document | ({"configuration": self.configuration} if self.configuration else {})
 
 
-def _json(document: dict[str, Any]) -> str:
-    from lora_export.documents import finite
+def _lines(words: str) -> str:
+    return "\n".join(map(shown, words.split("\n")))
 
-    return json.dumps(finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+
+def _json(document: dict[str, Any]) -> str:
+    from lora_export.sealed import json_text
+
+    return json_text(document).rstrip("\n")
 
 
 @contextlib.contextmanager
@@ -71,6 +76,7 @@ def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = Tru
     talk = Talk(Console(-1 if quiet else int(verbose)), as_json)
     try:
         with talk.progress:
+            _refuse_unreadable_paths()
             if configured:
                 talk.configuration = _say_configured(talk.progress)
             yield talk
@@ -90,6 +96,17 @@ def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = Tru
         _fail(talk, {"error": "InternalError", "found": text}, text + hint, EXIT_FAILED)
 
 
+def _refuse_unreadable_paths() -> None:
+    """InputError for a path that is no UTF-8: JSON cannot name it, and the libraries that read models refuse it."""
+    from lora_export.checkpoint.sources import refuse_unreadable
+
+    context = click.get_current_context(silent=True)
+    for value in context.params.values() if context else ():
+        for path in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(path, str | os.PathLike):
+                refuse_unreadable(path)
+
+
 def _say_configured(progress: "Console") -> dict[str, Any] | None:
     from lora_export.commands import configuration
     from lora_export.errors import LoraExportError
@@ -107,9 +124,9 @@ def _say_configured(progress: "Console") -> dict[str, Any] | None:
 def _fail(talk: Talk, document: dict[str, Any], words: str, code: int) -> None:
     from lora_export.commands import configuration
 
-    click.echo(f"error: {words}", err=True)
+    click.echo(_lines(f"error: {words}"), err=True)
     if line := configuration.said(talk.configuration):
-        click.echo(f"  configured by {line}", err=True)
+        click.echo(_lines(f"  configured by {line}"), err=True)
     if talk.as_json and not talk._said:
         click.echo(_json(talk.named(document)))
     sys.exit(code)
@@ -134,6 +151,7 @@ def megabytes(count: int) -> str:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns."""
+    """Two aligned columns, a row a line."""
+    rows = [(shown(name), shown(value)) for name, value in rows]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -12,6 +12,7 @@ from lora_export.contracts import (
     ValidationResult,
     Verification,
 )
+from lora_export.escaping import shown
 
 if TYPE_CHECKING:
     from lora_export.deriving import Derived
@@ -41,10 +42,10 @@ def interference_lines(found: Sequence[Interference]) -> list[str]:
     """What several adapters do to each other: over all, and the tensors in which they oppose each other most."""
     lines = []
     for pair in (i for i in found if i.tensor is None):
-        lines.append(f"{pair.first} and {pair.second}  {_lying(pair)}")
+        lines.append(f"{shown(pair.first)} and {shown(pair.second)}  {_lying(pair)}")
         tensors = [i for i in found if i.tensor and (i.first, i.second) == (pair.first, pair.second)]
         worst = sorted(tensors, key=lambda i: i.cosine)[:WORST]
-        lines += [f"  {i.tensor}  {_lying(i)}" for i in worst]
+        lines += [f"  {shown(str(i.tensor))}  {_lying(i)}" for i in worst]
     return ["interference (of unrelated adapters: cosine 0, half of the signs)", *lines] if lines else []
 
 
@@ -87,9 +88,9 @@ def validation_words(result: ValidationResult) -> str:
     for c in result.checks:
         limit = "" if c.threshold is None else f"{c.threshold:>12.4g}"
         mark = "" if c.threshold is None and c.passed else ("ok" if c.passed else "FAILED")
-        lines.append(f"{c.name:<{width}}  {c.value:>12.4g}  {limit:>12}  {mark:<6}  {c.note}")
+        lines.append(f"{c.name:<{width}}  {c.value:>12.4g}  {limit:>12}  {mark:<6}  {shown(c.note)}")
     head = f"{'check':<{width}}  {'value':>12}  {'threshold':>12}"
-    faulty = [f"not what the adapter makes of the base: {name}" for name in result.weight_errors[:10]]
+    faulty = [f"not what the adapter makes of the base: {shown(name)}" for name in result.weight_errors[:10]]
     tables = [*_perplexity_lines(result), *_bases_lines(result), *_survival_lines(result)]
     return "\n".join(
         [
@@ -98,7 +99,7 @@ def validation_words(result: ValidationResult) -> str:
             *tables,
             *faulty,
             *_deviation(result),
-            *result.advice,
+            *map(shown, result.advice),
             *([] if result.seed is None else [f"drawn with seed {result.seed}; --validation-seed repeats it"]),
             "passed" if result.passed else "FAILED",
         ]
@@ -129,8 +130,9 @@ def _deviation(result: ValidationResult) -> list[str]:
     found = result.deviation
     if found is None:
         return []
-    line = f"the first module that differs: {found.module}, by {found.value:.3g} (noise floor {found.floor:.3g})"
-    return [line + (f", because of {', '.join(found.tensors[:3])}" if found.tensors else "")]
+    figures = f"by {found.value:.3g} (noise floor {found.floor:.3g})"
+    line = f"the first module that differs: {shown(found.module)}, {figures}"
+    return [line + (f", because of {shown(', '.join(found.tensors[:3]))}" if found.tensors else "")]
 
 
 def verification_words(result: Verification) -> str:

@@ -128,7 +128,7 @@ def _look_between(planned: MergePlan, progress: Progress) -> tuple[Interference,
     for pair in found:
         if pair.tensor is None:
             progress.stage(f"{pair.first} and {pair.second}: the cosine of their changes is {pair.cosine:+.2f}")
-            if pair.cosine < OPPOSED:
+            if not pair.cosine >= OPPOSED:
                 progress.warn(f"{pair.first} and {pair.second} undo part of each other: their cosine is negative")
     return found
 
@@ -228,7 +228,7 @@ def _judge(planned: MergePlan, survival: float | None) -> list[str]:
     replaced = planned.counts["replaced"]
     if planned.adapters and survival is None and not replaced:
         return ["the adapter changes nothing: every delta is zero (was it trained, and saved after training?)"]
-    if survival is not None and survival < 0.9:
+    if survival is not None and not survival >= 0.9:
         better = "float16 or float32" if planned.dtype == "bfloat16" else "float32"
         return [
             f"only {survival:.0%} of the adapter's change survives rounding to {planned.dtype}: "

@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from lora_export import documents
 from lora_export.contracts import Finding, MergeOptions, Verification
-from lora_export.documents import Kind
+from lora_export.documents import FIGURE, Kind
 from lora_export.errors import InputError, plain
 from lora_export.merging.certificate import (
     NAME,
@@ -18,7 +18,7 @@ from lora_export.sealed import read_sealed
 
 _RECORD: Kind = {
     "name": str, "operation": str, "dtype": str, "shape": [int], "kinds": [str], "checked": int, "saturated": int,
-    **dict.fromkeys(("relative_delta", "survival", "max_ulps", "mean_ulps"), (None, float)),
+    **dict.fromkeys(("relative_delta", "survival", "max_ulps", "mean_ulps"), (None, FIGURE)),
     **dict.fromkeys(("hash_in", "hash_out"), (None, str)),
 }  # fmt: skip
 
@@ -28,7 +28,7 @@ _CERTIFICATE: Kind = {
     "schema_version": int, "tool": {"name": str, "version": str}, "versions": {str: str}, "options": dict,
     "base": {"files": {str: {"size": int}}}, "tensors": {str: int}, "unchecked": {str: str}, "records": [_RECORD],
     "adapters": [{"kind": str, "weight": float, "base_model": (None, str), "sha256": {str: str}}],
-    "adapter_tensors": {"used": int, "total": int}, "delta_survival": (None, float), "files": {str: _FILE},
+    "adapter_tensors": {"used": int, "total": int}, "delta_survival": (None, FIGURE), "files": {str: _FILE},
     "base_checks": [{"name": str, "outcome": str, "note": str}],
 }  # fmt: skip
 

@@ -173,7 +173,8 @@ class ExactTensor:
         ulps = torch.where(known, off / unit, 0.0)
         errors.checked += exact.numel()
         errors.total += float(ulps.sum())
-        errors.largest = max(errors.largest, float(ulps.max()) if ulps.numel() else 0.0)
+        if ulps.numel():
+            errors.largest = float(torch.maximum(ulps.max(), ulps.new_tensor(errors.largest)))  # keeps a NaN
         # No formula's terms are smaller than its result. A NaN is within no bound.
         if bool(((off <= unit / 2 + 2.0**-22 * exact.abs()) | ~known).all()):
             return

@@ -118,6 +118,6 @@ def measured(tensor: PlannedTensor, plan: MergePlan, updates: Sequence[Update], 
 
     if not tensor.row_wise:
         some = of([(0, height)], step)
-        return some if some.delta > 0 else of([(0, height)], 1)
+        return some if some.delta != 0 else of([(0, height)], 1)
     some = of(all_runs(tensor.shape) if step == 1 else [(i, i + 1) for i in range(0, height, step)], 1)
-    return some if some.delta > 0 or step == 1 else of(all_runs(tensor.shape), 1)
+    return some if some.delta != 0 or step == 1 else of(all_runs(tensor.shape), 1)

@@ -41,11 +41,11 @@ class Survival:
 
     @property
     def share(self) -> float | None:
-        return self.kept / self.delta if self.delta > 0 else None
+        return self.kept / self.delta if self.delta != 0 else None
 
     @property
     def relative_delta(self) -> float | None:
-        return float((self.delta / self.weight) ** 0.5) if self.weight > 0 else None
+        return float((self.delta / self.weight) ** 0.5) if self.weight != 0 else None
 
 
 def stride(shape: Sequence[int]) -> int:

@@ -99,7 +99,7 @@ class TensorWork:
         for _, (of_some, of_all) in sorted(self._found.items()):
             some.join(of_some)
             rest.join(of_all)
-        return some if some.delta > 0 else rest
+        return some if some.delta != 0 else rest
 
     def compute(self, start: int, stop: int) -> "torch.Tensor":
         """Rows [start, stop) in the output's type. CheckpointError for NaN and infinity."""

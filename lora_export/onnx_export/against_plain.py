@@ -44,11 +44,17 @@ def compare(fused: Path, plain: Path, config: Mapping[str, Any], limit: float = 
     for name, value in expected.items():
         if value.shape != found[name].shape:
             raise _refusal(fused, f"{name} has the shape {list(found[name].shape)} for {list(value.shape)}")
-        error = float(np.abs(value - found[name]).max(initial=0)) / max(float(np.abs(value).max(initial=0)), 1e-30)
+        error = difference(value, found[name])
         if not error <= limit:
             raise _refusal(fused, f"{name} differs by {error:.2g} of its largest value")
         worst = max(worst, error)
     return worst
+
+
+def difference(expected: Array, found: Array) -> float:
+    """The largest difference, relative to the largest value expected; NaN if either has one."""
+    with np.errstate(invalid="ignore"):
+        return float(np.abs(expected - found).max(initial=0) / np.maximum(np.abs(expected).max(initial=0), 1e-30))
 
 
 def _run(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -29,10 +29,11 @@ def agreements(
 
 
 def _agreement(want: Array, have: Array, vocabulary: Any) -> dict[str, float]:
-    found = {"cosine": float((want * have).sum() / max(np.linalg.norm(want) * np.linalg.norm(have), 1e-300))}
+    found = {"cosine": float((want * have).sum() / np.maximum(np.linalg.norm(want) * np.linalg.norm(have), 1e-300))}
     if want.shape[-1] == vocabulary:
         p, q = _log_softmax(want), _log_softmax(have)
-        found["top1_agreement"] = float((p.argmax(-1) == q.argmax(-1)).mean())
+        numbers = ~(np.isnan(p).any(-1) | np.isnan(q).any(-1))  # argmax would take NaN for the largest
+        found["top1_agreement"] = float(((p.argmax(-1) == q.argmax(-1)) & numbers).mean())
         found["kl_mean"] = float((np.exp(p) * (p - q)).sum(-1).mean())
     return found
 

@@ -1,7 +1,8 @@
 """Are two graphs the same work? Compared after ONNX Runtime's own optimization for a provider.
 
-Two graphs with the same operators, attributes, wiring, shapes and types, on the same provider, launch the
-same kernels: their weights' values cannot make one of them slower.
+Two graphs with the same operators, attributes, wiring, shapes, types and steering constants, on the same provider,
+launch the same kernels: their weights' values cannot make one of them slower. Of products of numbers that are
+denormal, infinite or NaN this is not true on every processor.
 """
 
 import difflib
@@ -25,8 +26,9 @@ _WIDER = 1.01  # bytes of floating-point weights that are no rounding of padding
 def compare(base: Sequence[Path], merged: Sequence[Path], provider: str) -> GraphComparison:
     """Whether two models are the same graphs once optimized for `provider`; if not, where, and what it costs.
 
-    base and merged: their .onnx files, in the same order. Values count for small integer constants only (shapes,
-    axes): an adapter may change any weight. Needs as much temporary disk space as the largest model.
+    base and merged: their .onnx files, in the same order. Constants count by value if a shape, an index or a branch
+    depends on them (steering.py); an adapter may change any weight. Needs as much temporary disk space as the
+    largest model.
     """
     pairs = [(optimized(a, provider), optimized(b, provider)) for a, b in zip(base, merged, strict=True)]
     placement: Counter[str] = Counter()
@@ -68,7 +70,7 @@ def optimized(model: Path, provider: str) -> Canonical:
         placement: Counter[str] = Counter()
         for part in session.get_provider_graph_assignment_info():
             placement[part.ep_name] += len(part.get_nodes())
-        return canonical(load_graph(written), placement, stored)
+        return canonical(load_graph(written), placement, stored, written.parent)
 
 
 def _together(graphs: Sequence[Canonical]) -> str:

@@ -87,6 +87,13 @@ def choose_kept(
     for done, group in enumerate(found):
         changed = dict(run.simulated(p, how) for p in group.products)
         damage = float(np.mean([_damage(e, run(f, changed), logits) for e, f in zip(expected, feeds, strict=True)]))
+        if not np.isfinite(damage):
+            raise ExportError(
+                f"quantized, {group.name} makes outputs that are no numbers",
+                where=model,
+                expected="inputs on which the fp32 model and the quantized one give numbers",
+                next_step=f"--keep {group.name}, or other texts to measure with",
+            )
         grown = sum(_kept_nbytes(p, wide, item_size) - _nbytes(p, how, item_size) for p in group.products)
         measured.append(Damage(group.name, group.nodes, damage, grown))
         progress.advance(done + 1, len(found))
@@ -236,7 +243,7 @@ def _damage(expected: Mapping[str, Array], found: Mapping[str, Array], logits: s
     for name, value in expected.items():
         if value.dtype.kind == "f" and value.size:
             wanted = value.astype(np.float64)
-            errors.append(float(np.sum((found[name] - wanted) ** 2) / max(np.sum(wanted**2), 1e-30)))
+            errors.append(float(np.sum((found[name] - wanted) ** 2) / np.maximum(np.sum(wanted**2), 1e-30)))
     return float(np.mean(errors)) if errors else 0.0
 
 

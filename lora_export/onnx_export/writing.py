@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 @dataclass
 class Writing:
     """folder: holds the data files, or gets them; earlier: an export with the same graphs, of which constants are
-    taken, and every weight whose tensors have the hash that they had then. compared: nothing is written, and this is
-    told of each place (data file, offset, bytes that belong there, bytes that are there) where the folder differs.
+    taken, and every weight whose tensors have the hash that they had then. compared: nothing is written, and this
+    is told of each place (data file, offset, bytes that belong there, bytes that are there) where the folder
+    differs.
     """
 
     folder: Path

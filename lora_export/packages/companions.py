@@ -60,7 +60,7 @@ def _missing(run: Run, found: str, expected: str) -> InputError:
 def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None) -> None:
     """Write configuration, tokenizer and processor into `target`. changes: keys of config.json that this runtime
     needs besides."""
-    sealed.write_json(target / "config.json", for_both(run.config) | dict(changes or {}))
+    sealed.write_settings(target / "config.json", for_both(run.config) | dict(changes or {}))
     lay_tokenizer(run, target)
     if (run.companions / "modules.json").is_file():  # sentence-transformers
         for path in sorted(run.companions.glob("*/config.json")):
@@ -78,7 +78,7 @@ def lay_tokenizer(run: Run, target: Path) -> None:
     settings = next((p for p in places if p.is_file()), None)
     if settings is not None or (target / "tokenizer.json").is_file():
         config = sealed.read_json(settings) if settings else {"tokenizer_class": "TokenizersBackend"}
-        sealed.write_json(target / "tokenizer_config.json", tokenizer_for_both(config))
+        sealed.write_settings(target / "tokenizer_config.json", tokenizer_for_both(config))
 
 
 def lay_licences(run: Run, target: Path) -> None:

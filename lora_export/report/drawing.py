@@ -30,12 +30,12 @@ LARGEST = 1e9  # of what is drawn: with axes up to 1e300, matplotlib cannot plac
 
 
 def drawable(value: Any) -> Any:
-    """The same with None for numbers that are too large to be drawn, which leave a list."""
+    """The same with None for numbers that are none or too large to be drawn, which leave a list."""
     if isinstance(value, Mapping):
         return {k: drawable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [kept for kept in map(drawable, value) if kept is not None]
-    return None if isinstance(value, (int, float)) and abs(value) > LARGEST else value
+    return None if isinstance(value, (int, float)) and not abs(value) <= LARGEST else value
 
 
 @contextmanager

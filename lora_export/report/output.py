@@ -32,16 +32,16 @@ def write(
     """Write report.json, samples.json (cell → arm → milliseconds), conditions.json (cell → a reading of the machine
     for each block), report.html and report.md into `folder`.
 
-    NaN and infinity become null. Raises InputError if the report does not keep to its own schema.
+    NaN and infinity are written as words. Raises InputError if the report does not keep to its own schema.
     """
     clean = finite(report)
     check(clean, folder / REPORT)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / REPORT, clean)
     if samples is not None:
-        write_json(folder / SAMPLES, finite(samples))
+        write_json(folder / SAMPLES, samples)
     if conditions is not None:
-        write_json(folder / CONDITIONS, finite(conditions))
+        write_json(folder / CONDITIONS, conditions)
     render(folder)
 
 

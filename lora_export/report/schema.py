@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import documents
-from lora_export.documents import Kind
+from lora_export.documents import FIGURE, Kind
 from lora_export.errors import InputError
 from lora_export.sealed import read_json
 
@@ -13,7 +13,7 @@ SCHEMA_VERSION = 1
 STATUSES = ("passed", "failed")
 REPORT, SAMPLES, HTML, MARKDOWN = "report.json", "samples.json", "report.html", "report.md"
 CONDITIONS = "conditions.json"
-_NUMBER: Kind = (None, float)  # NaN and infinity are written as null
+_NUMBER: Kind = (None, FIGURE)
 _TEXT: Kind = (None, str)
 _RECORD: Kind = {
     "name": str, "operation": str, "relative_delta": _NUMBER, "survival": _NUMBER, "kinds?": [str],
@@ -65,11 +65,14 @@ REPORT_KIND: Kind = {
     "sources": {"adapters?": (None, list)}, "merge": (None, _MERGE), "validate": (None, _VALIDATE),
     "export": (None, _EXPORT), "benchmark": (None, _BENCHMARK),
 }  # fmt: skip
-_SAMPLES: Kind = {str: {str: [float]}}
+_SAMPLES: Kind = {str: {str: [FIGURE]}}
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The checked report.json of a report folder; InputError says what is wrong with it."""
+    """The checked report.json of a report folder, in which figures are numbers, NaN and infinity too.
+
+    InputError says what is wrong with it.
+    """
     path = folder / REPORT
     if not path.is_file():
         raise InputError(
@@ -80,7 +83,8 @@ def load(folder: Path) -> dict[str, Any]:
         )
     report = read_json(path)
     check(report, path)
-    return report
+    found: dict[str, Any] = documents.with_numbers(report, REPORT_KIND)
+    return found
 
 
 def load_samples(folder: Path) -> dict[str, dict[str, list[float]]]:
@@ -90,7 +94,8 @@ def load_samples(folder: Path) -> dict[str, dict[str, list[float]]]:
         return {}
     cells = read_json(path)
     documents.check(cells, _SAMPLES, "the file of samples", path)
-    return cells
+    found: dict[str, dict[str, list[float]]] = documents.with_numbers(cells, _SAMPLES)
+    return found
 
 
 def check(report: Mapping[str, Any], where: Path) -> None:

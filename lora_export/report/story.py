@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import inf, isnan
 from typing import Any, Literal, get_args
 
 from lora_export.choices import Precision
@@ -143,7 +144,7 @@ def check_rows(validate: Mapping[str, Any]) -> list[CheckRow]:
         CheckRow(
             label=_check_label(c["name"]),
             name=one_line(c["name"]),
-            value="not a number" if c["value"] is None else number(c["value"], 4),
+            value="not a number" if c["value"] is None or isnan(c["value"]) else number(c["value"], 4),
             threshold=_threshold(c["name"], c["threshold"]),
             passed=c["passed"],
             note=one_line(c.get("note") or ""),
@@ -196,7 +197,7 @@ def merge_facts(merge: Mapping[str, Any]) -> list[Row]:
 def weakest_records(merge: Mapping[str, Any], limit: int = 8) -> list[Row]:
     """The tensors whose update lost most to rounding."""
     known = [r for r in merge["records"] if r["survival"] is not None]
-    known.sort(key=lambda r: r["survival"])
+    known.sort(key=lambda r: -inf if isnan(r["survival"]) else r["survival"])  # what has no order comes first
     return [
         (one_line(r["name"]), number(r["relative_delta"]), percent(r["survival"]), _joined(r.get("kinds") or ()))
         for r in known[:limit]

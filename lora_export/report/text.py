@@ -8,8 +8,10 @@ _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 def number(value: float | None, digits: int = 3) -> str:
     """To significant digits, without trailing zeros; small and large ones as 1.2e-5."""
-    if value is None or not math.isfinite(value):
+    if value is None:
         return DASH
+    if not math.isfinite(value):
+        return str(value)
     if value == 0 or (isinstance(value, int) and abs(value) < 10**7):
         return f"{value:,}" if isinstance(value, int) else "0"
     if 1e-3 <= abs(value) < 1e6:

@@ -1,6 +1,7 @@
 """A package, checked again where it arrived: its files, its signature, its graphs, and what its runtime says."""
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -204,11 +205,12 @@ def _same(said: Any, wanted: str | Sequence[float]) -> bool:
     if isinstance(wanted, str):
         # The sample goes on beyond an end of text, a runtime stops there; and neither is longer than its limit.
         return isinstance(said, str) and bool(said) and (wanted.startswith(said) or said.startswith(wanted))
-    if not _finite(said) or len(said) != len(wanted):
+    if not _finite(said) or not _finite(list(wanted)) or len(said) != len(wanted):
         return False
     scale = max(abs(x) for x in wanted)
     return all(abs(a - b) <= RELATIVE * scale for a, b in zip(said, wanted, strict=True))
 
 
 def _finite(said: Any) -> bool:
-    return isinstance(said, list) and bool(said) and all(isinstance(x, int | float) and x == x for x in said)
+    numbers = isinstance(said, list) and bool(said) and all(isinstance(x, int | float) for x in said)
+    return numbers and all(map(math.isfinite, said))

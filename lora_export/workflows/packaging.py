@@ -202,7 +202,7 @@ def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress)
     found = agreements(run.export.paths[0], others, run.companions, run.config)
     for name, result in found.items():
         same = result.get("top1_agreement", 1.0)
-        if same < WORST_AGREEMENT:
+        if not same >= WORST_AGREEMENT:
             progress.warn(f"{name} chooses the same token as {against} at {same:.0%} of positions only")
     return {name: {"against": against, **result} for name, result in found.items()}
 

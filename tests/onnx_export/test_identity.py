@@ -159,17 +159,3 @@ def test_a_tied_embedding_is_seen_through_its_transpose(exported: Exported, llam
 
     tied = canonical(load_graph(exported(llama).model), {}).tied
     assert tied == json.loads((llama / "config.json").read_text())["tie_word_embeddings"]
-
-
-def test_values_of_integer_constants_count() -> None:
-    import numpy as np
-
-    from lora_export.onnx_export.canonical import _tensor
-
-    def describe(*values: float, dtype: type) -> str:
-        return _tensor(numpy_helper.from_array(np.array(values, dtype)))
-
-    assert describe(1, 2, dtype=np.int64) != describe(1, 3, dtype=np.int64)
-    assert describe(1, 2, dtype=np.float32) == describe(1, 3, dtype=np.float32)
-    assert describe(1, 2, dtype=np.float32) != describe(1, 2, dtype=np.float16)
-    assert describe(1, 2, dtype=np.uint8) == describe(1, 3, dtype=np.uint8)  # packed 4-bit weights

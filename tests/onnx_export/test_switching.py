@@ -16,7 +16,7 @@ from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
-from lora_export.serving import Overridden, Plugged, Swapped
+from lora_export.serving import Overridden, Plugged, Swapped, _Turns
 from lora_export.workflows.pluggable import export_pluggable
 from lora_export.workflows.switching import switch
 from tests.daily import daily
@@ -174,6 +174,39 @@ def test_requests_meet_one_adapter_or_the_other(exports: Any, kind: Any) -> None
     for thread in threads:
         thread.join()
     assert not odd and min(asked) > 20
+
+
+def test_a_switch_gets_its_turn_while_requests_overlap() -> None:
+    """Each request begins before the one before it ends, so that there is never a moment without one."""
+    turns, begun, stop, switched = _Turns(), threading.Semaphore(0), threading.Event(), threading.Event()
+
+    def requests(mine: threading.Event, other: threading.Event) -> None:
+        while not stop.is_set():
+            with turns.shared():
+                begun.release()
+                mine.set()
+                other.wait(0.2)  # the other one has begun, or cannot
+                other.clear()
+
+    def switch_alone() -> None:
+        with turns.alone():
+            switched.set()
+
+    a, b = threading.Event(), threading.Event()
+    threads = [threading.Thread(target=requests, args=pair, daemon=True) for pair in ((a, b), (b, a))]
+    for thread in threads:
+        thread.start()
+    for _ in range(4):
+        begun.acquire()
+    writer = threading.Thread(target=switch_alone, daemon=True)
+    writer.start()
+    assert switched.wait(5)
+    for _ in range(4):
+        assert begun.acquire(timeout=5), "requests go on after a switch"
+    stop.set()
+    for thread in (*threads, writer):
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_plugged_adapters_by_name(given: dict[str, Path], exports: Any, tmp_path: Path) -> None:
