@@ -1,4 +1,4 @@
-"""Honest exports: kinds of model and precisions in turn, adapters of many sizes and seeds, texts of many lengths."""
+"""Honest exports: kinds of model and precisions in turn, adapters of many sizes, texts of many lengths."""
 
 import random
 from collections.abc import Iterator, Sequence

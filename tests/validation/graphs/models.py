@@ -1,7 +1,7 @@
 """Tiny models of five kinds, their adapters, merges and exports, each made once in a work folder.
 
-The weights are large enough that attention is peaked: with the small ones of an untrained model, attention is nearly
-uniform and a fault in it moves nothing.
+The weights are large enough that attention is peaked. With the small ones of an untrained model it is nearly
+uniform, and a fault in it moves nothing.
 """
 
 import shutil

@@ -58,7 +58,7 @@ def _masks(graph: Graph) -> list[str]:
 
 def mask(graph: Graph, rng: random.Random) -> Places:
     """A mask that is inverted, shifted by one, or blind to the first token."""
-    end, one, zero = (np.array([x], np.int64) for x in (2**62, 1, 0))
+    end, one = (np.array([x], np.int64) for x in (2**62, 1))
     shifted: Steps = (
         ("Slice", ("$", one, end, one), {}),
         ("Pad", ("_", np.array([0, 0, 0, 1], np.int64)), {}),
