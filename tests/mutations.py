@@ -8,6 +8,7 @@ FORMATS = "tests/quantization/test_formats.py"
 
 CERTIFICATE = "tests/validation/test_certificate.py"
 DEVIATION = "tests/validation/test_deviation.py"
+NOISE = "tests/validation/test_noise_floors.py"
 
 
 @dataclass(frozen=True)
@@ -175,12 +176,12 @@ MUTATIONS = (
     ),
     Mutation(
         "--tolerance does not reach KL", "validation/thresholds.py",
-        "kl = factor**2 * floor.kl", "kl = FACTOR**2 * floor.kl",
+        "factor * math.sqrt(floor.kl)) ** 2", "FACTOR * math.sqrt(floor.kl)) ** 2",
         f"{CERTIFICATE}::test_tolerance_reaches_every_threshold",
     ),
     Mutation(
         "greedy tokens are never unexplained", "validation/thresholds.py",
-        "if not d.gap <= tie]", "if d.gap > 100 * tie]",
+        "if not d.gap <= tie < math.inf]", "if d.gap > 100 * tie]",
         f"{CERTIFICATE}::test_the_first_diverging_token_is_shown",
     ),
     Mutation(
@@ -669,5 +670,35 @@ MUTATIONS = (
         'choices = choices_of(resolve_all(adapters))',
         'choices = choices_of([(source, 1.0) for source, _ in resolve_all(adapters)])',
         'tests/test_api.py::test_a_merge_tells_its_progress_and_prints_nothing',
+    ),
+    Mutation(
+        'rounding errors belong to the base alone', 'validation/noise.py',
+        'rounding_errors(known.adapted(name, weight), dtype, generator)',
+        'rounding_errors(weight, dtype, generator)',
+        f'{NOISE}::test_validate_honest_merge_of_any_update_size_passes[2.0]',
+    ),
+    Mutation(
+        'a figure that is no number is dropped', 'validation/compare.py',
+        'return math.nan if any(math.isnan(v) for v in known) else max(known, default=0.0)',
+        'return max(known, default=0.0)',
+        f'{NOISE}::test_largest_keeps_nan',
+    ),
+    Mutation(
+        'a threshold that everything satisfies passes', 'validation/thresholds.py',
+        'value >= least > 0, note)',
+        'value >= least, note)',
+        f'{NOISE}::test_thresholds_that_everything_satisfies_fail',
+    ),
+    Mutation(
+        'numbers that are far from their weights pass', 'validation/graph_model.py',
+        '    if not error <= 1:',
+        '    if not error <= 9:',
+        f'{NOISE}::test_validate_int4_scales_of_one_tensor_changed_fails',
+    ),
+    Mutation(
+        'a graph is compared with itself', 'validation/decoder_story.py',
+        'one_by_one = compare_logits(exact, answered, self.tokens)',
+        'one_by_one = compare_logits(answered, answered, self.tokens)',
+        f'{NOISE}::test_validate_graph_fault_shared_with_base_fails[softcap]',
     ),
 )  # fmt: skip

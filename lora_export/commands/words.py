@@ -120,7 +120,7 @@ def _bases_lines(result: ValidationResult) -> list[str]:
 def _survival_lines(result: ValidationResult) -> list[str]:
     return [
         f"adapter in {s.model:<20}  {'no effect' if s.share is None else f'{s.share:.1%} left':>10}"
-        f"  KL base → merged {s.kl_base:.2e} nats, lost {s.kl_lost:.2e}"
+        + ("" if s.kl_base is None else f"  KL base → merged {s.kl_base:.2e} nats, lost {s.kl_lost:.2e}")
         for s in result.adapter_survival
     ]
 

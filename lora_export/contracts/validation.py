@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.choices import MIN_SURVIVAL, Precision, Provider, Requantization
+from lora_export.choices import MIN_SURVIVAL, Activations, Precision, Provider, Requantization
 from lora_export.contracts.merging import MergeOptions
 
 
@@ -52,13 +52,14 @@ class AdapterSurvival:
     """What remains of the adapter's effect on the outputs of a model in lower precision.
 
     model: as in Perplexity; share: of the effect that is kept, 1 for all, 0 for none, None if the adapter has none;
-    kl_base: mean KL(base‖merged) in nats, the effect; kl_lost: mean KL(merged‖model).
+    kl_base: mean KL(base‖merged) in nats, the effect; kl_lost: mean KL(merged‖model); both None for a model whose
+    outputs are no probabilities of tokens.
     """
 
     model: str
     share: float | None
-    kl_base: float
-    kl_lost: float
+    kl_base: float | None
+    kl_lost: float | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class CompareBases:
 class ExportedPair:
     """The ONNX folders of a merged model and of the base exported the same way.
 
-    nbytes: size of the merged one's files; prefix: of the names of its checks; graphs: file names, alike in both.
+    nbytes: size of the merged one's files; prefix: of the names of its checks; graphs: file names, alike in both;
+    activations: as in QuantizationOptions.
     """
 
     merged: Path
@@ -98,6 +100,7 @@ class ExportedPair:
     nbytes: int
     prefix: str = "onnx_"
     graphs: tuple[str, ...] = ("model.onnx",)
+    activations: Activations = "float"
 
     @property
     def name(self) -> str:

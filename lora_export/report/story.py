@@ -25,8 +25,14 @@ _CHECK_NAMES = {
     "greedy_agreement": "Same greedy continuation",
     "noise_floor_max_abs": "Noise floor",
     "adapter_survival": "Adapter's effect that is left",
+    "graph_max_abs": "Largest difference of a logit, same weights in PyTorch",
+    "graph_kl_mean": "Mean KL divergence, same weights in PyTorch",
+    "padded_max_abs": "Largest difference in a padded batch, same weights in PyTorch",
+    "padded_kl_mean": "Mean KL divergence in a padded batch, same weights in PyTorch",
+    "weight_errors": "Tensors whose exported numbers are wrong",
 }
 _MODELS = {"onnx_": " (ONNX)", "loaded_": " (in its own type)"}
+_OF_BASE = "base_"
 _GRAPH_TONE: dict[bool | None, tuple[str, Tone]] = {
     True: ("identical", "good"),
     False: ("differs", "unsure"),
@@ -155,7 +161,10 @@ def _check_label(name: str) -> str:
     plain = name.removeprefix(prefix)
     precision = next((p for p in get_args(Precision) if prefix and plain.startswith(f"{p}_")), "")
     known = plain.removeprefix(f"{precision}_")
+    of_base = bool(prefix) and known.startswith(_OF_BASE)
+    known = known.removeprefix(_OF_BASE) if of_base else known
     label = _CHECK_NAMES.get(known, one_line(known).replace("_", " ").capitalize())
+    label += ", base" if of_base else ""
     return label + (f" (ONNX {precision})" if precision else where)
 
 

@@ -1,12 +1,18 @@
 """Outputs of two models on the same tokens, compared in float64."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 TOP = 5
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest value, NaN if one of them is no number: Python's max would drop it. 0 of none."""
+    known = list(values)
+    return math.nan if any(math.isnan(v) for v in known) else max(known, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -33,15 +39,19 @@ class Difference:
         return sum(self.kl) / len(self.kl)
 
 
+# A model beside itself.
+UNMOVED = Difference(0.0, (0.0,), 1.0, 1.0, 0.0, 0.0, 0.0, 1)
+
+
 def compare_logits(
     reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
 ) -> Difference:
     """reference, found: logits (length, vocabulary) of each prompt; tokens: its (length,) ids."""
-    max_abs, hits, shared, positions = 0.0, 0, 0.0, 0
+    apart, hits, shared, positions = [], 0, 0.0, 0
     kl: list[float] = []
     nll = torch.zeros(3, dtype=torch.float64)
     for a, b, ids in zip(reference, found, tokens, strict=True):
-        max_abs = max(max_abs, _max_abs(a, b))
+        apart.append(max_abs(a, b))
         hits += int((a.argmax(-1) == b.argmax(-1)).sum())
         shared += _shared(a, b)
         positions += len(ids)
@@ -51,7 +61,9 @@ def compare_logits(
         nll += torch.stack([-p_token.sum(), -q_token.sum(), (p_token - q_token).abs().sum()])
     nll /= max(positions - len(tokens), 1)
     own, other, spread = nll.tolist()
-    return Difference(max_abs, tuple(kl), hits / positions, shared / positions, own, other, spread, positions)
+    return Difference(
+        largest(apart), tuple(kl), hits / positions, shared / positions, own, other, spread, positions
+    )
 
 
 def _shared(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -61,9 +73,9 @@ def _shared(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((one[:, :, None] == other[:, None, :]).any(-1).double().mean(-1).sum())
 
 
-def _max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
-    worst = float((a.double() - b.double()).abs().max())
-    return worst if math.isfinite(worst) else math.inf
+def max_abs(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference of two tensors of one shape; NaN where one of them holds what is no number."""
+    return float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,24 @@
 """How a decoder is compared: floors first, then the merged model in fp32, as it is loaded, and as an ONNX graph."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_export.contracts import Check, ExportedPair, Perplexity, Progress, ValidationResult
-from lora_export.validation.compare import Difference, compare_logits, greedy_divergences
+from lora_export.contracts import Check, Perplexity, Progress, ValidationResult
+from lora_export.validation import effect
+from lora_export.validation.arithmetic import Arithmetic, InTypes, draw
+from lora_export.validation.compare import Difference, compare_logits, greedy_divergences, largest
 from lora_export.validation.decoders import greedy, greedy_steps, logits
-from lora_export.validation.noise import draws, in_output_types
+from lora_export.validation.noise import draws
+from lora_export.validation.subject import Graph
 from lora_export.validation.text import perplexity
-from lora_export.validation.thresholds import FACTOR, Floor, Greedy, decoder_checks, run_to_run
+from lora_export.validation.thresholds import FACTOR, Floor, Greedy, decoder_checks, graph_checks, run_to_run
+
+if TYPE_CHECKING:
+    from lora_export.validation.onnx_decoder import OnnxDecoder
 
 SAMPLES = 3  # prompts that are continued greedily
 
@@ -32,21 +39,25 @@ class DecoderStory:
     _base: list[torch.Tensor] = field(default_factory=list)
     _rounding: tuple[Difference, ...] = ()
     _again: tuple[Difference, ...] = ()
+    _sums: tuple[Difference, ...] = ()
+    _arithmetic: tuple[Difference, ...] = ()
     _unmerged: list[torch.Tensor] = field(default_factory=list)
     _continued: list[torch.Tensor] = field(default_factory=list)
     _steps: list[torch.Tensor] = field(default_factory=list)
     _perplexities: list[Perplexity] = field(default_factory=list)
 
     def measure(self, unmerged: Any) -> None:
-        """The unmerged model's outputs, and the noise floors of rounding and of running it again."""
-        self.progress.stage("validate: noise floor of the rounding, without any adapter")
+        """The unmerged model's outputs, and the noise floors of rounding, of sums and of running it again."""
+        self.progress.stage(f"validate: {len(self.tokens)} prompts, unmerged, and how far rounding moves them")
         with unmerged.disable_adapter():
             self._base = logits(unmerged, self.tokens)
             self._perplexities += self._perplexity("base", unmerged)
-        self._rounding = self._measure_rounding(unmerged)
-        self.progress.stage(f"validate: {len(self.tokens)} prompts, unmerged and merged")
         self._unmerged = logits(unmerged, self.tokens)
         self._again = (self._from_unmerged(logits(unmerged, self.tokens)),)
+        self._rounding = tuple(
+            draws(unmerged, self.dtypes, lambda: self._from_unmerged(logits(unmerged, self.tokens)))
+        )
+        self._sums = (self._draw(unmerged, Arithmetic()),)
         self._perplexities += self._perplexity("unmerged", unmerged)
         self.progress.stage("validate: greedy continuations")
         for ids in self._prompts:
@@ -67,11 +78,13 @@ class DecoderStory:
 
     def judge(self, merged: Any, parted: Greedy | None = None) -> ValidationResult:
         """The checks of a merged model alone, by what `measure` found. parted: its continuations, if known."""
-        where = "rounding errors of the output type on the base, no adapter"
+        where = "rounding errors of the output type on the unmerged model, and the order of fp32 sums"
         found = self._from_unmerged(logits(merged, self.tokens))
         parted = parted or self._parted(self._along(merged))
         return ValidationResult(
-            checks=tuple(decoder_checks(self._floor(where, self._rounding), found, parted, self.factor)),
+            checks=tuple(
+                decoder_checks(self._floor(where, self._rounding, self._sums), found, parted, self.factor)
+            ),
             kl_by_position=found.kl,
         )
 
@@ -87,45 +100,80 @@ class DecoderStory:
     def compare_loaded(self, unmerged: Any, loaded: Any, dtype: str) -> tuple[list[Check], list[Perplexity]]:
         """The merged model in its own type, weights and arithmetic, against the unmerged one in fp32."""
         self.progress.stage(f"validate: the merged model as it will be loaded ({dtype})")
-        with unmerged.disable_adapter(), in_output_types(unmerged, self.dtypes):
-            narrow = self._from_base(logits(unmerged, self.tokens))
-        where = f"rounding errors, and the base computed in {dtype} against the base in fp32"
+        narrow = self._draw(unmerged, InTypes(self.dtypes))
+        where = f"rounding errors, and the unmerged model computed in {dtype} against fp32"
         floor = self._floor(where, self._rounding, (narrow,))
         found = self._from_unmerged(logits(loaded, self.tokens))
         parted = self._parted(self._along(loaded))
         checks = decoder_checks(floor, found, parted, self.factor, prefix="loaded_")
         return checks, self._perplexity(f"merged as loaded ({dtype})", loaded)
 
-    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]:
-        """The exported graph, run with its KV cache, against the same unmerged forward."""
+    def compare_onnx(self, unmerged: Any, graph: Graph) -> list[Check]:
         from lora_export.validation.onnx_decoder import OnnxDecoder
 
-        self.progress.stage("validate: ONNX Runtime, noise floor from the base exported the same way")
-        reference = OnnxDecoder(pair.base_graphs[0], provider)
-        noisy = self._from_base([reference.logits(ids) for ids in self.tokens])
-        where = "rounding errors, and the base exported the same way against the base in PyTorch"
-        floor = self._floor(where, self._rounding, (noisy,))
+        self.progress.stage(f"validate: {graph.arithmetic.words}, measured in PyTorch")
+        self._arithmetic = self._sums
+        if graph.arithmetic != Arithmetic():
+            self._arithmetic = (self._draw(unmerged, graph.arithmetic),)
+        exact = None if graph.model is None else logits(graph.model, self.tokens)
         self.progress.stage("validate: ONNX Runtime, the merged graph at several lengths and with its cache")
-        runner = OnnxDecoder(pair.merged_graphs[0], provider)
-        found = self._from_unmerged([runner.logits(ids) for ids in self.tokens])
+        runner = OnnxDecoder(graph.paths[0], graph.provider)
+        answered = [runner.logits(ids) for ids in self.tokens]
         chosen = [runner.greedy(ids, len(c)) for ids, c in zip(self._prompts, self._continued, strict=True)]
-        return decoder_checks(floor, found, self._parted(chosen), self.factor, prefix="onnx_")
+        known = self._from_unmerged(exact) if exact and graph.shifted else None
+        where = f"rounding errors, and {graph.arithmetic.words}"
+        floor = self._floor(where, self._rounding, self._arithmetic, known=known)
+        found = self._from_unmerged(answered)
+        checks = decoder_checks(floor, found, self._parted(chosen), self.factor, graph.prefix)
+        return [*checks, *self._graph_checks(graph, exact or self._unmerged, answered, runner)]
 
-    def _measure_rounding(self, unmerged: Any) -> tuple[Difference, ...]:
-        return tuple(draws(unmerged, self.dtypes, lambda: self._from_base(logits(unmerged, self.tokens))))
+    def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
+        from lora_export.validation.onnx_decoder import OnnxDecoder
+
+        runner = OnnxDecoder(graph.paths[0], graph.provider)
+        exact = self._base if graph.model is None else logits(graph.model, self.tokens)
+        return self._graph_checks(graph, exact, [runner.logits(ids) for ids in self.tokens], runner)
+
+    def _graph_checks(
+        self, graph: Graph, exact: list[torch.Tensor], answered: list[torch.Tensor], runner: "OnnxDecoder"
+    ) -> list[Check]:
+        """One by one through the cache, and all at once with padding, against PyTorch with the graph's numbers."""
+        rounding = () if graph.model is not None else (self._rounding,)
+        floor = self._floor(graph.arithmetic.words, self._arithmetic, *rounding)
+        one_by_one = compare_logits(exact, answered, self.tokens)
+        checks = graph_checks(floor, one_by_one, self.factor, f"{graph.prefix}graph")
+        padded = compare_logits(exact, runner.padded_logits(self.tokens), self.tokens)
+        return [*checks, *graph_checks(floor, padded, self.factor, f"{graph.prefix}padded")]
+
+    def effect(self, unmerged: Any, base: Graph, merged: Graph) -> effect.Effect:
+        from lora_export.validation.onnx_decoder import OnnxDecoder
+
+        graphs = [OnnxDecoder(g.paths[0], g.provider).logits for g in (base, merged)]
+        models = (effect.without_adapter(unmerged), effect.of(unmerged), *graphs)
+        found = effect.Effect()
+        for ids in self.windows:
+            found.add(ids, *(logits_of(ids) for logits_of in models))
+        return found
+
+    def _draw(self, unmerged: Any, how: "Arithmetic | InTypes") -> Difference:
+        """How far arithmetic moves the logits of the unmerged model."""
+
+        def measure(active: bool) -> Difference:
+            reference = self._unmerged if active else self._base
+            return compare_logits(reference, logits(unmerged, self.tokens), self.tokens)
+
+        return draw(unmerged, how, list(self.dtypes), measure, lambda d: math.isfinite(d.max_abs))
 
     @property
     def _prompts(self) -> Sequence[torch.Tensor]:
         return self.tokens[:SAMPLES]
 
-    def _from_base(self, noisy: list[torch.Tensor]) -> Difference:
-        return compare_logits(self._base, noisy, self.tokens)
-
     def _from_unmerged(self, found: list[torch.Tensor]) -> Difference:
         return compare_logits(self._unmerged, found, self.tokens)
 
-    def _floor(self, where: str, *sources: tuple[Difference, ...]) -> Floor:
-        return Floor((*sources, self._again), max(float(x.abs().max()) for x in self._base), where)
+    def _floor(self, where: str, *sources: tuple[Difference, ...], known: Difference | None = None) -> Floor:
+        scale = largest(float(x.abs().max()) for x in self._unmerged)
+        return Floor((*sources, self._again), scale, where, known)
 
     def _perplexity(self, name: str, model: Any) -> list[Perplexity]:
         return [perplexity(name, lambda ids: logits(model, [ids])[0], self.text)] if self.text else []

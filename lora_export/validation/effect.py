@@ -126,11 +126,7 @@ class Effect:
     @property
     def uncertainty(self) -> float:
         """Standard error of the share, from how it varies between windows (ratio estimator); NaN for one window."""
-        share, count = self.share, len(self.whole)
-        if share is None or count < 2:
-            return math.nan
-        rest = sum((k - share * w) ** 2 for k, w in zip(self.kept, self.whole, strict=True))
-        return math.sqrt(rest * count / (count - 1)) / sum(self.whole)
+        return math.nan if self.share is None else standard_error(self.whole, self.kept)
 
     def survival(self, name: str) -> AdapterSurvival:
         return AdapterSurvival(name, self.share, self.kl_base / self.positions, self.kl_lost / self.positions)
@@ -138,3 +134,50 @@ class Effect:
     def perplexities(self, names: Sequence[tuple[str, str]]) -> tuple[Perplexity, ...]:
         """names: (B, M, BQ or Q, how it is called) for those that are wanted."""
         return tuple(as_perplexity(name, self.surprises[key], self.predicted) for key, name in names)
+
+
+@dataclass
+class OutputEffect:
+    """Sums over inputs of what an adapter does to outputs that are no probabilities, in squares of their numbers.
+
+    Let y be an output of base (B), merged (M), and both in lower precision (BQ, Q). The effect is |y_M − y_B|², and
+    what is kept of it is (y_M − y_B)·(y_Q − y_BQ). Each output counts in proportion to its own numbers.
+    """
+
+    whole: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+
+    def add(self, base: torch.Tensor, merged: torch.Tensor, low_base: torch.Tensor,
+            low: torch.Tensor) -> None:  # fmt: skip
+        """One output on one batch, all four of one shape."""
+        b, m, bq, q = (x.double().flatten() for x in (base, merged, low_base, low))
+        size = float(m.square().sum()) or 1.0
+        self.whole.append(float((m - b).square().sum()) / size)
+        self.kept.append(float(((m - b) * (q - bq)).sum()) / size)
+
+    @property
+    def share(self) -> float | None:
+        """Of the effect that is kept; None without an effect beyond fp32's own noise."""
+        whole = sum(self.whole)
+        return sum(self.kept) / whole if whole > NO_EFFECT * len(self.whole) else None
+
+    @property
+    def uncertainty(self) -> float:
+        return standard_error(self.whole, self.kept)
+
+    def survival(self, name: str) -> AdapterSurvival:
+        return AdapterSurvival(name, self.share, None, None)
+
+    def perplexities(self, names: Sequence[tuple[str, str]]) -> tuple[Perplexity, ...]:
+        """There is no next token to predict."""
+        return ()
+
+
+def standard_error(whole: Sequence[float], kept: Sequence[float]) -> float:
+    """Of Σ kept / Σ whole, from how it varies between inputs (ratio estimator); NaN for one input, or no effect."""
+    count, total = len(whole), sum(whole)
+    if count < 2 or not total:
+        return math.nan
+    share = sum(kept) / total
+    rest = sum((k - share * w) ** 2 for k, w in zip(kept, whole, strict=True))
+    return math.sqrt(rest * count / (count - 1)) / total

@@ -1,15 +1,19 @@
 """How a model without next-token logits is compared: all its outputs, and the embedding pooled from the first."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, ExportedPair, Progress, ValidationResult
+from lora_export.contracts import Check, Progress, ValidationResult
 from lora_export.errors import InputError
+from lora_export.validation.arithmetic import Arithmetic, draw
+from lora_export.validation.compare import largest, max_abs
+from lora_export.validation.effect import OutputEffect
 from lora_export.validation.noise import draws
-from lora_export.validation.subject import plain
+from lora_export.validation.subject import Graph, plain
 from lora_export.validation.thresholds import FACTOR, FP32_ARITHMETIC
 
 Outputs = dict[str, torch.Tensor]
@@ -19,16 +23,19 @@ COSINE_ARITHMETIC = 1e-6
 
 @dataclass(frozen=True)
 class Floor:
-    """How far rounding alone moves one output: the largest difference, and √(1 − cos) of the pooled vector."""
+    """How far something moves one output: the largest difference, and √(1 − cos) of the pooled vector."""
 
     max_abs: float = 0.0
     angle: float = 0.0
 
     def widest(self, other: "Floor") -> "Floor":
-        return Floor(max(self.max_abs, other.max_abs), max(self.angle, other.angle))
+        return Floor(largest((self.max_abs, other.max_abs)), largest((self.angle, other.angle)))
 
-    def plus(self, other: "Floor") -> "Floor":
-        return Floor(self.max_abs + other.max_abs, self.angle + other.angle)
+    def plus(self, other: "Floor", times: float = 1.0) -> "Floor":
+        return Floor(self.max_abs + times * other.max_abs, self.angle + times * other.angle)
+
+
+Floors = dict[str, Floor]
 
 
 @dataclass
@@ -41,26 +48,29 @@ class EncoderStory:
     factor: float = FACTOR
     _base: list[Outputs] = field(default_factory=list)
     _unmerged: list[Outputs] = field(default_factory=list)
-    _rounding: dict[str, Floor] = field(default_factory=dict)
+    _rounding: Floors = field(default_factory=dict)
+    _sums: Floors = field(default_factory=dict)
+    _arithmetic: Floors = field(default_factory=dict)
 
     def measure(self, unmerged: Any) -> None:
-        self.progress.stage("validate: noise floor of the rounding, without any adapter")
+        self.progress.stage(f"validate: {len(self.batches)} inputs, unmerged, and how far rounding moves them")
         with unmerged.disable_adapter():
             self._base = self._outputs(unmerged)
-        for drawn in draws(unmerged, self.dtypes, lambda: self._from_base(self._outputs(unmerged))):
+        self._unmerged = self._outputs(unmerged)
+        for drawn in draws(unmerged, self.dtypes, lambda: self._between(self._unmerged, self._outputs(unmerged))):
             for name, floor in drawn.items():
                 self._rounding[name] = self._rounding.get(name, Floor()).widest(floor)
-        self._unmerged = self._outputs(unmerged)
+        self._sums = self._draw(unmerged, Arithmetic())
 
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
         self.measure(unmerged)
-        self.progress.stage(f"validate: {len(self.batches)} inputs, unmerged and merged")
         found = self._outputs(merged)
-        where = "rounding errors on the base, no adapter"
-        first, *others = self._base[0]
-        checks = self._checks(first, self._rounding[first], found, "", where)
-        for name in others:
-            checks.append(self._max_abs_check(name, self._rounding[name], found, f"{name}_max_abs"))
+        noise = {name: floor.plus(self._sums[name]) for name, floor in self._rounding.items()}
+        where = "rounding errors on the unmerged model, and the order of fp32 sums"
+        checks = [
+            *self._checks(noise, {}, found, "", where),
+            Check("noise_floor_max_abs", self._limit(self._first, noise), None, True, where),
+        ]
         return ValidationResult(tuple(checks))
 
     @property
@@ -71,27 +81,65 @@ class EncoderStory:
     def once(self, model: Any) -> Any:
         return plain(model)(**self.batches[0])
 
-    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]:
-        """The outputs of an exported graph, by their names, against the same unmerged forward."""
+    def compare_onnx(self, unmerged: Any, graph: Graph) -> list[Check]:
+        """The outputs of an exported graph by their names, padded batches among them."""
+        self.progress.stage(f"validate: {graph.arithmetic.words}, measured in PyTorch")
+        self._arithmetic = self._sums
+        if graph.arithmetic != Arithmetic():
+            self._arithmetic = self._draw(unmerged, graph.arithmetic)
+        exact = None if graph.model is None else self._outputs(graph.model)
+        self.progress.stage("validate: ONNX Runtime, on the same inputs")
+        answered = self._answers(graph)
+        known = self._between(self._unmerged, exact) if exact and graph.shifted else {}
+        where = f"rounding errors, and {graph.arithmetic.words}"
+        noise = {name: floor.plus(self._arithmetic[name]) for name, floor in self._rounding.items()}
+        floor = self._limit(next(n for n in self._unmerged[0] if n in answered[0]), noise)
+        return [
+            *self._checks(noise, known, answered, graph.prefix, where),
+            Check(f"{graph.prefix}noise_floor_max_abs", floor, None, math.isfinite(floor), where),
+            *self._graph_checks(graph, exact or self._unmerged, answered),
+        ]
+
+    def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
+        exact = self._base if graph.model is None else self._outputs(graph.model)
+        return self._graph_checks(graph, exact, self._answers(graph))
+
+    def effect(self, unmerged: Any, base: Graph, merged: Graph) -> OutputEffect:
+        """Along every output of the graphs."""
+        low_base, low = self._answers(base), self._answers(merged)
+        found = OutputEffect()
+        for index, batch in enumerate(self.batches):
+            outputs = (self._base[index], self._unmerged[index], low_base[index], low[index])
+            for name in (n for n in self._unmerged[index] if n in low[index]):
+                found.add(*(self._valid(o[name], batch) for o in outputs))
+        return found
+
+    def _answers(self, graph: Graph) -> list[Outputs]:
         from lora_export.validation.onnx_encoder import OnnxEncoder
 
-        self.progress.stage("validate: ONNX Runtime, on the same inputs")
-        noisy = OnnxEncoder(pair.base_graphs[0], provider).outputs(self.batches)
-        found = OnnxEncoder(pair.merged_graphs[0], provider).outputs(self.batches)
-        names = [name for name in self._base[0] if name in found[0]]
-        if not names:
+        answered = OnnxEncoder(graph.paths[0], graph.provider).outputs(self.batches)
+        if not any(name in answered[0] for name in self._unmerged[0]):
             raise InputError(
-                f"no output of the graph ({', '.join(found[0])}) is one of the model",
-                where=pair.merged_graphs[0],
-                expected=", ".join(self._base[0]),
+                f"no output of the graph ({', '.join(answered[0])}) is one of the model",
+                where=graph.paths[0],
+                expected=", ".join(self._unmerged[0]),
             )
-        apart = self._from_base(noisy)
-        floors = {n: self._rounding[n].plus(apart[n]) for n in names}
-        where = "rounding errors, and the base exported the same way against PyTorch"
-        first, *others = names
+        return answered
+
+    def _graph_checks(self, graph: Graph, exact: list[Outputs], answered: list[Outputs]) -> list[Check]:
+        """Against PyTorch with the numbers that the graph holds: nothing but arithmetic may differ."""
+        apart = self._between(exact, answered)
+        noise = self._arithmetic
+        if graph.model is None:
+            noise = {name: floor.plus(noise[name]) for name, floor in self._rounding.items()}
+        note = (
+            f"{self.factor:g} × the noise floor of {graph.arithmetic.words}, against PyTorch with the weights that "
+            "the graph holds"
+        )
         return [
-            *self._checks(first, floors[first], found, "onnx_", where),
-            *(self._max_abs_check(n, floors[n], found, f"onnx_{n}_max_abs") for n in others),
+            _below(f"{graph.prefix}graph_{name}_max_abs", moved.max_abs, self.factor * limit, note)
+            for name, moved in apart.items()
+            for limit in [self._limit(name, noise)]
         ]
 
     @torch.inference_mode()
@@ -99,19 +147,31 @@ class EncoderStory:
         body = plain(model)
         return [dict(_tensors(body(**batch))) for batch in self.batches]
 
-    def _from_base(self, noisy: list[Outputs]) -> dict[str, Floor]:
-        """For each output of the base that is there."""
-        return {n: self._difference(n, self._base, noisy) for n in self._base[0] if n in noisy[0]}
+    @property
+    def _first(self) -> str:
+        return next(iter(self._unmerged[0]))
+
+    def _draw(self, unmerged: Any, how: Arithmetic) -> Floors:
+        def measure(active: bool) -> Floors:
+            return self._between(self._unmerged if active else self._base, self._outputs(unmerged))
+
+        return draw(
+            unmerged, how, list(self.dtypes), measure, lambda f: all(math.isfinite(x.max_abs) for x in f.values())
+        )
+
+    def _between(self, reference: list[Outputs], found: list[Outputs]) -> Floors:
+        """For each output that both have: how far it moved, over all batches; padding does not count."""
+        return {n: self._difference(n, reference, found) for n in reference[0] if n in found[0]}
 
     def _difference(self, name: str, reference: list[Outputs], found: list[Outputs]) -> Floor:
-        """Over all batches; positions that are padding do not count."""
         pairs = [
             (self._valid(a[name], batch), self._valid(b[name], batch))
             for a, b, batch in zip(reference, found, self.batches, strict=True)
         ]
-        worst = max(float((a - b).abs().max()) for a, b in pairs)
-        apart = max(_one_minus_cosine(a, b) for a, b in pairs)
-        return Floor(worst, apart**0.5)
+        if any(a.shape != b.shape for a, b in pairs):
+            return Floor(math.nan, math.nan)
+        apart = largest(_one_minus_cosine(a, b) for a, b in pairs)
+        return Floor(largest(max_abs(a, b) for a, b in pairs), apart**0.5)
 
     def _valid(self, output: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
         mask = batch.get("attention_mask")
@@ -120,31 +180,37 @@ class EncoderStory:
         valid: torch.Tensor = output * mask.reshape(*mask.shape, *[1] * (output.dim() - 2))
         return valid
 
-    def _floor(self, name: str, noise: Floor) -> float:
-        """In proportion to the outputs: an adapter may make them larger, and the errors with them."""
-        base, adapted = (max(float(x[name].abs().max()) for x in found) for found in (self._base, self._unmerged))
-        larger = max(1.0, adapted / base) if base else 1.0
-        return (noise.max_abs + base * FP32_ARITHMETIC) * larger
+    def _limit(self, name: str, noise: Floors) -> float:
+        """One noise floor, the order of fp32 sums included."""
+        scale = largest(float(x[name].abs().max()) for x in self._unmerged)
+        return noise[name].max_abs + scale * FP32_ARITHMETIC
 
-    def _max_abs_check(self, output: str, noise: Floor, found: list[Outputs], name: str) -> Check:
-        limit = self.factor * self._floor(output, noise)
-        worst = self._difference(output, self._unmerged, found).max_abs
-        return Check(name, worst, limit, worst <= limit, f"{self.factor:g} × the noise floor; output {output}")
-
-    def _checks(self, output: str, noise: Floor, found: list[Outputs], prefix: str, where: str) -> list[Check]:
-        similar = 1 - self._difference(output, self._unmerged, found).angle ** 2
-        least = 1 - (self.factor * noise.angle) ** 2 - COSINE_ARITHMETIC
+    def _checks(self, noise: Floors, known: Floors, found: list[Outputs], prefix: str, where: str) -> list[Check]:
+        """Each output against the unmerged model's. known: what the weights of a graph do, without a factor."""
+        shift = "what these weights do in PyTorch + " if known else ""
+        note = f"{shift}{self.factor:g} × the noise floor ({where})"
+        first, *others = (n for n in self._unmerged[0] if n in found[0])
+        apart = self._between(self._unmerged, found)
+        limits = {n: known.get(n, Floor()).max_abs + self.factor * self._limit(n, noise) for n in apart}
+        angle = known.get(first, Floor()).angle + self.factor * noise[first].angle
+        least = 1 - angle**2 - COSINE_ARITHMETIC
+        similar = 1 - apart[first].angle ** 2
+        cosine = Check(
+            f"{prefix}embedding_cosine",
+            similar,
+            least,
+            similar >= least > -1,
+            f"of {first}, mean over positions, least of all inputs; from the angles of the same noise",
+        )
         return [
-            self._max_abs_check(output, noise, found, f"{prefix}logits_max_abs"),
-            Check(
-                f"{prefix}embedding_cosine",
-                similar,
-                least,
-                similar >= least,
-                f"of {output}, mean over positions, least of all inputs; from {self.factor**2:g} × the floor's",
-            ),
-            Check(f"{prefix}noise_floor_max_abs", self._floor(output, noise), None, True, where),
+            _below(f"{prefix}logits_max_abs", apart[first].max_abs, limits[first], f"{note}; output {first}"),
+            cosine,
+            *(_below(f"{prefix}{n}_max_abs", apart[n].max_abs, limits[n], f"{note}; output {n}") for n in others),
         ]
+
+
+def _below(name: str, value: float, limit: float, note: str) -> Check:
+    return Check(name, value, limit, value <= limit < math.inf, note)
 
 
 def _tensors(output: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:

@@ -95,7 +95,7 @@ def load_trained_on(
     if not stored and not on_the_fly:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model, info = _load(cls, base, torch.float32, keep, written)
+            model, info = load(cls, base, torch.float32, keep, written)
         return quiet(model), named(model, info["missing_keys"])
     assert keep is None, "a quantized base is streamed from a dequantized copy"
     settings = {} if stored else {"quantization_config": _bnb_config(options)}
@@ -122,7 +122,7 @@ def whole_tensors(adapters: Sequence[AdapterChoice]) -> set[str]:
     return names
 
 
-def _load(cls: Any, folder: Path, dtype: Any, keep: int | None, written: Collection[str] = ()) -> tuple[Any, Any]:
+def load(cls: Any, folder: Path, dtype: Any, keep: int | None, written: Collection[str] = ()) -> tuple[Any, Any]:
     """(model, loading info) as transformers loads it, or streamed."""
     if keep is not None:
         return streaming.load_streamed(cls, folder, dtype, keep, written)
@@ -211,7 +211,7 @@ def load_merged(
     absent: tensors that the base's files lack, too; they are taken from here. keep: as of load_unmerged.
     """
     absent = absent or {}
-    model, info = _load(cls or architecture(merged), merged, "auto", keep)
+    model, info = load(cls or architecture(merged), merged, "auto", keep)
     missing = set(info["missing_keys"]) - absent.keys()
     if missing or info["mismatched_keys"]:
         name = sorted(missing or {k[0] for k in info["mismatched_keys"]})[0]

@@ -1,9 +1,9 @@
 """How far honest rounding alone moves a model: the yardstick for every threshold.
 
-A merged weight is rounded to its type, so each of its elements is off by up to half a unit in the last place.
-The noise floor is the base without any adapter, its adapted weights moved by such errors (uniform, seeded),
-against the base itself. Rounding the base as it is would not do: a 16-bit base already lies on its grid. Weights
-without an adapter are rounded as they are, for that is what happens to them.
+A merged weight is rounded to its type, so each of its elements is off by up to half a unit in the last place. The
+noise floor is the *unmerged* model, its adapter active, whose adapted weights carry such errors (uniform, seeded),
+against itself without them. Rounding the base as it is would not do: a 16-bit base already lies on its grid.
+Weights without an adapter are rounded as they are, because that is what happens to them.
 """
 
 import contextlib
@@ -14,18 +14,23 @@ from typing import Any, TypeVar
 import torch
 
 from lora_export.validation import streaming
+from lora_export.validation.magnitude import Magnitudes
 
 Measured = TypeVar("Measured")
 DRAWS = 3  # the largest error over all positions varies by a fifth from draw to draw
 
 
 @contextlib.contextmanager
-def rounding_noise(unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int) -> Iterator[None]:
+def rounding_noise(
+    unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int, sizes: Magnitudes | None = None
+) -> Iterator[None]:
     """Inside, the base weights carry rounding errors of the types in `dtypes` (by plain name).
 
-    A weight's errors depend on its name and the seed alone, not on the order in which weights are read.
+    sizes: how large the weights are with the adapter, which decides how large the errors are. A weight's errors
+    depend on its name and the seed alone, not on the order in which weights are read.
     """
-    types = {name: dtype for name, _, dtype in _base_parameters(unmerged, dtypes)}
+    types = {name: dtype for name, _, dtype in base_parameters(unmerged, dtypes)}
+    known = sizes or Magnitudes.of(unmerged)
 
     def noisy(name: str, weight: torch.Tensor) -> torch.Tensor:
         dtype = types.get(name)
@@ -34,12 +39,12 @@ def rounding_noise(unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int) 
         if ".base_layer." not in name or weight.dim() < 2:
             return weight.to(dtype).float()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        return weight + rounding_errors(weight, dtype, generator)
+        return weight + rounding_errors(known.adapted(name, weight), dtype, generator)
 
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     with streaming.changing(unmerged, noisy):
         try:
-            for name, parameter, _ in _base_parameters(unmerged, dtypes):
+            for name, parameter, _ in base_parameters(unmerged, dtypes):
                 if streaming.slots_of(parameter):
                     continue
                 weight = parameter.data
@@ -54,30 +59,13 @@ def rounding_noise(unmerged: Any, dtypes: Mapping[str, torch.dtype], seed: int) 
 
 
 def draws(unmerged: Any, dtypes: Mapping[str, torch.dtype], measure: Callable[[], Measured]) -> list[Measured]:
-    """What `measure` finds on the base, without any adapter, under the rounding errors of each of DRAWS seeds."""
-    found = []
-    with unmerged.disable_adapter():
-        for seed in range(DRAWS):
-            with rounding_noise(unmerged, dtypes, seed):
-                found.append(measure())
-    return found
-
-
-@contextlib.contextmanager
-def in_output_types(unmerged: Any, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
-    """Inside, the base computes in the types of `dtypes`, as transformers would load and run it.
-
-    Its parameters have these types; its buffers (such as the frequencies of rotary embeddings) stay in fp32.
-    """
-    saved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-    try:
-        for _, parameter, dtype in _base_parameters(unmerged, dtypes):
-            saved.append((parameter, parameter.data))
-            parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for parameter, before in saved:
-            parameter.data = before
+    """What `measure` returns for the unmerged model under the rounding errors of each of DRAWS seeds."""
+    sizes = Magnitudes.of(unmerged)
+    measured = []
+    for seed in range(DRAWS):
+        with rounding_noise(unmerged, dtypes, seed, sizes):
+            measured.append(measure())
+    return measured
 
 
 def rounding_errors(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -85,7 +73,7 @@ def rounding_errors(weight: torch.Tensor, dtype: torch.dtype, generator: torch.G
     return (torch.rand(weight.shape, generator=generator) - 0.5) * _ulp(weight, dtype)
 
 
-def _base_parameters(
+def base_parameters(
     unmerged: Any, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, torch.nn.Parameter, torch.dtype]]:
     """(name, parameter, type in the output) of the base inside PEFT's wrappers."""

@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from lora_export.contracts import AdapterSurvival, Check, ExportedPair, Perplexity, Progress
-from lora_export.validation import effect
+from lora_export.contracts import AdapterSurvival, Check, ExportedPair, Perplexity
 from lora_export.validation.advice import Measured, precision_advice
 
 
@@ -20,26 +17,14 @@ class SurvivalFound:
     advice: tuple[str, ...]
 
 
-def adapter_survival(
-    unmerged: Any,
-    exports: Sequence[ExportedPair],
-    windows: Sequence[torch.Tensor],
-    provider: str,
-    least: float,
-    again: str,
-    progress: Progress,
-) -> SurvivalFound:
-    """unmerged: PEFT's model in fp32; windows: (length,) ids each; least: the share that has to be kept.
-
-    again: the command that tries another precision, with {precision} where that stands in it.
-    """
+def adapter_survival(exports: Sequence[tuple[ExportedPair, Any]], least: float, again: str) -> SurvivalFound:
+    """exports: each with what its graphs leave of the adapter's effect (effect.Effect or OutputEffect); least: the
+    share that has to be kept; again: the command that tries another precision, with {precision} in it."""
     checks: list[Check] = []
     perplexities: list[Perplexity] = []
     survivals: list[AdapterSurvival] = []
     measured: list[Measured] = []
-    for export in exports:
-        progress.stage(f"validate: what {export.precision} leaves of the adapter's effect")
-        found = _measure(unmerged, export, windows, provider)
+    for export, found in exports:
         survivals.append(found.survival(export.name))
         perplexities += found.perplexities(_names(export, first=not perplexities))
         share = found.share
@@ -49,18 +34,6 @@ def adapter_survival(
             measured.append(Measured(export.precision, export.nbytes, share, check.passed))
     advice = precision_advice(measured, least, again)
     return SurvivalFound(tuple(checks), tuple(perplexities), tuple(survivals), advice)
-
-
-def _measure(unmerged: Any, export: ExportedPair, windows: Sequence[torch.Tensor], provider: str) -> effect.Effect:
-    from lora_export.validation.onnx_decoder import OnnxDecoder
-
-    base = OnnxDecoder(export.base_graphs[0], provider)
-    model = OnnxDecoder(export.merged_graphs[0], provider)
-    models = (effect.without_adapter(unmerged), effect.of(unmerged), base.logits, model.logits)
-    found = effect.Effect()
-    for ids in windows:
-        found.add(ids, *(logits_of(ids) for logits_of in models))
-    return found
 
 
 def _names(export: ExportedPair, first: bool) -> list[tuple[str, str]]:
@@ -74,6 +47,6 @@ def _check(export: ExportedPair, share: float, uncertainty: float, least: float)
         f"{export.prefix}adapter_survival",
         share,
         least,
-        share >= least,
+        share >= least > 0,
         f"share of the adapter's effect on the outputs that {export.precision} keeps{error}",
     )

@@ -19,6 +19,7 @@ from lora_export.errors import InputError
 
 if TYPE_CHECKING:
     from lora_export.validation.bases import BasesFound
+    from lora_export.validation.exports import Judge
     from lora_export.validation.precisions import SurvivalFound
     from lora_export.validation.subject import Story
 
@@ -61,6 +62,7 @@ def _validate(
     from lora_export.validation import kinds
     from lora_export.validation.bases import Bases
     from lora_export.validation.bases import check_request as check_bases
+    from lora_export.validation.exports import Judge
     from lora_export.validation.loading import load_merged, stored_dtypes
     from lora_export.validation.memory import kept_bytes
     from lora_export.validation.prompts import read_prompts
@@ -88,16 +90,17 @@ def _validate(
     if options.bases is not None and not story.windows:
         raise _no_perplexity(base)
 
+    judge = Judge(story, unmerged, merged, graphs_alone, keep, dtypes, options.provider)
     if graphs_alone:
         story.measure(unmerged)
-        return _with_graphs(ValidationResult(()), story, unmerged, exports, options, progress)
+        return _with_graphs(ValidationResult(()), judge, exports, options)
     as_loaded = merged if keep is None else None
     result = _judged(story, unmerged, model, dtypes, as_loaded, options, progress)
     if options.bases is not None:
         asked = options.bases, base, adapters, merged, unmerged, model, options.merge, dequantized
         result = _joined(result, Bases(*asked, story.windows, progress).compare())
     del model, subject
-    return _with_graphs(result, story, unmerged, exports, options, progress)
+    return _with_graphs(result, judge, exports, options)
 
 
 def _judged(
@@ -153,21 +156,18 @@ def _combined(
 
 
 def _with_graphs(
-    result: ValidationResult,
-    story: "Story",
-    unmerged: Any,
-    exports: Sequence[ExportedPair],
-    options: ValidationOptions,
-    progress: Progress,
+    result: ValidationResult, judge: "Judge", exports: Sequence[ExportedPair], options: ValidationOptions
 ) -> ValidationResult:
     from lora_export.validation.precisions import adapter_survival
 
+    effects = []
     for pair in exports:
-        result = replace(result, checks=(*result.checks, *_onnx_checks(story, pair, options.provider)))
-    if exports and story.windows:
-        least = options.provider, options.min_survival, options.again
-        result = _joined(result, adapter_survival(unmerged, exports, story.windows, *least, progress))
-    return result
+        judged = judge.judge(pair)
+        result = replace(result, checks=(*result.checks, *judged.checks))
+        effects.append((pair, judged.effect))
+    if not effects:
+        return result
+    return _joined(result, adapter_survival(effects, options.min_survival, options.again))
 
 
 def streams(merged: Path, max_memory: int | None) -> bool:
@@ -222,11 +222,6 @@ def _deviation(
 
     progress.stage("validate: a check failed; looking for the first module that differs")
     return first_deviation(unmerged, model, lambda: story.once(unmerged), dtypes, errors, options.tolerance)
-
-
-def _onnx_checks(story: "Story", pair: ExportedPair, provider: str) -> list[Check]:
-    checks = story.compare_onnx(pair, provider)
-    return [replace(c, name=pair.prefix + c.name.removeprefix("onnx_")) for c in checks]
 
 
 def _joined(result: ValidationResult, found: "BasesFound | SurvivalFound") -> ValidationResult:

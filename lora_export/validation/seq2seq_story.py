@@ -1,16 +1,19 @@
 """How an encoder-decoder is compared: teacher-forced logits, and greedy texts token by token."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, ExportedPair, Progress, ValidationResult
-from lora_export.validation.compare import Difference, Divergence, compare_logits, greedy_divergences
+from lora_export.contracts import Check, Progress, ValidationResult
+from lora_export.validation.arithmetic import Arithmetic, draw
+from lora_export.validation.compare import Difference, Divergence, compare_logits, greedy_divergences, largest
+from lora_export.validation.effect import Effect
 from lora_export.validation.noise import draws
-from lora_export.validation.subject import plain, takes
-from lora_export.validation.thresholds import FACTOR, Floor, Greedy, decoder_checks
+from lora_export.validation.subject import Graph, plain, takes
+from lora_export.validation.thresholds import FACTOR, Floor, Greedy, decoder_checks, graph_checks
 
 
 @dataclass
@@ -28,26 +31,30 @@ class Seq2SeqStory:
     _base: list[torch.Tensor] = field(default_factory=list)
     _unmerged: list[torch.Tensor] = field(default_factory=list)
     _rounding: tuple[Difference, ...] = ()
+    _sums: tuple[Difference, ...] = ()
+    _arithmetic: tuple[Difference, ...] = ()
     _first: list[torch.Tensor] = field(default_factory=list)  # what the base generates
     _wanted: list[torch.Tensor] = field(default_factory=list)
     _steps: list[torch.Tensor] = field(default_factory=list)
 
     def measure(self, unmerged: Any) -> None:
-        self.progress.stage("validate: noise floor of the rounding, without any adapter")
+        self.progress.stage(f"validate: {len(self.tokens)} texts, unmerged, and how far rounding moves them")
         with unmerged.disable_adapter():
             self._base = self._logits(unmerged)
             self._first = self._generate(unmerged)
-        self._rounding = tuple(draws(unmerged, self.dtypes, lambda: self._from_base(self._logits(unmerged))))
-        self.progress.stage(f"validate: {len(self.tokens)} texts, teacher-forced and generated")
-        self._unmerged, self._wanted = self._logits(unmerged), self._generate(unmerged)
+        self._unmerged = self._logits(unmerged)
+        self._rounding = tuple(draws(unmerged, self.dtypes, lambda: self._from_unmerged(self._logits(unmerged))))
+        self._sums = (self._draw(unmerged, Arithmetic()),)
+        self._wanted = self._generate(unmerged)
         self._steps = self._logits(unmerged, self._wanted)
 
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
         self.measure(unmerged)
-        found = compare_logits(self._unmerged, self._logits(merged), self.tokens)
+        found = self._from_unmerged(self._logits(merged))
         generated = self._generate(merged)
         along = self._logits(merged, self._wanted)
-        floor = self._floor("rounding errors of the output type on the base, no adapter")
+        where = "rounding errors of the output type on the unmerged model, and the order of fp32 sums"
+        floor = self._floor(where, self._rounding, self._sums)
         checks = self._checks(floor, found, along, generated)
         return ValidationResult(tuple(checks), self._samples(self._first, self._wanted, generated), found.kl)
 
@@ -60,22 +67,60 @@ class Seq2SeqStory:
         first = {k: v[:1] for k, v in self.batches[0].items()}
         return plain(model)(**first, decoder_input_ids=self.tokens[0][None], use_cache=False)
 
-    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]:
-        """The exported graphs, run with their caches, against the same unmerged forward."""
+    def compare_onnx(self, unmerged: Any, graph: Graph) -> list[Check]:
+        """The exported graphs, run with their caches."""
         from lora_export.validation.onnx_seq2seq import OnnxSeq2Seq
 
-        self.progress.stage("validate: ONNX Runtime, noise floor from the base exported the same way")
-        base = OnnxSeq2Seq(pair.base_graphs, provider)
-        noisy = self._from_base([base.logits(*row) for row in self._rows_of(self.tokens)])
-        where = "rounding errors, and the base exported the same way against the base in PyTorch"
+        self.progress.stage(f"validate: {graph.arithmetic.words}, measured in PyTorch")
+        self._arithmetic = self._sums
+        if graph.arithmetic != Arithmetic():
+            self._arithmetic = (self._draw(unmerged, graph.arithmetic),)
+        exact = None if graph.model is None else self._logits(graph.model)
         self.progress.stage("validate: ONNX Runtime, encoder and decoder of the merged model")
-        runner = OnnxSeq2Seq(pair.merged_graphs, provider)
-        logits = [runner.logits(*row) for row in self._rows_of(self.tokens)]
-        found = compare_logits(self._unmerged, logits, self.tokens)
-        before = [self._before(ids) for ids in self._wanted]
-        along = [runner.logits(*row) for row in self._rows_of(before)]
+        runner = OnnxSeq2Seq(graph.paths, graph.provider)
+        answered = [runner.logits(*row) for row in self._rows_of(self.tokens)]
+        along = [runner.logits(*row) for row in self._rows_of([self._before(ids) for ids in self._wanted])]
         texts = [runner.greedy(inputs, self.tokens[0][:1], self.steps) for inputs in self.batches]
-        return self._checks(self._floor(where, (noisy,)), found, along, list(torch.cat(texts)), "onnx_")
+        known = self._from_unmerged(exact) if exact and graph.shifted else None
+        where = f"rounding errors, and {graph.arithmetic.words}"
+        floor = self._floor(where, self._rounding, self._arithmetic, known=known)
+        found = self._from_unmerged(answered)
+        checks = self._checks(floor, found, along, list(torch.cat(texts)), graph.prefix)
+        return [*checks, *self._graph_checks(graph, exact or self._unmerged, answered)]
+
+    def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
+        from lora_export.validation.onnx_seq2seq import OnnxSeq2Seq
+
+        runner = OnnxSeq2Seq(graph.paths, graph.provider)
+        exact = self._base if graph.model is None else self._logits(graph.model)
+        return self._graph_checks(graph, exact, [runner.logits(*row) for row in self._rows_of(self.tokens)])
+
+    def effect(self, unmerged: Any, base: Graph, merged: Graph) -> Effect:
+        """On the teacher-forced texts."""
+        from lora_export.validation.onnx_seq2seq import OnnxSeq2Seq
+
+        runners = [OnnxSeq2Seq(g.paths, g.provider) for g in (base, merged)]
+        found = Effect()
+        rows = zip(self.tokens, self._base, self._unmerged, self._rows_of(self.tokens), strict=True)
+        for ids, without, with_adapter, row in rows:
+            found.add(ids, without, with_adapter, *(runner.logits(*row) for runner in runners))
+        return found
+
+    def _graph_checks(
+        self, graph: Graph, exact: Sequence[torch.Tensor], answered: Sequence[torch.Tensor]
+    ) -> list[Check]:
+        rounding = () if graph.model is not None else (self._rounding,)
+        floor = self._floor(graph.arithmetic.words, self._arithmetic, *rounding)
+        return graph_checks(
+            floor, compare_logits(exact, answered, self.tokens), self.factor, f"{graph.prefix}graph"
+        )
+
+    def _draw(self, unmerged: Any, how: Arithmetic) -> Difference:
+        def measure(active: bool) -> Difference:
+            reference = self._unmerged if active else self._base
+            return compare_logits(reference, self._logits(unmerged), self.tokens)
+
+        return draw(unmerged, how, list(self.dtypes), measure, lambda d: math.isfinite(d.max_abs))
 
     def _checks(
         self,
@@ -92,12 +137,11 @@ class Seq2SeqStory:
         greedy = next(c for c in checks if c.name == f"{prefix}greedy_agreement")
         return [*checks, token_agreement(self._wanted, generated, divergences, greedy, prefix)]
 
-    def _from_base(self, noisy: Sequence[torch.Tensor]) -> Difference:
-        return compare_logits(self._base, noisy, self.tokens)
+    def _from_unmerged(self, found: Sequence[torch.Tensor]) -> Difference:
+        return compare_logits(self._unmerged, found, self.tokens)
 
-    def _floor(self, where: str, *sources: tuple[Difference, ...]) -> Floor:
-        largest = max(float(x.abs().max()) for x in (*self._base, *self._unmerged))
-        return Floor((self._rounding, *sources), largest, where)
+    def _floor(self, where: str, *sources: tuple[Difference, ...], known: Difference | None = None) -> Floor:
+        return Floor(sources, largest(float(x.abs().max()) for x in self._unmerged), where, known)
 
     def _rows_of(self, tokens: Sequence[torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Each row of the inputs, and the ids that its decoder is given."""

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from lora_export.contracts import Check, ExportedPair, Progress, ValidationResult
+from lora_export.contracts import Check, Progress, ValidationResult
+from lora_export.validation.arithmetic import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,27 @@ class Subject:
     factor: float
 
 
+@dataclass(frozen=True)
+class Graph:
+    """An exported model to be judged.
+
+    paths: its graphs, the encoder's first; model: PyTorch's, in fp32, with the numbers that the graph holds (None
+    where they cannot be read); arithmetic: how the graph computes; prefix: of the names of its checks; shifted: the
+    numbers are quantized, each as near to its weight as it can be, so that what they do in PyTorch is known to be
+    honest.
+    """
+
+    paths: tuple[Path, ...]
+    model: Any
+    arithmetic: Arithmetic
+    provider: str
+    prefix: str
+    shifted: bool = False
+
+
 class Story(Protocol):
     """windows: token ids (length,) on which perplexities are taken, none where a model has none; once: one forward
-    without a cache; measure: the unmerged model's outputs and noise floors, which `compare` begins with, and which
-    `compare_onnx` needs."""
+    without a cache; measure: the unmerged model's outputs and noise floors, which the other methods need."""
 
     @property
     def windows(self) -> Sequence[torch.Tensor]: ...
@@ -42,7 +60,17 @@ class Story(Protocol):
 
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult: ...
 
-    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]: ...
+    def compare_onnx(self, unmerged: Any, graph: Graph) -> list[Check]:
+        """The graph of the merged model: against the unmerged one, and against PyTorch with the graph's numbers."""
+        ...
+
+    def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
+        """The graph of the base, against PyTorch with its numbers. After compare_onnx."""
+        ...
+
+    def effect(self, unmerged: Any, base: Graph, merged: Graph) -> Any:
+        """What the two graphs leave of the adapter's effect: an Effect, or an OutputEffect."""
+        ...
 
 
 def takes(model: Any) -> set[str]:

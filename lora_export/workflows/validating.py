@@ -118,7 +118,8 @@ def _export_base(
 
 def pair_of(exported: ExportResult, base: Path, prefix: str = "onnx_") -> ExportedPair:
     size = sum(exported.files.values())
-    return ExportedPair(exported.output, base, exported.precision, size, prefix, exported.graphs)
+    precision, how = exported.precision, exported.activations
+    return ExportedPair(exported.output, base, precision, size, prefix, exported.graphs, how)
 
 
 def _again(merged: Path, onnx: Path) -> str:

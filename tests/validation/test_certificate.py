@@ -18,8 +18,9 @@ from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
+from lora_export.validation.arithmetic import in_types
 from lora_export.validation.compare import compare_logits, greedy_divergences
-from lora_export.validation.noise import in_output_types, rounding_noise
+from lora_export.validation.noise import rounding_noise
 from lora_export.validation.prompts import BUILT_IN
 from lora_export.validation.text import read_text, windows
 from lora_export.validation.thresholds import Floor, Greedy, decoder_checks
@@ -157,7 +158,7 @@ def test_the_noise_is_gone_afterwards_and_reaches_every_rounded_weight(folders: 
     assert any("o_proj.weight" in n for n in moved)  # has no adapter
     assert any("q_proj.base_layer.weight" in n for n in moved)
     assert not any("lora_" in n for n in moved)
-    with in_output_types(unmerged, dtypes):
+    with in_types(unmerged, dtypes):
         types = {n: p.dtype for n, p in unmerged.named_parameters() if "lora_" not in n}
         assert set(types.values()) == {torch.bfloat16}
     assert all(torch.equal(p, before[n]) for n, p in unmerged.named_parameters())

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, ExportedPair, ValidationResult
+from lora_export.contracts import Check, ValidationResult
 from lora_export.errors import InputError
 from lora_export.validation.decoders import tokenize
 from lora_export.validation.prompts import MAX_TOKENS
-from lora_export.validation.subject import Story, Subject, setting
+from lora_export.validation.subject import Graph, Story, Subject, setting
 
 SEED = 20_240_502
 RANDOM_LENGTHS = (5, 11, 23, 37, 48, 64)
@@ -132,8 +132,14 @@ class Noted:
         result = self.story.compare(unmerged, merged)
         return replace(result, checks=tuple(self._noted(list(result.checks))))
 
-    def compare_onnx(self, pair: ExportedPair, provider: str) -> list[Check]:
-        return self._noted(self.story.compare_onnx(pair, provider))
+    def compare_onnx(self, unmerged: Any, graph: Graph) -> list[Check]:
+        return self._noted(self.story.compare_onnx(unmerged, graph))
+
+    def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
+        return self.story.compare_base(unmerged, graph)
+
+    def effect(self, unmerged: Any, base: Graph, merged: Graph) -> Any:
+        return self.story.effect(unmerged, base, merged)
 
     def _noted(self, checks: list[Check]) -> list[Check]:
         if not self.note or not checks:
