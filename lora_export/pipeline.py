@@ -107,6 +107,7 @@ def _of_validation(options: StoryOptions) -> ValidationOptions:
         tolerance=options.tolerance,
         min_survival=options.min_survival,
         max_memory=options.validation_memory,
+        seed=options.validation_seed,
     )
 
 

@@ -88,6 +88,7 @@ def story_options_of(words: dict[str, Any]) -> StoryOptions:
         tolerance=words["tolerance"],
         min_survival=words["min_survival"],
         validation_memory=validation_memory_of(words),
+        validation_seed=words["validation_seed"],
         force=words["force"],
     )
 

@@ -131,11 +131,14 @@ def check_options(command: Command) -> Command:
                      "[default: a page of Lincoln, Darwin and Austen]"),
         click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True,
                      help="Rows of each updated tensor that are recomputed in float64 one by one; a large number "
-                     "means all. Low-rank updates are always recomputed whole, and of others every element takes "
-                     "part in random combinations."),
+                     "means all. Low-rank updates and fused experts are always recomputed whole, and of others "
+                     "every element takes part in random combinations."),
         click.option("--tolerance", type=FiniteRange(min=1), default=4.0, show_default=True, metavar="FACTOR",
                      help="How many times the noise floor outputs may differ. The arithmetic of each tensor has a "
                      "bound of its own, which this does not move."),
+        click.option("--validation-seed", type=click.IntRange(min=0, max=2**31 - 1), default=None, metavar="NUMBER",
+                     help="Seed of the lengths, inputs and rows that validation draws, to repeat a run.  [default: "
+                     "another one at each run; the result states it]"),
         click.option("--min-survival", type=click.FloatRange(0, 1), default=MIN_SURVIVAL, show_default=True,
                      help="Share of the adapter's effect on the outputs that an ONNX export keeps; 0 for any."),
     ]  # fmt: skip

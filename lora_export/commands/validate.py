@@ -53,8 +53,8 @@ def validate(
     loaded_) and, with --onnx, as an exported graph (onnx_). Every tensor is also recomputed in float64 from base
     and adapter (see --rows), because model outputs alone cannot show a fine fault. Thresholds are --tolerance times
     a noise floor that is measured in PyTorch on the unmerged model. The numbers of an exported graph are compared
-    with the merged folder, and its arithmetic with PyTorch on just these numbers. If a check fails, the first module
-    that goes wrong is named. Give the options of the merge again: they decide which base is the truth.
+    with the merged folder, and its arithmetic with PyTorch on just these numbers. If a check fails, the first
+    module that goes wrong is named. Give the options of the merge again: they decide which base is the truth.
 
     Decoders, text encoders with any head, encoder-decoders, vision, audio and two-tower models are each run on
     inputs of their own kind. Models that do not fit into memory, or into --max-memory if you give it, are read
@@ -84,6 +84,7 @@ def validate(
             min_survival=min_survival,
             max_memory=gather.validation_memory_of(words),
             bases=gather.bases_of(words),
+            seed=words["validation_seed"],
         )
         result = api.validate(
             base,

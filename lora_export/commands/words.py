@@ -101,6 +101,7 @@ def validation_words(result: ValidationResult) -> str:
             *faulty,
             *_deviation(result),
             *result.advice,
+            *([] if result.seed is None else [f"drawn with seed {result.seed}; --validation-seed repeats it"]),
             "passed" if result.passed else "FAILED",
         ]
     )

@@ -29,6 +29,7 @@ class StoryOptions:
     tolerance: float = 4.0
     min_survival: float = MIN_SURVIVAL
     validation_memory: int | None = None  # bytes for the weights that validation compares; None: as there is
+    validation_seed: int | None = None  # of what validation draws; None: another one at each run
     force: bool = False
 
 

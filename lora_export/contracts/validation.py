@@ -122,7 +122,8 @@ class ValidationOptions:
     of the merge, which decide which base is the truth. tolerance: thresholds are this many noise floors.
     min_survival: the share of the adapter's effect that an ONNX graph has to keep. max_memory: bytes for the
     weights of both models (None: as the machine has); larger models are streamed. bases: compare the bases that a
-    QLoRA adapter could be merged into. again: the command that tries another precision, {precision} in it."""
+    QLoRA adapter could be merged into. again: the command that tries another precision, {precision} in it. seed: of
+    lengths, inputs and rows that are drawn (None: another one at each run, which the result states)."""
 
     prompts: Path | None = None
     text: Path | None = None
@@ -134,11 +135,12 @@ class ValidationOptions:
     max_memory: int | None = None
     bases: CompareBases | None = None
     again: str = "the same command with --precision {precision}"
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """advice: sentences for a person, such as which base or precision to ship, and why."""
+    """advice: sentences for a person, such as which base or precision to ship, and why; seed: of what was drawn."""
 
     checks: tuple[Check, ...]
     samples: tuple[Mapping[str, str], ...] = ()  # prompt, base, unmerged, merged: greedy continuations
@@ -149,6 +151,7 @@ class ValidationResult:
     adapter_survival: tuple[AdapterSurvival, ...] = ()
     bases: tuple[BaseComparison, ...] = ()
     advice: tuple[str, ...] = ()
+    seed: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -166,4 +169,5 @@ class ValidationResult:
             "adapter_survival": [asdict(s) for s in self.adapter_survival],
             "bases": [asdict(b) for b in self.bases],
             "advice": list(self.advice),
+            "seed": self.seed,
         }

@@ -87,11 +87,11 @@ class InTypes:
 @contextlib.contextmanager
 def in_double() -> Iterator[None]:
     """Inside, every sum of fp32 numbers is computed in float64 and rounded once."""
-    with _Double():
+    with _Double():  # type: ignore[no-untyped-call]
         yield
 
 
-class _Double(TorchDispatchMode):
+class _Double(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -162,16 +162,19 @@ def _inputs_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eight_bit_inputs(unmerged: Any, block: int, layers: Collection[str] | None) -> Iterator[None]:
-    """Inside, the inputs of linear layers have 8 bits: `block` elements share a scale (0: a whole tensor)."""
+    """Inside, the inputs of linear layers have 8 bits: `block` elements share a scale (0: a whole tensor).
+
+    layers: None for all; all, too, where some of these names are a file's and not the model's.
+    """
+    found = dict(_linear_layers(unmerged.base_model.model))
+    chosen = found if layers is None or not set(layers) <= found.keys() else layers
 
     def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_eight_bits(args[0], block), *args[1:])
 
     with contextlib.ExitStack() as stack:
-        for path, module in _linear_layers(unmerged.base_model.model):
-            if layers is None or path in layers:
-                handle = module.register_forward_pre_hook(rounded)
-                stack.callback(handle.remove)
+        for path in chosen:
+            stack.callback(found[path].register_forward_pre_hook(rounded).remove)
         yield
 
 

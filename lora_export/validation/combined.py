@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, InputError
-from lora_export.validation.effective import OneHot, base_layer, wrapped_modules
+from lora_export.validation.effective import base_layer, wrapped_modules
+from lora_export.validation.whole import OneHot
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

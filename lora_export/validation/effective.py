@@ -4,20 +4,15 @@ A wrapped layer gets one-hot inputs: its answer to the i-th is the i-th column o
 All in float64, one module at a time.
 """
 
-import contextlib
-import copy
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-SEED = 20_240_501
-BLOCK = 512  # inputs at once, which bounds the memory
-CHEAP = 0.25  # of the arithmetic of a product with the whole weight
 IMPULSES_A_CHANNEL = 8  # where every channel of a convolution is asked
 
 
@@ -56,6 +51,27 @@ def plain_parameters(model: nn.Module, wrapped: dict[str, Any]) -> Iterator[tupl
                 yield f"{path}.{name}", parameter
 
 
+def plain_buffers(model: nn.Module, wrapped: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that belong to the stored model, a batch normalization's running variance for one: nothing trains
+    them but modules that were saved whole."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for path, module in model.named_modules():
+        if not any(path == w or path.startswith(f"{w}.") for w in wrapped):
+            yield from _stored_buffers(path, module)
+    for path, wrapper in wrapped.items():
+        saved = isinstance(wrapper, ModulesToSaveWrapper)
+        inside = wrapper.modules_to_save[wrapper.active_adapters[0]] if saved else base_layer(wrapper)
+        for name, module in inside.named_modules(prefix=path):
+            yield from _stored_buffers(name, module)
+
+
+def _stored_buffers(path: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield f"{path}.{name}" if path else name, buffer
+
+
 def base_layer(module: Any) -> Any:
     """The plain layer inside a wrapper."""
     layer = module
@@ -64,10 +80,15 @@ def base_layer(module: Any) -> Any:
     return layer
 
 
-def make_probe(module: Any, count: int | None) -> Probe | None:
+def generator_of(seed: int, path: str) -> torch.Generator:
+    """The random numbers of one module: by its name, so that they depend on no other module."""
+    digest = hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def make_probe(module: Any, count: int | None, generator: torch.Generator) -> Probe | None:
     """`count` one-hot inputs (None: all) for the layer inside a wrapper, or None for a layer of another type."""
     layer = base_layer(module)
-    generator = torch.Generator().manual_seed(SEED)
     if isinstance(layer, nn.Linear | Conv1D):
         width = layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0]
         columns = _pick(width, count, generator)
@@ -125,86 +146,12 @@ def answers(module: Any, exact: Any, inputs: torch.Tensor) -> tuple[torch.Tensor
     return found, float((module(narrow).double() - found).abs().max())
 
 
-class OneHot:
-    """One-hot inputs for every element of a weight, block by block, answered without a product of matrices.
-
-    What a plain layer computes for a one-hot input is a column of its weight. Layers that `speak_for` was told of
-    answer so, but only to the very inputs of the block; whatever else a wrapper asks, the layer itself answers.
-    """
-
-    def __init__(self, layer: Any) -> None:
-        self._width = layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0]
-        self._inputs: torch.Tensor | None = None
-        self._columns = slice(0)
-
-    def speak_for(self, layer: Any) -> None:
-        plain = layer.forward
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            if x is not self._inputs:
-                answer: torch.Tensor = plain(x)
-                return answer
-            linear = isinstance(layer, nn.Linear)
-            columns = layer.weight[:, self._columns].T if linear else layer.weight[self._columns]
-            chosen: torch.Tensor = columns.clone() if layer.bias is None else columns + layer.bias
-            return chosen
-
-        layer.forward = forward
-
-    def blocks(self) -> Iterator[torch.Tensor]:
-        """Inputs (up to BLOCK, width) in float64, each to be asked before the next is taken."""
-        for start in range(0, self._width, BLOCK):
-            stop = min(start + BLOCK, self._width)
-            self._columns = slice(start, stop)
-            self._inputs = torch.zeros(stop - start, self._width, dtype=torch.float64)
-            self._inputs[torch.arange(stop - start), torch.arange(start, stop)] = 1
-            yield self._inputs
-
-
-def cheap_probes(exact: Any, *others: nn.Module) -> Iterator[torch.Tensor] | None:
-    """Inputs that together ask for every element of a weight; None if that is too much arithmetic.
-
-    exact: a wrapper in float64; others: plain layers that are asked the same. It is too much where the wrapper
-    multiplies by more than its low ranks, because it turns the inputs or builds a whole matrix anew.
-    """
-    layer = base_layer(exact)
-    if isinstance(layer, nn.Embedding):
-        return iter(torch.split(torch.arange(layer.num_embeddings), BLOCK))
-    if not isinstance(layer, nn.Linear | Conv1D):
-        return None
-    one_hot = OneHot(layer)
-    for speaker in (layer, *others):
-        one_hot.speak_for(speaker)
-    first = next(one_hot.blocks())
-    with FlopCounterMode(display=False) as counter:
-        exact(first)
-    if counter.get_total_flops() < CHEAP * 2 * len(first) * layer.weight.numel():
-        return one_hot.blocks()
-    for speaker in (layer, *others):
-        del speaker.forward  # the class's own again
-    return None
-
-
-def random_signs(exact: Any, count: int) -> torch.Tensor:
+def random_signs(exact: Any, count: int, generator: torch.Generator) -> torch.Tensor:
     """`count` inputs of ±1 for the layer inside a wrapper, so that all elements of its weight take part."""
     layer = base_layer(exact)
     if isinstance(layer, nn.Linear | Conv1D):
         shape: tuple[int, ...] = (layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0],)
     else:
         shape = (layer.in_channels, *_field(layer))
-    generator = torch.Generator().manual_seed(SEED)
     signs = torch.randint(0, 2, (count, *shape), generator=generator)
     return signs.double() * 2 - 1
-
-
-@torch.no_grad()
-def effective_parameters(module: Any) -> dict[str, torch.Tensor]:
-    """Name → the parameter that is in effect inside PEFT's wrappers of parameters, in float64."""
-    outer = copy.deepcopy(module).double()
-    with contextlib.ExitStack() as stack:
-        names, layer = [], outer
-        while hasattr(layer, "parameter_name"):
-            names.append(layer.parameter_name)
-            stack.enter_context(layer._activate_lora(layer.active_adapters))
-            layer = layer.base_layer
-        return {name: getattr(layer, name).detach().clone() for name in names}

@@ -106,7 +106,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def numbers_of(folder: Path) -> Expected:
     """The numbers of a checkpoint's files, a piece at a time, in fp32."""
-    places = {}
+    places: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             places |= dict.fromkeys(tensors.keys(), file)

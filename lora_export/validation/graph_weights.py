@@ -180,7 +180,7 @@ def _bitsandbytes(
 
     codes = torch.stack((packed >> 4, packed & 0xF), -1).reshape(-1)[: outputs * inputs].long()
     table = get_4bit_type(how["method"], device="cpu")
-    values = table[codes] * scales.repeat_interleave(how["block_size"])[: outputs * inputs]
+    values: torch.Tensor = table[codes] * scales.repeat_interleave(how["block_size"])[: outputs * inputs]
     return values.reshape(outputs, inputs)
 
 

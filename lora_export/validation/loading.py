@@ -206,7 +206,7 @@ def load_merged(
     absent: Mapping[str, torch.Tensor] | None = None,
     keep: int | None = None,
 ) -> tuple[Any, dict[str, torch.dtype]]:
-    """The merged folder as transformers loads it, then widened to fp32; and the types that it was stored in.
+    """The merged folder as transformers loads it, then widened to fp32; and the types of parameters and buffers.
 
     absent: tensors that the base's files lack, too; they are taken from here. keep: as of load_unmerged.
     """
@@ -222,6 +222,7 @@ def load_merged(
             expected="every tensor of the architecture",
         )
     dtypes = {n: streaming.stored_dtype(p) for n, p in model.named_parameters()}
+    dtypes |= {n: b.dtype for n, b in _persistent_buffers(model) if b.is_floating_point()}
     model.float()
     streaming.attach(model, ())
     shared = {n: absent[n] for n in info["missing_keys"]}

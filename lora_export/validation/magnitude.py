@@ -60,7 +60,7 @@ def _sizes(module: Any) -> list[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
         adapted = effective_parameters(module).items()
         return [(f"{path}.{n}", (_mean(own[n].float()), _mean(p.float()))) for n, p in adapted]
     if isinstance(layer, nn.Embedding):
-        rows = torch.linspace(0, layer.num_embeddings - 1, ROWS).long().unique()
+        rows = torch.linspace(0, layer.num_embeddings - 1, ROWS).long()
         return [(f"{path}.weight", (_mean(layer(rows)), _mean(module(rows))))]
     if not isinstance(layer, nn.Linear | Conv1D | nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return []
@@ -82,6 +82,6 @@ def _rows(module: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _output_squares(module: Any, layer: Any, inputs: torch.Tensor) -> torch.Tensor:
-    answers = module(inputs) - module(torch.zeros_like(inputs[:1]))
+    answers: torch.Tensor = module(inputs) - module(torch.zeros_like(inputs[:1]))
     axis = -1 if isinstance(layer, nn.Linear | Conv1D) else 1
     return answers.square().transpose(axis, -1).reshape(-1, answers.shape[axis]).mean(0)

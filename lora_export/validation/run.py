@@ -1,5 +1,6 @@
 """The validation from its inputs to its checks."""
 
+import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -41,24 +42,39 @@ def validate(
     Needed, too, for any quantized base of a model that `streams`. graphs_alone: `merged` is an outline without
     numbers, and only the graphs are compared.
     """
-    options = options or ValidationOptions()
+    from lora_export.validation.beside import declared, expected_folder
+    from lora_export.validation.settings import settings_check
+
+    options = seeded(options or ValidationOptions())
     _quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+        asked_of_merge = declared(base, merged, options.merge)
+        settings = expected_folder(base, adapters, merged, asked_of_merge, Path(scratch) / "settings")
+        check = settings_check(settings, merged)
         if options.merge.combine != "none":
             adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
-        return _validate(base, adapters, merged, exports, dequantized, graphs_alone, options, progress)
+        asked = base, adapters, merged, settings, exports, dequantized, graphs_alone, options, progress
+        result = _validate(*asked)
+    return replace(result, checks=(*result.checks, check), seed=options.seed)
+
+
+def seeded(options: ValidationOptions) -> ValidationOptions:
+    """With a seed, drawn anew where none is given: nobody can know in advance what will be looked at."""
+    return options if options.seed is not None else replace(options, seed=secrets.randbelow(2**31))
 
 
 def _validate(
     base: Path,
     adapters: Sequence[AdapterChoice],
     merged: Path,
+    settings: Path,
     exports: Sequence[ExportedPair],
     dequantized: Path | None,
     graphs_alone: bool,
     options: ValidationOptions,
     progress: Progress,
 ) -> ValidationResult:
+    """settings: a folder with the settings that `merged` should have; inputs are made by its tokenizer."""
     from lora_export.validation import kinds
     from lora_export.validation.bases import Bases
     from lora_export.validation.bases import check_request as check_bases
@@ -83,10 +99,9 @@ def _validate(
         model, dtypes = plain(unmerged), stored_dtypes(merged, unmerged)
     else:
         model, dtypes = load_merged(merged, reference.cls, reference.absent, keep)
-    subject = kinds.Subject(
-        model, merged, dtypes, prompts, options.prompts, progress, text, options.text, options.tolerance
-    )
-    story = kinds.choose(model).story(subject)
+    asked = prompts, options.prompts, progress, text, options.text, options.tolerance, options.seed or 0
+    subject = kinds.Subject(plain(unmerged), settings, dtypes, *asked)
+    story = kinds.choose(subject.model).story(subject)
     if options.bases is not None and not story.windows:
         raise _no_perplexity(base)
 
@@ -96,9 +111,10 @@ def _validate(
         return _with_graphs(ValidationResult(()), judge, exports, options)
     as_loaded = merged if keep is None else None
     result = _judged(story, unmerged, model, dtypes, as_loaded, options, progress)
+    result = replace(result, checks=(*result.checks, _stored(base, adapters, merged, unmerged, options)))
     if options.bases is not None:
-        asked = options.bases, base, adapters, merged, unmerged, model, options.merge, dequantized
-        result = _joined(result, Bases(*asked, story.windows, progress).compare())
+        of_bases = options.bases, base, adapters, merged, unmerged, model, options.merge, dequantized
+        result = _joined(result, Bases(*of_bases, story.windows, progress).compare())
     del model, subject
     return _with_graphs(result, judge, exports, options)
 
@@ -247,7 +263,21 @@ def _tensors(
     from lora_export.validation.tensors import compare_tensors, verdict
 
     progress.stage("validate: recomputing tensors in float64")
-    return verdict(compare_tensors(unmerged, model, dtypes, options.rows))
+    seed = options.seed or 0
+    return verdict(compare_tensors(unmerged, model, dtypes, options.rows, seed=seed), seed)
+
+
+def _stored(
+    base: Path, adapters: Sequence[AdapterChoice], merged: Path, unmerged: Any, options: ValidationOptions
+) -> Check:
+    from lora_export.validation.beside import declared, replication
+    from lora_export.validation.effective import wrapped_modules
+    from lora_export.validation.loading import whole_tensors
+    from lora_export.validation.stored import Changed, loaded_names, stored_check
+
+    modules = wrapped_modules(unmerged.base_model.model)
+    changed = Changed(tuple(modules), whole_tensors(adapters), loaded_names(base))
+    return stored_check(base, merged, changed, declared(base, merged, options.merge), bool(replication(adapters)))
 
 
 def _quiet_libraries() -> None:

@@ -14,9 +14,10 @@ from lora_export.validation.arithmetic import Arithmetic
 
 @dataclass(frozen=True)
 class Subject:
-    """model: the merged one, whose configuration and signature tell the inputs; folder: where its tokenizer or
-    processor may lie; dtypes: stored type of each of its parameters; prompts: texts, from prompts_file if given;
-    text: running text, from text_file if given; factor: thresholds are this many noise floors."""
+    """model: the reference's, whose configuration and signature tell the inputs; folder: where its tokenizer or
+    processor may lie; dtypes: stored type of each merged parameter; prompts: texts, from prompts_file if given;
+    text: running text, from text_file if given; factor: thresholds are this many noise floors; seed: of all that is
+    drawn. Nothing here comes from the merged folder, which would then choose on what it is judged."""
 
     model: Any
     folder: Path
@@ -27,6 +28,7 @@ class Subject:
     text: str
     text_file: Path | None
     factor: float
+    seed: int = 0
 
 
 @dataclass(frozen=True)

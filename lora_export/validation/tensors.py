@@ -4,8 +4,8 @@ Model outputs cannot show a fine fault (one projection scaled by 1.02 hides in b
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,15 +15,16 @@ from lora_export.contracts import Check
 from lora_export.validation.effective import (
     Probe,
     answers,
-    cheap_probes,
-    effective_parameters,
+    generator_of,
     make_probe,
+    plain_buffers,
     plain_parameters,
     random_signs,
     wrapped_modules,
 )
 from lora_export.validation.streaming import present
 from lora_export.validation.thresholds import tensor_checks
+from lora_export.validation.whole import effective_blocks, low_rank, whole_probes, wrapped_parameters
 
 ARITHMETIC = 2.0**-22  # of |W|: what fp32 additions may lose
 DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
@@ -32,7 +33,7 @@ DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
 RECOMPUTED = 2.0**-20
 BLOCK = 4096  # rows of an untouched tensor that are compared at once
 COMBINATIONS = 16  # random ones, of the elements of a row
-EXPERTS = 8  # of a fused weight are compared, unless all rows are asked for
+SAMPLE = 64  # inputs on which the fp32 error of a layer is measured that is compared whole anyway
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,19 @@ def compare_tensors(
     dtypes: Mapping[str, torch.dtype],
     rows: int | None,
     only: Collection[str] | None = None,
+    *,
+    seed: int = 0,
 ) -> list[TensorError]:
-    """One entry for each tensor. rows: how many columns or rows of an updated one are compared one by one (None:
-    all). only: the modules that are of interest, by path (None: all); a tensor's entry depends on no other module.
+    """One entry for each tensor, parameters and stored buffers.
+
+    rows: how many columns or rows are compared one by one of what is too dear to be recomputed whole (None: all);
+    seed: decides which. only: the modules that are of interest, by path (None: all); a tensor's entry depends on no
+    other module.
     """
     model = unmerged.base_model.model
     found = dict(merged.named_parameters(remove_duplicate=False))
     types = {n: dtypes.get(n) or dtypes[_first_name(merged, p)] for n, p in found.items()}
+    buffers = dict(merged.named_buffers())
     wrapped = wrapped_modules(model)
     everywhere = RECOMPUTED if _recomputed(unmerged) else 0.0
     errors: dict[str, TensorError] = {}
@@ -69,19 +76,24 @@ def compare_tensors(
         if only is not None and path not in only:
             continue
         with present(module, _submodule(merged, path)):
-            for error in _wrapped(path, module, merged, types, rows, everywhere):
+            for error in _wrapped(path, module, merged, types, rows, everywhere, seed):
                 errors.setdefault(error.name, error)
+    for name, exact in plain_buffers(model, wrapped):
+        if only is None or name.rpartition(".")[0] in only:
+            errors[name] = _same_buffer(name, exact, buffers.get(name), dtypes.get(name))
     for name in found.keys() - errors.keys() if only is None else ():
         errors[name] = TensorError(name, float("inf"), 0)
     return list(errors.values())
 
 
-def verdict(errors: Sequence[TensorError]) -> tuple[tuple[str, ...], list[Check]]:
-    """(the tensors beyond what rounding explains, worst first; the checks that say so)."""
+def verdict(errors: Sequence[TensorError], seed: int = 0) -> tuple[tuple[str, ...], list[Check]]:
+    """(the tensors beyond what rounding explains, worst first; the checks that say so). seed: of the samples."""
     faulty = sorted((e for e in errors if not e.worst <= 1), key=lambda e: -e.worst)
     worst = max((e.worst for e in errors), default=0.0)
     # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
-    return tuple(e.name for e in faulty), tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
+    checks = tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
+    checks[0] = replace(checks[0], note=f"{checks[0].note}; what is sampled is drawn with seed {seed}")
+    return tuple(e.name for e in faulty), checks
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -110,8 +122,22 @@ def _same(name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: tor
     return TensorError(name, 0.0 if equal else float("inf"), exact.shape[0] if exact.dim() else 1)
 
 
+def _same_buffer(
+    name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype | None
+) -> TensorError:
+    if exact.is_floating_point():
+        return _same(name, exact, found, dtype)
+    return TensorError(name, 0.0 if found is not None and torch.equal(exact, found) else float("inf"), 1)
+
+
 def _wrapped(
-    path: str, module: Any, merged: nn.Module, types: Mapping[str, torch.dtype], rows: int | None, everywhere: float
+    path: str,
+    module: Any,
+    merged: nn.Module,
+    types: Mapping[str, torch.dtype],
+    rows: int | None,
+    everywhere: float,
+    seed: int,
 ) -> Iterator[TensorError]:
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -122,13 +148,14 @@ def _wrapped(
     if isinstance(module, ModulesToSaveWrapper):
         return
     if hasattr(module, "parameter_name"):
-        yield from _parameters(path, module, plain, types, rows)
+        yield from _parameters(path, module, plain, types)
         return
-    probe = make_probe(module, rows)
+    generator = generator_of(seed, path)
+    probe = make_probe(module, min(rows or SAMPLE, SAMPLE) if low_rank(module) else rows, generator)
     if probe is None:
         yield TensorError(f"{path}.weight", float("inf"), 0)
     else:
-        yield from _layer(path, module, plain, types, probe, everywhere, whole=rows is not None)
+        yield from _layer(path, module, plain, types, probe, everywhere, generator)
 
 
 def _layer(
@@ -138,11 +165,11 @@ def _layer(
     types: Mapping[str, torch.dtype],
     probe: Probe,
     everywhere: float,
-    whole: bool,
+    generator: torch.Generator,
 ) -> Iterator[TensorError]:
     """The merged layer gets the same probes, and a copy whose weights are the allowed errors gives the bound.
 
-    whole: the probe is a sample, so see to it that no element of the weight goes unseen.
+    The probe is a sample: every element is asked for after it, or takes part in combinations of random signs.
     """
     exact = copy.deepcopy(module).double()
     wanted, deviation = answers(module, exact, probe.inputs)
@@ -154,26 +181,25 @@ def _layer(
         parameter.data = _half_ulp(parameter.data, dtype) + arithmetic
     weight = f"{path}.weight"
     with torch.no_grad():
-        one_by_one = cheap_probes(exact, found, bound) if whole else None
-        if one_by_one is not None:
-            errors = [_worst(weight, found(x), exact(x), bound(x)) for x in one_by_one]
-        else:
-            errors = [_worst(weight, found(probe.inputs), wanted, bound(probe.inputs))]
-            if whole:
-                errors.append(_combined(weight, exact, found, bound))
-        yield max(errors, key=lambda e: e.worst)
+        errors = [_worst(weight, found(probe.inputs), wanted, bound(probe.inputs))]
         if probe.zeros is not None and getattr(plain, "bias", None) is not None:
             yield _worst(f"{path}.bias", found(probe.zeros), exact(probe.zeros), bound(probe.zeros))
+        one_by_one = whole_probes(exact, found, bound)
+        if one_by_one is None:
+            errors.append(_combined(weight, exact, found, bound, generator))
+        else:
+            errors += [_worst(weight, found(x), exact(x), bound(x)) for x in one_by_one]
+        yield max(errors, key=lambda e: e.worst)
 
 
-def _combined(name: str, exact: Any, found: nn.Module, bound: nn.Module) -> TensorError:
+def _combined(name: str, exact: Any, found: nn.Module, bound: nn.Module, generator: torch.Generator) -> TensorError:
     """All elements of a row together, in random combinations: for what is too dear to be asked one by one.
 
     Of a sum with random signs the mean square is the sum of the squared errors, which rounding keeps below the sum
     of the squared bounds (a third of it, if errors are uniform). Twice that is allowed, so that no chance of the
     signs raises an alarm: with COMBINATIONS draws, one in 10¹² rows would.
     """
-    signs = random_signs(exact, COMBINATIONS)
+    signs = random_signs(exact, COMBINATIONS, generator)
     square = copy.deepcopy(bound)
     for parameter in square.parameters():
         parameter.data = parameter.data.square()
@@ -182,24 +208,31 @@ def _combined(name: str, exact: Any, found: nn.Module, bound: nn.Module) -> Tens
     return _worst(name, (error / allowed.clamp_min(1e-90)).sqrt(), torch.zeros_like(error), torch.ones_like(error))
 
 
-def _parameters(
-    path: str, module: Any, plain: Any, types: Mapping[str, torch.dtype], rows: int | None
-) -> Iterator[TensorError]:
-    exact = effective_parameters(module)
+def _parameters(path: str, module: Any, plain: Any, types: Mapping[str, torch.dtype]) -> Iterator[TensorError]:
+    changed, base = wrapped_parameters(module), dict(module.get_base_layer().named_parameters())
     for name, parameter in plain.named_parameters():
         full = f"{path}.{name}"
-        if name not in exact:
-            base = dict(module.get_base_layer().named_parameters())
+        if name not in changed:
             yield _same(full, base[name], parameter, types[full])
-            continue
-        step = 1 if rows is None else max(1, len(parameter) // EXPERTS)
-        found, wanted = parameter.data[::step].double(), exact[name][::step]
-        if found.shape != wanted.shape:
+        elif parameter.shape != base[name].shape:
             yield TensorError(full, float("inf"), 0)
-            continue
-        added = (wanted - dict(module.get_base_layer().named_parameters())[name].data[::step].double()).abs()
-        allowed = _half_ulp(found, types[full]) + ARITHMETIC * (found.abs() + added + added.max())
-        yield _worst(full, found, wanted, allowed)
+        else:
+            yield _stacked(full, parameter, effective_blocks(module, name), types[full])
+
+
+def _stacked(
+    name: str,
+    parameter: torch.Tensor,
+    blocks: Iterable[tuple[slice, torch.Tensor, torch.Tensor]],
+    dtype: torch.dtype,
+) -> TensorError:
+    """The worst of all blocks, which are (where, the base's values, the wanted ones)."""
+    worst = 0.0
+    for where, base, wanted in blocks:
+        found, added = parameter.data[where].double(), (wanted - base).abs()
+        allowed = _half_ulp(found, dtype) + ARITHMETIC * (found.abs() + added + added.max())
+        worst = max(worst, _worst(name, found, wanted, allowed).worst)
+    return TensorError(name, worst, len(parameter))
 
 
 def _worst(name: str, found: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> TensorError:

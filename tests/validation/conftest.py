@@ -37,6 +37,7 @@ def save_base(folder: Path, dtype: torch.dtype) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        max_position_embeddings=600,  # one of the lengths on which models are compared
         tie_word_embeddings=True,
         initializer_range=0.2,
         dtype=dtype,

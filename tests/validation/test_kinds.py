@@ -1,6 +1,7 @@
 """Every kind of model through its own inputs: honest merges pass, spoiled ones fail and are named."""
 
 import itertools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_export.contracts import AdapterChoice, Check, ValidationResult
+from lora_export.contracts import AdapterChoice, Check, MergeOptions, ValidationResult
 from lora_export.errors import AdapterError, InputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
@@ -107,11 +108,13 @@ def test_a_model_of_no_kind_is_refused() -> None:
 def test_random_ids_are_told_and_a_tokenizer_is_used(
     made: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    base, adapter = made["gpt2", "float32"]
+    plain, adapter = made["gpt2", "float32"]
+    base = shutil.copytree(plain, tmp_path / "base")
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
     first = check(base, adapter, tmp_path / "merged").checks[0]
     assert "no tokenizer" in first.note
-    save_tokenizer(tmp_path / "merged")
+    save_tokenizer(base)
+    merge(base, [AdapterChoice(adapter)], tmp_path / "merged", MergeOptions(force=True))
     result = check(base, adapter, tmp_path / "merged")
     assert result.passed
     assert "no tokenizer" not in result.checks[0].note

@@ -1,5 +1,6 @@
 """Models that are read layer by layer give the same checks as models in memory."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ ADAPTERS = {
 
 def check(folders: Folders, max_memory: int | None, **merge_options: Any) -> ValidationResult:
     base, adapter, merged = folders
-    options = ValidationOptions(provider="cpu", max_memory=max_memory, merge=MergeOptions(**merge_options), rows=16)
+    merging = MergeOptions(**merge_options)
+    options = ValidationOptions(provider="cpu", max_memory=max_memory, merge=merging, rows=16, seed=0)
     return validate(base, [AdapterChoice(adapter)], merged, options=options, progress=Silent())
 
 
@@ -125,10 +127,9 @@ def test_a_base_quantized_in_training_is_streamed_from_a_dequantized_copy(tmp_pa
     merging = MergeOptions(training_quantization="nf4")
     merge(base, [AdapterChoice(tmp_path / "adapter")], tmp_path / "merged", merging)
     sources = Source("base", base), [(Source("adapter", tmp_path / "adapter"), 1.0)]
+    options = ValidationOptions(merge=merging, seed=0)
     results = [
-        validate_folder(
-            *sources, tmp_path / "merged", (), (), ValidationOptions(merge=merging, max_memory=limit), Silent()
-        )
+        validate_folder(*sources, tmp_path / "merged", (), (), replace(options, max_memory=limit), Silent())
         for limit in (10**12, 1)
     ]
     assert results[0].passed

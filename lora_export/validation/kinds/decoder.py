@@ -19,14 +19,15 @@ def matches(model: Any) -> bool:
 
 def story(subject: Subject) -> Story:
     texts = token_lists(subject, room=GREEDY_TOKENS)
-    pieces = [] if texts.note else _pieces(subject, texts)
-    story = DecoderStory(texts.tokens, texts.tokenizer, subject.dtypes, subject.progress, subject.factor, pieces)
+    pieces = _pieces(subject, texts)
+    tokens = [*texts.tokens, *texts.long]
+    story = DecoderStory(tokens, texts.tokenizer, subject.dtypes, subject.progress, subject.factor, pieces)
     return Noted(story, texts.note)
 
 
 def _pieces(subject: Subject, texts: Texts) -> list[torch.Tensor]:
     """The running text in pieces that the model has positions for; none without a tokenizer."""
-    if texts.note:
+    if texts.random:
         return []
-    longest = positions(subject.model.config, 0)
+    longest = positions(subject.model, 0)
     return windows(texts.tokenizer, subject.text, vocabulary(subject.model), subject.text_file, longest)

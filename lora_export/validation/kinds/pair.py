@@ -19,7 +19,7 @@ def story(subject: Subject) -> Story:
     texts = token_lists(subject)
     others, note = images(subject) if "pixel_values" in takes(subject.model) else sounds(subject)
     pad = setting(subject.model.config.get_text_config(), "pad_token_id") or 0
-    ids, mask = padded(texts.tokens, pad)
+    ids, mask = padded([*texts.tokens, *texts.long], pad)
     words = {"input_ids": ids} | ({"attention_mask": mask} if "attention_mask" in takes(subject.model) else {})
     batches = [words | other for other in others]
     notes = "; ".join(n for n in (texts.note, note) if n)

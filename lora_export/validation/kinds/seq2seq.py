@@ -25,7 +25,8 @@ def story(subject: Subject) -> Story:
     positions = setting(config, "max_target_positions", "max_position_embeddings") or 2 * STEPS
     rows = sum(len(next(iter(b.values()))) for b in batches)
     start = torch.tensor([_start(config)])
-    given = [texts.tokens[(i + 1) % len(texts.tokens)] for i in range(rows)]
+    pool = texts.tokens + texts.long if "input_ids" in takes(subject.model) else texts.long + texts.tokens
+    given = [pool[(i + 1) % len(pool)] for i in range(rows)]
     tokens = [torch.cat([start, ids])[:positions] for ids in given]
     told = "; ".join(n for n in (texts.note, note) if n)
     steps = min(STEPS, positions - 1)
@@ -34,11 +35,12 @@ def story(subject: Subject) -> Story:
 
 
 def _encoder_batches(subject: Subject, texts: Texts) -> tuple[list[dict[str, torch.Tensor]], str]:
-    """What the encoder gets: texts one alone and the others padded, or sounds, or images."""
+    """What the encoder gets: a prompt alone, the others padded, longer texts alone; or sounds, or images."""
     names = takes(subject.model)
     if "input_ids" in names:
         pad = setting(subject.model.config, "pad_token_id") or 0
-        batches = [padded(some, pad) for some in (texts.tokens[:1], texts.tokens[1:]) if some]
+        single = [[ids] for ids in texts.long]
+        batches = [padded(some, pad) for some in (texts.tokens[:1], texts.tokens[1:], *single) if some]
         return [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches], ""
     return images(subject) if "pixel_values" in names else sounds(subject)
 

@@ -47,7 +47,7 @@ def _processed(subject: Subject, process: Callable[[Path], Batches]) -> Batches:
         made = process(subject.folder)
     except (ImportError, OSError, ValueError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        subject.progress.warn(f"the processor of the merged folder does not work here: {reason}")
+        subject.progress.warn(f"the model's processor does not work here: {reason}")
         return []
     known = takes(subject.model)
     return [{k: v for k, v in batch.items() if k in known} for batch in made]

@@ -16,10 +16,10 @@ def matches(model: Any) -> bool:
 
 
 def story(subject: Subject) -> Story:
-    """Each prompt alone, then all of them in one padded batch where the model takes a mask."""
+    """Each prompt and each longer text alone, then all prompts in one padded batch where the model takes a mask."""
     model = subject.model
     texts = token_lists(subject)
-    batches = [_inputs(model, ids[None], None) for ids in texts.tokens]
+    batches = [_inputs(model, ids[None], None) for ids in (*texts.tokens, *texts.long)]
     pad = setting(model.config, "pad_token_id")
     if "attention_mask" in takes(model) and pad is not None and len(texts.tokens) > 1:
         batches.append(_inputs(model, *padded(texts.tokens, pad)))

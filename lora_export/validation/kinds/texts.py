@@ -1,7 +1,7 @@
 """Token ids for models that read text: of the prompts, by the folder's own tokenizer, or seeded ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,30 @@ import torch
 
 from lora_export.contracts import Check, ValidationResult
 from lora_export.errors import InputError
+from lora_export.validation import lengths
 from lora_export.validation.decoders import tokenize
 from lora_export.validation.prompts import MAX_TOKENS
 from lora_export.validation.subject import Graph, Story, Subject, setting
 
-SEED = 20_240_502
 RANDOM_LENGTHS = (5, 11, 23, 37, 48, 64)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """tokens: ids (length,) of each text; tokenizer: something with `decode`; note: on what, if not on prompts."""
+    """tokens: ids (length,) of each prompt; long: of texts whose lengths were drawn, and those around windows;
+    tokenizer: something with `decode`; random: why the ids are random, if they are; lengths: those of `long`."""
 
     tokens: list[torch.Tensor]
     tokenizer: Any
-    note: str = ""
+    long: list[torch.Tensor] = field(default_factory=list)
+    random: str = ""
+    lengths: str = ""
+
+    @property
+    def note(self) -> str:
+        """On what it is measured, besides the prompts."""
+        return "; ".join(n for n in (self.random, self.lengths) if n)
 
 
 class NoTokenizer:
@@ -39,23 +47,29 @@ def token_lists(subject: Subject, room: int = 0) -> Texts:
 
     InputError if the folder has a tokenizer that does not load, or if no prompt has two tokens.
     """
-    limit = positions(subject.model.config, room)
+    limit = positions(subject.model, room)
+    words = vocabulary(subject.model)
+    chosen = lengths.choose(subject.model, subject.seed, words)
     if any((subject.folder / name).is_file() for name in _TOKENIZERS):
         tokenizer = _tokenizer(subject.folder)
-        tokens = [ids[:limit] for ids in tokenize(tokenizer, subject.prompts, vocabulary(subject.model))]
+        tokens = [ids[:limit] for ids in tokenize(tokenizer, subject.prompts, words)]
         if not tokens:
             raise InputError("no prompt has two tokens or more", where=subject.prompts_file or "built-in prompts")
-        return Texts(tokens, tokenizer)
-    note = "on seeded random token ids, for the merged folder has no tokenizer"
+        running = torch.tensor(tokenizer(subject.text, verbose=False)["input_ids"])
+        running = running[running < words]
+        drawn = _pieces(running, chosen.tokens, subject.seed) if len(running) else _random(subject, chosen.tokens)
+        return Texts(tokens, tokenizer, drawn, "", chosen.told)
+    note = "on seeded random token ids, for there is no tokenizer"
     if subject.prompts_file is not None:
         raise InputError(
-            "the prompts cannot be read by the model: the merged folder has no tokenizer",
-            where=subject.folder,
-            expected="tokenizer.json or the files of a known tokenizer",
-            next_step="copy the base's tokenizer there, or leave out --prompts",
+            "the prompts cannot be read by the model: there is no tokenizer, neither the base's nor an adapter's",
+            where=subject.prompts_file,
+            expected="tokenizer.json or the files of a known tokenizer, in the base's folder",
+            next_step="the same command without --prompts",
         )
     subject.progress.warn(f"validation compares {note}")
-    return Texts(_random_ids(subject.model, limit), NoTokenizer(), note)
+    prompts = _random(subject, sorted({min(n, limit) for n in RANDOM_LENGTHS}))
+    return Texts(prompts, NoTokenizer(), _random(subject, chosen.tokens), note, chosen.told)
 
 
 def vocabulary(model: Any) -> int:
@@ -67,26 +81,28 @@ def vocabulary(model: Any) -> int:
     return int(rows)
 
 
-def positions(config: Any, room: int) -> int:
-    """How many tokens a text may have. RoBERTa counts positions from its padding id on."""
-    text = config.get_text_config()
-    known = setting(text, "max_position_embeddings")
-    if not isinstance(known, int) or known < 2:
-        return MAX_TOKENS
-    offset = (setting(text, "pad_token_id") or 0) + 1
-    return min(MAX_TOKENS, max(known - offset - room, min(known // 2, 8)))
+def positions(model: Any, room: int) -> int:
+    """How many tokens a prompt may have, with `room` positions left free after it."""
+    known = lengths.most_positions(model)
+    return MAX_TOKENS if known is None else min(MAX_TOKENS, max(known - room, min(known // 2, 8)))
 
 
-def _random_ids(model: Any, limit: int) -> list[torch.Tensor]:
+def _pieces(running: torch.Tensor, sizes: Sequence[int], seed: int) -> list[torch.Tensor]:
+    """Of a running text, each from a drawn place on; it begins anew where it ends."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(running), (len(sizes),), generator=generator).tolist()
+    return [running[torch.arange(start, start + n) % len(running)] for start, n in zip(starts, sizes, strict=True)]
+
+
+def _random(subject: Subject, sizes: Sequence[int]) -> list[torch.Tensor]:
     """No padding, begin or end among them: those change masks, positions and pooling; BART wants one end."""
-    config = model.config.get_text_config()
+    config = subject.model.config.get_text_config()
     special = {setting(config, f"{name}_token_id") for name in ("pad", "bos", "eos", "decoder_start")}
-    allowed = torch.tensor([i for i in range(vocabulary(model)) if i not in special])
-    generator = torch.Generator().manual_seed(SEED)
-    lengths = sorted({min(n, limit) for n in RANDOM_LENGTHS})
-    lists = [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in lengths]
+    allowed = torch.tensor([i for i in range(vocabulary(subject.model)) if i not in special])
+    generator = torch.Generator().manual_seed(subject.seed)
+    lists = [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in sizes]
     end = setting(config, "eos_token_id")
-    if model.config.is_encoder_decoder and isinstance(end, int):
+    if subject.model.config.is_encoder_decoder and isinstance(end, int):
         lists = [torch.cat([ids[:-1], torch.tensor([end])]) for ids in lists]
     return lists
 

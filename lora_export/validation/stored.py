@@ -1,0 +1,175 @@
+"""The tensors of the merged files against the base's, without a model: untouched ones are the same, to a bit.
+
+transformers reads only the tensors that a model has a place for, and in one type; other programs read them all.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lora_export import skeleton
+from lora_export.contracts import Check, MergeOptions
+from lora_export.sealed import read_json
+
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BLOCK = 2**22  # elements that are compared at once
+SHOWN = 8  # names in the check's note
+HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file; dtype as safetensors spells it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """modules: paths of what an adapter changes; tensors: names of what it holds whole; loaded: name in a file →
+    name in the loaded model, where they differ."""
+
+    modules: Collection[str]
+    tensors: Collection[str]
+    loaded: Mapping[str, str]
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of a file may differ. Either name may have a prefix that the other lacks."""
+        name = self.loaded.get(name, name)
+        if any(_same_end(name, other) for other in self.tensors):
+            return True
+        parts = name.split(".")
+        owners = [".".join(parts[:i]) for i in range(1, len(parts))]
+        return any(_same_end(owner, path) for owner in owners for path in self.modules)
+
+
+def _same_end(a: str, b: str) -> bool:
+    return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
+
+
+def headers(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the safetensors files in a folder; of a name that several have, the last."""
+    return dict(_all(folder))
+
+
+def _all(folder: Path) -> Iterator[tuple[str, Stored]]:
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                view = tensors.get_slice(name)
+                yield name, Stored(file, view.get_dtype(), tuple(view.get_shape()))
+
+
+def loaded_names(base: Path) -> dict[str, str]:
+    """Name of a tensor in the base's files → its name in the loaded model, by transformers' own conversions."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = skeleton.build(base)
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    told = renamings, converters, model.base_model_prefix, model.state_dict()
+    return {name: rename_source_key(name, *told)[0] for name in headers(base)}
+
+
+def stored_check(base: Path, merged: Path, changed: Changed, options: MergeOptions, replicated: bool) -> Check:
+    found = list(dict.fromkeys(differences(base, merged, changed, options, replicated)))
+    told = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    note = "tensors that no adapter touches are the base's, to a bit, and none is missing or in excess"
+    note += "" if options.dtype == "keep" else f"; all are converted to {options.dtype}"
+    return Check("stored_tensors_differ", len(found), 0, not found, told or note)
+
+
+def differences(
+    base: Path, merged: Path, changed: Changed, options: MergeOptions, replicated: bool
+) -> Iterator[str]:
+    """replicated: the merged model has copies of layers, under names of their own: those are left to the model."""
+    before, after = headers(base), headers(merged)
+    yield from _twice(merged)
+    yield from _not_as_indexed(merged, after)
+    quantized = "quantization_config" in read_json(base / "config.json")
+    if not replicated:
+        yield from _names(before, after, quantized)
+    on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
+    for name in before.keys() & after.keys():
+        old, new = before[name], after[name]
+        if replicated and _in_a_layer(name):
+            continue
+        if quantized and old.dtype not in FLOATS:
+            continue  # dequantized: the loaded model tells
+        yield from _one(name, old, new, changed, options.dtype, on_the_fly and len(old.shape) > 1)
+
+
+def _one(name: str, old: Stored, new: Stored, changed: Changed, dtype: str, dequantized: bool) -> Iterator[str]:
+    wanted = old.dtype if dtype == "keep" or old.dtype not in FLOATS else _header_type(dtype)
+    if new.dtype != wanted:
+        yield f"{name}: stored as {new.dtype}, should be {wanted}"
+    elif changed.holds(name) or dequantized:
+        return
+    elif old.shape != new.shape:
+        yield f"{name}: its shape is {list(new.shape)}, the base's is {list(old.shape)}"
+    elif not _equal(name, old, new):
+        yield f"{name}: no adapter touches it, and it is not the base's"
+
+
+def _header_type(dtype: str) -> str:
+    return next(name for name, known in FLOATS.items() if str(known) == f"torch.{dtype}")
+
+
+def _names(before: Mapping[str, Stored], after: Mapping[str, Stored], quantized: bool) -> Iterator[str]:
+    """A quantized weight has several tensors in the base, whose names begin as its own does."""
+    beginnings = {n.removesuffix("weight") for n in after if n.endswith("weight") or n not in before}
+    for name in sorted(before.keys() - after.keys()):
+        if not quantized or beginnings.isdisjoint(name[:i] for i in range(len(name))):
+            yield f"{name}: missing"
+    for name in sorted(after.keys() - before.keys()):
+        parts = quantized and any(n.startswith(name.removesuffix("weight")) for n in before)
+        if not parts and not name.endswith(HEADS):  # an untied head is compared with what PEFT computes
+            yield f"{name}: neither the base nor an adapter has this tensor"
+
+
+def _twice(merged: Path) -> Iterator[str]:
+    seen: dict[str, Path] = {}
+    for name, tensor in _all(merged):
+        if seen.setdefault(name, tensor.file) != tensor.file:
+            yield f"{name}: in {seen[name].name} and in {tensor.file.name}"
+
+
+def _not_as_indexed(merged: Path, after: Mapping[str, Stored]) -> Iterator[str]:
+    if not (merged / INDEX).is_file():
+        return
+    places: Any = read_json(merged / INDEX).get("weight_map")
+    places = places if isinstance(places, dict) else {}
+    for name in sorted(places.keys() | after.keys()):
+        if name not in after or places.get(name) != after[name].file.name:
+            yield f"{name}: {INDEX} says that it is in {places.get(name, 'no file')}"
+
+
+def _in_a_layer(name: str) -> bool:
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def _equal(name: str, old: Stored, new: Stored) -> bool:
+    """To a bit, after the base's values were rounded to the type of the merged ones."""
+    with safe_open(old.file, framework="pt") as a, safe_open(new.file, framework="pt") as b:
+        if not old.shape or not prod(old.shape):
+            pairs: Sequence[tuple[Any, Any]] = [(a.get_tensor(name), b.get_tensor(name))]
+            return all(_same_bits(x, y) for x, y in pairs)
+        left, right = a.get_slice(name), b.get_slice(name)
+        rows = max(1, BLOCK // max(1, prod(old.shape[1:])))
+        steps = range(0, old.shape[0], rows)
+        return all(_same_bits(left[i : i + rows], right[i : i + rows]) for i in steps)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a = a.to(b.dtype).contiguous().reshape(-1)
+    return torch.equal(a.view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
