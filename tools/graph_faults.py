@@ -5,7 +5,7 @@
 
 An exporter's fault is in the graph of the merged model and in that of the base; so it is for two thirds of the
 faults, and in that of the merged model alone for the rest. A fault that does not run, or changes no answer on valid
-inputs, is drawn again. Exits 1 if more than two of sixty faults go unseen or an honest export fails.
+inputs beyond what arithmetic in the precision does, is drawn again. Exits 1 if more than two of sixty faults go unseen or an honest export fails.
 """
 
 import argparse
@@ -138,6 +138,7 @@ def try_fault(bench: Bench, drawn: Drawn, shared: bool) -> Row:
         "graph": drawn.fault.graph,
         "in_the_base_too": shared,
         "effect": drawn.effect,
+        "noise": drawn.noise,
         "draws": drawn.draws,
         "caught": bool(caught),
         "caught_by": caught,
@@ -147,7 +148,10 @@ def try_fault(bench: Bench, drawn: Drawn, shared: bool) -> Row:
     }
     by = ", ".join(caught[:4]) + (" …" if len(caught) > 4 else "") or "NOT CAUGHT"
     where = f"{bench.tiny.cls} {bench.precision}, {'both' if shared else 'merged'}"
-    print(f"{drawn.fault.kind}: {drawn.fault.words} ({where}; moves {drawn.effect:.2g}): {by}", flush=True)
+    print(
+        f"{drawn.fault.kind}: {drawn.fault.words} ({where}; moves {drawn.effect:.2g}, noise {drawn.noise:.2g}): {by}",
+        flush=True,
+    )
     return row
 
 
