@@ -5,7 +5,8 @@
 
 An exporter's fault is in the graph of the merged model and in that of the base; so it is for two thirds of the
 faults, and in that of the merged model alone for the rest. A fault that does not run, or changes no answer on valid
-inputs beyond what arithmetic in the precision does, is drawn again. Exits 1 if more than two of sixty faults go unseen or an honest export fails.
+inputs beyond what arithmetic in the precision does, is drawn again. Exits 1 if more than two of sixty faults go
+unseen or an honest export fails.
 """
 
 import argparse
@@ -142,16 +143,13 @@ def try_fault(bench: Bench, drawn: Drawn, shared: bool) -> Row:
         "draws": drawn.draws,
         "caught": bool(caught),
         "caught_by": caught,
-        "fails_without_it": sorted(bench.alarms()),
         "refused": verdict.refused,
         "checks": onnx_checks(verdict),
     }
     by = ", ".join(caught[:4]) + (" …" if len(caught) > 4 else "") or "NOT CAUGHT"
     where = f"{bench.tiny.cls} {bench.precision}, {'both' if shared else 'merged'}"
-    print(
-        f"{drawn.fault.kind}: {drawn.fault.words} ({where}; moves {drawn.effect:.2g}, noise {drawn.noise:.2g}): {by}",
-        flush=True,
-    )
+    moved = f"moves {drawn.effect:.2g}, noise {drawn.noise:.2g}"
+    print(f"{drawn.fault.kind}: {drawn.fault.words} ({where}; {moved}): {by}", flush=True)
     return row
 
 

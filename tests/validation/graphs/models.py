@@ -69,7 +69,7 @@ class Tiny:
         for module in wrapped.modules():
             if isinstance(module, peft.tuners.lora.LoraLayer):
                 size = module.get_delta_weight("default").norm() / module.get_base_layer().weight.norm()
-                module.lora_B["default"].weight.data *= ratio / float(size)
+                module.lora_B["default"].weight.data *= ratio / size.item()
         wrapped.save_pretrained(folder)
         return folder
 
