@@ -95,11 +95,21 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free",
+            f"{size_of(needed)} are needed and {size_of(free)} are free",
             where=folder,
             expected="enough space for the whole output",
             next_step="free some space, or choose another -o",
         )
+
+
+def size_of(count: int) -> str:
+    """A number of bytes, in gigabytes where that says enough."""
+    return f"{count / 1e9:.2f} GB" if count >= 10**9 else f"{count:,} bytes"
+
+
+def written(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(p.lstat().st_size for p in folder.rglob("*") if not p.is_dir())
 
 
 def copy_range(source: int, start: int, length: int, target: int, at: int) -> None:

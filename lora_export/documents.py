@@ -1,13 +1,20 @@
 """JSON that came from elsewhere, checked once at the door: nothing behind it asks again what kind a value is of."""
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_export.errors import InputError
 
 DEEPEST = 64  # levels; what walks a document by recursion must get to its ends
+MOST_DIMENSIONS = 64  # of a tensor; NumPy's limit
+LARGEST = 2**63 - 1  # of a size, an offset, and the number of elements of a tensor
+# What parsed JSON takes of the memory for each of these characters of the text, in bytes: an object with a field or
+# two, a list with an element or two, a field, an element, and half a string.
+_COSTS = {b"{": 184, b"[": 88, b":": 100, b",": 40, b'"': 28}
+_EXPANSION, _ALLOWANCE = 6, 32 * 2**20  # bytes that it may take for a byte of the file, and besides
 # A kind of value. int, float, str, bool, dict, list: that type (a bool is no number; an int fits into 64 bits, a
 # float is finite, and may be written as 1); None: null; (a, b): one of these; [a]: a list of these; {str: a}: an
 # object of these, whatever they are called; {"x": a, "y?": b}: an object with a field x, maybe y, and maybe others.
@@ -22,6 +29,37 @@ def check(value: Any, kind: Kind, what: str, where: str | Path) -> None:
         raise InputError(
             f"{what} is damaged: {f'{place} ' if place else ''}{found}", where=where, expected=_words(expected)
         )
+
+
+def parse_json(raw: bytes, size: int, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The JSON value in UTF-8 bytes of a file of `size` bytes; pairs: object_pairs_hook of `json`.
+
+    ValueError, before anything is parsed, for a text such as [[],[],… that would take many times its size in
+    memory, and for what is no JSON. Python itself refuses a whole number of more than 4,300 digits.
+    """
+    if sum(raw.count(character) * cost for character, cost in _COSTS.items()) > _EXPANSION * size + _ALLOWANCE:
+        raise ValueError("it has far more brackets and commas than a file of its size has use for")
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def elements(shape: Sequence[int]) -> int | None:
+    """How many elements a tensor of this shape has; None if no tensor has so many, or so many dimensions.
+
+    A size of 0 makes the others no smaller: the strides of such a tensor are products of them, too.
+    """
+    if len(shape) > MOST_DIMENSIONS:
+        return None
+    strides = 1
+    for size in shape:
+        if not 0 <= size <= LARGEST:
+            return None
+        strides *= max(size, 1)
+        if strides > LARGEST:
+            return None
+    return 0 if 0 in shape else strides
 
 
 def is_kind(value: Any, kind: Kind) -> bool:
@@ -54,7 +92,11 @@ def check_texts(document: Any, where: str | Path) -> None:
 
 def is_text(value: str) -> bool:
     r"""Whether it can be written as UTF-8: JSON can spell half a character ("\ud800"), which no file can hold."""
-    return not any("\ud800" <= c <= "\udfff" for c in value)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def finite(value: Any) -> Any:

@@ -3,17 +3,16 @@
 import contextlib
 import errno
 import os
-import re
 import shutil
-import socket
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lora_export import disk
+from lora_export import disk, scratch
 from lora_export.errors import GateFailed, OutputError
 from lora_export.interrupts import Interrupts
+from lora_export.locks import locked
 
-LOCK_PATIENCE = 0.2  # seconds, for one who holds the lock to say who it is, or to be gone
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -26,14 +25,14 @@ def output_folder(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> I
     """
     final = final.resolve() if final.name in ("", "..") else final.absolute()
     _check_target(final, force, inputs)
-    with Interrupts() as interrupts, _full_disk_told(final), _parents(final), _lock(final):
+    with Interrupts() as interrupts, _full_disk_told(final), _parents(final), locked(final):
         with interrupts.welcome():
-            _clean_leftovers(final)
+            scratch.clean(final)
         _check_target(final, force, inputs)  # again: another run may have written it, or a leftover was put back
-        stage = final.with_name(f".{final.name}.partial-{os.getpid()}")
+        stage = scratch.path_for(final)
         try:
             stage.mkdir()
-            with interrupts.welcome():
+            with interrupts.welcome(), _full_disk_told(final, stage):
                 yield stage
                 disk.sync_tree(stage)
             replace_folder(stage, final)
@@ -64,11 +63,11 @@ def output_file(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> Ite
             expected="a file that does not exist yet",
             next_step="add --force to replace it, or choose another -o",
         )
-    with Interrupts() as interrupts, _full_disk_told(final), _parents(final), _lock(final):
-        work = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    with Interrupts() as interrupts, _full_disk_told(final), _parents(final), locked(final):
+        work = scratch.path_for(final)
         try:
-            with interrupts.welcome():
-                _clean_leftovers(final)
+            with interrupts.welcome(), _full_disk_told(final, work):
+                scratch.clean(final)
                 work.mkdir()
                 yield work
                 disk.sync(work / final.name)
@@ -81,17 +80,10 @@ def output_file(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> Ite
 @contextlib.contextmanager
 def added_to(folder: Path) -> Iterator[None]:
     """Be the only writer of a folder that others read meanwhile: files are made whole, and then renamed."""
-    with only_writer(folder) as interrupts:
+    with Interrupts() as interrupts, _full_disk_told(folder), locked(folder.absolute()):
         with interrupts.welcome():
             yield
         disk.sync(folder)
-
-
-@contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[Interrupts]:
-    """Hold the lock of a folder. Interrupts wait, but where what is yielded is told that they are welcome."""
-    with Interrupts() as interrupts, _full_disk_told(folder), _lock(folder.absolute()):
-        yield interrupts
 
 
 def failed_folder(final: Path) -> Path:
@@ -152,69 +144,40 @@ def _parents(final: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(final: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
+def _full_disk_told(final: Path, stage: Path | None = None) -> Iterator[None]:
+    """OutputError for a full disk, which says how much of the output there was. stage: where it is being written.
 
-    path = final.with_name(f".{final.name}.lock")
-    try:
-        held = FileLock(path).acquire(timeout=LOCK_PATIENCE, poll_interval=LOCK_PATIENCE / 10)
-    except Timeout:
-        raise OutputError(
-            f"another process{_holder(path)} is writing this output",
-            where=final,
-            expected="one writer at a time",
-            next_step="wait for it, or choose another -o",
-        ) from None
-    with held:
-        try:
-            # As filelock itself writes it where files cannot be locked: it tells a dead holder by that.
-            path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
-            yield
-        finally:
-            # Only who holds it removes it, and filelock gives nobody a lock on a file that is gone.
-            path.unlink(missing_ok=True)
-
-
-def _holder(path: Path) -> str:
-    """Who holds a lock, as far as its file says it."""
-    try:
-        number, host, *_ = [*path.read_text().split("\n"), "", ""]
-    except OSError:
-        return ""
-    elsewhere = f" on {host}" if host not in ("", socket.gethostname()) else ""
-    return f" (PID {number}{elsewhere})" if number else ""
-
-
-@contextlib.contextmanager
-def _full_disk_told(final: Path) -> Iterator[None]:
+    Libraries that write with code of their own tell of it in a text alone.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except OutputError:
+        raise
+    except Exception as error:
+        number = next((n for n in _FULL if _tells(error, n)), None)
+        if number is None:
             raise
+        sizes = ""
+        if stage is not None and stage.is_dir():
+            sizes = f"more than {disk.size_of(disk.written(stage))} are needed, which were written, and "
+        where = getattr(error, "filename2", None) or getattr(error, "filename", None) or final
         raise OutputError(
-            f"{error.strerror}: the disk became full while the output was being written",
-            where=error.filename2 or error.filename or final,
-            expected="enough space for the whole output",
-            next_step="free some space, or choose another -o",
+            f"{os.strerror(number)}: the disk became full while the output was being written",
+            where=where,
+            expected=f"enough space for the whole output: {sizes}{disk.size_of(_free(final))} are free",
+            next_step="free some space, or choose another -o, or another TMPDIR if the file is there",
         ) from None
 
 
-def _clean_leftovers(final: Path) -> None:
-    """Remove what a killed run left; put back an output that it had moved away. Called under the lock."""
-    for old in _leftovers(final, "old"):
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(final)
-    for stale in _leftovers(final, "partial"):
-        shutil.rmtree(stale, ignore_errors=True)
+def _tells(error: Exception, number: int) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == number
+    return os.strerror(number) in str(error)
 
 
-def _leftovers(final: Path, kind: str) -> list[Path]:
-    """By the whole name: no pattern that also fits what belongs to another output."""
-    name = re.compile(rf"\.{re.escape(final.name)}\.{kind}-\d+")
-    return [p for p in final.parent.iterdir() if name.fullmatch(p.name)]
+def _free(final: Path) -> int:
+    folder = next(p for p in final.parents if p.exists())
+    return shutil.disk_usage(folder).free
 
 
 def replace_folder(stage: Path, final: Path) -> None:
@@ -222,7 +185,7 @@ def replace_folder(stage: Path, final: Path) -> None:
 
     OSError if either cannot be done; then everything is as it was.
     """
-    existed = final.exists()
+    existed = os.path.lexists(final)
     _rename(stage, final, existed)
     try:
         disk.sync(final.parent)
@@ -233,30 +196,31 @@ def replace_folder(stage: Path, final: Path) -> None:
         _remove_replaced(stage, final)
 
 
-def exchange(a: Path, b: Path) -> None:
-    """Two folders change names, in one step where the system and the file system know how."""
-    _rename(a, b, swap=True)
-
-
 def _rename(a: Path, b: Path, swap: bool) -> None:
     """Rename the folder `a` to `b`; with `swap`, where there is a `b` already, that becomes `a`."""
     if not swap:
         a.replace(b)
     elif not disk.exchange_names(a, b):
-        # Without an atomic exchange there is a moment with neither name; _clean_leftovers mends it after a kill.
-        old = b.with_name(f".{b.name}.old-{os.getpid()}")
+        # Without an atomic exchange there is a moment with neither name; scratch.clean mends it after a kill.
+        old = scratch.path_for(b, "old")
+        scratch.note(b, old)
         b.rename(old)
         try:
             a.replace(b)
         except BaseException:
             old.rename(b)
+            scratch.forget(b)
             raise
         old.rename(a)
+        scratch.forget(b)
 
 
 def _remove_replaced(old: Path, final: Path) -> None:
     try:
-        shutil.rmtree(old)
+        if stat.S_ISDIR(old.lstat().st_mode):
+            shutil.rmtree(old)
+        else:  # a link of that name goes, and not what it leads to
+            old.unlink()
     except OSError as error:
         raise OutputError(
             f"the new output is complete and in place, but what it replaced cannot be removed: {error.strerror}",

@@ -485,41 +485,10 @@ MUTATIONS = (
         'tests/adapters/test_understanding.py::test_signs_of_trouble[dead]',
     ),
     Mutation(
-        'the records of the folder stand for those of the spare', 'workflows/switching.py',
-        'starts_as = _of_one_base(spare, recorded) or recorded',
-        'starts_as = recorded if _of_one_base(spare, recorded) else recorded',
-        'tests/merging/test_switching.py::test_ten_switches_end_where_a_fresh_merge_ends',
-    ),
-    Mutation(
-        'the map of the folder stands for that of the spare', 'workflows/switching.py',
-        'rewriting.hashes_of(spare.place if spare.state is not None else folder)',
-        'rewriting.hashes_of(folder)',
-        'tests/onnx_export/test_switching.py::test_ten_switches_of_an_export',
-    ),
-    Mutation(
-        'a file that is open is written into', 'spare.py',
-        '(target.stat().st_nlink == 1 and nobody_reads(target))',
-        'target.stat().st_nlink == 1',
-        'tests/merging/test_switching.py::test_who_reads_the_old_state_goes_on_reading_it',
-    ),
-    Mutation(
-        'a spare is believed unseen', 'spare.py',
-        "if any(p.is_symlink() or (p.is_file() and p.stat().st_mtime_ns > written) "
-        "for p in spare.place.rglob(\"*\")):",
-        'if spare.place.is_symlink():',
-        'tests/merging/test_switching.py::test_a_spare_that_was_changed_is_made_anew',
-    ),
-    Mutation(
-        'another base goes unnoticed', 'merging/switched.py',
-        'if hashes.get(new.name) not in (None, new.hash_in):',
-        'if hashes.get(new.name) is None:',
+        'another base goes unnoticed', 'workflows/switching.py',
+        'if before.get(found.name) not in (None, found.hash_in):',
+        'if before.get(found.name) is None:',
         'tests/merging/test_switching.py::test_another_base_is_noticed',
-    ),
-    Mutation(
-        'the folder itself is written into', 'spare.py',
-        'place = folder.with_name(f".{folder.name}.spare")\n',
-        'place = folder\n',
-        'tests/merging/test_switching.py::test_killed_anywhere_it_is_the_old_state_or_the_new_one',
     ),
     Mutation(
         'a switch does not wait for requests', 'serving.py',
@@ -700,5 +669,80 @@ MUTATIONS = (
         'one_by_one = compare_logits(exact, answered, self.tokens)',
         'one_by_one = compare_logits(answered, answered, self.tokens)',
         f'{NOISE}::test_validate_graph_fault_shared_with_base_fails[softcap]',
+    ),
+    Mutation(
+        'every fourth expert is compared', 'validation/tensors.py',
+        '_worst(name, found, wanted, allowed).worst',
+        '_worst(name, found[::4], wanted[::4], allowed[::4]).worst',
+        'tests/validation/test_recomputed.py::test_compare_tensors_any_expert_changed_is_named[exchanged]',
+    ),
+    Mutation(
+        'a high rank is too dear', 'validation/whole.py',
+        '    return isinstance(module, LoraLayer)',
+        '    return False',
+        'tests/validation/test_recomputed.py::test_compare_tensors_a_high_rank_is_recomputed_whole',
+    ),
+    Mutation(
+        'buffers are not compared', 'validation/tensors.py',
+        'in plain_buffers(model, wrapped):',
+        'in ():',
+        'tests/validation/test_recomputed.py::test_compare_tensors_a_running_variance_is_named',
+    ),
+    Mutation(
+        'the merged folder chooses its inputs', 'validation/run.py',
+        'kinds.Subject(plain(unmerged), settings, dtypes, *asked)',
+        'kinds.Subject(plain(unmerged), merged, dtypes, *asked)',
+        'tests/validation/test_settings.py::test_validate_the_merged_folder_does_not_choose_its_inputs',
+    ),
+    Mutation(
+        'a file too many is no setting', 'validation/settings.py',
+        'elif name.endswith(_READ):',
+        'elif False:',
+        'tests/validation/test_settings.py::'
+        'test_settings_check_a_changed_file_is_named_with_its_key[planted_adapter]',
+    ),
+    Mutation(
+        'no text reaches beyond a window', 'validation/lengths.py',
+        'at |= {length, length + 1,',
+        'at |= {length} or {length + 1,',
+        'tests/validation/test_lengths.py::test_choose_windows_and_original_ropes_are_reached_and_passed[window]',
+    ),
+    Mutation(
+        'what a pax header may hold is not bounded', 'packages/unpacking.py',
+        '    if not 0 < size <= LARGEST_EXTENDED:', '    if size <= 0:',
+        'tests/failures/test_bombs.py::test_an_archive_that_asks_for_much_is_refused[a pax header of 100 MB]',
+    ),
+    Mutation(
+        'sizes are multiplied to the end', 'documents.py',
+        '        if strides > LARGEST:\n            return None\n', '',
+        'tests/failures/test_bombs.py::test_shapes_of_a_weights_map_are_bounded[shape2]',
+    ),
+    Mutation(
+        'brackets are parsed however many they are', 'documents.py',
+        '> _EXPANSION * size + _ALLOWANCE', '> _EXPANSION * size + 2**40',
+        'tests/failures/test_bombs.py::test_a_header_that_asks_for_much_is_refused[many empty lists]',
+    ),
+    Mutation(
+        'PEFT matches by itself', 'patterns.py',
+        '        module.re = stand_in', '        module.re = re',
+        'tests/test_patterns.py::test_an_expression_without_end_does_not_hold_up_peft[target_modules]',
+    ),
+    Mutation(
+        'a link to a folder is followed', 'sealed.py',
+        'home = next((h for h in _homes(root) if h in real.parents), None)',
+        'home = real.parent',
+        'tests/failures/test_links.py::test_a_subfolder_that_is_a_link_is_refused',
+    ),
+    Mutation(
+        'a lock is written through a second name', 'locks.py',
+        'if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:',
+        'if not stat.S_ISREG(found.st_mode):',
+        'tests/failures/test_output_folders.py::test_a_planted_lock_is_refused_and_not_written[hard link]',
+    ),
+    Mutation(
+        'a planted folder becomes the output', 'scratch.py',
+        'return old if os.path.lexists(old) and _identity(old) == identity else None',
+        'return old if os.path.lexists(old) else None',
+        'tests/failures/test_output_folders.py::test_a_planted_folder_does_not_become_the_output[noted]',
     ),
 )  # fmt: skip

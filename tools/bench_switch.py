@@ -2,9 +2,9 @@
 
     python tools/bench_switch.py --base BASE --first ADAPTER --second ADAPTER
 
-On disk: `switch` through four states in a circle, so that the spare never holds the next one, beside a copy of the
-folder that is synced as well; the ratio is to the share of that copy that was written. Live: each way of
-`lora_export.serving` beside a plain session, in turn: what a switch takes, and what a decoding step takes.
+On disk: `switch` there and back, beside a fresh merge of the same adapter, or a fresh export with the same graph,
+into a folder of its own. Live: each way of `lora_export.serving` beside a plain session, in turn: what a switch
+takes, and what a decoding step takes.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from typing import Any
 from processes import circumstances, save, spread
 
 from lora_export.contracts import AdapterChoice, Source
-from lora_export.disk import sync_tree
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
@@ -39,27 +38,19 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, found
 
 
-def on_disk(folder: Path, base: Path, states: list[list[AdapterChoice]], rounds: int) -> dict[str, Any]:
-    """Seconds, shares and ratios of `rounds` times around, the first of which makes the spare."""
-    samples, steps = [], itertools.pairwise(itertools.cycle(states))
-    for _ in range(rounds * len(states)):
+def on_disk(
+    folder: Path, base: Path, states: list[list[AdapterChoice]], rounds: int, fresh: Callable[[int, Path], Any]
+) -> dict[str, Any]:
+    """Seconds of switches there and back, and their ratios to `fresh`, which makes a state in a new folder."""
+    samples, steps = [], itertools.pairwise(itertools.cycle((0, 1)))
+    for _ in range(2 * rounds):
         before, after = next(steps)
-        aside = folder.with_name("copy")
-        copy = timed(lambda at=aside: (shutil.copytree(folder, at), sync_tree(at)))[0]  # type: ignore[misc]
+        aside = folder.with_name("fresh")
+        seconds = timed(lambda to=after, at=aside: fresh(to, at))[0]  # type: ignore[misc]
         shutil.rmtree(aside)
-        found = switch(folder, base, before, after, Silent())
-        samples.append({"seconds": found.seconds, "share": found.share, "copy_seconds": copy})
-    for sample in samples:
-        sample["ratio"] = sample["seconds"] / (sample["share"] * sample["copy_seconds"])
-    first, later = samples[0], samples[1:]
-    back = switch(folder, base, after, before, Silent())
-    return {
-        "first": first,
-        "ratio": spread([s["ratio"] for s in later]),
-        "to_copy": spread([s["seconds"] / s["copy_seconds"] for s in later]),
-        "back_to_copy": back.seconds / statistics.median(s["copy_seconds"] for s in later),
-        "samples": samples,
-    }
+        found = switch(folder, base, states[before], states[after], Silent())
+        samples.append({"seconds": found.seconds, "fresh_seconds": seconds})
+    return {"to_fresh": spread([s["seconds"] / s["fresh_seconds"] for s in samples]), "samples": samples}
 
 
 def step(session: Any) -> dict[str, Any]:
@@ -125,12 +116,15 @@ def live(plain: Path, other: Path, plugged: Path | None, repeat: int) -> dict[st
 def main() -> None:
     options = parse()
     base, progress = options.base, Silent()
-    states = [[AdapterChoice(a, w)] for w in (1.0, 0.5) for a in (options.first, options.second)]
+    states = [[AdapterChoice(a)] for a in (options.first, options.second)]
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="bench-switch-", dir=options.work) as scratch:
         work = Path(scratch)
-        merged = [merge(base, s, work / f"merged-{i}").output for i, s in enumerate(states[:2])]
-        results["merged"] = on_disk(Path(shutil.copytree(merged[0], work / "x")), base, states, options.rounds)
+        merged = [merge(base, s, work / f"merged-{i}").output for i, s in enumerate(states)]
+        results["merged"] = on_disk(
+            Path(shutil.copytree(merged[0], work / "x")), base, states, options.rounds,
+            lambda to, at: merge(base, states[to], at),
+        )  # fmt: skip
         _say("merged", results["merged"])
         for precision in options.precision:
             graph = export(base, work / f"base-{precision}", precision=precision, provider="cpu", progress=progress)
@@ -148,7 +142,12 @@ def main() -> None:
                 )  # fmt: skip
             found = {"live": live(*pair, plugged, options.repeat)}
             folder = Path(shutil.copytree(pair[0], work / f"x-{precision}"))
-            found |= on_disk(folder, base, states, options.rounds)
+            found |= on_disk(
+                folder, base, states, options.rounds,
+                lambda to, at, earlier=graph.output: reweight(
+                    earlier, merge(base, states[to], at / "merged").output, at / "onnx", progress=progress
+                ),
+            )  # fmt: skip
             results[precision] = found
             _say(precision, found)
             print(f"  live: step {found['live']['step_ratio']}, switch {found['live']['switch_ms']}", flush=True)
@@ -159,11 +158,9 @@ def main() -> None:
 
 
 def _say(name: str, found: dict[str, Any]) -> None:
-    first, ratio = found["first"], found["ratio"]
+    ratio = found["to_fresh"]
     print(
-        f"{name}: of the share of a copy {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}), "
-        f"first {first['ratio']:.2f}; of a whole copy {found['to_copy']['median']:.2f}, "
-        f"back {found['back_to_copy']:.2f}",
+        f"{name}: a switch takes {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) of a fresh one",
         flush=True,
     )
 
@@ -176,7 +173,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--precision", nargs="*", choices=["fp32", "fp16", "int4"], default=["fp32", "fp16", "int4"]
     )
-    parser.add_argument("--rounds", type=int, default=3, help="times around the four states")
+    parser.add_argument("--rounds", type=int, default=3, help="times there and back")
     parser.add_argument("--repeat", type=int, default=30, help="decoding steps of each session")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="default: %(default)s")
     parser.add_argument("--save", type=Path, help="JSON file to write (default: a new one in benchmarks/results)")

@@ -182,22 +182,6 @@ def combining() -> str:
     return table(["", "none", *names[1:]], rows)
 
 
-def switching() -> str:
-    small, large = read("switch-SmolLM2-*.json")["results"], read("switch-1.1B-*.json")["results"]
-    rows = []
-    for words, r in (
-        ("1.1B, bf16, all linear layers", large["merged"]),
-        ("SmolLM2, fp32", small["merged"]),
-        *((f"its ONNX, {p}", small[p]) for p in ("fp32", "fp16", "int4")),
-    ):
-        shares = [s["share"] for s in r["samples"][1:]]
-        low, high = min(shares) * 100, max(shares) * 100
-        written = f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f}–{high:.0f} %"
-        spread = f"{r['ratio']['median']:.2g} ({r['ratio']['min']:.2g}–{r['ratio']['max']:.2g})"
-        rows.append([words, written, spread, f"{r['to_copy']['median']:.2g}", f"{r['back_to_copy']:.2g}"])
-    return table(["", "written", "÷ a copy of that share", "÷ a whole copy", "the way back, ÷ a whole copy"], rows)
-
-
 def serving() -> str:
     found = read("switch-SmolLM2-*.json")["results"]
     rows = []
@@ -276,7 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        combining, switching, serving, continued, precisions, bases, mutants,
+        combining, serving, continued, precisions, bases, mutants,
         demo, inspected,
     )
 }  # fmt: skip

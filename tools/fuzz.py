@@ -23,6 +23,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import HypothesisWarning
 
 import tests.conftest  # noqa: F401  - keeps every library off the network
+from tests.fuzz import guard
 from tests.fuzz.guard import HARNESSES, Harness
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,14 @@ def _signature(error: Exception) -> str:
     return f"{type(error).__name__} at {Path(where.filename).name}:{where.name}: {where.line}"
 
 
+def _cost() -> str:
+    """What the harness's inputs took at most, where it measures them."""
+    worst = guard.WORST
+    if not worst.seconds:
+        return ""
+    return f"; at most {worst.seconds:.2f} s, {worst.rate:.2f} s for a MB, {worst.memory / 2**20:.0f} MiB"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, required=True, help="for each harness")
@@ -91,9 +100,10 @@ def main() -> int:
     failed = 0
     for harness in HARNESSES:
         if not options.only or options.only in harness.name:
+            guard.WORST = guard.Worst()
             tried, failures = fuzz(harness, options.minutes * 60, options.log)
             failed += len(failures)
-            print(f"{harness.name}: {tried:,} examples, {len(failures)} failures", flush=True)
+            print(f"{harness.name}: {tried:,} examples, {len(failures)} failures{_cost()}", flush=True)
     return 1 if failed else 0
 
 

@@ -1,14 +1,12 @@
 """adapter_config.json as PEFT writes it, read strictly: what is not understood is refused, never ignored."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import regex
-
+from lora_export import patterns
 from lora_export.documents import Kind, check, is_kind
 from lora_export.errors import AdapterError
 
@@ -23,8 +21,6 @@ _FIELDS: Kind = {
     "lora_B_layout?": (None, str),
 }
 LARGEST = 1e30  # of an alpha: the arithmetic is fp32, and the factor is multiplied with two matrices
-LONGEST_EXPRESSION = 1000  # characters
-PATIENCE = 1.0  # seconds for one name; (a+)+b would take longer than the universe
 # What changes the result in a way that no weight can hold, or that is not computed here: key → why, what helps.
 _REFUSALS: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": (
@@ -82,32 +78,14 @@ class LoraConfig:
 def match_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """PEFT's rule: the first key, in the file's order, that matches the end of the module's name."""
     for key, value in pattern.items():
-        if matches(rf"(.*\.)?({key})", module):
+        if patterns.ends_with(key, module):
             return value
     return default
 
 
-def matches(expression: str, name: str) -> bool:
-    """Whether the regular expression of an adapter matches a whole name. AdapterError if that takes long."""
-    try:
-        return regex.fullmatch(expression, name, timeout=PATIENCE) is not None
-    except TimeoutError:
-        raise AdapterError(
-            f"the regular expression {expression!r} takes more than {PATIENCE:g} s for one name",
-            tensor=name,
-            expected="one without repeats inside of repeats",
-        ) from None
-
-
 def check_expression(expression: str, what: str, where: Path) -> None:
     """Refuse what is no regular expression, or one so large that to compile it would fill the memory."""
-    reason = None
-    try:
-        re.compile(f"({expression})")
-    except (re.error, RecursionError, OverflowError) as error:
-        reason = str(error)
-    if len(expression) > LONGEST_EXPRESSION or re.search(r"\{\d*,?\d{4}", expression):
-        reason = "it is too large"
+    reason = patterns.reason_against(expression)
     if reason:
         raise AdapterError(f"{what} {expression!r}: {reason}", where=where, expected="a regular expression")
 

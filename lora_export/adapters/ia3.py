@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.config import check_expression, matches
+from lora_export.adapters.config import check_expression
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
+from lora_export.patterns import fullmatch
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def _is_feedforward(file: AdapterFile, module: str) -> bool:
     named = file.config.get("feedforward_modules")
     if isinstance(named, str):
         check_expression(named, "feedforward_modules is", file.where)
-        return matches(named, module)
+        return fullmatch(named, module) is not None
     if not isinstance(named, list):
         raise file.refuse(
             f"feedforward_modules is {named!r}",

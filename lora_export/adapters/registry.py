@@ -23,6 +23,7 @@ from lora_export.adapters.kind import AdapterFile, Kind
 from lora_export.adapters.spelling import respelled
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
+from lora_export.patterns import TOTAL, within
 
 CONFIG = "adapter_config.json"
 
@@ -45,6 +46,11 @@ _NEVER = {
 
 def read_adapter(file: AdapterFile) -> Adapter:
     """Every tensor of the adapter as part of exactly one update; AdapterError for what cannot be merged."""
+    with within(TOTAL, str(file.where)):
+        return _read(file)
+
+
+def _read(file: AdapterFile) -> Adapter:
     check_config(file.config, file.where)
     file = respelled(file)
     kind = _peft_type(file)

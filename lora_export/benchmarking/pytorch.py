@@ -9,6 +9,7 @@ from lora_export.benchmarking import feeds
 from lora_export.benchmarking.buffers import Buffers, Shape
 from lora_export.benchmarking.sessions import Bound
 from lora_export.errors import InputError
+from lora_export.patterns import bounded
 
 
 class TorchEngine:
@@ -30,7 +31,9 @@ class TorchEngine:
         transformers.logging.disable_progress_bar()
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True)
-            self._model = PeftModel.from_pretrained(model, adapter).eval().requires_grad_(False).to(self.device)
+            with bounded("peft", str(adapter)):
+                unmerged = PeftModel.from_pretrained(model, adapter)
+            self._model = unmerged.eval().requires_grad_(False).to(self.device)
         except (ValueError, OSError, KeyError) as error:
             raise InputError(
                 f"PyTorch and PEFT cannot load this pair: {' '.join(str(error).split())[:300]}",

@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_export.checkpoint.reader import TensorFiles, read_tensors, refuse_code
 from lora_export.errors import CheckpointError, InputError
-from lora_export.sealed import read_json
+from lora_export.sealed import LARGEST_SETTINGS, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -51,7 +51,7 @@ def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
             expected="a PEFT adapter folder",
             next_step=f"give one of {', '.join(map(str, inner))}" if inner else None,
         )
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, limit=LARGEST_SETTINGS)
     refuse_code(config, folder / CONFIG)
     for name, (why, next_step) in _BESIDE.items():
         if (folder / name).exists():

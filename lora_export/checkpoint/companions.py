@@ -1,12 +1,11 @@
 """Config, tokenizer and chat template: copied byte for byte; of config.json only the keys that must change do."""
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_export import tokenizer_names
-from lora_export.sealed import refuse_outward_link, write_json
+from lora_export.sealed import copy, refuse_outward_link, write_json
 
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
@@ -51,16 +50,18 @@ def copy_subfolders(folder: Path, target: Path) -> None:
     """The settings in folders of their own that modules.json of sentence-transformers names (1_Pooling/…)."""
     if not (folder / "modules.json").is_file():
         return
-    for path in _own(sorted(folder.glob("*/*.json"))):
-        if path.is_file() and not path.parent.name.startswith("."):
-            (target / path.parent.name).mkdir(exist_ok=True)
-            shutil.copyfile(path, target / path.parent.name / path.name)
+    for path in sorted(folder.glob("*/*.json")):
+        if not path.parent.name.startswith("."):
+            refuse_outward_link(path, folder)
+            if path.is_file():
+                (target / path.parent.name).mkdir(exist_ok=True)
+                copy(path, target / path.parent.name / path.name, folder)
 
 
 def copy_files(files: list[Path], target: Path) -> None:
     """Copy contents only: the new files get the umask's mode, and a link becomes a file."""
     for path in files:
-        shutil.copyfile(path, target / path.name)
+        copy(path, target / path.name)
 
 
 def write_config(
@@ -69,6 +70,6 @@ def write_config(
     """Copy config.json, which holds `config`, with some keys set or removed; without a change, byte for byte."""
     wanted = {k: v for k, v in config.items() if k not in removals} | dict(changes)
     if wanted == config:
-        shutil.copyfile(source, target)
+        copy(source, target)
     else:
         write_json(target, wanted)

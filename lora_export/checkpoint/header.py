@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import TensorInfo
-from lora_export.documents import is_text
+from lora_export.documents import LARGEST, elements, is_text, parse_json
 from lora_export.errors import CheckpointError
 
 ITEM_SIZE = {
@@ -20,7 +20,6 @@ ITEM_SIZE = {
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 LONGEST_NAME = 1024  # characters; patterns are matched with names, and digits in them become numbers
-_LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ def read_header(path: Path) -> ShardHeader:
         size, length, raw = _read(path)
     except OSError as error:
         raise CheckpointError(f"the file cannot be read: {error.strerror}", where=path) from None
-    entries = _parse(path, raw)
+    entries = _parse(path, raw, size)
+    del raw
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) and is_text(v) for v in metadata.values()):
         raise _damaged(path, "__metadata__ is not a map of strings")
@@ -59,7 +59,7 @@ def _read(path: Path) -> tuple[int, int, bytes]:
         return size, length, f.read(length)
 
 
-def _parse(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse(path: Path, raw: bytes, size: int) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         for name in out:
@@ -72,8 +72,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         return out
 
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw, size, unique)
+    except ValueError as error:
         raise _damaged(path, f"the header is not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise _damaged(path, "the header is no JSON object")
@@ -96,14 +96,17 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(n) for n in offsets):
         raise odd(f"data_offsets {offsets!r} are no two positions")
     start, end = offsets
-    needed = math.prod(shape) * ITEM_SIZE[dtype]
+    count = elements(shape)
+    if count is None:
+        raise odd(f"no tensor has the shape {shape}")
+    needed = count * ITEM_SIZE[dtype]
     if end - start != needed:
         raise odd(f"{end - start} bytes for a {dtype} tensor of shape {shape}, which needs {needed}")
     return TensorInfo(name, dtype, tuple(shape), path, data + start, data + end)
 
 
 def _natural(n: Any) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _LARGEST
+    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= LARGEST
 
 
 def _check_cover(path: Path, infos: list[TensorInfo], data: int, size: int) -> None:

@@ -11,7 +11,7 @@ from lora_export.checkpoint.header import ITEM_SIZE, read_header
 from lora_export.contracts import TensorInfo
 from lora_export.documents import Kind, check, walk
 from lora_export.errors import CheckpointError, InputError
-from lora_export.sealed import plain_name, read_json, refuse_outward_link
+from lora_export.sealed import LARGEST_SETTINGS, plain_name, read_json, refuse_outward_link
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise InputError("this folder is an adapter, not a base model", where=folder, next_step="swap -b and -a")
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", limit=LARGEST_SETTINGS)
     refuse_code(config, folder / "config.json")
     check(config, _CONFIG, "the configuration", folder / "config.json")
     tensors, metadata = read_tensors(folder, SINGLE, INDEX)
@@ -155,8 +155,11 @@ def _shards(folder: Path, single: str, index: Path) -> dict[str, set[str] | None
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("the index has no weight_map", where=index)
-    shards: dict[str, set[str] | None] = {}
+    shards: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
+        if isinstance(name, str) and name in shards:
+            shards[name].add(tensor)
+            continue
         if not isinstance(name, str) or not plain_name(name) or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"the index points to {name!r}",
@@ -172,9 +175,7 @@ def _shards(folder: Path, single: str, index: Path) -> dict[str, set[str] | None
                 expected=f"the file {folder / name}",
                 next_step="download the missing shard",
             )
-        names = shards.setdefault(name, set())
-        assert names is not None
-        names.add(tensor)
+        shards[name] = {tensor}
     return dict(sorted(shards.items()))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lora_export.commands.talk import Talk
 from lora_export.errors import InputError, OutputError
+from lora_export.files import output_file
 from lora_export.understanding import Understanding, understand
 
 _ENDINGS = (".svg", ".html")
@@ -20,10 +21,8 @@ def learnt(adapter: Path, base: Path | None, picture: Path | None, force: bool, 
     found = understand(adapter, base, talk.progress)
     document = found.as_json()
     if picture is not None:
-        text = drawn(document, picture)
-        unfinished = picture.with_name(f".{picture.name}.partial")
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(picture)
+        with output_file(picture, force) as work:
+            (work / picture.name).write_text(drawn(document, picture), encoding="utf-8")
         document["picture"] = str(picture)
     blocks = [
         f"{found.adapter}\n" + "\n".join(found.sentences),

@@ -24,5 +24,10 @@ def report(run: Path, compare: Path | None, as_json: bool, quiet: bool, verbose:
 
 
 def _report_folder(run: Path) -> Path:
+    from lora_export.sealed import refuse_outward_link
+
     inner = run / "report"
-    return inner if inner.is_dir() else run
+    if not inner.is_dir():
+        return run
+    refuse_outward_link(inner)
+    return inner

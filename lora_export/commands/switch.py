@@ -41,23 +41,17 @@ from lora_export.commands.talk import talking
     metavar="BASE",
     help="The base that both belong to.  [default: where the adapter of --to says that its base is]",
 )
-@click.option(
-    "--no-spare",
-    is_flag=True,
-    help="Do not keep what was in use. The spare beside it, .NAME.spare, makes the next switch cost only what "
-    "differs, and the way back nothing; it takes the disk of the files that changed.",
-)
 @merging_options.merge_options
 @options.talk_options
 def switch(
-    model: Path, before: tuple[str, ...], after: tuple[str, ...], base: str | None, no_spare: bool, as_json: bool,
+    model: Path, before: tuple[str, ...], after: tuple[str, ...], base: str | None, as_json: bool,
     quiet: bool, verbose: bool, **words: Any,
 ) -> None:  # fmt: skip
-    """Put another adapter into a merged folder, or into its ONNX export, at the cost of what changes.
+    """Put another adapter into a merged folder, or into its ONNX export, in its place.
 
-    Only the tensors that one of the two adapters changes are computed, from the base, and the result is byte for
-    byte that of a fresh merge, with its certificate: nothing drifts, however often it is done. The folder holds the
-    old adapter or the new one at every moment, whoever reads it meanwhile, and whatever kills this command.
+    The weights are computed from the base, and the result is byte for byte that of a fresh merge, with its
+    certificate: nothing drifts, however often it is done. The new folder is made beside the old one, and the two
+    exchange their names in one step: the folder is the old one or the new one, whatever kills this command.
 
     A merged folder knows the options that it was merged with; for an ONNX folder give them again, if they were not
     the defaults (--dtype, --training-quantization, …).
@@ -76,5 +70,5 @@ def switch(
         old, new = (gather.chosen(names) for names in (before, after))
         folder = resolve(base or base_of(new[0].folder)).folder
         settings = gather.merge_options_of(words)
-        found = switch_adapter(model, folder, old, new, talk.progress, not no_spare, settings)
+        found = switch_adapter(model, folder, old, new, talk.progress, settings)
         talk.result(found.as_json(), table(switched_rows(found)))

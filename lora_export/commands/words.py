@@ -74,12 +74,10 @@ def derived_words(made: "Derived") -> str:
 
 
 def switched_rows(found: "Switched") -> Rows:
-    written = f"{found.tensors} tensors, {megabytes(found.nbytes)}, {found.share:.1%} of the folder"
     return [
-        ("switched", "back to what the spare held: nothing was written" if found.went_back else written),
+        ("switched", f"{found.tensors} tensors differ; {megabytes(found.nbytes)} were written"),
         ("time", f"{found.seconds:.2f} s"),
         ("output", str(found.output)),
-        ("spare", f"{found.spare}: what it held before" if found.spare else "none was kept"),
     ]
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora_export.checkpoint.adapter_files import CONFIG, WEIGHTS
 from lora_export.deltas.spectrum import Spectrum
+from lora_export.disk import check_space
 from lora_export.errors import AdapterError, InputError
 from lora_export.files import output_folder
 from lora_export.sealed import write_json
@@ -143,6 +144,7 @@ class NewAdapter:
                     )
                 values[f"{_PREFIX}{pair.module}.{name}"] = rounded
         values |= {f"{_PREFIX}{name}": value for name, value in self.whole.items()}
+        check_space(output.absolute().parent, sum(v.nbytes for v in values.values()))
         with output_folder(output, force, inputs=inputs) as stage:
             made_by = f"lora-export {__version__} {self.made_by}"
             save_file(values, stage / WEIGHTS, {"format": "pt", "made_by": made_by})

@@ -5,7 +5,7 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,12 +87,14 @@ def merge(
     progress: Progress | None = None,
     *,
     certified: bool = True,
+    accept: Callable[[Sequence[TensorRecord]], None] | None = None,
 ) -> MergeResult:
     """Merge adapter folders into a base folder and write a Hugging Face folder, all or nothing.
 
     Arithmetic is fp32, or float64 where fp32 is written, and rounded once. Raises LoraExportError before the first
     byte for whatever headers can tell, and leaves nothing behind if something fails later. certified=False leaves
-    out hashes and the comparison with float64, to see what they cost; such a folder cannot be verified.
+    out hashes and the comparison with float64, to see what they cost; such a folder cannot be verified. accept: is
+    shown what was made of each tensor before the output is replaced, and may raise to keep what is there.
     """
     options, progress = options or MergeOptions(), progress or Silent()
     planned = plan(base, adapters, options)
@@ -106,6 +108,8 @@ def merge(
         check_space(stage, planned.nbytes)
         execution = Execution(planned, stage, progress, certified)
         execution.run()
+        if accept is not None:
+            accept(execution.records)
         warnings = [*planned.warnings, *write_beside(planned, companions, stage)]
         survival, checks = execution.survival, base_checks(planned)
         warnings += _judge(planned, survival)

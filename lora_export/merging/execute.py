@@ -31,15 +31,14 @@ _SMALLER = 4  # times smaller is a block of which several deltas are in memory, 
 class Execution:
     """Writes the shards of a plan into a folder and keeps the record of every tensor.
 
-    certified: whether tensors are hashed and computed again in float64; only: tensors that are written into files
-    that are there, others being told by `keep`; unchecked: tensors that were not computed again → why.
+    certified: whether tensors are hashed and computed again in float64; unchecked: tensors that were not computed
+    again → why.
     """
 
     plan: MergePlan
     folder: Path
     progress: Progress
     certified: bool = True
-    only: frozenset[str] | None = None
     workers: int = field(default_factory=cores)
     unchecked: dict[str, str] = field(default_factory=dict)
     _records: dict[str, TensorRecord] = field(default_factory=dict)
@@ -51,7 +50,7 @@ class Execution:
 
     def run(self) -> None:
         """InputError before the first byte if a single block needs more memory than is allowed."""
-        computed = [t for t in self.plan.tensors.values() if t.operation != "copied" and self._writes(t)]
+        computed = [t for t in self.plan.tensors.values() if t.operation != "copied"]
         for tensor in computed:
             self._check_memory(tensor)
         with contextlib.ExitStack() as files, one_thread_each(self.plan.computes):
@@ -70,18 +69,9 @@ class Execution:
                 total.join(self._survival[tensor.name])
         return total.share
 
-    def keep(self, tensor: PlannedTensor, survival: Survival, found: TensorRecord) -> None:
-        """What is known of a tensor that is not written."""
-        with self._keeping:
-            self._survival[tensor.output.name] = survival
-            self._records[tensor.output.name] = found
-
-    def _writes(self, tensor: PlannedTensor) -> bool:
-        return self.only is None or tensor.output.name in self.only
-
     def _share_out(self, jobs: Iterator[Copy | Block]) -> None:
         budget = Budget(self.plan.options.max_memory)
-        total = sum(t.output.nbytes for t in self.plan.tensors.values() if self._writes(t))
+        total = sum(t.output.nbytes for t in self.plan.tensors.values())
 
         def look() -> None:
             self.progress.advance(self._written, total)
@@ -136,7 +126,9 @@ class Execution:
         return errors
 
     def _keep(self, tensor: PlannedTensor, survival: Survival, certified: Certified) -> None:
-        self.keep(tensor, survival, record(tensor, survival, certified))
+        with self._keeping:
+            self._survival[tensor.output.name] = survival
+            self._records[tensor.output.name] = record(tensor, survival, certified)
 
     def _jobs(self, files: contextlib.ExitStack) -> Iterator[Copy | Block]:
         """Every byte of the output once, in the order of the files. Runs under the lock of `_take`."""
@@ -148,10 +140,7 @@ class Execution:
             return file
 
         for shard in self.plan.shards:
-            if not any(self._writes(self.plan.tensors[t.name]) for t in shard.tensors):
-                continue
-            new = 0 if self.only is not None else os.O_CREAT | os.O_EXCL
-            out = opened(self.folder / shard.file, os.O_WRONLY | new)
+            out = opened(self.folder / shard.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             out.write(shard.header, 0)
             at = len(shard.header)
             for output in shard.tensors:
@@ -159,9 +148,6 @@ class Execution:
                 self._outputs[output.name] = TensorInfo(
                     output.name, output.dtype, output.shape, out.path, at, at + output.nbytes
                 )
-                if not self._writes(tensor):
-                    at += output.nbytes
-                    continue
                 if tensor.operation == "copied":
                     assert tensor.source is not None
                     file = tensor.source.file

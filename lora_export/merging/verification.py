@@ -100,7 +100,8 @@ def verify_streamed(folder: Path, hashes: Mapping[str, str]) -> Verification:
 
 
 def _files(findings: Findings, folder: Path, recorded: Mapping[str, Any]) -> None:
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} - {NAME}
+    paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    present = {p.relative_to(folder).as_posix() for p in paths} - {NAME}
     wanted: Files = recorded["files"]
     failures = [f"{n} is missing" for n in sorted(wanted.keys() - present)]
     failures += [f"{n} was added after the merge" for n in sorted(present - wanted.keys())]

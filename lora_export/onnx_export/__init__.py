@@ -142,13 +142,15 @@ def reweight(
 ) -> ExportResult:
     """Export `model` with the graphs of `earlier`, an export of the same base: only data files are written anew.
 
-    The result is, byte for byte, what a fresh export of `model` with the options of `earlier` gives.
+    The result is, byte for byte, what a fresh export of `model` with the options of `earlier` gives. With `force`,
+    `output` may be `earlier` itself, which is replaced at the end.
     """
     started = time.monotonic()
     record = records.read_record(earlier)
     config = read_config(model)
     found = read_map(earlier, tuple(record["graphs"]))
-    with files.output_folder(output, force, inputs=[model, earlier]) as stage, opened(model, source) as numbers:
+    inputs = [model] if output.exists() and output.samefile(earlier) else [model, earlier]
+    with files.output_folder(output, force, inputs=inputs) as stage, opened(model, source) as numbers:
         hashes = hash_all(numbers)
         refuse_other_model(earlier, record, config, found, hashes)
         unchanged = frozenset(n for n, h in hashes.items() if found.hashes[n] == h)

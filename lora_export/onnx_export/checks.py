@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lora_export import sealed
 from lora_export.choices import Precision
 from lora_export.errors import ExportError
+from lora_export.onnx_export.expansion import refuse_expansion
 
 if TYPE_CHECKING:
     import onnx
@@ -21,6 +22,7 @@ def check_model(path: Path) -> None:
     """Raise ExportError, with file and tensor, if the graph or where its weights lie is not acceptable."""
     model = load_graph(path)
     check_external_data(path, model)
+    refuse_expansion(path, model)
     _check_graph(path, model)
 
 

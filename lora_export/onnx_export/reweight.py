@@ -1,7 +1,6 @@
 """The next adapter of an exported graph: the same graph files byte for byte, and new data files."""
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,5 +142,11 @@ def _check_places(path: Path, model: Any, found: WeightsMap) -> None:
 def copy_graphs(earlier: Path, output: Path, names: list[str]) -> None:
     """Copy what the engine made, byte for byte: the graphs and the runtime's configuration."""
     for name in names:
-        sealed.refuse_outward_link(earlier / name)
-        shutil.copyfile(earlier / name, output / name)
+        if not sealed.plain_name(name):
+            raise ExportError(
+                f"the record of the export names the file {name!r}",
+                where=earlier,
+                expected="names of files in the folder of the export",
+                next_step="export the base again",
+            )
+        sealed.copy(earlier / name, output / name)

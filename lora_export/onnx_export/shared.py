@@ -11,7 +11,7 @@ adapter or the new one.
 import contextlib
 import hashlib
 import re
-import shutil
+import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -90,8 +90,7 @@ def _write_base(folder: Path, shared: Shared) -> None:
     (data,) = shared.found.sizes
     own = (data, weights_map.NAME, records.NAME, ".onnx", ".bin")  # and those of adapters, if that is such a folder
     for path in sorted(p for p in shared.earlier.iterdir() if p.is_file() and not p.name.endswith(own)):
-        sealed.refuse_outward_link(path)
-        shutil.copyfile(path, folder / path.name)
+        sealed.copy(path, folder / path.name)
     with (shared.earlier / data).open("rb") as source, (folder / BASE_DATA).open("xb") as target:
         disk.copy_range(source.fileno(), 0, shared.found.sizes[data], target.fileno(), 0)
     (folder / BASE_GRAPH).write_bytes(_serialized(_moved(shared.graph, {})))
@@ -180,14 +179,17 @@ def _digest(touched: list[Weight], hashes: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def _partial(folder: Path, name: str, data: Path) -> Iterator[tuple[Path, Path]]:
-    """Names that nobody looks at, for data and graph that are not whole; what a killed run left is removed first.
+    """Names that nobody can guess, for data and graph that are not whole; what a killed run left is removed first.
 
     data: the name that the data get before the graph is whole; if that fails they go, too, unless they were there.
     """
-    pair = folder / f".{name}.partial.bin", folder / f".{name}.partial.onnx"
+    token = secrets.token_hex(16)
+    pair = folder / f".{name}.partial-{token}.bin", folder / f".{name}.partial-{token}.onnx"
     left = () if data.exists() else (data,)
-    for path in pair:
-        path.unlink(missing_ok=True)
+    stale = re.compile(rf"\.{re.escape(name)}(\.export\.json)?\.partial-[0-9a-f]{{32}}(\.bin|\.onnx)?")
+    for path in [p for p in folder.iterdir() if stale.fullmatch(p.name)]:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
     try:
         yield pair
     except BaseException:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora_export import sealed
-from lora_export.documents import Kind, check, check_texts
+from lora_export.documents import LARGEST, Kind, check, check_texts, elements
 from lora_export.errors import ExportError
 
 NAME = "weights-map.json"
@@ -189,6 +189,9 @@ def _weight(entry: dict[str, Any], path: Path) -> Weight:
         raise _odd(path, f"the type {entry['dtype']!r}", ", ".join(ITEM_SIZE), name)
     if entry["offset"] < 0 or any(n < 0 for n in entry["shape"]):
         raise _odd(path, "a negative size or offset", "0 or more", name)
+    count = elements(entry["shape"])
+    if count is None or entry["offset"] + count * ITEM_SIZE[entry["dtype"]] > LARGEST:
+        raise _odd(path, f"the shape {entry['shape']}", "one that a tensor in a file can have", name)
     recipe = Recipe(
         tuple(_piece(p, path) for p in entry["made_of"]),
         entry.get("transposed", False),

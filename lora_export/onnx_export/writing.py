@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 @dataclass
 class Writing:
     """folder: holds the data files, or gets them; earlier: an export with the same graphs, of which constants are
-    taken, and every weight whose tensors have the hash that they had then. only: tensors of which weights are
-    written; what is made of none of them stays as it is in the files."""
+    taken, and every weight whose tensors have the hash that they had then."""
 
     folder: Path
     found: WeightsMap
@@ -36,7 +35,6 @@ class Writing:
     progress: Progress
     earlier: Path | None = None
     unchanged: frozenset[str] = frozenset()
-    only: frozenset[str] | None = None
     workers: int = field(default_factory=cores)
     _taking: threading.Lock = field(default_factory=threading.Lock)
     _written: int = 0
@@ -45,7 +43,7 @@ class Writing:
         """Write every byte that a recipe or an earlier export gives. ExportError, CheckpointError, OSError."""
         check_sources(self.found, self.source)
         reuse_memory()
-        total = sum(w.nbytes for w in self._wanted())
+        total = sum(w.nbytes for w in self.found.weights)
         with contextlib.ExitStack() as opened:
             jobs = self._jobs(opened)
 
@@ -71,10 +69,10 @@ class Writing:
             return files[path]
 
         quantized = defaultdict(list)
-        for name, size in self.found.sizes.items() if self.only is None else ():
+        for name, size in self.found.sizes.items():
             out = file(self.folder / name, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if self.earlier else 0))
             os.truncate(out.fd, size)
-        for weight in self._wanted():
+        for weight in self.found.weights:
             out = file(self.folder / weight.file, os.O_WRONLY)
             if self.earlier is not None and self._kept(weight):
                 old = file(self.earlier / weight.file, os.O_RDONLY)
@@ -86,10 +84,6 @@ class Writing:
                 yield from straight(weight, self.source, out)
         for (name, _), parts in quantized.items():
             yield from quantize(parts, self.source, file(self.folder / name, os.O_WRONLY))
-
-    def _wanted(self) -> list[Weight]:
-        weights, only = self.found.weights, self.only
-        return [w for w in weights if only is None or any(p.tensor in only for p in w.recipe.pieces)]
 
     def _kept(self, weight: Weight) -> bool:
         return all(p.tensor in self.unchanged for p in weight.recipe.pieces)

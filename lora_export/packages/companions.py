@@ -1,6 +1,5 @@
 """The small files that go into every package: configuration, tokenizer, chat template, licences."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,15 +63,15 @@ def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None) -> Non
     lay_tokenizer(run, target)
     if (run.companions / "modules.json").is_file():  # sentence-transformers
         for path in sorted(run.companions.glob("*/config.json")):
-            sealed.refuse_outward_link(path)
+            sealed.refuse_outward_link(path, run.companions)
             (target / path.parent.name).mkdir()
-            shutil.copyfile(path, target / path.parent.name / path.name)
+            sealed.copy(path, target / path.parent.name / path.name, run.companions)
 
 
 def lay_tokenizer(run: Run, target: Path) -> None:
     for path in sorted(run.companions.iterdir()):
         if path.name in _READ and path.is_file():
-            _copy(path, target)
+            sealed.copy(path, target / path.name)
     # A base without one gets what the exporter made for it.
     places = [folder / "tokenizer_config.json" for folder in (run.companions, run.export.output)]
     settings = next((p for p in places if p.is_file()), None)
@@ -83,7 +82,7 @@ def lay_tokenizer(run: Run, target: Path) -> None:
 
 def lay_licences(run: Run, target: Path) -> None:
     for path in licences(run):
-        _copy(path, target)
+        sealed.copy(path, target / path.name)
 
 
 def licences(run: Run) -> list[Path]:
@@ -93,8 +92,3 @@ def licences(run: Run) -> list[Path]:
         for path in sorted(run.companions.iterdir())
         if path.is_file() and path.name.lower().startswith(_LICENCES) and path.suffix != ".py"
     ]
-
-
-def _copy(path: Path, target: Path) -> None:
-    sealed.refuse_outward_link(path)
-    shutil.copyfile(path, target / path.name)

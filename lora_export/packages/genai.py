@@ -1,6 +1,5 @@
 """A folder for onnxruntime-genai: graph, configuration for the CPU and for CUDA, tokenizer, chat template."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -43,10 +42,10 @@ class GenaiTarget(Target):
             model, sources = graphs.opened(path)
             graphs.save(model, job.stage / path.name, f"{path.name}.data", sources, largest=2**62)
         for name in job.adapters:
-            shutil.copyfile(export.output / f"{name}{SUFFIX}", job.stage / f"{name}{SUFFIX}")
+            sealed.copy(export.output / f"{name}{SUFFIX}", job.stage / f"{name}{SUFFIX}")
         extra = export.output / "audio_processor_config.json"
         if extra.is_file():
-            shutil.copyfile(extra, job.stage / extra.name)
+            sealed.copy(extra, job.stage / extra.name)
         self._bound_length(job)
         for name in job.providers:
             config = configured(sealed.read_json(export.output / CONFIG), job.run, name)

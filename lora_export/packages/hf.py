@@ -1,10 +1,10 @@
 """The merged folder as transformers, vLLM and TGI load it, with a model card."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from typing import ClassVar
 
+from lora_export import sealed
 from lora_export.errors import InputError
 from lora_export.packages import companions
 from lora_export.packages.job import Facts, Job, Run, Snippet, Target, Variant
@@ -37,7 +37,7 @@ class HubTarget(Target):
         companions.lay(job.run, job.stage)
         for path in sorted(job.run.merged.iterdir()):
             if path.suffix == ".safetensors" or path.name in ("model.safetensors.index.json", CERTIFICATE):
-                shutil.copyfile(path, job.stage / path.name)
+                sealed.copy(path, job.stage / path.name)
 
     def snippet(self, facts: Facts, folder: str) -> Snippet:
         return python_program(facts, folder, "transformers", facts.task.auto, "pip install transformers torch")

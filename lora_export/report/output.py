@@ -1,10 +1,12 @@
 """Write a report, or write its pages again from its JSON."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_export.documents import finite
+from lora_export.files import output_file
 from lora_export.report.compare import compare
 from lora_export.report.markdown import markdown
 from lora_export.report.page import html
@@ -46,12 +48,13 @@ def write(
 def render(folder: Path, compare_with: Path | None = None) -> None:
     """Write report.html and report.md again from report.json, set beside another report folder if given.
 
-    Raises InputError if either report is missing, damaged or of another schema version; nothing is written then.
+    Raises InputError if either report is missing, damaged or of another schema version, and OutputError if a page
+    is a link or a folder; nothing is written then.
     """
     report, samples = load(folder), load_samples(folder)
     rows = compare(report, load(compare_with)) if compare_with else []
     pages = {HTML: html(report, samples, rows), MARKDOWN: markdown(report, rows)}
-    for name, text in pages.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
+    with contextlib.ExitStack() as written:
+        for name, text in pages.items():
+            work = written.enter_context(output_file(folder / name, force=True))
+            (work / name).write_text(text, encoding="utf-8")

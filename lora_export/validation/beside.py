@@ -56,7 +56,7 @@ def declared(base: Path, merged: Path, options: MergeOptions) -> MergeOptions:
     known = tuple(str(dtype).removeprefix("torch.") for dtype in FLOATS.values())
     if options.dtype != "keep" or after == before or after not in known:
         return options
-    return replace(options, dtype=after)  # type: ignore[arg-type]
+    return replace(options, dtype=after)
 
 
 def _type(config: Mapping[str, Any]) -> Any:

@@ -122,7 +122,7 @@ class DecoderStory:
         chosen = [runner.greedy(ids, len(c)) for ids, c in zip(self._prompts, self._continued, strict=True)]
         known = self._from_unmerged(exact) if exact and graph.shifted else None
         where = f"rounding errors, and {graph.arithmetic.words}"
-        floor = self._floor(where, self._rounding, self._arithmetic, known=known)
+        floor = self._floor(where, self._rounding, *self._noise(graph), known=known)
         found = self._from_unmerged(answered)
         checks = decoder_checks(floor, found, self._parted(chosen), self.factor, graph.prefix)
         return [*checks, *self._graph_checks(graph, exact or self._unmerged, answered, runner)]
@@ -139,7 +139,7 @@ class DecoderStory:
     ) -> list[Check]:
         """One by one through the cache, and all at once with padding, against PyTorch with the graph's numbers."""
         rounding = () if graph.model is not None else (self._rounding,)
-        floor = self._floor(graph.arithmetic.words, self._arithmetic, *rounding)
+        floor = self._floor(graph.arithmetic.words, *self._noise(graph), *rounding)
         one_by_one = compare_logits(exact, answered, self.tokens)
         checks = graph_checks(floor, one_by_one, self.factor, f"{graph.prefix}graph")
         padded = compare_logits(exact, runner.padded_logits(self.tokens), self.tokens)
@@ -154,6 +154,9 @@ class DecoderStory:
         for ids in self.windows:
             found.add(ids, *(logits_of(ids) for logits_of in models))
         return found
+
+    def _noise(self, graph: Graph) -> list[tuple[Difference, ...]]:
+        return [self._arithmetic] * graph.arithmetic.times
 
     def _draw(self, unmerged: Any, how: "Arithmetic | InTypes") -> Difference:
         """How far arithmetic moves the logits of the unmerged model."""

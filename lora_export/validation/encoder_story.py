@@ -92,7 +92,7 @@ class EncoderStory:
         answered = self._answers(graph)
         known = self._between(self._unmerged, exact) if exact and graph.shifted else {}
         where = f"rounding errors, and {graph.arithmetic.words}"
-        noise = {name: floor.plus(self._arithmetic[name]) for name, floor in self._rounding.items()}
+        noise = self._noise(graph, rounding=True)
         floor = self._limit(next(n for n in self._unmerged[0] if n in answered[0]), noise)
         return [
             *self._checks(noise, known, answered, graph.prefix, where),
@@ -129,9 +129,7 @@ class EncoderStory:
     def _graph_checks(self, graph: Graph, exact: list[Outputs], answered: list[Outputs]) -> list[Check]:
         """Against PyTorch with the numbers that the graph holds: nothing but arithmetic may differ."""
         apart = self._between(exact, answered)
-        noise = self._arithmetic
-        if graph.model is None:
-            noise = {name: floor.plus(noise[name]) for name, floor in self._rounding.items()}
+        noise = self._noise(graph, rounding=graph.model is None)
         note = (
             f"{self.factor:g} × the noise floor of {graph.arithmetic.words}, against PyTorch with the weights that "
             "the graph holds"
@@ -146,6 +144,11 @@ class EncoderStory:
     def _outputs(self, model: Any) -> list[Outputs]:
         body = plain(model)
         return [dict(_tensors(body(**batch))) for batch in self.batches]
+
+    def _noise(self, graph: Graph, rounding: bool) -> Floors:
+        """Of the graph's arithmetic, and of the rounding of its weights."""
+        times = graph.arithmetic.times
+        return {n: (self._rounding[n] if rounding else Floor()).plus(f, times) for n, f in self._arithmetic.items()}
 
     @property
     def _first(self) -> str:

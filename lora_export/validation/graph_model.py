@@ -22,16 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export.contracts import Check
 from lora_export.validation import graph_weights, loading, streaming
-from lora_export.validation.effective import (
-    BLOCK,
-    base_layer,
-    effective_parameters,
-    make_probe,
-    plain_parameters,
-    wrapped_modules,
-)
+from lora_export.validation.effective import base_layer, plain_parameters, wrapped_modules
 from lora_export.validation.graph_weights import Held, Quantized
 from lora_export.validation.subject import plain
+from lora_export.validation.whole import BLOCK, effective_blocks, whole_probes, wrapped_parameters
 
 SHARD = 2**30  # bytes of tensors that are held before they are written
 _HEAD = "output_head"
@@ -149,7 +143,10 @@ def effective_numbers(unmerged: Any) -> Expected:
         module = wrapped[path]
         with streaming.present(module):
             if hasattr(module, "parameter_name"):
-                return {f"{path}.{n}": p.float() for n, p in effective_parameters(module).items()}
+                names = wrapped_parameters(module)
+                return {
+                    f"{path}.{n}": torch.cat([b.float() for *_, b in effective_blocks(module, n)]) for n in names
+                }
             return {f"{path}.weight": _effective_weight(module)}
 
     def read(held: Held) -> torch.Tensor | None:
@@ -165,16 +162,19 @@ def effective_numbers(unmerged: Any) -> Expected:
 
 @torch.no_grad()
 def _effective_weight(module: Any) -> torch.Tensor:
-    """In the layer's own orientation."""
-    probe = make_probe(module, None)
-    if probe is None or not isinstance(base_layer(module), nn.Linear | Conv1D | nn.Embedding):
-        return torch.full_like(base_layer(module).weight, float("nan"))
-    blocks = torch.split(probe.inputs, BLOCK)
-    if probe.zeros is None:
-        return torch.cat([module(ids) for ids in blocks])
-    bias = module(probe.zeros.float())
-    columns = torch.cat([module(x.float()) - bias for x in blocks])
-    return columns if isinstance(base_layer(module), Conv1D) else columns.T.contiguous()
+    """In the layer's own orientation; NaN for a layer that cannot be asked."""
+    layer = base_layer(module)
+    if not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
+        return torch.full_like(layer.weight, float("nan"))
+    exact = copy.deepcopy(module).double()
+    blocks = whole_probes(exact)
+    if isinstance(layer, nn.Embedding):
+        return torch.cat([exact(ids) for ids in blocks or ()]).float()
+    width = layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0]
+    one_hot = blocks or iter(torch.split(torch.eye(width, dtype=torch.float64), BLOCK))
+    bias = exact(torch.zeros(1, width, dtype=torch.float64))
+    columns = torch.cat([exact(x) - bias for x in one_hot]).float()
+    return columns if isinstance(layer, Conv1D) else columns.T.contiguous()
 
 
 def _judge(

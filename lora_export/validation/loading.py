@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, CheckpointError
+from lora_export.patterns import bounded
 from lora_export.validation import streaming
 from lora_export.validation.requantize import dequantize_4bit
 
@@ -99,7 +100,8 @@ def load_trained_on(
         return quiet(model), named(model, info["missing_keys"])
     assert keep is None, "a quantized base is streamed from a dequantized copy"
     settings = {} if stored else {"quantization_config": _bnb_config(options)}
-    model = cls.from_pretrained(base, dtype="auto", local_files_only=True, device_map={"": "cpu"}, **settings)
+    with bounded("transformers.quantizers", str(base / "config.json")):
+        model = cls.from_pretrained(base, dtype="auto", local_files_only=True, device_map={"": "cpu"}, **settings)
     state = dequantized_state(model)
     if stored:
         del config.quantization_config

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_export.validation.effective import base_layer, effective_parameters, random_signs, wrapped_modules
+from lora_export.validation.effective import base_layer, generator_of, random_signs, wrapped_modules
 from lora_export.validation.streaming import present
+from lora_export.validation.whole import effective_blocks, wrapped_parameters
 
 SIGNS = 64  # inputs: the mean square of an output is then known to about 18 %
+SEED = 20_240_501
 ROWS = 256  # of an embedding
 
 
@@ -56,9 +58,7 @@ def _sizes(module: Any) -> list[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     layer = base_layer(module)
     path = next(n for n, m in module.named_modules() if m is layer)
     if hasattr(module, "parameter_name"):
-        own = dict(layer.named_parameters())
-        adapted = effective_parameters(module).items()
-        return [(f"{path}.{n}", (_mean(own[n].float()), _mean(p.float()))) for n, p in adapted]
+        return [(f"{path}.{name}", _of_parameter(module, name)) for name in wrapped_parameters(module)]
     if isinstance(layer, nn.Embedding):
         rows = torch.linspace(0, layer.num_embeddings - 1, ROWS).long()
         return [(f"{path}.weight", (_mean(layer(rows)), _mean(module(rows))))]
@@ -67,13 +67,22 @@ def _sizes(module: Any) -> list[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     return [(f"{path}.weight", _rows(module, layer))]
 
 
+def _of_parameter(module: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a stacked parameter as a whole."""
+    sums, count = torch.zeros(2), 0
+    for _, before, after in effective_blocks(module, name):
+        sums += torch.stack([before.square().sum(), after.square().sum()]).float()
+        count += before.numel()
+    return sums[0] / count, sums[1] / count
+
+
 def _mean(values: torch.Tensor) -> torch.Tensor:
     return values.square().mean()
 
 
 def _rows(module: Any, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean squares of the weights that make each output, (out,), without and with the adapter."""
-    signs = random_signs(module, SIGNS).float()
+    signs = random_signs(module, SIGNS, generator_of(SEED, "signs")).float()
     plain, adapted = (_output_squares(m, layer, signs) for m in (layer, module))
     weight = layer.weight.detach()
     before = (weight.T if isinstance(layer, Conv1D) else weight).square().flatten(1).mean(1)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from lora_export import sealed
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError
+from lora_export.patterns import bounded
 from lora_export.validation import streaming
 from lora_export.validation.effective import wrapped_modules
 from lora_export.validation.loading import (
@@ -23,6 +26,9 @@ from lora_export.validation.loading import (
     quiet,
     whole_tensors,
 )
+
+LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,34 @@ def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -
     return unmerged
 
 
+def _refuse_bomb(folder: Path) -> None:
+    """Refuse a configuration for which PEFT would fill the memory before it looks at the tensors."""
+    config = sealed.read_json(folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
+    patterns, replicated = config.get("rank_pattern"), config.get("layer_replication")
+    sizes = [config.get("r"), config.get("init_r"), *(patterns.values() if isinstance(patterns, dict) else ())]
+    rank = max((n for n in sizes if isinstance(n, int)), default=0)
+    if rank > max(LIKELY_RANK, _largest_size(folder)):
+        raise AdapterError(
+            f"the configuration gives rank {rank}, and no tensor has a dimension of that size",
+            where=folder,
+            expected="rank_pattern and r that describe the file",
+        )
+    ranges = replicated if isinstance(replicated, list) else []
+    pairs = [r for r in ranges if isinstance(r, list) and len(r) == 2 and all(isinstance(n, int) for n in r)]
+    if len(ranges) > MOST_LAYERS or sum(max(0, end - start) for start, end in pairs) > MOST_LAYERS:
+        raise AdapterError(
+            "layer_replication makes too many layers", where=folder, expected=f"at most {MOST_LAYERS}"
+        )
+
+
+def _largest_size(folder: Path) -> int:
+    sizes = [1]
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            sizes += (n for name in tensors.keys() for n in tensors.get_slice(name).get_shape())  # noqa: SIM118
+    return max(sizes)
+
+
 def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoice]) -> AdapterError:
     return AdapterError(
         f"PEFT finds {len(tensors)} tensors of the adapter without a place in {cls}, or layers without a tensor",
@@ -86,8 +120,10 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
     """(PEFT's unmerged model, tensors left over or missing). Adapters act together, each with its weight."""
     import peft
 
+    for adapter in adapters:
+        _refuse_bomb(adapter.folder)
     names = [f"adapter{i}" for i in range(len(adapters))]
-    with load_results() as results:
+    with load_results() as results, bounded("peft", str(adapters[0].folder)):
         unmerged = peft.PeftModel.from_pretrained(
             model, adapters[0].folder, adapter_name=names[0], local_files_only=True
         )

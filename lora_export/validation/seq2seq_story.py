@@ -83,7 +83,7 @@ class Seq2SeqStory:
         texts = [runner.greedy(inputs, self.tokens[0][:1], self.steps) for inputs in self.batches]
         known = self._from_unmerged(exact) if exact and graph.shifted else None
         where = f"rounding errors, and {graph.arithmetic.words}"
-        floor = self._floor(where, self._rounding, self._arithmetic, known=known)
+        floor = self._floor(where, self._rounding, *self._noise(graph), known=known)
         found = self._from_unmerged(answered)
         checks = self._checks(floor, found, along, list(torch.cat(texts)), graph.prefix)
         return [*checks, *self._graph_checks(graph, exact or self._unmerged, answered)]
@@ -110,10 +110,13 @@ class Seq2SeqStory:
         self, graph: Graph, exact: Sequence[torch.Tensor], answered: Sequence[torch.Tensor]
     ) -> list[Check]:
         rounding = () if graph.model is not None else (self._rounding,)
-        floor = self._floor(graph.arithmetic.words, self._arithmetic, *rounding)
+        floor = self._floor(graph.arithmetic.words, *self._noise(graph), *rounding)
         return graph_checks(
             floor, compare_logits(exact, answered, self.tokens), self.factor, f"{graph.prefix}graph"
         )
+
+    def _noise(self, graph: Graph) -> list[tuple[Difference, ...]]:
+        return [self._arithmetic] * graph.arithmetic.times
 
     def _draw(self, unmerged: Any, how: Arithmetic) -> Difference:
         def measure(active: bool) -> Difference:

@@ -106,7 +106,7 @@ def low_rank(module: Any) -> bool:
 def _cheap(exact: Any, inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     with FlopCounterMode(display=False) as counter:
         exact(inputs)
-    return counter.get_total_flops() < CHEAP * 2 * len(inputs) * weight.numel()
+    return bool(counter.get_total_flops() < CHEAP * 2 * len(inputs) * weight.numel())
 
 
 def _without_geometry(owner: nn.Module) -> None:

@@ -1,37 +1,35 @@
 """Another adapter in a merged folder, or in its ONNX export: W₀ + Δ₁ becomes W₀ + Δ₂.
 
-The base is the truth: taking Δ₁ off the merged numbers would leave its rounding behind. So what either adapter
-changes is computed from the base anew, to the very bytes of a fresh merge, and nothing else is written.
+Taking Δ₁ off the merged numbers would leave its rounding behind. So a switch is a fresh merge, or a fresh set of
+weights for the graph of an export, made in a folder beside the old one; then the two exchange their names in one
+step, and the old one is removed. Nothing of an earlier switch is kept, so nothing of one has to be trusted.
 """
 
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorRecord
-from lora_export.errors import InputError
+from lora_export.errors import CheckpointError, InputError
 from lora_export.manifest import is_run
-from lora_export.merging import CERTIFICATE, MergePlan, plan, prepare
+from lora_export.merging import CERTIFICATE, MergePlan, begin_stream, merge, plan, prepare
 from lora_export.merging.certificate import adapter_hashes
 from lora_export.packages.contents import is_package
-from lora_export.spare import Spare, exchanged
 
 
 @dataclass(frozen=True)
 class Switched:
-    """tensors: how many were written; nbytes: of them; went_back: the spare held the new state already."""
+    """kind: merged or onnx; tensors: how many either adapter changes; nbytes: of all weights that were written."""
 
     output: Path
     kind: str
     tensors: int
     nbytes: int
-    share: float
-    seconds: float
-    went_back: bool
-    spare: Path | None
+    seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -39,10 +37,7 @@ class Switched:
             "kind": self.kind,
             "tensors": self.tensors,
             "bytes": self.nbytes,
-            "share": self.share,
             "seconds": round(self.seconds, 3),
-            "went_back": self.went_back,
-            "spare": str(self.spare) if self.spare else None,
         }
 
 
@@ -52,7 +47,6 @@ def switch(
     before: Sequence[AdapterChoice],
     after: Sequence[AdapterChoice],
     progress: Progress,
-    keep_spare: bool = True,
     options: MergeOptions | None = None,
 ) -> Switched:
     """Put `after` in the place of `before`. options: of the merge of which an export was made.
@@ -65,9 +59,9 @@ def switch(
     prepare((options or MergeOptions()).device)
     started = time.monotonic()
     if (folder / CERTIFICATE).is_file():
-        found = _merged_folder(folder, base, before, after, progress, keep_spare)
+        found = _merged_folder(folder, base, before, after, progress)
     elif (folder / "weights-map.json").is_file():
-        found = _export(folder, base, before, after, progress, keep_spare, options or MergeOptions())
+        found = _export(folder, base, before, after, progress, options or MergeOptions())
     else:
         raise InputError(
             "no merged folder and no export whose adapter could be switched",
@@ -113,7 +107,7 @@ def base_of(adapter: Path) -> str:
 
 
 def _described(adapters: Sequence[AdapterChoice]) -> list[dict[str, Any]]:
-    """Adapters as a spare's seal and a certificate know them."""
+    """Adapters as a certificate knows them."""
     found = []
     for choice in adapters:
         tensors = open_adapter_files(choice.folder)[1].tensors
@@ -143,55 +137,33 @@ def _check_layout(folder: Path, first: MergePlan, second: MergePlan) -> None:
 
 
 def _merged_folder(
-    folder: Path,
-    base: Path,
-    before: Sequence[AdapterChoice],
-    after: Sequence[AdapterChoice],
-    progress: Progress,
-    keep: bool,
+    folder: Path, base: Path, before: Sequence[AdapterChoice], after: Sequence[AdapterChoice], progress: Progress
 ) -> Switched:
     from lora_export.merging.certificate_check import read_certificate, recorded_options
-    from lora_export.merging.switched import Rewriting
 
     recorded = read_certificate(folder)
-    options, holds = recorded_options(recorded, folder), _described(before)
-    _check_holds(folder, recorded["adapters"], holds)
+    options = recorded_options(recorded, folder)
+    _check_holds(folder, recorded["adapters"], _described(before))
     old, new = plan(base, before, options), plan(base, after, options)
     _check_layout(folder, old, new)
-    with exchanged(folder, CERTIFICATE, keep, {"adapters": holds}) as spare:
-        starts_as = recorded
-        if spare.state is not None:
-            starts_as = _of_one_base(spare, recorded) or recorded
-        if spare.state is not None and spare.state.get("adapters") == _described(after):
-            return _result(folder, "merged", 0, new, True, spare, keep)
-        records = [TensorRecord(**_tuples(r)) for r in starts_as["records"]]
-        names = {r.name for r in records if r.kinds} | _touched(new)
-        progress.stage(f"switch: {len(names)} of {len(new.tensors)} tensors from the base and the new adapter")
-        rewriting = Rewriting(new, names, records, starts_as["unchecked"])
-        spare.prepare(rewriting.ranges(), (s.file for s in new.shards))
-        rewriting.write(spare.place, [a.weight for a in after], progress)
-        return _result(folder, "merged", len(names), new, False, spare, keep, names)
+    hashes = {r["name"]: r["hash_in"] for r in recorded["records"]}
+    merge(
+        base, after, folder, replace(options, force=True), progress,
+        accept=lambda records: _refuse_other_base(base, hashes, records),
+    )  # fmt: skip
+    return Switched(folder, "merged", len(_touched(old) | _touched(new)), new.nbytes)
 
 
-def _of_one_base(spare: Spare, recorded: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The spare's certificate; None, and no state, if it is of another base or of other options."""
-    from lora_export.merging.certificate_check import read_certificate
-
-    def made_of(document: Mapping[str, Any]) -> Any:
-        return document["options"], {r["name"]: (r["hash_in"], r["dtype"]) for r in document["records"]}
-
-    try:
-        found = read_certificate(spare.place)
-    except InputError:
-        found = {}
-    if not found or made_of(found) != made_of(recorded):
-        spare.state = None
-        return None
-    return found
-
-
-def _tuples(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+def _refuse_other_base(base: Path, before: Mapping[str, str | None], records: Sequence[TensorRecord]) -> None:
+    for found in records:
+        if before.get(found.name) not in (None, found.hash_in):
+            raise CheckpointError(
+                "this tensor of the base is not the one that the folder was merged from",
+                where=base,
+                tensor=found.name,
+                expected="the same base",
+                next_step="give that base as -b",
+            )
 
 
 def _check_holds(folder: Path, recorded: Sequence[Mapping[str, Any]], holds: Sequence[Mapping[str, Any]]) -> None:
@@ -205,21 +177,6 @@ def _check_holds(folder: Path, recorded: Sequence[Mapping[str, Any]], holds: Seq
         )
 
 
-def _result(
-    folder: Path,
-    kind: str,
-    tensors: int,
-    planned: MergePlan,
-    went_back: bool,
-    spare: Spare,
-    keep: bool,
-    names: Iterable[str] = (),
-) -> Switched:
-    nbytes = sum(planned.tensors[n].output.nbytes for n in names)
-    place = spare.place if keep else None
-    return Switched(folder, kind, tensors, nbytes, nbytes / max(1, planned.nbytes), 0.0, went_back, place)
-
-
 # --- an export ---------------------------------------------------------------------------------------------
 
 
@@ -229,13 +186,12 @@ def _export(
     before: Sequence[AdapterChoice],
     after: Sequence[AdapterChoice],
     progress: Progress,
-    keep: bool,
     options: MergeOptions,
 ) -> Switched:
     from lora_export.merging import MergedSource
     from lora_export.merging.execute import one_thread_each
-    from lora_export.onnx_export import adapters_beside, weights_map
-    from lora_export.onnx_export.rewriting import Rewriting
+    from lora_export.onnx_export import adapters_beside, reweight
+    from lora_export.onnx_export.holding import check_holds
 
     beside = adapters_beside(folder)
     if beside:
@@ -247,22 +203,12 @@ def _export(
         )
     old, new = plan(base, before, options), plan(base, after, options)
     _check_layout(folder, old, new)
-    sources = MergedSource(old, folder), MergedSource(new, folder, keep=options.max_memory // 2)
-    rewriting = Rewriting(folder, sources[1])
-    rewriting.check_holds(sources[0], sorted(_touched(old)), sorted(set(old.tensors) - _touched(old)))
-    holds: dict[str, Any] = {"adapters": _described(before), "touched": sorted(_touched(old))}
-    with exchanged(folder, weights_map.NAME, keep, holds) as spare:
-        if spare.state is not None:
-            touched = {*spare.state["touched"], *holds["touched"]}
-            spare.state = spare.state if rewriting.of_one_base(spare.place, touched) else None
-        if spare.state is not None and spare.state.get("adapters") == _described(after):
-            return _result(folder, "onnx", 0, new, True, spare, keep)
-        names = set((spare.state or holds)["touched"]) | _touched(new)
-        others = rewriting.hashes_of(spare.place if spare.state is not None else folder)
-        progress.stage(f"switch: weights of {len(names)} of {len(new.tensors)} tensors are written anew")
-        spare.prepare(rewriting.ranges(names), rewriting.others)
-        with one_thread_each():
-            nbytes = rewriting.write(spare.place, names, others, progress)
-        total = sum(rewriting.found.sizes.values())
-        result = _result(folder, "onnx", len(names), new, False, spare, keep)
-        return replace(result, nbytes=nbytes, share=nbytes / max(1, total))
+    changed = _touched(old)
+    check_holds(folder, MergedSource(old, folder), sorted(changed), sorted(set(old.tensors) - changed))
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, one_thread_each():
+        source = begin_stream(base, after, Path(scratch, "outline"), options, progress)
+        source.keep = options.max_memory // 2
+        made = reweight(folder, source.folder, folder, source=source, force=True, progress=progress)
+    for text in (*new.warnings, *source.warnings):
+        progress.warn(text)
+    return Switched(folder, "onnx", len(changed | _touched(new)), sum(made.files.values()))

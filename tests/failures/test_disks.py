@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -11,7 +12,12 @@ from pathlib import Path
 import pytest
 
 import lora_export.merging
+from tests.daily import later
 from tests.failures.commands import everything, invoke, merge_words
+from tests.failures.planted import Scene
+from tests.failures.scenes import DAILY, SLOW, stock
+
+__all__ = ["stock"]  # a fixture
 
 PAGE = 4096
 
@@ -87,6 +93,41 @@ def test_a_disk_without_inodes(work: Path, disk: Path, prepared: tuple[int, int]
         assert result.exit_code == 1 and "No space left on device" in result.stderr, result.output
         assert everything(disk) == before, room
     assert result.exit_code == 0 and room > 10
+
+
+def writing(scenes: list[Scene]) -> list[Scene]:
+    return [s for s in scenes if s.name.split()[0] not in ("verify", "validate")]
+
+
+@pytest.mark.parametrize(
+    "scene", [*writing(DAILY), *map(later, writing(SLOW))], ids=lambda s: getattr(s, "name", None)
+)
+def test_a_full_disk_is_told_and_nothing_is_left(
+    scene: Scene, stock: Callable[[Scene], Path], disk: Path, tmp_path: Path
+) -> None:
+    """Every command that writes, with room for a part of what it writes."""
+    work = disk / "work"
+    shutil.copytree(stock(scene), work)
+    before, size, there = everything(disk), pages(disk), {p.lstat().st_ino for p in disk.rglob("*")}
+    assert invoke(*scene.words(work)).exit_code == 0
+    after = everything(disk)
+    written = [p for p in disk.rglob("*") if p.is_file() and p.lstat().st_ino not in there]
+    needed = sum(-(-p.stat().st_size // PAGE) for p in written)
+    shutil.rmtree(work)
+    shutil.copytree(stock(scene), work)
+    for share in (0, 0.1, 0.4, 0.8):
+        room = int(needed * share)
+        resize(disk, f"size={(size + room) * PAGE}")
+        result = invoke(*scene.words(work))
+        text = f"{share} of {needed} pages: {result.exit_code} {result.output}"
+        assert result.exit_code == 1, text
+        assert "internal error" not in result.output and "Traceback" not in result.output, text
+        words = "needed" if room else "(needed|free)"  # without any, a command may fail before it knows
+        assert re.search(rf"\d (bytes|GB) are {words}", result.stderr), text
+        assert everything(disk) == before, text
+    resize(disk, "size=64m")
+    assert invoke(*scene.words(work)).exit_code == 0
+    assert set(everything(disk)) == set(after)
 
 
 def old_output(disk: Path, exists: bool) -> int:

@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[bytes, str, str | None]] = {
     "boolean size": (raw(entry(shape=[True, 2]), DATA), "no list of sizes", "w"),
     "fractional size": (raw(entry(shape=[2.0]), DATA), "no list of sizes", "w"),
     "huge size": (raw(entry(shape=[2**63]), DATA), "no list of sizes", "w"),
-    "sizes that wrap around": (raw(entry(shape=[2**62, 4]), DATA), "needs", "w"),
+    "sizes that wrap around": (raw(entry(shape=[2**62, 4]), DATA), "no tensor has the shape", "w"),
     "product is another": (
         raw(entry(shape=[3]), DATA),
         "8 bytes for a F32 tensor of shape [3], which needs 12",

@@ -1,17 +1,23 @@
 """Links in models' folders: within the folder and into a hub cache's blobs they are followed, else refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from lora_export import sealed
 from lora_export.contracts import AdapterChoice
-from lora_export.errors import InputError
+from lora_export.errors import ExportError, InputError, LoraExportError, OutputError
 from lora_export.merging import merge
+from lora_export.onnx_export.reweight import copy_graphs
+from lora_export.report import render, write
 from tests.builders import lora, save_adapter, save_base, tensors
-from tests.failures.commands import everything
+from tests.failures.commands import everything, invoke
+from tests.failures.scenes import without_plots
 
+SECONDS = 20
 NAMES = ["model.safetensors", "config.json", "generation_config.json", "notes.txt"]
 
 
@@ -85,3 +91,110 @@ def test_links_within_the_folder_and_to_the_folder_are_followed(folders: tuple[P
         tmp_path / "out" / "link.json"
     ).is_symlink()
     assert tensors(tmp_path / "out").keys() == tensors(base).keys()
+
+
+def pooling(base: Path) -> Path:
+    (base / "modules.json").write_text("[]")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    return base / "1_Pooling"
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_subfolder_that_is_a_link_is_refused(folders: tuple[Path, Path], tmp_path: Path, what: str) -> None:
+    base, adapter = folders
+    path = pooling(base) if what == "folder" else pooling(base) / "config.json"
+    shutil.move(path, tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="leads out of the folder"):
+        merge(base, [AdapterChoice(adapter)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_subfolder_of_a_hub_cache_links_to_its_blobs(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = folders
+    pooling(base)
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / ("a" * 40), tmp_path / "models--a--b" / "blobs"
+    shutil.move(base, snapshot)
+    blobs.mkdir()
+    shutil.move(snapshot / "1_Pooling" / "config.json", blobs / "0")
+    (snapshot / "1_Pooling" / "config.json").symlink_to(Path("../../../blobs/0"))
+    merge(snapshot, [AdapterChoice(adapter)], tmp_path / "out")
+    copied = tmp_path / "out" / "1_Pooling" / "config.json"
+    assert copied.read_text() == '{"pooling_mode": "mean"}' and not copied.is_symlink()
+
+
+def test_a_link_in_a_merged_folder_is_noticed(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = folders
+    pooling(base)
+    merge(base, [AdapterChoice(adapter)], tmp_path / "work" / "out")
+    assert invoke("verify", tmp_path / "work" / "out").exit_code == 0
+    outside(tmp_path / "work" / "out" / "1_Pooling")
+    said = invoke("verify", tmp_path / "work" / "out")
+    assert said.exit_code != 0 and "1_Pooling was added after the merge" in said.output
+
+
+def test_a_link_among_the_adapter_s_files_is_not_hashed(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = folders
+    (tmp_path / "secret").write_text("of somebody")
+    (adapter / "adapter_notes").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match="leads out of the folder") as refusal:
+        merge(base, [AdapterChoice(adapter)], tmp_path / "out")
+    assert refusal.value.where == str(adapter / "adapter_notes")
+
+
+@pytest.mark.timeout(SECONDS)
+@pytest.mark.parametrize("name", ["base/config.json", "base/model.safetensors", "adapter/adapter_config.json"])
+def test_a_fifo_is_no_file_and_is_not_waited_for(folders: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    base, adapter = folders
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(LoraExportError):
+        merge(base, [AdapterChoice(adapter)], tmp_path / "out")
+
+
+def test_a_file_that_becomes_a_link_after_the_look_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between finding out where a file lies and opening it, somebody puts a link, or a link to a folder, there."""
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    for folder in ("in/sub", "out"):
+        (tmp_path / folder / "file").write_text(folder)
+    path, real = tmp_path / "in" / "sub" / "file", Path.resolve
+
+    def swapped(link: Path, target: Path) -> None:
+        found = real(path)
+        monkeypatch.setattr(Path, "resolve", lambda p, *a: found if p == path else real(p, *a))
+        shutil.move(link, link.with_name("before"))
+        link.symlink_to(target)
+
+    swapped(path, tmp_path / "out" / "file")
+    with pytest.raises(InputError, match="leads out"):
+        sealed.sha256(path, tmp_path / "in")
+    path.unlink()
+    swapped(path.parent, tmp_path / "out")
+    with pytest.raises(InputError, match="leads out"):
+        sealed.sha256(path, tmp_path / "in")
+
+
+def test_a_page_that_is_a_link_is_not_written(tmp_path: Path) -> None:
+    write(without_plots(), tmp_path / "report")
+    (tmp_path / "mine").write_text("of the user")
+    (tmp_path / "report" / "report.md").unlink()
+    (tmp_path / "report" / "report.md").symlink_to(tmp_path / "mine")
+    (tmp_path / "report" / ".report.html.partial").symlink_to(tmp_path / "mine")
+    html = (tmp_path / "report" / "report.html").read_bytes()
+    with pytest.raises(OutputError, match="a folder or a link"):
+        render(tmp_path / "report")
+    (tmp_path / "report" / "report.md").unlink()
+    render(tmp_path / "report")
+    assert (tmp_path / "mine").read_text() == "of the user"
+    assert (tmp_path / "report" / "report.html").read_bytes() == html
+
+
+def test_an_export_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of somebody")
+    (tmp_path / "export").mkdir()
+    with pytest.raises(ExportError, match=r"names the file '\.\./secret'"):
+        copy_graphs(tmp_path / "export", tmp_path / "export", ["../secret"])

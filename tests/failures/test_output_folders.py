@@ -6,6 +6,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from lora_export import disk, files, sealed
+from lora_export import disk, locks, scratch, sealed
 from lora_export.disk import copy_range, write_at
 from lora_export.errors import GateFailed, InputError, OutputError
 from lora_export.files import failed_folder, output_folder
@@ -132,36 +133,86 @@ def test_input_with_a_similar_name_is_no_overlap(tmp_path: Path) -> None:
         fill(stage)
 
 
+TOKEN = "0123456789abcdef" * 2
+
+
 def test_leftovers_of_a_killed_run_are_cleaned(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial-99999").mkdir()
-    (tmp_path / ".out.partial-99999" / "half").write_text("x")
+    (tmp_path / f".out.partial-{TOKEN}").mkdir()
+    (tmp_path / f".out.partial-{TOKEN}" / "half").write_text("x")
     (tmp_path / ".out.lock").write_text("99999")
-    (tmp_path / ".other.partial-1").mkdir()
+    (tmp_path / f".other.partial-{TOKEN}").mkdir()
     with output_folder(tmp_path / "out", False) as stage:
-        assert names(tmp_path) == {stage.name, ".out.lock", ".other.partial-1"}
+        assert names(tmp_path) == {stage.name, ".out.lock", f".other.partial-{TOKEN}"}
         fill(stage)
-    assert names(tmp_path) == {"out", ".other.partial-1"}
+    assert names(tmp_path) == {"out", f".other.partial-{TOKEN}"}
+
+
+def test_scratch_names_differ_from_run_to_run(tmp_path: Path) -> None:
+    seen = set()
+    for _ in range(3):
+        with output_folder(tmp_path / "out", True) as stage:
+            seen.add(stage.name)
+            fill(stage)
+    assert len(seen) == 3 and all(len(name) == len(".out.partial-") + 32 for name in seen)
+
+
+def moved_away(folder: Path) -> None:
+    """As a run leaves it that is killed between the two renames of a file system without an exchange."""
+    (folder / "out").mkdir()
+    fill(folder / "out", "old")
+    scratch.note(folder / "out", folder / f".out.old-{TOKEN}")
+    (folder / "out").rename(folder / f".out.old-{TOKEN}")
 
 
 def test_output_that_a_killed_run_had_moved_away_comes_back(tmp_path: Path) -> None:
-    (tmp_path / ".out.old-99999").mkdir()
-    fill(tmp_path / ".out.old-99999", "old")
+    moved_away(tmp_path)
     with pytest.raises(OutputError, match="exists and is not empty"), output_folder(tmp_path / "out", False):
         raise AssertionError("entered")
     assert names(tmp_path) == {"out"}
     assert (tmp_path / "out" / "sub" / "file").read_text() == "old"
 
 
+def test_output_that_a_killed_run_had_moved_away_goes_when_the_new_one_is_there(tmp_path: Path) -> None:
+    moved_away(tmp_path)
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out")
+    with output_folder(tmp_path / "out", True) as stage:
+        fill(stage, "newer")
+    assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "noted", "noted link", "foreign note"])
+def test_a_planted_folder_does_not_become_the_output(tmp_path: Path, kind: str) -> None:
+    """Neither by its name, nor by a note that somebody else wrote."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").write_text("mine")
+    planted, note = tmp_path / "in" / f".out.old-{TOKEN}", tmp_path / "in" / ".out.moved"
+    planted.parent.mkdir()
+    if "link" in kind:
+        planted.symlink_to(tmp_path / "outside")
+    else:
+        planted.mkdir()
+    if kind == "foreign note":  # the planted folder's own identity, in a file with a second name
+        (tmp_path / "outside" / "note").write_text(f"{planted.name}\n{scratch._identity(planted)}\n")
+        os.link(tmp_path / "outside" / "note", note)
+    elif "noted" in kind:
+        note.write_text(f"{planted.name}\n1:1\n" if kind == "noted" else f"{planted.name}\n")
+    with pytest.raises(RuntimeError), output_folder(tmp_path / "in" / "out", False):
+        raise RuntimeError
+    assert names(tmp_path / "in") == {planted.name}
+    assert (tmp_path / "outside" / "file").read_text() == "mine"
+
+
 def test_output_written_while_waiting_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run finishes between the first look and the lock."""
-    real = files._clean_leftovers
+    real = scratch.clean
 
     def meanwhile(final: Path) -> None:
         final.mkdir()
         fill(final, "theirs")
         real(final)
 
-    monkeypatch.setattr(files, "_clean_leftovers", meanwhile)
+    monkeypatch.setattr(scratch, "clean", meanwhile)
     with pytest.raises(OutputError, match="exists and is not empty"), output_folder(tmp_path / "out", False):
         raise AssertionError("entered")
     assert (tmp_path / "out" / "sub" / "file").read_text() == "theirs"
@@ -169,8 +220,11 @@ def test_output_written_while_waiting_is_not_overwritten(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("name", ["out", "o[u]t", "o*t", "out.partial-7"])
 def test_leftovers_of_other_outputs_stay(tmp_path: Path, name: str) -> None:
-    mine = {f".{name}.partial-1", f".{name}.old-2"}
-    others = {".oXt.partial-1", ".out.partial-7.partial-1", ".out.partial-mine", ".out2.partial-1", ".o-t.old-2"}
+    mine = {f".{name}.partial-{TOKEN}"}
+    others = {
+        f".oXt.partial-{TOKEN}", f".out.partial-7.partial-{TOKEN}", ".out.partial-mine", ".out.partial-7",
+        f".out2.partial-{TOKEN}", f".{name}.old-{TOKEN}",
+    }  # fmt: skip
     others -= mine
     for folder in mine | others:
         (tmp_path / folder).mkdir()
@@ -361,6 +415,49 @@ def test_second_writer_is_told_who_holds_the_output(tmp_path: Path, text: str, s
         with pytest.raises(OutputError, match=said), output_folder(tmp_path / "out", False):
             raise AssertionError("entered")
         assert names(tmp_path) == {".out.lock"}
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "folder", "fifo"])
+def test_a_planted_lock_is_refused_and_not_written(tmp_path: Path, kind: str) -> None:
+    target, lock = tmp_path / "outside", tmp_path / "in" / ".out.lock"
+    lock.parent.mkdir()
+    if kind != "dangling link":
+        target.write_text("mine")
+    if "link" in kind and kind != "hard link":
+        lock.symlink_to(target)
+    elif kind == "hard link":
+        os.link(target, lock)
+    elif kind == "folder":
+        lock.mkdir()
+    else:
+        os.mkfifo(lock)
+    with pytest.raises(OutputError, match="lock of the output is a link"), output_folder(lock.parent / "out", True):
+        raise AssertionError("entered")
+    assert names(lock.parent) == {".out.lock"}
+    assert not target.exists() if kind == "dangling link" else target.read_text() == "mine"
+
+
+def test_a_lock_that_gets_a_second_name_after_the_look_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / "in").mkdir()
+    monkeypatch.setattr(locks, "_refuse_planted", lambda path: os.link(tmp_path / "outside", path))
+    with pytest.raises(OutputError, match="lock of the output is a link"), output_folder(tmp_path / "in/out", True):
+        raise AssertionError("entered")
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_what_failed_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    for target in ("folder", "nothing"):
+        (tmp_path / "out.failed").symlink_to(tmp_path / target)
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(GateFailed), output_folder(tmp_path / "out", False) as stage:
+            fill(stage)
+            raise GateFailed("logits differ")
+        assert names(tmp_path) == {"out.failed", "folder"} and not (tmp_path / "out.failed").is_symlink()
+        assert names(tmp_path / "folder") == set()
+        shutil.rmtree(tmp_path / "out.failed")
 
 
 def die_inside(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lora_export import disk, files, interrupts, merging
+from lora_export import disk, files, interrupts, locks, merging, scratch
 from lora_export.checkpoint import companions
 from lora_export.files import output_folder
 from lora_export.interrupts import Interrupts
@@ -26,7 +26,7 @@ from tests.failures.commands import Forked, everything, invoke, merge_words, slo
 PHASES = {
     "copying": "lora_export.merging.blocks.copy_range",
     "computing": "lora_export.merging.work.TensorWork.compute",
-    "companions": "shutil.copyfile",
+    "companions": "lora_export.checkpoint.companions.copy",
     "certificate": "lora_export.merging.write_certificate",
     "syncing": "os.fsync",
 }
@@ -84,7 +84,9 @@ def test_an_interrupt_before_the_command_begins_is_130(work: Path, monkeypatch: 
 class AtLine:
     """Sends SIGINT to this process when it comes to the nth line of the code that puts an output in its place."""
 
-    FILES = frozenset(str(module.__file__) for module in (disk, files, interrupts, merging, companions))
+    FILES = frozenset(
+        str(module.__file__) for module in (disk, files, interrupts, locks, merging, scratch, companions)
+    )
 
     def __init__(self, nth: int) -> None:
         self.nth, self.seen, self.where = nth, 0, ""

@@ -39,6 +39,57 @@ class Hang(Exception):
     """The call took too long."""
 
 
+@dataclass
+class Worst:
+    """What inputs have cost so far at most. seconds, megabytes: beyond what any input may take, of one call; rate:
+    seconds of the processor for each MB of an input of a MB or more."""
+
+    seconds: float = 0.0
+    rate: float = 0.0
+    memory: int = 0
+
+
+WORST = Worst()
+FLOOR = 1.0  # seconds that any input may take
+EXPANSION, ROOM = 10, 100 * 2**20  # memory: times the input, and bytes besides
+
+
+@contextlib.contextmanager
+def measured(size: int) -> Iterator[None]:
+    """Inside, an input of `size` bytes takes a second for each MB, and 10 times its size and 100 MB of memory."""
+    before = _restart_peak()
+    started = time.process_time()
+    try:
+        with _soon(max(SECONDS, FLOOR + 2 * size / 1e6)):
+            yield
+    finally:
+        seconds, memory = time.process_time() - started, _peak() - before
+        WORST.seconds, WORST.memory = max(WORST.seconds, seconds), max(WORST.memory, memory)
+        if size >= 1_000_000:
+            WORST.rate = max(WORST.rate, seconds / (size / 1e6))
+    assert seconds < FLOOR + size / 1e6, f"{seconds:.1f} s for {size} bytes"
+    assert memory < EXPANSION * size + ROOM, f"{memory} bytes of memory for {size}"
+
+
+def _restart_peak() -> int:
+    """Bytes of this process in memory now; from here on its peak counts."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not Linux
+        return 0
+    return _status("VmRSS:")
+
+
+def _peak() -> int:
+    return _status("VmHWM:")
+
+
+def _status(field: str) -> int:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+
+
 def attempt(folder: Path, call: Callable[[], T]) -> T | LoraExportError:
     """The call's result, or its refusal. Everything else that can go wrong fails the test."""
     global _opened
@@ -68,12 +119,12 @@ def _check_words(refusal: LoraExportError) -> None:
 
 
 @contextlib.contextmanager
-def _soon() -> Iterator[None]:
+def _soon(seconds: float = SECONDS) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Hang(f"more than {SECONDS:g} s")
+        raise Hang(f"more than {seconds:g} s")
 
     earlier = signal.signal(signal.SIGPROF, stop)  # not SIGALRM, which is pytest-timeout's
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file as tensors_of
 
-from lora_export import disk, files, sealed, spare
-from lora_export.checkpoint import open_checkpoint
+from lora_export import disk, files, sealed
 from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import CheckpointError, InputError, OutputError
@@ -24,10 +22,9 @@ from lora_export.progress import Silent
 from lora_export.workers import OpenFile
 from lora_export.workflows import switching
 from lora_export.workflows.switching import Switched, switch
-from tests.builders import edit_tensors, llama_config, lora, save_adapter, save_base
+from tests.builders import llama_config, lora, save_adapter, save_base
 from tests.daily import later
 
-CHANGED = {"q_proj", "v_proj", "o_proj", "down_proj"}
 TARGETS = (["q_proj", "down_proj"], ["q_proj", "v_proj"], ["o_proj"])
 
 
@@ -75,34 +72,14 @@ def test_ten_switches_end_where_a_fresh_merge_ends(
     for before, after in itertools.pairwise(order):
         to(folder, base, adapters[before], adapters[after])
         assert contents(folder) == contents(fresh(after, dtype=dtype))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".merged.spare", ".merged.spare.json", "merged"]
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
 
-def test_only_what_changes_is_written(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_a_switch_reports_what_differs(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
-    first = to(folder, base, adapters[0], adapters[1])
-    assert first.tensors == 6 and not first.went_back  # q, v and down of two layers
-    back = to(folder, base, adapters[1], adapters[0])
-    assert (back.went_back, back.tensors, back.nbytes) == (True, 0, 0)
-    third = to(folder, base, adapters[0], adapters[2])  # the spare holds B: q and v are put back, o is new
-    assert third.tensors == 6
-    sizes = {n: t.nbytes for n, t in open_checkpoint(folder).tensors.items()}
-    written = [s for n, s in sizes.items() if any(x in n for x in ("q_proj", "v_proj", "o_proj"))]
-    assert third.nbytes == sum(written)
-    assert third.share == pytest.approx(sum(written) / sum(p.stat().st_size for p in folder.glob("*.safetensors")))
-    untouched = {s.name for s in folder.glob("*.safetensors")} - {
-        t.file.name for n, t in open_checkpoint(folder).tensors.items() if n.split(".")[-2] in CHANGED
-    }
-    place = tmp_path / ".merged.spare"
-    assert len(untouched) > 2 and all((folder / n).samefile(place / n) for n in untouched)
-
-
-def test_without_a_spare_nothing_is_left(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
-    to(folder, base, adapters[0], adapters[1])
-    made = to(folder, base, adapters[1], adapters[2], keep_spare=False)
-    assert made.spare is None and [p.name for p in tmp_path.iterdir()] == ["merged"]
-    assert contents(folder) == contents(fresh(2))
+    made = to(folder, base, adapters[0], adapters[1])
+    assert (made.kind, made.tensors) == ("merged", 6)  # q, v and down of two layers
+    assert made.nbytes == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
 def test_several_adapters_and_weights(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
@@ -115,20 +92,36 @@ def test_several_adapters_and_weights(base: Path, adapters: list[Path], fresh: A
     assert contents(folder) == contents(fresh(0))
 
 
-def test_a_spare_that_was_changed_is_made_anew(
+def test_a_folder_that_looks_like_a_spare_is_not_touched(
     base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    """Earlier versions kept one under a fixed name; a link of that name had a folder elsewhere emptied."""
+    folder, outside = Path(shutil.copytree(fresh(0), tmp_path / "in" / "merged")), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("of the user")
+    (tmp_path / "in" / ".merged.spare").symlink_to(outside)
     to(folder, base, adapters[0], adapters[1])
-    shard = next(p for p in (tmp_path / ".merged.spare").glob("*.safetensors") if p.stat().st_nlink == 1)
-    with shard.open("r+b") as f:
-        f.seek(-64, os.SEEK_END)
-        f.write(bytes(64))
-    found = to(folder, base, adapters[1], adapters[0])
-    assert not found.went_back and contents(folder) == contents(fresh(0))
+    assert contents(folder) == contents(fresh(1)) and not folder.is_symlink()
+    assert contents(outside) == {"mine": b"of the user"}
 
 
-def test_who_reads_the_old_state_goes_on_reading_it(
+def test_changed_weights_do_not_survive_a_switch(
+    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
+) -> None:
+    """Neither of the folder in use nor of an earlier one, whatever their times say."""
+    folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
+    for step, (before, after) in enumerate([(0, 1), (1, 0)]):
+        for shard in folder.glob("*.safetensors"):
+            times = shard.stat()
+            with shard.open("r+b") as f:
+                f.seek(-64, os.SEEK_END)
+                f.write(bytes(64))
+            os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+        to(folder, base, adapters[before], adapters[after])
+        assert contents(folder) == contents(fresh(after)), step
+
+
+def test_who_has_files_open_goes_on_reading_the_old_state(
     base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
 ) -> None:
     """A server that mapped the folder two switches ago must not see its weights change."""
@@ -137,26 +130,38 @@ def test_who_reads_the_old_state_goes_on_reading_it(
     before = {s.name: s.read_bytes() for s in shards}
     opened = {s.name: s.open("rb") for s in shards}
     to(folder, base, adapters[0], adapters[1])
-    to(folder, base, adapters[1], adapters[2])  # would be written into the files that are open
-    to(folder, base, adapters[2], adapters[1])
+    to(folder, base, adapters[1], adapters[2])
     for name, file in opened.items():
         assert file.read() == before[name]
         file.close()
-    assert contents(folder) == contents(fresh(1))
 
 
-def test_a_spare_of_another_base_is_not_used(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
-    """The folder is merged anew from a base that differs in a tensor that no adapter touches."""
+def test_a_loader_by_descriptor_never_meets_two_adapters(
+    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
+) -> None:
+    """It reads shard by shard in the folder that it has opened: all of one adapter, or an error."""
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
-    to(folder, base, adapters[0], adapters[1])
-    other = Path(shutil.copytree(base, tmp_path / "other"))
-    shard = next(p for p in other.glob("*.safetensors") if "model.norm.weight" in tensors_of(p))
-    stored = tensors_of(shard)
-    edit_tensors(shard, {"model.norm.weight": stored["model.norm.weight"] * 2})
-    merge(other, [AdapterChoice(adapters[1])], folder, MergeOptions(force=True))
-    to(folder, other, adapters[1], adapters[2])
-    merge(other, [AdapterChoice(adapters[2])], tmp_path / "fresh")
-    assert contents(folder) == contents(tmp_path / "fresh")
+    names = sorted(s.name for s in folder.glob("*.safetensors"))
+    states = [[(fresh(n) / name).read_bytes() for name in names] for n in (0, 1)]
+    outcomes = []
+    for at in range(len(names) + 1):
+        found, now = [], at % 2
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for i, name in enumerate(names):
+                if i == at:
+                    to(folder, base, adapters[now], adapters[1 - now])
+                shard = os.open(name, os.O_RDONLY, dir_fd=fd)
+                found.append(os.read(shard, 10**6))
+                os.close(shard)
+            outcomes.append("whole")
+        except FileNotFoundError:
+            outcomes.append("gone")
+        os.close(fd)
+        assert found == states[now][: len(found)], at
+        if at == len(names):
+            break
+    assert set(outcomes) == {"whole", "gone"}
 
 
 # --- killed in the middle -----------------------------------------------------------------------------------
@@ -185,10 +190,9 @@ def killed_at(count: int, work: Callable[[], Any]) -> bool:
     if child == 0:
         countdown = Countdown(count)
         OpenFile.write = countdown(OpenFile.write)  # type: ignore[method-assign]
-        disk.sync, files.exchange = countdown(disk.sync), countdown(files.exchange)
-        disk.copy_range = countdown(disk.copy_range)
-        sealed.write_sealed = countdown(sealed.write_sealed)
-        spare._copy_around = countdown(spare._copy_around)
+        disk.sync, disk.exchange_names = countdown(disk.sync), countdown(disk.exchange_names)
+        sealed.copy, files.replace_folder = countdown(sealed.copy), countdown(files.replace_folder)
+        files._remove_replaced = countdown(files._remove_replaced)
         try:
             work()
         finally:
@@ -197,38 +201,37 @@ def killed_at(count: int, work: Callable[[], Any]) -> bool:
     return os.waitstatus_to_exitcode(status) == 9
 
 
-@pytest.mark.parametrize("with_spare", [later(False), True])
+@pytest.mark.parametrize("steps", [later(1), 3])
 def test_killed_anywhere_it_is_the_old_state_or_the_new_one(
-    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path, with_spare: bool
+    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path, steps: int
 ) -> None:
     old, new = contents(fresh(0)), contents(fresh(2))
     seen, kills, count = set[str](), 0, 1
     while True:
         home = tmp_path / str(count)
-        folder = Path(shutil.copytree(fresh(1 if with_spare else 0), home / "merged"))
-        if with_spare:
-            to(folder, base, adapters[1], adapters[0])
+        folder = Path(shutil.copytree(fresh(0), home / "merged"))
         was_killed = killed_at(count, lambda at=folder: to(at, base, adapters[0], adapters[2]))  # type: ignore[misc]
         found = contents(folder)
         assert found in (old, new), f"mixed after {count}"
         seen.add("new" if found == new else "old")
-        if found == old:  # whatever was left behind, the next one goes through
+        if found == old:  # whatever was left behind, the next one goes through, and cleans it up
             to(folder, base, adapters[0], adapters[2])
             assert contents(folder) == new
         else:
             to(folder, base, adapters[2], adapters[0])
             assert contents(folder) == old
+        assert [p.name for p in home.iterdir()] == ["merged"]
         if not was_killed:
             break
-        kills, count = kills + 1, count + 1
+        kills, count = kills + 1, count + steps
         shutil.rmtree(home)
-    assert kills >= 10 and seen == {"old", "new"}
+    assert kills * steps >= 30 and seen == {"old", "new"}
 
 
 def test_an_error_leaves_all_as_it_was(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_export.merging.switched.write_beside", lambda *_: 1 / 0)
+        patch.setattr("lora_export.merging.write_beside", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             to(folder, base, adapters[0], adapters[1])
     assert contents(folder) == contents(fresh(0))
@@ -280,11 +283,11 @@ def test_another_layout_is_refused(base: Path, adapters: list[Path], fresh: Any,
 
 def test_one_at_a_time(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
-    with files.only_writer(folder), pytest.raises(OutputError, match="is writing this output"):
+    with files.added_to(folder), pytest.raises(OutputError, match="is writing this output"):
         to(folder, base, adapters[0], adapters[1])
     link = tmp_path / "link"
     link.symlink_to(folder)
-    with pytest.raises(OutputError, match="no folder whose name"):
+    with pytest.raises(OutputError, match="file or a link"):
         to(link, base, adapters[0], adapters[1])
 
 
@@ -294,7 +297,7 @@ def test_the_command(base: Path, adapters: list[Path], fresh: Any, tmp_path: Pat
     done = CliRunner().invoke(cli, [*command, "-b", str(base), "--json", "-q"])
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
-    assert document["kind"] == "merged" and document["tensors"] == 6 and document["spare"].endswith(".merged.spare")
+    assert document["kind"] == "merged" and document["tensors"] == 6
     assert contents(folder) == contents(fresh(1))
     again = CliRunner().invoke(cli, [*command, "-b", str(base)])
     assert again.exit_code == 1 and "--from" in again.stderr

@@ -98,7 +98,7 @@ def no_template(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
 
 
-CASES: list[tuple[Spoil, str]] = [
+CASES: list[tuple[Any, str]] = [
     (shuffled_tokenizer, "tokenizer.json: model.vocab"),
     (other_end, "generation_config.json: eos_token_id: should be 2, is 7"),
     (other_template, "chat_template.jinja: other contents"),
@@ -110,7 +110,7 @@ CASES: list[tuple[Spoil, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "said"), CASES, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.parametrize(("spoil", "said"), CASES, ids=[spoil.__name__ for spoil, _ in CASES])
 def test_settings_check_a_changed_file_is_named_with_its_key(
     made: tuple[Path, Path, Path], tmp_path: Path, spoil: Spoil, said: str
 ) -> None:

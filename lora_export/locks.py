@@ -1,0 +1,88 @@
+"""The lock of an output: one writer at a time, by a file beside it that names the process which holds it."""
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from lora_export.errors import OutputError
+
+PATIENCE = 0.2  # seconds, for one who holds the lock to say who it is, or to be gone
+
+
+@contextlib.contextmanager
+def locked(final: Path) -> Iterator[None]:
+    """Hold `.NAME.lock` of the output `final`. OutputError if another process does, or if that is no plain file."""
+    from filelock import FileLock, Timeout
+
+    path = final.with_name(f".{final.name}.lock")
+    _refuse_planted(path)
+    try:
+        held = FileLock(path).acquire(timeout=PATIENCE, poll_interval=PATIENCE / 10)
+    except Timeout:
+        raise OutputError(
+            f"another process{_holder(path)} is writing this output",
+            where=final,
+            expected="one writer at a time",
+            next_step="wait for it, or choose another -o",
+        ) from None
+    with held:
+        try:
+            # As filelock itself writes it where files cannot be locked: it tells a dead holder by that.
+            _write(path, f"{os.getpid()}\n{socket.gethostname()}\n")
+            yield
+        finally:
+            # Only who holds it removes it, and filelock gives nobody a lock on a file that is gone.
+            path.unlink(missing_ok=True)
+
+
+def _refuse_planted(path: Path) -> None:
+    """OutputError for a lock that is a link, has a second name elsewhere, or is no file."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    _check(path, found)
+
+
+def _check(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise OutputError(
+            "the lock of the output is a link, or no file at all",
+            where=path,
+            expected="a plain file, or nothing",
+            next_step="see what it is and who made it, and delete it",
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    fd = _opened(path, os.O_RDWR)
+    try:
+        os.ftruncate(fd, 0)
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def _opened(path: Path, flags: int) -> int:
+    """A descriptor of the lock. OutputError if it is not a plain file with one name."""
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check(path, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _holder(path: Path) -> str:
+    """Who holds a lock, as far as its file says it."""
+    try:
+        with os.fdopen(_opened(path, os.O_RDONLY), encoding="utf-8", errors="replace") as file:
+            number, host, *_ = [*file.read(1000).split("\n"), "", ""]
+    except (OSError, OutputError):
+        return ""
+    elsewhere = f" on {host}" if host not in ("", socket.gethostname()) else ""
+    return f" (PID {number}{elsewhere})" if number else ""
