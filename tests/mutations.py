@@ -644,7 +644,7 @@ MUTATIONS = (
         'rounding errors belong to the base alone', 'validation/noise.py',
         'rounding_errors(known.adapted(name, weight), dtype, generator)',
         'rounding_errors(weight, dtype, generator)',
-        f'{NOISE}::test_validate_honest_merge_of_any_update_size_passes[2.0]',
+        f'{NOISE}::test_rounding_noise_is_as_large_as_the_rounding_of_adapted_weights',
     ),
     Mutation(
         'a figure that is no number is dropped', 'validation/compare.py',

@@ -139,7 +139,7 @@ class _Careful:
 
 
 def _unzip(archive: Path, folder: Path, bounds: Bounds) -> None:
-    with archive.open("rb") as raw, zipfile.ZipFile(_Careful(raw)) as found:  # type: ignore[arg-type]
+    with archive.open("rb") as raw, zipfile.ZipFile(_Careful(raw)) as found:
         entries = found.infolist()
         for info in entries:
             if info.orig_filename != info.filename:

@@ -25,6 +25,7 @@ from lora_export.validation import ValidationOptions, graph_weights, validate
 from lora_export.validation.compare import UNMOVED, compare_logits, largest
 from lora_export.validation.graph_model import numbers_of
 from lora_export.validation.magnitude import Magnitudes
+from lora_export.validation.noise import rounding_noise
 from lora_export.validation.thresholds import Floor, Greedy, decoder_checks, graph_checks
 from tests.builders import lora, save_adapter
 from tests.daily import daily
@@ -238,6 +239,23 @@ def test_magnitudes_of_an_adapted_layer_are_those_of_its_merged_weight(tmp_path:
     assert (wanted / weight.data.square().mean(1).sqrt()).max() > 2  # the adapter matters here
     torch.testing.assert_close(found, wanted, rtol=0.5, atol=0)
     assert torch.equal(sizes.adapted("model.norm.weight", weight.data), weight.data)
+
+
+def test_rounding_noise_is_as_large_as_the_rounding_of_adapted_weights(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", torch.float32)
+    adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=["v_proj"]), scale=2.0)
+    merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    unmerged = peft.PeftModel.from_pretrained(model, adapter)
+    name = "model.layers.0.self_attn.v_proj"
+    weight = dict(unmerged.base_model.model.named_parameters())[f"{name}.base_layer.weight"]
+    before = weight.data.clone()
+    with rounding_noise(unmerged, {f"{name}.weight": torch.bfloat16}, 0):
+        moved = (weight.data - before).square().mean().sqrt()
+    merged = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
+    rounded = (merged.bfloat16().float() - merged).square().mean().sqrt()
+    assert rounded > 3 * (before.bfloat16().float() - before).square().mean().sqrt()
+    assert float(moved / rounded) == pytest.approx(1, abs=0.3)
 
 
 # --- the numbers of a graph, and figures that are none ------------------------------------------------------
