@@ -12,14 +12,8 @@ from lora_export.contracts import Check, ExportedPair
 from lora_export.errors import ExportError
 from lora_export.validation import graph_weights
 from lora_export.validation.arithmetic import Arithmetic
-from lora_export.validation.graph_model import (
-    Expected,
-    GraphModel,
-    base_numbers,
-    effective_numbers,
-    graph_model,
-    numbers_of,
-)
+from lora_export.validation.graph_model import GraphModel, graph_model
+from lora_export.validation.graph_numbers import Expected, base_numbers, effective_numbers, numbers_of
 from lora_export.validation.subject import Graph, Story
 
 QUANTIZED = ("int4", "int8", "nf4")

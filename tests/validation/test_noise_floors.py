@@ -23,7 +23,7 @@ from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, graph_weights, validate
 from lora_export.validation.compare import UNMOVED, compare_logits, largest
-from lora_export.validation.graph_model import numbers_of
+from lora_export.validation.graph_numbers import numbers_of
 from lora_export.validation.magnitude import Magnitudes
 from lora_export.validation.noise import rounding_noise
 from lora_export.validation.thresholds import Floor, Greedy, decoder_checks, graph_checks
