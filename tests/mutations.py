@@ -781,4 +781,22 @@ MUTATIONS = (
         'max(errors.largest, float(ulps.max()))',
         'tests/test_not_a_number.py::test_a_check_of_what_is_no_number_fails[exact]',
     ),
+    Mutation(
+        'verify compares no bytes of computed rows', 'merging/recompute.py',
+        '            known.rows[rows] = True',
+        '            self.different.pop(info.name)',
+        'tests/failures/test_verify.py::test_verify_of_rows_that_no_certificate_looks_at_finds_them',
+    ),
+    Mutation(
+        'the weights of an export are not made again', 'workers.py',
+        '        if len(found) < len(wanted) or not np.array_equal(wanted, found):',
+        '        if len(found) < len(wanted):',
+        'tests/failures/test_forgeries.py::test_verify_of_a_run_with_the_base_s_weights_in_its_graph_is_refused',
+    ),
+    Mutation(
+        'a graph of another name is no graph', 'onnx_export/finding.py',
+        'p.suffix == SUFFIX or looks_like_graph(p)',
+        'p.suffix == SUFFIX',
+        'tests/onnx_export/test_finding.py::test_find_graphs_of_another_name_finds_them_by_content[noext-]',
+    ),
 )  # fmt: skip

@@ -50,12 +50,10 @@ def recompute(
     again = Recomputation(planned, folder, progress)
     again.run()
     failures, within = [], dict[str, Difference]()
-    elsewhere = _elsewhere(recorded, planned)
+    away = elsewhere(recorded, planned)
     for name, difference in again.different.items():
         tensor = planned.tensors[name]
-        beyond = (
-            elsewhere is None or tensor.operation in ("copied", "converted") or _beyond(tensor, planned, difference)
-        )
+        beyond = away is None or tensor.operation in ("copied", "converted") or _beyond(tensor, planned, difference)
         if beyond:
             failures.append(difference.words)
         else:
@@ -64,7 +62,7 @@ def recompute(
     if within:
         rows = sum(int(d.rows.sum()) for d in within.values())
         findings.not_checked.append(
-            f"the last bits of {rows} rows in {len(within)} tensors: {elsewhere}; they are within float64's bound"
+            f"the last bits of {rows} rows in {len(within)} tensors: {away}; they are within float64's bound"
         )
     found = [
         replace(r, hash_out=hash_tensor(within[r.name].info)) if r.name in within else r for r in again.records
@@ -73,7 +71,7 @@ def recompute(
     return Recomputed(found, again.survival, again.unchecked, known)
 
 
-def _elsewhere(recorded: Mapping[str, Any], planned: MergePlan) -> str | None:
+def elsewhere(recorded: Mapping[str, Any], planned: MergePlan) -> str | None:
     """Where the merge was done, if its bits may differ from those that are computed here."""
     here, there = ({"torch": "?", "processor": "?", **v} for v in (versions(planned), recorded["versions"]))
     if recorded["options"]["device"] == "cpu" and all(here[k] == there[k] for k in ("torch", "processor")):

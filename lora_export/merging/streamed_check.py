@@ -8,6 +8,7 @@ from lora_export.contracts import AdapterChoice
 from lora_export.merging.as_recorded import adapter_files
 from lora_export.merging.certificate import certificate_of
 from lora_export.merging.certificate_check import Findings, compare
+from lora_export.merging.recompute import elsewhere
 from lora_export.merging.right_base import base_checks
 from lora_export.merging.streamed import MergedSource, write_outline
 from lora_export.merging.verification import planned_again
@@ -48,7 +49,9 @@ def same_certificate(
     """Whether the certificate is that of the merge, of which every tensor was hashed."""
     records = {r["name"]: r["hash_out"] for r in recorded["records"]}
     other = [r.name for r in source.records if records.get(r.name) != r.hash_out]
-    notes = [f"{name} is not what the certificate says that it is" for name in other]
+    away = elsewhere(recorded, source.plan)
+    why = f" ({away}, whose last bits no merged folder is there to compare with)" if away else ""
+    notes = [f"{name} is not what the certificate says that it is{why}" for name in other]
     findings.judge(
         "arithmetic", f"the {len(records)} tensors of the certificate are what the merge computes", notes
     )

@@ -20,7 +20,7 @@ from lora_export.errors import LoraExportError
 from lora_export.sealed import read_sealed
 
 if TYPE_CHECKING:
-    from lora_export.onnx_export.recheck import Rechecked
+    from lora_export.onnx_export.recheck_data import Rechecked
 
 _ONNX_UNKNOWN = (
     "the ONNX graph, its weights (quantized or not), weights-map.json, export.json, the runtime's configuration, "

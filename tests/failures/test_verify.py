@@ -13,7 +13,7 @@ import torch
 
 from lora_export.merging import CERTIFICATE
 from lora_export.sealed import json_text, write_sealed
-from tests.builders import edit_json, edit_tensors, lora, save_adapter, save_base
+from tests.builders import edit_json, edit_tensors, llama_config, lora, save_adapter, save_base
 from tests.failures.commands import everything, invoke, merge_words
 from tests.failures.faults import Faults, failing
 
@@ -196,6 +196,82 @@ def test_a_forgery_of_weights_and_certificate_is_found(work: Path) -> None:
     assert verify(work, inputs=False)[1]["verified"] is True
     code, document = verify(work)
     assert code == 3 and f"{path.name}, tensor {Q0}" in failed(document)["arithmetic"][0]
+
+
+def negate(work: Path, name: str, rows: slice | list[int]) -> Path:
+    """Rows of a merged tensor with the other sign, and its hash in the certificate made to fit."""
+    from lora_export.checkpoint.hashing import hash_tensor
+    from lora_export.checkpoint.header import read_header
+
+    path = next(p for p in (work / "out").glob("*.safetensors") if name in tensors_of(p))
+    changed = tensors_of(path)[name]
+    changed[rows] *= -1
+    rewritten(path, name, changed)
+    digest = hash_tensor(read_header(path).tensors[name])
+    forge(work, lambda d: record(d, name).update(hash_out=digest))
+    return path
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def tall(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A merge in which most rows of a weight are none that its certificate looks at; in bf16, or as asked for."""
+    work = tmp_path / "tall"
+    save_base(
+        work / "base", config=llama_config(intermediate_size=1024), dtype=getattr(request, "param", torch.bfloat16)
+    )
+    save_adapter(work / "adapter", work / "base", lora(target_modules=["q_proj", "up_proj"]))
+    assert invoke(*merge_words(work)).exit_code == 0
+    return work
+
+
+def hidden_rows() -> list[int]:
+    """Those of UP that no certificate looks at."""
+    from lora_export.merging.exact import sampled_runs
+
+    shape = (1024, 48)
+    return sorted(set(range(1024)) - {row for start, stop in sampled_runs(shape) for row in range(start, stop)})
+
+
+def test_verify_of_rows_that_no_certificate_looks_at_finds_them(tall: Path) -> None:
+    negate(tall, UP, hidden_rows())
+    code, document = verify(tall)
+    assert code == 3 and len(hidden_rows()) > 512
+    assert f"{len(hidden_rows())} of 1024 rows are not what the merge writes" in failed(document)["arithmetic"][0]
+
+
+def test_verify_with_sampled_draws_other_rows_each_time(tall: Path) -> None:
+    """Most rows are forged, so any draw of 64 has some; the seed is told, and draws the same rows again."""
+    negate(tall, UP, hidden_rows())
+    code, document = verify(tall, "--certify", "sampled")
+    assert code == 3 and UP in failed(document)["arithmetic"][0]
+    verdicts = {verify(tall, "--certify", "sampled", "--rows", 1)[1]["not_checked"][0] for _ in range(3)}
+    assert len(verdicts) == 3 and all("--seed" in text for text in verdicts)
+    seeded = [verify(tall, "--certify", "sampled", "--rows", 1, "--seed", 5)[1]["not_checked"] for _ in range(2)]
+    assert seeded[0] == seeded[1] and "all other rows of the computed tensors" in seeded[0][0]
+
+
+@pytest.mark.parametrize("tall", [torch.float32], indirect=True)
+@pytest.mark.parametrize(("change", "code"), [(0, 0), (1, 3)])
+def test_verify_of_a_merge_done_by_another_torch_takes_last_bits_and_says_so(
+    tall: Path, change: int, code: int
+) -> None:
+    """In fp32 the last bit may be another processor's; more than that is wrong. Of this torch, every bit agrees."""
+    path = tall / "out" / "model.safetensors"
+    values, row = tensors_of(path)[UP], hidden_rows()[5]
+    values.view(torch.int32)[row, 3] ^= 1
+    values[row, 4] += change
+    rewritten(path, UP, values)
+    negate(tall, UP, [])
+    assert verify(tall)[0] == 3
+    forge(tall, lambda d: d["versions"].update(torch="1.0"))
+    found, document = verify(tall)
+    assert found == code, failed(document)
+    if not code:
+        assert "the last bits of 1 rows in 1 tensors" in document["verdict"]
+        assert any("done by torch 1.0" in text for text in document["not_checked"])
 
 
 def test_a_forged_companion_is_found(work: Path) -> None:
