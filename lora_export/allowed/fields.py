@@ -48,7 +48,6 @@ GRAPH = Value(
     "the plain name of an .onnx file in the same folder",
     lambda v: isinstance(v, str) and sealed.plain_name(v) and v.endswith(".onnx"),
 )
-NOTHING = Value("null", lambda v: v is None)
 
 
 def one_of(*words: Any) -> Value:
