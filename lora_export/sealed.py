@@ -216,3 +216,10 @@ def refuse_outward_link(path: Path, root: Path | None = None) -> None:
     real = path.resolve()
     if not any(home in real.parents for home in _homes(root or path.parent)):
         raise _not_inside(path, _LINK)
+
+
+def refuse_special(folder: Path) -> None:
+    """InputError for a FIFO, socket or device in a folder: a library that opens it would wait for ever."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise _not_inside(path, "not a regular file")
