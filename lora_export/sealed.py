@@ -3,13 +3,14 @@
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from lora_export import disk
 from lora_export.errors import InputError
@@ -19,7 +20,7 @@ _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 @contextlib.contextmanager
-def opened(path: Path, root: Path | None = None) -> Iterator[BinaryIO]:
+def opened(path: Path, root: Path | None = None) -> Iterator[io.BufferedReader]:
     """A regular file of the folder `root` (by default the one that it lies in), open for reading.
 
     A link may lead to a file in `root`, or to the blobs of the hub cache that `root` is a snapshot of. InputError
