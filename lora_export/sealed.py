@@ -4,13 +4,14 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import io
 import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from lora_export import disk
 from lora_export.documents import finite, is_text, parse_json
@@ -24,7 +25,7 @@ _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 @contextlib.contextmanager
-def opened(path: Path, root: Path | None = None) -> Iterator[BinaryIO]:
+def opened(path: Path, root: Path | None = None) -> Iterator[io.BufferedReader]:
     """A regular file of the folder `root` (by default the one that it lies in), open for reading.
 
     A link may lead to a file in `root`, or to the blobs of the hub cache that `root` is a snapshot of. InputError
@@ -260,3 +261,10 @@ def refuse_outward_link(path: Path, root: Path | None = None) -> None:
     real = path.resolve()
     if not any(home in real.parents for home in _homes(root or path.parent)):
         raise _not_inside(path, _LINK)
+
+
+def refuse_special(folder: Path) -> None:
+    """InputError for a FIFO, socket or device in a folder: a library that opens it would wait for ever."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise _not_inside(path, "not a regular file")

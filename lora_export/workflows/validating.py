@@ -21,6 +21,7 @@ from lora_export.contracts import (
     ValidationResult,
 )
 from lora_export.errors import InputError
+from lora_export.sealed import refuse_special
 from lora_export.workflows.run_graphs import with_graph_of
 from lora_export.workflows.trained_base import prepared_base, stand_in
 
@@ -46,6 +47,8 @@ def validate_folder(
     from lora_export.validation import validate
     from lora_export.validation.own_texts import own_texts as measure
 
+    for given in (base.folder, merged, *(source.folder for source, _ in adapters), *onnx, *base_onnx):
+        refuse_special(given)
     exports = [load_export(folder) for folder in onnx]
     _check_exports(exports, base_onnx)
     _check_folders(base, adapters, merged, [*exports, *map(load_export, base_onnx)])

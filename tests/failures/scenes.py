@@ -64,12 +64,18 @@ def without_plots() -> dict[str, Any]:
     return report
 
 
-def exported(folder: Path) -> None:
-    """A decoder, an adapter merged into it, an export of each, and one that shares the base's weights."""
+def decoder(folder: Path) -> None:
+    """One with a tokenizer, two adapters, and the first of them merged."""
     base = save_decoder(folder / "base")
     for name in ("a", "b"):
         save_lora(base, folder / name, ["q_proj"] if name == "a" else ["v_proj"])
     merge(base, [AdapterChoice(folder / "a")], folder / "merged", MergeOptions())
+
+
+def exported(folder: Path) -> None:
+    """And an export of the base, one of the merged model, and one that shares the base's weights."""
+    decoder(folder)
+    base = folder / "base"
     export(base, folder / "base-onnx", precision="fp32", provider="cpu", progress=Silent())
     reweight(folder / "base-onnx", folder / "merged", folder / "onnx", progress=Silent())
     share(folder / "base-onnx", folder / "merged", folder / "shared", "one", progress=Silent())
@@ -136,9 +142,9 @@ DAILY = [
 SLOW = [
     Scene("picture", only(plain, "a"), lambda w: ["inspect", "-a", w / "a", "--picture", w / "a.svg", "--force"]),
     Scene(
-        "validate", only(merged, "base", "a", "merged"), lambda w: ["validate", *merging(w), "-m", w / "merged"]
+        "validate", only(decoder, "base", "a", "merged"), lambda w: ["validate", *merging(w), "-m", w / "merged"]
     ),
-    Scene("export", only(exported, "merged"), new("export", "--provider", "cpu", m="merged")),
+    Scene("export", only(decoder, "merged"), new("export", "--provider", "cpu", m="merged")),
     Scene("reweight", only(exported, "merged", "base-onnx"), second(out="out")),
     Scene(
         "share", only(exported, "merged", "base-onnx", "shared"), second("--shared-as", "two", out="shared")

@@ -198,3 +198,12 @@ def test_an_export_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None
     (tmp_path / "export").mkdir()
     with pytest.raises(ExportError, match=r"names the file '\.\./secret'"):
         copy_graphs(tmp_path / "export", tmp_path / "export", ["../secret"])
+
+
+@pytest.mark.timeout(SECONDS * 3)
+def test_validate_does_not_wait_for_a_fifo(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = folders
+    (tmp_path / "merged").mkdir()
+    os.mkfifo(tmp_path / "merged" / "model.safetensors")
+    said = invoke("validate", "-b", base, "-a", adapter, "-m", tmp_path / "merged")
+    assert said.exit_code == 1 and "not a regular file" in said.output
