@@ -116,5 +116,6 @@ def _replicated(config: Mapping[str, Any], adapters: Sequence[AdapterChoice]) ->
 
 def replication(adapters: Sequence[AdapterChoice]) -> list[list[int]]:
     """layer_replication of the adapters, empty without one."""
-    found = (read_json(a.folder / "adapter_config.json").get("layer_replication") for a in adapters)
+    files = [a.folder / "adapter_config.json" for a in adapters]
+    found = (read_json(file).get("layer_replication") for file in files if file.is_file())
     return next((ranges for ranges in found if ranges), [])

@@ -50,12 +50,13 @@ def validate(
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
         asked_of_merge = declared(base, merged, options.merge)
         settings = expected_folder(base, adapters, merged, asked_of_merge, Path(scratch) / "settings")
-        check = settings_check(settings, merged)
+        # An outline is no folder that anybody loads, and does not hold the tensors that its settings follow.
+        checks = () if graphs_alone else (settings_check(settings, merged),)
         if options.merge.combine != "none":
             adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
         asked = base, adapters, merged, settings, exports, dequantized, graphs_alone, options, progress
         result = _validate(*asked)
-    return replace(result, checks=(*result.checks, check), seed=options.seed)
+    return replace(result, checks=(*result.checks, *checks), seed=options.seed)
 
 
 def seeded(options: ValidationOptions) -> ValidationOptions:
