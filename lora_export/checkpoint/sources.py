@@ -57,7 +57,7 @@ def refuse_unreadable(path: str | os.PathLike[str]) -> None:
     """InputError for a path that is no UTF-8, where a link leads included: JSON cannot name it, and the libraries
     that read models refuse it."""
     name = os.fspath(path)
-    whole = os.path.realpath(name) if isinstance(path, os.PathLike) or os.path.exists(name) else name
+    whole = os.path.realpath(name) if isinstance(path, os.PathLike) or Path(name).exists() else name
     if not (is_text(name) and is_text(whole)):
         raise InputError(
             "the path is not UTF-8",
