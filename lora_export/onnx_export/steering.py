@@ -194,7 +194,7 @@ class _Flow:
             return not (uses and all(is_quantized(node) for node, _ in uses))
         if any(is_foreign(node) for node, _ in uses):
             return bool(math.prod(tensor.dims) <= SMALL)
-        return not tensor.dims and _is_floating(tensor) and not any(self._scales_by(*use) for use in uses)
+        return len(tensor.dims) == 0 and _is_floating(tensor) and not any(self._scales_by(*use) for use in uses)
 
     def _scales_by(self, node: "onnx.NodeProto", inputs: tuple[Value, ...]) -> bool:
         return is_quantized(node) or (node.op_type == "Mul" and any(v in self._scales for v in inputs))
