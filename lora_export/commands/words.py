@@ -130,8 +130,8 @@ def _deviation(result: ValidationResult) -> list[str]:
     found = result.deviation
     if found is None:
         return []
-    figures = f"by {found.value:.3g} (noise floor {found.floor:.3g})"
-    line = f"the first module that differs: {shown(found.module)}, {figures}"
+    by = f"by {found.value:.3g} (noise floor {found.floor:.3g})"
+    line = f"the first module that differs: {shown(found.module)}, {by}"
     return [line + (f", because of {shown(', '.join(found.tensors[:3]))}" if found.tensors else "")]
 
 

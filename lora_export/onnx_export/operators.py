@@ -115,6 +115,14 @@ def is_foreign(node: "onnx.NodeProto") -> bool:
     return node.domain not in _KNOWN
 
 
+def keeps_type(node: "onnx.NodeProto", versions: Mapping[str, int]) -> bool:
+    """Whether what comes out is of the element type of the first input, by ONNX's schema or as a product."""
+    schema = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
+    if schema is None:
+        return node.op_type in PRODUCTS or "LayerNormalization" in node.op_type
+    return bool(schema.inputs and schema.outputs) and schema.outputs[0].type_str == schema.inputs[0].type_str
+
+
 def since(node: "onnx.NodeProto", versions: Mapping[str, int]) -> int:
     """The version of the operator set that gave the operator its present meaning; 0 if ONNX does not define it."""
     found = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))

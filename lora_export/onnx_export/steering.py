@@ -26,6 +26,7 @@ from lora_export.onnx_export.operators import (
     is_foreign,
     is_quantized,
     is_steering,
+    keeps_type,
     role,
 )
 
@@ -110,6 +111,9 @@ class _Flow:
             self._scales.update(outputs[1:2])
         if node.op_type == "Cast":  # those that ONNX Runtime inserts have no type in the graph
             self._types[outputs[0]] = next((a.i for a in node.attribute if a.name == "to"), 0)
+        elif inputs and keeps_type(node, self._versions):
+            for value in outputs:
+                self._types[value] = self._types.get(value) or self._types.get(inputs[0], 0)
         names |= {v.name: v for v in outputs if v.name}
 
     def _add_use(self, node: "onnx.NodeProto", position: int, value: Value, inputs: tuple[Value, ...]) -> None:
@@ -189,8 +193,8 @@ class _Flow:
         if is_steering(tensor.data_type):
             return not (uses and all(is_quantized(node) for node, _ in uses))
         if any(is_foreign(node) for node, _ in uses):
-            return math.prod(tensor.dims) <= SMALL
-        return not tensor.dims and _is_floating(tensor) and not any(self._scales_by(*use) for use in uses)
+            return bool(math.prod(tensor.dims) <= SMALL)
+        return len(tensor.dims) == 0 and _is_floating(tensor) and not any(self._scales_by(*use) for use in uses)
 
     def _scales_by(self, node: "onnx.NodeProto", inputs: tuple[Value, ...]) -> bool:
         return is_quantized(node) or (node.op_type == "Mul" and any(v in self._scales for v in inputs))

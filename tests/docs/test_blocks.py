@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -68,10 +69,44 @@ def test_python_imports_what_is_there(block: Block) -> None:
             assert all(hasattr(module, a.name) for a in node.names), ast.unparse(node)
 
 
+def check_workflow(text: str) -> None:
+    """A GitHub workflow: every step uses an action of a version or runs something, and our commands are ours."""
+    workflow = yaml.safe_load(text)
+    assert workflow["name"] and True in workflow  # YAML 1.1 reads the key `on` as true
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    ran = 0
+    for step in steps:
+        assert ("uses" in step) != ("run" in step), step
+        if "uses" in step:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]), step
+        for line in step.get("run", "").splitlines():
+            words = shlex.split(line)
+            if words[0] == "lora-export":
+                command = cli.commands[words[1]]
+                command.make_context(words[1], words[2:], resilient_parsing=False)
+                ran += 1
+    assert ran and len(steps) > 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("merge-and-export", "merge-or-export"), ("--max-time", "--longest-time"),
+        ("actions/checkout@v4", "checkout"),
+        ("on: [pull_request]", ""), ("- run: lora-export", "- ran: lora-export"),
+    ],
+)  # fmt: skip
+def test_a_workflow_that_cannot_run_is_found(old: str, new: str) -> None:
+    (block,) = (b for b in ALL if b.language == "yaml")
+    assert old in block.code
+    with pytest.raises((AssertionError, KeyError, click.UsageError)):
+        check_workflow(block.code.replace(old, new))
+
+
 @pytest.mark.parametrize("block", of("toml") + of("yaml"))
 def test_files_are_what_they_say(block: Block, tmp_path: Path) -> None:
     if block.language == "yaml":
-        assert yaml.safe_load(block.code)
+        check_workflow(block.code)
         return
     assert tomllib.loads(block.code)
     if "lora-export" not in block.code:

@@ -31,15 +31,42 @@ def test_it_is_raised_by_the_package_and_expected_by_a_test(error: type) -> None
     assert expected
 
 
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("with pytest.raises(InputError, match='no such'):\n        f()", True),
+        ("with pytest.raises(errors.InputError) as refused:\n        f()", True),
+        ("with pytest.raises(InputError):\n        f()", False),
+        ("with pytest.raises((InputError, OSError), match='no'):\n        f()", False),
+        ("with pytest.raises(OutputError, match='no'):\n        f()", False),
+        ("with pytest.raises(InputError, match='no'):\n        pass", False),
+    ],
+)
+def test_an_expectation_names_one_error_and_looks_at_its_words(text: str, counts: bool, tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(f"def test_x():\n    {text}\n")
+    assert _expects(tmp_path / "test_x.py", "InputError") == counts
+    (tmp_path / "test_x.py").write_text(f"def helper():\n    {text}\n")
+    assert not _expects(tmp_path / "test_x.py", "InputError")
+
+
 def _expects(file: Path, error: str) -> bool:
-    """Whether a test says pytest.raises(error, …)."""
-    return any(
-        isinstance(node, ast.Call)
-        and ast.unparse(node.func) == "pytest.raises"
-        and node.args
-        and error in ast.unparse(node.args[0]).replace("errors.", "").strip("()").split(", ")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-    )
+    """Whether a test has pytest.raises(error) around a call, and looks at what the error says."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tests = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_"))
+    blocks = (n for test in tests for n in ast.walk(test) if isinstance(n, ast.With))
+    return any(_is_of(item, error) for block in blocks if _calls(block) for item in block.items)
+
+
+def _is_of(item: ast.withitem, error: str) -> bool:
+    call = item.context_expr
+    if not isinstance(call, ast.Call) or ast.unparse(call.func) != "pytest.raises" or not call.args:
+        return False
+    looks = item.optional_vars is not None or any(k.arg == "match" for k in call.keywords)
+    return looks and ast.unparse(call.args[0]).removeprefix("errors.") == error
+
+
+def _calls(block: ast.With) -> bool:
+    return any(isinstance(n, ast.Call) for statement in block.body for n in ast.walk(statement))
 
 
 def test_no_class_of_errors_lies_elsewhere() -> None:

@@ -1,9 +1,11 @@
 """`lora-export benchmark` from its words to its exit codes: arms, grids, refusals, a graph that is really
 slower."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -38,9 +40,19 @@ def test_all_arms_at_once(folders: dict[str, Path], run: Run, tmp_path: Path) ->
     words += ["--pytorch", folders["model"], folders["adapter"], "--margin", "50%", "--max-time", "3s", *QUICK]
     code, document, talk = run("benchmark", *words, "-o", tmp_path / "out")
     assert code == 0, talk
-    assert list(document["cells"][0]["arms"]) == ["base", "merged", "unmerged", "plugged", "pytorch"]
-    assert document["environment"]["margin"] == 0.5
-    assert (tmp_path / "out" / "conditions.json").is_file()
+    names = ["base", "merged", "unmerged", "plugged", "pytorch"]
+    (cell,) = (c for c in document["cells"] if c["phase"] == "decode")
+    assert list(cell["arms"]) == names and cell["control"] == "unmerged"
+    samples = json.loads((tmp_path / "out" / "samples.json").read_text())["b1/p8/decode"]
+    assert list(samples) == sorted({*names, "base_again"}, key=list(samples).index)
+    for name in names:  # each arm has calls of its own, and its figures are made of them
+        times = samples[name] + (samples["base_again"] if name == "base" else [])
+        assert len(samples[name]) == len(samples["base"]) and all(t > 0 for t in times)
+        assert cell["arms"][name]["p50"]["ms"] == pytest.approx(np.median(times)), name
+    assert len({tuple(times) for times in samples.values()}) == len(names) + 1
+    assert document["graph_identical"] is True and document["environment"]["margin"] == 0.5
+    readings = json.loads((tmp_path / "out" / "conditions.json").read_text())["b1/p8/decode"]
+    assert len(readings) == cell["pairs"] > 0
 
 
 def with_more_work(source: Path, target: Path, times: int) -> Path:

@@ -422,11 +422,15 @@ def test_samples_that_are_infinite(tmp_path: Path) -> None:
     refused(tmp_path, lambda: render(tmp_path / "report"), "is inf")
 
 
-def test_a_margin_that_is_none_has_no_band(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("margin", "bands"), [(0.01, 1), (-1, 0), (0, 0), (1.5, 0), (None, 0), ("inf", 0)])
+def test_a_margin_that_is_none_has_no_band(margin: object, bands: int, tmp_path: Path) -> None:
     report = json.loads(json.dumps(REPORT))
-    report["benchmark"]["environment"]["margin"] = -1
+    report["benchmark"]["environment"]["margin"] = margin
     write_run(tmp_path, b"{}", json.dumps(report).encode(), json.dumps(SAMPLES).encode())
     render(tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("var(--band)") == page.count("The band is the margin of ±1.0%") == bands
+    assert ("±1.0%" in page) == bool(bands)
 
 
 def test_undamaged_input_of_this_file_is_accepted(tmp_path: Path) -> None:

@@ -114,9 +114,19 @@ def test_what_a_package_cannot_be_without(
     assert not (tmp_path / "p").exists()
 
 
-def test_a_base_that_never_had_a_chat_template(changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_base_that_never_had_a_chat_template(
+    changed: Callable[..., Path], decoder_run: Path, tmp_path: Path
+) -> None:
+    """Its package has none either, though that of the same run with a template does."""
     run = changed("merged/chat_template.jinja", None)
-    assert invoke("package", run, "--for", "genai", "-o", tmp_path / "p")[0] == 0
+    for source, name in ((decoder_run, "with"), (run, "without")):
+        code, document = invoke("package", source, "--for", "genai", "-o", tmp_path / name)
+        assert code == 0, document
+        told = [p.name for p in (tmp_path / name).rglob("*") if p.is_file() and b"chat_template" in p.read_bytes()]
+        files = [p.name for p in (tmp_path / name).rglob("*chat_template*")]
+        assert bool(files) == (name == "with"), files
+        settings = json.loads(next((tmp_path / name).rglob("tokenizer_config.json")).read_text())
+        assert "chat_template" not in settings or name == "with", told
 
 
 def test_a_run_that_failed_or_was_changed(decoder_run: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
