@@ -119,7 +119,10 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", FIELDS)
-def test_an_expression_without_end_does_not_hold_up_peft(name: str, folders: Any, tmp_path: Path) -> None:
+def test_an_expression_without_end_does_not_hold_up_peft(
+    name: str, folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "PATIENCE", 0.1)
     started = time.process_time()
     with pytest.raises(AdapterError, match="takes too long"):
         attached(folders, tmp_path, **FIELDS[name])

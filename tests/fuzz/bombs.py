@@ -59,7 +59,7 @@ NAMES = st.sampled_from(
      *(t for t in ODD_TEXTS if "\ud800" not in t and len(t) < 400)]
 )  # fmt: skip
 TYPES = st.sampled_from([*([tarfile.REGTYPE] * 6), tarfile.AREGTYPE, *(bytes([c]) for c in b"123456789KLSVXxgDMN")])
-LENGTHS = st.sampled_from([0, 0, 1, 10, 512, 513, 100_000, 2**22, 2**25])
+LENGTHS = st.sampled_from([0, 0, 1, 10, 512, 513, 100_000, 2**20])
 
 
 @st.composite
@@ -76,7 +76,7 @@ def tar_members(draw: st.DrawFn) -> bytes:
             info.size = min(info.size, len(data)) if info.type == b"x" else len(data)
         header = info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
         block = header + data + bytes(-len(data) % 512)
-        blocks.append(block * min(draw(st.sampled_from([1, 1, 1, 2, 200, 12_000])), 2**26 // len(block)))
+        blocks.append(block * min(draw(st.sampled_from([1, 1, 1, 2, 200, 12_000])), 2**22 // len(block)))
     return b"".join(blocks)
 
 
@@ -90,13 +90,13 @@ def _records(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def tar_archives(draw: st.DrawFn) -> bytes:
-    raw = draw(tar_members()) + bytes(draw(st.sampled_from([0, 512, 1024, 10_240, 2**26])))
-    if draw(st.integers(0, 3)) == 0 and len(raw) < 2**20:
+    raw = draw(tar_members()) + bytes(draw(st.sampled_from([0, 512, 1024, 10_240, 2**23])))
+    if draw(st.integers(0, 3)) == 0 and len(raw) < 2**16:
         raw = draw(damaged_bytes(raw))
     window = draw(st.sampled_from([10, 20, 24, 27]))
     parameters = zstandard.ZstdCompressionParameters(window_log=window, compression_level=1)
     packed = zstandard.ZstdCompressor(compression_params=parameters).compress(raw)
-    return draw(damaged_bytes(packed)) if draw(st.integers(0, 3)) == 0 and len(packed) < 2**18 else packed
+    return draw(damaged_bytes(packed)) if draw(st.integers(0, 3)) == 0 and len(packed) < 2**16 else packed
 
 
 @st.composite

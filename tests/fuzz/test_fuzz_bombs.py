@@ -41,12 +41,12 @@ def tried(folder: Path, size: int, call: Callable[[], Any]) -> Any:
         return attempt(folder, call)
 
 
-@harness(60, kind=st.just("tar.zst"), content=tar_archives())
+@harness(8, kind=st.just("tar.zst"), content=tar_archives())
 def test_bomb_tar(kind: str, content: bytes) -> None:
     _unpack(kind, content)
 
 
-@harness(60, kind=st.just("zip"), content=zip_archives())
+@harness(8, kind=st.just("zip"), content=zip_archives())
 def test_bomb_zip(kind: str, content: bytes) -> None:
     _unpack(kind, content)
 
@@ -67,7 +67,7 @@ def _unpack(kind: str, content: bytes) -> None:
 HEADER_KEYS = ("dtype", "shape", "data_offsets", "__metadata__")
 
 
-@harness(40, header=bombs(ENTRIES, HEADER_KEYS), data=st.sampled_from([DATA, b""]))
+@harness(8, header=bombs(ENTRIES, HEADER_KEYS), data=st.sampled_from([DATA, b""]))
 def test_bomb_header(header: bytes, data: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -80,7 +80,7 @@ def test_bomb_header(header: bytes, data: bytes) -> None:
 
 
 @harness(
-    40, index=bombs(INDEX, NAMES), config=st.just(b"{}") | bombs({"model_type": "llama", "text_config": {"a": 1}})
+    8, index=bombs(INDEX, NAMES), config=st.just(b"{}") | bombs({"model_type": "llama", "text_config": {"a": 1}})
 )
 def test_bomb_index(index: bytes, config: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -106,7 +106,7 @@ MAP = small_map()
 MAP_KEYS = (*MAP, *MAP["weights"][0], "rows", "tensor", "quantized", "computed_from", "plus")
 
 
-@harness(40, document=bombs(MAP, MAP_KEYS))
+@harness(8, document=bombs(MAP, MAP_KEYS))
 def test_bomb_weights_map(document: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -141,7 +141,7 @@ def write_as(path: Path, document: bytes, seal: bool) -> int:
     return path.stat().st_size
 
 
-@harness(40, document=bombs(CERTIFICATE, (*CERTIFICATE, *RECORD)), seal=st.booleans())
+@harness(8, document=bombs(CERTIFICATE, (*CERTIFICATE, *RECORD)), seal=st.booleans())
 def test_bomb_certificate(document: bytes, seal: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -158,7 +158,7 @@ PACKAGE = {
 }  # fmt: skip
 
 
-@harness(40, document=bombs(PACKAGE, (*PACKAGE, "sha256", "size", "name")), seal=st.booleans())
+@harness(8, document=bombs(PACKAGE, (*PACKAGE, "sha256", "size", "name")), seal=st.booleans())
 def test_bomb_package_manifest(document: bytes, seal: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -168,7 +168,7 @@ def test_bomb_package_manifest(document: bytes, seal: bool) -> None:
             assert tried(folder, size, lambda: contents.compare(folder, found))
 
 
-@harness(40, document=bombs(MANIFEST, (*MANIFEST, "size", "name")), seal=st.booleans())
+@harness(8, document=bombs(MANIFEST, (*MANIFEST, "size", "name")), seal=st.booleans())
 def test_bomb_run_manifest(document: bytes, seal: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -177,7 +177,7 @@ def test_bomb_run_manifest(document: bytes, seal: bool) -> None:
         tried(folder, size, lambda: inspect_folder(folder))
 
 
-@harness(30, document=bombs(REPORT, FIELDS))
+@harness(8, document=bombs(REPORT, FIELDS))
 def test_bomb_report(document: bytes) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -185,7 +185,7 @@ def test_bomb_report(document: bytes) -> None:
         tried(folder, len(document), lambda: load(folder))
 
 
-@harness(20, document=bombs(adapters.KINDS["lora"][0], adapters.KEYS))
+@harness(8, document=bombs(adapters.KINDS["lora"][0], adapters.KEYS))
 def test_bomb_adapter_config(document: bytes) -> None:
     """The base and the tensors are small, so the bounds are those of the configuration."""
     tensors = file_bytes(entries(adapters.tensors("lora")))
