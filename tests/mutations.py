@@ -745,4 +745,11 @@ MUTATIONS = (
         'return old if os.path.lexists(old) else None',
         'tests/failures/test_output_folders.py::test_a_planted_folder_does_not_become_the_output[noted]',
     ),
+    Mutation(
+        'no batch of an encoder is padded', 'validation/kinds/text.py',
+        'if "attention_mask" in takes(model) and pad is not None and len(texts.tokens) > 1:',
+        'if "attention_mask" not in takes(model) and pad is not None and len(texts.tokens) > 1:',
+        'tests/validation/test_graph_faults.py::'
+        'test_validate_graph_fault_shared_with_the_base_fails[padding alone]',
+    ),
 )  # fmt: skip
