@@ -799,4 +799,11 @@ MUTATIONS = (
         'p.suffix == SUFFIX',
         'tests/onnx_export/test_finding.py::test_find_graphs_of_another_name_finds_them_by_content[noext-]',
     ),
+    Mutation(
+        'no batch of an encoder is padded', 'validation/kinds/text.py',
+        'if "attention_mask" in takes(model) and pad is not None and len(texts.tokens) > 1:',
+        'if "attention_mask" not in takes(model) and pad is not None and len(texts.tokens) > 1:',
+        'tests/validation/test_graph_faults.py::'
+        'test_validate_graph_fault_shared_with_the_base_fails[padding alone]',
+    ),
 )  # fmt: skip
