@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import hashlib
-import itertools
 import io
+import itertools
 import json
 import os
 import secrets
