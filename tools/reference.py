@@ -24,6 +24,7 @@ from generated import ROOT, settle
 import lora_export
 from lora_export import contracts, errors
 from lora_export.commands.main import cli
+from lora_export.documents import FIGURE, NONFINITE
 from lora_export.report import schema
 
 PAGES = ROOT / "docs" / "reference"
@@ -153,6 +154,8 @@ def _schema(kind: Any) -> dict[str, Any]:
         return {"anyOf": [_schema(k) for k in kind]}
     if isinstance(kind, list):
         return {"type": "array", "items": _schema(kind[0])}
+    if kind == FIGURE:
+        return {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]}
     if not isinstance(kind, dict):
         return {"type": _PLAIN[kind]}
     if str in kind:
