@@ -11,7 +11,7 @@ from lora_export.contracts import Check, Perplexity, Progress, ValidationResult
 from lora_export.validation import effect
 from lora_export.validation.arithmetic import Arithmetic, InTypes, draw
 from lora_export.validation.compare import Difference, compare_logits, greedy_divergences, largest
-from lora_export.validation.decoders import greedy, greedy_steps, logits
+from lora_export.validation.decoders import GREEDY_TOKENS, greedy, greedy_steps, logits
 from lora_export.validation.noise import draws
 from lora_export.validation.subject import Graph
 from lora_export.validation.text import perplexity
@@ -20,12 +20,14 @@ from lora_export.validation.thresholds import FACTOR, Floor, Greedy, decoder_che
 if TYPE_CHECKING:
     from lora_export.validation.onnx_decoder import OnnxDecoder
 
+PADDED = 4  # prompts that are run in one batch, the shortest ones
 SAMPLES = 3  # prompts that are continued greedily
 
 
 @dataclass
 class DecoderStory:
-    """tokens: the prompts; text: pieces of running text for the perplexities (none: they are left out).
+    """tokens: the prompts; text: pieces of running text for the perplexities (none: they are left out); steps: how
+    many tokens are generated after a prompt.
 
     What is measured on the unmerged model is kept, so that several merged ones can be judged by it.
     """
@@ -36,6 +38,7 @@ class DecoderStory:
     progress: Progress
     factor: float = FACTOR
     text: Sequence[torch.Tensor] = ()
+    steps: int = GREEDY_TOKENS
     _base: list[torch.Tensor] = field(default_factory=list)
     _rounding: tuple[Difference, ...] = ()
     _again: tuple[Difference, ...] = ()
@@ -61,7 +64,7 @@ class DecoderStory:
         self._perplexities += self._perplexity("unmerged", unmerged)
         self.progress.stage("validate: greedy continuations")
         for ids in self._prompts:
-            self._continued.append(greedy(unmerged, ids))
+            self._continued.append(greedy(unmerged, ids, self.steps))
             self._steps.append(greedy_steps(unmerged, ids, self._continued[-1]))
 
     def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
@@ -142,7 +145,9 @@ class DecoderStory:
         floor = self._floor(graph.arithmetic.words, *self._noise(graph), *rounding)
         one_by_one = compare_logits(exact, answered, self.tokens)
         checks = graph_checks(floor, one_by_one, self.factor, f"{graph.prefix}graph")
-        padded = compare_logits(exact, runner.padded_logits(self.tokens), self.tokens)
+        some = sorted(range(len(self.tokens)), key=lambda i: len(self.tokens[i]))[:PADDED]
+        tokens = [self.tokens[i] for i in some]
+        padded = compare_logits([exact[i] for i in some], runner.padded_logits(tokens), tokens)
         return [*checks, *graph_checks(floor, padded, self.factor, f"{graph.prefix}padded")]
 
     def effect(self, unmerged: Any, base: Graph, merged: Graph) -> effect.Effect:
@@ -150,10 +155,15 @@ class DecoderStory:
 
         graphs = [OnnxDecoder(g.paths[0], g.provider).logits for g in (base, merged)]
         models = (effect.without_adapter(unmerged), effect.of(unmerged), *graphs)
-        found = effect.Effect()
+        found = effect.Effect(self._noise_of_16_bits(merged))
         for ids in self.windows:
             found.add(ids, *(logits_of(ids) for logits_of in models))
         return found
+
+    def _noise_of_16_bits(self, graph: Graph) -> float:
+        """KL a position that 16-bit arithmetic makes, with the tolerance of all checks; 0 for fp32."""
+        nats = largest(d.kl_mean for d in self._arithmetic)
+        return self.factor**2 * nats if graph.arithmetic.times > 1 else 0.0
 
     def _noise(self, graph: Graph) -> list[tuple[Difference, ...]]:
         return [self._arithmetic] * graph.arithmetic.times
@@ -195,8 +205,8 @@ class DecoderStory:
         shown = {d.prompt: parted.show(d) for d in parted.divergences}
         for i, (ids, continued) in enumerate(zip(self._prompts, self._continued, strict=True)):
             with unmerged.disable_adapter():
-                before = greedy(unmerged, ids, len(continued) // 2)
-            after = greedy(merged, ids, len(continued) // 2)
+                before = greedy(unmerged, ids, max(1, len(continued) // 2))
+            after = greedy(merged, ids, max(1, len(continued) // 2))
             texts = {"prompt": ids, "base": before, "unmerged": continued[: len(after)], "merged": after}
             sample = {k: self.tokenizer.decode(v, skip_special_tokens=True) for k, v in texts.items()}
             samples.append(sample | ({"first_difference": shown[i]} if i in shown else {}))

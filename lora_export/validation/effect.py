@@ -92,9 +92,11 @@ class Effect:
     Let p be the probabilities and ℓ the log-probabilities of base (B), merged (M), and both in lower precision (BQ,
     Q). The effect is Σ (p_M − p_B)·(ℓ_M − ℓ_B) = KL(M‖B) + KL(B‖M), exactly. What is kept of it is
     Σ (p_M − p_B)·(ℓ_Q − ℓ_BQ): what the adapter does in lower precision, measured along what it should do.
-    Damage that lower precision does to base and merged alike cancels in ℓ_Q − ℓ_BQ.
+    Damage that lower precision does to base and merged alike cancels in ℓ_Q − ℓ_BQ. noise: nats a position that the
+    arithmetic of the lower precision makes; a smaller effect cannot be told from it.
     """
 
+    noise: float = 0.0
     whole: list[float] = field(default_factory=list)  # one figure a window, nats
     kept: list[float] = field(default_factory=list)
     kl_base: float = 0.0
@@ -119,9 +121,9 @@ class Effect:
 
     @property
     def share(self) -> float | None:
-        """Of the effect that is kept: 1 for all, 0 for none; None without an effect beyond fp32's own noise."""
+        """Of the effect that is kept: 1 for all, 0 for none; None without an effect beyond the noise."""
         whole = sum(self.whole)
-        return sum(self.kept) / whole if whole > NO_EFFECT * self.positions else None
+        return sum(self.kept) / whole if whole > max(NO_EFFECT, self.noise) * self.positions else None
 
     @property
     def uncertainty(self) -> float:
@@ -141,9 +143,11 @@ class OutputEffect:
     """Sums over inputs of what an adapter does to outputs that are no probabilities, in squares of their numbers.
 
     Let y be an output of base (B), merged (M), and both in lower precision (BQ, Q). The effect is |y_M − y_B|², and
-    what is kept of it is (y_M − y_B)·(y_Q − y_BQ). Each output counts in proportion to its own numbers.
+    what is kept of it is (y_M − y_B)·(y_Q − y_BQ). Each output counts in proportion to its own numbers. noise: the
+    share of |y|² that the arithmetic of the lower precision makes.
     """
 
+    noise: float = 0.0
     whole: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
 
@@ -157,9 +161,9 @@ class OutputEffect:
 
     @property
     def share(self) -> float | None:
-        """Of the effect that is kept; None without an effect beyond fp32's own noise."""
+        """Of the effect that is kept; None without an effect beyond the noise."""
         whole = sum(self.whole)
-        return sum(self.kept) / whole if whole > NO_EFFECT * len(self.whole) else None
+        return sum(self.kept) / whole if whole > max(NO_EFFECT, self.noise) * len(self.whole) else None
 
     @property
     def uncertainty(self) -> float:

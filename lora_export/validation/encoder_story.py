@@ -107,7 +107,10 @@ class EncoderStory:
     def effect(self, unmerged: Any, base: Graph, merged: Graph) -> OutputEffect:
         """Along every output of the graphs."""
         low_base, low = self._answers(base), self._answers(merged)
-        found = OutputEffect()
+        # 1 − cos of two vectors is half the square of what is between them, relative to their length.
+        angle = largest(f.angle for f in self._arithmetic.values())
+        narrow = merged.arithmetic.times > 1
+        found = OutputEffect(2 * (self.factor * angle) ** 2 if narrow else 0.0)
         for index, batch in enumerate(self.batches):
             outputs = (self._base[index], self._unmerged[index], low_base[index], low[index])
             for name in (n for n in self._unmerged[index] if n in low[index]):

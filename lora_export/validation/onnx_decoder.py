@@ -31,15 +31,27 @@ class OnnxDecoder:
         return torch.cat(out)
 
     def padded_logits(self, tokens: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """fp32 logits (length, vocabulary) of each prompt, all in one batch that is padded on the right.
+        """fp32 logits (length, vocabulary) of each prompt, all in one batch: what a runtime does with requests of
+        several lengths.
 
-        The shorter prompts are masked. That is what a runtime does with requests of several lengths.
+        The last token of every prompt is a step of the whole batch from the cache. Padding is on the left, with
+        positions to match, where the graph is told positions, as Optimum pads; else on the right, as
+        onnxruntime-genai pads, whose attention counts the tokens of each row.
         """
-        longest = max(map(len, tokens))
-        ids = torch.stack([torch.nn.functional.pad(t, (0, longest - len(t))) for t in tokens])
-        mask = torch.stack([(torch.arange(longest) < len(t)).long() for t in tokens])
-        logits, _ = self._run(ids, mask, self._empty_cache(len(tokens)), 0)
-        return [logits[i, : len(t)] for i, t in enumerate(tokens)]
+        prompts = [t[:-1] for t in tokens]
+        longest, left = max(map(len, prompts)), self._signature.position_ids is not None
+        masks = torch.stack([(torch.arange(longest) < len(t)).long() for t in prompts])
+        ids = torch.stack([torch.nn.functional.pad(t, (0, longest - len(t))) for t in prompts])
+        if left:
+            ids = torch.stack([x.roll(longest - len(t)) for x, t in zip(ids, prompts, strict=True)])
+            masks = masks.flip(1)
+        first, past = self._run(ids, masks, self._empty_cache(len(tokens)), (masks.cumsum(1) - 1).clamp_min(0))
+        one = torch.ones(len(tokens), 1, dtype=torch.long)
+        grown = torch.cat([masks, one] if left else [one, masks], 1)
+        last = torch.stack([t[-1:] for t in tokens])
+        step, _ = self._run(last, grown, past, torch.tensor([[len(t)] for t in prompts]))
+        rows = [x[longest - len(t) :] if left else x[: len(t)] for x, t in zip(first, prompts, strict=True)]
+        return [torch.cat(parts) for parts in zip(rows, step, strict=True)]
 
     def greedy(self, ids: torch.Tensor, count: int) -> torch.Tensor:
         """`count` greedy tokens after the prompt, one at a time, shape (count,)."""
@@ -53,23 +65,22 @@ class OnnxDecoder:
 
     def _step(self, ids: torch.Tensor, past: list[Any], seen: int) -> tuple[torch.Tensor, list[Any]]:
         mask = torch.ones(1, seen + len(ids), dtype=torch.long)
-        logits, present = self._run(ids[None], mask, past, seen)
+        logits, present = self._run(ids[None], mask, past, torch.arange(seen, seen + len(ids))[None])
         return logits[0], present
 
     def _run(
-        self, ids: torch.Tensor, mask: torch.Tensor, past: list[Any], seen: int
+        self, ids: torch.Tensor, mask: torch.Tensor, past: list[Any], positions: torch.Tensor
     ) -> tuple[torch.Tensor, list[Any]]:
         """fp32 logits (batch, length, vocabulary) of ids (batch, length), and the cache after them.
 
-        mask: (batch, seen + length); seen: how many tokens the cache holds.
+        mask: (batch, tokens in the cache + length); positions: of the ids, (batch, length).
         """
         signature = self._signature
         feeds = {signature.input_ids: value(ids.numpy().astype(signature.ids_dtype))}
         if signature.attention_mask:
             feeds[signature.attention_mask] = value(mask.numpy().astype(signature.ids_dtype))
         if signature.position_ids:
-            positions = np.arange(seen, seen + ids.shape[1], dtype=signature.ids_dtype)
-            feeds[signature.position_ids] = value(np.tile(positions, (len(ids), 1)))
+            feeds[signature.position_ids] = value(positions.numpy().astype(signature.ids_dtype))
         feeds |= dict(zip([n for pair in signature.past for n in pair], past, strict=True))
         names = [signature.logits, *(n for pair in signature.present for n in pair)]
         logits, *present = run_values(self._session, names, feeds, self._model)

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from lora_export.validation.decoder_story import DecoderStory
+from lora_export.validation import lengths
+from lora_export.validation.decoder_story import SAMPLES, DecoderStory
 from lora_export.validation.decoders import GREEDY_TOKENS
 from lora_export.validation.kinds.texts import Noted, Texts, positions, token_lists, vocabulary
 from lora_export.validation.subject import Story, Subject, generates, takes
@@ -21,7 +22,10 @@ def story(subject: Subject) -> Story:
     texts = token_lists(subject, room=GREEDY_TOKENS)
     pieces = _pieces(subject, texts)
     tokens = [*texts.tokens, *texts.long]
-    story = DecoderStory(tokens, texts.tokenizer, subject.dtypes, subject.progress, subject.factor, pieces)
+    known = lengths.most_positions(subject.model)
+    room = GREEDY_TOKENS if known is None else known - max(map(len, tokens[:SAMPLES]))
+    steps = max(1, min(GREEDY_TOKENS, room))
+    story = DecoderStory(tokens, texts.tokenizer, subject.dtypes, subject.progress, subject.factor, pieces, steps)
     return Noted(story, texts.note)
 
 
