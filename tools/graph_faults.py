@@ -33,7 +33,7 @@ from lora_export.sealed import write_json
 from tests.validation.graphs import mutations
 from tests.validation.graphs.honest import Case, cases, prompts
 from tests.validation.graphs.models import KINDS, MODELS, PRECISIONS, Tiny, Workshop
-from tests.validation.graphs.trial import Bench, Drawn, Verdict
+from tests.validation.graphs.trial import SURVIVAL, Bench, Drawn, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 UNSEEN = 2 / 60  # the share of faults that may go unseen
@@ -183,7 +183,8 @@ def try_export(workshop: Workshop, case: Case, work: Path) -> Row:
         "seed": case.seed,
         "update": case.ratio,
         "own_prompts": case.own_prompts,
-        "false_alarm": bool(verdict.names),
+        "false_alarm": bool(verdict.names - {SURVIVAL}),
+        "keeps_too_little": verdict.names == {SURVIVAL},
         "failed": [short(c) for c in verdict.failed],
         "refused": verdict.refused,
         "checks": onnx_checks(verdict),
@@ -225,6 +226,13 @@ def summarize(faults: Sequence[Row], honest: Sequence[Row]) -> Row:
             f"{', '.join(c['name'] for c in r['failed']) or r['refused']}"
             for r in honest
             if r["false_alarm"]
+        ],
+        # Weights and arithmetic are proven right there, so it is the precision that loses the adapter.
+        "the_precision_keeps_too_little": [
+            f"{r['model']} {r['precision']} seed {r['seed']} update {r['update']:g}: {c['value']:.3g}"
+            for r in honest
+            if r["keeps_too_little"]
+            for c in r["failed"]
         ],
     }
 

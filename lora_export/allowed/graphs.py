@@ -55,6 +55,8 @@ def check_operators(path: Path, model: "onnx.ModelProto") -> None:
     own = {(f.domain, f.name) for f in model.functions}
     for node in _nodes(model):
         domain, operator = node.domain, node.op_type
+        if not (isinstance(domain, str) and isinstance(operator, str)):  # protobuf hands over bytes then
+            raise ExportError(f"the graph has the operator {operator!r}", where=path, expected="names in UTF-8")
         if domain in STANDARD:
             known = onnx.defs.has(operator, "") or operator in _MISPLACED
         else:

@@ -33,7 +33,7 @@ _LOCAL_HEADER = 30  # bytes, without the name
 _PASSED_OVER = frozenset({b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"comment"})
 
 
-class Damaged(Exception):
+class Damaged(ValueError):
     """What is wrong with an archive, in words."""
 
 

@@ -46,14 +46,14 @@ class Judge:
         """The merged model's graph and the base's, each in two steps, and what both leave of the adapter."""
         expected = effective_numbers(self.unmerged) if self.alone else numbers_of(self.merged)
         stored = self.dtypes if self.alone else None
-        with self._model(pair, pair.merged, expected, stored) as held:
+        with self._model(pair, pair.merged_graphs, expected, stored) as held:
             graph = self._graph(pair, pair.merged_graphs, held, pair.prefix)
             checks = self.story.compare_onnx(self.unmerged, graph)
             if held is not None:
                 of = "the unmerged model" if self.alone else "the merged folder"
                 checks.append(held.check(f"{pair.prefix}weight_errors", of))
         prefix = f"{pair.prefix}base_"
-        with self._model(pair, pair.base, base_numbers(self.unmerged), self.dtypes) as held:
+        with self._model(pair, pair.base_graphs, base_numbers(self.unmerged), self.dtypes) as held:
             base = self._graph(pair, pair.base_graphs, held, prefix)
             checks += self.story.compare_base(self.unmerged, base)
             if held is not None:
@@ -62,11 +62,12 @@ class Judge:
 
     @contextlib.contextmanager
     def _model(
-        self, pair: ExportedPair, folder: Path, expected: Expected, stored: Any
+        self, pair: ExportedPair, graphs: tuple[Path, ...], expected: Expected, stored: Any
     ) -> Iterator[GraphModel | None]:
         """None for a graph whose weights nothing describes: it is then judged by its outputs alone."""
+        folder = graphs[0].parent
         if (folder / graph_weights.NAME).is_file():
-            with graph_model(folder, self.unmerged, self.merged, expected, stored, self.keep) as held:
+            with graph_model(graphs, self.unmerged, self.merged, expected, stored, self.keep) as held:
                 yield held
             return
         if pair.precision in QUANTIZED and pair.activations == "float":

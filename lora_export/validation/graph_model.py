@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_export.contracts import Check
+from lora_export.errors import ExportError
 from lora_export.validation import graph_weights, loading, streaming
 from lora_export.validation.graph_numbers import Expected, error_of, of_base, saved_whole
 from lora_export.validation.graph_weights import Held
@@ -49,14 +50,14 @@ class GraphModel:
 
 @contextlib.contextmanager
 def graph_model(
-    folder: Path,
+    graphs: Sequence[Path],
     unmerged: Any,
     merged: Path,
     expected: Expected,
     stored: Mapping[str, torch.dtype] | None = None,
     keep: int | None = None,
 ) -> Iterator[GraphModel]:
-    """The model of an export's folder, of the class and configuration of the unmerged one.
+    """The model of an export's graphs, of the class and configuration of the unmerged one.
 
     merged: a folder whose headers have the checkpoint's names and shapes; expected: the numbers of a piece, None
     where there are none; stored: None where `expected` are the very numbers that the graph was made of, else the
@@ -68,9 +69,16 @@ def graph_model(
         work = Path(scratch)
         found = GraphModel(None)
         writer = _Writer(work, shapes)
-        for held in graph_weights.read(folder, shapes):
+        for held in graph_weights.read(graphs, shapes):
             _judge(held, expected(held), stored, found)
             writer.add(held)
+        if not found.checked and not found.unchecked:
+            raise ExportError(
+                "the export holds none of this model's tensors",
+                where=graphs[0].parent,
+                expected="an export of the merged model",
+                next_step="lora-export export -m MERGED -o ONNX",
+            )
         head = writer.finish()
         found.model = _load(work, unmerged, merged, head, keep)
         yield found

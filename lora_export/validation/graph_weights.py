@@ -7,7 +7,7 @@ This is a reader of its own: it shares no code with the writer in onnx_export/. 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,16 @@ class Held:
     quantized: Quantized | None = None
 
 
-def read(folder: Path, shapes: Shapes) -> Iterator[Held]:
-    """Every piece of a checkpoint tensor that the data files hold, one initializer at a time.
+def read(graphs: Sequence[Path], shapes: Shapes) -> Iterator[Held]:
+    """Every piece of a checkpoint tensor that an export's graphs hold, one initializer at a time.
 
-    shapes: of the checkpoint's tensors; pieces of tensors that it does not know are left out, and so is what the
-    engine computed from weights in a way that the map does not describe. ExportError for a map that contradicts
-    itself.
+    The map says what an initializer stands for; the numbers are those that the graph itself refers to, wherever
+    they lie; they are NaN where no node reads them, since the graph then computes with others. shapes: of the
+    checkpoint's tensors; pieces of tensors that it does not know are left out, and so is
+    what the engine computed from weights in a way that the map does not describe. ExportError for a map that
+    contradicts itself or the graphs.
     """
+    folder = graphs[0].parent
     entries = [e for e in read_json(folder / NAME)["weights"] if e["made_of"] and not e.get("computed_from")]
     entries = [e for e in entries if all(p["tensor"] in shapes for p in e["made_of"])]
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
@@ -74,10 +77,62 @@ def read(folder: Path, shapes: Shapes) -> Iterator[Held]:
         made_of = tuple((p["tensor"], *p["rows"]) for p in entry["made_of"])
         key = (made_of, entry["file"], how["method"], how["block_size"]) if how else index
         groups[key].append(entry)
+    sources = [_Initializers(graph) for graph in graphs]
     for parts in groups.values():
-        yield from (
-            _quantized(folder, parts, shapes) if parts[0].get("quantized") else _plain(folder, parts[0], shapes)
-        )
+        holding = [s for s in sources if all(s.has(e) for e in parts)]
+        if not holding:
+            raise _odd(folder, parts[0], "an initializer that no graph has")
+        for source in holding:
+            quantized = bool(parts[0].get("quantized"))
+            held = _quantized(source, parts, shapes) if quantized else _plain(source, parts[0], shapes)
+            unread = not all(map(source.reads, parts))
+            yield from (replace(h, values=torch.full_like(h.values, math.nan)) if unread else h for h in held)
+
+
+class _Initializers:
+    """The initializers of one graph file, those in branches and loops too."""
+
+    def __init__(self, path: Path) -> None:
+        import onnx
+
+        self.folder = path.parent
+        self._tensors: dict[str, Any] = {}
+        self._read: set[str] = set()
+        graphs = [onnx.load(str(path), load_external_data=False).graph]
+        while graphs:
+            graph = graphs.pop()
+            self._tensors |= {t.name: t for t in graph.initializer}
+            self._read |= {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
+            graphs += [g for node in graph.node for a in node.attribute for g in (a.g, *a.graphs) if g.node]
+
+    def has(self, entry: Mapping[str, Any]) -> bool:
+        return entry["name"] in self._tensors
+
+    def reads(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a node takes it."""
+        return entry["name"] in self._read
+
+    def array(self, entry: Mapping[str, Any]) -> "np.ndarray[Any, Any]":
+        """The numbers in their type and shape; what lies in a data file is mapped rather than read."""
+        import onnx
+
+        tensor, wanted = self._tensors[entry["name"]], np.dtype(_TYPES[entry["dtype"]])
+        if list(tensor.dims) != list(entry["shape"]):
+            raise _odd(self.folder, entry, f"the shape {entry['shape']} for {list(tensor.dims)} in the graph")
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            return onnx.numpy_helper.to_array(tensor).astype(wanted)
+        place = {e.key: e.value for e in tensor.external_data}
+        shape = tuple(tensor.dims)
+        if not plain_name(place["location"]) or (self.folder / place["location"]).is_symlink():
+            raise _odd(self.folder, entry, f"the data file {place['location']!r}")
+        if math.prod(shape) == 0:
+            return np.zeros(shape, wanted)
+        try:
+            return np.memmap(
+                self.folder / place["location"], wanted, "r", int(place.get("offset", 0)), shape or (1,)
+            )
+        except (OSError, ValueError) as error:
+            raise _odd(self.folder, entry, f"data that cannot be read ({error})") from None
 
 
 def arithmetic_type(folder: Path) -> torch.dtype:
@@ -96,42 +151,29 @@ def quantized_blocks(folder: Path) -> dict[str, int]:
     }
 
 
-def _array(folder: Path, entry: Mapping[str, Any]) -> "np.ndarray[Any, Any]":
-    """The bytes of an initializer, in its type and shape, mapped rather than read."""
-    if not plain_name(entry["file"]) or (folder / entry["file"]).is_symlink():
-        raise _odd(folder, entry, f"the data file {entry['file']!r}")
-    dtype, shape = np.dtype(_TYPES[entry["dtype"]]), tuple(entry["shape"])
-    if math.prod(shape) == 0:
-        return np.zeros(shape, dtype)
-    try:
-        return np.memmap(folder / entry["file"], dtype, "r", entry["offset"], shape or (1,))
-    except (OSError, ValueError) as error:
-        raise _odd(folder, entry, f"data that cannot be read ({error})") from None
-
-
-def _plain(folder: Path, entry: Mapping[str, Any], shapes: Shapes) -> Iterator[Held]:
+def _plain(source: _Initializers, entry: Mapping[str, Any], shapes: Shapes) -> Iterator[Held]:
     if entry["dtype"] not in _FLOATS:
         return
-    values = _array(folder, entry)
+    values = source.array(entry)
     if entry.get("transposed"):
         values = values.reshape(values.shape[0], -1).T
-    yield from _pieces(folder, entry, _fp32(values), shapes, _TORCH[entry["dtype"]], None)
+    yield from _pieces(source.folder, entry, _fp32(values), shapes, _TORCH[entry["dtype"]], None)
 
 
-def _quantized(folder: Path, parts: Sequence[Mapping[str, Any]], shapes: Shapes) -> Iterator[Held]:
+def _quantized(source: _Initializers, parts: Sequence[Mapping[str, Any]], shapes: Shapes) -> Iterator[Held]:
     by_part = {e["quantized"]["part"]: e for e in parts}
     first, how = parts[0], parts[0]["quantized"]
     stacked = sum(p["rows"][1] - p["rows"][0] for p in first["made_of"])
     width = math.prod(shapes[first["made_of"][0]["tensor"]][1:])
     inputs, outputs = (width, stacked) if first.get("transposed") else (stacked, width)
-    arrays = {part: _array(folder, e) for part, e in by_part.items()}
+    arrays = {part: source.array(e) for part, e in by_part.items()}
     try:
         matrix = _dequantized(arrays, outputs, inputs, how)
     except (ValueError, KeyError) as error:
-        raise _odd(folder, first, f"parts that do not fit together ({error})") from None
+        raise _odd(source.folder, first, f"parts that do not fit together ({error})") from None
     values = matrix if first.get("transposed") else matrix.T
     kind = Quantized(how["method"], how["block_size"], how["symmetric"], 1 if first.get("transposed") else 0)
-    yield from _pieces(folder, first, values, shapes, _TORCH[by_part["scales"]["dtype"]], kind)
+    yield from _pieces(source.folder, first, values, shapes, _TORCH[by_part["scales"]["dtype"]], kind)
 
 
 def _pieces(

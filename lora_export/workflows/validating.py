@@ -52,12 +52,7 @@ def validate_folder(
     exports = [load_export(folder) for folder in onnx]
     _check_exports(exports, base_onnx)
     _check_folders(base, adapters, merged, [*exports, *map(load_export, base_onnx)])
-    if own_texts and len(own_texts) != len(adapters):
-        raise InputError(
-            f"{len(own_texts)} × --own-text and {len(adapters)} × -a",
-            expected="one text for each adapter, in the same order",
-            next_step="the same command with an --own-text for each -a",
-        )
+    _check_own_texts(own_texts, adapters)
     choices = choices_of(adapters)
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
@@ -87,6 +82,15 @@ def validate_folder(
             result,
             perplexities=(*result.perplexities, *found.perplexities),
             adapter_survival=(*result.adapter_survival, *found.adapter_survival),
+        )
+
+
+def _check_own_texts(own_texts: Sequence[Path], adapters: Sequence[tuple[Source, float]]) -> None:
+    if own_texts and len(own_texts) != len(adapters):
+        raise InputError(
+            f"{len(own_texts)} × --own-text and {len(adapters)} × -a",
+            expected="one text for each adapter, in the same order",
+            next_step="the same command with an --own-text for each -a",
         )
 
 

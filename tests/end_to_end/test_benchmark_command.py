@@ -47,7 +47,7 @@ def test_all_arms_at_once(folders: dict[str, Path], run: Run, tmp_path: Path) ->
     assert list(samples) == sorted({*names, "base_again"}, key=list(samples).index)
     for name in names:  # each arm has calls of its own, and its figures are made of them
         times = samples[name] + (samples["base_again"] if name == "base" else [])
-        assert len(samples[name]) == len(samples["base"]) and all(t > 0 for t in times)
+        assert len(times) >= cell["pairs"] and all(t > 0 for t in times), name
         assert cell["arms"][name]["p50"]["ms"] == pytest.approx(np.median(times)), name
     assert len({tuple(times) for times in samples.values()}) == len(names) + 1
     assert document["graph_identical"] is True and document["environment"]["margin"] == 0.5

@@ -136,7 +136,7 @@ def write_as(path: Path, document: bytes, seal: bool) -> int:
     """Its size. seal: with the digest that belongs to it, so that more than the digest is looked at."""
     path.write_bytes(document)
     if seal:
-        with contextlib.suppress(ValueError, RecursionError, TypeError):
+        with contextlib.suppress(ValueError, RecursionError, TypeError, LoraExportError):
             write_sealed(path, json.loads(document))
     return path.stat().st_size
 

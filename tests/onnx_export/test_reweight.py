@@ -209,7 +209,7 @@ def test_too_little_space_is_told_before_any_work(folders: Folders, monkeypatch:
         free: int = 10_000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage())
-    refused(folders, "are needed and 0.00 GB are free")
+    refused(folders, "are needed and 10,000 bytes are free")
 
 
 @pytest.mark.parametrize("option", [["--precision", "fp16"], ["--engine", "genai"], ["--keep", "auto"]])

@@ -255,7 +255,7 @@ def test_a_failure_cannot_be_overlooked(full: dict[str, Any], tmp_path: Path) ->
         assert "not a number" in words
     assert 'class="verdict bad"' in html and "✗ failed" in page.words
     assert "model.layers.3.mlp.down_proj.weight" in page.words
-    assert json.loads((tmp_path / "report.json").read_text())["validate"]["checks"][1]["value"] is None
+    assert json.loads((tmp_path / "report.json").read_text())["validate"]["checks"][1]["value"] == "nan"
 
 
 def test_slower_and_inconclusive_read_differently(full: dict[str, Any], tmp_path: Path) -> None:
@@ -312,8 +312,8 @@ def test_compare_gives_the_ratio_of_what_both_measured(full: dict[str, Any], tmp
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(None, "–"), (float("inf"), "–"), (0.0, "0"), (0.03120, "0.0312"), (6.8e-5, "6.8e-5"), (1234567, "1,234,567"),
-     (14.2071, "14.2"), (-0.5, "-0.5"), (2.0e9, "2e9"), (100.0, "100")],
+    [(None, "–"), (float("inf"), "inf"), (float("nan"), "nan"), (0.0, "0"), (0.03120, "0.0312"), (6.8e-5, "6.8e-5"),
+     (1234567, "1,234,567"), (14.2071, "14.2"), (-0.5, "-0.5"), (2.0e9, "2e9"), (100.0, "100")],
 )  # fmt: skip
 def test_numbers(value: float | None, expected: str) -> None:
     assert number(value) == expected

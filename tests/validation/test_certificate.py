@@ -17,7 +17,7 @@ from lora_export.contracts import AdapterChoice, Check, MergeOptions, Validation
 from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
-from lora_export.validation import ValidationOptions, validate
+from lora_export.validation import ValidationOptions, lengths, validate
 from lora_export.validation.arithmetic import in_types
 from lora_export.validation.compare import compare_logits, greedy_divergences
 from lora_export.validation.noise import rounding_noise
@@ -92,6 +92,13 @@ def test_five_most_likely_of_a_vocabulary_of_three() -> None:
     assert compare_logits(logits, logits, [torch.tensor([0, 1])]).top5 == 1
 
 
+@pytest.fixture
+def prompts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No texts of drawn lengths beside the prompts, so that figures can be computed here."""
+    monkeypatch.setattr(lengths, "choose", lambda *_: lengths.Lengths((), "the prompts alone"))
+
+
+@pytest.mark.usefixtures("prompts_alone")
 def test_perplexities_and_as_loaded_checks(folders: Folders, merged: Merged, files: tuple[Path, Path]) -> None:
     base, adapter = folders("bfloat16")
     folder = merged("bfloat16")
@@ -214,6 +221,7 @@ def test_a_model_that_answers_otherwise_each_time_raises_every_floor() -> None:
     assert Floor((quiet, restless), 0.0, "").max_abs == pytest.approx(0.12)
 
 
+@pytest.mark.usefixtures("prompts_alone")
 def test_tolerance_reaches_every_threshold(folders: Folders, merged: Merged, files: tuple[Path, Path]) -> None:
     folder = merged("bfloat16")
     usual, twice = (named(judged(*folders("bfloat16"), folder, files, tolerance=f).checks) for f in (4.0, 8.0))

@@ -266,7 +266,7 @@ def test_graph_weights_are_the_checkpoints(decoder: Exported, precision: Precisi
     pair = decoder.pair(precision)
     merged = load_file(decoder.root / "merged" / "model.safetensors")
     wanted, seen = numbers_of(decoder.root / "merged"), set()
-    for held in graph_weights.read(pair.merged, {n: tuple(t.shape) for n, t in merged.items()}):
+    for held in graph_weights.read(pair.merged_graphs, {n: tuple(t.shape) for n, t in merged.items()}):
         exact = wanted(held)
         assert exact is not None
         error = float((held.values - exact).norm() / exact.norm())

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_export.contracts import AdapterChoice, ExportedPair, ValidationResult
-from lora_export.errors import InputError
+from lora_export.errors import ExportError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
@@ -48,7 +48,7 @@ def test_a_graph_of_every_kind(name: str, tmp_path: Path) -> None:
 
 
 def test_a_graph_of_another_model_is_told(tmp_path: Path) -> None:
-    """By an input that the inputs of validation do not have."""
+    """By its numbers, before anything runs."""
     other = save(DYNAMO["ViTForImageClassification"], tmp_path / "other")
     exported = export(other, tmp_path / "onnx", precision="fp32", progress=Silent())
     architecture = DYNAMO["BertModel"]
@@ -57,7 +57,7 @@ def test_a_graph_of_another_model_is_told(tmp_path: Path) -> None:
     adapters = [AdapterChoice(tmp_path / "adapter")]
     merge(base, adapters, tmp_path / "merged")
     pair = ExportedPair(exported.output, exported.output, "fp32", 1)
-    with pytest.raises(InputError, match="reads 'pixel_values', which the inputs of validation do not have"):
+    with pytest.raises(ExportError, match="holds none of this model's tensors"):
         validate(
             base, adapters, tmp_path / "merged", exports=[pair],
             options=ValidationOptions(provider="cpu"), progress=Silent(),
