@@ -806,4 +806,10 @@ MUTATIONS = (
         'tests/validation/test_graph_faults.py::'
         'test_validate_graph_fault_shared_with_the_base_fails[padding alone]',
     ),
+    Mutation(
+        'numbers that no node reads are compared', 'validation/graph_weights.py',
+        'unread = not all(map(source.reads, parts))',
+        'unread = False',
+        f'{NOISE}::test_validate_numbers_that_the_data_files_do_not_hold_fail[another]',
+    ),
 )  # fmt: skip

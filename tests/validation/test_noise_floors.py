@@ -148,23 +148,50 @@ def test_validate_int4_scales_of_one_tensor_changed_fails(decoder: Exported, tmp
     assert {"onnx_weight_errors", "onnx_base_weight_errors"} <= found
 
 
-def test_validate_padding_that_is_not_masked_fails(encoder: Exported, tmp_path: Path) -> None:
+def ignore_mask(model: onnx.ModelProto) -> None:
+    """Every token counts, padding too."""
+    for name, number in (("zero_instead", 0), ("one_instead", 1)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(number, np.int64), name))
+    for node in model.graph.node:
+        node.input[:] = ["whole_mask" if n == "attention_mask" else n for n in node.input]
+    whole = onnx.helper.make_node("Add", ["no_mask", "one_instead"], ["whole_mask"])
+    model.graph.node.insert(0, whole)
+    model.graph.node.insert(0, onnx.helper.make_node("Mul", ["attention_mask", "zero_instead"], ["no_mask"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"), [("encoder", "onnx_logits_max_abs"), ("decoder", "onnx_padded_max_abs")]
+)
+def test_validate_padding_that_is_not_masked_fails(
+    kind: str, check: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A decoder's trailing padding shows when the batch goes on from its cache."""
+    exported: Exported = request.getfixturevalue(kind)
+    pair = exported.pair("fp32", tmp_path)
+    spoil(pair, ignore_mask)
+    assert check in failed(exported.judged(pair))
+
+
+@pytest.mark.parametrize("called", ["itself", "another"])
+def test_validate_numbers_that_the_data_files_do_not_hold_fail(
+    called: str, encoder: Exported, tmp_path: Path
+) -> None:
+    """The graph holds 1.001 times a bias itself, under its own name or beside it; the data file stays right."""
     pair = encoder.pair("fp32", tmp_path)
 
-    def ignore_mask(model: onnx.ModelProto) -> None:
-        mask = next(i for i in model.graph.input if i.name == "attention_mask")
-        one = onnx.numpy_helper.from_array(np.array(1, np.int64), "one_instead")
-        model.graph.initializer.append(one)
-        shape = onnx.helper.make_node("Mul", [mask.name, "zero_instead"], ["no_mask"])
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0, np.int64), "zero_instead"))
-        whole = onnx.helper.make_node("Add", ["no_mask", "one_instead"], ["whole_mask"])
+    def inline(model: onnx.ModelProto) -> None:
+        tensor = next(t for t in model.graph.initializer if t.name.endswith("output.dense.bias"))
+        onnx.load_external_data_for_model(model, str(pair.merged))
+        changed = onnx.numpy_helper.to_array(tensor) * np.float32(1.001)
+        if called == "itself":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
+            return
+        model.graph.initializer.append(onnx.numpy_helper.from_array(changed, "beside"))
         for node in model.graph.node:
-            node.input[:] = ["whole_mask" if n == mask.name else n for n in node.input]
-        model.graph.node.insert(0, whole)
-        model.graph.node.insert(0, shape)
+            node.input[:] = ["beside" if n == tensor.name else n for n in node.input]
 
-    spoil(pair, ignore_mask)
-    assert "onnx_logits_max_abs" in failed(encoder.judged(pair))
+    spoil(pair, inline)
+    assert {"onnx_weight_errors", "onnx_base_weight_errors"} <= failed(encoder.judged(pair))
 
 
 def test_validate_graph_that_answers_nan_to_padding_fails(encoder: Exported, tmp_path: Path) -> None:
