@@ -104,9 +104,12 @@ class _Initializers:
             self._tensors |= {t.name: t for t in graph.initializer}
             self._read |= {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
             graphs += [g for node in graph.node for a in node.attribute for g in (a.g, *a.graphs) if g.node]
+        places = (e for t in self._tensors.values() for e in t.external_data)
+        self._files = {e.value for e in places if e.key == "location"}
 
     def has(self, entry: Mapping[str, Any]) -> bool:
-        return entry["name"] in self._tensors
+        """Whether the map means an initializer of this graph: encoder and decoder may both have such a name."""
+        return entry["name"] in self._tensors and entry["file"] in self._files
 
     def reads(self, entry: Mapping[str, Any]) -> bool:
         """Whether a node takes it."""
