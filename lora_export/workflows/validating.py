@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export.allowed import check_model_folder
+from lora_export.checkpoint import open_adapter_files
 from lora_export.checkpoint.sources import choices_of
 from lora_export.choices import Provider
 from lora_export.contracts import (
@@ -102,6 +103,8 @@ def _check_folders(
 
     for folder in (base.folder, *(source.folder for source, _ in adapters), merged):
         check_model_folder(folder)
+    for source, _ in adapters:
+        open_adapter_files(source.folder)
     for exported in exports:
         check_export(exported.output, exported.graphs)
 
