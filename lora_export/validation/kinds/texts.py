@@ -119,9 +119,9 @@ def _tokenizer(folder: Path) -> Any:
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what tokenizers raises has no other base
         raise InputError(
-            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            f"the tokenizer cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}",
             where=folder,
             expected="tokenizer.json or the files of a known tokenizer",
         ) from None
