@@ -33,10 +33,6 @@ _LOCAL_HEADER = 30  # bytes, without the name
 _PASSED_OVER = frozenset({b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"comment"})
 
 
-class Damaged(ValueError):
-    """What is wrong with an archive, in words."""
-
-
 def kind_of(path: Path) -> str | None:
     """The format that a file's name says, None for a file that is no archive."""
     return next((kind for kind in ARCHIVES if path.name.endswith(f".{kind}")), None)
@@ -55,7 +51,6 @@ def extract(archive: Path, folder: Path) -> None:
         else:
             _untar(archive, folder, bounds)
     except (
-        Damaged,
         OSError,
         EOFError,
         ValueError,
@@ -90,27 +85,27 @@ class Bounds:
     folders: set[str] = field(default_factory=set)
 
     def admit(self, name: str, size: int) -> None:
-        """Count a file in. Damaged if it may not be there."""
+        """Count a file in. ValueError, in words, if it may not be there."""
         self.files += 1
         if self.files > MOST_FILES:
-            raise Damaged(f"it holds more than {MOST_FILES:,} files")
+            raise ValueError(f"it holds more than {MOST_FILES:,} files")
         long = len(name.encode("utf-8", "replace")) > LONGEST_NAME or name.count("/") > DEEPEST
         if long or not sealed.plain_path(name):
-            raise Damaged(f"it holds {name!r}, which would lie outside of the package, or too deep in it")
+            raise ValueError(f"it holds {name!r}, which would lie outside of the package, or too deep in it")
         self.spend(size, name)
         plain = unicodedata.normalize("NFC", name).casefold()
         above = ["/".join(plain.split("/")[:i]) for i in range(1, plain.count("/") + 1)]
         if plain in self.names or plain in self.folders or not self.names.isdisjoint(above):
-            raise Damaged(f"it holds {name!r} twice, or another name that some systems take for it")
+            raise ValueError(f"it holds {name!r} twice, or another name that some systems take for it")
         self.names.add(plain)
         self.folders.update(above)
         if len(self.folders) > MOST_FILES:
-            raise Damaged(f"it holds more than {MOST_FILES:,} folders")
+            raise ValueError(f"it holds more than {MOST_FILES:,} folders")
 
     def spend(self, size: int, name: str) -> None:
         self.bytes_left -= size
         if self.bytes_left < 0:
-            raise Damaged(f"with {name!r} it would become more than {EXPANSION} times as large as it is")
+            raise ValueError(f"with {name!r} it would become more than {EXPANSION} times as large as it is")
 
 
 def _write(folder: Path, name: str, source: Iterator[bytes]) -> None:
@@ -134,7 +129,7 @@ class _Careful:
     def read(self, size: int = -1) -> bytes:
         content = self._file.read(size if 0 <= size <= LARGEST_READ else LARGEST_READ + 1)
         if len(content) > LARGEST_READ:
-            raise Damaged("its directory is too large")
+            raise ValueError("its directory is too large")
         return content
 
 
@@ -143,7 +138,7 @@ def _unzip(archive: Path, folder: Path, bounds: Bounds) -> None:
         entries = found.infolist()
         for info in entries:
             if info.orig_filename != info.filename:
-                raise Damaged(f"it holds {info.orig_filename!r}, which is no name")
+                raise ValueError(f"it holds {info.orig_filename!r}, which is no name")
             bounds.admit(info.filename, info.file_size)
             _check_entry(info)
         _refuse_overlaps(entries, found.start_dir)
@@ -155,20 +150,20 @@ def _unzip(archive: Path, folder: Path, bounds: Bounds) -> None:
 
 def _check_entry(info: zipfile.ZipInfo) -> None:
     if info.is_dir() or (info.external_attr >> 16) & 0o170000 not in (0, 0o100000):
-        raise Damaged(f"{info.filename!r} is no file")
+        raise ValueError(f"{info.filename!r} is no file")
     if info.flag_bits & _ENCRYPTED:
-        raise Damaged(f"{info.filename!r} is encrypted")
+        raise ValueError(f"{info.filename!r} is encrypted")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise Damaged(f"{info.filename!r} is packed by the method {info.compress_type}")
+        raise ValueError(f"{info.filename!r} is packed by the method {info.compress_type}")
     if info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size:
-        raise Damaged(f"{info.filename!r} has two sizes")
+        raise ValueError(f"{info.filename!r} has two sizes")
 
 
 def _refuse_overlaps(entries: list[zipfile.ZipInfo], end: int) -> None:
     """The same packed bytes must not be given for many files."""
     for info in sorted(entries, key=lambda i: i.header_offset, reverse=True):
         if info.header_offset < 0 or info.header_offset + _LOCAL_HEADER + info.compress_size > end:
-            raise Damaged(f"the bytes of {info.filename!r} are those of another file, too")
+            raise ValueError(f"the bytes of {info.filename!r} are those of another file, too")
         end = info.header_offset
 
 
@@ -226,7 +221,7 @@ class _Stream:
 
 
 def _members(stream: _Stream) -> Iterator[tuple[str, int]]:
-    """Name and size of each file, whose bytes are the next ones of the stream. Damaged for what is no file."""
+    """Name and size of each file, whose bytes are the next ones of the stream. ValueError for what is no file."""
     said: dict[bytes, bytes] = {}
     while True:
         block = stream.take(_SECTOR)
@@ -235,16 +230,16 @@ def _members(stream: _Stream) -> Iterator[tuple[str, int]]:
         try:
             member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.TarError as error:
-            raise Damaged(str(error)) from None
+            raise ValueError(str(error)) from None
         if member.type == tarfile.XHDTYPE and not said:
             said = _extended(stream, member.size)
             continue
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            raise Damaged(f"{member.name!r} is no file")
+            raise ValueError(f"{member.name!r} is no file")
         name = said[b"path"].decode("utf-8") if b"path" in said else member.name
         size = _number(said[b"size"]) if b"size" in said else member.size
         if size < 0:
-            raise Damaged(f"{name!r} has less than no bytes")
+            raise ValueError(f"{name!r} has less than no bytes")
         said = {}
         yield name, size
 
@@ -252,7 +247,7 @@ def _members(stream: _Stream) -> Iterator[tuple[str, int]]:
 def _extended(stream: _Stream, size: int) -> dict[bytes, bytes]:
     """The records of a pax header: "length key=value\n", the length that of the whole record."""
     if not 0 < size <= LARGEST_EXTENDED:
-        raise Damaged(f"a header of {size} bytes")
+        raise ValueError(f"a header of {size} bytes")
     content, at, said = stream.take(size), 0, dict[bytes, bytes]()
     stream.skip(-size % _SECTOR)
     while at < size:
@@ -260,14 +255,14 @@ def _extended(stream: _Stream, size: int) -> dict[bytes, bytes]:
         end = at + _number(length)
         key, equals, value = content[at + len(length) + 1 : end - 1].partition(b"=")
         if not equals or end > size or content[end - 1 : end] != b"\n" or key in said:
-            raise Damaged("a header that is not one of a tar")
+            raise ValueError("a header that is not one of a tar")
         if key not in (b"path", b"size") and key not in _PASSED_OVER:
-            raise Damaged(f"a header with {key.decode('utf-8', 'replace')!r}: what follows it is no plain file")
+            raise ValueError(f"a header with {key.decode('utf-8', 'replace')!r}: what follows it is no plain file")
         said[key], at = value, end
     return said
 
 
 def _number(text: bytes) -> int:
     if not (text.isdigit() and len(text) < 19):
-        raise Damaged(f"the number {text[:40]!r} in a header")
+        raise ValueError(f"the number {text[:40]!r} in a header")
     return int(text)
