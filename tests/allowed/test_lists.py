@@ -214,7 +214,8 @@ def test_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_model_folder_with_code_that_nothing_reads_is_taken(tmp_path: Path) -> None:
     """As folders from a hub have it."""
-    written(tmp_path, "config.json", {"model_type": "llama", "auto_map": None, "_name_or_path": "a/b", "_model_name_or_path": "a GGUF"})
+    names = {"_name_or_path": "a/b", "_model_name_or_path": "Smollm2 135M 8k"}
+    written(tmp_path, "config.json", {"model_type": "llama", "auto_map": None} | names)
     settings = {"tokenizer_class": "LlamaTokenizer", "special_tokens_map_file": "/root/x.json", "vocab_file": None}
     written(tmp_path, "tokenizer_config.json", settings | {"added_tokens_decoder": {"0": {"content": "<s>"}}})
     whisper = {"lang_to_id": {"<|en|>": 1}, "alignment_heads": [[1, 2]], "cache_implementation": "static"}
