@@ -243,18 +243,20 @@ def draw(
     names: Collection[str],
     measure: Callable[[bool], Measured],
     finite: Callable[[Measured], bool],
+    adapted: bool = True,
 ) -> Measured:
     """What `measure` returns while the unmerged model computes as `how` says. names: the base's parameters.
 
-    measure is told whether the adapter is active: PEFT has no kernel in 16 bits for a few kinds, and then the base
-    alone is measured. An outcome that is not finite (fp16 overflows in PyTorch) is measured again in bf16, whose
-    errors are larger.
+    adapted: with the adapter active, as measure is told: PEFT has no kernel in 16 bits for a few kinds, and then
+    the base alone is measured. An outcome that is not finite (fp16 overflows in PyTorch) is measured again in bf16,
+    whose errors are larger.
     """
     try:
-        with how.on(unmerged, names):
-            found = measure(True)
+        with contextlib.nullcontext() if adapted else unmerged.disable_adapter(), how.on(unmerged, names):
+            found = measure(adapted)
     except (RuntimeError, NotImplementedError):
-        with unmerged.disable_adapter(), how.on(unmerged, names):
-            found = measure(False)
+        if not adapted:
+            raise
+        return draw(unmerged, how, names, measure, finite, adapted=False)
     wider = how.in_bfloat16()
-    return found if finite(found) or how == wider else draw(unmerged, wider, names, measure, finite)
+    return found if finite(found) or how == wider else draw(unmerged, wider, names, measure, finite, adapted)

@@ -134,6 +134,7 @@ class DecoderStory:
         from lora_export.validation.onnx_decoder import OnnxDecoder
 
         runner = OnnxDecoder(graph.paths[0], graph.provider)
+        self._arithmetic = (*self._arithmetic, self._draw(unmerged, graph.arithmetic, adapted=False))
         exact = self._base if graph.model is None else logits(graph.model, self.tokens)
         return self._graph_checks(graph, exact, [runner.logits(ids) for ids in self.tokens], runner)
 
@@ -168,14 +169,14 @@ class DecoderStory:
     def _noise(self, graph: Graph) -> list[tuple[Difference, ...]]:
         return [self._arithmetic] * graph.arithmetic.times
 
-    def _draw(self, unmerged: Any, how: "Arithmetic | InTypes") -> Difference:
+    def _draw(self, unmerged: Any, how: "Arithmetic | InTypes", adapted: bool = True) -> Difference:
         """How far arithmetic moves the logits of the unmerged model."""
 
         def measure(active: bool) -> Difference:
             reference = self._unmerged if active else self._base
             return compare_logits(reference, logits(unmerged, self.tokens), self.tokens)
 
-        return draw(unmerged, how, list(self.dtypes), measure, lambda d: math.isfinite(d.max_abs))
+        return draw(unmerged, how, list(self.dtypes), measure, lambda d: math.isfinite(d.max_abs), adapted)
 
     @property
     def _prompts(self) -> Sequence[torch.Tensor]:
@@ -185,7 +186,7 @@ class DecoderStory:
         return compare_logits(self._unmerged, found, self.tokens)
 
     def _floor(self, where: str, *sources: tuple[Difference, ...], known: Difference | None = None) -> Floor:
-        scale = largest(float(x.abs().max()) for x in self._unmerged)
+        scale = largest(float(x.abs().max()) for x in (*self._unmerged, *self._base))
         return Floor((*sources, self._again), scale, where, known)
 
     def _perplexity(self, name: str, model: Any) -> list[Perplexity]:

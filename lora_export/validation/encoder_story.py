@@ -101,6 +101,8 @@ class EncoderStory:
         ]
 
     def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
+        of_base = self._draw(unmerged, graph.arithmetic, adapted=False)
+        self._arithmetic = {n: f.widest(of_base[n]) for n, f in self._arithmetic.items()}
         exact = self._base if graph.model is None else self._outputs(graph.model)
         return self._graph_checks(graph, exact, self._answers(graph))
 
@@ -157,13 +159,14 @@ class EncoderStory:
     def _first(self) -> str:
         return next(iter(self._unmerged[0]))
 
-    def _draw(self, unmerged: Any, how: Arithmetic) -> Floors:
+    def _draw(self, unmerged: Any, how: Arithmetic, adapted: bool = True) -> Floors:
         def measure(active: bool) -> Floors:
             return self._between(self._unmerged if active else self._base, self._outputs(unmerged))
 
-        return draw(
-            unmerged, how, list(self.dtypes), measure, lambda f: all(math.isfinite(x.max_abs) for x in f.values())
-        )
+        def finite(found: Floors) -> bool:
+            return all(math.isfinite(f.max_abs) for f in found.values())
+
+        return draw(unmerged, how, list(self.dtypes), measure, finite, adapted)
 
     def _between(self, reference: list[Outputs], found: list[Outputs]) -> Floors:
         """For each output that both have: how far it moved, over all batches; padding does not count."""
@@ -188,7 +191,7 @@ class EncoderStory:
 
     def _limit(self, name: str, noise: Floors) -> float:
         """One noise floor, the order of fp32 sums included."""
-        scale = largest(float(x[name].abs().max()) for x in self._unmerged)
+        scale = largest(float(x[name].abs().max()) for x in (*self._unmerged, *self._base))
         return noise[name].max_abs + scale * FP32_ARITHMETIC
 
     def _checks(self, noise: Floors, known: Floors, found: list[Outputs], prefix: str, where: str) -> list[Check]:

@@ -92,6 +92,7 @@ class Seq2SeqStory:
         from lora_export.validation.onnx_seq2seq import OnnxSeq2Seq
 
         runner = OnnxSeq2Seq(graph.paths, graph.provider)
+        self._arithmetic = (*self._arithmetic, self._draw(unmerged, graph.arithmetic, adapted=False))
         exact = self._base if graph.model is None else self._logits(graph.model)
         return self._graph_checks(graph, exact, [runner.logits(*row) for row in self._rows_of(self.tokens)])
 
@@ -123,12 +124,12 @@ class Seq2SeqStory:
     def _noise(self, graph: Graph) -> list[tuple[Difference, ...]]:
         return [self._arithmetic] * graph.arithmetic.times
 
-    def _draw(self, unmerged: Any, how: Arithmetic) -> Difference:
+    def _draw(self, unmerged: Any, how: Arithmetic, adapted: bool = True) -> Difference:
         def measure(active: bool) -> Difference:
             reference = self._unmerged if active else self._base
             return compare_logits(reference, self._logits(unmerged), self.tokens)
 
-        return draw(unmerged, how, list(self.dtypes), measure, lambda d: math.isfinite(d.max_abs))
+        return draw(unmerged, how, list(self.dtypes), measure, lambda d: math.isfinite(d.max_abs), adapted)
 
     def _checks(
         self,
@@ -149,7 +150,7 @@ class Seq2SeqStory:
         return compare_logits(self._unmerged, found, self.tokens)
 
     def _floor(self, where: str, *sources: tuple[Difference, ...], known: Difference | None = None) -> Floor:
-        return Floor(sources, largest(float(x.abs().max()) for x in self._unmerged), where, known)
+        return Floor(sources, largest(float(x.abs().max()) for x in (*self._unmerged, *self._base)), where, known)
 
     def _rows_of(self, tokens: Sequence[torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Each row of the inputs, and the ids that its decoder is given."""
