@@ -155,6 +155,17 @@ def verdicts() -> str:
     return table(["true ratio", "equivalent", "slower"], rows)
 
 
+def graph_faults() -> str:
+    found = read("graph-faults-*.json")
+    rows = []
+    for kind in dict.fromkeys(r["kind"] for r in found["faults"]):
+        faults, honest = ([r for r in found[rows] if r["kind"] == kind] for rows in ("faults", "honest"))
+        counts = (sum(r["caught"] for r in faults), sum(r["false_alarm"] for r in honest))
+        lost = sum(r["keeps_too_little"] for r in honest)
+        rows.append([kind, str(len(faults)), str(counts[0]), str(len(honest)), str(counts[1]), str(lost)])
+    return table(["model", "faults", "caught", "honest exports", "false alarms", "too little kept"], rows)
+
+
 def sensitivity() -> str:
     s = read("sensitivity-*.json")["summary"]
     rows = [
@@ -259,7 +270,7 @@ def inspected() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
+        merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity, graph_faults,
         combining, serving, continued, precisions, bases, mutants,
         demo, inspected,
     )
