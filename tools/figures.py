@@ -270,8 +270,8 @@ def inspected() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity, graph_faults,
-        combining, serving, continued, precisions, bases, mutants,
+        merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
+        graph_faults, combining, serving, continued, precisions, bases, mutants,
         demo, inspected,
     )
 }  # fmt: skip
