@@ -50,14 +50,14 @@ class Arithmetic:
     @property
     def words(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        twice = ", twice" if self.times > 1 else ""
-        return f"arithmetic in {name}{twice}" + ("" if self.inputs is None else " on inputs of 8 bits")
+        often = f", {self.times} times" if self.times > 1 else ""
+        return f"arithmetic in {name}{often}" + ("" if self.inputs is None else " on inputs of 8 bits")
 
     @property
     def times(self) -> int:
         """How often its noise counts. In 16 bits PyTorch stays in fp32 within norms and softmax, where a graph may
-        round: T5's fp16 graph differs by three times as much as PyTorch's fp16 does."""
-        return 1 if self.dtype == torch.float32 else 2
+        round: T5's fp16 graph differs by more than twice as much as PyTorch's fp16 does, beside the tolerance."""
+        return 1 if self.dtype == torch.float32 else 3
 
     def in_bfloat16(self) -> "Arithmetic":
         return replace(self, dtype=torch.bfloat16)
