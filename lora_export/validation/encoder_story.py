@@ -14,7 +14,7 @@ from lora_export.validation.compare import largest, max_abs
 from lora_export.validation.effect import OutputEffect
 from lora_export.validation.noise import draws
 from lora_export.validation.subject import Graph, plain
-from lora_export.validation.thresholds import FACTOR, FP32_ARITHMETIC
+from lora_export.validation.thresholds import FACTOR, FP32_ARITHMETIC, below
 
 Outputs = dict[str, torch.Tensor]
 # A pooled vector is a mean of the outputs; 1 − cos of two that differ by fp32 arithmetic alone.
@@ -140,7 +140,7 @@ class EncoderStory:
             "the graph holds"
         )
         return [
-            _below(f"{graph.prefix}graph_{name}_max_abs", moved.max_abs, self.factor * limit, note)
+            below(f"{graph.prefix}graph_{name}_max_abs", moved.max_abs, self.factor * limit, note)
             for name, moved in apart.items()
             for limit in [self._limit(name, noise)]
         ]
@@ -212,14 +212,10 @@ class EncoderStory:
             f"of {first}, mean over positions, least of all inputs; from the angles of the same noise",
         )
         return [
-            _below(f"{prefix}logits_max_abs", apart[first].max_abs, limits[first], f"{note}; output {first}"),
+            below(f"{prefix}logits_max_abs", apart[first].max_abs, limits[first], f"{note}; output {first}"),
             cosine,
-            *(_below(f"{prefix}{n}_max_abs", apart[n].max_abs, limits[n], f"{note}; output {n}") for n in others),
+            *(below(f"{prefix}{n}_max_abs", apart[n].max_abs, limits[n], f"{note}; output {n}") for n in others),
         ]
-
-
-def _below(name: str, value: float, limit: float, note: str) -> Check:
-    return Check(name, value, limit, value <= limit < math.inf, note)
 
 
 def _tensors(output: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Judge:
             if held is not None:
                 of = "the unmerged model" if self.alone else "the merged folder"
                 checks.append(held.check(f"{pair.prefix}weight_errors", of))
+        graph = replace(graph, model=None)  # which would stay in memory beside the base's
         prefix = f"{pair.prefix}base_"
         with self._model(pair, pair.base_graphs, base_numbers(self.unmerged), self.dtypes) as held:
             base = self._graph(pair, pair.base_graphs, held, prefix)

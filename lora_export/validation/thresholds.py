@@ -93,10 +93,10 @@ def decoder_checks(
     perplexity = math.exp(min(found.nll_reference, LARGEST_NLL))
     shift = "what these weights do in PyTorch + " if floor.known else ""
     return [
-        _below(
+        below(
             f"{prefix}logits_max_abs", found.max_abs, logits, f"{shift}{factor:g} × the noise floor ({floor.where})"
         ),
-        _below(f"{prefix}logits_kl_mean", found.kl_mean, kl, f"{shift}{factor**2:g} × the noise floor's, nats"),
+        below(f"{prefix}logits_kl_mean", found.kl_mean, kl, f"{shift}{factor**2:g} × the noise floor's, nats"),
         _agreement(f"{prefix}top1_agreement", found.top1, known.top1, floor.top1, found.positions, factor, 1),
         _agreement(f"{prefix}top5_agreement", found.top5, known.top5, floor.top5, found.positions, factor, TOP),
         Check(
@@ -122,8 +122,8 @@ def graph_checks(floor: Floor, found: Difference, factor: float, prefix: str) ->
     """A graph against PyTorch with the very weights that the graph holds: nothing but arithmetic may differ."""
     note = f"{factor:g} × the noise floor of {floor.where}, against PyTorch with the weights that the graph holds"
     return [
-        _below(f"{prefix}_max_abs", found.max_abs, factor * floor.max_abs, note),
-        _below(f"{prefix}_kl_mean", found.kl_mean, factor**2 * floor.kl, f"{factor**2:g} × the floor's, nats"),
+        below(f"{prefix}_max_abs", found.max_abs, factor * floor.max_abs, note),
+        below(f"{prefix}_kl_mean", found.kl_mean, factor**2 * floor.kl, f"{factor**2:g} × the floor's, nats"),
     ]
 
 
@@ -154,7 +154,7 @@ def run_to_run(difference: float) -> Check:
     return Check("run_to_run_max_abs", difference, None, math.isfinite(difference), note)
 
 
-def _below(name: str, value: float, threshold: float, note: str) -> Check:
+def below(name: str, value: float, threshold: float, note: str) -> Check:
     return Check(name, value, threshold, value <= threshold < math.inf, note)
 
 
@@ -163,5 +163,5 @@ def tensor_checks(worst: float, faulty: int, total: int) -> list[Check]:
     bound = "½ ulp + 2⁻²²·|W| + 4 × the fp32 error of the unmerged layer, against float64"
     return [
         Check("tensor_errors", faulty, 0, faulty == 0, f"of {total} tensors; bound {bound}"),
-        _below("tensor_max_error", worst, 1.0, f"in units of the bound {bound}"),
+        below("tensor_max_error", worst, 1.0, f"in units of the bound {bound}"),
     ]
