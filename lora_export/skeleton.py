@@ -1,10 +1,12 @@
 """What a config.json stands for: a transformers model without weights, and which layers are stored transposed."""
 
-from collections.abc import Iterator, Set
+import tempfile
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from lora_export.errors import CheckpointError
+from lora_export.sealed import write_settings
 
 _MOST_LAYERS = 1000
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -19,10 +21,17 @@ def is_conv1d(model_types: Set[str], module: str) -> bool:
     return bool(model_types & _CONV1D_MODELS) and module.rpartition(".")[2] in _CONV1D_LAYERS
 
 
-def build(folder: Path) -> Any:
-    """The model that config.json in `folder` describes, on the meta device; CheckpointError for what is none."""
+def build(folder: Path, config: Mapping[str, Any] | None = None) -> Any:
+    """The model that config.json in `folder` describes, on the meta device; CheckpointError for what is none.
+
+    config: what stands for the contents of config.json, where a merge is to change them.
+    """
     try:
-        return _build(folder)
+        if config is None:
+            return _build(folder)
+        with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+            write_settings(Path(scratch) / "config.json", dict(config))
+            return _build(Path(scratch))
     except Exception as error:  # a configuration can make transformers raise anything
         raise CheckpointError(
             f"transformers cannot build the model that this describes: {error or type(error).__name__}",

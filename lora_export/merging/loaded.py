@@ -63,7 +63,7 @@ def _conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
 
     from lora_export import skeleton
 
-    model = skeleton.build(base.folder)
+    model = skeleton.build(base.folder, base.config)
     return model, get_model_conversion_mapping(model)
 
 
