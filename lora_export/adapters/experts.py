@@ -81,6 +81,8 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
         if claims(file, name):
             nested.setdefault(name.replace(_WRAPPER, ""), {})[name.count(_WRAPPER)] = keys
     if not nested:
+        if _base_has_none(file):  # PEFT names the experts of every variant of an architecture, dense ones too
+            return []
         raise file.refuse(
             f"target_parameters names {', '.join(map(str, file.config['target_parameters']))}, "
             "but the file holds no matrices for them",
@@ -88,6 +90,14 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
             next_step="save the adapter again: model.save_pretrained(DIR)",
         )
     return [update for module, depths in nested.items() for update in _module(file, module, depths)]
+
+
+def _base_has_none(file: AdapterFile) -> bool:
+    """Whether the base is known and has neither experts nor a parameter of these names."""
+    leaves = {str(t).rpartition(".")[2] for t in file.config["target_parameters"]}
+    return bool(file.base_shapes) and not any(
+        "experts" in name or name.rpartition(".")[2] in leaves for name in file.base_shapes
+    )
 
 
 def _parameters(file: AdapterFile, module: str) -> list[str]:

@@ -1,6 +1,7 @@
 """LoRA on fused experts: packing, layout, nesting, and what cannot be told from the file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lora_export.adapters import AdapterFile, read_adapter
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import TargetUpdate
 from lora_export.errors import AdapterError
+from tests.builders import handmade_adapter
 
 E, R, IN, OUT = 4, 3, 10, 14
 UP, DOWN = "experts.base_layer", "experts"
@@ -123,3 +125,19 @@ def test_what_cannot_be_told_is_refused(
 ) -> None:
     with pytest.raises(AdapterError, match=told):
         adapter(tmp_path, matrices, **settings)
+
+
+@pytest.mark.parametrize("weight", ["l.experts.down_proj", "l.experts.0.w2.weight", "l.moe.gate_up_proj"])
+def test_parameters_without_matrices_are_named_for_nothing_where_the_base_has_none(
+    tmp_path: Path, weight: str
+) -> None:
+    """PEFT names the experts of an architecture though this model of it is dense."""
+    a, b = torch.zeros(R, IN), torch.ones(OUT, R)
+    names = {"target_parameters": ["gate_up_proj", "down_proj"]}
+    folder = handmade_adapter(tmp_path / "a", {"l.q_proj": (a, b)}, **names)
+    config, tensors = open_adapter_files(folder)
+    dense = {"l.q_proj.weight": (OUT, IN), "l.down_proj.weight": (IN, OUT)}
+    file = AdapterFile(tensors, config, folder / "adapter_config.json", base_shapes=dense)
+    assert [u.target for u in read_adapter(file).updates] == ["l.q_proj.weight"]
+    with pytest.raises(AdapterError, match="the file holds no matrices for them"):
+        read_adapter(replace(file, base_shapes=dense | {weight: (E, IN, OUT)}))
