@@ -63,7 +63,7 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
         config, tensors = open_adapter_files(choice.folder)
         if config.get("save_projection") is False:  # VeRA draws by the shapes of the layers that it names
             loaded = loaded_weights(checkpoint, shapes)
-            shapes |= {name: shapes[pieces[0].name] for name, pieces in loaded.items() if len(pieces) == 1}
+            shapes |= {n: p[0].loaded or shapes[p[0].name] for n, p in loaded.items() if len(p) == 1}
         file = AdapterFile(
             tensors,
             config,

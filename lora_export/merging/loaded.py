@@ -13,6 +13,7 @@ from lora_export.adapters.kind import is_float64
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import TargetUpdate, Update
 from lora_export.errors import AdapterError, CheckpointError
+from lora_export.merging.converted import Group, group_of, spread_converted
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +26,16 @@ class Piece:
     """A tensor on disk and its place in the loaded weight: all of it, or rows of one expert.
 
     expert: index in the first dimension, None if the tensor is the whole weight; part: which of the tensors that
-    are concatenated in the second dimension; transposed: the last two dimensions are swapped on loading.
+    are concatenated in the second dimension; transposed: the last two dimensions are swapped on loading. group: of
+    any other conversion, what it makes of which tensors; loaded: the shape of the loaded weight.
     """
 
     name: str
     expert: int | None = None
     part: int = 0
     transposed: bool = False
+    group: Group | None = None
+    loaded: Shape = ()
 
 
 def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
@@ -45,17 +49,29 @@ def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, 
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
-    meta, found = model.state_dict(), dict[str, list[Piece]]()
+    meta, found, groups = model.state_dict(), dict[str, list[Piece]](), dict[str, Group]()
     for name in sorted(weights, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
         pieces = found.setdefault(target, [])
-        if pattern is None:
-            pieces.append(Piece(name))
-        else:
-            piece = _piece(name, pattern, by_pattern[pattern], pieces)
-            if piece is not None:
-                pieces.append(piece)
-    return {target: tuple(pieces) for target, pieces in found.items() if pieces}
+        piece = Piece(name) if pattern is None else _piece(name, pattern, by_pattern[pattern], pieces)
+        if piece is not None:
+            pieces.append(piece)
+        elif pattern is not None:
+            groups[target] = group_of(name, pattern, target, by_pattern[pattern], model, groups.get(target))
+    whole = {target: tuple(pieces) for target, pieces in found.items() if pieces}
+    return whole | _of_groups(groups, weights)
+
+
+def _of_groups(groups: Mapping[str, Group], weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
+    found: dict[str, tuple[Piece, ...]] = {}
+    for group in groups.values():
+        try:
+            shapes = group.shapes(weights)
+        except Exception:  # tensors of other shapes than it expects: then there are no names for them
+            continue
+        for loaded, shape in shapes.items():
+            found[loaded] = tuple(Piece(name, group=group, loaded=shape) for name in group.sources)
+    return found
 
 
 def _conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
@@ -68,12 +84,14 @@ def _conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
 
 
 def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Piece | None:
-    """The place of a tensor in what the converter makes; None for conversions that this cannot follow."""
+    """The place of a tensor in what the converter makes, as the common conversions tell it; None for all others."""
     operations = [type(o).__name__ for o in converter.operations]
     part = converter.source_patterns.index(pattern)
-    if operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+    if operations == ["MergeModulelist"] or (
+        operations == ["MergeModulelist", "Concatenate"] and converter.operations[1].dim == 1
+    ):
         return Piece(name, sum(p.part == part for p in earlier), part)
-    if operations == ["Transpose"] and not earlier:
+    if operations == ["Transpose"] and not earlier and not converter.operations[0].check_dims:
         return Piece(name, transposed=True)
     return None
 
@@ -81,6 +99,8 @@ def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Pie
 def spread(update: TargetUpdate, pieces: tuple[Piece, ...], weights: Mapping[str, Shape]) -> list[TargetUpdate]:
     """One update of a loaded weight as updates of the tensors on disk. AdapterError if it does not fit them."""
     first = pieces[0]
+    if first.group is not None:
+        return spread_converted(update, first.group, first.loaded, weights)
     if first.expert is None and not first.transposed:
         return [replace(update, target=first.name)]
     shape, offsets = _fused(pieces, weights)
