@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_export.adapters.complete import refuse_factor
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
@@ -19,7 +20,7 @@ _MARKER = "c3a_kernel"
 
 @dataclass(frozen=True)
 class CirculantUpdate:
-    """Element (i, j) of block (m, n) is kernel[m, n, (j − i) mod b]; kernel: fp32 (out/b, in/b, b), factor inside."""
+    """Element (i, j) of block (m, n) is kernel[m, n, (j − i) mod b]; kernel: fp32 (out/b, in/b, b), 1/in inside."""
 
     kernel: "torch.Tensor"
 
@@ -35,14 +36,17 @@ class CirculantUpdate:
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each linear layer, whatever block_size the configuration gives it: the tensor tells."""
-    return [_update(file, name, keys[_MARKER]) for name, keys in group(file.tensors, (_MARKER,)).items()]
+    modules = group(file.tensors, (_MARKER,))
+    if modules:
+        refuse_factor(file, NAME)
+    return [_update(file, name, keys[_MARKER]) for name, keys in modules.items()]
 
 
 def _update(file: AdapterFile, name: str, key: str) -> TargetUpdate:
     outputs, inputs, size = file.shape(key, 3)
 
     def load(shape: tuple[int, ...]) -> CirculantUpdate:
-        return CirculantUpdate(file.read(key) * (file.weight / shape[1]))
+        return CirculantUpdate(file.read(key) / shape[1])
 
     shapes = ((outputs * size, inputs * size),)
     return TargetUpdate(f"{name}.weight", "c3a", (key,), shapes, load, adds=True)

@@ -1,4 +1,4 @@
-"""What kinds share whose layers have a fixed set of tensors: the set, checked, and the sizes that a weight may have."""
+"""What kinds share whose layers have a fixed set of tensors: the set, checked, and the sizes of the weight."""
 
 import math
 from dataclasses import dataclass
@@ -39,6 +39,16 @@ def complete(file: AdapterFile, markers: tuple[str, ...]) -> dict[str, dict[str,
     return modules
 
 
+def refuse_factor(file: AdapterFile, kind: str) -> None:
+    """For kinds whose delta PEFT gives no factor, so that no oracle says what a weight other than 1 makes."""
+    if file.weight != 1.0:
+        raise file.refuse(
+            f"PEFT has no factor for the delta of {kind}, and the weight is {file.weight:g}",
+            expected="weight 1",
+            next_step="give the adapter without a weight, or merge it with --combine linear",
+        )
+
+
 def is_flipped(file: AdapterFile, module: str, shape: tuple[int, ...], outputs: int, inputs: int) -> bool:
     """Whether a weight of this shape is stored (in, out), as GPT-2's Conv1D is. A square one fits both ways."""
     return file.is_conv1d(module) if outputs == inputs else shape == (inputs, outputs)
@@ -51,7 +61,5 @@ def integers(file: AdapterFile, key: str, below: int) -> "torch.Tensor":
     stored = file.source.read(key)
     found = stored.to(torch.int64)
     if not bool(((found == stored) & (found >= 0) & (found < below)).all()):
-        raise file.refuse(
-            "an index is out of range, or no whole number", tensor=key, expected=f"0 to {below - 1}"
-        )
+        raise file.refuse("an index is out of range, or no whole number", tensor=key, expected=f"0 to {below - 1}")
     return found

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.complete import SizedTarget
+from lora_export.adapters.complete import SizedTarget, refuse_factor
 from lora_export.adapters.config import number
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
@@ -53,8 +53,9 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     modules = group(file.tensors, (_MARKER,))
     if not modules:
         return []
+    refuse_factor(file, NAME)
     scaling, seed = number(file.config, "scaling", file.where), seed_of(file)
-    return [_update(file, name, keys[_MARKER], file.weight * scaling, seed) for name, keys in modules.items()]
+    return [_update(file, name, keys[_MARKER], scaling, seed) for name, keys in modules.items()]
 
 
 def seed_of(file: AdapterFile) -> int:

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from lora_export.adapters.complete import complete, is_flipped
 from lora_export.adapters.config import number, whole
-from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.lora import LowRank, LowRankUpdate
 from lora_export.contracts import TargetUpdate
@@ -71,7 +70,7 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str], hybrid: int) -> 
 
 
 def _factors(a: "torch.Tensor", b: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Left (out, k·r) and right (k·r, in): block (j, n) of the delta has the slice n of B's r for j, j of A's for n.
+    """Left (out, k·r), right (k·r, in): block (j, n) of the delta takes the n-th slice of B[j], and the j-th of A[n].
 
     a: (k, in/k, r); b: (k, r, out/k). Column (j, n, i) of the left is B[j] at its rank n·r/k + i, on the outputs of
     block j alone.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.complete import SizedTarget
+from lora_export.adapters.complete import SizedTarget, refuse_factor
 from lora_export.adapters.config import whole
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
@@ -45,13 +45,13 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     modules = group(file.tensors, (marker,))
     if not modules:
         return []
+    refuse_factor(file, NAME)
     form, rank = file.config.get("init_weights", True), whole(file.config, "r", file.where)
     if not isinstance(form, bool) and form not in ("bat", "mini"):
         raise file.refuse(
             f"init_weights is {form!r}, which decides how the block is used", expected="true, false, bat or mini"
         )
     if form == "bat":
-        file.refuse_weight("the update of init_weights=bat")
         return [_bat(file, name, keys[marker], rank) for name, keys in modules.items()]
     repeats = whole(file.config, "mini_r", file.where) if form == "mini" else None
     return [_repeated(file, name, keys[marker], rank, repeats) for name, keys in modules.items()]
@@ -87,7 +87,7 @@ def _repeated(file: AdapterFile, name: str, key: str, rank: int, outputs: int | 
         left = block.T.repeat(shape[0] // width, 1)
         # The last repetition is cut off where r does not divide the inputs.
         right = torch.eye(rank, dtype=block.dtype).repeat(1, -(-shape[1] // rank))[:, : shape[1]]
-        return LowRankUpdate(LowRank(left, right, file.weight))
+        return LowRankUpdate(LowRank(left, right, 1.0))
 
     shapes: tuple[tuple[int | None, ...], ...] = ((width if outputs is None else None, None),)
     tiles = (width, 1)

@@ -51,16 +51,18 @@ def regenerate(
         bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6.0) / math.sqrt(shape[-1]))
         return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
-    def signs(*shape: int) -> "torch.Tensor":
-        drawn = torch.rand(shape, generator=generator)
-        return (drawn > 1 - 1 / (2 * sparsity)).float() - (drawn < 1 / (2 * sparsity)).float()
-
     if sparsity is None:
         a = uniform(rank, 1, smaller)
         b = torch.cat([uniform(larger, 1, rank) for _ in range(bases)], dim=1)
     else:
-        a, b = signs(rank, 1, smaller), signs(larger, bases, rank)
+        a = _signs(torch.rand((rank, 1, smaller), generator=generator), 1 / (2 * sparsity))
+        b = _signs(torch.rand((larger, bases, rank), generator=generator), 1 / (2 * sparsity))
     return a / a.std(), b / b.std()
+
+
+def _signs(drawn: "torch.Tensor", share: float) -> "torch.Tensor":
+    """−1 for the lowest share of numbers from 0 to 1, 1 for the highest, 0 between."""
+    return (drawn > 1 - share).float() - (drawn < share).float()
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     variant, group = file.config.get("variant"), whole(file.config, "group_size", file.where)
     if variant not in _NUMBERS or group % 2:
         raise file.refuse(
-            f"variant is {variant!r}, group_size {group}", expected="road_1, road_2 or road_4, and an even group_size"
+            f"variant is {variant!r}, group_size {group}",
+            expected="road_1, road_2 or road_4, and an even group_size",
         )
     found = []
     for name, keys in modules.items():

@@ -46,7 +46,8 @@ class PatchUpdate:
             down = self.tops[some, None] + torch.arange(height, device=weight.device) - rows.start
             across = self.lefts[some, None] + torch.arange(width, device=weight.device)
             patches = self.down[some, :, None] * self.across[some, None, :]
-            row, column = torch.broadcast_tensors(down[:, :, None], across[:, None, :])
+            row = down[:, :, None].expand(-1, -1, width)
+            column = across[:, None, :].expand(-1, height, -1)
             inside = (row >= 0) & (row < len(weight)) & (column >= 0) & (column < weight.shape[1])
             weight.index_put_((row[inside], column[inside]), patches[inside], accumulate=True)
         return weight

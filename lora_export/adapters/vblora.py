@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.complete import integers, is_flipped
+from lora_export.adapters.complete import integers, is_flipped, refuse_factor
 from lora_export.adapters.config import whole
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
@@ -29,6 +29,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     modules = group(file.tensors, markers)
     if not modules:
         return []
+    refuse_factor(file, NAME)
     for name, keys in modules.items():
         if len(keys) != len(markers):
             raise file.refuse(
@@ -69,7 +70,7 @@ def _update(
         right, left = next(pieces).reshape(rank, inputs), next(pieces).transpose(1, 2).reshape(outputs, rank)
         if is_flipped(file, name, shape, outputs, inputs):
             left, right = right.T, left.T
-        return LowRankUpdate(LowRank(left, right, file.weight))
+        return LowRankUpdate(LowRank(left, right, 1.0))
 
     used = (*keys.values(), *claimed)
     shapes = ((outputs, inputs), (inputs, outputs))

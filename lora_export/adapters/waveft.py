@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lora_export.adapters.complete import SizedTarget
+from lora_export.adapters.complete import SizedTarget, refuse_factor
 from lora_export.adapters.config import number
 from lora_export.adapters.fourierft import seed_of
 from lora_export.adapters.keys import group
@@ -27,6 +27,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     modules = group(file.tensors, (_MARKER,))
     if not modules:
         return []
+    refuse_factor(file, NAME)
     transformed = file.config.get("use_idwt")
     if not isinstance(transformed, bool):
         raise file.refuse(f"use_idwt is {transformed!r}", expected="true or false, as PEFT writes it")
@@ -50,7 +51,7 @@ def _filters(file: AdapterFile) -> Filters:
 def _update(file: AdapterFile, name: str, key: str, filters: Filters | None) -> TargetUpdate:
     (count,) = file.shape(key, 1)
     flips, seed = file.is_conv1d(name), seed_of(file)
-    scaling = file.weight * number(file.config, "scaling", file.where)
+    scaling = number(file.config, "scaling", file.where)
 
     def load(shape: tuple[int, ...]) -> Update:
         import torch

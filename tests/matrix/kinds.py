@@ -228,7 +228,9 @@ RARE: dict[str, Kind] = {
     "waveft sym3": _other(
         peft.WaveFTConfig, conv1d=True, n_frequency=60, wavelet_family="sym3", proportional_parameters=True
     ),
-    "waveft plain": _other(peft.WaveFTConfig, conv1d=True, n_frequency=60, use_idwt=False, random_loc_seed=4),
+    "waveft plain": _other(
+        peft.WaveFTConfig, conv1d=True, n_frequency=60, use_idwt=False, random_loc_seed=4, scaling=2.5
+    ),
     "delora": _other(peft.DeloraConfig, r=R, delora_lambda=7, rank_pattern={".*1.*": 3}, init_weights=False),
     "gralora": _other(peft.GraloraConfig, conv1d=True, r=R, alpha=ALPHA, gralora_k=2),
     "gralora hybrid": _other(peft.GraloraConfig, conv1d=True, r=8, alpha=ALPHA, gralora_k=4, hybrid_r=3),
