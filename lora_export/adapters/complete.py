@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SizedTarget(TargetUpdate):
-    """A matrix whose rows and columns are multiples of `tiles`, and which has `least` elements or more."""
+    """A matrix whose rows and columns are multiples of `tiles`, of at least so many columns and elements."""
 
     tiles: tuple[int, int] = (1, 1)
+    least_inputs: int = 0
     least: int = 0
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        whole = all(n % tile == 0 for n, tile in zip(shape, self.tiles, strict=False))
-        return super().fits(shape) and whole and math.prod(shape) >= self.least
+        if not super().fits(shape) or shape[1] < self.least_inputs or math.prod(shape) < self.least:
+            return False
+        return all(n % tile == 0 for n, tile in zip(shape, self.tiles, strict=True))
 
 
 def complete(file: AdapterFile, markers: tuple[str, ...]) -> dict[str, dict[str, str]]:

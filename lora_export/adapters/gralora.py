@@ -6,6 +6,7 @@ from lora_export.adapters.complete import complete, is_flipped
 from lora_export.adapters.config import number, whole
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.lora import LowRank, LowRankUpdate
+from lora_export.adapters.lycoris import product
 from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
@@ -70,15 +71,20 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str], hybrid: int) -> 
 
 
 def _factors(a: "torch.Tensor", b: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
-    """Left (out, k·r), right (k·r, in): block (j, n) of the delta takes the n-th slice of B[j], and the j-th of A[n].
+    """Left (out, k·r), right (k·r, in): block (j, n) of the delta has the n-th slice of B[j], the j-th of A[n].
 
     a: (k, in/k, r); b: (k, r, out/k). Column (j, n, i) of the left is B[j] at its rank n·r/k + i, on the outputs of
-    block j alone.
+    block j alone. Where k·r is no low rank, the whole delta and the identity.
     """
     import torch
 
     parts, width, rank = a.shape
     height, part = b.shape[2], rank // parts
+    if parts * rank > parts * min(width, height):
+        slices = (b.reshape(parts, parts, part, height), a.reshape(parts, width, parts, part))
+        delta = product("jnso,nijs->joni", *slices).reshape(parts * height, parts * width)
+        sides = (delta, torch.eye(parts * width, dtype=a.dtype))
+        return sides if width <= height else (torch.eye(parts * height, dtype=a.dtype), delta)
     left = torch.zeros(parts, height, parts, rank, dtype=a.dtype)
     right = torch.zeros(parts, parts, part, parts, width, dtype=a.dtype)
     for j in range(parts):

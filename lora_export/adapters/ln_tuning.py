@@ -1,4 +1,4 @@
-"""LN tuning (arXiv:2312.11420): whole normalization layers are trained, and replace the base's."""
+"""LN tuning (arXiv:2312.11420): whole layers are trained, normalizations as a rule, and replace the base's."""
 
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.saved import Replacement
@@ -21,6 +21,8 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
 
 def _replace(file: AdapterFile, key: str) -> TargetUpdate:
     module, _, leaf = key.partition(_MARKER)
+    # PEFT takes the adapter's name out of the last two parts alone, so not where a layer has layers inside.
+    leaf = leaf.removeprefix("default.")
 
     def load(_: tuple[int, ...]) -> Replacement:
         return Replacement(file, key)

@@ -90,7 +90,14 @@ def _repeated(file: AdapterFile, name: str, key: str, rank: int, outputs: int | 
         return LowRankUpdate(LowRank(left, right, 1.0))
 
     shapes: tuple[tuple[int | None, ...], ...] = ((width if outputs is None else None, None),)
-    tiles = (width, 1)
     return SizedTarget(
-        f"{name}.weight", "miss", (key,), shapes, load, adds=True, low_rank=True, tiles=tiles, least=width * rank
+        f"{name}.weight",
+        "miss",
+        (key,),
+        shapes,
+        load,
+        adds=True,
+        low_rank=True,
+        tiles=(width, 1),
+        least_inputs=rank,
     )

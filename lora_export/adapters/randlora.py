@@ -21,6 +21,7 @@ FORMULA = "W + (alpha/r)·B·(λ ⊙ A ⊙ γ), so many random bases that the de
 
 _SCALES = ("randlora_lambda", "randlora_gamma")
 _SHARED = ("randlora_A", "randlora_B")
+COPIES = 14  # in fp32: the rank is full, so the factors, the bases and their copies are as large as the weight
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,10 @@ def _drawn(file: AdapterFile, found: list[str], modules: Mapping[str, Mapping[st
     sparsity = 3.0 if file.config.get("sparse") else None
     if file.config.get("very_sparse"):
         sparsity = math.sqrt(smaller)
-    return Bases(file, whole(file.config, "r", file.where), smaller, larger, False, seed, sparsity)
+    rank = whole(file.config, "r", file.where)
+    if rank > smaller:
+        raise file.refuse(f"r is {rank}, more than a layer has inputs", expected=f"at most {smaller}")
+    return Bases(file, rank, smaller, larger, False, seed, sparsity)
 
 
 def _update(shared: Bases, name: str, keys: dict[str, str], claimed: tuple[str, ...]) -> TargetUpdate:
@@ -185,7 +189,10 @@ def _update(shared: Bases, name: str, keys: dict[str, str], claimed: tuple[str, 
             left, right = right.T, left.T
         return LowRankUpdate(LowRank(left, right, scaling))
 
+    def whole_only(_: tuple[int, ...]) -> bool:
+        return False
+
     return SmallSideTarget(
-        f"{name}.weight", "randlora", (*used, *claimed), ((None, None),), load, adds=True, low_rank=True,
-        smaller=smaller, widest=shared.larger,
+        f"{name}.weight", "randlora", (*used, *claimed), ((None, None),), load, row_wise=whole_only, copies=COPIES,
+        adds=True, low_rank=True, smaller=smaller, widest=shared.larger,
     )  # fmt: skip

@@ -233,6 +233,7 @@ RARE: dict[str, Kind] = {
     ),
     "delora": _other(peft.DeloraConfig, r=R, delora_lambda=7, rank_pattern={".*1.*": 3}, init_weights=False),
     "gralora": _other(peft.GraloraConfig, conv1d=True, r=R, alpha=ALPHA, gralora_k=2),
+    "gralora wide": _other(peft.GraloraConfig, conv1d=True, r=24, alpha=ALPHA, gralora_k=4, hybrid_r=2),
     "gralora hybrid": _other(peft.GraloraConfig, conv1d=True, r=8, alpha=ALPHA, gralora_k=4, hybrid_r=3),
     "ln tuning": _norms,
 }
