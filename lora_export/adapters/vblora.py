@@ -24,9 +24,15 @@ _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer; the first of them claims the bank."""
     short = bool(file.config.get("save_only_topk_weights"))
-    endings = (_INDICES, _WEIGHTS) if short else ("",)
-    markers = tuple(f"{side}{ending}" for side in _LOGITS for ending in endings)
-    modules = group(file.tensors, markers)
+    markers, others = _markers(short), _markers(not short)
+    modules, odd = group(file.tensors, markers), group(file.tensors, others)
+    if odd:
+        raise file.refuse(
+            f"save_only_topk_weights is {str(short).lower()}, but the file holds {others[0]}",
+            tensor=next(iter(next(iter(odd.values())).values())),
+            expected=" and ".join(markers),
+            next_step="set save_only_topk_weights in adapter_config.json to what the training had",
+        )
     if not modules:
         return []
     refuse_factor(file, NAME)
@@ -35,13 +41,18 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
             raise file.refuse(
                 f"this module has only {', '.join(sorted(keys))}",
                 tensor=name,
-                expected=" and ".join(markers) + ", as save_only_topk_weights has it",
+                expected=" and ".join(markers),
                 next_step="save the adapter again: model.save_pretrained(DIR)",
             )
     if _BANK not in file.tensors:
         raise file.refuse(f"{_BANK} cannot be found", expected="the bank of vectors that all layers share")
     first = next(iter(modules))
     return [_update(file, name, keys, short, (_BANK,) if name == first else ()) for name, keys in modules.items()]
+
+
+def _markers(short: bool) -> tuple[str, ...]:
+    endings = (_INDICES, _WEIGHTS) if short else ("",)
+    return tuple(f"{side}{ending}" for side in _LOGITS for ending in endings)
 
 
 def _update(

@@ -36,16 +36,22 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
 
 
 def _filters(file: AdapterFile) -> Filters:
-    """The low-pass and the high-pass of reconstruction, of even length, from PEFT's own table of families."""
+    """The low-pass and the high-pass of reconstruction, of even length, from PEFT's own table of families.
+
+    PEFT names more families than it has filters for, and pads the weight for another length than coif5 has: with
+    those it cannot train.
+    """
     family = file.config.get("wavelet_family")
-    known: Any = importlib.import_module("peft.tuners.waveft.constants")
-    if family not in known.WAVELET_REDUCTIONS:
-        raise file.refuse(
-            f"wavelet_family is {family!r}",
-            expected=f"one of PEFT's {len(known.WAVELET_REDUCTIONS)} families, such as db1, sym4 or coif2",
-        )
-    wavelet = importlib.import_module("peft.tuners.waveft.wavelet").Wavelet(family)
-    return tuple(wavelet.rec_lo), tuple(wavelet.rec_hi)
+    padding: Any = importlib.import_module("peft.tuners.waveft.constants").WAVELET_REDUCTIONS
+    known: Any = importlib.import_module("peft.tuners.waveft.wavelet")
+    if isinstance(family, str) and family in padding and family in known.wavelist():
+        wavelet = known.Wavelet(family)
+        low, high = tuple(wavelet.rec_lo), tuple(wavelet.rec_hi)
+        if padding[family] == (len(low) - 2, len(low) - 2) and len(low) == len(high):
+            return low, high
+    raise file.refuse(
+        f"wavelet_family is {family!r}", expected="a family that PEFT has filters of, such as db1, sym4 or coif2"
+    )
 
 
 def _update(file: AdapterFile, name: str, key: str, filters: Filters | None) -> TargetUpdate:
