@@ -11,6 +11,7 @@ from lora_export.adapters.config import number, whole
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.lora import LowRank, LowRankUpdate
 from lora_export.contracts import TargetUpdate
+from lora_export.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +27,14 @@ COPIES = 14  # in fp32: the rank is full, so the factors, the bases and their co
 
 @dataclass(frozen=True)
 class SmallSideTarget(TargetUpdate):
-    """A matrix whose smaller side is known, and which is no wider than the shared bases."""
+    """A matrix whose smaller side is known, and which is no wider than the shared bases (None: unknown)."""
 
     smaller: int = 0
-    widest: int = 0
+    widest: int | None = None
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        return super().fits(shape) and min(shape) == self.smaller and max(shape) <= self.widest
+        narrow = self.widest is None or max(shape, default=0) <= self.widest
+        return super().fits(shape) and min(shape) == self.smaller and narrow
 
 
 @functools.lru_cache(maxsize=1)
@@ -68,15 +70,15 @@ def _signs(drawn: "torch.Tensor", share: float) -> "torch.Tensor":
 
 @dataclass(frozen=True)
 class Bases:
-    """The shared pair: whether the file has it, or what it is drawn from again.
+    """The shared pair: whether the file has it, or what it is drawn from again (sizes None: no base is known).
 
     PEFT saves it once for the model and once more for each layer, as it is part of all of them.
     """
 
     file: AdapterFile
     rank: int
-    smaller: int
-    larger: int
+    smaller: int | None
+    larger: int | None
     saved: bool
     seed: int = 0
     sparsity: float | None = None
@@ -86,7 +88,10 @@ class Bases:
         import torch
 
         if not self.saved:
-            return regenerate(self.seed, self.rank, self.smaller, self.larger, self.sparsity)
+            if self.smaller is None or self.larger is None:
+                raise _unknown(self.file, module)
+            sparsity = math.sqrt(self.smaller) if self.file.config.get("very_sparse") else self.sparsity
+            return regenerate(self.seed, self.rank, self.smaller, self.larger, sparsity)
         found = []
         for name in _SHARED:
             found.append(self.file.read(name))
@@ -142,26 +147,28 @@ def _drawn(file: AdapterFile, found: list[str], modules: Mapping[str, Mapping[st
     seed = file.config.get("projection_prng_key")
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise file.refuse(f"projection_prng_key is {seed!r}", expected="the seed of randlora_A and randlora_B")
+    rank, sparsity = whole(file.config, "r", file.where), 3.0 if file.config.get("sparse") else None
+    if not file.base_shapes:
+        return Bases(file, rank, None, None, False, seed, sparsity)
     sizes = []
     for name in modules:
         shape = file.base_shape(f"{name}.weight")
         if shape is None or len(shape) != 2:
-            raise file.refuse(
-                "the bases were not saved (save_projection is false), and to draw them again takes the largest "
-                "sizes of all layers, which the adapter does not tell",
-                tensor=name,
-                expected="the base that it was trained on, or an adapter with randlora_A and randlora_B",
-            )
+            raise _unknown(file, name)
         sizes.append(shape[::-1] if file.is_conv1d(name) else shape)
     largest = [max(s[axis] for s in sizes) for axis in (0, 1)]
-    smaller, larger = min(largest), max(largest)
-    sparsity = 3.0 if file.config.get("sparse") else None
-    if file.config.get("very_sparse"):
-        sparsity = math.sqrt(smaller)
-    rank = whole(file.config, "r", file.where)
-    if rank > smaller:
-        raise file.refuse(f"r is {rank}, more than a layer has inputs", expected=f"at most {smaller}")
-    return Bases(file, rank, smaller, larger, False, seed, sparsity)
+    if rank > min(largest):
+        raise file.refuse(f"r is {rank}, more than a layer has inputs", expected=f"at most {min(largest)}")
+    return Bases(file, rank, min(largest), max(largest), False, seed, sparsity)
+
+
+def _unknown(file: AdapterFile, module: str) -> AdapterError:
+    return file.refuse(
+        "the bases were not saved (save_projection is false), and to draw them again takes the largest sizes of "
+        "all layers, which the adapter does not tell",
+        tensor=module,
+        expected="the base that it was trained on, or an adapter with randlora_A and randlora_B",
+    )
 
 
 def _update(shared: Bases, name: str, keys: dict[str, str], claimed: tuple[str, ...]) -> TargetUpdate:
@@ -169,7 +176,7 @@ def _update(shared: Bases, name: str, keys: dict[str, str], claimed: tuple[str, 
     used = tuple(keys[p] for p in _SCALES)
     scales, gains = (file.shape(k, 2) for k in used)
     bases, smaller = gains
-    if scales != (rank, bases) or bases != -(-smaller // rank) or smaller > shared.smaller:
+    if scales != (rank, bases) or bases != -(-smaller // rank) or smaller > (shared.smaller or smaller):
         raise file.refuse(
             f"randlora_lambda has the shape {list(scales)}, randlora_gamma {list(gains)}, and r is {rank}",
             tensor=used[0],

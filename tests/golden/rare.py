@@ -80,7 +80,7 @@ CASES: dict[str, Case] = {
     ),
     "randlora: sizes that only a base tells": (
         RANDLORA | {"save_projection": False, "projection_prng_key": 7},
-        _without(BASES, "randlora_A", "randlora_B"), None,
+        _without(BASES, "randlora_A", "randlora_B"), (8, 6),
     ),
     "randlora: a copy of another shape": (RANDLORA, BASES | {"x.randlora_A": (2, 1, 7)}, (8, 6)),
     "road: another variant": (ROAD | {"variant": "road_3"}, PAIRS, None),
