@@ -6,17 +6,29 @@ from collections.abc import Sequence
 from lora_export.adapters import (
     adalora,
     boft,
+    c3a,
+    delora,
     dora,
     experts,
+    fourierft,
+    gralora,
+    hra,
     ia3,
+    ln_tuning,
     loha,
     lokr,
     lora,
+    miss,
     oft,
+    randlora,
+    road,
     saved,
+    shira,
     stacked,
     tokens,
+    vblora,
     vera,
+    waveft,
 )
 from lora_export.adapters.config import check_config
 from lora_export.adapters.kind import AdapterFile, Kind
@@ -27,7 +39,31 @@ from lora_export.patterns import TOTAL, within
 
 CONFIG = "adapter_config.json"
 
-KINDS: tuple[Kind, ...] = (lora, dora, experts, stacked, adalora, ia3, loha, lokr, vera, oft, boft)
+KINDS: tuple[Kind, ...] = (
+    lora,
+    dora,
+    experts,
+    stacked,
+    adalora,
+    ia3,
+    loha,
+    lokr,
+    vera,
+    oft,
+    boft,
+    miss,
+    hra,
+    fourierft,
+    vblora,
+    randlora,
+    road,
+    shira,
+    c3a,
+    waveft,
+    delora,
+    gralora,
+    ln_tuning,
+)
 TOKENS_ONLY = "TRAINABLE_TOKENS"
 
 # Kinds that no merged weight can equal, with the reason.
@@ -97,10 +133,12 @@ def _peft_type(file: AdapterFile) -> str:
 def _refuse_empty(file: AdapterFile, kind: str) -> None:
     """ZeRO-3 leaves each process with a part; saved ungathered, a tensor is there and holds nothing.
 
-    AdaLoRA may prune a module to rank 0. Elsewhere a size of 0 would let the others claim anything.
+    AdaLoRA may prune a module to rank 0, and of one weight that VB-LoRA saves short, none is left. Elsewhere a size
+    of 0 would let the others claim anything.
     """
     for name, info in file.tensors.items():
-        if info.shape == (0,) or (0 in info.shape and kind != "ADALORA"):
+        known = kind == "ADALORA" or (kind == "VBLORA" and name.endswith("_topk_weights"))
+        if info.shape == (0,) or (0 in info.shape and not known):
             raise file.refuse(
                 f"the tensor is empty, its shape {list(info.shape)}: saved under ZeRO-3 without gathering the "
                 "parameters?",

@@ -15,6 +15,8 @@ from lora_export.deriving.saving import Derived, DType, NewAdapter, Rank, check_
 from lora_export.errors import AdapterError
 from lora_export.merging.combining import check_options, combined, largest_rank
 
+_MAYBE_TURNED = ("lora", "adalora", "vblora", "gralora")  # kinds that may be trained on GPT-2's Conv1D
+
 
 def combine(
     adapters: Sequence[AdapterChoice],
@@ -61,18 +63,20 @@ def _read(choice: AdapterChoice, options: MergeOptions) -> Adapter:
 
 
 def _check(adapter: Adapter, update: TargetUpdate) -> None:
-    if update.adds and len(update.shapes[0]) == 2 and update.kind != "lora_bias":
+    known = None not in update.shapes[0]
+    if update.adds and known and len(update.shapes[0]) == 2 and update.kind != "lora_bias":
         return
-    why = (
-        f"{update.kind} is no delta without the base's weight"
-        if not update.adds
-        else f"{update.kind} is no matrix that LoRA could stand for"
-    )
+    if update.adds and not known:
+        why = f"{update.kind} does not tell the size of the weight that it adds to"
+    elif update.adds:
+        why = f"{update.kind} is no matrix that LoRA could stand for"
+    else:
+        why = f"{update.kind} is no delta without the base's weight"
     raise AdapterError(
         why,
         where=adapter.folder,
         tensor=update.target,
-        expected="adapters that add a matrix: LoRA, AdaLoRA, LoHa, LoKr, VeRA",
+        expected="adapters that add a matrix: LoRA, AdaLoRA, LoHa, LoKr, VB-LoRA, C3A, DeLoRA, GraLoRA",
         next_step="merge them with --combine, and lora-export extract -b BASE -m MERGED makes an adapter of it",
     )
 
@@ -95,7 +99,7 @@ def _spectrum(update: TargetUpdate, turned: bool) -> tuple[Spectrum, int]:
 def _turned(update: TargetUpdate, adapter: Adapter) -> bool:
     """Whether a square weight is taken as stored (inputs, outputs), as its configuration says (GPT-2)."""
     square = len(update.shapes) == 2 and update.shapes[0] == update.shapes[1]
-    return square and update.kind in ("lora", "adalora") and bool(adapter.config.get("fan_in_fan_out"))
+    return square and update.kind in _MAYBE_TURNED and bool(adapter.config.get("fan_in_fan_out"))
 
 
 def _default_rank(update: TargetUpdate, adapters: Sequence[Adapter], options: MergeOptions, has: int) -> int:

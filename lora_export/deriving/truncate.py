@@ -12,7 +12,7 @@ from lora_export.errors import AdapterError
 
 
 def truncate(adapter: Path, output: Path, wanted: Rank, dtype: DType = "float32", force: bool = False) -> Derived:
-    """Write `adapter` with fewer ranks: LoRA, AdaLoRA and VeRA as LoRA, DoRA as DoRA with its magnitudes.
+    """Write `adapter` with fewer ranks: LoRA and others of factors as LoRA, DoRA as DoRA with its magnitudes.
 
     The error is exact: the norm of the singular values that are left out (Eckart and Young, 1936); of DoRA it is
     that of B·A, before the magnitudes. Whole tensors and trained tokens go along. AdapterError for other kinds.
@@ -40,7 +40,7 @@ def _carried(new: NewAdapter, file: AdapterFile, adapter: Adapter, update: Targe
         low = next(u for u in adapter.updates if u.target == f"{update.target.removesuffix('.bias')}.weight")
         scaling = _factors(file, adapter, low).scaling
         new.whole[update.keys[0]] = scaling * addend
-    elif update.replaces or update.kind == "trainable_tokens":
+    elif (update.replaces and update.kind != "ln_tuning") or update.kind == "trainable_tokens":
         new.whole |= {key: file.source.read(key) for key in update.keys}
     else:
         return False
@@ -58,7 +58,7 @@ def _factors(file: AdapterFile, adapter: Adapter, update: TargetUpdate) -> lora.
             f"the adapter's {update.kind} has no matrices A and B of one rank",
             where=adapter.folder,
             tensor=update.target,
-            expected="LoRA, DoRA, AdaLoRA or VeRA on linear layers and embeddings",
+            expected="LoRA, DoRA, AdaLoRA, VB-LoRA, DeLoRA or GraLoRA on linear layers and embeddings",
             next_step="lora-export combine -a ADAPTER --rank N -o OUT makes LoRA of other kinds that add a delta",
         )
     return loaded.low_rank.double()

@@ -85,6 +85,8 @@ def alone(file: AdapterFile, adapter: Adapter, skipped: dict[str, str]) -> Itera
 def _why_skipped(update: TargetUpdate) -> str:
     if update.replaces or update.kind == "trainable_tokens":
         return "it replaces numbers of the base, and -b BASE is needed to tell by how much"
+    if update.adds and None in update.shapes[0]:
+        return "the adapter does not tell the size of the weight: give -b BASE"
     return "it is no matrix" if update.adds else "its change depends on the base's weight: give -b BASE"
 
 

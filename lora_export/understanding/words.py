@@ -59,7 +59,7 @@ def _rank(alive: Sequence[Module]) -> str:
     figures = (
         f"the effective rank is {effective:.1f} on average, and {KEPT:.0%} of ‖ΔW‖² need {enough:g} in the median"
     )
-    last = median((m.singular_values[(m.rank or 1) - 1] / m.norm) ** 2 * (m.rank or 1) for m in low)
+    last = median((_last(m) / m.norm) ** 2 * (m.rank or 1) for m in low)
     if enough <= ROOMY * trained:
         return (
             f"The rank was larger than needed: of {trained:g}, {figures}. `truncate --energy 99%` makes it smaller."
@@ -70,6 +70,12 @@ def _rank(alive: Sequence[Module]) -> str:
             f"{last:.0%} of an even share. A larger rank may learn more."
         )
     return f"The rank fits: of {trained:g}, {figures}."
+
+
+def _last(module: Module) -> float:
+    """The singular value at the trained rank, which may be larger than the matrix, or than the list is long."""
+    known = module.singular_values
+    return known[min(module.rank or 1, len(known)) - 1]
 
 
 def trouble(modules: Sequence[Module]) -> Iterator[str]:

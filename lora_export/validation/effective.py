@@ -39,29 +39,37 @@ def wrapped_modules(model: nn.Module) -> dict[str, Any]:
 
 def plain_parameters(model: nn.Module, wrapped: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters that no adapter kind computes: those outside all wrappers, and modules that were saved whole."""
-    from peft.utils.other import ModulesToSaveWrapper
-
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not any(name.startswith(f"{path}.") for path in wrapped):
             yield name, parameter
     for path, module in wrapped.items():
-        if isinstance(module, ModulesToSaveWrapper):
-            saved = module.modules_to_save[module.active_adapters[0]]
+        saved = saved_whole(module)
+        if saved is not None:
             for name, parameter in saved.named_parameters():
                 yield f"{path}.{name}", parameter
+
+
+def saved_whole(module: Any) -> nn.Module | None:
+    """The trained copy of a layer that a wrapper puts in the layer's place (modules_to_save, LN tuning)."""
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    copies: Any = None
+    if isinstance(module, ModulesToSaveWrapper):
+        copies = module.modules_to_save
+    elif isinstance(module, LNTuningLayer):
+        copies = module.ln_tuning_layers
+    return copies[module.active_adapters[0]] if copies is not None else None
 
 
 def plain_buffers(model: nn.Module, wrapped: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Buffers that belong to the stored model, a batch normalization's running variance for one: nothing trains
     them but modules that were saved whole."""
-    from peft.utils.other import ModulesToSaveWrapper
-
     for path, module in model.named_modules():
         if not any(path == w or path.startswith(f"{w}.") for w in wrapped):
             yield from _stored_buffers(path, module)
     for path, wrapper in wrapped.items():
-        saved = isinstance(wrapper, ModulesToSaveWrapper)
-        inside = wrapper.modules_to_save[wrapper.active_adapters[0]] if saved else base_layer(wrapper)
+        inside = saved_whole(wrapper) or base_layer(wrapper)
         for name, module in inside.named_modules(prefix=path):
             yield from _stored_buffers(name, module)
 

@@ -129,7 +129,7 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
         )
         for name, choice in zip(names[1:], adapters[1:], strict=True):
             unmerged.load_adapter(choice.folder, adapter_name=name)
-    left = [key for told in results for key in (*told.unexpected_keys, *told.missing_keys)]
+    left = [k for told in results for k in (*told.unexpected_keys, *_unshared(unmerged, told.missing_keys))]
     if len(names) > 1:
         unmerged.base_model.set_adapter(names)
     for module in unmerged.modules():
@@ -138,3 +138,12 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
             if choice.weight != 1.0 and isinstance(scaling, dict) and name in scaling:
                 scaling[name] *= choice.weight
     return quiet(unmerged), left
+
+
+def _unshared(model: torch.nn.Module, missing: Sequence[str]) -> list[str]:
+    """Those of the missing tensors that no other name filled: layers share VB-LoRA's bank of vectors."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    filled = {n for alike in names.values() if not alike <= {*missing} for n in alike}
+    return [name for name in missing if name not in filled]

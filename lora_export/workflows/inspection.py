@@ -25,7 +25,16 @@ _MANIFEST: Kind = {
     "options": {"precision": str},
     "files": {str: {"size": int}},
 }
-_WITH_RANK = frozenset({"lora", "lora_embedding", "lora_convolution", "dora", "adalora"})
+# Kinds with a rank: which dimension of an update's first tensor it is.
+_RANK_AXIS = {
+    "lora": 0, "lora_embedding": 0, "lora_convolution": 0, "dora": 0, "adalora": 0, "miss": 0, "miss_bat": 1,
+    "hra": 1, "vblora": 0, "randlora": 0, "delora": 0, "gralora": 2,
+}  # fmt: skip
+_SCALINGS = {
+    "adalora": "alpha/(initial rank + 1e-5)",
+    "gralora": "alpha/(rank + hybrid rank)",
+    "randlora": "alpha/rank",
+}
 
 
 def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         "base_model": config.get("base_model_name_or_path"),
         "base_revision": config.get("revision"),
         "rank": config.get("init_r") if adapter.kind == "adalora" else config.get("r"),
-        "alpha": config.get("lora_alpha", config.get("alpha")),
+        "alpha": next((config[k] for k in ("lora_alpha", "alpha", "randlora_alpha") if k in config), None),
         "scaling": _scaling(adapter),
         "ranks": _ranks(adapter, adapter.tensors),
         "targets": _targets(adapter),
@@ -141,8 +150,8 @@ def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
 
 def _scaling(adapter: Adapter) -> str | None:
     """The factor of the delta in words; None for kinds that have none."""
-    if adapter.kind == "adalora":
-        return "alpha/(initial rank + 1e-5)"
+    if adapter.kind in _SCALINGS:
+        return _SCALINGS[adapter.kind]
     if not {"lora_alpha", "alpha"} & adapter.config.keys():
         return None
     return "alpha/√rank" if adapter.config.get("use_rslora") else "alpha/rank"
@@ -150,7 +159,8 @@ def _scaling(adapter: Adapter) -> str | None:
 
 def _ranks(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
     """rank → number of weights that have it."""
-    found = Counter(tensors[u.keys[0]].shape[0] for u in adapter.updates if u.kind in _WITH_RANK)
+    known = (u for u in adapter.updates if u.kind in _RANK_AXIS)
+    found = Counter(tensors[u.keys[0]].shape[_RANK_AXIS[u.kind]] for u in known)
     return {str(rank): count for rank, count in sorted(found.items())}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tests.builders import handmade_base
+from tests.fuzz import rare
 
 BASE = {
     "model.embed_tokens.weight": (11, 4),
@@ -111,6 +112,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {f"{UP}.boft_R": (2, 2, 2, 2), f"{UP}.boft_s": (6, 1)},
     ),
 }  # fmt: skip
+KINDS |= rare.KINDS
 KEYS = (
     *sorted({key for config, _ in KINDS.values() for key in config}),
     "target_parameters", "alora_invocation_tokens", "enable_lora", "fan_in_fan_out", "ensure_weight_tying",
@@ -124,7 +126,7 @@ WORDS = (
     "lora_embedding_B", "lora_magnitude_vector", "ia3_l", "hada_w1_a", "hada_t1", "lokr_w1", "lokr_w2", "lokr_w2_a",
     "lokr_t2", "vera_A", "vera_B", "vera_lambda_b", "vera_lambda_d", "oft_R", "oft_embedding_R", "boft_R", "boft_s",
     "trainable_tokens_delta", "token_adapter", "modules_to_save", "original_module", "base_layer", "lm_head",
-    "norm",
+    "norm", *rare.MARKERS,
 )  # fmt: skip
 
 

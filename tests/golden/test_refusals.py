@@ -14,6 +14,7 @@ import torch
 
 from lora_export.errors import AdapterError
 from tests.builders import updates_of
+from tests.golden import rare
 
 GOLDEN = Path(__file__).with_name("refusals.txt")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -140,6 +141,8 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 WEIGHTED = {"dora": (LORA | {"use_dora": True}, PAIR | {MAGNITUDE: (8,)}), "ia3": (IA3, {"x.ia3_l": (8, 1)})}
 WEIGHTED |= {"boft": (BOFT, BUTTERFLY), "pissa": (LORA | {"init_lora_weights": "pissa"}, PAIR)}
+CASES |= rare.CASES
+WEIGHTED |= rare.WEIGHTED
 
 
 def refusal(folder: Path, config: dict[str, Any], shapes: Shapes, weight: Any = None, factor: float = 1.0) -> str:

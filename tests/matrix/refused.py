@@ -46,6 +46,13 @@ PEFT_REFUSES: Cells = {
         ("boft", "gpt2"),
         ("boft butterflies", "gpt2"),
     ),
+    **_all(
+        "is not supported",
+        *((kind, "gpt2") for kind in ("miss", "miss mini", "miss bat", "miss bias", "hra", "hra orthogonal")),
+        *((kind, "gpt2") for kind in ("road", "road 2", "road 4", "shira", "c3a", "delora")),
+        *(("hra convolution", family) for family in ("whisper", "wav2vec2", "videomae")),
+    ),
+    **_all("does not support Conv2d layers with groups", ("hra convolution", "regnet")),
     # PEFT takes the inputs of all groups for those of one.
     **_all(
         "is invalid for input of size",

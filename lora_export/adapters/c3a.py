@@ -1,0 +1,52 @@
+"""C³A (arXiv:2407.19342, §3): W' = W + C/in, C of circulant blocks, each of which is one trained vector."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_export.adapters.complete import refuse_factor
+from lora_export.adapters.keys import group
+from lora_export.adapters.kind import AdapterFile
+from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "C3A"
+PEFT_TYPES = ("C3A",)
+FORMULA = "W + C/in, C of circulant blocks"
+
+_MARKER = "c3a_kernel"
+
+
+@dataclass(frozen=True)
+class CirculantUpdate:
+    """Element (i, j) of block (m, n) is kernel[m, n, (j − i) mod b]; kernel: fp32 (out/b, in/b, b), 1/in inside."""
+
+    kernel: "torch.Tensor"
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
+        _, blocks, size = self.kernel.shape
+        row = torch.arange(rows.start, rows.start + len(weight), device=weight.device)
+        turned = (torch.arange(size, device=weight.device) - row[:, None]) % size
+        places = turned[:, None, :].expand(-1, blocks, -1)
+        return weight + self.kernel[row // size].gather(2, places).reshape(weight.shape)
+
+
+def read(file: AdapterFile) -> list[TargetUpdate]:
+    """One update for each linear layer, whatever block_size the configuration gives it: the tensor tells."""
+    modules = group(file.tensors, (_MARKER,))
+    if modules:
+        refuse_factor(file, NAME)
+    return [_update(file, name, keys[_MARKER]) for name, keys in modules.items()]
+
+
+def _update(file: AdapterFile, name: str, key: str) -> TargetUpdate:
+    outputs, inputs, size = file.shape(key, 3)
+
+    def load(shape: tuple[int, ...]) -> CirculantUpdate:
+        return CirculantUpdate(file.read(key) / shape[1])
+
+    shapes = ((outputs * size, inputs * size),)
+    return TargetUpdate(f"{name}.weight", "c3a", (key,), shapes, load, adds=True)

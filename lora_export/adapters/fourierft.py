@@ -1,0 +1,87 @@
+"""FourierFT (arXiv:2405.03003, eq. 2-4): W' = W + s·Re(F⁻¹(E)), E zero but for n frequencies drawn by a seed."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_export.adapters.complete import SizedTarget, refuse_factor
+from lora_export.adapters.config import number
+from lora_export.adapters.keys import group
+from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.sparse import chosen
+from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "FourierFT"
+PEFT_TYPES = ("FOURIERFT",)
+FORMULA = "W + s·Re(F⁻¹(E)), F⁻¹ the inverse discrete Fourier transform in two dimensions"
+
+_MARKER = "fourierft_spectrum"
+COPIES = 12  # in fp32: weight, delta, its half spectrum and itself in float64, and the transform's work space
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    """weight + delta, of the same shape as the weight; delta: fp32."""
+
+    delta: "torch.Tensor"
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        return weight + self.delta[rows]
+
+
+def real_inverse(places: "torch.Tensor", values: "torch.Tensor", shape: tuple[int, int]) -> "torch.Tensor":
+    """Re(F⁻¹(E)) of this shape, float64, for the real matrix E with values (n,) at the flat places (n,).
+
+    The real part is the transform of E's even part, which half of the columns determine.
+    """
+    import torch
+
+    height, width = shape
+    half = torch.zeros(height, width // 2 + 1, dtype=torch.complex128)
+    row, column = places // width, places % width
+    for r, c in ((row, column), (-row % height, -column % width)):
+        kept = c <= width // 2
+        half.index_put_((r[kept], c[kept]), (values[kept].double() / 2).to(half.dtype), accumulate=True)
+    found: torch.Tensor = torch.fft.irfft2(half, s=shape)
+    return found
+
+
+def read(file: AdapterFile) -> list[TargetUpdate]:
+    """One update for each layer: linear, or GPT-2's Conv1D. How many frequencies it has, its tensor tells."""
+    modules = group(file.tensors, (_MARKER,))
+    if not modules:
+        return []
+    refuse_factor(file, NAME)
+    scaling, seed = number(file.config, "scaling", file.where), seed_of(file)
+    return [_update(file, name, keys[_MARKER], scaling, seed) for name, keys in modules.items()]
+
+
+def seed_of(file: AdapterFile) -> int:
+    """random_loc_seed, which places the trained numbers."""
+    seed = file.config.get("random_loc_seed")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+        raise file.refuse(
+            f"random_loc_seed is {seed!r}", expected="the seed that the places of the trained numbers follow from"
+        )
+    return seed
+
+
+def _update(file: AdapterFile, name: str, key: str, scaling: float, seed: int) -> TargetUpdate:
+    (count,) = file.shape(key, 1)
+    flips = file.is_conv1d(name)
+
+    def load(shape: tuple[int, ...]) -> DenseUpdate:
+        values = file.read(key)
+        height, width = reversed(shape) if flips else shape
+        delta = scaling * real_inverse(chosen(seed, height * width, count), values, (height, width))
+        return DenseUpdate((delta.T if flips else delta).to(values.dtype))
+
+    def whole(_: tuple[int, ...]) -> bool:
+        return False  # each row of the delta needs all frequencies
+
+    return SizedTarget(
+        f"{name}.weight", "fourierft", (key,), ((None, None),), load, adds=True, row_wise=whole, copies=COPIES,
+        least=count,
+    )  # fmt: skip
