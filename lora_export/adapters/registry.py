@@ -5,17 +5,29 @@ from collections.abc import Sequence
 
 from lora_export.adapters import (
     adalora,
+    beft,
     boft,
+    deft,
     dora,
     experts,
+    frod,
+    glora,
+    hira,
     ia3,
     loha,
     lokr,
     lora,
     oft,
+    osf,
+    peanut,
+    psoft,
+    pvera,
     saved,
     stacked,
+    supertuning,
+    tinylora,
     tokens,
+    unilora,
     vera,
 )
 from lora_export.adapters.config import check_config
@@ -27,7 +39,31 @@ from lora_export.patterns import TOTAL, within
 
 CONFIG = "adapter_config.json"
 
-KINDS: tuple[Kind, ...] = (lora, dora, experts, stacked, adalora, ia3, loha, lokr, vera, oft, boft)
+KINDS: tuple[Kind, ...] = (
+    lora,
+    dora,
+    experts,
+    stacked,
+    adalora,
+    ia3,
+    loha,
+    lokr,
+    vera,
+    oft,
+    boft,
+    beft,
+    deft,
+    frod,
+    glora,
+    hira,
+    osf,
+    peanut,
+    psoft,
+    pvera,
+    supertuning,
+    tinylora,
+    unilora,
+)
 TOKENS_ONLY = "TRAINABLE_TOKENS"
 
 # Kinds that no merged weight can equal, with the reason.
@@ -41,6 +77,8 @@ _NEVER = {
     "ADAPTION_PROMPT": "adaption prompts are inserted into the attention, not into the weights",
     "XLORA": "X-LoRA mixes adapters for each token, so no merged weight equals it",
     "POLY": "Poly routes by task, so no single merged weight equals it",
+    "LILY": "Lily mixes its matrices by a router that sees the input, so no merged weight equals it",
+    "SHADOW": "ShadowPEFT runs a second, smaller model beside the base, which no weight of the base can hold",
 }
 
 

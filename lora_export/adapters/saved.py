@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     import torch
 
 # PEFT saves these beside the adapter when the vocabulary was resized, or when they are targets themselves.
-_BIASES = ("none", "all", "lora_only", "oft_only", "boft_only", "vera_only", "waveft_only", "adalora_only")
+_BIASES: tuple[str, ...] = (
+    "none",
+    "all",
+    "lora_only",
+    "oft_only",
+    "boft_only",
+    "vera_only",
+    "waveft_only",
+    "adalora_only",
+)
+_BIASES += ("glora_only", "unilora_only", "tinylora_only", "pvera_only", "frod_only", "deft_only")
 EMBEDDING_NAMES = frozenset(
     {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "lm_head", "embed_out"}
 )

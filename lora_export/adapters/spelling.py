@@ -20,7 +20,8 @@ _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 _OUTER = ("module.", "pretrained_model.", "model_state.model.")
 _PREFIXES = ("base_model.model.", "base_model.")
 _ADAPTER_NAME = re.compile(
-    r"(?P<marker>(?:^|\.)(?:(?:lora|ia3|hada|lokr|vera|oft|boft)_\w+|trainable_tokens_delta))"
+    r"(?P<marker>(?:^|\.)(?:(?:lora|ia3|hada|lokr|vera|oft|boft)_\w+|trainable_tokens_delta"
+    r"|(?:hira|pvera|beft|unilora|frod_lambda|deft)_\w+|tinylora_[ABP]|supertuning_(?:indices|values|lora_[AB])))"
     r"\.(?!(?:weight|bias)$)(?P<name>[^.]+)(?P<leaf>(?:\.(?:weight|bias))?)$"
 )
 _SAVED = ".modules_to_save."
