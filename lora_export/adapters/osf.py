@@ -24,9 +24,9 @@ _PARTS = tuple(f"osf_svd_params.{part}_low" for part in "USV")
 
 @dataclass(frozen=True)
 class RemainderUpdate:
-    """The largest singular directions of W and u·sizes·v in the place of the others; u (out, r), sizes (r), v (r, in).
+    """The largest singular directions of W, and u·sizes·v in the place of the others.
 
-    All rows together, in float64 whatever comes in.
+    u (out, r), sizes (r), v (r, in). All rows together, in float64 whatever comes in.
     """
 
     u: "torch.Tensor"
@@ -38,7 +38,7 @@ class RemainderUpdate:
 
         u, sizes, v = torch.linalg.svd(weight.double(), full_matrices=False)
         kept = len(sizes) - len(self.sizes)
-        changed = (u[:, :kept] * sizes[:kept]) @ v[:kept]
+        changed: torch.Tensor = (u[:, :kept] * sizes[:kept]) @ v[:kept]
         changed += (self.u.double() * self.sizes.double()) @ self.v.double()
         return changed.to(weight.dtype)
 

@@ -12,17 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 # PEFT saves these beside the adapter when the vocabulary was resized, or when they are targets themselves.
-_BIASES: tuple[str, ...] = (
-    "none",
-    "all",
-    "lora_only",
-    "oft_only",
-    "boft_only",
-    "vera_only",
-    "waveft_only",
-    "adalora_only",
-)
-_BIASES += ("glora_only", "unilora_only", "tinylora_only", "pvera_only", "frod_only", "deft_only")
+_BIASES = ("none", "all", "lora_only", "oft_only", "boft_only", "vera_only", "waveft_only", "adalora_only")
+_MORE_BIASES = ("glora_only", "unilora_only", "tinylora_only", "pvera_only", "frod_only", "deft_only")
 EMBEDDING_NAMES = frozenset(
     {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "lm_head", "embed_out"}
 )
@@ -42,7 +33,7 @@ class Replacement:
 def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:
     """A replacement for each whole tensor that the configuration explains; any other key is refused."""
     bias = file.config.get("bias", "none")
-    if bias not in _BIASES:
+    if bias not in _BIASES + _MORE_BIASES:
         raise file.refuse(f"bias is {bias!r}", expected="none, all or lora_only (or the like of another kind)")
     updates = []
     for target, keys in _by_target(file, claimed).items():
