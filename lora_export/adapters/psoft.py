@@ -44,7 +44,7 @@ class Subspace:
         if self.iterations is None:
             u, sizes, v = torch.linalg.svd(single, full_matrices=False)
         else:
-            u, sizes, v = _randomized(single, self.rank, self.iterations, self.seed)
+            u, sizes, v = randomized(single, self.rank, self.iterations, self.seed)
         u, sizes, v = u[:, : self.rank].double(), sizes[: self.rank].double(), v[: self.rank].double()
         if self.shared:
             return u * sizes.sqrt(), sizes.sqrt()[:, None] * v
@@ -71,7 +71,7 @@ class SubspaceUpdate:
         return terms + self.apply(weight, rows).abs()
 
 
-def _randomized(
+def randomized(
     weight: "torch.Tensor", rank: int, iterations: int, seed: int
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
     """Algorithm 5.1 of arXiv:0909.4061 as torch.svd_lowrank computes it after torch.manual_seed(seed); U, S, Vᵀ.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from lora_export.adapters import (
     adalora,
+    adamss,
     beft,
     boft,
     deft,
@@ -63,6 +64,7 @@ KINDS: tuple[Kind, ...] = (
     supertuning,
     tinylora,
     unilora,
+    adamss,
 )
 TOKENS_ONLY = "TRAINABLE_TOKENS"
 

@@ -1,6 +1,7 @@
 """Every way to train an adapter, as a PEFT configuration for a family: None where the family has no such layer."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -294,3 +295,8 @@ KINDS: dict[str, Kind] = {
     "unilora": _plain(peft.UniLoraConfig, theta_d_length=50),
     "unilora saved": _plain(peft.UniLoraConfig, theta_d_length=50, save_indices=True),
 }
+# These run every day on one family alone.
+SELDOM = frozenset(list(KINDS)[list(KINDS).index("beft") :])
+if importlib.util.find_spec("sklearn"):  # PEFT cannot even configure it without
+    KINDS["adamss"] = _plain(peft.AdamssConfig, 12, num_subspaces=3, subspace_rank=2)
+    SELDOM |= {"adamss"}
