@@ -128,8 +128,7 @@ def _updates(layer: Layered, rank: int, subspaces: int, seed: int) -> list[Targe
         raise layer.disagree(
             *layer.keys, expected=f"{subspaces} pairs A (rᵢ, r) and B (rows, rᵢ), and N (r, in), r at most {rank}"
         )
-    known = file.base_shape(f"{layer.name}.weight")
-    biased = file.base_shape(f"{layer.name}.bias") is not None
+    biased = file.base is not None and file.base.has(f"{layer.name}.bias")
     clusters = Clusters(layer, count, rank, seed, biased)
 
     def load(_: tuple[int, ...]) -> LowRankUpdate:
@@ -140,7 +139,7 @@ def _updates(layer: Layered, rank: int, subspaces: int, seed: int) -> list[Targe
         left, right = _factors(clusters)
         return BiasUpdate(left @ right[:, -1], file.weight)
 
-    shape = (outputs, n[1] - biased if known else None)
+    shape = (outputs, n[1] - biased if file.base is not None else None)
     whole_weight = TargetUpdate(
         f"{layer.name}.weight",
         "adamss",

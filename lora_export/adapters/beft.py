@@ -21,15 +21,13 @@ def _update(layer: Layered) -> TargetUpdate:
     file, shape = layer.file, layer.shape(_BIAS)
     if len(shape) != 2 or shape[0] != 1:
         raise layer.disagree(_BIAS, expected="(1, out)")
-    if file.base_shapes and file.base_shape(f"{layer.name}.bias") is None:
-        known = file.base_shape(f"{layer.name}.weight")
-        if known is not None:
-            raise file.refuse(
-                "BEFT adds a bias to a layer that has none in this base, and nothing in a plain model can hold it",
-                tensor=layer.name,
-                expected="a base whose layers have biases where the adapter changes them",
-                next_step="serve it unmerged with PEFT",
-            )
+    if file.base and file.base.has(f"{layer.name}.weight") and not file.base.has(f"{layer.name}.bias"):
+        raise file.refuse(
+            "BEFT adds a bias to a layer that has none in this base, and nothing in a plain model can hold it",
+            tensor=layer.name,
+            expected="a base whose layers have biases where the adapter changes them",
+            next_step="serve it unmerged with PEFT",
+        )
 
     def load(_: tuple[int, ...]) -> BiasUpdate:
         return BiasUpdate(layer.read(_BIAS)[0], file.weight)

@@ -55,6 +55,10 @@ class BaseModel(Protocol):
         transformers that its configuration names. CheckpointError if transformers cannot build it."""
         ...
 
+    def has(self, weight: str) -> bool:
+        """Whether the base has such a weight or bias."""
+        ...
+
     def blocks(self, weight: str) -> "Iterator[torch.Tensor]":
         """Blocks of rows of a weight or bias, fp32, as a merge takes them; AdapterError if there is no such."""
         ...

@@ -13,7 +13,7 @@ from lora_export.contracts import MergeOptions
 from lora_export.errors import AdapterError
 from lora_export.merging.base import BaseWeight, quantized_in_training
 from lora_export.merging.exact import base_rows
-from lora_export.merging.loaded import loaded_weights
+from lora_export.merging.loaded import Piece, loaded_weights
 from lora_export.merging.plan import PlannedTensor
 from lora_export.workers import BLOCK
 
@@ -39,6 +39,7 @@ class ReadBase:
     weights: Mapping[str, BaseWeight]
     options: MergeOptions
     _layers: dict[str | None, Mapping[str, Layer]] = field(default_factory=dict)
+    _loaded: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def layers(self, config: Mapping[str, Any]) -> Mapping[str, Layer]:
@@ -50,8 +51,19 @@ class ReadBase:
                 self._layers[name] = {n: _layer(m) for n, m in model.named_modules() if _has_weight(m)}
             return self._layers[name]
 
+    def has(self, weight: str) -> bool:
+        return self._stored(weight) is not None
+
     def blocks(self, weight: str) -> "Iterator[torch.Tensor]":
-        found = self.weights[self._stored(weight)]
+        stored = self._stored(weight)
+        if stored is None:
+            raise AdapterError(
+                "the base has no such weight, which this kind of adapter needs",
+                where=self.base.folder,
+                tensor=weight,
+                expected="the base that the adapter was trained on",
+            )
+        found = self.weights[stored]
         training = quantized_in_training(self.base, self.weights, self.options).get(found.name)
         output = OutputTensor(found.name, found.dtype, found.shape, found.info.file.name)
         tensor = PlannedTensor(output, "copied", found.info, found.shape, (), found.quantized, training)
@@ -61,21 +73,20 @@ class ReadBase:
         for start in range(0, height, step):
             yield base_rows(tensor, packed, start, min(start + step, height)).float()
 
-    def _stored(self, weight: str) -> str:
+    def _stored(self, weight: str) -> str | None:
+        """The name on disk of what an adapter calls so."""
         if weight in self.weights:
             return weight
         like = [n for n in self.weights if f".{n}".endswith(f".{weight}") or f".{weight}".endswith(f".{n}")]
         if like:
             return like[0]
-        pieces = loaded_weights(self.base, {n: w.shape for n, w in self.weights.items()}).get(weight, ())
-        if len(pieces) == 1 and pieces[0].expert is None and not pieces[0].transposed:
-            return pieces[0].name
-        raise AdapterError(
-            "the base has no such weight, which this kind of adapter needs",
-            where=self.base.folder,
-            tensor=weight,
-            expected="the base that the adapter was trained on",
-        )
+        with self._lock:
+            if not self._loaded:
+                self._loaded.update(loaded_weights(self.base, {n: w.shape for n, w in self.weights.items()}))
+                self._loaded.setdefault("", ())
+        pieces = self._loaded.get(weight, ())
+        whole = len(pieces) == 1 and pieces[0].expert is None and not pieces[0].transposed
+        return pieces[0].name if whole else None
 
 
 def trained_class(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | None:
