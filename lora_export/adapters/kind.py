@@ -36,13 +36,43 @@ def is_float64() -> bool:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """A module of the base. linear: nn.Linear or Conv1D; shape: of its weight as it is stored; scale: what the
+    forward of an embedding multiplies with what it looked up (Gemma's √width), 1 for most."""
+
+    linear: bool
+    embedding: bool
+    shape: tuple[int, ...]
+    conv1d: bool = False
+    scale: float = 1.0
+
+
+class BaseModel(Protocol):
+    """What some kinds need of the base besides the weight that they change. Names are an adapter's."""
+
+    def layers(self, config: Mapping[str, Any]) -> Mapping[str, Layer]:
+        """The modules with a weight in the order of the model that the adapter was trained on, which is a class of
+        transformers that its configuration names. CheckpointError if transformers cannot build it."""
+        ...
+
+    def has(self, weight: str) -> bool:
+        """Whether the base has such a weight or bias."""
+        ...
+
+    def blocks(self, weight: str) -> "Iterator[torch.Tensor]":
+        """Blocks of rows of a weight or bias, fp32, as a merge takes them; AdapterError if there is no such."""
+        ...
+
+
+@dataclass(frozen=True)
 class AdapterFile:
     """An adapter as it lies on disk, known from its headers.
 
     where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`). The rest matters
     where the file cannot tell: how B of fused experts is packed (all experts of a rank together, or all ranks of an
     expert), the layout of square expert weights, every model_type in the base's configuration (empty: unknown) and
-    the shapes of its weights by name, for kinds that draw random matrices of the largest size again.
+    the shapes of its weights by name, for kinds that draw random matrices of the largest size again. base: None
+    where an adapter is looked at without one.
     """
 
     source: TensorSource
@@ -54,6 +84,7 @@ class AdapterFile:
     base_model_types: frozenset[str] = frozenset()
     base_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     allow_nonfinite: bool = False
+    base: BaseModel | None = None
 
     @property
     def folder(self) -> Path:

@@ -22,7 +22,8 @@ _PREFIXES = ("base_model.model.", "base_model.")
 _ADAPTER_NAME = re.compile(
     r"(?P<marker>(?:^|\.)(?:(?:lora|ia3|hada|lokr|vera|oft|boft"
     r"|miss|bone|hra|fourierft|vblora|randlora|road|shira|c3a|waveft|delora|gralora|ln_tuning"
-    r")_\w+|trainable_tokens_delta))"
+    r"|hira|pvera|beft|unilora|frod_lambda|deft)_\w+|tinylora_[ABP]|supertuning_(?:indices|values|lora_[AB])"
+    r"|trainable_tokens_delta))"
     r"\.(?!(?:weight|bias)$)(?P<name>[^.]+)(?P<leaf>(?:\.(?:weight|bias))?)$"
 )
 _SAVED = ".modules_to_save."

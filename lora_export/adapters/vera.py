@@ -18,14 +18,36 @@ NAME = "VeRA"
 PEFT_TYPES = ("VERA",)
 FORMULA = "W + diag(λb)·B[:out]·diag(λd)·A[:, :in], A and B shared by all layers"
 
-_SCALES = ("vera_lambda_b", "vera_lambda_d")
-_SHARED = ("vera_A", "vera_B")
-# What makes PEFT save the projections that it was told to leave out.
-_SAVE_THEM = (
-    "in Python: m = PeftModel.from_pretrained(BASE_MODEL, ADAPTER); "
-    "[p._non_persistent_buffers_set.clear() for p in (m.base_model.vera_A, m.base_model.vera_B)]; "
-    "m.peft_config['default'].save_projection = True; m.save_pretrained(DIR)"
-)
+
+@dataclass(frozen=True)
+class Names:
+    """Of a kind that shares A and B as VeRA does. kind: what they begin with; halves: A and λd have so many times r
+    rows."""
+
+    kind: str = "vera"
+    halves: int = 1
+
+    @property
+    def scales(self) -> tuple[str, str]:
+        return f"{self.kind}_lambda_b", f"{self.kind}_lambda_d"
+
+    @property
+    def shared(self) -> tuple[str, str]:
+        return f"{self.kind}_A", f"{self.kind}_B"
+
+    @property
+    def rows(self) -> str:
+        """Of A, in words."""
+        return "r" if self.halves == 1 else f"{self.halves}·r"
+
+    @property
+    def save_them(self) -> str:
+        """What makes PEFT save the projections that it was told to leave out."""
+        return (
+            "in Python: m = PeftModel.from_pretrained(BASE_MODEL, ADAPTER); [p._non_persistent_buffers_set.clear() "
+            f"for p in (m.base_model.{self.kind}_A, m.base_model.{self.kind}_B)]; "
+            "m.peft_config['default'].save_projection = True; m.save_pretrained(DIR)"
+        )
 
 
 @dataclass(frozen=True)
@@ -60,8 +82,10 @@ class SlicedTarget(TargetUpdate):
         return self.widest is None or inputs <= self.widest
 
 
-def regenerate(seed: int, rank: int, widest: int, outputs: int) -> tuple["torch.Tensor", "torch.Tensor"]:
-    """A of shape (rank, widest) and B of shape (outputs, rank) as PEFT draws them from projection_prng_key.
+def regenerate(
+    seed: int, rank: int, widest: int, outputs: int, halves: int = 1
+) -> tuple["torch.Tensor", "torch.Tensor"]:
+    """A of shape (halves · rank, widest) and B of shape (outputs, rank), as PEFT draws them of a seed.
 
     One generator, first A, then B, each row by row, uniform with the bound √(6/fan-in). A therefore depends on
     `widest`, the largest input of all adapted layers; the first rows of B do not depend on how many follow.
@@ -70,7 +94,7 @@ def regenerate(seed: int, rank: int, widest: int, outputs: int) -> tuple["torch.
 
     generator = torch.Generator(device="cpu").manual_seed(seed)
     drawn = []
-    for shape in ((rank, widest), (outputs, rank)):
+    for shape in ((halves * rank, widest), (outputs, rank)):
         # These three roundings in a row are PEFT's: the bound must be the same to the last bit.
         bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
         drawn.append(torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
@@ -86,6 +110,7 @@ class Projections:
     keys: tuple[str, ...]
     seed: int = 0
     drawn_inputs: int | None = None
+    names: Names = Names()
 
     @property
     def widest(self) -> int | None:
@@ -99,25 +124,33 @@ class Projections:
     def sliced(self, outputs: int, inputs: int) -> tuple["torch.Tensor", "torch.Tensor"]:
         """A of shape (r, in) and B of shape (out, r) for one layer, fp32."""
         if not self.keys:
-            a, b = regenerate(self.seed, self.rank, self.drawn_inputs or inputs, outputs)
-            return a[:, :inputs], b
-        a, b = (self.file.read(k) for k in self.keys)
-        return a[:, :inputs], b[:outputs]
+            a, b = regenerate(self.seed, self.rank, self.drawn_inputs or inputs, outputs, self.names.halves)
+        else:
+            a, b = (self.file.read(k) for k in self.keys)
+        return a[: self.rank, :inputs], b[:outputs]
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer; the first of them claims the shared projections, where they were saved."""
-    modules = group(file.tensors, _SCALES)
+    return read_shared(file, Names())
+
+
+def read_shared(file: AdapterFile, names: Names) -> list[TargetUpdate]:
+    """The updates of a kind that shares A and B as VeRA does, under its own names."""
+    modules = group(file.tensors, names.scales)
     if not modules:
         return []
-    found = {n: n for n in _SHARED if n in file.tensors}
-    shared = _saved(file, found) if file.config.get("save_projection", True) else _drawn(file, found, modules)
+    found = {n: n for n in names.shared if n in file.tensors}
+    if file.config.get("save_projection", True):
+        shared = _saved(file, names, found)
+    else:
+        shared = _drawn(file, names, found, modules)
     first = next(iter(modules))
     return [_update(shared, name, keys, shared.keys if name == first else ()) for name, keys in modules.items()]
 
 
-def _saved(file: AdapterFile, found: dict[str, str]) -> Projections:
-    missing = [n for n in _SHARED if n not in found]
+def _saved(file: AdapterFile, names: Names, found: dict[str, str]) -> Projections:
+    missing = [n for n in names.shared if n not in found]
     if missing:
         raise file.refuse(
             f"save_projection is set, but {' and '.join(missing)} cannot be found",
@@ -125,66 +158,68 @@ def _saved(file: AdapterFile, found: dict[str, str]) -> Projections:
             expected="both projections in the file",
             next_step="save the adapter again: model.save_pretrained(DIR)",
         )
-    keys, rank = tuple(found[n] for n in _SHARED), whole(file.config, "r", file.where)
+    keys, rank = tuple(found[n] for n in names.shared), whole(file.config, "r", file.where)
     a, b = (file.tensors[k].shape for k in keys)
-    if not (len(a) == len(b) == 2 and a[0] == b[1] == rank):
+    if not (len(a) == len(b) == 2 and a[0] == names.halves * rank and b[1] == rank):
         raise file.refuse(
-            f"vera_A has the shape {list(a)}, vera_B {list(b)}, and r is {rank}",
+            f"{names.shared[0]} has the shape {list(a)}, {names.shared[1]} {list(b)}, and r is {rank}",
             tensor=keys[0],
-            expected="A of shape (r, in) and B of shape (out, r), with the largest in and out",
+            expected=f"A of shape ({names.rows}, in) and B of shape (out, r), with the largest in and out",
         )
-    return Projections(file, rank, keys)
+    return Projections(file, rank, keys, names=names)
 
 
-def _drawn(file: AdapterFile, found: dict[str, str], modules: Mapping[str, Mapping[str, str]]) -> Projections:
+def _drawn(
+    file: AdapterFile, names: Names, found: dict[str, str], modules: Mapping[str, Mapping[str, str]]
+) -> Projections:
     if found:
         raise file.refuse(
             "save_projection is false, but the file holds a projection, which PEFT would not use",
             tensor=min(found.values()),
-            expected="save_projection: true, or a file without vera_A and vera_B",
+            expected=f"save_projection: true, or a file without {' and '.join(names.shared)}",
         )
     seed = file.config.get("projection_prng_key")
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise file.refuse(f"projection_prng_key is {seed!r}", expected="the seed of vera_A and vera_B")
-    inputs = [_inputs(file, name, keys) for name, keys in modules.items()]
+        raise file.refuse(f"projection_prng_key is {seed!r}", expected=f"the seed of {' and '.join(names.shared)}")
+    inputs = [_inputs(file, name, keys.get(names.scales[0])) for name, keys in modules.items()]
     unknown = [name for name, size in zip(modules, inputs, strict=True) if size is None]
     if unknown and len(modules) > 1:
         raise file.refuse(
             "the projections were not saved (save_projection is false), and to draw them again takes the largest "
             f"input of all {len(modules)} layers, which the adapter does not tell",
             tensor=unknown[0],
-            expected="the base that it was trained on, or an adapter with vera_A and vera_B",
-            next_step=_SAVE_THEM,
+            expected=f"the base that it was trained on, or an adapter with {' and '.join(names.shared)}",
+            next_step=names.save_them,
         )
     widest = None if unknown else max(n for n in inputs if n is not None)
-    return Projections(file, whole(file.config, "r", file.where), (), seed, widest)
+    return Projections(file, whole(file.config, "r", file.where), (), seed, widest, names)
 
 
-def _inputs(file: AdapterFile, name: str, keys: Mapping[str, str]) -> int | None:
+def _inputs(file: AdapterFile, name: str, outputs: str | None) -> int | None:
     """How many inputs the layer has: the side of the base's weight that is not the outputs'."""
     shape = file.base_shape(f"{name}.weight")
-    if shape is None or len(shape) != 2 or "vera_lambda_b" not in keys:
+    if shape is None or len(shape) != 2 or outputs is None:
         return None
-    return shape[1] if file.tensors[keys["vera_lambda_b"]].shape == shape[:1] else shape[0]
+    return shape[1] if file.tensors[outputs].shape == shape[:1] else shape[0]
 
 
 def _update(shared: Projections, name: str, keys: dict[str, str], claimed: tuple[str, ...]) -> TargetUpdate:
-    file = shared.file
-    missing = [p for p in _SCALES if p not in keys]
+    file, names = shared.file, shared.names
+    missing = [p for p in names.scales if p not in keys]
     if missing:
         raise file.refuse(
             f"{missing[0]} of this module is missing",
             tensor=name,
-            expected=" and ".join(_SCALES),
+            expected=" and ".join(names.scales),
             next_step="save the adapter again: model.save_pretrained(DIR)",
         )
-    b_key, d_key = (keys[p] for p in _SCALES)
+    b_key, d_key = (keys[p] for p in names.scales)
     b, d = file.tensors[b_key].shape, file.tensors[d_key].shape
-    if len(b) != 1 or d != (shared.rank,) or not shared.holds(b[0]):
+    if len(b) != 1 or d != (names.halves * shared.rank,) or not shared.holds(b[0]):
         raise file.refuse(
-            f"vera_lambda_b has the shape {list(b)}, vera_lambda_d {list(d)}, and r is {shared.rank}",
+            f"{names.scales[0]} has the shape {list(b)}, {names.scales[1]} {list(d)}, and r is {shared.rank}",
             tensor=b_key,
-            expected="shapes (out,) and (r,), with no more outputs than vera_B has rows",
+            expected=f"shapes (out,) and ({names.rows},), with no more outputs than {names.shared[1]} has rows",
         )
     # The shape cannot tell Conv1D from a wrong base here, as the adapter does not hold the inputs' number.
     flips = file.is_conv1d(name)
@@ -194,14 +229,14 @@ def _update(shared: Projections, name: str, keys: dict[str, str], claimed: tuple
         flip = target.is_transposed(shape)
         down, up = shared.sliced(b[0], shape[0] if flip else shape[1])
         left = file.read(b_key)[:, None] * up
-        right = file.read(d_key)[:, None] * down
+        right = file.read(d_key)[: shared.rank, None] * down
         if flip:
             left, right = right.T, left.T
         return LowRankUpdate(LowRank(left, right, file.weight))
 
     target = SlicedTarget(
         f"{name}.weight",
-        "vera",
+        names.kind,
         (b_key, d_key, *claimed),
         shapes,
         load,

@@ -34,6 +34,7 @@ from lora_export.merging.combining import check_options
 from lora_export.merging.execute import Execution
 from lora_export.merging.interference import OPPOSED, interference
 from lora_export.merging.loaded import loaded_weights
+from lora_export.merging.model import ReadBase
 from lora_export.merging.plan import MergePlan, plan_merge
 from lora_export.merging.right_base import base_checks
 from lora_export.merging.streamed import MergedSource, write_outline
@@ -57,7 +58,8 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
     """Read headers and configurations, and decide everything. No adapters: only dequantizing and copying."""
     check_options(options)
     checkpoint = open_checkpoint(base)
-    shapes = {n: w.shape for n, w in base_weights(checkpoint, options, None).items()} if adapters else {}
+    weights = base_weights(checkpoint, options, None) if adapters else {}
+    shapes, model = {n: w.shape for n, w in weights.items()}, ReadBase(checkpoint, weights, options)
     found = []
     for choice in adapters:
         config, tensors = open_adapter_files(choice.folder)
@@ -74,6 +76,7 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
             checkpoint.model_types,
             shapes,
             options.allow_nonfinite,
+            model,
         )
         found.append(replace(read_adapter(file), weight=choice.weight))
     return plan_merge(checkpoint, found, options)

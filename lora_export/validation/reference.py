@@ -26,6 +26,7 @@ from lora_export.validation.loading import (
     quiet,
     whole_tensors,
 )
+from lora_export.validation.mended import mend, weigh
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
@@ -137,6 +138,9 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
             scaling = getattr(module, "scaling", None)
             if choice.weight != 1.0 and isinstance(scaling, dict) and name in scaling:
                 scaling[name] *= choice.weight
+            if choice.weight != 1.0:
+                weigh(module, name, choice.weight)
+    mend(unmerged)
     return quiet(unmerged), left
 
 

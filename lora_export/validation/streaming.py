@@ -23,6 +23,7 @@ Change = Callable[[str, torch.Tensor], torch.Tensor]
 # These inits take something out of the base's weights when an adapter is attached, so they must be in memory.
 BLOCK = 16 * 2**20  # bytes in fp32
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_DECOMPOSING = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA"})
 
 
 @dataclass(eq=False)
@@ -262,6 +263,15 @@ def changing(model: nn.Module, change: Change) -> Iterator[bool]:
 
 def refuse_changing_inits(configs: Iterable[Any], folder: Path) -> None:
     for config in configs:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind in _DECOMPOSING:
+            raise AdapterError(
+                f"peft_type is {kind!r}: PEFT decomposes the base's weights when it attaches this adapter, so the "
+                "model cannot be streamed",
+                where=folder,
+                expected="memory for the whole model in fp32, twice",
+                next_step="validate on a machine with more memory, or give a larger --max-memory",
+            )
         init = getattr(config, "init_lora_weights", None)
         if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
             raise AdapterError(

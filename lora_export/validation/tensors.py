@@ -32,6 +32,8 @@ DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
 # PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition, and transforms the deltas of
 # some kinds in fp32 even in a float64 model: an error of this share of the largest weight, everywhere.
 RECOMPUTED = 2.0**-20
+# PEFT decomposes the base in fp32 for OSF, and computes the deltas of the others in it.
+_IN_FP32 = frozenset({"OSF", "DEFT", "FOURIERFT", "C3A"})
 BLOCK = 4096  # rows of an untouched tensor that are compared at once
 COMBINATIONS = 16  # random ones, of the elements of a row
 SAMPLE = 64  # inputs on which the fp32 error of a layer is measured that is compared whole anyway
@@ -111,8 +113,8 @@ def _first_name(model: nn.Module, parameter: torch.Tensor) -> str:
 def _recomputed(unmerged: Any) -> bool:
     configs = unmerged.peft_config.values()
     inits = (getattr(c, "init_lora_weights", True) for c in configs)
-    transformed = any(c.peft_type in ("FOURIERFT", "C3A") for c in configs)
-    return transformed or any(isinstance(i, str) and i.lower() in ("pissa", "olora") for i in inits)
+    in_fp32 = any(str(getattr(c.peft_type, "value", c.peft_type)) in _IN_FP32 for c in configs)
+    return in_fp32 or any(isinstance(i, str) and i.lower() in ("pissa", "olora") for i in inits)
 
 
 def _same(name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype | None) -> TensorError:

@@ -83,7 +83,11 @@ class Family:
         """Logits, or the last hidden state, in float64."""
         body: Any = model.get_base_model() if isinstance(model, peft.PeftModel) else model
         body.set_experts_implementation("eager")  # the grouped kernels know no float64
-        out = model.double()(**self.inputs())
+        model = model.double()
+        for module in model.modules():
+            if type(module).__module__ == "peft.tuners.adamss.layer" and hasattr(module, "dtype"):
+                module.dtype = torch.float64  # it casts its input to the type that the base had at first
+        out = model(**self.inputs())
         value = out.get("logits")
         return value if value is not None else out.last_hidden_state
 

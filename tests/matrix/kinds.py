@@ -1,5 +1,7 @@
 """Every way to train an adapter, as a PEFT configuration for a family: None where the family has no such layer."""
 
+import dataclasses
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +191,22 @@ def _other(config: type, convolution: bool = False, conv1d: bool = False, **chan
     return build
 
 
+def _plain(config: type, rank: int = R, embedding: bool = False, convolution: bool = False, **changes: Any) -> Kind:
+    """A kind whose configuration has no more than PEFT's usual fields."""
+
+    def build(family: Family) -> Any:
+        modules = [family.embedding] if embedding else [family.convolution] if convolution else list(family.linear)
+        if not modules or modules == [None]:
+            return None
+        known = {f.name for f in dataclasses.fields(config)}
+        settings = {"r": rank} if "r" in known else {}
+        if "fan_in_fan_out" in known and not embedding and not convolution:
+            settings |= family.settings
+        return config(target_modules=modules, init_weights=False, **settings | changes)
+
+    return build
+
+
 def _random_bases(**changes: Any) -> Kind:
     return _other(peft.RandLoraConfig, conv1d=True, r=5, randlora_alpha=ALPHA, projection_prng_key=7, **changes)
 
@@ -237,6 +255,18 @@ RARE: dict[str, Kind] = {
     "gralora hybrid": _other(peft.GraloraConfig, conv1d=True, r=8, alpha=ALPHA, gralora_k=4, hybrid_r=3),
     "ln tuning": _norms,
 }
+
+
+def _only_biases(config: type, **changes: Any) -> Kind:
+    kind = _plain(config, **changes)
+    return lambda family: kind(family) if family.biases else None
+
+
+def _osf(family: Family) -> Any:
+    kind = _plain(peft.OSFConfig, effective_rank=0.6)
+    return None if family.conv1d else kind(family)  # PEFT passes over a Conv1D in silence
+
+
 KINDS: dict[str, Kind] = {
     "lora": _linear(),
     "lora rslora": _linear(use_rslora=True),
@@ -294,5 +324,43 @@ KINDS: dict[str, Kind] = {
     "oft convolution": _orthogonal(peft.OFTConfig, True, r=1, oft_block_size=0, use_cayley_neumann=False),
     "boft": _orthogonal(peft.BOFTConfig, boft_block_size=4, boft_n_butterfly_factor=1),
     "boft butterflies": _orthogonal(peft.BOFTConfig, boft_block_size=4, boft_n_butterfly_factor=2),
+    "beft": _only_biases(peft.BeftConfig),
+    "deft": _plain(peft.DeftConfig, alpha=ALPHA),
+    "deft qr": _plain(peft.DeftConfig, alpha=ALPHA, decomposition_method="qr"),
+    "deft para": _plain(peft.DeftConfig, para=True),
+    "frod": _plain(peft.FrodConfig, sparse_rate=0.1, progressbar=False),
+    "glora": _plain(peft.GloraConfig),
+    "glora vector": _plain(peft.GloraConfig, config_A_B="vector", config_C="vector", config_D_E="vector"),
+    "glora constant": _plain(peft.GloraConfig, config_A_B="constant", config_C="none", config_D_E="constant"),
+    "glora none": _only_biases(peft.GloraConfig, config_A_B="none", config_C="vector", config_D_E="none"),
+    "hira": _plain(peft.HiraConfig),
+    "hira embedding": _plain(peft.HiraConfig, embedding=True),
+    "hira convolution": _plain(peft.HiraConfig, convolution=True),
+    "osf": _osf,
+    "peanut": _plain(peft.PeanutConfig, scaling=2.5),
+    "peanut deep": _plain(peft.PeanutConfig, scaling=0.5, depth=2, act_fn="gelu"),
+    "psoft": _plain(peft.PsoftConfig, psoft_alpha=ALPHA),
+    "psoft pissa": _plain(peft.PsoftConfig, psoft_alpha=ALPHA, ab_svd_init="pissa_init", psoft_mag_a=False),
+    "psoft neumann": _plain(
+        peft.PsoftConfig, psoft_alpha=ALPHA, use_cayley_neumann=True, cayley_neumann_eps=0.4, psoft_mag_b=False
+    ),
+    "psoft lowrank": _plain(
+        peft.PsoftConfig, psoft_alpha=ALPHA, psoft_svd="lowrank", random_seed=3, psoft_orth=False
+    ),
+    "pvera": _plain(peft.PveraConfig, 6, projection_prng_key=7, save_projection=True),
+    "pvera regenerated": _plain(peft.PveraConfig, 6, projection_prng_key=7, save_projection=False),
+    "supertuning": _plain(peft.SupertuningConfig, rank=None, sparsity=0.9),
+    "supertuning supra": _plain(peft.SupertuningConfig, lora_alpha=ALPHA, sparsity=0.9),
+    "tinylora": _plain(peft.TinyLoraConfig, u=6),
+    "tinylora tied": _plain(peft.TinyLoraConfig, u=6, weight_tying=0.6),
+    "tinylora regenerated": _plain(peft.TinyLoraConfig, u=6, weight_tying=0.3, save_projection=False),
+    "tinylora embedding": _plain(peft.TinyLoraConfig, embedding=True, u=6),
+    "unilora": _plain(peft.UniLoraConfig, theta_d_length=50),
+    "unilora saved": _plain(peft.UniLoraConfig, theta_d_length=50, save_indices=True),
 }
 KINDS |= RARE
+# These run every day on one family alone.
+SELDOM = frozenset(list(KINDS)[list(KINDS).index("beft") :])
+if importlib.util.find_spec("sklearn"):  # PEFT cannot even configure it without
+    KINDS["adamss"] = _plain(peft.AdamssConfig, 12, num_subspaces=3, subspace_rank=2)
+    SELDOM |= {"adamss"}

@@ -1,5 +1,7 @@
 """Cells of the matrix that do not run, each with the words of the refusal."""
 
+import importlib.util
+
 Cells = dict[tuple[str, str], str]
 
 
@@ -18,6 +20,7 @@ PEFT_REFUSES: Cells = {
         ("loha tucker", "whisper"),
         ("lokr convolution", "whisper"),
         ("lokr tucker", "whisper"),
+        ("hira convolution", "whisper"),
     ),
     # PEFT decomposes a Conv1D's weight as it is stored, transposed.
     **_all(
@@ -45,6 +48,23 @@ PEFT_REFUSES: Cells = {
         ("oft convolution", "videomae"),
         ("boft", "gpt2"),
         ("boft butterflies", "gpt2"),
+        ("beft", "gpt2"),
+        ("psoft", "gpt2"),
+        ("psoft pissa", "gpt2"),
+        ("psoft neumann", "gpt2"),
+        ("psoft lowrank", "gpt2"),
+        ("supertuning", "gpt2"),
+        ("supertuning supra", "gpt2"),
+    ),
+    **_all(
+        "does not support",
+        ("glora", "gpt2"),
+        ("glora vector", "gpt2"),
+        ("glora constant", "gpt2"),
+        ("glora none", "gpt2"),
+        ("peanut", "gpt2"),
+        ("peanut deep", "gpt2"),
+        ("hira convolution", "regnet"),
     ),
     **_all(
         "is not supported",
@@ -77,7 +97,14 @@ PEFT_REFUSES: Cells = {
         ("oft convolution", "resnet"),
     ),
 }
+if importlib.util.find_spec("sklearn"):
+    PEFT_REFUSES |= _all("is not supported", ("adamss", "gpt2"))
 WE_REFUSE: Cells = {
+    # A layer without a bias, to which this kind adds one.
+    **_all(
+        "adds a bias to a layer that has none",
+        ("beft", "qwen2"),
+    ),
     **_all(
         "mixes the channels of all groups",
         ("lora convolution", "regnet"),

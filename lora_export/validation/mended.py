@@ -1,0 +1,66 @@
+"""Where PEFT's own layers do not answer what validation asks: mended on the layers, not on their formulas."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# What a kind's change is proportional to, where PEFT's layers have no scaling: a weight of the adapter goes there.
+_PROPORTIONAL = (
+    "adamss_B",
+    "beft_bias",
+    "pvera_lambda_b",
+    "supertuning_values",
+    "tinylora_B",
+    "unilora_scales_B",
+    "vera_lambda_b",
+)
+
+
+def mend(unmerged: nn.Module) -> None:
+    """AdaMSS casts its input to the type that the base had when it was built, whatever it has become. FRoD makes
+    its weight of what it took out of the base when it was built, so errors in the base do not reach its outputs."""
+    for module in unmerged.modules():
+        if type(module).__module__ == "peft.tuners.adamss.layer" and hasattr(module, "dtype"):
+            module.__class__ = _of_now(type(module))
+        elif type(module).__module__ == "peft.tuners.frod.layer" and hasattr(module, "base_layer"):
+            weight = module.get_base_layer().weight  # type: ignore[operator]
+            object.__setattr__(module, "first_weight", weight.detach().clone())
+            module.__class__ = _with_later_changes(type(module))
+
+
+def weigh(module: nn.Module, adapter: str, weight: float) -> None:
+    """Multiply what an adapter adds in this layer, for kinds whose layers have no scaling of their own."""
+    for attribute in _PROPORTIONAL:
+        found = getattr(module, attribute, None)
+        if found is not None and attribute in module.__dict__.get("_modules", {}) and adapter in found:
+            values = found[adapter]
+            for value in values if isinstance(values, nn.ParameterList) else [values]:
+                value.data.mul_(weight)
+    alpha = getattr(module, "supertuning_lora_alpha", None)
+    if isinstance(alpha, dict) and adapter in alpha:
+        alpha[adapter] *= weight
+
+
+def _of_now(plain: type) -> type:
+    def get(self: Any) -> torch.dtype:
+        dtype: torch.dtype = self.get_base_layer().weight.dtype
+        return dtype
+
+    def ignore(self: Any, _: torch.dtype) -> None:
+        """PEFT sets it once."""
+
+    return type(plain.__name__, (plain,), {"dtype": property(get, ignore), "__module__": plain.__module__})
+
+
+def _with_later_changes(plain: Any) -> type:
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        answer: torch.Tensor = plain.forward(self, x, *args, **kwargs)
+        weight = self.get_base_layer().weight
+        change = weight - self.first_weight.to(weight.dtype)
+        if not change.any():
+            return answer
+        changed: torch.Tensor = answer + x @ (change if self.fan_in_fan_out else change.T)
+        return changed
+
+    return type(plain.__name__, (plain,), {"forward": forward, "__module__": plain.__module__})
