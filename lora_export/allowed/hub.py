@@ -36,8 +36,13 @@ _INTERNAL = frozenset(
         "_diffusers_version", "_from_model_config", "_model_name_or_path",
     }
 )  # fmt: skip
-# quant_method of config.json: those that this tool reads itself.
-QUANTIZATIONS = frozenset({"bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors"})
+# quant_method of config.json: those that this tool reads itself. transformers loads bitsandbytes alone.
+QUANTIZATIONS = frozenset(
+    {
+        "bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "auto-round", "hqq", "quanto", "torchao",
+        "bitnet", "mlx",
+    }
+)  # fmt: skip
 # The name of a class that reads text, sound or images; a name with a dot or a slash would be looked for elsewhere.
 _READER = re.compile(
     r"[A-Za-z]\w*(Tokenizer|TokenizerFast|Backend|Processor|ProcessorFast|ProcessorPil|FeatureExtractor)"
