@@ -40,7 +40,7 @@ _INTERNAL = frozenset(
 QUANTIZATIONS = frozenset(
     {
         "bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "auto-round", "hqq", "quanto", "torchao",
-        "bitnet", "mlx",
+        "bitnet", "mlx", "gguf",
     }
 )  # fmt: skip
 # The name of a class that reads text, sound or images; a name with a dot or a slash would be looked for elsewhere.

@@ -14,6 +14,7 @@ from lora_export.quantization import (
     bnb4,
     bnb8,
     compressed,
+    gguf,
     gptq,
     hqq,
     mlx,
@@ -194,5 +195,6 @@ FORMATS: dict[str, tuple[Find, str]] = {
     "quanto": (quanto.find, "tensors such as …q_proj.weight._data"),
     "torchao": (_by_settings(torchao.find), "metadata that names the parts of each weight"),
     "bitnet": (_by_settings(bitnet.find), "tensors such as …q_proj.weight_scale"),
+    "gguf": (gguf.find, "tensors such as blk.0.attn_q.weight"),
     "mlx": (mlx.find, "tensors such as …q_proj.scales"),
 }

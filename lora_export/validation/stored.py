@@ -96,6 +96,8 @@ def differences(
     before, after = headers(base), headers(merged)
     yield from _twice(merged)
     yield from _not_as_indexed(merged, after)
+    if not before:
+        return  # the base is a GGUF file, which has other names; the loaded model tells
     quantized = "quantization_config" in read_json(base / "config.json") or _codes_became_floats(before, after)
     if not replicated:
         yield from _names(before, after, quantized)

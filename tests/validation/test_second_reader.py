@@ -90,7 +90,7 @@ def test_a_wrong_reader_fails_the_validation(
 def test_what_the_library_does_not_read_is_said(tmp_path: Path) -> None:
     """Act-order: compressed-tensors wrote it once, and reads it no longer."""
     base = quantized_base(tmp_path / "base", "pack-quantized", GROUPS, "q_proj.weight")
-    order = {f"model.layers.0.self_attn.q_proj.weight_g_idx": torch.arange(48, dtype=torch.int32) // 16}
+    order = {"model.layers.0.self_attn.q_proj.weight_g_idx": torch.arange(48, dtype=torch.int32) // 16}
     edit_tensors(base / "model.safetensors", dict(order))
     progress = Listening()
     copy = stand_in(base, base, MergeOptions(), None, tmp_path, progress)
