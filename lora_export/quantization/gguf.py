@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export import skeleton
 from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import CheckpointError
+from lora_export.quantization.packed import folder_of
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[Gg
         known = "; ".join(f"{k} with {' or '.join(v)}" for k, v in ARCHITECTURES.items())
         raise _odd(source, f"GGUF of the architecture {architecture!r} with {config.get('model_type')!r}", known)
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    shapes = {n: tuple(p.shape) for n, p in skeleton.build(_folder(source), plain).named_parameters()}
+    shapes = {n: tuple(p.shape) for n, p in skeleton.build(folder_of(source), plain).named_parameters()}
     kinds = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], int(config.get("num_hidden_layers") or 0))
     found, claimed = [], set()
@@ -137,10 +138,6 @@ def _kind(info: TensorInfo) -> str:
             expected="floats, Q4_0 to Q8_0, K- or I-quants",
         ) from None
     return info.dtype
-
-
-def _folder(source: TensorSource) -> Any:
-    return getattr(source, "folder")  # noqa: B009 - only a Checkpoint holds GGUF tensors
 
 
 def _odd(source: TensorSource, found: str, expected: str, tensor: str | None = None) -> CheckpointError:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export.contracts import TensorInfo, TensorSource
@@ -50,6 +51,12 @@ def strided(packed: "torch.Tensor", bits: int, rows: "torch.Tensor", count: int,
     shift = bits * (place if low_first else count - 1 - place)
     words = packed[rows % len(packed)].to(torch.int32)
     return (words >> shift[:, None].to(torch.int32)) & ((1 << bits) - 1)
+
+
+def folder_of(source: TensorSource) -> Path:
+    """Where the checkpoint lies, for what config.json alone tells."""
+    folder: Path = getattr(source, "folder")  # noqa: B009 - of a Checkpoint; tensors alone have none
+    return folder
 
 
 def part(

@@ -17,7 +17,7 @@ from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import CheckpointError
 from lora_export.quantization.affine import AffineWeight, affine_weight
 from lora_export.quantization.gptq import FLOATS
-from lora_export.quantization.packed import expect, part, strided
+from lora_export.quantization.packed import expect, folder_of, part, strided
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[Af
     """Every weight of quanto in a checkpoint, checked by headers; dtype: that of the scales is taken instead."""
     shapes: dict[str, tuple[int, ...]] = {}
     if any(n.endswith("._data._data") for n in source.tensors):
-        shapes = {n: tuple(p.shape) for n, p in skeleton.build(_folder(source), config).named_parameters()}
+        shapes = {n: tuple(p.shape) for n, p in skeleton.build(folder_of(source), config).named_parameters()}
     found: list[AffineWeight | QuantoWeight] = []
     for name in [n for n in source.tensors if n.endswith("._scale")]:
         weight = name.removesuffix("._scale")
@@ -89,10 +89,6 @@ def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[Af
             names = (f"{weight}._data", name, None)
             found.append(affine_weight(source, weight, names, beside, scale.dtype, EIGHT))
     return found
-
-
-def _folder(source: TensorSource) -> Any:
-    return getattr(source, "folder")  # noqa: B009 - a Checkpoint has one, and only there is a config.json
 
 
 def _packed(

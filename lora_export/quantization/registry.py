@@ -194,7 +194,7 @@ FORMATS: dict[str, tuple[Find, str]] = {
     "hqq": (_by_settings(hqq.find), "tensors such as …q_proj.W_q"),
     "quanto": (quanto.find, "tensors such as …q_proj.weight._data"),
     "torchao": (_by_settings(torchao.find), "metadata that names the parts of each weight"),
-    "bitnet": (_by_settings(bitnet.find), "tensors such as …q_proj.weight_scale"),
+    "bitnet": (bitnet.find, "tensors such as …q_proj.weight_scale"),
     "gguf": (gguf.find, "tensors such as blk.0.attn_q.weight"),
     "mlx": (mlx.find, "tensors such as …q_proj.scales"),
 }
