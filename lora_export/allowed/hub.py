@@ -38,8 +38,13 @@ _INTERNAL = frozenset(
 )  # fmt: skip
 # What transformers writes for a number that JSON does not have: {"__float__": "Infinity"}.
 _NUMBERS = frozenset({"Infinity", "-Infinity", "NaN"})
-# quant_method of config.json: those that this tool reads itself.
-QUANTIZATIONS = frozenset({"bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors"})
+# quant_method of config.json: those that this tool reads itself. transformers loads bitsandbytes alone.
+QUANTIZATIONS = frozenset(
+    {
+        "bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "auto-round", "hqq", "quanto", "torchao",
+        "bitnet", "mlx", "gguf",
+    }
+)  # fmt: skip
 # The name of a class that reads text, sound or images; a name with a dot or a slash would be looked for elsewhere.
 _READER = re.compile(
     r"[A-Za-z]\w*(Tokenizer|TokenizerFast|Backend|Processor|ProcessorFast|ProcessorPil|FeatureExtractor)"
@@ -80,7 +85,7 @@ _CACHES = frozenset(
 
 def check_config(config: Any, where: Path) -> None:
     """CheckpointError, with the key, for what would make a library load something that the folder names."""
-    for key, value in _pairs(config, where):
+    for key, value in _pairs(_without_torchao(config), where):
         if key in REFUSED and value:
             raise CheckpointError(
                 f"the key {key!r} {REFUSED[key]}",
@@ -95,6 +100,14 @@ def check_config(config: Any, where: Path) -> None:
                 expected=expected,
                 next_step=f"remove {key!r} from the file if the model works without it",
             )
+
+
+def _without_torchao(config: Any) -> Any:
+    """The configuration less torchao's, whose _type names a class for transformers: it is given no such folder."""
+    settings = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(settings, dict) or settings.get("quant_method") != "torchao":
+        return config
+    return {**config, "quantization_config": {k: v for k, v in settings.items() if k != "quant_type"}}
 
 
 def _pairs(document: Any, where: Path) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,8 @@ from lora_export.sealed import copy, refuse_outward_link, write_settings
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
 )
+# config.json is written anew; the others speak of an adapter, an earlier merge, and codes that are weights now.
+NOT_KEPT = frozenset({"config.json", "adapter_config.json", "lora_export_certificate.json", "quanto_qmap.json"})
 # Code and old runs are not the model; an index belongs to shards that are written anew.
 SKIPPED_SUFFIXES = WEIGHT_SUFFIXES | {
     ".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".node", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".lock",
@@ -25,7 +27,7 @@ def companion_files(folder: Path) -> list[Path]:
         and not p.name.startswith(".")
         and p.suffix not in SKIPPED_SUFFIXES
         and not p.name.endswith(".index.json")
-        and p.name not in ("config.json", "adapter_config.json", "lora_export_certificate.json")
+        and p.name not in NOT_KEPT
     )
 
 

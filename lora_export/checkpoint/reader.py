@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.allowed import hub
+from lora_export.checkpoint.gguf import gguf_file, read_gguf
 from lora_export.checkpoint.header import ITEM_SIZE, read_header
 from lora_export.contracts import TensorInfo
 from lora_export.documents import Kind, check
@@ -126,9 +127,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise InputError("this folder is an adapter, not a base model", where=folder, next_step="swap -b and -a")
+    gguf = gguf_file(folder)
     config = read_json(folder / "config.json", limit=LARGEST_SETTINGS)
     refuse_code(config, folder / "config.json")
     check(config, _CONFIG, "the configuration", folder / "config.json")
+    if gguf is not None:
+        read = read_gguf(gguf)
+        told = {"quant_method": "gguf", "architecture": read.settings.get("general.architecture")}
+        return Checkpoint(read.tensors, folder, {**config, "quantization_config": told}, {})
     tensors, metadata = read_tensors(folder, SINGLE, INDEX)
     return Checkpoint(tensors, folder, config, metadata)
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_export.checkpoint.gguf import ENDING, gguf_file
 from lora_export.contracts import AdapterChoice, Source
 from lora_export.documents import is_text
 from lora_export.errors import InputError
@@ -23,6 +24,9 @@ def resolve(model: Model) -> Source:
     name, folder = str(model), Path(model)
     if folder.is_dir():
         return Source(name, folder)
+    if folder.suffix == ENDING and folder.is_file():
+        gguf_file(folder.parent)  # the only one there
+        return Source(name, folder.parent)
     match = _HUB_ID.fullmatch(name)
     if match is None or folder.exists():
         raise InputError(

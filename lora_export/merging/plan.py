@@ -14,7 +14,7 @@ from lora_export.merging.names import INPUT_EMBEDDINGS, OUTPUT_HEADS, unknown_ta
 from lora_export.merging.replication import config_changes, layer_order
 from lora_export.merging.targets import match_targets
 from lora_export.merging.ties import pair_to_untie
-from lora_export.quantization import QuantizedWeight, TrainingQuantization
+from lora_export.quantization import QuantizedWeight, TrainingQuantization, settings_keys
 
 Operation = Literal["copied", "updated", "replaced", "dequantized", "converted"]
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -111,8 +111,9 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
         planned[name] = _plan_head(base, name, targets.pop(name), untie, weights, options)
     if untie and untie[1] not in planned:
         planned[untie[1]] = _plan_head(base, untie[1], [], untie, weights, options)
-    shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, dict(base.metadata))
     dequantized = any(w.quantized for w in weights.values())
+    metadata = {} if dequantized else dict(base.metadata)  # of a quantized file it may tell how to read its codes
+    shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, metadata)
     changes, removals = _config_edits(base, planned, untie, dequantized, options)
     if order:
         changes |= config_changes(base.config, order)
@@ -201,7 +202,7 @@ def _config_edits(
     options: MergeOptions,
 ) -> tuple[dict[str, Any], frozenset[str]]:
     changes: dict[str, Any] = {}
-    removals = frozenset({"quantization_config"}) if dequantized else frozenset()
+    removals = settings_keys(base.config) if dequantized else frozenset()
     if untie:
         changes["tie_word_embeddings"] = False
     if options.dtype != "keep":

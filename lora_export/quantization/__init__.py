@@ -1,6 +1,15 @@
 """Quantized weights: read into fp32, or quantized and read back as training did."""
 
-from lora_export.quantization.registry import QuantizedWeight, describe, find_quantized, method_of
+from lora_export.quantization.registry import (
+    QuantizedWeight,
+    describe,
+    find_quantized,
+    method_here,
+    method_in,
+    method_of,
+    quantization_of,
+    settings_keys,
+)
 from lora_export.quantization.training import TrainingQuantization, quantized_modules
 
 __all__ = [
@@ -8,6 +17,10 @@ __all__ = [
     "TrainingQuantization",
     "describe",
     "find_quantized",
+    "method_here",
+    "method_in",
     "method_of",
+    "quantization_of",
     "quantized_modules",
+    "settings_keys",
 ]

@@ -1,7 +1,8 @@
 """AWQ weights (arXiv:2306.00978) of AutoAWQ's version "gemm": W[o, i] = (q[i, o] − zero[g, o]) · scale[g, o].
 
 Layout: X.qweight int32 (in, out/8); X.qzeros int32 (groups, out/8); X.scales (groups, out). The eight 4-bit values
-of a word are the outputs 0, 2, 4, 6, 1, 3, 5, 7 of its block, lowest bits first.
+of a word are the outputs 0, 2, 4, 6, 1, 3, 5, 7 of its block, lowest bits first. With zero_point false (AutoRound)
+X.qzeros is there all the same, with 8 in every place.
 """
 
 from collections.abc import Mapping
@@ -57,11 +58,11 @@ def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[
     bits = settings.get("bits", settings.get("w_bit"))
     size = settings.get("group_size", settings.get("q_group_size"))
     version = str(settings.get("version", "gemm")).lower()
-    if bits != 4 or version != "gemm" or settings.get("zero_point") is False:
+    if bits != 4 or version != "gemm":
         raise CheckpointError(
-            f"AWQ of version {version!r} with {bits!r} bits, zero_point {settings.get('zero_point')!r}",
+            f"AWQ of version {version!r} with {bits!r} bits",
             where="config.json",
-            expected="version gemm, 4 bits, with zero points",
+            expected="version gemm, 4 bits",
             next_step="give the unquantized base model that this one was made from as -b",
         )
     if not isinstance(size, int) or size == 0 or size < -1:

@@ -2,9 +2,11 @@
 
 Layout for B bits: X.qweight int32 (in · B/32, out), packed along the inputs; X.qzeros int32 (groups, out · B/32),
 packed along the outputs; X.scales (groups, out); X.g_idx int32 (in,), the group of each input.
-The format "gptq" stores zeros less one, "gptq_v2" stores them as they are.
+The format "gptq" stores zeros less one, "gptq_v2" stores them as they are. GPTQModel's `dynamic` and AutoRound's
+`extra_config` give single modules bits and groups of their own: the shapes tell them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 FLOATS = ("F16", "BF16", "F32")
-BITS = (2, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,38 @@ def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[
         )
     if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
         raise CheckpointError(f"group_size is {group_size!r}", where="config.json", expected="a number, or -1")
-    layout = settings.get("checkpoint_format") or "gptq"
+    layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     if layout not in ("gptq", "gptq_v2"):
         raise CheckpointError(
             f"checkpoint_format is {layout!r}", where="config.json", expected="gptq or gptq_v2",
             next_step="give the unquantized base model that this one was made from as -b",
         )  # fmt: skip
     names = [n.removesuffix(".qweight") for n in source.tensors if n.endswith(".qweight")]
-    return [_weight(source, name, int(bits), group_size, layout == "gptq", dtype) for name in names]
+    found = []
+    for name in names:
+        own = _of_shapes(source, name) if settings.get("dynamic") or settings.get("extra_config") else None
+        size, width = own or (group_size, int(bits))
+        found.append(_weight(source, name, width, size, layout == "gptq", dtype))
+    return found
+
+
+def _of_shapes(source: TensorSource, module: str) -> tuple[int, int]:
+    """(group size, bits) of one module, as its zeros, scales and codes have them."""
+    weight = f"{module}.weight"
+    packed = part(source, weight, f"{module}.qweight", ("I32",))
+    scales = part(source, weight, f"{module}.scales", FLOATS)
+    zeros = part(source, weight, f"{module}.qzeros", ("I32",))
+    groups, outputs = scales.shape
+    bits = next((b for b in BITS if zeros.shape == (groups, outputs * b // 32)), None)
+    if bits is None or not groups or packed.shape[0] % bits:
+        raise CheckpointError(
+            f"zeros of shape {list(zeros.shape)} and codes of shape {list(packed.shape)} for scales of shape "
+            f"{list(scales.shape)}",
+            where=zeros.file,
+            tensor=zeros.name,
+            expected=f"{', '.join(map(str, BITS))} bits for each value",
+        )
+    return math.ceil(packed.shape[0] * 32 // bits / groups), bits
 
 
 def _weight(
@@ -92,6 +118,13 @@ def _weight(
     scales = part(source, weight, f"{module}.scales", FLOATS)
     zeros = part(source, weight, f"{module}.qzeros", ("I32",))
     words, outputs = packed.shape
+    if words * 32 % bits or outputs * bits % 32:
+        raise CheckpointError(
+            f"{words} × {outputs} words do not hold whole values of {bits} bits",
+            where=packed.file,
+            tensor=packed.name,
+            expected="the bits that config.json names",
+        )
     inputs, parts = words * 32 // bits, [packed.name, scales.name, zeros.name]
     if f"{module}.g_idx" in source.tensors:
         order = part(source, weight, f"{module}.g_idx", ("I32", "I64"), 1)

@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_export import skeleton
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
-from lora_export.quantization import awq, bnb4, bnb8, compressed, gptq, scaled
+from lora_export.quantization import (
+    autoround,
+    awq,
+    bitnet,
+    bnb4,
+    bnb8,
+    compressed,
+    gguf,
+    gptq,
+    hqq,
+    mlx,
+    quanto,
+    scaled,
+    torchao,
+)
+from lora_export.quantization.refused import ORIGINAL, REFUSED
 
 if TYPE_CHECKING:
     import torch
@@ -70,19 +85,24 @@ class WholeRows:
         return self.value[start:stop]
 
 
+def settings_keys(config: Mapping[str, Any]) -> frozenset[str]:
+    """The keys of a config.json that speak of its quantization: what a dequantized model must not keep."""
+    return frozenset({"quantization_config"} | ({"quantization"} if mlx.settings_of(config) else set()))
+
+
 def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str, QuantizedWeight]:
     """Weight name → how to read it. Empty for a checkpoint that is not quantized."""
-    settings = config.get("quantization_config")
-    if not settings:
+    method = method_here(source, config)
+    if method is None:
         return {}
-    method = method_of(settings)
     dtype = _TYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float16"), "F16")
     if method not in FORMATS:
         raise CheckpointError(
-            f"the base is quantized with {method!r}, which this tool does not read",
+            f"the base is quantized with {method!r}, which this tool does not read"
+            + (f" ({REFUSED[method]})" if method in REFUSED else ""),
             where="config.json",
             expected=f"an unquantized base, or one of {', '.join(FORMATS)}",
-            next_step="give the unquantized base model that this one was made from as -b",
+            next_step=ORIGINAL,
         )
     find, expected = FORMATS[method]
     found = find(source, config, dtype)
@@ -102,11 +122,36 @@ def _bitsandbytes(source: TensorSource, config: Mapping[str, Any], dtype: str) -
     return [Transposed(w) if skeleton.is_conv1d(types, w.weight.rpartition(".")[0]) else w for w in found]
 
 
+def _unnamed(source: TensorSource) -> str | None:
+    """The method of a checkpoint whose config.json names none, by the names of its tensors alone."""
+    if quanto.is_here(source):
+        return "quanto"
+    return "hqq" if any(n.endswith(".W_q") for n in source.tensors) else None
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says of its quantization; empty where it says nothing."""
+    return mlx.settings_of(config) or config.get("quantization_config") or {}
+
+
+def method_in(config: Mapping[str, Any]) -> str | None:
+    """The method that a config.json names; None where it names none."""
+    settings = quantization_of(config)
+    return method_of(settings) if settings else None
+
+
+def method_here(source: TensorSource, config: Mapping[str, Any]) -> str | None:
+    """As method_in; where the configuration is silent, what the names of the tensors tell."""
+    return method_in(config) or _unnamed(source)
+
+
 def method_of(settings: Mapping[str, Any]) -> str:
     """The method that a quantization_config names; bitsandbytes' older ones do not."""
     named = settings.get("quant_method")
     if named is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
         return "bitsandbytes"
+    if named is None and mlx.settings_of({"quantization": settings}):
+        return "mlx"
     return str(named)
 
 
@@ -118,9 +163,10 @@ def describe(settings: Mapping[str, Any]) -> str:
     if method == "bitsandbytes":
         double = " with double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
         return f"bitsandbytes {settings.get('bnb_4bit_quant_type', '4 bits')}{double}"
-    if method in ("gptq", "awq"):
+    if method in ("gptq", "awq", "auto-round", "mlx"):
         order = ", act-order" if settings.get("desc_act") else ""
-        return f"{method.upper()} {settings.get('bits')} bits, groups of {settings.get('group_size')}{order}"
+        name = "AutoRound" if method == "auto-round" else method.upper()
+        return f"{name} {settings.get('bits')} bits, groups of {settings.get('group_size')}{order}"
     if method == "fp8":
         return f"fp8 in blocks of {settings.get('weight_block_size') or 'whole tensors'}"
     return f"{method} {settings.get('format', '')}".strip()
@@ -131,7 +177,7 @@ Find = Callable[[TensorSource, Mapping[str, Any], str], Sequence[QuantizedWeight
 
 def _by_settings(find: Find) -> Find:
     """Of a format that needs nothing of config.json but its own settings."""
-    return lambda source, config, dtype: find(source, config["quantization_config"], dtype)
+    return lambda source, config, dtype: find(source, config.get("quantization_config") or {}, dtype)
 
 
 # The method that config.json names → how its weights are found, and what they look like.
@@ -144,4 +190,11 @@ FORMATS: dict[str, tuple[Find, str]] = {
         _by_settings(compressed.find),
         "tensors such as …q_proj.weight_packed or …q_proj.weight_scale",
     ),
+    "auto-round": (_by_settings(autoround.find), "tensors such as …q_proj.qweight"),
+    "hqq": (_by_settings(hqq.find), "tensors such as …q_proj.W_q"),
+    "quanto": (quanto.find, "tensors such as …q_proj.weight._data"),
+    "torchao": (_by_settings(torchao.find), "metadata that names the parts of each weight"),
+    "bitnet": (bitnet.find, "tensors such as …q_proj.weight_scale"),
+    "gguf": (gguf.find, "tensors such as blk.0.attn_q.weight"),
+    "mlx": (mlx.find, "tensors such as …q_proj.scales"),
 }

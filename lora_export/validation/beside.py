@@ -86,6 +86,8 @@ def _copy(path: Path, target: Path) -> None:
 
 def _config(base: Path, adapters: Sequence[AdapterChoice], merged: Path, options: MergeOptions) -> dict[str, Any]:
     config = read_json(base / CONFIG)
+    if isinstance(config.get("quantization"), dict) and "group_size" in config["quantization"]:  # of an MLX folder
+        config.pop("quantization")
     config.pop("quantization_config", None)
     if options.dtype != "keep":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = options.dtype

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.patterns import bounded
+from lora_export.sealed import read_json
 from lora_export.validation import streaming
 from lora_export.validation.requantize import dequantize_4bit
 
@@ -213,6 +214,12 @@ def load_merged(
     absent: tensors that the base's files lack, too; they are taken from here. keep: as of load_unmerged.
     """
     absent = absent or {}
+    if read_json(merged / "config.json").get("quantization_config"):
+        raise CheckpointError(
+            "config.json still has a quantization_config: these are no merged weights",
+            where=merged / "config.json",
+            expected="a folder that `lora-export merge` made",
+        )
     model, info = load(cls or architecture(merged), merged, "auto", keep)
     missing = set(info["missing_keys"]) - absent.keys()
     if missing or info["mismatched_keys"]:

@@ -96,7 +96,9 @@ def differences(
     before, after = headers(base), headers(merged)
     yield from _twice(merged)
     yield from _not_as_indexed(merged, after)
-    quantized = "quantization_config" in read_json(base / "config.json")
+    if not before:
+        return  # the base is a GGUF file, which has other names; the loaded model tells
+    quantized = "quantization_config" in read_json(base / "config.json") or _codes_became_floats(before, after)
     if not replicated:
         yield from _names(before, after, quantized)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
@@ -107,6 +109,12 @@ def differences(
         if quantized and old.dtype not in FLOATS:
             continue  # dequantized: the loaded model tells
         yield from _one(name, old, new, changed, options.dtype, on_the_fly and len(old.shape) > 1)
+
+
+def _codes_became_floats(before: Mapping[str, Stored], after: Mapping[str, Stored]) -> bool:
+    """Whether the base is quantized without a word in its config.json."""
+    codes = [n for n, t in before.items() if t.dtype not in FLOATS]
+    return any(n not in after or after[n].dtype in FLOATS for n in codes)
 
 
 def _one(name: str, old: Stored, new: Stored, changed: Changed, dtype: str, dequantized: bool) -> Iterator[str]:

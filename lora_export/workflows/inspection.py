@@ -14,7 +14,7 @@ from lora_export.manifest import NAME as MANIFEST
 from lora_export.manifest import is_run
 from lora_export.packages import contents
 from lora_export.packages.contents import is_package
-from lora_export.quantization import describe
+from lora_export.quantization import describe, method_in, quantization_of
 from lora_export.report.schema import load as report_of
 from lora_export.sealed import read_json
 
@@ -60,7 +60,6 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
 
 def _base(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
-    quantization = config.get("quantization_config") or {}
     return {
         "kind": "base",
         "architecture": (config.get("architectures") or [None])[0],
@@ -70,7 +69,7 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
         "shards": len({t.file for t in checkpoint.tensors.values()}),
-        "quantization": describe(quantization) if quantization else None,
+        "quantization": describe(quantization_of(config)) if method_in(config) else None,
         "tied_embeddings": config.get("tie_word_embeddings"),
         "vocabulary": config.get("vocab_size"),
         "saved_by_transformers": config.get("transformers_version"),

@@ -7,7 +7,6 @@ from lora_export.contracts import (
     MergeOptions,
     Progress,
 )
-from lora_export.sealed import read_json
 
 
 def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path:
@@ -28,17 +27,24 @@ def stand_in(
 
     max_memory: bytes for the weights that validation compares; None: as there is.
     """
+    from lora_export.checkpoint import open_checkpoint
     from lora_export.merging import merge
-    from lora_export.quantization import method_of
-    from lora_export.validation import streams
+    from lora_export.quantization import method_here
+    from lora_export.validation import second_reader, streams
 
-    settings = read_json(base / "config.json").get("quantization_config")
+    checkpoint = open_checkpoint(base)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
-    method = method_of(settings) if settings else "bitsandbytes" if on_the_fly else None
+    method = method_here(checkpoint, checkpoint.config) or ("bitsandbytes" if on_the_fly else None)
     if method is None or (method == "bitsandbytes" and not streams(merged, max_memory)):
         return None
-    progress.warn(
-        f"{method} weights are read by this tool alone: validation checks what was merged into them, "
-        "not how they were read"
-    )
-    return merge(base, [], work / "stand-in", replace(options, dtype="float32"), progress).output
+    made = merge(base, [], work / "stand-in", replace(options, dtype="float32"), progress).output
+    read_again = second_reader.compare(base, made) if method == second_reader.METHOD else None
+    if read_again is None or read_again.not_read:
+        some = "" if read_again is None or not read_again.compared else f"{read_again.not_read} of the "
+        progress.warn(
+            f"{some}{method} weights are read by this tool alone: validation checks what was merged into them, "
+            "not how they were read"
+        )
+    if read_again is not None and read_again.compared:
+        progress.detail(f"{read_again.compared} weights of the base are the same as {method} itself reads them")
+    return made

@@ -149,7 +149,7 @@ def test_audio_processor_names_known_operations_alone(tmp_path: Path) -> None:
         ("config.json", {"transformers_weights": "evil.bin"}, "transformers_weights"),
         ("config.json", {"use_kernels": True}, "use_kernels"),
         ("config.json", {"_auto_class": "x"}, "_auto_class"),
-        ("config.json", {"quantization_config": {"quant_method": "torchao"}}, "torchao"),
+        ("config.json", {"quantization_config": {"quant_method": "aqlm"}}, "aqlm"),
         ("adapter_config.json", {"megatron_core": "evil"}, "megatron_core"),
         ("generation_config.json", {"custom_generate": "org/x"}, "custom_generate"),
         ("generation_config.json", {"compile_config": {"backend": "evil"}}, "compile_config"),

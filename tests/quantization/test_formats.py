@@ -127,7 +127,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 @pytest.mark.parametrize(
     ("change", "settings", "told"),
     [
-        ({}, {"bits": 3}, "GPTQ with 3 bits"),
+        ({}, {"bits": 9}, "GPTQ with 9 bits"),
         ({}, {"group_size": 0}, "group_size is 0"),
         ({}, {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ({"w.qzeros": None}, {}, "w.qzeros is missing"),
@@ -136,7 +136,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
         ({"w.qzeros": torch.ones(4, 6)}, {}, "the type is F32"),
         ({"w.g_idx": torch.zeros(9, dtype=torch.int32)}, {}, r"the shape is \[9\]"),
         ({"w.qweight": None}, {}, "no quantized weight is here"),
-        ({}, {"quant_method": "hqq"}, "quantized with 'hqq'"),
+        ({}, {"quant_method": "aqlm"}, "quantized with .aqlm."),
         ({}, {"quant_method": "awq", "version": "gemv"}, "AWQ of version 'gemv'"),
         ({}, {"quant_method": "awq", "bits": 8}, "with 8 bits"),
         ({}, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),

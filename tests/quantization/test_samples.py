@@ -1,0 +1,55 @@
+"""Layers that other libraries quantized (samples/, by tools/quantized_samples.py) are read as they read them.
+
+Each sample holds the parts of one layer, `expected`, the weight as its library dequantizes it in fp32, and in its
+metadata the config.json and the library's version.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lora_export.checkpoint import Checkpoint, open_checkpoint
+from lora_export.quantization import find_quantized
+
+SAMPLES = sorted((Path(__file__).parent / "samples").glob("*.safetensors"))
+WEIGHT = "model.layers.0.mlp.down_proj.weight"
+
+
+def opened(sample: Path, folder: Path) -> tuple[Checkpoint, torch.Tensor]:
+    """A checkpoint of the sample's layer alone, and what its library makes of it."""
+    with safe_open(sample, framework="pt") as file:
+        metadata = file.metadata()
+        values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    expected = values.pop("expected")
+    (folder / "config.json").write_text(metadata.pop("config"))
+    save_file(values, folder / "model.safetensors", metadata)
+    return open_checkpoint(folder), expected
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=[s.stem for s in SAMPLES])
+def test_a_weight_is_what_its_library_reads(tmp_path: Path, sample: Path) -> None:
+    checkpoint, expected = opened(sample, tmp_path)
+    found = find_quantized(checkpoint, checkpoint.config)
+    assert set(found) == {WEIGHT}
+    weight = found[WEIGHT]
+    assert set(weight.parts) == set(checkpoint.tensors)  # nothing is left over in a merged folder
+    assert weight.shape == tuple(expected.shape)
+    rows = weight.load(checkpoint)
+    whole = rows.rows(0, weight.shape[0])
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(whole, expected, rtol=2.0**-23, atol=2.0**-26 * float(expected.abs().max()))
+    for start, stop in ((0, 1), (3, 10), (len(whole) - 1, len(whole))):
+        assert torch.equal(rows.rows(start, stop), whole[start:stop])
+
+
+def test_there_are_samples_of_each_library() -> None:
+    made_by = set()
+    for sample in SAMPLES:
+        with safe_open(sample, framework="pt") as file:
+            made_by.add(file.metadata()["made_by"].split()[0])
+            json.loads(file.metadata()["config"])
+    assert made_by == {"hqq", "optimum-quanto", "torchao", "mlx", "auto-round"}
