@@ -124,8 +124,7 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     for folder in (base.folder, *(c.folder for c in choices)):
         check_model_folder(folder)
     planned = plan(base.folder, choices, options.merge)
-    config = dict(planned.base.config)
-    config.pop("quantization_config", None)  # the merge removes it
+    config = {k: v for k, v in planned.base.config.items() if k not in planned.config_removals}
     check_request(config, options.precision, options.provider, options.engine, options.quantization)
     refuse_extra(options.extra_arms, choices, options.precision, options.merge.combine)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most

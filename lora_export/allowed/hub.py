@@ -37,7 +37,12 @@ _INTERNAL = frozenset(
     }
 )  # fmt: skip
 # quant_method of config.json: those that this tool reads itself.
-QUANTIZATIONS = frozenset({"bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors"})
+QUANTIZATIONS = frozenset(
+    {
+        "bitsandbytes", "gptq", "awq", "compressed-tensors",
+        "fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "modelopt",
+    }
+)  # fmt: skip
 # The name of a class that reads text, sound or images; a name with a dot or a slash would be looked for elsewhere.
 _READER = re.compile(
     r"[A-Za-z]\w*(Tokenizer|TokenizerFast|Backend|Processor|ProcessorFast|ProcessorPil|FeatureExtractor)"

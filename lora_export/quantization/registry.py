@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lora_export import skeleton
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
-from lora_export.quantization import awq, bnb4, bnb8, compressed, gptq, scaled
+from lora_export.quantization import awq, bnb4, bnb8, compressed, fp8, gptq, modelopt, mxfp4
+from lora_export.quantization.settings import dtype_of, settings_of
 
 if TYPE_CHECKING:
     import torch
-
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Rows(Protocol):
@@ -72,11 +71,10 @@ class WholeRows:
 
 def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str, QuantizedWeight]:
     """Weight name → how to read it. Empty for a checkpoint that is not quantized."""
-    settings = config.get("quantization_config")
+    settings = settings_of(config)
     if not settings:
         return {}
-    method = method_of(settings)
-    dtype = _TYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float16"), "F16")
+    method, dtype = method_of(settings), dtype_of(source, config)
     if method not in FORMATS:
         raise CheckpointError(
             f"the base is quantized with {method!r}, which this tool does not read",
@@ -91,7 +89,7 @@ def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str,
             f"config.json says that this model was quantized with {method}, but no quantized weight is here",
             where="config.json",
             expected=expected,
-            next_step="if the weights are not quantized, remove quantization_config from config.json",
+            next_step="download the folder again, or give the unquantized base that it was made from as -b",
         )
     return {w.weight: w for w in found}
 
@@ -121,6 +119,8 @@ def describe(settings: Mapping[str, Any]) -> str:
     if method in ("gptq", "awq"):
         order = ", act-order" if settings.get("desc_act") else ""
         return f"{method.upper()} {settings.get('bits')} bits, groups of {settings.get('group_size')}{order}"
+    if method == "modelopt":
+        return f"modelopt {settings.get('quant_algo', '')}".strip()
     if method == "fp8":
         return f"fp8 in blocks of {settings.get('weight_block_size') or 'whole tensors'}"
     return f"{method} {settings.get('format', '')}".strip()
@@ -131,7 +131,7 @@ Find = Callable[[TensorSource, Mapping[str, Any], str], Sequence[QuantizedWeight
 
 def _by_settings(find: Find) -> Find:
     """Of a format that needs nothing of config.json but its own settings."""
-    return lambda source, config, dtype: find(source, config["quantization_config"], dtype)
+    return lambda source, config, dtype: find(source, settings_of(config) or {}, dtype)
 
 
 # The method that config.json names → how its weights are found, and what they look like.
@@ -139,7 +139,11 @@ FORMATS: dict[str, tuple[Find, str]] = {
     "bitsandbytes": (_bitsandbytes, "weights with a quant_state (4 bits) or SCB (8 bits)"),
     "gptq": (_by_settings(gptq.find), "tensors such as …q_proj.qweight"),
     "awq": (_by_settings(awq.find), "tensors such as …q_proj.qweight"),
-    "fp8": (_by_settings(scaled.find_fp8), "tensors such as …q_proj.weight_scale_inv"),
+    "fp8": (_by_settings(fp8.find), "fp8 tensors, and scales such as …q_proj.weight_scale_inv"),
+    "mxfp8": (_by_settings(fp8.find), "fp8 tensors, and scales such as …q_proj.weight_scale_inv"),
+    "fbgemm_fp8": (_by_settings(fp8.find), "fp8 tensors, and scales such as …q_proj.weight_scale"),
+    "mxfp4": (_by_settings(mxfp4.find), "tensors such as …experts.gate_up_proj_blocks"),
+    "modelopt": (_by_settings(modelopt.find), "tensors such as …q_proj.weight_scale"),
     "compressed-tensors": (
         _by_settings(compressed.find),
         "tensors such as …q_proj.weight_packed or …q_proj.weight_scale",

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from lora_export import skeleton
 from lora_export.contracts import Check, MergeOptions
 from lora_export.sealed import read_json
+from lora_export.validation.quantized import is_quantized, of_activations
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -96,7 +97,7 @@ def differences(
     before, after = headers(base), headers(merged)
     yield from _twice(merged)
     yield from _not_as_indexed(merged, after)
-    quantized = "quantization_config" in read_json(base / "config.json")
+    quantized = is_quantized(base)
     if not replicated:
         yield from _names(before, after, quantized)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
@@ -129,7 +130,7 @@ def _names(before: Mapping[str, Stored], after: Mapping[str, Stored], quantized:
     """A quantized weight has several tensors in the base, whose names begin as its own does."""
     beginnings = {n.removesuffix("weight") for n in after if n.endswith("weight") or n not in before}
     for name in sorted(before.keys() - after.keys()):
-        if not quantized or beginnings.isdisjoint(name[:i] for i in range(len(name))):
+        if not quantized or not (of_activations(name) or any(name[:i] in beginnings for i in range(len(name)))):
             yield f"{name}: missing"
     for name in sorted(after.keys() - before.keys()):
         parts = quantized and any(n.startswith(name.removesuffix("weight")) for n in before)

@@ -29,10 +29,10 @@ def stand_in(
     max_memory: bytes for the weights that validation compares; None: as there is.
     """
     from lora_export.merging import merge
-    from lora_export.quantization import method_of
+    from lora_export.quantization import method_of, settings_of, with_settings
     from lora_export.validation import streams
 
-    settings = read_json(base / "config.json").get("quantization_config")
+    settings = settings_of(with_settings(base, read_json(base / "config.json")))
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
     method = method_of(settings) if settings else "bitsandbytes" if on_the_fly else None
     if method is None or (method == "bitsandbytes" and not streams(merged, max_memory)):
