@@ -95,8 +95,9 @@ def _honest(name: str, info: TensorInfo, own: Mapping[str, Kind] | None) -> bool
 
 
 def _refusal(base: Checkpoint, found: Sequence[str], quantized: bool) -> CheckpointError:
-    info = base.tensors[found[0]]
-    hint = next((text for end, text in _HINTS.items() if found[0].endswith(end)), None)
+    infos = [base.tensors[n] for n in found]
+    info = min(infos, key=lambda t: (t.dtype not in _CODES | _FP8, "scale" in _leaf(t.name)))  # codes before scales
+    hint = next((text for end, text in _HINTS.items() if any(n.endswith(end) for n in found)), None)
     number = f"{len(found)} tensors are" if len(found) > 1 else "this tensor is"
     said = "its quantization_config does not say" if quantized else "config.json does not say"
     return CheckpointError(
