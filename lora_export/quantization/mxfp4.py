@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _BYTES = 16  # of a group
+_WORDS = 8  # of 16 bits, with four numbers each
 _TOGETHER = 2**18  # numbers that are unpacked at a time, so that they stay in the processor's cache
 # E2M1 in the place of a float16's sign, exponent and mantissa is 2⁻¹⁴ of itself, ½ included (as a subnormal).
 _SMALL = 2.0**14
+_MAGNITUDE, _SIGN = 0x0E000E000E000E00, -0x7FFF7FFF7FFF8000  # bits 9 to 11, and 15, of four words of 16
 
 
 @dataclass(frozen=True)
@@ -34,34 +36,56 @@ class BlockRows:
         """Experts [start, stop), fp32 (stop − start, in, out)."""
         import torch
 
-        blocks = self.source.read_rows(self.blocks, start, stop)
+        return self._read(start, stop, scale_values(self.source.read_rows(self.scales, start, stop)), torch.float32)
+
+    def rows_in(self, start: int, stop: int, dtype: "torch.dtype") -> "torch.Tensor | None":
+        """The same in bfloat16, rounded once; None for another type, or if a number may be too large for it.
+
+        A merge that only dequantizes writes just these, and is spared the fp32 numbers between.
+        """
+        import torch
+
+        if dtype != torch.bfloat16:
+            return None
         scales = scale_values(self.source.read_rows(self.scales, start, stop))
+        return self._read(start, stop, scales, dtype) if bool((scales < 2.0**113).all()) else None
+
+    def _read(self, start: int, stop: int, scales: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
+        import torch
+
+        blocks = self.source.read_rows(self.blocks, start, stop)
         count, out, groups, _ = blocks.shape
-        result = torch.empty(count, groups, _BYTES, 2, out)
+        result = torch.empty(count, groups, _WORDS, 4, out, dtype=dtype)
         step = max(1, _TOGETHER // (2 * _BYTES * out))
         for expert in range(count):
             scale = scales[expert].T.contiguous()
             for at in range(0, groups, step):
                 some = slice(at, min(at + step, groups))
-                packed = blocks[expert, :, some].reshape(out, -1).T.contiguous()
-                _unpack(packed.view(-1, _BYTES, out), scale[some], result[expert, some])
+                words = blocks[expert, :, some].reshape(out, -1).view(torch.int16).T.contiguous()
+                _unpack(words, scale[some, None], result[expert, some])
         return result.view(count, groups * 2 * _BYTES, out)
 
 
-def _unpack(packed: "torch.Tensor", scale: "torch.Tensor", into: "torch.Tensor") -> None:
-    """packed: uint8 (groups, 16, out); scale: fp32 (groups, out); into: fp32 (groups, 16, 2, out)."""
+def _unpack(words: "torch.Tensor", scale: "torch.Tensor", into: "torch.Tensor") -> None:
+    """words: int16 (groups · 8, out); scale: fp32 (groups, 1, out); into: (groups, 8, 4, out), any float type.
+
+    The bits are moved in four words at a time: what leaves a word for the next is masked away.
+    """
     import torch
 
-    words = packed.to(torch.int16)
-    spread = (scale * _SMALL)[:, None]
-    safe = bool((scale < 2.0**113).all())
-    for half, (magnitude, sign) in enumerate(((9, 12), (5, 8))):
-        bits = ((words << magnitude) & 0x0E00) | ((words << sign) & -0x8000)
-        numbers = bits.view(torch.float16).float()
-        if safe:
-            torch.mul(numbers, spread, out=into[:, :, half])
-        else:  # the factor itself would be infinite
-            into[:, :, half] = numbers * _SMALL * scale[:, None]
+    packed = words.view(-1).view(torch.int64)
+    spread, moved = scale * _SMALL, torch.empty_like(packed)
+    safe = bool((scale < 2.0**113).all())  # else the factor itself would be infinite
+    numbers = torch.empty(scale.shape[0], _WORDS, words.shape[1])
+    for j in range(4):
+        sign = (packed << (12 - 4 * j)).bitwise_and_(_SIGN)
+        if j < 3:
+            torch.bitwise_left_shift(packed, 9 - 4 * j, out=moved)
+        else:
+            torch.bitwise_right_shift(packed, 3, out=moved)
+        bits = moved.bitwise_and_(_MAGNITUDE).bitwise_or_(sign)
+        numbers.copy_(bits.view(torch.float16).view(numbers.shape))
+        into[:, :, j].copy_(numbers.mul_(spread) if safe else numbers.mul_(_SMALL).mul_(scale))
 
 
 @dataclass(frozen=True)
