@@ -128,7 +128,8 @@ def _header_type(dtype: str) -> str:
 
 def _names(before: Mapping[str, Stored], after: Mapping[str, Stored], quantized: bool) -> Iterator[str]:
     """A quantized weight has several tensors in the base, whose names begin as its own does."""
-    beginnings = {n.removesuffix("weight") for n in after if n.endswith("weight") or n not in before}
+    codes = {n for n, tensor in before.items() if tensor.dtype not in FLOATS}
+    beginnings = {n.removesuffix("weight") for n in after if n.endswith("weight") or n not in before or n in codes}
     for name in sorted(before.keys() - after.keys()):
         if not quantized or not (of_activations(name) or any(name[:i] in beginnings for i in range(len(name)))):
             yield f"{name}: missing"

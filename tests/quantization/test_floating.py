@@ -321,3 +321,16 @@ def test_an_adapter_on_a_layer_in_fp8(tmp_path: Path) -> None:
     assert any("activation_scale" in w for w in result.warnings)
     expected = logits(unmerged(plain, adapter))
     assert float((logits(load(tmp_path / "out")) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def test_experts_of_many_blocks_are_merged_in_the_memory_of_one(tmp_path: Path) -> None:
+    """All 16 experts together would take more than is allowed, in fp32 and as they are stored."""
+    parts, exact = blocks(16, 512, 512)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"w_blocks": parts["blocks"], "w_scales": parts["scales"]}, base / "model.safetensors")
+    (base / "config.json").write_text(
+        json.dumps({"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}})
+    )
+    merge(base, [], tmp_path / "out", MergeOptions(max_memory=4 * 512 * 512 * 4))
+    assert torch.equal(tensors(tmp_path / "out")["w"], exact.bfloat16())
