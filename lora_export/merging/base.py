@@ -40,7 +40,7 @@ def base_weights(base: Checkpoint, options: MergeOptions, order: list[int] | Non
     quantized = find_quantized(base, with_settings(base.folder, base.config))
     _check_options(base, quantized, options)
     parts = {p for q in quantized.values() for p in q.parts}
-    parts |= without_leftovers(base, parts, bool(quantized))
+    parts |= without_leftovers(base, parts, quantized)
     found = {n: BaseWeight(n, t.shape, t) for n, t in base.tensors.items() if n not in parts}
     found |= {n: BaseWeight(n, q.shape, base.tensors[q.parts[0]], q) for n, q in quantized.items()}
     in_file_order = {n: i for i, n in enumerate(base.tensors)}

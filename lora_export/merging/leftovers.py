@@ -36,19 +36,20 @@ _HINTS = {
 }  # fmt: skip
 
 
-def without_leftovers(base: Checkpoint, parts: Collection[str], quantized: bool) -> frozenset[str]:
+def without_leftovers(base: Checkpoint, parts: Collection[str], quantized: Collection[str]) -> frozenset[str]:
     """The tensors to leave out. CheckpointError for quantized numbers or scales that nothing claims.
 
-    parts: the tensors of quantized weights; quantized: whether config.json says that there are any.
+    parts: the tensors of quantized weights; quantized: the names of those weights.
     """
+    owners = {w.rpartition(".")[0] for w in quantized} | set(quantized)
     rest = {n: t for n, t in base.tensors.items() if n not in parts}
     dead = frozenset(n for n in rest if quantized and _called(n, _DEAD) and rest[n].dtype not in _FP8)
-    suspects = [n for n, t in rest.items() if n not in dead and _suspicious(n, t, quantized)]
+    suspects = [n for n, t in rest.items() if n not in dead and _suspicious(n, t, owners)]
     if suspects:
         own = kinds_in_model(base, suspects)
         found = [n for n in suspects if not _honest(n, rest[n], own)]
         if found:
-            raise _refusal(base, found, quantized)
+            raise _refusal(base, found, bool(quantized))
     return dead
 
 
@@ -61,14 +62,15 @@ def told(left_out: Collection[str]) -> list[str]:
     return [f"{len(dead)} scales of activations ({leaves}) are left out: no layer of the result is quantized"]
 
 
-def _suspicious(name: str, info: TensorInfo, quantized: bool) -> bool:
+def _suspicious(name: str, info: TensorInfo, owners: Collection[str]) -> bool:
+    """owners: the layers that are quantized, in which any scale should have been read."""
     if info.dtype in _FP8:
         return True
     if info.dtype in _CODES:
         return len(info.shape) > 1 and not _is_buffer(name, info)
     if _called(name, _OF_QUANTIZERS):
         return True
-    return quantized and _leaf(name).endswith("scale")
+    return name.rpartition(".")[0] in owners and _leaf(name).endswith("scale")
 
 
 def _is_buffer(name: str, info: TensorInfo) -> bool:

@@ -53,6 +53,10 @@ CASES: dict[str, tuple[Change, dict[str, Any] | None, str]] = {
     "some fp8 without scales": (mixed(lambda n, w: {n: fp8(n, w)}), FP8, "type F8_E4M3"),
     "scales of an unknown name": (mixed(scaled("weight.odd")), FP8, "type F8_E4M3"),
     "a scale beside bfloat16": (mixed(lambda n, w: {f"{n}_scale": torch.ones(())}), FP8, "_proj.weight_scale"),
+    "a second scale": (
+        lambda n, w: scaled("weight_scale")(n, w) | {n.replace("weight", "outer_scale"): torch.ones(())},
+        FP8, "outer_scale",
+    ),
     "packed numbers": (mixed(lambda n, w: {n: None, f"{n}_packed": w[:, ::2].byte()}), FP8, "compressed-tensors"),
     "quanto without settings": (quanto, None, "quanto"),
     "HQQ without settings": (hqq, None, "HQQ"),
@@ -122,10 +126,10 @@ def test_buffers_that_old_versions_saved_stay(tmp_path: Path) -> None:
     assert changes.keys() <= plan(base, [], MergeOptions()).tensors.keys()
 
 
-def test_a_scale_of_the_model_itself_stays_in_a_quantized_base(tmp_path: Path) -> None:
-    """The architecture is asked by the names of the loaded model."""
+def test_scales_of_other_modules_stay_in_a_quantized_base(tmp_path: Path) -> None:
+    """Also those of layers that transformers does not build, such as the ones that predict further tokens."""
     base = save_base(tmp_path / "base", *HONEST["logit_scale"])
-    changes: dict[str, torch.Tensor | None] = {}
+    changes: dict[str, torch.Tensor | None] = {"mtp.0.hc_attn_scale": torch.ones(3)}
     for name, weight in tensors(base).items():
         if name.endswith("q_proj.weight"):
             changes |= scaled("weight_scale")(name, weight)
@@ -133,7 +137,8 @@ def test_a_scale_of_the_model_itself_stays_in_a_quantized_base(tmp_path: Path) -
     edit_tensors(base / "model.safetensors", changes)
     edit_json(base / "config.json", quantization_config=FP8)
     planned = plan(base, [], MergeOptions())
-    assert "logit_scale" in planned.tensors and planned.counts["dequantized"] == len(changes) // 3 == 2
+    assert {"logit_scale", "mtp.0.hc_attn_scale"} <= planned.tensors.keys()
+    assert planned.counts["dequantized"] == len(changes) // 3 == 2
     assert not any("input_scale" in name for name in planned.tensors)
     assert [w for w in planned.warnings if "2 scales of activations (input_scale)" in w]
 
