@@ -41,8 +41,8 @@ _NUMBERS = frozenset({"Infinity", "-Infinity", "NaN"})
 # quant_method of config.json: those that this tool reads itself. transformers loads bitsandbytes alone.
 QUANTIZATIONS = frozenset(
     {
-        "bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "auto-round", "hqq", "quanto", "torchao",
-        "bitnet", "mlx", "gguf",
+        "bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "modelopt",
+        "auto-round", "hqq", "quanto", "torchao", "bitnet", "mlx", "gguf",
     }
 )  # fmt: skip
 # The name of a class that reads text, sound or images; a name with a dot or a slash would be looked for elsewhere.

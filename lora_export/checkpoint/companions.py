@@ -71,9 +71,21 @@ def copy_files(files: list[Path], target: Path) -> None:
 def write_config(
     source: Path, target: Path, config: Mapping[str, Any], changes: Mapping[str, Any], removals: frozenset[str]
 ) -> None:
-    """Copy config.json, which holds `config`, with some keys set or removed; without a change, byte for byte."""
-    wanted = {k: v for k, v in config.items() if k not in removals} | dict(changes)
+    """Copy config.json, which holds `config`, with some keys set or removed; without a change, byte for byte.
+
+    removals: keys; of a key in a part of the configuration, those on the way to it, joined by dots.
+    """
+    wanted = _without(config, removals) | dict(changes)
     if wanted == config:
         copy(source, target)
     else:
         write_settings(target, wanted)
+
+
+def _without(config: Mapping[str, Any], removals: Iterable[str]) -> dict[str, Any]:
+    kept = {k: v for k, v in config.items() if k not in removals}
+    for key, value in kept.items():
+        inner = [r.removeprefix(f"{key}.") for r in removals if r.startswith(f"{key}.")]
+        if inner and isinstance(value, dict):
+            kept[key] = _without(value, inner)
+    return kept

@@ -43,6 +43,19 @@ def merge_options_of(words: dict[str, Any], force: bool = False) -> MergeOptions
     return MergeOptions(**{key: words[key] for key in MERGE_KEYS}, force=force)
 
 
+def refuse_mere_copy(base: str, options: MergeOptions) -> None:
+    """InputError for a merge without an adapter that would change nothing."""
+    from lora_export.merging import plan
+
+    if not plan(resolve(base).folder, [], options).computes:
+        raise InputError(
+            "no adapter is given, and this base is not quantized: there is nothing to merge",
+            where=base,
+            expected="an adapter, or a base that is to be dequantized",
+            next_step="-a ADAPTER",
+        )
+
+
 def bases_of(words: dict[str, Any]) -> CompareBases | None:
     """The comparison of bases that was asked for; refuses its details without it."""
     given = [f"--{key.replace('_', '-')}" for key in ("requantize", "original_base") if words[key] is not None]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.command("merge")
 @options.base_option
-@options.adapter_option
+@options.adapter_or_none_option
 @options.output_option
 @merging_options.merge_options
 @options.dry_run_option
@@ -32,7 +32,7 @@ def merge(
     and how much of the adapter's change survived the rounding.
 
     Several adapters are applied in turn, or made one change by --combine; what they do to each other (cosines,
-    signs in conflict, norms) is shown first, and in --dry-run.
+    signs in conflict, norms) is shown first, and in --dry-run. Without an adapter a quantized base is dequantized.
 
     \b
         lora-export merge -b BASE -a A:0.7 -a B:0.3 --combine ties --density 0.2 -o OUT
@@ -45,6 +45,8 @@ def merge(
         from lora_export.merging import interference, plan
 
         settings = gather.merge_options_of(words, force)
+        if not adapters:
+            gather.refuse_mere_copy(base, settings)
         if dry_run:
             choices = gather.chosen(adapters)
             planned = plan(resolve(base).folder, choices, settings)

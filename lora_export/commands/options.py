@@ -35,6 +35,14 @@ def adapter_option(command: Command) -> Command:
     )(command)  # fmt: skip
 
 
+def adapter_or_none_option(command: Command) -> Command:
+    return click.option(
+        "-a", "--adapter", "adapters", multiple=True, metavar="ADAPTER",
+        help="Adapter: a folder or hub id. Repeat it to merge several, with weights as in -a A:0.7 -a B:0.3. "
+        "Without one a quantized base is only dequantized.",
+    )(command)  # fmt: skip
+
+
 def output_option(command: Command) -> Command:
     return click.option(
         "-o", "--output", required=True, type=FOLDER, metavar="OUT", help="Folder to write, all or nothing."

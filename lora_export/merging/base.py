@@ -6,9 +6,16 @@ from dataclasses import dataclass
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import MergeOptions, TensorInfo
 from lora_export.errors import CheckpointError, InputError
+from lora_export.merging.leftovers import told, without_leftovers
 from lora_export.merging.names import rename, resolve_prefix
 from lora_export.merging.replication import replicated_names
-from lora_export.quantization import QuantizedWeight, TrainingQuantization, find_quantized, quantized_modules
+from lora_export.quantization import (
+    QuantizedWeight,
+    TrainingQuantization,
+    find_quantized,
+    quantized_modules,
+    with_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,10 @@ def base_weights(base: Checkpoint, options: MergeOptions, order: list[int] | Non
 
     The parts of a quantized weight are no weights of their own.
     """
-    quantized = find_quantized(base, base.config)
+    quantized = find_quantized(base, with_settings(base.folder, base.config))
     _check_options(base, quantized, options)
     parts = {p for q in quantized.values() for p in q.parts}
+    parts |= without_leftovers(base, parts, quantized)
     found = {n: BaseWeight(n, t.shape, t) for n, t in base.tensors.items() if n not in parts}
     found |= {n: BaseWeight(n, q.shape, base.tensors[q.parts[0]], q) for n, q in quantized.items()}
     in_file_order = {n: i for i, n in enumerate(base.tensors)}
@@ -40,6 +48,13 @@ def base_weights(base: Checkpoint, options: MergeOptions, order: list[int] | Non
     if order is None:
         return found
     return {new: found[old] for new, old in replicated_names(found, order, str(base.folder)).items()}
+
+
+def left_out(base: Checkpoint, weights: Mapping[str, BaseWeight]) -> list[str]:
+    """What to tell of the base's tensors that the result lacks, because they serve activations alone."""
+    parts = {p for w in weights.values() if w.quantized for p in w.quantized.parts}
+    used = parts | {w.info.name for w in weights.values()}
+    return told([n for n in base.tensors if n not in used]) if parts else []
 
 
 def _check_options(base: Checkpoint, quantized: Mapping[str, QuantizedWeight], options: MergeOptions) -> None:

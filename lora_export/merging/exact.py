@@ -10,7 +10,7 @@ otherwise: `terms`). The fp32 part is four times what is tested: what goes beyon
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -142,7 +142,9 @@ class ExactTensor:
         return errors
 
     def _exact(self, start: int, stop: int) -> "torch.Tensor":
-        """Rows of the result, float64; a scalar has one row."""
+        """Rows of the result, float64, or as they are where nothing changes them; a scalar has one row."""
+        if not self._updates:
+            return base_rows(self._tensor, self._packed, start, stop)
         exact = self._before(start, stop)
         shape = exact.shape
         for update in self._updates:
@@ -166,6 +168,30 @@ class ExactTensor:
         import torch
 
         found = torch.cat([written(start, stop) for start, stop in runs])
+        rows = [row for start, stop in runs for row in range(start, stop)]
+        width = max(1, found.numel() // max(1, len(rows)))
+        found, exact, terms = found.reshape(-1), exact.reshape(-1), cache(terms)
+        wider = torch.promote_types(found.dtype, exact.dtype)
+        for at in range(0, max(1, found.numel()), CHUNK):  # a row may be an expert, and larger than any cache
+            some = slice(at, at + CHUNK)
+            if torch.equal(found[some].to(wider), exact[some].to(wider)):  # as dequantized weights often are
+                errors.checked += exact[some].numel()
+                continue
+            first = self._judge_some(errors, found[some], exact[some].double(), some, terms)
+            if first is not None and errors.worst is None:
+                errors.worst = rows[first // width]
+
+    def _judge_some(
+        self,
+        errors: Errors,
+        found: "torch.Tensor",
+        exact: "torch.Tensor",
+        some: slice,
+        terms: "Callable[[], torch.Tensor]",
+    ) -> int | None:
+        """Add some of the numbers of rows, which are flat here; the place of the first beyond the bound."""
+        import torch
+
         largest = torch.finfo(found.dtype).max
         found = found.double()
         known = torch.isfinite(exact) & (exact.abs() <= largest)  # the rest is --allow-nonfinite's
@@ -177,12 +203,10 @@ class ExactTensor:
             errors.largest = float(torch.maximum(ulps.max(), ulps.new_tensor(errors.largest)))  # keeps a NaN
         # No formula's terms are smaller than its result. A NaN is within no bound.
         if bool(((off <= unit / 2 + 2.0**-22 * exact.abs()) | ~known).all()):
-            return
-        beyond = known & ~(off <= unit / 2 + SLACK * terms())
+            return None
+        beyond = known & ~(off <= unit / 2 + SLACK * terms().reshape(-1)[some])
         errors.beyond += int(beyond.sum())
-        if errors.worst is None and errors.beyond:
-            rows = [row for start, stop in runs for row in range(start, stop)]
-            errors.worst = rows[int(beyond.reshape(len(rows), -1).any(1).nonzero()[0])]
+        return some.start + int(beyond.nonzero()[0]) if bool(beyond.any()) else None
 
     def _terms_of(self, runs: Sequence[tuple[int, int]]) -> "torch.Tensor":
         import torch

@@ -4,10 +4,11 @@ transformers 5 renames tensors when it loads them, and fuses experts that lie on
 conversions (transformers.conversion_mapping) is asked, on a model without weights.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_export.adapters.kind import is_float64
 from lora_export.checkpoint.reader import Checkpoint
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
+Kind = Literal["float", "whole", "passed over"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,28 @@ def _of_groups(groups: Mapping[str, Group], weights: Mapping[str, Shape]) -> dic
             continue
         for loaded, shape in shapes.items():
             found[loaded] = tuple(Piece(name, group=group, loaded=shape) for name in group.sources)
+    return found
+
+
+def kinds_in_model(base: Checkpoint, names: Iterable[str]) -> dict[str, Kind] | None:
+    """Name of a tensor on disk → what the loaded model has for it, or that transformers knows it and passes it
+    over; None where transformers cannot build the model."""
+    try:
+        model, conversions = _conversions(base)
+    except (CheckpointError, ImportError, AttributeError):
+        return None
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    meta, found = model.state_dict(), dict[str, Kind]()
+    passed_over = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    for name in names:
+        target = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)[0]
+        if target in meta:
+            found[name] = "float" if meta[target].is_floating_point() else "whole"
+        elif any(re.search(pattern, name) for pattern in passed_over):
+            found[name] = "passed over"
     return found
 
 

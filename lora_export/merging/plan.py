@@ -8,13 +8,13 @@ from lora_export.checkpoint.reader import Checkpoint, file_dtype
 from lora_export.checkpoint.shards import OutputTensor, Shard, plan_shards
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInfo
 from lora_export.errors import AdapterError, CheckpointError
-from lora_export.merging.base import BaseWeight, base_weights, quantized_in_training
+from lora_export.merging.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.combining import combined
 from lora_export.merging.names import INPUT_EMBEDDINGS, OUTPUT_HEADS, unknown_target
 from lora_export.merging.replication import config_changes, layer_order
 from lora_export.merging.targets import match_targets
 from lora_export.merging.ties import pair_to_untie
-from lora_export.quantization import QuantizedWeight, TrainingQuantization, settings_keys
+from lora_export.quantization import QuantizedWeight, TrainingQuantization, places_of
 
 Operation = Literal["copied", "updated", "replaced", "dequantized", "converted"]
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -99,6 +99,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     order = layer_order(adapters)
     weights = base_weights(base, options, order)
     targets, warnings = match_targets(base, adapters, weights)
+    warnings += left_out(base, weights)
     if options.combine != "none":
         targets = {name: combined(name, updates, adapters, options) for name, updates in targets.items()}
     untie = pair_to_untie(base, weights, targets)
@@ -202,7 +203,7 @@ def _config_edits(
     options: MergeOptions,
 ) -> tuple[dict[str, Any], frozenset[str]]:
     changes: dict[str, Any] = {}
-    removals = settings_keys(base.config) if dequantized else frozenset()
+    removals: frozenset[str] = places_of(base.config) if dequantized else frozenset()
     if untie:
         changes["tie_word_embeddings"] = False
     if options.dtype != "keep":

@@ -105,6 +105,9 @@ class TensorWork:
         """Rows [start, stop) in the output's type. CheckpointError for NaN and infinity."""
         updates, dtype = self._load(), torch_dtype(self.tensor.output.dtype)
         rows = slice(start, stop)
+        rounded = None if updates or self.device != "cpu" else self._as_written(start, stop, dtype)
+        if rounded is not None:
+            return rounded
         result = self._read(start, stop, self.hash_in).to(self.device)
         some = sampled(self.tensor.shape, start, len(result)) if self.tensor.shape else ...
         before = (result if some is None else result[some]).clone() if updates else None
@@ -115,6 +118,12 @@ class TensorWork:
         if before is not None:
             self._survey(before, result, rounded, some, start, stop)
         return rounded.cpu()
+
+    def _as_written(self, start: int, stop: int, dtype: "torch.dtype") -> "torch.Tensor | None":
+        """Rows of a weight that is only dequantized, in the output's type, if its format can give them finite."""
+        direct = getattr(self._packed, "rows_in", None)
+        found: torch.Tensor | None = direct(start, stop, dtype) if direct else None
+        return found
 
     def _survey(
         self,

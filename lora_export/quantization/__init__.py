@@ -5,22 +5,21 @@ from lora_export.quantization.registry import (
     describe,
     find_quantized,
     method_here,
-    method_in,
     method_of,
-    quantization_of,
-    settings_keys,
 )
+from lora_export.quantization.settings import dtype_of, places_of, settings_of, with_settings
 from lora_export.quantization.training import TrainingQuantization, quantized_modules
 
 __all__ = [
     "QuantizedWeight",
     "TrainingQuantization",
     "describe",
+    "dtype_of",
     "find_quantized",
     "method_here",
-    "method_in",
     "method_of",
-    "quantization_of",
+    "places_of",
     "quantized_modules",
-    "settings_keys",
+    "settings_of",
+    "with_settings",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
 from lora_export.quantization.packed import part
-from lora_export.quantization.scaled import SCALES, ScaledRows
+from lora_export.quantization.scaled import SCALES, ScaledRows, scale_values
 
 ZEROS = ("I8", "U8", "I16", "I32", "F16", "BF16", "F32")
 
@@ -32,8 +32,9 @@ class AffineWeight:
 
     def load(self, source: TensorSource) -> ScaledRows:
         grid = (math.ceil(self.shape[0] / self.block[0]), math.ceil(self.shape[1] / self.block[1]))
-        zero = source.read(self.zero).reshape(grid) if self.zero else None
-        return ScaledRows(source.read(self.codes), source.read(self.scale).reshape(grid), zero, self.block)
+        zero = source.read(self.zero).float().reshape(grid) if self.zero else None
+        scale = scale_values(source.read(self.scale)).reshape(grid)
+        return ScaledRows(source, self.codes, scale, zero, self.block)
 
 
 def affine_weight(

@@ -2,7 +2,9 @@
 
 pack-quantized: X.weight_packed int32 (out, in · B/32), values plus 2^(B−1), lowest bits first; X.weight_shape (2,);
 X.weight_scale (out, groups); X.weight_zero_point int32 (out · B/32, groups), packed along the outputs, if it is
-asymmetric; X.weight_g_idx int32 (in,) with act-order. Others: X.weight int8 or fp8, X.weight_scale.
+asymmetric; X.weight_g_idx int32 (in,) with act-order. nvfp4-pack-quantized, mxfp4-pack-quantized: X.weight_packed
+U8 (out, in/2), X.weight_scale E4M3 or E8M0 as bytes, X.weight_global_scale fp32. Others: X.weight int8 or fp8,
+X.weight_scale; mxfp8-quantized has it as bytes of E8M0. Experts may be fused: (experts, out, in).
 """
 
 from collections.abc import Mapping
@@ -12,20 +14,24 @@ from typing import TYPE_CHECKING, Any
 from lora_export.contracts import TensorSource
 from lora_export.documents import Kind, check
 from lora_export.errors import CheckpointError
+from lora_export.quantization.fp4 import Fp4Weight, fp4_weight
 from lora_export.quantization.packed import check_groups, expect, part, unpack
-from lora_export.quantization.scaled import SCALES, Block, ScaledRows, ScaledWeight, block_of, scaled_weight
+from lora_export.quantization.scaled import SCALES, ScaledWeight, block_of, scaled_weight
 
 if TYPE_CHECKING:
     import torch
 
-PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
-FORMATS = ("pack-quantized", *PLAIN, "dense")
+FORMATS = (
+    "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "int-quantized", "float-quantized",
+    "naive-quantized", "mxfp8-quantized", "dense",
+)  # fmt: skip
 BITS = (4, 8)
 _GROUP: Kind = {"format?": (None, str), "weights?": (None, {"block_structure?": (None, str, [int])})}
 _SETTINGS: Kind = {
     "format?": (None, str),
     "config_groups?": (None, {str: _GROUP}),
     "sparsity_config?": (None, {"format?": (None, str)}),
+    "transform_config?": (None, dict),
 }
 
 
@@ -73,7 +79,9 @@ class PackedWeight:
         return PackedRows(source.read(self.parts[0]), self.bits, scale, zero, groups)
 
 
-def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[PackedWeight | ScaledWeight]:
+def find(
+    source: TensorSource, settings: Mapping[str, Any], dtype: str
+) -> list[PackedWeight | Fp4Weight | ScaledWeight]:
     """Every compressed weight of a checkpoint, checked by headers; dtype: what the model computes in."""
     check(settings, _SETTINGS, "quantization_config", "config.json")
     groups = settings.get("config_groups") or {}
@@ -86,13 +94,28 @@ def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[
             expected=", ".join(FORMATS[:-1]),
             next_step="give the unquantized base model that this one was made from as -b",
         )
-    found: list[PackedWeight | ScaledWeight] = []
-    for name in source.tensors:
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        raise CheckpointError(
+            "compressed-tensors with a transform_config: weights that were rotated, as inputs are when it runs",
+            where="config.json",
+            expected="weights that were quantized as they are",
+            next_step="give the unquantized base model that this one was made from as -b",
+        )
+    found: list[PackedWeight | Fp4Weight | ScaledWeight] = []
+    for name, info in source.tensors.items():
         if name.endswith(".weight_packed"):
-            found.append(_packed(source, name.removesuffix("_packed"), dtype))
-        elif name.endswith(".weight_scale") and name.removesuffix("_scale") in source.tensors:
+            make = _packed if info.dtype == "I32" else _floats
+            found.append(make(source, name.removesuffix("_packed"), dtype))
+        elif name.endswith("_scale") and name.removesuffix("_scale") in source.tensors:
             found.append(_plain(source, name.removesuffix("_scale"), groups, dtype))
     return found
+
+
+def _floats(source: TensorSource, weight: str, dtype: str) -> Fp4Weight:
+    """E2M1. The global scale is what the scales were multiplied with before they were stored."""
+    whole = f"{weight}_global_scale"
+    parts = (f"{weight}_packed", f"{weight}_scale", *([whole] if whole in source.tensors else []))
+    return fp4_weight(source, weight, parts, dtype, divided=True)
 
 
 def _packed(source: TensorSource, weight: str, dtype: str) -> PackedWeight:
@@ -133,18 +156,10 @@ def _plain(source: TensorSource, weight: str, groups: Mapping[str, Any], dtype: 
     codes, scale = source.tensors[weight], source.tensors[f"{weight}_scale"]
     zero = f"{weight}_zero_point"
     blocks = [block_of((g.get("weights") or {}).get("block_structure")) for g in groups.values()]
-    block: Block = (None, None)
-    if len(codes.shape) == 2 and len(scale.shape) == 2 and scale.shape != (1, 1):
-        structure = next((b for b in blocks if b and _fits(codes.shape, scale.shape, b)), None)
-        block = structure or (1, None if scale.shape[1] <= 1 else codes.shape[1] // scale.shape[1])
-    elif len(scale.shape) == 1 and scale.shape != (1,):
-        block = (1, None)
+    size = next((b for b in blocks if b and _fits(codes.shape[-2:], scale.shape[-2:], b)), None)
     used = zero if zero in source.tensors else None
-    return scaled_weight(source, weight, scale.name, used, dtype, ("I8", "F8_E4M3"), block)
+    return scaled_weight(source, weight, scale.name, used, dtype, ("I8", "F8_E4M3", "F8_E5M2"), size)
 
 
 def _fits(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int]) -> bool:
-    return scale == tuple(-(-n // b) for n, b in zip(weight, block, strict=True))
-
-
-__all__ = ["PackedRows", "PackedWeight", "ScaledRows", "find"]
+    return scale == tuple(-(-n // b) for n, b in zip(weight, block, strict=False))

@@ -14,20 +14,21 @@ from lora_export.quantization import (
     bnb4,
     bnb8,
     compressed,
+    fp8,
     gguf,
     gptq,
     hqq,
     mlx,
+    modelopt,
+    mxfp4,
     quanto,
-    scaled,
     torchao,
 )
 from lora_export.quantization.refused import ORIGINAL, REFUSED
+from lora_export.quantization.settings import dtype_of, settings_of
 
 if TYPE_CHECKING:
     import torch
-
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Rows(Protocol):
@@ -85,17 +86,12 @@ class WholeRows:
         return self.value[start:stop]
 
 
-def settings_keys(config: Mapping[str, Any]) -> frozenset[str]:
-    """The keys of a config.json that speak of its quantization: what a dequantized model must not keep."""
-    return frozenset({"quantization_config"} | ({"quantization"} if mlx.settings_of(config) else set()))
-
-
 def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str, QuantizedWeight]:
     """Weight name → how to read it. Empty for a checkpoint that is not quantized."""
     method = method_here(source, config)
     if method is None:
         return {}
-    dtype = _TYPES.get(str(config.get("dtype") or config.get("torch_dtype") or "float16"), "F16")
+    dtype = dtype_of(source, config)
     if method not in FORMATS:
         raise CheckpointError(
             f"the base is quantized with {method!r}, which this tool does not read"
@@ -111,7 +107,7 @@ def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str,
             f"config.json says that this model was quantized with {method}, but no quantized weight is here",
             where="config.json",
             expected=expected,
-            next_step="if the weights are not quantized, remove quantization_config from config.json",
+            next_step="download the folder again, or give the unquantized base that it was made from as -b",
         )
     return {w.weight: w for w in found}
 
@@ -129,20 +125,10 @@ def _unnamed(source: TensorSource) -> str | None:
     return "hqq" if any(n.endswith(".W_q") for n in source.tensors) else None
 
 
-def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says of its quantization; empty where it says nothing."""
-    return mlx.settings_of(config) or config.get("quantization_config") or {}
-
-
-def method_in(config: Mapping[str, Any]) -> str | None:
-    """The method that a config.json names; None where it names none."""
-    settings = quantization_of(config)
-    return method_of(settings) if settings else None
-
-
 def method_here(source: TensorSource, config: Mapping[str, Any]) -> str | None:
-    """As method_in; where the configuration is silent, what the names of the tensors tell."""
-    return method_in(config) or _unnamed(source)
+    """The method that the configuration names; where it is silent, what the names of the tensors tell, or None."""
+    settings = settings_of(config)
+    return method_of(settings) if settings else _unnamed(source)
 
 
 def method_of(settings: Mapping[str, Any]) -> str:
@@ -167,6 +153,8 @@ def describe(settings: Mapping[str, Any]) -> str:
         order = ", act-order" if settings.get("desc_act") else ""
         name = "AutoRound" if method == "auto-round" else method.upper()
         return f"{name} {settings.get('bits')} bits, groups of {settings.get('group_size')}{order}"
+    if method == "modelopt":
+        return f"modelopt {settings.get('quant_algo', '')}".strip()
     if method == "fp8":
         return f"fp8 in blocks of {settings.get('weight_block_size') or 'whole tensors'}"
     return f"{method} {settings.get('format', '')}".strip()
@@ -177,7 +165,7 @@ Find = Callable[[TensorSource, Mapping[str, Any], str], Sequence[QuantizedWeight
 
 def _by_settings(find: Find) -> Find:
     """Of a format that needs nothing of config.json but its own settings."""
-    return lambda source, config, dtype: find(source, config.get("quantization_config") or {}, dtype)
+    return lambda source, config, dtype: find(source, settings_of(config) or {}, dtype)
 
 
 # The method that config.json names → how its weights are found, and what they look like.
@@ -185,7 +173,11 @@ FORMATS: dict[str, tuple[Find, str]] = {
     "bitsandbytes": (_bitsandbytes, "weights with a quant_state (4 bits) or SCB (8 bits)"),
     "gptq": (_by_settings(gptq.find), "tensors such as …q_proj.qweight"),
     "awq": (_by_settings(awq.find), "tensors such as …q_proj.qweight"),
-    "fp8": (_by_settings(scaled.find_fp8), "tensors such as …q_proj.weight_scale_inv"),
+    "fp8": (_by_settings(fp8.find), "fp8 tensors, and scales such as …q_proj.weight_scale_inv"),
+    "mxfp8": (_by_settings(fp8.find), "fp8 tensors, and scales such as …q_proj.weight_scale_inv"),
+    "fbgemm_fp8": (_by_settings(fp8.find), "fp8 tensors, and scales such as …q_proj.weight_scale"),
+    "mxfp4": (_by_settings(mxfp4.find), "tensors such as …experts.gate_up_proj_blocks"),
+    "modelopt": (_by_settings(modelopt.find), "tensors such as …q_proj.weight_scale"),
     "compressed-tensors": (
         _by_settings(compressed.find),
         "tensors such as …q_proj.weight_packed or …q_proj.weight_scale",

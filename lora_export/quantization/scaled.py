@@ -1,86 +1,105 @@
 """Weights that lie unpacked (fp8, int8), with scales for tensors, rows, groups or blocks: W = (q − zero) · scale.
 
-fp8 as DeepSeek and transformers save it: X.weight F8_E4M3 (out, in), X.weight_scale_inv fp32 or E8M0, one a block
-(short blocks at the ends are legal). compressed-tensors: X.weight, X.weight_scale and maybe X.weight_zero_point.
+A weight is a matrix (out, in), or a matrix for each expert (experts, height, width); the scales are a grid of
+blocks of each matrix, whose last blocks may be short.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.documents import check
 from lora_export.errors import CheckpointError
 from lora_export.quantization.packed import part
 
 if TYPE_CHECKING:
     import torch
 
-Block = tuple[int | None, int | None]  # rows and columns that share a scale; None for all of them
-SCALES = ("F32", "BF16", "F16", "F8_E8M0")
+Block = tuple[int, int]
+POWERS = ("F8_E8M0", "U8")  # eight bits of exponent, by their own type or as bytes
+SCALES = ("F32", "BF16", "F16", *POWERS)
+
+
+def scale_values(scale: "torch.Tensor") -> "torch.Tensor":
+    """Scales in fp32. Bytes are exponents, 2^(b − 127), and 255 is no number (OCP Microscaling Formats, E8M0)."""
+    import torch
+
+    return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
+
+
+def multiply(values: "torch.Tensor", scale: "torch.Tensor", width: int) -> "torch.Tensor":
+    """values (…, columns) fp32, changed in place, times scale (…, groups) of `width` columns each."""
+    columns, groups = values.shape[-1], scale.shape[-1]
+    if groups == 1:
+        return values.mul_(scale)
+    if columns == groups * width:
+        values.view(*values.shape[:-1], groups, width).mul_(scale[..., None])
+        return values
+    return values.mul_(_columns(scale, width, columns))
+
+
+def _columns(blocks: "torch.Tensor", width: int, columns: int) -> "torch.Tensor":
+    import torch
+
+    return blocks[..., torch.arange(columns) // width]
 
 
 @dataclass(frozen=True)
 class ScaledRows:
-    """codes: (out, in); scale and zero: (rows, columns) of blocks of `block` elements."""
+    """codes: the name of the tensor; scale and zero: fp32 (…, rows, columns) of blocks of `block` elements."""
 
-    codes: "torch.Tensor"
+    source: TensorSource
+    codes: str
     scale: "torch.Tensor"
     zero: "torch.Tensor | None"
-    block: tuple[int, int]
+    block: Block
 
     def rows(self, start: int, stop: int) -> "torch.Tensor":
-        """Rows [start, stop) in fp32."""
-        value = self.codes[start:stop].float()
+        """Rows of a matrix, or experts, [start, stop) in fp32."""
+        value = self.source.read_rows(self.codes, start, stop).float()
         if self.zero is not None:
-            value = value - self._spread(self.zero, start, stop)
-        return value * self._spread(self.scale, start, stop)
+            value.sub_(_columns(self._of(self.zero, start, stop, value), self.block[1], value.shape[-1]))
+        return multiply(value, self._of(self.scale, start, stop, value), self.block[1])
 
-    def _spread(self, blocks: "torch.Tensor", start: int, stop: int) -> "torch.Tensor":
+    def _of(self, blocks: "torch.Tensor", start: int, stop: int, value: "torch.Tensor") -> "torch.Tensor":
+        """The grid's columns for each row of `value`."""
         import torch
 
-        height, width = self.block
-        row, column = torch.arange(start, stop) // height, torch.arange(self.codes.shape[1]) // width
-        return blocks.float()[row][:, column]
+        if value.dim() == 2:
+            return blocks[torch.arange(start, stop) // self.block[0]]
+        return blocks[start:stop, torch.arange(value.shape[1]) // self.block[0]]
 
 
 @dataclass(frozen=True)
 class ScaledWeight:
-    """block: the (rows, columns) that share a scale."""
+    """grid: the shape of the scales, with the experts in front; block: the (rows, columns) that share one."""
 
     weight: str
     parts: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: str
-    block: tuple[int, int]
+    grid: tuple[int, ...]
+    block: Block
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The parts that stay in memory while rows are read."""
+        return self.parts[1:]
 
     def load(self, source: TensorSource) -> ScaledRows:
-        codes, scale, *rest = (source.read(name) for name in self.parts)
-        grid = tuple(math.ceil(n / b) for n, b in zip(self.shape, self.block, strict=True))
-        zero = rest[0].reshape(grid) if rest else None
-        return ScaledRows(codes, scale.reshape(grid), zero, self.block)
+        scale, *rest = (source.read(name) for name in self.parts[1:])
+        zero = self._grid(rest[0].float()) if rest else None
+        return ScaledRows(source, self.parts[0], self._grid(scale_values(scale)), zero, self.block)
+
+    def _grid(self, values: "torch.Tensor") -> "torch.Tensor":
+        """A single value stands for all experts."""
+        return values.reshape(()).expand(self.grid) if values.numel() == 1 else values.reshape(self.grid)
 
 
-def find_fp8(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[ScaledWeight]:
-    """Every weight with a `weight_scale_inv`; dtype: what the model computes in, from its config."""
-    check(settings, {"weight_block_size?": (None, [int])}, "quantization_config", "config.json")
-    size = settings.get("weight_block_size")
-    block: Block = block_of(size) or (None, None)
-    if size and block == (None, None):
-        raise CheckpointError(
-            f"weight_block_size is {size!r}", where="config.json", expected="the height and width of a block"
-        )
-    found = []
-    for name in [n for n in source.tensors if n.endswith(".weight_scale_inv")]:
-        weight = name.removesuffix("_scale_inv")
-        found.append(scaled_weight(source, weight, name, None, dtype, ("F8_E4M3",), block))
-    return found
-
-
-def block_of(value: Any) -> tuple[int, int] | None:
+def block_of(value: Any) -> Block | None:
     """[height, width] of a configuration; None for anything else, such as a text."""
-    if isinstance(value, list) and len(value) == 2 and all(n > 0 for n in value):
+    if isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value):
         return value[0], value[1]
     return None
 
@@ -92,21 +111,47 @@ def scaled_weight(
     zero: str | None,
     dtype: str,
     types: tuple[str, ...],
-    block: Block,
+    size: Block | None,
 ) -> ScaledWeight:
-    """A weight and its scales, checked by headers. block: None where one scale holds for the whole dimension."""
-    codes, scales = part(source, weight, weight, types), part(source, weight, scale, SCALES, None)
-    height, width = (n if b is None else b for n, b in zip(codes.shape, block, strict=True))
-    if not all(isinstance(n, int) and n > 0 for n in (height, width)):
-        raise _odd(codes, f"blocks of {block}", "two positive numbers")
-    blocks = math.ceil(codes.shape[0] / height) * math.ceil(codes.shape[1] / width)
-    for info in (scales, *([source.tensors[zero]] if zero else [])):
-        if math.prod(info.shape) != blocks:
-            raise _odd(
-                info, f"{math.prod(info.shape)} values for {blocks} blocks of {height} × {width}", str(blocks)
-            )
+    """A weight and its scales, checked by headers. size: of the blocks that the configuration names, if it does;
+    else the shape of the scales tells: they divide the weight evenly."""
+    codes = part(source, weight, weight, types, None)
+    scales = part(source, weight, scale, SCALES, None)
+    if len(codes.shape) not in (2, 3) or 0 in codes.shape:
+        raise _odd(codes, f"the shape is {list(codes.shape)}", "2 dimensions, or 3 with experts in front")
+    found = _layout(codes.shape, scales.shape, size)
+    if found is None:
+        blocks = f"blocks of {size[0]} × {size[1]}" if size else "even blocks"
+        raise _odd(
+            scales,
+            f"scales of shape {list(scales.shape)} for a weight of {list(codes.shape)} in {blocks}",
+            "one for the tensor, or as many as there are rows or blocks",
+        )
+    grid, block = found
+    if zero is not None and math.prod(source.tensors[zero].shape) != math.prod(grid):
+        raise _odd(source.tensors[zero], f"{math.prod(source.tensors[zero].shape)} values", str(math.prod(grid)))
     parts = (codes.name, scales.name, *([zero] if zero else []))
-    return ScaledWeight(weight, parts, codes.shape, dtype, (height, width))
+    return ScaledWeight(weight, parts, codes.shape, dtype, grid, block)
+
+
+def _layout(
+    codes: Sequence[int], scales: Sequence[int], size: Block | None
+) -> tuple[tuple[int, ...], Block] | None:
+    """(grid, block) of scales of this shape; None if they fit no grid of blocks of one size."""
+    *experts, height, width = codes
+    count = math.prod(scales)
+    if count in (1, math.prod(experts)):
+        return (*experts, 1, 1), (height, width)
+    if size is not None:
+        rows, columns = (math.ceil(n / b) for n, b in zip((height, width), size, strict=True))
+        return ((*experts, rows, columns), size) if count == math.prod(experts) * rows * columns else None
+    inner = list(scales[len(experts) :]) if list(scales[: len(experts)]) == experts else []
+    if len(inner) == 4 and inner[1] == inner[3] == 1:  # (rows, 1, columns, 1), as modelopt keeps blocks
+        inner = inner[::2]
+    rows, columns = [*inner, 1][:2] if len(inner) in (1, 2) else (0, 0)
+    if rows < 1 or columns < 1 or height % rows or width % columns:
+        return None
+    return (*experts, rows, columns), (height // rows, width // columns)
 
 
 def _odd(info: TensorInfo, found: str, expected: str) -> CheckpointError:

@@ -21,9 +21,9 @@ from lora_export.contracts import (
     Progress,
 )
 from lora_export.errors import InputError
-from lora_export.sealed import read_json
 from lora_export.validation import effect, loading, reference
 from lora_export.validation.advice import bases_advice
+from lora_export.validation.quantized import is_quantized
 from lora_export.validation.requantize import requantize
 
 Windows = Sequence[torch.Tensor]
@@ -39,7 +39,7 @@ class BasesFound:
 
 def check_request(asked: CompareBases, base: Path, merge: MergeOptions) -> None:
     """Refuse, before any model is loaded, a comparison for which there are no two bases."""
-    if not _is_quantized(base) and merge.training_quantization == "none":
+    if not is_quantized(base) and merge.training_quantization == "none":
         raise InputError(
             "there is only one base to merge into: this one is stored in 16 bits or more, and training did not "
             "quantize it",
@@ -50,23 +50,19 @@ def check_request(asked: CompareBases, base: Path, merge: MergeOptions) -> None:
         )
     if asked.original is None:
         return
-    if not _is_quantized(base):
+    if not is_quantized(base):
         raise InputError(
             "--original-base is for a base that is stored in 4 or 8 bits; this one is the original itself",
             where=base / "config.json",
             next_step="the same command without --original-base",
         )
-    if _is_quantized(asked.original):
+    if is_quantized(asked.original):
         raise InputError(
             "the original base is itself stored quantized",
             where=asked.original / "config.json",
             expected="the 16-bit model of which the base was made",
             next_step="--original-base with that model, or none",
         )
-
-
-def _is_quantized(folder: Path) -> bool:
-    return bool(read_json(folder / "config.json").get("quantization_config"))
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ class Bases:
         if self.asked.original is not None:
             _same_model(self.asked.original, self.merged)
             return self._attached(self.asked.original, MergeOptions(), None)
-        if _is_quantized(self.base):
+        if is_quantized(self.base):
             return None
         return self._attached(self.base, replace(self.merge, base_weights="original"), None)
 

@@ -13,6 +13,7 @@ from typing import Any
 from lora_export import tokenizer_names
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.sealed import read_json, refuse_outward_link, write_json
+from lora_export.validation.quantized import FILES, is_quantized, without_settings
 from lora_export.validation.stored import FLOATS, HEADS, headers
 
 CONFIG = "config.json"
@@ -33,8 +34,10 @@ def expected_folder(
     merged: its files tell which tensors were resized or untied, which is judged by their values elsewhere.
     """
     folder.mkdir()
+    left_out = FILES if is_quantized(base) else frozenset[str]()
     for path in settings_of(base):
-        _copy(path, folder / path.name)
+        if path.name not in left_out:
+            _copy(path, folder / path.name)
     if (base / "modules.json").is_file():
         for path in sorted(base.glob("*/*.json")):
             if path.is_file() and not path.parent.name.startswith("."):
@@ -85,10 +88,7 @@ def _copy(path: Path, target: Path) -> None:
 
 
 def _config(base: Path, adapters: Sequence[AdapterChoice], merged: Path, options: MergeOptions) -> dict[str, Any]:
-    config = read_json(base / CONFIG)
-    if isinstance(config.get("quantization"), dict) and "group_size" in config["quantization"]:  # of an MLX folder
-        config.pop("quantization")
-    config.pop("quantization_config", None)
+    config = without_settings(read_json(base / CONFIG))
     if options.dtype != "keep":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = options.dtype
     before, after = headers(base), headers(merged)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from lora_export import skeleton
 from lora_export.contracts import Check, MergeOptions
 from lora_export.sealed import read_json
+from lora_export.validation.quantized import is_quantized, of_activations
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -98,7 +99,7 @@ def differences(
     yield from _not_as_indexed(merged, after)
     if not before:
         return  # the base is a GGUF file, which has other names; the loaded model tells
-    quantized = "quantization_config" in read_json(base / "config.json") or _codes_became_floats(before, after)
+    quantized = is_quantized(base) or _codes_became_floats(before, after)
     if not replicated:
         yield from _names(before, after, quantized)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
@@ -135,9 +136,10 @@ def _header_type(dtype: str) -> str:
 
 def _names(before: Mapping[str, Stored], after: Mapping[str, Stored], quantized: bool) -> Iterator[str]:
     """A quantized weight has several tensors in the base, whose names begin as its own does."""
-    beginnings = {n.removesuffix("weight") for n in after if n.endswith("weight") or n not in before}
+    codes = {n for n, tensor in before.items() if tensor.dtype not in FLOATS}
+    beginnings = {n.removesuffix("weight") for n in after if n.endswith("weight") or n not in before or n in codes}
     for name in sorted(before.keys() - after.keys()):
-        if not quantized or beginnings.isdisjoint(name[:i] for i in range(len(name))):
+        if not quantized or not (of_activations(name) or any(name[:i] in beginnings for i in range(len(name)))):
             yield f"{name}: missing"
     for name in sorted(after.keys() - before.keys()):
         parts = quantized and any(n.startswith(name.removesuffix("weight")) for n in before)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lora_export.manifest import NAME as MANIFEST
 from lora_export.manifest import is_run
 from lora_export.packages import contents
 from lora_export.packages.contents import is_package
-from lora_export.quantization import describe, method_in, quantization_of
+from lora_export.quantization import describe, find_quantized, settings_of, with_settings
 from lora_export.report.schema import load as report_of
 from lora_export.sealed import read_json
 
@@ -60,21 +61,33 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
 
 def _base(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
+    quantization = settings_of(with_settings(checkpoint.folder, config))
     return {
         "kind": "base",
         "architecture": (config.get("architectures") or [None])[0],
         "model_type": config.get("model_type"),
-        "parameters": _parameters(checkpoint.tensors),
+        "parameters": _parameters_of_base(checkpoint),
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
         "shards": len({t.file for t in checkpoint.tensors.values()}),
-        "quantization": describe(quantization_of(config)) if method_in(config) else None,
+        "quantization": describe(quantization) if quantization else None,
         "tied_embeddings": config.get("tie_word_embeddings"),
         "vocabulary": config.get("vocab_size"),
         "saved_by_transformers": config.get("transformers_version"),
         "merged_by_lora_export": (checkpoint.folder / "lora_export_certificate.json").is_file(),
     }
+
+
+def _parameters_of_base(checkpoint: Checkpoint) -> int:
+    """Elements of its weights as they are once dequantized, if this tool can read them."""
+    try:
+        found = find_quantized(checkpoint, with_settings(checkpoint.folder, checkpoint.config))
+    except LoraExportError:
+        found = {}
+    parts = {p for weight in found.values() for p in weight.parts}
+    rest = {n: t for n, t in checkpoint.tensors.items() if n not in parts}
+    return sum(prod(w.shape) for w in found.values()) + _parameters(rest)
 
 
 def _parameters(tensors: Mapping[str, TensorInfo]) -> int:

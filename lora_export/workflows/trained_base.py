@@ -29,12 +29,14 @@ def stand_in(
     """
     from lora_export.checkpoint import open_checkpoint
     from lora_export.merging import merge
-    from lora_export.quantization import method_here
+    from lora_export.quantization import method_here, with_settings
     from lora_export.validation import second_reader, streams
 
     checkpoint = open_checkpoint(base)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
-    method = method_here(checkpoint, checkpoint.config) or ("bitsandbytes" if on_the_fly else None)
+    method = method_here(checkpoint, with_settings(base, checkpoint.config)) or (
+        "bitsandbytes" if on_the_fly else None
+    )
     if method is None or (method == "bitsandbytes" and not streams(merged, max_memory)):
         return None
     made = merge(base, [], work / "stand-in", replace(options, dtype="float32"), progress).output

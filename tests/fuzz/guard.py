@@ -22,7 +22,7 @@ SECONDS = 5.0  # of the processor: a busy machine is no hang
 MEMORY = 2**30  # bytes that one call may take, for inputs of a few kilobytes
 LONGEST = 12_000  # characters of a refusal
 _LIBRARIES = tuple({sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), "/proc", "/sys", "/usr", "/dev"})
-_CHECKED = str(Path(tempfile.gettempdir()) / "lora-export-check-")  # where onnx_export.checks puts its copy
+_SCRATCH = str(Path(tempfile.gettempdir()) / "lora-export-")  # where a changed copy is put, for a library to read
 
 _opened: list[str] | None = None
 
@@ -103,7 +103,7 @@ def attempt(folder: Path, call: Callable[[], T]) -> T | LoraExportError:
         finally:
             opened, _opened = _opened, None
     assert time.process_time() - started < SECONDS, "it hung where no signal reaches"
-    allowed = (str(folder.resolve()), str(folder), _CHECKED, *_LIBRARIES)
+    allowed = (str(folder.resolve()), str(folder), _SCRATCH, *_LIBRARIES)
     outside = [path for path in opened if not os.path.abspath(path).startswith(allowed)]  # noqa: PTH100
     assert not outside, f"opened outside the folder: {outside}"
     if isinstance(outcome, LoraExportError):

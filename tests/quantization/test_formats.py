@@ -139,7 +139,12 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
         ({}, {"quant_method": "aqlm"}, "quantized with .aqlm."),
         ({}, {"quant_method": "awq", "version": "gemv"}, "AWQ of version 'gemv'"),
         ({}, {"quant_method": "awq", "bits": 8}, "with 8 bits"),
-        ({}, {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
+        ({}, {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"}, "mxfp6-pack-quantized"),
+        (
+            {},
+            {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {}}}},
+            "transform_config",
+        ),
         ({}, {"quant_method": "compressed-tensors", "format": "marlin-24"}, "marlin-24"),
         ({}, {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24"}}, "with sparsity"),
     ],
