@@ -231,7 +231,7 @@ def _update(module: Module) -> TargetUpdate:
 
     kind = "lora" if module.layer == "linear" else f"lora_{module.layer}"
     keys = (module.a_key, module.b_key)
-    tied = bool(module.file.config.get("ensure_weight_tying"))
+    tied = module.file.tied or bool(module.file.config.get("ensure_weight_tying"))
     target = f"{module.name}.weight"
     if residual:
 

@@ -12,6 +12,7 @@ from lora_export.adapters import (
     loha,
     lokr,
     lora,
+    mlx,
     oft,
     saved,
     stacked,
@@ -19,7 +20,7 @@ from lora_export.adapters import (
     vera,
 )
 from lora_export.adapters.config import check_config
-from lora_export.adapters.kind import AdapterFile, Kind
+from lora_export.adapters.kind import AdapterFile, Kind, Layout
 from lora_export.adapters.spelling import respelled
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
@@ -28,6 +29,8 @@ from lora_export.patterns import TOTAL, within
 CONFIG = "adapter_config.json"
 
 KINDS: tuple[Kind, ...] = (lora, dora, experts, stacked, adalora, ia3, loha, lokr, vera, oft, boft)
+# Files that other trainers lay out otherwise, which become PEFT's before a kind looks at them.
+LAYOUTS: tuple[Layout, ...] = (mlx,)
 TOKENS_ONLY = "TRAINABLE_TOKENS"
 
 # Kinds that no merged weight can equal, with the reason.
@@ -51,6 +54,7 @@ def read_adapter(file: AdapterFile) -> Adapter:
 
 
 def _read(file: AdapterFile) -> Adapter:
+    file = next((layout.as_peft(file) for layout in LAYOUTS if layout.claims(file)), file)
     check_config(file.config, file.where)
     file = respelled(file)
     kind = _peft_type(file)

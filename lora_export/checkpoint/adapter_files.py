@@ -11,7 +11,12 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 # Before axolotl's pull request 3585, an adapter that was gathered from FSDP shards kept the name of a model.
-_NAMES = ((WEIGHTS, INDEX), ("model.safetensors", "model.safetensors.index.json"))
+# mlx-lm's name for the file comes last: a folder may hold PEFT's form of the same adapter, too.
+_NAMES = (
+    (WEIGHTS, INDEX),
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("adapters.safetensors", "adapters.safetensors.index.json"),
+)
 # Trained weights beside the adapter, which merging the adapter alone would lose: file → who writes it, what helps.
 _BESIDE = {
     "vit.safetensors": (
@@ -21,10 +26,6 @@ _BESIDE = {
     "extra_states": ("ms-swift trained other weights in full", "swift export --adapters DIR --merge_lora true"),
 }
 _ELSEWHERE = {
-    "adapters.safetensors": (
-        "an MLX adapter, whose matrices are transposed and scaled otherwise",
-        "mlx_lm.fuse --model BASE --adapter-path DIR",
-    ),
     "pytorch_lora_weights.safetensors": (
         "a diffusers adapter, which belongs to an image model",
         "in diffusers: pipe.fuse_lora()",
