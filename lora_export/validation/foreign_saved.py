@@ -23,7 +23,7 @@ from lora_export.validation.stored import headers, loaded_names
 CONFIG = "adapter_config.json"
 STACK = re.compile(r"(.*experts)\.(?:(\d+)\.)?(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)")
 _HALF = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
-SPLIT = re.compile(r"(.*)\.in_proj_(q|k|v|z)")
+SPLIT = re.compile(r"(.*)\.in_proj_(q|k|v|z|b|a)")
 _INTERLEAVED = "gpt_oss"  # its experts' gate and up alternate
 
 
@@ -172,12 +172,21 @@ class Writer:
         """Where q, k, v or z lie in the weight of all, as the layer's own forward takes its output apart."""
         layer = self.modules[name.rsplit(".", 2)[0]]
         heads, values = layer.num_k_heads, layer.num_v_heads // layer.num_k_heads
-        sizes = {"q": layer.head_k_dim, "k": layer.head_k_dim, "v": values * layer.head_v_dim}
-        by_head = name.endswith("in_proj_qkvz.weight")  # each head of the keys has its q, k, v and z
-        sizes = {p: n * (1 if by_head else heads) for p, n in (sizes | {"z": sizes["v"]}).items()}
-        first = sum(sizes[p] for p in "qkvz"[: "qkvz".index(part)])
-        rows = torch.arange(self.shapes[name][0]).view(heads if by_head else 1, -1)
-        return rows[:, first : first + sizes[part]].flatten()
+        sizes = {
+            "q": layer.head_k_dim,
+            "k": layer.head_k_dim,
+            "v": values * layer.head_v_dim,
+            "b": values,
+            "a": values,
+        }
+        sizes["z"] = sizes["v"]
+        whole = name.split(".")[-2].removeprefix("in_proj_")
+        groups = 1 if whole == "qkv" else heads  # in the others each head of the keys has all of its own
+        first, size = (
+            sum(sizes[p] for p in parts) * heads // groups for parts in (whole[: whole.index(part)], part)
+        )
+        rows = torch.arange(self.shapes[name][0]).view(groups, -1)
+        return rows[:, first : first + size].flatten()
 
     def _parameter(self, module: str) -> str:
         """The loaded parameter that holds this module's weight. AdapterError if there is none."""
@@ -190,7 +199,7 @@ class Writer:
             wanted += [f"{stack[1]}.{stack[2]}.{other.get(part)}.weight"]
             wanted += [f"{stack[1]}.{'down_proj' if part in ('down_proj', 'w2') else 'gate_up_proj'}"]
         if split:
-            wanted += [f"{split[1]}.in_proj_qkv.weight", f"{split[1]}.in_proj_qkvz.weight"]
+            wanted += [f"{split[1]}.in_proj_{w}.weight" for w in ("qkv", "qkvz", "ba") if split[2] in w]
         for name in wanted:
             for tail in (name, name[name.find("layers.") :] if "layers." in name else name):
                 held = [n for n in (*self.loaded, *self.shapes) if n == tail or n.endswith(f".{tail}")]
