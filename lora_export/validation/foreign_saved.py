@@ -4,8 +4,9 @@ The model without weights tells which parameter of the loaded model holds a weig
 """
 
 import re
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,55 +62,61 @@ class Writer:
         self.blocks: dict[str, Block] = defaultdict(Block)
 
     def write(self) -> None:
-        import peft
-
-        dora = any(f.m is not None for f in self.found)
         whole = {}
         for factors in self.found:
             name = self._parameter(factors.module)
-            module = self._module(name)
-            if dora and isinstance(module, nn.Embedding):  # PEFT's DoRA of embeddings norms the columns
+            # PEFT's DoRA of an embedding norms its columns, so that here the embedding is written whole.
+            if factors.m is not None and isinstance(self._module(name), nn.Embedding):
                 whole[name] = self._magnified(factors, name)
             else:
                 self._put(factors, name)
         saved = {n.rpartition(".")[0]: v for n, v in self._with_ties(whole).items()}
-        modules = [n.rpartition(".")[0] for n in self.blocks if self._is_layer(n)]
-        parameters = [n for n in self.blocks if not self._is_layer(n)]
+        rank = max((self._rank(b) for b in self.blocks.values()), default=1)
+        parameters = {n for n in self.blocks if not self._is_layer(n)}
+        config, paths = self._wrapped(rank, parameters, saved)
+        lost = self.blocks.keys() - paths.keys()
+        if lost:  # PEFT takes a plain layer of this name for one of the model's experts
+            self.model = skeleton.build(self.base)
+            config, paths = self._wrapped(rank, parameters | lost, saved)
+        tensors = {f"base_model.model.{module}.weight": value for module, value in saved.items()}
+        for name, path in paths.items():
+            tensors |= {f"{path}.{k}": v for k, v in self._tensors(name, rank).items()}
+        narrow = {k: v.float().contiguous() for k, v in tensors.items()}
+        save_file(narrow, self.target / "adapter_model.safetensors")
+        config.save_pretrained(self.target)
+
+    def _wrapped(self, rank: int, parameters: Set[str], saved: Collection[str]) -> tuple[Any, dict[str, str]]:
+        """(PEFT's configuration; parameter that it wraps → path of the wrapper)."""
+        import peft
+
+        dora = any(f.m is not None for f in self.found)
         if dora and parameters:
             raise AdapterError(
                 "PEFT has no DoRA for this weight, so that there is no unmerged model to compare with",
                 where=self.source,
-                tensor=parameters[0],
+                tensor=min(parameters),
                 expected="DoRA on linear layers and embeddings",
                 next_step="lora-export verify MERGED -b BASE -a ADAPTER recomputes the merge",
             )
-        rank = max((self._rank(b) for b in self.blocks.values()), default=1)
+        modules = [n.rpartition(".")[0] for n in self.blocks if n not in parameters]
         config = peft.LoraConfig(
             r=rank,
             lora_alpha=self.scale * rank,
             target_modules=modules or ["-"],
-            target_parameters=parameters or None,
+            target_parameters=sorted(parameters) or None,
             modules_to_save=list(saved) or None,
             use_dora=dora,
             inference_mode=True,
         )
-        self._save(config, rank, saved)
-
-    def _save(self, config: Any, rank: int, saved: Mapping[str, torch.Tensor]) -> None:
-        import peft
-
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             layout = peft.get_peft_model(self.model, config, low_cpu_mem_usage=True)
-        tensors = {f"base_model.model.{module}.weight": value for module, value in saved.items()}
+        found = {}
         for path, module in layout.named_modules():
-            if not isinstance(module, peft.tuners.lora.LoraLayer):
-                continue
-            owner = path.removeprefix("base_model.model.").replace(".base_layer", "")
-            name = f"{owner}.{getattr(module, 'parameter_name', 'weight')}"
-            tensors |= {f"{path}.{k}": v for k, v in self._tensors(name, rank).items()}
-        saved_as = {k: v.float().contiguous() for k, v in tensors.items()}
-        save_file(saved_as, self.target / "adapter_model.safetensors")
-        config.save_pretrained(self.target)
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                owner = path.removeprefix("base_model.model.").replace(".base_layer", "")
+                found[f"{owner}.{getattr(module, 'parameter_name', 'weight')}"] = path
+        return config, found
 
     def _tensors(self, name: str, rank: int) -> dict[str, torch.Tensor]:
         """PEFT's own matrices of one parameter."""
