@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from lora_export.adapters import (
     adalora,
+    attention,
     boft,
     dora,
     experts,
@@ -28,7 +29,7 @@ from lora_export.patterns import TOTAL, within
 
 CONFIG = "adapter_config.json"
 
-KINDS: tuple[Kind, ...] = (lora, dora, experts, stacked, adalora, ia3, loha, lokr, vera, oft, boft)
+KINDS: tuple[Kind, ...] = (lora, dora, experts, stacked, attention, adalora, ia3, loha, lokr, vera, oft, boft)
 # Files that other trainers lay out otherwise, which become PEFT's before a kind looks at them.
 LAYOUTS: tuple[Layout, ...] = (mlx,)
 TOKENS_ONLY = "TRAINABLE_TOKENS"
