@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_export import tokenizer_names
 from lora_export.sealed import copy, refuse_outward_link, write_settings
+from lora_export.training_names import is_adapters, is_state
 
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
@@ -25,7 +26,9 @@ def companion_files(folder: Path) -> list[Path]:
         and not p.name.startswith(".")
         and p.suffix not in SKIPPED_SUFFIXES
         and not p.name.endswith(".index.json")
-        and p.name not in ("config.json", "adapter_config.json", "lora_export_certificate.json")
+        and not is_adapters(p.name)
+        and not is_state(p.name)
+        and p.name not in ("config.json", "lora_export_certificate.json")
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lora_export import tokenizer_names
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.sealed import read_json, refuse_outward_link, write_json
+from lora_export.training_names import is_adapters, is_state
 from lora_export.validation.stored import FLOATS, HEADS, headers
 
 CONFIG = "config.json"
@@ -67,7 +68,8 @@ def settings_of(folder: Path) -> Iterator[Path]:
     """The files beside the weights, config.json left out."""
     for path in sorted(folder.iterdir()):
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        other = weights or path.name[0] == "." or path.name in (CONFIG, CERTIFICATE)
+        of_training = is_adapters(path.name) or is_state(path.name)
+        other = weights or of_training or path.name[0] == "." or path.name in (CONFIG, CERTIFICATE)
         if path.is_file() and not other and path.stat().st_size <= MOST:
             yield path
 
