@@ -8,7 +8,8 @@ SENTENCE = frozenset({SENTENCE_MODULES, "config_sentence_transformers.json", "se
 _STATE = frozenset(
     {
         "trainer_state.json", "trainer_log.jsonl", "all_results.json", "train_results.json", "eval_results.json",
-        "predict_results.json", "training_args.json", "args.json", "sft_args.json", "additional_config.json", "latest",
+        "predict_results.json", "training_args.json", "args.json", "sft_args.json", "additional_config.json",
+        "latest",
     }
 )  # fmt: skip
 _STATE_OF_LIBRARIES = ("optimizer", "scheduler", "rng_state", "scaler", "training_args", "random_states")

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_export import tokenizer_names
 from lora_export.sealed import copy, refuse_outward_link, write_settings
-from lora_export.training_names import is_adapters, is_state
+from lora_export.training_names import SENTENCE_MODULES, is_adapters, is_state
 
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
@@ -52,15 +52,28 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def copy_subfolders(folder: Path, target: Path) -> None:
-    """The settings in folders of their own that modules.json of sentence-transformers names (1_Pooling/…)."""
-    if not (folder / "modules.json").is_file():
-        return
-    for path in sorted(folder.glob("*/*.json")):
-        if not path.parent.name.startswith("."):
-            refuse_outward_link(path, folder)
-            if path.is_file():
-                (target / path.parent.name).mkdir(exist_ok=True)
-                copy(path, target / path.parent.name / path.name, folder)
+    """What lies in folders of their own that modules.json of sentence-transformers names (1_Pooling/…)."""
+    for path in module_files(folder):
+        (target / path.parent.name).mkdir(exist_ok=True)
+        copy(path, target / path.parent.name / path.name, folder)
+
+
+def module_files(folder: Path) -> list[Path]:
+    """Settings and weights of sentence-transformers' modules. InputError for a link that leads out of `folder`."""
+    if not (folder / SENTENCE_MODULES).is_file():
+        return []
+    found = [p for p in sorted(folder.glob("*/*")) if p.suffix == ".json" or p.name == "model.safetensors"]
+    found = [p for p in found if not p.parent.name.startswith(".")]
+    for path in found:
+        refuse_outward_link(path, folder)
+    return [p for p in found if p.is_file()]
+
+
+def pickled_modules(folder: Path) -> list[str]:
+    """Weights of such modules that are left behind, because a pickle can run code."""
+    if not (folder / SENTENCE_MODULES).is_file():
+        return []
+    return [p.relative_to(folder).as_posix() for p in sorted(folder.glob("*/pytorch_model.bin")) if p.is_file()]
 
 
 def copy_files(files: list[Path], target: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from lora_export import tokenizer_names
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.sealed import read_json, refuse_outward_link, write_json
-from lora_export.training_names import is_adapters, is_state
+from lora_export.training_names import SENTENCE, SENTENCE_MODULES, VALUE_HEAD, is_adapters, is_state
 from lora_export.validation.stored import FLOATS, HEADS, headers
 
 CONFIG = "config.json"
@@ -36,16 +36,32 @@ def expected_folder(
     folder.mkdir()
     for path in settings_of(base):
         _copy(path, folder / path.name)
-    if (base / "modules.json").is_file():
-        for path in sorted(base.glob("*/*.json")):
-            if path.is_file() and not path.parent.name.startswith("."):
-                (folder / path.parent.name).mkdir(exist_ok=True)
-                _copy(path, folder / path.parent.name / path.name)
+    _copy_modules(base, folder)
     for choice in adapters:
         for path in _tokenizer_of(choice.folder):
             _copy(path, folder / path.name)
+        # With its modules.json come the settings that sentence-transformers reads beside it.
+        whole = (choice.folder / SENTENCE_MODULES).is_file()
+        for name in (VALUE_HEAD, *(SENTENCE if whole else ())):
+            if (choice.folder / name).is_file():
+                _copy(choice.folder / name, folder / name)
+        _copy_modules(choice.folder, folder)
     write_json(folder / CONFIG, _config(base, adapters, merged, options))
     return folder
+
+
+def _copy_modules(source: Path, folder: Path) -> None:
+    """What sentence-transformers reads in folders of their own: settings, and weights of a dense layer."""
+    for path in modules_of(source):
+        (folder / path.parent.name).mkdir(exist_ok=True)
+        _copy(path, folder / path.parent.name / path.name)
+
+
+def modules_of(folder: Path) -> list[Path]:
+    if not (folder / SENTENCE_MODULES).is_file():
+        return []
+    inner = (*folder.glob("*/*.json"), *folder.glob("*/model.safetensors"))
+    return [p for p in sorted(inner) if p.is_file() and not p.parent.name.startswith(".")]
 
 
 def declared(base: Path, merged: Path, options: MergeOptions) -> MergeOptions:

@@ -77,7 +77,7 @@ def _mlx(folder: Path, config: Mapping[str, Any]) -> Read | None:
 
 def _stacked(folder: Path, config: Mapping[str, Any]) -> Read | None:
     """None unless the file holds what PEFT has no layer for."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("adapter_model*.safetensors")) or sorted(folder.glob("model*.safetensors"))
     tensors: dict[str, torch.Tensor] = {}
     odd = False
     for file in files:
