@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_export import manifest
-from lora_export.allowed import check_model_folder
+from lora_export.allowed import check_adapter_folder
 from lora_export.checkpoint.sources import choices_of
 from lora_export.contracts import (
     AdapterChoice,
@@ -19,6 +19,7 @@ from lora_export.contracts import (
 )
 from lora_export.disk import check_space
 from lora_export.files import output_folder
+from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.gates import refuse_failed
 from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra
 from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into
@@ -66,7 +67,8 @@ def _run(
 
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
-    trained_on = prepared_base(base.folder, options.merge, work, progress)
+    alone = without_adapter(base.folder, work)
+    trained_on = prepared_base(alone, options.merge, work, progress)
     base_onnx = export_as(trained_on, work / "base", options, progress, "the base, to compare with")
     if merged is not None:
         exported = export_merged(base_onnx, folder, stage / "onnx", options, progress)
@@ -76,11 +78,11 @@ def _run(
     story = Story(stage, merged, exported)
 
     checked = validate(
-        base.folder,
+        alone,
         adapters,
         folder,
         exports=[pair_of(exported, base_onnx.output)],
-        dequantized=stand_in(base.folder, folder, options.merge, options.validation_memory, work, progress),
+        dequantized=stand_in(alone, folder, options.merge, options.validation_memory, work, progress),
         graphs_alone=not options.merged_folder,
         options=_of_validation(options),
         progress=progress,
@@ -122,7 +124,7 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     read_prompts(options.prompts)
     read_text(options.text)
     for folder in (base.folder, *(c.folder for c in choices)):
-        check_model_folder(folder)
+        check_adapter_folder(folder)
     planned = plan(base.folder, choices, options.merge)
     config = {k: v for k, v in planned.base.config.items() if k not in planned.config_removals}
     check_request(config, options.precision, options.provider, options.engine, options.quantization)

@@ -29,6 +29,7 @@ TOP = {
     "sealed",
     "skeleton",
     "tokenizer_names",
+    "training_names",
     "version",
     "workers",
 }

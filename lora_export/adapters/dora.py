@@ -100,4 +100,6 @@ def _update(file: AdapterFile, module: lora.Module, key: str) -> TargetUpdate:
         return DoraUpdate(module.load(shape), magnitude, outputs_are_rows(shape))
 
     keys = (module.a_key, module.b_key, key)
-    return TargetUpdate(f"{module.name}.weight", "dora", keys, module.shapes, load, row_wise=outputs_are_rows)
+    return TargetUpdate(
+        f"{module.name}.weight", "dora", keys, module.shapes, load, tied=file.tied, row_wise=outputs_are_rows
+    )

@@ -72,7 +72,7 @@ class AdapterFile:
     where the file cannot tell: how B of fused experts is packed (all experts of a rank together, or all ranks of an
     expert), the layout of square expert weights, every model_type in the base's configuration (empty: unknown) and
     the shapes of its weights by name, for kinds that draw random matrices of the largest size again. base: None
-    where an adapter is looked at without one.
+    where an adapter is looked at without one. tied: training changed a head that is tied to an embedding with it.
     """
 
     source: TensorSource
@@ -85,6 +85,7 @@ class AdapterFile:
     base_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     allow_nonfinite: bool = False
     base: BaseModel | None = None
+    tied: bool = False
 
     @property
     def folder(self) -> Path:
@@ -189,4 +190,19 @@ class Kind(Protocol):
     def read(self, file: AdapterFile) -> list[TargetUpdate]:
         """One update for each weight that this kind changes. It claims its tensors by `TargetUpdate.keys`, and
         leaves what is another kind's alone; AdapterError for what it knows and cannot merge."""
+        ...
+
+
+class Layout(Protocol):
+    """A module of this package for files of another trainer, which no kind can read as they are."""
+
+    @property
+    def NAME(self) -> str: ...
+
+    def claims(self, file: AdapterFile) -> bool:
+        """Whether this trainer wrote the file."""
+        ...
+
+    def as_peft(self, file: AdapterFile) -> AdapterFile:
+        """The same adapter in PEFT's names, shapes and configuration; nothing is read before it is asked for."""
         ...

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lora_export.adapters import experts, stacked
+from lora_export.adapters import attention, experts, stacked
 from lora_export.adapters.config import LoraConfig, parse_lora
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
@@ -156,8 +156,10 @@ def modules(file: AdapterFile, config: LoraConfig) -> list[Module]:
     """Every module with A and B, whatever is done with them; half a pair is refused."""
     found = []
     for markers in (LINEAR, EMBEDDING):
-        for name, keys in group(file.tensors, markers).items():
-            if not experts.claims(file, name) and not stacked.claims(file, name, keys):
+        grouped = group(file.tensors, markers)
+        for name, keys in grouped.items():
+            other = experts.claims(file, name) or stacked.claims(file, name, keys)
+            if not other and not attention.claims(name, grouped):
                 found.append(_module(file, config, name, keys, markers))
     return found
 
@@ -231,7 +233,7 @@ def _update(module: Module) -> TargetUpdate:
 
     kind = "lora" if module.layer == "linear" else f"lora_{module.layer}"
     keys = (module.a_key, module.b_key)
-    tied = bool(module.file.config.get("ensure_weight_tying"))
+    tied = module.file.tied or bool(module.file.config.get("ensure_weight_tying"))
     target = f"{module.name}.weight"
     if residual:
 

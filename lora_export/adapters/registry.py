@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from lora_export.adapters import (
     adalora,
     adamss,
+    attention,
     beft,
     boft,
     c3a,
@@ -25,6 +26,7 @@ from lora_export.adapters import (
     lokr,
     lora,
     miss,
+    mlx,
     oft,
     osf,
     peanut,
@@ -44,7 +46,7 @@ from lora_export.adapters import (
     waveft,
 )
 from lora_export.adapters.config import check_config
-from lora_export.adapters.kind import AdapterFile, Kind
+from lora_export.adapters.kind import AdapterFile, Kind, Layout
 from lora_export.adapters.spelling import respelled
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
@@ -57,6 +59,7 @@ KINDS: tuple[Kind, ...] = (
     dora,
     experts,
     stacked,
+    attention,
     adalora,
     ia3,
     loha,
@@ -90,6 +93,8 @@ KINDS: tuple[Kind, ...] = (
     unilora,
     adamss,
 )
+# Files that other trainers lay out otherwise, which become PEFT's before a kind looks at them.
+LAYOUTS: tuple[Layout, ...] = (mlx,)
 TOKENS_ONLY = "TRAINABLE_TOKENS"
 
 # Kinds that no merged weight can equal, with the reason.
@@ -115,6 +120,7 @@ def read_adapter(file: AdapterFile) -> Adapter:
 
 
 def _read(file: AdapterFile) -> Adapter:
+    file = next((layout.as_peft(file) for layout in LAYOUTS if layout.claims(file)), file)
     check_config(file.config, file.where)
     file = respelled(file)
     kind = _peft_type(file)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_export.allowed import files, genai_config, hub, triton_config
 from lora_export.errors import CheckpointError, InputError
 
-__all__ = ["check_model_folder", "check_onnx_folder", "check_package"]
+__all__ = ["check_adapter_folder", "check_model_folder", "check_onnx_folder", "check_package"]
 
 
 def check_model_folder(folder: Path) -> None:
@@ -18,7 +18,7 @@ def check_model_folder(folder: Path) -> None:
 
     Code beside the weights (modeling_x.py, pytorch_model.bin) stays: nothing that is read here leads to it.
     """
-    hub.check_files(folder)
+    check_adapter_folder(folder)
     if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
         raise CheckpointError(
             "beside the model lies an adapter, which transformers would load with it without a word",
@@ -26,6 +26,12 @@ def check_model_folder(folder: Path) -> None:
             expected="a model and its adapter in folders of their own",
             next_step="move adapter_config.json and adapter_model.safetensors into another folder",
         )
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """A folder from which only an adapter is loaded, a model and a tokenizer beside it or not; a base whose adapter
+    is left out."""
+    hub.check_files(folder)
 
 
 def check_onnx_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint.reader import TensorFiles, read_tensors, refuse_code
+from lora_export.checkpoint.trained_beside import refuse_lost
 from lora_export.errors import CheckpointError, InputError
 from lora_export.sealed import LARGEST_SETTINGS, read_json
 
@@ -11,25 +12,34 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 # Before axolotl's pull request 3585, an adapter that was gathered from FSDP shards kept the name of a model.
-_NAMES = ((WEIGHTS, INDEX), ("model.safetensors", "model.safetensors.index.json"))
-# Trained weights beside the adapter, which merging the adapter alone would lose: file → who writes it, what helps.
-_BESIDE = {
-    "vit.safetensors": (
-        "ms-swift's lora_llm trained the vision tower in full",
-        "swift export --adapters DIR --merge_lora true",
-    ),
-    "extra_states": ("ms-swift trained other weights in full", "swift export --adapters DIR --merge_lora true"),
-}
+# mlx-lm's name for the file comes last: a folder may hold PEFT's form of the same adapter, too.
+_NAMES = (
+    (WEIGHTS, INDEX),
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("adapters.safetensors", "adapters.safetensors.index.json"),
+)
+# Other adapters, by a file's name or pattern: what it is, what helps.
 _ELSEWHERE = {
-    "adapters.safetensors": (
-        "an MLX adapter, whose matrices are transposed and scaled otherwise",
-        "mlx_lm.fuse --model BASE --adapter-path DIR",
-    ),
     "pytorch_lora_weights.safetensors": (
         "a diffusers adapter, which belongs to an image model",
         "in diffusers: pipe.fuse_lora()",
     ),
     "pytorch_model_fsdp_0": ("unmerged FSDP shards", "accelerate merge-weights DIR/pytorch_model_fsdp_0 OUT"),
+    "lora.safetensors": (
+        "mistral-finetune's adapter: its names and the order of its heads are those of Mistral's own checkpoints, "
+        "and its scaling is not in the file",
+        "mistral-finetune's `python -m utils.merge_lora`, transformers' convert_mistral_weights_to_hf.py, and then "
+        "`lora-export export -m`",
+    ),
+    "adapter_0.pt": (
+        "torchtune's own, pickled form of an adapter",
+        "in the recipe's checkpointer: FullModelHFCheckpointer with safe_serialization: True, which writes "
+        f"{CONFIG} and {WEIGHTS}",
+    ),
+    "*.gguf": (
+        "llama.cpp's form of an adapter, which may be quantized and has the names and the order of its heads",
+        "give the folder that convert_lora_to_gguf.py made it of, or llama.cpp's llama-export-lora",
+    ),
     "zero_to_fp32.py": ("unmerged DeepSpeed shards", "python DIR/zero_to_fp32.py DIR OUT --safe_serialization"),
 }
 
@@ -45,6 +55,8 @@ def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
         )
     if not (folder / CONFIG).is_file():
         inner = sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
+        if not inner:
+            _refuse_other(folder)
         raise InputError(
             f"no {CONFIG} here",
             where=folder,
@@ -53,14 +65,7 @@ def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
         )
     config = read_json(folder / CONFIG, limit=LARGEST_SETTINGS)
     refuse_code(config, folder / CONFIG)
-    for name, (why, next_step) in _BESIDE.items():
-        if (folder / name).exists():
-            raise CheckpointError(
-                f"beside the adapter lies {name}: {why}, and merging the adapter alone would lose it",
-                where=folder / name,
-                expected="an adapter folder that holds all that was trained",
-                next_step=next_step,
-            )
+    refuse_lost(folder)
     for single, index in _NAMES:
         if (folder / single).is_file() or (folder / index).is_file():
             return config, TensorFiles(read_tensors(folder, single, index)[0])
@@ -68,7 +73,11 @@ def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    pickle = next((p for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")), None)
+    pickles = [p for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
+    pickle = next((p for p in pickles if p.name.startswith("adapter_model")), None)
+    if pickle is None:
+        _refuse_other(folder)
+        pickle = next(iter(pickles), None)
     if pickle is not None:
         return CheckpointError(
             "the adapter is pickled, and a pickle can run code when it is loaded",
@@ -76,7 +85,12 @@ def _no_weights(folder: Path) -> CheckpointError:
             expected=WEIGHTS,
             next_step="where you trust it: PeftModel.from_pretrained(base, DIR).save_pretrained(DIR2)",
         )
-    for name, (what, next_step) in _ELSEWHERE.items():
-        if (folder / name).exists():
-            return CheckpointError(f"this is {what}", where=folder / name, expected=WEIGHTS, next_step=next_step)
     return CheckpointError("the adapter has no weights", where=folder, expected=WEIGHTS)
+
+
+def _refuse_other(folder: Path) -> None:
+    """CheckpointError for an adapter of a form that this tool does not read, by its name."""
+    for pattern, (what, next_step) in _ELSEWHERE.items():
+        path = next(iter(sorted(folder.glob(pattern))), None)
+        if path is not None:
+            raise CheckpointError(f"this is {what}", where=path, expected=WEIGHTS, next_step=next_step)

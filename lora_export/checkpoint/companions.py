@@ -6,12 +6,13 @@ from typing import Any
 
 from lora_export import tokenizer_names
 from lora_export.sealed import copy, refuse_outward_link, write_settings
+from lora_export.training_names import SENTENCE_MODULES, is_adapters, is_state
 
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
 )
-# config.json is written anew; the others speak of an adapter, an earlier merge, and codes that are weights now.
-NOT_KEPT = frozenset({"config.json", "adapter_config.json", "lora_export_certificate.json", "quanto_qmap.json"})
+# config.json is written anew; the others speak of an earlier merge, and of codes that are weights now.
+NOT_KEPT = frozenset({"config.json", "lora_export_certificate.json", "quanto_qmap.json"})
 # Code and old runs are not the model; an index belongs to shards that are written anew.
 SKIPPED_SUFFIXES = WEIGHT_SUFFIXES | {
     ".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".node", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".lock",
@@ -27,6 +28,8 @@ def companion_files(folder: Path) -> list[Path]:
         and not p.name.startswith(".")
         and p.suffix not in SKIPPED_SUFFIXES
         and not p.name.endswith(".index.json")
+        and not is_adapters(p.name)
+        and not is_state(p.name)
         and p.name not in NOT_KEPT
     )
 
@@ -51,15 +54,28 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def copy_subfolders(folder: Path, target: Path) -> None:
-    """The settings in folders of their own that modules.json of sentence-transformers names (1_Pooling/…)."""
-    if not (folder / "modules.json").is_file():
-        return
-    for path in sorted(folder.glob("*/*.json")):
-        if not path.parent.name.startswith("."):
-            refuse_outward_link(path, folder)
-            if path.is_file():
-                (target / path.parent.name).mkdir(exist_ok=True)
-                copy(path, target / path.parent.name / path.name, folder)
+    """What lies in folders of their own that modules.json of sentence-transformers names (1_Pooling/…)."""
+    for path in module_files(folder):
+        (target / path.parent.name).mkdir(exist_ok=True)
+        copy(path, target / path.parent.name / path.name, folder)
+
+
+def module_files(folder: Path) -> list[Path]:
+    """Settings and weights of sentence-transformers' modules. InputError for a link that leads out of `folder`."""
+    if not (folder / SENTENCE_MODULES).is_file():
+        return []
+    found = [p for p in sorted(folder.glob("*/*")) if p.suffix == ".json" or p.name == "model.safetensors"]
+    found = [p for p in found if not p.parent.name.startswith(".")]
+    for path in found:
+        refuse_outward_link(path, folder)
+    return [p for p in found if p.is_file()]
+
+
+def pickled_modules(folder: Path) -> list[str]:
+    """Weights of such modules that are left behind, because a pickle can run code."""
+    if not (folder / SENTENCE_MODULES).is_file():
+        return []
+    return [p.relative_to(folder).as_posix() for p in sorted(folder.glob("*/pytorch_model.bin")) if p.is_file()]
 
 
 def copy_files(files: list[Path], target: Path) -> None:

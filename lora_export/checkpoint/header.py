@@ -37,6 +37,7 @@ def read_header(path: Path) -> ShardHeader:
     entries = _parse(path, raw, size)
     del raw
     metadata = entries.pop("__metadata__", {})
+    metadata = {} if metadata is None else metadata  # mlx writes null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) and is_text(v) for v in metadata.values()):
         raise _damaged(path, "__metadata__ is not a map of strings")
     data = 8 + length

@@ -38,7 +38,8 @@ _CLOSE = {"survival": 1e-4, "delta_survival": 1e-4, "relative_delta": 1e-4, "max
 # No trace of these is in the folder; a hash is compared where the bytes are.
 _UNPROVABLE = ("tool.version", "versions", "options.device", "options.max_memory", "options.allow_nonfinite")
 
-_WHERE_IT_LIES = ("name", "revision")  # checks of the right base that go by where it is
+# Checks of the right base that go by where it is, or by the adapter's model card.
+_WHERE_IT_LIES = ("name", "revision", "training quantization")
 
 
 @dataclass

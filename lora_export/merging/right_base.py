@@ -14,6 +14,7 @@ from lora_export.choices import Outcome
 from lora_export.contracts import Adapter, BaseCheck, TargetUpdate
 from lora_export.merging.names import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from lora_export.merging.plan import MergePlan, PlannedTensor
+from lora_export.merging.training_seen import training_checks, unquantized
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +35,8 @@ def base_checks(plan: MergePlan) -> list[BaseCheck]:
 def _of_adapter(plan: MergePlan, adapter: Adapter) -> Iterator[BaseCheck]:
     yield _name(plan.base, adapter)
     yield from _revision(plan.base, adapter)
+    stored = any(t.quantized for t in plan.tensors.values())
+    yield from training_checks(adapter, plan.options, stored)
     yield from _architecture(plan.base, adapter)
     yield BaseCheck("shapes", "agrees", f"all {len(adapter.updates)} updates fit a weight of the base")
     values = [*_magnitudes(plan, adapter), *_untouched_rows(plan, adapter)]
@@ -52,8 +55,8 @@ def _name(base: Checkpoint, adapter: Adapter) -> BaseCheck:
         return BaseCheck("name", "unknown", "the adapter names no base")
     found, certain = _named(base)
     short = Path(wanted).name
-    if found.rpartition("/")[2].lower() == short.lower():
-        return BaseCheck("name", "agrees", f"the adapter names {short}, and so is the base called")
+    if found.rpartition("/")[2].lower() in (short.lower(), unquantized(short).lower()):
+        return BaseCheck("name", "agrees", f"the adapter names {short}, and the base is called {found}")
     outcome: Outcome = "differs" if certain and "/" in wanted and not Path(wanted).is_absolute() else "unknown"
     return BaseCheck("name", outcome, f"the adapter names {short}, the base is called {found}")
 

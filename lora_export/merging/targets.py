@@ -10,6 +10,7 @@ from lora_export.merging.base import BaseWeight
 from lora_export.merging.loaded import Piece, loaded_weights, spread
 from lora_export.merging.names import rename, resolve_prefix, tied_pair, unknown_target
 from lora_export.merging.one_expert import on_disk
+from lora_export.merging.split_projections import on_rows
 
 
 def match_targets(
@@ -56,9 +57,10 @@ def _resolved(
                 )
             found.append(_renamed(update, name))
             continue
-        expert = on_disk(update, rename(update.target, change), shapes, base.model_types)
-        if expert is not None:
-            found.append(expert)
+        part = on_disk(update, rename(update.target, change), shapes, base.model_types)
+        part = part or on_rows(update, rename(update.target, change), shapes, base.config)
+        if part is not None:
+            found.append(part)
             continue
         if loaded is None:
             loaded = loaded_weights(base, shapes)

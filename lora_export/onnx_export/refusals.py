@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_export import sealed
-from lora_export.allowed import check_model_folder
+from lora_export.allowed import check_adapter_folder, check_model_folder
 from lora_export.choices import Precision
 from lora_export.contracts import QuantizationOptions
 from lora_export.errors import CheckpointError, ExportError
@@ -22,8 +22,9 @@ def read_config(model: Path, adapter: Path | None = None) -> dict[str, Any]:
     path = model / "config.json"
     config = sealed.read_json(path)
     _refuse_newer(config, path)
-    for folder in (model, *([adapter] if adapter else [])):
-        check_model_folder(folder)
+    check_model_folder(model)
+    if adapter is not None:
+        check_adapter_folder(adapter)
     if config.get("quantization_config"):
         raise CheckpointError(
             "config.json still has a quantization_config: these are no merged weights",

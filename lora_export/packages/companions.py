@@ -63,9 +63,10 @@ def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None) -> Non
     sealed.write_settings(target / "config.json", for_both(run.config) | dict(changes or {}))
     lay_tokenizer(run, target)
     if (run.companions / "modules.json").is_file():  # sentence-transformers
-        for path in sorted(run.companions.glob("*/config.json")):
+        modules = (*run.companions.glob("*/config.json"), *run.companions.glob("*/model.safetensors"))
+        for path in sorted(modules):
             sealed.refuse_outward_link(path, run.companions)
-            (target / path.parent.name).mkdir()
+            (target / path.parent.name).mkdir(exist_ok=True)
             sealed.copy(path, target / path.parent.name / path.name, run.companions)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lora_export import tokenizer_names
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.sealed import read_json, refuse_outward_link, write_json
+from lora_export.training_names import SENTENCE, SENTENCE_MODULES, VALUE_HEAD, is_adapters, is_state
 from lora_export.validation.quantized import FILES, is_quantized, without_settings
 from lora_export.validation.stored import FLOATS, HEADS, headers
 
@@ -38,16 +39,32 @@ def expected_folder(
     for path in settings_of(base):
         if path.name not in left_out:
             _copy(path, folder / path.name)
-    if (base / "modules.json").is_file():
-        for path in sorted(base.glob("*/*.json")):
-            if path.is_file() and not path.parent.name.startswith("."):
-                (folder / path.parent.name).mkdir(exist_ok=True)
-                _copy(path, folder / path.parent.name / path.name)
+    _copy_modules(base, folder)
     for choice in adapters:
         for path in _tokenizer_of(choice.folder):
             _copy(path, folder / path.name)
+        # With its modules.json come the settings that sentence-transformers reads beside it.
+        whole = (choice.folder / SENTENCE_MODULES).is_file()
+        for name in (VALUE_HEAD, *(SENTENCE if whole else ())):
+            if (choice.folder / name).is_file():
+                _copy(choice.folder / name, folder / name)
+        _copy_modules(choice.folder, folder)
     write_json(folder / CONFIG, _config(base, adapters, merged, options))
     return folder
+
+
+def _copy_modules(source: Path, folder: Path) -> None:
+    """What sentence-transformers reads in folders of their own: settings, and weights of a dense layer."""
+    for path in modules_of(source):
+        (folder / path.parent.name).mkdir(exist_ok=True)
+        _copy(path, folder / path.parent.name / path.name)
+
+
+def modules_of(folder: Path) -> list[Path]:
+    if not (folder / SENTENCE_MODULES).is_file():
+        return []
+    inner = (*folder.glob("*/*.json"), *folder.glob("*/model.safetensors"))
+    return [p for p in sorted(inner) if p.is_file() and not p.parent.name.startswith(".")]
 
 
 def declared(base: Path, merged: Path, options: MergeOptions) -> MergeOptions:
@@ -70,7 +87,8 @@ def settings_of(folder: Path) -> Iterator[Path]:
     """The files beside the weights, config.json left out."""
     for path in sorted(folder.iterdir()):
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        other = weights or path.name[0] == "." or path.name in (CONFIG, CERTIFICATE)
+        of_training = is_adapters(path.name) or is_state(path.name)
+        other = weights or of_training or path.name[0] == "." or path.name in (CONFIG, CERTIFICATE)
         if path.is_file() and not other and path.stat().st_size <= MOST:
             yield path
 

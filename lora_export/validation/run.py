@@ -43,6 +43,7 @@ def validate(
     numbers, and only the graphs are compared.
     """
     from lora_export.validation.beside import declared, expected_folder
+    from lora_export.validation.foreign import as_peft
     from lora_export.validation.settings import settings_check
 
     options = seeded(options or ValidationOptions())
@@ -52,6 +53,7 @@ def validate(
         settings = expected_folder(base, adapters, merged, asked_of_merge, Path(scratch) / "settings")
         # An outline is no folder that anybody loads, and does not hold the tensors that its settings follow.
         checks = () if graphs_alone else (settings_check(settings, merged),)
+        adapters = as_peft(base, adapters, Path(scratch))
         if options.merge.combine != "none":
             adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
         asked = base, adapters, merged, settings, exports, dequantized, graphs_alone, options, progress

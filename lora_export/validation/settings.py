@@ -13,7 +13,8 @@ from typing import Any
 from lora_export.contracts import Check
 from lora_export.errors import InputError
 from lora_export.sealed import refuse_outward_link
-from lora_export.validation.beside import CONFIG, MOST, settings_of
+from lora_export.training_names import VALUE_HEAD
+from lora_export.validation.beside import CONFIG, MOST, modules_of, settings_of
 
 _DOCUMENTS = (".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 _DOCUMENT_NAMES = ("license", "licence", "notice", "readme", "use_policy", "acceptable_use", "copying")
@@ -39,7 +40,7 @@ def differences(expected: Path, merged: Path) -> Iterator[str]:
             yield f"{name}: missing"
         elif name in wanted:
             yield from _compared(name, wanted[name], found[name])
-        elif name.endswith(_READ):
+        elif name.endswith(_READ) or Path(name).name in (VALUE_HEAD, "model.safetensors"):
             yield f"{name}: neither the base nor an adapter has this file"
 
 
@@ -48,8 +49,7 @@ def _settings(folder: Path) -> dict[str, Path]:
     files = [folder / CONFIG, *settings_of(folder)]
     files += [p for p in sorted(folder.iterdir()) if p.suffix in (".py", ".bin", ".pt", ".pth") and p.is_file()]
     templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
-    modules = sorted(folder.glob("*/*.json")) if (folder / "modules.json").is_file() else []
-    for path in (*templates, *modules):
+    for path in (*templates, *modules_of(folder), folder / VALUE_HEAD):
         if path.is_file() and not path.parent.name.startswith("."):
             files.append(path)
     named = {p.relative_to(folder).as_posix(): p for p in files if not _is_document(p)}

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from lora_export import skeleton
 from lora_export.contracts import Check, MergeOptions
 from lora_export.sealed import read_json
+from lora_export.training_names import VALUE_HEAD
 from lora_export.validation.quantized import is_quantized, of_activations
 
 INDEX = "model.safetensors.index.json"
@@ -62,7 +63,7 @@ def headers(folder: Path) -> dict[str, Stored]:
 
 
 def _all(folder: Path) -> Iterator[tuple[str, Stored]]:
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(p for p in folder.glob("*.safetensors") if p.name != VALUE_HEAD):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 view = tensors.get_slice(name)

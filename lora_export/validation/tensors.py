@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lora_export.contracts import Check
+from lora_export.validation.attention import in_effect, is_attention
 from lora_export.validation.effective import (
     Probe,
     answers,
@@ -149,6 +150,11 @@ def _wrapped(
         yield TensorError(path, float("inf"), 0)
         return
     if saved_whole(module) is not None:
+        return
+    if is_attention(module):
+        for name, values in in_effect(module).items():
+            found = plain.get_parameter(name)
+            yield _stacked(f"{path}.{name}", found, [(slice(None), *values)], types[f"{path}.{name}"])
         return
     if hasattr(module, "parameter_name"):
         yield from _parameters(path, module, plain, types)

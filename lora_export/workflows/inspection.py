@@ -113,6 +113,7 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         adapter = read_adapter(AdapterFile(tensors, config, folder / CONFIG))
     except LoraExportError as error:
         return document | {"mergeable": False, "reason": error.found}
+    config = dict(adapter.config)
     document |= {
         "mergeable": True,
         "summary": _words(adapter, adapter.tensors),

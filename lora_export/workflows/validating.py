@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_export.allowed import check_model_folder
+from lora_export.allowed import check_adapter_folder, check_model_folder
 from lora_export.checkpoint import open_adapter_files
 from lora_export.checkpoint.sources import choices_of
 from lora_export.choices import Provider
@@ -23,6 +23,7 @@ from lora_export.contracts import (
 )
 from lora_export.errors import InputError
 from lora_export.sealed import refuse_special
+from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.run_graphs import with_graph_of
 from lora_export.workflows.trained_base import prepared_base, stand_in
 
@@ -58,6 +59,7 @@ def validate_folder(
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)
+        base = replace(base, folder=without_adapter(base.folder, work))
         pairs = []
         for i, exported in enumerate(exports):
             if base_onnx:
@@ -101,8 +103,9 @@ def _check_folders(
     """Refuse what a runtime must not read, before any does."""
     from lora_export.onnx_export import check_export
 
-    for folder in (base.folder, *(source.folder for source, _ in adapters), merged):
-        check_model_folder(folder)
+    check_model_folder(merged)
+    for folder in (base.folder, *(source.folder for source, _ in adapters)):
+        check_adapter_folder(folder)
     for source, _ in adapters:
         open_adapter_files(source.folder)
     for exported in exports:

@@ -361,7 +361,6 @@ def test_files_that_are_refused(
     [
         ("vit.safetensors", True, "trained the vision tower in full"),
         ("extra_states", True, "trained other weights in full"),
-        ("adapters.safetensors", False, "an MLX adapter"),
         ("pytorch_lora_weights.safetensors", False, "a diffusers adapter"),
         ("pytorch_model_fsdp_0", False, "unmerged FSDP shards"),
         ("zero_to_fp32.py", False, "unmerged DeepSpeed shards"),

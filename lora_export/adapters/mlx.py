@@ -1,0 +1,137 @@
+"""LoRA and DoRA as mlx-lm saves them (mlx_lm/tuner/lora.py, dora.py, utils.py), read as PEFT's own.
+
+A linear layer has lora_a (in, r) and lora_b (r, out), of which ΔW = scale·(lora_a·lora_b)ᵀ; an embedding lora_a
+(rows, r) and lora_b (r, width), ΔW = scale·lora_a·lora_b; stacked experts lora_a (experts, r, in) and lora_b
+(experts, out, r). DoRA's m has one value for each row of the weight, of an embedding, too.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lora_export.adapters.config import LARGEST
+from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.saved import EMBEDDING_NAMES
+from lora_export.contracts import TensorInfo, TensorSource
+from lora_export.documents import is_kind
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "mlx-lm"
+
+_HEADS = frozenset({"lm_head", "embed_out"})
+_LEAF = re.compile(r"(?P<module>.+)\.(?P<leaf>lora_a|lora_b|m)")
+_OURS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector.weight"}
+_FULL = "mlx_lm.fuse --model BASE --adapter-path DIR --save-path MERGED, then `lora-export export -m MERGED`"
+
+
+@dataclass(frozen=True)
+class Turned:
+    """The file's tensors under PEFT's names and in PEFT's shapes. names: ours → the file's; turned: which of ours
+    are the transposes of what is stored."""
+
+    source: TensorSource
+    names: Mapping[str, str]
+    turned: frozenset[str]
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> "torch.Tensor":
+        stored = self.source.read(self.names[name])
+        return stored.T if name in self.turned else stored.reshape(self.tensors[name].shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        return self.read(name)[start:stop]
+
+    def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
+        return self.source.read_bytes(self.names[name], start, stop)
+
+
+def claims(file: AdapterFile) -> bool:
+    """Whether the configuration is mlx-lm's: PEFT's knows neither word."""
+    return "peft_type" not in file.config and bool({"fine_tune_type", "lora_parameters"} & file.config.keys())
+
+
+def as_peft(file: AdapterFile) -> AdapterFile:
+    """The same adapter in PEFT's names, shapes and words. AdapterError for what mlx-lm itself would not load."""
+    how = file.config.get("fine_tune_type", "lora")
+    if how not in ("lora", "dora"):
+        raise file.refuse(
+            f"fine_tune_type is {how!r}: this file holds whole weights, and is no adapter",
+            expected="fine_tune_type lora or dora",
+            next_step=_FULL,
+        )
+    rank, scale = _parameters(file)
+    parts = [_part(file, key) for key in file.tensors]
+    experts = {module for key, module, _ in parts if len(file.tensors[key].shape) == 3}
+    names, turned, tensors = dict[str, str](), set[str](), dict[str, TensorInfo]()
+    for key, module, leaf in parts:
+        embedding = module.rpartition(".")[2] in EMBEDDING_NAMES - _HEADS
+        # An embedding's A·B is a weight (rows, width) as it is: that of a linear layer with the parts exchanged.
+        role = {"lora_a": "lora_b", "lora_b": "lora_a"}.get(leaf, leaf) if embedding else leaf
+        ours = f"{_plain(module)}.{_OURS[role]}"
+        info = file.tensors[key]
+        if leaf == "m":
+            shape = info.shape
+        elif module in experts:
+            shape = _of_experts(file, key, leaf, rank)
+        else:
+            shape = file.shape(key, 2) if embedding else file.shape(key, 2)[::-1]
+            turned |= set() if embedding else {ours}
+        names[ours], tensors[ours] = key, replace(info, shape=shape)
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "use_dora": how == "dora",
+        "base_model_name_or_path": file.config.get("model"),
+    }
+    source = Turned(file.source, names, frozenset(turned), tensors)
+    # A tied head is the embedding itself there (as_linear), its update included.
+    return replace(file, source=source, config=config, tied=True)
+
+
+def _parameters(file: AdapterFile) -> tuple[int, float]:
+    """(rank, scale). Up to 0.19, mlx-lm multiplied the scale by alpha / rank; now it ignores alpha."""
+    found: Any = file.config.get("lora_parameters")
+    found = found if isinstance(found, dict) else {}
+    rank, scale, alpha = (found.get(k) for k in ("rank", "scale", "alpha"))
+    if not is_kind(rank, int) or rank < 1:
+        raise file.refuse(f"lora_parameters gives the rank {rank!r}", expected="a positive whole number")
+    if not is_kind(scale, float) or abs(scale) * rank > LARGEST:
+        raise file.refuse(f"lora_parameters gives the scale {scale!r}", expected="a number, as mlx-lm requires")
+    if alpha is not None and alpha != rank:
+        raise file.refuse(
+            f"lora_parameters gives both scale {scale:g} and alpha {alpha!r}: old versions of mlx-lm multiplied by "
+            "scale · alpha / rank, later ones by scale alone",
+            expected="scale without alpha",
+            next_step="remove alpha from adapter_config.json, and set scale to the factor of the training",
+        )
+    return int(rank), float(scale)
+
+
+def _part(file: AdapterFile, key: str) -> tuple[str, str, str]:
+    """(key, module, leaf) of a tensor's name."""
+    match = _LEAF.fullmatch(key)
+    if match is None:
+        raise file.refuse(
+            "a tensor that is no part of mlx-lm's LoRA or DoRA",
+            tensor=key,
+            expected="names ending with lora_a, lora_b or m",
+            next_step=_FULL,
+        )
+    return key, match["module"], match["leaf"]
+
+
+def _plain(module: str) -> str:
+    """mlx-lm calls a layer's stacked experts switch_mlp where checkpoints have experts."""
+    return ".".join("experts" if part == "switch_mlp" else part for part in module.split("."))
+
+
+def _of_experts(file: AdapterFile, key: str, leaf: str, rank: int) -> tuple[int, ...]:
+    """Some versions saved lora_a of experts with the first two dimensions as one."""
+    shape = file.tensors[key].shape
+    if leaf == "lora_a" and len(shape) == 2 and shape[0] % rank == 0:
+        return (shape[0] // rank, rank, shape[1])
+    return file.shape(key, 3)

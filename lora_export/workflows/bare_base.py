@@ -1,0 +1,27 @@
+"""A base in whose folder an adapter lies, too: other programs would load both without a word."""
+
+import os
+from pathlib import Path
+
+from lora_export import sealed
+from lora_export.training_names import is_adapters
+
+
+def without_adapter(base: Path, work: Path) -> Path:
+    """The folder itself, or where an adapter lies in it, one in `work` with everything but the adapter.
+
+    Its files are the same ones by hard links, or copies where `work` is on another disk.
+    """
+    if not (base / "adapter_config.json").is_file() or not (base / "config.json").is_file():
+        return base
+    bare = work / "base-alone" / base.resolve().name
+    for path in sorted(p for p in (*base.glob("*"), *base.glob("*/*")) if p.is_file()):
+        if not is_adapters(path.name):
+            sealed.refuse_outward_link(path, base)
+            target = bare / path.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path.resolve(), target)
+            except OSError:
+                sealed.copy(path, target, base)
+    return bare
