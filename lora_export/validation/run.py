@@ -133,8 +133,8 @@ def _judged(
 
     merged: None where it does not fit into the memory allowed. If a check fails, where it went wrong is looked for.
     """
-    errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     result: ValidationResult = story.compare(unmerged, model)
+    errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
     if merged is not None:
         result = _as_loaded(result, story, unmerged, merged, dtypes)
