@@ -36,8 +36,6 @@ _INTERNAL = frozenset(
         "_diffusers_version", "_from_model_config", "_model_name_or_path",
     }
 )  # fmt: skip
-# How transformers writes a number that JSON has not: {"__float__": "Infinity"}, the time step's limit of Mamba 2.
-_NUMBERS = frozenset({"Infinity", "-Infinity", "NaN"})
 # quant_method of config.json: those that this tool reads itself.
 QUANTIZATIONS = frozenset({"bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors"})
 # The name of a class that reads text, sound or images; a name with a dot or a slash would be looked for elsewhere.
@@ -109,9 +107,6 @@ def _faults(key: str, value: Any) -> Iterator[tuple[Any, str]]:
         for one in each:
             if one is not None and not (isinstance(one, str) and one in _IMPLEMENTATIONS):
                 yield one, ", ".join(sorted(_IMPLEMENTATIONS))
-    elif key == "__float__":
-        if not (isinstance(value, str) and value in _NUMBERS):
-            yield value, ", ".join(sorted(_NUMBERS))
     elif key.startswith("_") and key not in _INTERNAL and not _inert(value):
         yield value, "a number, true, false or null: the name is one of transformers' own attributes"
     elif key in _READERS and not (value is None or (isinstance(value, str) and _matches(_READER, value))):

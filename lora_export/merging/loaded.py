@@ -4,11 +4,9 @@ transformers 5 renames tensors when it loads them, and fuses experts that lie on
 conversions (transformers.conversion_mapping) is asked, on a model without weights.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters.kind import is_float64
@@ -39,19 +37,17 @@ class Piece:
 def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
     """Name in the loaded model → the tensors on disk that make it; empty where transformers knows no conversion."""
     try:
-        model, table = conversions(base)
+        model, conversions = _conversions(base)
     except (CheckpointError, ImportError, AttributeError):
         return {}
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    renamings = [c for c in table if isinstance(c, WeightRenaming)]
-    converters = [c for c in table if isinstance(c, WeightConverter)]
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     meta, found = model.state_dict(), dict[str, list[Piece]]()
     for name in sorted(weights, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
-        if target not in meta and name in meta:  # an expression for older names may match today's
-            target, pattern = name, None
         pieces = found.setdefault(target, [])
         if pattern is None:
             pieces.append(Piece(name))
@@ -62,19 +58,13 @@ def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, 
     return {target: tuple(pieces) for target, pieces in found.items() if pieces}
 
 
-def conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
-    """(the base's model without weights, transformers' table of conversions for it, fresh: entries keep a state)."""
+def _conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    model = _skeleton(base.folder, json.dumps(base.config, sort_keys=True, default=str))
-    return model, get_model_conversion_mapping(model)
-
-
-@lru_cache(maxsize=1)  # names are asked for more than once in a merge
-def _skeleton(folder: Path, config: str) -> Any:
     from lora_export import skeleton
 
-    return skeleton.build(folder, json.loads(config))
+    model = skeleton.build(base.folder, base.config)
+    return model, get_model_conversion_mapping(model)
 
 
 def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Piece | None:

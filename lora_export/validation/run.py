@@ -55,7 +55,7 @@ def validate(
         if options.merge.combine != "none":
             adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
         asked = base, adapters, merged, settings, exports, dequantized, graphs_alone, options, progress
-        result = _validate(*asked)
+        result = _validate(*asked, Path(scratch))
     return replace(result, checks=(*result.checks, *checks), seed=options.seed)
 
 
@@ -74,6 +74,7 @@ def _validate(
     graphs_alone: bool,
     options: ValidationOptions,
     progress: Progress,
+    scratch: Path,
 ) -> ValidationResult:
     """settings: a folder with the settings that `merged` should have; inputs are made by its tokenizer."""
     from lora_export.validation import kinds
@@ -94,8 +95,8 @@ def _validate(
     prompts, text = read_prompts(options.prompts), read_text(options.text)
     how = "loading" if keep is None else "streaming, layer by layer,"
     progress.stage(f"validate: {how} the unmerged model (PEFT, fp32) and the merged one")
-    reference = load_unmerged(base, adapters, options.merge, dequantized, keep)
-    unmerged = reference.model
+    reference = load_unmerged(base, adapters, options.merge, dequantized, keep, scratch)
+    unmerged, adapters = reference.model, reference.adapters
     if graphs_alone:
         model, dtypes = plain(unmerged), stored_dtypes(merged, unmerged)
     else:

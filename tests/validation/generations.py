@@ -38,7 +38,8 @@ OLDEST: Renaming = (
 @dataclass(frozen=True)
 class Family:
     """names: how each generation before today's called the modules; targets: what an adapter trains, by today's
-    names, of the text and of the images; older: what those targets are called by a generation, if otherwise."""
+    names, of the text and of the images; older: what those targets are called by a generation, if otherwise; saved:
+    the head that an adapter may hold whole, none where it is tied."""
 
     model: Any
     config: Callable[[], Any]
@@ -117,7 +118,9 @@ def _gemma3() -> Any:
 def _mistral3() -> Any:
     text = transformers.MistralConfig(**TEXT)
     eyes = transformers.PixtralVisionConfig(**EYES, head_dim=10)
-    return transformers.Mistral3Config(text_config=text, vision_config=eyes, image_token_index=90, spatial_merge_size=1)
+    return transformers.Mistral3Config(
+        text_config=text, vision_config=eyes, image_token_index=90, spatial_merge_size=1, tie_word_embeddings=False
+    )
 
 
 def _paligemma() -> Any:
@@ -174,8 +177,9 @@ FAMILIES: dict[str, Family] = {
                          {"4": _QWEN_OLD}, {}, ("lm_head",)),
 }  # fmt: skip
 CELLS = [
-    (name, of_adapter, of_base)
+    (name, of_adapter, of_base, saved)
     for name, family in FAMILIES.items()
     for of_adapter in ("5", *family.names)
     for of_base in ("5", *family.names)
+    for saved in (False, True)[: 2 if family.saved else 1]
 ]
