@@ -134,6 +134,8 @@ def _judged(
 
     merged: None where it does not fit into the memory allowed. If a check fails, where it went wrong is looked for.
     """
+    from lora_export.validation.unused import advice, unused_updates
+
     result: ValidationResult = story.compare(unmerged, model)
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
@@ -145,7 +147,9 @@ def _judged(
         )
     if result.passed:
         return result
-    return replace(result, deviation=_deviation(unmerged, model, story, dtypes, errors, options, progress))
+    result = replace(result, deviation=_deviation(unmerged, model, story, dtypes, errors, options, progress))
+    unused = unused_updates(unmerged, lambda: story.once(unmerged))
+    return replace(result, unused_updates=unused, advice=(*result.advice, *([advice(unused)] if unused else ())))
 
 
 def _combined(
