@@ -3,6 +3,7 @@
 This is the oracle: PEFT's unmerged forward. It shares no formula and no reader with merging/ and adapters/.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from lora_export.validation.loading import (
     quiet,
     whole_tensors,
 )
-from lora_export.validation.renamed import with_todays_names
+from lora_export.validation.renamed import names_as_they_are, with_todays_names
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
@@ -90,7 +91,8 @@ def _first_that_fits(
         if keep is not None and scratch is not None:  # what will be written is known by its new names only now
             model, absent = load_trained_on(base, options, dequantized, cls, keep, whole_tensors(chosen))
         try:
-            unmerged = attach_adapters(model, chosen)
+            with contextlib.nullcontext() if scratch is None else names_as_they_are():
+                unmerged = attach_adapters(model, chosen)
         except AdapterError as error:
             first = first or error
             continue

@@ -6,8 +6,9 @@ A copy of the adapter with today's names is the same adapter: its numbers stay, 
 is decided by the old names.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ MOST_STRIPPED = 3  # names in front that a model of another class may have
 def with_todays_names(
     adapters: Sequence[AdapterChoice], model: torch.nn.Module, scratch: Path
 ) -> list[AdapterChoice] | None:
-    """Copies in `scratch` under the names that `model` has, of the adapters that have others.
+    """The adapters, of those with other names than `model` has copies in `scratch` under its names.
 
-    None where no adapter changes, or where a tensor finds no module of the model.
+    None where a tensor finds no module of the model.
     """
     copies = []
     for i, choice in enumerate(adapters):
@@ -48,7 +49,29 @@ def with_todays_names(
         renamed = {f"{START}{_renamed(key, modules)}": tensor for key, tensor in state.items()}
         save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         copies.append(replace(choice, folder=folder))
-    return None if copies == list(adapters) else copies
+    return copies
+
+
+@contextlib.contextmanager
+def names_as_they_are() -> Iterator[None]:
+    """Inside, PEFT takes the names of an adapter for those of the model, as those of `with_todays_names` are.
+
+    It would put them through transformers' table for older files, whose expressions may match today's names, too:
+    of Laguna's `shared_experts.up_proj` they make `shared_experts..up_proj`, of Inkling's `weight_proj` a
+    `weight_proj.weight`, and PEFT finds no place for what it has itself saved.
+    """
+    from peft.utils import transformers_weight_conversion as conversion
+
+    original = conversion.convert_peft_adapter_state_dict_for_transformers
+
+    def as_it_is(*_: Any, adapter_state_dict: Any, **__: Any) -> Any:
+        return adapter_state_dict
+
+    conversion.convert_peft_adapter_state_dict_for_transformers = as_it_is
+    try:
+        yield
+    finally:
+        conversion.convert_peft_adapter_state_dict_for_transformers = original
 
 
 def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

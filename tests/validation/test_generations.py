@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import AdapterChoice, MergeOptions, ValidationOptions, ValidationResult
@@ -11,10 +13,11 @@ from lora_export.errors import AdapterError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
-from tests.builders import edit_json
+from tests.builders import VOCABULARY, edit_json, randomize
 from tests.daily import daily
 from tests.validation.generations import CELLS, FAMILIES
 
+ADAPTER = "adapter_model.safetensors"
 OLD_ON_NEW = [("vit", "4", "5", True), ("gemma3", "4", "4.52", False), ("qwen2_vl", "4", "5", False)]
 
 
@@ -76,9 +79,9 @@ def test_validate_an_adapter_of_a_text_model_on_a_model_that_sees(tmp_path: Path
     """`model.layers` of the text alone is `model.language_model.layers` where images are read, too."""
     family = FAMILIES["llava"]
     base, adapter = family.save(tmp_path / "base", "5"), family.train(tmp_path / "adapter", "5")
-    state = load_file(adapter / "adapter_model.safetensors")
+    state = load_file(adapter / ADAPTER)
     text = {n.replace(".language_model", ""): t for n, t in state.items() if ".language_model." in n}
-    save_file(text, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(text, adapter / ADAPTER, metadata={"format": "pt"})
     edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "v_proj"])
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged", MergeOptions())
     result = judged(base, adapter, tmp_path / "merged")
@@ -89,9 +92,43 @@ def test_validate_names_of_no_model_are_refused(tmp_path: Path) -> None:
     family = FAMILIES["vit"]
     base, adapter = family.save(tmp_path / "base", "5"), family.train(tmp_path / "adapter", "5")
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
-    state = load_file(adapter / "adapter_model.safetensors")
+    state = load_file(adapter / ADAPTER)
     other = {n.replace("q_proj", "queries").replace("v_proj", "values"): t for n, t in state.items()}
-    save_file(other, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(other, adapter / ADAPTER, metadata={"format": "pt"})
     edit_json(adapter / "adapter_config.json", target_modules=["queries", "values", "fc2"])
     with pytest.raises(AdapterError, match="without a place in ViTForImageClassification"):
         judged(base, adapter, tmp_path / "merged")
+
+
+def test_validate_names_that_peft_itself_changes_on_loading(tmp_path: Path) -> None:
+    """PEFT saves the names of the modules, and its own loading turns them into names of none: the merge is right."""
+    config = transformers.LagunaConfig(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        shared_expert_intermediate_size=32, max_position_embeddings=300, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, layer_types=["full_attention", "sliding_attention"], sliding_window=20,
+        mlp_layer_types=["dense", "sparse"], num_attention_heads_per_layer=[4, 4],
+    )  # fmt: skip
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    model = transformers.LagunaForCausalLM(config)
+    randomize(model, 1, scale=0.15)
+    model.save_pretrained(base)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"]))
+    randomize(tuned, 2, tuple(n for n, p in tuned.named_parameters() if p.requires_grad), 0.1)
+    tuned.save_pretrained(adapter)
+    merge(base, [AdapterChoice(adapter)], merged)
+
+    modules = {n for n, _ in transformers.LagunaForCausalLM.from_pretrained(base).named_modules()}
+    saved = {n.removeprefix("base_model.model.").split(".lora_")[0] for n in load_file(adapter / ADAPTER)}
+    assert saved <= modules
+    again = peft.PeftModel.from_pretrained(transformers.LagunaForCausalLM.from_pretrained(base), adapter)
+    left = again.load_adapter(adapter, adapter_name="again").unexpected_keys
+    assert {n.split(".lora_")[0] for n in left} == {"base_model.model.model.layers.1.mlp.shared_experts..up_proj"}
+
+    loaded = transformers.LagunaForCausalLM.from_pretrained(merged).double().eval()
+    for either in (model, loaded):
+        either.set_experts_implementation("eager")  # the others know no float64
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        assert torch.allclose(tuned.double().eval()(ids).logits, loaded(ids).logits, rtol=0, atol=1e-5)
+    assert judged(base, adapter, merged).passed

@@ -78,8 +78,9 @@ def vocabulary(model: Any) -> int:
 
     Two towers have no one input embedding, and CANINE has none at all; their configuration tells.
     """
-    known = getattr(model.config.get_text_config(), "vocab_size", None)
-    found = [] if known is None else [int(known)]
+    config = model.config.get_text_config()
+    known = (getattr(config, name, None) for name in ("vocab_size", "unpadded_vocab_size"))
+    found = [n for n in known if isinstance(n, int)]
     for ask in ("get_input_embeddings", "get_output_embeddings"):
         try:
             weight = getattr(model, ask)().weight
