@@ -140,7 +140,8 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """advice: sentences for a person, such as which base or precision to ship, and why; seed: of what was drawn."""
+    """advice: sentences for a person, such as which base or precision to ship, and why; seed: of what was drawn;
+    unused_updates: layers whose update PEFT's unmerged forward never uses, looked for where a check failed."""
 
     checks: tuple[Check, ...]
     samples: tuple[Mapping[str, str], ...] = ()  # prompt, base, unmerged, merged: greedy continuations
@@ -152,6 +153,7 @@ class ValidationResult:
     bases: tuple[BaseComparison, ...] = ()
     advice: tuple[str, ...] = ()
     seed: int | None = None
+    unused_updates: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -170,4 +172,5 @@ class ValidationResult:
             "bases": [asdict(b) for b in self.bases],
             "advice": list(self.advice),
             "seed": self.seed,
+            "unused_updates": list(self.unused_updates),
         }

@@ -9,6 +9,7 @@ from lora_export.errors import AdapterError
 from lora_export.merging.base import BaseWeight
 from lora_export.merging.loaded import Piece, loaded_weights, spread
 from lora_export.merging.names import rename, resolve_prefix, tied_pair, unknown_target
+from lora_export.merging.older_names import with_todays_names
 from lora_export.merging.one_expert import on_disk
 from lora_export.merging.split_projections import on_rows
 
@@ -43,7 +44,8 @@ def _resolved(
     called: dict[str, str] = {}  # weight → what the adapter calls it
     loaded: dict[str, tuple[Piece, ...]] | None = None
     shapes = {n: w.shape for n, w in weights.items()}
-    for update in _one_of_tied(adapter, tied):
+    updates = with_todays_names(base, _one_of_tied(adapter, tied), weights, change)
+    for update in updates:
         name = next((n for n in (rename(update.target, change), update.target) if n in weights), None)
         if name is None and tied and update.target == tied[1]:
             name = update.target

@@ -35,7 +35,7 @@ _VALIDATE: Kind = {
     "deviation?": (None, {"module": str, "value": _NUMBER, "floor": _NUMBER, "tensors": [str]}),
     "adapter_survival?": (None, [{"model": str, "share": _NUMBER, "kl_base": _NUMBER, "kl_lost": _NUMBER}]),
     "bases?": (None, [{"base": str, "perplexity": _NUMBER, "kl_trained": _NUMBER}]), "advice?": (None, [str]),
-    "seed?": (None, int),
+    "seed?": (None, int), "unused_updates?": (None, [str]),
 }  # fmt: skip
 _EXPORT: Kind = {"engine": str, "precision": str, "nodes": int, "files": {str: int}, "seconds?": _NUMBER}
 _PERCENTILE: Kind = {"ms": _NUMBER, "low": _NUMBER, "high": _NUMBER}

@@ -13,7 +13,7 @@ from lora_export.validation.arithmetic import Arithmetic, InTypes, draw
 from lora_export.validation.compare import Difference, compare_logits, greedy_divergences, largest
 from lora_export.validation.decoders import GREEDY_TOKENS, greedy, greedy_steps, logits
 from lora_export.validation.noise import draws
-from lora_export.validation.subject import Graph
+from lora_export.validation.subject import Graph, running
 from lora_export.validation.text import perplexity
 from lora_export.validation.thresholds import FACTOR, Floor, Greedy, decoder_checks, graph_checks, run_to_run
 
@@ -52,10 +52,11 @@ class DecoderStory:
     def measure(self, unmerged: Any) -> None:
         """The unmerged model's outputs, and the noise floors of rounding, of sums and of running it again."""
         self.progress.stage(f"validate: {len(self.tokens)} prompts, unmerged, and how far rounding moves them")
-        with unmerged.disable_adapter():
+        with unmerged.disable_adapter(), running(unmerged):
             self._base = logits(unmerged, self.tokens)
             self._perplexities += self._perplexity("base", unmerged)
-        self._unmerged = logits(unmerged, self.tokens)
+        with running(unmerged):
+            self._unmerged = logits(unmerged, self.tokens)
         self._again = (self._from_unmerged(logits(unmerged, self.tokens)),)
         self._rounding = tuple(
             draws(unmerged, self.dtypes, lambda: self._from_unmerged(logits(unmerged, self.tokens)))

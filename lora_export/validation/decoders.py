@@ -6,8 +6,11 @@ from typing import Any
 import torch
 
 from lora_export.validation.prompts import MAX_TOKENS
+from lora_export.validation.subject import plain, takes
 
 GREEDY_TOKENS = 64
+# What transformers' caches raise that a model's layers cannot use: hybrids of attention and recurrence have some.
+_UNUSABLE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str], vocabulary: int) -> list[torch.Tensor]:
@@ -24,24 +27,49 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], vocabulary: int) -> list[to
 @torch.inference_mode()
 def logits(model: Any, tokens: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """fp32 logits (length, vocabulary) of each prompt, one prompt at a time so that no padding enters."""
-    return [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in tokens]
+    return [_forward(model, ids).logits[0].float() for ids in tokens]
+
+
+def _forward(model: Any, ids: torch.Tensor) -> Any:
+    """One forward on a whole text (length,), without a cache where the model can have one."""
+    body = plain(model)
+    switch = {"use_cache": False} if "use_cache" in takes(body) else {}
+    return body(input_ids=ids[None], **switch)
 
 
 @torch.inference_mode()
 def greedy(model: Any, ids: torch.Tensor, count: int = GREEDY_TOKENS) -> torch.Tensor:
-    """`count` greedy tokens after the prompt, shape (count,), with a KV cache; end-of-text does not stop it."""
+    """`count` greedy tokens after the prompt, shape (count,); end-of-text does not stop it.
+
+    With a KV cache where the model has one that works. Others keep a state of another kind, each called otherwise,
+    or none: they read the whole text again for each token.
+    """
+    body = plain(model)
+    if {"past_key_values", "use_cache"} <= takes(body):
+        try:
+            return _with_cache(body, ids, count)
+        except _UNUSABLE:
+            pass  # without a cache the model may run all the same; if not, that tells why
+    out = ids
+    for _ in range(count):
+        out = torch.cat([out, _forward(model, out).logits[0, -1:].argmax(-1)])
+    return out[len(ids) :]
+
+
+def _with_cache(body: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
     out, past, step = [], None, ids[None]
     for _ in range(count):
-        result = model(input_ids=step, past_key_values=past, use_cache=True)
+        result = body(input_ids=step, past_key_values=past, use_cache=True)
         past = result.past_key_values
+        if past is None:
+            raise ValueError("the model returns no cache")
         step = result.logits[:, -1].argmax(-1, keepdim=True)
-        out.append(step[0, 0])
-    return torch.stack(out)
+        out.append(step[0])
+    return torch.cat(out)
 
 
 @torch.inference_mode()
 def greedy_steps(model: Any, ids: torch.Tensor, continuation: torch.Tensor) -> torch.Tensor:
     """Logits (count, vocabulary) at each step of a given continuation, in one forward."""
-    full = torch.cat([ids, continuation[:-1]])
-    steps: torch.Tensor = model(input_ids=full[None], use_cache=False).logits[0, len(ids) - 1 :].float()
+    steps: torch.Tensor = _forward(model, torch.cat([ids, continuation[:-1]])).logits[0, len(ids) - 1 :].float()
     return steps

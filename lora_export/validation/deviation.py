@@ -105,9 +105,9 @@ def _compare(
 def _judge(
     name: str, module: nn.Module, args: Any, kwargs: Any, output: Any, dtypes: Mapping[str, torch.dtype]
 ) -> Deviation:
-    wanted = list(_tensors(output))
+    wanted = list(tensors_of(output))
     try:
-        found = list(_tensors(module(*args, **kwargs)))
+        found = list(tensors_of(module(*args, **kwargs)))
     except (RuntimeError, ValueError, TypeError, IndexError):  # a weight of another shape, for one
         return Deviation(name, INCOMPARABLE, 0.0)
     value = _distance(wanted, found)
@@ -117,22 +117,22 @@ def _judge(
     draws = []
     for seed in range(DRAWS):
         with _noise(name, module, dtypes, seed):
-            draws.append(_distance(found, list(_tensors(module(*args, **kwargs)))))
+            draws.append(_distance(found, list(tensors_of(module(*args, **kwargs)))))
     noise = max(draws)
     return Deviation(name, value, floor + (noise if math.isfinite(noise) else 0.0))
 
 
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
+def tensors_of(output: Any) -> Iterator[torch.Tensor]:
     """The floating-point tensors of a module's output, whatever it is wrapped in; caches are left out."""
     if isinstance(output, torch.Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _tensors(value)
+            yield from tensors_of(value)
     elif isinstance(output, tuple | list):
         for value in output:
-            yield from _tensors(value)
+            yield from tensors_of(value)
 
 
 def _distance(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:

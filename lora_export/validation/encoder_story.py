@@ -13,7 +13,7 @@ from lora_export.validation.arithmetic import Arithmetic, draw
 from lora_export.validation.compare import largest, max_abs
 from lora_export.validation.effect import OutputEffect
 from lora_export.validation.noise import draws
-from lora_export.validation.subject import Graph, plain
+from lora_export.validation.subject import Graph, plain, running
 from lora_export.validation.thresholds import FACTOR, FP32_ARITHMETIC, below
 
 Outputs = dict[str, torch.Tensor]
@@ -54,9 +54,10 @@ class EncoderStory:
 
     def measure(self, unmerged: Any) -> None:
         self.progress.stage(f"validate: {len(self.batches)} inputs, unmerged, and how far rounding moves them")
-        with unmerged.disable_adapter():
-            self._base = self._outputs(unmerged)
-        self._unmerged = self._outputs(unmerged)
+        with running(unmerged):
+            with unmerged.disable_adapter():
+                self._base = self._outputs(unmerged)
+            self._unmerged = self._outputs(unmerged)
         for drawn in draws(unmerged, self.dtypes, lambda: self._between(self._unmerged, self._outputs(unmerged))):
             for name, floor in drawn.items():
                 self._rounding[name] = self._rounding.get(name, Floor()).widest(floor)

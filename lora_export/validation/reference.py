@@ -3,6 +3,8 @@
 This is the oracle: PEFT's unmerged forward. It shares no formula and no reader with merging/ and adapters/.
 """
 
+import contextlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from lora_export.validation.loading import (
     whole_tensors,
 )
 from lora_export.validation.mended import mend, weigh
+from lora_export.validation.renamed import names_as_they_are, with_todays_names
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
@@ -35,11 +38,13 @@ MOST_LAYERS = 10_000
 @dataclass(frozen=True)
 class Unmerged:
     """model: PEFT's; cls: the transformers class of its base; absent: what that class has and the base's files have
-    not (a pooler, say), with the values that it began with here."""
+    not (a pooler, say), with the values that it began with here; adapters: those that PEFT loaded, copies with
+    other names where PEFT finds no place for their own."""
 
     model: Any
     cls: Any
     absent: Mapping[str, torch.Tensor]
+    adapters: tuple[AdapterChoice, ...]
 
 
 def load_unmerged(
@@ -48,33 +53,65 @@ def load_unmerged(
     options: MergeOptions,
     dequantized: Path | None = None,
     keep: int | None = None,
+    scratch: Path | None = None,
 ) -> Unmerged:
     """keep: None for a base in memory; else it is streamed, and so many bytes of it may stay there between uses.
+    scratch: where renamed copies of adapters may be kept (None: they are gone when this returns).
 
     The class is the first of these into which every tensor of the adapters fits: the one that config.json names,
-    the one of the adapter's task, the bare body. AdapterError if there is none.
+    the one of the adapter's task, the bare body. Where none is, the adapters are tried again under the names that
+    the class gives its modules today. AdapterError if there is none.
     """
-    import peft.utils.error
+    found, why = _first_that_fits(base, adapters, options, dequantized, keep, None)
+    if found is None:
+        with tempfile.TemporaryDirectory(prefix="lora-export-") as fleeting:
+            folder = Path(fleeting) if scratch is None else scratch
+            found, _ = _first_that_fits(base, adapters, options, dequantized, keep, folder)
+    if found is None:
+        raise why or _left_over([], architecture(base).__name__, adapters)
+    return found
 
-    unused: list[str] = []
-    for cls in classes_of(dequantized or base, adapters):
+
+def _first_that_fits(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    options: MergeOptions,
+    dequantized: Path | None,
+    keep: int | None,
+    scratch: Path | None,
+) -> tuple[Unmerged | None, AdapterError | None]:
+    """scratch: None to take the adapters as they are, else where copies with today's names are made."""
+    first: AdapterError | None = None
+    for number, cls in enumerate(classes_of(dequantized or base, adapters)):
         model, absent = load_trained_on(base, options, dequantized, cls, keep, whole_tensors(adapters))
         if keep is not None:
             streaming.refuse_changing_inits(configs_of(adapters), adapters[0].folder)
+        chosen = list(adapters) if scratch is None else with_todays_names(adapters, model, scratch / f"{number}")
+        if chosen is None:
+            continue
+        if keep is not None and scratch is not None:  # what will be written is known by its new names only now
+            model, absent = load_trained_on(base, options, dequantized, cls, keep, whole_tensors(chosen))
         try:
-            unmerged, left = _attach(model, adapters)
-        except peft.utils.error.NoMatchingPeftModuleError:
-            continue  # this class has no layer of the adapter's
-        if not left:
-            streaming.attach(model, wrapped_modules(model).values())
-            return Unmerged(unmerged, cls, absent)
-        unused = unused or left
-    raise _left_over(unused, architecture(base).__name__, adapters)
+            with contextlib.nullcontext() if scratch is None else names_as_they_are():
+                unmerged = attach_adapters(model, chosen)
+        except AdapterError as error:
+            first = first or error
+            continue
+        streaming.attach(model, wrapped_modules(model).values())
+        return Unmerged(unmerged, cls, absent, tuple(chosen)), None
+    return None, first
 
 
 def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:
     """PEFT's unmerged model. AdapterError if a tensor of the adapters finds no place in it."""
-    unmerged, left = _attach(model, adapters)
+    import peft.utils.error
+
+    try:
+        unmerged, left = _attach(model, adapters)
+    except peft.utils.error.NoMatchingPeftModuleError:
+        raise _left_over([], type(model).__name__, adapters) from None
+    except (KeyError, RuntimeError) as error:  # of a module that was saved whole, and of sizes
+        raise _left_over([], type(model).__name__, adapters, str(error)) from error
     if left:
         raise _left_over(left, type(model).__name__, adapters)
     return unmerged
@@ -108,11 +145,18 @@ def _largest_size(folder: Path) -> int:
     return max(sizes)
 
 
-def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoice]) -> AdapterError:
+def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoice], why: str = "") -> AdapterError:
+    found = f"PEFT finds no layer of {cls} that the adapter changes"
+    if why:
+        found = f"PEFT cannot load the adapter into {cls}: {' '.join(why.split())[:200]}"
+    elif tensors:
+        found = (
+            f"PEFT finds {len(tensors)} tensors of the adapter without a place in {cls}, or layers without a tensor"
+        )
     return AdapterError(
-        f"PEFT finds {len(tensors)} tensors of the adapter without a place in {cls}, or layers without a tensor",
+        found,
         where=adapters[0].folder,
-        tensor=tensors[0],
+        tensor=tensors[0] if tensors else None,
         expected="an adapter that PEFT itself loads into this base with nothing left over",
     )
 

@@ -57,7 +57,7 @@ def validate(
         if options.merge.combine != "none":
             adapters, options = _combined(base, adapters, options, merged, dequantized, Path(scratch), progress)
         asked = base, adapters, merged, settings, exports, dequantized, graphs_alone, options, progress
-        result = _validate(*asked)
+        result = _validate(*asked, Path(scratch))
     return replace(result, checks=(*result.checks, *checks), seed=options.seed)
 
 
@@ -76,6 +76,7 @@ def _validate(
     graphs_alone: bool,
     options: ValidationOptions,
     progress: Progress,
+    scratch: Path,
 ) -> ValidationResult:
     """settings: a folder with the settings that `merged` should have; inputs are made by its tokenizer."""
     from lora_export.validation import kinds
@@ -96,8 +97,8 @@ def _validate(
     prompts, text = read_prompts(options.prompts), read_text(options.text)
     how = "loading" if keep is None else "streaming, layer by layer,"
     progress.stage(f"validate: {how} the unmerged model (PEFT, fp32) and the merged one")
-    reference = load_unmerged(base, adapters, options.merge, dequantized, keep)
-    unmerged = reference.model
+    reference = load_unmerged(base, adapters, options.merge, dequantized, keep, scratch)
+    unmerged, adapters = reference.model, reference.adapters
     if graphs_alone:
         model, dtypes = plain(unmerged), stored_dtypes(merged, unmerged)
     else:
@@ -135,8 +136,10 @@ def _judged(
 
     merged: None where it does not fit into the memory allowed. If a check fails, where it went wrong is looked for.
     """
-    errors, checks = _tensors(unmerged, model, dtypes, options, progress)
+    from lora_export.validation.unused import advice, unused_updates
+
     result: ValidationResult = story.compare(unmerged, model)
+    errors, checks = _tensors(unmerged, model, dtypes, options, progress)
     result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
     if merged is not None:
         result = _as_loaded(result, story, unmerged, merged, dtypes)
@@ -146,7 +149,9 @@ def _judged(
         )
     if result.passed:
         return result
-    return replace(result, deviation=_deviation(unmerged, model, story, dtypes, errors, options, progress))
+    result = replace(result, deviation=_deviation(unmerged, model, story, dtypes, errors, options, progress))
+    unused = unused_updates(unmerged, lambda: story.once(unmerged))
+    return replace(result, unused_updates=unused, advice=(*result.advice, *([advice(unused)] if unused else ())))
 
 
 def _combined(

@@ -12,7 +12,7 @@ from lora_export.validation.arithmetic import Arithmetic, draw
 from lora_export.validation.compare import Difference, Divergence, compare_logits, greedy_divergences, largest
 from lora_export.validation.effect import Effect
 from lora_export.validation.noise import draws
-from lora_export.validation.subject import Graph, plain, takes
+from lora_export.validation.subject import Graph, plain, running, takes
 from lora_export.validation.thresholds import FACTOR, Floor, Greedy, decoder_checks, graph_checks
 
 
@@ -39,10 +39,11 @@ class Seq2SeqStory:
 
     def measure(self, unmerged: Any) -> None:
         self.progress.stage(f"validate: {len(self.tokens)} texts, unmerged, and how far rounding moves them")
-        with unmerged.disable_adapter():
-            self._base = self._logits(unmerged)
-            self._first = self._generate(unmerged)
-        self._unmerged = self._logits(unmerged)
+        with running(unmerged):
+            with unmerged.disable_adapter():
+                self._base = self._logits(unmerged)
+                self._first = self._generate(unmerged)
+            self._unmerged = self._logits(unmerged)
         self._rounding = tuple(draws(unmerged, self.dtypes, lambda: self._from_unmerged(self._logits(unmerged))))
         self._sums = (self._draw(unmerged, Arithmetic()),)
         self._wanted = self._generate(unmerged)

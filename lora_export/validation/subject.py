@@ -1,7 +1,8 @@
 """What every kind of model is asked about: its inputs, by the signature of its forward, and its folder."""
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from lora_export.contracts import Check, Progress, ValidationResult
+from lora_export.errors import InputError
 from lora_export.validation.arithmetic import Arithmetic
 
 
@@ -99,3 +101,31 @@ def plain(model: Any) -> Any:
     """The transformers model itself. PEFT's task classes pass on only the inputs of their own task; the layers that
     they wrapped are wrapped in here, too."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def running(unmerged: Any) -> Iterator[None]:
+    """Around forwards of the reference alone. InputError where transformers' or PEFT's own code cannot compute it:
+    nothing about the merged model is known then, for good or for ill."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except _FAILS as error:
+        body, why = plain(unmerged), (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"the unmerged model does not run here, so that nothing can be compared with it: {type(body).__name__} "
+            f"ends with {type(error).__name__}{': ' if why else ''}{why}",
+            expected="a base that transformers runs, and an adapter that PEFT runs on it, given "
+            f"{', '.join(sorted(takes(body) & _SHOWN)) or 'its inputs'} alone",
+            next_step="`lora-export validate` on an architecture that runs; the arithmetic of each tensor is in the "
+            "certificate of the merge, which `lora-export verify` checks without running a model",
+        ) from error
+
+
+# What a forward raises: of sizes that do not fit, of inputs that are missing, of layers that PEFT cannot wrap.
+_FAILS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, IndexError, KeyError, NameError,
+    NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+_SHOWN = {"input_ids", "attention_mask", "pixel_values", "input_values", "input_features", "decoder_input_ids"}

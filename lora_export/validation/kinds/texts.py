@@ -14,6 +14,7 @@ from lora_export.validation.decoders import tokenize
 from lora_export.validation.prompts import MAX_TOKENS
 from lora_export.validation.subject import Graph, Story, Subject, setting
 
+CODE_POINTS = 0x110000  # of Unicode, which CANINE reads
 RANDOM_LENGTHS = (5, 11, 23, 37, 48, 64)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -73,12 +74,21 @@ def token_lists(subject: Subject, room: int = 0) -> Texts:
 
 
 def vocabulary(model: Any) -> int:
-    """How many token ids the model knows. Two towers have no one input embedding; their configuration tells."""
-    try:
-        rows = model.get_input_embeddings().weight.shape[0]
-    except (NotImplementedError, AttributeError):
-        rows = model.config.get_text_config().vocab_size
-    return int(rows)
+    """How many token ids the model both reads and predicts: Mllama and Moshi read a few more than they predict.
+
+    Two towers have no one input embedding, and CANINE has none at all; their configuration tells.
+    """
+    config = model.config.get_text_config()
+    known = (getattr(config, name, None) for name in ("vocab_size", "unpadded_vocab_size"))
+    found = [n for n in known if isinstance(n, int)]
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            weight = getattr(model, ask)().weight
+        except (NotImplementedError, AttributeError):
+            continue
+        if weight.dim() == 2:
+            found.append(weight.shape[0])
+    return min(found, default=CODE_POINTS)
 
 
 def positions(model: Any, room: int) -> int:
@@ -97,11 +107,13 @@ def _pieces(running: torch.Tensor, sizes: Sequence[int], seed: int) -> list[torc
 def _random(subject: Subject, sizes: Sequence[int]) -> list[torch.Tensor]:
     """No padding, begin or end among them: those change masks, positions and pooling; BART wants one end."""
     config = subject.model.config.get_text_config()
-    special = {setting(config, f"{name}_token_id") for name in ("pad", "bos", "eos", "decoder_start")}
+    named = (setting(config, f"{name}_token_id") for name in ("pad", "bos", "eos", "decoder_start"))
+    special = {i for found in named for i in (found if isinstance(found, list | tuple) else (found,))}
     allowed = torch.tensor([i for i in range(vocabulary(subject.model)) if i not in special])
     generator = torch.Generator().manual_seed(subject.seed)
     lists = [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in sizes]
     end = setting(config, "eos_token_id")
+    end = end[0] if isinstance(end, list | tuple) and end else end
     if subject.model.config.is_encoder_decoder and isinstance(end, int):
         lists = [torch.cat([ids[:-1], torch.tensor([end])]) for ids in lists]
     return lists
