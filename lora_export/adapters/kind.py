@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,8 @@ class AdapterFile:
     where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`). The rest matters
     where the file cannot tell: how B of fused experts is packed (all experts of a rank together, or all ranks of an
     expert), the layout of square expert weights, every model_type in the base's configuration (empty: unknown) and
-    the shapes of its weights by name, for kinds that draw random matrices of the largest size again.
+    the shapes of its weights by name, for kinds that draw random matrices of the largest size again; token_modules:
+    asks the base which of its modules have a row for each token.
     """
 
     source: TensorSource
@@ -54,6 +55,7 @@ class AdapterFile:
     base_model_types: frozenset[str] = frozenset()
     base_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     allow_nonfinite: bool = False
+    token_modules: Callable[[], Collection[str]] = frozenset
 
     @property
     def folder(self) -> Path:

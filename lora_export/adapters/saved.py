@@ -13,9 +13,15 @@ if TYPE_CHECKING:
 
 # PEFT saves these beside the adapter when the vocabulary was resized, or when they are targets themselves.
 _BIASES = ("none", "all", "lora_only", "oft_only", "boft_only", "vera_only", "waveft_only", "adalora_only")
+# Where the base cannot be asked. `base_layer` in a name says the same: it is PEFT's own, of what it adapts.
 EMBEDDING_NAMES = frozenset(
-    {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "lm_head", "embed_out"}
-)
+    {
+        "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "lm_head", "embed_out",
+        "tokens_embed", "word_embedding", "proj_out", "output_projection", "generator_lm_head", "lm_loss",
+        "vocab_projector",
+    }
+)  # fmt: skip
+_WRAPPED = ".base_layer."
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:
         raise file.refuse(f"bias is {bias!r}", expected="none, all or lora_only (or the like of another kind)")
     updates = []
     for target, keys in _by_target(file, claimed).items():
-        kind = _kind(file, target)
+        kind = _kind(file, target, keys)
         if file.weight != 1.0:
             raise file.refuse(
                 f"this tensor replaces the base's, so it cannot be weighted with {file.weight}",
@@ -67,12 +73,13 @@ def _replace(file: AdapterFile, keys: list[str], target: str, kind: str) -> Targ
         return Replacement(file, keys[0])
 
     shape = file.tensors[keys[0]].shape
-    # An embedding that was saved because the vocabulary was resized had changed before training, with its tie.
-    tied = kind == "embedding" or bool(file.config.get("ensure_weight_tying"))
+    # An embedding that was saved because the vocabulary was resized had changed before training, with its tie; a
+    # trained bias is the parameter itself.
+    tied = kind in ("embedding", "bias") or bool(file.config.get("ensure_weight_tying"))
     return TargetUpdate(target, kind, tuple(keys), (shape,), load, replaces=True, tied=tied)
 
 
-def _kind(file: AdapterFile, target: str) -> str:
+def _kind(file: AdapterFile, target: str, keys: list[str]) -> str:
     module, _, leaf = target.rpartition(".")
     parts = module.split(".")
     saved = tuple(file.config.get("modules_to_save") or ())
@@ -81,7 +88,7 @@ def _kind(file: AdapterFile, target: str) -> str:
         return "modules_to_save"
     if leaf == "bias" and file.config.get("bias", "none") != "none":
         return "bias"
-    if leaf == "weight" and module.rpartition(".")[2] in EMBEDDING_NAMES:
+    if leaf in ("weight", "bias") and _of_tokens(file, module, keys):
         return "embedding"
     raise file.refuse(
         "no adapter kind explains this tensor",
@@ -89,3 +96,10 @@ def _kind(file: AdapterFile, target: str) -> str:
         expected="tensors of the adapter's kind, or modules and biases that adapter_config.json names",
         next_step="lora-export inspect ADAPTER shows how the adapter was understood",
     )
+
+
+def _of_tokens(file: AdapterFile, module: str, keys: list[str]) -> bool:
+    """Whether the module is an embedding or an output head, which PEFT saves whole, or one that it adapts."""
+    if module.rpartition(".")[2] in EMBEDDING_NAMES or any(_WRAPPED in key for key in keys):
+        return True
+    return any(f".{module}".endswith(f".{n}") or f".{n}".endswith(f".{module}") for n in file.token_modules())

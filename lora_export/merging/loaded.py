@@ -37,11 +37,17 @@ class Piece:
 def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
     """Name in the loaded model → the tensors on disk that make it; empty where transformers knows no conversion."""
     try:
-        model, conversions = _conversions(base)
+        return loaded_by(_model(base), weights)
     except (CheckpointError, ImportError, AttributeError):
         return {}
+
+
+def loaded_by(model: Any, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
+    """The same for a model that is built already."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+    conversions = get_model_conversion_mapping(model)  # anew each time: some remember what they have seen
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
@@ -58,13 +64,10 @@ def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, 
     return {target: tuple(pieces) for target, pieces in found.items() if pieces}
 
 
-def _conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
+def _model(base: Checkpoint) -> Any:
     from lora_export import skeleton
 
-    model = skeleton.build(base.folder, base.config)
-    return model, get_model_conversion_mapping(model)
+    return skeleton.build(base.folder, base.config)
 
 
 def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Piece | None:
