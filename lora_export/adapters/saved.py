@@ -4,6 +4,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_export.adapters.config import ensures_tying
 from lora_export.adapters.keys import base_name
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
@@ -75,7 +76,7 @@ def _replace(file: AdapterFile, keys: list[str], target: str, kind: str) -> Targ
     shape = file.tensors[keys[0]].shape
     # An embedding that was saved because the vocabulary was resized had changed before training, with its tie; a
     # trained bias is the parameter itself.
-    tied = kind in ("embedding", "bias") or bool(file.config.get("ensure_weight_tying"))
+    tied = kind in ("embedding", "bias") or ensures_tying(file.config, "modules_to_save")
     return TargetUpdate(target, kind, tuple(keys), (shape,), load, replaces=True, tied=tied)
 
 

@@ -91,22 +91,19 @@ def _heads_without_bias(
     from torch.nn import Linear
 
     model_names = {pieces[0].name: name for name, pieces in on_disk.items()}
-    heads = {
-        m.model.rpartition(".")[0]
-        for group in touched
-        for m, updates in zip(group.members, group.updates, strict=True)
-        if any(u.tokens or (u.tied and u.kind == "modules_to_save") for u in updates)
-    }
-    heads |= {
-        model_names.get(name, name).rpartition(".")[0] for name, us in layout.targets.items() if any(u.tokens for u in us)
-    }
-    found: dict[str, str] = {}
+    changes = [(model_names.get(name, name), updates) for name, updates in layout.targets.items()]
+    changes += [(m.model, list(u)) for g in touched for m, u in zip(g.members, g.updates, strict=True)]
     modules = dict(known.model.named_modules(remove_duplicate=False))
-    for head in sorted(heads):
+    found: dict[str, str] = {}
+    for name, updates in changes:
+        head = name.rpartition(".")[0]
         if not isinstance(modules.get(head), Linear) or modules[head].bias is None:
             continue
-        one = next((group for group in known.ties if f"{head}.bias" in group), (f"{head}.bias",))
-        found |= {on_disk[n][0].name: head for n in one if n in on_disk}
+        names = next((group for group in known.ties if f"{head}.bias" in group), (f"{head}.bias",))
+        stored = [on_disk[n][0].name for n in names if n in on_disk]
+        saved_tied = any(u.tied and u.kind == "modules_to_save" for u in updates)
+        if any(u.tokens for u in updates) or (saved_tied and not any(n in layout.targets for n in stored)):
+            found |= dict.fromkeys(stored, head)
     return found
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_export.adapters.config import PEFT_EMBEDDINGS
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
 
@@ -98,7 +99,7 @@ def _how_to_save(adapters: Sequence[Adapter]) -> str:
     """PEFT leaves out what is not adapted where embed_tokens or lm_head is, whatever save_embedding_layers says."""
     targets = next((a.config.get("target_modules") for a in adapters), None)
     names = [targets] if isinstance(targets, str) else list(targets or ())
-    if any(str(n).rpartition(".")[2] in ("embed_tokens", "lm_head") for n in names):
+    if any(str(n).rpartition(".")[2] in PEFT_EMBEDDINGS for n in names):
         return (
             "give as -b the base that training resized (save_pretrained before training), or train with this "
             "module in modules_to_save"
