@@ -1,7 +1,7 @@
 """Whole tensors in an adapter file: modules_to_save, trained biases, resized embeddings. They replace."""
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import ensures_tying
@@ -23,6 +23,7 @@ EMBEDDING_NAMES = frozenset(
     }
 )  # fmt: skip
 _WRAPPED = ".base_layer."
+_ORIGINAL = ".original_module."
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,25 @@ def _by_target(file: AdapterFile, claimed: Set[str]) -> dict[str, list[str]]:
         if key not in claimed:
             targets.setdefault(base_name(key), []).append(key)
     for keys in targets.values():
-        keys.sort(key=lambda k: (".original_module" in k, ".modules_to_save" in k))
+        keys.sort(key=lambda k: (_ORIGINAL in k, ".modules_to_save" in k))
     return targets
 
 
 def _replace(file: AdapterFile, keys: list[str], target: str, kind: str) -> TargetUpdate:
-    def load(shape: tuple[int, ...]) -> Replacement:
-        return Replacement(file, keys[0])
-
-    shape = file.tensors[keys[0]].shape
     # An embedding that was saved because the vocabulary was resized had changed before training, with its tie; a
     # trained bias is the parameter itself.
     tied = kind in ("embedding", "bias") or ensures_tying(file.config, "modules_to_save")
-    return TargetUpdate(target, kind, tuple(keys), (shape,), load, replaces=True, tied=tied)
+    # Beside a trained copy lies the resized weight that training began with, which a tied head still has.
+    original = next((k for k in keys if _ORIGINAL in k), None) if not tied else None
+    beneath = (_whole(file, (original,), target, "embedding", True),) if original else ()
+    return replace(_whole(file, tuple(keys), target, kind, tied), beneath=beneath)
+
+
+def _whole(file: AdapterFile, keys: tuple[str, ...], target: str, kind: str, tied: bool) -> TargetUpdate:
+    def load(shape: tuple[int, ...]) -> Replacement:
+        return Replacement(file, keys[0])
+
+    return TargetUpdate(target, kind, keys, (file.tensors[keys[0]].shape,), load, replaces=True, tied=tied)
 
 
 def _kind(file: AdapterFile, target: str, keys: list[str]) -> str:

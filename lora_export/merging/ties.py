@@ -133,7 +133,10 @@ def _of_member(
                 continue
             for other in members:
                 through = [
-                    u for u in targets.get(other.name, ()) if u.owner == owner and what(u) and _ties(u, other, known)
+                    u
+                    for given in targets.get(other.name, ())
+                    for u in (given, *given.beneath)
+                    if given.owner == owner and what(u) and _ties(u, other, known)
                 ]
                 if through:
                     found += through
