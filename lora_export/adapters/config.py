@@ -20,6 +20,7 @@ _FIELDS: Kind = {
     "target_parameters?": (None, [str]),
     "lora_B_layout?": (None, str),
 }
+PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")  # EMBEDDING_LAYER_NAMES of peft/utils/constants.py
 LARGEST = 1e30  # of an alpha: the arithmetic is fp32, and the factor is multiplied with two matrices
 # What changes the result in a way that no weight can hold, or that is not computed here: key → why, what helps.
 _REFUSALS: dict[str, tuple[str, str]] = {
@@ -108,6 +109,19 @@ def parse_lora(config: Mapping[str, Any], where: Path) -> LoraConfig:
         residual=_residual(config.get("init_lora_weights", True), where),
         where=where,
     )
+
+
+def ensures_tying(config: Mapping[str, Any], setting: str) -> bool:
+    """Whether PEFT's ensure_weight_tying acts on the modules of a setting: it looks for two names alone.
+
+    (peft/tuners/tuners_utils.py, _check_tied_modules.) setting: target_modules or modules_to_save.
+    """
+    if not config.get("ensure_weight_tying"):
+        return False
+    named = config.get(setting) or ()
+    if isinstance(named, str):
+        return any(patterns.fullmatch(named, name) is not None for name in PEFT_EMBEDDINGS)
+    return any(str(n).rpartition(".")[2] in PEFT_EMBEDDINGS for n in named)
 
 
 def refuse_unmergeable(config: Mapping[str, Any], where: Path) -> None:

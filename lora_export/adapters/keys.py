@@ -7,7 +7,7 @@ from lora_export.contracts import TensorInfo
 
 def base_name(name: str) -> str:
     """The base's name of a tensor that PEFT saved whole: its wrappers removed."""
-    for wrapper in (".modules_to_save", ".base_layer", ".original_module"):
+    for wrapper in (".modules_to_save", ".token_adapter", ".base_layer", ".original_module"):
         name = name.replace(wrapper, "")
     return name
 

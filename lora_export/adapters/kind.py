@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,7 @@ class AdapterFile:
     expert), the layout of square expert weights, every model_type in the base's configuration (empty: unknown) and
     the shapes of its weights by name, for kinds that draw random matrices of the largest size again. base: None
     where an adapter is looked at without one. tied: training changed a head that is tied to an embedding with it.
+    token_modules: asks the base which of its modules have a row for each token.
     """
 
     source: TensorSource
@@ -86,6 +87,7 @@ class AdapterFile:
     allow_nonfinite: bool = False
     base: BaseModel | None = None
     tied: bool = False
+    token_modules: Callable[[], Collection[str]] = frozenset
 
     @property
     def folder(self) -> Path:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lora_export.adapters import attention, experts, stacked
-from lora_export.adapters.config import LoraConfig, parse_lora
+from lora_export.adapters.config import LoraConfig, ensures_tying, parse_lora
 from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate, Update
@@ -233,7 +233,7 @@ def _update(module: Module) -> TargetUpdate:
 
     kind = "lora" if module.layer == "linear" else f"lora_{module.layer}"
     keys = (module.a_key, module.b_key)
-    tied = module.file.tied or bool(module.file.config.get("ensure_weight_tying"))
+    tied = module.file.tied or ensures_tying(module.file.config, "target_modules")
     target = f"{module.name}.weight"
     if residual:
 

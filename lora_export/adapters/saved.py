@@ -1,9 +1,10 @@
 """Whole tensors in an adapter file: modules_to_save, trained biases, resized embeddings. They replace."""
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lora_export.adapters.config import ensures_tying
 from lora_export.adapters.keys import base_name
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
@@ -12,9 +13,16 @@ if TYPE_CHECKING:
     import torch
 
 # PEFT saves these beside the adapter when the vocabulary was resized, or when they are targets themselves.
+# Where the base cannot be asked. `base_layer` in a name says the same: it is PEFT's own, of what it adapts.
 EMBEDDING_NAMES = frozenset(
-    {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "lm_head", "embed_out"}
-)
+    {
+        "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "lm_head", "embed_out",
+        "tokens_embed", "word_embedding", "proj_out", "output_projection", "generator_lm_head", "lm_loss",
+        "vocab_projector",
+    }
+)  # fmt: skip
+_WRAPPED = ".base_layer."
+_ORIGINAL = ".original_module."
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:
         raise file.refuse(f"bias is {bias!r}", expected="none, all or lora_only (or the like of another kind)")
     updates = []
     for target, keys in _by_target(file, claimed).items():
-        kind = _kind(file, target)
+        kind = _kind(file, target, keys)
         if file.weight != 1.0:
             raise file.refuse(
                 f"this tensor replaces the base's, so it cannot be weighted with {file.weight}",
@@ -58,21 +66,28 @@ def _by_target(file: AdapterFile, claimed: Set[str]) -> dict[str, list[str]]:
         if key not in claimed:
             targets.setdefault(base_name(key), []).append(key)
     for keys in targets.values():
-        keys.sort(key=lambda k: (".original_module" in k, ".modules_to_save" in k))
+        keys.sort(key=lambda k: (_ORIGINAL in k, ".modules_to_save" in k))
     return targets
 
 
 def _replace(file: AdapterFile, keys: list[str], target: str, kind: str) -> TargetUpdate:
+    # An embedding that was saved because the vocabulary was resized had changed before training, with its tie; a
+    # trained bias is the parameter itself.
+    tied = kind in ("embedding", "bias") or ensures_tying(file.config, "modules_to_save")
+    # Beside a trained copy lies the resized weight that training began with, which a tied head still has.
+    original = next((k for k in keys if _ORIGINAL in k), None) if not tied else None
+    beneath = (_whole(file, (original,), target, "embedding", True),) if original else ()
+    return replace(_whole(file, tuple(keys), target, kind, tied), beneath=beneath)
+
+
+def _whole(file: AdapterFile, keys: tuple[str, ...], target: str, kind: str, tied: bool) -> TargetUpdate:
     def load(shape: tuple[int, ...]) -> Replacement:
         return Replacement(file, keys[0])
 
-    shape = file.tensors[keys[0]].shape
-    # An embedding that was saved because the vocabulary was resized had changed before training, with its tie.
-    tied = kind == "embedding" or bool(file.config.get("ensure_weight_tying"))
-    return TargetUpdate(target, kind, tuple(keys), (shape,), load, replaces=True, tied=tied)
+    return TargetUpdate(target, kind, keys, (file.tensors[keys[0]].shape,), load, replaces=True, tied=tied)
 
 
-def _kind(file: AdapterFile, target: str) -> str:
+def _kind(file: AdapterFile, target: str, keys: list[str]) -> str:
     module, _, leaf = target.rpartition(".")
     parts = module.split(".")
     saved = tuple(file.config.get("modules_to_save") or ())
@@ -81,7 +96,7 @@ def _kind(file: AdapterFile, target: str) -> str:
         return "modules_to_save"
     if leaf == "bias" and file.config.get("bias", "none") != "none":
         return "bias"
-    if leaf == "weight" and module.rpartition(".")[2] in EMBEDDING_NAMES:
+    if leaf in ("weight", "bias") and _of_tokens(file, module, keys):
         return "embedding"
     raise file.refuse(
         "no adapter kind explains this tensor",
@@ -89,3 +104,10 @@ def _kind(file: AdapterFile, target: str) -> str:
         expected="tensors of the adapter's kind, or modules and biases that adapter_config.json names",
         next_step="lora-export inspect ADAPTER shows how the adapter was understood",
     )
+
+
+def _of_tokens(file: AdapterFile, module: str, keys: list[str]) -> bool:
+    """Whether the module is an embedding or an output head, which PEFT saves whole, or one that it adapts."""
+    if module.rpartition(".")[2] in EMBEDDING_NAMES or any(_WRAPPED in key for key in keys):
+        return True
+    return any(f".{module}".endswith(f".{n}") or f".{n}".endswith(f".{module}") for n in file.token_modules())

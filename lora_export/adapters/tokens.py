@@ -62,15 +62,12 @@ def _update(file: AdapterFile, name: str, key: str) -> TargetUpdate:
         raise file.refuse("a token is named twice, or negative", tensor=key, expected="distinct token ids")
 
     def load(shape: tuple[int, ...]) -> RowsUpdate:
-        if max(indices, default=0) >= shape[0]:
-            raise file.refuse(
-                f"the token {max(indices)} is trained, the base has {shape[0]} rows",
-                tensor=key,
-                expected="the base with the vocabulary that training had",
-            )
         return RowsUpdate(tuple(indices), file.read(key))
 
-    return TargetUpdate(f"{name}.weight", "trainable_tokens", (key,), ((None, width),), load, tied=True)
+    tokens = tuple(indices)
+    return TargetUpdate(
+        f"{name}.weight", "trainable_tokens", (key,), ((None, width),), load, tied=True, tokens=tokens
+    )
 
 
 def _indices(file: AdapterFile, name: str) -> list[int]:
@@ -78,7 +75,9 @@ def _indices(file: AdapterFile, name: str) -> list[int]:
     config = file.config
     named: Any = config.get("token_indices") or config.get("trainable_token_indices")
     if isinstance(named, dict):
-        named = next((ids for module, ids in named.items() if f".{name}".endswith(f".{module}")), None)
+        # A head that is tied to the embedding is saved beside it, and named nowhere: its rows are the same.
+        only = next(iter(named.values())) if len(named) == 1 else None
+        named = next((ids for module, ids in named.items() if f".{name}".endswith(f".{module}")), only)
     if not isinstance(named, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in named):
         raise file.refuse(
             "the configuration does not say which tokens these rows are",

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lora_export.adapters import CONFIG as ADAPTER_CONFIG
@@ -25,6 +26,7 @@ from lora_export.contracts import (
 from lora_export.disk import check_space
 from lora_export.errors import RuntimeUnavailable
 from lora_export.files import output_folder
+from lora_export.merging.architecture import token_modules
 from lora_export.merging.base import base_weights
 from lora_export.merging.beside import write_beside
 from lora_export.merging.certificate import NAME as CERTIFICATE
@@ -76,7 +78,8 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
             checkpoint.model_types,
             shapes,
             options.allow_nonfinite,
-            model,
+            base=model,
+            token_modules=partial(token_modules, checkpoint),
         )
         found.append(replace(read_adapter(file), weight=choice.weight))
     return plan_merge(checkpoint, found, options)

@@ -288,12 +288,27 @@ def base_rows(tensor: PlannedTensor, packed: Any, start: int, stop: int, raw: An
 
     info = tensor.source
     assert info is not None
+    stored = tensor.quantized.shape if tensor.quantized else info.shape
+    if stored != tensor.shape and any(u.replaces for u in tensor.updates):  # the old rows do not enter
+        return torch.zeros((stop - start, *tensor.shape[1:]), dtype=torch.float32)
+    if stored != tensor.shape:
+        old = partial(base_rows, replace(tensor, shape=stored), packed)
+        return _resized(tensor.shape, stored, start, stop, old)
     if packed is not None:
         rows: torch.Tensor = packed.rows(start, stop)
         return rows
-    if info.shape != tensor.shape:  # resized: the old rows do not enter
-        return torch.zeros((stop - start, *tensor.shape[1:]), dtype=torch.float32)
     block = read_rows(info, start, stop)
     if raw is not None:
         raw(start * (info.nbytes // (info.shape or (1,))[0]), block.reshape(-1).view(torch.uint8).numpy().data)
     return block if tensor.training is None else tensor.training.round_trip(block)
+
+
+def _resized(shape: Sequence[int], stored: Sequence[int], start: int, stop: int, old: Reader) -> "torch.Tensor":
+    """Rows [start, stop) of a weight that was resized: what is stored, cut, and zeros where it has nothing."""
+    import torch
+
+    have = old(start, min(stop, stored[0])) if start < stored[0] else torch.zeros((0, *stored[1:]))
+    rows = torch.zeros((stop - start, *shape[1:]), dtype=have.dtype)
+    cut = tuple(slice(0, min(a, b)) for a, b in zip(shape[1:], stored[1:], strict=True))
+    rows[(slice(0, len(have)), *cut)] = have[(slice(None), *cut)]
+    return rows

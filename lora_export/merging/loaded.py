@@ -43,13 +43,19 @@ class Piece:
 def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
     """Name in the loaded model → the tensors on disk that make it; empty where transformers knows no conversion."""
     try:
-        model, conversions = _conversions(base)
+        return loaded_by(_model(base), weights)
     except (CheckpointError, ImportError, AttributeError):
         return {}
+
+
+def loaded_by(model: Any, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
+    """The same for a model that is built already."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    table = get_model_conversion_mapping(model)  # anew each time: some remember what they have seen
+    renamings = [c for c in table if isinstance(c, WeightRenaming)]
+    converters = [c for c in table if isinstance(c, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     meta, found, groups = model.state_dict(), dict[str, list[Piece]](), dict[str, Group]()
     for name in sorted(weights, key=dot_natural_key):
@@ -80,13 +86,13 @@ def kinds_in_model(base: Checkpoint, names: Iterable[str]) -> dict[str, Kind] | 
     """Name of a tensor on disk → what the loaded model has for it, or that transformers knows it and passes it
     over; None where transformers cannot build the model."""
     try:
-        model, conversions = _conversions(base)
+        model, table = conversions(base)
     except (CheckpointError, ImportError, AttributeError):
         return None
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    renamings = [c for c in table if isinstance(c, WeightRenaming)]
+    converters = [c for c in table if isinstance(c, WeightConverter)]
     meta, found = model.state_dict(), dict[str, Kind]()
     passed_over = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     for name in names:
@@ -98,13 +104,18 @@ def kinds_in_model(base: Checkpoint, names: Iterable[str]) -> dict[str, Kind] | 
     return found
 
 
-def _conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
+def conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
+    """(the model without weights, what transformers does to names and tensors on loading it)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
+    model = _model(base)
+    return model, get_model_conversion_mapping(model)
+
+
+def _model(base: Checkpoint) -> Any:
     from lora_export import skeleton
 
-    model = skeleton.build(base.folder, base.config)
-    return model, get_model_conversion_mapping(model)
+    return skeleton.build(base.folder, base.config)
 
 
 def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Piece | None:

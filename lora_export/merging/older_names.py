@@ -10,7 +10,7 @@ from dataclasses import replace
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import TargetUpdate
 from lora_export.errors import CheckpointError
-from lora_export.merging.loaded import _conversions
+from lora_export.merging.loaded import conversions
 from lora_export.merging.names import rename
 
 
@@ -32,7 +32,7 @@ def todays_names(base: Checkpoint, names: Collection[str]) -> dict[str, str]:
     A bias that the model lacks has the name of its layer.
     """
     try:
-        model, table = _conversions(base)
+        model, table = conversions(base)
     except (CheckpointError, ImportError, AttributeError):
         return {}
     from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key

@@ -10,10 +10,10 @@ from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInf
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.combining import combined
-from lora_export.merging.names import INPUT_EMBEDDINGS, OUTPUT_HEADS, unknown_target
+from lora_export.merging.layout import Layout, settle
+from lora_export.merging.names import unknown_target
 from lora_export.merging.replication import config_changes, layer_order
 from lora_export.merging.targets import match_targets
-from lora_export.merging.ties import pair_to_untie
 from lora_export.quantization import QuantizedWeight, TrainingQuantization, places_of
 
 Operation = Literal["copied", "updated", "replaced", "dequantized", "converted"]
@@ -102,34 +102,32 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     warnings += left_out(base, weights)
     if options.combine != "none":
         targets = {name: combined(name, updates, adapters, options) for name, updates in targets.items()}
-    untie = pair_to_untie(base, weights, targets)
+    replicated = config_changes(base.config, order) if order else {}
+    layout = settle(base, weights, targets, adapters, replicated)
     trained = quantized_in_training(base, weights, options)
     planned = {
-        name: _plan_tensor(base, name, weight, targets.pop(name, []), trained.get(weight.name), options)
-        for name, weight in weights.items()
+        name: _plan_tensor(name, weight, layout, trained.get(weight.name), options)
+        for name, weight in (weights | {n: weights[source] for n, source in layout.added.items()}).items()
     }
-    for name in list(targets):
-        planned[name] = _plan_head(base, name, targets.pop(name), untie, weights, options)
-    if untie and untie[1] not in planned:
-        planned[untie[1]] = _plan_head(base, untie[1], [], untie, weights, options)
+    unknown = layout.targets.keys() - planned.keys()
+    if unknown:
+        raise unknown_target(min(unknown), base.tensors, str(base.folder))
     dequantized = any(w.quantized for w in weights.values())
     metadata = {} if dequantized else dict(base.metadata)  # of a quantized file it may tell how to read its codes
     shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, metadata)
-    changes, removals = _config_edits(base, planned, untie, dequantized, options)
-    if order:
-        changes |= config_changes(base.config, order)
+    changes, removals = _config_edits(base, layout.config | replicated, dequantized, options)
+    warnings += layout.warnings
     return MergePlan(base, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings))
 
 
 def _plan_tensor(
-    base: Checkpoint,
     name: str,
     weight: BaseWeight,
-    updates: list[TargetUpdate],
+    layout: Layout,
     training: TrainingQuantization | None,
     options: MergeOptions,
 ) -> PlannedTensor:
-    stored = weight.dtype
+    stored, updates = weight.dtype, layout.targets.get(name, [])
     if updates and stored not in FLOATS:
         raise CheckpointError(
             f"the adapter targets a tensor of type {stored}",
@@ -137,7 +135,7 @@ def _plan_tensor(
             tensor=name,
             expected="a float type",
         )
-    shape = _fit(base, name, weight, updates)
+    shape = _fit(name, weight, layout.shapes.get(name, weight.shape), updates)
     dtype = stored if options.dtype == "keep" or stored not in FLOATS else file_dtype(options.dtype)
     operation = _operation(updates, weight.quantized is not None or training is not None, dtype != stored)
     output = OutputTensor(name, dtype, shape, weight.info.file.name)
@@ -154,13 +152,10 @@ def _operation(updates: Sequence[TargetUpdate], dequantized: bool, converted: bo
     return "converted" if converted else "copied"
 
 
-def _fit(base: Checkpoint, name: str, weight: BaseWeight, updates: Sequence[TargetUpdate]) -> tuple[int, ...]:
-    """The output's shape; a replacement may bring another number of rows to an embedding."""
-    shape = weight.shape
+def _fit(name: str, weight: BaseWeight, shape: tuple[int, ...], updates: Sequence[TargetUpdate]) -> tuple[int, ...]:
+    """The output's shape, which every update must fit."""
     for update in updates:
-        if update.replaces and _resizes(update.shapes[0], shape, name):
-            shape = tuple(n or 0 for n in update.shapes[0])
-        elif not update.fits(shape):
+        if not update.fits(shape):
             raise AdapterError(
                 f"the adapter's {update.kind} fits a weight of shape {list(update.shapes[0])}, "
                 f"the base's has {list(shape)}",
@@ -172,67 +167,12 @@ def _fit(base: Checkpoint, name: str, weight: BaseWeight, updates: Sequence[Targ
     return shape
 
 
-def _resizes(new: tuple[int | None, ...], old: tuple[int, ...], name: str) -> bool:
-    return name in (*INPUT_EMBEDDINGS, *OUTPUT_HEADS) and len(new) == len(old) == 2 and new[1] == old[1]
-
-
-def _plan_head(
-    base: Checkpoint,
-    name: str,
-    updates: list[TargetUpdate],
-    untie: tuple[str, str] | None,
-    weights: Mapping[str, BaseWeight],
-    options: MergeOptions,
-) -> PlannedTensor:
-    """An output head that the base did not store because it was tied: it starts as the embedding."""
-    if untie is None or name != untie[1]:
-        raise unknown_target(name, base.tensors, str(base.folder))
-    weight = weights[untie[0]]
-    shape = _fit(base, name, weight, updates)
-    dtype = weight.dtype if options.dtype == "keep" else file_dtype(options.dtype)
-    operation = _operation(updates, False, dtype != weight.dtype)
-    output = OutputTensor(name, dtype, shape, weight.info.file.name)
-    return PlannedTensor(output, operation, weight.info, shape, tuple(updates), weight.quantized)
-
-
 def _config_edits(
-    base: Checkpoint,
-    planned: Mapping[str, PlannedTensor],
-    untie: tuple[str, str] | None,
-    dequantized: bool,
-    options: MergeOptions,
+    base: Checkpoint, wanted: Mapping[str, Any], dequantized: bool, options: MergeOptions
 ) -> tuple[dict[str, Any], frozenset[str]]:
-    changes: dict[str, Any] = {}
+    changes = dict(wanted)
     removals: frozenset[str] = places_of(base.config) if dequantized else frozenset()
-    if untie:
-        changes["tie_word_embeddings"] = False
     if options.dtype != "keep":
         key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
         changes[key] = options.dtype
-    rows = {
-        p.shape[0]
-        for n, p in planned.items()
-        if p.operation == "replaced" and p.source is not None and p.shape != p.source.shape and len(p.shape) == 2
-    }
-    if len(rows) > 1:
-        raise AdapterError(
-            f"embedding and output head were resized to different sizes: {sorted(rows)}", where=base.folder
-        )
-    if rows:
-        changes["vocab_size"] = rows.pop()
-        _check_resized_together(base, planned, changes["vocab_size"], untie)
     return {k: v for k, v in changes.items() if base.config.get(k) != v}, removals
-
-
-def _check_resized_together(
-    base: Checkpoint, planned: Mapping[str, PlannedTensor], rows: int, untie: tuple[str, str] | None
-) -> None:
-    for name in (*INPUT_EMBEDDINGS, *OUTPUT_HEADS):
-        if name in planned and planned[name].shape[0] != rows:
-            raise AdapterError(
-                f"the vocabulary was resized to {rows}, but this tensor still has {planned[name].shape[0]} rows",
-                where=base.folder,
-                tensor=name,
-                expected="both the embedding and the output head in the adapter",
-                next_step="save the adapter with save_embedding_layers=True",
-            )

@@ -1,13 +1,14 @@
 """Updates of adapters brought to the weights of a base: each finds its weight, or is refused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
+from lora_export.merging.architecture import Architecture, architecture_of
 from lora_export.merging.base import BaseWeight
-from lora_export.merging.loaded import Piece, loaded_weights, spread
+from lora_export.merging.loaded import Piece, spread
 from lora_export.merging.names import rename, resolve_prefix, tied_pair, unknown_target
 from lora_export.merging.older_names import with_todays_names
 from lora_export.merging.one_expert import on_disk
@@ -39,16 +40,13 @@ def _resolved(
     base: Checkpoint, adapter: Adapter, weights: Mapping[str, BaseWeight], change: tuple[str, str]
 ) -> list[TargetUpdate]:
     """The adapter's updates under the names of the files; what transformers fuses on loading is taken apart."""
-    tied = tied_pair(weights)
     found: list[TargetUpdate] = []
     called: dict[str, str] = {}  # weight → what the adapter calls it
+    known: Architecture | None = None
     loaded: dict[str, tuple[Piece, ...]] | None = None
     shapes = {n: w.shape for n, w in weights.items()}
-    updates = with_todays_names(base, _one_of_tied(adapter, tied), weights, change)
-    for update in updates:
+    for update in with_todays_names(base, list(adapter.updates), weights, change):
         name = next((n for n in (rename(update.target, change), update.target) if n in weights), None)
-        if name is None and tied and update.target == tied[1]:
-            name = update.target
         if name is not None:
             if called.setdefault(name, update.target) != update.target:
                 raise AdapterError(
@@ -65,9 +63,13 @@ def _resolved(
             found.append(part)
             continue
         if loaded is None:
-            loaded = loaded_weights(base, shapes)
+            known = architecture_of(base)
+            loaded = known.loaded(shapes) if known else {}
+        tied = _tied_name(update, known, loaded, weights, change)
         if update.target in loaded:
             found += spread(update, loaded[update.target], shapes)
+        elif tied is not None:
+            found.append(_renamed(update, tied))
         elif not (update.optional and _has_weight(update, weights, loaded, change)):
             raise unknown_target(update.target, weights, str(adapter.folder))
     return found
@@ -84,12 +86,20 @@ def _has_weight(
     return weight in weights or weight in loaded or rename(weight, change) in weights
 
 
-def _one_of_tied(adapter: Adapter, tied: tuple[str, str] | None) -> list[TargetUpdate]:
-    """With ensure_weight_tying PEFT trains embedding and head as one and saves both: the embedding's is enough."""
-    updates = list(adapter.updates)
-    if not tied or not adapter.config.get("ensure_weight_tying"):
-        return updates
-    return [u for u in updates if u.target != tied[1]] if any(u.target == tied[0] for u in updates) else updates
+def _tied_name(
+    update: TargetUpdate,
+    known: Architecture | None,
+    loaded: Mapping[str, object],
+    weights: Collection[str],
+    change: tuple[str, str],
+) -> str | None:
+    """The name of a weight that the base does not store because it is tied to one that it stores."""
+    if known is None:
+        pair = tied_pair(weights)
+        return pair[1] if pair and update.target == pair[1] else None
+    names = (update.target, rename(update.target, change), *known.loaded({update.target: ()}))
+    groups = [group for group in known.ties if any(n in loaded for n in group)]
+    return next((n for n in names for group in groups if n in group), None)
 
 
 def _renamed(update: TargetUpdate, name: str) -> TargetUpdate:

@@ -1,0 +1,125 @@
+"""A vocabulary of another size than the base's: which weights change with it, and which rows nobody has.
+
+PEFT saves the resized weights whole (`save_embedding_layers`, `modules_to_save`, `base_layer` beside LoRA), or the
+trained rows alone (`trainable_token_indices`). A row that was neither trained nor saved is not made up.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_export.adapters.config import PEFT_EMBEDDINGS
+from lora_export.contracts import Adapter, TargetUpdate
+from lora_export.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The old numbers; zeros where the resized weight is larger."""
+
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        return weight
+
+
+@dataclass(frozen=True)
+class Zeros:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        return weight.new_zeros(weight.shape)
+
+
+def no_bias(name: str) -> TargetUpdate:
+    """The bias of a head that PEFT computes without it."""
+    return TargetUpdate(name, "head without bias", (), ((None,),), lambda _: Zeros(), replaces=True)
+
+
+def kept(name: str, shape: Shape) -> TargetUpdate:
+    """What transformers makes of BART's final_logits_bias when the vocabulary is resized."""
+    return TargetUpdate(name, "vocabulary", (), (shape,), lambda _: Kept())
+
+
+def resized(name: str, old: Shape, updates: Sequence[TargetUpdate], adapters: Sequence[Adapter]) -> Shape:
+    """The shape that updates give a weight with a row for each token; `old` where none changes it.
+
+    AdapterError where rows are needed that the adapter does not hold.
+    """
+    shape = old
+    for update in updates:
+        known = update.shapes[0]
+        if update.replaces and known[0] and len(known) == len(shape) and known[1:] == shape[1:]:
+            shape = tuple(n or 0 for n in known)
+        elif update.tokens and max(update.tokens) >= shape[0]:
+            shape = _with_tokens(name, shape, update, adapters[update.owner])
+        elif not update.fits(shape):
+            rows = _rows_meant(update, shape)
+            if rows:
+                raise rows_missing(name, shape[0], rows, adapters)
+    return shape
+
+
+def _with_tokens(name: str, shape: Shape, update: TargetUpdate, adapter: Adapter) -> Shape:
+    """The weight with the trained rows behind its own: every row between must be among them."""
+    count = max(update.tokens) + 1
+    unknown = sorted(set(range(shape[0], count)) - set(update.tokens))
+    if unknown:
+        raise AdapterError(
+            f"the token {max(update.tokens)} is trained, the base has {shape[0]} rows, and the adapter does not "
+            f"hold the row {unknown[0]}",
+            where=adapter.folder,
+            tensor=name,
+            expected=f"every row from {shape[0]} on, or the base with the vocabulary that training had",
+            next_step="save the adapter again with save_embedding_layers=True, or give the resized base as -b",
+        )
+    return (count, *shape[1:])
+
+
+def _rows_meant(update: TargetUpdate, shape: Shape) -> int | None:
+    """The rows that an update is for, where all but their number fits."""
+    return next((s[0] for s in update.shapes if len(s) == len(shape) and s[1:] == shape[1:] and s[0]), None)
+
+
+def rows_missing(name: str, found: int, rows: int, adapters: Sequence[Adapter]) -> AdapterError:
+    """The error for a weight that was resized in training, and whose rows no file has."""
+    return AdapterError(
+        f"the vocabulary was resized to {rows}, but this tensor still has {found} rows, and the adapter does not "
+        "hold the others",
+        where=adapters[0].folder if adapters else Path(),
+        tensor=name,
+        expected=f"{rows} rows in the adapter, or in the base",
+        next_step=_how_to_save(adapters),
+    )
+
+
+def _how_to_save(adapters: Sequence[Adapter]) -> str:
+    """PEFT leaves out what is not adapted where embed_tokens or lm_head is, whatever save_embedding_layers says."""
+    targets = next((a.config.get("target_modules") for a in adapters), None)
+    names = [targets] if isinstance(targets, str) else list(targets or ())
+    if any(str(n).rpartition(".")[2] in PEFT_EMBEDDINGS for n in names):
+        return (
+            "give as -b the base that training resized (save_pretrained before training), or train with this "
+            "module in modules_to_save"
+        )
+    return (
+        "save the adapter again: model.save_pretrained(DIR, save_embedding_layers=True), or give the resized base "
+        "as -b"
+    )
+
+
+def number_of_rows(sizes: Mapping[str, tuple[int, int]], where: Path) -> tuple[int, int] | None:
+    """(old, new) rows of the vocabulary. sizes: name → (old, new) of each embedding and head that is resized."""
+    if not sizes:
+        return None
+    if len(set(sizes.values())) > 1:
+        told = sorted({new for _, new in sizes.values()})
+        raise AdapterError(
+            f"embedding and output head were resized to different sizes: {told}",
+            where=where,
+            tensor=min(sizes),
+            expected="one size of the vocabulary",
+        )
+    return next(iter(sizes.values()))
