@@ -50,12 +50,20 @@ def executed(
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("memory", [2**20, 2**31])
-def test_any_number_of_threads_and_any_memory_give_the_same_bytes(
+def test_any_number_of_threads_gives_the_same_bytes_and_any_memory_the_same_numbers(
     tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]], workers: int, memory: int
 ) -> None:
+    """On some processors a product of few rows adds up in another order, which may turn a rounding."""
     merge(*inputs, tmp_path / "expected")
     run = executed(*inputs, tmp_path / "out", workers, max_memory=memory)
-    assert (tmp_path / "out" / NAME).read_bytes() == (tmp_path / "expected" / NAME).read_bytes()
+    expected, found = tensors(tmp_path / "expected"), tensors(tmp_path / "out")
+    for name, value in expected.items():
+        other = value != found[name]
+        assert int(other.sum()) <= (1e-5 * other.numel() if memory == 2**20 else 0)
+        assert torch.allclose(value[other].float(), found[name][other].float(), rtol=2**-8, atol=1e-6)
+    again = executed(*inputs, tmp_path / "again", 3, max_memory=memory)
+    assert (tmp_path / "out" / NAME).read_bytes() == (tmp_path / "again" / NAME).read_bytes()
+    assert run.records == again.records
     assert {r.name: r.operation for r in run.records} == {
         n: "updated" if n in ("m.proj.weight", "m.up.weight") else "copied" for n in SHAPES
     }
