@@ -60,7 +60,7 @@ def test_any_number_of_threads_gives_the_same_bytes_and_any_memory_the_same_numb
     for name, value in expected.items():
         other = value != found[name]
         assert int(other.sum()) <= (1e-4 * other.numel() if memory == 2**20 else 0)
-        assert torch.allclose(value[other].float(), found[name][other].float(), rtol=2**-8, atol=1e-6)
+        assert torch.allclose(value[other].float(), found[name][other].float(), rtol=2**-7, atol=1e-6)
     again = executed(*inputs, tmp_path / "again", 3, max_memory=memory)
     assert (tmp_path / "out" / NAME).read_bytes() == (tmp_path / "again" / NAME).read_bytes()
     assert run.records == again.records
