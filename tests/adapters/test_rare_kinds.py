@@ -153,8 +153,9 @@ def test_chosen_places_are_the_first_of_a_permutation(
 
 def test_values_on_one_place_add_up_and_columns_are_columns(tmp_path: Path) -> None:
     places = torch.tensor([[0, 4, 4], [6, 1, 1]], dtype=torch.int32)
-    values = {"x.shira_weight": torch.tensor([1.0, 2.0, 4.0]), "x.shira_indices": places}
-    (update,) = read(tmp_path, values, peft_type="SHIRA", factor=0.5)
+    values = {"x.shira_weight": torch.tensor([1.0, 2.0, 4.0] + 9 * [0.0]), "x.shira_indices": places.repeat(1, 4)}
+    (update,) = read(tmp_path, values, peft_type="SHIRA", r=1, factor=0.5)
+    assert update.fits((5, 7)) and not update.fits((5, 8)) and not update.fits((12,))
     found = in_blocks(update, torch.zeros(5, 7))
     assert found.nonzero().tolist() == [[0, 6], [4, 1]] and found[0, 6] == 0.5 and found[4, 1] == 3
 
