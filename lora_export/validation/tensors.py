@@ -29,8 +29,8 @@ from lora_export.validation.whole import effective_blocks, low_rank, whole_probe
 
 ARITHMETIC = 2.0**-22  # of |W|: what fp32 additions may lose
 DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
-# PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition, and transforms the deltas of
-# some kinds in fp32 even in a float64 model: an error of this share of the largest weight, everywhere.
+# PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition: an error of this share of the
+# largest weight, everywhere.
 RECOMPUTED = 2.0**-20
 BLOCK = 4096  # rows of an untouched tensor that are compared at once
 COMBINATIONS = 16  # random ones, of the elements of a row
@@ -109,10 +109,8 @@ def _first_name(model: nn.Module, parameter: torch.Tensor) -> str:
 
 
 def _recomputed(unmerged: Any) -> bool:
-    configs = unmerged.peft_config.values()
-    inits = (getattr(c, "init_lora_weights", True) for c in configs)
-    transformed = any(c.peft_type in ("FOURIERFT", "C3A") for c in configs)
-    return transformed or any(isinstance(i, str) and i.lower() in ("pissa", "olora") for i in inits)
+    inits = (getattr(c, "init_lora_weights", True) for c in unmerged.peft_config.values())
+    return any(isinstance(i, str) and i.lower() in ("pissa", "olora") for i in inits)
 
 
 def _same(name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype | None) -> TensorError:
