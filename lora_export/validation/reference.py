@@ -16,6 +16,7 @@ from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError
 from lora_export.patterns import bounded
 from lora_export.validation import streaming
+from lora_export.validation.bone import as_miss
 from lora_export.validation.effective import wrapped_modules
 from lora_export.validation.loading import (
     architecture,
@@ -53,6 +54,13 @@ def load_unmerged(
     The class is the first of these into which every tensor of the adapters fits: the one that config.json names,
     the one of the adapter's task, the bare body. AdapterError if there is none.
     """
+    with as_miss(adapters) as known:
+        return _load_unmerged(base, known, options, dequantized, keep)
+
+
+def _load_unmerged(
+    base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions, dequantized: Path | None, keep: int | None
+) -> Unmerged:
     import peft.utils.error
 
     unused: list[str] = []
@@ -73,7 +81,8 @@ def load_unmerged(
 
 def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:
     """PEFT's unmerged model. AdapterError if a tensor of the adapters finds no place in it."""
-    unmerged, left = _attach(model, adapters)
+    with as_miss(adapters) as known:
+        unmerged, left = _attach(model, known)
     if left:
         raise _left_over(left, type(model).__name__, adapters)
     return unmerged
@@ -122,6 +131,7 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
 
     for adapter in adapters:
         _refuse_bomb(adapter.folder)
+    _refuse_mixture(adapters)
     names = [f"adapter{i}" for i in range(len(adapters))]
     with load_results() as results, bounded("peft", str(adapters[0].folder)):
         unmerged = peft.PeftModel.from_pretrained(
@@ -138,6 +148,21 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
             if choice.weight != 1.0 and isinstance(scaling, dict) and name in scaling:
                 scaling[name] *= choice.weight
     return quiet(unmerged), left
+
+
+def _refuse_mixture(adapters: Sequence[AdapterChoice]) -> None:
+    """PEFT's models hold adapters of one kind at a time."""
+    kinds = {}
+    for adapter in adapters:
+        config = sealed.read_json(adapter.folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
+        kinds[str(config.get("peft_type"))] = adapter.folder
+    if len(kinds) > 1:
+        raise AdapterError(
+            f"PEFT cannot run adapters of several kinds at once: {', '.join(kinds)}",
+            where=list(kinds.values())[-1],
+            expected="adapters of one kind, or a --combine of their deltas",
+            next_step="merge and validate one, then the next with the merged folder as its base",
+        )
 
 
 def _unshared(model: torch.nn.Module, missing: Sequence[str]) -> list[str]:
