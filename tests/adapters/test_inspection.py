@@ -8,7 +8,7 @@ from lora_export.workflows.inspection import inspect_folder
 from tests.builders import llama_config, save_base
 from tests.daily import daily
 from tests.matrix.families import FAMILIES
-from tests.matrix.kinds import RARE
+from tests.matrix.rare import RARE
 from tests.matrix.test_matrix import train
 
 WORDS = {

@@ -20,7 +20,7 @@ from tests.adapters.test_lora_family import close, in_blocks, random
 from tests.builders import edit_tensors, tensors, updates_of
 from tests.daily import daily
 from tests.matrix.families import FAMILIES
-from tests.matrix.kinds import RARE
+from tests.matrix.rare import RARE
 from tests.matrix.test_matrix import train
 
 

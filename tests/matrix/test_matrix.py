@@ -13,7 +13,8 @@ from lora_export.merging import merge
 from tests.builders import randomize
 from tests.daily import daily
 from tests.matrix.families import FAMILIES, Family
-from tests.matrix.kinds import KINDS, RARE
+from tests.matrix.kinds import KINDS
+from tests.matrix.rare import RARE
 from tests.matrix.refused import PEFT_REFUSES, WE_REFUSE
 
 TOLERANCE = 1e-5

@@ -18,7 +18,7 @@ from lora_export.validation.tensors import compare_tensors
 from tests.builders import edit_json, tensors
 from tests.daily import daily
 from tests.matrix.families import FAMILIES
-from tests.matrix.kinds import RARE
+from tests.matrix.rare import RARE
 from tests.matrix.test_matrix import train
 from tests.validation.test_recomputed import Judged
 
