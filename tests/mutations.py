@@ -801,4 +801,27 @@ MUTATIONS = (
         'unread = False',
         f'{NOISE}::test_validate_numbers_that_the_data_files_do_not_hold_fail[another]',
     ),
+    Mutation(
+        'RandLoRA pairs ranks and bases as one would expect', 'adapters/randlora.py',
+        '(factors[:, :, None] * a * gamma).flatten(0, 1)',
+        '(factors[:, :, None] * a * gamma).transpose(0, 1).flatten(0, 1)',
+        f'{MATRIX}[randlora on gemma]',
+    ),
+    Mutation(
+        'WaveFT takes quadrants by their names', 'adapters/waveft.py',
+        'values[:, None] * bank[high_column], bank[high_row]',
+        'values[:, None] * bank[high_row], bank[high_column]',
+        'tests/adapters/test_rare_kinds.py::'
+        'test_wavelets_answer_with_outer_products_of_their_filters[shape0-db2]',
+    ),
+    Mutation(
+        'RoAd leaves biases as they are', 'adapters/road.py', 'return [weight, bias]', 'return [weight]',
+        f'{MATRIX}[road on roberta]',
+    ),
+    Mutation(
+        'normalizations that LN tuning trained are not compared', 'validation/effective.py',
+        'elif isinstance(module, LNTuningLayer):', 'elif isinstance(module, type):',
+        'tests/validation/test_rare_kinds.py::'
+        'test_compare_tensors_of_a_rare_kind_names_the_weight_that_is_wrong[ln tuning]',
+    ),
 )  # fmt: skip

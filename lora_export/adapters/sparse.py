@@ -52,6 +52,10 @@ class PatchUpdate:
             weight.index_put_((row[inside], column[inside]), patches[inside], accumulate=True)
         return weight
 
+    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        """The same patches without their signs. Places keep theirs: a patch may begin outside of the weight."""
+        return PatchUpdate(self.tops, self.lefts, self.down.abs(), self.across.abs()).apply(terms, rows)
+
 
 def chosen(seed: int, total: int, count: int) -> "torch.Tensor":
     """The first `count` of torch.randperm(total) on the CPU with this seed, int64, without making the others.

@@ -3,6 +3,7 @@
 A first pass counts sizes by the upper half of their bits in float32, a second looks at those that share the bits of
 the k-th. The answer lies halfway between the k-th and the next, or a hair below the k-th where the next has other
 bits, so that sums in another order, which move both by 1e-16 of themselves, choose the same elements.
+Sizes within a hair of each other count as equal: FourierFT's waves have each size twice, but for rounding.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,7 +82,7 @@ def _between(found: Sequence["torch.Tensor"], kept: int) -> float:
     ordered = torch.cat(list(found)).sort(descending=True).values
     least = float(ordered[kept - 1])
     following = float(ordered[kept]) if kept < len(ordered) else least
-    return (least + following) / 2 if following < least else least * (1 - _HAIR)
+    return min((least + following) / 2, least * (1 - _HAIR))
 
 
 def _value(bits: int) -> float:

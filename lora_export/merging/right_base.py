@@ -23,6 +23,7 @@ ROWS = 64  # of a block that is looked at
 BLOCKS = 16  # spread over an embedding
 # Training moves DoRA's magnitudes by a few per cent from the norms of the base that they were taken from.
 NORMS = 0.2
+COLUMNS = 0.01  # nothing trains DeLoRA's norms, which are taken in the type that training has the base in
 
 _SNAPSHOT = re.compile(r"models--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
@@ -39,7 +40,7 @@ def _of_adapter(plan: MergePlan, adapter: Adapter) -> Iterator[BaseCheck]:
     yield from training_checks(adapter, plan.options, stored)
     yield from _architecture(plan.base, adapter)
     yield BaseCheck("shapes", "agrees", f"all {len(adapter.updates)} updates fit a weight of the base")
-    values = [*_magnitudes(plan, adapter), *_untouched_rows(plan, adapter)]
+    values = [*_magnitudes(plan, adapter), *_column_norms(plan, adapter), *_untouched_rows(plan, adapter)]
     yield from values or [
         BaseCheck(
             "values",
@@ -101,6 +102,24 @@ def _magnitudes(plan: MergePlan, adapter: Adapter) -> Iterator[BaseCheck]:
     off = float((ratio - 1).abs().median())
     outcome: Outcome = "agrees" if off <= NORMS else "differs"
     yield BaseCheck("magnitudes", outcome, f"half of DoRA's magnitudes are within {off:.1%} of this base's norms")
+
+
+def _column_norms(plan: MergePlan, adapter: Adapter) -> Iterator[BaseCheck]:
+    """DeLoRA saves the norms of its base's columns."""
+    import torch
+
+    update, tensor = next(_found(plan, adapter, lambda u, t: u.kind == "delora"), (None, None))
+    if update is None or tensor is None or tensor.source is None:
+        return
+    key = next(k for k in update.keys if k.endswith("delora_w_norm"))
+    saved = read_rows(adapter.tensors[key], 0, tensor.shape[1]).double()
+    squares, height = torch.zeros_like(saved), tensor.shape[0]
+    for start in range(0, height, ROWS):
+        rows = read_rows(tensor.source, start, min(start + ROWS, height))
+        squares += rows.double().square().sum(0)
+    off = float(((squares.sqrt() - saved).abs() / saved.clamp_min(1e-30)).median())  # a column may be zero
+    outcome: Outcome = "agrees" if off <= COLUMNS else "differs"
+    yield BaseCheck("norms", outcome, f"half of DeLoRA's norms are within {off:.1%} of this base's columns")
 
 
 def _untouched_rows(plan: MergePlan, adapter: Adapter) -> Iterator[BaseCheck]:

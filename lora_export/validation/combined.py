@@ -26,6 +26,8 @@ from lora_export.errors import AdapterError, InputError
 from lora_export.validation.effective import base_layer, wrapped_modules
 from lora_export.validation.whole import OneHot
 
+_ALIKE_IN_FP32 = ("FOURIERFT", "C3A")
+ALIKE = 2.0**-39  # of a size: what float64 cannot tell apart, as these deltas are differences of answers
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -69,6 +71,15 @@ def _asked(
     from lora_export.validation.reference import load_unmerged
 
     model = load_unmerged(base, [AdapterChoice(choice.folder)], options, dequantized).model
+    kind = next(iter(model.peft_config.values())).peft_type
+    if kind in _ALIKE_IN_FP32 and options.combine in ("ties", "magnitude_prune") and (options.density or 1) < 1:
+        raise AdapterError(
+            f"{kind.value}: PEFT makes its delta in fp32, where what the formula makes equal is not quite, so that "
+            "the elements which --density keeps cannot be validated",
+            where=choice.folder,
+            expected="a combination that does not choose by size",
+            next_step="lora-export merge with the same options: its certificate checks the arithmetic",
+        )
     for path, module in wrapped_modules(model).items():
         layer = base_layer(module)
         plain = path.removeprefix("base_model.model.")
@@ -78,6 +89,14 @@ def _asked(
                 where=choice.folder,
                 tensor=plain,
                 expected="adapters of such layers alone, where they are combined",
+                next_step="lora-export merge with the same options: its certificate checks the arithmetic",
+            )
+        if _changes_bias(module):
+            raise AdapterError(
+                f"{type(module).__name__} changes a bias, too, and a combination is validated on weights alone",
+                where=choice.folder,
+                tensor=plain,
+                expected="adapters that change weights alone, where they are combined",
                 next_step="lora-export merge with the same options: its certificate checks the arithmetic",
             )
         yield plain, layer, _factors(module) if options.combine_on == "factors" else {"delta": _delta(module)}
@@ -111,6 +130,15 @@ def _delta(module: Any) -> torch.Tensor:
     plain = layer(torch.eye(width, dtype=torch.float64))
     delta: torch.Tensor = answers - plain
     return delta.contiguous()
+
+
+@torch.no_grad()
+def _changes_bias(module: Any) -> bool:
+    layer = base_layer(module)
+    if isinstance(layer, nn.Embedding) or layer.bias is None:
+        return False
+    zeros = torch.zeros(1, layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0])
+    return not torch.equal(module(zeros)[0], layer.bias)
 
 
 def _write(folder: Path, targets: Sequence[Target], work: Path, options: MergeOptions) -> None:
@@ -204,10 +232,13 @@ def _mixed(
 
 
 def _largest(delta: Array, count: int) -> Array:
-    kept = np.zeros_like(delta).reshape(-1)
-    places = np.argpartition(-np.abs(delta), max(count - 1, 0), axis=None)[:count]
-    kept[places] = delta.reshape(-1)[places]
-    return kept.reshape(delta.shape)
+    """The `count` largest elements, or more where several are as large as the least of them (MiSS repeats each)."""
+    if count <= 0:
+        return np.zeros_like(delta)
+    sizes = np.abs(delta)
+    least = -np.partition(-sizes, count - 1, axis=None)[count - 1]
+    kept: Array = np.where(sizes >= least * (1 - ALIKE), delta, 0.0)
+    return kept
 
 
 def _drawn(seed: int, which: int, name: str, density: float, shape: tuple[int, ...]) -> Any:

@@ -18,6 +18,7 @@ from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError
 from lora_export.patterns import bounded
 from lora_export.validation import streaming
+from lora_export.validation.bone import as_miss
 from lora_export.validation.effective import wrapped_modules
 from lora_export.validation.loading import (
     architecture,
@@ -62,11 +63,12 @@ def load_unmerged(
     the one of the adapter's task, the bare body. Where none is, the adapters are tried again under the names that
     the class gives its modules today. AdapterError if there is none.
     """
-    found, why = _first_that_fits(base, adapters, options, dequantized, keep, None)
-    if found is None:
-        with tempfile.TemporaryDirectory(prefix="lora-export-") as fleeting:
-            folder = Path(fleeting) if scratch is None else scratch
-            found, _ = _first_that_fits(base, adapters, options, dequantized, keep, folder)
+    with as_miss(adapters) as known:
+        found, why = _first_that_fits(base, known, options, dequantized, keep, None)
+        if found is None:
+            with tempfile.TemporaryDirectory(prefix="lora-export-") as fleeting:
+                folder = Path(fleeting) if scratch is None else scratch
+                found, _ = _first_that_fits(base, known, options, dequantized, keep, folder)
     if found is None:
         raise why or _left_over([], architecture(base).__name__, adapters)
     return found
@@ -107,7 +109,8 @@ def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -
     import peft.utils.error
 
     try:
-        unmerged, left = _attach(model, adapters)
+        with as_miss(adapters) as known:
+            unmerged, left = _attach(model, known)
     except peft.utils.error.NoMatchingPeftModuleError:
         raise _left_over([], type(model).__name__, adapters) from None
     except (KeyError, RuntimeError) as error:  # of a module that was saved whole, and of sizes
@@ -167,6 +170,7 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
 
     for adapter in adapters:
         _refuse_bomb(adapter.folder)
+    _refuse_mixture(adapters)
     names = [f"adapter{i}" for i in range(len(adapters))]
     with load_results() as results, bounded("peft", str(adapters[0].folder)):
         unmerged = peft.PeftModel.from_pretrained(
@@ -186,6 +190,21 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
                 weigh(module, name, choice.weight)
     mend(unmerged)
     return quiet(unmerged), left
+
+
+def _refuse_mixture(adapters: Sequence[AdapterChoice]) -> None:
+    """PEFT's models hold adapters of one kind at a time."""
+    kinds = {}
+    for adapter in adapters:
+        config = sealed.read_json(adapter.folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
+        kinds[str(config.get("peft_type"))] = adapter.folder
+    if len(kinds) > 1:
+        raise AdapterError(
+            f"PEFT cannot run adapters of several kinds at once: {', '.join(kinds)}",
+            where=list(kinds.values())[-1],
+            expected="adapters of one kind, or a --combine of their deltas",
+            next_step="merge and validate one, then the next with the merged folder as its base",
+        )
 
 
 def _unshared(model: torch.nn.Module, missing: Sequence[str]) -> list[str]:

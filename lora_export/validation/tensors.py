@@ -30,11 +30,11 @@ from lora_export.validation.whole import effective_blocks, low_rank, whole_probe
 
 ARITHMETIC = 2.0**-22  # of |W|: what fp32 additions may lose
 DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
-# PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition, and transforms the deltas of
-# some kinds in fp32 even in a float64 model: an error of this share of the largest weight, everywhere.
+# PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition: an error of this share of the
+# largest weight, everywhere.
 RECOMPUTED = 2.0**-20
-# PEFT decomposes the base in fp32 for OSF, and computes the deltas of the others in it.
-_IN_FP32 = frozenset({"OSF", "DEFT", "FOURIERFT", "C3A"})
+# PEFT decomposes the base in fp32 for OSF, and computes the delta of DEFT in it.
+_IN_FP32 = frozenset({"OSF", "DEFT"})
 BLOCK = 4096  # rows of an untouched tensor that are compared at once
 COMBINATIONS = 16  # random ones, of the elements of a row
 SAMPLE = 64  # inputs on which the fp32 error of a layer is measured that is compared whole anyway

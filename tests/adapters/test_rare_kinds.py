@@ -14,12 +14,13 @@ from lora_export.contracts import AdapterChoice, MergeOptions, TargetUpdate
 from lora_export.deriving import combine, truncate
 from lora_export.deriving.saving import Rank
 from lora_export.errors import AdapterError
-from lora_export.merging import merge
+from lora_export.merging import merge, plan
+from lora_export.merging.exact import ExactTensor
 from tests.adapters.test_lora_family import close, in_blocks, random
 from tests.builders import edit_tensors, tensors, updates_of
 from tests.daily import daily
 from tests.matrix.families import FAMILIES
-from tests.matrix.kinds import RARE
+from tests.matrix.rare import RARE
 from tests.matrix.test_matrix import train
 
 
@@ -153,8 +154,9 @@ def test_chosen_places_are_the_first_of_a_permutation(
 
 def test_values_on_one_place_add_up_and_columns_are_columns(tmp_path: Path) -> None:
     places = torch.tensor([[0, 4, 4], [6, 1, 1]], dtype=torch.int32)
-    values = {"x.shira_weight": torch.tensor([1.0, 2.0, 4.0]), "x.shira_indices": places}
-    (update,) = read(tmp_path, values, peft_type="SHIRA", factor=0.5)
+    values = {"x.shira_weight": torch.tensor([1.0, 2.0, 4.0] + 9 * [0.0]), "x.shira_indices": places.repeat(1, 4)}
+    (update,) = read(tmp_path, values, peft_type="SHIRA", r=1, factor=0.5)
+    assert update.fits((5, 7)) and not update.fits((5, 8)) and not update.fits((12,))
     found = in_blocks(update, torch.zeros(5, 7))
     assert found.nonzero().tolist() == [[0, 6], [4, 1]] and found[0, 6] == 0.5 and found[4, 1] == 3
 
@@ -218,6 +220,19 @@ def test_a_factor_scales_the_delta_or_is_refused(kind: str, llama: Path, tmp_pat
     before, some, all_ = (tensors(f) for f in (llama, tmp_path / "half", tmp_path / "whole"))
     for name, weight in before.items():
         torch.testing.assert_close(some[name], (weight + all_[name]) / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", daily(ON_LLAMA, ["waveft sym3", "hra", "road 4", "miss bat"]))
+def test_the_terms_of_a_formula_are_no_smaller_than_its_result(kind: str, llama: Path, tmp_path: Path) -> None:
+    """The certificate's bound rests on them."""
+    train(llama, FAMILIES["llama"], kind, tmp_path)
+    planned = plan(llama, [AdapterChoice(tmp_path)], MergeOptions())
+    for tensor in planned.tensors.values():
+        if tensor.updates:
+            whole, exact = (0, tensor.shape[0]), ExactTensor(tensor, planned.base)
+            assert bool((exact._terms(*whole) >= exact._exact(*whole).abs() * (1 - 1e-12)).all()), (
+                tensor.output.name
+            )
 
 
 COMBINED = ["miss", "fourierft", "vblora", "randlora", "shira", "c3a", "waveft", "delora", "gralora"]

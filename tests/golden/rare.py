@@ -12,7 +12,7 @@ FOURIER = {"peft_type": "FOURIERFT", "scaling": 150.0, "random_loc_seed": 777}
 VBLORA = {"peft_type": "VBLORA", "r": 2, "topk": 2}
 RANDLORA = {"peft_type": "RANDLORA", "r": 2, "randlora_alpha": 4, "save_projection": True}
 ROAD = {"peft_type": "ROAD", "variant": "road_1", "group_size": 4}
-SHIRA = {"peft_type": "SHIRA"}
+SHIRA = {"peft_type": "SHIRA", "r": 1}
 WAVE = {"peft_type": "WAVEFT", "scaling": 25.0, "random_loc_seed": 777, "use_idwt": True, "wavelet_family": "db1"}
 DELORA = {"peft_type": "DELORA", "r": 2}
 GRALORA = {"peft_type": "GRALORA", "r": 4, "alpha": 8, "gralora_k": 2, "hybrid_r": 0}
@@ -90,6 +90,7 @@ CASES: dict[str, Case] = {
     "road: fewer stretches than turns": (ROAD, PAIRS | {"x.road_alpha": (2,)}, None),
     "shira: no places": (SHIRA, _without(SPARSE, "x.shira_indices"), None),
     "shira: fewer places than values": (SHIRA, SPARSE | {"x.shira_indices": (2, 4)}, None),
+    "shira: another rank": (SHIRA | {"r": 2}, SPARSE, None),
     "shira: outside of the weight": (SHIRA, SPARSE, (1, 8)),
     "shira: outside of any weight": (SHIRA, SPARSE, (1, 1)),
     "c3a: a matrix": ({"peft_type": "C3A"}, {"x.c3a_kernel": (4, 3)}, None),

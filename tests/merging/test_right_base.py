@@ -43,10 +43,11 @@ def bases(tmp_path: Path) -> tuple[Path, Path]:
     ("config", "sign", "rows"),
     [
         (lora(use_dora=True), "magnitudes", None),
+        (peft.DeloraConfig(r=3, target_modules=["q_proj", "down_proj"]), "norms", None),
         (lora(modules_to_save=["embed_tokens"]), "rows", None),
         (lora(), "rows", 107),
     ],
-    ids=["dora", "embedding saved", "embedding resized"],
+    ids=["dora", "delora", "embedding saved", "embedding resized"],
 )
 def test_values_of_the_base_tell_it_from_another(
     tmp_path: Path, bases: tuple[Path, Path], config: Any, sign: str, rows: int | None
