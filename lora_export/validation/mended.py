@@ -18,8 +18,11 @@ _PROPORTIONAL = (
 
 
 def mend(unmerged: nn.Module) -> None:
-    """AdaMSS casts its input to the type that the base had when it was built, whatever the base has become. FRoD makes
-    its weight of what it took out of the base when it was built, so errors in the base do not reach its outputs."""
+    """AdaMSS casts its input to the type that the base had when it was built, whatever the base has become.
+
+    FRoD makes its weight of what it took out of the base when it was built: errors in the base do not reach its
+    outputs.
+    """
     for module in unmerged.modules():
         if type(module).__module__ == "peft.tuners.adamss.layer" and hasattr(module, "dtype"):
             module.__class__ = _of_now(type(module))

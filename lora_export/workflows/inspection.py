@@ -25,7 +25,10 @@ _MANIFEST: Kind = {
     "options": {"precision": str},
     "files": {str: {"size": int}},
 }
-_WITH_RANK = frozenset({"lora", "lora_embedding", "lora_convolution", "dora", "adalora"})
+_WITH_RANK = frozenset(
+    {"lora", "lora_embedding", "lora_convolution", "dora", "adalora", "hira", "hira_embedding", "hira_convolution"}
+    | {"tinylora"}
+)
 
 
 def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
@@ -91,7 +94,10 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
     try:
         adapter = read_adapter(AdapterFile(tensors, config, folder / CONFIG))
     except LoraExportError as error:
-        return document | {"mergeable": False, "reason": error.found}
+        found = _with_base(base, folder) if base else None
+        if found is None:
+            return document | {"mergeable": False, "reason": error.found}
+        adapter = found
     document |= {
         "mergeable": True,
         "summary": _words(adapter, adapter.tensors),
@@ -111,6 +117,16 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         "saved_by_peft": config.get("peft_version"),
     }
     return document | (_fit(base, folder) if base else {})
+
+
+def _with_base(base: Path, adapter: Path) -> Adapter | None:
+    """An adapter whose layers follow from those of its base; None for one that cannot be merged into this base."""
+    from lora_export.merging import plan
+
+    try:
+        return plan(base, [AdapterChoice(adapter)], MergeOptions()).adapters[0]
+    except LoraExportError:
+        return None
 
 
 def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
@@ -143,7 +159,7 @@ def _scaling(adapter: Adapter) -> str | None:
     """The factor of the delta in words; None for kinds that have none."""
     if adapter.kind == "adalora":
         return "alpha/(initial rank + 1e-5)"
-    if not {"lora_alpha", "alpha"} & adapter.config.keys():
+    if not any(adapter.config.get(key) is not None for key in ("lora_alpha", "alpha")):
         return None
     return "alpha/√rank" if adapter.config.get("use_rslora") else "alpha/rank"
 
