@@ -61,11 +61,14 @@ def _read(choice: AdapterChoice, options: MergeOptions) -> Adapter:
 
 
 def _check(adapter: Adapter, update: TargetUpdate) -> None:
-    if update.adds and len(update.shapes[0]) == 2 and update.kind != "lora_bias":
+    known = None not in update.shapes[0]
+    if update.adds and known and len(update.shapes[0]) == 2 and update.kind != "lora_bias":
         return
     why = (
         f"{update.kind} is no delta without the base's weight"
         if not update.adds
+        else f"the size of the weight that {update.kind} is for follows from the base"
+        if not known
         else f"{update.kind} is no matrix that LoRA could stand for"
     )
     raise AdapterError(
