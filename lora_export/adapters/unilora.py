@@ -1,7 +1,8 @@
 """Uni-LoRA (arXiv:2506.00799, eq. 4): W' = W + B·A, every number of A and B one of a single vector θ, scaled.
 
 Which one is drawn for all adapted layers together, in the order of the model, unless it was saved. Each number of θ
-is divided by the root of how often it is taken.
+is divided by the root of how often it is taken, which PEFT rounds to the type of the base that it loaded: here, and
+for a base in fp32, it is fp32.
 """
 
 import threading
