@@ -1,6 +1,7 @@
 """PEFT's rarer kinds beyond the matrix: what their configurations decide, and what a file alone cannot tell."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_export.adapters import KINDS as READ
+from lora_export.adapters import adamss
 from lora_export.adapters.peanut import ACTIVATIONS
 from lora_export.adapters.registry import _NEVER, TOKENS_ONLY
 from lora_export.contracts import AdapterChoice
-from lora_export.errors import LoraExportError
+from lora_export.errors import LoraExportError, RuntimeUnavailable
 from lora_export.merging import merge
 from lora_export.workflows.inspection import inspect_folder
-from tests.builders import bert_config, randomize
+from tests.builders import bert_config, handmade_base, randomize
 from tests.matrix.families import FAMILIES, Family
 from tests.matrix.kinds import KINDS, SELDOM
 from tests.matrix.test_matrix import train
@@ -143,6 +145,60 @@ def test_an_adapter_of_another_base_has_other_clusters(llama: Path, tmp_path: Pa
     with pytest.raises(LoraExportError, match="the outputs fall into clusters of"):
         merge(tmp_path / "other", [AdapterChoice(tmp_path / "adapter")], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def _adamss(folder: Path) -> tuple[Path, Path]:
+    """A base of one layer, and an adapter whose B are of five and of three of its eight outputs."""
+    shapes = {"proj.weight": (8, 6), "proj.bias": (8,)}
+    config = {"peft_type": "ADAMSS", "r": 4, "num_subspaces": 2, "random_seed": 3, "target_modules": ["proj"]}
+    parts = {"newB": (4, 7), "A.0": (2, 4), "B.0": (5, 2), "A.1": (1, 4), "B.1": (3, 1)}
+    generator = torch.Generator().manual_seed(7)
+    values = {f"base_model.model.proj.adamss_{n}": torch.randn(s, generator=generator) for n, s in parts.items()}
+    base, adapter = handmade_base(folder / "base", shapes), folder / "adapter"
+    adapter.mkdir()
+    save_file(values, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return base, adapter
+
+
+def test_adamss_without_scikit_learn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = _adamss(tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
+    with pytest.raises(RuntimeUnavailable, match="k-means, which is not installed"):
+        merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adamss_puts_each_pair_into_the_rows_of_its_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = _adamss(tmp_path)
+    labels = torch.tensor([1, 0, 0, 1, 0, 0, 1, 0])
+    seen = []
+
+    def cluster(points: torch.Tensor, count: int) -> torch.Tensor:
+        seen.append((points, count))
+        return labels
+
+    monkeypatch.setattr(adamss, "cluster", cluster)
+    monkeypatch.setattr(adamss, "_k_means", lambda: None)
+    merge(base, [AdapterChoice(adapter, 0.5)], tmp_path / "merged")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "merged"))
+    parts = {
+        k.rpartition("adamss_")[2]: v.double() for k, v in load_file(adapter / "adapter_model.safetensors").items()
+    }
+    delta = torch.zeros(8, 7, dtype=torch.float64)
+    for i in range(2):
+        delta[labels == i] = parts[f"B.{i}"] @ parts[f"A.{i}"] @ parts["newB"]
+    torch.testing.assert_close(after["proj.weight"].double(), before["proj.weight"].double() + delta[:, :-1] / 2)
+    torch.testing.assert_close(after["proj.bias"].double(), before["proj.bias"].double() + delta[:, -1] / 2)
+    # Of the weight with the bias beside it, by the left singular vectors.
+    both = torch.cat([before["proj.weight"], before["proj.bias"][:, None]], dim=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        wanted = torch.svd_lowrank(both, q=4, niter=2)[0]
+    assert all(count == 2 for _, count in seen)
+    torch.testing.assert_close(seen[0][0], wanted)
 
 
 @pytest.mark.slow
