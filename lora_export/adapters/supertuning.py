@@ -62,6 +62,12 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
             expected="an adapter with supertuning_indices",
             next_step=_SAVE_THEM,
         )
+    if found and file.config.get("save_precomputed_indices") is False:
+        raise file.refuse(
+            "save_precomputed_indices is false, but the file holds places, which PEFT would not use",
+            tensor=found[0].keys[_PLACES],
+            expected="save_precomputed_indices: true, or a file without supertuning_indices",
+        )
     rank = whole(file.config, "r", file.where) if file.config.get("r") is not None else 0
     alpha = number(file.config, "lora_alpha", file.where) if rank else 0.0
     return [_update(layer, rank, alpha) for layer in found]

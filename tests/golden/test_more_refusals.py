@@ -104,6 +104,7 @@ CASES: dict[str, Case] = {
     "pvera: half of A": (PVERA, MEAN | {"pvera_A": (4, 6)}, None),
     "pvera: half of λ": (PVERA, MEAN | {"x.pvera_lambda_d": (4,)}, None),
     "supertuning: no places": (SUPER, without(SPARSE, "x.supertuning_indices"), None),
+    "supertuning: places that are not saved": (SUPER | {"save_precomputed_indices": False}, SPARSE, None),
     "supertuning: more places than values": (SUPER, SPARSE | {"x.supertuning_indices": (6,)}, None),
     "supertuning: a rank without matrices": (SUPER | {"r": 4, "lora_alpha": 8}, SPARSE, None),
     "supertuning: places that are floats": (SUPER, SPARSE, (8, 6)),
