@@ -1,8 +1,8 @@
 """OSF (arXiv:2504.07097, eq. 2): W' = W − U₀·S₀·V₀ + U·S·V, the smaller singular directions of W trained.
 
-Only the trained part is saved: PEFT decomposes the base again, in fp32, whenever it loads the adapter. Its product is
-the same whatever the signs of the singular vectors are, but where two singular values around the border are close, it
-is as uncertain as they are; so the call is PEFT's own.
+Only the trained part is saved: PEFT decomposes the base again, in fp32, whenever it loads the adapter. Its product
+is the same whatever the signs of the singular vectors are, but where two singular values around the border are
+close, it is as uncertain as they are; so the call is PEFT's own.
 """
 
 from dataclasses import dataclass

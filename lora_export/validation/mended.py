@@ -1,5 +1,7 @@
 """Where PEFT's own layers do not answer what validation asks: mended on the layers, not on their formulas."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +17,28 @@ _PROPORTIONAL = (
     "unilora_scales_B",
     "vera_lambda_b",
 )
+# Loading these, PEFT decomposes the base.
+DECOMPOSING = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA"})
+
+
+def kind_of(config: Any) -> str:
+    """PEFT's word for the kind, of a configuration as PEFT reads it."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+@contextlib.contextmanager
+def repeatable(configs: Iterable[Any]) -> Iterator[None]:
+    """Inside, PEFT decomposes the base on one thread, as a merge does.
+
+    With several, fp32 sums are added up in another order, and close singular values make another decomposition of it.
+    """
+    before = torch.get_num_threads()
+    if any(kind_of(c) in DECOMPOSING for c in configs):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def mend(unmerged: nn.Module) -> None:

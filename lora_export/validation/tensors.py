@@ -22,6 +22,7 @@ from lora_export.validation.effective import (
     random_signs,
     wrapped_modules,
 )
+from lora_export.validation.mended import kind_of
 from lora_export.validation.streaming import present
 from lora_export.validation.thresholds import tensor_checks
 from lora_export.validation.whole import effective_blocks, low_rank, whole_probes, wrapped_parameters
@@ -31,7 +32,7 @@ DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
 # PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition: an error of this share of the
 # largest weight, everywhere.
 RECOMPUTED = 2.0**-20
-_IN_FP32 = frozenset({"OSF", "DEFT"})  # PEFT decomposes the base in fp32 for OSF, and computes DEFT in it
+_IN_FP32 = frozenset({"DEFT"})  # which PEFT computes in fp32 whatever the model's type is
 BLOCK = 4096  # rows of an untouched tensor that are compared at once
 COMBINATIONS = 16  # random ones, of the elements of a row
 SAMPLE = 64  # inputs on which the fp32 error of a layer is measured that is compared whole anyway
@@ -109,7 +110,7 @@ def _first_name(model: nn.Module, parameter: torch.Tensor) -> str:
 
 
 def _recomputed(unmerged: Any) -> bool:
-    if any(str(getattr(c.peft_type, "value", c.peft_type)) in _IN_FP32 for c in unmerged.peft_config.values()):
+    if any(kind_of(c) in _IN_FP32 for c in unmerged.peft_config.values()):
         return True
     inits = (getattr(c, "init_lora_weights", True) for c in unmerged.peft_config.values())
     return any(isinstance(i, str) and i.lower() in ("pissa", "olora") for i in inits)
