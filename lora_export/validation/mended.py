@@ -30,7 +30,7 @@ def kind_of(config: Any) -> str:
 def repeatable(configs: Iterable[Any]) -> Iterator[None]:
     """Inside, PEFT decomposes the base on one thread, as a merge does.
 
-    With several, fp32 sums are added up in another order, and close singular values make another decomposition of it.
+    With several, fp32 sums are added up in another order, and close singular values make something else of that.
     """
     before = torch.get_num_threads()
     if any(kind_of(c) in DECOMPOSING for c in configs):

@@ -265,8 +265,8 @@ def refuse_changing_inits(configs: Iterable[Any], folder: Path) -> None:
     for config in configs:
         if kind_of(config) in DECOMPOSING:
             raise AdapterError(
-                f"peft_type is {kind_of(config)!r}: PEFT decomposes the base's weights when it attaches this adapter, "
-                "so the model cannot be streamed",
+                f"peft_type is {kind_of(config)!r}: PEFT decomposes the base's weights when it attaches it, so the "
+                "model cannot be streamed",
                 where=folder,
                 expected="memory for the whole model in fp32, twice",
                 next_step="validate on a machine with more memory, or give a larger --max-memory",
