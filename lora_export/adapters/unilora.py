@@ -42,6 +42,7 @@ class Drawn:
     seed: int
     sizes: dict[str, tuple[int, int, int]]
     _indices: Any = None
+    _factors: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -55,14 +56,14 @@ class Drawn:
         with self._lock:
             if self._indices is None:
                 self._indices = draw(self.total, self.length, self.seed)
+                counts = torch.bincount(torch.from_numpy(self._indices), minlength=self.length)
+                self._factors = torch.where(counts > 0, counts.float().rsqrt(), 0.0)
         start = 0
         for name, (rank, inputs, outputs) in self.sizes.items():
             middle, end = start + rank * inputs, start + rank * (inputs + outputs)
             if name == module:
                 a, b = self._indices[start:middle].reshape(rank, inputs), self._indices[middle:end]
-                counts = torch.bincount(torch.from_numpy(self._indices), minlength=self.length)
-                factors = torch.where(counts > 0, counts.float().rsqrt(), 0.0)
-                return torch.from_numpy(a), torch.from_numpy(b.reshape(outputs, rank)), factors
+                return torch.from_numpy(a), torch.from_numpy(b.reshape(outputs, rank)), self._factors
             start = end
         raise KeyError(module)
 
