@@ -824,4 +824,24 @@ MUTATIONS = (
         'tests/validation/test_rare_kinds.py::'
         'test_compare_tensors_of_a_rare_kind_names_the_weight_that_is_wrong[ln tuning]',
     ),
+    Mutation(
+        "GLoRA's bias lacks W·C", "adapters/glora.py",
+        " + self.moved[rows]", "",
+        f"{MATRIX}[glora vector on llama]",
+    ),
+    Mutation(
+        "HiRA's part of an embedding has the base layer's factor", "adapters/hira.py",
+        "down.T / (found.scale if found else 1.0)", "down.T",
+        f"{MATRIX}[hira embedding on gemma3]",
+    ),
+    Mutation(
+        "all layers of TinyLoRA draw one projection", "adapters/tinylora.py",
+        "groups.seed + groups.numbers[module]", "groups.seed",
+        f"{MATRIX}[tinylora regenerated on bert]",
+    ),
+    Mutation(
+        "the class that Uni-LoRA was trained on is forgotten", "merging/model.py",
+        "return found if isinstance(found, str) else None", "return None",
+        "tests/adapters/test_rarer_kinds.py::test_the_class_that_unilora_was_trained_on_decides_its_layers",
+    ),
 )  # fmt: skip

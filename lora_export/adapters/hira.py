@@ -68,4 +68,4 @@ def _update(layer: Layered) -> TargetUpdate:
     elif len(a) > 2:
         shapes = ((b[0], *a[1:]),)
     kind = "hira_embedding" if embedding else "hira_convolution" if len(a) > 2 else "hira"
-    return TargetUpdate(f"{layer.name}.weight", kind, layer.used, shapes, load)
+    return TargetUpdate(f"{layer.name}.weight", kind, (layer.keys[a_name], layer.keys[b_name]), shapes, load)

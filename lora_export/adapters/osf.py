@@ -1,7 +1,8 @@
-"""OSF (arXiv:2504.07097, eq. 2): W' = W_k + U·S·V, W_k of the k largest singular directions of W, the rest trained.
+"""OSF (arXiv:2504.07097, eq. 2): W' = W − U₀·S₀·V₀ + U·S·V, the smaller singular directions of W trained.
 
-Only the trained part is saved. W_k is the same whatever the signs of the singular vectors are, so it is computed in
-float64; PEFT takes W − W_k out of the base by an fp32 decomposition.
+Only the trained part is saved: PEFT decomposes the base again, in fp32, whenever it loads the adapter. Its product
+is the same whatever the signs of the singular vectors are, but where two singular values around the border are
+close, it is as uncertain as they are; so the call is PEFT's own.
 """
 
 from dataclasses import dataclass
@@ -17,16 +18,16 @@ if TYPE_CHECKING:
 
 NAME = "OSF"
 PEFT_TYPES = ("OSF",)
-FORMULA = "W_k + U·S·V, W_k of the k largest singular directions of W"
+FORMULA = "W − U₀·S₀·V₀ + U·S·V, U₀·S₀·V₀ of the smaller singular directions of W"
 
 _PARTS = tuple(f"osf_svd_params.{part}_low" for part in "USV")
 
 
 @dataclass(frozen=True)
 class RemainderUpdate:
-    """The largest singular directions of W, and u·sizes·v in the place of the others.
+    """u·sizes·v in the place of the smallest singular directions of W; u (out, r), sizes (r), v (r, in).
 
-    u (out, r), sizes (r), v (r, in). All rows together, in float64 whatever comes in.
+    All rows together; the decomposition in fp32, what follows in float64 whatever comes in.
     """
 
     u: "torch.Tensor"
@@ -36,10 +37,10 @@ class RemainderUpdate:
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         import torch
 
-        u, sizes, v = torch.linalg.svd(weight.double(), full_matrices=False)
+        u, sizes, v = (part.double() for part in torch.linalg.svd(weight.float(), full_matrices=False))
         kept = len(sizes) - len(self.sizes)
-        changed: torch.Tensor = (u[:, :kept] * sizes[:kept]) @ v[:kept]
-        changed += (self.u.double() * self.sizes.double()) @ self.v.double()
+        changed: torch.Tensor = weight.double() - (u[:, kept:] * sizes[kept:]) @ v[kept:]
+        changed = changed + (self.u.double() * self.sizes.double()) @ self.v.double()
         return changed.to(weight.dtype)
 
     def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":

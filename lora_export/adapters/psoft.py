@@ -150,7 +150,7 @@ def _update(
         or any(layer.shape(m) != (rank,) for m in vectors)
     ):
         raise layer.disagree(
-            *layer.keys, expected=f"R of shape {list(expected)}, and {vectors or 'no vectors'} of r"
+            *layer.keys, expected=f"R of shape {list(expected)}, {' and '.join(vectors) or 'no vector'} of {rank}"
         )
 
     def load(shape: tuple[int, ...]) -> SubspaceUpdate:

@@ -19,6 +19,13 @@ FORMULA = "W + values at places of W (+ α/r·B·A)"
 
 _PLACES, _VALUES, _A, _B = (f"supertuning_{part}" for part in ("indices", "values", "lora_A", "lora_B"))
 
+# What makes PEFT save the places that it was told to leave out.
+_SAVE_THEM = (
+    "on the machine of the training: m = PeftModel.from_pretrained(BASE_MODEL, ADAPTER); "
+    "[b._non_persistent_buffers_set.clear() for n, b in m.named_modules() if n.endswith('supertuning_indices')]; "
+    "m.peft_config['default'].save_precomputed_indices = True; m.save_pretrained(DIR)"
+)
+
 
 @dataclass(frozen=True)
 class SparseUpdate:
@@ -53,9 +60,13 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
             "again by the size of the base's numbers, and among equal ones by chance",
             tensor=next(layer.name for layer in found if _PLACES not in layer.keys),
             expected="an adapter with supertuning_indices",
-            next_step="where it was trained: load it with PeftModel.from_pretrained, set m.persistent = True on "
-            "every supertuning_indices and m.peft_config['default'].save_precomputed_indices = True, and "
-            "model.save_pretrained(DIR)",
+            next_step=_SAVE_THEM,
+        )
+    if found and file.config.get("save_precomputed_indices") is False:
+        raise file.refuse(
+            "save_precomputed_indices is false, but the file holds places, which PEFT would not use",
+            tensor=found[0].keys[_PLACES],
+            expected="save_precomputed_indices: true, or a file without supertuning_indices",
         )
     rank = whole(file.config, "r", file.where) if file.config.get("r") is not None else 0
     alpha = number(file.config, "lora_alpha", file.where) if rank else 0.0

@@ -1,7 +1,8 @@
 """Uni-LoRA (arXiv:2506.00799, eq. 4): W' = W + B·A, every number of A and B one of a single vector θ, scaled.
 
 Which one is drawn for all adapted layers together, in the order of the model, unless it was saved. Each number of θ
-is divided by the root of how often it is taken.
+is divided by the root of how often it is taken, which PEFT rounds to the type of the base that it loaded: here, and
+for a base in fp32, it is fp32.
 """
 
 import threading
@@ -41,6 +42,7 @@ class Drawn:
     seed: int
     sizes: dict[str, tuple[int, int, int]]
     _indices: Any = None
+    _factors: Any = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -54,14 +56,14 @@ class Drawn:
         with self._lock:
             if self._indices is None:
                 self._indices = draw(self.total, self.length, self.seed)
+                counts = torch.bincount(torch.from_numpy(self._indices), minlength=self.length)
+                self._factors = torch.where(counts > 0, counts.float().rsqrt(), 0.0)
         start = 0
         for name, (rank, inputs, outputs) in self.sizes.items():
             middle, end = start + rank * inputs, start + rank * (inputs + outputs)
             if name == module:
                 a, b = self._indices[start:middle].reshape(rank, inputs), self._indices[middle:end]
-                counts = torch.bincount(torch.from_numpy(self._indices), minlength=self.length)
-                factors = torch.where(counts > 0, counts.float().rsqrt(), 0.0)
-                return torch.from_numpy(a), torch.from_numpy(b.reshape(outputs, rank)), factors
+                return torch.from_numpy(a), torch.from_numpy(b.reshape(outputs, rank)), self._factors
             start = end
         raise KeyError(module)
 

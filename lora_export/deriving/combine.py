@@ -67,7 +67,7 @@ def _check(adapter: Adapter, update: TargetUpdate) -> None:
     if update.adds and known and len(update.shapes[0]) == 2 and update.kind != "lora_bias":
         return
     if update.adds and not known:
-        why = f"{update.kind} does not tell the size of the weight that it adds to"
+        why = f"the size of the weight that {update.kind} is for follows from the base"
     elif update.adds:
         why = f"{update.kind} is no matrix that LoRA could stand for"
     else:

@@ -57,8 +57,8 @@ def understand(adapter: Path, base: Path | None = None, progress: Progress | Non
     progress = progress or Silent()
     config, tensors = open_adapter_files(adapter)
     file = respelled(AdapterFile(tensors, config, adapter / CONFIG, allow_nonfinite=True))
-    read, skipped = read_adapter(file), dict[str, str]()
     planned = plan(base, [AdapterChoice(adapter)], MergeOptions(allow_nonfinite=True)) if base else None
+    read, skipped = planned.adapters[0] if planned else read_adapter(file), dict[str, str]()
     source = with_base(planned, file) if planned else alone(file, read, skipped)
     modules = []
     for module in source:

@@ -1,5 +1,7 @@
 """Where PEFT's own layers do not answer what validation asks: mended on the layers, not on their formulas."""
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,11 +17,36 @@ _PROPORTIONAL = (
     "unilora_scales_B",
     "vera_lambda_b",
 )
+# Loading these, PEFT decomposes the base.
+DECOMPOSING = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA"})
+
+
+def kind_of(config: Any) -> str:
+    """PEFT's word for the kind, of a configuration as PEFT reads it."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+@contextlib.contextmanager
+def repeatable(configs: Iterable[Any]) -> Iterator[None]:
+    """Inside, PEFT decomposes the base on one thread, as a merge does.
+
+    With several, fp32 sums are added up in another order, and close singular values make something else of that.
+    """
+    before = torch.get_num_threads()
+    if any(kind_of(c) in DECOMPOSING for c in configs):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def mend(unmerged: nn.Module) -> None:
-    """AdaMSS casts its input to the type that the base had when it was built, whatever it has become. FRoD makes
-    its weight of what it took out of the base when it was built, so errors in the base do not reach its outputs."""
+    """AdaMSS casts its input to the type that the base had when it was built, whatever the base has become.
+
+    FRoD makes its weight of what it took out of the base when it was built: errors in the base do not reach its
+    outputs.
+    """
     for module in unmerged.modules():
         if type(module).__module__ == "peft.tuners.adamss.layer" and hasattr(module, "dtype"):
             module.__class__ = _of_now(type(module))

@@ -29,7 +29,7 @@ from lora_export.validation.loading import (
     quiet,
     whole_tensors,
 )
-from lora_export.validation.mended import mend, weigh
+from lora_export.validation.mended import mend, repeatable, weigh
 from lora_export.validation.renamed import names_as_they_are, with_todays_names
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
@@ -172,7 +172,8 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
         _refuse_bomb(adapter.folder)
     _refuse_mixture(adapters)
     names = [f"adapter{i}" for i in range(len(adapters))]
-    with load_results() as results, bounded("peft", str(adapters[0].folder)):
+    configs = configs_of(adapters)
+    with load_results() as results, bounded("peft", str(adapters[0].folder)), repeatable(configs):
         unmerged = peft.PeftModel.from_pretrained(
             model, adapters[0].folder, adapter_name=names[0], local_files_only=True
         )

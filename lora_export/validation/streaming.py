@@ -18,12 +18,12 @@ from safetensors import safe_open
 from torch import nn
 
 from lora_export.errors import AdapterError
+from lora_export.validation.mended import DECOMPOSING, kind_of
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
 # These inits take something out of the base's weights when an adapter is attached, so they must be in memory.
 BLOCK = 16 * 2**20  # bytes in fp32
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_DECOMPOSING = frozenset({"ADAMSS", "FROD", "OSF", "PSOFT", "TINYLORA"})
 
 
 @dataclass(eq=False)
@@ -263,10 +263,9 @@ def changing(model: nn.Module, change: Change) -> Iterator[bool]:
 
 def refuse_changing_inits(configs: Iterable[Any], folder: Path) -> None:
     for config in configs:
-        kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if kind in _DECOMPOSING:
+        if kind_of(config) in DECOMPOSING:
             raise AdapterError(
-                f"peft_type is {kind!r}: PEFT decomposes the base's weights when it attaches this adapter, so the "
+                f"peft_type is {kind_of(config)!r}: PEFT decomposes the base's weights when it attaches it, so the "
                 "model cannot be streamed",
                 where=folder,
                 expected="memory for the whole model in fp32, twice",

@@ -24,6 +24,7 @@ from lora_export.validation.effective import (
     saved_whole,
     wrapped_modules,
 )
+from lora_export.validation.mended import kind_of
 from lora_export.validation.streaming import present
 from lora_export.validation.thresholds import tensor_checks
 from lora_export.validation.whole import effective_blocks, low_rank, whole_probes, wrapped_parameters
@@ -33,8 +34,7 @@ DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
 # PEFT takes the residual of PiSSA and OLoRA out of the base by an fp32 decomposition: an error of this share of the
 # largest weight, everywhere.
 RECOMPUTED = 2.0**-20
-# PEFT decomposes the base in fp32 for OSF, and computes the delta of DEFT in it.
-_IN_FP32 = frozenset({"OSF", "DEFT"})
+_IN_FP32 = frozenset({"DEFT"})  # which PEFT computes in fp32 whatever the model's type is
 BLOCK = 4096  # rows of an untouched tensor that are compared at once
 COMBINATIONS = 16  # random ones, of the elements of a row
 SAMPLE = 64  # inputs on which the fp32 error of a layer is measured that is compared whole anyway
@@ -112,10 +112,10 @@ def _first_name(model: nn.Module, parameter: torch.Tensor) -> str:
 
 
 def _recomputed(unmerged: Any) -> bool:
-    configs = unmerged.peft_config.values()
-    inits = (getattr(c, "init_lora_weights", True) for c in configs)
-    in_fp32 = any(str(getattr(c.peft_type, "value", c.peft_type)) in _IN_FP32 for c in configs)
-    return in_fp32 or any(isinstance(i, str) and i.lower() in ("pissa", "olora") for i in inits)
+    if any(kind_of(c) in _IN_FP32 for c in unmerged.peft_config.values()):
+        return True
+    inits = (getattr(c, "init_lora_weights", True) for c in unmerged.peft_config.values())
+    return any(isinstance(i, str) and i.lower() in ("pissa", "olora") for i in inits)
 
 
 def _same(name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype | None) -> TensorError:

@@ -29,7 +29,8 @@ _MANIFEST: Kind = {
 # Kinds with a rank: which dimension of an update's first tensor it is.
 _RANK_AXIS = {
     "lora": 0, "lora_embedding": 0, "lora_convolution": 0, "dora": 0, "adalora": 0, "miss": 0, "miss_bat": 1,
-    "hra": 1, "vblora": 0, "randlora": 0, "delora": 0, "gralora": 2,
+    "hra": 1, "vblora": 0, "randlora": 0, "delora": 0, "gralora": 2, "hira": 0, "hira_embedding": 0,
+    "hira_convolution": 0, "tinylora": 0,
 }  # fmt: skip
 _SCALINGS = {
     "adalora": "alpha/(initial rank + 1e-5)",
@@ -112,7 +113,10 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
     try:
         adapter = read_adapter(AdapterFile(tensors, config, folder / CONFIG))
     except LoraExportError as error:
-        return document | {"mergeable": False, "reason": error.found}
+        found = _with_base(base, folder) if base else None
+        if found is None:
+            return document | {"mergeable": False, "reason": error.found}
+        adapter = found
     config = dict(adapter.config)
     document |= {
         "mergeable": True,
@@ -133,6 +137,16 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         "saved_by_peft": config.get("peft_version"),
     }
     return document | (_fit(base, folder) if base else {})
+
+
+def _with_base(base: Path, adapter: Path) -> Adapter | None:
+    """An adapter whose layers follow from those of its base; None for one that cannot be merged into this base."""
+    from lora_export.merging import plan
+
+    try:
+        return plan(base, [AdapterChoice(adapter)], MergeOptions()).adapters[0]
+    except LoraExportError:
+        return None
 
 
 def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
@@ -165,7 +179,7 @@ def _scaling(adapter: Adapter) -> str | None:
     """The factor of the delta in words; None for kinds that have none."""
     if adapter.kind in _SCALINGS:
         return _SCALINGS[adapter.kind]
-    if not {"lora_alpha", "alpha"} & adapter.config.keys():
+    if not any(adapter.config.get(key) is not None for key in ("lora_alpha", "alpha")):
         return None
     return "alpha/√rank" if adapter.config.get("use_rslora") else "alpha/rank"
 

@@ -271,6 +271,7 @@ KINDS: dict[str, Kind] = {
     "glora vector": _plain(peft.GloraConfig, config_A_B="vector", config_C="vector", config_D_E="vector"),
     "glora constant": _plain(peft.GloraConfig, config_A_B="constant", config_C="none", config_D_E="constant"),
     "glora none": _only_biases(peft.GloraConfig, config_A_B="none", config_C="vector", config_D_E="none"),
+    "glora bias": _only_biases(peft.GloraConfig, bias="glora_only"),
     "hira": _plain(peft.HiraConfig),
     "hira embedding": _plain(peft.HiraConfig, embedding=True),
     "hira convolution": _plain(peft.HiraConfig, convolution=True),
@@ -294,6 +295,7 @@ KINDS: dict[str, Kind] = {
     "tinylora regenerated": _plain(peft.TinyLoraConfig, u=6, weight_tying=0.3, save_projection=False),
     "tinylora embedding": _plain(peft.TinyLoraConfig, embedding=True, u=6),
     "unilora": _plain(peft.UniLoraConfig, theta_d_length=50),
+    "unilora bias": _only_biases(peft.UniLoraConfig, theta_d_length=50, bias="all"),
     "unilora saved": _plain(peft.UniLoraConfig, theta_d_length=50, save_indices=True),
 }
 KINDS |= RARE

@@ -62,6 +62,7 @@ PEFT_REFUSES: Cells = {
         ("glora vector", "gpt2"),
         ("glora constant", "gpt2"),
         ("glora none", "gpt2"),
+        ("glora bias", "gpt2"),
         ("peanut", "gpt2"),
         ("peanut deep", "gpt2"),
         ("hira convolution", "regnet"),
