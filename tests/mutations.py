@@ -801,4 +801,28 @@ MUTATIONS = (
         'unread = False',
         f'{NOISE}::test_validate_numbers_that_the_data_files_do_not_hold_fail[another]',
     ),
+    Mutation(
+        'rows that share a byte are read from its other end', 'quantization/packed.py',
+        'place if low_first else count - 1 - place',
+        'count - 1 - place',
+        'tests/quantization/test_samples.py::test_a_weight_is_what_its_library_reads[quanto-qint4]',
+    ),
+    Mutation(
+        'pairs of rows of a GGUF Llama stay pairs', 'quantization/gguf.py',
+        'return rows - within + within % (size // 2) * 2 + within // (size // 2)',
+        'return rows',
+        'tests/quantization/test_gguf.py::test_it_is_read_as_transformers_reads_it[F32]',
+    ),
+    Mutation(
+        'what the second reader finds is not compared', 'validation/second_reader.py',
+        '        _refuse_another(name, copy, expected)',
+        '        pass',
+        'tests/validation/test_second_reader.py::test_a_wrong_reader_fails_the_validation[packed]',
+    ),
+    Mutation(
+        'the metadata of codes stays on weights', 'merging/plan.py',
+        'metadata = {} if dequantized else dict(base.metadata)',
+        'metadata = dict(base.metadata)',
+        'tests/quantization/test_samples.py::test_an_adapter_merges_into_it[torchao-int8-True]',
+    ),
 )  # fmt: skip
