@@ -140,7 +140,7 @@ MUTATIONS = (
     Mutation(
         "AWQ's outputs are not interleaved", "quantization/awq.py",
         "ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "ORDER = (0, 1, 2, 3, 4, 5, 6, 7)",
-        f"{FORMATS}::test_awq[32]",
+        f"{FORMATS}::test_awq[True-32]",
     ),
     Mutation(
         "top-5 is asked of the other model twice", "validation/compare.py",

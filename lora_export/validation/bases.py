@@ -25,6 +25,7 @@ from lora_export.sealed import read_json
 from lora_export.validation import effect, loading, reference
 from lora_export.validation.advice import bases_advice
 from lora_export.validation.requantize import requantize
+from lora_export.validation.stored import FLOATS, headers
 
 Windows = Sequence[torch.Tensor]
 
@@ -66,7 +67,10 @@ def check_request(asked: CompareBases, base: Path, merge: MergeOptions) -> None:
 
 
 def _is_quantized(folder: Path) -> bool:
-    return bool(read_json(folder / "config.json").get("quantization_config"))
+    """By config.json, by matrices that are no floats, or because no safetensors are here: GGUF."""
+    stored = headers(folder)
+    codes = any(t.dtype not in FLOATS and len(t.shape) == 2 for t in stored.values())
+    return codes or not stored or bool(read_json(folder / "config.json").get("quantization_config"))
 
 
 @dataclass(frozen=True)
