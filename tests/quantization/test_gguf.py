@@ -29,6 +29,7 @@ from tests.builders import (
     tensors,
     unmerged,
 )
+from tests.daily import daily
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -97,7 +98,7 @@ def llama(folder: Path, kind: Callable[[str], str] = lambda _: "Q8_0") -> dict[s
     return values
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])
+@pytest.mark.parametrize("kind", daily(["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"], ["F32", "Q4_0"]))
 def test_it_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
     values = llama(tmp_path, lambda _: kind)
     checkpoint = open_checkpoint(tmp_path / "base")
@@ -119,7 +120,10 @@ def test_it_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "model_type"),
-    [(a, m) for a, types in ARCHITECTURES.items() for m in types if a != "llama"],
+    daily(
+        [(a, m) for a, types in ARCHITECTURES.items() for m in types if a != "llama"],
+        [("gemma2", "gemma2"), ("qwen3", "qwen3")],
+    ),
 )
 def test_what_the_converter_did_to_other_architectures_is_undone(
     tmp_path: Path, architecture: str, model_type: str
