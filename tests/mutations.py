@@ -140,7 +140,7 @@ MUTATIONS = (
     Mutation(
         "AWQ's outputs are not interleaved", "quantization/awq.py",
         "ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "ORDER = (0, 1, 2, 3, 4, 5, 6, 7)",
-        f"{FORMATS}::test_awq[32]",
+        f"{FORMATS}::test_awq[True-32]",
     ),
     Mutation(
         "top-5 is asked of the other model twice", "validation/compare.py",
@@ -843,5 +843,29 @@ MUTATIONS = (
         "the class that Uni-LoRA was trained on is forgotten", "merging/model.py",
         "return found if isinstance(found, str) else None", "return None",
         "tests/adapters/test_rarer_kinds.py::test_the_class_that_unilora_was_trained_on_decides_its_layers",
+    ),
+    Mutation(
+        'rows that share a byte are read from its other end', 'quantization/packed.py',
+        'place if low_first else count - 1 - place',
+        'count - 1 - place',
+        'tests/quantization/test_samples.py::test_a_weight_is_what_its_library_reads[quanto-qint4]',
+    ),
+    Mutation(
+        'pairs of rows of a GGUF Llama stay pairs', 'quantization/gguf.py',
+        'return rows - within + within % (size // 2) * 2 + within // (size // 2)',
+        'return rows',
+        'tests/quantization/test_gguf.py::test_it_is_read_as_transformers_reads_it[F32]',
+    ),
+    Mutation(
+        'what the second reader finds is not compared', 'validation/second_reader.py',
+        '        _refuse_another(name, copy, expected)',
+        '        pass',
+        'tests/validation/test_second_reader.py::test_a_wrong_reader_fails_the_validation[packed]',
+    ),
+    Mutation(
+        'the metadata of codes stays on weights', 'merging/plan.py',
+        'metadata = {} if dequantized else dict(base.metadata)',
+        'metadata = dict(base.metadata)',
+        'tests/quantization/test_samples.py::test_an_adapter_merges_into_it[torchao-int8-True]',
     ),
 )  # fmt: skip

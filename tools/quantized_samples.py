@@ -59,6 +59,8 @@ def torchao(name: str, **settings: Any) -> Made:
 
     if "group" in settings:
         settings["granularity"] = granularity.PerGroup(settings.pop("group"))
+    if settings.pop("asymmetric", False):
+        settings["mapping_type"] = ao.MappingType.ASYMMETRIC
     model = torch.nn.Sequential()
     model.add_module("w", torch.nn.Linear(SHAPE[1], SHAPE[0], bias=False))
     model.w.weight.data = weight()
@@ -122,6 +124,7 @@ def _parts(layer: Any) -> dict[str, torch.Tensor]:
 
 
 MLX_AFFINE = ((2, 32), (3, 64), (4, 64), (5, 32), (6, 128), (8, 64))  # bits, group size
+ASYMMETRIC = {"group": 32, "asymmetric": True}
 CASES: dict[str, tuple[str, Callable[[], Made]]] = {
     "hqq-4-axis1": ("hqq", lambda: hqq(4, 64, 1)),
     "hqq-4-axis0": ("hqq", lambda: hqq(4, 64, 0)),
@@ -140,7 +143,7 @@ CASES: dict[str, tuple[str, Callable[[], Made]]] = {
     "torchao-int8-dynamic": ("torchao", lambda: torchao("Int8DynamicActivationInt8Weight")),
     "torchao-int8-groups": ("torchao", lambda: torchao("Int8WeightOnly", group=64)),
     "torchao-float8": ("torchao", lambda: torchao("Float8WeightOnly")),
-    "torchao-intx4": ("torchao", lambda: torchao("IntxWeightOnly", weight_dtype=torch.int4, group=32)),
+    "torchao-intx4": ("torchao", lambda: torchao("IntxWeightOnly", weight_dtype=torch.int4, **ASYMMETRIC)),
     **{f"mlx-{b}-{s}": ("mlx", lambda b=b, s=s: mlx("affine", b, s)) for b, s in MLX_AFFINE},
     "mlx-mxfp4": ("mlx", lambda: mlx("mxfp4", 4, 32)),
     "mlx-mxfp8": ("mlx", lambda: mlx("mxfp8", 8, 32)),

@@ -98,6 +98,8 @@ def _parse(path: Path, data: mmap.mmap) -> GgufFile:
         if value is not None:
             settings[name] = value
     entries = [_entry(reader) for _ in range(tensors)]
+    if settings.get("split.count", 1) not in (0, 1):
+        raise ValueError("it is one part of several; join them first: llama-gguf-split --merge FIRST OUT")
     alignment = settings.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"an alignment of {alignment}")
@@ -143,7 +145,8 @@ def gguf_file(folder: Path) -> Path | None:
             f"{len(found)} GGUF files in one folder",
             where=folder,
             expected="one, with config.json and the tokenizer beside it",
-            next_step="put the one that you mean into a folder of its own",
+            next_step="put the one that you mean into a folder of its own; parts of one model are joined by "
+            "llama-gguf-split --merge FIRST OUT",
         )
     if not (folder / "config.json").is_file():
         raise InputError(

@@ -85,6 +85,8 @@ def _weight(source: TensorSource, weight: str, told: Mapping[str, Any], dtype: s
     block: list[int] = attributes.get("block_size") or []
     if kind not in (*PLAIN, "Int4Tensor") or "act_pre_scale" in names or len(block) != 2:
         reason = "with scaled inputs" if "act_pre_scale" in names else f"in blocks of {block}"
+        if kind not in (*PLAIN, "Int4Tensor"):
+            reason = "whose bytes lie as one kind of device reads them"
         raise CheckpointError(
             f"torchao's {kind} {reason}",
             where=next((t.file for n, t in source.tensors.items() if n.startswith(f"{module}.")), None),

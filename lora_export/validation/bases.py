@@ -25,6 +25,7 @@ from lora_export.validation import effect, loading, reference
 from lora_export.validation.advice import bases_advice
 from lora_export.validation.quantized import is_quantized
 from lora_export.validation.requantize import requantize
+from lora_export.validation.stored import FLOATS, headers
 
 Windows = Sequence[torch.Tensor]
 
@@ -39,7 +40,7 @@ class BasesFound:
 
 def check_request(asked: CompareBases, base: Path, merge: MergeOptions) -> None:
     """Refuse, before any model is loaded, a comparison for which there are no two bases."""
-    if not is_quantized(base) and merge.training_quantization == "none":
+    if not _is_quantized(base) and merge.training_quantization == "none":
         raise InputError(
             "there is only one base to merge into: this one is stored in 16 bits or more, and training did not "
             "quantize it",
@@ -50,19 +51,26 @@ def check_request(asked: CompareBases, base: Path, merge: MergeOptions) -> None:
         )
     if asked.original is None:
         return
-    if not is_quantized(base):
+    if not _is_quantized(base):
         raise InputError(
             "--original-base is for a base that is stored in 4 or 8 bits; this one is the original itself",
             where=base / "config.json",
             next_step="the same command without --original-base",
         )
-    if is_quantized(asked.original):
+    if _is_quantized(asked.original):
         raise InputError(
             "the original base is itself stored quantized",
             where=asked.original / "config.json",
             expected="the 16-bit model of which the base was made",
             next_step="--original-base with that model, or none",
         )
+
+
+def _is_quantized(folder: Path) -> bool:
+    """By its configuration, by matrices that are no floats, or because no safetensors are here: GGUF."""
+    stored = headers(folder)
+    codes = any(t.dtype not in FLOATS and len(t.shape) == 2 for t in stored.values())
+    return codes or not stored or is_quantized(folder)
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ class Bases:
         if self.asked.original is not None:
             _same_model(self.asked.original, self.merged)
             return self._attached(self.asked.original, MergeOptions(), None)
-        if is_quantized(self.base):
+        if _is_quantized(self.base):
             return None
         return self._attached(self.base, replace(self.merge, base_weights="original"), None)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_export.adapters import CONFIG, KINDS, AdapterFile, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
+from lora_export.checkpoint.header import ITEM_SIZE
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.documents import Kind, check
 from lora_export.errors import InputError, LoraExportError
@@ -15,7 +16,7 @@ from lora_export.manifest import NAME as MANIFEST
 from lora_export.manifest import is_run
 from lora_export.packages import contents
 from lora_export.packages.contents import is_package
-from lora_export.quantization import describe, find_quantized, settings_of, with_settings
+from lora_export.quantization import describe, find_quantized, method_here, settings_of, with_settings
 from lora_export.report.schema import load as report_of
 from lora_export.sealed import read_json
 
@@ -72,7 +73,7 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
         "shards": len({t.file for t in checkpoint.tensors.values()}),
-        "quantization": describe(quantization) if quantization else None,
+        "quantization": describe(quantization) if quantization else method_here(checkpoint, config),
         "tied_embeddings": config.get("tie_word_embeddings"),
         "vocabulary": config.get("vocab_size"),
         "saved_by_transformers": config.get("transformers_version"),
@@ -102,7 +103,7 @@ def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
             count += size
         elif f"{name}.absmax" in tensors:
             count += 2 * info.nbytes
-        elif info.dtype == "I8":
+        elif info.dtype == "I8" or info.dtype not in ITEM_SIZE:  # of GGUF, whose shapes are the weights'
             count += size
     return count
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from bitsandbytes import functional as bnb
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from lora_export.checkpoint import Checkpoint, open_checkpoint
 from lora_export.contracts import MergeOptions
@@ -43,6 +44,17 @@ def compressed(kind: str, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
 
 
+def sample(name: str) -> dict[str, torch.Tensor]:
+    """Of tests/quantization/samples, under this file's names."""
+    values = load_file(Path(packing.__file__).parent / "samples" / f"{name}.safetensors")
+    return {k.replace("model.layers.0.mlp.down_proj", "w"): v for k, v in values.items() if k != "expected"}
+
+
+def ternary() -> dict[str, torch.Tensor]:
+    return {"w.weight": packing.integers(0, 256, 3, 10).to(torch.uint8), "w.weight_scale": torch.ones(1)}
+
+
+MLX = {"model_type": "llama", "quantization": {"group_size": 64, "bits": 3, "w": {"group_size": 64, "bits": 3}}}
 CODES = packing.integers(-8, 8, 6, 32).to(torch.int8)
 BASES: dict[str, tuple[tuple[Entry, ...], dict[str, Any]]] = {
     name: (entries(values | {"norm.weight": torch.ones(5)}), settings)
@@ -63,17 +75,25 @@ BASES: dict[str, tuple[tuple[Entry, ...], dict[str, Any]]] = {
             packing.plain(6, 32, CODES, (3, 2), (2, 16), True)[0],
             compressed("int-quantized", block_structure=[2, 16]),
         ),
+        ("hqq", sample("hqq-3-axis0"), {"quant_method": "hqq"}),
+        ("hqq floats", sample("hqq-4-floats"), {"quant_method": "hqq"}),
+        ("quanto", sample("quanto-qint8"), {"quant_method": "quanto"}),
+        ("bitnet", ternary(), {"quant_method": "bitnet", "linear_class": "autobitlinear"}),
+        ("autoround", sample("autoround-gptq-3"), {"quant_method": "auto-round", "bits": 3, "group_size": 64}),
+        ("mlx", sample("mlx-3-64"), MLX["quantization"]),
     )
 }
 KEYS = (
     "quant_method", "load_in_4bit", "load_in_8bit", "bits", "w_bit", "group_size", "q_group_size", "version",
     "zero_point", "checkpoint_format", "weight_block_size", "format", "config_groups", "sparsity_config", "weights",
-    "block_structure", "desc_act", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+    "block_structure", "linear_class", "quantization_mode", "packing_format", "extra_config", "dynamic", "mode",
+    "quantization", "desc_act", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
 )  # fmt: skip
 WORDS = (
     "w", "weight", "qweight", "qzeros", "scales", "g_idx", "bias", "SCB", "weight_format", "absmax", "quant_map",
     "nested_absmax", "nested_quant_map", "quant_state", "bitsandbytes__nf4", "bitsandbytes__fp4", "weight_packed",
     "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_scale_inv", "norm",
+    "W_q", "scale", "zero", "axis", "packing", "shape", "_data", "_scale", "_shift", "biases",
 )  # fmt: skip
 
 
@@ -84,10 +104,9 @@ def bases(draw: st.DrawFn) -> tuple[str, list[Entry], Any]:
     tensors, settings = BASES[name]
     found = list(tensors)
     what = draw(st.sampled_from(["settings", "tensors", "tensors", "state", "both"]))
+    settings = {"quantization_config": settings, "dtype": "bfloat16"} | (MLX if name == "mlx" else {})
     if what in ("settings", "both"):
-        settings = draw(damaged_tree({"quantization_config": settings, "dtype": "bfloat16"}, KEYS))
-    else:
-        settings = {"quantization_config": settings, "dtype": "bfloat16"}
+        settings = draw(damaged_tree(settings, KEYS))
     if what == "state" and name.startswith("bnb4"):
         at = next(i for i, e in enumerate(found) if e.name == STATE)
         valid = json.loads(found[at].data)

@@ -16,11 +16,13 @@ def scales(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 
 def pack(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """(…, n) small unsigned integers → int32 words, the first value in the lowest bits; one value at a time."""
-    count = 32 // bits
-    words = torch.zeros(*values.shape[:-1], math.ceil(values.shape[-1] / count), dtype=torch.int64)
-    for i in range(values.shape[-1]):
-        words[..., i // count] |= values[..., i].long() << (bits * (i % count))
+    """(…, n) small unsigned integers → int32 words, the first value in the lowest bits; one bit at a time.
+
+    Values run on from word to word.
+    """
+    words = torch.zeros(*values.shape[:-1], math.ceil(values.shape[-1] * bits / 32), dtype=torch.int64)
+    for i in range(values.shape[-1] * bits):
+        words[..., i // 32] |= (values[..., i // bits].long() >> i % bits & 1) << i % 32
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 

@@ -39,14 +39,14 @@ def check(folder: Path, made: tuple[Tensors, torch.Tensor], settings: dict[str, 
     return weight
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("v2", [False, True])
 def test_gptq(tmp_path: Path, bits: int, group: int, act_order: bool, v2: bool) -> None:
     settings = {"quant_method": "gptq", "bits": bits, "group_size": group}
     settings |= {"checkpoint_format": "gptq_v2"} if v2 else {}
-    found = check(tmp_path, gptq(48, 256, bits, group, act_order, v2), settings)
+    found = check(tmp_path, gptq(64, 256, bits, group, act_order, v2), settings)
     assert found.dtype == "BF16"  # the model's, not that of the scales
 
 
@@ -58,9 +58,25 @@ def test_gptq_with_a_short_last_group_and_without_g_idx(tmp_path: Path) -> None:
     check(tmp_path, (values, exact), settings)
 
 
+@pytest.mark.parametrize("key", ["dynamic", "extra_config"])
+@pytest.mark.parametrize("g_idx", [True, False])
+def test_gptq_with_settings_of_single_modules(tmp_path: Path, key: str, g_idx: bool) -> None:
+    """The shapes say what each module has: GPTQModel names them by expressions, AutoRound by their names."""
+    values, exact = gptq(64, 256, 8, 64)
+    if not g_idx:
+        del values["w.g_idx"]
+    own = {"quant_method": "auto-round"} if key == "extra_config" else {"quant_method": "gptq"}
+    own |= {"bits": 4, "group_size": 32, key: {r"+:w": {"bits": 8, "group_size": 64}}}
+    check(tmp_path, (values, exact), own)
+    with pytest.raises(CheckpointError):
+        quantized(tmp_path, values, own | {key: {}})
+
+
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
-def test_awq(tmp_path: Path, group: int) -> None:
-    check(tmp_path, awq(48, 256, group), {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"})
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_awq(tmp_path: Path, group: int, zero_point: bool) -> None:
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": zero_point}
+    check(tmp_path, awq(48, 256, group), settings)
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (37, 81), (16, 32), (5, 7)])
@@ -136,7 +152,12 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
         ({"w.qzeros": torch.ones(4, 6)}, {}, "the type is F32"),
         ({"w.g_idx": torch.zeros(9, dtype=torch.int32)}, {}, r"the shape is \[9\]"),
         ({"w.qweight": None}, {}, "no quantized weight is here"),
-        ({}, {"quant_method": "aqlm"}, "quantized with .aqlm."),
+        ({}, {"quant_method": "aqlm"}, r"quantized with 'aqlm'.*\(AQLM: sums of vectors out of codebooks"),
+        ({}, {"quant_method": "eetq"}, r"quantized with 'eetq'.*moved about for the kernels"),
+        ({}, {"quant_method": "something"}, "quantized with 'something', which this tool does not read\n"),
+        ({}, {"quant_method": "auto-round", "packing_format": "auto_round:fake"}, "packed as 'auto_round:fake'"),
+        ({}, {"quant_method": "auto-round", "rotation_config": {"a": 1}}, "with rotation_config, rotated weights"),
+        ({"w.qzeros": torch.zeros(4, 7, dtype=torch.int32)}, {"dynamic": {"w": {}}}, r"zeros of shape \[4, 7\]"),
         ({}, {"quant_method": "awq", "version": "gemv"}, "AWQ of version 'gemv'"),
         ({}, {"quant_method": "awq", "bits": 8}, "with 8 bits"),
         ({}, {"quant_method": "compressed-tensors", "format": "mxfp6-pack-quantized"}, "mxfp6-pack-quantized"),

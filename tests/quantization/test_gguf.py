@@ -17,6 +17,7 @@ from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import CheckpointError, InputError
 from lora_export.merging import merge
 from lora_export.quantization import find_quantized
+from lora_export.quantization.gguf import ARCHITECTURES
 from tests.builders import (
     edit_json,
     llama_config,
@@ -28,6 +29,7 @@ from tests.builders import (
     tensors,
     unmerged,
 )
+from tests.daily import daily
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -69,7 +71,7 @@ def save_gguf(
             moved = in_pairs(moved, SIZES["num_attention_heads"])
         if prefix == "llama" and "k_proj" in name:
             moved = in_pairs(moved, SIZES["num_key_value_heads"])
-        moved = moved + 1 if prefix == "gemma2" and is_norm else moved
+        moved = moved + 1 if prefix.startswith(("gemma", "nemotron")) and is_norm else moved
         quantized = gguf.GGMLQuantizationType[kind(name) if value.dim() > 1 else "F32"]
         blocks = gguf.quantize(moved.numpy(), quantized)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), blocks, raw_dtype=quantized)
@@ -96,7 +98,7 @@ def llama(folder: Path, kind: Callable[[str], str] = lambda _: "Q8_0") -> dict[s
     return values
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"])
+@pytest.mark.parametrize("kind", daily(["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"], ["F32", "Q4_0"]))
 def test_it_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
     values = llama(tmp_path, lambda _: kind)
     checkpoint = open_checkpoint(tmp_path / "base")
@@ -116,14 +118,26 @@ def test_it_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
     assert {p for w in found.values() for p in w.parts} == set(checkpoint.tensors)
 
 
-def test_gemmas_norms_lose_their_one(tmp_path: Path) -> None:
-    config = transformers.Gemma2Config(
-        vocab_size=101, num_hidden_layers=BLOCKS, head_dim=16, tie_word_embeddings=True, **SIZES
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    daily(
+        [(a, m) for a, types in ARCHITECTURES.items() for m in types if a != "llama"],
+        [("gemma2", "gemma2"), ("qwen3", "qwen3")],
+    ),
+)
+def test_what_the_converter_did_to_other_architectures_is_undone(
+    tmp_path: Path, architecture: str, model_type: str
+) -> None:
+    """Norms lose the 1 that was added to Gemma's and Nemotron's; every tensor has its name."""
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=101, num_hidden_layers=BLOCKS, head_dim=16, pad_token_id=0, **SIZES
     )
-    original = save_base(tmp_path / "original", transformers.Gemma2ForCausalLM, config)
+    model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    original = save_base(tmp_path / "original", model_class, config)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_bytes((original / "config.json").read_bytes())
-    save_gguf(tmp_path / "base" / "m.gguf", gguf.MODEL_ARCH.GEMMA2, tensors(original), lambda _: "F32")
+    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    save_gguf(tmp_path / "base" / "m.gguf", number, tensors(original), lambda _: "F32")
     checkpoint = open_checkpoint(tmp_path / "base")
     found = find_quantized(checkpoint, checkpoint.config)
     assert found.keys() == tensors(original).keys()

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lora_export.checkpoint import Checkpoint, open_checkpoint
+from lora_export.contracts import AdapterChoice, MergeOptions
+from lora_export.merging import merge
 from lora_export.quantization import find_quantized
+from tests.builders import VOCABULARY, edit_json, load, logits, lora, save_adapter, save_base, tensors, unmerged
 
 SAMPLES = sorted((Path(__file__).parent / "samples").glob("*.safetensors"))
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
@@ -53,3 +57,41 @@ def test_there_are_samples_of_each_library() -> None:
             made_by.add(file.metadata()["made_by"].split()[0])
             json.loads(file.metadata()["config"])
     assert made_by == {"hqq", "optimum-quanto", "torchao", "mlx", "auto-round"}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("hqq-3-axis1", True),
+        ("hqq-4-axis0", False),
+        ("quanto-qint4", False),
+        ("torchao-int8", True),
+        ("mlx-3-64", True),
+        ("autoround-gptq-3", True),
+    ],
+)
+def test_an_adapter_merges_into_it(tmp_path: Path, name: str, keys: bool) -> None:
+    """Beside layers that are not quantized; nothing of the codes is left. keys: whether config.json names them."""
+    folder = tmp_path / "layer"
+    folder.mkdir()
+    layer, expected = opened(next(s for s in SAMPLES if s.stem == name), folder)
+    edit_json(folder / "config.json", vocab_size=VOCABULARY)
+    config = {k: v for k, v in layer.config.items() if "quantization" not in k} | {"vocab_size": VOCABULARY}
+    plain = save_base(tmp_path / "plain", config=transformers.LlamaConfig(**config))
+    save_file(tensors(plain) | {WEIGHT: expected}, plain / "model.safetensors", {"format": "pt"})
+    adapter = save_adapter(tmp_path / "adapter", plain, lora(target_modules=["q_proj", "down_proj"]))
+    rest = {k: v for k, v in tensors(plain).items() if k != WEIGHT}
+    save_file(rest | tensors(folder), folder / "model.safetensors", dict(layer.metadata))
+    for key in () if keys else ("quantization_config",):
+        edit_json(folder / "config.json", **{key: None})
+    (folder / "quanto_qmap.json").write_text("{}")
+    out = tmp_path / "out"
+    result = merge(folder, [AdapterChoice(adapter)], out, MergeOptions(dtype="float32"))
+    assert result.tensors["updated"] == 4 and result.tensors["dequantized"] == 0
+    assert tensors(out).keys() == tensors(plain).keys()
+    assert {"quantization_config", "quantization"}.isdisjoint(json.loads((out / "config.json").read_text()))
+    assert not (out / "quanto_qmap.json").exists()
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    wanted = logits(unmerged(plain, adapter))
+    assert float((logits(load(out)) - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
