@@ -868,4 +868,28 @@ MUTATIONS = (
         'metadata = dict(base.metadata)',
         'tests/quantization/test_samples.py::test_an_adapter_merges_into_it[torchao-int8-True]',
     ),
+    Mutation(
+        'quantized numbers leave without their meaning', 'merging/leftovers.py',
+        '    if suspects:',
+        '    if not suspects:',
+        'tests/merging/test_leftovers.py::test_gpt_oss_without_its_settings',
+    ),
+    Mutation(
+        'the sign of MXFP4 is taken from another number', 'quantization/mxfp4.py',
+        'packed << (12 - 4 * j)',
+        'packed << (8 - 4 * j) if j < 3 else packed',
+        'tests/quantization/test_floating.py::test_mxfp4_is_what_transformers_loads[118-126]',
+    ),
+    Mutation(
+        'the scale of an NVFP4 tensor divides where it multiplies', 'quantization/fp4.py',
+        'scale / whole if self.divided else scale * whole',
+        'scale * whole if self.divided else scale / whole',
+        'tests/quantization/test_floating.py::test_modelopt_nvfp4',
+    ),
+    Mutation(
+        'a part of the configuration keeps its quantization', 'quantization/settings.py',
+        'yield from _parts(value, f"{place}{key}.")',
+        'yield from _parts(value, place)',
+        'tests/quantization/test_floating.py::test_settings_and_type_of_a_part_of_the_configuration',
+    ),
 )  # fmt: skip

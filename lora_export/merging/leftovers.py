@@ -27,7 +27,7 @@ _OF_QUANTIZERS = (
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0"})
 _CODES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32"})
 # Masks and positions that old versions of transformers saved, as bytes or whole numbers.
-_BUFFERS = ("bias", "masked_bias", "position_ids", "token_type_ids", "relative_position_index")
+_BUFFERS = ("bias", "masked_bias", "position_ids", "token_type_ids")
 _HINTS = {
     "_blocks": "MXFP4, as in gpt-oss", "_scales": "MXFP4, as in gpt-oss", "weight_packed": "compressed-tensors",
     "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "absmax": "bitsandbytes", "quant_map": "bitsandbytes",

@@ -23,7 +23,7 @@ from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz.files import Entry, damaged_entries, entries, write
 from tests.fuzz.guard import attempt, harness
 from tests.fuzz.strategies import damaged_bytes, damaged_tree, encoded
-from tests.quantization import packing
+from tests.quantization import floats, packing
 
 STATE = "w.weight.quant_state.bitsandbytes__nf4"
 
@@ -55,6 +55,17 @@ def ternary() -> dict[str, torch.Tensor]:
 
 
 MLX = {"model_type": "llama", "quantization": {"group_size": 64, "bits": 3, "w": {"group_size": 64, "bits": 3}}}
+
+
+def floating(name: str, ends: str, parts: packing.Tensors, exact: torch.Tensor) -> packing.Tensors:
+    """The same parts under a weight's name; one whose end has no underscore is the weight itself."""
+    return {
+        f"{name}{end if end.startswith('_') else ''}": v
+        for end, v in zip(ends.split(), parts.values(), strict=True)
+    }
+
+
+TWO = floats.fp4(4, 64, group=32, kind=torch.int8)
 CODES = packing.integers(-8, 8, 6, 32).to(torch.int8)
 BASES: dict[str, tuple[tuple[Entry, ...], dict[str, Any]]] = {
     name: (entries(values | {"norm.weight": torch.ones(5)}), settings)
@@ -70,6 +81,19 @@ BASES: dict[str, tuple[tuple[Entry, ...], dict[str, Any]]] = {
         ),
         ("fp8", packing.fp8(20, 40)[0], {"quant_method": "fp8", "weight_block_size": [16, 32]}),
         ("packed", packing.packed(8, 64, 4, 32, False, True)[0], compressed("pack-quantized", group_size=32)),
+        (
+            "fused fp8",
+            floating("e.up", "codes _scale_inv", *floats.fp8((3, 4, 8), (3, 2, 2))),
+            {"quant_method": "fp8"},
+        ),
+        ("two in a byte", floating("w.weight", "packed _scale", *TWO), {"quant_method": "fp8"}),
+        ("mxfp4", floating("e.up", "_blocks _scales", *floats.blocks(2, 4, 32)), {"quant_method": "mxfp4"}),
+        ("modelopt", floating("w.weight", "packed _scale", *floats.fp4(4, 32)), {"quant_method": "modelopt"}),
+        (
+            "nvfp4",
+            floating("w.weight", "_packed _scale", *floats.fp4(4, 32)) | {"w.weight_global_scale": torch.ones(1)},
+            compressed("nvfp4-pack-quantized"),
+        ),
         (
             "plain",
             packing.plain(6, 32, CODES, (3, 2), (2, 16), True)[0],
@@ -92,7 +116,8 @@ KEYS = (
 WORDS = (
     "w", "weight", "qweight", "qzeros", "scales", "g_idx", "bias", "SCB", "weight_format", "absmax", "quant_map",
     "nested_absmax", "nested_quant_map", "quant_state", "bitsandbytes__nf4", "bitsandbytes__fp4", "weight_packed",
-    "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx", "weight_scale_inv", "norm",
+    "weight_shape", "weight_scale", "weight_zero_point", "weight_global_scale", "weight_scale_2", "_blocks",
+    "_scales", "weight_g_idx", "weight_scale_inv", "norm",
     "W_q", "scale", "zero", "axis", "packing", "shape", "_data", "_scale", "_shift", "biases",
 )  # fmt: skip
 

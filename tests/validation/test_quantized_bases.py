@@ -1,4 +1,4 @@
-"""The stored tensors of a merge into a quantized base, against the base's: what may be missing."""
+"""The stored tensors of a merge into a quantized base, against the base's: what may be missing, what may not."""
 
 import json
 from pathlib import Path
