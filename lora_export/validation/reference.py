@@ -149,7 +149,9 @@ def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoic
     if why:
         found = f"PEFT cannot load the adapter into {cls}: {' '.join(why.split())[:200]}"
     elif tensors:
-        found = f"PEFT finds {len(tensors)} tensors of the adapter without a place in {cls}, or layers without a tensor"
+        found = (
+            f"PEFT finds {len(tensors)} tensors of the adapter without a place in {cls}, or layers without a tensor"
+        )
     return AdapterError(
         found,
         where=adapters[0].folder,

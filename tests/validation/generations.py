@@ -107,7 +107,9 @@ def _llava() -> Any:
 
 
 def _gemma3() -> Any:
-    text = transformers.Gemma3TextConfig(**TEXT, sliding_window=20, layer_types=["sliding_attention", "full_attention"])
+    text = transformers.Gemma3TextConfig(
+        **TEXT, sliding_window=20, layer_types=["sliding_attention", "full_attention"]
+    )
     eyes = transformers.SiglipVisionConfig(**EYES, vision_use_head=False)
     return transformers.Gemma3Config(
         text_config=text, vision_config=eyes, mm_tokens_per_image=4, image_token_index=90, boi_token_index=91,
@@ -126,7 +128,9 @@ def _mistral3() -> Any:
 def _paligemma() -> Any:
     text = transformers.GemmaConfig(**TEXT)
     eyes = transformers.SiglipVisionConfig(**EYES, vision_use_head=False, projection_dim=48)
-    return transformers.PaliGemmaConfig(text_config=text, vision_config=eyes, image_token_index=90, projection_dim=48)
+    return transformers.PaliGemmaConfig(
+        text_config=text, vision_config=eyes, image_token_index=90, projection_dim=48
+    )
 
 
 _QWEN = {k: v for k, v in TEXT.items() if k != "head_dim"}
@@ -141,10 +145,12 @@ def _qwen2_vl() -> Any:
 
 def _qwen2_5_vl() -> Any:
     eyes = {
-        "depth": 2, "hidden_size": 40, "num_heads": 4, "out_hidden_size": 48, "intermediate_size": 56, "patch_size": 4,
-        "fullatt_block_indexes": [1],
+        "depth": 2, "hidden_size": 40, "num_heads": 4, "out_hidden_size": 48, "intermediate_size": 56,
+        "patch_size": 4, "fullatt_block_indexes": [1],
     }  # fmt: skip
-    return transformers.Qwen2_5_VLConfig(text_config=_QWEN | {"rope_parameters": _ROPE}, vision_config=eyes, **_TOKENS)
+    return transformers.Qwen2_5_VLConfig(
+        text_config=_QWEN | {"rope_parameters": _ROPE}, vision_config=eyes, **_TOKENS
+    )
 
 
 _CLIP_TOWER = (*OLDEST, (r"^model\.vision_tower\.", "vision_tower.vision_model."))

@@ -22,7 +22,12 @@ def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
     """SigLIP's vision tower, whose pooling head is an nn.MultiheadAttention, all linear layers trained; (base,
     adapter, merged)."""
     config = transformers.SiglipVisionConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
     )
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
     model = transformers.SiglipVisionModel(config)
