@@ -892,4 +892,28 @@ MUTATIONS = (
         'yield from _parts(value, place)',
         'tests/quantization/test_floating.py::test_settings_and_type_of_a_part_of_the_configuration',
     ),
+    Mutation(
+        'adapters of an older transformers find no weight', 'merging/older_names.py',
+        'return [replace(u, target=called[u.target]) if u.target in called else u for u in updates]',
+        'return list(updates)',
+        'tests/validation/test_generations.py::test_merge_names_of_any_generation_gives_the_same_model[vit-4-5-True]',
+    ),
+    Mutation(
+        "patterns of an older adapter are read by today's names", 'validation/renamed.py',
+        'key = get_pattern_key(list(pattern), old)',
+        'key = get_pattern_key(list(pattern), modules[old])',
+        'tests/validation/test_generations.py::test_validate_ranks_of_older_names_are_read_by_the_older_names',
+    ),
+    Mutation(
+        'PEFT changes names that were right', 'validation/reference.py',
+        'with contextlib.nullcontext() if scratch is None else names_as_they_are():',
+        'with contextlib.nullcontext():',
+        'tests/validation/test_generations.py::test_validate_names_that_peft_itself_changes_on_loading',
+    ),
+    Mutation(
+        'an update that is zero is an unused one', 'validation/unused.py',
+        'return not torch.equal(wrapper(inputs), base_layer(wrapper)(inputs))',
+        'return inputs is not None',
+        'tests/validation/test_unused.py::test_validate_an_update_of_zero_or_another_fault_names_none',
+    ),
 )  # fmt: skip

@@ -1,9 +1,9 @@
 """Adapters with the names of another transformers, rewritten so that PEFT itself can load them.
 
-PEFT finds modules by the names that they have in the loaded model. An adapter of transformers 4 calls some otherwise
-(ViT's `attention.attention.query`, Qwen2-VL's `visual`), and PEFT then finds no layer for it, or leaves tensors over.
-A copy of the adapter with today's names is the same adapter: its numbers stay, and each pattern of its configuration
-is decided by the old names.
+PEFT finds modules by the names that they have in the loaded model. An adapter of transformers 4 calls some
+otherwise (ViT's `attention.attention.query`, Qwen2-VL's `visual`), and PEFT then finds no layer for it, or leaves
+tensors over. A copy of the adapter with today's names is the same adapter: its numbers stay, and each pattern of
+its configuration is decided by the old names.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def names_as_they_are() -> Iterator[None]:
 def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors by their names in the model that was trained, configuration)."""
     config = sealed.read_json(folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("adapter_model*.safetensors")):
         state |= {name.removeprefix(START): tensor for name, tensor in load_file(file).items()}
     return state, config

@@ -114,12 +114,11 @@ def running(unmerged: Any) -> Iterator[None]:
     except _FAILS as error:
         body, why = plain(unmerged), (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"the unmerged model does not run here, so that nothing can be compared with it: {type(body).__name__} "
-            f"ends with {type(error).__name__}{': ' if why else ''}{why}",
+            "the unmerged model does not run here, so that nothing can be compared with it: "
+            f"{type(body).__name__} ends with {type(error).__name__}{': ' if why else ''}{why}",
             expected="a base that transformers runs, and an adapter that PEFT runs on it, given "
             f"{', '.join(sorted(takes(body) & _SHOWN)) or 'its inputs'} alone",
-            next_step="`lora-export validate` on an architecture that runs; the arithmetic of each tensor is in the "
-            "certificate of the merge, which `lora-export verify` checks without running a model",
+            next_step="`lora-export verify`, which checks the arithmetic of the merge and runs no model",
         ) from error
 
 

@@ -72,11 +72,11 @@ def advice(modules: tuple[str, ...]) -> str:
     names = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     which = "this layer" if len(modules) == 1 else "these layers"
     return (
-        f"The reference does not use the adapter's update of {names}: the module around it reads the weight and never "
-        f"calls {which}, so that PEFT's unmerged model computes as if there were none, in training, too. The merged "
-        "weight has the update, and is another model than the one that was trained. Take it out: delete the tensors of "
-        f"{which} from the adapter, or train with exclude_modules. Keep it only if the adapter was trained by a "
-        "program that does apply it."
+        f"The reference does not use the adapter's update of {names}: the module around it reads the weight and "
+        f"never calls {which}, so that PEFT's unmerged model computes as if there were none, in training, too. The "
+        "merged weight has the update, and is another model than the one that was trained. Take it out: delete the "
+        f"tensors of {which} from the adapter, or train with exclude_modules. Keep it only if the adapter was "
+        "trained by a program that does apply it."
     )
 
 

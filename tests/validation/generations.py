@@ -145,8 +145,8 @@ def _qwen2_vl() -> Any:
 
 def _qwen2_5_vl() -> Any:
     eyes = {
-        "depth": 2, "hidden_size": 40, "num_heads": 4, "out_hidden_size": 48, "intermediate_size": 56, "patch_size": 4,
-        "fullatt_block_indexes": [1],
+        "depth": 2, "hidden_size": 40, "num_heads": 4, "out_hidden_size": 48, "intermediate_size": 56,
+        "patch_size": 4, "fullatt_block_indexes": [1],
     }  # fmt: skip
     return transformers.Qwen2_5_VLConfig(
         text_config=_QWEN | {"rope_parameters": _ROPE}, vision_config=eyes, **_TOKENS

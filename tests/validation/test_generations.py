@@ -101,7 +101,7 @@ def test_validate_names_of_no_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_validate_names_that_peft_itself_changes_on_loading(tmp_path: Path) -> None:
-    """PEFT saves the names of the modules, and its own loading turns them into names of none: the merge is right."""
+    """PEFT saves the modules' names, and its own loading makes names of none of them: the merge is right."""
     config = transformers.LagunaConfig(
         vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
