@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +43,8 @@ class AdapterFile:
     where the file cannot tell: how B of fused experts is packed (all experts of a rank together, or all ranks of an
     expert), the layout of square expert weights, every model_type in the base's configuration (empty: unknown) and
     the shapes of its weights by name, for kinds that draw random matrices of the largest size again. tied: training
-    changed a head that is tied to an embedding with it.
+    changed a head that is tied to an embedding with it; defined: the names of the architecture's parameters, in the
+    order in which its modules define them (empty: unknown).
     """
 
     source: TensorSource
@@ -56,6 +57,7 @@ class AdapterFile:
     base_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     allow_nonfinite: bool = False
     tied: bool = False
+    defined: Callable[[], Sequence[str]] = tuple
 
     @property
     def folder(self) -> Path:

@@ -7,12 +7,14 @@ conversions (transformers.conversion_mapping) is asked, on a model without weigh
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters.kind import is_float64
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import TargetUpdate, Update
 from lora_export.errors import AdapterError, CheckpointError
+from lora_export.merging.split_projections import RowsUpdate
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +27,15 @@ class Piece:
     """A tensor on disk and its place in the loaded weight: all of it, or rows of one expert.
 
     expert: index in the first dimension, None if the tensor is the whole weight; part: which of the tensors that
-    are concatenated in the second dimension; transposed: the last two dimensions are swapped on loading.
+    are concatenated in the second dimension; transposed: the last two dimensions are swapped on loading; rows:
+    [first, last) of a tensor on disk of which the other rows become other weights.
     """
 
     name: str
     expert: int | None = None
     part: int = 0
     transposed: bool = False
+    rows: tuple[int, int] | None = None
 
 
 def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
@@ -49,7 +53,10 @@ def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, 
     for name in sorted(weights, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
         pieces = found.setdefault(target, [])
-        if pattern is None:
+        if pattern is not None and len(by_pattern[pattern].target_patterns) > 1:
+            shapes = {n: tuple(t.shape) for n, t in meta.items()}
+            found |= _divided(name, target, by_pattern[pattern], weights[name], shapes)
+        elif pattern is None:
             pieces.append(Piece(name))
         else:
             piece = _piece(name, pattern, by_pattern[pattern], pieces)
@@ -67,6 +74,22 @@ def _conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
     return model, get_model_conversion_mapping(model)
 
 
+def _divided(
+    name: str, target: str, converter: Any, stored: Shape, shapes: Mapping[str, Shape]
+) -> dict[str, list[Piece]]:
+    """Loaded name → its rows of a tensor that is taken apart on loading; empty where this cannot follow."""
+    operations = [(type(o).__name__, getattr(o, "dim", None)) for o in converter.operations]
+    if len(converter.source_patterns) > 1 or operations not in ([("Chunk", 0)], [("Split", 0)]):
+        return {}
+    names = [target.replace(converter.target_patterns[0], other) for other in converter.target_patterns]
+    if not all(n in shapes and shapes[n][1:] == stored[1:] for n in names):
+        return {}
+    ends = list(accumulate(shapes[n][0] for n in names))
+    if not stored or ends[-1] != stored[0]:
+        return {}
+    return {n: [Piece(name, rows=(end - shapes[n][0], end))] for n, end in zip(names, ends, strict=True)}
+
+
 def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Piece | None:
     """The place of a tensor in what the converter makes; None for conversions that this cannot follow."""
     operations = [type(o).__name__ for o in converter.operations]
@@ -81,17 +104,50 @@ def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Pie
 def spread(update: TargetUpdate, pieces: tuple[Piece, ...], weights: Mapping[str, Shape]) -> list[TargetUpdate]:
     """One update of a loaded weight as updates of the tensors on disk. AdapterError if it does not fit them."""
     first = pieces[0]
+    if first.rows is not None:
+        return [_of_rows(update, first, weights[first.name])]
     if first.expert is None and not first.transposed:
         return [replace(update, target=first.name)]
     shape, offsets = _fused(pieces, weights)
     if not update.fits(shape):
-        raise AdapterError(
-            f"the adapter's {update.kind} fits a weight of shape {list(update.shapes[0])}, "
-            f"the loaded model has {list(shape)}",
-            tensor=update.target,
-            expected="the base that the adapter was trained on",
-        )
+        raise _misfit(update, shape)
     return [_for_piece(update, piece, shape, offsets[piece.part], weights[piece.name]) for piece in pieces]
+
+
+def _of_rows(update: TargetUpdate, piece: Piece, stored: Shape) -> TargetUpdate:
+    assert piece.rows is not None
+    start, stop = piece.rows
+    shape = (stop - start, *stored[1:])
+    if not update.fits(shape):
+        raise _misfit(update, shape)
+
+    def load(_: Shape) -> Update:
+        import torch
+
+        return RowsUpdate(update.load(shape), torch.arange(start, stop))
+
+    def row_wise(_: Shape) -> bool:
+        return update.row_wise(shape)
+
+    # A saved module replaces these rows alone: of the tensor on disk it is an update.
+    return replace(
+        update,
+        target=piece.name,
+        shapes=(stored,),
+        load=load,
+        row_wise=row_wise,
+        low_rank=False,
+        replaces=False,
+    )
+
+
+def _misfit(update: TargetUpdate, shape: Shape) -> AdapterError:
+    return AdapterError(
+        f"the adapter's {update.kind} fits a weight of shape {list(update.shapes[0])}, "
+        f"the loaded model has {list(shape)}",
+        tensor=update.target,
+        expected="the base that the adapter was trained on",
+    )
 
 
 def _fused(pieces: tuple[Piece, ...], weights: Mapping[str, Shape]) -> tuple[Shape, list[int]]:
