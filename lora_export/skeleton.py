@@ -40,6 +40,15 @@ def build(folder: Path, config: Mapping[str, Any] | None = None) -> Any:
         ) from error
 
 
+def parameter_names(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parameters of that model in the order in which its modules define them; none where it cannot be built."""
+    try:
+        model = build(folder, config)
+    except (CheckpointError, ImportError):
+        return ()
+    return tuple(name for name, _ in model.named_parameters(remove_duplicate=False))
+
+
 def _build(folder: Path) -> Any:
     import torch
     import transformers

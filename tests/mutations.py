@@ -916,4 +916,24 @@ MUTATIONS = (
         'return inputs is not None',
         'tests/validation/test_unused.py::test_validate_an_update_of_zero_or_another_fault_names_none',
     ),
+    Mutation(
+        "a tied head keeps the base's embedding under mlx-lm", "adapters/mlx.py",
+        "config=config, tied=True)", "config=config)",
+        "tests/adapters/test_mlx.py::test_merged_equals_mlx_forward[tied]",
+    ),
+    Mutation(
+        "out_proj of an nn.MultiheadAttention is updated once", "adapters/attention.py",
+        '"out_proj.weight": 2}', '"out_proj.weight": 1}',
+        "tests/adapters/test_attention.py::test_merged_equals_unmerged[settings0]",
+    ),
+    Mutation(
+        "q, k, v and z of each head are taken for blocks", "merging/split_projections.py",
+        "by_head = whole in _BY_HEAD", "by_head = False",
+        "tests/adapters/test_split_projections.py::test_merged_equals_each_part_changed_apart[qwen3-next]",
+    ),
+    Mutation(
+        "a value head stays behind", "checkpoint/trained_beside.py",
+        "found = [folder / VALUE_HEAD]", "found = []",
+        "tests/merging/test_beside_the_adapter.py::test_a_value_head_goes_with_the_output_and_is_told",
+    ),
 )  # fmt: skip

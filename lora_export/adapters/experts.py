@@ -108,7 +108,19 @@ def _parameters(file: AdapterFile, module: str) -> list[str]:
         # Without an owner PEFT asks each module whether it has the parameter; fused experts are all called so.
         if f".{module}".endswith(f".{owner or 'experts'}"):
             names.append(parameter)
-    return sorted(set(names), key=lambda n: (_DEFINED.index(n) if n in _DEFINED else len(_DEFINED), n))
+    found = sorted(set(names), key=lambda n: (_DEFINED.index(n) if n in _DEFINED else len(_DEFINED), n))
+    return found if len(found) < 2 or set(found) <= set(_DEFINED) else _as_defined(file, module, found)
+
+
+def _as_defined(file: AdapterFile, module: str, names: list[str]) -> list[str]:
+    """In the order of the architecture; as they are, to be refused, where it has no such parameters."""
+    places = {n: i for i, n in enumerate(file.defined())}
+    held = {n: next((p for p in places if f".{p}".endswith(f".{module}.{n}")), "") for n in names}
+    return sorted(names, key=lambda n: places[held[n]]) if all(held.values()) else names
+
+
+def _is_defined(file: AdapterFile, module: str, names: list[str]) -> bool:
+    return all(any(f".{p}".endswith(f".{module}.{n}") for p in file.defined()) for n in names)
 
 
 def _module(file: AdapterFile, module: str, depths: dict[int, dict[str, str]]) -> list[TargetUpdate]:
@@ -120,7 +132,7 @@ def _module(file: AdapterFile, module: str, depths: dict[int, dict[str, str]]) -
             expected="one pair for each parameter in target_parameters",
         )
     unknown = [p for p in parameters if p not in _DEFINED]
-    if len(parameters) > 1 and unknown:
+    if len(parameters) > 1 and unknown and not _is_defined(file, module, unknown):
         raise file.refuse(
             f"several parameters of one module, and the order of {unknown[0]!r} is not known",
             tensor=module,

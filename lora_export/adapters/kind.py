@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,8 +72,9 @@ class AdapterFile:
     where the file cannot tell: how B of fused experts is packed (all experts of a rank together, or all ranks of an
     expert), the layout of square expert weights, every model_type in the base's configuration (empty: unknown) and
     the shapes of its weights by name, for kinds that draw random matrices of the largest size again. base: None
-    where an adapter is looked at without one. tied: training changed a head that is tied to an embedding with it.
-    token_modules: asks the base which of its modules have a row for each token.
+    where an adapter is looked at without one. tied: training changed a head that is tied to an embedding with it;
+    token_modules: asks the base which of its modules have a row for each token; defined: the names of the
+    architecture's parameters, in the order in which its modules define them (empty: unknown).
     """
 
     source: TensorSource
@@ -88,6 +89,7 @@ class AdapterFile:
     base: BaseModel | None = None
     tied: bool = False
     token_modules: Callable[[], Collection[str]] = frozenset
+    defined: Callable[[], Sequence[str]] = tuple
 
     @property
     def folder(self) -> Path:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from lora_export.adapters import CONFIG as ADAPTER_CONFIG
@@ -42,6 +42,7 @@ from lora_export.merging.right_base import base_checks
 from lora_export.merging.streamed import MergedSource, write_outline
 from lora_export.progress import Silent
 from lora_export.sealed import write_sealed
+from lora_export.skeleton import parameter_names
 
 __all__ = [
     "CERTIFICATE",
@@ -80,6 +81,7 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
             options.allow_nonfinite,
             base=model,
             token_modules=partial(token_modules, checkpoint),
+            defined=cache(partial(parameter_names, base, checkpoint.config)),
         )
         found.append(replace(read_adapter(file), weight=choice.weight))
     return plan_merge(checkpoint, found, options)

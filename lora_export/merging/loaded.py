@@ -140,13 +140,17 @@ def spread(update: TargetUpdate, pieces: tuple[Piece, ...], weights: Mapping[str
         return [replace(update, target=first.name)]
     shape, offsets = _fused(pieces, weights)
     if not update.fits(shape):
-        raise AdapterError(
-            f"the adapter's {update.kind} fits a weight of shape {list(update.shapes[0])}, "
-            f"the loaded model has {list(shape)}",
-            tensor=update.target,
-            expected="the base that the adapter was trained on",
-        )
+        raise _misfit(update, shape)
     return [_for_piece(update, piece, shape, offsets[piece.part], weights[piece.name]) for piece in pieces]
+
+
+def _misfit(update: TargetUpdate, shape: Shape) -> AdapterError:
+    return AdapterError(
+        f"the adapter's {update.kind} fits a weight of shape {list(update.shapes[0])}, "
+        f"the loaded model has {list(shape)}",
+        tensor=update.target,
+        expected="the base that the adapter was trained on",
+    )
 
 
 def _fused(pieces: tuple[Piece, ...], weights: Mapping[str, Shape]) -> tuple[Shape, list[int]]:

@@ -41,11 +41,13 @@ class Changed:
 
     modules: Collection[str]
     tensors: Collection[str]
-    loaded: Mapping[str, str]
+    loaded: Mapping[str, Sequence[str]]
 
     def holds(self, name: str) -> bool:
         """Whether a tensor of a file may differ. Either name may have a prefix that the other lacks."""
-        name = self.loaded.get(name, name)
+        return any(self._holds(loaded) for loaded in self.loaded.get(name, (name,)))
+
+    def _holds(self, name: str) -> bool:
         if any(_same_end(name, other) for other in self.tensors):
             return True
         parts = name.split(".")
@@ -71,7 +73,13 @@ def _all(folder: Path) -> Iterator[tuple[str, Stored]]:
 
 
 def loaded_names(base: Path) -> dict[str, str]:
-    """Name of a tensor in the base's files → its name in the loaded model, by transformers' own conversions."""
+    """Name of a tensor in the base's files → its name in the loaded model, by transformers' own conversions; the
+    first of them, if it becomes several."""
+    return {name: loaded[0] for name, loaded in all_loaded_names(base).items()}
+
+
+def all_loaded_names(base: Path) -> dict[str, tuple[str, ...]]:
+    """The same with all names."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -80,7 +88,13 @@ def loaded_names(base: Path) -> dict[str, str]:
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     told = renamings, converters, model.base_model_prefix, model.state_dict()
-    return {name: rename_source_key(name, *told)[0] for name in headers(base)}
+    targets = {p: c.target_patterns for c in converters for p in c.source_patterns}
+    found = {}
+    for name in headers(base):
+        loaded, pattern = rename_source_key(name, *told)
+        first, *others = targets.get(pattern, ("",)) if pattern else ("",)
+        found[name] = (loaded, *(loaded.replace(first, other) for other in others))
+    return found
 
 
 def stored_check(base: Path, merged: Path, changed: Changed, options: MergeOptions, replicated: bool) -> Check:

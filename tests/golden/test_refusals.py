@@ -37,6 +37,11 @@ TUCKER = {
 }  # fmt: skip
 KRONECKER = {"x.lokr_w1": (2, 3), "x.lokr_w2_a": (4, 4), "x.lokr_w2_b": (4, 2)}
 CORE = {"x.lokr_w1": (2, 3), "x.lokr_w2_a": (4, 4), "x.lokr_w2_b": (4, 2), "x.lokr_t2": (4, 4, 3)}
+MLX = {"fine_tune_type": "lora", "lora_parameters": {"rank": 4, "scale": 2.0}}
+ATTENTION = {
+    "x.base_layer.out_proj.lora_A.weight": (4, 8), "x.base_layer.out_proj.lora_B.weight": (8, 4),
+    "x.lora_A.weight": (4, 8), "x.lora_B.weight": (24, 4),
+}  # fmt: skip
 BUTTERFLY = {"x.boft_R": (1, 2, 3, 3), "x.boft_s": (8, 1)}
 
 
@@ -45,6 +50,18 @@ def without(shapes: Shapes, *names: str) -> Shapes:
 
 
 CASES: dict[str, Case] = {
+    "mlx: whole weights": (MLX | {"fine_tune_type": "full"}, {"x.weight": (8, 6)}, None),
+    "mlx: a tensor of its base": (MLX, {"x.lora_a": (6, 4), "x.weight": (8, 6)}, None),
+    "mlx: half a pair": (MLX, {"x.lora_a": (6, 4)}, None),
+    "mlx: scale and alpha": (
+        {"lora_parameters": {"rank": 4, "scale": 2.0, "alpha": 16}}, {"x.lora_a": (6, 4), "x.lora_b": (4, 8)}, None,
+    ),
+    "mlx: no scale": ({"lora_parameters": {"rank": 4}}, {"x.lora_a": (6, 4), "x.lora_b": (4, 8)}, None),
+    "attention: without its in_proj": (
+        LORA, {"x.base_layer.out_proj.lora_A.weight": (4, 8), "x.base_layer.out_proj.lora_B.weight": (8, 4)}, None,
+    ),
+    "attention: PiSSA": (LORA | {"init_lora_weights": "pissa"}, ATTENTION, None),
+    "attention: ranks that disagree": (LORA, ATTENTION | {"x.lora_B.weight": (24, 3)}, None),
     "lora: half a pair": (LORA, without(PAIR, "x.lora_B.weight"), None),
     "lora: the other half": (LORA, without(PAIR, "x.lora_A.weight"), None),
     "lora: half a pair and a bias": (LORA, {"x.lora_B.weight": (8, 4), "x.lora_B.bias": (8,)}, None),
