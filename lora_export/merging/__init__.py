@@ -102,6 +102,8 @@ def merge(
         prepare(options.device)
     started = time.monotonic()
     progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
+    if planned.model:
+        progress.stage(f"output: {planned.model.words}")
     lying = _look_between(planned, progress)
     inputs, companions = [base, *(a.folder for a in adapters)], companion_files(base)
     with output_folder(output, options.force, inputs=inputs) as stage:

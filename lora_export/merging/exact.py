@@ -263,11 +263,10 @@ def base_rows(tensor: PlannedTensor, packed: Any, start: int, stop: int, raw: An
     import torch
 
     info = tensor.source
-    assert info is not None
     if packed is not None:
         rows: torch.Tensor = packed.rows(start, stop)
         return rows
-    if info.shape != tensor.shape:  # resized: the old rows do not enter
+    if info is None or info.shape != tensor.shape:  # new, or resized: no old rows enter
         return torch.zeros((stop - start, *tensor.shape[1:]), dtype=torch.float32)
     block = read_rows(info, start, stop)
     if raw is not None:

@@ -10,6 +10,7 @@ from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInf
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.base import BaseWeight, base_weights, quantized_in_training
 from lora_export.merging.combining import combined
+from lora_export.merging.heads import NewModel, remodelled
 from lora_export.merging.names import INPUT_EMBEDDINGS, OUTPUT_HEADS, unknown_target
 from lora_export.merging.replication import config_changes, layer_order
 from lora_export.merging.targets import match_targets
@@ -63,6 +64,7 @@ class MergePlan:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     config_removals: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    model: NewModel | None = None  # where the output is of another class than the base
 
     @property
     def nbytes(self) -> int:
@@ -96,8 +98,11 @@ class MergePlan:
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions) -> MergePlan:
     """The plan for `base` with `adapters` merged in turn. Raises for whatever cannot be done faithfully."""
-    order = layer_order(adapters)
+    order, given = layer_order(adapters), base
     weights = base_weights(base, options, order)
+    new = remodelled(base, adapters, weights, options, order)
+    if new:
+        base, adapters, weights = new.base, new.adapters, new.weights
     targets, warnings = match_targets(base, adapters, weights)
     if options.combine != "none":
         targets = {name: combined(name, updates, adapters, options) for name, updates in targets.items()}
@@ -115,8 +120,13 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     dequantized = any(w.quantized for w in weights.values())
     changes, removals = _config_edits(base, planned, untie, dequantized, options)
     if order:
-        changes |= config_changes(base.config, order)
-    return MergePlan(base, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings))
+        changes |= config_changes(given.config, order)
+    if new:
+        changes, warnings = new.changes | changes, [*new.warnings, *warnings]
+    model = new.model if new else None
+    return MergePlan(
+        given, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings), model
+    )
 
 
 def _plan_tensor(
@@ -127,7 +137,7 @@ def _plan_tensor(
     training: TrainingQuantization | None,
     options: MergeOptions,
 ) -> PlannedTensor:
-    stored = weight.dtype
+    stored, source = weight.dtype, None if weight.brought else weight.info
     if updates and stored not in FLOATS:
         raise CheckpointError(
             f"the adapter targets a tensor of type {stored}",
@@ -138,8 +148,8 @@ def _plan_tensor(
     shape = _fit(base, name, weight, updates)
     dtype = stored if options.dtype == "keep" or stored not in FLOATS else file_dtype(options.dtype)
     operation = _operation(updates, weight.quantized is not None or training is not None, dtype != stored)
-    output = OutputTensor(name, dtype, shape, weight.info.file.name)
-    return PlannedTensor(output, operation, weight.info, shape, tuple(updates), weight.quantized, training)
+    output = OutputTensor(name, dtype, shape, weight.shard)
+    return PlannedTensor(output, operation, source, shape, tuple(updates), weight.quantized, training)
 
 
 def _operation(updates: Sequence[TargetUpdate], dequantized: bool, converted: bool) -> Operation:
