@@ -2,8 +2,8 @@
 
 PEFT saves a new classifier, tagger or scorer whole (modules_to_save). The class comes from the adapter's task_type
 or auto_mapping, or from `--task`, and is taken only if it has all that the adapter changes, in the shapes of the
-file. Its weights are the base's under the names of that class, and the head is the adapter's. What neither has would
-be random numbers, and is refused.
+file. Its weights are the base's under the names of that class, and the head is the adapter's. What neither has
+would be random numbers, and is refused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,7 +72,8 @@ def remodelled(
         base = replace(base, config={**base.config, **config_changes(base.config, order)})
     suspects = [(a, _suspects(a, weights)) for a in adapters]
     if not any(updates for _, updates in suspects):
-        check_task(base, options)
+        if adapters:
+            check_task(base, options)
         return None
     try:
         own = outline(base.folder, base.config)

@@ -14,6 +14,7 @@ from lora_export import tokenizer_names
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.sealed import read_json, refuse_outward_link, write_json
 from lora_export.validation.stored import FLOATS, HEADS, headers
+from lora_export.validation.trained import trained_as
 
 CONFIG = "config.json"
 CERTIFICATE = "lora_export_certificate.json"
@@ -99,6 +100,8 @@ def _config(base: Path, adapters: Sequence[AdapterChoice], merged: Path, options
     own_head = any(name.endswith(HEADS) for name in after)
     if own_head and read_json(merged / CONFIG).get("tie_word_embeddings") is False:
         config["tie_word_embeddings"] = False
+    trained = trained_as(base, adapters, options.task)
+    config |= trained.changes if trained else {}
     return config | _replicated(config, adapters)
 
 

@@ -26,6 +26,7 @@ from lora_export.validation.loading import (
     quiet,
     whole_tensors,
 )
+from lora_export.validation.trained import trained_as
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
@@ -50,14 +51,18 @@ def load_unmerged(
 ) -> Unmerged:
     """keep: None for a base in memory; else it is streamed, and so many bytes of it may stay there between uses.
 
-    The class is the first of these into which every tensor of the adapters fits: the one that config.json names,
-    the one of the adapter's task, the bare body. AdapterError if there is none.
+    The class is that of a head which the base has not (`trained_as`), or the first of these into which every tensor
+    of the adapters fits: the one that config.json names, the one of the adapter's task, the bare body. AdapterError
+    if there is none.
     """
     import peft.utils.error
 
     unused: list[str] = []
-    for cls in classes_of(dequantized or base, adapters):
-        model, absent = load_trained_on(base, options, dequantized, cls, keep, whole_tensors(adapters))
+    trained = trained_as(base, adapters, options.task)
+    for cls in [trained.cls] if trained else classes_of(dequantized or base, adapters):
+        settings = trained.changes if trained else None
+        whole = whole_tensors(adapters)
+        model, absent = load_trained_on(base, options, dequantized, cls, keep, whole, settings)
         if keep is not None:
             streaming.refuse_changing_inits(configs_of(adapters), adapters[0].folder)
         try:
@@ -66,7 +71,8 @@ def load_unmerged(
             continue  # this class has no layer of the adapter's
         if not left:
             streaming.attach(model, wrapped_modules(model).values())
-            return Unmerged(unmerged, cls, absent)
+            heads = trained.heads if trained else ()  # the merged model must have these, whatever the base lacks
+            return Unmerged(unmerged, cls, {n: v for n, v in absent.items() if n not in heads})
         unused = unused or left
     raise _left_over(unused, architecture(base).__name__, adapters)
 

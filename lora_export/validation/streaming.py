@@ -95,9 +95,11 @@ def _nothing(shape: torch.Size) -> torch.Tensor:
     return torch.full((1,) * len(shape), float("nan")).expand(shape)
 
 
-def load_streamed(cls: Any, folder: Path, dtype: Any, keep: int, written: Collection[str] = ()) -> tuple[Any, Any]:
-    """(model without its large weights, transformers' loading info). dtype: as from_pretrained takes it; written:
-    weights that PEFT will overwrite with an adapter's.
+def load_streamed(
+    cls: Any, folder: Path, dtype: Any, keep: int, written: Collection[str] = (), **more: Any
+) -> tuple[Any, Any]:
+    """(model without its large weights, transformers' loading info). dtype, more: as from_pretrained takes them;
+    written: weights that PEFT will overwrite with an adapter's.
 
     `attach` must follow before the model is used, once everything that wraps it is there.
     """
@@ -110,6 +112,7 @@ def load_streamed(cls: Any, folder: Path, dtype: Any, keep: int, written: Collec
             offload_folder=stream.folder.name,
             local_files_only=True,
             output_loading_info=True,
+            **more,
         )
     _make_slots(model, places, stream, written)
     return model, info
