@@ -66,7 +66,7 @@ def _run(
 
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
-    trained_on = prepared_base(base.folder, options.merge, work, progress)
+    trained_on = prepared_base(base.folder, adapters, options.merge, work, progress)
     base_onnx = export_as(trained_on, work / "base", options, progress, "the base, to compare with")
     if merged is not None:
         exported = export_merged(base_onnx, folder, stage / "onnx", options, progress)
@@ -124,7 +124,7 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     for folder in (base.folder, *(c.folder for c in choices)):
         check_model_folder(folder)
     planned = plan(base.folder, choices, options.merge)
-    config = dict(planned.base.config)
+    config = {**planned.base.config, **(planned.config_changes if planned.model else {})}
     config.pop("quantization_config", None)  # the merge removes it
     check_request(config, options.precision, options.provider, options.engine, options.quantization)
     refuse_extra(options.extra_arms, choices, options.precision, options.merge.combine)

@@ -1,7 +1,7 @@
 """Everything about a merge that headers can tell, decided and refused before the first output byte."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from lora_export.checkpoint.reader import Checkpoint, file_dtype
@@ -127,6 +127,21 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     return MergePlan(
         given, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings), model
     )
+
+
+def without_updates(plan: MergePlan) -> MergePlan:
+    """The same output without what adapters change; what the base lacks, or has in another size, stays theirs."""
+    tensors = {}
+    for name, tensor in plan.tensors.items():
+        if tensor.source is not None and tensor.updates and tensor.source.shape == tensor.shape:
+            computed = tensor.quantized is not None or tensor.training is not None
+            operation = _operation((), computed, tensor.output.dtype != tensor.source.dtype)
+            tensors[name] = replace(tensor, updates=(), operation=operation)
+        elif tensor.quantized is not None and tensor.updates:
+            tensors[name] = replace(tensor, updates=(), operation="dequantized")
+        else:
+            tensors[name] = tensor
+    return replace(plan, tensors=tensors)
 
 
 def _plan_tensor(

@@ -3,7 +3,7 @@
 This is the oracle: PEFT's unmerged forward. It shares no formula and no reader with merging/ and adapters/.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ def load_unmerged(
         settings = trained.changes if trained else None
         whole = whole_tensors(adapters)
         model, absent = load_trained_on(base, options, dequantized, cls, keep, whole, settings)
+        if trained:
+            _give_heads(model, adapters, trained.heads)
         if keep is not None:
             streaming.refuse_changing_inits(configs_of(adapters), adapters[0].folder)
         try:
@@ -75,6 +77,18 @@ def load_unmerged(
             return Unmerged(unmerged, cls, {n: v for n, v in absent.items() if n not in heads})
         unused = unused or left
     raise _left_over(unused, architecture(base).__name__, adapters)
+
+
+def _give_heads(model: torch.nn.Module, adapters: Sequence[AdapterChoice], heads: Set[str]) -> None:
+    """The adapters' own heads in place of those that were drawn: a base without a head is compared with this one."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    for adapter in adapters:
+        for file in sorted(adapter.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                    name = key.removeprefix("base_model.model.").replace(".modules_to_save", "")
+                    if name in heads:
+                        state[name].data.copy_(tensors.get_tensor(key))
 
 
 def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:
