@@ -130,8 +130,8 @@ def headed_base(
 ) -> bool:
     """Write the base as a model of the merged one's class, with the adapters' heads and nothing else of theirs.
 
-    Such a base is what a merged classifier is compared with. False, and nothing is written, where the base is of that
-    class already.
+    Such a base is what a merged classifier is compared with. False, and nothing is written, where the base is of
+    that class already.
     """
     planned = plan(base, adapters, replace(options, dtype="keep", combine="none")) if adapters else None
     if planned is None or planned.model is None:

@@ -80,7 +80,7 @@ def load_unmerged(
 
 
 def _give_heads(model: torch.nn.Module, adapters: Sequence[AdapterChoice], heads: Set[str]) -> None:
-    """The adapters' own heads in place of those that were drawn: a base without a head is compared with this one."""
+    """The adapters' own heads in place of those that were drawn: the base has them, too, in every comparison."""
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     for adapter in adapters:
         for file in sorted(adapter.folder.glob("*.safetensors")):
