@@ -151,6 +151,8 @@ def _make_slots(model: nn.Module, places: Mapping[str, Any], stream: Stream, wri
                 if place not in made:  # tied weights lie in one place, and stay one parameter
                     small = parameter.dim() < 2 or name in written
                     value = _read(*place, parameter.dtype) if small else _nothing(parameter.shape)
+                    if value.shape != parameter.shape:  # a head of another size, which an adapter replaces
+                        value = torch.zeros(parameter.shape)
                     made[place] = nn.Parameter(value, requires_grad=False)
                     if small:
                         made[place].stored_dtype = parameter.dtype  # type: ignore[attr-defined]
