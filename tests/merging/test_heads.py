@@ -230,6 +230,27 @@ def test_names_before_and_after_a_renaming(of_base: str, of_adapter: str, tmp_pa
     assert any("query" in n for n in tensors(tmp_path / "out")) is (of_base == "old")  # the base's own spelling
 
 
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", None])
+def test_base_as_old_hubs_have_it(architecture: str | None, tmp_path: Path) -> None:
+    """bert-base: gamma and beta, a counter of positions, heads of pre-training under the name of another class."""
+    case = replace(CASES["bert classifier on pre-training"], base=t.BertForPreTraining)
+    base, adapter = build(case, tmp_path)
+    changes: dict[str, torch.Tensor | None] = {"bert.embeddings.position_ids": torch.arange(64)[None]}
+    for name, value in tensors(base).items():
+        new = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        changes |= {name: None, new: value}
+    edit_tensors(base / "model.safetensors", changes)
+    edit_json(base / "config.json", architectures=architecture and [architecture])
+    result = run(base, adapter, tmp_path / "out")
+    oracle = peft.PeftModel.from_pretrained(trained_on(case, base), str(adapter)).eval()
+    found, told = case.trained.from_pretrained(  # type: ignore[attr-defined]
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert relative(outputs(found.eval()), outputs(oracle)) <= 1e-5
+    assert any("cls.* (7)" in w for w in result.warnings)
+
+
 def test_shards_keep_their_tensors_and_the_last_one_gets_the_head(tmp_path: Path) -> None:
     case = CASES["llama reward model"]
     base = save_base(tmp_path / "base", case.base, case.config(), max_shard_size=30_000)

@@ -13,6 +13,7 @@ from lora_export.errors import LoraExportError
 from lora_export.merging import headed_base, merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
+from lora_export.validation.reference import load_unmerged
 from tests.builders import edit_json, edit_tensors, same_bytes, save_base, tensors
 from tests.daily import daily
 from tests.heads import CASES, adapter_of, build
@@ -109,6 +110,16 @@ CASES_LLAMA = {
     "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": 101, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+
+
+def test_reference_without_its_adapter_has_the_head(tmp_path: Path) -> None:
+    """Else the graph of the base, which has the adapter's head, would be compared with a head of random numbers."""
+    base, adapter = build(CASES["vit on the body"], tmp_path)
+    model = load_unmerged(base, [AdapterChoice(adapter)], MergeOptions()).model
+    saved = tensors(adapter)["base_model.model.classifier.weight"]
+    head = model.base_model.model.classifier
+    assert torch.equal(head.original_module.weight, saved)
+    assert torch.equal(head.modules_to_save["adapter0"].weight, saved)
 
 
 def test_base_of_a_comparison_has_the_head_and_nothing_else_of_the_adapter(tmp_path: Path) -> None:
