@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+MOST_LABELS = 100_000  # a shape is a few bytes of a file, and every label is named in config.json
+
 # Task → the tables of transformers that give a configuration its class for it.
 TASKS: Mapping[str, tuple[str, ...]] = {
     "text-classification": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",),

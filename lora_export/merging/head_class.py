@@ -120,7 +120,7 @@ def _fit(base: Checkpoint, cls: Any, lacking: Sequence[Lacking]) -> tuple[Outlin
     """
     sizes = {u.shapes[0][0] for one in lacking for u in one.updates if u.shapes[0]}
     variants: list[dict[str, Any]] = [{}]
-    for size in sorted(n for n in sizes if n):
+    for size in sorted(n for n in sizes if n and n <= tasks.MOST_LABELS):
         variants.append(tasks.with_labels(base.config, size))
         if cls.__name__.endswith("ForCTC"):
             variants.append({"vocab_size": size})

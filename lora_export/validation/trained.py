@@ -129,7 +129,7 @@ def _candidates(own: Any, adapters: Sequence[AdapterChoice], task: str | None) -
 def _settings(cls: Any, stored: Mapping[str, Any], saved: Mapping[str, Shape]) -> Iterator[dict[str, Any]]:
     """The base's own settings, then those with as many labels, or letters, as a saved tensor has rows."""
     yield {}
-    for size in sorted({shape[0] for shape in saved.values() if shape}):
+    for size in sorted({shape[0] for shape in saved.values() if shape and shape[0] <= tasks.MOST_LABELS}):
         yield tasks.with_labels(stored, size)
         if cls.__name__.endswith("ForCTC"):
             yield {"vocab_size": size}

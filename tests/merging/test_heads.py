@@ -176,6 +176,16 @@ def test_model_with_random_weights_never_leaves(
     assert isinstance(error, AdapterError) and error.tensor == tensor and advice in error.next_step
 
 
+@pytest.mark.slow
+def test_head_of_more_labels_than_anybody_names_is_refused(tmp_path: Path) -> None:
+    base, adapter = build(TAGGER, tmp_path)
+    many = {"weight": torch.ones(100_001, 48, dtype=torch.float16), "bias": torch.ones(100_001)}
+    edit_tensors(
+        adapter / "adapter_model.safetensors", {f"base_model.model.classifier.{n}": v for n, v in many.items()}
+    )
+    assert "has no place" in refused(base, adapter, tmp_path / "out").found
+
+
 def test_names_of_the_labels(tmp_path: Path) -> None:
     """Those beside the adapter; the base's, if there are as many; or none that anybody knows."""
     base, adapter = build(CASES["vit with other labels"], tmp_path)
