@@ -68,7 +68,7 @@ def _run(
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
-    trained_on = prepared_base(alone, options.merge, work, progress)
+    trained_on = prepared_base(alone, adapters, options.merge, work, progress)
     base_onnx = export_as(trained_on, work / "base", options, progress, "the base, to compare with")
     if merged is not None:
         exported = export_merged(base_onnx, folder, stage / "onnx", options, progress)
@@ -126,7 +126,8 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     for folder in (base.folder, *(c.folder for c in choices)):
         check_adapter_folder(folder)
     planned = plan(base.folder, choices, options.merge)
-    config = {k: v for k, v in planned.base.config.items() if k not in planned.config_removals}
+    wanted = {**planned.base.config, **(planned.config_changes if planned.model else {})}
+    config = {k: v for k, v in wanted.items() if k not in planned.config_removals}
     check_request(config, options.precision, options.provider, options.engine, options.quantization)
     refuse_extra(options.extra_arms, choices, options.precision, options.merge.combine)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most

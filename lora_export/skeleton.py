@@ -59,6 +59,8 @@ def _build(folder: Path) -> Any:
             raise ValueError(f"{key} is {value}, which would take hours to build")
     name = (settings.architectures or ["AutoModel"])[0]
     architecture = getattr(transformers, name, None)
+    if architecture is transformers.AutoModel:  # what from_pretrained makes where no architecture is named
+        architecture = transformers.MODEL_MAPPING[type(settings)]
     if architecture is None:
         raise ValueError(f"transformers has no {name}")
     with torch.device("meta"):  # buffers too: they may be as large as a configuration likes

@@ -936,4 +936,25 @@ MUTATIONS = (
         "found = [folder / VALUE_HEAD]", "found = []",
         "tests/merging/test_beside_the_adapter.py::test_a_value_head_goes_with_the_output_and_is_told",
     ),
+    Mutation(
+        "a weight that neither base nor adapter has is no reason to refuse", "merging/outline.py",
+        "if name not in there\n", "if name in there and name not in there\n",
+        "tests/merging/test_heads.py::test_model_with_random_weights_never_leaves",
+    ),
+    Mutation(
+        "the head of another size need not fit", "merging/head_class.py",
+        "elif update.target in heads and not update.fits(found.shapes[name]):", "elif False:",
+        "tests/merging/test_heads.py::test_merged_model_is_of_the_class_that_was_trained[vit with other labels]",
+    ),
+    Mutation(
+        "the base of a comparison keeps the head that was drawn", "validation/reference.py",
+        "if name in heads:", "if name in heads and name not in heads:",
+        "tests/validation/test_new_heads.py::test_reference_without_its_adapter_has_the_head",
+    ),
+    Mutation(
+        "validate takes any body under a new head", "validation/stored.py",
+        "before = {new: before[old] for new, old in trained.renamed(before, after).items()}",
+        "before, after = {}, {}",
+        "tests/validation/test_new_heads.py::test_validate_spoiled_merge_fails[kept_head-stored_tensors_differ]",
+    ),
 )  # fmt: skip

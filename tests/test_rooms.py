@@ -28,6 +28,7 @@ TOP = {
     "scratch",
     "sealed",
     "skeleton",
+    "tasks",
     "tokenizer_names",
     "training_names",
     "version",

@@ -25,7 +25,7 @@ from lora_export.errors import InputError
 MERGE_KEYS = (
     "base_weights", "training_quantization", "training_double_quant", "dtype", "max_shard_size", "max_memory",
     "expert_packing", "expert_layout", "allow_nonfinite", "device", "certify",
-    "combine", "combine_on", "density", "seed", "majority_sign", "svd_rank",
+    "combine", "combine_on", "density", "seed", "majority_sign", "svd_rank", "task",
 )  # fmt: skip
 
 

@@ -69,6 +69,7 @@ def plan_document(planned: "MergePlan") -> dict[str, Any]:
         "bytes": planned.nbytes,
         "shards": [s.file for s in planned.shards],
         "dtype": planned.dtype,
+        "model": asdict(planned.model) if planned.model else None,
         "config_changes": dict(planned.config_changes),
         "config_removals": sorted(planned.config_removals),
         "plan": [
@@ -91,7 +92,8 @@ def plan_words(planned: "MergePlan") -> str:
         if t.operation != "copied"
     ]
     changes = ", ".join(f"{k} = {v}" for k, v in planned.config_changes.items()) or "none"
-    rows = [
+    rows = [("model", shown(planned.model.words))] if planned.model else []
+    rows += [
         ("copied", f"{planned.counts['copied']} tensors"),
         ("output", f"{megabytes(planned.nbytes)} in {len(planned.shards)} file(s), {planned.dtype}"),
         ("config", f"changes: {changes}; removed: {', '.join(planned.config_removals) or 'none'}"),

@@ -8,6 +8,7 @@ import click
 from lora_export.choices import Combine, MajoritySign
 from lora_export.commands.options import Command, stacked
 from lora_export.commands.types import Share, Size
+from lora_export.tasks import TASKS
 
 
 def certify_option(command: Command) -> Command:
@@ -50,6 +51,13 @@ def _weight_options(command: Command) -> Command:
             default="keep",
             show_default=True,
             help="Type of the merged weights; keep is the base's own.",
+        ),
+        click.option(
+            "--task",
+            type=click.Choice(list(TASKS)),
+            default=None,
+            help="Task of the merged model, where the adapter brings a head that the base does not have (a "
+            "classifier, say) and does not tell what it is for.  [default: as the adapter says]",
         ),
         click.option(
             "--max-shard-size",

@@ -42,6 +42,7 @@ class MergeOptions:
     seed: int = 0  # of dare's random choice
     majority_sign: MajoritySign = "total"
     svd_rank: int | None = None
+    task: str | None = None  # of the merged model, where the adapter brings a head and does not say of which task
     force: bool = False
 
 

@@ -37,7 +37,7 @@ from lora_export.merging.execute import Execution
 from lora_export.merging.interference import OPPOSED, interference
 from lora_export.merging.loaded import loaded_weights
 from lora_export.merging.model import ReadBase
-from lora_export.merging.plan import MergePlan, plan_merge
+from lora_export.merging.plan import MergePlan, plan_merge, without_updates
 from lora_export.merging.right_base import base_checks
 from lora_export.merging.streamed import MergedSource, write_outline
 from lora_export.progress import Silent
@@ -50,6 +50,7 @@ __all__ = [
     "MergedSource",
     "begin_stream",
     "end_stream",
+    "headed_base",
     "interference",
     "merge",
     "plan",
@@ -110,6 +111,8 @@ def merge(
         prepare(options.device)
     started = time.monotonic()
     progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
+    if planned.model:
+        progress.stage(f"output: {planned.model.words}")
     lying = _look_between(planned, progress)
     inputs, companions = [base, *(a.folder for a in adapters)], companion_files(base)
     with output_folder(output, options.force, inputs=inputs) as stage:
@@ -128,6 +131,25 @@ def merge(
     seconds = time.monotonic() - started
     result = _result(planned, execution.records, survival, checks, warnings, output / CERTIFICATE, seconds)
     return replace(result, interference=lying)
+
+
+def headed_base(
+    base: Path, adapters: Sequence[AdapterChoice], output: Path, options: MergeOptions, progress: Progress
+) -> bool:
+    """Write the base as a model of the merged one's class, with the adapters' heads and nothing else of theirs.
+
+    Such a base is what a merged classifier is compared with. False, and nothing is written, where the base is of
+    that class already.
+    """
+    planned = plan(base, adapters, replace(options, dtype="keep", combine="none")) if adapters else None
+    if planned is None or planned.model is None:
+        return False
+    planned = without_updates(planned)
+    prepare(options.device)
+    with output_folder(output, True, inputs=[base, *(a.folder for a in adapters)]) as stage:
+        Execution(planned, stage, progress, certified=False).run()
+        write_beside(planned, companion_files(base), stage)
+    return True
 
 
 def _look_between(planned: MergePlan, progress: Progress) -> tuple[Interference, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import MergeOptions, TensorInfo
@@ -20,12 +21,22 @@ from lora_export.quantization import (
 
 @dataclass(frozen=True)
 class BaseWeight:
-    """name: in the base; info: its bytes, or of a quantized weight the part that decides the shard."""
+    """name: in the base; info: its bytes, or of a quantized weight the part that decides the shard.
+
+    brought: the base has no such weight, an adapter brings all of it, and info says only of which type it is to be;
+    home: the file of the base by which its shard is called, where it is not in the base.
+    """
 
     name: str
     shape: tuple[int, ...]
     info: TensorInfo
     quantized: QuantizedWeight | None = None
+    brought: bool = False
+    home: Path | None = None
+
+    @property
+    def shard(self) -> str:
+        return (self.home or self.info.file).name
 
     @property
     def dtype(self) -> str:
@@ -79,7 +90,7 @@ def quantized_in_training(
     """Weight of the base → how training quantized it on the fly (`--training-quantization`)."""
     if options.training_quantization == "none" or options.base_weights == "original":
         return {}
-    modules = {f"{m}.weight": conv1d for m, conv1d in quantized_modules(base.folder).items()}
+    modules = {f"{m}.weight": conv1d for m, conv1d in quantized_modules(base.folder, base.config).items()}
     stored = {w.name for w in weights.values()}
     change = resolve_prefix(modules, stored)
     method, double = options.training_quantization, options.training_double_quant

@@ -94,6 +94,7 @@ def effective_options(plan: MergePlan) -> dict[str, Any]:
         "force": False,
         "base_weights": any(t.quantized for t in tensors) or options["training_quantization"] != "none",
         "training_double_quant": options["training_quantization"] in ("nf4", "fp4"),
+        "task": plan.model is not None and plan.model.asked,
         "seed": options["combine"] in RANDOM,
         "majority_sign": options["combine"] in ELECTING,
         "max_shard_size": _grouping(plan.shards) != _grouping(plan_shards([t.output for t in tensors], None, {})),

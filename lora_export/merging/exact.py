@@ -287,16 +287,16 @@ def base_rows(tensor: PlannedTensor, packed: Any, start: int, stop: int, raw: An
     import torch
 
     info = tensor.source
-    assert info is not None
-    stored = tensor.quantized.shape if tensor.quantized else info.shape
-    if stored != tensor.shape and any(u.replaces for u in tensor.updates):  # the old rows do not enter
-        return torch.zeros((stop - start, *tensor.shape[1:]), dtype=torch.float32)
+    stored = tensor.quantized.shape if tensor.quantized else info.shape if info is not None else None
+    if stored is None or (stored != tensor.shape and any(u.replaces for u in tensor.updates)):
+        return torch.zeros((stop - start, *tensor.shape[1:]), dtype=torch.float32)  # no old rows enter
     if stored != tensor.shape:
         old = partial(base_rows, replace(tensor, shape=stored), packed)
         return _resized(tensor.shape, stored, start, stop, old)
     if packed is not None:
         rows: torch.Tensor = packed.rows(start, stop)
         return rows
+    assert info is not None
     block = read_rows(info, start, stop)
     if raw is not None:
         raw(start * (info.nbytes // (info.shape or (1,))[0]), block.reshape(-1).view(torch.uint8).numpy().data)

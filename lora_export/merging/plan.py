@@ -1,7 +1,7 @@
 """Everything about a merge that headers can tell, decided and refused before the first output byte."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from lora_export.checkpoint.reader import Checkpoint, file_dtype
@@ -10,6 +10,7 @@ from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInf
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.combining import combined
+from lora_export.merging.heads import NewModel, remodelled
 from lora_export.merging.layout import Layout, settle
 from lora_export.merging.names import unknown_target
 from lora_export.merging.replication import config_changes, layer_order
@@ -63,6 +64,7 @@ class MergePlan:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     config_removals: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    model: NewModel | None = None  # where the output is of another class than the base
 
     @property
     def nbytes(self) -> int:
@@ -96,10 +98,14 @@ class MergePlan:
 
 def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions) -> MergePlan:
     """The plan for `base` with `adapters` merged in turn. Raises for whatever cannot be done faithfully."""
-    order = layer_order(adapters)
+    order, given = layer_order(adapters), base
     weights = base_weights(base, options, order)
+    unused = left_out(base, weights)
+    new = remodelled(base, adapters, weights, options, order)
+    if new:
+        base, adapters, weights = new.base, new.adapters, new.weights
     targets, warnings = match_targets(base, adapters, weights)
-    warnings += left_out(base, weights)
+    warnings += unused
     if options.combine != "none":
         targets = {name: combined(name, updates, adapters, options) for name, updates in targets.items()}
     replicated = config_changes(base.config, order) if order else {}
@@ -113,11 +119,31 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     if unknown:
         raise unknown_target(min(unknown), base.tensors, str(base.folder))
     dequantized = any(w.quantized for w in weights.values())
-    metadata = {} if dequantized else dict(base.metadata)  # of a quantized file it may tell how to read its codes
+    metadata = {} if dequantized else dict(given.metadata)  # of a quantized file it may tell how to read its codes
     shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, metadata)
     changes, removals = _config_edits(base, layout.config | replicated, dequantized, options)
     warnings += layout.warnings
-    return MergePlan(base, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings))
+    if new:
+        changes, warnings = new.changes | changes, [*new.warnings, *warnings]
+    model = new.model if new else None
+    return MergePlan(
+        given, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings), model
+    )
+
+
+def without_updates(plan: MergePlan) -> MergePlan:
+    """The same output without what adapters change; what the base lacks, or has in another size, stays theirs."""
+    tensors = {}
+    for name, tensor in plan.tensors.items():
+        if tensor.source is not None and tensor.updates and tensor.source.shape == tensor.shape:
+            computed = tensor.quantized is not None or tensor.training is not None
+            operation = _operation((), computed, tensor.output.dtype != tensor.source.dtype)
+            tensors[name] = replace(tensor, updates=(), operation=operation)
+        elif tensor.quantized is not None and tensor.updates:
+            tensors[name] = replace(tensor, updates=(), operation="dequantized")
+        else:
+            tensors[name] = tensor
+    return replace(plan, tensors=tensors)
 
 
 def _plan_tensor(
@@ -127,7 +153,8 @@ def _plan_tensor(
     training: TrainingQuantization | None,
     options: MergeOptions,
 ) -> PlannedTensor:
-    stored, updates = weight.dtype, layout.targets.get(name, [])
+    stored, source = weight.dtype, None if weight.brought else weight.info
+    updates = layout.targets.get(name, [])
     if updates and stored not in FLOATS:
         raise CheckpointError(
             f"the adapter targets a tensor of type {stored}",
@@ -138,8 +165,8 @@ def _plan_tensor(
     shape = _fit(name, weight, layout.shapes.get(name, weight.shape), updates)
     dtype = stored if options.dtype == "keep" or stored not in FLOATS else file_dtype(options.dtype)
     operation = _operation(updates, weight.quantized is not None or training is not None, dtype != stored)
-    output = OutputTensor(name, dtype, shape, weight.info.file.name)
-    return PlannedTensor(output, operation, weight.info, shape, tuple(updates), weight.quantized, training)
+    output = OutputTensor(name, dtype, shape, weight.shard)
+    return PlannedTensor(output, operation, source, shape, tuple(updates), weight.quantized, training)
 
 
 def _operation(updates: Sequence[TargetUpdate], dequantized: bool, converted: bool) -> Operation:

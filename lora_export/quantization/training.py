@@ -1,9 +1,10 @@
 """What QLoRA training did to a 16-bit base on the fly: quantize, and compute with the dequantized weights."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_export import skeleton
 from lora_export.quantization.bnb4 import Blocks4Bit
@@ -58,9 +59,10 @@ class TrainingQuantization:
         return Rows8Bit(codes, scb.float()).rows(0, weight.shape[0])
 
 
-def quantized_modules(folder: Path) -> dict[str, bool]:
+def quantized_modules(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, bool]:
     """Name of each module that transformers would have given to bitsandbytes → whether it is a Conv1D.
 
+    config: what stands for the contents of config.json, where another class was trained.
     Linear layers, but not the output head, tied layers or whatever else transformers keeps in 16 bits; found on a
     model without weights.
     """
@@ -69,7 +71,7 @@ def quantized_modules(folder: Path) -> dict[str, bool]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    model = skeleton.build(folder)
+    model = skeleton.build(folder, config)
     kept = get_keys_to_not_convert(model)
     return {
         name: isinstance(module, Conv1D)

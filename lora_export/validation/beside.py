@@ -16,6 +16,7 @@ from lora_export.sealed import read_json, refuse_outward_link, write_json
 from lora_export.training_names import SENTENCE, SENTENCE_MODULES, VALUE_HEAD, is_adapters, is_state
 from lora_export.validation.quantized import FILES, is_quantized, without_settings
 from lora_export.validation.stored import FLOATS, HEADS, headers
+from lora_export.validation.trained import trained_as
 
 CONFIG = "config.json"
 CERTIFICATE = "lora_export_certificate.json"
@@ -110,7 +111,9 @@ def _config(base: Path, adapters: Sequence[AdapterChoice], merged: Path, options
     if options.dtype != "keep":
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = options.dtype
     before, after = headers(base), headers(merged)
-    both = [(before[name], tensor) for name, tensor in after.items() if name in before]
+    trained = trained_as(base, adapters, options.task)
+    heads = trained.heads if trained else ()
+    both = [(before[name], tensor) for name, tensor in after.items() if name in before and name not in heads]
     matrices = [(a, b) for a, b in both if len(a.shape) == len(b.shape) == 2 and a.dtype in FLOATS]
     resized = {b.shape[0] for a, b in matrices if a.shape[0] != b.shape[0] and a.shape[1] == b.shape[1]}
     if len(resized) == 1:
@@ -119,6 +122,7 @@ def _config(base: Path, adapters: Sequence[AdapterChoice], merged: Path, options
     own_head = any(name.endswith(HEADS) for name in after)
     if own_head and read_json(merged / CONFIG).get("tie_word_embeddings") is False:
         config["tie_word_embeddings"] = False
+    config |= trained.changes if trained else {}
     return config | _replicated(config, adapters)
 
 

@@ -212,9 +212,11 @@ class EncoderStory:
             similar >= least > -1,
             f"of {first}, mean over positions, least of all inputs; from the angles of the same noise",
         )
+        # A single score has no direction: its cosine is ±1, and the sign of a score near zero is noise.
+        single = self._unmerged[0][first].shape[-1] == 1
         return [
             below(f"{prefix}logits_max_abs", apart[first].max_abs, limits[first], f"{note}; output {first}"),
-            cosine,
+            *([] if single else [cosine]),
             *(below(f"{prefix}{n}_max_abs", apart[n].max_abs, limits[n], f"{note}; output {n}") for n in others),
         ]
 

@@ -80,29 +80,33 @@ def load_trained_on(
     cls: Any = None,
     keep: int | None = None,
     written: Collection[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """The base in fp32: dequantized by bitsandbytes if it is stored, or was trained, quantized.
 
     And what its files lack, as it was drawn here: from a fixed seed, so that no result depends on the hour.
 
     dequantized: an fp32 copy of the base that stands for it, where its format needs a library or a GPU that may not
-    be here, or where it is streamed.
+    be here, or where it is streamed; settings: of the configuration, where `cls` has a head with other labels.
     """
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
     on_the_fly = on_the_fly and dequantized is None
     base = dequantized or base
     cls = cls or architecture(base)
-    config = config_of(base)
+    config = changed(config_of(base), settings)
     stored = getattr(config, "quantization_config", None)
     if not stored and not on_the_fly:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
-            model, info = load(cls, base, torch.float32, keep, written)
-        return quiet(model), named(model, info["missing_keys"])
+            model, info = load(cls, base, torch.float32, keep, written, config if settings else None)
+        drawn = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+        return quiet(model), named(model, sorted(drawn))
     assert keep is None, "a quantized base is streamed from a dequantized copy"
-    settings = {} if stored else {"quantization_config": _bnb_config(options)}
-    with bounded("transformers.quantizers", str(base / "config.json")):
-        model = cls.from_pretrained(base, dtype="auto", local_files_only=True, device_map={"": "cpu"}, **settings)
+    more: dict[str, Any] = {} if stored else {"quantization_config": _bnb_config(options)}
+    more |= {"config": config, "ignore_mismatched_sizes": True} if settings else {}
+    with bounded("transformers.quantizers", str(base / "config.json")), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = cls.from_pretrained(base, dtype="auto", local_files_only=True, device_map={"": "cpu"}, **more)
     state = dequantized_state(model)
     if stored:
         del config.quantization_config
@@ -125,11 +129,25 @@ def whole_tensors(adapters: Sequence[AdapterChoice]) -> set[str]:
     return names
 
 
-def load(cls: Any, folder: Path, dtype: Any, keep: int | None, written: Collection[str] = ()) -> tuple[Any, Any]:
-    """(model, loading info) as transformers loads it, or streamed."""
+def changed(config: Any, settings: Mapping[str, Any] | None) -> Any:
+    """The configuration with other settings, as transformers reads them from a file."""
+    return type(config).from_dict(config.to_dict() | dict(settings)) if settings else config
+
+
+def load(
+    cls: Any,
+    folder: Path,
+    dtype: Any,
+    keep: int | None,
+    written: Collection[str] = (),
+    config: Any = None,
+) -> tuple[Any, Any]:
+    """(model, loading info) as transformers loads it, or streamed. config: where it is not the folder's own: what
+    then has another size is drawn as what is missing is."""
+    more: dict[str, Any] = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
     if keep is not None:
-        return streaming.load_streamed(cls, folder, dtype, keep, written)
-    model, info = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+        return streaming.load_streamed(cls, folder, dtype, keep, written, **more)
+    model, info = cls.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **more)
     return model, info
 
 

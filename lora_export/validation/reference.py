@@ -5,7 +5,7 @@ This is the oracle: PEFT's unmerged forward. It shares no formula and no reader 
 
 import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from lora_export.validation.loading import (
 )
 from lora_export.validation.mended import mend, repeatable, weigh
 from lora_export.validation.renamed import names_as_they_are, with_todays_names
+from lora_export.validation.trained import trained_as
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
@@ -59,9 +60,10 @@ def load_unmerged(
     """keep: None for a base in memory; else it is streamed, and so many bytes of it may stay there between uses.
     scratch: where renamed copies of adapters may be kept (None: they are gone when this returns).
 
-    The class is the first of these into which every tensor of the adapters fits: the one that config.json names,
-    the one of the adapter's task, the bare body. Where none is, the adapters are tried again under the names that
-    the class gives its modules today. AdapterError if there is none.
+    The class is that of a head which the base has not (`trained_as`), or the first of these into which every tensor
+    of the adapters fits: the one that config.json names, the one of the adapter's task, the bare body. Where none
+    is, the adapters are tried again under the names that the class gives its modules today. AdapterError if there
+    is none.
     """
     with as_miss(adapters) as known:
         found, why = _first_that_fits(base, known, options, dequantized, keep, None)
@@ -84,15 +86,26 @@ def _first_that_fits(
 ) -> tuple[Unmerged | None, AdapterError | None]:
     """scratch: None to take the adapters as they are, else where copies with today's names are made."""
     first: AdapterError | None = None
-    for number, cls in enumerate(classes_of(dequantized or base, adapters)):
-        model, absent = load_trained_on(base, options, dequantized, cls, keep, whole_tensors(adapters))
+    trained = trained_as(base, adapters, options.task)
+    heads = trained.heads if trained else frozenset[str]()
+
+    def loaded(cls: Any, whole: Set[str]) -> tuple[Any, Mapping[str, torch.Tensor]]:
+        found, absent = load_trained_on(
+            base, options, dequantized, cls, keep, whole, trained.changes if trained else None
+        )
+        _give_heads(found, adapters, heads)
+        # The merged model must have the heads, whatever the base lacks.
+        return found, {name: value for name, value in absent.items() if name not in heads}
+
+    for number, cls in enumerate([trained.cls] if trained else classes_of(dequantized or base, adapters)):
+        model, absent = loaded(cls, whole_tensors(adapters))
         if keep is not None:
             streaming.refuse_changing_inits(configs_of(adapters), adapters[0].folder)
         chosen = list(adapters) if scratch is None else with_todays_names(adapters, model, scratch / f"{number}")
         if chosen is None:
             continue
         if keep is not None and scratch is not None:  # what will be written is known by its new names only now
-            model, absent = load_trained_on(base, options, dequantized, cls, keep, whole_tensors(chosen))
+            model, absent = loaded(cls, whole_tensors(chosen))
         try:
             with contextlib.nullcontext() if scratch is None else names_as_they_are():
                 unmerged = attach_adapters(model, chosen)
@@ -102,6 +115,18 @@ def _first_that_fits(
         streaming.attach(model, wrapped_modules(model).values())
         return Unmerged(unmerged, cls, absent, tuple(chosen)), None
     return None, first
+
+
+def _give_heads(model: torch.nn.Module, adapters: Sequence[AdapterChoice], heads: Set[str]) -> None:
+    """The adapters' own heads in place of those that were drawn: the base has them, too, in every comparison."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    for adapter in adapters:
+        for file in sorted(adapter.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                    name = key.removeprefix("base_model.model.").replace(".modules_to_save", "")
+                    if name in heads:
+                        state[name].data.copy_(tensors.get_tensor(key))
 
 
 def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:

@@ -17,6 +17,7 @@ from lora_export.contracts import Check, MergeOptions
 from lora_export.sealed import read_json
 from lora_export.training_names import VALUE_HEAD
 from lora_export.validation.quantized import is_quantized, of_activations
+from lora_export.validation.trained import Trained, all_loaded_as
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -27,11 +28,12 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file; dtype as safetensors spells it."""
+    """A tensor of a file, by its name there; dtype as safetensors spells it."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _all(folder: Path) -> Iterator[tuple[str, Stored]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
                 view = tensors.get_slice(name)
-                yield name, Stored(file, view.get_dtype(), tuple(view.get_shape()))
+                yield name, Stored(file, view.get_dtype(), tuple(view.get_shape()), name)
 
 
 def loaded_names(base: Path) -> dict[str, str]:
@@ -80,25 +82,19 @@ def loaded_names(base: Path) -> dict[str, str]:
 
 def all_loaded_names(base: Path) -> dict[str, tuple[str, ...]]:
     """The same with all names."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    model = skeleton.build(base)
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    told = renamings, converters, model.base_model_prefix, model.state_dict()
-    targets = {p: c.target_patterns for c in converters for p in c.source_patterns}
-    found = {}
-    for name in headers(base):
-        loaded, pattern = rename_source_key(name, *told)
-        first, *others = targets.get(pattern, ("",)) if pattern else ("",)
-        found[name] = (loaded, *(loaded.replace(first, other) for other in others))
-    return found
+    return all_loaded_as(skeleton.build(base), headers(base))
 
 
-def stored_check(base: Path, merged: Path, changed: Changed, options: MergeOptions, replicated: bool) -> Check:
-    found = list(dict.fromkeys(differences(base, merged, changed, options, replicated)))
+def stored_check(
+    base: Path,
+    merged: Path,
+    changed: Changed,
+    options: MergeOptions,
+    replicated: bool,
+    trained: Trained | None = None,
+) -> Check:
+    """trained: the class of the merged model, where it is another than the base's."""
+    found = list(dict.fromkeys(differences(base, merged, changed, options, replicated, trained)))
     told = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
     note = "tensors that no adapter touches are the base's, to a bit, and none is missing or in excess"
     note += "" if options.dtype == "keep" else f"; all are converted to {options.dtype}"
@@ -106,7 +102,12 @@ def stored_check(base: Path, merged: Path, changed: Changed, options: MergeOptio
 
 
 def differences(
-    base: Path, merged: Path, changed: Changed, options: MergeOptions, replicated: bool
+    base: Path,
+    merged: Path,
+    changed: Changed,
+    options: MergeOptions,
+    replicated: bool,
+    trained: Trained | None = None,
 ) -> Iterator[str]:
     """replicated: the merged model has copies of layers, under names of their own: those are left to the model."""
     before, after = headers(base), headers(merged)
@@ -115,6 +116,9 @@ def differences(
     if not before:
         return  # the base is a GGUF file, which has other names; the loaded model tells
     quantized = is_quantized(base) or _codes_became_floats(before, after)
+    if trained is not None:
+        before = {new: before[old] for new, old in trained.renamed(before, after).items()}
+        after = {name: tensor for name, tensor in after.items() if name not in trained.heads}
     if not replicated:
         yield from _names(before, after, quantized)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
@@ -141,7 +145,7 @@ def _one(name: str, old: Stored, new: Stored, changed: Changed, dtype: str, dequ
         return
     elif old.shape != new.shape:
         yield f"{name}: its shape is {list(new.shape)}, the base's is {list(old.shape)}"
-    elif not _equal(name, old, new):
+    elif not _equal(old, new):
         yield f"{name}: no adapter touches it, and it is not the base's"
 
 
@@ -183,13 +187,13 @@ def _in_a_layer(name: str) -> bool:
     return any(part.isdecimal() for part in name.split("."))
 
 
-def _equal(name: str, old: Stored, new: Stored) -> bool:
+def _equal(old: Stored, new: Stored) -> bool:
     """To a bit, after the base's values were rounded to the type of the merged ones."""
     with safe_open(old.file, framework="pt") as a, safe_open(new.file, framework="pt") as b:
         if not old.shape or not prod(old.shape):
-            pairs: Sequence[tuple[Any, Any]] = [(a.get_tensor(name), b.get_tensor(name))]
+            pairs: Sequence[tuple[Any, Any]] = [(a.get_tensor(old.name), b.get_tensor(new.name))]
             return all(_same_bits(x, y) for x, y in pairs)
-        left, right = a.get_slice(name), b.get_slice(name)
+        left, right = a.get_slice(old.name), b.get_slice(new.name)
         rows = max(1, BLOCK // max(1, prod(old.shape[1:])))
         steps = range(0, old.shape[0], rows)
         return all(_same_bits(left[i : i + rows], right[i : i + rows]) for i in steps)

@@ -96,9 +96,11 @@ def _nothing(shape: torch.Size) -> torch.Tensor:
     return torch.full((1,) * len(shape), float("nan")).expand(shape)
 
 
-def load_streamed(cls: Any, folder: Path, dtype: Any, keep: int, written: Collection[str] = ()) -> tuple[Any, Any]:
-    """(model without its large weights, transformers' loading info). dtype: as from_pretrained takes it; written:
-    weights that PEFT will overwrite with an adapter's.
+def load_streamed(
+    cls: Any, folder: Path, dtype: Any, keep: int, written: Collection[str] = (), **more: Any
+) -> tuple[Any, Any]:
+    """(model without its large weights, transformers' loading info). dtype, more: as from_pretrained takes them;
+    written: weights that PEFT will overwrite with an adapter's.
 
     `attach` must follow before the model is used, once everything that wraps it is there.
     """
@@ -111,6 +113,7 @@ def load_streamed(cls: Any, folder: Path, dtype: Any, keep: int, written: Collec
             offload_folder=stream.folder.name,
             local_files_only=True,
             output_loading_info=True,
+            **more,
         )
     _make_slots(model, places, stream, written)
     return model, info
@@ -149,6 +152,8 @@ def _make_slots(model: nn.Module, places: Mapping[str, Any], stream: Stream, wri
                 if place not in made:  # tied weights lie in one place, and stay one parameter
                     small = parameter.dim() < 2 or name in written
                     value = _read(*place, parameter.dtype) if small else _nothing(parameter.shape)
+                    if value.shape != parameter.shape:  # a head of another size, which an adapter replaces
+                        value = torch.zeros(parameter.shape)
                     made[place] = nn.Parameter(value, requires_grad=False)
                     if small:
                         made[place].stored_dtype = parameter.dtype  # type: ignore[attr-defined]

@@ -204,7 +204,8 @@ def _fit(base: Path, adapter: Path) -> dict[str, Any]:
         planned = plan(base, [AdapterChoice(adapter)], MergeOptions())
     except LoraExportError as error:
         return {"fits_base": False, "why_not": f"{error.found} ({error.tensor})" if error.tensor else error.found}
-    return {"fits_base": True, "would_change": planned.counts}
+    model = {"output_model": planned.model.words} if planned.model else {}
+    return {"fits_base": True, "would_change": planned.counts} | model
 
 
 def _onnx(folder: Path) -> dict[str, Any]:

@@ -1,23 +1,31 @@
 """The base that an adapter was trained on, in a form that others can read."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lora_export.contracts import (
+    AdapterChoice,
     MergeOptions,
     Progress,
 )
 
 
-def prepared_base(base: Path, options: MergeOptions, work: Path, progress: Progress) -> Path:
-    """The folder of the base that the adapter belongs to: itself, or a dequantized copy in `work`."""
-    from lora_export.merging import merge, plan
+def prepared_base(
+    base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions, work: Path, progress: Progress
+) -> Path:
+    """The folder of the base that the adapter belongs to: itself, or a copy in `work`, dequantized, or with the
+    adapter's head where it has none."""
+    from lora_export.merging import headed_base, merge, plan
 
+    weights = work / "base-weights"
+    if headed_base(base, adapters, weights, options, progress):
+        return weights
     planned = plan(base, [], replace(options, dtype="keep"))
     if planned.counts["dequantized"] == 0:
         return base
-    merge(base, [], work / "base-weights", replace(options, dtype="keep", force=True), progress)
-    return work / "base-weights"
+    merge(base, [], weights, replace(options, dtype="keep", force=True), progress)
+    return weights
 
 
 def stand_in(

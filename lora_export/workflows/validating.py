@@ -11,6 +11,7 @@ from lora_export.checkpoint import open_adapter_files
 from lora_export.checkpoint.sources import choices_of
 from lora_export.choices import Provider
 from lora_export.contracts import (
+    AdapterChoice,
     ExportedPair,
     ExportResult,
     MergeOptions,
@@ -65,7 +66,7 @@ def validate_folder(
             if base_onnx:
                 same = base_onnx[i]
             else:
-                same = _export_base(base.folder, exported, work, options.merge, provider, progress)
+                same = _export_base(base.folder, choices, exported, work, options.merge, provider, progress)
             prefix = "onnx_" if i == 0 else f"onnx_{exported.precision}_"
             pairs.append(pair_of(exported, same, prefix))
         readable = stand_in(base.folder, merged, options.merge, options.max_memory, work, progress)
@@ -131,13 +132,19 @@ def _check_exports(exports: Sequence[ExportResult], bases: Sequence[Path]) -> No
 
 
 def _export_base(
-    base: Path, like: ExportResult, work: Path, merge: MergeOptions, provider: Provider, progress: Progress
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    like: ExportResult,
+    work: Path,
+    merge: MergeOptions,
+    provider: Provider,
+    progress: Progress,
 ) -> Path:
     """The base that the adapter belongs to, exported as `like` was: with its graph, if that takes other weights."""
     quantization = QuantizationOptions(activations=like.activations)
     same = StoryOptions(merge, like.precision, provider, like.engine, quantization=quantization)
     weights = work / "base-weights"
-    trained_on = weights if weights.is_dir() else prepared_base(base, merge, work, progress)
+    trained_on = weights if weights.is_dir() else prepared_base(base, adapters, merge, work, progress)
     what, output = f"the base in {like.precision}, for the noise floor", work / f"base-{like.precision}"
     progress.stage(f"export: {what}")
     return with_graph_of(like, trained_on, output, same, progress, what).output
