@@ -13,9 +13,10 @@ from lora_export.adapters.sparse import chosen
 from lora_export.contracts import AdapterChoice, MergeOptions, TargetUpdate
 from lora_export.deriving import combine, truncate
 from lora_export.deriving.saving import Rank
-from lora_export.errors import AdapterError
+from lora_export.errors import AdapterError, InputError
 from lora_export.merging import merge, plan
 from lora_export.merging.exact import ExactTensor
+from lora_export.understanding import understand
 from tests.adapters.test_lora_family import close, in_blocks, random
 from tests.builders import edit_tensors, tensors, updates_of
 from tests.daily import daily
@@ -233,6 +234,19 @@ def test_the_terms_of_a_formula_are_no_smaller_than_its_result(kind: str, llama:
             assert bool((exact._terms(*whole) >= exact._exact(*whole).abs() * (1 - 1e-12)).all()), (
                 tensor.output.name
             )
+
+
+@pytest.mark.parametrize("kind", daily(ON_LLAMA, ["gralora wide", "fourierft"]))
+def test_inspect_with_a_base_has_figures_of_every_matrix(kind: str, llama: Path, tmp_path: Path) -> None:
+    """Ranks may be larger than the matrix, and its singular values fewer."""
+    train(llama, FAMILIES["llama"], kind, tmp_path)
+    if kind == "ln tuning":
+        with pytest.raises(InputError, match="depends on the base"):
+            understand(tmp_path, llama)
+        return
+    found = understand(tmp_path, llama)
+    assert len(found.modules) == 14 and found.sentences and not found.skipped
+    assert all(m.norm > 0 and m.relative for m in found.modules)
 
 
 COMBINED = ["miss", "fourierft", "vblora", "randlora", "shira", "c3a", "waveft", "delora", "gralora"]
