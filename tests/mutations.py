@@ -87,12 +87,13 @@ MUTATIONS = (
     ),
     Mutation(
         "VeRA forgets λd", "adapters/vera.py",
-        "right = file.read(d_key)[:, None] * down", "right = down",
+        "right = file.read(d_key)[: shared.rank, None] * down", "right = down",
         f"{MATRIX}[vera on llama]",
     ),
     Mutation(
         "VeRA draws B before A", "adapters/vera.py",
-        "for shape in ((rank, widest), (outputs, rank)):", "for shape in ((outputs, rank), (rank, widest)):",
+        "for shape in ((halves * rank, widest), (outputs, rank)):",
+        "for shape in ((outputs, rank), (halves * rank, widest)):",
         f"{MATRIX}[vera regenerated on llama]",
     ),
     Mutation(
