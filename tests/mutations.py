@@ -877,8 +877,8 @@ MUTATIONS = (
     ),
     Mutation(
         'the sign of MXFP4 is taken from another number', 'quantization/mxfp4.py',
-        'packed << (12 - 4 * j)',
-        'packed << (8 - 4 * j) if j < 3 else packed',
+        'each.bitwise_right_shift_(3)',
+        'moved.bitwise_right_shift_(3)',
         'tests/quantization/test_floating.py::test_mxfp4_is_what_transformers_loads[118-126]',
     ),
     Mutation(

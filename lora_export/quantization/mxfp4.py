@@ -23,7 +23,7 @@ _WORDS = 8  # of 16 bits, with four numbers each
 _TOGETHER = 2**18  # numbers that are unpacked at a time, so that they stay in the processor's cache
 # E2M1 in the place of a float16's sign, exponent and mantissa is 2⁻¹⁴ of itself, ½ included (as a subnormal).
 _SMALL = 2.0**14
-_MAGNITUDE, _SIGN = 0x0E000E000E000E00, -0x7FFF7FFF7FFF8000  # bits 9 to 11, and 15, of four words of 16
+_PLACES = -0x71FF71FF71FF7200  # 0x8E00, bits 9 to 11 and 15, in each of four words of 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class BlockRows:
 def _unpack(words: "torch.Tensor", scale: "torch.Tensor", into: "torch.Tensor") -> None:
     """words: int16 (groups · 8, out); scale: fp32 (groups, 1, out); into: (groups, 8, 4, out), any float type.
 
-    The bits are moved in four words at a time: what leaves a word for the next is masked away.
+    The four bits of a number go to the top of a word, and three places down with their sign: then it has its place,
+    and magnitude its own. They go up in four words at a time; what leaves a word for the next is masked away.
     """
     import torch
 
@@ -77,15 +78,13 @@ def _unpack(words: "torch.Tensor", scale: "torch.Tensor", into: "torch.Tensor") 
     spread, moved = scale * _SMALL, torch.empty_like(packed)
     safe = bool((scale < 2.0**113).all())  # else the factor itself would be infinite
     numbers = torch.empty(scale.shape[0], _WORDS, words.shape[1])
+    halves, each = moved.view(torch.float16).view(numbers.shape), moved.view(torch.int16)
     for j in range(4):
-        sign = (packed << (12 - 4 * j)).bitwise_and_(_SIGN)
-        if j < 3:
-            torch.bitwise_left_shift(packed, 9 - 4 * j, out=moved)
-        else:
-            torch.bitwise_right_shift(packed, 3, out=moved)
-        bits = moved.bitwise_and_(_MAGNITUDE).bitwise_or_(sign)
-        numbers.copy_(bits.view(torch.float16).view(numbers.shape))
-        into[:, :, j].copy_(numbers.mul_(spread) if safe else numbers.mul_(_SMALL).mul_(scale))
+        torch.bitwise_left_shift(packed, 12 - 4 * j, out=moved)
+        each.bitwise_right_shift_(3)
+        moved.bitwise_and_(_PLACES)
+        torch.mul(halves, spread if safe else _SMALL, out=numbers)
+        into[:, :, j].copy_(numbers if safe else numbers.mul_(scale))
 
 
 @dataclass(frozen=True)
