@@ -64,6 +64,7 @@ def _run(
 ) -> Story:
     from lora_export.merging import merge
     from lora_export.validation import validate
+    from lora_export.validation.foreign import as_peft
 
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
@@ -74,7 +75,8 @@ def _run(
         exported = export_merged(base_onnx, folder, stage / "onnx", options, progress)
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
-    unmerged_onnx, why_not = export_unmerged(trained_on, adapters, work, options, exported, progress)
+    readable = as_peft(alone, adapters, work)
+    unmerged_onnx, why_not = export_unmerged(trained_on, readable, work, options, exported, progress)
     story = Story(stage, merged, exported)
 
     checked = validate(
@@ -95,7 +97,7 @@ def _run(
     if unmerged_onnx:
         arms.append(BenchmarkArm("unmerged", unmerged_onnx.paths))
     unmerged_graph = unmerged_onnx.model if unmerged_onnx else None
-    extra, without = extra_arms(options.extra_arms, unmerged_graph, trained_on, adapters, progress)
+    extra, without = extra_arms(options.extra_arms, unmerged_graph, trained_on, readable, progress)
     measured = benchmark([*arms, *extra], replace(options.benchmark, provider=options.provider), progress)
     return replace(story, benchmark=replace(measured, notes=(*measured.notes, *why_not, *without)))
 

@@ -1,5 +1,6 @@
 """What of each adapter is left where several are merged: on a text of its own, along what it does alone."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from lora_export.contracts import AdapterChoice, AdapterSurvival, MergeOptions, Perplexity, Progress
 from lora_export.validation import effect
+from lora_export.validation.foreign import as_peft
 from lora_export.validation.loading import load_merged
 from lora_export.validation.reference import load_unmerged
 from lora_export.validation.text import read_text, windows
@@ -31,16 +33,18 @@ def own_texts(
     perplexities: list[Perplexity] = []
     survivals: list[AdapterSurvival] = []
     model: Any = None
-    for choice, file in zip(adapters, texts, strict=True):
-        name = choice.folder.resolve().name
-        progress.stage(f"validate: what is left of {name} on {file.name}")
-        alone = load_unmerged(base, [AdapterChoice(choice.folder)], options, dequantized)
-        if model is None:
-            model = load_merged(merged, alone.cls, alone.absent)[0]
-        found = _measure(alone.model, model, merged, file)
-        survivals.append(found.survival(f"{name} in the merged model"))
-        names = [("B", f"base on {file.name}"), ("M", f"{name} on {file.name}"), ("Q", f"merged on {file.name}")]
-        perplexities += found.perplexities(names)
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+        for choice, file in zip(adapters, texts, strict=True):
+            name = choice.folder.resolve().name
+            progress.stage(f"validate: what is left of {name} on {file.name}")
+            readable = as_peft(base, [AdapterChoice(choice.folder)], Path(scratch) / str(len(survivals)))
+            alone = load_unmerged(base, readable, options, dequantized)
+            if model is None:
+                model = load_merged(merged, alone.cls, alone.absent)[0]
+            found = _measure(alone.model, model, merged, file)
+            survivals.append(found.survival(f"{name} in the merged model"))
+            of = [("B", f"base on {file.name}"), ("M", f"{name} on {file.name}"), ("Q", f"merged on {file.name}")]
+            perplexities += found.perplexities(of)
     return OwnTexts(tuple(perplexities), tuple(survivals))
 
 

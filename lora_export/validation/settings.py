@@ -19,7 +19,10 @@ from lora_export.validation.beside import CONFIG, MOST, modules_of, settings_of
 _DOCUMENTS = (".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 _DOCUMENT_NAMES = ("license", "licence", "notice", "readme", "use_policy", "acceptable_use", "copying")
 # Files that a loader looks for, so that one too many is a setting, too.
-_READ = (".json", ".jinja", ".model", ".spm", ".tiktoken", ".txt", ".py", ".bin", ".pt", ".pth")
+_READ = (
+    ".json", ".jinja", ".model", ".spm", ".tiktoken", ".txt", ".py", ".bin", ".pt", ".pth", VALUE_HEAD,
+    "/model.safetensors",
+)  # fmt: skip
 # Who wrote a file, and from where, steers nothing.
 _NEUTRAL = frozenset({"transformers_version", "_name_or_path"})
 SHOWN = 8  # differences in the check's note
@@ -40,7 +43,7 @@ def differences(expected: Path, merged: Path) -> Iterator[str]:
             yield f"{name}: missing"
         elif name in wanted:
             yield from _compared(name, wanted[name], found[name])
-        elif name.endswith(_READ) or Path(name).name in (VALUE_HEAD, "model.safetensors"):
+        elif name.endswith(_READ):
             yield f"{name}: neither the base nor an adapter has this file"
 
 
@@ -48,6 +51,9 @@ def _settings(folder: Path) -> dict[str, Path]:
     """Relative name → file; of subfolders those that loaders look into."""
     files = [folder / CONFIG, *settings_of(folder)]
     files += [p for p in sorted(folder.iterdir()) if p.suffix in (".py", ".bin", ".pt", ".pth") and p.is_file()]
+    files += [
+        p for p in sorted(folder.glob("adapter_*.json")) if p.is_file()
+    ]  # transformers would load the adapter
     templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
     for path in (*templates, *modules_of(folder), folder / VALUE_HEAD):
         if path.is_file() and not path.parent.name.startswith("."):
