@@ -9,6 +9,7 @@ from lora_export.validation.prompts import MAX_TOKENS
 from lora_export.validation.subject import plain, takes
 
 GREEDY_TOKENS = 64
+TOKENS_WITHOUT_CACHE = 16  # each of which reads the whole text again
 # What transformers' caches raise that a model's layers cannot use: hybrids of attention and recurrence have some.
 _UNUSABLE = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -37,6 +38,11 @@ def _forward(model: Any, ids: torch.Tensor) -> Any:
     return body(input_ids=ids[None], **switch)
 
 
+def has_cache(body: Any) -> bool:
+    """Whether a transformers model takes a KV cache; what it takes may yet not work."""
+    return {"past_key_values", "use_cache"} <= takes(body)
+
+
 @torch.inference_mode()
 def greedy(model: Any, ids: torch.Tensor, count: int = GREEDY_TOKENS) -> torch.Tensor:
     """`count` greedy tokens after the prompt, shape (count,); end-of-text does not stop it.
@@ -45,7 +51,7 @@ def greedy(model: Any, ids: torch.Tensor, count: int = GREEDY_TOKENS) -> torch.T
     or none: they read the whole text again for each token.
     """
     body = plain(model)
-    if {"past_key_values", "use_cache"} <= takes(body):
+    if has_cache(body):
         try:
             return _with_cache(body, ids, count)
         except _UNUSABLE:

@@ -63,13 +63,16 @@ def choose(model: Any, seed: int, vocabulary: int) -> Lengths:
 def most_positions(model: Any) -> int | None:
     """How many tokens a text may have; None if nothing limits it.
 
-    RoBERTa counts positions from its padding id on; the table of its positions tells.
+    RoBERTa counts positions from its padding id on; the table of its positions tells. ProphetNet, which predicts
+    several tokens ahead, looks up one position more.
     """
-    known = setting(model.config.get_text_config(), "max_position_embeddings", "max_target_positions")
+    config = model.config.get_text_config()
+    known = setting(config, "max_position_embeddings", "max_target_positions", "max_decoder_position_embeddings")
     if not isinstance(known, int) or known < 2:
         return None
     tables = (m for n, m in model.named_modules() if n.endswith("position_embeddings"))
     skipped = max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)
+    skipped += 1 if setting(config, "ngram") else 0
     return max(known - skipped, min(known // 2, 8))
 
 

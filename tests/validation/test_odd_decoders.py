@@ -90,7 +90,7 @@ def judged(base: Path, adapter: Path, output: Path) -> ValidationResult:
     return validate(base, [AdapterChoice(adapter)], output, options=options, progress=Silent())
 
 
-@pytest.mark.parametrize("name", daily(MODELS, ("mamba", "several ends")))
+@pytest.mark.parametrize("name", daily(MODELS, ("gpt", "several ends")))
 def test_validate_decoder_without_a_kv_cache_passes_and_a_fault_fails(tmp_path: Path, name: str) -> None:
     base, adapter, output = merged(name, tmp_path)
     result = judged(base, adapter, output)

@@ -6,7 +6,7 @@ import torch
 
 from lora_export.validation import lengths
 from lora_export.validation.decoder_story import SAMPLES, DecoderStory
-from lora_export.validation.decoders import GREEDY_TOKENS
+from lora_export.validation.decoders import GREEDY_TOKENS, TOKENS_WITHOUT_CACHE, has_cache
 from lora_export.validation.kinds.texts import Noted, Texts, positions, token_lists, vocabulary
 from lora_export.validation.subject import Story, Subject, generates, takes
 from lora_export.validation.text import windows
@@ -24,7 +24,7 @@ def story(subject: Subject) -> Story:
     tokens = [*texts.tokens, *texts.long]
     known = lengths.most_positions(subject.model)
     room = GREEDY_TOKENS if known is None else known - max(map(len, tokens[:SAMPLES]))
-    steps = max(1, min(GREEDY_TOKENS, room))
+    steps = max(1, min(GREEDY_TOKENS if has_cache(subject.model) else TOKENS_WITHOUT_CACHE, room))
     story = DecoderStory(tokens, texts.tokenizer, subject.dtypes, subject.progress, subject.factor, pieces, steps)
     return Noted(story, texts.note)
 

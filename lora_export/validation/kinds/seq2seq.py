@@ -4,8 +4,10 @@ from typing import Any
 
 import torch
 
+from lora_export.validation import lengths
 from lora_export.validation.kinds.signals import images, sounds
 from lora_export.validation.kinds.texts import Noted, Texts, padded, token_lists
+from lora_export.validation.prompts import MAX_TOKENS
 from lora_export.validation.seq2seq_story import Seq2SeqStory
 from lora_export.validation.subject import Story, Subject, generates, setting, takes
 
@@ -22,7 +24,8 @@ def story(subject: Subject) -> Story:
     texts = token_lists(subject)
     batches, note = _encoder_batches(subject, texts)
     config = subject.model.config
-    positions = setting(config, "max_target_positions", "max_position_embeddings") or 2 * STEPS
+    known = setting(config, "max_target_positions", "max_position_embeddings", "max_decoder_position_embeddings")
+    positions = min(known or 2 * STEPS, lengths.most_positions(subject.model) or MAX_TOKENS)
     rows = sum(len(next(iter(b.values()))) for b in batches)
     start = torch.tensor([_start(config)])
     pool = texts.tokens + texts.long if "input_ids" in takes(subject.model) else texts.long + texts.tokens
