@@ -37,7 +37,8 @@ class Piece:
 def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
     """Name in the loaded model → the tensors on disk that make it; empty where transformers knows no conversion."""
     try:
-        return loaded_by(_model(base), weights)
+        model, _ = _conversions(base)
+        return loaded_by(model, weights)
     except (CheckpointError, ImportError, AttributeError):
         return {}
 
@@ -64,10 +65,13 @@ def loaded_by(model: Any, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece
     return {target: tuple(pieces) for target, pieces in found.items() if pieces}
 
 
-def _model(base: Checkpoint) -> Any:
+def _conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
     from lora_export import skeleton
 
-    return skeleton.build(base.folder, base.config)
+    model = skeleton.build(base.folder, base.config)
+    return model, get_model_conversion_mapping(model)
 
 
 def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Piece | None:

@@ -10,9 +10,10 @@ from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInf
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.base import BaseWeight, base_weights, quantized_in_training
 from lora_export.merging.combining import combined
-from lora_export.merging.layout import Layout, settle
+from lora_export.merging.layout import Layout
 from lora_export.merging.names import unknown_target
 from lora_export.merging.replication import config_changes, layer_order
+from lora_export.merging.settle import settle
 from lora_export.merging.targets import match_targets
 from lora_export.quantization import QuantizedWeight, TrainingQuantization
 
@@ -150,9 +151,7 @@ def _operation(updates: Sequence[TargetUpdate], dequantized: bool, converted: bo
     return "converted" if converted else "copied"
 
 
-def _fit(
-    name: str, weight: BaseWeight, shape: tuple[int, ...], updates: Sequence[TargetUpdate]
-) -> tuple[int, ...]:
+def _fit(name: str, weight: BaseWeight, shape: tuple[int, ...], updates: Sequence[TargetUpdate]) -> tuple[int, ...]:
     """The output's shape, which every update must fit."""
     for update in updates:
         if not update.fits(shape):

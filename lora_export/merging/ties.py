@@ -209,4 +209,3 @@ def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
             left.read(n) == right.read(n)
             for n in (min(_CHUNK, a.nbytes - done) for done in range(0, a.nbytes, _CHUNK))
         )
-

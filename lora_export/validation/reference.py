@@ -26,6 +26,7 @@ from lora_export.validation.loading import (
     quiet,
     whole_tensors,
 )
+from lora_export.validation.resized import fit_vocabulary
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
@@ -122,6 +123,7 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
 
     for adapter in adapters:
         _refuse_bomb(adapter.folder)
+    fit_vocabulary(model, adapters)
     names = [f"adapter{i}" for i in range(len(adapters))]
     with load_results() as results, bounded("peft", str(adapters[0].folder)):
         unmerged = peft.PeftModel.from_pretrained(

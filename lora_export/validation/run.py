@@ -274,10 +274,10 @@ def _stored(
     from lora_export.validation.beside import declared, replication
     from lora_export.validation.effective import wrapped_modules
     from lora_export.validation.loading import whole_tensors
-    from lora_export.validation.stored import Changed, loaded_names, stored_check
+    from lora_export.validation.stored import Changed, loaded_names, stored_check, tied_names
 
     modules = wrapped_modules(unmerged.base_model.model)
-    changed = Changed(tuple(modules), whole_tensors(adapters), loaded_names(base))
+    changed = Changed(tuple(modules), whole_tensors(adapters), loaded_names(base), tied_names(base))
     return stored_check(base, merged, changed, declared(base, merged, options.merge), bool(replication(adapters)))
 
 

@@ -35,15 +35,22 @@ class Stored:
 @dataclass(frozen=True)
 class Changed:
     """modules: paths of what an adapter changes; tensors: names of what it holds whole; loaded: name in a file →
-    name in the loaded model, where they differ."""
+    name in the loaded model, where they differ; tied: names in that model that share one weight."""
 
     modules: Collection[str]
     tensors: Collection[str]
     loaded: Mapping[str, str]
+    tied: Collection[frozenset[str]] = ()
 
     def holds(self, name: str) -> bool:
         """Whether a tensor of a file may differ. Either name may have a prefix that the other lacks."""
         name = self.loaded.get(name, name)
+        return any(self._holds(n) for n in (name, *self.tied_to(name)))
+
+    def tied_to(self, name: str) -> frozenset[str]:
+        return next((group for group in self.tied if name in group), frozenset())
+
+    def _holds(self, name: str) -> bool:
         if any(_same_end(name, other) for other in self.tensors):
             return True
         parts = name.split(".")
@@ -81,6 +88,14 @@ def loaded_names(base: Path) -> dict[str, str]:
     return {name: rename_source_key(name, *told)[0] for name in headers(base)}
 
 
+def tied_names(base: Path) -> list[frozenset[str]]:
+    """Names of the loaded model that share one parameter."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in skeleton.build(base).named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return [frozenset(group) for group in names.values() if len(group) > 1]
+
+
 def stored_check(base: Path, merged: Path, changed: Changed, options: MergeOptions, replicated: bool) -> Check:
     found = list(dict.fromkeys(differences(base, merged, changed, options, replicated)))
     told = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
@@ -98,7 +113,7 @@ def differences(
     yield from _not_as_indexed(merged, after)
     quantized = "quantization_config" in read_json(base / "config.json")
     if not replicated:
-        yield from _names(before, after, quantized)
+        yield from _names(before, after, quantized, changed)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
     for name in before.keys() & after.keys():
         old, new = before[name], after[name]
@@ -115,9 +130,9 @@ def _one(name: str, old: Stored, new: Stored, changed: Changed, dtype: str, dequ
         yield f"{name}: stored as {new.dtype}, should be {wanted}"
     elif changed.holds(name) or dequantized:
         return
-    elif old.shape != new.shape:
+    elif old.shape != new.shape and not _resized(name, old, new):
         yield f"{name}: its shape is {list(new.shape)}, the base's is {list(old.shape)}"
-    elif not _equal(name, old, new):
+    elif old.shape == new.shape and not _equal(name, old, new):
         yield f"{name}: no adapter touches it, and it is not the base's"
 
 
@@ -125,7 +140,9 @@ def _header_type(dtype: str) -> str:
     return next(name for name, known in FLOATS.items() if str(known) == f"torch.{dtype}")
 
 
-def _names(before: Mapping[str, Stored], after: Mapping[str, Stored], quantized: bool) -> Iterator[str]:
+def _names(
+    before: Mapping[str, Stored], after: Mapping[str, Stored], quantized: bool, changed: Changed
+) -> Iterator[str]:
     """A quantized weight has several tensors in the base, whose names begin as its own does."""
     beginnings = {n.removesuffix("weight") for n in after if n.endswith("weight") or n not in before}
     for name in sorted(before.keys() - after.keys()):
@@ -133,7 +150,8 @@ def _names(before: Mapping[str, Stored], after: Mapping[str, Stored], quantized:
             yield f"{name}: missing"
     for name in sorted(after.keys() - before.keys()):
         parts = quantized and any(n.startswith(name.removesuffix("weight")) for n in before)
-        if not parts and not name.endswith(HEADS):  # an untied head is compared with what PEFT computes
+        # What was tied and has its own weight now is compared with what PEFT computes.
+        if not parts and not name.endswith(HEADS) and not changed.tied_to(name):
             yield f"{name}: neither the base nor an adapter has this tensor"
 
 
@@ -168,6 +186,18 @@ def _equal(name: str, old: Stored, new: Stored) -> bool:
         rows = max(1, BLOCK // max(1, prod(old.shape[1:])))
         steps = range(0, old.shape[0], rows)
         return all(_same_bits(left[i : i + rows], right[i : i + rows]) for i in steps)
+
+
+def _resized(name: str, old: Stored, new: Stored) -> bool:
+    """Whether all that both have is the same, and the rest zeros: as transformers resizes final_logits_bias."""
+    if len(old.shape) != len(new.shape) or old.shape == new.shape:
+        return False
+    with safe_open(old.file, framework="pt") as a, safe_open(new.file, framework="pt") as b:
+        left, right = a.get_tensor(name), b.get_tensor(name)
+    common = tuple(slice(0, min(x, y)) for x, y in zip(old.shape, new.shape, strict=True))
+    same = _same_bits(left[common], right[common])
+    right[common] = 0
+    return same and not bool(right.any())
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
