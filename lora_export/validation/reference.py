@@ -26,7 +26,7 @@ from lora_export.validation.loading import (
     quiet,
     whole_tensors,
 )
-from lora_export.validation.resized import fit_vocabulary
+from lora_export.validation.resized import fit_vocabulary, saved_twice
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
@@ -132,6 +132,7 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
         for name, choice in zip(names[1:], adapters[1:], strict=True):
             unmerged.load_adapter(choice.folder, adapter_name=name)
     left = [key for told in results for key in (*told.unexpected_keys, *told.missing_keys)]
+    left = [key for key in left if not saved_twice(key, adapters)]
     if len(names) > 1:
         unmerged.base_model.set_adapter(names)
     for module in unmerged.modules():

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from safetensors import safe_open
 
 from lora_export.contracts import AdapterChoice
 from lora_export.sealed import read_json
 
+_SAVED, _DELTA = ".modules_to_save", ".trainable_tokens_delta"
 _WHOLE = ("", ".modules_to_save", ".token_adapter", ".base_layer", ".token_adapter.base_layer", ".original_module")
 
 
@@ -19,6 +21,23 @@ def fit_vocabulary(model: Any, adapters: Sequence[AdapterChoice]) -> None:
     rows = next((n for adapter in adapters for n in _rows(model, adapter)), None)
     if rows is not None and rows != embedding.weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def saved_twice(key: str, adapters: Sequence[AdapterChoice]) -> bool:
+    """Whether a tensor that PEFT has no place for is a copy of one that it has: where it saves embeddings beside
+    the adapter, a saved module's weight is there under two names, and tied heads have the embedding's rows."""
+    for file in (f for a in adapters for f in sorted(a.folder.glob("*.safetensors"))):
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            if key not in names:
+                continue
+            copies = [key.replace(_SAVED, "")] if _SAVED in key else [n for n in names if n.endswith(_DELTA)]
+            mine = tensors.get_tensor(key)
+            if key.endswith((_DELTA, ".weight", ".bias")) and any(
+                n != key and n in names and torch.equal(tensors.get_tensor(n), mine) for n in copies
+            ):
+                return True
+    return False
 
 
 def _rows(model: Any, adapter: AdapterChoice) -> Iterator[int]:
