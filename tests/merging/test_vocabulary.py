@@ -29,7 +29,8 @@ CELLS = [
     Cell("untied llama", ON_EMBEDDING, 97, False), Cell("bert", ON_EMBEDDING, 105), Cell("bert", BOTH, 105),
     Cell("bert", ROWS, 105, False), Cell("t5", ROWS, 105), Cell("t5", ON_HEAD, 105), Cell("bart", PLAIN, 105),
     Cell("mamba", PLAIN, 112), Cell("mamba", ON_EMBEDDING, 105), Cell("gemma3", BOTH, 105),
-    Cell("gpt2", PLAIN, 105), Cell("whisper decoder", PLAIN, 105), Cell("zamba", BOTH, 105), Cell("untied llama", BOTH, 97),
+    Cell("gpt2", PLAIN, 105), Cell("whisper decoder", PLAIN, 105), Cell("zamba", BOTH, 105),
+    Cell("untied llama", BOTH, 97),
 ]  # fmt: skip
 EVERY_DAY = CELLS[:7]
 
