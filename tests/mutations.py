@@ -107,8 +107,8 @@ MUTATIONS = (
         f"{MATRIX}[lora pissa on llama]",
     ),
     Mutation(
-        "a trained head stays tied", "merging/plan.py",
-        'changes["tie_word_embeddings"] = False', "pass",
+        "a trained head stays tied", "merging/ties.py",
+        "alike = all(same.lists(a, b) for a, b in pairwise(lists))", "alike = True",
         "tests/merging/test_against_peft.py::test_merged_model_computes_what_the_unmerged_one_computes"
         "[lora on the head, tied]",
     ),
@@ -957,5 +957,25 @@ MUTATIONS = (
         "before = {new: before[old] for new, old in trained.renamed(before, after).items()}",
         "before, after = {}, {}",
         "tests/validation/test_new_heads.py::test_validate_spoiled_merge_fails[kept_head-stored_tensors_differ]",
+    ),
+    Mutation(
+        'blocks that shared a weight with the embedding flag are left out', 'merging/layout.py',
+        'layout.added[name] = source',
+        'pass',
+        "tests/merging/test_ties.py::test_merged_weights_that_are_shared_compute_what_the_unmerged_model_does"
+        "[zamba: modules_to_save=['HEAD'], None rows, auto]",
+    ),
+    Mutation(
+        'a head keeps the bias that PEFT leaves out', 'merging/settle.py',
+        'layout.targets[name] = [vocabulary.no_bias(name)]',
+        'pass',
+        "tests/merging/test_ties.py::test_merged_weights_that_are_shared_compute_what_the_unmerged_model_does"
+        "[bert: trainable_token_indices={'EMBEDDING': [11, 60]}, None rows, auto]",
+    ),
+    Mutation(
+        'a row that nobody trained is made up', 'merging/vocabulary.py',
+        'if unknown:',
+        'if False:',
+        'tests/merging/test_vocabulary.py::test_a_row_between_that_nobody_trained',
     ),
 )  # fmt: skip

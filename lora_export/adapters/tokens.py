@@ -75,9 +75,12 @@ def _indices(file: AdapterFile, name: str) -> list[int]:
     config = file.config
     named: Any = config.get("token_indices") or config.get("trainable_token_indices")
     if isinstance(named, dict):
+        beside = [n.removesuffix(_WRAPPER) for n in group(file.tensors, (_MARKER,))]
+        known = [
+            next((ids for m, ids in named.items() if f".{n}".endswith(f".{m}")), None) for n in (name, *beside)
+        ]
         # A head that is tied to the embedding is saved beside it, and named nowhere: its rows are the same.
-        only = next(iter(named.values())) if len(named) == 1 else None
-        named = next((ids for module, ids in named.items() if f".{name}".endswith(f".{module}")), only)
+        named = known[0] or (next(filter(None, known), None) if len(named) == 1 else None)
     if not isinstance(named, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in named):
         raise file.refuse(
             "the configuration does not say which tokens these rows are",

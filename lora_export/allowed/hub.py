@@ -33,7 +33,7 @@ _IMPLEMENTATIONS = frozenset(
 _INTERNAL = frozenset(
     {
         "_name_or_path", "_attn_implementation", "_experts_implementation", "_class_name", "_commit_hash",
-        "_diffusers_version", "_from_model_config", "_model_name_or_path",
+        "_diffusers_version", "_from_model_config", "_model_name_or_path", "__version__",
     }
 )  # fmt: skip
 # What transformers writes for a number that JSON does not have: {"__float__": "Infinity"}.

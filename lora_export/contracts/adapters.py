@@ -34,9 +34,9 @@ class TargetUpdate:
     depend on the same rows of the weight alone, so that blocks of rows may be given; copies: how often the block is
     in memory at once, counted in fp32, while it is read, changed, judged and rounded; adds: the change is the same
     for every weight; low_rank: `load` gives adapters.lora.LowRankUpdate; owner: which of the merged adapters it is
-    of; wide: it takes float64, whatever is written; parts: of several adapters combined, the updates of each; tokens:
-    the rows of a vocabulary that it replaces, where those alone change; beneath: what the names that are tied to
-    this weight have in its place.
+    of; wide: it takes float64, whatever is written; parts: of several adapters combined, the updates of each;
+    tokens: the rows of a vocabulary that it replaces, where those alone change; beneath: what the names that are
+    tied to this weight have in its place.
     """
 
     target: str

@@ -43,7 +43,8 @@ class Piece:
 def loaded_weights(base: Checkpoint, weights: Mapping[str, Shape]) -> dict[str, tuple[Piece, ...]]:
     """Name in the loaded model → the tensors on disk that make it; empty where transformers knows no conversion."""
     try:
-        return loaded_by(_model(base), weights)
+        model, _ = conversions(base)
+        return loaded_by(model, weights)
     except (CheckpointError, ImportError, AttributeError):
         return {}
 
@@ -108,14 +109,10 @@ def conversions(base: Checkpoint) -> tuple[Any, list[Any]]:
     """(the model without weights, what transformers does to names and tensors on loading it)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    model = _model(base)
-    return model, get_model_conversion_mapping(model)
-
-
-def _model(base: Checkpoint) -> Any:
     from lora_export import skeleton
 
-    return skeleton.build(base.folder, base.config)
+    model = skeleton.build(base.folder, base.config)
+    return model, get_model_conversion_mapping(model)
 
 
 def _piece(name: str, pattern: str, converter: Any, earlier: list[Piece]) -> Piece | None:

@@ -11,9 +11,10 @@ from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.combining import combined
 from lora_export.merging.heads import NewModel, remodelled
-from lora_export.merging.layout import Layout, settle
+from lora_export.merging.layout import Layout
 from lora_export.merging.names import unknown_target
 from lora_export.merging.replication import config_changes, layer_order
+from lora_export.merging.settle import settle
 from lora_export.merging.targets import match_targets
 from lora_export.quantization import QuantizedWeight, TrainingQuantization, places_of
 

@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Kept:
-    """The old numbers; zeros where the resized weight is larger."""
+    """The old numbers as far as the resized weight has room for them, and zeros where it is larger."""
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return weight
@@ -39,7 +39,7 @@ def no_bias(name: str) -> TargetUpdate:
 
 
 def kept(name: str, shape: Shape) -> TargetUpdate:
-    """What transformers makes of BART's final_logits_bias when the vocabulary is resized."""
+    """What transformers makes of a tensor when the vocabulary shrinks, and of BART's final_logits_bias always."""
     return TargetUpdate(name, "vocabulary", (), (shape,), lambda _: Kept())
 
 
@@ -57,8 +57,9 @@ def resized(name: str, old: Shape, updates: Sequence[TargetUpdate], adapters: Se
             shape = _with_tokens(name, shape, update, adapters[update.owner])
         elif not update.fits(shape):
             rows = _rows_meant(update, shape)
-            if rows:
+            if rows and rows > shape[0]:
                 raise rows_missing(name, shape[0], rows, adapters)
+            shape = (rows or shape[0], *shape[1:])
     return shape
 
 

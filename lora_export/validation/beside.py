@@ -5,7 +5,7 @@ their place, and of config.json the keys change that the merge must change.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,14 +116,27 @@ def _config(base: Path, adapters: Sequence[AdapterChoice], merged: Path, options
     both = [(before[name], tensor) for name, tensor in after.items() if name in before and name not in heads]
     matrices = [(a, b) for a, b in both if len(a.shape) == len(b.shape) == 2 and a.dtype in FLOATS]
     resized = {b.shape[0] for a, b in matrices if a.shape[0] != b.shape[0] and a.shape[1] == b.shape[1]}
+    found = read_json(merged / CONFIG)
     if len(resized) == 1:
-        config["vocab_size"] = resized.pop()
+        rows = resized.pop()
+        _take(config, found, lambda key, value: key.endswith("vocab_size") and value == rows)
     # A head of its own is compared with what PEFT computes, whatever the configuration says of it.
-    own_head = any(name.endswith(HEADS) for name in after)
-    if own_head and read_json(merged / CONFIG).get("tie_word_embeddings") is False:
-        config["tie_word_embeddings"] = False
+    if any(name.endswith(HEADS) or name not in before for name in after):
+        _take(config, found, lambda key, value: key.startswith("tie_") and value is False)
     config |= trained.changes if trained else {}
     return config | _replicated(config, adapters)
+
+
+def _take(config: dict[str, Any], found: Mapping[str, Any], wanted: Callable[[str, Any], bool]) -> None:
+    """Set in `config`, at any depth, the settings of the merged model that were wanted."""
+    for key, value in found.items():
+        if wanted(key, value):
+            config[key] = value
+        elif isinstance(value, dict) and isinstance(config.get(key, {}), dict):
+            part = dict(config.get(key, {}))
+            _take(part, value, wanted)
+            if part:
+                config[key] = part
 
 
 def _replicated(config: Mapping[str, Any], adapters: Sequence[AdapterChoice]) -> dict[str, Any]:

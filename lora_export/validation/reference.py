@@ -31,6 +31,7 @@ from lora_export.validation.loading import (
 )
 from lora_export.validation.mended import mend, repeatable, weigh
 from lora_export.validation.renamed import names_as_they_are, with_todays_names
+from lora_export.validation.resized import fit_vocabulary, saved_twice
 from lora_export.validation.trained import trained_as
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
@@ -196,6 +197,7 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
     for adapter in adapters:
         _refuse_bomb(adapter.folder)
     _refuse_mixture(adapters)
+    fit_vocabulary(model, adapters)
     names = [f"adapter{i}" for i in range(len(adapters))]
     configs = configs_of(adapters)
     with load_results() as results, bounded("peft", str(adapters[0].folder)), repeatable(configs):
@@ -205,6 +207,7 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
         for name, choice in zip(names[1:], adapters[1:], strict=True):
             unmerged.load_adapter(choice.folder, adapter_name=name)
     left = [k for told in results for k in (*told.unexpected_keys, *_unshared(unmerged, told.missing_keys))]
+    left = [key for key in left if not saved_twice(key, adapters)]
     if len(names) > 1:
         unmerged.base_model.set_adapter(names)
     for module in unmerged.modules():

@@ -281,12 +281,12 @@ def _stored(
     from lora_export.validation.beside import declared, replication
     from lora_export.validation.effective import wrapped_modules
     from lora_export.validation.loading import whole_tensors
-    from lora_export.validation.stored import Changed, all_loaded_names, headers, stored_check
+    from lora_export.validation.stored import Changed, all_loaded_names, headers, stored_check, tied_names
     from lora_export.validation.trained import all_loaded_as, trained_as
 
     modules, trained = wrapped_modules(unmerged.base_model.model), trained_as(base, adapters, options.merge.task)
     names = all_loaded_as(trained.model, headers(merged)) if trained else all_loaded_names(base)
-    changed = Changed(tuple(modules), whole_tensors(adapters), names)
+    changed = Changed(tuple(modules), whole_tensors(adapters), names, tied_names(base))
     merge = declared(base, merged, options.merge)
     return stored_check(base, merged, changed, merge, bool(replication(adapters)), trained)
 

@@ -39,15 +39,20 @@ class Stored:
 @dataclass(frozen=True)
 class Changed:
     """modules: paths of what an adapter changes; tensors: names of what it holds whole; loaded: name in a file →
-    name in the loaded model, where they differ."""
+    name in the loaded model, where they differ; tied: names in that model that share one weight."""
 
     modules: Collection[str]
     tensors: Collection[str]
     loaded: Mapping[str, Sequence[str]]
+    tied: Collection[frozenset[str]] = ()
 
     def holds(self, name: str) -> bool:
         """Whether a tensor of a file may differ. Either name may have a prefix that the other lacks."""
-        return any(self._holds(loaded) for loaded in self.loaded.get(name, (name,)))
+        loaded = self.loaded.get(name, (name,))
+        return any(self._holds(n) for one in loaded for n in (one, *self.tied_to(one)))
+
+    def tied_to(self, name: str) -> frozenset[str]:
+        return next((group for group in self.tied if name in group), frozenset())
 
     def _holds(self, name: str) -> bool:
         if any(_same_end(name, other) for other in self.tensors):
@@ -85,6 +90,14 @@ def all_loaded_names(base: Path) -> dict[str, tuple[str, ...]]:
     return all_loaded_as(skeleton.build(base), headers(base))
 
 
+def tied_names(base: Path) -> list[frozenset[str]]:
+    """Names of the loaded model that share one parameter."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in skeleton.build(base).named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return [frozenset(group) for group in names.values() if len(group) > 1]
+
+
 def stored_check(
     base: Path,
     merged: Path,
@@ -120,7 +133,7 @@ def differences(
         before = {new: before[old] for new, old in trained.renamed(before, after).items()}
         after = {name: tensor for name, tensor in after.items() if name not in trained.heads}
     if not replicated:
-        yield from _names(before, after, quantized)
+        yield from _names(before, after, quantized, changed)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"
     for name in before.keys() & after.keys():
         old, new = before[name], after[name]
@@ -143,9 +156,9 @@ def _one(name: str, old: Stored, new: Stored, changed: Changed, dtype: str, dequ
         yield f"{name}: stored as {new.dtype}, should be {wanted}"
     elif changed.holds(name) or dequantized:
         return
-    elif old.shape != new.shape:
+    elif old.shape != new.shape and not _resized(old, new):
         yield f"{name}: its shape is {list(new.shape)}, the base's is {list(old.shape)}"
-    elif not _equal(old, new):
+    elif old.shape == new.shape and not _equal(old, new):
         yield f"{name}: no adapter touches it, and it is not the base's"
 
 
@@ -153,7 +166,9 @@ def _header_type(dtype: str) -> str:
     return next(name for name, known in FLOATS.items() if str(known) == f"torch.{dtype}")
 
 
-def _names(before: Mapping[str, Stored], after: Mapping[str, Stored], quantized: bool) -> Iterator[str]:
+def _names(
+    before: Mapping[str, Stored], after: Mapping[str, Stored], quantized: bool, changed: Changed
+) -> Iterator[str]:
     """A quantized weight has several tensors in the base, whose names begin as its own does."""
     codes = {n for n, tensor in before.items() if tensor.dtype not in FLOATS}
     beginnings = {n.removesuffix("weight") for n in after if n.endswith("weight") or n not in before or n in codes}
@@ -162,7 +177,8 @@ def _names(before: Mapping[str, Stored], after: Mapping[str, Stored], quantized:
             yield f"{name}: missing"
     for name in sorted(after.keys() - before.keys()):
         parts = quantized and any(n.startswith(name.removesuffix("weight")) for n in before)
-        if not parts and not name.endswith(HEADS):  # an untied head is compared with what PEFT computes
+        # What was tied and has its own weight now is compared with what PEFT computes.
+        if not parts and not name.endswith(HEADS) and not changed.tied_to(name):
             yield f"{name}: neither the base nor an adapter has this tensor"
 
 
@@ -197,6 +213,18 @@ def _equal(old: Stored, new: Stored) -> bool:
         rows = max(1, BLOCK // max(1, prod(old.shape[1:])))
         steps = range(0, old.shape[0], rows)
         return all(_same_bits(left[i : i + rows], right[i : i + rows]) for i in steps)
+
+
+def _resized(old: Stored, new: Stored) -> bool:
+    """Whether all that both have is the same, and the rest zeros: as transformers resizes final_logits_bias."""
+    if len(old.shape) != len(new.shape) or old.shape == new.shape:
+        return False
+    with safe_open(old.file, framework="pt") as a, safe_open(new.file, framework="pt") as b:
+        left, right = a.get_tensor(old.name), b.get_tensor(new.name)
+    common = tuple(slice(0, min(x, y)) for x, y in zip(old.shape, new.shape, strict=True))
+    same = _same_bits(left[common], right[common])
+    right[common] = 0
+    return same and not bool(right.any())
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

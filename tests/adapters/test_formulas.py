@@ -236,8 +236,12 @@ def test_what_a_kind_says_of_itself(
 @pytest.mark.parametrize("init", [True, "pissa"])
 def test_a_tied_weight_follows_where_the_configuration_says_so(tmp_path: Path, init: Any) -> None:
     values = {k: random(*v) for k, v in PAIR.items()}
-    (update,) = read(tmp_path, values, **LORA, ensure_weight_tying=True, init_lora_weights=init)
+    settings = LORA | {"ensure_weight_tying": True, "init_lora_weights": init}
+    (update,) = read(tmp_path, values, **settings, target_modules=["x", "model.embed_tokens"])
     assert update.tied
+    for other in (["x"], "x|embed_tokens.*", []):  # PEFT looks for two names, and passes over the setting
+        (update,) = read(tmp_path, values, **settings, target_modules=other)
+        assert update.tied == isinstance(other, str)
 
 
 def test_a_decomposition_needs_the_whole_weight_and_many_copies_of_it(tmp_path: Path) -> None:

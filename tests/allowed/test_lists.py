@@ -190,6 +190,8 @@ def test_modules_json_names_classes_of_sentence_transformers_alone(
 ) -> None:
     module = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
     written(tmp_path, "modules.json", [module])
+    versions = {"__version__": {"sentence_transformers": "5.1.0", "pytorch": "2.13.0+cpu"}, "prompts": {}}
+    written(tmp_path, "config_sentence_transformers.json", versions)
     check_model_folder(tmp_path)
     written(tmp_path, "modules.json", [module | change])
     with pytest.raises(InputError, match=told):

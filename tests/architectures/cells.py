@@ -107,7 +107,7 @@ def _train(cell: Cell, folder: Path) -> Any:
         model = _base(cell, folder / "base")
         trained = peft.get_peft_model(model, _settings(cell, model, folder / "base"))
         randomize(trained, 2, tuple(n for n, p in trained.named_parameters() if p.requires_grad), 0.2)
-        # PEFT looks for the words of a model that may have none, and sees a resized vocabulary in plain models alone.
+        # PEFT looks for the words of a model that may have none, and sees new words in plain models alone.
         embeddings: Any = "auto" if cell.architecture.task in _TALKS else False
         if cell.kind == "resized" and "text_config" in model.config.sub_configs:
             embeddings = True

@@ -13,7 +13,6 @@ import transformers
 from peft.tuners.lora import Embedding, LoraLayer
 
 from lora_export.contracts import AdapterChoice, MergeOptions, MergeResult
-from lora_export.errors import AdapterError
 from lora_export.merging import merge
 from tests.builders import (
     bert_config,
@@ -281,17 +280,6 @@ def test_bfloat16_adapter_enters_the_sum_in_fp32(tmp_path: Path) -> None:
     run(base, tmp_path / "adapter", tmp_path / "out")
     oracle = unmerged(base, tmp_path / "adapter")
     _check_tensors(oracle, tmp_path / "out", torch.float32)
-
-
-@pytest.mark.parametrize("how", [{"target_modules": ["word_embeddings"]}, {"modules_to_save": ["word_embeddings"]}])
-def test_embedding_with_a_hidden_tie_is_refused(tmp_path: Path, how: dict[str, list[str]]) -> None:
-    """The decoder of BertForMaskedLM shares the embedding; PEFT changes the embedding alone, a file cannot."""
-    masked = transformers.BertForMaskedLM
-    base = save_base(tmp_path / "base", masked, bert_config())
-    adapter = save_adapter(tmp_path / "adapter", base, lora(**({"target_modules": ["query"]} | how)), masked)
-    with pytest.raises(AdapterError, match="also uses for its output"):
-        run(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_masked_language_model(tmp_path: Path) -> None:
