@@ -173,4 +173,5 @@ def _update(
     file: AdapterFile, name: str, keys: tuple[str, ...], outputs: int, inputs: int, load: Any
 ) -> TargetUpdate:
     shapes = linear_shapes(file, name, outputs, inputs)
-    return TargetUpdate(f"{name}.weight", "unilora", keys, shapes, load, adds=True, low_rank=True)
+    # No factors to combine as LoRA's: they are not in the file.
+    return TargetUpdate(f"{name}.weight", "unilora", keys, shapes, load, adds=True)

@@ -219,3 +219,11 @@ def test_inspect_says_what_it_is(kind: str, llama: Path, tmp_path: Path) -> None
     assert found["mergeable"] and found["fits_base"] and found["rank"] in (4, 6, 12, None)
     assert found["scaling"] is None or kind in ("deft", "deft qr", "supertuning supra")
     assert all(int(rank) == 4 for rank in found["ranks"])
+
+
+def test_unilora_has_no_factors_of_its_own_to_combine(llama: Path, tmp_path: Path) -> None:
+    for kind in ("unilora", "lora"):
+        train(llama, LLAMA, kind, tmp_path / kind)
+    options = MergeOptions(combine="linear", combine_on="factors")
+    with pytest.raises(LoraExportError, match="--combine-on factors, and this is unilora"):
+        plan(llama, [AdapterChoice(tmp_path / "unilora"), AdapterChoice(tmp_path / "lora")], options)
