@@ -1,5 +1,6 @@
 """Real weights of other families, by the command line: a LoRA merged, validated, exported, its graph validated."""
 
+import shutil
 from pathlib import Path
 
 import peft
@@ -39,6 +40,35 @@ def test_a_lora_on_a_real_model(name: str, run: Run, tmp_path: Path) -> None:
     assert any(name.startswith("onnx_") for name in checks)
     assert checks["tensor_errors"]["value"] == 0
     assert document["benchmark"]["graph_identical"]
+
+
+def test_a_new_head_on_a_real_body(run: Run, minilm: Path, tmp_path: Path) -> None:
+    """all-MiniLM, a bare BERT, trained to tell good from bad: merged, it is a classifier that does."""
+    bert = shutil.copytree(minilm, tmp_path / "bert", ignore=shutil.ignore_patterns("*sentence*", "modules.json"))
+    cls, tokenizer = transformers.BertForSequenceClassification, transformers.AutoTokenizer.from_pretrained(bert)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=20, target_modules=["query", "value"])
+    model = peft.get_peft_model(cls.from_pretrained(bert, num_labels=2, dtype=torch.float32), config)
+    good = ["I love this film", "what a great day", "wonderful food and kind people", "happy and delighted"]
+    bad = ["I hate this film", "what an awful day", "terrible food and rude people", "sad and disappointed"]
+    inputs, labels = tokenizer(good + bad, return_tensors="pt", padding=True), torch.tensor([1] * 4 + [0] * 4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(30):
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(tmp_path / "adapter")
+    out = tmp_path / "out"
+    words = "merge-and-export", "-b", bert, "-a", tmp_path / "adapter", "-o", out, "--max-time", "5s"
+    code, document, talk = run(*words)
+    assert code == 0, talk
+    assert document["validate"]["passed"] and document["benchmark"]["graph_identical"]
+    merged = cls.from_pretrained(out / "merged", dtype=torch.float32).eval()
+    asked = tokenizer(["a lovely evening", "a horrible smell"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        found, expected = merged(**asked).logits, model(**asked).logits
+    assert found.argmax(-1).tolist() == [1, 0]
+    assert float((found - expected).abs().max()) < 1e-5
 
 
 def test_whisper_hears_nothing_in_silence() -> None:

@@ -20,6 +20,8 @@ from tests.builders import (
     bert_config,
     edit_json,
     edit_tensors,
+    lora,
+    randomize,
     save_base,
     tensors,
 )
@@ -296,6 +298,32 @@ def test_adapter_of_the_language_model_beside_one_with_a_head(tmp_path: Path) ->
     assert relative(outputs(found.eval()), outputs(oracle)) <= 1e-5
     with pytest.raises(AdapterError, match="two adapters replace"):
         merge(base, [AdapterChoice(head), AdapterChoice(head)], tmp_path / "twice")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["a padding token", "more layers"])
+def test_head_beside_a_changed_body(what: str, tmp_path: Path) -> None:
+    """A vocabulary resized for a reward model's padding token; layers replicated."""
+    case, rows = CASES["llama reward model"], 107 if what == "a padding token" else None
+    layers = None if rows else [[0, 2], [1, 2]]
+    base = save_base(tmp_path / "base", case.base, case.config())
+
+    def trained() -> Any:
+        model = trained_on(case, base)
+        if rows:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        return model
+
+    settings: dict[str, Any] = {"target_modules": case.targets, "modules_to_save": ["score"]}
+    model = peft.get_peft_model(trained(), lora(**settings, task_type="SEQ_CLS", layer_replication=layers))
+    randomize(model, 2, tuple(n for n, p in model.named_parameters() if p.requires_grad), 0.2)
+    randomize(model, 3, ("embed_tokens",) if rows else ())
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=bool(rows))
+    run(base, tmp_path / "adapter", tmp_path / "out")
+    oracle = peft.PeftModel.from_pretrained(trained(), str(tmp_path / "adapter")).eval()
+    found = t.LlamaForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert relative(outputs(found.eval()), outputs(oracle)) <= 1e-5
+    assert found.config.vocab_size == (rows or 101) and found.config.num_hidden_layers == (2 if rows else 3)
 
 
 def test_model_that_has_the_head_already_is_planned_as_ever(tmp_path: Path) -> None:
