@@ -126,6 +126,7 @@ def test_validate_of_a_reference_that_does_not_run_says_so(tmp_path: Path) -> No
     config = transformers.Llama4TextConfig(
         **V, hidden_size=48, intermediate_size=40, intermediate_size_mlp=80, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=12, num_local_experts=4, pad_token_id=0,
+        attention_chunk_size=16, max_position_embeddings=128,
     )  # fmt: skip
     base, adapter, output = (tmp_path / n for n in ("base", "adapter", "merged"))
     model = transformers.Llama4ForCausalLM(config)
