@@ -47,6 +47,8 @@ def settle(
             "is zero in the merged model"
         )
     _resize(base, weights, layout, adapters, _rows_of_tokens(known, on_disk), heads)
+    if known:
+        _refuse_other_tables(base, known, _rows(weights, layout))
     apart = [g for g in touched if not g.alike]
     if apart or layout.shapes:
         if known:
@@ -120,6 +122,24 @@ def _resize(
         layout.shapes |= dict.fromkeys(heads, (grown,))
     sizes = {n: (weights[layout.added.get(n, n)].shape[0], s[0]) for n, s in layout.shapes.items() if len(s) == 2}
     vocabulary.number_of_rows(sizes, base.folder)
+
+
+def _refuse_other_tables(base: Checkpoint, known: Architecture, rows: tuple[int, int] | None) -> None:
+    """Refuse a vocabulary that grows where a further table has a row for each token, as in Gemma 3n: training gave
+    it new rows at random, and PEFT saves none of them."""
+    from torch.nn import Embedding
+
+    old, new = rows or (0, 0)
+    for name, module in known.model.named_modules():
+        if isinstance(module, Embedding) and module.num_embeddings == old < new and name not in known.vocabulary:
+            raise AdapterError(
+                f"the vocabulary was resized to {new}, but this table still has {old} rows, and an adapter does not "
+                "hold the others",
+                where=base.folder,
+                tensor=f"{name}.weight",
+                expected=f"{new} rows in the base",
+                next_step="give as -b the base that training resized (save_pretrained before training)",
+            )
 
 
 def _by_usual_keys(

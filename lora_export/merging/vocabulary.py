@@ -116,9 +116,9 @@ def number_of_rows(sizes: Mapping[str, tuple[int, int]], where: Path) -> tuple[i
     if not sizes:
         return None
     if len(set(sizes.values())) > 1:
-        told = sorted({new for _, new in sizes.values()})
+        told = ", ".join(f"{old} to {new}" for old, new in sorted(set(sizes.values())))
         raise AdapterError(
-            f"embedding and output head were resized to different sizes: {told}",
+            f"embedding and output head were resized from and to different sizes: {told}",
             where=where,
             tensor=min(sizes),
             expected="one size of the vocabulary",
