@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.errors import CheckpointError
-from lora_export.sealed import write_settings
+from lora_export.sealed import LARGEST_SETTINGS, read_json, write_settings
 
 _MOST_LAYERS = 1000
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -27,7 +27,7 @@ def build(folder: Path, config: Mapping[str, Any] | None = None) -> Any:
     config: what stands for the contents of config.json, where a merge is to change them.
     """
     try:
-        if config is None:
+        if config is None or dict(config) == read_json(folder / "config.json", limit=LARGEST_SETTINGS):
             return _build(folder)
         with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
             write_settings(Path(scratch) / "config.json", dict(config))

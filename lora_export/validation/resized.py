@@ -15,8 +15,11 @@ _WHOLE = ("", ".modules_to_save", ".token_adapter", ".base_layer", ".token_adapt
 
 def fit_vocabulary(model: Any, adapters: Sequence[AdapterChoice]) -> None:
     """Resize embeddings and head to the rows that the adapters' tensors have; the new rows come out of those."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if embedding is None or getattr(embedding, "weight", None) is None or embedding.weight.is_meta:
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # images and sounds have none
+        return
+    if getattr(embedding, "weight", None) is None or embedding.weight.is_meta:
         return
     rows = next((n for adapter in adapters for n in _rows(model, adapter)), None)
     if rows is not None and rows != embedding.weight.shape[0]:
