@@ -133,8 +133,8 @@ def _refuse_other_tables(base: Checkpoint, known: Architecture, rows: tuple[int,
     for name, module in known.model.named_modules():
         if isinstance(module, Embedding) and module.num_embeddings == old < new and name not in known.vocabulary:
             raise AdapterError(
-                f"the vocabulary was resized to {new}, but this table still has {old} rows, and an adapter does not "
-                "hold the others",
+                f"the vocabulary was resized to {new}, but this table still has {old} rows, and no adapter holds "
+                "the others",
                 where=base.folder,
                 tensor=f"{name}.weight",
                 expected=f"{new} rows in the base",
