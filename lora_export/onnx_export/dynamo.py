@@ -22,6 +22,8 @@ _TEXT = (
     "Albert", "Bert", "Camembert", "Deberta", "DebertaV2", "DistilBert", "Electra", "MPNet", "ModernBert",
     "Roberta", "XLMRoberta",
 )  # fmt: skip
+# Decoders whose last token, or each of whose tokens, a head judges: rerankers, reward models, taggers.
+_JUDGES = ("Gemma", "Gemma2", "GPT2", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
 _SPEECH = {
     "Model": "feature-extraction",
     "ForCTC": "automatic-speech-recognition",
@@ -36,6 +38,11 @@ _VISION = {"Model": "feature-extraction", "ForImageClassification": "image-class
 # Architecture → Optimum's name of the task.
 TASKS: Mapping[str, str] = {
     **{family + head: task for family in _TEXT for head, task in _HEADS.items()},
+    **{
+        family + head: _HEADS[head]
+        for family in _JUDGES
+        for head in ("ForSequenceClassification", "ForTokenClassification")
+    },
     **{family + head: task for family in ("Wav2Vec2", "Hubert") for head, task in _SPEECH.items()},
     **{family + head: task for family in ("ViT", "DeiT", "Dinov2") for head, task in _VISION.items()},
     "CLIPModel": "zero-shot-image-classification",
