@@ -145,6 +145,8 @@ def _by_prefix(names: Sequence[str], places: set[str], text: str) -> dict[str, s
     answers = []
     first = names[0].split(".")
     for strip in range(min(MOST_STRIPPED, len(first) - 1) + 1):
+        if first[strip].isdecimal():  # the name of a list is no prefix of its layers
+            break
         start = "".join(f"{part}." for part in first[:strip])
         ends = {".".join(first[strip:i]) for i in range(strip + 1, len(first))}
         added = {p[: -len(end)] for p in places for end in ends if p == end or p.endswith(f".{end}")}
