@@ -192,8 +192,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the merged module gets other inputs", "validation/deviation.py",
-        "found = list(_tensors(module(*args, **kwargs)))",
-        "found = list(_tensors(module(*(1.5 * a for a in args), **kwargs)))",
+        "found = list(tensors_of(module(*args, **kwargs)))",
+        "found = list(tensors_of(module(*(1.5 * a for a in args), **kwargs)))",
         f"{DEVIATION}::test_the_value_is_what_the_wrong_weight_adds_to_the_module_alone",
     ),
     Mutation(
@@ -865,8 +865,8 @@ MUTATIONS = (
     ),
     Mutation(
         'the metadata of codes stays on weights', 'merging/plan.py',
-        'metadata = {} if dequantized else dict(base.metadata)',
-        'metadata = dict(base.metadata)',
+        'metadata = {} if dequantized else dict(given.metadata)',
+        'metadata = dict(given.metadata)',
         'tests/quantization/test_samples.py::test_an_adapter_merges_into_it[torchao-int8-True]',
     ),
     Mutation(

@@ -105,7 +105,7 @@ def _lacking(
     adapter: Adapter, suspects: Sequence[TargetUpdate], own: Outline, weights: Mapping[str, BaseWeight]
 ) -> Lacking | None:
     """The suspects of which the base's own class has no tensor, or one of another shape."""
-    stored = {own.becomes(name)[0] for name in weights}
+    stored = {name for file in weights for name in own.names_of(file)}
     stored |= {name for pair in own.tied.items() for name in pair}  # a tied head is not in the file, yet there
     found, absent = [], False
     for update in suspects:
@@ -144,7 +144,7 @@ def _arrange(
                 f"this tensor of the base has no name of its own in a {name}", where=base.folder, tensor=stored
             )
         kept[written] = weight
-        there.add(target)
+        there.update(new.names_of(stored))
     _refuse_random(new, new.missing(there | heads), heads, lacking[0].adapter)
     kept |= _brought(new, lacking, weights)
     changes, warnings = head_config(base, new, chosen.changes, adapters)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from lora_export.contracts import Interference, TargetUpdate
 from lora_export.deltas.overlap import Overlap
-from lora_export.merging.exact import base_rows, change_of, load_updates
+from lora_export.merging.base_rows import base_rows
+from lora_export.merging.exact import change_of, load_updates
 from lora_export.merging.plan import MergePlan, PlannedTensor
 
 if TYPE_CHECKING:

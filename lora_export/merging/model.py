@@ -12,7 +12,7 @@ from lora_export.checkpoint.shards import OutputTensor
 from lora_export.contracts import MergeOptions
 from lora_export.errors import AdapterError
 from lora_export.merging.base import BaseWeight, quantized_in_training
-from lora_export.merging.exact import base_rows
+from lora_export.merging.base_rows import base_rows
 from lora_export.merging.loaded import Piece, loaded_weights
 from lora_export.merging.plan import PlannedTensor
 from lora_export.workers import BLOCK

@@ -46,6 +46,12 @@ class Outline:
         )
         return found
 
+    def names_of(self, stored: str) -> list[str]:
+        """The names in the loaded model of a tensor in a file that becomes one weight, or is taken apart."""
+        name, pattern = self.becomes(stored)
+        targets = next((c.target_patterns for c in self.converters if pattern in c.source_patterns), [""])
+        return [name, *(name.replace(targets[0], other) for other in targets[1:])]
+
     def place(self, target: str) -> str | None:
         """The name here of what an adapter calls `target`: the same, or what transformers has renamed it to."""
         return next((n for n in (target, self.becomes(target)[0]) if n in self.shapes), None)

@@ -10,12 +10,12 @@ from lora_export.checkpoint.hashing import hash_parts, hash_tensor
 from lora_export.checkpoint.reader import read_rows
 from lora_export.contracts import Progress, TensorInfo, TensorRecord, Update
 from lora_export.merging.as_recorded import place
+from lora_export.merging.base_rows import base_rows
 from lora_export.merging.exact import (
     Errors,
     ExactTensor,
     Runs,
     all_runs,
-    base_rows,
     load_updates,
     memory,
     runs_of,

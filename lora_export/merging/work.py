@@ -9,7 +9,8 @@ from lora_export.checkpoint.reader import file_dtype, torch_dtype
 from lora_export.contracts import TensorRecord, TensorSource, Update
 from lora_export.errors import CheckpointError
 from lora_export.finite import all_below
-from lora_export.merging.exact import Errors, base_rows, load_updates, rebuilt
+from lora_export.merging.base_rows import base_rows
+from lora_export.merging.exact import Errors, load_updates, rebuilt
 from lora_export.merging.plan import FLOATS, PlannedTensor
 from lora_export.merging.survival import Survival, sampled
 

@@ -23,8 +23,9 @@ def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def places_of(config: Mapping[str, Any]) -> frozenset[str]:
     """Where the configuration has a quantization_config: the keys on the way to it, joined by dots."""
-    of_mlx = {"quantization"} if mlx.settings_of(config) else set()
-    return frozenset({place for place, _ in _parts(config)} | of_mlx)
+    found = {"quantization"} if mlx.settings_of(config) else set()
+    found |= {KEY} if KEY in config else set()  # which may be null
+    return frozenset(found | {place for place, _ in _parts(config)})
 
 
 def with_settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:

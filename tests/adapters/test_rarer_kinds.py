@@ -50,7 +50,8 @@ def rewritten(adapter: Path, change: Any) -> Path:
 
 def test_every_type_of_peft_is_merged_or_refused_with_a_reason() -> None:
     known = {t for kind in READ for t in kind.PEFT_TYPES} | {TOKENS_ONLY}
-    assert {t.value for t in peft.PeftType} == known | _NEVER.keys()
+    older = {"BONE"}  # which PEFT has called MISS since 0.19
+    assert {t.value for t in peft.PeftType} | older == known | _NEVER.keys()
     assert not known & _NEVER.keys()
 
 

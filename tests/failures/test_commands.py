@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
             )(w),
         ),
         [],
-        ["token 101", "has 101 rows", "expected:"],
+        ["resized to 102", "has 101 rows", "expected:", "try:"],
     ),
     "more rows than tokens": (
         lambda w: (
@@ -150,7 +150,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
         [],
         ["2 trained rows", "1 tokens", "expected:"],
     ),
-    "no fused experts": (configure(target_parameters=["x"]), [], ["target_parameters names x", "try:"]),
+    "no fused experts": (
+        configure(target_parameters=["x.weight"]),
+        [],
+        ["target_parameters names x.weight", "try:"],
+    ),
     "alpha is no number": (configure(lora_alpha="16"), [], ["lora_alpha is '16'", CONFIG]),
     "r is no number": (configure(r=True), [], ["r is True", CONFIG]),
     "bias is no word": (configure(bias="some"), [], ["bias is 'some'", "none, all or lora_only"]),
