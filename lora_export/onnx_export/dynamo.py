@@ -23,7 +23,7 @@ _TEXT = (
     "Roberta", "XLMRoberta",
 )  # fmt: skip
 # Decoders whose last token, or each of whose tokens, a head judges: rerankers, reward models, taggers.
-_JUDGES = ("Gemma", "Gemma2", "GPT2", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
+_JUDGES = ("Gemma", "GPT2", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
 _SPEECH = {
     "Model": "feature-extraction",
     "ForCTC": "automatic-speech-recognition",

@@ -59,6 +59,14 @@ def _genai(
 
 
 _QV = ("q_proj", "v_proj")
+
+
+def _judge(prefix: str, head: str, targets: tuple[str, ...] = _QV, **more: Any) -> Architecture:
+    """A decoder whose text a head judges; its attention is not fused."""
+    settings = {**_LLAMA, "num_labels": 3, **more}
+    return Architecture(f"{prefix}For{head}", f"{prefix}Config", settings, targets, None)
+
+
 DYNAMO: dict[str, Architecture] = {
     a.cls: a
     for a in (
@@ -113,6 +121,21 @@ DYNAMO: dict[str, Architecture] = {
         Architecture(
             "ViTForImageClassification", "ViTConfig", {**_VISION, "intermediate_size": 112, "num_labels": 7},
             _QV,
+        ),
+        _judge("Llama", "SequenceClassification"),
+        _judge("Llama", "TokenClassification"),
+        _judge("Qwen3", "SequenceClassification", head_dim=16),
+        _judge("Qwen3", "TokenClassification", head_dim=16),
+        _judge("Mistral", "SequenceClassification", sliding_window=8),
+        _judge("Qwen2", "SequenceClassification"),
+        _judge("Gemma", "TokenClassification", head_dim=16),
+        _judge("Phi3", "SequenceClassification", targets=("qkv_proj",)),
+        Architecture(
+            "GPT2ForSequenceClassification",
+            "GPT2Config",
+            {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64,
+             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "num_labels": 3},
+            ("c_attn", "c_fc"), None,
         ),
         Architecture("Dinov2Model", "Dinov2Config", {**_VISION, "mlp_ratio": 2}, _QV),
         Architecture(
