@@ -14,7 +14,8 @@ import torch
 
 from lora_export.errors import AdapterError
 from tests.builders import updates_of
-from tests.golden import rare
+from tests.golden import more, rare
+from tests.golden.more import without
 
 GOLDEN = Path(__file__).with_name("refusals.txt")
 Shapes = Mapping[str, tuple[int, ...]]
@@ -43,10 +44,6 @@ ATTENTION = {
     "x.lora_A.weight": (4, 8), "x.lora_B.weight": (24, 4),
 }  # fmt: skip
 BUTTERFLY = {"x.boft_R": (1, 2, 3, 3), "x.boft_s": (8, 1)}
-
-
-def without(shapes: Shapes, *names: str) -> Shapes:
-    return {k: v for k, v in shapes.items() if k not in names}
 
 
 CASES: dict[str, Case] = {
@@ -158,8 +155,8 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 WEIGHTED = {"dora": (LORA | {"use_dora": True}, PAIR | {MAGNITUDE: (8,)}), "ia3": (IA3, {"x.ia3_l": (8, 1)})}
 WEIGHTED |= {"boft": (BOFT, BUTTERFLY), "pissa": (LORA | {"init_lora_weights": "pissa"}, PAIR)}
-CASES |= rare.CASES
-WEIGHTED |= rare.WEIGHTED
+CASES |= rare.CASES | more.CASES
+WEIGHTED |= rare.WEIGHTED | more.WEIGHTED
 
 
 def refusal(folder: Path, config: dict[str, Any], shapes: Shapes, weight: Any = None, factor: float = 1.0) -> str:

@@ -1,15 +1,15 @@
-"""The words in which PEFT's rarer kinds refuse what they cannot merge, whole, as more_refusals.txt has them.
+"""What more of PEFT's rarer kinds refuse; test_refusals.py asks."""
 
-`python -m tests.golden.test_more_refusals` writes the file again: read the difference.
-"""
-
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from tests.golden.test_refusals import Case, Shapes, refusal, without
+Shapes = Mapping[str, tuple[int, ...]]
+Case = tuple[dict[str, Any], Shapes, tuple[int, ...] | None]
 
-GOLDEN = Path(__file__).with_name("more_refusals.txt")
+
+def without(shapes: Shapes, *names: str) -> Shapes:
+    return {k: v for k, v in shapes.items() if k not in names}
+
 
 ADAMSS = {"peft_type": "ADAMSS", "r": 4, "num_subspaces": 2, "random_seed": 0}
 DEFT = {"peft_type": "DEFT", "r": 4, "alpha": 8, "decomposition_method": "relu", "para": False}
@@ -126,18 +126,3 @@ WEIGHTED: dict[str, tuple[dict[str, Any], Shapes]] = {
     "hira": (HIRA, HADAMARD), "osf": ({"peft_type": "OSF"}, REMAINDER), "peanut": (PEANUT, NETWORK),
     "psoft": (PSOFT, TURN),
 }  # fmt: skip
-
-
-def all_refusals(folder: Path) -> str:
-    told = {name: refusal(folder / str(i), *case) for i, (name, case) in enumerate(CASES.items())}
-    told |= {f"{n}: a factor": refusal(folder / n, *case, factor=0.5) for n, case in WEIGHTED.items()}
-    return "".join(f"## {name}\n{text}\n\n" for name, text in told.items())
-
-
-def test_the_words_of_every_refusal(tmp_path: Path) -> None:
-    assert all_refusals(tmp_path) == GOLDEN.read_text()
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        GOLDEN.write_text(all_refusals(Path(scratch)))
