@@ -42,6 +42,7 @@ def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:
     # Of the layers that the kind adapts alone, whatever the kind calls it: lora_only, miss_only, fourierft_only.
     if bias not in ("none", "all") and not str(bias).endswith("_only"):
         raise file.refuse(f"bias is {bias!r}", expected="none, all or lora_only (or the like of another kind)")
+    _refuse_nested(file)
     updates = []
     for target, keys in _by_target(file, claimed).items():
         kind = _kind(file, target, keys)
@@ -53,6 +54,23 @@ def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:
             )
         updates.append(_replace(file, keys, target, kind))
     return updates
+
+
+def _refuse_nested(file: AdapterFile) -> None:
+    """PEFT makes two copies of a saved module that lies in another one, trains one and may save the other; its own
+    from_pretrained cannot read the file."""
+    names = [str(name) for name in file.config.get("modules_to_save") or ()]
+    for inner in names:
+        outer = next((n for n in names if inner.startswith(f"{n}.")), None)
+        found = next((key for key in file.tensors if f".{inner}." in f".{key}"), None)
+        if outer is not None and found is not None:
+            raise file.refuse(
+                f"modules_to_save names {outer} and {inner} in it: PEFT has two copies of {inner}, and the file does "
+                "not tell which of them it trained",
+                tensor=found,
+                expected="modules that do not contain each other",
+                next_step=f'train with modules_to_save=["{outer}"] alone; task_type adds "classifier" and "score"',
+            )
 
 
 def _by_target(file: AdapterFile, claimed: Set[str]) -> dict[str, list[str]]:
@@ -108,6 +126,6 @@ def _kind(file: AdapterFile, target: str, keys: list[str]) -> str:
 
 def _of_tokens(file: AdapterFile, module: str, keys: list[str]) -> bool:
     """Whether the module is an embedding or an output head, which PEFT saves whole, or one that it adapts."""
-    if module.rpartition(".")[2] in EMBEDDING_NAMES or any(_WRAPPED in key for key in keys):
-        return True
+    if not EMBEDDING_NAMES.isdisjoint(module.split(".")) or any(_WRAPPED in key for key in keys):
+        return True  # also what lies inside of it, such as a norm of the embeddings
     return any(f".{module}".endswith(f".{n}") or f".{n}".endswith(f".{module}") for n in file.token_modules())

@@ -32,6 +32,7 @@ ROWS = 4  # tokens that are added to the vocabulary
 _TALKS = frozenset({"causal", "seq2seq", "masked", "image text"})
 _TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "question": "QUESTION_ANS"}
 _BARE = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL")
+_PAIRED = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL")  # of which the causal class is a half
 _ODD = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
@@ -109,7 +110,7 @@ def _train(cell: Cell, folder: Path) -> Any:
         randomize(trained, 2, tuple(n for n, p in trained.named_parameters() if p.requires_grad), 0.2)
         # PEFT looks for the words of a model that may have none, and sees new words in plain models alone.
         embeddings: Any = "auto" if cell.architecture.task in _TALKS else False
-        if cell.kind == "resized" and "text_config" in model.config.sub_configs:
+        if cell.kind == "resized" and getattr(model.config, "sub_configs", None):
             embeddings = True
         trained.save_pretrained(folder / "adapter", save_embedding_layers=embeddings)
     return trained.eval()
@@ -137,7 +138,8 @@ def _base(cell: Cell, folder: Path) -> Any:
 
 def _bare_name(architecture: Architecture) -> str:
     """The class of a checkpoint as the hub has it, without the head of this task."""
-    for mapping in _BARE:
+    pairs = architecture.type in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    for mapping in _PAIRED if pairs else _BARE:
         names = getattr(modeling_auto, f"{mapping}_MAPPING_NAMES")
         if architecture.type in names:
             found = names[architecture.type]
@@ -181,7 +183,8 @@ def _new_modules(cell: Cell, model: Any, base: Path) -> list[str]:
     """The modules that this task has and the bare model lacks, whose values are drawn at random."""
     cls = getattr(transformers, cell.architecture.name)
     missing = cls.from_pretrained(base, dtype=torch.float32, output_loading_info=True)[1]["missing_keys"]
-    saved = sorted({key.rpartition(".")[0] for key in missing})
+    owners = (key.rpartition(".")[0] for key in missing)
+    saved = sorted({next((h for h in ("classifier", "score") if o.startswith(f"{h}.")), o) for o in owners})
     if not saved or "" in saved:
         raise NotToBeHad(f"the task lacks {sorted(missing)[:2]}, which no modules_to_save can hold")
     return saved

@@ -86,6 +86,9 @@ CASES: dict[str, Case] = {
     "lora: OLoRA on a Conv1D": (LORA | {"init_lora_weights": "olora"}, PAIR, (6, 8)),
     "lora: enable_lora": (LORA | {"enable_lora": [True, False]}, PAIR, None),
     "lora: a bias of B without B": (LORA, {"x.lora_B.bias": (8,)}, None),
+    "saved: a module in another one": (
+        LORA | {"modules_to_save": ["head", "head.dense"]}, PAIR | {"head.dense.weight": (8, 6)}, None,
+    ),
     "dora: magnitudes that nobody asked for": (LORA, PAIR | {MAGNITUDE: (8,)}, None),
     "dora: with lora_bias": (LORA | {"use_dora": True, "lora_bias": True}, PAIR | {MAGNITUDE: (8,)}, None),
     "dora: no magnitude": (LORA | {"use_dora": True}, PAIR, None),
