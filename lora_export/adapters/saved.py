@@ -69,7 +69,7 @@ def _refuse_nested(file: AdapterFile) -> None:
                 "not tell which of them it trained",
                 tensor=found,
                 expected="modules that do not contain each other",
-                next_step=f'train with modules_to_save=["{outer}"] alone; task_type adds "classifier" and "score"',
+                next_step=f'train with modules_to_save=["{outer}"]; task_type adds "classifier" and "score"',
             )
 
 
