@@ -65,8 +65,8 @@ def _refuse_nested(file: AdapterFile) -> None:
         found = next((key for key in file.tensors if f".{inner}." in f".{key}"), None)
         if outer is not None and found is not None:
             raise file.refuse(
-                f"modules_to_save names {outer} and {inner} in it: PEFT has two copies of {inner}, and the file does "
-                "not tell which of them it trained",
+                f"modules_to_save names {outer} and {inner} in it: PEFT has two copies of {inner}, and the file "
+                "does not tell which of them it trained",
                 tensor=found,
                 expected="modules that do not contain each other",
                 next_step=f'train with modules_to_save=["{outer}"]; task_type adds "classifier" and "score"',
