@@ -978,4 +978,10 @@ MUTATIONS = (
         'if False:',
         'tests/merging/test_vocabulary.py::test_a_row_between_that_nobody_trained',
     ),
+    Mutation(
+        "each of several joined tensors begins the loaded one", "merging/converted.py",
+        "found = self.convert(numbered)[loaded] - mine", "found = self.convert(numbered)[loaded]",
+        "tests/merging/test_converted.py::"
+        "test_each_joined_tensor_gets_its_rows_of_a_sum_and_what_is_no_sum_is_refused",
+    ),
 )  # fmt: skip
