@@ -31,6 +31,7 @@ KINDS = ("linear", "experts", "head saved", "head adapted", "resized")  # of a m
 ROWS = 4  # tokens that are added to the vocabulary
 _TALKS = frozenset({"causal", "seq2seq", "masked", "image text"})
 _TASKS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "question": "QUESTION_ANS"}
+_ADDED = ("classifier", "score", "qa_outputs")  # which PEFT saves by itself for these tasks
 _BARE = ("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL")
 _PAIRED = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL")  # of which the causal class is a half
 _ODD = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -184,7 +185,7 @@ def _new_modules(cell: Cell, model: Any, base: Path) -> list[str]:
     cls = getattr(transformers, cell.architecture.name)
     missing = cls.from_pretrained(base, dtype=torch.float32, output_loading_info=True)[1]["missing_keys"]
     owners = (key.rpartition(".")[0] for key in missing)
-    saved = sorted({next((h for h in ("classifier", "score") if o.startswith(f"{h}.")), o) for o in owners})
+    saved = sorted({next((h for h in _ADDED if o.startswith(f"{h}.")), o) for o in owners})
     if not saved or "" in saved:
         raise NotToBeHad(f"the task lacks {sorted(missing)[:2]}, which no modules_to_save can hold")
     return saved
