@@ -278,6 +278,7 @@ def _tensors(
 def _stored(
     base: Path, adapters: Sequence[AdapterChoice], merged: Path, unmerged: Any, options: ValidationOptions
 ) -> Check:
+    from lora_export import skeleton
     from lora_export.validation.beside import declared, replication
     from lora_export.validation.effective import wrapped_modules
     from lora_export.validation.loading import whole_tensors
@@ -286,7 +287,8 @@ def _stored(
 
     modules, trained = wrapped_modules(unmerged.base_model.model), trained_as(base, adapters, options.merge.task)
     names = all_loaded_as(trained.model, headers(merged)) if trained else all_loaded_names(base)
-    changed = Changed(tuple(modules), whole_tensors(adapters), names, tied_names(base))
+    tied = tied_names(trained.model if trained else skeleton.build(base))
+    changed = Changed(tuple(modules), whole_tensors(adapters), names, tied)
     merge = declared(base, merged, options.merge)
     return stored_check(base, merged, changed, merge, bool(replication(adapters)), trained)
 

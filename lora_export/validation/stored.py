@@ -90,10 +90,10 @@ def all_loaded_names(base: Path) -> dict[str, tuple[str, ...]]:
     return all_loaded_as(skeleton.build(base), headers(base))
 
 
-def tied_names(base: Path) -> list[frozenset[str]]:
-    """Names of the loaded model that share one parameter."""
+def tied_names(model: Any) -> list[frozenset[str]]:
+    """Names of a model without weights that share one parameter."""
     names: dict[int, set[str]] = {}
-    for name, parameter in skeleton.build(base).named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(name)
     return [frozenset(group) for group in names.values() if len(group) > 1]
 
