@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_export import skeleton
+from lora_export import skeleton, tasks
 from lora_export.adapters.kind import Layer
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.checkpoint.shards import OutputTensor
@@ -19,16 +19,6 @@ from lora_export.workers import BLOCK
 
 if TYPE_CHECKING:
     import torch
-
-# PEFT's task_type → transformers' table of the classes for it.
-_TASKS = {
-    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-    "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
-}
 
 
 @dataclass(frozen=True)
@@ -99,8 +89,9 @@ def trained_class(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | N
     written = config.get("auto_mapping")
     if isinstance(written, Mapping) and isinstance(written.get("base_model_class"), str):
         return str(written["base_model_class"])
-    table = getattr(modeling_auto, _TASKS.get(str(config.get("task_type")), ""), {})
-    found = table.get(base.get("model_type"))
+    task = tasks.PEFT_TASKS.get(str(config.get("task_type")))
+    (table,) = tasks.TASKS[task] if task else ("",)
+    found = getattr(modeling_auto, f"{table}_NAMES", {}).get(base.get("model_type"))
     return found if isinstance(found, str) else None
 
 

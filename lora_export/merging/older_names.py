@@ -9,8 +9,7 @@ from dataclasses import replace
 
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import TargetUpdate
-from lora_export.errors import CheckpointError
-from lora_export.merging.loaded import conversions
+from lora_export.merging.architecture import architecture_of
 from lora_export.merging.names import rename
 
 
@@ -31,14 +30,14 @@ def todays_names(base: Checkpoint, names: Collection[str]) -> dict[str, str]:
 
     A bias that the model lacks has the name of its layer.
     """
-    try:
-        model, table = conversions(base)
-    except (CheckpointError, ImportError, AttributeError):
+    architecture = architecture_of(base)  # which whoever resolves the names asks for as well
+    if architecture is None:
         return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
-    renamings = [c for c in table if isinstance(c, WeightRenaming)]
-    known = model.state_dict()
+    model, known = architecture.model, architecture.shapes
+    renamings = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
 
     def today(name: str) -> str | None:
         found: str = rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]
