@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lora_export.escaping import shown
+from lora_export.escape import shown
 
 EXIT_FAILED = 1
 EXIT_GATE = 3

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import AdapterChoice, Finding, Source
-from lora_export.documents import Kind, check
 from lora_export.errors import InputError
-from lora_export.sealed import hash_folder, hashed, read_json, read_sealed, write_sealed
+from lora_export.storage.documents import Kind, check
+from lora_export.storage.sealed import hash_folder, hashed, read_json, read_sealed, write_sealed
 from lora_export.version import __version__
 
 NAME = "manifest.json"

@@ -17,8 +17,8 @@ from lora_export.contracts import (
     StoryOptions,
     ValidationOptions,
 )
-from lora_export.disk import check_space
-from lora_export.files import output_folder
+from lora_export.storage.disk import check_space
+from lora_export.storage.files import output_folder
 from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.gates import refuse_failed
 from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra
@@ -64,7 +64,7 @@ def _run(
 ) -> Story:
     from lora_export.merging import merge
     from lora_export.validation import validate
-    from lora_export.validation.foreign import as_peft
+    from lora_export.validation.reference.foreign import as_peft
 
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
@@ -120,8 +120,8 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     """Everything that can be refused on headers and config, before minutes of work."""
     from lora_export.merging import plan
     from lora_export.onnx_export import check_request
-    from lora_export.validation.prompts import read_prompts
-    from lora_export.validation.text import read_text
+    from lora_export.validation.comparing.prompts import read_prompts
+    from lora_export.validation.comparing.text import read_text
 
     read_prompts(options.prompts)
     read_text(options.text)

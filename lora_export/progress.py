@@ -4,7 +4,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lora_export.escaping import shown
+from lora_export.escape import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -78,7 +78,7 @@ class Overridden:
     def __init__(self, folder: Path, provider: str = "auto") -> None:
         import onnxruntime
 
-        from lora_export.onnx_export.live import LiveWeights
+        from lora_export.onnx_export.weights.live import LiveWeights
 
         device = resolve_provider(provider)
         options = session_options()

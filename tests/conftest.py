@@ -39,7 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_configure() -> None:
     """While coverage is measured, engines' processes are measured, too: they get a clean environment otherwise."""
     if MEASURED:
-        from lora_export.onnx_export import isolated
+        from lora_export.onnx_export.engines import isolated
 
         isolated._KEPT_PREFIXES = (*isolated._KEPT_PREFIXES, "COVERAGE_PROCESS")
 

@@ -20,16 +20,19 @@ import pytest
 import torch
 
 import lora_export
-from lora_export import documents, merging, report, sealed
+from lora_export import merging, report
 from lora_export.benchmarking import conditions, measure, statistics
 from lora_export.benchmarking.statistics import Interval
 from lora_export.contracts import Interference
 from lora_export.errors import ExportError
-from lora_export.merging.certificate_check import Findings, compare
-from lora_export.merging.exact import Errors, ExactTensor
-from lora_export.merging.survival import Survival
-from lora_export.onnx_export import against_plain, agreement, keeping
+from lora_export.merging.certificate.compare import Findings, compare
+from lora_export.merging.running.exact import Errors, ExactTensor
+from lora_export.merging.running.survival import Survival
+from lora_export.onnx_export.graphs import agreement
+from lora_export.onnx_export.graphs import fusions as against_plain
+from lora_export.onnx_export.quantize import sensitivity as keeping
 from lora_export.progress import Silent
+from lora_export.storage import documents, sealed
 from lora_export.workflows import delivered, packaging
 from tests.report.conftest import full_report
 
@@ -213,16 +216,16 @@ MEASURED = {
     "share", "damage", "half_width", "off",
 }  # fmt: skip
 ASKED = {  # functions that CHECKS calls, and the comparison in them that stands for "passed"
-    "onnx_export/against_plain.py:compare", "benchmarking/statistics.py:judge", "benchmarking/measure.py:warm_up",
+    "onnx_export/graphs/fusions.py:compare", "benchmarking/statistics.py:judge", "benchmarking/measure.py:warm_up",
     "benchmarking/conditions.py:unsteady", "merging/__init__.py:_look_between", "merging/__init__.py:_judge",
-    "merging/exact.py:_judge_some", "workflows/delivered.py:_same", "workflows/packaging.py:_measured",
-    "onnx_export/keeping.py:mark",
+    "merging/running/exact.py:_judge_some", "workflows/delivered.py:_same", "workflows/packaging.py:_measured",
+    "onnx_export/quantize/sensitivity.py:mark",
 }  # fmt: skip
 PASSES_BY_HOLDING = {  # `x <= limit` is what makes them pass, which NaN never does
-    "benchmarking/sessions.py:kv_in_place", "merging/right_base.py:_magnitudes",
-    "merging/right_base.py:_column_norms",
+    "benchmarking/sessions.py:kv_in_place", "merging/planning/base_checks.py:_magnitudes",
+    "merging/planning/base_checks.py:_column_norms",
 }  # fmt: skip
-NOT_MEASURED = {"onnx_export/identity.py:_graph_warnings", "merging/recheck.py:_errors"}  # bytes
+NOT_MEASURED = {"onnx_export/graphs/identity.py:_graph_warnings", "merging/certificate/recheck.py:_errors"}  # bytes
 
 
 def comparisons() -> Iterator[tuple[str, ast.Compare]]:

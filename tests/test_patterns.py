@@ -16,7 +16,7 @@ from lora_export import patterns
 from lora_export.adapters.config import match_pattern, pattern
 from lora_export.contracts import AdapterChoice
 from lora_export.errors import AdapterError
-from lora_export.validation.reference import attach_adapters
+from lora_export.validation.reference.unmerged import attach_adapters
 from tests.builders import edit_json, load, lora, save_adapter, save_base
 
 EVIL = r"((\w|[a-z]|\.|[._])+)+(?<=!)"  # exponential for `re` and for `regex`

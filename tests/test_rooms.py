@@ -1,4 +1,4 @@
-"""Who may import whom: DESIGN.md's rooms, read from the syntax tree."""
+"""Who may import whom, read from the syntax tree: the rooms of docs/architecture.md."""
 
 import ast
 from collections.abc import Iterator
@@ -13,26 +13,19 @@ TOP = {
     "allowed",
     "choices",
     "contracts",
-    "documents",
-    "escaping",
+    "escape",
     "errors",
-    "disk",
-    "files",
     "finite",
-    "interrupts",
-    "locks",
     "manifest",
     "patterns",
     "progress",
     "runtime",
-    "scratch",
-    "sealed",
-    "skeleton",
+    "storage",
+    "meta_model",
     "tasks",
     "tokenizer_names",
     "training_names",
     "version",
-    "workers",
 }
 ROOMS = {
     "checkpoint",
@@ -45,8 +38,7 @@ ROOMS = {
     "report",
     "packages",
     "deltas",
-    "deriving",
-    "understanding",
+    "adapter_tools",
 }
 EVERYTHING = (
     TOP
@@ -64,8 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(TOP, TOP),
     **{room: TOP | {room} for room in ROOMS},
     "merging": TOP | {"merging", "checkpoint", "adapters", "quantization", "deltas"},
-    "deriving": TOP | {"deriving", "checkpoint", "adapters", "deltas", "merging"},
-    "understanding": TOP | {"understanding", "checkpoint", "adapters", "deltas", "merging"},
+    "adapter_tools": TOP | {"adapter_tools", "checkpoint", "adapters", "deltas", "merging"},
     "onnx_export": TOP | {"onnx_export", "checkpoint"},
     **dict.fromkeys(
         (
@@ -130,17 +121,17 @@ def test_every_module_belongs_to_a_known_room() -> None:
     ("file", "source"),
     [
         ("adapters/lora.py", "from lora_export.checkpoint import open_checkpoint"),
-        ("adapters/lora.py", "import lora_export.merging.plan"),
+        ("adapters/lora.py", "import lora_export.merging.planning.plan"),
         ("validation/run.py", "def f():\n    from lora_export.adapters import read_adapter"),
         ("validation/run.py", "from lora_export import merging"),
         ("checkpoint/reader.py", "from ..merging import plan"),
         ("checkpoint/reader.py", "from .. import merging"),
-        ("onnx_export/engines.py", "from lora_export.quantization.bnb4 import find"),
-        ("merging/plan.py", "from lora_export.onnx_export import export"),
-        ("files.py", "from lora_export.checkpoint.header import read_header"),
+        ("onnx_export/engines/__init__.py", "from lora_export.quantization.bnb4 import find"),
+        ("merging/planning/plan.py", "from lora_export.onnx_export import export"),
+        ("storage/files.py", "from lora_export.checkpoint.header import read_header"),
         ("errors.py", "from lora_export import pipeline"),
         ("report/__init__.py", "import importlib\nimportlib.import_module('lora_export.benchmarking')"),
-        ("benchmarking/study.py", "if True:\n    from lora_export.commands import main"),
+        ("benchmarking/run.py", "if True:\n    from lora_export.commands import main"),
     ],
 )
 def test_a_planted_violation_is_found(file: str, source: str) -> None:
@@ -150,10 +141,10 @@ def test_a_planted_violation_is_found(file: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("merging/plan.py", "from lora_export.quantization.bnb4 import find\nfrom .names import rename"),
-        ("onnx_export/dynamo.py", "from lora_export.checkpoint import open_checkpoint"),
+        ("merging/planning/plan.py", "from lora_export.quantization.bnb4 import find\nfrom .names import rename"),
+        ("onnx_export/engines/dynamo.py", "from lora_export.checkpoint import open_checkpoint"),
         ("commands/merge.py", "from lora_export.merging import merge"),
-        ("checkpoint/reader.py", "from lora_export.files import read_json\nimport torch, json"),
+        ("checkpoint/reader.py", "from lora_export.storage.files import read_json\nimport torch, json"),
     ],
 )
 def test_a_lawful_import_is_not_reported(file: str, source: str) -> None:
@@ -161,10 +152,10 @@ def test_a_lawful_import_is_not_reported(file: str, source: str) -> None:
 
 
 def too_long(source: str) -> list[str]:
-    """A file of more than 300 lines and functions of more than 60, unless the docstring says "long because"."""
+    """A file of more than 400 lines and functions of more than 60, unless the docstring says "long because"."""
     tree = ast.parse(source)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    sizes = [("the file", source.count("\n"), 300, ast.get_docstring(tree))]
+    sizes = [("the file", source.count("\n"), 400, ast.get_docstring(tree))]
     sizes += [(f.name, (f.end_lineno or 0) - f.lineno + 1, 60, ast.get_docstring(f)) for f in functions]
     return [name for name, lines, most, told in sizes if lines > most and "long because" not in (told or "")]
 
@@ -178,4 +169,4 @@ def test_what_is_too_long_is_found() -> None:
     body = "\n".join(["    x = 1"] * 60)
     assert too_long(f"def f():\n{body}\n") == ["f"]
     assert too_long(f'def f():\n    "Does y; long because of z."\n{body}\n') == []
-    assert too_long("x = 1\n" * 301) == ["the file"]
+    assert too_long("x = 1\n" * 401) == ["the file"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from processes import LORA_EXPORT, circumstances, save
 
-from lora_export.onnx_export.checks import count_nodes
+from lora_export.onnx_export.graphs.checks import count_nodes
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SHAPES = ((1, 16), (1, 128), (8, 128))  # batch, tokens

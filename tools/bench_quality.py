@@ -22,7 +22,7 @@ from lora_export import export, merge, validate
 from lora_export.contracts import CompareBases, ExportOptions, MergeOptions, ValidationOptions
 from lora_export.manifest import versions
 from lora_export.progress import Console
-from lora_export.sealed import write_json
+from lora_export.storage.sealed import write_json
 
 sys.path.insert(0, str(HERE.parent / "examples"))
 import prepare_smollm2

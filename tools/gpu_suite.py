@@ -25,7 +25,7 @@ from processes import HERE, circumstances
 from random_models import SHAPES
 
 from lora_export.runtime import resolve_provider
-from lora_export.sealed import write_json
+from lora_export.storage.sealed import write_json
 
 # Import name → what pip calls it. A GPU machine without a network has to be brought what it lacks.
 NEEDED = {

@@ -29,7 +29,7 @@ import tests.conftest  # noqa: F401  - keeps every library off the network
 from lora_export.benchmarking.environment import describe
 from lora_export.choices import Precision
 from lora_export.contracts import Check
-from lora_export.sealed import write_json
+from lora_export.storage.sealed import write_json
 from tests.validation.graphs import mutations
 from tests.validation.graphs.honest import Case, cases, prompts
 from tests.validation.graphs.models import KINDS, MODELS, PRECISIONS, Tiny, Workshop

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import lora_export
-from lora_export.disk import sync_tree
-from lora_export.sealed import write_json
+from lora_export.storage.disk import sync_tree
+from lora_export.storage.sealed import write_json
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "benchmarks" / "results"

@@ -148,7 +148,7 @@ def write_nf4(folder: Path, shape: Shape, base: Path) -> None:
 
     from lora_export.checkpoint import open_checkpoint
     from lora_export.checkpoint.reader import INDEX
-    from lora_export.sealed import write_json
+    from lora_export.storage.sealed import write_json
 
     checkpoint = open_checkpoint(base)
     linears = {f"{module}.weight" for module in shape.linears()}

@@ -24,8 +24,8 @@ from generated import ROOT, settle
 import lora_export
 from lora_export import contracts, errors
 from lora_export.commands.main import cli
-from lora_export.documents import FIGURE, NONFINITE
 from lora_export.report import schema
+from lora_export.storage.documents import FIGURE, NONFINITE
 
 PAGES = ROOT / "docs" / "reference"
 WRITTEN = "<!-- written by tools/reference.py -->\n"

@@ -32,10 +32,10 @@ from lora_export.benchmarking.environment import describe
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import EXIT_GATE
 from lora_export.merging import merge
-from lora_export.sealed import write_json
-from lora_export.validation import loading
-from lora_export.validation.loaded import load_as_stored, own_type
-from lora_export.validation.prompts import BUILT_IN
+from lora_export.storage.sealed import write_json
+from lora_export.validation.comparing.prompts import BUILT_IN
+from lora_export.validation.reference import loading
+from lora_export.validation.reference.loaded import load_as_stored, own_type
 from tests.validation.faults import FAULTS, Bench, Fault, unmerged_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,8 +16,8 @@ from lora_export.adapters.lora import DECOMPOSITION, BiasUpdate, LowRank, LowRan
 from lora_export.adapters.parts import Layered, layered
 from lora_export.adapters.psoft import randomized
 from lora_export.contracts import TargetUpdate
-from lora_export.documents import is_kind
 from lora_export.errors import RuntimeUnavailable
+from lora_export.storage.documents import is_kind
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import patterns
-from lora_export.documents import Kind, check, is_kind
 from lora_export.errors import AdapterError
+from lora_export.storage.documents import Kind, check, is_kind
 
 # What is read of a configuration without a question of its own.
 _FIELDS: Kind = {

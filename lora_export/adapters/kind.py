@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_export import skeleton
+from lora_export import meta_model as skeleton
 from lora_export.choices import ExpertLayout, ExpertPacking
 from lora_export.contracts import TargetUpdate, TensorInfo, TensorSource
 from lora_export.errors import AdapterError

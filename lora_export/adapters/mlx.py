@@ -14,7 +14,7 @@ from lora_export.adapters.config import LARGEST
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.saved import EMBEDDING_NAMES
 from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.documents import is_kind
+from lora_export.storage.documents import is_kind
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from lora_export.adapters.config import number, whole
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.parts import Layered, layered
 from lora_export.contracts import TargetUpdate
-from lora_export.documents import is_kind
+from lora_export.storage.documents import is_kind
 
 if TYPE_CHECKING:
     import torch

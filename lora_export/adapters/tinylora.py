@@ -14,7 +14,7 @@ from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.lora import LowRank, LowRankUpdate
 from lora_export.adapters.parts import Layered, Shapes, in_order, layered, one_of
 from lora_export.contracts import TargetUpdate
-from lora_export.documents import is_kind
+from lora_export.storage.documents import is_kind
 
 if TYPE_CHECKING:
     import torch

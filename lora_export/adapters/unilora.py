@@ -15,7 +15,7 @@ from lora_export.adapters.lora import LowRank, LowRankUpdate
 from lora_export.adapters.parts import Layered, integers, layered, linear_shapes
 from lora_export.adapters.targeting import targeted
 from lora_export.contracts import TargetUpdate
-from lora_export.documents import is_kind
+from lora_export.storage.documents import is_kind
 
 if TYPE_CHECKING:
     import numpy as np

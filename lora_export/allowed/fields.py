@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export import sealed
 from lora_export.errors import InputError
+from lora_export.storage import sealed
 
 LIMIT = 2**20  # bytes; the largest configuration that a runtime is given has a few thousand
 Rule = Any

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import sealed
 from lora_export.allowed.fields import FILE, WHOLE, Rule, Value, check, read
-from lora_export.documents import walk
 from lora_export.errors import CheckpointError
+from lora_export.storage import sealed
+from lora_export.storage.documents import walk
 
 _CODE = "makes transformers run code that came with the model"
 _REDIRECTED = "has other weights read than those of the folder"

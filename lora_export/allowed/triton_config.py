@@ -7,9 +7,9 @@ Left out of the list, and so refused: other backends (a Python backend runs mode
 from pathlib import Path
 from typing import Any
 
-from lora_export import sealed
 from lora_export.allowed.fields import DIGITS, FILE, FLAG, LIMIT, WHOLE, WORD, Rule, check, one_of
 from lora_export.errors import InputError
+from lora_export.storage import sealed
 
 NAME = "config.pbtxt"
 _DEEPEST = 16

@@ -1,142 +1,199 @@
-"""The benchmark's story: name the arms, see where their nodes run, measure cell by cell, sum up."""
+"""The cells of a study, one after another: sets of sessions opened, measured, judged, and a doubtful verdict
+checked."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lora_export import runtime
-from lora_export.benchmarking import environment
-from lora_export.benchmarking.buffers import Shape
-from lora_export.benchmarking.cells import AGAIN, BASE, DELAYED, MERGED
-from lora_export.benchmarking.conditions import summarized
+import numpy as np
+
+from lora_export.benchmarking.cells import AGAIN, BASE, MERGED, Facts, Task, conclude
+from lora_export.benchmarking.conditions import Conditions, unsteady
+from lora_export.benchmarking.engines import Engines
 from lora_export.benchmarking.gpus import Gpus
-from lora_export.benchmarking.measuring import Study, measure_all
-from lora_export.benchmarking.sessions import misplaced
-from lora_export.benchmarking.statistics import overall
-from lora_export.contracts import (
-    BenchmarkArm,
-    BenchmarkOptions,
-    BenchmarkResult,
-    GraphComparison,
-    Progress,
-)
-from lora_export.errors import InputError
-from lora_export.sealed import read_json
-
-_MAX_STRAYS_TOLD = 10
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
+from lora_export.benchmarking.measure import Series, joined, measure
+from lora_export.benchmarking.statistics import MIN_SESSIONS
+from lora_export.choices import Phase
+from lora_export.contracts import BenchmarkArm, BenchmarkOptions, Cell, GraphComparison, Progress
 
 
-def run(
-    arms: Sequence[BenchmarkArm],
-    *,
-    options: BenchmarkOptions,
-    progress: Progress,
-    graph: GraphComparison | None = None,
-) -> BenchmarkResult:
-    """Compare the latency of ONNX graphs in one process, side by side.
+@dataclass
+class Study:
+    """What one run holds on to while it goes from cell to cell."""
 
-    arms: merged, and base, with which all others are compared, then whatever else is to be measured. unmerged or
-    plugged are the positive control; without either, the base held up by two margins is. graph: whether the
-    optimised graphs of base and merged are the same, found out by the caller. Raises RuntimeUnavailable if the
-    provider does not work here, InputError for arms that are missing or twice there, or graphs with inputs that
-    it cannot make up.
+    arms: Mapping[str, BenchmarkArm]
+    provider: str
+    threads: int
+    options: BenchmarkOptions
+    progress: Progress
+    gpus: Gpus
+    graph: GraphComparison | None = None
+    notes: list[str] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    samples: dict[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+    readings: dict[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    passes: dict[Task, int] = field(default_factory=dict)  # of a block, the same in all sets of sessions
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @property
+    def parts(self) -> int:
+        """How many graphs the model has."""
+        return len(self.arms[MERGED].graphs)
+
+
+def measure_all(study: Study) -> None:
+    """Cells share the time: what one leaves over, the next ones may use."""
+    rng = np.random.default_rng(study.options.seed)
+    modes = (False, True) if study.provider == "cuda" else (False,)
+    # Of several graphs, the first reads the input and the last does a step.
+    parts = [(part, cuda_graph) for cuda_graph in modes for part in sorted({0, study.parts - 1})]
+    clock = _Clock(study.options.seconds, len(parts) * study.options.sessions)
+    for part, cuda_graph in parts:
+        found = _Found()
+        for number in range(study.options.sessions):
+            found.add(*_measure_sessions(study, part, cuda_graph, number, clock, rng))
+        for task, sets in found.series.items():
+            series = joined(sets)
+            cell = conclude(task, series, study.options.margin, rng, found.facts[task])
+            if cell.verdict == "slower" and cell.sessions == 1 and study.graph and study.graph.identical:
+                again = _Found()
+                alone = _Clock(study.options.seconds / (len(parts) * len(found.series)), 1)
+                again.add(*_measure_sessions(study, part, cuda_graph, 1, alone, rng, only=task))
+                if task in again.series:
+                    series = joined(again.series[task])
+                    second = conclude(task, series, study.options.margin, rng, again.facts[task])
+                    cell = _confirmed(cell, second)
+            _keep(study, task, cell, series)
+
+
+@dataclass
+class _Found:
+    """What the sets of sessions gave: of each cell a series for each set."""
+
+    series: dict[Task, list[Series]] = field(default_factory=dict)
+    facts: dict[Task, Facts] = field(default_factory=dict)
+
+    def add(self, series: Mapping[Task, Series], facts: Mapping[Task, Facts]) -> None:
+        for task, one in series.items():
+            self.series.setdefault(task, []).append(one)
+        self.facts = {**facts, **self.facts}  # memory is what the first set took: later ones find it free again
+
+
+@dataclass
+class _Clock:
+    """The time for all cells, which starts with the first: loading a model is not measuring. turns: how often
+    sessions are opened."""
+
+    seconds: float
+    turns: int
+    deadline: float | None = None
+
+    def share(self, cells: int, measured: int) -> float:
+        """For the next cell, when so many of those of this turn are measured."""
+        self.deadline = self.deadline or time.perf_counter() + self.seconds
+        left = cells - measured + cells * (self.turns - 1)
+        return max(0.0, self.deadline - time.perf_counter()) / max(1, left)
+
+
+def _measure_sessions(
+    study: Study,
+    part: int,
+    cuda_graph: bool,
+    number: int,
+    clock: _Clock,
+    rng: np.random.Generator,
+    only: Task | None = None,
+) -> tuple[dict[Task, Series], dict[Task, Facts]]:
+    """Open the sessions for the time that is `number`, in another order each time, and measure all their cells."""
+    engines = _opened(study, part, cuda_graph, number, rng)
+    series: dict[Task, Series] = {}
+    facts: dict[Task, Facts] = {}
+    if engines is not None:
+        tasks = [only] if only else _tasks(study.options, _phases(part, engines), cuda_graph)
+        for i, task in enumerate(tasks):
+            measured = _measure_cell(study, task, engines, clock.share(len(tasks), i), i + 1, rng)
+            if measured is not None:
+                series[task], facts[task] = measured
+    clock.turns -= 1
+    return series, facts
+
+
+def _opened(study: Study, part: int, cuda_graph: bool, number: int, rng: np.random.Generator) -> Engines | None:
+    """Sessions of every arm that has this part; None where base and merged cannot be had with CUDA graphs.
+
+    The first time, merged is opened between the two sessions of the base.
     """
-    started = time.perf_counter()
-    named = _named(arms)
-    options, cut = _fitting(options, named[MERGED].graphs[0].with_name("config.json"))
-    study = Study(
-        arms=named,
-        provider=runtime.resolve_provider(options.provider),
-        threads=environment.usable_cores(),
-        options=options,
-        progress=progress,
-        gpus=Gpus(),
-        graph=graph,
-    )
-    progress.stage(f"benchmark on {study.provider}")
-    if cut:
-        study.note(cut)
-    if BASE not in named:
-        study.note("without a base there is nothing to compare with: the times of the merged graph alone")
-    verified = _verify_placement(study)
-    measure_all(study)
-    floors = [c.noise_floor for c in study.cells if c.noise_floor is not None]
-    return BenchmarkResult(
-        provider=study.provider,
-        provider_verified=verified,
-        cells=tuple(study.cells),
-        noise_floor=max(floors, default=None),
-        graph_identical=graph.identical if graph else None,
-        verdict=overall([c.verdict for c in study.cells]),
-        seconds=time.perf_counter() - started,
-        environment=_environment(study),
-        graph=graph,
-        notes=tuple(study.notes),
-        samples=study.samples,
-        conditions=study.readings,
-    )
+    names = [n for n, a in study.arms.items() if len(a.graphs) > part or a.pytorch]
+    if number:
+        names = [names[i] for i in rng.permutation(len(names))]
+    arms = {name: study.arms[name] for name in names}
+    engines = Engines(study.provider, study.threads, cuda_graph, study.note, study.progress.detail, study.gpus)
+    return engines if engines.open(arms, part) else None
 
 
-def _named(arms: Sequence[BenchmarkArm]) -> dict[str, BenchmarkArm]:
-    """The arms by name, with a second session of the base after merged."""
-    named = {arm.name: arm for arm in arms}
-    if len(named) < len(arms) or MERGED not in named or named.keys() & {AGAIN, DELAYED}:
-        raise InputError(
-            f"the arms {', '.join(arm.name for arm in arms)}",
-            expected=f"{MERGED}, each name once, and none called {AGAIN} or {DELAYED}",
-        )
-    if BASE not in named:
-        return named
-    return {BASE: named[BASE], MERGED: named[MERGED], AGAIN: named[BASE], **named}
+def _confirmed(first: Cell, again: Cell) -> Cell:
+    """A cell that was slower although its graph is the base's, after a second measurement in other sessions.
 
-
-def _fitting(options: BenchmarkOptions, config: Path) -> tuple[BenchmarkOptions, str]:
-    """Options with no prompt longer than the model has positions for, and a note if one was cut.
-
-    config: the config.json beside the graph, which may not be there.
+    Two sessions of one graph can differ by where their memory and their threads came to lie, for as long as they
+    are open. A model that is slower stays so in other sessions.
     """
-    if not config.is_file():
-        return options, ""
-    settings = read_json(config)
-    settings = settings.get("text_config") or settings
-    known = [n for n in (settings.get(key) for key in _POSITIONS) if isinstance(n, int)]
-    # RoBERTa begins to count after its padding id, OPT at 2; and a step needs a position, too.
-    most = min(known, default=10**9) - 4
-    if most < 1 or max(prompt for _, prompt in options.shapes) <= most:
-        return options, ""
-    shapes = tuple(dict.fromkeys((batch, min(prompt, most)) for batch, prompt in options.shapes))
-    cut = f"prompts of at most {most} tokens: config.json knows {most + 4} positions"
-    return replace(options, shapes=shapes), cut
+    if again.verdict == "slower":
+        return again
+    return replace(
+        again,
+        verdict="inconclusive",
+        reason=f"the graphs are identical, and merged was slower in one pair of sessions (ratio {first.ratio:.4f}) "
+        f"and {again.verdict} in another ({again.ratio:.4f}): it is the sessions that differ; --sessions "
+        f"{2 * MIN_SESSIONS} measures how much",
+    )
 
 
-def _environment(study: Study) -> dict[str, Any]:
-    fixed = {"intra_op_threads": study.threads, "margin": study.options.margin, "seed": study.options.seed}
-    blocks = {key: summarized(readings) for key, readings in study.readings.items()}
-    return {**environment.describe(), **fixed, "blocks": blocks}
+def _keep(study: Study, task: Task, cell: Cell, series: Series) -> None:
+    if cell.reason:
+        study.note(f"{task.key}: {cell.reason}")
+    if not series.settled:
+        study.note(f"{task.key}: latency still drifted by more than the margin when warm-up ended")
+    for text in unsteady(series.readings):
+        study.note(f"{task.key}: {text}")
+    study.cells.append(cell)
+    study.samples[task.key] = {n: tuple(float(x) for x in t.ravel()) for n, t in series.times.items()}
+    study.readings[task.key] = series.readings
 
 
-# --- where the nodes run -----------------------------------------------------------------------------------
+def _phases(part: int, engines: Engines) -> tuple[Phase, ...]:
+    if part:
+        return ("decode",)
+    return ("prefill", "decode") if engines.is_decoder else ("prefill",)
 
 
-def _verify_placement(study: Study) -> bool:
-    """Profile one run of every graph where some of it could silently run on the CPU instead."""
-    if study.provider == "cpu":
-        return True  # a session with the CPU alone has nowhere else to go; Engines checks that it is alone
-    study.progress.detail("checking where every node runs")
-    batch, prompt = study.options.shapes[0]
-    clean = True
-    for name, arm in study.arms.items():
-        if name == AGAIN:
-            continue
-        for part, graph in enumerate(arm.graphs[: study.parts]):
-            shape = Shape.of("decode" if part else "prefill", batch, prompt)
-            found = misplaced(graph, study.provider, study.threads, shape, arm.adapter)
-            clean = clean and not found
-            for stray in found[:_MAX_STRAYS_TOLD]:
-                study.note(f"{name}: {stray}")
-            if len(found) > _MAX_STRAYS_TOLD:
-                study.note(f"{name}: and {len(found) - _MAX_STRAYS_TOLD} more nodes elsewhere")
-    return clean
+def _tasks(options: BenchmarkOptions, phases: tuple[Phase, ...], cuda_graph: bool) -> list[Task]:
+    return [Task(batch, prompt, phase, cuda_graph) for batch, prompt in options.shapes for phase in phases]
+
+
+def _measure_cell(
+    study: Study, task: Task, engines: Engines, seconds: float, number: int, rng: np.random.Generator
+) -> tuple[Series, Facts] | None:
+    """What one set of sessions gives for a cell; None if base or merged could not be captured."""
+    study.progress.detail(f"measuring {task.key} for up to {seconds:.0f} s")
+    bound = engines.bind(task, number, study.options.seed, study.options.margin)
+    if MERGED not in bound or (BASE in study.arms and not {BASE, AGAIN} <= bound.keys()):
+        return None
+    if not bound[MERGED].kv_in_place and task.phase == "decode" and engines.is_decoder:
+        study.note("steps copy the cache: this graph cannot write into it")
+    series = measure(
+        {name: call.run for name, call in bound.items()},
+        pairs=((AGAIN, (BASE,)), (MERGED, (BASE, AGAIN))) if AGAIN in bound else (),
+        margin=study.options.margin,
+        seconds=seconds,
+        rng=rng,
+        tick=study.progress.advance,
+        observe=Conditions(study.gpus).read,
+        apart=[name for name, call in bound.items() if call.disturbs],
+        passes=study.passes.get(task),
+    )
+    study.passes[task] = series.passes
+    return series, Facts(engines.is_decoder, bound[MERGED].kv_in_place, dict(engines.memory))

@@ -6,7 +6,7 @@ from typing import Any
 from lora_export.checkpoint.reader import TensorFiles, read_tensors, refuse_code
 from lora_export.checkpoint.trained_beside import refuse_lost
 from lora_export.errors import CheckpointError, InputError
-from lora_export.sealed import LARGEST_SETTINGS, read_json
+from lora_export.storage.sealed import LARGEST_SETTINGS, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export import tokenizer_names
-from lora_export.sealed import copy, refuse_outward_link, write_settings
+from lora_export.storage.sealed import copy, refuse_outward_link, write_settings
 from lora_export.training_names import SENTENCE_MODULES, is_adapters, is_state
 
 WEIGHT_SUFFIXES = frozenset(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import TensorInfo
-from lora_export.documents import LARGEST
 from lora_export.errors import CheckpointError, InputError
-from lora_export.sealed import refuse_outward_link
+from lora_export.storage.documents import LARGEST
+from lora_export.storage.sealed import refuse_outward_link
 
 ENDING = ".gguf"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

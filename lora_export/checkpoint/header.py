@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import TensorInfo
-from lora_export.documents import LARGEST, elements, is_text, parse_json
 from lora_export.errors import CheckpointError
+from lora_export.storage.documents import LARGEST, elements, is_text, parse_json
 
 ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,

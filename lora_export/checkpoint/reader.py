@@ -11,9 +11,9 @@ from lora_export.allowed import hub
 from lora_export.checkpoint.gguf import gguf_file, read_gguf
 from lora_export.checkpoint.header import ITEM_SIZE, read_header
 from lora_export.contracts import TensorInfo
-from lora_export.documents import Kind, check
 from lora_export.errors import CheckpointError, InputError
-from lora_export.sealed import LARGEST_SETTINGS, plain_name, read_json, refuse_outward_link
+from lora_export.storage.documents import Kind, check
+from lora_export.storage.sealed import LARGEST_SETTINGS, plain_name, read_json, refuse_outward_link
 
 if TYPE_CHECKING:
     import torch

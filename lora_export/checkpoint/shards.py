@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lora_export.checkpoint.header import ITEM_SIZE, build_header
 from lora_export.checkpoint.reader import INDEX, SINGLE
-from lora_export.sealed import write_json
+from lora_export.storage.sealed import write_json
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lora_export.checkpoint.gguf import ENDING, gguf_file
 from lora_export.contracts import AdapterChoice, Source
-from lora_export.documents import is_text
 from lora_export.errors import InputError
+from lora_export.storage.documents import is_text
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -30,11 +30,11 @@ def combine(
         lora-export combine -a A:0.7 -a B:0.3 -o BOTH --rank 16
     """
     with talking(as_json, quiet, verbose) as talk:
+        from lora_export.adapter_tools import combine as combine_adapters
+        from lora_export.adapter_tools.saving import Rank
         from lora_export.commands import gather
         from lora_export.commands.words import derived_words
         from lora_export.contracts import MergeOptions
-        from lora_export.deriving import combine as combine_adapters
-        from lora_export.deriving.saving import Rank
 
         choices = gather.chosen(adapters)
         made = combine_adapters(choices, output, MergeOptions(**words), Rank(rank, energy), dtype, force)

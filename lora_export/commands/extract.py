@@ -39,10 +39,10 @@ def extract(
         lora-export extract -b BASE -m TUNED -o ADAPTER --energy 95%
     """
     with talking(as_json, quiet, verbose) as talk:
+        from lora_export.adapter_tools import extract as extract_adapter
+        from lora_export.adapter_tools.saving import Rank
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands.words import derived_words
-        from lora_export.deriving import extract as extract_adapter
-        from lora_export.deriving.saving import Rank
 
         folders = resolve(base).folder, resolve(tuned).folder
         made = extract_adapter(*folders, output, Rank(rank, energy), rest, dtype, force, talk.progress)

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_export.adapter_tools.understand import Understanding, understand
 from lora_export.commands.talk import Talk
 from lora_export.errors import InputError, OutputError
-from lora_export.files import output_file
-from lora_export.understanding import Understanding, understand
+from lora_export.storage.files import output_file
 
 _ENDINGS = (".svg", ".html")
 

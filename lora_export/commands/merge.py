@@ -7,7 +7,7 @@ import click
 
 from lora_export.commands import merging_options, options
 from lora_export.commands.talk import megabytes, table, talking
-from lora_export.escaping import shown
+from lora_export.escape import shown
 
 if TYPE_CHECKING:
     from lora_export.merging import MergePlan

@@ -24,7 +24,7 @@ def report(run: Path, compare: Path | None, as_json: bool, quiet: bool, verbose:
 
 
 def _report_folder(run: Path) -> Path:
-    from lora_export.sealed import refuse_outward_link
+    from lora_export.storage.sealed import refuse_outward_link
 
     inner = run / "report"
     if not inner.is_dir():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_export.escaping import shown
+from lora_export.escape import shown
 
 if TYPE_CHECKING:
     from lora_export.progress import Console
@@ -47,7 +47,7 @@ def _lines(words: str) -> str:
 
 
 def _json(document: dict[str, Any]) -> str:
-    from lora_export.sealed import json_text
+    from lora_export.storage.sealed import json_text
 
     return json_text(document).rstrip("\n")
 

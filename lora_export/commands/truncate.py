@@ -28,10 +28,10 @@ def truncate(
         lora-export truncate -a ADAPTER --energy 99% -o SMALLER
     """
     with talking(as_json, quiet, verbose) as talk:
+        from lora_export.adapter_tools import truncate as truncate_adapter
+        from lora_export.adapter_tools.saving import Rank
         from lora_export.checkpoint.sources import resolve
         from lora_export.commands.words import derived_words
-        from lora_export.deriving import truncate as truncate_adapter
-        from lora_export.deriving.saving import Rank
 
         made = truncate_adapter(resolve(adapter).folder, output, Rank(rank, energy), dtype, force)
         talk.result(made.as_json(), derived_words(made))

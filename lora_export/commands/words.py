@@ -12,10 +12,10 @@ from lora_export.contracts import (
     ValidationResult,
     Verification,
 )
-from lora_export.escaping import shown
+from lora_export.escape import shown
 
 if TYPE_CHECKING:
-    from lora_export.deriving import Derived
+    from lora_export.adapter_tools import Derived
     from lora_export.workflows.switching import Switched
 
 Rows = list[tuple[str, str]]

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lora_export.workers import cores
+from lora_export.storage.workers import cores
 
 if TYPE_CHECKING:
     import torch

@@ -23,26 +23,26 @@ from lora_export.contracts import (
     Progress,
     TensorRecord,
 )
-from lora_export.disk import check_space
 from lora_export.errors import RuntimeUnavailable
-from lora_export.files import output_folder
-from lora_export.merging.architecture import token_modules
-from lora_export.merging.base import base_weights
-from lora_export.merging.beside import write_beside
-from lora_export.merging.certificate import NAME as CERTIFICATE
-from lora_export.merging.certificate import certificate_of
-from lora_export.merging.certify import write_certificate
-from lora_export.merging.combining import check_options
-from lora_export.merging.execute import Execution
-from lora_export.merging.interference import OPPOSED, interference
-from lora_export.merging.loaded import loaded_weights
-from lora_export.merging.model import ReadBase
-from lora_export.merging.plan import MergePlan, plan_merge, without_updates
-from lora_export.merging.right_base import base_checks
-from lora_export.merging.streamed import MergedSource, write_outline
+from lora_export.merging.architecture.meta import token_modules
+from lora_export.merging.architecture.read_base import ReadBase
+from lora_export.merging.certificate.certify import write_certificate
+from lora_export.merging.certificate.document import NAME as CERTIFICATE
+from lora_export.merging.certificate.document import certificate_of
+from lora_export.merging.planning.base import base_weights
+from lora_export.merging.planning.base_checks import base_checks
+from lora_export.merging.planning.combine import check_options
+from lora_export.merging.planning.interference import OPPOSED, interference
+from lora_export.merging.planning.loaded_names import loaded_weights
+from lora_export.merging.planning.plan import MergePlan, plan_merge, without_updates
+from lora_export.merging.running.companions import write_beside
+from lora_export.merging.running.stream import MergedSource, write_outline
+from lora_export.merging.running.write import Execution
+from lora_export.meta_model import parameter_names
 from lora_export.progress import Silent
-from lora_export.sealed import write_sealed
-from lora_export.skeleton import parameter_names
+from lora_export.storage.disk import check_space
+from lora_export.storage.files import output_folder
+from lora_export.storage.sealed import write_sealed
 
 __all__ = [
     "CERTIFICATE",

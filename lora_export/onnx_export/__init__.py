@@ -10,27 +10,36 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_export import disk, files, sealed
 from lora_export.choices import Optimize, Precision
 from lora_export.contracts import ExportResult, Progress, QuantizationOptions
 from lora_export.errors import InputError
-from lora_export.onnx_export import activations, records, shared, weights_map
-from lora_export.onnx_export.building import against_plain_graphs, fill, opened, record_of, with_measured_damage
-from lora_export.onnx_export.checks import check_export, check_loads, check_model
+from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import ENGINES, choose
-from lora_export.onnx_export.identity import compare
-from lora_export.onnx_export.job import Engine, Job, architecture_of
-from lora_export.onnx_export.quantize_graph import AUTO, blockwise
+from lora_export.onnx_export.engines.building import (
+    against_plain_graphs,
+    fill,
+    opened,
+    record_of,
+    with_measured_damage,
+)
+from lora_export.onnx_export.engines.protocol import Engine, Job, architecture_of
+from lora_export.onnx_export.graphs.checks import check_export, check_loads, check_model
+from lora_export.onnx_export.graphs.identity import compare
+from lora_export.onnx_export.quantize import activations
+from lora_export.onnx_export.quantize.blockwise import AUTO, blockwise
 from lora_export.onnx_export.records import adapters_beside, load_export
 from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
-from lora_export.onnx_export.reweight import (
+from lora_export.onnx_export.weights import map as weights_map
+from lora_export.onnx_export.weights import shared_folder as shared
+from lora_export.onnx_export.weights.fill import Writing
+from lora_export.onnx_export.weights.reuse import (
     copy_graphs,
     hash_all,
     read_map,
     refuse_other_model,
 )
-from lora_export.onnx_export.weight_source import WeightSource
-from lora_export.onnx_export.writing import Writing
+from lora_export.onnx_export.weights.source import WeightSource
+from lora_export.storage import disk, files, sealed
 
 RECORD = records.NAME
 __all__ = [

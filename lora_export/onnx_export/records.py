@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_export import sealed
 from lora_export.choices import Activations, ModelKind, Precision
 from lora_export.contracts import ExportResult
-from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import InputError
+from lora_export.storage import sealed
+from lora_export.storage.documents import Kind, check, check_texts
 
 NAME = "export.json"
 _RECORD: Kind = {

@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_export import sealed
 from lora_export.allowed import check_adapter_folder, check_model_folder
 from lora_export.choices import Precision
 from lora_export.contracts import QuantizationOptions
 from lora_export.errors import CheckpointError, ExportError
-from lora_export.onnx_export.checks import load_graph
-from lora_export.onnx_export.job import Made
-from lora_export.onnx_export.products import kept
-from lora_export.onnx_export.quantize_graph import AUTO
-from lora_export.onnx_export.weights_map import Method
+from lora_export.onnx_export.engines.protocol import Made
+from lora_export.onnx_export.graphs.checks import load_graph
+from lora_export.onnx_export.graphs.matmuls import kept
+from lora_export.onnx_export.quantize.blockwise import AUTO
+from lora_export.onnx_export.weights.map import Method
+from lora_export.storage import sealed
 
 
 def read_config(model: Path, adapter: Path | None = None) -> dict[str, Any]:

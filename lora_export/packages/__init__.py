@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import sealed
 from lora_export.packages import bom, card, companions, contents, readme, signature
 from lora_export.packages.job import Facts, Job, Target
+from lora_export.storage import sealed
 
 __all__ = ["describe", "lay", "seal"]
 

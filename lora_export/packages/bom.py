@@ -7,9 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import sealed
-from lora_export.escaping import one_line
+from lora_export.escape import one_line
 from lora_export.packages.job import Facts, Run
+from lora_export.storage import sealed
 from lora_export.version import __version__
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_export.escaping import markdown, one_line
+from lora_export.escape import markdown, one_line
 from lora_export.packages import readme
 from lora_export.packages.job import Facts, Run
 

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import sealed, tokenizer_names
+from lora_export import tokenizer_names
 from lora_export.allowed.files import TEXTS
 from lora_export.errors import InputError
 from lora_export.packages.configs import for_both, tokenizer_for_both
 from lora_export.packages.job import Run
+from lora_export.storage import sealed
 
 # What a processor and generation read; tokenizer_config.json is written anew.
 _READ = (tokenizer_names.FILES - {"tokenizer_config.json"}) | {

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import sealed
 from lora_export.contracts import Finding
-from lora_export.documents import Kind, check, check_texts
 from lora_export.errors import InputError
 from lora_export.manifest import same_files
 from lora_export.packages import bom, readme
-from lora_export.packages.genai import SUFFIX
 from lora_export.packages.job import Facts, Run, Sample
 from lora_export.packages.targets import TARGETS
+from lora_export.packages.targets.genai import SUFFIX
 from lora_export.packages.tasks import task_of
+from lora_export.storage import sealed
+from lora_export.storage.documents import Kind, check, check_texts
 from lora_export.version import __version__
 
 NAME, SIGNATURE = "manifest.json", "model.sig"

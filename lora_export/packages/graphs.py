@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export import disk
 from lora_export.errors import ExportError
+from lora_export.storage import disk
 
 if TYPE_CHECKING:
     import onnx

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from lora_export.escaping import markdown
+from lora_export.escape import markdown
 from lora_export.packages.job import Facts, Run, Snippet
 from lora_export.packages.targets import TARGETS
 

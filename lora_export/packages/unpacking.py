@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lora_export import disk, sealed
 from lora_export.choices import ARCHIVES
 from lora_export.errors import InputError
+from lora_export.storage import disk, sealed
 
 MOST_FILES = 10_000
 DEEPEST = 16  # folders above a file

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export import skeleton
+from lora_export import meta_model as skeleton
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
 from lora_export.quantization.gptq import FLOATS

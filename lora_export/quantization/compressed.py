@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorSource
-from lora_export.documents import Kind, check
 from lora_export.errors import CheckpointError
 from lora_export.quantization.fp4 import Fp4Weight, fp4_weight
 from lora_export.quantization.packed import check_groups, expect, part, unpack
 from lora_export.quantization.scaled import SCALES, ScaledWeight, block_of, scaled_weight
+from lora_export.storage.documents import Kind, check
 
 if TYPE_CHECKING:
     import torch

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export.contracts import TensorSource
-from lora_export.documents import check
 from lora_export.errors import CheckpointError
 from lora_export.quantization.fp4 import BYTES, Fp4Weight, fp4_weight
 from lora_export.quantization.scaled import POWERS, ScaledWeight, block_of, scaled_weight
+from lora_export.storage.documents import check
 
 NUMBERS = ("F8_E4M3", "F8_E5M2")
 _BESIDE = ("_scale_inv", "_scale", ".scale_inv", ".scale")

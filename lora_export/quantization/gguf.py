@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export import skeleton
+from lora_export import meta_model as skeleton
 from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import CheckpointError
 from lora_export.quantization.packed import folder_of

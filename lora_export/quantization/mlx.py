@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.documents import check
 from lora_export.errors import CheckpointError
 from lora_export.quantization.gptq import FLOATS
 from lora_export.quantization.packed import expect, part, unpack
+from lora_export.storage.documents import check
 
 if TYPE_CHECKING:
     import torch

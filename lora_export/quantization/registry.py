@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_export import skeleton
+from lora_export import meta_model as skeleton
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
 from lora_export.quantization import (

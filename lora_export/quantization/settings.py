@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import TensorSource
-from lora_export.documents import Kind, check
 from lora_export.quantization import mlx
-from lora_export.sealed import read_json
+from lora_export.storage.documents import Kind, check
+from lora_export.storage.sealed import read_json
 
 KEY = "quantization_config"
 MODELOPT = "hf_quant_config.json"  # of NVIDIA's Model Optimizer, beside config.json or in place of its key

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorSource
-from lora_export.documents import Kind, check, parse_json
 from lora_export.errors import CheckpointError
 from lora_export.quantization.affine import AffineWeight, affine_weight
 from lora_export.quantization.gptq import FLOATS
 from lora_export.quantization.packed import expect, part
+from lora_export.storage.documents import Kind, check, parse_json
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import skeleton
+from lora_export import meta_model as skeleton
 from lora_export.quantization.bnb4 import Blocks4Bit
 from lora_export.quantization.bnb8 import Rows8Bit
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export.escaping import one_line
+from lora_export.escape import one_line
 from lora_export.report import plots
 from lora_export.report.drawing import INK, MERGED, MUTED, figure, quiet, svg
 from lora_export.report.page import environment, stylesheet

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_export.escaping import one_line
+from lora_export.escape import one_line
 from lora_export.report.latency import cell_key, cell_name
 from lora_export.report.story import Row
 from lora_export.report.text import DASH, milliseconds, number, percent, ratio, size

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_export.escaping import markdown as escaped
+from lora_export.escape import markdown as escaped
 from lora_export.report import latency, proof, story
 
 _TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}

@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export.documents import finite
-from lora_export.files import output_file
 from lora_export.report.compare import compare
 from lora_export.report.markdown import markdown
 from lora_export.report.page import html
@@ -20,7 +18,9 @@ from lora_export.report.schema import (
     load,
     load_samples,
 )
-from lora_export.sealed import write_json
+from lora_export.storage.documents import finite
+from lora_export.storage.files import output_file
+from lora_export.storage.sealed import write_json
 
 
 def write(

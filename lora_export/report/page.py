@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.escaping import one_line, printable
+from lora_export.escape import one_line, printable
 from lora_export.report import latency, latency_plots, plots, proof, story
 from lora_export.report.text import count, percent
 

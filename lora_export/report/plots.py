@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_export.escaping import one_line
+from lora_export.escape import one_line
 from lora_export.report.drawing import LARGEST, MERGED, drawable, figure, quiet, svg
 
 if TYPE_CHECKING:

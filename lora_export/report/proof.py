@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_export.escaping import one_line
+from lora_export.escape import one_line
 from lora_export.report.text import DASH, number, percent
 
 Row = tuple[str, ...]

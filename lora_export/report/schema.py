@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import documents
-from lora_export.documents import FIGURE, Kind
 from lora_export.errors import InputError
-from lora_export.sealed import read_json
+from lora_export.storage import documents
+from lora_export.storage.documents import FIGURE, Kind
+from lora_export.storage.sealed import read_json
 
 SCHEMA_VERSION = 1
 STATUSES = ("passed", "failed")

@@ -6,7 +6,7 @@ from math import inf, isnan
 from typing import Any, Literal, get_args
 
 from lora_export.choices import Precision
-from lora_export.escaping import one_line
+from lora_export.escape import one_line
 from lora_export.report import latency, proof
 from lora_export.report.text import DASH, count, number, percent, size
 from lora_export.report.text import seconds as in_seconds

@@ -19,10 +19,10 @@ from lora_export.contracts import (
 from lora_export.errors import InputError
 
 if TYPE_CHECKING:
-    from lora_export.validation.bases import BasesFound
-    from lora_export.validation.exports import Judge
-    from lora_export.validation.precisions import SurvivalFound
-    from lora_export.validation.subject import Story
+    from lora_export.validation.comparing.subject import Story
+    from lora_export.validation.effect.bases import BasesFound
+    from lora_export.validation.effect.precisions import SurvivalFound
+    from lora_export.validation.graphs.exports import Judge
 
 
 def validate(
@@ -42,9 +42,9 @@ def validate(
     Needed, too, for any quantized base of a model that `streams`. graphs_alone: `merged` is an outline without
     numbers, and only the graphs are compared.
     """
-    from lora_export.validation.beside import declared, expected_folder
-    from lora_export.validation.foreign import as_peft
-    from lora_export.validation.settings import settings_check
+    from lora_export.validation.folder.companions import declared, expected_folder
+    from lora_export.validation.folder.settings import settings_check
+    from lora_export.validation.reference.foreign import as_peft
 
     options = seeded(options or ValidationOptions())
     _quiet_libraries()
@@ -80,15 +80,15 @@ def _validate(
 ) -> ValidationResult:
     """settings: a folder with the settings that `merged` should have; inputs are made by its tokenizer."""
     from lora_export.validation import kinds
-    from lora_export.validation.bases import Bases
-    from lora_export.validation.bases import check_request as check_bases
-    from lora_export.validation.exports import Judge
-    from lora_export.validation.loading import load_merged, stored_dtypes
-    from lora_export.validation.memory import kept_bytes
-    from lora_export.validation.prompts import read_prompts
-    from lora_export.validation.reference import load_unmerged
-    from lora_export.validation.subject import plain
-    from lora_export.validation.text import read_text
+    from lora_export.validation.comparing.prompts import read_prompts
+    from lora_export.validation.comparing.subject import plain
+    from lora_export.validation.comparing.text import read_text
+    from lora_export.validation.effect.bases import Bases
+    from lora_export.validation.effect.bases import check_request as check_bases
+    from lora_export.validation.graphs.exports import Judge
+    from lora_export.validation.reference.loading import load_merged, stored_dtypes
+    from lora_export.validation.reference.memory import kept_bytes
+    from lora_export.validation.reference.unmerged import load_unmerged
 
     keep = kept_bytes(merged, options.max_memory)
     if options.bases is not None:
@@ -136,7 +136,7 @@ def _judged(
 
     merged: None where it does not fit into the memory allowed. If a check fails, where it went wrong is looked for.
     """
-    from lora_export.validation.unused import advice, unused_updates
+    from lora_export.validation.reference.unused import advice, unused_updates
 
     result: ValidationResult = story.compare(unmerged, model)
     errors, checks = _tensors(unmerged, model, dtypes, options, progress)
@@ -164,7 +164,7 @@ def _combined(
     progress: Progress,
 ) -> tuple[list[AdapterChoice], ValidationOptions]:
     """The combination as one adapter, and options that know of no combination."""
-    from lora_export.validation.combined import reference_adapter
+    from lora_export.validation.reference.combined import reference_adapter
 
     if streams(merged, options.max_memory) or options.bases is not None:
         raise InputError(
@@ -182,7 +182,7 @@ def _combined(
 def _with_graphs(
     result: ValidationResult, judge: "Judge", exports: Sequence[ExportedPair], options: ValidationOptions
 ) -> ValidationResult:
-    from lora_export.validation.precisions import adapter_survival
+    from lora_export.validation.effect.precisions import adapter_survival
 
     effects = []
     for pair in exports:
@@ -196,7 +196,7 @@ def _with_graphs(
 
 def streams(merged: Path, max_memory: int | None) -> bool:
     """Whether the models are too large for the memory, so that validation reads them layer by layer."""
-    from lora_export.validation.memory import kept_bytes
+    from lora_export.validation.reference.memory import kept_bytes
 
     return kept_bytes(merged, max_memory) is not None
 
@@ -223,8 +223,8 @@ def _as_loaded(
     result: ValidationResult, story: "Story", unmerged: Any, merged: Path, dtypes: Mapping[str, Any]
 ) -> ValidationResult:
     """The same checks of a decoder in its own type, unless that is fp32."""
-    from lora_export.validation.decoder_story import DecoderStory
-    from lora_export.validation.loaded import load_as_stored, own_type
+    from lora_export.validation.comparing.decoder import DecoderStory
+    from lora_export.validation.reference.loaded import load_as_stored, own_type
 
     narrow, story = own_type(dtypes), getattr(story, "story", story)
     if narrow is None or not isinstance(story, DecoderStory):
@@ -242,7 +242,7 @@ def _deviation(
     options: ValidationOptions,
     progress: Progress,
 ) -> Deviation | None:
-    from lora_export.validation.deviation import first_deviation
+    from lora_export.validation.comparing.deviation import first_deviation
 
     progress.stage("validate: a check failed; looking for the first module that differs")
     return first_deviation(unmerged, model, lambda: story.once(unmerged), dtypes, errors, options.tolerance)
@@ -268,7 +268,7 @@ def _joined(result: ValidationResult, found: "BasesFound | SurvivalFound") -> Va
 def _tensors(
     unmerged: Any, model: Any, dtypes: Any, options: ValidationOptions, progress: Progress
 ) -> tuple[tuple[str, ...], list[Check]]:
-    from lora_export.validation.tensors import compare_tensors, verdict
+    from lora_export.validation.comparing.tensors import compare_tensors, verdict
 
     progress.stage("validate: recomputing tensors in float64")
     seed = options.seed or 0
@@ -278,12 +278,12 @@ def _tensors(
 def _stored(
     base: Path, adapters: Sequence[AdapterChoice], merged: Path, unmerged: Any, options: ValidationOptions
 ) -> Check:
-    from lora_export import skeleton
-    from lora_export.validation.beside import declared, replication
-    from lora_export.validation.effective import wrapped_modules
-    from lora_export.validation.loading import whole_tensors
-    from lora_export.validation.stored import Changed, all_loaded_names, headers, stored_check, tied_names
-    from lora_export.validation.trained import all_loaded_as, trained_as
+    from lora_export import meta_model as skeleton
+    from lora_export.validation.folder.companions import declared, replication
+    from lora_export.validation.folder.stored import Changed, all_loaded_names, headers, stored_check, tied_names
+    from lora_export.validation.reference.loading import whole_tensors
+    from lora_export.validation.reference.probes import wrapped_modules
+    from lora_export.validation.reference.trained import all_loaded_as, trained_as
 
     modules, trained = wrapped_modules(unmerged.base_model.model), trained_as(base, adapters, options.merge.task)
     names = all_loaded_as(trained.model, headers(merged)) if trained else all_loaded_names(base)

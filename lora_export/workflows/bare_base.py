@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lora_export import sealed
+from lora_export.storage import sealed
 from lora_export.training_names import is_adapters
 
 

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_export import allowed, sealed
+from lora_export import allowed
 from lora_export.contracts import Finding, Progress, Verification
 from lora_export.errors import InputError, LoraExportError
 from lora_export.packages import archive, contents, signature
 from lora_export.packages.job import Facts, Snippet
 from lora_export.packages.targets import TARGETS
+from lora_export.storage import sealed
 from lora_export.workflows import confined
 
 MODEL_SHARE = 6  # bytes of memory for each byte of a package: fp16 is computed in fp32, and packed anew
@@ -102,7 +103,7 @@ def _folder(path: Path) -> Iterator[Path]:
 def _graphs(folder: Path) -> list[Finding]:
     """Whether each graph is valid, whatever it is called, and its weights lie in plain files beside it."""
     from lora_export.onnx_export import check_model
-    from lora_export.onnx_export.finding import find_graphs
+    from lora_export.onnx_export.graphs.finding import find_graphs
 
     found = []
     try:

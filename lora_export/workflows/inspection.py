@@ -10,7 +10,6 @@ from lora_export.adapters import CONFIG, KINDS, AdapterFile, read_adapter, token
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
 from lora_export.checkpoint.header import ITEM_SIZE
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
-from lora_export.documents import Kind, check
 from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import NAME as MANIFEST
 from lora_export.manifest import is_run
@@ -18,7 +17,8 @@ from lora_export.packages import contents
 from lora_export.packages.contents import is_package
 from lora_export.quantization import describe, find_quantized, method_here, settings_of, with_settings
 from lora_export.report.schema import load as report_of
-from lora_export.sealed import read_json
+from lora_export.storage.documents import Kind, check
+from lora_export.storage.sealed import read_json
 
 _NAMED: Kind = {"name": str}
 _MANIFEST: Kind = {

@@ -9,9 +9,9 @@ from lora_export.allowed import check_model_folder
 from lora_export.choices import ExtraArm
 from lora_export.contracts import AdapterChoice, BenchmarkArm, BenchmarkOptions, BenchmarkResult, Progress
 from lora_export.errors import ExportError, GateFailed, InputError
-from lora_export.files import output_folder
 from lora_export.onnx_export import model_files
-from lora_export.onnx_export.slots import SUFFIX
+from lora_export.onnx_export.graphs.slots import SUFFIX
+from lora_export.storage.files import output_folder
 from lora_export.workflows.run_report import new_report, raw
 
 RESERVED = ("base", "merged", "unmerged", "plugged", "pytorch")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_export import files, manifest, packages, sealed
+from lora_export import manifest, packages
 from lora_export.allowed import check_model_folder, check_package
 from lora_export.contracts import ExportResult, PackageOptions, PackageResult, Progress
 from lora_export.errors import InputError, OutputError
@@ -17,6 +17,7 @@ from lora_export.packages.job import RUNS_OWN, Job, Run, Sample, Variant
 from lora_export.packages.programs import NUMBERS, PROMPT
 from lora_export.packages.targets import TARGETS
 from lora_export.packages.tasks import task_of
+from lora_export.storage import files, sealed
 from lora_export.workflows.delivered import refuse_other_words
 
 WORST_AGREEMENT = 0.8  # share of tokens on which a variant should say the same as the run's own export
@@ -192,7 +193,7 @@ def _export(variant: Variant, run: Run, output: Path, progress: Progress) -> Exp
 
 def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress) -> dict[str, Any]:
     """What each variant that is not the run's own export was found to do beside it."""
-    from lora_export.onnx_export.agreement import agreements
+    from lora_export.onnx_export.graphs.agreement import agreements
 
     others = {n: e.paths[0] for n, e in exports.items() if e is not run.export and n != RUNS_OWN}
     if not others:
@@ -210,7 +211,7 @@ def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress)
 def _sample(run: Run) -> Sample | None:
     """What a runtime should say: the unmerged model's words for the first prompt of the validation, or numbers of
     the validated graph; None where that is not text."""
-    from lora_export.onnx_export.agreement import first_numbers
+    from lora_export.onnx_export.graphs.agreement import first_numbers
 
     said = [s for s in run.report["validate"]["samples"] if s.get("unmerged") and s.get("prompt")]
     if run.task.input != "text":

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import sealed
 from lora_export.choices import Precision
 from lora_export.contracts import AdapterChoice, ExportResult, MergeOptions, Progress, QuantizationOptions, Source
 from lora_export.errors import AdapterError, ExportError, InputError
+from lora_export.storage import sealed
 
 if TYPE_CHECKING:
     from lora_export.adapters.lora import LowRank
-    from lora_export.onnx_export.slots import Slot
+    from lora_export.onnx_export.graphs.slots import Slot
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _MODULE = re.compile(r".*\blayers\.(\d+)\..*?([^.]+)\.weight")
@@ -39,7 +39,7 @@ def export_pluggable(
     layers, ExportError for a precision or an architecture that cannot be exported unmerged.
     """
     from lora_export.onnx_export import export
-    from lora_export.onnx_export.slots import SUFFIX
+    from lora_export.onnx_export.graphs.slots import SUFFIX
 
     if precision not in PRECISIONS:
         raise ExportError(
@@ -89,7 +89,7 @@ def plug(graph: Path, base: Path, adapter: Path) -> Path:
 
     graph: the .onnx file; base, adapter: the folders that it was exported from. The adapter's file.
     """
-    from lora_export.onnx_export.slots import SUFFIX
+    from lora_export.onnx_export.graphs.slots import SUFFIX
 
     file = graph.with_suffix(SUFFIX)
     _fill(graph, [(file, _low_rank(base, adapter), adapter)])
@@ -98,7 +98,7 @@ def plug(graph: Path, base: Path, adapter: Path) -> Path:
 
 def _fill(graph: Path, adapters: Iterable[tuple[Path, Updates, Path]]) -> None:
     """Make slots of the LoRA in an unmerged graph, and write each adapter: its file, its updates, its folder."""
-    from lora_export.onnx_export.slots import open_slots, write_adapter
+    from lora_export.onnx_export.graphs.slots import open_slots, write_adapter
 
     slots = {(s.layer, s.leaf): s for s in open_slots(graph)}
     for file, updates, folder in adapters:

@@ -16,7 +16,7 @@ from lora_export.contracts import (
 from lora_export.errors import ExportError
 
 if TYPE_CHECKING:
-    from lora_export.onnx_export.weight_source import WeightSource
+    from lora_export.onnx_export.weights.source import WeightSource
 
 
 def like_earlier(options: StoryOptions) -> StoryOptions:

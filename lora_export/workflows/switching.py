@@ -17,7 +17,7 @@ from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorR
 from lora_export.errors import CheckpointError, InputError
 from lora_export.manifest import is_run
 from lora_export.merging import CERTIFICATE, MergePlan, begin_stream, merge, plan, prepare
-from lora_export.merging.certificate import adapter_hashes
+from lora_export.merging.certificate.document import adapter_hashes
 from lora_export.packages.contents import is_package
 
 
@@ -139,7 +139,7 @@ def _check_layout(folder: Path, first: MergePlan, second: MergePlan) -> None:
 def _merged_folder(
     folder: Path, base: Path, before: Sequence[AdapterChoice], after: Sequence[AdapterChoice], progress: Progress
 ) -> Switched:
-    from lora_export.merging.certificate_check import read_certificate, recorded_options
+    from lora_export.merging.certificate.compare import read_certificate, recorded_options
 
     recorded = read_certificate(folder)
     options = recorded_options(recorded, folder)
@@ -189,9 +189,9 @@ def _export(
     options: MergeOptions,
 ) -> Switched:
     from lora_export.merging import MergedSource
-    from lora_export.merging.execute import one_thread_each
+    from lora_export.merging.running.write import one_thread_each
     from lora_export.onnx_export import adapters_beside, reweight
-    from lora_export.onnx_export.holding import check_holds
+    from lora_export.onnx_export.weights.holding import check_holds
 
     beside = adapters_beside(folder)
     if beside:

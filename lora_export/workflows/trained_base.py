@@ -38,7 +38,8 @@ def stand_in(
     from lora_export.checkpoint import open_checkpoint
     from lora_export.merging import merge
     from lora_export.quantization import method_here, with_settings
-    from lora_export.validation import second_reader, streams
+    from lora_export.validation import streams
+    from lora_export.validation.reference import second_reader
 
     checkpoint = open_checkpoint(base)
     on_the_fly = options.training_quantization != "none" and options.base_weights == "dequantized"

@@ -23,7 +23,7 @@ from lora_export.contracts import (
     ValidationResult,
 )
 from lora_export.errors import InputError
-from lora_export.sealed import refuse_special
+from lora_export.storage.sealed import refuse_special
 from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.run_graphs import with_graph_of
 from lora_export.workflows.trained_base import prepared_base, stand_in
@@ -48,7 +48,7 @@ def validate_folder(
     from lora_export.onnx_export import load_export
     from lora_export.runtime import resolve_provider
     from lora_export.validation import validate
-    from lora_export.validation.own_texts import own_texts as measure
+    from lora_export.validation.effect.retention import own_texts as measure
 
     for given in (base.folder, merged, *(source.folder for source, _ in adapters), *onnx, *base_onnx):
         refuse_special(given)

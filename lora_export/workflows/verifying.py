@@ -46,7 +46,7 @@ def _verify_folder(
     progress: Progress,
 ) -> Verification:
     """A merged folder, or all of a run folder. InputError if it is neither."""
-    from lora_export.merging.verification import verify_folder
+    from lora_export.merging.certificate.verify import verify_folder
     from lora_export.workflows.verifying_runs import verify_run
 
     if not path.is_dir():

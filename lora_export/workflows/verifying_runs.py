@@ -17,10 +17,10 @@ from lora_export.contracts import (
     VerifyOptions,
 )
 from lora_export.errors import LoraExportError
-from lora_export.sealed import read_sealed
+from lora_export.storage.sealed import read_sealed
 
 if TYPE_CHECKING:
-    from lora_export.onnx_export.recheck_data import Rechecked
+    from lora_export.onnx_export.weights.recheck_data import Rechecked
 
 _ONNX_UNKNOWN = (
     "the ONNX graph, its weights (quantized or not), weights-map.json, export.json, the runtime's configuration, "
@@ -60,7 +60,7 @@ def _with_merged_folder(
     given: bool,
 ) -> list[Verification]:
     from lora_export.checkpoint import open_checkpoint
-    from lora_export.merging.verification import verify_folder
+    from lora_export.merging.certificate.verify import verify_folder
 
     merged = verify_folder(run / "merged", base, adapters, how, progress)
     if not (run / "onnx").is_dir():
@@ -68,9 +68,9 @@ def _with_merged_folder(
     if not given or not merged.verified:
         why = "that takes the base (-b) and every adapter (-a)" if merged.verified else "the merged folder is wrong"
         return [merged, Verification(_graphs(run), (f"{_ONNX_UNKNOWN}: {why}",))]
-    from lora_export.merging.certificate_check import read_certificate
-    from lora_export.onnx_export.recheck import Model, recheck
-    from lora_export.onnx_export.weight_source import FileSource
+    from lora_export.merging.certificate.compare import read_certificate
+    from lora_export.onnx_export.weights.recheck import Model, recheck
+    from lora_export.onnx_export.weights.source import FileSource
 
     source = FileSource(open_checkpoint(run / "merged").tensors)
     hashes = {r["name"]: r["hash_out"] for r in read_certificate(run / "merged")["records"]}
@@ -90,12 +90,12 @@ def _streamed(
     progress: Progress,
 ) -> list[Verification]:
     """A run without a merged folder: its tensors are computed from base (None: not all were given) and adapters."""
-    from lora_export.merging.execute import one_thread_each
-    from lora_export.merging.streamed_check import merged_again, same_certificate, same_tensors
-    from lora_export.merging.verification import certificate
+    from lora_export.merging.certificate.streamed_check import merged_again, same_certificate, same_tensors
+    from lora_export.merging.certificate.verify import certificate
+    from lora_export.merging.running.write import one_thread_each
     from lora_export.onnx_export import tensor_hashes
-    from lora_export.onnx_export.recheck import Model, recheck
-    from lora_export.onnx_export.reweight import hash_all
+    from lora_export.onnx_export.weights.recheck import Model, recheck
+    from lora_export.onnx_export.weights.reuse import hash_all
 
     findings, recorded = certificate(run)
     if recorded is None:
@@ -126,7 +126,7 @@ def _streamed(
 
 
 def _graphs(run: Path) -> tuple[Finding, ...]:
-    from lora_export.onnx_export.recheck import check_graphs
+    from lora_export.onnx_export.weights.recheck import check_graphs
 
     return (check_graphs(run / "onnx", "onnx_graphs"),)
 
@@ -150,8 +150,8 @@ def _same_options(
 ) -> Verification:
     """Whether the options in the manifest, as far as they matter for the bytes, lead to the certificate's."""
     from lora_export.merging import plan
-    from lora_export.merging.certificate import NAME, effective_options
-    from lora_export.merging.certificate_check import read_certificate
+    from lora_export.merging.certificate.compare import read_certificate
+    from lora_export.merging.certificate.document import NAME, effective_options
 
     folder = run / "merged" if (run / "merged" / NAME).is_file() else run
     try:
@@ -163,7 +163,7 @@ def _same_options(
     other = sorted(k for k in found if found[k] != recorded[k])
     asked, record = document["options"], run / "onnx" / "export.json"
     if record.is_file():
-        from lora_export.sealed import read_json
+        from lora_export.storage.sealed import read_json
 
         export = read_json(record)
         other += ["precision"] * (asked.get("precision", export.get("precision")) != export.get("precision"))

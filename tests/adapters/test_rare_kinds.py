@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from lora_export.adapter_tools import combine, truncate
+from lora_export.adapter_tools.saving import Rank
+from lora_export.adapter_tools.understand import understand
 from lora_export.adapters import fourierft, hra, sparse
 from lora_export.adapters.sparse import chosen
 from lora_export.contracts import AdapterChoice, MergeOptions, TargetUpdate
-from lora_export.deriving import combine, truncate
-from lora_export.deriving.saving import Rank
 from lora_export.errors import AdapterError, InputError
 from lora_export.merging import merge, plan
-from lora_export.merging.exact import ExactTensor
-from lora_export.understanding import understand
+from lora_export.merging.running.exact import ExactTensor
 from tests.adapters.test_lora_family import close, in_blocks, random
 from tests.builders import edit_tensors, tensors, updates_of
 from tests.daily import daily

@@ -12,10 +12,10 @@ import torch
 import transformers
 from click.testing import CliRunner
 
+from lora_export.adapter_tools.understand import Module, understand
 from lora_export.commands.main import cli
 from lora_export.errors import InputError
 from lora_export.report.adapter_page import picture
-from lora_export.understanding import Module, understand
 from tests.builders import edit_json, edit_tensors, gpt2_config, load, lora, save_adapter, save_base, tensors
 
 TARGETS = ["q_proj", "down_proj"]

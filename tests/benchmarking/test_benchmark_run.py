@@ -13,12 +13,14 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 from lora_export import benchmarking
-from lora_export.benchmarking import engines, environment, measuring, sessions, study
+from lora_export.benchmarking import engines, environment, sessions
+from lora_export.benchmarking import run as study
+from lora_export.benchmarking import study as measuring
 from lora_export.benchmarking.buffers import Buffers, Shape
 from lora_export.benchmarking.gpus import Gpus
 from lora_export.contracts import BenchmarkArm, BenchmarkOptions, BenchmarkResult, GraphComparison
 from lora_export.errors import InputError
-from lora_export.onnx_export.slots import Slot, write_adapter
+from lora_export.onnx_export.graphs.slots import Slot, write_adapter
 from lora_export.progress import Silent
 
 # Verdicts need a machine to themselves; that arms, caches and notes are right does not.

@@ -12,7 +12,7 @@ from lora_export.contracts import Source, StoryOptions
 from lora_export.errors import GateFailed
 from lora_export.pipeline import merge_and_export
 from lora_export.progress import Silent
-from lora_export.sealed import read_sealed, sha256, write_sealed
+from lora_export.storage.sealed import read_sealed, sha256, write_sealed
 from tests.end_to_end.conftest import Run
 from tests.validation.conftest import save_adapter, save_base
 
@@ -115,7 +115,7 @@ def test_a_stream_without_the_adapter_fails_the_gate(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing but the ONNX gate can see it."""
-    from lora_export.merging import streamed
+    from lora_export.merging.running import stream as streamed
 
     def without(self: Any, name: str, start: int, stop: int) -> Any:
         return streamed.read_rows(self.plan.tensors[name].source, start, stop)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lora_export import disk
+from lora_export.storage import disk
 
 WRITES = (
     "pwrite", "pwritev", "write", "writev", "copy_file_range", "sendfile", "mkdir", "replace", "rename", "link",

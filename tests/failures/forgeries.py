@@ -17,7 +17,7 @@ import onnx
 from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.checkpoint.header import read_header
 from lora_export.merging import CERTIFICATE
-from lora_export.sealed import hash_folder, read_sealed, sha256, write_json, write_sealed
+from lora_export.storage.sealed import hash_folder, read_sealed, sha256, write_json, write_sealed
 from tests.builders import edit_json
 
 Forger = Callable[["Run", random.Random], object]
@@ -120,7 +120,7 @@ def one_number_of_a_weight(run: Run, pick: random.Random) -> None:
 
 def most_rows_of_a_weight(run: Run, pick: random.Random) -> None:
     """All but the rows that follow from the shape are negated."""
-    from lora_export.merging.exact import sampled_runs
+    from lora_export.merging.running.exact import sampled_runs
 
     info = _tensor(run, pick, updated=pick.random() < 0.5)
     values = _halves(info)

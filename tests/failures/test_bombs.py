@@ -16,9 +16,10 @@ from onnx import helper
 
 from lora_export.checkpoint.header import read_header
 from lora_export.errors import ExportError, InputError, LoraExportError
-from lora_export.onnx_export import check_model, weights_map
+from lora_export.onnx_export import check_model
+from lora_export.onnx_export.weights import map as weights_map
 from lora_export.packages import archive
-from lora_export.sealed import read_json, read_sealed, write_sealed
+from lora_export.storage.sealed import read_json, read_sealed, write_sealed
 from tests.fuzz.guard import measured
 
 TAR, ZIP = "tar.zst", "zip"

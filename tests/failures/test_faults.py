@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lora_export.merging.execute import Execution
+from lora_export.merging.running.write import Execution
 from tests.daily import daily
 from tests.failures.commands import Forked, everything, invoke, merge_words
 from tests.failures.faults import Faults, failing, kill_at

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_export import manifest
 from lora_export.contracts import Source, StoryOptions
-from lora_export.onnx_export import isolated
+from lora_export.onnx_export.engines import isolated
 from lora_export.progress import Silent
 from lora_export.workflows.run_graphs import export_as, export_merged
 from lora_export.workflows.run_report import options_json

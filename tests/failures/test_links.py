@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_export import sealed
 from lora_export.contracts import AdapterChoice
 from lora_export.errors import ExportError, InputError, LoraExportError, OutputError
 from lora_export.merging import merge
-from lora_export.onnx_export.reweight import copy_graphs
+from lora_export.onnx_export.weights.reuse import copy_graphs
 from lora_export.report import render, write
+from lora_export.storage import sealed
 from tests.builders import lora, save_adapter, save_base, tensors
 from tests.failures.commands import everything, invoke
 from tests.failures.scenes import without_plots

@@ -9,7 +9,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from lora_export import sealed
 from lora_export.checkpoint.sources import resolve
 from lora_export.commands.main import cli
 from lora_export.commands.talk import Talk, table
@@ -17,6 +16,7 @@ from lora_export.commands.words import interference_lines
 from lora_export.contracts import Interference
 from lora_export.errors import InputError
 from lora_export.progress import Console
+from lora_export.storage import sealed
 
 EVIL = "w\x1b[2J\n  try:      rm -rf /\u202e"
 SHOWN = "w\\x1b[2J\\n  try:      rm -rf /\\u202e"

@@ -16,7 +16,7 @@ from lora_export.checkpoint.header import read_header
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, LoraExportError, plain
 from lora_export.merging import MergePlan, plan
-from lora_export.merging.loaded import loaded_weights
+from lora_export.merging.planning.loaded_names import loaded_weights
 from lora_export.onnx_export import check_model, load_export
 from lora_export.quantization import find_quantized
 from lora_export.report import render

@@ -1,4 +1,4 @@
-"""files.py: output folders that appear whole or not at all."""
+"""storage/files.py: output folders that appear whole or not at all."""
 
 import contextlib
 import ctypes
@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from lora_export import disk, locks, scratch, sealed
-from lora_export.disk import copy_range, write_at
 from lora_export.errors import GateFailed, InputError, OutputError
-from lora_export.files import failed_folder, output_folder
-from lora_export.sealed import hash_folder, plain_name, read_json
+from lora_export.storage import disk, locks, scratch, sealed
+from lora_export.storage.disk import copy_range, write_at
+from lora_export.storage.files import failed_folder, output_folder
+from lora_export.storage.sealed import hash_folder, plain_name, read_json
 
 
 def fill(folder: Path, text: str = "new") -> None:

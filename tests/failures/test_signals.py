@@ -16,16 +16,17 @@ from typing import Any
 
 import pytest
 
-from lora_export import disk, files, interrupts, locks, merging, scratch
+from lora_export import merging
 from lora_export.checkpoint import companions
-from lora_export.files import output_folder
-from lora_export.interrupts import Interrupts
+from lora_export.storage import disk, files, interrupts, locks, scratch
+from lora_export.storage.files import output_folder
+from lora_export.storage.interrupts import Interrupts
 from tests.daily import later
 from tests.failures.commands import Forked, everything, invoke, merge_words, slow_down, until
 
 PHASES = {
-    "copying": "lora_export.merging.blocks.copy_range",
-    "computing": "lora_export.merging.work.TensorWork.compute",
+    "copying": "lora_export.merging.running.blocks.copy_range",
+    "computing": "lora_export.merging.running.tensor.TensorWork.compute",
     "companions": "lora_export.checkpoint.companions.copy",
     "certificate": "lora_export.merging.write_certificate",
     "syncing": "os.fsync",

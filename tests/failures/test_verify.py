@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_export.merging import CERTIFICATE
-from lora_export.sealed import json_text, write_sealed
+from lora_export.storage.sealed import json_text, write_sealed
 from tests.builders import edit_json, edit_tensors, llama_config, lora, save_adapter, save_base
 from tests.failures.commands import everything, invoke, merge_words
 from tests.failures.faults import Faults, failing
@@ -229,7 +229,7 @@ def tall(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def hidden_rows() -> list[int]:
     """Those of UP that no certificate looks at."""
-    from lora_export.merging.exact import sampled_runs
+    from lora_export.merging.running.exact import sampled_runs
 
     shape = (1024, 48)
     return sorted(set(range(1024)) - {row for start, stop in sampled_runs(shape) for row in range(start, stop)})

@@ -12,7 +12,7 @@ from onnx import AttributeProto, TensorProto, helper
 from lora_export.contracts import ExportResult
 from lora_export.errors import LoraExportError
 from lora_export.onnx_export import check_model, load_export
-from lora_export.onnx_export.checks import all_tensors, count_nodes
+from lora_export.onnx_export.graphs.checks import all_tensors, count_nodes
 from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz.guard import attempt, harness
 from tests.fuzz.strategies import ODD_TEXTS, damaged_bytes, json_files

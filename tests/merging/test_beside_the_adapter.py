@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from lora_export.contracts import AdapterChoice, MergeOptions, Source, ValidationOptions, VerifyOptions
 from lora_export.errors import LoraExportError
 from lora_export.merging import merge
-from lora_export.merging.verification import verify_folder
+from lora_export.merging.certificate.verify import verify_folder
 from lora_export.progress import Silent
-from lora_export.validation.beside import expected_folder
-from lora_export.validation.settings import differences
-from lora_export.validation.stored import headers
+from lora_export.validation.folder.companions import expected_folder
+from lora_export.validation.folder.settings import differences
+from lora_export.validation.folder.stored import headers
 from lora_export.workflows.validating import validate_folder
 from tests.builders import bert_config, edit_json, lora, save_adapter, save_base, tensors
 

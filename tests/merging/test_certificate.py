@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from lora_export.contracts import AdapterChoice, MergeOptions, Update
 from lora_export.errors import CheckpointError
-from lora_export.merging import CERTIFICATE, merge, work
-from lora_export.merging.exact import rebuilt
-from lora_export.merging.plan import PlannedTensor
+from lora_export.merging import CERTIFICATE, merge
+from lora_export.merging.planning.plan import PlannedTensor
+from lora_export.merging.running import tensor as work
+from lora_export.merging.running.exact import rebuilt
 from tests.builders import edit_tensors, handmade_adapter, handmade_base, lora, save_adapter, save_base, tensors
 from tests.matrix.families import FAMILIES
 from tests.matrix.test_matrix import train
@@ -216,7 +217,7 @@ def test_a_merge_beyond_its_bound_is_refused(tmp_path: Path, dtype: str, monkeyp
 def test_one_wrong_number_is_found_if_all_rows_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_export.merging.work import TensorWork
+    from lora_export.merging.running.tensor import TensorWork
 
     base, adapter = handmade(tmp_path, torch.bfloat16)
     real = TensorWork.compute

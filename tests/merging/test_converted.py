@@ -10,7 +10,7 @@ from transformers.core_model_loading import Chunk, Concatenate, Interleave, Perm
 from lora_export.adapters.lora import LowRank, LowRankUpdate
 from lora_export.contracts import TargetUpdate, Update
 from lora_export.errors import AdapterError
-from lora_export.merging.converted import Group, spread_converted
+from lora_export.merging.architecture.converted import Group, spread_converted
 
 HEADS = 2
 MODEL = SimpleNamespace(config=SimpleNamespace(num_attention_heads=HEADS))

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export import workers
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import InputError, RuntimeUnavailable
-from lora_export.merging import exact, execute, merge, peak_rss, plan, work
+from lora_export.merging import merge, peak_rss, plan
+from lora_export.merging.running import exact
+from lora_export.merging.running import tensor as work
+from lora_export.merging.running import write as execute
 from lora_export.progress import Silent
+from lora_export.storage import workers
 from tests.builders import handmade_adapter, handmade_base, tensors
 from tests.matrix.families import FAMILIES
 from tests.matrix.test_matrix import RUNNING, train

@@ -14,7 +14,7 @@ import transformers as t
 from lora_export.contracts import AdapterChoice, MergeOptions, VerifyOptions
 from lora_export.errors import AdapterError, InputError, LoraExportError
 from lora_export.merging import merge, plan
-from lora_export.merging.verification import verify_folder
+from lora_export.merging.certificate.verify import verify_folder
 from lora_export.progress import Silent
 from tests.builders import (
     bert_config,

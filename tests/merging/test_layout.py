@@ -13,8 +13,8 @@ from lora_export.checkpoint import open_checkpoint
 from lora_export.contracts import AdapterChoice, MergeOptions, TargetUpdate
 from lora_export.errors import AdapterError
 from lora_export.merging import merge
-from lora_export.merging.loaded import Piece, TransposedUpdate, loaded_weights, spread
-from lora_export.merging.replication import config_changes, replicated_names
+from lora_export.merging.planning.loaded_names import Piece, TransposedUpdate, loaded_weights, spread
+from lora_export.merging.planning.replication import config_changes, replicated_names
 from tests.builders import VOCABULARY, load, logits, lora, same_bytes, save_adapter, save_base, tensors, unmerged
 
 SIZES: dict[str, Any] = {

@@ -16,7 +16,7 @@ from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import LoraExportError
 from lora_export.merging import merge, plan
-from lora_export.merging.streamed import MergedSource, write_outline
+from lora_export.merging.running.stream import MergedSource, write_outline
 from tests.builders import gpt2_config, llama_config, lora, save_adapter, save_base, tensors
 
 LLAMA = transformers.LlamaForCausalLM

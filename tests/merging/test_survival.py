@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_export.merging.survival import SAMPLE, SPARSEST, Survival, sampled, stride
+from lora_export.merging.running.survival import SAMPLE, SPARSEST, Survival, sampled, stride
 
 
 def test_survival_by_hand_is_summed_over_blocks() -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lora_export import disk, files, sealed
 from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import CheckpointError, InputError, OutputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
-from lora_export.workers import OpenFile
+from lora_export.storage import disk, files, sealed
+from lora_export.storage.workers import OpenFile
 from lora_export.workflows import switching
 from lora_export.workflows.switching import Switched, switch
 from tests.builders import llama_config, lora, save_adapter, save_base

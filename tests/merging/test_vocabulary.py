@@ -9,8 +9,8 @@ import torch
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError
 from lora_export.merging import plan
-from lora_export.merging.settings import resizings, side_effects
-from lora_export.sealed import read_json
+from lora_export.merging.architecture.settings import resizings, side_effects
+from lora_export.storage.sealed import read_json
 from tests.builders import edit_json, tensors
 from tests.daily import daily
 from tests.merging.tied_models import Cell

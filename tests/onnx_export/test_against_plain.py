@@ -11,7 +11,7 @@ import pytest
 from lora_export.contracts import ExportResult
 from lora_export.errors import ExportError
 from lora_export.onnx_export import export, load_export
-from lora_export.onnx_export.against_plain import compare
+from lora_export.onnx_export.graphs.fusions import compare
 from lora_export.progress import Silent
 from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, save
@@ -55,7 +55,7 @@ def test_a_wrong_fusion_is_told(exported: Callable[..., ExportResult], bert: Pat
 
 @pytest.mark.slow
 def test_a_failing_comparison_leaves_no_export(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_export.onnx_export.against_plain.RELATIVE", -1.0)
+    monkeypatch.setattr("lora_export.onnx_export.graphs.fusions.RELATIVE", -1.0)
     with pytest.raises(ExportError, match="--optimize basic"):
         export(bert, tmp_path / "onnx", precision="fp32", against_plain=True, progress=Silent())
     assert not list(tmp_path.iterdir())

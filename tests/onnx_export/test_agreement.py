@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto
 
 from lora_export.contracts import ExportResult
-from lora_export.onnx_export.checks import load_graph
+from lora_export.onnx_export.graphs.checks import load_graph
 from lora_export.runtime import DecoderSignature, open_session
 from tests.daily import later
 

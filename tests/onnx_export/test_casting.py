@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_export.onnx_export.casting import ONNX, STORED, cast, rounded, to_float32
-from lora_export.onnx_export.weights_map import ITEM_SIZE
+from lora_export.onnx_export.weights.dtypes import ONNX, STORED, cast, rounded, to_float32
+from lora_export.onnx_export.weights.map import ITEM_SIZE
 
 Array = np.ndarray[Any, Any]
 EVERY = np.arange(2**16, dtype=np.uint16)

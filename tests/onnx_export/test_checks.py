@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from lora_export.contracts import ExportResult
 from lora_export.errors import ExportError
-from lora_export.onnx_export.checks import check_model, count_nodes
+from lora_export.onnx_export.graphs.checks import check_model, count_nodes
 
 Spoil = Callable[[Path, onnx.ModelProto], None]
 

@@ -9,12 +9,12 @@ from typing import Any
 import onnx
 import pytest
 
-from lora_export import sealed
 from lora_export.contracts import ExportResult, QuantizationOptions
 from lora_export.errors import AdapterError, CheckpointError, ExportError, InputError
-from lora_export.onnx_export import export, isolated, load_export
-from lora_export.onnx_export.engines import choose
+from lora_export.onnx_export import export, load_export
+from lora_export.onnx_export.engines import choose, isolated
 from lora_export.progress import Silent
+from lora_export.storage import sealed
 
 ModelWith = Callable[[dict[str, Any]], Path]
 

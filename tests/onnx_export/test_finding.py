@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from lora_export.errors import ExportError
-from lora_export.onnx_export.finding import find_graphs, looks_like_graph
+from lora_export.onnx_export.graphs.finding import find_graphs, looks_like_graph
 
 
 def graph_bytes(location: str | None = None) -> bytes:

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from lora_export.onnx_export.dynamo_engine.halving import halve
+from lora_export.onnx_export.engines.dynamo_passes.halving import halve
 
 DRAW = np.random.default_rng(3)
 WEIGHT = DRAW.standard_normal((4, 3)).astype(np.float32)

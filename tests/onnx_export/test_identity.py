@@ -9,8 +9,8 @@ from onnx import numpy_helper
 
 from lora_export.contracts import ExportResult, GraphComparison
 from lora_export.onnx_export import compare
-from lora_export.onnx_export.canonical import Canonical, canonical
-from lora_export.onnx_export.checks import load_graph
+from lora_export.onnx_export.graphs.canonical import Canonical, canonical
+from lora_export.onnx_export.graphs.checks import load_graph
 
 from .conftest import save_llama
 
@@ -139,8 +139,8 @@ def test_settings_and_shapes_that_slow_a_merged_model_down_are_told(
 
 
 def test_lost_fusions_and_untied_embeddings_are_told() -> None:
-    from lora_export.onnx_export.canonical import Node
-    from lora_export.onnx_export.identity import _graph_warnings
+    from lora_export.onnx_export.graphs.canonical import Node
+    from lora_export.onnx_export.graphs.identity import _graph_warnings
 
     def of(*operators: str, tied: bool) -> Canonical:
         nodes = tuple(Node(f"n{i}", operator, "", (), str(i)) for i, operator in enumerate(operators))

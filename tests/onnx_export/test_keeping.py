@@ -13,11 +13,11 @@ import torch
 
 from lora_export.contracts import ExportResult
 from lora_export.errors import ExportError
-from lora_export.onnx_export import weights_map
-from lora_export.onnx_export.feeds import token_feeds
-from lora_export.onnx_export.keeping import Damage, choose_kept, mark
-from lora_export.onnx_export.quantize_graph import Blockwise, quantize_graph
-from lora_export.onnx_export.quantizing import quantize
+from lora_export.onnx_export.graphs.inputs import token_feeds
+from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+from lora_export.onnx_export.quantize.numbers import quantize
+from lora_export.onnx_export.quantize.sensitivity import Damage, choose_kept, mark
+from lora_export.onnx_export.weights import map as weights_map
 from lora_export.progress import Silent
 from tests.onnx_export.conftest import VOCABULARY, save_llama, save_tokenizer
 

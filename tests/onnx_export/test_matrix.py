@@ -8,8 +8,9 @@ import pytest
 
 from lora_export.contracts import AdapterChoice, ExportResult
 from lora_export.merging import merge
-from lora_export.onnx_export import export, reweight, weights_map
+from lora_export.onnx_export import export, reweight
 from lora_export.onnx_export.engines import ENGINES
+from lora_export.onnx_export.weights import map as weights_map
 from lora_export.progress import Silent
 from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, GENAI, Architecture, save, save_adapter

@@ -12,9 +12,9 @@ from lora_export.choices import Precision
 from lora_export.contracts import QuantizationOptions
 from lora_export.errors import ExportError
 from lora_export.onnx_export import export
-from lora_export.onnx_export.quantize_graph import Blockwise, blockwise, quantize_graph
-from lora_export.onnx_export.quantizing import dequantize, quantize
-from lora_export.onnx_export.weights_map import Piece, Recipe, Weight
+from lora_export.onnx_export.quantize.blockwise import Blockwise, blockwise, quantize_graph
+from lora_export.onnx_export.quantize.numbers import dequantize, quantize
+from lora_export.onnx_export.weights.map import Piece, Recipe, Weight
 from lora_export.progress import Silent
 from tests.daily import daily, later
 from tests.onnx_export.conftest import save_llama

@@ -11,9 +11,9 @@ import pytest
 
 from lora_export.contracts import ExportResult
 from lora_export.errors import ExportError
-from lora_export.onnx_export.checks import check_model
-from lora_export.onnx_export.feeds import token_feeds
-from lora_export.onnx_export.quantize_int8 import quantize_int8
+from lora_export.onnx_export.graphs.checks import check_model
+from lora_export.onnx_export.graphs.inputs import token_feeds
+from lora_export.onnx_export.quantize.int8 import quantize_int8
 from tests.onnx_export.conftest import VOCABULARY
 
 Array = np.ndarray[Any, Any]

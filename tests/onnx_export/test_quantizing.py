@@ -14,8 +14,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     RTNWeightOnlyQuantConfig,
 )
 
-from lora_export.onnx_export.quantizing import dequantize, granularity, quantize, shapes
-from lora_export.onnx_export.weights_map import Quantization
+from lora_export.onnx_export.quantize.numbers import dequantize, granularity, quantize, shapes
+from lora_export.onnx_export.weights.map import Quantization
 
 Array = np.ndarray[Any, Any]
 SIZES = ((64, 32), (112, 7), (96, 5), (20, 3), (256, 33), (1000, 9))  # (in, out)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from lora_export import workers
 from lora_export.choices import Precision
 from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, ExportResult, QuantizationOptions
@@ -22,6 +21,7 @@ from lora_export.errors import LoraExportError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
+from lora_export.storage import workers
 from tests.builders import edit_json, edit_tensors
 from tests.onnx_export.architectures import DYNAMO, GENAI, save, save_adapter
 

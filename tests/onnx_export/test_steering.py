@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 from lora_export.errors import ExportError
 from lora_export.onnx_export import compare
-from lora_export.onnx_export.canonical import canonical
-from lora_export.onnx_export.operators import role
+from lora_export.onnx_export.graphs.canonical import canonical
+from lora_export.onnx_export.graphs.operators import role
 
 LENGTH = "long = Shape(x)  length = Cast<to = 1>(long)"
 # What of the float vector `n`, made of c, each graph steers by. x is float[length, 4].

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lora_export.errors import ExportError
-from lora_export.onnx_export import weights_map
-from lora_export.onnx_export.weights_map import Piece, Quantization, Recipe, Weight, WeightsMap, placed
+from lora_export.onnx_export.weights import map as weights_map
+from lora_export.onnx_export.weights.map import Piece, Quantization, Recipe, Weight, WeightsMap, placed
 
 INT4 = Quantization("int4", "packed", 32, False, "k_quant")
 MAP = WeightsMap(

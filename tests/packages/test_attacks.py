@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from lora_export.commands.main import cli
 from lora_export.packages import archive
 from lora_export.progress import Silent
-from lora_export.sealed import hash_folder, read_sealed, write_sealed
+from lora_export.storage.sealed import hash_folder, read_sealed, write_sealed
 from lora_export.workflows import delivered
 
 Copied = Callable[..., Path]

@@ -17,7 +17,7 @@ from lora_export.contracts import PackageOptions
 from lora_export.errors import OutputError
 from lora_export.packages.configs import for_both, tokenizer_for_both
 from lora_export.progress import Silent
-from lora_export.sealed import read_sealed, sha256, write_sealed
+from lora_export.storage.sealed import read_sealed, sha256, write_sealed
 from lora_export.workflows.packaging import package, push
 from tests.packages.conftest import Packed
 

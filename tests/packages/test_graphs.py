@@ -13,7 +13,8 @@ import transformers
 from lora_export.contracts import ExportResult
 from lora_export.errors import ExportError
 from lora_export.onnx_export import check_model, export
-from lora_export.packages import graphs, hub_graphs
+from lora_export.packages import graphs
+from lora_export.packages.targets import hub_graphs
 from lora_export.progress import Silent
 from tests.daily import later
 from tests.onnx_export.architectures import DYNAMO, GENAI, Architecture, save

@@ -26,7 +26,7 @@ from lora_export.packages.job import Facts, Sample
 from lora_export.packages.targets import TARGETS
 from lora_export.packages.tasks import task_of
 from lora_export.progress import Silent
-from lora_export.sealed import hash_folder
+from lora_export.storage.sealed import hash_folder
 from lora_export.workflows import delivered
 from lora_export.workflows.packaging import package
 from lora_export.workflows.pluggable import export_pluggable
@@ -261,7 +261,7 @@ def test_a_runtime_that_says_something_else_is_found(decoder_run: Path, packed: 
     """Another model under a manifest that fits it: the files agree, the words do not."""
     import shutil
 
-    from lora_export.sealed import read_sealed, write_sealed
+    from lora_export.storage.sealed import read_sealed, write_sealed
 
     folder = Path(shutil.copytree(packed(decoder_run, "hf").output, tmp_path / "p"))
     document = read_sealed(folder / "manifest.json")

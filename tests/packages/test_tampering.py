@@ -18,7 +18,7 @@ from lora_export.contracts import PackageOptions
 from lora_export.errors import InputError
 from lora_export.packages import archive
 from lora_export.progress import Silent
-from lora_export.sealed import read_sealed, write_sealed
+from lora_export.storage.sealed import read_sealed, write_sealed
 from lora_export.workflows.packaging import package
 from tests.packages.conftest import Packed
 from tests.packages.test_packages import ALL
@@ -126,7 +126,7 @@ def test_a_graph_that_reads_elsewhere_is_not_run(called: str, decoder_run: Path,
     """With a manifest that fits: who changes a file can write another manifest. Whatever the graph is called."""
     import onnx
 
-    from lora_export.sealed import hash_folder
+    from lora_export.storage.sealed import hash_folder
 
     folder = copied(decoder_run, "genai")
     model = onnx.load(folder / "model.onnx", load_external_data=False)

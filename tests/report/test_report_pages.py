@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_export.escaping import markdown as escaped
+from lora_export.escape import markdown as escaped
 from lora_export.report import render, story, write
 from lora_export.report.text import number, size
 from tests.daily import daily

@@ -14,13 +14,14 @@ import transformers
 
 from lora_export.contracts import AdapterChoice, Check, Deviation, MergeOptions
 from lora_export.progress import Silent
-from lora_export.validation import loading, reference
-from lora_export.validation.decoder_story import DecoderStory
-from lora_export.validation.decoders import tokenize
-from lora_export.validation.deviation import first_deviation
-from lora_export.validation.effective import base_layer, wrapped_modules
-from lora_export.validation.tensors import compare_tensors, verdict
-from lora_export.validation.thresholds import FACTOR
+from lora_export.validation.comparing.decoder import DecoderStory
+from lora_export.validation.comparing.decoders import tokenize
+from lora_export.validation.comparing.deviation import first_deviation
+from lora_export.validation.comparing.tensors import compare_tensors, verdict
+from lora_export.validation.comparing.thresholds import FACTOR
+from lora_export.validation.reference import loading
+from lora_export.validation.reference import unmerged as reference
+from lora_export.validation.reference.probes import base_layer, wrapped_modules
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Changed = dict[str, torch.Tensor]

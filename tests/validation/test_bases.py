@@ -25,8 +25,8 @@ from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
-from lora_export.validation.advice import bases_advice
-from lora_export.validation.requantize import requantize
+from lora_export.validation.effect.advice import bases_advice
+from lora_export.validation.reference.requantize import requantize
 from tests.builders import bert_config, lora, save_adapter
 from tests.builders import save_base as save_random
 from tests.validation.conftest import save_base, save_tokenizer

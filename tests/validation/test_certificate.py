@@ -17,13 +17,14 @@ from lora_export.contracts import AdapterChoice, Check, MergeOptions, Validation
 from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
-from lora_export.validation import ValidationOptions, lengths, validate
-from lora_export.validation.arithmetic import in_types
-from lora_export.validation.compare import compare_logits, greedy_divergences
-from lora_export.validation.noise import rounding_noise
-from lora_export.validation.prompts import BUILT_IN
-from lora_export.validation.text import read_text, windows
-from lora_export.validation.thresholds import Floor, Greedy, decoder_checks
+from lora_export.validation import ValidationOptions, validate
+from lora_export.validation.comparing import lengths
+from lora_export.validation.comparing.arithmetic import in_types
+from lora_export.validation.comparing.logits import compare_logits, greedy_divergences
+from lora_export.validation.comparing.noise import rounding_noise
+from lora_export.validation.comparing.prompts import BUILT_IN
+from lora_export.validation.comparing.text import read_text, windows
+from lora_export.validation.comparing.thresholds import Floor, Greedy, decoder_checks
 from tests.failures.commands import invoke
 from tests.validation.faults import unmerged_model
 

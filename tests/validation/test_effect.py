@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_export.validation import effect
-from lora_export.validation.advice import Measured, precision_advice
+from lora_export.validation.effect import effect
+from lora_export.validation.effect.advice import Measured, precision_advice
 
 VOCABULARY = 11
 

@@ -14,7 +14,7 @@ from lora_export.errors import AdapterError, InputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, kinds, validate
-from lora_export.validation.seq2seq_story import edit_distance
+from lora_export.validation.comparing.seq2seq import edit_distance
 from tests.daily import daily
 from tests.validation.conftest import save_tokenizer
 from tests.validation.models import MODELS

@@ -12,11 +12,12 @@ import transformers
 from lora_export.contracts import AdapterChoice, ValidationOptions, ValidationResult
 from lora_export.merging import merge
 from lora_export.progress import Silent
-from lora_export.validation import lengths, validate
+from lora_export.validation import validate
+from lora_export.validation.comparing import lengths
+from lora_export.validation.comparing.subject import Subject
 from lora_export.validation.kinds import choose
 from lora_export.validation.kinds.texts import positions
 from lora_export.validation.run import seeded
-from lora_export.validation.subject import Subject
 from tests.builders import edit_json, gpt2_config, llama_config, save_base
 from tests.validation.conftest import save_adapter, save_tokenizer
 from tests.validation.models import BODY, MODELS

@@ -13,7 +13,7 @@ from lora_export.errors import LoraExportError
 from lora_export.merging import headed_base, merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
-from lora_export.validation.reference import load_unmerged
+from lora_export.validation.reference.unmerged import load_unmerged
 from tests.builders import edit_json, edit_tensors, same_bytes, save_base, tensors
 from tests.daily import daily
 from tests.heads import CASES, adapter_of, build

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import MergeOptions
 from lora_export.merging import merge
-from lora_export.validation.beside import expected_folder
-from lora_export.validation.settings import settings_check
-from lora_export.validation.stored import Changed, differences
+from lora_export.validation.folder.companions import expected_folder
+from lora_export.validation.folder.settings import settings_check
+from lora_export.validation.folder.stored import Changed, differences
 from tests.quantization.floats import blocks, fp8
 
 FUSED, _ = fp8((3, 32, 64), (3, 2, 2))

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError
 from lora_export.merging import merge
-from lora_export.validation.combined import reference_adapter
-from lora_export.validation.loading import load_merged
-from lora_export.validation.reference import load_unmerged
-from lora_export.validation.tensors import compare_tensors
+from lora_export.validation.comparing.tensors import compare_tensors
+from lora_export.validation.reference.combined import reference_adapter
+from lora_export.validation.reference.loading import load_merged
+from lora_export.validation.reference.unmerged import load_unmerged
 from tests.builders import edit_json, tensors
 from tests.daily import daily
 from tests.matrix.families import FAMILIES

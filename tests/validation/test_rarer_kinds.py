@@ -12,9 +12,9 @@ from lora_export.errors import AdapterError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
-from lora_export.validation.effective import base_layer, wrapped_modules
-from lora_export.validation.mended import mend, weigh
-from lora_export.validation.streaming import refuse_changing_inits
+from lora_export.validation.reference.mended import mend, weigh
+from lora_export.validation.reference.probes import base_layer, wrapped_modules
+from lora_export.validation.reference.streaming import refuse_changing_inits
 from tests.builders import llama_config, randomize
 from tests.matrix.families import FAMILIES
 from tests.matrix.kinds import KINDS, SELDOM

@@ -11,9 +11,9 @@ import transformers
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.merging import merge
-from lora_export.validation.loading import load_merged
-from lora_export.validation.reference import load_unmerged
-from lora_export.validation.tensors import TensorError, compare_tensors
+from lora_export.validation.comparing.tensors import TensorError, compare_tensors
+from lora_export.validation.reference.loading import load_merged
+from lora_export.validation.reference.unmerged import load_unmerged
 from tests.builders import save_adapter, save_base
 from tests.matrix.families import FAMILIES, MOE
 from tests.matrix.test_matrix import train
@@ -90,7 +90,7 @@ def test_compare_tensors_experts_in_small_blocks_give_the_same_errors(
 ) -> None:
     judged = mixtral(tmp_path)
     together = {e.name: e.worst for e in judged.errors()}
-    monkeypatch.setattr("lora_export.validation.whole.PARAMETER_BLOCK", 5 * 48 * 40)
+    monkeypatch.setattr("lora_export.validation.comparing.whole.PARAMETER_BLOCK", 5 * 48 * 40)
     # Not to the last place: the bound looks at the largest change of a block.
     apart = {e.name: e.worst for e in judged.errors()}
     assert apart.keys() == together.keys()

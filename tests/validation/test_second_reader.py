@@ -14,7 +14,7 @@ from lora_export.errors import CheckpointError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.quantization import compressed, scaled
-from lora_export.validation import second_reader
+from lora_export.validation.reference import second_reader
 from lora_export.workflows.trained_base import stand_in
 from tests.builders import edit_json, edit_tensors, save_base, tensors
 

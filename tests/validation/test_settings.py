@@ -17,9 +17,9 @@ from lora_export.contracts import AdapterChoice, Check, MergeOptions, Validation
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
-from lora_export.validation.beside import declared, expected_folder
-from lora_export.validation.settings import settings_check
-from lora_export.validation.stored import Changed, stored_check
+from lora_export.validation.folder.companions import declared, expected_folder
+from lora_export.validation.folder.settings import settings_check
+from lora_export.validation.folder.stored import Changed, stored_check
 from tests.builders import edit_json, edit_tensors, save_base
 from tests.builders import save_adapter as save_any_adapter
 from tests.validation.conftest import save_adapter, save_tokenizer

@@ -11,7 +11,8 @@ from lora_export.contracts import AdapterChoice, MergeOptions, Source, Validatio
 from lora_export.errors import AdapterError
 from lora_export.merging import merge
 from lora_export.progress import Silent
-from lora_export.validation import ValidationOptions, streaming, streams, validate
+from lora_export.validation import ValidationOptions, streams, validate
+from lora_export.validation.reference import streaming
 from lora_export.workflows.validating import validate_folder
 from tests.daily import daily
 from tests.matrix.families import FAMILIES

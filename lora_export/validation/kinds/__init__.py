@@ -3,8 +3,8 @@
 from typing import Any, Protocol
 
 from lora_export.errors import InputError
+from lora_export.validation.comparing.subject import Story, Subject, takes
 from lora_export.validation.kinds import audio, decoder, pair, seq2seq, text, vision
-from lora_export.validation.subject import Story, Subject, takes
 
 __all__ = ["KINDS", "Kind", "Story", "Subject", "choose"]
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from lora_export.validation import lengths
-from lora_export.validation.decoder_story import SAMPLES, DecoderStory
-from lora_export.validation.decoders import GREEDY_TOKENS, TOKENS_WITHOUT_CACHE, has_cache
+from lora_export.validation.comparing import lengths
+from lora_export.validation.comparing.decoder import SAMPLES, DecoderStory
+from lora_export.validation.comparing.decoders import GREEDY_TOKENS, TOKENS_WITHOUT_CACHE, has_cache
+from lora_export.validation.comparing.subject import Story, Subject, generates, takes
+from lora_export.validation.comparing.text import windows
 from lora_export.validation.kinds.texts import Noted, Texts, positions, token_lists, vocabulary
-from lora_export.validation.subject import Story, Subject, generates, takes
-from lora_export.validation.text import windows
 
 NAME = "decoder (Llama, GPT-2, …)"
 

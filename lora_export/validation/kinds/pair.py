@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from lora_export.validation.encoder_story import EncoderStory
+from lora_export.validation.comparing.encoder import EncoderStory
+from lora_export.validation.comparing.subject import Story, Subject, generates, is_pair, setting, takes
 from lora_export.validation.kinds.signals import images, sounds
 from lora_export.validation.kinds.texts import Noted, padded, token_lists
-from lora_export.validation.subject import Story, Subject, generates, is_pair, setting, takes
 
 NAME = "text and image, or text and sound, compared (CLIP, SigLIP, CLAP)"
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from lora_export.validation import lengths
+from lora_export.validation.comparing import lengths
+from lora_export.validation.comparing.prompts import MAX_TOKENS
+from lora_export.validation.comparing.seq2seq import Seq2SeqStory
+from lora_export.validation.comparing.subject import Story, Subject, generates, setting, takes
 from lora_export.validation.kinds.signals import images, sounds
 from lora_export.validation.kinds.texts import Noted, Texts, padded, token_lists
-from lora_export.validation.prompts import MAX_TOKENS
-from lora_export.validation.seq2seq_story import Seq2SeqStory
-from lora_export.validation.subject import Story, Subject, generates, setting, takes
 
 NAME = "encoder-decoder (T5, BART, Marian, Whisper, …)"
 STEPS = 32  # tokens that are generated, if the decoder has so many positions

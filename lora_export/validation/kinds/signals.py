@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_export.validation.subject import Subject, setting, takes
+from lora_export.validation.comparing.subject import Subject, setting, takes
 
 Batches = list[dict[str, torch.Tensor]]
 SEED = 20_240_503

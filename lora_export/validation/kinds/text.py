@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from lora_export.validation.encoder_story import EncoderStory
+from lora_export.validation.comparing.encoder import EncoderStory
+from lora_export.validation.comparing.subject import Story, Subject, generates, is_pair, setting, takes
 from lora_export.validation.kinds.texts import Noted, padded, token_lists
-from lora_export.validation.subject import Story, Subject, generates, is_pair, setting, takes
 
 NAME = "text encoder or text with a head (BERT, RoBERTa, ModernBERT, DeBERTa, T5's encoder, …)"
 

@@ -9,10 +9,10 @@ import torch
 
 from lora_export.contracts import Check, ValidationResult
 from lora_export.errors import InputError
-from lora_export.validation import lengths
-from lora_export.validation.decoders import tokenize
-from lora_export.validation.prompts import MAX_TOKENS
-from lora_export.validation.subject import Graph, Story, Subject, setting
+from lora_export.validation.comparing import lengths
+from lora_export.validation.comparing.decoders import tokenize
+from lora_export.validation.comparing.prompts import MAX_TOKENS
+from lora_export.validation.comparing.subject import Graph, Story, Subject, setting
 
 CODE_POINTS = 0x110000  # of Unicode, which CANINE reads
 RANDOM_LENGTHS = (5, 11, 23, 37, 48, 64)

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from lora_export.validation.encoder_story import EncoderStory
+from lora_export.validation.comparing.encoder import EncoderStory
+from lora_export.validation.comparing.subject import Story, Subject, generates, is_pair, takes
 from lora_export.validation.kinds.signals import images
 from lora_export.validation.kinds.texts import Noted
-from lora_export.validation.subject import Story, Subject, generates, is_pair, takes
 
 NAME = "vision (ViT, CLIP's vision tower, ResNet, VideoMAE, …)"
 

@@ -1,0 +1,8 @@
+"""New adapters: made of several, taken out of a tuned model, brought to a lower rank. All are PEFT folders."""
+
+from lora_export.adapter_tools.combine import combine
+from lora_export.adapter_tools.extract import extract
+from lora_export.adapter_tools.saving import Derived
+from lora_export.adapter_tools.truncate import truncate
+
+__all__ = ["Derived", "combine", "extract", "truncate"]

@@ -1,0 +1,1 @@
+"""merge-certificate.json: written, read, and proved again."""

@@ -1,0 +1,197 @@
+"""A merged folder checked again later, with its certificate as something to be proved and not as a witness.
+
+What the certificate says is computed again: from the folder's own bytes, and, where base and adapters are given,
+from a new plan, a merge of which every byte is compared, and the files that a merge would write. Then the two must
+agree, field by field.
+"""
+
+import secrets
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_export.checkpoint import open_adapter_files, open_checkpoint
+from lora_export.checkpoint.companions import companion_files
+from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorInfo, Verification, VerifyOptions
+from lora_export.errors import InputError, LoraExportError
+from lora_export.merging.certificate.as_recorded import (
+    adapter_files,
+    files,
+    hashes,
+    output_tensors,
+    place,
+    unlike,
+    what_is_missing,
+    words,
+)
+from lora_export.merging.certificate.compare import Findings, compare, read_certificate, recorded_options
+from lora_export.merging.certificate.document import NAME, certificate_of, describe_files, describe_shards
+from lora_export.merging.certificate.recheck import Recheck
+from lora_export.merging.certificate.recompute import Recomputed, recompute
+from lora_export.merging.planning.base_checks import base_checks
+from lora_export.merging.planning.plan import MergePlan
+from lora_export.merging.running.companions import write_beside
+
+
+def verify_folder(
+    folder: Path, base: Path | None, adapters: Sequence[AdapterChoice], how: VerifyOptions, progress: Progress
+) -> Verification:
+    """Check a merged folder. InputError where there is no certificate, or what was given is no base or adapter.
+
+    Without base and adapters only hashes can be checked, and `not_checked` says so.
+    """
+    if not (folder / NAME).is_file():
+        raise InputError(
+            f"there is no {NAME} here",
+            where=folder,
+            expected="a folder that lora-export merge wrote, or the folder of a whole run",
+            next_step="give the folder that was named with -o",
+        )
+    if base is not None:
+        open_checkpoint(base)
+    for choice in adapters:
+        open_adapter_files(choice.folder)
+    findings, recorded = certificate(folder)
+    if recorded is None:
+        return findings.result()
+    files(findings, folder, recorded)
+    adapter_files(findings, recorded, adapters)
+    found, odd = output_tensors(folder, recorded)
+    known: Mapping[str, str] = {}
+    if base is not None and len(adapters) == len(recorded["adapters"]):
+        known = _again(findings, folder, recorded, base, adapters, found, how, progress)
+    else:
+        what_is_missing(findings, recorded, base, adapters)
+    hashes(findings, recorded, found, odd, known)
+    return findings.result()
+
+
+def certificate(folder: Path) -> tuple[Findings, dict[str, Any] | None]:
+    """The certificate in a folder, if it is whole, and what was found out about it."""
+    findings = Findings()
+    try:
+        recorded = read_certificate(folder)
+    except InputError as error:
+        findings.fail("certificate", words(error))
+        findings.not_checked.append("everything else: the certificate was changed, so nothing it says is known")
+        return findings, None
+    findings.judge("certificate", "complete, and agrees with its own digest", ())
+    return findings, recorded
+
+
+def planned_again(
+    findings: Findings, recorded: Mapping[str, Any], where: Path, base: Path, adapters: Sequence[AdapterChoice]
+) -> MergePlan | None:
+    """The plan of the merge that the certificate is about; None where base and adapters make no such model."""
+    from lora_export.merging import plan, prepare
+
+    options = replace(recorded_options(recorded, where), device="cpu")
+    _name_options(findings, options)
+    try:
+        planned = plan(base, adapters, options)
+    except LoraExportError as error:
+        findings.fail("plan", f"base and adapters do not make this model: {words(error)}")
+        return None
+    if planned.computes:
+        prepare("cpu")
+    return planned
+
+
+def _name_options(findings: Findings, options: MergeOptions) -> None:
+    """Whoever makes a certificate chooses the options in it, so those that are no defaults are named."""
+    default, same = MergeOptions(), ("force", "device", "certify", "max_memory", "allow_nonfinite")
+    kept = {k: v for k, v in vars(options).items() if v != getattr(default, k) and k not in same}
+    if kept:
+        claimed = ", ".join(f"{k} {v}" for k, v in kept.items())
+        findings.not_checked.append(
+            f"whether {claimed} was asked for: these options of the merge are the certificate's"
+        )
+
+
+# --- from base and adapters --------------------------------------------------------------------------------
+
+
+def _again(
+    findings: Findings,
+    folder: Path,
+    recorded: Mapping[str, Any],
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    outputs: Mapping[str, TensorInfo],
+    how: VerifyOptions,
+    progress: Progress,
+) -> Mapping[str, str]:
+    """Everything computed anew and compared; the hashes of tensors whose bytes are those that were computed."""
+    planned = planned_again(findings, recorded, folder, base, adapters)
+    if planned is None:
+        return {}
+    shards = describe_shards(planned)
+    findings.judge(
+        "plan", f"{len(planned.tensors)} tensors have the planned shape and type", _unplanned(planned, outputs)
+    )
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+        again = Path(scratch)
+        write_beside(planned, companion_files(base), again)
+        beside = describe_files(again, shards)
+    wanted = dict(sorted((beside | shards).items()))
+    failures = [f"{name} is not what the merge writes" for name, f in wanted.items() if not _is(folder / name, f)]
+    failures += [f"{n} is no file that the merge writes" for n in sorted(recorded["files"].keys() - wanted.keys())]
+    findings.judge("written_files", f"{len(wanted)} files are what a merge writes, headers byte for byte", failures)
+    if not all(_is(folder / name, f) for name, f in shards.items()):
+        findings.not_checked.append(
+            "arithmetic and figures: files of tensors are missing, or are laid out otherwise"
+        )
+        return {}
+    try:
+        found = _computed(findings, planned, folder, recorded, outputs, how, progress)
+    except LoraExportError as error:
+        findings.fail("arithmetic", f"the merge cannot be done again: {words(error)}")
+        return {}
+    findings.not_checked += [f"the arithmetic of {n}: {why}" for n, why in found.unchecked.items()]
+    weights, checks = [c.weight for c in adapters], base_checks(planned)
+    document = certificate_of(planned, weights, found.records, found.survival, checks, found.unchecked, wanted)
+    compare(findings, recorded, document)
+    return found.hashes
+
+
+def _computed(
+    findings: Findings,
+    planned: MergePlan,
+    folder: Path,
+    recorded: Mapping[str, Any],
+    outputs: Mapping[str, TensorInfo],
+    how: VerifyOptions,
+    progress: Progress,
+) -> Recomputed:
+    if how.certify == "full":
+        progress.stage(f"verify: all of the merge again, {planned.nbytes / 1e6:.0f} MB")
+        return recompute(findings, planned, folder, recorded, progress)
+    seed = secrets.randbelow(2**32) if how.seed is None else how.seed
+    what = f"{how.rows} rows of every computed tensor, drawn with --seed {seed}"
+    progress.stage(f"verify: {what}")
+    recheck = Recheck(planned, outputs, how.rows, seed, progress)
+    recheck.run()
+    findings.judge("arithmetic", f"{what}, are what float64 gives", recheck.beyond)
+    findings.not_checked.append(f"all other rows of the computed tensors: {what}, as --certify sampled asked for")
+    return Recomputed(recheck.records, recheck.survival, recheck.unchecked, {})
+
+
+def _is(path: Path, wanted: Mapping[str, Any]) -> bool:
+    return path.is_file() and not unlike(path, path.name, wanted)
+
+
+def _unplanned(planned: MergePlan, outputs: Mapping[str, TensorInfo]) -> Iterator[str]:
+    homes = {t.name: s.file for s in planned.shards for t in s.tensors}
+    for name, tensor in planned.tensors.items():
+        found = outputs.get(name)
+        if found is None:
+            yield f"{name}: planned, and not there"
+        elif (found.dtype, found.shape, found.file.name) != (tensor.output.dtype, tensor.output.shape, homes[name]):
+            yield (
+                f"{place(found)}: {found.dtype} {list(found.shape)}, planned is {tensor.output.dtype} "
+                f"{list(tensor.output.shape)} in {homes[name]}"
+            )
+    for name in outputs.keys() - planned.tensors.keys():
+        yield f"{place(outputs[name])}: not planned"

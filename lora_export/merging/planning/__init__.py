@@ -1,0 +1,1 @@
+"""What a merge will do, decided on headers alone: names, targets, ties, combinations."""

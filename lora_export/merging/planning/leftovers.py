@@ -1,0 +1,113 @@
+"""Tensors of a base that are neither weights nor part of a quantized one.
+
+A merge takes quantization_config out of config.json, so quantized numbers that stay behind would be taken for what
+they are not: they are refused, whatever the adapter touches. What only serves activations, and means nothing
+without its layer's quantization, is left out. A model may itself have whole numbers, or a parameter that is called
+a scale: the architecture is asked, on a model without weights.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from lora_export.checkpoint.reader import Checkpoint
+from lora_export.contracts import TensorInfo
+from lora_export.errors import CheckpointError
+from lora_export.merging.planning.loaded_names import Kind, kinds_in_model
+
+# Scales of activations and of the attention's cache: of no weight. No model of transformers has such a parameter.
+_DEAD = (
+    "activation_scale", "input_scale", "output_scale", "k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale",
+    "input_global_scale", "input_scale_ub", "input_zero_point", "output_zero_point", "k_zero_point", "v_zero_point",
+)  # fmt: skip
+# Names that quantizers give to scales and the like, and honest models do not.
+_OF_QUANTIZERS = (
+    "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point", "scale_inv",
+    "weight_packed", "weight_shape", "weight_g_idx", "qscale_weight", "pre_quant_scale", "qweight", "qzeros",
+    "g_idx", "scales", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "zero_point",
+)  # fmt: skip
+_FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0"})
+_CODES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32"})
+# Masks and positions that old versions of transformers saved, as bytes or whole numbers.
+_BUFFERS = ("bias", "masked_bias", "position_ids", "token_type_ids")
+_HINTS = {
+    "_blocks": "MXFP4, as in gpt-oss", "_scales": "MXFP4, as in gpt-oss", "weight_packed": "compressed-tensors",
+    "qweight": "GPTQ or AWQ", "qzeros": "GPTQ or AWQ", "absmax": "bitsandbytes", "quant_map": "bitsandbytes",
+    "SCB": "bitsandbytes", "weight_scale_inv": "fp8", "weight_scale_2": "NVIDIA's Model Optimizer",
+    "_data": "quanto", "W_q": "HQQ", "codebooks": "AQLM",
+}  # fmt: skip
+
+
+def without_leftovers(base: Checkpoint, parts: Collection[str], quantized: Collection[str]) -> frozenset[str]:
+    """The tensors to leave out. CheckpointError for quantized numbers or scales that nothing claims.
+
+    parts: the tensors of quantized weights; quantized: the names of those weights.
+    """
+    owners = {w.rpartition(".")[0] for w in quantized} | set(quantized)
+    rest = {n: t for n, t in base.tensors.items() if n not in parts}
+    dead = frozenset(n for n in rest if quantized and _called(n, _DEAD) and rest[n].dtype not in _FP8)
+    suspects = [n for n, t in rest.items() if n not in dead and _suspicious(n, t, owners)]
+    if suspects:
+        own = kinds_in_model(base, suspects)
+        found = [n for n in suspects if not _honest(n, rest[n], own)]
+        if found:
+            raise _refusal(base, found, bool(quantized))
+    return dead
+
+
+def told(left_out: Collection[str]) -> list[str]:
+    """What to tell of the tensors among these that were left out."""
+    dead = [n for n in left_out if _called(n, _DEAD)]
+    if not dead:
+        return []
+    leaves = ", ".join(sorted({_leaf(n) for n in dead}))
+    return [f"{len(dead)} scales of activations ({leaves}) are left out: no layer of the result is quantized"]
+
+
+def _suspicious(name: str, info: TensorInfo, owners: Collection[str]) -> bool:
+    """owners: the layers that are quantized, in which any scale should have been read."""
+    if info.dtype in _FP8:
+        return True
+    if info.dtype in _CODES:
+        return len(info.shape) > 1 and not _is_buffer(name, info)
+    if _called(name, _OF_QUANTIZERS):
+        return True
+    return name.rpartition(".")[0] in owners and _leaf(name).endswith("scale")
+
+
+def _is_buffer(name: str, info: TensorInfo) -> bool:
+    """Whether old versions of transformers saved such a tensor: positions (1, n), or a mask (1, 1, n, n)."""
+    return _leaf(name) in _BUFFERS and (info.shape[0] == 1 or info.shape[0] == info.shape[-1])
+
+
+def _called(name: str, leaves: Sequence[str]) -> bool:
+    leaf = _leaf(name)
+    return any(leaf == one or leaf.endswith(f"_{one}") for one in leaves)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _honest(name: str, info: TensorInfo, own: Mapping[str, Kind] | None) -> bool:
+    """Whether the model itself has this tensor, of this kind."""
+    if info.dtype in _FP8:
+        return False
+    if own is None or own.get(name) == "passed over":  # nobody can say what it is: its name tells
+        return info.dtype not in _CODES and not _called(name, _OF_QUANTIZERS)
+    return own.get(name) in (("whole",) if info.dtype in _CODES else ("whole", "float"))
+
+
+def _refusal(base: Checkpoint, found: Sequence[str], quantized: bool) -> CheckpointError:
+    infos = [base.tensors[n] for n in found]
+    info = min(infos, key=lambda t: (t.dtype not in _CODES | _FP8, "scale" in _leaf(t.name)))  # codes before scales
+    hint = next((text for end, text in _HINTS.items() if any(n.endswith(end) for n in found)), None)
+    number = f"{len(found)} tensors are" if len(found) > 1 else "this tensor is"
+    said = "its quantization_config does not say" if quantized else "config.json does not say"
+    return CheckpointError(
+        f"{number} quantized numbers or scales of which {said} what they mean"
+        + (f" (they look like {hint})" if hint else "")
+        + f": type {info.dtype}, shape {list(info.shape)}",
+        where=info.file,
+        tensor=info.name,
+        expected="every tensor in a float type, or read by the method that quantization_config names",
+        next_step="download the folder again with its own config.json, or give the unquantized base as -b",
+    )

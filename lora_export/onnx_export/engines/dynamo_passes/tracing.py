@@ -1,0 +1,115 @@
+"""A part of a model as an ONNX graph, traced on tensors that have a shape and no numbers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lora_export.onnx_export.engines.dynamo_passes import attention
+from lora_export.onnx_export.engines.dynamo_passes.parts import Part
+from lora_export.onnx_export.engines.model_without_weights import Described
+from lora_export.onnx_export.weights.map import Piece, Recipe
+
+OPSET = 20
+
+
+def trace(part: Part, model: Described) -> tuple[Any, dict[str, Recipe]]:
+    """(onnx_ir.Model, recipe of each parameter that is a tensor of the checkpoint).
+
+    Such parameters are inputs of the graph: an initializer without numbers would be asked for them by every pass,
+    and one with numbers would be computed with.
+    """
+    with attention.cached(part.caches), torch.no_grad():
+        program = _export(part, model.model)
+    recipes: dict[str, Recipe] = {}
+    graph = program.model.graph
+    for value in list(graph.initializers.values()):
+        name = value.name.removeprefix(_Forward.PREFIX)
+        del graph.initializers[value.name]
+        value.name = name
+        if name in model.tensors:
+            shape = tuple(value.shape.numpy())
+            recipes[name] = Recipe((Piece(model.tensors[name], 0, shape[0] if shape else 1),))
+            value.const_value = None
+            graph.inputs.append(value)
+        else:
+            value.const_value = _real(model.model, name, value)
+            graph.initializers[name] = value
+    _name_axes(graph, part)
+    return program.model, recipes
+
+
+class _Forward(torch.nn.Module):
+    """Takes the inputs by position; the model is inside for its parameters."""
+
+    PREFIX = "model."
+
+    def __init__(self, part: Part, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model, self._run = model, part.run
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._run(*values)
+
+
+def _export(part: Part, model: torch.nn.Module) -> Any:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    real = _tensors(model)
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+        _replace(model, {n: torch.empty(t.shape, dtype=t.dtype) for n, t in real.items()})
+        values = tuple(torch.zeros(shape, dtype=dtype) for shape, dtype, _ in part.inputs.values())
+    del mode
+    try:
+        return torch.onnx.export(
+            _Forward(part, model).eval(),
+            values,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            dynamic_shapes=(tuple(dict(axes) for _, _, axes in part.inputs.values()),),
+        )
+    finally:
+        _replace(model, real)
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor.data for name, tensor in named}
+
+
+def _replace(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put other tensors in the places of parameters and buffers; those that were one stay one."""
+    made: dict[int, torch.Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaves, wrap in ((module._parameters, True), (module._buffers, False)):
+            for leaf, old in list(leaves.items()):
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                if old is None or name not in tensors:
+                    continue
+                if id(old) not in made:
+                    new = tensors[name]
+                    made[id(old)] = torch.nn.Parameter(new, requires_grad=False) if wrap else new
+                leaves[leaf] = made[id(old)]
+
+
+def _real(model: torch.nn.Module, name: str, value: Any) -> Any:
+    """The numbers of a buffer, or of a parameter that the checkpoint does not hold as it is."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    known = _tensors(model)
+    return TorchTensor(known[name].contiguous(), name=name) if name in known else value.const_value
+
+
+def _name_axes(graph: Any, part: Part) -> None:
+    """Dynamic axes by Optimum's names; the exporter makes formulas of them."""
+    import onnx_ir as ir
+
+    wanted = {n: axes for n, (_, _, axes) in part.inputs.items()} | dict(part.outputs)
+    for value in (*graph.inputs, *graph.outputs):
+        for axis, name in wanted.get(value.name, {}).items():
+            value.shape[axis] = ir.SymbolicDim(name)

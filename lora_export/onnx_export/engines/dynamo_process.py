@@ -1,0 +1,95 @@
+"""Run by dynamo.py as a process: torch's dynamo exporter on one request, given as JSON on stdin.
+
+Prints, as its last line, what was made: kind, task and file names of the graphs.
+"""
+
+import gc
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    gc.disable()  # a short life, in which a million objects are made and stay
+    warnings.simplefilter("ignore")  # torch tells of axes and names that were asked for
+    from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
+    from lora_export.onnx_export.engines.dynamo_passes.parts import parts_of
+    from lora_export.onnx_export.graphs import files as graph_files
+    from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+
+    attention.register()
+    model = _load(Path(request["model"]), request["optimize"])
+    traced = parts_of(model.model, request["task"])
+    graphs, constants = {}, {}
+    weights: dict[tuple[str, str], Any] = {}
+    for part in traced.parts:
+        graph = passes.Graph(*tracing.trace(part, model))
+        passes.run(graph, request["optimize"], pack=not request["quantized"])
+        if request["precision"] in _HALVES:
+            _halve(graph, request["precision"])
+        own = []
+        for weight, value in _weights(graph, part.data):
+            own.append(weight)
+            if value is not None:
+                constants[part.data, weight.name] = value
+        graphs[part.file] = _proto(graph.model)
+        if request["quantized"]:
+            graphs[part.file], own = quantize_graph(graphs[part.file], own, Blockwise(**request["quantized"]))
+        weights |= {(part.data, weight.name): weight for weight in own}
+    data_files = {part.file: part.data for part in traced.parts}
+    graph_files.save(Path(request["output"]), graphs, list(weights.values()), constants, data_files)
+    made = {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)}
+    Path(request["output"], request["result"]).write_text(json.dumps(made), encoding="utf-8")
+
+
+_HALVES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
+
+
+def _load(folder: Path, optimize: str) -> Any:
+    """The model without large weights; attention as one operator where the architecture lets itself be told."""
+    import transformers
+
+    from lora_export.onnx_export.engines.dynamo_passes import attention
+    from lora_export.onnx_export.engines.model_without_weights import load_described
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    cls = getattr(transformers, config.architectures[0])
+    # A model's own flag says less: BART's is off, and it asks the interface like all others.
+    told = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
+    return load_described(cls, folder, attn_implementation=attention.NAME if told else "eager")
+
+
+def _halve(graph: Any, precision: str) -> None:
+    import onnx_ir as ir
+
+    from lora_export.onnx_export.engines.dynamo_passes.halving import halve
+
+    halve(graph.model, ir.DataType[_HALVES[precision]])
+
+
+def _weights(graph: Any, data: str) -> Any:
+    """(weight, its value if it is a constant) for all that goes into the data file."""
+    warnings.simplefilter("ignore")  # torch tells of axes and names that were asked for
+    from lora_export.onnx_export.graphs import files as graph_files
+    from lora_export.onnx_export.weights.map import Recipe, Weight
+
+    for name, value in graph.model.graph.initializers.items():
+        tensor, recipe = value.const_value, graph.recipes.get(name)
+        if recipe is None and tensor.nbytes < graph_files.INLINE:
+            continue
+        dtype = {"float": "float32", "double": "float64"}.get(t := tensor.dtype.name.lower(), t)
+        weight = Weight(name, data, dtype, tuple(int(n) for n in tensor.shape.numpy()), recipe or Recipe())
+        yield weight, None if recipe else tensor.numpy()
+
+
+def _proto(model: Any) -> Any:
+    import onnx_ir as ir
+
+    return ir.to_proto(model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Decoders through onnxruntime-genai's builder: fused attention, a KV cache, tied embeddings kept once."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lora_export.checkpoint.companions import has_tokenizer
+from lora_export.choices import Precision
+from lora_export.errors import AdapterError, ExportError
+from lora_export.onnx_export.engines import companions, isolated
+from lora_export.onnx_export.engines.protocol import Job, Made, architecture_of
+from lora_export.onnx_export.graphs import checks
+from lora_export.storage import sealed
+
+# The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts
+# classes, and those that are no part of transformers (ChatGLM, InternLM2, Phi3Small) and need the model's code.
+_ARCHITECTURES = frozenset(
+    {
+        "Ernie4_5ForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "GemmaForCausalLM",
+        "GraniteForCausalLM",
+        "HunYuanDenseV1ForCausalLM",
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "NemotronForCausalLM",
+        "OlmoForCausalLM",
+        "Phi3ForCausalLM",
+        "PhiForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "SmolLM3ForCausalLM",
+    }
+)
+_WHISPER = frozenset({"WhisperForConditionalGeneration"})
+_PROVIDERS = ("cpu", "cuda")
+_TEXT = Made("decoder", "text-generation-with-past", ("model.onnx",), True)
+_SPEECH = Made("seq2seq", "automatic-speech-recognition-with-past", ("encoder.onnx", "decoder.onnx"), True)
+
+
+class GenaiEngine:
+    name: ClassVar[str] = "genai"
+    architectures: ClassVar[frozenset[str]] = _ARCHITECTURES | _WHISPER
+
+    def check(self, job: Job) -> None:
+        """Refuse what the builder would do wrong, or what the provider could not run."""
+        self.check_precision(job.precision, job.provider)
+        if not has_tokenizer(job.model):
+            raise ExportError(
+                "the folder holds no tokenizer, which onnxruntime-genai needs beside a decoder",
+                where=job.model,
+                expected="tokenizer.json, tokenizer.model, or vocab.json with merges.txt",
+                next_step="copy the tokenizer files of the base model into the folder",
+            )
+        _refuse_head_size(job.config)
+        _refuse_ambiguous_head(job.config)
+        if job.adapter is not None:
+            _check_adapter(job.adapter)
+
+    def check_precision(self, precision: Precision, provider: str) -> None:
+        if provider not in _PROVIDERS:
+            raise ExportError(
+                f"a decoder cannot be exported for the provider {provider!r}",
+                expected=" or ".join(_PROVIDERS),
+            )
+        if precision == "nf4":
+            raise ExportError(
+                "the genai engine does not export nf4: its graphs are quantized as int4 and int8",
+                expected="int4 for a decoder",
+                next_step="--precision int4",
+            )
+        if precision == "bf16" and provider == "cpu":
+            raise ExportError(
+                "bf16 does not run on the CPU: ONNX Runtime has no bfloat16 MatMul there",
+                expected="fp32, fp16, int8 or int4",
+                next_step="--precision fp32, or --provider cuda",
+            )
+
+    def generates(self, config: Mapping[str, Any]) -> bool:
+        return True
+
+    def run(self, job: Job) -> Made:
+        described = job.adapter is None
+        request = {
+            "described": described,
+            "quantized": asdict(job.quantized) if job.quantized else None,
+            "model": str(job.model.resolve()),
+            "output": str(job.output.resolve()),
+            "precision": job.precision,
+            "provider": job.provider,
+            "adapter": str(job.adapter.resolve()) if job.adapter else None,
+        }
+        isolated.run("lora_export.onnx_export.engines.genai_process", request, engine=self.name)
+        settings = _mend_genai_config(job)
+        made = _SPEECH if architecture_of(job.config) in _WHISPER else _TEXT
+        for graph in made.graphs:
+            _mend_cache_shapes(job.output / graph, int(settings["decoder"]["head_size"]))
+        if job.adapter is not None:
+            _check_adapter_arrived(job)
+        return replace(made, described=described)
+
+    def accompany(self, model: Path, output: Path) -> None:
+        companions.copy(model, output)
+        settings = sealed.read_json(output / "genai_config.json")["model"]
+        companions.bound_model_max_length(output, int(settings["context_length"]))
+
+
+def _refuse_head_size(config: Mapping[str, Any]) -> None:
+    """GroupQueryAttention in ONNX Runtime takes head sizes that are multiples of 8, and says so when it runs."""
+    size = _sizes(config)["head size"]
+    if size % 8:
+        raise ExportError(
+            f"the attention heads have size {size}, which ONNX Runtime's GroupQueryAttention cannot run",
+            where="config.json",
+            expected="a multiple of 8",
+            next_step="use the merged folder with transformers, vLLM or TGI as it is: lora-export merge",
+        )
+
+
+def _refuse_ambiguous_head(config: Mapping[str, Any]) -> None:
+    """The builder takes every Linear with vocab_size outputs for the head, and says nothing."""
+    for name, width in _sizes(config).items():
+        if name != "head size" and width and width == config.get("vocab_size"):
+            raise ExportError(
+                f"vocab_size and {name} are both {width}: the builder would confuse a layer with the head",
+                where="config.json",
+                expected="a vocabulary of another size",
+                next_step="pad the vocabulary (resize_token_embeddings), and merge again",
+            )
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """The widths of a model's layers by name; 0 for what the configuration does not tell."""
+
+    def first(*names: str) -> int:
+        return next((int(config[n]) for n in names if isinstance(config.get(n), int)), 0)
+
+    heads, hidden = first("num_attention_heads", "decoder_attention_heads"), first("hidden_size", "d_model")
+    size = first("head_dim") or (hidden // heads if heads else 0)
+    return {
+        "head size": size,
+        "hidden_size": hidden,
+        "intermediate_size": first("intermediate_size", "decoder_ffn_dim"),
+        "num_attention_heads × head_dim": heads * size,
+        "num_key_value_heads × head_dim": (first("num_key_value_heads") or heads) * size,
+    }
+
+
+def _mend_genai_config(job: Job) -> dict[str, Any]:
+    """The `model` part of genai_config.json, after taking CUDA's options out of a graph made for the CPU."""
+    path = job.output / "genai_config.json"
+    config = sealed.read_json(path)
+    if job.provider == "cpu":
+        for part in config["model"].values():
+            if isinstance(part, dict) and "session_options" in part:
+                part["session_options"]["provider_options"] = []
+        sealed.write_json(path, config)
+    model: dict[str, Any] = config["model"]
+    return model
+
+
+def _mend_cache_shapes(path: Path, head_size: int) -> None:
+    """Give the cache's last dimension its number: transformers.js takes the builder's symbol for 0."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) == 4 and dims[3].dim_param == "kv_cache_dim":
+            dims[3].dim_value = head_size
+    path.write_bytes(model.SerializeToString())
+
+
+# --- the unmerged graph ------------------------------------------------------------------------------------
+
+
+def _check_adapter(adapter: Path) -> None:
+    """The builder reads plain LoRA on linear layers; the rest it would drop, or export wrongly."""
+    config = sealed.read_json(adapter / "adapter_config.json")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise AdapterError(
+            "the adapter has no adapter_model.safetensors",
+            where=adapter,
+            expected="safetensors; a .bin file is a pickle, which can execute code",
+        )
+    odd = [
+        key
+        for key in (
+            "use_dora",
+            "modules_to_save",
+            "trainable_token_indices",
+            "lora_bias",
+            "alora_invocation_tokens",
+        )
+        if config.get(key)
+    ]
+    if config.get("peft_type") != "LORA":
+        odd.insert(0, f"peft_type {config.get('peft_type')}")
+    if odd:
+        raise ExportError(
+            f"the builder cannot keep this adapter unmerged: {', '.join(odd)}",
+            where=adapter / "adapter_config.json",
+            expected="plain LoRA on linear layers",
+            next_step="benchmark base against merged without an unmerged graph",
+        )
+
+
+def _check_adapter_arrived(job: Job) -> None:
+    """Every lora_A of the adapter must be an initializer, or the graph is not the unmerged model."""
+    from safetensors import safe_open
+
+    assert job.adapter is not None
+    with safe_open(job.adapter / "adapter_model.safetensors", framework="np") as tensors:
+        wanted = sum(".lora_A." in name for name in tensors.keys())  # noqa: SIM118 - not a mapping
+    graph = checks.load_graph(job.output / "model.onnx").graph
+    inputs = {name for node in graph.node for name in node.input if "lora_A" in name}
+    weights = {i.name for i in graph.initializer} & inputs
+    modules = {name.split(".lora_A.")[0] for name in weights}
+    if len(modules) != wanted:
+        raise ExportError(
+            f"the builder put {len(modules)} of the adapter's {wanted} updates into the graph",
+            where=job.adapter,
+            expected="all of them: LoRA on the attention and MLP projections only",
+            next_step="benchmark base against merged without an unmerged graph",
+        )

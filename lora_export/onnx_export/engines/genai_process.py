@@ -1,0 +1,211 @@
+"""Run by genai.py as a process: onnxruntime-genai's model builder on one request, given as JSON on stdin.
+
+The builder puts numbers into its graph; here it gets parameters that say where their numbers lie, and the graph
+goes out with a map of them. An unmerged graph (`adapter`) is the builder's own work, numbers and all.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_HEAD = "/lm_head/MatMul"
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    gc.disable()  # a short life, in which a million objects are made and stay
+    from onnxruntime_genai.models import builder
+
+    precision, provider = request["precision"], request["provider"]
+    if (precision, provider) == ("fp32", "cuda"):
+        _avoid_packed_attention(builder.Model)
+    _own_commit(builder.Model)
+    _rename_settings(builder.Model)
+    _subtract_mean(builder.OLMoModel)
+    _share_head(builder.Model)
+    described = _Described(builder.Model) if request["described"] else None
+    options = ["hf_remote=false", "hf_token=false", *_options(request)]
+    # The builder's fp16 graph for the CPU does without GroupQueryAttention (six times the nodes) and fails
+    # on a second token; ONNX Runtime's CPU provider runs the one for CUDA.
+    target = "cuda" if precision == "fp16" else provider
+    common = ("", request["model"], request["output"], precision, target, request["cache"])
+    builder.create_model(*common, **builder.parse_extra_options(*common, options))
+    if described is not None:
+        described.save(Path(request["output"]), request["quantized"])
+
+
+def _rename_settings(model: Any) -> None:
+    """Settings that the builder looks for under one name, and some models have under another.
+
+    transformers 5 keeps the two rotary settings of Gemma 3 by layer type. Phi's and Nemotron's epsilon of the
+    normalization has names of its own, and OLMo's is written in its code: the builder would take another number.
+    """
+    plain = model.make_config_init
+
+    def make_config_init(self: Any, config: Any) -> None:
+        rope = getattr(config, "rope_parameters", None)
+        if isinstance(rope, dict) and "rope_theta" in rope.get("sliding_attention", {}):
+            config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+            config.rope_parameters = dict(rope["full_attention"])
+        if not hasattr(config, "rms_norm_eps"):
+            named = (getattr(config, n, None) for n in ("layer_norm_eps", "norm_eps", "layer_norm_epsilon"))
+            config.rms_norm_eps = next((e for e in named if e is not None), 1e-5)
+        plain(self, config)
+
+    model.make_config_init = make_config_init
+
+
+def _subtract_mean(model: Any) -> None:
+    """OLMo's normalization takes the mean away (it has no weights); the builder (0.18) writes one that does not."""
+    plain = model.make_layernorm
+
+    def make_layernorm(self: Any, layer: int, norm: Any, skip: bool, simple: bool, location: str) -> None:
+        plain(self, layer, norm, skip, False, location)
+
+    model.make_layernorm = make_layernorm
+
+
+def _share_head(model: Any) -> None:
+    """Tied embeddings read the head's quantized weight, by the names of its parts; those that the builder (0.18)
+    has for the default quantizer are wrong where it makes zero points or 8 bits."""
+    from lora_export.onnx_export.quantize.blockwise import part_names
+    from lora_export.onnx_export.weights.map import Quantization
+
+    def make_names(self: Any) -> tuple[int, str, str, str]:
+        bits = 8 if self.matmul_mixed_precision.get("last_matmul") == "int8" else self.quant_attrs["bits"]
+        symmetric = self.quant_attrs["is_symmetric"]
+        size, algorithm = self.quant_attrs["matmul_block_size"], self.quantization_algo
+        how = Quantization(f"int{bits}", "packed", size, symmetric, algorithm)  # type: ignore[arg-type]
+        names = part_names("lm_head.MatMul.weight", how)
+        return bits, names["packed"], names["scales"], "" if symmetric else names["zero_points"]
+
+    model.make_tied_quantized_embedding_input_names = make_names
+
+
+def _options(request: dict[str, Any]) -> list[str]:
+    from lora_export.onnx_export.graphs.matmuls import kept
+
+    # A cache cut to the window must be allocated by the runtime; one that grows suits every runtime.
+    options = ["windowed_kv_cache=false"]
+    if how := request["quantized"]:
+        options += [
+            f"block_size={how['block_size']}",
+            f"is_symmetric={str(how['symmetric']).lower()}",
+            f"accuracy_level={how['accuracy_level']}",
+            f"algo_config={how['algorithm']}",
+        ]
+        if kept(_HEAD, how["keep"]):  # tied embeddings then read it as it is
+            options.append(f"nodes_to_exclude={_HEAD},/model/embed_tokens/Gather")
+        elif kept(_HEAD, how["eight_bits"]):
+            options.append("matmul_mixed_precision=last_matmul:int8")
+    if request["provider"] == "cpu":
+        options.append("fuse_qk_norm_gqa=false")  # a CUDA kernel's inputs
+    if request["adapter"]:
+        options.append(f"adapter_path={request['adapter']}")
+    return options
+
+
+def _avoid_packed_attention(model: Any) -> None:
+    """fp32 for CUDA: the builder's packed Attention leaves out the cache outputs it declares (0.18).
+
+    Without it the builder writes MultiHeadAttention, which has an fp32 kernel on CUDA; GroupQueryAttention
+    has none there.
+    """
+    model.is_packed_attn_supported = lambda self: False
+
+
+# --- weights that are described ----------------------------------------------------------------------------
+
+
+class _Described:
+    """Has the builder take described parameters, and keeps its graphs until `save` writes them with their map."""
+
+    def __init__(self, builder: Any) -> None:
+        self._recipes: dict[int, dict[str, Any]] = {}  # by the builder of a graph: Whisper has two
+        self._builders: list[Any] = []
+        self._make_initializer = builder.make_initializer
+        builder.load_weights = lambda of, folder: self._load(Path(folder))
+        builder.make_initializer = lambda of, tensor, /, name, **how: self._make(of, tensor, name, **how)
+        builder.save_model = lambda of, folder: self._builders.append(of)
+
+    @staticmethod
+    def _load(folder: Path) -> Any:
+        import transformers
+
+        from lora_export.onnx_export.engines.model_without_weights import load_described
+        from lora_export.onnx_export.engines.recording_tensor import describe
+
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = load_described(getattr(transformers, config.architectures[0]), folder)
+        describe(model)
+        return model.model
+
+    def _make(self, builder: Any, tensor: Any, name: str, *, to: Any = None, raw: bool = False) -> None:
+        import torch
+
+        from lora_export.onnx_export.engines.recording_tensor import DescribedTensor, recipe_of
+
+        if isinstance(tensor, DescribedTensor):
+            recipe = recipe_of(tensor, name)
+            self._recipes.setdefault(id(builder), {})[name] = recipe
+            if recipe.pieces:
+                tensor, to = _placeholder(tensor, name, to), None
+            else:
+                tensor = tensor.as_subclass(torch.Tensor)
+        self._make_initializer(builder, tensor, name, to=to, raw=raw)
+
+    def save(self, folder: Path, quantized: dict[str, Any] | None) -> None:
+        import onnx_ir as ir
+
+        from lora_export.onnx_export.graphs import files as graph_files
+        from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+
+        graphs, weights, constants, data_files = {}, [], {}, {}
+        for builder in self._builders:
+            file, recipes = builder.filename, self._recipes[id(builder)]
+            data_files[file] = f"{file}.data"
+            builder.model.graph.sort()
+            builder.stamp_build_metadata(builder.model)
+            for name, value in builder.model.graph.initializers.items():
+                tensor = value.const_value
+                if name in recipes or tensor.nbytes >= graph_files.INLINE:
+                    weights.append(_weight(tensor, name, data_files[file], recipes.get(name)))
+                if name not in recipes or not recipes[name].pieces:
+                    constants[data_files[file], name] = tensor.numpy()
+            graphs[file] = ir.to_proto(builder.model)
+            if quantized:
+                own = [w for w in weights if w.file == data_files[file]]
+                others = [w for w in weights if w.file != data_files[file]]
+                graphs[file], own = quantize_graph(graphs[file], own, Blockwise(**quantized))
+                weights = others + own
+        graph_files.save(folder, graphs, weights, constants, data_files)
+
+
+def _weight(tensor: Any, name: str, file: str, recipe: Any) -> Any:
+    from lora_export.onnx_export.weights.map import Recipe, Weight
+
+    dtype = str(tensor.dtype.name).lower()
+    plain = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+    return Weight(name, file, plain, tuple(tensor.shape.numpy()), recipe or Recipe())
+
+
+def _own_commit(builder: Any) -> None:
+    """The builder asks git in the folder that it lies in, which may be a repository of somebody else's."""
+    import onnxruntime_genai
+
+    builder.get_genai_commit = classmethod(lambda cls: getattr(onnxruntime_genai, "__commit__", None))
+
+
+def _placeholder(tensor: Any, name: str, to: Any) -> Any:
+    """A tensor that is only a type and a shape."""
+    import onnx_ir as ir
+    from onnx_ir.tensor_adapters import from_torch_dtype
+
+    dtype = to or from_torch_dtype(tensor.dtype)
+    return ir.ExternalTensor("", 0, 0, dtype, shape=ir.Shape(tensor.shape), name=name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""ONNX graphs: checked, compared, fed and run."""

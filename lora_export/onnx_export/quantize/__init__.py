@@ -1,0 +1,1 @@
+"""Quantized exports: which weights, to which numbers, by which operators."""

@@ -1,0 +1,80 @@
+"""int8 activations for an export that is whole in fp32: dynamic or static quantization of its only graph."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_export.contracts import QuantizationOptions
+from lora_export.errors import ExportError, InputError
+from lora_export.onnx_export.engines.protocol import Made
+from lora_export.onnx_export.graphs.inputs import Feed, built_in_rows, rows_of, token_feeds
+from lora_export.onnx_export.weights import map as weights_map
+
+LONGEST = 128  # tokens of a text that take part in calibration
+
+
+def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
+    """ExportError for what only weights can be, or what has no calibration. generates: whether the model does."""
+    if how.activations == "float":
+        if how.calibration is not None:
+            raise ExportError(
+                "a calibration without --activations static",
+                expected="static activations: only their ranges come from texts",
+                next_step="--activations static",
+            )
+        return
+    if how.calibration is not None and how.activations != "static":
+        raise ExportError(
+            "a calibration of dynamic activations", expected="static", next_step="--activations static"
+        )
+    if precision != "int8":
+        raise ExportError(
+            f"int8 activations in a graph of {precision}", expected="--precision int8", next_step="--precision int8"
+        )
+    if generates:
+        raise ExportError(
+            "int8 activations of a model that generates",
+            expected="a model that does not generate",
+            next_step="--precision int8 without --activations, or int4: their weights alone are quantized",
+        )
+    if how.calibration is not None:
+        _texts(how.calibration)
+
+
+def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, config: Mapping[str, Any]) -> int:
+    """Replace the fp32 graph in `folder` by one with int8 products; the number of nodes that changed.
+
+    The weights map goes: the quantizer makes of weights what no recipe says.
+    """
+    from lora_export.onnx_export.quantize.int8 import quantize_int8
+
+    (name,) = made.graphs
+    made_in = folder / ".int8"
+    made_in.mkdir()
+    texts = _calibration(folder / name, model, how, config) if how.activations == "static" else None
+    touched = quantize_int8(folder / name, made_in / name, texts, how.keep)
+    for file in weights_map.read(folder).sizes:
+        (folder / file).unlink()
+    (folder / weights_map.NAME).unlink()
+    for path in made_in.iterdir():
+        path.replace(folder / path.name)
+    shutil.rmtree(made_in)
+    return len(touched)
+
+
+def _calibration(graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]) -> Sequence[Feed]:
+    longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
+    if how.calibration is None:
+        return token_feeds(graph, built_in_rows(model, longest))
+    return token_feeds(graph, rows_of(model, _texts(how.calibration), longest))
+
+
+def _texts(path: Path) -> list[str]:
+    try:
+        texts = [t for t in path.read_text(encoding="utf-8").splitlines() if t.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the file cannot be read: {error}", where=path, expected="UTF-8") from None
+    if not texts:
+        raise InputError("the file has no text", where=path, expected="one text a line")
+    return texts

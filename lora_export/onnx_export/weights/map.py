@@ -1,0 +1,236 @@
+"""weights-map.json: which bytes of an export's data files are made of which checkpoint tensors, and how.
+
+A graph does not depend on the values of the weights. So an export is a graph, a list of `Weight`s, and whoever
+writes their bytes: the first export and the re-weighting of an earlier one are the same work on another checkpoint.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lora_export.errors import ExportError
+from lora_export.storage import sealed
+from lora_export.storage.documents import LARGEST, Kind, check, check_texts, elements
+
+NAME = "weights-map.json"
+SCHEMA_VERSION = 1
+PAGE = 4096  # bytes: where a large weight begins, so that it can be mapped
+ALIGNMENT = 256  # bytes: where others begin, as CUDA wants it
+LARGE = 2**20  # bytes
+# ONNX types of what data files hold → bytes of one element
+ITEM_SIZE = {
+    "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1,
+    "float64": 8,
+}  # fmt: skip
+Part = Literal["packed", "scales", "zero_points"]
+Method = Literal["int4", "int8", "nf4", "fp4"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows [start, stop) of a checkpoint tensor (along its first dimension); a scalar has one."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """One of the arrays that a blockwise quantizer makes of a matrix (out, in). part: which of them.
+
+    block_size: elements along `in` that share a scale; algorithm: how the scale of a block is chosen.
+    """
+
+    method: Method
+    part: Part
+    block_size: int
+    symmetric: bool = True
+    algorithm: str = "default"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Pieces below each other, plus a number, turned to (columns, rows) if `transposed`, and cast or quantized.
+
+    The arithmetic is in fp32 and rounded once. No pieces: bytes that do not depend on the weights (rotary caches,
+    masks), which a re-weighting copies. computed_from: tensors of which the bytes were computed in a way that is
+    not described here; they have to stay as they are.
+    """
+
+    pieces: tuple[Piece, ...] = ()
+    transposed: bool = False
+    plus: float = 0.0
+    quantized: Quantization | None = None
+    computed_from: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Bytes [offset, offset + nbytes) of a data file: an initializer of one graph or of several that share it.
+
+    name: the initializer's; dtype: its ONNX type, lower case; shape: its shape, row-major.
+    """
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    recipe: Recipe = field(default_factory=Recipe)
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        size = ITEM_SIZE[self.dtype]
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True)
+class WeightsMap:
+    """weights: in the order of the files; hashes: of the bytes of every tensor of the checkpoint that was exported,
+    as the certificate has them. Those that no weight is made of count too: what a graph leaves out, such as a bias
+    of zeros, must be the same in the next checkpoint."""
+
+    weights: tuple[Weight, ...]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Data file → bytes."""
+        found: dict[str, int] = {}
+        for w in self.weights:
+            found[w.file] = max(found.get(w.file, 0), w.offset + w.nbytes)
+        return found
+
+    @property
+    def tensors(self) -> set[str]:
+        """The checkpoint tensors that weights are made of."""
+        return {p.tensor for w in self.weights for p in w.recipe.pieces}
+
+
+def placed(weights: Iterable[Weight]) -> tuple[Weight, ...]:
+    """The same weights with offsets, one behind the other in each file."""
+    ends: dict[str, int] = {}
+    out = []
+    for weight in weights:
+        alignment = PAGE if weight.nbytes >= LARGE else ALIGNMENT
+        at = -(-ends.get(weight.file, 0) // alignment) * alignment
+        ends[weight.file] = at + weight.nbytes
+        out.append(replace(weight, offset=at))
+    return tuple(out)
+
+
+# --- the file ----------------------------------------------------------------------------------------------
+
+_FILE: Kind = {"schema_version": int, "hashes": {str: str}, "weights": [dict]}
+_WEIGHT: Kind = {
+    "name": str, "file": str, "dtype": str, "shape": [int], "offset": int, "made_of": [dict], "transposed?": bool,
+    "plus?": float, "quantized?": dict, "computed_from?": [str],
+}  # fmt: skip
+_PIECE: Kind = {"tensor": str, "rows": [int]}
+_QUANTIZED: Kind = {
+    "method": str, "part": str, "block_size": int, "symmetric": bool, "algorithm": str,
+}  # fmt: skip
+
+
+def write(folder: Path, found: WeightsMap) -> None:
+    """Write weights-map.json into the folder of an export."""
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "hashes": dict(found.hashes),
+        "weights": [_as_json(w) for w in found.weights],
+    }
+    sealed.write_json(folder / NAME, document)
+
+
+def _as_json(weight: Weight) -> dict[str, Any]:
+    recipe = weight.recipe
+    document: dict[str, Any] = {
+        "name": weight.name,
+        "file": weight.file,
+        "dtype": weight.dtype,
+        "shape": list(weight.shape),
+        "offset": weight.offset,
+        "made_of": [{"tensor": p.tensor, "rows": [p.start, p.stop]} for p in recipe.pieces],
+    }
+    if recipe.transposed:
+        document["transposed"] = True
+    if recipe.plus:
+        document["plus"] = recipe.plus
+    if recipe.quantized:
+        document["quantized"] = asdict(recipe.quantized)
+    if recipe.computed_from:
+        document["computed_from"] = list(recipe.computed_from)
+    return document
+
+
+def read(folder: Path) -> WeightsMap:
+    """weights-map.json of an export; ExportError if it is not one, or if what it says cannot be."""
+    path = folder / NAME
+    document = sealed.read_json(path)
+    check_texts(document, path)
+    check(document, _FILE, "the weights map", path)
+    if document["schema_version"] != SCHEMA_VERSION:
+        raise _odd(path, f"schema_version {document['schema_version']}", str(SCHEMA_VERSION))
+    weights = tuple(_weight(entry, path) for entry in document["weights"])
+    _refuse_overlaps(weights, path)
+    return WeightsMap(weights, document["hashes"])
+
+
+def _weight(entry: dict[str, Any], path: Path) -> Weight:
+    check(entry, _WEIGHT, "a weight of the map", path)
+    name = entry["name"]
+    if not sealed.plain_name(entry["file"]):
+        raise _odd(path, f"a data file called {entry['file']!r}", "a plain file name", name)
+    if entry["dtype"] not in ITEM_SIZE:
+        raise _odd(path, f"the type {entry['dtype']!r}", ", ".join(ITEM_SIZE), name)
+    if entry["offset"] < 0 or any(n < 0 for n in entry["shape"]):
+        raise _odd(path, "a negative size or offset", "0 or more", name)
+    count = elements(entry["shape"])
+    if count is None or entry["offset"] + count * ITEM_SIZE[entry["dtype"]] > LARGEST:
+        raise _odd(path, f"the shape {entry['shape']}", "one that a tensor in a file can have", name)
+    recipe = Recipe(
+        tuple(_piece(p, path) for p in entry["made_of"]),
+        entry.get("transposed", False),
+        float(entry.get("plus", 0.0)),
+        _quantization(entry["quantized"], name, path) if "quantized" in entry else None,
+        tuple(entry.get("computed_from", ())),
+    )
+    return Weight(name, entry["file"], entry["dtype"], tuple(entry["shape"]), recipe, entry["offset"])
+
+
+def _quantization(entry: dict[str, Any], name: str, path: Path) -> Quantization:
+    check(entry, _QUANTIZED, "the quantization of a weight", path)
+    known = entry["method"] in get_args(Method) and entry["part"] in get_args(Part) and entry["block_size"] > 0
+    if not known:
+        raise _odd(path, f"the quantization {entry}", "one that this version writes", name)
+    return Quantization(**{field: entry[field] for field in _QUANTIZED})
+
+
+def _piece(entry: dict[str, Any], path: Path) -> Piece:
+    check(entry, _PIECE, "a piece of a weight", path)
+    rows = entry["rows"]
+    if len(rows) != 2 or not 0 <= rows[0] <= rows[1]:
+        raise _odd(path, f"the rows {rows}", "[first, behind the last]", entry["tensor"])
+    return Piece(entry["tensor"], rows[0], rows[1])
+
+
+def _refuse_overlaps(weights: tuple[Weight, ...], path: Path) -> None:
+    ends: dict[str, int] = {}
+    for weight in sorted(weights, key=lambda w: (w.file, w.offset)):
+        if weight.offset < ends.get(weight.file, 0):
+            raise _odd(path, f"bytes {weight.offset} of {weight.file} are given twice", "each once", weight.name)
+        ends[weight.file] = weight.offset + weight.nbytes
+
+
+def _odd(path: Path, found: str, expected: str, tensor: str | None = None) -> ExportError:
+    return ExportError(
+        f"the weights map has {found}",
+        where=path,
+        tensor=tensor,
+        expected=expected,
+        next_step="export the model again without --graph-from",
+    )

@@ -1,0 +1,104 @@
+"""The data files of an export made again by the writer that made them, and compared as they would be written."""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_export.contracts import Finding, Progress
+from lora_export.errors import plain
+from lora_export.onnx_export.weights.fill import Writing
+from lora_export.onnx_export.weights.map import Weight, WeightsMap
+from lora_export.onnx_export.weights.source import WeightSource
+
+if TYPE_CHECKING:
+    from lora_export.storage.workers import Bytes
+
+_CHUNK = 2**22  # bytes of what is between the weights that are read at a time
+
+
+@dataclass
+class Rechecked:
+    """checks: by the name of what they are about; not_checked: as in a Verification."""
+
+    checks: list[Finding] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+
+    def judge(self, name: str, passed: str, failures: list[str]) -> None:
+        self.checks += [Finding(name, False, plain(note)) for note in failures] or [Finding(name, True, passed)]
+
+
+def judge_data(
+    found: Rechecked, folder: Path, described: WeightsMap, source: WeightSource, progress: Progress
+) -> None:
+    """Every byte that a recipe gives, made again; between the weights there are zeros."""
+    notes = [
+        f"{n} has not the {s} bytes of its weights" for n, s in described.sizes.items() if _size(folder / n) != s
+    ]
+    if notes:
+        found.judge("onnx_weights", "", notes)
+        return
+    progress.stage("verify: the weights of the ONNX export, made again")
+    places, other = _Places(described), dict[str, int]()
+
+    def tell(file: str, at: int, wanted: "Bytes", there: "Bytes") -> None:
+        name = places.at(file, at).name
+        count = int((wanted[: len(there)] != there).sum()) + len(wanted) - len(there)
+        other[name] = other.get(name, 0) + count
+
+    Writing(folder, described, source, progress, compared=tell).run()
+    notes = [f"{name}: {count} bytes are not what the merged model gives" for name, count in sorted(other.items())]
+    notes += [f"{file}: bytes between the weights are not zero" for file in _unclean(folder, described)]
+    made = sum(bool(w.recipe.pieces) for w in described.weights)
+    found.judge("onnx_weights", f"every byte of {made} weights is what the merged model gives", notes)
+
+
+def judge_constants(found: Rechecked, folder: Path, stage: Path, described: WeightsMap) -> None:
+    """What no weight is made of, beside the files of a new export in `stage`."""
+    constants = [w for w in described.weights if not w.recipe.pieces]
+    notes = [
+        f"{w.name}: not the constant of a new export"
+        for w in constants
+        if _size(folder / w.file) >= w.offset + w.nbytes and _part(folder, w) != _part(stage, w)
+    ]
+    found.judge("onnx_constants", f"{len(constants)} constants in data files are those of a new export", notes)
+
+
+class _Places:
+    """Which weight lies where."""
+
+    def __init__(self, described: WeightsMap) -> None:
+        self._starts: dict[str, list[Weight]] = {}
+        for weight in sorted(described.weights, key=lambda w: w.offset):
+            if weight.nbytes:
+                self._starts.setdefault(weight.file, []).append(weight)
+
+    def at(self, file: str, offset: int) -> Weight:
+        weights = self._starts[file]
+        return weights[max(0, bisect_right(weights, offset, key=lambda w: w.offset) - 1)]
+
+
+def _unclean(folder: Path, described: WeightsMap) -> Iterator[str]:
+    """Data files that hold something where no weight lies."""
+    for file in described.sizes:
+        end = 0
+        with (folder / file).open("rb") as data:
+            for weight in sorted((w for w in described.weights if w.file == file), key=lambda w: w.offset):
+                data.seek(end)
+                while end < weight.offset and not any(piece := data.read(min(_CHUNK, weight.offset - end))):
+                    end += len(piece)
+                if end < weight.offset:
+                    yield file
+                    break
+                end = max(end, weight.offset + weight.nbytes)
+
+
+def _part(folder: Path, weight: Weight) -> bytes:
+    with (folder / weight.file).open("rb") as data:
+        data.seek(weight.offset)
+        return data.read(weight.nbytes)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() and not path.is_symlink() else -1

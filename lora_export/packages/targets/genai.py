@@ -1,0 +1,138 @@
+"""A folder for onnxruntime-genai: graph, configuration for the CPU and for CUDA, tokenizer, chat template."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from lora_export.errors import InputError
+from lora_export.escape import markdown
+from lora_export.packages import companions, graphs
+from lora_export.packages.job import RUNS_OWN, Facts, Job, Run, Snippet, Target, Variant
+from lora_export.packages.programs import TOKENS, prompt_of
+from lora_export.storage import sealed
+
+CONFIG = "genai_config.json"
+SUFFIX = ".onnx_adapter"
+_WHEELS = {"cpu": "onnxruntime-genai", "cuda": "onnxruntime-genai-cuda"}
+PROVIDERS: Mapping[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {"enable_cuda_graph": "0"}}]}
+# Of generation_config.json: what genai's `search` has under the same name.
+_SEARCH = (
+    "do_sample", "diversity_penalty", "early_stopping", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beams", "num_return_sequences", "repetition_penalty", "temperature", "top_k",
+    "top_p",
+)  # fmt: skip
+
+
+class GenaiTarget(Target):
+    name: ClassVar[str] = "genai"
+
+    def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
+        if run.export.engine != "genai":
+            raise InputError(
+                f"the run was exported by the {run.export.engine} engine, which onnxruntime-genai does not run",
+                where=run.folder,
+                expected="an export of the genai engine: a decoder or Whisper",
+                next_step="--for optimum, or --for transformers-js",
+            )
+        return super().variants(run, names)
+
+    def lay(self, job: Job) -> None:
+        export = job.exports[RUNS_OWN]
+        companions.lay(job.run, job.stage)
+        for path in export.paths:
+            model, sources = graphs.opened(path)
+            graphs.save(model, job.stage / path.name, f"{path.name}.data", sources, largest=2**62)
+        for name in job.adapters:
+            sealed.copy(export.output / f"{name}{SUFFIX}", job.stage / f"{name}{SUFFIX}")
+        extra = export.output / "audio_processor_config.json"
+        if extra.is_file():
+            sealed.copy(extra, job.stage / extra.name)
+        self._bound_length(job)
+        for name in job.providers:
+            config = configured(sealed.read_json(export.output / CONFIG), job.run, name)
+            file = CONFIG if name == job.providers[0] else f"genai_config.{name}.json"
+            sealed.write_json(job.stage / file, config)
+
+    def _bound_length(self, job: Job) -> None:
+        """tokenizer_config.json as the export mended it: genai reads "no limit" as an integer of 64 bits."""
+        path, made = job.stage / "tokenizer_config.json", job.exports[RUNS_OWN].output / "tokenizer_config.json"
+        if path.is_file() and made.is_file():
+            length = sealed.read_json(made).get("model_max_length")
+            bound = {"model_max_length": length} if length else {}
+            sealed.write_json(path, sealed.read_json(path) | bound)
+
+    def snippet(self, facts: Facts, folder: str) -> Snippet:
+        build = _TEXT if facts.task.input == "text" else _SPEECH
+        plug, active = "", ""
+        if facts.adapters:
+            name = repr(facts.adapters[0])
+            file = repr(f"{folder}/{facts.adapters[0]}{SUFFIX}")
+            plug = f"\nadapters = og.Adapters(model)\nadapters.load({file}, {name})"
+            active = f"\ngenerator.set_active_adapter(adapters, {name})"
+        code = build.format(folder=folder, prompt=repr(prompt_of(facts)), tokens=TOKENS, plug=plug, active=active)
+        return Snippet("python", f"pip install {_WHEELS[facts.providers[0]]}", code)
+
+    def notes(self, facts: Facts) -> str:
+        words = ""
+        if facts.adapters[1:]:
+            names = ", ".join(f"`{markdown(n)}`" for n in facts.adapters[1:])
+            words = (
+                f"Beside it lie the adapters {names}: load them and make one of them active in the same way.\n\n"
+            )
+        other = next(iter(facts.providers[1:]), None)
+        if other is None:
+            return words
+        return words + (
+            f"On {other.upper()} (`pip install {_WHEELS[other]}`), put this between the configuration and "
+            f'the model:\n\n```python\nconfig.overlay(open("genai_config.{other}.json").read())\n```\n'
+        )
+
+
+_TEXT = """import json
+import onnxruntime_genai as og
+config = og.Config({folder!r})
+model = og.Model(config){plug}
+tokenizer = og.Tokenizer(model)
+prompt = tokenizer.encode({prompt})
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=len(prompt) + {tokens}, do_sample=False)
+generator = og.Generator(model, params){active}
+generator.append_tokens(prompt)
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps(tokenizer.decode(generator.get_sequence(0)[len(prompt):])))"""
+
+_SPEECH = """import io, json, wave
+import onnxruntime_genai as og
+sound = io.BytesIO()
+with wave.open(sound, "wb") as out:
+    out.setparams((1, 2, 16000, 0, "NONE", "not compressed"))
+    out.writeframes(bytes(32000))
+config = og.Config({folder!r})
+model = og.Model(config)
+processor = model.create_multimodal_processor()
+params = og.GeneratorParams(model)
+params.set_search_options(max_length={tokens}, do_sample=False, num_beams=1)
+generator = og.Generator(model, params)
+audios = og.Audios.open_bytes(sound.getvalue())
+generator.set_inputs(processor(["<|startoftranscript|><|notimestamps|>"], audios=audios))
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps(processor.decode(generator.get_sequence(0))))"""
+
+
+def configured(config: Mapping[str, Any], run: Run, provider: str) -> dict[str, Any]:
+    """genai_config.json for a provider, with the search defaults of generation_config.json."""
+    model = {
+        key: part | {"session_options": part["session_options"] | {"provider_options": PROVIDERS[provider]}}
+        if isinstance(part, dict) and "session_options" in part
+        else part
+        for key, part in config["model"].items()
+    }
+    path = run.companions / "generation_config.json"
+    generation = sealed.read_json(path) if path.is_file() else {}
+    search = {k: generation[k] for k in _SEARCH if generation.get(k) is not None}
+    search["max_length"] = min(int(search.get("max_length") or 2**31), int(config["model"]["context_length"]))
+    ends = generation.get("eos_token_id")
+    if ends is not None and run.task.input == "text":
+        model["eos_token_id"] = ends
+    return {**config, "model": model, "search": {**config["search"], **search}}

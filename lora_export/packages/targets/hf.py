@@ -1,0 +1,53 @@
+"""The merged folder as transformers, vLLM and TGI load it, with a model card."""
+
+import json
+from collections.abc import Sequence
+from typing import ClassVar
+
+from lora_export.errors import InputError
+from lora_export.packages import companions
+from lora_export.packages.job import Facts, Job, Run, Snippet, Target, Variant
+from lora_export.packages.programs import python_program
+from lora_export.storage import sealed
+
+CERTIFICATE = "lora_export_certificate.json"
+
+
+class HubTarget(Target):
+    name: ClassVar[str] = "hf"
+
+    def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
+        if run.merged is None:
+            raise InputError(
+                "the run has no merged folder (--no-merged-folder)",
+                where=run.folder,
+                expected="merged/, which this package is made of",
+                next_step="repeat merge-and-export without --no-merged-folder, or package --for genai",
+            )
+        if names:
+            raise InputError(
+                f"--variant {names[0]} with --for hf",
+                expected="no variants: the weights are those of the merged folder",
+                next_step="merge again with --dtype for another type",
+            )
+        return ()
+
+    def lay(self, job: Job) -> None:
+        assert job.run.merged is not None
+        companions.lay(job.run, job.stage)
+        for path in sorted(job.run.merged.iterdir()):
+            if path.suffix == ".safetensors" or path.name in ("model.safetensors.index.json", CERTIFICATE):
+                sealed.copy(path, job.stage / path.name)
+
+    def snippet(self, facts: Facts, folder: str) -> Snippet:
+        return python_program(facts, folder, "transformers", facts.task.auto, "pip install transformers torch")
+
+    def notes(self, facts: Facts) -> str:
+        if not facts.task.generates or facts.task.input != "text":
+            return ""
+        name = json.dumps(facts.name)
+        return (
+            "The folder is what vLLM and TGI load, too:\n\n```bash\n"
+            f"vllm serve . --served-model-name {name}\n"
+            "text-generation-launcher --model-id .\n```\n"
+        )

@@ -1,0 +1,82 @@
+"""A folder for transformers.js: onnx/model_q4.onnx and its like, with data files that config.json counts."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from lora_export.errors import ExportError, InputError
+from lora_export.packages import companions
+from lora_export.packages.graphs import LARGEST_CHUNK
+from lora_export.packages.job import Facts, Job, Run, Snippet, Target, Variant
+from lora_export.packages.programs import javascript_program
+from lora_export.packages.targets import hub_graphs
+
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
+# Computes in fp16 what is stored in 4 bits: what the exporters make for CUDA.
+_PRECISIONS = {
+    "fp32": Variant("fp32", "fp32"),
+    "fp16": Variant("fp16", "fp16"),
+    "q8": Variant("q8", "int8"),
+    "q4": Variant("q4", "int4"),
+    "q4f16": Variant("q4f16", "int4", provider="cuda"),
+}
+_BUILT = ("q4f16",)  # by the genai engine alone: the other quantizes graphs that compute in fp32
+USUAL = ("fp32", "q8", "q4")  # what Node loads where nobody asks, what a browser does, and the smallest for both
+_MOST_CHUNKS = 100
+_SETUP = "npm install --prefix .. @huggingface/transformers"
+
+
+class TransformersJsTarget(Target):
+    name: ClassVar[str] = "transformers-js"
+
+    def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
+        unknown = next((n for n in names if n not in (*_PRECISIONS, "all")), None)
+        if unknown:
+            raise InputError(f"--variant {unknown}", expected=", ".join((*_PRECISIONS, "all")))
+        if run.merged is None:
+            raise InputError(
+                "the run has no merged folder (--no-merged-folder), and the variants are made of it",
+                where=run.folder,
+                expected="merged/",
+                next_step="repeat merge-and-export without --no-merged-folder",
+            )
+        made = [n for n in _PRECISIONS if n not in _BUILT or run.export.engine == "genai"]
+        lacking = next((n for n in names if n != "all" and n not in made), None)
+        if lacking:
+            raise InputError(
+                f"--variant {lacking} of a model that the {run.export.engine} engine exports",
+                expected=", ".join(made),
+                next_step="--variant q4, or fp16",
+            )
+        wanted = made if "all" in names else names or USUAL
+        return tuple(_PRECISIONS[n] for n in made if n in wanted)
+
+    def lay(self, job: Job) -> None:
+        folder = job.stage / "onnx"
+        folder.mkdir()
+        chunks: dict[str, int] = {}
+        for name, export in job.exports.items():
+            chunks |= hub_graphs.lay(export, folder, SUFFIXES[name], LARGEST_CHUNK)
+        many = next((n for n, count in chunks.items() if count > _MOST_CHUNKS), None)
+        if many:
+            raise ExportError(
+                f"{many} has {chunks[many]} data files",
+                expected=f"at most {_MOST_CHUNKS}, which transformers.js reads",
+                next_step="--variant q4",
+            )
+        given = job.run.config.get("transformers.js_config")
+        settings = dict(given) if isinstance(given, dict) else {}
+        settings["use_external_data_format"] = {name: count for name, count in chunks.items() if count}
+        halved = [n for n in job.exports if n.endswith("f16") or n == "fp16"]
+        if halved and job.run.task.generates:
+            settings["kv_cache_dtype"] = dict.fromkeys(halved, "float16")  # transformers.js 3 asks, 4 looks
+        companions.lay(job.run, job.stage, {"transformers.js_config": settings})
+
+    def snippet(self, facts: Facts, folder: str) -> Snippet:
+        return javascript_program(facts, folder, facts.variants[0], _SETUP)
+
+    def notes(self, facts: Facts) -> str:
+        words = ", ".join(f'"{v}"' for v in facts.variants)
+        return (
+            f"The variants are {words}. In a browser serve the folder, and set `env.localModelPath` to where it is "
+            "served; without a dtype, transformers.js takes fp32 on Node and q8 on WASM.\n"
+        )

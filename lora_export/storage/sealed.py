@@ -1,0 +1,270 @@
+"""Files that are read with distrust: regular files of a folder, JSON within bounds, documents with a digest."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lora_export.errors import InputError
+from lora_export.storage import disk
+from lora_export.storage.documents import finite, is_text, parse_json
+
+LARGEST = 256 * 2**20  # bytes of a document that grows with the number of tensors
+LARGEST_SETTINGS = 16 * 2**20  # bytes of a file of settings, such as config.json
+_PIECES = 4096  # of the JSON encoder, a word or a bracket each
+_LINK = "a link that leads out of the folder"
+_DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def opened(path: Path, root: Path | None = None) -> Iterator[io.BufferedReader]:
+    """A regular file of the folder `root` (by default the one that it lies in), open for reading.
+
+    A link may lead to a file in `root`, or to the blobs of the hub cache that `root` is a snapshot of. InputError
+    for any other link, in the path below `root` as well, and for anything but a regular file; neither waits for a
+    writer, as a FIFO would. OSError, with the name, if the file cannot be opened.
+    """
+    with os.fdopen(_open_beneath(path, root or path.parent), "rb") as file:
+        yield file
+
+
+def _open_beneath(path: Path, root: Path) -> int:
+    real = path.resolve()
+    home = next((h for h in _homes(root) if h in real.parents), None)
+    if home is None:
+        raise _not_inside(path, _LINK)
+    *folders, name = real.relative_to(home).parts
+    try:
+        with contextlib.ExitStack() as stack:
+            at = _kept(stack, os.open(home, _DIRECTORY))
+            for folder in folders:
+                at = _kept(stack, os.open(folder, _DIRECTORY, dir_fd=at))
+            # What was a file a moment ago may be a link or a FIFO now.
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise _not_inside(path, _LINK) from None
+        error.filename = str(path)
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _not_inside(path, "not a regular file")
+    return fd
+
+
+def _kept(stack: contextlib.ExitStack, fd: int) -> int:
+    stack.callback(os.close, fd)
+    return fd
+
+
+def _homes(root: Path) -> list[Path]:
+    """Where a file of `root` may really lie."""
+    folder = root.resolve()
+    return [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+
+
+def _not_inside(path: Path, found: str) -> InputError:
+    return InputError(
+        found,
+        where=path,
+        expected="a file, or a link within the folder or into the blobs of a hub cache",
+        next_step="copy the file itself into the folder",
+    )
+
+
+def copy(path: Path, target: Path, root: Path | None = None) -> None:
+    """Copy the contents of a file that `opened` opens; the new file gets the umask's mode."""
+    with opened(path, root) as source:
+        fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            disk.copy_range(source.fileno(), 0, os.fstat(source.fileno()).st_size, fd, 0)
+        except EOFError as error:
+            raise InputError(str(error), where=path, expected="a file that nobody changes meanwhile") from None
+        except OSError as error:
+            error.filename, error.filename2 = str(path), str(target)
+            raise
+        finally:
+            os.close(fd)
+
+
+def sha256(path: Path, root: Path | None = None) -> str:
+    """Of a file that `opened` opens."""
+    with opened(path, root) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name (relative, with /), SHA-256 and size in bytes of every file below `folder`, sorted.
+
+    InputError for a link that leads out of it, for a link to a folder, and for what is neither file nor folder.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            found[path.relative_to(folder).as_posix()] = hashed(path, folder)
+    return found
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Name (relative, with /) and size in bytes of every file below `folder`, sorted."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths}
+
+
+def hashed(path: Path, root: Path | None = None) -> dict[str, Any]:
+    """SHA-256 and size in bytes of a file that `opened` opens."""
+    with opened(path, root) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"sha256": digest, "size": os.fstat(file.fileno()).st_size}
+
+
+def read_json(path: Path, *, limit: int = LARGEST) -> dict[str, Any]:
+    """The JSON object in a file; anything else is an InputError that names it. `limit` is in bytes."""
+    return _object(_read(path, limit), path)
+
+
+def _read(path: Path, limit: int) -> bytes:
+    try:
+        with opened(path) as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"the file cannot be read: {error.strerror}", where=path) from None
+    except ValueError as error:  # a name that no file can have
+        raise InputError(f"the file cannot be read: {error}", where=path) from None
+    if len(raw) > limit:
+        raise InputError(f"a JSON file of more than {limit} bytes", where=path)
+    return raw
+
+
+def _object(raw: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = parse_json(raw, len(raw))
+    except ValueError as error:
+        raise InputError(f"the file is not valid JSON: {error}", where=path) from None
+    if not isinstance(value, dict):
+        raise InputError("the file holds no JSON object", where=path, expected="{…}")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON document of this tool; see json_text."""
+    _write(path, json_text(value))
+
+
+def _write(path: Path, text: str) -> None:
+    """The file is made new and gets its name last: a link of that name is replaced, never written through."""
+    unfinished = path.with_name(f".{path.name}.partial-{secrets.token_hex(16)}")
+    try:
+        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            disk.write_at(fd, text.encode(), 0)
+        finally:
+            os.close(fd)
+        unfinished.replace(path)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
+
+
+def json_text(value: Mapping[str, Any]) -> str:
+    """As every JSON document of this tool is written: one document, one text, "nan" and "inf" as words."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if not is_text(text):
+        raise InputError(
+            "a name that is no UTF-8, which JSON cannot hold",
+            expected="files and folders with names in UTF-8",
+            next_step="rename what lies in the folders that were given",
+        )
+    return text
+
+
+def write_settings(path: Path, value: Mapping[str, Any]) -> None:
+    """A model's own configuration, in which its libraries read NaN and Infinity as numbers."""
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON file with a `digest`: the SHA-256 of the same file without it."""
+    write_json(path, {**value, "digest": hashlib.sha256(json_text(value).encode()).hexdigest()})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote, without the digest. InputError if a byte of the file is not as it was written."""
+    raw = _read(path, LARGEST)
+    value = _object(raw, path)
+    digest = value.pop("digest", None)
+    if not _is_text_of(raw, {**value, "digest": digest}) or digest != _digest(value):
+        raise InputError(
+            "the file was changed after it was written: it does not agree with its own digest",
+            where=path,
+            expected="the file as this tool wrote it",
+            next_step="take it from where it was made",
+        )
+    return value
+
+
+def _is_text_of(raw: bytes, value: Mapping[str, Any]) -> bool:
+    """Whether these bytes are what is written of a document; found out piece by piece, for it may be large."""
+    at = 0
+    try:
+        for piece in _encoded(value):
+            if not raw.startswith(piece, at):
+                return False
+            at += len(piece)
+    except (ValueError, RecursionError):  # half a character, which no file can hold; deeper than anything written
+        return False
+    return at == len(raw)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for piece in _encoded(value):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _encoded(value: Mapping[str, Any]) -> Iterator[bytes]:
+    """`json_text` in pieces."""
+    pieces = json.JSONEncoder(indent=2, ensure_ascii=False, allow_nan=False).iterencode(finite(value))
+    while some := "".join(itertools.islice(pieces, _PIECES)):
+        yield some.encode("utf-8")
+    yield b"\n"
+
+
+def plain_name(name: str) -> bool:
+    """Whether a file name that came with a model stays inside its folder."""
+    return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0:")
+
+
+def plain_path(name: str) -> bool:
+    """Whether a name with / that came with a model stays inside its folder, and is spelled as it always is."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and path.as_posix() == name and all(map(plain_name, path.parts))
+
+
+def refuse_outward_link(path: Path, root: Path | None = None) -> None:
+    """InputError for a link that leads out of `root` (by default the folder that it lies in).
+
+    Any other than those that `opened` follows would have this process read, and copy into its output, a file that
+    did not come with the model.
+    """
+    real = path.resolve()
+    if not any(home in real.parents for home in _homes(root or path.parent)):
+        raise _not_inside(path, _LINK)
+
+
+def refuse_special(folder: Path) -> None:
+    """InputError for a FIFO, socket or device in a folder: a library that opens it would wait for ever."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise _not_inside(path, "not a regular file")

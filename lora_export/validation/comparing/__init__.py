@@ -1,0 +1,1 @@
+"""The unmerged and the merged model compared: outputs, tensors, noise floors, thresholds."""

@@ -1,0 +1,157 @@
+"""Where a merged model goes wrong: the first module, in the order of the forward pass, that answers otherwise.
+
+While the unmerged model runs, each of its modules' inputs are given to the merged model's module of the same path
+as well. What went wrong upstream therefore does not matter, and a module that differs is itself at fault. A
+module's noise floor is measured as that of the whole model is: its weights moved by rounding errors of its type.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_export.contracts import Deviation
+from lora_export.validation.comparing.noise import rounding_errors
+from lora_export.validation.comparing.thresholds import FACTOR, FP32_ARITHMETIC
+from lora_export.validation.reference.streaming import present
+
+DRAWS = 2
+INCOMPARABLE = 1.7e308  # outputs of other shapes, or not finite: JSON has no infinity
+
+
+@torch.inference_mode()
+def first_deviation(
+    unmerged: Any,
+    merged: nn.Module,
+    run: Callable[[], Any],
+    dtypes: Mapping[str, torch.dtype],
+    weight_errors: Sequence[str],
+    factor: float = FACTOR,
+) -> Deviation | None:
+    """The first module at fault, or None if modules and tensors show none.
+
+    run: one forward of the unmerged model, without a cache (the merged modules would add to it); dtypes: the
+    stored type of each merged tensor; weight_errors: tensors known to be wrong, worst first. Modules that hold
+    weights come first, then those around them, for a fault in none of the tensors (such as a changed setting).
+    Where no output shows what a wrong tensor does, the first module that holds one is told, with its own figures.
+    """
+    plain = dict(merged.named_modules())
+    holding = {name for name, module in plain.items() if next(module.parameters(recurse=False), None) is not None}
+    seen = _walk(unmerged, plain, holding, run, dtypes, factor)
+    found = next((s for s in seen if s.value > factor * s.floor), None)
+    if found is None and not weight_errors:
+        around = _walk(unmerged, plain, set(plain) - holding - {""}, run, dtypes, factor)
+        found = next((s for s in around if s.value > factor * s.floor), None)
+    if found is None:
+        found = next((s for s in seen if _within(s.module, weight_errors)), None)
+    if found is None:
+        return _unreached(weight_errors)
+    return Deviation(found.module, found.value, found.floor, _within(found.module, weight_errors))
+
+
+def _within(module: str, tensors: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in tensors if name.startswith(f"{module}."))
+
+
+def _unreached(weight_errors: Sequence[str]) -> Deviation | None:
+    """A wrong tensor of a module that this forward does not use."""
+    if not weight_errors:
+        return None
+    module = weight_errors[0].rpartition(".")[0]
+    return Deviation(module, 0.0, 0.0, _within(module, weight_errors))
+
+
+def _walk(
+    unmerged: Any,
+    plain: Mapping[str, nn.Module],
+    names: set[str],
+    run: Callable[[], Any],
+    dtypes: Mapping[str, torch.dtype],
+    factor: float,
+) -> list[Deviation]:
+    """Value and floor of each named module, in the order in which the unmerged model leaves them, up to the first
+    value that is above `factor` floors."""
+    seen: dict[str, Deviation] = {}
+    found = False
+
+    def compare(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal found
+            if not found and name not in seen:
+                seen[name] = _compare(name, plain[name], args, kwargs, output, dtypes)
+                found = seen[name].value > factor * seen[name].floor
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name, module in unmerged.base_model.model.named_modules():
+            if name in names:
+                handle = module.register_forward_hook(compare(name), with_kwargs=True)
+                hooks.callback(handle.remove)
+        run()
+    return list(seen.values())
+
+
+def _compare(
+    name: str, module: nn.Module, args: Any, kwargs: Any, output: Any, dtypes: Mapping[str, torch.dtype]
+) -> Deviation:
+    with present(module):
+        return _judge(name, module, args, kwargs, output, dtypes)
+
+
+def _judge(
+    name: str, module: nn.Module, args: Any, kwargs: Any, output: Any, dtypes: Mapping[str, torch.dtype]
+) -> Deviation:
+    wanted = list(tensors_of(output))
+    try:
+        found = list(tensors_of(module(*args, **kwargs)))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # a weight of another shape, for one
+        return Deviation(name, INCOMPARABLE, 0.0)
+    value = _distance(wanted, found)
+    floor = max((float(t.abs().max()) for t in wanted if t.numel()), default=0.0) * FP32_ARITHMETIC
+    if value <= floor:  # nothing was added and nothing rounded: most modules, and no draw is needed
+        return Deviation(name, value, floor)
+    draws = []
+    for seed in range(DRAWS):
+        with _noise(name, module, dtypes, seed):
+            draws.append(_distance(found, list(tensors_of(module(*args, **kwargs)))))
+    noise = max(draws)
+    return Deviation(name, value, floor + (noise if math.isfinite(noise) else 0.0))
+
+
+def tensors_of(output: Any) -> Iterator[torch.Tensor]:
+    """The floating-point tensors of a module's output, whatever it is wrapped in; caches are left out."""
+    if isinstance(output, torch.Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_of(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from tensors_of(value)
+
+
+def _distance(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+    if [t.shape for t in wanted] != [t.shape for t in found]:
+        return INCOMPARABLE
+    worst = max((float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True) if a.numel()), default=0.0)
+    return worst if math.isfinite(worst) else INCOMPARABLE
+
+
+@contextmanager
+def _noise(path: str, module: nn.Module, dtypes: Mapping[str, torch.dtype], seed: int) -> Iterator[None]:
+    generator = torch.Generator().manual_seed(seed)
+    saved = []
+    try:
+        for name, parameter in module.named_parameters():
+            dtype = dtypes.get(f"{path}.{name}", max(dtypes.values(), key=lambda d: torch.finfo(d).eps))
+            saved.append((parameter, parameter.data))
+            parameter.data = parameter.data + rounding_errors(parameter.data, dtype, generator)
+        yield
+    finally:
+        for parameter, before in saved:
+            parameter.data = before

@@ -1,0 +1,187 @@
+"""What an adapter does to a decoder's outputs, and how much of it a model in lower precision still does.
+
+Logits are taken a window of the text at a time, so that memory does not grow with the text.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_export.contracts import AdapterSurvival, Perplexity
+from lora_export.validation.comparing.thresholds import LARGEST_NLL
+
+LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # ids (length,) → logits (length, vocabulary)
+NO_EFFECT = 1e-8  # nats of symmetric KL a position, which two fp32 forwards of one model may show
+
+
+def of(model: Any) -> LogitsOf:
+    """The logits of a transformers model (or PEFT's unmerged one)."""
+
+    @torch.inference_mode()
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+        return found
+
+    return logits
+
+
+def without_adapter(unmerged: Any) -> LogitsOf:
+    """The logits of the base inside PEFT's unmerged model."""
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with unmerged.disable_adapter():
+            return of(unmerged)(ids)
+
+    return logits
+
+
+def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """float64 log-probabilities. A logit that is no number counts as impossible: fp16 overflows to such."""
+    return torch.log_softmax(logits.double().nan_to_num(nan=-1e4, posinf=1e4, neginf=-1e4), -1)
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """Sum over positions of KL(p‖q) in nats; p, q: log-probabilities (length, vocabulary)."""
+    return float((p.exp() * (p - q)).sum(-1).clamp_min(0).sum())
+
+
+def surprise(p: torch.Tensor, ids: torch.Tensor) -> float:
+    """Negative log-likelihood of ids[1:] in nats; p: log-probabilities (length, vocabulary)."""
+    return float(-p[:-1].gather(-1, ids[1:, None]).sum())
+
+
+def perplexity(name: str, logits_of: LogitsOf, windows: Sequence[torch.Tensor]) -> Perplexity:
+    """Of a model on windows of a text, each (length,) ids of which the first is not predicted."""
+    total = sum(surprise(log_probabilities(logits_of(ids)), ids) for ids in windows)
+    return as_perplexity(name, total, predicted(windows))
+
+
+def as_perplexity(name: str, surprise: float, tokens: int) -> Perplexity:
+    return Perplexity(name, math.exp(min(surprise / tokens, LARGEST_NLL)), tokens)
+
+
+def predicted(windows: Sequence[torch.Tensor]) -> int:
+    return sum(len(ids) - 1 for ids in windows)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A model on a text beside a reference: its perplexity, and the mean KL(reference‖model) in nats."""
+
+    perplexity: float
+    kl: float
+
+
+def distance(reference: LogitsOf, model: LogitsOf, windows: Sequence[torch.Tensor]) -> Distance:
+    lost, nats = 0.0, 0.0
+    for ids in windows:
+        q = log_probabilities(model(ids))
+        lost += divergence(log_probabilities(reference(ids)), q)
+        nats += surprise(q, ids)
+    value = as_perplexity("", nats, predicted(windows)).value
+    return Distance(value, lost / sum(len(ids) for ids in windows))
+
+
+@dataclass
+class Effect:
+    """Sums over a text of what an adapter does: base → merged, and the same two in lower precision.
+
+    Let p be the probabilities and ℓ the log-probabilities of base (B), merged (M), and both in lower precision (BQ,
+    Q). The effect is Σ (p_M − p_B)·(ℓ_M − ℓ_B) = KL(M‖B) + KL(B‖M), exactly. What is kept of it is
+    Σ (p_M − p_B)·(ℓ_Q − ℓ_BQ): what the adapter does in lower precision, measured along what it should do.
+    Damage that lower precision does to base and merged alike cancels in ℓ_Q − ℓ_BQ. noise: nats a position that the
+    arithmetic of the lower precision makes; a smaller effect cannot be told from it.
+    """
+
+    noise: float = 0.0
+    whole: list[float] = field(default_factory=list)  # one figure a window, nats
+    kept: list[float] = field(default_factory=list)
+    kl_base: float = 0.0
+    kl_lost: float = 0.0
+    positions: int = 0
+    predicted: int = 0
+    surprises: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("B", "M", "BQ", "Q"), 0.0))
+
+    def add(self, ids: torch.Tensor, base: torch.Tensor, merged: torch.Tensor, low_base: torch.Tensor,
+            low: torch.Tensor) -> None:  # fmt: skip
+        """One window: ids (length,), and the logits (length, vocabulary) of the four models on it."""
+        b, m, bq, q = (log_probabilities(x) for x in (base, merged, low_base, low))
+        change = m.exp() - b.exp()
+        self.whole.append(float((change * (m - b)).sum()))
+        self.kept.append(float((change * (q - bq)).sum()))
+        self.kl_base += divergence(b, m)
+        self.kl_lost += divergence(m, q)
+        self.positions += len(ids)
+        self.predicted += len(ids) - 1
+        for name, p in zip(self.surprises, (b, m, bq, q), strict=True):
+            self.surprises[name] += surprise(p, ids)
+
+    @property
+    def share(self) -> float | None:
+        """Of the effect that is kept: 1 for all, 0 for none; None without an effect beyond the noise."""
+        whole = sum(self.whole)
+        return sum(self.kept) / whole if whole > max(NO_EFFECT, self.noise) * self.positions else None
+
+    @property
+    def uncertainty(self) -> float:
+        """Standard error of the share, from how it varies between windows (ratio estimator); NaN for one window."""
+        return math.nan if self.share is None else standard_error(self.whole, self.kept)
+
+    def survival(self, name: str) -> AdapterSurvival:
+        return AdapterSurvival(name, self.share, self.kl_base / self.positions, self.kl_lost / self.positions)
+
+    def perplexities(self, names: Sequence[tuple[str, str]]) -> tuple[Perplexity, ...]:
+        """names: (B, M, BQ or Q, how it is called) for those that are wanted."""
+        return tuple(as_perplexity(name, self.surprises[key], self.predicted) for key, name in names)
+
+
+@dataclass
+class OutputEffect:
+    """Sums over inputs of what an adapter does to outputs that are no probabilities, in squares of their numbers.
+
+    Let y be an output of base (B), merged (M), and both in lower precision (BQ, Q). The effect is |y_M − y_B|², and
+    what is kept of it is (y_M − y_B)·(y_Q − y_BQ). Each output counts in proportion to its own numbers. noise: the
+    share of |y|² that the arithmetic of the lower precision makes.
+    """
+
+    noise: float = 0.0
+    whole: list[float] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+
+    def add(self, base: torch.Tensor, merged: torch.Tensor, low_base: torch.Tensor,
+            low: torch.Tensor) -> None:  # fmt: skip
+        """One output on one batch, all four of one shape."""
+        b, m, bq, q = (x.double().flatten() for x in (base, merged, low_base, low))
+        size = float(m.square().sum()) or 1.0
+        self.whole.append(float((m - b).square().sum()) / size)
+        self.kept.append(float(((m - b) * (q - bq)).sum()) / size)
+
+    @property
+    def share(self) -> float | None:
+        """Of the effect that is kept; None without an effect beyond the noise."""
+        whole = sum(self.whole)
+        return sum(self.kept) / whole if whole > max(NO_EFFECT, self.noise) * len(self.whole) else None
+
+    @property
+    def uncertainty(self) -> float:
+        return standard_error(self.whole, self.kept)
+
+    def survival(self, name: str) -> AdapterSurvival:
+        return AdapterSurvival(name, self.share, None, None)
+
+    def perplexities(self, names: Sequence[tuple[str, str]]) -> tuple[Perplexity, ...]:
+        """There is no next token to predict."""
+        return ()
+
+
+def standard_error(whole: Sequence[float], kept: Sequence[float]) -> float:
+    """Of Σ kept / Σ whole, from how it varies between inputs (ratio estimator); NaN for one input, or no effect."""
+    count, total = len(whole), sum(whole)
+    if count < 2 or not total:
+        return math.nan
+    share = sum(kept) / total
+    rest = sum((k - share * w) ** 2 for k, w in zip(kept, whole, strict=True))
+    return math.sqrt(rest * count / (count - 1)) / total

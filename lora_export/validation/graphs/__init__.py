@@ -1,0 +1,1 @@
+"""Exported graphs held against the model that they were made of."""

@@ -1,0 +1,118 @@
+"""An exported model against the unmerged one: its numbers, its arithmetic, and what is left of the adapter."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_export.contracts import Check, ExportedPair
+from lora_export.errors import ExportError
+from lora_export.validation.comparing.arithmetic import Arithmetic
+from lora_export.validation.comparing.subject import Graph, Story
+from lora_export.validation.graphs import weights as graph_weights
+from lora_export.validation.graphs.model import GraphModel, graph_model
+from lora_export.validation.graphs.numbers import Expected, base_numbers, effective_numbers, numbers_of
+
+QUANTIZED = ("int4", "int8", "nf4")
+_INT8 = 4
+_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """checks: of one export; effect: what its graphs leave of the adapter's effect, by the story."""
+
+    checks: tuple[Check, ...]
+    effect: Any
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What exports are judged by. merged: the merged folder, an outline without numbers where `alone`; keep: as of
+    load_unmerged; dtypes: stored types of the merged parameters."""
+
+    story: Story
+    unmerged: Any
+    merged: Path
+    alone: bool
+    keep: int | None
+    dtypes: Any
+    provider: str
+
+    def judge(self, pair: ExportedPair) -> Judged:
+        """The merged model's graph and the base's, each in two steps, and what both leave of the adapter."""
+        expected = effective_numbers(self.unmerged) if self.alone else numbers_of(self.merged)
+        stored = self.dtypes if self.alone else None
+        with self._model(pair, pair.merged_graphs, expected, stored) as held:
+            graph = self._graph(pair, pair.merged_graphs, held, pair.prefix)
+            checks = self.story.compare_onnx(self.unmerged, graph)
+            if held is not None:
+                of = "the unmerged model" if self.alone else "the merged folder"
+                checks.append(held.check(f"{pair.prefix}weight_errors", of))
+        graph = replace(graph, model=None)  # which would stay in memory beside the base's
+        prefix = f"{pair.prefix}base_"
+        with self._model(pair, pair.base_graphs, base_numbers(self.unmerged), self.dtypes) as held:
+            base = self._graph(pair, pair.base_graphs, held, prefix)
+            checks += self.story.compare_base(self.unmerged, base)
+            if held is not None:
+                checks.append(held.check(f"{prefix}weight_errors", "the base in PyTorch"))
+        return Judged(tuple(checks), self.story.effect(self.unmerged, base, graph))
+
+    @contextlib.contextmanager
+    def _model(
+        self, pair: ExportedPair, graphs: tuple[Path, ...], expected: Expected, stored: Any
+    ) -> Iterator[GraphModel | None]:
+        """None for a graph whose weights nothing describes: it is then judged by its outputs alone."""
+        folder = graphs[0].parent
+        if (folder / graph_weights.NAME).is_file():
+            with graph_model(graphs, self.unmerged, self.merged, expected, stored, self.keep) as held:
+                yield held
+            return
+        if pair.precision in QUANTIZED and pair.activations == "float":
+            raise ExportError(
+                f"the export has no {graph_weights.NAME}, so nothing says what its quantized numbers stand for",
+                where=folder,
+                expected="an export of this tool",
+                next_step="lora-export export -m MERGED -o ONNX, and validate that",
+            )
+        yield None
+
+    def _graph(self, pair: ExportedPair, paths: tuple[Path, ...], held: GraphModel | None, prefix: str) -> Graph:
+        arithmetic = arithmetic_of(pair, paths)
+        if held is None:
+            return Graph(paths, None, arithmetic, self.provider, prefix)
+        shifted = pair.precision in QUANTIZED and not held.wrong
+        return Graph(paths, held.model, arithmetic, self.provider, prefix, shifted)
+
+
+def arithmetic_of(pair: ExportedPair, paths: tuple[Path, ...]) -> Arithmetic:
+    """What the graph computes in: the type of its data, and whether its products take inputs of 8 bits."""
+    folder = paths[0].parent
+    if pair.activations != "float":
+        return Arithmetic(inputs=0, weights=True)
+    if not (folder / graph_weights.NAME).is_file():
+        return Arithmetic(_TYPES.get(pair.precision, torch.float32))
+    dtype = graph_weights.arithmetic_type(folder)
+    if pair.precision not in QUANTIZED or not any(map(_takes_eight_bits, paths)):
+        return Arithmetic(dtype)
+    blocks = graph_weights.quantized_blocks(folder)
+    layers = frozenset(name.removesuffix(".weight") for name in blocks)
+    return Arithmetic(dtype, min(blocks.values()), layers)
+
+
+def _takes_eight_bits(graph: Path) -> bool:
+    """Whether a product of quantized weights converts its inputs (accuracy level 4 of MatMulNBits)."""
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False)
+    levels = (
+        a.i
+        for n in model.graph.node
+        if n.op_type == "MatMulNBits"
+        for a in n.attribute
+        if a.name == "accuracy_level"
+    )
+    return any(level == _INT8 for level in levels)

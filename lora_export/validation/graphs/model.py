@@ -1,0 +1,199 @@
+"""A PyTorch model with the numbers that an exported graph holds: what the graph has to compute.
+
+The numbers are compared with those that they were made of first. So a graph is proven in two steps: its weights one
+by one, and its arithmetic, against PyTorch on just these weights.
+"""
+
+import contextlib
+import copy
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lora_export.contracts import Check
+from lora_export.errors import ExportError
+from lora_export.validation.comparing.subject import plain
+from lora_export.validation.graphs import weights as graph_weights
+from lora_export.validation.graphs.numbers import Expected, error_of, of_base, saved_whole
+from lora_export.validation.graphs.weights import Held
+from lora_export.validation.reference import loading, streaming
+
+SHARD = 2**30  # bytes of tensors that are held before they are written
+_HEAD = "output_head"
+
+
+@dataclass
+class GraphModel:
+    """model: in fp32; wrong: tensors whose numbers in the graph are not those of the checkpoint; unchecked: tensors
+    that had no counterpart; checked: how many had."""
+
+    model: Any
+    wrong: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    checked: int = 0
+
+    def check(self, name: str, of: str) -> Check:
+        """No number of the data files may differ from what it was made of by more than its type explains."""
+        note = f"of {self.checked} tensors in the data files, each against {of}"
+        if self.wrong:
+            note += f"; the first: {self.wrong[0]}"
+        if self.unchecked:
+            note += f"; {len(self.unchecked)} have no counterpart there"
+        return Check(name, len(self.wrong), 0, not self.wrong and self.checked > 0, note)
+
+
+@contextlib.contextmanager
+def graph_model(
+    graphs: Sequence[Path],
+    unmerged: Any,
+    merged: Path,
+    expected: Expected,
+    stored: Mapping[str, torch.dtype] | None = None,
+    keep: int | None = None,
+) -> Iterator[GraphModel]:
+    """The model of an export's graphs, of the class and configuration of the unmerged one.
+
+    merged: a folder whose headers have the checkpoint's names and shapes; expected: the numbers of a piece, None
+    where there are none; stored: None where `expected` are the very numbers that the graph was made of, else the
+    types that they were rounded to before; keep: as of load_unmerged. What the data files do not hold is taken from
+    the unmerged model's base.
+    """
+    shapes = _shapes(merged)
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+        work = Path(scratch)
+        found = GraphModel(None)
+        writer = _Writer(work, shapes)
+        for held in graph_weights.read(graphs, shapes):
+            _judge(held, expected(held), stored, found)
+            writer.add(held)
+        if not found.checked and not found.unchecked:
+            raise ExportError(
+                "the export holds none of this model's tensors",
+                where=graphs[0].parent,
+                expected="an export of the merged model",
+                next_step="lora-export export -m MERGED -o ONNX",
+            )
+        head = writer.finish()
+        found.model = _load(work, unmerged, merged, head, keep)
+        yield found
+
+
+def _judge(
+    held: Held, wanted: torch.Tensor | None, stored: Mapping[str, torch.dtype] | None, found: GraphModel
+) -> None:
+    if wanted is None:
+        found.unchecked.append(held.tensor)
+        return
+    found.checked += 1
+    if not error_of(held, wanted, stored) <= 1:
+        found.wrong.append(held.tensor)
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:
+            shapes |= {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+class _Writer:
+    """Checkpoint tensors, put together from their pieces, into safetensors files of about SHARD bytes."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+        self._folder, self._shapes = folder, shapes
+        self._pending: dict[tuple[str, bool], dict[int, Held]] = {}
+        self._shard: dict[str, torch.Tensor] = {}
+        self._places: dict[str, str] = {}
+        self._done: set[tuple[str, bool]] = set()
+
+    def add(self, held: Held) -> None:
+        key = held.tensor, held.quantized is not None
+        if key in self._done:
+            return  # another graph of the export reads the same tensor
+        parts = self._pending.setdefault(key, {})
+        parts[held.start] = held
+        shape = self._shapes[held.tensor]
+        if sum(p.stop - p.start for p in parts.values()) == (shape[0] if shape else 1):
+            rows = [parts[start].values for start in sorted(parts)]
+            self._put(key, (rows[0] if len(rows) == 1 else torch.cat(rows)).reshape(tuple(shape)).contiguous())
+            del self._pending[key]
+
+    def _put(self, key: tuple[str, bool], values: torch.Tensor) -> None:
+        name, quantized = key
+        other = (name, not quantized) in self._done
+        self._done.add(key)
+        # Of a tied embedding the graph may hold one copy for look-ups and a quantized one for the head.
+        if other and quantized:
+            self._save({_HEAD: values.clone()}, f"{_HEAD}.safetensors")
+            return
+        if other:
+            self._promote(name)
+        self._shard[name] = values.clone()
+        if sum(t.nbytes for t in self._shard.values()) > SHARD:
+            self._flush()
+
+    def _promote(self, name: str) -> None:
+        """What was taken for the only copy is the head's."""
+        if name not in self._shard:
+            with safe_open(self._folder / self._places[name], framework="pt") as tensors:
+                self._shard[name] = tensors.get_tensor(name)
+        self._save({_HEAD: self._shard.pop(name)}, f"{_HEAD}.safetensors")
+
+    def _flush(self) -> None:
+        if self._shard:
+            file = f"model-{len(set(self._places.values())):05}.safetensors"
+            self._save(self._shard, file)
+            self._places |= dict.fromkeys(self._shard, file)
+            self._shard = {}
+
+    def _save(self, tensors: dict[str, torch.Tensor], file: str) -> None:
+        save_file(tensors, self._folder / file, metadata={"format": "pt"})
+
+    def finish(self) -> torch.Tensor | None:
+        """The output head's own numbers, where it has any."""
+        self._flush()
+        index = {"metadata": {}, "weight_map": self._places}
+        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        head = self._folder / f"{_HEAD}.safetensors"
+        if not head.exists():
+            return None
+        with safe_open(head, framework="pt") as tensors:
+            return tensors.get_tensor(_HEAD)  # type: ignore[no-any-return]
+
+
+def _load(work: Path, unmerged: Any, merged: Path, head: torch.Tensor | None, keep: int | None) -> Any:
+    body = plain(unmerged)
+    config = copy.deepcopy(body.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    tied = getattr(loading.config_of(merged).get_text_config(), "tie_word_embeddings", None)
+    if tied is not None:  # a merge unties a head that it changes
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = tied
+    config.save_pretrained(work)
+    model, info = loading.load(type(body), work, torch.float32, keep)
+    streaming.attach(model, ())
+    fill_from_base(model, info["missing_keys"], unmerged)
+    if head is not None:
+        output = model.get_output_embeddings()
+        output.weight = torch.nn.Parameter(head, requires_grad=False)
+    return loading.quiet(model)
+
+
+def fill_from_base(model: Any, missing: Sequence[str], unmerged: Any) -> None:
+    """Parameters and buffers that the data files do not hold (folded away, or zero) are the base's, or the
+    adapter's where it saved a module whole."""
+    known = of_base(unmerged) | saved_whole(unmerged)
+    state = {}
+    for name in missing:
+        if name in known:
+            with streaming.present(known[name]):
+                state[name] = known[name].detach().clone()
+    model.load_state_dict(state, strict=False)

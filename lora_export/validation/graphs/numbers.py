@@ -1,0 +1,176 @@
+"""What the numbers of an exported graph are held against, and how far each may be from what it stands for."""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_export.validation.comparing.whole import BLOCK, effective_blocks, whole_probes, wrapped_parameters
+from lora_export.validation.graphs.weights import Held, Quantized
+from lora_export.validation.reference import streaming
+from lora_export.validation.reference.probes import base_layer, plain_parameters, wrapped_modules
+
+# How far a number may be from the one that it stands for, in steps of its block: at most, and as a root mean
+# square. A symmetric block has a step of 1/2^(bits-1) of its largest number, which may be cut off at the other end;
+# a searched scale cuts off a little more. Uniform errors have a root mean square of 1/√12 = 0.29 steps.
+STEPS, RMS_STEPS = 1.25, 0.42
+# The same for 4-bit types whose codes are not evenly spaced, as shares of the block's largest number: half the
+# widest gap, and the root mean square for uniform numbers (0.054, 0.066), which are the worst case in practice.
+CODE_GAPS = {"nf4": (0.153, 0.06), "fp4": (0.168, 0.08)}
+ARITHMETIC = 2.0**-20  # of the largest weight: what asking a layer for its weights costs in fp32
+SCALE_ROUNDING = 2.0**-8  # a scale in bf16 moves every number of its block
+Expected = Callable[[Held], torch.Tensor | None]
+
+
+def numbers_of(folder: Path) -> Expected:
+    """The numbers of a checkpoint's files, a piece at a time, in fp32."""
+    places: dict[str, Path] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            places |= dict.fromkeys(tensors.keys(), file)
+
+    def read(held: Held) -> torch.Tensor | None:
+        if held.tensor not in places:
+            return None
+        with safe_open(places[held.tensor], framework="pt") as tensors:
+            view = tensors.get_slice(held.tensor)
+            rows = view[held.start : held.stop] if view.get_shape() else tensors.get_tensor(held.tensor)
+        return rows.float().reshape(held.values.shape)  # type: ignore[no-any-return]
+
+    return read
+
+
+def base_numbers(unmerged: Any) -> Expected:
+    """The base's parameters inside PEFT's wrappers, for those whose names in the files are the model's."""
+    parameters = of_base(unmerged)
+
+    def read(held: Held) -> torch.Tensor | None:
+        parameter = parameters.get(held.tensor)
+        if parameter is None:
+            return None
+        with streaming.present(parameter):
+            rows = parameter.data if not parameter.dim() else parameter.data[held.start : held.stop]
+            fits = rows.numel() == held.values.numel()
+            return rows.float().reshape(held.values.shape).clone() if fits else None
+
+    return read
+
+
+def effective_numbers(unmerged: Any) -> Expected:
+    """The weights that PEFT's unmerged modules have in effect, asked of them in fp32; the base's for others."""
+    model = unmerged.base_model.model
+    wrapped = wrapped_modules(model)
+    saved, plain_numbers = saved_whole(unmerged), base_numbers(unmerged)
+
+    @functools.lru_cache(maxsize=1)
+    def of(path: str) -> dict[str, torch.Tensor]:
+        module = wrapped[path]
+        with streaming.present(module):
+            if hasattr(module, "parameter_name"):
+                names = wrapped_parameters(module)
+                return {
+                    f"{path}.{n}": torch.cat([b.float() for *_, b in effective_blocks(module, n)]) for n in names
+                }
+            return {f"{path}.weight": _effective_weight(module)}
+
+    def read(held: Held) -> torch.Tensor | None:
+        path = next((p for p in wrapped if held.tensor.startswith(f"{p}.")), None)
+        known = saved if held.tensor in saved else of(path) if path else {}
+        if held.tensor not in known:
+            return plain_numbers(held)
+        with streaming.present(known[held.tensor]):
+            return known[held.tensor][held.start : held.stop].float().reshape(held.values.shape).clone()
+
+    return read
+
+
+@torch.no_grad()
+def _effective_weight(module: Any) -> torch.Tensor:
+    """In the layer's own orientation; NaN for a layer that cannot be asked."""
+    layer = base_layer(module)
+    if not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
+        return torch.full_like(layer.weight, float("nan"))
+    exact = copy.deepcopy(module).double()
+    blocks = whole_probes(exact)
+    if isinstance(layer, nn.Embedding):
+        return torch.cat([exact(ids) for ids in blocks or ()]).float()
+    width = layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0]
+    one_hot = blocks or iter(torch.split(torch.eye(width, dtype=torch.float64), BLOCK))
+    bias = exact(torch.zeros(1, width, dtype=torch.float64))
+    columns = torch.cat([exact(x) - bias for x in one_hot]).float()
+    return columns if isinstance(layer, Conv1D) else columns.T.contiguous()
+
+
+def error_of(held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype] | None) -> float:
+    """How far a piece is from `wanted`, in units of what is honest: above 1, or not a number, is a fault.
+
+    stored: None where `wanted` are the very numbers that the graph was made of, else the types that they were
+    rounded to before.
+    """
+    if held.quantized is not None:
+        return _block_error(held.values, wanted, held.quantized)
+    if stored is None:
+        return _cast_error(held, wanted)
+    coarsest = max(stored.values(), key=lambda d: torch.finfo(d).eps)
+    return _rounding_error(held, wanted, stored.get(held.tensor, coarsest))
+
+
+def _cast_error(held: Held, wanted: torch.Tensor) -> float:
+    """0 where every number is the nearest of its type, infinite elsewhere."""
+    cast = (wanted + held.plus).to(held.dtype).float() - held.plus
+    return 0.0 if torch.equal(cast, held.values) else float("inf")
+
+
+def _rounding_error(held: Held, wanted: torch.Tensor, stored: torch.dtype) -> float:
+    """In units of two roundings, to the checkpoint's type and to the graph's, and of fp32 arithmetic."""
+    eps = sum(torch.finfo(d).eps / 2 for d in (stored, held.dtype))
+    smallest = max(torch.finfo(d).tiny * torch.finfo(d).eps for d in (stored, held.dtype))
+    size = wanted.abs() + abs(held.plus)
+    allowed = eps * size + ARITHMETIC * size.max() + smallest
+    return float(((held.values - wanted).abs() / allowed).max()) if wanted.numel() else 0.0
+
+
+def _block_error(values: torch.Tensor, wanted: torch.Tensor, how: Quantized) -> float:
+    """The error of a quantized matrix in units of what honest quantization may do: at worst, and on the whole."""
+    if how.axis == 0:
+        values, wanted = values.T, wanted.T
+    if how.method in CODE_GAPS:
+        values, wanted = values.reshape(1, -1), wanted.reshape(1, -1)
+    missing = -wanted.shape[1] % how.block_size
+    blocks, exact = (nn.functional.pad(x, (0, missing)).reshape(-1, how.block_size) for x in (values, wanted))
+    largest = exact.abs().amax(1)
+    if how.method in CODE_GAPS:
+        # bitsandbytes' blocks run on across rows, so that a piece of a stacked matrix may begin within one.
+        largest = nn.functional.max_pool1d(largest[None], 3, stride=1, padding=1)[0]
+        most, typical = CODE_GAPS[how.method]
+        step = largest
+    else:
+        bits = int(how.method.removeprefix("int"))
+        spread = exact.amax(1).clamp_min(0) - exact.amin(1).clamp_max(0)
+        step = largest / 2 ** (bits - 1) if how.symmetric else spread / (2**bits - 1)
+        most, typical = STEPS, RMS_STEPS
+    error = (blocks - exact).abs()
+    worst = (error.amax(1) / (most * step + SCALE_ROUNDING * largest).clamp_min(1e-30)).max()
+    used = largest > 0
+    rounding = (typical * step + SCALE_ROUNDING * largest)[used, None]
+    overall = (error[used] / rounding).square().mean().sqrt() if used.any() else worst
+    return float(torch.maximum(worst, overall))
+
+
+def of_base(unmerged: Any) -> dict[str, torch.Tensor]:
+    """Plain name → parameter or buffer of the base inside PEFT's wrappers."""
+    base = unmerged.base_model.model
+    named = (*base.named_parameters(remove_duplicate=False), *base.named_buffers())
+    return {n.replace(".base_layer", "").replace(".original_module", ""): v for n, v in named}
+
+
+def saved_whole(unmerged: Any) -> dict[str, torch.Tensor]:
+    """Plain name → parameter that no adapter kind computes: of modules that were saved whole, and of the rest."""
+    model = unmerged.base_model.model
+    return dict(plain_parameters(model, wrapped_modules(model)))

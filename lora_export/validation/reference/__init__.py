@@ -1,0 +1,1 @@
+"""The unmerged model, built by PEFT and transformers themselves."""

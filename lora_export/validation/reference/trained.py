@@ -1,0 +1,163 @@
+"""The class that an adapter was trained with, where its base is stored without the head: what PEFT has to be given.
+
+Told from the base's configuration and the adapters' own files, so that a merged folder has no say in it.
+"""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from lora_export import meta_model as skeleton
+from lora_export import tasks
+from lora_export.contracts import AdapterChoice
+from lora_export.errors import CheckpointError
+from lora_export.storage.sealed import LARGEST_SETTINGS, read_json
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """cls: the transformers class; changes: what its config.json says otherwise than the base's; model: of this
+    class, without weights; heads: the tensors that the adapters bring."""
+
+    cls: Any
+    changes: Mapping[str, Any]
+    model: Any
+    heads: frozenset[str]
+
+    def renamed(self, base: Collection[str], merged: Collection[str]) -> dict[str, str]:
+        """Name in the merged file → name in the base's, of what the class has a use for.
+
+        Both are read by transformers as the same tensor; the prefix of the body is what one has and the other not.
+        """
+        targets, prefix = loaded_as(self.model, {*base, *merged}), f"{self.model.base_model_prefix}."
+        state, found = self.model.state_dict(), dict[str, str]()
+        for name in base:
+            target = targets[name]
+            if target in state and target not in self.heads:
+                spellings = (name, prefix + name, name.removeprefix(prefix), target)
+                same = (s for s in spellings if s in merged and targets[s] == target)
+                found[next(same, name)] = name
+        return found
+
+
+def loaded_as(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Name of a tensor in a file → its name in the loaded model, by transformers' own conversions; the first of
+    them, if it becomes several."""
+    return {name: loaded[0] for name, loaded in all_loaded_as(model, names).items()}
+
+
+def all_loaded_as(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The same with all names."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    told = renamings, converters, model.base_model_prefix, model.state_dict()
+    targets = {p: c.target_patterns for c in converters for p in c.source_patterns}
+    found = {}
+    for name in names:
+        loaded, pattern = rename_source_key(name, *told)
+        first, *others = targets.get(pattern, ("",)) if pattern else ("",)
+        found[name] = (loaded, *(loaded.replace(first, other) for other in others))
+    return found
+
+
+def trained_as(base: Path, adapters: Sequence[AdapterChoice], task: str | None) -> Trained | None:
+    """None where the base's own class has a place for every module that the adapters saved whole."""
+    saved = _saved(adapters)
+    stored = read_json(base / "config.json", limit=LARGEST_SETTINGS)
+    if not saved:
+        return None
+    try:
+        own = skeleton.build(base, stored)
+    except CheckpointError:
+        return None  # what transformers cannot build is refused by whoever loads it
+    prefix = f"{own.base_model_prefix}."
+    shapes = _shapes(own)
+    known = {n: shapes.get(n) or shapes.get(prefix + n) or shapes.get(n.removeprefix(prefix)) for n in saved}
+    heads = {name: shape for name, shape in saved.items() if known[name] != shape}
+    new = {name: shape for name, shape in heads.items() if known[name] is None}
+    if not heads:
+        return None
+    # Beside a new head, what is there already in another size is a vocabulary that was resized.
+    asked = new or heads
+    for cls in _candidates(own, adapters, task):
+        for changes in _settings(cls, stored, asked):
+            config = stored | {"architectures": [cls.__name__]} | changes
+            try:
+                model = skeleton.build(base, config)
+            except CheckpointError:
+                continue
+            found = _shapes(model)
+            if all(found.get(name) == shape for name, shape in asked.items()):
+                named = {"architectures": [cls.__name__]} | _labels(stored, config, adapters)
+                return Trained(cls, changes | named, model, frozenset(asked))
+    return None
+
+
+def _saved(adapters: Sequence[AdapterChoice]) -> dict[str, Shape]:
+    """Name in the model → shape, of what lies in a module that modules_to_save names."""
+    found: dict[str, Shape] = {}
+    for adapter in adapters:
+        config = read_json(adapter.folder / "adapter_config.json", limit=LARGEST_SETTINGS)
+        modules = tuple(m for m in config.get("modules_to_save") or () if isinstance(m, str))
+        for file in sorted(adapter.folder.glob("*.safetensors")):
+            with safe_open(file, framework="np") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                    name = key.removeprefix("base_model.model.").replace(".modules_to_save", "")
+                    owners = name.split(".")[:-1]
+                    inside = any(".".join(owners[: i + 1]).endswith(modules) for i in range(len(owners)))
+                    if modules and inside and ".original_module" not in key and "lora_" not in key:
+                        found[name] = tuple(tensors.get_slice(key).get_shape())
+    return found
+
+
+def _shapes(model: Any) -> dict[str, Shape]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _candidates(own: Any, adapters: Sequence[AdapterChoice], task: str | None) -> list[Any]:
+    """By what names them: the adapters, the task asked for, the base itself, and any other task."""
+    found: list[Any] = []
+    for adapter in adapters:
+        config = read_json(adapter.folder / "adapter_config.json", limit=LARGEST_SETTINGS)
+        mapping = config.get("auto_mapping")
+        found.append(tasks.class_named(mapping.get("base_model_class") if isinstance(mapping, dict) else None))
+        named = tasks.PEFT_TASKS.get(str(config.get("task_type")))
+        found += tasks.classes_of(named, own.config) if named else []
+    found += tasks.classes_of(task, own.config) if task else []
+    found.append(type(own))
+    for other in tasks.TASKS:
+        found += tasks.classes_of(other, own.config)
+    return [c for c in dict.fromkeys(found) if c is not None and c.config_class is type(own.config)]
+
+
+def _settings(cls: Any, stored: Mapping[str, Any], saved: Mapping[str, Shape]) -> Iterator[dict[str, Any]]:
+    """The base's own settings, then those with as many labels, or letters, as a saved tensor has rows."""
+    yield {}
+    for size in sorted({shape[0] for shape in saved.values() if shape and shape[0] <= tasks.MOST_LABELS}):
+        yield tasks.with_labels(stored, size)
+        if cls.__name__.endswith("ForCTC"):
+            yield {"vocab_size": size}
+
+
+def _labels(
+    stored: Mapping[str, Any], config: Mapping[str, Any], adapters: Sequence[AdapterChoice]
+) -> dict[str, Any]:
+    """Names of the labels that a file beside an adapter gives, for as many labels as the head has."""
+    count = len(config["id2label"]) if "id2label" in config else 2
+    for adapter in adapters:
+        path = adapter.folder / "config.json"
+        names = read_json(path, limit=LARGEST_SETTINGS).get("id2label") if path.is_file() else None
+        if isinstance(names, dict) and set(names) == {str(i) for i in range(count)}:
+            values = {int(i): name for i, name in names.items() if isinstance(name, str)}
+            if len(set(values.values())) == count:
+                return tasks.with_labels(stored, count, values)
+    return {}

@@ -1,0 +1,245 @@
+"""The models that are compared, as transformers and PEFT themselves build them, in fp32.
+
+This is the oracle: PEFT's unmerged forward. It shares no formula and no reader with merging/ and adapters/.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lora_export.contracts import AdapterChoice, MergeOptions
+from lora_export.errors import AdapterError
+from lora_export.patterns import bounded
+from lora_export.storage import sealed
+from lora_export.validation.reference import streaming
+from lora_export.validation.reference.bone import as_miss
+from lora_export.validation.reference.loading import (
+    architecture,
+    classes_of,
+    configs_of,
+    load_results,
+    load_trained_on,
+    quiet,
+    whole_tensors,
+)
+from lora_export.validation.reference.mended import mend, repeatable, weigh
+from lora_export.validation.reference.probes import wrapped_modules
+from lora_export.validation.reference.renamed import names_as_they_are, with_todays_names
+from lora_export.validation.reference.resized import fit_vocabulary, saved_twice
+from lora_export.validation.reference.trained import trained_as
+
+LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
+MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Unmerged:
+    """model: PEFT's; cls: the transformers class of its base; absent: what that class has and the base's files have
+    not (a pooler, say), with the values that it began with here; adapters: those that PEFT loaded, copies with
+    other names where PEFT finds no place for their own."""
+
+    model: Any
+    cls: Any
+    absent: Mapping[str, torch.Tensor]
+    adapters: tuple[AdapterChoice, ...]
+
+
+def load_unmerged(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    options: MergeOptions,
+    dequantized: Path | None = None,
+    keep: int | None = None,
+    scratch: Path | None = None,
+) -> Unmerged:
+    """keep: None for a base in memory; else it is streamed, and so many bytes of it may stay there between uses.
+    scratch: where renamed copies of adapters may be kept (None: they are gone when this returns).
+
+    The class is that of a head which the base has not (`trained_as`), or the first of these into which every tensor
+    of the adapters fits: the one that config.json names, the one of the adapter's task, the bare body. Where none
+    is, the adapters are tried again under the names that the class gives its modules today. AdapterError if there
+    is none.
+    """
+    with as_miss(adapters) as known:
+        found, why = _first_that_fits(base, known, options, dequantized, keep, None)
+        if found is None:
+            with tempfile.TemporaryDirectory(prefix="lora-export-") as fleeting:
+                folder = Path(fleeting) if scratch is None else scratch
+                found, _ = _first_that_fits(base, known, options, dequantized, keep, folder)
+    if found is None:
+        raise why or _left_over([], architecture(base).__name__, adapters)
+    return found
+
+
+def _first_that_fits(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    options: MergeOptions,
+    dequantized: Path | None,
+    keep: int | None,
+    scratch: Path | None,
+) -> tuple[Unmerged | None, AdapterError | None]:
+    """scratch: None to take the adapters as they are, else where copies with today's names are made."""
+    first: AdapterError | None = None
+    trained = trained_as(base, adapters, options.task)
+    heads = trained.heads if trained else frozenset[str]()
+
+    def loaded(cls: Any, whole: Set[str]) -> tuple[Any, Mapping[str, torch.Tensor]]:
+        found, absent = load_trained_on(
+            base, options, dequantized, cls, keep, whole, trained.changes if trained else None
+        )
+        _give_heads(found, adapters, heads)
+        # The merged model must have the heads, whatever the base lacks.
+        return found, {name: value for name, value in absent.items() if name not in heads}
+
+    for number, cls in enumerate([trained.cls] if trained else classes_of(dequantized or base, adapters)):
+        model, absent = loaded(cls, whole_tensors(adapters))
+        if keep is not None:
+            streaming.refuse_changing_inits(configs_of(adapters), adapters[0].folder)
+        chosen = list(adapters) if scratch is None else with_todays_names(adapters, model, scratch / f"{number}")
+        if chosen is None:
+            continue
+        if keep is not None and scratch is not None:  # what will be written is known by its new names only now
+            model, absent = loaded(cls, whole_tensors(chosen))
+        try:
+            with contextlib.nullcontext() if scratch is None else names_as_they_are():
+                unmerged = attach_adapters(model, chosen)
+        except AdapterError as error:
+            first = first or error
+            continue
+        streaming.attach(model, wrapped_modules(model).values())
+        return Unmerged(unmerged, cls, absent, tuple(chosen)), None
+    return None, first
+
+
+def _give_heads(model: torch.nn.Module, adapters: Sequence[AdapterChoice], heads: Set[str]) -> None:
+    """The adapters' own heads in place of those that were drawn: the base has them, too, in every comparison."""
+    state = dict(model.named_parameters()) | dict(model.named_buffers())
+    for adapter in adapters:
+        for file in sorted(adapter.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - not a mapping
+                    name = key.removeprefix("base_model.model.").replace(".modules_to_save", "")
+                    if name in heads:
+                        state[name].data.copy_(tensors.get_tensor(key))
+
+
+def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:
+    """PEFT's unmerged model. AdapterError if a tensor of the adapters finds no place in it."""
+    import peft.utils.error
+
+    try:
+        with as_miss(adapters) as known:
+            unmerged, left = _attach(model, known)
+    except peft.utils.error.NoMatchingPeftModuleError:
+        raise _left_over([], type(model).__name__, adapters) from None
+    except (KeyError, RuntimeError) as error:  # of a module that was saved whole, and of sizes
+        raise _left_over([], type(model).__name__, adapters, str(error)) from error
+    if left:
+        raise _left_over(left, type(model).__name__, adapters)
+    return unmerged
+
+
+def _refuse_bomb(folder: Path) -> None:
+    """Refuse a configuration for which PEFT would fill the memory before it looks at the tensors."""
+    config = sealed.read_json(folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
+    patterns, replicated = config.get("rank_pattern"), config.get("layer_replication")
+    sizes = [config.get("r"), config.get("init_r"), *(patterns.values() if isinstance(patterns, dict) else ())]
+    rank = max((n for n in sizes if isinstance(n, int)), default=0)
+    if rank > max(LIKELY_RANK, _largest_size(folder)):
+        raise AdapterError(
+            f"the configuration gives rank {rank}, and no tensor has a dimension of that size",
+            where=folder,
+            expected="rank_pattern and r that describe the file",
+        )
+    ranges = replicated if isinstance(replicated, list) else []
+    pairs = [r for r in ranges if isinstance(r, list) and len(r) == 2 and all(isinstance(n, int) for n in r)]
+    if len(ranges) > MOST_LAYERS or sum(max(0, end - start) for start, end in pairs) > MOST_LAYERS:
+        raise AdapterError(
+            "layer_replication makes too many layers", where=folder, expected=f"at most {MOST_LAYERS}"
+        )
+
+
+def _largest_size(folder: Path) -> int:
+    sizes = [1]
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            sizes += (n for name in tensors.keys() for n in tensors.get_slice(name).get_shape())  # noqa: SIM118
+    return max(sizes)
+
+
+def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoice], why: str = "") -> AdapterError:
+    found = f"PEFT finds no layer of {cls} that the adapter changes"
+    if why:
+        found = f"PEFT cannot load the adapter into {cls}: {' '.join(why.split())[:200]}"
+    elif tensors:
+        found = (
+            f"PEFT finds {len(tensors)} tensors of the adapter without a place in {cls}, or layers without a tensor"
+        )
+    return AdapterError(
+        found,
+        where=adapters[0].folder,
+        tensor=tensors[0] if tensors else None,
+        expected="an adapter that PEFT itself loads into this base with nothing left over",
+    )
+
+
+def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[Any, list[str]]:
+    """(PEFT's unmerged model, tensors left over or missing). Adapters act together, each with its weight."""
+    import peft
+
+    for adapter in adapters:
+        _refuse_bomb(adapter.folder)
+    _refuse_mixture(adapters)
+    fit_vocabulary(model, adapters)
+    names = [f"adapter{i}" for i in range(len(adapters))]
+    configs = configs_of(adapters)
+    with load_results() as results, bounded("peft", str(adapters[0].folder)), repeatable(configs):
+        unmerged = peft.PeftModel.from_pretrained(
+            model, adapters[0].folder, adapter_name=names[0], local_files_only=True
+        )
+        for name, choice in zip(names[1:], adapters[1:], strict=True):
+            unmerged.load_adapter(choice.folder, adapter_name=name)
+    left = [k for told in results for k in (*told.unexpected_keys, *_unshared(unmerged, told.missing_keys))]
+    left = [key for key in left if not saved_twice(key, adapters)]
+    if len(names) > 1:
+        unmerged.base_model.set_adapter(names)
+    for module in unmerged.modules():
+        for name, choice in zip(names, adapters, strict=True):
+            scaling = getattr(module, "scaling", None)
+            if choice.weight != 1.0 and isinstance(scaling, dict) and name in scaling:
+                scaling[name] *= choice.weight
+            if choice.weight != 1.0:
+                weigh(module, name, choice.weight)
+    mend(unmerged)
+    return quiet(unmerged), left
+
+
+def _refuse_mixture(adapters: Sequence[AdapterChoice]) -> None:
+    """PEFT's models hold adapters of one kind at a time."""
+    kinds = {}
+    for adapter in adapters:
+        config = sealed.read_json(adapter.folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
+        kinds[str(config.get("peft_type"))] = adapter.folder
+    if len(kinds) > 1:
+        raise AdapterError(
+            f"PEFT cannot run adapters of several kinds at once: {', '.join(kinds)}",
+            where=list(kinds.values())[-1],
+            expected="adapters of one kind, or a --combine of their deltas",
+            next_step="merge and validate one, then the next with the merged folder as its base",
+        )
+
+
+def _unshared(model: torch.nn.Module, missing: Sequence[str]) -> list[str]:
+    """Those of the missing tensors that no other name filled: layers share VB-LoRA's bank of vectors."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    filled = {n for alike in names.values() if not alike <= {*missing} for n in alike}
+    return [name for name in missing if name not in filled]
