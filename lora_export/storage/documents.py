@@ -2,11 +2,15 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lora_export.contracts.figures import NONFINITE, Figure
 from lora_export.errors import InputError
+
+T = TypeVar("T")
 
 DEEPEST = 64  # levels; what walks a document by recursion must get to its ends
 MOST_DIMENSIONS = 64  # of a tensor; NumPy's limit
@@ -21,7 +25,82 @@ _EXPANSION, _ALLOWANCE = 6, 32 * 2**20  # bytes that it may take for a byte of t
 # FIGURE: a float, or the word for one that is no number.
 Kind = Any
 FIGURE: Kind = "figure"
-NONFINITE = ("nan", "inf", "-inf")  # as Python spells them, and reads them with float()
+
+
+def decode(value: Any, type_: type[T], what: str, where: str | Path) -> T:
+    """A parsed JSON document as a frozen dataclass (or any other type that msgspec knows).
+
+    what: the document's name for people. InputError, with the place in the document, for a value of another type, a
+    missing field, an integer of more than 64 bits, NaN or infinity where no `Figure` stands, text that is not
+    Unicode, and a document that is nested too deeply. Fields that the type does not have are ignored.
+    """
+    import msgspec
+
+    for part in walk(value, where):
+        if isinstance(part, float) and not math.isfinite(part):
+            raise _damaged(what, "", f"holds {part}", "finite numbers", where)
+        if isinstance(part, int) and not -(2**63) <= part < 2**63:
+            raise _damaged(what, "", "holds an integer that is too large", "integers of 64 bits", where)
+    try:
+        return msgspec.convert(value, type_, dec_hook=_decoded)
+    except msgspec.ValidationError as error:
+        text, _, place = str(error).partition(" - at `$")
+        raise _damaged(what, place.rstrip("`").lstrip("."), *_found_and_expected(text), where) from None
+
+
+def as_json(value: Any) -> Any:
+    """The JSON value of a dataclass, or of anything made of dataclasses: what `decode` reads again."""
+    import msgspec
+
+    return finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_encodable))
+
+
+def json_schema(type_: type) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of documents of this type."""
+    import msgspec
+
+    figure = {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]}
+    return msgspec.json.schema(type_, schema_hook=lambda t: figure if t is Figure else {"type": "string"})
+
+
+def _decoded(type_: type, value: Any) -> Any:
+    if type_ is Path and isinstance(value, str):
+        return Path(value)
+    if type_ is Figure and (value in NONFINITE if isinstance(value, str) else _plain(value, float)):
+        return Figure(value)
+    raise ValueError(f"Expected `{type_.__name__}`, got `{_JSON_TYPES.get(type(value), type(value).__name__)}`")
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):  # a subclass: a Figure, a number of NumPy
+        return float(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+_JSON_TYPES = {
+    str: "str", int: "int", float: "float", bool: "bool", dict: "object", list: "array", type(None): "null",
+}  # fmt: skip
+_PLAIN_ENGLISH = {
+    "str": "a string", "int": "an integer", "float": "a number", "bool": "a boolean", "object": "an object",
+    "array": "an array", "null": "null", "Path": "a string", "Figure": f"a number, or {' or '.join(NONFINITE)}",
+}  # fmt: skip
+
+
+def _found_and_expected(message: str) -> tuple[str, str]:
+    """What msgspec says of a value, in our words: what the value is, and what stands there in a sound document."""
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", message):
+        return f"has no field {missing[1]!r}", "all fields of the document"
+    wrong = re.fullmatch(r"Expected `(.*)`, got `(.*)`", message)
+    if not wrong:
+        return f"is wrong: {message[:1].lower()}{message[1:]}", "a value that this field can have"
+    expected = " or ".join(_PLAIN_ENGLISH.get(one, one) for one in wrong[1].split(" | "))
+    return f"is {_PLAIN_ENGLISH.get(wrong[2], wrong[2])}", expected
+
+
+def _damaged(what: str, place: str, found: str, expected: str, where: str | Path) -> InputError:
+    return InputError(f"{what} is damaged: {place or 'it'} {found}", where=where, expected=expected)
 
 
 def check(value: Any, kind: Kind, what: str, where: str | Path) -> None:
