@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_export.adapter_tools.saving import Derived, DType, NewAdapter, Rank, check_rank
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.adapters.kind import float64
-from lora_export.adapters.lora import LowRankUpdate
+from lora_export.adapters.updates import LowRankUpdate
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TargetUpdate
 from lora_export.deltas import spectrum

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.config import number, whole
-from lora_export.adapters.keys import group
+from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import AdaptedModule, Shapes, modules
 from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
@@ -43,15 +43,22 @@ class Rotations:
         """
         import torch
 
-        skew = torch.zeros(len(upper), size, size, dtype=torch.float64)
-        rows, columns = torch.triu_indices(size, size, 1)
-        skew[:, rows, columns] = upper.double()
-        skew = skew - skew.mT
+        skew = skew_symmetric(upper, size)
         if self.limit is not None:
             norms = torch.linalg.matrix_norm(skew, keepdim=True)
             share = self.limit / math.sqrt(len(upper))
             skew = torch.where(norms <= share, skew, skew * (share / norms))
         return cayley(skew) if self.terms is None else neumann(skew, self.terms)
+
+
+def skew_symmetric(upper: "torch.Tensor", size: int) -> "torch.Tensor":
+    """(blocks, size, size) in float64 from the entries above each diagonal, (blocks, size·(size−1)/2)."""
+    import torch
+
+    skew = torch.zeros(len(upper), size, size, dtype=torch.float64)
+    rows, columns = torch.triu_indices(size, size, 1)
+    skew[:, rows, columns] = upper.double()
+    return skew - skew.mT
 
 
 def cayley(skew: "torch.Tensor") -> "torch.Tensor":
@@ -120,43 +127,48 @@ class RotationTarget(TargetUpdate):
         return super().fits(shape) and shape[1] % self.size == 0
 
 
+@dataclass(frozen=True)
+class Settings:
+    """eps: the limit of coft."""
+
+    use_cayley_neumann: bool
+    coft: bool
+    block_share: bool
+    num_cayley_neumann_terms: Positive | None = None
+    eps: Number | None = None
+
+
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each rotated layer. Refused: files of PEFT before 0.16, and series of PEFT before 0.18."""
-    old = group(file.tensors, _OLD)
-    if old:
+    for old in modules(file, *_OLD):
         raise file.refuse(
             "an OFT adapter of PEFT before 0.16, whose parameters mean something else; PEFT cannot load it now",
-            tensor=next(iter(next(iter(old.values())).values())),
+            tensor=old.used[0],
             expected="tensors such as …q_proj.oft_R.weight",
             next_step="train it again, or merge it with the PEFT that saved it",
         )
-    modules = group(file.tensors, (ROTATION, EMBEDDING_ROTATION))
-    if not modules:
-        return []
     file.refuse_weight(NAME)
     rotations = _rotations(file)
-    updates = []
-    for name, keys in modules.items():
-        if len(keys) > 1:
-            raise file.refuse("two rotations of one layer", tensor=name, expected=f"one of {', '.join(keys)}")
-        updates += [_update(file, rotations, name, key, marker) for marker, key in keys.items()]
-    return updates
+    return [_update(module, rotations) for module in modules(file, ROTATION, EMBEDDING_ROTATION)]
 
 
 def _rotations(file: AdapterFile) -> Rotations:
-    config, where = file.config, file.where
-    for key in ("use_cayley_neumann", "coft", "block_share"):
-        if not isinstance(config.get(key), bool):
-            raise file.refuse(f"{key} is {config.get(key)!r}", expected=f"{key}: true or false, as PEFT writes it")
-    terms = whole(config, "num_cayley_neumann_terms", where) if config["use_cayley_neumann"] else None
-    if terms is not None and terms > MOST_TERMS:
-        raise file.refuse(f"num_cayley_neumann_terms is {terms}", expected=f"at most {MOST_TERMS} terms")
-    if terms is not None and terms > 2:
+    settings = file.settings(Settings)
+    terms, limit = settings.num_cayley_neumann_terms, settings.eps
+    if settings.use_cayley_neumann and check_terms(file, terms) > 2:
         _refuse_old_series(file)
-    limit = number(config, "eps", where) if config["coft"] else None
-    if limit is not None and limit < 0:
-        raise file.refuse(f"eps is {limit:g}", expected="a limit of at least 0")
-    return Rotations(terms, limit, config["block_share"])
+    if settings.coft and (limit is None or limit < 0):
+        raise file.refuse(f"eps is {limit!r}", expected="a limit of at least 0")
+    return Rotations(
+        terms if settings.use_cayley_neumann else None, limit if settings.coft else None, settings.block_share
+    )
+
+
+def check_terms(file: AdapterFile, terms: int | None) -> int:
+    """The terms of a Cayley-Neumann series; AdapterError for none, or too many."""
+    if terms is None or terms > MOST_TERMS:
+        raise file.refuse(f"num_cayley_neumann_terms is {terms}", expected=f"1 to {MOST_TERMS} terms")
+    return terms
 
 
 def _refuse_old_series(file: AdapterFile) -> None:
@@ -179,28 +191,28 @@ def _refuse_old_series(file: AdapterFile) -> None:
         )
 
 
-def _update(file: AdapterFile, rotations: Rotations, name: str, key: str, marker: str) -> TargetUpdate:
-    shape = file.tensors[key].shape
+def _update(module: AdaptedModule, rotations: Rotations) -> TargetUpdate:
+    if len(module.keys) > 1:
+        expected = f"one of {', '.join(module.keys)}"
+        raise module.file.refuse("two rotations of one layer", tensor=module.name, expected=expected)
+    (marker,) = module.keys
+    shape, embedding = module.shape(marker), marker == EMBEDDING_ROTATION
     size = _block_size(shape[1]) if len(shape) == 2 else None
     if size is None or shape[0] < 1 or (rotations.shared and shape[0] != 1):
-        raise file.refuse(
-            f"the shape is {list(shape)}, block_share {str(rotations.shared).lower()}",
-            tensor=key,
-            expected="(blocks, n·(n−1)/2) for blocks of n×n, and one block where it is shared",
+        raise module.disagree(
+            "(blocks, n·(n−1)/2) for blocks of n×n, and one block where it is shared",
+            also=f"block_share is {str(rotations.shared).lower()}",
         )
     inputs = None if rotations.shared else shape[0] * size
-    embedding = marker == EMBEDDING_ROTATION
-    shapes: tuple[tuple[int | None, ...], ...] = ((None, inputs),)
-    if not embedding:
-        shapes += ((None, inputs, 1, 1),)
+    shapes: Shapes = ((None, inputs),) if embedding else ((None, inputs), (None, inputs, 1, 1))
 
     def load(_: tuple[int, ...]) -> RotationUpdate:
-        upper = file.read(key)
+        upper = module.read(marker)
         blocks = rotations.blocks(upper, size).to(upper.dtype)
         return RotationUpdate(blocks.mT if embedding else blocks)
 
     kind = "oft_embedding" if embedding else "oft"
-    return RotationTarget(f"{name}.weight", kind, (key,), shapes, load, file=file, size=size)
+    return RotationTarget(module.weight, kind, module.used, shapes, load, file=module.file, size=size)
 
 
 def _block_size(entries: int) -> int | None:

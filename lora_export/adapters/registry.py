@@ -46,7 +46,7 @@ from lora_export.adapters import (
     vera,
     waveft,
 )
-from lora_export.adapters.config import check_config
+from lora_export.adapters.config import General
 from lora_export.adapters.kind import AdapterFile, Kind, Layout
 from lora_export.adapters.spelling import respelled
 from lora_export.contracts import Adapter, TargetUpdate
@@ -156,9 +156,9 @@ def read_adapter(file: AdapterFile) -> Adapter:
 
 def _read(file: AdapterFile) -> Adapter:
     file = next((layout.as_peft(file) for layout in layouts() if layout.claims(file)), file)
-    check_config(file.config, file.where)
+    general = file.settings(General)
     file = respelled(file)
-    kind = _peft_type(file)
+    kind = _peft_type(file, general)
     if kind in _NEVER:
         raise AdapterError(
             f"peft_type is {kind!r}: {_NEVER[kind]}",
@@ -190,9 +190,9 @@ def _read(file: AdapterFile) -> Adapter:
     return Adapter(file.folder, kind.lower(), file.config, tuple(updates), file.tensors, plugin=brought_by(kind))
 
 
-def _peft_type(file: AdapterFile) -> str:
+def _peft_type(file: AdapterFile, general: General) -> str:
     """What the configuration says, ms-swift's word for it, or LORA where the tensors leave no doubt."""
-    named = file.config.get("peft_type") or file.config.get("swift_type")
+    named = general.peft_type or general.swift_type
     plain = all(re.search(r"\.lora_[AB](\.|$)", name) for name in file.tensors)
     if named is None and plain and {"r", "lora_alpha"} <= file.config.keys():
         return "LORA"

@@ -1,11 +1,12 @@
 """RoAd (arXiv:2409.00119, eq. 4): W' = R·W and b' = R·b, R turning and stretching outputs in pairs."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from lora_export.adapters.complete import complete
-from lora_export.adapters.config import whole
+from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import AdaptedModule, complete
+from lora_export.adapters.updates import WholeTarget
 from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
@@ -46,45 +47,39 @@ class PairsUpdate:
         return self.same.reshape(wide) * weight + self.other.reshape(wide) * partner
 
 
+@dataclass(frozen=True)
+class Settings:
+    """variant: how many numbers there are for each pair of outputs."""
+
+    variant: Literal["road_1", "road_2", "road_4"]
+    group_size: Positive
+
+
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each linear layer's weight, and one for its bias, if it has one."""
-    modules = complete(file, _PARTS)
-    if not modules:
-        return []
     file.refuse_weight(NAME)
-    variant, group = file.config.get("variant"), whole(file.config, "group_size", file.where)
-    if variant not in _NUMBERS or group % 2:
-        raise file.refuse(
-            f"variant is {variant!r}, group_size {group}",
-            expected="road_1, road_2 or road_4, and an even group_size",
-        )
-    found = []
-    for name, keys in modules.items():
-        found += _updates(file, name, keys, str(variant), group)
-    return found
+    settings = file.settings(Settings)
+    if settings.group_size % 2:
+        raise file.refuse(f"group_size is {settings.group_size}", expected="an even group_size")
+    return [update for module in complete(file, *_PARTS) for update in _updates(module, settings)]
 
 
-def _updates(file: AdapterFile, name: str, keys: dict[str, str], variant: str, group: int) -> list[TargetUpdate]:
-    sizes = [file.shape(keys[p], 1)[0] for p in _PARTS]
-    outputs = sizes[0] * 2 // _NUMBERS[variant]
-    if sizes[0] != sizes[1] or sizes[0] * 2 % _NUMBERS[variant] or outputs % group:
-        raise file.refuse(
-            f"road_theta has {sizes[0]} values, road_alpha {sizes[1]}; variant {variant}, group_size {group}",
-            tensor=keys[_PARTS[0]],
-            expected="equally many, for outputs that are a multiple of group_size",
+def _updates(module: AdaptedModule, settings: Settings) -> list[TargetUpdate]:
+    variant, group = settings.variant, settings.group_size
+    (angles,), (stretches,) = (module.file.shape(module.keys[p], 1) for p in _PARTS)
+    outputs, rest = divmod(angles * 2, _NUMBERS[variant])
+    if angles != stretches or rest or outputs % group:
+        raise module.disagree(
+            "equally many, for outputs that are a multiple of group_size", also=f"{variant}, group_size {group}"
         )
 
     def load(_: tuple[int, ...]) -> PairsUpdate:
-        theta, alpha = (file.read(keys[p]) for p in _PARTS)
+        theta, alpha = (module.read(p) for p in _PARTS)
         same, other = _columns(variant, group, theta.double(), alpha.double())
         return PairsUpdate(same.to(theta.dtype), other.to(theta.dtype), group)
 
-    def whole_only(_: tuple[int, ...]) -> bool:
-        return False
-
-    used = tuple(keys[p] for p in _PARTS)
-    weight = TargetUpdate(f"{name}.weight", "road", used, ((outputs, None),), load, row_wise=whole_only)
-    bias = TargetUpdate(f"{name}.bias", "road", (), ((outputs,),), load, row_wise=whole_only, optional=True)
+    weight = WholeTarget(module.weight, "road", module.used, ((outputs, None),), load)
+    bias = WholeTarget(module.bias, "road", (), ((outputs,),), load, optional=True)
     return [weight, bias]
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import ensures_tying
-from lora_export.adapters.keys import base_name
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
 
@@ -34,6 +33,13 @@ class Replacement:
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return self.file.read(self.key, rows).reshape(weight.shape).to(weight)
+
+
+def base_name(name: str) -> str:
+    """The base's name of a tensor that PEFT saved whole: its wrappers removed."""
+    for wrapper in (".modules_to_save", ".token_adapter", ".base_layer", ".original_module"):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:

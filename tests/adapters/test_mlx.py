@@ -180,10 +180,10 @@ def test_validate_passes_and_sees_a_wrong_scale(tmp_path: Path, case: str) -> No
     ("config", "words"),
     [
         ({"fine_tune_type": "full"}, "whole weights"),
-        ({"lora_parameters": {"rank": RANK, "dropout": 0.0}}, "the scale None"),
-        ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "the rank 0"),
+        ({"lora_parameters": {"rank": RANK, "dropout": 0.0}}, "scale is None"),
+        ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "rank is 0"),
         ({"lora_parameters": {"rank": RANK, "scale": 1.0, "alpha": 16}}, "both scale 1 and alpha 16"),
-        ({"lora_parameters": [RANK]}, "the rank None"),
+        ({"lora_parameters": [RANK]}, "lora_parameters is"),
     ],
 )
 def test_what_mlx_would_not_load_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:

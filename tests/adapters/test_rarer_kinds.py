@@ -132,9 +132,9 @@ def test_positions_outside_of_the_weight_are_refused(llama: Path, tmp_path: Path
         values[name][0] = 48 * 48
 
     rewritten(tmp_path / "adapter", outside)
-    with pytest.raises(LoraExportError, match=r"positions from \d+ to 2304") as caught:
+    with pytest.raises(LoraExportError, match=r"indices from \d+ to 2304") as caught:
         merge(llama, [AdapterChoice(tmp_path / "adapter")], tmp_path / "merged")
-    assert caught.value.expected == "positions from 0 to 2303" and caught.value.tensor == name
+    assert caught.value.expected == "whole numbers from 0 to 2303" and caught.value.tensor == name
 
 
 def test_an_adapter_of_another_base_has_other_clusters(llama: Path, tmp_path: Path) -> None:

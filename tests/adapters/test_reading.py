@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from lora_export.adapters import AdapterFile, read_adapter
 from lora_export.adapters.config import parse_lora
-from lora_export.adapters.keys import base_name, part
+from lora_export.adapters.module import part
+from lora_export.adapters.saved import base_name
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import Adapter
 from lora_export.errors import AdapterError

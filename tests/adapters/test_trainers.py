@@ -343,7 +343,7 @@ def test_packing_that_cannot_be_told(tmp_path: Path, config: dict[str, Any], opt
         (pair(Q), {"enable_lora": [True, False, True]}, "enable_lora"),
         (pair(Q), {"peft_type": "absent", "swift_type": "LLAMAPRO"}, "peft_type is 'LLAMAPRO'"),
         (pair(Q) | {"base_model.model.v_head.summary.weight": A}, {}, "no adapter kind explains"),
-        (pair("model.layers.0.mlp.experts.w1", A[None], B[None]), {}, "no stacks of the same experts"),
+        (pair("model.layers.0.mlp.experts.w1", A[None], B[None]), {}, "the shapes do not match"),
         ({f"base_model.model.{Q}.lora_a.weight": A}, {}, "no tensors of the kind LORA"),  # torchtune's own
     ],
 )
