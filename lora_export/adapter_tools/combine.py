@@ -69,9 +69,9 @@ def _check(adapter: Adapter, update: TargetUpdate) -> None:
     if update.adds and not known:
         why = f"the size of the weight that {update.kind} is for follows from the base"
     elif update.adds:
-        why = f"{update.kind} is no matrix that LoRA could stand for"
+        why = f"{update.kind} is not a matrix that LoRA can represent"
     else:
-        why = f"{update.kind} is no delta without the base's weight"
+        why = f"{update.kind} is not a delta unless the base's weight is known"
     raise AdapterError(
         why,
         where=adapter.folder,

@@ -9,7 +9,6 @@ from lora_export.adapters.updates import FlatTarget, LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
 NAME = "AdaLoRA"
-PEFT_TYPES = ("ADALORA",)
 FORMULA = "W + B·(E ⊙ A)·alpha/(init_r + 1e-5)"
 
 _PARTS = ("lora_A", "lora_B", "lora_E")

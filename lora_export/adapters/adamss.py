@@ -8,7 +8,9 @@ adapter, by a randomized SVD and scikit-learn, both with fixed seeds; so they ar
 import re
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
@@ -18,11 +20,7 @@ from lora_export.adapters.updates import DECOMPOSITION, BiasUpdate, LowRankUpdat
 from lora_export.contracts import TargetUpdate
 from lora_export.errors import RuntimeUnavailable
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "AdaMSS"
-PEFT_TYPES = ("ADAMSS",)
 FORMULA = "W + P·diag(B₁A₁, …)·N, P the clusters of the outputs in the singular directions of (W b)"
 
 _N = "adamss_newB"
@@ -47,19 +45,17 @@ class Clusters:
     count: int
     settings: Settings
     biased: bool
-    _outputs: "list[torch.Tensor] | None" = None
+    _outputs: list[torch.Tensor] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def of(self) -> "list[torch.Tensor]":
+    def of(self) -> list[torch.Tensor]:
         """int64 positions, a tensor for each B; AdapterError unless they are as many as its rows."""
         with self._lock:
             if self._outputs is None:
                 self._outputs = self._find()
             return self._outputs
 
-    def _find(self) -> "list[torch.Tensor]":
-        import torch
-
+    def _find(self) -> list[torch.Tensor]:
         base, module = self.module.file.base, self.module
         assert base is not None
         weight = torch.cat(list(base.blocks(module.weight)))
@@ -79,10 +75,8 @@ class Clusters:
         return outputs
 
 
-def cluster(points: "torch.Tensor", count: int) -> "torch.Tensor":
+def cluster(points: torch.Tensor, count: int) -> torch.Tensor:
     """The cluster of each row of points (n, r), int64 (n,), as PEFT asks scikit-learn for it."""
-    import torch
-
     means = _k_means()(
         n_clusters=count, init="random", n_init=1, max_iter=_MOST_ROUNDS, random_state=_CLUSTERING_SEED
     )
@@ -150,10 +144,8 @@ def _updates(module: AdaptedModule, settings: Settings) -> list[TargetUpdate]:
     return [weight, bias] if biased else [weight]
 
 
-def _factors(clusters: Clusters) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _factors(clusters: Clusters) -> tuple[torch.Tensor, torch.Tensor]:
     """(outputs, Σrᵢ) with each Bᵢ in the rows of its cluster, and (Σrᵢ, inputs and bias): Aᵢ·N."""
-    import torch
-
     module, outputs = clusters.module, clusters.of()
     n = module.read(_N)
     right = torch.cat([module.read(f"adamss_A.{i}") @ n for i in range(clusters.count)])

@@ -9,7 +9,6 @@ from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
 NAME = "LoRA on MultiheadAttention"
-PEFT_TYPES = ("LORA",)
 FORMULA = "in_proj_weight + s·B·A, out_proj.weight + 2·s·B·A"
 
 _PARTS = ("lora_A", "lora_B")
@@ -32,7 +31,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     config = parse_lora(file.config, file.where)
     if config.residual or file.config.get("use_dora"):
         raise file.refuse(
-            f"{config.residual or 'DoRA'} on nn.MultiheadAttention, which PEFT does not run",
+            f"{config.residual or 'DoRA'} on nn.MultiheadAttention, which PEFT cannot run",
             tensor=owners[0],
             expected="plain LoRA",
         )

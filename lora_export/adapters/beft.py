@@ -6,7 +6,6 @@ from lora_export.adapters.updates import BiasUpdate
 from lora_export.contracts import TargetUpdate
 
 NAME = "BEFT"
-PEFT_TYPES = ("BEFT",)
 FORMULA = "b + Δb, biases alone"
 
 _BIAS = "beft_bias"

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
@@ -10,11 +11,7 @@ from lora_export.adapters.module import AdaptedModule, complete
 from lora_export.adapters.oft import cayley, rotate
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "BOFT"
-PEFT_TYPES = ("BOFT",)
 FORMULA = "diag(s)·W·(B₁…B₀)ᵀ with butterfly factors Bᵢ = Pᵢ·diag(Cayley transforms)·Pᵢᵀ"
 
 _PARTS = ("boft_R", "boft_s")
@@ -27,12 +24,10 @@ class ButterflyUpdate:
     blocks: fp32 (factors, blocks, n, n), the factor nearest to the weight first; scales: fp32 (out,).
     """
 
-    blocks: "torch.Tensor"
-    scales: "torch.Tensor"
+    blocks: torch.Tensor
+    scales: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         matrix = weight.flatten(1)
         for factor, blocks in enumerate(self.blocks):
             order = butterfly_order(matrix.shape[1], blocks.shape[-1], factor).to(weight.device)
@@ -40,14 +35,12 @@ class ButterflyUpdate:
         return (self.scales[rows, None] * matrix).reshape(weight.shape)
 
 
-def butterfly_order(width: int, size: int, factor: int) -> "torch.Tensor":
+def butterfly_order(width: int, size: int, factor: int) -> torch.Tensor:
     """Row i of the permutation matrix P has its one in column order[i]; `size` is that of a rotated block.
 
     A group of size·2^factor inputs is taken in halves of blocks: first the even halves, then the odd ones.
     Factor 0 is the identity, as then the halves already stand together.
     """
-    import torch
-
     if factor == 0:
         return torch.arange(width)
     halves = torch.arange(width).reshape(-1, 2**factor, 2, size // 2)
@@ -75,8 +68,6 @@ def _update(module: AdaptedModule, configured: int) -> TargetUpdate:
     _check_factors(module, configured)
 
     def load(_: tuple[int, ...]) -> ButterflyUpdate:
-        import torch
-
         raw, scales = module.read("boft_R").double(), module.read("boft_s").reshape(-1)
         blocks = torch.stack([cayley((factor - factor.mT) / 2) for factor in raw])
         return ButterflyUpdate(blocks.to(scales.dtype), scales)

@@ -1,17 +1,14 @@
 """C³A (arXiv:2407.19342, §3): W' = W + C/in, C of circulant blocks, each of which is one trained vector."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, complete
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "C3A"
-PEFT_TYPES = ("C3A",)
 FORMULA = "W + C/in, C of circulant blocks"
 
 _KERNEL = "c3a_kernel"
@@ -21,11 +18,9 @@ _KERNEL = "c3a_kernel"
 class CirculantUpdate:
     """Element (i, j) of block (m, n) is kernel[m, n, (j − i) mod b]; kernel: fp32 (out/b, in/b, b), 1/in inside."""
 
-    kernel: "torch.Tensor"
+    kernel: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         _, blocks, size = self.kernel.shape
         row = torch.arange(rows.start, rows.start + len(weight), device=weight.device)
         turned = (torch.arange(size, device=weight.device) - row[:, None]) % size

@@ -230,14 +230,14 @@ def _refuse_trainers(config: Mapping[str, Any], where: Path) -> None:
     enabled = config.get("enable_lora")
     if isinstance(enabled, list) and any(enabled):
         raise AdapterError(
-            "enable_lora: LoRA on parts of a fused projection, which PEFT has not known since 0.3",
+            "enable_lora: LoRA on parts of a fused projection, which PEFT dropped in 0.3",
             where=where,
             expected="an adapter of PEFT 0.3 or newer",
             next_step="merge it with the PEFT that saved it",
         )
     if where.parent.name in ("pissa_init", "pissa_backup"):
         raise AdapterError(
-            f"LLaMA-Factory's {where.parent.name} belongs to a base from which its first value was taken out",
+            f"LLaMA-Factory's {where.parent.name} belongs to a base from which its initial value was subtracted",
             where=where,
             expected="the converted adapter",
             next_step="give the folder pissa_converted beside it",
@@ -248,8 +248,8 @@ def _residual(init: Any, where: Path) -> str | None:
     kind = init.lower() if isinstance(init, str) else ""
     if kind.startswith(_LOST_INITS):
         raise AdapterError(
-            f"init_lora_weights is {init!r}: this adapter was trained on a changed base, not on the original, and "
-            "what was taken out of the base cannot be computed from it again",
+            f"init_lora_weights is {init!r}: this adapter was trained on a modified base, and "
+            "what was subtracted from the base cannot be recomputed",
             where=where,
             expected="an adapter converted to plain LoRA",
             next_step="in the training script: model.save_pretrained(DIR, "

@@ -5,7 +5,9 @@ which LAPACK and PEFT have.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
@@ -13,11 +15,7 @@ from lora_export.adapters.module import AdaptedModule, modules
 from lora_export.adapters.updates import ExactUpdate, WholeTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "DEFT"
-PEFT_TYPES = ("DEFT",)
 FORMULA = "W − Q·(Kᵀ·W) + s·Q·R, Q and K made of P"
 
 _COPIES = 12  # in fp32: the weight, its change and the result, in float64
@@ -37,12 +35,12 @@ class Settings:
 class ProjectedUpdate(ExactUpdate):
     """W + q·(added − kᵀ·W): q, k (out, r), added (r, in) or (r, 1) zeros; kᵀ·W adds up over the outputs."""
 
-    q: "torch.Tensor"
-    k: "torch.Tensor"
-    added: "torch.Tensor"
+    q: torch.Tensor
+    k: torch.Tensor
+    added: torch.Tensor
     flipped: bool
 
-    def changed(self, weight: "torch.Tensor") -> "torch.Tensor":
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
         q, k, added = (part.double() for part in (self.q, self.k, self.added))
         return weight + q @ (added - k.T @ weight)
 
@@ -72,10 +70,8 @@ def _update(module: AdaptedModule, settings: Settings) -> TargetUpdate:
     return WholeTarget(module.weight, "deft", module.used, shapes, load, copies=_COPIES)
 
 
-def _projection(p: "torch.Tensor", method: str) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _projection(p: torch.Tensor, method: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Q and K."""
-    import torch
-
     exact = p.double()
     if method == "relu":
         return exact, torch.relu(exact)

@@ -7,7 +7,6 @@ from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
 NAME = "DeLoRA"
-PEFT_TYPES = ("DELORA",)
 FORMULA = "W + (λ/r)·B·diag(1/(‖aᵢ‖·‖bᵢ‖))·A·diag(‖columns of W as training began‖)"
 
 # The norms are saved: the base may be stored in another type now.

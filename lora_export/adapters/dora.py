@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "DoRA"
-PEFT_TYPES = ("LORA",)
 FORMULA = "(m / ‖V‖)·V with V = W + s·B·A, ‖V‖ for each output; W is the base that training saw"
 
 

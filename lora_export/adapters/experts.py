@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "LoRA on fused experts"
-PEFT_TYPES = ("LORA",)
 FORMULA = "W[e] + s·B[e]·A[e]; A holds one expert after the other, B all experts of one rank after those of another"
 
 _PARTS = ("lora_A", "lora_B")
@@ -185,18 +184,18 @@ def _packing(file: AdapterFile, parameter: str) -> ExpertPacking:
         raise file.refuse(
             f"--expert-packing {file.expert_packing}, but the adapter says that {parameter} is packed by {noted}",
             expected="the packing of the training",
-            next_step="leave --expert-packing away",
+            next_step="drop --expert-packing",
         )
     if file.expert_packing != "auto":
         return file.expert_packing
     if noted is None and (_is_unsloth(file) or _is_megatron(file)):
         trainer = "Unsloth" if _is_unsloth(file) else "Megatron-Bridge"
         raise file.refuse(
-            f"{trainer} has packed B of fused experts both ways, and this file does not say which it has",
+            f"{trainer} has packed B of fused experts in two ways, and this file does not say in which",
             tensor=parameter,
             expected="--expert-packing",
             next_step="--expert-packing expert (Unsloth before September 2026, Megatron-Bridge), else rank; "
-            "`lora-export validate` cannot tell, as PEFT always reads by rank: compare a text",
+            "`lora-export validate` cannot tell, as PEFT always reads by rank: compare generated text",
         )
     return noted or "rank"
 

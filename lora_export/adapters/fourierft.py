@@ -1,7 +1,8 @@
 """FourierFT (arXiv:2405.03003, eq. 2-4): W' = W + s·Re(F⁻¹(E)), E zero but for n frequencies drawn by a seed."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Number
 from lora_export.adapters.kind import AdapterFile
@@ -10,11 +11,7 @@ from lora_export.adapters.sparse import chosen
 from lora_export.adapters.updates import SizedTarget, never
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "FourierFT"
-PEFT_TYPES = ("FOURIERFT",)
 FORMULA = "W + s·Re(F⁻¹(E)), F⁻¹ the inverse discrete Fourier transform in two dimensions"
 
 _MARKER = "fourierft_spectrum"
@@ -32,19 +29,17 @@ class Settings:
 class DenseUpdate:
     """weight + delta, of the same shape as the weight; delta: fp32."""
 
-    delta: "torch.Tensor"
+    delta: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         return weight + self.delta[rows]
 
 
-def real_inverse(places: "torch.Tensor", values: "torch.Tensor", shape: tuple[int, int]) -> "torch.Tensor":
+def real_inverse(places: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """Re(F⁻¹(E)) of this shape, float64, for the real matrix E with values (n,) at the flat places (n,).
 
     The real part is the transform of E's even part, which half of the columns determine.
     """
-    import torch
-
     height, width = shape
     half = torch.zeros(height, width // 2 + 1, dtype=torch.complex128)
     row, column = places // width, places % width

@@ -5,18 +5,15 @@ length 1, which PEFT computes in float64 when it loads the adapter and keeps in 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, modules
 from lora_export.adapters.updates import DECOMPOSITION, ExactUpdate, WholeTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "FRoD"
-PEFT_TYPES = ("FROD",)
 FORMULA = "U·(Λ + S)·Vᵀ with W = U·Λ₀·Vᵀ, V of all layers of a category"
 
 _DIAGONAL, _SPARSE = "frod_lambda_l", "frod_lambda_s_values"
@@ -34,15 +31,13 @@ _SMALLEST = 1e-12  # of a column's length: shorter ones are zero
 class RotatedUpdate(ExactUpdate):
     """U·(diag(diagonal) + S)·Vᵀ: v (in, in), diagonal (in), the entries of S `values` (n) at `places` (2, n)."""
 
-    v: "torch.Tensor"
-    diagonal: "torch.Tensor"
-    values: "torch.Tensor"
-    places: "torch.Tensor"
+    v: torch.Tensor
+    diagonal: torch.Tensor
+    values: torch.Tensor
+    places: torch.Tensor
     flipped: bool
 
-    def changed(self, weight: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
         v = self.v.double()
         u = directions(v, weight).float().double()  # PEFT keeps it in fp32
         middle = torch.diag(self.diagonal.double())
@@ -50,10 +45,8 @@ class RotatedUpdate(ExactUpdate):
         return u @ (middle @ v.T)
 
 
-def directions(v: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":
+def directions(v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """U (out, in): W·V⁻ᵀ with columns of length 1, those that are shorter than `_SMALLEST` zero; float64."""
-    import torch
-
     try:
         columns = torch.linalg.solve(v, weight.T).T
     except RuntimeError:  # V is singular

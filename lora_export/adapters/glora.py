@@ -1,18 +1,16 @@
 """GLoRA (arXiv:2306.07967, eq. 10): W' = W + W ⊙ A + B, b' = b + b ⊙ D + E + W·C."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, modules
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "GLoRA"
-PEFT_TYPES = ("GLORA",)
 FORMULA = "W + W ⊙ A + B, and the bias b + b ⊙ D + E + W·C"
 
 _PATHS = "ABCDE"
@@ -21,7 +19,7 @@ _WORD = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E
 Form = Literal["lora", "vector", "constant", "none"]
 
 # A product of two, a value for each row, or one for all.
-Term = tuple["torch.Tensor", ...]
+Term = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class GeneralizedUpdate:
     scale: Term
     shift: Term
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         shift = _rows(self.shift, rows)
         return weight.addcmul(weight, _rows(self.scale, rows).expand_as(weight)).add_(shift)
 
@@ -50,11 +48,11 @@ class GeneralizedUpdate:
 class GeneralizedBias:
     """bias + bias ⊙ scale + shift + moved; moved: W·C, fp32 (outputs,), the others of the same size or of 1."""
 
-    scale: "torch.Tensor"
-    shift: "torch.Tensor"
-    moved: "torch.Tensor"
+    scale: torch.Tensor
+    shift: torch.Tensor
+    moved: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         size = self.moved.shape
         return weight + weight * self.scale.expand(size)[rows] + self.shift.expand(size)[rows] + self.moved[rows]
 
@@ -146,16 +144,14 @@ def _term(module: AdaptedModule, path: str, forms: dict[str, str]) -> Term:
     return (module.read(f"glora_{path}.{'zeros' if forms[path] == 'none' else 'X'}"),)
 
 
-def _rows(term: Term, rows: slice) -> "torch.Tensor":
+def _rows(term: Term, rows: slice) -> torch.Tensor:
     if len(term) == 2:
         return term[0][rows] @ term[1]
     return term[0][rows] if term[0].dim() == 2 else term[0]
 
 
-def _moved(module: AdaptedModule, form: str) -> "torch.Tensor":
+def _moved(module: AdaptedModule, form: str) -> torch.Tensor:
     """W·C of the base's W, added up in float64, in the type of what was read."""
-    import torch
-
     term = _term(module, "C", {"C": form})
     column = (term[0].double() @ term[1].double() if len(term) == 2 else term[0].double())[:, 0]
     if form == "none" and not column.any():

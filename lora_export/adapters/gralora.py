@@ -1,7 +1,8 @@
 """GraLoRA (arXiv:2505.20355, §3): W' = W + s·(a low-rank delta for each of k×k blocks, and one for the whole)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Count, Number, Positive
 from lora_export.adapters.kind import AdapterFile
@@ -10,11 +11,7 @@ from lora_export.adapters.module import AdaptedModule, modules
 from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "GraLoRA"
-PEFT_TYPES = ("GRALORA",)
 FORMULA = "W + s·[Bⱼₙ·Aₙⱼ] in k×k blocks + s·B·A with hybrid_r, s = alpha/(r + hybrid_r)"
 
 _BLOCKS = ("gralora_A", "gralora_B")
@@ -55,8 +52,6 @@ def _update(module: AdaptedModule, settings: Settings) -> TargetUpdate:
     scaling = module.file.weight * settings.alpha / (rank + hybrid)
 
     def load(shape: tuple[int, ...]) -> LowRankUpdate:
-        import torch
-
         left, right = _factors(*(module.read(m) for m in _BLOCKS))
         if hybrid:
             a_general, b_general = (module.read(m) for m in _GENERAL)
@@ -67,14 +62,12 @@ def _update(module: AdaptedModule, settings: Settings) -> TargetUpdate:
     return TargetUpdate(module.weight, "gralora", module.used, shapes, load, adds=True, low_rank=True)
 
 
-def _factors(a: "torch.Tensor", b: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+def _factors(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Left (out, k·r), right (k·r, in): block (j, n) of the delta has the n-th slice of B[j], the j-th of A[n].
 
     a: (k, in/k, r); b: (k, r, out/k). Column (j, n, i) of the left is B[j] at its rank n·r/k + i, on the outputs of
     block j alone. Where k·r is no low rank, the whole delta and the identity.
     """
-    import torch
-
     parts, width, rank = a.shape
     height, part = b.shape[2], rank // parts
     if parts * rank > parts * min(width, height):

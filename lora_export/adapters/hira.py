@@ -1,18 +1,15 @@
 """HiRA (Huang et al., ICLR 2025, eq. 4): W' = W + W ⊙ (B·A), on linear layers, embeddings and convolutions."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import PatternedRank
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, modules
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "HiRA"
-PEFT_TYPES = ("HIRA",)
 FORMULA = "W + W ⊙ (B·A)"
 
 _LINEAR = ("hira_A", "hira_B")
@@ -23,10 +20,10 @@ _EMBEDDING = ("hira_embedding_A", "hira_embedding_B")
 class ScaledUpdate:
     """weight ⊙ (1 + left·right), row by row; left: fp32 (rows, r), right: fp32 (r, columns)."""
 
-    left: "torch.Tensor"
-    right: "torch.Tensor"
+    left: torch.Tensor
+    right: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         factors = (self.left[rows] @ self.right).reshape(weight.shape)
         return weight.addcmul_(weight, factors)
 

@@ -2,18 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, complete
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "HRA"
-PEFT_TYPES = ("HRA",)
 FORMULA = "W·Π(I − 2·uᵢ·uᵢᵀ), the uᵢ of length 1; with apply_GS they are made orthogonal first"
 
 _VECTORS = "hra_u"
@@ -24,26 +21,24 @@ _DEPENDENT = 1e-6  # of a vector's length: what is left of it is rounding, and i
 class ReflectionsUpdate:
     """W − (W·left)·right, the product of all reflections; left: fp32 (inputs, r), right: fp32 (r, inputs)."""
 
-    left: "torch.Tensor"
-    right: "torch.Tensor"
+    left: torch.Tensor
+    right: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         matrix = weight.flatten(1)
         return (matrix - (matrix @ self.left) @ self.right).reshape(weight.shape)
 
-    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def terms(self, weight: torch.Tensor, terms: torch.Tensor, rows: slice) -> torch.Tensor:
         """terms + terms·|left|·|right|."""
         matrix = terms.flatten(1)
         return (matrix + (matrix @ self.left.abs()) @ self.right.abs()).reshape(terms.shape)
 
 
-def reflections(vectors: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+def reflections(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """P (n, r) and Uᵀ (r, n) with I − P·Uᵀ = H₁·H₂·…·Hᵣ for the columns of `vectors` (n, r), float64.
 
     H₁·…·Hₖ = H₁·…·Hₖ₋₁ − 2·(H₁·…·Hₖ₋₁·uₖ)·uₖᵀ, so column k of P is 2·(uₖ − P·Uᵀ·uₖ) with what is there before.
     """
-    import torch
-
     unit = vectors / vectors.norm(dim=0)
     left = torch.zeros_like(unit)
     for k in range(unit.shape[1]):
@@ -77,7 +72,7 @@ def _update(module: AdaptedModule, settings: Settings) -> TargetUpdate:
         vectors = stored.double()
         if not bool((vectors.norm(dim=0) > 0).all()):
             raise module.file.refuse(
-                "a vector is zero, and reflects nothing",
+                "a vector is zero and defines no reflection",
                 tensor=module.keys[_VECTORS],
                 expected="vectors that are not 0",
             )
@@ -89,10 +84,8 @@ def _update(module: AdaptedModule, settings: Settings) -> TargetUpdate:
     return TargetUpdate(module.weight, "hra", module.used, shapes, load)
 
 
-def _gram_schmidt(module: AdaptedModule, vectors: "torch.Tensor") -> "torch.Tensor":
+def _gram_schmidt(module: AdaptedModule, vectors: torch.Tensor) -> torch.Tensor:
     """Orthonormal columns, one after the other (the modified form, as PEFT does it)."""
-    import torch
-
     columns: list[torch.Tensor] = []
     for column in vectors.T:
         rest = column

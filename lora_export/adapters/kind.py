@@ -142,8 +142,8 @@ class AdapterFile:
                 where=self.tensors[key].file,
                 tensor=self.tensors[key].name,
                 expected="finite numbers",
-                next_step="take an earlier checkpoint of the training: this one diverged; "
-                "--allow-nonfinite takes it as it is",
+                next_step="use an earlier checkpoint, as this training diverged; "
+                "--allow-nonfinite accepts it as it is",
             )
         return value
 
@@ -182,7 +182,7 @@ class AdapterFile:
         """For kinds whose update is no sum: a factor other than 1 has no meaning that PEFT shares."""
         if self.weight != 1.0:
             raise self.refuse(
-                f"{kind} is no delta that a factor could scale, and the weight is {self.weight:g}",
+                f"{kind} is not a delta that a weight can scale, and the weight is {self.weight:g}",
                 expected="weight 1",
                 next_step="give the adapter without a weight",
             )
@@ -191,7 +191,7 @@ class AdapterFile:
         """For kinds whose delta PEFT gives no factor, so that no oracle says what a weight other than 1 makes."""
         if self.weight != 1.0:
             raise self.refuse(
-                f"PEFT has no factor for the delta of {kind}, and the weight is {self.weight:g}",
+                f"PEFT does not scale the delta of {kind}, and the weight is {self.weight:g}",
                 expected="weight 1",
                 next_step="give the adapter without a weight, or merge it with --combine linear",
             )
@@ -200,14 +200,11 @@ class AdapterFile:
 class Kind(Protocol):
     """A module of this package. One file a kind: its keys, its formula, its refusals.
 
-    NAME: for people; PEFT_TYPES: the values of `peft_type` under which it is looked for; FORMULA: the merged
-    weight in one line, with its source.
+    NAME: for people; FORMULA: the merged weight in one line.
     """
 
     @property
     def NAME(self) -> str: ...
-    @property
-    def PEFT_TYPES(self) -> tuple[str, ...]: ...
     @property
     def FORMULA(self) -> str: ...
 

@@ -5,7 +5,6 @@ from lora_export.adapters.saved import Replacement
 from lora_export.contracts import TargetUpdate
 
 NAME = "LN tuning"
-PEFT_TYPES = ("LN_TUNING",)
 FORMULA = "the trained layer in place of the base's"
 
 _MARKER = ".ln_tuning_layers."

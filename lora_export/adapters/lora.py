@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "LoRA"
-PEFT_TYPES = ("LORA",)
 FORMULA = "W + s·B·A, s = alpha/r or alpha/√r"
 
 LINEAR = ("lora_A", "lora_B")

@@ -1,7 +1,9 @@
 """MiSS (arXiv:2409.15371), and Bone, its name in PEFT before 0.17: one block D, repeated along the inputs."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
@@ -9,11 +11,7 @@ from lora_export.adapters.module import AdaptedModule, Shapes, complete
 from lora_export.adapters.updates import LowRankUpdate, SizedTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "MiSS"
-PEFT_TYPES = ("MISS", "BONE")
 FORMULA = "W + Dᵀ·(I I … I), one block of r inputs repeated; bat: W + (W + I)·D in blocks of r×r"
 
 _MARKERS = {"MISS": "miss_block", "BONE": "bone_block"}
@@ -23,11 +21,9 @@ _MARKERS = {"MISS": "miss_block", "BONE": "bone_block"}
 class BlockAffineUpdate:
     """Each r×r block of a row of blocks becomes block + block·D + D. blocks: fp32 (outputs/r, r, r)."""
 
-    blocks: "torch.Tensor"
+    blocks: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         size = self.blocks.shape[-1]
         row = torch.arange(rows.start, rows.start + len(weight), device=weight.device)
         parts = weight.reshape(len(weight), -1, size)
@@ -77,8 +73,6 @@ def _repeated(module: AdaptedModule, marker: str, settings: Settings) -> TargetU
         )
 
     def load(shape: tuple[int, ...]) -> LowRankUpdate:
-        import torch
-
         block = module.read(marker)
         left = block.T.repeat(shape[0] // width, 1)
         # The last repetition is cut off where r does not divide the inputs.

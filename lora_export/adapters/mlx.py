@@ -67,7 +67,7 @@ def as_peft(file: AdapterFile) -> AdapterFile:
     how = file.config.get("fine_tune_type", "lora")
     if how not in ("lora", "dora"):
         raise file.refuse(
-            f"fine_tune_type is {how!r}: this file holds whole weights, and is no adapter",
+            f"fine_tune_type is {how!r}: this file holds full weights, not an adapter",
             expected="fine_tune_type lora or dora",
             next_step=_FULL,
         )
@@ -125,7 +125,7 @@ def _part(file: AdapterFile, key: str) -> tuple[str, str, str]:
     match = _LEAF.fullmatch(key)
     if match is None:
         raise file.refuse(
-            "a tensor that is no part of mlx-lm's LoRA or DoRA",
+            "a tensor that is not part of mlx-lm's LoRA or DoRA",
             tensor=key,
             expected="names ending with lora_a, lora_b or m",
             next_step=_FULL,

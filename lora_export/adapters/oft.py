@@ -2,18 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, Shapes, modules
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "OFT"
-PEFT_TYPES = ("OFT",)
 FORMULA = "W·Rᵀ, an embedding's W·R; R = diag(Cayley transforms of skew-symmetric blocks)"
 
 ROTATION = "oft_R"
@@ -36,13 +33,11 @@ class Rotations:
     limit: float | None
     shared: bool
 
-    def blocks(self, upper: "torch.Tensor", size: int) -> "torch.Tensor":
+    def blocks(self, upper: torch.Tensor, size: int) -> torch.Tensor:
         """upper: (blocks, size·(size−1)/2), the entries above the diagonal, row by row. → (blocks, size, size).
 
         In float64: the result is rounded once, by whoever multiplies with it.
         """
-        import torch
-
         skew = skew_symmetric(upper, size)
         if self.limit is not None:
             norms = torch.linalg.matrix_norm(skew, keepdim=True)
@@ -51,33 +46,27 @@ class Rotations:
         return cayley(skew) if self.terms is None else neumann(skew, self.terms)
 
 
-def skew_symmetric(upper: "torch.Tensor", size: int) -> "torch.Tensor":
+def skew_symmetric(upper: torch.Tensor, size: int) -> torch.Tensor:
     """(blocks, size, size) in float64 from the entries above each diagonal, (blocks, size·(size−1)/2)."""
-    import torch
-
     skew = torch.zeros(len(upper), size, size, dtype=torch.float64)
     rows, columns = torch.triu_indices(size, size, 1)
     skew[:, rows, columns] = upper.double()
     return skew - skew.mT
 
 
-def cayley(skew: "torch.Tensor") -> "torch.Tensor":
+def cayley(skew: torch.Tensor) -> torch.Tensor:
     """(I − Q)(I + Q)⁻¹ for skew-symmetric Q of shape (blocks, n, n): orthogonal blocks."""
-    import torch
-
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
     solved: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
     return solved
 
 
-def neumann(skew: "torch.Tensor", terms: int) -> "torch.Tensor":
+def neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
     """I + 2Q + 2Q² + … + 2Qᵗ⁻² + Qᵗ⁻¹ with t terms, as PEFT counts them since 0.18.
 
     This approaches (I + Q)(I − Q)⁻¹, the inverse of what `cayley` gives for the same Q. The powers 1 and 2 have
     the factor 2 whenever they occur, so 2 terms are I + 2Q, and 3 terms are what 4 are.
     """
-    import torch
-
     total = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew)
     if terms > 1:
         total = total + 2 * skew
@@ -90,7 +79,7 @@ def neumann(skew: "torch.Tensor", terms: int) -> "torch.Tensor":
     return total
 
 
-def rotate(matrix: "torch.Tensor", blocks: "torch.Tensor") -> "torch.Tensor":
+def rotate(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """matrix · diag(blocks)ᵀ without the zeros; matrix (rows, blocks·n), blocks (blocks or 1, n, n)."""
     size = blocks.shape[-1]
     parts = matrix.reshape(len(matrix), -1, size).transpose(0, 1)
@@ -101,9 +90,9 @@ def rotate(matrix: "torch.Tensor", blocks: "torch.Tensor") -> "torch.Tensor":
 class RotationUpdate:
     """W·diag(blocks)ᵀ. Each row is rotated for itself. blocks: fp32 (blocks, n, n), one block if shared."""
 
-    blocks: "torch.Tensor"
+    blocks: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         return rotate(weight.flatten(1), self.blocks).reshape(weight.shape)
 
 
@@ -142,7 +131,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each rotated layer. Refused: files of PEFT before 0.16, and series of PEFT before 0.18."""
     for old in modules(file, *_OLD):
         raise file.refuse(
-            "an OFT adapter of PEFT before 0.16, whose parameters mean something else; PEFT cannot load it now",
+            "an OFT adapter of PEFT before 0.16, whose parameters have another meaning; PEFT can no longer load it",
             tensor=old.used[0],
             expected="tensors such as …q_proj.oft_R.weight",
             next_step="train it again, or merge it with the PEFT that saved it",
@@ -185,7 +174,7 @@ def _refuse_old_series(file: AdapterFile) -> None:
     if version.release[:2] < SERIES_SINCE or (version.release == (0, 18, 0) and version.is_prerelease):
         raise file.refuse(
             "trained with the Cayley-Neumann series of PEFT before 0.18 (peft_version is "
-            f"{saved or 'missing'}), and PEFT now computes another one",
+            f"{saved or 'missing'}), and PEFT now computes a different one",
             expected="an adapter of PEFT 0.18 or newer, or one with use_cayley_neumann=false",
             next_step="merge it with PEFT 0.17.1, or train it again",
         )

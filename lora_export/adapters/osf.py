@@ -6,18 +6,15 @@ close, it is as uncertain as they are; so the call is PEFT's own.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, complete
 from lora_export.adapters.updates import DECOMPOSITION, ExactUpdate, WholeTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "OSF"
-PEFT_TYPES = ("OSF",)
 FORMULA = "W − U₀·S₀·V₀ + U·S·V, U₀·S₀·V₀ of the smaller singular directions of W"
 
 _PARTS = tuple(f"osf_svd_params.{part}_low" for part in "USV")
@@ -30,13 +27,11 @@ class RemainderUpdate(ExactUpdate):
     The decomposition is in fp32.
     """
 
-    u: "torch.Tensor"
-    sizes: "torch.Tensor"
-    v: "torch.Tensor"
+    u: torch.Tensor
+    sizes: torch.Tensor
+    v: torch.Tensor
 
-    def changed(self, weight: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
         u, sizes, v = (part.double() for part in torch.linalg.svd(weight.float(), full_matrices=False))
         kept = len(sizes) - len(self.sizes)
         rest: torch.Tensor = weight - (u[:, kept:] * sizes[kept:]) @ v[kept:]

@@ -6,7 +6,9 @@ encoder added behind its decoder, and B. A column of W is an input of f, so all 
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lora_export.adapters.config import Count, Number, Positive
 from lora_export.adapters.kind import AdapterFile
@@ -14,11 +16,7 @@ from lora_export.adapters.module import AdaptedModule, modules
 from lora_export.adapters.updates import ExactUpdate, WholeTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "PEANuT"
-PEFT_TYPES = ("PEANUT",)
 FORMULA = "W + s·f(Wᵀ)ᵀ, f a network with the activation act_fn"
 
 # Activations of transformers that are functions of a number alone. Others have parameters or are random.
@@ -35,14 +33,14 @@ _LAYER = re.compile(r"\.peanut_(?:encoders|decoders)\.(\d{1,4})(?:\.weight)?$")
 class NetworkUpdate(ExactUpdate):
     """weight + scaling · f(weightᵀ)ᵀ; first (r, out), last (out, r), encoders and decoders (r, r)."""
 
-    first: "torch.Tensor"
-    last: "torch.Tensor"
-    encoders: tuple["torch.Tensor", ...]
-    decoders: tuple["torch.Tensor", ...]
+    first: torch.Tensor
+    last: torch.Tensor
+    encoders: tuple[torch.Tensor, ...]
+    decoders: tuple[torch.Tensor, ...]
     scaling: float
     activation: str
 
-    def changed(self, weight: "torch.Tensor") -> "torch.Tensor":
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
         act = _activation(self.activation)
         x = act(weight.T @ self.first.double().T)
         residuals = []

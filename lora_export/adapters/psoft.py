@@ -6,7 +6,9 @@ too, and its fp32 factors are what the trained R belongs to.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from lora_export.adapters.config import Count, Number, Positive
 from lora_export.adapters.kind import AdapterFile
@@ -15,11 +17,7 @@ from lora_export.adapters.oft import cayley, check_terms, neumann, skew_symmetri
 from lora_export.adapters.updates import DECOMPOSITION, ExactUpdate, WholeTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "PSOFT"
-PEFT_TYPES = ("PSOFT",)
 FORMULA = "W + U·S·(R − I)·Vᵀ in the r largest singular directions of W"
 
 _R, _B, _A = "psoft_R", "psoft_R.vector_b", "psoft_R.vector_a"
@@ -55,10 +53,8 @@ class Subspace:
     seed: int
     shared: bool
 
-    def factors(self, weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    def factors(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """B (out, r) and A (r, in) in float64, of PEFT's fp32 decomposition of weight (out, in)."""
-        import torch
-
         single = weight.float()
         if self.iterations is None:
             u, sizes, v = torch.linalg.svd(single, full_matrices=False)
@@ -74,26 +70,22 @@ class Subspace:
 class SubspaceUpdate(ExactUpdate):
     """W + B·(R − I)·A; turn: R, fp32 (r, r). The decomposition is in fp32."""
 
-    turn: "torch.Tensor"
+    turn: torch.Tensor
     subspace: Subspace
 
-    def changed(self, weight: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
         b, a = self.subspace.factors(weight)
         eye = torch.eye(len(self.turn), dtype=torch.float64, device=weight.device)
         return weight + b @ ((self.turn.double() - eye) @ a)
 
 
 def randomized(
-    weight: "torch.Tensor", rank: int, iterations: int, seed: int
-) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    weight: torch.Tensor, rank: int, iterations: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Algorithm 5.1 of arXiv:0909.4061 as torch.svd_lowrank computes it after torch.manual_seed(seed); U, S, Vᵀ.
 
     With a generator of its own, for the global one belongs to all threads.
     """
-    import torch
-
     wide = weight.shape[0] < weight.shape[1]
     matrix = weight.mT if wide else weight
     generator = torch.Generator(device="cpu").manual_seed(seed)
@@ -151,11 +143,9 @@ def _update(module: AdaptedModule, settings: Settings, subspace: Subspace) -> Ta
     return WholeTarget(module.weight, "psoft", module.used, ((None, None),), load, copies=DECOMPOSITION)
 
 
-def _orthogonal(upper: "torch.Tensor", settings: Settings) -> "torch.Tensor":
+def _orthogonal(upper: torch.Tensor, settings: Settings) -> torch.Tensor:
     """R (r, r), float64: (I + Q)(I − Q)⁻¹, or its series, of the skew-symmetric Q that `upper` is above the
     diagonal of."""
-    import torch
-
     skew = skew_symmetric(upper[None], settings.r)
     if not settings.use_cayley_neumann:
         return cayley(-skew)[0]

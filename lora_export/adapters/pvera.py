@@ -9,7 +9,6 @@ from lora_export.adapters.vera import Names, read_shared
 from lora_export.contracts import TargetUpdate
 
 NAME = "PVeRA"
-PEFT_TYPES = ("PVERA",)
 FORMULA = "W + diag(λb)·B[:out]·diag(λd[:r])·A[:r, :in], A and B shared by all layers"
 
 

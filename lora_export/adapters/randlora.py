@@ -3,7 +3,8 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
@@ -12,11 +13,7 @@ from lora_export.adapters.updates import LowRankUpdate, never
 from lora_export.contracts import TargetUpdate
 from lora_export.errors import AdapterError
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "RandLoRA"
-PEFT_TYPES = ("RANDLORA",)
 FORMULA = "W + (alpha/r)·B·(λ ⊙ A ⊙ γ), so many random bases that the delta has full rank; B and A shared"
 
 _SCALES = ("randlora_lambda", "randlora_gamma")
@@ -39,17 +36,15 @@ class SmallSideTarget(TargetUpdate):
 @functools.lru_cache(maxsize=1)
 def regenerate(
     seed: int, rank: int, smaller: int, larger: int, sparsity: float | None
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, 1, smaller) and B (larger, bases, r) as PEFT draws them: A first, then B.
 
     Dense (sparsity None): uniform with the bound 1/√(last size), in bfloat16, B base by base. Sparse: −1 and 1,
     each with the probability 1/(2·sparsity). Both are divided by their standard deviation, in the type they have.
     """
-    import torch
-
     generator, bases = torch.Generator(device="cpu").manual_seed(seed), -(-smaller // rank)
 
-    def uniform(*shape: int) -> "torch.Tensor":
+    def uniform(*shape: int) -> torch.Tensor:
         bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6.0) / math.sqrt(shape[-1]))
         return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
@@ -62,7 +57,7 @@ def regenerate(
     return a / a.std(), b / b.std()
 
 
-def _signs(drawn: "torch.Tensor", share: float) -> "torch.Tensor":
+def _signs(drawn: torch.Tensor, share: float) -> torch.Tensor:
     """−1 for the lowest share of numbers from 0 to 1, 1 for the highest, 0 between."""
     return (drawn > 1 - share).float() - (drawn < share).float()
 
@@ -92,10 +87,8 @@ class Bases:
     smaller: int | None
     larger: int | None
 
-    def of(self, module: str) -> tuple["torch.Tensor", "torch.Tensor"]:
+    def of(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B for one layer. AdapterError if its own copy is another one: PEFT would take the last it reads."""
-        import torch
-
         if not self.settings.save_projection:
             if self.smaller is None or self.larger is None:
                 raise _unknown(self.file, module)
@@ -171,8 +164,8 @@ def _drawn(file: AdapterFile, settings: Settings, adapted: list[AdaptedModule]) 
 
 def _unknown(file: AdapterFile, module: str) -> AdapterError:
     return file.refuse(
-        "the bases were not saved (save_projection is false), and to draw them again takes the largest sizes of "
-        "all layers, which the adapter does not tell",
+        "the bases were not saved (save_projection is false), and drawing them again needs the largest sizes of "
+        "all layers, which the adapter does not record",
         tensor=module,
         expected="the base that it was trained on, or an adapter with randlora_A and randlora_B",
     )

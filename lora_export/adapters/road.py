@@ -1,7 +1,9 @@
 """RoAd (arXiv:2409.00119, eq. 4): W' = R·W and b' = R·b, R turning and stretching outputs in pairs."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
 
 from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
@@ -9,11 +11,7 @@ from lora_export.adapters.module import AdaptedModule, complete
 from lora_export.adapters.updates import WholeTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "RoAd"
-PEFT_TYPES = ("ROAD",)
 FORMULA = "R·W and R·b, R of blocks α·(cos θ, −sin θ; sin θ, cos θ) on outputs half a group apart"
 
 _PARTS = ("road_theta", "road_alpha")
@@ -27,20 +25,18 @@ class PairsUpdate:
     same, other: fp32 (outputs,); group: outputs that belong together, each with the one half a group away.
     """
 
-    same: "torch.Tensor"
-    other: "torch.Tensor"
+    same: torch.Tensor
+    other: torch.Tensor
     group: int
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         return self._summed(weight, -1.0)
 
-    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def terms(self, weight: torch.Tensor, terms: torch.Tensor, rows: slice) -> torch.Tensor:
         """The same sum with all its numbers taken as positive."""
         return PairsUpdate(self.same.abs(), self.other.abs(), self.group)._summed(terms, 1.0)
 
-    def _summed(self, weight: "torch.Tensor", sign: float) -> "torch.Tensor":
-        import torch
-
+    def _summed(self, weight: torch.Tensor, sign: float) -> torch.Tensor:
         first, second = weight.reshape(-1, 2, self.group // 2, *weight.shape[1:]).unbind(1)
         partner = torch.stack([sign * second, first], 1).reshape(weight.shape)
         wide = (-1, *(1 for _ in weight.shape[1:]))
@@ -84,8 +80,8 @@ def _updates(module: AdaptedModule, settings: Settings) -> list[TargetUpdate]:
 
 
 def _columns(
-    variant: str, group: int, theta: "torch.Tensor", alpha: "torch.Tensor"
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+    variant: str, group: int, theta: torch.Tensor, alpha: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(α·cos θ, α·sin θ) for each output: of its pair (road_1), its own (road_2), one for either (road_4)."""
     if variant == "road_4":  # a group's numbers of the cosine, then those of the sine
         theta, alpha = theta.reshape(-1, 2, group), alpha.reshape(-1, 2, group)

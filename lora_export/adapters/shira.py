@@ -9,7 +9,6 @@ from lora_export.adapters.sparse import SparseUpdate
 from lora_export.contracts import TargetUpdate
 
 NAME = "SHiRA"
-PEFT_TYPES = ("SHIRA",)
 FORMULA = "W + S, S zero but for the trained elements"
 
 _PARTS = ("shira_weight", "shira_indices")

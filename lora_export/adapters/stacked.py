@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "LoRA on stacked experts"
-PEFT_TYPES = ("LORA",)
 FORMULA = "W[e] + s·B[e]·A[e], A or B shared by all experts where its first size is 1"
 
 _PARTS = ("lora_A", "lora_B")

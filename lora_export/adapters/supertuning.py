@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
@@ -10,11 +11,7 @@ from lora_export.adapters.module import AdaptedModule, Shapes, modules
 from lora_export.adapters.updates import LowRank
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "Super-Tuning"
-PEFT_TYPES = ("SUPERTUNING",)
 FORMULA = "W + values at places of W (+ α/r·B·A)"
 
 _PLACES, _VALUES, _A, _B = (f"supertuning_{part}" for part in ("indices", "values", "lora_A", "lora_B"))
@@ -34,14 +31,12 @@ class SuperUpdate:
     values: fp32 (n,); places: int64 (n,), in rising order; width: elements of a row.
     """
 
-    values: "torch.Tensor"
-    places: "torch.Tensor"
+    values: torch.Tensor
+    places: torch.Tensor
     width: int
     low_rank: LowRank | None
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         if self.low_rank is not None:
             weight = self.low_rank.added_to(weight, rows).reshape(weight.shape)
         start = rows.start * self.width
@@ -67,7 +62,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     if without is not None:
         raise file.refuse(
             "the places of the trained values were not saved (save_precomputed_indices is false): PEFT finds them "
-            "again by the size of the base's numbers, and among equal ones by chance",
+            "again by the magnitude of the base's weights, and picks among equal ones at random",
             tensor=without.name,
             expected="an adapter with supertuning_indices",
             next_step=_SAVE_THEM,
@@ -95,8 +90,6 @@ def _update(module: AdaptedModule, settings: Settings) -> TargetUpdate:
         )
 
     def load(shape: tuple[int, ...]) -> SuperUpdate:
-        import torch
-
         flat, order = torch.sort(module.indices(_PLACES, prod(shape)))
         factor, delta = module.file.weight, None
         if rank:

@@ -7,7 +7,8 @@ among the adapted ones, in the order of the model.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
@@ -15,11 +16,7 @@ from lora_export.adapters.module import AdaptedModule, modules
 from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "TinyLoRA"
-PEFT_TYPES = ("TINYLORA",)
 FORMULA = "W + B·(Σ v[i]·P[i])·A, B·A of the singular directions of W, v shared by groups of layers"
 
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
@@ -122,8 +119,6 @@ def _update(module: AdaptedModule, groups: Groups, claims: tuple[str, ...]) -> T
         raise file.refuse("the vector of this layer is missing", tensor=module.name, expected=_VECTORS + "…")
 
     def load(_: tuple[int, ...]) -> LowRankUpdate:
-        import torch
-
         vector, layer = file.read(groups.vectors[groups.number(module.name)]), module.layer()
         projections = module.read(_P) if _P in module.keys else drawn(groups, module.name, rank)
         turn = torch.einsum("i,ijk->jk", vector, projections.to(vector.dtype))
@@ -135,10 +130,8 @@ def _update(module: AdaptedModule, groups: Groups, claims: tuple[str, ...]) -> T
     return TargetUpdate(module.weight, "tinylora", used, shapes, load, adds=True, low_rank=True)
 
 
-def drawn(groups: Groups, module: str, rank: int) -> "torch.Tensor":
+def drawn(groups: Groups, module: str, rank: int) -> torch.Tensor:
     """P of shape (u, r, r) as PEFT draws it for this layer: normal, of the variance 1/r."""
-    import torch
-
     seed, size = groups.settings.projection_seed + groups.numbers[module], (groups.settings.u, rank, rank)
     return torch.normal(
         mean=0.0, std=1.0 / rank**0.5, size=size, generator=torch.Generator(device="cpu").manual_seed(seed)

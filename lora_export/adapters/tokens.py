@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 NAME = "trainable tokens"
 FORMULA = "W with the rows of the trained tokens replaced"
-PEFT_TYPES: tuple[str, ...] = ()  # part of any type; TRAINABLE_TOKENS has nothing else
 
 _MARKER = "trainable_tokens_delta"
 _WRAPPER = ".token_adapter"
@@ -58,7 +57,7 @@ def _update(file: AdapterFile, name: str, key: str, names: list[str]) -> TargetU
             expected="one row for each token",
         )
     if len(set(tokens)) != len(tokens) or min(tokens, default=0) < 0:
-        raise file.refuse("a token is named twice, or negative", tensor=key, expected="distinct token ids")
+        raise file.refuse("a token id is repeated or negative", tensor=key, expected="distinct token ids")
 
     def load(shape: tuple[int, ...]) -> RowsUpdate:
         return RowsUpdate(tokens, file.read(key))

@@ -8,7 +8,10 @@ for a base in fp32, it is fp32.
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
 
 from lora_export.adapters.config import Count, Positive
 from lora_export.adapters.kind import AdapterFile, Layer
@@ -17,12 +20,7 @@ from lora_export.adapters.targeting import targeted
 from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-
 NAME = "Uni-LoRA"
-PEFT_TYPES = ("UNILORA",)
 FORMULA = "W + B·A, every number of A and B a scaled one of a shared vector θ"
 
 THETA = "unilora_theta_d"
@@ -49,10 +47,8 @@ class Drawn:
     def total(self) -> int:
         return sum(rank * (inputs + outputs) for rank, inputs, outputs in self.sizes.values())
 
-    def of(self, module: str) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    def of(self, module: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(indices of A (r, in), those of B (out, r), the factor of each number of θ in fp32)."""
-        import torch
-
         with self._lock:
             if self._indices is None:
                 self._indices = draw(self.total, self.length, self.seed)
@@ -68,10 +64,8 @@ class Drawn:
         raise KeyError(module)
 
 
-def draw(total: int, length: int, seed: int) -> "np.ndarray[Any, Any]":
+def draw(total: int, length: int, seed: int) -> np.ndarray[Any, Any]:
     """PEFT's balanced assignment of θ's numbers, int64 (total,): each as often as any other, or once more."""
-    import numpy as np
-
     generator = np.random.default_rng(seed)
     numbers = np.repeat(np.arange(length), total // length)
     if total % length:
@@ -134,7 +128,7 @@ def _drawn(file: AdapterFile, settings: Settings) -> list[TargetUpdate]:
         raise file.refuse(f"proj_seed is {seed!r}", expected="the seed of the indices")
     if file.base is None:
         raise file.refuse(
-            "which layers it has, and which of its numbers is where, follows from the base's layers "
+            "which layers the adapter has, and where each of its numbers goes, follows from the base's layers "
             "(save_indices is false)",
             expected="the base beside the adapter",
             next_step="give the base: lora-export inspect ADAPTER -b BASE",

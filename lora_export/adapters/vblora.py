@@ -1,7 +1,8 @@
 """VB-LoRA (arXiv:2405.15179, eq. 3-4): W' = W + B·A, put together of vectors of a bank that all layers share."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
@@ -9,11 +10,7 @@ from lora_export.adapters.module import AdaptedModule, complete, modules
 from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "VB-LoRA"
-PEFT_TYPES = ("VBLORA",)
 FORMULA = "W + B·A, each piece of A and B the sum of k vectors of one bank, weighted by a softmax"
 
 _BANK = "vblora_vector_bank"
@@ -45,7 +42,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     file.refuse_factor(NAME)
     adapted = complete(file, *markers)
     if adapted and _BANK not in file.tensors:
-        raise file.refuse(f"{_BANK} cannot be found", expected="the bank of vectors that all layers share")
+        raise file.refuse(f"{_BANK} is missing", expected="the bank of vectors that all layers share")
     return [_update(module, settings, (_BANK,) if module is adapted[0] else ()) for module in adapted]
 
 
@@ -81,10 +78,8 @@ def _update(module: AdaptedModule, settings: Settings, claimed: tuple[str, ...])
     return TargetUpdate(module.weight, "vblora", used, shapes, load, adds=True, low_rank=True)
 
 
-def _pieces(module: AdaptedModule, side: str, bank: "torch.Tensor", settings: Settings) -> "torch.Tensor":
+def _pieces(module: AdaptedModule, side: str, bank: torch.Tensor, settings: Settings) -> torch.Tensor:
     """The vectors of all pieces (…, length)."""
-    import torch
-
     if settings.save_only_topk_weights:
         indices = module.indices(side + _INDICES, len(bank))
         known = module.read(side + _WEIGHTS)

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
@@ -10,11 +11,7 @@ from lora_export.adapters.module import SAVE_AGAIN, AdaptedModule, Shapes, compl
 from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "VeRA"
-PEFT_TYPES = ("VERA",)
 FORMULA = "W + diag(λb)·B[:out]·diag(λd)·A[:, :in], A and B shared by all layers"
 
 
@@ -92,14 +89,12 @@ class SlicedTarget(TargetUpdate):
 
 def regenerate(
     seed: int, rank: int, widest: int, outputs: int, halves: int = 1
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A of shape (halves · rank, widest) and B of shape (outputs, rank), as PEFT draws them of a seed.
 
     One generator, first A, then B, each row by row, uniform with the bound √(6/fan-in). A therefore depends on
     `widest`, the largest input of all adapted layers; the first rows of B do not depend on how many follow.
     """
-    import torch
-
     generator = torch.Generator(device="cpu").manual_seed(seed)
     drawn = []
     for shape in ((halves * rank, widest), (outputs, rank)):
@@ -129,7 +124,7 @@ class Projections:
         """Whether B has as many rows."""
         return not self.keys or outputs <= self.file.tensors[self.keys[1]].shape[0]
 
-    def sliced(self, outputs: int, inputs: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    def sliced(self, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A of shape (r, in) and B of shape (out, r) for one layer, fp32."""
         if not self.keys:
             a, b = regenerate(self.seed, self.rank, self.drawn_inputs or inputs, outputs, self.names.halves)
@@ -191,8 +186,8 @@ def _drawn(
     unknown = [module.name for module, size in zip(adapted, inputs, strict=True) if size is None]
     if unknown and len(adapted) > 1:
         raise file.refuse(
-            "the projections were not saved (save_projection is false), and to draw them again takes the largest "
-            f"input of all {len(adapted)} layers, which the adapter does not tell",
+            "the projections were not saved (save_projection is false), and drawing them again needs the largest "
+            f"input of all {len(adapted)} layers, which the adapter does not record",
             tensor=unknown[0],
             expected=f"the base that it was trained on, or an adapter with {both}",
             next_step=names.save_them,

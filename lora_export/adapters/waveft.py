@@ -2,7 +2,9 @@
 
 import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lora_export.adapters import fourierft
 from lora_export.adapters.fourierft import seed_of
@@ -12,11 +14,7 @@ from lora_export.adapters.sparse import PatchUpdate, SparseUpdate, chosen
 from lora_export.adapters.updates import SizedTarget
 from lora_export.contracts import TargetUpdate, Update
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "WaveFT"
-PEFT_TYPES = ("WAVEFT",)
 FORMULA = "W + s·(one level of the inverse wavelet transform of a sparse matrix, or the matrix itself)"
 
 _MARKER = "waveft_spectrum"
@@ -62,8 +60,6 @@ def _update(module: AdaptedModule, scaling: float, filters: Filters | None) -> T
     flips, seed = module.is_conv1d, seed_of(module.file)
 
     def load(shape: tuple[int, ...]) -> Update:
-        import torch
-
         values = scaling * module.read(_MARKER)
         height, width = reversed(shape) if flips else shape
         places = chosen(seed, height * width, count)
@@ -81,7 +77,7 @@ def _update(module: AdaptedModule, scaling: float, filters: Filters | None) -> T
     return SizedTarget(module.weight, "waveft", module.used, ((None, None),), load, adds=True, least=count)
 
 
-def _place(place: "torch.Tensor", size: int, taps: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _place(place: torch.Tensor, size: int, taps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Along one axis of `size`: where the answer to a coefficient begins, and whether it is of the second half.
 
     The axis is padded by taps − 2, and by one more to be even; the coefficients lie in its middle. Coefficient k of

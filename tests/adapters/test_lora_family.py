@@ -106,7 +106,7 @@ def test_tokens_replace_their_rows_and_no_others(tmp_path: Path) -> None:
     exact[[8, 0, 5]] = rows
     assert torch.equal(in_blocks(update, weight), exact)
     assert update.tied and not update.replaces
-    with pytest.raises(AdapterError, match="named twice"):
+    with pytest.raises(AdapterError, match="repeated or negative"):
         updates(tmp_path, values, trainable_token_indices=[1, 1, 2])
     with pytest.raises(AdapterError, match="does not say which tokens"):
         updates(tmp_path, values, trainable_token_indices={"other": [1, 2, 3]})

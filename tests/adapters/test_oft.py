@@ -143,7 +143,7 @@ def test_tensors_that_are_not_understood(tmp_path: Path, values: dict[str, torch
 
 
 def test_a_weight_has_no_meaning(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="OFT is no delta"):
+    with pytest.raises(AdapterError, match="OFT is not a delta"):
         oft.read(opened(saved(tmp_path, config("up")), 0.5))
 
 
