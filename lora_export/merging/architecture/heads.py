@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from lora_export.checkpoint.reader import Checkpoint
+from lora_export.checkpoint.tensor_files import FILES
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInfo
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.architecture.head_class import Chosen, Lacking, check_task, choose
@@ -194,7 +195,7 @@ def _brought(new: Outline, lacking: Sequence[Lacking], weights: Mapping[str, Bas
             info = one.adapter.tensors[update.keys[0]]
             known = info.dtype in _FLOATS
             if known:
-                info = TensorInfo(name, dtype, new.shapes[name], home, 0, 0)
+                info = TensorInfo(name, dtype, new.shapes[name], home, 0, 0, FILES)
             found[name] = BaseWeight(name, new.shapes[name], info, brought=known, home=home)
     return dict(sorted(found.items()))
 
