@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_export import meta_model as skeleton
-from lora_export.contracts import TensorSource
+from lora_export.contracts import RowReader, TensorSource
 from lora_export.errors import CheckpointError
 from lora_export.quantization import (
     autoround,
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     import torch
 
 
-class Rows(Protocol):
-    def rows(self, start: int, stop: int) -> "torch.Tensor": ...
-
-
 class QuantizedWeight(Protocol):
     """A weight of logical `shape` stored in `parts`; dtype is what it was before it was quantized."""
 
@@ -47,7 +43,7 @@ class QuantizedWeight(Protocol):
     @property
     def dtype(self) -> str: ...
 
-    def load(self, source: TensorSource) -> Rows: ...
+    def load(self, source: TensorSource) -> RowReader: ...
 
 
 @dataclass(frozen=True)
