@@ -15,8 +15,8 @@ from typing import Any
 
 from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
+from lora_export.merging.planning.combine import ELECTING, RANDOM
 from lora_export.merging.planning.plan import MergePlan
-from lora_export.merging.planning.recipe import ELECTING, RANDOM
 from lora_export.storage.documents import finite
 from lora_export.storage.sealed import sha256
 from lora_export.version import __version__
