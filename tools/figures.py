@@ -196,7 +196,7 @@ def combining() -> str:
 def serving() -> str:
     found = read("switch-SmolLM2-*.json")["results"]
     rows = []
-    for kind in ("swapped", "plugged", "overridden"):
+    for kind in ("swapped", "plugged"):
         cells = []
         for field in ("step_ratio", "switch_ms"):
             for precision in ("fp32", "fp16", "int4"):

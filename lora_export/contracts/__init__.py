@@ -22,7 +22,7 @@ from lora_export.contracts.merging import (
 from lora_export.contracts.packages import PackageOptions, PackageResult
 from lora_export.contracts.progress import Progress, Source
 from lora_export.contracts.story import Story, StoryOptions
-from lora_export.contracts.tensors import RowReader, TensorInfo, TensorSource
+from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
 from lora_export.contracts.validation import (
     AdapterSurvival,
     BaseComparison,
@@ -46,6 +46,7 @@ __all__ = [
     "BenchmarkArm",
     "BenchmarkOptions",
     "BenchmarkResult",
+    "ByteSink",
     "Cell",
     "Check",
     "CompareBases",

@@ -13,6 +13,7 @@ from typing import Any
 
 from lora_export import tasks
 from lora_export.checkpoint.reader import Checkpoint
+from lora_export.checkpoint.tensor_files import FILES
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInfo
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.architecture.model import Architecture, architecture_of
@@ -191,7 +192,7 @@ def _brought(
             info = one.adapter.tensors[update.keys[0]]
             known = info.dtype in _FLOATS
             if known:
-                info = TensorInfo(name, dtype, new.shapes[name], home, 0, 0)
+                info = TensorInfo(name, dtype, new.shapes[name], home, 0, 0, FILES)
             heads[name] = BaseWeight(name, new.shapes[name], info, brought=known, home=home)
     return dict(sorted(heads.items()))
 

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from lora_export.checkpoint.reader import Checkpoint, file_dtype
+from lora_export.checkpoint.reader import Checkpoint
 from lora_export.checkpoint.shards import OutputTensor, Shard, plan_shards
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInfo
+from lora_export.contracts.tensors import file_dtype
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.planning.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.planning.combine import combined
@@ -38,6 +39,11 @@ class PlannedTensor:
     training: TrainingQuantization | None = None
 
     @property
+    def height(self) -> int:
+        """Rows; a scalar has one."""
+        return self.shape[0] if self.shape else 1
+
+    @property
     def wide(self) -> bool:
         """Whether it is computed in float64: fp32 arithmetic would round one of two fp32 numbers the wrong way."""
         return bool(self.updates) and (self.output.dtype in ("F32", "F64") or any(u.wide for u in self.updates))
@@ -65,6 +71,11 @@ class MergePlan:
     config_removals: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
     model: NewModel | None = None  # where the output is of another class than the base
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors in the order of the output."""
+        return [t.name for s in self.shards for t in s.tensors]
 
     @property
     def nbytes(self) -> int:

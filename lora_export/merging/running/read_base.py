@@ -15,7 +15,7 @@ from lora_export.merging.architecture.model import built, loaded_weights
 from lora_export.merging.architecture.pieces import StoredPiece
 from lora_export.merging.planning.base import BaseWeight, quantized_in_training
 from lora_export.merging.planning.plan import PlannedTensor
-from lora_export.merging.running.base_rows import base_rows
+from lora_export.merging.running.rows import base_rows
 from lora_export.storage.workers import BLOCK
 
 if TYPE_CHECKING:
