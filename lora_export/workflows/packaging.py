@@ -146,7 +146,7 @@ def _plugged(folder: Path | None, target: str, run: Run) -> tuple[ExportResult |
     if folder is None:
         return None, ()
     own = [Path(str(a["name"])).name for a in run.manifest["adapters"]]
-    names = [str(n) for n in read_record(folder).get("pluggable", [])]
+    names = read_record(folder).pluggable or ()
     if target != "genai" or len(own) != 1 or own[0] not in names:
         raise InputError(
             f"--pluggable for {target}, of an export with {', '.join(names) or 'no adapters'} beside it",

@@ -3,17 +3,18 @@
 import contextlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_export.checkpoint import open_checkpoint
+from lora_export.choices import Activations
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.protocol import Engine, Job, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
 from lora_export.onnx_export.graphs.fusions import compare as compare_to_plain
 from lora_export.onnx_export.quantize.blockwise import AUTO, Blockwise
+from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.fill import Writing
 from lora_export.onnx_export.weights.reuse import (
@@ -96,21 +97,22 @@ def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Weigh
     return replace(job, quantized=replace(how, eight_bits=(*how.eight_bits, *nodes)))
 
 
-def record_of(job: Job, made: Made, engine: str, activations: str) -> dict[str, Any]:
-    """What an export says of how it was made, as far as the job tells it."""
-    return {
-        "engine": engine,
-        "precision": job.precision,
-        "provider": job.provider,
-        "optimize": job.optimize,
-        "kind": made.kind,
-        "task": made.task,
-        "graphs": list(made.graphs),
-        "nodes": sum(count_nodes(job.output / name) for name in made.graphs),
-        "architecture": architecture_of(job.config),
-        "quantization": asdict(job.quantized) if job.quantized else None,
-        "activations": activations,
-        "adapter": job.adapter is not None,
-        "source_config_sha256": sealed.sha256(job.model / "config.json"),
-        "config_digest": config_digest(job.config),
-    }
+def record_of(job: Job, made: Made, engine: str, activations: Activations) -> ExportRecord:
+    """How an export was made, as far as the job tells; its time is not known yet."""
+    return ExportRecord(
+        engine=engine,
+        precision=job.precision,
+        provider=job.provider,
+        optimize=job.optimize,
+        kind=made.kind,
+        task=made.task,
+        graphs=made.graphs,
+        nodes=sum(count_nodes(job.output / name) for name in made.graphs),
+        architecture=architecture_of(job.config),
+        quantization=job.quantized,
+        activations=activations,
+        adapter=job.adapter is not None,
+        source_config_sha256=sealed.sha256(job.model / "config.json"),
+        config_digest=config_digest(job.config),
+        seconds=0.0,
+    )
