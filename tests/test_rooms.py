@@ -18,6 +18,7 @@ TOP = {
     "finite",
     "manifest",
     "patterns",
+    "plugins",
     "progress",
     "runtime",
     "storage",

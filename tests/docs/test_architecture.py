@@ -1,6 +1,11 @@
 """docs/architecture.md: an adapter kind, a quantization format and an engine are a file and a registration."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,52 +17,75 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_export import merge
-from lora_export.adapters import registry as kinds
 from lora_export.choices import ENGINES, RUNTIMES, Precision
-from lora_export.contracts import TargetUpdate
 from lora_export.onnx_export import engines
 from lora_export.packages.targets import TARGETS
 from lora_export.quantization import registry as formats
 from tests.builders import save_base
+from tests.test_rooms import PACKAGE
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
+SHIFT = '''"""W' = W + shift, a number for each row."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_export.adapters.kind import AdapterFile
+from lora_export.contracts import TargetUpdate
+
+NAME, PEFT_TYPES, FORMULA = "Shift", ("SHIFT",), "W + shift"
+
+
 @dataclass(frozen=True)
 class Shift:
-    """W' = W + shift, a number for each row."""
-
     shift: torch.Tensor
 
     def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         return weight + self.shift[rows, None]
 
 
-def read_shifts(file: Any) -> list[TargetUpdate]:
+def read(file: AdapterFile) -> list[TargetUpdate]:
     return [
         TargetUpdate(
-            target=key.removeprefix("base_model.model.").removesuffix(".shift") + ".weight",
+            target=key.removesuffix(".shift") + ".weight",
             kind="shift",
             keys=(key,),
             shapes=((file.tensors[key].shape[0], None),),
-            load=lambda shape, key=key: Shift(file.read(key).float()),
+            load=lambda shape, key=key: Shift(file.read(key)),
         )
         for key in file.tensors
     ]
+'''
 
 
-def test_an_adapter_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = SimpleNamespace(NAME="Shift", PEFT_TYPES=("SHIFT",), FORMULA="W + shift", read=read_shifts)
-    monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS, kind))
-    base, adapter = save_base(tmp_path / "base"), tmp_path / "adapter"
+def test_an_adapter_kind(tmp_path: Path) -> None:
+    """In a copy of the package: a new file, and lines of registry.py."""
+    copy = tmp_path / "copy" / "lora_export"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    registry = copy / "adapters" / "registry.py"
+    (copy / "adapters" / "shift.py").write_text(SHIFT)
+    added = re.sub(r"(?m)^    waveft,$", "    waveft,\n    shift,", registry.read_text())
+    registry.write_text(added)
+    changed = [
+        p.relative_to(copy).as_posix()
+        for p in copy.rglob("*.py")
+        if not (original := PACKAGE / p.relative_to(copy)).exists() or original.read_bytes() != p.read_bytes()
+    ]
+    assert sorted(changed) == ["adapters/registry.py", "adapters/shift.py"]
+    base, adapter, merged = save_base(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "SHIFT"}))
     shift = torch.arange(48.0)
     save_file(
         {f"base_model.model.{WEIGHT.removesuffix('.weight')}.shift": shift}, adapter / "adapter_model.safetensors"
     )
-    assert merge(base, adapter, tmp_path / "merged").tensors["updated"] == 1
-    before, after = (load_file(tmp_path / n / "model.safetensors")[WEIGHT] for n in ("base", "merged"))
+    command = [sys.executable, "-m", "lora_export", "merge", "-b", base, "-a", adapter, "-o", merged]
+    done = subprocess.run(command, cwd=copy.parent, env=os.environ | {"PYTHONPATH": str(copy.parent)}, check=False)
+    assert done.returncode == 0
+    before, after = (load_file(f / "model.safetensors")[WEIGHT] for f in (base, merged))
     torch.testing.assert_close(after, before + shift[:, None])
 
 

@@ -51,6 +51,7 @@ def certificate_of(
         "adapters": [
             {
                 "kind": a.kind,
+                **({"kind_from": a.plugin} if a.plugin else {}),
                 "weight": weight,
                 "base_model": _name(a.config.get("base_model_name_or_path")),
                 "sha256": adapter_hashes(a.folder, {t.file for t in a.tensors.values()}),
