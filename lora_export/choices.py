@@ -20,6 +20,4 @@ MajoritySign = Literal["total", "frequency"]
 Activations = Literal["float", "dynamic", "static"]
 
 MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
-ENGINES = ("genai", "dynamo")
-RUNTIMES = ("genai", "optimum", "triton", "transformers-js", "hf")
 ARCHIVES = ("tar.zst", "zip")

@@ -19,6 +19,7 @@ TOP = {
     "manifest",
     "patterns",
     "plugins",
+    "registered",
     "progress",
     "runtime",
     "storage",

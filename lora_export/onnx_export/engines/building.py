@@ -10,7 +10,7 @@ from lora_export.checkpoint import open_checkpoint
 from lora_export.choices import Activations
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
-from lora_export.onnx_export.engines.protocol import Engine, Job, Made, architecture_of
+from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
 from lora_export.onnx_export.graphs.fusions import compare as compare_to_plain
 from lora_export.onnx_export.quantize.blockwise import AUTO, Blockwise
@@ -50,10 +50,10 @@ def fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
     weights_map.write(stage, replace(found, hashes=hash_all(numbers)))
 
 
-def against_plain_graphs(job: Job, made: Made, chosen: Engine) -> float | None:
+def against_plain_graphs(job: ExportJob, made: Made, chosen: Engine) -> float | None:
     """The largest relative difference between the fused graphs and plain ones; None where none are to be compared:
     the engine writes fused graphs only, a type other than fp32 differs by its rounding, or the model is large."""
-    if chosen.name != "dynamo" or job.optimize == "none" or job.precision != "fp32":
+    if not chosen.optimizes or job.optimize == "none" or job.precision != "fp32":
         return None
     if sum(weights_map.read(job.output).sizes.values()) > LARGEST_COMPARED:
         return None
@@ -68,12 +68,12 @@ def against_plain_graphs(job: Job, made: Made, chosen: Engine) -> float | None:
     return worst
 
 
-def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: WeightSource | None) -> Job:
+def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source: WeightSource | None) -> ExportJob:
     """The job with those products in int8 whose int4 does the most measured damage for its size."""
     from lora_export.onnx_export.graphs.inputs import built_in_rows, token_feeds
     from lora_export.onnx_export.quantize.sensitivity import choose_kept
 
-    if chosen.name != "genai" or how.method != "int4" or job.config.get("is_encoder_decoder"):
+    if how.method != "int4" or not chosen.mixes_bits(job.config):
         raise ExportError(
             f"--keep auto was asked for {how.method} of {architecture_of(job.config)} ({chosen.name} engine)",
             expected="int4 of a decoder that the genai engine exports",
@@ -97,7 +97,7 @@ def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Weigh
     return replace(job, quantized=replace(how, eight_bits=(*how.eight_bits, *nodes)))
 
 
-def record_of(job: Job, made: Made, engine: str, activations: Activations) -> ExportRecord:
+def record_of(job: ExportJob, made: Made, engine: str, activations: Activations) -> ExportRecord:
     """How an export was made, as far as the job tells; its time is not known yet."""
     return ExportRecord(
         engine=engine,

@@ -15,7 +15,7 @@ from lora_export.errors import ExportError, LoraExportError, plain
 from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import choose
 from lora_export.onnx_export.engines.building import record_of
-from lora_export.onnx_export.engines.protocol import Engine, Job
+from lora_export.onnx_export.engines.protocol import Engine, ExportJob
 from lora_export.onnx_export.graphs.checks import check_model
 from lora_export.onnx_export.graphs.finding import find_graphs
 from lora_export.onnx_export.graphs.fusions import compare
@@ -110,7 +110,7 @@ def _compare(
     judge_constants(found, folder, stage, described)
 
 
-def _compare_whole(found: Rechecked, folder: Path, job: Job, model: Model, new: Path) -> None:
+def _compare_whole(found: Rechecked, folder: Path, job: ExportJob, model: Model, new: Path) -> None:
     """An export whose weights no map describes, exported once more: it quantizes products, weights and all."""
     from lora_export.onnx_export import export
 
@@ -128,13 +128,13 @@ def _compare_whole(found: Rechecked, folder: Path, job: Job, model: Model, new: 
     _judge_files(found, folder, new, WeightsMap(()))
 
 
-def _job(record: ExportRecord, model: Model, stage: Path, progress: Progress) -> tuple[Job, Engine]:
+def _job(record: ExportRecord, model: Model, stage: Path, progress: Progress) -> tuple[ExportJob, Engine]:
     """The job that made the export. ExportError for a record of what no engine does."""
     config = read_config(model.folder)
     chosen = choose(config, record.engine)
     if record.quantization:
         record.quantization.check()
-    job = Job(
+    job = ExportJob(
         model.folder, config, stage, record.precision, record.provider, None, progress, record.optimize,
         record.quantization,
     )  # fmt: skip
@@ -159,7 +159,7 @@ def _beside_new_graphs(
     described: WeightsMap,
     record: ExportRecord,
     model: Model,
-    job: Job,
+    job: ExportJob,
 ) -> None:
     """Graphs that no version here makes: weights by their own map, outputs beside those of new graphs."""
     own = read_map(folder, record.graphs)
