@@ -32,8 +32,17 @@ _BUILT_IN = {
 }
 
 
-def names(group: str) -> tuple[str, ...]:
-    """What a person may call them. None is imported."""
+def engine_names() -> tuple[str, ...]:
+    """What --engine takes."""
+    return _names(ENGINES)
+
+
+def target_names() -> tuple[str, ...]:
+    """What `package --for` takes."""
+    return _names(TARGETS)
+
+
+def _names(group: str) -> tuple[str, ...]:
     from importlib.metadata import entry_points
 
     return (*_BUILT_IN[group], *sorted({e.name for e in entry_points(group=group)} - {*_BUILT_IN[group]}))

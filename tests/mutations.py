@@ -123,14 +123,14 @@ MUTATIONS = (
         "tests/properties/test_merge_properties.py::test_any_low_rank_update_is_rounded_once",
     ),
     Mutation(
-        "the two nibbles of a byte are exchanged", "quantization/bnb4.py",
+        "the two nibbles of a byte are exchanged", "quantization/bitsandbytes.py",
         "torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1)",
         "torch.stack((book.repeat(16), book.repeat_interleave(16)), dim=1)",
         f"{BITSANDBYTES}::test_other_block_sizes[64]",
     ),
     Mutation(
-        "the offset of double quantization is forgotten", "quantization/bnb4.py",
-        '* spread + self.state["nested_offset"]', "* spread",
+        "the offset of double quantization is forgotten", "quantization/bitsandbytes.py",
+        '* spread + float(self.state.nested_offset or 0)', "* spread",
         f"{BITSANDBYTES}::test_other_block_sizes[128]",
     ),
     Mutation(

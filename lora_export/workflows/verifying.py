@@ -10,11 +10,13 @@ from lora_export.checkpoint.sources import choices_of
 from lora_export.contracts import (
     AdapterChoice,
     Finding,
+    MergeOptions,
     Progress,
     Source,
     Verification,
     VerifyOptions,
 )
+from lora_export.contracts.option import names
 from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import RunManifest
 from lora_export.storage.documents import as_json
@@ -66,8 +68,9 @@ def verify(
 
 def check_run(run: Path, base: Path | None, adapters: Sequence[AdapterChoice]) -> tuple[list[Finding], list[str]]:
     """The files of a run against its manifest, and the manifest against the certificate; (checks, not checked)."""
-    from lora_export.merging.certificate.document import ALWAYS_EFFECTIVE, NAME
+    from lora_export.merging.certificate.document import NAME
 
+    as_given = names(MergeOptions, lambda option: not option.conditional and option.json is not None)
     checks, not_checked = manifest.verify(run, base, adapters)
     for certificate in (run / "merged" / NAME, run / NAME):  # the second without a merged folder
         if checks[0].passed and certificate.is_file():
@@ -76,7 +79,7 @@ def check_run(run: Path, base: Path | None, adapters: Sequence[AdapterChoice]) -
                 recorded = read_json(certificate).get("options")
             except InputError:  # the check of the merged folder reports it
                 continue
-            if not (isinstance(recorded, dict) and all(given.get(k) == recorded.get(k) for k in ALWAYS_EFFECTIVE)):
+            if not (isinstance(recorded, dict) and all(given.get(k) == recorded.get(k) for k in as_given)):
                 note = "its options of the merge are not those of the certificate"
                 checks.append(Finding("manifest", False, note))
     return checks, not_checked

@@ -7,8 +7,8 @@ file of the folder: SHA-256 and size, of a shard that of its header alone, for i
 
 import hashlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ def certificate_of(
         "adapters": [
             {
                 "kind": a.kind,
-                **({"kind_from": a.plugin} if a.plugin else {}),
                 "weight": weight,
                 "base_model": _name(a.config.get("base_model_name_or_path")),
                 "sha256": adapter_hashes(a.folder, {t.file for t in a.tensors.values()}),
@@ -90,35 +89,21 @@ def _processor() -> str:
 def effective_options(plan: MergePlan) -> dict[str, Any]:
     """The options of a merge. One that did not matter has its default: no other value of it can be claimed."""
     options, default = asdict(plan.options), asdict(MergeOptions())
-    options |= {name: default[name] for name, matters in _CONDITIONS.items() if not matters(plan)}
+    tensors = plan.tensors.values()
+    matters = {
+        "force": False,
+        "base_weights": any(t.quantized for t in tensors) or options["training_quantization"] != "none",
+        "training_double_quant": options["training_quantization"] in ("nf4", "fp4"),
+        "task": plan.model is not None and plan.model.asked,
+        "seed": options["combine"] in RANDOM,
+        "majority_sign": options["combine"] in ELECTING,
+        "max_shard_size": _grouping(plan.shards) != _grouping(plan_shards([t.output for t in tensors], None, {})),
+    }
+    if not any(u.kind == "lora_experts" for t in tensors for u in t.updates):
+        matters |= {"expert_packing": False, "expert_layout": False}
+    options |= {name: default[name] for name, does in matters.items() if not does}
     del options["force"]
     return options
-
-
-def _experts(plan: MergePlan) -> bool:
-    return any(u.kind == "lora_experts" for t in plan.tensors.values() for u in t.updates)
-
-
-def _sharded(plan: MergePlan) -> bool:
-    default = plan_shards([t.output for t in plan.tensors.values()], None, {})
-    return _grouping(plan.shards) != _grouping(default)
-
-
-# When an option matters. One that is not here always does.
-_CONDITIONS: Mapping[str, Callable[[MergePlan], bool]] = {
-    "force": lambda plan: False,
-    "base_weights": lambda plan: (
-        any(t.quantized for t in plan.tensors.values()) or plan.options.training_quantization != "none"
-    ),
-    "training_double_quant": lambda plan: plan.options.training_quantization in ("nf4", "fp4"),
-    "task": lambda plan: plan.model is not None and plan.model.asked,
-    "seed": lambda plan: plan.options.combine in RANDOM,
-    "majority_sign": lambda plan: plan.options.combine in ELECTING,
-    "max_shard_size": _sharded,
-    "expert_packing": _experts,
-    "expert_layout": _experts,
-}
-ALWAYS_EFFECTIVE = frozenset(f.name for f in fields(MergeOptions)) - _CONDITIONS.keys()
 
 
 def _grouping(shards: Sequence[Shard]) -> list[tuple[str, tuple[str, ...]]]:
