@@ -70,7 +70,10 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, job: ExportJob) -> Made:
-        """Write graphs, and a map of their weights in place of the data files, into the folder of the job."""
+        """Write graphs, a map of their weights, and data files into the folder of the job.
+
+        The data files have their full size, and holes where the map has a recipe: `weights.fill` fills those.
+        """
 
     def mixes_bits(self, config: Mapping[str, Any]) -> bool:
         """Whether single products of an int4 graph can be int8, by their measured damage."""
