@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import AdapterChoice, Finding, Source
+from lora_export.contracts import AdapterChoice, Finding, MergeOptions, Source
+from lora_export.contracts.option import names
 from lora_export.errors import InputError
 from lora_export.storage.documents import Kind, check
 from lora_export.storage.sealed import hash_folder, hashed, read_json, read_sealed, write_sealed
@@ -22,7 +23,7 @@ _FIELDS: Kind = {
 }  # fmt: skip
 
 
-def write(stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], options: Mapping[str, Any]) -> None:
+def write(stage: Path, base: Source, adapters: Sequence[AdapterChoice], options: Mapping[str, Any]) -> None:
     """Of everything in `stage`, sealed with its own digest. options: as the report keeps them."""
     write_sealed(
         stage / NAME,
@@ -33,8 +34,7 @@ def write(stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], o
             "options": dict(options),
             "base": named(base) | {"files": _input_hashes(base.folder)},
             "adapters": [
-                named(source) | {"weight": weight, "files": _input_hashes(source.folder)}
-                for source, weight in adapters
+                named(a.source) | {"weight": a.weight, "files": _input_hashes(a.folder)} for a in adapters
             ],
             "files": hash_folder(stage),
         },
@@ -125,8 +125,8 @@ def _same_options(merge: Mapping[str, Any], certificate: Path) -> list[Finding]:
         recorded = read_json(certificate).get("options")
     except InputError:  # the check of the merged folder tells it
         return []
-    kept = ("training_quantization", "dtype", "max_memory", "allow_nonfinite", "device", "certify")
-    if isinstance(recorded, dict) and all(merge.get(k) == recorded.get(k) for k in kept):
+    as_given = names(MergeOptions, lambda how: how.json is not None and not how.conditional)
+    if isinstance(recorded, dict) and all(merge.get(name) == recorded.get(name) for name in as_given):
         return []
     return [Finding("manifest", False, "its options of the merge are not those of the certificate")]
 

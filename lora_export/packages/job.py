@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lora_export.choices import Precision
+from lora_export.choices import Precision, Provider
 from lora_export.contracts import ExportResult
 from lora_export.errors import InputError
 from lora_export.packages.tasks import Task
@@ -56,7 +56,7 @@ class Variant:
 
     name: str
     precision: Precision
-    provider: str = "cpu"
+    provider: Provider = "cpu"
 
 
 @dataclass(frozen=True)

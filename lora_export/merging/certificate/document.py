@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint.shards import Shard, plan_shards
-from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
+from lora_export.contracts import BaseCheck, TensorRecord
+from lora_export.contracts.option import kept
 from lora_export.merging.planning.plan import MergePlan
 from lora_export.merging.planning.recipe import ELECTING, RANDOM
 from lora_export.storage.documents import finite
@@ -88,10 +89,9 @@ def _processor() -> str:
 
 def effective_options(plan: MergePlan) -> dict[str, Any]:
     """The options of a merge. One that did not matter has its default: no other value of it can be claimed."""
-    options, default = asdict(plan.options), asdict(MergeOptions())
+    options = asdict(plan.options)
     tensors = plan.tensors.values()
     matters = {
-        "force": False,
         "base_weights": any(t.quantized for t in tensors) or options["training_quantization"] != "none",
         "training_double_quant": options["training_quantization"] in ("nf4", "fp4"),
         "task": plan.model is not None and plan.model.asked,
@@ -101,9 +101,7 @@ def effective_options(plan: MergePlan) -> dict[str, Any]:
     }
     if not any(u.kind == "lora_experts" for t in tensors for u in t.updates):
         matters |= {"expert_packing": False, "expert_layout": False}
-    options |= {name: default[name] for name, does in matters.items() if not does}
-    del options["force"]
-    return options
+    return kept(plan.options, default=[name for name, does in matters.items() if not does])
 
 
 def _grouping(shards: Sequence[Shard]) -> list[tuple[str, tuple[str, ...]]]:

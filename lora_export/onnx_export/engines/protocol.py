@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora_export.choices import ModelKind, Optimize, Precision
+from lora_export.choices import ModelKind, Optimize, Precision, Provider
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
 from lora_export.onnx_export.quantize.blockwise import Blockwise
@@ -22,7 +22,7 @@ class Job:
     config: Mapping[str, Any]
     output: Path
     precision: Precision
-    provider: str
+    provider: Provider
     adapter: Path | None
     progress: Progress
     optimize: Optimize = "full"
