@@ -120,8 +120,7 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     """Everything that can be refused on headers and config, before minutes of work."""
     from lora_export.merging import plan
     from lora_export.onnx_export import check_request
-    from lora_export.validation.comparing.prompts import read_prompts
-    from lora_export.validation.comparing.text import read_text
+    from lora_export.validation.comparing.texts import read_prompts, read_text
 
     read_prompts(options.prompts)
     read_text(options.text)
