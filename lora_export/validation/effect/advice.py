@@ -90,6 +90,7 @@ def _percent(share: float) -> str:
 
 # --- which precision, and what made an export lose the adapter --------------------------------------------------
 
+PART = 1 / 3
 LARGER: Mapping[str, str] = {"int4": "int8", "int8": "fp16", "nf4": "fp16", "fp16": "fp32", "bf16": "fp32"}
 Cause = Literal["rounding", "merge", "export", "inputs", "weights", "arithmetic", "unknown"]
 
@@ -136,17 +137,16 @@ def precision_advice(exports: Sequence[Export], merged: Merged, least: float, ag
         return (f"Ship the {best.precision} export: it {which} the adapter's effect (kept: {figures}).",)
     largest = max(exports, key=lambda e: e.nbytes)
     lost = f"Do not ship {' or '.join(e.precision for e in exports)}: less than {least:.0%} of the adapter's effect"
-    return (f"{lost} is left (kept: {figures}). {_remedy(largest, merged, least, again)}",)
+    return (f"{lost} is left (kept: {figures}). {_remedy(largest, merged, again)}",)
 
 
-def cause(export: Export, merged: Merged, least: float) -> Cause:
-    """What an export lost the adapter to: the first stage from the merge to the graph after which less than `least`
-    of the effect is left, or else the one that loses most."""
+def cause(export: Export, merged: Merged) -> Cause:
+    """What an export lost the adapter to: the first stage, from the merge to the graph, that loses PART of all that
+    is lost."""
     kept = 1.0 if merged.kept is None else merged.kept
     by_weights = export.share if export.by_weights is None else export.by_weights
-    after = {"merge": kept, "weights": by_weights, "arithmetic": export.share}
-    losses = dict(zip(after, (1 - kept, kept - by_weights, by_weights - export.share), strict=True))
-    stage = next((s for s, share in after.items() if share < least), max(losses, key=losses.__getitem__))
+    losses = {"merge": 1 - kept, "weights": kept - by_weights, "arithmetic": by_weights - export.share}
+    stage = next((s for s, loss in losses.items() if loss >= PART * (1 - export.share)), "arithmetic")
     # The weights of an fp32 graph are the merged ones, which no stage in between has changed.
     if stage == "merge" or (stage == "weights" and export.precision == "fp32" and not export.faults):
         return "merge" if merged.faults else "rounding" if merged.narrow else "unknown"
@@ -159,9 +159,9 @@ def cause(export: Export, merged: Merged, least: float) -> Cause:
     return "weights" if stage == "weights" else "arithmetic"
 
 
-def _remedy(export: Export, merged: Merged, least: float, again: str) -> str:
+def _remedy(export: Export, merged: Merged, again: str) -> str:
     """The cause and the option to change, in a sentence each."""
-    reason = cause(export, merged, least)
+    reason = cause(export, merged)
     if reason == "rounding":
         shares = [(merged.survival, "change to the weights"), (merged.kept, "effect on the outputs")]
         left = " and ".join(f"{share:.1%} of its {of}" for share, of in shares if share is not None)
