@@ -13,12 +13,12 @@ from lora_export.contracts import TensorInfo
 from lora_export.errors import CheckpointError
 from lora_export.merging.architecture.model import Numbers, architecture_of
 
-# Scales of activations and of the attention's cache: of no weight. No model of transformers has such a parameter.
+# Scales of activations and of the attention's cache, not of weights. No model of transformers has such a parameter.
 _DEAD = (
     "activation_scale", "input_scale", "output_scale", "k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale",
     "input_global_scale", "input_scale_ub", "input_zero_point", "output_zero_point", "k_zero_point", "v_zero_point",
 )  # fmt: skip
-# Names that quantizers give to scales and the like, and honest models do not.
+# Names that quantizers give to scales and the like, and unquantized models do not have.
 _OF_QUANTIZERS = (
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point", "scale_inv",
     "weight_packed", "weight_shape", "weight_g_idx", "qscale_weight", "pre_quant_scale", "qweight", "qzeros",
@@ -28,7 +28,7 @@ _SMALL_FLOATS = frozenset(
     {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
 )
 _CODES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32"})
-# Masks and positions that old versions of transformers saved, as bytes or whole numbers.
+# Masks and positions that old versions of transformers saved, as bytes or integers.
 _BUFFERS = ("bias", "masked_bias", "position_ids", "token_type_ids")
 _HINTS = {
     "_blocks": "MXFP4, as in gpt-oss", "_scales": "MXFP4, as in gpt-oss", "weight_packed": "compressed-tensors",
@@ -56,8 +56,8 @@ def without_leftovers(base: Checkpoint, parts: Collection[str], quantized: Colle
     return dead
 
 
-def told(left_out: Collection[str]) -> list[str]:
-    """What to tell of the tensors among these that were left out."""
+def note_left_out(left_out: Collection[str]) -> list[str]:
+    """A note on those of these tensors that only serve activations."""
     dead = [n for n in left_out if _called(n, _DEAD)]
     if not dead:
         return []
