@@ -830,7 +830,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the class that Uni-LoRA was trained on is forgotten", "merging/running/read_base.py",
-        "return found if isinstance(found, str) else None", "return None",
+        "return name if isinstance(name, str) else None", "return None",
         "tests/adapters/test_rarer_kinds.py::test_the_class_that_unilora_was_trained_on_decides_its_layers",
     ),
     Mutation(

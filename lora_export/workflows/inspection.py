@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_export.adapters import CONFIG, AdapterFile, kinds, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
-from lora_export.checkpoint.header import ITEM_SIZE
+from lora_export.checkpoint.header import ITEM_BITS
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import NAME as MANIFEST
@@ -96,7 +96,7 @@ def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
             count += size
         elif f"{name}.absmax" in tensors:
             count += 2 * info.nbytes
-        elif info.dtype == "I8" or info.dtype not in ITEM_SIZE:  # of GGUF, whose shapes are the weights'
+        elif info.dtype == "I8" or info.dtype not in ITEM_BITS:  # of GGUF, whose shapes are the weights'
             count += size
     return count
 
