@@ -7,7 +7,7 @@ module's noise floor is measured as that of the whole model is: its weights move
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from lora_export.contracts import Deviation
 from lora_export.validation.comparing.noise import rounding_errors
 from lora_export.validation.comparing.thresholds import FACTOR, FP32_ARITHMETIC
-from lora_export.validation.reference.streaming import present
+from lora_export.validation.reference.streaming import holding, present
 
 DRAWS = 2
 INCOMPARABLE = 1.7e308  # outputs of other shapes, or not finite: JSON has no infinity
@@ -81,7 +81,8 @@ def _walk(
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             nonlocal found
             if not found and name not in seen:
-                seen[name] = _compare(name, plain[name], args, kwargs, output, dtypes)
+                with present(plain[name]):
+                    seen[name] = _compare(name, plain[name], args, kwargs, output, dtypes)
                 found = seen[name].value > factor * seen[name].floor
 
         return hook
@@ -98,13 +99,6 @@ def _walk(
 def _compare(
     name: str, module: nn.Module, args: Any, kwargs: Any, output: Any, dtypes: Mapping[str, torch.dtype]
 ) -> Deviation:
-    with present(module):
-        return _judge(name, module, args, kwargs, output, dtypes)
-
-
-def _judge(
-    name: str, module: nn.Module, args: Any, kwargs: Any, output: Any, dtypes: Mapping[str, torch.dtype]
-) -> Deviation:
     wanted = list(tensors_of(output))
     try:
         found = list(tensors_of(module(*args, **kwargs)))
@@ -116,7 +110,7 @@ def _judge(
         return Deviation(name, value, floor)
     draws = []
     for seed in range(DRAWS):
-        with _noise(name, module, dtypes, seed):
+        with holding(_noisy(name, module, dtypes, seed)):
             draws.append(_distance(found, list(tensors_of(module(*args, **kwargs)))))
     noise = max(draws)
     return Deviation(name, value, floor + (noise if math.isfinite(noise) else 0.0))
@@ -142,16 +136,12 @@ def _distance(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> 
     return worst if math.isfinite(worst) else INCOMPARABLE
 
 
-@contextmanager
-def _noise(path: str, module: nn.Module, dtypes: Mapping[str, torch.dtype], seed: int) -> Iterator[None]:
+def _noisy(
+    path: str, module: nn.Module, dtypes: Mapping[str, torch.dtype], seed: int
+) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """The module's parameters, each with rounding errors of its type."""
     generator = torch.Generator().manual_seed(seed)
-    saved = []
-    try:
-        for name, parameter in module.named_parameters():
-            dtype = dtypes.get(f"{path}.{name}", max(dtypes.values(), key=lambda d: torch.finfo(d).eps))
-            saved.append((parameter, parameter.data))
-            parameter.data = parameter.data + rounding_errors(parameter.data, dtype, generator)
-        yield
-    finally:
-        for parameter, before in saved:
-            parameter.data = before
+    coarsest = max(dtypes.values(), key=lambda d: torch.finfo(d).eps)
+    for name, parameter in module.named_parameters():
+        errors = rounding_errors(parameter.data, dtypes.get(f"{path}.{name}", coarsest), generator)
+        yield parameter, parameter.data + errors

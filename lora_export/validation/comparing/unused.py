@@ -5,8 +5,8 @@ it: nn.MultiheadAttention reads `out_proj.weight` and multiplies by it itself. T
 that update, and no merged weight can both have it and compute what the unmerged model computes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_export.validation.comparing.deviation import tensors_of
 from lora_export.validation.reference.probes import base_layer, generator_of, random_signs, wrapped_modules
-from lora_export.validation.reference.streaming import present
+from lora_export.validation.reference.streaming import holding, present
 
 ASKED = 4  # random inputs, of which one at least shows whether there is an update
 
@@ -91,21 +91,13 @@ def _asks_by_calling(wrapper: Any) -> bool:
 
 def _depends(module: nn.Module, wrapper: Any, args: Any, kwargs: Any, output: Any) -> bool:
     """Whether the module's output is another with another weight."""
-    with present(module), _another_weight(base_layer(wrapper)):
+    generator = torch.Generator().manual_seed(0)
+    weights = [base_layer(wrapper).weight]
+    others = ((w, w.data + torch.randn(w.shape, generator=generator).to(w)) for w in weights)
+    with present(module), holding(others):
         changed = list(tensors_of(module(*args, **kwargs)))
     plain = list(tensors_of(output))
     return len(changed) != len(plain) or any(not torch.equal(a, b) for a, b in zip(plain, changed, strict=True))
-
-
-@contextmanager
-def _another_weight(layer: Any) -> Iterator[None]:
-    before = layer.weight.data
-    generator = torch.Generator().manual_seed(0)
-    layer.weight.data = before + torch.randn(before.shape, generator=generator).to(before)
-    try:
-        yield
-    finally:
-        layer.weight.data = before
 
 
 def _changes(path: str, wrapper: Any) -> bool:

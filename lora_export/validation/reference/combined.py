@@ -27,6 +27,7 @@ from lora_export.validation.reference.files import ADAPTER_CONFIG, START
 from lora_export.validation.reference.probes import base_layer, wrapped_modules
 from lora_export.validation.reference.whole import OneHot
 
+WITHOUT_A_RUN = "lora-export merge with the same options: its certificate checks the arithmetic"
 _ALIKE_IN_FP32 = ("FOURIERFT", "C3A")
 ALIKE = 2.0**-39  # of a size: what float64 cannot tell apart, as these deltas are differences of answers
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -107,7 +108,7 @@ def _not_validated(problem: str, choice: AdapterChoice, tensor: str | None, expe
         where=choice.folder,
         tensor=tensor,
         expected=expected,
-        next_step="lora-export merge with the same options: its certificate checks the arithmetic",
+        next_step=WITHOUT_A_RUN,
     )
 
 
