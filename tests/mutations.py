@@ -177,7 +177,7 @@ MUTATIONS = (
     ),
     Mutation(
         "--tolerance does not reach KL", "validation/comparing/thresholds.py",
-        "factor * math.sqrt(floor.kl)) ** 2", "FACTOR * math.sqrt(floor.kl)) ** 2",
+        "factor * math.sqrt(floor.kl)) **", "FACTOR * math.sqrt(floor.kl)) **",
         f"{CERTIFICATE}::test_tolerance_reaches_every_threshold",
     ),
     Mutation(
@@ -192,28 +192,28 @@ MUTATIONS = (
     ),
     Mutation(
         "the merged module gets other inputs", "validation/comparing/deviation.py",
-        "found = list(tensors_of(module(*args, **kwargs)))",
-        "found = list(tensors_of(module(*(1.5 * a for a in args), **kwargs)))",
+        "actual = list(tensors_of(module(*args, **kwargs)))",
+        "actual = list(tensors_of(module(*(1.5 * a for a in args), **kwargs)))",
         f"{DEVIATION}::test_the_value_is_what_the_wrong_weight_adds_to_the_module_alone",
     ),
     Mutation(
         "tensors of other modules are blamed, too", "validation/comparing/deviation.py",
-        "found.floor, _within(found.module, weight_errors))", "found.floor, tuple(weight_errors))",
+        "first.floor, _within(first.module, weight_errors))", "first.floor, tuple(weight_errors))",
         f"{DEVIATION}::test_the_first_in_the_order_of_the_forward_pass_is_named",
     ),
     Mutation(
         "modules without weights are not looked at", "validation/comparing/deviation.py",
-        "if found is None and not weight_errors:", "if found is None and weight_errors:",
+        "if first is None and not weight_errors:", "if first is None and weight_errors:",
         f"{DEVIATION}::test_a_changed_setting_is_found_though_every_tensor_is_right",
     ),
     Mutation(
         "only the sampled columns of a low-rank update are compared", "validation/comparing/tensors.py",
-        "one_by_one = whole_probes(exact, found, bound)", "one_by_one = iter([probe.inputs])",
+        "one_by_one = whole_probes(exact, actual, bound)", "one_by_one = iter([probe.inputs])",
         f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[lora-bfloat16]",
     ),
     Mutation(
         "no random combinations of what is dear to ask", "validation/comparing/tensors.py",
-        "errors.append(_combined(weight, exact, found, bound, generator))", "errors.append(errors[0])",
+        "errors.append(_combined(weight, exact, actual, bound, generator))", "errors.append(errors[0])",
         f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[oft-bfloat16]",
     ),
     Mutation(
@@ -673,8 +673,8 @@ MUTATIONS = (
     ),
     Mutation(
         'every fourth expert is compared', 'validation/comparing/tensors.py',
-        '_worst(name, found, wanted, allowed).worst',
-        '_worst(name, found[::4], wanted[::4], allowed[::4]).worst',
+        '_worst(name, actual, wanted, allowed).worst',
+        '_worst(name, actual[::4], wanted[::4], allowed[::4]).worst',
         'tests/validation/test_recomputed.py::test_compare_tensors_any_expert_changed_is_named[exchanged]',
     ),
     Mutation(

@@ -165,15 +165,15 @@ def eight_bit_inputs(unmerged: Any, block: int, layers: Collection[str] | None) 
 
     layers: None for all; all, too, where some of these names are a file's and not the model's.
     """
-    found = dict(_linear_layers(unmerged.base_model.model))
-    chosen = found if layers is None or not set(layers) <= found.keys() else layers
+    linear = dict(_linear_layers(unmerged.base_model.model))
+    paths = linear if layers is None or not set(layers) <= linear.keys() else layers
 
     def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_eight_bits(args[0], block), *args[1:])
 
     with contextlib.ExitStack() as stack:
-        for path in chosen:
-            stack.callback(found[path].register_forward_pre_hook(rounded).remove)
+        for path in paths:
+            stack.callback(linear[path].register_forward_pre_hook(rounded).remove)
         yield
 
 
@@ -236,10 +236,10 @@ def draw(
     """
     try:
         with contextlib.nullcontext() if adapted else unmerged.disable_adapter(), how.on(unmerged, names):
-            found = measure(adapted)
+            measured = measure(adapted)
     except (RuntimeError, NotImplementedError):
         if not adapted:
             raise
         return draw(unmerged, how, names, measure, finite, adapted=False)
     wider = how.in_bfloat16()
-    return found if finite(found) or how == wider else draw(unmerged, wider, names, measure, finite, adapted)
+    return measured if finite(measured) or how == wider else draw(unmerged, wider, names, measure, finite, adapted)

@@ -41,15 +41,15 @@ def first_deviation(
     plain = dict(merged.named_modules())
     holding = {name for name, module in plain.items() if next(module.parameters(recurse=False), None) is not None}
     seen = _walk(unmerged, plain, holding, run, dtypes, factor)
-    found = next((s for s in seen if s.value > factor * s.floor), None)
-    if found is None and not weight_errors:
+    first = next((s for s in seen if s.value > factor * s.floor), None)
+    if first is None and not weight_errors:
         around = _walk(unmerged, plain, set(plain) - holding - {""}, run, dtypes, factor)
-        found = next((s for s in around if s.value > factor * s.floor), None)
-    if found is None:
-        found = next((s for s in seen if _within(s.module, weight_errors)), None)
-    if found is None:
+        first = next((s for s in around if s.value > factor * s.floor), None)
+    if first is None:
+        first = next((s for s in seen if _within(s.module, weight_errors)), None)
+    if first is None:
         return _unreached(weight_errors)
-    return Deviation(found.module, found.value, found.floor, _within(found.module, weight_errors))
+    return Deviation(first.module, first.value, first.floor, _within(first.module, weight_errors))
 
 
 def _within(module: str, tensors: Sequence[str]) -> tuple[str, ...]:
@@ -75,15 +75,15 @@ def _walk(
     """Value and floor of each named module, in the order in which the unmerged model leaves them, up to the first
     value that is above `factor` floors."""
     seen: dict[str, Deviation] = {}
-    found = False
+    parted = False
 
     def compare(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal found
-            if not found and name not in seen:
+            nonlocal parted
+            if not parted and name not in seen:
                 with present(plain[name]):
                     seen[name] = _compare(name, plain[name], args, kwargs, output, dtypes)
-                found = seen[name].value > factor * seen[name].floor
+                parted = seen[name].value > factor * seen[name].floor
 
         return hook
 
@@ -101,17 +101,17 @@ def _compare(
 ) -> Deviation:
     wanted = list(tensors_of(output))
     try:
-        found = list(tensors_of(module(*args, **kwargs)))
+        actual = list(tensors_of(module(*args, **kwargs)))
     except (RuntimeError, ValueError, TypeError, IndexError):  # a weight of another shape, for one
         return Deviation(name, INCOMPARABLE, 0.0)
-    value = _distance(wanted, found)
+    value = _distance(wanted, actual)
     floor = max((float(t.abs().max()) for t in wanted if t.numel()), default=0.0) * FP32_ARITHMETIC
     if value <= floor:  # nothing was added and nothing rounded: most modules, and no draw is needed
         return Deviation(name, value, floor)
     draws = []
     for seed in range(DRAWS):
         with holding(_noisy(name, module, dtypes, seed)):
-            draws.append(_distance(found, list(tensors_of(module(*args, **kwargs)))))
+            draws.append(_distance(actual, list(tensors_of(module(*args, **kwargs)))))
     noise = max(draws)
     return Deviation(name, value, floor + (noise if math.isfinite(noise) else 0.0))
 
@@ -129,10 +129,10 @@ def tensors_of(output: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of(value)
 
 
-def _distance(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
-    if [t.shape for t in wanted] != [t.shape for t in found]:
+def _distance(wanted: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> float:
+    if [t.shape for t in wanted] != [t.shape for t in actual]:
         return INCOMPARABLE
-    worst = max((float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True) if a.numel()), default=0.0)
+    worst = max((float((a - b).abs().max()) for a, b in zip(wanted, actual, strict=True) if a.numel()), default=0.0)
     return worst if math.isfinite(worst) else INCOMPARABLE
 
 

@@ -224,11 +224,11 @@ def _mixed(
     density = options.density
     if density is not None and density < 1:
         if options.combine.startswith("dare"):
-            chosen = [
+            masks = [
                 _drawn(options.seed, which, name, density, d.shape)
                 for which, d in zip(target.owners, deltas, strict=True)
             ]
-            deltas = [np.where(mask, d / density, 0.0) for mask, d in zip(chosen, deltas, strict=True)]
+            deltas = [np.where(mask, d / density, 0.0) for mask, d in zip(masks, deltas, strict=True)]
         else:
             deltas = [_largest(d, int(density * d.size)) for d in deltas]
     if options.combine not in ("ties", "dare_ties"):

@@ -248,12 +248,12 @@ def _slot(parameter: Any) -> Slot | None:
 
 def slots_of(*owners: nn.Module | torch.Tensor | None) -> list[Slot]:
     """The slots behind parameters, and behind all parameters of modules."""
-    found: dict[int, Slot] = {}
+    slots: dict[int, Slot] = {}
     for owner in owners:
         for parameter in owner.parameters() if isinstance(owner, nn.Module) else [owner]:
             if slot := _slot(parameter):
-                found[id(slot)] = slot
-    return list(found.values())
+                slots[id(slot)] = slot
+    return list(slots.values())
 
 
 @contextlib.contextmanager

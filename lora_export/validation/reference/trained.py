@@ -91,18 +91,18 @@ def trained_as(base: Path, adapters: Sequence[AdapterChoice], task: str | None) 
     if not heads:
         return None
     # Beside a new head, what is there already in another size is a vocabulary that was resized.
-    asked = new or heads
+    wanted = new or heads
     for cls in _candidates(own, adapters, task):
-        for changes in _settings(cls, stored, asked):
+        for changes in _settings(cls, stored, wanted):
             config = stored | {"architectures": [cls.__name__]} | changes
             try:
                 model = skeleton.build(base, config)
             except CheckpointError:
                 continue
             known_shapes = _shapes(model)
-            if all(known_shapes.get(name) == shape for name, shape in asked.items()):
+            if all(known_shapes.get(name) == shape for name, shape in wanted.items()):
                 named = {"architectures": [cls.__name__]} | _labels(stored, config, adapters)
-                return Trained(cls, changes | named, model, frozenset(asked))
+                return Trained(cls, changes | named, model, frozenset(wanted))
     return None
 
 

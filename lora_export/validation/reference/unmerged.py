@@ -100,19 +100,19 @@ def _first_that_fits(
         model, absent = loaded(cls, whole_tensors(adapters))
         if keep is not None:
             streaming.refuse_changing_inits(configs_of(adapters), adapters[0].folder)
-        chosen = list(adapters) if scratch is None else with_todays_names(adapters, model, scratch / f"{number}")
-        if chosen is None:
+        choices = list(adapters) if scratch is None else with_todays_names(adapters, model, scratch / f"{number}")
+        if choices is None:
             continue
         if keep is not None and scratch is not None:  # what will be written is known by its new names only now
-            model, absent = loaded(cls, whole_tensors(chosen))
+            model, absent = loaded(cls, whole_tensors(choices))
         try:
             with contextlib.nullcontext() if scratch is None else names_as_they_are():
-                unmerged = attach_adapters(model, chosen)
+                unmerged = attach_adapters(model, choices)
         except AdapterError as error:
             first = first or error
             continue
         streaming.attach(model, wrapped_modules(model).values())
-        return Unmerged(unmerged, cls, absent, tuple(chosen)), None
+        return Unmerged(unmerged, cls, absent, tuple(choices)), None
     return None, first
 
 
