@@ -912,7 +912,7 @@ MUTATIONS = (
         'tests/validation/test_generations.py::test_validate_names_that_peft_itself_changes_on_loading',
     ),
     Mutation(
-        'an update that is zero is an unused one', 'validation/comparing/unused.py',
+        'an update that is zero is an unused one', 'validation/comparing/deviation.py',
         'return not torch.equal(wrapper(inputs), base_layer(wrapper)(inputs))',
         'return inputs is not None',
         'tests/validation/test_unused.py::test_validate_an_update_of_zero_or_another_fault_names_none',

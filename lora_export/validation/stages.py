@@ -20,10 +20,9 @@ from lora_export.storage.sealed import read_json
 from lora_export.validation import kinds
 from lora_export.validation.comparing.comparison import Comparison
 from lora_export.validation.comparing.decoder import DecoderComparison
-from lora_export.validation.comparing.deviation import first_deviation
+from lora_export.validation.comparing.deviation import first_deviation, unused_advice, unused_updates
 from lora_export.validation.comparing.model_under_test import ModelUnderTest, plain
 from lora_export.validation.comparing.tensors import compare_tensors, verdict
-from lora_export.validation.comparing.unused import advice, unused_updates
 from lora_export.validation.effect.advice import Merged
 from lora_export.validation.effect.bases import Bases, check_request
 from lora_export.validation.effect.precisions import adapter_survival
@@ -163,7 +162,9 @@ def _judged(task: Validation, models: Models, comparison: AnyComparison) -> Vali
     once = partial(comparison.once, unmerged)
     deviation = first_deviation(unmerged, models.merged, once, models.dtypes, errors, options.tolerance)
     result, unused = replace(result, deviation=deviation), unused_updates(unmerged, once)
-    return replace(result, unused_updates=unused, advice=(*result.advice, *([advice(unused)] if unused else ())))
+    return replace(
+        result, unused_updates=unused, advice=(*result.advice, *([unused_advice(unused)] if unused else ()))
+    )
 
 
 def _as_loaded(

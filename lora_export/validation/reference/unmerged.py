@@ -29,8 +29,7 @@ from lora_export.validation.reference.loading import (
 from lora_export.validation.reference.mended import mend, repeatable, weigh
 from lora_export.validation.reference.probes import wrapped_modules
 from lora_export.validation.reference.renamed import bone_as_miss, names_as_they_are, with_todays_names
-from lora_export.validation.reference.resized import fit_vocabulary, saved_twice
-from lora_export.validation.reference.trained import trained_as
+from lora_export.validation.reference.trained import fit_vocabulary, saved_twice, trained_as
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
