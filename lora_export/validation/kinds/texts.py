@@ -63,7 +63,7 @@ def token_lists(subject: ModelUnderTest, room: int = 0) -> Texts:
     note = "on seeded random token ids, because there is no tokenizer"
     if subject.options.prompts is not None:
         raise InputError(
-            "the model cannot read the prompts: neither the base nor an adapter has a tokenizer",
+            "the model cannot read the prompts: there is no tokenizer in the base or an adapter",
             where=subject.options.prompts,
             expected="tokenizer.json or the files of a known tokenizer, in the base's folder",
             next_step="the same command without --prompts",
