@@ -63,7 +63,7 @@ def validate(
 
 
 def seeded(options: ValidationOptions) -> ValidationOptions:
-    """With a seed, drawn anew where none is given: nobody can know in advance what will be looked at."""
+    """With a seed; where none is given a new one is drawn, so that nobody knows in advance what is looked at."""
     return options if options.seed is not None else replace(options, seed=secrets.randbelow(2**31))
 
 

@@ -90,7 +90,7 @@ def test_validate_names_of_no_model_are_refused(tmp_path: Path) -> None:
     other = {n.replace("q_proj", "queries").replace("v_proj", "values"): t for n, t in state.items()}
     save_file(other, adapter / ADAPTER, metadata={"format": "pt"})
     edit_json(adapter / "adapter_config.json", target_modules=["queries", "values", "fc2"])
-    with pytest.raises(AdapterError, match="without a place in ViTForImageClassification"):
+    with pytest.raises(AdapterError, match="no place in ViTForImageClassification"):
         judged(base, adapter, tmp_path / "merged", seed=3)
 
 

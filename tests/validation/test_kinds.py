@@ -143,7 +143,7 @@ def test_an_adapter_that_fits_no_class_is_refused(
     state = load_file(adapter / "adapter_model.safetensors")
     renamed = {k.replace("encoder.layer", "encoder.block"): v for k, v in state.items()}
     save_file(renamed, other / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="without a place") as caught:
+    with pytest.raises(AdapterError, match="PEFT has no place") as caught:
         judged(base, other, tmp_path / "merged")
     assert "encoder" in str(caught.value)
 

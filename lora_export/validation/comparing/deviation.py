@@ -37,7 +37,7 @@ def first_deviation(
     run: one forward of the unmerged model, without a cache (the merged modules would add to it); dtypes: the
     stored type of each merged tensor; weight_errors: tensors known to be wrong, worst first. Modules that hold
     weights come first, then those around them, for a fault in none of the tensors (such as a changed setting).
-    Where no output shows what a wrong tensor does, the first module that holds one is told, with its own figures.
+    Where no output shows what a wrong tensor does, the first module that holds one is named, with its own figures.
     """
     plain = dict(merged.named_modules())
     holding = {name for name, module in plain.items() if next(module.parameters(recurse=False), None) is not None}
@@ -204,15 +204,14 @@ def unused_updates(unmerged: Any, run: Callable[[], Any]) -> tuple[str, ...]:
 
 
 def unused_advice(modules: tuple[str, ...]) -> str:
-    """What it means and what to do, in one sentence each."""
+    """What it means, and what to do."""
     names = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     which = "this layer" if len(modules) == 1 else "these layers"
     return (
         f"The reference does not use the adapter's update of {names}: the module around it reads the weight and "
-        f"never calls {which}, so that PEFT's unmerged model computes as if there were none, in training, too. The "
-        "merged weight has the update, and is another model than the one that was trained. Take it out: delete the "
-        f"tensors of {which} from the adapter, or train with exclude_modules. Keep it only if the adapter was "
-        "trained by a program that does apply it."
+        f"never calls {which}, so PEFT's unmerged model ignores the update, and did so in training. The merged "
+        f"weight has it, and is not the model that was trained. Delete the tensors of {which} from the adapter, or "
+        "train with exclude_modules. Keep them only if a program trained the adapter that does apply the update."
     )
 
 

@@ -95,9 +95,9 @@ def verdict(errors: Sequence[TensorError], seed: int = 0) -> tuple[tuple[str, ..
     """(the tensors beyond what rounding explains, worst first; the checks that say so). seed: of the samples."""
     faulty = sorted((e for e in errors if not e.worst <= 1), key=lambda e: -e.worst)
     worst = max((e.worst for e in errors), default=0.0)
-    # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
+    # JSON has no infinity; a tensor that differs where nothing may is reported as the largest float.
     checks = tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
-    checks[0] = replace(checks[0], note=f"{checks[0].note}; what is sampled is drawn with seed {seed}")
+    checks[0] = replace(checks[0], note=f"{checks[0].note}; samples are drawn with seed {seed}")
     return tuple(e.name for e in faulty), checks
 
 

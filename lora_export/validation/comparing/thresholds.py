@@ -156,7 +156,7 @@ def _greedy(name: str, greedy: Greedy, tie: float) -> Check:
 
 
 def run_to_run(difference: float) -> Check:
-    note = "the same forward twice; counts into every noise floor"
+    note = "the same forward run twice; added to every noise floor"
     return Check("run_to_run_max_abs", difference, None, math.isfinite(difference), note)
 
 
