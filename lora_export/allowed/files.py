@@ -1,10 +1,12 @@
 """Types of files: what may lie in a package, and what may lie in no folder that a runtime reads."""
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from lora_export import tokenizer_names
 from lora_export.errors import InputError
+from lora_export.folder_files import TOKENIZER_FILES
 
 # Native code by its name, versions included.
 _LIBRARY = re.compile(r".*\.(so(\.\d+)*|dll|dylib|pyd|node)", re.IGNORECASE)
@@ -18,7 +20,7 @@ _MAGIC = (
     b"\xca\xfe\xba\xbe",
 )
 _WEIGHTS = re.compile(r".*\.(onnx|onnx\.data|onnx_data(_\d+)?|safetensors|onnx_adapter|model|spm)")
-_DOCUMENTS = tokenizer_names.FILES | {
+_DOCUMENTS = TOKENIZER_FILES | {
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "normalizer.json", "modules.json", "sentence_bert_config.json",
     "config_sentence_transformers.json", "genai_config.json", "genai_config.cpu.json", "genai_config.cuda.json",
@@ -43,11 +45,11 @@ def refuse_libraries(folder: Path) -> None:
             )
 
 
-def refuse_strangers(folder: Path) -> None:
-    """InputError for a file of a package that no package of this tool has."""
+def refuse_strangers(folder: Path, also: Sequence[str] = ()) -> None:
+    """InputError for a file of a package that no package of this tool has. also: patterns of further names."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if _is_library(path) or not _belongs(PurePosixPath(name)):
+        if _is_library(path) or not (_belongs(PurePosixPath(name)) or any(fnmatchcase(path.name, p) for p in also)):
             raise InputError(
                 f"{name} is of no type that a package has",
                 where=path,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.contracts import (
     AdapterChoice,
+    ExportOptions,
     ExportResult,
     MergeResult,
     Progress,
@@ -16,10 +17,10 @@ from lora_export.contracts import (
 from lora_export.errors import ExportError
 
 if TYPE_CHECKING:
-    from lora_export.onnx_export.weights.source import WeightSource
+    from lora_export.contracts import TensorSource
 
 
-def like_earlier(options: StoryOptions) -> StoryOptions:
+def like_earlier(options: ExportOptions) -> ExportOptions:
     """With the precision and the engine of the export whose graph is to be taken, if there is one."""
     if options.graph_from is None:
         return options
@@ -39,11 +40,11 @@ def merge_into(
     progress: Progress,
 ) -> tuple[MergeResult, ExportResult]:
     """Merge and export in one pass; the certificate lies in `stage`, the rest of a merged folder in `outline`."""
-    from lora_export.merging import CERTIFICATE, begin_stream, end_stream
+    from lora_export.merging import CERTIFICATE, begin_stream, end_stream, plan
 
     started = time.monotonic()
-    source = begin_stream(base, adapters, outline, options.merge, progress)
-    exported = export_merged(base_onnx, outline, stage / "onnx", options, progress, source)
+    source = begin_stream(plan(base, adapters, options.merge), outline, progress)
+    exported = export_merged(base_onnx, outline, stage / "onnx", options.export, progress, source)
     seconds = time.monotonic() - started
     return end_stream(source, adapters, stage / CERTIFICATE, seconds, progress), exported
 
@@ -52,9 +53,9 @@ def export_merged(
     base_onnx: ExportResult,
     merged: Path,
     output: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     progress: Progress,
-    source: "WeightSource | None" = None,
+    source: "TensorSource | None" = None,
 ) -> ExportResult:
     """The merged model with the base's graph; with one of its own where the merge changed more than weights.
 
@@ -68,10 +69,10 @@ def with_graph_of(
     earlier: ExportResult,
     model: Path,
     output: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     progress: Progress,
     what: str,
-    source: "WeightSource | None" = None,
+    source: "TensorSource | None" = None,
 ) -> ExportResult:
     """`model` with the graph of `earlier`; with one of its own where that does not take its weights."""
     from lora_export.onnx_export import reweight
@@ -88,29 +89,18 @@ def with_graph_of(
 def export_as(
     model: Path,
     output: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     progress: Progress,
     what: str,
     adapter: Path | None = None,
-    source: "WeightSource | None" = None,
+    source: "TensorSource | None" = None,
 ) -> ExportResult:
     from lora_export.onnx_export import export, reweight
 
     progress.stage(f"export: {what}")
     if options.graph_from is not None and adapter is None:
         return reweight(options.graph_from, model, output, progress=progress)
-    return export(
-        model,
-        output,
-        precision=options.precision,
-        provider=options.provider,
-        engine=options.engine,
-        optimize=options.optimize,
-        quantization=options.quantization,
-        adapter=adapter,
-        source=source,
-        progress=progress,
-    )
+    return export(model, output, replace(options, force=False), adapter=adapter, source=source, progress=progress)
 
 
 def export_unmerged(
@@ -129,7 +119,7 @@ def export_unmerged(
     try:
         what = "the unmerged model, the control of the benchmark"
         return (
-            export_as(trained_on, work / "unmerged", options, progress, what, adapter=adapters[0].folder),
+            export_as(trained_on, work / "unmerged", options.export, progress, what, adapter=adapters[0].folder),
             (),
         )
     except ExportError as error:

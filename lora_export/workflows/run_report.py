@@ -8,11 +8,14 @@ from typing import Any
 
 from lora_export import manifest
 from lora_export.contracts import (
+    AdapterChoice,
     BenchmarkResult,
     Source,
     Story,
     StoryOptions,
 )
+from lora_export.contracts.option import kept
+from lora_export.storage.sealed import refuse_outward_link
 from lora_export.version import __version__
 
 
@@ -20,14 +23,14 @@ def write_report(
     story: Story,
     stage: Path,
     base: Source,
-    adapters: Sequence[tuple[Source, float]],
+    adapters: Sequence[AdapterChoice],
     options: StoryOptions,
 ) -> None:
     from lora_export.report import write
 
     passed = story.validate is not None and story.validate.passed
     slower = story.benchmark is not None and story.benchmark.verdict == "slower"
-    report = new_report("merge-and-export", options_json(options), base, adapters)
+    report = new_report("merge-and-export", kept(options), base, adapters)
     report |= {
         "status": "passed" if passed and not slower else "failed",
         "merge": _relative(story.merge.as_json(), story.output)
@@ -48,12 +51,12 @@ def new_report(
     title: str,
     options: Mapping[str, Any],
     base: Source | None = None,
-    adapters: Sequence[tuple[Source, float]] = (),
+    adapters: Sequence[AdapterChoice] = (),
 ) -> dict[str, Any]:
     """report.json without any stage: who made it, when, from what. Names, never folders of this machine."""
     from lora_export.report import SCHEMA_VERSION
 
-    names = [a.folder.resolve().name for a, _ in adapters]
+    names = [a.folder.resolve().name for a in adapters]
     return {
         "schema_version": SCHEMA_VERSION,
         "title": f"{' + '.join(names)} on {base.folder.resolve().name}" if base and names else title,
@@ -63,7 +66,7 @@ def new_report(
         "options": dict(options),
         "sources": {
             "base": manifest.named(base) if base else None,
-            "adapters": [manifest.named(source) | {"weight": weight} for source, weight in adapters],
+            "adapters": [manifest.named(a.source) | {"weight": a.weight} for a in adapters],
         },
         "merge": None,
         "validate": None,
@@ -77,14 +80,10 @@ def _relative(result: dict[str, Any], output: Path) -> dict[str, Any]:
     return {k: v.removeprefix(prefix) if isinstance(v, str) else v for k, v in result.items()}
 
 
-def options_json(options: StoryOptions) -> dict[str, Any]:
-    """The options as a report and a manifest keep them."""
-    kept = asdict(options)
-    kept["prompts"] = options.prompts.name if options.prompts else None
-    kept["text"] = options.text.name if options.text else None
-    kept["graph_from"] = options.graph_from.name if options.graph_from else None
-    calibration = options.quantization.calibration
-    kept["quantization"]["calibration"] = calibration.name if calibration else None
-    kept.pop("force")
-    kept["merge"].pop("force")
-    return kept
+def report_folder(run: Path) -> Path:
+    """The folder of a run's report, or the folder itself."""
+    inner = run / "report"
+    if not inner.is_dir():
+        return run
+    refuse_outward_link(inner)
+    return inner

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from lora_export.choices import Precision
-from lora_export.contracts import AdapterChoice, Check, ExportedPair, ValidationResult
+from lora_export.contracts import AdapterChoice, Check, ExportedPair, ExportOptions, ValidationResult
 from lora_export.errors import ExportError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
@@ -46,7 +46,7 @@ class Exported:
         """The pair in a precision; copies in `folder`, free to be spoiled."""
         plain, merged = self.root / f"base-{precision}", self.root / f"onnx-{precision}"
         if not merged.exists():
-            export(self.base, plain, precision=precision, provider="cpu", progress=Silent())
+            export(self.base, plain, ExportOptions(precision, "cpu"), progress=Silent())
             reweight(plain, self.root / "merged", merged, progress=Silent())
         if folder is not None:
             plain, merged = (shutil.copytree(f, folder / f.name) for f in (plain, merged))

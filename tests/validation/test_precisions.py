@@ -20,7 +20,15 @@ from peft import PeftModel
 from lora_export.choices import Precision
 from lora_export.commands.main import cli
 from lora_export.commands.words import validation_words
-from lora_export.contracts import AdapterChoice, Check, ExportedPair, MergeOptions, Source, ValidationResult
+from lora_export.contracts import (
+    AdapterChoice,
+    Check,
+    ExportedPair,
+    ExportOptions,
+    MergeOptions,
+    Source,
+    ValidationResult,
+)
 from lora_export.errors import InputError
 from lora_export.merging import CERTIFICATE, merge
 from lora_export.onnx_export import export
@@ -58,7 +66,7 @@ class Models:
     def onnx(self, name: str, precision: Precision) -> Path:
         folder = self.root / f"onnx-{name}-{precision}"
         if not folder.exists():
-            export(self.merged(name), folder, precision=precision, provider="cpu", progress=Silent())
+            export(self.merged(name), folder, ExportOptions(precision, "cpu"), progress=Silent())
         return folder
 
     def pair(self, name: str, precision: Precision, **changes: Any) -> ExportedPair:
@@ -277,6 +285,6 @@ def test_a_base_for_each_export_or_none(models: Models) -> None:
 
 
 def folder(models: Models, exports: Sequence[Path], bases: Sequence[Path]) -> ValidationResult:
-    adapters = [(Source("a", models.adapters["strong"]), 1.0)]
+    adapters = [AdapterChoice(models.adapters["strong"])]
     base = Source("b", models.base)
     return validate_folder(base, adapters, models.merged("strong"), exports, bases, ValidationOptions(), Silent())

@@ -1,58 +1,47 @@
 """A graph that an engine made, before it is an export: its weights filled in, its fusions beside a plain graph."""
 
-import contextlib
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lora_export.checkpoint import open_checkpoint
-from lora_export.contracts import Progress
+from lora_export.checkpoint import TensorFiles, open_checkpoint
+from lora_export.checkpoint.hashing import hash_all
+from lora_export.choices import Activations
+from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError
-from lora_export.onnx_export.engines.protocol import Engine, Job, Made, architecture_of
+from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
 from lora_export.onnx_export.graphs.fusions import compare as compare_to_plain
 from lora_export.onnx_export.quantize.blockwise import AUTO, Blockwise
+from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
-from lora_export.onnx_export.weights.fill import Writing
-from lora_export.onnx_export.weights.reuse import (
-    config_digest,
-    hash_all,
-    refuse_undescribed,
-)
-from lora_export.onnx_export.weights.source import FileSource, WeightSource
+from lora_export.onnx_export.weights.layout import DataFiles
+from lora_export.onnx_export.weights.reuse import config_digest, refuse_undescribed
 from lora_export.storage import disk, sealed
 
 LARGEST_COMPARED = 2**31  # bytes of a model that is run twice, beside itself without optimizations
 
 
-@contextlib.contextmanager
-def opened(model: Path, source: WeightSource | None) -> Iterator[WeightSource]:
-    if source is not None:
-        yield source
-        return
-    numbers = FileSource(open_checkpoint(model).tensors)
-    try:
-        yield numbers
-    finally:
-        numbers.close()
+def numbers_of(model: Path, source: TensorSource | None) -> TensorSource:
+    """Where the numbers of an export come from: `source`, or else the files of the model."""
+    return source or TensorFiles(open_checkpoint(model).tensors)
 
 
-def fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
-    """The data files of a new export, and the hashes that tell the next one what has changed."""
-    found = weights_map.read(stage)
-    if not isinstance(numbers, FileSource):
-        refuse_undescribed(found, numbers)
-    disk.check_space(stage, sum(found.sizes.values()))
-    Writing(stage, found, numbers, progress).run()
-    weights_map.write(stage, replace(found, hashes=hash_all(numbers)))
+def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = True) -> None:
+    """Fill the data files of a new export. hashed: keep the hashes that tell the next export what has changed."""
+    described = weights_map.read(stage)
+    if not isinstance(numbers, TensorFiles):
+        refuse_undescribed(described, numbers)
+    disk.check_space(stage, sum(described.sizes.values()))
+    DataFiles(stage, described, numbers, progress).write()
+    if hashed:
+        weights_map.write(stage, replace(described, hashes=hash_all(numbers)))
 
 
-def against_plain_graphs(job: Job, made: Made, chosen: Engine) -> float | None:
+def against_plain_graphs(job: ExportJob, made: Made, chosen: Engine) -> float | None:
     """The largest relative difference between the fused graphs and plain ones; None where none are to be compared:
     the engine writes fused graphs only, a type other than fp32 differs by its rounding, or the model is large."""
-    if chosen.name != "dynamo" or job.optimize == "none" or job.precision != "fp32":
+    if not chosen.optimizes or job.optimize == "none" or job.precision != "fp32":
         return None
     if sum(weights_map.read(job.output).sizes.values()) > LARGEST_COMPARED:
         return None
@@ -60,19 +49,18 @@ def against_plain_graphs(job: Job, made: Made, chosen: Engine) -> float | None:
     plain = job.output / ".plain"
     plain.mkdir()
     chosen.run(replace(job, output=plain, optimize="none"))
-    with opened(job.model, None) as numbers:
-        fill(plain, numbers, job.progress)
+    fill(plain, numbers_of(job.model, None), job.progress, hashed=False)
     worst = max(compare_to_plain(job.output / name, plain / name, job.config) for name in made.graphs)
     shutil.rmtree(plain)
     return worst
 
 
-def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: WeightSource | None) -> Job:
+def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source: TensorSource | None) -> ExportJob:
     """The job with those products in int8 whose int4 does the most measured damage for its size."""
     from lora_export.onnx_export.graphs.inputs import built_in_rows, token_feeds
     from lora_export.onnx_export.quantize.sensitivity import choose_kept
 
-    if chosen.name != "genai" or how.method != "int4" or job.config.get("is_encoder_decoder"):
+    if how.method != "int4" or not chosen.mixes_bits(job.config):
         raise ExportError(
             f"--keep auto was asked for {how.method} of {architecture_of(job.config)} ({chosen.name} engine)",
             expected="int4 of a decoder that the genai engine exports",
@@ -83,8 +71,7 @@ def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Weigh
     plain.mkdir()
     job.progress.detail("measuring what the quantization of each product does to the outputs")
     made = chosen.run(replace(job, output=plain, precision="fp32", provider="cpu", quantized=None))
-    with opened(job.model, source) as numbers:
-        fill(plain, numbers, job.progress)
+    fill(plain, numbers_of(job.model, source), job.progress, hashed=False)
     graph = plain / made.graphs[0]
     feeds = token_feeds(graph, built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128))))
     damages = choose_kept(graph, how, feeds, logits="logits", eight_bits=True, progress=job.progress)
@@ -96,21 +83,22 @@ def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Weigh
     return replace(job, quantized=replace(how, eight_bits=(*how.eight_bits, *nodes)))
 
 
-def record_of(job: Job, made: Made, engine: str, activations: str) -> dict[str, Any]:
-    """What an export says of how it was made, as far as the job tells it."""
-    return {
-        "engine": engine,
-        "precision": job.precision,
-        "provider": job.provider,
-        "optimize": job.optimize,
-        "kind": made.kind,
-        "task": made.task,
-        "graphs": list(made.graphs),
-        "nodes": sum(count_nodes(job.output / name) for name in made.graphs),
-        "architecture": architecture_of(job.config),
-        "quantization": asdict(job.quantized) if job.quantized else None,
-        "activations": activations,
-        "adapter": job.adapter is not None,
-        "source_config_sha256": sealed.sha256(job.model / "config.json"),
-        "config_digest": config_digest(job.config),
-    }
+def record_of(job: ExportJob, made: Made, engine: str, activations: Activations) -> ExportRecord:
+    """How an export was made, as far as the job tells; its time is not known yet."""
+    return ExportRecord(
+        engine=engine,
+        precision=job.precision,
+        provider=job.provider,
+        optimize=job.optimize,
+        kind=made.kind,
+        task=made.task,
+        graphs=made.graphs,
+        nodes=sum(count_nodes(job.output / name) for name in made.graphs),
+        architecture=architecture_of(job.config),
+        quantization=job.quantized,
+        activations=activations,
+        adapter=job.adapter is not None,
+        source_config_sha256=sealed.sha256(job.model / "config.json"),
+        config_digest=config_digest(job.config),
+        seconds=0.0,
+    )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from lora_export.folder_files import VALUE_HEAD
 from lora_export.storage.sealed import LARGEST_SETTINGS, read_json
-from lora_export.training_names import VALUE_HEAD
 
 ADAPTER_CONFIG = "adapter_config.json"
 START = "base_model.model."  # of names in PEFT's files

@@ -166,7 +166,10 @@ def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoic
     if why:
         problem = f"PEFT cannot load the adapter into {cls}: {' '.join(why.split())[:200]}"
     elif tensors:
-        problem = f"PEFT has no place in {cls} for {len(tensors)} tensors of the adapter, or finds no tensor for its layers"
+        count = len(tensors)
+        problem = (
+            f"PEFT has no place in {cls} for {count} tensors of the adapter, or finds no tensor for its layers"
+        )
     return AdapterError(
         problem,
         where=adapters[0].folder,
