@@ -167,9 +167,7 @@ def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoic
         problem = f"PEFT cannot load the adapter into {cls}: {' '.join(why.split())[:200]}"
     elif tensors:
         count = len(tensors)
-        problem = (
-            f"PEFT has no place in {cls} for {count} tensors of the adapter, or finds no tensor for its layers"
-        )
+        problem = f"PEFT has no place in {cls} for {count} tensors of the adapter, or no tensor for its layers"
     return AdapterError(
         problem,
         where=adapters[0].folder,
