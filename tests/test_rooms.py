@@ -26,6 +26,7 @@ TOP = {
     "tokenizer_names",
     "training_names",
     "version",
+    "wording",
 }
 ROOMS = {
     "checkpoint",

@@ -7,8 +7,14 @@ from lora_export.contracts.benchmark import (
     BenchmarkOptions,
     BenchmarkResult,
     Cell,
+    Environment,
+    Gpu,
+    GpuReading,
     GraphComparison,
+    Machine,
     Percentile,
+    Reading,
+    Samples,
 )
 from lora_export.contracts.export import ExportOptions, ExportResult, QuantizationOptions
 from lora_export.contracts.merging import (
@@ -21,13 +27,16 @@ from lora_export.contracts.merging import (
 )
 from lora_export.contracts.packages import PackageOptions, PackageResult
 from lora_export.contracts.progress import Progress, Source
+from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report
 from lora_export.contracts.story import Story, StoryOptions
 from lora_export.contracts.tensors import TensorInfo, TensorSource
+from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
 from lora_export.contracts.validation import (
     AdapterSurvival,
     BaseComparison,
     Check,
     CompareBases,
+    Continuation,
     Deviation,
     ExportedPair,
     Perplexity,
@@ -49,21 +58,33 @@ __all__ = [
     "Cell",
     "Check",
     "CompareBases",
+    "Continuation",
     "Deviation",
+    "Environment",
     "ExportOptions",
     "ExportResult",
     "ExportedPair",
     "Finding",
+    "Gpu",
+    "GpuReading",
     "GraphComparison",
     "Interference",
+    "Machine",
     "MergeOptions",
     "MergeResult",
+    "ModuleFigures",
+    "NamedAdapter",
+    "NamedSource",
+    "NamedSources",
     "PackageOptions",
     "PackageResult",
     "Percentile",
     "Perplexity",
     "Progress",
     "QuantizationOptions",
+    "Reading",
+    "Report",
+    "Samples",
     "Source",
     "Story",
     "StoryOptions",
@@ -71,6 +92,9 @@ __all__ = [
     "TensorInfo",
     "TensorRecord",
     "TensorSource",
+    "Truncation",
+    "TypeFigures",
+    "Understanding",
     "Update",
     "ValidationOptions",
     "ValidationResult",

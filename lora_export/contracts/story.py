@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_export.choices import MIN_SURVIVAL, ExtraArm, Optimize, Precision, Provider
 from lora_export.contracts.benchmark import BenchmarkOptions, BenchmarkResult
@@ -40,19 +39,10 @@ class Story:
 
     output: Path
     merge: MergeResult
-    export: ExportResult | None = None
     validate: ValidationResult | None = None
+    export: ExportResult | None = None
     benchmark: BenchmarkResult | None = None
+    report: Path = field(init=False)  # the page to read
 
-    def as_json(self) -> dict[str, Any]:
-        stages = {
-            "merge": self.merge,
-            "validate": self.validate,
-            "export": self.export,
-            "benchmark": self.benchmark,
-        }
-        return {
-            "output": str(self.output),
-            **{name: result.as_json() if result else None for name, result in stages.items()},
-            "report": str(self.output / "report" / "report.html"),
-        }
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "report", self.output / "report" / "report.html")

@@ -68,7 +68,7 @@ def text(run: Run, facts: Facts, licence: str | None) -> str:
 
 
 def _made(run: Run) -> list[str]:
-    merge, options = run.report["merge"], run.manifest["options"]["merge"]
+    options = run.manifest["options"]["merge"]
     rows = {
         "base": _named(run.manifest["base"]),
         **{
@@ -78,8 +78,8 @@ def _made(run: Run) -> list[str]:
         "method": options.get("combine")
         if options.get("combine") != "none"
         else "W + scaling · B · A, rounded once",
-        "base weights": merge.get("base_weights"),
-        "type": merge.get("dtype"),
+        "base weights": run.merge.base_weights,
+        "type": run.merge.dtype,
         "certificate": "lora_export_certificate.json: each tensor by hash, its rounding, what is left of the delta",
     }
     return [f"- {markdown(name)}: {markdown(value)}" for name, value in rows.items()]

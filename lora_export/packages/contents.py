@@ -14,12 +14,13 @@ from lora_export.packages.targets import TARGETS
 from lora_export.packages.targets.genai import SUFFIX
 from lora_export.packages.tasks import task_of
 from lora_export.storage import sealed
-from lora_export.storage.documents import Kind, check, check_texts
+from lora_export.storage.documents import Kind, as_json, check, check_texts
 from lora_export.version import __version__
 
 NAME, SIGNATURE = "manifest.json", "model.sig"
 KIND = "lora-export package"
 MODEL_NAME_WORDS = "letters, digits, '.', '_' and '-', the first a letter or a digit, at most 100"
+_LATENCY = ("verdict", "provider", "provider_verified", "graph_identical")
 _HASHES: Kind = {str: {"sha256": str, "size": int}}
 _MANIFEST: Kind = {
     "schema_version": int, "kind": str, "base": {"name": str}, "adapters": [{"name": str}],
@@ -41,7 +42,7 @@ def write(
 
     measured: what each variant was found to do beside the run's own export.
     """
-    bench = run.report["benchmark"] or {}
+    bench = run.report.benchmark
     sealed.write_sealed(
         stage / NAME,
         {
@@ -58,17 +59,17 @@ def write(
             "base": run.manifest["base"],
             "adapters": run.manifest["adapters"],
             "run": {
-                "title": run.report["title"],
-                "created": run.report["created"],
-                "status": run.report["status"],
+                "title": run.report.title,
+                "created": run.report.created,
+                "status": run.report.status,
                 "manifest_sha256": sealed.sha256(run.folder / NAME),
             },
             "certificate": _certificate(run),
             "validation": {
-                "passed": run.report["validate"]["passed"],
-                "checks": run.report["validate"]["checks"],
+                "passed": run.validation.passed,
+                "checks": as_json(run.validation.checks),
             },
-            "latency": {k: bench.get(k) for k in ("verdict", "provider", "provider_verified", "graph_identical")},
+            "latency": {name: getattr(bench, name, None) for name in _LATENCY},
             "measured": dict(measured),
             "files": dict(sorted(hashes.items())),
         },
@@ -77,11 +78,10 @@ def write(
 
 def _certificate(run: Run) -> dict[str, Any]:
     """The certificate of the merge by its hash, and its summary."""
-    merge = run.report["merge"]
-    path = merge.get("certificate", "")
+    merge = as_json(run.merge)
     return {
-        "sha256": run.manifest["files"].get(path, {}).get("sha256"),
-        **{k: merge.get(k) for k in ("tensors", "adapter_tensors", "delta_survival", "base_weights", "dtype")},
+        "sha256": run.manifest["files"].get(merge["certificate"], {}).get("sha256"),
+        **{k: merge[k] for k in ("tensors", "adapter_tensors", "delta_survival", "base_weights", "dtype")},
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lora_export.choices import Precision
-from lora_export.contracts import ExportResult
+from lora_export.contracts import ExportResult, MergeResult, Report, ValidationResult
 from lora_export.errors import InputError
 from lora_export.packages.tasks import Task
 
@@ -20,7 +20,8 @@ class Run:
     """What merge-and-export left.
 
     merged: the merged folder, None for a run without one; export: the run's own ONNX export; companions: the folder
-    with config.json, tokenizer and licences; manifest, report: the run's documents; config: of the model.
+    with config.json, tokenizer and licences; manifest, report: the run's documents; merge, validation: of
+    the report; config: of the model.
     """
 
     folder: Path
@@ -29,7 +30,9 @@ class Run:
     companions: Path
     config: Mapping[str, Any]
     manifest: Mapping[str, Any]
-    report: Mapping[str, Any]
+    report: Report
+    merge: MergeResult
+    validation: ValidationResult
     task: Task
 
     @property
