@@ -23,7 +23,7 @@ import lora_export
 from lora_export import merging, report
 from lora_export.benchmarking import conditions, measure, statistics
 from lora_export.benchmarking.statistics import Interval
-from lora_export.contracts import Interference
+from lora_export.contracts import Interference, Reading
 from lora_export.errors import ExportError
 from lora_export.merging.certificate.compare import Findings, compare
 from lora_export.merging.running.exact import Errors, ExactTensor
@@ -152,8 +152,7 @@ def warm(number: float) -> bool:
 
 
 def quiet(number: float) -> bool:
-    readings: Any = [{"steal": 0.0, "others": number, "gpus": []}] * 9
-    return not conditions.unsteady(readings)
+    return not conditions.unsteady([Reading(1.0, 0.5, 0.0, number, None)] * 9)
 
 
 CHECKS: dict[str, Callable[[float], bool]] = {

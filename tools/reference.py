@@ -39,10 +39,10 @@ DOCUMENTS = {
     "merge-and-export": contracts.Story,
 }
 PARTS = (
-    contracts.TensorRecord, contracts.Check, contracts.Continuation, contracts.Perplexity, contracts.Deviation, contracts.AdapterSurvival,
-    contracts.BaseComparison, contracts.GraphComparison, contracts.Cell, contracts.ArmTimes, contracts.Percentile,
-    contracts.Environment, contracts.Gpu,
-    contracts.Finding, contracts.BaseCheck, contracts.Interference,
+    contracts.TensorRecord, contracts.Check, contracts.Continuation, contracts.Perplexity, contracts.Deviation,
+    contracts.AdapterSurvival, contracts.BaseComparison, contracts.GraphComparison, contracts.Cell,
+    contracts.ArmTimes, contracts.Percentile, contracts.Environment, contracts.Gpu, contracts.Finding,
+    contracts.BaseCheck, contracts.Interference,
 )  # fmt: skip
 
 
@@ -112,18 +112,7 @@ def _kind(annotation: Any) -> str:
         text = str(annotation)
     for name in ("lora_export.contracts.", "typing.", "collections.abc.", "pathlib."):
         text = text.replace(name, "")
-    for module in (
-        "adapters",
-        "benchmark",
-        "export",
-        "figures",
-        "merging",
-        "packages",
-        "story",
-        "tensors",
-        "validation",
-    ):
-        text = text.replace(f"{module}.", "")
+    text = re.sub(r"\b(adapters|benchmark|export|figures|merging|packages|story|tensors|validation)\.", "", text)
     text = re.sub(
         r"tuple\[([^\[\]]+|[^\[\]]*\[[^\[\]]*\]), \.\.\.\]", r"list[\1]", text.replace("verification.", "")
     )

@@ -27,8 +27,8 @@ def sentences(modules: Sequence[ModuleFigures], truncation: Sequence[Truncation]
         yield _rank(alive)
         half = [t for t in truncation[:-1] if t.parameters <= 0.5]
         if half:
-            kept = half[-1].energy_kept
-            yield f"Cut to rank {half[-1].rank}, it would keep {kept:.2%} of ‖ΔW‖² (lose {(1 - kept) ** 0.5:.1%} of ‖ΔW‖)."
+            rank, kept = half[-1].rank, half[-1].energy_kept
+            yield f"Cut to rank {rank}, it would keep {kept:.2%} of ‖ΔW‖² (lose {(1 - kept) ** 0.5:.1%} of ‖ΔW‖)."
 
 
 def _size(alive: Sequence[ModuleFigures]) -> str:

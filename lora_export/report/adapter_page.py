@@ -15,7 +15,7 @@ RANKS_HEAD = ("Rank", "Keeps of ‖ΔW‖²", "Loses of ‖ΔW‖", "Numbers lef
 
 
 def heat_map(figures: Understanding) -> str | None:
-    """By layer and module the size of the change, relative to the weight if that is known, and its effective rank."""
+    """By layer and module the size of the change, relative to the weight if known, and its effective rank."""
     modules = figures.modules
     size = HeatMap([(m.name, m.relative) for m in modules], "‖ΔW‖ / ‖W‖, %", 100.0)
     if all(m.relative is None for m in modules):
