@@ -101,7 +101,7 @@ def headline(report: Report) -> list[str]:
 
 def _merge_sentence(merge: MergeResult) -> str:
     changed = sum(merge.tensors.get(k, 0) for k in ("updated", "replaced"))
-    text = f"{wording.adapter_tensors(merge)} adapter tensors were merged into {count(changed, 'weight')}"
+    text = f"The merge used {wording.adapter_tensors(merge)} adapter tensors and changed {count(changed, 'weight')}"
     if merge.delta_survival is not None:
         text += f"; {percent(merge.delta_survival)} of the update survived rounding to {one_line(merge.dtype)}"
     return text + "."

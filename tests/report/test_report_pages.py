@@ -65,7 +65,7 @@ def test_a_full_report_tells_its_story_on_top(full: dict[str, Any], timings: Sam
     page, _, text = pages(full, tmp_path, timings)
     for words in (page.words, text):
         assert "Passed" in words
-        assert "300 of 300 adapter tensors were merged into 150 weights" in words
+        assert "The merge used 300 of 300 adapter tensors and changed 150 weights" in words
         assert "computes what the adapter was trained to compute: all 5 checks passed" in words
         assert "as fast as the base, within ±1%, in all 2 cells" in words
         assert "support-bot-lora × 0.7" in words and "93efa2f097d5" in words
