@@ -1,12 +1,13 @@
 """A picture of an adapter: where its change is, and how many directions it has. SVG, or a page around it."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_export.contracts import Understanding
 from lora_export.escape import one_line
 from lora_export.report.drawing import INK, MERGED, MUTED, figure, quiet, svg
-from lora_export.report.page import environment, stylesheet
+from lora_export.report.page import rendered
 from lora_export.report.plots import HeatMap, layered
 from lora_export.wording import percent
 
@@ -72,29 +73,24 @@ def rank_rows(figures: Understanding) -> list[Sequence[str]]:
     ]  # fmt: skip
 
 
+def skipped(figures: Understanding) -> list[str]:
+    return [f"{one_line(name)}: {one_line(why)}" for name, why in figures.skipped.items()]
+
+
 def picture(figures: Understanding, path: Path) -> str:
     """The text of a picture file by its ending: .svg the heat map alone, .html a page with everything."""
     from markupsafe import Markup
 
-    drawn = heat_map(figures)
+    heat, curve = heat_map(figures), energy(figures)
     if path.suffix == ".svg":
-        return _standing_alone(drawn or energy(figures) or "")
-    curve = energy(figures)
-    template = environment().get_template("adapter.html.j2")
-    page = template.render(
-        css=stylesheet(),
-        title=one_line(figures.adapter),
-        sentences=[one_line(s) for s in figures.sentences],
-        warnings=[one_line(w) for w in figures.warnings],
-        skipped=[f"{one_line(k)}: {one_line(v)}" for k, v in figures.skipped.items()],
-        heat=Markup(drawn) if drawn else None,
+        return _standing_alone(heat or curve or "")
+    return rendered(
+        "adapter.html.j2",
+        figures=figures,
+        page=sys.modules[__name__],
+        heat=Markup(heat) if heat else None,
         energy=Markup(curve) if curve else None,
-        types_head=TYPES_HEAD,
-        types=type_rows(figures),
-        ranks_head=RANKS_HEAD,
-        ranks=rank_rows(figures),
     )
-    return page.lstrip() + "\n"
 
 
 def _standing_alone(drawn: str) -> str:

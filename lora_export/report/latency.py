@@ -152,6 +152,11 @@ def _condition(name: str, values: tuple[float | str, ...]) -> Row:
     return label, *texts, *[""] * (3 - len(texts))
 
 
+def forest_caption(bench: BenchmarkResult) -> str:
+    text = "Merged against the base with its 90 % interval; in grey, the base against itself."
+    return f"{text} The band is the margin of {_margin(bench, 1)}." if margin_of(bench) else text
+
+
 # --- in words ----------------------------------------------------------------------------------------------
 
 

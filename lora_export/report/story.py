@@ -19,6 +19,7 @@ from lora_export.contracts import (
 )
 from lora_export.escape import one_line
 from lora_export.report import latency
+from lora_export.storage.documents import as_json
 from lora_export.wording import DASH, count, number, percent, size
 
 Tone = Literal["good", "bad", "unsure", "off"]
@@ -253,6 +254,10 @@ def file_rows(export: ExportResult) -> list[Row]:
 # --- sources and options -------------------------------------------------------------------------------------
 
 
+def about(report: Report) -> list[Row]:
+    return [*sources(report), ("Made", one_line(report.created).replace("T", " "))]
+
+
 def sources(report: Report) -> list[Row]:
     base = report.sources.base
     rows = [("Base", _source(base))] if base else []
@@ -273,6 +278,11 @@ def _configured(options: Mapping[str, object]) -> object:
     """The configuration file and what it gave: a story's option, or one of its benchmark alone."""
     benchmark = options.get("benchmark")
     return options.get("configured") or (benchmark.get("configured") if isinstance(benchmark, Mapping) else None)
+
+
+def machine_facts(bench: BenchmarkResult) -> list[Row]:
+    machine: dict[str, object] = as_json(bench.environment)
+    return flattened({k: v for k, v in machine.items() if k != "blocks"})
 
 
 def flattened(value: Mapping[str, object], prefix: str = "") -> list[Row]:
