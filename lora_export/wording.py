@@ -31,6 +31,9 @@ _CHECK_LABELS = {
     "padded_max_abs": "Largest difference in a padded batch, same weights in PyTorch",
     "padded_kl_mean": "Mean KL divergence in a padded batch, same weights in PyTorch",
     "weight_errors": "Tensors exported with wrong values",
+    "tensor_errors": "Merged tensors off by more than rounding",
+    "tensor_max_error": "Largest error of a merged tensor, in bounds of rounding",
+    "stored_tensors_differ": "Untouched tensors that differ",
 }
 _MODELS = {"onnx_": " (ONNX)", "loaded_": " (in its own type)"}
 _OF_BASE = "base_"

@@ -29,7 +29,7 @@ from lora_export.contracts.packages import PackageOptions, PackageResult
 from lora_export.contracts.progress import Progress, Source
 from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report
 from lora_export.contracts.story import Story, StoryOptions
-from lora_export.contracts.tensors import TensorInfo, TensorSource
+from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
 from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
 from lora_export.contracts.validation import (
     AdapterSurvival,
@@ -55,6 +55,7 @@ __all__ = [
     "BenchmarkArm",
     "BenchmarkOptions",
     "BenchmarkResult",
+    "ByteSink",
     "Cell",
     "Check",
     "CompareBases",
@@ -84,6 +85,7 @@ __all__ = [
     "QuantizationOptions",
     "Reading",
     "Report",
+    "RowReader",
     "Samples",
     "Source",
     "Story",
