@@ -67,10 +67,7 @@ def conclude(spec: CellSpec, series: Series, margin: float, rng: np.random.Gener
     ratio, low, high = _figures(ratios.get(MERGED))
     unmerged_ratio, unmerged_low, unmerged_high = _figures(ratios.get(UNMERGED))
     return Cell(
-        batch=spec.batch,
-        prompt=spec.prompt,
-        phase=spec.phase,
-        cuda_graph=spec.cuda_graph,
+        **vars(spec),
         base_ms=series.median(BASE, AGAIN),
         merged_ms=merged_ms,
         unmerged_ms=series.median(UNMERGED),

@@ -12,12 +12,8 @@ def usable_cores() -> int:
     """Physical cores that this process may use: not more than its affinity and its container's quota."""
     import psutil
 
-    limits = [psutil.cpu_count(logical=False) or 1, _affinity(), _container_quota()]
-    return max(1, min(limit for limit in limits if limit))
-
-
-def _affinity() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return min(limit for limit in (psutil.cpu_count(logical=False) or 1, affinity, _container_quota()) if limit)
 
 
 def _container_quota() -> int:

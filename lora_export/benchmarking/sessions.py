@@ -172,13 +172,13 @@ class ArmSession:
         if shape.past == 0:
             return {n: buffers.blank(n, ELEMENT[self._inputs[n].type], self._dims(shape, 0)) for n in self._past}
         keys = {n: (n, ELEMENT[self._inputs[n].type], shape) for n in self._past}
-        if not all(buffers.has(key) for key in keys.values()):
+        if not buffers.values.keys() >= set(keys.values()):
             prompt = Shape(shape.batch, 0, shape.past)
             inputs = self._others(prompt, buffers, seed) | self._cache(prompt, buffers, seed)
             _, filled = self._run_unbound(inputs, {})
             for name in self._past:
-                buffers.put(keys[name], filled[self._present[name]])
-        return {name: buffers.get(key) for name, key in keys.items()}
+                buffers.values.setdefault(keys[name], filled[self._present[name]])
+        return {name: buffers.values[key] for name, key in keys.items()}
 
     def _one_cache(self, shape: Shape, buffers: Buffers, seed: int, *, trial: bool = False) -> Values:
         """A cache with room for `shape.tokens` more, filled by a prefill of `shape.past` tokens in place."""

@@ -31,16 +31,22 @@ SURVIVAL_HEAD = ("Model", "Adapter effect retained", "KL base → merged, nats",
 RECORDS_HEAD = ("Tensor", "‖ΔW‖ / ‖W‖", "Survived", "Kind")
 
 _NOT_VALIDATED = "The merged model was not checked against the unmerged one."
-_VERDICT_TONES: Mapping[str, Tone] = {"Passed": "good", "No verdict": "unsure"}
-_GRAPH_TONES: Mapping[bool | None, Tone] = {True: "good", False: "unsure", None: "off"}
-_LATENCY_TONES: Mapping[str, Tone] = {"equivalent": "good", "slower": "bad", "inconclusive": "unsure"}
+_TONES: Mapping[str, Tone] = {
+    "Passed": "good", "passed": "good", "done": "good", "identical": "good", "equivalent": "good",
+    "failed": "bad", "slower": "bad",
+    "No verdict": "unsure", "differs": "unsure", "inconclusive": "unsure",
+    "not run": "off", "not compared": "off",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Badge:
     stage: str
     text: str
-    tone: Tone
+
+    @property
+    def tone(self) -> Tone:
+        return _TONES[self.text]
 
 
 @dataclass(frozen=True)
@@ -55,33 +61,20 @@ class CheckRow:
 
 def badges(report: Report) -> list[Badge]:
     """One badge a gate; a stage that did not run says so instead of looking like a pass."""
-    validate = report.validate
+    merge, validate, export, bench = report.merge, report.validate, report.export, report.benchmark
     return [
-        _done("Merge", report.merge),
-        Badge("Validation", *(("passed", "good") if validate.passed else ("failed", "bad")))
-        if validate
-        else _done("Validation", None),
-        _done("Export", report.export),
-        *(_latency_badges(report.benchmark) if report.benchmark else [_done("Latency", None)]),
-    ]
-
-
-def _done(stage: str, result: object) -> Badge:
-    return Badge(stage, "done", "good") if result else Badge(stage, "not run", "off")
-
-
-def _latency_badges(bench: BenchmarkResult) -> list[Badge]:
-    identical = bench.graph_identical
-    return [
-        Badge("Graph", wording.GRAPH[identical], _GRAPH_TONES[identical]),
-        Badge("Latency", bench.verdict, _LATENCY_TONES[bench.verdict]),
+        Badge("Merge", "done" if merge else "not run"),
+        Badge("Validation", ("passed" if validate.passed else "failed") if validate else "not run"),
+        Badge("Export", "done" if export else "not run"),
+        *([Badge("Graph", wording.GRAPH[bench.graph_identical])] if bench else []),
+        Badge("Latency", bench.verdict if bench else "not run"),
     ]
 
 
 def verdict(report: Report) -> tuple[str, Tone]:
     """The overall verdict, and its colour."""
     text = wording.overall_verdict(report)
-    return text, _VERDICT_TONES.get(text, "bad")
+    return text, _TONES.get(text, "bad")
 
 
 # --- the paragraph on top ------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_a_step_in_place_gives_the_logits_of_the_cpu(model: Path, cuda_graph: bo
         bound = engine.call(Shape(2, 7, 1), buffers)
         for _ in range(4):
             bound.run()
-        (value,) = [v for key, v in buffers._values.items() if key[0] == "logits"]
+        (value,) = [v for key, v in buffers.values.items() if key[0] == "logits"]
         return value.numpy().astype(np.float32)
 
     expected = logits(sessions.ArmSession(wide, "cpu", 1), "cpu")

@@ -235,7 +235,7 @@ def test_signals_states_and_caches_are_made_up_in_their_shapes(
     engine = sessions.ArmSession(one_node(tmp_path / "model.onnx", name, T.FLOAT, dims), "cpu", 1)
     buffers = Buffers("cpu")
     engine.call(Shape(2, 7, 5), buffers).run()
-    assert {tuple(v.shape()) for v in buffers._values.values()} == {expected}
+    assert {tuple(v.shape()) for v in buffers.values.values()} == {expected}
 
 
 def test_an_encoder_decoder_is_measured_as_prompt_and_step(small: Callable[..., Path]) -> None:
@@ -261,7 +261,7 @@ def test_decode_sees_the_cache_that_a_prefill_left(small: Callable[..., Path]) -
     engine = sessions.ArmSession(small("model", 2), "cpu", 1)
     buffers = Buffers("cpu")
     engine.call(Shape(2, 5, 1), buffers).run()
-    cache = {key[0]: value for key, value in buffers._values.items() if value.shape()[-1:] == [HEAD]}
+    cache = {key[0]: value for key, value in buffers.values.items() if value.shape()[-1:] == [HEAD]}
     past, present = cache["past_key_values.0.key"].numpy(), cache["present.0.key"].numpy()
     assert past.shape == (2, 1, 5, HEAD) and present.shape == (2, 1, 6, HEAD)
     np.testing.assert_array_equal(present[:, :, :5], past)
@@ -272,9 +272,9 @@ def test_arms_share_their_buffers(small: Callable[..., Path]) -> None:
     buffers = Buffers("cpu")
     shape = Shape(1, 4, 1)
     sessions.ArmSession(small("a", 2), "cpu", 1).call(shape, buffers)
-    count, size = len(buffers._values), buffers.nbytes
+    count, size = len(buffers.values), buffers.nbytes
     sessions.ArmSession(small("b", 3), "cpu", 1).call(shape, buffers)
-    assert len(buffers._values) == count and buffers.nbytes == size > 0
+    assert len(buffers.values) == count and buffers.nbytes == size > 0
 
 
 def test_a_cpu_profile_finds_every_node_on_the_cpu(small: Callable[..., Path]) -> None:
@@ -428,7 +428,7 @@ def test_a_plugged_adapter_is_in_every_run(tmp_path: Path) -> None:
         buffers = Buffers("cpu")
         engine = sessions.ArmSession(model, "cpu", 1, adapter=adapter)
         engine.call(Shape(1, 0, 2), buffers).run()
-        (value,) = [v for key, v in buffers._values.items() if key[0] == "logits"]
+        (value,) = [v for key, v in buffers.values.items() if key[0] == "logits"]
         return value.numpy()
 
     assert not logits(None).any()
@@ -488,7 +488,7 @@ def _logits(engine: sessions.ArmSession, shape: Shape) -> np.ndarray[Any, Any]:
     bound = engine.call(shape, buffers)
     for _ in range(3):  # a step that is repeated writes the same keys into the same place
         bound.run()
-    (value,) = [v for key, v in buffers._values.items() if key[0] == "logits"]
+    (value,) = [v for key, v in buffers.values.items() if key[0] == "logits"]
     return value.numpy().copy()
 
 
