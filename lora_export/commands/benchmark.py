@@ -67,4 +67,4 @@ def benchmark(
             progress=talk.progress,
         )
         rows = [*benchmark_rows(result), ("report", str(output / "report.html"))]
-        talk.result(result.as_json(), summary(rows))
+        talk.result(result, summary(rows))

@@ -88,7 +88,7 @@ def export(
             *((name, megabytes(size)) for name, size in result.files.items()),
             ("output", str(output)),
         ]
-        talk.result(result.as_json(), table(rows))
+        talk.result(result, table(rows))
 
 
 def _fusions(difference: float | None) -> list[tuple[str, str]]:

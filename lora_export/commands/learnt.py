@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_export.adapter_tools.understand import Understanding, understand
+from lora_export.adapter_tools.understand import understand
 from lora_export.commands.talk import Talk
+from lora_export.contracts import Understanding
 from lora_export.errors import InputError, OutputError
+from lora_export.storage.documents import as_json
 from lora_export.storage.files import output_file
 
 _ENDINGS = (".svg", ".html")
@@ -19,20 +21,19 @@ def learnt(adapter: Path, base: Path | None, picture: Path | None, force: bool, 
     if picture is not None:
         _check_picture(picture, force)
     found = understand(adapter, base, talk.progress)
-    document = found.as_json()
     if picture is not None:
         with output_file(picture, force) as work:
-            (work / picture.name).write_text(drawn(document, picture), encoding="utf-8")
-        document["picture"] = str(picture)
+            (work / picture.name).write_text(drawn(found, picture), encoding="utf-8")
     blocks = [
         f"{found.adapter}\n" + "\n".join(found.sentences),
-        columns([TYPES_HEAD, *type_rows(document)]),
-        columns([RANKS_HEAD, *rank_rows(document)]) if found.truncation else "",
+        columns([TYPES_HEAD, *type_rows(found)]),
+        columns([RANKS_HEAD, *rank_rows(found)]) if found.truncation else "",
         columns([_MODULE_HEAD, *_modules(found)]) if every else "",
         "\n".join(f"without figures: {name}, {why}" for name, why in found.skipped.items()),
         "\n".join(f"warning: {w}" for w in found.warnings) or "no signs of trouble",
         f"picture: {picture}" if picture else "",
     ]
+    document = as_json(found) | ({"picture": str(picture)} if picture else {})
     talk.result(document, "\n\n".join(block for block in blocks if block))
 
 

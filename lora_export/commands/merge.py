@@ -57,7 +57,7 @@ def merge(
             return
         result = api.merge(base, gather.weighted(adapters), output, settings, progress=talk.progress)
         lines = [table([*merge_rows(result), ("output", str(output))]), *interference_lines(result.interference)]
-        talk.result(result.as_json(), "\n".join(lines))
+        talk.result(result, "\n".join(lines))
 
 
 def plan_document(planned: "MergePlan") -> dict[str, Any]:

@@ -68,4 +68,4 @@ def merge_and_export(
             *say.benchmark_rows(story.benchmark),
             ("report", str(output / "report" / "report.html")),
         ]
-        talk.result(story.as_json(), say.summary(rows))
+        talk.result(story, say.summary(rows))

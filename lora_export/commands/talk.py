@@ -29,13 +29,15 @@ class Talk:
     configuration: dict[str, Any] | None = None
     _said: list[bool] = field(default_factory=list)
 
-    def result(self, document: dict[str, Any], words: str) -> None:
+    def result(self, document: object, words: str) -> None:
+        """document: a result, or what its JSON has."""
         from lora_export.commands import configuration
+        from lora_export.storage.documents import as_json
 
         self._said.append(True)
         if line := configuration.said(self.configuration):
             words = f"{words}\nconfigured by {line}"
-        click.echo(_json(self.named(document)) if self.as_json else _lines(words))
+        click.echo(_json(self.named(as_json(document))) if self.as_json else _lines(words))
 
     def named(self, document: dict[str, Any]) -> dict[str, Any]:
         """The document with the configuration file, if one was used."""

@@ -2,9 +2,9 @@
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,13 +29,9 @@ _WIDTH = 5.5  # inches
 LARGEST = 1e9  # of what is drawn: with axes up to 1e300, matplotlib cannot place its ticks
 
 
-def drawable(value: Any) -> Any:
-    """The same with None for numbers that are none or too large to be drawn, which leave a list."""
-    if isinstance(value, Mapping):
-        return {k: drawable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [kept for kept in map(drawable, value) if kept is not None]
-    return None if isinstance(value, (int, float)) and not abs(value) <= LARGEST else value
+def drawable(value: float | None) -> float | None:
+    """The number, or None for one that is not finite or too large to be drawn."""
+    return value if value is not None and abs(value) <= LARGEST else None
 
 
 @contextmanager

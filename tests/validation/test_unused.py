@@ -11,6 +11,7 @@ from lora_export.commands.words import validation_words
 from lora_export.contracts import AdapterChoice, MergeOptions, ValidationOptions, ValidationResult
 from lora_export.merging import merge
 from lora_export.progress import Silent
+from lora_export.storage.documents import as_json
 from lora_export.validation import validate
 from tests.builders import edit_tensors, randomize
 
@@ -50,7 +51,7 @@ def test_validate_an_update_that_the_reference_does_not_use_is_named(folders: tu
     result = judged(*folders)
     assert not result.passed and result.weight_errors == ()
     assert result.unused_updates == (POOLED,)
-    assert result.as_json()["unused_updates"] == [POOLED]
+    assert as_json(result)["unused_updates"] == [POOLED]
     assert f"The reference does not use the adapter's update of {POOLED}" in validation_words(result)
 
 

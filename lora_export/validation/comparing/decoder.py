@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_export.contracts import Check, Perplexity, Progress, ValidationResult
+from lora_export.contracts import Check, Continuation, Perplexity, Progress, ValidationResult
 from lora_export.validation.comparing.arithmetic import Arithmetic, InTypes, draw
 from lora_export.validation.comparing.decoders import GREEDY_TOKENS, greedy, greedy_steps, logits
 from lora_export.validation.comparing.logits import Difference, compare_logits, greedy_divergences, largest
@@ -209,7 +209,7 @@ class DecoderStory:
         agreement, divergences = greedy_divergences(self._steps, chosen)
         return Greedy(agreement, divergences, self.tokenizer.decode)
 
-    def _samples(self, unmerged: Any, merged: Any, parted: Greedy) -> tuple[dict[str, str], ...]:
+    def _samples(self, unmerged: Any, merged: Any, parted: Greedy) -> tuple[Continuation, ...]:
         samples = []
         shown = {d.prompt: parted.show(d) for d in parted.divergences}
         for i, (ids, continued) in enumerate(zip(self._prompts, self._continued, strict=True)):
@@ -217,6 +217,6 @@ class DecoderStory:
                 before = greedy(unmerged, ids, max(1, len(continued) // 2))
             after = greedy(merged, ids, max(1, len(continued) // 2))
             texts = {"prompt": ids, "base": before, "unmerged": continued[: len(after)], "merged": after}
-            sample = {k: self.tokenizer.decode(v, skip_special_tokens=True) for k, v in texts.items()}
-            samples.append(sample | ({"first_difference": shown[i]} if i in shown else {}))
+            decoded = {k: self.tokenizer.decode(v, skip_special_tokens=True) for k, v in texts.items()}
+            samples.append(Continuation(**decoded, first_difference=shown.get(i)))
         return tuple(samples)
