@@ -16,6 +16,7 @@ TOP = {
     "escape",
     "errors",
     "finite",
+    "folder_files",
     "manifest",
     "patterns",
     "plugins",
@@ -25,8 +26,6 @@ TOP = {
     "storage",
     "meta_model",
     "tasks",
-    "tokenizer_names",
-    "training_names",
     "version",
     "wording",
 }

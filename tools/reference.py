@@ -168,8 +168,9 @@ def _assigned(node: ast.expr, tree: ast.AST) -> ast.expr:
     """What was last assigned to a local name before it is used; other expressions as they are."""
     if not isinstance(node, ast.Name):
         return node
-    values = [a for a in ast.walk(tree) if isinstance(a, ast.Assign) and getattr(a.targets[0], "id", "") == node.id]
-    return max((a for a in values if a.lineno < node.lineno), key=lambda a: a.lineno).value
+    assigned = [a for a in ast.walk(tree) if isinstance(a, ast.Assign) and a.lineno < node.lineno]
+    values = [a.value for a in assigned if getattr(a.targets[0], "id", "") == node.id]
+    return max(values, key=lambda value: value.lineno, default=node)
 
 
 def _words(node: ast.expr) -> str:

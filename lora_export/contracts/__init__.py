@@ -40,7 +40,7 @@ from lora_export.contracts.packages import PackageResult
 from lora_export.contracts.progress import Progress, Source
 from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report
 from lora_export.contracts.story import Story
-from lora_export.contracts.tensors import RowReader, TensorInfo, TensorSource
+from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
 from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
 from lora_export.contracts.validation import (
     AdapterSurvival,
@@ -65,6 +65,7 @@ __all__ = [
     "BenchmarkOptions",
     "BenchmarkResult",
     "BenchmarkSizes",
+    "ByteSink",
     "Cell",
     "Check",
     "CompareBases",
