@@ -4,7 +4,6 @@ from lora_export.contracts.adapters import Adapter, TargetUpdate, Update
 from lora_export.contracts.benchmark import (
     ArmTimes,
     BenchmarkArm,
-    BenchmarkOptions,
     BenchmarkResult,
     Cell,
     Environment,
@@ -16,34 +15,44 @@ from lora_export.contracts.benchmark import (
     Reading,
     Samples,
 )
-from lora_export.contracts.export import ExportOptions, ExportResult, QuantizationOptions
+from lora_export.contracts.export import ExportResult
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
     Interference,
-    MergeOptions,
     MergeResult,
     TensorRecord,
 )
-from lora_export.contracts.packages import PackageOptions, PackageResult
+from lora_export.contracts.options import (
+    BenchmarkOptions,
+    BenchmarkSizes,
+    CompareBases,
+    ExportOptions,
+    MergeOptions,
+    PackageOptions,
+    QuantizationOptions,
+    RankOptions,
+    StoryOptions,
+    ValidationOptions,
+    VerifyOptions,
+)
+from lora_export.contracts.packages import PackageResult
 from lora_export.contracts.progress import Progress, Source
 from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report
-from lora_export.contracts.story import Story, StoryOptions
+from lora_export.contracts.story import Story
 from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
 from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
 from lora_export.contracts.validation import (
     AdapterSurvival,
     BaseComparison,
     Check,
-    CompareBases,
     Continuation,
     Deviation,
     ExportedPair,
     Perplexity,
-    ValidationOptions,
     ValidationResult,
 )
-from lora_export.contracts.verification import Finding, Verification, VerifyOptions
+from lora_export.contracts.verification import Finding, Verification
 
 __all__ = [
     "Adapter",
@@ -55,6 +64,7 @@ __all__ = [
     "BenchmarkArm",
     "BenchmarkOptions",
     "BenchmarkResult",
+    "BenchmarkSizes",
     "ByteSink",
     "Cell",
     "Check",
@@ -83,6 +93,7 @@ __all__ = [
     "Perplexity",
     "Progress",
     "QuantizationOptions",
+    "RankOptions",
     "Reading",
     "Report",
     "RowReader",

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora_export.choices import Phase, Provider, Verdict
+from lora_export.choices import Phase, Verdict
 from lora_export.contracts.figures import NOT_IN_JSON, Figure
 
 Samples = Mapping[str, Mapping[str, tuple[Figure, ...]]]  # cell → arm → milliseconds
@@ -26,28 +26,6 @@ class GraphComparison:
     placement: Mapping[str, int]
     differences: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """shapes: (batch, prompt tokens) of each cell; margin: the largest relative difference that still counts as
-    none, set before anything is measured; max_seconds: for all cells together, None: a minute for each shape, or
-    20 s for each shape and set of sessions; sessions: how often all sessions are opened, each time in another
-    order; configured: a configuration file and what it gave, for the report.
-    """
-
-    provider: Provider = "auto"
-    shapes: tuple[tuple[int, int], ...] = ((1, 128),)
-    margin: float = 0.01
-    max_seconds: float | None = None
-    sessions: int = 1
-    seed: int = 0
-    configured: str = ""
-
-    @property
-    def seconds(self) -> float:
-        each = 60.0 if self.sessions == 1 else 20.0 * self.sessions
-        return each * len(self.shapes) if self.max_seconds is None else self.max_seconds
 
 
 @dataclass(frozen=True)

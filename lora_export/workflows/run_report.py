@@ -1,13 +1,14 @@
 """The report of a run: who made it, of what, and what each stage found."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lora_export import manifest
 from lora_export.contracts import NamedAdapter, NamedSource, NamedSources, Report, Source, Story, StoryOptions
+from lora_export.contracts.option import kept
 from lora_export.contracts.report import SCHEMA_VERSION
 from lora_export.storage.sealed import refuse_outward_link
 from lora_export.version import __version__
@@ -106,12 +107,4 @@ def _report_folder(run: Path) -> Path:
 
 def options_json(options: StoryOptions) -> dict[str, Any]:
     """The options as a report and a manifest keep them."""
-    kept = asdict(options)
-    kept["prompts"] = options.prompts.name if options.prompts else None
-    kept["text"] = options.text.name if options.text else None
-    kept["graph_from"] = options.graph_from.name if options.graph_from else None
-    calibration = options.quantization.calibration
-    kept["quantization"]["calibration"] = calibration.name if calibration else None
-    kept.pop("force")
-    kept["merge"].pop("force")
-    return kept
+    return kept(options)

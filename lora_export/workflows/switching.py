@@ -140,7 +140,7 @@ def _merged_folder(
         raise _other_layout(folder)
 
     def accept(stage: Path, records: Sequence[TensorRecord]) -> None:
-        if FileRecord(**hashed(stage / CONFIG)) != recorded.files.get(CONFIG):
+        if FileRecord(**vars(hashed(stage / CONFIG))) != recorded.files.get(CONFIG):
             raise _other_layout(folder)
         hashes = {r.name: r.hash_in for r in recorded.records}
         for record in records:

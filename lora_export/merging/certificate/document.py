@@ -219,7 +219,7 @@ def _grouping(shards: Sequence[Shard]) -> list[tuple[str, tuple[str, ...]]]:
 def describe_files(folder: Path, shards: Files) -> Files:
     """Every file of a folder but the certificate and the shards."""
     names = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {n: FileRecord(**hashed(p)) for n, p in names.items() if n != NAME and n not in shards}
+    return {n: FileRecord(**vars(hashed(p))) for n, p in names.items() if n != NAME and n not in shards}
 
 
 def describe_shards(plan: MergePlan) -> Files:
