@@ -217,7 +217,7 @@ MUTATIONS = (
         f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[oft-bfloat16]",
     ),
     Mutation(
-        "the error names the worst tensor of all", "workflows/gates.py",
+        "the error names the worst tensor of all", "pipeline.py",
         "return (*(result.deviation.tensors if result.deviation else ()), *result.weight_errors)",
         "return result.weight_errors",
         f"{DEVIATION}::test_the_gate_names_the_first_module_s_tensor",
@@ -618,15 +618,15 @@ MUTATIONS = (
         'tests/commands/test_configuration.py::test_a_bad_file_is_refused[device = -no TOML]',
     ),
     Mutation(
-        'the API takes another default', 'contracts/story.py',
-        '    tolerance: float = 4.0',
-        '    tolerance: float = 5.0',
+        'the command line forgets an option', 'commands/derive.py',
+        '        if _name(flag) in given:',
+        '        if _name(flag) in given and each.name != "rows":',
         'tests/test_api.py::test_the_command_line_has_the_same_defaults[words4-merge_and_export-options4]',
     ),
     Mutation(
-        'the API forgets the weights', 'api.py',
-        'choices = choices_of(resolve_all(adapters))',
-        'choices = choices_of([(source, 1.0) for source, _ in resolve_all(adapters)])',
+        'the API forgets the weights', 'checkpoint/sources.py',
+        'AdapterChoice(source.folder, float(weight), source',
+        'AdapterChoice(source.folder, 1.0, source',
         'tests/test_api.py::test_a_merge_tells_its_progress_and_prints_nothing',
     ),
     Mutation(

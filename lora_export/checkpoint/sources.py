@@ -1,5 +1,6 @@
 """A base or adapter as a person names it: a folder, or a hub id with an optional revision."""
 
+import contextlib
 import os
 import re
 from collections.abc import Sequence
@@ -14,8 +15,9 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<re
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
 
-Model = str | Path  # a folder, or a hub id
-Adapters = Model | Sequence[Model | tuple[Model, float]]  # one, or several, each alone or with its weight
+Model = str | Path  # a folder, or a Hub ID
+AdapterReference = Model | tuple[Model, float] | AdapterChoice  # a string may end in its weight, as in NAME:0.7
+Adapters = Model | AdapterChoice | Sequence[AdapterReference]
 
 
 def resolve(model: Model) -> Source:
@@ -71,13 +73,23 @@ def refuse_unreadable(path: str | os.PathLike[str]) -> None:
         )
 
 
-def resolve_all(adapters: Adapters) -> list[tuple[Source, float]]:
-    """Each adapter found, and its weight: 1 where none is given."""
-    several = [adapters] if isinstance(adapters, str | Path) else adapters
-    pairs = [a if isinstance(a, tuple) else (a, 1.0) for a in several]
-    return [(resolve(model), float(weight)) for model, weight in pairs]
+def adapter_choices(adapters: Adapters) -> list[AdapterChoice]:
+    """Each adapter found, with its weight. A single one need not stand in a list.
+
+    A string may end in its weight, as in A:0.7; without one it is 1. A folder whose own name ends so is taken as it
+    is.
+    """
+    several = [adapters] if isinstance(adapters, str | Path | AdapterChoice) else adapters
+    return [_choice(adapter) for adapter in several]
 
 
-def choices_of(adapters: Sequence[tuple[Source, float]]) -> list[AdapterChoice]:
-    """The adapters that were found, each with its weight, as the rooms take them."""
-    return [AdapterChoice(source.folder, weight) for source, weight in adapters]
+def _choice(adapter: AdapterReference) -> AdapterChoice:
+    if isinstance(adapter, AdapterChoice):
+        return adapter
+    model, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+    if isinstance(adapter, str) and not Path(adapter).is_dir():
+        name, _, tail = adapter.rpartition(":")
+        with contextlib.suppress(ValueError):  # then the colon belongs to the name
+            model, weight = (name, float(tail)) if name else (adapter, 1.0)
+    source = resolve(model)
+    return AdapterChoice(source.folder, float(weight), source.name, source.commit)

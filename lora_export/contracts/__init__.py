@@ -38,7 +38,7 @@ from lora_export.contracts.options import (
 )
 from lora_export.contracts.packages import PackageResult
 from lora_export.contracts.progress import Progress, Source
-from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report
+from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report, ReportPages
 from lora_export.contracts.story import Story
 from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
 from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
@@ -96,6 +96,7 @@ __all__ = [
     "RankOptions",
     "Reading",
     "Report",
+    "ReportPages",
     "RowReader",
     "Samples",
     "Source",

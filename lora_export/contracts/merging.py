@@ -7,14 +7,21 @@ from typing import Literal
 
 from lora_export.choices import Outcome
 from lora_export.contracts.figures import NOT_IN_JSON, Figure
+from lora_export.contracts.progress import Source
 
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """An adapter folder and the factor its update is multiplied with."""
+    """An adapter: its folder, the factor that its update is multiplied with, and how the user named it."""
 
     folder: Path
     weight: float = 1.0
+    name: str = ""
+    commit: str | None = None
+
+    @property
+    def source(self) -> Source:
+        return Source(self.name or str(self.folder), self.folder, self.commit)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lora_export.contracts.benchmark import BenchmarkResult
@@ -48,3 +49,11 @@ class Report:
     validate: ValidationResult | None = None
     export: ExportResult | None = None
     benchmark: BenchmarkResult | None = None
+
+
+@dataclass(frozen=True)
+class ReportPages:
+    """The pages that `report` wrote."""
+
+    html: Path
+    markdown: Path

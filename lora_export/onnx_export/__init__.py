@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint.hashing import hash_all
-from lora_export.choices import Optimize, Precision
-from lora_export.contracts import ExportResult, Progress, QuantizationOptions, TensorSource
+from lora_export.choices import Precision
+from lora_export.contracts import ExportOptions, ExportResult, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import InputError
 from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import choose, engine_named
@@ -34,6 +34,7 @@ from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights import shared_folder as shared
 from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.reuse import copy_graphs, read_map, refuse_other_model
+from lora_export.runtime import resolve_provider
 from lora_export.storage import disk, files, sealed
 
 RECORD = records.NAME
@@ -56,37 +57,33 @@ __all__ = [
 def export(
     model: Path,
     output: Path,
+    options: ExportOptions,
     *,
-    precision: Precision,
-    provider: str = "cpu",
-    engine: str | None = None,
-    optimize: Optimize = "full",
-    quantization: QuantizationOptions | None = None,
     adapter: Path | None = None,
     source: TensorSource | None = None,
     finish: Callable[[Path], Mapping[str, Any]] | None = None,
     against_plain: bool = False,
     inputs: Sequence[Path] = (),
-    force: bool = False,
     progress: Progress,
 ) -> ExportResult:
     """Write `model` (a Hugging Face folder) as ONNX into the new folder `output`, all or nothing.
 
-    precision: of the weights; provider: cpu or cuda, where the graph is to run; adapter: a LoRA folder that
-    stays unmerged in the graph; source: where the numbers come from, if not from the files of `model`; finish:
-    what is done to the folder before it is checked, and what it adds to the record; against_plain: run an fp32
-    export beside one without optimizations, for callers that do not compare with PyTorch; inputs: other folders
-    that `output` must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
+    adapter: a LoRA folder that stays unmerged in the graph; source: where the numbers come from, if not from the
+    files of `model`; finish: what is done to the folder before it is checked, and what it adds to the record;
+    against_plain: run an fp32 export beside one without optimizations, for callers that do not compare with
+    PyTorch; inputs: other folders that `output` must not touch. Raises CheckpointError or ExportError before any
+    work if it cannot be done.
     """
     started = time.monotonic()
     config = read_config(model, adapter)
-    chosen = choose(config, engine)
+    provider = resolve_provider("auto") if options.provider == "auto" else options.provider
+    precision, how = options.precision, options.quantization
+    chosen = choose(config, options.engine)
     read = [model, *inputs, *([adapter] if adapter else [])]
-    with files.output_folder(output, force, inputs=read) as stage:
-        how = quantization or QuantizationOptions()
-        check_request(config, precision, provider, engine, how)
+    with files.output_folder(output, options.force, inputs=read) as stage:
+        check_request(config, precision, provider, options.engine, how)
         quantized = blockwise(precision, provider, how) if how.activations == "float" else None
-        job = ExportJob(model, config, stage, precision, provider, adapter, progress, optimize, quantized)
+        job = ExportJob(model, config, stage, precision, provider, adapter, progress, options.optimize, quantized)
         chosen.check(job)
         if quantized and AUTO in quantized.keep:
             job = with_measured_damage(job, quantized, chosen, source)

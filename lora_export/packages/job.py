@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_export.choices import Precision
+from lora_export.choices import Precision, Provider
 from lora_export.contracts import ExportResult, MergeResult, Report, ValidationResult
 from lora_export.errors import InputError
 from lora_export.manifest import RunManifest
@@ -62,7 +62,7 @@ class Variant:
 
     name: str
     precision: Precision
-    provider: str = "cpu"
+    provider: Provider = "cpu"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_export import manifest, packages
 from lora_export.allowed import check_model_folder, check_package
-from lora_export.contracts import ExportResult, PackageOptions, PackageResult, Progress
+from lora_export.contracts import ExportOptions, ExportResult, PackageOptions, PackageResult, Progress
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive, card, companions, contents, signature
 from lora_export.packages.job import RUNS_OWN, PackageJob, PackageTarget, Run, Sample, Variant
@@ -203,14 +203,8 @@ def _export(variant: Variant, run: Run, output: Path, progress: Progress) -> Exp
         return run.export
     assert run.merged is not None
     progress.stage(f"export: {variant.name}")
-    return export(
-        run.merged,
-        output,
-        precision=variant.precision,
-        provider=variant.provider,
-        engine=run.export.engine,
-        progress=progress,
-    )
+    options = ExportOptions(variant.precision, variant.provider, run.export.engine)
+    return export(run.merged, output, options, progress=progress)
 
 
 def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress) -> dict[str, Any]:

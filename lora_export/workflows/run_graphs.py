@@ -100,18 +100,7 @@ def export_as(
     progress.stage(f"export: {what}")
     if options.graph_from is not None and adapter is None:
         return reweight(options.graph_from, model, output, progress=progress)
-    return export(
-        model,
-        output,
-        precision=options.precision,
-        provider=options.provider,
-        engine=options.engine,
-        optimize=options.optimize,
-        quantization=options.quantization,
-        adapter=adapter,
-        source=source,
-        progress=progress,
-    )
+    return export(model, output, replace(options, force=False), adapter=adapter, source=source, progress=progress)
 
 
 def export_unmerged(

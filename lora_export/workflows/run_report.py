@@ -1,30 +1,33 @@
 """The report of a run: who made it, of what, and what each stage found."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from lora_export import manifest
-from lora_export.contracts import NamedAdapter, NamedSource, NamedSources, Report, Source, Story, StoryOptions
+from lora_export.contracts import (
+    AdapterChoice,
+    NamedAdapter,
+    NamedSource,
+    NamedSources,
+    Report,
+    ReportPages,
+    Source,
+    Story,
+    StoryOptions,
+)
 from lora_export.contracts.option import kept
 from lora_export.contracts.report import SCHEMA_VERSION
 from lora_export.storage.sealed import refuse_outward_link
 from lora_export.version import __version__
 
 
-@dataclass(frozen=True)
-class Pages:
-    html: Path
-    markdown: Path
-
-
 def write_report(
     story: Story,
     stage: Path,
     base: Source,
-    adapters: Sequence[tuple[Source, float]],
+    adapters: Sequence[AdapterChoice],
     options: StoryOptions,
 ) -> None:
     """Into the folder `report` of the stage. Paths in it start at the run's folder."""
@@ -34,7 +37,7 @@ def write_report(
     slower = story.benchmark is not None and story.benchmark.verdict == "slower"
     merge, export, root = story.merge, story.export, story.output
     report = replace(
-        new_report("merge-and-export", options_json(options), base, adapters),
+        new_report("merge-and-export", kept(options), base, adapters),
         status="passed" if passed and not slower else "failed",
         merge=replace(merge, output=_inside(root, merge.output), certificate=_inside(root, merge.certificate)),
         validate=story.validate,
@@ -52,10 +55,10 @@ def new_report(
     title: str,
     options: Mapping[str, object],
     base: Source | None = None,
-    adapters: Sequence[tuple[Source, float]] = (),
+    adapters: Sequence[AdapterChoice] = (),
 ) -> Report:
     """A report without any stage: who made it, when, from what. Names, never folders of this machine."""
-    names = [a.folder.resolve().name for a, _ in adapters]
+    names = [a.folder.resolve().name for a in adapters]
     return Report(
         schema_version=SCHEMA_VERSION,
         title=f"{' + '.join(names)} on {base.folder.resolve().name}" if base and names else title,
@@ -65,12 +68,12 @@ def new_report(
         options=options,
         sources=NamedSources(
             base=NamedSource(**manifest.named(base)) if base else None,
-            adapters=tuple(NamedAdapter(**manifest.named(source), weight=weight) for source, weight in adapters),
+            adapters=tuple(NamedAdapter(**manifest.named(a.source), weight=a.weight) for a in adapters),
         ),
     )
 
 
-def render(run: Path) -> Pages:
+def render(run: Path) -> ReportPages:
     """Write the pages of a finished run or benchmark again, from its report.json."""
     from lora_export.report import render as draw
 
@@ -79,7 +82,7 @@ def render(run: Path) -> Pages:
     return _pages(folder)
 
 
-def compare(run: Path, other: Path, output: Path | None = None, *, force: bool = False) -> Pages:
+def compare(run: Path, other: Path, output: Path | None = None, *, force: bool = False) -> ReportPages:
     """Write the pages of a run beside those of another one into the new folder `output`.
 
     None: RUN-vs-OTHER beside the run, never in it, as its manifest seals what is in it.
@@ -92,8 +95,8 @@ def compare(run: Path, other: Path, output: Path | None = None, *, force: bool =
     return _pages(output)
 
 
-def _pages(folder: Path) -> Pages:
-    return Pages(folder / "report.html", folder / "report.md")
+def _pages(folder: Path) -> ReportPages:
+    return ReportPages(folder / "report.html", folder / "report.md")
 
 
 def _report_folder(run: Path) -> Path:
@@ -103,8 +106,3 @@ def _report_folder(run: Path) -> Path:
         return run
     refuse_outward_link(inner)
     return inner
-
-
-def options_json(options: StoryOptions) -> dict[str, Any]:
-    """The options as a report and a manifest keep them."""
-    return kept(options)

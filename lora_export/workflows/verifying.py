@@ -2,17 +2,16 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import manifest
-from lora_export.checkpoint.sources import choices_of
 from lora_export.contracts import (
     AdapterChoice,
     Finding,
     MergeOptions,
     Progress,
-    Source,
     Verification,
     VerifyOptions,
 )
@@ -33,21 +32,9 @@ _TAKES_ALL = "that takes the base (-b) and every adapter (-a)"
 
 
 def verify(
-    path: Path,
-    base: Source | None,
-    adapters: Sequence[tuple[Source, float]],
-    how: VerifyOptions,
-    progress: Progress,
-    *,
-    key: Path | None = None,
-    run: bool = False,
-    runtime: Path | None = None,
+    path: Path, base: Path | None, adapters: Sequence[AdapterChoice], options: VerifyOptions, progress: Progress
 ) -> Verification:
-    """Check again what an earlier command left. InputError if `path` is nothing of the kind.
-
-    key: the public key of who signed a package; run: have its runtime answer the sample; runtime: where that is, if
-    not in this environment.
-    """
+    """Check again what an earlier command left. InputError if `path` is nothing of the kind."""
     from lora_export.merging.certificate.verify import verify_folder
     from lora_export.workflows import delivered
 
@@ -57,13 +44,13 @@ def verify(
     if packaged and (base or adapters):
         raise InputError("--base or --adapter with a package", expected="them with a merged folder or a run")
     if packaged:
-        return delivered.verify(path, key, run, runtime, progress)
-    if key or run or runtime:
+        return delivered.verify(path, options.key, options.run, options.runtime, progress)
+    if options.key or options.run or options.runtime:
         raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
     if not path.is_dir():
         raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
     check = verify_run if manifest.is_run(path) else verify_folder
-    return check(path, base.folder if base else None, choices_of(adapters), how, progress)
+    return check(path, base, adapters, options, progress)
 
 
 def check_run(run: Path, base: Path | None, adapters: Sequence[AdapterChoice]) -> tuple[list[Finding], list[str]]:
@@ -195,11 +182,11 @@ def _same_options(run: Path, base: Path, adapters: Sequence[AdapterChoice], docu
     folder = run / "merged" if (run / "merged" / NAME).is_file() else run
     asked = document.recorded_options
     try:
-        recorded = as_json(read_certificate(folder).options)
-        effective = as_json(effective_options(plan(base, adapters, asked.merge)))
+        recorded = read_certificate(folder).options
+        effective = effective_options(plan(base, adapters, asked.merge))
     except LoraExportError as error:
         return Verification((Finding("manifest", False, f"its options of the merge are not valid: {error.found}"),))
-    other = sorted(k for k in effective if effective[k] != recorded[k])
+    other = sorted(f.name for f in fields(effective) if getattr(effective, f.name) != getattr(recorded, f.name))
     record = run / "onnx" / "export.json"
     if record.is_file() and asked.precision:
         other += ["precision"] * (asked.precision != read_json(record).get("precision"))

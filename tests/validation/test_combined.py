@@ -39,7 +39,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, folders: Any) -> tuple[Path, 
 
 def check(pair: Any, merged: Path, settings: dict[str, Any], **more: Any) -> Any:
     base, adapters = pair
-    sources = [(Source(a.name, a), w) for a, w in zip(adapters, WEIGHTS, strict=True)]
+    sources = [AdapterChoice(a, w) for a, w in zip(adapters, WEIGHTS, strict=True)]
     options = ValidationOptions(merge=MergeOptions(**settings), provider="cpu")
     return validate_folder(Source("base", base), sources, merged, (), (), options, Silent(), **more)
 
@@ -84,7 +84,7 @@ def test_own_texts_tell_what_is_left_of_each(pair: Any, tmp_path: Path) -> None:
     first, second = (s.share for s in both.adapter_survival)
     assert first is not None and second is not None
     assert second < 0 < first  # the second adapter's weight is negative
-    sources = [(Source("first", adapters[0]), 1.0)]
+    sources = [AdapterChoice(adapters[0])]
     options = ValidationOptions(provider="cpu")
     one = validate_folder(Source("base", base), sources, alone, (), (), options, Silent(), own_texts=[text])
     assert one.adapter_survival[0].share == pytest.approx(1.0, abs=1e-3)

@@ -14,11 +14,11 @@ from lora_export.commands.words import validation_words
 from lora_export.contracts import AdapterChoice, Check, Deviation, MergeOptions, Story, ValidationResult
 from lora_export.errors import GateFailed
 from lora_export.merging import merge
+from lora_export.pipeline import failures, refuse_failed
 from lora_export.report.story import headline
-from lora_export.validation.comparing.prompts import BUILT_IN
 from lora_export.validation.comparing.tensors import compare_tensors
+from lora_export.validation.comparing.texts import PROMPTS
 from lora_export.validation.reference import loading
-from lora_export.workflows.gates import failures, refuse_failed
 from tests.builders import edit_json
 from tests.failures.commands import invoke
 from tests.report.conftest import full_report, read
@@ -26,7 +26,7 @@ from tests.validation.faults import FAULTS, Bench, Fault, unmerged_model
 
 Folders = Callable[[str], tuple[Path, Path]]
 Merged = Callable[[str], Path]
-PROMPTS = (BUILT_IN[0], BUILT_IN[4])
+PROMPTS = (PROMPTS[0], PROMPTS[4])
 LAYER = "model.layers.1.mlp.down_proj"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_export.contracts import AdapterChoice, ExportedPair, ValidationResult
+from lora_export.contracts import AdapterChoice, ExportedPair, ExportOptions, ValidationResult
 from lora_export.errors import ExportError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
@@ -30,7 +30,7 @@ def test_a_graph_of_every_kind(name: str, tmp_path: Path) -> None:
     save_adapter(architecture, base, tmp_path / "adapter")
     adapters = [AdapterChoice(tmp_path / "adapter")]
     merge(base, adapters, tmp_path / "merged")
-    plain = export(base, tmp_path / "base-onnx", precision="fp32", progress=Silent())
+    plain = export(base, tmp_path / "base-onnx", ExportOptions("fp32", "cpu"), progress=Silent())
     merged = reweight(plain.output, tmp_path / "merged", tmp_path / "onnx", progress=Silent())
 
     def validated(onnx: Path) -> ValidationResult:
@@ -50,7 +50,7 @@ def test_a_graph_of_every_kind(name: str, tmp_path: Path) -> None:
 def test_a_graph_of_another_model_is_told(tmp_path: Path) -> None:
     """By its numbers, before anything runs."""
     other = save(DYNAMO["ViTForImageClassification"], tmp_path / "other")
-    exported = export(other, tmp_path / "onnx", precision="fp32", progress=Silent())
+    exported = export(other, tmp_path / "onnx", ExportOptions("fp32", "cpu"), progress=Silent())
     architecture = DYNAMO["BertModel"]
     base = save(architecture, tmp_path / "base")
     save_adapter(architecture, base, tmp_path / "adapter")

@@ -127,7 +127,7 @@ def test_a_base_quantized_in_training_is_streamed_from_a_dequantized_copy(tmp_pa
     train(base, FAMILIES["llama"], "lora", tmp_path / "adapter")
     merging = MergeOptions(training_quantization="nf4")
     merge(base, [AdapterChoice(tmp_path / "adapter")], tmp_path / "merged", merging)
-    sources = Source("base", base), [(Source("adapter", tmp_path / "adapter"), 1.0)]
+    sources = Source("base", base), [AdapterChoice(tmp_path / "adapter")]
     options = ValidationOptions(merge=merging, seed=0)
     results = [
         validate_folder(*sources, tmp_path / "merged", (), (), replace(options, max_memory=limit), Silent())

@@ -156,7 +156,7 @@ def test_a_base_in_gptq_is_judged_by_its_dequantized_weights(folders: Folders, t
     merge(base, [AdapterChoice(adapter)], merged)
 
     def judged() -> ValidationResult:
-        sources = Source("base", base), [(Source("adapter", adapter), 1.0)]
+        sources = Source("base", base), [AdapterChoice(adapter)]
         return validate_folder(*sources, merged, (), (), ValidationOptions(), Silent())
 
     result = judged()

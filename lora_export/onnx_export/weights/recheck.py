@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import Finding, Progress, QuantizationOptions, TensorSource
+from lora_export.contracts import ExportOptions, Finding, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import ExportError, LoraExportError, plain
 from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import choose
@@ -119,10 +119,8 @@ def _compare_whole(found: Rechecked, folder: Path, job: ExportJob, model: Model,
             "activations were calibrated, is no part of a run"
         )
         return
-    export(
-        model.folder, new, precision=job.precision, provider=job.provider, optimize=job.optimize,
-        quantization=model.quantization, source=model.source, progress=job.progress,
-    )  # fmt: skip
+    options = ExportOptions(job.precision, job.provider, None, job.optimize, model.quantization)
+    export(model.folder, new, options, source=model.source, progress=job.progress)
     _judge_record(found, folder, records.read_record(new))
     _judge_files(found, folder, new, WeightsMap(()))
 
