@@ -81,7 +81,7 @@ def _run(
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     readable = as_peft(alone, adapters, work)
     unmerged_onnx, why_not = export_unmerged(trained_on, readable, work, options, exported, progress)
-    story = Story(stage, merged, exported)
+    story = Story(stage, merged, export=exported)
 
     # prove
     checked = validate(

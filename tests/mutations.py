@@ -331,7 +331,7 @@ MUTATIONS = (
     ),
     Mutation(
         'a cache in place is trusted unseen', 'benchmarking/sessions.py',
-        'return bool(np.abs(found - expected).max() <= _SAME * np.abs(expected).max())',
+        'return bool(np.abs(in_place - expected).max() <= _SAME * np.abs(expected).max())',
         'return True',
         'tests/benchmarking/test_benchmark_run.py::test_a_cache_in_place_with_other_logits_is_not_used',
     ),
@@ -396,7 +396,7 @@ MUTATIONS = (
         'tests/end_to_end/test_benchmark_command.py::test_a_merged_graph_with_more_work_fails_the_gate',
     ),
     Mutation(
-        'buffers that all arms share count for the first', 'benchmarking/engines.py',
+        'buffers that all arms share count for the first', 'benchmarking/arms.py',
         '- before - (buffers.nbytes - own)',
         '- before',
         'tests/benchmarking/test_benchmark_run.py::test_memory_is_counted_for_each_arm_without_the_shared_buffers',

@@ -48,7 +48,7 @@ def merge_and_export(
         *words.benchmark_rows(story.benchmark),
         ("report", str(output / "report" / "report.html")),
     ]
-    talk.result(story.as_json(), table(rows))
+    talk.result(story, table(rows))
 
 
 def story_options(given: dict[str, Any], talk: Talk) -> StoryOptions:
