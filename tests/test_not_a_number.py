@@ -120,9 +120,13 @@ def opposed(number: float) -> bool:
 
 
 def recomputed(number: float) -> bool:
-    said = {"versions": {}, "tool": {"name": ""}, "options": {}, "base_checks": [], "records": []}
+    rest = {"versions": {}, "tool": {"name": ""}, "options": {}, "base_checks": [], "records": []}
+    recorded, again = (
+        SimpleNamespace(as_json=lambda value=value: documents.finite(rest | {"delta_survival": value}))
+        for value in (0.9, number)
+    )
     findings = Findings()
-    compare(findings, said | {"delta_survival": 0.9}, documents.finite(said | {"delta_survival": number}))
+    compare(findings, recorded, again)  # type: ignore[arg-type]
     return all(f.passed for f in findings.done)
 
 
@@ -225,7 +229,10 @@ PASSES_BY_HOLDING = {  # `x <= limit` is what makes them pass, which NaN never d
     "benchmarking/sessions.py:kv_in_place", "merging/planning/base_checks.py:_magnitudes",
     "merging/planning/base_checks.py:_column_norms",
 }  # fmt: skip
-NOT_MEASURED = {"onnx_export/graphs/identity.py:_graph_warnings", "merging/certificate/recheck.py:_errors"}  # bytes
+NOT_MEASURED = {  # bytes
+    "onnx_export/graphs/identity.py:_graph_warnings", "merging/running/audit.py:compare",
+    "merging/running/layout.py:_check_memory",
+}  # fmt: skip
 
 
 def comparisons() -> Iterator[tuple[str, ast.Compare]]:

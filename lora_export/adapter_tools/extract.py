@@ -12,7 +12,7 @@ from lora_export.contracts import MergeOptions, Progress
 from lora_export.deltas import spectrum
 from lora_export.errors import CheckpointError
 from lora_export.merging.planning.plan import FLOATS, MergePlan, PlannedTensor, plan_merge
-from lora_export.merging.running.exact import whole_base
+from lora_export.merging.running.rows import whole_base
 from lora_export.progress import Silent
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.deltas import spectrum
 from lora_export.deltas.spectrum import Spectrum
 from lora_export.merging import MergePlan
-from lora_export.merging.running.exact import change_of, load_updates, whole_base
+from lora_export.merging.running.rows import change_of, load_updates, whole_base
 
 if TYPE_CHECKING:
     import torch

@@ -6,18 +6,15 @@ A linear layer has lora_a (in, r) and lora_b (r, out), of which ΔW = scale·(lo
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_export.adapters.config import LARGEST
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.saved import EMBEDDING_NAMES
+from lora_export.adapters.spelling import Respelled
 from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.storage.documents import is_kind
-
-if TYPE_CHECKING:
-    import torch
 
 NAME = "mlx-lm"
 
@@ -28,24 +25,16 @@ _FULL = "mlx_lm.fuse --model BASE --adapter-path DIR --save-path MERGED, then `l
 
 
 @dataclass(frozen=True)
-class Turned:
-    """The file's tensors under PEFT's names and in PEFT's shapes. names: ours → the file's; turned: which of ours
-    are the transposes of what is stored."""
+class Turned(TensorSource):
+    """The transpose of a matrix of the file."""
 
-    source: TensorSource
-    names: Mapping[str, str]
-    turned: frozenset[str]
-    tensors: Mapping[str, TensorInfo]
+    stored: TensorInfo
 
-    def read(self, name: str) -> "torch.Tensor":
-        stored = self.source.read(self.names[name])
-        return stored.T if name in self.turned else stored.reshape(self.tensors[name].shape)
+    def read_into(self, info: TensorInfo, start: int, into: memoryview) -> None:
+        import torch
 
-    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        return self.read(name)[start:stop]
-
-    def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        return self.source.read_bytes(self.names[name], start, stop)
+        turned = self.stored.rows(0, self.stored.height).T.contiguous().reshape(-1).view(torch.uint8)
+        into[:] = memoryview(turned.numpy().data)[start : start + len(into)]
 
 
 def claims(file: AdapterFile) -> bool:
@@ -65,21 +54,19 @@ def as_peft(file: AdapterFile) -> AdapterFile:
     rank, scale = _parameters(file)
     parts = [_part(file, key) for key in file.tensors]
     experts = {module for key, module, _ in parts if len(file.tensors[key].shape) == 3}
-    names, turned, tensors = dict[str, str](), set[str](), dict[str, TensorInfo]()
+    tensors = dict[str, TensorInfo]()
     for key, module, leaf in parts:
         embedding = module.rpartition(".")[2] in EMBEDDING_NAMES - _HEADS
         # An embedding's A·B is a weight (rows, width) as it is: that of a linear layer with the parts exchanged.
         role = {"lora_a": "lora_b", "lora_b": "lora_a"}.get(leaf, leaf) if embedding else leaf
         ours = f"{_plain(module)}.{_OURS[role]}"
         info = file.tensors[key]
-        if leaf == "m":
-            shape = info.shape
-        elif module in experts:
-            shape = _of_experts(file, key, leaf, rank)
-        else:
-            shape = file.shape(key, 2) if embedding else file.shape(key, 2)[::-1]
-            turned |= set() if embedding else {ours}
-        names[ours], tensors[ours] = key, replace(info, shape=shape)
+        if module in experts and leaf != "m":
+            info = replace(info, shape=_of_experts(file, key, leaf, rank))
+        elif leaf != "m":
+            shape = file.shape(key, 2)
+            info = info if embedding else replace(info, shape=shape[::-1], source=Turned(info))
+        tensors[ours] = info
     config = {
         "peft_type": "LORA",
         "r": rank,
@@ -87,9 +74,8 @@ def as_peft(file: AdapterFile) -> AdapterFile:
         "use_dora": how == "dora",
         "base_model_name_or_path": file.config.get("model"),
     }
-    source = Turned(file.source, names, frozenset(turned), tensors)
     # A tied head is the embedding itself there (as_linear), its update included.
-    return replace(file, source=source, config=config, tied=True)
+    return replace(file, source=Respelled(tensors), config=config, tied=True)
 
 
 def _parameters(file: AdapterFile) -> tuple[int, float]:

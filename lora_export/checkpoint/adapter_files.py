@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lora_export.checkpoint.reader import TensorFiles, read_tensors, refuse_code
+from lora_export.checkpoint.reader import read_tensors, refuse_code
+from lora_export.checkpoint.tensor_files import TensorFiles
 from lora_export.checkpoint.trained_beside import refuse_lost
 from lora_export.errors import CheckpointError, InputError
 from lora_export.storage.sealed import LARGEST_SETTINGS, read_json

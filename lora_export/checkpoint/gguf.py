@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from lora_export.checkpoint.tensor_files import FILES
 from lora_export.contracts import TensorInfo
 from lora_export.errors import CheckpointError, InputError
 from lora_export.storage.documents import LARGEST
@@ -129,7 +130,7 @@ def _info(
     begin, end = start + offset, start + offset + elements // block * length
     if end > size:
         raise ValueError(f"{name} ends beyond the file")
-    return TensorInfo(name, quants.GGMLQuantizationType(kind).name, shape, path, begin, end)
+    return TensorInfo(name, quants.GGMLQuantizationType(kind).name, shape, path, begin, end, FILES)
 
 
 def gguf_file(folder: Path) -> Path | None:

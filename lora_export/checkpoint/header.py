@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_export.checkpoint.tensor_files import FILES
 from lora_export.contracts import TensorInfo
 from lora_export.errors import CheckpointError
 from lora_export.storage.documents import LARGEST, elements, is_text, parse_json
@@ -45,6 +46,13 @@ def read_header(path: Path) -> ShardHeader:
     infos.sort(key=lambda t: (t.start, t.end))
     _check_cover(path, infos, data, size)
     return ShardHeader({t.name: t for t in infos}, metadata)
+
+
+def header_bytes(path: Path) -> bytes:
+    """Length and header of a safetensors file; of a damaged one, what is there of them."""
+    with path.open("rb") as f:
+        prefix = f.read(8)
+        return prefix + f.read(min(int.from_bytes(prefix, "little"), path.stat().st_size))
 
 
 def _read(path: Path) -> tuple[int, int, bytes]:
@@ -103,7 +111,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     needed = count * ITEM_SIZE[dtype]
     if end - start != needed:
         raise odd(f"{end - start} bytes for a {dtype} tensor of shape {shape}, which needs {needed}")
-    return TensorInfo(name, dtype, tuple(shape), path, data + start, data + end)
+    return TensorInfo(name, dtype, tuple(shape), path, data + start, data + end, FILES)
 
 
 def _natural(n: Any) -> bool:

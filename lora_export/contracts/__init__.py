@@ -33,7 +33,7 @@ from lora_export.contracts.options import (
 from lora_export.contracts.packages import PackageResult
 from lora_export.contracts.progress import Progress, Source
 from lora_export.contracts.story import Story
-from lora_export.contracts.tensors import TensorInfo, TensorSource
+from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
 from lora_export.contracts.validation import (
     AdapterSurvival,
     BaseComparison,
@@ -56,6 +56,7 @@ __all__ = [
     "BenchmarkOptions",
     "BenchmarkResult",
     "BenchmarkSizes",
+    "ByteSink",
     "Cell",
     "Check",
     "CompareBases",
@@ -75,6 +76,7 @@ __all__ = [
     "Progress",
     "QuantizationOptions",
     "RankOptions",
+    "RowReader",
     "Source",
     "Story",
     "StoryOptions",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_export.choices import Outcome
+from lora_export.contracts.figures import Figure
 from lora_export.contracts.progress import Source
 
 
@@ -63,10 +64,10 @@ class TensorRecord:
     dtype: str
     shape: tuple[int, ...]
     kinds: tuple[str, ...] = ()
-    relative_delta: float | None = None
-    survival: float | None = None
-    max_ulps: float | None = None
-    mean_ulps: float | None = None
+    relative_delta: Figure | None = None
+    survival: Figure | None = None
+    max_ulps: Figure | None = None
+    mean_ulps: Figure | None = None
     checked: int = 0
     saturated: int = 0
     hash_in: str | None = None

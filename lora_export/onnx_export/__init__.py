@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lora_export.checkpoint.hashing import hash_all
 from lora_export.choices import Precision
-from lora_export.contracts import ExportOptions, ExportResult, Progress, QuantizationOptions
+from lora_export.contracts import ExportOptions, ExportResult, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import InputError
 from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import ENGINES, choose
 from lora_export.onnx_export.engines.building import (
     against_plain_graphs,
     fill,
-    opened,
+    numbers_of,
     record_of,
     with_measured_damage,
 )
@@ -31,14 +32,8 @@ from lora_export.onnx_export.records import adapters_beside, load_export
 from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights import shared_folder as shared
-from lora_export.onnx_export.weights.fill import Writing
-from lora_export.onnx_export.weights.reuse import (
-    copy_graphs,
-    hash_all,
-    read_map,
-    refuse_other_model,
-)
-from lora_export.onnx_export.weights.source import WeightSource
+from lora_export.onnx_export.weights.layout import DataFiles
+from lora_export.onnx_export.weights.reuse import copy_graphs, read_map, refuse_other_model
 from lora_export.runtime import resolve_provider
 from lora_export.storage import disk, files, sealed
 
@@ -65,7 +60,7 @@ def export(
     options: ExportOptions,
     *,
     adapter: Path | None = None,
-    source: WeightSource | None = None,
+    source: TensorSource | None = None,
     finish: Callable[[Path], Mapping[str, Any]] | None = None,
     against_plain: bool = False,
     inputs: Sequence[Path] = (),
@@ -97,8 +92,7 @@ def export(
         own = sorted(p.name for p in stage.iterdir() if p.suffix != ".data" and not p.name.endswith("_data"))
         chosen.accompany(model, stage)
         if made.described:
-            with opened(model, source) as numbers:
-                fill(stage, numbers, progress)
+            fill(stage, numbers_of(model, source), progress)
         checked = against_plain_graphs(job, made, chosen) if against_plain else None
         if how.activations != "float":
             activations.quantize(stage, model, made, how, config)
@@ -122,7 +116,7 @@ def reweight(
     model: Path,
     output: Path,
     *,
-    source: WeightSource | None = None,
+    source: TensorSource | None = None,
     force: bool = False,
     progress: Progress,
 ) -> ExportResult:
@@ -135,18 +129,19 @@ def reweight(
     record = records.read_record(earlier)
     check_export(earlier, record["graphs"])
     config = read_config(model)
-    found = read_map(earlier, tuple(record["graphs"]))
+    described = read_map(earlier, tuple(record["graphs"]))
     inputs = [model] if output.exists() and output.samefile(earlier) else [model, earlier]
-    with files.output_folder(output, force, inputs=inputs) as stage, opened(model, source) as numbers:
+    numbers = numbers_of(model, source)
+    with files.output_folder(output, force, inputs=inputs) as stage:
         hashes = hash_all(numbers)
-        refuse_other_model(earlier, record, config, found, hashes)
-        unchanged = frozenset(n for n, h in hashes.items() if found.hashes[n] == h)
-        disk.check_space(output.absolute().parent, sum(found.sizes.values()))
+        refuse_other_model(earlier, record, config, described, hashes)
+        unchanged = frozenset(n for n, h in hashes.items() if described.hashes[n] == h)
+        disk.check_space(output.absolute().parent, sum(described.sizes.values()))
         progress.detail(f"{len(unchanged)} of {len(hashes)} tensors are as they were exported")
         copy_graphs(earlier, stage, record["made_by_engine"])
         _engine(record["engine"]).accompany(model, stage)
-        Writing(stage, found, numbers, progress, earlier, unchanged).run()
-        weights_map.write(stage, replace(found, hashes=hashes))
+        DataFiles(stage, described, numbers, progress, earlier, unchanged).write()
+        weights_map.write(stage, replace(described, hashes=hashes))
         record |= {
             "seconds": round(time.monotonic() - started, 3),
             "source_config_sha256": sealed.sha256(model / "config.json"),
@@ -167,16 +162,15 @@ def share(
     record = records.read_record(earlier)
     check_export(earlier, record["graphs"])
     shared.check_name(name, record, earlier)
-    found = read_map(earlier, tuple(record["graphs"]))
-    base = shared.Shared(earlier, found, record)
+    described = read_map(earlier, tuple(record["graphs"]))
+    base = shared.Shared(earlier, described, record)
     inputs = [model] if root.exists() and root.samefile(earlier) else [model, earlier]
-    config = read_config(model)
-    with opened(model, None) as numbers:
-        hashes = hash_all(numbers)
-        refuse_other_model(earlier, record, config, found, hashes)
-        with shared.opened(root, base, inputs) as folder:
-            graph = shared.add(folder, name, base, numbers, hashes, force, progress)
-            shared.warn_of_companions(model, folder, progress)
+    config, numbers = read_config(model), numbers_of(model, None)
+    hashes = hash_all(numbers)
+    refuse_other_model(earlier, record, config, described, hashes)
+    with shared.opened(root, base, inputs) as folder:
+        graph = shared.add(folder, name, base, numbers, hashes, force, progress)
+        shared.warn_of_companions(model, folder, progress)
     return replace(load_export(root / graph), seconds=time.monotonic() - started)
 
 

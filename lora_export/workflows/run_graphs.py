@@ -17,7 +17,7 @@ from lora_export.contracts import (
 from lora_export.errors import ExportError
 
 if TYPE_CHECKING:
-    from lora_export.onnx_export.weights.source import WeightSource
+    from lora_export.contracts import TensorSource
 
 
 def like_earlier(options: ExportOptions) -> ExportOptions:
@@ -40,10 +40,10 @@ def merge_into(
     progress: Progress,
 ) -> tuple[MergeResult, ExportResult]:
     """Merge and export in one pass; the certificate lies in `stage`, the rest of a merged folder in `outline`."""
-    from lora_export.merging import CERTIFICATE, begin_stream, end_stream
+    from lora_export.merging import CERTIFICATE, begin_stream, end_stream, plan
 
     started = time.monotonic()
-    source = begin_stream(base, adapters, outline, options.merge, progress)
+    source = begin_stream(plan(base, adapters, options.merge), outline, progress)
     exported = export_merged(base_onnx, outline, stage / "onnx", options.export, progress, source)
     seconds = time.monotonic() - started
     return end_stream(source, adapters, stage / CERTIFICATE, seconds, progress), exported
@@ -55,7 +55,7 @@ def export_merged(
     output: Path,
     options: ExportOptions,
     progress: Progress,
-    source: "WeightSource | None" = None,
+    source: "TensorSource | None" = None,
 ) -> ExportResult:
     """The merged model with the base's graph; with one of its own where the merge changed more than weights.
 
@@ -72,7 +72,7 @@ def with_graph_of(
     options: ExportOptions,
     progress: Progress,
     what: str,
-    source: "WeightSource | None" = None,
+    source: "TensorSource | None" = None,
 ) -> ExportResult:
     """`model` with the graph of `earlier`; with one of its own where that does not take its weights."""
     from lora_export.onnx_export import reweight
@@ -93,7 +93,7 @@ def export_as(
     progress: Progress,
     what: str,
     adapter: Path | None = None,
-    source: "WeightSource | None" = None,
+    source: "TensorSource | None" = None,
 ) -> ExportResult:
     from lora_export.onnx_export import export, reweight
 

@@ -67,14 +67,14 @@ def validate_folder(
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)
         base = replace(base, folder=without_adapter(base.folder, work))
-        pairs = []
-        for i, exported in enumerate(exports):
-            if base_onnx:
-                same = base_onnx[i]
-            else:
-                same = _export_base(base.folder, adapters, exported, work, options.merge, provider, progress)
-            prefix = "onnx_" if i == 0 else f"onnx_{exported.precision}_"
-            pairs.append(pair_of(exported, same, prefix))
+        bases = base_onnx or [
+            _export_base(base.folder, adapters, exported, work, options.merge, provider, progress)
+            for exported in exports
+        ]
+        pairs = [
+            pair_of(exported, same, "onnx_" if exported is exports[0] else f"onnx_{exported.precision}_")
+            for exported, same in zip(exports, bases, strict=True)
+        ]
         readable = stand_in(base.folder, merged, options.merge, options.max_memory, work, progress)
         result = validate(
             base.folder,
@@ -111,12 +111,12 @@ def merged_with(
     device) are the caller's.
     """
     from lora_export.merging import CERTIFICATE
-    from lora_export.merging.certificate.compare import read_certificate, recorded_options
+    from lora_export.merging.certificate.document import read_certificate
 
     default, given = MergeOptions(), options.merge
     if not (merged / CERTIFICATE).is_file():
         return given
-    recorded = recorded_options(read_certificate(merged), merged)
+    recorded = read_certificate(merged).options
     free = names(MergeOptions, lambda how: not how.changes_result)
     differing = [n for n in asdict(default) if n not in free and getattr(given, n) != getattr(recorded, n)]
     if options.stated is None:
@@ -154,7 +154,7 @@ def _contradicting(
     except LoraExportError:
         return differing
     effective = effective_options(planned)
-    return [n for n in differing if effective[n] != getattr(recorded, n)]
+    return [n for n in differing if getattr(effective, n) != getattr(recorded, n)]
 
 
 def _check_own_texts(own_texts: Sequence[Path], adapters: Sequence[AdapterChoice]) -> None:

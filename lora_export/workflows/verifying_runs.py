@@ -59,7 +59,7 @@ def _with_merged_folder(
     progress: Progress,
     given: bool,
 ) -> list[Verification]:
-    from lora_export.checkpoint import open_checkpoint
+    from lora_export.checkpoint import TensorFiles, open_checkpoint
     from lora_export.merging.certificate.verify import verify_folder
 
     merged = verify_folder(run / "merged", base, adapters, how, progress)
@@ -68,17 +68,13 @@ def _with_merged_folder(
     if not given or not merged.verified:
         why = "that takes the base (-b) and every adapter (-a)" if merged.verified else "the merged folder is wrong"
         return [merged, Verification(_graphs(run), (f"{_ONNX_UNKNOWN}: {why}",))]
-    from lora_export.merging.certificate.compare import read_certificate
+    from lora_export.merging.certificate.document import read_certificate
     from lora_export.onnx_export.weights.recheck import Model, recheck
-    from lora_export.onnx_export.weights.source import FileSource
 
-    source = FileSource(open_checkpoint(run / "merged").tensors)
-    hashes = {r["name"]: r["hash_out"] for r in read_certificate(run / "merged")["records"]}
-    model = Model(run / "merged", source, dict(sorted(hashes.items())), _quantization(document))
-    try:
-        return [merged, _verification(recheck(run / "onnx", model, how.graph, progress))]
-    finally:
-        source.close()
+    source = TensorFiles(open_checkpoint(run / "merged").tensors)
+    hashes = {n: h for n, h in sorted(read_certificate(run / "merged").hashes.items()) if h is not None}
+    model = Model(run / "merged", source, hashes, _quantization(document))
+    return [merged, _verification(recheck(run / "onnx", model, how.graph, progress))]
 
 
 def _streamed(
@@ -90,12 +86,12 @@ def _streamed(
     progress: Progress,
 ) -> list[Verification]:
     """A run without a merged folder: its tensors are computed from base (None: not all were given) and adapters."""
+    from lora_export.checkpoint.hashing import hash_all
     from lora_export.merging.certificate.streamed_check import merged_again, same_certificate, same_tensors
     from lora_export.merging.certificate.verify import certificate
-    from lora_export.merging.running.write import one_thread_each
+    from lora_export.merging.running.layout import one_thread_each
     from lora_export.onnx_export import tensor_hashes
     from lora_export.onnx_export.weights.recheck import Model, recheck
-    from lora_export.onnx_export.weights.reuse import hash_all
 
     findings, recorded = certificate(run)
     if recorded is None:
@@ -112,7 +108,7 @@ def _streamed(
         return [findings.result(), Verification(_graphs(run))]
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, one_thread_each():
         try:
-            source = merged_again(findings, recorded, run, base, adapters, Path(scratch) / "outline")
+            source = merged_again(findings, recorded, base, adapters, Path(scratch) / "outline")
             if source is None:
                 return [findings.result()]
             progress.stage(f"verify: all of the merge again, {source.plan.nbytes / 1e6:.0f} MB")
@@ -150,17 +146,16 @@ def _same_options(
 ) -> Verification:
     """Whether the options in the manifest, as far as they matter for the bytes, lead to the certificate's."""
     from lora_export.merging import plan
-    from lora_export.merging.certificate.compare import read_certificate
-    from lora_export.merging.certificate.document import NAME, effective_options
+    from lora_export.merging.certificate.document import NAME, effective_options, read_certificate
 
     folder = run / "merged" if (run / "merged" / NAME).is_file() else run
     try:
-        recorded = read_certificate(folder)["options"]
+        recorded = read_certificate(folder).options
         options = MergeOptions(**document["options"]["merge"])
-        found = effective_options(plan(base, adapters, options))
+        effective = effective_options(plan(base, adapters, options))
     except (LoraExportError, TypeError, ValueError) as error:
         return Verification((Finding("manifest", False, f"its options of the merge are none: {error}"),))
-    other = sorted(k for k in found if found[k] != recorded[k])
+    other = sorted(f.name for f in fields(effective) if getattr(effective, f.name) != getattr(recorded, f.name))
     asked, record = document["options"], run / "onnx" / "export.json"
     if record.is_file():
         from lora_export.storage.sealed import read_json

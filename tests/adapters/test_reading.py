@@ -113,12 +113,12 @@ def test_bias_without_the_setting_is_not_accepted(tmp_path: Path) -> None:
 
 
 def test_refusals_do_not_read_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_export.checkpoint import reader
+    from lora_export.checkpoint import TensorFiles
 
     def explode(*arguments: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(reader, "read_rows", explode)
+    monkeypatch.setattr(TensorFiles, "read_into", explode)
     found = adapter(tmp_path, {"x.lora_A.weight": A, "x.lora_B.weight": B})
     with pytest.raises(AssertionError, match="was read"):
         found.updates[0].load((6, 10))

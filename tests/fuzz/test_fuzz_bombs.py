@@ -14,9 +14,8 @@ from lora_export.checkpoint import Checkpoint, open_checkpoint
 from lora_export.contracts import MergeOptions
 from lora_export.errors import LoraExportError
 from lora_export.manifest import NAME as MANIFEST_NAME
-from lora_export.merging.certificate.compare import read_certificate
 from lora_export.merging.certificate.document import NAME as CERTIFICATE_NAME
-from lora_export.merging.certificate.document import SCHEMA_VERSION
+from lora_export.merging.certificate.document import SCHEMA_VERSION, read_certificate
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.map import Piece, Quantization, Recipe, Weight, WeightsMap
 from lora_export.packages import archive, contents

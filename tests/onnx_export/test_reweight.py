@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_nothing(folders: Folders, monkeypatch: pytest.Monkey
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(workers.OpenFile, "write", full)
+    monkeypatch.setattr(workers.OpenFile, "write_lines", full)
     refused(folders, "full")
 
 

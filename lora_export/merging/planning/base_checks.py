@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.checkpoint.reader import Checkpoint, read_rows
+from lora_export.checkpoint.reader import Checkpoint
 from lora_export.choices import Outcome
 from lora_export.contracts import Adapter, BaseCheck, TargetUpdate
 from lora_export.merging.planning.names import INPUT_EMBEDDINGS, OUTPUT_HEADS
@@ -112,10 +112,10 @@ def _column_norms(plan: MergePlan, adapter: Adapter) -> Iterator[BaseCheck]:
     if update is None or tensor is None or tensor.source is None:
         return
     key = next(k for k in update.keys if k.endswith("delora_w_norm"))
-    saved = read_rows(adapter.tensors[key], 0, tensor.shape[1]).double()
+    saved = adapter.tensors[key].rows(0, tensor.shape[1]).double()
     squares, height = torch.zeros_like(saved), tensor.shape[0]
     for start in range(0, height, ROWS):
-        rows = read_rows(tensor.source, start, min(start + ROWS, height))
+        rows = tensor.source.rows(start, min(start + ROWS, height))
         squares += rows.double().square().sum(0)
     off = float(((squares.sqrt() - saved).abs() / saved.clamp_min(1e-30)).median())  # a column may be zero
     outcome: Outcome = "agrees" if off <= COLUMNS else "differs"
@@ -160,5 +160,5 @@ def _applied(
 ) -> tuple["torch.Tensor", "torch.Tensor"]:
     """Rows of the base, and what the adapter makes of them, in fp32."""
     assert tensor.source is not None
-    before = read_rows(tensor.source, start, stop).float()
+    before = tensor.source.rows(start, stop).float()
     return before, update.load(tensor.shape).apply(before.clone(), slice(start, stop))

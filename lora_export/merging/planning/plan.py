@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from lora_export.checkpoint.reader import Checkpoint, file_dtype
+from lora_export.checkpoint.reader import Checkpoint
 from lora_export.checkpoint.shards import OutputTensor, Shard, plan_shards
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInfo
+from lora_export.contracts.tensors import file_dtype
 from lora_export.errors import AdapterError, CheckpointError
-from lora_export.merging.architecture.heads import NewModel, remodelled
-from lora_export.merging.architecture.layout import Layout
-from lora_export.merging.architecture.settle import settle
 from lora_export.merging.planning.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.planning.combine import combined
+from lora_export.merging.planning.heads import NewModel, remodelled
 from lora_export.merging.planning.names import unknown_target
 from lora_export.merging.planning.replication import config_changes, layer_order
+from lora_export.merging.planning.settle import Layout, settle
 from lora_export.merging.planning.targets import match_targets
 from lora_export.quantization import QuantizedWeight, TrainingQuantization, places_of
 
@@ -37,6 +37,11 @@ class PlannedTensor:
     updates: tuple[TargetUpdate, ...] = ()
     quantized: QuantizedWeight | None = None
     training: TrainingQuantization | None = None
+
+    @property
+    def height(self) -> int:
+        """Rows; a scalar has one."""
+        return self.shape[0] if self.shape else 1
 
     @property
     def wide(self) -> bool:
@@ -66,6 +71,11 @@ class MergePlan:
     config_removals: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
     model: NewModel | None = None  # where the output is of another class than the base
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors in the order of the output."""
+        return [t.name for s in self.shards for t in s.tensors]
 
     @property
     def nbytes(self) -> int:

@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lora_export.checkpoint.reader import Checkpoint, read_rows
+from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import Adapter, TargetUpdate, TensorInfo
-from lora_export.merging.architecture.meta import Architecture
+from lora_export.merging.architecture.model import Architecture
+from lora_export.merging.architecture.pieces import StoredPiece
 from lora_export.merging.planning.base import BaseWeight
-from lora_export.merging.planning.loaded_names import Piece
 from lora_export.merging.planning.names import stored_pair, tied_pair
 
 Targets = Mapping[str, Sequence[TargetUpdate]]
@@ -61,7 +61,7 @@ def may_be_shared(targets: Targets, weights: Collection[str]) -> bool:
     return False
 
 
-def shared_weights(known: Architecture, on_disk: Mapping[str, tuple[Piece, ...]]) -> list[Shared]:
+def shared_weights(known: Architecture, on_disk: Mapping[str, tuple[StoredPiece, ...]]) -> list[Shared]:
     """Weights of which the base stores one name at least. on_disk: name in the model → tensors of the base."""
     found = []
     for group in known.ties:
@@ -192,7 +192,7 @@ def same_factors(first: Sequence[TensorInfo], second: Sequence[TensorInfo]) -> b
         return True
     if any(a.shape != b.shape[::-1] for a, b in zip(first, reversed(second), strict=True)):
         return False
-    values = [[read_rows(t, 0, t.shape[0]) for t in pair] for pair in (first, second)]
+    values = [[t.rows(0, t.shape[0]) for t in pair] for pair in (first, second)]
     return all(a.equal(b.T) for a, b in zip(values[0], reversed(values[1]), strict=True))
 
 
@@ -202,10 +202,7 @@ def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
         return False
     if a.file == b.file and a.start == b.start:
         return True
-    with a.file.open("rb") as left, b.file.open("rb") as right:
-        left.seek(a.start)
-        right.seek(b.start)
-        return all(
-            left.read(n) == right.read(n)
-            for n in (min(_CHUNK, a.nbytes - done) for done in range(0, a.nbytes, _CHUNK))
-        )
+    return all(
+        a.read_bytes(start, min(start + _CHUNK, a.nbytes)).equal(b.read_bytes(start, min(start + _CHUNK, a.nbytes)))
+        for start in range(0, a.nbytes, _CHUNK)
+    )

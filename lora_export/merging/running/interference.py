@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from lora_export.contracts import Interference, TargetUpdate
 from lora_export.deltas.overlap import Overlap
 from lora_export.merging.planning.plan import MergePlan, PlannedTensor
-from lora_export.merging.running.base_rows import base_rows
-from lora_export.merging.running.exact import change_of, load_updates
+from lora_export.merging.running.rows import base_rows, change_of, load_updates
 
 if TYPE_CHECKING:
     pass
