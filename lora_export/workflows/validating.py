@@ -76,15 +76,11 @@ def validate_folder(
             for exported, same in zip(exports, bases, strict=True)
         ]
         readable = stand_in(base.folder, merged, options.merge, options.max_memory, work, progress)
+        again = _again(merged, onnx[0]) if onnx else options.again
         result = validate(
-            base.folder,
-            adapters,
-            merged,
-            exports=pairs,
-            dequantized=readable,
-            options=replace(options, provider=provider, again=_again(merged, onnx[0]) if onnx else options.again),
-            progress=progress,
-        )
+            base.folder, adapters, merged, exports=pairs, dequantized=readable, progress=progress,
+            options=replace(options, provider=provider, again=again),
+        )  # fmt: skip
         if not own_texts:
             return result
         kept = measure(base.folder, adapters, merged, own_texts, options.merge, readable, progress)
