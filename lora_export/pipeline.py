@@ -80,7 +80,9 @@ def _run(
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     readable = as_peft(alone, adapters, work)
-    unmerged_onnx, why_not = export_unmerged(trained_on, readable, work, options, exported, progress)
+    unmerged_onnx, why_not = export_unmerged(
+        trained_on, readable, work, options.export, exported, progress, combined=options.merge.combine != "none"
+    )
     story = Story(stage, merged, export=exported)
 
     # prove

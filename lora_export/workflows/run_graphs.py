@@ -107,19 +107,21 @@ def export_unmerged(
     trained_on: Path,
     adapters: Sequence[AdapterChoice],
     work: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     exported: ExportResult,
     progress: Progress,
+    *,
+    combined: bool,
 ) -> tuple[ExportResult | None, tuple[str, ...]]:
     """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
     if exported.kind != "decoder":
         return None, ("no unmerged graph: the engine for this architecture exports merged models only",)
-    if len(adapters) != 1 or adapters[0].weight != 1.0 or options.merge.combine != "none":
+    if len(adapters) != 1 or adapters[0].weight != 1.0 or combined:
         return None, ("no unmerged graph: it takes exactly one adapter of weight 1, as it is",)
     try:
         what = "the unmerged model, the control of the benchmark"
         return (
-            export_as(trained_on, work / "unmerged", options.export, progress, what, adapter=adapters[0].folder),
+            export_as(trained_on, work / "unmerged", options, progress, what, adapter=adapters[0].folder),
             (),
         )
     except ExportError as error:

@@ -16,6 +16,7 @@ from typing import Any
 from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
 from lora_export.contracts.figures import Figure
+from lora_export.contracts.option import kept
 from lora_export.errors import InputError
 from lora_export.merging.planning.combine import ELECTING, RANDOM
 from lora_export.merging.planning.plan import MergePlan
@@ -106,8 +107,7 @@ class Certificate:
         return {r.name: r.hash_out for r in self.records}
 
     def as_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = as_json(self)
-        document["options"].pop("force", None)
+        document: dict[str, Any] = as_json(self) | {"options": kept(self.options)}
         for name, file in document["files"].items():
             document["files"][name] = {k: v for k, v in file.items() if v is not None}
         for adapter in document["adapters"]:
