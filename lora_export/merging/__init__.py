@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_export.adapters import CONFIG as ADAPTER_CONFIG
 from lora_export.adapters import AdapterFile, read_adapter
-from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
+from lora_export.checkpoint import Checkpoint, TensorFiles, open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
 from lora_export.contracts import (
     AdapterChoice,
@@ -56,6 +56,7 @@ __all__ = [
     "merge",
     "plan",
     "prepare",
+    "written_source",
 ]
 
 
@@ -149,6 +150,12 @@ def carry_out(
         progress.warn(text)
     result = _result(audit, checks, warnings, output / CERTIFICATE, time.monotonic() - started)
     return replace(result, interference=between)
+
+
+def written_source(result: MergeResult) -> TensorFiles:
+    """The tensors of a folder that was merged just now, with the hashes that its certificate has of them."""
+    hashes = {r.name: r.hash_out for r in result.records if r.hash_out is not None}
+    return TensorFiles(open_checkpoint(result.output).tensors, hashes)
 
 
 def headed_base(

@@ -58,7 +58,7 @@ def export_merged(
 ) -> ExportResult:
     """The merged model with the base's graph; with one of its own where the merge changed more than weights.
 
-    source: where the numbers come from, if `merged` is an outline without them.
+    source: where the numbers come from, if `merged` is an outline without them; or its files with known hashes.
     """
     progress.stage("export: the merged model, with the graph of the base")
     return with_graph_of(base_onnx, merged, output, options, progress, "the merged model", source)
