@@ -123,14 +123,14 @@ MUTATIONS = (
         "tests/properties/test_merge_properties.py::test_any_low_rank_update_is_rounded_once",
     ),
     Mutation(
-        "the two nibbles of a byte are exchanged", "quantization/bnb4.py",
+        "the two nibbles of a byte are exchanged", "quantization/bitsandbytes.py",
         "torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1)",
         "torch.stack((book.repeat(16), book.repeat_interleave(16)), dim=1)",
         f"{BITSANDBYTES}::test_other_block_sizes[64]",
     ),
     Mutation(
-        "the offset of double quantization is forgotten", "quantization/bnb4.py",
-        '* spread + self.state["nested_offset"]', "* spread",
+        "the offset of double quantization is forgotten", "quantization/bitsandbytes.py",
+        '* spread + float(self.state.nested_offset or 0)', "* spread",
         f"{BITSANDBYTES}::test_other_block_sizes[128]",
     ),
     Mutation(
@@ -420,7 +420,7 @@ MUTATIONS = (
         'tests/deltas/test_deltas.py::test_sums_and_votes_by_hand',
     ),
     Mutation(
-        'what DARE keeps is not made larger', 'merging/planning/recipe.py',
+        'what DARE keeps is not made larger', 'merging/planning/combine.py',
         'delta / density, 0.0)',
         'delta, 0.0)',
         'tests/merging/test_combining.py::test_dare_keeps_its_share_and_the_expected_sum',
@@ -438,13 +438,13 @@ MUTATIONS = (
         'tests/deltas/test_deltas.py::test_the_largest_are_numpys',
     ),
     Mutation(
-        'A has no sign', 'merging/planning/recipe.py',
+        'A has no sign', 'merging/planning/combine.py',
         'signed = [copysign(root, s) for root, s in zip(roots, scales, strict=True)]',
         'signed = list(roots)',
         'tests/merging/test_combining.py::test_factors_are_combined_as_peft_does',
     ),
     Mutation(
-        'interference forgets the weights', 'merging/planning/interference.py',
+        'interference forgets the weights', 'merging/running/interference.py',
         'if plan.options.combine != "none" else 1.0',
         'if plan.options.combine == "x" else 1.0',
         'tests/merging/test_combining.py::test_interference_of_combined_adapters_has_their_weights',
@@ -829,7 +829,7 @@ MUTATIONS = (
         f"{MATRIX}[tinylora regenerated on bert]",
     ),
     Mutation(
-        "the class that Uni-LoRA was trained on is forgotten", "merging/architecture/read_base.py",
+        "the class that Uni-LoRA was trained on is forgotten", "merging/running/read_base.py",
         "return found if isinstance(found, str) else None", "return None",
         "tests/adapters/test_rarer_kinds.py::test_the_class_that_unilora_was_trained_on_decides_its_layers",
     ),
@@ -882,9 +882,9 @@ MUTATIONS = (
         'tests/quantization/test_floating.py::test_settings_and_type_of_a_part_of_the_configuration',
     ),
     Mutation(
-        'adapters of an older transformers find no weight', 'merging/planning/older_names.py',
-        'return [replace(u, target=called[u.target]) if u.target in called else u for u in updates]',
-        'return list(updates)',
+        'adapters of an older transformers find no weight', 'merging/planning/targets.py',
+        'update = replace(given, target=today[given.target]) if given.target in today else given',
+        'update = given',
         'tests/validation/test_generations.py::test_merge_names_of_any_generation_gives_the_same_model[vit-4-5-True]',
     ),
     Mutation(
@@ -926,13 +926,13 @@ MUTATIONS = (
         "tests/merging/test_beside_the_adapter.py::test_a_value_head_goes_with_the_output_and_is_told",
     ),
     Mutation(
-        "a weight that neither base nor adapter has is no reason to refuse", "merging/architecture/outline.py",
-        "if name not in there\n", "if name in there and name not in there\n",
+        "a weight that neither base nor adapter has is no reason to refuse", "merging/architecture/model.py",
+        "if name not in filled\n", "if name in filled and name not in filled\n",
         "tests/merging/test_heads.py::test_model_with_random_weights_never_leaves",
     ),
     Mutation(
-        "the head of another size need not fit", "merging/architecture/head_class.py",
-        "elif update.target in heads and not update.fits(found.shapes[name]):", "elif False:",
+        "the head of another size need not fit", "merging/planning/head_class.py",
+        "elif update.target in heads and not update.fits(known.shapes[name]):", "elif False:",
         "tests/merging/test_heads.py::test_merged_model_is_of_the_class_that_was_trained[vit with other labels]",
     ),
     Mutation(
@@ -947,28 +947,28 @@ MUTATIONS = (
         "tests/validation/test_new_heads.py::test_validate_spoiled_merge_fails[kept_head-stored_tensors_differ]",
     ),
     Mutation(
-        'blocks that shared a weight with the embedding flag are left out', 'merging/architecture/layout.py',
+        'blocks that shared a weight with the embedding flag are left out', 'merging/planning/settle.py',
         'layout.added[name] = source',
         'pass',
         "tests/merging/test_ties.py::test_merged_weights_that_are_shared_compute_what_the_unmerged_model_does"
         "[zamba: modules_to_save=['HEAD'], None rows, auto]",
     ),
     Mutation(
-        'a head keeps the bias that PEFT leaves out', 'merging/architecture/settle.py',
+        'a head keeps the bias that PEFT leaves out', 'merging/planning/settle.py',
         'layout.targets[name] = [vocabulary.no_bias(name)]',
         'pass',
         "tests/merging/test_ties.py::test_merged_weights_that_are_shared_compute_what_the_unmerged_model_does"
         "[bert: trainable_token_indices={'EMBEDDING': [11, 60]}, None rows, auto]",
     ),
     Mutation(
-        'a row that nobody trained is made up', 'merging/architecture/vocabulary.py',
+        'a row that nobody trained is made up', 'merging/planning/vocabulary.py',
         'if unknown:',
         'if False:',
         'tests/merging/test_vocabulary.py::test_a_row_between_that_nobody_trained',
     ),
     Mutation(
-        "each of several joined tensors begins the loaded one", "merging/architecture/converted.py",
-        "found = self.convert(numbered)[loaded] - mine", "found = self.convert(numbered)[loaded]",
+        "each of several joined tensors begins the loaded one", "merging/architecture/pieces.py",
+        "places = self.convert(numbered)[loaded] - mine", "places = self.convert(numbered)[loaded]",
         "tests/merging/test_converted.py::"
         "test_each_joined_tensor_gets_its_rows_of_a_sum_and_what_is_no_sum_is_refused",
     ),

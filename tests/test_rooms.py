@@ -16,15 +16,15 @@ TOP = {
     "escape",
     "errors",
     "finite",
+    "folder_files",
     "manifest",
     "patterns",
+    "plugins",
     "progress",
     "runtime",
     "storage",
     "meta_model",
     "tasks",
-    "tokenizer_names",
-    "training_names",
     "version",
 }
 ROOMS = {
@@ -55,6 +55,7 @@ EVERYTHING = (
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(TOP, TOP),
     **{room: TOP | {room} for room in ROOMS},
+    "allowed": TOP | {"quantization"},  # the methods that are read are on its list
     "merging": TOP | {"merging", "checkpoint", "adapters", "quantization", "deltas"},
     "adapter_tools": TOP | {"adapter_tools", "checkpoint", "adapters", "deltas", "merging"},
     "onnx_export": TOP | {"onnx_export", "checkpoint"},

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path, PurePosixPath
 
-from lora_export import tokenizer_names
 from lora_export.errors import InputError
+from lora_export.folder_files import TOKENIZER_FILES
 
 # Native code by its name, versions included.
 _LIBRARY = re.compile(r".*\.(so(\.\d+)*|dll|dylib|pyd|node)", re.IGNORECASE)
@@ -18,7 +18,7 @@ _MAGIC = (
     b"\xca\xfe\xba\xbe",
 )
 _WEIGHTS = re.compile(r".*\.(onnx|onnx\.data|onnx_data(_\d+)?|safetensors|onnx_adapter|model|spm)")
-_DOCUMENTS = tokenizer_names.FILES | {
+_DOCUMENTS = TOKENIZER_FILES | {
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "normalizer.json", "modules.json", "sentence_bert_config.json",
     "config_sentence_transformers.json", "genai_config.json", "genai_config.cpu.json", "genai_config.cuda.json",

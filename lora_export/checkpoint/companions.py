@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import tokenizer_names
+from lora_export.folder_files import SENTENCE_MODULES, TOKENIZER_FILES, is_adapters, is_state, is_whole_tokenizer
 from lora_export.storage.sealed import copy, refuse_outward_link, write_settings
-from lora_export.training_names import SENTENCE_MODULES, is_adapters, is_state
 
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
@@ -36,7 +35,7 @@ def companion_files(folder: Path) -> list[Path]:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer files in a folder, if they are a tokenizer of their own and not just a stray part."""
-    found = _own(p for p in sorted(folder.iterdir()) if p.name in tokenizer_names.FILES and p.is_file())
+    found = _own(p for p in sorted(folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file())
     return found if has_tokenizer(folder) else [p for p in found if p.name.startswith("chat_template")]
 
 
@@ -50,7 +49,7 @@ def _own(paths: Iterable[Path]) -> list[Path]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the files of one complete tokenizer, of whichever library, are there."""
-    return tokenizer_names.complete(p.name for p in folder.iterdir())
+    return is_whole_tokenizer(p.name for p in folder.iterdir())
 
 
 def copy_subfolders(folder: Path, target: Path) -> None:

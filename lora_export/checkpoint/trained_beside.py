@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lora_export.checkpoint.companions import module_files
 from lora_export.errors import CheckpointError
+from lora_export.folder_files import SENTENCE, SENTENCE_MODULES, VALUE_HEAD, is_adapters, is_state
 from lora_export.storage.sealed import refuse_outward_link
-from lora_export.training_names import SENTENCE, SENTENCE_MODULES, VALUE_HEAD, is_adapters, is_state
 
 _AS_SAFETENSORS = (
     "where you trust it: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{name}', "

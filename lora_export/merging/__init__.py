@@ -24,19 +24,18 @@ from lora_export.contracts import (
     TensorRecord,
 )
 from lora_export.errors import RuntimeUnavailable
-from lora_export.merging.architecture.meta import token_modules
-from lora_export.merging.architecture.read_base import ReadBase
+from lora_export.merging.architecture.model import loaded_weights, token_modules
 from lora_export.merging.certificate.document import NAME as CERTIFICATE
 from lora_export.merging.certificate.document import certificate_of, write_certificate
 from lora_export.merging.planning.base import base_weights
 from lora_export.merging.planning.base_checks import base_checks
 from lora_export.merging.planning.combine import check_options
-from lora_export.merging.planning.interference import OPPOSED, interference
-from lora_export.merging.planning.loaded_names import loaded_weights
 from lora_export.merging.planning.plan import MergePlan, plan_merge, without_updates
 from lora_export.merging.running.audit import Auditor
 from lora_export.merging.running.companions import write_beside
+from lora_export.merging.running.interference import OPPOSED, interference
 from lora_export.merging.running.layout import write_shards
+from lora_export.merging.running.read_base import ReadBase
 from lora_export.merging.running.stream import MergedSource, write_outline
 from lora_export.meta_model import parameter_names
 from lora_export.progress import Silent

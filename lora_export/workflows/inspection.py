@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lora_export.adapters import CONFIG, KINDS, AdapterFile, read_adapter, tokens
+from lora_export.adapters import CONFIG, AdapterFile, kinds, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
 from lora_export.checkpoint.header import ITEM_SIZE
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
@@ -153,9 +153,9 @@ def _with_base(base: Path, adapter: Path) -> Adapter | None:
 def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
     """The adapter in sentences: kind, ranks, targets, base, and what merging will do."""
     config = adapter.config
-    names = [k for k in KINDS if adapter.kind.upper() in k.PEFT_TYPES]
-    kinds = {u.kind for u in adapter.updates}
-    kind = next((k for k in names if k.NAME.lower() in kinds), names[0] if names else tokens)
+    names = [k for k in kinds() if adapter.kind.upper() in k.PEFT_TYPES]
+    changes = {u.kind for u in adapter.updates}
+    kind = next((k for k in names if k.NAME.lower() in changes), names[0] if names else tokens)
     ranks = list(_ranks(adapter, tensors))
     span = f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 3 else f"rank {', '.join(ranks)}"
     targets = _targets(adapter)

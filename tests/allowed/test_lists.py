@@ -13,7 +13,6 @@ from lora_export.allowed.genai_config import check_audio, check_config
 from lora_export.allowed.graphs import check_operators
 from lora_export.allowed.triton_config import check_config as check_triton
 from lora_export.errors import CheckpointError, ExportError, InputError
-from lora_export.quantization.registry import FORMATS
 
 CUDA = {"cuda": {"enable_cuda_graph": "0"}}
 GENAI: dict[str, Any] = {
@@ -227,10 +226,6 @@ def test_model_folder_with_code_that_nothing_reads_is_taken(tmp_path: Path) -> N
     for name in ("modeling_x.py", "pytorch_model.bin", "training_args.bin"):
         written(tmp_path, name, "x")
     check_model_folder(tmp_path)
-
-
-def test_quantizations_are_those_that_are_read_here() -> None:
-    assert set(FORMATS) == hub.QUANTIZATIONS
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from lora_export.checkpoint.header import read_header
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, LoraExportError, plain
 from lora_export.merging import MergePlan, plan
-from lora_export.merging.planning.loaded_names import loaded_weights
+from lora_export.merging.architecture.model import loaded_weights
 from lora_export.onnx_export import check_model, load_export
 from lora_export.quantization import find_quantized
 from lora_export.report import render
@@ -246,22 +246,22 @@ def state(**changes: Any) -> Callable[[list[Entry]], list[Entry]]:
         ("bnb4", change(test_fuzz_quantization.STATE, dtype="F32", shape=(2,)), {}, "of type F32"),
         ("bnb4", change(test_fuzz_quantization.STATE, data=b"[" * 3000, shape=(3000,)), {}, "not JSON"),
         ("bnb4", change(test_fuzz_quantization.STATE, data=b" ", shape=(70_000,)), {}, "70000 bytes"),
-        ("bnb4", state(shape=[True, 300]), {}, "the shape"),
+        ("bnb4", state(shape=[True, 300]), {}, "shape[0] is a boolean"),
         ("bnb4 double", change("w.weight.absmax", dtype="F32"), {}, "the type is F32"),
         ("bnb8", change("w.weight_format", shape=(0,)), {}, "[0]"),
         ("bnb8", change("w.weight_format", dtype="F32", data=b"\0\0\xc0\x7f"), {}, "F32"),
         ("gptq", change("w.qweight", shape=(64,)), {}, "the shape is [64]"),
         ("awq", change("w.qweight", shape=(128,)), {}, "the shape is [128]"),
         ("fp8", None, {"weight_block_size": [16]}, "weight_block_size"),
-        ("fp8", None, {"weight_block_size": "16"}, "weight_block_size is str"),
-        ("fp8", None, {"weight_block_size": {"0": 16}}, "weight_block_size is dict"),
+        ("fp8", None, {"weight_block_size": "16"}, "weight_block_size is a string"),
+        ("fp8", None, {"weight_block_size": {"0": 16}}, "weight_block_size is an object"),
         ("packed", change("w.weight_shape", shape=(1,)), {}, "the shape is [1]"),
         ("packed", change("w.weight_shape", shape=()), {}, "the shape is []"),
         ("packed", change("w.weight_g_idx", data=b"\x09"), {}, "beyond the 2 there are"),
-        ("packed", None, {"config_groups": [1]}, "config_groups is list"),
-        ("packed", None, {"config_groups": {"a": 1}}, "config_groups.a is int"),
-        ("packed", None, {"format": ["pack-quantized"]}, "format is list"),
-        ("packed", None, {"sparsity_config": 1}, "sparsity_config is int"),
+        ("packed", None, {"config_groups": [1]}, "config_groups is an array"),
+        ("packed", None, {"config_groups": {"a": 1}}, "config_groups[...] is an integer"),
+        ("packed", None, {"format": ["pack-quantized"]}, "format is an array"),
+        ("packed", None, {"sparsity_config": 1}, "sparsity_config is an integer"),
         (
             "plain",
             None,

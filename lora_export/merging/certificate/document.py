@@ -17,8 +17,8 @@ from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
 from lora_export.contracts.figures import Figure
 from lora_export.errors import InputError
+from lora_export.merging.planning.combine import ELECTING, RANDOM
 from lora_export.merging.planning.plan import MergePlan
-from lora_export.merging.planning.recipe import ELECTING, RANDOM
 from lora_export.merging.running.audit import Auditor
 from lora_export.storage.documents import as_json, decode
 from lora_export.storage.sealed import hashed, read_sealed, sha256, write_sealed
@@ -55,12 +55,14 @@ class BaseFiles:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """sha256: of each of its files; base_model: as the adapter names it."""
+    """sha256: of each of its files; base_model: as the adapter names it; kind_from: the package that its kind is
+    from, if it is not this one."""
 
     kind: str
     weight: float
     base_model: str | None
     sha256: Mapping[str, str]
+    kind_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ class Certificate:
         document["options"].pop("force", None)
         for name, file in document["files"].items():
             document["files"][name] = {k: v for k, v in file.items() if v is not None}
+        for adapter in document["adapters"]:
+            if adapter["kind_from"] is None:
+                del adapter["kind_from"]
         return document
 
 
@@ -158,6 +163,7 @@ def certificate_of(
                 weight,
                 _name(a.config.get("base_model_name_or_path")),
                 adapter_hashes(a.folder, {t.file for t in a.tensors.values()}),
+                a.plugin,
             )
             for a, weight in zip(plan.adapters, weights, strict=True)
         ),

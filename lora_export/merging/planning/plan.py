@@ -9,13 +9,12 @@ from lora_export.checkpoint.shards import OutputTensor, Shard, plan_shards
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInfo
 from lora_export.contracts.tensors import file_dtype
 from lora_export.errors import AdapterError, CheckpointError
-from lora_export.merging.architecture.heads import NewModel, remodelled
-from lora_export.merging.architecture.layout import Layout
-from lora_export.merging.architecture.settle import settle
 from lora_export.merging.planning.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.planning.combine import combined
+from lora_export.merging.planning.heads import NewModel, remodelled
 from lora_export.merging.planning.names import unknown_target
 from lora_export.merging.planning.replication import config_changes, layer_order
+from lora_export.merging.planning.settle import Layout, settle
 from lora_export.merging.planning.targets import match_targets
 from lora_export.quantization import QuantizedWeight, TrainingQuantization, places_of
 

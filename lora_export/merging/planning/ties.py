@@ -11,9 +11,9 @@ from itertools import pairwise
 
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import Adapter, TargetUpdate, TensorInfo
-from lora_export.merging.architecture.meta import Architecture
+from lora_export.merging.architecture.model import Architecture
+from lora_export.merging.architecture.pieces import StoredPiece
 from lora_export.merging.planning.base import BaseWeight
-from lora_export.merging.planning.loaded_names import Piece
 from lora_export.merging.planning.names import stored_pair, tied_pair
 
 Targets = Mapping[str, Sequence[TargetUpdate]]
@@ -61,7 +61,7 @@ def may_be_shared(targets: Targets, weights: Collection[str]) -> bool:
     return False
 
 
-def shared_weights(known: Architecture, on_disk: Mapping[str, tuple[Piece, ...]]) -> list[Shared]:
+def shared_weights(known: Architecture, on_disk: Mapping[str, tuple[StoredPiece, ...]]) -> list[Shared]:
     """Weights of which the base stores one name at least. on_disk: name in the model → tensors of the base."""
     found = []
     for group in known.ties:

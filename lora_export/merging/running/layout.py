@@ -151,7 +151,7 @@ def _rows(plan: MergePlan, tensor: PlannedTensor, workers: int) -> int:
 
 
 def _cost(plan: MergePlan, tensor: PlannedTensor, rows: int) -> int:
-    kept = getattr(tensor.quantized, "kept", tensor.quantized.parts) if tensor.quantized else ()
+    kept = tensor.quantized.kept if tensor.quantized else ()
     packed = sum(plan.base.tensors[p].nbytes for p in kept)
     return rows * _row(tensor) * tensor.copies + packed
 

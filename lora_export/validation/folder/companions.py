@@ -10,10 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_export import tokenizer_names
 from lora_export.contracts import AdapterChoice, MergeOptions
+from lora_export.folder_files import (
+    SENTENCE,
+    SENTENCE_MODULES,
+    TOKENIZER_FILES,
+    VALUE_HEAD,
+    is_adapters,
+    is_state,
+    is_whole_tokenizer,
+)
 from lora_export.storage.sealed import read_json, refuse_outward_link, write_json
-from lora_export.training_names import SENTENCE, SENTENCE_MODULES, VALUE_HEAD, is_adapters, is_state
 from lora_export.validation.folder.stored import FLOATS, HEADS, headers
 from lora_export.validation.reference.quantized import FILES, is_quantized, without_settings
 from lora_export.validation.reference.trained import trained_as
@@ -96,8 +103,8 @@ def settings_of(folder: Path) -> Iterator[Path]:
 
 def _tokenizer_of(adapter: Path) -> list[Path]:
     """A tokenizer of its own; of a stray part only the chat template counts."""
-    found = [p for p in sorted(adapter.iterdir()) if p.name in tokenizer_names.FILES and p.is_file()]
-    whole = tokenizer_names.complete(p.name for p in found)
+    found = [p for p in sorted(adapter.iterdir()) if p.name in TOKENIZER_FILES and p.is_file()]
+    whole = is_whole_tokenizer(p.name for p in found)
     return found if whole else [p for p in found if p.name.startswith("chat_template")]
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from lora_export.contracts import Check
 from lora_export.errors import InputError
+from lora_export.folder_files import VALUE_HEAD
 from lora_export.storage.sealed import refuse_outward_link
-from lora_export.training_names import VALUE_HEAD
 from lora_export.validation.folder.companions import CONFIG, MOST, modules_of, settings_of
 
 _DOCUMENTS = (".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")

@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from lora_export import meta_model as skeleton
 from lora_export.contracts import Check, MergeOptions
+from lora_export.folder_files import VALUE_HEAD
 from lora_export.storage.sealed import read_json
-from lora_export.training_names import VALUE_HEAD
 from lora_export.validation.reference.quantized import is_quantized, of_activations
 from lora_export.validation.reference.trained import Trained, all_loaded_as
 

@@ -7,8 +7,10 @@ from typing import Any
 from lora_export import tasks
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate
-from lora_export.errors import AdapterError, CheckpointError, InputError
-from lora_export.merging.architecture.outline import Outline, outline
+from lora_export.errors import AdapterError, InputError
+from lora_export.merging.architecture.model import Architecture, architecture_of
+
+Fit = tuple[Architecture, dict[str, Any]]  # the class, and the changes of config.json for the head to fit
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,10 @@ class Lacking:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    outline: Outline
+class ChosenClass:
+    """changes: of config.json, without which the head would not fit; asked: whether it took --task to know it."""
+
+    architecture: Architecture
     changes: dict[str, Any]
     asked: bool
 
@@ -44,7 +48,9 @@ def check_task(base: Checkpoint, options: MergeOptions) -> None:
         )
 
 
-def choose(base: Checkpoint, own: Outline, lacking: Sequence[Lacking], options: MergeOptions) -> Chosen | None:
+def choose(
+    base: Checkpoint, own: Architecture, lacking: Sequence[Lacking], options: MergeOptions
+) -> ChosenClass | None:
     """The class that the adapter was trained with. None where nothing says that this is about a head."""
     first = lacking[0]
     named = _named(own, [one.adapter for one in lacking])
@@ -58,15 +64,15 @@ def choose(base: Checkpoint, own: Outline, lacking: Sequence[Lacking], options: 
                 expected="the task of the training",
                 next_step="the same command without --task",
             )
-        found = fitting or [f for f in (_fit(base, cls, lacking) for cls in wanted) if f]
-        if not found:
+        fits = fitting or [f for f in (_fit(base, cls, lacking) for cls in wanted) if f]
+        if not fits:
             raise _fits_not(base, first, wanted, f"--task {options.task}")
-        return Chosen(*found[0], asked=not fitting)
+        return ChosenClass(*fits[0], asked=not fitting)
     if fitting:
-        return Chosen(*fitting[0], asked=False)
+        return ChosenClass(*fitting[0], asked=False)
     same = _fit(base, type(own.model), lacking)
     if same:
-        return Chosen(*same, asked=False)
+        return ChosenClass(*same, asked=False)
     if not any(one.absent for one in lacking):
         return None
     others = _search(base, own, lacking)
@@ -82,38 +88,36 @@ def choose(base: Checkpoint, own: Outline, lacking: Sequence[Lacking], options: 
             expected="task_type or auto_mapping in adapter_config.json, or --task",
             next_step=" or ".join(f"--task {task}" for task in others),
         )
-    return Chosen(*next(iter(others.values())), asked=False) if others else None
+    return ChosenClass(*next(iter(others.values())), asked=False) if others else None
 
 
-def _named(own: Outline, adapters: Iterable[Adapter]) -> list[Any]:
+def _named(own: Architecture, adapters: Iterable[Adapter]) -> list[Any]:
     """The classes that the adapters' configurations name, as far as this base has them."""
-    found: list[Any] = []
+    classes: list[Any] = []
     for adapter in adapters:
         mapping = adapter.config.get("auto_mapping")
         cls = tasks.class_named(mapping.get("base_model_class") if isinstance(mapping, dict) else None)
         if cls is not None and getattr(cls, "config_class", None) is type(own.model.config):
-            found.append(cls)
+            classes.append(cls)
         task = tasks.PEFT_TASKS.get(str(adapter.config.get("task_type")))
-        found += tasks.classes_of(task, own.model.config) if task else []
-    return list(dict.fromkeys(found))
+        classes += tasks.classes_of(task, own.model.config) if task else []
+    return list(dict.fromkeys(classes))
 
 
-def _search(
-    base: Checkpoint, own: Outline, lacking: Sequence[Lacking]
-) -> dict[str, tuple[Outline, dict[str, Any]]]:
+def _search(base: Checkpoint, own: Architecture, lacking: Sequence[Lacking]) -> dict[str, Fit]:
     """Task → its class, of all tasks for which this base has one that the adapter fits."""
-    found, tried = {}, dict[str, tuple[Outline, dict[str, Any]] | None]()
+    fitting, tried = {}, dict[str, Fit | None]()
     for task in tasks.TASKS:
         for cls in tasks.classes_of(task, own.model.config):
             if cls.__name__ not in tried:
                 tried[cls.__name__] = _fit(base, cls, lacking)
             fit = tried[cls.__name__]
-            if fit and task not in found:
-                found[task] = fit
-    return found
+            if fit and task not in fitting:
+                fitting[task] = fit
+    return fitting
 
 
-def _fit(base: Checkpoint, cls: Any, lacking: Sequence[Lacking]) -> tuple[Outline, dict[str, Any]] | None:
+def _fit(base: Checkpoint, cls: Any, lacking: Sequence[Lacking]) -> Fit | None:
     """(the class without weights, the changes of config.json) if all that the adapters change has its place there.
 
     The number of labels (of a CTC model, of letters) is one of the sizes that the saved head has.
@@ -125,26 +129,22 @@ def _fit(base: Checkpoint, cls: Any, lacking: Sequence[Lacking]) -> tuple[Outlin
         if cls.__name__.endswith("ForCTC"):
             variants.append({"vocab_size": size})
     for changes in variants:
-        config = dict(base.config) | {"architectures": [cls.__name__]} | changes
-        try:
-            found = outline(base.folder, config)
-        except (CheckpointError, ImportError, AttributeError):
-            continue
-        if all(_has(found, one) for one in lacking):
-            return found, changes
+        known = architecture_of(base, {"architectures": [cls.__name__]} | changes)
+        if known is not None and all(_has(known, one) for one in lacking):
+            return known, changes
     return None
 
 
-def _has(found: Outline, one: Lacking) -> bool:
+def _has(known: Architecture, one: Lacking) -> bool:
     heads = {u.target for u in one.updates}
     for update in one.adapter.updates:
-        name = found.place(update.target)
+        name = known.place(update.target)
         if name is None:
-            weight = found.place(f"{update.target.rpartition('.')[0]}.weight")
+            weight = known.place(f"{update.target.rpartition('.')[0]}.weight")
             # Experts that an adapter names one by one are told apart later, by what is stored.
             if not (update.optional and weight) and ".experts." not in update.target:
                 return False
-        elif update.target in heads and not update.fits(found.shapes[name]):
+        elif update.target in heads and not update.fits(known.shapes[name]):
             return False
     return True
 
@@ -154,7 +154,7 @@ def _fits_not(
     one: Lacking,
     classes: Sequence[Any],
     who: str,
-    others: Mapping[str, tuple[Outline, dict[str, Any]]] | None = None,
+    others: Mapping[str, Fit] | None = None,
 ) -> AdapterError:
     named = " or ".join(c.__name__ for c in classes) or f"no class for a {base.config.get('model_type')}"
     helps = " or ".join(f"--task {task}" for task in others or ())

@@ -1,22 +1,164 @@
-"""What updates make of tied weights and of the vocabulary, and the settings that the result needs.
+"""The output where weights are tied or the vocabulary changes: what updates make of it, and the settings it needs.
 
-What cannot be shown to be complete is refused.
+The class that will load the output is built with the changed settings, without weights: the output must fill every
+name of it, in its shape, and what has to differ must not be one weight there. What cannot be shown to be complete
+is refused.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
-from lora_export.merging.architecture import vocabulary
-from lora_export.merging.architecture.layout import Change, Layout, Proof
-from lora_export.merging.architecture.meta import Architecture, architecture_of
-from lora_export.merging.architecture.settings import TIE, resizings, untyings
+from lora_export.merging.architecture.model import Architecture, architecture_of
+from lora_export.merging.architecture.pieces import Shape, StoredPiece
+from lora_export.merging.planning import vocabulary
 from lora_export.merging.planning.base import BaseWeight
-from lora_export.merging.planning.loaded_names import Piece
 from lora_export.merging.planning.names import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from lora_export.merging.planning.ties import Shared, changed, may_be_shared, shared_by_usual_names, shared_weights
+from lora_export.merging.planning.vocabulary import TIE, resizings, side_effects, untyings
+
+_PADDED = "final_logits_bias"  # of BART and its kin: transformers fills it with zeros
+
+
+@dataclass
+class Layout:
+    """targets: name in the output → updates; added: name that the base has not → its weight that it begins as;
+    shapes: of what is resized; config: keys of config.json to set."""
+
+    targets: dict[str, list[TargetUpdate]]
+    added: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is changed, of what. known, on_disk: the base's architecture, and name in it → the tensors that make it;
+    groups: all weights that several names share; apart: those of which the names must differ from now on."""
+
+    base: Checkpoint
+    weights: Mapping[str, BaseWeight]
+    adapters: Sequence[Adapter]
+    layout: Layout
+    groups: Sequence[Shared]
+    apart: Sequence[Shared]
+    known: Architecture
+    on_disk: Mapping[str, tuple[StoredPiece, ...]]
+
+
+class Proof:
+    """The output against the class, built with changed settings.
+
+    filled: names that were tied and are not any more, which the output needs, too → the base's weight; kept:
+    tensors that transformers cuts, or fills with zeros; still_tied: names that must differ, and are one weight.
+    """
+
+    def __init__(self, change: Change, built: Architecture) -> None:
+        self.change, self.known, self.on_disk, self.built = change, change.known, change.on_disk, built
+        self.filled: dict[str, str] = {}
+        self.kept: dict[str, Shape] = {}
+        self.still_tied = self._still_tied()
+        layout = change.layout
+        self.outputs = {n: layout.shapes.get(n, w.shape) for n, w in change.weights.items()}
+        self.outputs |= {
+            n: layout.shapes.get(n, change.weights[source].shape) for n, source in layout.added.items()
+        }
+        missing = built.unfilled(built.loaded(self.outputs))
+        for group in change.groups:
+            for member in group.members:
+                if member.model in missing and member.name not in self.outputs:
+                    self.filled[member.name] = group.source
+        self.outputs |= {n: self._shape_like(source) for n, source in self.filled.items()}
+        self.loaded = built.loaded(self.outputs)
+
+    def complete(self) -> None:
+        """Give the names that were tied, and are not any more, what the name that is stored gets; cut, and pad."""
+        layout = self.change.layout
+        for name, source in self.filled.items():
+            layout.added[name] = source
+            if source in layout.targets:
+                layout.targets[name] = list(layout.targets[source])
+            if source in layout.shapes:
+                layout.shapes[name] = layout.shapes[source]
+        for name, shape in self.kept.items():
+            layout.shapes[name] = shape
+            if name not in layout.targets:
+                layout.targets[name] = [vocabulary.kept(name, shape)]
+
+    def _shape_like(self, source: str) -> Shape:
+        return self.change.layout.shapes.get(source, self.change.weights[source].shape)
+
+    def _still_tied(self) -> set[str]:
+        names: set[str] = set()
+        for group in self.change.apart:
+            does = {m.model: _what(u) for m, u in zip(group.members, group.updates, strict=True)}
+            for tie in self.built.ties:
+                mine = [n for n in tie if n in does]
+                if len({does[n] for n in mine}) > 1:
+                    names |= set(mine)
+        return names
+
+    def error(self, by_files: bool) -> AdapterError | None:
+        """None if this is a complete model that computes what PEFT's does.
+
+        by_files: the configuration still ties, as transformers 5 does not with two names stored that differ.
+        """
+        if self.still_tied and not by_files:
+            return self._refused("the weight stays tied", min(self.still_tied))
+        if self.change.apart and not by_files and self.known.scales_by_tie():
+            return self._refused("the class computes something else without ties", None)
+        if side_effects(self.known.settings(), self.built.settings()):
+            return self._refused("other settings would change", None)
+        missing = set(self.built.unfilled(self.loaded)) - set(self.known.unfilled(self.on_disk))
+        if missing:
+            return self._refused(f"{len(missing)} weights of the class would be missing", min(missing))
+        excess = self.loaded.keys() - self.built.shapes.keys() - (self.on_disk.keys() - self.known.shapes.keys())
+        if excess:
+            return self._refused("the class has no place for a weight", min(excess))
+        return self._misshapen()
+
+    def _misshapen(self) -> AdapterError | None:
+        for model, pieces in self.loaded.items():
+            wanted, piece = self.built.shapes.get(model), pieces[0]
+            if len(pieces) > 1 or piece.expert is not None or piece.transposed or wanted is None:
+                continue
+            shape = self.outputs[piece.name]
+            if shape == wanted or self._misshapen_before(piece.name, model):
+                continue
+            fewer = len(shape) == len(wanted) and all(w <= n for n, w in zip(shape, wanted, strict=True))
+            if fewer or model.rpartition(".")[2] == _PADDED:
+                self.kept[piece.name] = wanted
+            elif len(shape) == len(wanted) and shape[1:] == wanted[1:]:
+                return vocabulary.rows_missing(piece.name, shape[0], wanted[0], self.change.adapters)
+            else:
+                return self._refused(f"the class has the shape {list(wanted)}, not {list(shape)}", piece.name)
+        return None
+
+    def _misshapen_before(self, name: str, model: str) -> bool:
+        stored = self.change.weights.get(name)
+        same = self.outputs[name] == stored.shape if stored else False
+        return same and stored is not None and self.known.shapes.get(model) != stored.shape
+
+    def _refused(self, why: str, tensor: str | None) -> AdapterError:
+        untied = " and ".join(sorted({m.name for g in self.change.apart for m in g.members}))
+        what = f"the adapter changes {untied} in different ways, and the base has one weight for them"
+        if not untied:
+            what = "the vocabulary has another size"
+        return AdapterError(
+            f"{what}; with a configuration for that, {why}",
+            where=self.change.base.folder,
+            tensor=tensor,
+            expected=f"a model of the class {self.known.name} that can hold the result",
+            next_step="serve it unmerged with PEFT, or train with ensure_weight_tying=True",
+        )
+
+
+def _what(updates: Sequence[TargetUpdate]) -> tuple[tuple[int, tuple[str, ...]], ...]:
+    return tuple((u.owner, u.keys) for u in updates)
 
 
 def settle(
@@ -71,7 +213,7 @@ def _spread(group: Shared, layout: Layout) -> None:
 
 
 def _heads_without_bias(
-    known: Architecture, on_disk: Mapping[str, tuple[Piece, ...]], touched: Sequence[Shared], layout: Layout
+    known: Architecture, on_disk: Mapping[str, tuple[StoredPiece, ...]], touched: Sequence[Shared], layout: Layout
 ) -> dict[str, str]:
     """Stored bias → its head. TrainableTokensLayer calls F.linear without a bias; ensure_weight_tying saves a head
     as a new Linear without one (peft/tuners/trainable_tokens/layer.py, peft/utils/other.py)."""
@@ -81,7 +223,7 @@ def _heads_without_bias(
     changes = [(model_names.get(name, name), updates) for name, updates in layout.targets.items()]
     changes += [(m.model, list(u)) for g in touched for m, u in zip(g.members, g.updates, strict=True)]
     modules = dict(known.model.named_modules(remove_duplicate=False))
-    found: dict[str, str] = {}
+    heads: dict[str, str] = {}
     for name, updates in changes:
         head = name.rpartition(".")[0]
         if not isinstance(modules.get(head), Linear) or modules[head].bias is None:
@@ -90,11 +232,11 @@ def _heads_without_bias(
         stored = [on_disk[n][0].name for n in names if n in on_disk]
         saved_tied = any(u.tied and u.kind == "modules_to_save" for u in updates)
         if any(u.tokens for u in updates) or (saved_tied and not any(n in layout.targets for n in stored)):
-            found |= dict.fromkeys(stored, head)
-    return found
+            heads |= dict.fromkeys(stored, head)
+    return heads
 
 
-def _rows_of_tokens(known: Architecture | None, on_disk: Mapping[str, tuple[Piece, ...]]) -> frozenset[str]:
+def _rows_of_tokens(known: Architecture | None, on_disk: Mapping[str, tuple[StoredPiece, ...]]) -> frozenset[str]:
     """Names in the output of the weights that have a row for each token."""
     if known is None:
         return frozenset((*INPUT_EMBEDDINGS, *OUTPUT_HEADS))
@@ -181,7 +323,7 @@ def _by_architecture(change: Change, config: Mapping[str, Any]) -> None:
             layout.config |= {k: v for k, v in wanted.items() if config.get(k) != v}
             if by_files:
                 layout.warnings.append(
-                    f"{type(known.model).__name__} ties {' and '.join(sorted(proof.still_tied))} whatever its "
+                    f"{known.name} ties {' and '.join(sorted(proof.still_tied))} whatever its "
                     "configuration says: all are stored, and transformers 5 leaves them apart, 4 does not"
                 )
             return
