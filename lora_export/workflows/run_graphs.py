@@ -45,7 +45,7 @@ def merge_into(
     source = begin_stream(plan(base, adapters, options.merge), outline, progress)
     exported = export_merged(base_onnx, outline, stage / "onnx", options, progress, source)
     seconds = time.monotonic() - started
-    return end_stream(source, adapters, stage / CERTIFICATE, seconds, progress), exported
+    return end_stream(source, stage / CERTIFICATE, seconds, progress), exported
 
 
 def export_merged(
