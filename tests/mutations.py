@@ -24,24 +24,24 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
-        "the scaling of lora_bias is dropped", "adapters/lora.py",
+        "the scaling of lora_bias is dropped", "adapters/updates.py",
         "return weight + self.scaling * self.addend[rows]", "return weight + self.addend[rows]",
         f"{MATRIX}[lora lora_bias on llama]",
     ),
     Mutation(
         "alpha/r for alpha/√r", "adapters/config.py",
-        "return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank", "return alpha / rank",
+        "return alpha / math.sqrt(rank) if self.fields.use_rslora else alpha / rank", "return alpha / rank",
         f"{MATRIX}[lora rslora on llama]",
     ),
     Mutation(
         "the last matching pattern decides, not the first", "adapters/config.py",
-        "for key, value in pattern.items():", "for key, value in reversed(pattern.items()):",
+        "for key, value in (pattern or {}).items():", "for key, value in reversed((pattern or {}).items()):",
         f"{MATRIX}[lora patterns on llama]",
     ),
     Mutation(
-        "the transpose of a square Conv1D is forgotten", "adapters/lora.py",
-        "return self.file.is_conv1d(self.name) if self.shapes[0] == self.shapes[1] else shape == self.shapes[1]",
-        "return self.shapes[0] != self.shapes[1] and shape == self.shapes[1]",
+        "the transpose of a square Conv1D is forgotten", "adapters/module.py",
+        "return self.is_conv1d if outputs == inputs else shape == (inputs, outputs)",
+        "return outputs != inputs and shape == (inputs, outputs)",
         f"{MATRIX}[lora on gpt2]",
     ),
     Mutation(
@@ -51,7 +51,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the wrappers of two expert parameters are exchanged", "adapters/experts.py",
-        "innermost_first = sorted(depths, reverse=True)", "innermost_first = sorted(depths)",
+        "innermost_first = sorted(wrappers, reverse=True)", "innermost_first = sorted(wrappers)",
         f"{MATRIX}[lora experts on qwen2 moe]",
     ),
     Mutation(
@@ -87,7 +87,7 @@ MUTATIONS = (
     ),
     Mutation(
         "VeRA forgets λd", "adapters/vera.py",
-        "right = file.read(d_key)[: shared.rank, None] * down", "right = down",
+        "ranks[: shared.rank, None] * down", "down",
         f"{MATRIX}[vera on llama]",
     ),
     Mutation(
@@ -103,7 +103,7 @@ MUTATIONS = (
     ),
     Mutation(
         "PiSSA's residual is not taken out of the base", "adapters/lora.py",
-        "changed: torch.Tensor = exact - taken + delta", "changed: torch.Tensor = exact + delta",
+        "weight - taken + low.scaling", "weight + low.scaling",
         f"{MATRIX}[lora pissa on llama]",
     ),
     Mutation(
@@ -826,12 +826,12 @@ MUTATIONS = (
     ),
     Mutation(
         "HiRA's part of an embedding has the base layer's factor", "adapters/hira.py",
-        "down.T / (found.scale if found else 1.0)", "down.T",
+        "down.T / (layer.scale if layer else 1.0)", "down.T",
         f"{MATRIX}[hira embedding on gemma3]",
     ),
     Mutation(
         "all layers of TinyLoRA draw one projection", "adapters/tinylora.py",
-        "groups.seed + groups.numbers[module]", "groups.seed",
+        "groups.settings.projection_seed + groups.numbers[module]", "groups.settings.projection_seed",
         f"{MATRIX}[tinylora regenerated on bert]",
     ),
     Mutation(

@@ -146,7 +146,7 @@ def _with_base(base: Path, adapter: Path) -> Adapter | None:
 def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
     """The adapter in sentences: kind, ranks, targets, base, and what merging will do."""
     config = adapter.config
-    names = [k for k in kinds() if adapter.kind.upper() in k.PEFT_TYPES]
+    names = kinds(adapter.kind.upper())
     changes = {u.kind for u in adapter.updates}
     kind = next((k for k in names if k.NAME.lower() in changes), names[0] if names else tokens)
     ranks = list(_ranks(adapter, tensors))
