@@ -13,22 +13,14 @@ from lora_export.errors import AdapterError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
-from tests.builders import edit_json, edit_tensors, lora, save_adapter, save_base
+from tests.builders import edit_json, edit_tensors, lora, save_adapter, save_base, siglip_config
 
 MODEL = transformers.SiglipVisionModel
 HEAD = "base_model.model.head.attention"
 
 
 def pair(folder: Path, **settings: Any) -> tuple[Path, Path]:
-    config = transformers.SiglipVisionConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
-    )
-    base = save_base(folder / "base", MODEL, config)
+    base = save_base(folder / "base", MODEL, siglip_config())
     adapter = save_adapter(
         folder / "adapter", base, lora(target_modules=["attention", "q_proj", "fc1"], **settings), MODEL
     )
