@@ -35,7 +35,9 @@ def _size(alive: Sequence[ModuleFigures]) -> str:
     relative = [m.relative for m in alive if m.relative is not None]
     if not relative:
         norms = [m.norm for m in alive]
-        return f"{len(alive)} weights change, ‖ΔW‖ from {min(norms):.3g} to {max(norms):.3g} (with -b: beside ‖W‖)."
+        return (
+            f"{len(alive)} weights change, ‖ΔW‖ from {min(norms):.3g} to {max(norms):.3g} (-b relates it to ‖W‖)."
+        )
     return (
         f"{len(alive)} weights change, by {median(relative):.2%} of their norm in the median, "
         f"{min(relative):.2%} to {max(relative):.2%}."
@@ -45,11 +47,11 @@ def _size(alive: Sequence[ModuleFigures]) -> str:
 def _work(alive: Sequence[ModuleFigures]) -> str:
     """Which modules and which layers did it."""
     types = sorted(by_type(alive).items(), key=lambda t: -t[1].share)
-    named = ", ".join(f"{name} has {figures.share:.0%}" for name, figures in types[:4])
+    largest = ", ".join(f"{name} has {figures.share:.0%}" for name, figures in types[:4])
     rest = f" and {len(types) - 4} more" if len(types) > 4 else ""
     most = max(alive, key=lambda m: m.share)
     name = most.name.removesuffix(".weight")
-    return f"Of ‖ΔW‖², {named}{rest}; most is in {name} ({most.share:.1%})."
+    return f"Of ‖ΔW‖², {largest}{rest}; most is in {name} ({most.share:.1%})."
 
 
 def _rank(alive: Sequence[ModuleFigures]) -> str:
@@ -70,7 +72,7 @@ def _rank(alive: Sequence[ModuleFigures]) -> str:
             f"The rank may have been too small: of {trained:g}, {figures}, and the last singular value has "
             f"{last:.0%} of an even share. A larger rank may learn more."
         )
-    return f"The rank fits: of {trained:g}, {figures}."
+    return f"The rank was right: of {trained:g}, {figures}."
 
 
 def _last(module: ModuleFigures) -> float:
@@ -100,12 +102,12 @@ def trouble(modules: Sequence[ModuleFigures]) -> Iterator[str]:
         worst = max(huge, key=lambda m: m.relative or 0)
         yield (
             f"{len(huge)} changes are larger than their weights, {worst.name} by {worst.relative:.1f} times: "
-            "the learning rate or alpha was too large, or this is not the base"
+            "the learning rate or alpha was too large, or this is the wrong base"
         )
 
 
 def config_trouble(modules: Sequence[ModuleFigures], config: Mapping[str, Any], file: AdapterFile) -> Iterator[str]:
-    """Mistakes with alpha and with patterns that fit no module."""
+    """Mistakes with alpha and with patterns that match no module."""
     scalings = [
         m.scaling for m in modules if m.scaling is not None and m.kind.startswith(("lora", "dora", "adalora"))
     ]
@@ -113,7 +115,7 @@ def config_trouble(modules: Sequence[ModuleFigures], config: Mapping[str, Any], 
         how = "alpha/√rank" if config.get("use_rslora") else "alpha/rank"
         yield (
             f"the scaling {how} is {median(scalings):g}, {USUAL_SCALING[0]:g} to {USUAL_SCALING[1]:g} are usual: "
-            "is lora_alpha that of the training?"
+            "is lora_alpha the value used in training?"
         )
     if file.config.get("peft_type") == "ADALORA":
         return
@@ -121,4 +123,4 @@ def config_trouble(modules: Sequence[ModuleFigures], config: Mapping[str, Any], 
         for expression in config.get(key) or {}:
             names = (m.name.rpartition(".")[0] for m in modules)
             if all(match_pattern({expression: 1}, name, None) is None for name in names):
-                yield f"{key} has the key {expression!r}, which fits no module of this adapter"
+                yield f"{key} has the key {expression!r}, which matches no module of this adapter"

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from lora_export.adapter_tools.saving import Derived, DType, NewAdapter, Rank, check_rank
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.adapters.kind import float64
@@ -83,8 +85,6 @@ def _check(adapter: Adapter, update: TargetUpdate) -> None:
 
 def _spectrum(update: TargetUpdate, turned: bool) -> tuple[Spectrum, int]:
     """The combined delta, (outputs, inputs), or (rows, width) of an embedding; and the rank that it has."""
-    import torch
-
     shape = tuple(n or 0 for n in update.shapes[0])
     with float64():
         loaded = update.load(shape)

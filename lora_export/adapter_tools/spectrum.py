@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lora_export.adapters import AdapterFile, lora
 from lora_export.adapters.config import match_pattern
@@ -15,9 +17,6 @@ from lora_export.deltas import spectrum
 from lora_export.deltas.spectrum import Spectrum
 from lora_export.merging import MergePlan
 from lora_export.merging.running.rows import change_of, load_updates, whole_base
-
-if TYPE_CHECKING:
-    import torch
 
 LISTED = 256  # singular values of a module that are kept: an adapter has fewer, a matrix may have thousands
 KEPT = 0.99  # of ‖ΔW‖², at which a rank counts as enough
@@ -30,25 +29,23 @@ def by_layer(module: ModuleFigures) -> list[tuple[int, str]]:
 
 def alone(file: AdapterFile, adapter: Adapter, skipped: dict[str, str]) -> Iterator[ModuleFigures]:
     """From the adapter's own matrices."""
-    import torch
-
     for update in adapter.updates:
         shape, note = update.shapes[0], ""
         with float64():
             if update.kind == "dora":
                 low, note = lora.factors(file, update.target), "of B·A, before the magnitudes"
-                found = _spectrum(low)
+                values = _spectrum(low)
             elif update.low_rank and None not in shape:
                 low = low_rank_of(update.load(tuple(n or 0 for n in shape)))
-                found = _spectrum(low)
+                values = _spectrum(low)
             elif update.adds and len(shape) == 2 and None not in shape:
                 known = tuple(n or 0 for n in shape)
                 zeros = torch.zeros(known, dtype=torch.float64)
-                low, found = None, spectrum.of_matrix(update.load(known).apply(zeros, slice(0, known[0])))
+                low, values = None, spectrum.of_matrix(update.load(known).apply(zeros, slice(0, known[0])))
             else:
                 skipped[update.target] = f"{update.kind}: {_why_skipped(update)}"
                 continue
-        yield _module(update, file, found, low, None, note)
+        yield _module(update, file, values, low, None, note)
 
 
 def _why_skipped(update: TargetUpdate) -> str:
@@ -74,13 +71,13 @@ def with_base(planned: MergePlan, file: AdapterFile) -> Iterator[ModuleFigures]:
         if len(tensor.updates) == 1 and update.low_rank:
             with float64():
                 low = low_rank_of(update.load(tensor.shape))
-            found = _spectrum(low)
+            values = _spectrum(low)
         else:
-            found = _dense(before, load_updates(tensor, wide=True))
-        yield _module(update, file, found, low, float(before.norm()), "")
+            values = _dense(before, load_updates(tensor, wide=True))
+        yield _module(update, file, values, low, float(before.norm()), "")
 
 
-def _dense(before: "torch.Tensor", updates: Sequence[Any]) -> Spectrum:
+def _dense(before: torch.Tensor, updates: Sequence[Any]) -> Spectrum:
     """Of a change of any kind; of experts the matrices one below the other."""
     delta = change_of(updates, before, slice(0, before.shape[0]))
     return spectrum.of_matrix(delta.reshape(-1, delta.shape[-1]) if delta.dim() == 3 else delta.flatten(1))
@@ -88,8 +85,6 @@ def _dense(before: "torch.Tensor", updates: Sequence[Any]) -> Spectrum:
 
 def _spectrum(low: LowRank) -> Spectrum:
     """Of factors; of such that hold NaN or infinity, singular values that are NaN."""
-    import torch
-
     left = low.scaling * low.left
     if not bool(torch.isfinite(left).all() and torch.isfinite(low.right).all()):
         return Spectrum(left, torch.full((len(low.right),), math.nan), low.right)
@@ -99,27 +94,27 @@ def _spectrum(low: LowRank) -> Spectrum:
 def _module(
     update: TargetUpdate,
     file: AdapterFile,
-    found: Spectrum,
+    values: Spectrum,
     low: LowRank | None,
     weight_norm: float | None,
     note: str,
 ) -> ModuleFigures:
-    finite = math.isfinite(found.norm)
-    energy = found.energy.tolist()
+    finite = math.isfinite(values.norm)
+    energy = values.energy.tolist()
     return ModuleFigures(
         name=update.target,
         kind=update.kind,
         rank=len(low.right) if low is not None else None,
         alpha=_alpha(file, update.target.rpartition(".")[0]),
         scaling=low.scaling if low is not None else None,
-        norm=found.norm,
+        norm=values.norm,
         weight_norm=weight_norm,
-        relative=found.norm / weight_norm if weight_norm else None,
-        singular_values=tuple(found.sizes[:LISTED].tolist()),
-        effective_rank=found.effective_rank,
-        stable_rank=found.stable_rank,
+        relative=values.norm / weight_norm if weight_norm else None,
+        singular_values=tuple(values.sizes[:LISTED].tolist()),
+        effective_rank=values.effective_rank,
+        stable_rank=values.stable_rank,
         energy=tuple(energy[:LISTED]),
-        enough=found.rank_for(KEPT) if finite and found.norm > 0 else 0,
+        enough=values.rank_for(KEPT) if finite and values.norm > 0 else 0,
         finite=finite,
         note=note,
     )
@@ -130,8 +125,8 @@ def _alpha(file: AdapterFile, module: str) -> float | None:
     config = file.config
     alpha = config.get("lora_alpha", config.get("alpha"))
     patterns = config.get("alpha_pattern")
-    found = match_pattern(patterns if isinstance(patterns, dict) else {}, module, alpha)
-    return float(found) if isinstance(found, (int, float)) else None
+    own = match_pattern(patterns if isinstance(patterns, dict) else {}, module, alpha)
+    return float(own) if isinstance(own, (int, float)) else None
 
 
 def with_share(module: ModuleFigures, total: float) -> ModuleFigures:

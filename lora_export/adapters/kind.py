@@ -67,10 +67,10 @@ class BaseModel(Protocol):
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter as it lies on disk, known from its headers.
+    """An adapter on disk, known from its headers.
 
-    where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`). The rest matters
-    where the file cannot tell: how B of fused experts is packed (all experts of a rank together, or all ranks of an
+    where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`). The rest decides
+    what the file does not say: how B of fused experts is packed (all experts of a rank together, or all ranks of an
     expert), the layout of square expert weights, every model_type in the base's configuration (empty: unknown) and
     the shapes of its weights by name, for kinds that draw random matrices of the largest size again. base: None
     where an adapter is looked at without one. tied: training changed a head that is tied to an embedding with it;
@@ -177,6 +177,14 @@ class AdapterFile:
         if tensor is not None and tensor in self.tensors:
             tensor = self.tensors[tensor].name  # as the file has it
         return AdapterError(found, where=self.folder, tensor=tensor, expected=expected, next_step=next_step or None)
+
+    def refuse_unused(self, setting: str, tensor: str) -> AdapterError:
+        """The error for a tensor that PEFT would not load, as a setting says that it was not saved."""
+        return self.refuse(
+            f"{setting} is false, but the file holds a tensor that PEFT would not use",
+            tensor=tensor,
+            expected=f"{setting}: true, or a file without such tensors",
+        )
 
     def refuse_weight(self, kind: str) -> None:
         """For kinds whose update is no sum: a factor other than 1 has no meaning that PEFT shares."""

@@ -140,11 +140,7 @@ def _saved(file: AdapterFile, settings: Settings, adapted: list[AdaptedModule]) 
 def _drawn(file: AdapterFile, settings: Settings, adapted: list[AdaptedModule]) -> Bases:
     held = next((n for n in _SHARED if n in file.tensors), None)
     if held:
-        raise file.refuse(
-            "save_projection is false, but the file holds a projection, which PEFT would not use",
-            tensor=held,
-            expected="save_projection: true, or a file without randlora_A and randlora_B",
-        )
+        raise file.refuse_unused("save_projection", held)
     if settings.projection_prng_key is None:
         raise file.refuse("projection_prng_key is None", expected="the seed of randlora_A and randlora_B")
     if not file.base_shapes:

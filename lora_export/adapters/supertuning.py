@@ -68,11 +68,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
             next_step=_SAVE_THEM,
         )
     if adapted and not settings.save_precomputed_indices:
-        raise file.refuse(
-            "save_precomputed_indices is false, but the file holds places, which PEFT would not use",
-            tensor=adapted[0].keys[_PLACES],
-            expected="save_precomputed_indices: true, or a file without supertuning_indices",
-        )
+        raise file.refuse_unused("save_precomputed_indices", adapted[0].keys[_PLACES])
     if settings.r and settings.lora_alpha is None:
         raise file.refuse("lora_alpha is None", expected="a number, as r is set")
     return [_update(module, settings) for module in adapted]

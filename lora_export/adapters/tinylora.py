@@ -80,11 +80,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     groups = _groups(file, settings, tuple(module.name for module in adapted))
     extra = next((module for module in adapted if _P in module.keys and not settings.save_projection), None)
     if extra is not None:
-        raise file.refuse(
-            "save_projection is false, but the file holds a projection, which PEFT would not use",
-            tensor=extra.name,
-            expected="save_projection: true, or a file without tinylora_P",
-        )
+        raise file.refuse_unused("save_projection", extra.keys[_P])
     claims = tuple(groups.vectors.values())
     return [_update(module, groups, claims if module is adapted[0] else ()) for module in adapted]
 

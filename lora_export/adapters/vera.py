@@ -175,11 +175,7 @@ def _drawn(
 ) -> Projections:
     both = " and ".join(names.shared)
     if held:
-        raise file.refuse(
-            "save_projection is false, but the file holds a projection, which PEFT would not use",
-            tensor=min(held),
-            expected=f"save_projection: true, or a file without {both}",
-        )
+        raise file.refuse_unused("save_projection", min(held))
     if settings.projection_prng_key is None:
         raise file.refuse("projection_prng_key is None", expected=f"the seed of {both}")
     inputs = [_inputs(module, names.scales[0]) for module in adapted]

@@ -1,6 +1,6 @@
-"""What training left in the adapter's folder beside the adapter: carried into the output, refused, or named.
+"""Files that training left next to the adapter: they go into the output, are refused, or are listed in a warning.
 
-Weights that the merge does not use would be lost without a word otherwise, and the merged model be another one.
+Otherwise weights that the merge does not use would be lost silently, and the merged model would be a different one.
 """
 
 from pathlib import Path
@@ -69,7 +69,8 @@ def carried(folder: Path) -> list[Path]:
 
 
 def other_weights(folder: Path) -> list[str]:
-    """Other weights in the adapter's folder that nothing is made of; a base's in the same folder are left out."""
+    """Other weights in the adapter's folder, which the merge does not use; those of a base there are left
+    out."""
     base = (folder / "config.json").is_file()
     names = []
     for path in sorted(folder.iterdir()):
