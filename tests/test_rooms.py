@@ -16,6 +16,7 @@ TOP = {
     "escape",
     "errors",
     "finite",
+    "graph_runs",
     "manifest",
     "patterns",
     "progress",

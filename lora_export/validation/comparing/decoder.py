@@ -25,7 +25,7 @@ from lora_export.validation.comparing.thresholds import (
 from lora_export.validation.effect import effect
 
 if TYPE_CHECKING:
-    from lora_export.validation.graphs.decoder import OnnxDecoder
+    from lora_export.validation.graphs.runs import OnnxDecoder
 
 PADDED = 4  # prompts that are run in one batch, the shortest ones
 SAMPLES = 3  # prompts that are continued greedily
@@ -120,7 +120,7 @@ class DecoderStory:
         return checks, self._perplexity(f"merged as loaded ({dtype})", loaded)
 
     def compare_onnx(self, unmerged: Any, graph: Graph) -> list[Check]:
-        from lora_export.validation.graphs.decoder import OnnxDecoder
+        from lora_export.validation.graphs.runs import OnnxDecoder
 
         self.progress.stage(f"validate: {graph.arithmetic.words}, measured in PyTorch")
         self._arithmetic = self._sums
@@ -139,7 +139,7 @@ class DecoderStory:
         return [*checks, *self._graph_checks(graph, exact or self._unmerged, answered, runner)]
 
     def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
-        from lora_export.validation.graphs.decoder import OnnxDecoder
+        from lora_export.validation.graphs.runs import OnnxDecoder
 
         runner = OnnxDecoder(graph.paths[0], graph.provider)
         self._arithmetic = (*self._arithmetic, self._draw(unmerged, graph.arithmetic, adapted=False))
@@ -160,7 +160,7 @@ class DecoderStory:
         return [*checks, *graph_checks(floor, padded, self.factor, f"{graph.prefix}padded")]
 
     def effect(self, unmerged: Any, base: Graph, merged: Graph) -> effect.Effect:
-        from lora_export.validation.graphs.decoder import OnnxDecoder
+        from lora_export.validation.graphs.runs import OnnxDecoder
 
         graphs = [OnnxDecoder(g.paths[0], g.provider).logits for g in (base, merged)]
         models = (effect.without_adapter(unmerged), effect.of(unmerged), *graphs)

@@ -121,7 +121,7 @@ class EncoderStory:
         return found
 
     def _answers(self, graph: Graph) -> list[Outputs]:
-        from lora_export.validation.graphs.encoder import OnnxEncoder
+        from lora_export.validation.graphs.runs import OnnxEncoder
 
         answered = OnnxEncoder(graph.paths[0], graph.provider).outputs(self.batches)
         if not any(name in answered[0] for name in self._unmerged[0]):

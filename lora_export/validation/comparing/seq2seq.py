@@ -76,7 +76,7 @@ class Seq2SeqStory:
 
     def compare_onnx(self, unmerged: Any, graph: Graph) -> list[Check]:
         """The exported graphs, run with their caches."""
-        from lora_export.validation.graphs.seq2seq import OnnxSeq2Seq
+        from lora_export.validation.graphs.runs import OnnxSeq2Seq
 
         self.progress.stage(f"validate: {graph.arithmetic.words}, measured in PyTorch")
         self._arithmetic = self._sums
@@ -96,7 +96,7 @@ class Seq2SeqStory:
         return [*checks, *self._graph_checks(graph, exact or self._unmerged, answered)]
 
     def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
-        from lora_export.validation.graphs.seq2seq import OnnxSeq2Seq
+        from lora_export.validation.graphs.runs import OnnxSeq2Seq
 
         runner = OnnxSeq2Seq(graph.paths, graph.provider)
         self._arithmetic = (*self._arithmetic, self._draw(unmerged, graph.arithmetic, adapted=False))
@@ -105,7 +105,7 @@ class Seq2SeqStory:
 
     def effect(self, unmerged: Any, base: Graph, merged: Graph) -> Effect:
         """On the teacher-forced texts."""
-        from lora_export.validation.graphs.seq2seq import OnnxSeq2Seq
+        from lora_export.validation.graphs.runs import OnnxSeq2Seq
 
         runners = [OnnxSeq2Seq(g.paths, g.provider) for g in (base, merged)]
         found = Effect(self._noise_of_16_bits(merged))
