@@ -48,7 +48,8 @@ class GraphRun:
         """All outputs as OrtValues. RuntimeUnavailable, naming the graph, if the provider cannot run it."""
         import onnxruntime as ort
 
-        given = {n: ort.OrtValue.ortvalue_from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in feed.items()}
+        made = ort.OrtValue.ortvalue_from_numpy
+        given = {name: made(v) if isinstance(v, np.ndarray) else v for name, v in feed.items()}
         names = list(self.signature.outputs)
         try:
             return dict(zip(names, self.session.run_with_ort_values(names, given), strict=True))

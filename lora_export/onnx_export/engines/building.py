@@ -69,7 +69,9 @@ def against_plain_graphs(job: Job, made: Made, chosen: Engine) -> float | None:
 
 def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: WeightSource | None) -> Job:
     """The job with those products in int8 whose int4 does the most measured damage for its size."""
-    from lora_export.onnx_export.graphs.inputs import built_in_rows, token_feeds
+    from lora_export.graph_runs.feeds import built_in_rows, token_feeds
+    from lora_export.graph_runs.signature import Signature
+    from lora_export.onnx_export.graphs.checks import open_model
     from lora_export.onnx_export.quantize.sensitivity import choose_kept
 
     if chosen.name != "genai" or how.method != "int4" or job.config.get("is_encoder_decoder"):
@@ -86,7 +88,8 @@ def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Weigh
     with opened(job.model, source) as numbers:
         fill(plain, numbers, job.progress)
     graph = plain / made.graphs[0]
-    feeds = token_feeds(graph, built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128))))
+    rows = built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128)))
+    feeds = token_feeds(Signature.of_model(open_model(graph), graph), rows)
     damages = choose_kept(graph, how, feeds, logits="logits", eight_bits=True, progress=job.progress)
     shutil.rmtree(plain)
     worst = [d for d in damages if d.kept]

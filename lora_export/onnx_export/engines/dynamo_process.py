@@ -1,6 +1,6 @@
 """Run by dynamo.py as a process: torch's dynamo exporter on one request, given as JSON on stdin.
 
-Prints, as its last line, what was made: kind, task and file names of the graphs.
+Beside the graphs it writes the file that the request names as `result`: their kind, task and file names.
 """
 
 import gc
@@ -35,9 +35,9 @@ def main() -> None:
             own.append(weight)
             if value is not None:
                 constants[part.data, weight.name] = value
-        graphs[part.file] = _proto(graph.model)
+        graphs[part.file] = graph.model
         if request["quantized"]:
-            graphs[part.file], own = quantize_graph(graphs[part.file], own, Blockwise(**request["quantized"]))
+            own = quantize_graph(graph.model, own, Blockwise(**request["quantized"]))
         weights |= {(part.data, weight.name): weight for weight in own}
     data_files = {part.file: part.data for part in traced.parts}
     graph_files.save(Path(request["output"]), graphs, list(weights.values()), constants, data_files)
@@ -72,23 +72,16 @@ def _halve(graph: Any, precision: str) -> None:
 
 def _weights(graph: Any, data: str) -> Any:
     """(weight, its value if it is a constant) for all that goes into the data file."""
-    warnings.simplefilter("ignore")  # torch tells of axes and names that were asked for
-    from lora_export.onnx_export.graphs import files as graph_files
+    from lora_export.onnx_export.graphs.files import INLINE, map_type
     from lora_export.onnx_export.weights.map import Recipe, Weight
 
     for name, value in graph.model.graph.initializers.items():
         tensor, recipe = value.const_value, graph.recipes.get(name)
-        if recipe is None and tensor.nbytes < graph_files.INLINE:
+        if recipe is None and tensor.nbytes < INLINE:
             continue
-        dtype = {"float": "float32", "double": "float64"}.get(t := tensor.dtype.name.lower(), t)
-        weight = Weight(name, data, dtype, tuple(int(n) for n in tensor.shape.numpy()), recipe or Recipe())
+        shape = tuple(int(n) for n in tensor.shape.numpy())
+        weight = Weight(name, data, map_type(tensor.dtype), shape, recipe or Recipe())
         yield weight, None if recipe else tensor.numpy()
-
-
-def _proto(model: Any) -> Any:
-    import onnx_ir as ir
-
-    return ir.to_proto(model)
 
 
 if __name__ == "__main__":

@@ -93,10 +93,8 @@ class GenaiEngine:
             "adapter": str(job.adapter.resolve()) if job.adapter else None,
         }
         isolated.run("lora_export.onnx_export.engines.genai_process", request, engine=self.name)
-        settings = _mend_genai_config(job)
+        _mend_genai_config(job)
         made = _SPEECH if architecture_of(job.config) in _WHISPER else _TEXT
-        for graph in made.graphs:
-            _mend_cache_shapes(job.output / graph, int(settings["decoder"]["head_size"]))
         if job.adapter is not None:
             _check_adapter_arrived(job)
         return replace(made, described=described)
@@ -148,29 +146,16 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _mend_genai_config(job: Job) -> dict[str, Any]:
-    """The `model` part of genai_config.json, after taking CUDA's options out of a graph made for the CPU."""
+def _mend_genai_config(job: Job) -> None:
+    """Take CUDA's options out of genai_config.json of a graph that was made for the CPU."""
+    if job.provider != "cpu":
+        return
     path = job.output / "genai_config.json"
     config = sealed.read_json(path)
-    if job.provider == "cpu":
-        for part in config["model"].values():
-            if isinstance(part, dict) and "session_options" in part:
-                part["session_options"]["provider_options"] = []
-        sealed.write_json(path, config)
-    model: dict[str, Any] = config["model"]
-    return model
-
-
-def _mend_cache_shapes(path: Path, head_size: int) -> None:
-    """Give the cache's last dimension its number: transformers.js takes the builder's symbol for 0."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    for value in (*model.graph.input, *model.graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) == 4 and dims[3].dim_param == "kv_cache_dim":
-            dims[3].dim_value = head_size
-    path.write_bytes(model.SerializeToString())
+    for part in config["model"].values():
+        if isinstance(part, dict) and "session_options" in part:
+            part["session_options"]["provider_options"] = []
+    sealed.write_json(path, config)
 
 
 # --- the unmerged graph ------------------------------------------------------------------------------------
@@ -214,10 +199,8 @@ def _check_adapter_arrived(job: Job) -> None:
     assert job.adapter is not None
     with safe_open(job.adapter / "adapter_model.safetensors", framework="np") as tensors:
         wanted = sum(".lora_A." in name for name in tensors.keys())  # noqa: SIM118 - not a mapping
-    graph = checks.load_graph(job.output / "model.onnx").graph
-    inputs = {name for node in graph.node for name in node.input if "lora_A" in name}
-    weights = {i.name for i in graph.initializer} & inputs
-    modules = {name.split(".lora_A.")[0] for name in weights}
+    weights = checks.open_model(job.output / "model.onnx").graph.initializers
+    modules = {name.split(".lora_A.")[0] for name, value in weights.items() if ".lora_A." in name and value.uses()}
     if len(modules) != wanted:
         raise ExportError(
             f"the builder put {len(modules)} of the adapter's {wanted} updates into the graph",

@@ -26,6 +26,7 @@ def main() -> None:
     _subtract_mean(builder.OLMoModel)
     _share_head(builder.Model)
     described = _Described(builder.Model) if request["described"] else None
+    _number_cache_sizes(builder.Model)
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
     # The builder's fp16 graph for the CPU does without GroupQueryAttention (six times the nodes) and fails
     # on a second token; ONNX Runtime's CPU provider runs the one for CUDA.
@@ -82,6 +83,20 @@ def _share_head(model: Any) -> None:
         return bits, names["packed"], names["scales"], "" if symmetric else names["zero_points"]
 
     model.make_tied_quantized_embedding_input_names = make_names
+
+
+def _number_cache_sizes(model: Any) -> None:
+    """Give the cache's last dimension its number: transformers.js takes the builder's symbol for 0."""
+    plain = model.save_model
+
+    def save_model(self: Any, folder: str) -> None:
+        graph = self.model.graph
+        for value in (*graph.inputs, *graph.outputs):
+            if value.shape is not None and len(value.shape) == 4 and str(value.shape[3]) == "kv_cache_dim":
+                value.shape[3] = self.head_size
+        plain(self, folder)
+
+    model.save_model = save_model
 
 
 def _options(request: dict[str, Any]) -> list[str]:
@@ -157,38 +172,27 @@ class _Described:
         self._make_initializer(builder, tensor, name, to=to, raw=raw)
 
     def save(self, folder: Path, quantized: dict[str, Any] | None) -> None:
-        import onnx_ir as ir
-
         from lora_export.onnx_export.graphs import files as graph_files
         from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+        from lora_export.onnx_export.weights.map import Recipe, Weight
 
         graphs, weights, constants, data_files = {}, [], {}, {}
         for builder in self._builders:
-            file, recipes = builder.filename, self._recipes[id(builder)]
-            data_files[file] = f"{file}.data"
-            builder.model.graph.sort()
-            builder.stamp_build_metadata(builder.model)
-            for name, value in builder.model.graph.initializers.items():
+            file, model, recipes = builder.filename, builder.model, self._recipes[id(builder)]
+            data = data_files[file] = f"{file}.data"
+            model.graph.sort()
+            builder.stamp_build_metadata(model)
+            own = []
+            for name, value in model.graph.initializers.items():
                 tensor = value.const_value
                 if name in recipes or tensor.nbytes >= graph_files.INLINE:
-                    weights.append(_weight(tensor, name, data_files[file], recipes.get(name)))
+                    shape, recipe = tuple(tensor.shape.numpy()), recipes.get(name) or Recipe()
+                    own.append(Weight(name, data, graph_files.map_type(tensor.dtype), shape, recipe))
                 if name not in recipes or not recipes[name].pieces:
-                    constants[data_files[file], name] = tensor.numpy()
-            graphs[file] = ir.to_proto(builder.model)
-            if quantized:
-                own = [w for w in weights if w.file == data_files[file]]
-                others = [w for w in weights if w.file != data_files[file]]
-                graphs[file], own = quantize_graph(graphs[file], own, Blockwise(**quantized))
-                weights = others + own
+                    constants[data, name] = tensor.numpy()
+            weights += quantize_graph(model, own, Blockwise(**quantized)) if quantized else own
+            graphs[file] = model
         graph_files.save(folder, graphs, weights, constants, data_files)
-
-
-def _weight(tensor: Any, name: str, file: str, recipe: Any) -> Any:
-    from lora_export.onnx_export.weights.map import Recipe, Weight
-
-    dtype = str(tensor.dtype.name).lower()
-    plain = {"float": "float32", "double": "float64"}.get(dtype, dtype)
-    return Weight(name, file, plain, tuple(tensor.shape.numpy()), recipe or Recipe())
 
 
 def _own_commit(builder: Any) -> None:
@@ -200,11 +204,11 @@ def _own_commit(builder: Any) -> None:
 
 def _placeholder(tensor: Any, name: str, to: Any) -> Any:
     """A tensor that is only a type and a shape."""
-    import onnx_ir as ir
     from onnx_ir.tensor_adapters import from_torch_dtype
 
-    dtype = to or from_torch_dtype(tensor.dtype)
-    return ir.ExternalTensor("", 0, 0, dtype, shape=ir.Shape(tensor.shape), name=name)
+    from lora_export.onnx_export.graphs.files import without_numbers
+
+    return without_numbers(name, to or from_torch_dtype(tensor.dtype), tensor.shape)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""Checks of an ONNX file before any session sees it: a valid graph, and weights that stay in its folder."""
+"""Checks of an ONNX file before any session sees it: a valid graph, and weights that stay in its folder.
+
+This is the one file that reads ONNX's protobuf itself: what is distrusted is looked at as it is stored. onnx_ir, in
+which graphs are read and changed elsewhere, drops what it does not know and joins what is given twice.
+"""
 
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import onnx_ir as ir
 
 from lora_export.allowed import check_onnx_folder
 from lora_export.allowed.graphs import check_operators
 from lora_export.choices import Precision
 from lora_export.errors import ExportError
-from lora_export.onnx_export.graphs.expansion import refuse_expansion
 from lora_export.storage import sealed
 
 if TYPE_CHECKING:
@@ -18,15 +23,28 @@ if TYPE_CHECKING:
 
 _KNOWN_KEYS = frozenset({"location", "offset", "length", "checksum"})
 _DEFAULT_DOMAINS = frozenset({"", "ai.onnx"})
+LARGEST_EXPANDED = 1_000_000  # nodes, with functions in place of their calls; exports have some thousands
+DEEPEST_CALLS = 100  # calls of functions within functions
+_AGAIN = "export the model again with lora-export export; do not run this one"
 
 
 def check_model(path: Path) -> None:
     """Raise ExportError, with file and tensor, if the graph or where its weights lie is not acceptable."""
     model = load_graph(path)
     check_external_data(path, model)
-    refuse_expansion(path, model)
-    check_operators(path, model)
+    _refuse_expansion(path, model)
+    check_listed(path, model)
     _check_graph(path, model)
+
+
+def check_listed(path: Path, model: "onnx.ModelProto") -> None:
+    """ExportError for an operator that is not on the list of `allowed`, or for options of a session."""
+    own = {(f.domain, f.name) for f in model.functions}
+    check_operators(path, ((node.domain, node.op_type) for node in _every_node(model)), own)
+    if any(entry.key == "ort_config" for entry in model.metadata_props):
+        raise ExportError(
+            "the model brings along options for its session (ort_config)", where=path, expected="a graph alone"
+        )
 
 
 def check_export(folder: Path, graphs: Iterable[str]) -> None:
@@ -73,6 +91,51 @@ def load_graph(path: Path) -> "onnx.ModelProto":
         return onnx.load(str(path), load_external_data=False)
     except Exception as error:  # protobuf's DecodeError has no stubs and no other base
         raise ExportError(f"the file is no ONNX model: {error}", where=path, expected="an ONNX protobuf") from None
+
+
+def open_model(path: Path) -> ir.Model:
+    """A graph to be read or changed, without the weights that lie in other files, which are looked at first.
+
+    ExportError for a graph that onnx_ir would not keep whole: one with sparse tensors, or not in order.
+    """
+    model = load_graph(path)
+    check_external_data(path, model)
+    return as_ir(model, path)
+
+
+def as_ir(model: "onnx.ModelProto", path: Path | None = None) -> ir.Model:
+    """The same model for onnx_ir. path: of its file, beside which its data files lie."""
+    if any(graph.sparse_initializer for graph in _every_graph(model)):
+        raise ExportError("the graph has sparse weights", where=path, expected="dense ones, as exporters write")
+    try:
+        opened = ir.from_proto(model)
+    except Exception as error:  # onnx_ir's errors share no base but this one
+        raise ExportError(
+            f"the graph cannot be read: {' '.join(str(error).split())[:300]}", where=path, expected="a valid graph"
+        ) from None
+    if path is not None:
+        ir.external_data.set_base_dir(opened.graph, path.parent)
+    return opened
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The bytes of a graph's file, the same for the same graph."""
+    return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+
+
+def moved(path: Path, places: Callable[[str], tuple[str, int | None]]) -> bytes:
+    """The bytes of a graph file, its weights elsewhere and all else as it is. places: name of a tensor → its data
+    file, and its offset there, None where that stays."""
+    model = load_graph(path)
+    for tensor in all_tensors(model):
+        if tensor.external_data:
+            file, offset = places(tensor.name)
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = file
+                elif entry.key == "offset" and offset is not None:
+                    entry.value = str(offset)
+    return bytes(model.SerializeToString(deterministic=True))
 
 
 # --- external data -----------------------------------------------------------------------------------------
@@ -150,51 +213,93 @@ def _refusal(path: Path, tensor: "onnx.TensorProto", found: str, expected: str) 
         where=path,
         tensor=str(tensor.name) or "(unnamed)",
         expected=expected,
-        next_step="export the model again with lora-export export; do not run this one",
+        next_step=_AGAIN,
     )
+
+
+# --- everything that a model holds -------------------------------------------------------------------------
 
 
 def all_tensors(model: "onnx.ModelProto") -> Iterator["onnx.TensorProto"]:
     """Every tensor a model holds: initializers, sparse ones, attributes, in subgraphs and functions too."""
-    graphs = [model.graph]
-    graphs.extend(t for info in model.training_info for t in (info.initialization, info.algorithm))
-    for graph in graphs:
-        yield from _graph_tensors(graph)
-    for function in model.functions:
-        yield from _node_tensors(function.node)
-        yield from _attribute_tensors(function.attribute_proto)
-
-
-def _graph_tensors(graph: "onnx.GraphProto") -> Iterator["onnx.TensorProto"]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: "Iterable[onnx.NodeProto]") -> Iterator["onnx.TensorProto"]:
-    for node in nodes:
-        yield from _attribute_tensors(node.attribute)
-
-
-def _attribute_tensors(attributes: "Iterable[onnx.AttributeProto]") -> Iterator["onnx.TensorProto"]:
-    for attribute in attributes:
+    for graph in _every_graph(model):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    attributes = [a for node in _every_node(model) for a in node.attribute]
+    for attribute in (*attributes, *(a for f in model.functions for a in f.attribute_proto)):
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors
-        sparse = [*attribute.sparse_tensors]
-        if attribute.HasField("sparse_tensor"):
-            sparse.append(attribute.sparse_tensor)
-        for one in sparse:
+        own = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+        for one in (*attribute.sparse_tensors, *own):
             yield from (one.values, one.indices)
-        graphs = [*attribute.graphs]
-        if attribute.HasField("g"):
-            graphs.append(attribute.g)
-        for graph in graphs:
-            yield from _graph_tensors(graph)
+
+
+def _every_graph(model: "onnx.ModelProto") -> Iterator["onnx.GraphProto"]:
+    """The graph, those of training, and those inside of nodes and functions."""
+    waiting = [model.graph, *(g for info in model.training_info for g in (info.initialization, info.algorithm))]
+    for function in model.functions:
+        waiting += _inside(function.node)
+        waiting += [g for a in function.attribute_proto for g in _graphs_of(a)]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        waiting += _inside(graph.node)
+
+
+def _every_node(model: "onnx.ModelProto") -> Iterator["onnx.NodeProto"]:
+    for function in model.functions:
+        yield from function.node
+    for graph in _every_graph(model):
+        yield from graph.node
+
+
+def _inside(nodes: "Iterable[onnx.NodeProto]") -> "list[onnx.GraphProto]":
+    return [graph for node in nodes for attribute in node.attribute for graph in _graphs_of(attribute)]
+
+
+def _graphs_of(attribute: "onnx.AttributeProto") -> "list[onnx.GraphProto]":
+    return [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else ())]
 
 
 # --- the graph itself --------------------------------------------------------------------------------------
+
+
+def _refuse_expansion(path: Path, model: "onnx.ModelProto") -> None:
+    """ExportError for functions that call themselves, or that make a graph of more than LARGEST_EXPANDED nodes.
+
+    A session puts a model's own functions in place of their calls: thirty of them that each call the one before
+    twice are a kilobyte, and a billion nodes.
+    """
+    functions = {(f.domain, f.name): f for f in model.functions}
+    known: dict[tuple[str, str], int] = {}
+
+    def refusal(what: str) -> ExportError:
+        return ExportError(
+            f"the graph's own functions, put in place of their calls, make {what}",
+            where=path,
+            expected="a graph that is as large as its file",
+            next_step=_AGAIN,
+        )
+
+    def expanded(nodes: "Iterable[onnx.NodeProto]", depth: int) -> int:
+        if depth > DEEPEST_CALLS:
+            raise refusal(f"more than {DEEPEST_CALLS} calls within calls")
+        count, waiting = 0, [nodes]
+        while waiting:
+            for node in waiting.pop():
+                called = (node.domain, node.op_type)
+                if called in functions and called not in known:
+                    known[called] = expanded(functions[called].node, depth + 1)
+                count += known.get(called, 1)
+                if count > LARGEST_EXPANDED:
+                    raise refusal(f"more than {LARGEST_EXPANDED:,} nodes")
+                waiting += [graph.node for graph in _inside([node])]
+        return count
+
+    if functions:
+        expanded(model.graph.node, 0)
 
 
 def _check_graph(path: Path, model: "onnx.ModelProto") -> None:

@@ -3,12 +3,10 @@
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import onnx_ir as ir
 
 from lora_export.onnx_export.weights.map import Weight
-
-if TYPE_CHECKING:
-    import onnx
 
 SOURCES = ("MatMul", "FusedMatMul", "Gather")
 
@@ -29,34 +27,32 @@ class Product:
         return self.weight.shape[not self.turned]
 
 
-def candidates(
-    model: "onnx.ModelProto", weights: Sequence[Weight], lookups: int | None = None
-) -> dict[str, Product]:
+def candidates(model: ir.Model, weights: Sequence[Weight], lookups: int | None = None) -> dict[str, Product]:
     """Node name → what it multiplies with, for each node that could be quantized.
 
     lookups: the size of blocks of which rows of embeddings must consist for their lookup to count; None: none does.
     """
     known = {w.name: w for w in weights}
-    found: dict[str, Product] = {}
+    products: dict[str, Product] = {}
     ways: dict[str, bool] = {}
-    for node in model.graph.node:
+    for node in model.graph:
         product = _product(node, known, lookups)
         if product is None or not _fits(product):
             continue
         # A weight that is read both ways has two quantized forms, of which it gets the first.
         if ways.setdefault(product.weight.name, product.turned) == product.turned:
-            found[node.name] = product
-    return found
+            products[str(node.name)] = product
+    return products
 
 
-def _product(node: "onnx.NodeProto", known: Mapping[str, Weight], lookups: int | None) -> Product | None:
-    import onnx
-
-    at = 0 if node.op_type == "Gather" else 1
-    weight = known.get(node.input[at]) if node.op_type in SOURCES and len(node.input) > 1 else None
+def _product(node: ir.Node, known: Mapping[str, Weight], lookups: int | None) -> Product | None:
+    if node.op_type not in SOURCES or len(node.inputs) < 2:
+        return None
+    value = node.inputs[0 if node.op_type == "Gather" else 1]
+    weight = known.get(str(value.name)) if value is not None else None
     if weight is None or len(weight.shape) != 2:
         return None
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     if node.op_type == "MatMul":
         return Product(weight, turned=False)
     if node.op_type == "FusedMatMul":  # a head that shares its weight with the embeddings

@@ -7,8 +7,10 @@ from typing import Any
 
 from lora_export.contracts import QuantizationOptions
 from lora_export.errors import ExportError, InputError
+from lora_export.graph_runs.feeds import Feed, built_in_rows, rows_of, token_feeds
+from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export.engines.protocol import Made
-from lora_export.onnx_export.graphs.inputs import Feed, built_in_rows, rows_of, token_feeds
+from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.weights import map as weights_map
 
 LONGEST = 128  # tokens of a text that take part in calibration
@@ -65,9 +67,9 @@ def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, co
 
 def _calibration(graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]) -> Sequence[Feed]:
     longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
-    if how.calibration is None:
-        return token_feeds(graph, built_in_rows(model, longest))
-    return token_feeds(graph, rows_of(model, _texts(how.calibration), longest))
+    built_in = how.calibration is None
+    rows = built_in_rows(model, longest) if built_in else rows_of(model, _texts(how.calibration), longest)
+    return token_feeds(Signature.of_model(open_model(graph), graph), rows)
 
 
 def _texts(path: Path) -> list[str]:

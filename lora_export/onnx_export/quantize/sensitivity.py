@@ -9,24 +9,22 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
-from lora_export.onnx_export.graphs.checks import check_external_data, load_graph
-from lora_export.onnx_export.graphs.inputs import Feed
+from lora_export.graph_runs.feeds import Feed
+from lora_export.onnx_export.graphs.checks import open_model, serialized
 from lora_export.onnx_export.graphs.matmuls import Product, candidates
 from lora_export.onnx_export.quantize.blockwise import Blockwise
 from lora_export.onnx_export.quantize.numbers import dequantize, granularity, quantize, shapes
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.dtypes import Array
 from lora_export.onnx_export.weights.map import Quantization, Weight
+from lora_export.runtime import session_options
 from lora_export.storage.workers import BLOCK
-
-if TYPE_CHECKING:
-    import onnx
 
 BUDGET = 0.15  # of the bytes of all quantized weights
 MOST_GROUPS = 64  # each costs a run over all inputs
@@ -77,8 +75,7 @@ def choose_kept(
     per byte than the average are never kept. item_size: bytes of a number that is kept. ExportError if the model
     has no weights map, or nothing to quantize.
     """
-    graph = load_graph(model)
-    check_external_data(model, graph)
+    graph = open_model(model)
     found = _groups(graph, weights_map.read(model.parent).weights, groups)
     run = _Run(model, graph, found)
     expected = [run(feed, {}) for feed in feeds]
@@ -119,7 +116,7 @@ def mark(measured: Sequence[Damage], *, budget: int, target: float = 0.0) -> tup
 # --- groups ------------------------------------------------------------------------------------------------
 
 
-def _groups(graph: "onnx.ModelProto", weights: Sequence[Weight], most: int) -> list[_Group]:
+def _groups(graph: ir.Model, weights: Sequence[Weight], most: int) -> list[_Group]:
     """Products in groups: by weight, or, where there are too many, those with the same role in layers that follow
     one another."""
     nodes: dict[str, list[str]] = {}
@@ -185,19 +182,16 @@ def _kept_nbytes(product: Product, wide: Blockwise | None, item_size: int) -> in
 class _Run:
     """A session over the graph in which the weights of some products can be replaced for one run."""
 
-    def __init__(self, path: Path, model: "onnx.ModelProto", groups: Sequence[_Group]) -> None:
+    def __init__(self, path: Path, model: ir.Model, groups: Sequence[_Group]) -> None:
         import onnxruntime as ort
 
         self._folder = path.parent
-        graph, tensors = model.graph, {t.name: t for t in model.graph.initializer}
         for group in groups:
             for product in group.products:
-                _replaceable(graph, tensors[product.weight.name], product, group.nodes)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # an initializer that is an input is warned of: it cannot be folded
+                _replaceable(model.graph, product, group.nodes)
+        options = session_options()  # ONNX Runtime warns of an initializer that is an input: it cannot be folded
         options.add_session_config_entry(_FOLDER, str(path.parent.resolve()))
-        graph_bytes = model.SerializeToString()
-        self._session = ort.InferenceSession(graph_bytes, options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(serialized(model), options, providers=["CPUExecutionProvider"])
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def __call__(self, feed: Feed, changed: Mapping[str, Array]) -> dict[str, Array]:
@@ -219,21 +213,21 @@ def _input_name(product: Product) -> str:
     return product.weight.name + "_of_product" * product.turned
 
 
-def _replaceable(
-    graph: "onnx.GraphProto", tensor: "onnx.TensorProto", product: Product, nodes: Sequence[str]
-) -> None:
+def _replaceable(graph: ir.Graph, product: Product, nodes: Sequence[str]) -> None:
     """Make an initializer an input with a default. One that is turned is an embedding, too, which stays."""
-    import onnx
-
-    name = _input_name(product)
+    value = graph.initializers[product.weight.name]
     if product.turned:
-        copied = graph.initializer.add()
-        copied.CopyFrom(tensor)
-        copied.name = name
-        for node in graph.node:
-            if node.name in nodes and node.input[1] == tensor.name:
-                node.input[1] = name
-    graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
+        stays, tensor = value, value.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        name, shape = _input_name(product), tensor.shape
+        place = tensor.location, tensor.offset, tensor.length
+        default = ir.ExternalTensor(*place, tensor.dtype, shape=shape, name=name)
+        value = ir.Value(name=name, type=stays.type, shape=shape, const_value=default)
+        graph.register_initializer(value)
+        for node, index in list(stays.uses()):
+            if node.name in nodes and index == 1:
+                node.replace_input_with(1, value)
+    graph.inputs.append(value)
 
 
 def _damage(expected: Mapping[str, Array], found: Mapping[str, Array], logits: str | None) -> float:
@@ -249,11 +243,7 @@ def _damage(expected: Mapping[str, Array], found: Mapping[str, Array], logits: s
 
 def _divergence(expected: Array, found: Array) -> float:
     """Mean KL(expected ‖ found) over positions, of logits in the last dimension, in nats."""
-    wanted, other = _log_softmax(expected), _log_softmax(found)
+    from scipy.special import log_softmax
+
+    wanted, other = (log_softmax(logits.astype(np.float64), -1) for logits in (expected, found))
     return float(np.mean(np.sum(np.exp(wanted) * (wanted - other), axis=-1)))
-
-
-def _log_softmax(logits: Array) -> Any:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
