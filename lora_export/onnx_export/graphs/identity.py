@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora_export.contracts import GraphComparison
 from lora_export.onnx_export.graphs.canonical import Canonical, Node, canonical
-from lora_export.onnx_export.graphs.checks import check_external_data, load_graph
+from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.storage.sealed import read_json
 
 SHOWN = 8
@@ -53,8 +53,7 @@ def optimized(model: Path, provider: str) -> Canonical:
     """What ONNX Runtime makes of `model` for `provider`."""
     from lora_export.runtime import open_session, session_options
 
-    stored = load_graph(model)
-    check_external_data(model, stored)
+    stored = open_model(model)
     with tempfile.TemporaryDirectory(prefix="lora-export-graph-") as folder:
         written = Path(folder, "optimized.onnx")
         options = session_options()
@@ -70,7 +69,7 @@ def optimized(model: Path, provider: str) -> Canonical:
         placement: Counter[str] = Counter()
         for part in session.get_provider_graph_assignment_info():
             placement[part.ep_name] += len(part.get_nodes())
-        return canonical(load_graph(written), placement, stored, written.parent)
+        return canonical(open_model(written), placement, stored)
 
 
 def _together(graphs: Sequence[Canonical]) -> str:

@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import onnx
+    import onnx_ir as ir
+    from onnx.defs import OpSchema
 
 # work: it decides how much is computed; choice: it decides which of equally many elements; operand: neither
 Role = Literal["work", "choice", "operand"]
@@ -75,10 +76,10 @@ _STEERING = ("int32", "int64", "uint32", "uint64", "bool", "string")
 _LATEST = 2**31 - 1
 
 
-def role(node: "onnx.NodeProto", position: int, element: int, versions: Mapping[str, int]) -> Role:
+def role(node: "ir.Node", position: int, element: "ir.DataType | None", versions: Mapping[str, int]) -> Role:
     """What the input at `position` is to the operator.
 
-    element: the input's TensorProto.DataType, 0 if unknown; versions: domain → version of its operator set.
+    element: the input's type, None if unknown; versions: domain → version of its operator set.
     """
     if node.domain == _BLOCKED:
         return "operand"
@@ -90,32 +91,30 @@ def role(node: "onnx.NodeProto", position: int, element: int, versions: Mapping[
             return "operand"
     allowed = _allowed(node, position, versions)
     if allowed is None:
-        return "operand" if element and not is_steering(element) else "work"
+        return "operand" if element is not None and not is_steering(element) else "work"
     if any("float" in kind or "double" in kind for kind in allowed):
         return "operand"
     return "work" if any(f"({kind})" in text for text in allowed for kind in _STEERING) else "operand"
 
 
-def is_steering(element: int) -> bool:
+def is_steering(element: "ir.DataType") -> bool:
     """Whether shapes, indices and conditions are of this element type: 32- and 64-bit integers, booleans, text.
 
     Smaller integers are quantized numbers, and have to be cast before they can steer anything.
     """
-    import onnx
-
-    return onnx.TensorProto.DataType.Name(element).lower() in _STEERING
+    return element.name.lower() in _STEERING
 
 
-def is_quantized(node: "onnx.NodeProto") -> bool:
+def is_quantized(node: "ir.Node") -> bool:
     return node.op_type in _QUANTIZED and node.domain in _KNOWN
 
 
-def is_foreign(node: "onnx.NodeProto") -> bool:
+def is_foreign(node: "ir.Node") -> bool:
     """Whether neither ONNX nor ONNX Runtime defines the operator."""
     return node.domain not in _KNOWN
 
 
-def keeps_type(node: "onnx.NodeProto", versions: Mapping[str, int]) -> bool:
+def keeps_type(node: "ir.Node", versions: Mapping[str, int]) -> bool:
     """Whether what comes out is of the element type of the first input, by ONNX's schema or as a product."""
     schema = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
     if schema is None:
@@ -123,13 +122,13 @@ def keeps_type(node: "onnx.NodeProto", versions: Mapping[str, int]) -> bool:
     return bool(schema.inputs and schema.outputs) and schema.outputs[0].type_str == schema.inputs[0].type_str
 
 
-def since(node: "onnx.NodeProto", versions: Mapping[str, int]) -> int:
+def since(node: "ir.Node", versions: Mapping[str, int]) -> int:
     """The version of the operator set that gave the operator its present meaning; 0 if ONNX does not define it."""
     found = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
     return int(found.since_version) if found else 0
 
 
-def _allowed(node: "onnx.NodeProto", position: int, versions: Mapping[str, int]) -> frozenset[str] | None:
+def _allowed(node: "ir.Node", position: int, versions: Mapping[str, int]) -> frozenset[str] | None:
     schema = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
     if schema is None or not schema.inputs:
         return None
@@ -137,13 +136,13 @@ def _allowed(node: "onnx.NodeProto", position: int, versions: Mapping[str, int])
 
 
 @lru_cache(maxsize=1024)
-def _schema(name: str, domain: str, version: int) -> "onnx.defs.OpSchema | None":
-    import onnx
+def _schema(name: str, domain: str, version: int) -> "OpSchema | None":
+    from onnx.defs import SchemaError, get_schema
 
     if domain not in _STANDARD:
         return None
     domain = "" if domain == "ai.onnx" else domain
     try:
-        return onnx.defs.get_schema(name, version, domain)
-    except onnx.defs.SchemaError:
+        return get_schema(name, version, domain)
+    except SchemaError:
         return None

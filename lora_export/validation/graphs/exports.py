@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from lora_export.contracts import Check, ExportedPair
@@ -105,14 +106,5 @@ def arithmetic_of(pair: ExportedPair, paths: tuple[Path, ...]) -> Arithmetic:
 
 def _takes_eight_bits(graph: Path) -> bool:
     """Whether a product of quantized weights converts its inputs (accuracy level 4 of MatMulNBits)."""
-    import onnx
-
-    model = onnx.load(str(graph), load_external_data=False)
-    levels = (
-        a.i
-        for n in model.graph.node
-        if n.op_type == "MatMulNBits"
-        for a in n.attribute
-        if a.name == "accuracy_level"
-    )
-    return any(level == _INT8 for level in levels)
+    products = (node for node in ir.load(graph).graph if node.op_type == "MatMulNBits")
+    return any(node.attributes.get_int("accuracy_level", 0) == _INT8 for node in products)

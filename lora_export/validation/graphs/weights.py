@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from lora_export.errors import ExportError
@@ -93,19 +94,14 @@ class _Initializers:
     """The initializers of one graph file, those in branches and loops too."""
 
     def __init__(self, path: Path) -> None:
-        import onnx
-
         self.folder = path.parent
-        self._tensors: dict[str, Any] = {}
-        self._read: set[str] = set()
-        graphs = [onnx.load(str(path), load_external_data=False).graph]
-        while graphs:
-            graph = graphs.pop()
-            self._tensors |= {t.name: t for t in graph.initializer}
-            self._read |= {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-            graphs += [g for node in graph.node for a in node.attribute for g in (a.g, *a.graphs) if g.node]
-        places = (e for t in self._tensors.values() for e in t.external_data)
-        self._files = {e.value for e in places if e.key == "location"}
+        model = ir.load(path)
+        graphs = (model.graph, *model.graph.subgraphs())
+        values = {name: value for graph in graphs for name, value in graph.initializers.items()}
+        self._tensors = {name: v.const_value for name, v in values.items() if v.const_value is not None}
+        self._read = {v.name for node in model.graph.all_nodes() for v in node.inputs if v is not None}
+        self._read |= {value.name for graph in graphs for value in graph.outputs}
+        self._files = {t.location for t in self._tensors.values() if isinstance(t, ir.ExternalTensor)}
 
     def has(self, entry: Mapping[str, Any]) -> bool:
         """Whether the map means an initializer of this graph: encoder and decoder may both have such a name."""
@@ -117,23 +113,19 @@ class _Initializers:
 
     def array(self, entry: Mapping[str, Any]) -> "np.ndarray[Any, Any]":
         """The numbers in their type and shape; what lies in a data file is mapped rather than read."""
-        import onnx
-
         tensor, wanted = self._tensors[entry["name"]], np.dtype(_TYPES[entry["dtype"]])
-        if list(tensor.dims) != list(entry["shape"]):
-            raise _odd(self.folder, entry, f"the shape {entry['shape']} for {list(tensor.dims)} in the graph")
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            return onnx.numpy_helper.to_array(tensor).astype(wanted)
-        place = {e.key: e.value for e in tensor.external_data}
-        shape = tuple(tensor.dims)
-        if not plain_name(place["location"]) or (self.folder / place["location"]).is_symlink():
-            raise _odd(self.folder, entry, f"the data file {place['location']!r}")
+        shape = tuple(int(n) for n in tensor.shape.numpy())
+        if list(shape) != list(entry["shape"]):
+            raise _odd(self.folder, entry, f"the shape {entry['shape']} for {list(shape)} in the graph")
+        if not isinstance(tensor, ir.ExternalTensor):
+            return tensor.numpy().astype(wanted)
+        file = str(tensor.location)
+        if not plain_name(file) or (self.folder / file).is_symlink():
+            raise _odd(self.folder, entry, f"the data file {file!r}")
         if math.prod(shape) == 0:
             return np.zeros(shape, wanted)
         try:
-            return np.memmap(
-                self.folder / place["location"], wanted, "r", int(place.get("offset", 0)), shape or (1,)
-            )
+            return np.memmap(self.folder / file, wanted, "r", tensor.offset or 0, shape or (1,))
         except (OSError, ValueError) as error:
             raise _odd(self.folder, entry, f"data that cannot be read ({error})") from None
 
