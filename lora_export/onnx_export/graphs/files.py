@@ -70,4 +70,5 @@ def onnx_type(dtype: str) -> ir.DataType:
 
 def map_type(dtype: ir.DataType) -> str:
     """The name that a weights map has for an ONNX type."""
-    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
+    name = str(dtype.name)
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())

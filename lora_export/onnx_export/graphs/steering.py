@@ -148,7 +148,7 @@ class _Flow:
         if is_steering(tensor.dtype):
             return not (uses and all(is_quantized(node) for node in uses))
         if any(is_foreign(node) for node in uses):
-            return math.prod(tensor.shape.numpy()) <= SMALL
+            return bool(math.prod(tensor.shape.numpy()) <= SMALL)
         return len(tensor.shape) == 0 and tensor.dtype in _FLOATS and not any(map(self._scales_by, uses))
 
     def _scales_by(self, node: ir.Node) -> bool:

@@ -67,8 +67,10 @@ def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, co
 
 def _calibration(graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]) -> Sequence[Feed]:
     longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
-    built_in = how.calibration is None
-    rows = built_in_rows(model, longest) if built_in else rows_of(model, _texts(how.calibration), longest)
+    if how.calibration is None:
+        rows = built_in_rows(model, longest)
+    else:
+        rows = rows_of(model, _texts(how.calibration), longest)
     return token_feeds(Signature.of_model(open_model(graph), graph), rows)
 
 

@@ -39,8 +39,7 @@ class GenaiTarget(Target):
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
         for path in export.paths:
-            model, sources = graphs.opened(path)
-            graphs.save(model, job.stage / path.name, f"{path.name}.data", sources, largest=2**62)
+            graphs.save(graphs.load(path), job.stage / path.name, f"{path.name}.data", largest=2**62)
         for name in job.adapters:
             sealed.copy(export.output / f"{name}{SUFFIX}", job.stage / f"{name}{SUFFIX}")
         extra = export.output / "audio_processor_config.json"

@@ -118,7 +118,7 @@ class _Initializers:
         if list(shape) != list(entry["shape"]):
             raise _odd(self.folder, entry, f"the shape {entry['shape']} for {list(shape)} in the graph")
         if not isinstance(tensor, ir.ExternalTensor):
-            return tensor.numpy().astype(wanted)
+            return np.asarray(tensor.numpy().astype(wanted))
         file = str(tensor.location)
         if not plain_name(file) or (self.folder / file).is_symlink():
             raise _odd(self.folder, entry, f"the data file {file!r}")
