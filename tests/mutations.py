@@ -242,7 +242,7 @@ MUTATIONS = (
     ),
     Mutation(
         "slots keep the size of the rank that they were made with", "onnx_export/graphs/slots.py",
-        "value.type.tensor_type.shape.dim[-1].dim_param = rank",
+        "between.shape = ir.Shape([*between.shape[:-1], rank])",
         "pass",
         "tests/onnx_export/test_pluggable.py::test_each_adapter_computes_what_peft_does[wide]",
     ),
@@ -307,13 +307,13 @@ MUTATIONS = (
     ),
     Mutation(
         'shared weights count like two', 'onnx_export/graphs/canonical.py',
-        '_digest("tensor", words, str(uses.get(name, 0)))',
+        '_digest("tensor", words, str(uses.get(value, 0)))',
         '_digest("tensor", words)',
         'tests/onnx_export/test_identity.py::test_shapes_attributes_and_sharing_count',
     ),
     Mutation(
         'the wiring of a graph is not hashed', 'onnx_export/graphs/canonical.py',
-        '                *(values.get(name, "") for name in node.input),\n',
+        '                *("" if value is None else values.get(value, "") for value in node.inputs),\n',
         '',
         'tests/onnx_export/test_identity.py::test_wiring_and_placement_count',
     ),
@@ -517,14 +517,14 @@ MUTATIONS = (
     ),
     Mutation(
         'the two steps of a decoder are exchanged', 'packages/two_steps.py',
-        'then_branch=branches[0], else_branch=branches[1]',
-        'then_branch=branches[1], else_branch=branches[0]',
+        '{"else_branch": branches[1], "then_branch": branches[0]}',
+        '{"else_branch": branches[0], "then_branch": branches[1]}',
         'tests/packages/test_graphs.py::test_a_joined_decoder[bart-optimum]',
     ),
     Mutation(
         'a placeholder is taken for a cache', 'packages/speech.py',
-        'helper.make_node("Mul", ["cached", "everything"], ["cache_end"])',
-        'helper.make_node("Identity", ["everything"], ["cache_end"])',
+        '_node("Mul", [cached.outputs[0], everything], "cache_end")',
+        '_node("Identity", [everything], "cache_end")',
         'tests/packages/test_graphs.py::test_a_joined_decoder[whisper-optimum]',
     ),
     Mutation(
@@ -583,8 +583,8 @@ MUTATIONS = (
     ),
     Mutation(
         'the warm-up masks everything', 'packages/targets/triton.py',
-        'files[value.name] = np.ones(dims, dtype)',
-        'files[value.name] = np.zeros(dims, dtype)',
+        'files[name] = np.ones(dims, value.dtype.numpy())',
+        'files[name] = np.zeros(dims, value.dtype.numpy())',
         'tests/packages/test_packages.py::test_tritons_warm_up_runs[decoder_run]',
     ),
     Mutation(

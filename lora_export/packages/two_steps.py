@@ -49,10 +49,8 @@ def _unsized(output: ir.Value) -> ir.Shape | None:
     """The shape of an output whose sizes the branches do not agree on by name: their number holds for both."""
     if output.shape is None:
         return None
-    sizes = [
-        size if isinstance(size, int) or i == 0 else f"{output.name}.{i}" for i, size in enumerate(output.shape)
-    ]
-    return ir.Shape(sizes)
+    first, *others = output.shape
+    return ir.Shape([first, *(n if isinstance(n, int) else f"{output.name}.{i}" for i, n in enumerate(others, 1))])
 
 
 def _weights(*models: ir.Model) -> dict[str, ir.Value]:

@@ -9,7 +9,7 @@ import torch
 
 from lora_export.graph_runs.feeds import completed
 from lora_export.graph_runs.runs import Decoder, EncoderDecoder, GraphRun, State
-from lora_export.graph_runs.signature import POSITIONS
+from lora_export.graph_runs.signature import POSITIONS, Array
 
 SPLIT = 3  # a prompt is fed in this many pieces, so that the cache has to carry the context
 STEPS = 2  # tokens at the end of a text that the decoder is given one at a time, from its cache
@@ -92,9 +92,14 @@ class OnnxEncoder:
 
     def outputs(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
         """All outputs of each batch by name, in fp32."""
-        given = ({name: value.numpy() for name, value in batch.items()} for batch in batches)
-        found = (self._run.arrays(completed(self._run.signature, batch)) for batch in given)
-        return [{n: torch.from_numpy(value.astype(np.float32)) for n, value in some.items()} for some in found]
+        return [
+            {name: torch.from_numpy(value.astype(np.float32)) for name, value in self._answer(batch).items()}
+            for batch in batches
+        ]
+
+    def _answer(self, batch: Mapping[str, Any]) -> dict[str, Array]:
+        given = {name: value.numpy() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        return self._run.arrays(completed(self._run.signature, given))
 
 
 def _step(decoder: Decoder, ids: torch.Tensor, state: State, **given: torch.Tensor) -> tuple[torch.Tensor, State]:
