@@ -15,7 +15,6 @@ from lora_export.contracts import (
     Source,
     Story,
     StoryOptions,
-    ValidationOptions,
 )
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
@@ -38,9 +37,10 @@ def merge_and_export(
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
     from lora_export.runtime import resolve_provider
 
-    options = like_earlier(replace(options, provider=resolve_provider(options.provider)))
+    export = like_earlier(replace(options.export, provider=resolve_provider(options.export.provider)))
+    options = replace(options, export=export)
     choices = choices_of(adapters)
-    inputs = [base.folder, *(c.folder for c in choices), *([options.graph_from] if options.graph_from else [])]
+    inputs = [base.folder, *(c.folder for c in choices), *([export.graph_from] if export.graph_from else [])]
     _preflight(base, choices, output, options)
     with output_folder(output, options.force, inputs=inputs) as stage:
         work = stage / ".work"
@@ -70,9 +70,9 @@ def _run(
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
     trained_on = prepared_base(alone, adapters, options.merge, work, progress)
-    base_onnx = export_as(trained_on, work / "base", options, progress, "the base, to compare with")
+    base_onnx = export_as(trained_on, work / "base", options.export, progress, "the base, to compare with")
     if merged is not None:
-        exported = export_merged(base_onnx, folder, stage / "onnx", options, progress)
+        exported = export_merged(base_onnx, folder, stage / "onnx", options.export, progress)
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     readable = as_peft(alone, adapters, work)
@@ -84,9 +84,9 @@ def _run(
         adapters,
         folder,
         exports=[pair_of(exported, base_onnx.output)],
-        dequantized=stand_in(alone, folder, options.merge, options.validation_memory, work, progress),
+        dequantized=stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress),
         graphs_alone=not options.merged_folder,
-        options=_of_validation(options),
+        options=replace(options.validation, merge=options.merge, provider=options.export.provider),
         progress=progress,
     )
     story = replace(story, validate=checked)
@@ -98,22 +98,8 @@ def _run(
         arms.append(BenchmarkArm("unmerged", unmerged_onnx.paths))
     unmerged_graph = unmerged_onnx.model if unmerged_onnx else None
     extra, without = extra_arms(options.extra_arms, unmerged_graph, trained_on, readable, progress)
-    measured = benchmark([*arms, *extra], replace(options.benchmark, provider=options.provider), progress)
+    measured = benchmark([*arms, *extra], replace(options.benchmark, provider=options.export.provider), progress)
     return replace(story, benchmark=replace(measured, notes=(*measured.notes, *why_not, *without)))
-
-
-def _of_validation(options: StoryOptions) -> ValidationOptions:
-    return ValidationOptions(
-        prompts=options.prompts,
-        text=options.text,
-        rows=options.rows,
-        provider=options.provider,
-        merge=options.merge,
-        tolerance=options.tolerance,
-        min_survival=options.min_survival,
-        max_memory=options.validation_memory,
-        seed=options.validation_seed,
-    )
 
 
 def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
@@ -123,15 +109,16 @@ def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, opt
     from lora_export.validation.comparing.prompts import read_prompts
     from lora_export.validation.comparing.text import read_text
 
-    read_prompts(options.prompts)
-    read_text(options.text)
+    read_prompts(options.validation.prompts)
+    read_text(options.validation.text)
     for folder in (base.folder, *(c.folder for c in choices)):
         check_adapter_folder(folder)
     planned = plan(base.folder, choices, options.merge)
     wanted = {**planned.base.config, **(planned.config_changes if planned.model else {})}
     config = {k: v for k, v in wanted.items() if k not in planned.config_removals}
-    check_request(config, options.precision, options.provider, options.engine, options.quantization)
-    refuse_extra(options.extra_arms, choices, options.precision, options.merge.combine)
+    export = options.export
+    check_request(config, export.precision, export.provider, export.engine, export.quantization)
+    refuse_extra(options.extra_arms, choices, export.precision, options.merge.combine)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most
     widest = max(planned.nbytes, planned.nbytes * 4 // _width(planned.dtype))
     folders = 2 if options.merged_folder else 1

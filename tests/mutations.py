@@ -123,14 +123,14 @@ MUTATIONS = (
         "tests/properties/test_merge_properties.py::test_any_low_rank_update_is_rounded_once",
     ),
     Mutation(
-        "the two nibbles of a byte are exchanged", "quantization/bnb4.py",
+        "the two nibbles of a byte are exchanged", "quantization/bitsandbytes.py",
         "torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1)",
         "torch.stack((book.repeat(16), book.repeat_interleave(16)), dim=1)",
         f"{BITSANDBYTES}::test_other_block_sizes[64]",
     ),
     Mutation(
-        "the offset of double quantization is forgotten", "quantization/bnb4.py",
-        '* spread + self.state["nested_offset"]', "* spread",
+        "the offset of double quantization is forgotten", "quantization/bitsandbytes.py",
+        '* spread + float(self.state.nested_offset or 0)', "* spread",
         f"{BITSANDBYTES}::test_other_block_sizes[128]",
     ),
     Mutation(
@@ -300,9 +300,9 @@ MUTATIONS = (
         "tests/validation/test_sounds.py",
     ),
     Mutation(
-        "verify passes over the options without a merged folder", "manifest.py",
-        'for folder in (run / "merged", run):',
-        'for folder in (run / "merged",):',
+        "verify passes over the options without a merged folder", "workflows/verifying.py",
+        'for certificate in (run / "merged" / NAME, run / NAME):',
+        'for certificate in (run / "merged" / NAME,):',
         "tests/end_to_end/test_one_pass.py::test_verify_ties_the_manifest_to_the_certificate",
     ),
     Mutation(
@@ -577,8 +577,8 @@ MUTATIONS = (
     ),
     Mutation(
         'a name is markup in a README', 'packages/readme.py',
-        'names = [markdown(a["name"]) for a in run.manifest["adapters"]]',
-        'names = [a["name"] for a in run.manifest["adapters"]]',
+        'names = [markdown(a.name) for a in run.manifest.adapters]',
+        'names = [a.name for a in run.manifest.adapters]',
         'tests/packages/test_commands.py::test_odd_names_stay_text[<script>alert(1)</script>]',
     ),
     Mutation(
@@ -589,7 +589,7 @@ MUTATIONS = (
     ),
     Mutation(
         'a bill of materials is another each time', 'packages/bom.py',
-        'uuid.uuid5(_SPACE, json.dumps(hashes, sort_keys=True))',
+        'uuid.uuid5(_SPACE, json.dumps(as_json(hashes), sort_keys=True))',
         'uuid.uuid4()',
         'tests/packages/test_packages.py::test_a_second_build_has_the_same_bytes[encoder-hf]',
     ),

@@ -189,7 +189,9 @@ def test_the_whole_story_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFix
 
     base = save_decoder(tmp_path / "base")
     adapter = lora_of(base, tmp_path / "adapter", ["q_proj", "v_proj"])
-    options = StoryOptions(benchmark=BenchmarkOptions(max_seconds=2, shapes=((1, 8),)), provider="cpu")
+    options = StoryOptions(
+        benchmark=BenchmarkOptions(max_seconds=2, shapes=((1, 8),)), export=ExportOptions(provider="cpu")
+    )
     story = lora_export.merge_and_export(base, adapter, tmp_path / "run", options)
     assert story.validate and story.validate.passed and story.benchmark
     package = lora_export.package(story.output, "optimum", tmp_path / "package")

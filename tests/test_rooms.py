@@ -19,6 +19,8 @@ TOP = {
     "graph_runs",
     "manifest",
     "patterns",
+    "plugins",
+    "registered",
     "progress",
     "runtime",
     "storage",
@@ -56,6 +58,7 @@ EVERYTHING = (
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(TOP, TOP),
     **{room: TOP | {room} for room in ROOMS},
+    "allowed": TOP | {"quantization"},  # the methods that are read are on its list
     "merging": TOP | {"merging", "checkpoint", "adapters", "quantization", "deltas"},
     "adapter_tools": TOP | {"adapter_tools", "checkpoint", "adapters", "deltas", "merging"},
     "onnx_export": TOP | {"onnx_export", "checkpoint"},

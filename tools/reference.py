@@ -179,6 +179,10 @@ class Refusal:
     words: str
 
 
+# Functions of quantization/stored.py that make a CheckpointError → which argument holds the words.
+_OF_A_FORMAT = {"odd": 1, "unread": 0}
+
+
 def refusals() -> list[Refusal]:
     """Every place in the package that makes a LoraExportError."""
     package = Path(lora_export.__file__).parent
@@ -186,14 +190,26 @@ def refusals() -> list[Refusal]:
     found = []
     for file in sorted(package.rglob("*.py")):
         module = file.relative_to(package).as_posix()
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             if isinstance(node.func, ast.Name) and node.func.id in names:
                 found.append(Refusal(node.func.id, module, _words(node.args[0])))
             elif isinstance(node.func, ast.Attribute) and node.func.attr == "refuse":  # of an AdapterFile
                 found.append(Refusal(errors.AdapterError.__name__, module, _words(node.args[0])))
+            elif isinstance(node.func, ast.Name) and node.func.id in _OF_A_FORMAT and "quantization/" in module:
+                words = _words(_assigned(node.args[_OF_A_FORMAT[node.func.id]], tree))
+                found.append(Refusal(errors.CheckpointError.__name__, module, words))
     return found
+
+
+def _assigned(node: ast.expr, tree: ast.AST) -> ast.expr:
+    """What was last assigned to a local name before it is used; other expressions as they are."""
+    if not isinstance(node, ast.Name):
+        return node
+    values = [a for a in ast.walk(tree) if isinstance(a, ast.Assign) and getattr(a.targets[0], "id", "") == node.id]
+    return max((a for a in values if a.lineno < node.lineno), key=lambda a: a.lineno).value
 
 
 def _words(node: ast.expr) -> str:

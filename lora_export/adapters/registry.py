@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import cast
 
 from lora_export.adapters import (
     adalora,
@@ -51,6 +52,7 @@ from lora_export.adapters.spelling import respelled
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
 from lora_export.patterns import TOTAL, within
+from lora_export.plugins import plugins
 
 CONFIG = "adapter_config.json"
 
@@ -96,6 +98,7 @@ KINDS: tuple[Kind, ...] = (
 # Files that other trainers lay out otherwise, which become PEFT's before a kind looks at them.
 LAYOUTS: tuple[Layout, ...] = (mlx,)
 TOKENS_ONLY = "TRAINABLE_TOKENS"
+KINDS_GROUP, LAYOUTS_GROUP = "lora_export.adapter_kinds", "lora_export.adapter_layouts"  # entry points
 
 # Kinds that no merged weight can equal, with the reason.
 _NEVER = {
@@ -113,6 +116,38 @@ _NEVER = {
 }
 
 
+def kinds() -> tuple[Kind, ...]:
+    """The built-in kinds, then those of plug-ins. InputError for a plug-in that cannot be used as one."""
+    brought = plugins(KINDS_GROUP)
+    # A PEFT type belongs to the built-in kinds, or to one plug-in.
+    owners = dict.fromkeys((*(t for k in KINDS for t in k.PEFT_TYPES), TOKENS_ONLY, *_NEVER), "lora-export")
+    for plugin in brought:
+        plugin.check_members(Kind)
+        for peft_type in cast(Kind, plugin.value).PEFT_TYPES:
+            if owners.setdefault(peft_type, plugin.distribution) != plugin.distribution:
+                raise plugin.refuse(
+                    f"claims the PEFT type {peft_type}, which belongs to {owners[peft_type]}",
+                    "a PEFT type of its own",
+                )
+    return (*KINDS, *(cast(Kind, plugin.value) for plugin in brought))
+
+
+def layouts() -> tuple[Layout, ...]:
+    """The built-in layouts, then those of plug-ins. InputError for a plug-in that cannot be used as one."""
+    brought = plugins(LAYOUTS_GROUP)
+    for plugin in brought:
+        plugin.check_members(Layout)
+    return (*LAYOUTS, *(cast(Layout, plugin.value) for plugin in brought))
+
+
+def brought_by(peft_type: str) -> str | None:
+    """The package that brings the kind of this PEFT type, and its version; None for a built-in kind."""
+    for plugin in plugins(KINDS_GROUP):
+        if peft_type in cast(Kind, plugin.value).PEFT_TYPES:
+            return f"{plugin.distribution} {plugin.version}"
+    return None
+
+
 def read_adapter(file: AdapterFile) -> Adapter:
     """Every tensor of the adapter as part of exactly one update; AdapterError for what cannot be merged."""
     with within(TOTAL, str(file.where)):
@@ -120,7 +155,7 @@ def read_adapter(file: AdapterFile) -> Adapter:
 
 
 def _read(file: AdapterFile) -> Adapter:
-    file = next((layout.as_peft(file) for layout in LAYOUTS if layout.claims(file)), file)
+    file = next((layout.as_peft(file) for layout in layouts() if layout.claims(file)), file)
     check_config(file.config, file.where)
     file = respelled(file)
     kind = _peft_type(file)
@@ -131,7 +166,7 @@ def _read(file: AdapterFile) -> Adapter:
             expected="an adapter that changes weights, such as LORA",
             next_step="serve it unmerged with PEFT",
         )
-    known = sorted({t for k in KINDS for t in k.PEFT_TYPES} | {TOKENS_ONLY})
+    known = sorted({t for k in kinds() for t in k.PEFT_TYPES} | {TOKENS_ONLY})
     if kind not in known:
         raise AdapterError(
             f"peft_type is {kind!r}, which this tool does not merge",
@@ -142,7 +177,7 @@ def _read(file: AdapterFile) -> Adapter:
     if not file.tensors:
         raise file.refuse("the adapter holds no tensors", expected="trained matrices")
     _refuse_empty(file, kind)
-    updates = [u for k in (*KINDS, tokens) if kind in k.PEFT_TYPES or k is tokens for u in k.read(file)]
+    updates = [u for k in (*kinds(), tokens) if kind in k.PEFT_TYPES or k is tokens for u in k.read(file)]
     if not updates:
         raise file.refuse(
             f"the file holds no tensors of the kind {kind}",
@@ -152,7 +187,7 @@ def _read(file: AdapterFile) -> Adapter:
         )
     updates += saved.read(file, {key for u in updates for key in u.keys})
     _check_claims(updates, file)
-    return Adapter(file.folder, kind.lower(), file.config, tuple(updates), file.tensors)
+    return Adapter(file.folder, kind.lower(), file.config, tuple(updates), file.tensors, plugin=brought_by(kind))
 
 
 def _peft_type(file: AdapterFile) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_export.allowed.fields import FILE, WHOLE, Rule, Value, check, read
 from lora_export.errors import CheckpointError
+from lora_export.quantization.registry import formats
 from lora_export.storage import sealed
 from lora_export.storage.documents import walk
 
@@ -38,13 +39,6 @@ _INTERNAL = frozenset(
 )  # fmt: skip
 # What transformers writes for a number that JSON does not have: {"__float__": "Infinity"}.
 _NUMBERS = frozenset({"Infinity", "-Infinity", "NaN"})
-# quant_method of config.json: those that this tool reads itself. transformers loads bitsandbytes alone.
-QUANTIZATIONS = frozenset(
-    {
-        "bitsandbytes", "gptq", "awq", "compressed-tensors", "fp8", "mxfp8", "fbgemm_fp8", "mxfp4", "modelopt",
-        "auto-round", "hqq", "quanto", "torchao", "bitnet", "mlx", "gguf",
-    }
-)  # fmt: skip
 # The name of a class that reads text, sound or images; a name with a dot or a slash would be looked for elsewhere.
 _READER = re.compile(
     r"[A-Za-z]\w*(Tokenizer|TokenizerFast|Backend|Processor|ProcessorFast|ProcessorPil|FeatureExtractor)"
@@ -136,11 +130,14 @@ def _faults(key: str, value: Any) -> Iterator[tuple[Any, str]]:
 
 
 def check_quantization(config: Mapping[str, Any], where: Path) -> None:
-    """CheckpointError for a quantization whose library transformers would call with settings of the file."""
+    """CheckpointError for a quantization whose library transformers would call with settings of the file.
+
+    Only methods that this tool reads itself pass, and of those transformers is only ever given bitsandbytes.
+    """
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method is not None and method not in QUANTIZATIONS:
-        raise CheckpointError(f"quant_method is {method!r}", where=where, expected=", ".join(sorted(QUANTIZATIONS)))
+    if method is not None and method not in formats():
+        raise CheckpointError(f"quant_method is {method!r}", where=where, expected=", ".join(sorted(formats())))
 
 
 def check_tokenizer(config: Mapping[str, Any], where: Path) -> None:

@@ -19,6 +19,7 @@ from lora_export.contracts import (
     MergeOptions,
     QuantizationOptions,
     StoryOptions,
+    ValidationOptions,
 )
 from lora_export.errors import InputError
 
@@ -87,22 +88,19 @@ def _asked(key: str) -> bool:
 def story_options_of(words: dict[str, Any]) -> StoryOptions:
     return StoryOptions(
         merge=merge_options_of(words),
-        precision=words["precision"],
-        provider=words["provider"],
-        engine=words["engine"],
-        optimize=words["optimize"],
-        quantization=quantization_of(words),
-        graph_from=words["graph_from"],
+        export=export_options_of(words),
         merged_folder=not words["no_merged_folder"],
         benchmark=benchmark_options_of(words),
         extra_arms=tuple(dict.fromkeys(words["extra_arms"])),
-        prompts=words["prompts"],
-        text=words["text"],
-        rows=words["rows"],
-        tolerance=words["tolerance"],
-        min_survival=words["min_survival"],
-        validation_memory=validation_memory_of(words),
-        validation_seed=words["validation_seed"],
+        validation=ValidationOptions(
+            prompts=words["prompts"],
+            text=words["text"],
+            rows=words["rows"],
+            tolerance=words["tolerance"],
+            min_survival=words["min_survival"],
+            max_memory=validation_memory_of(words),
+            seed=words["validation_seed"],
+        ),
         force=words["force"],
         configured=_configured(),
     )
@@ -115,6 +113,7 @@ def export_options_of(words: dict[str, Any], force: bool = False) -> ExportOptio
         engine=words["engine"],
         optimize=words["optimize"],
         quantization=quantization_of(words),
+        graph_from=words.get("graph_from"),
         force=force,
     )
 

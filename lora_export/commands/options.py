@@ -6,8 +6,10 @@ from typing import Any, get_args
 
 import click
 
-from lora_export.choices import ENGINES, MIN_SURVIVAL, Activations, ExtraArm, Optimize, Precision
+from lora_export.choices import MIN_SURVIVAL, Activations, ExtraArm, Optimize, Precision
+from lora_export.commands.lazy_choice import LazyChoice
 from lora_export.commands.types import Duration, FiniteRange, Share
+from lora_export.registered import engine_names
 
 Command = Callable[..., Any]
 
@@ -63,7 +65,7 @@ def export_options(command: Command) -> Command:
     decorators = [
         click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32",
                      show_default=True, help="Precision of the ONNX weights."),
-        click.option("--engine", type=click.Choice(ENGINES), default=None,
+        click.option("--engine", type=LazyChoice(engine_names), default=None,
                      help="Export engine.  [default: the one that fits the architecture]"),
         click.option("--optimize", type=click.Choice(get_args(Optimize)), default="full", show_default=True,
                      help="What the dynamo engine does to its graph: nothing, simplify it, or fuse attention, "

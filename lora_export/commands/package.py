@@ -6,14 +6,16 @@ from typing import Any
 
 import click
 
-from lora_export.choices import ARCHIVES, RUNTIMES
+from lora_export.choices import ARCHIVES
 from lora_export.commands import options
+from lora_export.commands.lazy_choice import LazyChoice
 from lora_export.commands.talk import megabytes, table, talking
+from lora_export.registered import target_names
 
 
 @click.command("package")
 @click.argument("run", type=options.FOLDER)
-@click.option("--for", "target", required=True, type=click.Choice(RUNTIMES), help="The runtime that is to load it.")
+@click.option("--for", "target", required=True, type=LazyChoice(target_names), help="The runtime that loads it.")
 @options.output_option
 @click.option(
     "--name", default=None, help="Of the model, as its README and Triton call it.  [default: the adapter's]"

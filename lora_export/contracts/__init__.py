@@ -4,37 +4,46 @@ from lora_export.contracts.adapters import Adapter, TargetUpdate, Update
 from lora_export.contracts.benchmark import (
     ArmTimes,
     BenchmarkArm,
-    BenchmarkOptions,
     BenchmarkResult,
     Cell,
     GraphComparison,
     Percentile,
 )
-from lora_export.contracts.export import ExportOptions, ExportResult, QuantizationOptions
+from lora_export.contracts.export import ExportResult
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
     Interference,
-    MergeOptions,
     MergeResult,
     TensorRecord,
 )
-from lora_export.contracts.packages import PackageOptions, PackageResult
+from lora_export.contracts.options import (
+    BenchmarkOptions,
+    BenchmarkSizes,
+    CompareBases,
+    ExportOptions,
+    MergeOptions,
+    PackageOptions,
+    QuantizationOptions,
+    RankOptions,
+    StoryOptions,
+    ValidationOptions,
+    VerifyOptions,
+)
+from lora_export.contracts.packages import PackageResult
 from lora_export.contracts.progress import Progress, Source
-from lora_export.contracts.story import Story, StoryOptions
-from lora_export.contracts.tensors import TensorInfo, TensorSource
+from lora_export.contracts.story import Story
+from lora_export.contracts.tensors import RowReader, TensorInfo, TensorSource
 from lora_export.contracts.validation import (
     AdapterSurvival,
     BaseComparison,
     Check,
-    CompareBases,
     Deviation,
     ExportedPair,
     Perplexity,
-    ValidationOptions,
     ValidationResult,
 )
-from lora_export.contracts.verification import Finding, Verification, VerifyOptions
+from lora_export.contracts.verification import Finding, Verification
 
 __all__ = [
     "Adapter",
@@ -46,6 +55,7 @@ __all__ = [
     "BenchmarkArm",
     "BenchmarkOptions",
     "BenchmarkResult",
+    "BenchmarkSizes",
     "Cell",
     "Check",
     "CompareBases",
@@ -64,6 +74,8 @@ __all__ = [
     "Perplexity",
     "Progress",
     "QuantizationOptions",
+    "RankOptions",
+    "RowReader",
     "Source",
     "Story",
     "StoryOptions",

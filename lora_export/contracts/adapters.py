@@ -69,7 +69,8 @@ class TargetUpdate:
 class Adapter:
     """An adapter understood: one update or more for each target weight, every tensor of the file accounted for.
 
-    weight: the factor that it is combined with, where its updates do not have it already.
+    weight: the factor that it is combined with, where its updates do not have it already; plugin: the package and
+    version that brings its kind, None for a built-in kind.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class Adapter:
     updates: tuple[TargetUpdate, ...]
     tensors: Mapping[str, TensorInfo]
     weight: float = 1.0
+    plugin: str | None = None
 
     @property
     def tensor_count(self) -> int:

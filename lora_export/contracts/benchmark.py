@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_export.choices import Phase, Provider, Verdict
+from lora_export.choices import Phase, Verdict
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,6 @@ class GraphComparison:
     placement: Mapping[str, int]
     differences: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """shapes: (batch, prompt tokens) of each cell; margin: the largest relative difference that still counts as
-    none, set before anything is measured; max_seconds: for all cells together, None: a minute for each shape, or
-    20 s for each shape and set of sessions; sessions: how often all sessions are opened, each time in another
-    order; configured: a configuration file and what it gave, for the report.
-    """
-
-    provider: Provider = "auto"
-    shapes: tuple[tuple[int, int], ...] = ((1, 128),)
-    margin: float = 0.01
-    max_seconds: float | None = None
-    sessions: int = 1
-    seed: int = 0
-    configured: str = ""
-
-    @property
-    def seconds(self) -> float:
-        each = 60.0 if self.sessions == 1 else 20.0 * self.sessions
-        return each * len(self.shapes) if self.max_seconds is None else self.max_seconds
 
 
 @dataclass(frozen=True)

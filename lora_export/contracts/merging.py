@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_export.choices import BaseWeights, Certify, Combine, ExpertLayout, ExpertPacking, MajoritySign, Outcome
+from lora_export.choices import Outcome
 
 
 @dataclass(frozen=True)
@@ -14,36 +14,6 @@ class AdapterChoice:
 
     folder: Path
     weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """combine: how several adapters become one change; none: each is applied to what the one before it left.
-
-    combine_on: their deltas, or their factors A and B apart (as PEFT's methods of these names do); density: the
-    share of a delta that ties, dare and magnitude_prune keep; svd_rank: of the combined delta (None: as it is;
-    for svd the largest of the adapters).
-    """
-
-    base_weights: BaseWeights = "dequantized"
-    training_quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
-    training_double_quant: bool = False
-    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
-    max_shard_size: int | None = None  # bytes; None keeps the base's own shards
-    max_memory: int = 2 * 2**30  # bytes for the arithmetic, besides what Python and its libraries take
-    expert_packing: ExpertPacking = "auto"
-    expert_layout: ExpertLayout = "auto"
-    allow_nonfinite: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"  # where the arithmetic is done
-    certify: Certify = "sampled"  # which rows are computed again in float64
-    combine: Combine = "none"
-    combine_on: Literal["deltas", "factors"] = "deltas"
-    density: float | None = None
-    seed: int = 0  # of dare's random choice
-    majority_sign: MajoritySign = "total"
-    svd_rank: int | None = None
-    task: str | None = None  # of the merged model, where the adapter brings a head and does not say of which task
-    force: bool = False
 
 
 @dataclass(frozen=True)

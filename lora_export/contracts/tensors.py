@@ -28,6 +28,14 @@ class TensorInfo:
         return self.end - self.start
 
 
+class RowReader(Protocol):
+    """A weight whose rows are computed when they are asked for."""
+
+    def rows(self, start: int, stop: int) -> "torch.Tensor":
+        """Rows [start, stop) of the first dimension, fp32."""
+        ...
+
+
 class TensorSource(Protocol):
     """Named tensors that are read when somebody asks, and not before."""
 

@@ -1,12 +1,11 @@
 """What validation is asked for, and what it found."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_export.choices import MIN_SURVIVAL, Activations, Precision, Provider, Requantization
-from lora_export.contracts.merging import MergeOptions
+from lora_export.choices import Activations, Precision
 
 
 @dataclass(frozen=True)
@@ -76,17 +75,6 @@ class BaseComparison:
 
 
 @dataclass(frozen=True)
-class CompareBases:
-    """requantize: also measure what putting the merged weights back into this format does.
-
-    original: the 16-bit base of which a stored 4- or 8-bit base was made.
-    """
-
-    requantize: Requantization | None = None
-    original: Path | None = None
-
-
-@dataclass(frozen=True)
 class ExportedPair:
     """The ONNX folders of a merged model and of the base exported the same way.
 
@@ -113,29 +101,6 @@ class ExportedPair:
     @property
     def base_graphs(self) -> tuple[Path, ...]:
         return tuple(self.base / name for name in self.graphs)
-
-
-@dataclass(frozen=True)
-class ValidationOptions:
-    """prompts: a file with one prompt a line; text: a file of running text for the perplexities (None: built in).
-    rows: how many rows of each updated tensor are recomputed in float64 one by one (None: all). merge: the options
-    of the merge, which decide which base is the truth. tolerance: thresholds are this many noise floors.
-    min_survival: the share of the adapter's effect that an ONNX graph has to keep. max_memory: bytes for the
-    weights of both models (None: as the machine has); larger models are streamed. bases: compare the bases that a
-    QLoRA adapter could be merged into. again: the command that tries another precision, {precision} in it. seed: of
-    lengths, inputs and rows that are drawn (None: another one at each run, which the result states)."""
-
-    prompts: Path | None = None
-    text: Path | None = None
-    rows: int | None = 64
-    provider: Provider = "auto"
-    merge: MergeOptions = field(default_factory=MergeOptions)
-    tolerance: float = 4.0
-    min_survival: float = MIN_SURVIVAL
-    max_memory: int | None = None
-    bases: CompareBases | None = None
-    again: str = "the same command with --precision {precision}"
-    seed: int | None = None
 
 
 @dataclass(frozen=True)

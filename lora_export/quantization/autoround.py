@@ -5,31 +5,40 @@
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_export.contracts import TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization import awq, gptq
+from lora_export.quantization.awq import AwqSettings, awq_weights
+from lora_export.quantization.gptq import GptqSettings, gptq_weights, in_groups
+from lora_export.quantization.settings import decoded_settings
+from lora_export.quantization.stored import ORIGINAL, QuantizedWeight, unread
 
+TENSORS = "tensors such as …q_proj.qweight"
 LESS_ONE = ("auto", "auto_round:gptq", "auto_round:auto_gptq")
 AS_THEY_ARE = ("auto_round", "auto_round:gptqmodel")
 AWQ = ("auto_round:awq", "auto_round:auto_awq")
 
 
-def find(
-    source: TensorSource, settings: Mapping[str, Any], dtype: str
-) -> Sequence[gptq.GptqWeight | awq.AwqWeight]:
-    """Every AutoRound weight of a checkpoint, checked by headers; dtype: what the model computes in."""
-    packing = settings.get("packing_format", "auto_round:auto_gptq")
-    rotated = next((n for n in ("rotation_config", "hadamard_config") if settings.get(n)), None)
+@dataclass(frozen=True)
+class AutoRoundSettings:
+    packing_format: str = "auto_round:auto_gptq"
+    rotation_config: Any = None
+    hadamard_config: Any = None
+
+
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> Sequence[QuantizedWeight]:
+    settings = decoded_settings(config, AutoRoundSettings)
+    packing = settings.packing_format
+    rotated = next((n for n in ("rotation_config", "hadamard_config") if getattr(settings, n)), None)
     if packing not in (*LESS_ONE, *AS_THEY_ARE, *AWQ) or rotated:
-        raise CheckpointError(
-            f"AutoRound with {rotated}, rotated weights" if rotated else f"AutoRound packed as {packing!r}",
-            where="config.json",
-            expected=", ".join((*LESS_ONE[1:], *AS_THEY_ARE, *AWQ[1:])),
-            next_step="give the unquantized base model that this one was made from as -b",
-        )
+        text = f"AutoRound with {rotated}, rotated weights" if rotated else f"AutoRound packed as {packing!r}"
+        raise unread(text, ", ".join((*LESS_ONE[1:], *AS_THEY_ARE, *AWQ[1:])), ORIGINAL)
     if packing in AWQ:
-        return awq.find(source, {**settings, "version": "gemm"}, dtype)
+        return awq_weights(source, replace(decoded_settings(config, AwqSettings), version="gemm"), dtype)
     layout = "gptq" if packing in LESS_ONE else "gptq_v2"
-    return gptq.find(source, {**settings, "checkpoint_format": layout}, dtype)
+    return gptq_weights(source, replace(decoded_settings(config, GptqSettings), checkpoint_format=layout), dtype)
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    return in_groups("AutoRound", settings)

@@ -2,7 +2,7 @@
 
 Layout: X.qweight int32 (in, out/8); X.qzeros int32 (groups, out/8); X.scales (groups, out). The eight 4-bit values
 of a word are the outputs 0, 2, 4, 6, 1, 3, 5, 7 of its block, lowest bits first. With zero_point false (AutoRound)
-X.qzeros is there all the same, with 8 in every place.
+X.qzeros is still there, with 8 in every place.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.gptq import FLOATS
-from lora_export.quantization.packed import expect, groups_of, part, unpack
+from lora_export.quantization.gptq import in_groups
+from lora_export.quantization.packed import unpack
+from lora_export.quantization.settings import decoded_settings
+from lora_export.quantization.stored import FLOATS, ORIGINAL, QuantizedWeight, expect, groups_of, part, unread
 
 if TYPE_CHECKING:
     import torch
 
+TENSORS = "tensors such as …q_proj.qweight"
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class AwqSettings:
+    """w_bit, q_group_size: AutoAWQ's own names."""
+
+    bits: int | None = None
+    w_bit: int | None = None
+    group_size: int | None = None
+    q_group_size: int | None = None
+    version: str = "gemm"
 
 
 @dataclass(frozen=True)
@@ -40,11 +53,7 @@ class InterleavedRows:
 
 
 @dataclass(frozen=True)
-class AwqWeight:
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
+class AwqWeight(QuantizedWeight):
     group_size: int
 
     def load(self, source: TensorSource) -> InterleavedRows:
@@ -53,29 +62,31 @@ class AwqWeight:
         return InterleavedRows(packed, unpack(zeros, 4, ORDER).float(), scales.float(), size)
 
 
-def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[AwqWeight]:
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[AwqWeight]:
+    return awq_weights(source, decoded_settings(config, AwqSettings), dtype)
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    return in_groups("AWQ", settings)
+
+
+def awq_weights(source: TensorSource, settings: AwqSettings, dtype: str) -> list[AwqWeight]:
     """Every AWQ weight of a checkpoint, checked by headers; dtype: what the model computes in."""
-    bits = settings.get("bits", settings.get("w_bit"))
-    size = settings.get("group_size", settings.get("q_group_size"))
-    version = str(settings.get("version", "gemm")).lower()
-    if bits != 4 or version != "gemm":
-        raise CheckpointError(
-            f"AWQ of version {version!r} with {bits!r} bits",
-            where="config.json",
-            expected="version gemm, 4 bits",
-            next_step="give the unquantized base model that this one was made from as -b",
-        )
-    if not isinstance(size, int) or size == 0 or size < -1:
-        raise CheckpointError(f"group_size is {size!r}", where="config.json", expected="a number, or -1")
-    found = []
+    bits = settings.w_bit if settings.bits is None else settings.bits
+    size = settings.q_group_size if settings.group_size is None else settings.group_size
+    if bits != 4 or settings.version.lower() != "gemm":
+        text = f"AWQ of version {settings.version.lower()!r} with {bits!r} bits"
+        raise unread(text, "version gemm, 4 bits", ORIGINAL)
+    if size is None or size == 0 or size < -1:
+        raise unread(f"group_size is {size!r}", "a positive number, or -1")
+    weights = []
     for module in [n.removesuffix(".qweight") for n in source.tensors if n.endswith(".qweight")]:
         weight = f"{module}.weight"
-        packed = part(source, weight, f"{module}.qweight", ("I32",))
-        zeros = part(source, weight, f"{module}.qzeros", ("I32",))
+        packed, zeros = (part(source, weight, f"{module}.{n}", ("I32",)) for n in ("qweight", "qzeros"))
         scales = part(source, weight, f"{module}.scales", FLOATS)
         inputs, words = packed.shape
         expect(zeros, (groups_of(inputs, size), words))
         expect(scales, (groups_of(inputs, size), words * 8))
         parts = (packed.name, zeros.name, scales.name)
-        found.append(AwqWeight(weight, parts, (words * 8, inputs), dtype, size))
-    return found
+        weights.append(AwqWeight(weight, parts, (words * 8, inputs), dtype, size))
+    return weights

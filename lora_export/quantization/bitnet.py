@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export import meta_model as skeleton
+from lora_export import meta_model
 from lora_export.contracts import TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.gptq import FLOATS
-from lora_export.quantization.packed import folder_of, part, strided
+from lora_export.quantization.packed import strided
+from lora_export.quantization.settings import decoded_settings
+from lora_export.quantization.stored import FLOATS, QuantizedWeight, folder_of, odd, part, unread
 
 if TYPE_CHECKING:
     import torch
 
+TENSORS = "tensors such as …q_proj.weight_scale"
 EVERY = 4  # values of a byte
-SMALLEST = 1e-5  # mean magnitude that a scale is taken of
+SMALLEST = 1e-5  # mean magnitude from which a scale is computed
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,9 @@ class TernaryFloats:
 
 
 @dataclass(frozen=True)
-class BitnetWeight:
+class BitnetWeight(QuantizedWeight):
     """divides: whether the stored scale is the inverse of what a code counts for."""
 
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
     divides: bool
 
     def load(self, source: TensorSource) -> TernaryRows:
@@ -68,34 +65,35 @@ class BitnetWeight:
 
 
 @dataclass(frozen=True)
-class OnlineWeight:
-    """Floats in the file, that each forward makes ternary; a matrix's scale is of all its numbers."""
-
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
+class OnlineWeight(QuantizedWeight):
+    """Floats in the file, which each forward makes ternary; the scale of a matrix is of all its numbers."""
 
     def load(self, source: TensorSource) -> TernaryFloats:
         value = source.read(self.weight).float()
         return TernaryFloats(value, 1 / value.abs().mean().clamp(min=SMALLEST))
 
 
-def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> Sequence[BitnetWeight | OnlineWeight]:
-    """Every ternary weight of a checkpoint, checked by headers; dtype: what the model computes in."""
-    settings = config["quantization_config"]
-    kind, mode = settings.get("linear_class", "bitlinear"), settings.get("quantization_mode", "offline")
+@dataclass(frozen=True)
+class BitnetSettings:
+    linear_class: str = "bitlinear"
+    quantization_mode: str = "offline"
+    use_rms_norm: bool | None = None
+    modules_to_not_convert: tuple[str, ...] | None = None
+
+
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> Sequence[QuantizedWeight]:
+    settings = decoded_settings(config, BitnetSettings)
+    kind, mode = settings.linear_class, settings.quantization_mode
     known = kind in ("bitlinear", "autobitlinear") and mode in ("online", "offline")
-    if not known or settings.get("use_rms_norm"):
-        raise CheckpointError(
-            f"BitNet with linear_class {kind!r}, quantization_mode {mode!r}, "
-            f"use_rms_norm {settings.get('use_rms_norm')!r}",
-            where="config.json",
-            expected="no norm of its own before each layer, which no merged weight can hold",
-            next_step="load it with transformers and PEFT, unmerged",
+    if not known or settings.use_rms_norm:
+        raise unread(
+            f"BitNet with linear_class {kind!r}, quantization_mode {mode!r}, use_rms_norm "
+            f"{settings.use_rms_norm!r}",
+            "layers without a norm of their own, which no merged weight can hold",
+            "load it with transformers and PEFT, unmerged",
         )
     if mode == "online" and kind == "autobitlinear":
-        names = [f"{m}.weight" for m in _linear(source, settings.get("modules_to_not_convert"))]
+        names = [f"{m}.weight" for m in _linear(source, settings.modules_to_not_convert)]
         infos = [part(source, n, n, FLOATS) for n in names if n in source.tensors]
         return [OnlineWeight(i.name, (i.name,), i.shape, i.dtype) for i in infos]
     scales = [n for n in source.tensors if n.endswith(".weight_scale")]
@@ -103,13 +101,13 @@ def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> Sequenc
 
 
 def _linear(source: TensorSource, kept: Sequence[str] | None) -> list[str]:
-    """The modules that transformers would make ternary. kept: those that config.json names as others."""
+    """The modules that transformers makes ternary. kept: those that config.json excludes."""
     import torch
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    model = skeleton.build(folder_of(source))
-    kept = get_keys_to_not_convert(model) if kept is None else kept
+    model = meta_model.build(folder_of(source))
+    kept = get_keys_to_not_convert(model) if kept is None else list(kept)
     modules = model.named_modules()
     return [n for n, m in modules if type(m) is torch.nn.Linear and should_convert_module(n, kept)]
 
@@ -117,8 +115,6 @@ def _linear(source: TensorSource, kept: Sequence[str] | None) -> list[str]:
 def _weight(source: TensorSource, weight: str, dtype: str, divides: bool) -> BitnetWeight:
     packed, scale = part(source, weight, weight, ("U8",)), part(source, weight, f"{weight}_scale", FLOATS, None)
     if math.prod(scale.shape) != 1:
-        raise CheckpointError(
-            f"the shape is {list(scale.shape)}", where=scale.file, tensor=scale.name, expected="one number"
-        )
+        raise odd(scale, f"the shape is {list(scale.shape)}", "one number")
     shape = (packed.shape[0] * EVERY, packed.shape[1])
     return BitnetWeight(weight, (weight, scale.name), shape, dtype, divides)

@@ -7,32 +7,55 @@ U8 (out, in/2), X.weight_scale E4M3 or E8M0 as bytes, X.weight_global_scale fp32
 X.weight_scale; mxfp8-quantized has it as bytes of E8M0. Experts may be fused: (experts, out, in).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorSource
-from lora_export.errors import CheckpointError
 from lora_export.quantization.fp4 import Fp4Weight, fp4_weight
-from lora_export.quantization.packed import check_groups, expect, part, unpack
+from lora_export.quantization.packed import unpack
 from lora_export.quantization.scaled import SCALES, ScaledWeight, block_of, scaled_weight
-from lora_export.storage.documents import Kind, check
+from lora_export.quantization.settings import decoded_settings
+from lora_export.quantization.stored import ORIGINAL, QuantizedWeight, check_groups, expect, odd, part, unread
 
 if TYPE_CHECKING:
     import torch
 
-FORMATS = (
+TENSORS = "tensors such as …q_proj.weight_packed or …q_proj.weight_scale"
+LAYOUTS = (
     "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "int-quantized", "float-quantized",
     "naive-quantized", "mxfp8-quantized", "dense",
 )  # fmt: skip
 BITS = (4, 8)
-_GROUP: Kind = {"format?": (None, str), "weights?": (None, {"block_structure?": (None, str, [int])})}
-_SETTINGS: Kind = {
-    "format?": (None, str),
-    "config_groups?": (None, {str: _GROUP}),
-    "sparsity_config?": (None, {"format?": (None, str)}),
-    "transform_config?": (None, dict),
-}
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    block_structure: str | tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SchemeGroup:
+    format: str | None = None
+    weights: WeightScheme | None = None
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    format: str | None = "dense"
+
+
+@dataclass(frozen=True)
+class Transforms:
+    config_groups: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class CompressedSettings:
+    format: str | None = None
+    config_groups: Mapping[str, SchemeGroup] | None = field(default_factory=dict)
+    sparsity_config: Sparsity | None = None
+    transform_config: Transforms | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +78,7 @@ class PackedRows:
 
 
 @dataclass(frozen=True)
-class PackedWeight:
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
+class PackedWeight(QuantizedWeight):
     bits: int
 
     def load(self, source: TensorSource) -> PackedRows:
@@ -79,40 +98,31 @@ class PackedWeight:
         return PackedRows(source.read(self.parts[0]), self.bits, scale, zero, groups)
 
 
-def find(
-    source: TensorSource, settings: Mapping[str, Any], dtype: str
-) -> list[PackedWeight | Fp4Weight | ScaledWeight]:
-    """Every compressed weight of a checkpoint, checked by headers; dtype: what the model computes in."""
-    check(settings, _SETTINGS, "quantization_config", "config.json")
-    groups = settings.get("config_groups") or {}
-    formats = {settings.get("format"), *(g.get("format") for g in groups.values())} - {None, "mixed-precision"}
-    if not formats <= set(FORMATS) or (settings.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise CheckpointError(
-            f"compressed-tensors of the format {', '.join(sorted(map(str, formats)))}"
-            + (" with sparsity" if settings.get("sparsity_config") else ""),
-            where="config.json",
-            expected=", ".join(FORMATS[:-1]),
-            next_step="give the unquantized base model that this one was made from as -b",
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[QuantizedWeight]:
+    settings = decoded_settings(config, CompressedSettings)
+    groups = list((settings.config_groups or {}).values())
+    layouts = {settings.format, *(g.format for g in groups)} - {None, "mixed-precision"}
+    sparsity = settings.sparsity_config
+    if not layouts <= set(LAYOUTS) or (sparsity is not None and sparsity.format != "dense"):
+        text = f"compressed-tensors of the format {', '.join(sorted(map(str, layouts)))}"
+        raise unread(text + (" with sparsity" if sparsity else ""), ", ".join(LAYOUTS[:-1]), ORIGINAL)
+    if settings.transform_config is not None and settings.transform_config.config_groups:
+        text = (
+            "compressed-tensors with a transform_config: its weights are rotated, and so are its inputs at run time"
         )
-    if (settings.get("transform_config") or {}).get("config_groups"):
-        raise CheckpointError(
-            "compressed-tensors with a transform_config: weights that were rotated, as inputs are when it runs",
-            where="config.json",
-            expected="weights that were quantized as they are",
-            next_step="give the unquantized base model that this one was made from as -b",
-        )
-    found: list[PackedWeight | Fp4Weight | ScaledWeight] = []
+        raise unread(text, "weights that were quantized as they are", ORIGINAL)
+    weights: list[QuantizedWeight] = []
     for name, info in source.tensors.items():
         if name.endswith(".weight_packed"):
             make = _packed if info.dtype == "I32" else _floats
-            found.append(make(source, name.removesuffix("_packed"), dtype))
+            weights.append(make(source, name.removesuffix("_packed"), dtype))
         elif name.endswith("_scale") and name.removesuffix("_scale") in source.tensors:
-            found.append(_plain(source, name.removesuffix("_scale"), groups, dtype))
-    return found
+            weights.append(_plain(source, name.removesuffix("_scale"), groups, dtype))
+    return weights
 
 
 def _floats(source: TensorSource, weight: str, dtype: str) -> Fp4Weight:
-    """E2M1. The global scale is what the scales were multiplied with before they were stored."""
+    """E2M1. The scales were multiplied by the global scale before they were stored."""
     whole = f"{weight}_global_scale"
     parts = (f"{weight}_packed", f"{weight}_scale", *([whole] if whole in source.tensors else []))
     return fp4_weight(source, weight, parts, dtype, divided=True)
@@ -126,19 +136,10 @@ def _packed(source: TensorSource, weight: str, dtype: str) -> PackedWeight:
     rows, columns = (int(n) for n in source.read(size.name).tolist())
     bits = next((b for b in BITS if packed.shape == (rows, -(-columns * b // 32))), None)
     if bits is None:
-        raise CheckpointError(
-            f"{list(packed.shape)} words for a weight of {rows} × {columns}",
-            where=packed.file,
-            tensor=packed.name,
-            expected="4 or 8 bits for each element",
-        )
+        text = f"{list(packed.shape)} words for a weight of {rows} × {columns}"
+        raise odd(packed, text, "4 or 8 bits for each element")
     if 0 in packed.shape or 0 in scale.shape or scale.shape[0] != rows or columns % scale.shape[1]:
-        raise CheckpointError(
-            f"scales of shape {list(scale.shape)}",
-            where=scale.file,
-            tensor=scale.name,
-            expected=f"[{rows}, groups]",
-        )
+        raise odd(scale, f"scales of shape {list(scale.shape)}", f"[{rows}, groups]")
     parts = [packed.name, scale.name, size.name]
     if f"{weight}_zero_point" in source.tensors:
         zero = part(source, weight, f"{weight}_zero_point", ("I32", "I8"))
@@ -151,11 +152,11 @@ def _packed(source: TensorSource, weight: str, dtype: str) -> PackedWeight:
     return PackedWeight(weight, tuple(parts), (rows, columns), dtype, bits)
 
 
-def _plain(source: TensorSource, weight: str, groups: Mapping[str, Any], dtype: str) -> ScaledWeight:
-    """int8 or fp8; how many elements share a scale is told by the shape of the scales, and by a block_structure."""
+def _plain(source: TensorSource, weight: str, groups: Sequence[SchemeGroup], dtype: str) -> ScaledWeight:
+    """int8 or fp8; how many elements share a scale follows from the shape of the scales and a block_structure."""
     codes, scale = source.tensors[weight], source.tensors[f"{weight}_scale"]
     zero = f"{weight}_zero_point"
-    blocks = [block_of((g.get("weights") or {}).get("block_structure")) for g in groups.values()]
+    blocks = [block_of(g.weights.block_structure) for g in groups if g.weights]
     size = next((b for b in blocks if b and _fits(codes.shape[-2:], scale.shape[-2:], b)), None)
     used = zero if zero in source.tensors else None
     return scaled_weight(source, weight, scale.name, used, dtype, ("I8", "F8_E4M3", "F8_E5M2"), size)

@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.packed import part
+from lora_export.contracts import TensorSource
 from lora_export.quantization.scaled import POWERS, multiply, scale_values
+from lora_export.quantization.stored import E2M1, QuantizedWeight, odd, part
 
 if TYPE_CHECKING:
     import torch
 
 BYTES = ("U8", "I8")
-VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 GROUPS = {"F8_E4M3": 16} | dict.fromkeys(POWERS, 32)  # elements of a group by the type of its scale
 
 
@@ -29,7 +27,7 @@ def _pairs() -> "torch.Tensor":
     """The two numbers of each byte, fp32, as one element of eight bytes."""
     import torch
 
-    values = torch.tensor([*VALUES, *(-v for v in VALUES)])
+    values = torch.tensor([*E2M1, *(-v for v in E2M1)])
     both = torch.stack([values.repeat(16), values.repeat_interleave(16)], 1)
     return both.contiguous().view(torch.float64).reshape(256)
 
@@ -39,8 +37,8 @@ def unpack_fp4(packed: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     indices = packed.contiguous().view(torch.uint8).reshape(-1).int()
-    found = torch.index_select(_pairs(), 0, indices).view(torch.float32)
-    return found.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+    numbers = torch.index_select(_pairs(), 0, indices).view(torch.float32)
+    return numbers.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -58,18 +56,13 @@ class Fp4Rows:
 
 
 @dataclass(frozen=True)
-class Fp4Weight:
+class Fp4Weight(QuantizedWeight):
     """parts: packed numbers, scales, and maybe the scale of the tensor; divided: its scales are divided by it."""
 
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
     divided: bool = False
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The parts that stay in memory while rows are read."""
         return self.parts[1:]
 
     def load(self, source: TensorSource) -> Fp4Rows:
@@ -90,19 +83,12 @@ def fp4_weight(
     group = GROUPS[scale.dtype]
     shape = (*packed.shape[:-1], 2 * packed.shape[-1]) if packed.shape else ()
     if len(shape) not in (2, 3) or 0 in shape or scale.shape != (*shape[:-1], math.ceil(shape[-1] / group)):
-        raise _odd(
-            scale,
-            f"scales of shape {list(scale.shape)} for {list(packed.shape)} bytes",
-            f"one for each {group} elements of a row, two of which are in a byte",
-        )
+        text = f"scales of shape {list(scale.shape)} for {list(packed.shape)} bytes"
+        raise odd(scale, text, f"one for each {group} elements of a row, two of which are in a byte")
     if shape[-1] % group:
-        raise _odd(packed, f"{shape[-1]} elements in a row", f"a multiple of {group}")
+        raise odd(packed, f"{shape[-1]} elements in a row", f"a multiple of {group}")
     for name in parts[2:]:
         whole = part(source, weight, name, ("F32", "BF16", "F16"), None)
         if math.prod(whole.shape) not in (1, math.prod(shape[:-2])):
-            raise _odd(whole, f"{math.prod(whole.shape)} values", "one for the tensor, or for each expert")
+            raise odd(whole, f"{math.prod(whole.shape)} values", "one for the tensor, or for each expert")
     return Fp4Weight(weight, parts, shape, dtype, divided)
-
-
-def _odd(info: TensorInfo, found: str, expected: str) -> CheckpointError:
-    return CheckpointError(found, where=info.file, tensor=info.name, expected=expected)

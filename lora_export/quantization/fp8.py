@@ -8,38 +8,47 @@ int8 tensor, with an E8M0 scale for each 32 of a row.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lora_export.contracts import TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.fp4 import BYTES, Fp4Weight, fp4_weight
-from lora_export.quantization.scaled import POWERS, ScaledWeight, block_of, scaled_weight
-from lora_export.storage.documents import check
+from lora_export.quantization.fp4 import BYTES, fp4_weight
+from lora_export.quantization.scaled import POWERS, block_of, scaled_weight
+from lora_export.quantization.settings import decoded_settings
+from lora_export.quantization.stored import QuantizedWeight, unread
 
+TENSORS = "fp8 tensors, and scales such as …q_proj.weight_scale_inv or …q_proj.weight_scale"
 NUMBERS = ("F8_E4M3", "F8_E5M2")
 _BESIDE = ("_scale_inv", "_scale", ".scale_inv", ".scale")
 _OF_A_LAYER = ("scale_inv", "scale", "qscale_weight")
 
 
-def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[ScaledWeight | Fp4Weight]:
-    """Every tensor of fp8 numbers that has scales; dtype: what the model computes in, from its config."""
-    check(settings, {"weight_block_size?": (None, [int])}, "quantization_config", "config.json")
-    size = settings.get("weight_block_size")
+@dataclass(frozen=True)
+class Fp8Settings:
+    weight_block_size: tuple[int, ...] | None = None
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    if settings.get("quant_method") != "fp8":
+        return str(settings.get("quant_method"))
+    return f"fp8 in blocks of {settings.get('weight_block_size') or 'whole tensors'}"
+
+
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[QuantizedWeight]:
+    size = decoded_settings(config, Fp8Settings).weight_block_size
     block = block_of(size)
     if size and block is None:
-        raise CheckpointError(
-            f"weight_block_size is {size!r}", where="config.json", expected="the height and width of a block"
-        )
-    found: list[ScaledWeight | Fp4Weight] = []
+        raise unread(f"weight_block_size is {list(size)}", "the height and width of a block")
+    weights: list[QuantizedWeight] = []
     for name, info in source.tensors.items():
         scale = scale_of(source, name)
         if scale is None:
             continue
         if info.dtype in NUMBERS:
-            found.append(scaled_weight(source, name, scale, None, dtype, NUMBERS, block))
+            weights.append(scaled_weight(source, name, scale, None, dtype, NUMBERS, block))
         elif info.dtype in BYTES and source.tensors[scale].dtype in POWERS:
-            found.append(fp4_weight(source, name, (name, scale), dtype))
-    return found
+            weights.append(fp4_weight(source, name, (name, scale), dtype))
+    return weights
 
 
 def scale_of(source: TensorSource, name: str) -> str | None:

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export import meta_model as skeleton
+from lora_export import meta_model
 from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import CheckpointError
-from lora_export.quantization.packed import folder_of
+from lora_export.quantization.stored import QuantizedWeight, folder_of, odd
 
 if TYPE_CHECKING:
     import torch
 
+TENSORS = "tensors such as blk.0.attn_q.weight"
 # general.architecture of the file → the model_type that config.json may have.
 ARCHITECTURES = {
     "llama": ("llama", "mistral"),
@@ -30,11 +31,8 @@ ARCHITECTURES = {
     "nemotron": ("nemotron",),
 }
 ADDED_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
-COMPUTED = (
-    "rope_freqs.weight",
-    "rope_factors_long.weight",
-    "rope_factors_short.weight",
-)  # of config.json's numbers
+# What transformers computes from config.json.
+COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,7 @@ class GgufRows:
 
 
 @dataclass(frozen=True)
-class GgufWeight:
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
+class GgufWeight(QuantizedWeight):
     kind: str
     heads: int
     less: float
@@ -86,32 +80,34 @@ class GgufWeight:
 
 
 def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[GgufWeight]:
-    """Every weight of a GGUF file by transformers' name, checked by headers; dtype: what the model computes in."""
+    """Every weight by its name in transformers."""
     import gguf
 
     architecture = config["quantization_config"].get("architecture")
     if config.get("model_type") not in ARCHITECTURES.get(str(architecture), ()):
         known = "; ".join(f"{k} with {' or '.join(v)}" for k, v in ARCHITECTURES.items())
-        raise _odd(source, f"GGUF of the architecture {architecture!r} with {config.get('model_type')!r}", known)
+        raise _unlike(source, f"GGUF of the architecture {architecture!r} with {config.get('model_type')!r}", known)
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    shapes = {n: tuple(p.shape) for n, p in skeleton.build(folder_of(source), plain).named_parameters()}
+    shapes = {n: tuple(p.shape) for n, p in meta_model.build(folder_of(source), plain).named_parameters()}
     kinds = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[architecture], int(config.get("num_hidden_layers") or 0))
-    found, claimed = [], set()
+    weights, claimed = [], set()
     for weight, shape in shapes.items():
         stored = names.get_name(weight, try_suffixes=(".weight", ".bias"))
         info = source.tensors.get(stored or "")
         if info is None or info.shape != shape:
             has = f"of shape {list(info.shape)}" if info else "missing"
-            raise _odd(source, f"{stored or 'a tensor'} is {has}", f"shape {list(shape)}, by config.json", weight)
+            raise _unlike(
+                source, f"{stored or 'a tensor'} is {has}", f"shape {list(shape)}, by config.json", weight
+            )
         claimed.add(info.name)
         heads = _heads(config, info.name) if architecture == "llama" else 0
         less = 1.0 if architecture in ADDED_ONE and info.name.endswith("norm.weight") else 0.0
-        found.append(GgufWeight(weight, (info.name,), shape, dtype, _kind(info), heads, less))
+        weights.append(GgufWeight(weight, (info.name,), shape, dtype, _kind(info), heads, less))
     left = source.tensors.keys() - claimed - set(COMPUTED)
     if left:
-        raise _odd(source, f"{min(left)} is no weight of the model that config.json describes", "none left over")
-    return found
+        raise _unlike(source, f"the model that config.json describes has no weight {min(left)}", "no other tensors")
+    return weights
 
 
 def _heads(config: Mapping[str, Any], name: str) -> int:
@@ -131,20 +127,16 @@ def _kind(info: TensorInfo) -> str:
     try:
         gguf.dequantize(np.zeros((1, size), np.uint8), kind)
     except NotImplementedError:
-        raise CheckpointError(
-            f"the type is {info.dtype}, which the gguf package does not read",
-            where=info.file,
-            tensor=info.name,
-            expected="floats, Q4_0 to Q8_0, K- or I-quants",
-        ) from None
+        text = f"the type is {info.dtype}, which the gguf package does not read"
+        raise odd(info, text, "floats, Q4_0 to Q8_0, K- or I-quants") from None
     return info.dtype
 
 
-def _odd(source: TensorSource, found: str, expected: str, tensor: str | None = None) -> CheckpointError:
+def _unlike(source: TensorSource, found: str, expected: str, tensor: str | None = None) -> CheckpointError:
     return CheckpointError(
         found,
         where=next((t.file for t in source.tensors.values()), None),
         tensor=tensor,
         expected=expected,
-        next_step="lay config.json of the model that the GGUF was made from beside it, or give that model as -b",
+        next_step="put the config.json of the original model beside the GGUF, or give that model as -b",
     )

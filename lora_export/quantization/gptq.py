@@ -3,7 +3,7 @@
 Layout for B bits: X.qweight int32 (in · B/32, out), packed along the inputs; X.qzeros int32 (groups, out · B/32),
 packed along the outputs; X.scales (groups, out); X.g_idx int32 (in,), the group of each input.
 The format "gptq" stores zeros less one, "gptq_v2" stores them as they are. GPTQModel's `dynamic` and AutoRound's
-`extra_config` give single modules bits and groups of their own: the shapes tell them.
+`extra_config` give single modules bits and groups of their own, which follow from the shapes.
 """
 
 import math
@@ -11,20 +11,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export.contracts import TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.packed import check_groups, expect, groups_of, part, unpack
+from lora_export.contracts import TensorInfo, TensorSource
+from lora_export.quantization.packed import unpack
+from lora_export.quantization.settings import decoded_settings
+from lora_export.quantization.stored import (
+    FLOATS,
+    ORIGINAL,
+    QuantizedWeight,
+    check_groups,
+    expect,
+    groups_of,
+    odd,
+    part,
+    unread,
+)
 
 if TYPE_CHECKING:
     import torch
 
-FLOATS = ("F16", "BF16", "F32")
+TENSORS = "tensors such as …q_proj.qweight"
 BITS = (2, 3, 4, 5, 6, 7, 8)
+_EACH = ", ".join(map(str, BITS))
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    bits: int | None = None
+    group_size: int | None = None
+    checkpoint_format: str | None = None
+    format: str | None = None
+    dynamic: Mapping[str, Any] | None = None
+    extra_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class GroupedRows:
-    """codes: int32 (in, out · B/32 …) still packed; zeros, scales: fp32 (groups, out); groups: int64 (in,)."""
+    """packed: int32 (in · B/32, out); zeros, scales: fp32 (groups, out); groups: int64 (in,)."""
 
     packed: "torch.Tensor"
     bits: int
@@ -41,11 +63,7 @@ class GroupedRows:
 
 
 @dataclass(frozen=True)
-class GptqWeight:
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
+class GptqWeight(QuantizedWeight):
     bits: int
     group_size: int
     stored_less_one: bool
@@ -67,64 +85,63 @@ class GptqWeight:
         return GroupedRows(source.read(f"{module}.qweight"), self.bits, zeros.float(), scales, groups)
 
 
-def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[GptqWeight]:
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[GptqWeight]:
+    return gptq_weights(source, decoded_settings(config, GptqSettings), dtype)
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    return in_groups("GPTQ", settings)
+
+
+def in_groups(name: str, settings: Mapping[str, Any]) -> str:
+    """The settings of any format that has bits and groups, in a few words."""
+    order = ", act-order" if settings.get("desc_act") else ""
+    return f"{name} {settings.get('bits')} bits, groups of {settings.get('group_size')}{order}"
+
+
+def gptq_weights(source: TensorSource, settings: GptqSettings, dtype: str) -> list[GptqWeight]:
     """Every GPTQ weight of a checkpoint, checked by headers; dtype: what the model computes in."""
-    bits, group_size = settings.get("bits"), settings.get("group_size")
+    bits, group_size = settings.bits, settings.group_size
     if bits not in BITS:
-        raise CheckpointError(
-            f"GPTQ with {bits!r} bits", where="config.json", expected=f"{', '.join(map(str, BITS))} bits"
-        )
-    if not isinstance(group_size, int) or group_size == 0 or group_size < -1:
-        raise CheckpointError(f"group_size is {group_size!r}", where="config.json", expected="a number, or -1")
-    layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        raise unread(f"GPTQ with {bits!r} bits", f"{_EACH} bits")
+    if group_size is None or group_size == 0 or group_size < -1:
+        raise unread(f"group_size is {group_size!r}", "a positive number, or -1")
+    layout = settings.checkpoint_format or settings.format or "gptq"
     if layout not in ("gptq", "gptq_v2"):
-        raise CheckpointError(
-            f"checkpoint_format is {layout!r}", where="config.json", expected="gptq or gptq_v2",
-            next_step="give the unquantized base model that this one was made from as -b",
-        )  # fmt: skip
-    names = [n.removesuffix(".qweight") for n in source.tensors if n.endswith(".qweight")]
-    found = []
-    for name in names:
-        own = _of_shapes(source, name) if settings.get("dynamic") or settings.get("extra_config") else None
-        size, width = own or (group_size, int(bits))
-        found.append(_weight(source, name, width, size, layout == "gptq", dtype))
-    return found
+        raise unread(f"checkpoint_format is {layout!r}", "gptq or gptq_v2", ORIGINAL)
+    weights = []
+    for module in [n.removesuffix(".qweight") for n in source.tensors if n.endswith(".qweight")]:
+        own = _of_shapes(source, module) if settings.dynamic or settings.extra_config else None
+        weights.append(_weight(source, module, *(own or (group_size, bits)), layout == "gptq", dtype))
+    return weights
 
 
 def _of_shapes(source: TensorSource, module: str) -> tuple[int, int]:
-    """(group size, bits) of one module, as its zeros, scales and codes have them."""
-    weight = f"{module}.weight"
-    packed = part(source, weight, f"{module}.qweight", ("I32",))
-    scales = part(source, weight, f"{module}.scales", FLOATS)
-    zeros = part(source, weight, f"{module}.qzeros", ("I32",))
+    """(group size, bits) of one module, as its zeros, scales and codes show them."""
+    packed, scales, zeros = _parts(source, module)
     groups, outputs = scales.shape
     bits = next((b for b in BITS if zeros.shape == (groups, outputs * b // 32)), None)
     if bits is None or not groups or packed.shape[0] % bits:
-        raise CheckpointError(
-            f"zeros of shape {list(zeros.shape)} and codes of shape {list(packed.shape)} for scales of shape "
-            f"{list(scales.shape)}",
-            where=zeros.file,
-            tensor=zeros.name,
-            expected=f"{', '.join(map(str, BITS))} bits for each value",
-        )
+        text = f"zeros {list(zeros.shape)} and codes {list(packed.shape)} for scales of shape {list(scales.shape)}"
+        raise odd(zeros, text, f"{_EACH} bits for each value")
     return math.ceil(packed.shape[0] * 32 // bits / groups), bits
 
 
-def _weight(
-    source: TensorSource, module: str, bits: int, group_size: int, less_one: bool, dtype: str
-) -> GptqWeight:
+def _parts(source: TensorSource, module: str) -> tuple[TensorInfo, TensorInfo, TensorInfo]:
     weight = f"{module}.weight"
     packed = part(source, weight, f"{module}.qweight", ("I32",))
     scales = part(source, weight, f"{module}.scales", FLOATS)
-    zeros = part(source, weight, f"{module}.qzeros", ("I32",))
+    return packed, scales, part(source, weight, f"{module}.qzeros", ("I32",))
+
+
+def _weight(
+    source: TensorSource, module: str, group_size: int, bits: int, less_one: bool, dtype: str
+) -> GptqWeight:
+    weight, (packed, scales, zeros) = f"{module}.weight", _parts(source, module)
     words, outputs = packed.shape
     if words * 32 % bits or outputs * bits % 32:
-        raise CheckpointError(
-            f"{words} × {outputs} words do not hold whole values of {bits} bits",
-            where=packed.file,
-            tensor=packed.name,
-            expected="the bits that config.json names",
-        )
+        text = f"{words} × {outputs} words do not hold whole values of {bits} bits"
+        raise odd(packed, text, "the bits that config.json names")
     inputs, parts = words * 32 // bits, [packed.name, scales.name, zeros.name]
     if f"{module}.g_idx" in source.tensors:
         order = part(source, weight, f"{module}.g_idx", ("I32", "I64"), 1)

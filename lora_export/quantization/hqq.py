@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.gptq import FLOATS
-from lora_export.quantization.packed import expect, part, strided
+from lora_export.quantization.packed import strided
+from lora_export.quantization.stored import FLOATS, QuantizedWeight, expect, odd, part
 
 if TYPE_CHECKING:
     import torch
 
+TENSORS = "tensors such as …q_proj.W_q"
 # The name of a packing → (bits of a value, values of a word).
 PACKINGS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 BESIDE = (
@@ -38,7 +38,7 @@ class HqqRows:
     packing: str
     scale: "torch.Tensor"
     zero: "torch.Tensor"
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     def rows(self, start: int, stop: int) -> "torch.Tensor":
         """Rows [start, stop) of the weight, fp32."""
@@ -55,11 +55,7 @@ class HqqRows:
 
 
 @dataclass(frozen=True)
-class HqqWeight:
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, int]
-    dtype: str
+class HqqWeight(QuantizedWeight):
     packing: str
 
     def load(self, source: TensorSource) -> HqqRows:
@@ -71,8 +67,12 @@ class HqqWeight:
         return HqqRows(codes, self.packing, scale.float(), zero.float(), self.shape)
 
 
-def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[HqqWeight]:
-    """Every HQQ weight of a checkpoint, checked by headers; dtype: what the model computes in."""
+def is_here(source: TensorSource) -> bool:
+    """Whether the names of the tensors are HQQ's."""
+    return any(n.endswith(".W_q") for n in source.tensors)
+
+
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[HqqWeight]:
     return [_weight(source, n.removesuffix(".W_q"), dtype) for n in source.tensors if n.endswith(".W_q")]
 
 
@@ -83,20 +83,16 @@ def _weight(source: TensorSource, module: str, dtype: str) -> HqqWeight:
     size = part(source, weight, f"{module}.shape", INTEGERS, 1)
     expect(size, (2,))
     rows, columns = (int(n) for n in source.read(size.name).tolist())
-    axis = _number(source, part(source, weight, f"{module}.axis", INTEGERS, None))
+    axis = part(source, weight, f"{module}.axis", INTEGERS, 0)
+    along = int(source.read(axis.name))
     name = part(source, weight, f"{module}.packing", ("U8",), 1)
     packing = bytes(source.read(name.name).tolist()).decode("ascii", "replace") if name.nbytes <= LONGEST else ""
-    if packing not in PACKINGS or axis not in (0, 1):
-        raise CheckpointError(
-            f"HQQ packed as {packing!r} along axis {axis}",
-            where=name.file,
-            tensor=name.name,
-            expected=f"{', '.join(PACKINGS)}; axis 0 or 1",
-        )
+    if packing not in PACKINGS or along not in (0, 1):
+        raise odd(name, f"HQQ packed as {packing!r} along axis {along}", f"{', '.join(PACKINGS)}; axis 0 or 1")
     groups = math.prod(scale.shape)
-    expect(scale, (groups, 1) if axis == 1 else (1, groups))
+    expect(scale, (groups, 1) if along == 1 else (1, groups))
     expect(zero, scale.shape)
-    _check_words(packed, packing, (rows, columns), groups, axis)
+    _check_words(packed, packing, (rows, columns), groups, along)
     beside = [f"{module}.{n}" for n in BESIDE if f"{module}.{n}" in source.tensors]
     return HqqWeight(weight, (packed.name, scale.name, zero.name, *beside), (rows, columns), dtype, packing)
 
@@ -104,18 +100,11 @@ def _weight(source: TensorSource, module: str, dtype: str) -> HqqWeight:
 def _check_words(packed: TensorInfo, packing: str, shape: tuple[int, int], groups: int, axis: int) -> None:
     numbers = shape[0] * shape[1]
     if min(shape) < 1 or not groups or numbers % groups:
-        raise CheckpointError(
-            f"{groups} groups for a weight of {shape[0]} × {shape[1]}", where=packed.file, tensor=packed.name
-        )
+        raise odd(packed, f"{groups} groups for a weight of {shape[0]} × {shape[1]}")
     height, width = (groups, numbers // groups) if axis == 1 else (numbers // groups, groups)
     words, item = math.ceil(height / PACKINGS[packing][1]), 4 if packing == "3bit_32" else 1
     if packed.dtype in FLOATS and packed.shape[0] == words and packed.nbytes == words * width * item:
         return
     expect(packed, (words, width))
     if packed.nbytes != words * width * item:
-        raise CheckpointError(f"the type is {packed.dtype}", where=packed.file, tensor=packed.name)
-
-
-def _number(source: TensorSource, info: TensorInfo) -> int:
-    expect(info, ())
-    return int(source.read(info.name))
+        raise odd(packed, f"the type is {packed.dtype}")

@@ -5,8 +5,8 @@ X.weight U32 (out, in · B/32), values run on from word to word, lowest bits fir
 are E2M1; "mxfp8": E4M3; X.scales U8 are E8M0 for mx, E4M3 for nv; no biases. config.json: `quantization`, with
 group_size, bits and mode, and the same for layers of their own by their path (false: not quantized).
 
-mlx-lm gives tensors of many architectures other names, shapes or even values (norms that lack their 1); those that
-it takes as they are stand in MODELS.
+mlx-lm gives the tensors of many architectures other names, shapes or even values (norms that lack their 1); MODELS
+lists those that it leaves as they are.
 """
 
 from collections.abc import Mapping
@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.gptq import FLOATS
-from lora_export.quantization.packed import expect, part, unpack
-from lora_export.storage.documents import check
+from lora_export.quantization.gptq import in_groups
+from lora_export.quantization.packed import unpack
+from lora_export.quantization.settings import decoded_settings, settings_of
+from lora_export.quantization.stored import E2M1, FLOATS, QuantizedWeight, expect, odd, part, unread
+from lora_export.storage.documents import decode
 
 if TYPE_CHECKING:
     import torch
 
+TENSORS = "tensors such as …q_proj.scales"
 BITS = (2, 3, 4, 5, 6, 8)
 MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits and group size
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # and the same again below zero
 # model_type of config.json: mlx_lm/models/ of 0.32 neither renames nor changes what it reads of these.
 MODELS = frozenset(
     {
@@ -64,11 +65,7 @@ class MlxRows:
 
 
 @dataclass(frozen=True)
-class MlxWeight:
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
+class MlxWeight(QuantizedWeight):
     bits: int
     mode: str
 
@@ -83,63 +80,67 @@ class MlxWeight:
         )
 
 
-def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What config.json says of MLX's quantization; None if this is no such folder."""
-    own = config.get("quantization")
-    named = (config.get("quantization_config") or {}).get("quant_method")
-    return own if isinstance(own, dict) and named is None and {"group_size", "bits"} <= own.keys() else None
+@dataclass(frozen=True)
+class MlxSettings:
+    """Of all layers, or of one."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+
+def claims(settings: Mapping[str, Any]) -> bool:
+    """mlx-lm writes no quant_method."""
+    return {"group_size", "bits"} <= settings.keys()
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    return in_groups("MLX", settings)
 
 
 def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[MlxWeight]:
-    """Every weight that mlx-lm quantized, checked by headers; dtype: of those that have no float beside them."""
-    settings = settings_of(config) or {}
-    check(settings, {"group_size": int, "bits": int, "mode?": str}, "quantization", "config.json")
+    """dtype: of weights that have no float beside them."""
+    settings = decoded_settings(config, MlxSettings)
     if config.get("model_type") not in MODELS:
-        raise CheckpointError(
+        raise unread(
             f"an MLX folder of the architecture {config.get('model_type')!r}, whose tensors mlx-lm may have "
-            "renamed, turned or changed",
-            where="config.json",
-            expected=", ".join(sorted(MODELS)),
-            next_step="give the Hugging Face model that this one was converted from as -b",
+            "renamed, transposed or changed",
+            ", ".join(sorted(MODELS)),
+            "give the Hugging Face model that this one was converted from as -b",
         )
-    modules = [n.removesuffix(".scales") for n in source.tensors if n.endswith(".scales")]
-    return [_weight(source, m, _own(settings, m), dtype) for m in modules]
+    modules, own = [n.removesuffix(".scales") for n in source.tensors if n.endswith(".scales")], settings_of(config)
+    return [_weight(source, m, _of_layer((own or {}).get(m), settings, m), dtype) for m in modules]
 
 
-def _own(settings: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    own = settings.get(module)
-    return own if isinstance(own, dict) else settings
+def _of_layer(own: object, settings: MlxSettings, module: str) -> MlxSettings:
+    return (
+        decode(own, MlxSettings, f"quantization of {module}", "config.json") if isinstance(own, dict) else settings
+    )
 
 
-def _weight(source: TensorSource, module: str, settings: Mapping[str, Any], dtype: str) -> MlxWeight:
-    weight, mode = f"{module}.weight", settings.get("mode", "affine")
+def _weight(source: TensorSource, module: str, settings: MlxSettings, dtype: str) -> MlxWeight:
+    weight, mode, bits, size = f"{module}.weight", settings.mode, settings.bits, settings.group_size
     packed = part(source, weight, weight, ("U32",))
-    bits, size = settings.get("bits"), settings.get("group_size")
     if mode in MODES:
         scale = part(source, weight, f"{module}.scales", ("U8",))
         if (bits, size) != MODES[mode]:
-            raise _odd(packed, f"{mode} with {bits!r} bits in groups of {size!r}", str(MODES[mode]))
-        columns = _columns(packed, scale, MODES[mode])
-        return MlxWeight(weight, (weight, scale.name), (packed.shape[0], columns), dtype, MODES[mode][0], mode)
-    if mode != "affine" or bits not in BITS or not isinstance(size, int) or size < 1:
+            raise odd(packed, f"{mode} with {bits} bits in groups of {size}", str(MODES[mode]))
+        shape = (packed.shape[0], _columns(packed, scale, bits, size))
+        return MlxWeight(weight, (weight, scale.name), shape, dtype, bits, mode)
+    if mode != "affine" or bits not in BITS or size < 1:
         modes = ", ".join(("affine", *MODES))
-        raise _odd(packed, f"mode {mode!r}, {bits!r} bits in groups of {size!r}", f"{modes}; bits of {BITS}")
+        raise odd(packed, f"mode {mode!r}, {bits} bits in groups of {size}", f"{modes}; bits of {BITS}")
     scale, bias = (part(source, weight, f"{module}.{n}", FLOATS) for n in ("scales", "biases"))
     expect(bias, scale.shape)
-    shape = (packed.shape[0], _columns(packed, scale, (bits, size)))
+    shape = (packed.shape[0], _columns(packed, scale, bits, size))
     return MlxWeight(weight, (weight, scale.name, bias.name), shape, scale.dtype, bits, mode)
 
 
-def _columns(packed: TensorInfo, scale: TensorInfo, settings: tuple[int, int]) -> int:
-    """How many inputs there are, by the scales; refused if the codes are another number."""
-    bits, size = settings
+def _columns(packed: TensorInfo, scale: TensorInfo, bits: int, size: int) -> int:
+    """The number of inputs, by the scales; refused if the codes are another number."""
     columns = scale.shape[1] * size
     if columns * bits % 32:
-        raise _odd(scale, f"the shape is {list(scale.shape)}", f"whole words of {bits} bits")
+        raise odd(scale, f"the shape is {list(scale.shape)}", f"whole words of {bits} bits")
     expect(scale, (packed.shape[0], columns // size))
     expect(packed, (packed.shape[0], columns * bits // 32))
     return columns
-
-
-def _odd(info: TensorInfo, found: str, expected: str) -> CheckpointError:
-    return CheckpointError(found, where=info.file, tensor=info.name, expected=expected)

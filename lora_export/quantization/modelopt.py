@@ -9,32 +9,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_export.contracts import TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.fp4 import Fp4Weight, fp4_weight
+from lora_export.quantization.fp4 import fp4_weight
 from lora_export.quantization.fp8 import NUMBERS
-from lora_export.quantization.scaled import ScaledWeight, scaled_weight
+from lora_export.quantization.scaled import scaled_weight
+from lora_export.quantization.stored import ORIGINAL, QuantizedWeight, odd
+
+TENSORS = "tensors such as …q_proj.weight_scale"
 
 
-def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[ScaledWeight | Fp4Weight]:
-    """Every weight with a `weight_scale`, checked by headers; dtype: what the model computes in."""
-    found: list[ScaledWeight | Fp4Weight] = []
+def describe(settings: Mapping[str, Any]) -> str:
+    return f"modelopt {settings.get('quant_algo', '')}".strip()
+
+
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[QuantizedWeight]:
+    weights: list[QuantizedWeight] = []
     for name in source.tensors:
         weight = name.removesuffix("_scale")
         if weight == name or weight not in source.tensors:
             continue
         codes, second = source.tensors[weight], f"{weight}_scale_2"
-        turned = f"{weight.removesuffix('weight')}pre_quant_scale"
-        if turned in source.tensors:
-            raise CheckpointError(
-                "this layer's inputs are scaled before the product (AWQ), which no merged weight is",
-                where=codes.file,
-                tensor=turned,
-                expected="NVFP4, MXFP8 or FP8 without pre_quant_scale",
-                next_step="give the unquantized base model that this one was made from as -b",
+        scaled_inputs = f"{weight.removesuffix('weight')}pre_quant_scale"
+        if scaled_inputs in source.tensors:
+            raise odd(
+                source.tensors[scaled_inputs],
+                "this layer scales its inputs before the product (AWQ), which a merged weight cannot do",
+                "NVFP4, MXFP8 or FP8 without pre_quant_scale",
+                ORIGINAL,
             )
         if codes.dtype in NUMBERS:
-            found.append(scaled_weight(source, weight, name, None, dtype, NUMBERS, None))
+            weights.append(scaled_weight(source, weight, name, None, dtype, NUMBERS, None))
         elif codes.dtype == "U8":
             parts = (weight, name, *([second] if second in source.tensors else []))
-            found.append(fp4_weight(source, weight, parts, dtype))
-    return found
+            weights.append(fp4_weight(source, weight, parts, dtype))
+    return weights

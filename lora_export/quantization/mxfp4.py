@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.packed import expect, part
 from lora_export.quantization.scaled import scale_values
+from lora_export.quantization.stored import QuantizedWeight, expect, odd, part
 
 if TYPE_CHECKING:
     import torch
 
+TENSORS = "tensors such as …experts.gate_up_proj_blocks"
 BLOCKS, SCALES = "_blocks", "_scales"
 _BYTES = 16  # of a group
 _WORDS = 8  # of 16 bits, with four numbers each
@@ -88,37 +88,26 @@ def _unpack(words: "torch.Tensor", scale: "torch.Tensor", into: "torch.Tensor") 
 
 
 @dataclass(frozen=True)
-class BlockWeight:
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-
+class BlockWeight(QuantizedWeight):
     @property
     def kept(self) -> tuple[str, ...]:
-        """No part stays in memory while rows are read."""
         return ()
 
     def load(self, source: TensorSource) -> BlockRows:
         return BlockRows(source, *self.parts)
 
 
-def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[BlockWeight]:
-    """Every weight in blocks, checked by headers; dtype: what the model computes in."""
-    found = []
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[BlockWeight]:
+    weights = []
     for name in source.tensors:
-        if name.endswith(BLOCKS) and f"{name.removesuffix(BLOCKS)}{SCALES}" in source.tensors:
-            weight = name.removesuffix(BLOCKS)
-            blocks = part(source, weight, name, ("U8",), 4)
-            experts, out, groups, width = blocks.shape
-            if width != _BYTES or 0 in blocks.shape:
-                raise CheckpointError(
-                    f"the shape is {list(blocks.shape)}",
-                    where=blocks.file,
-                    tensor=name,
-                    expected=f"[experts, out, groups, {_BYTES}]",
-                )
-            scales = part(source, weight, f"{weight}{SCALES}", ("U8", "F8_E8M0"), 3)
-            expect(scales, (experts, out, groups))
-            found.append(BlockWeight(weight, (name, scales.name), (experts, groups * 2 * _BYTES, out), dtype))
-    return found
+        weight = name.removesuffix(BLOCKS)
+        if weight == name or f"{weight}{SCALES}" not in source.tensors:
+            continue
+        blocks = part(source, weight, name, ("U8",), 4)
+        experts, out, groups, width = blocks.shape
+        if width != _BYTES or 0 in blocks.shape:
+            raise odd(blocks, f"the shape is {list(blocks.shape)}", f"[experts, out, groups, {_BYTES}]")
+        scales = part(source, weight, f"{weight}{SCALES}", ("U8", "F8_E8M0"), 3)
+        expect(scales, (experts, out, groups))
+        weights.append(BlockWeight(weight, (name, scales.name), (experts, groups * 2 * _BYTES, out), dtype))
+    return weights

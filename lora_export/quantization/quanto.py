@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export import meta_model as skeleton
+from lora_export import meta_model
 from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.affine import AffineWeight, affine_weight
-from lora_export.quantization.gptq import FLOATS
-from lora_export.quantization.packed import expect, folder_of, part, strided
+from lora_export.quantization.packed import strided
+from lora_export.quantization.scaled import scaled_weight
+from lora_export.quantization.stored import FLOATS, QuantizedWeight, expect, folder_of, odd, part
 
 if TYPE_CHECKING:
     import torch
 
+TENSORS = "tensors such as …q_proj.weight._data"
 ACTIVATIONS = ("input_scale", "output_scale")
 EIGHT = ("I8", "F8_E4M3", "F8_E5M2")
 
@@ -34,7 +34,7 @@ class QuantoRows:
     bits: int
     scale: "torch.Tensor"
     shift: "torch.Tensor"
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
     def rows(self, start: int, stop: int) -> "torch.Tensor":
         """Rows [start, stop) of the weight, fp32."""
@@ -50,11 +50,7 @@ class QuantoRows:
 
 
 @dataclass(frozen=True)
-class QuantoWeight:
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, int]
-    dtype: str
+class QuantoWeight(QuantizedWeight):
     bits: int
 
     def load(self, source: TensorSource) -> QuantoRows:
@@ -72,23 +68,22 @@ def _codes(weight: str, names: Mapping[str, TensorInfo]) -> str | None:
     return next((n for n in (f"{weight}._data", f"{weight}._data._data") if n in names), None)
 
 
-def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[AffineWeight | QuantoWeight]:
-    """Every weight of quanto in a checkpoint, checked by headers; dtype: that of the scales is taken instead."""
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[QuantizedWeight]:
+    """dtype is not used: a weight has the type of its scales."""
     shapes: dict[str, tuple[int, ...]] = {}
     if any(n.endswith("._data._data") for n in source.tensors):
-        shapes = {n: tuple(p.shape) for n, p in skeleton.build(folder_of(source), config).named_parameters()}
-    found: list[AffineWeight | QuantoWeight] = []
+        shapes = {n: tuple(p.shape) for n, p in meta_model.build(folder_of(source), config).named_parameters()}
+    weights: list[QuantizedWeight] = []
     for name in [n for n in source.tensors if n.endswith("._scale")]:
         weight = name.removesuffix("._scale")
         scale, module = source.tensors[name], weight.rpartition(".")[0]
         beside = [f"{module}.{n}" for n in ACTIVATIONS]
-        codes = _codes(weight, source.tensors)
-        if codes is not None and codes.endswith("._data._data"):
-            found.append(_packed(source, weight, codes, beside, shapes.get(weight)))
+        codes = _codes(weight, source.tensors) or f"{weight}._data"
+        if codes.endswith("._data._data"):
+            weights.append(_packed(source, weight, codes, beside, shapes.get(weight)))
         else:
-            names = (f"{weight}._data", name, None)
-            found.append(affine_weight(source, weight, names, beside, scale.dtype, EIGHT))
-    return found
+            weights.append(scaled_weight(source, weight, name, None, scale.dtype, EIGHT, None, codes, beside))
+    return weights
 
 
 def _packed(
@@ -98,23 +93,18 @@ def _packed(
     scale = part(source, weight, f"{weight}._scale", FLOATS)
     shift = part(source, weight, f"{weight}._shift", (*FLOATS, "I8", "U8"))
     if shape is None or len(shape) != 2:
-        raise CheckpointError(
-            "the architecture that config.json names has no such matrix, so its height and width are not known",
-            where=packed.file,
-            tensor=weight,
-            expected="the model that was quantized",
+        raise odd(
+            packed,
+            "the architecture that config.json names has no such matrix, so its height and width are unknown",
+            "the model that was quantized",
         )
     rows, columns = shape
     words, width = packed.shape
     height = rows * columns // width if width and columns % width == 0 else 0
     bits = next((b for b in (4, 2) if height and words == math.ceil(height * b / 8)), None)
     if bits is None:
-        raise CheckpointError(
-            f"{words} × {width} bytes for a weight of {rows} × {columns}",
-            where=packed.file,
-            tensor=packed.name,
-            expected="4 or 2 bits for each element, in rows or groups of rows",
-        )
+        text = f"{words} × {width} bytes for a weight of {rows} × {columns}"
+        raise odd(packed, text, "4 or 2 bits for each element, in rows or groups of rows")
     expect(scale, (height, 1))
     expect(shift, (height, 1))
     present = [n for n in beside if n in source.tensors]

@@ -1,18 +1,16 @@
-"""Which quantized weights a checkpoint holds. One file a format; what is not known is refused by name."""
+"""Which quantized weights a checkpoint holds: a file a format; a method that no format reads is refused by name."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, cast
 
-from lora_export import meta_model as skeleton
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
+from lora_export.plugins import plugins
 from lora_export.quantization import (
     autoround,
     awq,
     bitnet,
-    bnb4,
-    bnb8,
+    bitsandbytes,
     compressed,
     fp8,
     gguf,
@@ -24,169 +22,132 @@ from lora_export.quantization import (
     quanto,
     torchao,
 )
-from lora_export.quantization.refused import ORIGINAL, REFUSED
 from lora_export.quantization.settings import dtype_of, settings_of
+from lora_export.quantization.stored import ORIGINAL, QuantizedWeight
 
-if TYPE_CHECKING:
-    import torch
-
-
-class Rows(Protocol):
-    def rows(self, start: int, stop: int) -> "torch.Tensor": ...
+GROUP = "lora_export.quantization_formats"
 
 
-class QuantizedWeight(Protocol):
-    """A weight of logical `shape` stored in `parts`; dtype is what it was before it was quantized."""
+class Format(Protocol):
+    """A module of this room, or an object that another package names in the entry point group
+    `lora_export.quantization_formats`, under the quant_method that it reads.
 
-    @property
-    def weight(self) -> str: ...
-    @property
-    def parts(self) -> tuple[str, ...]: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
+    TENSORS: what its tensors look like, for a refusal. It may also have `claims(settings)`, for settings without a
+    quant_method; `is_here(source)`, for a checkpoint whose config.json has no settings; and `describe(settings)`,
+    the settings in a few words.
+    """
 
-    def load(self, source: TensorSource) -> Rows: ...
+    TENSORS: str
 
+    def find(self, source: TensorSource, config: Mapping[str, Any], dtype: str) -> Sequence[QuantizedWeight]:
+        """Every weight of this format, checked by headers alone; CheckpointError for parts that do not fit.
 
-@dataclass(frozen=True)
-class Transposed:
-    """A Conv1D's weight, (in, out), of which bitsandbytes stored the transpose. It is dequantized as a whole."""
-
-    stored: QuantizedWeight
-
-    @property
-    def weight(self) -> str:
-        return self.stored.weight
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return self.stored.parts
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.stored.shape[::-1]
-
-    @property
-    def dtype(self) -> str:
-        return self.stored.dtype
-
-    def load(self, source: TensorSource) -> "WholeRows":
-        return WholeRows(self.stored.load(source).rows(0, self.stored.shape[0]).T.contiguous())
+        config: the contents of config.json; dtype: what the model computes in.
+        """
+        ...
 
 
-@dataclass(frozen=True)
-class WholeRows:
-    """Rows of a weight that is there already, in fp32."""
+# The quant_method of config.json → the format that reads it.
+FORMATS: dict[str, Format] = {
+    "bitsandbytes": bitsandbytes,
+    "gptq": gptq,
+    "awq": awq,
+    "fp8": fp8,
+    "mxfp8": fp8,
+    "fbgemm_fp8": fp8,
+    "mxfp4": mxfp4,
+    "modelopt": modelopt,
+    "compressed-tensors": compressed,
+    "auto-round": autoround,
+    "hqq": hqq,
+    "quanto": quanto,
+    "torchao": torchao,
+    "bitnet": bitnet,
+    "gguf": gguf,
+    "mlx": mlx,
+}
+# Methods that are known and not read → what their weights are.
+REFUSED = {
+    "aqlm": "AQLM: sums of codebook vectors that only its own GPU kernels read",
+    "vptq": "VPTQ: indices into codebooks of vectors, permuted and with residuals",
+    "spqr": "SpQR: groups whose scales are themselves quantized, beside a sparse matrix of outliers",
+    "higgs": "HIGGS: weights rotated by Hadamard matrices and put on a grid, laid out for one kind of GPU",
+    "exl2": "EXL2: ExLlamaV2's rows of mixed bits, in the order of its own kernels",
+    "exl3": "EXL3: ExLlamaV3's trellis codes of rotated weights",
+    "quip": "QuIP#: weights rotated by Hadamard matrices and put on the E8 lattice",
+    "quip_sharp": "QuIP#: weights rotated by Hadamard matrices and put on the E8 lattice",
+    "quark": "AMD Quark: a family of formats that config.json does not describe well enough without its library",
+    "eetq": "EETQ: int8 whose rows and bytes are permuted for the kernels of one generation of GPUs",
+    "fp_quant": "FP-Quant: 4-bit floats of weights rotated by Hadamard matrices",
+    "fouroversix": "Four Over Six: 4-bit floats with two scales to choose from for each block",
+    "sinq": "SINQ: integers with a scale for each row and each column",
+}
 
-    value: "torch.Tensor"
 
-    def rows(self, start: int, stop: int) -> "torch.Tensor":
-        return self.value[start:stop]
+def formats() -> dict[str, Format]:
+    """quant_method → format: the built-in ones, then those of plug-ins.
+
+    InputError for a plug-in that cannot be used as one, or that claims the method of a built-in format.
+    """
+    brought = plugins(GROUP)
+    for plugin in brought:
+        plugin.check_members(Format)
+        if plugin.name in FORMATS:
+            raise plugin.refuse("claims a quant_method that lora-export itself reads", "a quant_method of its own")
+    return {**FORMATS, **{plugin.name: cast(Format, plugin.value) for plugin in brought}}
 
 
 def find_quantized(source: TensorSource, config: Mapping[str, Any]) -> dict[str, QuantizedWeight]:
     """Weight name → how to read it. Empty for a checkpoint that is not quantized."""
-    method = method_here(source, config)
+    method, known = method_here(source, config), formats()
     if method is None:
         return {}
-    dtype = dtype_of(source, config)
-    if method not in FORMATS:
+    if method not in known:
         raise CheckpointError(
             f"the base is quantized with {method!r}, which this tool does not read"
             + (f" ({REFUSED[method]})" if method in REFUSED else ""),
             where="config.json",
-            expected=f"an unquantized base, or one of {', '.join(FORMATS)}",
+            expected=f"an unquantized base, or one of {', '.join(known)}",
             next_step=ORIGINAL,
         )
-    find, expected = FORMATS[method]
-    found = find(source, config, dtype)
-    if not found:
+    weights = known[method].find(source, config, dtype_of(source, config))
+    if not weights:
         raise CheckpointError(
             f"config.json says that this model was quantized with {method}, but no quantized weight is here",
             where="config.json",
-            expected=expected,
+            expected=known[method].TENSORS,
             next_step="download the folder again, or give the unquantized base that it was made from as -b",
         )
-    return {w.weight: w for w in found}
-
-
-def _bitsandbytes(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[QuantizedWeight]:
-    found: list[QuantizedWeight] = [*bnb4.find(source), *bnb8.find(source, dtype)]
-    types = frozenset({str(config.get("model_type"))})
-    return [Transposed(w) if skeleton.is_conv1d(types, w.weight.rpartition(".")[0]) else w for w in found]
-
-
-def _unnamed(source: TensorSource) -> str | None:
-    """The method of a checkpoint whose config.json names none, by the names of its tensors alone."""
-    if quanto.is_here(source):
-        return "quanto"
-    return "hqq" if any(n.endswith(".W_q") for n in source.tensors) else None
+    return {w.weight: w for w in weights}
 
 
 def method_here(source: TensorSource, config: Mapping[str, Any]) -> str | None:
-    """The method that the configuration names; where it is silent, what the names of the tensors tell, or None."""
+    """The method that the configuration names; where it is silent, the one that the tensors' names show."""
     settings = settings_of(config)
-    return method_of(settings) if settings else _unnamed(source)
+    return method_of(settings) if settings else _claimant("is_here", source)
 
 
 def method_of(settings: Mapping[str, Any]) -> str:
-    """The method that a quantization_config names; bitsandbytes' older ones do not."""
+    """The method that a quantization_config names, or that its keys show where it names none."""
     named = settings.get("quant_method")
-    if named is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
-        return "bitsandbytes"
-    if named is None and mlx.settings_of({"quantization": settings}):
-        return "mlx"
-    return str(named)
+    return str(_claimant("claims", settings) if named is None else named)
 
 
 def describe(settings: Mapping[str, Any]) -> str:
     """A quantization_config in a few words."""
     method = method_of(settings)
-    if method == "bitsandbytes" and settings.get("load_in_8bit"):
-        return "bitsandbytes int8"
-    if method == "bitsandbytes":
-        double = " with double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
-        return f"bitsandbytes {settings.get('bnb_4bit_quant_type', '4 bits')}{double}"
-    if method in ("gptq", "awq", "auto-round", "mlx"):
-        order = ", act-order" if settings.get("desc_act") else ""
-        name = "AutoRound" if method == "auto-round" else method.upper()
-        return f"{name} {settings.get('bits')} bits, groups of {settings.get('group_size')}{order}"
-    if method == "modelopt":
-        return f"modelopt {settings.get('quant_algo', '')}".strip()
-    if method == "fp8":
-        return f"fp8 in blocks of {settings.get('weight_block_size') or 'whole tensors'}"
-    return f"{method} {settings.get('format', '')}".strip()
+    own = getattr(formats().get(method), "describe", None)
+    return str(own(settings)) if own else f"{method} {settings.get('format', '')}".strip()
 
 
-Find = Callable[[TensorSource, Mapping[str, Any], str], Sequence[QuantizedWeight]]
-
-
-def _by_settings(find: Find) -> Find:
-    """Of a format that needs nothing of config.json but its own settings."""
-    return lambda source, config, dtype: find(source, settings_of(config) or {}, dtype)
-
-
-# The method that config.json names → how its weights are found, and what they look like.
-FORMATS: dict[str, tuple[Find, str]] = {
-    "bitsandbytes": (_bitsandbytes, "weights with a quant_state (4 bits) or SCB (8 bits)"),
-    "gptq": (_by_settings(gptq.find), "tensors such as …q_proj.qweight"),
-    "awq": (_by_settings(awq.find), "tensors such as …q_proj.qweight"),
-    "fp8": (_by_settings(fp8.find), "fp8 tensors, and scales such as …q_proj.weight_scale_inv"),
-    "mxfp8": (_by_settings(fp8.find), "fp8 tensors, and scales such as …q_proj.weight_scale_inv"),
-    "fbgemm_fp8": (_by_settings(fp8.find), "fp8 tensors, and scales such as …q_proj.weight_scale"),
-    "mxfp4": (_by_settings(mxfp4.find), "tensors such as …experts.gate_up_proj_blocks"),
-    "modelopt": (_by_settings(modelopt.find), "tensors such as …q_proj.weight_scale"),
-    "compressed-tensors": (
-        _by_settings(compressed.find),
-        "tensors such as …q_proj.weight_packed or …q_proj.weight_scale",
-    ),
-    "auto-round": (_by_settings(autoround.find), "tensors such as …q_proj.qweight"),
-    "hqq": (_by_settings(hqq.find), "tensors such as …q_proj.W_q"),
-    "quanto": (quanto.find, "tensors such as …q_proj.weight._data"),
-    "torchao": (_by_settings(torchao.find), "metadata that names the parts of each weight"),
-    "bitnet": (bitnet.find, "tensors such as …q_proj.weight_scale"),
-    "gguf": (gguf.find, "tensors such as blk.0.attn_q.weight"),
-    "mlx": (mlx.find, "tensors such as …q_proj.scales"),
-}
+def _claimant(question: str, subject: object) -> str | None:
+    """The one format whose function of this name says yes; a plug-in's only where no built-in format's does."""
+    yes = [name for name, f in formats().items() if getattr(f, question, lambda _: False)(subject)]
+    yes = [name for name in yes if name in FORMATS] or yes
+    if len(yes) > 1:
+        raise CheckpointError(
+            f"this could be a checkpoint of {' or of '.join(yes)}",
+            where="config.json",
+            expected="a quantization_config with a quant_method",
+        )
+    return yes[0] if yes else None

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.errors import CheckpointError
-from lora_export.quantization.packed import part
+from lora_export.contracts import TensorSource
+from lora_export.quantization.stored import QuantizedWeight, odd, part
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +18,11 @@ if TYPE_CHECKING:
 Block = tuple[int, int]
 POWERS = ("F8_E8M0", "U8")  # eight bits of exponent, by their own type or as bytes
 SCALES = ("F32", "BF16", "F16", *POWERS)
+ZEROS = ("I8", "U8", "I16", "I32", "F16", "BF16", "F32")
 
 
 def scale_values(scale: "torch.Tensor") -> "torch.Tensor":
-    """Scales in fp32. Bytes are exponents, 2^(b − 127), and 255 is no number (OCP Microscaling Formats, E8M0)."""
+    """Scales in fp32. Bytes are exponents, 2^(b − 127), and 255 is NaN (OCP Microscaling Formats, E8M0)."""
     import torch
 
     return (scale.view(torch.float8_e8m0fnu) if scale.dtype == torch.uint8 else scale).float()
@@ -72,25 +72,24 @@ class ScaledRows:
 
 
 @dataclass(frozen=True)
-class ScaledWeight:
-    """grid: the shape of the scales, with the experts in front; block: the (rows, columns) that share one."""
+class ScaledWeight(QuantizedWeight):
+    """parts: codes, scales, zeros if there are any, and what belongs to the weight without a meaning for it.
 
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
+    grid: the shape of the scales, with the experts in front; block: the (rows, columns) that share one.
+    """
+
     grid: tuple[int, ...]
     block: Block
+    has_zero: bool
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The parts that stay in memory while rows are read."""
         return self.parts[1:]
 
     def load(self, source: TensorSource) -> ScaledRows:
-        scale, *rest = (source.read(name) for name in self.parts[1:])
-        zero = self._grid(rest[0].float()) if rest else None
-        return ScaledRows(source, self.parts[0], self._grid(scale_values(scale)), zero, self.block)
+        scale = scale_values(source.read(self.parts[1]))
+        zero = self._grid(source.read(self.parts[2]).float()) if self.has_zero else None
+        return ScaledRows(source, self.parts[0], self._grid(scale), zero, self.block)
 
     def _grid(self, values: "torch.Tensor") -> "torch.Tensor":
         """A single value stands for all experts."""
@@ -98,8 +97,8 @@ class ScaledWeight:
 
 
 def block_of(value: Any) -> Block | None:
-    """[height, width] of a configuration; None for anything else, such as a text."""
-    if isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value):
+    """(height, width) of a configuration; None for anything else, such as a text."""
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value):
         return value[0], value[1]
     return None
 
@@ -112,26 +111,31 @@ def scaled_weight(
     dtype: str,
     types: tuple[str, ...],
     size: Block | None,
+    codes: str | None = None,
+    beside: Sequence[str] = (),
 ) -> ScaledWeight:
-    """A weight and its scales, checked by headers. size: of the blocks that the configuration names, if it does;
-    else the shape of the scales tells: they divide the weight evenly."""
-    codes = part(source, weight, weight, types, None)
+    """A weight and its scales, checked by headers.
+
+    types: what the codes may be; size: of the blocks that the configuration names, if it does; else the scales
+    divide the weight evenly, as their shape says. codes: the name of their tensor, if it is not the weight's;
+    beside: tensors that belong to the weight, where they are there, and have no meaning for it.
+    """
+    numbers = part(source, weight, codes or weight, types, None)
     scales = part(source, weight, scale, SCALES, None)
-    if len(codes.shape) not in (2, 3) or 0 in codes.shape:
-        raise _odd(codes, f"the shape is {list(codes.shape)}", "2 dimensions, or 3 with experts in front")
-    found = _layout(codes.shape, scales.shape, size)
-    if found is None:
+    if len(numbers.shape) not in (2, 3) or 0 in numbers.shape:
+        raise odd(numbers, f"the shape is {list(numbers.shape)}", "2 dimensions, or 3 with experts in front")
+    layout = _layout(numbers.shape, scales.shape, size)
+    if layout is None:
         blocks = f"blocks of {size[0]} × {size[1]}" if size else "even blocks"
-        raise _odd(
-            scales,
-            f"scales of shape {list(scales.shape)} for a weight of {list(codes.shape)} in {blocks}",
-            "one for the tensor, or as many as there are rows or blocks",
-        )
-    grid, block = found
-    if zero is not None and math.prod(source.tensors[zero].shape) != math.prod(grid):
-        raise _odd(source.tensors[zero], f"{math.prod(source.tensors[zero].shape)} values", str(math.prod(grid)))
-    parts = (codes.name, scales.name, *([zero] if zero else []))
-    return ScaledWeight(weight, parts, codes.shape, dtype, grid, block)
+        text = f"scales of shape {list(scales.shape)} for a weight of {list(numbers.shape)} in {blocks}"
+        raise odd(scales, text, "one for the tensor, or as many as there are rows or blocks")
+    grid, block = layout
+    if zero is not None:
+        count = math.prod(part(source, weight, zero, ZEROS, None).shape)
+        if count != math.prod(grid):
+            raise odd(source.tensors[zero], f"{count} values", str(math.prod(grid)))
+    parts = (numbers.name, scales.name, *([zero] if zero else []), *(n for n in beside if n in source.tensors))
+    return ScaledWeight(weight, parts, numbers.shape, dtype, grid, block, zero is not None)
 
 
 def _layout(
@@ -152,7 +156,3 @@ def _layout(
     if rows < 1 or columns < 1 or height % rows or width % columns:
         return None
     return (*experts, rows, columns), (height // rows, width // columns)
-
-
-def _odd(info: TensorInfo, found: str, expected: str) -> CheckpointError:
-    return CheckpointError(found, where=info.file, tensor=info.name, expected=expected)

@@ -1,31 +1,43 @@
 """Where a model's folder says how it was quantized, and what type it computes in."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora_export.contracts import TensorSource
-from lora_export.quantization import mlx
-from lora_export.storage.documents import Kind, check
+from lora_export.quantization.stored import FLOATS_OF_TORCH
+from lora_export.storage.documents import decode
 from lora_export.storage.sealed import read_json
 
+T = TypeVar("T")
+
 KEY = "quantization_config"
-MODELOPT = "hf_quant_config.json"  # of NVIDIA's Model Optimizer, beside config.json or in place of its key
-_MODELOPT: Kind = {"quantization": dict}
-_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+KEY_OF_MLX = "quantization"
+MODELOPT = "hf_quant_config.json"  # of NVIDIA's Model Optimizer, beside config.json or instead of its key
+
+
+@dataclass(frozen=True)
+class _ModelOptFile:
+    quantization: Mapping[str, Any]
 
 
 def settings_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The quantization_config of a configuration, or of a part of it such as text_config; MLX calls it
     `quantization`. None without one."""
-    return mlx.settings_of(config) or next((found for _, found in _parts(config) if found), None)
+    return _of_mlx(config) or next((settings for _, settings in _parts(config) if settings), None)
+
+
+def decoded_settings(config: Mapping[str, Any], type_: type[T]) -> T:
+    """The settings of a configuration as a dataclass. InputError for a value of another type."""
+    return decode(settings_of(config) or {}, type_, KEY, "config.json")
 
 
 def places_of(config: Mapping[str, Any]) -> frozenset[str]:
     """Where the configuration has a quantization_config: the keys on the way to it, joined by dots."""
-    found = {"quantization"} if mlx.settings_of(config) else set()
-    found |= {KEY} if KEY in config else set()  # which may be null
-    return frozenset(found | {place for place, _ in _parts(config)})
+    places = {KEY_OF_MLX} if _of_mlx(config) else set()
+    places |= {KEY} if KEY in config else set()  # which may be null
+    return frozenset(places | {place for place, _ in _parts(config)})
 
 
 def with_settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -33,24 +45,28 @@ def with_settings(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     path = folder / MODELOPT
     if settings_of(config) or not path.is_file():
         return config
-    document = read_json(path)
-    check(document, _MODELOPT, MODELOPT, path)
-    return {**config, KEY: {**document["quantization"], "quant_method": "modelopt"}}
+    document = decode(read_json(path), _ModelOptFile, MODELOPT, path)
+    return {**config, KEY: {**document.quantization, "quant_method": "modelopt"}}
 
 
 def dtype_of(source: TensorSource, config: Mapping[str, Any]) -> str:
-    """What the model computes in, as safetensors spells it: as it says, or a part of it says, or as most of its
-    unquantized weights are stored."""
+    """The type that the model computes in, as safetensors spells it: the one that the configuration or a part of it
+    names, else the one that most bytes of its unquantized weights have."""
     parts = (config, *(v for v in config.values() if isinstance(v, dict)))
-    said = (p.get("dtype") or p.get("torch_dtype") for p in parts)
-    found = next((_TYPES[s] for s in said if isinstance(s, str) and s in _TYPES), None)
-    if found is not None:
-        return found
+    for name in (p.get("dtype") or p.get("torch_dtype") for p in parts):
+        if isinstance(name, str) and name in FLOATS_OF_TORCH:
+            return FLOATS_OF_TORCH[name]
     sizes = dict.fromkeys(("F16", "BF16"), 0)
     for info in source.tensors.values():
         if info.dtype in sizes:
             sizes[info.dtype] += info.nbytes
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _of_mlx(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    own = config.get(KEY_OF_MLX)
+    named = (config.get(KEY) or {}).get("quant_method")
+    return own if isinstance(own, dict) and named is None and {"group_size", "bits"} <= own.keys() else None
 
 
 def _parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

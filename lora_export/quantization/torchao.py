@@ -13,18 +13,35 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TensorSource
 from lora_export.errors import CheckpointError
-from lora_export.quantization.affine import AffineWeight, affine_weight
-from lora_export.quantization.gptq import FLOATS
-from lora_export.quantization.packed import expect, part
-from lora_export.storage.documents import Kind, check, parse_json
+from lora_export.quantization.scaled import Block, block_of, scaled_weight
+from lora_export.quantization.stored import FLOATS, FLOATS_OF_TORCH, ORIGINAL, QuantizedWeight, expect, odd, part
+from lora_export.storage.documents import decode, parse_json
 
 if TYPE_CHECKING:
     import torch
 
 PLAIN = {"Int8Tensor": ("I8",), "IntxUnpackedToInt8Tensor": ("I8",), "Float8Tensor": ("F8_E4M3", "F8_E5M2")}
-TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_TENSOR: Kind = {"_type": str, "_data?": (None, dict), "_tensor_data_names?": (None, [str])}
-_ATTRIBUTES: Kind = {"block_size?": (None, [int]), "dtype?": (None, {"_data?": str})}
+TENSORS = "metadata that names the parts of each weight"
+
+
+@dataclass(frozen=True)
+class DtypeName:
+    _data: str = ""
+
+
+@dataclass(frozen=True)
+class Attributes:
+    block_size: tuple[int, ...] | None = None
+    dtype: DtypeName | None = None
+
+
+@dataclass(frozen=True)
+class TensorMetadata:
+    """The JSON text that describes one weight."""
+
+    _type: str
+    _data: Attributes | None = None
+    _tensor_data_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,11 +66,7 @@ class NibbleRows:
 
 
 @dataclass(frozen=True)
-class NibbleWeight:
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, int]
-    dtype: str
+class NibbleWeight(QuantizedWeight):
     size: int
 
     def load(self, source: TensorSource) -> NibbleRows:
@@ -61,53 +74,53 @@ class NibbleWeight:
         return NibbleRows(packed, scale.float(), zero.float(), self.size)
 
 
-def find(source: TensorSource, settings: Mapping[str, Any], dtype: str) -> list[AffineWeight | NibbleWeight]:
-    """Every weight of torchao in a checkpoint, checked by headers; dtype: of those whose metadata names none."""
-    found = []
+def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> list[QuantizedWeight]:
+    weights = []
     for name, text in getattr(source, "metadata", {}).items():
         if "." not in name or not text.startswith("{"):
             continue
         try:
-            told = parse_json(text.encode(), len(text.encode()))
+            document = parse_json(text.encode(), len(text.encode()))
         except ValueError as error:
-            raise CheckpointError(f"torchao's metadata of {name} is no JSON: {error}", tensor=name) from None
-        check(told, _TENSOR, "torchao's metadata", name)
-        if told["_type"] != "Tensor":
-            found.append(_weight(source, name, told, dtype))
-    return found
+            raise CheckpointError(f"torchao's metadata of {name} is not JSON: {error}", tensor=name) from None
+        described = decode(document, TensorMetadata, "torchao's metadata", name)
+        if described._type != "Tensor":
+            weights.append(_weight(source, name, described, dtype))
+    return weights
 
 
-def _weight(source: TensorSource, weight: str, told: Mapping[str, Any], dtype: str) -> AffineWeight | NibbleWeight:
-    attributes, kind = told.get("_data") or {}, told["_type"]
-    check(attributes, _ATTRIBUTES, "torchao's metadata", weight)
+def _weight(source: TensorSource, weight: str, described: TensorMetadata, dtype: str) -> QuantizedWeight:
+    attributes, kind = described._data or Attributes(), described._type
     module, _, leaf = weight.rpartition(".")
-    names = {n: f"{module}._{leaf}_{n}" for n in told.get("_tensor_data_names") or ()}
-    block: list[int] = attributes.get("block_size") or []
-    if kind not in (*PLAIN, "Int4Tensor") or "act_pre_scale" in names or len(block) != 2:
-        reason = "with scaled inputs" if "act_pre_scale" in names else f"in blocks of {block}"
+    names = {n: f"{module}._{leaf}_{n}" for n in described._tensor_data_names or ()}
+    sizes = attributes.block_size or ()
+    block = block_of(sizes)
+    if kind not in (*PLAIN, "Int4Tensor") or "act_pre_scale" in names or block is None:
+        reason = "with scaled inputs" if "act_pre_scale" in names else f"in blocks of {list(sizes)}"
         if kind not in (*PLAIN, "Int4Tensor"):
-            reason = "whose bytes lie as one kind of device reads them"
+            reason = "whose bytes are laid out for one kind of device"
         raise CheckpointError(
             f"torchao's {kind} {reason}",
             where=next((t.file for n, t in source.tensors.items() if n.startswith(f"{module}.")), None),
             tensor=weight,
             expected=", ".join((*PLAIN, "Int4Tensor")) + "; two dimensions",
-            next_step="give the unquantized base model that this one was made from as -b",
+            next_step=ORIGINAL,
         )
-    own = TYPES.get(str((attributes.get("dtype") or {}).get("_data")), dtype)
+    own = FLOATS_OF_TORCH.get(attributes.dtype._data if attributes.dtype else "", dtype)
     codes, scale = (f"{module}._{leaf}_{n}" for n in ("qdata", "scale"))
     if kind == "Int4Tensor":
         return _nibbles(source, weight, (codes, scale, f"{module}._{leaf}_zero_point"), block)
+    part(source, weight, codes, PLAIN[kind])  # two dimensions
     beside = [n for part_name, n in names.items() if part_name not in ("qdata", "scale", "zero_point")]
-    return affine_weight(source, weight, (codes, scale, names.get("zero_point")), beside, own, PLAIN[kind], block)
+    return scaled_weight(source, weight, scale, names.get("zero_point"), own, PLAIN[kind], block, codes, beside)
 
 
-def _nibbles(source: TensorSource, weight: str, names: tuple[str, str, str], block: list[int]) -> NibbleWeight:
+def _nibbles(source: TensorSource, weight: str, names: tuple[str, str, str], block: Block) -> NibbleWeight:
     packed = part(source, weight, names[0], ("U8", "I8"))
     scale, zero = (part(source, weight, n, FLOATS) for n in names[1:])
     rows, columns = packed.shape[0], packed.shape[1] * 2
-    if block[0] != 1 or block[1] < 1 or columns % block[1]:
-        raise CheckpointError(f"blocks of {block} in {columns} inputs", where=packed.file, tensor=packed.name)
+    if block[0] != 1 or columns % block[1]:
+        raise odd(packed, f"blocks of {list(block)} in {columns} inputs")
     expect(scale, (columns // block[1], rows))
     expect(zero, scale.shape)
     return NibbleWeight(weight, names, (rows, columns), scale.dtype, block[1])

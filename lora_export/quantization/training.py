@@ -1,4 +1,4 @@
-"""What QLoRA training did to a 16-bit base on the fly: quantize, and compute with the dequantized weights."""
+"""What QLoRA training does to a 16-bit base: it quantizes the weights and computes with them dequantized."""
 
 import math
 from collections.abc import Mapping
@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export import meta_model as skeleton
-from lora_export.quantization.bnb4 import Blocks4Bit
-from lora_export.quantization.bnb8 import Rows8Bit
+from lora_export import meta_model
+from lora_export.quantization.bitsandbytes import Blocks4Bit, Rows8Bit
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +18,7 @@ BLOCKSIZE = 64  # elements; bitsandbytes' own for its 4-bit layers
 @dataclass(frozen=True)
 class TrainingQuantization:
     """method: nf4, fp4 or int8. double: the 4-bit block scales were quantized too (QLoRA's double quantization).
-    transposed: the weight is a Conv1D's, which transformers turns to (out, in) before it is quantized.
+    transposed: the weight is a Conv1D's, which transformers transposes to (out, in) before it quantizes it.
     """
 
     method: str
@@ -27,7 +26,7 @@ class TrainingQuantization:
     transposed: bool = False
 
     def row_wise(self, shape: tuple[int, ...]) -> bool:
-        """Whether blocks of rows may be given: block scales that are quantized have an offset of all of them."""
+        """Whether blocks of rows may be given: block scales that are quantized share one offset."""
         if self.transposed:
             return False
         return self.method == "int8" or (not self.double and math.prod(shape[1:]) % BLOCKSIZE == 0)
@@ -60,18 +59,17 @@ class TrainingQuantization:
 
 
 def quantized_modules(folder: Path, config: Mapping[str, Any] | None = None) -> dict[str, bool]:
-    """Name of each module that transformers would have given to bitsandbytes → whether it is a Conv1D.
+    """Name of each module that transformers quantizes with bitsandbytes → whether it is a Conv1D.
 
-    config: what stands for the contents of config.json, where another class was trained.
-    Linear layers, but not the output head, tied layers or whatever else transformers keeps in 16 bits; found on a
-    model without weights.
+    config: used instead of the contents of config.json, where another class was trained.
+    These are linear layers, but not the output head, tied layers or whatever else transformers keeps in 16 bits.
     """
     import torch
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    model = skeleton.build(folder, config)
+    model = meta_model.build(folder, config)
     kept = get_keys_to_not_convert(model)
     return {
         name: isinstance(module, Conv1D)

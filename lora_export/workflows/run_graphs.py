@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.contracts import (
     AdapterChoice,
+    ExportOptions,
     ExportResult,
     MergeResult,
     Progress,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lora_export.onnx_export.weights.source import WeightSource
 
 
-def like_earlier(options: StoryOptions) -> StoryOptions:
+def like_earlier(options: ExportOptions) -> ExportOptions:
     """With the precision and the engine of the export whose graph is to be taken, if there is one."""
     if options.graph_from is None:
         return options
@@ -43,7 +44,7 @@ def merge_into(
 
     started = time.monotonic()
     source = begin_stream(base, adapters, outline, options.merge, progress)
-    exported = export_merged(base_onnx, outline, stage / "onnx", options, progress, source)
+    exported = export_merged(base_onnx, outline, stage / "onnx", options.export, progress, source)
     seconds = time.monotonic() - started
     return end_stream(source, adapters, stage / CERTIFICATE, seconds, progress), exported
 
@@ -52,7 +53,7 @@ def export_merged(
     base_onnx: ExportResult,
     merged: Path,
     output: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     progress: Progress,
     source: "WeightSource | None" = None,
 ) -> ExportResult:
@@ -68,7 +69,7 @@ def with_graph_of(
     earlier: ExportResult,
     model: Path,
     output: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     progress: Progress,
     what: str,
     source: "WeightSource | None" = None,
@@ -88,7 +89,7 @@ def with_graph_of(
 def export_as(
     model: Path,
     output: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     progress: Progress,
     what: str,
     adapter: Path | None = None,
@@ -129,7 +130,7 @@ def export_unmerged(
     try:
         what = "the unmerged model, the control of the benchmark"
         return (
-            export_as(trained_on, work / "unmerged", options, progress, what, adapter=adapters[0].folder),
+            export_as(trained_on, work / "unmerged", options.export, progress, what, adapter=adapters[0].folder),
             (),
         )
     except ExportError as error:

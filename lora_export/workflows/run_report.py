@@ -13,6 +13,7 @@ from lora_export.contracts import (
     Story,
     StoryOptions,
 )
+from lora_export.contracts.option import kept
 from lora_export.version import __version__
 
 
@@ -79,12 +80,4 @@ def _relative(result: dict[str, Any], output: Path) -> dict[str, Any]:
 
 def options_json(options: StoryOptions) -> dict[str, Any]:
     """The options as a report and a manifest keep them."""
-    kept = asdict(options)
-    kept["prompts"] = options.prompts.name if options.prompts else None
-    kept["text"] = options.text.name if options.text else None
-    kept["graph_from"] = options.graph_from.name if options.graph_from else None
-    calibration = options.quantization.calibration
-    kept["quantization"]["calibration"] = calibration.name if calibration else None
-    kept.pop("force")
-    kept["merge"].pop("force")
-    return kept
+    return kept(options)

@@ -13,12 +13,12 @@ from lora_export.choices import Provider
 from lora_export.contracts import (
     AdapterChoice,
     ExportedPair,
+    ExportOptions,
     ExportResult,
     MergeOptions,
     Progress,
     QuantizationOptions,
     Source,
-    StoryOptions,
     ValidationOptions,
     ValidationResult,
 )
@@ -142,7 +142,7 @@ def _export_base(
 ) -> Path:
     """The base that the adapter belongs to, exported as `like` was: with its graph, if that takes other weights."""
     quantization = QuantizationOptions(activations=like.activations)
-    same = StoryOptions(merge, like.precision, provider, like.engine, quantization=quantization)
+    same = ExportOptions(like.precision, provider, like.engine, quantization=quantization)
     weights = work / "base-weights"
     trained_on = weights if weights.is_dir() else prepared_base(base, adapters, merge, work, progress)
     what, output = f"the base in {like.precision}, for the noise floor", work / f"base-{like.precision}"

@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_export.adapters import KINDS as READ
 from lora_export.adapters import adamss
 from lora_export.adapters.peanut import ACTIVATIONS
 from lora_export.adapters.registry import _NEVER, TOKENS_ONLY
+from lora_export.adapters.registry import KINDS as READ
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import LoraExportError, RuntimeUnavailable
 from lora_export.merging import merge, plan

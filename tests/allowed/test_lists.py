@@ -13,7 +13,6 @@ from lora_export.allowed.genai_config import check_audio, check_config
 from lora_export.allowed.triton_config import check_config as check_triton
 from lora_export.errors import CheckpointError, ExportError, InputError
 from lora_export.onnx_export.graphs.checks import check_listed
-from lora_export.quantization.registry import FORMATS
 
 CUDA = {"cuda": {"enable_cuda_graph": "0"}}
 GENAI: dict[str, Any] = {
@@ -103,7 +102,7 @@ def test_genai_config_with_what_is_on_no_list_is_refused(place: str, value: Any,
 @pytest.mark.parametrize("name", ["genai_config.json", "genai_config.cuda.json"])
 def test_genai_config_and_its_overlays_are_checked_in_every_folder(name: str, tmp_path: Path) -> None:
     written(tmp_path, name, changed(f"{SESSION}/custom_ops_library", "evil.so"))
-    for check in (check_onnx_folder, lambda f: check_package(f, "genai")):
+    for check in (check_onnx_folder, check_package):
         with pytest.raises(InputError, match="custom_ops_library"):
             check(tmp_path)
 
@@ -227,10 +226,6 @@ def test_model_folder_with_code_that_nothing_reads_is_taken(tmp_path: Path) -> N
     for name in ("modeling_x.py", "pytorch_model.bin", "training_args.bin"):
         written(tmp_path, name, "x")
     check_model_folder(tmp_path)
-
-
-def test_quantizations_are_those_that_are_read_here() -> None:
-    assert set(FORMATS) == hub.QUANTIZATIONS
 
 
 @pytest.mark.slow

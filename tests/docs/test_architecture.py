@@ -1,110 +1,90 @@
-"""docs/architecture.md: an adapter kind, a quantization format and an engine are a file and a registration."""
+"""docs/architecture.md: an adapter kind is a file and a registration; names of engines and targets are theirs."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import get_args
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_export import merge
-from lora_export.adapters import registry as kinds
-from lora_export.choices import ENGINES, RUNTIMES, Precision
-from lora_export.contracts import TargetUpdate
-from lora_export.onnx_export import engines
-from lora_export.packages.targets import TARGETS
-from lora_export.quantization import registry as formats
+from lora_export.choices import Precision
+from lora_export.onnx_export.engines import engines
+from lora_export.packages.targets import targets
+from lora_export.registered import engine_names, target_names
 from tests.builders import save_base
+from tests.test_rooms import PACKAGE
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
+SHIFT = '''"""W' = W + shift, a number for each row."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lora_export.adapters.kind import AdapterFile
+from lora_export.contracts import TargetUpdate
+
+NAME, PEFT_TYPES, FORMULA = "Shift", ("SHIFT",), "W + shift"
+
+
 @dataclass(frozen=True)
 class Shift:
-    """W' = W + shift, a number for each row."""
-
     shift: torch.Tensor
 
     def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         return weight + self.shift[rows, None]
 
 
-def read_shifts(file: Any) -> list[TargetUpdate]:
+def read(file: AdapterFile) -> list[TargetUpdate]:
     return [
         TargetUpdate(
-            target=key.removeprefix("base_model.model.").removesuffix(".shift") + ".weight",
+            target=key.removesuffix(".shift") + ".weight",
             kind="shift",
             keys=(key,),
             shapes=((file.tensors[key].shape[0], None),),
-            load=lambda shape, key=key: Shift(file.read(key).float()),
+            load=lambda shape, key=key: Shift(file.read(key)),
         )
         for key in file.tensors
     ]
+'''
 
 
-def test_an_adapter_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = SimpleNamespace(NAME="Shift", PEFT_TYPES=("SHIFT",), FORMULA="W + shift", read=read_shifts)
-    monkeypatch.setattr(kinds, "KINDS", (*kinds.KINDS, kind))
-    base, adapter = save_base(tmp_path / "base"), tmp_path / "adapter"
+def test_an_adapter_kind(tmp_path: Path) -> None:
+    """In a copy of the package: a new file, and lines of registry.py."""
+    copy = tmp_path / "copy" / "lora_export"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    registry = copy / "adapters" / "registry.py"
+    (copy / "adapters" / "shift.py").write_text(SHIFT)
+    added = re.sub(r"(?m)^    waveft,$", "    waveft,\n    shift,", registry.read_text())
+    registry.write_text(added)
+    changed = [
+        p.relative_to(copy).as_posix()
+        for p in copy.rglob("*.py")
+        if not (original := PACKAGE / p.relative_to(copy)).exists() or original.read_bytes() != p.read_bytes()
+    ]
+    assert sorted(changed) == ["adapters/registry.py", "adapters/shift.py"]
+    base, adapter, merged = save_base(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "SHIFT"}))
     shift = torch.arange(48.0)
     save_file(
         {f"base_model.model.{WEIGHT.removesuffix('.weight')}.shift": shift}, adapter / "adapter_model.safetensors"
     )
-    assert merge(base, adapter, tmp_path / "merged").tensors["updated"] == 1
-    before, after = (load_file(tmp_path / n / "model.safetensors")[WEIGHT] for n in ("base", "merged"))
+    command = [sys.executable, "-m", "lora_export", "merge", "-b", base, "-a", adapter, "-o", merged]
+    done = subprocess.run(command, cwd=copy.parent, env=os.environ | {"PYTHONPATH": str(copy.parent)}, check=False)
+    assert done.returncode == 0
+    before, after = (load_file(f / "model.safetensors")[WEIGHT] for f in (base, merged))
     torch.testing.assert_close(after, before + shift[:, None])
 
 
-@dataclass(frozen=True)
-class Halves:
-    """A weight that is stored as twice its value, in int8."""
-
-    weight: str
-    parts: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str = "F32"
-
-    def load(self, source: Any) -> "Halves.Rows":
-        return Halves.Rows(source.read(self.parts[0]).float() / 2)
-
-    @dataclass(frozen=True)
-    class Rows:
-        value: torch.Tensor
-
-        def rows(self, start: int, stop: int) -> torch.Tensor:
-            return self.value[start:stop].clone()
-
-
-def find_halves(source: Any, config: Mapping[str, Any], dtype: str) -> list[Halves]:
-    doubled = [n for n in source.tensors if n.endswith(".doubled")]
-    return [Halves(n.removesuffix(".doubled") + ".weight", (n,), source.tensors[n].shape) for n in doubled]
-
-
-def test_a_quantization_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(formats.FORMATS, "halves", (find_halves, "tensors such as …q_proj.doubled"))
-    base = save_base(tmp_path / "base")
-    state = load_file(base / "model.safetensors")
-    doubled = torch.randint(-100, 100, state.pop(WEIGHT).shape, dtype=torch.int8)
-    save_file(state | {WEIGHT.replace("weight", "doubled"): doubled}, base / "model.safetensors", {"format": "pt"})
-    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "halves"}}
-    (base / "config.json").write_text(json.dumps(config))
-    assert merge(base, [], tmp_path / "merged").tensors["dequantized"] == 1
-    torch.testing.assert_close(load_file(tmp_path / "merged" / "model.safetensors")[WEIGHT], doubled / 2)
-
-
-def test_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = SimpleNamespace(name="mine", architectures=frozenset({"MineForCausalLM"}))
-    monkeypatch.setattr(engines, "ENGINES", (*engines.ENGINES, mine))
-    assert engines.choose({"architectures": ["MineForCausalLM"]}) is mine
-
-
-def test_the_names_to_choose_among_are_those_that_are_registered() -> None:
-    assert tuple(e.name for e in engines.ENGINES) == ENGINES
-    assert set(TARGETS) == set(RUNTIMES)
+def test_engines_and_targets_are_registered_under_their_own_names() -> None:
+    assert {name: e.name for name, e in engines().items()} == {n: n for n in engine_names()}
+    assert {name: t.name for name, t in targets().items()} == {n: n for n in target_names()}
     assert set(get_args(Precision)) >= {"fp32", "fp16", "int4"}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export.contracts import Source, StoryOptions
+from lora_export.contracts import ExportOptions, Source, StoryOptions
 from lora_export.errors import GateFailed
 from lora_export.pipeline import merge_and_export
 from lora_export.progress import Silent
@@ -123,7 +123,7 @@ def test_a_stream_without_the_adapter_fails_the_gate(
     monkeypatch.setattr(streamed.MergedSource, "_rows", without)
     monkeypatch.setattr(streamed.MergedSource, "_errors", lambda self, tensor: streamed.Errors())
     base, adapter = Source("base", inputs[0]), Source("adapter", inputs[1])
-    options = StoryOptions(provider="cpu", merged_folder=False)
+    options = StoryOptions(export=ExportOptions(provider="cpu"), merged_folder=False)
     with pytest.raises(GateFailed, match="onnx_logits_max_abs"):
         merge_and_export(base, [(adapter, 1.0)], tmp_path / "run", options, Silent())
     assert (tmp_path / "run.failed" / CERTIFICATE).is_file()

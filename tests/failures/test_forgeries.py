@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_export import manifest
-from lora_export.contracts import Source, StoryOptions
+from lora_export.contracts import ExportOptions, Source, StoryOptions
 from lora_export.onnx_export.engines import isolated
 from lora_export.progress import Silent
 from lora_export.workflows.run_graphs import export_as, export_merged
@@ -57,11 +57,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "base" / "chat_template.jinja").write_text("{{ x }}")
     save_adapter(root / "base", root / "adapter")
     (root / "run").mkdir()
-    options = StoryOptions(precision="int4", provider="cpu")
+    options = StoryOptions(export=ExportOptions("int4", "cpu"))
     words = ("merge", "-b", root / "base", "-a", root / "adapter", "-o", root / "run" / "merged")
     assert invoke(*words).exit_code == 0
-    of_base = export_as(root / "base", root / "base-onnx", options, Silent(), "the base")
-    export_merged(of_base, root / "run" / "merged", root / "run" / "onnx", options, Silent())
+    of_base = export_as(root / "base", root / "base-onnx", options.export, Silent(), "the base")
+    export_merged(of_base, root / "run" / "merged", root / "run" / "onnx", options.export, Silent())
     adapter = Source("adapter", root / "adapter")
     manifest.write(root / "run", Source("base", root / "base"), [(adapter, 1.0)], options_json(options))
     return root

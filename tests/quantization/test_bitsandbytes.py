@@ -23,8 +23,7 @@ from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import CheckpointError, InputError
 from lora_export.merging import merge
 from lora_export.quantization import TrainingQuantization, find_quantized, quantized_modules
-from lora_export.quantization.bnb4 import Blocks4Bit
-from lora_export.quantization.bnb8 import Rows8Bit
+from lora_export.quantization.bitsandbytes import Blocks4Bit, Rows8Bit
 from tests.builders import (
     gpt2_config,
     llama_config,
@@ -304,18 +303,18 @@ def state_of(parts: dict[str, torch.Tensor], **changes: Any) -> dict[str, torch.
 
 
 STATES: list[tuple[dict[str, Any], str]] = [
-    ({"blocksize": 0}, "no sound blocksize"),
-    ({"blocksize": "drop"}, "no sound blocksize"),
+    ({"blocksize": 0}, "blocks of 0"),
+    ({"blocksize": "drop"}, "has no field 'blocksize'"),
     ({"blocksize": 128}, "absmax has"),
-    ({"nested_blocksize": -1}, "no sound blocksize"),
+    ({"nested_blocksize": -1}, "nested -1"),
     ({"nested_offset": "drop"}, "nested_offset"),
-    ({"nested_offset": math.nan}, "nested_offset"),
+    ({"nested_offset": math.nan}, "holds nan"),
     ({"shape": [48, 81]}, "elements of 4 bits"),
     ({"shape": []}, "the shape []"),
     ({"shape": [-48, -80]}, "the shape"),
-    ({"shape": "x"}, "the shape 'x'"),
+    ({"shape": "x"}, "shape is a string"),
     ({"dtype": "int8"}, "the dtype 'int8'"),
-    ({"dtype": ["float16"]}, "the dtype ['float16']"),
+    ({"dtype": ["float16"]}, "dtype is an array"),
     ({"quant_type": "fp4"}, "in a state named 'nf4'"),
 ]
 

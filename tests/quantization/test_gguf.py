@@ -194,7 +194,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None
     [
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "architecture 'llama' with 'gpt2'"),
         ({"intermediate_size": 128}, r"of shape \[96, 64\]"),
-        ({"num_hidden_layers": 1}, "is no weight of the model"),
+        ({"num_hidden_layers": 1}, "config.json describes has no weight"),
         ({"num_hidden_layers": 3}, "is missing"),
     ],
 )

@@ -84,7 +84,7 @@ def text(value: str) -> torch.Tensor:
         ("quanto-qint4", without("weight._shift"), r"_shift is missing"),
         ("quanto-qint4", put("weight._data._data", torch.zeros(5, 128, dtype=torch.uint8)), "5 × 128 bytes"),
         ("quanto-qint8", put("weight._scale", torch.ones(3, 1)), r"scales of shape \[3, 1\]"),
-        ("torchao-int8", put("_weight_scale", torch.ones(16, 2)), "32 values for 16 blocks"),
+        ("torchao-int8", put("_weight_scale", torch.ones(16, 2)), r"scales of shape \[16, 2\]"),
         ("mlx-4-64", without("biases"), r"down_proj\.biases is missing"),
         ("mlx-4-64", put("scales", torch.ones(16, 3)), r"the shape is \[16, 4\]|the shape is \[16, 3\]"),
         ("mlx-mxfp4", put("scales", torch.ones(16, 8)), "the type is F32"),
@@ -146,5 +146,5 @@ def test_torchaos_metadata(tmp_path: Path, told: dict[str, Any], error: type[Exc
 
 
 def test_torchaos_metadata_that_is_no_json(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no JSON"):
+    with pytest.raises(CheckpointError, match="is not JSON"):
         changed("torchao-int8", tmp_path, nothing, {WEIGHT: '{"_type"'})

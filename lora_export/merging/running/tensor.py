@@ -2,11 +2,11 @@
 
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from lora_export.checkpoint.hashing import TensorHash
 from lora_export.checkpoint.reader import file_dtype, torch_dtype
-from lora_export.contracts import TensorRecord, TensorSource, Update
+from lora_export.contracts import RowReader, TensorRecord, TensorSource, Update
 from lora_export.errors import CheckpointError
 from lora_export.finite import all_below
 from lora_export.merging.planning.plan import FLOATS, PlannedTensor
@@ -63,10 +63,6 @@ def saturated(values: "torch.Tensor") -> int:
     return int((values.abs() >= largest).sum())
 
 
-class Rows(Protocol):
-    def rows(self, start: int, stop: int) -> "torch.Tensor": ...
-
-
 @dataclass
 class TensorWork:
     """base: where the numbers come from; blocks: how many there are, which several threads may compute.
@@ -84,7 +80,7 @@ class TensorWork:
     saturated: int = 0
     _found: dict[int, tuple[Survival, Survival]] = field(default_factory=dict)
     _updates: list[Update] | None = None
-    _packed: Rows | None = None
+    _packed: RowReader | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def finished(self) -> bool:

@@ -202,7 +202,7 @@ class Execution:
         return max(1, limit // max(1, _row(tensor)))
 
     def _cost(self, tensor: PlannedTensor, rows: int) -> int:
-        kept = getattr(tensor.quantized, "kept", tensor.quantized.parts) if tensor.quantized else ()
+        kept = tensor.quantized.kept if tensor.quantized else ()
         packed = sum(self.plan.base.tensors[p].nbytes for p in kept)
         return rows * _row(tensor) * tensor.copies + packed
 

@@ -17,7 +17,7 @@ def check_holds(folder: Path, held: WeightSource, changed: Sequence[str], unchan
     changed, unchanged: by the adapter that it should hold; the smallest of both are looked at.
     """
     record = records.read_record(folder)
-    hashes = read_map(folder, tuple(record["graphs"])).hashes
+    hashes = read_map(folder, record.graphs).hashes
     if hashes.keys() != held.tensors.keys():
         odd = min(hashes.keys() ^ held.tensors.keys())
         raise _other(folder, "the export and this base have different tensors", odd)

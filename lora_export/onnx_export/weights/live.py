@@ -26,7 +26,7 @@ class LiveWeights:
                 expected=f"a folder with {weights_map.NAME}",
                 next_step="lora-export export -m MERGED -o OUT",
             )
-        graphs = tuple(read_record(folder)["graphs"])
+        graphs = read_record(folder).graphs
         self.folder = folder
         self._found = read_map(folder, graphs)
         self._graphs = [sealed.sha256(folder / name) for name in graphs]
