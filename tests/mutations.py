@@ -760,7 +760,7 @@ MUTATIONS = (
         'tests/packages/test_confined.py::test_program_reaches_no_network',
     ),
     Mutation(
-        'constants that steer count by type and shape', 'onnx_export/graphs/steering.py',
+        'constants that steer count by type and shape', 'onnx_export/graphs/steering_constants.py',
         'flow.behind(flow.work) |',
         'set() |',
         'tests/onnx_export/test_steering.py::test_a_branch_that_another_length_takes_is_another_graph',

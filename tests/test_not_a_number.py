@@ -195,7 +195,7 @@ def test_damage_that_is_no_number_stops_the_choice(monkeypatch: pytest.MonkeyPat
     run = SimpleNamespace(simulated=lambda product, how: ("w", None))
     values = iter([{"y": np.ones(2, np.float32)}, {"y": np.array([1, NAN], np.float32)}])
     monkeypatch.setattr(keeping, "_Run", lambda *given: _Callable(run, lambda *_: next(values)))
-    with pytest.raises(ExportError, match="outputs that are no numbers"):
+    with pytest.raises(ExportError, match="outputs that are not finite numbers"):
         keeping.choose_kept(tmp_path / "m", None, [{}], progress=Silent())  # type: ignore[arg-type]
 
 

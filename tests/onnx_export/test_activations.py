@@ -60,8 +60,8 @@ def test_a_kept_node_stays_in_fp32(bert: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--activations", "dynamic"], "int8 activations in a graph of fp32"),
-        (["--precision", "int4", "--activations", "static"], "int8 activations in a graph of int4"),
+        (["--activations", "dynamic"], "int8 activations need int8 weights, not fp32"),
+        (["--precision", "int4", "--activations", "static"], "int8 activations need int8 weights, not int4"),
         (["--precision", "int8", "--calibration", "t.txt"], "a calibration without --activations static"),
         (
             ["--precision", "int8", "--activations", "dynamic", "--calibration", "t.txt"],

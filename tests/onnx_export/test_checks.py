@@ -141,7 +141,7 @@ def test_invalid_graph_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\xff\xff\xff")
-    with pytest.raises(ExportError, match="no ONNX model"):
+    with pytest.raises(ExportError, match="not an ONNX model"):
         check_model(tmp_path / "model.onnx")
     (tmp_path / "link.onnx").symlink_to(write(tmp_path))
     with pytest.raises(ExportError, match="missing or a link"):

@@ -150,7 +150,7 @@ def test_lost_fusions_and_untied_embeddings_are_told() -> None:
     fused, apart = of(gqa, gqa, "ai.onnx.MatMul", tied=True), of(gqa, "ai.onnx.MatMul", tied=False)
     untied, lost = _graph_warnings(fused, apart)
     assert "share one weight" in untied
-    assert lost == "1 fewer GroupQueryAttention in the merged graph: fusions that were lost"
+    assert lost == "1 fewer GroupQueryAttention in the merged graph: fusions were lost"
     assert list(_graph_warnings(apart, fused)) == []
 
 

@@ -15,7 +15,7 @@ from lora_export.onnx_export.graphs.checks import open_model
 PACKAGE = Path(lora_export.__file__).parent
 READS_PROTOBUF = {"onnx_export/graphs/checks.py"}
 # onnx.defs, the registry of operators, which onnx_ir does not have.
-ASKS_FOR_SCHEMAS = {"onnx_export/graphs/operators.py", "allowed/graphs.py"}
+ASKS_FOR_SCHEMAS = {"onnx_export/graphs/operator_roles.py", "allowed/graphs.py"}
 
 
 def imports_of_onnx(source: str) -> set[str]:

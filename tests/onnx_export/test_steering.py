@@ -16,7 +16,7 @@ from lora_export.errors import ExportError
 from lora_export.onnx_export import compare
 from lora_export.onnx_export.graphs.canonical import canonical
 from lora_export.onnx_export.graphs.checks import as_ir
-from lora_export.onnx_export.graphs.operators import role
+from lora_export.onnx_export.graphs.operator_roles import role
 
 LENGTH = "long = Shape(x)  length = Cast<to = 1>(long)"
 # What of the float vector `n`, made of c, each graph steers by. x is float[length, 4].
@@ -175,7 +175,7 @@ def test_a_large_table_that_steers_is_read_from_its_file(tmp_path: Path) -> None
     onnx.external_data_helper.write_external_data_tensors(stored, str(tmp_path))
     beside = [canonical(as_ir(stored, tmp_path / "model.onnx"), {}).sha256 for _ in range(2)]
     assert beside[0] == beside[1]
-    with pytest.raises(ExportError, match="lies in another file"):
+    with pytest.raises(ExportError, match="stored in another file"):
         canonical(as_ir(stored), {})
 
 

@@ -1,4 +1,4 @@
-"""How nearly two exports of one model, of different precisions, say the same on a few sentences."""
+"""How closely two exports of one model, in different precisions, agree on a few sentences."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ from lora_export.graph_runs.signature import Array
 def agreements(
     reference: Path, others: Mapping[str, Path], tokenizer: Path, config: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """By the first output of each graph: top1_agreement and kl_mean (nats) of logits, cosine of any.
+    """For the first output of each graph: top1_agreement and kl_mean (nats) of logits, cosine of any output.
 
-    tokenizer: a folder. An empty entry for graphs that do not read tokens.
+    tokenizer: a folder. The entry is empty for graphs that do not read tokens.
     """
     longest = int(config.get("max_position_embeddings", 128))
     try:
@@ -49,7 +49,7 @@ def first_numbers(graph: Path, tokenizer: Path, text: str, count: int) -> list[f
 
 
 def _first_outputs(graph: Path, rows: Sequence[Sequence[int]]) -> Array:
-    """The first output for each row of token ids, a row a position, in float64."""
+    """The first output for each row of token ids, one row per position, in float64."""
     run = GraphRun(graph)
     name = next(iter(run.signature.outputs))
     outputs = [np.asarray(run.arrays(feed)[name], np.float64) for feed in token_feeds(run.signature, rows)]

@@ -1,9 +1,9 @@
-"""A graph in a form that no names, no order of nodes and no weights' values change, and a hash of it.
+"""A form of a graph that does not depend on names, the order of nodes, or the values of weights; and its hash.
 
-Each value of the graph gets a digest: of an input its name and type, of an initializer its type, shape and how
-often it is used (one weight that two operators share is less memory to read than two), of an operator's output the
-operator, its attributes and the digests of what goes in. A constant that steers counts by value as well:
-steering.py says which do. All tensors in attributes count by value, since no adapter changes one.
+Every value gets a digest: an input from its name and type; an initializer from its type, its shape and how often it
+is used (two operators that share a weight read less memory than two weights); the output of an operator from the
+operator, its attributes and the digests of its inputs. Steering constants also count by value (see
+steering_constants.py), and so do all tensors in attributes, since no adapter changes one.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lora_export.errors import ExportError
-from lora_export.onnx_export.graphs.operators import since
-from lora_export.onnx_export.graphs.steering import steering_constants, subgraphs
+from lora_export.onnx_export.graphs.operator_roles import since
+from lora_export.onnx_export.graphs.steering_constants import steering_constants, subgraphs
 
 _BLOCK = 1 << 20
-SHOWN = 16  # elements of a constant that are written out; of a larger one, its hash
+SHOWN = 16  # elements; a larger constant is shown as a hash
 _LOOKUPS, _PRODUCTS = ("Gather", "GatherBlockQuantized"), ("MatMul", "Gemm", "MatMulNBits", "FusedMatMul")
 _VIEWS = ("Transpose", "Cast")
 
 
 @dataclass(frozen=True)
 class Node:
-    """name: its own; operands: its constants in words, a dot for what is computed; attributes: name and value;
-    digest: of it and all that it depends on."""
+    """name: the node's own; operands: its constants in words, a dot for a computed value; attributes: names and
+    values; digest: of the node and everything it depends on."""
 
     name: str
     operator: str
@@ -37,15 +37,15 @@ class Node:
 
     @property
     def local(self) -> str:
-        """What it is, wherever it stands."""
+        """What the node is, wherever it is in the graph."""
         attributes = ", ".join(f"{key}={value}" for key, value in self.attributes)
         return f"{self.operator}({self.operands})" + (f" [{attributes}]" if attributes else "")
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """initializer_bytes: of the stored model, ONNX type → bytes; tied: one of its initializers is both looked up as
-    embedding and multiplied with; placement: provider → nodes."""
+    """initializer_bytes: ONNX type → bytes in the stored model; tied: an initializer is used both as embedding
+    table and as a factor of a product; placement: provider → nodes."""
 
     inputs: tuple[str, ...]
     nodes: tuple[Node, ...]
@@ -61,8 +61,8 @@ class Canonical:
 
 
 def canonical(model: ir.Model, placement: Mapping[str, int], stored: ir.Model | None = None) -> Canonical:
-    """placement: how many nodes a session gave to each provider, which is part of what is hashed; stored: the model
-    that this one was optimized from, whose weights are not yet in the types that a provider wants them in."""
+    """placement: how many nodes a session assigned to each provider, which is part of the hash; stored: the model
+    that this one was optimized from, whose weights do not yet have the types that the provider wants."""
     graph, written = model.graph, (stored or model).graph
     form = _Form(model)
     values: dict[ir.Value, str] = {}
@@ -93,9 +93,10 @@ class _Form:
         }
 
     def nodes(self, graph: ir.Graph, values: dict[ir.Value, str], *, inner: bool = False) -> Iterator[Node]:
-        """Adds the digest of everything in the graph to `values`, which has that of everything around it.
+        """Yields the nodes and adds the digest of every value to `values`, which already has those of the enclosing
+        graphs.
 
-        inner: whether its inputs have a place, and names of no meaning.
+        inner: whether inputs count by position, because their names mean nothing outside.
         """
         constants = {v: self._constant(v) for v in graph.initializers.values() if v.const_value is not None}
         uses = Counter(value for node in graph for value in node.inputs)
@@ -144,7 +145,7 @@ class _Form:
 
 
 def _plain(value: object) -> str:
-    """An attribute in the words of ONNX's own helper: texts as bytes, several values as a list."""
+    """An attribute as text, like ONNX's own helper: strings as bytes, several values as a list."""
     if isinstance(value, str):
         return repr(value.encode())
     return f"[{', '.join(map(_plain, value))}]" if isinstance(value, tuple | list) else repr(value)
@@ -165,7 +166,7 @@ def _in_words(tensor: ir.TensorProtocol, *, by_value: bool) -> str:
 def _hash_stored(tensor: ir.ExternalTensor) -> str:
     if not tensor.base_dir:
         raise ExportError(
-            "a constant that decides what the graph does lies in another file",
+            "a steering constant is stored in another file",
             tensor=tensor.name,
             expected=f"the folder of {tensor.location}",
         )

@@ -1,4 +1,4 @@
-"""Graphs whose weights lie in data files beside them, written before any weight is there."""
+"""Graphs with their weights in data files beside them, written before the weights have values."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ def save(
     constants: Mapping[tuple[str, str], Array],
     data_files: Mapping[str, str],
 ) -> None:
-    """Write graphs (file name → model) and weights-map.json, and data files that hold the constants alone.
+    """Write graphs (file name → model), weights-map.json, and data files that contain only the constants.
 
-    An initializer becomes external where a weight of its name belongs to the data file of its graph (data_files:
-    graph → data file); graphs that share a data file share the weights in it. constants: values of the weights
-    without a recipe, by data file and name. What a recipe makes is left as a hole, for writing.fill.
+    An initializer becomes external if a weight of its name belongs to the data file of its graph (data_files: graph
+    → data file); graphs with the same data file share its weights. constants: values of the weights without a
+    recipe, by data file and name. Weights with a recipe are left as holes, which weights.fill fills.
     """
     laid = placed(weights)
     by_place = {(w.file, w.name): w for w in laid}
@@ -59,16 +59,16 @@ def _bytes(weight: Weight, value: Array) -> bytes:
 
 
 def without_numbers(name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
-    """A tensor of which only type and shape are known."""
+    """A tensor with a type and a shape, but no values."""
     return ir.ExternalTensor("", 0, 0, dtype, shape=ir.Shape(shape), name=name)
 
 
 def onnx_type(dtype: str) -> ir.DataType:
-    """The ONNX type by the name that a weights map has for it."""
+    """The ONNX type for a type name of the weights map."""
     return ir.DataType[{"float32": "FLOAT", "float64": "DOUBLE"}.get(dtype, dtype.upper())]
 
 
 def map_type(dtype: ir.DataType) -> str:
-    """The name that a weights map has for an ONNX type."""
+    """The weights map's name for an ONNX type."""
     name = str(dtype.name)
     return {"FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())

@@ -1,7 +1,7 @@
-"""The fused graphs of an export on the same made-up inputs as graphs without any optimization.
+"""Compares the fused graphs of an export with graphs without optimizations, on made-up inputs.
 
-Fusions match patterns, and a pattern that nearly fits computes something else. Outputs are compared with PyTorch
-when a merge is validated; an export alone has only this.
+Fusions match patterns, and a pattern that almost fits computes something else. Validating a merge compares outputs
+with PyTorch; an export by itself has only this check.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from lora_export.graph_runs.runs import GraphRun
 from lora_export.graph_runs.signature import Array
 from lora_export.onnx_export.graphs.checks import load_graph
 
-RELATIVE = 1e-4  # of the largest value of an output in fp32: another order of additions
+RELATIVE = 1e-4  # share of an output's largest value in fp32: additions in another order
 
 
 def compare(fused: Path, plain: Path, config: Mapping[str, Any], limit: float = RELATIVE) -> float:
@@ -30,7 +30,7 @@ def compare(fused: Path, plain: Path, config: Mapping[str, Any], limit: float = 
     worst = 0.0
     for name, value in expected.items():
         if value.shape != found[name].shape:
-            raise _refusal(fused, f"{name} has the shape {list(found[name].shape)} for {list(value.shape)}")
+            raise _refusal(fused, f"{name} has shape {list(found[name].shape)} instead of {list(value.shape)}")
         error = difference(value, found[name])
         if not error <= limit:
             raise _refusal(fused, f"{name} differs by {error:.2g} of its largest value")
@@ -51,7 +51,7 @@ def _feed(run: GraphRun, path: Path, config: Mapping[str, Any]) -> dict[str, Arr
         "channels": int(vision.get("num_channels", 3)),
     }
     inputs = run.signature.inputs.values()
-    # takes several tokens after a cache in one row
+    # with a cache, GroupQueryAttention takes several tokens in a single row only
     batch = 1 if any(n.op_type == "GroupQueryAttention" for n in load_graph(path).graph.node) else 2
     past = 3 if any(value.is_cache for value in inputs) else 0
     vocabulary = min(int(config.get("vocab_size", SMALLEST_VOCABULARY)), SMALLEST_VOCABULARY)
@@ -60,8 +60,8 @@ def _feed(run: GraphRun, path: Path, config: Mapping[str, Any]) -> dict[str, Arr
 
 def _refusal(path: Path, found: str) -> ExportError:
     return ExportError(
-        f"the fused graph computes something else than the plain one: {found}",
+        f"the fused graph does not compute what the plain one does: {found}",
         where=path,
         expected=f"a difference of at most {RELATIVE:.0e}",
-        next_step="--optimize basic, or none; and tell the developers which architecture this is",
+        next_step="--optimize basic, or none; please report the architecture",
     )

@@ -1,8 +1,8 @@
-"""Are two graphs the same work? Compared after ONNX Runtime's own optimization for a provider.
+"""Are two graphs the same work? They are compared after ONNX Runtime has optimized them for a provider.
 
 Two graphs with the same operators, attributes, wiring, shapes, types and steering constants, on the same provider,
-launch the same kernels: their weights' values cannot make one of them slower. Of products of numbers that are
-denormal, infinite or NaN this is not true on every processor.
+launch the same kernels: the values of their weights cannot make one of them slower. On some processors this does
+not hold for products of denormal, infinite or NaN values.
 """
 
 import difflib
@@ -20,15 +20,16 @@ from lora_export.storage.sealed import read_json
 SHOWN = 8
 _EXTERNAL_FROM = "1024"  # bytes; ONNX Runtime needs small shape constants inline
 _FUSED = "com.microsoft."
-_WIDER = 1.01  # bytes of floating-point weights that are no rounding of padding
+_WIDER = 1.01  # ratio of floating-point bytes that padding does not explain
 
 
 def compare(base: Sequence[Path], merged: Sequence[Path], provider: str) -> GraphComparison:
-    """Whether two models are the same graphs once optimized for `provider`; if not, where, and what it costs.
+    """Whether two models are the same graphs once optimized for `provider`; if not, where they differ, and at what
+    cost.
 
     base and merged: their .onnx files, in the same order. Constants count by value if a shape, an index or a branch
-    depends on them (steering.py); an adapter may change any weight. Needs as much temporary disk space as the
-    largest model.
+    depends on them (steering_constants.py); an adapter may change any weight. Needs as much temporary disk space as
+    the largest model.
     """
     pairs = [(optimized(a, provider), optimized(b, provider)) for a, b in zip(base, merged, strict=True)]
     placement: Counter[str] = Counter()
@@ -106,7 +107,7 @@ def _by_node(a: Sequence[Node], b: Sequence[Node]) -> Iterator[str]:
 
 
 def _changed(ours: Node, theirs: Node) -> str:
-    """Two nodes in words; of the same operator with the same operands, only the attributes that differ."""
+    """Two nodes in words; if operator and operands are the same, only the attributes that differ."""
     if (ours.operator, ours.operands) != (theirs.operator, theirs.operands):
         a, b = (f"{node.operator}({node.operands})" for node in (ours, theirs))
         return f"the base has {a}; the other has {b}"
@@ -119,7 +120,7 @@ def _changed(ours: Node, theirs: Node) -> str:
 
 
 def _elsewhere(a: Canonical, b: Canonical) -> Iterator[str]:
-    """Where all nodes look alike one by one: the first that is fed by others, or what lies outside the nodes."""
+    """For nodes that look alike one by one: the first with other inputs, or what differs outside the nodes."""
     for ours, theirs in zip(a.nodes, b.nodes, strict=True):
         if ours.digest != theirs.digest:
             yield f"{theirs.name}: the same {theirs.operator}, but its inputs come from elsewhere, or are shared"
@@ -146,14 +147,14 @@ def _graph_warnings(base: Canonical, merged: Canonical) -> Iterator[str]:
         )
     if base.tied and not merged.tied:
         yield (
-            "the base's embedding and output layer share one weight, the merged model's do not: an adapter on tied "
-            "embeddings changes one of the two, and both are then read from memory"
+            "the base's embedding and output layer share one weight, but the merged model's do not: an adapter on "
+            "tied embeddings changes one of the two, and both are then read from memory"
         )
     lost = Counter(n.operator for n in base.nodes if n.operator.startswith(_FUSED))
     lost.subtract(n.operator for n in merged.nodes)
     for operator, n in sorted(lost.items()):
         if n > 0:
-            yield f"{n} fewer {operator.removeprefix(_FUSED)} in the merged graph: fusions that were lost"
+            yield f"{n} fewer {operator.removeprefix(_FUSED)} in the merged graph: fusions were lost"
 
 
 def _floating(graph: Canonical) -> dict[str, int]:
@@ -166,10 +167,8 @@ def _settings_warnings(base: Path, merged: Path) -> list[str]:
         path, before = merged.with_name(name), base.with_name(name)
         settings = read_json(path) if path.is_file() else {}
         if settings.get("use_cache") is False:
-            found.append(
-                f"{name} has use_cache false: a runtime that obeys it computes all tokens again at each step"
-            )
+            found.append(f"{name} has use_cache false: a runtime that obeys it recomputes all tokens at each step")
         tied = settings.get("tie_word_embeddings")
         if tied is False and before.is_file() and read_json(before).get("tie_word_embeddings") is True:
-            found.append(f"{name} no longer ties the embeddings: the output layer is a weight of its own")
+            found.append(f"{name} no longer ties the embeddings: the output layer has its own weight")
     return found

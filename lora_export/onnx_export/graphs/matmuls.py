@@ -1,4 +1,4 @@
-"""Which nodes of a graph multiply with a weight that can be quantized."""
+"""Which nodes of a graph multiply by a weight that can be quantized."""
 
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +13,7 @@ SOURCES = ("MatMul", "FusedMatMul", "Gather")
 
 @dataclass(frozen=True)
 class Product:
-    """What a node multiplies with, or looks up: `weight`, or its transpose if turned. rows, columns: in, out."""
+    """The factor of a node, or its lookup table: `weight`, or its transpose if turned. rows, columns: in, out."""
 
     weight: Weight
     turned: bool
@@ -28,9 +28,10 @@ class Product:
 
 
 def candidates(model: ir.Model, weights: Sequence[Weight], lookups: int | None = None) -> dict[str, Product]:
-    """Node name → what it multiplies with, for each node that could be quantized.
+    """Node name → its factor, for every node that could be quantized.
 
-    lookups: the size of blocks of which rows of embeddings must consist for their lookup to count; None: none does.
+    lookups: the block size that must divide rows of embeddings for their lookups to count; None: lookups do not
+    count.
     """
     known = {w.name: w for w in weights}
     products: dict[str, Product] = {}
@@ -39,7 +40,7 @@ def candidates(model: ir.Model, weights: Sequence[Weight], lookups: int | None =
         product = _product(node, known, lookups)
         if product is None or not _fits(product):
             continue
-        # A weight that is read both ways has two quantized forms, of which it gets the first.
+        # A weight that is read both ways would have two quantized forms; it gets the first.
         if ways.setdefault(product.weight.name, product.turned) == product.turned:
             products[str(node.name)] = product
     return products
@@ -64,12 +65,12 @@ def _product(node: ir.Node, known: Mapping[str, Weight], lookups: int | None) ->
 
 
 def _fits(product: Product) -> bool:
-    """Whether `writing` can make the matrix, some columns at a time: it joins pieces along the columns only."""
+    """Whether the writer can make the matrix a few columns at a time: it joins pieces along columns only."""
     recipe, dtype = product.weight.recipe, product.weight.dtype
     columnwise = recipe.transposed != product.turned or len(recipe.pieces) == 1
     return bool(recipe.pieces) and columnwise and not recipe.plus and dtype in ("float32", "float16", "bfloat16")
 
 
 def kept(name: str, patterns: Collection[str]) -> bool:
-    """Whether a node of this name stays in high precision."""
+    """Whether a node of this name is to stay in high precision."""
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)

@@ -1,7 +1,7 @@
-"""A graph whose LoRA is given when it runs: inputs in place of weights, and adapters as files of ONNX Runtime.
+"""A graph that is given its LoRA at run time: inputs in place of weights, and adapters as ONNX Runtime's files.
 
-The inputs have defaults of rank 0, which add nothing. So a session without an adapter is the base, and adapters may
-have any ranks and leave slots alone.
+The inputs default to rank 0, which adds nothing. So a session without an adapter is the base, and an adapter may
+have any ranks and leave slots unused.
 """
 
 import re
@@ -24,8 +24,8 @@ _WEIGHT = re.compile(
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the LoRA of one projection goes. down, up: names of the graph's inputs of shape (in, r) and (r, out);
-    dtype: their ONNX type, lower case."""
+    """Where the LoRA of one projection goes. down, up: names of graph inputs of shape (in, r) and (r, out); dtype:
+    their ONNX type, lower case."""
 
     module: str
     layer: int
@@ -44,7 +44,7 @@ class Slot:
 
 
 def open_slots(path: Path) -> tuple[Slot, ...]:
-    """Make inputs of the LoRA weights of an unmerged graph. ExportError if it has none, or half a pair."""
+    """Turn the LoRA weights of an unmerged graph into inputs. ExportError if it has none, or half a pair."""
     model = open_model(path)
     graph = model.graph
     pairs: dict[str, dict[str, ir.Value]] = {}
@@ -53,7 +53,7 @@ def open_slots(path: Path) -> tuple[Slot, ...]:
         if match:
             pairs.setdefault(match["module"], {})[match["side"]] = graph.initializers.pop(name)
     if not pairs:
-        raise ExportError("the graph has no LoRA that could be given from outside", where=path, expected="lora_A")
+        raise ExportError("the graph has no LoRA weights to turn into inputs", where=path, expected="lora_A")
     slots = tuple(_slot(path, module, sides) for module, sides in pairs.items())
     for slot, sides in zip(slots, pairs.values(), strict=True):
         _make_inputs(graph, slot, sides["A"], sides["B"])
@@ -63,7 +63,7 @@ def open_slots(path: Path) -> tuple[Slot, ...]:
 
 def _slot(path: Path, module: str, sides: Mapping[str, ir.Value]) -> Slot:
     if sides.keys() != {"A", "B"}:
-        raise ExportError("half of a LoRA is missing in the graph", where=path, tensor=module, expected="A and B")
+        raise ExportError("the graph has only half of a LoRA", where=path, tensor=module, expected="A and B")
     match = _WEIGHT.fullmatch(f"{module}.lora_A.MatMul.weight")
     down, up = (sides[side].const_value for side in "AB")
     assert match is not None and down is not None and up is not None
@@ -72,7 +72,7 @@ def _slot(path: Path, module: str, sides: Mapping[str, ir.Value]) -> Slot:
 
 
 def _make_inputs(graph: ir.Graph, slot: Slot, down: ir.Value, up: ir.Value) -> None:
-    """The two matrices as inputs, whose defaults have rank 0."""
+    """Make the two matrices inputs that default to rank 0."""
     rank = ir.SymbolicDim(f"rank of {slot.module}")
     for value, shape, empty in (
         (down, [slot.inputs, rank], [slot.inputs, 0]),
@@ -83,7 +83,7 @@ def _make_inputs(graph: ir.Graph, slot: Slot, down: ir.Value, up: ir.Value) -> N
         value.const_value = ir.Tensor(np.empty(empty, dtype.numpy()), dtype=dtype, name=value.name)
         graph.inputs.append(value)
         graph.register_initializer(value)
-    # What lies between the two has the size of the rank: ONNX Runtime plans its memory by these shapes.
+    # The product between the two has the size of the rank: ONNX Runtime plans memory by these shapes.
     for user, _ in down.uses():
         between = user.outputs[0]
         if between.shape is not None:
@@ -91,7 +91,7 @@ def _make_inputs(graph: ir.Graph, slot: Slot, down: ir.Value, up: ir.Value) -> N
 
 
 def write_adapter(path: Path, matrices: Mapping[Slot, tuple[Array, Array]]) -> None:
-    """An .onnx_adapter file. matrices: for each slot that is used Aᵀ (in, r) and s·Bᵀ (r, out), in fp32."""
+    """Write an .onnx_adapter file. matrices: for each slot in use, Aᵀ (in, r) and s·Bᵀ (r, out), in fp32."""
     import onnxruntime as ort
 
     from lora_export.onnx_export.weights.dtypes import ONNX, rounded

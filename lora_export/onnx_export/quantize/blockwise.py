@@ -1,4 +1,4 @@
-"""MatMul with a weight becomes MatMulNBits or MatMulBnb4, in a graph whose weights have no numbers yet."""
+"""Turns MatMul with a weight into MatMulNBits or MatMulBnb4, in a graph whose weights have no values yet."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from lora_export.onnx_export.quantize.numbers import shapes
 from lora_export.onnx_export.weights.map import Method, Part, Quantization, Weight
 
 MICROSOFT = "com.microsoft"
-AUTO = "auto"  # in place of names of nodes: those that damage is measured for
+AUTO = "auto"  # in place of node names: choose by measured damage
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = range(5)
 ALGORITHMS = ("default", "rtn", "k_quant")
@@ -24,10 +24,10 @@ ALGORITHMS = ("default", "rtn", "k_quant")
 
 @dataclass(frozen=True)
 class Blockwise:
-    """method: int4 and int8 by ONNX Runtime's MatMulNBits, nf4 by its MatMulBnb4; accuracy_level: in which type the
-    operator computes, 0: as its inputs are, 4: int8; keep: nodes that stay as they are, by name or pattern;
-    eight_bits: nodes of an int4 graph that are int8, as many bytes buy more there than in `keep`; embeddings:
-    quantize those, too, by GatherBlockQuantized."""
+    """method: int4 and int8 with ONNX Runtime's MatMulNBits, nf4 with its MatMulBnb4; accuracy_level: the type that
+    the operator computes in (0: that of its inputs, 4: int8); keep: nodes to leave unquantized, by name or pattern;
+    eight_bits: nodes of an int4 graph to make int8, where a byte buys more than in `keep`; embeddings: quantize
+    those too, with GatherBlockQuantized."""
 
     method: Method
     block_size: int = 32
@@ -39,7 +39,7 @@ class Blockwise:
     embeddings: bool = False
 
     def check(self) -> None:
-        """ExportError for settings that no quantizer has."""
+        """ExportError for settings that no quantizer supports."""
         if self.block_size not in BLOCK_SIZES:
             raise _refusal(f"blocks of {self.block_size}", ", ".join(map(str, BLOCK_SIZES)), "--block-size 32")
         if self.algorithm not in ALGORITHMS:
@@ -48,23 +48,23 @@ class Blockwise:
             raise _refusal(f"accuracy level {self.accuracy_level}", "0 to 4", "--accuracy-level 4")
         if self.method == "nf4" and (self.algorithm != "default" or not self.symmetric):
             found = "nf4 with zero points" if self.algorithm == "default" else f"nf4 with {self.algorithm}"
-            raise _refusal(found, "the default quantizer, symmetric: nf4 has one way", "--precision int4")
+            raise _refusal(found, "the default quantizer, symmetric: nf4 has no other", "--precision int4")
         if self.algorithm == "k_quant" and self.symmetric:
-            raise _refusal("k_quant without zero points", "zero points, which it looks for", "--quantizer rtn")
+            raise _refusal("k_quant without zero points", "zero points, which it optimizes", "--quantizer rtn")
         if self.eight_bits and self.method != "int4":
             raise _refusal(
-                f"{self.method} with nodes of 8 bits", "int4, of which some nodes are int8", "--precision int4"
+                f"{self.method} with nodes of 8 bits", "int4 with some nodes in int8", "--precision int4"
             )
 
 
 def blockwise(precision: Precision, provider: str, options: QuantizationOptions) -> Blockwise | None:
-    """The settings for a precision; None for one in which weights are only cast. ExportError for what cannot be."""
+    """The settings for a precision; None for one that only casts weights. ExportError for impossible ones."""
     if precision not in get_args(Method):
         return None
     method: Method = precision  # type: ignore[assignment]
     size = options.block_size if options.block_size is not None else 64 if method == "nf4" else 32
     level = options.accuracy_level if options.accuracy_level is not None else 4 if provider == "cpu" else 0
-    symmetric = options.symmetric and options.algorithm != "k_quant"  # it looks for a zero point, too
+    symmetric = options.symmetric and options.algorithm != "k_quant"  # it optimizes zero points too
     how = Blockwise(
         method,
         size,
@@ -84,10 +84,10 @@ def _refusal(found: str, expected: str, next_step: str) -> ExportError:
 
 
 def quantize_graph(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -> list[Weight]:
-    """Quantize the products of a graph, which is changed; its weights with their recipes.
+    """Quantize the products of a graph in place; returns its weights with their recipes.
 
-    Nodes and initializers have the names that ONNX Runtime's quantizers give. A weight that other nodes read as
-    well stays beside its parts. ExportError if there is no product.
+    Nodes and initializers get the names that ONNX Runtime's quantizers give. A weight that other nodes also read
+    stays beside its parts. ExportError if there is no product.
     """
     how.check()
     graph = model.graph
@@ -105,8 +105,8 @@ def quantize_graph(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -
         _put(node, rewrite(node, product, list(parts.values()), own))
     if not done:
         raise ExportError(
-            f"no product in this graph has a weight that {how.method} can be made of",
-            expected="a model with linear layers that are not all kept in high precision",
+            f"no product in this graph has a weight that can be quantized to {how.method}",
+            expected="a model with linear layers, not all of them kept in high precision",
             next_step="--precision fp16",
         )
     for value in list(graph.initializers.values()):
@@ -116,20 +116,20 @@ def quantize_graph(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -
         graph.register_initializer(value)
     graph.opset_imports.setdefault(MICROSOFT, 1)
     described = []
-    for weight in weights:  # those that are still read, and parts in the place of their whole
+    for weight in weights:  # weights that are still read, and the parts of quantized ones in their place
         described += [weight] if weight.name in graph.initializers else []
         described += done.get(weight.name, ())
     return described
 
 
 def _value(part: Weight) -> ir.Value:
-    """An initializer without numbers."""
+    """An initializer without values."""
     tensor = without_numbers(part.name, onnx_type(part.dtype), part.shape)
     return ir.Value(name=part.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
 
 
 def _put(node: ir.Node, new: Sequence[ir.Node]) -> None:
-    """`new` in the place of a node, with the outputs of the last as its own."""
+    """Replace a node by `new`, whose last node takes over its outputs."""
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, node.outputs, new[-1].outputs)
 
 
@@ -174,7 +174,8 @@ def _product(node: ir.Node, product: Product, parts: Sequence[ir.Value], how: Bl
 def _lookup(node: ir.Node, product: Product, parts: Sequence[ir.Value], how: Blockwise) -> list[ir.Node]:
     """Rows of embeddings, dequantized as they are read.
 
-    The packed numbers have the shape for a head, which may share them: the builder does the same with tied ones.
+    The packed numbers have the shape of a head, which may share them: the builder does the same for tied
+    embeddings.
     """
     packed, *others = parts
     bits, name = int(how.method.removeprefix("int")), f"{node.name}_rows"

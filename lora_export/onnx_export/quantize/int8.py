@@ -1,7 +1,7 @@
-"""int8 weights and activations for the models that do not generate, by ONNX Runtime's quantizer.
+"""int8 weights and activations for models that do not generate text, by ONNX Runtime's quantizer.
 
-A step on a finished fp32 graph, not a recipe: scales of activations come from inputs, and the quantizer makes of
-one weight whatever it likes. A weights map describes the result no longer, so it cannot be re-weighted.
+This changes a finished fp32 graph and follows no recipe: scales of activations come from inputs, and the quantizer
+may make anything of a weight. A weights map cannot describe the result, so it cannot be re-weighted.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from lora_export.graph_runs.feeds import Feed
 from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.graphs.matmuls import kept
 
-# Convolutions stay: their integer kernels are slower than the ones in fp32 on most processors.
+# Not convolutions: on most processors their integer kernels are slower than fp32.
 DYNAMIC = ("MatMul", "Attention")
 STATIC = ("MatMul", "Gemm")
 
@@ -30,16 +30,16 @@ def quantize_int8(
     calibration: Sequence[Feed] | None = None,
     exclude: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Write `graph` with products in int8 to the new file `output`; the names of the nodes that were touched.
+    """Write `graph` with int8 products to the new file `output`; returns the names of the changed nodes.
 
-    calibration: None finds the range of every activation while the model runs (MatMulInteger); inputs of the graph
-    fix the ranges to what they are on them (QuantizeLinear and DequantizeLinear, which a provider fuses). exclude:
-    nodes that stay, by name or pattern. Weights have a scale a column, and are unsigned as the activations are:
-    signed ones can saturate, and nobody sees it, on a processor without VNNI instructions (ONNX Runtime's
-    documentation, "Quantize ONNX Models").
+    calibration: None finds the range of every activation at run time (MatMulInteger); inputs of the graph fix the
+    ranges to those seen on them (QuantizeLinear and DequantizeLinear, which providers fuse). exclude: nodes to
+    leave unchanged, by name or pattern. Weights have one scale per column and are unsigned, as activations are:
+    signed ones can silently saturate on processors without VNNI instructions (ONNX Runtime's documentation,
+    "Quantize ONNX Models").
 
     Weights of more than a few bytes go to `output`.data. The quantizer holds the model in memory once. ExportError
-    if the file is no fp32 graph, or nothing in it can be quantized.
+    if the graph is not fp32, or nothing in it can be quantized.
     """
     before = open_model(graph)
     _refuse_other_types(graph, before)
@@ -48,7 +48,7 @@ def quantize_int8(
     skipped = [name for name in names if kept(name, exclude)]
     if calibration is not None and not calibration:
         raise ExportError("there is no input to calibrate with", expected="at least one", where=graph)
-    # The quantizer writes beside the graph that it reads, and takes no links for data files.
+    # The quantizer writes beside the graph it reads, and does not accept links as data files.
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=output.parent) as scratch, _quiet():
         source = Path(scratch, graph.name)
         files = {str(t.location) for t in _tensors(before) if isinstance(t, ir.ExternalTensor)}
@@ -78,7 +78,7 @@ def _run(
         "weight_type": QuantType.QUInt8,
         "use_external_data_format": True,
     }
-    # Shapes end at ONNX Runtime's own operators; what follows is fp32 as all of the graph.
+    # Shape inference ends at ONNX Runtime's own operators; what follows is fp32 like the whole graph.
     options = {"MatMulConstBOnly": True, "DefaultTensorType": ir.DataType.FLOAT.value}
     if calibration is None:
         quantize_dynamic(source, output, extra_options=options, **common)
@@ -110,7 +110,7 @@ def _reader(feeds: Sequence[Feed]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The quantizer advises on the root logger to preprocess: engines have done it."""
+    """On the root logger, the quantizer advises to preprocess the model: engines have done that."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -139,7 +139,7 @@ def _refuse_other_types(path: Path, model: ir.Model) -> None:
 
 
 def _touched(before: ir.Model, after: ir.Model, kinds: Sequence[str]) -> tuple[str, ...]:
-    """Nodes that are gone, or whose inputs are others."""
+    """Nodes that are gone or have other inputs."""
 
     def inputs(node: ir.Node) -> list[str | None]:
         return [value.name if value is not None else None for value in node.inputs]

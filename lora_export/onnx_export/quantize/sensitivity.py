@@ -1,8 +1,8 @@
-"""Which products stay in high precision: those whose quantization does the most damage per byte.
+"""Which products to keep in high precision: those whose quantization does the most damage per byte.
 
-The damage is measured, not guessed: the weights of one group at a time are replaced by what their quantized form
-dequantizes to, in one session over the unquantized graph, whose weights are inputs with a default. Nothing is
-exported again, no session is opened twice, and only one group is in memory beside the model.
+The damage is measured: the weights of one group at a time are replaced by what their quantized form dequantizes to,
+in one session over the unquantized graph, whose weights are inputs with defaults. Nothing is exported again, no
+session is opened twice, and only one group is in memory beside the model.
 """
 
 import re
@@ -27,15 +27,15 @@ from lora_export.runtime import session_options
 from lora_export.storage.workers import BLOCK
 
 BUDGET = 0.15  # of the bytes of all quantized weights
-MOST_GROUPS = 64  # each costs a run over all inputs
+MOST_GROUPS = 64  # each costs one run over all inputs
 _LAYER = re.compile(r"(?<=[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A group of products. damage: of the outputs while its weights alone are quantized (see `choose_kept`);
-    nbytes: by how much the model grows if they are not; kept: whether they should not be."""
+    """A group of products. damage: to the outputs while only its weights are quantized (see `choose_kept`); nbytes:
+    how much the model grows if they are kept; kept: whether to keep them."""
 
     name: str
     nodes: tuple[str, ...]
@@ -65,15 +65,15 @@ def choose_kept(
     progress: Progress,
 ) -> tuple[Damage, ...]:
     """Every group of products with its damage, worst per byte first; `kept` marks those to name in `keep`, or in
-    `eight_bits` if that is asked for: a byte buys about five times as much there.
+    `eight_bits` if that is set: there, a byte buys about five times as much.
 
-    model: an fp32 export with its weights map, of the same graph that is to be quantized; feeds: inputs of the
-    graph. damage: with `logits` (the name of an output), the mean KL divergence of its distributions in nats;
-    without, the mean over the outputs of the squared error relative to the squared output. Both are quadratic in
-    the error of a weight, so that those of different groups about add up. budget: how much larger than with
-    everything quantized the weights may become; target: as much damage as may be left. Groups that do less damage
-    per byte than the average are never kept. item_size: bytes of a number that is kept. ExportError if the model
-    has no weights map, or nothing to quantize.
+    model: an fp32 export with its weights map, of the graph to be quantized; feeds: inputs of the graph. damage:
+    with `logits` (the name of an output), the mean KL divergence of its distributions in nats; without, the mean
+    over the outputs of the squared error relative to the squared output. Both are quadratic in the error of a
+    weight, so that those of different groups roughly add up. budget: how much larger the weights may become, as a
+    share of everything quantized; target: how much damage may remain. Groups that do less damage per byte than
+    average are never kept. item_size: bytes of a number that is kept. ExportError if the model has no weights map,
+    or nothing to quantize.
     """
     graph = open_model(model)
     found = _groups(graph, weights_map.read(model.parent).weights, groups)
@@ -86,10 +86,10 @@ def choose_kept(
         damage = float(np.mean([_damage(e, run(f, changed), logits) for e, f in zip(expected, feeds, strict=True)]))
         if not np.isfinite(damage):
             raise ExportError(
-                f"quantized, {group.name} makes outputs that are no numbers",
+                f"quantizing {group.name} produces outputs that are not finite numbers",
                 where=model,
-                expected="inputs on which the fp32 model and the quantized one give numbers",
-                next_step=f"--keep {group.name}, or other texts to measure with",
+                expected="inputs for which the fp32 model and the quantized one give finite numbers",
+                next_step=f"--keep {group.name}, or measure with other texts",
             )
         grown = sum(_kept_nbytes(p, wide, item_size) - _nbytes(p, how, item_size) for p in group.products)
         measured.append(Damage(group.name, group.nodes, damage, grown))
@@ -99,8 +99,8 @@ def choose_kept(
 
 
 def mark(measured: Sequence[Damage], *, budget: int, target: float = 0.0) -> tuple[Damage, ...]:
-    """The same groups, worst per byte first, with those `kept` that fit into `budget` (bytes) until no more than
-    `target` damage is left."""
+    """The same groups, worst per byte first. Those that fit into `budget` (bytes) are `kept`, until the remaining
+    damage is at most `target`."""
     left = total = sum(m.damage for m in measured)
     average = total / max(1, sum(m.nbytes for m in measured))
     marked = []
@@ -117,8 +117,8 @@ def mark(measured: Sequence[Damage], *, budget: int, target: float = 0.0) -> tup
 
 
 def _groups(graph: ir.Model, weights: Sequence[Weight], most: int) -> list[_Group]:
-    """Products in groups: by weight, or, where there are too many, those with the same role in layers that follow
-    one another."""
+    """Products in groups: one per weight; or, if there are too many, those with the same role in consecutive
+    layers."""
     nodes: dict[str, list[str]] = {}
     products: dict[str, Product] = {}
     for node, product in candidates(graph, weights).items():
@@ -159,7 +159,7 @@ def _settings(how: Blockwise) -> Quantization:
 
 
 def _simulated(matrix: Array, how: Blockwise) -> Array:
-    """The fp32 matrix (in, out) that the quantized operator multiplies with, made some columns at a time."""
+    """The fp32 matrix (in, out) that the quantized operator multiplies by, computed a few columns at a time."""
     settings, (rows, columns) = _settings(how), matrix.shape
     least = granularity(rows, settings)
     step = max(1, BLOCK // (4 * rows * least)) * least
@@ -189,7 +189,7 @@ class _Run:
         for group in groups:
             for product in group.products:
                 _replaceable(model.graph, product, group.nodes)
-        options = session_options()  # ONNX Runtime warns of an initializer that is an input: it cannot be folded
+        options = session_options()  # without its warnings of initializers that are inputs and cannot be folded
         options.add_session_config_entry(_FOLDER, str(path.parent.resolve()))
         self._session = ort.InferenceSession(serialized(model), options, providers=["CPUExecutionProvider"])
         self._outputs = [o.name for o in self._session.get_outputs()]
@@ -199,7 +199,7 @@ class _Run:
         return dict(zip(self._outputs, values, strict=True))
 
     def simulated(self, product: Product, how: Blockwise) -> tuple[str, Array]:
-        """An input of the session, and what it is if the product is quantized."""
+        """An input of the session, and its value if the product is quantized."""
         weight = product.weight
         if weight.dtype != "float32":
             raise ExportError(f"{weight.name} is {weight.dtype}", tensor=weight.name, expected="an fp32 export")
@@ -214,7 +214,7 @@ def _input_name(product: Product) -> str:
 
 
 def _replaceable(graph: ir.Graph, product: Product, nodes: Sequence[str]) -> None:
-    """Make an initializer an input with a default. One that is turned is an embedding, too, which stays."""
+    """Turn an initializer into an input with a default. A transposed one is also an embedding, which stays."""
     value = graph.initializers[product.weight.name]
     if product.turned:
         stays, tensor = value, value.const_value

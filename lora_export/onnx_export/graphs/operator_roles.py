@@ -1,8 +1,8 @@
-"""Which inputs of an operator steer: they decide a shape, an index or which branch runs. All others are operands.
+"""Which inputs of an operator steer it, because they decide a shape, an index or a branch. All others are operands.
 
-ONNX's own schemas tell most of it: an input that takes 32- or 64-bit integers, booleans or strings, and no floats,
-is a shape, an axis, an index, a length or a condition. For operators without a schema there (ONNX Runtime's own,
-and unknown ones) the element type in the graph decides the same way, and an input of unknown type steers.
+Most of this follows from ONNX's schemas: an input that accepts 32- or 64-bit integers, booleans or strings, and no
+floats, is a shape, an axis, an index, a length or a condition. For operators without a schema there (ONNX Runtime's
+own, and unknown ones), the element type in the graph decides in the same way, and an input of unknown type steers.
 """
 
 from collections.abc import Mapping
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from onnx.defs import OpSchema
 
-# work: it decides how much is computed; choice: it decides which of equally many elements; operand: neither
+# work: decides how much is computed; choice: decides which elements, not how many; operand: neither
 Role = Literal["work", "choice", "operand"]
 
-# Outputs that depend on the shape of the input, and on none of its numbers.
+# Their outputs depend on the shape of the input, not on its values.
 SHAPES = frozenset({"Shape", "Size"})
-# What comes out of these is an activation: numbers that weights and the data make together.
+# Their outputs are activations: made of weights and data.
 PRODUCTS = frozenset({
     "MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "RNN", "LSTM", "GRU", "MatMulInteger", "ConvInteger",
     "QLinearMatMul", "QLinearConv", "MatMulNBits", "MatMulBnb4", "MatMulNBitsMlp", "MatMulNBitsQkv", "FusedMatMul",
@@ -26,7 +26,7 @@ PRODUCTS = frozenset({
     "TransposeMatMul", "FusedMatMulActivation", "Attention", "QAttention", "MultiHeadAttention",
     "GroupQueryAttention", "MoE", "QMoE", "DynamicQuantizeLSTM",
 })  # fmt: skip
-# Numbers of quantization: scales, zero points and biases that another adapter's weights or activations change.
+# Quantization: scales, zero points and biases change with an adapter's weights or activations.
 _QUANTIZED = frozenset({
     "QuantizeLinear", "DequantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "QGemm",
     "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention", "QEmbedLayerNormalization", "QLinearAdd",
@@ -35,8 +35,8 @@ _QUANTIZED = frozenset({
     "GatherBlockQuantized", "DynamicQuantizeLSTM", "MatMulNBitsMlp", "MatMulNBitsQkv",
 })  # fmt: skip
 _LOGIC = frozenset({"And", "Or", "Xor", "Not", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "BitShift"})
-# What the types do not tell. A kernel for a power takes a shorter way for some exponents; an expert's share of the
-# tokens is its share of the work.
+# What types do not tell. Kernels of Pow have shortcuts for some exponents; an expert's share of the tokens is its
+# share of the work.
 _ROLES: Mapping[str, Mapping[int, Role]] = {
     "Range": {0: "work", 1: "work", 2: "work"},
     "OneHot": {0: "choice", 1: "work"},
@@ -70,7 +70,7 @@ _ROLES: Mapping[str, Mapping[int, Role]] = {
     "MRotaryEmbedding": {1: "choice"},
 }
 _STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
-_BLOCKED = "com.microsoft.nchwc"  # floats in another layout, which have no type in the graph
+_BLOCKED = "com.microsoft.nchwc"  # floats in another layout, without a type in the graph
 _KNOWN = _STANDARD | {"com.microsoft", "com.ms.internal.nhwc", _BLOCKED}
 _STEERING = ("int32", "int64", "uint32", "uint64", "bool", "string")
 _LATEST = 2**31 - 1
@@ -98,9 +98,9 @@ def role(node: "ir.Node", position: int, element: "ir.DataType | None", versions
 
 
 def is_steering(element: "ir.DataType") -> bool:
-    """Whether shapes, indices and conditions are of this element type: 32- and 64-bit integers, booleans, text.
+    """Whether shapes, indices and conditions have this element type: 32- and 64-bit integers, booleans, strings.
 
-    Smaller integers are quantized numbers, and have to be cast before they can steer anything.
+    Smaller integers are quantized numbers, which must be cast before they can steer anything.
     """
     return element.name.lower() in _STEERING
 
@@ -115,7 +115,7 @@ def is_foreign(node: "ir.Node") -> bool:
 
 
 def keeps_type(node: "ir.Node", versions: Mapping[str, int]) -> bool:
-    """Whether what comes out is of the element type of the first input, by ONNX's schema or as a product."""
+    """Whether the output has the element type of the first input, by ONNX's schema or because it is a product."""
     schema = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
     if schema is None:
         return node.op_type in PRODUCTS or "LayerNormalization" in node.op_type
@@ -123,7 +123,7 @@ def keeps_type(node: "ir.Node", versions: Mapping[str, int]) -> bool:
 
 
 def since(node: "ir.Node", versions: Mapping[str, int]) -> int:
-    """The version of the operator set that gave the operator its present meaning; 0 if ONNX does not define it."""
+    """The operator set version that gave the operator its present meaning; 0 if ONNX does not define it."""
     found = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
     return int(found.since_version) if found else 0
 

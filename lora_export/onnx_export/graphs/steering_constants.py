@@ -2,17 +2,17 @@
 
 A constant counts by value
 
-1. if an input that decides an amount of work depends on it: a condition, a trip count, a shape, a length. All that
-   the input is computed from belongs to it, arithmetic and products of matrices included. Where a branch depends on
-   what the weights compute, another adapter may take the other branch, so such weights count by value as well.
-2. if an index depends on it and no activation lies between. An index that activations choose (the best token, the
+1. if an input that decides an amount of work depends on it: a condition, a trip count, a shape, a length. This
+   includes everything the input is computed from, arithmetic and matrix products too. Where a branch depends on
+   what the weights compute, another adapter may take the other branch, so such weights also count by value.
+2. if an index depends on it with no activation in between. An index that activations choose (the best token, the
    best experts) reads one of equally many rows, so the weights behind it remain weights.
-3. if it is an integer, a boolean or a text, unless it is the operand of a quantized product.
-4. if it is a floating-point number without dimensions, unless it belongs to a quantization. No layer has such a
-   weight; base and merged graph have it from the same exporter and the same configuration.
+3. if it is an integer, a boolean or a string, unless it is the operand of a quantized product.
+4. if it is a floating-point scalar, unless it belongs to a quantization. No layer has such a weight; base and
+   merged graph have it from the same exporter and the same configuration.
 5. if it is small and goes into an operator that neither ONNX nor ONNX Runtime defines.
 
-Shape and Size depend on none of the numbers of their input, so the search ends there.
+Shape and Size do not depend on the values of their input, so the search ends there.
 """
 
 import math
@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from lora_export.onnx_export.graphs.operators import (
+from lora_export.onnx_export.graphs.operator_roles import (
     PRODUCTS,
     SHAPES,
     is_foreign,
@@ -52,7 +52,7 @@ def steering_constants(model: ir.Model) -> frozenset[ir.Value]:
 
 class _Flow:
     """constants: initializers; work, choices: values that steer; _sources: value → what it is computed from;
-    _scales: what DynamicQuantizeLinear finds at run time."""
+    _scales: scales that DynamicQuantizeLinear finds at run time."""
 
     def __init__(self, versions: Mapping[str, int]) -> None:
         self.work: set[ir.Value] = set()
@@ -68,7 +68,7 @@ class _Flow:
     # --- building ------------------------------------------------------------------------------------------
 
     def add(self, graph: ir.Graph) -> None:
-        """Everything in a graph and in those within it."""
+        """Add a graph, and the graphs within it."""
         for value in graph.initializers.values():
             if value.const_value is not None:
                 self.constants[value] = value.const_value
@@ -94,7 +94,7 @@ class _Flow:
             self._products += node.outputs
         if node.op_type == "DynamicQuantizeLinear":
             self._scales.update(node.outputs[1:2])
-        if node.op_type == "Cast":  # those that ONNX Runtime inserts have no type in the graph
+        if node.op_type == "Cast":  # ONNX Runtime inserts some without a type in the graph
             self._types[node.outputs[0]] = ir.DataType(node.attributes.get_int("to", 0))
         elif inputs and keeps_type(node, self._versions) and (kept := self._type(node.inputs[0])):
             for value in node.outputs:
@@ -104,7 +104,7 @@ class _Flow:
         return None if value is None else self._types.get(value, value.dtype) or None
 
     def _connect(self, node: ir.Node, starts: Sequence[ir.Value], ends: Sequence[ir.Value]) -> None:
-        """How values go into a subgraph and out of it. starts, ends: the subgraph's inputs and outputs."""
+        """How values enter and leave a subgraph. starts, ends: the subgraph's inputs and outputs."""
         inputs, outputs = node.inputs, node.outputs
         if node.op_type == "If":
             self._pair(outputs, ends)
@@ -131,11 +131,11 @@ class _Flow:
     # --- asking --------------------------------------------------------------------------------------------
 
     def behind(self, values: Iterable[ir.Value], end: frozenset[ir.Value] = frozenset()) -> frozenset[ir.Value]:
-        """These values and all that they are computed from; not what lies behind those in `end`."""
+        """These values and everything they are computed from, except what is behind the values in `end`."""
         return _reached(values, self._sources, end)
 
     def activations(self) -> frozenset[ir.Value]:
-        """What products of matrices make, and all that is computed from it."""
+        """The outputs of matrix products, and everything computed from them."""
         onwards: dict[ir.Value, list[ir.Value]] = defaultdict(list)
         for value, sources in self._sources.items():
             for source in sources:
@@ -143,7 +143,7 @@ class _Flow:
         return _reached(self._products, onwards, frozenset())
 
     def is_setting(self, value: ir.Value, tensor: ir.TensorProtocol) -> bool:
-        """Whether a constant is of the architecture and not a weight, by what it is and where it goes."""
+        """Whether a constant belongs to the architecture and is not a weight, by its type and its users."""
         uses = self._uses.get(value, [])
         if is_steering(tensor.dtype):
             return not (uses and all(is_quantized(node) for node in uses))
