@@ -1,4 +1,4 @@
-"""What ONNX Runtime can really do here: providers that are tried, and sessions that are verified.
+"""What ONNX Runtime can actually do on this machine: providers are tried, and sessions verified.
 
 Provider names are the short ones of the command line: cpu, cuda, tensorrt.
 """
@@ -37,9 +37,9 @@ _FIX = {
 
 
 def resolve_provider(name: str) -> Provider:
-    """The short name of a provider that has run a node here: `auto` is cuda where it works, else cpu.
+    """The short name of a provider that has run a node on this machine: `auto` is cuda if it works, else cpu.
 
-    Raises RuntimeUnavailable, with ONNX Runtime's own reason, if the provider asked for does not work.
+    Raises RuntimeUnavailable, with ONNX Runtime's own reason, if the requested provider does not work.
     """
     if name == "auto":
         return "cpu" if why_not("cuda") else "cuda"
@@ -58,10 +58,10 @@ def resolve_provider(name: str) -> Provider:
 
 @functools.cache
 def why_not(provider: str) -> str | None:
-    """Why a provider does not work here, or None where it has run a MatMul.
+    """Why a provider does not work on this machine, or None if it has run a MatMul.
 
-    Tried in a process of its own: a broken driver may print, hang or crash, and ONNX Runtime says which
-    library is missing on stderr alone.
+    Tried in a separate process: a broken driver may print, hang or crash, and ONNX Runtime names a missing library
+    only on stderr.
     """
     command = [sys.executable, "-c", _PROBE, PROVIDERS[provider]]
     try:
@@ -73,7 +73,7 @@ def why_not(provider: str) -> str | None:
     return _reason(done.stderr) or f"the probe ended with status {done.returncode}"
 
 
-# The session's own error only says that fallback is off; the library that is missing stands in the log.
+# The session's own error only says that fallback is off; the log names the missing library.
 _PROBE = """
 import sys
 import numpy, onnx_ir, onnxruntime as ort
@@ -99,7 +99,7 @@ if session.get_providers()[0] != sys.argv[1]:
 
 
 def _reason(stderr: str) -> str:
-    """The most telling line of ONNX Runtime's stderr: the library it could not load, else its last error."""
+    """The most informative line of ONNX Runtime's stderr: the library it could not load, else its last error."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     for line in lines:
         if "with error: " in line:
@@ -107,8 +107,8 @@ def _reason(stderr: str) -> str:
     for line in lines:
         if "Failed to create" in line or "CUDA failure" in line:
             return line.split("] ", 1)[-1].removesuffix("\x1b[m")
-    told = [line.removeprefix("REASON ") for line in lines if line.startswith("REASON ")]
-    return told[-1] if told else (lines[-1] if lines else "")
+    reasons = [line.removeprefix("REASON ") for line in lines if line.startswith("REASON ")]
+    return reasons[-1] if reasons else (lines[-1] if lines else "")
 
 
 def providers_report() -> list[dict[str, Any]]:
@@ -142,10 +142,10 @@ def open_session(
     options: "onnxruntime.SessionOptions | None" = None,
     provider_options: Mapping[str, str] | None = None,
 ) -> "onnxruntime.InferenceSession":
-    """A session that really has `provider` (cpu, cuda or tensorrt) first; anything else raises.
+    """A session in which `provider` (cpu, cuda or tensorrt) really is the first; anything else raises.
 
-    Shape arithmetic may still run on the CPU: for CUDA that is ONNX Runtime's own choice. A model from
-    elsewhere must have passed `onnx_export.check_model` before it comes here.
+    Shape arithmetic may still run on the CPU: for CUDA, ONNX Runtime decides that. A model from elsewhere must have
+    passed `onnx_export.check_model` first.
     """
     import onnxruntime as ort
 
@@ -174,7 +174,7 @@ def open_session(
 
 @functools.cache
 def _preload_libraries() -> None:
-    """Load CUDA from the nvidia-* wheels, which are on no library path. It prints what it does not find."""
+    """Load CUDA from the nvidia-* wheels, which are not on a library path. It prints what it does not find."""
     import contextlib
     import io
 

@@ -1,1 +1,2 @@
-"""Graphs under ONNX Runtime: what one reads and gives, feeds for it, and runs that continue its cache."""
+"""Running graphs with ONNX Runtime: what a graph reads and returns, feeds for it, and steps that continue its
+cache."""

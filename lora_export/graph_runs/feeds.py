@@ -1,7 +1,7 @@
-"""Feeds: arrays for every input of a graph, from what is given or from a seed.
+"""Feeds: an array for every input of a graph, from given values or from a seed.
 
-What an input is follows from its name (ids, masks, positions, segments, a cache), how long it is from its axes and
-from the other inputs.
+What an input means follows from its name (ids, masks, positions, segments, a cache); its length follows from its
+axes and from the other inputs.
 """
 
 import re
@@ -28,7 +28,7 @@ from lora_export.graph_runs.signature import (
 
 Feed = Mapping[str, Array]
 SMALLEST_VOCABULARY = 64
-SAMPLES = 320  # of a wave at 16 kHz, for each position of wav2vec 2
+SAMPLES = 320  # at 16 kHz, for each position of wav2vec 2
 _INTEGERS = ("tensor(int32)", "tensor(int64)")
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 _NAMED = (IDS, MASK, ENCODER_MASK, POSITIONS, TYPES)
@@ -46,11 +46,11 @@ _TEXTS = (
 
 
 def completed(signature: Signature, given: Mapping[str, Any], past: int = 0) -> dict[str, Any]:
-    """A feed for every input: what is given, and what follows from it. Arrays get the type that the graph reads;
-    OrtValues stay as they are.
+    """A feed for every input: what is given, and what follows from it.
 
-    What is not given: nothing is masked, positions begin behind `past` tokens, there is one segment, and caches are
-    empty. InputError for an input that does not follow from what is given.
+    Arrays are cast to the type that the graph reads; OrtValues stay as they are. By default nothing is masked,
+    positions begin behind `past` tokens, there is one segment, and caches are empty. InputError for an input that
+    does not follow from what is given.
     """
     like = next((given[name] for name in (IDS, WAVE) if name in given), None)
     feed = {}
@@ -82,7 +82,7 @@ def _following(name: str, rows: int, length: int, past: int) -> Array:
 
 
 def token_feeds(signature: Signature, rows: Sequence[Sequence[int]]) -> list[Feed]:
-    """One feed a row of token ids: batch 1, nothing masked, positions from 0, empty caches.
+    """One feed per row of token ids: batch 1, nothing masked, positions from 0, empty caches.
 
     InputError for a graph that reads anything else.
     """
@@ -90,7 +90,7 @@ def token_feeds(signature: Signature, rows: Sequence[Sequence[int]]) -> list[Fee
 
 
 def built_in_rows(folder: Path, longest: int) -> list[list[int]]:
-    """Token ids of a few sentences, by the tokenizer of a model's folder, cut to `longest`."""
+    """Token ids of a few sentences, from the tokenizer in a model's folder, cut to `longest`."""
     return rows_of(folder, _TEXTS, longest)
 
 
@@ -107,8 +107,8 @@ def rows_of(folder: Path, texts: Sequence[str], longest: int) -> list[list[int]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of one run. past, encoded: tokens in the cache, and of an encoder; wave: samples of a sound; named:
-    sizes of further axes by a word in their names; vocabulary: ids are below it."""
+    """The sizes of one run. past, encoded: tokens in the cache and from an encoder; wave: samples of a sound;
+    named: sizes of other axes, by a pattern in their names; vocabulary: ids are below it."""
 
     batch: int
     tokens: int
@@ -120,7 +120,7 @@ class Sizes:
 
 
 def made_up(inputs: Iterable[GraphValue], sizes: Sizes, seed: int = 0) -> dict[str, Array]:
-    """Seeded values for inputs: small token ids, positions that count, masks of ones, and noise for images, sounds,
+    """Seeded values for inputs: small token ids, increasing positions, masks of ones, and noise for images, sounds,
     states and caches. The first axis of each is the batch."""
     inputs = list(inputs)
     length = sizes.wave if any(v.name == WAVE for v in inputs) else sizes.tokens
@@ -145,7 +145,7 @@ def tokens(rows: int, count: int, seed: int, vocabulary: int = SMALLEST_VOCABULA
 
 
 def _axis(axis: int | str | None, name: str, sizes: Sizes) -> int:
-    """The size of an axis by its number or the words in its name; of "a + b" the sum."""
+    """The size of an axis, from its number or the words in its name; the sum for "a + b"."""
     if isinstance(axis, int):
         return axis
     words = axis or ""
@@ -172,7 +172,7 @@ def refuse_unknown(signature: Signature) -> None:
     ]
     if unknown:
         raise InputError(
-            f"inputs that the benchmark does not know: {', '.join(unknown)}",
+            f"the benchmark does not know these inputs: {', '.join(unknown)}",
             where=signature.path,
             expected=f"{', '.join(_NAMED)}, caches, and images or sounds as floating-point numbers",
         )

@@ -1,4 +1,4 @@
-"""Runs of graphs. Values stay ONNX Runtime's own from one run to the next, so that no type is converted."""
+"""Runs of graphs. Values remain ONNX Runtime's own from one run to the next, so that no type is converted."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,10 @@ _AUDIO = "audio_features"  # onnxruntime-genai's name of Whisper's input_feature
 
 
 def to_numpy(value: "onnxruntime.OrtValue", dtype: "np.dtype[Any]") -> Array:
-    """The numbers of an OrtValue, in a copy. dtype: numpy_dtype of its type; OrtValue.numpy() does not know
-    bfloat16, which must lie on the CPU."""
+    """A copy of an OrtValue's numbers. dtype: numpy_dtype of its type.
+
+    OrtValue.numpy() does not know bfloat16; such a value must be on the CPU.
+    """
     if dtype.name != "bfloat16":
         return np.asarray(value.numpy())
     size = value.tensor_size_in_bytes()
@@ -31,7 +33,7 @@ def to_numpy(value: "onnxruntime.OrtValue", dtype: "np.dtype[Any]") -> Array:
 
 
 class GraphRun:
-    """A graph in a session, to be run. provider: cpu, cuda or tensorrt."""
+    """A graph in a session. provider: cpu, cuda or tensorrt."""
 
     def __init__(self, path: Path, provider: str = "cpu") -> None:
         self.session = open_session(path, provider)
@@ -39,7 +41,7 @@ class GraphRun:
         self._path = path
 
     def arrays(self, feed: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs, as numpy arrays. What the graph does not read is left out of `feed`."""
+        """All outputs as numpy arrays. Entries of `feed` that the graph does not read are ignored."""
         names = list(self.signature.outputs)
         read = {name: feed[name] for name in self.signature.inputs if name in feed}
         return dict(zip(names, self.session.run(names, read), strict=True))
@@ -64,15 +66,15 @@ class GraphRun:
 
 @dataclass(frozen=True)
 class State:
-    """What a decoder has seen: values by the names under which the next step reads them, and how many tokens."""
+    """What a decoder has seen: values, by the names that the next step reads, and the number of tokens."""
 
     values: Values = field(default_factory=dict)
     seen: int = 0
 
 
 class Decoder:
-    """A decoder that is run step by step, as a user's program would. first, later: the graphs of the first step and
-    of all others, which may be one."""
+    """A decoder that runs step by step, as in a user's program. first, later: the graphs of the first step and of
+    all others, which may be the same."""
 
     def __init__(self, first: GraphRun, later: GraphRun) -> None:
         self._first, self._later = first, later
@@ -95,8 +97,8 @@ class Decoder:
 
 
 class EncoderDecoder(Decoder):
-    """graphs: the encoder's, the decoder's, and the decoder's with a cache where that is another: Optimum's three
-    or onnxruntime-genai's two."""
+    """graphs: the encoder's, the decoder's, and the decoder's with a cache if that is another: Optimum's three or
+    onnxruntime-genai's two."""
 
     def __init__(self, graphs: Sequence[Path], provider: str) -> None:
         self._encoder, first, *later = (GraphRun(graph, provider) for graph in graphs)

@@ -1,4 +1,4 @@
-"""What a graph reads and gives: names, types and axes, and which output continues which cache."""
+"""What a graph reads and returns: names, types and axes, and which output continues which cache."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ def numpy_dtype(onnx_type: str) -> "np.dtype[Any]":
 
 @dataclass(frozen=True)
 class GraphValue:
-    """An input or output of a graph. type: `tensor(float16)` and its like; shape: sizes, or names of axes."""
+    """An input or output of a graph. type: `tensor(float16)` or the like; shape: sizes, or names of axes."""
 
     name: str
     type: str
@@ -51,7 +51,7 @@ class GraphValue:
 
 @dataclass(frozen=True)
 class Signature:
-    """Inputs that have no default, and outputs, by name. path: the graph's file, if it has one."""
+    """Outputs, and inputs without a default, by name. path: the graph's file, if it has one."""
 
     inputs: Mapping[str, GraphValue]
     outputs: Mapping[str, GraphValue]
@@ -74,12 +74,12 @@ class Signature:
 
     @functools.cached_property
     def cache(self) -> Mapping[str, str]:
-        """Input that holds past keys or values → the output that continues it."""
+        """Input with past keys or values → the output that continues it."""
         continued = {read_as(name): name for name in self.outputs}
         return {name: continued[name] for name, v in self.inputs.items() if v.is_cache and name in continued}
 
     def require_cache(self) -> None:
-        """InputError unless this is a decoder that continues all of its own cache."""
+        """InputError unless this is a decoder that continues its whole cache."""
         past = {name for name, v in self.inputs.items() if v.is_cache}
         if IDS not in self.inputs or LOGITS not in self.outputs or not past or past != self.cache.keys():
             raise InputError(
@@ -91,7 +91,7 @@ class Signature:
     def cache_shape(self, name: str, rows: int, length: int) -> tuple[int, int, int, int]:
         """(rows, heads, length, head size) of the cache input `name`.
 
-        Graphs straight from the genai builder only name sizes that genai_config.json has.
+        Graphs straight from the genai builder only name sizes that are in genai_config.json.
         """
         shape = self.inputs[name].shape
         heads, size = (self._size(shape[axis], key) for axis, key in (_HEADS, _HEAD_SIZE))
@@ -107,7 +107,7 @@ class Signature:
 
 
 def read_as(output: str) -> str:
-    """The name under which the next run reads what a run gave: present… as past…, an encoder's states."""
+    """The name by which the next run reads an output: present… as past…, states of an encoder."""
     if output in ("last_hidden_state", "hidden_states"):
         return STATES
     return output.replace("present.", "past_key_values.").replace("present_", "past_")

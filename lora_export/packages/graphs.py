@@ -1,4 +1,4 @@
-"""Graphs with their data under other names: a file that is renamed is not found, unless the graph is told."""
+"""Graphs with their data files under other names, which the graph has to know."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,14 +11,14 @@ import onnx_ir as ir
 from lora_export.errors import ExportError
 from lora_export.storage import disk
 
-ALIGNMENT = 256  # bytes, which CUDA wants
+ALIGNMENT = 256  # bytes, as CUDA requires
 LARGEST_CHUNK = 2**31 - 2**20  # bytes of one data file: a browser's ArrayBuffer holds 2 GiB less a bit
 Range = tuple[Path, int, int]  # file, offset, length
 
 
 @dataclass(frozen=True)
 class PlacedRange:
-    """Where a range of an old data file comes to lie: number of the new file, offset in it."""
+    """Where a range of an old data file goes: number of the new file, offset in it."""
 
     chunk: int
     offset: int
@@ -30,7 +30,7 @@ def load(path: Path) -> ir.Model:
 
 
 def external(model: ir.Model) -> Iterator[tuple[ir.Value, ir.ExternalTensor]]:
-    """Initializers whose bytes lie in a file, of all graphs within the model."""
+    """Initializers whose bytes are in a file, in all graphs of the model."""
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
@@ -43,7 +43,7 @@ def range_of(tensor: ir.ExternalTensor) -> Range:
 
 
 def forget_types(model: ir.Model) -> None:
-    """Drop types and shapes within a graph that was taken apart: they are those of its former inputs."""
+    """Drop inferred types and shapes of a graph that was taken apart: they refer to its former inputs."""
     for graph in (model.graph, *model.graph.subgraphs()):
         values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
         for value in values:
@@ -53,7 +53,7 @@ def forget_types(model: ir.Model) -> None:
 
 
 def nodes_for(graph: ir.Graph, outputs: Sequence[ir.Value], given: Sequence[ir.Value] = ()) -> list[ir.Node]:
-    """The nodes that compute `outputs` when `given` is there, in their order."""
+    """The nodes that compute `outputs` from `given`, in order."""
     needed: set[ir.Value | None] = set(outputs)
     kept = []
     for node in reversed(graph):
@@ -66,8 +66,8 @@ def nodes_for(graph: ir.Graph, outputs: Sequence[ir.Value], given: Sequence[ir.V
 def save(model: ir.Model, target: Path, data: str, largest: int = LARGEST_CHUNK) -> int:
     """Write a graph to `target` and its weights beside it: `data`, `data`_1, … of at most `largest` bytes each.
 
-    Bytes that no tensor names are left behind, and tensors of the same bytes keep sharing them. The number of data
-    files; ExportError if one tensor alone is larger than a file may be.
+    Bytes that no tensor refers to are dropped, and tensors that share bytes keep sharing them. Returns the number
+    of data files; ExportError if a single tensor is larger than a file may be.
     """
     tensors = list(external(model))
     places = _planned([range_of(tensor) for _, tensor in tensors], largest)
@@ -96,7 +96,7 @@ def _planned(ranges: list[Range], largest: int) -> dict[Range, PlacedRange]:
     for path, start, length in sorted(set(ranges), key=lambda r: (str(r[0]), r[1], r[2])):
         if length > largest:
             raise ExportError(
-                f"a tensor of {length:,} bytes, and this runtime reads files of {largest:,}",
+                f"a tensor has {length:,} bytes, and this runtime reads files of {largest:,}",
                 where=path,
                 expected="a smaller precision",
                 next_step="--variant q4",

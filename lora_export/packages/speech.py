@@ -1,7 +1,8 @@
-"""Whisper as the genai builder exports it, under the names and with the inputs of Optimum and transformers.js.
+"""Whisper as the genai builder exports it, with the names and inputs of Optimum and transformers.js.
 
-The builder's encoder computes the keys and values of the cross-attention; theirs is the decoder's first step, which
-gets the encoder's states. So these nodes move: into a branch of the decoder that is taken while there is no cache.
+The builder's encoder computes the keys and values of the cross-attention; theirs does that in the decoder's first
+step, which gets the encoder's states. So these nodes move into a branch of the decoder that runs while there is no
+cache.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from lora_export.packages import graphs
 STATES, CACHED = "encoder_hidden_states", "use_cache_branch"
 _BUILDERS = ("encoder.onnx", "decoder.onnx")
 _ENCODED = "encoder_sequence_length_out"
-_EVERYTHING = 2**31 - 1  # an end that no cache reaches, for Slice
+_EVERYTHING = 2**31 - 1  # for Slice: beyond the end of any cache
 
 
 def is_whisper(export: ExportResult) -> bool:
@@ -63,7 +64,7 @@ def decoder(encoder_path: Path, path: Path) -> ir.Model:
     old_ids.replace_all_uses_with(cast.outputs[0])
     ends = {v.name: v for v in (ids, states, graph.outputs[0])}
     for what, i in pairs:
-        # What is handed over where there is no cache yet is a placeholder, in Optimum of one position.
+        # Without a cache, callers pass a placeholder, which has one position in Optimum.
         old = values[f"past_{what}_self_{i}"]
         past = _like(old, f"past_key_values.{i}.decoder.{what}")
         before.append(_node("Slice", [past, start, end.outputs[0], axis], f"used_{what}_{i}"))
@@ -107,7 +108,7 @@ def _dtype(value: ir.Value) -> ir.DataType:
 
 
 def _like(value: ir.Value, name: str, length: str | None = None) -> ir.Value:
-    """Another value of the same type and shape. length: another name of its axis 2."""
+    """Another value of the same type and shape. length: another name for its axis 2."""
     assert value.shape is not None
     shape = ir.Shape(value.shape)
     if length is not None:
@@ -116,9 +117,9 @@ def _like(value: ir.Value, name: str, length: str | None = None) -> ir.Value:
 
 
 def _cross_attention(path: Path, pairs: Sequence[tuple[str, int]]) -> tuple[ir.Value, ir.Graph, list[ir.Value]]:
-    """The encoder's nodes behind its states as a branch, which gives the keys and values of `pairs`.
+    """The encoder's nodes behind its states as a branch, which returns the keys and values of `pairs`.
 
-    Also the states, as an input of that name, and the weights that the branch reads. Everything within is prefixed.
+    Also the states, as an input, and the weights that the branch reads. All names inside get a prefix.
     """
     graph = graphs.load(path).graph
     hidden, *_ = (value for value in graph.outputs if value.name == "hidden_states")
@@ -143,7 +144,7 @@ def _cross_attention(path: Path, pairs: Sequence[tuple[str, int]]) -> tuple[ir.V
 def _chosen(
     switch: ir.Value, pasts: Sequence[ir.Value], cross: ir.Graph, pairs: Sequence[tuple[str, int]]
 ) -> ir.Node:
-    """cross_key_0, …: from the cache where there is one, else computed of the encoder's states."""
+    """cross_key_0, …: from the cache if there is one, else computed from the encoder's states."""
     kept = [_node("Identity", [past], f"kept_{what}_{i}") for (what, i), past in zip(pairs, pasts, strict=True)]
     ends = [node.outputs[0] for node in kept]
     for value, past in zip(ends, pasts, strict=True):

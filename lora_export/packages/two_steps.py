@@ -1,6 +1,6 @@
-"""A decoder's first step and all further ones in one graph, which transformers.js wants and Optimum takes.
+"""A decoder's first step and all later ones in one graph, which transformers.js requires and Optimum accepts.
 
-Both graphs become branches of an If on use_cache_branch; the weights, which they share, lie outside of it.
+Both graphs become branches of an If on use_cache_branch; the weights that they share are outside of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ def joined(first: Path, later: Path) -> ir.Model:
 
 
 def _unsized(output: ir.Value) -> ir.Shape | None:
-    """The shape of an output whose sizes the branches do not agree on by name: their number holds for both."""
+    """The shape of an output whose axes have different names in the branches: only their number is common."""
     if output.shape is None:
         return None
     first, *others = output.shape
@@ -69,9 +69,9 @@ def _described(tensor: ir.ExternalTensor) -> tuple[object, ...]:
 
 
 def _branch(graph: ir.Graph, outputs: Sequence[ir.Value], outside: Mapping[str, ir.Value]) -> ir.Graph:
-    """The graph without inputs and shared weights; what it does not compute of `outputs`, it hands on of its cache.
+    """The graph without inputs and shared weights. Those of `outputs` that it does not compute come from its cache.
 
-    Names of outputs get a suffix, as those of the If may not be hidden.
+    Names of its outputs get a suffix, because they must not hide those of the If.
     """
     own = {str(value.name): value for value in graph.outputs}
     for value in (*graph.inputs, *graph.initializers.values()):

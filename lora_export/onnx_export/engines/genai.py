@@ -1,4 +1,4 @@
-"""Decoders through onnxruntime-genai's builder: fused attention, a KV cache, tied embeddings kept once."""
+"""Exports decoders with onnxruntime-genai's builder: fused attention, a KV cache, tied embeddings stored once."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -14,7 +14,7 @@ from lora_export.onnx_export.graphs import checks
 from lora_export.storage import sealed
 
 # The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts
-# classes, and those that are no part of transformers (ChatGLM, InternLM2, Phi3Small) and need the model's code.
+# classes, and those that are not in transformers (ChatGLM, InternLM2, Phi3Small) and need the model's own code.
 _ARCHITECTURES = frozenset(
     {
         "Ernie4_5ForCausalLM",
@@ -50,7 +50,7 @@ class GenaiEngine(Engine):
         self.check_precision(job.precision, job.provider)
         if not has_tokenizer(job.model):
             raise ExportError(
-                "the folder holds no tokenizer, which onnxruntime-genai needs beside a decoder",
+                "the folder has no tokenizer, which onnxruntime-genai needs for a decoder",
                 where=job.model,
                 expected="tokenizer.json, tokenizer.model, or vocab.json with merges.txt",
                 next_step="copy the tokenizer files of the base model into the folder",
@@ -113,7 +113,7 @@ ENGINE = GenaiEngine()
 
 
 def _refuse_head_size(config: Mapping[str, Any]) -> None:
-    """GroupQueryAttention in ONNX Runtime takes head sizes that are multiples of 8, and says so when it runs."""
+    """ONNX Runtime's GroupQueryAttention fails at run time unless head sizes are multiples of 8."""
     size = _sizes(config)["head size"]
     if size % 8:
         raise ExportError(
@@ -125,19 +125,19 @@ def _refuse_head_size(config: Mapping[str, Any]) -> None:
 
 
 def _refuse_ambiguous_head(config: Mapping[str, Any]) -> None:
-    """The builder takes every Linear with vocab_size outputs for the head, and says nothing."""
+    """The builder silently takes every Linear with vocab_size outputs for the head."""
     for name, width in _sizes(config).items():
         if name != "head size" and width and width == config.get("vocab_size"):
             raise ExportError(
                 f"vocab_size and {name} are both {width}: the builder would confuse a layer with the head",
                 where="config.json",
-                expected="a vocabulary of another size",
+                expected="a different vocabulary size",
                 next_step="pad the vocabulary (resize_token_embeddings), and merge again",
             )
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    """The widths of a model's layers by name; 0 for what the configuration does not tell."""
+    """The widths of a model's layers by name; 0 for what the configuration does not contain."""
 
     def first(*names: str) -> int:
         return next((int(config[n]) for n in names if isinstance(config.get(n), int)), 0)
@@ -154,7 +154,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _mend_genai_config(job: ExportJob) -> None:
-    """Take CUDA's options out of genai_config.json of a graph that was made for the CPU."""
+    """Remove CUDA's options from genai_config.json of a graph for the CPU."""
     if job.provider != "cpu":
         return
     path = job.output / "genai_config.json"
@@ -169,13 +169,13 @@ def _mend_genai_config(job: ExportJob) -> None:
 
 
 def _check_adapter(adapter: Path) -> None:
-    """The builder reads plain LoRA on linear layers; the rest it would drop, or export wrongly."""
+    """The builder reads plain LoRA on linear layers; it would drop the rest, or export it wrongly."""
     config = sealed.read_json(adapter / "adapter_config.json")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise AdapterError(
             "the adapter has no adapter_model.safetensors",
             where=adapter,
-            expected="safetensors; a .bin file is a pickle, which can execute code",
+            expected="safetensors; a .bin file is a pickle, which can run code",
         )
     odd = [
         key
@@ -200,7 +200,7 @@ def _check_adapter(adapter: Path) -> None:
 
 
 def _check_adapter_arrived(job: ExportJob) -> None:
-    """Every lora_A of the adapter must be an initializer, or the graph is not the unmerged model."""
+    """Every lora_A of the adapter must be an initializer; otherwise the graph is not the unmerged model."""
     from safetensors import safe_open
 
     assert job.adapter is not None

@@ -23,7 +23,7 @@ _WEIGHT = re.compile(
 
 
 @dataclass(frozen=True)
-class Slot:
+class LoraSlot:
     """Where the LoRA of one projection goes. down, up: names of graph inputs of shape (in, r) and (r, out); dtype:
     their ONNX type, lower case."""
 
@@ -43,7 +43,7 @@ class Slot:
         return f"{self.module}.lora_B.MatMul.weight"
 
 
-def open_slots(path: Path) -> tuple[Slot, ...]:
+def open_slots(path: Path) -> tuple[LoraSlot, ...]:
     """Turn the LoRA weights of an unmerged graph into inputs. ExportError if it has none, or half a pair."""
     model = open_model(path)
     graph = model.graph
@@ -61,17 +61,17 @@ def open_slots(path: Path) -> tuple[Slot, ...]:
     return slots
 
 
-def _slot(path: Path, module: str, sides: Mapping[str, ir.Value]) -> Slot:
+def _slot(path: Path, module: str, sides: Mapping[str, ir.Value]) -> LoraSlot:
     if sides.keys() != {"A", "B"}:
         raise ExportError("the graph has only half of a LoRA", where=path, tensor=module, expected="A and B")
     match = _WEIGHT.fullmatch(f"{module}.lora_A.MatMul.weight")
     down, up = (sides[side].const_value for side in "AB")
     assert match is not None and down is not None and up is not None
     dtype = down.dtype.name.lower()
-    return Slot(module, int(match["layer"]), match["leaf"], int(down.shape[0]), int(up.shape[1]), dtype)
+    return LoraSlot(module, int(match["layer"]), match["leaf"], int(down.shape[0]), int(up.shape[1]), dtype)
 
 
-def _make_inputs(graph: ir.Graph, slot: Slot, down: ir.Value, up: ir.Value) -> None:
+def _make_inputs(graph: ir.Graph, slot: LoraSlot, down: ir.Value, up: ir.Value) -> None:
     """Make the two matrices inputs that default to rank 0."""
     rank = ir.SymbolicDim(f"rank of {slot.module}")
     for value, shape, empty in (
@@ -90,7 +90,7 @@ def _make_inputs(graph: ir.Graph, slot: Slot, down: ir.Value, up: ir.Value) -> N
             between.shape = ir.Shape([*between.shape[:-1], rank])
 
 
-def write_adapter(path: Path, matrices: Mapping[Slot, tuple[Array, Array]]) -> None:
+def write_adapter(path: Path, matrices: Mapping[LoraSlot, tuple[Array, Array]]) -> None:
     """Write an .onnx_adapter file. matrices: for each slot in use, Aᵀ (in, r) and s·Bᵀ (r, out), in fp32."""
     import onnxruntime as ort
 

@@ -1,4 +1,4 @@
-"""An exported model against the unmerged one: its numbers, its arithmetic, and what is left of the adapter."""
+"""Compares an exported model with the unmerged one: weights, arithmetic, and how much of the adapter is left."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Judged:
-    """checks: of one export; effect: what its graphs leave of the adapter's effect, by the story."""
+    """checks: of one export; effect: what its graphs leave of the adapter's effect, as the story measures it."""
 
     checks: tuple[Check, ...]
     effect: Any
@@ -32,8 +32,8 @@ class Judged:
 
 @dataclass(frozen=True)
 class Judge:
-    """What exports are judged by. merged: the merged folder, an outline without numbers where `alone`; keep: as of
-    load_unmerged; dtypes: stored types of the merged parameters."""
+    """The references that exports are compared with. merged: the merged folder, only headers if `alone`; keep: as
+    in load_unmerged; dtypes: stored types of the merged parameters."""
 
     story: Story
     unmerged: Any
@@ -53,7 +53,7 @@ class Judge:
             if held is not None:
                 of = "the unmerged model" if self.alone else "the merged folder"
                 checks.append(held.check(f"{pair.prefix}weight_errors", of))
-        graph = replace(graph, model=None)  # which would stay in memory beside the base's
+        graph = replace(graph, model=None)  # frees it before the base's is loaded
         prefix = f"{pair.prefix}base_"
         with self._model(pair, pair.base_graphs, base_numbers(self.unmerged), self.dtypes) as held:
             base = self._graph(pair, pair.base_graphs, held, prefix)
@@ -66,7 +66,7 @@ class Judge:
     def _model(
         self, pair: ExportedPair, graphs: tuple[Path, ...], expected: Expected, stored: Any
     ) -> Iterator[GraphModel | None]:
-        """None for a graph whose weights nothing describes: it is then judged by its outputs alone."""
+        """None for a graph without a weights map, which is compared by its outputs only."""
         folder = graphs[0].parent
         if (folder / graph_weights.NAME).is_file():
             with graph_model(graphs, self.unmerged, self.merged, expected, stored, self.keep) as held:
@@ -74,7 +74,7 @@ class Judge:
             return
         if pair.precision in QUANTIZED and pair.activations == "float":
             raise ExportError(
-                f"the export has no {graph_weights.NAME}, so nothing says what its quantized numbers stand for",
+                f"the export has no {graph_weights.NAME}, so its quantized weights cannot be checked",
                 where=folder,
                 expected="an export of this tool",
                 next_step="lora-export export -m MERGED -o ONNX, and validate that",
@@ -90,7 +90,7 @@ class Judge:
 
 
 def arithmetic_of(pair: ExportedPair, paths: tuple[Path, ...]) -> Arithmetic:
-    """What the graph computes in: the type of its data, and whether its products take inputs of 8 bits."""
+    """What the graph computes in: the type of its data, and whether its products convert inputs to 8 bits."""
     folder = paths[0].parent
     if pair.activations != "float":
         return Arithmetic(inputs=0, weights=True)

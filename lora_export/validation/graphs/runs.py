@@ -1,4 +1,4 @@
-"""Exported graphs under ONNX Runtime, run as a user's program would, for tensors of PyTorch."""
+"""Exported graphs in ONNX Runtime, run as in a user's program, on PyTorch tensors."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from lora_export.graph_runs.feeds import completed
 from lora_export.graph_runs.runs import Decoder, EncoderDecoder, GraphRun, State
 from lora_export.graph_runs.signature import POSITIONS, Array
 
-SPLIT = 3  # a prompt is fed in this many pieces, so that the cache has to carry the context
-STEPS = 2  # tokens at the end of a text that the decoder is given one at a time, from its cache
+SPLIT = 3  # pieces of a prompt, so that the cache has to carry the context
+STEPS = 2  # tokens at the end of a text that the decoder gets one at a time
 
 
 class OnnxDecoder:
@@ -61,7 +61,7 @@ class OnnxDecoder:
 
 
 class OnnxSeq2Seq:
-    """graphs: the encoder's, the decoder's, and the decoder's with a cache where that is another."""
+    """graphs: the encoder's, the decoder's, and the decoder's with a cache if that is another."""
 
     def __init__(self, graphs: Sequence[Path], provider: str) -> None:
         self._runs = EncoderDecoder(graphs, provider)
@@ -85,7 +85,7 @@ class OnnxSeq2Seq:
 
 
 class OnnxEncoder:
-    """A model that does not generate. Inputs that a batch lacks are what transformers takes in their place."""
+    """A model that does not generate. Inputs that a batch lacks get the defaults of transformers."""
 
     def __init__(self, model: Path, provider: str) -> None:
         self._run = GraphRun(model, provider)
