@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import onnx.defs
     import onnx_ir as ir
-    from onnx.defs import OpSchema
 
 # work: decides how much is computed; choice: decides which elements, not how many; operand: neither
 Role = Literal["work", "choice", "operand"]
@@ -136,13 +136,13 @@ def _allowed(node: "ir.Node", position: int, versions: Mapping[str, int]) -> fro
 
 
 @lru_cache(maxsize=1024)
-def _schema(name: str, domain: str, version: int) -> "OpSchema | None":
-    from onnx.defs import SchemaError, get_schema
+def _schema(name: str, domain: str, version: int) -> "onnx.defs.OpSchema | None":
+    import onnx.defs
 
     if domain not in _STANDARD:
         return None
     domain = "" if domain == "ai.onnx" else domain
     try:
-        return get_schema(name, version, domain)
-    except SchemaError:
+        return onnx.defs.get_schema(name, version, domain)
+    except onnx.defs.SchemaError:
         return None

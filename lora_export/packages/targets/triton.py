@@ -148,8 +148,7 @@ def _warm_up(pb: Any, config: Any, inputs: Sequence[ir.Value], batched: bool) ->
     for value in inputs:
         name, dims = str(value.name), [_warm_size(size, past) for size in _sizes(value)[int(batched) :]]
         sent = warm.inputs[name]
-        sent.data_type = _type(pb, value)
-        sent.dims.extend(dims)
+        sent.MergeFrom(type(sent)(data_type=_type(pb, value), dims=dims))
         if "mask" in name and value.dtype is not None:
             files[name] = np.ones(dims, value.dtype.numpy())
             sent.input_data_file = name
