@@ -99,7 +99,7 @@ def hidden_flag(folder: Path, model: onnx.ModelProto) -> None:
         (entry("location", ""), "external data at ''", "w"),
         (entry("location", "sub/weights.bin"), "'sub/weights.bin'", "w"),
         (entry("location", "..\\weights.bin"), "weights.bin'", "w"),
-        (entry("location", "missing.bin"), "is not there", "w"),
+        (entry("location", "missing.bin"), "does not exist", "w"),
         (entry("offset", "-1"), "offset '-1'", "w"),
         (entry("length", "-16"), "length '-16'", "w"),
         (entry("length", "17"), "bytes 0 to 17 of 'weights.bin', which has 16", "w"),
