@@ -90,9 +90,9 @@ class Decoder:
         """
         run = self._later if state.seen else self._first
         feed = completed(run.signature, {**state.values, IDS: ids, **given}, state.seen)
-        found = run.values(feed)
-        logits = to_numpy(found.pop(LOGITS), run.signature.outputs[LOGITS].dtype).astype(np.float32)
-        continued = {read_as(name): value for name, value in found.items()}
+        outputs = run.values(feed)
+        logits = to_numpy(outputs.pop(LOGITS), run.signature.outputs[LOGITS].dtype).astype(np.float32)
+        continued = {read_as(name): value for name, value in outputs.items()}
         return logits, State({**state.values, **continued}, state.seen + ids.shape[1])
 
 
@@ -108,5 +108,5 @@ class EncoderDecoder(Decoder):
         """The state before the first step. inputs: what the encoder reads, by transformers' names."""
         first = next(iter(inputs.values()))
         given = {_AUDIO: first, MASK: np.ones(first.shape[:2], np.int64), **inputs}
-        found = self._encoder.values(completed(self._encoder.signature, given))
-        return State({ENCODER_MASK: given[MASK], **{read_as(name): value for name, value in found.items()}})
+        outputs = self._encoder.values(completed(self._encoder.signature, given))
+        return State({ENCODER_MASK: given[MASK], **{read_as(name): value for name, value in outputs.items()}})

@@ -42,12 +42,12 @@ def opened(model: Path, source: WeightSource | None) -> Iterator[WeightSource]:
 
 def fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
     """Write the data files of a new export, and the hashes that tell the next export what has changed."""
-    found = weights_map.read(stage)
+    described = weights_map.read(stage)
     if not isinstance(numbers, FileSource):
-        refuse_undescribed(found, numbers)
-    disk.check_space(stage, sum(found.sizes.values()))
-    Writing(stage, found, numbers, progress).run()
-    weights_map.write(stage, replace(found, hashes=hash_all(numbers)))
+        refuse_undescribed(described, numbers)
+    disk.check_space(stage, sum(described.sizes.values()))
+    Writing(stage, described, numbers, progress).run()
+    weights_map.write(stage, replace(described, hashes=hash_all(numbers)))
 
 
 def against_plain_graphs(job: ExportJob, made: Made, chosen: Engine) -> float | None:

@@ -85,12 +85,12 @@ def recipe_of(tensor: torch.Tensor, name: str) -> Recipe:
 
 
 def _sources(args: Iterable[Any]) -> frozenset[str]:
-    found: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
     for value in args:
         if isinstance(value, list | tuple):
-            found |= _sources(value)
-        found |= getattr(value, "sources", frozenset())
-    return found
+            names |= _sources(value)
+        names |= getattr(value, "sources", frozenset())
+    return names
 
 
 def _together(args: Sequence[Any]) -> Sequence[Any]:

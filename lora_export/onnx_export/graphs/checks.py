@@ -209,9 +209,9 @@ def _number(path: Path, tensor: "onnx.TensorProto", entries: dict[str, str], key
     return int(text)
 
 
-def _refusal(path: Path, tensor: "onnx.TensorProto", found: str, expected: str) -> ExportError:
+def _refusal(path: Path, tensor: "onnx.TensorProto", what: str, expected: str) -> ExportError:
     return ExportError(
-        found,
+        what,
         where=path,
         tensor=str(tensor.name) or "(unnamed)",
         expected=expected,

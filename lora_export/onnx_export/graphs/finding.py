@@ -28,11 +28,11 @@ def find_graphs(folder: Path) -> list[Path]:
     Runtime's own format, which cannot be checked.
     """
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    found = {p for p in files if p.suffix == SUFFIX or looks_like_graph(p)}
+    graphs = {p for p in files if p.suffix == SUFFIX or looks_like_graph(p)}
     for path in files:
         for name in named_models(path):
-            found |= _beside(path, name)
-    return sorted(found)
+            graphs |= _beside(path, name)
+    return sorted(graphs)
 
 
 def _beside(config: Path, name: str) -> set[Path]:

@@ -23,25 +23,25 @@ def compare(fused: Path, plain: Path, config: Mapping[str, Any], limit: float = 
     """The largest difference of any output, relative to its largest value. ExportError beyond `limit`."""
     run = GraphRun(plain)
     feed = _feed(run, plain, config)
-    expected, found = run.arrays(feed), GraphRun(fused).arrays(feed)
-    if expected.keys() != found.keys():
-        odd = sorted(expected.keys() ^ found.keys())[0]
+    expected, actual = run.arrays(feed), GraphRun(fused).arrays(feed)
+    if expected.keys() != actual.keys():
+        odd = sorted(expected.keys() ^ actual.keys())[0]
         raise _refusal(fused, f"only one of the graphs has the output {odd}")
     worst = 0.0
     for name, value in expected.items():
-        if value.shape != found[name].shape:
-            raise _refusal(fused, f"{name} has shape {list(found[name].shape)} instead of {list(value.shape)}")
-        error = difference(value, found[name])
+        if value.shape != actual[name].shape:
+            raise _refusal(fused, f"{name} has shape {list(actual[name].shape)} instead of {list(value.shape)}")
+        error = difference(value, actual[name])
         if not error <= limit:
             raise _refusal(fused, f"{name} differs by {error:.2g} of its largest value")
         worst = max(worst, error)
     return worst
 
 
-def difference(expected: Array, found: Array) -> float:
+def difference(expected: Array, actual: Array) -> float:
     """The largest difference, relative to the largest value expected; NaN if either has one."""
     with np.errstate(invalid="ignore"):
-        return float(np.abs(expected - found).max(initial=0) / np.maximum(np.abs(expected).max(initial=0), 1e-30))
+        return float(np.abs(expected - actual).max(initial=0) / np.maximum(np.abs(expected).max(initial=0), 1e-30))
 
 
 def _feed(run: GraphRun, path: Path, config: Mapping[str, Any]) -> dict[str, Array]:
@@ -58,9 +58,9 @@ def _feed(run: GraphRun, path: Path, config: Mapping[str, Any]) -> dict[str, Arr
     return made_up(inputs, Sizes(batch, 7, past, 9, 16_000, named, vocabulary))
 
 
-def _refusal(path: Path, found: str) -> ExportError:
+def _refusal(path: Path, what: str) -> ExportError:
     return ExportError(
-        f"the fused graph does not compute what the plain one does: {found}",
+        f"the fused graph does not compute what the plain one does: {what}",
         where=path,
         expected=f"a difference of at most {RELATIVE:.0e}",
         next_step="--optimize basic, or none; please report the architecture",

@@ -89,10 +89,10 @@ def _differences(a: Canonical, b: Canonical) -> Iterator[str]:
     for operator in sorted(ours.keys() | theirs.keys()):
         if ours[operator] != theirs[operator]:
             yield f"{operator}: {ours[operator]} in the base, {theirs[operator]} in the other"
-    found = list(_by_node(a.nodes, b.nodes)) or list(_elsewhere(a, b))
-    yield from found[:SHOWN]
-    if len(found) > SHOWN:
-        yield f"and {len(found) - SHOWN} more nodes differ"
+    lines = list(_by_node(a.nodes, b.nodes)) or list(_elsewhere(a, b))
+    yield from lines[:SHOWN]
+    if len(lines) > SHOWN:
+        yield f"and {len(lines) - SHOWN} more nodes differ"
 
 
 def _by_node(a: Sequence[Node], b: Sequence[Node]) -> Iterator[str]:
@@ -111,10 +111,10 @@ def _changed(ours: Node, theirs: Node) -> str:
     if (ours.operator, ours.operands) != (theirs.operator, theirs.operands):
         a, b = (f"{node.operator}({node.operands})" for node in (ours, theirs))
         return f"the base has {a}; the other has {b}"
-    known, found = dict(ours.attributes), dict(theirs.attributes)
-    unlike = sorted(key for key in known.keys() | found.keys() if known.get(key) != found.get(key))
+    own, other = dict(ours.attributes), dict(theirs.attributes)
+    unlike = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
     parts = [
-        f"{key} {known.get(key, 'absent')} in the base, {found.get(key, 'absent')} in the other" for key in unlike
+        f"{key} {own.get(key, 'absent')} in the base, {other.get(key, 'absent')} in the other" for key in unlike
     ]
     return f"{ours.operator} with {'; '.join(parts)}"
 
@@ -162,13 +162,15 @@ def _floating(graph: Canonical) -> dict[str, int]:
 
 
 def _settings_warnings(base: Path, merged: Path) -> list[str]:
-    found = []
+    warnings = []
     for name in ("config.json", "generation_config.json"):
         path, before = merged.with_name(name), base.with_name(name)
         settings = read_json(path) if path.is_file() else {}
         if settings.get("use_cache") is False:
-            found.append(f"{name} has use_cache false: a runtime that obeys it recomputes all tokens at each step")
+            warnings.append(
+                f"{name} has use_cache false: a runtime that obeys it recomputes all tokens at each step"
+            )
         tied = settings.get("tie_word_embeddings")
         if tied is False and before.is_file() and read_json(before).get("tie_word_embeddings") is True:
-            found.append(f"{name} no longer ties the embeddings: the output layer has its own weight")
-    return found
+            warnings.append(f"{name} no longer ties the embeddings: the output layer has its own weight")
+    return warnings

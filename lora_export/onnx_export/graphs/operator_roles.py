@@ -124,8 +124,8 @@ def keeps_type(node: "ir.Node", versions: Mapping[str, int]) -> bool:
 
 def since(node: "ir.Node", versions: Mapping[str, int]) -> int:
     """The operator set version that gave the operator its present meaning; 0 if ONNX does not define it."""
-    found = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
-    return int(found.since_version) if found else 0
+    schema = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
+    return int(schema.since_version) if schema else 0
 
 
 def _allowed(node: "ir.Node", position: int, versions: Mapping[str, int]) -> frozenset[str] | None:

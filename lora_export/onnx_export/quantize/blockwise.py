@@ -47,8 +47,8 @@ class Blockwise:
         if self.accuracy_level not in ACCURACY_LEVELS:
             raise _refusal(f"accuracy level {self.accuracy_level}", "0 to 4", "--accuracy-level 4")
         if self.method == "nf4" and (self.algorithm != "default" or not self.symmetric):
-            found = "nf4 with zero points" if self.algorithm == "default" else f"nf4 with {self.algorithm}"
-            raise _refusal(found, "the default quantizer, symmetric: nf4 has no other", "--precision int4")
+            what = "nf4 with zero points" if self.algorithm == "default" else f"nf4 with {self.algorithm}"
+            raise _refusal(what, "the default quantizer, symmetric: nf4 has no other", "--precision int4")
         if self.algorithm == "k_quant" and self.symmetric:
             raise _refusal("k_quant without zero points", "zero points, which it optimizes", "--quantizer rtn")
         if self.eight_bits and self.method != "int4":
@@ -79,8 +79,8 @@ def blockwise(precision: Precision, provider: str, options: QuantizationOptions)
     return how
 
 
-def _refusal(found: str, expected: str, next_step: str) -> ExportError:
-    return ExportError(f"{found} cannot be exported", expected=expected, next_step=next_step)
+def _refusal(what: str, expected: str, next_step: str) -> ExportError:
+    return ExportError(f"{what} cannot be exported", expected=expected, next_step=next_step)
 
 
 def quantize_graph(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -> list[Weight]:

@@ -52,9 +52,9 @@ def dequantize(arrays: Mapping[Part, Array], rows: int, columns: int, how: Quant
     scales = arrays["scales"].astype(np.float32)
     if how.method in _BNB4:
         codes = _halves(arrays["packed"])[..., ::-1].reshape(-1)[: rows * columns]  # the first is in the upper half
-        found = np.array(_CODES[how.method], np.float32)[codes]
-        found *= np.repeat(scales, how.block_size)[: rows * columns]
-        return np.ascontiguousarray(found.reshape(columns, rows).T)
+        matrix = np.array(_CODES[how.method], np.float32)[codes]
+        matrix *= np.repeat(scales, how.block_size)[: rows * columns]
+        return np.ascontiguousarray(matrix.reshape(columns, rows).T)
     bits, blocks = _BITS[how.method], -(-rows // how.block_size)
     numbers = arrays["packed"].reshape(columns, blocks, -1)
     points = arrays.get("zero_points")
@@ -62,8 +62,8 @@ def dequantize(arrays: Mapping[Part, Array], rows: int, columns: int, how: Quant
         numbers = _halves(numbers).reshape(columns, blocks, how.block_size)
         points = None if points is None else _halves(points).reshape(columns, -1)[:, :blocks]
     zeros = np.float32(2 ** (bits - 1)) if points is None else points.astype(np.float32)[..., None]
-    found = (numbers.astype(np.float32) - zeros) * scales[..., None]
-    return np.ascontiguousarray(found.reshape(columns, -1)[:, :rows].T)
+    matrix = (numbers.astype(np.float32) - zeros) * scales[..., None]
+    return np.ascontiguousarray(matrix.reshape(columns, -1)[:, :rows].T)
 
 
 def _halves(packed: Array) -> Array:
@@ -90,13 +90,13 @@ def shapes(rows: int, columns: int, how: Quantization) -> dict[Part, tuple[int, 
         count = rows * columns
         return {"packed": (-(-count // 2),), "scales": (-(-count // how.block_size),)}
     bits, blocks = _BITS[how.method], -(-rows // how.block_size)
-    found: dict[Part, tuple[int, ...]] = {
+    arrays: dict[Part, tuple[int, ...]] = {
         "packed": (columns, blocks, how.block_size * bits // 8),
         "scales": (columns, blocks),
     }
     if not how.symmetric:
-        found["zero_points"] = (columns, -(-blocks * bits // 8))
-    return found
+        arrays["zero_points"] = (columns, -(-blocks * bits // 8))
+    return arrays
 
 
 def _default(padded: Array, rows: int, bits: int, how: Quantization) -> dict[Part, Array]:
@@ -109,8 +109,8 @@ def _default(padded: Array, rows: int, bits: int, how: Quantization) -> dict[Par
     zero_points = np.zeros((columns, -(-blocks * bits // 8)), np.uint8)
     run = native.quantize_matmul_8bits if bits == 8 else native.quantize_matmul_4bits
     run(packed, padded, scales, zero_points, how.block_size, columns, rows, how.symmetric)
-    found: dict[Part, Array] = {"packed": packed, "scales": scales}
-    return found if how.symmetric else found | {"zero_points": zero_points}
+    arrays: dict[Part, Array] = {"packed": packed, "scales": scales}
+    return arrays if how.symmetric else arrays | {"zero_points": zero_points}
 
 
 def _searched(padded: Array, bits: int, how: Quantization) -> dict[Part, Array]:
@@ -127,18 +127,18 @@ def _searched(padded: Array, bits: int, how: Quantization) -> dict[Part, Array]:
         numbers, scales, zeros = weight_only.quant_tensor(turned, bits, how.block_size, scheme, "uint", 1)
     numbers = numbers.astype(np.uint8).reshape(columns, blocks, how.block_size)
     packed = numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
-    found: dict[Part, Array] = {
+    arrays: dict[Part, Array] = {
         "packed": packed,
         "scales": scales.astype(padded.dtype).reshape(columns, blocks),
     }
     if how.symmetric:
-        return found
+        return arrays
     points = zeros.astype(np.uint8).reshape(columns, blocks)
     if bits == 4:
         even = np.full((columns, -(-blocks // 2) * 2), 8, np.uint8)  # half a byte is unused
         even[:, :blocks] = points
         points = even[:, ::2] | even[:, 1::2] << 4
-    return found | {"zero_points": points}
+    return arrays | {"zero_points": points}
 
 
 def _bnb4(matrix: Array, how: Quantization) -> dict[Part, Array]:

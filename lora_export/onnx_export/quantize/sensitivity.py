@@ -76,12 +76,12 @@ def choose_kept(
     or nothing to quantize.
     """
     graph = open_model(model)
-    found = _groups(graph, weights_map.read(model.parent).weights, groups)
-    run = _Run(model, graph, found)
+    chosen = _groups(graph, weights_map.read(model.parent).weights, groups)
+    run = _Run(model, graph, chosen)
     expected = [run(feed, {}) for feed in feeds]
     wide = replace(how, method="int8") if eight_bits else None
     measured = []
-    for done, group in enumerate(found):
+    for done, group in enumerate(chosen):
         changed = dict(run.simulated(p, how) for p in group.products)
         damage = float(np.mean([_damage(e, run(f, changed), logits) for e, f in zip(expected, feeds, strict=True)]))
         if not np.isfinite(damage):
@@ -93,8 +93,8 @@ def choose_kept(
             )
         grown = sum(_kept_nbytes(p, wide, item_size) - _nbytes(p, how, item_size) for p in group.products)
         measured.append(Damage(group.name, group.nodes, damage, grown))
-        progress.advance(done + 1, len(found))
-    quantized = sum(_nbytes(p, how, item_size) for g in found for p in g.products)
+        progress.advance(done + 1, len(chosen))
+    quantized = sum(_nbytes(p, how, item_size) for g in chosen for p in g.products)
     return mark(measured, budget=int(budget * quantized), target=target)
 
 
@@ -144,9 +144,9 @@ def _groups(graph: ir.Model, weights: Sequence[Weight], most: int) -> list[_Grou
 def _group_name(node: str, layers: int) -> str:
     """The node's name, with the first and last of `layers` layers in place of its own."""
 
-    def together(found: re.Match[str]) -> str:
-        first = int(found[1]) // layers * layers
-        return f"{found[0][: -len(found[1])]}{first}-{first + layers - 1}"
+    def together(match: re.Match[str]) -> str:
+        first = int(match[1]) // layers * layers
+        return f"{match[0][: -len(match[1])]}{first}-{first + layers - 1}"
 
     return node if layers == 1 else _LAYER.sub(together, node, count=1)
 
@@ -230,20 +230,20 @@ def _replaceable(graph: ir.Graph, product: Product, nodes: Sequence[str]) -> Non
     graph.inputs.append(value)
 
 
-def _damage(expected: Mapping[str, Array], found: Mapping[str, Array], logits: str | None) -> float:
+def _damage(expected: Mapping[str, Array], changed: Mapping[str, Array], logits: str | None) -> float:
     if logits is not None:
-        return _divergence(expected[logits], found[logits])
+        return _divergence(expected[logits], changed[logits])
     errors = []
     for name, value in expected.items():
         if value.dtype.kind == "f" and value.size:
             wanted = value.astype(np.float64)
-            errors.append(float(np.sum((found[name] - wanted) ** 2) / np.maximum(np.sum(wanted**2), 1e-30)))
+            errors.append(float(np.sum((changed[name] - wanted) ** 2) / np.maximum(np.sum(wanted**2), 1e-30)))
     return float(np.mean(errors)) if errors else 0.0
 
 
-def _divergence(expected: Array, found: Array) -> float:
+def _divergence(expected: Array, changed: Array) -> float:
     """Mean KL(expected ‖ found) over positions, of logits in the last dimension, in nats."""
     from scipy.special import log_softmax
 
-    wanted, other = (log_softmax(logits.astype(np.float64), -1) for logits in (expected, found))
+    wanted, other = (log_softmax(logits.astype(np.float64), -1) for logits in (expected, changed))
     return float(np.mean(np.sum(np.exp(wanted) * (wanted - other), axis=-1)))

@@ -68,12 +68,12 @@ def graph_model(
     shapes = _shapes(merged)
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
         work = Path(scratch)
-        found = GraphModel(None)
+        checked_model = GraphModel(None)
         writer = _Writer(work, shapes)
         for held in graph_weights.read(graphs, shapes):
-            _judge(held, expected(held), stored, found)
+            _judge(held, expected(held), stored, checked_model)
             writer.add(held)
-        if not found.checked and not found.unchecked:
+        if not checked_model.checked and not checked_model.unchecked:
             raise ExportError(
                 "the export holds none of this model's tensors",
                 where=graphs[0].parent,
@@ -81,19 +81,19 @@ def graph_model(
                 next_step="lora-export export -m MERGED -o ONNX",
             )
         head = writer.finish()
-        found.model = _load(work, unmerged, merged, head, keep)
-        yield found
+        checked_model.model = _load(work, unmerged, merged, head, keep)
+        yield checked_model
 
 
 def _judge(
-    held: Held, wanted: torch.Tensor | None, stored: Mapping[str, torch.dtype] | None, found: GraphModel
+    held: Held, wanted: torch.Tensor | None, stored: Mapping[str, torch.dtype] | None, checked_model: GraphModel
 ) -> None:
     if wanted is None:
-        found.unchecked.append(held.tensor)
+        checked_model.unchecked.append(held.tensor)
         return
-    found.checked += 1
+    checked_model.checked += 1
     if not error_of(held, wanted, stored) <= 1:
-        found.wrong.append(held.tensor)
+        checked_model.wrong.append(held.tensor)
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

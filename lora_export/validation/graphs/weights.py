@@ -228,9 +228,9 @@ def _fp32(values: Any) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values).astype(np.float32))
 
 
-def _odd(folder: Path, entry: Mapping[str, Any], found: str) -> ExportError:
+def _odd(folder: Path, entry: Mapping[str, Any], what: str) -> ExportError:
     return ExportError(
-        f"the weights map has {found}",
+        f"the weights map has {what}",
         where=folder / NAME,
         tensor=entry["name"],
         expected="the bytes of the initializer, as the export wrote them",

@@ -67,25 +67,25 @@ def _single(model: Any) -> GraphPart:
 
 def _inputs(model: Any) -> dict[str, Input]:
     config = model.config
-    found: dict[str, Input] = {}
+    inputs: dict[str, Input] = {}
     ids: Input = ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "sequence_length"})
     if _takes(model, "input_ids"):
         two_towers = _takes(model, "pixel_values")
         axes = {0: "text_batch_size" if two_towers else "batch_size", 1: "sequence_length"}
-        found["input_ids"] = (ids[0], ids[1], axes)
+        inputs["input_ids"] = (ids[0], ids[1], axes)
         if two_towers:
-            found["pixel_values"] = _pixels(config.vision_config, "image_batch_size")
-        found["attention_mask"] = (ids[0], ids[1], axes)
+            inputs["pixel_values"] = _pixels(config.vision_config, "image_batch_size")
+        inputs["attention_mask"] = (ids[0], ids[1], axes)
         if _takes(model, "token_type_ids") and getattr(config, "type_vocab_size", 0) > 1:
-            found["token_type_ids"] = (ids[0], ids[1], axes)
+            inputs["token_type_ids"] = (ids[0], ids[1], axes)
     elif _takes(model, "pixel_values"):
-        found["pixel_values"] = _pixels(config, "batch_size")
+        inputs["pixel_values"] = _pixels(config, "batch_size")
     elif _takes(model, "input_values"):
         axes = {0: "batch_size", 1: "sequence_length"}
-        found["input_values"] = ((BATCH, 16_000), torch.float32, axes)
+        inputs["input_values"] = ((BATCH, 16_000), torch.float32, axes)
         if getattr(config, "feat_extract_norm", None) == "layer":  # others were trained without a mask
-            found["attention_mask"] = ((BATCH, 16_000), torch.int64, axes)
-    return found
+            inputs["attention_mask"] = ((BATCH, 16_000), torch.int64, axes)
+    return inputs
 
 
 def _pixels(config: Any, batch: str) -> Input:

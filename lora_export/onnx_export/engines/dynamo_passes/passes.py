@@ -201,14 +201,14 @@ def pack_projections(graph: TracedGraph) -> None:
         projections = [_projection(graph, v) for v in node.inputs[:3]]
         if len(projections) != 3 or any(p is None for p in projections):
             continue
-        found = [p for p in projections if p is not None]
+        joined = [p for p in projections if p is not None]
         mask, bias = _input(node, 4), _input(node, 5)
-        if len({id(p.source) for p in found}) != 1 or _input(node, 6) is not None:
+        if len({id(p.source) for p in joined}) != 1 or _input(node, 6) is not None:
             continue
-        weight, offset = _joined(graph, [p.weight for p in found]), _joined(graph, [p.bias for p in found])
+        weight, offset = _joined(graph, [p.weight for p in joined]), _joined(graph, [p.bias for p in joined])
         if weight is None or offset is None:
             continue
-        inputs: list[ir.Value | None] = [found[0].source, weight, offset, mask, None, bias]
+        inputs: list[ir.Value | None] = [joined[0].source, weight, offset, mask, None, bias]
         while inputs[-1] is None:
             inputs.pop()
         attributes = {"num_heads": node.attributes["num_heads"].as_int()}
