@@ -67,7 +67,7 @@ class RunManifest:
         return decode(self.options, RecordedOptions, "the list of options in the manifest", NAME)
 
 
-def write(stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], options: Mapping[str, Any]) -> None:
+def write(stage: Path, base: Source, adapters: Sequence[AdapterChoice], options: Mapping[str, Any]) -> None:
     """Of everything in `stage`, sealed with its own digest. options: as the report keeps them."""
     manifest = RunManifest(
         schema_version=1,
@@ -76,8 +76,7 @@ def write(stage: Path, base: Source, adapters: Sequence[tuple[Source, float]], o
         options=options,
         base=RecordedSource(**named(base), files=_input_hashes(base.folder)),
         adapters=tuple(
-            RecordedAdapter(**named(source), weight=weight, files=_input_hashes(source.folder))
-            for source, weight in adapters
+            RecordedAdapter(**named(a.source), weight=a.weight, files=_input_hashes(a.folder)) for a in adapters
         ),
         files=hash_folder(stage),
     )

@@ -1,25 +1,22 @@
 """Another adapter in a process that serves a model, without a restart and without a request that fails.
 
-Three ways, each measured by tools/bench_switch.py:
+Two ways, each measured by tools/bench_switch.py:
 
 * `Plugged`: a graph with slots (`lora-export export -a …`) takes an .onnx_adapter with each run. Requests with
   different adapters can run at the same time, and each costs what an unmerged LoRA costs.
-* `Overridden`: the weights of a merged export lie in memory of ours, and a switch writes others into it. Nothing is
-  opened, but ONNX Runtime may not rearrange the weights for itself, which the CPU provider misses much.
 * `Swapped`: another merged export is opened beside the one that serves, and takes over when it is ready. Requests
   run at full speed, and for a moment both models are in memory.
 
-All may be used by several threads. `run` takes and gives what `InferenceSession.run` does.
+Both may be used by several threads. `run` takes and gives what `InferenceSession.run` does.
 """
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.errors import InputError
-from lora_export.runtime import open_session, resolve_provider, session_options
+from lora_export.runtime import open_session, resolve_provider
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,51 +69,6 @@ class Plugged:
         return list(self.session.run(outputs, dict(feeds), options))
 
 
-class Overridden:
-    """A merged export whose weights are overwritten by those of another export with the same graph."""
-
-    def __init__(self, folder: Path, provider: str = "auto") -> None:
-        import onnxruntime
-
-        from lora_export.onnx_export.weights.live import LiveWeights
-
-        device = resolve_provider(provider)
-        options = session_options()
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        # An optimization could make new weights of those that are to be overwritten.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self._weights = LiveWeights(folder)
-        self._values = {}
-        for name, array in self._weights.arrays():
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(array, "cpu" if device == "cpu" else "cuda", 0)
-            options.add_initializer(name, value)
-            self._values[name] = value
-        self.session = open_session(_graph(folder), device, options=options)
-        self._turns = _Turns()
-
-    @property
-    def folder(self) -> Path:
-        """The export whose numbers are in use."""
-        return self._weights.folder
-
-    def switch(self, folder: Path) -> int:
-        """Take the weights of another export, when the runs that began are done. How many arrays were written.
-
-        InputError unless it has this graph; then nothing has changed.
-        """
-        following = self._weights.of(folder)
-        arrays = list(self._weights.differing(following))
-        with self._turns.alone():
-            for name, array in arrays:
-                self._values[name].update_inplace(array)
-            self._weights = following
-        return len(arrays)
-
-    def run(self, outputs: Sequence[str] | None, feeds: Feeds) -> list[Any]:
-        with self._turns.shared():
-            return list(self.session.run(outputs, dict(feeds)))
-
-
 class Swapped:
     """A merged export, and the next one opened beside it."""
 
@@ -162,34 +114,3 @@ def _graph(folder: Path) -> Path:
         )
     check_model(graphs[0])
     return graphs[0]
-
-
-class _Turns:
-    """Many may share, or one is alone. Who waits to be alone is next: nobody begins to share before that."""
-
-    def __init__(self) -> None:
-        self._sharing, self._waiting, self._changed = 0, 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting == 0)
-            self._sharing += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._sharing -= 1
-                self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Who comes to share meanwhile waits, from the moment this is asked for."""
-        with self._changed:
-            self._waiting += 1
-            try:
-                self._changed.wait_for(lambda: self._sharing == 0)
-                yield
-            finally:
-                self._waiting -= 1
-                self._changed.notify_all()

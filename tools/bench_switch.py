@@ -21,11 +21,11 @@ from typing import Any
 
 from processes import circumstances, save, spread
 
-from lora_export.contracts import AdapterChoice, Source
+from lora_export.contracts import AdapterChoice, ExportOptions
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
-from lora_export.serving import Overridden, Plugged, Swapped
+from lora_export.serving import Plugged, Swapped
 from lora_export.workflows.pluggable import export_pluggable
 from lora_export.workflows.switching import switch
 
@@ -76,14 +76,13 @@ def live(plain: Path, other: Path, plugged: Path | None, repeat: int) -> dict[st
     graph, providers = str(plain / "model.onnx"), ["CPUExecutionProvider"]
     unmeasured = onnxruntime.InferenceSession(graph, providers=providers)
     base = onnxruntime.InferenceSession(graph, providers=unmeasured.get_providers())
-    overridden, swapped = Overridden(plain, "cpu"), Swapped(plain, "cpu")
+    swapped = Swapped(plain, "cpu")
     feeds = step(base)
     runs: dict[str, Callable[[], Any]] = {
         "plain": lambda: base.run(None, feeds),
-        "overridden": lambda: overridden.run(None, feeds),
         "swapped": lambda: swapped.run(None, feeds),
     }
-    switches: dict[str, Callable[[Path], Any]] = {"overridden": overridden.switch, "swapped": swapped.switch}
+    switches: dict[str, Callable[[Path], Any]] = {"swapped": swapped.switch}
     if plugged is not None:
         session = Plugged(plugged, "cpu")
         (adapter,) = session.adapters
@@ -127,19 +126,15 @@ def main() -> None:
         )  # fmt: skip
         _say("merged", results["merged"])
         for precision in options.precision:
-            graph = export(base, work / f"base-{precision}", precision=precision, provider="cpu", progress=progress)
+            graph = export(base, work / f"base-{precision}", ExportOptions(precision, "cpu"), progress=progress)
             pair = [
                 reweight(graph.output, m, work / f"{precision}-{i}", progress=progress).output
                 for i, m in enumerate(merged)
             ]
             plugged = None
             if precision != "int4":
-                source = Source("base", base)
                 plugged = work / f"plugged-{precision}"
-                export_pluggable(
-                    source, [Source("first", options.first)], plugged, precision=precision, provider="cpu",
-                    progress=progress,
-                )  # fmt: skip
+                export_pluggable(base, [options.first], plugged, ExportOptions(precision, "cpu"), progress)
             found = {"live": live(*pair, plugged, options.repeat)}
             folder = Path(shutil.copytree(pair[0], work / f"x-{precision}"))
             found |= on_disk(

@@ -136,7 +136,7 @@ def latency() -> str:
     for c in sorted(cells, key=lambda c: str(c["phase"])):
         arms = [band(c["arms"][a]) for a in ("merged", "unmerged", "plugged")]
         rows.append([c["phase"], *arms, percent(c["noise_floor"]), c["verdict"]])
-    head = ["", "merged ÷ base", "unmerged ÷ base", "plugged in ÷ base", "reach of base ÷ base", "verdict at ±1 %"]
+    head = ["", "merged ÷ base", "unmerged ÷ base", "plugged in ÷ base", "spread of base ÷ base", "verdict at ±1 %"]
     return table(head, rows)
 
 
@@ -196,7 +196,7 @@ def combining() -> str:
 def serving() -> str:
     found = read("switch-SmolLM2-*.json")["results"]
     rows = []
-    for kind in ("swapped", "plugged", "overridden"):
+    for kind in ("swapped", "plugged"):
         cells = []
         for field in ("step_ratio", "switch_ms"):
             for precision in ("fp32", "fp16", "int4"):

@@ -6,18 +6,13 @@ A linear layer has lora_a (in, r) and lora_b (r, out), of which ΔW = scale·(lo
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
-from lora_export.adapters.config import LARGEST
+from lora_export.adapters.config import LARGEST, Number, Positive, settings
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.saved import EMBEDDING_NAMES
+from lora_export.adapters.spelling import Respelled
 from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.storage.documents import is_kind
-
-if TYPE_CHECKING:
-    import torch
 
 NAME = "mlx-lm"
 
@@ -28,24 +23,26 @@ _FULL = "mlx_lm.fuse --model BASE --adapter-path DIR --save-path MERGED, then `l
 
 
 @dataclass(frozen=True)
-class Turned:
-    """The file's tensors under PEFT's names and in PEFT's shapes. names: ours → the file's; turned: which of ours
-    are the transposes of what is stored."""
+class Turned(TensorSource):
+    """The transpose of a matrix of the file."""
 
-    source: TensorSource
-    names: Mapping[str, str]
-    turned: frozenset[str]
-    tensors: Mapping[str, TensorInfo]
+    stored: TensorInfo
 
-    def read(self, name: str) -> "torch.Tensor":
-        stored = self.source.read(self.names[name])
-        return stored.T if name in self.turned else stored.reshape(self.tensors[name].shape)
+    def read_into(self, info: TensorInfo, start: int, into: memoryview) -> None:
+        import torch
 
-    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        return self.read(name)[start:stop]
+        turned = self.stored.rows(0, self.stored.height).T.contiguous().reshape(-1).view(torch.uint8)
+        into[:] = memoryview(turned.numpy().data)[start : start + len(into)]
 
-    def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        return self.source.read_bytes(self.names[name], start, stop)
+
+@dataclass(frozen=True)
+class Parameters:
+    """lora_parameters of adapter_config.json. Up to 0.19, mlx-lm multiplied the scale by alpha / rank; later ones
+    ignore alpha."""
+
+    rank: Positive
+    scale: Number
+    alpha: Number | None = None
 
 
 def claims(file: AdapterFile) -> bool:
@@ -58,28 +55,27 @@ def as_peft(file: AdapterFile) -> AdapterFile:
     how = file.config.get("fine_tune_type", "lora")
     if how not in ("lora", "dora"):
         raise file.refuse(
-            f"fine_tune_type is {how!r}: this file holds whole weights, and is no adapter",
+            f"fine_tune_type is {how!r}: this file holds full weights, not an adapter",
             expected="fine_tune_type lora or dora",
             next_step=_FULL,
         )
-    rank, scale = _parameters(file)
+    parameters = _parameters(file)
+    rank, scale = parameters.rank, parameters.scale
     parts = [_part(file, key) for key in file.tensors]
     experts = {module for key, module, _ in parts if len(file.tensors[key].shape) == 3}
-    names, turned, tensors = dict[str, str](), set[str](), dict[str, TensorInfo]()
+    tensors = dict[str, TensorInfo]()
     for key, module, leaf in parts:
         embedding = module.rpartition(".")[2] in EMBEDDING_NAMES - _HEADS
         # An embedding's A·B is a weight (rows, width) as it is: that of a linear layer with the parts exchanged.
         role = {"lora_a": "lora_b", "lora_b": "lora_a"}.get(leaf, leaf) if embedding else leaf
         ours = f"{_plain(module)}.{_OURS[role]}"
         info = file.tensors[key]
-        if leaf == "m":
-            shape = info.shape
-        elif module in experts:
-            shape = _of_experts(file, key, leaf, rank)
-        else:
-            shape = file.shape(key, 2) if embedding else file.shape(key, 2)[::-1]
-            turned |= set() if embedding else {ours}
-        names[ours], tensors[ours] = key, replace(info, shape=shape)
+        if module in experts and leaf != "m":
+            info = replace(info, shape=_of_experts(file, key, leaf, rank))
+        elif leaf != "m":
+            shape = file.shape(key, 2)
+            info = info if embedding else replace(info, shape=shape[::-1], source=Turned(info))
+        tensors[ours] = info
     config = {
         "peft_type": "LORA",
         "r": rank,
@@ -87,28 +83,26 @@ def as_peft(file: AdapterFile) -> AdapterFile:
         "use_dora": how == "dora",
         "base_model_name_or_path": file.config.get("model"),
     }
-    source = Turned(file.source, names, frozenset(turned), tensors)
     # A tied head is the embedding itself there (as_linear), its update included.
-    return replace(file, source=source, config=config, tied=True)
+    return replace(file, source=Respelled(tensors), config=config, tied=True)
 
 
-def _parameters(file: AdapterFile) -> tuple[int, float]:
-    """(rank, scale). Up to 0.19, mlx-lm multiplied the scale by alpha / rank; now it ignores alpha."""
-    found: Any = file.config.get("lora_parameters")
-    found = found if isinstance(found, dict) else {}
-    rank, scale, alpha = (found.get(k) for k in ("rank", "scale", "alpha"))
-    if not is_kind(rank, int) or rank < 1:
-        raise file.refuse(f"lora_parameters gives the rank {rank!r}", expected="a positive whole number")
-    if not is_kind(scale, float) or abs(scale) * rank > LARGEST:
-        raise file.refuse(f"lora_parameters gives the scale {scale!r}", expected="a number, as mlx-lm requires")
-    if alpha is not None and alpha != rank:
+def _parameters(file: AdapterFile) -> Parameters:
+    given = file.config.get("lora_parameters")
+    if not isinstance(given, dict):
+        raise file.refuse(f"lora_parameters is {given!r}", expected="an object with rank and scale")
+    parameters = settings(given, Parameters, file.where)
+    rank, scale, alpha = int(parameters.rank), parameters.scale, parameters.alpha
+    if abs(scale) * rank > LARGEST:
+        raise file.refuse(f"lora_parameters gives the scale {scale!r}", expected=f"at most {LARGEST:g} / rank")
+    if alpha is not None and float(alpha) != rank:
         raise file.refuse(
-            f"lora_parameters gives both scale {scale:g} and alpha {alpha!r}: old versions of mlx-lm multiplied by "
+            f"lora_parameters gives both scale {scale:g} and alpha {alpha:g}: old versions of mlx-lm multiplied by "
             "scale · alpha / rank, later ones by scale alone",
             expected="scale without alpha",
             next_step="remove alpha from adapter_config.json, and set scale to the factor of the training",
         )
-    return int(rank), float(scale)
+    return parameters
 
 
 def _part(file: AdapterFile, key: str) -> tuple[str, str, str]:
@@ -116,7 +110,7 @@ def _part(file: AdapterFile, key: str) -> tuple[str, str, str]:
     match = _LEAF.fullmatch(key)
     if match is None:
         raise file.refuse(
-            "a tensor that is no part of mlx-lm's LoRA or DoRA",
+            "a tensor that is not part of mlx-lm's LoRA or DoRA",
             tensor=key,
             expected="names ending with lora_a, lora_b or m",
             next_step=_FULL,

@@ -6,13 +6,9 @@ base_model.model.model.layers.0.q_proj.lora_A.default.weight → model.layers.0.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TensorInfo, TensorSource
-
-if TYPE_CHECKING:
-    import torch
 
 # torch.compile, activation checkpointing and FSDP put a component of their own into every name.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -31,21 +27,10 @@ _TINKER_HEAD = "model.unembed_tokens."
 
 
 @dataclass(frozen=True)
-class Respelled:
-    """Tensors of a file under other names; names: ours → the file's."""
+class Respelled(TensorSource):
+    """Tensors of a file under the model's names."""
 
-    source: TensorSource
-    names: Mapping[str, str]
     tensors: Mapping[str, TensorInfo]
-
-    def read(self, name: str) -> "torch.Tensor":
-        return self.source.read(self.names[name])
-
-    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        return self.source.read_rows(self.names[name], start, stop)
-
-    def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        return self.source.read_bytes(self.names[name], start, stop)
 
 
 def respelled(file: AdapterFile) -> AdapterFile:
@@ -63,11 +48,11 @@ def respelled(file: AdapterFile) -> AdapterFile:
         ours = _without_adapter_name(name, {"default", *adapters})
         if ours in names:
             raise file.refuse(
-                f"two tensors mean the same, {names[ours]} and {key}", tensor=key, expected="one of them"
+                f"two tensors have the same meaning, {names[ours]} and {key}", tensor=key, expected="one of them"
             )
         names[ours] = key
     tensors = {ours: file.tensors[theirs] for ours, theirs in names.items()}
-    return replace(file, source=Respelled(file.source, names, tensors))
+    return replace(file, source=Respelled(tensors))
 
 
 def _without_prefix(key: str) -> str:

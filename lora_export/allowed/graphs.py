@@ -1,7 +1,7 @@
 """Operators of ONNX graphs that ONNX Runtime computes by itself.
 
-Left out, and so refused: EPContext and Snpe, which hand a compiled program of the file to a driver, operators of
-domains that only a library brings along, and a session's options inside of a model.
+Left out, and so refused: EPContext and Snpe, which hand a compiled program in the file to a driver, operators of
+domains that only a library provides, and session options inside a model.
 """
 
 from collections.abc import Collection, Iterable
@@ -50,7 +50,7 @@ def check_operators(path: Path, operators: Iterable[tuple[str, str]], own: Colle
     import onnx.defs
 
     for domain, operator in operators:
-        if not (isinstance(domain, str) and isinstance(operator, str)):  # protobuf hands over bytes then
+        if not (isinstance(domain, str) and isinstance(operator, str)):  # protobuf returns bytes then
             raise ExportError(f"the graph has the operator {operator!r}", where=path, expected="names in UTF-8")
         if domain in STANDARD:
             known = onnx.defs.has(operator, "") or operator in _MISPLACED
@@ -62,5 +62,5 @@ def check_operators(path: Path, operators: Iterable[tuple[str, str]], own: Colle
                 "ONNX Runtime computes by itself",
                 where=path,
                 expected="operators of ONNX, and those of ONNX Runtime that load nothing",
-                next_step="export the model again with lora-export export; do not run this one",
+                next_step="do not run this graph; export the model again with lora-export export",
             )

@@ -1,99 +1,31 @@
 """A checkpoint folder opened by its headers, and tensors read from it by byte range."""
 
-import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_export.allowed import hub
 from lora_export.checkpoint.gguf import gguf_file, read_gguf
-from lora_export.checkpoint.header import ITEM_SIZE, read_header
-from lora_export.contracts import TensorInfo
+from lora_export.checkpoint.header import read_header
+from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import CheckpointError, InputError
 from lora_export.storage.documents import Kind, check
 from lora_export.storage.sealed import LARGEST_SETTINGS, plain_name, read_json, refuse_outward_link
-
-if TYPE_CHECKING:
-    import torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_NAME = 128  # characters, up to four bytes each, where most file systems end at 255 bytes
 # What is read of a config.json, if it is there.
 _CONFIG: Kind = {"architectures?": (None, [str]), "quantization_config?": (None, dict)}
-_TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64", "I32": "int32", "I16": "int16",
-    "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-
-
-def torch_dtype(name: str) -> "torch.dtype":
-    """torch's type for a safetensors dtype name."""
-    import torch
-
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
-    return dtype
-
-
-def file_dtype(name: str) -> str:
-    """The safetensors name of a torch type's name: bfloat16 → BF16."""
-    return {v: k for k, v in _TORCH_NAMES.items()}[name]
 
 
 @dataclass(frozen=True)
-class TensorFiles:
-    """Tensors of one or several safetensors files; a TensorSource. Files are only ever opened for reading."""
+class Checkpoint(TensorSource):
+    """A model folder: its tensors, which may come from elsewhere; config.json; the metadata of its files."""
 
     tensors: Mapping[str, TensorInfo]
-
-    def read(self, name: str) -> "torch.Tensor":
-        """The whole tensor, in its own type."""
-        info = self.tensors[name]
-        return read_rows(info, 0, info.shape[0]) if info.shape else read_rows(info, 0, 1).reshape(())
-
-    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        """Rows [start, stop) of the first dimension, in the tensor's own type; a scalar has one."""
-        return read_rows(self.tensors[name], start, stop)
-
-    def read_bytes(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        """Bytes [start, stop) of a tensor as they lie in the file, uint8."""
-        return read_bytes(self.tensors[name], start, stop)
-
-
-def read_bytes(info: TensorInfo, start: int, stop: int) -> "torch.Tensor":
-    """Bytes [start, stop) of a tensor as they lie in the file, uint8. CheckpointError where they cannot be read."""
-    import torch
-
-    buffer = torch.empty(stop - start, dtype=torch.uint8)
-    view = memoryview(buffer.numpy().data)
-    try:
-        with info.file.open("rb", buffering=0) as f:
-            at = info.start + start
-            while view:
-                done = os.preadv(f.fileno(), [view], at)
-                if not done:
-                    raise CheckpointError("the file ended early", where=info.file, tensor=info.name)
-                view, at = view[done:], at + done
-    except OSError as error:
-        text = f"the file cannot be read: {error.strerror}"
-        raise CheckpointError(text, where=info.file, tensor=info.name) from None
-    return buffer
-
-
-def read_rows(info: TensorInfo, start: int, stop: int) -> "torch.Tensor":
-    """Rows [start, stop) of the first dimension, shape (stop − start, …), in the tensor's own type."""
-    shape = info.shape or (1,)
-    row = info.nbytes // shape[0] if shape[0] else 0
-    data = read_bytes(info, start * row, stop * row)
-    return data.view(torch_dtype(info.dtype)).reshape(stop - start, *shape[1:])
-
-
-@dataclass(frozen=True)
-class Checkpoint(TensorFiles):
     folder: Path
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
@@ -219,8 +151,3 @@ def _no_weights(folder: Path) -> CheckpointError:
 def refuse_code(config: Any, where: Path) -> None:
     """Refuse a config that would make transformers run code which came with the model, at any depth."""
     hub.check_config(config, where)
-
-
-def item_size(dtype: str) -> int:
-    """Bytes of one element of a safetensors dtype."""
-    return ITEM_SIZE[dtype]

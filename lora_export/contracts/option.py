@@ -1,6 +1,6 @@
 """How a field of a frozen dataclass is an option: its metadata, and its JSON form."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -39,14 +39,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Nested:
-    """Options within options. flags: those of single fields that have another name here; without: fields that this
-    command does not offer; switch: the option without which the whole is None; flat: JSON keeps them beside the
-    outer ones; json: the name otherwise, None: not kept."""
+    """Options within options. without: fields that are not offered here; switch: the option without which the whole
+    is None; attribute: what the field holds of them, if not all; flat: JSON keeps them beside the outer ones; json:
+    the name otherwise, None: not kept."""
 
     of: type
-    flags: Mapping[str, str] = field(default_factory=dict)
     without: Collection[str] = ()
     switch: Option | None = None
+    attribute: str = ""
     flat: bool = False
     json: str | None = ""
 
@@ -70,13 +70,19 @@ def switched(of: type[T], flag: str, help: str, section: str, **more: Any) -> T 
     return made
 
 
+def taken_from(of: type, attribute: str, default: T) -> T:
+    """A field that holds one attribute of other options."""
+    made: T = field(default=default, metadata={"option": Nested(of, attribute=attribute)})
+    return made
+
+
 def hidden(default: T, json: str | None = "") -> T:
     """A field that Python alone can set."""
     made: T = field(default=default, metadata={"json": json})
     return made
 
 
-def declared(of: type) -> Iterator[tuple["Field[Any]", Option | Nested]]:
+def declared(of: type) -> Iterator[tuple[Field[Any], Option | Nested]]:
     """The fields of an options dataclass that can be set from outside, with how."""
     for each in fields(of):
         if "option" in each.metadata:

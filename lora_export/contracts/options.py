@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from lora_export import choices
-from lora_export.contracts.option import hidden, nested, option, switched
+from lora_export.contracts.option import hidden, nested, option, switched, taken_from
 from lora_export.registered import engine_names
 from lora_export.tasks import TASKS
 
@@ -21,6 +21,7 @@ RESOURCES = "Memory, device and certificate"
 EXPORT = "ONNX export"
 BENCHMARK = "Benchmark"
 BASES = "Comparing bases (QLoRA)"
+REPLACE = "Replace an existing output."
 PROVIDER_HELP = "ONNX Runtime execution provider; auto: CUDA if a session really runs on it, otherwise the CPU."
 
 # fmt: off
@@ -96,12 +97,10 @@ class MergeOptions:
     )
     task: str | None = option(
         None, "Task of the merged model, where the adapter brings a head that the base does not have (a "
-        "classifier, for example) and does not say what it is for.", choices=tuple(TASKS),
-        default_text="as the adapter says", conditional=True,
+        "classifier, for example) and does not say what it is for: " + ", ".join(TASKS) + ".",
+        choices=tuple(TASKS), metavar="TASK", default_text="as the adapter says", conditional=True,
     )
-    force: bool = option(
-        False, "Replace an existing output.", INPUTS, configurable="command line", json=None, changes_result=False
-    )
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None, changes_result=False)
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ class ExportOptions:
         None, "With --graph-from: write only NAME.onnx and the weights that differ from the base's into OUT, which "
         "is created with the base in it if it does not exist.", metavar="NAME", json=None,
     )
-    force: bool = option(False, "Replace an existing output.", INPUTS, configurable="command line", json=None)
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
 
 
 @dataclass(frozen=True)
@@ -199,8 +198,9 @@ class CompareBases:
 class ValidationOptions:
     """What validation is told.
 
-    merge: the options of the merge, which decide which base is the truth. again: the command that tries another
-    precision, {precision} in it. The thresholds are `tolerance` noise floors.
+    merge: the options of the merge, which decide which base is the truth. stated: those of them that a certificate
+    must agree with; None: all that are not the default. again: the command that tries another precision,
+    {precision} in it. The thresholds are `tolerance` noise floors.
     """
 
     SECTION: ClassVar[str] = "Validation"
@@ -227,50 +227,21 @@ class ValidationOptions:
         "accepts any.", minimum=0, maximum=1,
     )
     max_memory: int | None = option(
-        None, "Memory for the weights of both models. Larger models are read layer by layer: same checks, slower.",
-        RESOURCES, unit="bytes", default_text="what the machine has", json="validation_memory",
+        None, "Memory for the weights that validation compares. Larger models are read layer by layer: the same "
+        "checks, slower.", RESOURCES, flags=("--validation-memory",), unit="bytes", json="validation_memory",
+        default_text="--max-memory if given, otherwise what the machine has",
     )
     bases: CompareBases | None = switched(
         CompareBases, "--compare-bases", "For a QLoRA adapter: measure on the text the result of merging into the "
         "dequantized base and into the original one, and advise which to ship.", BASES, json=None,
     )
+    stated: tuple[str, ...] | None = hidden(None, json=None)
     again: str = hidden("the same command with --precision {precision}", json=None)
     seed: int | None = option(
         None, "Seed of the lengths, inputs and rows that validation draws, to repeat a run.",
         flags=("--validation-seed",), metavar="NUMBER", minimum=0, maximum=2**31 - 1, json="validation_seed",
         default_text="a new one at each run; the result states it",
     )
-
-
-@dataclass(frozen=True)
-class BenchmarkOptions:
-    """What a benchmark is told. shapes: (batch, prompt tokens) of each cell; max_seconds: for all cells together;
-    configured: a configuration file and what it set, for the report."""
-
-    SECTION: ClassVar[str] = BENCHMARK
-    provider: choices.Provider = option("auto", PROVIDER_HELP, EXPORT)
-    shapes: tuple[tuple[int, int], ...] = choices.GRIDS["quick"]
-    margin: float = option(
-        0.01, "Largest relative difference in latency that still counts as none, as 1% or 0.01.", minimum=0.0005,
-        maximum=0.5, unit="share", metavar="SHARE", default_text="1%",
-    )
-    max_seconds: float | None = option(
-        None, "Time for the measurement, as 90, 90s or 5m; it ends sooner once the noise allows a verdict.",
-        flags=("--max-time", "--max-seconds"), unit="seconds", metavar="TIME",
-        default_text="a minute for each batch size and prompt length; 20 s for each of --sessions",
-    )
-    sessions: int = option(
-        1, "How often all sessions are opened anew, each time in another order; the interval is then taken from "
-        "their spread. For machines where two sessions of one graph differ. Use 1, or at least 6.", minimum=1,
-        maximum=1000,
-    )
-    seed: int = 0
-    configured: str = ""
-
-    @property
-    def seconds(self) -> float:
-        each = 60.0 if self.sessions == 1 else 20.0 * self.sessions
-        return each * len(self.shapes) if self.max_seconds is None else self.max_seconds
 
 
 @dataclass(frozen=True)
@@ -300,6 +271,37 @@ class BenchmarkSizes:
 
 
 @dataclass(frozen=True)
+class BenchmarkOptions:
+    """What a benchmark is told. shapes: (batch, prompt tokens) of each cell; max_seconds: for all cells together;
+    configured: a configuration file and what it set, for the report."""
+
+    SECTION: ClassVar[str] = BENCHMARK
+    provider: choices.Provider = option("auto", PROVIDER_HELP, EXPORT)
+    shapes: tuple[tuple[int, int], ...] = taken_from(BenchmarkSizes, "shapes", choices.GRIDS["quick"])
+    margin: float = option(
+        0.01, "Largest relative difference in latency that still counts as none, as 1% or 0.01.", minimum=0.0005,
+        maximum=0.5, unit="share", metavar="SHARE", default_text="1%",
+    )
+    max_seconds: float | None = option(
+        None, "Time for the measurement, as 90, 90s or 5m; it ends sooner once the noise allows a verdict.",
+        flags=("--max-time", "--max-seconds"), unit="seconds", metavar="TIME",
+        default_text="a minute for each batch size and prompt length; 20 s for each of --sessions",
+    )
+    sessions: int = option(
+        1, "How often all sessions are opened anew, each time in another order; the interval is then taken from "
+        "their spread. For machines where two sessions of one graph differ. Use 1, or at least 6.", minimum=1,
+        maximum=1000,
+    )
+    seed: int = 0
+    configured: str = ""
+
+    @property
+    def seconds(self) -> float:
+        each = 60.0 if self.sessions == 1 else 20.0 * self.sessions
+        return each * len(self.shapes) if self.max_seconds is None else self.max_seconds
+
+
+@dataclass(frozen=True)
 class StoryOptions:
     """What a run is told: the options of its stages. `export.provider` holds for all stages, `force` for the run.
 
@@ -319,10 +321,8 @@ class StoryOptions:
         (), "Also measure: plugged: the adapter as ONNX Runtime plugs it into a graph with slots; pytorch: PEFT's "
         "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",),
     )
-    validation: ValidationOptions = nested(
-        ValidationOptions, flags={"max_memory": "--validation-memory"}, without=("merge", "bases"), flat=True
-    )
-    force: bool = option(False, "Replace an existing output.", INPUTS, configurable="command line", json=None)
+    validation: ValidationOptions = nested(ValidationOptions, without=("merge", "bases"), flat=True)
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
     configured: str = ""
 
 
@@ -337,7 +337,7 @@ class RankOptions:
         maximum=1, unit="share",
     )
     dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "Type of the new adapter's matrices.", )
-    force: bool = option(False, "Replace an existing output.", INPUTS, configurable="command line")
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line")
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ class PackageOptions:
         None, "genai: package an export with slots (export -m BASE -a ADAPTER) and its adapters in place of the "
         "merged model.", metavar="EXPORT", json=None,
     )
-    force: bool = option(False, "Replace an existing output.", INPUTS, configurable="command line", json=None)
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
 
 
 @dataclass(frozen=True)

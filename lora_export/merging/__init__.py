@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_export.adapters import CONFIG as ADAPTER_CONFIG
 from lora_export.adapters import AdapterFile, read_adapter
-from lora_export.checkpoint import open_adapter_files, open_checkpoint
+from lora_export.checkpoint import Checkpoint, TensorFiles, open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
 from lora_export.contracts import (
     AdapterChoice,
@@ -24,20 +24,19 @@ from lora_export.contracts import (
     TensorRecord,
 )
 from lora_export.errors import RuntimeUnavailable
-from lora_export.merging.architecture.meta import token_modules
-from lora_export.merging.architecture.read_base import ReadBase
-from lora_export.merging.certificate.certify import write_certificate
+from lora_export.merging.architecture.model import loaded_weights, token_modules
 from lora_export.merging.certificate.document import NAME as CERTIFICATE
-from lora_export.merging.certificate.document import certificate_of
+from lora_export.merging.certificate.document import certificate_of, write_certificate
 from lora_export.merging.planning.base import base_weights
 from lora_export.merging.planning.base_checks import base_checks
 from lora_export.merging.planning.combine import check_options
-from lora_export.merging.planning.interference import OPPOSED, interference
-from lora_export.merging.planning.loaded_names import loaded_weights
 from lora_export.merging.planning.plan import MergePlan, plan_merge, without_updates
+from lora_export.merging.running.audit import Auditor
 from lora_export.merging.running.companions import write_beside
+from lora_export.merging.running.interference import OPPOSED, interference
+from lora_export.merging.running.layout import write_shards
+from lora_export.merging.running.read_base import ReadBase
 from lora_export.merging.running.stream import MergedSource, write_outline
-from lora_export.merging.running.write import Execution
 from lora_export.meta_model import parameter_names
 from lora_export.progress import Silent
 from lora_export.storage.disk import check_space
@@ -53,18 +52,23 @@ __all__ = [
     "headed_base",
     "interference",
     "merge",
+    "merge_planned",
     "plan",
     "prepare",
+    "written_source",
 ]
 
 
-def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -> MergePlan:
-    """Read headers and configurations, and decide everything. No adapters: only dequantizing and copying."""
+def plan(base: Path | Checkpoint, adapters: Sequence[AdapterChoice], options: MergeOptions) -> MergePlan:
+    """Read headers and configurations, and decide everything. No adapters: only dequantizing and copying.
+
+    base: a folder, or one whose tensors come from another source than its files.
+    """
     check_options(options)
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_checkpoint(base) if isinstance(base, Path) else base
     weights = base_weights(checkpoint, options, None) if adapters else {}
     shapes, model = {n: w.shape for n, w in weights.items()}, ReadBase(checkpoint, weights, options)
-    found = []
+    read = []
     for choice in adapters:
         config, tensors = open_adapter_files(choice.folder)
         if config.get("save_projection") is False:  # VeRA draws by the shapes of the layers that it names
@@ -82,55 +86,69 @@ def plan(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -
             options.allow_nonfinite,
             base=model,
             token_modules=partial(token_modules, checkpoint),
-            defined=cache(partial(parameter_names, base, checkpoint.config)),
+            defined=cache(partial(parameter_names, checkpoint.folder, checkpoint.config)),
         )
-        found.append(replace(read_adapter(file), weight=choice.weight))
-    return plan_merge(checkpoint, found, options)
+        read.append(replace(read_adapter(file), weight=choice.weight))
+    return plan_merge(checkpoint, read, options)
 
 
 def merge(
-    base: Path,
+    base: Path | Checkpoint,
     adapters: Sequence[AdapterChoice],
     output: Path,
     options: MergeOptions | None = None,
     progress: Progress | None = None,
     *,
     certified: bool = True,
-    accept: Callable[[Sequence[TensorRecord]], None] | None = None,
 ) -> MergeResult:
     """Merge adapter folders into a base folder and write a Hugging Face folder, all or nothing.
 
     Arithmetic is fp32, or float64 where fp32 is written, and rounded once. Raises LoraExportError before the first
     byte for whatever headers can tell, and leaves nothing behind if something fails later. certified=False leaves
-    out hashes and the comparison with float64, to see what they cost; such a folder cannot be verified. accept: is
-    shown what was made of each tensor before the output is replaced, and may raise to keep what is there.
+    out hashes and the comparison with float64, to see what they cost; such a folder cannot be verified.
     """
-    options, progress = options or MergeOptions(), progress or Silent()
+    options = options or MergeOptions()
     planned = plan(base, adapters, options)
+    return merge_planned(planned, output, progress or Silent(), force=options.force, certified=certified)
+
+
+def merge_planned(
+    planned: MergePlan,
+    output: Path,
+    progress: Progress,
+    *,
+    force: bool,
+    certified: bool = True,
+    accept: Callable[[Path, Sequence[TensorRecord]], None] | None = None,
+) -> MergeResult:
+    """Write the folder of a plan, as `merge` says.
+
+    accept: is shown the finished folder, and what was made of each tensor, before the output is replaced; it may
+    raise to keep what is there.
+    """
     if planned.computes:
-        prepare(options.device)
-    started = time.monotonic()
+        prepare(planned.options.device)
+    started, base = time.monotonic(), planned.base.folder
     progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
     if planned.model:
         progress.stage(f"output: {planned.model.words}")
-    lying = _look_between(planned, progress)
-    inputs, companions = [base, *(a.folder for a in adapters)], companion_files(base)
-    with output_folder(output, options.force, inputs=inputs) as stage:
+    between = _interference(planned, progress)
+    inputs, companions = [base, *(a.folder for a in planned.adapters)], companion_files(base)
+    with output_folder(output, force, inputs=inputs) as stage:
         check_space(stage, planned.nbytes)
-        execution = Execution(planned, stage, progress, certified)
-        execution.run()
-        if accept is not None:
-            accept(execution.records)
+        audit = write_shards(planned, stage, progress, Auditor(planned, certified))
         warnings = [*planned.warnings, *write_beside(planned, companions, stage)]
-        survival, checks = execution.survival, base_checks(planned)
-        warnings += _judge(planned, survival)
-        warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
-        write_certificate(stage, execution, [a.weight for a in adapters], checks)
-    for text in warnings:
-        progress.warn(text)
-    seconds = time.monotonic() - started
-    result = _result(planned, execution.records, survival, checks, warnings, output / CERTIFICATE, seconds)
-    return replace(result, interference=lying)
+        if accept is not None:
+            accept(stage, audit.records)
+        checks = base_checks(planned)
+        write_certificate(stage, audit, checks)
+    return _result(audit, checks, warnings, output / CERTIFICATE, time.monotonic() - started, between, progress)
+
+
+def written_source(result: MergeResult) -> TensorFiles:
+    """The tensors of a folder that was merged just now, with the hashes that its certificate has of them."""
+    hashes = {r.name: r.hash_out for r in result.records if r.hash_out is not None}
+    return TensorFiles(open_checkpoint(result.output).tensors, hashes)
 
 
 def headed_base(
@@ -147,76 +165,73 @@ def headed_base(
     planned = without_updates(planned)
     prepare(options.device)
     with output_folder(output, True, inputs=[base, *(a.folder for a in adapters)]) as stage:
-        Execution(planned, stage, progress, certified=False).run()
+        write_shards(planned, stage, progress, Auditor(planned, certified=False))
         write_beside(planned, companion_files(base), stage)
     return True
 
 
-def _look_between(planned: MergePlan, progress: Progress) -> tuple[Interference, ...]:
-    """What several adapters do to each other, told before anything is written."""
-    found = tuple(interference(planned)) if len(planned.adapters) > 1 else ()
-    for pair in found:
+def _interference(planned: MergePlan, progress: Progress) -> tuple[Interference, ...]:
+    """What several adapters do to each other, reported before anything is written."""
+    pairs = tuple(interference(planned)) if len(planned.adapters) > 1 else ()
+    for pair in pairs:
         if pair.tensor is None:
             progress.stage(f"{pair.first} and {pair.second}: the cosine of their changes is {pair.cosine:+.2f}")
             if not pair.cosine >= OPPOSED:
                 progress.warn(f"{pair.first} and {pair.second} undo part of each other: their cosine is negative")
-    return found
+    return pairs
 
 
 def _result(
-    planned: MergePlan,
-    records: Sequence[TensorRecord],
-    survival: float | None,
+    audit: Auditor,
     checks: Sequence[BaseCheck],
     warnings: Sequence[str],
     certificate: Path,
     seconds: float,
+    between: tuple[Interference, ...],
+    progress: Progress,
 ) -> MergeResult:
+    """What was merged; its warnings, and those that follow from the audit and the checks, go to `progress`."""
+    planned = audit.plan
+    wrong = [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
+    warnings = [*warnings, *_judge(planned, audit.survival), *wrong]
+    for text in warnings:
+        progress.warn(text)
     used = sum(a.tensor_count for a in planned.adapters)
+    dequantized = any(t.quantized or t.training for t in planned.tensors.values())
     return MergeResult(
         output=certificate.parent,
         tensors=planned.counts,
         adapter_tensors={"used": used, "total": used},
         seconds=seconds,
         peak_rss_bytes=peak_rss(),
-        delta_survival=survival,
+        delta_survival=audit.survival,
         certificate=certificate,
-        base_weights="dequantized" if _dequantizes(planned) else "original",
+        base_weights="dequantized" if dequantized else "original",
         dtype=planned.dtype,
-        records=tuple(records),
+        records=tuple(audit.records),
         warnings=tuple(warnings),
         base_checks=tuple(checks),
+        interference=between,
     )
 
 
-def begin_stream(
-    base: Path, adapters: Sequence[AdapterChoice], outline: Path, options: MergeOptions, progress: Progress
-) -> MergedSource:
+def begin_stream(planned: MergePlan, outline: Path, progress: Progress) -> MergedSource:
     """A merge whose large tensors are computed as they are read; `outline` gets the rest of the merged folder."""
-    planned = plan(base, adapters, options)
-    prepare(options.device)
-    lying = _look_between(planned, progress)
+    prepare(planned.options.device)
+    between = _interference(planned, progress)
     counts = planned.counts
     progress.stage(f"merge: {counts['updated']} weights updated, {counts['copied']} copied, into the export")
-    source = MergedSource(planned, outline, interference=lying)
+    source = MergedSource(planned, outline, interference=between)
     source.warnings += write_outline(source)
     return source
 
 
-def end_stream(
-    source: MergedSource, adapters: Sequence[AdapterChoice], certificate: Path, seconds: float, progress: Progress
-) -> MergeResult:
+def end_stream(source: MergedSource, certificate: Path, seconds: float, progress: Progress) -> MergeResult:
     """What was merged, with its certificate, once every tensor was hashed. seconds: what reading them took."""
-    planned, survival, checks = source.plan, source.survival, base_checks(source.plan)
-    warnings = [*planned.warnings, *source.warnings, *_judge(planned, survival)]
-    warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
-    weights = [a.weight for a in adapters]
-    document = certificate_of(planned, weights, source.records, survival, checks, source.unchecked, {})
-    write_sealed(certificate, document)
-    for text in warnings:
-        progress.warn(text)
-    result = _result(planned, source.records, survival, checks, warnings, certificate, seconds)
-    return replace(result, interference=source.interference)
+    audit, checks = source.audit, base_checks(source.plan)
+    write_sealed(certificate, certificate_of(audit, checks, {}).as_json())
+    warnings = [*source.plan.warnings, *source.warnings]
+    return _result(audit, checks, warnings, certificate, seconds, source.interference, progress)
 
 
 def prepare(device: str) -> None:
@@ -248,10 +263,6 @@ def _without_collections() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _dequantizes(planned: MergePlan) -> bool:
-    return any(t.quantized or t.training for t in planned.tensors.values())
 
 
 def _judge(planned: MergePlan, survival: float | None) -> list[str]:

@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.choices import Optimize, Precision
-from lora_export.contracts import ExportResult, Progress, QuantizationOptions
+from lora_export.checkpoint.hashing import hash_all
+from lora_export.choices import Precision
+from lora_export.contracts import ExportOptions, ExportResult, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import InputError
 from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import choose, engine_named
 from lora_export.onnx_export.engines.building import (
     against_plain_graphs,
     fill,
-    opened,
+    numbers_of,
     record_of,
     with_measured_damage,
 )
@@ -31,14 +32,9 @@ from lora_export.onnx_export.records import adapters_beside, load_export
 from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights import shared_folder as shared
-from lora_export.onnx_export.weights.fill import Writing
-from lora_export.onnx_export.weights.reuse import (
-    copy_graphs,
-    hash_all,
-    read_map,
-    refuse_other_model,
-)
-from lora_export.onnx_export.weights.source import WeightSource
+from lora_export.onnx_export.weights.layout import DataFiles
+from lora_export.onnx_export.weights.reuse import copy_graphs, read_map, refuse_other_model
+from lora_export.runtime import resolve_provider
 from lora_export.storage import disk, files, sealed
 
 RECORD = records.NAME
@@ -61,37 +57,33 @@ __all__ = [
 def export(
     model: Path,
     output: Path,
+    options: ExportOptions,
     *,
-    precision: Precision,
-    provider: str = "cpu",
-    engine: str | None = None,
-    optimize: Optimize = "full",
-    quantization: QuantizationOptions | None = None,
     adapter: Path | None = None,
-    source: WeightSource | None = None,
+    source: TensorSource | None = None,
     finish: Callable[[Path], Mapping[str, Any]] | None = None,
     against_plain: bool = False,
     inputs: Sequence[Path] = (),
-    force: bool = False,
     progress: Progress,
 ) -> ExportResult:
     """Write `model` (a Hugging Face folder) as ONNX into the new folder `output`, all or nothing.
 
-    precision: of the weights; provider: cpu or cuda, where the graph is to run; adapter: a LoRA folder that
-    stays unmerged in the graph; source: where the numbers come from, if not from the files of `model`; finish:
-    what is done to the folder before it is checked, and what it adds to the record; against_plain: run an fp32
-    export beside one without optimizations, for callers that do not compare with PyTorch; inputs: other folders
-    that `output` must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
+    adapter: a LoRA folder that stays unmerged in the graph; source: where the numbers come from, if not from the
+    files of `model`; finish: what is done to the folder before it is checked, and what it adds to the record;
+    against_plain: run an fp32 export beside one without optimizations, for callers that do not compare with
+    PyTorch; inputs: other folders that `output` must not touch. Raises CheckpointError or ExportError before any
+    work if it cannot be done.
     """
     started = time.monotonic()
     config = read_config(model, adapter)
-    chosen = choose(config, engine)
+    provider = resolve_provider("auto") if options.provider == "auto" else options.provider
+    precision, how = options.precision, options.quantization
+    chosen = choose(config, options.engine)
     read = [model, *inputs, *([adapter] if adapter else [])]
-    with files.output_folder(output, force, inputs=read) as stage:
-        how = quantization or QuantizationOptions()
-        check_request(config, precision, provider, engine, how)
+    with files.output_folder(output, options.force, inputs=read) as stage:
+        check_request(config, precision, provider, options.engine, how)
         quantized = blockwise(precision, provider, how) if how.activations == "float" else None
-        job = ExportJob(model, config, stage, precision, provider, adapter, progress, optimize, quantized)
+        job = ExportJob(model, config, stage, precision, provider, adapter, progress, options.optimize, quantized)
         chosen.check(job)
         if quantized and AUTO in quantized.keep:
             job = with_measured_damage(job, quantized, chosen, source)
@@ -100,8 +92,7 @@ def export(
         own = sorted(p.name for p in stage.iterdir() if p.suffix != ".data" and not p.name.endswith("_data"))
         chosen.accompany(model, stage)
         if made.described:
-            with opened(model, source) as numbers:
-                fill(stage, numbers, progress)
+            fill(stage, numbers_of(model, source), progress)
         checked = against_plain_graphs(job, made, chosen) if against_plain else None
         if how.activations != "float":
             activations.quantize(stage, model, made, how, config)
@@ -127,7 +118,7 @@ def reweight(
     model: Path,
     output: Path,
     *,
-    source: WeightSource | None = None,
+    source: TensorSource | None = None,
     force: bool = False,
     progress: Progress,
 ) -> ExportResult:
@@ -140,18 +131,19 @@ def reweight(
     record = records.read_record(earlier)
     check_export(earlier, record.graphs)
     config = read_config(model)
-    found = read_map(earlier, record.graphs)
+    described = read_map(earlier, record.graphs)
     inputs = [model] if output.exists() and output.samefile(earlier) else [model, earlier]
-    with files.output_folder(output, force, inputs=inputs) as stage, opened(model, source) as numbers:
+    numbers = numbers_of(model, source)
+    with files.output_folder(output, force, inputs=inputs) as stage:
         hashes = hash_all(numbers)
-        refuse_other_model(earlier, record, config, found, hashes)
-        unchanged = frozenset(n for n, h in hashes.items() if found.hashes[n] == h)
-        disk.check_space(output.absolute().parent, sum(found.sizes.values()))
+        refuse_other_model(earlier, record, config, described, hashes)
+        unchanged = frozenset(n for n, h in hashes.items() if described.hashes[n] == h)
+        disk.check_space(output.absolute().parent, sum(described.sizes.values()))
         progress.detail(f"{len(unchanged)} of {len(hashes)} tensors are as they were exported")
         copy_graphs(earlier, stage, record.made_by_engine)
         engine_named(record.engine).accompany(model, stage)
-        Writing(stage, found, numbers, progress, earlier, unchanged).run()
-        weights_map.write(stage, replace(found, hashes=hashes))
+        DataFiles(stage, described, numbers, progress, earlier, unchanged).write()
+        weights_map.write(stage, replace(described, hashes=hashes))
         digest, seconds = sealed.sha256(model / "config.json"), round(time.monotonic() - started, 3)
         records.write_record(stage, replace(record, seconds=seconds, source_config_sha256=digest))
     return load_export(output)
@@ -169,16 +161,15 @@ def share(
     record = records.read_record(earlier)
     check_export(earlier, record.graphs)
     shared.check_name(name, record, earlier)
-    found = read_map(earlier, record.graphs)
-    base = shared.Shared(earlier, found, record)
+    described = read_map(earlier, record.graphs)
+    base = shared.Shared(earlier, described, record)
     inputs = [model] if root.exists() and root.samefile(earlier) else [model, earlier]
-    config = read_config(model)
-    with opened(model, None) as numbers:
-        hashes = hash_all(numbers)
-        refuse_other_model(earlier, record, config, found, hashes)
-        with shared.opened(root, base, inputs) as folder:
-            graph = shared.add(folder, name, base, numbers, hashes, force, progress)
-            shared.warn_of_companions(model, folder, progress)
+    config, numbers = read_config(model), numbers_of(model, None)
+    hashes = hash_all(numbers)
+    refuse_other_model(earlier, record, config, described, hashes)
+    with shared.opened(root, base, inputs) as folder:
+        graph = shared.add(folder, name, base, numbers, hashes, force, progress)
+        shared.warn_of_companions(model, folder, progress)
     return replace(load_export(root / graph), seconds=time.monotonic() - started)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.choices import Activations, ModelKind, Optimize, Precision
+from lora_export.choices import Activations, ModelKind, Optimize, Precision, Provider
 from lora_export.contracts import ExportResult
 from lora_export.contracts.figures import Figure
 from lora_export.errors import InputError
@@ -29,7 +29,7 @@ class ExportRecord:
 
     engine: str
     precision: Precision
-    provider: str = "cpu"
+    provider: Provider = "cpu"
     optimize: Optimize = "full"
     kind: ModelKind
     task: str = "text-generation"

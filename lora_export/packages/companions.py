@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_export import tokenizer_names
 from lora_export.allowed.files import TEXTS
 from lora_export.errors import InputError
+from lora_export.folder_files import TOKENIZER_FILES, is_whole_tokenizer
 from lora_export.packages.configs import for_both, tokenizer_for_both
 from lora_export.packages.job import Run
 from lora_export.storage import sealed
 
 # What a processor and generation read; tokenizer_config.json is written anew.
-_READ = (tokenizer_names.FILES - {"tokenizer_config.json"}) | {
+_READ = (TOKENIZER_FILES - {"tokenizer_config.json"}) | {
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json",
     "modules.json",
     "sentence_bert_config.json", "config_sentence_transformers.json",
@@ -24,7 +24,7 @@ def check(run: Run) -> None:
     """InputError for a run that lacks what its users cannot do without: a tokenizer, a promised chat template, a
     processor of sound or images."""
     present = {p.name for p in run.companions.iterdir()}
-    if run.task.input in ("text", "both") and not tokenizer_names.complete(present):
+    if run.task.input in ("text", "both") and not is_whole_tokenizer(present):
         raise _missing(run, "no tokenizer", "tokenizer.json, tokenizer.model, or vocab.json with merges.txt")
     if run.task.input != "text" and not {"preprocessor_config.json", "processor_config.json"} & present:
         raise _missing(run, "no preprocessor", "preprocessor_config.json")

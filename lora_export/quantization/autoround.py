@@ -30,7 +30,8 @@ class AutoRoundSettings:
 def find(source: TensorSource, config: Mapping[str, Any], dtype: str) -> Sequence[QuantizedWeight]:
     settings = decoded_settings(config, AutoRoundSettings)
     packing = settings.packing_format
-    rotated = next((n for n in ("rotation_config", "hadamard_config") if getattr(settings, n)), None)
+    rotations = {"rotation_config": settings.rotation_config, "hadamard_config": settings.hadamard_config}
+    rotated = next((name for name, value in rotations.items() if value), None)
     if packing not in (*LESS_ONE, *AS_THEY_ARE, *AWQ) or rotated:
         text = f"AutoRound with {rotated}, rotated weights" if rotated else f"AutoRound packed as {packing!r}"
         raise unread(text, ", ".join((*LESS_ONE[1:], *AS_THEY_ARE, *AWQ[1:])), ORIGINAL)

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from lora_export.errors import OutputError
@@ -105,6 +106,12 @@ def check_space(folder: Path, needed: int) -> None:
 def size_of(count: int) -> str:
     """A number of bytes, in gigabytes where that says enough."""
     return f"{count / 1e9:.2f} GB" if count >= 10**9 else f"{count:,} bytes"
+
+
+def regular_size(path: Path) -> int | None:
+    """Bytes of a file; None if it is not a regular one."""
+    status = path.stat()
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def written(folder: Path) -> int:

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
+from lora_export.folder_files import is_adapters
 from lora_export.storage import sealed
-from lora_export.training_names import is_adapters
 
 
 def without_adapter(base: Path, work: Path) -> Path:

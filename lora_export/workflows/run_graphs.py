@@ -17,7 +17,7 @@ from lora_export.contracts import (
 from lora_export.errors import ExportError
 
 if TYPE_CHECKING:
-    from lora_export.onnx_export.weights.source import WeightSource
+    from lora_export.contracts import TensorSource
 
 
 def like_earlier(options: ExportOptions) -> ExportOptions:
@@ -40,13 +40,13 @@ def merge_into(
     progress: Progress,
 ) -> tuple[MergeResult, ExportResult]:
     """Merge and export in one pass; the certificate lies in `stage`, the rest of a merged folder in `outline`."""
-    from lora_export.merging import CERTIFICATE, begin_stream, end_stream
+    from lora_export.merging import CERTIFICATE, begin_stream, end_stream, plan
 
     started = time.monotonic()
-    source = begin_stream(base, adapters, outline, options.merge, progress)
+    source = begin_stream(plan(base, adapters, options.merge), outline, progress)
     exported = export_merged(base_onnx, outline, stage / "onnx", options.export, progress, source)
     seconds = time.monotonic() - started
-    return end_stream(source, adapters, stage / CERTIFICATE, seconds, progress), exported
+    return end_stream(source, stage / CERTIFICATE, seconds, progress), exported
 
 
 def export_merged(
@@ -55,11 +55,11 @@ def export_merged(
     output: Path,
     options: ExportOptions,
     progress: Progress,
-    source: "WeightSource | None" = None,
+    source: "TensorSource | None" = None,
 ) -> ExportResult:
     """The merged model with the base's graph; with one of its own where the merge changed more than weights.
 
-    source: where the numbers come from, if `merged` is an outline without them.
+    source: where the numbers come from, if `merged` is an outline without them; or its files with known hashes.
     """
     progress.stage("export: the merged model, with the graph of the base")
     return with_graph_of(base_onnx, merged, output, options, progress, "the merged model", source)
@@ -72,7 +72,7 @@ def with_graph_of(
     options: ExportOptions,
     progress: Progress,
     what: str,
-    source: "WeightSource | None" = None,
+    source: "TensorSource | None" = None,
 ) -> ExportResult:
     """`model` with the graph of `earlier`; with one of its own where that does not take its weights."""
     from lora_export.onnx_export import reweight
@@ -93,44 +93,35 @@ def export_as(
     progress: Progress,
     what: str,
     adapter: Path | None = None,
-    source: "WeightSource | None" = None,
+    source: "TensorSource | None" = None,
 ) -> ExportResult:
     from lora_export.onnx_export import export, reweight
 
     progress.stage(f"export: {what}")
     if options.graph_from is not None and adapter is None:
         return reweight(options.graph_from, model, output, progress=progress)
-    return export(
-        model,
-        output,
-        precision=options.precision,
-        provider=options.provider,
-        engine=options.engine,
-        optimize=options.optimize,
-        quantization=options.quantization,
-        adapter=adapter,
-        source=source,
-        progress=progress,
-    )
+    return export(model, output, replace(options, force=False), adapter=adapter, source=source, progress=progress)
 
 
 def export_unmerged(
     trained_on: Path,
     adapters: Sequence[AdapterChoice],
     work: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     exported: ExportResult,
     progress: Progress,
+    *,
+    combined: bool,
 ) -> tuple[ExportResult | None, tuple[str, ...]]:
     """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
     if exported.kind != "decoder":
         return None, ("no unmerged graph: the engine for this architecture exports merged models only",)
-    if len(adapters) != 1 or adapters[0].weight != 1.0 or options.merge.combine != "none":
+    if len(adapters) != 1 or adapters[0].weight != 1.0 or combined:
         return None, ("no unmerged graph: it takes exactly one adapter of weight 1, as it is",)
     try:
         what = "the unmerged model, the control of the benchmark"
         return (
-            export_as(trained_on, work / "unmerged", options.export, progress, what, adapter=adapters[0].folder),
+            export_as(trained_on, work / "unmerged", options, progress, what, adapter=adapters[0].folder),
             (),
         )
     except ExportError as error:

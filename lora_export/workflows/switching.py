@@ -5,20 +5,26 @@ weights for the graph of an export, made in a folder beside the old one; then th
 step, and the old one is removed. Nothing of an earlier switch is kept, so nothing of one has to be trusted.
 """
 
+import hashlib
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint import open_adapter_files
+from lora_export.checkpoint.hashing import hash_all
 from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorRecord
 from lora_export.errors import CheckpointError, InputError
 from lora_export.manifest import is_run
-from lora_export.merging import CERTIFICATE, MergePlan, begin_stream, merge, plan, prepare
-from lora_export.merging.certificate.document import adapter_hashes
+from lora_export.merging import CERTIFICATE, MergedSource, MergePlan, begin_stream, merge_planned, plan
+from lora_export.merging.certificate.document import Certificate, FileRecord, adapter_hashes, read_certificate
+from lora_export.merging.running.layout import one_thread_each
 from lora_export.packages.contents import is_package
+
+CONFIG = "config.json"
+LOOKED_AT = 3  # tensors of an export that each adapter changes, or leaves, by which it is recognized
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,11 @@ def switch(
     it was.
     """
     _refuse_run(folder)
-    prepare((options or MergeOptions()).device)
     started = time.monotonic()
     if (folder / CERTIFICATE).is_file():
-        found = _merged_folder(folder, base, before, after, progress)
+        switched = _merged_folder(folder, base, before, after, progress)
     elif (folder / "weights-map.json").is_file():
-        found = _export(folder, base, before, after, progress, options or MergeOptions())
+        switched = _export(folder, base, before, after, progress, options or MergeOptions())
     else:
         raise InputError(
             "no merged folder and no export whose adapter could be switched",
@@ -69,7 +74,7 @@ def switch(
             expected=f"a folder with {CERTIFICATE}, or an export with weights-map.json",
             next_step="lora-export inspect shows what a folder is",
         )
-    return replace(found, seconds=time.monotonic() - started)
+    return replace(switched, seconds=time.monotonic() - started)
 
 
 def _refuse_run(folder: Path) -> None:
@@ -95,42 +100,28 @@ def _refuse_run(folder: Path) -> None:
 
 def base_of(adapter: Path) -> str:
     """The base that an adapter names. InputError if it names none."""
-    named = open_adapter_files(adapter)[0].get("base_model_name_or_path")
-    if not named:
+    base = open_adapter_files(adapter)[0].get("base_model_name_or_path")
+    if not base:
         raise InputError(
             "the adapter does not name its base",
             where=adapter,
             expected="the base",
             next_step="the same command with -b BASE",
         )
-    return str(named)
-
-
-def _described(adapters: Sequence[AdapterChoice]) -> list[dict[str, Any]]:
-    """Adapters as a certificate knows them."""
-    found = []
-    for choice in adapters:
-        tensors = open_adapter_files(choice.folder)[1].tensors
-        hashes = adapter_hashes(choice.folder, {t.file for t in tensors.values()})
-        found.append({"sha256": hashes, "weight": choice.weight})
-    return found
+    return str(base)
 
 
 def _touched(planned: MergePlan) -> set[str]:
     return {name for name, tensor in planned.tensors.items() if tensor.updates}
 
 
-def _check_layout(folder: Path, first: MergePlan, second: MergePlan) -> None:
-    """InputError unless both make the same files, but for numbers."""
-    headers = [{s.file: s.header for s in p.shards} for p in (first, second)]
-    configs = [(dict(p.config_changes), p.config_removals) for p in (first, second)]
-    if headers[0] != headers[1] or configs[0] != configs[1]:
-        raise InputError(
-            "the two adapters need folders of different layout (a resized vocabulary, an untied head, new tensors)",
-            where=folder,
-            expected="adapters that change numbers alone",
-            next_step="lora-export merge -b BASE -a ADAPTER -o OUT",
-        )
+def _other_layout(folder: Path) -> InputError:
+    return InputError(
+        "the two adapters need folders of different layout (a resized vocabulary, an untied head, new tensors)",
+        where=folder,
+        expected="adapters that change numbers alone",
+        next_step="lora-export merge -b BASE -a ADAPTER -o OUT",
+    )
 
 
 # --- a merged folder ---------------------------------------------------------------------------------------
@@ -139,36 +130,40 @@ def _check_layout(folder: Path, first: MergePlan, second: MergePlan) -> None:
 def _merged_folder(
     folder: Path, base: Path, before: Sequence[AdapterChoice], after: Sequence[AdapterChoice], progress: Progress
 ) -> Switched:
-    from lora_export.merging.certificate.compare import read_certificate, recorded_options
-
+    """One plan and one merge; what the folder holds now is in its certificate."""
     recorded = read_certificate(folder)
-    options = recorded_options(recorded, folder)
-    _check_holds(folder, recorded["adapters"], _described(before))
-    old, new = plan(base, before, options), plan(base, after, options)
-    _check_layout(folder, old, new)
-    hashes = {r["name"]: r["hash_in"] for r in recorded["records"]}
-    merge(
-        base, after, folder, replace(options, force=True), progress,
-        accept=lambda records: _refuse_other_base(base, hashes, records),
-    )  # fmt: skip
-    return Switched(folder, "merged", len(_touched(old) | _touched(new)), new.nbytes)
+    _check_holds(folder, recorded, before)
+    planned = plan(base, after, recorded.options)
+    headers = {n: f.header_sha256 for n, f in recorded.files.items() if f.header_sha256 is not None}
+    if headers != {s.file: hashlib.sha256(s.header).hexdigest() for s in planned.shards}:
+        raise _other_layout(folder)
+
+    def accept(stage: Path, records: Sequence[TensorRecord]) -> None:
+        if FileRecord.of(stage / CONFIG) != recorded.files.get(CONFIG):
+            raise _other_layout(folder)
+        hashes = {r.name: r.hash_in for r in recorded.records}
+        for record in records:
+            if hashes.get(record.name) not in (None, record.hash_in):
+                raise CheckpointError(
+                    "this tensor of the base is not the one that the folder was merged from",
+                    where=base,
+                    tensor=record.name,
+                    expected="the same base",
+                    next_step="give that base as -b",
+                )
+
+    merge_planned(planned, folder, progress, force=True, accept=accept)
+    touched = {r.name for r in recorded.records if r.kinds} | _touched(planned)
+    return Switched(folder, "merged", len(touched), planned.nbytes)
 
 
-def _refuse_other_base(base: Path, before: Mapping[str, str | None], records: Sequence[TensorRecord]) -> None:
-    for found in records:
-        if before.get(found.name) not in (None, found.hash_in):
-            raise CheckpointError(
-                "this tensor of the base is not the one that the folder was merged from",
-                where=base,
-                tensor=found.name,
-                expected="the same base",
-                next_step="give that base as -b",
-            )
-
-
-def _check_holds(folder: Path, recorded: Sequence[Mapping[str, Any]], holds: Sequence[Mapping[str, Any]]) -> None:
-    found = [{"sha256": r["sha256"], "weight": r["weight"]} for r in recorded]
-    if found != list(holds):
+def _check_holds(folder: Path, recorded: Certificate, adapters: Sequence[AdapterChoice]) -> None:
+    """InputError unless the certificate names these adapters, with these weights."""
+    given = []
+    for choice in adapters:
+        tensors = open_adapter_files(choice.folder)[1].tensors
+        given.append((adapter_hashes(choice.folder, {t.file for t in tensors.values()}), choice.weight))
+    if given != [(dict(a.sha256), a.weight) for a in recorded.adapters]:
         raise InputError(
             "the folder was not merged from the adapters of --from",
             where=folder / CERTIFICATE,
@@ -188,10 +183,7 @@ def _export(
     progress: Progress,
     options: MergeOptions,
 ) -> Switched:
-    from lora_export.merging import MergedSource
-    from lora_export.merging.running.write import one_thread_each
     from lora_export.onnx_export import adapters_beside, reweight
-    from lora_export.onnx_export.weights.holding import check_holds
 
     beside = adapters_beside(folder)
     if beside:
@@ -202,13 +194,43 @@ def _export(
             next_step="lora-export export --graph-from EXPORT --shared-as NAME adds another adapter beside them",
         )
     old, new = plan(base, before, options), plan(base, after, options)
-    _check_layout(folder, old, new)
+    if [(s.file, s.header) for s in old.shards] != [(s.file, s.header) for s in new.shards] or (
+        (old.config_changes, old.config_removals) != (new.config_changes, new.config_removals)
+    ):
+        raise _other_layout(folder)
     changed = _touched(old)
-    check_holds(folder, MergedSource(old, folder), sorted(changed), sorted(set(old.tensors) - changed))
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, one_thread_each():
-        source = begin_stream(base, after, Path(scratch, "outline"), options, progress)
+        source = begin_stream(new, Path(scratch, "outline"), progress)
         source.keep = options.max_memory // 2
+        _check_made_of(folder, MergedSource(old, folder), changed)
         made = reweight(folder, source.folder, folder, source=source, force=True, progress=progress)
     for text in (*new.warnings, *source.warnings):
         progress.warn(text)
     return Switched(folder, "onnx", len(changed | _touched(new)), sum(made.files.values()))
+
+
+def _check_made_of(folder: Path, held: MergedSource, changed: set[str]) -> None:
+    """InputError unless the export was made of `held`, as far as the smallest tensors tell: those that its adapter
+    changed, and the others."""
+    from lora_export.onnx_export import tensor_hashes
+
+    recorded = tensor_hashes(folder)
+    if recorded.keys() != held.tensors.keys():
+        odd = min(recorded.keys() ^ held.tensors.keys())
+        raise _made_of_another(folder, "the export and this base have different tensors", odd)
+    smallest = sorted(held.tensors, key=lambda n: (held.tensors[n].nbytes, n))
+    mine, others = ([n for n in smallest if (n in changed) is touched][:LOOKED_AT] for touched in (True, False))
+    for name, digest in hash_all(held, [*mine, *others]).items():
+        if digest != recorded[name]:
+            why = "the export does not hold this adapter" if name in changed else "the base is another"
+            raise _made_of_another(folder, f"{why}: a tensor has another hash", name)
+
+
+def _made_of_another(folder: Path, found: str, tensor: str) -> InputError:
+    return InputError(
+        found,
+        where=folder,
+        tensor=tensor,
+        expected="an export of this base with the adapters of --from in it, merged with the same options",
+        next_step="give the base, adapters and options of the merge that was exported",
+    )

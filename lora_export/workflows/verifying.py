@@ -2,17 +2,16 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export import manifest
-from lora_export.checkpoint.sources import choices_of
 from lora_export.contracts import (
     AdapterChoice,
     Finding,
     MergeOptions,
     Progress,
-    Source,
     Verification,
     VerifyOptions,
 )
@@ -33,21 +32,9 @@ _TAKES_ALL = "that takes the base (-b) and every adapter (-a)"
 
 
 def verify(
-    path: Path,
-    base: Source | None,
-    adapters: Sequence[tuple[Source, float]],
-    how: VerifyOptions,
-    progress: Progress,
-    *,
-    key: Path | None = None,
-    run: bool = False,
-    runtime: Path | None = None,
+    path: Path, base: Path | None, adapters: Sequence[AdapterChoice], options: VerifyOptions, progress: Progress
 ) -> Verification:
-    """Check again what an earlier command left. InputError if `path` is nothing of the kind.
-
-    key: the public key of who signed a package; run: have its runtime answer the sample; runtime: where that is, if
-    not in this environment.
-    """
+    """Check again what an earlier command left. InputError if `path` is nothing of the kind."""
     from lora_export.merging.certificate.verify import verify_folder
     from lora_export.workflows import delivered
 
@@ -57,13 +44,13 @@ def verify(
     if packaged and (base or adapters):
         raise InputError("--base or --adapter with a package", expected="them with a merged folder or a run")
     if packaged:
-        return delivered.verify(path, key, run, runtime, progress)
-    if key or run or runtime:
+        return delivered.verify(path, options.key, options.run, options.runtime, progress)
+    if options.key or options.run or options.runtime:
         raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
     if not path.is_dir():
         raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
     check = verify_run if manifest.is_run(path) else verify_folder
-    return check(path, base.folder if base else None, choices_of(adapters), how, progress)
+    return check(path, base, adapters, options, progress)
 
 
 def check_run(run: Path, base: Path | None, adapters: Sequence[AdapterChoice]) -> tuple[list[Finding], list[str]]:
@@ -116,7 +103,7 @@ def _with_merged_folder(
     progress: Progress,
     given: bool,
 ) -> list[Verification]:
-    from lora_export.checkpoint import open_checkpoint
+    from lora_export.checkpoint import TensorFiles, open_checkpoint
     from lora_export.merging.certificate.verify import verify_folder
 
     merged = verify_folder(run / "merged", base, adapters, how, progress)
@@ -125,17 +112,13 @@ def _with_merged_folder(
     if not given or not merged.verified:
         why = _TAKES_ALL if merged.verified else "the merged folder is wrong"
         return [merged, Verification(_graphs(run), (f"{_ONNX_UNKNOWN}: {why}",))]
-    from lora_export.merging.certificate.compare import read_certificate
+    from lora_export.merging.certificate.document import read_certificate
     from lora_export.onnx_export.weights.recheck import Model, recheck
-    from lora_export.onnx_export.weights.source import FileSource
 
-    source = FileSource(open_checkpoint(run / "merged").tensors)
-    hashes = {r["name"]: r["hash_out"] for r in read_certificate(run / "merged")["records"]}
-    model = Model(run / "merged", source, dict(sorted(hashes.items())), document.recorded_options.quantization)
-    try:
-        return [merged, _verification(recheck(run / "onnx", model, how.graph, progress))]
-    finally:
-        source.close()
+    source = TensorFiles(open_checkpoint(run / "merged").tensors)
+    hashes = {n: h for n, h in sorted(read_certificate(run / "merged").hashes.items()) if h is not None}
+    model = Model(run / "merged", source, hashes, document.recorded_options.quantization)
+    return [merged, _verification(recheck(run / "onnx", model, how.graph, progress))]
 
 
 def _streamed(
@@ -147,12 +130,12 @@ def _streamed(
     progress: Progress,
 ) -> list[Verification]:
     """A run without a merged folder: its tensors are computed from base (None: not all were given) and adapters."""
+    from lora_export.checkpoint.hashing import hash_all
     from lora_export.merging.certificate.streamed_check import merged_again, same_certificate, same_tensors
     from lora_export.merging.certificate.verify import certificate
-    from lora_export.merging.running.write import one_thread_each
+    from lora_export.merging.running.layout import one_thread_each
     from lora_export.onnx_export import tensor_hashes
     from lora_export.onnx_export.weights.recheck import Model, recheck
-    from lora_export.onnx_export.weights.reuse import hash_all
 
     findings, recorded = certificate(run)
     if recorded is None:
@@ -168,12 +151,12 @@ def _streamed(
         return [findings.result(), Verification(_graphs(run))]
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, one_thread_each():
         try:
-            source = merged_again(findings, recorded, run, base, adapters, Path(scratch) / "outline")
+            source = merged_again(findings, recorded, base, adapters, Path(scratch) / "outline")
             if source is None:
                 return [findings.result()]
             progress.stage(f"verify: all of the merge again, {source.plan.nbytes / 1e6:.0f} MB")
             hashes = hash_all(source)
-            same_certificate(findings, recorded, source, adapters)
+            same_certificate(findings, recorded, source)
         except LoraExportError as error:
             findings.fail("arithmetic", f"the merge cannot be done again: {error.found}")
             return [findings.result()]
@@ -194,17 +177,16 @@ def _verification(found: "Rechecked") -> Verification:
 def _same_options(run: Path, base: Path, adapters: Sequence[AdapterChoice], document: RunManifest) -> Verification:
     """Whether the options in the manifest, as far as they matter for the bytes, lead to the certificate's."""
     from lora_export.merging import plan
-    from lora_export.merging.certificate.compare import read_certificate
-    from lora_export.merging.certificate.document import NAME, effective_options
+    from lora_export.merging.certificate.document import NAME, effective_options, read_certificate
 
     folder = run / "merged" if (run / "merged" / NAME).is_file() else run
     asked = document.recorded_options
     try:
-        recorded = read_certificate(folder)["options"]
-        effective = as_json(effective_options(plan(base, adapters, asked.merge)))
+        recorded = read_certificate(folder).options
+        effective = effective_options(plan(base, adapters, asked.merge))
     except LoraExportError as error:
         return Verification((Finding("manifest", False, f"its options of the merge are not valid: {error.found}"),))
-    other = sorted(k for k in effective if effective[k] != recorded[k])
+    other = sorted(f.name for f in fields(effective) if getattr(effective, f.name) != getattr(recorded, f.name))
     record = run / "onnx" / "export.json"
     if record.is_file() and asked.precision:
         other += ["precision"] * (asked.precision != read_json(record).get("precision"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export.contracts import ExportOptions, Source, StoryOptions
+from lora_export.contracts import AdapterChoice, ExportOptions, Source, StoryOptions
 from lora_export.errors import GateFailed
 from lora_export.pipeline import merge_and_export
 from lora_export.progress import Silent
@@ -115,17 +115,20 @@ def test_a_stream_without_the_adapter_fails_the_gate(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing but the ONNX gate can see it."""
-    from lora_export.merging.running import stream as streamed
+    from lora_export.merging.running.audit import Auditor
+    from lora_export.merging.running.exact import Errors
+    from lora_export.merging.running.stream import MergedSource
 
-    def without(self: Any, name: str, start: int, stop: int) -> Any:
-        return streamed.read_rows(self.plan.tensors[name].source, start, stop)
+    def without(self: Any, info: Any, start: int, into: memoryview) -> None:
+        stored = self.plan.tensors[info.name].source
+        stored.source.read_into(stored, start, into)
 
-    monkeypatch.setattr(streamed.MergedSource, "_rows", without)
-    monkeypatch.setattr(streamed.MergedSource, "_errors", lambda self, tensor: streamed.Errors())
-    base, adapter = Source("base", inputs[0]), Source("adapter", inputs[1])
+    monkeypatch.setattr(MergedSource, "read_into", without)
+    monkeypatch.setattr(Auditor, "judge", lambda *_: Errors())
+    base, adapter = Source("base", inputs[0]), AdapterChoice(inputs[1])
     options = StoryOptions(export=ExportOptions(provider="cpu"), merged_folder=False)
     with pytest.raises(GateFailed, match="onnx_logits_max_abs"):
-        merge_and_export(base, [(adapter, 1.0)], tmp_path / "run", options, Silent())
+        merge_and_export(base, [adapter], tmp_path / "run", options, Silent())
     assert (tmp_path / "run.failed" / CERTIFICATE).is_file()
 
 

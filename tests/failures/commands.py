@@ -83,7 +83,7 @@ def _run(log: Path, arguments: list[str], before: Callable[[], object] | None) -
     cli(arguments, prog_name="lora-export")
 
 
-def slow_down(seconds: float, mark: Path, name: str = "lora_export.merging.running.blocks.copy_range") -> None:
+def slow_down(seconds: float, mark: Path, name: str = "lora_export.checkpoint.tensor_files.copy_range") -> None:
     """For `before`: every call of a function takes that long, and the first one makes the file `mark`."""
     real = pkgutil.resolve_name(name)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lora_export.merging.running.write import Execution
+from lora_export import merging
 from tests.daily import daily
 from tests.failures.commands import Forked, everything, invoke, merge_words
 from tests.failures.faults import Faults, failing, kill_at
@@ -163,13 +163,13 @@ def test_every_read_may_fail(work: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def after_the_plan(monkeypatch: pytest.MonkeyPatch, damage: Callable[[], Any]) -> None:
-    real = Execution.run
+    real = merging.write_shards
 
-    def run(self: Execution) -> None:
+    def write_shards(*arguments: Any, **more: Any) -> Any:
         damage()
-        real(self)
+        return real(*arguments, **more)
 
-    monkeypatch.setattr(Execution, "run", run)
+    monkeypatch.setattr(merging, "write_shards", write_shards)
 
 
 @pytest.mark.parametrize("shard", [1, 2, 3, 4])

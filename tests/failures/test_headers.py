@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from lora_export.checkpoint import open_adapter_files, open_checkpoint
+from lora_export.checkpoint import TensorFiles, open_adapter_files, open_checkpoint
 from lora_export.checkpoint.header import MAX_HEADER, read_header
-from lora_export.checkpoint.reader import TensorFiles
 from lora_export.errors import CheckpointError, InputError, LoraExportError
 
 F32_2 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -16,7 +16,7 @@ from lora_export.checkpoint.header import read_header
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, LoraExportError, plain
 from lora_export.merging import MergePlan, plan
-from lora_export.merging.planning.loaded_names import loaded_weights
+from lora_export.merging.architecture.model import loaded_weights
 from lora_export.onnx_export import check_model, load_export
 from lora_export.quantization import find_quantized
 from lora_export.report import render
@@ -246,22 +246,22 @@ def state(**changes: Any) -> Callable[[list[Entry]], list[Entry]]:
         ("bnb4", change(test_fuzz_quantization.STATE, dtype="F32", shape=(2,)), {}, "of type F32"),
         ("bnb4", change(test_fuzz_quantization.STATE, data=b"[" * 3000, shape=(3000,)), {}, "not JSON"),
         ("bnb4", change(test_fuzz_quantization.STATE, data=b" ", shape=(70_000,)), {}, "70000 bytes"),
-        ("bnb4", state(shape=[True, 300]), {}, "the shape"),
+        ("bnb4", state(shape=[True, 300]), {}, "shape[0] is a boolean"),
         ("bnb4 double", change("w.weight.absmax", dtype="F32"), {}, "the type is F32"),
         ("bnb8", change("w.weight_format", shape=(0,)), {}, "[0]"),
         ("bnb8", change("w.weight_format", dtype="F32", data=b"\0\0\xc0\x7f"), {}, "F32"),
         ("gptq", change("w.qweight", shape=(64,)), {}, "the shape is [64]"),
         ("awq", change("w.qweight", shape=(128,)), {}, "the shape is [128]"),
         ("fp8", None, {"weight_block_size": [16]}, "weight_block_size"),
-        ("fp8", None, {"weight_block_size": "16"}, "weight_block_size is str"),
-        ("fp8", None, {"weight_block_size": {"0": 16}}, "weight_block_size is dict"),
+        ("fp8", None, {"weight_block_size": "16"}, "weight_block_size is a string"),
+        ("fp8", None, {"weight_block_size": {"0": 16}}, "weight_block_size is an object"),
         ("packed", change("w.weight_shape", shape=(1,)), {}, "the shape is [1]"),
         ("packed", change("w.weight_shape", shape=()), {}, "the shape is []"),
         ("packed", change("w.weight_g_idx", data=b"\x09"), {}, "beyond the 2 there are"),
-        ("packed", None, {"config_groups": [1]}, "config_groups is list"),
-        ("packed", None, {"config_groups": {"a": 1}}, "config_groups.a is int"),
-        ("packed", None, {"format": ["pack-quantized"]}, "format is list"),
-        ("packed", None, {"sparsity_config": 1}, "sparsity_config is int"),
+        ("packed", None, {"config_groups": [1]}, "config_groups is an array"),
+        ("packed", None, {"config_groups": {"a": 1}}, "config_groups[...] is an integer"),
+        ("packed", None, {"format": ["pack-quantized"]}, "format is an array"),
+        ("packed", None, {"sparsity_config": 1}, "sparsity_config is an integer"),
         (
             "plain",
             None,
@@ -378,8 +378,8 @@ def test_the_record_of_an_export_that_is_no_text(tmp_path: Path) -> None:
         ({"adapters": [1]}, "adapters[0] is an integer"),
         ({"options": None}, "options is null"),
         ({"files": 3}, "files is an integer"),
-        ({"files": {"x": {}}}, "files[...] has no field 'size'"),
-        ({"files": {"x": {"size": "7"}}}, "files[...].size is a string"),
+        ({"files": {"x": {"sha256": "ab"}}}, "files[...] has no field 'size'"),
+        ({"files": {"x": {"sha256": "ab", "size": "7"}}}, "files[...].size is a string"),
     ],
 )
 def test_a_manifest_of_other_kinds(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -390,17 +390,17 @@ def test_a_manifest_of_other_kinds(tmp_path: Path, changes: dict[str, Any], said
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
-        (("merge", "tensors", "updated"), "7", "merge.tensors.updated is str"),
-        (("merge", "base_checks"), True, "merge.base_checks is bool"),
-        (("merge", "delta_survival"), "x", "merge.delta_survival is str"),
-        (("merge", "warnings"), 3, "merge.warnings is int"),
-        (("export", "files", "x"), None, "export.files.x is NoneType"),
-        (("export", "nodes"), 10**400, "export.nodes is too large"),
-        (("validate", "kl_by_position"), ["1"], "validate.kl_by_position[0] is str"),
-        (("benchmark", "graph_identical"), [], "benchmark.graph_identical is list"),
-        (("benchmark", "environment"), 3, "benchmark.environment is int"),
-        (("benchmark", "environment", "margin"), 10**400, "benchmark.environment.margin is too large"),
-        (("sources", "adapters"), 5, "sources.adapters is int"),
+        (("merge", "tensors", "updated"), "7", "merge.tensors[...] is a string"),
+        (("merge", "base_checks"), True, "merge.base_checks is a boolean"),
+        (("merge", "delta_survival"), "x", "merge.delta_survival is a string"),
+        (("merge", "warnings"), 3, "merge.warnings is an integer"),
+        (("export", "files", "x"), None, "export.files[...] is null"),
+        (("export", "nodes"), 10**400, "holds an integer that is too large"),
+        (("validate", "kl_by_position"), ["1"], "validate.kl_by_position[0] is a string"),
+        (("benchmark", "graph_identical"), [], "benchmark.graph_identical is an array"),
+        (("benchmark", "environment"), 3, "benchmark.environment is an integer"),
+        (("benchmark", "environment", "margin"), 10**400, "holds an integer that is too large"),
+        (("sources", "adapters"), 5, "sources.adapters is an integer"),
         (("sources", "base"), "\ud800", "no Unicode text"),
         (("options", "x"), json.loads("[" * 100 + "]" * 100), "more than 64 levels"),
     ],
@@ -419,7 +419,7 @@ def test_a_report_of_other_kinds(tmp_path: Path, place: tuple[str, ...], value: 
 def test_samples_that_are_infinite(tmp_path: Path) -> None:
     samples = json.dumps({"b1/p128/decode": {"base": [float("inf")]}}).encode()
     write_run(tmp_path, b"{}", json.dumps(REPORT).encode(), samples)
-    refused(tmp_path, lambda: render(tmp_path / "report"), "is inf")
+    refused(tmp_path, lambda: render(tmp_path / "report"), "holds inf")
 
 
 @pytest.mark.parametrize(("margin", "bands"), [(0.01, 1), (-1, 0), (0, 0), (1.5, 0), (None, 0), ("inf", 0)])

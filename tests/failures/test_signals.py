@@ -25,7 +25,7 @@ from tests.daily import later
 from tests.failures.commands import Forked, everything, invoke, merge_words, slow_down, until
 
 PHASES = {
-    "copying": "lora_export.merging.running.blocks.copy_range",
+    "copying": "lora_export.checkpoint.tensor_files.copy_range",
     "computing": "lora_export.merging.running.tensor.TensorWork.compute",
     "companions": "lora_export.checkpoint.companions.copy",
     "certificate": "lora_export.merging.write_certificate",

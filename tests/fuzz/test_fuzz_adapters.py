@@ -13,7 +13,7 @@ from lora_export.checkpoint import open_checkpoint
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import LoraExportError
 from lora_export.merging import MergePlan, plan
-from lora_export.merging.planning.loaded_names import loaded_weights
+from lora_export.merging.architecture.model import loaded_weights
 from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz import adapters
 from tests.fuzz.files import Entry, damaged_entries, entries, file_bytes

@@ -14,13 +14,12 @@ from lora_export.checkpoint import Checkpoint, open_checkpoint
 from lora_export.contracts import MergeOptions
 from lora_export.errors import LoraExportError
 from lora_export.manifest import NAME as MANIFEST_NAME
-from lora_export.merging.certificate.compare import read_certificate
 from lora_export.merging.certificate.document import NAME as CERTIFICATE_NAME
-from lora_export.merging.certificate.document import SCHEMA_VERSION
+from lora_export.merging.certificate.document import SCHEMA_VERSION, read_certificate
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.map import Piece, Quantization, Recipe, Weight, WeightsMap
 from lora_export.packages import archive, contents
-from lora_export.report.schema import load
+from lora_export.report import load
 from lora_export.storage.sealed import write_sealed
 from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz import adapters

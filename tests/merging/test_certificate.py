@@ -17,7 +17,7 @@ from lora_export.errors import CheckpointError
 from lora_export.merging import CERTIFICATE, merge
 from lora_export.merging.planning.plan import PlannedTensor
 from lora_export.merging.running import tensor as work
-from lora_export.merging.running.exact import rebuilt
+from lora_export.merging.running.rows import rebuilt
 from tests.builders import edit_tensors, handmade_adapter, handmade_base, lora, save_adapter, save_base, tensors
 from tests.matrix.families import FAMILIES
 from tests.matrix.test_matrix import train

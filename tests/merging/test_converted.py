@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers.core_model_loading import Chunk, Concatenate, Interleave, PermuteForRope, WeightConverter
 
-from lora_export.adapters.lora import LowRank, LowRankUpdate
+from lora_export.adapters.updates import LowRank, LowRankUpdate
 from lora_export.contracts import TargetUpdate, Update
 from lora_export.errors import AdapterError
-from lora_export.merging.architecture.converted import Group, spread_converted
+from lora_export.merging.architecture.pieces import Group, Shape, StoredPiece, spread
 
 HEADS = 2
 MODEL = SimpleNamespace(config=SimpleNamespace(num_attention_heads=HEADS))
@@ -38,6 +38,10 @@ def update(target: str, shape: tuple[int, ...], whole: Update, adds: bool = True
     return TargetUpdate(f"l.{target}", "lora", ("x",), (shape,), lambda _: whole, adds=adds)
 
 
+def spread_of(given: TargetUpdate, of: Group, loaded: Shape, stored: dict[str, Shape]) -> list[TargetUpdate]:
+    return spread(given, [StoredPiece(source, group=of, loaded=loaded) for source in of.sources], stored)
+
+
 def low_rank(height: int, width: int) -> tuple[LowRankUpdate, torch.Tensor]:
     left, right = torch.randn(height, 3), torch.randn(3, width)
     return LowRankUpdate(LowRank(left, right, 1.5)), 1.5 * left @ right
@@ -47,7 +51,7 @@ def test_a_part_of_a_fused_projection_is_changed_where_it_lies() -> None:
     cut, stored = group(CUT, "q.weight", "qkv.weight"), {"l.qkv.weight": (12, 5)}
     assert cut.shapes(stored) == {f"l.{n}.weight": (4, 5) for n in "qkv"}
     whole, delta = low_rank(4, 5)
-    (found,) = spread_converted(update("k.weight", (4, 5), whole), cut, (4, 5), stored)
+    (found,) = spread_of(update("k.weight", (4, 5), whole), cut, (4, 5), stored)
     weight = torch.randn(12, 5)
     expected = weight.clone()
     expected[4:8] += delta
@@ -60,7 +64,7 @@ def test_a_part_of_a_fused_projection_is_changed_where_it_lies() -> None:
 def test_rows_that_are_permuted_on_loading_are_changed_in_the_order_of_the_disk() -> None:
     turned, stored = group(TURNED, "q.weight", "qkv.weight"), {"l.qkv.weight": (16, 5)}
     whole, delta = low_rank(8, 5)
-    (found,) = spread_converted(update("q.weight", (8, 5), whole), turned, (8, 5), stored)
+    (found,) = spread_of(update("q.weight", (8, 5), whole), turned, (8, 5), stored)
     weight = torch.randn(16, 5)
     changed = found.load((16, 5)).apply(weight.clone(), slice(0, 16))
     half = 8 // HEADS // 2
@@ -73,13 +77,13 @@ def test_each_joined_tensor_gets_its_rows_of_a_sum_and_what_is_no_sum_is_refused
     joined = group(JOINED, "both.weight", "gate.weight", "up.weight")
     stored = {"l.gate.weight": (4, 5), "l.up.weight": (6, 5)}
     whole, delta = low_rank(10, 5)
-    found = spread_converted(update("both.weight", (10, 5), whole), joined, (10, 5), stored)
+    found = spread_of(update("both.weight", (10, 5), whole), joined, (10, 5), stored)
     assert [u.target for u in found] == list(stored)
     for one, part in zip(found, (delta[:4], delta[4:]), strict=True):
         shape = stored[one.target]
         assert torch.allclose(one.load(shape).apply(torch.zeros(shape), slice(0, shape[0])), part, atol=1e-6)
     with pytest.raises(AdapterError, match="2 tensors on disk make this weight"):
-        spread_converted(update("both.weight", (10, 5), Doubled(), adds=False), joined, (10, 5), stored)
+        spread_of(update("both.weight", (10, 5), Doubled(), adds=False), joined, (10, 5), stored)
 
 
 def test_experts_whose_halves_alternate_come_in_blocks() -> None:
@@ -94,7 +98,7 @@ def test_experts_whose_halves_alternate_come_in_blocks() -> None:
             weight[:, :4] *= 2
             return weight
 
-    (found,) = spread_converted(update("experts.gate_up", shape, Gate(), adds=False), experts, shape, stored)
+    (found,) = spread_of(update("experts.gate_up", shape, Gate(), adds=False), experts, shape, stored)
     weight = torch.randn(shape)
     expected = weight.clone()
     expected[:, 0::2] *= 2
@@ -107,4 +111,4 @@ def test_experts_whose_halves_alternate_come_in_blocks() -> None:
 def test_another_shape_than_the_loaded_weight_has_is_refused() -> None:
     cut, stored = group(CUT, "q.weight", "qkv.weight"), {"l.qkv.weight": (12, 5)}
     with pytest.raises(AdapterError, match=r"fits a weight of shape \[12, 5\], the loaded model has \[4, 5\]"):
-        spread_converted(update("k.weight", (12, 5), Doubled()), cut, (4, 5), stored)
+        spread_of(update("k.weight", (12, 5), Doubled()), cut, (4, 5), stored)

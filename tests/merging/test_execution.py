@@ -13,9 +13,10 @@ import torch
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import InputError, RuntimeUnavailable
 from lora_export.merging import merge, peak_rss, plan
-from lora_export.merging.running import exact
 from lora_export.merging.running import tensor as work
-from lora_export.merging.running import write as execute
+from lora_export.merging.running.audit import Auditor
+from lora_export.merging.running.layout import write_shards
+from lora_export.merging.running.rows import moved, rebuilt
 from lora_export.progress import Silent
 from lora_export.storage import workers
 from tests.builders import handmade_adapter, handmade_base, tensors
@@ -42,13 +43,9 @@ def inputs(tmp_path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, l
     return base, [AdapterChoice(handmade_adapter(tmp_path / "adapter", matrices))]
 
 
-def executed(
-    base: Path, choices: list[AdapterChoice], folder: Path, workers: int, **options: Any
-) -> execute.Execution:
+def executed(base: Path, choices: list[AdapterChoice], folder: Path, workers: int, **options: Any) -> Auditor:
     folder.mkdir()
-    run = execute.Execution(plan(base, choices, MergeOptions(**options)), folder, Silent(), workers)
-    run.run()
-    return run
+    return write_shards(plan(base, choices, MergeOptions(**options)), folder, Silent(), workers=workers)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -64,7 +61,7 @@ def test_any_number_of_threads_gives_the_same_bytes_and_any_memory_the_same_numb
         other = value != found[name]
         assert int(other.sum()) <= (1e-4 * other.numel() if memory == 2**20 else 0)
         assert torch.allclose(value[other].float(), found[name][other].float(), rtol=2**-7, atol=1e-6)
-    again = executed(*inputs, tmp_path / "again", 3, max_memory=memory)
+    again = executed(*inputs, tmp_path / "again", workers, max_memory=memory)
     assert (tmp_path / "out" / NAME).read_bytes() == (tmp_path / "again" / NAME).read_bytes()
     assert run.records == again.records
     assert {r.name: r.operation for r in run.records} == {
@@ -175,8 +172,8 @@ def test_every_kind_computes_where_its_weight_is(kind: str, tmp_path: Path) -> N
     for tensor in plan(base, [AdapterChoice(tmp_path / "adapter")], MergeOptions()).tensors.values():
         weight = torch.empty(tensor.shape, device="meta")
         for update in tensor.updates:
-            there, parts = work.moved(update.load(tensor.shape), "meta"), list[Any]()
-            exact.rebuilt(there, parts.append)
+            there, parts = moved(update.load(tensor.shape), "meta"), list[Any]()
+            rebuilt(there, parts.append)
             devices = {part.device.type for part in parts if isinstance(part, torch.Tensor)}
             assert devices == {"meta"} or (not devices and kind not in ASKING)
             if kind not in ASKING:

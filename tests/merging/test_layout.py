@@ -13,7 +13,8 @@ from lora_export.checkpoint import open_checkpoint
 from lora_export.contracts import AdapterChoice, MergeOptions, TargetUpdate
 from lora_export.errors import AdapterError
 from lora_export.merging import merge
-from lora_export.merging.planning.loaded_names import Piece, TransposedUpdate, loaded_weights, spread
+from lora_export.merging.architecture.model import loaded_weights
+from lora_export.merging.architecture.pieces import StoredPiece, TransposedUpdate, spread
 from lora_export.merging.planning.replication import config_changes, replicated_names
 from tests.builders import VOCABULARY, load, logits, lora, same_bytes, save_adapter, save_base, tensors, unmerged
 
@@ -65,20 +66,20 @@ def test_fused_weights_know_their_parts(tmp_path: Path) -> None:
     found = loaded_weights(base, {n: t.shape for n, t in base.tensors.items()})
     disk = "model.layers.1.block_sparse_moe.experts"
     assert found["model.layers.1.mlp.experts.down_proj"] == tuple(
-        Piece(f"{disk}.{e}.w2.weight", expert=e) for e in range(4)
+        StoredPiece(f"{disk}.{e}.w2.weight", expert=e) for e in range(4)
     )
     assert set(found["model.layers.1.mlp.experts.gate_up_proj"]) == {
-        Piece(f"{disk}.{e}.{w}.weight", e, part) for e in range(4) for part, w in enumerate(("w1", "w3"))
+        StoredPiece(f"{disk}.{e}.{w}.weight", e, part) for e in range(4) for part, w in enumerate(("w1", "w3"))
     }
-    assert found["model.layers.0.mlp.gate.weight"] == (Piece("model.layers.0.block_sparse_moe.gate.weight"),)
-    assert found["lm_head.weight"] == (Piece("lm_head.weight"),)
+    assert found["model.layers.0.mlp.gate.weight"] == (StoredPiece("model.layers.0.block_sparse_moe.gate.weight"),)
+    assert found["lm_head.weight"] == (StoredPiece("lm_head.weight"),)
 
 
 def test_an_update_of_another_size_is_refused_before_it_is_taken_apart() -> None:
     update = TargetUpdate(
         "experts.down_proj", "lora_experts", ("k",), ((4, 9, 7),), lambda shape: pytest.fail("read")
     )
-    pieces = tuple(Piece(f"{e}.w2", e) for e in range(4))
+    pieces = tuple(StoredPiece(f"{e}.w2", e) for e in range(4))
     with pytest.raises(AdapterError, match=r"shape \[4, 9, 7\], the loaded model has \[4, 9, 8\]"):
         spread(update, pieces, {p.name: (9, 8) for p in pieces})
 
@@ -92,7 +93,7 @@ def test_transposed_on_disk() -> None:
     found = TransposedUpdate(Scale()).apply(weight, slice(0, 2))
     assert torch.equal(found, weight * torch.arange(1.0, 5))
     update = TargetUpdate("w", "x", ("k",), ((2, 4, 3),), lambda shape: Scale())
-    (moved,) = spread(update, (Piece("disk", transposed=True),), {"disk": (2, 3, 4)})
+    (moved,) = spread(update, (StoredPiece("disk", transposed=True),), {"disk": (2, 3, 4)})
     assert moved.target == "disk" and moved.fits((2, 3, 4))
     assert torch.equal(moved.load((2, 3, 4)).apply(weight, slice(0, 2)), found)
 

@@ -10,7 +10,7 @@ import torch
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.merging import plan
-from lora_export.merging.architecture import meta as architecture
+from lora_export.merging.architecture import model as architecture
 from lora_export.merging.planning.ties import may_be_shared, shared_by_usual_names
 from tests.builders import edit_json, edit_tensors, llama_config, lora, save_adapter, save_base, tensors
 from tests.daily import daily

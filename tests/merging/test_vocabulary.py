@@ -9,7 +9,7 @@ import torch
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError
 from lora_export.merging import plan
-from lora_export.merging.architecture.settings import resizings, side_effects
+from lora_export.merging.planning.vocabulary import resizings, side_effects
 from lora_export.storage.sealed import read_json
 from tests.builders import edit_json, tensors
 from tests.daily import daily

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from lora_export.contracts import AdapterChoice, ExportResult
+from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.onnx_export.engines import engines
@@ -34,7 +34,7 @@ def test_exported_with_an_adapter(name: str, tmp_path: Path) -> None:
     architecture = ALL[name]
     base = save(architecture, tmp_path / "base")
     unmerged = save_adapter(architecture, base, tmp_path / "adapter")
-    exported = export(base, tmp_path / "onnx", precision="fp32", progress=Silent())
+    exported = export(base, tmp_path / "onnx", ExportOptions("fp32", "cpu"), progress=Silent())
     merge(base, [AdapterChoice(tmp_path / "adapter")], tmp_path / "merged")
     result = reweight(exported.output, tmp_path / "merged", tmp_path / "merged-onnx", progress=Silent())
     assert result.graphs == exported.graphs

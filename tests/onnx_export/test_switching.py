@@ -11,12 +11,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from lora_export.contracts import AdapterChoice, Source
+from lora_export.contracts import AdapterChoice, ExportOptions
 from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
-from lora_export.serving import Overridden, Plugged, Swapped, _Turns
+from lora_export.serving import Plugged, Swapped
 from lora_export.workflows.pluggable import export_pluggable
 from lora_export.workflows.switching import switch
 from tests.daily import daily
@@ -48,7 +48,7 @@ def exports(given: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         if out.exists():
             return out
         if name == "base":
-            export(given["base"], out, precision=precision, provider="cpu", progress=Silent())  # type: ignore[arg-type]
+            export(given["base"], out, ExportOptions(precision, "cpu"), progress=Silent())  # type: ignore[arg-type]
         else:
             reweight(make("base", precision), given[f"merged-{name}"], out, progress=Silent())
         return out
@@ -117,40 +117,19 @@ def near(found: Any, wanted: np.ndarray, precision: str) -> bool:
     return bool(np.abs(np.asarray(found[0], np.float64) - wanted).max() < tolerance * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_overridden_weights_are_those_of_the_other_export(exports: Any, precision: str) -> None:
-    a, b = exports("a", precision), exports("b", precision)
-    live = Overridden(a, "cpu")
-    first = live.run(["logits"], feeds(live.session))
-    assert near(first, logits(a), precision)
-    assert live.switch(b) > 0 and live.folder == b
-    second = live.run(["logits"], feeds(live.session))
-    assert np.array_equal(second[0], Overridden(b, "cpu").run(["logits"], feeds(live.session))[0])
-    assert not np.allclose(first[0], second[0])
-    assert live.switch(b) == 0
-    live.switch(a)
-    assert np.array_equal(live.run(["logits"], feeds(live.session))[0], first[0])
-
-
 def test_another_graph_is_refused_and_nothing_changes(exports: Any) -> None:
-    live = Overridden(exports("a", "fp32"), "cpu")
-    first = live.run(["logits"], feeds(live.session))[0]
-    with pytest.raises(InputError, match="another graph"):
-        live.switch(exports("b", "fp16"))
-    assert np.array_equal(live.run(["logits"], feeds(live.session))[0], first)
     swapped = Swapped(exports("a", "fp32"), "cpu")
     with pytest.raises(InputError, match="other inputs or outputs"):
         swapped.switch(exports("b", "fp16"))
     assert swapped.folder == exports("a", "fp32")
 
 
-@pytest.mark.parametrize("kind", [Overridden, Swapped])
-def test_requests_meet_one_adapter_or_the_other(exports: Any, kind: Any) -> None:
+def test_requests_meet_one_adapter_or_the_other(exports: Any) -> None:
     """While threads ask without a pause, the adapter changes ten times: no answer is of both."""
     folders = [exports(n, "fp32") for n in "ab"]
-    live = kind(folders[0], "cpu")
+    live = Swapped(folders[0], "cpu")
     given = feeds(live.session)
-    answers = [kind(f, "cpu").run(["logits"], given)[0] for f in folders]
+    answers = [Swapped(f, "cpu").run(["logits"], given)[0] for f in folders]
     odd, asked, stop = [], [0, 0], threading.Event()
 
     def ask() -> None:
@@ -176,49 +155,9 @@ def test_requests_meet_one_adapter_or_the_other(exports: Any, kind: Any) -> None
     assert not odd and min(asked) > 20
 
 
-def test_a_switch_gets_its_turn_while_requests_overlap() -> None:
-    """Each request begins before the one before it ends, so that there is never a moment without one."""
-    turns, begun, stop, switched = _Turns(), threading.Semaphore(0), threading.Event(), threading.Event()
-
-    def requests(mine: threading.Event, other: threading.Event) -> None:
-        while not stop.is_set():
-            with turns.shared():
-                begun.release()
-                mine.set()
-                other.wait(0.2)  # the other one has begun, or cannot
-                other.clear()
-
-    def switch_alone() -> None:
-        with turns.alone():
-            switched.set()
-
-    a, b = threading.Event(), threading.Event()
-    threads = [threading.Thread(target=requests, args=pair, daemon=True) for pair in ((a, b), (b, a))]
-    for thread in threads:
-        thread.start()
-    for _ in range(4):
-        begun.acquire()
-    writer = threading.Thread(target=switch_alone, daemon=True)
-    writer.start()
-    assert switched.wait(5)
-    for _ in range(4):
-        assert begun.acquire(timeout=5), "requests go on after a switch"
-    stop.set()
-    for thread in (*threads, writer):
-        thread.join(5)
-        assert not thread.is_alive()
-
-
 def test_plugged_adapters_by_name(given: dict[str, Path], exports: Any, tmp_path: Path) -> None:
-    sources = [Source(n, given[n]) for n in "ab"]
-    export_pluggable(
-        Source("base", given["base"]),
-        sources,
-        tmp_path / "plug",
-        precision="fp32",
-        provider="cpu",
-        progress=Silent(),
-    )
+    sources = [given[n] for n in "ab"]
+    export_pluggable(given["base"], sources, tmp_path / "plug", ExportOptions("fp32", "cpu"), Silent())
     live = Plugged(tmp_path / "plug", "cpu")
     assert live.adapters == ["a", "b"]
     for name in "ab":
@@ -232,5 +171,3 @@ def test_plugged_adapters_by_name(given: dict[str, Path], exports: Any, tmp_path
     assert refused.value.expected == "a, again, b"
     with pytest.raises(InputError, match="no slots"):
         Plugged(exports("a", "fp32"), "cpu")
-    with pytest.raises(InputError, match="no export with a map"):
-        Overridden(tmp_path / "plug", "cpu")

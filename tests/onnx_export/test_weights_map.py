@@ -69,7 +69,7 @@ CASES: list[tuple[tuple[Any, ...], Any, str]] = [
     ((W, 1, "offset"), 8, "given twice"),
     ((W, 1, "transposed"), "yes", "transposed"),
     ((W, 1, "plus"), "1", "plus"),
-    ((W, 1, "plus"), float("nan"), "plus is nan"),
+    ((W, 1, "plus"), float("nan"), "holds nan"),
     ((W, 1, "made_of"), None, "made_of"),
     ((W, 1, "made_of", 0, "rows"), [2, 0], "rows"),
     ((W, 1, "made_of", 0, "rows"), [-1, 1], "rows"),

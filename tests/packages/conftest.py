@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lora_export.contracts import (
+    AdapterChoice,
     BenchmarkOptions,
     ExportOptions,
     PackageOptions,
@@ -92,7 +93,7 @@ def make_run(base: Path, adapter: Path, out: Path) -> Path:
     quick = BenchmarkOptions(shapes=((1, 8),), max_seconds=2)
     export, validation = ExportOptions(provider="cpu"), ValidationOptions(rows=8)
     chosen = StoryOptions(export=export, benchmark=quick, validation=validation)
-    sources = Source(base.name, base), [(Source(adapter.name, adapter), 1.0)]
+    sources = Source(base.name, base), [AdapterChoice(adapter)]
     merge_and_export(*sources, out, chosen, Silent())
     return out
 

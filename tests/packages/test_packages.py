@@ -19,7 +19,7 @@ from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from lora_export.contracts import PackageOptions, Source
+from lora_export.contracts import ExportOptions, PackageOptions
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive
 from lora_export.packages.interpreters import Python
@@ -336,10 +336,8 @@ def test_genai_with_adapters_beside_the_graph(decoder: tuple[Path, Path, Path], 
     save_lora(base, tmp_path / "second", ["q_proj"])
     other = save_decoder(tmp_path / "other", initializer_range=0.21)
     for name, model in (("plug", base), ("wrong", other)):
-        adapters = [Source("", p) for p in (tmp_path / "second", adapter)]
-        export_pluggable(
-            Source("", model), adapters, tmp_path / name, precision="fp32", provider="cpu", progress=Silent()
-        )
+        adapters = [tmp_path / "second", adapter]
+        export_pluggable(model, adapters, tmp_path / name, ExportOptions("fp32", "cpu"), Silent())
     made = package(run, "genai", tmp_path / "p", PackageOptions(pluggable=tmp_path / "plug"), Silent())
     assert {n for n in made.files if n.endswith(".onnx_adapter")} == {"adapter.onnx_adapter", "second.onnx_adapter"}
     assert run_readme(made.output) == unmerged_text(base, adapter)

@@ -1,1 +1,1 @@
-"""What a model's class says of a base, asked of transformers on the meta device."""
+"""What transformers says of a base's class, on the meta device, and of the tensors on disk that fill it."""

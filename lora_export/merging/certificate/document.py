@@ -8,65 +8,176 @@ file of the folder: SHA-256 and size, of a shard that of its header alone, for i
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
+from lora_export.contracts.figures import Figure
+from lora_export.contracts.option import kept
+from lora_export.errors import InputError
+from lora_export.merging.planning.combine import ELECTING, RANDOM
 from lora_export.merging.planning.plan import MergePlan
-from lora_export.merging.planning.recipe import ELECTING, RANDOM
-from lora_export.storage.documents import finite
-from lora_export.storage.sealed import sha256
+from lora_export.merging.running.audit import Auditor
+from lora_export.storage.documents import as_json, decode
+from lora_export.storage.sealed import hashed, read_sealed, sha256, write_sealed
 from lora_export.version import __version__
 
 NAME = "lora_export_certificate.json"
 SCHEMA_VERSION = 2
 
-Files = dict[str, dict[str, Any]]
+
+@dataclass(frozen=True)
+class MergeTool:
+    name: str
+    version: str
 
 
-def certificate_of(
-    plan: MergePlan,
-    weights: Sequence[float],
-    records: Sequence[TensorRecord],
-    survival: float | None,
-    checks: Sequence[BaseCheck],
-    unchecked: Mapping[str, str],
-    files: Files,
-) -> dict[str, Any]:
-    """The document. weights: of the adapters; unchecked: tensors that were not computed again → why; files: of
-    `describe_files`."""
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the folder: its size, and the SHA-256 of all of it, or of a shard that of its header."""
+
+    size: int
+    sha256: str | None = None
+    header_sha256: str | None = None
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        file = hashed(path)
+        return cls(file.size, file.sha256)
+
+
+@dataclass(frozen=True)
+class BaseFile:
+    size: int
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    files: Mapping[str, BaseFile]
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """sha256: of each of its files; base_model: as the adapter names it; kind_from: the package that its kind is
+    from, if it is not this one."""
+
+    kind: str
+    weight: float
+    base_model: str | None
+    sha256: Mapping[str, str]
+    kind_from: str | None = None
+
+
+@dataclass(frozen=True)
+class AdapterTensors:
+    used: int
+    total: int
+
+
+Files = Mapping[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """unchecked: tensors that were not computed again → why. options: those that did not matter have their
+    defaults."""
+
+    schema_version: int
+    tool: MergeTool
+    versions: Mapping[str, str]
+    arithmetic: str
+    bound: str
+    options: MergeOptions
+    base: BaseFiles
+    adapters: tuple[AdapterRecord, ...]
+    tensors: Mapping[str, int]
+    adapter_tensors: AdapterTensors
+    delta_survival: Figure | None
+    base_checks: tuple[BaseCheck, ...]
+    files: Files
+    unchecked: Mapping[str, str]
+    records: tuple[TensorRecord, ...]
+
+    @property
+    def hashes(self) -> dict[str, str | None]:
+        """Of every tensor of the output, by name."""
+        return {r.name: r.hash_out for r in self.records}
+
+    def as_json(self) -> dict[str, Any]:
+        document: dict[str, Any] = as_json(self) | {"options": kept(self.options)}
+        for name, file in document["files"].items():
+            document["files"][name] = {k: v for k, v in file.items() if v is not None}
+        for adapter in document["adapters"]:
+            if adapter.get("kind_from") is None:
+                adapter.pop("kind_from", None)
+        return document
+
+
+def read_certificate(folder: Path) -> Certificate:
+    """The certificate of a folder, its seal and types checked. InputError says what is wrong with it."""
+    path = folder / NAME
+    document = read_sealed(path)
+    schema = document.get("schema_version")
+    if schema != SCHEMA_VERSION:
+        raise InputError(
+            f"the certificate has schema version {schema!r}",
+            where=path,
+            expected=f"version {SCHEMA_VERSION}",
+            next_step="verify with the lora-export that wrote it",
+        )
+    certificate = decode(document, Certificate, "the certificate", path)
+    again = certificate.as_json()
+    if again != document:
+        odd = next((n for n in [*document, *again] if document.get(n) != again.get(n)), "")
+        raise InputError(
+            f"the certificate is damaged: {odd} has other fields than a certificate of a merge",
+            where=path,
+            expected="the fields that this version writes",
+        )
+    return certificate
+
+
+def write_certificate(stage: Path, audit: Auditor, checks: Sequence[BaseCheck]) -> None:
+    """The certificate of a finished merge, written last: it names every other file."""
+    shards = describe_shards(audit.plan)
+    files = dict(sorted({**describe_files(stage, shards), **shards}.items()))
+    write_sealed(stage / NAME, certificate_of(audit, checks, files).as_json())
+
+
+def certificate_of(audit: Auditor, checks: Sequence[BaseCheck], files: Files) -> Certificate:
+    """files: of `describe_files`."""
+    plan = audit.plan
     used = sum(a.tensor_count for a in plan.adapters)
-    inputs = sorted({t.file for t in plan.base.tensors.values()})
-    found = {
-        "schema_version": SCHEMA_VERSION,
-        "tool": {"name": "lora-export", "version": __version__},
-        "versions": versions(plan),
-        "arithmetic": "fp32, or float64 where fp32 is written; rounded once to the output type, ties to even",
-        "bound": "½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|) from float64; hashes of tensors: BLAKE3 of leaves of 2^18 bytes",
-        "options": effective_options(plan),
-        "base": {"files": {p.name: {"size": p.stat().st_size} for p in inputs}},
-        "adapters": [
-            {
-                "kind": a.kind,
-                "weight": weight,
-                "base_model": _name(a.config.get("base_model_name_or_path")),
-                "sha256": adapter_hashes(a.folder, {t.file for t in a.tensors.values()}),
-            }
-            for a, weight in zip(plan.adapters, weights, strict=True)
-        ],
-        "tensors": plan.counts,
-        "adapter_tensors": {"used": used, "total": used},
-        "delta_survival": survival,
-        "base_checks": [asdict(c) for c in checks],
-        "files": files,
-        "unchecked": dict(sorted(unchecked.items())),
-        "records": [asdict(r) for r in records],
-    }
-    document: dict[str, Any] = finite(found)  # --allow-nonfinite may lead to figures that are no numbers
-    return document
+    inputs = sorted({t.file: t.source for t in plan.base.tensors.values()}.items(), key=lambda item: item[0])
+    return Certificate(
+        schema_version=SCHEMA_VERSION,
+        tool=MergeTool("lora-export", __version__),
+        versions=versions(plan),
+        arithmetic="fp32, or float64 where fp32 is written; rounded once to the output type, ties to even",
+        bound="½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|) from float64; hashes of tensors: BLAKE3 of leaves of 2^18 bytes",
+        options=effective_options(plan),
+        base=BaseFiles({file.name: BaseFile(source.file_size(file)) for file, source in inputs}),
+        adapters=tuple(
+            AdapterRecord(
+                a.kind,
+                a.weight,
+                _name(a.config.get("base_model_name_or_path")),
+                adapter_hashes(a.folder, {t.file for t in a.tensors.values()}),
+                a.plugin,
+            )
+            for a in plan.adapters
+        ),
+        tensors=plan.counts,
+        adapter_tensors=AdapterTensors(used, used),
+        delta_survival=audit.survival,
+        base_checks=tuple(checks),
+        files=files,
+        unchecked=dict(sorted(audit.unchecked.items())),
+        records=tuple(audit.records),
+    )
 
 
 def versions(plan: MergePlan) -> dict[str, str]:
@@ -86,24 +197,22 @@ def _processor() -> str:
     return " ".join(filter(None, (platform.machine(), torch.backends.cpu.get_cpu_capability(), vendor)))
 
 
-def effective_options(plan: MergePlan) -> dict[str, Any]:
+def effective_options(plan: MergePlan) -> MergeOptions:
     """The options of a merge. One that did not matter has its default: no other value of it can be claimed."""
-    options, default = asdict(plan.options), asdict(MergeOptions())
-    tensors = plan.tensors.values()
+    options, tensors = plan.options, plan.tensors.values()
     matters = {
         "force": False,
-        "base_weights": any(t.quantized for t in tensors) or options["training_quantization"] != "none",
-        "training_double_quant": options["training_quantization"] in ("nf4", "fp4"),
+        "base_weights": any(t.quantized for t in tensors) or options.training_quantization != "none",
+        "training_double_quant": options.training_quantization in ("nf4", "fp4"),
         "task": plan.model is not None and plan.model.asked,
-        "seed": options["combine"] in RANDOM,
-        "majority_sign": options["combine"] in ELECTING,
+        "seed": options.combine in RANDOM,
+        "majority_sign": options.combine in ELECTING,
         "max_shard_size": _grouping(plan.shards) != _grouping(plan_shards([t.output for t in tensors], None, {})),
     }
     if not any(u.kind == "lora_experts" for t in tensors for u in t.updates):
         matters |= {"expert_packing": False, "expert_layout": False}
-    options |= {name: default[name] for name, does in matters.items() if not does}
-    del options["force"]
-    return options
+    default = asdict(MergeOptions())
+    return replace(options, **{name: default[name] for name, does in matters.items() if not does})
 
 
 def _grouping(shards: Sequence[Shard]) -> list[tuple[str, tuple[str, ...]]]:
@@ -112,20 +221,16 @@ def _grouping(shards: Sequence[Shard]) -> list[tuple[str, tuple[str, ...]]]:
 
 def describe_files(folder: Path, shards: Files) -> Files:
     """Every file of a folder but the certificate and the shards."""
-    found: Files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name != NAME and name not in shards:
-            found[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    return found
+    names = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {n: FileRecord.of(p) for n, p in names.items() if n != NAME and n not in shards}
 
 
 def describe_shards(plan: MergePlan) -> Files:
     return {
-        s.file: {
-            "size": len(s.header) + sum(t.nbytes for t in s.tensors),
-            "header_sha256": hashlib.sha256(s.header).hexdigest(),
-        }
+        s.file: FileRecord(
+            size=len(s.header) + sum(t.nbytes for t in s.tensors),
+            header_sha256=hashlib.sha256(s.header).hexdigest(),
+        )
         for s in plan.shards
     }
 

@@ -4,33 +4,23 @@ import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 
 from lora_export.checkpoint.hashing import hash_parts, hash_tensor
-from lora_export.checkpoint.reader import read_rows
-from lora_export.contracts import Progress, TensorInfo, TensorRecord, Update
+from lora_export.contracts import Progress, TensorInfo, Update
 from lora_export.merging.certificate.as_recorded import place
 from lora_export.merging.planning.plan import MergePlan, PlannedTensor
-from lora_export.merging.running.base_rows import base_rows
-from lora_export.merging.running.exact import (
-    Errors,
-    ExactTensor,
-    Runs,
-    all_runs,
-    load_updates,
-    memory,
-    runs_of,
-    too_large,
-)
+from lora_export.merging.running.audit import Auditor
+from lora_export.merging.running.exact import Runs, all_runs
+from lora_export.merging.running.rows import base_rows, load_updates
 from lora_export.merging.running.survival import Survival, stride
-from lora_export.merging.running.tensor import Certified, record, saturated
+from lora_export.merging.running.tensor import saturated
 
 
 @dataclass
 class Recheck:
     """rows: of each computed tensor, drawn with `seed`, so that whoever changes a folder cannot know which.
 
-    records: in the order of the output; beyond: what is not as computed, in words; unchecked: tensor → why.
+    audit: keeps the records; beyond: what is not as computed, in words.
     """
 
     plan: MergePlan
@@ -38,17 +28,14 @@ class Recheck:
     rows: int
     seed: int
     progress: Progress
-    records: list[TensorRecord] = field(default_factory=list)
-    unchecked: dict[str, str] = field(default_factory=dict)
+    audit: Auditor = field(init=False)
     beyond: list[str] = field(default_factory=list)
-    _total: Survival = field(default_factory=Survival)
 
-    @property
-    def survival(self) -> float | None:
-        return self._total.share
+    def __post_init__(self) -> None:
+        self.audit = Auditor(self.plan)
 
     def run(self) -> None:
-        names = [t.name for s in self.plan.shards for t in s.tensors]
+        names = self.plan.names
         inputs = [self.plan.inputs_of(self.plan.tensors[n]) for n in names]
         with ThreadPoolExecutor(2) as pool:
             for at, (name, hash_in) in enumerate(zip(names, pool.map(hash_parts, inputs), strict=True)):
@@ -57,39 +44,31 @@ class Recheck:
 
     def _tensor(self, tensor: PlannedTensor, output: TensorInfo, hash_in: str) -> None:
         if tensor.operation == "copied":
-            same = hash_tensor(output)
-            if same != hash_in:
+            hash_out = hash_tensor(output)
+            if hash_out != hash_in:
                 self.beyond.append(f"{place(output)} is not the base's tensor, which is to be copied")
-            self.records.append(record(tensor, Survival(), Certified(hash_in=hash_in, hash_out=same)))
+            self.audit.keep(tensor, hash_in=hash_in, hash_out=hash_out)
             return
         if (output.dtype, output.shape) != (tensor.output.dtype, tensor.output.shape):
-            self.records.append(record(tensor, Survival(), Certified(hash_in=hash_in)))  # the plan's check tells it
+            self.audit.keep(tensor, hash_in=hash_in)  # the check of the plan reports it
             return
         updates = load_updates(tensor, tensor.wide)
-        errors = self._errors(tensor, output) if output.nbytes else Errors()
-        survival = measured(tensor, self.plan, updates, output) if updates and output.nbytes else Survival()
-        self._total.join(survival)
-        count = sum(saturated(read_rows(output, *run)) for run in all_runs(output.shape))
-        self.records.append(record(tensor, survival, Certified(errors, count, hash_in, hash_tensor(output))))
-
-    def _errors(self, tensor: PlannedTensor, output: TensorInfo) -> Errors:
-        """Of the rows that the certificate speaks of; those that are drawn must be within the bound as well."""
-        limit, name = self.plan.options.max_memory, tensor.output.name
-        runs = runs_of(tensor.shape, self.plan.options.certify)
-        needed = memory(tensor, runs)
-        if needed > limit:
-            self.unchecked[name] = too_large(needed, limit)
-            return Errors()
-        exact = ExactTensor(tensor, self.plan.base)
-        errors = exact.compare(partial(read_rows, output), runs)
-        drawn = exact.compare(partial(read_rows, output), self._drawn(name, tensor.shape))
-        judged = errors if errors.beyond else drawn
-        if judged.beyond:
+        drawn = self._drawn(output.name, tensor.shape)
+        errors, others = self.audit.compare(tensor, output.rows, drawn) if output.nbytes else (None, None)
+        worse = errors if errors and errors.beyond else others
+        if worse and worse.beyond:
             self.beyond.append(
-                f"{place(output)}: {judged.beyond} of {judged.checked} numbers are beyond the bound, the worst by "
-                f"{judged.largest:.3g} ulps; the first in row {judged.worst}"
+                f"{place(output)}: {worse.beyond} of {worse.checked} numbers are beyond the bound, the worst by "
+                f"{worse.largest:.3g} ulps; the first in row {worse.worst}"
             )
-        return errors
+        self.audit.keep(
+            tensor,
+            survival=measured(tensor, self.plan, updates, output) if updates and output.nbytes else None,
+            errors=errors,
+            saturated=sum(saturated(output.rows(*run)) for run in all_runs(output.shape)),
+            hash_in=hash_in,
+            hash_out=hash_tensor(output),
+        )
 
     def _drawn(self, name: str, shape: Sequence[int]) -> Runs:
         height = shape[0] if shape else 1
@@ -102,19 +81,19 @@ def measured(tensor: PlannedTensor, plan: MergePlan, updates: Sequence[Update], 
     import torch
 
     packed = tensor.quantized.load(plan.base) if tensor.quantized else None
-    height = tensor.shape[0] if tensor.shape else 1
+    height = tensor.height
     step = stride(tensor.shape) if tensor.shape else 1
 
     def of(runs: Sequence[tuple[int, int]], every: int) -> Survival:
-        found = Survival()
+        survival = Survival()
         for start, stop in runs:
             before = base_rows(tensor, packed, start, stop).to(torch.float64 if tensor.wide else torch.float32)
             after = before.clone() if tensor.shape else before.clone().reshape(())
             for update in updates:
                 after = update.apply(after, slice(start, stop))
             rows = slice(None, None, every)
-            found.add(before[rows], after.reshape(before.shape)[rows], read_rows(output, start, stop)[rows])
-        return found
+            survival.add(before[rows], after.reshape(before.shape)[rows], output.rows(start, stop)[rows])
+        return survival
 
     if not tensor.row_wise:
         some = of([(0, height)], step)

@@ -1,26 +1,22 @@
 """A merge done once more over a merged folder: every byte that it would write is compared with what is there."""
 
-import os
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import threading
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.checkpoint.hashing import hash_tensor
-from lora_export.checkpoint.reader import read_rows
-from lora_export.contracts import Progress, TensorInfo, TensorRecord
-from lora_export.errors import CheckpointError
+from lora_export.checkpoint.tensor_files import FILES
+from lora_export.contracts import Progress, TensorInfo
 from lora_export.merging.certificate.as_recorded import place
 from lora_export.merging.certificate.compare import Findings
-from lora_export.merging.certificate.document import versions
+from lora_export.merging.certificate.document import Certificate, versions
 from lora_export.merging.planning.plan import MergePlan, PlannedTensor
-from lora_export.merging.running.blocks import STRETCH, Copy
-from lora_export.merging.running.exact import Errors, ExactTensor, all_runs
-from lora_export.merging.running.stream import places
-from lora_export.merging.running.write import Execution
-from lora_export.storage.workers import ComparedFile, OpenFile, read_bytes
+from lora_export.merging.running.audit import Auditor
+from lora_export.merging.running.exact import ExactTensor, all_runs
+from lora_export.merging.running.layout import places, write_shards
+from lora_export.storage.workers import ComparedFile, Regions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,27 +24,19 @@ if TYPE_CHECKING:
     from lora_export.storage.workers import Bytes
 
 
-@dataclass(frozen=True)
-class Recomputed:
-    """What the certificate of a merge that was done again says. hashes: of the tensors that agree byte for byte."""
-
-    records: Sequence[TensorRecord]
-    survival: float | None
-    unchecked: Mapping[str, str]
-    hashes: Mapping[str, str]
-
-
 def recompute(
-    findings: Findings, planned: MergePlan, folder: Path, recorded: Mapping[str, Any], progress: Progress
-) -> Recomputed:
-    """Merge again and compare. LoraExportError if base and adapters cannot be merged.
+    findings: Findings, planned: MergePlan, folder: Path, recorded: Certificate, progress: Progress
+) -> tuple[Auditor, dict[str, str]]:
+    """Merge again and compare: what the merge says, and the hashes of the tensors that agree byte for byte.
+
+    LoraExportError if base and adapters cannot be merged.
 
     Where torch and processor are those of the certificate every byte must be the same. Others add up in another
     order, which may turn a rounding: a number that differs must then be within the bound of float64, and what was
     taken so is named.
     """
-    again = Recomputation(planned, folder, progress)
-    again.run()
+    again = Recomputation(planned, folder)
+    audit = again.run(progress)
     failures, within = [], dict[str, Difference]()
     away = elsewhere(recorded, planned)
     for name, difference in again.different.items():
@@ -64,19 +52,17 @@ def recompute(
         findings.not_checked.append(
             f"the last bits of {rows} rows in {len(within)} tensors: {away}; they are within float64's bound"
         )
-    found = [
-        replace(r, hash_out=hash_tensor(within[r.name].info)) if r.name in within else r for r in again.records
-    ]
-    known = {r.name: r.hash_out for r in found if r.hash_out and r.name not in again.different}
-    return Recomputed(found, again.survival, again.unchecked, known)
+    for name, difference in within.items():
+        audit.amend(name, hash_out=hash_tensor(difference.info))
+    return audit, {r.name: r.hash_out for r in audit.records if r.hash_out and r.name not in again.different}
 
 
-def elsewhere(recorded: Mapping[str, Any], planned: MergePlan) -> str | None:
+def elsewhere(recorded: Certificate, planned: MergePlan) -> str | None:
     """Where the merge was done, if its bits may differ from those that are computed here."""
-    here, there = ({"torch": "?", "processor": "?", **v} for v in (versions(planned), recorded["versions"]))
-    if recorded["options"]["device"] == "cpu" and all(here[k] == there[k] for k in ("torch", "processor")):
+    here, there = ({"torch": "?", "processor": "?", **v} for v in (versions(planned), recorded.versions))
+    device = recorded.options.device
+    if device == "cpu" and all(here[k] == there[k] for k in ("torch", "processor")):
         return None
-    device = recorded["options"]["device"]
     return (
         f"the merge was done by torch {there['torch']} on {there['processor']} ({device}), here is torch "
         f"{here['torch']} on {here['processor']}"
@@ -85,7 +71,7 @@ def elsewhere(recorded: Mapping[str, Any], planned: MergePlan) -> str | None:
 
 def _beyond(tensor: PlannedTensor, planned: MergePlan, difference: "Difference") -> bool:
     exact = ExactTensor(tensor, planned.base)
-    return exact.compare(partial(read_rows, difference.info), all_runs(tensor.shape)).beyond > 0
+    return exact.compare(difference.info.rows, all_runs(tensor.shape)).beyond > 0
 
 
 @dataclass
@@ -104,61 +90,37 @@ class Difference:
 
 
 @dataclass
-class Recomputation(Execution):
+class Recomputation:
     """folder: a merged folder with the planned files, of the planned sizes; it is only read.
 
-    different: of each tensor that is not what the merge writes. The records, `unchecked` and the survival are those
-    of a fresh merge: hash_out is of the bytes that belong there.
+    different: of each tensor that is not what the merge writes. The auditor's records are those of a fresh merge:
+    hash_out is of the bytes that belong there.
     """
 
+    plan: MergePlan
+    folder: Path
     different: dict[str, Difference] = field(default_factory=dict)
-    _starts: dict[Path, list[tuple[int, TensorInfo]]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __post_init__(self) -> None:
-        for info in places(self.plan, self.folder).values():
-            if info.nbytes:
-                self._starts.setdefault(info.file, []).append((info.start, info))
+    def run(self, progress: Progress) -> Auditor:
+        there = places(self.plan, self.folder, FILES).values()
+        regions = Regions((t.file.name, t.start, t) for t in there if t.nbytes)
 
-    def _output(self, path: Path) -> OpenFile:
-        def tell(at: int, wanted: "Bytes", found: "Bytes") -> None:
-            self._differs(path, at, wanted, found)
+        def compared(path: Path) -> ComparedFile:
+            return ComparedFile.compare(path, partial(self._differs, regions, path.name))
 
-        return ComparedFile(path, os.open(path, os.O_RDONLY), told=tell)
+        # Whatever is beyond the bound of float64 differs in its bytes as well.
+        return write_shards(self.plan, self.folder, progress, Auditor(self.plan, refuses=False), compared)
 
-    def _judge(self, errors: Errors, output: TensorInfo) -> None:
-        """Whatever is beyond the bound of float64 differs in its bytes as well."""
-
-    def _copies(self, tensor: PlannedTensor, source: OpenFile, out: OpenFile, at: int) -> Iterator[Copy]:
-        for job in super()._copies(tensor, source, out, at):
-            yield _Compared(**vars(job))
-
-    def _differs(self, path: Path, at: int, wanted: "Bytes", found: "Bytes") -> None:
+    def _differs(self, regions: Regions[TensorInfo], file: str, at: int, wanted: "Bytes", there: "Bytes") -> None:
         import numpy as np
 
-        starts = self._starts[path]
-        index = bisect_right(starts, at, key=lambda one: one[0]) - 1
-        if index < 0:
+        info = regions.at(file, at)
+        if info is None:
             return  # the header, which is compared by its hash
-        info = starts[index][1]
-        height = info.shape[0] if info.shape else 1
         unlike = np.ones(len(wanted), bool)
-        unlike[: len(found)] = wanted[: len(found)] != found
-        rows = (unlike.nonzero()[0] + at - info.start) // (info.nbytes // height)
-        with self._keeping:
-            known = self.different.setdefault(info.name, Difference(info, np.zeros(height, bool)))
+        unlike[: len(there)] = wanted[: len(there)] != there
+        rows = (unlike.nonzero()[0] + at - info.start) // info.row_nbytes
+        with self._lock:
+            known = self.different.setdefault(info.name, Difference(info, np.zeros(info.height, bool)))
             known.rows[rows] = True
-
-
-@dataclass(frozen=True)
-class _Compared(Copy):
-    """Bytes that a merge copies, compared and hashed as they are read."""
-
-    def run(self) -> int:
-        for done in range(0, self.length, STRETCH):
-            data = read_bytes(self.source, self.start + done, min(STRETCH, self.length - done))
-            if len(data) < min(STRETCH, self.length - done):
-                raise CheckpointError("the file ended early", where=self.source.path, tensor=self.name)
-            self.out.write(data.data, self.at + done)
-            if self.pieces.hash is not None:
-                self.pieces.hash.add(self.start + done - self.pieces.start, data.data)
-        return self.length

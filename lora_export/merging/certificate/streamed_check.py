@@ -2,21 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_export.contracts import AdapterChoice
 from lora_export.merging.certificate.as_recorded import adapter_files
 from lora_export.merging.certificate.compare import Findings, compare
-from lora_export.merging.certificate.document import certificate_of
+from lora_export.merging.certificate.document import Certificate, certificate_of
 from lora_export.merging.certificate.recompute import elsewhere
 from lora_export.merging.certificate.verify import planned_again
 from lora_export.merging.planning.base_checks import base_checks
 from lora_export.merging.running.stream import MergedSource, write_outline
 
 
-def same_tensors(findings: Findings, recorded: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
+def same_tensors(findings: Findings, recorded: Certificate, hashes: Mapping[str, str]) -> None:
     """Whether the tensors that the export says it was made of are the certificate's. hashes: by name."""
-    wanted = {r["name"]: r["hash_out"] for r in recorded["records"]}
+    wanted = recorded.hashes
     other = [n for n in wanted.keys() | hashes.keys() if wanted.get(n) != hashes.get(n)]
     notes = [f"{n}: the export was made of other numbers than the certificate is about" for n in sorted(other)]
     findings.judge("tensors", f"the export was made of the certificate's {len(wanted)} tensors", notes)
@@ -24,8 +23,7 @@ def same_tensors(findings: Findings, recorded: Mapping[str, Any], hashes: Mappin
 
 def merged_again(
     findings: Findings,
-    recorded: Mapping[str, Any],
-    folder: Path,
+    recorded: Certificate,
     base: Path,
     adapters: Sequence[AdapterChoice],
     outline: Path,
@@ -35,7 +33,7 @@ def merged_again(
     None where they do not make the certificate's model.
     """
     adapter_files(findings, recorded, adapters)
-    planned = planned_again(findings, recorded, folder, base, adapters)
+    planned = planned_again(findings, recorded, base, adapters)
     if planned is None:
         return None
     source = MergedSource(planned, outline)
@@ -43,18 +41,14 @@ def merged_again(
     return source
 
 
-def same_certificate(
-    findings: Findings, recorded: Mapping[str, Any], source: MergedSource, adapters: Sequence[AdapterChoice]
-) -> None:
+def same_certificate(findings: Findings, recorded: Certificate, source: MergedSource) -> None:
     """Whether the certificate is that of the merge, of which every tensor was hashed."""
-    records = {r["name"]: r["hash_out"] for r in recorded["records"]}
-    other = [r.name for r in source.records if records.get(r.name) != r.hash_out]
+    records = recorded.hashes
+    other = [r.name for r in source.audit.records if records.get(r.name) != r.hash_out]
     away = elsewhere(recorded, source.plan)
     why = f" ({away}, whose last bits no merged folder is there to compare with)" if away else ""
     notes = [f"{name} is not what the certificate says that it is{why}" for name in other]
     findings.judge(
         "arithmetic", f"the {len(records)} tensors of the certificate are what the merge computes", notes
     )
-    weights, checks = [a.weight for a in adapters], base_checks(source.plan)
-    document = certificate_of(source.plan, weights, source.records, source.survival, checks, source.unchecked, {})
-    compare(findings, recorded, document)
+    compare(findings, recorded, certificate_of(source.audit, base_checks(source.plan), {}))

@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
 from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorInfo, Verification, VerifyOptions
+from lora_export.contracts.option import names
 from lora_export.errors import InputError, LoraExportError
 from lora_export.merging.certificate.as_recorded import (
     adapter_files,
@@ -26,12 +26,21 @@ from lora_export.merging.certificate.as_recorded import (
     what_is_missing,
     words,
 )
-from lora_export.merging.certificate.compare import Findings, compare, read_certificate, recorded_options
-from lora_export.merging.certificate.document import NAME, certificate_of, describe_files, describe_shards
+from lora_export.merging.certificate.compare import Findings, compare
+from lora_export.merging.certificate.document import (
+    NAME,
+    Certificate,
+    FileRecord,
+    certificate_of,
+    describe_files,
+    describe_shards,
+    read_certificate,
+)
 from lora_export.merging.certificate.recheck import Recheck
-from lora_export.merging.certificate.recompute import Recomputed, recompute
+from lora_export.merging.certificate.recompute import recompute
 from lora_export.merging.planning.base_checks import base_checks
 from lora_export.merging.planning.plan import MergePlan
+from lora_export.merging.running.audit import Auditor
 from lora_export.merging.running.companions import write_beside
 
 
@@ -60,7 +69,7 @@ def verify_folder(
     adapter_files(findings, recorded, adapters)
     found, odd = output_tensors(folder, recorded)
     known: Mapping[str, str] = {}
-    if base is not None and len(adapters) == len(recorded["adapters"]):
+    if base is not None and len(adapters) == len(recorded.adapters):
         known = _again(findings, folder, recorded, base, adapters, found, how, progress)
     else:
         what_is_missing(findings, recorded, base, adapters)
@@ -68,7 +77,7 @@ def verify_folder(
     return findings.result()
 
 
-def certificate(folder: Path) -> tuple[Findings, dict[str, Any] | None]:
+def certificate(folder: Path) -> tuple[Findings, Certificate | None]:
     """The certificate in a folder, if it is whole, and what was found out about it."""
     findings = Findings()
     try:
@@ -82,12 +91,12 @@ def certificate(folder: Path) -> tuple[Findings, dict[str, Any] | None]:
 
 
 def planned_again(
-    findings: Findings, recorded: Mapping[str, Any], where: Path, base: Path, adapters: Sequence[AdapterChoice]
+    findings: Findings, recorded: Certificate, base: Path, adapters: Sequence[AdapterChoice]
 ) -> MergePlan | None:
     """The plan of the merge that the certificate is about; None where base and adapters make no such model."""
     from lora_export.merging import plan, prepare
 
-    options = replace(recorded_options(recorded, where), device="cpu")
+    options = replace(recorded.options, device="cpu")
     _name_options(findings, options)
     try:
         planned = plan(base, adapters, options)
@@ -101,7 +110,7 @@ def planned_again(
 
 def _name_options(findings: Findings, options: MergeOptions) -> None:
     """Whoever makes a certificate chooses the options in it, so those that are no defaults are named."""
-    default, same = MergeOptions(), ("force", "device", "certify", "max_memory", "allow_nonfinite")
+    default, same = MergeOptions(), names(MergeOptions, lambda how: not how.changes_result)
     kept = {k: v for k, v in vars(options).items() if v != getattr(default, k) and k not in same}
     if kept:
         claimed = ", ".join(f"{k} {v}" for k, v in kept.items())
@@ -116,7 +125,7 @@ def _name_options(findings: Findings, options: MergeOptions) -> None:
 def _again(
     findings: Findings,
     folder: Path,
-    recorded: Mapping[str, Any],
+    recorded: Certificate,
     base: Path,
     adapters: Sequence[AdapterChoice],
     outputs: Mapping[str, TensorInfo],
@@ -124,7 +133,7 @@ def _again(
     progress: Progress,
 ) -> Mapping[str, str]:
     """Everything computed anew and compared; the hashes of tensors whose bytes are those that were computed."""
-    planned = planned_again(findings, recorded, folder, base, adapters)
+    planned = planned_again(findings, recorded, base, adapters)
     if planned is None:
         return {}
     shards = describe_shards(planned)
@@ -135,9 +144,9 @@ def _again(
         again = Path(scratch)
         write_beside(planned, companion_files(base), again)
         beside = describe_files(again, shards)
-    wanted = dict(sorted((beside | shards).items()))
+    wanted = dict(sorted({**beside, **shards}.items()))
     failures = [f"{name} is not what the merge writes" for name, f in wanted.items() if not _is(folder / name, f)]
-    failures += [f"{n} is no file that the merge writes" for n in sorted(recorded["files"].keys() - wanted.keys())]
+    failures += [f"{n} is no file that the merge writes" for n in sorted(recorded.files.keys() - wanted.keys())]
     findings.judge("written_files", f"{len(wanted)} files are what a merge writes, headers byte for byte", failures)
     if not all(_is(folder / name, f) for name, f in shards.items()):
         findings.not_checked.append(
@@ -145,26 +154,25 @@ def _again(
         )
         return {}
     try:
-        found = _computed(findings, planned, folder, recorded, outputs, how, progress)
+        audit, known = _computed(findings, planned, folder, recorded, outputs, how, progress)
     except LoraExportError as error:
         findings.fail("arithmetic", f"the merge cannot be done again: {words(error)}")
         return {}
-    findings.not_checked += [f"the arithmetic of {n}: {why}" for n, why in found.unchecked.items()]
-    weights, checks = [c.weight for c in adapters], base_checks(planned)
-    document = certificate_of(planned, weights, found.records, found.survival, checks, found.unchecked, wanted)
-    compare(findings, recorded, document)
-    return found.hashes
+    findings.not_checked += [f"the arithmetic of {n}: {why}" for n, why in audit.unchecked.items()]
+    compare(findings, recorded, certificate_of(audit, base_checks(planned), wanted))
+    return known
 
 
 def _computed(
     findings: Findings,
     planned: MergePlan,
     folder: Path,
-    recorded: Mapping[str, Any],
+    recorded: Certificate,
     outputs: Mapping[str, TensorInfo],
     how: VerifyOptions,
     progress: Progress,
-) -> Recomputed:
+) -> tuple[Auditor, Mapping[str, str]]:
+    """What a fresh merge says of every tensor, and the hashes of those that agree with it byte for byte."""
     if how.certify == "full":
         progress.stage(f"verify: all of the merge again, {planned.nbytes / 1e6:.0f} MB")
         return recompute(findings, planned, folder, recorded, progress)
@@ -175,10 +183,10 @@ def _computed(
     recheck.run()
     findings.judge("arithmetic", f"{what}, are what float64 gives", recheck.beyond)
     findings.not_checked.append(f"all other rows of the computed tensors: {what}, as --certify sampled asked for")
-    return Recomputed(recheck.records, recheck.survival, recheck.unchecked, {})
+    return recheck.audit, {}
 
 
-def _is(path: Path, wanted: Mapping[str, Any]) -> bool:
+def _is(path: Path, wanted: FileRecord) -> bool:
     return path.is_file() and not unlike(path, path.name, wanted)
 
 

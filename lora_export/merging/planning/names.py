@@ -1,8 +1,13 @@
-"""From the model's names, which adapters use, to the checkpoint's names, which files use."""
+"""The names of a base's weights, as an adapter's names are looked up among them."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
+from lora_export.checkpoint.reader import Checkpoint
 from lora_export.errors import AdapterError
+from lora_export.merging.architecture.model import Architecture, architecture_of
+from lora_export.merging.architecture.pieces import Shape, StoredPiece
 
 INPUT_EMBEDDINGS = (
     "model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight", "wte.weight",
@@ -10,7 +15,7 @@ INPUT_EMBEDDINGS = (
     "shared.weight",
 )  # fmt: skip
 OUTPUT_HEADS = ("lm_head.weight", "embed_out.weight")
-# Where a model that sees has the text model, or the other one, under another name than the text model alone has.
+# Where a vision-language model has its text model or its vision model under another name than that model alone.
 _VISION_LANGUAGE = (
     ("model.language_model.", "model."),
     ("model.language_model.", "language_model.model."),
@@ -18,10 +23,37 @@ _VISION_LANGUAGE = (
 )
 
 
+@dataclass(frozen=True)
+class BaseNames:
+    """shapes: name → shape of each weight that the base stores; change: of prefix, as of resolve_prefix, for the
+    updates of one adapter."""
+
+    base: Checkpoint
+    shapes: Mapping[str, Shape]
+    change: tuple[str, str]
+
+    def renamed(self, target: str) -> str:
+        """The adapter's name with the changed prefix."""
+        return rename(target, self.change)
+
+    def stored(self, target: str) -> str | None:
+        """The stored weight of this name, with or without the changed prefix."""
+        return next((n for n in (self.renamed(target), target) if n in self.shapes), None)
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        return architecture_of(self.base)
+
+    @cached_property
+    def loaded(self) -> Mapping[str, tuple[StoredPiece, ...]]:
+        """Name in the loaded model → the tensors on disk that make it."""
+        return self.architecture.loaded(self.shapes) if self.architecture else {}
+
+
 def resolve_prefix(targets: Iterable[str], weights: Collection[str]) -> tuple[str, str]:
     """(add, strip): the one change of prefix that brings all target names to weights of the checkpoint.
 
-    A model with a task head names its body `bert.…` where the bare model says `…`, so one of them may lack it.
+    A model with a task head names its body `bert.…` where the bare model has no such prefix.
     Returns ("", "") if no change explains more names than none.
     """
     wanted = list(targets)

@@ -1,17 +1,17 @@
-"""Adapters that name experts one by one, brought to the base's names, or to a weight that holds all experts."""
+"""Adapters that name experts one by one: updates of a weight of that expert, or of one that holds all experts."""
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_export.contracts import TargetUpdate, Update
 from lora_export.errors import AdapterError
+from lora_export.merging.architecture.pieces import Shape
+from lora_export.merging.planning.names import BaseNames
 
 if TYPE_CHECKING:
     import torch
-
-Shape = tuple[int, ...]
 
 # experts.3.gate_proj.weight; Unsloth's gpt-oss in 4 bits has experts.gate_up_projs.3.weight
 _NAMES = (
@@ -30,25 +30,21 @@ _INTERLEAVED = frozenset({"gpt_oss"})  # gate and up alternate, where others hav
 _IN_OUT = frozenset({"gpt_oss", "llama4", "llama4_text", "aria", "aria_text"})
 
 
-def on_disk(
-    update: TargetUpdate, name: str, weights: Mapping[str, Shape], model_types: Set[str]
-) -> TargetUpdate | None:
-    """The update of an expert's weight as an update of what the base stores; None if `name` is no expert's.
-
-    weights: name → shape in the base; model_types: every model_type in its configuration.
-    """
+def one_expert(update: TargetUpdate, names: BaseNames) -> list[TargetUpdate] | None:
+    """The update of an expert's weight as an update of what the base stores; None if it is for no expert's."""
+    name, shapes = names.renamed(update.target), names.shapes
     match = next((m for pattern in _NAMES if (m := pattern.fullmatch(name))), None)
     if match is None or match["part"] not in _FUSED:
         return None
     expert, part = int(match["expert"]), match["part"]
     single = f"{match['owner']}.{expert}.{_OTHER_NAME.get(part)}.weight"
-    if single in weights:
-        return replace(update, target=single)
+    if single in shapes:
+        return [replace(update, target=single)]
     whole, half = _FUSED[part]
     fused = f"{match['owner']}.{whole}"
-    if fused not in weights:
+    if fused not in shapes:
         return None
-    return _of_fused(update, fused, weights[fused], expert, half, model_types)
+    return [_of_fused(update, fused, shapes[fused], expert, half, names.base.model_types)]
 
 
 def _of_fused(

@@ -1,20 +1,20 @@
-"""Everything about a merge that headers can tell, decided and refused before the first output byte."""
+"""Everything about a merge that follows from headers, decided or refused before the first output byte."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from lora_export.checkpoint.reader import Checkpoint, file_dtype
+from lora_export.checkpoint.reader import Checkpoint
 from lora_export.checkpoint.shards import OutputTensor, Shard, plan_shards
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, TensorInfo
+from lora_export.contracts.tensors import file_dtype
 from lora_export.errors import AdapterError, CheckpointError
-from lora_export.merging.architecture.heads import NewModel, remodelled
-from lora_export.merging.architecture.layout import Layout
-from lora_export.merging.architecture.settle import settle
 from lora_export.merging.planning.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.planning.combine import combined
+from lora_export.merging.planning.heads import NewModel, remodelled
 from lora_export.merging.planning.names import unknown_target
 from lora_export.merging.planning.replication import config_changes, layer_order
+from lora_export.merging.planning.settle import Layout, settle
 from lora_export.merging.planning.targets import match_targets
 from lora_export.quantization import QuantizedWeight, TrainingQuantization, places_of
 
@@ -26,8 +26,8 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 class PlannedTensor:
     """One tensor of the output: where its numbers come from, and what is done to them.
 
-    source is the base's tensor (None for a new one); quantized tells how to dequantize it; training, how
-    training had quantized it.
+    source is the base's tensor (None for a new one); quantized: how to dequantize it; training: how training
+    quantized it.
     """
 
     output: OutputTensor
@@ -39,18 +39,23 @@ class PlannedTensor:
     training: TrainingQuantization | None = None
 
     @property
+    def height(self) -> int:
+        """Rows; a scalar has one."""
+        return self.shape[0] if self.shape else 1
+
+    @property
     def wide(self) -> bool:
         """Whether it is computed in float64: fp32 arithmetic would round one of two fp32 numbers the wrong way."""
         return bool(self.updates) and (self.output.dtype in ("F32", "F64") or any(u.wide for u in self.updates))
 
     @property
     def copies(self) -> int:
-        """How often a block of it is in memory at once, counted in fp32."""
+        """How many copies of a block of it are in memory at once, counted in fp32."""
         return max((u.copies for u in self.updates), default=4) * (2 if self.wide else 1)
 
     @property
     def row_wise(self) -> bool:
-        """Whether blocks of its rows can be computed apart."""
+        """Whether blocks of its rows can be computed separately."""
         quantized_apart = self.training is None or self.training.row_wise(self.shape)
         return quantized_apart and all(u.row_wise(self.shape) for u in self.updates)
 
@@ -68,6 +73,11 @@ class MergePlan:
     model: NewModel | None = None  # where the output is of another class than the base
 
     @property
+    def names(self) -> list[str]:
+        """The tensors in the order of the output."""
+        return [t.name for s in self.shards for t in s.tensors]
+
+    @property
     def nbytes(self) -> int:
         return sum(len(s.header) + sum(t.nbytes for t in s.tensors) for s in self.shards)
 
@@ -79,7 +89,7 @@ class MergePlan:
 
     @property
     def computes(self) -> bool:
-        """Whether anything is more than copied."""
+        """Whether anything but copying is done."""
         return any(t.operation != "copied" for t in self.tensors.values())
 
     @property
@@ -120,7 +130,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     if unknown:
         raise unknown_target(min(unknown), base.tensors, str(base.folder))
     dequantized = any(w.quantized for w in weights.values())
-    metadata = {} if dequantized else dict(given.metadata)  # of a quantized file it may tell how to read its codes
+    metadata = {} if dequantized else dict(given.metadata)  # of a quantized file it may say how to read its codes
     shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, metadata)
     changes, removals = _config_edits(base, layout.config | replicated, dequantized, options)
     warnings += layout.warnings
@@ -133,7 +143,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
 
 
 def without_updates(plan: MergePlan) -> MergePlan:
-    """The same output without what adapters change; what the base lacks, or has in another size, stays theirs."""
+    """The same output without the adapters' changes; tensors that the base lacks or has in another size stay."""
     tensors = {}
     for name, tensor in plan.tensors.items():
         if tensor.source is not None and tensor.updates and tensor.source.shape == tensor.shape:

@@ -1,4 +1,4 @@
-"""Adapters that name parts of a projection which the base stores as one weight, brought to its rows.
+"""Adapters that name parts of a projection that the base stores as one weight: updates of some of its rows.
 
 Tinker trains q, k and v of Qwen's linear attention apart. Qwen 3.5 stores in_proj_qkv, all of q, then k, then v;
 Qwen3-Next in_proj_qkvz and in_proj_ba, for each head of the keys its q, k, v and z (transformers'
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TargetUpdate, Update
 from lora_export.errors import AdapterError
+from lora_export.merging.architecture.pieces import Shape
+from lora_export.merging.planning.names import BaseNames
 
 if TYPE_CHECKING:
     import torch
-
-Shape = tuple[int, ...]
 
 _PART = re.compile(r"(?P<owner>(?:.+\.)?linear_attn)\.in_proj_(?P<part>q|k|v|z|b|a)\.weight")
 _WHOLES = ("qkv", "qkvz", "ba")
@@ -25,7 +25,7 @@ _BY_HEAD = ("qkvz", "ba")
 
 @dataclass(frozen=True)
 class RowsUpdate:
-    """An update of some rows of a weight; rows: their indices there, ascending."""
+    """An update of some rows of a weight. rows: their indices, ascending."""
 
     inner: Update
     rows: "torch.Tensor"
@@ -41,13 +41,12 @@ class RowsUpdate:
         return weight
 
 
-def on_rows(
-    update: TargetUpdate, name: str, weights: Mapping[str, Shape], config: Mapping[str, Any]
-) -> TargetUpdate | None:
-    """The update as one of the weight that the base stores; None if `name` is no part of such a projection.
+def split_projection(update: TargetUpdate, names: BaseNames) -> list[TargetUpdate] | None:
+    """The update as one of the weight that the base stores; None if it is for no part of such a projection.
 
-    weights: name → shape in the base; config: its configuration. AdapterError where the sizes disagree.
+    AdapterError where the sizes disagree.
     """
+    name, weights, config = names.renamed(update.target), names.shapes, names.base.config
     match = _PART.fullmatch(name)
     if match is None:
         return None
@@ -82,7 +81,7 @@ def on_rows(
     def row_wise(_: Shape) -> bool:
         return update.row_wise((height, shape[1]))
 
-    return replace(update, target=target, shapes=(shape,), load=load, row_wise=row_wise, low_rank=False)
+    return [replace(update, target=target, shapes=(shape,), load=load, row_wise=row_wise, low_rank=False)]
 
 
 def _name(owner: str, whole: str) -> str:
@@ -90,11 +89,11 @@ def _name(owner: str, whole: str) -> str:
 
 
 def _sizes(config: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-    """(heads of the keys, part → rows for each of them); no rows where the configuration does not tell."""
+    """(heads of the keys, part → rows for each of them); no rows where the configuration does not say."""
     text = config.get("text_config")
-    found = text if isinstance(text, dict) else config
+    settings = text if isinstance(text, dict) else config
     names = ("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
-    numbers = [found.get(n) for n in names]
+    numbers = [settings.get(n) for n in names]
     if not all(isinstance(n, int) and n > 0 for n in numbers):
         return 0, {}
     heads, values, width, height = (int(n or 0) for n in numbers)

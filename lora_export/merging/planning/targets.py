@@ -1,18 +1,35 @@
-"""Updates of adapters brought to the weights of a base: each finds its weight, or is refused."""
+"""Updates of adapters brought to the weights of a base.
 
-from collections.abc import Collection, Mapping, Sequence
+An adapter has the names of the model that it was trained in, a base has names of tensors in files. The way from one
+to the other, in order; of the steps, the first that knows a name decides:
+
+- `resolve_prefix` (names.py): one change of prefix for all names, where a body has another prefix in a model with a
+  head, or inside a vision-language model;
+- `Architecture.todays_names`: names of an older transformers, for those that no file has;
+- `as_stored`: the base stores a weight of this name;
+- `one_expert` (one_expert.py): the weight of a single expert, stored under its other name or inside a fused one;
+- `split_projection` (split_projections.py): a part of a projection that is stored as one weight;
+- `as_loaded`: a weight that transformers makes of tensors on disk (architecture/pieces.py);
+- `tied`: a weight that is not stored because it is tied to one that is;
+- `left_out`: an optional bias that the layer does not have.
+
+A name that no step knows is refused.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
-from lora_export.merging.architecture.meta import Architecture, architecture_of
+from lora_export.merging.architecture.pieces import spread
 from lora_export.merging.planning.base import BaseWeight
-from lora_export.merging.planning.loaded_names import Piece, spread
-from lora_export.merging.planning.names import rename, resolve_prefix, tied_pair, unknown_target
-from lora_export.merging.planning.older_names import with_todays_names
-from lora_export.merging.planning.one_expert import on_disk
-from lora_export.merging.planning.split_projections import on_rows
+from lora_export.merging.planning.names import BaseNames, resolve_prefix, tied_pair, unknown_target
+from lora_export.merging.planning.one_expert import one_expert
+from lora_export.merging.planning.split_projections import split_projection
+
+# The update as updates of what the base stores; None where the step does not know the name.
+Step = Callable[[TargetUpdate, BaseNames], list[TargetUpdate] | None]
 
 
 def match_targets(
@@ -21,11 +38,12 @@ def match_targets(
     """(weight → its updates, replacements first; warnings). A tied head that is not stored is a weight, too."""
     targets: dict[str, list[TargetUpdate]] = {}
     warnings: list[str] = []
+    shapes = {n: w.shape for n, w in weights.items()}
     for owner, adapter in enumerate(adapters):
         change = resolve_prefix((u.target for u in adapter.updates), weights)
         if any(change):
             warnings.append(f"names of {adapter.folder.name} were matched with a changed prefix: {change}")
-        for update in _resolved(base, adapter, weights, change):
+        for update in _resolved(adapter, BaseNames(base, shapes, change)):
             targets.setdefault(update.target, []).append(replace(update, owner=owner))
     for name, updates in targets.items():
         updates.sort(key=lambda u: not u.replaces)
@@ -36,71 +54,54 @@ def match_targets(
     return targets, warnings
 
 
-def _resolved(
-    base: Checkpoint, adapter: Adapter, weights: Mapping[str, BaseWeight], change: tuple[str, str]
-) -> list[TargetUpdate]:
-    """The adapter's updates under the names of the files; what transformers fuses on loading is taken apart."""
-    found: list[TargetUpdate] = []
+def _resolved(adapter: Adapter, names: BaseNames) -> list[TargetUpdate]:
+    """The adapter's updates under the names of the files."""
+    resolved: list[TargetUpdate] = []
     called: dict[str, str] = {}  # weight → what the adapter calls it
-    known: Architecture | None = None
-    loaded: dict[str, tuple[Piece, ...]] | None = None
-    shapes = {n: w.shape for n, w in weights.items()}
-    for update in with_todays_names(base, list(adapter.updates), weights, change):
-        name = next((n for n in (rename(update.target, change), update.target) if n in weights), None)
-        if name is not None:
-            if called.setdefault(name, update.target) != update.target:
-                raise AdapterError(
-                    f"the adapter changes this weight under two names, {called[name]} and {update.target}",
-                    where=adapter.folder,
-                    tensor=name,
-                    expected="one name for each weight",
-                )
-            found.append(_renamed(update, name))
-            continue
-        part = on_disk(update, rename(update.target, change), shapes, base.model_types)
-        part = part or on_rows(update, rename(update.target, change), shapes, base.config)
-        if part is not None:
-            found.append(part)
-            continue
-        if loaded is None:
-            known = architecture_of(base)
-            loaded = known.loaded(shapes) if known else {}
-        tied = _tied_name(update, known, loaded, weights, change)
-        if update.target in loaded:
-            found += spread(update, loaded[update.target], shapes)
-        elif tied is not None:
-            found.append(_renamed(update, tied))
-        elif not (update.optional and _has_weight(update, weights, loaded, change)):
-            raise unknown_target(update.target, weights, str(adapter.folder))
-    return found
+    older = [u.target for u in adapter.updates if names.stored(u.target) is None]
+    today = names.architecture.todays_names(older) if older and names.architecture else {}
+    for given in adapter.updates:
+        update = replace(given, target=today[given.target]) if given.target in today else given
+        name = names.stored(update.target)
+        if name is not None and called.setdefault(name, update.target) != update.target:
+            raise AdapterError(
+                f"the adapter changes this weight under two names, {called[name]} and {update.target}",
+                where=adapter.folder,
+                tensor=name,
+                expected="one name for each weight",
+            )
+        updates = next((u for u in (step(update, names) for step in STEPS) if u is not None), None)
+        if updates is None:
+            raise unknown_target(update.target, names.shapes, str(adapter.folder))
+        resolved += updates
+    return resolved
 
 
-def _has_weight(
-    update: TargetUpdate,
-    weights: Mapping[str, BaseWeight],
-    loaded: Mapping[str, tuple[Piece, ...]],
-    change: tuple[str, str],
-) -> bool:
-    """Whether the layer is there, though without the bias that this optional update is for."""
-    weight = f"{update.target.rpartition('.')[0]}.weight"
-    return weight in weights or weight in loaded or rename(weight, change) in weights
+def as_stored(update: TargetUpdate, names: BaseNames) -> list[TargetUpdate] | None:
+    name = names.stored(update.target)
+    return None if name is None else [replace(update, target=name)]
 
 
-def _tied_name(
-    update: TargetUpdate,
-    known: Architecture | None,
-    loaded: Mapping[str, object],
-    weights: Collection[str],
-    change: tuple[str, str],
-) -> str | None:
-    """The name of a weight that the base does not store because it is tied to one that it stores."""
+def as_loaded(update: TargetUpdate, names: BaseNames) -> list[TargetUpdate] | None:
+    pieces = names.loaded.get(update.target)
+    return None if pieces is None else spread(update, pieces, names.shapes)
+
+
+def tied(update: TargetUpdate, names: BaseNames) -> list[TargetUpdate] | None:
+    known = names.architecture
     if known is None:
-        pair = tied_pair(weights)
-        return pair[1] if pair and update.target == pair[1] else None
-    names = (update.target, rename(update.target, change), *known.loaded({update.target: ()}))
-    groups = [group for group in known.ties if any(n in loaded for n in group)]
-    return next((n for n in names for group in groups if n in group), None)
+        pair = tied_pair(names.shapes)
+        return [update] if pair and update.target == pair[1] else None
+    called = (update.target, names.renamed(update.target), *known.loaded({update.target: ()}))
+    groups = [group for group in known.ties if any(n in names.loaded for n in group)]
+    name = next((n for n in called for group in groups if n in group), None)
+    return None if name is None else [replace(update, target=name)]
 
 
-def _renamed(update: TargetUpdate, name: str) -> TargetUpdate:
-    return update if update.target == name else replace(update, target=name)
+def left_out(update: TargetUpdate, names: BaseNames) -> list[TargetUpdate] | None:
+    weight = f"{update.target.rpartition('.')[0]}.weight"
+    has_layer = names.stored(weight) is not None or weight in names.loaded
+    return [] if update.optional and has_layer else None
+
+
+STEPS: tuple[Step, ...] = (as_stored, one_expert, split_projection, as_loaded, tied, left_out)

@@ -11,9 +11,9 @@ from lora_export.checkpoint.companions import (
 )
 from lora_export.checkpoint.shards import write_index
 from lora_export.checkpoint.trained_beside import MOST, carried, named
+from lora_export.folder_files import VALUE_HEAD
 from lora_export.merging.planning.plan import MergePlan
 from lora_export.storage.sealed import copy
-from lora_export.training_names import VALUE_HEAD
 
 # Settings that a server would take for the result's, though nothing in it is quantized any more.
 OF_QUANTIZERS = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})

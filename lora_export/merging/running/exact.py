@@ -9,17 +9,15 @@ otherwise: `terms`). The fp32 part is four times what is tested: what goes beyon
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_export.adapters.kind import float64
 from lora_export.choices import Certify
-from lora_export.contracts import TensorSource, Update
-from lora_export.errors import CheckpointError
+from lora_export.contracts import TensorSource
 from lora_export.merging.planning.plan import PlannedTensor
-from lora_export.merging.running.base_rows import Reader, base_rows
+from lora_export.merging.running.rows import Reader, base_rows, load_updates, rebuilt
 
 if TYPE_CHECKING:
     import torch
@@ -66,27 +64,10 @@ def runs_of(shape: Sequence[int], certify: Certify) -> Runs:
 
 def memory(tensor: PlannedTensor, runs: Runs) -> int:
     """Bytes that the comparison of these rows takes, as the merge counts them, in float64."""
-    height, width = (tensor.shape[0] if tensor.shape else 1), prod(tensor.shape[1:])
+    height, width = tensor.height, prod(tensor.shape[1:])
     rows = max((stop - start for start, stop in runs), default=0) if tensor.row_wise else height
     together = min(CHUNK, sum(stop - start for start, stop in runs) * width)
     return max(rows * width, together) * 4 * tensor.copies * (1 if tensor.wide else 2)
-
-
-def too_large(needed: int, allowed: int) -> str:
-    return f"float64 takes {needed / 2**20:.1f} MiB for it, --max-memory allows {allowed / 2**20:.1f} MiB"
-
-
-def rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
-    """The same update with its tensors and factors changed, whatever it is made of."""
-    import torch
-
-    if isinstance(part, torch.Tensor | float):
-        return change(part)
-    if isinstance(part, tuple | list):
-        return type(part)(rebuilt(one, change) for one in part)
-    if not is_dataclass(part) or isinstance(part, type):
-        return part
-    return replace(part, **{f.name: rebuilt(getattr(part, f.name), change) for f in fields(part)})
 
 
 @dataclass
@@ -104,19 +85,6 @@ class Errors:
         return self.total / self.checked if self.checked else 0.0
 
 
-def refuse_beyond(errors: Errors, where: str, tensor: str) -> None:
-    """CheckpointError if a number is not what float64 gives. where: the file that it was read from."""
-    if errors.beyond:
-        raise CheckpointError(
-            f"{errors.beyond} of {errors.checked} numbers that were computed again in float64 are beyond the "
-            f"bound of the arithmetic; the worst is {errors.largest:.3g} units in the last place off",
-            where=where,
-            tensor=f"{tensor}, row {errors.worst}",
-            expected="½ unit, and what fp32 may lose before",
-            next_step="merge again; if it comes back, report it: processor, memory or a library is at fault",
-        )
-
-
 class ExactTensor:
     """A planned tensor in float64. Not for several threads at a time."""
 
@@ -131,7 +99,7 @@ class ExactTensor:
 
         errors = Errors()
         if not self._tensor.row_wise and runs:  # any of its rows needs all of the base's
-            whole = (0, self._tensor.shape[0] if self._tensor.shape else 1)
+            whole = (0, self._tensor.height)
             rows = torch.cat([torch.arange(start, stop) for start, stop in runs])
             self._judge(errors, written, runs, self._exact(*whole)[rows], lambda: self._terms(*whole)[rows])
             return errors
@@ -224,36 +192,6 @@ class ExactTensor:
             terms = own(weight, terms, rows) if own else rebuilt(update, abs).apply(terms, rows).abs()
             weight = update.apply(weight, rows)
         return terms.reshape(shape)
-
-
-def change_of(updates: Sequence[Update], before: "torch.Tensor", rows: slice) -> "torch.Tensor":
-    """What updates together make of these rows of the base, less the rows."""
-    after = before.clone()
-    for update in updates:
-        after = update.apply(after, rows).reshape(before.shape)
-    return after - before
-
-
-def whole_base(tensor: PlannedTensor, base: TensorSource) -> "torch.Tensor":
-    """The base's weight before the adapter, float64."""
-    packed = tensor.quantized.load(base) if tensor.quantized else None
-    return base_rows(tensor, packed, 0, tensor.shape[0] if tensor.shape else 1).double()
-
-
-def load_updates(tensor: PlannedTensor, wide: bool) -> list[Update]:
-    """The updates of a tensor with all their numbers in fp32, or in float64."""
-    if not wide:
-        return [u.load(tensor.shape) for u in tensor.updates]
-    with float64():
-        loaded: list[Update] = [u.load(tensor.shape) for u in tensor.updates]
-    return [rebuilt(u, _double) for u in loaded]
-
-
-def _double(part: Any) -> Any:
-    """What an update holds besides what it read, such as the projections that VeRA draws."""
-    import torch
-
-    return part.double() if isinstance(part, torch.Tensor) and part.is_floating_point() else part
 
 
 def _bundles(runs: Runs, shape: Sequence[int]) -> list[list[tuple[int, int]]]:

@@ -1,167 +1,120 @@
-"""A merge that is never written as a checkpoint: its tensors are computed when somebody asks for their rows.
+"""A merge that is never written as a checkpoint: a source whose tensors are computed when their bytes are read.
 
 An exporter that streams weights takes them from here, so that base and adapter go straight into its own file. What
 stays on disk of the merged folder is everything but the large numbers, which an export needs for the graph alone.
 """
 
-import os
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_export.checkpoint.companions import companion_files
-from lora_export.checkpoint.hashing import TensorHash, hash_parts, hash_tensor
-from lora_export.checkpoint.reader import read_rows
-from lora_export.contracts import Interference, TensorInfo, TensorRecord
+from lora_export.contracts import Interference, TensorInfo, TensorSource
 from lora_export.merging.planning.plan import MergePlan, PlannedTensor
+from lora_export.merging.running.audit import Auditor
 from lora_export.merging.running.companions import write_beside
-from lora_export.merging.running.exact import Errors, ExactTensor, memory, refuse_beyond, runs_of, too_large
-from lora_export.merging.running.survival import Survival
-from lora_export.merging.running.tensor import Certified, TensorWork, record
-from lora_export.storage.workers import BLOCK
+from lora_export.merging.running.layout import TensorPass, places
+from lora_export.merging.running.tensor import TensorWork
+from lora_export.storage.workers import OpenFile
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 SMALL = 2**14  # elements of a tensor that the outline holds: an exporter may look at them (a bias of zeros)
 
 
 @dataclass
-class MergedSource:
+class _Digested:
+    """A sink that keeps the bytes from `start` on, or with `data` empty none."""
+
+    data: bytearray
+    start: int
+
+    def write(self, data: bytes | memoryview, at: int) -> None:
+        if self.data:
+            self.data[at - self.start : at - self.start + len(data)] = data
+
+    def fileno(self) -> int | None:
+        return None
+
+
+@dataclass
+class MergedSource(TensorSource):
     """The tensors of a plan's output. `tensors` are as they would lie in the plan's shards in `folder`.
 
-    A tensor that is hashed is computed for it once more, compared with float64, and gets its record; as many of
-    those as fit into `keep` bytes are kept for whoever asks for their rows afterwards.
+    A tensor whose hash is asked for is computed for it once more and audited; as many of those as fit into `keep`
+    bytes are kept for later reads.
     """
 
     plan: MergePlan
     folder: Path
     tensors: Mapping[str, TensorInfo] = field(init=False)
-    unchecked: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     interference: tuple[Interference, ...] = ()
     keep: int = 0
-    _kept: dict[str, "torch.Tensor"] = field(default_factory=dict)
+    audit: Auditor = field(init=False)
+    _kept: dict[str, bytearray] = field(default_factory=dict)
     _work: dict[str, TensorWork] = field(default_factory=dict)
     _whole: dict[str, "torch.Tensor"] = field(default_factory=dict)  # of tensors that have no rows of their own
-    _records: dict[str, tuple[TensorRecord, Survival]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.tensors = places(self.plan, self.folder)
+        self.tensors = places(self.plan, self.folder, self)
+        self.audit = Auditor(self.plan)
 
-    def rows(self, name: str, start: int, stop: int) -> "np.ndarray[Any, Any]":
-        """Rows [start, stop) in the output's type, as numpy has it. CheckpointError for NaN and infinity."""
-        import numpy as np
-
-        found = self._rows(name, start, stop)
-        if str(found.dtype) != "torch.bfloat16":
-            return np.asarray(found.numpy())
-        import ml_dtypes
-        import torch
-
-        return np.asarray(found.view(torch.uint16).numpy().view(ml_dtypes.bfloat16))
-
-    def hash(self, name: str) -> str:
-        """Of the tensor's bytes; its record is kept."""
-        tensor = self.plan.tensors[name]
+    def read_into(self, info: TensorInfo, start: int, into: memoryview) -> None:
+        """CheckpointError for NaN and infinity."""
+        tensor = self.plan.tensors[info.name]
         if tensor.operation == "copied":
             assert tensor.source is not None
-            found = hash_tensor(tensor.source)
-            self._keep(tensor, Survival(), Certified(hash_in=found, hash_out=found))
-            return found
-        work, digest = self._new_work(tensor), TensorHash(tensor.output.nbytes)
-        height = tensor.shape[0] if tensor.shape else 1
-        step = self._step(tensor, height)
-        row = tensor.output.nbytes // max(1, height)
-        blocks = []
-        for start in range(0, height if tensor.output.nbytes else 0, step):
-            blocks.append(work.compute(start, min(start + step, height)))
-            digest.add(start * row, _bytes(blocks[-1]))
-            if tensor.output.nbytes > self.keep:
-                blocks.clear()
-        self._remember(name, blocks)
-        found = digest.hexdigest()
-        hash_in = hash_parts(self.plan.inputs_of(tensor))
-        self._keep(tensor, work.survival, Certified(self._errors(tensor), work.saturated, hash_in, found))
-        return found
+            tensor.source.source.read_into(tensor.source, start, into)
+        elif info.name in self._kept:
+            into[:] = self._kept[info.name][start : start + len(into)]
+        elif into:
+            import torch
 
-    def _remember(self, name: str, blocks: "list[torch.Tensor]") -> None:
-        import torch
+            first, last = start // info.row_nbytes, -(-(start + len(into)) // info.row_nbytes)
+            rows = self._rows(tensor, first, last).contiguous().reshape(-1).view(torch.uint8).numpy()
+            skipped = start - first * info.row_nbytes
+            into[:] = memoryview(rows.data)[skipped : skipped + len(into)]
 
-        if not blocks:
-            return
-        nbytes = self.plan.tensors[name].output.nbytes
-        with self._lock:
-            if nbytes > self.keep:
-                return
-            self.keep -= nbytes
-        self._kept[name] = torch.cat([b.reshape(-1, *self.plan.tensors[name].shape[1:]) for b in blocks])
+    def known_hash(self, name: str) -> str | None:
+        """The tensor is audited for it, once."""
+        if self.audit.record(name) is None:
+            tensor, place = self.plan.tensors[name], self.tensors[name]
+            with self._lock:
+                kept = place.nbytes if tensor.operation != "copied" and place.nbytes <= self.keep else 0
+                self.keep -= kept
+            sink = _Digested(bytearray(kept), place.start)
+            jobs = list(TensorPass(self.audit, tensor, sink, place).jobs())
+            for job in jobs:
+                job.run()
+            if kept:
+                self._kept[name] = sink.data
+            for job in jobs:
+                job.done()
+        record = self.audit.record(name)
+        return record.hash_out if record else None
 
-    @property
-    def records(self) -> list[TensorRecord]:
-        """Of the tensors that were hashed, in the order of the output."""
-        return [self._records[t.name][0] for s in self.plan.shards for t in s.tensors if t.name in self._records]
-
-    @property
-    def survival(self) -> float | None:
-        """Of the whole adapter, as far as it was hashed."""
-        total = Survival()
-        for shard in self.plan.shards:
-            for tensor in shard.tensors:
-                if tensor.name in self._records:
-                    total.join(self._records[tensor.name][1])
-        return total.share
-
-    def _rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        tensor = self.plan.tensors[name]
-        if tensor.operation == "copied":
-            assert tensor.source is not None
-            return read_rows(tensor.source, start, stop)
-        if name in self._kept:
-            return self._kept[name][start:stop]
+    def _rows(self, tensor: PlannedTensor, start: int, stop: int) -> "torch.Tensor":
+        name = tensor.output.name
         if not tensor.row_wise:
-            return self._computed_whole(tensor)[start:stop]
+            with self._lock:
+                if name not in self._whole:
+                    self._whole.clear()  # the others have been written
+                    self._whole[name] = self._new_work(tensor).compute(0, tensor.height)
+                return self._whole[name].reshape(tensor.height, *tensor.shape[1:])[start:stop]
         with self._lock:
             work = self._work.setdefault(name, self._new_work(tensor))
         return work.compute(start, stop)
 
-    def _computed_whole(self, tensor: PlannedTensor) -> "torch.Tensor":
-        with self._lock:
-            if tensor.output.name not in self._whole:
-                self._whole.clear()  # the others have been written
-                height = tensor.shape[0] if tensor.shape else 1
-                self._whole[tensor.output.name] = self._new_work(tensor).compute(0, height)
-            return self._whole[tensor.output.name]
-
     def _new_work(self, tensor: PlannedTensor) -> TensorWork:
         options = self.plan.options
-        return TensorWork(tensor, self.plan.base, 1, options.allow_nonfinite, options.device)
-
-    def _step(self, tensor: PlannedTensor, height: int) -> int:
-        if not tensor.row_wise or height == 0:
-            return max(1, height)
-        return max(1, BLOCK * height // max(1, tensor.output.nbytes))
-
-    def _errors(self, tensor: PlannedTensor) -> Errors:
-        name, options = tensor.output.name, self.plan.options
-        runs = runs_of(tensor.shape, options.certify)
-        needed = memory(tensor, runs)
-        if needed > options.max_memory:
-            self.unchecked[name] = too_large(needed, options.max_memory)
-            return Errors()
-        errors = ExactTensor(tensor, self.plan.base).compare(
-            lambda start, stop: self._rows(name, start, stop), runs
-        )
-        refuse_beyond(errors, "computed for the export", name)
-        return errors
-
-    def _keep(self, tensor: PlannedTensor, survival: Survival, certified: Certified) -> None:
-        with self._lock:
-            self._records[tensor.output.name] = record(tensor, survival, certified), survival
+        return TensorWork(tensor, self.plan.base, options.allow_nonfinite, options.device)
 
 
 def write_outline(source: MergedSource) -> list[str]:
@@ -172,35 +125,11 @@ def write_outline(source: MergedSource) -> list[str]:
     plan, folder = source.plan, source.folder
     folder.mkdir(exist_ok=True)
     for shard in plan.shards:
-        with (folder / shard.file).open("xb") as out:
-            out.write(shard.header)
-            out.truncate(len(shard.header) + sum(t.nbytes for t in shard.tensors))
+        with contextlib.closing(OpenFile.create(folder / shard.file)) as out:
+            out.write(shard.header, 0)
+            out.resize(len(shard.header) + sum(t.nbytes for t in shard.tensors))
             for output in shard.tensors:
                 info = source.tensors[output.name]
-                if info.nbytes and _count(output.shape) <= SMALL:
-                    height = output.shape[0] if output.shape else 1
-                    os.pwrite(out.fileno(), _bytes(source._rows(output.name, 0, height)), info.start)
+                if info.nbytes and prod(output.shape) <= SMALL:
+                    source.copy_to(info, 0, info.nbytes, out, info.start)
     return write_beside(plan, companion_files(plan.base.folder), folder)
-
-
-def places(plan: MergePlan, folder: Path) -> dict[str, TensorInfo]:
-    found = {}
-    for shard in plan.shards:
-        at = len(shard.header)
-        for t in shard.tensors:
-            found[t.name] = TensorInfo(t.name, t.dtype, t.shape, folder / shard.file, at, at + t.nbytes)
-            at += t.nbytes
-    return found
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
-
-
-def _bytes(values: "torch.Tensor") -> memoryview:
-    import torch
-
-    return memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,56 +1,20 @@
 """One tensor of the output being computed: blocks of its rows in fp32 (or wider, see `wide`), rounded once."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lora_export.checkpoint.hashing import TensorHash
-from lora_export.checkpoint.reader import file_dtype, torch_dtype
-from lora_export.contracts import RowReader, TensorRecord, TensorSource, Update
+from lora_export.contracts import RowReader, TensorSource, Update
+from lora_export.contracts.tensors import file_dtype, torch_dtype
 from lora_export.errors import CheckpointError
 from lora_export.finite import all_below
 from lora_export.merging.planning.plan import FLOATS, PlannedTensor
-from lora_export.merging.running.base_rows import base_rows
-from lora_export.merging.running.exact import Errors, load_updates, rebuilt
+from lora_export.merging.running.rows import base_rows, load_updates, moved
 from lora_export.merging.running.survival import Survival, sampled
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Certified:
-    """What a certificate says of a tensor beyond its survival; the hashes are those of hashing.py."""
-
-    errors: Errors = field(default_factory=Errors)
-    saturated: int = 0
-    hash_in: str | None = None
-    hash_out: str | None = None
-
-
-def record(tensor: PlannedTensor, survival: Survival, certified: Certified) -> TensorRecord:
-    """What happened to a tensor, for the certificate."""
-    errors = certified.errors
-    return TensorRecord(
-        name=tensor.output.name,
-        operation=tensor.operation,
-        dtype=tensor.output.dtype,
-        shape=tensor.output.shape,
-        kinds=tuple(u.kind for u in tensor.updates),
-        relative_delta=survival.relative_delta if tensor.updates else None,
-        survival=survival.share,
-        max_ulps=errors.largest if errors.checked else None,
-        mean_ulps=errors.mean if errors.checked else None,
-        checked=errors.checked,
-        saturated=certified.saturated,
-        hash_in=certified.hash_in,
-        hash_out=certified.hash_out,
-    )
-
-
-def moved(update: Any, device: str) -> Any:
-    """The same update with its tensors on another device, whatever it is made of."""
-    return rebuilt(update, lambda part: part if isinstance(part, float) else part.to(device))
 
 
 def saturated(values: "torch.Tensor") -> int:
@@ -65,35 +29,27 @@ def saturated(values: "torch.Tensor") -> int:
 
 @dataclass
 class TensorWork:
-    """base: where the numbers come from; blocks: how many there are, which several threads may compute.
+    """base: gives the parts of a quantized weight; hashed: takes the bytes of the base's tensor as they are read.
 
-    hash_in: takes the bytes of the base's tensor as they are read, where they all are.
+    Several threads may compute blocks of rows. saturated: how many of the numbers became the largest or infinite.
     """
 
     tensor: PlannedTensor
     base: TensorSource
-    blocks: int
     allow_nonfinite: bool = False
     device: str = "cpu"
-    hash_in: TensorHash | None = None
-    hash_out: TensorHash | None = None
+    hashed: Callable[[int, memoryview], None] | None = None
     saturated: int = 0
-    _found: dict[int, tuple[Survival, Survival]] = field(default_factory=dict)
+    _blocks: dict[int, tuple[Survival, Survival]] = field(default_factory=dict)
     _updates: list[Update] | None = None
     _packed: RowReader | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def finished(self) -> bool:
-        """To be called once after each block: whether it was the last one."""
-        with self._lock:
-            self.blocks -= 1
-            return self.blocks == 0
 
     @property
     def survival(self) -> Survival:
         """Of the rows that are looked at; of all rows if nothing changed in those. Blocks are summed in order."""
         some, rest = Survival(), Survival()
-        for _, (of_some, of_all) in sorted(self._found.items()):
+        for _, (of_some, of_all) in sorted(self._blocks.items()):
             some.join(of_some)
             rest.join(of_all)
         return some if some.delta != 0 else rest
@@ -105,7 +61,7 @@ class TensorWork:
         rounded = None if updates or self.device != "cpu" else self._as_written(start, stop, dtype)
         if rounded is not None:
             return rounded
-        result = self._read(start, stop, self.hash_in).to(self.device)
+        result = self._read(start, stop, self.hashed).to(self.device)
         some = sampled(self.tensor.shape, start, len(result)) if self.tensor.shape else ...
         before = (result if some is None else result[some]).clone() if updates else None
         for update in updates:
@@ -119,8 +75,8 @@ class TensorWork:
     def _as_written(self, start: int, stop: int, dtype: "torch.dtype") -> "torch.Tensor | None":
         """Rows of a weight that is only dequantized, in the output's type, if its format can give them finite."""
         direct = getattr(self._packed, "rows_in", None)
-        found: torch.Tensor | None = direct(start, stop, dtype) if direct else None
-        return found
+        rows: torch.Tensor | None = direct(start, stop, dtype) if direct else None
+        return rows
 
     def _survey(
         self,
@@ -132,15 +88,15 @@ class TensorWork:
         stop: int,
     ) -> None:
         """Add a block to the survival: by some of its rows, by all where those are none or did not change."""
-        found, rest = Survival(), Survival()
+        some_rows, rest = Survival(), Survival()
         if some is None:
             rest.add(before, result, rounded)
         else:
-            found.add(before, result[some], rounded[some])
-        if some is not None and found.delta == 0:
+            some_rows.add(before, result[some], rounded[some])
+        if some is not None and some_rows.delta == 0:
             rest.add(self._read(start, stop).to(self.device), result, rounded)
         with self._lock:
-            self._found[start] = found, rest
+            self._blocks[start] = some_rows, rest
 
     def _load(self) -> list[Update]:
         """The adapter's matrices and the packed weight, read by the first thread that needs them."""
@@ -152,10 +108,12 @@ class TensorWork:
                 self._updates = [u if self.device == "cpu" else moved(u, self.device) for u in loaded]
             return self._updates
 
-    def _read(self, start: int, stop: int, hashed: TensorHash | None = None) -> "torch.Tensor":
+    def _read(
+        self, start: int, stop: int, hashed: Callable[[int, memoryview], None] | None = None
+    ) -> "torch.Tensor":
         import torch
 
-        block = base_rows(self.tensor, self._packed, start, stop, hashed.add if hashed else None)
+        block = base_rows(self.tensor, self._packed, start, stop, hashed)
         block = block.to(torch.float64 if self.tensor.wide else torch.float32)
         return block if self.tensor.shape else block.reshape(())
 

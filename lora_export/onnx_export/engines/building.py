@@ -1,14 +1,13 @@
 """Makes an export of an engine's graph: fills in its weights, and compares its fusions with a plain graph."""
 
-import contextlib
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from lora_export.checkpoint import open_checkpoint
+from lora_export.checkpoint import TensorFiles, open_checkpoint
+from lora_export.checkpoint.hashing import hash_all
 from lora_export.choices import Activations
-from lora_export.contracts import Progress
+from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
@@ -16,38 +15,27 @@ from lora_export.onnx_export.graphs.fusions import compare as compare_to_plain
 from lora_export.onnx_export.quantize.blockwise import AUTO, Blockwise
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
-from lora_export.onnx_export.weights.fill import Writing
-from lora_export.onnx_export.weights.reuse import (
-    config_digest,
-    hash_all,
-    refuse_undescribed,
-)
-from lora_export.onnx_export.weights.source import FileSource, WeightSource
+from lora_export.onnx_export.weights.layout import DataFiles
+from lora_export.onnx_export.weights.reuse import config_digest, refuse_undescribed
 from lora_export.storage import disk, sealed
 
 LARGEST_COMPARED = 2**31  # bytes of a model, which is then held twice: fused and plain
 
 
-@contextlib.contextmanager
-def opened(model: Path, source: WeightSource | None) -> Iterator[WeightSource]:
-    if source is not None:
-        yield source
-        return
-    numbers = FileSource(open_checkpoint(model).tensors)
-    try:
-        yield numbers
-    finally:
-        numbers.close()
+def numbers_of(model: Path, source: TensorSource | None) -> TensorSource:
+    """Where the numbers of an export come from: `source`, or else the files of the model."""
+    return source or TensorFiles(open_checkpoint(model).tensors)
 
 
-def fill(stage: Path, numbers: WeightSource, progress: Progress) -> None:
-    """Write the data files of a new export, and the hashes that tell the next export what has changed."""
+def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = True) -> None:
+    """Fill the data files of a new export. hashed: keep the hashes that tell the next export what has changed."""
     described = weights_map.read(stage)
-    if not isinstance(numbers, FileSource):
+    if not isinstance(numbers, TensorFiles):
         refuse_undescribed(described, numbers)
     disk.check_space(stage, sum(described.sizes.values()))
-    Writing(stage, described, numbers, progress).run()
-    weights_map.write(stage, replace(described, hashes=hash_all(numbers)))
+    DataFiles(stage, described, numbers, progress).write()
+    if hashed:
+        weights_map.write(stage, replace(described, hashes=hash_all(numbers)))
 
 
 def against_plain_graphs(job: ExportJob, made: Made, chosen: Engine) -> float | None:
@@ -64,14 +52,13 @@ def against_plain_graphs(job: ExportJob, made: Made, chosen: Engine) -> float | 
     plain = job.output / ".plain"
     plain.mkdir()
     chosen.run(replace(job, output=plain, optimize="none"))
-    with opened(job.model, None) as numbers:
-        fill(plain, numbers, job.progress)
+    fill(plain, numbers_of(job.model, None), job.progress, hashed=False)
     worst = max(compare_to_plain(job.output / name, plain / name, job.config) for name in made.graphs)
     shutil.rmtree(plain)
     return worst
 
 
-def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source: WeightSource | None) -> ExportJob:
+def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source: TensorSource | None) -> ExportJob:
     """The job, with int8 for the products whose int4 does the most measured damage for their size."""
     from lora_export.graph_runs.feeds import built_in_rows, token_feeds
     from lora_export.graph_runs.signature import Signature
@@ -89,8 +76,7 @@ def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source:
     plain.mkdir()
     job.progress.detail("measuring how much quantizing each product changes the outputs")
     made = chosen.run(replace(job, output=plain, precision="fp32", provider="cpu", quantized=None))
-    with opened(job.model, source) as numbers:
-        fill(plain, numbers, job.progress)
+    fill(plain, numbers_of(job.model, source), job.progress, hashed=False)
     graph = plain / made.graphs[0]
     rows = built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128)))
     feeds = token_feeds(Signature.of_model(open_model(graph), graph), rows)

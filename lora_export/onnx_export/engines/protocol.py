@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lora_export.choices import ModelKind, Optimize, Precision
+from lora_export.choices import ModelKind, Optimize, Precision, Provider
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines import companions
@@ -24,7 +24,7 @@ class ExportJob:
     config: Mapping[str, Any]
     output: Path
     precision: Precision
-    provider: str
+    provider: Provider
     adapter: Path | None
     progress: Progress
     optimize: Optimize = "full"

@@ -5,13 +5,15 @@ writes their bytes: the first export and the re-weighting of an earlier one are 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import ExportError
 from lora_export.storage import sealed
-from lora_export.storage.documents import LARGEST, Kind, check, check_texts, elements
+from lora_export.storage.documents import LARGEST, as_json, decode, elements
 
 NAME = "weights-map.json"
 SCHEMA_VERSION = 1
@@ -82,10 +84,12 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        size = ITEM_SIZE[self.dtype]
-        for n in self.shape:
-            size *= n
-        return size
+        return ITEM_SIZE[self.dtype] * prod(self.shape)
+
+    def stored(self, folder: Path, source: TensorSource) -> TensorInfo:
+        """Its bytes in an export, as a tensor of a source that reads files."""
+        end = self.offset + self.nbytes
+        return TensorInfo(self.name, self.dtype, self.shape, folder / self.file, self.offset, end, source)
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,10 @@ class WeightsMap:
     @property
     def sizes(self) -> dict[str, int]:
         """Data file → bytes."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for w in self.weights:
-            found[w.file] = max(found.get(w.file, 0), w.offset + w.nbytes)
-        return found
+            sizes[w.file] = max(sizes.get(w.file, 0), w.offset + w.nbytes)
+        return sizes
 
     @property
     def tensors(self) -> set[str]:
@@ -125,97 +129,89 @@ def placed(weights: Iterable[Weight]) -> tuple[Weight, ...]:
 
 # --- the file ----------------------------------------------------------------------------------------------
 
-_FILE: Kind = {"schema_version": int, "hashes": {str: str}, "weights": [dict]}
-_WEIGHT: Kind = {
-    "name": str, "file": str, "dtype": str, "shape": [int], "offset": int, "made_of": [dict], "transposed?": bool,
-    "plus?": float, "quantized?": dict, "computed_from?": [str],
-}  # fmt: skip
-_PIECE: Kind = {"tensor": str, "rows": [int]}
-_QUANTIZED: Kind = {
-    "method": str, "part": str, "block_size": int, "symmetric": bool, "algorithm": str,
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class PieceEntry:
+    """rows: [first, behind the last]."""
+
+    tensor: str
+    rows: tuple[int, int]
 
 
-def write(folder: Path, found: WeightsMap) -> None:
+@dataclass(frozen=True)
+class WeightEntry:
+    """A weight and its recipe on one level. What has its default is not written."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    made_of: tuple[PieceEntry, ...]
+    transposed: bool = False
+    plus: float = 0.0
+    quantized: Quantization | None = None
+    computed_from: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MapDocument:
+    schema_version: int
+    hashes: Mapping[str, str]
+    weights: tuple[WeightEntry, ...]
+
+
+def write(folder: Path, described: WeightsMap) -> None:
     """Write weights-map.json into the folder of an export."""
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "hashes": dict(found.hashes),
-        "weights": [_as_json(w) for w in found.weights],
-    }
-    sealed.write_json(folder / NAME, document)
+    document = MapDocument(SCHEMA_VERSION, described.hashes, tuple(_entry(w) for w in described.weights))
+    value: dict[str, Any] = as_json(document)
+    optional = ("transposed", "plus", "quantized", "computed_from")
+    for entry in value["weights"]:
+        for name in optional:
+            if not entry[name]:
+                del entry[name]
+    sealed.write_json(folder / NAME, value)
 
 
-def _as_json(weight: Weight) -> dict[str, Any]:
+def _entry(weight: Weight) -> WeightEntry:
     recipe = weight.recipe
-    document: dict[str, Any] = {
-        "name": weight.name,
-        "file": weight.file,
-        "dtype": weight.dtype,
-        "shape": list(weight.shape),
-        "offset": weight.offset,
-        "made_of": [{"tensor": p.tensor, "rows": [p.start, p.stop]} for p in recipe.pieces],
-    }
-    if recipe.transposed:
-        document["transposed"] = True
-    if recipe.plus:
-        document["plus"] = recipe.plus
-    if recipe.quantized:
-        document["quantized"] = asdict(recipe.quantized)
-    if recipe.computed_from:
-        document["computed_from"] = list(recipe.computed_from)
-    return document
+    made_of = tuple(PieceEntry(p.tensor, (p.start, p.stop)) for p in recipe.pieces)
+    return WeightEntry(
+        weight.name, weight.file, weight.dtype, weight.shape, weight.offset, made_of,
+        recipe.transposed, recipe.plus, recipe.quantized, recipe.computed_from,
+    )  # fmt: skip
 
 
 def read(folder: Path) -> WeightsMap:
-    """weights-map.json of an export; ExportError if it is not one, or if what it says cannot be."""
+    """weights-map.json of an export; ExportError if what it says cannot be, InputError if it is damaged."""
     path = folder / NAME
-    document = sealed.read_json(path)
-    check_texts(document, path)
-    check(document, _FILE, "the weights map", path)
-    if document["schema_version"] != SCHEMA_VERSION:
-        raise _odd(path, f"schema_version {document['schema_version']}", str(SCHEMA_VERSION))
-    weights = tuple(_weight(entry, path) for entry in document["weights"])
+    document = decode(sealed.read_json(path), MapDocument, "the weights map", path)
+    if document.schema_version != SCHEMA_VERSION:
+        raise _odd(path, f"schema_version {document.schema_version}", str(SCHEMA_VERSION))
+    weights = tuple(_weight(entry, path) for entry in document.weights)
     _refuse_overlaps(weights, path)
-    return WeightsMap(weights, document["hashes"])
+    return WeightsMap(weights, document.hashes)
 
 
-def _weight(entry: dict[str, Any], path: Path) -> Weight:
-    check(entry, _WEIGHT, "a weight of the map", path)
-    name = entry["name"]
-    if not sealed.plain_name(entry["file"]):
-        raise _odd(path, f"a data file called {entry['file']!r}", "a plain file name", name)
-    if entry["dtype"] not in ITEM_SIZE:
-        raise _odd(path, f"the type {entry['dtype']!r}", ", ".join(ITEM_SIZE), name)
-    if entry["offset"] < 0 or any(n < 0 for n in entry["shape"]):
-        raise _odd(path, "a negative size or offset", "0 or more", name)
-    count = elements(entry["shape"])
-    if count is None or entry["offset"] + count * ITEM_SIZE[entry["dtype"]] > LARGEST:
-        raise _odd(path, f"the shape {entry['shape']}", "one that a tensor in a file can have", name)
-    recipe = Recipe(
-        tuple(_piece(p, path) for p in entry["made_of"]),
-        entry.get("transposed", False),
-        float(entry.get("plus", 0.0)),
-        _quantization(entry["quantized"], name, path) if "quantized" in entry else None,
-        tuple(entry.get("computed_from", ())),
-    )
-    return Weight(name, entry["file"], entry["dtype"], tuple(entry["shape"]), recipe, entry["offset"])
-
-
-def _quantization(entry: dict[str, Any], name: str, path: Path) -> Quantization:
-    check(entry, _QUANTIZED, "the quantization of a weight", path)
-    known = entry["method"] in get_args(Method) and entry["part"] in get_args(Part) and entry["block_size"] > 0
-    if not known:
-        raise _odd(path, f"the quantization {entry}", "one that this version writes", name)
-    return Quantization(**{field: entry[field] for field in _QUANTIZED})
-
-
-def _piece(entry: dict[str, Any], path: Path) -> Piece:
-    check(entry, _PIECE, "a piece of a weight", path)
-    rows = entry["rows"]
-    if len(rows) != 2 or not 0 <= rows[0] <= rows[1]:
-        raise _odd(path, f"the rows {rows}", "[first, behind the last]", entry["tensor"])
-    return Piece(entry["tensor"], rows[0], rows[1])
+def _weight(entry: WeightEntry, path: Path) -> Weight:
+    """A weight, distrusted: its bytes lie in a file of the folder, and its pieces are rows."""
+    if not sealed.plain_name(entry.file):
+        raise _odd(path, f"a data file called {entry.file!r}", "a plain file name", entry.name)
+    if entry.dtype not in ITEM_SIZE:
+        raise _odd(path, f"the type {entry.dtype!r}", ", ".join(ITEM_SIZE), entry.name)
+    if entry.offset < 0 or any(n < 0 for n in entry.shape):
+        raise _odd(path, "a negative size or offset", "0 or more", entry.name)
+    count = elements(entry.shape)
+    if count is None or entry.offset + count * ITEM_SIZE[entry.dtype] > LARGEST:
+        raise _odd(path, f"the shape {list(entry.shape)}", "one that a tensor in a file can have", entry.name)
+    if entry.quantized is not None and entry.quantized.block_size <= 0:
+        raise _odd(path, f"the block_size {entry.quantized.block_size}", "1 or more", entry.name)
+    for piece in entry.made_of:
+        if not 0 <= piece.rows[0] <= piece.rows[1]:
+            raise _odd(path, f"the rows {list(piece.rows)}", "[first, behind the last]", piece.tensor)
+    pieces = tuple(Piece(p.tensor, *p.rows) for p in entry.made_of)
+    recipe = Recipe(pieces, entry.transposed, entry.plus, entry.quantized, entry.computed_from)
+    return Weight(entry.name, entry.file, entry.dtype, entry.shape, recipe, entry.offset)
 
 
 def _refuse_overlaps(weights: tuple[Weight, ...], path: Path) -> None:

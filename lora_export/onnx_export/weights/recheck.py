@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import Finding, Progress, QuantizationOptions
+from lora_export.contracts import ExportOptions, Finding, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import ExportError, LoraExportError, plain
 from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import choose
@@ -22,11 +22,10 @@ from lora_export.onnx_export.graphs.fusions import compare
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.refusals import read_config
 from lora_export.onnx_export.weights import map as weights_map
-from lora_export.onnx_export.weights.fill import Writing
+from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.map import WeightsMap
 from lora_export.onnx_export.weights.recheck_data import Rechecked, judge_constants, judge_data
 from lora_export.onnx_export.weights.reuse import read_map
-from lora_export.onnx_export.weights.source import WeightSource
 from lora_export.storage import sealed
 
 # Of export.json: when and with what it was made, which leaves no trace in the other files.
@@ -41,7 +40,7 @@ class Model:
     quantization: what was asked for, of which an export with int8 activations keeps no record."""
 
     folder: Path
-    source: WeightSource
+    source: TensorSource
     hashes: Mapping[str, str]
     quantization: QuantizationOptions
 
@@ -120,10 +119,8 @@ def _compare_whole(found: Rechecked, folder: Path, job: ExportJob, model: Model,
             "activations were calibrated, is no part of a run"
         )
         return
-    export(
-        model.folder, new, precision=job.precision, provider=job.provider, optimize=job.optimize,
-        quantization=model.quantization, source=model.source, progress=job.progress,
-    )  # fmt: skip
+    options = ExportOptions(job.precision, job.provider, None, job.optimize, model.quantization)
+    export(model.folder, new, options, source=model.source, progress=job.progress)
     _judge_record(found, folder, records.read_record(new))
     _judge_files(found, folder, new, WeightsMap(()))
 
@@ -173,7 +170,7 @@ def _beside_new_graphs(
         found.not_checked.append("what the ONNX graph computes: bf16 runs on CUDA alone")
         return
     job.progress.stage("verify: the graph beside one that was built anew, on made-up inputs")
-    Writing(stage, described, model.source, job.progress).run()
+    DataFiles(stage, described, model.source, job.progress).write()
     notes = []
     for name in record.graphs:
         try:

@@ -1,16 +1,15 @@
 """The data files of an export made again by the writer that made them, and compared as they would be written."""
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export.contracts import Finding, Progress
+from lora_export.contracts import Finding, Progress, TensorSource
 from lora_export.errors import plain
-from lora_export.onnx_export.weights.fill import Writing
+from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.map import Weight, WeightsMap
-from lora_export.onnx_export.weights.source import WeightSource
+from lora_export.storage.workers import Regions
 
 if TYPE_CHECKING:
     from lora_export.storage.workers import Bytes
@@ -30,7 +29,7 @@ class Rechecked:
 
 
 def judge_data(
-    found: Rechecked, folder: Path, described: WeightsMap, source: WeightSource, progress: Progress
+    found: Rechecked, folder: Path, described: WeightsMap, source: TensorSource, progress: Progress
 ) -> None:
     """Every byte that a recipe gives, made again; between the weights there are zeros."""
     notes = [
@@ -40,14 +39,15 @@ def judge_data(
         found.judge("onnx_weights", "", notes)
         return
     progress.stage("verify: the weights of the ONNX export, made again")
-    places, other = _Places(described), dict[str, int]()
+    regions = Regions((w.file, w.offset, w.name) for w in described.weights if w.nbytes)
+    other: dict[str, int] = {}
 
-    def tell(file: str, at: int, wanted: "Bytes", there: "Bytes") -> None:
-        name = places.at(file, at).name
+    def differs(file: str, at: int, wanted: "Bytes", there: "Bytes") -> None:
+        name = regions.at(file, at) or file
         count = int((wanted[: len(there)] != there).sum()) + len(wanted) - len(there)
         other[name] = other.get(name, 0) + count
 
-    Writing(folder, described, source, progress, compared=tell).run()
+    DataFiles(folder, described, source, progress, compared=differs).write()
     notes = [f"{name}: {count} bytes are not what the merged model gives" for name, count in sorted(other.items())]
     notes += [f"{file}: bytes between the weights are not zero" for file in _unclean(folder, described)]
     made = sum(bool(w.recipe.pieces) for w in described.weights)
@@ -63,20 +63,6 @@ def judge_constants(found: Rechecked, folder: Path, stage: Path, described: Weig
         if _size(folder / w.file) >= w.offset + w.nbytes and _part(folder, w) != _part(stage, w)
     ]
     found.judge("onnx_constants", f"{len(constants)} constants in data files are those of a new export", notes)
-
-
-class _Places:
-    """Which weight lies where."""
-
-    def __init__(self, described: WeightsMap) -> None:
-        self._starts: dict[str, list[Weight]] = {}
-        for weight in sorted(described.weights, key=lambda w: w.offset):
-            if weight.nbytes:
-                self._starts.setdefault(weight.file, []).append(weight)
-
-    def at(self, file: str, offset: int) -> Weight:
-        weights = self._starts[file]
-        return weights[max(0, bisect_right(weights, offset, key=lambda w: w.offset) - 1)]
 
 
 def _unclean(folder: Path, described: WeightsMap) -> Iterator[str]:

@@ -1,18 +1,18 @@
 """The next adapter of an exported graph: the same graph files byte for byte, and new data files."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from lora_export.contracts import TensorSource
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.model_without_weights import SMALL
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.map import WeightsMap
-from lora_export.onnx_export.weights.source import WeightSource
 from lora_export.storage import sealed
-from lora_export.storage.workers import cores, share_out
 
 # What a config.json may say differently for the same graph: who saved it, in which type, from where.
 _NO_MATTER = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
@@ -24,21 +24,6 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
     kept = {k: v for k, v in config.items() if k not in _NO_MATTER}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def hash_all(source: WeightSource, of: Iterable[str] | None = None) -> dict[str, str]:
-    """The hash of every tensor, or of those that are named, on all cores."""
-    names = iter(sorted(source.tensors if of is None else of))
-    found: dict[str, str] = {}
-
-    def take() -> bool:
-        name = next(names, None)
-        if name is not None:
-            found[name] = source.hash(name)
-        return name is not None
-
-    share_out(take, cores(), lambda: None)
-    return {name: found[name] for name in sorted(found)}
 
 
 def refuse_other_model(
@@ -62,10 +47,10 @@ def refuse_other_model(
             raise _other(earlier, "the graph holds this tensor in a way that no recipe says, and it changed", name)
 
 
-def refuse_undescribed(found: WeightsMap, source: WeightSource) -> None:
+def refuse_undescribed(found: WeightsMap, source: TensorSource) -> None:
     """ExportError if the engine computed something of large tensors, which were not in the files that it read."""
     computed = {n for w in found.weights for n in w.recipe.computed_from}
-    left = [n for n, t in source.tensors.items() if n not in found.tensors and _count(t.shape) > SMALL]
+    left = [n for n, t in source.tensors.items() if n not in found.tensors and prod(t.shape) > SMALL]
     if computed or left:
         raise ExportError(
             "the engine computes a part of the graph from this tensor, and no merged folder holds it",
@@ -73,13 +58,6 @@ def refuse_undescribed(found: WeightsMap, source: WeightSource) -> None:
             expected="a model whose weights go into the graph as they are, turned, joined or cast",
             next_step="the same command without --no-merged-folder",
         )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
 
 
 def _other(earlier: Path, found: str, tensor: str | None) -> ExportError:

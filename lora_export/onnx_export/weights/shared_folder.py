@@ -18,15 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.checkpoint.companions import companion_files
-from lora_export.contracts import Progress
+from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError, InputError
 from lora_export.onnx_export import records
 from lora_export.onnx_export.graphs.checks import check_loads, check_model, moved
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
-from lora_export.onnx_export.weights.fill import Writing
+from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.map import Weight, WeightsMap, placed
-from lora_export.onnx_export.weights.source import WeightSource
 from lora_export.storage import disk, files, sealed
 
 BASE_GRAPH, BASE_DATA = "base.onnx", "base.bin"
@@ -117,7 +116,7 @@ def _refuse_other_base(root: Path, shared: Shared) -> None:
 
 
 def add(
-    folder: Path, name: str, shared: Shared, source: WeightSource, hashes: Mapping[str, str], force: bool,
+    folder: Path, name: str, shared: Shared, source: TensorSource, hashes: Mapping[str, str], force: bool,
     progress: Progress,
 ) -> str:  # fmt: skip
     """Write the adapter `name` into `folder`; its graph's name. InputError if it is there without `force`."""
@@ -139,7 +138,7 @@ def add(
         weights = placed(replace(w, file=unfinished_data.name) for w in touched)
         disk.check_space(folder, sum(w.nbytes for w in weights))
         unfinished_data.touch(mode=0o666, exist_ok=False)
-        Writing(folder, WeightsMap(weights), source, progress).run()
+        DataFiles(folder, WeightsMap(weights), source, progress).write()
         unfinished_data.replace(folder / data)
         unfinished_graph.write_bytes(_moved(shared.graph, {w.name: replace(w, file=data) for w in weights}))
         check_model(unfinished_graph)

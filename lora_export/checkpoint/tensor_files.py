@@ -1,0 +1,92 @@
+"""Tensors in files, read by byte range."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_export.contracts import ByteSink, TensorInfo, TensorSource
+from lora_export.contracts.tensors import STRETCH
+from lora_export.errors import CheckpointError
+from lora_export.storage.disk import copy_range
+
+
+@dataclass(frozen=True)
+class TensorFiles(TensorSource):
+    """Tensors of one or several files, which are only ever opened for reading.
+
+    hashes: of tensors that this process has just hashed; follow: whether a file may be a symbolic link.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    follow: bool = True
+
+    def known_hash(self, name: str) -> str | None:
+        return self.hashes.get(name)
+
+    def file_size(self, file: Path) -> int:
+        return file.stat().st_size
+
+    def read_into(self, info: TensorInfo, start: int, into: memoryview) -> None:
+        with self._opened(info) as fd:
+            _fill(fd, info, start, into)
+
+    def copy_to(
+        self, info: TensorInfo, start: int, stop: int, out: ByteSink, at: int,
+        seen: Callable[[int, memoryview], None] | None = None,
+    ) -> None:  # fmt: skip
+        target = out.fileno()
+        if target is None:
+            super().copy_to(info, start, stop, out, at, seen)
+            return
+        buffer = memoryview(bytearray(min(STRETCH, stop - start))) if seen else memoryview(b"")
+        with self._opened(info, both=out) as fd:
+            for done in range(start, stop, STRETCH):
+                length = min(STRETCH, stop - done)
+                try:
+                    copy_range(fd, info.start + done, length, target, at + done - start)
+                except EOFError:
+                    raise _ended_early(info) from None
+                if seen is not None:  # the bytes are still in the processor's cache
+                    _fill(fd, info, done, buffer[:length])
+                    seen(done, buffer[:length])
+
+    @contextlib.contextmanager
+    def _opened(self, info: TensorInfo, both: ByteSink | None = None) -> Iterator[int]:
+        """The open file of a tensor. both: of a copy, whose OSError names both files: the kernel does not say which
+        of the two it was."""
+        try:
+            fd = os.open(info.file, os.O_RDONLY | (0 if self.follow else os.O_NOFOLLOW))
+        except OSError as error:
+            raise _unreadable(info, error) from None
+        try:
+            yield fd
+        except OSError as error:
+            if both is None:
+                raise _unreadable(info, error) from None
+            error.filename, error.filename2 = str(info.file), str(getattr(both, "path", ""))
+            raise
+        finally:
+            os.close(fd)
+
+
+def _fill(fd: int, info: TensorInfo, start: int, into: memoryview) -> None:
+    at = info.start + start
+    while into:
+        done = os.preadv(fd, [into], at)
+        if not done:
+            raise _ended_early(info)
+        into, at = into[done:], at + done
+
+
+def _ended_early(info: TensorInfo) -> CheckpointError:
+    return CheckpointError("the file ended early", where=info.file, tensor=info.name)
+
+
+def _unreadable(info: TensorInfo, error: OSError) -> CheckpointError:
+    return CheckpointError(f"the file cannot be read: {error.strerror}", where=info.file, tensor=info.name)
+
+
+FILES = TensorFiles({})  # reads whatever tensor of a file it is given

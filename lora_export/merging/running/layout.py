@@ -1,0 +1,189 @@
+"""The layout of a merge: which bytes of the shards are copied, and which rows are computed into them."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+
+from lora_export.checkpoint.hashing import TensorHash, hash_parts
+from lora_export.checkpoint.tensor_files import FILES
+from lora_export.contracts import ByteSink, Progress, TensorInfo, TensorSource
+from lora_export.errors import InputError
+from lora_export.merging.planning.plan import MergePlan, PlannedTensor
+from lora_export.merging.running.audit import Auditor
+from lora_export.merging.running.tensor import TensorWork
+from lora_export.storage.workers import BLOCK, Job, OpenFile, carry_out, copies, cores, reuse_memory
+
+_SMALLER = 4  # times smaller is a block of which several deltas are in memory, in float64
+
+
+def write_shards(
+    plan: MergePlan,
+    folder: Path,
+    progress: Progress,
+    audit: Auditor | None = None,
+    opened: Callable[[Path], OpenFile] = OpenFile.create,
+    workers: int | None = None,
+) -> Auditor:
+    """Put every byte of a plan's shards into a folder, on all cores, and return what was found out about them.
+
+    opened: the sink for a shard. InputError before the first byte if a single block needs more memory than is
+    allowed.
+    """
+    audit, workers = audit or Auditor(plan), workers or cores()
+    for tensor in plan.tensors.values():
+        if tensor.operation != "copied":
+            _check_memory(plan, tensor, workers)
+    total = sum(t.output.nbytes for t in plan.tensors.values())
+    with contextlib.ExitStack() as files, one_thread_each(plan.computes):
+        jobs = _jobs(audit, folder, lambda path: files.enter_context(contextlib.closing(opened(path))), workers)
+        carry_out(jobs, audit.budget, workers, lambda written: progress.advance(written, total))
+    return audit
+
+
+def _jobs(audit: Auditor, folder: Path, opened: Callable[[Path], OpenFile], workers: int) -> Iterator[Job]:
+    """Every byte of the output once, in the order of the files."""
+    plan, there = audit.plan, places(audit.plan, folder, FILES)
+    for shard in plan.shards:
+        out = opened(folder / shard.file)
+        out.write(shard.header, 0)
+        for output in shard.tensors:
+            yield from TensorPass(audit, plan.tensors[output.name], out, there[output.name], workers).jobs()
+
+
+def places(plan: MergePlan, folder: Path, source: TensorSource) -> dict[str, TensorInfo]:
+    """The tensors of a plan's output by name, as they lie in its shards in `folder`. source: gives their bytes."""
+    found = {}
+    for shard in plan.shards:
+        at = len(shard.header)
+        for t in shard.tensors:
+            found[t.name] = TensorInfo(t.name, t.dtype, t.shape, folder / shard.file, at, at + t.nbytes, source)
+            at += t.nbytes
+    return found
+
+
+@dataclass
+class TensorPass:
+    """One tensor on its way into a sink: its jobs, and its record when the last of them is done.
+
+    place: where it lies in the sink, and what reads it there for the check in float64.
+    """
+
+    audit: Auditor
+    tensor: PlannedTensor
+    out: ByteSink
+    place: TensorInfo
+    workers: int = 1
+    _left: int = 0
+    _work: TensorWork | None = None
+    _hash_in: TensorHash | None = None
+    _hash_out: TensorHash | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def jobs(self) -> Iterator[Job]:
+        self._hash_out = self._hash(self.tensor.output.nbytes)
+        jobs = list(self._copies() if self.tensor.operation == "copied" else self._blocks())
+        self._left = len(jobs) or 1
+        if not jobs:
+            self._done()
+        yield from jobs
+
+    def _hash(self, nbytes: int) -> TensorHash | None:
+        return TensorHash(nbytes) if self.audit.certified else None
+
+    def _copies(self) -> Iterator[Job]:
+        assert self.tensor.source is not None
+        seen = self._hash_out.add if self._hash_out else None
+        return copies(self.tensor.source, self.out, self.place.start, seen, self._done)
+
+    def _blocks(self) -> Iterator[Job]:
+        tensor, plan, info = self.tensor, self.audit.plan, self.tensor.source
+        if tensor.quantized is None and info is not None and info.shape == tensor.shape:  # read as a whole
+            self._hash_in = self._hash(info.nbytes)
+        hashed = self._hash_in.add if self._hash_in else None
+        self._work = TensorWork(tensor, plan.base, plan.options.allow_nonfinite, plan.options.device, hashed)
+        rows = _rows(plan, tensor, self.workers)
+        for start in range(0, tensor.height if tensor.output.nbytes else 0, rows):
+            stop = min(start + rows, tensor.height)
+            yield Job(partial(self._compute, start, stop), _cost(plan, tensor, stop - start), self._done)
+
+    def _compute(self, start: int, stop: int) -> int:
+        import torch
+
+        assert self._work is not None
+        data = memoryview(self._work.compute(start, stop).reshape(-1).view(torch.uint8).numpy().data)
+        if self._hash_out is not None:
+            self._hash_out.add(start * self.place.row_nbytes, data)
+        self.out.write(data, self.place.start + start * self.place.row_nbytes)
+        return len(data)
+
+    def _done(self) -> None:
+        """After each job. CheckpointError after the last one if the tensor is not what float64 gives."""
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+        hash_out = self._hash_out.hexdigest() if self._hash_out else None
+        work, tensor = self._work, self.tensor
+        if work is None or not tensor.output.nbytes:
+            self.audit.keep(tensor, hash_in=hash_out, hash_out=hash_out)
+        elif hash_out is None:
+            self.audit.keep(tensor, survival=work.survival, saturated=work.saturated)
+        else:
+            errors = self.audit.judge(tensor, self.place.rows, self.place.file.name)
+            hash_in = self._hash_in.hexdigest() if self._hash_in else hash_parts(self.audit.plan.inputs_of(tensor))
+            self.audit.keep(
+                tensor, survival=work.survival, errors=errors, saturated=work.saturated,
+                hash_in=hash_in, hash_out=hash_out,
+            )  # fmt: skip
+
+
+def _rows(plan: MergePlan, tensor: PlannedTensor, workers: int) -> int:
+    """Rows of a block: all of them where the result of one depends on others."""
+    if not tensor.row_wise:
+        return max(1, tensor.height)
+    block = BLOCK // _SMALLER if any(u.wide for u in tensor.updates) else BLOCK
+    limit = min(block, plan.options.max_memory // (workers * tensor.copies))
+    return max(1, limit // max(1, _row(tensor)))
+
+
+def _cost(plan: MergePlan, tensor: PlannedTensor, rows: int) -> int:
+    kept = tensor.quantized.kept if tensor.quantized else ()
+    packed = sum(plan.base.tensors[p].nbytes for p in kept)
+    return rows * _row(tensor) * tensor.copies + packed
+
+
+def _row(tensor: PlannedTensor) -> int:
+    """Bytes of a row in fp32."""
+    return 4 * prod(tensor.shape[1:])
+
+
+def _check_memory(plan: MergePlan, tensor: PlannedTensor, workers: int) -> None:
+    needed, allowed = _cost(plan, tensor, _rows(plan, tensor, workers)), plan.options.max_memory
+    if needed > allowed:
+        raise InputError(
+            f"merging this tensor takes {needed / 2**20:.0f} MiB, --max-memory allows {allowed / 2**20:.0f} MiB",
+            tensor=tensor.output.name,
+            expected="room for what cannot be done in smaller pieces",
+            next_step=f"--max-memory {-(-needed // 2**20)}MiB",
+        )
+
+
+@contextlib.contextmanager
+def one_thread_each(computing: bool = True) -> Iterator[None]:
+    """The threads share out blocks; within a block, torch would only get in their way."""
+    if not computing:
+        yield
+        return
+    import torch
+
+    reuse_memory()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
