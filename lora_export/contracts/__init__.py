@@ -34,7 +34,7 @@ from lora_export.contracts.validation import (
     ValidationOptions,
     ValidationResult,
 )
-from lora_export.contracts.verification import Finding, Verification, VerifyOptions
+from lora_export.contracts.verification import Finding, Findings, Verification, VerifyOptions
 
 __all__ = [
     "Adapter",
@@ -55,6 +55,7 @@ __all__ = [
     "ExportResult",
     "ExportedPair",
     "Finding",
+    "Findings",
     "GraphComparison",
     "Interference",
     "MergeOptions",

@@ -206,9 +206,7 @@ def _result(
         peak_rss_bytes=peak_rss(),
         delta_survival=audit.survival,
         certificate=certificate,
-        base_weights="dequantized"
-        if any(t.quantized or t.training for t in planned.tensors.values())
-        else "original",
+        base_weights="dequantized" if dequantized else "original",
         dtype=planned.dtype,
         records=tuple(audit.records),
         warnings=tuple(warnings),
