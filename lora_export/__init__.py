@@ -5,13 +5,33 @@ from typing import TYPE_CHECKING, Any
 from lora_export.version import __version__
 
 if TYPE_CHECKING:
-    from lora_export.api import benchmark, export, merge, merge_and_export, package, validate, verify
+    from lora_export.api import (
+        benchmark,
+        combine,
+        env,
+        export,
+        extract,
+        inspect,
+        merge,
+        merge_and_export,
+        package,
+        plan,
+        switch,
+        truncate,
+        understand,
+        validate,
+        verify,
+    )
 
-__all__ = ["__version__", "benchmark", "export", "merge", "merge_and_export", "package", "validate", "verify"]
+# All functions of api.py but `report`, which would have the name of a room: `from lora_export.api import report`.
+__all__ = [
+    "__version__", "benchmark", "combine", "env", "export", "extract", "inspect", "merge", "merge_and_export",
+    "package", "plan", "switch", "truncate", "understand", "validate", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of the API, imported when somebody asks: `--help` and `inspect` answer without them."""
+    """The functions of the API, imported at their first use: `--help` and `inspect` answer without them."""
     if name in __all__:
         from lora_export import api
 

@@ -7,6 +7,10 @@ ExpertPacking = Literal["auto", "rank", "expert"]
 ExpertLayout = Literal["auto", "out-in", "in-out"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "nf4"]
 Requantization = Literal["nf4", "fp4", "int8"]
+TrainingQuantization = Literal["none", "nf4", "fp4", "int8"]
+Device = Literal["cpu", "cuda"]
+Quantizer = Literal["default", "rtn", "k_quant"]
+Grid = Literal["quick", "standard", "paper"]
 ModelKind = Literal["decoder", "encoder", "seq2seq"]  # encoder: whatever does not generate
 Optimize = Literal["none", "basic", "full"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
@@ -19,7 +23,11 @@ Combine = Literal["none", "linear", "cat", "svd", "ties", "dare_linear", "dare_t
 MajoritySign = Literal["total", "frequency"]
 Activations = Literal["float", "dynamic", "static"]
 
+# (batch, prompt tokens) of each cell of a benchmark
+GRIDS: dict[Grid, tuple[tuple[int, int], ...]] = {
+    "quick": ((1, 128),),
+    "standard": ((1, 128), (1, 1024), (8, 128), (8, 1024)),
+    "paper": ((1, 128), (16, 256), (32, 512)),
+}
 MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
-ENGINES = ("genai", "dynamo")
-RUNTIMES = ("genai", "optimum", "triton", "transformers-js", "hf")
 ARCHIVES = ("tar.zst", "zip")

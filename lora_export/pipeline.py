@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lora_export import manifest
 from lora_export.allowed import check_adapter_folder
-from lora_export.checkpoint.sources import choices_of
 from lora_export.contracts import (
     AdapterChoice,
     BenchmarkArm,
@@ -15,43 +14,47 @@ from lora_export.contracts import (
     Source,
     Story,
     StoryOptions,
-    ValidationOptions,
+    ValidationResult,
 )
+from lora_export.contracts.option import kept
+from lora_export.errors import GateFailed
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
 from lora_export.workflows.bare_base import without_adapter
-from lora_export.workflows.gates import refuse_failed
-from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra
+from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra, refuse_slower
 from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into
-from lora_export.workflows.run_report import options_json, write_report
+from lora_export.workflows.run_report import write_report
 from lora_export.workflows.trained_base import prepared_base, stand_in
 from lora_export.workflows.validating import pair_of
 
 
 def merge_and_export(
-    base: Source,
-    adapters: Sequence[tuple[Source, float]],
-    output: Path,
-    options: StoryOptions,
-    progress: Progress,
+    base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions, progress: Progress
 ) -> Story:
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
-    from lora_export.runtime import resolve_provider
-
-    options = like_earlier(replace(options, provider=resolve_provider(options.provider)))
-    choices = choices_of(adapters)
-    inputs = [base.folder, *(c.folder for c in choices), *([options.graph_from] if options.graph_from else [])]
-    _preflight(base, choices, output, options)
+    options = _with_provider(options)
+    earlier = options.export.graph_from
+    inputs = [base.folder, *(a.folder for a in adapters), *([earlier] if earlier else [])]
+    _preflight(base, adapters, output, options)
     with output_folder(output, options.force, inputs=inputs) as stage:
         work = stage / ".work"
         work.mkdir()
-        story = _run(base, choices, stage, work, options, progress)
+        story = _run(base, adapters, stage, work, options, progress)
         shutil.rmtree(work)
         story = _relocated(story, stage, output)
         write_report(story, stage, base, adapters, options)
-        manifest.write(stage, base, adapters, options_json(options))
+        manifest.write(stage, base, adapters, kept(options))
         refuse_failed(story)
     return story
+
+
+def _with_provider(options: StoryOptions) -> StoryOptions:
+    """With the provider that really runs a model here in all stages, and the precision of an earlier export."""
+    from lora_export.runtime import resolve_provider
+
+    export = replace(options.export, provider=resolve_provider(options.export.provider))
+    validation = replace(options.validation, provider=export.provider, merge=options.merge)
+    return replace(options, export=like_earlier(export), validation=validation)
 
 
 def _run(
@@ -66,80 +69,69 @@ def _run(
     from lora_export.validation import validate
     from lora_export.validation.reference.foreign import as_peft
 
+    # merge, and export with the graph of the base
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
     trained_on = prepared_base(alone, adapters, options.merge, work, progress)
-    base_onnx = export_as(trained_on, work / "base", options, progress, "the base, to compare with")
+    base_onnx = export_as(trained_on, work / "base", options.export, progress, "the base, to compare with")
     if merged is not None:
-        exported = export_merged(base_onnx, folder, stage / "onnx", options, progress, written_source(merged))
+        exported = export_merged(
+            base_onnx, folder, stage / "onnx", options.export, progress, written_source(merged)
+        )
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     readable = as_peft(alone, adapters, work)
-    unmerged_onnx, why_not = export_unmerged(trained_on, readable, work, options, exported, progress)
-    story = Story(stage, merged, exported)
+    unmerged_onnx, why_not = export_unmerged(
+        trained_on, readable, work, options.export, exported, progress, combined=options.merge.combine != "none"
+    )
+    story = Story(stage, merged, export=exported)
 
+    # prove
     checked = validate(
         alone,
         adapters,
         folder,
         exports=[pair_of(exported, base_onnx.output)],
-        dequantized=stand_in(alone, folder, options.merge, options.validation_memory, work, progress),
+        dequantized=stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress),
         graphs_alone=not options.merged_folder,
-        options=_of_validation(options),
+        options=options.validation,
         progress=progress,
     )
     story = replace(story, validate=checked)
     if not checked.passed:
         return story
 
+    # measure
     arms = [BenchmarkArm("base", base_onnx.paths), BenchmarkArm("merged", exported.paths)]
     if unmerged_onnx:
         arms.append(BenchmarkArm("unmerged", unmerged_onnx.paths))
     unmerged_graph = unmerged_onnx.model if unmerged_onnx else None
     extra, without = extra_arms(options.extra_arms, unmerged_graph, trained_on, readable, progress)
-    measured = benchmark([*arms, *extra], replace(options.benchmark, provider=options.provider), progress)
+    measured = benchmark([*arms, *extra], replace(options.benchmark, provider=options.export.provider), progress)
     return replace(story, benchmark=replace(measured, notes=(*measured.notes, *why_not, *without)))
 
 
-def _of_validation(options: StoryOptions) -> ValidationOptions:
-    return ValidationOptions(
-        prompts=options.prompts,
-        text=options.text,
-        rows=options.rows,
-        provider=options.provider,
-        merge=options.merge,
-        tolerance=options.tolerance,
-        min_survival=options.min_survival,
-        max_memory=options.validation_memory,
-        seed=options.validation_seed,
-    )
-
-
-def _preflight(base: Source, choices: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
-    """Everything that can be refused on headers and config, before minutes of work."""
+def _preflight(base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:
+    """Refuse everything that headers and config.json show, before minutes of work."""
     from lora_export.merging import plan
     from lora_export.onnx_export import check_request
-    from lora_export.validation.comparing.prompts import read_prompts
-    from lora_export.validation.comparing.text import read_text
+    from lora_export.validation.comparing.texts import read_prompts, read_text
 
-    read_prompts(options.prompts)
-    read_text(options.text)
-    for folder in (base.folder, *(c.folder for c in choices)):
+    export = options.export
+    read_prompts(options.validation.prompts)
+    read_text(options.validation.text)
+    for folder in (base.folder, *(a.folder for a in adapters)):
         check_adapter_folder(folder)
-    planned = plan(base.folder, choices, options.merge)
+    planned = plan(base.folder, adapters, options.merge)
     wanted = {**planned.base.config, **(planned.config_changes if planned.model else {})}
     config = {k: v for k, v in wanted.items() if k not in planned.config_removals}
-    check_request(config, options.precision, options.provider, options.engine, options.quantization)
-    refuse_extra(options.extra_arms, choices, options.precision, options.merge.combine)
+    check_request(config, export.precision, export.provider, export.engine, export.quantization)
+    refuse_extra(options.extra_arms, adapters, export.precision, options.merge.combine)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most
-    widest = max(planned.nbytes, planned.nbytes * 4 // _width(planned.dtype))
+    widest = max(planned.nbytes, planned.nbytes * 4 // {"float16": 2, "bfloat16": 2}.get(planned.dtype, 4))
     folders = 2 if options.merged_folder else 1
     check_space(output.absolute().parent, planned.nbytes * folders + widest * 3)
-
-
-def _width(dtype: str) -> int:
-    return {"float16": 2, "bfloat16": 2}.get(dtype, 4)
 
 
 def _relocated(story: Story, stage: Path, output: Path) -> Story:
@@ -151,3 +143,43 @@ def _relocated(story: Story, stage: Path, output: Path) -> Story:
         certificate=output / story.merge.certificate.relative_to(stage),
     )
     return replace(story, output=output, merge=moved, export=replace(story.export, output=output / "onnx"))
+
+
+# --- gates ---------------------------------------------------------------------------------------------------
+
+
+def refuse_failed(story: Story) -> None:
+    """Raise GateFailed for the first gate that did not pass; the report has the details."""
+    if story.validate is not None and not story.validate.passed:
+        lost = _only_survival_failed(story.validate)
+        raise GateFailed(
+            "validation failed: " + failures(story.validate),
+            where=story.output.with_name(story.output.name + ".failed"),
+            tensor=next(iter(_suspects(story.validate)), None),
+            expected="an export that keeps the adapter's effect"
+            if lost
+            else "a merged model that computes what the unmerged one computes",
+            next_step=story.validate.advice[-1] if lost else "read report/report.html in that folder",
+        )
+    if story.benchmark is not None:
+        refuse_slower(story.benchmark, story.output, "report/report.html")
+
+
+def _suspects(result: ValidationResult) -> tuple[str, ...]:
+    """Tensors at fault: those of the first module that goes wrong, then all others."""
+    return (*(result.deviation.tensors if result.deviation else ()), *result.weight_errors)
+
+
+def _only_survival_failed(result: ValidationResult) -> bool:
+    return bool(result.advice) and all(c.passed or c.name.endswith("adapter_survival") for c in result.checks)
+
+
+def failures(result: ValidationResult) -> str:
+    """The failed checks in one line (name, value and threshold), and the first module that goes wrong."""
+    failed = [
+        f"{c.name} is {c.value:.4g}" + (f", allowed {c.threshold:.4g}" if c.threshold is not None else "")
+        for c in result.checks
+        if not c.passed
+    ]
+    where = [f"the first module that differs is {result.deviation.module}"] if result.deviation else []
+    return "; ".join([*failed, *where])

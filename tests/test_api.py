@@ -1,11 +1,9 @@
 """`from lora_export import merge, …`: the functions, their defaults, their silence and their words."""
 
 import ast
-import dataclasses
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,24 @@ from peft import LoraConfig
 
 import lora_export
 from lora_export import api
+from lora_export.checkpoint.sources import adapter_choices
 from lora_export.commands.main import cli
 from lora_export.contracts import (
+    AdapterChoice,
     BenchmarkOptions,
     ExportOptions,
     MergeOptions,
+    PackageOptions,
+    RankOptions,
     StoryOptions,
     ValidationOptions,
+    VerifyOptions,
 )
 from lora_export.errors import InputError, LoraExportError
 from lora_export.progress import Silent
 from tests.builders import save_adapter, save_base
 
-FUNCTIONS = ("merge", "validate", "export", "benchmark", "package", "merge_and_export", "verify")
+FUNCTIONS = tuple(name for name in lora_export.__all__ if not name.startswith("_"))
 
 
 def test_the_names_are_functions_whatever_was_imported_before() -> None:
@@ -54,7 +57,7 @@ def test_another_name_is_no_attribute() -> None:
 def test_every_parameter_result_and_error_is_described(name: str) -> None:
     function = getattr(lora_export, name)
     text = inspect.getdoc(function) or ""
-    arguments, _, rest = text.partition("Args:")[2].partition("Returns:")
+    arguments, _, rest = text.partition("Returns:")
     named = [
         line.split(":")[0].strip() for line in arguments.splitlines() if line.startswith("    ") and ":" in line
     ]
@@ -64,55 +67,69 @@ def test_every_parameter_result_and_error_is_described(name: str) -> None:
     assert "Raises:" in rest and rest.partition("Raises:")[0].strip()
 
 
-def leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every field of nested options, by its own name."""
-    for field in dataclasses.fields(value):
-        inner = getattr(value, field.name)
-        if dataclasses.is_dataclass(inner):
-            yield from leaves(inner)
-        else:
-            yield field.name, inner
+# Command → what is given, and the function with the arguments that it gets; others have their defaults.
+CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "merge-and-export": ("-b B -a A -o O", "merge_and_export",
+                         {"base": "B", "adapters": ("A",), "output": Path("O"), "options": StoryOptions()}),
+    "merge": ("-b B -a A -o O", "merge",
+              {"base": "B", "adapters": ("A",), "output": Path("O"), "options": MergeOptions()}),
+    "validate": ("-b B -a A -m M", "validate",
+                 {"base": "B", "adapters": ("A",), "merged": Path("M"), "options": ValidationOptions(stated=())}),
+    "export": ("-m M -o O", "export", {"model": "M", "output": Path("O"), "options": ExportOptions()}),
+    "benchmark": ("-m M -o O", "benchmark",
+                  {"merged": Path("M"), "output": Path("O"), "options": BenchmarkOptions()}),
+    "package": ("R --for genai -o O", "package",
+                {"run": Path("R"), "target": "genai", "output": Path("O"), "options": PackageOptions()}),
+    "switch": ("-m M --from A --to B", "switch",
+               {"model": Path("M"), "before": ("A",), "after": ("B",), "options": MergeOptions()}),
+    "combine": ("-a A -o O", "combine", {"adapters": ("A",), "output": Path("O"), "rank": RankOptions(),
+                                         "options": MergeOptions(combine="linear")}),
+    "extract": ("-b B -m T -o O", "extract",
+                {"base": "B", "tuned": "T", "output": Path("O"), "rank": RankOptions()}),
+    "truncate": ("-a A -o O", "truncate", {"adapter": "A", "output": Path("O"), "rank": RankOptions()}),
+    "inspect": ("P", "inspect", {"path": "P"}),
+    "inspect -a": ("-a A", "understand", {"adapter": "A"}),
+    "report": ("R", "report", {"run": Path("R")}),
+    "verify": ("P", "verify", {"path": Path("P"), "options": VerifyOptions()}),
+    "env": ("", "env", {}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("words", "function", "options"),
-    [
-        (("merge", "-b", "B", "-a", "A", "-o", "O"), "merge", MergeOptions()),
-        (("export", "-m", "M", "-o", "O"), "export", ExportOptions()),
-        (("validate", "-b", "B", "-a", "A", "-m", "M"), "validate", ValidationOptions()),
-        (("benchmark", "-m", "M", "-o", "O"), "benchmark", BenchmarkOptions()),
-        (("merge-and-export", "-b", "B", "-a", "A", "-o", "O"), "merge_and_export", StoryOptions()),
-    ],
-)
-def test_the_command_line_has_the_same_defaults(
-    monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], function: str, options: Any
+def test_every_command_is_listed_here() -> None:
+    assert {name.split()[0] for name in CALLS} == set(cli.commands)
+
+
+@pytest.mark.parametrize("command", CALLS)
+def test_command_without_options_calls_its_function_with_the_defaults(
+    monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """The command, told nothing, calls the function with what the function takes when it is told nothing."""
-    called: list[Any] = []
-
-    def stop(*arguments: Any, **named: Any) -> Any:
-        called.append(next((a for a in (*arguments, *named.values()) if type(a) is type(options)), None))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(api, function, stop)
-    assert CliRunner().invoke(cli, list(words)).exit_code == 130
-    assert dict(leaves(called[0])) == dict(leaves(options))
-
-
-def test_verify_on_the_command_line_is_told_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, name, expected = CALLS[command]
+    signature = inspect.signature(getattr(api, name))
     called: dict[str, Any] = {}
-    signature = inspect.signature(api.verify)
 
     def stop(*arguments: Any, **named: Any) -> Any:
         called.update(signature.bind(*arguments, **named).arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api, "verify", stop)
-    assert CliRunner().invoke(cli, ["verify", "PATH"]).exit_code == 130
-    del called["progress"]
-    assert called.pop("path") == Path("PATH") and called.pop("adapters") == []
-    assert called == {n: p.default for n, p in signature.parameters.items() if n in called}
-    assert called.keys() == signature.parameters.keys() - {"path", "adapters", "progress"}
+    monkeypatch.setattr(api, name, stop)
+    assert CliRunner().invoke(cli, [command.split()[0], *words.split()]).exit_code == 130
+    called.pop("progress", None)
+    defaults = {n: p.default for n, p in signature.parameters.items() if n not in expected and n in called}
+    defaults = {n: [] if n == "beside" else v for n, v in defaults.items()}
+    assert called == expected | defaults
+
+
+def test_one_adapter_need_not_stand_in_a_list(pair: tuple[Path, Path]) -> None:
+    _, adapter = pair
+    for one in (adapter, str(adapter), AdapterChoice(adapter)):
+        (choice,) = adapter_choices(one)
+        assert (choice.folder, choice.weight) == (adapter, 1.0)
+    weighted = [f"{adapter}:0.5", (adapter, 0.5), AdapterChoice(adapter, 0.5)]
+    assert [(c.folder, c.weight) for c in adapter_choices(weighted)] == [(adapter, 0.5)] * 3
+    with pytest.raises(LoraExportError, match="--unmerged with 0 adapters"):
+        lora_export.export("B", "O", options=ExportOptions(unmerged=True))
+    with pytest.raises(LoraExportError, match="--adapter with --graph-from"):  # not one for each character
+        lora_export.export("B", "O", adapters="path", options=ExportOptions(graph_from=Path("X")))
 
 
 def test_only_commands_print_and_end_the_process() -> None:
@@ -175,9 +192,9 @@ def test_an_error_is_an_exception_with_its_parts(pair: tuple[Path, Path], tmp_pa
     with pytest.raises(LoraExportError, match="no such folder"):
         lora_export.export(tmp_path / "none", tmp_path / "out")
     with pytest.raises(LoraExportError, match="--shared-as without --graph-from"):
-        lora_export.export("no/hub-has-this", tmp_path / "out", shared_as="a")
+        lora_export.export("no/hub-has-this", tmp_path / "out", options=ExportOptions(shared_as="a"))
     with pytest.raises(LoraExportError, match="--key, --run or --runtime without a package"):
-        lora_export.verify(base, key=tmp_path / "key.pem")
+        lora_export.verify(base, options=VerifyOptions(key=tmp_path / "key.pem"))
     with pytest.raises(LoraExportError, match="this is no run"):
         lora_export.package(adapter, "genai", tmp_path / "out")
 
@@ -189,7 +206,9 @@ def test_the_whole_story_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFix
 
     base = save_decoder(tmp_path / "base")
     adapter = lora_of(base, tmp_path / "adapter", ["q_proj", "v_proj"])
-    options = StoryOptions(benchmark=BenchmarkOptions(max_seconds=2, shapes=((1, 8),)), provider="cpu")
+    options = StoryOptions(
+        benchmark=BenchmarkOptions(max_seconds=2, shapes=((1, 8),)), export=ExportOptions(provider="cpu")
+    )
     story = lora_export.merge_and_export(base, adapter, tmp_path / "run", options)
     assert story.validate and story.validate.passed and story.benchmark
     package = lora_export.package(story.output, "optimum", tmp_path / "package")

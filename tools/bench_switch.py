@@ -21,7 +21,7 @@ from typing import Any
 
 from processes import circumstances, save, spread
 
-from lora_export.contracts import AdapterChoice, Source
+from lora_export.contracts import AdapterChoice, ExportOptions
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
@@ -126,19 +126,15 @@ def main() -> None:
         )  # fmt: skip
         _say("merged", results["merged"])
         for precision in options.precision:
-            graph = export(base, work / f"base-{precision}", precision=precision, provider="cpu", progress=progress)
+            graph = export(base, work / f"base-{precision}", ExportOptions(precision, "cpu"), progress=progress)
             pair = [
                 reweight(graph.output, m, work / f"{precision}-{i}", progress=progress).output
                 for i, m in enumerate(merged)
             ]
             plugged = None
             if precision != "int4":
-                source = Source("base", base)
                 plugged = work / f"plugged-{precision}"
-                export_pluggable(
-                    source, [Source("first", options.first)], plugged, precision=precision, provider="cpu",
-                    progress=progress,
-                )  # fmt: skip
+                export_pluggable(base, [options.first], plugged, ExportOptions(precision, "cpu"), progress)
             found = {"live": live(*pair, plugged, options.repeat)}
             folder = Path(shutil.copytree(pair[0], work / f"x-{precision}"))
             found |= on_disk(

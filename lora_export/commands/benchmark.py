@@ -1,41 +1,33 @@
 """lora-export benchmark: the latency of ONNX graphs, side by side in one process."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
+from lora_export.commands import derive
+from lora_export.commands.derive import FOLDER, Given
+from lora_export.commands.talk import Talk, table
+from lora_export.contracts.options import BenchmarkOptions
 
-from lora_export.commands import options
-from lora_export.commands.talk import talking
 
-
-@click.command("benchmark")
-@click.option("-b", "--base", type=options.FOLDER, default=None, help="The base's ONNX folder or file.")
-@click.option("-m", "--merged", type=options.FOLDER, required=True, help="The merged ONNX folder or file.")
-@click.option(
-    "-u", "--unmerged", type=options.FOLDER, default=None,
-    help="The unmerged one, which `export --unmerged` writes: the positive control.",
+@derive.command(
+    "benchmark",
+    Given("-b", "--base", type=FOLDER, help="The base's ONNX folder or file."),
+    Given("-m", "--merged", type=FOLDER, required=True, help="The merged ONNX folder or file."),
+    Given("-u", "--unmerged", type=FOLDER,
+          help="The unmerged one, which `export --unmerged` writes: the positive control."),
+    Given("--plugged", type=FOLDER, metavar="ONNX",
+          help="A folder that `export -a` wrote, or its .onnx_adapter file: plugged in at run time."),
+    Given("--pytorch", nargs=2, metavar="BASE ADAPTER", help="Also PEFT's unmerged model under PyTorch."),
+    Given("--beside", multiple=True, metavar="NAME=ONNX",
+          help="Another graph of the same model, such as optimum=FOLDER. May be given more than once."),
+    derive.OUTPUT,
+    derive.options_of(BenchmarkOptions),
+    derive.FORCE,
 )  # fmt: skip
-@click.option(
-    "--plugged", type=options.FOLDER, default=None, metavar="ONNX",
-    help="A folder that `export -a` wrote, or its .onnx_adapter file: the adapter plugged in as the graph runs.",
-)  # fmt: skip
-@click.option(
-    "--pytorch", nargs=2, default=None, metavar="BASE ADAPTER",
-    help="Also PEFT's unmerged model under PyTorch.",
-)  # fmt: skip
-@click.option(
-    "--beside", multiple=True, metavar="NAME=ONNX",
-    help="Another graph of the same model, such as optimum=FOLDER. Repeat it for more.",
-)  # fmt: skip
-@options.output_option
-@options.provider_option
-@options.benchmark_options
-@options.force_option
-@options.talk_options
 def benchmark(
-    base: Path | None, merged: Path, unmerged: Path | None, plugged: Path | None, pytorch: tuple[str, str] | None,
-    beside: tuple[str, ...], output: Path, force: bool, as_json: bool, quiet: bool, verbose: bool, **words: Any,
+    talk: Talk, base: Path | None, merged: Path, unmerged: Path | None, plugged: Path | None,
+    pytorch: tuple[str, str] | None, beside: tuple[str, ...], output: Path, force: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Measure base, merged and unmerged graphs in turn, and say whether merging costs latency.
 
@@ -49,22 +41,20 @@ def benchmark(
         lora-export export -m BASE -a ADAPTER --unmerged -o unmerged-onnx
         lora-export benchmark -b base-onnx -m merged-onnx -u unmerged-onnx --grid standard -o latency
     """
-    with talking(as_json, quiet, verbose) as talk:
-        from lora_export import api
-        from lora_export.commands import gather
-        from lora_export.commands.words import benchmark_rows, summary
+    from lora_export import api
+    from lora_export.commands.words import benchmark_rows
 
-        result = api.benchmark(
-            merged,
-            output,
-            base=base,
-            unmerged=unmerged,
-            plugged=plugged,
-            pytorch=pytorch,
-            beside=gather.named_folders(beside),
-            options=gather.benchmark_options_of(words),
-            force=force,
-            progress=talk.progress,
-        )
-        rows = [*benchmark_rows(result), ("report", str(output / "report.html"))]
-        talk.result(result.as_json(), summary(rows))
+    derive.check_benchmark()
+    result = api.benchmark(
+        merged,
+        output,
+        base=base,
+        unmerged=unmerged,
+        plugged=plugged,
+        pytorch=pytorch,
+        beside=derive.pairs("--beside", beside),
+        options=replace(derive.build(BenchmarkOptions, given), configured=talk.configured),
+        force=force,
+        progress=talk.progress,
+    )
+    talk.result(result, table([*benchmark_rows(result), ("report", str(output / "report.html"))]))

@@ -1,49 +1,43 @@
 """lora-export extract: a LoRA out of a fully tuned model."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from lora_export.commands import merging_options, options
-from lora_export.commands.talk import talking
+from lora_export.commands import derive
+from lora_export.commands.derive import Given
+from lora_export.commands.talk import Talk
+from lora_export.contracts.options import RankOptions
 
 
-@click.command("extract")
-@options.base_option
-@click.option("-m", "--tuned", required=True, metavar="TUNED", help="The tuned model: a folder or hub id.")
-@options.output_option
-@merging_options.rank_options
-@click.option(
-    "--rest",
-    type=click.Choice(["save", "drop", "refuse"]),
-    default="save",
-    show_default=True,
-    help="Changed norms, biases and other weights that are no matrices of a layer: save them whole with the "
-    "adapter, leave them out, or stop.",
-)
-@options.force_option
-@options.talk_options
+@derive.command(
+    "extract",
+    derive.BASE,
+    Given("-m", "--tuned", required=True, metavar="TUNED", help="The tuned model: a folder or a Hub ID."),
+    derive.OUTPUT,
+    derive.options_of(RankOptions),
+    Given("--rest", type=click.Choice(["save", "drop", "refuse"]), default="save", show_default=True,
+          section=RankOptions.SECTION,
+          help="Changed norms, biases and other weights that are not matrices of a layer: save them whole with the "
+          "adapter, leave them out, or stop."),
+)  # fmt: skip
 def extract(
-    base: str, tuned: str, output: Path, rank: int | None, energy: float | None, dtype: Any, rest: Any, force: bool,
-    as_json: bool, quiet: bool, verbose: bool,
-) -> None:  # fmt: skip
+    talk: Talk, base: str, tuned: str, output: Path, rest: Literal["save", "drop", "refuse"], **given: Any
+) -> None:
     """Take a LoRA out of a fully tuned model.
 
     The difference to the base, layer by layer, becomes B·A by its largest singular values; the error that this
-    costs is told. One weight is in memory at a time. A model that was merged from an adapter gives it back at its
-    rank.
+    costs is reported. One weight is in memory at a time. A model that was merged from an adapter gives it back at
+    its rank.
 
     \b
         lora-export extract -b BASE -m TUNED -o ADAPTER --rank 32
         lora-export extract -b BASE -m TUNED -o ADAPTER --energy 95%
     """
-    with talking(as_json, quiet, verbose) as talk:
-        from lora_export.adapter_tools import extract as extract_adapter
-        from lora_export.adapter_tools.saving import Rank
-        from lora_export.checkpoint.sources import resolve
-        from lora_export.commands.words import derived_words
+    from lora_export import api
+    from lora_export.commands.words import derived_words
 
-        folders = resolve(base).folder, resolve(tuned).folder
-        made = extract_adapter(*folders, output, Rank(rank, energy), rest, dtype, force, talk.progress)
-        talk.result(made.as_json(), derived_words(made))
+    rank = derive.build(RankOptions, given)
+    made = api.extract(base, tuned, output, rank, rest=rest, progress=talk.progress)
+    talk.result(made.as_json(), derived_words(made))

@@ -1,42 +1,32 @@
-"""lora-export inspect: what is this folder?"""
+"""lora-export inspect: what is this folder, and what has this adapter learnt?"""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from lora_export.commands import options
-from lora_export.commands.talk import table, talking
+from lora_export.commands import derive
+from lora_export.commands.derive import FOLDER, Given
+from lora_export.commands.talk import Talk, table
+
+if TYPE_CHECKING:
+    from lora_export.contracts import Understanding
 
 
-@click.command("inspect")
-@click.argument("path", required=False)
-@click.option(
-    "-a",
-    "--adapter",
-    default=None,
-    metavar="ADAPTER",
-    help="Read the numbers of this adapter and say what it has learnt.",
-)
-@click.option(
-    "-b",
-    "--base",
-    default=None,
-    help="For an adapter: the base to check it against; with -a also to compare its change with.",
-)
-@click.option(
-    "--picture",
-    type=options.FOLDER,
-    default=None,
-    metavar="FILE",
-    help="With -a: a heat map by layer and module, as FILE.svg, or FILE.html with everything.",
-)
-@options.force_option
-@options.talk_options
+@derive.command(
+    "inspect",
+    click.Argument(["path"], required=False),
+    Given("-a", "--adapter", metavar="ADAPTER", help="Read this adapter's numbers and say what it has learnt."),
+    Given("-b", "--base", help="For an adapter: the base to match it with; with -a also to compare sizes with."),
+    Given("--picture", type=FOLDER, metavar="FILE",
+          help="With -a: a heat map by layer and module, as FILE.svg, or FILE.html with everything."),
+    derive.FORCE,
+)  # fmt: skip
 def inspect(
-    path: str | None, adapter: str | None, base: str | None, picture: Path | None, force: bool, as_json: bool,
-    quiet: bool, verbose: bool,
-) -> None:  # fmt: skip
-    """Say what PATH is (base, adapter, ONNX export or run) and what a person would ask about it.
+    talk: Talk, path: str | None, adapter: str | None, base: str | None, picture: Path | None, force: bool
+) -> None:
+    """Say what PATH is (base, adapter, ONNX export or run), or what an adapter has learnt.
 
     Reads headers only, and answers at once. With -b, an adapter is matched with that base, tensor by tensor.
 
@@ -48,23 +38,20 @@ def inspect(
         lora-export inspect FOLDER
         lora-export inspect -a ADAPTER -b BASE --picture adapter.html
     """
-    if (path is None) == (adapter is None):
+    from lora_export import api
+    from lora_export.storage.documents import as_json
+
+    if adapter is not None and path is None:
+        learnt = api.understand(adapter, base, picture, force, progress=talk.progress)
+        document = as_json(learnt) | ({"picture": str(picture)} if picture else {})
+        talk.result(document, _learnt_words(learnt, picture, talk.verbose))
+        return
+    if path is None or adapter is not None:
         raise click.UsageError("Give either a PATH or -a ADAPTER.")
-    if picture is not None and adapter is None:
-        raise click.UsageError("--picture is of the numbers of an adapter: give it as -a ADAPTER.")
-    with talking(as_json, quiet, verbose) as talk:
-        from lora_export.checkpoint.sources import resolve
-        from lora_export.workflows.inspection import inspect_folder
-
-        if adapter is not None:
-            from lora_export.commands.learnt import learnt
-
-            learnt(resolve(adapter).folder, resolve(base).folder if base else None, picture, force, verbose, talk)
-            return
-        assert path is not None
-        document = inspect_folder(resolve(path).folder, resolve(base).folder if base else None)
-        rows = [(k.replace("_", " "), _words(v)) for k, v in document.items()]
-        talk.result(document, table(rows))
+    if picture is not None:
+        raise click.UsageError("--picture shows the numbers of an adapter: give it as -a ADAPTER.")
+    document = api.inspect(path, base)
+    talk.result(document, table([(k.replace("_", " "), _words(v)) for k, v in document.items()]))
 
 
 def _words(value: object) -> str:
@@ -75,3 +62,49 @@ def _words(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "–" if value is None else str(value)
+
+
+# --- what an adapter has learnt ------------------------------------------------------------------------------
+
+
+def _learnt_words(learnt: "Understanding", picture: Path | None, every: bool) -> str:
+    """every: list all its weights."""
+    from lora_export.report.adapter_page import RANKS_HEAD, TYPES_HEAD, rank_rows, type_rows
+
+    blocks = [
+        f"{learnt.adapter}\n" + "\n".join(learnt.sentences),
+        _columns([TYPES_HEAD, *type_rows(learnt)]),
+        _columns([RANKS_HEAD, *rank_rows(learnt)]) if learnt.truncation else "",
+        _columns([_MODULE_HEAD, *_modules(learnt)]) if every else "",
+        "\n".join(f"without figures: {name}, {why}" for name, why in learnt.skipped.items()),
+        "\n".join(f"warning: {w}" for w in learnt.warnings) or "no signs of trouble",
+        f"picture: {picture}" if picture else "",
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+_MODULE_HEAD = ("Weight", "Rank", "Alpha", "Scaling", "‖ΔW‖", "‖ΔW‖/‖W‖", "σ₁", "σ last", "Effective", "For 99 %")
+
+
+def _modules(learnt: "Understanding") -> list[Sequence[str]]:
+    def known(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    return [
+        (
+            m.name.removesuffix(".weight"), known(m.rank, "d"), known(m.alpha, "g"), known(m.scaling, "g"),
+            f"{m.norm:.4g}", known(m.relative, ".2%"), f"{m.singular_values[0]:.3g}",
+            f"{m.singular_values[min(m.rank or len(m.singular_values), len(m.singular_values)) - 1]:.3g}",
+            f"{m.effective_rank:.1f}", str(m.enough),
+        )
+        for m in learnt.modules if m.singular_values
+    ]  # fmt: skip
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows under each other, the first column to the left and all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )

@@ -1,63 +1,64 @@
 """lora-export merge: adapters into base weights."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from lora_export.commands import merging_options, options
-from lora_export.commands.talk import megabytes, table, talking
+from lora_export.commands import derive
+from lora_export.commands.talk import Talk, megabytes, table
+from lora_export.contracts.options import MergeOptions
 from lora_export.escape import shown
 
 if TYPE_CHECKING:
     from lora_export.merging import MergePlan
 
 
-@click.command("merge")
-@options.base_option
-@options.adapter_or_none_option
-@options.output_option
-@merging_options.merge_options
-@options.dry_run_option
-@options.force_option
-@options.talk_options
-def merge(
-    base: str, adapters: tuple[str, ...], output: Any, dry_run: bool, force: bool, as_json: bool, quiet: bool,
-    verbose: bool, **words: Any,
-) -> None:  # fmt: skip
+@derive.command(
+    "merge",
+    derive.BASE,
+    derive.ADAPTERS_OR_NONE,
+    derive.OUTPUT,
+    derive.options_of(MergeOptions),
+    derive.DRY_RUN,
+)
+def merge(talk: Talk, base: str, adapters: tuple[str, ...], output: Path, dry_run: bool, **given: Any) -> None:
     """Merge adapters into their base and write a Hugging Face folder.
 
-    The arithmetic is fp32 and rounded once. Tensors that the adapter does not touch are copied byte for byte,
-    and so are tokenizer, chat template and generation config. A certificate says what happened to each tensor
-    and how much of the adapter's change survived the rounding.
+    The arithmetic is fp32 and rounded once. Tensors that the adapter does not touch are copied byte for byte, and
+    so are tokenizer, chat template and generation config. A certificate says what happened to each tensor and how
+    much of the adapter's change survived the rounding.
 
-    Several adapters are applied in turn, or made one change by --combine; what they do to each other (cosines,
-    signs in conflict, norms) is shown first, and in --dry-run. Without an adapter a quantized base is dequantized.
+    Several adapters are applied one after the other, or become one change with --combine; how they interfere
+    (cosines, conflicting signs, norms) is shown first, and in --dry-run. Without an adapter a quantized base is
+    dequantized.
 
     \b
         lora-export merge -b BASE -a A:0.7 -a B:0.3 --combine ties --density 0.2 -o OUT
     """
-    with talking(as_json, quiet, verbose) as talk:
-        from lora_export import api
-        from lora_export.checkpoint.sources import resolve
-        from lora_export.commands import gather
-        from lora_export.commands.words import interference_lines, merge_rows
-        from lora_export.merging import interference, plan
+    from lora_export import api
+    from lora_export.commands.words import interference_lines, merge_rows
+    from lora_export.errors import InputError
 
-        settings = gather.merge_options_of(words, force)
-        if not adapters:
-            gather.refuse_mere_copy(base, settings)
-        if dry_run:
-            choices = gather.chosen(adapters)
-            planned = plan(resolve(base).folder, choices, settings)
-            found = interference(planned) if len(planned.adapters) > 1 else []
-            document = plan_document(planned) | {"interference": [asdict(i) for i in found]}
-            lines = [plan_words(planned), *interference_lines(found)]
-            talk.result({"output": str(output)} | document, "\n".join(lines))
-            return
-        result = api.merge(base, gather.weighted(adapters), output, settings, progress=talk.progress)
-        lines = [table([*merge_rows(result), ("output", str(output))]), *interference_lines(result.interference)]
-        talk.result(result.as_json(), "\n".join(lines))
+    options = derive.build(MergeOptions, given)
+    if not adapters and not api.plan(base, adapters, options).computes:
+        raise InputError(
+            "no adapter is given, and this base is not quantized: there is nothing to merge",
+            where=base,
+            expected="an adapter, or a quantized base to dequantize",
+            next_step="-a ADAPTER",
+        )
+    if dry_run:
+        from lora_export.merging import interference
+
+        planned = api.plan(base, adapters, options)
+        pairs = interference(planned) if len(planned.adapters) > 1 else []
+        document = plan_document(planned) | {"interference": [asdict(pair) for pair in pairs]}
+        lines = [plan_words(planned), *interference_lines(pairs)]
+        talk.result({"output": str(output)} | document, "\n".join(lines))
+        return
+    result = api.merge(base, adapters, output, options, progress=talk.progress)
+    lines = [table([*merge_rows(result), ("output", str(output))]), *interference_lines(result.interference)]
+    talk.result(result, "\n".join(lines))
 
 
 def plan_document(planned: "MergePlan") -> dict[str, Any]:

@@ -4,30 +4,29 @@ from pathlib import Path
 
 import click
 
-from lora_export.commands import options
-from lora_export.commands.talk import table, talking
+from lora_export.commands import derive
+from lora_export.commands.derive import FOLDER, Given
+from lora_export.commands.talk import Talk, table
 
 
-@click.command("report")
-@click.argument("run", type=options.FOLDER)
-@click.option("--compare", type=options.FOLDER, default=None, help="Another run, to set beside this one.")
-@options.talk_options
-def report(run: Path, compare: Path | None, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Write report.html and report.md of RUN again from its report.json."""
-    with talking(as_json, quiet, verbose) as talk:
-        from lora_export.report import render
+@derive.command(
+    "report",
+    click.Argument(["run"], type=FOLDER),
+    Given("--compare", type=FOLDER, help="Compare with this other run."),
+    Given(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        help="With --compare: the folder for the pages. Default: RUN-vs-OTHER, next to RUN.",
+    ),
+    Given("--force", is_flag=True, help="Replace an output that exists."),
+)
+def report(talk: Talk, run: Path, compare: Path | None, output: Path | None, force: bool) -> None:
+    """Write report.html and report.md of RUN again from its report.json.
 
-        folder = _report_folder(run)
-        render(folder, _report_folder(compare) if compare else None)
-        files = {"html": str(folder / "report.html"), "markdown": str(folder / "report.md")}
-        talk.result(files, table(list(files.items())))
+    With --compare, RUN stays as it is: the pages, with a table of both runs, are written into a new folder.
+    """
+    from lora_export import api
 
-
-def _report_folder(run: Path) -> Path:
-    from lora_export.storage.sealed import refuse_outward_link
-
-    inner = run / "report"
-    if not inner.is_dir():
-        return run
-    refuse_outward_link(inner)
-    return inner
+    pages = api.report(run, compare, output, force=force)
+    talk.result(pages, table([("html", str(pages.html)), ("markdown", str(pages.markdown))]))

@@ -1,4 +1,4 @@
-"""What every command does around its one call: progress, results on stdout, errors as words and exit codes."""
+"""What every command does around its one call: progress, results on stdout, error messages and exit codes."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,23 +19,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class Talk:
-    """progress: where stages report to. result: prints the outcome once, as JSON or as words.
-
-    configuration: the file that gave options, and which; every outcome names it.
-    """
+    """progress: where stages report to; result: prints the outcome once, as JSON or as text; configuration: the
+    file that set options, and which: every outcome names it."""
 
     progress: "Console"
     as_json: bool
+    verbose: bool = False
     configuration: dict[str, Any] | None = None
-    _said: list[bool] = field(default_factory=list)
+    done: bool = False
 
-    def result(self, document: dict[str, Any], words: str) -> None:
+    @property
+    def configured(self) -> str:
+        """The configuration file and what it set, for a report."""
         from lora_export.commands import configuration
 
-        self._said.append(True)
-        if line := configuration.said(self.configuration):
-            words = f"{words}\nconfigured by {line}"
-        click.echo(_json(self.named(document)) if self.as_json else _lines(words))
+        return configuration.in_words(self.configuration)
+
+    def result(self, document: object, words: str) -> None:
+        """document: a result, or what its JSON has."""
+        from lora_export.storage.documents import as_json
+
+        self.done = True
+        if self.configured:
+            words = f"{words}\nconfigured by {self.configured}"
+        click.echo(_json(self.named(as_json(document))) if self.as_json else _lines(words))
 
     def named(self, document: dict[str, Any]) -> dict[str, Any]:
         """The document with the configuration file, if one was used."""
@@ -56,7 +63,7 @@ def _json(document: dict[str, Any]) -> str:
 def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = True) -> Iterator[Talk]:
     """Run a command's body; every way it can end has its exit code.
 
-    configured: refuse to run with a configuration file that cannot be read, and say what it gave.
+    configured: refuse to run with a configuration file that cannot be read, and say what it set.
     """
     from lora_export.errors import EXIT_FAILED, EXIT_INTERRUPTED, LoraExportError
     from lora_export.progress import Console
@@ -70,16 +77,18 @@ def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = Tru
         import warnings
 
         warnings.simplefilter("ignore")
-        # It tells of a faster kernel that it cannot find, which nothing here would use.
+        # It reports a missing faster kernel, which nothing here would use.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _interrupt_once()
-    talk = Talk(Console(-1 if quiet else int(verbose)), as_json)
+    talk = Talk(Console(-1 if quiet else int(verbose)), as_json, verbose)
     try:
         with talk.progress:
             _refuse_unreadable_paths()
             if configured:
                 talk.configuration = _say_configured(talk.progress)
             yield talk
+    except (click.ClickException, click.exceptions.Exit):
+        raise
     except LoraExportError as error:
         _fail(talk, error.as_json(), error.message(), error.exit_code)
     except KeyboardInterrupt:
@@ -97,7 +106,8 @@ def talking(as_json: bool, quiet: bool, verbose: bool, *, configured: bool = Tru
 
 
 def _refuse_unreadable_paths() -> None:
-    """InputError for a path that is no UTF-8: JSON cannot name it, and the libraries that read models refuse it."""
+    """InputError for a path that is not UTF-8: JSON cannot name it, and the libraries that read models refuse
+    it."""
     from lora_export.checkpoint.sources import refuse_unreadable
 
     context = click.get_current_context(silent=True)
@@ -122,18 +132,16 @@ def _say_configured(progress: "Console") -> dict[str, Any] | None:
 
 
 def _fail(talk: Talk, document: dict[str, Any], words: str, code: int) -> None:
-    from lora_export.commands import configuration
-
     click.echo(_lines(f"error: {words}"), err=True)
-    if line := configuration.said(talk.configuration):
-        click.echo(_lines(f"  configured by {line}"), err=True)
-    if talk.as_json and not talk._said:
+    if talk.configured:
+        click.echo(_lines(f"  configured by {talk.configured}"), err=True)
+    if talk.as_json and not talk.done:
         click.echo(_json(talk.named(document)))
     sys.exit(code)
 
 
 def _interrupt_once() -> None:
-    """Have the first Ctrl-C, SIGTERM or SIGHUP end the command; further ones do not disturb how it ends."""
+    """Let the first Ctrl-C, SIGTERM or SIGHUP end the command; later ones do not disturb how it ends."""
     came: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:

@@ -1,6 +1,7 @@
 """Types of what is given on the command line: sizes, shares, durations."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import click
@@ -39,22 +40,13 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-def split_weight(text: str) -> tuple[str, float]:
-    """ADAPTER or ADAPTER:WEIGHT; a colon that is followed by no number belongs to the name."""
-    name, _, tail = text.rpartition(":")
-    try:
-        return (name, float(tail)) if name else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
 class Share(click.ParamType[float]):
     """A share within bounds, as 1% or 0.01."""
 
     name = "share"
 
-    def __init__(self, least: float, most: float) -> None:
-        self.least, self.most = least, most
+    def __init__(self, least: float | None, most: float | None) -> None:
+        self.least, self.most = least or 0.0, 1.0 if most is None else most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         text = str(value).strip()
@@ -83,3 +75,23 @@ class Duration(click.ParamType[float]):
         if not 1 <= seconds <= 7 * 24 * 3600:
             self.fail(f"{value!r} is not between a second and a week.", param, ctx)
         return seconds
+
+
+# By the unit that an Option names: the type that reads it within bounds.
+SPELLED: dict[str, Callable[[float | None, float | None], click.ParamType[Any]]] = {
+    "bytes": lambda least, most: Size(),
+    "share": Share,
+    "seconds": lambda least, most: Duration(),
+}
+
+
+class LazyChoice(click.Choice[str]):
+    """A choice whose values are looked up when help is printed or a value is given."""
+
+    def __init__(self, values: Callable[[], Sequence[str]]) -> None:
+        self._values = values
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self._values())

@@ -4,37 +4,55 @@ from lora_export.contracts.adapters import Adapter, TargetUpdate, Update
 from lora_export.contracts.benchmark import (
     ArmTimes,
     BenchmarkArm,
-    BenchmarkOptions,
     BenchmarkResult,
     Cell,
+    Environment,
+    Gpu,
+    GpuReading,
     GraphComparison,
+    Machine,
     Percentile,
+    Reading,
+    Samples,
 )
-from lora_export.contracts.export import ExportOptions, ExportResult, QuantizationOptions
+from lora_export.contracts.export import ExportResult
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
     Interference,
-    MergeOptions,
     MergeResult,
     TensorRecord,
 )
-from lora_export.contracts.packages import PackageOptions, PackageResult
+from lora_export.contracts.options import (
+    BenchmarkOptions,
+    BenchmarkSizes,
+    CompareBases,
+    ExportOptions,
+    MergeOptions,
+    PackageOptions,
+    QuantizationOptions,
+    RankOptions,
+    StoryOptions,
+    ValidationOptions,
+    VerifyOptions,
+)
+from lora_export.contracts.packages import PackageResult
 from lora_export.contracts.progress import Progress, Source
-from lora_export.contracts.story import Story, StoryOptions
+from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report, ReportPages
+from lora_export.contracts.story import Story
 from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
+from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
 from lora_export.contracts.validation import (
     AdapterSurvival,
     BaseComparison,
     Check,
-    CompareBases,
+    Continuation,
     Deviation,
     ExportedPair,
     Perplexity,
-    ValidationOptions,
     ValidationResult,
 )
-from lora_export.contracts.verification import Finding, Findings, Verification, VerifyOptions
+from lora_export.contracts.verification import Finding, Findings, Verification
 
 __all__ = [
     "Adapter",
@@ -46,27 +64,42 @@ __all__ = [
     "BenchmarkArm",
     "BenchmarkOptions",
     "BenchmarkResult",
+    "BenchmarkSizes",
     "ByteSink",
     "Cell",
     "Check",
     "CompareBases",
+    "Continuation",
     "Deviation",
+    "Environment",
     "ExportOptions",
     "ExportResult",
     "ExportedPair",
     "Finding",
     "Findings",
+    "Gpu",
+    "GpuReading",
     "GraphComparison",
     "Interference",
+    "Machine",
     "MergeOptions",
     "MergeResult",
+    "ModuleFigures",
+    "NamedAdapter",
+    "NamedSource",
+    "NamedSources",
     "PackageOptions",
     "PackageResult",
     "Percentile",
     "Perplexity",
     "Progress",
     "QuantizationOptions",
+    "RankOptions",
+    "Reading",
+    "Report",
+    "ReportPages",
     "RowReader",
+    "Samples",
     "Source",
     "Story",
     "StoryOptions",
@@ -74,6 +107,9 @@ __all__ = [
     "TensorInfo",
     "TensorRecord",
     "TensorSource",
+    "Truncation",
+    "TypeFigures",
+    "Understanding",
     "Update",
     "ValidationOptions",
     "ValidationResult",

@@ -1,47 +1,11 @@
 """What an export is asked for, and what it wrote."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from lora_export.choices import Activations, ModelKind, Optimize, Precision, Provider
-
-
-@dataclass(frozen=True)
-class QuantizationOptions:
-    """How the weights of an int4, int8 or nf4 graph are quantized.
-
-    block_size: numbers that share a scale (None: 32, and 64 for nf4); algorithm: how a scale is chosen;
-    accuracy_level: in which type products are computed (None: int8 (4) on the CPU, as the inputs elsewhere (0));
-    keep: nodes that stay as they are, by name or pattern, or `auto`: those that do the most damage;
-    eight_bits: nodes of an int4 graph that are int8; embeddings: quantize those, too (not for nf4); activations: of
-    an int8 graph that does not generate: as they are, or int8, by ranges that are found while it runs (dynamic) or
-    on `calibration`, a file of one text a line (static; None: built-in texts).
-    """
-
-    block_size: int | None = None
-    symmetric: bool = True
-    algorithm: Literal["default", "rtn", "k_quant"] = "default"
-    accuracy_level: int | None = None
-    keep: tuple[str, ...] = ()
-    eight_bits: tuple[str, ...] = ()
-    embeddings: bool = False
-    activations: Activations = "float"
-    calibration: Path | None = None
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """precision: of the weights; provider: where the graph is to run; engine: None for the one that fits the
-    architecture; optimize: what the dynamo engine fuses."""
-
-    precision: Precision = "fp32"
-    provider: Provider = "auto"
-    engine: str | None = None
-    optimize: Optimize = "full"
-    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
-    force: bool = False
+from lora_export.choices import Activations, ModelKind, Precision
+from lora_export.contracts.figures import Figure
 
 
 @dataclass(frozen=True)
@@ -57,13 +21,13 @@ class ExportResult:
     engine: str
     precision: Precision
     nodes: int
-    seconds: float
+    seconds: Figure
     files: Mapping[str, int]
     kind: ModelKind = "decoder"
     task: str = "text-generation"
     graphs: tuple[str, ...] = ("model.onnx",)
     activations: Activations = "float"
-    fused_against_plain: float | None = None
+    fused_against_plain: Figure | None = None
 
     @property
     def model(self) -> Path:
@@ -73,17 +37,3 @@ class ExportResult:
     @property
     def paths(self) -> tuple[Path, ...]:
         return tuple(self.output / name for name in self.graphs)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "output": str(self.output),
-            "engine": self.engine,
-            "precision": self.precision,
-            "nodes": self.nodes,
-            "seconds": round(self.seconds, 3),
-            "files": dict(self.files),
-            "kind": self.kind,
-            "task": self.task,
-            "graphs": list(self.graphs),
-            "fused_against_plain": self.fused_against_plain,
-        }

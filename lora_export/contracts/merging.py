@@ -1,50 +1,27 @@
 """What a merge is asked for, and what it tells."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lora_export.choices import BaseWeights, Certify, Combine, ExpertLayout, ExpertPacking, MajoritySign, Outcome
-from lora_export.contracts.figures import Figure
+from lora_export.choices import Outcome
+from lora_export.contracts.figures import NOT_IN_JSON, Figure
+from lora_export.contracts.progress import Source
 
 
 @dataclass(frozen=True)
 class AdapterChoice:
-    """An adapter folder and the factor its update is multiplied with."""
+    """An adapter: its folder, the factor that its update is multiplied with, and how the user named it."""
 
     folder: Path
     weight: float = 1.0
+    name: str = ""
+    commit: str | None = None
 
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """combine: how several adapters become one change; none: each is applied to what the one before it left.
-
-    combine_on: their deltas, or their factors A and B apart (as PEFT's methods of these names do); density: the
-    share of a delta that ties, dare and magnitude_prune keep; svd_rank: of the combined delta (None: as it is;
-    for svd the largest of the adapters).
-    """
-
-    base_weights: BaseWeights = "dequantized"
-    training_quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
-    training_double_quant: bool = False
-    dtype: Literal["keep", "float32", "float16", "bfloat16"] = "keep"
-    max_shard_size: int | None = None  # bytes; None keeps the base's own shards
-    max_memory: int = 2 * 2**30  # bytes for the arithmetic, besides what Python and its libraries take
-    expert_packing: ExpertPacking = "auto"
-    expert_layout: ExpertLayout = "auto"
-    allow_nonfinite: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"  # where the arithmetic is done
-    certify: Certify = "sampled"  # which rows are computed again in float64
-    combine: Combine = "none"
-    combine_on: Literal["deltas", "factors"] = "deltas"
-    density: float | None = None
-    seed: int = 0  # of dare's random choice
-    majority_sign: MajoritySign = "total"
-    svd_rank: int | None = None
-    task: str | None = None  # of the merged model, where the adapter brings a head and does not say of which task
-    force: bool = False
+    @property
+    def source(self) -> Source:
+        return Source(self.name or str(self.folder), self.folder, self.commit)
 
 
 @dataclass(frozen=True)
@@ -59,9 +36,9 @@ class Interference:
     tensor: str | None
     first: str
     second: str
-    cosine: float
-    sign_conflicts: float
-    norm_ratio: float | None
+    cosine: Figure
+    sign_conflicts: Figure
+    norm_ratio: Figure | None
 
 
 @dataclass(frozen=True)
@@ -102,29 +79,13 @@ class MergeResult:
     output: Path
     tensors: Mapping[str, int]
     adapter_tensors: Mapping[str, int]
-    seconds: float
+    seconds: Figure
     peak_rss_bytes: int
-    delta_survival: float | None
+    delta_survival: Figure | None
     certificate: Path
     base_weights: str
     dtype: str
-    records: tuple[TensorRecord, ...] = field(default=(), repr=False)
+    records: tuple[TensorRecord, ...] = field(default=(), repr=False, metadata=NOT_IN_JSON)
     warnings: tuple[str, ...] = ()
     base_checks: tuple[BaseCheck, ...] = ()
     interference: tuple[Interference, ...] = field(default=(), repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "output": str(self.output),
-            "tensors": dict(self.tensors),
-            "adapter_tensors": dict(self.adapter_tensors),
-            "seconds": round(self.seconds, 3),
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "delta_survival": self.delta_survival,
-            "certificate": str(self.certificate),
-            "base_weights": self.base_weights,
-            "dtype": self.dtype,
-            "warnings": list(self.warnings),
-            "base_checks": [asdict(c) for c in self.base_checks],
-            "interference": [asdict(i) for i in self.interference],
-        }

@@ -1,12 +1,10 @@
 """What validation is asked for, and what it found."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from lora_export.choices import MIN_SURVIVAL, Activations, Precision, Provider, Requantization
-from lora_export.contracts.merging import MergeOptions
+from lora_export.choices import Activations, Precision
+from lora_export.contracts.figures import Figure
 
 
 @dataclass(frozen=True)
@@ -14,8 +12,8 @@ class Check:
     """One measured figure against its threshold; `note` says where the threshold comes from."""
 
     name: str
-    value: float
-    threshold: float | None  # None for a figure that is only reported
+    value: Figure
+    threshold: Figure | None  # None for a figure that is only reported
     passed: bool
     note: str = ""
 
@@ -28,7 +26,7 @@ class Perplexity:
     """
 
     model: str
-    value: float
+    value: Figure
     tokens: int
 
 
@@ -42,8 +40,8 @@ class Deviation:
     """
 
     module: str
-    value: float
-    floor: float
+    value: Figure
+    floor: Figure
     tensors: tuple[str, ...] = ()
 
 
@@ -57,9 +55,9 @@ class AdapterSurvival:
     """
 
     model: str
-    share: float | None
-    kl_base: float | None
-    kl_lost: float | None
+    share: Figure | None
+    kl_base: Figure | None
+    kl_lost: Figure | None
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,8 @@ class BaseComparison:
     """
 
     base: str
-    perplexity: float
-    kl_trained: float
-
-
-@dataclass(frozen=True)
-class CompareBases:
-    """requantize: also measure what putting the merged weights back into this format does.
-
-    original: the 16-bit base of which a stored 4- or 8-bit base was made.
-    """
-
-    requantize: Requantization | None = None
-    original: Path | None = None
+    perplexity: Figure
+    kl_trained: Figure
 
 
 @dataclass(frozen=True)
@@ -116,61 +103,35 @@ class ExportedPair:
 
 
 @dataclass(frozen=True)
-class ValidationOptions:
-    """prompts: a file with one prompt a line; text: a file of running text for the perplexities (None: built in).
-    rows: how many rows of each updated tensor are recomputed in float64 one by one (None: all). merge: the options
-    of the merge, which decide which base is the truth. tolerance: thresholds are this many noise floors.
-    min_survival: the share of the adapter's effect that an ONNX graph has to keep. max_memory: bytes for the
-    weights of both models (None: as the machine has); larger models are streamed. bases: compare the bases that a
-    QLoRA adapter could be merged into. again: the command that tries another precision, {precision} in it. seed: of
-    lengths, inputs and rows that are drawn (None: another one at each run, which the result states)."""
+class Continuation:
+    """Greedy continuations of a prompt. first_difference: where merged parts from unmerged, in words."""
 
-    prompts: Path | None = None
-    text: Path | None = None
-    rows: int | None = 64
-    provider: Provider = "auto"
-    merge: MergeOptions = field(default_factory=MergeOptions)
-    tolerance: float = 4.0
-    min_survival: float = MIN_SURVIVAL
-    max_memory: int | None = None
-    bases: CompareBases | None = None
-    again: str = "the same command with --precision {precision}"
-    seed: int | None = None
+    prompt: str
+    base: str | None = None
+    unmerged: str | None = None
+    merged: str | None = None
+    first_difference: str | None = None
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """advice: sentences for a person, such as which base or precision to ship, and why; seed: of what was drawn;
-    unused_updates: layers whose update PEFT's unmerged forward never uses, looked for where a check failed."""
+    """weight_errors: tensors that are not what the adapter makes of the base, worst first; deviation: looked for
+    where a check failed; advice: sentences for a person, such as which base or precision to ship, and why; seed: of
+    what was drawn; unused_updates: layers whose update PEFT's unmerged forward never uses, looked for where a check
+    failed."""
 
+    passed: bool = field(init=False)  # whether there are checks, and none of them failed
     checks: tuple[Check, ...]
-    samples: tuple[Mapping[str, str], ...] = ()  # prompt, base, unmerged, merged: greedy continuations
-    kl_by_position: tuple[float, ...] = ()
-    weight_errors: tuple[str, ...] = ()  # tensors that are not what the adapter makes of the base, worst first
+    samples: tuple[Continuation, ...] = ()
+    kl_by_position: tuple[Figure, ...] = ()
+    weight_errors: tuple[str, ...] = ()
     perplexities: tuple[Perplexity, ...] = ()
-    deviation: Deviation | None = None  # looked for where a check failed
+    deviation: Deviation | None = None
     adapter_survival: tuple[AdapterSurvival, ...] = ()
     bases: tuple[BaseComparison, ...] = ()
     advice: tuple[str, ...] = ()
     seed: int | None = None
     unused_updates: tuple[str, ...] = ()
 
-    @property
-    def passed(self) -> bool:
-        return bool(self.checks) and all(c.passed for c in self.checks)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "passed": self.passed,
-            "checks": [asdict(c) for c in self.checks],
-            "samples": [dict(s) for s in self.samples],
-            "kl_by_position": list(self.kl_by_position),
-            "weight_errors": list(self.weight_errors),
-            "perplexities": [asdict(p) for p in self.perplexities],
-            "deviation": asdict(self.deviation) if self.deviation else None,
-            "adapter_survival": [asdict(s) for s in self.adapter_survival],
-            "bases": [asdict(b) for b in self.bases],
-            "advice": list(self.advice),
-            "seed": self.seed,
-            "unused_updates": list(self.unused_updates),
-        }
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passed", bool(self.checks) and all(c.passed for c in self.checks))

@@ -4,21 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lora_export.choices import Certify
 from lora_export.errors import plain
 
 _RECOMPUTED = frozenset({"arithmetic", "runs"})  # checks that take base and adapters, or a runtime
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """certify: whether all of a merge is recomputed, or `rows` rows of each tensor, drawn at random; seed: of that
-    draw (None: a new one each time); graph: whether the graph of a run's export is built anew."""
-
-    certify: Certify = "full"
-    rows: int = 64
-    seed: int | None = None
-    graph: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,81 +1,65 @@
 """README.md of a package: what it is, how it was proved, and the commands that run it."""
 
 import json
-from typing import Any
 
+from lora_export import wording
 from lora_export.escape import markdown
-from lora_export.packages.job import Facts, Run, Snippet
-from lora_export.packages.targets import TARGETS
+from lora_export.packages.job import PackageFacts, Run, Snippet
 
 NAME = "README.md"
 FOLDER = "."
-_TITLES = {
-    "genai": "onnxruntime-genai",
-    "optimum": "Optimum and ONNX Runtime",
-    "triton": "the Triton Inference Server",
-    "transformers-js": "transformers.js",
-    "hf": "transformers, vLLM and TGI",
-}
 
 
-def text(run: Run, facts: Facts, licence: str | None) -> str:
-    """For every target but hf, whose README is the model card. licence: None if nobody knows it."""
-    lines = [f"# {markdown(facts.name)} for {_TITLES[facts.target]}", "", *about(run, facts)]
+def text(run: Run, facts: PackageFacts, licence: str | None) -> str:
+    """For a target whose README is no model card. licence: None if nobody knows it."""
+    lines = [f"# {markdown(facts.name)} for {facts.target.title}", "", *about(run, facts)]
     lines += [f"- licence: {markdown(licence)}"] * bool(licence) + ["", *how_to_run(facts)]
     return "\n".join(lines) + "\n"
 
 
-def about(run: Run, facts: Facts) -> list[str]:
+def about(run: Run, facts: PackageFacts) -> list[str]:
     """What was merged into what, and what was found when it was checked."""
-    names = [markdown(a["name"]) for a in run.manifest["adapters"]]
+    names = [markdown(a.name) for a in run.manifest.adapters]
     how = (
         "beside its weights, as lora-export merged and checked it"
         if facts.adapters
         else "merged into its weights by lora-export"
     )
     words = f"the adapter{'s' * (len(names) > 1)} {' and '.join(names)}"
-    lines = [f"{markdown(run.manifest['base']['name'])} with {words} {how}."]
+    lines = [f"{markdown(run.manifest.base.name)} with {words} {how}."]
     return [*lines, *(f"- {markdown(name)}: {markdown(value)}" for name, value in proof(run).items())]
 
 
 def proof(run: Run) -> dict[str, str]:
     """The figures of the run's report in words."""
-    merge, validate, bench = (run.report[k] for k in ("merge", "validate", "benchmark"))
-    found: dict[str, str] = {}
-    if merge:
-        used = merge["adapter_tensors"]
-        found["adapter tensors merged"] = f"{used.get('used')} of {used.get('total')}"
-        if merge.get("delta_survival") is not None:
-            found["of the delta left after rounding"] = f"{merge['delta_survival']:.4%}"
-    if validate:
-        checks = validate["checks"]
-        found["checks against the unmerged model"] = f"{sum(c['passed'] for c in checks)} of {len(checks)} passed"
-        worst = {c["name"]: c["value"] for c in checks}
-        if worst.get("onnx_logits_max_abs") is not None:
-            found["largest difference of an ONNX output"] = f"{worst['onnx_logits_max_abs']:.2g}"
+    merge, validation, bench = run.merge, run.validation, run.report.benchmark
+    proof = {"adapter tensors merged": wording.adapter_tensors(merge)}
+    if merge.delta_survival is not None:
+        proof["update that survived rounding"] = wording.percent(merge.delta_survival, 4)
+    proof["checks against the unmerged model"] = f"{wording.checks_passed(validation)} passed"
+    difference = next((c.value for c in validation.checks if c.name == "onnx_logits_max_abs"), None)
+    if difference is not None:
+        proof["largest difference of an ONNX output"] = wording.number(difference, 2)
     if bench:
-        same = {True: "the graph of the base", False: "a graph of its own", None: "not compared"}
-        found["graph"] = same[bench.get("graph_identical")]
-        found["latency against the base"] = f"{bench['verdict']}, on {bench['provider']}"
-    return found
+        proof["graph, compared with the base"] = wording.GRAPH[bench.graph_identical]
+        proof["latency against the base"] = wording.latency_verdict(bench)
+    return proof
 
 
-def how_to_run(facts: Facts) -> list[str]:
-    target = TARGETS[facts.target]
-    snippet = target.snippet(facts, FOLDER)
+def how_to_run(facts: PackageFacts) -> list[str]:
+    snippet = facts.target.snippet(facts, FOLDER)
     lines = ["## Run it", "", "In this folder:", "", "```bash", snippet.setup, "```", ""]
     lines += [*_shell(snippet), ""]
     lines += _expected(facts)
-    notes = target.notes(facts)
+    notes = facts.target.notes(facts)
     return [*lines, *([notes.rstrip(), ""] if notes else []), *_verify()]
 
 
 def _shell(snippet: Snippet) -> list[str]:
-    start = {"python": "python -", "javascript": "node --input-type=module"}[snippet.language]
-    return ["```bash", f"{start} <<'END'", snippet.code, "END", "```"]
+    return ["```bash", f"{snippet.interpreter.command} <<'END'", snippet.code, "END", "```"]
 
 
-def _expected(facts: Facts) -> list[str]:
+def _expected(facts: PackageFacts) -> list[str]:
     """What the program prints where the arithmetic is that of the unmerged model. JSON, which no fence ends in."""
     if facts.sample is None:
         return []
@@ -86,17 +70,3 @@ def _expected(facts: Facts) -> list[str]:
 
 def _verify() -> list[str]:
     return ["", "`lora-export verify .` checks every file, and with `--run` that the model says the same."]
-
-
-def facts_json(facts: Facts) -> dict[str, Any]:
-    """What the manifest keeps of the facts; the configuration lies beside it."""
-    sample = facts.sample
-    return {
-        "precision": facts.precision,
-        "variants": list(facts.variants),
-        "providers": list(facts.providers),
-        "onnx_adapters": list(facts.adapters),
-        "sample": {"prompt": sample.prompt, "text": sample.text, "numbers": list(sample.numbers)}
-        if sample
-        else None,
-    }

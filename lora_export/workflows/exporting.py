@@ -1,79 +1,58 @@
 """A model folder to ONNX: anew, with an earlier export's graph, or with its adapters left outside."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from lora_export.contracts import ExportOptions, ExportResult, Progress, Source
+from lora_export.choices import Provider
+from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult, Progress, Source
 from lora_export.errors import InputError
 
 
 def export_model(
-    model: Source,
-    output: Path,
-    adapters: Sequence[Source],
-    options: ExportOptions,
-    progress: Progress,
-    *,
-    unmerged: bool = False,
-    graph_from: Path | None = None,
-    shared_as: str | None = None,
+    model: Source, output: Path, adapters: Sequence[AdapterChoice], options: ExportOptions, progress: Progress
 ) -> ExportResult:
     """Write `model` as ONNX into the new folder `output`, or with `shared_as` into one that adapters share.
 
     adapters: stay outside, as .onnx_adapter files of a graph with slots; or, with `unmerged`, the only one of them
-    is in the graph as operators of its own. graph_from: an earlier export of the same base, whose graph and options
-    hold. What goes together is for `check_export` to say, before anything is looked for.
+    becomes operators of the graph. `check_export` has said what goes together.
     """
     from lora_export.onnx_export import export, reweight, share
     from lora_export.workflows.pluggable import export_pluggable
 
-    if graph_from is not None and shared_as is not None:
-        return share(graph_from, model.folder, output, shared_as, force=options.force, progress=progress)
-    if graph_from is not None:
-        return reweight(graph_from, model.folder, output, force=options.force, progress=progress)
-    if adapters and not unmerged:
-        return export_pluggable(
-            model,
-            adapters,
-            output,
-            precision=options.precision,
-            provider=target_of(options.provider),
-            engine=options.engine,
-            quantization=options.quantization,
-            force=options.force,
-            progress=progress,
-        )
+    if options.graph_from is not None and options.shared_as is not None:
+        earlier, name = options.graph_from, options.shared_as
+        return share(earlier, model.folder, output, name, force=options.force, progress=progress)
+    if options.graph_from is not None:
+        return reweight(options.graph_from, model.folder, output, force=options.force, progress=progress)
+    options = replace(options, provider=_target(options.provider))
+    if adapters and not options.unmerged:
+        return export_pluggable(model.folder, [a.folder for a in adapters], output, options, progress)
     return export(
         model.folder,
         output,
-        precision=options.precision,
-        provider=target_of(options.provider),
-        engine=options.engine,
-        optimize=options.optimize,
-        quantization=options.quantization,
-        adapter=adapters[0].folder if unmerged else None,
-        against_plain=not unmerged,
-        force=options.force,
+        options,
+        adapter=adapters[0].folder if options.unmerged else None,
+        against_plain=not options.unmerged,
         progress=progress,
     )
 
 
-def check_export(
-    adapters: Sequence[object], unmerged: bool, graph_from: Path | None, shared_as: str | None
-) -> None:
-    """InputError for what does not go together."""
-    if graph_from is not None and adapters:
+def check_export(adapters: int, options: ExportOptions) -> None:
+    """InputError for what does not go together. adapters: how many there are."""
+    if options.graph_from is not None and adapters:
         raise InputError(
-            "--adapter beside --graph-from",
+            "--adapter with --graph-from",
             expected="a merged MODEL with --graph-from, or a base and the adapters that stay outside of it",
         )
-    if unmerged and len(adapters) != 1:
+    if options.unmerged and adapters != 1:
         raise InputError(
-            f"--unmerged with {len(adapters)} adapters",
-            expected="one adapter, which the graph has in it",
+            f"--unmerged with {adapters} adapters",
+            expected="one adapter, which becomes part of the graph",
             next_step="lora-export export -m BASE -a ADAPTER --unmerged -o OUT",
         )
-    if graph_from is None and shared_as is not None:
+    if options.graph_from is None and options.shared_as is not None:
         raise InputError(
             "--shared-as without --graph-from",
             expected="an export of the base, whose graph and weights the adapters share",
@@ -81,7 +60,22 @@ def check_export(
         )
 
 
-def target_of(provider: str) -> str:
+def planned_export(model: str, options: ExportOptions) -> dict[str, Any]:
+    """The engine and the precision that an export will have; refuses what can be refused from config.json."""
+    from lora_export.checkpoint import open_checkpoint
+    from lora_export.checkpoint.sources import resolve
+    from lora_export.onnx_export import check_request, load_export
+
+    config = open_checkpoint(resolve(model).folder).config
+    if options.graph_from is not None:
+        like = load_export(options.graph_from)
+        return {"engine": like.engine, "precision": like.precision, "graph_from": str(options.graph_from)}
+    provider = _target(options.provider)
+    engine = check_request(config, options.precision, provider, options.engine, options.quantization)
+    return {"engine": engine, "precision": options.precision}
+
+
+def _target(provider: Provider) -> Provider:
     """The provider that a graph is made for: a graph for CUDA can be made where there is none."""
     from lora_export.runtime import resolve_provider
 

@@ -4,16 +4,16 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_export.choices import Precision
-from lora_export.contracts import AdapterChoice, ExportResult, MergeOptions, Progress, QuantizationOptions, Source
+from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult, MergeOptions, Progress
 from lora_export.errors import AdapterError, ExportError, InputError
 from lora_export.storage import sealed
 
 if TYPE_CHECKING:
-    from lora_export.adapters.lora import LowRank
+    from lora_export.adapters.updates import LowRank
     from lora_export.onnx_export.graphs.slots import Slot
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -22,16 +22,7 @@ Updates = dict[str, "LowRank"]  # by the name of the weight
 
 
 def export_pluggable(
-    base: Source,
-    adapters: Sequence[Source],
-    output: Path,
-    *,
-    precision: Precision,
-    provider: str,
-    engine: str | None = None,
-    quantization: QuantizationOptions | None = None,
-    force: bool = False,
-    progress: Progress,
+    base: Path, adapters: Sequence[Path], output: Path, options: ExportOptions, progress: Progress
 ) -> ExportResult:
     """Write the base's graph with slots into `output`, and NAME.onnx_adapter for each adapter, NAME its folder's.
 
@@ -41,43 +32,39 @@ def export_pluggable(
     from lora_export.onnx_export import export
     from lora_export.onnx_export.graphs.slots import SUFFIX
 
-    if precision not in PRECISIONS:
+    if options.precision not in PRECISIONS:
         raise ExportError(
-            f"adapters beside a graph in {precision}",
-            expected=f"{', '.join(PRECISIONS)}: what comes from outside is not quantized",
-            next_step="one of them, or merge: lora-export merge-and-export --precision " + precision,
+            f"adapters with a graph in {options.precision}",
+            expected=f"{', '.join(PRECISIONS)}: what is plugged in is not quantized",
+            next_step="one of them, or merge: lora-export merge-and-export --precision " + options.precision,
         )
     names = _names(adapters)
-    updates = [_low_rank(base.folder, adapter.folder) for adapter in adapters]
+    updates = [_low_rank(base, adapter) for adapter in adapters]
 
     def finish(stage: Path) -> dict[str, Any]:
         written = [stage / f"{name}{SUFFIX}" for name in names]
-        _fill(stage / "model.onnx", zip(written, updates, [a.folder for a in adapters], strict=True))
+        _fill(stage / "model.onnx", zip(written, updates, adapters, strict=True))
         return {"pluggable": names}
 
     with tempfile.TemporaryDirectory(prefix="lora-export-") as work:
         return export(
-            base.folder,
+            base,
             output,
-            precision=precision,
-            provider=provider,
-            engine=engine,
-            quantization=quantization,
+            replace(options, optimize="full"),
             adapter=_one_for_all(Path(work), updates),
             finish=finish,
-            inputs=[a.folder for a in adapters],
-            force=force,
+            inputs=adapters,
             progress=progress,
         )
 
 
-def _names(adapters: Sequence[Source]) -> list[str]:
-    names = [a.folder.resolve().name for a in adapters]
+def _names(adapters: Sequence[Path]) -> list[str]:
+    names = [a.resolve().name for a in adapters]
     for name in names:
         if names.count(name) > 1 or not sealed.plain_name(name):
             raise InputError(
                 f"{names.count(name)} adapters would be written as {name!r}",
-                where=adapters[names.index(name)].folder,
+                where=adapters[names.index(name)],
                 expected="folders whose names are different, and names of files",
                 next_step="rename the folder of one of them",
             )
@@ -107,28 +94,28 @@ def _fill(graph: Path, adapters: Iterable[tuple[Path, Updates, Path]]) -> None:
 
 def _low_rank(base: Path, adapter: Path) -> Updates:
     """The weights that an adapter changes, each with its A, B and scaling."""
-    from lora_export.adapters.lora import LowRankUpdate
+    from lora_export.adapters.updates import LowRankUpdate
     from lora_export.merging import plan
 
     planned = plan(base, [AdapterChoice(adapter)], MergeOptions())
-    found: Updates = {}
+    low_rank: Updates = {}
     for name, tensor in planned.tensors.items():
         for target in tensor.updates:
             update = target.load(tensor.shape)
             if target.kind != "lora" or not isinstance(update, LowRankUpdate):
                 raise AdapterError(
-                    f"{target.kind} is no LoRA on a linear layer, and has no place outside the weights",
+                    f"{target.kind} is not LoRA on a linear layer, and cannot stay outside the weights",
                     where=adapter,
                     tensor=name,
                     expected="plain LoRA on the projections of attention and MLP",
                     next_step="lora-export merge-and-export",
                 )
-            found[name] = update.low_rank
-    return found
+            low_rank[name] = update.low_rank
+    return low_rank
 
 
 def _one_for_all(folder: Path, updates: Sequence[Updates]) -> Path:
-    """An adapter of rank 1 without an effect on every weight that some adapter changes: the engine makes slots."""
+    """An adapter of rank 1, without effect, on every weight that some adapter changes: the engine makes slots."""
     import torch
     from safetensors.torch import save_file
 
@@ -155,7 +142,7 @@ def _by_slot(
     updates: Updates, slots: "dict[tuple[int, str], Slot]", adapter: Path
 ) -> dict["Slot", tuple[Any, Any]]:
     """Aᵀ and s·Bᵀ for each slot that the adapter uses."""
-    found = {}
+    filled = {}
     for name, low_rank in updates.items():
         match = _MODULE.fullmatch(name)
         slot = slots.get((int(match[1]), match[2])) if match else None
@@ -167,5 +154,5 @@ def _by_slot(
                 expected="LoRA on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj or down_proj",
                 next_step="lora-export merge-and-export",
             )
-        found[slot] = (low_rank.right.T.numpy(), (low_rank.scaling * low_rank.left).T.numpy())
-    return found
+        filled[slot] = (low_rank.right.T.numpy(), (low_rank.scaling * low_rank.left).T.numpy())
+    return filled

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.contracts import (
     AdapterChoice,
+    ExportOptions,
     ExportResult,
     MergeResult,
     Progress,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from lora_export.contracts import TensorSource
 
 
-def like_earlier(options: StoryOptions) -> StoryOptions:
+def like_earlier(options: ExportOptions) -> ExportOptions:
     """With the precision and the engine of the export whose graph is to be taken, if there is one."""
     if options.graph_from is None:
         return options
@@ -43,7 +44,7 @@ def merge_into(
 
     started = time.monotonic()
     source = begin_stream(plan(base, adapters, options.merge), outline, progress)
-    exported = export_merged(base_onnx, outline, stage / "onnx", options, progress, source)
+    exported = export_merged(base_onnx, outline, stage / "onnx", options.export, progress, source)
     seconds = time.monotonic() - started
     return end_stream(source, stage / CERTIFICATE, seconds, progress), exported
 
@@ -52,7 +53,7 @@ def export_merged(
     base_onnx: ExportResult,
     merged: Path,
     output: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     progress: Progress,
     source: "TensorSource | None" = None,
 ) -> ExportResult:
@@ -68,7 +69,7 @@ def with_graph_of(
     earlier: ExportResult,
     model: Path,
     output: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     progress: Progress,
     what: str,
     source: "TensorSource | None" = None,
@@ -88,7 +89,7 @@ def with_graph_of(
 def export_as(
     model: Path,
     output: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     progress: Progress,
     what: str,
     adapter: Path | None = None,
@@ -99,32 +100,23 @@ def export_as(
     progress.stage(f"export: {what}")
     if options.graph_from is not None and adapter is None:
         return reweight(options.graph_from, model, output, progress=progress)
-    return export(
-        model,
-        output,
-        precision=options.precision,
-        provider=options.provider,
-        engine=options.engine,
-        optimize=options.optimize,
-        quantization=options.quantization,
-        adapter=adapter,
-        source=source,
-        progress=progress,
-    )
+    return export(model, output, replace(options, force=False), adapter=adapter, source=source, progress=progress)
 
 
 def export_unmerged(
     trained_on: Path,
     adapters: Sequence[AdapterChoice],
     work: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     exported: ExportResult,
     progress: Progress,
+    *,
+    combined: bool,
 ) -> tuple[ExportResult | None, tuple[str, ...]]:
     """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
     if exported.kind != "decoder":
         return None, ("no unmerged graph: the engine for this architecture exports merged models only",)
-    if len(adapters) != 1 or adapters[0].weight != 1.0 or options.merge.combine != "none":
+    if len(adapters) != 1 or adapters[0].weight != 1.0 or combined:
         return None, ("no unmerged graph: it takes exactly one adapter of weight 1, as it is",)
     try:
         what = "the unmerged model, the control of the benchmark"

@@ -3,26 +3,28 @@
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lora_export.allowed import check_adapter_folder, check_model_folder
 from lora_export.checkpoint import open_adapter_files
-from lora_export.checkpoint.sources import choices_of
+from lora_export.checkpoint.sources import resolve
 from lora_export.choices import Provider
 from lora_export.contracts import (
     AdapterChoice,
+    CompareBases,
     ExportedPair,
+    ExportOptions,
     ExportResult,
     MergeOptions,
     Progress,
     QuantizationOptions,
     Source,
-    StoryOptions,
     ValidationOptions,
     ValidationResult,
 )
-from lora_export.errors import InputError
+from lora_export.contracts.option import names
+from lora_export.errors import InputError, LoraExportError
 from lora_export.storage.sealed import refuse_special
 from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.run_graphs import with_graph_of
@@ -31,7 +33,7 @@ from lora_export.workflows.trained_base import prepared_base, stand_in
 
 def validate_folder(
     base: Source,
-    adapters: Sequence[tuple[Source, float]],
+    adapters: Sequence[AdapterChoice],
     merged: Path,
     onnx: Sequence[Path],
     base_onnx: Sequence[Path],
@@ -50,46 +52,108 @@ def validate_folder(
     from lora_export.validation import validate
     from lora_export.validation.effect.retention import own_texts as measure
 
-    for given in (base.folder, merged, *(source.folder for source, _ in adapters), *onnx, *base_onnx):
+    for given in (base.folder, merged, *(a.folder for a in adapters), *onnx, *base_onnx):
         refuse_special(given)
     exports = [load_export(folder) for folder in onnx]
     _check_exports(exports, base_onnx)
     _check_folders(base, adapters, merged, [*exports, *map(load_export, base_onnx)])
     _check_own_texts(own_texts, adapters)
-    choices = choices_of(adapters)
+    options = replace(
+        options,
+        bases=_with_original(options.bases),
+        merge=merged_with(merged, base.folder, adapters, options, progress),
+    )
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)
         base = replace(base, folder=without_adapter(base.folder, work))
-        pairs = []
-        for i, exported in enumerate(exports):
-            if base_onnx:
-                same = base_onnx[i]
-            else:
-                same = _export_base(base.folder, choices, exported, work, options.merge, provider, progress)
-            prefix = "onnx_" if i == 0 else f"onnx_{exported.precision}_"
-            pairs.append(pair_of(exported, same, prefix))
+        bases = base_onnx or [
+            _export_base(base.folder, adapters, exported, work, options.merge, provider, progress)
+            for exported in exports
+        ]
+        pairs = [
+            pair_of(exported, same, "onnx_" if exported is exports[0] else f"onnx_{exported.precision}_")
+            for exported, same in zip(exports, bases, strict=True)
+        ]
         readable = stand_in(base.folder, merged, options.merge, options.max_memory, work, progress)
+        again = _again(merged, onnx[0]) if onnx else options.again
         result = validate(
-            base.folder,
-            choices,
-            merged,
-            exports=pairs,
-            dequantized=readable,
-            options=replace(options, provider=provider, again=_again(merged, onnx[0]) if onnx else options.again),
-            progress=progress,
-        )
+            base.folder, adapters, merged, exports=pairs, dequantized=readable, progress=progress,
+            options=replace(options, provider=provider, again=again),
+        )  # fmt: skip
         if not own_texts:
             return result
-        found = measure(base.folder, choices, merged, own_texts, options.merge, readable, progress)
+        kept = measure(base.folder, adapters, merged, own_texts, options.merge, readable, progress)
         return replace(
             result,
-            perplexities=(*result.perplexities, *found.perplexities),
-            adapter_survival=(*result.adapter_survival, *found.adapter_survival),
+            perplexities=(*result.perplexities, *kept.perplexities),
+            adapter_survival=(*result.adapter_survival, *kept.adapter_survival),
         )
 
 
-def _check_own_texts(own_texts: Sequence[Path], adapters: Sequence[tuple[Source, float]]) -> None:
+def _with_original(bases: CompareBases | None) -> CompareBases | None:
+    """With the folder of the original base, which may be named by its Hub ID."""
+    if bases is None or bases.original is None:
+        return bases
+    return replace(bases, original=resolve(str(bases.original)).folder)
+
+
+def merged_with(
+    merged: Path, base: Path, adapters: Sequence[AdapterChoice], options: ValidationOptions, progress: Progress
+) -> MergeOptions:
+    """The options of the merge that made `merged`: those of its certificate, or without one those that were given.
+
+    InputError if one that was stated contradicts the certificate. Those that do not affect the result (memory,
+    device) are the caller's.
+    """
+    from lora_export.merging import CERTIFICATE
+    from lora_export.merging.certificate.document import read_certificate
+
+    default, given = MergeOptions(), options.merge
+    if not (merged / CERTIFICATE).is_file():
+        return given
+    recorded = read_certificate(merged).options
+    free = names(MergeOptions, lambda how: not how.changes_result)
+    differing = [n for n in asdict(default) if n not in free and getattr(given, n) != getattr(recorded, n)]
+    if options.stated is None:
+        differing = [n for n in differing if getattr(given, n) != getattr(default, n)]
+    else:
+        differing = [n for n in differing if n in options.stated]
+    for name in _contradicting(differing, base, adapters, recorded, given):
+        flag = f"--{name.replace('_', '-')}"
+        raise InputError(
+            f"{flag} {getattr(given, name)}, but the folder was merged with {getattr(recorded, name)}",
+            where=merged / CERTIFICATE,
+            expected="the options of the merge, which its certificate has, or none",
+            next_step=f"the same command without {flag}",
+        )
+    claims = [f"{n} {v}" for n, v in asdict(recorded).items() if n not in free and v != getattr(default, n)]
+    if claims:
+        progress.stage(f"options of the merge, from its certificate: {', '.join(claims)}")
+    own = {name: getattr(given, name) for name in free}
+    own["allow_nonfinite"] = given.allow_nonfinite or recorded.allow_nonfinite
+    return replace(recorded, **own)
+
+
+def _contradicting(
+    differing: Sequence[str], base: Path, adapters: Sequence[AdapterChoice], recorded: MergeOptions,
+    given: MergeOptions,
+) -> Sequence[str]:  # fmt: skip
+    """Those that matter for this merge: a certificate has the defaults of the others."""
+    from lora_export.merging import plan
+    from lora_export.merging.certificate.document import effective_options
+
+    if not differing:
+        return ()
+    try:
+        planned = plan(base, adapters, replace(recorded, **{n: getattr(given, n) for n in differing}))
+    except LoraExportError:
+        return differing
+    effective = effective_options(planned)
+    return [n for n in differing if getattr(effective, n) != getattr(recorded, n)]
+
+
+def _check_own_texts(own_texts: Sequence[Path], adapters: Sequence[AdapterChoice]) -> None:
     if own_texts and len(own_texts) != len(adapters):
         raise InputError(
             f"{len(own_texts)} × --own-text and {len(adapters)} × -a",
@@ -99,16 +163,16 @@ def _check_own_texts(own_texts: Sequence[Path], adapters: Sequence[tuple[Source,
 
 
 def _check_folders(
-    base: Source, adapters: Sequence[tuple[Source, float]], merged: Path, exports: Sequence[ExportResult]
+    base: Source, adapters: Sequence[AdapterChoice], merged: Path, exports: Sequence[ExportResult]
 ) -> None:
     """Refuse what a runtime must not read, before any does."""
     from lora_export.onnx_export import check_export
 
     check_model_folder(merged)
-    for folder in (base.folder, *(source.folder for source, _ in adapters)):
+    for folder in (base.folder, *(a.folder for a in adapters)):
         check_adapter_folder(folder)
-    for source, _ in adapters:
-        open_adapter_files(source.folder)
+    for adapter in adapters:
+        open_adapter_files(adapter.folder)
     for exported in exports:
         check_export(exported.output, exported.graphs)
 
@@ -142,7 +206,7 @@ def _export_base(
 ) -> Path:
     """The base that the adapter belongs to, exported as `like` was: with its graph, if that takes other weights."""
     quantization = QuantizationOptions(activations=like.activations)
-    same = StoryOptions(merge, like.precision, provider, like.engine, quantization=quantization)
+    same = ExportOptions(like.precision, provider, like.engine, quantization=quantization)
     weights = work / "base-weights"
     trained_on = weights if weights.is_dir() else prepared_base(base, adapters, merge, work, progress)
     what, output = f"the base in {like.precision}, for the noise floor", work / f"base-{like.precision}"

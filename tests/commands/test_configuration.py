@@ -81,7 +81,7 @@ def test_an_earlier_export_keeps_its_own_options(here: Path, seen: dict[str, Any
     run(*words)
     assert (seen["options"].optimize, seen["options"].engine) == ("full", None)
     refused = run(*words, LORA_EXPORT_PRECISION="int8")
-    assert refused.exit_code == 1 and "--precision beside --graph-from" in refused.stderr
+    assert refused.exit_code == 1 and "--precision with --graph-from" in refused.stderr
 
 
 # Why each of the others must not stand in a file.
@@ -96,7 +96,7 @@ ASKED_FOR = {
         training-quantization variant""",
     "what is looked at": """
         arm batch certify compare-bases graph grid max-time prompt-length prompts provider requantize rows sessions
-        text validation-seed""",
+        text validation-memory validation-seed""",
     "what passes": "allow-nonfinite margin min-survival tolerance",
     "what is said": "quiet",
     "where it is written, and what is run": "dry-run force key output private push run runtime sign",
@@ -104,9 +104,10 @@ ASKED_FOR = {
 
 
 def test_every_option_may_stand_in_a_file_or_is_asked_for_with_a_reason() -> None:
-    options = {k for c in cli.commands.values() for k in configuration._every(c)}
+    options = {k for c in cli.commands.values() for k in configuration.options(c)}
     asked = {name for names in ASKED_FOR.values() for name in names.split()}
-    assert options == asked | configuration.IN_A_FILE and not asked & configuration.IN_A_FILE
+    in_a_file = set(configuration.in_a_file(cli))
+    assert options == asked | in_a_file and not asked & in_a_file
 
 
 @pytest.mark.parametrize("name", sorted({n for names in ASKED_FOR.values() for n in names.split()}))
@@ -115,7 +116,7 @@ def test_file_with_what_bears_on_a_verdict_is_refused(
     name: str, file: str, here: Path, seen: dict[str, Any]
 ) -> None:
     """With any value, at the top and in a table, and for the commands that do not have the option, too."""
-    commands = [n for n, c in cli.commands.items() if name in configuration._every(c)]
+    commands = [n for n, c in cli.commands.items() if name in configuration.options(c)]
     head = "[tool.lora-export" if file == "pyproject.toml" else "["
     top = f"{head}]\n" if file == "pyproject.toml" else ""
     table = f"{head}.{commands[0]}]\n" if file == "pyproject.toml" else f"[{commands[0]}]\n"
@@ -125,11 +126,11 @@ def test_file_with_what_bears_on_a_verdict_is_refused(
         assert result.exit_code == 1 and not seen
         told = json.loads(result.stdout)
         assert told["found"].startswith(f"{name} must not stand in a configuration file") and file in told["where"]
-        option = configuration._every(cli.commands[commands[0]])[name]
+        option = configuration.options(cli.commands[commands[0]])[name]
         variable = f"LORA_EXPORT_{name.upper().replace('-', '_')}"
         assert f"--{name} on the command line" in told["next"]
         assert (variable in told["next"]) == bool(option.envvar)
-        assert option.name in configuration.NOT_HERE or variable in (option.envvar or ())
+        assert option.configurable == "command line" or variable in (option.envvar or ())  # type: ignore[attr-defined]
 
 
 def test_verdict_names_the_file_and_what_it_gave_however_quiet(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,8 +167,9 @@ def test_memory_of_the_file_leaves_validation_as_it_is(here: Path, monkeypatch: 
 
 
 def test_report_has_a_line_with_the_file_and_what_it_gave(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_export.contracts.option import kept
     from lora_export.report.story import sources
-    from lora_export.workflows.run_report import new_report, options_json
+    from lora_export.workflows.run_report import new_report
 
     (here / "lora-export.toml").write_text('engine = "dynamo"\nmax-memory = "1GB"\n')
     found: list[Any] = []
@@ -175,7 +177,7 @@ def test_report_has_a_line_with_the_file_and_what_it_gave(here: Path, monkeypatc
     monkeypatch.setattr("lora_export.api.benchmark", lambda *_, options, **__: found.append(options))
     run("merge-and-export", "-b", "B", "-a", "A", "-o", "OUT")
     line = ("Configured by", "lora-export.toml: --engine dynamo, --max-memory 1000000000")
-    found_lines = sources(new_report("x", options_json(found[0])))
+    found_lines = sources(new_report("x", kept(found[0])))
     assert [(k, f"lora-export.toml: {', '.join(sorted(v[18:].split(', ')))}") for k, v in found_lines] == [line]
     run("benchmark", "-m", "ONNX", "-o", "OUT")
     assert found[1].configured == ""  # benchmark has none of these options
@@ -194,7 +196,7 @@ def test_report_has_a_line_with_the_file_and_what_it_gave(here: Path, monkeypatc
         ("tolerance = 1e9", "tolerance must not stand"),
         ('[verify]\nruntime = "./python"', "runtime must not stand"),
         ('[package]\npush = "me/model"', "push must not stand"),
-        ("device = ", "no TOML"),
+        ("device = ", "not TOML"),
     ],
 )
 def test_a_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told: str) -> None:
@@ -208,9 +210,9 @@ def test_a_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told
 
 
 def test_no_variable_replaces_an_output_or_names_a_program() -> None:
-    names = {"output", "force", "dry_run", "run_it", "runtime", "key", "repository", "private"}
-    found = [o for c in cli.commands.values() for o in configuration._every(c).values() if o.name in names]
-    assert {o.name for o in found} == names and not any(o.envvar for o in found)
+    names = {"output", "force", "dry-run", "run", "runtime", "key", "sign", "push", "private"}
+    unset = {n: o for c in cli.commands.values() for n, o in configuration.options(c).items() if n in names}
+    assert unset.keys() == names and not any(o.envvar for o in unset.values())
 
 
 def test_env_shows_all_of_it(here: Path) -> None:
@@ -224,7 +226,7 @@ def test_env_shows_all_of_it(here: Path) -> None:
     }
     (here / "lora-export.toml").write_text("nonsense = 1\n")
     result = run("env")
-    assert result.exit_code == 0 and "nonsense is no option" in result.stdout
+    assert result.exit_code == 0 and "nonsense is not an option" in result.stdout
 
 
 def test_values_of_other_commands_are_not_looked_at(here: Path, seen: dict[str, Any]) -> None:

@@ -1,28 +1,27 @@
-"""docs/architecture.md: an adapter kind and an engine are a file and a registration."""
+"""docs/architecture.md: an adapter kind is a file and a registration; names of engines and targets are theirs."""
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_export.choices import ENGINES, RUNTIMES, Precision
-from lora_export.onnx_export import engines
-from lora_export.packages.targets import TARGETS
+from lora_export.choices import Precision
+from lora_export.onnx_export.engines import engines
+from lora_export.packages.targets import targets
+from lora_export.registered import engine_names, target_names
 from tests.builders import save_base
 from tests.test_rooms import PACKAGE
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
+LINE = 'KINDS: dict[str, tuple[str, ...]] = {\n    "SHIFT": ("shift",),'
 SHIFT = '''"""W' = W + shift, a number for each row."""
 
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ import torch
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
 
-NAME, PEFT_TYPES, FORMULA = "Shift", ("SHIFT",), "W + shift"
+NAME, FORMULA = "Shift", "W + shift"
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,12 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
 
 
 def test_an_adapter_kind(tmp_path: Path) -> None:
-    """In a copy of the package: a new file, and lines of registry.py."""
+    """In a copy of the package: a new file, and a line of registry.py."""
     copy = tmp_path / "copy" / "lora_export"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     registry = copy / "adapters" / "registry.py"
     (copy / "adapters" / "shift.py").write_text(SHIFT)
-    added = re.sub(r"(?m)^    waveft,$", "    waveft,\n    shift,", registry.read_text())
-    registry.write_text(added)
+    registry.write_text(registry.read_text().replace("KINDS: dict[str, tuple[str, ...]] = {", LINE))
     changed = [
         p.relative_to(copy).as_posix()
         for p in copy.rglob("*.py")
@@ -85,13 +83,7 @@ def test_an_adapter_kind(tmp_path: Path) -> None:
     torch.testing.assert_close(after, before + shift[:, None])
 
 
-def test_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = SimpleNamespace(name="mine", architectures=frozenset({"MineForCausalLM"}))
-    monkeypatch.setattr(engines, "ENGINES", (*engines.ENGINES, mine))
-    assert engines.choose({"architectures": ["MineForCausalLM"]}) is mine
-
-
-def test_the_names_to_choose_among_are_those_that_are_registered() -> None:
-    assert tuple(e.name for e in engines.ENGINES) == ENGINES
-    assert set(TARGETS) == set(RUNTIMES)
+def test_engines_and_targets_are_registered_under_their_own_names() -> None:
+    assert {name: e.name for name, e in engines().items()} == {n: n for n in engine_names()}
+    assert {name: t.name for name, t in targets().items()} == {n: n for n in target_names()}
     assert set(get_args(Precision)) >= {"fp32", "fp16", "int4"}

@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
 
+from lora_export.choices import GRIDS
 from lora_export.commands.main import cli
-from lora_export.commands.options import GRIDS
 from tests.end_to_end.conftest import Run
 from tests.validation.conftest import save_adapter, save_base
 

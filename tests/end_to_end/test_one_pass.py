@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export.contracts import Source, StoryOptions
+from lora_export.contracts import AdapterChoice, ExportOptions, Source, StoryOptions
 from lora_export.errors import GateFailed
 from lora_export.pipeline import merge_and_export
 from lora_export.progress import Silent
@@ -125,10 +125,10 @@ def test_a_stream_without_the_adapter_fails_the_gate(
 
     monkeypatch.setattr(MergedSource, "read_into", without)
     monkeypatch.setattr(Auditor, "judge", lambda *_: Errors())
-    base, adapter = Source("base", inputs[0]), Source("adapter", inputs[1])
-    options = StoryOptions(provider="cpu", merged_folder=False)
+    base, adapter = Source("base", inputs[0]), AdapterChoice(inputs[1])
+    options = StoryOptions(export=ExportOptions(provider="cpu"), merged_folder=False)
     with pytest.raises(GateFailed, match="onnx_logits_max_abs"):
-        merge_and_export(base, [(adapter, 1.0)], tmp_path / "run", options, Silent())
+        merge_and_export(base, [adapter], tmp_path / "run", options, Silent())
     assert (tmp_path / "run.failed" / CERTIFICATE).is_file()
 
 

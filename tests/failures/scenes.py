@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_export.contracts import AdapterChoice, MergeOptions, PackageOptions
+from lora_export.contracts import AdapterChoice, ExportOptions, MergeOptions, PackageOptions
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight, share
 from lora_export.progress import Silent
@@ -16,7 +16,7 @@ from lora_export.workflows.packaging import package
 from tests.builders import lora, save_adapter, save_base
 from tests.failures.planted import Scene
 from tests.packages.conftest import make_run, save_decoder, save_lora
-from tests.report.conftest import full_report
+from tests.report.conftest import full_report, write
 
 Stock = Callable[[str], Path]
 
@@ -52,8 +52,6 @@ def merged(folder: Path) -> None:
 
 
 def reported(folder: Path) -> None:
-    from lora_export.report import write
-
     write(without_plots(), folder / "run" / "report")
 
 
@@ -76,7 +74,7 @@ def exported(folder: Path) -> None:
     """And an export of the base, one of the merged model, and one that shares the base's weights."""
     decoder(folder)
     base = folder / "base"
-    export(base, folder / "base-onnx", precision="fp32", provider="cpu", progress=Silent())
+    export(base, folder / "base-onnx", ExportOptions("fp32", "cpu"), progress=Silent())
     reweight(folder / "base-onnx", folder / "merged", folder / "onnx", progress=Silent())
     share(folder / "base-onnx", folder / "merged", folder / "shared", "one", progress=Silent())
 

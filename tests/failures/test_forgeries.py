@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_export import manifest
-from lora_export.contracts import Source, StoryOptions
+from lora_export.contracts import AdapterChoice, ExportOptions, Source, StoryOptions
+from lora_export.contracts.option import kept
 from lora_export.onnx_export.engines import isolated
 from lora_export.progress import Silent
 from lora_export.workflows.run_graphs import export_as, export_merged
-from lora_export.workflows.run_report import options_json
 from tests.daily import daily
 from tests.failures.commands import invoke
 from tests.failures.forgeries import SEEDS, Run, forge, forger_of
@@ -57,13 +57,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "base" / "chat_template.jinja").write_text("{{ x }}")
     save_adapter(root / "base", root / "adapter")
     (root / "run").mkdir()
-    options = StoryOptions(precision="int4", provider="cpu")
+    options = StoryOptions(export=ExportOptions("int4", "cpu"))
     words = ("merge", "-b", root / "base", "-a", root / "adapter", "-o", root / "run" / "merged")
     assert invoke(*words).exit_code == 0
-    of_base = export_as(root / "base", root / "base-onnx", options, Silent(), "the base")
-    export_merged(of_base, root / "run" / "merged", root / "run" / "onnx", options, Silent())
-    adapter = Source("adapter", root / "adapter")
-    manifest.write(root / "run", Source("base", root / "base"), [(adapter, 1.0)], options_json(options))
+    of_base = export_as(root / "base", root / "base-onnx", options.export, Silent(), "the base")
+    export_merged(of_base, root / "run" / "merged", root / "run" / "onnx", options.export, Silent())
+    manifest.write(root / "run", Source("base", root / "base"), [AdapterChoice(root / "adapter")], kept(options))
     return root
 
 

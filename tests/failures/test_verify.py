@@ -361,7 +361,7 @@ def test_a_shard_less(work: Path) -> None:
     [
         (lambda w: (w / "out" / CERTIFICATE).unlink(), "there is no lora_export_certificate.json"),
         (lambda w: shutil.rmtree(w / "out"), "there is no such folder"),
-        (lambda w: shutil.rmtree(w / "base"), "is no hub id"),
+        (lambda w: shutil.rmtree(w / "base"), "is not a valid Hub ID"),
         (lambda w: (w / "adapter" / "adapter_config.json").unlink(), "no adapter_config.json here"),
     ],
 )
@@ -395,16 +395,16 @@ def test_read_errors_have_words(work: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def run(work: Path) -> Path:
     """A run folder without the stages that take long: the manifest is written as pipeline writes it."""
     from lora_export import manifest
-    from lora_export.contracts import MergeOptions, Source, StoryOptions
-    from lora_export.workflows.run_report import options_json
+    from lora_export.contracts import AdapterChoice, Source, StoryOptions
+    from lora_export.contracts.option import kept
 
     folder = work / "run"
     folder.mkdir()
     (work / "out").rename(folder / "merged")
     (folder / "report").mkdir()
     (folder / "report" / "report.md").write_text("# fine")
-    base, adapter = Source("base", work / "base"), Source("adapter", work / "adapter")
-    manifest.write(folder, base, [(adapter, 1.0)], options_json(StoryOptions(merge=MergeOptions())))
+    base, adapter = Source("base", work / "base"), AdapterChoice(work / "adapter")
+    manifest.write(folder, base, [adapter], kept(StoryOptions()))
     folder.rename(work / "out")
     return work
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_export.choices import Precision
-from lora_export.contracts import ExportResult
+from lora_export.contracts import ExportOptions, ExportResult
 from lora_export.onnx_export import export
 from lora_export.progress import Silent
 
@@ -115,12 +115,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExportRe
         key = (model, precision, provider, adapter)
         if key not in done:
             done[key] = export(
-                model,
-                root / str(len(done)),
-                precision=precision,
-                provider=provider,
-                adapter=adapter,
-                progress=Silent(),
+                model, root / str(len(done)), ExportOptions(precision, provider), adapter=adapter, progress=Silent()
             )
         return done[key]
 

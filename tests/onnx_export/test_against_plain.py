@@ -8,11 +8,12 @@ from typing import Any
 import onnx
 import pytest
 
-from lora_export.contracts import ExportResult
+from lora_export.contracts import ExportOptions, ExportResult
 from lora_export.errors import ExportError
 from lora_export.onnx_export import export, load_export
 from lora_export.onnx_export.graphs.fusions import compare
 from lora_export.progress import Silent
+from lora_export.storage.documents import as_json
 from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, save
 
@@ -22,10 +23,10 @@ QUICK = ()
 @pytest.mark.parametrize("name", daily(DYNAMO, QUICK))
 def test_every_fused_graph_agrees_with_the_plain_one(name: str, tmp_path: Path) -> None:
     model = save(DYNAMO[name], tmp_path / "model")
-    result = export(model, tmp_path / "onnx", precision="fp32", against_plain=True, progress=Silent())
+    result = export(model, tmp_path / "onnx", ExportOptions("fp32", "cpu"), against_plain=True, progress=Silent())
     assert result.fused_against_plain is not None
     assert 0 <= result.fused_against_plain <= 1e-4
-    assert load_export(result.output).as_json()["fused_against_plain"] == result.fused_against_plain
+    assert as_json(load_export(result.output))["fused_against_plain"] == result.fused_against_plain
     assert not (result.output / ".plain").exists()
 
 
@@ -33,7 +34,7 @@ def test_a_wrong_fusion_is_told(exported: Callable[..., ExportResult], bert: Pat
     """The scale of one fused attention is half of what it is; and an output has another name."""
     shutil.copytree(exported(bert).output, tmp_path / "fused")
     result = load_export(tmp_path / "fused")
-    plain = export(bert, tmp_path / "plain", precision="fp32", optimize="none", progress=Silent())
+    plain = export(bert, tmp_path / "plain", ExportOptions("fp32", "cpu", optimize="none"), progress=Silent())
     config: dict[str, Any] = {"max_position_embeddings": 64}
     assert compare(result.model, plain.model, config) <= 1e-4
     model = onnx.load(result.model, load_external_data=False)
@@ -57,11 +58,11 @@ def test_a_wrong_fusion_is_told(exported: Callable[..., ExportResult], bert: Pat
 def test_a_failing_comparison_leaves_no_export(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_export.onnx_export.graphs.fusions.RELATIVE", -1.0)
     with pytest.raises(ExportError, match="--optimize basic"):
-        export(bert, tmp_path / "onnx", precision="fp32", against_plain=True, progress=Silent())
+        export(bert, tmp_path / "onnx", ExportOptions("fp32", "cpu"), against_plain=True, progress=Silent())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_nothing_is_compared_that_rounds_otherwise(bert: Path, tmp_path: Path) -> None:
-    result = export(bert, tmp_path / "onnx", precision="fp16", against_plain=True, progress=Silent())
+    result = export(bert, tmp_path / "onnx", ExportOptions("fp16", "cpu"), against_plain=True, progress=Silent())
     assert result.fused_against_plain is None

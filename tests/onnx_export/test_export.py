@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
-from lora_export.contracts import ExportResult, QuantizationOptions
+from lora_export.contracts import ExportOptions, ExportResult, QuantizationOptions
 from lora_export.errors import AdapterError, CheckpointError, ExportError, InputError
 from lora_export.onnx_export import export, load_export
 from lora_export.onnx_export.engines import choose, isolated
@@ -20,7 +20,9 @@ ModelWith = Callable[[dict[str, Any]], Path]
 
 
 def attempt(model: Path, output: Path, **options: Any) -> ExportResult:
-    return export(model, output, **{"precision": "fp32", "progress": Silent(), **options})
+    return export(
+        model, output, ExportOptions(**{"precision": "fp32", "provider": "cpu", **options}), progress=Silent()
+    )
 
 
 def test_folder_holds_companions_and_record(exported: Callable[..., ExportResult], llama: Path) -> None:

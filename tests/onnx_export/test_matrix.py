@@ -6,10 +6,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from lora_export.contracts import AdapterChoice, ExportResult
+from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
-from lora_export.onnx_export.engines import ENGINES
+from lora_export.onnx_export.engines import engines
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.progress import Silent
 from tests.daily import daily
@@ -34,7 +34,7 @@ def test_exported_with_an_adapter(name: str, tmp_path: Path) -> None:
     architecture = ALL[name]
     base = save(architecture, tmp_path / "base")
     unmerged = save_adapter(architecture, base, tmp_path / "adapter")
-    exported = export(base, tmp_path / "onnx", precision="fp32", progress=Silent())
+    exported = export(base, tmp_path / "onnx", ExportOptions("fp32", "cpu"), progress=Silent())
     merge(base, [AdapterChoice(tmp_path / "adapter")], tmp_path / "merged")
     result = reweight(exported.output, tmp_path / "merged", tmp_path / "merged-onnx", progress=Silent())
     assert result.graphs == exported.graphs
@@ -57,5 +57,5 @@ def _check_graph(architecture: Architecture, result: ExportResult) -> None:
 def test_the_table_has_every_family_of_both_engines() -> None:
     assert len(ALL) >= 20
     assert ALL.keys() >= QUICK
-    for engine in ENGINES:
+    for engine in engines().values():
         assert engine.architectures & ALL.keys()

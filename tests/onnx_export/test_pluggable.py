@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lora_export.commands.main import cli
-from lora_export.contracts import ExportResult, Source
+from lora_export.contracts import ExportOptions, ExportResult
 from lora_export.errors import LoraExportError
 from lora_export.progress import Silent
 from lora_export.workflows.inspection import inspect_folder
@@ -52,10 +52,11 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def plugged(given: dict[str, Path], names: Sequence[str], output: Path, **how: Any) -> ExportResult:
     return export_pluggable(
-        Source("base", given["base"]),
-        [Source(n, given[n]) for n in names],
+        given["base"],
+        [given[n] for n in names],
         output,
-        **{"precision": "fp32", "provider": "cpu", "progress": Silent(), **how},
+        ExportOptions(**{"precision": "fp32", "provider": "cpu", **how}),
+        Silent(),
     )
 
 

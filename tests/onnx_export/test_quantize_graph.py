@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 
 from lora_export.choices import Precision
-from lora_export.contracts import QuantizationOptions
+from lora_export.contracts import ExportOptions, QuantizationOptions
 from lora_export.errors import ExportError
 from lora_export.onnx_export import export
 from lora_export.onnx_export.quantize.blockwise import Blockwise, blockwise, quantize_graph
@@ -97,12 +97,7 @@ def test_a_decoder_is_the_builders(
     """fp32 weights in a graph for CUDA: they are rounded to fp16 before they are quantized."""
     model = models[tied, "bfloat16" if tied else "float32"]
     ours = export(
-        model,
-        tmp_path / "ours",
-        precision=precision,
-        provider=provider,
-        quantization=options,
-        progress=Silent(),
+        model, tmp_path / "ours", ExportOptions(precision, provider, quantization=options), progress=Silent()
     )
     found = onnx.load(ours.model)
     expected = onnx.load(_built(model, tmp_path / "built", precision, provider, options))
@@ -130,7 +125,7 @@ def test_tied_embeddings_follow_their_head(
 ) -> None:
     """Graphs that the builder's names would make unloadable, and an int8 one, where the builder has fp32."""
     model = models[True, "bfloat16"]
-    made = export(model, tmp_path / "onnx", precision=precision, quantization=how, progress=Silent())
+    made = export(model, tmp_path / "onnx", ExportOptions(precision, "cpu", quantization=how), progress=Silent())
     graph = onnx.load(made.model)
     assert embedding in {n.op_type for n in graph.graph.node}
     tensors = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from lora_export.checkpoint import hashing
 from lora_export.choices import Precision
 from lora_export.commands.main import cli
-from lora_export.contracts import AdapterChoice, ExportResult, QuantizationOptions
+from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult, QuantizationOptions
 from lora_export.errors import LoraExportError
 from lora_export.merging import merge, written_source
 from lora_export.onnx_export import export, reweight
@@ -82,7 +82,7 @@ def test_the_next_adapter_is_what_a_fresh_export_gives(
     def fresh(model: Path, output: str) -> ExportResult:
         provider = "cuda" if precision == "bf16" else "cpu"  # the CPU has no bf16; a graph can be made anywhere
         return export(
-            model, tmp_path / output, precision=precision, provider=provider, quantization=how, progress=Silent()
+            model, tmp_path / output, ExportOptions(precision, provider, quantization=how), progress=Silent()
         )
 
     earlier, wanted = fresh(base, "earlier"), fresh(merged, "wanted")

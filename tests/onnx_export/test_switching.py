@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from lora_export.contracts import AdapterChoice, Source
+from lora_export.contracts import AdapterChoice, ExportOptions
 from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
@@ -48,7 +48,7 @@ def exports(given: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         if out.exists():
             return out
         if name == "base":
-            export(given["base"], out, precision=precision, provider="cpu", progress=Silent())  # type: ignore[arg-type]
+            export(given["base"], out, ExportOptions(precision, "cpu"), progress=Silent())  # type: ignore[arg-type]
         else:
             reweight(make("base", precision), given[f"merged-{name}"], out, progress=Silent())
         return out
@@ -156,15 +156,8 @@ def test_requests_meet_one_adapter_or_the_other(exports: Any) -> None:
 
 
 def test_plugged_adapters_by_name(given: dict[str, Path], exports: Any, tmp_path: Path) -> None:
-    sources = [Source(n, given[n]) for n in "ab"]
-    export_pluggable(
-        Source("base", given["base"]),
-        sources,
-        tmp_path / "plug",
-        precision="fp32",
-        provider="cpu",
-        progress=Silent(),
-    )
+    sources = [given[n] for n in "ab"]
+    export_pluggable(given["base"], sources, tmp_path / "plug", ExportOptions("fp32", "cpu"), Silent())
     live = Plugged(tmp_path / "plug", "cpu")
     assert live.adapters == ["a", "b"]
     for name in "ab":

@@ -11,7 +11,16 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lora_export.contracts import BenchmarkOptions, PackageOptions, PackageResult, Source, StoryOptions
+from lora_export.contracts import (
+    AdapterChoice,
+    BenchmarkOptions,
+    ExportOptions,
+    PackageOptions,
+    PackageResult,
+    Source,
+    StoryOptions,
+    ValidationOptions,
+)
 from lora_export.pipeline import merge_and_export
 from lora_export.progress import Silent
 from lora_export.workflows.packaging import package
@@ -80,10 +89,11 @@ def save_lora(base: Path, folder: Path, targets: list[str]) -> Path:
     return folder
 
 
-def make_run(base: Path, adapter: Path, out: Path, **options: Any) -> Path:
+def make_run(base: Path, adapter: Path, out: Path) -> Path:
     quick = BenchmarkOptions(shapes=((1, 8),), max_seconds=2)
-    chosen = StoryOptions(provider="cpu", benchmark=quick, rows=8, **options)
-    sources = Source(base.name, base), [(Source(adapter.name, adapter), 1.0)]
+    export, validation = ExportOptions(provider="cpu"), ValidationOptions(rows=8)
+    chosen = StoryOptions(export=export, benchmark=quick, validation=validation)
+    sources = Source(base.name, base), [AdapterChoice(adapter)]
     merge_and_export(*sources, out, chosen, Silent())
     return out
 

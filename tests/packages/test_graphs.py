@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from lora_export.contracts import ExportResult
+from lora_export.contracts import ExportOptions, ExportResult
 from lora_export.errors import ExportError
 from lora_export.onnx_export import check_model, export
 from lora_export.packages import graphs
@@ -24,7 +24,7 @@ from tests.packages.conftest import save_decoder
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     root = tmp_path_factory.mktemp("llama")
-    return export(save_decoder(root / "model"), root / "onnx", precision="fp32", progress=Silent())
+    return export(save_decoder(root / "model"), root / "onnx", ExportOptions("fp32", "cpu"), progress=Silent())
 
 
 def session(path: Path) -> Any:
@@ -89,7 +89,7 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportResul
 
 def made(root: Path, architecture: Architecture) -> tuple[Path, ExportResult]:
     folder = save(architecture, root / "model")
-    return folder, export(folder, root / "onnx", precision="fp32", progress=Silent())
+    return folder, export(folder, root / "onnx", ExportOptions("fp32", "cpu"), progress=Silent())
 
 
 TOKENS = (17, 33, 8, 41, 60)  # what the decoder is made to say, whatever it would

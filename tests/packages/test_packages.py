@@ -19,11 +19,12 @@ from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from lora_export.contracts import PackageOptions, Source
+from lora_export.contracts import ExportOptions, PackageOptions
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive
-from lora_export.packages.job import Facts, Sample
-from lora_export.packages.targets import TARGETS
+from lora_export.packages.interpreters import Python
+from lora_export.packages.job import PackageFacts, Sample
+from lora_export.packages.targets import targets
 from lora_export.packages.tasks import task_of
 from lora_export.progress import Silent
 from lora_export.storage.sealed import hash_folder
@@ -55,7 +56,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def test_every_target_is_in_the_registry() -> None:
-    assert list(TARGETS) == DECODER_TARGETS
+    assert list(targets()) == DECODER_TARGETS
 
 
 def test_verify_finds_it_as_it_was_made(made: tuple[Path, Path, str]) -> None:
@@ -240,7 +241,7 @@ def test_an_encoder_computes_what_the_unmerged_one_does(
     assert delivered.verify(folder, None, True, None, Silent()).verified
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DECODER_TARGETS)
 def test_programs_hold_any_prompt_as_text(target: str) -> None:
     """The prompt is somebody's text, and the program is code."""
     import ast
@@ -248,9 +249,11 @@ def test_programs_hold_any_prompt_as_text(target: str) -> None:
     prompt = "a\"b'c\\\nimport os\n\u2028</script>{x} 😀"
     task = task_of("text-generation", "LlamaForCausalLM")
     config = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "eos_token_id": "x'+y"}
-    facts = Facts(target, "n", task, "fp32", ("fp32",), ("cpu",), Sample(prompt, "t"), config, ("p'q",))
-    snippet = TARGETS[target].check(facts, "/f'{o}lder")
-    if snippet.language == "python":
+    facts = PackageFacts(
+        targets()[target], "n", task, "fp32", ("fp32",), ("cpu",), Sample(prompt, "t"), config, ("p'q",)
+    )
+    snippet = facts.target.check(facts, "/f'{o}lder")
+    if isinstance(snippet.interpreter, Python):
         found = {n.value for n in ast.walk(ast.parse(snippet.code)) if isinstance(n, ast.Constant)}
     else:  # strings of JavaScript as JSON writes them
         found = {json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', snippet.code)}
@@ -333,10 +336,8 @@ def test_genai_with_adapters_beside_the_graph(decoder: tuple[Path, Path, Path], 
     save_lora(base, tmp_path / "second", ["q_proj"])
     other = save_decoder(tmp_path / "other", initializer_range=0.21)
     for name, model in (("plug", base), ("wrong", other)):
-        adapters = [Source("", p) for p in (tmp_path / "second", adapter)]
-        export_pluggable(
-            Source("", model), adapters, tmp_path / name, precision="fp32", provider="cpu", progress=Silent()
-        )
+        adapters = [tmp_path / "second", adapter]
+        export_pluggable(model, adapters, tmp_path / name, ExportOptions("fp32", "cpu"), Silent())
     made = package(run, "genai", tmp_path / "p", PackageOptions(pluggable=tmp_path / "plug"), Silent())
     assert {n for n in made.files if n.endswith(".onnx_adapter")} == {"adapter.onnx_adapter", "second.onnx_adapter"}
     assert run_readme(made.output) == unmerged_text(base, adapter)

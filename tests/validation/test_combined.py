@@ -7,7 +7,7 @@ import pytest
 
 from lora_export.contracts import AdapterChoice, MergeOptions, Source, ValidationOptions
 from lora_export.errors import AdapterError, InputError
-from lora_export.merging import merge
+from lora_export.merging import CERTIFICATE, merge
 from lora_export.progress import Silent
 from lora_export.workflows.validating import validate_folder
 from tests.builders import lora
@@ -39,7 +39,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, folders: Any) -> tuple[Path, 
 
 def check(pair: Any, merged: Path, settings: dict[str, Any], **more: Any) -> Any:
     base, adapters = pair
-    sources = [(Source(a.name, a), w) for a, w in zip(adapters, WEIGHTS, strict=True)]
+    sources = [AdapterChoice(a, w) for a, w in zip(adapters, WEIGHTS, strict=True)]
     options = ValidationOptions(merge=MergeOptions(**settings), provider="cpu")
     return validate_folder(Source("base", base), sources, merged, (), (), options, Silent(), **more)
 
@@ -69,7 +69,9 @@ def test_an_honest_combination_passes(pair: Any, tmp_path: Path, settings: dict[
     ids=str,
 )  # fmt: skip
 def test_another_combination_does_not(pair: Any, tmp_path: Path, merged: Any, claimed: Any) -> None:
-    result = check(pair, merged_by(pair, tmp_path / "out", merged), claimed)
+    folder = merged_by(pair, tmp_path / "out", merged)
+    (folder / CERTIFICATE).unlink()  # as another tool leaves it: the certificate would contradict the claim
+    result = check(pair, folder, claimed)
     assert not result.passed
     assert result.weight_errors
 
@@ -84,7 +86,7 @@ def test_own_texts_tell_what_is_left_of_each(pair: Any, tmp_path: Path) -> None:
     first, second = (s.share for s in both.adapter_survival)
     assert first is not None and second is not None
     assert second < 0 < first  # the second adapter's weight is negative
-    sources = [(Source("first", adapters[0]), 1.0)]
+    sources = [AdapterChoice(adapters[0])]
     options = ValidationOptions(provider="cpu")
     one = validate_folder(Source("base", base), sources, alone, (), (), options, Silent(), own_texts=[text])
     assert one.adapter_survival[0].share == pytest.approx(1.0, abs=1e-3)

@@ -16,23 +16,22 @@ import transformers
 from safetensors.torch import load_file
 
 from lora_export.choices import Precision
-from lora_export.contracts import AdapterChoice, Check, ExportedPair, ValidationResult
+from lora_export.contracts import AdapterChoice, Check, ExportedPair, ExportOptions, ValidationResult
 from lora_export.errors import ExportError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
-from lora_export.validation import ValidationOptions, validate
+from lora_export.validation import validate
 from lora_export.validation.comparing.logits import UNMOVED, compare_logits, largest
-from lora_export.validation.comparing.noise import rounding_noise
+from lora_export.validation.comparing.noise import Magnitudes, rounding_noise
 from lora_export.validation.comparing.thresholds import Floor, Greedy, decoder_checks, graph_checks
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.numbers import numbers_of
-from lora_export.validation.reference.magnitude import Magnitudes
 from tests.builders import lora, save_adapter
 from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, save
 from tests.onnx_export.architectures import save_adapter as save_adapter_of
-from tests.validation.conftest import save_base
+from tests.validation.conftest import judged, save_base
 
 
 @dataclass
@@ -47,18 +46,14 @@ class Exported:
         """The pair in a precision; copies in `folder`, free to be spoiled."""
         plain, merged = self.root / f"base-{precision}", self.root / f"onnx-{precision}"
         if not merged.exists():
-            export(self.base, plain, precision=precision, provider="cpu", progress=Silent())
+            export(self.base, plain, ExportOptions(precision, "cpu"), progress=Silent())
             reweight(plain, self.root / "merged", merged, progress=Silent())
         if folder is not None:
             plain, merged = (shutil.copytree(f, folder / f.name) for f in (plain, merged))
         return ExportedPair(merged, plain, precision, 1)
 
     def judged(self, pair: ExportedPair) -> ValidationResult:
-        adapters = [AdapterChoice(self.adapter)]
-        options = ValidationOptions(provider="cpu")
-        return validate(
-            self.base, adapters, self.root / "merged", exports=[pair], options=options, progress=Silent()
-        )
+        return judged(self.base, self.adapter, self.root / "merged", [pair])
 
 
 @pytest.fixture(scope="module")

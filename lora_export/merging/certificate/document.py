@@ -16,6 +16,7 @@ from typing import Any
 from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
 from lora_export.contracts.figures import Figure
+from lora_export.contracts.option import kept
 from lora_export.errors import InputError
 from lora_export.merging.planning.combine import ELECTING, RANDOM
 from lora_export.merging.planning.plan import MergePlan
@@ -41,6 +42,11 @@ class FileRecord:
     size: int
     sha256: str | None = None
     header_sha256: str | None = None
+
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        file = hashed(path)
+        return cls(file.size, file.sha256)
 
 
 @dataclass(frozen=True)
@@ -101,13 +107,12 @@ class Certificate:
         return {r.name: r.hash_out for r in self.records}
 
     def as_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = as_json(self)
-        document["options"].pop("force", None)
+        document: dict[str, Any] = as_json(self) | {"options": kept(self.options)}
         for name, file in document["files"].items():
             document["files"][name] = {k: v for k, v in file.items() if v is not None}
         for adapter in document["adapters"]:
-            if adapter["kind_from"] is None:
-                del adapter["kind_from"]
+            if adapter.get("kind_from") is None:
+                adapter.pop("kind_from", None)
         return document
 
 
@@ -217,7 +222,7 @@ def _grouping(shards: Sequence[Shard]) -> list[tuple[str, tuple[str, ...]]]:
 def describe_files(folder: Path, shards: Files) -> Files:
     """Every file of a folder but the certificate and the shards."""
     names = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {n: FileRecord(**hashed(p)) for n, p in names.items() if n != NAME and n not in shards}
+    return {n: FileRecord.of(p) for n, p in names.items() if n != NAME and n not in shards}
 
 
 def describe_shards(plan: MergePlan) -> Files:

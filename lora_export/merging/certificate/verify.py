@@ -22,6 +22,7 @@ from lora_export.contracts import (
     Verification,
     VerifyOptions,
 )
+from lora_export.contracts.option import names
 from lora_export.errors import InputError, LoraExportError
 from lora_export.merging.certificate.as_recorded import (
     adapter_files,
@@ -117,7 +118,7 @@ def planned_again(
 
 def _name_options(findings: Findings, options: MergeOptions) -> None:
     """Whoever makes a certificate chooses the options in it, so those that are no defaults are named."""
-    default, same = MergeOptions(), ("force", "device", "certify", "max_memory", "allow_nonfinite")
+    default, same = MergeOptions(), names(MergeOptions, lambda how: not how.changes_result)
     kept = {k: v for k, v in vars(options).items() if v != getattr(default, k) and k not in same}
     if kept:
         claimed = ", ".join(f"{k} {v}" for k, v in kept.items())

@@ -1,4 +1,4 @@
-"""Adapters with the names of another transformers, rewritten so that PEFT itself can load them.
+"""Adapters with the names of another transformers or PEFT, rewritten so that PEFT itself can load them.
 
 PEFT finds modules by the names that they have in the loaded model. An adapter of transformers 4 calls some
 otherwise (ViT's `attention.attention.query`, Qwen2-VL's `visual`), and PEFT then finds no layer for it, or leaves
@@ -7,7 +7,9 @@ its configuration is decided by the old names.
 """
 
 import contextlib
+import json
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import AdapterChoice
 from lora_export.patterns import bounded, fullmatch
-from lora_export.storage import sealed
+from lora_export.storage.sealed import write_settings
+from lora_export.validation.reference.files import ADAPTER_CONFIG, START, adapter_config
 
-START = "base_model.model."
 _SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # what is selected is named one by one
 _PARAMETERS = ("weight", "bias")
 MOST_STRIPPED = 3  # names in front that a model of another class may have
@@ -45,7 +47,7 @@ def with_todays_names(
         folder = scratch / f"renamed-{i}"
         folder.mkdir(parents=True, exist_ok=True)
         with bounded("peft", str(choice.folder)):
-            sealed.write_settings(folder / "adapter_config.json", _configured(config, state, modules))
+            write_settings(folder / ADAPTER_CONFIG, _configured(config, state, modules))
         renamed = {f"{START}{_renamed(key, modules)}": tensor for key, tensor in state.items()}
         save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         copies.append(replace(choice, folder=folder))
@@ -74,13 +76,30 @@ def names_as_they_are() -> Iterator[None]:
         conversion.convert_peft_adapter_state_dict_for_transformers = original
 
 
+@contextlib.contextmanager
+def bone_as_miss(adapters: Sequence[AdapterChoice]) -> Iterator[list[AdapterChoice]]:
+    """The adapters, those of Bone as MiSS: PEFT has renamed it. Their folders last as long as this."""
+    with contextlib.ExitStack() as folders:
+        choices = []
+        for choice in adapters:
+            config = adapter_config(choice.folder)
+            if config.get("peft_type") == "BONE":
+                scratch = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="lora-export-")))
+                (scratch / ADAPTER_CONFIG).write_text(json.dumps(config | {"peft_type": "MISS"}), encoding="utf-8")
+                for file in choice.folder.glob("*.safetensors"):
+                    renamed = {n.replace(".bone_block", ".miss_block"): v for n, v in load_file(file).items()}
+                    save_file(renamed, scratch / file.name, {"format": "pt"})
+                choice = replace(choice, folder=scratch)
+            choices.append(choice)
+        yield choices
+
+
 def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors by their names in the model that was trained, configuration)."""
-    config = sealed.read_json(folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
     state: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("adapter_model*.safetensors")):
         state |= {name.removeprefix(START): tensor for name, tensor in load_file(file).items()}
-    return state, config
+    return state, adapter_config(folder)
 
 
 def _modules(names: Iterable[str], model: torch.nn.Module) -> dict[str, str] | None:
@@ -89,19 +108,19 @@ def _modules(names: Iterable[str], model: torch.nn.Module) -> dict[str, str] | N
     A tensor belongs to the innermost module that its name begins with: what follows is the adapter kind's own.
     """
     today, places = _todays_name(model), _places(model)
-    found: dict[str, str] = {}
+    places_of: dict[str, str] = {}
     left: list[str] = []
     for name in names:
         parts = name.split(".")
         for i in range(len(parts) - 1, 0, -1):
             place = today(".".join(parts[:i]))
             if place is not None:
-                found[".".join(parts[:i])] = place
+                places_of[".".join(parts[:i])] = place
                 break
         else:
             left.append(name)
     more = _by_prefix(left, places, _text_model(model)) if left else {}
-    return None if more is None else found | more
+    return None if more is None else places_of | more
 
 
 def _places(model: torch.nn.Module) -> set[str]:
@@ -160,7 +179,7 @@ def _by_prefix(names: Sequence[str], places: set[str], text: str) -> dict[str, s
 
 
 def _all_changed(names: Sequence[str], start: str, add: str, places: set[str]) -> dict[str, str] | None:
-    found = {}
+    changed = {}
     for name in names:
         if not name.startswith(start):
             return None
@@ -168,8 +187,8 @@ def _all_changed(names: Sequence[str], start: str, add: str, places: set[str]) -
         place = next((p for i in range(len(rest), 0, -1) if (p := add + ".".join(rest[:i])) in places), None)
         if place is None:
             return None
-        found[start + place.removeprefix(add)] = place
-    return found
+        changed[start + place.removeprefix(add)] = place
+    return changed
 
 
 def _module_of(name: str, modules: Mapping[str, str]) -> str:
@@ -231,10 +250,10 @@ def _patterns(pattern: Mapping[str, Any], trained: Iterable[str], modules: Mappi
     """
     from peft.utils.other import get_pattern_key
 
-    found: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for old in sorted(trained, key=lambda o: (-len(modules[o]), o)):
         key = get_pattern_key(list(pattern), old)
         if key in pattern:
-            found[re.escape(modules[old])] = pattern[key]
+            renamed[re.escape(modules[old])] = pattern[key]
     named = {k: v for k, v in pattern.items() if isinstance(v, list)}
-    return found | {_renamed(k.removeprefix(START), modules): v for k, v in named.items()}
+    return renamed | {_renamed(k.removeprefix(START), modules): v for k, v in named.items()}

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from lora_export.choices import Precision
-from lora_export.contracts import AdapterChoice
+from lora_export.contracts import AdapterChoice, ExportOptions
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
@@ -120,7 +120,7 @@ class Workshop:
         base = self.base(tiny)
         return self._once(
             self._root / tiny.cls / f"onnx-{precision}",
-            lambda made: export(base, made, precision=precision, progress=Silent()),
+            lambda made: export(base, made, ExportOptions(precision, "cpu"), progress=Silent()),
         )
 
     def reweighted(self, tiny: Tiny, precision: Precision, adapted: Adapted) -> Path:

@@ -1,0 +1,147 @@
+"""The benchmark's story: name the arms, see where their nodes run, measure cell by cell, sum up."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lora_export import runtime
+from lora_export.benchmarking import environment
+from lora_export.benchmarking.buffers import Shape
+from lora_export.benchmarking.cells import AGAIN, BASE, DELAYED, MERGED
+from lora_export.benchmarking.conditions import summarized
+from lora_export.benchmarking.gpus import Gpus
+from lora_export.benchmarking.sessions import misplaced
+from lora_export.benchmarking.statistics import overall
+from lora_export.benchmarking.study import Study, measure_all
+from lora_export.contracts import (
+    BenchmarkArm,
+    BenchmarkOptions,
+    BenchmarkResult,
+    Environment,
+    GraphComparison,
+    Progress,
+)
+from lora_export.errors import InputError
+from lora_export.storage.sealed import read_json
+
+_MAX_STRAYS_TOLD = 10
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
+
+
+def run(
+    arms: Sequence[BenchmarkArm],
+    *,
+    options: BenchmarkOptions,
+    progress: Progress,
+    graph: GraphComparison | None = None,
+) -> BenchmarkResult:
+    """Compare the latency of ONNX graphs in one process, side by side.
+
+    arms: merged, and base, with which all others are compared, then whatever else is to be measured. unmerged or
+    plugged are the positive control; without either, the base held up by two margins is. graph: whether the
+    optimised graphs of base and merged are the same, found out by the caller. Raises RuntimeUnavailable if the
+    provider does not work here, InputError for arms that are missing or twice there, or graphs with inputs that
+    it cannot make up.
+    """
+    started = time.perf_counter()
+    named = _named(arms)
+    options, cut = _fitting(options, named[MERGED].graphs[0].with_name("config.json"))
+    study = Study(
+        arms=named,
+        provider=runtime.resolve_provider(options.provider),
+        threads=environment.usable_cores(),
+        options=options,
+        progress=progress,
+        gpus=Gpus(),
+        graph=graph,
+    )
+    progress.stage(f"benchmark on {study.provider}")
+    if cut:
+        study.note(cut)
+    if BASE not in named:
+        study.note("without a base there is nothing to compare with: the times of the merged graph alone")
+    verified = _verify_placement(study)
+    measure_all(study)
+    floors = [c.noise_floor for c in study.cells if c.noise_floor is not None]
+    return BenchmarkResult(
+        provider=study.provider,
+        provider_verified=verified,
+        cells=tuple(study.cells),
+        noise_floor=max(floors, default=None),
+        graph_identical=graph.identical if graph else None,
+        verdict=overall([c.verdict for c in study.cells]),
+        seconds=time.perf_counter() - started,
+        environment=_environment(study),
+        graph=graph,
+        notes=tuple(study.notes),
+        graph_differences=graph.differences if graph else (),
+        samples=study.samples,
+        conditions=study.readings,
+    )
+
+
+def _named(arms: Sequence[BenchmarkArm]) -> dict[str, BenchmarkArm]:
+    """The arms by name, with a second session of the base after merged."""
+    named = {arm.name: arm for arm in arms}
+    if len(named) < len(arms) or MERGED not in named or named.keys() & {AGAIN, DELAYED}:
+        raise InputError(
+            f"the arms {', '.join(arm.name for arm in arms)}",
+            expected=f"{MERGED}, each name once, and none called {AGAIN} or {DELAYED}",
+        )
+    if BASE not in named:
+        return named
+    return {BASE: named[BASE], MERGED: named[MERGED], AGAIN: named[BASE], **named}
+
+
+def _fitting(options: BenchmarkOptions, config: Path) -> tuple[BenchmarkOptions, str]:
+    """Options with no prompt longer than the model has positions for, and a note if one was cut.
+
+    config: the config.json beside the graph, which may not be there.
+    """
+    if not config.is_file():
+        return options, ""
+    settings = read_json(config)
+    settings = settings.get("text_config") or settings
+    known = [n for n in (settings.get(key) for key in _POSITIONS) if isinstance(n, int)]
+    # RoBERTa begins to count after its padding id, OPT at 2; and a step needs a position, too.
+    most = min(known, default=10**9) - 4
+    if most < 1 or max(prompt for _, prompt in options.shapes) <= most:
+        return options, ""
+    shapes = tuple(dict.fromkeys((batch, min(prompt, most)) for batch, prompt in options.shapes))
+    cut = f"prompts of at most {most} tokens: config.json knows {most + 4} positions"
+    return replace(options, shapes=shapes), cut
+
+
+def _environment(study: Study) -> Environment:
+    return Environment(
+        **vars(environment.describe()),
+        intra_op_threads=study.threads,
+        margin=study.options.margin,
+        seed=study.options.seed,
+        blocks={key: summarized(readings) for key, readings in study.readings.items()},
+    )
+
+
+# --- where the nodes run -----------------------------------------------------------------------------------
+
+
+def _verify_placement(study: Study) -> bool:
+    """Profile one run of every graph where some of it could silently run on the CPU instead."""
+    if study.provider == "cpu":
+        return True  # a session with the CPU alone has nowhere else to go; OpenedArms checks that it is alone
+    study.progress.detail("checking where every node runs")
+    batch, prompt = study.options.shapes[0]
+    clean = True
+    for name, arm in study.arms.items():
+        if name == AGAIN:
+            continue
+        for part, graph in enumerate(arm.graphs[: study.parts]):
+            shape = Shape.of("decode" if part else "prefill", batch, prompt)
+            found = misplaced(graph, study.provider, study.threads, shape, arm.adapter)
+            clean = clean and not found
+            for stray in found[:_MAX_STRAYS_TOLD]:
+                study.note(f"{name}: {stray}")
+            if len(found) > _MAX_STRAYS_TOLD:
+                study.note(f"{name}: and {len(found) - _MAX_STRAYS_TOLD} more nodes elsewhere")
+    return clean

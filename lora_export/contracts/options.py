@@ -1,0 +1,401 @@
+"""Every option of the package, declared once: on the field of a frozen dataclass, with its metadata.
+
+The command line, the configuration file, JSON and the reference page are derived from these fields (option.py,
+commands/derive.py, commands/configuration.py). A new option is one field here, and its use.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from lora_export import choices
+from lora_export.contracts.option import hidden, nested, option, switched, taken_from
+from lora_export.registered import engine_names
+from lora_export.tasks import TASKS
+
+# Sections of --help that several classes share; the others have that of their class.
+INPUTS = "Input and output"
+WEIGHTS = "Base and merged weights"
+COMBINING = "Combining several adapters"
+RESOURCES = "Memory, device and certificate"
+EXPORT = "ONNX export"
+BENCHMARK = "Benchmark"
+BASES = "Comparing bases (QLoRA)"
+REPLACE = "Replace an existing output."
+PROVIDER_HELP = "ONNX Runtime execution provider; auto: CUDA if a session really runs on it, otherwise the CPU."
+
+# fmt: off
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What a merge is told. Memory and sizes are in bytes."""
+
+    SECTION: ClassVar[str] = WEIGHTS
+    base_weights: choices.BaseWeights = option(
+        "dequantized", "The base to merge into: the dequantized one, on which a QLoRA adapter was trained, or the "
+        "original 16-bit one.", conditional=True,
+    )
+    training_quantization: choices.TrainingQuantization = option(
+        "none", "How training quantized this 16-bit base on the fly (QLoRA). The adapter's own files do not say."
+    )
+    training_double_quant: bool = option(
+        False, "Training used double quantization (bnb_4bit_use_double_quant=True).", conditional=True
+    )
+    dtype: Literal["keep", "float32", "float16", "bfloat16"] = option(
+        "keep", "Type of the merged weights; keep: the base's own type."
+    )
+    max_shard_size: int | None = option(
+        None, "Size of the largest output file, such as 5GB.", unit="bytes", configurable="file",
+        default_text="the base's own shards", conditional=True,
+    )
+    max_memory: int = option(
+        2 * 2**30, "Memory for the merge's arithmetic, in addition to what Python and its libraries take.",
+        RESOURCES, unit="bytes", configurable="file", default_text="2GiB", changes_result=False,
+    )
+    expert_packing: choices.ExpertPacking = option(
+        "auto", "How the adapter packs B of fused experts: rank: all experts of one rank together (PEFT); expert: "
+        "all ranks of one expert (older Unsloth, Megatron-Bridge); auto: as the adapter says, otherwise as PEFT "
+        "does.", conditional=True,
+    )
+    expert_layout: choices.ExpertLayout = option(
+        "auto", "How square weights of fused experts are stored; auto: according to the adapter's peft_version.",
+        conditional=True,
+    )
+    allow_nonfinite: bool = option(
+        False, "Accept NaN and infinity in the base, the adapter or the result. By default they are refused.",
+        changes_result=False,
+    )
+    device: choices.Device = option(
+        "cpu", "Device that computes the merge, block by block.", RESOURCES, configurable="file",
+        changes_result=False,
+    )
+    certify: choices.Certify = option(
+        "sampled", "Rows of each tensor that are computed again in float64 and compared: a sample, spread evenly, "
+        "or all.", RESOURCES, changes_result=False,
+    )
+    combine: choices.Combine = option(
+        "none", "How several adapters become one change. none: each is applied to the result of the previous one; "
+        "linear, cat: the weighted sum of their deltas; svd: that sum in a lower rank; ties, magnitude_prune: the "
+        "largest elements of each delta, with or without a vote on the sign; dare_linear, dare_ties: elements "
+        "chosen at random, scaled up to make up for the dropped ones.", COMBINING,
+    )
+    combine_on: Literal["deltas", "factors"] = option(
+        "deltas", "What is combined: the deltas, as in the papers, or A and B separately, as PEFT's methods of "
+        "these names do (LoRA of one rank).", COMBINING,
+    )
+    density: float | None = option(
+        None, "ties, dare_…, magnitude_prune: the share of each delta that is kept.", COMBINING, above=0, maximum=1
+    )
+    seed: int = option(0, "dare_…: seed of the random choice.", COMBINING, minimum=0, conditional=True)
+    majority_sign: choices.MajoritySign = option(
+        "total", "ties, dare_ties: whether the vote weighs magnitudes (total) or counts adapters (frequency).",
+        COMBINING, conditional=True,
+    )
+    svd_rank: int | None = option(
+        None, "Reduce the combined delta of each weight to this rank.", COMBINING, minimum=1,
+        default_text="for svd: the largest rank of the adapters",
+    )
+    task: str | None = option(
+        None, "Task of the merged model, where the adapter brings a head that the base does not have (a "
+        "classifier, for example) and does not say what it is for: " + ", ".join(TASKS) + ".",
+        choices=tuple(TASKS), metavar="TASK", default_text="as the adapter says", conditional=True,
+    )
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None, changes_result=False)
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """How the weights of an int4, int8 or nf4 graph are quantized.
+
+    eight_bits: nodes of an int4 graph that are int8; embeddings: quantize those, too (not for nf4).
+    """
+
+    SECTION: ClassVar[str] = "Quantization of the ONNX weights"
+    block_size: int | None = option(
+        None, "int4, int8, nf4: how many numbers share a scale.", minimum=1, default_text="32, and 64 for nf4"
+    )
+    symmetric: bool = True
+    algorithm: choices.Quantizer = option(
+        "default", "int4, int8: how the scale of a block is chosen. default: by the largest number (MLAS); rtn: "
+        "rounding to nearest; k_quant: searched, with zero points.", flags=("--quantizer",),
+    )
+    accuracy_level: int | None = option(
+        None, "int4, int8: type in which products are computed. 0: that of the inputs, 1: fp32, 2: fp16, 3: bf16, "
+        "4: int8.", minimum=0, maximum=4, default_text="4 on the CPU, 0 on CUDA",
+    )
+    keep: tuple[str, ...] = option(
+        (), "Nodes whose weights are not quantized, by name or pattern ('*down_proj*'). auto (int4 of decoders): "
+        "the nodes whose int4 weights do the most measured damage for their size become int8. May be given more "
+        "than once.", metavar="NODE|auto",
+    )
+    eight_bits: tuple[str, ...] = ()
+    embeddings: bool = False
+    activations: choices.Activations = option(
+        "float", "int8 of models that do not generate: type of what the weights are multiplied with. dynamic: "
+        "int8, with a range found at run time; static: int8, with a range fixed on texts. --graph-from cannot "
+        "reuse such graphs.",
+    )
+    calibration: Path | None = option(
+        None, "Static activations: UTF-8 file with one text a line, like those that the model will see.",
+        metavar="FILE", default_text="a few built-in sentences",
+    )
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export is told. With `graph_from`, the precision, engine and quantization of that export hold.
+
+    unmerged: the only adapter of the export becomes operators of the graph; shared_as: with `graph_from`, the name
+    of an adapter in a folder that several share.
+    """
+
+    SECTION: ClassVar[str] = EXPORT
+    precision: choices.Precision = option("fp32", "Precision of the ONNX weights.", )
+    provider: choices.Provider = option("auto", PROVIDER_HELP)
+    engine: str | None = option(
+        None, "Export engine.", choices=engine_names, configurable="file",
+        default_text="the one that fits the architecture",
+    )
+    optimize: choices.Optimize = option(
+        "full", "What the dynamo engine does to its graph: nothing, simplify it, or fuse attention, normalization "
+        "and activation into ONNX Runtime's operators. The genai engine writes fused graphs only.",
+        configurable="file",
+    )
+    quantization: QuantizationOptions = nested(QuantizationOptions)
+    graph_from: Path | None = option(
+        None, "An earlier export of the same base, with or without another adapter: reuse its graph and its "
+        "options, and write only the weights.", metavar="EXPORTED",
+    )
+    unmerged: bool = option(
+        False, "With one -a: add the adapter as operators of its own, with its weights in the graph, to measure "
+        "what merging saves.", json=None,
+    )
+    shared_as: str | None = option(
+        None, "With --graph-from: write only NAME.onnx and the weights that differ from the base's into OUT, which "
+        "is created with the base in it if it does not exist.", metavar="NAME", json=None,
+    )
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
+
+
+@dataclass(frozen=True)
+class CompareBases:
+    """Which bases an adapter is merged into for comparison, besides the one it was trained on.
+
+    original: the 16-bit base from which a stored 4- or 8-bit base was made.
+    """
+
+    SECTION: ClassVar[str] = BASES
+    requantize: choices.Requantization | None = option(
+        None, "With --compare-bases: also measure the effect of quantizing the merged weights to this format."
+    )
+    original: Path | None = option(
+        None, "With --compare-bases: the 16-bit model from which a 4- or 8-bit base was made.",
+        flags=("--original-base",), metavar="BASE",
+    )
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """What validation is told.
+
+    merge: the options of the merge, which decide which base is the truth. stated: those of them that a certificate
+    must agree with; None: all that are not the default. again: the command that tries another precision,
+    {precision} in it. The thresholds are `tolerance` noise floors.
+    """
+
+    SECTION: ClassVar[str] = "Validation"
+    prompts: Path | None = option(
+        None, "Text file with one prompt a line, in place of the built-in ones.", metavar="FILE"
+    )
+    text: Path | None = option(
+        None, "UTF-8 file of running text for the perplexities.", metavar="FILE",
+        default_text="a page of Lincoln, Darwin and Austen",
+    )
+    rows: int | None = option(
+        64, "Rows of each updated tensor that are recomputed in float64 one by one; a large number means all. "
+        "Low-rank updates and fused experts are always recomputed in full, and for the others random combinations "
+        "cover every element.", minimum=1,
+    )
+    provider: choices.Provider = option("auto", PROVIDER_HELP, EXPORT, json=None)
+    merge: MergeOptions = nested(MergeOptions, json=None)
+    tolerance: float = option(
+        4.0, "How many noise floors the outputs may differ by. Each tensor's arithmetic has a bound of its own, "
+        "which this does not change.", minimum=1, metavar="FACTOR",
+    )
+    min_survival: float = option(
+        choices.MIN_SURVIVAL, "Share of the adapter's effect on the outputs that an ONNX export must keep; 0 "
+        "accepts any.", minimum=0, maximum=1,
+    )
+    max_memory: int | None = option(
+        None, "Memory for the weights that validation compares. Larger models are read layer by layer: the same "
+        "checks, slower.", RESOURCES, flags=("--validation-memory",), unit="bytes", json="validation_memory",
+        default_text="--max-memory if given, otherwise what the machine has",
+    )
+    bases: CompareBases | None = switched(
+        CompareBases, "--compare-bases", "For a QLoRA adapter: measure on the text the result of merging into the "
+        "dequantized base and into the original one, and advise which to ship.", BASES, json=None,
+    )
+    stated: tuple[str, ...] | None = hidden(None, json=None)
+    again: str = hidden("the same command with --precision {precision}", json=None)
+    seed: int | None = option(
+        None, "Seed of the lengths, inputs and rows that validation draws, to repeat a run.",
+        flags=("--validation-seed",), metavar="NUMBER", minimum=0, maximum=2**31 - 1, json="validation_seed",
+        default_text="a new one at each run; the result states it",
+    )
+
+
+@dataclass(frozen=True)
+class BenchmarkSizes:
+    """The command line's way to say `BenchmarkOptions.shapes`: a grid, or batch sizes and prompt lengths."""
+
+    SECTION: ClassVar[str] = BENCHMARK
+    grid: choices.Grid = option(
+        "quick", "Batch sizes and prompt lengths to measure. "
+        + "; ".join(f"{name}: {', '.join(f'{b}×{n}' for b, n in grid)}" for name, grid in choices.GRIDS.items()),
+    )
+    batches: tuple[int, ...] = option(
+        (), "Batch size, in place of the grid's. May be given more than once.", flags=("--batch",), minimum=1
+    )
+    lengths: tuple[int, ...] = option(
+        (), "Tokens in the prompt, in place of the grid's. May be given more than once.",
+        flags=("--prompt-length",), minimum=1,
+    )
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        grid = choices.GRIDS[self.grid]
+        if not (self.batches or self.lengths):
+            return grid
+        batches, lengths = self.batches or (grid[0][0],), self.lengths or (grid[0][1],)
+        return tuple((batch, length) for batch in batches for length in lengths)
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What a benchmark is told. shapes: (batch, prompt tokens) of each cell; max_seconds: for all cells together;
+    configured: a configuration file and what it set, for the report."""
+
+    SECTION: ClassVar[str] = BENCHMARK
+    provider: choices.Provider = option("auto", PROVIDER_HELP, EXPORT)
+    shapes: tuple[tuple[int, int], ...] = taken_from(BenchmarkSizes, "shapes", choices.GRIDS["quick"])
+    margin: float = option(
+        0.01, "Largest relative difference in latency that still counts as none, as 1% or 0.01.", minimum=0.0005,
+        maximum=0.5, unit="share", metavar="SHARE", default_text="1%",
+    )
+    max_seconds: float | None = option(
+        None, "Time for the measurement, as 90, 90s or 5m; it ends sooner once the noise allows a verdict.",
+        flags=("--max-time", "--max-seconds"), unit="seconds", metavar="TIME",
+        default_text="a minute for each batch size and prompt length; 20 s for each of --sessions",
+    )
+    sessions: int = option(
+        1, "How often all sessions are opened anew, each time in another order; the interval is then taken from "
+        "their spread. For machines where two sessions of one graph differ. Use 1, or at least 6.", minimum=1,
+        maximum=1000,
+    )
+    seed: int = 0
+    configured: str = ""
+
+    @property
+    def seconds(self) -> float:
+        each = 60.0 if self.sessions == 1 else 20.0 * self.sessions
+        return each * len(self.shapes) if self.max_seconds is None else self.max_seconds
+
+
+@dataclass(frozen=True)
+class StoryOptions:
+    """What a run is told: the options of its stages. `export.provider` holds for all stages, `force` for the run.
+
+    merged_folder: False: base and adapter go straight into the export.
+    """
+
+    SECTION: ClassVar[str] = EXPORT
+    merge: MergeOptions = nested(MergeOptions)
+    export: ExportOptions = nested(ExportOptions, without=("unmerged", "shared_as"), flat=True)
+    merged_folder: bool = option(
+        True, "Stream base and adapter straight into the ONNX files. Nothing else of the merged model is written: "
+        "validation compares the ONNX graph alone, and the certificate is written to OUT.",
+        flags=("--no-merged-folder",),
+    )
+    benchmark: BenchmarkOptions = nested(BenchmarkOptions)
+    extra_arms: tuple[choices.ExtraArm, ...] = option(
+        (), "Also measure: plugged: the adapter as ONNX Runtime plugs it into a graph with slots; pytorch: PEFT's "
+        "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",),
+    )
+    validation: ValidationOptions = nested(ValidationOptions, without=("merge", "bases"), flat=True)
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
+    configured: str = ""
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """How small a new adapter is: one rank for all modules, or for each the least that keeps a share of ‖ΔW‖²."""
+
+    SECTION: ClassVar[str] = "Rank of the new adapter"
+    rank: int | None = option(None, "Rank of every module.", minimum=1)
+    energy: float | None = option(
+        None, "For each module the smallest rank that keeps this share of ‖ΔW‖², as 95% or 0.95.", minimum=0,
+        maximum=1, unit="share",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "Type of the new adapter's matrices.", )
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line")
+
+
+@dataclass(frozen=True)
+class PackageOptions:
+    """What a package is told."""
+
+    SECTION: ClassVar[str] = "Package"
+    name: str | None = option(
+        None, "Name of the model, as its README and Triton call it.", default_text="the adapter's name"
+    )
+    variants: tuple[str, ...] = option(
+        (), "transformers-js: fp32, fp16, q8, q4, q4f16 or all. May be given more than once.", flags=("--variant",),
+        metavar="DTYPE", default_text="fp32, q8 and q4",
+    )
+    provider: Literal["cpu", "cuda"] | None = option(
+        None, "Execution provider for genai and Triton where the caller does not name one.",
+        default_text="that of the run",
+    )
+    licence: str | None = option(
+        None, "Licence, if the base's model card does not state one.", flags=("--license",), metavar="ID"
+    )
+    archive: str | None = option(None, "Write one file instead of a folder.", choices=choices.ARCHIVES, json=None)
+    key: Path | None = option(
+        None, "Sign with this private key (PEM, P-256, P-384 or P-521), by model-signing, without a network.",
+        flags=("--sign",), metavar="KEY", configurable="command line", json=None,
+    )
+    pluggable: Path | None = option(
+        None, "genai: package an export with slots (export -m BASE -a ADAPTER) and its adapters in place of the "
+        "merged model.", metavar="EXPORT", json=None,
+    )
+    force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What a verification is told. rows, seed: of a sample; seed None: a new draw, whose seed the result names."""
+
+    SECTION: ClassVar[str] = "Verification"
+    certify: choices.Certify = option(
+        "full", "full: compute every byte of the merge again and compare it; sampled: compute some rows of each "
+        "tensor, drawn at random, in float64.",
+    )
+    rows: int = option(64, "With --certify sampled: how many rows of each tensor.", minimum=1)
+    seed: int | None = option(
+        None, "With --certify sampled: seed of the draw. Without it each run draws anew and prints its seed.",
+        minimum=0,
+    )
+    graph: bool = option(
+        True, "For a run: build the graph of its ONNX export again and compare it byte for byte. With --no-graph "
+        "the graph is only checked to be valid, and the verdict says so.", flags=("--graph/--no-graph",),
+    )
+    key: Path | None = option(
+        None, "For a package: the public key of its signer, in PEM.", metavar="KEY", configurable="command line"
+    )
+    run: bool = option(
+        False, "For a package: have its runtime load it and answer the sample.", configurable="command line"
+    )
+    runtime: Path | None = option(
+        None, "With --run: where the runtime is, if not in this environment: a Python interpreter, or for "
+        "transformers-js a folder with node_modules.", metavar="PATH", configurable="command line",
+    )
