@@ -248,8 +248,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the pieces of a weight are turned onto one another", "onnx_export/weights/layout.py",
-        "turned[:, at : at + stop - start] = rows.T\n            at += stop - start",
-        "turned[:, at : at + stop - start] = rows.T",
+        "turned[:, at : at + len(rows)] = rows.T\n                at += len(rows)",
+        "turned[:, at : at + len(rows)] = rows.T",
         "tests/onnx_export/test_agreement.py::test_fp32_decoder_agrees_with_transformers",
     ),
     Mutation(

@@ -23,9 +23,9 @@ import lora_export
 from lora_export import merging, report
 from lora_export.benchmarking import conditions, measure, statistics
 from lora_export.benchmarking.statistics import Interval
-from lora_export.contracts import Interference, Reading
+from lora_export.contracts import Findings, Interference, Reading
 from lora_export.errors import ExportError
-from lora_export.merging.certificate.compare import Findings, compare
+from lora_export.merging.certificate.compare import compare
 from lora_export.merging.running.exact import Errors, ExactTensor
 from lora_export.merging.running.survival import Survival
 from lora_export.onnx_export.graphs import agreement

@@ -1,8 +1,10 @@
 """What a check of something finished tells."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from lora_export.errors import plain
 
 _RECOMPUTED = frozenset({"arithmetic", "runs"})  # checks that take base and adapters, or a runtime
 
@@ -51,3 +53,21 @@ class Verification:
             "not_checked": list(self.not_checked),
             **self.about,
         }
+
+
+@dataclass
+class Findings:
+    """What was checked. A name that nothing failed under is a check that passed."""
+
+    done: list[Finding] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+
+    def judge(self, name: str, passed: str, failures: Iterator[str] | Sequence[str]) -> None:
+        failed = [Finding(name, False, plain(note)) for note in failures]
+        self.done += failed or [Finding(name, True, plain(passed))]
+
+    def fail(self, name: str, note: str) -> None:
+        self.done.append(Finding(name, False, plain(note)))
+
+    def result(self) -> Verification:
+        return Verification(tuple(self.done), tuple(self.not_checked))
