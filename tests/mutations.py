@@ -928,7 +928,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a value head stays behind", "checkpoint/trained_beside.py",
-        "found = [folder / VALUE_HEAD]", "found = []",
+        "files = [folder / VALUE_HEAD]", "files = []",
         "tests/merging/test_beside_the_adapter.py::test_a_value_head_goes_with_the_output_and_is_told",
     ),
     Mutation(
