@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,10 +50,19 @@ def decode(value: Any, type_: type[T], what: str, where: str | Path) -> T:
 
 
 def as_json(value: Any) -> Any:
-    """The JSON value of a dataclass, or of anything made of dataclasses: what `decode` reads again."""
-    import msgspec
+    """The JSON value of a dataclass, or of anything made of dataclasses: what `decode` reads again.
 
-    return finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_encodable))
+    Every field is there: msgspec's own conversion leaves out what an object has from its class, a default.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: as_json(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): as_json(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, float):
+        return finite(float(value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def json_schema(type_: type) -> dict[str, Any]:
@@ -69,14 +79,6 @@ def _decoded(type_: type, value: Any) -> Any:
     if type_ is Figure and (value in NONFINITE if isinstance(value, str) else _plain(value, float)):
         return Figure(value)
     raise ValueError(f"Expected `{type_.__name__}`, got `{_JSON_TYPES.get(type(value), type(value).__name__)}`")
-
-
-def _encodable(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float):  # a subclass: a Figure, a number of NumPy
-        return float(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 _JSON_TYPES = {
