@@ -68,8 +68,4 @@ def test_json_schema_accepts_what_decode_accepts() -> None:
     schema = json_schema(Outer)
     cases = (({"figure": "nan"}, True), ({"figure": "x"}, False), ({"figure": 1, "inner": [{}]}, False))
     for document, sound in cases:
-        ({"figure": "nan"}, True),
-        ({"figure": "x"}, False),
-        ({"figure": 1, "inner": [{}]}, False),
-    ):
         assert jsonschema.Draft202012Validator(schema).is_valid(document) is sound
