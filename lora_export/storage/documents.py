@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_export.contracts.figures import NONFINITE, Figure
+from lora_export.contracts.figures import NONFINITE, NOT_IN_JSON, Figure
 from lora_export.errors import InputError
 
 T = TypeVar("T")
@@ -49,31 +49,39 @@ def decode(value: Any, type_: type[T], what: str, where: str | Path) -> T:
         raise _damaged(what, place.rstrip("`").lstrip("."), *_found_and_expected(text), where) from None
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: object) -> Any:
     """The JSON value of a dataclass, or of anything made of dataclasses: what `decode` reads again.
 
-    Every field is there: msgspec's own conversion leaves out what an object has from its class, a default.
+    Fields that are declared with `metadata=NOT_IN_JSON` are left out.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: as_json(getattr(value, each.name)) for each in fields(value)}
+        return {f.name: as_json(getattr(value, f.name)) for f in fields(value) if f.metadata != NOT_IN_JSON}
     if isinstance(value, Mapping):
-        return {str(name): as_json(inner) for name, inner in value.items()}
+        return {str(k): as_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [as_json(inner) for inner in value]
-    if isinstance(value, float):
+        return [as_json(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):  # or a subclass: a Figure, a number of NumPy
         return finite(float(value))
-    return str(value) if isinstance(value, Path) else value
+    if value is None or isinstance(value, (str, int)):
+        return value
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def json_schema(type_: type) -> dict[str, Any]:
     """The JSON Schema (2020-12) of documents of this type."""
     import msgspec
 
-    figure = {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]}
-    return msgspec.json.schema(type_, schema_hook=lambda t: figure if t is Figure else {"type": "string"})
+    figure: Any = {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]}
+    hooks: dict[Any, dict[str, Any]] = {Figure: figure, object: {"description": "any JSON value"}}
+    schema = msgspec.json.schema(type_, schema_hook=lambda t: hooks.get(t, {"type": "string"}))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def _decoded(type_: type, value: Any) -> Any:
+    if type_ is object:  # any JSON value
+        return value
     if type_ is Path and isinstance(value, str):
         return Path(value)
     if type_ is Figure and (value in NONFINITE if isinstance(value, str) else _plain(value, float)):

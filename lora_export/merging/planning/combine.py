@@ -12,7 +12,7 @@ from functools import partial
 from math import copysign, prod, sqrt
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.lora import LowRank, LowRankUpdate, low_rank_of
+from lora_export.adapters.updates import LowRank, LowRankUpdate, low_rank_of
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, Update
 from lora_export.deltas import spectrum
 from lora_export.deltas.draws import drawn
