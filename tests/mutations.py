@@ -108,7 +108,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a trained head stays tied", "merging/planning/ties.py",
-        "alike = all(same.lists(a, b) for a, b in pairwise(lists))", "alike = True",
+        "alike = all(_do_the_same(a, b, adapters) for a, b in pairwise(lists))", "alike = True",
         "tests/merging/test_against_peft.py::test_merged_model_computes_what_the_unmerged_one_computes"
         "[lora on the head, tied]",
     ),
@@ -922,7 +922,7 @@ MUTATIONS = (
         "tests/adapters/test_attention.py::test_merged_equals_unmerged[settings0]",
     ),
     Mutation(
-        "q, k, v and z of each head are taken for blocks", "merging/planning/split_projections.py",
+        "q, k, v and z of each head are taken for blocks", "merging/planning/weight_parts.py",
         "by_head = whole in _BY_HEAD", "by_head = False",
         "tests/adapters/test_split_projections.py::test_merged_equals_each_part_changed_apart[qwen3-next]",
     ),
