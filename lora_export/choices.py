@@ -30,6 +30,4 @@ GRIDS: dict[Grid, tuple[tuple[int, int], ...]] = {
     "paper": ((1, 128), (16, 256), (32, 512)),
 }
 MIN_SURVIVAL = 0.9  # of an adapter's effect on the outputs, where nobody asks for another share
-ENGINES = ("genai", "dynamo")
-RUNTIMES = ("genai", "optimum", "triton", "transformers-js", "hf")
 ARCHIVES = ("tar.zst", "zip")

@@ -114,8 +114,7 @@ def _preflight(base: Source, adapters: Sequence[AdapterChoice], output: Path, op
     """Refuse everything that headers and config.json show, before minutes of work."""
     from lora_export.merging import plan
     from lora_export.onnx_export import check_request
-    from lora_export.validation.comparing.prompts import read_prompts
-    from lora_export.validation.comparing.text import read_text
+    from lora_export.validation.comparing.texts import read_prompts, read_text
 
     export = options.export
     read_prompts(options.validation.prompts)

@@ -1,3 +1,17 @@
-"""The version: of the package, of what a run records, of `--version`."""
+"""The version of this package, for `--version` and for what a run records, and those of other packages."""
+
+import contextlib
+from collections.abc import Iterable
 
 __version__ = "0.1.0"
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Package → version, for those that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

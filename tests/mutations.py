@@ -300,9 +300,9 @@ MUTATIONS = (
         "tests/validation/test_sounds.py",
     ),
     Mutation(
-        "verify passes over the options without a merged folder", "manifest.py",
-        'for folder in (run / "merged", run):',
-        'for folder in (run / "merged",):',
+        "verify passes over the options without a merged folder", "workflows/verifying.py",
+        'for certificate in (run / "merged" / NAME, run / NAME):',
+        'for certificate in (run / "merged" / NAME,):',
         "tests/end_to_end/test_one_pass.py::test_verify_ties_the_manifest_to_the_certificate",
     ),
     Mutation(
@@ -565,8 +565,8 @@ MUTATIONS = (
     ),
     Mutation(
         'a name is markup in a README', 'packages/readme.py',
-        'names = [markdown(a["name"]) for a in run.manifest["adapters"]]',
-        'names = [a["name"] for a in run.manifest["adapters"]]',
+        'names = [markdown(a.name) for a in run.manifest.adapters]',
+        'names = [a.name for a in run.manifest.adapters]',
         'tests/packages/test_commands.py::test_odd_names_stay_text[<script>alert(1)</script>]',
     ),
     Mutation(
@@ -577,7 +577,7 @@ MUTATIONS = (
     ),
     Mutation(
         'a bill of materials is another each time', 'packages/bom.py',
-        'uuid.uuid5(_SPACE, json.dumps(hashes, sort_keys=True))',
+        'uuid.uuid5(_SPACE, json.dumps(as_json(hashes), sort_keys=True))',
         'uuid.uuid4()',
         'tests/packages/test_packages.py::test_a_second_build_has_the_same_bytes[encoder-hf]',
     ),

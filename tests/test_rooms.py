@@ -20,6 +20,7 @@ TOP = {
     "manifest",
     "patterns",
     "plugins",
+    "registered",
     "progress",
     "runtime",
     "storage",

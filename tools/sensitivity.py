@@ -33,9 +33,9 @@ from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import EXIT_GATE
 from lora_export.merging import merge
 from lora_export.storage.sealed import write_json
-from lora_export.validation.comparing.prompts import BUILT_IN
+from lora_export.validation.comparing.texts import PROMPTS as BUILT_IN
 from lora_export.validation.reference import loading
-from lora_export.validation.reference.loaded import load_as_stored, own_type
+from lora_export.validation.reference.loading import load_as_stored, own_type
 from tests.validation.faults import FAULTS, Bench, Fault, unmerged_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,11 +191,11 @@ def try_honest(options: argparse.Namespace, adapters: Sequence[Path], work: Path
     """One row a merge that must pass, as stored and as loaded; after the given adapters, random ones."""
     for index in range(-(-options.honest // len(DTYPES))):
         adapter = adapters[index] if index < len(adapters) else random_adapter(options.base, work, index)
-        unmerged, bench = unmerged_model(options.base, adapter), None
+        unmerged = unmerged_model(options.base, adapter)
         for dtype in DTYPES[: options.honest - index * len(DTYPES)]:
             merged = work / "honest"
             merge(options.base, [AdapterChoice(adapter)], merged, MergeOptions(dtype=dtype, force=True))
-            bench = Bench.load(unmerged, merged, options.prompts, options.rows, like=bench)
+            bench = Bench.load(unmerged, merged, options.prompts, options.rows)
             yield try_merge(bench, adapter, dtype, merged)
 
 
@@ -204,7 +204,7 @@ def try_merge(bench: Bench, adapter: Path, dtype: Any, merged: Path) -> Row:
     failed = list(bench.judge().failed)
     narrow = own_type(bench.dtypes)
     if narrow:
-        checks, _ = bench.story.compare_loaded(bench.unmerged, load_as_stored(merged), narrow)
+        checks, _ = bench.comparison.compare_loaded(bench.unmerged, load_as_stored(merged), narrow)
         failed += [c.name for c in checks if not c.passed]
     row = {
         "adapter": adapter.name,

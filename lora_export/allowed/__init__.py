@@ -4,11 +4,11 @@ A runtime does what its configuration says: it loads a library that genai_config
 config.json names, a backend that config.pbtxt names. These functions are called before a runtime sees the folder.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_export.allowed import files, genai_config, hub, triton_config
-from lora_export.errors import CheckpointError, InputError
+from lora_export.errors import CheckpointError
 
 __all__ = ["check_adapter_folder", "check_model_folder", "check_onnx_folder", "check_package"]
 
@@ -42,17 +42,14 @@ def check_onnx_folder(folder: Path) -> None:
     _check_runtimes(folder.iterdir())
 
 
-def check_package(folder: Path, target: str) -> None:
-    """A package: each of its files is of a known type, and what a runtime reads of it is on a list."""
-    files.refuse_strangers(folder)
+def check_package(folder: Path, also: Sequence[str] = ()) -> None:
+    """A package: each of its files is of a known type, and what a runtime reads of it is on a list.
+
+    also: patterns of names that files of its target may have besides.
+    """
+    files.refuse_strangers(folder, also)
     hub.check_files(folder)
     _check_runtimes(folder.rglob("*"))
-    if target == "genai" and not (folder / genai_config.NAME).is_file():
-        raise InputError(
-            f"there is no {genai_config.NAME}",
-            where=folder,
-            expected=f"{genai_config.NAME}, without which onnxruntime-genai takes manifest.json for its own",
-        )
 
 
 def _check_runtimes(paths: Iterable[Path]) -> None:

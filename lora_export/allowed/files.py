@@ -1,6 +1,8 @@
 """Types of files: what may lie in a package, and what may lie in no folder that a runtime reads."""
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from lora_export.errors import InputError
@@ -43,11 +45,11 @@ def refuse_libraries(folder: Path) -> None:
             )
 
 
-def refuse_strangers(folder: Path) -> None:
-    """InputError for a file of a package that no package of this tool has."""
+def refuse_strangers(folder: Path, also: Sequence[str] = ()) -> None:
+    """InputError for a file of a package that no package of this tool has. also: patterns of further names."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        if _is_library(path) or not _belongs(PurePosixPath(name)):
+        if _is_library(path) or not (_belongs(PurePosixPath(name)) or any(fnmatchcase(path.name, p) for p in also)):
             raise InputError(
                 f"{name} is of no type that a package has",
                 where=path,

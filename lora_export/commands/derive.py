@@ -139,9 +139,10 @@ def _option(hint: Any, default: Any, how: Option, flag: str, section: str) -> Gi
 
 
 def _type(hint: Any, how: Option) -> Any:
-    choices = how.choices() if callable(how.choices) else how.choices
-    if choices or get_origin(hint) is Literal:
-        return click.Choice(choices or get_args(hint))
+    if callable(how.choices):
+        return types.LazyChoice(how.choices)
+    if how.choices or get_origin(hint) is Literal:
+        return click.Choice(how.choices or get_args(hint))
     if how.unit:
         return types.SPELLED[how.unit](how.minimum, how.maximum)
     least = how.minimum if how.above is None else how.above

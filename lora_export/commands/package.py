@@ -6,17 +6,18 @@ from typing import Any
 
 import click
 
-from lora_export.choices import RUNTIMES
 from lora_export.commands import derive
 from lora_export.commands.derive import FOLDER, Given
 from lora_export.commands.talk import Talk, megabytes, table
+from lora_export.commands.types import LazyChoice
 from lora_export.contracts.options import PackageOptions
+from lora_export.registered import target_names
 
 
 @derive.command(
     "package",
     click.Argument(["run"], type=FOLDER),
-    Given("--for", "target", required=True, type=click.Choice(RUNTIMES), help="The runtime that is to load it."),
+    Given("--for", "target", required=True, type=LazyChoice(target_names), help="The runtime that loads it."),
     derive.OUTPUT,
     derive.options_of(PackageOptions),
     Given("--push", "repository", metavar="OWNER/NAME", section=PackageOptions.SECTION, configurable="command line",

@@ -1,7 +1,7 @@
 """Types of what is given on the command line: sizes, shares, durations."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import click
@@ -83,3 +83,15 @@ SPELLED: dict[str, Callable[[float | None, float | None], click.ParamType[Any]]]
     "share": Share,
     "seconds": lambda least, most: Duration(),
 }
+
+
+class LazyChoice(click.Choice[str]):
+    """A choice whose values are looked up when help is printed or a value is given."""
+
+    def __init__(self, values: Callable[[], Sequence[str]]) -> None:
+        self._values = values
+        self.case_sensitive = True
+
+    @property
+    def choices(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self._values())

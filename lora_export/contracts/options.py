@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from lora_export import choices
 from lora_export.contracts.option import hidden, nested, option, switched, taken_from
+from lora_export.registered import engine_names
 from lora_export.tasks import TASKS
 
 # Sections of --help that several classes share; the others have that of their class.
@@ -152,7 +153,7 @@ class ExportOptions:
     precision: choices.Precision = option("fp32", "Precision of the ONNX weights.", )
     provider: choices.Provider = option("auto", PROVIDER_HELP)
     engine: str | None = option(
-        None, "Export engine.", choices=choices.ENGINES, configurable="file",
+        None, "Export engine.", choices=engine_names, configurable="file",
         default_text="the one that fits the architecture",
     )
     optimize: choices.Optimize = option(

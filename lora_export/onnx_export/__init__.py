@@ -15,7 +15,7 @@ from lora_export.choices import Precision
 from lora_export.contracts import ExportOptions, ExportResult, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import InputError
 from lora_export.onnx_export import records
-from lora_export.onnx_export.engines import ENGINES, choose
+from lora_export.onnx_export.engines import choose, engine_named
 from lora_export.onnx_export.engines.building import (
     against_plain_graphs,
     fill,
@@ -23,7 +23,7 @@ from lora_export.onnx_export.engines.building import (
     record_of,
     with_measured_damage,
 )
-from lora_export.onnx_export.engines.protocol import Engine, Job, architecture_of
+from lora_export.onnx_export.engines.protocol import ExportJob, architecture_of
 from lora_export.onnx_export.graphs.checks import check_export, check_loads, check_model
 from lora_export.onnx_export.graphs.identity import compare
 from lora_export.onnx_export.quantize import activations
@@ -83,7 +83,7 @@ def export(
     with files.output_folder(output, options.force, inputs=read) as stage:
         check_request(config, precision, provider, options.engine, how)
         quantized = blockwise(precision, provider, how) if how.activations == "float" else None
-        job = Job(model, config, stage, precision, provider, adapter, progress, options.optimize, quantized)
+        job = ExportJob(model, config, stage, precision, provider, adapter, progress, options.optimize, quantized)
         chosen.check(job)
         if quantized and AUTO in quantized.keep:
             job = with_measured_damage(job, quantized, chosen, source)
@@ -101,13 +101,15 @@ def export(
         for name in made.graphs:
             check_model(stage / name)
             check_loads(stage / name, precision)
-        record = record_of(job, made, chosen.name, how.activations) | {
-            "fused_against_plain": checked,
-            "seconds": round(time.monotonic() - started, 3),
-            "made_by_engine": [n for n in own if n != weights_map.NAME],
+        record = replace(
+            record_of(job, made, chosen.name, how.activations),
+            fused_against_plain=checked,
+            seconds=round(time.monotonic() - started, 3),
+            made_by_engine=tuple(n for n in own if n != weights_map.NAME),
+            graph_versions=records.versions(),
             **more,
-        }
-        records.write_record(stage, record | {"graph_versions": records.versions()})
+        )
+        records.write_record(stage, record)
     return load_export(output)
 
 
@@ -127,9 +129,9 @@ def reweight(
     """
     started = time.monotonic()
     record = records.read_record(earlier)
-    check_export(earlier, record["graphs"])
+    check_export(earlier, record.graphs)
     config = read_config(model)
-    described = read_map(earlier, tuple(record["graphs"]))
+    described = read_map(earlier, record.graphs)
     inputs = [model] if output.exists() and output.samefile(earlier) else [model, earlier]
     numbers = numbers_of(model, source)
     with files.output_folder(output, force, inputs=inputs) as stage:
@@ -138,15 +140,12 @@ def reweight(
         unchanged = frozenset(n for n, h in hashes.items() if described.hashes[n] == h)
         disk.check_space(output.absolute().parent, sum(described.sizes.values()))
         progress.detail(f"{len(unchanged)} of {len(hashes)} tensors are as they were exported")
-        copy_graphs(earlier, stage, record["made_by_engine"])
-        _engine(record["engine"]).accompany(model, stage)
+        copy_graphs(earlier, stage, record.made_by_engine)
+        engine_named(record.engine).accompany(model, stage)
         DataFiles(stage, described, numbers, progress, earlier, unchanged).write()
         weights_map.write(stage, replace(described, hashes=hashes))
-        record |= {
-            "seconds": round(time.monotonic() - started, 3),
-            "source_config_sha256": sealed.sha256(model / "config.json"),
-        }
-        records.write_record(stage, record)
+        digest, seconds = sealed.sha256(model / "config.json"), round(time.monotonic() - started, 3)
+        records.write_record(stage, replace(record, seconds=seconds, source_config_sha256=digest))
     return load_export(output)
 
 
@@ -160,9 +159,9 @@ def share(
     """
     started = time.monotonic()
     record = records.read_record(earlier)
-    check_export(earlier, record["graphs"])
+    check_export(earlier, record.graphs)
     shared.check_name(name, record, earlier)
-    described = read_map(earlier, tuple(record["graphs"]))
+    described = read_map(earlier, record.graphs)
     base = shared.Shared(earlier, described, record)
     inputs = [model] if root.exists() and root.samefile(earlier) else [model, earlier]
     config, numbers = read_config(model), numbers_of(model, None)
@@ -172,13 +171,6 @@ def share(
         graph = shared.add(folder, name, base, numbers, hashes, force, progress)
         shared.warn_of_companions(model, folder, progress)
     return replace(load_export(root / graph), seconds=time.monotonic() - started)
-
-
-def _engine(name: str) -> Engine:
-    known = {e.name: e for e in ENGINES}
-    if name not in known:
-        raise InputError(f"the record of the export names the engine {name!r}", expected=", ".join(known))
-    return known[name]
 
 
 def check_request(

@@ -1,64 +1,95 @@
-"""export.json: what an export says of itself, written by `export` and believed by nobody who can look."""
+"""export.json: what an export records of itself. What the graphs themselves tell is not taken from it."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from lora_export.choices import Activations, ModelKind, Precision
+from lora_export.choices import Activations, ModelKind, Optimize, Precision, Provider
 from lora_export.contracts import ExportResult
+from lora_export.contracts.figures import Figure
 from lora_export.errors import InputError
+from lora_export.onnx_export.quantize.blockwise import Blockwise
 from lora_export.storage import sealed
-from lora_export.storage.documents import Kind, check, check_texts
+from lora_export.storage.documents import as_json, decode
+from lora_export.version import installed
 
 NAME = "export.json"
-_RECORD: Kind = {
-    "engine": str, "precision": str, "nodes": int, "seconds": float, "kind": str, "task?": str, "graphs?": [str],
-    "files?": [str],
-    "activations?": str,
-}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecord:
+    """Fields with a default are those that an export of an older version may lack.
+
+    fused_against_plain: as in ExportResult; made_by_engine: files that the engine wrote, weights and their map
+    aside; files: in a folder that adapters share, those of this adapter; pluggable: the adapters whose
+    .onnx_adapter files lie beside the graph; graph_versions: installed when the graphs were made; versions: when
+    the record was written.
+    """
+
+    engine: str
+    precision: Precision
+    provider: Provider = "cpu"
+    optimize: Optimize = "full"
+    kind: ModelKind
+    task: str = "text-generation"
+    graphs: tuple[str, ...] = ("model.onnx",)
+    nodes: int
+    architecture: str = ""
+    quantization: Blockwise | None = None
+    activations: Activations = "float"
+    adapter: bool = False
+    source_config_sha256: str = ""
+    config_digest: str = ""
+    fused_against_plain: Figure | None = None
+    seconds: float
+    made_by_engine: tuple[str, ...] = ()
+    files: tuple[str, ...] | None = None
+    pluggable: tuple[str, ...] | None = None
+    graph_versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_export(place: Path) -> ExportResult:
-    """What an earlier export left in a folder, or as one graph of a folder that adapters share. InputError if
-    there is none."""
+    """What an earlier export left in a folder, or as one graph of a folder that adapters share.
+
+    InputError if there is none.
+    """
     name = NAME if place.is_dir() else f"{place.stem}.{NAME}"
     folder = place if place.is_dir() else place.parent
     record = read_record(folder, name)
     return ExportResult(
         output=folder,
-        engine=record["engine"],
-        precision=_known(Precision, record["precision"], folder),
-        nodes=record["nodes"],
-        seconds=record["seconds"],
-        files={n: s for n, s in sealed.sizes(folder).items() if n in record.get("files", (n,))},
-        kind=_known(ModelKind, record["kind"], folder),
-        task=record.get("task", "text-generation"),
-        graphs=tuple(record["graphs"]),
-        fused_against_plain=_number(record.get("fused_against_plain")),
-        activations=_known(Activations, record.get("activations", "float"), folder),
+        engine=record.engine,
+        precision=record.precision,
+        nodes=record.nodes,
+        seconds=record.seconds,
+        files={n: size for n, size in sealed.sizes(folder).items() if record.files is None or n in record.files},
+        kind=record.kind,
+        task=record.task,
+        graphs=record.graphs,
+        fused_against_plain=record.fused_against_plain,
+        activations=record.activations,
     )
 
 
 def adapters_beside(folder: Path) -> list[str]:
-    """The adapters that share the folder with an export, and those that its graph takes as it runs."""
+    """The adapters that share the folder with an export, and those that its graph takes as inputs."""
     shared = [p.name.removesuffix(f".{NAME}") for p in folder.glob(f"*.{NAME}")]
     return sorted([*shared, *(p.stem for p in folder.glob("*.onnx_adapter"))])
 
 
-def read_record(folder: Path, name: str = NAME) -> dict[str, Any]:
-    """export.json, with graphs that are there. InputError for anything else. name: of an adapter's own record."""
+def read_record(folder: Path, name: str = NAME) -> ExportRecord:
+    """export.json, or an adapter's own record of that name, whose graphs exist. InputError for anything else."""
     path = folder / name
     if not path.is_file():
         raise _no_export(folder, f"model.onnx and {name}")
-    record = sealed.read_json(path)
-    check_texts(record, path)
-    check(record, _RECORD, "the record of the export", path)
-    graphs = record.setdefault("graphs", ["model.onnx"])
-    for name in graphs:
-        if not sealed.plain_name(name) or not (folder / name).is_file():
-            raise _no_export(folder, f"{name!r}, which {path.name} names")
-    if not graphs:
-        raise _no_export(folder, f"a graph, of which {path.name} names none")
+    record = decode(sealed.read_json(path), ExportRecord, "the record of the export", path)
+    for graph in record.graphs:
+        if not sealed.plain_name(graph) or not (folder / graph).is_file():
+            raise _no_export(folder, f"{graph!r}, which {path.name} names")
+    if not record.graphs:
+        raise _no_export(folder, f"a graph; {path.name} names none")
     return record
 
 
@@ -71,30 +102,18 @@ def _no_export(folder: Path, expected: str) -> InputError:
     )
 
 
-def _number(found: Any) -> float | None:
-    return float(found) if isinstance(found, int | float) else None
+def write_record(folder: Path, record: ExportRecord, name: str = NAME) -> None:
+    sealed.write_json(folder / name, document(replace(record, versions=versions())))
 
 
-def _known(words: Any, found: str, folder: Path) -> Any:
-    if found not in get_args(words):
-        raise InputError(
-            f"the record of the export says {found!r}", where=folder / NAME, expected=", ".join(get_args(words))
-        )
-    return found
-
-
-def write_record(folder: Path, record: Mapping[str, Any], name: str = NAME) -> None:
-    sealed.write_json(folder / name, {**record, "versions": versions()})
+def document(record: ExportRecord) -> dict[str, Any]:
+    """The record as JSON, without fields that this sort of export does not have."""
+    fields: dict[str, Any] = as_json(record)
+    absent = {k for k in ("files", "pluggable") if fields[k] is None}
+    return {k: v for k, v in fields.items() if k not in absent}
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what makes graphs."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("onnxruntime-genai-cuda", "onnxruntime-genai", "onnx", "torch", "transformers"):
-        try:
-            found[name.removesuffix("-cuda").replace("-", "_")] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Installed versions of the packages that make graphs."""
+    names = ("onnxruntime-genai-cuda", "onnxruntime-genai", "onnx", "torch", "transformers")
+    return {n.removesuffix("-cuda").replace("-", "_"): v for n, v in installed(names).items()}

@@ -5,22 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.packages import bom, card, companions, contents, readme, signature
-from lora_export.packages.job import Facts, Job, Target
+from lora_export.packages.job import PackageFacts, PackageJob, PackageTarget
 from lora_export.storage import sealed
 
 __all__ = ["describe", "lay", "seal"]
 
 
-def lay(job: Job, target: Target) -> None:
+def lay(job: PackageJob, target: PackageTarget) -> None:
     """Fill the stage of `job` with what the runtime reads, and with the licences."""
     target.lay(job)
     companions.lay_licences(job.run, job.stage)
 
 
-def describe(job: Job, target: Target, licence: str | None) -> Facts:
+def describe(job: PackageJob, target: PackageTarget, licence: str | None) -> PackageFacts:
     """Write README.md beside what was laid; what running the package takes. licence: None if nobody knows it."""
-    facts = Facts(
-        target=target.name,
+    facts = PackageFacts(
+        target=target,
         name=job.name,
         task=job.run.task,
         precision=_precision(job),
@@ -30,14 +30,14 @@ def describe(job: Job, target: Target, licence: str | None) -> Facts:
         config=job.run.config,
         adapters=job.adapters,
     )
-    write = card.text if target.name == "hf" else readme.text
+    write = card.text if target.for_hub else readme.text
     (job.stage / readme.NAME).write_text(write(job.run, facts, licence), encoding="utf-8")
     return facts
 
 
 def seal(
-    job: Job,
-    facts: Facts,
+    job: PackageJob,
+    facts: PackageFacts,
     licence: str | None,
     options: Mapping[str, Any],
     measured: Mapping[str, Any],
@@ -55,7 +55,7 @@ def seal(
         signature.sign(job.stage, key)
 
 
-def _precision(job: Job) -> str:
+def _precision(job: PackageJob) -> str:
     """Of what the program in the README runs: the first variant, or the merged folder."""
     first = next(iter(job.exports.values()), None)
     return first.precision if first else str(job.run.report["merge"].get("dtype") or "keep")

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.escape import one_line
-from lora_export.packages.job import Facts, Run
+from lora_export.manifest import RecordedAdapter, RecordedSource
+from lora_export.packages.job import PackageFacts, Run
 from lora_export.storage import sealed
+from lora_export.storage.documents import as_json
+from lora_export.storage.sealed import FileHash
 from lora_export.version import __version__
 
 if TYPE_CHECKING:
@@ -20,9 +23,7 @@ _SPACE = uuid.UUID("6f1c0a55-4f0e-5a83-9a3b-2f1f5f0f9d10")  # of the serial numb
 _PREFIX = "lora-export:"
 
 
-def write(
-    stage: Path, run: Run, facts: Facts, licence: str | None, hashes: Mapping[str, Mapping[str, Any]]
-) -> None:
+def write(stage: Path, run: Run, facts: PackageFacts, licence: str | None, hashes: Mapping[str, FileHash]) -> None:
     """Of everything in `stage`, whose hashes are given; nothing in it tells when or where it was written."""
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.model.component import Component, ComponentType
@@ -32,8 +33,8 @@ def write(
     model = _model(run, facts, licence)
     tool = Component(name="lora-export", version=__version__, type=ComponentType.APPLICATION, bom_ref="tool")
     bom = Bom(
-        components=[_file(name, value["sha256"]) for name, value in hashes.items()],
-        serial_number=uuid.uuid5(_SPACE, json.dumps(hashes, sort_keys=True)),
+        components=[_file(name, value.sha256) for name, value in hashes.items()],
+        serial_number=uuid.uuid5(_SPACE, json.dumps(as_json(hashes), sort_keys=True)),
         metadata=BomMetaData(component=model, timestamp=datetime.fromisoformat(run.report["created"])),
     )
     bom.metadata.tools.components.add(tool)
@@ -45,33 +46,33 @@ def write(
     sealed.write_json(stage / NAME, document)
 
 
-def _model(run: Run, facts: Facts, licence: str | None) -> "Component":
+def _model(run: Run, facts: PackageFacts, licence: str | None) -> "Component":
     from cyclonedx.model.component import Component, ComponentType, Pedigree
     from cyclonedx.model.license import DisjunctiveLicense
 
     manifest = run.manifest
-    ancestors = [_ancestor("base", manifest["base"])]
-    ancestors += [_ancestor(f"adapter-{i}", a) for i, a in enumerate(manifest["adapters"])]
+    ancestors = [_ancestor("base", manifest.base)]
+    ancestors += [_ancestor(f"adapter-{i}", a) for i, a in enumerate(manifest.adapters)]
     return Component(
         name=one_line(facts.name),
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref="model",
-        description=one_line(f"{run.report['title']}, packaged for {facts.target}"),
+        description=one_line(f"{run.report['title']}, packaged for {facts.target.name}"),
         licenses=[DisjunctiveLicense(name=one_line(licence))] if licence else [],
         pedigree=Pedigree(ancestors=ancestors, notes="The adapters were merged into the weights of the base."),
-        properties=_properties({f"version:{k}": v for k, v in manifest["versions"].items()}),
+        properties=_properties({f"version:{k}": v for k, v in manifest.versions.items()}),
     )
 
 
-def _ancestor(reference: str, source: Mapping[str, Any]) -> "Component":
+def _ancestor(reference: str, source: RecordedSource | RecordedAdapter) -> "Component":
     from cyclonedx.model.component import Component, ComponentType
 
     return Component(
-        name=one_line(source["name"]),
-        version=source.get("commit"),
+        name=one_line(source.name),
+        version=source.commit,
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref=reference,
-        properties=_properties({f"sha256:{n}": f["sha256"] for n, f in source["files"].items()}),
+        properties=_properties({f"sha256:{n}": f.sha256 for n, f in source.files.items()}),
     )
 
 

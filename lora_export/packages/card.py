@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_export.escape import markdown, one_line
+from lora_export.manifest import RecordedAdapter, RecordedSource
 from lora_export.packages import readme
-from lora_export.packages.job import Facts, Run
+from lora_export.packages.job import PackageFacts, Run
 
 UNKNOWN = "unknown"  # the hub's word
 _INHERITED = ("language", "license_name", "license_link", "datasets")
@@ -31,15 +32,15 @@ def licence_of(run: Run, asked: str | None) -> str | None:
     return one_line(found) if isinstance(found, str) else None
 
 
-def text(run: Run, facts: Facts, licence: str | None) -> str:
+def text(run: Run, facts: PackageFacts, licence: str | None) -> str:
     """The whole card, by huggingface_hub's classes."""
     from huggingface_hub import ModelCard, ModelCardData
 
     manifest = run.manifest
-    several = len(manifest["adapters"]) > 1
+    several = len(manifest.adapters) > 1
     base = base_card(run)
     data = ModelCardData(
-        base_model=one_line(manifest["base"]["name"].partition("@")[0]),
+        base_model=one_line(manifest.base.name.partition("@")[0]),
         base_model_relation="merge" if several else "finetune",
         library_name="transformers",
         license=licence or UNKNOWN,
@@ -68,16 +69,11 @@ def text(run: Run, facts: Facts, licence: str | None) -> str:
 
 
 def _made(run: Run) -> list[str]:
-    merge, options = run.report["merge"], run.manifest["options"]["merge"]
+    merge, options = run.report["merge"], run.manifest.recorded_options.merge
     rows = {
-        "base": _named(run.manifest["base"]),
-        **{
-            f"adapter {i + 1}": f"{_named(a)}, weight {a['weight']:g}"
-            for i, a in enumerate(run.manifest["adapters"])
-        },
-        "method": options.get("combine")
-        if options.get("combine") != "none"
-        else "W + scaling · B · A, rounded once",
+        "base": _named(run.manifest.base),
+        **{f"adapter {i + 1}": f"{_named(a)}, weight {a.weight:g}" for i, a in enumerate(run.manifest.adapters)},
+        "method": options.combine if options.combine != "none" else "W + scaling · B · A, rounded once",
         "base weights": merge.get("base_weights"),
         "type": merge.get("dtype"),
         "certificate": "lora_export_certificate.json: each tensor by hash, its rounding, what is left of the delta",
@@ -85,8 +81,8 @@ def _made(run: Run) -> list[str]:
     return [f"- {markdown(name)}: {markdown(value)}" for name, value in rows.items()]
 
 
-def _named(source: Mapping[str, Any]) -> str:
-    return f"{source['name']} @ {source['commit']}" if source.get("commit") else str(source["name"])
+def _named(source: RecordedSource | RecordedAdapter) -> str:
+    return f"{source.name} @ {source.commit}" if source.commit else source.name
 
 
 def _licence_words(run: Run, licence: str | None) -> str:

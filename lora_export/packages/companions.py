@@ -38,7 +38,7 @@ def _promises_chat(run: Run) -> bool:
     """Whether the base says in its name that it was tuned to chat."""
     if run.task.name != "text-generation":
         return False
-    words = str(run.manifest["base"]["name"]).lower().replace("_", "-").replace("/", "-").split("-")
+    words = run.manifest.base.name.lower().replace("_", "-").replace("/", "-").split("-")
     return bool({"instruct", "chat", "it"} & set(words))
 
 

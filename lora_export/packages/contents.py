@@ -2,85 +2,109 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import Finding
 from lora_export.errors import InputError
-from lora_export.manifest import same_files
-from lora_export.packages import bom, readme
-from lora_export.packages.job import Facts, Run, Sample
-from lora_export.packages.targets import TARGETS
-from lora_export.packages.targets.genai import SUFFIX
+from lora_export.manifest import RecordedAdapter, RecordedSource, Tool, same_files
+from lora_export.packages import bom
+from lora_export.packages.job import ADAPTER_SUFFIX, PackageFacts, Run, Sample
+from lora_export.packages.targets import target_named
 from lora_export.packages.tasks import task_of
 from lora_export.storage import sealed
-from lora_export.storage.documents import Kind, check, check_texts
-from lora_export.version import __version__
+from lora_export.storage.documents import as_json, decode
+from lora_export.storage.sealed import FileHash
 
 NAME, SIGNATURE = "manifest.json", "model.sig"
 KIND = "lora-export package"
 MODEL_NAME_WORDS = "letters, digits, '.', '_' and '-', the first a letter or a digit, at most 100"
-_HASHES: Kind = {str: {"sha256": str, "size": int}}
-_MANIFEST: Kind = {
-    "schema_version": int, "kind": str, "base": {"name": str}, "adapters": [{"name": str}],
-    "latency": {"verdict": (None, str)}, "target": str, "name": str, "files": _HASHES, "task": str,
-    "architecture": str, "precision": str, "variants": [str], "providers": [str], "onnx_adapters": [str],
-    "sample": (None, {"prompt": str, "text": (None, str), "numbers": [float]}),
-}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of the merged model against its base, as the run measured it."""
+
+    verdict: str | None
+    provider: str | None = None
+    provider_verified: bool | None = None
+    graph_identical: bool | None = None
+
+
+@dataclass(frozen=True)
+class PackageManifest:
+    """onnx_adapters: the .onnx_adapter files without their suffix; options: of the package, and of the run; run:
+    its title, time, status and the hash of its manifest; certificate: of the merge, by hash, and its summary;
+    measured: how each variant compares with the run's own export; files: everything else in the package."""
+
+    schema_version: int
+    kind: str
+    target: str
+    name: str
+    task: str
+    architecture: str
+    precision: str
+    variants: tuple[str, ...]
+    providers: tuple[str, ...]
+    onnx_adapters: tuple[str, ...]
+    sample: Sample | None
+    tool: Tool
+    versions: Mapping[str, str]
+    options: Mapping[str, Mapping[str, Any]]
+    base: RecordedSource
+    adapters: tuple[RecordedAdapter, ...]
+    run: Mapping[str, Any]
+    certificate: Mapping[str, Any]
+    validation: Mapping[str, Any]
+    latency: Latency
+    measured: Mapping[str, Mapping[str, Any]]
+    files: Mapping[str, FileHash]
 
 
 def write(
     stage: Path,
     run: Run,
-    facts: Facts,
+    facts: PackageFacts,
     options: Mapping[str, Any],
-    measured: Mapping[str, Any],
-    hashes: Mapping[str, Mapping[str, Any]],
+    measured: Mapping[str, Mapping[str, Any]],
+    hashes: Mapping[str, FileHash],
 ) -> None:
-    """Of everything in `stage`, whose hashes are given.
-
-    measured: what each variant was found to do beside the run's own export.
-    """
+    """Of everything in `stage`, whose hashes are given."""
     bench = run.report["benchmark"] or {}
-    sealed.write_sealed(
-        stage / NAME,
-        {
-            "schema_version": 1,
-            "kind": KIND,
-            "target": facts.target,
-            "name": facts.name,
-            "task": run.task.name,
-            "architecture": run.architecture,
-            **readme.facts_json(facts),
-            "tool": {"name": "lora-export", "version": __version__},
-            "versions": run.manifest["versions"],
-            "options": {"package": dict(options), "run": run.manifest["options"]},
-            "base": run.manifest["base"],
-            "adapters": run.manifest["adapters"],
-            "run": {
-                "title": run.report["title"],
-                "created": run.report["created"],
-                "status": run.report["status"],
-                "manifest_sha256": sealed.sha256(run.folder / NAME),
-            },
-            "certificate": _certificate(run),
-            "validation": {
-                "passed": run.report["validate"]["passed"],
-                "checks": run.report["validate"]["checks"],
-            },
-            "latency": {k: bench.get(k) for k in ("verdict", "provider", "provider_verified", "graph_identical")},
-            "measured": dict(measured),
-            "files": dict(sorted(hashes.items())),
-        },
+    manifest = PackageManifest(
+        schema_version=1,
+        kind=KIND,
+        target=facts.target.name,
+        name=facts.name,
+        task=run.task.name,
+        architecture=run.architecture,
+        precision=facts.precision,
+        variants=facts.variants,
+        providers=facts.providers,
+        onnx_adapters=facts.adapters,
+        sample=facts.sample,
+        tool=Tool(),
+        versions=run.manifest.versions,
+        options={"package": options, "run": run.manifest.options},
+        base=run.manifest.base,
+        adapters=run.manifest.adapters,
+        run={k: run.report[k] for k in ("title", "created", "status")}
+        | {"manifest_sha256": sealed.sha256(run.folder / NAME)},
+        certificate=_certificate(run),
+        validation={k: run.report["validate"][k] for k in ("passed", "checks")},
+        latency=Latency(*(bench.get(k) for k in ("verdict", "provider", "provider_verified", "graph_identical"))),
+        measured=measured,
+        files=dict(sorted(hashes.items())),
     )
+    sealed.write_sealed(stage / NAME, as_json(manifest))
 
 
 def _certificate(run: Run) -> dict[str, Any]:
-    """The certificate of the merge by its hash, and its summary."""
     merge = run.report["merge"]
-    path = merge.get("certificate", "")
+    file = run.manifest.files.get(merge.get("certificate", ""))
     return {
-        "sha256": run.manifest["files"].get(path, {}).get("sha256"),
+        "sha256": file.sha256 if file else None,
         **{k: merge.get(k) for k in ("tensors", "adapter_tensors", "delta_survival", "base_weights", "dtype")},
     }
 
@@ -96,68 +120,64 @@ def is_package(folder: Path) -> bool:
         return False
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> PackageManifest:
     """The manifest of a package. InputError unless it is whole and names files within the folder."""
     path = folder / NAME
-    manifest = sealed.read_sealed(path)
-    check_texts(manifest, path)
-    check(manifest, _MANIFEST, "the manifest of the package", path)
-    for name in manifest["files"]:
-        if not sealed.plain_path(name):
-            raise InputError(
-                f"the manifest names {name!r}, which lies outside of the package",
-                where=path,
-                expected="relative names within the folder",
-            )
+    manifest = decode(sealed.read_sealed(path), PackageManifest, "the manifest of the package", path)
+    outside = next((name for name in manifest.files if not sealed.plain_path(name)), None)
+    if outside is not None:
+        raise InputError(
+            f"the manifest names {outside!r}, which lies outside the package",
+            where=path,
+            expected="relative names within the folder",
+        )
     _check_words(manifest, path)
     return manifest
 
 
-def _check_words(manifest: Mapping[str, Any], path: Path) -> None:
-    """InputError unless what ends in a program or in a path is one of the words that a package can have."""
-    adapters = [f"{name}{SUFFIX}" for name in manifest["onnx_adapters"]]
+def _check_words(manifest: PackageManifest, path: Path) -> None:
+    """InputError for a word that no package has and that would end up in a program or a path."""
+    target_named(manifest.target)
+    adapters = [f"{name}{ADAPTER_SUFFIX}" for name in manifest.onnx_adapters]
     for what, holds, expected in (
-        ("target", manifest["target"] in TARGETS, ", ".join(TARGETS)),
-        ("name", is_model_name(manifest["name"]), MODEL_NAME_WORDS),
-        ("providers", {*manifest["providers"]} in ({"cpu"}, {"cuda"}, {"cpu", "cuda"}), "cpu, cuda"),
-        ("variants", all(map(str.isalnum, manifest["variants"])), "letters and digits"),
-        ("onnx_adapters", all(name in manifest["files"] for name in adapters), "files of the package"),
+        ("name", is_model_name(manifest.name), MODEL_NAME_WORDS),
+        ("providers", {*manifest.providers} in ({"cpu"}, {"cuda"}, {"cpu", "cuda"}), "cpu, cuda"),
+        ("variants", all(map(str.isalnum, manifest.variants)), "letters and digits"),
+        ("onnx_adapters", all(name in manifest.files for name in adapters), "files of the package"),
     ):
         if not holds:
-            raise InputError(
-                f"the manifest of the package says {what} {manifest[what]!r}", where=path, expected=expected
-            )
+            value = as_json(getattr(manifest, what))
+            raise InputError(f"the manifest of the package says {what} {value!r}", where=path, expected=expected)
 
 
 def is_model_name(name: str) -> bool:
-    """Whether a name is one of a file, of a model of Triton's, and a title."""
+    """Whether a name can be that of a file, of a Triton model, and a title."""
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None
 
 
-def facts_of(folder: Path, manifest: Mapping[str, Any]) -> Facts:
+def facts_of(folder: Path, manifest: PackageManifest) -> PackageFacts:
     """What running a package takes. InputError for a configuration that cannot be read."""
-    sample = manifest["sample"]
-    return Facts(
-        target=manifest["target"],
-        name=manifest["name"],
-        task=task_of(manifest["task"], manifest["architecture"]),
-        precision=manifest["precision"],
-        variants=tuple(manifest["variants"]),
-        providers=tuple(manifest["providers"]),
-        sample=Sample(sample["prompt"], sample["text"], tuple(sample["numbers"])) if sample else None,
+    return PackageFacts(
+        target=target_named(manifest.target),
+        name=manifest.name,
+        task=task_of(manifest.task, manifest.architecture),
+        precision=manifest.precision,
+        variants=manifest.variants,
+        providers=manifest.providers,
+        sample=manifest.sample,
         config=sealed.read_json(folder / "config.json"),
-        adapters=tuple(manifest["onnx_adapters"]),
+        adapters=manifest.onnx_adapters,
     )
 
 
-def compare(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
-    """Each file that is missing, was added, was changed, or is no plain file; or that all are as they were."""
-    wanted, found = manifest["files"], {}
+def compare(folder: Path, manifest: PackageManifest) -> list[Finding]:
+    """Each file that is missing, was added, was changed, or is not a regular file; or that all are as they were."""
+    wanted, found = manifest.files, {}
     notes = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            notes.append(f"{name} is a link, or no file")
+            notes.append(f"{name} is a link, or not a file")
         elif path.is_file() and name not in (NAME, SIGNATURE):
             found[name] = sealed.hashed(path)
         elif path.is_dir() and not any(w.startswith(f"{name}/") for w in wanted):

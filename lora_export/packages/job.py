@@ -4,33 +4,37 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from lora_export.choices import Precision, Provider
 from lora_export.contracts import ExportResult
 from lora_export.errors import InputError
-from lora_export.packages.tasks import Task
+from lora_export.manifest import RunManifest
+from lora_export.packages.interpreters import Interpreter
+from lora_export.packages.tasks import PackageTask
 
 RUNS_OWN = "run"  # the variant that is the run's own export
-Language = Literal["python", "javascript"]
+ADAPTER_SUFFIX = ".onnx_adapter"
 
 
 @dataclass(frozen=True)
 class Run:
     """What merge-and-export left.
 
-    merged: the merged folder, None for a run without one; export: the run's own ONNX export; companions: the folder
-    with config.json, tokenizer and licences; manifest, report: the run's documents; config: of the model.
+    merged: the merged folder, None for a run without one; export: the run's own ONNX export; fp16_int4: whether its
+    engine makes int4 graphs that compute in fp16; companions: the folder with config.json, tokenizer and licences;
+    manifest, report: the run's documents; config: of the model.
     """
 
     folder: Path
     merged: Path | None
     export: ExportResult
+    fp16_int4: bool
     companions: Path
     config: Mapping[str, Any]
-    manifest: Mapping[str, Any]
+    manifest: RunManifest
     report: Mapping[str, Any]
-    task: Task
+    task: PackageTask
 
     @property
     def architecture(self) -> str:
@@ -39,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what the unmerged model says to it, or the validated graph computes of it.
+    """A prompt, and the unmerged model's answer to it or the validated graph's output.
 
     text: greedy, without special tokens; None for a model that does not generate text. numbers: the first of its
     first output otherwise.
@@ -60,9 +64,9 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Job:
+class PackageJob:
     """One package. stage: the empty folder to fill; exports: by the names of the variants; name: of the model;
-    providers: what it is to run on, the usual one first; adapters: names of the .onnx_adapter files beside a graph
+    providers: what it is to run on, the default first; adapters: names of the .onnx_adapter files beside a graph
     with slots, the run's own first."""
 
     run: Run
@@ -76,27 +80,27 @@ class Job:
 
 @dataclass(frozen=True)
 class Snippet:
-    """A program that runs a package and prints what it says to the sample, as one line of JSON.
+    """A program that runs a package and prints its answer to the sample, as one line of JSON.
 
     setup: the commands that install its runtime; code: the program.
     """
 
-    language: Language
+    interpreter: Interpreter
     setup: str
     code: str
 
 
 @dataclass(frozen=True)
-class Facts:
+class PackageFacts:
     """What running a package takes, as its manifest and config.json have it.
 
-    name: of the model; variants: their names; providers: what it runs on, the usual one first; precision: of what
-    the program runs; adapters: that are plugged in as it runs.
+    name: of the model; variants: their names; providers: what it runs on, the default first; precision: of what
+    the program runs; adapters: those that are plugged in at run time.
     """
 
-    target: str
+    target: "PackageTarget"
     name: str
-    task: Task
+    task: PackageTask
     precision: str
     variants: tuple[str, ...]
     providers: tuple[str, ...]
@@ -105,13 +109,24 @@ class Facts:
     adapters: tuple[str, ...] = ()
 
 
-class Target(ABC):
-    """A runtime that packages are made for. All methods raise ExportError or InputError for what cannot be done."""
+class PackageTarget(ABC):
+    """A runtime that packages are made for. All methods raise ExportError or InputError for what cannot be done.
+
+    name: as in --for; title: of the README, "NAME for TITLE"; needs_merged: whether it is made of the merged
+    folder; takes_adapters: whether a graph with slots can be packaged, with adapters beside it; for_hub: whether
+    the README is a model card, and the package can be pushed to the Hub; file_names: patterns of the names of
+    files that it has beyond those that any package may have.
+    """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    needs_merged: ClassVar[bool] = False
+    takes_adapters: ClassVar[bool] = False
+    for_hub: ClassVar[bool] = False
+    file_names: ClassVar[tuple[str, ...]] = ()
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
-        """The exports to put into a package: those with `names`, or the usual ones. Refuses what cannot be had."""
+        """The exports to put into a package: those of `names`, or the default ones. Refuses what cannot be made."""
         if names:
             raise InputError(
                 f"--variant {names[0]} with --for {self.name}",
@@ -121,24 +136,27 @@ class Target(ABC):
         return (Variant(RUNS_OWN, run.export.precision),)
 
     def providers(self, run: Run, asked: str | None) -> tuple[str, ...]:
-        """What the package runs on, the usual one first. asked: which is to be the first; None: as the run."""
+        """What the package runs on, the default first. asked: which one that is to be; None: as the run."""
         if run.export.precision == "bf16":
             return ("cuda",)
-        made_for = asked or run.manifest["options"].get("provider")
+        made_for = asked or run.manifest.recorded_options.provider
         return ("cuda", "cpu") if made_for in ("cuda", "tensorrt") else ("cpu", "cuda")
 
     @abstractmethod
-    def lay(self, job: Job) -> None:
+    def lay(self, job: PackageJob) -> None:
         """Fill the stage with everything that the runtime reads."""
 
     @abstractmethod
-    def snippet(self, facts: Facts, folder: str) -> Snippet:
+    def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
         """The program for a package that lies in `folder`."""
 
-    def check(self, facts: Facts, folder: str) -> Snippet:
-        """The program that `verify --run` runs: the same, or as near to it as a machine without a server comes."""
+    def check_folder(self, folder: Path) -> None:  # noqa: B027
+        """Refuse a package that this runtime must not be given."""
+
+    def check(self, facts: PackageFacts, folder: str) -> Snippet:
+        """The program that `verify --run` runs: the same, or the closest that needs no server."""
         return self.snippet(facts, folder)
 
-    def notes(self, facts: Facts) -> str:
+    def notes(self, facts: PackageFacts) -> str:
         """Markdown for the README, beyond the program; '' for none."""
         return ""

@@ -5,8 +5,9 @@ A README shows them and `verify --run` runs them. They hold no name that came wi
 
 import json
 
-from lora_export.packages.job import Facts, Snippet
-from lora_export.packages.tasks import Task
+from lora_export.packages.interpreters import Node, Python
+from lora_export.packages.job import PackageFacts, Snippet
+from lora_export.packages.tasks import PackageTask
 
 TOKENS = 32  # greedy ones
 NUMBERS = 8  # of a model's first output that are shown
@@ -14,11 +15,11 @@ PROMPT = "The capital of France is"
 _SECOND = 16_000  # samples of one second of sound
 
 
-def prompt_of(facts: Facts) -> str:
+def prompt_of(facts: PackageFacts) -> str:
     return facts.sample.prompt if facts.sample else PROMPT
 
 
-def python_program(facts: Facts, folder: str, library: str, auto: str, setup: str) -> Snippet:
+def python_program(facts: PackageFacts, folder: str, library: str, auto: str, setup: str) -> Snippet:
     """For classes with from_pretrained and the inputs and outputs of transformers."""
     task = facts.task
     reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
@@ -43,10 +44,10 @@ def python_program(facts: Facts, folder: str, library: str, auto: str, setup: st
         ]
     else:
         lines += [f"print(json.dumps(model(**inputs)[0].flatten()[:{NUMBERS}].tolist()))"]
-    return Snippet("python", setup, "\n".join(lines))
+    return Snippet(Python(), setup, "\n".join(lines))
 
 
-def _inputs(task: Task, prompt: str) -> list[str]:
+def _inputs(task: PackageTask, prompt: str) -> list[str]:
     text = repr(prompt)
     if task.input == "text":
         return [f'inputs = reader({text}, return_tensors="pt")']
@@ -57,7 +58,7 @@ def _inputs(task: Task, prompt: str) -> list[str]:
     return [f'inputs = reader({words}images={picture}, return_tensors="pt")']
 
 
-def javascript_program(facts: Facts, folder: str, dtype: str, setup: str) -> Snippet:
+def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str) -> Snippet:
     """For transformers.js on Node."""
     task = facts.task
     reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
@@ -93,4 +94,4 @@ def javascript_program(facts: Facts, folder: str, dtype: str, setup: str) -> Sni
             "const first = Object.values(await model(inputs))[0];",
             f'console.log(JSON.stringify(Array.from(first.to("float32").data.slice(0, {NUMBERS}))));',
         ]
-    return Snippet("javascript", setup, "\n".join(lines))
+    return Snippet(Node(), setup, "\n".join(lines))

@@ -1,40 +1,31 @@
 """README.md of a package: what it is, how it was proved, and the commands that run it."""
 
 import json
-from typing import Any
 
 from lora_export.escape import markdown
-from lora_export.packages.job import Facts, Run, Snippet
-from lora_export.packages.targets import TARGETS
+from lora_export.packages.job import PackageFacts, Run, Snippet
 
 NAME = "README.md"
 FOLDER = "."
-_TITLES = {
-    "genai": "onnxruntime-genai",
-    "optimum": "Optimum and ONNX Runtime",
-    "triton": "the Triton Inference Server",
-    "transformers-js": "transformers.js",
-    "hf": "transformers, vLLM and TGI",
-}
 
 
-def text(run: Run, facts: Facts, licence: str | None) -> str:
-    """For every target but hf, whose README is the model card. licence: None if nobody knows it."""
-    lines = [f"# {markdown(facts.name)} for {_TITLES[facts.target]}", "", *about(run, facts)]
+def text(run: Run, facts: PackageFacts, licence: str | None) -> str:
+    """For a target whose README is no model card. licence: None if nobody knows it."""
+    lines = [f"# {markdown(facts.name)} for {facts.target.title}", "", *about(run, facts)]
     lines += [f"- licence: {markdown(licence)}"] * bool(licence) + ["", *how_to_run(facts)]
     return "\n".join(lines) + "\n"
 
 
-def about(run: Run, facts: Facts) -> list[str]:
+def about(run: Run, facts: PackageFacts) -> list[str]:
     """What was merged into what, and what was found when it was checked."""
-    names = [markdown(a["name"]) for a in run.manifest["adapters"]]
+    names = [markdown(a.name) for a in run.manifest.adapters]
     how = (
         "beside its weights, as lora-export merged and checked it"
         if facts.adapters
         else "merged into its weights by lora-export"
     )
     words = f"the adapter{'s' * (len(names) > 1)} {' and '.join(names)}"
-    lines = [f"{markdown(run.manifest['base']['name'])} with {words} {how}."]
+    lines = [f"{markdown(run.manifest.base.name)} with {words} {how}."]
     return [*lines, *(f"- {markdown(name)}: {markdown(value)}" for name, value in proof(run).items())]
 
 
@@ -60,22 +51,20 @@ def proof(run: Run) -> dict[str, str]:
     return found
 
 
-def how_to_run(facts: Facts) -> list[str]:
-    target = TARGETS[facts.target]
-    snippet = target.snippet(facts, FOLDER)
+def how_to_run(facts: PackageFacts) -> list[str]:
+    snippet = facts.target.snippet(facts, FOLDER)
     lines = ["## Run it", "", "In this folder:", "", "```bash", snippet.setup, "```", ""]
     lines += [*_shell(snippet), ""]
     lines += _expected(facts)
-    notes = target.notes(facts)
+    notes = facts.target.notes(facts)
     return [*lines, *([notes.rstrip(), ""] if notes else []), *_verify()]
 
 
 def _shell(snippet: Snippet) -> list[str]:
-    start = {"python": "python -", "javascript": "node --input-type=module"}[snippet.language]
-    return ["```bash", f"{start} <<'END'", snippet.code, "END", "```"]
+    return ["```bash", f"{snippet.interpreter.command} <<'END'", snippet.code, "END", "```"]
 
 
-def _expected(facts: Facts) -> list[str]:
+def _expected(facts: PackageFacts) -> list[str]:
     """What the program prints where the arithmetic is that of the unmerged model. JSON, which no fence ends in."""
     if facts.sample is None:
         return []
@@ -86,17 +75,3 @@ def _expected(facts: Facts) -> list[str]:
 
 def _verify() -> list[str]:
     return ["", "`lora-export verify .` checks every file, and with `--run` that the model says the same."]
-
-
-def facts_json(facts: Facts) -> dict[str, Any]:
-    """What the manifest keeps of the facts; the configuration lies beside it."""
-    sample = facts.sample
-    return {
-        "precision": facts.precision,
-        "variants": list(facts.variants),
-        "providers": list(facts.providers),
-        "onnx_adapters": list(facts.adapters),
-        "sample": {"prompt": sample.prompt, "text": sample.text, "numbers": list(sample.numbers)}
-        if sample
-        else None,
-    }

@@ -7,7 +7,7 @@ from lora_export.errors import ExportError
 
 
 @dataclass(frozen=True)
-class Task:
+class PackageTask:
     """name: Optimum's; auto: the class of transformers and transformers.js; optimum: its class; input: what the
     model reads; pipeline: the hub's name; generates: whether the model makes text token by token."""
 
@@ -20,41 +20,43 @@ class Task:
 
 
 _ALL = (
-    Task("text-generation", "AutoModelForCausalLM", "ORTModelForCausalLM", "text", "text-generation", True),
-    Task("text2text-generation", "AutoModelForSeq2SeqLM", "ORTModelForSeq2SeqLM", "text", "translation", True),
-    Task("feature-extraction", "AutoModel", "ORTModelForFeatureExtraction", "text", "feature-extraction"),
-    Task("fill-mask", "AutoModelForMaskedLM", "ORTModelForMaskedLM", "text", "fill-mask"),
-    Task(
+    PackageTask("text-generation", "AutoModelForCausalLM", "ORTModelForCausalLM", "text", "text-generation", True),
+    PackageTask(
+        "text2text-generation", "AutoModelForSeq2SeqLM", "ORTModelForSeq2SeqLM", "text", "translation", True
+    ),
+    PackageTask("feature-extraction", "AutoModel", "ORTModelForFeatureExtraction", "text", "feature-extraction"),
+    PackageTask("fill-mask", "AutoModelForMaskedLM", "ORTModelForMaskedLM", "text", "fill-mask"),
+    PackageTask(
         "text-classification", "AutoModelForSequenceClassification", "ORTModelForSequenceClassification", "text",
         "text-classification",
     ),
-    Task(
+    PackageTask(
         "token-classification", "AutoModelForTokenClassification", "ORTModelForTokenClassification", "text",
         "token-classification",
     ),
-    Task(
+    PackageTask(
         "question-answering", "AutoModelForQuestionAnswering", "ORTModelForQuestionAnswering", "text",
         "question-answering",
     ),
-    Task(
+    PackageTask(
         "image-classification", "AutoModelForImageClassification", "ORTModelForImageClassification", "image",
         "image-classification",
     ),
-    Task(
+    PackageTask(
         "audio-classification", "AutoModelForAudioClassification", "ORTModelForAudioClassification", "audio",
         "audio-classification",
     ),
-    Task(
+    PackageTask(
         "zero-shot-image-classification", "AutoModelForZeroShotImageClassification",
         "ORTModelForZeroShotImageClassification", "both", "zero-shot-image-classification",
     ),
 )  # fmt: skip
 _ASR = "automatic-speech-recognition"
-_CTC = Task(_ASR, "AutoModelForCTC", "ORTModelForCTC", "audio", _ASR)
-_SPEECH = Task(_ASR, "AutoModelForSpeechSeq2Seq", "ORTModelForSpeechSeq2Seq", "audio", _ASR, True)
+_CTC = PackageTask(_ASR, "AutoModelForCTC", "ORTModelForCTC", "audio", _ASR)
+_SPEECH = PackageTask(_ASR, "AutoModelForSpeechSeq2Seq", "ORTModelForSpeechSeq2Seq", "audio", _ASR, True)
 
 
-def task_of(name: str, architecture: str) -> Task:
+def task_of(name: str, architecture: str) -> PackageTask:
     """The task that an export names ("text-generation-with-past"). ExportError for one that no package knows."""
     plain = name.removesuffix("-with-past")
     if plain == _ASR:

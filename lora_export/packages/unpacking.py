@@ -91,7 +91,7 @@ class Bounds:
             raise ValueError(f"it holds more than {MOST_FILES:,} files")
         long = len(name.encode("utf-8", "replace")) > LONGEST_NAME or name.count("/") > DEEPEST
         if long or not sealed.plain_path(name):
-            raise ValueError(f"it holds {name!r}, which would lie outside of the package, or too deep in it")
+            raise ValueError(f"it holds {name!r}, which would lie outside the package, or too deep in it")
         self.spend(size, name)
         plain = unicodedata.normalize("NFC", name).casefold()
         above = ["/".join(plain.split("/")[:i]) for i in range(1, plain.count("/") + 1)]

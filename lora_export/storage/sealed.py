@@ -10,6 +10,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +23,14 @@ LARGEST_SETTINGS = 16 * 2**20  # bytes of a file of settings, such as config.jso
 _PIECES = 4096  # of the JSON encoder, a word or a bracket each
 _LINK = "a link that leads out of the folder"
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True)
+class FileHash:
+    """size: in bytes."""
+
+    sha256: str
+    size: int
 
 
 @contextlib.contextmanager
@@ -96,13 +105,11 @@ def copy(path: Path, target: Path, root: Path | None = None) -> None:
 
 
 def sha256(path: Path, root: Path | None = None) -> str:
-    """Of a file that `opened` opens."""
-    with opened(path, root) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashed(path, root).sha256
 
 
-def hash_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name (relative, with /), SHA-256 and size in bytes of every file below `folder`, sorted.
+def hash_folder(folder: Path) -> dict[str, FileHash]:
+    """Name (relative, with /) and hash of every file below `folder`, sorted.
 
     InputError for a link that leads out of it, for a link to a folder, and for what is neither file nor folder.
     """
@@ -119,11 +126,11 @@ def sizes(folder: Path) -> dict[str, int]:
     return {p.relative_to(folder).as_posix(): p.stat().st_size for p in paths}
 
 
-def hashed(path: Path, root: Path | None = None) -> dict[str, Any]:
-    """SHA-256 and size in bytes of a file that `opened` opens."""
+def hashed(path: Path, root: Path | None = None) -> FileHash:
+    """Of a file that `opened` opens."""
     with opened(path, root) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"sha256": digest, "size": os.fstat(file.fileno()).st_size}
+        return FileHash(digest, os.fstat(file.fileno()).st_size)
 
 
 def read_json(path: Path, *, limit: int = LARGEST) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,8 @@ from lora_export import allowed
 from lora_export.contracts import Finding, Progress, Verification
 from lora_export.errors import InputError, LoraExportError
 from lora_export.packages import archive, contents, signature
-from lora_export.packages.job import Facts, Snippet
-from lora_export.packages.targets import TARGETS
+from lora_export.packages.job import PackageFacts
+from lora_export.packages.targets import target_named
 from lora_export.storage import sealed
 from lora_export.workflows import confined
 
@@ -51,7 +50,7 @@ def verify(path: Path, key: Path | None, run: bool, runtime: Path | None, progre
         else:
             not_checked.append(_UNSIGNED)
         if all(c.passed for c in checks):
-            checks += _allowed(folder, manifest["target"])
+            checks += _allowed(folder, manifest.target)
         if all(c.passed for c in checks):
             checks += _graphs(folder)
         about: dict[str, Any] = {"signature": _signature(folder, key, checks)}
@@ -81,8 +80,10 @@ _WARNINGS = {
 
 def _allowed(folder: Path, target: str) -> list[Finding]:
     """Whether its files are of known types, and its configuration says only what a runtime may be told."""
+    chosen = target_named(target)
     try:
-        allowed.check_package(folder, target)
+        allowed.check_package(folder, chosen.file_names)
+        chosen.check_folder(folder)
     except LoraExportError as error:
         where = f" ({error.where})" if error.where else ""
         return [Finding("contents", False, f"{error.found}{where}")]
@@ -121,7 +122,7 @@ def _graphs(folder: Path) -> list[Finding]:
     return found
 
 
-def refuse_other_words(folder: Path, facts: Facts, progress: Progress) -> None:
+def refuse_other_words(folder: Path, facts: PackageFacts, progress: Progress) -> None:
     """InputError unless what lies in `folder` says to the sample what the unmerged model says."""
     found, _ = _said(folder, facts, None, progress)
     if not found.passed:
@@ -135,14 +136,14 @@ def refuse_other_words(folder: Path, facts: Facts, progress: Progress) -> None:
 # --- running it --------------------------------------------------------------------------------------------
 
 
-def _said(folder: Path, facts: Facts, runtime: Path | None, progress: Progress) -> tuple[Finding, str]:
+def _said(folder: Path, facts: PackageFacts, runtime: Path | None, progress: Progress) -> tuple[Finding, str]:
     """What the package's runtime says to the sample, beside what the unmerged model says; and whether it had a
     network: 'none', or why."""
-    progress.stage(f"verify: {facts.target} runs the package, without a network")
-    snippet = TARGETS[facts.target].check(facts, str(folder.resolve()))
+    progress.stage(f"verify: {facts.target.name} runs the package, without a network")
+    snippet = facts.target.check(facts, str(folder.resolve()))
     memory = confined.MEMORY + MODEL_SHARE * sum(sealed.sizes(folder).values())
     with tempfile.TemporaryDirectory(prefix="lora-export-") as empty:  # Python imports from where it is started
-        command, place = _command(snippet, runtime, Path(empty))
+        command, place = snippet.interpreter.start(runtime, Path(empty))
         try:
             done = confined.run(command, snippet.code, place, memory=memory)
         except (OSError, InputError) as error:
@@ -152,7 +153,7 @@ def _said(folder: Path, facts: Facts, runtime: Path | None, progress: Progress) 
     return _heard(done, facts), done.network
 
 
-def _heard(done: confined.Outcome, facts: Facts) -> Finding:
+def _heard(done: confined.Outcome, facts: PackageFacts) -> Finding:
     if done.code is None:
         return Finding("runs", False, f"its program was ended after {confined.SECONDS} s")
     if done.code != 0:
@@ -164,22 +165,6 @@ def _heard(done: confined.Outcome, facts: Facts) -> Finding:
     return _judged(said, facts)
 
 
-def _command(snippet: Snippet, runtime: Path | None, empty: Path) -> tuple[list[str], Path]:
-    """The interpreter that reads a program from its input, and the folder to start it in."""
-    if snippet.language == "python":
-        if runtime is not None and not runtime.is_file():
-            raise InputError("there is no such interpreter", where=runtime, expected="--runtime VENV/bin/python")
-        return [str(runtime.absolute() if runtime else sys.executable), "-"], empty
-    if runtime is not None and not (runtime / "node_modules").is_dir():
-        raise InputError(
-            "there is no node_modules in this folder",
-            where=runtime,
-            expected="a folder in which transformers.js is installed",
-            next_step=f"npm install --prefix {runtime} @huggingface/transformers",
-        )
-    return ["node", "--input-type=module", "-"], runtime or empty
-
-
 def _reason(stderr: str) -> str:
     """The line that says most: the last of a Python traceback, the first error of Node."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
@@ -187,7 +172,7 @@ def _reason(stderr: str) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
-def _judged(said: Any, facts: Facts) -> Finding:
+def _judged(said: Any, facts: PackageFacts) -> Finding:
     sample = facts.sample
     if sample is None:
         return Finding("runs", bool(said or said == ""), "its runtime loads it and answers")

@@ -13,20 +13,13 @@ from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorIn
 from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import NAME as MANIFEST
 from lora_export.manifest import is_run
+from lora_export.manifest import parse as parse_manifest
 from lora_export.packages import contents
 from lora_export.packages.contents import is_package
 from lora_export.quantization import describe, find_quantized, method_here, settings_of, with_settings
 from lora_export.report.schema import load as report_of
-from lora_export.storage.documents import Kind, check
 from lora_export.storage.sealed import read_json
 
-_NAMED: Kind = {"name": str}
-_MANIFEST: Kind = {
-    "base": _NAMED,
-    "adapters": [_NAMED],
-    "options": {"precision": str},
-    "files": {str: {"size": int}},
-}
 # Kinds with a rank: which dimension of an update's first tensor it is.
 _RANK_AXIS = {
     "lora": 0, "lora_embedding": 0, "lora_convolution": 0, "dora": 0, "adalora": 0, "miss": 0, "miss_bat": 1,
@@ -234,35 +227,33 @@ def _package(folder: Path) -> dict[str, Any]:
     manifest = contents.read(folder)
     return {
         "kind": "package",
-        "target": manifest["target"],
-        "name": manifest["name"],
-        "task": manifest["task"],
-        "base": manifest["base"]["name"],
-        "adapters": [a["name"] for a in manifest["adapters"]],
-        "precision": manifest["precision"],
-        "variants": manifest["variants"],
-        "latency": manifest["latency"]["verdict"],
+        "target": manifest.target,
+        "name": manifest.name,
+        "task": manifest.task,
+        "base": manifest.base.name,
+        "adapters": [a.name for a in manifest.adapters],
+        "precision": manifest.precision,
+        "variants": list(manifest.variants),
+        "latency": manifest.latency.verdict,
         "signed": (folder / contents.SIGNATURE).is_file(),
-        "files": len(manifest["files"]),
-        "bytes": sum(f["size"] for f in manifest["files"].values()),
+        "files": len(manifest.files),
+        "bytes": sum(f.size for f in manifest.files.values()),
     }
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    manifest, report = read_json(path), report_of(folder / "report")
-    check(manifest, _MANIFEST, "the manifest", path)
+    manifest, report = parse_manifest(read_json(folder / MANIFEST), folder), report_of(folder / "report")
     benchmark = report["benchmark"] or {}
     return {
         "kind": "run",
         "title": report["title"],
         "created": report["created"],
         "status": report["status"],
-        "base": manifest["base"]["name"],
-        "adapters": [a["name"] for a in manifest["adapters"]],
-        "precision": manifest["options"]["precision"],
+        "base": manifest.base.name,
+        "adapters": [a.name for a in manifest.adapters],
+        "precision": manifest.recorded_options.precision,
         "latency": benchmark.get("verdict"),
         "provider": benchmark.get("provider"),
-        "files": len(manifest["files"]),
-        "bytes": sum(f["size"] for f in manifest["files"].values()),
+        "files": len(manifest.files),
+        "bytes": sum(f.size for f in manifest.files.values()),
     }

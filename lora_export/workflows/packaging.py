@@ -13,12 +13,13 @@ from lora_export.allowed import check_model_folder, check_package
 from lora_export.contracts import ExportOptions, ExportResult, PackageOptions, PackageResult, Progress
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive, card, companions, contents, signature
-from lora_export.packages.job import RUNS_OWN, Job, Run, Sample, Variant
+from lora_export.packages.job import RUNS_OWN, PackageJob, PackageTarget, Run, Sample, Variant
 from lora_export.packages.programs import NUMBERS, PROMPT
-from lora_export.packages.targets import TARGETS
+from lora_export.packages.targets import target_named
 from lora_export.packages.tasks import task_of
 from lora_export.storage import files, sealed
 from lora_export.workflows.delivered import refuse_other_words
+from lora_export.workflows.verifying import check_run
 
 WORST_AGREEMENT = 0.8  # share of tokens on which a variant should say the same as the run's own export
 
@@ -29,15 +30,22 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
     All or nothing. InputError for a run that failed, was changed since, or lacks what the runtime needs.
     """
     started = time.monotonic()
-    chosen = TARGETS[target]
+    chosen = target_named(target)
     found = read_run(run, progress)
+    if chosen.needs_merged and found.merged is None:
+        raise InputError(
+            "the run has no merged folder (--no-merged-folder)",
+            where=run,
+            expected=f"merged/, from which a package for {target} is made",
+            next_step="repeat merge-and-export without --no-merged-folder, or choose another --for",
+        )
     companions.check(found)
     variants = chosen.variants(found, options.variants)
     name = _name(options.name, found)
     if options.key is not None:
         signature.check_key(options.key)
     final = archive.named(output, options.archive) if options.archive else output
-    plugged, adapters = _plugged(options.pluggable, target, found)
+    plugged, adapters = _plugged(options.pluggable, chosen, found)
     inputs = [run, *(p for p in (options.key, options.pluggable) if p)]
     with _stage(final, options, inputs) as stage:
         work = stage / ".work"
@@ -46,7 +54,7 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         if plugged is not None:
             exports = {RUNS_OWN: plugged}
         measured, sample = _measured(found, exports, progress), _sample(found)
-        job = Job(found, stage, name, chosen.providers(found, options.provider), exports, sample, adapters)
+        job = PackageJob(found, stage, name, chosen.providers(found, options.provider), exports, sample, adapters)
         progress.stage(f"package: {name} for {target}")
         packages.lay(job, chosen)
         shutil.rmtree(work)
@@ -55,7 +63,8 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         if adapters:
             refuse_other_words(stage, facts, progress)
         packages.seal(job, facts, licence, _kept(options), measured, options.key)
-        check_package(stage, target)
+        check_package(stage, chosen.file_names)
+        chosen.check_folder(stage)
         sizes = sealed.sizes(stage)
     return PackageResult(
         output=final,
@@ -100,6 +109,7 @@ def _stage(final: Path, options: PackageOptions, inputs: list[Path]) -> Iterator
 def read_run(folder: Path, progress: Progress) -> Run:
     """A run that passed and is as it was left. InputError for any other folder."""
     from lora_export.onnx_export import check_export, load_export
+    from lora_export.onnx_export.engines import engine_named
     from lora_export.report.schema import load as load_report
 
     if not folder.is_dir() or contents.is_package(folder) or not manifest.is_run(folder):
@@ -110,7 +120,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
             next_step="lora-export merge-and-export -b BASE -a ADAPTER -o RUN",
         )
     progress.stage("package: every file of the run")
-    checks, _ = manifest.verify(folder, None, [])
+    checks, _ = check_run(folder, None, [])
     wrong = next((c for c in checks if not c.passed), None)
     if wrong is not None:
         raise InputError(
@@ -135,21 +145,22 @@ def read_run(folder: Path, progress: Progress) -> Run:
     config = sealed.read_json(kept / "config.json")
     architecture = str((config.get("architectures") or [""])[0])
     task = task_of(export.task, architecture)
-    return Run(folder, merged, export, kept, config, sealed.read_sealed(folder / manifest.NAME), report, task)
+    fp16_int4 = engine_named(export.engine).fp16_int4
+    return Run(folder, merged, export, fp16_int4, kept, config, manifest.read(folder), report, task)
 
 
-def _plugged(folder: Path | None, target: str, run: Run) -> tuple[ExportResult | None, tuple[str, ...]]:
+def _plugged(folder: Path | None, target: PackageTarget, run: Run) -> tuple[ExportResult | None, tuple[str, ...]]:
     """An export with slots, and the names of its adapters, that of the run first. InputError for any other."""
     from lora_export.onnx_export import check_export, load_export
     from lora_export.onnx_export.records import read_record
 
     if folder is None:
         return None, ()
-    own = [Path(str(a["name"])).name for a in run.manifest["adapters"]]
-    names = [str(n) for n in read_record(folder).get("pluggable", [])]
-    if target != "genai" or len(own) != 1 or own[0] not in names:
+    own = [Path(a.name).name for a in run.manifest.adapters]
+    names = read_record(folder).pluggable or ()
+    if not target.takes_adapters or len(own) != 1 or own[0] not in names:
         raise InputError(
-            f"--pluggable for {target}, of an export with {', '.join(names) or 'no adapters'} beside it",
+            f"--pluggable for {target.name}, of an export with {', '.join(names) or 'no adapters'} beside it",
             where=folder,
             expected=f"--for genai, and an export with {', '.join(own)} beside it, the only adapter of the run",
             next_step="lora-export export -m BASE -a ADAPTER -o EXPORT",
@@ -165,7 +176,7 @@ def _name(asked: str | None, run: Run) -> str:
         if not contents.is_model_name(asked):
             raise InputError(f"--name {asked!r}", expected=contents.MODEL_NAME_WORDS)
         return asked
-    names = "-".join(str(a["name"]).rpartition("/")[2] for a in run.manifest["adapters"])
+    names = "-".join(a.name.rpartition("/")[2] for a in run.manifest.adapters)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", names).strip("-._")[:100] or "model"
 
 
@@ -176,7 +187,7 @@ def _export(variant: Variant, run: Run, output: Path, progress: Progress) -> Exp
     """The run's own export where it is what is wanted, else one of the merged folder."""
     from lora_export.onnx_export import export
 
-    made_for = run.manifest["options"].get("provider")
+    made_for = run.manifest.recorded_options.provider
     if variant.name == RUNS_OWN or (variant.precision, variant.provider) == (run.export.precision, made_for):
         return run.export
     assert run.merged is not None

@@ -22,7 +22,6 @@ from lora_export.merging import CERTIFICATE, MergedSource, MergePlan, begin_stre
 from lora_export.merging.certificate.document import Certificate, FileRecord, adapter_hashes, read_certificate
 from lora_export.merging.running.layout import one_thread_each
 from lora_export.packages.contents import is_package
-from lora_export.storage.sealed import hashed
 
 CONFIG = "config.json"
 LOOKED_AT = 3  # tensors of an export that each adapter changes, or leaves, by which it is recognized
@@ -140,7 +139,7 @@ def _merged_folder(
         raise _other_layout(folder)
 
     def accept(stage: Path, records: Sequence[TensorRecord]) -> None:
-        if FileRecord(**hashed(stage / CONFIG)) != recorded.files.get(CONFIG):
+        if FileRecord.of(stage / CONFIG) != recorded.files.get(CONFIG):
             raise _other_layout(folder)
         hashes = {r.name: r.hash_in for r in recorded.records}
         for record in records:

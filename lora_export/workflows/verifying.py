@@ -1,12 +1,34 @@
 """A merged folder, a whole run or a package, checked again."""
 
+import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_export.contracts import AdapterChoice, Progress, Verification, VerifyOptions
-from lora_export.errors import InputError
-from lora_export.manifest import is_run
-from lora_export.workflows import delivered
+from lora_export import manifest
+from lora_export.contracts import (
+    AdapterChoice,
+    Finding,
+    MergeOptions,
+    Progress,
+    Verification,
+    VerifyOptions,
+)
+from lora_export.contracts.option import names
+from lora_export.errors import InputError, LoraExportError
+from lora_export.manifest import RunManifest
+from lora_export.storage.documents import as_json
+from lora_export.storage.sealed import read_json
+
+if TYPE_CHECKING:
+    from lora_export.onnx_export.weights.recheck_data import Rechecked
+
+_ONNX_UNKNOWN = (
+    "the ONNX graph, its weights (quantized or not), weights-map.json, export.json, the runtime's configuration, "
+    "and config.json, tokenizer, chat template and generation config beside them"
+)
+_TAKES_ALL = "that takes the base (-b) and every adapter (-a)"
 
 
 def verify(
@@ -14,7 +36,7 @@ def verify(
 ) -> Verification:
     """Check again what an earlier command left. InputError if `path` is nothing of the kind."""
     from lora_export.merging.certificate.verify import verify_folder
-    from lora_export.workflows.verifying_runs import verify_run
+    from lora_export.workflows import delivered
 
     if not path.exists():
         raise InputError("there is no such folder or archive", where=path)
@@ -27,5 +49,146 @@ def verify(
         raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
     if not path.is_dir():
         raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
-    again = verify_run if is_run(path) else verify_folder
-    return again(path, base, adapters, options, progress)
+    check = verify_run if manifest.is_run(path) else verify_folder
+    return check(path, base, adapters, options, progress)
+
+
+def check_run(run: Path, base: Path | None, adapters: Sequence[AdapterChoice]) -> tuple[list[Finding], list[str]]:
+    """The files of a run against its manifest, and the manifest against the certificate; (checks, not checked)."""
+    from lora_export.merging.certificate.document import NAME
+
+    as_given = names(MergeOptions, lambda option: not option.conditional and option.json is not None)
+    checks, not_checked = manifest.verify(run, base, adapters)
+    for certificate in (run / "merged" / NAME, run / NAME):  # the second without a merged folder
+        if checks[0].passed and certificate.is_file():
+            given = as_json(manifest.read(run).recorded_options.merge)
+            try:
+                recorded = read_json(certificate).get("options")
+            except InputError:  # the check of the merged folder reports it
+                continue
+            if not (isinstance(recorded, dict) and all(given.get(k) == recorded.get(k) for k in as_given)):
+                note = "its options of the merge are not those of the certificate"
+                checks.append(Finding("manifest", False, note))
+    return checks, not_checked
+
+
+def verify_run(
+    run: Path, base: Path | None, adapters: Sequence[AdapterChoice], how: VerifyOptions, progress: Progress
+) -> Verification:
+    """Check what merge-and-export left. With base and adapters, whatever follows from them is made anew."""
+    progress.stage("verify: every file of the run")
+    files, left = check_run(run, base, adapters)
+    found = [Verification(tuple(files), tuple(left))]
+    if not files[0].passed:
+        return found[0]
+    document = manifest.read(run)
+    given = base is not None and len(adapters) == len(document.adapters)
+    if (run / "merged").is_dir():
+        found += _with_merged_folder(run, base, adapters, document, how, progress, given)
+    else:
+        found += _streamed(run, base if given else None, adapters, document, how, progress)
+    if base is not None and given:
+        found.append(_same_options(run, base, adapters, document))
+    return Verification(
+        tuple(c for v in found for c in v.checks), tuple(dict.fromkeys(n for v in found for n in v.not_checked))
+    )
+
+
+def _with_merged_folder(
+    run: Path,
+    base: Path | None,
+    adapters: Sequence[AdapterChoice],
+    document: RunManifest,
+    how: VerifyOptions,
+    progress: Progress,
+    given: bool,
+) -> list[Verification]:
+    from lora_export.checkpoint import TensorFiles, open_checkpoint
+    from lora_export.merging.certificate.verify import verify_folder
+
+    merged = verify_folder(run / "merged", base, adapters, how, progress)
+    if not (run / "onnx").is_dir():
+        return [merged]
+    if not given or not merged.verified:
+        why = _TAKES_ALL if merged.verified else "the merged folder is wrong"
+        return [merged, Verification(_graphs(run), (f"{_ONNX_UNKNOWN}: {why}",))]
+    from lora_export.merging.certificate.document import read_certificate
+    from lora_export.onnx_export.weights.recheck import Model, recheck
+
+    source = TensorFiles(open_checkpoint(run / "merged").tensors)
+    hashes = {n: h for n, h in sorted(read_certificate(run / "merged").hashes.items()) if h is not None}
+    model = Model(run / "merged", source, hashes, document.recorded_options.quantization)
+    return [merged, _verification(recheck(run / "onnx", model, how.graph, progress))]
+
+
+def _streamed(
+    run: Path,
+    base: Path | None,
+    adapters: Sequence[AdapterChoice],
+    document: RunManifest,
+    how: VerifyOptions,
+    progress: Progress,
+) -> list[Verification]:
+    """A run without a merged folder: its tensors are computed from base (None: not all were given) and adapters."""
+    from lora_export.checkpoint.hashing import hash_all
+    from lora_export.merging.certificate.streamed_check import merged_again, same_certificate, same_tensors
+    from lora_export.merging.certificate.verify import certificate
+    from lora_export.merging.running.layout import one_thread_each
+    from lora_export.onnx_export import tensor_hashes
+    from lora_export.onnx_export.weights.recheck import Model, recheck
+
+    findings, recorded = certificate(run)
+    if recorded is None:
+        return [findings.result()]
+    try:
+        same_tensors(findings, recorded, tensor_hashes(run / "onnx"))
+    except LoraExportError as error:
+        findings.fail("tensors", error.found)
+    if base is None:
+        findings.not_checked.append(
+            f"the merged weights, the figures of the certificate, {_ONNX_UNKNOWN}: {_TAKES_ALL}"
+        )
+        return [findings.result(), Verification(_graphs(run))]
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, one_thread_each():
+        try:
+            source = merged_again(findings, recorded, base, adapters, Path(scratch) / "outline")
+            if source is None:
+                return [findings.result()]
+            progress.stage(f"verify: all of the merge again, {source.plan.nbytes / 1e6:.0f} MB")
+            hashes = hash_all(source)
+            same_certificate(findings, recorded, source, adapters)
+        except LoraExportError as error:
+            findings.fail("arithmetic", f"the merge cannot be done again: {error.found}")
+            return [findings.result()]
+        model = Model(Path(scratch) / "outline", source, hashes, document.recorded_options.quantization)
+        return [findings.result(), _verification(recheck(run / "onnx", model, how.graph, progress))]
+
+
+def _graphs(run: Path) -> tuple[Finding, ...]:
+    from lora_export.onnx_export.weights.recheck import check_graphs
+
+    return (check_graphs(run / "onnx", "onnx_graphs"),)
+
+
+def _verification(found: "Rechecked") -> Verification:
+    return Verification(tuple(found.checks), tuple(found.not_checked))
+
+
+def _same_options(run: Path, base: Path, adapters: Sequence[AdapterChoice], document: RunManifest) -> Verification:
+    """Whether the options in the manifest, as far as they matter for the bytes, lead to the certificate's."""
+    from lora_export.merging import plan
+    from lora_export.merging.certificate.document import NAME, effective_options, read_certificate
+
+    folder = run / "merged" if (run / "merged" / NAME).is_file() else run
+    asked = document.recorded_options
+    try:
+        recorded = read_certificate(folder).options
+        effective = effective_options(plan(base, adapters, asked.merge))
+    except LoraExportError as error:
+        return Verification((Finding("manifest", False, f"its options of the merge are not valid: {error.found}"),))
+    other = sorted(f.name for f in fields(effective) if getattr(effective, f.name) != getattr(recorded, f.name))
+    record = run / "onnx" / "export.json"
+    if record.is_file() and asked.precision:
+        other += ["precision"] * (asked.precision != read_json(record).get("precision"))
+    notes = [Finding("manifest", False, f"its option {k} is not what the run was made with") for k in other]
+    return Verification(tuple(notes) or (Finding("manifest", True, "its options are those of merge and export"),))

@@ -1,4 +1,4 @@
-"""docs/architecture.md: an adapter kind and an engine are a file and a registration."""
+"""docs/architecture.md: an adapter kind is a file and a registration; names of engines and targets are theirs."""
 
 import json
 import os
@@ -7,16 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import get_args
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_export.choices import ENGINES, RUNTIMES, Precision
-from lora_export.onnx_export import engines
-from lora_export.packages.targets import TARGETS
+from lora_export.choices import Precision
+from lora_export.onnx_export.engines import engines
+from lora_export.packages.targets import targets
+from lora_export.registered import engine_names, target_names
 from tests.builders import save_base
 from tests.test_rooms import PACKAGE
 
@@ -85,13 +84,7 @@ def test_an_adapter_kind(tmp_path: Path) -> None:
     torch.testing.assert_close(after, before + shift[:, None])
 
 
-def test_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = SimpleNamespace(name="mine", architectures=frozenset({"MineForCausalLM"}))
-    monkeypatch.setattr(engines, "ENGINES", (*engines.ENGINES, mine))
-    assert engines.choose({"architectures": ["MineForCausalLM"]}) is mine
-
-
-def test_the_names_to_choose_among_are_those_that_are_registered() -> None:
-    assert tuple(e.name for e in engines.ENGINES) == ENGINES
-    assert set(TARGETS) == set(RUNTIMES)
+def test_engines_and_targets_are_registered_under_their_own_names() -> None:
+    assert {name: e.name for name, e in engines().items()} == {n: n for n in engine_names()}
+    assert {name: t.name for name, t in targets().items()} == {n: n for n in target_names()}
     assert set(get_args(Precision)) >= {"fp32", "fp16", "int4"}

@@ -17,6 +17,7 @@ import onnx
 from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.checkpoint.header import read_header
 from lora_export.merging import CERTIFICATE
+from lora_export.storage.documents import as_json
 from lora_export.storage.sealed import hash_folder, read_sealed, sha256, write_json, write_sealed
 from tests.builders import edit_json
 
@@ -63,7 +64,7 @@ class Run:
         record["source_config_sha256"] = sha256(self.merged / "config.json")
         write_json(self.onnx / "export.json", record)
         manifest = self.document("manifest.json")
-        manifest["files"] = {n: f for n, f in hash_folder(self.folder).items() if n != "manifest.json"}
+        manifest["files"] = {n: f for n, f in as_json(hash_folder(self.folder)).items() if n != "manifest.json"}
         self.save_document("manifest.json", manifest)
 
     def _rehash(self, certificate: dict[str, Any]) -> None:

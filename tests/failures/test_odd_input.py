@@ -373,13 +373,13 @@ def test_the_record_of_an_export_that_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"base": []}, "base is list"),
-        ({"adapters": {"a": 1}}, "adapters is dict"),
-        ({"adapters": [1]}, "adapters[0] is int"),
-        ({"options": None}, "options is NoneType"),
-        ({"files": 3}, "files is int"),
-        ({"files": {"x": {}}}, "files.x.size is missing"),
-        ({"files": {"x": {"size": "7"}}}, "files.x.size is str"),
+        ({"base": []}, "base is an array"),
+        ({"adapters": {"a": 1}}, "adapters is an object"),
+        ({"adapters": [1]}, "adapters[0] is an integer"),
+        ({"options": None}, "options is null"),
+        ({"files": 3}, "files is an integer"),
+        ({"files": {"x": {}}}, "files[...] has no field 'size'"),
+        ({"files": {"x": {"size": "7"}}}, "files[...].size is a string"),
     ],
 )
 def test_a_manifest_of_other_kinds(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

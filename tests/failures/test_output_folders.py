@@ -553,7 +553,7 @@ def test_hash_folder_and_read_json(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.json").write_text('{"x": 1}')
     found = hash_folder(tmp_path)
-    assert found == {"a/b.json": {"sha256": sealed.sha256(tmp_path / "a" / "b.json"), "size": 8}}
+    assert found == {"a/b.json": sealed.FileHash(sealed.sha256(tmp_path / "a" / "b.json"), 8)}
     assert read_json(tmp_path / "a" / "b.json") == {"x": 1}
     with pytest.raises(InputError, match="more than 4 bytes"):
         read_json(tmp_path / "a" / "b.json", limit=4)

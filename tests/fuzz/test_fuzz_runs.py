@@ -18,9 +18,11 @@ from tests.report.conftest import full_report, raw_timings
 
 MANIFEST = {
     "schema_version": 1,
-    "base": {"name": "example/base", "commit": "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"},
-    "adapters": [{"name": "adapter", "weight": 0.7}],
-    "options": {"precision": "fp32"},
+    "tool": {"name": "lora-export", "version": "1"},
+    "versions": {"torch": "2"},
+    "base": {"name": "example/base", "commit": "93efa2f097d58c2a74874c7e644dbc9b0cee75a2", "files": {}},
+    "adapters": [{"name": "adapter", "commit": None, "weight": 0.7, "files": {}}],
+    "options": {"precision": "fp32", "merge": {}},
     "files": {
         "merged/config.json": {"sha256": "ab", "size": 700},
         "onnx/model.onnx": {"sha256": "cd", "size": 170_928},

@@ -18,7 +18,7 @@ from lora_export.merging.certificate.verify import verify_folder
 from lora_export.progress import Silent
 from lora_export.validation.folder.companions import expected_folder
 from lora_export.validation.folder.settings import differences
-from lora_export.validation.folder.stored import headers
+from lora_export.validation.reference.files import headers
 from lora_export.workflows.validating import validate_folder
 from tests.builders import bert_config, edit_json, lora, save_adapter, save_base, tensors
 
@@ -95,7 +95,7 @@ def test_a_value_head_goes_with_the_output_and_is_told(tmp_path: Path, pair: tup
     head.write_bytes(head.read_bytes()[:-1] + b"\x01")
     assert not verify(tmp_path / "out", base, [AdapterChoice(adapter)]).verified
     (found,) = settings_differ(base, adapter, tmp_path / "out", tmp_path / "again")
-    assert found == "value_head.safetensors: other contents"
+    assert found == "value_head.safetensors: different contents"
 
 
 def sentence_modules(adapter: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
-from lora_export.onnx_export.engines import ENGINES
+from lora_export.onnx_export.engines import engines
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.progress import Silent
 from tests.daily import daily
@@ -57,5 +57,5 @@ def _check_graph(architecture: Architecture, result: ExportResult) -> None:
 def test_the_table_has_every_family_of_both_engines() -> None:
     assert len(ALL) >= 20
     assert ALL.keys() >= QUICK
-    for engine in ENGINES:
+    for engine in engines().values():
         assert engine.architectures & ALL.keys()

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from lora_export.commands.main import cli
 from lora_export.packages import archive
 from lora_export.progress import Silent
+from lora_export.storage.documents import as_json
 from lora_export.storage.sealed import hash_folder, read_sealed, write_sealed
 from lora_export.workflows import delivered
 
@@ -50,7 +51,7 @@ def run(*words: object) -> Result:
 def reseal(folder: Path) -> None:
     """Who changes a file can write another manifest."""
     document = read_sealed(folder / "manifest.json")
-    document["files"] = {n: f for n, f in hash_folder(folder).items() if n != "manifest.json"}
+    document["files"] = {n: f for n, f in as_json(hash_folder(folder)).items() if n != "manifest.json"}
     write_sealed(folder / "manifest.json", document)
 
 
@@ -103,7 +104,7 @@ def test_package_without_genai_config_is_refused(decoder_run: Path, copied: Copi
     (folder / "genai_config.json").unlink()
     reseal(folder)
     result = run("verify", folder, "--run")
-    assert result.exit_code == 1 and "there is no genai_config.json" in result.stdout
+    assert result.exit_code == 1 and "the package has no genai_config.json" in result.stdout
 
 
 def test_triton_package_with_a_python_backend_is_refused(decoder_run: Path, copied: Copied) -> None:

@@ -22,8 +22,9 @@ from peft import PeftModel
 from lora_export.contracts import ExportOptions, PackageOptions
 from lora_export.errors import InputError, OutputError
 from lora_export.packages import archive
-from lora_export.packages.job import Facts, Sample
-from lora_export.packages.targets import TARGETS
+from lora_export.packages.interpreters import Python
+from lora_export.packages.job import PackageFacts, Sample
+from lora_export.packages.targets import targets
 from lora_export.packages.tasks import task_of
 from lora_export.progress import Silent
 from lora_export.storage.sealed import hash_folder
@@ -55,7 +56,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def test_every_target_is_in_the_registry() -> None:
-    assert list(TARGETS) == DECODER_TARGETS
+    assert list(targets()) == DECODER_TARGETS
 
 
 def test_verify_finds_it_as_it_was_made(made: tuple[Path, Path, str]) -> None:
@@ -240,7 +241,7 @@ def test_an_encoder_computes_what_the_unmerged_one_does(
     assert delivered.verify(folder, None, True, None, Silent()).verified
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", DECODER_TARGETS)
 def test_programs_hold_any_prompt_as_text(target: str) -> None:
     """The prompt is somebody's text, and the program is code."""
     import ast
@@ -248,9 +249,11 @@ def test_programs_hold_any_prompt_as_text(target: str) -> None:
     prompt = "a\"b'c\\\nimport os\n\u2028</script>{x} 😀"
     task = task_of("text-generation", "LlamaForCausalLM")
     config = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "eos_token_id": "x'+y"}
-    facts = Facts(target, "n", task, "fp32", ("fp32",), ("cpu",), Sample(prompt, "t"), config, ("p'q",))
-    snippet = TARGETS[target].check(facts, "/f'{o}lder")
-    if snippet.language == "python":
+    facts = PackageFacts(
+        targets()[target], "n", task, "fp32", ("fp32",), ("cpu",), Sample(prompt, "t"), config, ("p'q",)
+    )
+    snippet = facts.target.check(facts, "/f'{o}lder")
+    if isinstance(snippet.interpreter, Python):
         found = {n.value for n in ast.walk(ast.parse(snippet.code)) if isinstance(n, ast.Constant)}
     else:  # strings of JavaScript as JSON writes them
         found = {json.loads(text) for text in re.findall(r'"(?:[^"\\]|\\.)*"', snippet.code)}

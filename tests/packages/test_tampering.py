@@ -18,6 +18,7 @@ from lora_export.contracts import PackageOptions
 from lora_export.errors import InputError
 from lora_export.packages import archive
 from lora_export.progress import Silent
+from lora_export.storage.documents import as_json
 from lora_export.storage.sealed import read_sealed, write_sealed
 from lora_export.workflows.packaging import package
 from tests.packages.conftest import Packed
@@ -100,7 +101,7 @@ def test_a_manifest_that_names_a_path_outside(name: str, decoder_run: Path, copi
     document["files"][name] = document["files"].pop("NOTICE")
     write_sealed(folder / "manifest.json", document)
     code, found = verify(folder)
-    assert code == 1 and "outside of the package" in notes(found)
+    assert code == 1 and "outside the package" in notes(found)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_a_graph_that_reads_elsewhere_is_not_run(called: str, decoder_run: Path,
     config = (folder / "genai_config.json").read_text()
     (folder / "genai_config.json").write_text(config.replace('"model.onnx"', f'"{called}"'))
     document = read_sealed(folder / "manifest.json")
-    document["files"] = {n: f for n, f in hash_folder(folder).items() if n != "manifest.json"}
+    document["files"] = {n: f for n, f in as_json(hash_folder(folder)).items() if n != "manifest.json"}
     write_sealed(folder / "manifest.json", document)
     code, found = verify(folder, "--run")
     refusal = "../outside" if called == "model.onnx" else "is of no type that a package has"
@@ -234,7 +235,7 @@ def test_an_archive_that_leads_out(name: str, tmp_path: Path) -> None:
     made = [tmp_path / "p.zip", tar_of(tmp_path / "p.tar.zst", (tarfile.TarInfo(name), b"x"))]
     for path in made:
         (tmp_path / "deep" / path.name).mkdir(parents=True)
-        with pytest.raises(InputError, match="outside of the package"):
+        with pytest.raises(InputError, match="outside the package"):
             archive.extract(path, tmp_path / "deep" / path.name)
         assert verify(path)[0] == 1
     assert not list(tmp_path.rglob("outside"))

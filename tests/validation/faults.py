@@ -14,10 +14,10 @@ import transformers
 
 from lora_export.contracts import AdapterChoice, Check, Deviation, MergeOptions
 from lora_export.progress import Silent
-from lora_export.validation.comparing.decoder import DecoderStory
-from lora_export.validation.comparing.decoders import tokenize
+from lora_export.validation.comparing.decoder import DecoderComparison
 from lora_export.validation.comparing.deviation import first_deviation
 from lora_export.validation.comparing.tensors import compare_tensors, verdict
+from lora_export.validation.comparing.texts import tokenize
 from lora_export.validation.comparing.thresholds import FACTOR
 from lora_export.validation.reference import loading
 from lora_export.validation.reference import unmerged as reference
@@ -173,33 +173,28 @@ class Judgement:
 
 @dataclass
 class Bench:
-    """A merged folder beside its unmerged model, loaded once; `story` has measured its floors."""
+    """A merged folder beside its unmerged model, loaded once; `comparison` has measured its floors."""
 
     unmerged: Any
     merged: Any
     dtypes: Mapping[str, torch.dtype]
-    story: DecoderStory
+    comparison: DecoderComparison
     rows: int
 
     @classmethod
-    def load(
-        cls, unmerged: Any, merged: Path, prompts: Sequence[str], rows: int = 64, like: "Bench | None" = None
-    ) -> "Bench":
-        """like: the bench of the same unmerged model and prompts, merged into another type."""
+    def load(cls, unmerged: Any, merged: Path, prompts: Sequence[str], rows: int = 64) -> "Bench":
         model, dtypes = loading.load_merged(merged)
-        if like is not None:
-            return cls(unmerged, model, dtypes, like.story.for_types(unmerged, dtypes), rows)
         tokenizer = transformers.AutoTokenizer.from_pretrained(merged, local_files_only=True)
         tokens = tokenize(tokenizer, prompts, len(model.get_input_embeddings().weight))
-        story = DecoderStory(tokens, tokenizer, dtypes, Silent())
-        story.measure(unmerged)
-        return cls(unmerged, model, dtypes, story, rows)
+        comparison = DecoderComparison(tokens=tokens, tokenizer=tokenizer, dtypes=dtypes, progress=Silent())
+        comparison.measure(unmerged)
+        return cls(unmerged, model, dtypes, comparison, rows)
 
     def judge(self, touched: Sequence[str] | None = None) -> Judgement:
         """touched: the tensors that were changed; no other need be compared, for each is judged alone."""
         modules = None if touched is None else {name.rpartition(".")[0] for name in touched}
         names, checks = verdict(compare_tensors(self.unmerged, self.merged, self.dtypes, self.rows, modules))
-        failed = _failed([*self.story.judge(self.merged).checks, *checks])
+        failed = _failed([*self.comparison.judge(self.merged).checks, *checks])
         if not failed:
             return Judgement((), (), None, None)
         located = self.locate(names)
@@ -209,7 +204,7 @@ class Bench:
     def locate(self, names: Sequence[str]) -> Deviation | None:
         """The first module at fault, `names` being the tensors known to be wrong."""
         unmerged = self.unmerged
-        return first_deviation(unmerged, self.merged, lambda: self.story.once(unmerged), self.dtypes, names)
+        return first_deviation(unmerged, self.merged, lambda: self.comparison.once(unmerged), self.dtypes, names)
 
     def material(self, seed: int) -> Material:
         wrapped = wrapped_modules(self.unmerged.base_model.model)

@@ -26,7 +26,7 @@ from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
 from lora_export.validation.effect.advice import bases_advice
-from lora_export.validation.reference.requantize import requantize
+from lora_export.validation.reference.quantized import requantize
 from tests.builders import bert_config, lora, save_adapter
 from tests.builders import save_base as save_random
 from tests.validation.conftest import save_base, save_tokenizer
@@ -289,4 +289,4 @@ def test_advice_where_the_original_is_better() -> None:
 def test_advice_on_a_text_that_shows_no_gain() -> None:
     bases = {name: BaseComparison(name, 30.0, 0.0) for name in ("trained", "dequantized")}
     advice = bases_advice(bases, {"base dequantized": 29.0}, None, None, merged_faithfully=True)
-    assert any("the training gained nothing" in a for a in advice)
+    assert any("training gained nothing" in a for a in advice)

@@ -22,8 +22,7 @@ from lora_export.validation.comparing import lengths
 from lora_export.validation.comparing.arithmetic import in_types
 from lora_export.validation.comparing.logits import compare_logits, greedy_divergences
 from lora_export.validation.comparing.noise import rounding_noise
-from lora_export.validation.comparing.prompts import BUILT_IN
-from lora_export.validation.comparing.text import read_text, windows
+from lora_export.validation.comparing.texts import PROMPTS, read_text, windows
 from lora_export.validation.comparing.thresholds import Floor, Greedy, decoder_checks
 from tests.failures.commands import invoke
 from tests.validation.faults import unmerged_model
@@ -31,7 +30,7 @@ from tests.validation.faults import unmerged_model
 Folders = Callable[[str], tuple[Path, Path]]
 Merged = Callable[[str], Path]
 Array = NDArray[np.float64]
-PROMPTS = (BUILT_IN[0], BUILT_IN[4])
+PROMPTS = (PROMPTS[0], PROMPTS[4])
 TEXT = "Four score and seven years ago our fathers brought forth, on this continent, a new nation."
 
 

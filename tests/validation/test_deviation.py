@@ -17,8 +17,8 @@ from lora_export.errors import GateFailed
 from lora_export.merging import merge
 from lora_export.pipeline import failures, refuse_failed
 from lora_export.report.story import headline
-from lora_export.validation.comparing.prompts import BUILT_IN
 from lora_export.validation.comparing.tensors import compare_tensors
+from lora_export.validation.comparing.texts import PROMPTS
 from lora_export.validation.reference import loading
 from tests.builders import edit_json
 from tests.failures.commands import invoke
@@ -27,7 +27,7 @@ from tests.validation.faults import FAULTS, Bench, Fault, unmerged_model
 
 Folders = Callable[[str], tuple[Path, Path]]
 Merged = Callable[[str], Path]
-PROMPTS = (BUILT_IN[0], BUILT_IN[4])
+PROMPTS = (PROMPTS[0], PROMPTS[4])
 LAYER = "model.layers.1.mlp.down_proj"
 
 

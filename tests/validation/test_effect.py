@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lora_export.validation.effect import effect
-from lora_export.validation.effect.advice import Measured, precision_advice
 
 VOCABULARY = 11
 
@@ -118,35 +117,3 @@ def test_perplexity_is_that_of_cross_entropy() -> None:
     ]
     assert found.value == pytest.approx(math.exp(float(sum(losses)) / 13), rel=1e-9)
     assert (found.model, found.tokens) == ("m", 13)
-
-
-# --- advice ------------------------------------------------------------------------------------------------
-
-AGAIN = "lora-export export --precision {precision}"
-
-
-def exported(precision: str, nbytes: int, share: float) -> Measured:
-    return Measured(precision, nbytes, share, share >= 0.9)
-
-
-def test_the_smallest_export_that_keeps_the_adapter_is_advised() -> None:
-    some = [exported("fp16", 270, 1.0), exported("int4", 86, 0.75), exported("int8", 267, 0.99)]
-    (advice,) = precision_advice(some, 0.9, AGAIN)
-    assert advice.startswith("Ship the int8 export")
-    assert "int4 75.0%" in advice
-
-
-@pytest.mark.parametrize(("precision", "larger"), [("int4", "int8"), ("int8", "fp16"), ("fp16", "fp32")])
-def test_where_none_keeps_it_the_next_larger_is_advised(precision: str, larger: str) -> None:
-    (advice,) = precision_advice([exported(precision, 86, 0.4)], 0.9, AGAIN)
-    assert advice.startswith(f"Do not ship {precision}")
-    assert advice.endswith(f"lora-export export --precision {larger}")
-
-
-def test_a_loss_in_fp32_is_no_matter_of_precision() -> None:
-    (advice,) = precision_advice([exported("fp32", 540, 0.4)], 0.9, AGAIN)
-    assert "See which check" in advice and "{precision}" not in advice
-
-
-def test_no_effect_no_advice() -> None:
-    assert precision_advice([], 0.9, AGAIN) == ()

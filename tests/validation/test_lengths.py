@@ -14,7 +14,7 @@ from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
 from lora_export.validation.comparing import lengths
-from lora_export.validation.comparing.subject import Subject
+from lora_export.validation.comparing.model_under_test import ModelUnderTest
 from lora_export.validation.kinds import choose
 from lora_export.validation.kinds.texts import positions
 from lora_export.validation.run import seeded
@@ -38,7 +38,7 @@ def test_choose_another_seed_draws_other_lengths() -> None:
     model = llama()
     drawn = [lengths.choose(model, seed, 101) for seed in (1, 1, 2, 3)]
     assert drawn[0] == drawn[1] and len({d.tokens for d in drawn}) == 3
-    assert "drawn with seed 2" in drawn[2].told
+    assert "drawn with seed 2" in drawn[2].words
     assert all(d.tokens[-1] == 400 for d in drawn)  # all its positions
 
 
@@ -76,8 +76,8 @@ def test_choose_what_is_too_long_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     config = transformers.MistralConfig(**BODY | {"max_position_embeddings": 9000}, sliding_window=4096)
     chosen = lengths.choose(transformers.MistralForCausalLM(config), 7, 101)
     assert max(chosen.tokens) <= lengths.LEAST
-    assert "too long to be run here, where 64 tokens are the most: sliding_window 4,096" in chosen.told
-    assert "the last of 9,000 positions" in chosen.told
+    assert "too long to run here, where 64 tokens are the most: sliding_window 4,096" in chosen.words
+    assert "the last of 9,000 positions" in chosen.words
 
 
 @pytest.mark.parametrize("most", [2, 3, 9])
@@ -98,14 +98,14 @@ def test_positions_a_large_padding_id_takes_none_away() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "bart", "t5", "clip", "whisper"])
-def test_story_the_drawn_lengths_are_run(name: str, tmp_path: Path) -> None:
+def test_comparison_the_drawn_lengths_are_run(name: str, tmp_path: Path) -> None:
     tiny = MODELS[name]
     model = tiny.model(tiny.config())
-    subject = Subject(model, tmp_path, {}, ("A prompt",), None, Silent(), "Words.", None, 4.0, seed=11)
-    story: Any = choose(model).story(subject)
+    subject = ModelUnderTest(model, tmp_path, {}, ("A prompt",), None, Silent(), "Words.", None, 4.0, seed=11)
+    comparison: Any = choose(model).comparison(subject)
     run = set(lengths.choose(model, 11, tiny.config().get_text_config().vocab_size).tokens)
-    inner = story.story
-    used: list[Any] = [*getattr(inner, "tokens", ()), *(b.get("input_ids") for b in getattr(inner, "batches", ()))]
+    batches = getattr(comparison, "batches", ())
+    used: list[Any] = [*getattr(comparison, "tokens", ()), *(b.get("input_ids") for b in batches)]
     found = {t.shape[-1] for t in used if t is not None}
     if name == "whisper":  # its texts are the decoder's, begun by a token of their own
         run = {n + 1 for n in run} | {tiny.config().max_target_positions}
@@ -114,7 +114,7 @@ def test_story_the_drawn_lengths_are_run(name: str, tmp_path: Path) -> None:
         assert max(run) in found
     else:
         assert run <= found
-    assert "drawn with seed 11" in story.note
+    assert "drawn with seed 11" in comparison.note
 
 
 def test_seeded_is_another_seed_each_time_unless_it_is_given() -> None:

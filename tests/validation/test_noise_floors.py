@@ -23,11 +23,10 @@ from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
 from lora_export.validation.comparing.logits import UNMOVED, compare_logits, largest
-from lora_export.validation.comparing.noise import rounding_noise
+from lora_export.validation.comparing.noise import Magnitudes, rounding_noise
 from lora_export.validation.comparing.thresholds import Floor, Greedy, decoder_checks, graph_checks
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.numbers import numbers_of
-from lora_export.validation.reference.magnitude import Magnitudes
 from tests.builders import lora, save_adapter
 from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, save

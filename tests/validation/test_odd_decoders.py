@@ -14,7 +14,7 @@ from lora_export.errors import InputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
-from lora_export.validation.comparing.decoders import greedy
+from lora_export.validation.comparing.decoder import greedy
 from lora_export.validation.kinds.texts import vocabulary
 from tests.builders import VOCABULARY, llama_config, randomize
 from tests.daily import daily

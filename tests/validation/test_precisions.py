@@ -2,11 +2,14 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -16,9 +19,18 @@ from peft import PeftModel
 
 from lora_export.choices import Precision
 from lora_export.commands.main import cli
-from lora_export.contracts import AdapterChoice, Check, ExportedPair, ExportOptions, Source, ValidationResult
+from lora_export.commands.words import validation_words
+from lora_export.contracts import (
+    AdapterChoice,
+    Check,
+    ExportedPair,
+    ExportOptions,
+    MergeOptions,
+    Source,
+    ValidationResult,
+)
 from lora_export.errors import InputError
-from lora_export.merging import merge
+from lora_export.merging import CERTIFICATE, merge
 from lora_export.onnx_export import export
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, validate
@@ -31,14 +43,12 @@ TEXT = ("It is with great satisfaction that I", "The state of the Union is good.
 
 
 class Models:
-    """A base, a strong and a weak adapter, their merges, and exports that are made when somebody asks."""
+    """A base, adapters by name with the size of their numbers, merges, and exports that are made on demand."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, scales: Mapping[str, float], dtype: torch.dtype = torch.float32) -> None:
         self.root = root
-        self.base = save_base(root / "base", torch.float32)
-        self.adapters = {
-            n: self._adapter(n, scale) for n, scale in (("strong", 0.1), ("weak", 0.004), ("none", 0.0))
-        }
+        self.base = save_base(root / "base", dtype)
+        self.adapters = {name: self._adapter(name, scale) for name, scale in scales.items()}
         (root / "prompts.txt").write_text("\n".join(t.strip() for t in TEXT), encoding="utf-8")
 
     def _adapter(self, name: str, scale: float) -> Path:
@@ -73,7 +83,7 @@ class Models:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("precisions"))
+    return Models(tmp_path_factory.mktemp("precisions"), {"strong": 0.1, "weak": 0.004, "none": 0.0})
 
 
 def check(result: ValidationResult, name: str) -> Check:
@@ -167,6 +177,7 @@ def test_only_this_gate_sees_that_a_weak_adapter_is_missing(models: Models) -> N
     assert {c.name for c in result.checks if not c.passed} == {"onnx_adapter_survival"}
     assert check(result, "onnx_adapter_survival").value == pytest.approx(0, abs=1e-6)
     assert result.advice[0].startswith("Do not ship int4")
+    assert "lost to weights in int4" in result.advice[0]
     assert result.advice[0].endswith("--precision int8")
 
 
@@ -176,6 +187,53 @@ def test_an_adapter_without_effect_has_no_share_and_no_gate(models: Models) -> N
     assert not any(c.name.endswith("adapter_survival") for c in result.checks)
     assert result.advice == ()
     assert result.passed
+
+
+# --- what lost the adapter ---------------------------------------------------------------------------------
+
+
+def test_validate_small_change_rounded_away_advises_float32(tmp_path: Path) -> None:
+    """The merge rounds most of the change away, which no export can bring back."""
+    models = Models(tmp_path, {"small": 0.0015}, torch.bfloat16)
+    result = models.validated("small", models.pair("small", "fp32"))
+    assert {c.name for c in result.checks if not c.passed} == {"onnx_adapter_survival"}
+    survival = json.loads((models.merged("small") / CERTIFICATE).read_text())["delta_survival"]
+    (advice,) = result.advice
+    assert f"rounded to bfloat16, which leaves {survival:.1%} of its change to the weights and " in advice
+    assert advice.endswith("Merge with --dtype float32.") and survival < 0.1
+    assert advice in validation_words(result) and advice in str(result.as_json())
+    merge(models.base, [AdapterChoice(models.adapters["small"])], tmp_path / "wide", MergeOptions(dtype="float32"))
+    export(tmp_path / "wide", tmp_path / "wide-onnx", precision="fp32", provider="cpu", progress=Silent())
+    pair = replace(models.pair("small", "fp32"), merged=tmp_path / "wide-onnx")
+    options = ValidationOptions(provider="cpu", merge=MergeOptions(dtype="float32"))
+    choices = [AdapterChoice(models.adapters["small"])]
+    wide = validate(models.base, choices, tmp_path / "wide", exports=[pair], options=options, progress=Silent())
+    assert wide.passed and wide.advice[0].startswith("Ship the fp32 export")
+
+
+def test_validate_graph_with_a_fault_advises_another_engine(models: Models, tmp_path: Path) -> None:
+    """The weights are right, and the graph throws away what they compute."""
+    pair = models.pair("strong", "fp32")
+    shutil.copytree(pair.merged, tmp_path / "faulty")
+    graph = onnx.load(str(tmp_path / "faulty" / "model.onnx"), load_external_data=False)
+    scale = onnx.numpy_helper.from_array(np.float32(-1), "fault")
+    graph.graph.initializer.append(scale)
+    for node in graph.graph.node:
+        node.output[:] = ["right" if name == "logits" else name for name in node.output]
+    graph.graph.node.append(onnx.helper.make_node("Mul", ["right", "fault"], ["logits"]))
+    (tmp_path / "faulty" / "model.onnx").write_bytes(graph.SerializeToString())
+    result = models.validated("strong", replace(pair, merged=tmp_path / "faulty"))
+    assert "onnx_adapter_survival" in {c.name for c in result.checks if not c.passed}
+    assert "lost in the export: onnx_graph_max_abs fails" in result.advice[0]
+    assert result.advice[0].endswith("try another --engine.")
+
+
+def test_validate_merge_without_the_adapter_blames_the_merge(models: Models, tmp_path: Path) -> None:
+    merge(models.base, [], tmp_path / "merged")
+    choices, options = [AdapterChoice(models.adapters["strong"])], ValidationOptions(provider="cpu")
+    pair = models.pair("strong", "fp32", exported="base")
+    result = validate(models.base, choices, tmp_path / "merged", exports=[pair], options=options, progress=Silent())
+    assert "lost in the merge: tensor_errors fails" in result.advice[0]
 
 
 # --- several exports, and the command ----------------------------------------------------------------------

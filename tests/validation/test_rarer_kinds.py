@@ -92,7 +92,7 @@ def test_a_factor_scales_what_a_layer_adds(kind: str) -> None:
     x = torch.arange(5) if embeds else torch.randn(3, plain.weight.shape[1], dtype=torch.float64)
     with torch.no_grad():
         added = layer(x) - plain(x)
-        weigh(layer, "default", 0.25)
+        weigh(layer, {"default": 0.25})
         torch.testing.assert_close(layer(x) - plain(x), added / 4)
     assert float(added.abs().max()) > 1e-4
 

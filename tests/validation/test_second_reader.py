@@ -82,7 +82,7 @@ def test_a_wrong_reader_fails_the_validation(
         return -rows(self, start, stop)
 
     monkeypatch.setattr(owner, "rows", upside_down)
-    with pytest.raises(CheckpointError, match="reads this weight of the base otherwise") as caught:
+    with pytest.raises(CheckpointError, match="reads other numbers from this weight of the base") as caught:
         stand_in(base, base, MergeOptions(), None, tmp_path, Silent())
     assert caught.value.tensor is not None and caught.value.tensor.endswith("_proj.weight")
 

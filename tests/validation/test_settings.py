@@ -101,7 +101,7 @@ def no_template(folder: Path) -> None:
 CASES: list[tuple[Any, str]] = [
     (shuffled_tokenizer, "tokenizer.json: model.vocab"),
     (other_end, "generation_config.json: eos_token_id: should be 2, is 7"),
-    (other_template, "chat_template.jinja: other contents"),
+    (other_template, "chat_template.jinja: different contents"),
     (other_window, "config.json: sliding_window: should be 96, is 20"),
     (planted_adapter, "adapter_config.json: neither"),
     (planted_pickle, "pytorch_model.bin: neither"),
@@ -128,7 +128,7 @@ def test_settings_check_a_key_that_stands_twice_is_refused(made: tuple[Path, Pat
 
     merged = shutil.copytree(made[2], tmp_path / "merged")
     end_twice(merged)
-    with pytest.raises(InputError, match="a key stands twice"):
+    with pytest.raises(InputError, match="a key appears twice"):
         found(made, merged, tmp_path / "after")
 
 

@@ -43,6 +43,11 @@ class FileRecord:
     sha256: str | None = None
     header_sha256: str | None = None
 
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        file = hashed(path)
+        return cls(file.size, file.sha256)
+
 
 @dataclass(frozen=True)
 class BaseFile:
@@ -219,7 +224,7 @@ def _grouping(shards: Sequence[Shard]) -> list[tuple[str, tuple[str, ...]]]:
 def describe_files(folder: Path, shards: Files) -> Files:
     """Every file of a folder but the certificate and the shards."""
     names = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {n: FileRecord(**hashed(p)) for n, p in names.items() if n != NAME and n not in shards}
+    return {n: FileRecord.of(p) for n, p in names.items() if n != NAME and n not in shards}
 
 
 def describe_shards(plan: MergePlan) -> Files:

@@ -1,18 +1,19 @@
 """A graph that an engine made, before it is an export: its weights filled in, its fusions beside a plain graph."""
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_export.checkpoint import TensorFiles, open_checkpoint
 from lora_export.checkpoint.hashing import hash_all
+from lora_export.choices import Activations
 from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError
-from lora_export.onnx_export.engines.protocol import Engine, Job, Made, architecture_of
+from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
 from lora_export.onnx_export.graphs.fusions import compare as compare_to_plain
 from lora_export.onnx_export.quantize.blockwise import AUTO, Blockwise
+from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.reuse import config_digest, refuse_undescribed
@@ -37,10 +38,10 @@ def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = 
         weights_map.write(stage, replace(described, hashes=hash_all(numbers)))
 
 
-def against_plain_graphs(job: Job, made: Made, chosen: Engine) -> float | None:
+def against_plain_graphs(job: ExportJob, made: Made, chosen: Engine) -> float | None:
     """The largest relative difference between the fused graphs and plain ones; None where none are to be compared:
     the engine writes fused graphs only, a type other than fp32 differs by its rounding, or the model is large."""
-    if chosen.name != "dynamo" or job.optimize == "none" or job.precision != "fp32":
+    if not chosen.optimizes or job.optimize == "none" or job.precision != "fp32":
         return None
     if sum(weights_map.read(job.output).sizes.values()) > LARGEST_COMPARED:
         return None
@@ -54,12 +55,12 @@ def against_plain_graphs(job: Job, made: Made, chosen: Engine) -> float | None:
     return worst
 
 
-def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: TensorSource | None) -> Job:
+def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source: TensorSource | None) -> ExportJob:
     """The job with those products in int8 whose int4 does the most measured damage for its size."""
     from lora_export.onnx_export.graphs.inputs import built_in_rows, token_feeds
     from lora_export.onnx_export.quantize.sensitivity import choose_kept
 
-    if chosen.name != "genai" or how.method != "int4" or job.config.get("is_encoder_decoder"):
+    if how.method != "int4" or not chosen.mixes_bits(job.config):
         raise ExportError(
             f"--keep auto was asked for {how.method} of {architecture_of(job.config)} ({chosen.name} engine)",
             expected="int4 of a decoder that the genai engine exports",
@@ -82,21 +83,22 @@ def with_measured_damage(job: Job, how: Blockwise, chosen: Engine, source: Tenso
     return replace(job, quantized=replace(how, eight_bits=(*how.eight_bits, *nodes)))
 
 
-def record_of(job: Job, made: Made, engine: str, activations: str) -> dict[str, Any]:
-    """What an export says of how it was made, as far as the job tells it."""
-    return {
-        "engine": engine,
-        "precision": job.precision,
-        "provider": job.provider,
-        "optimize": job.optimize,
-        "kind": made.kind,
-        "task": made.task,
-        "graphs": list(made.graphs),
-        "nodes": sum(count_nodes(job.output / name) for name in made.graphs),
-        "architecture": architecture_of(job.config),
-        "quantization": asdict(job.quantized) if job.quantized else None,
-        "activations": activations,
-        "adapter": job.adapter is not None,
-        "source_config_sha256": sealed.sha256(job.model / "config.json"),
-        "config_digest": config_digest(job.config),
-    }
+def record_of(job: ExportJob, made: Made, engine: str, activations: Activations) -> ExportRecord:
+    """How an export was made, as far as the job tells; its time is not known yet."""
+    return ExportRecord(
+        engine=engine,
+        precision=job.precision,
+        provider=job.provider,
+        optimize=job.optimize,
+        kind=made.kind,
+        task=made.task,
+        graphs=made.graphs,
+        nodes=sum(count_nodes(job.output / name) for name in made.graphs),
+        architecture=architecture_of(job.config),
+        quantization=job.quantized,
+        activations=activations,
+        adapter=job.adapter is not None,
+        source_config_sha256=sealed.sha256(job.model / "config.json"),
+        config_digest=config_digest(job.config),
+        seconds=0.0,
+    )

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from lora_export.choices import Precision
 from lora_export.errors import ExportError
-from lora_export.onnx_export.engines import companions, isolated
-from lora_export.onnx_export.engines.protocol import Job, Made, architecture_of
+from lora_export.onnx_export.engines import isolated
+from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.storage import sealed
 
 _HEADS = {
@@ -54,11 +54,12 @@ TASKS: Mapping[str, str] = {
 _RESULT = "made.json"
 
 
-class DynamoEngine:
+class DynamoEngine(Engine):
     name: ClassVar[str] = "dynamo"
     architectures: ClassVar[frozenset[str]] = frozenset(TASKS)
+    optimizes: ClassVar[bool] = True
 
-    def check(self, job: Job) -> None:
+    def check(self, job: ExportJob) -> None:
         self.check_precision(job.precision, job.provider)
         if job.adapter is not None:
             raise ExportError(
@@ -78,7 +79,7 @@ class DynamoEngine:
     def generates(self, config: Mapping[str, Any]) -> bool:
         return TASKS[architecture_of(config)].endswith("-generation")
 
-    def run(self, job: Job) -> Made:
+    def run(self, job: ExportJob) -> Made:
         request = {
             "model": str(job.model.resolve()),
             "output": str(job.output.resolve()),
@@ -94,5 +95,5 @@ class DynamoEngine:
         path.unlink()
         return Made(made["kind"], made["task"], tuple(made["graphs"]), True)
 
-    def accompany(self, model: Path, output: Path) -> None:
-        companions.copy(model, output)
+
+ENGINE = DynamoEngine()

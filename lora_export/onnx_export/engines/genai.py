@@ -9,7 +9,7 @@ from lora_export.checkpoint.companions import has_tokenizer
 from lora_export.choices import Precision
 from lora_export.errors import AdapterError, ExportError
 from lora_export.onnx_export.engines import companions, isolated
-from lora_export.onnx_export.engines.protocol import Job, Made, architecture_of
+from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs import checks
 from lora_export.storage import sealed
 
@@ -40,11 +40,12 @@ _TEXT = Made("decoder", "text-generation-with-past", ("model.onnx",), True)
 _SPEECH = Made("seq2seq", "automatic-speech-recognition-with-past", ("encoder.onnx", "decoder.onnx"), True)
 
 
-class GenaiEngine:
+class GenaiEngine(Engine):
     name: ClassVar[str] = "genai"
     architectures: ClassVar[frozenset[str]] = _ARCHITECTURES | _WHISPER
+    fp16_int4: ClassVar[bool] = True
 
-    def check(self, job: Job) -> None:
+    def check(self, job: ExportJob) -> None:
         """Refuse what the builder would do wrong, or what the provider could not run."""
         self.check_precision(job.precision, job.provider)
         if not has_tokenizer(job.model):
@@ -81,7 +82,7 @@ class GenaiEngine:
     def generates(self, config: Mapping[str, Any]) -> bool:
         return True
 
-    def run(self, job: Job) -> Made:
+    def run(self, job: ExportJob) -> Made:
         described = job.adapter is None
         request = {
             "described": described,
@@ -101,10 +102,16 @@ class GenaiEngine:
             _check_adapter_arrived(job)
         return replace(made, described=described)
 
+    def mixes_bits(self, config: Mapping[str, Any]) -> bool:
+        return not config.get("is_encoder_decoder")
+
     def accompany(self, model: Path, output: Path) -> None:
         companions.copy(model, output)
         settings = sealed.read_json(output / "genai_config.json")["model"]
         companions.bound_model_max_length(output, int(settings["context_length"]))
+
+
+ENGINE = GenaiEngine()
 
 
 def _refuse_head_size(config: Mapping[str, Any]) -> None:
@@ -148,7 +155,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _mend_genai_config(job: Job) -> dict[str, Any]:
+def _mend_genai_config(job: ExportJob) -> dict[str, Any]:
     """The `model` part of genai_config.json, after taking CUDA's options out of a graph made for the CPU."""
     path = job.output / "genai_config.json"
     config = sealed.read_json(path)
@@ -207,7 +214,7 @@ def _check_adapter(adapter: Path) -> None:
         )
 
 
-def _check_adapter_arrived(job: Job) -> None:
+def _check_adapter_arrived(job: ExportJob) -> None:
     """Every lora_A of the adapter must be an initializer, or the graph is not the unmerged model."""
     from safetensors import safe_open
 

@@ -1,18 +1,20 @@
 """What an export engine is given, and what it has to offer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from lora_export.choices import ModelKind, Optimize, Precision, Provider
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
+from lora_export.onnx_export.engines import companions
 from lora_export.onnx_export.quantize.blockwise import Blockwise
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """One export. model: a Hugging Face folder; output: an empty folder; provider: cpu or cuda.
 
     adapter: a LoRA folder whose update stays beside the weights in the graph (the unmerged model).
@@ -33,7 +35,7 @@ class Job:
 class Made:
     """What an engine left in the folder of a job. task: Optimum's name; graphs: file names, an encoder's first.
 
-    described: whether weights-map.json is there and the data files wait for writing.fill.
+    described: whether weights-map.json exists, and the data files are to be filled as it says.
     """
 
     kind: ModelKind
@@ -42,28 +44,44 @@ class Made:
     described: bool
 
 
-class Engine(Protocol):
-    """A way to export some architectures. All methods raise ExportError; the checks before any work."""
+class Engine(ABC):
+    """A way to export some architectures. All methods raise ExportError; the checks, before any work.
 
-    @property
-    def name(self) -> str: ...
+    name: as in --engine; architectures: class names of config.json; optimizes: whether `run` obeys `optimize`, so
+    that plain graphs can be had to compare with; fp16_int4: whether its int4 graphs for CUDA compute in fp16.
+    """
 
-    @property
-    def architectures(self) -> frozenset[str]: ...
+    name: ClassVar[str]
+    architectures: ClassVar[frozenset[str]]
+    optimizes: ClassVar[bool] = False
+    fp16_int4: ClassVar[bool] = False
 
-    def check(self, job: Job) -> None: ...
+    @abstractmethod
+    def check(self, job: ExportJob) -> None:
+        """Refuse a job that `run` would do wrong, or whose graph its provider could not run."""
 
-    def check_precision(self, precision: Precision, provider: str) -> None: ...
+    @abstractmethod
+    def check_precision(self, precision: Precision, provider: str) -> None:
+        """Refuse a precision, for a model that may not exist yet."""
 
+    @abstractmethod
     def generates(self, config: Mapping[str, Any]) -> bool:
-        """Whether the model makes a text token by token."""
-        ...
+        """Whether the model generates text token by token."""
 
-    def run(self, job: Job) -> Made: ...
+    @abstractmethod
+    def run(self, job: ExportJob) -> Made:
+        """Write graphs, a map of their weights, and data files into the folder of the job.
+
+        The data files have their full size, and holes where the map has a recipe: `weights.fill` fills those.
+        """
+
+    def mixes_bits(self, config: Mapping[str, Any]) -> bool:
+        """Whether single products of an int4 graph can be int8, by their measured damage."""
+        return False
 
     def accompany(self, model: Path, output: Path) -> None:
         """Put the small files of `model` beside the graphs in `output`."""
-        ...
+        companions.copy(model, output)
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:

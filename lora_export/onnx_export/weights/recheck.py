@@ -15,11 +15,11 @@ from lora_export.errors import ExportError, LoraExportError, plain
 from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import choose
 from lora_export.onnx_export.engines.building import record_of
-from lora_export.onnx_export.engines.protocol import Engine, Job
+from lora_export.onnx_export.engines.protocol import Engine, ExportJob
 from lora_export.onnx_export.graphs.checks import check_model
 from lora_export.onnx_export.graphs.finding import find_graphs
 from lora_export.onnx_export.graphs.fusions import compare
-from lora_export.onnx_export.quantize.blockwise import Blockwise
+from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.refusals import read_config
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
@@ -27,20 +27,11 @@ from lora_export.onnx_export.weights.map import WeightsMap
 from lora_export.onnx_export.weights.recheck_data import Rechecked, judge_constants, judge_data
 from lora_export.onnx_export.weights.reuse import read_map
 from lora_export.storage import sealed
-from lora_export.storage.documents import Kind, check
 
 # Of export.json: when and with what it was made, which leaves no trace in the other files.
 _UNPROVABLE = ("seconds", "versions", "graph_versions", "fused_against_plain")
 # Between graphs of the same weights, of the largest value: fp32 in another order, or rounded otherwise.
 _CLOSE, _CLOSE_OTHERWISE = {"fp32": 1e-4}, 3e-2
-_RECORD: Kind = {
-    "engine": str, "precision": str, "provider": str, "optimize": str, "activations": str, "adapter": bool,
-    "graphs": [str], "made_by_engine": [str],
-    "quantization": (None, {
-        "method": str, "block_size": int, "symmetric": bool, "algorithm": str, "accuracy_level": int, "keep": [str],
-        "eight_bits": [str], "embeddings": bool,
-    }),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,8 +64,7 @@ def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Re
     found = Rechecked([check_graphs(folder, "onnx_graphs")])
     try:
         record = records.read_record(folder)
-        check(record, _RECORD, "the record of the export", folder / records.NAME)
-        if record["adapter"]:
+        if record.adapter:
             raise ExportError("the adapter of this export is no part of its weights", where=folder)
         with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
             _compare(found, folder, record, model, Path(scratch), rebuild, progress)
@@ -86,18 +76,18 @@ def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Re
 def _compare(
     found: Rechecked,
     folder: Path,
-    record: Mapping[str, Any],
+    record: ExportRecord,
     model: Model,
     stage: Path,
     rebuild: bool,
     progress: Progress,
 ) -> None:
     job, chosen = _job(record, model, stage, progress)
-    if record["activations"] != "float":
+    if record.activations != "float":
         _compare_whole(found, folder, job, model, stage / "new")
         return
     if not rebuild:
-        described = read_map(folder, tuple(record["graphs"]))
+        described = read_map(folder, record.graphs)
         _given_companions(found, folder, record, model, stage, chosen)
         found.not_checked.append("the ONNX graph, weights-map.json and the runtime's configuration: not built anew")
         judge_data(found, folder, described, model.source, progress)
@@ -109,8 +99,8 @@ def _compare(
     described = weights_map.read(stage)
     weights_map.write(stage, replace(described, hashes=model.hashes))
     wanted = record_of(job, made, chosen.name, "float")
-    wanted["made_by_engine"] = [n for n in own if n != weights_map.NAME]
-    _judge_record(found, record, wanted)
+    made_by_engine = tuple(n for n in own if n != weights_map.NAME)
+    _judge_record(found, folder, replace(wanted, made_by_engine=made_by_engine))
     if _of_other_versions(folder, stage, record):
         _beside_new_graphs(found, folder, stage, described, record, model, job)
         return
@@ -119,7 +109,7 @@ def _compare(
     judge_constants(found, folder, stage, described)
 
 
-def _compare_whole(found: Rechecked, folder: Path, job: Job, model: Model, new: Path) -> None:
+def _compare_whole(found: Rechecked, folder: Path, job: ExportJob, model: Model, new: Path) -> None:
     """An export whose weights no map describes, exported once more: it quantizes products, weights and all."""
     from lora_export.onnx_export import export
 
@@ -131,22 +121,19 @@ def _compare_whole(found: Rechecked, folder: Path, job: Job, model: Model, new: 
         return
     options = ExportOptions(job.precision, job.provider, None, job.optimize, model.quantization)
     export(model.folder, new, options, source=model.source, progress=job.progress)
-    _judge_record(found, records.read_record(folder), records.read_record(new))
+    _judge_record(found, folder, records.read_record(new))
     _judge_files(found, folder, new, WeightsMap(()))
 
 
-def _job(record: Mapping[str, Any], model: Model, stage: Path, progress: Progress) -> tuple[Job, Engine]:
+def _job(record: ExportRecord, model: Model, stage: Path, progress: Progress) -> tuple[ExportJob, Engine]:
     """The job that made the export. ExportError for a record of what no engine does."""
     config = read_config(model.folder)
-    chosen = choose(config, record["engine"])
-    how = record["quantization"]
-    words: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in (how or {}).items()}
-    quantized = Blockwise(**words) if words else None
-    if quantized:
-        quantized.check()
-    job = Job(
-        model.folder, config, stage, record["precision"], record["provider"], None, progress, record["optimize"],
-        quantized,
+    chosen = choose(config, record.engine)
+    if record.quantization:
+        record.quantization.check()
+    job = ExportJob(
+        model.folder, config, stage, record.precision, record.provider, None, progress, record.optimize,
+        record.quantization,
     )  # fmt: skip
     chosen.check(job)
     return job, chosen
@@ -155,11 +142,11 @@ def _job(record: Mapping[str, Any], model: Model, stage: Path, progress: Progres
 # --- graphs of other versions ------------------------------------------------------------------------------
 
 
-def _of_other_versions(folder: Path, stage: Path, record: Mapping[str, Any]) -> bool:
+def _of_other_versions(folder: Path, stage: Path, record: ExportRecord) -> bool:
     """Whether the graphs are others than those that are made here, and were not made by what is installed here."""
-    graphs = [n for n in record["graphs"] if (stage / n).is_file()]
+    graphs = [n for n in record.graphs if (stage / n).is_file()]
     same = all(sealed.sha256(folder / n) == sealed.sha256(stage / n) for n in graphs)
-    return not same and record.get("graph_versions") != records.versions()
+    return not same and record.graph_versions != records.versions()
 
 
 def _beside_new_graphs(
@@ -167,17 +154,17 @@ def _beside_new_graphs(
     folder: Path,
     stage: Path,
     described: WeightsMap,
-    record: Mapping[str, Any],
+    record: ExportRecord,
     model: Model,
-    job: Job,
+    job: ExportJob,
 ) -> None:
     """Graphs that no version here makes: weights by their own map, outputs beside those of new graphs."""
-    own = read_map(folder, tuple(record["graphs"]))
-    made = {*record["graphs"], *record["made_by_engine"], weights_map.NAME}
+    own = read_map(folder, record.graphs)
+    made = {*record.graphs, *record.made_by_engine, weights_map.NAME}
     _judge_files(found, folder, stage, described, frozenset(made))
     judge_data(found, folder, own, model.source, job.progress)
     limit = _CLOSE.get(job.precision, _CLOSE_OTHERWISE)
-    versions = f"they were made by {record.get('graph_versions')}, here are {records.versions()}"
+    versions = f"they were made by {dict(record.graph_versions)}, here are {records.versions()}"
     found.not_checked.append(f"the bytes of the ONNX graph, its map and configuration: {versions}")
     if job.precision == "bf16":
         found.not_checked.append("what the ONNX graph computes: bf16 runs on CUDA alone")
@@ -185,7 +172,7 @@ def _beside_new_graphs(
     job.progress.stage("verify: the graph beside one that was built anew, on made-up inputs")
     DataFiles(stage, described, model.source, job.progress).write()
     notes = []
-    for name in record["graphs"]:
+    for name in record.graphs:
         try:
             compare(folder / name, stage / name, job.config, limit)
         except ExportError as error:
@@ -198,20 +185,12 @@ def _beside_new_graphs(
 # --- small files -------------------------------------------------------------------------------------------
 
 
-def _judge_record(found: Rechecked, record: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    wanted = _as_json(wanted)
-    names = (record.keys() | wanted.keys()) - {*_UNPROVABLE}
-    other = [n for n in sorted(names) if record.get(n) != wanted.get(n)]
-    notes = [f"{n} is {record.get(n)!r}, a new export has {wanted.get(n)!r}" for n in other]
+def _judge_record(found: Rechecked, folder: Path, wanted: ExportRecord) -> None:
+    record, new = sealed.read_json(folder / records.NAME), records.document(wanted)
+    other = [n for n in sorted((record.keys() | new.keys()) - {*_UNPROVABLE}) if record.get(n) != new.get(n)]
+    notes = [f"{n} is {record.get(n)!r}, a new export has {new.get(n)!r}" for n in other]
     found.judge("onnx_record", "export.json says what a new export says", notes)
     found.not_checked.append(f"{', '.join(_UNPROVABLE)} in export.json: no bytes of the export depend on them")
-
-
-def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    import json
-
-    found: dict[str, Any] = json.loads(json.dumps(value))
-    return found
 
 
 def _judge_files(
@@ -229,11 +208,11 @@ def _judge_files(
 
 
 def _given_companions(
-    found: Rechecked, folder: Path, record: Mapping[str, Any], model: Model, stage: Path, chosen: Engine
+    found: Rechecked, folder: Path, record: ExportRecord, model: Model, stage: Path, chosen: Engine
 ) -> None:
     """The files of the model that travel with the graph."""
-    kept = {*record["graphs"], *record["made_by_engine"], weights_map.NAME, records.NAME}
-    for name in record["made_by_engine"]:
+    kept = {*record.graphs, *record.made_by_engine, weights_map.NAME, records.NAME}
+    for name in record.made_by_engine:
         if name.endswith(".json") and sealed.plain_name(name) and (folder / name).is_file():
             (stage / name).write_bytes((folder / name).read_bytes())
     chosen.accompany(model.folder, stage)

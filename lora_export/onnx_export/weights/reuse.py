@@ -1,7 +1,7 @@
 """The next adapter of an exported graph: the same graph files byte for byte, and new data files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from lora_export.contracts import TensorSource
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.model_without_weights import SMALL
+from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.map import WeightsMap
 from lora_export.storage import sealed
@@ -27,13 +28,13 @@ def config_digest(config: Mapping[str, Any]) -> str:
 
 def refuse_other_model(
     earlier: Path,
-    record: Mapping[str, Any],
+    record: ExportRecord,
     config: Mapping[str, Any],
     found: WeightsMap,
     hashes: Mapping[str, str],
 ) -> None:
     """ExportError unless `earlier`'s graph is the one that a fresh export of this model would make."""
-    if record.get("config_digest") != config_digest(config):
+    if record.config_digest != config_digest(config):
         raise _other(earlier, "config.json is another than that of the model that was exported", None)
     before = found.hashes
     if before.keys() != hashes.keys():
@@ -117,7 +118,7 @@ def _check_places(path: Path, model: Any, found: WeightsMap) -> None:
             )
 
 
-def copy_graphs(earlier: Path, output: Path, names: list[str]) -> None:
+def copy_graphs(earlier: Path, output: Path, names: Sequence[str]) -> None:
     """Copy what the engine made, byte for byte: the graphs and the runtime's configuration."""
     for name in names:
         if not sealed.plain_name(name):

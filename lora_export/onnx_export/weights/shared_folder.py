@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_export.checkpoint.companions import companion_files
 from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError, InputError
 from lora_export.onnx_export import records
 from lora_export.onnx_export.graphs.checks import all_tensors, check_loads, check_model, load_graph
+from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.map import Weight, WeightsMap, placed
@@ -41,14 +42,14 @@ class Shared:
 
     earlier: Path
     found: WeightsMap
-    record: Mapping[str, Any]
+    record: ExportRecord
 
     @property
     def graph(self) -> Path:
-        return self.earlier / str(self.record["graphs"][0])
+        return self.earlier / self.record.graphs[0]
 
 
-def check_name(name: str, record: Mapping[str, Any], earlier: Path) -> None:
+def check_name(name: str, record: ExportRecord, earlier: Path) -> None:
     """InputError for a name that is no file name everywhere, and for an export of several graphs."""
     if not _NAME.fullmatch(name) or name.lower() == "base":
         raise InputError(
@@ -56,9 +57,9 @@ def check_name(name: str, record: Mapping[str, Any], earlier: Path) -> None:
             expected="up to 64 letters, digits, - and _, beginning with a letter or digit; not base",
             next_step="--shared-as with such a name",
         )
-    if len(record["graphs"]) != 1:
+    if len(record.graphs) != 1:
         raise InputError(
-            f"the export has {len(record['graphs'])} graphs: {', '.join(record['graphs'])}",
+            f"the export has {len(record.graphs)} graphs: {', '.join(record.graphs)}",
             where=earlier,
             expected="an export of one graph, for adapters to share",
             next_step="the same command without --shared-as: a folder of its own for each adapter",
@@ -101,10 +102,9 @@ def _write_base(folder: Path, shared: Shared) -> None:
         sealed.write_json(settings, config)
     weights = tuple(replace(w, file=BASE_DATA) for w in shared.found.weights)
     weights_map.write(folder, WeightsMap(weights, shared.found.hashes))
-    kept = [n for n in shared.record["made_by_engine"] if n != shared.graph.name]
-    records.write_record(
-        folder, {**shared.record, "graphs": [BASE_GRAPH], "made_by_engine": sorted([*kept, BASE_GRAPH])}
-    )
+    kept = [n for n in shared.record.made_by_engine if n != shared.graph.name]
+    made = tuple(sorted([*kept, BASE_GRAPH]))
+    records.write_record(folder, replace(shared.record, graphs=(BASE_GRAPH,), made_by_engine=made))
 
 
 def _refuse_other_base(root: Path, shared: Shared) -> None:
@@ -149,10 +149,10 @@ def add(
         model = _moved(shared.graph, {w.name: replace(w, file=data) for w in weights})
         unfinished_graph.write_bytes(_serialized(model))
         check_model(unfinished_graph)
-        check_loads(unfinished_graph, shared.record["precision"])
+        check_loads(unfinished_graph, shared.record.precision)
         seconds = round(time.monotonic() - started, 3)
-        own = {"graphs": [graph.name], "files": [graph.name, data], "seconds": seconds}
-        records.write_record(folder, {**shared.record, **own}, f"{name}.{records.NAME}")
+        own = replace(shared.record, graphs=(graph.name,), files=(graph.name, data), seconds=seconds)
+        records.write_record(folder, own, f"{name}.{records.NAME}")
         for path in (folder / data, unfinished_graph):
             disk.sync(path)
         unfinished_graph.replace(graph)

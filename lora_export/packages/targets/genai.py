@@ -1,17 +1,27 @@
 """A folder for onnxruntime-genai: graph, configuration for the CPU and for CUDA, tokenizer, chat template."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export.errors import InputError
 from lora_export.escape import markdown
 from lora_export.packages import companions, graphs
-from lora_export.packages.job import RUNS_OWN, Facts, Job, Run, Snippet, Target, Variant
+from lora_export.packages.interpreters import Python
+from lora_export.packages.job import (
+    ADAPTER_SUFFIX,
+    RUNS_OWN,
+    PackageFacts,
+    PackageJob,
+    PackageTarget,
+    Run,
+    Snippet,
+    Variant,
+)
 from lora_export.packages.programs import TOKENS, prompt_of
 from lora_export.storage import sealed
 
 CONFIG = "genai_config.json"
-SUFFIX = ".onnx_adapter"
 _WHEELS = {"cpu": "onnxruntime-genai", "cuda": "onnxruntime-genai-cuda"}
 PROVIDERS: Mapping[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {"enable_cuda_graph": "0"}}]}
 # Of generation_config.json: what genai's `search` has under the same name.
@@ -22,27 +32,29 @@ _SEARCH = (
 )  # fmt: skip
 
 
-class GenaiTarget(Target):
+class GenaiTarget(PackageTarget):
     name: ClassVar[str] = "genai"
+    title: ClassVar[str] = "onnxruntime-genai"
+    takes_adapters: ClassVar[bool] = True
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
-        if run.export.engine != "genai":
+        if not (run.export.output / CONFIG).is_file():
             raise InputError(
-                f"the run was exported by the {run.export.engine} engine, which onnxruntime-genai does not run",
+                f"the run was exported by the {run.export.engine} engine without a {CONFIG}",
                 where=run.folder,
-                expected="an export of the genai engine: a decoder or Whisper",
+                expected="an export that onnxruntime-genai runs: a decoder's or Whisper's by the genai engine",
                 next_step="--for optimum, or --for transformers-js",
             )
         return super().variants(run, names)
 
-    def lay(self, job: Job) -> None:
+    def lay(self, job: PackageJob) -> None:
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
         for path in export.paths:
             model, sources = graphs.opened(path)
             graphs.save(model, job.stage / path.name, f"{path.name}.data", sources, largest=2**62)
         for name in job.adapters:
-            sealed.copy(export.output / f"{name}{SUFFIX}", job.stage / f"{name}{SUFFIX}")
+            sealed.copy(export.output / f"{name}{ADAPTER_SUFFIX}", job.stage / f"{name}{ADAPTER_SUFFIX}")
         extra = export.output / "audio_processor_config.json"
         if extra.is_file():
             sealed.copy(extra, job.stage / extra.name)
@@ -52,7 +64,7 @@ class GenaiTarget(Target):
             file = CONFIG if name == job.providers[0] else f"genai_config.{name}.json"
             sealed.write_json(job.stage / file, config)
 
-    def _bound_length(self, job: Job) -> None:
+    def _bound_length(self, job: PackageJob) -> None:
         """tokenizer_config.json as the export mended it: genai reads "no limit" as an integer of 64 bits."""
         path, made = job.stage / "tokenizer_config.json", job.exports[RUNS_OWN].output / "tokenizer_config.json"
         if path.is_file() and made.is_file():
@@ -60,18 +72,26 @@ class GenaiTarget(Target):
             bound = {"model_max_length": length} if length else {}
             sealed.write_json(path, sealed.read_json(path) | bound)
 
-    def snippet(self, facts: Facts, folder: str) -> Snippet:
+    def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
         build = _TEXT if facts.task.input == "text" else _SPEECH
         plug, active = "", ""
         if facts.adapters:
             name = repr(facts.adapters[0])
-            file = repr(f"{folder}/{facts.adapters[0]}{SUFFIX}")
+            file = repr(f"{folder}/{facts.adapters[0]}{ADAPTER_SUFFIX}")
             plug = f"\nadapters = og.Adapters(model)\nadapters.load({file}, {name})"
             active = f"\ngenerator.set_active_adapter(adapters, {name})"
         code = build.format(folder=folder, prompt=repr(prompt_of(facts)), tokens=TOKENS, plug=plug, active=active)
-        return Snippet("python", f"pip install {_WHEELS[facts.providers[0]]}", code)
+        return Snippet(Python(), f"pip install {_WHEELS[facts.providers[0]]}", code)
 
-    def notes(self, facts: Facts) -> str:
+    def check_folder(self, folder: Path) -> None:
+        if not (folder / CONFIG).is_file():
+            raise InputError(
+                f"the package has no {CONFIG}",
+                where=folder,
+                expected=f"{CONFIG}; without it onnxruntime-genai reads manifest.json as its own",
+            )
+
+    def notes(self, facts: PackageFacts) -> str:
         words = ""
         if facts.adapters[1:]:
             names = ", ".join(f"`{markdown(n)}`" for n in facts.adapters[1:])
@@ -85,6 +105,9 @@ class GenaiTarget(Target):
             f"On {other.upper()} (`pip install {_WHEELS[other]}`), put this between the configuration and "
             f'the model:\n\n```python\nconfig.overlay(open("genai_config.{other}.json").read())\n```\n'
         )
+
+
+TARGET = GenaiTarget()
 
 
 _TEXT = """import json

@@ -6,24 +6,20 @@ from typing import ClassVar
 
 from lora_export.errors import InputError
 from lora_export.packages import companions
-from lora_export.packages.job import Facts, Job, Run, Snippet, Target, Variant
+from lora_export.packages.job import PackageFacts, PackageJob, PackageTarget, Run, Snippet, Variant
 from lora_export.packages.programs import python_program
 from lora_export.storage import sealed
 
 CERTIFICATE = "lora_export_certificate.json"
 
 
-class HubTarget(Target):
+class HubTarget(PackageTarget):
     name: ClassVar[str] = "hf"
+    title: ClassVar[str] = "transformers, vLLM and TGI"
+    needs_merged: ClassVar[bool] = True
+    for_hub: ClassVar[bool] = True
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
-        if run.merged is None:
-            raise InputError(
-                "the run has no merged folder (--no-merged-folder)",
-                where=run.folder,
-                expected="merged/, which this package is made of",
-                next_step="repeat merge-and-export without --no-merged-folder, or package --for genai",
-            )
         if names:
             raise InputError(
                 f"--variant {names[0]} with --for hf",
@@ -32,17 +28,17 @@ class HubTarget(Target):
             )
         return ()
 
-    def lay(self, job: Job) -> None:
+    def lay(self, job: PackageJob) -> None:
         assert job.run.merged is not None
         companions.lay(job.run, job.stage)
         for path in sorted(job.run.merged.iterdir()):
             if path.suffix == ".safetensors" or path.name in ("model.safetensors.index.json", CERTIFICATE):
                 sealed.copy(path, job.stage / path.name)
 
-    def snippet(self, facts: Facts, folder: str) -> Snippet:
+    def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
         return python_program(facts, folder, "transformers", facts.task.auto, "pip install transformers torch")
 
-    def notes(self, facts: Facts) -> str:
+    def notes(self, facts: PackageFacts) -> str:
         if not facts.task.generates or facts.task.input != "text":
             return ""
         name = json.dumps(facts.name)
@@ -51,3 +47,6 @@ class HubTarget(Target):
             f"vllm serve . --served-model-name {name}\n"
             "text-generation-launcher --model-id .\n```\n"
         )
+
+
+TARGET = HubTarget()

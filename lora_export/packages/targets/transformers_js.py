@@ -6,7 +6,7 @@ from typing import ClassVar
 from lora_export.errors import ExportError, InputError
 from lora_export.packages import companions
 from lora_export.packages.graphs import LARGEST_CHUNK
-from lora_export.packages.job import Facts, Job, Run, Snippet, Target, Variant
+from lora_export.packages.job import PackageFacts, PackageJob, PackageTarget, Run, Snippet, Variant
 from lora_export.packages.programs import javascript_program
 from lora_export.packages.targets import hub_graphs
 
@@ -19,27 +19,22 @@ _PRECISIONS = {
     "q4": Variant("q4", "int4"),
     "q4f16": Variant("q4f16", "int4", provider="cuda"),
 }
-_BUILT = ("q4f16",)  # by the genai engine alone: the other quantizes graphs that compute in fp32
+_FP16_INT4 = ("q4f16",)  # of engines whose int4 graphs for CUDA compute in fp16; others' compute in fp32
 USUAL = ("fp32", "q8", "q4")  # what Node loads where nobody asks, what a browser does, and the smallest for both
 _MOST_CHUNKS = 100
 _SETUP = "npm install --prefix .. @huggingface/transformers"
 
 
-class TransformersJsTarget(Target):
+class TransformersJsTarget(PackageTarget):
     name: ClassVar[str] = "transformers-js"
+    title: ClassVar[str] = "transformers.js"
+    needs_merged: ClassVar[bool] = True
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
         unknown = next((n for n in names if n not in (*_PRECISIONS, "all")), None)
         if unknown:
             raise InputError(f"--variant {unknown}", expected=", ".join((*_PRECISIONS, "all")))
-        if run.merged is None:
-            raise InputError(
-                "the run has no merged folder (--no-merged-folder), and the variants are made of it",
-                where=run.folder,
-                expected="merged/",
-                next_step="repeat merge-and-export without --no-merged-folder",
-            )
-        made = [n for n in _PRECISIONS if n not in _BUILT or run.export.engine == "genai"]
+        made = [n for n in _PRECISIONS if n not in _FP16_INT4 or run.fp16_int4]
         lacking = next((n for n in names if n != "all" and n not in made), None)
         if lacking:
             raise InputError(
@@ -50,7 +45,7 @@ class TransformersJsTarget(Target):
         wanted = made if "all" in names else names or USUAL
         return tuple(_PRECISIONS[n] for n in made if n in wanted)
 
-    def lay(self, job: Job) -> None:
+    def lay(self, job: PackageJob) -> None:
         folder = job.stage / "onnx"
         folder.mkdir()
         chunks: dict[str, int] = {}
@@ -71,12 +66,15 @@ class TransformersJsTarget(Target):
             settings["kv_cache_dtype"] = dict.fromkeys(halved, "float16")  # transformers.js 3 asks, 4 looks
         companions.lay(job.run, job.stage, {"transformers.js_config": settings})
 
-    def snippet(self, facts: Facts, folder: str) -> Snippet:
+    def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
         return javascript_program(facts, folder, facts.variants[0], _SETUP)
 
-    def notes(self, facts: Facts) -> str:
+    def notes(self, facts: PackageFacts) -> str:
         words = ", ".join(f'"{v}"' for v in facts.variants)
         return (
             f"The variants are {words}. In a browser serve the folder, and set `env.localModelPath` to where it is "
             "served; without a dtype, transformers.js takes fp32 on Node and q8 on WASM.\n"
         )
+
+
+TARGET = TransformersJsTarget()

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_export.errors import ExportError, InputError
 from lora_export.packages import companions, graphs
-from lora_export.packages.job import RUNS_OWN, Facts, Job, Run, Snippet, Target, Variant
+from lora_export.packages.interpreters import Python
+from lora_export.packages.job import RUNS_OWN, PackageFacts, PackageJob, PackageTarget, Run, Snippet, Variant
 from lora_export.packages.programs import NUMBERS, TOKENS, prompt_of
 from lora_export.packages.targets import hub_graphs
 
@@ -29,14 +30,15 @@ _CUDA = {"arena_extend_strategy": "1", "cudnn_conv_algo_search": "0"}
 _IMAGE = "nvcr.io/nvidia/tritonserver:26.09-py3"
 
 
-class TritonTarget(Target):
+class TritonTarget(PackageTarget):
     name: ClassVar[str] = "triton"
+    title: ClassVar[str] = "the Triton Inference Server"
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
         _classes()
         return super().variants(run, names)
 
-    def lay(self, job: Job) -> None:
+    def lay(self, job: PackageJob) -> None:
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
         for part, (model, sources) in hub_graphs.models(export).items():
@@ -50,15 +52,15 @@ class TritonTarget(Target):
                 (job.stage / name / "warmup").mkdir(exist_ok=True)
                 (job.stage / name / "warmup" / file).write_bytes(value.tobytes())
 
-    def snippet(self, facts: Facts, folder: str) -> Snippet:
+    def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
         setup = "pip install 'tritonclient[grpc]' transformers  # after starting the server, see below"
-        return Snippet("python", setup, _program(facts, folder, _CLIENT))
+        return Snippet(Python(), setup, _program(facts, folder, _CLIENT))
 
-    def check(self, facts: Facts, folder: str) -> Snippet:
+    def check(self, facts: PackageFacts, folder: str) -> Snippet:
         """The same program with ONNX Runtime in place of the server, on the file that the server would load."""
-        return Snippet("python", "", _program(facts, folder, _SESSION.format(folder=folder)))
+        return Snippet(Python(), "", _program(facts, folder, _SESSION.format(folder=folder)))
 
-    def notes(self, facts: Facts) -> str:
+    def notes(self, facts: PackageFacts) -> str:
         gpus = "--gpus all " if facts.providers[0] == "cuda" else ""
         return (
             "Start the server first, in this folder:\n\n```bash\n"
@@ -67,6 +69,9 @@ class TritonTarget(Target):
             "The server takes token ids: the tokenizer runs in the client, as above. To move it into the server, "
             "put the same call into a model of Triton's Python backend and join the two by an ensemble.\n"
         )
+
+
+TARGET = TritonTarget()
 
 
 def _model_name(name: str, part: str) -> str:
@@ -228,7 +233,7 @@ _INPUTS = {
 }
 
 
-def _program(facts: Facts, folder: str, infer: str) -> str:
+def _program(facts: PackageFacts, folder: str, infer: str) -> str:
     reader = "AutoTokenizer" if facts.task.input == "text" else "AutoProcessor"
     head = f"import json\nimport numpy\nfrom transformers import {reader}\n{infer}"
     head += f"\nreader = {reader}.from_pretrained({folder!r})\n"

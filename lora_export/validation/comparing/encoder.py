@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_export.contracts import Check, Progress, ValidationResult
+from lora_export.contracts import Check, ValidationResult
 from lora_export.errors import InputError
-from lora_export.validation.comparing.arithmetic import Arithmetic, draw
+from lora_export.validation.comparing.comparison import Comparison, Graph
 from lora_export.validation.comparing.logits import largest, max_abs
-from lora_export.validation.comparing.noise import draws
-from lora_export.validation.comparing.subject import Graph, plain, running
-from lora_export.validation.comparing.thresholds import FACTOR, FP32_ARITHMETIC, below
+from lora_export.validation.comparing.model_under_test import plain
+from lora_export.validation.comparing.thresholds import FP32_ARITHMETIC, below
 from lora_export.validation.effect.effect import OutputEffect
+
+if TYPE_CHECKING:
+    from lora_export.validation.graphs.encoder import OnnxEncoder
 
 Outputs = dict[str, torch.Tensor]
 # A pooled vector is a mean of the outputs; 1 − cos of two that differ by fp32 arithmetic alone.
@@ -22,166 +24,149 @@ COSINE_ARITHMETIC = 1e-6
 
 
 @dataclass(frozen=True)
-class Floor:
+class Shift:
     """How far something moves one output: the largest difference, and √(1 − cos) of the pooled vector."""
 
     max_abs: float = 0.0
     angle: float = 0.0
 
-    def widest(self, other: "Floor") -> "Floor":
-        return Floor(largest((self.max_abs, other.max_abs)), largest((self.angle, other.angle)))
+    def widest(self, other: "Shift") -> "Shift":
+        return Shift(largest((self.max_abs, other.max_abs)), largest((self.angle, other.angle)))
 
-    def plus(self, other: "Floor", times: float = 1.0) -> "Floor":
-        return Floor(self.max_abs + times * other.max_abs, self.angle + times * other.angle)
-
-
-Floors = dict[str, Floor]
+    def plus(self, other: "Shift", times: float = 1.0) -> "Shift":
+        return Shift(self.max_abs + times * other.max_abs, self.angle + times * other.angle)
 
 
-@dataclass
-class EncoderStory:
+Shifts = dict[str, Shift]
+
+
+def _widest(draws: Sequence[Shifts]) -> Shifts:
+    """Of each output."""
+    widest: Shifts = {}
+    for drawn in draws:
+        for name, shift in drawn.items():
+            widest[name] = widest.get(name, Shift()).widest(shift)
+    return widest
+
+
+@dataclass(kw_only=True)
+class EncoderComparison(Comparison[Outputs, Shifts]):
     """batches: keyword inputs of one forward each."""
 
     batches: Sequence[Mapping[str, Any]]
-    dtypes: Mapping[str, torch.dtype]
-    progress: Progress
-    factor: float = FACTOR
-    _base: list[Outputs] = field(default_factory=list)
-    _unmerged: list[Outputs] = field(default_factory=list)
-    _rounding: Floors = field(default_factory=dict)
-    _sums: Floors = field(default_factory=dict)
-    _arithmetic: Floors = field(default_factory=dict)
-
-    def measure(self, unmerged: Any) -> None:
-        self.progress.stage(f"validate: {len(self.batches)} inputs, unmerged, and how far rounding moves them")
-        with running(unmerged):
-            with unmerged.disable_adapter():
-                self._base = self._outputs(unmerged)
-            self._unmerged = self._outputs(unmerged)
-        for drawn in draws(unmerged, self.dtypes, lambda: self._between(self._unmerged, self._outputs(unmerged))):
-            for name, floor in drawn.items():
-                self._rounding[name] = self._rounding.get(name, Floor()).widest(floor)
-        self._sums = self._draw(unmerged, Arithmetic())
-
-    def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
-        self.measure(unmerged)
-        found = self._outputs(merged)
-        noise = {name: floor.plus(self._sums[name]) for name, floor in self._rounding.items()}
-        where = "rounding errors on the unmerged model, and the order of fp32 sums"
-        checks = [
-            *self._checks(noise, {}, found, "", where),
-            Check("noise_floor_max_abs", self._limit(self._first, noise), None, True, where),
-        ]
-        return ValidationResult(tuple(checks))
 
     @property
-    def windows(self) -> Sequence[torch.Tensor]:
-        """There is no next token to predict."""
-        return ()
+    def _count(self) -> int:
+        return len(self.batches)
+
+    @property
+    def _positions(self) -> int:
+        return len(self.batches) * len(self._unmerged[0])
 
     def once(self, model: Any) -> Any:
         return plain(model)(**self.batches[0])
 
-    def compare_onnx(self, unmerged: Any, graph: Graph) -> list[Check]:
-        """The outputs of an exported graph by their names, padded batches among them."""
-        self.progress.stage(f"validate: {graph.arithmetic.words}, measured in PyTorch")
-        self._arithmetic = self._sums
-        if graph.arithmetic != Arithmetic():
-            self._arithmetic = self._draw(unmerged, graph.arithmetic)
-        exact = None if graph.model is None else self._outputs(graph.model)
-        self.progress.stage("validate: ONNX Runtime, on the same inputs")
-        answered = self._answers(graph)
-        known = self._between(self._unmerged, exact) if exact and graph.shifted else {}
-        where = f"rounding errors, and {graph.arithmetic.words}"
-        noise = self._noise(graph, rounding=True)
-        floor = self._limit(next(n for n in self._unmerged[0] if n in answered[0]), noise)
-        return [
-            *self._checks(noise, known, answered, graph.prefix, where),
-            Check(f"{graph.prefix}noise_floor_max_abs", floor, None, math.isfinite(floor), where),
-            *self._graph_checks(graph, exact or self._unmerged, answered),
-        ]
+    def _compared(self, unmerged: Any, merged: Any) -> ValidationResult:
+        sums = _widest(self._sums)
+        noise = {name: shift.plus(sums[name]) for name, shift in _widest(self._rounding).items()}
+        where = "rounding errors on the unmerged model, and the order of fp32 sums"
+        checks = self._checks(noise, {}, self._outputs(merged), "", where)
+        floor = Check("noise_floor_max_abs", self._limit(next(iter(self._unmerged[0])), noise), None, True, where)
+        return ValidationResult((*checks, floor))
 
-    def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
-        of_base = self._draw(unmerged, graph.arithmetic, adapted=False)
-        self._arithmetic = {n: f.widest(of_base[n]) for n, f in self._arithmetic.items()}
-        exact = self._base if graph.model is None else self._outputs(graph.model)
-        return self._graph_checks(graph, exact, self._answers(graph))
+    def _runner(self, graph: Graph) -> "OnnxEncoder":
+        from lora_export.validation.graphs.encoder import OnnxEncoder
+
+        return OnnxEncoder(graph.paths[0], graph.provider)
+
+    def _answers(self, runner: "OnnxEncoder") -> list[Outputs]:
+        """The outputs of the graph by their names, padded batches among them."""
+        return runner.outputs(self.batches)
+
+    def _judge_graph(
+        self, graph: Graph, runner: Any, answers: list[Outputs], known: Shifts | None, where: str
+    ) -> list[Check]:
+        self._refuse_unknown(graph, answers)
+        noise = self._noise(graph, rounding=True)
+        floor = self._limit(next(n for n in self._unmerged[0] if n in answers[0]), noise)
+        return [
+            *self._checks(noise, known or {}, answers, graph.prefix, where),
+            Check(f"{graph.prefix}noise_floor_max_abs", floor, None, math.isfinite(floor), where),
+        ]
 
     def effect(self, unmerged: Any, base: Graph, merged: Graph) -> OutputEffect:
         """Along every output of the graphs."""
-        low_base, low = self._answers(base), self._answers(merged)
+        low, low_base = self._answered
         # 1 − cos of two vectors is half the square of what is between them, relative to their length.
-        angle = largest(f.angle for f in self._arithmetic.values())
+        angle = largest(shift.angle for shift in _widest(self._arithmetic).values())
         narrow = merged.arithmetic.times > 1
-        found = OutputEffect(2 * (self.factor * angle) ** 2 if narrow else 0.0)
-        for index, batch in enumerate(self.batches):
-            outputs = (self._base[index], self._unmerged[index], low_base[index], low[index])
-            for name in (n for n in self._unmerged[index] if n in low[index]):
-                found.add(*(self._valid(o[name], batch) for o in outputs))
-        return found
+        effect = OutputEffect(2 * (self.factor * angle) ** 2 if narrow else 0.0)
+        for at in zip(self.batches, self._base, self._unmerged, low_base, low, strict=True):
+            batch, *outputs = at
+            for name in (n for n in outputs[1] if n in outputs[3]):
+                effect.add(*(self._valid(o[name], batch) for o in outputs))
+        return effect
 
-    def _answers(self, graph: Graph) -> list[Outputs]:
-        from lora_export.validation.graphs.encoder import OnnxEncoder
+    def _along(self, outputs: list[Outputs]) -> float:
+        effect = OutputEffect()
+        for batch, base, unmerged, other in zip(self.batches, self._base, self._unmerged, outputs, strict=True):
+            for name in (n for n in unmerged if n in other):
+                b, m, o = (self._valid(x[name], batch) for x in (base, unmerged, other))
+                effect.add(b, m, torch.zeros_like(o), o)
+        return sum(effect.kept)
 
-        answered = OnnxEncoder(graph.paths[0], graph.provider).outputs(self.batches)
-        if not any(name in answered[0] for name in self._unmerged[0]):
+    def _refuse_unknown(self, graph: Graph, answers: list[Outputs]) -> None:
+        if not any(name in answers[0] for name in self._unmerged[0]):
             raise InputError(
-                f"no output of the graph ({', '.join(answered[0])}) is one of the model",
+                f"no output of the graph ({', '.join(answers[0])}) is one of the model",
                 where=graph.paths[0],
                 expected=", ".join(self._unmerged[0]),
             )
-        return answered
 
-    def _graph_checks(self, graph: Graph, exact: list[Outputs], answered: list[Outputs]) -> list[Check]:
-        """Against PyTorch with the numbers that the graph holds: nothing but arithmetic may differ."""
-        apart = self._between(exact, answered)
+    def _graph_checks(self, graph: Graph, exact: list[Outputs], answers: list[Outputs], runner: Any) -> list[Check]:
+        self._refuse_unknown(graph, answers)
         noise = self._noise(graph, rounding=graph.model is None)
         note = (
             f"{self.factor:g} × the noise floor of {graph.arithmetic.words}, against PyTorch with the weights that "
             "the graph holds"
         )
         return [
-            below(f"{graph.prefix}graph_{name}_max_abs", moved.max_abs, self.factor * limit, note)
-            for name, moved in apart.items()
-            for limit in [self._limit(name, noise)]
+            below(
+                f"{graph.prefix}graph_{name}_max_abs",
+                moved.max_abs,
+                self.factor * self._limit(name, noise),
+                note,
+            )
+            for name, moved in self._apart(exact, answers).items()
         ]
 
     @torch.inference_mode()
-    def _outputs(self, model: Any) -> list[Outputs]:
+    def _outputs(self, model: Any, first: int | None = None) -> list[Outputs]:
         body = plain(model)
         return [dict(_tensors(body(**batch))) for batch in self.batches]
 
-    def _noise(self, graph: Graph, rounding: bool) -> Floors:
+    def _noise(self, graph: Graph, rounding: bool) -> Shifts:
         """Of the graph's arithmetic, and of the rounding of its weights."""
-        times = graph.arithmetic.times
-        return {n: (self._rounding[n] if rounding else Floor()).plus(f, times) for n, f in self._arithmetic.items()}
+        times, arithmetic = graph.arithmetic.times, _widest(self._arithmetic)
+        rounded = _widest(self._rounding) if rounding else {}
+        return {name: rounded.get(name, Shift()).plus(shift, times) for name, shift in arithmetic.items()}
 
-    @property
-    def _first(self) -> str:
-        return next(iter(self._unmerged[0]))
+    def _is_finite(self, apart: Shifts) -> bool:
+        return all(math.isfinite(shift.max_abs) for shift in apart.values())
 
-    def _draw(self, unmerged: Any, how: Arithmetic, adapted: bool = True) -> Floors:
-        def measure(active: bool) -> Floors:
-            return self._between(self._unmerged if active else self._base, self._outputs(unmerged))
-
-        def finite(found: Floors) -> bool:
-            return all(math.isfinite(f.max_abs) for f in found.values())
-
-        return draw(unmerged, how, list(self.dtypes), measure, finite, adapted)
-
-    def _between(self, reference: list[Outputs], found: list[Outputs]) -> Floors:
+    def _apart(self, reference: list[Outputs], other: list[Outputs]) -> Shifts:
         """For each output that both have: how far it moved, over all batches; padding does not count."""
-        return {n: self._difference(n, reference, found) for n in reference[0] if n in found[0]}
+        return {n: self._difference(n, reference, other) for n in reference[0] if n in other[0]}
 
-    def _difference(self, name: str, reference: list[Outputs], found: list[Outputs]) -> Floor:
+    def _difference(self, name: str, reference: list[Outputs], other: list[Outputs]) -> Shift:
         pairs = [
             (self._valid(a[name], batch), self._valid(b[name], batch))
-            for a, b, batch in zip(reference, found, self.batches, strict=True)
+            for a, b, batch in zip(reference, other, self.batches, strict=True)
         ]
         if any(a.shape != b.shape for a, b in pairs):
-            return Floor(math.nan, math.nan)
+            return Shift(math.nan, math.nan)
         apart = largest(_one_minus_cosine(a, b) for a, b in pairs)
-        return Floor(largest(max_abs(a, b) for a, b in pairs), apart**0.5)
+        return Shift(largest(max_abs(a, b) for a, b in pairs), apart**0.5)
 
     def _valid(self, output: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
         mask = batch.get("attention_mask")
@@ -190,19 +175,19 @@ class EncoderStory:
         valid: torch.Tensor = output * mask.reshape(*mask.shape, *[1] * (output.dim() - 2))
         return valid
 
-    def _limit(self, name: str, noise: Floors) -> float:
+    def _limit(self, name: str, noise: Shifts) -> float:
         """One noise floor, the order of fp32 sums included."""
         scale = largest(float(x[name].abs().max()) for x in (*self._unmerged, *self._base))
         return noise[name].max_abs + scale * FP32_ARITHMETIC
 
-    def _checks(self, noise: Floors, known: Floors, found: list[Outputs], prefix: str, where: str) -> list[Check]:
+    def _checks(self, noise: Shifts, known: Shifts, answers: list[Outputs], prefix: str, where: str) -> list[Check]:
         """Each output against the unmerged model's. known: what the weights of a graph do, without a factor."""
         shift = "what these weights do in PyTorch + " if known else ""
         note = f"{shift}{self.factor:g} × the noise floor ({where})"
-        first, *others = (n for n in self._unmerged[0] if n in found[0])
-        apart = self._between(self._unmerged, found)
-        limits = {n: known.get(n, Floor()).max_abs + self.factor * self._limit(n, noise) for n in apart}
-        angle = known.get(first, Floor()).angle + self.factor * noise[first].angle
+        first, *others = (n for n in self._unmerged[0] if n in answers[0])
+        apart = self._apart(self._unmerged, answers)
+        limits = {n: known.get(n, Shift()).max_abs + self.factor * self._limit(n, noise) for n in apart}
+        angle = known.get(first, Shift()).angle + self.factor * noise[first].angle
         least = 1 - angle**2 - COSINE_ARITHMETIC
         similar = 1 - apart[first].angle ** 2
         cosine = Check(

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_export.validation.comparing.subject import generates, setting
+from lora_export.validation.comparing.model_under_test import generates, setting
 
 DRAWN = 2
 LONGEST_DRAWN = 512
@@ -26,10 +26,10 @@ _ORIGINAL = "original_max_position_embeddings"
 
 @dataclass(frozen=True)
 class Lengths:
-    """tokens: each length that is run; told: them in words, with the seed, and what is too long to be run."""
+    """tokens: each length that is run; words: the lengths, the seed, and what is too long to run, in words."""
 
     tokens: tuple[int, ...]
-    told: str
+    words: str
 
 
 def choose(model: Any, seed: int, vocabulary: int) -> Lengths:
@@ -54,10 +54,10 @@ def choose(model: Any, seed: int, vocabulary: int) -> Lengths:
     elif positions is not None:
         beyond.append(f"the last of {positions:,} positions")
     runs = tuple(sorted(n for n in drawn | at if n >= 2))
-    told = f"texts of {', '.join(map(str, runs))} tokens more, drawn with seed {seed}"
+    words = f"also on texts of {', '.join(map(str, runs))} tokens, drawn with seed {seed}"
     if beyond:
-        told += f"; too long to be run here, where {most:,} tokens are the most: {', '.join(beyond)}"
-    return Lengths(runs, told)
+        words += f"; too long to run here, where {most:,} tokens are the most: {', '.join(beyond)}"
+    return Lengths(runs, words)
 
 
 def most_positions(model: Any) -> int | None:
@@ -91,8 +91,8 @@ def _marks(text: Any) -> Iterator[tuple[str, int]]:
         if lengths:
             yield name, max(lengths)
     ropes = [getattr(text, name, None) for name in ("rope_parameters", "rope_scaling")]
-    found = [getattr(text, _ORIGINAL, None), *(v for rope in ropes for v in _originals(rope))]
-    known = [v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 1]
+    stated = [getattr(text, _ORIGINAL, None), *(v for rope in ropes for v in _originals(rope))]
+    known = [v for v in stated if isinstance(v, int) and not isinstance(v, bool) and v > 1]
     if known:
         yield _ORIGINAL, max(known)
 

@@ -13,13 +13,13 @@ from torch import nn
 
 from lora_export.contracts import Check
 from lora_export.validation.comparing.thresholds import tensor_checks
-from lora_export.validation.comparing.whole import effective_blocks, low_rank, whole_probes, wrapped_parameters
-from lora_export.validation.reference.attention import in_effect, is_attention
 from lora_export.validation.reference.mended import kind_of
 from lora_export.validation.reference.probes import (
     Probe,
     answers,
+    attention_in_effect,
     generator_of,
+    is_attention,
     make_probe,
     plain_buffers,
     plain_parameters,
@@ -28,6 +28,7 @@ from lora_export.validation.reference.probes import (
     wrapped_modules,
 )
 from lora_export.validation.reference.streaming import present
+from lora_export.validation.reference.whole import effective_blocks, low_rank, whole_probes, wrapped_parameters
 
 ARITHMETIC = 2.0**-22  # of |W|: what fp32 additions may lose
 DEVIATIONS = 4.0  # times the fp32 error of the unmerged module itself
@@ -152,7 +153,7 @@ def _wrapped(
     if saved_whole(module) is not None:
         return
     if is_attention(module):
-        for name, values in in_effect(module).items():
+        for name, values in attention_in_effect(module).items():
             found = plain.get_parameter(name)
             yield _stacked(f"{path}.{name}", found, [(slice(None), *values)], types[f"{path}.{name}"])
         return

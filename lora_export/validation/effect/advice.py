@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from lora_export.choices import Requantization
 from lora_export.contracts import AdapterSurvival, BaseComparison
@@ -23,15 +24,15 @@ def bases_advice(
     kept: of the adapter in the merged weights put back into `method`; merged_faithfully: whether the merged folder
     is the dequantized merge.
     """
-    said = [_which(bases, merged_faithfully)]
+    sentences = [_which(bases, merged_faithfully)]
     if bases["trained"].perplexity >= untrained["base dequantized"]:
-        said.append(
-            f"On this text the training gained nothing (perplexity {bases['trained'].perplexity:.2f}, without the "
-            f"adapter {untrained['base dequantized']:.2f}): compare on text of the kind that it was trained on."
+        sentences.append(
+            f"The training gained nothing on this text (perplexity {bases['trained'].perplexity:.2f}, without the "
+            f"adapter {untrained['base dequantized']:.2f}): compare on text of the kind it was trained on."
         )
     if method is not None and "requantized" in bases:
-        said.append(_back(bases, untrained, kept, method))
-    return tuple(said)
+        sentences.append(_back(bases, untrained, kept, method))
+    return tuple(sentences)
 
 
 def _which(bases: Mapping[str, BaseComparison], merged_faithfully: bool) -> str:
@@ -40,16 +41,16 @@ def _which(bases: Mapping[str, BaseComparison], merged_faithfully: bool) -> str:
     text = f"{ship}: it is the function that was trained (mean KL from it {faithful.kl_trained:.1e} nats"
     text += f", perplexity {faithful.perplexity:.2f})."
     if "original" not in bases:
-        return f"{text} How the original 16-bit base would do was not measured: give it with --original-base."
+        return f"{text} The original 16-bit base was not measured: pass it with --original-base."
     original = bases["original"]
     change = original.perplexity / faithful.perplexity - 1
     other = f"the original base has perplexity {original.perplexity:.2f}, {_by(change)} on this text"
     if change < -ALIKE:
         return (
-            f"{text} The merge into {other}, but it is not the function that was evaluated in training (mean KL "
-            f"{original.kl_trained:.1e} nats): ship that one only after evaluating it as the training was."
+            f"{text} The merge into {other}, but it is not the function that was trained (mean KL "
+            f"{original.kl_trained:.1e} nats): ship it only after you have evaluated it as the training was."
         )
-    return f"{text} The merge into {other}, and another function (mean KL {original.kl_trained:.1e} nats)."
+    return f"{text} The merge into {other}, and is another function (mean KL {original.kl_trained:.1e} nats)."
 
 
 def _by(change: float) -> str:
@@ -76,10 +77,10 @@ def _back(
         lost.append(f"{_percent(1 - gain)} of what the training gained on this text")
     name = method.upper()
     if share >= KEEPS:
-        return f"Putting it back into {name} keeps the adapter: lost are {' and '.join(lost)} ({figures})."
+        return f"Putting it back into {name} keeps the adapter: that loses {' and '.join(lost)} ({figures})."
     return (
-        f"Do not put it back into {name}: lost are {' and '.join(lost)} ({figures}). To serve in 4 or 8 bits, load "
-        "the quantized base and keep the adapter unmerged."
+        f"Do not put it back into {name}: that loses {' and '.join(lost)} ({figures}). To serve in 4 or 8 bits, "
+        "load the quantized base and keep the adapter unmerged."
     )
 
 
@@ -87,37 +88,102 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-# --- which precision ---------------------------------------------------------------------------------------
+# --- which precision, and what made an export lose the adapter --------------------------------------------------
 
-LARGER: Mapping[str, str] = {"int4": "int8", "int8": "fp16", "fp16": "fp32", "bf16": "fp32"}
+PART = 1 / 3
+LARGER: Mapping[str, str] = {"int4": "int8", "int8": "fp16", "nf4": "fp16", "fp16": "fp32", "bf16": "fp32"}
+Cause = Literal["rounding", "merge", "export", "inputs", "weights", "arithmetic", "unknown"]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """An export: its precision, the size of its files in bytes, what it keeps of the adapter, and whether that is
-    enough."""
+class Merged:
+    """The merged weights, before any export.
+
+    narrow: the type that they were rounded to, None for float32; kept: the share of the adapter's effect that they
+    keep in PyTorch, None where that was not measured; survival: the share of its change to the weights, as the
+    merge's certificate states it; faults: failed checks that rounding does not explain.
+    """
+
+    narrow: str | None = None
+    kept: float | None = None
+    survival: float | None = None
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Export:
+    """nbytes: size of its files; share: what it keeps of the adapter's effect, and whether that is enough;
+    by_weights: what its weights alone keep in PyTorch, None where that is not known; faults: failed checks that
+    no precision explains; eight_bit_inputs: its products take inputs of 8 bits, too."""
 
     precision: str
     nbytes: int
     share: float
     passed: bool
+    by_weights: float | None = None
+    faults: tuple[str, ...] = ()
+    eight_bit_inputs: bool = False
 
 
-def precision_advice(measured: Sequence[Measured], least: float, again: str) -> tuple[str, ...]:
-    """again: the command that tries another precision, with {precision} in it."""
-    if not measured:
+def precision_advice(exports: Sequence[Export], merged: Merged, least: float, again: str) -> tuple[str, ...]:
+    """least: the share to be kept; again: the command that tries another precision, with {precision} in it."""
+    if not exports:
         return ()
-    figures = ", ".join(f"{m.precision} {m.share:.1%} in {m.nbytes / 1e6:,.0f} MB" for m in measured)
-    passing = sorted((m for m in measured if m.passed), key=lambda m: m.nbytes)
+    figures = ", ".join(f"{e.precision} {e.share:.1%} in {e.nbytes / 1e6:,.0f} MB" for e in exports)
+    passing = sorted((e for e in exports if e.passed), key=lambda e: e.nbytes)
     if passing:
         best = passing[0]
-        which = "keeps" if len(measured) == 1 else "is the smallest of those measured that keeps"
+        which = "keeps" if len(exports) == 1 else "is the smallest of those measured that keeps"
         return (f"Ship the {best.precision} export: it {which} the adapter's effect (kept: {figures}).",)
-    largest = max(measured, key=lambda m: m.nbytes).precision
-    lost = (
-        f"Do not ship {' or '.join(m.precision for m in measured)}: less than {least:.0%} of the adapter's effect"
-    )
-    if largest not in LARGER:
-        return (f"{lost} is left even so (kept: {figures}). See which check of the merge or the export fails.",)
-    command = again.replace("{precision}", LARGER[largest])
-    return (f"{lost} is left (kept: {figures}). Try the next larger precision: {command}",)
+    largest = max(exports, key=lambda e: e.nbytes)
+    lost = f"Do not ship {' or '.join(e.precision for e in exports)}: less than {least:.0%} of the adapter's effect"
+    return (f"{lost} is left (kept: {figures}). {_remedy(largest, merged, again)}",)
+
+
+def cause(export: Export, merged: Merged) -> Cause:
+    """What an export lost the adapter to: the first stage, from the merge to the graph, that loses PART of all that
+    is lost."""
+    kept = 1.0 if merged.kept is None else merged.kept
+    by_weights = export.share if export.by_weights is None else export.by_weights
+    losses = {"merge": 1 - kept, "weights": kept - by_weights, "arithmetic": by_weights - export.share}
+    stage = next((s for s, loss in losses.items() if loss >= PART * (1 - export.share)), "arithmetic")
+    # The weights of an fp32 graph are the merged ones, which no stage in between has changed.
+    if stage == "merge" or (stage == "weights" and export.precision == "fp32" and not export.faults):
+        return "merge" if merged.faults else "rounding" if merged.narrow else "unknown"
+    if export.faults:
+        return "export"
+    if stage == "arithmetic" and export.eight_bit_inputs:
+        return "inputs"
+    if export.precision not in LARGER:
+        return "unknown"
+    return "weights" if stage == "weights" else "arithmetic"
+
+
+def _remedy(export: Export, merged: Merged, again: str) -> str:
+    """The cause and the option to change, in a sentence each."""
+    reason = cause(export, merged)
+    if reason == "rounding":
+        shares = [(merged.survival, "change to the weights"), (merged.kept, "effect on the outputs")]
+        left = " and ".join(f"{share:.1%} of its {of}" for share, of in shares if share is not None)
+        figures = f", which leaves {left}" if left else ""
+        return (
+            f"The adapter is lost when the merged weights are rounded to {merged.narrow}{figures}. Merge with "
+            "--dtype float32."
+        )
+    if reason == "merge":
+        return f"The adapter is lost in the merge: {merged.faults[0]} fails. Merge again from the same folders."
+    if reason == "export":
+        return (
+            f"The adapter is lost in the export: {export.faults[0]} fails, which no precision explains. Export "
+            "again; if the check still fails, try another --engine."
+        )
+    if reason == "inputs":
+        return (
+            "The adapter is lost to inputs in 8 bits: the weights alone keep "
+            f"{export.by_weights or 0:.1%}. Export with --activations float."
+        )
+    if reason == "unknown":
+        return "See which check of the merge or the export fails."
+    what = "weights" if reason == "weights" else "arithmetic"
+    command = again.replace("{precision}", LARGER[export.precision])
+    return f"The adapter is lost to {what} in {export.precision}. Try the next larger precision: {command}"

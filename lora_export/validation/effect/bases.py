@@ -17,41 +17,38 @@ from lora_export.contracts import (
     BaseComparison,
     CompareBases,
     MergeOptions,
-    Perplexity,
     Progress,
+    ValidationResult,
 )
 from lora_export.errors import InputError
 from lora_export.validation.effect import effect
 from lora_export.validation.effect.advice import bases_advice
-from lora_export.validation.folder.stored import FLOATS, headers
 from lora_export.validation.reference import loading
 from lora_export.validation.reference import unmerged as reference
-from lora_export.validation.reference.quantized import is_quantized
-from lora_export.validation.reference.requantize import requantize
+from lora_export.validation.reference.files import FLOATS, headers
+from lora_export.validation.reference.quantized import is_quantized, requantize
 
 Windows = Sequence[torch.Tensor]
 
 
-@dataclass(frozen=True)
-class BasesFound:
-    bases: tuple[BaseComparison, ...]
-    perplexities: tuple[Perplexity, ...]
-    adapter_survival: tuple[AdapterSurvival, ...]
-    advice: tuple[str, ...]
-
-
-def check_request(asked: CompareBases, base: Path, merge: MergeOptions) -> None:
-    """Refuse, before any model is loaded, a comparison for which there are no two bases."""
+def check_request(request: CompareBases, base: Path, merge: MergeOptions, streamed: bool) -> None:
+    """Refuse, before any model is loaded, a comparison for which there are no two bases, or no memory."""
+    if streamed:
+        raise InputError(
+            "the bases are compared in memory, and there is not enough of it for this model in fp32",
+            expected="memory for the model in fp32, four times",
+            next_step="the same command without --compare-bases, or on a larger machine; or a larger --max-memory",
+        )
     if not _is_quantized(base) and merge.training_quantization == "none":
         raise InputError(
             "there is only one base to merge into: this one is stored in 16 bits or more, and training did not "
             "quantize it",
             where=base / "config.json",
-            expected="a base stored in 4 or 8 bits, or a word on how training quantized this one",
+            expected="a base stored in 4 or 8 bits, or one that training quantized",
             next_step="the same command with --training-quantization nf4 (fp4, int8), if the adapter is a QLoRA; "
             "else without --compare-bases",
         )
-    if asked.original is None:
+    if request.original is None:
         return
     if not _is_quantized(base):
         raise InputError(
@@ -59,12 +56,12 @@ def check_request(asked: CompareBases, base: Path, merge: MergeOptions) -> None:
             where=base / "config.json",
             next_step="the same command without --original-base",
         )
-    if _is_quantized(asked.original):
+    if _is_quantized(request.original):
         raise InputError(
             "the original base is itself stored quantized",
-            where=asked.original / "config.json",
-            expected="the 16-bit model of which the base was made",
-            next_step="--original-base with that model, or none",
+            where=request.original / "config.json",
+            expected="the 16-bit model that the base was made from",
+            next_step="--original-base with that model, or drop the option",
         )
 
 
@@ -80,7 +77,7 @@ class Bases:
     """What is compared. unmerged and merged: the two models that validation has loaded; dequantized: an fp32 copy
     that stands for a base which transformers cannot load here; windows: (length,) ids each."""
 
-    asked: CompareBases
+    request: CompareBases
     base: Path
     adapters: Sequence[AdapterChoice]
     merged_folder: Path
@@ -91,7 +88,7 @@ class Bases:
     windows: Windows
     progress: Progress
 
-    def compare(self) -> BasesFound:
+    def compare(self) -> ValidationResult:
         self.progress.stage("validate: the bases that the adapter could be merged into")
         trained = self._trained()
         faithful = effect.of(self.merged) if self._merged_faithfully else effect.of(trained)
@@ -107,8 +104,14 @@ class Bases:
         kept = self._requantized(trained, found)
         bases = {b.base: b for b in found}
         scale = {p.model: p.value for p in untrained}
-        advice = bases_advice(bases, scale, kept, self.asked.requantize, self._merged_faithfully)
-        return BasesFound(tuple(found), tuple(untrained), (kept,) if kept else (), advice)
+        advice = bases_advice(bases, scale, kept, self.request.requantize, self._merged_faithfully)
+        return ValidationResult(
+            checks=(),
+            perplexities=tuple(untrained),
+            adapter_survival=(kept,) if kept else (),
+            bases=tuple(found),
+            advice=advice,
+        )
 
     @property
     def _merged_faithfully(self) -> bool:
@@ -123,9 +126,9 @@ class Bases:
         """The adapter on the original base, unmerged: the merge into it up to rounding. None if it is not here."""
         if not self._merged_faithfully:
             return self.unmerged
-        if self.asked.original is not None:
-            _same_model(self.asked.original, self.merged)
-            return self._attached(self.asked.original, MergeOptions(), None)
+        if self.request.original is not None:
+            _same_model(self.request.original, self.merged)
+            return self._attached(self.request.original, MergeOptions(), None)
         if _is_quantized(self.base):
             return None
         return self._attached(self.base, replace(self.merge, base_weights="original"), None)
@@ -143,7 +146,7 @@ class Bases:
 
         Its base in lower precision is the base of the merge, put into the same format.
         """
-        method = self.asked.requantize
+        method = self.request.requantize
         if method is None:
             return None
         self.progress.detail(f"the merged weights put back into {method}")
@@ -152,16 +155,9 @@ class Bases:
         for model in (low, low_base):
             requantize(model, method, self.merge.training_double_quant, dtypes)
         found.append(self._one("requantized", trained, effect.of(low)))
-        measured = effect.Effect()
-        models = (
-            effect.without_adapter(self.unmerged),
-            effect.of(self.unmerged),
-            effect.of(low_base),
-            effect.of(low),
-        )
-        for ids in self.windows:
-            measured.add(ids, *(logits_of(ids) for logits_of in models))
-        return measured.survival(f"requantized {method}")
+        of_base, of_unmerged = effect.without_adapter(self.unmerged), effect.of(self.unmerged)
+        models = (of_base, of_unmerged, effect.of(low_base), effect.of(low))
+        return effect.measured(self.windows, models).survival(f"requantized {method}")
 
 
 def _same_model(original: Path, merged: Any) -> None:
@@ -174,7 +170,7 @@ def _same_model(original: Path, merged: Any) -> None:
                 where=original,
                 tensor=name,
                 expected=f"shape {list(parameter.shape)}, as in the merged model",
-                next_step="--original-base with the model of which the 4-bit base was made",
+                next_step="--original-base with the model that the 4-bit base was made from",
             )
 
 

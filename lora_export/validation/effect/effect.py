@@ -4,6 +4,7 @@ Logits are taken a window of the text at a time, so that memory does not grow wi
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +23,8 @@ def of(model: Any) -> LogitsOf:
 
     @torch.inference_mode()
     def logits(ids: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
-        return found
+        answer: torch.Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+        return answer
 
     return logits
 
@@ -54,8 +55,9 @@ def surprise(p: torch.Tensor, ids: torch.Tensor) -> float:
 
 
 def perplexity(name: str, logits_of: LogitsOf, windows: Sequence[torch.Tensor]) -> Perplexity:
-    """Of a model on windows of a text, each (length,) ids of which the first is not predicted."""
-    total = sum(surprise(log_probabilities(logits_of(ids)), ids) for ids in windows)
+    """exp of the mean negative log-likelihood, in float64, on windows of a text: (length,) ids each, of which the
+    first is not predicted."""
+    total = sum(surprise(torch.log_softmax(logits_of(ids).double(), -1), ids) for ids in windows)
     return as_perplexity(name, total, predicted(windows))
 
 
@@ -85,20 +87,68 @@ def distance(reference: LogitsOf, model: LogitsOf, windows: Sequence[torch.Tenso
     return Distance(value, lost / sum(len(ids) for ids in windows))
 
 
+def along(base: torch.Tensor, merged: torch.Tensor, other: torch.Tensor) -> float:
+    """Σ (p_M − p_B)·ℓ of other logits: its part in the direction of the adapter's change. Each
+    (length, vocabulary)."""
+    b, m, other = (log_probabilities(x) for x in (base, merged, other))
+    return float(((m.exp() - b.exp()) * other).sum())
+
+
+def effect_exists(whole: float, positions: int, noise: float = 0.0) -> bool:
+    """Whether an effect is more than noise, given for a position."""
+    return whole > max(NO_EFFECT, noise) * positions
+
+
 @dataclass
-class Effect:
-    """Sums over a text of what an adapter does: base → merged, and the same two in lower precision.
+class AnyEffect(ABC):
+    """Sums over inputs of what an adapter does, and of what a model in lower precision keeps of it.
+
+    noise: of a position, from the arithmetic of the lower precision; a smaller effect cannot be told from it.
+    """
+
+    noise: float = 0.0
+    whole: list[float] = field(default_factory=list)  # one figure an input
+    kept: list[float] = field(default_factory=list)
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Positions of which each is noisy."""
+
+    @property
+    def share(self) -> float | None:
+        """Of the effect that is kept: 1 for all, 0 for none; None without an effect beyond the noise."""
+        whole = sum(self.whole)
+        return sum(self.kept) / whole if effect_exists(whole, self.count, self.noise) else None
+
+    @property
+    def uncertainty(self) -> float:
+        """Standard error of the share, from how it varies between inputs (ratio estimator); NaN for one input."""
+        count, total = len(self.whole), sum(self.whole)
+        if self.share is None or count < 2:
+            return math.nan
+        share = sum(self.kept) / total
+        rest = sum((k - share * w) ** 2 for k, w in zip(self.kept, self.whole, strict=True))
+        return math.sqrt(rest * count / (count - 1)) / total
+
+    def survival(self, name: str) -> AdapterSurvival:
+        return AdapterSurvival(name, self.share, None, None)
+
+    def perplexities(self, names: Sequence[tuple[str, str]]) -> tuple[Perplexity, ...]:
+        """None, where there is no next token to predict."""
+        return ()
+
+
+@dataclass
+class Effect(AnyEffect):
+    """Of a model that predicts tokens: base → merged, and the same two in lower precision, in nats.
 
     Let p be the probabilities and ℓ the log-probabilities of base (B), merged (M), and both in lower precision (BQ,
     Q). The effect is Σ (p_M − p_B)·(ℓ_M − ℓ_B) = KL(M‖B) + KL(B‖M), exactly. What is kept of it is
     Σ (p_M − p_B)·(ℓ_Q − ℓ_BQ): what the adapter does in lower precision, measured along what it should do.
-    Damage that lower precision does to base and merged alike cancels in ℓ_Q − ℓ_BQ. noise: nats a position that the
-    arithmetic of the lower precision makes; a smaller effect cannot be told from it.
+    Damage that lower precision does to base and merged alike cancels in ℓ_Q − ℓ_BQ.
     """
 
-    noise: float = 0.0
-    whole: list[float] = field(default_factory=list)  # one figure a window, nats
-    kept: list[float] = field(default_factory=list)
     kl_base: float = 0.0
     kl_lost: float = 0.0
     positions: int = 0
@@ -120,15 +170,8 @@ class Effect:
             self.surprises[name] += surprise(p, ids)
 
     @property
-    def share(self) -> float | None:
-        """Of the effect that is kept: 1 for all, 0 for none; None without an effect beyond the noise."""
-        whole = sum(self.whole)
-        return sum(self.kept) / whole if whole > max(NO_EFFECT, self.noise) * self.positions else None
-
-    @property
-    def uncertainty(self) -> float:
-        """Standard error of the share, from how it varies between windows (ratio estimator); NaN for one window."""
-        return math.nan if self.share is None else standard_error(self.whole, self.kept)
+    def count(self) -> int:
+        return self.positions
 
     def survival(self, name: str) -> AdapterSurvival:
         return AdapterSurvival(name, self.share, self.kl_base / self.positions, self.kl_lost / self.positions)
@@ -138,18 +181,23 @@ class Effect:
         return tuple(as_perplexity(name, self.surprises[key], self.predicted) for key, name in names)
 
 
+def measured(windows: Sequence[torch.Tensor], models: Sequence[LogitsOf], noise: float = 0.0) -> Effect:
+    """models: base, merged, and both in lower precision."""
+    effect = Effect(noise)
+    for ids in windows:
+        base, merged, low_base, low = (logits_of(ids) for logits_of in models)
+        effect.add(ids, base, merged, low_base, low)
+    return effect
+
+
 @dataclass
-class OutputEffect:
-    """Sums over inputs of what an adapter does to outputs that are no probabilities, in squares of their numbers.
+class OutputEffect(AnyEffect):
+    """Of outputs that are no probabilities, in squares of their numbers.
 
     Let y be an output of base (B), merged (M), and both in lower precision (BQ, Q). The effect is |y_M − y_B|², and
     what is kept of it is (y_M − y_B)·(y_Q − y_BQ). Each output counts in proportion to its own numbers. noise: the
     share of |y|² that the arithmetic of the lower precision makes.
     """
-
-    noise: float = 0.0
-    whole: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
 
     def add(self, base: torch.Tensor, merged: torch.Tensor, low_base: torch.Tensor,
             low: torch.Tensor) -> None:  # fmt: skip
@@ -160,28 +208,5 @@ class OutputEffect:
         self.kept.append(float(((m - b) * (q - bq)).sum()) / size)
 
     @property
-    def share(self) -> float | None:
-        """Of the effect that is kept; None without an effect beyond the noise."""
-        whole = sum(self.whole)
-        return sum(self.kept) / whole if whole > max(NO_EFFECT, self.noise) * len(self.whole) else None
-
-    @property
-    def uncertainty(self) -> float:
-        return standard_error(self.whole, self.kept)
-
-    def survival(self, name: str) -> AdapterSurvival:
-        return AdapterSurvival(name, self.share, None, None)
-
-    def perplexities(self, names: Sequence[tuple[str, str]]) -> tuple[Perplexity, ...]:
-        """There is no next token to predict."""
-        return ()
-
-
-def standard_error(whole: Sequence[float], kept: Sequence[float]) -> float:
-    """Of Σ kept / Σ whole, from how it varies between inputs (ratio estimator); NaN for one input, or no effect."""
-    count, total = len(whole), sum(whole)
-    if count < 2 or not total:
-        return math.nan
-    share = sum(kept) / total
-    rest = sum((k - share * w) ** 2 for k, w in zip(kept, whole, strict=True))
-    return math.sqrt(rest * count / (count - 1)) / total
+    def count(self) -> int:
+        return len(self.whole)

@@ -1,39 +1,62 @@
-"""What exports in lower precision leave of the adapter, and the smallest one that keeps it."""
+"""What exports in lower precision leave of the adapter, which of them to ship, and what made one lose it."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from lora_export.contracts import AdapterSurvival, Check, ExportedPair, Perplexity
-from lora_export.validation.effect.advice import Measured, precision_advice
+from lora_export.contracts import AdapterSurvival, Check, ExportedPair, Perplexity, ValidationResult
+from lora_export.validation.effect.advice import Export, Merged, precision_advice
+from lora_export.validation.effect.effect import AnyEffect
+
+# What these compare is the same in any precision: if one of them fails, the export is at fault.
+_FAULTS = ("graph", "padded", "weight_errors", "base_graph", "base_padded", "base_weight_errors")
 
 
 @dataclass(frozen=True)
-class SurvivalFound:
+class JudgedExport:
+    """checks: of the export; effect: what its graphs leave of the adapter's; by_weights: the share of it that their
+    numbers keep when PyTorch computes with them, None where that is not known."""
+
+    pair: ExportedPair
     checks: tuple[Check, ...]
-    perplexities: tuple[Perplexity, ...]
-    adapter_survival: tuple[AdapterSurvival, ...]
-    advice: tuple[str, ...]
+    effect: AnyEffect
+    by_weights: float | None = None
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        failed = (c.name for c in self.checks if not c.passed)
+        return tuple(n for n in failed if n.removeprefix(self.pair.prefix).startswith(_FAULTS))
 
 
-def adapter_survival(exports: Sequence[tuple[ExportedPair, Any]], least: float, again: str) -> SurvivalFound:
-    """exports: each with what its graphs leave of the adapter's effect (effect.Effect or OutputEffect); least: the
-    share that has to be kept; again: the command that tries another precision, with {precision} in it."""
+def adapter_survival(exports: Sequence[JudgedExport], least: float, again: str, merged: Merged) -> ValidationResult:
+    """The checks of what exports keep, and advice. least: the share that has to be kept; again: the command that
+    tries another precision, with {precision} in it; merged: what the weights kept before the exports."""
     checks: list[Check] = []
     perplexities: list[Perplexity] = []
     survivals: list[AdapterSurvival] = []
-    measured: list[Measured] = []
-    for export, found in exports:
-        survivals.append(found.survival(export.name))
-        perplexities += found.perplexities(_names(export, first=not perplexities))
-        share = found.share
+    measured: list[Export] = []
+    for export in exports:
+        pair, share = export.pair, export.effect.share
+        survivals.append(export.effect.survival(pair.name))
+        perplexities += export.effect.perplexities(_names(pair, first=not perplexities))
         if share is not None:
-            check = _check(export, share, found.uncertainty, least)
+            check = _check(pair, share, export.effect.uncertainty, least)
             checks.append(check)
-            measured.append(Measured(export.precision, export.nbytes, share, check.passed))
-    advice = precision_advice(measured, least, again)
-    return SurvivalFound(tuple(checks), tuple(perplexities), tuple(survivals), advice)
+            measured.append(
+                Export(
+                    pair.precision,
+                    pair.nbytes,
+                    share,
+                    check.passed,
+                    export.by_weights,
+                    export.faults,
+                    pair.activations != "float",
+                )
+            )
+    advice = precision_advice(measured, merged, least, again)
+    return ValidationResult(
+        tuple(checks), perplexities=tuple(perplexities), adapter_survival=tuple(survivals), advice=advice
+    )
 
 
 def _names(export: ExportedPair, first: bool) -> list[tuple[str, str]]:

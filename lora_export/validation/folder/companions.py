@@ -21,7 +21,8 @@ from lora_export.folder_files import (
     is_whole_tokenizer,
 )
 from lora_export.storage.sealed import read_json, refuse_outward_link, write_json
-from lora_export.validation.folder.stored import FLOATS, HEADS, headers
+from lora_export.validation.folder.stored import HEADS
+from lora_export.validation.reference.files import FLOATS, adapter_config, headers
 from lora_export.validation.reference.quantized import FILES, is_quantized, without_settings
 from lora_export.validation.reference.trained import trained_as
 
@@ -103,9 +104,9 @@ def settings_of(folder: Path) -> Iterator[Path]:
 
 def _tokenizer_of(adapter: Path) -> list[Path]:
     """A tokenizer of its own; of a stray part only the chat template counts."""
-    found = [p for p in sorted(adapter.iterdir()) if p.name in TOKENIZER_FILES and p.is_file()]
-    whole = is_whole_tokenizer(p.name for p in found)
-    return found if whole else [p for p in found if p.name.startswith("chat_template")]
+    files = [p for p in sorted(adapter.iterdir()) if p.name in TOKENIZER_FILES and p.is_file()]
+    whole = is_whole_tokenizer(p.name for p in files)
+    return files if whole else [p for p in files if p.name.startswith("chat_template")]
 
 
 def _copy(path: Path, target: Path) -> None:
@@ -123,20 +124,20 @@ def _config(base: Path, adapters: Sequence[AdapterChoice], merged: Path, options
     both = [(before[name], tensor) for name, tensor in after.items() if name in before and name not in heads]
     matrices = [(a, b) for a, b in both if len(a.shape) == len(b.shape) == 2 and a.dtype in FLOATS]
     resized = {b.shape[0] for a, b in matrices if a.shape[0] != b.shape[0] and a.shape[1] == b.shape[1]}
-    found = read_json(merged / CONFIG)
+    merged_config = read_json(merged / CONFIG)
     if len(resized) == 1:
         rows = resized.pop()
-        _take(config, found, lambda key, value: key.endswith("vocab_size") and value == rows)
+        _take(config, merged_config, lambda key, value: key.endswith("vocab_size") and value == rows)
     # A head of its own is compared with what PEFT computes, whatever the configuration says of it.
     if any(name.endswith(HEADS) or name not in before for name in after):
-        _take(config, found, lambda key, value: key.startswith("tie_") and value is False)
+        _take(config, merged_config, lambda key, value: key.startswith("tie_") and value is False)
     config |= trained.changes if trained else {}
     return config | _replicated(config, adapters)
 
 
-def _take(config: dict[str, Any], found: Mapping[str, Any], wanted: Callable[[str, Any], bool]) -> None:
+def _take(config: dict[str, Any], merged: Mapping[str, Any], wanted: Callable[[str, Any], bool]) -> None:
     """Set in `config`, at any depth, the settings of the merged model that were wanted."""
-    for key, value in found.items():
+    for key, value in merged.items():
         if wanted(key, value):
             config[key] = value
         elif isinstance(value, dict) and isinstance(config.get(key, {}), dict):
@@ -160,6 +161,5 @@ def _replicated(config: Mapping[str, Any], adapters: Sequence[AdapterChoice]) ->
 
 def replication(adapters: Sequence[AdapterChoice]) -> list[list[int]]:
     """layer_replication of the adapters, empty without one."""
-    files = [a.folder / "adapter_config.json" for a in adapters]
-    found = (read_json(file).get("layer_replication") for file in files if file.is_file())
-    return next((ranges for ranges in found if ranges), [])
+    named = (adapter_config(a.folder).get("layer_replication") for a in adapters)
+    return next((ranges for ranges in named if ranges), [])

@@ -15,6 +15,7 @@ from lora_export.errors import InputError
 from lora_export.folder_files import VALUE_HEAD
 from lora_export.storage.sealed import refuse_outward_link
 from lora_export.validation.folder.companions import CONFIG, MOST, modules_of, settings_of
+from lora_export.validation.folder.stored import listed
 
 _DOCUMENTS = (".md", ".pdf", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 _DOCUMENT_NAMES = ("license", "licence", "notice", "readme", "use_policy", "acceptable_use", "copying")
@@ -25,24 +26,22 @@ _READ = (
 )  # fmt: skip
 # Who wrote a file, and from where, steers nothing.
 _NEUTRAL = frozenset({"transformers_version", "_name_or_path"})
-SHOWN = 8  # differences in the check's note
 
 
 def settings_check(expected: Path, merged: Path) -> Check:
-    found = list(differences(expected, merged))
-    told = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+    different = list(differences(expected, merged))
     note = "config.json, tokenizer, chat template, generation and processor settings are those of base and adapters"
-    return Check("settings_differ", len(found), 0, not found, told or note)
+    return Check("settings_differ", len(different), 0, not different, listed(different) or note)
 
 
 def differences(expected: Path, merged: Path) -> Iterator[str]:
     """Each as "file: key: what it should be and what it is"."""
-    wanted, found = _settings(expected), _settings(merged)
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in found:
+    wanted, actual = _settings(expected), _settings(merged)
+    for name in sorted(wanted.keys() | actual.keys()):
+        if name not in actual:
             yield f"{name}: missing"
         elif name in wanted:
-            yield from _compared(name, wanted[name], found[name])
+            yield from _compared(name, wanted[name], actual[name])
         elif name.endswith(_READ):
             yield f"{name}: neither the base nor an adapter has this file"
 
@@ -51,9 +50,8 @@ def _settings(folder: Path) -> dict[str, Path]:
     """Relative name → file; of subfolders those that loaders look into."""
     files = [folder / CONFIG, *settings_of(folder)]
     files += [p for p in sorted(folder.iterdir()) if p.suffix in (".py", ".bin", ".pt", ".pth") and p.is_file()]
-    files += [
-        p for p in sorted(folder.glob("adapter_*.json")) if p.is_file()
-    ]  # transformers would load the adapter
+    # transformers would load the adapter
+    files += [p for p in sorted(folder.glob("adapter_*.json")) if p.is_file()]
     templates = sorted(folder.glob("additional_chat_templates/*.jinja"))
     for path in (*templates, *modules_of(folder), folder / VALUE_HEAD):
         if path.is_file() and not path.parent.name.startswith("."):
@@ -68,13 +66,13 @@ def _is_document(path: Path) -> bool:
     return path.suffix.lower() in _DOCUMENTS or path.name.lower().startswith(_DOCUMENT_NAMES)
 
 
-def _compared(name: str, wanted: Path, found: Path) -> Iterator[str]:
-    if _digest(wanted) == _digest(found):
+def _compared(name: str, wanted: Path, actual: Path) -> Iterator[str]:
+    if _digest(wanted) == _digest(actual):
         return
     if not name.endswith(".json"):
-        yield f"{name}: other contents"
+        yield f"{name}: different contents"
         return
-    before, after = _json(wanted), _json(found)
+    before, after = _json(wanted), _json(actual)
     for key in sorted(before.keys() | after.keys()):
         if key not in _NEUTRAL and before.get(key, _ABSENT) != after.get(key, _ABSENT):
             yield f"{name}: {'.'.join((key, *_inside(before.get(key), after.get(key))))}: " + _both(
@@ -100,16 +98,16 @@ def _inside(before: Any, after: Any) -> tuple[str, ...]:
 
 def _both(before: Any, after: Any) -> str:
     sides = [repr(x) for x in (before, after)]
-    return f"should be {sides[0]}, is {sides[1]}" if sum(map(len, sides)) <= 80 else "other contents"
+    return f"should be {sides[0]}, is {sides[1]}" if sum(map(len, sides)) <= 80 else "different contents"
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """torch_dtype is the older name of dtype. A key that stands twice is read differently by different loaders."""
+    """torch_dtype is the older name of dtype. Loaders disagree about a key that appears twice."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("a key appears twice")
         return made
 
     try:

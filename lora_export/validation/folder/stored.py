@@ -1,4 +1,4 @@
-"""The tensors of the merged files against the base's, without a model: untouched ones are the same, to a bit.
+"""The tensors of the merged files against the base's, without a model: untouched ones are the same, bit for bit.
 
 transformers reads only the tensors that a model has a place for, and in one type; other programs read them all.
 """
@@ -12,28 +12,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lora_export import meta_model as skeleton
 from lora_export.contracts import Check, MergeOptions
-from lora_export.folder_files import VALUE_HEAD
 from lora_export.storage.sealed import read_json
+from lora_export.validation.reference.files import FLOATS, Stored, all_headers, headers
 from lora_export.validation.reference.quantized import is_quantized, of_activations
-from lora_export.validation.reference.trained import Trained, all_loaded_as
+from lora_export.validation.reference.trained import Trained
 
 INDEX = "model.safetensors.index.json"
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCK = 2**22  # elements that are compared at once
 SHOWN = 8  # names in the check's note
 HEADS = ("lm_head.weight", "embed_out.weight")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of a file, by its name there; dtype as safetensors spells it."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    name: str
 
 
 @dataclass(frozen=True)
@@ -66,30 +54,6 @@ def _same_end(a: str, b: str) -> bool:
     return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
 
 
-def headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the safetensors files in a folder; of a name that several have, the last."""
-    return dict(_all(folder))
-
-
-def _all(folder: Path) -> Iterator[tuple[str, Stored]]:
-    for file in sorted(p for p in folder.glob("*.safetensors") if p.name != VALUE_HEAD):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                view = tensors.get_slice(name)
-                yield name, Stored(file, view.get_dtype(), tuple(view.get_shape()), name)
-
-
-def loaded_names(base: Path) -> dict[str, str]:
-    """Name of a tensor in the base's files → its name in the loaded model, by transformers' own conversions; the
-    first of them, if it becomes several."""
-    return {name: loaded[0] for name, loaded in all_loaded_names(base).items()}
-
-
-def all_loaded_names(base: Path) -> dict[str, tuple[str, ...]]:
-    """The same with all names."""
-    return all_loaded_as(skeleton.build(base), headers(base))
-
-
 def tied_names(model: Any) -> list[frozenset[str]]:
     """Names of a model without weights that share one parameter."""
     names: dict[int, set[str]] = {}
@@ -107,11 +71,16 @@ def stored_check(
     trained: Trained | None = None,
 ) -> Check:
     """trained: the class of the merged model, where it is another than the base's."""
-    found = list(dict.fromkeys(differences(base, merged, changed, options, replicated, trained)))
-    told = "; ".join(found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-    note = "tensors that no adapter touches are the base's, to a bit, and none is missing or in excess"
+    different = list(dict.fromkeys(differences(base, merged, changed, options, replicated, trained)))
+    note = "tensors that no adapter touches are the base's, bit for bit, and none is missing or in excess"
     note += "" if options.dtype == "keep" else f"; all are converted to {options.dtype}"
-    return Check("stored_tensors_differ", len(found), 0, not found, told or note)
+    return Check("stored_tensors_differ", len(different), 0, not different, listed(different) or note)
+
+
+def listed(differences: Sequence[str]) -> str:
+    """The first of them, and how many there are more; "" of none."""
+    more = f"; and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+    return "; ".join(differences[:SHOWN]) + more
 
 
 def differences(
@@ -184,9 +153,9 @@ def _names(
 
 def _twice(merged: Path) -> Iterator[str]:
     seen: dict[str, Path] = {}
-    for name, tensor in _all(merged):
-        if seen.setdefault(name, tensor.file) != tensor.file:
-            yield f"{name}: in {seen[name].name} and in {tensor.file.name}"
+    for stored in all_headers(merged):
+        if seen.setdefault(stored.name, stored.file) != stored.file:
+            yield f"{stored.name}: in {seen[stored.name].name} and in {stored.file.name}"
 
 
 def _not_as_indexed(merged: Path, after: Mapping[str, Stored]) -> Iterator[str]:
@@ -204,11 +173,10 @@ def _in_a_layer(name: str) -> bool:
 
 
 def _equal(old: Stored, new: Stored) -> bool:
-    """To a bit, after the base's values were rounded to the type of the merged ones."""
+    """Bit for bit, after the base's values were rounded to the type of the merged ones."""
+    if not old.shape or not prod(old.shape):
+        return _same_bits(old.read(), new.read())
     with safe_open(old.file, framework="pt") as a, safe_open(new.file, framework="pt") as b:
-        if not old.shape or not prod(old.shape):
-            pairs: Sequence[tuple[Any, Any]] = [(a.get_tensor(old.name), b.get_tensor(new.name))]
-            return all(_same_bits(x, y) for x, y in pairs)
         left, right = a.get_slice(old.name), b.get_slice(new.name)
         rows = max(1, BLOCK // max(1, prod(old.shape[1:])))
         steps = range(0, old.shape[0], rows)
@@ -219,8 +187,7 @@ def _resized(old: Stored, new: Stored) -> bool:
     """Whether all that both have is the same, and the rest zeros: as transformers resizes final_logits_bias."""
     if len(old.shape) != len(new.shape) or old.shape == new.shape:
         return False
-    with safe_open(old.file, framework="pt") as a, safe_open(new.file, framework="pt") as b:
-        left, right = a.get_tensor(old.name), b.get_tensor(new.name)
+    left, right = old.read(), new.read()
     common = tuple(slice(0, min(x, y)) for x, y in zip(old.shape, new.shape, strict=True))
     same = _same_bits(left[common], right[common])
     right[common] = 0

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, ExportedPair
+from lora_export.contracts import ExportedPair
 from lora_export.errors import ExportError
 from lora_export.validation.comparing.arithmetic import Arithmetic
-from lora_export.validation.comparing.subject import Graph, Story
+from lora_export.validation.comparing.comparison import Comparison, Graph
+from lora_export.validation.effect.precisions import JudgedExport
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.model import GraphModel, graph_model
 from lora_export.validation.graphs.numbers import Expected, base_numbers, effective_numbers, numbers_of
@@ -22,19 +23,11 @@ _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Judged:
-    """checks: of one export; effect: what its graphs leave of the adapter's effect, by the story."""
-
-    checks: tuple[Check, ...]
-    effect: Any
-
-
-@dataclass(frozen=True)
 class Judge:
     """What exports are judged by. merged: the merged folder, an outline without numbers where `alone`; keep: as of
     load_unmerged; dtypes: stored types of the merged parameters."""
 
-    story: Story
+    comparison: Comparison[Any, Any]
     unmerged: Any
     merged: Path
     alone: bool
@@ -42,13 +35,13 @@ class Judge:
     dtypes: Any
     provider: str
 
-    def judge(self, pair: ExportedPair) -> Judged:
+    def judge(self, pair: ExportedPair) -> JudgedExport:
         """The merged model's graph and the base's, each in two steps, and what both leave of the adapter."""
         expected = effective_numbers(self.unmerged) if self.alone else numbers_of(self.merged)
         stored = self.dtypes if self.alone else None
         with self._model(pair, pair.merged_graphs, expected, stored) as held:
             graph = self._graph(pair, pair.merged_graphs, held, pair.prefix)
-            checks = self.story.compare_onnx(self.unmerged, graph)
+            checks = self.comparison.compare_onnx(self.unmerged, graph)
             if held is not None:
                 of = "the unmerged model" if self.alone else "the merged folder"
                 checks.append(held.check(f"{pair.prefix}weight_errors", of))
@@ -56,10 +49,11 @@ class Judge:
         prefix = f"{pair.prefix}base_"
         with self._model(pair, pair.base_graphs, base_numbers(self.unmerged), self.dtypes) as held:
             base = self._graph(pair, pair.base_graphs, held, prefix)
-            checks += self.story.compare_base(self.unmerged, base)
+            checks += self.comparison.compare_base(self.unmerged, base)
             if held is not None:
                 checks.append(held.check(f"{prefix}weight_errors", "the base in PyTorch"))
-        return Judged(tuple(checks), self.story.effect(self.unmerged, base, graph))
+        effect = self.comparison.effect(self.unmerged, base, graph)
+        return JudgedExport(pair, tuple(checks), effect, self.comparison.kept_by_weights())
 
     @contextlib.contextmanager
     def _model(

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_export.validation.comparing.whole import BLOCK, effective_blocks, whole_probes, wrapped_parameters
 from lora_export.validation.graphs.weights import Held, Quantized
 from lora_export.validation.reference import streaming
 from lora_export.validation.reference.probes import base_layer, plain_parameters, wrapped_modules
+from lora_export.validation.reference.whole import BLOCK, effective_blocks, whole_probes, wrapped_parameters
 
 # How far a number may be from the one that it stands for, in steps of its block: at most, and as a root mean
 # square. A symmetric block has a step of 1/2^(bits-1) of its largest number, which may be cut off at the other end;

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lora_export.validation.comparing.subject import Subject, setting, takes
+from lora_export.validation.comparing.model_under_test import ModelUnderTest, setting, takes
 
 Batches = list[dict[str, torch.Tensor]]
 SEED = 20_240_503
@@ -18,7 +18,7 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_prepr
 _RATE = 16_000
 
 
-def images(subject: Subject) -> tuple[Batches, str]:
+def images(subject: ModelUnderTest) -> tuple[Batches, str]:
     """(batches of pixel_values, where they come from)."""
     processed = _processed(subject, _process_images)
     if processed:
@@ -26,7 +26,7 @@ def images(subject: Subject) -> tuple[Batches, str]:
     return [_pixels(subject.model.config, n) for n in IMAGES], "on seeded random pixels"
 
 
-def sounds(subject: Subject) -> tuple[Batches, str]:
+def sounds(subject: ModelUnderTest) -> tuple[Batches, str]:
     """(batches of input_values or input_features, where they come from)."""
     processed = _processed(subject, _process_sounds)
     if processed:
@@ -36,7 +36,7 @@ def sounds(subject: Subject) -> tuple[Batches, str]:
     return _waves(subject.model), "on seeded random waves"
 
 
-def _processed(subject: Subject, process: Callable[[Path], Batches]) -> Batches:
+def _processed(subject: ModelUnderTest, process: Callable[[Path], Batches]) -> Batches:
     """What the folder's processor makes of seeded signals, as far as forward takes it; none without a processor.
 
     A processor may need a library that is not installed here, and random inputs show a fault as well.

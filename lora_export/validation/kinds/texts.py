@@ -1,18 +1,16 @@
 """Token ids for models that read text: of the prompts, by the folder's own tokenizer, or seeded ones."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, ValidationResult
 from lora_export.errors import InputError
 from lora_export.validation.comparing import lengths
-from lora_export.validation.comparing.decoders import tokenize
-from lora_export.validation.comparing.prompts import MAX_TOKENS
-from lora_export.validation.comparing.subject import Graph, Story, Subject, setting
+from lora_export.validation.comparing.model_under_test import ModelUnderTest, setting
+from lora_export.validation.comparing.texts import MAX_TOKENS, tokenize
 
 CODE_POINTS = 0x110000  # of Unicode, which CANINE reads
 RANDOM_LENGTHS = (5, 11, 23, 37, 48, 64)
@@ -43,7 +41,7 @@ class NoTokenizer:
         return " ".join(map(str, torch.as_tensor(ids).reshape(-1).tolist()))
 
 
-def token_lists(subject: Subject, room: int = 0) -> Texts:
+def token_lists(subject: ModelUnderTest, room: int = 0) -> Texts:
     """Ids of each prompt, in the model's vocabulary. room: positions to leave free after each.
 
     InputError if the folder has a tokenizer that does not load, or if no prompt has two tokens.
@@ -59,18 +57,18 @@ def token_lists(subject: Subject, room: int = 0) -> Texts:
         running = torch.tensor(tokenizer(subject.text, verbose=False)["input_ids"])
         running = running[running < words]
         drawn = _pieces(running, chosen.tokens, subject.seed) if len(running) else _random(subject, chosen.tokens)
-        return Texts(tokens, tokenizer, drawn, "", chosen.told)
-    note = "on seeded random token ids, for there is no tokenizer"
+        return Texts(tokens, tokenizer, drawn, "", chosen.words)
+    note = "on seeded random token ids, because there is no tokenizer"
     if subject.prompts_file is not None:
         raise InputError(
-            "the prompts cannot be read by the model: there is no tokenizer, neither the base's nor an adapter's",
+            "the model cannot read the prompts: neither the base nor an adapter has a tokenizer",
             where=subject.prompts_file,
             expected="tokenizer.json or the files of a known tokenizer, in the base's folder",
             next_step="the same command without --prompts",
         )
     subject.progress.warn(f"validation compares {note}")
     prompts = _random(subject, sorted({min(n, limit) for n in RANDOM_LENGTHS}))
-    return Texts(prompts, NoTokenizer(), _random(subject, chosen.tokens), note, chosen.told)
+    return Texts(prompts, NoTokenizer(), _random(subject, chosen.tokens), note, chosen.words)
 
 
 def vocabulary(model: Any) -> int:
@@ -79,16 +77,16 @@ def vocabulary(model: Any) -> int:
     Two towers have no one input embedding, and CANINE has none at all; their configuration tells.
     """
     config = model.config.get_text_config()
-    known = (getattr(config, name, None) for name in ("vocab_size", "unpadded_vocab_size"))
-    found = [n for n in known if isinstance(n, int)]
+    stated = (getattr(config, name, None) for name in ("vocab_size", "unpadded_vocab_size"))
+    sizes = [n for n in stated if isinstance(n, int)]
     for ask in ("get_input_embeddings", "get_output_embeddings"):
         try:
             weight = getattr(model, ask)().weight
         except (NotImplementedError, AttributeError):
             continue
         if weight.dim() == 2:
-            found.append(weight.shape[0])
-    return min(found, default=CODE_POINTS)
+            sizes.append(weight.shape[0])
+    return min(sizes, default=CODE_POINTS)
 
 
 def positions(model: Any, room: int) -> int:
@@ -104,11 +102,11 @@ def _pieces(running: torch.Tensor, sizes: Sequence[int], seed: int) -> list[torc
     return [running[torch.arange(start, start + n) % len(running)] for start, n in zip(starts, sizes, strict=True)]
 
 
-def _random(subject: Subject, sizes: Sequence[int]) -> list[torch.Tensor]:
+def _random(subject: ModelUnderTest, sizes: Sequence[int]) -> list[torch.Tensor]:
     """No padding, begin or end among them: those change masks, positions and pooling; BART wants one end."""
     config = subject.model.config.get_text_config()
     named = (setting(config, f"{name}_token_id") for name in ("pad", "bos", "eos", "decoder_start"))
-    special = {i for found in named for i in (found if isinstance(found, list | tuple) else (found,))}
+    special = {i for ids in named for i in (ids if isinstance(ids, list | tuple) else (ids,))}
     allowed = torch.tensor([i for i in range(vocabulary(subject.model)) if i not in special])
     generator = torch.Generator().manual_seed(subject.seed)
     lists = [allowed[torch.randint(len(allowed), (n,), generator=generator)] for n in sizes]
@@ -137,39 +135,3 @@ def _tokenizer(folder: Path) -> Any:
             where=folder,
             expected="tokenizer.json or the files of a known tokenizer",
         ) from None
-
-
-@dataclass(frozen=True)
-class Noted:
-    """A story whose first check says on what inputs it was measured."""
-
-    story: Story
-    note: str
-
-    @property
-    def windows(self) -> Sequence[torch.Tensor]:
-        return self.story.windows
-
-    def once(self, model: Any) -> Any:
-        return self.story.once(model)
-
-    def measure(self, unmerged: Any) -> None:
-        self.story.measure(unmerged)
-
-    def compare(self, unmerged: Any, merged: Any) -> ValidationResult:
-        result = self.story.compare(unmerged, merged)
-        return replace(result, checks=tuple(self._noted(list(result.checks))))
-
-    def compare_onnx(self, unmerged: Any, graph: Graph) -> list[Check]:
-        return self._noted(self.story.compare_onnx(unmerged, graph))
-
-    def compare_base(self, unmerged: Any, graph: Graph) -> list[Check]:
-        return self.story.compare_base(unmerged, graph)
-
-    def effect(self, unmerged: Any, base: Graph, merged: Graph) -> Any:
-        return self.story.effect(unmerged, base, merged)
-
-    def _noted(self, checks: list[Check]) -> list[Check]:
-        if not self.note or not checks:
-            return checks
-        return [replace(checks[0], note=f"{checks[0].note}; {self.note}"), *checks[1:]]

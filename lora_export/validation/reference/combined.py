@@ -23,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, InputError
-from lora_export.validation.comparing.whole import OneHot
+from lora_export.validation.reference.files import ADAPTER_CONFIG, START
 from lora_export.validation.reference.probes import base_layer, wrapped_modules
+from lora_export.validation.reference.whole import OneHot
 
 _ALIKE_IN_FP32 = ("FOURIERFT", "C3A")
 ALIKE = 2.0**-39  # of a size: what float64 cannot tell apart, as these deltas are differences of answers
@@ -40,19 +41,19 @@ def reference_adapter(
     """
     work = folder / "deltas"
     work.mkdir(parents=True)
-    found: dict[str, Target] = {}
+    targets: dict[str, CombinedLayer] = {}
     for which, choice in enumerate(adapters):
         for path, layer, matrices in _asked(base, choice, options, dequantized):
-            target = found.setdefault(path, Target(path, type(layer)))
+            target = targets.setdefault(path, CombinedLayer(path, type(layer)))
             target.owners.append(which)
             target.weights.append(choice.weight)
             save_file(matrices, work / target.file(which))
-    _write(folder / "combined", list(found.values()), work, options)
+    _write(folder / "combined", list(targets.values()), work, options)
     return AdapterChoice(folder / "combined")
 
 
 @dataclass
-class Target:
+class CombinedLayer:
     """A layer that some of the adapters change."""
 
     path: str
@@ -73,33 +74,41 @@ def _asked(
     model = load_unmerged(base, [AdapterChoice(choice.folder)], options, dequantized).model
     kind = next(iter(model.peft_config.values())).peft_type
     if kind in _ALIKE_IN_FP32 and options.combine in ("ties", "magnitude_prune") and (options.density or 1) < 1:
-        raise AdapterError(
-            f"{kind.value}: PEFT makes its delta in fp32, where what the formula makes equal is not quite, so that "
-            "the elements which --density keeps cannot be validated",
-            where=choice.folder,
-            expected="a combination that does not choose by size",
-            next_step="lora-export merge with the same options: its certificate checks the arithmetic",
+        raise _not_validated(
+            f"{kind.value}: PEFT makes its delta in fp32, where elements that the formula makes equal differ "
+            "a little, so the elements that --density keeps cannot be validated",
+            choice,
+            None,
+            "a combination that does not choose by size",
         )
     for path, module in wrapped_modules(model).items():
         layer = base_layer(module)
-        plain = path.removeprefix("base_model.model.")
+        plain = path.removeprefix(START)
         if hasattr(module, "modules_to_save") or not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
-            raise AdapterError(
-                f"{type(module).__name__}: a combination is validated on linear layers and embeddings",
-                where=choice.folder,
-                tensor=plain,
-                expected="adapters of such layers alone, where they are combined",
-                next_step="lora-export merge with the same options: its certificate checks the arithmetic",
+            raise _not_validated(
+                f"{type(module).__name__}: a combination is validated on linear layers and embeddings only",
+                choice,
+                plain,
+                "adapters of such layers alone, where they are combined",
             )
         if _changes_bias(module):
-            raise AdapterError(
-                f"{type(module).__name__} changes a bias, too, and a combination is validated on weights alone",
-                where=choice.folder,
-                tensor=plain,
-                expected="adapters that change weights alone, where they are combined",
-                next_step="lora-export merge with the same options: its certificate checks the arithmetic",
+            raise _not_validated(
+                f"{type(module).__name__} changes a bias as well, and a combination is validated on weights alone",
+                choice,
+                plain,
+                "adapters that change weights alone, where they are combined",
             )
         yield plain, layer, _factors(module) if options.combine_on == "factors" else {"delta": _delta(module)}
+
+
+def _not_validated(problem: str, choice: AdapterChoice, tensor: str | None, expected: str) -> AdapterError:
+    return AdapterError(
+        problem,
+        where=choice.folder,
+        tensor=tensor,
+        expected=expected,
+        next_step="lora-export merge with the same options: its certificate checks the arithmetic",
+    )
 
 
 def _factors(module: Any) -> dict[str, torch.Tensor]:
@@ -141,7 +150,7 @@ def _changes_bias(module: Any) -> bool:
     return not torch.equal(module(zeros)[0], layer.bias)
 
 
-def _write(folder: Path, targets: Sequence[Target], work: Path, options: MergeOptions) -> None:
+def _write(folder: Path, targets: Sequence[CombinedLayer], work: Path, options: MergeOptions) -> None:
     tensors, ranks = {}, {}
     for target in targets:
         parts = [load_file(work / target.file(which)) for which in target.owners]
@@ -155,20 +164,20 @@ def _write(folder: Path, targets: Sequence[Target], work: Path, options: MergeOp
             names = ("lora_A.weight", "lora_B.weight")
         ranks[target.path] = len(a)
         for name, value in zip(names, (a, b), strict=True):
-            tensors[f"base_model.model.{target.path}.{name}"] = value.contiguous()
+            tensors[f"{START}{target.path}.{name}"] = value.contiguous()
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = {
         "peft_type": "LORA", "r": 1, "lora_alpha": 1, "rank_pattern": ranks, "alpha_pattern": ranks,
         "target_modules": list(ranks), "fan_in_fan_out": any(t.layer is Conv1D for t in targets),
     }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config), encoding="utf-8")
 
 
 # --- the formulas ------------------------------------------------------------------------------------------
 
 
-def _combined(target: Target, parts: Sequence[dict[str, torch.Tensor]], options: MergeOptions) -> Array:
+def _combined(target: CombinedLayer, parts: Sequence[dict[str, torch.Tensor]], options: MergeOptions) -> Array:
     """The combined delta, laid out as those that it is made of."""
     if options.combine_on == "factors":
         return _of_factors(target, parts, options)
@@ -178,7 +187,7 @@ def _combined(target: Target, parts: Sequence[dict[str, torch.Tensor]], options:
     rank = options.svd_rank
     if options.combine == "svd" and rank is None:
         raise InputError(
-            "a combination by svd is validated in a rank that was named",
+            "validating a combination by svd needs its rank",
             expected="--svd-rank beside --combine svd",
             next_step="the same command with --svd-rank",
         )
@@ -188,7 +197,7 @@ def _combined(target: Target, parts: Sequence[dict[str, torch.Tensor]], options:
     return np.ascontiguousarray(mixed.T if turned else mixed)
 
 
-def _of_factors(target: Target, parts: Sequence[dict[str, torch.Tensor]], options: MergeOptions) -> Array:
+def _of_factors(target: CombinedLayer, parts: Sequence[dict[str, torch.Tensor]], options: MergeOptions) -> Array:
     scales = [w * float(p["scaling"]) for w, p in zip(target.weights, parts, strict=True)]
     roots = [math.sqrt(abs(s)) for s in scales]
     signed = [math.copysign(r, s) for r, s in zip(roots, scales, strict=True)]
@@ -209,7 +218,7 @@ def _of_factors(target: Target, parts: Sequence[dict[str, torch.Tensor]], option
 
 
 def _mixed(
-    deltas: Sequence[Array], weights: Sequence[float], target: Target, name: str, options: MergeOptions
+    deltas: Sequence[Array], weights: Sequence[float], target: CombinedLayer, name: str, options: MergeOptions
 ) -> Array:
     density = options.density
     if density is not None and density < 1:

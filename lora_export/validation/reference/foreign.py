@@ -12,40 +12,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_export.contracts import AdapterChoice
 from lora_export.errors import AdapterError
-from lora_export.storage.sealed import read_json
-from lora_export.validation.reference.foreign_saved import CONFIG, SPLIT, STACK, Factors, Writer
+from lora_export.validation.reference.files import Stored, adapter_config, all_headers
+from lora_export.validation.reference.foreign_saved import SPLIT, STACK, Factors, Writer
 
 Read = tuple[list[Factors], float, bool]  # scale; whether a tied head has its embedding's update
 
 
 def as_peft(base: Path, adapters: Sequence[AdapterChoice], folder: Path) -> list[AdapterChoice]:
     """The same choices, each that PEFT cannot load replaced by one in `folder` that it can."""
-    found = []
+    choices = []
     for i, choice in enumerate(adapters):
         read = _read(choice.folder)
-        if read is None:
-            found.append(choice)
-            continue
-        target = folder / f"as-peft-{i}"
-        target.mkdir(parents=True)
-        Writer(base, choice.folder, target, *read).write()
-        found.append(AdapterChoice(target, choice.weight))
-    return found
+        if read is not None:
+            target = folder / f"as-peft-{i}"
+            target.mkdir(parents=True)
+            Writer(base, choice.folder, target, *read).write()
+            choice = AdapterChoice(target, choice.weight)
+        choices.append(choice)
+    return choices
 
 
 def _read(folder: Path) -> Read | None:
     """None for an adapter that PEFT loads. AdapterError for one that holds less than its trainer writes."""
-    config = read_json(folder / CONFIG)
+    config = adapter_config(folder)
     try:
         return _mlx(folder, config) or _stacked(folder, config)
     except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError, OSError) as error:
         raise AdapterError(
-            f"the adapter is not whole: {error}",
+            f"the adapter is incomplete: {error}",
             where=folder,
             expected="both matrices of each module, and the rank and scale of the training",
             next_step="lora-export inspect ADAPTER names the tensor",
@@ -60,37 +58,31 @@ def _mlx(folder: Path, config: Mapping[str, Any]) -> Read | None:
     for name, value in load_file(folder / "adapters.safetensors").items():
         module, _, leaf = name.rpartition(".")
         parts[module.replace("switch_mlp", "experts")][leaf] = value.double()
-    found: list[Factors] = []
+    factors: list[Factors] = []
     for module, held in parts.items():
         a, b, m = held["lora_a"], held["lora_b"], held.get("m")
         if b.dim() == 3:
-            found += [
+            factors += [
                 Factors(_expert(module, e), x, y)
                 for e, (x, y) in enumerate(zip(a.reshape(len(b), -1, a.shape[-1]), b, strict=True))
             ]
         elif module.endswith(("embed_tokens", "wte", "word_embeddings", "embed_in")):
-            found.append(Factors(module, b, a, m))
+            factors.append(Factors(module, b, a, m))
         else:
-            found.append(Factors(module, a.T, b.T, m))
-    return found, float(parameters["scale"]), True
+            factors.append(Factors(module, a.T, b.T, m))
+    return factors, float(parameters["scale"]), True
 
 
 def _stacked(folder: Path, config: Mapping[str, Any]) -> Read | None:
     """None unless the file holds what PEFT has no layer for."""
-    files = sorted(folder.glob("adapter_model*.safetensors")) or sorted(folder.glob("model*.safetensors"))
-    tensors: dict[str, torch.Tensor] = {}
-    odd = False
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                shape = opened.get_slice(name).get_shape()
-                stack = len(shape) == 3 and STACK.search(name) and "lora_" in name
-                odd |= bool(stack) or bool(SPLIT.match(name)) or ".unembed_tokens." in name
-    if not odd or not all("lora_A" in n or "lora_B" in n for file in files for n in _names(file)):
+    stored = list(all_headers(folder))
+    stored = [s for s in stored if s.file.name.startswith("adapter_model")] or [
+        s for s in stored if s.file.name.startswith("model")
+    ]
+    if not any(map(_is_odd, stored)) or not all("lora_A" in s.name or "lora_B" in s.name for s in stored):
         return None
-    for file in files:
-        tensors |= {_plain(name): value.double() for name, value in load_file(file).items()}
-    found: list[Factors] = []
+    tensors = {_plain(s.name): s.read().double() for s in stored}
+    factors: list[Factors] = []
     for name, a in tensors.items():
         if not name.endswith(".lora_A"):
             continue
@@ -98,15 +90,16 @@ def _stacked(folder: Path, config: Mapping[str, Any]) -> Read | None:
         if a.dim() == 3 and STACK.fullmatch(module):
             count = max(len(a), len(b))
             pairs = zip(a.expand(count, -1, -1), b.expand(count, -1, -1), strict=True)
-            found += [Factors(_expert(module, e), x, y) for e, (x, y) in enumerate(pairs)]
+            factors += [Factors(_expert(module, e), x, y) for e, (x, y) in enumerate(pairs)]
         else:
-            found.append(Factors(module, a, b))
-    return found, config["lora_alpha"] / config["r"], False
+            factors.append(Factors(module, a, b))
+    return factors, config["lora_alpha"] / config["r"], False
 
 
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="np") as opened:
-        return list(opened.keys())
+def _is_odd(stored: Stored) -> bool:
+    name = stored.name
+    stack = len(stored.shape) == 3 and STACK.search(name) and "lora_" in name
+    return bool(stack) or bool(SPLIT.match(name)) or ".unembed_tokens." in name
 
 
 def _plain(name: str) -> str:

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_export import meta_model as skeleton
 from lora_export.errors import AdapterError
-from lora_export.validation.folder.stored import headers, loaded_names
+from lora_export.validation.reference.files import START, headers
+from lora_export.validation.reference.trained import loaded_names
 
-CONFIG = "adapter_config.json"
 STACK = re.compile(r"(.*experts)\.(?:(\d+)\.)?(w1|w2|w3|gate_proj|up_proj|down_proj|gate_up_proj)")
 _HALF = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1}
 SPLIT = re.compile(r"(.*)\.in_proj_(q|k|v|z|b|a)")
@@ -49,13 +48,13 @@ class Writer:
     """Factors put to the parameters of the model as transformers loads it, and saved as PEFT's own model saves."""
 
     def __init__(
-        self, base: Path, source: Path, target: Path, found: list[Factors], scale: float, tied: bool
+        self, base: Path, source: Path, target: Path, factors: list[Factors], scale: float, tied: bool
     ) -> None:
         self.base, self.source, self.target = base, source, target
-        self.found, self.scale, self.tied = found, scale, tied
+        self.factors, self.scale, self.tied = factors, scale, tied
         self.model = skeleton.build(base)
         self.modules = dict(self.model.named_modules())  # kept, for PEFT is to wrap them
-        self.loaded = loaded_names(base)
+        self.loaded = {name: loaded[0] for name, loaded in loaded_names(base).items()}
         self.shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters(remove_duplicate=False)}
         # A saved head or embedding is compared with PEFT's: the names of the model's own.
         self.ties = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -63,7 +62,7 @@ class Writer:
 
     def write(self) -> None:
         whole = {}
-        for factors in self.found:
+        for factors in self.factors:
             name = self._parameter(factors.module)
             # PEFT's DoRA of an embedding norms its columns, so that here the embedding is written whole.
             if factors.m is not None and isinstance(self._module(name), nn.Embedding):
@@ -78,7 +77,7 @@ class Writer:
         if lost:  # PEFT takes a plain layer of this name for one of the model's experts
             self.model = skeleton.build(self.base)
             config, paths = self._wrapped(rank, parameters | lost, saved)
-        tensors = {f"base_model.model.{module}.weight": value for module, value in saved.items()}
+        tensors = {f"{START}{module}.weight": value for module, value in saved.items()}
         for name, path in paths.items():
             tensors |= {f"{path}.{k}": v for k, v in self._tensors(name, rank).items()}
         narrow = {k: v.float().contiguous() for k, v in tensors.items()}
@@ -89,10 +88,10 @@ class Writer:
         """(PEFT's configuration; parameter that it wraps → path of the wrapper)."""
         import peft
 
-        dora = any(f.m is not None for f in self.found)
+        dora = any(f.m is not None for f in self.factors)
         if dora and parameters:
             raise AdapterError(
-                "PEFT has no DoRA for this weight, so that there is no unmerged model to compare with",
+                "PEFT has no DoRA for this weight, so there is no unmerged model to compare with",
                 where=self.source,
                 tensor=min(parameters),
                 expected="DoRA on linear layers and embeddings",
@@ -111,12 +110,12 @@ class Writer:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             layout = peft.get_peft_model(self.model, config, low_cpu_mem_usage=True)
-        found = {}
+        paths = {}
         for path, module in layout.named_modules():
             if isinstance(module, peft.tuners.lora.LoraLayer):
-                owner = path.removeprefix("base_model.model.").replace(".base_layer", "")
-                found[f"{owner}.{getattr(module, 'parameter_name', 'weight')}"] = path
-        return config, found
+                owner = path.removeprefix(START).replace(".base_layer", "")
+                paths[f"{owner}.{getattr(module, 'parameter_name', 'weight')}"] = path
+        return config, paths
 
     def _tensors(self, name: str, rank: int) -> dict[str, torch.Tensor]:
         """PEFT's own matrices of one parameter."""
@@ -179,14 +178,8 @@ class Writer:
         """Where q, k, v or z lie in the weight of all, as the layer's own forward takes its output apart."""
         layer = self.modules[name.rsplit(".", 2)[0]]
         heads, values = layer.num_k_heads, layer.num_v_heads // layer.num_k_heads
-        sizes = {
-            "q": layer.head_k_dim,
-            "k": layer.head_k_dim,
-            "v": values * layer.head_v_dim,
-            "b": values,
-            "a": values,
-        }
-        sizes["z"] = sizes["v"]
+        of_keys, of_values = layer.head_k_dim, values * layer.head_v_dim
+        sizes = {"q": of_keys, "k": of_keys, "v": of_values, "z": of_values, "b": values, "a": values}
         whole = name.split(".")[-2].removeprefix("in_proj_")
         groups = 1 if whole == "qkv" else heads  # in the others each head of the keys has all of its own
         first, size = (
@@ -236,9 +229,8 @@ class Writer:
 
     def _magnified(self, factors: Factors, name: str) -> torch.Tensor:
         """The whole embedding in effect: m times the rows of W + scale·b·a, each of length one."""
-        held = next(n for n, stored in headers(self.base).items() if self.loaded.get(n, n) == name)
-        with safe_open(headers(self.base)[held].file, framework="pt") as opened:
-            weight = opened.get_tensor(held).double()
+        stored = next(s for n, s in headers(self.base).items() if self.loaded.get(n, n) == name)
+        weight = stored.read().double()
         changed = weight + self.scale * factors.b @ factors.a
         assert factors.m is not None
         unit: torch.Tensor = changed / changed.norm(dim=1, keepdim=True)

@@ -1,35 +1,23 @@
 """Base and merged models, loaded as transformers itself builds them, in fp32."""
 
-import contextlib
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
+from lora_export import tasks
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.patterns import bounded
 from lora_export.storage.sealed import read_json
 from lora_export.validation.reference import streaming
-from lora_export.validation.reference.requantize import dequantize_4bit
+from lora_export.validation.reference.files import FLOATS, START, headers
+from lora_export.validation.reference.quantized import dequantize_4bit
 
 SEED = 20_240_504
-
-# The class that a task is trained with. It need not be the one that config.json names: a body that is stored with
-# the head of its pre-training is often trained bare, or with another head.
-_TASKS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def architecture(folder: Path) -> Any:
@@ -52,15 +40,16 @@ def load_base(base: Path, options: MergeOptions, dequantized: Path | None = None
 
 
 def classes_of(folder: Path, adapters: Sequence[AdapterChoice]) -> list[Any]:
+    """The classes that adapters of this base may have been trained with: the one that config.json names, the one of
+    the adapter's task (a body stored with the head of its pre-training is often trained with another), the bare
+    body."""
     config = config_of(folder)
-    found = [architecture(folder)]
-    tasks = {c.task_type for c in configs_of(adapters)}
-    for name in [*(_TASKS[t] for t in sorted(filter(None, tasks)) if t in _TASKS), "AutoModel"]:
-        mapping = getattr(transformers, name)._model_mapping
-        cls = mapping.get(type(config), None)
-        if cls is not None and not isinstance(cls, tuple | list) and cls not in found:
-            found.append(cls)
-    return found
+    named = {tasks.PEFT_TASKS.get(str(c.task_type)) for c in configs_of(adapters)}
+    classes = [architecture(folder)]
+    for task in [*sorted(filter(None, named), key=list(tasks.TASKS).index), "feature-extraction"]:
+        of_task = tasks.classes_of(task, config)
+        classes += of_task if len(of_task) == 1 else []
+    return list(dict.fromkeys(classes))
 
 
 def configs_of(adapters: Sequence[AdapterChoice]) -> list[Any]:
@@ -121,12 +110,7 @@ def load_trained_on(
 
 def whole_tensors(adapters: Sequence[AdapterChoice]) -> set[str]:
     """Names in the base of what the adapters' files hold whole (biases, embeddings), among other names."""
-    names: set[str] = set()
-    for adapter in adapters:
-        for file in adapter.folder.glob("*.safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                names |= {key.removeprefix("base_model.model.") for key in tensors.keys()}  # noqa: SIM118
-    return names
+    return {name.removeprefix(START) for adapter in adapters for name in headers(adapter.folder)}
 
 
 def changed(config: Any, settings: Mapping[str, Any] | None) -> Any:
@@ -195,32 +179,6 @@ def _persistent_buffers(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]
     return [(n, b) for n, b in model.named_buffers() if n in kept]
 
 
-@contextlib.contextmanager
-def load_results() -> Iterator[list[Any]]:
-    """What PEFT could not place of each adapter that is loaded inside: from_pretrained knows and does not tell.
-
-    A second load would, but AdaLoRA's, whose ranks the first one has cut, cannot be loaded twice.
-    """
-    import peft
-
-    results: list[Any] = []
-    original = peft.PeftModel.load_adapter
-
-    def load_adapter(self: Any, *arguments: Any, **more: Any) -> Any:
-        results.append(original(self, *arguments, **more))
-        return results[-1]
-
-    peft.PeftModel.load_adapter = load_adapter
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Found missing adapter keys"
-            )  # they are refused by the caller
-            yield results
-    finally:
-        peft.PeftModel.load_adapter = original
-
-
 def load_merged(
     merged: Path,
     cls: Any = None,
@@ -259,17 +217,23 @@ def load_merged(
     return quiet(model), dtypes
 
 
+def load_as_stored(merged: Path) -> Any:
+    """What a user of transformers gets from this folder with dtype="auto", ready for inference."""
+    return quiet(architecture(merged).from_pretrained(merged, dtype="auto", local_files_only=True))
+
+
+def own_type(dtypes: Mapping[str, torch.dtype]) -> str | None:
+    """The type that the model computes in, or None if it is fp32 anyway, and nothing is to be compared."""
+    narrow = {d for d in dtypes.values() if d != torch.float32}
+    return str(max(narrow, key=lambda d: torch.finfo(d).eps)).removeprefix("torch.") if narrow else None
+
+
 def stored_dtypes(folder: Path, unmerged: Any) -> dict[str, torch.dtype]:
     """Plain name of each parameter of the base in `unmerged` → the type that it has in the folder's headers.
 
     A parameter that no file names (a stacked one, say) has the narrowest type that is there.
     """
-    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    stored: dict[str, torch.dtype] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as tensors:
-            types = {n: tensors.get_slice(n).get_dtype() for n in tensors.keys()}  # noqa: SIM118 - not a mapping
-        stored |= {name: known[dtype] for name, dtype in types.items() if dtype in known}
+    stored = {name: FLOATS[t.dtype] for name, t in headers(folder).items() if t.dtype in FLOATS}
     narrowest = max(stored.values(), key=lambda d: torch.finfo(d).eps)
     plain = (n for n, _ in unmerged.base_model.model.named_parameters() if "lora_" not in n)
     names = (n.replace(".base_layer", "").replace(".original_module", "") for n in plain)

@@ -1,7 +1,7 @@
 """Where PEFT's own layers do not answer what validation asks: mended on the layers, not on their formulas."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,17 +56,26 @@ def mend(unmerged: nn.Module) -> None:
             module.__class__ = _with_later_changes(type(module))
 
 
-def weigh(module: nn.Module, adapter: str, weight: float) -> None:
-    """Multiply what an adapter adds in this layer, for kinds whose layers have no scaling of their own."""
+def weigh(unmerged: nn.Module, weights: Mapping[str, float]) -> None:
+    """Multiply what each adapter adds by its weight: by the layers' scaling, or where a kind's layers have none of
+    their own by what its change is proportional to."""
+    for module in unmerged.modules():
+        for adapter, weight in weights.items():
+            if weight != 1.0:
+                _weigh(module, adapter, weight)
+
+
+def _weigh(module: nn.Module, adapter: str, weight: float) -> None:
+    for attribute in ("scaling", "supertuning_lora_alpha"):
+        factors = getattr(module, attribute, None)
+        if isinstance(factors, dict) and adapter in factors:
+            factors[adapter] *= weight
     for attribute in _PROPORTIONAL:
-        found = getattr(module, attribute, None)
-        if found is not None and attribute in module.__dict__.get("_modules", {}) and adapter in found:
-            values = found[adapter]
+        held: Any = getattr(module, attribute, None)
+        if held is not None and attribute in module.__dict__.get("_modules", {}) and adapter in held:
+            values = held[adapter]
             for value in values if isinstance(values, nn.ParameterList) else [values]:
                 value.data.mul_(weight)
-    alpha = getattr(module, "supertuning_lora_alpha", None)
-    if isinstance(alpha, dict) and adapter in alpha:
-        alpha[adapter] *= weight
 
 
 def _of_now(plain: type) -> type:

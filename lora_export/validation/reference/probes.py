@@ -4,6 +4,7 @@ A wrapped layer gets one-hot inputs: its answer to the i-th is the i-th column o
 All in float64, one module at a time.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -163,3 +164,33 @@ def random_signs(exact: Any, count: int, generator: torch.Generator) -> torch.Te
         shape = (layer.in_channels, *_field(layer))
     signs = torch.randint(0, 2, (count, *shape), generator=generator)
     return signs.double() * 2 - 1
+
+
+def is_attention(module: Any) -> bool:
+    get = getattr(module, "get_base_layer", None)
+    return get is not None and isinstance(get(), nn.MultiheadAttention)
+
+
+@torch.no_grad()
+def attention_in_effect(module: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Parameter of an nn.MultiheadAttention → (the base's values, those that PEFT's wrapper uses), float64.
+
+    The wrapper's forward puts the weights in effect into torch's module, calls it, and takes them out again.
+    """
+    exact = copy.deepcopy(module).double()
+    layer = exact.get_base_layer()
+    before = _weights(layer)
+    after: dict[str, torch.Tensor] = {}
+    layer.register_forward_pre_hook(lambda *_: after.update(_weights(layer)))
+    token = torch.zeros(1, 1, layer.embed_dim, dtype=torch.float64)
+    exact(token, token, token)
+    return {name: (before[name], after[name]) for name in before}
+
+
+def _weights(layer: Any) -> dict[str, torch.Tensor]:
+    """By the names of a plain module; the wrapper's own matrices left out."""
+    out = layer.out_proj.get_base_layer()
+    held = {"in_proj_weight": layer.in_proj_weight, "out_proj.weight": out.weight}
+    held |= {"in_proj_bias": layer.in_proj_bias, "out_proj.bias": out.bias}
+    held |= {"bias_k": layer.bias_k, "bias_v": layer.bias_v}
+    return {name: value.detach().clone() for name, value in held.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Adapters with the names of another transformers, rewritten so that PEFT itself can load them.
+"""Adapters with the names of another transformers or PEFT, rewritten so that PEFT itself can load them.
 
 PEFT finds modules by the names that they have in the loaded model. An adapter of transformers 4 calls some
 otherwise (ViT's `attention.attention.query`, Qwen2-VL's `visual`), and PEFT then finds no layer for it, or leaves
@@ -7,7 +7,9 @@ its configuration is decided by the old names.
 """
 
 import contextlib
+import json
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import AdapterChoice
 from lora_export.patterns import bounded, fullmatch
-from lora_export.storage import sealed
+from lora_export.storage.sealed import write_settings
+from lora_export.validation.reference.files import ADAPTER_CONFIG, START, adapter_config
 
-START = "base_model.model."
 _SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # what is selected is named one by one
 _PARAMETERS = ("weight", "bias")
 MOST_STRIPPED = 3  # names in front that a model of another class may have
@@ -45,7 +47,7 @@ def with_todays_names(
         folder = scratch / f"renamed-{i}"
         folder.mkdir(parents=True, exist_ok=True)
         with bounded("peft", str(choice.folder)):
-            sealed.write_settings(folder / "adapter_config.json", _configured(config, state, modules))
+            write_settings(folder / ADAPTER_CONFIG, _configured(config, state, modules))
         renamed = {f"{START}{_renamed(key, modules)}": tensor for key, tensor in state.items()}
         save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         copies.append(replace(choice, folder=folder))
@@ -74,13 +76,30 @@ def names_as_they_are() -> Iterator[None]:
         conversion.convert_peft_adapter_state_dict_for_transformers = original
 
 
+@contextlib.contextmanager
+def bone_as_miss(adapters: Sequence[AdapterChoice]) -> Iterator[list[AdapterChoice]]:
+    """The adapters, those of Bone as MiSS: PEFT has renamed it. Their folders last as long as this."""
+    with contextlib.ExitStack() as folders:
+        choices = []
+        for choice in adapters:
+            config = adapter_config(choice.folder)
+            if config.get("peft_type") == "BONE":
+                scratch = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="lora-export-")))
+                (scratch / ADAPTER_CONFIG).write_text(json.dumps(config | {"peft_type": "MISS"}), encoding="utf-8")
+                for file in choice.folder.glob("*.safetensors"):
+                    renamed = {n.replace(".bone_block", ".miss_block"): v for n, v in load_file(file).items()}
+                    save_file(renamed, scratch / file.name, {"format": "pt"})
+                choice = replace(choice, folder=scratch)
+            choices.append(choice)
+        yield choices
+
+
 def _read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors by their names in the model that was trained, configuration)."""
-    config = sealed.read_json(folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
     state: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("adapter_model*.safetensors")):
         state |= {name.removeprefix(START): tensor for name, tensor in load_file(file).items()}
-    return state, config
+    return state, adapter_config(folder)
 
 
 def _modules(names: Iterable[str], model: torch.nn.Module) -> dict[str, str] | None:

@@ -1,13 +1,12 @@
 """The vocabulary that training resized, given to the unmerged model as training did it: by transformers itself."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from lora_export.contracts import AdapterChoice
-from lora_export.storage.sealed import read_json
+from lora_export.validation.reference.files import START, adapter_config, headers
 
 _SAVED, _DELTA = ".modules_to_save", ".trainable_tokens_delta"
 _WHOLE = ("", ".modules_to_save", ".token_adapter", ".base_layer", ".token_adapter.base_layer", ".original_module")
@@ -29,23 +28,19 @@ def fit_vocabulary(model: Any, adapters: Sequence[AdapterChoice]) -> None:
 def saved_twice(key: str, adapters: Sequence[AdapterChoice]) -> bool:
     """Whether a tensor that PEFT has no place for is a copy of one that it has: where it saves embeddings beside
     the adapter, a saved module's weight is there under two names, and tied heads have the embedding's rows."""
-    for file in (f for a in adapters for f in sorted(a.folder.glob("*.safetensors"))):
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            if key not in names:
-                continue
-            copies = [key.replace(_SAVED, "")] if _SAVED in key else [n for n in names if n.endswith(_DELTA)]
-            mine = tensors.get_tensor(key)
-            if key.endswith((_DELTA, ".weight", ".bias")) and any(
-                n != key and n in names and torch.equal(tensors.get_tensor(n), mine) for n in copies
-            ):
-                return True
+    for tensors in (headers(adapter.folder) for adapter in adapters):
+        if key not in tensors or not key.endswith((_DELTA, ".weight", ".bias")):
+            continue
+        copies = [key.replace(_SAVED, "")] if _SAVED in key else [n for n in tensors if n.endswith(_DELTA)]
+        mine = tensors[key].read()
+        if any(n != key and n in tensors and torch.equal(tensors[n].read(), mine) for n in copies):
+            return True
     return False
 
 
 def _rows(model: Any, adapter: AdapterChoice) -> Iterator[int]:
     """The number of rows, by what tells it best: whole weights, factors, the last token that was trained."""
-    shapes = _shapes(adapter)
+    shapes = {key.removeprefix(START): t.shape for key, t in headers(adapter.folder).items()}
     inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
     modules = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m is inside or m is outside]
     for name, module in modules:
@@ -63,18 +58,8 @@ def _rows(model: Any, adapter: AdapterChoice) -> Iterator[int]:
                 yield last + 1
 
 
-def _shapes(adapter: AdapterChoice) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(adapter.folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                found[key.removeprefix("base_model.model.")] = tuple(tensors.get_slice(key).get_shape())
-    return found
-
-
 def _tokens(adapter: AdapterChoice) -> Iterator[int]:
-    file = adapter.folder / "adapter_config.json"
-    config: Mapping[str, Any] = read_json(file) if file.is_file() else {}
+    config = adapter_config(adapter.folder)
     named: Any = config.get("token_indices") or config.get("trainable_token_indices") or ()
     for tokens in named.values() if isinstance(named, dict) else (named,):
         yield from (t for t in tokens if isinstance(t, int))

@@ -1,4 +1,4 @@
-"""A compressed-tensors base read a second time, by the library of that name, so that a wrong reading is noticed.
+"""A compressed-tensors base, read a second time by the library of that name, so that a wrong reading is noticed.
 
 The reference of a validation is a dequantized copy of such a base, which the merge's own reader made: the copy
 alone cannot show that the reader is wrong.
@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from lora_export.errors import CheckpointError
 from lora_export.storage.sealed import read_json
-from lora_export.validation.folder.stored import FLOATS, Stored, headers
+from lora_export.validation.reference.files import FLOATS, Stored, headers
 
 METHOD = "compressed-tensors"
 LOCAL = (
@@ -53,7 +52,7 @@ def compare(base: Path, dequantized: Path) -> ReadAgain | None:
         if expected is None:
             not_read += 1
             continue
-        _refuse_another(name, copy, expected)
+        _refuse_another(copy, expected)
         compared += 1
     return ReadAgain(compared, not_read)
 
@@ -70,33 +69,27 @@ def _decompressed(module: str, parts: Mapping[str, Stored], settings: Any) -> to
     ]
     if len(schemes) != 1 or "weight_g_idx" in parts:
         return None
-    values = {n: _read(f"{module}.{n}", stored) for n, stored in parts.items()}
+    values = {n: stored.read() for n, stored in parts.items()}
     values = {n: v.float() if n != "weight" and v.dtype in FLOATS.values() else v for n, v in values.items()}
     form = schemes[0].format or settings.format
     try:
         compressor = BaseCompressor.get_value_from_registry(getattr(form, "value", form))
-        found: torch.Tensor = compressor.decompress(values, schemes[0])["weight"]
+        weight: torch.Tensor = compressor.decompress(values, schemes[0])["weight"]
     except (KeyError, NotImplementedError):
         return None
-    return found
+    return weight
 
 
-def _read(name: str, stored: Stored) -> torch.Tensor:
-    with safe_open(stored.file, framework="pt") as file:
-        value: torch.Tensor = file.get_tensor(name)
-    return value
-
-
-def _refuse_another(name: str, copy: Stored, expected: torch.Tensor) -> None:
+def _refuse_another(copy: Stored, expected: torch.Tensor) -> None:
     """Beyond the last places of the type in which the library computes."""
-    found = _read(name, copy)
+    actual = copy.read()
     allowed = 2 * torch.finfo(expected.dtype).eps * expected.double().abs()
-    if found.shape == expected.shape and bool(((found.double() - expected.double()).abs() <= allowed).all()):
+    if actual.shape == expected.shape and bool(((actual.double() - expected.double()).abs() <= allowed).all()):
         return
     raise CheckpointError(
-        f"{METHOD} itself reads this weight of the base otherwise than this tool does",
+        f"{METHOD} itself reads other numbers from this weight of the base than this tool does",
         where=copy.file,
-        tensor=name,
+        tensor=copy.name,
         expected="the same numbers from both readers",
         next_step="report it with the base's config.json; until then, merge into the unquantized base",
     )

@@ -13,17 +13,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from lora_export.errors import AdapterError
+from lora_export.validation.reference.files import headers
 from lora_export.validation.reference.mended import DECOMPOSING, kind_of
 
 Change = Callable[[str, torch.Tensor], torch.Tensor]
-# These inits take something out of the base's weights when an adapter is attached, so they must be in memory.
 BLOCK = 16 * 2**20  # bytes in fp32
+COPIES = 3  # unmerged, merged, and the adapted weights once more while the noise floor changes them
+WORKING = 3  # of the largest weight while it is compared: as it is stored, in fp32, and a block of rows
+# These inits take something out of the base's weights when an adapter is attached, so they must be in memory.
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def kept_bytes(merged: Path, max_memory: int | None) -> int | None:
+    """None if both models fit into memory in fp32; else how many bytes of weights each may keep between uses.
+
+    max_memory: bytes for weights, None for half of what the machine has available. What the libraries, the adapters
+    and the outputs take comes on top.
+    """
+    sizes = [4 * math.prod(stored.shape) for stored in headers(merged).values()]
+    limit = psutil.virtual_memory().available // 2 if max_memory is None else max_memory
+    if COPIES * sum(sizes) <= limit or not sizes:
+        return None
+    return max(0, limit - WORKING * max(sizes)) // 2
 
 
 @dataclass(eq=False)
@@ -267,21 +284,18 @@ def changing(model: nn.Module, change: Change) -> Iterator[bool]:
 
 
 def refuse_changing_inits(configs: Iterable[Any], folder: Path) -> None:
+    """Refuse to stream under adapters that change the base's weights when PEFT attaches them."""
     for config in configs:
-        if kind_of(config) in DECOMPOSING:
-            raise AdapterError(
-                f"peft_type is {kind_of(config)!r}: PEFT decomposes the base's weights when it attaches it, so the "
-                "model cannot be streamed",
-                where=folder,
-                expected="memory for the whole model in fp32, twice",
-                next_step="validate on a machine with more memory, or give a larger --max-memory",
-            )
         init = getattr(config, "init_lora_weights", None)
-        if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
-            raise AdapterError(
-                f"init_lora_weights is {init!r}: PEFT changes the base's weights when it attaches this adapter, "
-                "so the model cannot be streamed",
-                where=folder,
-                expected="memory for the whole model in fp32, twice",
-                next_step="validate on a machine with more memory, or give a larger --max-memory",
-            )
+        if kind_of(config) in DECOMPOSING:
+            reason = f"peft_type is {kind_of(config)!r}: PEFT decomposes the base's weights"
+        elif isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
+            reason = f"init_lora_weights is {init!r}: PEFT changes the base's weights"
+        else:
+            continue
+        raise AdapterError(
+            f"{reason} when it attaches this adapter, so the model cannot be streamed",
+            where=folder,
+            expected="memory for the whole model in fp32, twice",
+            next_step="validate on a machine with more memory, or give a larger --max-memory",
+        )

@@ -1,6 +1,6 @@
-"""The class that an adapter was trained with, where its base is stored without the head: what PEFT has to be given.
+"""The class that an adapter was trained with, where its base is stored without the head.
 
-Told from the base's configuration and the adapters' own files, so that a merged folder has no say in it.
+The base's configuration and the adapters' own files decide it, so that a merged folder has no say in it.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from lora_export import meta_model as skeleton
 from lora_export import tasks
 from lora_export.contracts import AdapterChoice
 from lora_export.errors import CheckpointError
 from lora_export.storage.sealed import LARGEST_SETTINGS, read_json
+from lora_export.validation.reference.files import START, adapter_config, headers
 
 Shape = tuple[int, ...]
 
@@ -35,14 +34,14 @@ class Trained:
         Both are read by transformers as the same tensor; the prefix of the body is what one has and the other not.
         """
         targets, prefix = loaded_as(self.model, {*base, *merged}), f"{self.model.base_model_prefix}."
-        state, found = self.model.state_dict(), dict[str, str]()
+        state, renamed = self.model.state_dict(), dict[str, str]()
         for name in base:
             target = targets[name]
             if target in state and target not in self.heads:
                 spellings = (name, prefix + name, name.removeprefix(prefix), target)
                 same = (s for s in spellings if s in merged and targets[s] == target)
-                found[next(same, name)] = name
-        return found
+                renamed[next(same, name)] = name
+        return renamed
 
 
 def loaded_as(model: Any, names: Iterable[str]) -> dict[str, str]:
@@ -59,14 +58,19 @@ def all_loaded_as(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    told = renamings, converters, model.base_model_prefix, model.state_dict()
+    how = renamings, converters, model.base_model_prefix, model.state_dict()
     targets = {p: c.target_patterns for c in converters for p in c.source_patterns}
-    found = {}
+    names_of = {}
     for name in names:
-        loaded, pattern = rename_source_key(name, *told)
+        loaded, pattern = rename_source_key(name, *how)
         first, *others = targets.get(pattern, ("",)) if pattern else ("",)
-        found[name] = (loaded, *(loaded.replace(first, other) for other in others))
-    return found
+        names_of[name] = (loaded, *(loaded.replace(first, other) for other in others))
+    return names_of
+
+
+def loaded_names(base: Path) -> dict[str, tuple[str, ...]]:
+    """Name of a tensor in the base's files → its names in the loaded model."""
+    return all_loaded_as(skeleton.build(base), headers(base))
 
 
 def trained_as(base: Path, adapters: Sequence[AdapterChoice], task: str | None) -> Trained | None:
@@ -95,8 +99,8 @@ def trained_as(base: Path, adapters: Sequence[AdapterChoice], task: str | None) 
                 model = skeleton.build(base, config)
             except CheckpointError:
                 continue
-            found = _shapes(model)
-            if all(found.get(name) == shape for name, shape in asked.items()):
+            known_shapes = _shapes(model)
+            if all(known_shapes.get(name) == shape for name, shape in asked.items()):
                 named = {"architectures": [cls.__name__]} | _labels(stored, config, adapters)
                 return Trained(cls, changes | named, model, frozenset(asked))
     return None
@@ -104,19 +108,17 @@ def trained_as(base: Path, adapters: Sequence[AdapterChoice], task: str | None) 
 
 def _saved(adapters: Sequence[AdapterChoice]) -> dict[str, Shape]:
     """Name in the model → shape, of what lies in a module that modules_to_save names."""
-    found: dict[str, Shape] = {}
+    saved: dict[str, Shape] = {}
     for adapter in adapters:
-        config = read_json(adapter.folder / "adapter_config.json", limit=LARGEST_SETTINGS)
-        modules = tuple(m for m in config.get("modules_to_save") or () if isinstance(m, str))
-        for file in sorted(adapter.folder.glob("*.safetensors")):
-            with safe_open(file, framework="np") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                    name = key.removeprefix("base_model.model.").replace(".modules_to_save", "")
-                    owners = name.split(".")[:-1]
-                    inside = any(".".join(owners[: i + 1]).endswith(modules) for i in range(len(owners)))
-                    if modules and inside and ".original_module" not in key and "lora_" not in key:
-                        found[name] = tuple(tensors.get_slice(key).get_shape())
-    return found
+        modules = adapter_config(adapter.folder).get("modules_to_save") or ()
+        modules = tuple(m for m in modules if isinstance(m, str))
+        for key, stored in headers(adapter.folder).items() if modules else ():
+            name = key.removeprefix(START).replace(".modules_to_save", "")
+            owners = name.split(".")[:-1]
+            inside = any(".".join(owners[: i + 1]).endswith(modules) for i in range(len(owners)))
+            if inside and ".original_module" not in key and "lora_" not in key:
+                saved[name] = stored.shape
+    return saved
 
 
 def _shapes(model: Any) -> dict[str, Shape]:
@@ -125,18 +127,18 @@ def _shapes(model: Any) -> dict[str, Shape]:
 
 def _candidates(own: Any, adapters: Sequence[AdapterChoice], task: str | None) -> list[Any]:
     """By what names them: the adapters, the task asked for, the base itself, and any other task."""
-    found: list[Any] = []
+    classes: list[Any] = []
     for adapter in adapters:
-        config = read_json(adapter.folder / "adapter_config.json", limit=LARGEST_SETTINGS)
+        config = adapter_config(adapter.folder)
         mapping = config.get("auto_mapping")
-        found.append(tasks.class_named(mapping.get("base_model_class") if isinstance(mapping, dict) else None))
+        classes.append(tasks.class_named(mapping.get("base_model_class") if isinstance(mapping, dict) else None))
         named = tasks.PEFT_TASKS.get(str(config.get("task_type")))
-        found += tasks.classes_of(named, own.config) if named else []
-    found += tasks.classes_of(task, own.config) if task else []
-    found.append(type(own))
+        classes += tasks.classes_of(named, own.config) if named else []
+    classes += tasks.classes_of(task, own.config) if task else []
+    classes.append(type(own))
     for other in tasks.TASKS:
-        found += tasks.classes_of(other, own.config)
-    return [c for c in dict.fromkeys(found) if c is not None and c.config_class is type(own.config)]
+        classes += tasks.classes_of(other, own.config)
+    return [c for c in dict.fromkeys(classes) if c is not None and c.config_class is type(own.config)]
 
 
 def _settings(cls: Any, stored: Mapping[str, Any], saved: Mapping[str, Shape]) -> Iterator[dict[str, Any]]:

@@ -5,32 +5,30 @@ This is the oracle: PEFT's unmerged forward. It shares no formula and no reader 
 
 import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence, Set
+import warnings
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError
 from lora_export.patterns import bounded
-from lora_export.storage import sealed
 from lora_export.validation.reference import streaming
-from lora_export.validation.reference.bone import as_miss
+from lora_export.validation.reference.files import START, adapter_config, headers
 from lora_export.validation.reference.loading import (
     architecture,
     classes_of,
     configs_of,
-    load_results,
     load_trained_on,
     quiet,
     whole_tensors,
 )
 from lora_export.validation.reference.mended import mend, repeatable, weigh
 from lora_export.validation.reference.probes import wrapped_modules
-from lora_export.validation.reference.renamed import names_as_they_are, with_todays_names
+from lora_export.validation.reference.renamed import bone_as_miss, names_as_they_are, with_todays_names
 from lora_export.validation.reference.resized import fit_vocabulary, saved_twice
 from lora_export.validation.reference.trained import trained_as
 
@@ -66,15 +64,15 @@ def load_unmerged(
     is, the adapters are tried again under the names that the class gives its modules today. AdapterError if there
     is none.
     """
-    with as_miss(adapters) as known:
-        found, why = _first_that_fits(base, known, options, dequantized, keep, None)
-        if found is None:
+    with bone_as_miss(adapters) as known:
+        reference, why = _first_that_fits(base, known, options, dequantized, keep, None)
+        if reference is None:
             with tempfile.TemporaryDirectory(prefix="lora-export-") as fleeting:
                 folder = Path(fleeting) if scratch is None else scratch
-                found, _ = _first_that_fits(base, known, options, dequantized, keep, folder)
-    if found is None:
+                reference, _ = _first_that_fits(base, known, options, dequantized, keep, folder)
+    if reference is None:
         raise why or _left_over([], architecture(base).__name__, adapters)
-    return found
+    return reference
 
 
 def _first_that_fits(
@@ -91,12 +89,12 @@ def _first_that_fits(
     heads = trained.heads if trained else frozenset[str]()
 
     def loaded(cls: Any, whole: Set[str]) -> tuple[Any, Mapping[str, torch.Tensor]]:
-        found, absent = load_trained_on(
+        model, absent = load_trained_on(
             base, options, dequantized, cls, keep, whole, trained.changes if trained else None
         )
-        _give_heads(found, adapters, heads)
+        _give_heads(model, adapters, heads)
         # The merged model must have the heads, whatever the base lacks.
-        return found, {name: value for name, value in absent.items() if name not in heads}
+        return model, {name: value for name, value in absent.items() if name not in heads}
 
     for number, cls in enumerate([trained.cls] if trained else classes_of(dequantized or base, adapters)):
         model, absent = loaded(cls, whole_tensors(adapters))
@@ -122,12 +120,10 @@ def _give_heads(model: torch.nn.Module, adapters: Sequence[AdapterChoice], heads
     """The adapters' own heads in place of those that were drawn: the base has them, too, in every comparison."""
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     for adapter in adapters:
-        for file in sorted(adapter.folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a mapping
-                    name = key.removeprefix("base_model.model.").replace(".modules_to_save", "")
-                    if name in heads:
-                        state[name].data.copy_(tensors.get_tensor(key))
+        for key, stored in headers(adapter.folder).items():
+            name = key.removeprefix(START).replace(".modules_to_save", "")
+            if name in heads:
+                state[name].data.copy_(stored.read())
 
 
 def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:
@@ -135,7 +131,7 @@ def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -
     import peft.utils.error
 
     try:
-        with as_miss(adapters) as known:
+        with bone_as_miss(adapters) as known:
             unmerged, left = _attach(model, known)
     except peft.utils.error.NoMatchingPeftModuleError:
         raise _left_over([], type(model).__name__, adapters) from None
@@ -148,11 +144,11 @@ def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -
 
 def _refuse_bomb(folder: Path) -> None:
     """Refuse a configuration for which PEFT would fill the memory before it looks at the tensors."""
-    config = sealed.read_json(folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
+    config = adapter_config(folder)
     patterns, replicated = config.get("rank_pattern"), config.get("layer_replication")
     sizes = [config.get("r"), config.get("init_r"), *(patterns.values() if isinstance(patterns, dict) else ())]
     rank = max((n for n in sizes if isinstance(n, int)), default=0)
-    if rank > max(LIKELY_RANK, _largest_size(folder)):
+    if rank > max(LIKELY_RANK, *(n for stored in headers(folder).values() for n in stored.shape)):
         raise AdapterError(
             f"the configuration gives rank {rank}, and no tensor has a dimension of that size",
             where=folder,
@@ -166,24 +162,16 @@ def _refuse_bomb(folder: Path) -> None:
         )
 
 
-def _largest_size(folder: Path) -> int:
-    sizes = [1]
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="np") as tensors:
-            sizes += (n for name in tensors.keys() for n in tensors.get_slice(name).get_shape())  # noqa: SIM118
-    return max(sizes)
-
-
 def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoice], why: str = "") -> AdapterError:
-    found = f"PEFT finds no layer of {cls} that the adapter changes"
+    problem = f"PEFT finds no layer of {cls} that the adapter changes"
     if why:
-        found = f"PEFT cannot load the adapter into {cls}: {' '.join(why.split())[:200]}"
+        problem = f"PEFT cannot load the adapter into {cls}: {' '.join(why.split())[:200]}"
     elif tensors:
-        found = (
+        problem = (
             f"PEFT finds {len(tensors)} tensors of the adapter without a place in {cls}, or layers without a tensor"
         )
     return AdapterError(
-        found,
+        problem,
         where=adapters[0].folder,
         tensor=tensors[0] if tensors else None,
         expected="an adapter that PEFT itself loads into this base with nothing left over",
@@ -200,33 +188,50 @@ def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[
     fit_vocabulary(model, adapters)
     names = [f"adapter{i}" for i in range(len(adapters))]
     configs = configs_of(adapters)
-    with load_results() as results, bounded("peft", str(adapters[0].folder)), repeatable(configs):
+    with _load_results() as results, bounded("peft", str(adapters[0].folder)), repeatable(configs):
         unmerged = peft.PeftModel.from_pretrained(
             model, adapters[0].folder, adapter_name=names[0], local_files_only=True
         )
         for name, choice in zip(names[1:], adapters[1:], strict=True):
             unmerged.load_adapter(choice.folder, adapter_name=name)
-    left = [k for told in results for k in (*told.unexpected_keys, *_unshared(unmerged, told.missing_keys))]
+    left = [k for r in results for k in (*r.unexpected_keys, *_unshared(unmerged, r.missing_keys))]
     left = [key for key in left if not saved_twice(key, adapters)]
     if len(names) > 1:
         unmerged.base_model.set_adapter(names)
-    for module in unmerged.modules():
-        for name, choice in zip(names, adapters, strict=True):
-            scaling = getattr(module, "scaling", None)
-            if choice.weight != 1.0 and isinstance(scaling, dict) and name in scaling:
-                scaling[name] *= choice.weight
-            if choice.weight != 1.0:
-                weigh(module, name, choice.weight)
+    weigh(unmerged, {name: choice.weight for name, choice in zip(names, adapters, strict=True)})
     mend(unmerged)
     return quiet(unmerged), left
 
 
+@contextlib.contextmanager
+def _load_results() -> Iterator[list[Any]]:
+    """What PEFT could not place of each adapter that is loaded inside: from_pretrained knows and does not tell.
+
+    A second load would, but AdaLoRA's, whose ranks the first one has cut, cannot be loaded twice.
+    """
+    import peft
+
+    results: list[Any] = []
+    original = peft.PeftModel.load_adapter
+
+    def load_adapter(self: Any, *arguments: Any, **more: Any) -> Any:
+        results.append(original(self, *arguments, **more))
+        return results[-1]
+
+    peft.PeftModel.load_adapter = load_adapter
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Found missing adapter keys"
+            )  # they are refused by the caller
+            yield results
+    finally:
+        peft.PeftModel.load_adapter = original
+
+
 def _refuse_mixture(adapters: Sequence[AdapterChoice]) -> None:
     """PEFT's models hold adapters of one kind at a time."""
-    kinds = {}
-    for adapter in adapters:
-        config = sealed.read_json(adapter.folder / "adapter_config.json", limit=sealed.LARGEST_SETTINGS)
-        kinds[str(config.get("peft_type"))] = adapter.folder
+    kinds = {str(adapter_config(a.folder).get("peft_type")): a.folder for a in adapters}
     if len(kinds) > 1:
         raise AdapterError(
             f"PEFT cannot run adapters of several kinds at once: {', '.join(kinds)}",

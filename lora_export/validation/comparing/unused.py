@@ -92,9 +92,9 @@ def _asks_by_calling(wrapper: Any) -> bool:
 def _depends(module: nn.Module, wrapper: Any, args: Any, kwargs: Any, output: Any) -> bool:
     """Whether the module's output is another with another weight."""
     with present(module), _another_weight(base_layer(wrapper)):
-        found = list(tensors_of(module(*args, **kwargs)))
-    wanted = list(tensors_of(output))
-    return len(found) != len(wanted) or any(not torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+        changed = list(tensors_of(module(*args, **kwargs)))
+    plain = list(tensors_of(output))
+    return len(changed) != len(plain) or any(not torch.equal(a, b) for a, b in zip(plain, changed, strict=True))
 
 
 @contextmanager
