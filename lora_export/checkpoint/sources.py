@@ -32,7 +32,7 @@ def resolve(model: Model) -> Source:
     match = _HUB_ID.fullmatch(name)
     if match is None or folder.exists():
         raise InputError(
-            "there is no such folder, and this is no hub id",
+            "there is no such folder, and this is not a valid Hub ID",
             where=name,
             expected="a folder, or owner/name, or owner/name@revision",
         )
@@ -43,16 +43,16 @@ def resolve(model: Model) -> Source:
         found = Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=_PATTERNS))
     except LocalEntryNotFoundError:
         raise InputError(
-            "there is no such folder, and the hub cannot be reached or does not have it in the local cache",
+            "there is no such folder, and the Hub cannot be reached or does not have it in the local cache",
             where=name,
-            expected="a folder, or a hub id that can be downloaded",
+            expected="a folder, or a Hub ID that can be downloaded",
             next_step="check the path; with a network: unset HF_HUB_OFFLINE",
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(
-            f"the hub does not give this: {str(error).splitlines()[0]}",
+            f"the Hub does not provide this: {str(error).splitlines()[0]}",
             where=name,
-            expected="a hub id that can be downloaded",
+            expected="a Hub ID that can be downloaded",
             next_step="check the name; for a gated one: hf auth login",
         ) from None
     # The cache keeps a snapshot in a folder that is named after its commit.
@@ -60,7 +60,7 @@ def resolve(model: Model) -> Source:
 
 
 def refuse_unreadable(path: str | os.PathLike[str]) -> None:
-    """InputError for a path that is no UTF-8, where a link leads included: JSON cannot name it, and the libraries
+    """InputError for a path that is not UTF-8, where a link leads included: JSON cannot name it, and the libraries
     that read models refuse it."""
     name = os.fspath(path)
     whole = os.path.realpath(name) if isinstance(path, os.PathLike) or Path(name).exists() else name

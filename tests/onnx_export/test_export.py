@@ -19,10 +19,9 @@ from lora_export.storage import sealed
 ModelWith = Callable[[dict[str, Any]], Path]
 
 
-def attempt(model: Path, output: Path, **options: Any) -> ExportResult:
-    return export(
-        model, output, ExportOptions(**{"precision": "fp32", "provider": "cpu", **options}), progress=Silent()
-    )
+def attempt(model: Path, output: Path, adapter: Path | None = None, **options: Any) -> ExportResult:
+    chosen = ExportOptions(**{"precision": "fp32", "provider": "cpu", **options})
+    return export(model, output, chosen, adapter=adapter, progress=Silent())
 
 
 def test_folder_holds_companions_and_record(exported: Callable[..., ExportResult], llama: Path) -> None:
