@@ -57,4 +57,4 @@ def benchmark(
         force=force,
         progress=talk.progress,
     )
-    talk.result(result.as_json(), table([*benchmark_rows(result), ("report", str(output / "report.html"))]))
+    talk.result(result, table([*benchmark_rows(result), ("report", str(output / "report.html"))]))

@@ -56,4 +56,4 @@ def merge_and_export(
         *words.benchmark_rows(story.benchmark),
         ("report", str(output / "report" / "report.html")),
     ]
-    talk.result(story.as_json(), table(rows))
+    talk.result(story, table(rows))

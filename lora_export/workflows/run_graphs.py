@@ -46,7 +46,7 @@ def merge_into(
     source = begin_stream(plan(base, adapters, options.merge), outline, progress)
     exported = export_merged(base_onnx, outline, stage / "onnx", options.export, progress, source)
     seconds = time.monotonic() - started
-    return end_stream(source, adapters, stage / CERTIFICATE, seconds, progress), exported
+    return end_stream(source, stage / CERTIFICATE, seconds, progress), exported
 
 
 def export_merged(
@@ -59,7 +59,7 @@ def export_merged(
 ) -> ExportResult:
     """The merged model with the base's graph; with one of its own where the merge changed more than weights.
 
-    source: where the numbers come from, if `merged` is an outline without them.
+    source: where the numbers come from, if `merged` is an outline without them; or its files with known hashes.
     """
     progress.stage("export: the merged model, with the graph of the base")
     return with_graph_of(base_onnx, merged, output, options, progress, "the merged model", source)

@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "a tensor that nothing explains": (
         adapt(**{"base_model.model.x.mystery": torch.ones(2)}),
         [],
-        ["no adapter kind explains", "x.mystery", "try:"],
+        ["no adapter kind accounts", "x.mystery", "try:"],
     ),
     "an empty adapter": (
         lambda w: edit_tensors(w / "adapter" / WEIGHTS, dict.fromkeys(tensors(w / "adapter"))),

@@ -140,17 +140,15 @@ def read_certificate(folder: Path) -> Certificate:
     return certificate
 
 
-def write_certificate(stage: Path, audit: Auditor, weights: Sequence[float], checks: Sequence[BaseCheck]) -> None:
+def write_certificate(stage: Path, audit: Auditor, checks: Sequence[BaseCheck]) -> None:
     """The certificate of a finished merge, written last: it names every other file."""
     shards = describe_shards(audit.plan)
     files = dict(sorted({**describe_files(stage, shards), **shards}.items()))
-    write_sealed(stage / NAME, certificate_of(audit, weights, checks, files).as_json())
+    write_sealed(stage / NAME, certificate_of(audit, checks, files).as_json())
 
 
-def certificate_of(
-    audit: Auditor, weights: Sequence[float], checks: Sequence[BaseCheck], files: Files
-) -> Certificate:
-    """weights: of the adapters; files: of `describe_files`."""
+def certificate_of(audit: Auditor, checks: Sequence[BaseCheck], files: Files) -> Certificate:
+    """files: of `describe_files`."""
     plan = audit.plan
     used = sum(a.tensor_count for a in plan.adapters)
     inputs = sorted({t.file: t.source for t in plan.base.tensors.values()}.items(), key=lambda item: item[0])
@@ -165,12 +163,12 @@ def certificate_of(
         adapters=tuple(
             AdapterRecord(
                 a.kind,
-                weight,
+                a.weight,
                 _name(a.config.get("base_model_name_or_path")),
                 adapter_hashes(a.folder, {t.file for t in a.tensors.values()}),
                 a.plugin,
             )
-            for a, weight in zip(plan.adapters, weights, strict=True)
+            for a in plan.adapters
         ),
         tensors=plan.counts,
         adapter_tensors=AdapterTensors(used, used),
