@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,9 +13,7 @@ from lora_export.validation.comparing.logits import Difference, compare_logits
 from lora_export.validation.comparing.model_under_test import plain, takes
 from lora_export.validation.comparing.thresholds import Greedy, decoder_checks, graph_checks, run_to_run
 from lora_export.validation.effect import effect
-
-if TYPE_CHECKING:
-    from lora_export.validation.graphs.decoder import OnnxDecoder
+from lora_export.validation.graphs.decoder import OnnxDecoder
 
 PADDED = 4  # prompts that are run in one batch, the shortest ones
 GREEDY_TOKENS = 64
@@ -90,12 +88,10 @@ class DecoderComparison(LogitsComparison):
     def _outputs(self, model: Any, first: int | None = None) -> list[torch.Tensor]:
         return logits(model, self.tokens[:first])
 
-    def _runner(self, graph: Graph) -> "OnnxDecoder":
-        from lora_export.validation.graphs.decoder import OnnxDecoder
-
+    def _runner(self, graph: Graph) -> OnnxDecoder:
         return OnnxDecoder(graph.paths[0], graph.provider)
 
-    def _answers(self, runner: "OnnxDecoder") -> list[torch.Tensor]:
+    def _answers(self, runner: OnnxDecoder) -> list[torch.Tensor]:
         return [runner.logits(ids) for ids in self.tokens]
 
     def _judge_graph(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from lora_export.validation.comparing.logits import largest, max_abs
 from lora_export.validation.comparing.model_under_test import plain
 from lora_export.validation.comparing.thresholds import FP32_ARITHMETIC, below
 from lora_export.validation.effect.effect import OutputEffect
-
-if TYPE_CHECKING:
-    from lora_export.validation.graphs.encoder import OnnxEncoder
+from lora_export.validation.graphs.encoder import OnnxEncoder
 
 Outputs = dict[str, torch.Tensor]
 # A pooled vector is a mean of the outputs; 1 − cos of two that differ by fp32 arithmetic alone.
@@ -74,12 +72,10 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
         floor = Check("noise_floor_max_abs", self._limit(next(iter(self._unmerged[0])), noise), None, True, where)
         return ValidationResult((*checks, floor))
 
-    def _runner(self, graph: Graph) -> "OnnxEncoder":
-        from lora_export.validation.graphs.encoder import OnnxEncoder
-
+    def _runner(self, graph: Graph) -> OnnxEncoder:
         return OnnxEncoder(graph.paths[0], graph.provider)
 
-    def _answers(self, runner: "OnnxEncoder") -> list[Outputs]:
+    def _answers(self, runner: OnnxEncoder) -> list[Outputs]:
         """The outputs of the graph by their names, padded batches among them."""
         return runner.outputs(self.batches)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from lora_export.errors import InputError
 from lora_export.validation.comparing import lengths
@@ -127,8 +128,6 @@ def padded(tokens: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torc
 
 
 def _tokenizer(folder: Path) -> Any:
-    import transformers
-
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what tokenizers raises has no other base

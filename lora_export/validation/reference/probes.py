@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,9 +30,6 @@ class Probe:
 
 def wrapped_modules(model: nn.Module) -> dict[str, Any]:
     """Path → the outermost PEFT wrapper there. Paths are those of the plain model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     wrappers: dict[str, Any] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{path}.") for path in wrappers)
@@ -52,9 +52,6 @@ def plain_parameters(model: nn.Module, wrapped: dict[str, Any]) -> Iterator[tupl
 
 def saved_whole(module: Any) -> nn.Module | None:
     """The trained copy of a layer that a wrapper puts in the layer's place (modules_to_save, LN tuning)."""
-    from peft.tuners.ln_tuning.layer import LNTuningLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
     copies: Any = None
     if isinstance(module, ModulesToSaveWrapper):
         copies = module.modules_to_save

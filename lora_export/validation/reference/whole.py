@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
@@ -98,8 +99,6 @@ def whole_probes(exact: Any, *others: nn.Module) -> Iterator[torch.Tensor] | Non
 
 
 def low_rank(module: Any) -> bool:
-    from peft.tuners.lora.layer import LoraLayer
-
     return isinstance(module, LoraLayer)
 
 
