@@ -12,7 +12,7 @@ from lora_export.errors import InputError
 from lora_export.validation.comparing.comparison import Comparison, Graph
 from lora_export.validation.comparing.logits import largest, max_abs
 from lora_export.validation.comparing.model_under_test import plain
-from lora_export.validation.comparing.thresholds import FP32_ARITHMETIC, below
+from lora_export.validation.comparing.thresholds import FP32_ARITHMETIC, below, reported
 from lora_export.validation.effect.effect import OutputEffect
 from lora_export.validation.graphs.encoder import OnnxEncoder
 
@@ -87,7 +87,7 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
         floor = self._limit(next(n for n in self._unmerged[0] if n in answers[0]), noise)
         return [
             *self._checks(noise, known or {}, answers, graph.prefix, where),
-            Check(f"{graph.prefix}noise_floor_max_abs", floor, None, math.isfinite(floor), where),
+            reported(f"{graph.prefix}noise_floor_max_abs", floor, where),
         ]
 
     def effect(self, unmerged: Any, base: Graph, merged: Graph) -> OutputEffect:

@@ -86,6 +86,11 @@ def base_layer(module: Any) -> Any:
     return layer
 
 
+def width_of(layer: Any) -> int:
+    """Inputs of a linear layer or a Conv1D, which keeps outputs last."""
+    return int(layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0])
+
+
 def generator_of(seed: int, path: str) -> torch.Generator:
     """The random numbers of one module: by its name, so that they depend on no other module."""
     digest = hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=8).digest()
@@ -96,7 +101,7 @@ def make_probe(module: Any, count: int | None, generator: torch.Generator) -> Pr
     """`count` one-hot inputs (None: all) for the layer inside a wrapper, or None for a layer of another type."""
     layer = base_layer(module)
     if isinstance(layer, nn.Linear | Conv1D):
-        width = layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0]
+        width = width_of(layer)
         columns = _pick(width, count, generator)
         inputs = torch.zeros(len(columns), width, dtype=torch.float64)
         inputs[torch.arange(len(columns)), columns] = 1
@@ -156,7 +161,7 @@ def random_signs(exact: Any, count: int, generator: torch.Generator) -> torch.Te
     """`count` inputs of ±1 for the layer inside a wrapper, so that all elements of its weight take part."""
     layer = base_layer(exact)
     if isinstance(layer, nn.Linear | Conv1D):
-        shape: tuple[int, ...] = (layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0],)
+        shape: tuple[int, ...] = (width_of(layer),)
     else:
         shape = (layer.in_channels, *_field(layer))
     signs = torch.randint(0, 2, (count, *shape), generator=generator)
