@@ -10,7 +10,7 @@ from lora_export.contracts import Check, Perplexity, ValidationResult
 from lora_export.validation.comparing.arithmetic import InTypes
 from lora_export.validation.comparing.comparison import SOME, Graph, LogitsComparison
 from lora_export.validation.comparing.logits import Difference, compare_logits
-from lora_export.validation.comparing.model_under_test import plain, takes
+from lora_export.validation.comparing.tested_model import plain, takes
 from lora_export.validation.comparing.thresholds import Greedy, decoder_checks, graph_checks, reported
 from lora_export.validation.effect import effect
 from lora_export.validation.graphs.decoder import OnnxDecoder

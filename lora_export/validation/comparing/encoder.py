@@ -11,7 +11,7 @@ from lora_export.contracts import Check, ValidationResult
 from lora_export.errors import InputError
 from lora_export.validation.comparing.comparison import Comparison, Graph
 from lora_export.validation.comparing.logits import largest, max_abs
-from lora_export.validation.comparing.model_under_test import plain
+from lora_export.validation.comparing.tested_model import plain
 from lora_export.validation.comparing.thresholds import FP32_ARITHMETIC, below, reported
 from lora_export.validation.effect.effect import OutputEffect
 from lora_export.validation.graphs.encoder import OnnxEncoder
@@ -52,10 +52,6 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
     """batches: keyword inputs of one forward each."""
 
     batches: Sequence[Mapping[str, Any]]
-
-    @property
-    def _count(self) -> int:
-        return len(self.batches)
 
     @property
     def _positions(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from lora_export.contracts import Check, ValidationResult
 from lora_export.validation.comparing.comparison import SOME, Graph, LogitsComparison
 from lora_export.validation.comparing.logits import Difference, Divergence
-from lora_export.validation.comparing.model_under_test import plain, takes
+from lora_export.validation.comparing.tested_model import plain, takes
 from lora_export.validation.comparing.thresholds import Floor, decoder_checks
 from lora_export.validation.effect.effect import Effect
 from lora_export.validation.graphs.seq2seq import OnnxSeq2Seq

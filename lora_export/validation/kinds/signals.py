@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from lora_export.validation.comparing.model_under_test import ModelUnderTest, setting, takes
+from lora_export.validation.comparing.tested_model import ModelUnderTest, setting, takes
 
 Batches = list[dict[str, torch.Tensor]]
 SEED = 20_240_503

@@ -10,7 +10,7 @@ import transformers
 
 from lora_export.errors import InputError
 from lora_export.validation.comparing import lengths
-from lora_export.validation.comparing.model_under_test import ModelUnderTest, setting
+from lora_export.validation.comparing.tested_model import ModelUnderTest, setting
 from lora_export.validation.comparing.texts import MAX_TOKENS, tokenize
 
 CODE_POINTS = 0x110000  # of Unicode, which CANINE reads
