@@ -24,24 +24,24 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
-        "the scaling of lora_bias is dropped", "adapters/lora.py",
+        "the scaling of lora_bias is dropped", "adapters/updates.py",
         "return weight + self.scaling * self.addend[rows]", "return weight + self.addend[rows]",
         f"{MATRIX}[lora lora_bias on llama]",
     ),
     Mutation(
         "alpha/r for alpha/√r", "adapters/config.py",
-        "return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank", "return alpha / rank",
+        "return alpha / math.sqrt(rank) if self.fields.use_rslora else alpha / rank", "return alpha / rank",
         f"{MATRIX}[lora rslora on llama]",
     ),
     Mutation(
         "the last matching pattern decides, not the first", "adapters/config.py",
-        "for key, value in pattern.items():", "for key, value in reversed(pattern.items()):",
+        "for key, value in (pattern or {}).items():", "for key, value in reversed((pattern or {}).items()):",
         f"{MATRIX}[lora patterns on llama]",
     ),
     Mutation(
-        "the transpose of a square Conv1D is forgotten", "adapters/lora.py",
-        "return self.file.is_conv1d(self.name) if self.shapes[0] == self.shapes[1] else shape == self.shapes[1]",
-        "return self.shapes[0] != self.shapes[1] and shape == self.shapes[1]",
+        "the transpose of a square Conv1D is forgotten", "adapters/module.py",
+        "return self.is_conv1d if outputs == inputs else shape == (inputs, outputs)",
+        "return outputs != inputs and shape == (inputs, outputs)",
         f"{MATRIX}[lora on gpt2]",
     ),
     Mutation(
@@ -51,7 +51,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the wrappers of two expert parameters are exchanged", "adapters/experts.py",
-        "innermost_first = sorted(depths, reverse=True)", "innermost_first = sorted(depths)",
+        "innermost_first = sorted(wrappers, reverse=True)", "innermost_first = sorted(wrappers)",
         f"{MATRIX}[lora experts on qwen2 moe]",
     ),
     Mutation(
@@ -87,7 +87,7 @@ MUTATIONS = (
     ),
     Mutation(
         "VeRA forgets λd", "adapters/vera.py",
-        "right = file.read(d_key)[: shared.rank, None] * down", "right = down",
+        "ranks[: shared.rank, None] * down", "down",
         f"{MATRIX}[vera on llama]",
     ),
     Mutation(
@@ -103,7 +103,7 @@ MUTATIONS = (
     ),
     Mutation(
         "PiSSA's residual is not taken out of the base", "adapters/lora.py",
-        "changed: torch.Tensor = exact - taken + delta", "changed: torch.Tensor = exact + delta",
+        "weight - taken + low.scaling", "weight + low.scaling",
         f"{MATRIX}[lora pissa on llama]",
     ),
     Mutation(
@@ -331,7 +331,7 @@ MUTATIONS = (
     ),
     Mutation(
         'a cache in place is trusted unseen', 'benchmarking/sessions.py',
-        'return bool(np.abs(found - expected).max() <= _SAME * np.abs(expected).max())',
+        'return bool(np.abs(in_place - expected).max() <= _SAME * np.abs(expected).max())',
         'return True',
         'tests/benchmarking/test_benchmark_run.py::test_a_cache_in_place_with_other_logits_is_not_used',
     ),
@@ -396,7 +396,7 @@ MUTATIONS = (
         'tests/end_to_end/test_benchmark_command.py::test_a_merged_graph_with_more_work_fails_the_gate',
     ),
     Mutation(
-        'buffers that all arms share count for the first', 'benchmarking/engines.py',
+        'buffers that all arms share count for the first', 'benchmarking/arms.py',
         '- before - (buffers.nbytes - own)',
         '- before',
         'tests/benchmarking/test_benchmark_run.py::test_memory_is_counted_for_each_arm_without_the_shared_buffers',
@@ -600,14 +600,14 @@ MUTATIONS = (
         'tests/commands/test_configuration.py::test_a_flag_beats_a_variable_which_beats_the_file',
     ),
     Mutation(
-        'a variable replaces an output', 'commands/configuration.py',
-        '"output", "force", "dry_run"',
-        '"output", "dry_run"',
+        'a variable replaces an output', 'commands/derive.py',
+        'type=FOLDER, metavar="OUT", configurable="command line",',
+        'type=FOLDER, metavar="OUT",',
         'tests/commands/test_configuration.py::test_no_variable_replaces_an_output_or_names_a_program',
     ),
     Mutation(
-        "a default of one's own is a wish beside --graph-from", 'commands/gather.py',
-        '    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)',
+        "a default of one's own is a wish beside --graph-from", 'commands/derive.py',
+        '    return source in (sources or (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT))',
         '    return source is not ParameterSource.DEFAULT',
         'tests/commands/test_configuration.py::test_an_earlier_export_keeps_its_own_options',
     ),
@@ -620,8 +620,14 @@ MUTATIONS = (
     Mutation(
         'the command line forgets an option', 'commands/derive.py',
         '        if _name(flag) in given:',
-        '        if _name(flag) in given and each.name != "rows":',
-        'tests/test_api.py::test_the_command_line_has_the_same_defaults[words4-merge_and_export-options4]',
+        '        if _name(flag) in given and each.name != "size":',
+        'tests/commands/test_derive.py::test_a_field_is_an_option_of_the_command',
+    ),
+    Mutation(
+        'validate takes an option that contradicts the certificate', 'workflows/validating.py',
+        'differing = [n for n in differing if n in options.stated]',
+        'differing = []',
+        'tests/validation/test_merged_with.py::test_stated_option_that_contradicts_the_certificate_is_refused',
     ),
     Mutation(
         'the API forgets the weights', 'checkpoint/sources.py',
@@ -724,9 +730,9 @@ MUTATIONS = (
         'tests/failures/test_output_folders.py::test_a_planted_folder_does_not_become_the_output[noted]',
     ),
     Mutation(
-        'a configuration file sets the tolerance', 'commands/configuration.py',
-        'IN_A_FILE = frozenset({"device",',
-        'IN_A_FILE = frozenset({"tolerance", "device",',
+        'a configuration file sets the tolerance', 'contracts/options.py',
+        'minimum=1, metavar="FACTOR",',
+        'minimum=1, metavar="FACTOR", configurable="file",',
         'tests/commands/test_configuration.py::test_file_with_what_bears_on_a_verdict_is_refused[lora-export.toml-tolerance]',
     ),
     Mutation(
@@ -820,17 +826,17 @@ MUTATIONS = (
     ),
     Mutation(
         "HiRA's part of an embedding has the base layer's factor", "adapters/hira.py",
-        "down.T / (found.scale if found else 1.0)", "down.T",
+        "down.T / (layer.scale if layer else 1.0)", "down.T",
         f"{MATRIX}[hira embedding on gemma3]",
     ),
     Mutation(
         "all layers of TinyLoRA draw one projection", "adapters/tinylora.py",
-        "groups.seed + groups.numbers[module]", "groups.seed",
+        "groups.settings.projection_seed + groups.numbers[module]", "groups.settings.projection_seed",
         f"{MATRIX}[tinylora regenerated on bert]",
     ),
     Mutation(
         "the class that Uni-LoRA was trained on is forgotten", "merging/running/read_base.py",
-        "return found if isinstance(found, str) else None", "return None",
+        "return name if isinstance(name, str) else None", "return None",
         "tests/adapters/test_rarer_kinds.py::test_the_class_that_unilora_was_trained_on_decides_its_layers",
     ),
     Mutation(

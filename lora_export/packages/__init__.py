@@ -58,4 +58,4 @@ def seal(
 def _precision(job: PackageJob) -> str:
     """Of what the program in the README runs: the first variant, or the merged folder."""
     first = next(iter(job.exports.values()), None)
-    return first.precision if first else str(job.run.report["merge"].get("dtype") or "keep")
+    return first.precision if first else job.run.merge.dtype

@@ -110,7 +110,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
     """A run that passed and is as it was left. InputError for any other folder."""
     from lora_export.onnx_export import check_export, load_export
     from lora_export.onnx_export.engines import engine_named
-    from lora_export.report.schema import load as load_report
+    from lora_export.report import load as load_report
 
     if not folder.is_dir() or contents.is_package(folder) or not manifest.is_run(folder):
         raise InputError(
@@ -130,7 +130,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
             next_step=f"lora-export verify {folder}, or repeat the run",
         )
     report = load_report(folder / "report")
-    if report["status"] != "passed" or not report["validate"]:
+    if report.status != "passed" or report.merge is None or report.validate is None:
         raise InputError(
             "the run did not pass its gates, and a package would carry that on",
             where=folder,
@@ -145,8 +145,19 @@ def read_run(folder: Path, progress: Progress) -> Run:
     config = sealed.read_json(kept / "config.json")
     architecture = str((config.get("architectures") or [""])[0])
     task = task_of(export.task, architecture)
-    fp16_int4 = engine_named(export.engine).fp16_int4
-    return Run(folder, merged, export, fp16_int4, kept, config, manifest.read(folder), report, task)
+    return Run(
+        folder=folder,
+        merged=merged,
+        export=export,
+        fp16_int4=engine_named(export.engine).fp16_int4,
+        companions=kept,
+        config=config,
+        manifest=manifest.read(folder),
+        report=report,
+        merge=report.merge,
+        validation=report.validate,
+        task=task,
+    )
 
 
 def _plugged(folder: Path | None, target: PackageTarget, run: Run) -> tuple[ExportResult | None, tuple[str, ...]]:
@@ -218,11 +229,11 @@ def _sample(run: Run) -> Sample | None:
     the validated graph; None where that is not text."""
     from lora_export.onnx_export.graphs.agreement import first_numbers
 
-    said = [s for s in run.report["validate"]["samples"] if s.get("unmerged") and s.get("prompt")]
+    sample = next((s for s in run.validation.samples if s.prompt and s.unmerged), None)
     if run.task.input != "text":
         return None
     if run.task.generates:
-        return Sample(said[0]["prompt"], said[0]["unmerged"]) if said else None
+        return Sample(sample.prompt, sample.unmerged) if sample else None
     numbers = first_numbers(run.export.paths[0], run.companions, PROMPT, NUMBERS)
     return Sample(PROMPT, None, tuple(numbers))
 

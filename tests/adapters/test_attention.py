@@ -64,9 +64,9 @@ def merged_weight(folder: Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changes", "config", "words"),
     [
-        ({f"{HEAD}.lora_A.weight": None}, {}, "lora_A of this parameter is missing"),
-        ({f"{HEAD}.base_layer.out_proj.lora_B.weight": None}, {}, "lora_B of this parameter is missing"),
-        ({f"{HEAD}.lora_B.weight": torch.zeros(144, 5)}, {}, "disagree about the rank"),
+        ({f"{HEAD}.lora_A.weight": None}, {}, "lora_A of this module is missing"),
+        ({f"{HEAD}.base_layer.out_proj.lora_B.weight": None}, {}, "lora_B of this module is missing"),
+        ({f"{HEAD}.lora_B.weight": torch.zeros(144, 5)}, {}, "the shapes do not match"),
         ({f"{HEAD}.lora_B.weight": torch.zeros(96, 6)}, {}, "fits a weight of shape"),
         ({}, {"init_lora_weights": "pissa"}, "pissa on nn.MultiheadAttention"),
     ],

@@ -207,7 +207,7 @@ def test_samples_show_where_a_spoiled_model_parts(
     result = judged(*folders("float32"), folder, files)
     note = named(result.checks)["greedy_agreement"].note
     assert "prompt 1, token 1: unmerged '" in note
-    assert result.samples[0]["first_difference"] in note
+    assert str(result.samples[0].first_difference) in note
 
 
 # --- what moves the thresholds -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import transformers
 from lora_export.contracts import AdapterChoice, ValidationOptions, ValidationResult
 from lora_export.merging import merge
 from lora_export.progress import Silent
+from lora_export.storage.documents import as_json
 from lora_export.validation import validate
 from lora_export.validation.comparing import lengths
 from lora_export.validation.comparing.tested_model import ModelUnderTest
@@ -157,7 +158,7 @@ def test_validate_a_smaller_window_shows_in_settings_and_outputs(
     honest = judged(windowed, merged)
     assert honest.passed, [c for c in honest.checks if not c.passed]
     assert honest.seed is not None and f"seed {honest.seed}" in honest.checks[0].note
-    assert honest.as_json()["seed"] == honest.seed
+    assert as_json(honest)["seed"] == honest.seed
     edit_json(merged / "config.json", sliding_window=80)
     result = judged(windowed, merged)
     assert {"settings_differ", "logits_max_abs"} <= {c.name for c in result.checks if not c.passed}

@@ -10,6 +10,7 @@ import transformers
 from lora_export.commands.words import validation_words
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.merging import merge
+from lora_export.storage.documents import as_json
 from tests.builders import edit_tensors, randomize, siglip_config
 from tests.validation.conftest import judged
 
@@ -36,7 +37,7 @@ def test_validate_an_update_that_the_reference_does_not_use_is_named(folders: tu
     result = judged(*folders, seed=3)
     assert not result.passed and result.weight_errors == ()
     assert result.unused_updates == (POOLED,)
-    assert result.as_json()["unused_updates"] == [POOLED]
+    assert as_json(result)["unused_updates"] == [POOLED]
     assert f"The reference does not use the adapter's update of {POOLED}" in validation_words(result)
 
 

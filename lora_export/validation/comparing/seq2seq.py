@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lora_export.contracts import Check, ValidationResult
+from lora_export.contracts import Check, Continuation, ValidationResult
 from lora_export.validation.comparing.comparison import SOME, Graph, LogitsComparison
 from lora_export.validation.comparing.logits import Difference, Divergence
 from lora_export.validation.comparing.tested_model import plain, takes
@@ -127,14 +127,14 @@ class Seq2SeqComparison(LogitsComparison):
             rows += list(torch.cat(out, 1))
         return rows
 
-    def _samples(self, *texts: list[torch.Tensor]) -> tuple[dict[str, str], ...]:
+    def _samples(self, *texts: list[torch.Tensor]) -> tuple[Continuation, ...]:
         ids = [x["input_ids"][i] for x in self.batches if "input_ids" in x for i in range(_rows(x))]
         samples = []
         for i, row in enumerate(zip(*texts, strict=True)):
             named = dict(zip(("base", "unmerged", "merged"), row, strict=True))
             prompt = self.tokenizer.decode(ids[i], skip_special_tokens=True) if ids else f"input {i + 1}"
             decoded = {k: self.tokenizer.decode(v, skip_special_tokens=True) for k, v in named.items()}
-            samples.append({"prompt": prompt} | decoded)
+            samples.append(Continuation(prompt, **decoded))
         return tuple(samples[:SOME])
 
 
