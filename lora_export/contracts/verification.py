@@ -23,7 +23,7 @@ class Verification:
 
     checks: tuple[Finding, ...]
     not_checked: tuple[str, ...] = ()
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def verified(self) -> bool:
