@@ -115,7 +115,7 @@ def opposed(number: float) -> bool:
     pair = Interference(None, "a", "b", number, 0.5, 1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merging, "interference", lambda planned: [pair])
-        merging._look_between(SimpleNamespace(adapters=(1, 2)), progress)  # type: ignore[arg-type]
+        merging._interference(SimpleNamespace(adapters=(1, 2)), progress)  # type: ignore[arg-type]
     return not warnings
 
 
@@ -220,7 +220,7 @@ MEASURED = {
 }  # fmt: skip
 ASKED = {  # functions that CHECKS calls, and the comparison in them that stands for "passed"
     "onnx_export/graphs/fusions.py:compare", "benchmarking/statistics.py:judge", "benchmarking/measure.py:warm_up",
-    "benchmarking/conditions.py:unsteady", "merging/__init__.py:_look_between", "merging/__init__.py:_judge",
+    "benchmarking/conditions.py:unsteady", "merging/__init__.py:_interference", "merging/__init__.py:_judge",
     "merging/running/exact.py:_judge_some", "workflows/delivered.py:_same", "workflows/packaging.py:_measured",
     "onnx_export/quantize/sensitivity.py:mark",
 }  # fmt: skip

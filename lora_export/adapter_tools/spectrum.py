@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lora_export.adapters import AdapterFile, lora
 from lora_export.adapters.config import match_pattern
 from lora_export.adapters.kind import float64
+from lora_export.adapters.updates import LowRank, low_rank_of
 from lora_export.contracts import Adapter, ModuleFigures, TargetUpdate, Truncation, TypeFigures
 from lora_export.deltas import spectrum
 from lora_export.deltas.spectrum import Spectrum
@@ -38,7 +39,7 @@ def alone(file: AdapterFile, adapter: Adapter, skipped: dict[str, str]) -> Itera
                 low, note = lora.factors(file, update.target), "of B·A, before the magnitudes"
                 found = _spectrum(low)
             elif update.low_rank and None not in shape:
-                low = lora.low_rank_of(update.load(tuple(n or 0 for n in shape)))
+                low = low_rank_of(update.load(tuple(n or 0 for n in shape)))
                 found = _spectrum(low)
             elif update.adds and len(shape) == 2 and None not in shape:
                 known = tuple(n or 0 for n in shape)
@@ -72,7 +73,7 @@ def with_base(planned: MergePlan, file: AdapterFile) -> Iterator[ModuleFigures]:
         update, low = tensor.updates[0], None
         if len(tensor.updates) == 1 and update.low_rank:
             with float64():
-                low = lora.low_rank_of(update.load(tensor.shape))
+                low = low_rank_of(update.load(tensor.shape))
             found = _spectrum(low)
         else:
             found = _dense(before, load_updates(tensor, wide=True))
@@ -85,7 +86,7 @@ def _dense(before: "torch.Tensor", updates: Sequence[Any]) -> Spectrum:
     return spectrum.of_matrix(delta.reshape(-1, delta.shape[-1]) if delta.dim() == 3 else delta.flatten(1))
 
 
-def _spectrum(low: lora.LowRank) -> Spectrum:
+def _spectrum(low: LowRank) -> Spectrum:
     """Of factors; of such that hold NaN or infinity, singular values that are NaN."""
     import torch
 
@@ -99,7 +100,7 @@ def _module(
     update: TargetUpdate,
     file: AdapterFile,
     found: Spectrum,
-    low: lora.LowRank | None,
+    low: LowRank | None,
     weight_norm: float | None,
     note: str,
 ) -> ModuleFigures:

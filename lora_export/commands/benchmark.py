@@ -44,7 +44,7 @@ def benchmark(
     from lora_export import api
     from lora_export.commands.words import benchmark_rows
 
-    derive.check_benchmark(given)
+    derive.check_benchmark()
     result = api.benchmark(
         merged,
         output,

@@ -69,7 +69,7 @@ def validate(
     options = derive.build(
         ValidationOptions,
         given,
-        max_memory=derive.memory_of_validation(given),
+        max_memory=derive.memory_of_validation(),
         stated=derive.stated(MergeOptions, given),
     )
     result = api.validate(

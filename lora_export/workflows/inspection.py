@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_export.adapters import CONFIG, AdapterFile, kinds, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
-from lora_export.checkpoint.header import ITEM_SIZE
+from lora_export.checkpoint.header import ITEM_BITS
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import NAME as MANIFEST
@@ -96,7 +96,7 @@ def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
             count += size
         elif f"{name}.absmax" in tensors:
             count += 2 * info.nbytes
-        elif info.dtype == "I8" or info.dtype not in ITEM_SIZE:  # of GGUF, whose shapes are the weights'
+        elif info.dtype == "I8" or info.dtype not in ITEM_BITS:  # of GGUF, whose shapes are the weights'
             count += size
     return count
 
@@ -146,7 +146,7 @@ def _with_base(base: Path, adapter: Path) -> Adapter | None:
 def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
     """The adapter in sentences: kind, ranks, targets, base, and what merging will do."""
     config = adapter.config
-    names = [k for k in kinds() if adapter.kind.upper() in k.PEFT_TYPES]
+    names = kinds(adapter.kind.upper())
     changes = {u.kind for u in adapter.updates}
     kind = next((k for k in names if k.NAME.lower() in changes), names[0] if names else tokens)
     ranks = list(_ranks(adapter, tensors))

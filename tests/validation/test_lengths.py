@@ -102,7 +102,7 @@ def test_positions_a_large_padding_id_takes_none_away() -> None:
 def test_comparison_the_drawn_lengths_are_run(name: str, tmp_path: Path) -> None:
     tiny = MODELS[name]
     model = tiny.model(tiny.config())
-    subject = ModelUnderTest(model, tmp_path, {}, ("A prompt",), None, Silent(), "Words.", None, 4.0, seed=11)
+    subject = ModelUnderTest(model, tmp_path, {}, ("A prompt",), "Words.", ValidationOptions(seed=11), Silent())
     comparison: Any = choose(model).comparison(subject)
     run = set(lengths.choose(model, 11, tiny.config().get_text_config().vocab_size).tokens)
     batches = getattr(comparison, "batches", ())

@@ -147,8 +147,8 @@ def _rows(inputs: Mapping[str, torch.Tensor]) -> int:
 
 
 def token_agreement(
-    wanted: Sequence[torch.Tensor],
-    found: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    written: Sequence[torch.Tensor],
     divergences: Sequence[Divergence],
     greedy: Check,
     prefix: str = "",
@@ -157,8 +157,8 @@ def token_agreement(
 
     After a tie both texts go their own ways, so what differs is excused exactly where the first differing token is.
     """
-    edits = [edit_distance(a.tolist(), b.tolist()) for a, b in zip(wanted, found, strict=True)]
-    share = 1 - sum(edits) / max(sum(map(len, wanted)), 1)
+    edits = [edit_distance(a.tolist(), b.tolist()) for a, b in zip(expected, written, strict=True)]
+    share = 1 - sum(edits) / max(sum(map(len, expected)), 1)
     differing = {i for i, n in enumerate(edits) if n}
     excused = greedy.passed and differing <= {d.prompt for d in divergences}
     note = "1 − edit distance / length of the greedy texts, each model continuing its own"
