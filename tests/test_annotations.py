@@ -9,8 +9,6 @@ PACKAGE = Path(lora_export.__file__).parent
 ALLOWED = {
     "contracts/adapters.py": 1,  # adapter_config.json, as its trainer wrote it
     "contracts/option.py": 7,  # options of every type, and their JSON
-    "contracts/packages.py": 2,
-    "contracts/verification.py": 1,
     "report/files.py": 2,  # report.json
 }
 
