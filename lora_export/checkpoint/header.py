@@ -20,7 +20,7 @@ ITEM_SIZE = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-LONGEST_NAME = 1024  # characters; patterns are matched with names, and digits in them become numbers
+LONGEST_TENSOR_NAME = 1024  # characters; patterns are matched with names, and digits in them become numbers
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     def odd(found: str) -> CheckpointError:
         return CheckpointError(found, where=path, tensor=name, expected="dtype, shape and data_offsets")
 
-    if len(name) > LONGEST_NAME:
+    if len(name) > LONGEST_TENSOR_NAME:
         raise odd(f"a name of {len(name)} characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise odd("a malformed entry in the header")

@@ -53,15 +53,15 @@ class GenaiTarget(PackageTarget):
         for path in export.paths:
             model, sources = graphs.opened(path)
             graphs.save(model, job.stage / path.name, f"{path.name}.data", sources, largest=2**62)
-        for name in job.adapters:
+        for name in job.facts.adapters:
             sealed.copy(export.output / f"{name}{ADAPTER_SUFFIX}", job.stage / f"{name}{ADAPTER_SUFFIX}")
         extra = export.output / "audio_processor_config.json"
         if extra.is_file():
             sealed.copy(extra, job.stage / extra.name)
         self._bound_length(job)
-        for name in job.providers:
+        for name in job.facts.providers:
             config = configured(sealed.read_json(export.output / CONFIG), job.run, name)
-            file = CONFIG if name == job.providers[0] else f"genai_config.{name}.json"
+            file = CONFIG if name == job.facts.providers[0] else f"genai_config.{name}.json"
             sealed.write_json(job.stage / file, config)
 
     def _bound_length(self, job: PackageJob) -> None:

@@ -42,11 +42,11 @@ class TritonTarget(PackageTarget):
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
         for part, (model, sources) in hub_graphs.models(export).items():
-            name = _model_name(job.name, part)
+            name = _model_name(job.facts.name, part)
             version = job.stage / name / "1" / "model.onnx"
             version.mkdir(parents=True)
             graphs.save(model, version / "model.onnx", "model.onnx.data", sources, largest=2**62)
-            config, warm = configured(name, model, job.providers[0])
+            config, warm = configured(name, model, job.facts.providers[0])
             (job.stage / name / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
             for file, value in warm.items():
                 (job.stage / name / "warmup").mkdir(exist_ok=True)
