@@ -20,18 +20,20 @@ from lora_export.contracts import (
     PackageResult,
     Progress,
     RankOptions,
+    ReportPages,
     Story,
     StoryOptions,
+    Understanding,
     ValidationOptions,
     ValidationResult,
     Verification,
     VerifyOptions,
 )
+from lora_export.errors import InputError
 from lora_export.progress import Silent
 
 if TYPE_CHECKING:
     from lora_export.adapter_tools import Derived
-    from lora_export.adapter_tools.understand import Understanding
     from lora_export.merging import MergePlan
     from lora_export.workflows.switching import Switched
 
@@ -418,7 +420,7 @@ def understand(
     force: bool = False,
     *,
     progress: Progress = SILENT,
-) -> "Understanding":
+) -> Understanding:
     """Read the numbers of an adapter and say what it has learnt (`lora-export inspect -a`).
 
     Args:
@@ -441,25 +443,30 @@ def understand(
     return understand_adapter(*folders, _path(picture), force, progress)
 
 
-def report(run: Folder, compare: Folder | None = None) -> dict[str, str]:
-    """Write report.html and report.md of a run again from its report.json.
+def report(
+    run: Folder, compare: Folder | None = None, output: Folder | None = None, *, force: bool = False
+) -> ReportPages:
+    """Write report.html and report.md of a run again from its report.json, or a comparison of two runs.
 
     Args:
         run: Folder of a run, or a folder with a report.json.
-        compare: Another run, to set beside this one.
+        compare: Another run. Then `run` stays as it is, and the pages go into `output`.
+        output: New folder for a comparison. None: RUN-vs-OTHER, next to the run.
+        force: Replace an output that exists.
 
     Returns:
         The files written: `html` and `markdown`.
 
     Raises:
-        InputError: There is no report, or it is damaged.
+        InputError: There is no report, or it is damaged; or an output without a run to compare with.
     """
-    from lora_export.report import render
-    from lora_export.workflows.run_report import report_folder
+    from lora_export.workflows import run_report
 
-    folder = report_folder(Path(run))
-    render(folder, report_folder(Path(compare)) if compare else None)
-    return {"html": str(folder / "report.html"), "markdown": str(folder / "report.md")}
+    if compare is not None:
+        return run_report.compare(Path(run), Path(compare), Path(output) if output else None, force=force)
+    if output is not None:
+        raise InputError(f"an output, {output}, without a run to compare with", next_step="--compare OTHER")
+    return run_report.render(Path(run))
 
 
 def verify(

@@ -1,4 +1,4 @@
-"""What a config.json stands for: a transformers model without weights, and which layers are stored transposed."""
+"""The transformers model without weights that a config.json describes, and which layers are stored transposed."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Set
@@ -22,9 +22,9 @@ def is_conv1d(model_types: Set[str], module: str) -> bool:
 
 
 def build(folder: Path, config: Mapping[str, Any] | None = None) -> Any:
-    """The model that config.json in `folder` describes, on the meta device; CheckpointError for what is none.
+    """The model that config.json in `folder` describes, on the meta device; CheckpointError if there is none.
 
-    config: what stands for the contents of config.json, where a merge is to change them.
+    config: used instead of the contents of config.json, where a merge changes them.
     """
     try:
         if config is None or dict(config) == read_json(folder / "config.json", limit=LARGEST_SETTINGS):
@@ -41,7 +41,7 @@ def build(folder: Path, config: Mapping[str, Any] | None = None) -> Any:
 
 
 def parameter_names(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The parameters of that model in the order in which its modules define them; none where it cannot be built."""
+    """The parameters of that model in the order in which its modules define them; none if it cannot be built."""
     try:
         model = build(folder, config)
     except (CheckpointError, ImportError):

@@ -1,6 +1,6 @@
-"""Regular expressions that came with an adapter: what `re` would match, within bounds of size and time.
+"""Regular expressions from an adapter: what `re` would match, within bounds of size and time.
 
-`re` itself can take longer than the universe for one name ((a+)+b), and cannot be stopped.
+`re` itself can take practically forever for one name ((a+)+b), and cannot be interrupted.
 """
 
 import contextlib
@@ -17,12 +17,10 @@ import regex
 
 from lora_export.errors import AdapterError
 
-LONGEST = 2**16  # characters; whoever trains on chosen modules may list them all
-LARGEST_REPEAT = (
-    10_000  # copies of a part that {m,n} asks for, multiplied over the expression: compiling makes them
-)
-PATIENCE = 0.5  # seconds of the processor for one name
-TOTAL = 2.0  # seconds of the processor for all names and expressions of an adapter
+LONGEST = 2**16  # characters; an expression may list all modules of a model
+LARGEST_REPEAT = 10_000  # copies of a part that {m,n} makes when it is compiled, multiplied over the expression
+PATIENCE = 0.5  # seconds of processor time for one name
+TOTAL = 2.0  # seconds of processor time for all names and expressions of an adapter
 MOST_REMEMBERED = 500  # expressions that need not be looked at again; `regex` keeps as many
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 # Only `regex` takes these for a class of characters and an approximate match.
@@ -32,7 +30,7 @@ _PLAIN = re.compile(r"[\w-]+(\.[\w-]+)*")
 
 @dataclass
 class _Budget:
-    """seconds: of the processor that are left; where: the adapter, for a refusal."""
+    """seconds: of processor time that are left; where: the adapter, for a refusal."""
 
     seconds: float
     where: str | None = None
@@ -43,7 +41,7 @@ _budget: ContextVar[_Budget | None] = ContextVar("_budget", default=None)
 
 
 def reason_against(expression: str) -> str | None:
-    """Why a text is no regular expression, or one so large that compiling it would fill the memory; or None."""
+    """Why a string is not a regular expression, or too large to compile; None if it is fine."""
     if expression in _accepted or (_PLAIN.fullmatch(expression) and len(expression) <= LONGEST):
         return None
     budget, started = _budget.get(), time.thread_time()
@@ -66,7 +64,7 @@ def _judged(expression: str) -> str | None:
         if copies > LARGEST_REPEAT:
             return "it is too large"
     if _DISPUTED.search(expression):
-        return "its brackets and braces mean one thing here and another there"
+        return "Python's two regular-expression engines read its brackets or braces differently"
     try:
         re.compile(expression)
         regex.compile(expression)
@@ -77,7 +75,7 @@ def _judged(expression: str) -> str | None:
 
 @contextlib.contextmanager
 def within(seconds: float, where: str | None = None) -> Iterator[None]:
-    """All matching inside, together, takes at most so many seconds of the processor; else it is an AdapterError."""
+    """All matching inside may take this much processor time altogether; AdapterError beyond that."""
     token = _budget.set(_Budget(seconds, where))
     try:
         yield
@@ -121,8 +119,9 @@ class _Bounded:
 def bounded(library: Literal["peft", "transformers.quantizers"], where: str) -> Iterator[None]:
     """Inside, a library matches the expressions of a configuration as this module does.
 
-    PEFT's stand in target_modules, exclude_modules, modules_to_save, layers_pattern, rank_pattern and more, and
-    meet names in many places of it, some of which it makes itself; those of transformers in modules_to_not_convert.
+    PEFT's are in target_modules, exclude_modules, modules_to_save, layers_pattern, rank_pattern and more, and are
+    matched in many places of it, some of them against names that it makes; those of transformers are in
+    modules_to_not_convert.
     """
     importlib.import_module(library)
     stand_in = _Bounded()
@@ -163,5 +162,5 @@ def _refused(found: str, name: str, budget: _Budget) -> AdapterError:
         where=budget.where,
         tensor=name,
         expected=f"regular expressions that take less than {PATIENCE:g} s for a name and {TOTAL:g} s for all",
-        next_step="write them without repeats inside of repeats, or list the names themselves",
+        next_step="write them without nested repeats, or list the names themselves",
     )

@@ -65,7 +65,7 @@ def _run(
     options: StoryOptions,
     progress: Progress,
 ) -> Story:
-    from lora_export.merging import merge
+    from lora_export.merging import merge, written_source
     from lora_export.validation import validate
     from lora_export.validation.reference.foreign import as_peft
 
@@ -76,12 +76,16 @@ def _run(
     trained_on = prepared_base(alone, adapters, options.merge, work, progress)
     base_onnx = export_as(trained_on, work / "base", options.export, progress, "the base, to compare with")
     if merged is not None:
-        exported = export_merged(base_onnx, folder, stage / "onnx", options.export, progress)
+        exported = export_merged(
+            base_onnx, folder, stage / "onnx", options.export, progress, written_source(merged)
+        )
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     readable = as_peft(alone, adapters, work)
-    unmerged_onnx, why_not = export_unmerged(trained_on, readable, work, options, exported, progress)
-    story = Story(stage, merged, exported)
+    unmerged_onnx, why_not = export_unmerged(
+        trained_on, readable, work, options.export, exported, progress, combined=options.merge.combine != "none"
+    )
+    story = Story(stage, merged, export=exported)
 
     # prove
     checked = validate(

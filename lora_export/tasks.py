@@ -38,22 +38,22 @@ def classes_of(task: str, config: Any) -> list[Any]:
     """The transformers classes for a task and a transformers configuration; none where there is no such class."""
     import transformers
 
-    found: list[Any] = []
+    classes: list[Any] = []
     for table in TASKS[task]:
         try:
-            classes = getattr(transformers, table).get(type(config), ())
+            entry = getattr(transformers, table).get(type(config), ())
         except ImportError:  # a class whose library is not installed
             continue
-        found += classes if isinstance(classes, tuple | list) else [classes]
-    return found
+        classes += entry if isinstance(entry, tuple | list) else [entry]
+    return classes
 
 
 def class_named(name: object) -> Any:
     """The transformers class of this name, None if there is none."""
     import transformers
 
-    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    value = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    return value if isinstance(value, type) and issubclass(value, transformers.PreTrainedModel) else None
 
 
 def with_labels(config: Mapping[str, Any], count: int, names: Mapping[int, str] | None = None) -> dict[str, Any]:

@@ -44,6 +44,14 @@ def bert_config(**changes: Any) -> transformers.BertConfig:
     )  # fmt: skip
 
 
+def siglip_config(patch_size: int = 4) -> transformers.SiglipVisionConfig:
+    """A vision tower whose pooling head is an nn.MultiheadAttention."""
+    return transformers.SiglipVisionConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, image_size=16,
+        patch_size=patch_size,
+    )  # fmt: skip
+
+
 def randomize(model: torch.nn.Module, seed: int, names: tuple[str, ...] = ("",), scale: float = 0.1) -> None:
     """Random values for every parameter whose name holds one of `names`; norm weights stay near 1."""
     generator = torch.Generator().manual_seed(seed)

@@ -24,24 +24,24 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
-        "the scaling of lora_bias is dropped", "adapters/lora.py",
+        "the scaling of lora_bias is dropped", "adapters/updates.py",
         "return weight + self.scaling * self.addend[rows]", "return weight + self.addend[rows]",
         f"{MATRIX}[lora lora_bias on llama]",
     ),
     Mutation(
         "alpha/r for alpha/√r", "adapters/config.py",
-        "return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank", "return alpha / rank",
+        "return alpha / math.sqrt(rank) if self.fields.use_rslora else alpha / rank", "return alpha / rank",
         f"{MATRIX}[lora rslora on llama]",
     ),
     Mutation(
         "the last matching pattern decides, not the first", "adapters/config.py",
-        "for key, value in pattern.items():", "for key, value in reversed(pattern.items()):",
+        "for key, value in (pattern or {}).items():", "for key, value in reversed((pattern or {}).items()):",
         f"{MATRIX}[lora patterns on llama]",
     ),
     Mutation(
-        "the transpose of a square Conv1D is forgotten", "adapters/lora.py",
-        "return self.file.is_conv1d(self.name) if self.shapes[0] == self.shapes[1] else shape == self.shapes[1]",
-        "return self.shapes[0] != self.shapes[1] and shape == self.shapes[1]",
+        "the transpose of a square Conv1D is forgotten", "adapters/module.py",
+        "return self.is_conv1d if outputs == inputs else shape == (inputs, outputs)",
+        "return outputs != inputs and shape == (inputs, outputs)",
         f"{MATRIX}[lora on gpt2]",
     ),
     Mutation(
@@ -51,7 +51,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the wrappers of two expert parameters are exchanged", "adapters/experts.py",
-        "innermost_first = sorted(depths, reverse=True)", "innermost_first = sorted(depths)",
+        "innermost_first = sorted(wrappers, reverse=True)", "innermost_first = sorted(wrappers)",
         f"{MATRIX}[lora experts on qwen2 moe]",
     ),
     Mutation(
@@ -87,7 +87,7 @@ MUTATIONS = (
     ),
     Mutation(
         "VeRA forgets λd", "adapters/vera.py",
-        "right = file.read(d_key)[: shared.rank, None] * down", "right = down",
+        "ranks[: shared.rank, None] * down", "down",
         f"{MATRIX}[vera on llama]",
     ),
     Mutation(
@@ -103,7 +103,7 @@ MUTATIONS = (
     ),
     Mutation(
         "PiSSA's residual is not taken out of the base", "adapters/lora.py",
-        "changed: torch.Tensor = exact - taken + delta", "changed: torch.Tensor = exact + delta",
+        "weight - taken + low.scaling", "weight + low.scaling",
         f"{MATRIX}[lora pissa on llama]",
     ),
     Mutation(
@@ -160,8 +160,8 @@ MUTATIONS = (
         f"{CERTIFICATE}::test_perplexities_and_as_loaded_checks",
     ),
     Mutation(
-        "the merged model as loaded is the one in fp32", "validation/run.py",
-        "load_as_stored(merged), narrow", "load_as_stored(merged).float(), narrow",
+        "the merged model as loaded is the one in fp32", "validation/stages.py",
+        "load_as_stored(task.merged)", "load_as_stored(task.merged).float()",
         f"{CERTIFICATE}::test_perplexities_and_as_loaded_checks",
     ),
     Mutation(
@@ -177,7 +177,7 @@ MUTATIONS = (
     ),
     Mutation(
         "--tolerance does not reach KL", "validation/comparing/thresholds.py",
-        "factor * math.sqrt(floor.kl)) ** 2", "FACTOR * math.sqrt(floor.kl)) ** 2",
+        "factor * math.sqrt(floor.kl)) **", "FACTOR * math.sqrt(floor.kl)) **",
         f"{CERTIFICATE}::test_tolerance_reaches_every_threshold",
     ),
     Mutation(
@@ -186,34 +186,34 @@ MUTATIONS = (
         f"{CERTIFICATE}::test_the_first_diverging_token_is_shown",
     ),
     Mutation(
-        "a text's last piece of one token is kept", "validation/comparing/text.py",
+        "a text's last piece of one token is kept", "validation/comparing/texts.py",
         "if len(piece) > 1]", "if len(piece) > 0]",
         f"{CERTIFICATE}::test_a_long_text_is_read_in_windows",
     ),
     Mutation(
         "the merged module gets other inputs", "validation/comparing/deviation.py",
-        "found = list(tensors_of(module(*args, **kwargs)))",
-        "found = list(tensors_of(module(*(1.5 * a for a in args), **kwargs)))",
+        "actual = list(tensors_of(module(*args, **kwargs)))",
+        "actual = list(tensors_of(module(*(1.5 * a for a in args), **kwargs)))",
         f"{DEVIATION}::test_the_value_is_what_the_wrong_weight_adds_to_the_module_alone",
     ),
     Mutation(
         "tensors of other modules are blamed, too", "validation/comparing/deviation.py",
-        "found.floor, _within(found.module, weight_errors))", "found.floor, tuple(weight_errors))",
+        "first.floor, _within(first.module, weight_errors))", "first.floor, tuple(weight_errors))",
         f"{DEVIATION}::test_the_first_in_the_order_of_the_forward_pass_is_named",
     ),
     Mutation(
         "modules without weights are not looked at", "validation/comparing/deviation.py",
-        "if found is None and not weight_errors:", "if found is None and weight_errors:",
+        "if first is None and not weight_errors:", "if first is None and weight_errors:",
         f"{DEVIATION}::test_a_changed_setting_is_found_though_every_tensor_is_right",
     ),
     Mutation(
         "only the sampled columns of a low-rank update are compared", "validation/comparing/tensors.py",
-        "one_by_one = whole_probes(exact, found, bound)", "one_by_one = iter([probe.inputs])",
+        "one_by_one = whole_probes(exact, actual, bound)", "one_by_one = iter([probe.inputs])",
         f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[lora-bfloat16]",
     ),
     Mutation(
         "no random combinations of what is dear to ask", "validation/comparing/tensors.py",
-        "errors.append(_combined(weight, exact, found, bound, generator))", "errors.append(errors[0])",
+        "errors.append(_combined(weight, exact, actual, bound, generator))", "errors.append(errors[0])",
         f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[oft-bfloat16]",
     ),
     Mutation(
@@ -331,7 +331,7 @@ MUTATIONS = (
     ),
     Mutation(
         'a cache in place is trusted unseen', 'benchmarking/sessions.py',
-        'return bool(np.abs(found - expected).max() <= _SAME * np.abs(expected).max())',
+        'return bool(np.abs(in_place - expected).max() <= _SAME * np.abs(expected).max())',
         'return True',
         'tests/benchmarking/test_benchmark_run.py::test_a_cache_in_place_with_other_logits_is_not_used',
     ),
@@ -396,7 +396,7 @@ MUTATIONS = (
         'tests/end_to_end/test_benchmark_command.py::test_a_merged_graph_with_more_work_fails_the_gate',
     ),
     Mutation(
-        'buffers that all arms share count for the first', 'benchmarking/engines.py',
+        'buffers that all arms share count for the first', 'benchmarking/arms.py',
         '- before - (buffers.nbytes - own)',
         '- before',
         'tests/benchmarking/test_benchmark_run.py::test_memory_is_counted_for_each_arm_without_the_shared_buffers',
@@ -600,14 +600,14 @@ MUTATIONS = (
         'tests/commands/test_configuration.py::test_a_flag_beats_a_variable_which_beats_the_file',
     ),
     Mutation(
-        'a variable replaces an output', 'commands/configuration.py',
-        '"output", "force", "dry_run"',
-        '"output", "dry_run"',
+        'a variable replaces an output', 'commands/derive.py',
+        'type=FOLDER, metavar="OUT", configurable="command line",',
+        'type=FOLDER, metavar="OUT",',
         'tests/commands/test_configuration.py::test_no_variable_replaces_an_output_or_names_a_program',
     ),
     Mutation(
-        "a default of one's own is a wish beside --graph-from", 'commands/gather.py',
-        '    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)',
+        "a default of one's own is a wish beside --graph-from", 'commands/derive.py',
+        '    return source in (sources or (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT))',
         '    return source is not ParameterSource.DEFAULT',
         'tests/commands/test_configuration.py::test_an_earlier_export_keeps_its_own_options',
     ),
@@ -620,8 +620,14 @@ MUTATIONS = (
     Mutation(
         'the command line forgets an option', 'commands/derive.py',
         '        if _name(flag) in given:',
-        '        if _name(flag) in given and each.name != "rows":',
-        'tests/test_api.py::test_the_command_line_has_the_same_defaults[words4-merge_and_export-options4]',
+        '        if _name(flag) in given and each.name != "size":',
+        'tests/commands/test_derive.py::test_a_field_is_an_option_of_the_command',
+    ),
+    Mutation(
+        'validate takes an option that contradicts the certificate', 'workflows/validating.py',
+        'differing = [n for n in differing if n in options.stated]',
+        'differing = []',
+        'tests/validation/test_merged_with.py::test_stated_option_that_contradicts_the_certificate_is_refused',
     ),
     Mutation(
         'the API forgets the weights', 'checkpoint/sources.py',
@@ -654,19 +660,19 @@ MUTATIONS = (
         f'{NOISE}::test_validate_int4_scales_of_one_tensor_changed_fails',
     ),
     Mutation(
-        'a graph is compared with itself', 'validation/comparing/decoder.py',
-        'one_by_one = compare_logits(exact, answered, self.tokens)',
-        'one_by_one = compare_logits(answered, answered, self.tokens)',
+        'a graph is compared with itself', 'validation/comparing/comparison.py',
+        'apart = self._apart(exact, answers)',
+        'apart = self._apart(answers, answers)',
         f'{NOISE}::test_validate_graph_fault_shared_with_base_fails[softcap]',
     ),
     Mutation(
         'every fourth expert is compared', 'validation/comparing/tensors.py',
-        '_worst(name, found, wanted, allowed).worst',
-        '_worst(name, found[::4], wanted[::4], allowed[::4]).worst',
+        '_worst(name, actual, wanted, allowed).worst',
+        '_worst(name, actual[::4], wanted[::4], allowed[::4]).worst',
         'tests/validation/test_recomputed.py::test_compare_tensors_any_expert_changed_is_named[exchanged]',
     ),
     Mutation(
-        'a high rank is too dear', 'validation/comparing/whole.py',
+        'a high rank is too dear', 'validation/reference/whole.py',
         '    return isinstance(module, LoraLayer)',
         '    return False',
         'tests/validation/test_recomputed.py::test_compare_tensors_a_high_rank_is_recomputed_whole',
@@ -678,9 +684,9 @@ MUTATIONS = (
         'tests/validation/test_recomputed.py::test_compare_tensors_a_running_variance_is_named',
     ),
     Mutation(
-        'the merged folder chooses its inputs', 'validation/run.py',
-        'kinds.Subject(plain(unmerged), settings, dtypes, *asked)',
-        'kinds.Subject(plain(unmerged), merged, dtypes, *asked)',
+        'the merged folder chooses its inputs', 'validation/stages.py',
+        'inputs = task.settings, models.dtypes,',
+        'inputs = task.merged, models.dtypes,',
         'tests/validation/test_settings.py::test_validate_the_merged_folder_does_not_choose_its_inputs',
     ),
     Mutation(
@@ -724,9 +730,9 @@ MUTATIONS = (
         'tests/failures/test_output_folders.py::test_a_planted_folder_does_not_become_the_output[noted]',
     ),
     Mutation(
-        'a configuration file sets the tolerance', 'commands/configuration.py',
-        'IN_A_FILE = frozenset({"device",',
-        'IN_A_FILE = frozenset({"tolerance", "device",',
+        'a configuration file sets the tolerance', 'contracts/options.py',
+        'minimum=1, metavar="FACTOR",',
+        'minimum=1, metavar="FACTOR", configurable="file",',
         'tests/commands/test_configuration.py::test_file_with_what_bears_on_a_verdict_is_refused[lora-export.toml-tolerance]',
     ),
     Mutation(
@@ -778,7 +784,7 @@ MUTATIONS = (
         'tests/onnx_export/test_finding.py::test_find_graphs_of_another_name_finds_them_by_content[noext-]',
     ),
     Mutation(
-        'no batch of an encoder is padded', 'validation/kinds/text.py',
+        'no batch of an encoder is padded', 'validation/kinds/models.py',
         'if "attention_mask" in takes(model) and pad is not None and len(texts.tokens) > 1:',
         'if "attention_mask" not in takes(model) and pad is not None and len(texts.tokens) > 1:',
         'tests/validation/test_graph_faults.py::'
@@ -820,17 +826,17 @@ MUTATIONS = (
     ),
     Mutation(
         "HiRA's part of an embedding has the base layer's factor", "adapters/hira.py",
-        "down.T / (found.scale if found else 1.0)", "down.T",
+        "down.T / (layer.scale if layer else 1.0)", "down.T",
         f"{MATRIX}[hira embedding on gemma3]",
     ),
     Mutation(
         "all layers of TinyLoRA draw one projection", "adapters/tinylora.py",
-        "groups.seed + groups.numbers[module]", "groups.seed",
+        "groups.settings.projection_seed + groups.numbers[module]", "groups.settings.projection_seed",
         f"{MATRIX}[tinylora regenerated on bert]",
     ),
     Mutation(
         "the class that Uni-LoRA was trained on is forgotten", "merging/running/read_base.py",
-        "return found if isinstance(found, str) else None", "return None",
+        "return name if isinstance(name, str) else None", "return None",
         "tests/adapters/test_rarer_kinds.py::test_the_class_that_unilora_was_trained_on_decides_its_layers",
     ),
     Mutation(
@@ -847,7 +853,7 @@ MUTATIONS = (
     ),
     Mutation(
         'what the second reader finds is not compared', 'validation/reference/second_reader.py',
-        '        _refuse_another(name, copy, expected)',
+        '        _refuse_another(copy, expected)',
         '        pass',
         'tests/validation/test_second_reader.py::test_a_wrong_reader_fails_the_validation[packed]',
     ),
@@ -900,7 +906,7 @@ MUTATIONS = (
         'tests/validation/test_generations.py::test_validate_names_that_peft_itself_changes_on_loading',
     ),
     Mutation(
-        'an update that is zero is an unused one', 'validation/reference/unused.py',
+        'an update that is zero is an unused one', 'validation/comparing/deviation.py',
         'return not torch.equal(wrapper(inputs), base_layer(wrapper)(inputs))',
         'return inputs is not None',
         'tests/validation/test_unused.py::test_validate_an_update_of_zero_or_another_fault_names_none',

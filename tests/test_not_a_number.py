@@ -23,7 +23,7 @@ import lora_export
 from lora_export import merging, report
 from lora_export.benchmarking import conditions, measure, statistics
 from lora_export.benchmarking.statistics import Interval
-from lora_export.contracts import Interference
+from lora_export.contracts import Interference, Reading
 from lora_export.errors import ExportError
 from lora_export.merging.certificate.compare import Findings, compare
 from lora_export.merging.running.exact import Errors, ExactTensor
@@ -34,7 +34,7 @@ from lora_export.onnx_export.quantize import sensitivity as keeping
 from lora_export.progress import Silent
 from lora_export.storage import documents, sealed
 from lora_export.workflows import delivered, packaging
-from tests.report.conftest import full_report
+from tests.report.conftest import full_report, write
 
 NAN, INF = math.nan, math.inf
 GOOD = Interval(1.0, 0.999, 1.001, 0.001)
@@ -115,7 +115,7 @@ def opposed(number: float) -> bool:
     pair = Interference(None, "a", "b", number, 0.5, 1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merging, "interference", lambda planned: [pair])
-        merging._look_between(SimpleNamespace(adapters=(1, 2)), progress)  # type: ignore[arg-type]
+        merging._interference(SimpleNamespace(adapters=(1, 2)), progress)  # type: ignore[arg-type]
     return not warnings
 
 
@@ -156,8 +156,7 @@ def warm(number: float) -> bool:
 
 
 def quiet(number: float) -> bool:
-    readings: Any = [{"steal": 0.0, "others": number, "gpus": []}] * 9
-    return not conditions.unsteady(readings)
+    return not conditions.unsteady([Reading(1.0, 0.5, 0.0, number, None)] * 9)
 
 
 CHECKS: dict[str, Callable[[float], bool]] = {
@@ -221,7 +220,7 @@ MEASURED = {
 }  # fmt: skip
 ASKED = {  # functions that CHECKS calls, and the comparison in them that stands for "passed"
     "onnx_export/graphs/fusions.py:compare", "benchmarking/statistics.py:judge", "benchmarking/measure.py:warm_up",
-    "benchmarking/conditions.py:unsteady", "merging/__init__.py:_look_between", "merging/__init__.py:_judge",
+    "benchmarking/conditions.py:unsteady", "merging/__init__.py:_interference", "merging/__init__.py:_judge",
     "merging/running/exact.py:_judge_some", "workflows/delivered.py:_same", "workflows/packaging.py:_measured",
     "onnx_export/quantize/sensitivity.py:mark",
 }  # fmt: skip
@@ -311,11 +310,12 @@ def test_a_report_shows_what_is_no_number(tmp_path: Path) -> None:
     given["validate"]["checks"][1] |= {"value": INF, "passed": False}
     given["merge"]["records"][0]["survival"] = NAN
     given["benchmark"]["cells"][0]["ci_high"] = INF
-    report.write(given, tmp_path)
+    write(given, tmp_path)
     written = json.loads((tmp_path / "report.json").read_text())
     assert [c["value"] for c in written["validate"]["checks"][:2]] == ["nan", "inf"]
     assert written["benchmark"]["cells"][0]["ci_high"] == "inf"
     page, text = ((tmp_path / name).read_text() for name in ("report.html", "report.md"))
     for shown in (page, text):
         assert "not a number" in shown and re.search(r"(>|\| )inf(<| \|)", shown)
-    assert math.isnan(report.load(tmp_path)["validate"]["checks"][0]["value"])
+    validated = report.load(tmp_path).validate
+    assert validated and math.isnan(validated.checks[0].value)

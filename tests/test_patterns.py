@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_export import patterns
-from lora_export.adapters.config import match_pattern, pattern
+from lora_export.adapters.config import PatternedRank, match_pattern, settings
 from lora_export.contracts import AdapterChoice
 from lora_export.errors import AdapterError
 from lora_export.validation.reference.unmerged import attach_adapters
@@ -84,10 +84,11 @@ def test_many_expressions_are_refused_soon(tmp_path: Path) -> None:
     started = time.process_time()
     keys = {f"{i}.[a-z]+(b|c{i})*": 2 for i in range(50_000)}
     with pytest.raises(AdapterError, match="one of too many"), patterns.within(0.5, "here"):
-        pattern({"rank_pattern": keys}, "rank_pattern", tmp_path, int)
+        settings({"r": 1, "rank_pattern": keys}, PatternedRank, tmp_path)
     assert time.process_time() - started < 3
     with patterns.within(0.5, "here"):
-        assert pattern({"rank_pattern": {f"layers.{i}.q": 2 for i in range(50_000)}}, "rank_pattern", tmp_path, int)
+        plain = {f"layers.{i}.q": 2 for i in range(50_000)}
+        assert settings({"r": 1, "rank_pattern": plain}, PatternedRank, tmp_path).rank("layers.0.q") == 2
 
 
 # --- inside of PEFT ----------------------------------------------------------------------------------------

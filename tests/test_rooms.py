@@ -27,6 +27,7 @@ TOP = {
     "meta_model",
     "tasks",
     "version",
+    "wording",
 }
 ROOMS = {
     "checkpoint",
@@ -133,7 +134,7 @@ def test_every_module_belongs_to_a_known_room() -> None:
         ("storage/files.py", "from lora_export.checkpoint.header import read_header"),
         ("errors.py", "from lora_export import pipeline"),
         ("report/__init__.py", "import importlib\nimportlib.import_module('lora_export.benchmarking')"),
-        ("benchmarking/run.py", "if True:\n    from lora_export.commands import main"),
+        ("benchmarking/benchmark.py", "if True:\n    from lora_export.commands import main"),
     ],
 )
 def test_a_planted_violation_is_found(file: str, source: str) -> None:

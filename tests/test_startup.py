@@ -56,7 +56,7 @@ def test_help_lists_every_command() -> None:
 
 
 @pytest.mark.timing
-def test_help_costs_less_than_twice_an_empty_click_program(tmp_path: Path) -> None:
+def test_help_costs_less_than_half_more_than_an_empty_click_program(tmp_path: Path) -> None:
     empty = tmp_path / "empty.py"
     empty.write_text("import click\n@click.group()\ndef cli(): ...\ncli(['--help'])\n")
     ours = tmp_path / "ours.py"
@@ -68,4 +68,4 @@ def test_help_costs_less_than_twice_an_empty_click_program(tmp_path: Path) -> No
             subprocess.run([sys.executable, str(path)], capture_output=True, check=True)
             samples.append(time.perf_counter() - start)
     pairs = zip(times[ours], times[empty], strict=True)
-    assert statistics.median(a / b for a, b in pairs) < 2, times
+    assert statistics.median(a / b for a, b in pairs) < 1.5, times

@@ -22,6 +22,7 @@ from lora_export import export, merge, validate
 from lora_export.contracts import CompareBases, ExportOptions, MergeOptions, ValidationOptions
 from lora_export.manifest import versions
 from lora_export.progress import Console
+from lora_export.storage.documents import as_json
 from lora_export.storage.sealed import write_json
 
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -47,7 +48,7 @@ def precisions(base: Path, text: Path, work: Path, progress: Console) -> dict[st
         exports.append(export(merged, work / precision, options=options, progress=progress))
     options = ValidationOptions(text=text, provider="cpu", min_survival=0.0, prompts=prompts(work))
     found = validate(base, adapter, merged, onnx=[e.output for e in exports], options=options, progress=progress)
-    return {"bytes": {e.precision: sum(e.files.values()) for e in exports}} | found.as_json()
+    return {"bytes": {e.precision: sum(e.files.values()) for e in exports}} | as_json(found)
 
 
 def bases(base: Path, text: Path, work: Path, progress: Console) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def bases(base: Path, text: Path, work: Path, progress: Console) -> dict[str, An
     options = ValidationOptions(
         text=text, provider="cpu", merge=how, bases=CompareBases(requantize="nf4"), prompts=prompts(work)
     )
-    return validate(base, adapter, merged, options=options, progress=progress).as_json()
+    return dict(as_json(validate(base, adapter, merged, options=options, progress=progress)))
 
 
 def prompts(work: Path) -> Path:

@@ -24,8 +24,8 @@ from generated import ROOT, settle
 import lora_export
 from lora_export import contracts, errors
 from lora_export.commands.main import cli
-from lora_export.report import schema
-from lora_export.storage.documents import FIGURE, NONFINITE
+from lora_export.contracts.figures import NOT_IN_JSON
+from lora_export.storage.documents import json_schema
 
 PAGES = ROOT / "docs" / "reference"
 WRITTEN = "<!-- written by tools/reference.py -->\n"
@@ -39,14 +39,15 @@ DOCUMENTS = {
     "merge-and-export": contracts.Story,
 }
 PARTS = (
-    contracts.TensorRecord, contracts.Check, contracts.Perplexity, contracts.Deviation, contracts.AdapterSurvival,
-    contracts.BaseComparison, contracts.GraphComparison, contracts.Cell, contracts.ArmTimes, contracts.Percentile,
-    contracts.Finding, contracts.BaseCheck, contracts.Interference,
+    contracts.TensorRecord, contracts.Check, contracts.Continuation, contracts.Perplexity, contracts.Deviation,
+    contracts.AdapterSurvival, contracts.BaseComparison, contracts.GraphComparison, contracts.Cell,
+    contracts.ArmTimes, contracts.Percentile, contracts.Environment, contracts.Gpu, contracts.Finding,
+    contracts.BaseCheck, contracts.Interference,
 )  # fmt: skip
 
 
 # What `as_json` adds to the fields and properties of a result.
-ADDED = {"report": "str", "bytes": "int", "graph_differences": "list[str]"}
+ADDED = {"bytes": "int"}
 
 
 # --- commands ------------------------------------------------------------------------------------------------
@@ -86,15 +87,15 @@ def _table(of: Any) -> str:
 
 
 def fields(of: Any) -> dict[str, str]:
-    """Name → type of what `as_json` writes; without one, of all fields."""
+    """Name → type of what `as_json` writes."""
+    if not hasattr(of, "as_json"):
+        return {f.name: _kind(f.type) for f in dataclasses.fields(of) if f.metadata != NOT_IN_JSON}
     kinds = {f.name: _kind(f.type) for f in dataclasses.fields(of)}
     kinds |= {
         n: _kind(inspect.get_annotations(p.fget).get("return", ""))
         for n, p in vars(of).items()
         if isinstance(p, property) and p.fget
     }
-    if not hasattr(of, "as_json"):
-        return {f.name: kinds[f.name] for f in dataclasses.fields(of)}
     tree = ast.parse(textwrap.dedent(inspect.getsource(of.as_json)))
     written: list[str] = []
     for node in ast.walk(tree):
@@ -102,14 +103,7 @@ def fields(of: Any) -> dict[str, str]:
             written += [f.name for f in dataclasses.fields(of)]
         elif isinstance(node, ast.Dict):
             written += [str(k.value) for k in node.keys if isinstance(k, ast.Constant)]
-    dropped = {
-        str(t.slice.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Delete)
-        for t in node.targets
-        if isinstance(t, ast.Subscript) and isinstance(t.slice, ast.Constant)
-    }
-    return {name: kinds.get(name) or ADDED[name] for name in dict.fromkeys(written) if name not in dropped}
+    return {name: kinds.get(name) or ADDED[name] for name in dict.fromkeys(written)}
 
 
 def _kind(annotation: Any) -> str:
@@ -118,53 +112,19 @@ def _kind(annotation: Any) -> str:
         text = str(annotation)
     for name in ("lora_export.contracts.", "typing.", "collections.abc.", "pathlib."):
         text = text.replace(name, "")
-    for module in ("adapters", "benchmark", "export", "merging", "packages", "story", "tensors", "validation"):
-        text = text.replace(f"{module}.", "")
+    text = re.sub(r"\b(adapters|benchmark|export|figures|merging|packages|story|tensors|validation)\.", "", text)
     text = re.sub(
         r"tuple\[([^\[\]]+|[^\[\]]*\[[^\[\]]*\]), \.\.\.\]", r"list[\1]", text.replace("verification.", "")
     )
-    return text.replace("Path", "str").replace("Mapping", "dict").replace("|", "\\|")
+    return text.replace("Path", "str").replace("Figure", "float").replace("Mapping", "dict").replace("|", "\\|")
 
 
 # --- report.json ---------------------------------------------------------------------------------------------
 
-_PLAIN = {
-    int: "integer",
-    float: "number",
-    str: "string",
-    bool: "boolean",
-    dict: "object",
-    list: "array",
-    None: "null",
-}
-
 
 def report_schema() -> str:
-    """JSON Schema of report.json."""
-    found = _schema(schema.REPORT_KIND)
-    found["properties"]["schema_version"] = {"const": schema.SCHEMA_VERSION}
-    found["properties"]["status"] = {"enum": list(schema.STATUSES)}
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "report.json of lora-export"}
-    return json.dumps(head | found, indent=1) + "\n"
-
-
-def _schema(kind: Any) -> dict[str, Any]:
-    """The JSON Schema of a documents.Kind. A field that is not required may be missing; others may be added."""
-    if isinstance(kind, tuple):
-        return {"anyOf": [_schema(k) for k in kind]}
-    if isinstance(kind, list):
-        return {"type": "array", "items": _schema(kind[0])}
-    if kind == FIGURE:
-        return {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]}
-    if not isinstance(kind, dict):
-        return {"type": _PLAIN[kind]}
-    if str in kind:
-        return {"type": "object", "additionalProperties": _schema(kind[str])}
-    return {
-        "type": "object",
-        "properties": {name.removesuffix("?"): _schema(of) for name, of in kind.items()},
-        "required": [name for name in kind if not name.endswith("?")],
-    }
+    """JSON Schema of report.json, from the types that its reader decodes."""
+    return json.dumps({"title": "report.json of lora-export"} | json_schema(contracts.Report), indent=1) + "\n"
 
 
 # --- errors --------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-from lora_export.adapter_tools.spectrum import KEPT, Module, by_type
+from lora_export.adapter_tools.spectrum import KEPT, by_type
 from lora_export.adapters import AdapterFile
 from lora_export.adapters.config import match_pattern
+from lora_export.contracts import ModuleFigures, Truncation
 
 ROOMY = 0.5  # of the trained rank: where less is enough, a smaller one would have done
 FLAT = 0.5  # of an even share: where the last singular value has more, no direction was spare
@@ -15,7 +16,7 @@ HUGE = 1.0  # of ‖W‖
 USUAL_SCALING = (1 / 16, 16.0)
 
 
-def sentences(modules: Sequence[Module], truncation: Sequence[tuple[int, float, float]]) -> Iterator[str]:
+def sentences(modules: Sequence[ModuleFigures], truncation: Sequence[Truncation]) -> Iterator[str]:
     alive = [m for m in modules if m.norm > 0 and m.finite]
     if not alive:
         yield "The adapter changes nothing: every delta is zero."
@@ -24,13 +25,13 @@ def sentences(modules: Sequence[Module], truncation: Sequence[tuple[int, float, 
     yield _work(alive)
     if any(m.rank for m in alive):
         yield _rank(alive)
-        half = [t for t in truncation[:-1] if t[2] <= 0.5]
+        half = [t for t in truncation[:-1] if t.parameters <= 0.5]
         if half:
-            rank, kept, _ = half[-1]
+            rank, kept = half[-1].rank, half[-1].energy_kept
             yield f"Cut to rank {rank}, it would keep {kept:.2%} of ‖ΔW‖² (lose {(1 - kept) ** 0.5:.1%} of ‖ΔW‖)."
 
 
-def _size(alive: Sequence[Module]) -> str:
+def _size(alive: Sequence[ModuleFigures]) -> str:
     relative = [m.relative for m in alive if m.relative is not None]
     if not relative:
         norms = [m.norm for m in alive]
@@ -41,17 +42,17 @@ def _size(alive: Sequence[Module]) -> str:
     )
 
 
-def _work(alive: Sequence[Module]) -> str:
+def _work(alive: Sequence[ModuleFigures]) -> str:
     """Which modules and which layers did it."""
-    types = sorted(by_type(alive).items(), key=lambda t: -t[1]["share"])
-    named = ", ".join(f"{name} has {found['share']:.0%}" for name, found in types[:4])
+    types = sorted(by_type(alive).items(), key=lambda t: -t[1].share)
+    named = ", ".join(f"{name} has {figures.share:.0%}" for name, figures in types[:4])
     rest = f" and {len(types) - 4} more" if len(types) > 4 else ""
     most = max(alive, key=lambda m: m.share)
     name = most.name.removesuffix(".weight")
     return f"Of ‖ΔW‖², {named}{rest}; most is in {name} ({most.share:.1%})."
 
 
-def _rank(alive: Sequence[Module]) -> str:
+def _rank(alive: Sequence[ModuleFigures]) -> str:
     """Whether the rank was too large, too small, or right."""
     low = [m for m in alive if m.rank]
     trained, enough = median(m.rank or 0 for m in low), median(m.enough for m in low)
@@ -72,13 +73,13 @@ def _rank(alive: Sequence[Module]) -> str:
     return f"The rank fits: of {trained:g}, {figures}."
 
 
-def _last(module: Module) -> float:
+def _last(module: ModuleFigures) -> float:
     """The singular value at the trained rank, which may be larger than the matrix, or than the list is long."""
     known = module.singular_values
     return known[min(module.rank or 1, len(known)) - 1]
 
 
-def trouble(modules: Sequence[Module]) -> Iterator[str]:
+def trouble(modules: Sequence[ModuleFigures]) -> Iterator[str]:
     """Signs that something went wrong."""
     broken = [m for m in modules if not m.finite]
     if broken:
@@ -103,7 +104,7 @@ def trouble(modules: Sequence[Module]) -> Iterator[str]:
         )
 
 
-def config_trouble(modules: Sequence[Module], config: Mapping[str, Any], file: AdapterFile) -> Iterator[str]:
+def config_trouble(modules: Sequence[ModuleFigures], config: Mapping[str, Any], file: AdapterFile) -> Iterator[str]:
     """Mistakes with alpha and with patterns that fit no module."""
     scalings = [
         m.scaling for m in modules if m.scaling is not None and m.kind.startswith(("lora", "dora", "adalora"))

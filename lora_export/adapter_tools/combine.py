@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_export.adapter_tools.saving import Derived, DType, NewAdapter, Rank, check_rank
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.adapters.kind import float64
-from lora_export.adapters.lora import LowRankUpdate
+from lora_export.adapters.updates import LowRankUpdate
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TargetUpdate
 from lora_export.deltas import spectrum
@@ -69,9 +69,9 @@ def _check(adapter: Adapter, update: TargetUpdate) -> None:
     if update.adds and not known:
         why = f"the size of the weight that {update.kind} is for follows from the base"
     elif update.adds:
-        why = f"{update.kind} is no matrix that LoRA could stand for"
+        why = f"{update.kind} is not a matrix that LoRA can represent"
     else:
-        why = f"{update.kind} is no delta without the base's weight"
+        why = f"{update.kind} is not a delta unless the base's weight is known"
     raise AdapterError(
         why,
         where=adapter.folder,

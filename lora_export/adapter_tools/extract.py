@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from lora_export import meta_model as skeleton
 from lora_export.adapter_tools.saving import Derived, DType, NewAdapter, Rank, check_rank
@@ -14,9 +16,6 @@ from lora_export.errors import CheckpointError
 from lora_export.merging.planning.plan import FLOATS, MergePlan, PlannedTensor, plan_merge
 from lora_export.merging.running.rows import whole_base
 from lora_export.progress import Silent
-
-if TYPE_CHECKING:
-    import torch
 
 Rest = Literal["save", "drop", "refuse"]
 Shape = Literal["linear", "conv1d", "embedding", "whole"]
@@ -57,7 +56,7 @@ def _check_alike(base: MergePlan, tuned: MergePlan) -> None:
         name = min(missing)
         there, lacking = (tuned, base) if name in tuned.tensors else (base, tuned)
         raise CheckpointError(
-            f"{len(missing)} tensors are in one of the two models alone",
+            f"{len(missing)} tensors are in only one of the two models",
             where=there.base.folder,
             tensor=name,
             expected=f"the same tensors as in {lacking.base.folder}",
@@ -75,7 +74,6 @@ def _check_alike(base: MergePlan, tuned: MergePlan) -> None:
 
 def _layers(folder: Path) -> dict[str, Shape]:
     """Module of the model → what it is."""
-    import torch
     from transformers.pytorch_utils import Conv1D
 
     kinds: list[tuple[Any, Shape]] = [
@@ -120,12 +118,10 @@ class Extraction:
         ends = (n for n in self.layers if n and (n.endswith(f".{module}") or module.endswith(f".{n}")))
         return next(ends, module)
 
-    def _take_rest(self, name: str, after: "torch.Tensor") -> None:
-        import torch
-
+    def _take_rest(self, name: str, after: torch.Tensor) -> None:
         if self.rest == "refuse":
             raise CheckpointError(
-                "the tuned model differs in a weight that LoRA cannot stand for",
+                "the tuned model differs in a weight that LoRA cannot represent",
                 where=self.tuned.base.folder,
                 tensor=name,
                 expected="linear layers and embeddings alone",
@@ -169,7 +165,7 @@ class Extraction:
                     self.new.whole[key] = value.float().contiguous()
 
 
-def _read(plan: MergePlan, tensor: PlannedTensor) -> "torch.Tensor | None":
+def _read(plan: MergePlan, tensor: PlannedTensor) -> torch.Tensor | None:
     """A weight in float64; None for what holds no floats."""
     if tensor.output.dtype not in FLOATS:
         return None

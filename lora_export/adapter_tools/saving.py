@@ -3,18 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
 
 from lora_export.checkpoint.adapter_files import CONFIG, WEIGHTS
 from lora_export.deltas.spectrum import Spectrum
 from lora_export.errors import AdapterError, InputError
+from lora_export.storage import documents
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
 from lora_export.storage.sealed import write_json
 from lora_export.version import __version__
-
-if TYPE_CHECKING:
-    import torch
 
 _PREFIX = "base_model.model."  # PEFT's, before every name of the model
 # Of the adapter that another is made of, what is still true of it.
@@ -47,10 +47,10 @@ class Rank:
 def check_rank(wanted: Rank, needed: bool) -> None:
     """InputError for two answers to one question, or for none where one is needed."""
     if wanted.rank is not None and wanted.energy is not None:
-        raise InputError("--rank beside --energy", expected="one of them: each decides the rank")
+        raise InputError("--rank together with --energy", expected="one of them: each decides the rank")
     if needed and not wanted.asked:
         raise InputError(
-            "neither --rank nor --energy", expected="how small the adapter is to be", next_step="--energy 95%"
+            "neither --rank nor --energy", expected="the rank of the new adapter", next_step="--energy 95%"
         )
 
 
@@ -62,8 +62,8 @@ class Pair:
     """
 
     module: str
-    a: "torch.Tensor"
-    b: "torch.Tensor"
+    a: torch.Tensor
+    b: torch.Tensor
     embedding: bool
     norm: float
     lost: float
@@ -74,33 +74,31 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Derived:
-    """ranks: module → rank; error: ‖Δ − BA‖/‖Δ‖ over all modules; worst: the modules with the largest error.
+class ModuleError:
+    """error: ‖Δ − BA‖/‖Δ‖ of one module."""
 
-    whole: tensors that are in the adapter as they are; dropped: changed weights that it leaves out.
-    """
+    module: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Derived:
+    """ranks: module → rank; error: ‖Δ − BA‖/‖Δ‖ over all modules; energy_kept: the share of ‖Δ‖² that is left;
+    worst: the modules with the largest error; whole: tensors that the adapter holds unchanged; dropped: changed
+    weights that it leaves out."""
 
     output: Path
     ranks: Mapping[str, int]
     parameters: int
-    nbytes: int
+    bytes: int
     error: float
-    worst: tuple[tuple[str, float], ...]
+    energy_kept: float
+    worst: tuple[ModuleError, ...]
     whole: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "output": str(self.output),
-            "ranks": dict(self.ranks),
-            "parameters": self.parameters,
-            "bytes": self.nbytes,
-            "error": self.error,
-            "energy_kept": 1 - self.error**2,
-            "worst": [{"module": module, "error": error} for module, error in self.worst],
-            "whole": list(self.whole),
-            "dropped": list(self.dropped),
-        }
+    def as_json(self) -> Any:
+        return documents.as_json(self)
 
 
 @dataclass
@@ -110,7 +108,7 @@ class NewAdapter:
     made_by: str
     like: Mapping[str, Any] = field(default_factory=dict)
     pairs: list[Pair] = field(default_factory=list)
-    whole: dict[str, "torch.Tensor"] = field(default_factory=dict)  # by the model's names, in their own types
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)  # by the model's names, in their own types
     changes: dict[str, Any] = field(default_factory=dict)  # of the configuration
     dropped: list[str] = field(default_factory=list)
 
@@ -122,7 +120,6 @@ class NewAdapter:
 
     def write(self, output: Path, dtype: DType, force: bool, inputs: Sequence[Path]) -> Derived:
         """All or nothing. AdapterError if there is nothing to write."""
-        import torch
         from safetensors.torch import save_file
 
         pairs = [p for p in self.pairs if p.rank]
@@ -174,14 +171,16 @@ class NewAdapter:
 
     def _derived(self, output: Path, pairs: Sequence[Pair], parameters: int) -> Derived:
         total, lost = sum(p.norm**2 for p in self.pairs), sum(p.lost**2 for p in self.pairs)
-        worst = sorted(((p.module, p.lost / p.norm) for p in self.pairs if p.norm > 0), key=lambda w: -w[1])[:5]
+        errors = [ModuleError(p.module, p.lost / p.norm) for p in self.pairs if p.norm > 0]
+        error = (lost / total) ** 0.5 if total > 0 else 0.0
         return Derived(
-            output,
-            {p.module: p.rank for p in pairs},
-            parameters,
-            (output / WEIGHTS).stat().st_size,
-            (lost / total) ** 0.5 if total > 0 else 0.0,
-            tuple(worst),
-            tuple(sorted(self.whole)),
-            tuple(self.dropped),
+            output=output,
+            ranks={p.module: p.rank for p in pairs},
+            parameters=parameters,
+            bytes=(output / WEIGHTS).stat().st_size,
+            error=error,
+            energy_kept=1 - error**2,
+            worst=tuple(sorted(errors, key=lambda e: -e.error)[:5]),
+            whole=tuple(sorted(self.whole)),
+            dropped=tuple(self.dropped),
         )

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters import AdapterFile, lora
 from lora_export.adapters.config import match_pattern
 from lora_export.adapters.kind import float64
-from lora_export.contracts import Adapter, TargetUpdate
+from lora_export.adapters.updates import LowRank, low_rank_of
+from lora_export.contracts import Adapter, ModuleFigures, TargetUpdate, Truncation, TypeFigures
 from lora_export.deltas import spectrum
 from lora_export.deltas.spectrum import Spectrum
 from lora_export.merging import MergePlan
@@ -22,44 +23,12 @@ LISTED = 256  # singular values of a module that are kept: an adapter has fewer,
 KEPT = 0.99  # of ‖ΔW‖², at which a rank counts as enough
 
 
-@dataclass(frozen=True)
-class Module:
-    """One weight that the adapter changes. norm: ‖ΔW‖ (Frobenius); relative: ‖ΔW‖/‖W‖, with a base alone.
-
-    rank: that it was trained with (None: the kind has none); singular_values: falling, the first LISTED; energy:
-    share of ‖ΔW‖² that the first 1, 2, … have; enough: least rank for KEPT of it; share: of ‖ΔW‖² of the adapter.
-    note: what the figures are of, where that is not the whole change. name: as records of a merge have it.
-    """
-
-    name: str
-    kind: str
-    rank: int | None
-    alpha: float | None
-    scaling: float | None
-    norm: float
-    weight_norm: float | None
-    relative: float | None
-    singular_values: tuple[float, ...]
-    effective_rank: float
-    stable_rank: float
-    energy: tuple[float, ...]
-    enough: int
-    share: float = 0.0
-    finite: bool = True
-    note: str = ""
-
-    @property
-    def type(self) -> str:
-        """q_proj of model.layers.0.self_attn.q_proj.weight."""
-        return self.name.rpartition(".")[0].rpartition(".")[2]
-
-
-def by_layer(module: Module) -> list[tuple[int, str]]:
+def by_layer(module: ModuleFigures) -> list[tuple[int, str]]:
     """Layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in module.name.split(".")]
 
 
-def alone(file: AdapterFile, adapter: Adapter, skipped: dict[str, str]) -> Iterator[Module]:
+def alone(file: AdapterFile, adapter: Adapter, skipped: dict[str, str]) -> Iterator[ModuleFigures]:
     """From the adapter's own matrices."""
     import torch
 
@@ -70,7 +39,7 @@ def alone(file: AdapterFile, adapter: Adapter, skipped: dict[str, str]) -> Itera
                 low, note = lora.factors(file, update.target), "of B·A, before the magnitudes"
                 found = _spectrum(low)
             elif update.low_rank and None not in shape:
-                low = lora.low_rank_of(update.load(tuple(n or 0 for n in shape)))
+                low = low_rank_of(update.load(tuple(n or 0 for n in shape)))
                 found = _spectrum(low)
             elif update.adds and len(shape) == 2 and None not in shape:
                 known = tuple(n or 0 for n in shape)
@@ -90,7 +59,7 @@ def _why_skipped(update: TargetUpdate) -> str:
     return "it is no matrix" if update.adds else "its change depends on the base's weight: give -b BASE"
 
 
-def with_base(planned: MergePlan, file: AdapterFile) -> Iterator[Module]:
+def with_base(planned: MergePlan, file: AdapterFile) -> Iterator[ModuleFigures]:
     """From what a merge would change; the norm of each weight beside it."""
     for tensor in planned.tensors.values():
         if (
@@ -104,7 +73,7 @@ def with_base(planned: MergePlan, file: AdapterFile) -> Iterator[Module]:
         update, low = tensor.updates[0], None
         if len(tensor.updates) == 1 and update.low_rank:
             with float64():
-                low = lora.low_rank_of(update.load(tensor.shape))
+                low = low_rank_of(update.load(tensor.shape))
             found = _spectrum(low)
         else:
             found = _dense(before, load_updates(tensor, wide=True))
@@ -117,7 +86,7 @@ def _dense(before: "torch.Tensor", updates: Sequence[Any]) -> Spectrum:
     return spectrum.of_matrix(delta.reshape(-1, delta.shape[-1]) if delta.dim() == 3 else delta.flatten(1))
 
 
-def _spectrum(low: lora.LowRank) -> Spectrum:
+def _spectrum(low: LowRank) -> Spectrum:
     """Of factors; of such that hold NaN or infinity, singular values that are NaN."""
     import torch
 
@@ -131,13 +100,13 @@ def _module(
     update: TargetUpdate,
     file: AdapterFile,
     found: Spectrum,
-    low: lora.LowRank | None,
+    low: LowRank | None,
     weight_norm: float | None,
     note: str,
-) -> Module:
+) -> ModuleFigures:
     finite = math.isfinite(found.norm)
     energy = found.energy.tolist()
-    return Module(
+    return ModuleFigures(
         name=update.target,
         kind=update.kind,
         rank=len(low.right) if low is not None else None,
@@ -165,30 +134,30 @@ def _alpha(file: AdapterFile, module: str) -> float | None:
     return float(found) if isinstance(found, (int, float)) else None
 
 
-def with_share(module: Module, total: float) -> Module:
+def with_share(module: ModuleFigures, total: float) -> ModuleFigures:
     return replace(module, share=module.norm**2 / total if module.finite and total > 0 else 0.0)
 
 
-def by_type(modules: Sequence[Module]) -> dict[str, dict[str, Any]]:
+def by_type(modules: Sequence[ModuleFigures]) -> dict[str, TypeFigures]:
     """q_proj, … → how many, their share of ‖ΔW‖², and medians of the rest."""
     types = dict.fromkeys(m.type for m in modules)
     return {name: _of_type([m for m in modules if m.type == name]) for name in types}
 
 
-def _of_type(modules: Sequence[Module]) -> dict[str, Any]:
+def _of_type(modules: Sequence[ModuleFigures]) -> TypeFigures:
     relative = [m.relative for m in modules if m.relative is not None and m.finite]
-    return {
-        "modules": len(modules),
-        "share": sum(m.share for m in modules),
-        "norm": median([m.norm for m in modules if m.finite] or [0.0]),
-        "relative": median(relative) if relative else None,
-        "effective_rank": median(m.effective_rank for m in modules),
-        "enough": median(m.enough for m in modules),
-    }
+    return TypeFigures(
+        modules=len(modules),
+        share=sum(m.share for m in modules),
+        norm=median([m.norm for m in modules if m.finite] or [0.0]),
+        relative=median(relative) if relative else None,
+        effective_rank=median(m.effective_rank for m in modules),
+        enough=median(m.enough for m in modules),
+    )
 
 
-def truncation(modules: Sequence[Module]) -> Iterator[tuple[int, float, float]]:
-    """(rank, share of ‖ΔW‖² that it keeps, share of the numbers that are left), of all low-rank modules."""
+def truncation(modules: Sequence[ModuleFigures]) -> Iterator[Truncation]:
+    """For some ranks below that of the adapter, and its own."""
     low = [m for m in modules if m.rank and m.finite]
     total, largest = sum(m.norm**2 for m in low), max((m.rank or 0 for m in low), default=0)
     if not total:
@@ -196,4 +165,5 @@ def truncation(modules: Sequence[Module]) -> Iterator[tuple[int, float, float]]:
     ranks = sorted({r for r in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if r < largest} | {largest})
     for rank in ranks:
         kept = sum(m.norm**2 * m.energy[min(rank, len(m.energy)) - 1] for m in low if m.energy)
-        yield rank, kept / total, sum(min(rank, m.rank or 0) for m in low) / sum(m.rank or 0 for m in low)
+        left = sum(min(rank, m.rank or 0) for m in low) / sum(m.rank or 0 for m in low)
+        yield Truncation(rank, kept / total, left)

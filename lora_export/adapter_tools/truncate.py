@@ -5,6 +5,7 @@ from pathlib import Path
 from lora_export.adapter_tools.saving import Derived, DType, NewAdapter, Rank, check_rank
 from lora_export.adapters import CONFIG, AdapterFile, lora, read_adapter
 from lora_export.adapters.spelling import respelled
+from lora_export.adapters.updates import LowRank, LowRankUpdate
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.deltas import spectrum
@@ -47,13 +48,13 @@ def _carried(new: NewAdapter, file: AdapterFile, adapter: Adapter, update: Targe
     return True
 
 
-def _factors(file: AdapterFile, adapter: Adapter, update: TargetUpdate) -> lora.LowRank:
+def _factors(file: AdapterFile, adapter: Adapter, update: TargetUpdate) -> LowRank:
     """B (outputs, r), A (r, inputs) and scaling of a module; of an embedding (rows, r) and (r, width)."""
     if update.kind == "dora":
         return lora.factors(file, update.target).double()
     shape = update.shapes[0]
     loaded = update.load(tuple(n or 0 for n in shape)) if update.low_rank and None not in shape else None
-    if not isinstance(loaded, lora.LowRankUpdate) or len(shape) > 2:
+    if not isinstance(loaded, LowRankUpdate) or len(shape) > 2:
         raise AdapterError(
             f"the adapter's {update.kind} has no matrices A and B of one rank",
             where=adapter.folder,

@@ -1,52 +1,16 @@
 """What an adapter has learnt, from its numbers: the sizes and singular values of its deltas, and what they mean."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_export.adapter_tools.advice import config_trouble, sentences, trouble
-from lora_export.adapter_tools.spectrum import Module, alone, by_layer, by_type, truncation, with_base, with_share
+from lora_export.adapter_tools.spectrum import alone, by_layer, by_type, truncation, with_base, with_share
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.adapters.spelling import respelled
 from lora_export.checkpoint import open_adapter_files
-from lora_export.contracts import AdapterChoice, MergeOptions, Progress
+from lora_export.contracts import AdapterChoice, MergeOptions, Progress, Understanding
 from lora_export.errors import InputError
 from lora_export.merging import plan
 from lora_export.progress import Silent
-from lora_export.storage.documents import finite
-
-__all__ = ["Module", "Understanding", "understand"]
-
-
-@dataclass(frozen=True)
-class Understanding:
-    """sentences: what the figures say; warnings: signs of trouble; truncation: (rank, share of ‖ΔW‖² that is kept,
-    share of the numbers that are left) of all low-rank modules together; skipped: module → why it has no figures.
-    """
-
-    adapter: str
-    modules: tuple[Module, ...]
-    sentences: tuple[str, ...]
-    warnings: tuple[str, ...]
-    truncation: tuple[tuple[int, float, float], ...]
-    skipped: Mapping[str, str] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = {
-            "kind": "adapter",
-            "adapter": self.adapter,
-            "sentences": list(self.sentences),
-            "warnings": list(self.warnings),
-            "truncation": [
-                {"rank": r, "energy_kept": kept, "parameters": left} for r, kept, left in self.truncation
-            ],
-            "by_type": by_type(self.modules),
-            "modules": [asdict(m) | {"type": m.type} for m in self.modules],
-            "skipped": dict(self.skipped),
-        }
-        known: dict[str, Any] = finite(document)
-        return known
 
 
 def understand(adapter: Path, base: Path | None = None, progress: Progress | None = None) -> Understanding:
@@ -77,5 +41,11 @@ def understand(adapter: Path, base: Path | None = None, progress: Progress | Non
     by_rank = tuple(truncation(shared))
     warnings = (*trouble(shared), *config_trouble(shared, config, file))
     return Understanding(
-        adapter.resolve().name, shared, tuple(sentences(shared, by_rank)), warnings, by_rank, skipped
+        adapter=adapter.resolve().name,
+        sentences=tuple(sentences(shared, by_rank)),
+        warnings=warnings,
+        truncation=by_rank,
+        by_type=by_type(shared),
+        modules=shared,
+        skipped=skipped,
     )

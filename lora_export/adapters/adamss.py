@@ -8,22 +8,19 @@ adapter, by a randomized SVD and scikit-learn, both with fixed seeds; so they ar
 import re
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_export.adapters.config import whole
+import torch
+
+from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lora import DECOMPOSITION, BiasUpdate, LowRank, LowRankUpdate
-from lora_export.adapters.parts import Layered, layered
+from lora_export.adapters.module import AdaptedModule, Shapes, modules
 from lora_export.adapters.psoft import randomized
+from lora_export.adapters.updates import DECOMPOSITION, BiasUpdate, LowRankUpdate, WholeTarget
 from lora_export.contracts import TargetUpdate
 from lora_export.errors import RuntimeUnavailable
-from lora_export.storage.documents import is_kind
-
-if TYPE_CHECKING:
-    import torch
 
 NAME = "AdaMSS"
-PEFT_TYPES = ("ADAMSS",)
 FORMULA = "W + P·diag(B₁A₁, …)·N, P the clusters of the outputs in the singular directions of (W b)"
 
 _N = "adamss_newB"
@@ -31,50 +28,55 @@ _PART = re.compile(r"\.adamss_[AB]\.(\d{1,5})$")
 _ITERATIONS, _CLUSTERING_SEED, _MOST_ROUNDS = 2, 123456789, 10
 
 
+@dataclass(frozen=True)
+class Settings:
+    """random_seed: of the decomposition, which PEFT writes since 0.21."""
+
+    r: Positive
+    num_subspaces: Positive
+    random_seed: int | None = None
+
+
 @dataclass
 class Clusters:
-    """The outputs of one layer that each of its B is of, found when they are first asked for."""
+    """The outputs of one layer that each of its B is of, computed when they are first asked for."""
 
-    layer: Layered
+    module: AdaptedModule
     count: int
-    rank: int
-    seed: int
+    settings: Settings
     biased: bool
-    _found: "list[torch.Tensor] | None" = None
+    _outputs: list[torch.Tensor] | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def of(self) -> "list[torch.Tensor]":
+    def of(self) -> list[torch.Tensor]:
         """int64 positions, a tensor for each B; AdapterError unless they are as many as its rows."""
         with self._lock:
-            if self._found is None:
-                self._found = self._find()
-            return self._found
+            if self._outputs is None:
+                self._outputs = self._find()
+            return self._outputs
 
-    def _find(self) -> "list[torch.Tensor]":
-        import torch
-
-        base, name = self.layer.file.base, self.layer.name
+    def _find(self) -> list[torch.Tensor]:
+        base, module = self.module.file.base, self.module
         assert base is not None
-        weight = torch.cat(list(base.blocks(f"{name}.weight")))
+        weight = torch.cat(list(base.blocks(module.weight)))
         if self.biased:
-            weight = torch.cat([weight, torch.cat(list(base.blocks(f"{name}.bias")))[:, None]], dim=1)
-        rank = min(self.rank, *weight.shape)
-        labels = cluster(randomized(weight, rank, _ITERATIONS, self.seed)[0][:, :rank], self.count)
-        found = [torch.where(labels == i)[0] for i in range(int(labels.max()) + 1)]
-        rows = [self.layer.shape(f"adamss_B.{i}")[0] for i in range(self.count)]
-        if [len(f) for f in found] != rows:
-            raise self.layer.file.refuse(
-                f"the outputs fall into clusters of {[len(f) for f in found]} on this base, the adapter has {rows}",
-                tensor=name,
+            weight = torch.cat([weight, torch.cat(list(base.blocks(module.bias)))[:, None]], dim=1)
+        rank = min(self.settings.r, *weight.shape)
+        left = randomized(weight, rank, _ITERATIONS, self.settings.random_seed or 0)[0][:, :rank]
+        labels = cluster(left, self.count)
+        outputs = [torch.where(labels == i)[0] for i in range(int(labels.max()) + 1)]
+        sizes, rows = [len(o) for o in outputs], [module.shape(f"adamss_B.{i}")[0] for i in range(self.count)]
+        if sizes != rows:
+            raise module.file.refuse(
+                f"the outputs fall into clusters of {sizes} on this base, the adapter has {rows}",
+                tensor=module.name,
                 expected="the base that the adapter was trained on: its weights decide the clusters",
             )
-        return found
+        return outputs
 
 
-def cluster(points: "torch.Tensor", count: int) -> "torch.Tensor":
+def cluster(points: torch.Tensor, count: int) -> torch.Tensor:
     """The cluster of each row of points (n, r), int64 (n,), as PEFT asks scikit-learn for it."""
-    import torch
-
     means = _k_means()(
         n_clusters=count, init="random", n_init=1, max_iter=_MOST_ROUNDS, random_state=_CLUSTERING_SEED
     )
@@ -96,83 +98,60 @@ def _k_means() -> Any:
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer's weight, and one for its bias, if it has one."""
     most = max((int(m[1]) for key in file.tensors if (m := _PART.search(key))), default=-1) + 1
-    found = layered(file, [_N, *(f"adamss_{side}.{i}" for side in "AB" for i in range(most))])
-    if not found:
-        return []
-    rank, subspaces = whole(file.config, "r", file.where), whole(file.config, "num_subspaces", file.where)
-    seed = file.config.get("random_seed")
-    if not is_kind(seed, int):
+    settings = file.settings(Settings)
+    if settings.random_seed is None:
         raise file.refuse(
-            f"random_seed is {seed!r}",
-            expected="the seed of the decomposition, which PEFT writes since 0.21: without it the clusters of the "
-            "outputs cannot be found again",
+            "random_seed is None",
+            expected="the seed of the decomposition: without it the clusters of the outputs cannot be found again",
         )
     if file.base is not None:
         _k_means()  # refused before anything is written
-    return [u for layer in found for u in _updates(layer, rank, subspaces, int(seed or 0))]
+    markers = (_N, *(f"adamss_{side}.{i}" for side in "AB" for i in range(most)))
+    return [u for module in modules(file, *markers) for u in _updates(module, settings)]
 
 
-def _updates(layer: Layered, rank: int, subspaces: int, seed: int) -> list[TargetUpdate]:
-    file, count = layer.file, sum(m.startswith("adamss_B.") for m in layer.keys)
-    layer.need(_N, *(f"adamss_{side}.{i}" for side in "AB" for i in range(max(1, count))))
-    a, b = ([layer.shape(f"adamss_{side}.{i}") for i in range(count)] for side in "AB")
-    n = layer.shape(_N)
+def _updates(module: AdaptedModule, settings: Settings) -> list[TargetUpdate]:
+    file, count = module.file, sum(m.startswith("adamss_B.") for m in module.keys)
+    module.need(_N, *(f"adamss_{side}.{i}" for side in "AB" for i in range(max(1, count))))
+    a, b = ([module.shape(f"adamss_{side}.{i}") for i in range(count)] for side in "AB")
+    n, rank = module.shape(_N), settings.r
     good = (
         len(n) == 2
         and n[0] <= rank
-        and len(layer.keys) == 2 * count + 1
+        and len(module.keys) == 2 * count + 1
         and all(len(x) == len(y) == 2 and x[0] == y[1] and x[1] == n[0] for x, y in zip(a, b, strict=True))
     )
     outputs = sum(y[0] for y in b if y)
-    if not good or count != min(subspaces, outputs):
-        raise layer.disagree(
-            *layer.keys, expected=f"{subspaces} pairs A (rᵢ, r) and B (rows, rᵢ), and N (r, in), r at most {rank}"
+    if not good or count != min(settings.num_subspaces, outputs):
+        raise module.disagree(
+            f"{settings.num_subspaces} pairs A (rᵢ, r) and B (rows, rᵢ), and N (r, in), r at most {rank}"
         )
-    biased = file.base is not None and file.base.has(f"{layer.name}.bias")
-    clusters = Clusters(layer, count, rank, seed, biased)
+    biased = file.base is not None and file.base.has(module.bias)
+    clusters = Clusters(module, count, settings, biased)
 
     def load(_: tuple[int, ...]) -> LowRankUpdate:
         left, right = _factors(clusters)
-        return LowRankUpdate(LowRank(left, right[:, : n[1] - biased], file.weight))
+        return LowRankUpdate.of(left, right[:, : n[1] - biased], file.weight)
 
     def load_bias(_: tuple[int, ...]) -> BiasUpdate:
         left, right = _factors(clusters)
         return BiasUpdate(left @ right[:, -1], file.weight)
 
-    shape = (outputs, n[1] - biased if file.base is not None else None)
-    whole_weight = TargetUpdate(
-        f"{layer.name}.weight",
-        "adamss",
-        layer.used,
-        (shape,),
-        load,
-        row_wise=_all_rows,
-        copies=DECOMPOSITION,
-        adds=True,
-    )
-    if not biased:
-        return [whole_weight]
-    return [
-        whole_weight,
-        TargetUpdate(f"{layer.name}.bias", "adamss_bias", (), ((outputs,),), load_bias, adds=True),
-    ]
+    shapes: Shapes = ((outputs, n[1] - biased if file.base is not None else None),)
+    # The decomposition is of the whole weight, and so is the memory that it takes.
+    weight = WholeTarget(module.weight, "adamss", module.used, shapes, load, copies=DECOMPOSITION, adds=True)
+    bias = TargetUpdate(module.bias, "adamss_bias", (), ((outputs,),), load_bias, adds=True)
+    return [weight, bias] if biased else [weight]
 
 
-def _all_rows(_: Any) -> bool:
-    """The decomposition is of the whole weight, and so is the memory that it takes."""
-    return False
-
-
-def _factors(clusters: Clusters) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _factors(clusters: Clusters) -> tuple[torch.Tensor, torch.Tensor]:
     """(outputs, Σrᵢ) with each Bᵢ in the rows of its cluster, and (Σrᵢ, inputs and bias): Aᵢ·N."""
-    import torch
-
-    layer, found = clusters.layer, clusters.of()
-    n = layer.read(_N)
-    right = torch.cat([layer.read(f"adamss_A.{i}") @ n for i in range(clusters.count)])
-    left, start = n.new_zeros(sum(len(rows) for rows in found), len(right)), 0
-    for i, rows in enumerate(found):
-        b = layer.read(f"adamss_B.{i}")
+    module, outputs = clusters.module, clusters.of()
+    n = module.read(_N)
+    right = torch.cat([module.read(f"adamss_A.{i}") @ n for i in range(clusters.count)])
+    left, start = n.new_zeros(sum(len(rows) for rows in outputs), len(right)), 0
+    for i, rows in enumerate(outputs):
+        b = module.read(f"adamss_B.{i}")
         left[rows, start : start + b.shape[1]] = b
         start += b.shape[1]
     return left, right

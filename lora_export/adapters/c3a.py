@@ -1,32 +1,26 @@
 """C³A (arXiv:2407.19342, §3): W' = W + C/in, C of circulant blocks, each of which is one trained vector."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lora_export.adapters.complete import refuse_factor
-from lora_export.adapters.keys import group
+import torch
+
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import AdaptedModule, complete
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "C3A"
-PEFT_TYPES = ("C3A",)
 FORMULA = "W + C/in, C of circulant blocks"
 
-_MARKER = "c3a_kernel"
+_KERNEL = "c3a_kernel"
 
 
 @dataclass(frozen=True)
 class CirculantUpdate:
     """Element (i, j) of block (m, n) is kernel[m, n, (j − i) mod b]; kernel: fp32 (out/b, in/b, b), 1/in inside."""
 
-    kernel: "torch.Tensor"
+    kernel: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         _, blocks, size = self.kernel.shape
         row = torch.arange(rows.start, rows.start + len(weight), device=weight.device)
         turned = (torch.arange(size, device=weight.device) - row[:, None]) % size
@@ -36,17 +30,14 @@ class CirculantUpdate:
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each linear layer, whatever block_size the configuration gives it: the tensor tells."""
-    modules = group(file.tensors, (_MARKER,))
-    if modules:
-        refuse_factor(file, NAME)
-    return [_update(file, name, keys[_MARKER]) for name, keys in modules.items()]
+    file.refuse_factor(NAME)
+    return [_update(module) for module in complete(file, _KERNEL)]
 
 
-def _update(file: AdapterFile, name: str, key: str) -> TargetUpdate:
-    outputs, inputs, size = file.shape(key, 3)
+def _update(module: AdaptedModule) -> TargetUpdate:
+    outputs, inputs, size = module.file.shape(module.keys[_KERNEL], 3)
 
     def load(shape: tuple[int, ...]) -> CirculantUpdate:
-        return CirculantUpdate(file.read(key) / shape[1])
+        return CirculantUpdate(module.read(_KERNEL) / shape[1])
 
-    shapes = ((outputs * size, inputs * size),)
-    return TargetUpdate(f"{name}.weight", "c3a", (key,), shapes, load, adds=True)
+    return TargetUpdate(module.weight, "c3a", module.used, ((outputs * size, inputs * size),), load, adds=True)

@@ -1,25 +1,22 @@
-"""adapter_config.json as PEFT writes it, read strictly: what is not understood is refused, never ignored."""
+"""adapter_config.json as PEFT writes it, read strictly: what is not understood is refused, never ignored.
+
+Each kind declares a frozen dataclass of the fields that it reads, which `settings` decodes.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lora_export import patterns
-from lora_export.errors import AdapterError
-from lora_export.storage.documents import Kind, check, is_kind
+from lora_export.errors import AdapterError, InputError
+from lora_export.storage.documents import decode
 
-# What is read of a configuration without a question of its own.
-_FIELDS: Kind = {
-    "peft_type?": (None, str),
-    "swift_type?": (None, str),
-    "peft_version?": (None, str),
-    "base_model_name_or_path?": (None, str),
-    "modules_to_save?": (None, [str]),
-    "target_parameters?": (None, [str]),
-    "lora_B_layout?": (None, str),
-}
+S = TypeVar("S")
+V = TypeVar("V")
+
 PEFT_EMBEDDINGS = ("embed_tokens", "lm_head")  # EMBEDDING_LAYER_NAMES of peft/utils/constants.py
 LARGEST = 1e30  # of an alpha: the arithmetic is fp32, and the factor is multiplied with two matrices
 # What changes the result in a way that no weight can hold, or that is not computed here: key → why, what helps.
@@ -43,6 +40,60 @@ _REFUSALS: dict[str, tuple[str, str]] = {
 _RECOMPUTED_INITS = ("pissa", "olora")
 _LOST_INITS = ("pissa_niter_", "corda", "lora_ga", "loftq")
 
+Positive = NewType("Positive", int)
+Count = NewType("Count", int)
+Number = NewType("Number", float)
+PositiveNumber = NewType("PositiveNumber", float)
+_RANGES: dict[Any, Callable[[Any], bool]] = {
+    Positive: lambda value: value >= 1,
+    Count: lambda value: value >= 0,
+    Number: lambda value: abs(value) <= LARGEST,
+    PositiveNumber: lambda value: 0 < value <= LARGEST,
+}
+_EXPECTED: dict[Any, str] = {
+    Positive: "a positive whole number", Count: "0 or a positive whole number", int: "a whole number of 64 bits",
+    PositiveNumber: "a positive number", Number: f"a number of at most {LARGEST:g}", str: "a string",
+    bool: "true or false, as PEFT writes it", list[str]: "a list of strings",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class General:
+    """What is read of any configuration. swift_type: ms-swift's word for the type."""
+
+    peft_type: str | None = None
+    swift_type: str | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
+    lora_B_layout: str | None = None
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Of a kind with a rank and nothing else."""
+
+    r: Positive
+
+
+@dataclass(frozen=True)
+class PatternedRank:
+    """Of a kind with a rank for each module: the first expression in rank_pattern that matches decides, else r."""
+
+    r: Positive
+    rank_pattern: Mapping[str, Positive] | None = None
+
+    def rank(self, module: str) -> int:
+        return match_pattern(self.rank_pattern, module, self.r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lora(PatternedRank):
+    lora_alpha: Number
+    use_rslora: bool | None = None
+    alpha_pattern: Mapping[str, PositiveNumber] | None = None
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -51,11 +102,7 @@ class LoraConfig:
     residual: the initialisation that took the adapter's first value out of the base ("pissa", "olora"), or None.
     """
 
-    r: int
-    alpha: float
-    use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    fields: _Lora
     residual: str | None
     where: Path
 
@@ -64,7 +111,7 @@ class LoraConfig:
 
         rank is the rank found in the file; it must be the one that the configuration gives this module.
         """
-        expected = match_pattern(self.rank_pattern, module, self.r)
+        expected = self.fields.rank(module)
         if rank != expected:
             raise AdapterError(
                 f"the tensors have rank {rank}, the configuration gives this module rank {expected}",
@@ -72,13 +119,64 @@ class LoraConfig:
                 tensor=module,
                 expected="rank_pattern and r that describe the file",
             )
-        alpha = float(match_pattern(self.alpha_pattern, module, self.alpha))
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        alpha = match_pattern(self.fields.alpha_pattern, module, self.fields.lora_alpha)
+        return alpha / math.sqrt(rank) if self.fields.use_rslora else alpha / rank
 
 
-def match_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+def settings(config: Mapping[str, Any], type_: type[S], where: Path) -> S:
+    """The fields of a configuration that a frozen dataclass names; AdapterError for one of another type or range.
+
+    A field without a default must be there. The keys of a mapping are expressions that match modules.
+    """
+    return type_(
+        **{
+            name: _field(name, config.get(name), hint, where)
+            for name, hint in get_type_hints(type_).items()
+            if name in config or not hasattr(type_, name)
+        }
+    )
+
+
+def _field(name: str, value: Any, hint: Any, where: Path) -> Any:
+    if get_origin(hint) in (Union, UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in get_args(hint) if h is not type(None))
+    if get_origin(hint) is not Mapping:
+        if not _is(value, hint):
+            raise AdapterError(f"{name} is {value!r}", where=where, expected=_words(hint))
+        return value if get_origin(hint) is Literal else decode(value, hint, name, where)
+    if not isinstance(value, dict):
+        raise AdapterError(f"{name} is {value!r}", where=where, expected="a map from module to number")
+    of = get_args(hint)[1]
+    for expression, number in value.items():
+        check_expression(expression, f"{name} has the key", where)
+        if not _is(number, of):
+            found = f"{name} gives {expression!r} the value {number!r}"
+            raise AdapterError(found, where=where, expected=_words(of))
+    return value
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:  # Python takes 1 for True
+        return any(type(value) is type(known) and value == known for known in get_args(hint))
+    try:
+        decode(value, hint, "", "")
+    except InputError:
+        return False
+    return hint not in _RANGES or _RANGES[hint](value)
+
+
+def _words(hint: Any) -> str:
+    if get_origin(hint) is not Literal:
+        return _EXPECTED[hint]
+    *words, last = (str(w).lower() if isinstance(w, bool) else repr(w) for w in get_args(hint))
+    return f"{', '.join(words)} or {last}"
+
+
+def match_pattern(pattern: Mapping[str, V] | None, module: str, default: V) -> V:
     """PEFT's rule: the first key, in the file's order, that matches the end of the module's name."""
-    for key, value in pattern.items():
+    for key, value in (pattern or {}).items():
         if patterns.ends_with(key, module):
             return value
     return default
@@ -91,23 +189,12 @@ def check_expression(expression: str, what: str, where: Path) -> None:
         raise AdapterError(f"{what} {expression!r}: {reason}", where=where, expected="a regular expression")
 
 
-def check_config(config: Mapping[str, Any], where: Path) -> None:
-    """InputError unless every field that is read is of its kind."""
-    check(config, _FIELDS, "the configuration", where)
-
-
 def parse_lora(config: Mapping[str, Any], where: Path) -> LoraConfig:
     """The LoRA configuration, or an AdapterError for whatever would make the merged result another one."""
     refuse_unmergeable(config, where)
     _refuse_trainers(config, where)
     return LoraConfig(
-        r=whole(config, "r", where),
-        alpha=number(config, "lora_alpha", where),
-        use_rslora=bool(config.get("use_rslora")),
-        rank_pattern=pattern(config, "rank_pattern", where, int),
-        alpha_pattern=pattern(config, "alpha_pattern", where, float),
-        residual=_residual(config.get("init_lora_weights", True), where),
-        where=where,
+        settings(config, _Lora, where), _residual(config.get("init_lora_weights", True), where), where
     )
 
 
@@ -143,55 +230,26 @@ def _refuse_trainers(config: Mapping[str, Any], where: Path) -> None:
     enabled = config.get("enable_lora")
     if isinstance(enabled, list) and any(enabled):
         raise AdapterError(
-            "enable_lora: LoRA on parts of a fused projection, which PEFT has not known since 0.3",
+            "enable_lora: LoRA on parts of a fused projection, which PEFT dropped in 0.3",
             where=where,
             expected="an adapter of PEFT 0.3 or newer",
             next_step="merge it with the PEFT that saved it",
         )
     if where.parent.name in ("pissa_init", "pissa_backup"):
         raise AdapterError(
-            f"LLaMA-Factory's {where.parent.name} belongs to a base from which its first value was taken out",
+            f"LLaMA-Factory's {where.parent.name} belongs to a base from which its initial value was subtracted",
             where=where,
             expected="the converted adapter",
             next_step="give the folder pissa_converted beside it",
         )
 
 
-def whole(config: Mapping[str, Any], key: str, where: Path) -> int:
-    """A positive whole number of the configuration."""
-    value: Any = config.get(key)
-    if not is_kind(value, int) or value < 1:
-        raise AdapterError(f"{key} is {value!r}", where=where, expected="a positive whole number")
-    return int(value)
-
-
-def number(config: Mapping[str, Any], key: str, where: Path) -> float:
-    """A finite number of the configuration."""
-    value: Any = config.get(key)
-    if not is_kind(value, float) or abs(value) > LARGEST:
-        raise AdapterError(f"{key} is {value!r}", where=where, expected=f"a number of at most {LARGEST:g}")
-    return float(value)
-
-
-def pattern(config: Mapping[str, Any], key: str, where: Path, kind: type[int] | type[float]) -> dict[str, Any]:
-    """rank_pattern or alpha_pattern: regular expression → positive number of a kind."""
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise AdapterError(f"{key} is {value!r}", where=where, expected="a map from module to number")
-    for name, size in value.items():
-        check_expression(name, f"{key} has the key", where)
-        if not is_kind(size, kind) or not 0 < size <= LARGEST:
-            words = "a positive whole number" if kind is int else "a positive number"
-            raise AdapterError(f"{key} gives {name!r} the value {size!r}", where=where, expected=words)
-    return value
-
-
 def _residual(init: Any, where: Path) -> str | None:
     kind = init.lower() if isinstance(init, str) else ""
     if kind.startswith(_LOST_INITS):
         raise AdapterError(
-            f"init_lora_weights is {init!r}: this adapter was trained on a changed base, not on the original, and "
-            "what was taken out of the base cannot be computed from it again",
+            f"init_lora_weights is {init!r}: this adapter was trained on a modified base, and "
+            "what was subtracted from the base cannot be recomputed",
             where=where,
             expected="an adapter converted to plain LoRA",
             next_step="in the training script: model.save_pretrained(DIR, "

@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.config import match_pattern, parse_lora
-from lora_export.adapters.keys import group
+from lora_export.adapters.config import LoraConfig, parse_lora
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import SAVE_AGAIN, AdaptedModule, modules
+from lora_export.adapters.updates import LowRankUpdate
 from lora_export.choices import ExpertPacking
 from lora_export.contracts import TargetUpdate
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "LoRA on fused experts"
-PEFT_TYPES = ("LORA",)
 FORMULA = "W[e] + s·B[e]·A[e]; A holds one expert after the other, B all experts of one rank after those of another"
 
 _PARTS = ("lora_A", "lora_B")
@@ -53,20 +53,6 @@ class ExpertsUpdate:
         return torch.addmm(weight, left[rows], right, alpha=self.scaling)
 
 
-@dataclass(frozen=True)
-class MatrixUpdate:
-    """weight + scaling · b · a for a parameter of two dimensions; a: fp32 (r, in), b: fp32 (out, r)."""
-
-    a: "torch.Tensor"
-    b: "torch.Tensor"
-    scaling: float
-
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
-        return torch.addmm(weight, self.b[rows], self.a, alpha=self.scaling)
-
-
 def claims(file: AdapterFile, module: str) -> bool:
     """Whether the matrices of this module (with its `.base_layer`s) belong to target_parameters."""
     return bool(_parameters(file, module.replace(_WRAPPER, "")))
@@ -76,10 +62,10 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each parameter that target_parameters names and the file has matrices for."""
     if not file.config.get("target_parameters"):
         return []
-    nested: dict[str, dict[int, dict[str, str]]] = {}
-    for name, keys in group(file.tensors, _PARTS).items():
-        if claims(file, name):
-            nested.setdefault(name.replace(_WRAPPER, ""), {})[name.count(_WRAPPER)] = keys
+    nested: dict[str, dict[int, AdaptedModule]] = {}
+    for module in modules(file, *_PARTS):
+        if claims(file, module.name):
+            nested.setdefault(module.name.replace(_WRAPPER, ""), {})[module.name.count(_WRAPPER)] = module
     if not nested:
         if _base_has_none(file):  # PEFT names the experts of every variant of an architecture, dense ones too
             return []
@@ -87,9 +73,10 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
             f"target_parameters names {', '.join(map(str, file.config['target_parameters']))}, "
             "but the file holds no matrices for them",
             expected="tensors such as …experts.lora_A.weight",
-            next_step="save the adapter again: model.save_pretrained(DIR)",
+            next_step=SAVE_AGAIN,
         )
-    return [update for module, depths in nested.items() for update in _module(file, module, depths)]
+    config = parse_lora(file.config, file.where)
+    return [u for owner, wrappers in nested.items() for u in _updates(file, config, owner, wrappers)]
 
 
 def _base_has_none(file: AdapterFile) -> bool:
@@ -108,8 +95,8 @@ def _parameters(file: AdapterFile, module: str) -> list[str]:
         # Without an owner PEFT asks each module whether it has the parameter; fused experts are all called so.
         if f".{module}".endswith(f".{owner or 'experts'}"):
             names.append(parameter)
-    found = sorted(set(names), key=lambda n: (_DEFINED.index(n) if n in _DEFINED else len(_DEFINED), n))
-    return found if len(found) < 2 or set(found) <= set(_DEFINED) else _as_defined(file, module, found)
+    ordered = sorted(set(names), key=lambda n: (_DEFINED.index(n) if n in _DEFINED else len(_DEFINED), n))
+    return ordered if len(ordered) < 2 or set(ordered) <= set(_DEFINED) else _as_defined(file, module, ordered)
 
 
 def _as_defined(file: AdapterFile, module: str, names: list[str]) -> list[str]:
@@ -123,37 +110,41 @@ def _is_defined(file: AdapterFile, module: str, names: list[str]) -> bool:
     return all(any(f".{p}".endswith(f".{module}.{n}") for p in file.defined()) for n in names)
 
 
-def _module(file: AdapterFile, module: str, depths: dict[int, dict[str, str]]) -> list[TargetUpdate]:
-    parameters = _parameters(file, module)
-    if sorted(depths) != list(range(len(parameters))):
+def _updates(
+    file: AdapterFile, config: LoraConfig, owner: str, wrappers: dict[int, AdaptedModule]
+) -> list[TargetUpdate]:
+    """One update for each parameter of a module. wrappers: how many `.base_layer`s → the matrices there."""
+    parameters = _parameters(file, owner)
+    if sorted(wrappers) != list(range(len(parameters))):
         raise file.refuse(
-            f"{len(depths)} pairs of matrices for the parameters {', '.join(parameters)}",
-            tensor=module,
+            f"{len(wrappers)} pairs of matrices for the parameters {', '.join(parameters)}",
+            tensor=owner,
             expected="one pair for each parameter in target_parameters",
         )
     unknown = [p for p in parameters if p not in _DEFINED]
-    if len(parameters) > 1 and unknown and not _is_defined(file, module, unknown):
+    if len(parameters) > 1 and unknown and not _is_defined(file, owner, unknown):
         raise file.refuse(
             f"several parameters of one module, and the order of {unknown[0]!r} is not known",
-            tensor=module,
+            tensor=owner,
             expected=f"parameters among {', '.join(_DEFINED)}",
         )
-    innermost_first = sorted(depths, reverse=True)
-    return [_update(file, module, p, depths[d]) for p, d in zip(parameters, innermost_first, strict=True)]
+    innermost_first = sorted(wrappers, reverse=True)
+    return [
+        _update(config, AdaptedModule(file, f"{owner}.{p}", wrappers[depth].keys), p)
+        for p, depth in zip(parameters, innermost_first, strict=True)
+    ]
 
 
-def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]) -> TargetUpdate:
-    target = f"{module}.{parameter}"
-    missing = [p for p in _PARTS if p not in keys]
-    if missing:
-        raise file.refuse(f"{missing[0]} of this parameter is missing", tensor=target, expected="lora_A and lora_B")
-    config = parse_lora(file.config, file.where)
+def _update(config: LoraConfig, module: AdaptedModule, parameter: str) -> TargetUpdate:
+    """module: of the parameter's name, `model.layers.0.mlp.experts.down_proj`."""
+    file, target = module.file, module.name
+    module.need(*_PARTS)
     if config.residual:
         raise file.refuse(
             f"{config.residual} on fused experts", tensor=target, expected="an adapter converted to plain LoRA"
         )
-    a, b = (file.tensors[keys[p]].shape for p in _PARTS)
-    rank = match_pattern(config.rank_pattern, target, config.r)
+    a, b = (module.shape(p) for p in _PARTS)
+    rank = config.fields.rank(target)
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] % rank:
         raise file.refuse(
             f"A {list(a)} and B {list(b)} are not of rank {rank} for each expert",
@@ -164,10 +155,10 @@ def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]
     expert_major = experts > 1 and rank > 1 and _packing(file, parameter) == "expert"
     out_in, in_out = (experts, b[0], a[1]), (experts, a[1], b[0])
 
-    def load(shape: tuple[int, ...]) -> ExpertsUpdate | MatrixUpdate:
-        down, up = (file.read(keys[p]) for p in _PARTS)
+    def load(shape: tuple[int, ...]) -> ExpertsUpdate | LowRankUpdate:
+        down, up = (module.read(p) for p in _PARTS)
         if len(shape) == 2:
-            return MatrixUpdate(down, up, scaling)
+            return LowRankUpdate.of(up, down, scaling)
         down = down.reshape(experts, rank, -1)
         if expert_major:
             up = up.reshape(-1, experts, rank).permute(1, 0, 2)
@@ -179,7 +170,7 @@ def _update(file: AdapterFile, module: str, parameter: str, keys: dict[str, str]
     shapes: tuple[tuple[int, ...], ...] = (out_in, in_out)
     if experts == 1:
         shapes = (*shapes, (b[0], a[1]))
-    return TargetUpdate(target, "lora_experts", tuple(keys[p] for p in _PARTS), shapes, load, adds=True)
+    return TargetUpdate(target, "lora_experts", module.used, shapes, load, adds=True)
 
 
 def _packing(file: AdapterFile, parameter: str) -> ExpertPacking:
@@ -193,18 +184,18 @@ def _packing(file: AdapterFile, parameter: str) -> ExpertPacking:
         raise file.refuse(
             f"--expert-packing {file.expert_packing}, but the adapter says that {parameter} is packed by {noted}",
             expected="the packing of the training",
-            next_step="leave --expert-packing away",
+            next_step="drop --expert-packing",
         )
     if file.expert_packing != "auto":
         return file.expert_packing
     if noted is None and (_is_unsloth(file) or _is_megatron(file)):
         trainer = "Unsloth" if _is_unsloth(file) else "Megatron-Bridge"
         raise file.refuse(
-            f"{trainer} has packed B of fused experts both ways, and this file does not say which it has",
+            f"{trainer} has packed B of fused experts in two ways, and this file does not say in which",
             tensor=parameter,
             expected="--expert-packing",
             next_step="--expert-packing expert (Unsloth before September 2026, Megatron-Bridge), else rank; "
-            "`lora-export validate` cannot tell, as PEFT always reads by rank: compare a text",
+            "`lora-export validate` cannot tell, as PEFT always reads by rank: compare generated text",
         )
     return noted or "rank"
 

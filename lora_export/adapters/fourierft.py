@@ -1,20 +1,17 @@
 """FourierFT (arXiv:2405.03003, eq. 2-4): W' = W + s·Re(F⁻¹(E)), E zero but for n frequencies drawn by a seed."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lora_export.adapters.complete import SizedTarget, refuse_factor
-from lora_export.adapters.config import number
-from lora_export.adapters.keys import group
+import torch
+
+from lora_export.adapters.config import Number
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import AdaptedModule, complete
 from lora_export.adapters.sparse import chosen
+from lora_export.adapters.updates import SizedTarget, never
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "FourierFT"
-PEFT_TYPES = ("FOURIERFT",)
 FORMULA = "W + s·Re(F⁻¹(E)), F⁻¹ the inverse discrete Fourier transform in two dimensions"
 
 _MARKER = "fourierft_spectrum"
@@ -22,40 +19,42 @@ COPIES = 12  # in fp32: weight, delta, its half spectrum and itself in float64, 
 
 
 @dataclass(frozen=True)
+class Settings:
+    """Of the kinds that train numbers at places drawn by random_loc_seed."""
+
+    scaling: Number
+
+
+@dataclass(frozen=True)
 class DenseUpdate:
     """weight + delta, of the same shape as the weight; delta: fp32."""
 
-    delta: "torch.Tensor"
+    delta: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         return weight + self.delta[rows]
 
 
-def real_inverse(places: "torch.Tensor", values: "torch.Tensor", shape: tuple[int, int]) -> "torch.Tensor":
+def real_inverse(places: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """Re(F⁻¹(E)) of this shape, float64, for the real matrix E with values (n,) at the flat places (n,).
 
     The real part is the transform of E's even part, which half of the columns determine.
     """
-    import torch
-
     height, width = shape
     half = torch.zeros(height, width // 2 + 1, dtype=torch.complex128)
     row, column = places // width, places % width
     for r, c in ((row, column), (-row % height, -column % width)):
         kept = c <= width // 2
         half.index_put_((r[kept], c[kept]), (values[kept].double() / 2).to(half.dtype), accumulate=True)
-    found: torch.Tensor = torch.fft.irfft2(half, s=shape)
-    return found
+    delta: torch.Tensor = torch.fft.irfft2(half, s=shape)
+    return delta
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer: linear, or GPT-2's Conv1D. How many frequencies it has, its tensor tells."""
-    modules = group(file.tensors, (_MARKER,))
-    if not modules:
-        return []
-    refuse_factor(file, NAME)
-    scaling, seed = number(file.config, "scaling", file.where), seed_of(file)
-    return [_update(file, name, keys[_MARKER], scaling, seed) for name, keys in modules.items()]
+    file.refuse_factor(NAME)
+    scaling, seed = file.settings(Settings).scaling, seed_of(file)
+    return [_update(module, scaling, seed) for module in complete(file, _MARKER)]
 
 
 def seed_of(file: AdapterFile) -> int:
@@ -68,20 +67,18 @@ def seed_of(file: AdapterFile) -> int:
     return seed
 
 
-def _update(file: AdapterFile, name: str, key: str, scaling: float, seed: int) -> TargetUpdate:
-    (count,) = file.shape(key, 1)
-    flips = file.is_conv1d(name)
+def _update(module: AdaptedModule, scaling: float, seed: int) -> TargetUpdate:
+    (count,) = module.file.shape(module.keys[_MARKER], 1)
+    flips = module.is_conv1d
 
     def load(shape: tuple[int, ...]) -> DenseUpdate:
-        values = file.read(key)
+        values = module.read(_MARKER)
         height, width = reversed(shape) if flips else shape
         delta = scaling * real_inverse(chosen(seed, height * width, count), values, (height, width))
         return DenseUpdate((delta.T if flips else delta).to(values.dtype))
 
-    def whole(_: tuple[int, ...]) -> bool:
-        return False  # each row of the delta needs all frequencies
-
+    # Each row of the delta needs all frequencies.
     return SizedTarget(
-        f"{name}.weight", "fourierft", (key,), ((None, None),), load, adds=True, row_wise=whole, copies=COPIES,
+        module.weight, "fourierft", module.used, ((None, None),), load, adds=True, row_wise=never, copies=COPIES,
         least=count,
     )  # fmt: skip

@@ -5,18 +5,15 @@ length 1, which PEFT computes in float64 when it loads the adapter and keeps in 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lora import DECOMPOSITION
-from lora_export.adapters.parts import Layered, integers, layered, linear_shapes
+from lora_export.adapters.module import AdaptedModule, modules
+from lora_export.adapters.updates import DECOMPOSITION, ExactUpdate, WholeTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "FRoD"
-PEFT_TYPES = ("FROD",)
 FORMULA = "U·(Λ + S)·Vᵀ with W = U·Λ₀·Vᵀ, V of all layers of a category"
 
 _DIAGONAL, _SPARSE = "frod_lambda_l", "frod_lambda_s_values"
@@ -31,42 +28,31 @@ _SMALLEST = 1e-12  # of a column's length: shorter ones are zero
 
 
 @dataclass(frozen=True)
-class RotatedUpdate:
-    """U·(diag(diagonal) + S)·Vᵀ on the logical (out, in) weight: v (in, in), diagonal (in), the entries of S
-    `values` (n) at `places` (2, n). All rows together, in float64 but for U. flipped: stored (in, out)."""
+class RotatedUpdate(ExactUpdate):
+    """U·(diag(diagonal) + S)·Vᵀ: v (in, in), diagonal (in), the entries of S `values` (n) at `places` (2, n)."""
 
-    v: "torch.Tensor"
-    diagonal: "torch.Tensor"
-    values: "torch.Tensor"
-    places: "torch.Tensor"
+    v: torch.Tensor
+    diagonal: torch.Tensor
+    values: torch.Tensor
+    places: torch.Tensor
     flipped: bool
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
-        v, exact = self.v.double(), weight.double()
-        exact = exact.T if self.flipped else exact
-        u = directions(v, exact).float().double()
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
+        v = self.v.double()
+        u = directions(v, weight).float().double()  # PEFT keeps it in fp32
         middle = torch.diag(self.diagonal.double())
         middle.index_put_((self.places[0], self.places[1]), self.values.double(), accumulate=True)
-        changed = u @ (middle @ v.T)
-        return (changed.T if self.flipped else changed).contiguous().to(weight.dtype)
-
-    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        """|W| and |W'|: between them all is float64, so nothing else is rounded."""
-        return terms + self.apply(weight, rows).abs()
+        return u @ (middle @ v.T)
 
 
-def directions(v: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":
+def directions(v: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """U (out, in): W·V⁻ᵀ with columns of length 1, those that are shorter than `_SMALLEST` zero; float64."""
-    import torch
-
     try:
-        found = torch.linalg.solve(v, weight.T).T
+        columns = torch.linalg.solve(v, weight.T).T
     except RuntimeError:  # V is singular
-        found = weight @ torch.linalg.pinv(v, rtol=1e-6).T
-    lengths = torch.linalg.norm(found, dim=0)
-    return torch.where(lengths > _SMALLEST, found / lengths, 0.0)
+        columns = weight @ torch.linalg.pinv(v, rtol=1e-6).T
+    lengths = torch.linalg.norm(columns, dim=0)
+    return torch.where(lengths > _SMALLEST, columns / lengths, 0.0)
 
 
 def category(module: str) -> str:
@@ -81,59 +67,43 @@ def category(module: str) -> str:
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer; the first of a category claims what is shared. AdapterError without it."""
-    found = layered(file, (_DIAGONAL, _SPARSE))
-    if not found:
-        return []
     file.refuse_weight(NAME)
     claimed: set[str] = set()
     updates = []
-    for layer in found:
-        shared = [f"{part}.{category(layer.name)}" for part in _SHARED]
-        updates.append(_update(layer, shared, () if claimed.issuperset(shared) else tuple(shared)))
+    for module in modules(file, _DIAGONAL, _SPARSE):
+        shared = [f"{part}.{category(module.name)}" for part in _SHARED]
+        updates.append(_update(module, shared, () if claimed.issuperset(shared) else tuple(shared)))
         claimed.update(shared)
     return updates
 
 
-def _update(layer: Layered, shared: list[str], claims: tuple[str, ...]) -> TargetUpdate:
-    file = layer.file
-    layer.need(_DIAGONAL, _SPARSE)
+def _update(module: AdaptedModule, shared: list[str], claims: tuple[str, ...]) -> TargetUpdate:
+    file = module.file
+    module.need(_DIAGONAL, _SPARSE)
     missing = [key for key in shared if key not in file.tensors]
     if missing:
         raise file.refuse(
             f"{missing[0]} is missing: the projections were not saved (save_projection is false), and PEFT makes "
             "them of the weights of all layers together whenever it loads the adapter",
-            tensor=layer.name,
+            tensor=module.name,
             expected="an adapter that was saved with save_projection=True",
             next_step=_SAVE_THEM,
         )
-    diagonal, values = layer.shape(_DIAGONAL), layer.shape(_SPARSE)
+    diagonal, values = module.shape(_DIAGONAL), module.shape(_SPARSE)
     v, places, size = (file.tensors[key].shape for key in shared)
-    if (
-        len(v) != 2
-        or v[0] != v[1]
-        or diagonal != v[:1]
-        or len(values) != 1
-        or places != (2, *values)
-        or size != (2,)
-    ):
+    square = len(v) == 2 and v[0] == v[1] and diagonal == v[:1]
+    if not square or len(values) != 1 or places != (2, *values) or size != (2,):
         raise file.refuse(
             f"V has the shape {list(v)}, Λ {list(diagonal)}, S {list(values)} at {list(places)}",
-            tensor=layer.name,
+            tensor=module.name,
             expected="V (in, in), Λ (in), as many values of S as places",
         )
 
     def load(_: tuple[int, ...]) -> RotatedUpdate:
-        at = integers(file, shared[1], v[0])
+        at = file.indices(shared[1], v[0])
         return RotatedUpdate(
-            file.read(shared[0]), layer.read(_DIAGONAL), layer.read(_SPARSE), at, file.is_conv1d(layer.name)
+            file.read(shared[0]), module.read(_DIAGONAL), module.read(_SPARSE), at, module.is_conv1d
         )
 
-    return TargetUpdate(
-        f"{layer.name}.weight",
-        "frod",
-        (*layer.used, *claims),
-        linear_shapes(file, layer.name, None, v[0]),
-        load,
-        row_wise=lambda _: False,
-        copies=DECOMPOSITION,
-    )
+    used, shapes = (*module.used, *claims), module.stored(None, v[0])
+    return WholeTarget(module.weight, "frod", used, shapes, load, copies=DECOMPOSITION)

@@ -1,27 +1,35 @@
 """GLoRA (arXiv:2306.07967, eq. 10): W' = W + W ⊙ A + B, b' = b + b ⊙ D + E + W·C."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from lora_export.adapters.config import whole
+import torch
+
+from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.parts import Layered, layered, one_of
+from lora_export.adapters.module import AdaptedModule, modules
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "GLoRA"
-PEFT_TYPES = ("GLORA",)
 FORMULA = "W + W ⊙ A + B, and the bias b + b ⊙ D + E + W·C"
 
 _PATHS = "ABCDE"
 _LEAVES = ("Xd", "Xu", "X", "zeros")
-_WORDS = ("lora", "vector", "constant", "none")
 _WORD = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
+Form = Literal["lora", "vector", "constant", "none"]
 
 # A product of two, a value for each row, or one for all.
-Term = tuple["torch.Tensor", ...]
+Term = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How each path is made, and the rank of those that are products."""
+
+    r: Positive
+    config_A_B: Form
+    config_C: Form
+    config_D_E: Form
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class GeneralizedUpdate:
     scale: Term
     shift: Term
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         shift = _rows(self.shift, rows)
         return weight.addcmul(weight, _rows(self.scale, rows).expand_as(weight)).add_(shift)
 
@@ -40,66 +48,61 @@ class GeneralizedUpdate:
 class GeneralizedBias:
     """bias + bias ⊙ scale + shift + moved; moved: W·C, fp32 (outputs,), the others of the same size or of 1."""
 
-    scale: "torch.Tensor"
-    shift: "torch.Tensor"
-    moved: "torch.Tensor"
+    scale: torch.Tensor
+    shift: torch.Tensor
+    moved: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         size = self.moved.shape
         return weight + weight * self.scale.expand(size)[rows] + self.shift.expand(size)[rows] + self.moved[rows]
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer's weight, and one for its bias, which W·C needs the base's weight for."""
-    found = layered(file, [f"glora_{path}.{leaf}" for path in _PATHS for leaf in _LEAVES])
-    if not found:
-        return []
     file.refuse_weight(NAME)
-    for path in _PATHS:
-        one_of(file, _WORD[path], _WORDS)
-    rank = whole(file.config, "r", file.where)
-    return [update for layer in found for update in _updates(layer, rank)]
+    rank = file.settings(Settings).r
+    markers = [f"glora_{path}.{leaf}" for path in _PATHS for leaf in _LEAVES]
+    return [update for module in modules(file, *markers) for update in _updates(module, rank)]
 
 
-def _updates(layer: Layered, rank: int) -> list[TargetUpdate]:
-    forms = {path: _form(layer, path) for path in _PATHS}
-    outputs, inputs = _size(layer, forms, rank)
+def _updates(module: AdaptedModule, rank: int) -> list[TargetUpdate]:
+    forms = {path: _form(module, path) for path in _PATHS}
+    outputs, inputs = _size(module, forms, rank)
 
     def load(_: tuple[int, ...]) -> GeneralizedUpdate:
-        return GeneralizedUpdate(_term(layer, "A", forms), _term(layer, "B", forms))
+        return GeneralizedUpdate(_term(module, "A", forms), _term(module, "B", forms))
 
     def load_bias(_: tuple[int, ...]) -> GeneralizedBias:
-        return GeneralizedBias(_term(layer, "D", forms)[0], _term(layer, "E", forms)[0], _moved(layer, forms["C"]))
+        (scale,), (shift,) = (_term(module, path, forms) for path in "DE")
+        return GeneralizedBias(scale, shift, _moved(module, forms["C"]))
 
     # Where the layer has no bias PEFT makes zeros of all three paths, which it saves.
     idle = all(forms[p] == "none" for p in "CDE")
-    of_bias = tuple(k for m, k in layer.keys.items() if m[len("glora_")] in "CDE")
-    used = tuple(k for k in layer.used if idle or k not in of_bias)
-    weight = TargetUpdate(f"{layer.name}.weight", "glora", used, ((outputs, inputs),), load)
-    bias = TargetUpdate(
-        f"{layer.name}.bias", "glora_bias", () if idle else of_bias, ((outputs,),), load_bias, optional=idle
-    )
-    return [weight, bias]
+    of_bias = tuple(k for m, k in module.keys.items() if m[len("glora_")] in "CDE")
+    used = tuple(k for k in module.used if idle or k not in of_bias)
+    weight = TargetUpdate(module.weight, "glora", used, ((outputs, inputs),), load)
+    claims = () if idle else of_bias
+    return [weight, TargetUpdate(module.bias, "glora_bias", claims, ((outputs,),), load_bias, optional=idle)]
 
 
-def _form(layer: Layered, path: str) -> str:
+def _form(module: AdaptedModule, path: str) -> str:
     """The word for how this path is made, which the configuration must have too (or the layer has no bias)."""
     marker = f"glora_{path}"
-    leaves = {m.rpartition(".")[2] for m in layer.keys if m.startswith(f"{marker}.")}
-    word = str(layer.file.config[_WORD[path]])
-    constant = leaves == {"X"} and layer.shape(f"{marker}.X") == (1,) and word != "vector"
-    found = {frozenset({"Xd", "Xu"}): "lora", frozenset({"zeros"}): "none"}.get(frozenset(leaves))
-    found = found or {True: "constant", False: "vector"}[constant]
-    if leaves not in ({"Xd", "Xu"}, {"zeros"}, {"X"}) or (found != word and (found != "none" or path in "AB")):
-        raise layer.file.refuse(
+    leaves = {m.rpartition(".")[2] for m in module.keys if m.startswith(f"{marker}.")}
+    word = str(module.file.config[_WORD[path]])
+    constant = leaves == {"X"} and module.shape(f"{marker}.X") == (1,) and word != "vector"
+    one = "constant" if constant else "vector"
+    form = {frozenset({"Xd", "Xu"}): "lora", frozenset({"zeros"}): "none"}.get(frozenset(leaves), one)
+    if leaves not in ({"Xd", "Xu"}, {"zeros"}, {"X"}) or (form != word and (form != "none" or path in "AB")):
+        raise module.file.refuse(
             f"{marker} has {', '.join(sorted(leaves)) or 'no tensors'}, {_WORD[path]} is {word!r}",
-            tensor=layer.name,
+            tensor=module.name,
             expected="Xd and Xu for lora, X for vector and constant, zeros for none",
         )
-    return found
+    return form
 
 
-def _size(layer: Layered, forms: dict[str, str], rank: int) -> tuple[int | None, int | None]:
+def _size(module: AdaptedModule, forms: dict[str, str], rank: int) -> tuple[int | None, int | None]:
     """(outputs, inputs) by all paths together, None for what none of them tells. AdapterError if they disagree."""
     outputs, inputs = set[int](), set[int]()
     for path, form in forms.items():
@@ -108,18 +111,18 @@ def _size(layer: Layered, forms: dict[str, str], rank: int) -> tuple[int | None,
             path, (outputs, None)
         )
         if form == "lora":
-            left, right = layer.shape(f"{marker}.Xd"), layer.shape(f"{marker}.Xu")
+            left, right = module.shape(f"{marker}.Xd"), module.shape(f"{marker}.Xu")
             good = len(left) == len(right) == 2 and left[1] == right[0] == rank and path not in "DE"
         else:
-            left = layer.shape(f"{marker}.{'zeros' if form == 'none' else 'X'}")
+            left = module.shape(f"{marker}.{'zeros' if form == 'none' else 'X'}")
             right = left if len(left) == 2 else (1, 1)
             dimensions = 1 if path in "DE" or form == "constant" else 2
             good = len(left) == dimensions and (form != "vector" or path in "DE" or left[1] == 1)
             good = good and (form != "constant" or left == (1,))
         if not good or (wide is None and right[-1] != 1):
-            raise layer.file.refuse(
+            raise module.file.refuse(
                 f"{marker} is {form}, its shapes are {list(left)} and {list(right)}, r is {rank}",
-                tensor=layer.name,
+                tensor=module.name,
                 expected="matrices of rank r, or vectors, of the layer's size",
             )
         if form != "constant":
@@ -127,36 +130,34 @@ def _size(layer: Layered, forms: dict[str, str], rank: int) -> tuple[int | None,
         if wide is not None and form in ("lora", "none"):
             wide.add(right[-1])
     if len(outputs) > 1 or len(inputs) > 1:
-        raise layer.file.refuse(
+        raise module.file.refuse(
             f"the paths are of {sorted(outputs)} outputs and {sorted(inputs)} inputs",
-            tensor=layer.name,
+            tensor=module.name,
             expected="one size",
         )
     return next(iter(outputs), None), next(iter(inputs), None)
 
 
-def _term(layer: Layered, path: str, forms: dict[str, str]) -> Term:
+def _term(module: AdaptedModule, path: str, forms: dict[str, str]) -> Term:
     if forms[path] == "lora":
-        return layer.read(f"glora_{path}.Xd"), layer.read(f"glora_{path}.Xu")
-    return (layer.read(f"glora_{path}.{'zeros' if forms[path] == 'none' else 'X'}"),)
+        return module.read(f"glora_{path}.Xd"), module.read(f"glora_{path}.Xu")
+    return (module.read(f"glora_{path}.{'zeros' if forms[path] == 'none' else 'X'}"),)
 
 
-def _rows(term: Term, rows: slice) -> "torch.Tensor":
+def _rows(term: Term, rows: slice) -> torch.Tensor:
     if len(term) == 2:
         return term[0][rows] @ term[1]
     return term[0][rows] if term[0].dim() == 2 else term[0]
 
 
-def _moved(layer: Layered, form: str) -> "torch.Tensor":
+def _moved(module: AdaptedModule, form: str) -> torch.Tensor:
     """W·C of the base's W, added up in float64, in the type of what was read."""
-    import torch
-
-    term = _term(layer, "C", {"C": form})
+    term = _term(module, "C", {"C": form})
     column = (term[0].double() @ term[1].double() if len(term) == 2 else term[0].double())[:, 0]
     if form == "none" and not column.any():
-        outputs = layer.shape("glora_D.X" if "glora_D.X" in layer.keys else "glora_D.zeros")
+        outputs = module.shape("glora_D.X" if "glora_D.X" in module.keys else "glora_D.zeros")
         if outputs != (1,):
             return term[0].new_zeros(outputs)
-    assert layer.file.base is not None
-    blocks = [block.double() @ column for block in layer.file.base.blocks(f"{layer.name}.weight")]
+    assert module.file.base is not None
+    blocks = [block.double() @ column for block in module.file.base.blocks(module.weight)]
     return torch.cat(blocks).to(term[0].dtype)

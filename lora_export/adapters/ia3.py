@@ -2,31 +2,28 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.config import check_expression
-from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import AdaptedModule, Shapes, complete
 from lora_export.contracts import TargetUpdate
 from lora_export.patterns import fullmatch
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "IA3"
-PEFT_TYPES = ("IA3",)
 FORMULA = "W·l: columns of feed-forward layers, rows (and the bias) of all others"
 
-_MARKER = "ia3_l"
+_VECTOR = "ia3_l"
 
 
 @dataclass(frozen=True)
 class RowScale:
     """weight · factors, a factor for each row; factors: fp32 (rows,). Also for biases."""
 
-    factors: "torch.Tensor"
+    factors: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         return weight * self.factors[rows].reshape(-1, *(1 for _ in weight.shape[1:]))
 
 
@@ -37,12 +34,10 @@ class ColumnScale:
     outputs: rows of the whole weight. A convolution in groups sees other channels in each group of its rows.
     """
 
-    factors: "torch.Tensor"
+    factors: torch.Tensor
     outputs: int
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         inputs = weight.shape[1]
         groups = len(self.factors) // inputs
         owner = torch.arange(rows.start, rows.start + len(weight), device=weight.device) // (self.outputs // groups)
@@ -52,22 +47,17 @@ class ColumnScale:
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer's weight, and one for its bias, if it has one, where outputs are scaled."""
-    modules = group(file.tensors, (_MARKER,))
-    if modules:
-        file.refuse_weight(NAME)
+    file.refuse_weight(NAME)
     updates = []
-    for name, keys in modules.items():
-        key = keys[_MARKER]
-        shape = file.tensors[key].shape
+    for module in complete(file, _VECTOR):
+        shape = module.shape(_VECTOR)
         size = math.prod(shape)
         if len(shape) < 2 or size != max(shape):
-            raise file.refuse(
-                f"the vector has the shape {list(shape)}", tensor=key, expected="one dimension that is not 1"
-            )
-        feedforward = _is_feedforward(file, name)
-        updates.append(_weight(file, name, key, size, len(shape), feedforward))
+            raise module.disagree("one dimension that is not 1")
+        feedforward = _is_feedforward(file, module.name)
+        updates.append(_weight(module, size, len(shape), feedforward))
         if not feedforward:
-            updates.append(_bias(file, name, key, size))
+            updates.append(_bias(module, size))
     return updates
 
 
@@ -86,39 +76,39 @@ def _is_feedforward(file: AdapterFile, module: str) -> bool:
     return module.endswith(tuple(map(str, named)))
 
 
-def _weight(file: AdapterFile, name: str, key: str, size: int, dimensions: int, feedforward: bool) -> TargetUpdate:
+def _weight(module: AdaptedModule, size: int, dimensions: int, feedforward: bool) -> TargetUpdate:
     by_rows = not feedforward
-    if dimensions == 2 and file.is_conv1d(name):
+    if dimensions == 2 and module.is_conv1d:
         by_rows = feedforward
     rest = (None,) * (dimensions - 2)
 
     def load(shape: tuple[int, ...]) -> RowScale | ColumnScale:
-        factors = file.read(key).reshape(-1)
+        factors = module.read(_VECTOR).reshape(-1)
         if by_rows:
             return RowScale(factors)
         if not shape[1] or size % shape[1] or (dimensions == 2 and size != shape[1]):
-            raise file.refuse(
+            raise module.file.refuse(
                 f"the vector has {size} values, the weight {shape[1]} inputs",
-                tensor=key,
+                tensor=module.keys[_VECTOR],
                 expected="one value for each input",
             )
         groups = size // shape[1]
         if shape[0] % groups:
-            raise file.refuse(
+            raise module.file.refuse(
                 f"the vector has {size} values, so {groups} groups of {shape[1]} inputs for {shape[0]} outputs",
-                tensor=key,
+                tensor=module.keys[_VECTOR],
                 expected="as many outputs in each group",
             )
         return ColumnScale(factors, shape[0])
 
-    shapes: tuple[tuple[int | None, ...], ...] = ((size, None, *rest),) if by_rows else ((None, size, *rest),)
+    shapes: Shapes = ((size, None, *rest),) if by_rows else ((None, size, *rest),)
     if not by_rows and rest:
         shapes = ((None, None, *rest),)  # in groups, the weight has fewer inputs than the layer
-    return TargetUpdate(f"{name}.weight", "ia3", (key,), shapes, load)
+    return TargetUpdate(module.weight, "ia3", module.used, shapes, load)
 
 
-def _bias(file: AdapterFile, name: str, key: str, size: int) -> TargetUpdate:
+def _bias(module: AdaptedModule, size: int) -> TargetUpdate:
     def load(shape: tuple[int, ...]) -> RowScale:
-        return RowScale(file.read(key).reshape(-1))
+        return RowScale(module.read(_VECTOR).reshape(-1))
 
-    return TargetUpdate(f"{name}.bias", "ia3", (), ((size,),), load, optional=True)
+    return TargetUpdate(module.bias, "ia3", (), ((size,),), load, optional=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora_export import meta_model as skeleton
+from lora_export import meta_model
+from lora_export.adapters import config as configuration
 from lora_export.choices import ExpertLayout, ExpertPacking
 from lora_export.contracts import TargetUpdate, TensorInfo, TensorSource
 from lora_export.errors import AdapterError
@@ -111,7 +112,7 @@ class AdapterFile:
         """
         if not self.base_model_types:
             return bool(self.config.get("fan_in_fan_out"))
-        return skeleton.is_conv1d(self.base_model_types, module)
+        return meta_model.is_conv1d(self.base_model_types, module)
 
     def base_shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a weight of the base, whose names may have another prefix; None if it is not known."""
@@ -141,10 +142,24 @@ class AdapterFile:
                 where=self.tensors[key].file,
                 tensor=self.tensors[key].name,
                 expected="finite numbers",
-                next_step="take an earlier checkpoint of the training: this one diverged; "
-                "--allow-nonfinite takes it as it is",
+                next_step="use an earlier checkpoint, as this training diverged; "
+                "--allow-nonfinite accepts it as it is",
             )
         return value
+
+    def indices(self, key: str, below: int) -> "torch.Tensor":
+        """A tensor of indices of any stored type, as int64; AdapterError for one outside of [0, below)."""
+        import torch
+
+        stored = self.source.read(key)
+        indices = stored.to(torch.int64)
+        if not indices.numel():
+            return indices
+        least, largest, whole = int(indices.min()), int(indices.max()), bool((indices == stored).all())
+        if not whole or least < 0 or largest >= below:
+            found = f"indices from {least} to {largest}" if whole else "the indices are not whole numbers"
+            raise self.refuse(found, tensor=key, expected=f"whole numbers from 0 to {below - 1}")
+        return indices
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
         """The shape of a tensor, which is refused unless it has so many dimensions."""
@@ -152,6 +167,10 @@ class AdapterFile:
         if len(shape) != dimensions:
             raise self.refuse(f"the shape is {list(shape)}", tensor=key, expected=f"{dimensions} dimensions")
         return shape
+
+    def settings(self, type_: type[configuration.S]) -> configuration.S:
+        """The fields of the configuration that a frozen dataclass names; see config.settings."""
+        return configuration.settings(self.config, type_, self.where)
 
     def refuse(self, found: str, *, tensor: str | None = None, expected: str, next_step: str = "") -> AdapterError:
         """The error for something in this adapter; it is for the caller to raise."""
@@ -163,31 +182,29 @@ class AdapterFile:
         """For kinds whose update is no sum: a factor other than 1 has no meaning that PEFT shares."""
         if self.weight != 1.0:
             raise self.refuse(
-                f"{kind} is no delta that a factor could scale, and the weight is {self.weight:g}",
+                f"{kind} is not a delta that a weight can scale, and the weight is {self.weight:g}",
                 expected="weight 1",
                 next_step="give the adapter without a weight",
             )
 
-
-@dataclass(frozen=True)
-class FlatTarget(TargetUpdate):
-    """A weight of any number of dimensions that is one of `shapes` when all but its outputs are made flat."""
-
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        return super().fits(shape) or (len(shape) > 2 and super().fits((shape[0], math.prod(shape[1:]))))
+    def refuse_factor(self, kind: str) -> None:
+        """For kinds whose delta PEFT gives no factor, so that no oracle says what a weight other than 1 makes."""
+        if self.weight != 1.0:
+            raise self.refuse(
+                f"PEFT does not scale the delta of {kind}, and the weight is {self.weight:g}",
+                expected="weight 1",
+                next_step="give the adapter without a weight, or merge it with --combine linear",
+            )
 
 
 class Kind(Protocol):
     """A module of this package. One file a kind: its keys, its formula, its refusals.
 
-    NAME: for people; PEFT_TYPES: the values of `peft_type` under which it is looked for; FORMULA: the merged
-    weight in one line, with its source.
+    NAME: for people; FORMULA: the merged weight in one line.
     """
 
     @property
     def NAME(self) -> str: ...
-    @property
-    def PEFT_TYPES(self) -> tuple[str, ...]: ...
     @property
     def FORMULA(self) -> str: ...
 

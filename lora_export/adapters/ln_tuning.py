@@ -5,7 +5,6 @@ from lora_export.adapters.saved import Replacement
 from lora_export.contracts import TargetUpdate
 
 NAME = "LN tuning"
-PEFT_TYPES = ("LN_TUNING",)
 FORMULA = "the trained layer in place of the base's"
 
 _MARKER = ".ln_tuning_layers."
@@ -13,10 +12,8 @@ _MARKER = ".ln_tuning_layers."
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One replacement for each tensor of each trained layer."""
-    found = [_replace(file, key) for key in file.tensors if _MARKER in key]
-    if found:
-        file.refuse_weight("a replaced layer")
-    return found
+    file.refuse_weight("a replaced layer")
+    return [_replace(file, key) for key in file.tensors if _MARKER in key]
 
 
 def _replace(file: AdapterFile, key: str) -> TargetUpdate:

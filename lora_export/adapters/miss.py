@@ -1,20 +1,17 @@
 """MiSS (arXiv:2409.15371), and Bone, its name in PEFT before 0.17: one block D, repeated along the inputs."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
-from lora_export.adapters.complete import SizedTarget, refuse_factor
-from lora_export.adapters.config import whole
-from lora_export.adapters.keys import group
+import torch
+
+from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lora import LowRank, LowRankUpdate
+from lora_export.adapters.module import AdaptedModule, Shapes, complete
+from lora_export.adapters.updates import LowRankUpdate, SizedTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "MiSS"
-PEFT_TYPES = ("MISS", "BONE")
 FORMULA = "W + Dᵀ·(I I … I), one block of r inputs repeated; bat: W + (W + I)·D in blocks of r×r"
 
 _MARKERS = {"MISS": "miss_block", "BONE": "bone_block"}
@@ -24,11 +21,9 @@ _MARKERS = {"MISS": "miss_block", "BONE": "bone_block"}
 class BlockAffineUpdate:
     """Each r×r block of a row of blocks becomes block + block·D + D. blocks: fp32 (outputs/r, r, r)."""
 
-    blocks: "torch.Tensor"
+    blocks: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         size = self.blocks.shape[-1]
         row = torch.arange(rows.start, rows.start + len(weight), device=weight.device)
         parts = weight.reshape(len(weight), -1, size)
@@ -39,65 +34,53 @@ class BlockAffineUpdate:
         return parts.reshape(weight.shape)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """init_weights decides how the block is used; mini_r: outputs after which mini repeats it."""
+
+    r: Positive
+    init_weights: Literal[True, False, "bat", "mini"] = True
+    mini_r: Positive | None = None
+
+
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each linear layer."""
-    marker = _MARKERS[str(file.config.get("peft_type"))]
-    modules = group(file.tensors, (marker,))
-    if not modules:
-        return []
-    refuse_factor(file, NAME)
-    form, rank = file.config.get("init_weights", True), whole(file.config, "r", file.where)
-    if not isinstance(form, bool) and form not in ("bat", "mini"):
-        raise file.refuse(
-            f"init_weights is {form!r}, which decides how the block is used", expected="true, false, bat or mini"
-        )
-    if form == "bat":
-        return [_bat(file, name, keys[marker], rank) for name, keys in modules.items()]
-    repeats = whole(file.config, "mini_r", file.where) if form == "mini" else None
-    return [_repeated(file, name, keys[marker], rank, repeats) for name, keys in modules.items()]
+    file.refuse_factor(NAME)
+    marker, settings = _MARKERS[str(file.config.get("peft_type"))], file.settings(Settings)
+    update = _bat if settings.init_weights == "bat" else _repeated
+    return [update(module, marker, settings) for module in complete(file, marker)]
 
 
-def _bat(file: AdapterFile, name: str, key: str, rank: int) -> TargetUpdate:
-    count, *size = file.shape(key, 3)
+def _bat(module: AdaptedModule, marker: str, settings: Settings) -> TargetUpdate:
+    rank = settings.r
+    count, *size = module.file.shape(module.keys[marker], 3)
     if size != [rank, rank]:
-        raise file.refuse(
-            f"the shape is {[count, *size]}, r is {rank}", tensor=key, expected="(outputs/r, r, r), as bat has it"
-        )
+        raise module.disagree("(outputs/r, r, r), as bat has it", also=f"r is {rank}")
 
     def load(_: tuple[int, ...]) -> BlockAffineUpdate:
-        return BlockAffineUpdate(file.read(key))
+        return BlockAffineUpdate(module.read(marker))
 
-    return SizedTarget(f"{name}.weight", "miss_bat", (key,), ((count * rank, None),), load, tiles=(rank, rank))
+    shapes = ((count * rank, None),)
+    return SizedTarget(module.weight, "miss_bat", module.used, shapes, load, tiles=(rank, rank))
 
 
-def _repeated(file: AdapterFile, name: str, key: str, rank: int, outputs: int | None) -> TargetUpdate:
-    """outputs: of `mini`, whose block is repeated along the outputs, too."""
-    height, width = file.shape(key, 2)
-    if height != rank or outputs not in (None, width):
-        raise file.refuse(
-            f"the shape is {[height, width]}, r is {rank}, mini_r is {outputs}",
-            tensor=key,
-            expected="(r, outputs), or (r, mini_r) with init_weights=mini",
+def _repeated(module: AdaptedModule, marker: str, settings: Settings) -> TargetUpdate:
+    rank, mini = settings.r, settings.init_weights == "mini"
+    height, width = module.file.shape(module.keys[marker], 2)
+    if height != rank or (mini and settings.mini_r != width):
+        raise module.disagree(
+            "(r, outputs), or (r, mini_r) with init_weights=mini", also=f"r is {rank}, mini_r {settings.mini_r}"
         )
 
     def load(shape: tuple[int, ...]) -> LowRankUpdate:
-        import torch
-
-        block = file.read(key)
+        block = module.read(marker)
         left = block.T.repeat(shape[0] // width, 1)
         # The last repetition is cut off where r does not divide the inputs.
         right = torch.eye(rank, dtype=block.dtype).repeat(1, -(-shape[1] // rank))[:, : shape[1]]
-        return LowRankUpdate(LowRank(left, right, 1.0))
+        return LowRankUpdate.of(left, right)
 
-    shapes: tuple[tuple[int | None, ...], ...] = ((width if outputs is None else None, None),)
+    shapes: Shapes = ((None if mini else width, None),)  # mini repeats the block along the outputs, too
     return SizedTarget(
-        f"{name}.weight",
-        "miss",
-        (key,),
-        shapes,
-        load,
-        adds=True,
-        low_rank=True,
-        tiles=(width, 1),
+        module.weight, "miss", module.used, shapes, load, adds=True, low_rank=True, tiles=(width, 1),
         least_inputs=rank,
-    )
+    )  # fmt: skip

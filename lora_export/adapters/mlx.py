@@ -7,14 +7,12 @@ A linear layer has lora_a (in, r) and lora_b (r, out), of which ΔW = scale·(lo
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
-from lora_export.adapters.config import LARGEST
+from lora_export.adapters.config import LARGEST, Number, Positive, settings
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.saved import EMBEDDING_NAMES
 from lora_export.adapters.spelling import Respelled
 from lora_export.contracts import TensorInfo, TensorSource
-from lora_export.storage.documents import is_kind
 
 NAME = "mlx-lm"
 
@@ -37,6 +35,16 @@ class Turned(TensorSource):
         into[:] = memoryview(turned.numpy().data)[start : start + len(into)]
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """lora_parameters of adapter_config.json. Up to 0.19, mlx-lm multiplied the scale by alpha / rank; later ones
+    ignore alpha."""
+
+    rank: Positive
+    scale: Number
+    alpha: Number | None = None
+
+
 def claims(file: AdapterFile) -> bool:
     """Whether the configuration is mlx-lm's: PEFT's knows neither word."""
     return "peft_type" not in file.config and bool({"fine_tune_type", "lora_parameters"} & file.config.keys())
@@ -47,11 +55,12 @@ def as_peft(file: AdapterFile) -> AdapterFile:
     how = file.config.get("fine_tune_type", "lora")
     if how not in ("lora", "dora"):
         raise file.refuse(
-            f"fine_tune_type is {how!r}: this file holds whole weights, and is no adapter",
+            f"fine_tune_type is {how!r}: this file holds full weights, not an adapter",
             expected="fine_tune_type lora or dora",
             next_step=_FULL,
         )
-    rank, scale = _parameters(file)
+    parameters = _parameters(file)
+    rank, scale = parameters.rank, parameters.scale
     parts = [_part(file, key) for key in file.tensors]
     experts = {module for key, module, _ in parts if len(file.tensors[key].shape) == 3}
     tensors = dict[str, TensorInfo]()
@@ -78,23 +87,22 @@ def as_peft(file: AdapterFile) -> AdapterFile:
     return replace(file, source=Respelled(tensors), config=config, tied=True)
 
 
-def _parameters(file: AdapterFile) -> tuple[int, float]:
-    """(rank, scale). Up to 0.19, mlx-lm multiplied the scale by alpha / rank; now it ignores alpha."""
-    found: Any = file.config.get("lora_parameters")
-    found = found if isinstance(found, dict) else {}
-    rank, scale, alpha = (found.get(k) for k in ("rank", "scale", "alpha"))
-    if not is_kind(rank, int) or rank < 1:
-        raise file.refuse(f"lora_parameters gives the rank {rank!r}", expected="a positive whole number")
-    if not is_kind(scale, float) or abs(scale) * rank > LARGEST:
-        raise file.refuse(f"lora_parameters gives the scale {scale!r}", expected="a number, as mlx-lm requires")
-    if alpha is not None and alpha != rank:
+def _parameters(file: AdapterFile) -> Parameters:
+    given = file.config.get("lora_parameters")
+    if not isinstance(given, dict):
+        raise file.refuse(f"lora_parameters is {given!r}", expected="an object with rank and scale")
+    parameters = settings(given, Parameters, file.where)
+    rank, scale, alpha = int(parameters.rank), parameters.scale, parameters.alpha
+    if abs(scale) * rank > LARGEST:
+        raise file.refuse(f"lora_parameters gives the scale {scale!r}", expected=f"at most {LARGEST:g} / rank")
+    if alpha is not None and float(alpha) != rank:
         raise file.refuse(
-            f"lora_parameters gives both scale {scale:g} and alpha {alpha!r}: old versions of mlx-lm multiplied by "
+            f"lora_parameters gives both scale {scale:g} and alpha {alpha:g}: old versions of mlx-lm multiplied by "
             "scale · alpha / rank, later ones by scale alone",
             expected="scale without alpha",
             next_step="remove alpha from adapter_config.json, and set scale to the factor of the training",
         )
-    return int(rank), float(scale)
+    return parameters
 
 
 def _part(file: AdapterFile, key: str) -> tuple[str, str, str]:
@@ -102,7 +110,7 @@ def _part(file: AdapterFile, key: str) -> tuple[str, str, str]:
     match = _LEAF.fullmatch(key)
     if match is None:
         raise file.refuse(
-            "a tensor that is no part of mlx-lm's LoRA or DoRA",
+            "a tensor that is not part of mlx-lm's LoRA or DoRA",
             tensor=key,
             expected="names ending with lora_a, lora_b or m",
             next_step=_FULL,

@@ -2,18 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lora_export.adapters.config import number, whole
-from lora_export.adapters.keys import group
+import torch
+
+from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import AdaptedModule, Shapes, modules
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "OFT"
-PEFT_TYPES = ("OFT",)
 FORMULA = "W·Rᵀ, an embedding's W·R; R = diag(Cayley transforms of skew-symmetric blocks)"
 
 ROTATION = "oft_R"
@@ -36,17 +33,12 @@ class Rotations:
     limit: float | None
     shared: bool
 
-    def blocks(self, upper: "torch.Tensor", size: int) -> "torch.Tensor":
+    def blocks(self, upper: torch.Tensor, size: int) -> torch.Tensor:
         """upper: (blocks, size·(size−1)/2), the entries above the diagonal, row by row. → (blocks, size, size).
 
         In float64: the result is rounded once, by whoever multiplies with it.
         """
-        import torch
-
-        skew = torch.zeros(len(upper), size, size, dtype=torch.float64)
-        rows, columns = torch.triu_indices(size, size, 1)
-        skew[:, rows, columns] = upper.double()
-        skew = skew - skew.mT
+        skew = skew_symmetric(upper, size)
         if self.limit is not None:
             norms = torch.linalg.matrix_norm(skew, keepdim=True)
             share = self.limit / math.sqrt(len(upper))
@@ -54,23 +46,27 @@ class Rotations:
         return cayley(skew) if self.terms is None else neumann(skew, self.terms)
 
 
-def cayley(skew: "torch.Tensor") -> "torch.Tensor":
-    """(I − Q)(I + Q)⁻¹ for skew-symmetric Q of shape (blocks, n, n): orthogonal blocks."""
-    import torch
+def skew_symmetric(upper: torch.Tensor, size: int) -> torch.Tensor:
+    """(blocks, size, size) in float64 from the entries above each diagonal, (blocks, size·(size−1)/2)."""
+    skew = torch.zeros(len(upper), size, size, dtype=torch.float64)
+    rows, columns = torch.triu_indices(size, size, 1)
+    skew[:, rows, columns] = upper.double()
+    return skew - skew.mT
 
+
+def cayley(skew: torch.Tensor) -> torch.Tensor:
+    """(I − Q)(I + Q)⁻¹ for skew-symmetric Q of shape (blocks, n, n): orthogonal blocks."""
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
     solved: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
     return solved
 
 
-def neumann(skew: "torch.Tensor", terms: int) -> "torch.Tensor":
+def neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
     """I + 2Q + 2Q² + … + 2Qᵗ⁻² + Qᵗ⁻¹ with t terms, as PEFT counts them since 0.18.
 
     This approaches (I + Q)(I − Q)⁻¹, the inverse of what `cayley` gives for the same Q. The powers 1 and 2 have
     the factor 2 whenever they occur, so 2 terms are I + 2Q, and 3 terms are what 4 are.
     """
-    import torch
-
     total = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew)
     if terms > 1:
         total = total + 2 * skew
@@ -83,7 +79,7 @@ def neumann(skew: "torch.Tensor", terms: int) -> "torch.Tensor":
     return total
 
 
-def rotate(matrix: "torch.Tensor", blocks: "torch.Tensor") -> "torch.Tensor":
+def rotate(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """matrix · diag(blocks)ᵀ without the zeros; matrix (rows, blocks·n), blocks (blocks or 1, n, n)."""
     size = blocks.shape[-1]
     parts = matrix.reshape(len(matrix), -1, size).transpose(0, 1)
@@ -94,9 +90,9 @@ def rotate(matrix: "torch.Tensor", blocks: "torch.Tensor") -> "torch.Tensor":
 class RotationUpdate:
     """W·diag(blocks)ᵀ. Each row is rotated for itself. blocks: fp32 (blocks, n, n), one block if shared."""
 
-    blocks: "torch.Tensor"
+    blocks: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         return rotate(weight.flatten(1), self.blocks).reshape(weight.shape)
 
 
@@ -120,43 +116,48 @@ class RotationTarget(TargetUpdate):
         return super().fits(shape) and shape[1] % self.size == 0
 
 
+@dataclass(frozen=True)
+class Settings:
+    """eps: the limit of coft."""
+
+    use_cayley_neumann: bool
+    coft: bool
+    block_share: bool
+    num_cayley_neumann_terms: Positive | None = None
+    eps: Number | None = None
+
+
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each rotated layer. Refused: files of PEFT before 0.16, and series of PEFT before 0.18."""
-    old = group(file.tensors, _OLD)
-    if old:
+    for old in modules(file, *_OLD):
         raise file.refuse(
-            "an OFT adapter of PEFT before 0.16, whose parameters mean something else; PEFT cannot load it now",
-            tensor=next(iter(next(iter(old.values())).values())),
+            "an OFT adapter of PEFT before 0.16, whose parameters have another meaning; PEFT can no longer load it",
+            tensor=old.used[0],
             expected="tensors such as …q_proj.oft_R.weight",
             next_step="train it again, or merge it with the PEFT that saved it",
         )
-    modules = group(file.tensors, (ROTATION, EMBEDDING_ROTATION))
-    if not modules:
-        return []
     file.refuse_weight(NAME)
     rotations = _rotations(file)
-    updates = []
-    for name, keys in modules.items():
-        if len(keys) > 1:
-            raise file.refuse("two rotations of one layer", tensor=name, expected=f"one of {', '.join(keys)}")
-        updates += [_update(file, rotations, name, key, marker) for marker, key in keys.items()]
-    return updates
+    return [_update(module, rotations) for module in modules(file, ROTATION, EMBEDDING_ROTATION)]
 
 
 def _rotations(file: AdapterFile) -> Rotations:
-    config, where = file.config, file.where
-    for key in ("use_cayley_neumann", "coft", "block_share"):
-        if not isinstance(config.get(key), bool):
-            raise file.refuse(f"{key} is {config.get(key)!r}", expected=f"{key}: true or false, as PEFT writes it")
-    terms = whole(config, "num_cayley_neumann_terms", where) if config["use_cayley_neumann"] else None
-    if terms is not None and terms > MOST_TERMS:
-        raise file.refuse(f"num_cayley_neumann_terms is {terms}", expected=f"at most {MOST_TERMS} terms")
-    if terms is not None and terms > 2:
+    settings = file.settings(Settings)
+    terms, limit = settings.num_cayley_neumann_terms, settings.eps
+    if settings.use_cayley_neumann and check_terms(file, terms) > 2:
         _refuse_old_series(file)
-    limit = number(config, "eps", where) if config["coft"] else None
-    if limit is not None and limit < 0:
-        raise file.refuse(f"eps is {limit:g}", expected="a limit of at least 0")
-    return Rotations(terms, limit, config["block_share"])
+    if settings.coft and (limit is None or limit < 0):
+        raise file.refuse(f"eps is {limit!r}", expected="a limit of at least 0")
+    return Rotations(
+        terms if settings.use_cayley_neumann else None, limit if settings.coft else None, settings.block_share
+    )
+
+
+def check_terms(file: AdapterFile, terms: int | None) -> int:
+    """The terms of a Cayley-Neumann series; AdapterError for none, or too many."""
+    if terms is None or terms > MOST_TERMS:
+        raise file.refuse(f"num_cayley_neumann_terms is {terms}", expected=f"1 to {MOST_TERMS} terms")
+    return terms
 
 
 def _refuse_old_series(file: AdapterFile) -> None:
@@ -173,34 +174,34 @@ def _refuse_old_series(file: AdapterFile) -> None:
     if version.release[:2] < SERIES_SINCE or (version.release == (0, 18, 0) and version.is_prerelease):
         raise file.refuse(
             "trained with the Cayley-Neumann series of PEFT before 0.18 (peft_version is "
-            f"{saved or 'missing'}), and PEFT now computes another one",
+            f"{saved or 'missing'}), and PEFT now computes a different one",
             expected="an adapter of PEFT 0.18 or newer, or one with use_cayley_neumann=false",
             next_step="merge it with PEFT 0.17.1, or train it again",
         )
 
 
-def _update(file: AdapterFile, rotations: Rotations, name: str, key: str, marker: str) -> TargetUpdate:
-    shape = file.tensors[key].shape
+def _update(module: AdaptedModule, rotations: Rotations) -> TargetUpdate:
+    if len(module.keys) > 1:
+        expected = f"one of {', '.join(module.keys)}"
+        raise module.file.refuse("two rotations of one layer", tensor=module.name, expected=expected)
+    (marker,) = module.keys
+    shape, embedding = module.shape(marker), marker == EMBEDDING_ROTATION
     size = _block_size(shape[1]) if len(shape) == 2 else None
     if size is None or shape[0] < 1 or (rotations.shared and shape[0] != 1):
-        raise file.refuse(
-            f"the shape is {list(shape)}, block_share {str(rotations.shared).lower()}",
-            tensor=key,
-            expected="(blocks, n·(n−1)/2) for blocks of n×n, and one block where it is shared",
+        raise module.disagree(
+            "(blocks, n·(n−1)/2) for blocks of n×n, and one block where it is shared",
+            also=f"block_share is {str(rotations.shared).lower()}",
         )
     inputs = None if rotations.shared else shape[0] * size
-    embedding = marker == EMBEDDING_ROTATION
-    shapes: tuple[tuple[int | None, ...], ...] = ((None, inputs),)
-    if not embedding:
-        shapes += ((None, inputs, 1, 1),)
+    shapes: Shapes = ((None, inputs),) if embedding else ((None, inputs), (None, inputs, 1, 1))
 
     def load(_: tuple[int, ...]) -> RotationUpdate:
-        upper = file.read(key)
+        upper = module.read(marker)
         blocks = rotations.blocks(upper, size).to(upper.dtype)
         return RotationUpdate(blocks.mT if embedding else blocks)
 
     kind = "oft_embedding" if embedding else "oft"
-    return RotationTarget(f"{name}.weight", kind, (key,), shapes, load, file=file, size=size)
+    return RotationTarget(module.weight, kind, module.used, shapes, load, file=module.file, size=size)
 
 
 def _block_size(entries: int) -> int | None:

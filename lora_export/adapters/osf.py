@@ -6,71 +6,50 @@ close, it is as uncertain as they are; so the call is PEFT's own.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lora import DECOMPOSITION
-from lora_export.adapters.parts import Layered, layered
+from lora_export.adapters.module import AdaptedModule, complete
+from lora_export.adapters.updates import DECOMPOSITION, ExactUpdate, WholeTarget
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "OSF"
-PEFT_TYPES = ("OSF",)
 FORMULA = "W − U₀·S₀·V₀ + U·S·V, U₀·S₀·V₀ of the smaller singular directions of W"
 
 _PARTS = tuple(f"osf_svd_params.{part}_low" for part in "USV")
 
 
 @dataclass(frozen=True)
-class RemainderUpdate:
+class RemainderUpdate(ExactUpdate):
     """u·sizes·v in the place of the smallest singular directions of W; u (out, r), sizes (r), v (r, in).
 
-    All rows together; the decomposition in fp32, what follows in float64 whatever comes in.
+    The decomposition is in fp32.
     """
 
-    u: "torch.Tensor"
-    sizes: "torch.Tensor"
-    v: "torch.Tensor"
+    u: torch.Tensor
+    sizes: torch.Tensor
+    v: torch.Tensor
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
+    def changed(self, weight: torch.Tensor) -> torch.Tensor:
         u, sizes, v = (part.double() for part in torch.linalg.svd(weight.float(), full_matrices=False))
         kept = len(sizes) - len(self.sizes)
-        changed: torch.Tensor = weight.double() - (u[:, kept:] * sizes[kept:]) @ v[kept:]
-        changed = changed + (self.u.double() * self.sizes.double()) @ self.v.double()
-        return changed.to(weight.dtype)
-
-    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        """|W| and |W'|: between them all is float64, so nothing else is rounded."""
-        return terms + self.apply(weight, rows).abs()
+        rest: torch.Tensor = weight - (u[:, kept:] * sizes[kept:]) @ v[kept:]
+        return rest + (self.u.double() * self.sizes.double()) @ self.v.double()
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer. How many directions are kept follows from the trained rank."""
-    found = layered(file, _PARTS)
-    if found:
-        file.refuse_weight(NAME)
-    return [_update(layer) for layer in found]
+    file.refuse_weight(NAME)
+    return [_update(module) for module in complete(file, *_PARTS)]
 
 
-def _update(layer: Layered) -> TargetUpdate:
-    layer.need(*_PARTS)
-    u, s, v = (layer.shape(m) for m in _PARTS)
+def _update(module: AdaptedModule) -> TargetUpdate:
+    u, s, v = (module.shape(p) for p in _PARTS)
     if not (len(u) == len(v) == 2 and u[1:] == s == v[:1] and s[0] <= min(u[0], v[1])):
-        raise layer.disagree(*_PARTS, expected="U (out, r), S (r) and V (r, in)")
+        raise module.disagree("U (out, r), S (r) and V (r, in)")
 
     def load(_: tuple[int, ...]) -> RemainderUpdate:
-        return RemainderUpdate(*(layer.read(m) for m in _PARTS))
+        return RemainderUpdate(*(module.read(p) for p in _PARTS))
 
-    return TargetUpdate(
-        f"{layer.name}.weight",
-        "osf",
-        layer.used,
-        ((u[0], v[1]),),
-        load,
-        row_wise=lambda _: False,
-        copies=DECOMPOSITION,
-    )
+    return WholeTarget(module.weight, "osf", module.used, ((u[0], v[1]),), load, copies=DECOMPOSITION)

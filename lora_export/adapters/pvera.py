@@ -9,17 +9,15 @@ from lora_export.adapters.vera import Names, read_shared
 from lora_export.contracts import TargetUpdate
 
 NAME = "PVeRA"
-PEFT_TYPES = ("PVERA",)
 FORMULA = "W + diag(λb)·B[:out]·diag(λd[:r])·A[:r, :in], A and B shared by all layers"
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """As for VeRA. AdapterError for one that draws at inference: no weight equals it."""
-    found = read_shared(file, Names("pvera", 2))
-    if found and file.config.get("sample_at_inference"):
+    if file.config.get("sample_at_inference"):
         raise file.refuse(
             "sample_at_inference is set: every forward draws another change, so no merged weight equals it",
             expected="sample_at_inference: false, which takes the mean",
             next_step="serve it unmerged with PEFT, or set sample_at_inference to false for the mean",
         )
-    return found
+    return read_shared(file, Names("pvera", 2))

@@ -2,22 +2,18 @@
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lora_export.adapters.complete import complete
-from lora_export.adapters.config import number, whole
+import torch
+
+from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lora import LowRank, LowRankUpdate
+from lora_export.adapters.module import SAVE_AGAIN, AdaptedModule, complete
+from lora_export.adapters.updates import LowRankUpdate, never
 from lora_export.contracts import TargetUpdate
 from lora_export.errors import AdapterError
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "RandLoRA"
-PEFT_TYPES = ("RANDLORA",)
 FORMULA = "W + (alpha/r)·B·(λ ⊙ A ⊙ γ), so many random bases that the delta has full rank; B and A shared"
 
 _SCALES = ("randlora_lambda", "randlora_gamma")
@@ -40,17 +36,15 @@ class SmallSideTarget(TargetUpdate):
 @functools.lru_cache(maxsize=1)
 def regenerate(
     seed: int, rank: int, smaller: int, larger: int, sparsity: float | None
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A (r, 1, smaller) and B (larger, bases, r) as PEFT draws them: A first, then B.
 
     Dense (sparsity None): uniform with the bound 1/√(last size), in bfloat16, B base by base. Sparse: −1 and 1,
     each with the probability 1/(2·sparsity). Both are divided by their standard deviation, in the type they have.
     """
-    import torch
-
     generator, bases = torch.Generator(device="cpu").manual_seed(seed), -(-smaller // rank)
 
-    def uniform(*shape: int) -> "torch.Tensor":
+    def uniform(*shape: int) -> torch.Tensor:
         bound = math.sqrt(3.0) * (math.sqrt(2.0 / 6.0) / math.sqrt(shape[-1]))
         return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound, generator=generator)
 
@@ -63,9 +57,22 @@ def regenerate(
     return a / a.std(), b / b.std()
 
 
-def _signs(drawn: "torch.Tensor", share: float) -> "torch.Tensor":
+def _signs(drawn: torch.Tensor, share: float) -> torch.Tensor:
     """−1 for the lowest share of numbers from 0 to 1, 1 for the highest, 0 between."""
     return (drawn > 1 - share).float() - (drawn < share).float()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """projection_prng_key: the seed of the bases, where they were not saved; very_sparse and sparse: how they are
+    drawn then."""
+
+    r: Positive
+    randlora_alpha: Number
+    save_projection: bool = True
+    projection_prng_key: int | None = None
+    sparse: bool = False
+    very_sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,130 +83,114 @@ class Bases:
     """
 
     file: AdapterFile
-    rank: int
+    settings: Settings
     smaller: int | None
     larger: int | None
-    saved: bool
-    seed: int = 0
-    sparsity: float | None = None
 
-    def of(self, module: str) -> tuple["torch.Tensor", "torch.Tensor"]:
+    def of(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B for one layer. AdapterError if its own copy is another one: PEFT would take the last it reads."""
-        import torch
-
-        if not self.saved:
+        if not self.settings.save_projection:
             if self.smaller is None or self.larger is None:
                 raise _unknown(self.file, module)
-            sparsity = math.sqrt(self.smaller) if self.file.config.get("very_sparse") else self.sparsity
-            return regenerate(self.seed, self.rank, self.smaller, self.larger, sparsity)
-        found = []
-        for name in _SHARED:
-            found.append(self.file.read(name))
+            sparsity = 3.0 if self.settings.sparse else None
+            sparsity = math.sqrt(self.smaller) if self.settings.very_sparse else sparsity
+            seed = self.settings.projection_prng_key or 0
+            return regenerate(seed, self.settings.r, self.smaller, self.larger, sparsity)
+        pair = [self.file.read(name) for name in _SHARED]
+        for name, value in zip(_SHARED, pair, strict=True):
             copy = f"{module}.{name}"
-            if copy in self.file.tensors and not torch.equal(self.file.read(copy), found[-1]):
+            if copy in self.file.tensors and not torch.equal(self.file.read(copy), value):
                 raise self.file.refuse(
                     f"this copy of {name} differs from the one of the model", tensor=copy, expected="equal copies"
                 )
-        return found[0], found[1]
+        return pair[0], pair[1]
 
     def claimed(self, module: str, first: bool) -> tuple[str, ...]:
         """The keys that the update of this layer claims."""
         copies = (f"{module}.{name}" for name in _SHARED if f"{module}.{name}" in self.file.tensors)
-        return (*copies, *(_SHARED if first else ())) if self.saved else ()
+        return (*copies, *(_SHARED if first else ())) if self.settings.save_projection else ()
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer; the first of them claims the shared bases, where they were saved."""
-    modules = complete(file, _SCALES)
-    if not modules:
+    settings, adapted = file.settings(Settings), complete(file, *_SCALES)
+    if not adapted:
         return []
-    found = [n for n in _SHARED if n in file.tensors]
-    shared = _saved(file, found) if file.config.get("save_projection", True) else _drawn(file, found, modules)
-    first = next(iter(modules))
-    return [_update(shared, name, keys, shared.claimed(name, name == first)) for name, keys in modules.items()]
+    shared = (_saved if settings.save_projection else _drawn)(file, settings, adapted)
+    return [_update(module, shared, shared.claimed(module.name, module is adapted[0])) for module in adapted]
 
 
-def _saved(file: AdapterFile, found: list[str]) -> Bases:
-    if len(found) != len(_SHARED):
+def _saved(file: AdapterFile, settings: Settings, adapted: list[AdaptedModule]) -> Bases:
+    if any(name not in file.tensors for name in _SHARED):
         raise file.refuse(
             "save_projection is set, but randlora_A and randlora_B are not both there",
             expected="both bases in the file",
-            next_step="save the adapter again: model.save_pretrained(DIR)",
+            next_step=SAVE_AGAIN,
         )
-    rank = whole(file.config, "r", file.where)
-    a, b = (file.shape(n, 3) for n in _SHARED)
+    rank, (a, b) = settings.r, (file.shape(n, 3) for n in _SHARED)
     if (a[0], a[1], b[2]) != (rank, 1, rank):
         raise file.refuse(
             f"randlora_A has the shape {list(a)}, randlora_B {list(b)}, and r is {rank}",
             tensor=_SHARED[0],
             expected="(r, 1, smaller side) and (larger side, bases, r)",
         )
-    return Bases(file, rank, min(a[2], b[1] * rank), b[0], True)
+    return Bases(file, settings, min(a[2], b[1] * rank), b[0])
 
 
-def _drawn(file: AdapterFile, found: list[str], modules: Mapping[str, Mapping[str, str]]) -> Bases:
-    if found:
+def _drawn(file: AdapterFile, settings: Settings, adapted: list[AdaptedModule]) -> Bases:
+    held = next((n for n in _SHARED if n in file.tensors), None)
+    if held:
         raise file.refuse(
             "save_projection is false, but the file holds a projection, which PEFT would not use",
-            tensor=found[0],
+            tensor=held,
             expected="save_projection: true, or a file without randlora_A and randlora_B",
         )
-    seed = file.config.get("projection_prng_key")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise file.refuse(f"projection_prng_key is {seed!r}", expected="the seed of randlora_A and randlora_B")
-    rank, sparsity = whole(file.config, "r", file.where), 3.0 if file.config.get("sparse") else None
+    if settings.projection_prng_key is None:
+        raise file.refuse("projection_prng_key is None", expected="the seed of randlora_A and randlora_B")
     if not file.base_shapes:
-        return Bases(file, rank, None, None, False, seed, sparsity)
+        return Bases(file, settings, None, None)
     sizes = []
-    for name in modules:
-        shape = file.base_shape(f"{name}.weight")
+    for module in adapted:
+        shape = file.base_shape(module.weight)
         if shape is None or len(shape) != 2:
-            raise _unknown(file, name)
-        sizes.append(shape[::-1] if file.is_conv1d(name) else shape)
+            raise _unknown(file, module.name)
+        sizes.append(shape[::-1] if module.is_conv1d else shape)
     largest = [max(s[axis] for s in sizes) for axis in (0, 1)]
-    if rank > min(largest):
-        raise file.refuse(f"r is {rank}, more than a layer has inputs", expected=f"at most {min(largest)}")
-    return Bases(file, rank, min(largest), max(largest), False, seed, sparsity)
+    if settings.r > min(largest):
+        found = f"r is {settings.r}, more than a layer has inputs"
+        raise file.refuse(found, expected=f"at most {min(largest)}")
+    return Bases(file, settings, min(largest), max(largest))
 
 
 def _unknown(file: AdapterFile, module: str) -> AdapterError:
     return file.refuse(
-        "the bases were not saved (save_projection is false), and to draw them again takes the largest sizes of "
-        "all layers, which the adapter does not tell",
+        "the bases were not saved (save_projection is false), and drawing them again needs the largest sizes of "
+        "all layers, which the adapter does not record",
         tensor=module,
         expected="the base that it was trained on, or an adapter with randlora_A and randlora_B",
     )
 
 
-def _update(shared: Bases, name: str, keys: dict[str, str], claimed: tuple[str, ...]) -> TargetUpdate:
-    file, rank = shared.file, shared.rank
-    used = tuple(keys[p] for p in _SCALES)
-    scales, gains = (file.shape(k, 2) for k in used)
-    bases, smaller = gains
+def _update(module: AdaptedModule, shared: Bases, claimed: tuple[str, ...]) -> TargetUpdate:
+    file, rank = module.file, shared.settings.r
+    scales, (bases, smaller) = (file.shape(k, 2) for k in module.used)
     if scales != (rank, bases) or bases != -(-smaller // rank) or smaller > (shared.smaller or smaller):
-        raise file.refuse(
-            f"randlora_lambda has the shape {list(scales)}, randlora_gamma {list(gains)}, and r is {rank}",
-            tensor=used[0],
-            expected="(r, bases) and (bases, smaller side), as many bases as make the rank full",
+        raise module.disagree(
+            "(r, bases) and (bases, smaller side), as many bases as make the rank full", also=f"r is {rank}"
         )
-    scaling = file.weight * number(file.config, "randlora_alpha", file.where) / rank
+    scaling = file.weight * shared.settings.randlora_alpha / rank
 
     def load(shape: tuple[int, ...]) -> LowRankUpdate:
-        a, b = shared.of(name)
-        factors, gamma = (file.read(k) for k in used)
+        a, b = shared.of(module.name)
+        factors, gamma = (module.read(p) for p in _SCALES)
         a, b = a[:, :, :smaller].to(factors.dtype), b[: max(shape), :bases].to(factors.dtype)
         # PEFT flattens one of them as (r, bases) and the other as (bases, r), and multiplies them as they are.
         small, large = (factors[:, :, None] * a * gamma).flatten(0, 1), b.flatten(1)
-        height, width = reversed(shape) if (flip := file.is_conv1d(name)) else shape
+        height, width = reversed(shape) if (flip := module.is_conv1d) else shape
         left, right = (large, small) if width <= height else (small.T, large.T)
-        if flip:
-            left, right = right.T, left.T
-        return LowRankUpdate(LowRank(left, right, scaling))
-
-    def whole_only(_: tuple[int, ...]) -> bool:
-        return False
+        return LowRankUpdate.of(left, right, scaling, flip)
 
     return SmallSideTarget(
-        f"{name}.weight", "randlora", (*used, *claimed), ((None, None),), load, row_wise=whole_only, copies=COPIES,
+        module.weight, "randlora", (*module.used, *claimed), ((None, None),), load, row_wise=never, copies=COPIES,
         adds=True, low_rank=True, smaller=smaller, widest=shared.larger,
     )  # fmt: skip

@@ -1,104 +1,63 @@
 """From adapter_config.json and the adapter's tensors to updates. Exactly one kind claims a tensor."""
 
+import importlib
 import re
 from collections.abc import Sequence
 from typing import cast
 
-from lora_export.adapters import (
-    adalora,
-    adamss,
-    attention,
-    beft,
-    boft,
-    c3a,
-    deft,
-    delora,
-    dora,
-    experts,
-    fourierft,
-    frod,
-    glora,
-    gralora,
-    hira,
-    hra,
-    ia3,
-    ln_tuning,
-    loha,
-    lokr,
-    lora,
-    miss,
-    mlx,
-    oft,
-    osf,
-    peanut,
-    psoft,
-    pvera,
-    randlora,
-    road,
-    saved,
-    shira,
-    stacked,
-    supertuning,
-    tinylora,
-    tokens,
-    unilora,
-    vblora,
-    vera,
-    waveft,
-)
-from lora_export.adapters.config import check_config
+from lora_export.adapters import mlx, saved, tokens
+from lora_export.adapters.config import General
 from lora_export.adapters.kind import AdapterFile, Kind, Layout
 from lora_export.adapters.spelling import respelled
 from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
 from lora_export.patterns import TOTAL, within
-from lora_export.plugins import plugins
+from lora_export.plugins import Plugin, plugins
 
 CONFIG = "adapter_config.json"
 
-KINDS: tuple[Kind, ...] = (
-    lora,
-    dora,
-    experts,
-    stacked,
-    attention,
-    adalora,
-    ia3,
-    loha,
-    lokr,
-    vera,
-    oft,
-    boft,
-    miss,
-    hra,
-    fourierft,
-    vblora,
-    randlora,
-    road,
-    shira,
-    c3a,
-    waveft,
-    delora,
-    gralora,
-    ln_tuning,
-    beft,
-    deft,
-    frod,
-    glora,
-    hira,
-    osf,
-    peanut,
-    psoft,
-    pvera,
-    supertuning,
-    tinylora,
-    unilora,
-    adamss,
-)
+# PEFT type → the modules of this package that read its tensors, imported when an adapter of the type is read.
+KINDS: dict[str, tuple[str, ...]] = {
+    "LORA": ("lora", "dora", "experts", "stacked", "attention"),
+    "ADALORA": ("adalora",),
+    "IA3": ("ia3",),
+    "LOHA": ("loha",),
+    "LOKR": ("lokr",),
+    "VERA": ("vera",),
+    "OFT": ("oft",),
+    "BOFT": ("boft",),
+    "MISS": ("miss",),
+    "BONE": ("miss",),
+    "HRA": ("hra",),
+    "FOURIERFT": ("fourierft",),
+    "VBLORA": ("vblora",),
+    "RANDLORA": ("randlora",),
+    "ROAD": ("road",),
+    "SHIRA": ("shira",),
+    "C3A": ("c3a",),
+    "WAVEFT": ("waveft",),
+    "DELORA": ("delora",),
+    "GRALORA": ("gralora",),
+    "LN_TUNING": ("ln_tuning",),
+    "BEFT": ("beft",),
+    "DEFT": ("deft",),
+    "FROD": ("frod",),
+    "GLORA": ("glora",),
+    "HIRA": ("hira",),
+    "OSF": ("osf",),
+    "PEANUT": ("peanut",),
+    "PSOFT": ("psoft",),
+    "PVERA": ("pvera",),
+    "SUPERTUNING": ("supertuning",),
+    "TINYLORA": ("tinylora",),
+    "UNILORA": ("unilora",),
+    "ADAMSS": ("adamss",),
+    "TRAINABLE_TOKENS": (),  # tokens.py reads the rows of tokens beside any type
+}
 # Files that other trainers lay out otherwise, which become PEFT's before a kind looks at them.
 LAYOUTS: tuple[Layout, ...] = (mlx,)
-TOKENS_ONLY = "TRAINABLE_TOKENS"
-KINDS_GROUP, LAYOUTS_GROUP = "lora_export.adapter_kinds", "lora_export.adapter_layouts"  # entry points
+# The groups of entry points. A kind's entry point is called as its PEFT type.
+KINDS_GROUP, LAYOUTS_GROUP = "lora_export.adapter_kinds", "lora_export.adapter_layouts"
 
 # Kinds that no merged weight can equal, with the reason.
 _NEVER = {
@@ -116,20 +75,27 @@ _NEVER = {
 }
 
 
-def kinds() -> tuple[Kind, ...]:
-    """The built-in kinds, then those of plug-ins. InputError for a plug-in that cannot be used as one."""
-    brought = plugins(KINDS_GROUP)
-    # A PEFT type belongs to the built-in kinds, or to one plug-in.
-    owners = dict.fromkeys((*(t for k in KINDS for t in k.PEFT_TYPES), TOKENS_ONLY, *_NEVER), "lora-export")
-    for plugin in brought:
+def kinds(peft_type: str) -> tuple[Kind, ...]:
+    """The kinds that read an adapter of this type: built-in ones, or that of a plug-in; none if it is not known.
+
+    InputError for a plug-in that cannot be used.
+    """
+    if peft_type in KINDS:
+        return tuple(cast(Kind, importlib.import_module(f"{__package__}.{name}")) for name in KINDS[peft_type])
+    plugin = _plugged_kinds().get(peft_type)
+    return () if plugin is None else (cast(Kind, plugin.value),)
+
+
+def _plugged_kinds() -> dict[str, Plugin]:
+    """PEFT type → the plug-in that is called so. InputError for one that is no kind, or of a type that is known."""
+    plugged = {}
+    for plugin in plugins(KINDS_GROUP):
         plugin.check_members(Kind)
-        for peft_type in cast(Kind, plugin.value).PEFT_TYPES:
-            if owners.setdefault(peft_type, plugin.distribution) != plugin.distribution:
-                raise plugin.refuse(
-                    f"claims the PEFT type {peft_type}, which belongs to {owners[peft_type]}",
-                    "a PEFT type of its own",
-                )
-    return (*KINDS, *(cast(Kind, plugin.value) for plugin in brought))
+        peft_type = plugin.name.upper()
+        if peft_type in KINDS or peft_type in _NEVER:
+            raise plugin.refuse(f"claims the PEFT type {peft_type}, which is built in", "a PEFT type of its own")
+        plugged[peft_type] = plugin
+    return plugged
 
 
 def layouts() -> tuple[Layout, ...]:
@@ -140,14 +106,6 @@ def layouts() -> tuple[Layout, ...]:
     return (*LAYOUTS, *(cast(Layout, plugin.value) for plugin in brought))
 
 
-def brought_by(peft_type: str) -> str | None:
-    """The package that brings the kind of this PEFT type, and its version; None for a built-in kind."""
-    for plugin in plugins(KINDS_GROUP):
-        if peft_type in cast(Kind, plugin.value).PEFT_TYPES:
-            return f"{plugin.distribution} {plugin.version}"
-    return None
-
-
 def read_adapter(file: AdapterFile) -> Adapter:
     """Every tensor of the adapter as part of exactly one update; AdapterError for what cannot be merged."""
     with within(TOTAL, str(file.where)):
@@ -156,9 +114,9 @@ def read_adapter(file: AdapterFile) -> Adapter:
 
 def _read(file: AdapterFile) -> Adapter:
     file = next((layout.as_peft(file) for layout in layouts() if layout.claims(file)), file)
-    check_config(file.config, file.where)
+    general = file.settings(General)
     file = respelled(file)
-    kind = _peft_type(file)
+    kind = _peft_type(file, general)
     if kind in _NEVER:
         raise AdapterError(
             f"peft_type is {kind!r}: {_NEVER[kind]}",
@@ -166,7 +124,8 @@ def _read(file: AdapterFile) -> Adapter:
             expected="an adapter that changes weights, such as LORA",
             next_step="serve it unmerged with PEFT",
         )
-    known = sorted({t for k in kinds() for t in k.PEFT_TYPES} | {TOKENS_ONLY})
+    plugged = _plugged_kinds()
+    known = sorted({*KINDS, *plugged})
     if kind not in known:
         raise AdapterError(
             f"peft_type is {kind!r}, which this tool does not merge",
@@ -177,7 +136,7 @@ def _read(file: AdapterFile) -> Adapter:
     if not file.tensors:
         raise file.refuse("the adapter holds no tensors", expected="trained matrices")
     _refuse_empty(file, kind)
-    updates = [u for k in (*kinds(), tokens) if kind in k.PEFT_TYPES or k is tokens for u in k.read(file)]
+    updates = [u for k in (*kinds(kind), tokens) for u in k.read(file)]
     if not updates:
         raise file.refuse(
             f"the file holds no tensors of the kind {kind}",
@@ -187,12 +146,13 @@ def _read(file: AdapterFile) -> Adapter:
         )
     updates += saved.read(file, {key for u in updates for key in u.keys})
     _check_claims(updates, file)
-    return Adapter(file.folder, kind.lower(), file.config, tuple(updates), file.tensors, plugin=brought_by(kind))
+    plugin = f"{plugged[kind].distribution} {plugged[kind].version}" if kind in plugged else None
+    return Adapter(file.folder, kind.lower(), file.config, tuple(updates), file.tensors, plugin=plugin)
 
 
-def _peft_type(file: AdapterFile) -> str:
+def _peft_type(file: AdapterFile, general: General) -> str:
     """What the configuration says, ms-swift's word for it, or LORA where the tensors leave no doubt."""
-    named = file.config.get("peft_type") or file.config.get("swift_type")
+    named = general.peft_type or general.swift_type
     plain = all(re.search(r"\.lora_[AB](\.|$)", name) for name in file.tensors)
     if named is None and plain and {"r", "lora_alpha"} <= file.config.keys():
         return "LORA"
@@ -209,8 +169,8 @@ def _refuse_empty(file: AdapterFile, kind: str) -> None:
         known = kind == "ADALORA" or (kind == "VBLORA" and name.endswith("_topk_weights"))
         if info.shape == (0,) or (0 in info.shape and not known):
             raise file.refuse(
-                f"the tensor is empty, its shape {list(info.shape)}: saved under ZeRO-3 without gathering the "
-                "parameters?",
+                f"the tensor is empty, its shape {list(info.shape)}: was it saved under ZeRO-3 without gathering "
+                "the parameters?",
                 tensor=name,
                 expected="trained values",
                 next_step="python zero_to_fp32.py CHECKPOINT OUT, or save with "

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import ensures_tying
-from lora_export.adapters.keys import base_name
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts import TargetUpdate
 
@@ -34,6 +33,13 @@ class Replacement:
 
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return self.file.read(self.key, rows).reshape(weight.shape).to(weight)
+
+
+def base_name(name: str) -> str:
+    """The base's name of a tensor that PEFT saved whole: its wrappers removed."""
+    for wrapper in (".modules_to_save", ".token_adapter", ".base_layer", ".original_module"):
+        name = name.replace(wrapper, "")
+    return name
 
 
 def read(file: AdapterFile, claimed: Set[str]) -> list[TargetUpdate]:
@@ -65,8 +71,8 @@ def _refuse_nested(file: AdapterFile) -> None:
         found = next((key for key in file.tensors if f".{inner}." in f".{key}"), None)
         if outer is not None and found is not None:
             raise file.refuse(
-                f"modules_to_save names {outer} and {inner} in it: PEFT has two copies of {inner}, and the file "
-                "does not tell which of them it trained",
+                f"modules_to_save names {outer} and {inner} in it: PEFT keeps two copies of {inner}, and the file "
+                "does not say which one was trained",
                 tensor=found,
                 expected="modules that do not contain each other",
                 next_step=f'train with modules_to_save=["{outer}"]; task_type adds "classifier" and "score"',
@@ -117,7 +123,7 @@ def _kind(file: AdapterFile, target: str, keys: list[str]) -> str:
     if leaf in ("weight", "bias") and _of_tokens(file, module, keys):
         return "embedding"
     raise file.refuse(
-        "no adapter kind explains this tensor",
+        "no adapter kind accounts for this tensor",
         tensor=target,
         expected="tensors of the adapter's kind, or modules and biases that adapter_config.json names",
         next_step="lora-export inspect ADAPTER shows how the adapter was understood",

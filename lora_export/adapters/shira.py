@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 
-from lora_export.adapters.complete import complete, integers
-from lora_export.adapters.config import whole
+from lora_export.adapters.config import Ranked
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import AdaptedModule, complete
 from lora_export.adapters.sparse import SparseUpdate
 from lora_export.contracts import TargetUpdate
 
 NAME = "SHiRA"
-PEFT_TYPES = ("SHIRA",)
 FORMULA = "W + S, S zero but for the trained elements"
 
 _PARTS = ("shira_weight", "shira_indices")
@@ -27,23 +26,20 @@ class CountedTarget(TargetUpdate):
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each linear layer."""
-    return [_update(file, name, keys) for name, keys in complete(file, _PARTS).items()]
+    rank = file.settings(Ranked).r
+    return [_update(module, rank) for module in complete(file, *_PARTS)]
 
 
-def _update(file: AdapterFile, name: str, keys: dict[str, str]) -> TargetUpdate:
-    values_key, places_key = (keys[p] for p in _PARTS)
+def _update(module: AdaptedModule, rank: int) -> TargetUpdate:
+    file, (values_key, places_key) = module.file, module.used
     (count,), places = file.shape(values_key, 1), file.shape(places_key, 2)
-    rank = whole(file.config, "r", file.where)
     if places != (2, count) or count % rank:
-        raise file.refuse(
-            f"{count} values, indices of the shape {list(places)}, and r is {rank}",
-            tensor=places_key,
-            expected="r·(in + out) values, and (2, values): the row and the column of each",
+        raise module.disagree(
+            "r·(in + out) values, and (2, values): the row and the column of each", also=f"r is {rank}"
         )
 
     def load(shape: tuple[int, ...]) -> SparseUpdate:
-        found = integers(file, places_key, max(shape))
-        rows, columns = found
+        rows, columns = file.indices(places_key, max(shape))
         if int(rows.max()) >= shape[0] or int(columns.max()) >= shape[1]:
             raise file.refuse(
                 f"an index lies outside of a weight of the shape {list(shape)}",
@@ -52,5 +48,5 @@ def _update(file: AdapterFile, name: str, keys: dict[str, str]) -> TargetUpdate:
             )
         return SparseUpdate(rows, columns, file.weight * file.read(values_key))
 
-    used = (values_key, places_key)
-    return CountedTarget(f"{name}.weight", "shira", used, ((None, None),), load, adds=True, sides=count // rank)
+    shapes = ((None, None),)
+    return CountedTarget(module.weight, "shira", module.used, shapes, load, adds=True, sides=count // rank)

@@ -48,7 +48,7 @@ def respelled(file: AdapterFile) -> AdapterFile:
         ours = _without_adapter_name(name, {"default", *adapters})
         if ours in names:
             raise file.refuse(
-                f"two tensors mean the same, {names[ours]} and {key}", tensor=key, expected="one of them"
+                f"two tensors have the same meaning, {names[ours]} and {key}", tensor=key, expected="one of them"
             )
         names[ours] = key
     tensors = {ours: file.tensors[theirs] for ours, theirs in names.items()}

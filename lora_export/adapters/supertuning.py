@@ -2,19 +2,16 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
-from lora_export.adapters.config import number, whole
+import torch
+
+from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lora import LowRank
-from lora_export.adapters.parts import Layered, Shapes, layered
+from lora_export.adapters.module import AdaptedModule, Shapes, modules
+from lora_export.adapters.updates import LowRank
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "Super-Tuning"
-PEFT_TYPES = ("SUPERTUNING",)
 FORMULA = "W + values at places of W (+ α/r·B·A)"
 
 _PLACES, _VALUES, _A, _B = (f"supertuning_{part}" for part in ("indices", "values", "lora_A", "lora_B"))
@@ -28,20 +25,18 @@ _SAVE_THEM = (
 
 
 @dataclass(frozen=True)
-class SparseUpdate:
+class SuperUpdate:
     """values added at flat places of the whole weight, and a low-rank delta, if there is one.
 
     values: fp32 (n,); places: int64 (n,), in rising order; width: elements of a row.
     """
 
-    values: "torch.Tensor"
-    places: "torch.Tensor"
+    values: torch.Tensor
+    places: torch.Tensor
     width: int
     low_rank: LowRank | None
 
-    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        import torch
-
+    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
         if self.low_rank is not None:
             weight = self.low_rank.added_to(weight, rows).reshape(weight.shape)
         start = rows.start * self.width
@@ -51,51 +46,55 @@ class SparseUpdate:
         return weight
 
 
+@dataclass(frozen=True)
+class Settings:
+    """r: of Supra's low-rank delta, null without one."""
+
+    r: Positive | None = None
+    lora_alpha: Number | None = None
+    save_precomputed_indices: bool = True
+
+
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer. AdapterError where the places were not saved."""
-    found = layered(file, (_PLACES, _VALUES, _A, _B))
-    if found and not all(_PLACES in layer.keys for layer in found):
+    settings, adapted = file.settings(Settings), modules(file, _PLACES, _VALUES, _A, _B)
+    without = next((module for module in adapted if _PLACES not in module.keys), None)
+    if without is not None:
         raise file.refuse(
             "the places of the trained values were not saved (save_precomputed_indices is false): PEFT finds them "
-            "again by the size of the base's numbers, and among equal ones by chance",
-            tensor=next(layer.name for layer in found if _PLACES not in layer.keys),
+            "again by the magnitude of the base's weights, and picks among equal ones at random",
+            tensor=without.name,
             expected="an adapter with supertuning_indices",
             next_step=_SAVE_THEM,
         )
-    if found and file.config.get("save_precomputed_indices") is False:
+    if adapted and not settings.save_precomputed_indices:
         raise file.refuse(
             "save_precomputed_indices is false, but the file holds places, which PEFT would not use",
-            tensor=found[0].keys[_PLACES],
+            tensor=adapted[0].keys[_PLACES],
             expected="save_precomputed_indices: true, or a file without supertuning_indices",
         )
-    rank = whole(file.config, "r", file.where) if file.config.get("r") is not None else 0
-    alpha = number(file.config, "lora_alpha", file.where) if rank else 0.0
-    return [_update(layer, rank, alpha) for layer in found]
+    if settings.r and settings.lora_alpha is None:
+        raise file.refuse("lora_alpha is None", expected="a number, as r is set")
+    return [_update(module, settings) for module in adapted]
 
 
-def _update(layer: Layered, rank: int, alpha: float) -> TargetUpdate:
-    layer.need(_VALUES, *((_A, _B) if rank else ()))
-    places, values = layer.shape(_PLACES), layer.shape(_VALUES)
-    a, b = (layer.shape(m) if m in layer.keys else () for m in (_A, _B))
-    low = [(n, m) for n, m in zip((a, b), (0, 1), strict=True) if n]
-    if (
-        len(places) != 1
-        or places != values
-        or bool(low) != bool(rank)
-        or any(len(shape) != 2 or shape[dimension] != rank for shape, dimension in low)
-    ):
-        raise layer.disagree(
-            *layer.keys, expected=f"as many values as places, A ({rank}, in) and B (out, {rank}) where r is set"
+def _update(module: AdaptedModule, settings: Settings) -> TargetUpdate:
+    rank = settings.r
+    module.need(_VALUES, *((_A, _B) if rank else ()))
+    a, b = (module.shape(m) if m in module.keys else () for m in (_A, _B))
+    low_rank = len(a) == len(b) == 2 and a[0] == b[1] == rank
+    places = module.shape(_PLACES)
+    if len(places) != 1 or places != module.shape(_VALUES) or (not low_rank if rank else a or b):
+        raise module.disagree(
+            "as many values as places, A (r, in) and B (out, r) where r is set", also=f"r is {rank}"
         )
 
-    def load(shape: tuple[int, ...]) -> SparseUpdate:
-        import torch
-
-        flat, order = torch.sort(layer.integers(_PLACES, prod(shape)))
-        low_rank = None
+    def load(shape: tuple[int, ...]) -> SuperUpdate:
+        flat, order = torch.sort(module.indices(_PLACES, prod(shape)))
+        factor, delta = module.file.weight, None
         if rank:
-            low_rank = LowRank(layer.read(_B), layer.read(_A), layer.file.weight * alpha / rank)
-        return SparseUpdate(layer.file.weight * layer.read(_VALUES)[order], flat, shape[1], low_rank)
+            delta = LowRank(module.read(_B), module.read(_A), factor * (settings.lora_alpha or 0.0) / rank)
+        return SuperUpdate(factor * module.read(_VALUES)[order], flat, shape[1], delta)
 
     shapes: Shapes = ((b[0], a[1]),) if rank else ((None, None),)
-    return TargetUpdate(f"{layer.name}.weight", "supertuning", layer.used, shapes, load, adds=True)
+    return TargetUpdate(module.weight, "supertuning", module.used, shapes, load, adds=True)

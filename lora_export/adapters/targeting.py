@@ -15,7 +15,7 @@ def targeted(file: AdapterFile, modules: Mapping[str, Any]) -> list[str]:
     if not (named and (words or isinstance(named, str))) or named == "all-linear":
         raise file.refuse(
             f"target_modules is {named!r}",
-            expected="the names of the layers, or a regular expression, as PEFT saves them: they alone tell which "
+            expected="the names of the layers, or a regular expression, as PEFT saves them: only they say which "
             "layers are adapted",
         )
     if isinstance(layers, int):

@@ -7,20 +7,16 @@ among the adapted ones, in the order of the model.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
-from lora_export.adapters.config import number, whole
+import torch
+
+from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lora import LowRank, LowRankUpdate
-from lora_export.adapters.parts import Layered, Shapes, in_order, layered, one_of
+from lora_export.adapters.module import AdaptedModule, modules
+from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
-from lora_export.storage.documents import is_kind
-
-if TYPE_CHECKING:
-    import torch
 
 NAME = "TinyLoRA"
-PEFT_TYPES = ("TINYLORA",)
 FORMULA = "W + B·(Σ v[i]·P[i])·A, B·A of the singular directions of W, v shared by groups of layers"
 
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
@@ -28,129 +24,115 @@ _VECTORS = "tinylora_v."
 
 
 @dataclass(frozen=True)
+class Settings:
+    """u: numbers of a vector; weight_tying: the share of vectors that is saved by tying layers, 0 to 1."""
+
+    r: Positive
+    u: Positive
+    weight_tying: Number
+    projection_seed: int
+    save_projection: bool
+
+
+@dataclass(frozen=True)
 class Groups:
     """Which layer has which number, and so which vector."""
 
     file: AdapterFile
+    settings: Settings
     modules: tuple[str, ...]
     vectors: Mapping[str, str]  # group's number → key
-    tying: float
-    seed: int
 
     @cached_property
     def numbers(self) -> Mapping[str, int]:
-        """Module → its number. AdapterError without a base, whose order of modules it is."""
+        """Module → its number in the order of the base's modules. AdapterError without a base, or for a module that
+        it does not have."""
         if self.file.base is None:
             raise self.file.refuse(
                 "which layer has which of the trained vectors follows from the order of the base's layers",
                 expected="the base beside the adapter",
             )
-        return {n: i for i, n in enumerate(in_order(self.file, self.modules))}
+        order = {n: i for i, n in enumerate(self.file.base.layers(self.file.config))}
+        unknown = next((n for n in self.modules if n not in order), None)
+        if unknown is not None:
+            raise self.file.refuse(
+                "the model has no such module, and the order of its modules decides what belongs to which",
+                tensor=unknown,
+                expected="the base that the adapter was trained on, of the class that its configuration names",
+            )
+        return {n: i for i, n in enumerate(sorted(self.modules, key=lambda n: order[n]))}
 
     @property
     def count(self) -> int:
-        return max(1, round(len(self.modules) * (1.0 - self.tying)))
+        return max(1, round(len(self.modules) * (1.0 - self.settings.weight_tying)))
 
-    def vector(self, module: str) -> str:
-        """The key of its vector."""
+    def number(self, module: str) -> str:
+        """Of the module's group."""
         size = max(1, len(self.modules) // self.count)
-        return self.vectors[str(min(self.numbers[module] // size, self.count - 1))]
+        return str(min(self.numbers[module] // size, self.count - 1))
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer; the first of them claims the vectors."""
-    found = layered(file, (_A, _B, _P))
-    if not found:
+    settings, adapted = file.settings(Settings), modules(file, _A, _B, _P)
+    if not adapted:
         return []
-    groups = _groups(file, tuple(layer.name for layer in found))
-    saved = one_of(file, "save_projection", (True, False))
-    extra = next((layer for layer in found if _P in layer.keys and not saved), None)
+    groups = _groups(file, settings, tuple(module.name for module in adapted))
+    extra = next((module for module in adapted if _P in module.keys and not settings.save_projection), None)
     if extra is not None:
         raise file.refuse(
             "save_projection is false, but the file holds a projection, which PEFT would not use",
             tensor=extra.name,
             expected="save_projection: true, or a file without tinylora_P",
         )
-    if file.base is not None:
-        _ = groups.numbers  # refused before anything is written
-    first = found[0].name
-    return [
-        _update(layer, groups, tuple(groups.vectors.values()) if layer.name == first else ()) for layer in found
-    ]
+    claims = tuple(groups.vectors.values())
+    return [_update(module, groups, claims if module is adapted[0] else ()) for module in adapted]
 
 
-def _groups(file: AdapterFile, modules: tuple[str, ...]) -> Groups:
+def _groups(file: AdapterFile, settings: Settings, names: tuple[str, ...]) -> Groups:
+    tying, size = settings.weight_tying, settings.u
     vectors = {k.removeprefix(_VECTORS): k for k in file.tensors if k.startswith(_VECTORS)}
-    tying, seed = number(file.config, "weight_tying", file.where), file.config.get("projection_seed")
-    if not 0 <= tying <= 1 or not is_kind(seed, int):
-        raise file.refuse(
-            f"weight_tying is {tying:g}, projection_seed {seed!r}", expected="a share from 0 to 1, and a seed"
-        )
-    groups = Groups(file, modules, vectors, tying, int(seed or 0))
-    wanted, size = {str(i) for i in range(groups.count)}, whole(file.config, "u", file.where)
+    if not 0 <= tying <= 1:
+        raise file.refuse(f"weight_tying is {tying:g}", expected="a share from 0 to 1")
+    groups = Groups(file, settings, names, vectors)
+    wanted = {str(i) for i in range(groups.count)}
     # A group that the rounding leaves without a layer has no vector.
     wrong = next((k for k in vectors.values() if file.tensors[k].shape != (size,)), None)
     if wrong or not vectors or not vectors.keys() <= wanted:
         raise file.refuse(
-            f"{len(vectors)} vectors for {len(modules)} layers, weight_tying is {tying:g} and u {size}",
+            f"{len(vectors)} vectors for {len(names)} layers, weight_tying is {tying:g} and u {size}",
             tensor=wrong,
             expected=f"vectors tinylora_v.0 to tinylora_v.{groups.count - 1} of {size} numbers",
         )
     return groups
 
 
-def _update(layer: Layered, groups: Groups, claims: tuple[str, ...]) -> TargetUpdate:
-    file = layer.file
-    layer.need(_A, _B)
-    a, b, size = layer.shape(_A), layer.shape(_B), whole(file.config, "u", file.where)
-    rank = min(whole(file.config, "r", file.where), a[-1], b[0])
-    if (
-        len(a) != 2
-        or len(b) != 2
-        or a[0] != rank
-        or b[1] != rank
-        or (_P in layer.keys and layer.shape(_P) != (size, rank, rank))
-    ):
-        raise layer.disagree(
-            *layer.keys, expected=f"A ({rank}, in), B (out, {rank}) and P ({size}, {rank}, {rank})"
-        )
-    if file.base is not None and groups.numbers and _missing(groups, layer.name):
-        raise file.refuse("the vector of this layer is missing", tensor=layer.name, expected=_VECTORS + "…")
+def _update(module: AdaptedModule, groups: Groups, claims: tuple[str, ...]) -> TargetUpdate:
+    file, size = module.file, groups.settings.u
+    module.need(_A, _B)
+    a, b = module.shape(_A), module.shape(_B)
+    rank = min(groups.settings.r, a[-1], b[0])
+    matrices = len(a) == len(b) == 2 and a[0] == b[1] == rank
+    if not matrices or (_P in module.keys and module.shape(_P) != (size, rank, rank)):
+        raise module.disagree(f"A ({rank}, in), B (out, {rank}) and P ({size}, {rank}, {rank})")
+    if file.base is not None and groups.number(module.name) not in groups.vectors:
+        raise file.refuse("the vector of this layer is missing", tensor=module.name, expected=_VECTORS + "…")
 
     def load(_: tuple[int, ...]) -> LowRankUpdate:
-        import torch
-
-        vector, found = file.read(groups.vector(layer.name)), layer.model_layer()
-        projections = layer.read(_P) if _P in layer.keys else drawn(groups, layer.name, size, rank)
+        vector, layer = file.read(groups.vectors[groups.number(module.name)]), module.layer()
+        projections = module.read(_P) if _P in module.keys else drawn(groups, module.name, rank)
         turn = torch.einsum("i,ijk->jk", vector, projections.to(vector.dtype))
         # PEFT adds to what an embedding looked up after the base layer's own factor, without that factor.
-        left, right = layer.read(_B) @ turn, layer.read(_A) / (found.scale if found else 1.0)
-        return LowRankUpdate(LowRank(*((right.T, left.T) if flipped else (left, right)), file.weight))
+        right = module.read(_A) / (layer.scale if layer else 1.0)
+        return LowRankUpdate.of(module.read(_B) @ turn, right, file.weight, module.is_conv1d)
 
-    flipped = file.is_conv1d(layer.name)
-    shapes: Shapes = ((a[1], b[0]),) if flipped else ((b[0], a[1]),)
-    return TargetUpdate(
-        f"{layer.name}.weight",
-        "tinylora",
-        (layer.keys[_A], layer.keys[_B], *(layer.keys[m] for m in layer.keys if m == _P), *claims),
-        shapes,
-        load,
-        adds=True,
-        low_rank=True,
-    )
+    used, shapes = (*module.used, *claims), module.stored(b[0], a[1])
+    return TargetUpdate(module.weight, "tinylora", used, shapes, load, adds=True, low_rank=True)
 
 
-def _missing(groups: Groups, module: str) -> bool:
-    try:
-        groups.vector(module)
-    except KeyError:
-        return True
-    return False
-
-
-def drawn(groups: Groups, module: str, size: int, rank: int) -> "torch.Tensor":
+def drawn(groups: Groups, module: str, rank: int) -> torch.Tensor:
     """P of shape (u, r, r) as PEFT draws it for this layer: normal, of the variance 1/r."""
-    import torch
-
-    generator = torch.Generator(device="cpu").manual_seed(groups.seed + groups.numbers[module])
-    return torch.normal(mean=0.0, std=1.0 / rank**0.5, size=(size, rank, rank), generator=generator)
+    seed, size = groups.settings.projection_seed + groups.numbers[module], (groups.settings.u, rank, rank)
+    return torch.normal(
+        mean=0.0, std=1.0 / rank**0.5, size=size, generator=torch.Generator(device="cpu").manual_seed(seed)
+    )

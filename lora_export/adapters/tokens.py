@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import SAVE_AGAIN, modules
 from lora_export.contracts import TargetUpdate
 
 if TYPE_CHECKING:
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 NAME = "trainable tokens"
 FORMULA = "W with the rows of the trained tokens replaced"
-PEFT_TYPES: tuple[str, ...] = ()  # part of any type; TRAINABLE_TOKENS has nothing else
 
 _MARKER = "trainable_tokens_delta"
 _WRAPPER = ".token_adapter"
@@ -35,56 +34,51 @@ class RowsUpdate:
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each trained embedding. With tied weights PEFT trains both as one, so they stay tied."""
-    updates: list[TargetUpdate] = []
-    found = group(file.tensors, (_MARKER,))
-    if not found and file.config.get("trainable_token_indices"):
+    trained = modules(file, _MARKER)
+    if not trained and file.config.get("trainable_token_indices"):
         raise file.refuse(
             "trainable_token_indices names tokens, but the file holds no trained rows",
             expected=f"a tensor …{_MARKER}",
-            next_step="save the adapter again: model.save_pretrained(DIR)",
+            next_step=SAVE_AGAIN,
         )
-    for name, keys in found.items():
+    if trained:
         file.refuse_weight("a replaced token row")
-        updates.append(_update(file, name.removesuffix(_WRAPPER), keys[_MARKER]))
-    return updates
+    names = [module.name.removesuffix(_WRAPPER) for module in trained]
+    return [_update(file, name, module.keys[_MARKER], names) for name, module in zip(names, trained, strict=True)]
 
 
-def _update(file: AdapterFile, name: str, key: str) -> TargetUpdate:
-    indices = _indices(file, name)
+def _update(file: AdapterFile, name: str, key: str, names: list[str]) -> TargetUpdate:
+    tokens = _indices(file, name, names)
     count, width = file.shape(key, 2)
-    if len(indices) != count:
+    if len(tokens) != count:
         raise file.refuse(
-            f"{count} trained rows, but the configuration names {len(indices)} tokens",
+            f"{count} trained rows, but the configuration names {len(tokens)} tokens",
             tensor=key,
             expected="one row for each token",
         )
-    if len(set(indices)) != len(indices) or min(indices, default=0) < 0:
-        raise file.refuse("a token is named twice, or negative", tensor=key, expected="distinct token ids")
+    if len(set(tokens)) != len(tokens) or min(tokens, default=0) < 0:
+        raise file.refuse("a token id is repeated or negative", tensor=key, expected="distinct token ids")
 
     def load(shape: tuple[int, ...]) -> RowsUpdate:
-        return RowsUpdate(tuple(indices), file.read(key))
+        return RowsUpdate(tokens, file.read(key))
 
-    tokens = tuple(indices)
     return TargetUpdate(
         f"{name}.weight", "trainable_tokens", (key,), ((None, width),), load, tied=True, tokens=tokens
     )
 
 
-def _indices(file: AdapterFile, name: str) -> list[int]:
+def _indices(file: AdapterFile, name: str, names: list[str]) -> tuple[int, ...]:
     """The token ids of a module: a list for the input embedding, or a map from module name to list."""
     config = file.config
-    named: Any = config.get("token_indices") or config.get("trainable_token_indices")
-    if isinstance(named, dict):
-        beside = [n.removesuffix(_WRAPPER) for n in group(file.tensors, (_MARKER,))]
-        known = [
-            next((ids for m, ids in named.items() if f".{n}".endswith(f".{m}")), None) for n in (name, *beside)
-        ]
+    ids: Any = config.get("token_indices") or config.get("trainable_token_indices")
+    if isinstance(ids, dict):
+        of = [next((i for m, i in ids.items() if f".{n}".endswith(f".{m}")), None) for n in (name, *names)]
         # A head that is tied to the embedding is saved beside it, and named nowhere: its rows are the same.
-        named = known[0] or (next(filter(None, known), None) if len(named) == 1 else None)
-    if not isinstance(named, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in named):
+        ids = of[0] or (next(filter(None, of), None) if len(ids) == 1 else None)
+    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise file.refuse(
             "the configuration does not say which tokens these rows are",
             tensor=name,
             expected="trainable_token_indices (or token_indices) with token ids",
         )
-    return named
+    return tuple(ids)

@@ -6,23 +6,21 @@ for a base in fp32, it is fp32.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lora_export.adapters.config import whole
+import numpy as np
+import torch
+
+from lora_export.adapters.config import Count, Positive
 from lora_export.adapters.kind import AdapterFile, Layer
-from lora_export.adapters.lora import LowRank, LowRankUpdate
-from lora_export.adapters.parts import Layered, integers, layered, linear_shapes
+from lora_export.adapters.module import AdaptedModule, modules
 from lora_export.adapters.targeting import targeted
+from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
-from lora_export.storage.documents import is_kind
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 NAME = "Uni-LoRA"
-PEFT_TYPES = ("UNILORA",)
 FORMULA = "W + B·A, every number of A and B a scaled one of a shared vector θ"
 
 THETA = "unilora_theta_d"
@@ -49,10 +47,8 @@ class Drawn:
     def total(self) -> int:
         return sum(rank * (inputs + outputs) for rank, inputs, outputs in self.sizes.values())
 
-    def of(self, module: str) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    def of(self, module: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(indices of A (r, in), those of B (out, r), the factor of each number of θ in fp32)."""
-        import torch
-
         with self._lock:
             if self._indices is None:
                 self._indices = draw(self.total, self.length, self.seed)
@@ -68,93 +64,93 @@ class Drawn:
         raise KeyError(module)
 
 
-def draw(total: int, length: int, seed: int) -> "np.ndarray[Any, Any]":
+def draw(total: int, length: int, seed: int) -> np.ndarray[Any, Any]:
     """PEFT's balanced assignment of θ's numbers, int64 (total,): each as often as any other, or once more."""
-    import numpy as np
-
     generator = np.random.default_rng(seed)
-    found = np.repeat(np.arange(length), total // length)
+    numbers = np.repeat(np.arange(length), total // length)
     if total % length:
-        found = np.concatenate([found, generator.choice(length, size=total % length, replace=False)])
-    generator.shuffle(found)
-    return found
+        numbers = np.concatenate([numbers, generator.choice(length, size=total % length, replace=False)])
+    generator.shuffle(numbers)
+    return numbers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """proj_seed: of the indices, where save_indices is not set."""
+
+    theta_d_length: Positive
+    r: Positive
+    save_indices: bool | None = None
+    proj_seed: Count | None = None
 
 
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer; the first of them claims θ. AdapterError if the layers cannot be known."""
     if THETA not in file.tensors:
         return []
-    length, rank = whole(file.config, "theta_d_length", file.where), whole(file.config, "r", file.where)
-    if file.tensors[THETA].shape != (length,):
+    settings = file.settings(Settings)
+    if file.tensors[THETA].shape != (settings.theta_d_length,):
         raise file.refuse(
-            f"θ has the shape {list(file.tensors[THETA].shape)}, theta_d_length is {length}",
+            f"θ has the shape {list(file.tensors[THETA].shape)}, theta_d_length is {settings.theta_d_length}",
             tensor=THETA,
             expected="one vector of that length",
         )
-    found = layered(file, (*_INDICES, *_SCALES))
-    if bool(file.config.get("save_indices")) != bool(found):
+    adapted = modules(file, *_INDICES, *_SCALES)
+    if bool(settings.save_indices) != bool(adapted):
         raise file.refuse(
-            f"save_indices is {file.config.get('save_indices')!r}, the file has indices for {len(found)} layers",
+            f"save_indices is {settings.save_indices!r}, the file has indices for {len(adapted)} layers",
             expected="indices where save_indices is true, and none where it is not",
         )
-    updates = [_saved(layer, rank, length) for layer in found] or _drawn(file, rank, length)
-    first = updates[0]
-    return [replace(first, keys=(*first.keys, THETA)), *updates[1:]]
+    first, *others = [_saved(module, settings) for module in adapted] or _drawn(file, settings)
+    return [replace(first, keys=(*first.keys, THETA)), *others]
 
 
-def _saved(layer: Layered, rank: int, length: int) -> TargetUpdate:
-    file = layer.file
-    layer.need(*_INDICES, *_SCALES)
-    a, b = (layer.shape(m) for m in _INDICES)
-    if (
-        len(a) != 2
-        or len(b) != 2
-        or a[0] != rank
-        or b[1] != rank
-        or (a, b) != tuple(layer.shape(m) for m in _SCALES)
-    ):
-        raise layer.disagree(*_INDICES, *_SCALES, expected=f"A ({rank}, in) and B (out, {rank}), indices as scales")
+def _saved(module: AdaptedModule, settings: Settings) -> TargetUpdate:
+    module.need(*_INDICES, *_SCALES)
+    (a, b), scales, rank = (module.shape(m) for m in _INDICES), tuple(module.shape(m) for m in _SCALES), settings.r
+    if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank or (a, b) != scales:
+        raise module.disagree(f"A ({rank}, in) and B (out, {rank}), indices as scales")
 
     def load(_: tuple[int, ...]) -> LowRankUpdate:
-        theta = file.read(THETA)
+        theta = module.file.read(THETA)
         right, left = (
-            theta[integers(file, layer.keys[i], length)] * layer.read(s)
+            theta[module.indices(i, settings.theta_d_length)] * module.read(s)
             for i, s in zip(_INDICES, _SCALES, strict=True)
         )
-        return _low_rank(file, layer.name, left, right)
+        return LowRankUpdate.of(left, right, module.file.weight, module.is_conv1d)
 
-    return _update(file, layer.name, layer.used, b[0], a[1], load)
+    return _update(module, b[0], a[1], load)
 
 
-def _drawn(file: AdapterFile, rank: int, length: int) -> list[TargetUpdate]:
-    seed = file.config.get("proj_seed")
-    if not is_kind(seed, int) or int(seed or 0) < 0:
+def _drawn(file: AdapterFile, settings: Settings) -> list[TargetUpdate]:
+    rank, seed = settings.r, settings.proj_seed
+    if seed is None:
         raise file.refuse(f"proj_seed is {seed!r}", expected="the seed of the indices")
     if file.base is None:
         raise file.refuse(
-            "which layers it has, and which of its numbers is where, follows from the base's layers "
+            "which layers the adapter has, and where each of its numbers goes, follows from the base's layers "
             "(save_indices is false)",
             expected="the base beside the adapter",
             next_step="give the base: lora-export inspect ADAPTER -b BASE",
         )
     layers = {n: x for n, x in file.base.layers(file.config).items() if x.linear}
-    sizes = {name: (rank, *_sides(layers[name])) for name in targeted(file, layers)}
-    drawn = Drawn(length, int(seed or 0), sizes)
+    sizes = {name: (int(rank), *_sides(layers[name])) for name in targeted(file, layers)}
+    drawn = Drawn(settings.theta_d_length, seed, sizes)
     if not 0 < drawn.total <= _MOST:
         raise file.refuse(
             f"target_modules names {len(sizes)} linear layers of this base, {drawn.total} numbers at rank {rank}",
             expected=f"at least one layer, and at most {_MOST} numbers",
         )
 
-    def loading(name: str) -> Any:
+    def update(module: AdaptedModule, inputs: int, outputs: int) -> TargetUpdate:
         def load(_: tuple[int, ...]) -> LowRankUpdate:
-            theta, (a, b, factors) = file.read(THETA), drawn.of(name)
+            theta, (a, b, factors) = file.read(THETA), drawn.of(module.name)
             scaled = theta * factors.to(theta.dtype)
-            return _low_rank(file, name, scaled[b], scaled[a])
+            return LowRankUpdate.of(scaled[b], scaled[a], file.weight, module.is_conv1d)
 
-        return load
+        return _update(module, outputs, inputs, load)
 
-    return [_update(file, name, (), outs, ins, loading(name)) for name, (_, ins, outs) in sizes.items()]
+    return [update(AdaptedModule(file, name, {}), ins, outs) for name, (_, ins, outs) in sizes.items()]
 
 
 def _sides(layer: Layer) -> tuple[int, int]:
@@ -163,15 +159,8 @@ def _sides(layer: Layer) -> tuple[int, int]:
     return (rows, columns) if layer.conv1d else (columns, rows)
 
 
-def _low_rank(file: AdapterFile, name: str, left: "torch.Tensor", right: "torch.Tensor") -> LowRankUpdate:
-    if file.is_conv1d(name):
-        left, right = right.T, left.T
-    return LowRankUpdate(LowRank(left, right, file.weight))
-
-
 def _update(
-    file: AdapterFile, name: str, keys: tuple[str, ...], outputs: int, inputs: int, load: Any
+    module: AdaptedModule, outputs: int, inputs: int, load: Callable[[tuple[int, ...]], LowRankUpdate]
 ) -> TargetUpdate:
-    shapes = linear_shapes(file, name, outputs, inputs)
-    # No factors to combine as LoRA's: they are not in the file.
-    return TargetUpdate(f"{name}.weight", "unilora", keys, shapes, load, adds=True)
+    # It is not `low_rank`: factors that are not in the file are not combined as LoRA's are.
+    return TargetUpdate(module.weight, "unilora", module.used, module.stored(outputs, inputs), load, adds=True)

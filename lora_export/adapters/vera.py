@@ -1,22 +1,27 @@
 """VeRA (arXiv:2310.11454, eq. 2): W' = W + Λb·B·Λd·A, with one random pair A, B for all layers, sliced."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lora_export.adapters.config import whole
-from lora_export.adapters.keys import group
+import torch
+
+from lora_export.adapters.config import Positive
 from lora_export.adapters.kind import AdapterFile
-from lora_export.adapters.lora import LowRank, LowRankUpdate
+from lora_export.adapters.module import SAVE_AGAIN, AdaptedModule, Shapes, complete
+from lora_export.adapters.updates import LowRankUpdate
 from lora_export.contracts import TargetUpdate
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "VeRA"
-PEFT_TYPES = ("VERA",)
 FORMULA = "W + diag(λb)·B[:out]·diag(λd)·A[:, :in], A and B shared by all layers"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """projection_prng_key: the seed of A and B, where they were not saved."""
+
+    r: Positive
+    save_projection: bool = True
+    projection_prng_key: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +89,12 @@ class SlicedTarget(TargetUpdate):
 
 def regenerate(
     seed: int, rank: int, widest: int, outputs: int, halves: int = 1
-) -> tuple["torch.Tensor", "torch.Tensor"]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A of shape (halves · rank, widest) and B of shape (outputs, rank), as PEFT draws them of a seed.
 
     One generator, first A, then B, each row by row, uniform with the bound √(6/fan-in). A therefore depends on
     `widest`, the largest input of all adapted layers; the first rows of B do not depend on how many follow.
     """
-    import torch
-
     generator = torch.Generator(device="cpu").manual_seed(seed)
     drawn = []
     for shape in ((halves * rank, widest), (outputs, rank)):
@@ -121,7 +124,7 @@ class Projections:
         """Whether B has as many rows."""
         return not self.keys or outputs <= self.file.tensors[self.keys[1]].shape[0]
 
-    def sliced(self, outputs: int, inputs: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+    def sliced(self, outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A of shape (r, in) and B of shape (out, r) for one layer, fp32."""
         if not self.keys:
             a, b = regenerate(self.seed, self.rank, self.drawn_inputs or inputs, outputs, self.names.halves)
@@ -137,114 +140,90 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
 
 def read_shared(file: AdapterFile, names: Names) -> list[TargetUpdate]:
     """The updates of a kind that shares A and B as VeRA does, under its own names."""
-    modules = group(file.tensors, names.scales)
-    if not modules:
+    adapted = complete(file, *names.scales)
+    if not adapted:
         return []
-    found = {n: n for n in names.shared if n in file.tensors}
-    if file.config.get("save_projection", True):
-        shared = _saved(file, names, found)
+    settings, held = file.settings(Settings), [n for n in names.shared if n in file.tensors]
+    if settings.save_projection:
+        shared = _saved(file, names, held, settings.r)
     else:
-        shared = _drawn(file, names, found, modules)
-    first = next(iter(modules))
-    return [_update(shared, name, keys, shared.keys if name == first else ()) for name, keys in modules.items()]
+        shared = _drawn(file, names, held, settings, adapted)
+    return [_update(module, shared, shared.keys if module is adapted[0] else ()) for module in adapted]
 
 
-def _saved(file: AdapterFile, names: Names, found: dict[str, str]) -> Projections:
-    missing = [n for n in names.shared if n not in found]
+def _saved(file: AdapterFile, names: Names, held: list[str], rank: int) -> Projections:
+    missing = [n for n in names.shared if n not in held]
     if missing:
         raise file.refuse(
             f"save_projection is set, but {' and '.join(missing)} cannot be found",
             tensor=f"base_model.{missing[0]}",
             expected="both projections in the file",
-            next_step="save the adapter again: model.save_pretrained(DIR)",
+            next_step=SAVE_AGAIN,
         )
-    keys, rank = tuple(found[n] for n in names.shared), whole(file.config, "r", file.where)
-    a, b = (file.tensors[k].shape for k in keys)
+    a, b = (file.tensors[k].shape for k in names.shared)
     if not (len(a) == len(b) == 2 and a[0] == names.halves * rank and b[1] == rank):
         raise file.refuse(
             f"{names.shared[0]} has the shape {list(a)}, {names.shared[1]} {list(b)}, and r is {rank}",
-            tensor=keys[0],
+            tensor=names.shared[0],
             expected=f"A of shape ({names.rows}, in) and B of shape (out, r), with the largest in and out",
         )
-    return Projections(file, rank, keys, names=names)
+    return Projections(file, rank, names.shared, names=names)
 
 
 def _drawn(
-    file: AdapterFile, names: Names, found: dict[str, str], modules: Mapping[str, Mapping[str, str]]
+    file: AdapterFile, names: Names, held: list[str], settings: Settings, adapted: list[AdaptedModule]
 ) -> Projections:
-    if found:
+    both = " and ".join(names.shared)
+    if held:
         raise file.refuse(
             "save_projection is false, but the file holds a projection, which PEFT would not use",
-            tensor=min(found.values()),
-            expected=f"save_projection: true, or a file without {' and '.join(names.shared)}",
+            tensor=min(held),
+            expected=f"save_projection: true, or a file without {both}",
         )
-    seed = file.config.get("projection_prng_key")
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise file.refuse(f"projection_prng_key is {seed!r}", expected=f"the seed of {' and '.join(names.shared)}")
-    inputs = [_inputs(file, name, keys.get(names.scales[0])) for name, keys in modules.items()]
-    unknown = [name for name, size in zip(modules, inputs, strict=True) if size is None]
-    if unknown and len(modules) > 1:
+    if settings.projection_prng_key is None:
+        raise file.refuse("projection_prng_key is None", expected=f"the seed of {both}")
+    inputs = [_inputs(module, names.scales[0]) for module in adapted]
+    unknown = [module.name for module, size in zip(adapted, inputs, strict=True) if size is None]
+    if unknown and len(adapted) > 1:
         raise file.refuse(
-            "the projections were not saved (save_projection is false), and to draw them again takes the largest "
-            f"input of all {len(modules)} layers, which the adapter does not tell",
+            "the projections were not saved (save_projection is false), and drawing them again needs the largest "
+            f"input of all {len(adapted)} layers, which the adapter does not record",
             tensor=unknown[0],
-            expected=f"the base that it was trained on, or an adapter with {' and '.join(names.shared)}",
+            expected=f"the base that it was trained on, or an adapter with {both}",
             next_step=names.save_them,
         )
     widest = None if unknown else max(n for n in inputs if n is not None)
-    return Projections(file, whole(file.config, "r", file.where), (), seed, widest, names)
+    return Projections(file, settings.r, (), settings.projection_prng_key, widest, names)
 
 
-def _inputs(file: AdapterFile, name: str, outputs: str | None) -> int | None:
+def _inputs(module: AdaptedModule, scale: str) -> int | None:
     """How many inputs the layer has: the side of the base's weight that is not the outputs'."""
-    shape = file.base_shape(f"{name}.weight")
-    if shape is None or len(shape) != 2 or outputs is None:
+    shape = module.file.base_shape(module.weight)
+    if shape is None or len(shape) != 2:
         return None
-    return shape[1] if file.tensors[outputs].shape == shape[:1] else shape[0]
+    return shape[1] if module.shape(scale) == shape[:1] else shape[0]
 
 
-def _update(shared: Projections, name: str, keys: dict[str, str], claimed: tuple[str, ...]) -> TargetUpdate:
-    file, names = shared.file, shared.names
-    missing = [p for p in names.scales if p not in keys]
-    if missing:
-        raise file.refuse(
-            f"{missing[0]} of this module is missing",
-            tensor=name,
-            expected=" and ".join(names.scales),
-            next_step="save the adapter again: model.save_pretrained(DIR)",
-        )
-    b_key, d_key = (keys[p] for p in names.scales)
-    b, d = file.tensors[b_key].shape, file.tensors[d_key].shape
+def _update(module: AdaptedModule, shared: Projections, claimed: tuple[str, ...]) -> TargetUpdate:
+    file, names = module.file, shared.names
+    b, d = (module.shape(p) for p in names.scales)
     if len(b) != 1 or d != (names.halves * shared.rank,) or not shared.holds(b[0]):
-        raise file.refuse(
-            f"{names.scales[0]} has the shape {list(b)}, {names.scales[1]} {list(d)}, and r is {shared.rank}",
-            tensor=b_key,
-            expected=f"shapes (out,) and ({names.rows},), with no more outputs than {names.shared[1]} has rows",
+        raise module.disagree(
+            f"shapes (out,) and ({names.rows},), with no more outputs than {names.shared[1]} has rows",
+            also=f"r is {shared.rank}",
         )
     # The shape cannot tell Conv1D from a wrong base here, as the adapter does not hold the inputs' number.
-    flips = file.is_conv1d(name)
-    shapes: tuple[tuple[int | None, ...], ...] = ((b[0], None), (None, b[0])) if flips else ((b[0], None),)
+    flips = module.is_conv1d
+    shapes: Shapes = ((b[0], None), (None, b[0])) if flips else ((b[0], None),)
 
     def load(shape: tuple[int, ...]) -> LowRankUpdate:
         flip = target.is_transposed(shape)
         down, up = shared.sliced(b[0], shape[0] if flip else shape[1])
-        left = file.read(b_key)[:, None] * up
-        right = file.read(d_key)[: shared.rank, None] * down
-        if flip:
-            left, right = right.T, left.T
-        return LowRankUpdate(LowRank(left, right, file.weight))
+        outputs, ranks = (module.read(p) for p in names.scales)
+        return LowRankUpdate.of(outputs[:, None] * up, ranks[: shared.rank, None] * down, file.weight, flip)
 
     target = SlicedTarget(
-        f"{name}.weight",
-        names.kind,
-        (b_key, d_key, *claimed),
-        shapes,
-        load,
-        adds=True,
-        low_rank=True,
-        file=file,
-        outputs=b[0],
-        widest=shared.widest,
-        fan_in_fan_out=flips,
-    )
+        module.weight, names.kind, (*module.used, *claimed), shapes, load, adds=True, low_rank=True,
+        file=file, outputs=b[0], widest=shared.widest, fan_in_fan_out=flips,
+    )  # fmt: skip
     return target

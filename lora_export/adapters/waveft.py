@@ -1,50 +1,51 @@
 """WaveFT (arXiv:2505.12532, §3): W' = W + s·(inverse wavelet transform of n coefficients drawn by a seed)."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from lora_export.adapters.complete import SizedTarget, refuse_factor
-from lora_export.adapters.config import number
+import torch
+
+from lora_export.adapters import fourierft
 from lora_export.adapters.fourierft import seed_of
-from lora_export.adapters.keys import group
 from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.module import AdaptedModule, complete
 from lora_export.adapters.sparse import PatchUpdate, SparseUpdate, chosen
+from lora_export.adapters.updates import SizedTarget
 from lora_export.contracts import TargetUpdate, Update
 
-if TYPE_CHECKING:
-    import torch
-
 NAME = "WaveFT"
-PEFT_TYPES = ("WAVEFT",)
 FORMULA = "W + s·(one level of the inverse wavelet transform of a sparse matrix, or the matrix itself)"
 
 _MARKER = "waveft_spectrum"
 Filters = tuple[tuple[float, ...], tuple[float, ...]]
 
 
+@dataclass(frozen=True)
+class Settings(fourierft.Settings):
+    """use_idwt: the trained numbers are wavelet coefficients, else elements of the weight."""
+
+    use_idwt: bool
+    wavelet_family: str | None = None
+
+
 def read(file: AdapterFile) -> list[TargetUpdate]:
     """One update for each layer: linear, or GPT-2's Conv1D. How many coefficients it has, its tensor tells."""
-    modules = group(file.tensors, (_MARKER,))
-    if not modules:
-        return []
-    refuse_factor(file, NAME)
-    transformed = file.config.get("use_idwt")
-    if not isinstance(transformed, bool):
-        raise file.refuse(f"use_idwt is {transformed!r}", expected="true or false, as PEFT writes it")
-    filters = _filters(file) if transformed else None
-    return [_update(file, name, keys[_MARKER], filters) for name, keys in modules.items()]
+    file.refuse_factor(NAME)
+    settings = file.settings(Settings)
+    filters = _filters(file, settings.wavelet_family) if settings.use_idwt else None
+    return [_update(module, settings.scaling, filters) for module in complete(file, _MARKER)]
 
 
-def _filters(file: AdapterFile) -> Filters:
+def _filters(file: AdapterFile, family: str | None) -> Filters:
     """The low-pass and the high-pass of reconstruction, of even length, from PEFT's own table of families.
 
     PEFT names more families than it has filters for, and pads the weight for another length than coif5 has: with
     those it cannot train.
     """
-    family = file.config.get("wavelet_family")
     padding: Any = importlib.import_module("peft.tuners.waveft.constants").WAVELET_REDUCTIONS
     known: Any = importlib.import_module("peft.tuners.waveft.wavelet")
-    if isinstance(family, str) and family in padding and family in known.wavelist():
+    if family in padding and family in known.wavelist():
         wavelet = known.Wavelet(family)
         low, high = tuple(wavelet.rec_lo), tuple(wavelet.rec_hi)
         if padding[family] == (len(low) - 2, len(low) - 2) and len(low) == len(high):
@@ -54,15 +55,12 @@ def _filters(file: AdapterFile) -> Filters:
     )
 
 
-def _update(file: AdapterFile, name: str, key: str, filters: Filters | None) -> TargetUpdate:
-    (count,) = file.shape(key, 1)
-    flips, seed = file.is_conv1d(name), seed_of(file)
-    scaling = number(file.config, "scaling", file.where)
+def _update(module: AdaptedModule, scaling: float, filters: Filters | None) -> TargetUpdate:
+    (count,) = module.file.shape(module.keys[_MARKER], 1)
+    flips, seed = module.is_conv1d, seed_of(module.file)
 
     def load(shape: tuple[int, ...]) -> Update:
-        import torch
-
-        values = scaling * file.read(key)
+        values = scaling * module.read(_MARKER)
         height, width = reversed(shape) if flips else shape
         places = chosen(seed, height * width, count)
         row, column = places // width, places % width
@@ -76,10 +74,10 @@ def _update(file: AdapterFile, name: str, key: str, filters: Filters | None) -> 
         down, across = values[:, None] * bank[high_column], bank[high_row]
         return PatchUpdate(lefts, tops, across, down) if flips else PatchUpdate(tops, lefts, down, across)
 
-    return SizedTarget(f"{name}.weight", "waveft", (key,), ((None, None),), load, adds=True, least=count)
+    return SizedTarget(module.weight, "waveft", module.used, ((None, None),), load, adds=True, least=count)
 
 
-def _place(place: "torch.Tensor", size: int, taps: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+def _place(place: torch.Tensor, size: int, taps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Along one axis of `size`: where the answer to a coefficient begins, and whether it is of the second half.
 
     The axis is padded by taps − 2, and by one more to be even; the coefficients lie in its middle. Coefficient k of

@@ -1,4 +1,4 @@
-"""What may stand in the files that other programs read: lists of keys, values, operators and file types.
+"""What the files that other programs read may hold: lists of keys, values, operators and file types.
 
 A runtime does what its configuration says: it loads a library that genai_config.json names, a kernel that
 config.json names, a backend that config.pbtxt names. These functions are called before a runtime sees the folder.
@@ -16,12 +16,12 @@ __all__ = ["check_adapter_folder", "check_model_folder", "check_onnx_folder", "c
 def check_model_folder(folder: Path) -> None:
     """A folder that transformers is to load as a model. CheckpointError or InputError for what is not on a list.
 
-    Code beside the weights (modeling_x.py, pytorch_model.bin) stays: nothing that is read here leads to it.
+    Code beside the weights (modeling_x.py, pytorch_model.bin) is allowed: nothing that is read here leads to it.
     """
     check_adapter_folder(folder)
     if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            "beside the model lies an adapter, which transformers would load with it without a word",
+            "an adapter lies beside the model, and transformers would silently load both",
             where=folder / "adapter_config.json",
             expected="a model and its adapter in folders of their own",
             next_step="move adapter_config.json and adapter_model.safetensors into another folder",
@@ -29,14 +29,13 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """A folder from which only an adapter is loaded, a model and a tokenizer beside it or not; a base whose adapter
-    is left out."""
+    """A folder from which only an adapter is loaded, whether or not a model and a tokenizer are beside it; a base
+    whose adapter is ignored."""
     hub.check_files(folder)
 
 
 def check_onnx_folder(folder: Path) -> None:
-    """A folder from which a runtime takes graphs, configuration and tokenizer; what lies in its subfolders is not
-    read."""
+    """A folder from which a runtime reads graphs, configuration and tokenizer, but nothing in its subfolders."""
     files.refuse_libraries(folder)
     hub.check_files(folder)
     _check_runtimes(folder.iterdir())

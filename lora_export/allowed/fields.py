@@ -1,4 +1,4 @@
-"""Documents that another program will read: every key and every value is on a list, or the document is refused.
+"""Documents that another program will read: a key or a value that is not on a list refuses the document.
 
 A rule says what a value may be. A `Value`: what its test holds for. {"a": rule}: an object with these keys alone,
 none of which is required. {str: rule}: an object with any keys. [rule]: a list. (a, b): one of these.
@@ -38,11 +38,11 @@ def _word(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 200 and all(c.isalnum() or c in "._-%/ :" for c in value)
 
 
-WHOLE = Value("a whole number of 32 bits", _whole)
+WHOLE = Value("an integer of 32 bits", _whole)
 NUMBER = Value("a finite number", _number)
 FLAG = Value("true or false", lambda v: isinstance(v, bool))
 WORD = Value("a name of letters, digits and ._-%/:", _word)
-DIGITS = Value("digits in a text", lambda v: isinstance(v, str) and v.isascii() and v.isdigit() and len(v) < 20)
+DIGITS = Value("a string of digits", lambda v: isinstance(v, str) and v.isascii() and v.isdigit() and len(v) < 20)
 FILE = Value("the plain name of a file in the same folder", lambda v: isinstance(v, str) and sealed.plain_name(v))
 GRAPH = Value(
     "the plain name of an .onnx file in the same folder",
@@ -63,16 +63,16 @@ def read(path: Path) -> Any:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for name, value in pairs:
-            if name in found:
+            if name in fields:
                 raise InputError(
-                    f"the key {name!r} stands twice in one object",
+                    f"the key {name!r} occurs twice in one object",
                     where=path,
-                    expected="each key once: readers differ in which value they take",
+                    expected="each key once: readers differ in which value they use",
                 )
-            found[name] = value
-        return found
+            fields[name] = value
+        return fields
 
     try:
         sealed.refuse_outward_link(path)
@@ -90,12 +90,12 @@ def check(document: Any, rule: Rule, what: str, where: Path) -> None:
     for place, value, expected in _misfits(document, rule, ""):
         if value is _UNKNOWN:
             raise InputError(
-                f"{what} has the key {place!r}, which is not on the list of what a runtime may be told",
+                f"{what} has the key {place!r}, which is not on the list of what a runtime may read",
                 where=where,
                 expected=expected,
-                next_step="remove the key, or make the folder again with lora-export",
+                next_step="remove the key, or create the folder again with lora-export",
             )
-        raise InputError(f"{what} says {place} = {value!r}", where=where, expected=expected)
+        raise InputError(f"{what} sets {place} to {value!r}", where=where, expected=expected)
 
 
 _UNKNOWN = object()
@@ -112,7 +112,7 @@ def _misfits(value: Any, rule: Rule, place: str) -> Iterator[Misfit]:
         yield place, value, "an object" if isinstance(rule, dict) else "a list"
     elif isinstance(rule, list):
         for i, item in enumerate(value):
-            if not (isinstance(rule[0], Value) and rule[0].holds(item)):  # the usual case, and soon done
+            if not (isinstance(rule[0], Value) and rule[0].holds(item)):  # the usual case, and a fast one
                 yield from _misfits(item, rule[0], f"{place}[{i}]")
     else:
         for key, item in value.items():
@@ -124,7 +124,7 @@ def _misfits(value: Any, rule: Rule, place: str) -> Iterator[Misfit]:
 
 
 def _alternative(value: Any, rules: Iterable[Rule]) -> Rule:
-    """The rule of the same shape, or of those of plain values all together."""
+    """The rule of the same shape, or all those of plain values together."""
     plain = [r for r in rules if isinstance(r, Value)]
     shaped = [r for r in rules if not isinstance(r, Value) and isinstance(value, type(r))]
     either = Value(" or ".join(r.expected for r in plain), lambda v: any(r.holds(v) for r in plain))

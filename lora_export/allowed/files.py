@@ -1,4 +1,4 @@
-"""Types of files: what may lie in a package, and what may lie in no folder that a runtime reads."""
+"""Types of files: which ones a package may hold, and which ones no folder that a runtime reads may hold."""
 
 import re
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _DOCUMENTS = TOKENIZER_FILES | {
 _LICENCE = re.compile(
     r"[^/]*(licen[cs]e|notice|copying|use_policy|usage_policy|copyright)[^/.]*(\.(txt|md|rst|pdf|html))?", re.I
 )
-TEXTS = frozenset({"", ".txt", ".md", ".rst", ".pdf", ".html"})  # what a licence may be written in
+TEXTS = frozenset({"", ".txt", ".md", ".rst", ".pdf", ".html"})  # endings of licences
 
 
 def refuse_libraries(folder: Path) -> None:
@@ -51,17 +51,17 @@ def refuse_strangers(folder: Path, also: Sequence[str] = ()) -> None:
         name = path.relative_to(folder).as_posix()
         if _is_library(path) or not (_belongs(PurePosixPath(name)) or any(fnmatchcase(path.name, p) for p in also)):
             raise InputError(
-                f"{name} is of no type that a package has",
+                f"{name} is not a type of file that a package contains",
                 where=path,
                 expected="graphs, weights, configuration, tokenizer, licences and README.md",
-                next_step="do not run it; take the package from where it was made",
+                next_step="do not run it; get the package again from its source",
             )
 
 
 def _belongs(path: PurePosixPath) -> bool:
     if path.name in _DOCUMENTS or _WEIGHTS.fullmatch(path.name):
         return True
-    if path.parent.name == "warmup":  # of Triton: one file for each input, under its name
+    if path.parent.name == "warmup":  # of Triton: a file for each input, named after it
         return path.suffix == ""
     return len(path.parts) == 1 and _LICENCE.fullmatch(path.name) is not None
 
@@ -69,7 +69,7 @@ def _belongs(path: PurePosixPath) -> bool:
 def _is_library(path: Path) -> bool:
     if _LIBRARY.fullmatch(path.name):
         return True
-    if _WEIGHTS.fullmatch(path.name) or path.suffix in (".data", ".bin"):  # numbers may begin with anything
+    if _WEIGHTS.fullmatch(path.name) or path.suffix in (".data", ".bin"):  # weights may begin with any bytes
         return False
     with path.open("rb") as f:
         return f.read(4).startswith(_MAGIC)

@@ -1,9 +1,9 @@
-"""genai_config.json and what lies beside it for onnxruntime-genai alone.
+"""genai_config.json and the file beside it that only onnxruntime-genai reads.
 
 The keys are those of the runtime's own reader (src/config.cpp of microsoft/onnxruntime-genai) that concern a
 decoder or an encoder-decoder. Left out, and so refused: what loads native code (`custom_ops_library`, libraries of
 other providers), writes files (`enable_profiling`), leads out of the folder (`tokenizer_dir`, `data_file`), passes
-addresses of memory (`gpu_external_alloc`, `user_compute_stream`), and every part that this tool does not write.
+memory addresses (`gpu_external_alloc`, `user_compute_stream`), and every part that this tool does not write.
 """
 
 from pathlib import Path
@@ -110,7 +110,7 @@ _CONFIG: Rule = {
     "engine": {"dynamic_batching": _BATCHING, "static_batching": {"max_batch_size": WHOLE}},
     "speculative": {"max_draft_tokens": WHOLE},
 }
-# The builder writes this document for Whisper alone; its operations are names of compiled-in functions.
+# The builder writes this document only for Whisper; its operations name compiled-in functions.
 _ATTRIBUTES: Rule = {str: (WHOLE, NUMBER, [NUMBER])}
 _OPERATION: Rule = {
     "name": WORD,
@@ -126,7 +126,7 @@ def check_config(path: Path) -> None:
 
 
 def check_audio(path: Path) -> None:
-    """InputError unless an audio_processor_config.json names known operations alone."""
+    """InputError unless an audio_processor_config.json names only known operations."""
     check(read(path), _AUDIO, path.name, path)
 
 

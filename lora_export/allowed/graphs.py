@@ -1,7 +1,7 @@
 """Operators of ONNX graphs that ONNX Runtime computes by itself.
 
-Left out, and so refused: EPContext and Snpe, which hand a compiled program of the file to a driver, operators of
-domains that only a library brings along, and a session's options inside of a model.
+Left out, and so refused: EPContext and Snpe, which hand a compiled program in the file to a driver, operators of
+domains that only a library provides, and session options inside a model.
 """
 
 from collections.abc import Iterable, Iterator
@@ -55,7 +55,7 @@ def check_operators(path: Path, model: "onnx.ModelProto") -> None:
     own = {(f.domain, f.name) for f in model.functions}
     for node in _nodes(model):
         domain, operator = node.domain, node.op_type
-        if not (isinstance(domain, str) and isinstance(operator, str)):  # protobuf hands over bytes then
+        if not (isinstance(domain, str) and isinstance(operator, str)):  # protobuf returns bytes then
             raise ExportError(f"the graph has the operator {operator!r}", where=path, expected="names in UTF-8")
         if domain in STANDARD:
             known = onnx.defs.has(operator, "") or operator in _MISPLACED
@@ -67,16 +67,14 @@ def check_operators(path: Path, model: "onnx.ModelProto") -> None:
                 "ONNX Runtime computes by itself",
                 where=path,
                 expected="operators of ONNX, and those of ONNX Runtime that load nothing",
-                next_step="export the model again with lora-export export; do not run this one",
+                next_step="do not run this graph; export the model again with lora-export export",
             )
     if any(entry.key == "ort_config" for entry in model.metadata_props):
-        raise ExportError(
-            "the model brings along options for its session (ort_config)", where=path, expected="a graph alone"
-        )
+        raise ExportError("the model contains session options (ort_config)", where=path, expected="only a graph")
 
 
 def _nodes(model: "onnx.ModelProto") -> "Iterator[onnx.NodeProto]":
-    """Every node: of the graph, of graphs inside of nodes, of functions and of training."""
+    """Every node: of the graph, of graphs inside nodes, of functions and of training."""
     waiting: list[Iterable[onnx.NodeProto]] = [model.graph.node, *(f.node for f in model.functions)]
     waiting += [g.node for info in model.training_info for g in (info.initialization, info.algorithm)]
     while waiting:

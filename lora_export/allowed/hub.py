@@ -1,7 +1,7 @@
-"""What transformers, sentence-transformers and transformers.js read of a model's folder.
+"""What transformers, sentence-transformers and transformers.js read in a model's folder.
 
-config.json has keys of hundreds of architectures, so the list is one of values here: nothing that makes a library
-import code, a kernel or a file by name passes, at any depth. Documents with few keys have lists of keys.
+config.json has keys of hundreds of architectures, so values are listed here: nothing passes, at any depth, that
+makes a library import code, a kernel or a file by name. Documents with few keys have lists of keys.
 """
 
 import re
@@ -16,7 +16,7 @@ from lora_export.storage import sealed
 from lora_export.storage.documents import walk
 
 _CODE = "makes transformers run code that came with the model"
-_REDIRECTED = "has other weights read than those of the folder"
+_REDIRECTED = "makes transformers read other weights than those of the folder"
 # Keys that must have no value, at any depth, and what they do.
 REFUSED: Mapping[str, str] = {
     "auto_map": _CODE, "custom_pipelines": _CODE, "trust_remote_code": _CODE, "custom_generate": _CODE,
@@ -24,22 +24,22 @@ REFUSED: Mapping[str, str] = {
     "use_kernels": _CODE, "allow_all_kernels": _CODE, "compile_config": _CODE,
     "transformers_weights": _REDIRECTED, "gguf_file": _REDIRECTED, "_adapter_model_path": _REDIRECTED,
 }  # fmt: skip
-# Implementations that are part of transformers; any other text is the name of a kernel on a hub.
+# Implementations that are part of transformers; any other string names a kernel on a hub.
 _IMPLEMENTATIONS = frozenset(
     {
         "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "grouped_mm", "batched_mm",
     }
 )  # fmt: skip
-# Attributes with an underscore are transformers' own: only those that its models save may be set to a text.
+# Attributes with an underscore are transformers' own: only those that its models save may be set to a string.
 _INTERNAL = frozenset(
     {
         "_name_or_path", "_attn_implementation", "_experts_implementation", "_class_name", "_commit_hash",
         "_diffusers_version", "_from_model_config", "_model_name_or_path", "__version__",
     }
 )  # fmt: skip
-# What transformers writes for a number that JSON does not have: {"__float__": "Infinity"}.
+# What transformers writes for a number that JSON lacks: {"__float__": "Infinity"}.
 _NUMBERS = frozenset({"Infinity", "-Infinity", "NaN"})
-# The name of a class that reads text, sound or images; a name with a dot or a slash would be looked for elsewhere.
+# The name of a class that reads text, sound or images; a name with a dot or a slash is looked up elsewhere.
 _READER = re.compile(
     r"[A-Za-z]\w*(Tokenizer|TokenizerFast|Backend|Processor|ProcessorFast|ProcessorPil|FeatureExtractor)"
 )
@@ -56,13 +56,13 @@ _FOLDER = Value("'' or the plain name of a folder", lambda v: v == "" or FILE.ho
 _MODULES: Rule = [
     {
         "idx": WHOLE,
-        "name": Value("a text", lambda v: isinstance(v, str)),
+        "name": Value("a string", lambda v: isinstance(v, str)),
         "path": _FOLDER,
         "type": Value("a class of sentence_transformers", lambda v: isinstance(v, str) and _matches(_SENTENCE, v)),
         "kwargs": [_KEYWORDS],
     }
 ]
-# Of generation_config.json: keys that may have a text. Numbers name nothing, whatever their key.
+# Keys of generation_config.json that may have a string. Numbers name nothing, whatever their key.
 _GENERATION_TEXTS = frozenset(
     {
         "transformers_version", "chat_format", "dtype", "early_stopping", "language", "model_type",
@@ -78,7 +78,7 @@ _CACHES = frozenset(
 
 
 def check_config(config: Any, where: Path) -> None:
-    """CheckpointError, with the key, for what would make a library load something that the folder names."""
+    """CheckpointError, with the key, for what makes a library load something that the folder names."""
     for key, value in _pairs(_without_torchao(config), where):
         if key in REFUSED and value:
             raise CheckpointError(
@@ -89,7 +89,7 @@ def check_config(config: Any, where: Path) -> None:
             )
         for wrong, expected in _faults(key, value):
             raise CheckpointError(
-                f"{key} is {wrong!r}, which names something to be loaded",
+                f"{key} is {wrong!r}, which names something to load",
                 where=where,
                 expected=expected,
                 next_step=f"remove {key!r} from the file if the model works without it",
@@ -97,7 +97,7 @@ def check_config(config: Any, where: Path) -> None:
 
 
 def _without_torchao(config: Any) -> Any:
-    """The configuration less torchao's, whose _type names a class for transformers: it is given no such folder."""
+    """The configuration without torchao's quant_type, which names a class: transformers loads no such folder."""
     settings = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(settings, dict) or settings.get("quant_method") != "torchao":
         return config
@@ -141,10 +141,10 @@ def check_quantization(config: Mapping[str, Any], where: Path) -> None:
 
 
 def check_tokenizer(config: Mapping[str, Any], where: Path) -> None:
-    """As check_config; and a file that a tokenizer reads lies beside its configuration."""
+    """As check_config; and every file that a tokenizer reads is beside its configuration."""
     check_config(config, where)
     for key, value in config.items():
-        # Old versions wrote down where these two once lay, and no version reads them there.
+        # Old versions recorded where these two files once were, and no version reads them there.
         if not key.endswith(("_file", "_files", "_spm")) or key in (
             "special_tokens_map_file",
             "tokenizer_config_file",
@@ -154,7 +154,7 @@ def check_tokenizer(config: Mapping[str, Any], where: Path) -> None:
         for name in names:
             if name is not None and not FILE.holds(name):
                 raise CheckpointError(
-                    f"{key} is {name!r}, which lies outside of the folder",
+                    f"{key} is {name!r}, which is outside the folder",
                     where=where,
                     expected=FILE.expected,
                     next_step=f"remove {key!r} from the file",
@@ -162,16 +162,16 @@ def check_tokenizer(config: Mapping[str, Any], where: Path) -> None:
 
 
 def check_generation(config: Mapping[str, Any], where: Path) -> None:
-    """As check_config; and a text stands under known keys alone."""
+    """As check_config; and only known keys may have a string."""
     check_config(config, where)
     for key, value in config.items():
         if key == "cache_implementation" and value is not None and value not in _CACHES:
             raise CheckpointError(f"{key} is {value!r}", where=where, expected=", ".join(sorted(_CACHES)))
         if key not in _GENERATION_TEXTS | _INTERNAL | {"cache_implementation"} and not _inert(value):
             raise CheckpointError(
-                f"generation_config.json has the key {key!r} with a text, which is not on the list",
+                f"generation_config.json has a string under the key {key!r}, which is not on the list",
                 where=where,
-                expected=f"numbers, or a text under one of {', '.join(sorted(_GENERATION_TEXTS))}",
+                expected=f"numbers, or a string under one of {', '.join(sorted(_GENERATION_TEXTS))}",
                 next_step=f"remove {key!r} from the file",
             )
 
@@ -182,7 +182,7 @@ def check_modules(modules: Any, where: Path) -> None:
 
 
 def _inert(value: Any) -> bool:
-    """Whether a value has no text in it, the keys of objects aside: a number cannot name what is to be loaded."""
+    """Whether a value contains no string, apart from keys of objects: a number cannot name what to load."""
     waiting = [value]
     while waiting:
         one = waiting.pop()
@@ -211,7 +211,7 @@ CHECKS: Mapping[str, Callable[[Any, Path], None]] = {
 
 
 def check_files(folder: Path) -> None:
-    """All of these that lie in a folder, and config.json of the folders that modules.json names."""
+    """All of these in a folder, and the JSON files of the folders that modules.json names."""
     for name, ask in CHECKS.items():
         if (folder / name).is_file():
             ask(sealed.read_json(folder / name), folder / name)

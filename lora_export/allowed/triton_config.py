@@ -45,14 +45,14 @@ def check_config(path: Path) -> None:
 
 
 def _parsed(path: Path) -> dict[str, list[Any]]:
-    """The fields of the text format, each a list: what it says is looked at without Triton's own classes."""
+    """The fields of the text format, each a list, parsed without Triton's own classes."""
     from google.protobuf import text_format
 
     try:
         tokens = text_format.Tokenizer(path.read_text(encoding="utf-8").splitlines())
         return _message(tokens, "", 0)
     except (text_format.ParseError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"this is no text format of protobuf: {error}", where=path) from None
+        raise InputError(f"this is not protobuf's text format: {error}", where=path) from None
 
 
 def _message(tokens: Any, end: str, depth: int) -> dict[str, list[Any]]:
@@ -60,14 +60,14 @@ def _message(tokens: Any, end: str, depth: int) -> dict[str, list[Any]]:
         raise ValueError(f"more than {_DEEPEST} levels")
     fields: dict[str, list[Any]] = {}
     while not (tokens.AtEnd() if not end else tokens.TryConsume(end)):
-        found = fields.setdefault(tokens.ConsumeIdentifier(), [])
+        values = fields.setdefault(tokens.ConsumeIdentifier(), [])
         tokens.TryConsume(":")
         if tokens.TryConsume("["):
             while not tokens.TryConsume("]"):
-                found.append(_value(tokens, depth))
+                values.append(_value(tokens, depth))
                 tokens.TryConsume(",")
         else:
-            found.append(_value(tokens, depth))
+            values.append(_value(tokens, depth))
         tokens.TryConsume(",") or tokens.TryConsume(";")
     return fields
 

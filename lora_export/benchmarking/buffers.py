@@ -1,5 +1,6 @@
 """What one call computes, and the buffers that its inputs and outputs are bound to."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,39 +42,30 @@ class Shape:
 class Buffers:
     """The buffers of one cell, shared by all arms whose inputs and outputs look the same.
 
-    One set for all: no arm profits from a luckier address, and a long prefill's logits exist once.
+    One set for all: no arm gets a luckier address, and a long prefill's logits exist once.
     """
 
     device: str
-    _values: dict[tuple[Any, ...], "OrtValue"] = field(default_factory=dict)
+    values: dict[tuple[Hashable, ...], "OrtValue"] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(value.tensor_size_in_bytes() for value in self._values.values())
-
-    def get(self, key: tuple[Any, ...]) -> "OrtValue":
-        return self._values[key]
-
-    def put(self, key: tuple[Any, ...], value: "OrtValue") -> "OrtValue":
-        return self._values.setdefault(key, value)
-
-    def has(self, key: tuple[Any, ...]) -> bool:
-        return key in self._values
+        return sum(value.tensor_size_in_bytes() for value in self.values.values())
 
     def array(self, name: str, shape: Shape, value: "np.ndarray[Any, Any]") -> "OrtValue":
         import onnxruntime as ort
 
         key = (name, str(value.dtype), shape)
-        if not self.has(key):
-            self.put(key, ort.OrtValue.ortvalue_from_numpy(value, self.device, 0))
-        return self.get(key)
+        if key not in self.values:
+            self.values[key] = ort.OrtValue.ortvalue_from_numpy(value, self.device, 0)
+        return self.values[key]
 
     def blank(self, name: str, element: int, dims: tuple[int, ...]) -> "OrtValue":
         """Uninitialized memory of one name, type and shape, the same for all that ask for it."""
         import onnxruntime as ort
 
         key = (name, element, dims)
-        if not self.has(key):
+        if key not in self.values:
             make = ort.OrtValue.ortvalue_from_shape_and_type
-            self.put(key, make(list(dims), element, self.device, 0))
-        return self.get(key)
+            self.values[key] = make(list(dims), element, self.device, 0)
+        return self.values[key]

@@ -1,23 +1,19 @@
-"""What a reader needs to know about the machine, and nothing that names it: no host, user or path."""
+"""The machine that a benchmark runs on."""
 
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 from lora_export.benchmarking.gpus import Gpus
+from lora_export.contracts import Machine
 
 
 def usable_cores() -> int:
     """Physical cores that this process may use: not more than its affinity and its container's quota."""
     import psutil
 
-    limits = [psutil.cpu_count(logical=False) or 1, _affinity(), _container_quota()]
-    return max(1, min(limit for limit in limits if limit))
-
-
-def _affinity() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    return min(limit for limit in (psutil.cpu_count(logical=False) or 1, affinity, _container_quota()) if limit)
 
 
 def _container_quota() -> int:
@@ -25,29 +21,28 @@ def _container_quota() -> int:
     return max(1, int(quota) // int(period)) if quota.isdigit() and period.isdigit() else 0
 
 
-def describe() -> dict[str, Any]:
-    """The parts of the machine that do not change during a run."""
+def describe() -> Machine:
     import onnxruntime
     import psutil
 
-    return {
-        "cpu": _cpu_model(),
-        "physical_cores": psutil.cpu_count(logical=False),
-        "logical_cores": psutil.cpu_count(),
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
-        "ram_bytes": psutil.virtual_memory().total,
-        "os": _operating_system(),
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-        "cuda": _cuda_libraries(),
-        "gpus": Gpus().describe(),
-    }
+    return Machine(
+        cpu=_cpu_model(),
+        physical_cores=psutil.cpu_count(logical=False),
+        logical_cores=psutil.cpu_count(),
+        governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
+        ram_bytes=psutil.virtual_memory().total,
+        os=_operating_system(),
+        python=platform.python_version(),
+        onnxruntime=onnxruntime.__version__,
+        cuda=_cuda_libraries(),
+        gpus=Gpus().describe(),
+    )
 
 
 def memory(provider: str, gpus: Gpus) -> tuple[int, int]:
     """(used, free) bytes where a session of this provider keeps its weights: by this process in RAM, or on the GPU.
 
-    On a GPU it is all that is used: a container does not see its own process there.
+    On a GPU it is the memory that all processes use: a container does not see its own process there.
     """
     import psutil
 
@@ -61,12 +56,12 @@ def _cuda_libraries() -> dict[str, str]:
 
     from onnxruntime.capi import build_and_package_info
 
-    found = {"onnxruntime_cuda": str(getattr(build_and_package_info, "cuda_version", "none"))}
+    versions = {"onnxruntime_cuda": str(getattr(build_and_package_info, "cuda_version", "none"))}
     for package in distributions():
         name = (package.metadata["Name"] or "").lower()
         if name.startswith(("nvidia-cudnn", "nvidia-cublas", "nvidia-cuda-runtime", "nvidia-cufft", "tensorrt")):
-            found[name] = package.version
-    return found
+            versions[name] = package.version
+    return versions
 
 
 def _cpu_model() -> str:

@@ -1,11 +1,13 @@
-"""What NVIDIA's management library (NVML) says of each GPU. Without a driver there are none, which is no error."""
+"""What NVIDIA's management library (NVML) says about each GPU. No driver means no GPUs, which is not an error."""
 
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from lora_export.contracts import Gpu, GpuReading
+
 _MEGA = 10**6
-# Reasons that lower the clocks by what the card or its cooling cannot do; idling and a user's own limits are none.
+# Reasons that lie with the card or its cooling; idling and limits that a user has set are not among them.
 _SLOWED = {
     "HwSlowdown": "hardware slowdown",
     "HwThermalSlowdown": "too hot (hardware)",
@@ -30,37 +32,34 @@ class Gpus:
     def __len__(self) -> int:
         return len(self._handles)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """What does not change: name, memory, driver, the CUDA that the driver knows, power limit, MIG."""
+    def describe(self) -> tuple[Gpu, ...]:
         nvml, ask = self._nvml, self._ask
-        return [
-            {
-                "name": _text(ask(nvml.nvmlDeviceGetName, handle)),
-                "memory_bytes": getattr(ask(nvml.nvmlDeviceGetMemoryInfo, handle), "total", None),
-                "driver": _text(ask(nvml.nvmlSystemGetDriverVersion)),
-                "cuda_driver": _version(ask(nvml.nvmlSystemGetCudaDriverVersion)),
-                "power_limit_w": _thousandth(ask(nvml.nvmlDeviceGetPowerManagementLimit, handle)),
-                "mig": (ask(nvml.nvmlDeviceGetMigMode, handle) or [None])[0] == 1,
-            }
+        return tuple(
+            Gpu(
+                name=_text(ask(nvml.nvmlDeviceGetName, handle)),
+                memory_bytes=getattr(ask(nvml.nvmlDeviceGetMemoryInfo, handle), "total", None),
+                driver=_text(ask(nvml.nvmlSystemGetDriverVersion)),
+                cuda_driver=_version(ask(nvml.nvmlSystemGetCudaDriverVersion)),
+                power_limit_w=_thousandth(ask(nvml.nvmlDeviceGetPowerManagementLimit, handle)),
+                mig=(ask(nvml.nvmlDeviceGetMigMode, handle) or [None])[0] == 1,
+            )
             for handle in self._handles
-        ]
+        )
 
-    def read(self) -> list[dict[str, Any]]:
-        """Clocks in MHz, power in watts, temperature in °C, used memory in MB, and why the clocks are lowered."""
+    def read(self) -> tuple[GpuReading, ...]:
+        return tuple(map(self._reading, self._handles))
+
+    def _reading(self, handle: Any) -> GpuReading:
         nvml, ask = self._nvml, self._ask
-        found = []
-        for handle in self._handles:
-            memory = ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-            reading = {
-                "sm_mhz": ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-                "memory_mhz": ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
-                "power_w": _thousandth(ask(nvml.nvmlDeviceGetPowerUsage, handle)),
-                "temperature_c": ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-                "used_mb": memory.used // _MEGA if memory else None,
-                "throttled": self._reasons(ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)),
-            }
-            found.append(reading)
-        return found
+        memory = ask(nvml.nvmlDeviceGetMemoryInfo, handle)
+        return GpuReading(
+            sm_mhz=ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+            memory_mhz=ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
+            power_w=_thousandth(ask(nvml.nvmlDeviceGetPowerUsage, handle)),
+            temperature_c=ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+            used_mb=memory.used // _MEGA if memory else None,
+            throttled=self._reasons(ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)),
+        )
 
     def memory(self) -> tuple[int, int] | None:
         """(used, free) bytes of the first GPU, which is the one that sessions run on; None without one."""
@@ -69,9 +68,9 @@ class Gpus:
         info = self._nvml.nvmlDeviceGetMemoryInfo(self._handles[0])
         return int(info.used), int(info.free)
 
-    def _reasons(self, bits: int | None) -> list[str]:
+    def _reasons(self, bits: int | None) -> tuple[str, ...]:
         known = {words: getattr(self._nvml, f"nvmlClocksThrottleReason{key}") for key, words in _SLOWED.items()}
-        return [words for words, bit in known.items() if (bits or 0) & bit]
+        return tuple(words for words, bit in known.items() if (bits or 0) & bit)
 
     def _ask(self, question: Callable[..., Any], *about: Any) -> Any:
         """The answer, or None where the card does not give one (a virtual GPU hides its clocks)."""

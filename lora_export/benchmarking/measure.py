@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,19 +17,20 @@ from lora_export.benchmarking.statistics import (
     ratio_interval,
     trimmed_mean,
 )
+from lora_export.contracts import Reading
 
-Arm = Callable[[], float]  # runs once and returns its latency in milliseconds
+Timed = Callable[[], float]  # runs once and returns its latency in milliseconds
 Clock = Callable[[], float]  # seconds
 Pairs = Sequence[tuple[str, Sequence[str]]]  # an arm and the arms whose mean it is compared with
 
 _WARM_UP_WINDOW = 3
 _WARM_UP_SHARE = 0.2
 _MAX_WARM_UP_ROUNDS = 100
-# Short calls are repeated in a block, so that its median is deaf to a single call that was disturbed.
+# Short calls are repeated in a block, so that a single disturbed call does not move its median.
 _BLOCK_MS = 250.0
 _MAX_PASSES = 50
 _PLANNING_RESAMPLES = 500
-# Threads of OpenMP go on spinning for a few milliseconds after their work is done.
+# OpenMP's threads keep spinning for a few milliseconds after their work is done.
 _SETTLE_SECONDS = 0.02
 
 
@@ -44,7 +44,7 @@ class Series:
 
     times: Mapping[str, Array]
     settled: bool
-    readings: tuple[Any, ...] = ()
+    readings: tuple[Reading, ...] = ()
     sets: tuple[int, ...] = ()
     passes: int = 1
 
@@ -59,12 +59,12 @@ class Series:
 
     def median(self, *arms: str) -> float | None:
         """Of all calls of these arms together; None where none of them was measured."""
-        found = [self.times[arm].ravel() for arm in arms if arm in self.times]
-        return float(np.median(np.concatenate(found))) if found else None
+        calls = [self.times[arm].ravel() for arm in arms if arm in self.times]
+        return float(np.median(np.concatenate(calls))) if calls else None
 
     def against(self, arm: str, *references: str, rng: np.random.Generator) -> Interval:
-        """From blocks, or from the means of several sets of sessions: what all blocks of one set share, such as
-        where its memory lies, no number of blocks averages out."""
+        """From blocks, or from the means of several sets of sessions: more blocks do not average out what all
+        blocks of one set share, such as where its memory lies."""
         logs = log_ratios(self.times[arm], *(self.times[r] for r in references))
         if self.sessions > 1:
             ends = np.cumsum(self.sets)
@@ -84,7 +84,7 @@ def joined(series: Sequence[Series]) -> Series:
 
 
 def measure(
-    arms: Mapping[str, Arm],
+    arms: Mapping[str, Timed],
     *,
     pairs: Pairs,
     margin: float,
@@ -92,14 +92,14 @@ def measure(
     rng: np.random.Generator,
     clock: Clock = time.perf_counter,
     tick: Callable[[int, int], None] = lambda done, planned: None,
-    observe: Callable[[], Any] = lambda: None,
+    observe: Callable[[], Reading] | None = None,
     apart: Collection[str] = (),
     passes: int | None = None,
 ) -> Series:
     """Warm up, then measure blocks until there are enough for every pair.
 
     The number of blocks follows from the variance alone, never from the difference seen, so measuring on
-    does not favour a verdict. observe: called between blocks, what it says is kept. apart: arms that would disturb
+    does not favour a verdict. observe: called between blocks, its readings are kept. apart: arms that would disturb
     those that run after them; passes: of a block, None: as many as fit into a quarter of a second.
     """
     deadline = clock() + seconds
@@ -107,12 +107,13 @@ def measure(
         typical, settled = warm_up(arms, margin, clock() + _WARM_UP_SHARE * seconds, rng, clock)
         passes = passes or _passes(2 * sum(typical.values()), seconds)
         blocks: list[dict[str, list[float]]] = []
-        readings: list[Any] = []
-        observe()  # what came before is nobody's business
+        readings: list[Reading] = []
+        if observe:
+            observe()  # the first reading covers what came before
         planned = MIN_BLOCKS
         while len(blocks) < planned and (len(blocks) < 2 or clock() < deadline):
             blocks.append(block(arms, passes, rng, apart))
-            readings.append(observe())
+            readings += [observe()] if observe else []
             if len(blocks) == planned:
                 planned = _plan(blocks, pairs, margin, rng)
             tick(len(blocks), planned)
@@ -127,7 +128,7 @@ def _passes(pass_ms: float, seconds: float) -> int:
 
 
 def block(
-    arms: Mapping[str, Arm], passes: int, rng: np.random.Generator, apart: Collection[str] = ()
+    arms: Mapping[str, Timed], passes: int, rng: np.random.Generator, apart: Collection[str] = ()
 ) -> dict[str, list[float]]:
     """Every arm in random order and then in the reverse order (ABBA), so that a linear drift cancels.
 
@@ -147,7 +148,7 @@ def block(
 
 
 def warm_up(
-    arms: Mapping[str, Arm], margin: float, deadline: float, rng: np.random.Generator, clock: Clock
+    arms: Mapping[str, Timed], margin: float, deadline: float, rng: np.random.Generator, clock: Clock
 ) -> tuple[dict[str, float], bool]:
     """Run the arms in turns until two windows in a row agree within the margin; medians of the last window.
 

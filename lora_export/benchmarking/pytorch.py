@@ -12,7 +12,7 @@ from lora_export.errors import InputError
 from lora_export.patterns import bounded
 
 
-class TorchEngine:
+class TorchSession:
     """A causal language model with its adapter unmerged, in the type that its config names, without gradients.
 
     base, adapter: folders. threads: of PyTorch's own pool, which is the process's. provider: as for a session; cuda

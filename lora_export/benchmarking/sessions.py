@@ -33,7 +33,7 @@ class Bound:
     """Something that can be timed: run() does it once and returns milliseconds until the device is done.
 
     kv_in_place: a step writes its keys and values into the buffer of the cache, instead of copying it; disturbs:
-    what runs right after it would be slowed down.
+    it slows down what runs right after it.
     """
 
     run: Callable[[], float]
@@ -41,8 +41,8 @@ class Bound:
     disturbs: bool = False
 
 
-class Arm(Protocol):
-    """What a cell needs of an engine."""
+class OpenedArm(Protocol):
+    """What a cell needs of an arm: a session of ONNX Runtime, or PyTorch."""
 
     device: str
 
@@ -52,7 +52,7 @@ class Arm(Protocol):
     def call(self, shape: Shape, buffers: Buffers, graph_id: int = 1, seed: int = 0) -> Bound: ...
 
 
-class Engine:
+class ArmSession:
     """A session opened for measuring. provider: cpu, cuda or tensorrt; adapter: an .onnx_adapter file, whose
     tensors are inputs of every run."""
 
@@ -102,10 +102,10 @@ class Engine:
             outputs = {self._present[name]: value for name, value in cache.items()}
         else:
             cache, outputs = self._cache(shape, buffers, seed), {}
-        binding, found = self._run_unbound(self._others(shape, buffers, seed) | cache, outputs)
-        for name in found.keys() - outputs.keys():
+        binding, values = self._run_unbound(self._others(shape, buffers, seed) | cache, outputs)
+        for name in values.keys() - outputs.keys():
             # Only what is still unknown is taken: dims and element type, not the device's memory.
-            dims, element = tuple(found[name].shape()), found[name].element_type()
+            dims, element = tuple(values[name].shape()), values[name].element_type()
             binding.bind_ortvalue_output(name, buffers.blank(name, element, dims))
         return Bound(_timed(self.session, binding, self._run_options(graph_id)), self.kv_in_place)
 
@@ -113,8 +113,8 @@ class Engine:
     def kv_in_place(self) -> bool:
         """Whether keys and values can be written into the buffer that holds the past ones.
 
-        Tried out on a short prompt, not read off the graph: a step in place must give the logits of one that is
-        not.
+        Tried on a short prompt, not read from the graph: a step in place must give the logits of a step that
+        copies.
         """
         if self._signature is None:
             return False
@@ -127,11 +127,11 @@ class Engine:
             _, together = self._run_unbound(others | cache, outputs, trial=True)
         except Exception:  # ONNX Runtime's classes share no base but this one; a graph that concatenates comes here
             return False
-        expected, found = (
+        expected, in_place = (
             runtime.to_numpy(run[self._signature.logits], self._signature.logits_dtype).astype(np.float32)
             for run in (apart, together)
         )
-        return bool(np.abs(found - expected).max() <= _SAME * np.abs(expected).max())
+        return bool(np.abs(in_place - expected).max() <= _SAME * np.abs(expected).max())
 
     @functools.cached_property
     def _present(self) -> dict[str, str]:
@@ -142,9 +142,9 @@ class Engine:
         return {name: other for past, present in pairs for name, other in zip(past, present, strict=True)}
 
     def _run_unbound(self, inputs: Values, outputs: Values, *, trial: bool = False) -> "tuple[IOBinding, Values]":
-        """Run once; outputs that are not given come to lie where ONNX Runtime puts them. All of them, by name.
+        """Run once; ONNX Runtime allocates the outputs that are not given. Returns all outputs by name.
 
-        trial: a failure is nobody's business, and what is not given lies on the CPU.
+        trial: a failure is not logged, and the outputs that are not given lie on the CPU.
         """
         binding = self.session.io_binding()
         for name, value in inputs.items():
@@ -172,13 +172,13 @@ class Engine:
         if shape.past == 0:
             return {n: buffers.blank(n, ELEMENT[self._inputs[n].type], self._dims(shape, 0)) for n in self._past}
         keys = {n: (n, ELEMENT[self._inputs[n].type], shape) for n in self._past}
-        if not all(buffers.has(key) for key in keys.values()):
+        if not buffers.values.keys() >= set(keys.values()):
             prompt = Shape(shape.batch, 0, shape.past)
             inputs = self._others(prompt, buffers, seed) | self._cache(prompt, buffers, seed)
             _, filled = self._run_unbound(inputs, {})
             for name in self._past:
-                buffers.put(keys[name], filled[self._present[name]])
-        return {name: buffers.get(key) for name, key in keys.items()}
+                buffers.values.setdefault(keys[name], filled[self._present[name]])
+        return {name: buffers.values[key] for name, key in keys.items()}
 
     def _one_cache(self, shape: Shape, buffers: Buffers, seed: int, *, trial: bool = False) -> Values:
         """A cache with room for `shape.tokens` more, filled by a prefill of `shape.past` tokens in place."""
@@ -229,7 +229,7 @@ def _timed(session: "InferenceSession", binding: "IOBinding", options: Any) -> C
 
 
 def delayed(run: Callable[[], float], share: float) -> Callable[[], float]:
-    """The same call, made longer by this share of itself: a control for those who have no slower graph."""
+    """The same call, made longer by this share of itself: a control where there is no slower graph."""
     now = time.perf_counter_ns
 
     def call() -> float:
@@ -246,7 +246,7 @@ def delayed(run: Callable[[], float], share: float) -> Callable[[], float]:
 def misplaced(model: Path, provider: str, threads: int, shape: Shape, adapter: Path | None) -> tuple[str, ...]:
     """Heavy nodes that ran elsewhere than on the provider in one profiled run, in a session of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine(model, provider, threads, adapter=adapter, profile=Path(folder, "profile"))
-        engine.call(shape, Buffers(engine.device)).run()
-        events = profile_events(Path(engine.session.end_profiling()))
+        arm = ArmSession(model, provider, threads, adapter=adapter, profile=Path(folder, "profile"))
+        arm.call(shape, Buffers(arm.device)).run()
+        events = profile_events(Path(arm.session.end_profiling()))
     return strays(events, runtime.PROVIDERS[provider])

@@ -53,17 +53,16 @@ def log_ratios(arm: Array, *references: Array) -> Array:
 
 
 def trimmed_mean(values: Array, axis: int = -1) -> Array:
-    """Mean without the lowest and highest fifth: nearly as efficient, and deaf to a stolen core."""
-    cut = int(TRIM * values.shape[axis])
-    ordered = np.sort(values, axis=axis)
-    kept = np.take(ordered, np.arange(cut, values.shape[axis] - cut), axis=axis)
-    return np.asarray(kept.mean(axis=axis), dtype=np.float64)
+    """Mean without the lowest and highest fifth: nearly as efficient, and not moved by a stolen core."""
+    from scipy import stats
+
+    return np.asarray(stats.trim_mean(values, TRIM, axis=axis), dtype=np.float64)
 
 
 def ratio_interval(logs: Array, rng: np.random.Generator, resamples: int = RESAMPLES) -> Interval:
     """Bootstrap the trimmed mean over blocks.
 
-    Neighbouring blocks share the machine's mood, so runs of about n^(1/3) blocks are drawn together (circular
+    Neighbouring blocks are correlated, so runs of about n^(1/3) blocks are drawn together (circular
     block bootstrap, Politis and Romano 1992). A percentile interval of few blocks is too short; it is
     stretched by the quantile of Student's t over the normal one.
     """
@@ -138,11 +137,11 @@ def judge(
     """
     noisy = not floor.half_width <= margin
     if 1 < sessions < MIN_SESSIONS:
-        return "inconclusive", f"only {sessions} sets of sessions, {MIN_SESSIONS} are the least that have a spread"
+        return "inconclusive", f"only {sessions} sets of sessions; a spread needs at least {MIN_SESSIONS}"
     if blocks < MIN_BLOCKS:
-        return "inconclusive", f"only {blocks} blocks fitted into the time, {MIN_BLOCKS} are the least"
+        return "inconclusive", f"only {blocks} blocks fitted into the time; at least {MIN_BLOCKS} are needed"
     if any(math.isnan(x) for of in (merged, floor) for x in (of.ratio, of.low, of.high)):
-        return "inconclusive", "the timings are no numbers"
+        return "inconclusive", "the timings are not numbers"
     if noisy and merged.low > (1 + margin) * (1 + floor.half_width):
         return "slower", ""  # by more than the margin and the floor together
     if noisy:

@@ -1,21 +1,19 @@
-"""The cells of a study, one after another: sets of sessions opened, measured, judged, and a doubtful verdict
-checked."""
+"""The cells of a study, one after another: open sets of sessions, measure, judge, check a doubtful verdict."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
-from lora_export.benchmarking.cells import AGAIN, BASE, MERGED, Facts, Task, conclude
+from lora_export.benchmarking.arms import OpenedArms
+from lora_export.benchmarking.cells import AGAIN, BASE, MERGED, CellFacts, CellSpec, conclude
 from lora_export.benchmarking.conditions import Conditions, unsteady
-from lora_export.benchmarking.engines import Engines
 from lora_export.benchmarking.gpus import Gpus
 from lora_export.benchmarking.measure import Series, joined, measure
 from lora_export.benchmarking.statistics import MIN_SESSIONS
 from lora_export.choices import Phase
-from lora_export.contracts import BenchmarkArm, BenchmarkOptions, Cell, GraphComparison, Progress
+from lora_export.contracts import BenchmarkArm, BenchmarkOptions, Cell, GraphComparison, Progress, Reading
 
 
 @dataclass
@@ -32,8 +30,8 @@ class Study:
     notes: list[str] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     samples: dict[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
-    readings: dict[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
-    passes: dict[Task, int] = field(default_factory=dict)  # of a block, the same in all sets of sessions
+    readings: dict[str, tuple[Reading, ...]] = field(default_factory=dict)
+    passes: dict[CellSpec, int] = field(default_factory=dict)  # of a block, the same in all sets of sessions
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -45,42 +43,16 @@ class Study:
         return len(self.arms[MERGED].graphs)
 
 
-def measure_all(study: Study) -> None:
-    """Cells share the time: what one leaves over, the next ones may use."""
-    rng = np.random.default_rng(study.options.seed)
-    modes = (False, True) if study.provider == "cuda" else (False,)
-    # Of several graphs, the first reads the input and the last does a step.
-    parts = [(part, cuda_graph) for cuda_graph in modes for part in sorted({0, study.parts - 1})]
-    clock = _Clock(study.options.seconds, len(parts) * study.options.sessions)
-    for part, cuda_graph in parts:
-        found = _Found()
-        for number in range(study.options.sessions):
-            found.add(*_measure_sessions(study, part, cuda_graph, number, clock, rng))
-        for task, sets in found.series.items():
-            series = joined(sets)
-            cell = conclude(task, series, study.options.margin, rng, found.facts[task])
-            if cell.verdict == "slower" and cell.sessions == 1 and study.graph and study.graph.identical:
-                again = _Found()
-                alone = _Clock(study.options.seconds / (len(parts) * len(found.series)), 1)
-                again.add(*_measure_sessions(study, part, cuda_graph, 1, alone, rng, only=task))
-                if task in again.series:
-                    series = joined(again.series[task])
-                    second = conclude(task, series, study.options.margin, rng, again.facts[task])
-                    cell = _confirmed(cell, second)
-            _keep(study, task, cell, series)
-
-
 @dataclass
-class _Found:
+class _Measured:
     """What the sets of sessions gave: of each cell a series for each set."""
 
-    series: dict[Task, list[Series]] = field(default_factory=dict)
-    facts: dict[Task, Facts] = field(default_factory=dict)
+    series: dict[CellSpec, list[Series]] = field(default_factory=dict)
+    facts: dict[CellSpec, CellFacts] = field(default_factory=dict)
 
-    def add(self, series: Mapping[Task, Series], facts: Mapping[Task, Facts]) -> None:
-        for task, one in series.items():
-            self.series.setdefault(task, []).append(one)
-        self.facts = {**facts, **self.facts}  # memory is what the first set took: later ones find it free again
+    def add(self, spec: CellSpec, series: Series, facts: CellFacts) -> None:
+        self.series.setdefault(spec, []).append(series)
+        self.facts.setdefault(spec, facts)  # memory is what the first set took: later ones find it free again
 
 
 @dataclass
@@ -99,40 +71,62 @@ class _Clock:
         return max(0.0, self.deadline - time.perf_counter()) / max(1, left)
 
 
-def _measure_sessions(
+def measure_all(study: Study) -> None:
+    """Cells share the time: what one leaves over, the next ones may use."""
+    rng = np.random.default_rng(study.options.seed)
+    modes = (False, True) if study.provider == "cuda" else (False,)
+    # Of several graphs, the first reads the input and the last does a step.
+    parts = [(part, cuda_graph) for cuda_graph in modes for part in sorted({0, study.parts - 1})]
+    clock = _Clock(study.options.seconds, len(parts) * study.options.sessions)
+    for part, cuda_graph in parts:
+        measured = _Measured()
+        for number in range(study.options.sessions):
+            _measure_set(study, measured, part, cuda_graph, number, clock, rng)
+        for spec, sets in measured.series.items():
+            series = joined(sets)
+            cell = conclude(spec, series, study.options.margin, rng, measured.facts[spec])
+            if cell.verdict == "slower" and cell.sessions == 1 and study.graph and study.graph.identical:
+                again = _Measured()
+                alone = _Clock(study.options.seconds / (len(parts) * len(measured.series)), 1)
+                _measure_set(study, again, part, cuda_graph, 1, alone, rng, only=spec)
+                if spec in again.series:
+                    series = joined(again.series[spec])
+                    second = conclude(spec, series, study.options.margin, rng, again.facts[spec])
+                    cell = _confirmed(cell, second)
+            _keep(study, spec, cell, series)
+
+
+def _measure_set(
     study: Study,
+    measured: _Measured,
     part: int,
     cuda_graph: bool,
     number: int,
     clock: _Clock,
     rng: np.random.Generator,
-    only: Task | None = None,
-) -> tuple[dict[Task, Series], dict[Task, Facts]]:
+    only: CellSpec | None = None,
+) -> None:
     """Open the sessions for the time that is `number`, in another order each time, and measure all their cells."""
-    engines = _opened(study, part, cuda_graph, number, rng)
-    series: dict[Task, Series] = {}
-    facts: dict[Task, Facts] = {}
-    if engines is not None:
-        tasks = [only] if only else _tasks(study.options, _phases(part, engines), cuda_graph)
-        for i, task in enumerate(tasks):
-            measured = _measure_cell(study, task, engines, clock.share(len(tasks), i), i + 1, rng)
-            if measured is not None:
-                series[task], facts[task] = measured
+    arms = _opened(study, part, cuda_graph, number, rng)
+    if arms is not None:
+        specs = [only] if only else _specs(study.options, _phases(part, arms), cuda_graph)
+        for i, spec in enumerate(specs):
+            result = _measure_cell(study, spec, arms, clock.share(len(specs), i), i + 1, rng)
+            if result is not None:
+                measured.add(spec, *result)
     clock.turns -= 1
-    return series, facts
 
 
-def _opened(study: Study, part: int, cuda_graph: bool, number: int, rng: np.random.Generator) -> Engines | None:
-    """Sessions of every arm that has this part; None where base and merged cannot be had with CUDA graphs.
+def _opened(study: Study, part: int, cuda_graph: bool, number: int, rng: np.random.Generator) -> OpenedArms | None:
+    """Sessions of every arm that has this part; None where base and merged do not run as CUDA graphs.
 
     The first time, merged is opened between the two sessions of the base.
     """
     names = [n for n, a in study.arms.items() if len(a.graphs) > part or a.pytorch]
     if number:
         names = [names[i] for i in rng.permutation(len(names))]
-    arms = {name: study.arms[name] for name in names}
-    engines = Engines(study.provider, study.threads, cuda_graph, study.note, study.progress.detail, study.gpus)
-    return engines if engines.open(arms, part) else None
+    arms = OpenedArms(study.provider, study.threads, cuda_graph, study.note, study.progress.detail, study.gpus)
+    return arms if arms.open({name: study.arms[name] for name in names}, part) else None
 
 
 def _confirmed(first: Cell, again: Cell) -> Cell:
@@ -147,43 +141,43 @@ def _confirmed(first: Cell, again: Cell) -> Cell:
         again,
         verdict="inconclusive",
         reason=f"the graphs are identical, and merged was slower in one pair of sessions (ratio {first.ratio:.4f}) "
-        f"and {again.verdict} in another ({again.ratio:.4f}): it is the sessions that differ; --sessions "
-        f"{2 * MIN_SESSIONS} measures how much",
+        f"and {again.verdict} in another ({again.ratio:.4f}): the sessions differ, not the graphs; --sessions "
+        f"{2 * MIN_SESSIONS} measures by how much",
     )
 
 
-def _keep(study: Study, task: Task, cell: Cell, series: Series) -> None:
+def _keep(study: Study, spec: CellSpec, cell: Cell, series: Series) -> None:
     if cell.reason:
-        study.note(f"{task.key}: {cell.reason}")
+        study.note(f"{spec.key}: {cell.reason}")
     if not series.settled:
-        study.note(f"{task.key}: latency still drifted by more than the margin when warm-up ended")
+        study.note(f"{spec.key}: latency still drifted by more than the margin when warm-up ended")
     for text in unsteady(series.readings):
-        study.note(f"{task.key}: {text}")
+        study.note(f"{spec.key}: {text}")
     study.cells.append(cell)
-    study.samples[task.key] = {n: tuple(float(x) for x in t.ravel()) for n, t in series.times.items()}
-    study.readings[task.key] = series.readings
+    study.samples[spec.key] = {n: tuple(float(x) for x in t.ravel()) for n, t in series.times.items()}
+    study.readings[spec.key] = series.readings
 
 
-def _phases(part: int, engines: Engines) -> tuple[Phase, ...]:
+def _phases(part: int, arms: OpenedArms) -> tuple[Phase, ...]:
     if part:
         return ("decode",)
-    return ("prefill", "decode") if engines.is_decoder else ("prefill",)
+    return ("prefill", "decode") if arms.is_decoder else ("prefill",)
 
 
-def _tasks(options: BenchmarkOptions, phases: tuple[Phase, ...], cuda_graph: bool) -> list[Task]:
-    return [Task(batch, prompt, phase, cuda_graph) for batch, prompt in options.shapes for phase in phases]
+def _specs(options: BenchmarkOptions, phases: tuple[Phase, ...], cuda_graph: bool) -> list[CellSpec]:
+    return [CellSpec(batch, prompt, phase, cuda_graph) for batch, prompt in options.shapes for phase in phases]
 
 
 def _measure_cell(
-    study: Study, task: Task, engines: Engines, seconds: float, number: int, rng: np.random.Generator
-) -> tuple[Series, Facts] | None:
+    study: Study, spec: CellSpec, arms: OpenedArms, seconds: float, number: int, rng: np.random.Generator
+) -> tuple[Series, CellFacts] | None:
     """What one set of sessions gives for a cell; None if base or merged could not be captured."""
-    study.progress.detail(f"measuring {task.key} for up to {seconds:.0f} s")
-    bound = engines.bind(task, number, study.options.seed, study.options.margin)
+    study.progress.detail(f"measuring {spec.key} for up to {seconds:.0f} s")
+    bound = arms.bind(spec, number, study.options.seed, study.options.margin)
     if MERGED not in bound or (BASE in study.arms and not {BASE, AGAIN} <= bound.keys()):
         return None
-    if not bound[MERGED].kv_in_place and task.phase == "decode" and engines.is_decoder:
-        study.note("steps copy the cache: this graph cannot write into it")
+    if not bound[MERGED].kv_in_place and spec.phase == "decode" and arms.is_decoder:
+        study.note("steps copy the KV cache, because this graph cannot write into it")
     series = measure(
         {name: call.run for name, call in bound.items()},
         pairs=((AGAIN, (BASE,)), (MERGED, (BASE, AGAIN))) if AGAIN in bound else (),
@@ -193,7 +187,7 @@ def _measure_cell(
         tick=study.progress.advance,
         observe=Conditions(study.gpus).read,
         apart=[name for name, call in bound.items() if call.disturbs],
-        passes=study.passes.get(task),
+        passes=study.passes.get(spec),
     )
-    study.passes[task] = series.passes
-    return series, Facts(engines.is_decoder, bound[MERGED].kv_in_place, dict(engines.memory))
+    study.passes[spec] = series.passes
+    return series, CellFacts(arms.is_decoder, bound[MERGED].kv_in_place, dict(arms.memory))

@@ -38,8 +38,8 @@ _ELSEWHERE = {
         f"{CONFIG} and {WEIGHTS}",
     ),
     "*.gguf": (
-        "llama.cpp's form of an adapter, which may be quantized and has the names and the order of its heads",
-        "give the folder that convert_lora_to_gguf.py made it of, or llama.cpp's llama-export-lora",
+        "llama.cpp's form of an adapter, which may be quantized and uses llama.cpp's tensor names and head order",
+        "give the folder that convert_lora_to_gguf.py read, or llama.cpp's llama-export-lora",
     ),
     "zero_to_fp32.py": ("unmerged DeepSpeed shards", "python DIR/zero_to_fp32.py DIR OUT --safe_serialization"),
 }
@@ -52,7 +52,7 @@ def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
             "there is no such folder",
             where=folder,
             expected=f"an adapter folder with {CONFIG} and {WEIGHTS}",
-            next_step="give a folder, or a hub id such as owner/name",
+            next_step="give a folder, or a Hub ID such as owner/name",
         )
     if not (folder / CONFIG).is_file():
         inner = sorted(p.parent for p in folder.glob(f"*/{CONFIG}"))
@@ -84,7 +84,7 @@ def _no_weights(folder: Path) -> CheckpointError:
             "the adapter is pickled, and a pickle can run code when it is loaded",
             where=pickle,
             expected=WEIGHTS,
-            next_step="where you trust it: PeftModel.from_pretrained(base, DIR).save_pretrained(DIR2)",
+            next_step="if you trust it: PeftModel.from_pretrained(base, DIR).save_pretrained(DIR2)",
         )
     return CheckpointError("the adapter has no weights", where=folder, expected=WEIGHTS)
 

@@ -1,4 +1,4 @@
-"""Config, tokenizer and chat template: copied byte for byte; of config.json only the keys that must change do."""
+"""Configuration, tokenizer and chat template: copied byte for byte; in config.json only necessary keys change."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,16 +10,16 @@ from lora_export.storage.sealed import copy, refuse_outward_link, write_settings
 WEIGHT_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".data"}
 )
-# config.json is written anew; the others speak of an earlier merge, and of codes that are weights now.
+# config.json is written anew; the others describe an earlier merge, and codes that are now weights.
 NOT_KEPT = frozenset({"config.json", "lora_export_certificate.json", "quanto_qmap.json"})
-# Code and old runs are not the model; an index belongs to shards that are written anew.
+# Code and training runs are not part of the model; an index belongs to shards that are written anew.
 SKIPPED_SUFFIXES = WEIGHT_SUFFIXES | {
     ".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".node", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".lock",
 }  # fmt: skip
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The files beside the weights that a user of the model needs, config.json left out."""
+    """The files beside the weights that a user of the model needs, except config.json."""
     return _own(
         p
         for p in sorted(folder.iterdir())
@@ -34,26 +34,26 @@ def companion_files(folder: Path) -> list[Path]:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer files in a folder, if they are a tokenizer of their own and not just a stray part."""
-    found = _own(p for p in sorted(folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file())
-    return found if has_tokenizer(folder) else [p for p in found if p.name.startswith("chat_template")]
+    """The tokenizer files in a folder, if they are a whole tokenizer; else only its chat template."""
+    files = _own(p for p in sorted(folder.iterdir()) if p.name in TOKENIZER_FILES and p.is_file())
+    return files if has_tokenizer(folder) else [p for p in files if p.name.startswith("chat_template")]
 
 
 def _own(paths: Iterable[Path]) -> list[Path]:
     """The same paths; InputError for a link that leads out of their folder."""
-    found = list(paths)
-    for path in found:
+    files = list(paths)
+    for path in files:
         refuse_outward_link(path)
-    return found
+    return files
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether the files of one complete tokenizer, of whichever library, are there."""
+    """Whether a folder has all files of one tokenizer, of whichever library."""
     return is_whole_tokenizer(p.name for p in folder.iterdir())
 
 
 def copy_subfolders(folder: Path, target: Path) -> None:
-    """What lies in folders of their own that modules.json of sentence-transformers names (1_Pooling/…)."""
+    """Copy the folders that sentence-transformers' modules.json names (1_Pooling/…)."""
     for path in module_files(folder):
         (target / path.parent.name).mkdir(exist_ok=True)
         copy(path, target / path.parent.name / path.name, folder)
@@ -63,22 +63,22 @@ def module_files(folder: Path) -> list[Path]:
     """Settings and weights of sentence-transformers' modules. InputError for a link that leads out of `folder`."""
     if not (folder / SENTENCE_MODULES).is_file():
         return []
-    found = [p for p in sorted(folder.glob("*/*")) if p.suffix == ".json" or p.name == "model.safetensors"]
-    found = [p for p in found if not p.parent.name.startswith(".")]
-    for path in found:
+    files = [p for p in sorted(folder.glob("*/*")) if p.suffix == ".json" or p.name == "model.safetensors"]
+    files = [p for p in files if not p.parent.name.startswith(".")]
+    for path in files:
         refuse_outward_link(path, folder)
-    return [p for p in found if p.is_file()]
+    return [p for p in files if p.is_file()]
 
 
 def pickled_modules(folder: Path) -> list[str]:
-    """Weights of such modules that are left behind, because a pickle can run code."""
+    """Weights of such modules that are not copied, because a pickle can run code."""
     if not (folder / SENTENCE_MODULES).is_file():
         return []
     return [p.relative_to(folder).as_posix() for p in sorted(folder.glob("*/pytorch_model.bin")) if p.is_file()]
 
 
 def copy_files(files: list[Path], target: Path) -> None:
-    """Copy contents only: the new files get the umask's mode, and a link becomes a file."""
+    """Copy contents only: the new files get the mode of the umask, and a link becomes a file."""
     for path in files:
         copy(path, target / path.name)
 
@@ -88,7 +88,7 @@ def write_config(
 ) -> None:
     """Copy config.json, which holds `config`, with some keys set or removed; without a change, byte for byte.
 
-    removals: keys; of a key in a part of the configuration, those on the way to it, joined by dots.
+    removals: keys; for one inside a part of the configuration, the keys on the way to it, joined by dots.
     """
     wanted = _without(config, removals) | dict(changes)
     if wanted == config:

@@ -1,6 +1,6 @@
 """GGUF headers, parsed and distrusted (the format: ggml/docs/gguf.md of ggml-org/llama.cpp, versions 2 and 3).
 
-"GGUF", a version, the numbers of tensors and of settings; the settings, of which only numbers and texts are kept;
+"GGUF", a version, the numbers of tensors and of settings; the settings, of which only numbers and strings are kept;
 for each tensor a name, its dimensions from the innermost on, a type and an offset into the data, which begins at
 the next multiple of general.alignment.
 """
@@ -46,13 +46,13 @@ class _Reader:
     def text(self) -> str:
         length = self.number("Q")
         if length > len(self._data) - self.at:
-            raise ValueError(f"a text of {length} bytes")
+            raise ValueError(f"a string of {length} bytes")
         raw = self._data[self.at : self.at + length] if length <= _LONGEST else b""
         self.at += length
         return raw.decode()
 
     def value(self, kind: int) -> int | float | bool | str | None:
-        """None for a list, which is passed over."""
+        """None for a list, which is skipped."""
         if kind == _TEXT:
             return self.text()
         if kind != _ARRAY:
@@ -68,7 +68,7 @@ class _Reader:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Tensors and settings of one GGUF file; no weight is read. CheckpointError for what is none."""
+    """Tensors and settings of one GGUF file; no weight is read. CheckpointError for any other file."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, data)
@@ -76,7 +76,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise CheckpointError(f"the file cannot be read: {error.strerror}", where=path) from None
     except (struct.error, ValueError, KeyError, OverflowError) as error:
         raise CheckpointError(
-            f"this is no sound GGUF file: {error}",
+            f"this is not a sound GGUF file: {error}",
             where=path,
             expected="GGUF of version 2 or 3, little-endian",
             next_step="download the file again",
@@ -107,7 +107,7 @@ def _parse(path: Path, data: mmap.mmap) -> GgufFile:
     start = -(-reader.at // alignment) * alignment
     infos = [_info(path, *entry, start, len(data)) for entry in entries]
     if len({i.name for i in infos}) != len(infos):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name occurs twice")
     return GgufFile({i.name: i for i in sorted(infos, key=lambda i: i.start)}, settings)
 
 
@@ -138,27 +138,27 @@ def gguf_file(folder: Path) -> Path | None:
 
     InputError for several, or one whose config.json is not there.
     """
-    found = sorted(p for p in folder.iterdir() if p.suffix == ENDING and p.is_file())
-    if not found or any(p.suffix == ".safetensors" for p in folder.iterdir()):
+    files = sorted(p for p in folder.iterdir() if p.suffix == ENDING and p.is_file())
+    if not files or any(p.suffix == ".safetensors" for p in folder.iterdir()):
         return None
-    if len(found) > 1:
+    if len(files) > 1:
         raise InputError(
-            f"{len(found)} GGUF files in one folder",
+            f"{len(files)} GGUF files in one folder",
             where=folder,
             expected="one, with config.json and the tokenizer beside it",
-            next_step="put the one that you mean into a folder of its own; parts of one model are joined by "
-            "llama-gguf-split --merge FIRST OUT",
+            next_step="put the one that you mean into a folder of its own; llama-gguf-split --merge FIRST OUT "
+            "joins the parts of one model",
         )
     if not (folder / "config.json").is_file():
         raise InputError(
             "a GGUF file without a config.json beside it",
-            where=found[0],
-            expected="config.json and the tokenizer's files of the model that it was made from",
+            where=files[0],
+            expected="config.json and the tokenizer files of the model that it was made from",
             next_step="copy them from that model's page, or let transformers guess them: "
             "AutoConfig.from_pretrained(DIR, gguf_file=NAME).save_pretrained(DIR), and AutoTokenizer the same",
         )
-    refuse_outward_link(found[0])
-    return found[0]
+    refuse_outward_link(files[0])
+    return files[0]
 
 
 def library() -> Any:
@@ -167,7 +167,7 @@ def library() -> Any:
         import gguf
     except ImportError:
         raise CheckpointError(
-            "reading GGUF takes a package that is not installed",
+            "reading GGUF needs a package that is not installed",
             expected="the package gguf",
             next_step="pip install 'lora-export[gguf]'",
         ) from None

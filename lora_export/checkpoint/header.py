@@ -15,9 +15,10 @@ from lora_export.contracts import TensorInfo
 from lora_export.errors import CheckpointError
 from lora_export.storage.documents import LARGEST, elements, is_text, parse_json
 
-ITEM_SIZE = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+ITEM_BITS = {
+    "C64": 64, "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 LONGEST_TENSOR_NAME = 1024  # characters; patterns are matched with names, and digits in them become numbers
@@ -98,7 +99,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise odd("a malformed entry in the header")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZE:
+    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise odd(f"unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(_natural(n) for n in shape):
         raise odd(f"shape {shape!r} is no list of sizes")
@@ -108,9 +109,10 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     count = elements(shape)
     if count is None:
         raise odd(f"no tensor has the shape {shape}")
-    needed = count * ITEM_SIZE[dtype]
-    if end - start != needed:
-        raise odd(f"{end - start} bytes for a {dtype} tensor of shape {shape}, which needs {needed}")
+    needed, bits_left = divmod(count * ITEM_BITS[dtype], 8)
+    if end - start != needed or bits_left:
+        more = f" and {bits_left} bits" if bits_left else ""
+        raise odd(f"{end - start} bytes for a {dtype} tensor of shape {shape}, which needs {needed}{more}")
     return TensorInfo(name, dtype, tuple(shape), path, data + start, data + end, FILES)
 
 
@@ -147,7 +149,7 @@ def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     at = 0
     for name, dtype, shape in tensors:
-        end = at + math.prod(shape) * ITEM_SIZE[dtype]
+        end = at + math.prod(shape) * ITEM_BITS[dtype] // 8
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.checkpoint.header import ITEM_SIZE, build_header
+from lora_export.checkpoint.header import ITEM_BITS, build_header
 from lora_export.checkpoint.reader import INDEX, SINGLE
 from lora_export.storage.sealed import write_json
 
@@ -21,7 +21,7 @@ class OutputTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_SIZE[self.dtype]
+        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A base or adapter as a person names it: a folder, or a hub id with an optional revision."""
+"""A base or adapter as a user names it: a folder, or a Hub ID with an optional revision."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ Adapters = Model | AdapterChoice | Sequence[AdapterReference]
 
 
 def resolve(model: Model) -> Source:
-    """The folder behind a name. A hub id is downloaded (or found in the cache) and pinned to a commit."""
+    """The folder behind a name. A Hub ID is downloaded (or read from the cache) and pinned to a commit."""
     refuse_unreadable(model)
     name, folder = str(model), Path(model)
     if folder.is_dir():
@@ -32,7 +32,7 @@ def resolve(model: Model) -> Source:
     match = _HUB_ID.fullmatch(name)
     if match is None or folder.exists():
         raise InputError(
-            "there is no such folder, and this is no hub id",
+            "there is no such folder, and this is not a valid Hub ID",
             where=name,
             expected="a folder, or owner/name, or owner/name@revision",
         )
@@ -40,35 +40,35 @@ def resolve(model: Model) -> Source:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=_PATTERNS))
+        snapshot = Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=_PATTERNS))
     except LocalEntryNotFoundError:
         raise InputError(
-            "there is no such folder, and the hub cannot be reached or does not have it in the local cache",
+            "there is no such folder, and the Hub cannot be reached, nor is it in the local cache",
             where=name,
-            expected="a folder, or a hub id that can be downloaded",
+            expected="a folder, or a Hub ID that can be downloaded",
             next_step="check the path; with a network: unset HF_HUB_OFFLINE",
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(
-            f"the hub does not give this: {str(error).splitlines()[0]}",
+            f"the Hub refuses the download: {str(error).splitlines()[0]}",
             where=name,
-            expected="a hub id that can be downloaded",
-            next_step="check the name; for a gated one: hf auth login",
+            expected="a Hub ID that can be downloaded",
+            next_step="check the name; for a gated model: hf auth login",
         ) from None
     # The cache keeps a snapshot in a folder that is named after its commit.
-    return Source(name, found, found.name if _COMMIT.fullmatch(found.name) else None)
+    return Source(name, snapshot, snapshot.name if _COMMIT.fullmatch(snapshot.name) else None)
 
 
 def refuse_unreadable(path: str | os.PathLike[str]) -> None:
-    """InputError for a path that is no UTF-8, where a link leads included: JSON cannot name it, and the libraries
-    that read models refuse it."""
+    """InputError for a path that is not UTF-8, also behind a link: JSON cannot name it, and the libraries that read
+    models refuse it."""
     name = os.fspath(path)
     whole = os.path.realpath(name) if isinstance(path, os.PathLike) or Path(name).exists() else name
     if not (is_text(name) and is_text(whole)):
         raise InputError(
             "the path is not UTF-8",
             where=whole,
-            expected="folders with names in UTF-8",
+            expected="folders with UTF-8 names",
             next_step="rename the folder",
         )
 

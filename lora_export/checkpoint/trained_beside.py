@@ -11,7 +11,7 @@ from lora_export.folder_files import SENTENCE, SENTENCE_MODULES, VALUE_HEAD, is_
 from lora_export.storage.sealed import refuse_outward_link
 
 _AS_SAFETENSORS = (
-    "where you trust it: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{name}', "
+    "if you trust it: python -c \"import torch, safetensors.torch as s; s.save_file(torch.load('{name}', "
     "weights_only=True), '{stem}.safetensors')\", and move {name} away"
 )
 _PART_OF_THE_MODEL = (
@@ -25,10 +25,10 @@ _LOST = {
     "extra_states": ("ms-swift trained other weights in full", _SWIFT),
     "value_head.bin": ("a reward model's value head, pickled", _AS_SAFETENSORS),
     "non_lora_trainables.bin": (
-        "LLaVA trained its projector in full",
+        "LLaVA trained the whole projector",
         "LLaVA's scripts/merge_lora_weights.py",
     ),
-    "mm_projector.bin": ("LLaVA trained its projector in full", "LLaVA's scripts/merge_lora_weights.py"),
+    "mm_projector.bin": ("LLaVA trained the whole projector", "LLaVA's scripts/merge_lora_weights.py"),
     **{
         f"{name}.{ending}": ("the trainer saved a trained head apart", _PART_OF_THE_MODEL)
         for name in ("classifier", "score", "cls_head", "head", "regression_head", "reward_head", "qa_outputs")
@@ -46,7 +46,7 @@ def refuse_lost(folder: Path) -> None:
         path = folder / name
         if path.exists():
             raise CheckpointError(
-                f"beside the adapter lies {name}: {why}, and merging the adapter alone would lose it",
+                f"{name} is next to the adapter: {why}, and merging the adapter alone would lose it",
                 where=path,
                 expected="an adapter folder that holds all that was trained",
                 next_step=next_step.format(name=name, stem=path.stem),

@@ -44,7 +44,7 @@ def benchmark(
     from lora_export import api
     from lora_export.commands.words import benchmark_rows
 
-    derive.check_benchmark(given)
+    derive.check_benchmark()
     result = api.benchmark(
         merged,
         output,
@@ -57,4 +57,4 @@ def benchmark(
         force=force,
         progress=talk.progress,
     )
-    talk.result(result.as_json(), table([*benchmark_rows(result), ("report", str(output / "report.html"))]))
+    talk.result(result, table([*benchmark_rows(result), ("report", str(output / "report.html"))]))

@@ -213,11 +213,11 @@ def stated(of: type, given: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(n for n, flag in flags if _name(flag) in given and asked(flag, ParameterSource.COMMANDLINE))
 
 
-def memory_of_validation(given: Mapping[str, Any]) -> int | None:
+def memory_of_validation() -> int | None:
     """--max-memory where it was asked for. Its default, also one from a file, is meant for the merge's blocks: it
     would make validation read models layer by layer that fit into memory easily, and leave out how they are loaded.
     """
-    return int(given["max_memory"]) if asked("--max-memory") else None
+    return int(click.get_current_context().params["max_memory"]) if asked("--max-memory") else None
 
 
 def as_the_earlier(options: ExportOptions) -> ExportOptions:
@@ -238,10 +238,11 @@ def as_the_earlier(options: ExportOptions) -> ExportOptions:
     return ExportOptions(**{name: getattr(options, name) for name in same})
 
 
-def check_benchmark(given: Mapping[str, Any]) -> None:
+def check_benchmark() -> None:
     """InputError for a grid that was asked for beside sizes, or too few sets of sessions for a spread."""
     from lora_export.benchmarking.statistics import MIN_SESSIONS
 
+    given = click.get_current_context().params
     if 1 < given["sessions"] < MIN_SESSIONS:
         raise InputError(
             f"--sessions {given['sessions']}",

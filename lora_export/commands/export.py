@@ -57,7 +57,7 @@ def export(talk: Talk, model: str, adapters: tuple[str, ...], output: Path, dry_
         *((name, megabytes(size)) for name, size in result.files.items()),
         ("output", str(output)),
     ]
-    talk.result(result.as_json(), table(rows))
+    talk.result(result, table(rows))
 
 
 _FUSED = "differs by {:.1e} from the plain one, relative, on synthetic inputs"

@@ -11,7 +11,7 @@ from lora_export.commands.derive import FOLDER, Given
 from lora_export.commands.talk import Talk, table
 
 if TYPE_CHECKING:
-    from lora_export.adapter_tools.understand import Understanding
+    from lora_export.contracts import Understanding
 
 
 @derive.command(
@@ -39,10 +39,11 @@ def inspect(
         lora-export inspect -a ADAPTER -b BASE --picture adapter.html
     """
     from lora_export import api
+    from lora_export.storage.documents import as_json
 
     if adapter is not None and path is None:
         learnt = api.understand(adapter, base, picture, force, progress=talk.progress)
-        document = learnt.as_json() | ({"picture": str(picture)} if picture else {})
+        document = as_json(learnt) | ({"picture": str(picture)} if picture else {})
         talk.result(document, _learnt_words(learnt, picture, talk.verbose))
         return
     if path is None or adapter is not None:
@@ -70,11 +71,10 @@ def _learnt_words(learnt: "Understanding", picture: Path | None, every: bool) ->
     """every: list all its weights."""
     from lora_export.report.adapter_page import RANKS_HEAD, TYPES_HEAD, rank_rows, type_rows
 
-    document = learnt.as_json()
     blocks = [
         f"{learnt.adapter}\n" + "\n".join(learnt.sentences),
-        _columns([TYPES_HEAD, *type_rows(document)]),
-        _columns([RANKS_HEAD, *rank_rows(document)]) if learnt.truncation else "",
+        _columns([TYPES_HEAD, *type_rows(learnt)]),
+        _columns([RANKS_HEAD, *rank_rows(learnt)]) if learnt.truncation else "",
         _columns([_MODULE_HEAD, *_modules(learnt)]) if every else "",
         "\n".join(f"without figures: {name}, {why}" for name, why in learnt.skipped.items()),
         "\n".join(f"warning: {w}" for w in learnt.warnings) or "no signs of trouble",

@@ -58,7 +58,7 @@ def merge(talk: Talk, base: str, adapters: tuple[str, ...], output: Path, dry_ru
         return
     result = api.merge(base, adapters, output, options, progress=talk.progress)
     lines = [table([*merge_rows(result), ("output", str(output))]), *interference_lines(result.interference)]
-    talk.result(result.as_json(), "\n".join(lines))
+    talk.result(result, "\n".join(lines))
 
 
 def plan_document(planned: "MergePlan") -> dict[str, Any]:

@@ -34,7 +34,15 @@ def merge_and_export(
     from lora_export.commands import words
     from lora_export.commands.merge import plan_document, plan_words
 
-    options = story_options(given, talk)
+    derive.check_benchmark()
+    options = derive.build(StoryOptions, given, configured=talk.configured)
+    memory = options.validation.max_memory or derive.memory_of_validation()
+    options = replace(
+        options,
+        export=derive.as_the_earlier(options.export),
+        validation=replace(options.validation, max_memory=memory),
+        benchmark=replace(options.benchmark, configured=talk.configured),
+    )
     if dry_run:
         planned = api.plan(base, adapters, options.merge)
         talk.result({"output": str(output), "merge": plan_document(planned)}, plan_words(planned))
@@ -48,17 +56,4 @@ def merge_and_export(
         *words.benchmark_rows(story.benchmark),
         ("report", str(output / "report" / "report.html")),
     ]
-    talk.result(story.as_json(), table(rows))
-
-
-def story_options(given: dict[str, Any], talk: Talk) -> StoryOptions:
-    derive.check_benchmark(given)
-    options = derive.build(StoryOptions, given)
-    memory = options.validation.max_memory or derive.memory_of_validation(given)
-    return replace(
-        options,
-        export=derive.as_the_earlier(options.export),
-        validation=replace(options.validation, max_memory=memory),
-        benchmark=replace(options.benchmark, configured=talk.configured),
-        configured=talk.configured,
-    )
+    talk.result(story, table(rows))

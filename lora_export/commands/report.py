@@ -12,11 +12,21 @@ from lora_export.commands.talk import Talk, table
 @derive.command(
     "report",
     click.Argument(["run"], type=FOLDER),
-    Given("--compare", type=FOLDER, help="Another run, to set beside this one."),
+    Given("--compare", type=FOLDER, help="Compare with this other run."),
+    Given(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        help="With --compare: the folder for the pages. Default: RUN-vs-OTHER, next to RUN.",
+    ),
+    Given("--force", is_flag=True, help="Replace an output that exists."),
 )
-def report(talk: Talk, run: Path, compare: Path | None) -> None:
-    """Write report.html and report.md of RUN again from its report.json."""
+def report(talk: Talk, run: Path, compare: Path | None, output: Path | None, force: bool) -> None:
+    """Write report.html and report.md of RUN again from its report.json.
+
+    With --compare, RUN stays as it is: the pages, with a table of both runs, are written into a new folder.
+    """
     from lora_export import api
 
-    files = api.report(run, compare)
-    talk.result(files, table(list(files.items())))
+    pages = api.report(run, compare, output, force=force)
+    talk.result(pages, table([("html", str(pages.html)), ("markdown", str(pages.markdown))]))

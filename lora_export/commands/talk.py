@@ -35,11 +35,14 @@ class Talk:
 
         return configuration.in_words(self.configuration)
 
-    def result(self, document: dict[str, Any], words: str) -> None:
+    def result(self, document: object, words: str) -> None:
+        """document: a result, or what its JSON has."""
+        from lora_export.storage.documents import as_json
+
         self.done = True
         if self.configured:
             words = f"{words}\nconfigured by {self.configured}"
-        click.echo(_json(self.named(document)) if self.as_json else _lines(words))
+        click.echo(_json(self.named(as_json(document))) if self.as_json else _lines(words))
 
     def named(self, document: dict[str, Any]) -> dict[str, Any]:
         """The document with the configuration file, if one was used."""

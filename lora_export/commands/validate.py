@@ -69,7 +69,7 @@ def validate(
     options = derive.build(
         ValidationOptions,
         given,
-        max_memory=derive.memory_of_validation(given),
+        max_memory=derive.memory_of_validation(),
         stated=derive.stated(MergeOptions, given),
     )
     result = api.validate(
@@ -82,7 +82,7 @@ def validate(
         options=options,
         progress=talk.progress,
     )
-    talk.result(result.as_json(), validation_words(result))
+    talk.result(result, validation_words(result))
     if not result.passed:
         click.echo(f"gate failed: {failures(result)}", err=True)
         sys.exit(EXIT_GATE)

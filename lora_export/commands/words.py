@@ -64,10 +64,10 @@ def derived_words(made: "Derived") -> str:
         span = f"{ranks[0]} to {ranks[-1]}, {sum(ranks) / len(ranks):.1f} on average, in {len(ranks)} modules"
     rows = [
         ("rank", span),
-        ("size", f"{made.parameters:,} numbers, {megabytes(made.nbytes)}"),
-        ("error", f"{made.error:.3g} of ‖ΔW‖, {1 - made.error**2:.4%} of its square are kept"),
+        ("size", f"{made.parameters:,} numbers, {megabytes(made.bytes)}"),
+        ("error", f"{made.error:.3g} of ‖ΔW‖, {made.energy_kept:.4%} of its square is kept"),
     ]
-    rows += [("  most in", f"{module}: {error:.3g}") for module, error in made.worst if error > 1e-6]
+    rows += [("  most in", f"{one.module}: {one.error:.3g}") for one in made.worst if one.error > 1e-6]
     rows += [("saved whole", f"{len(made.whole)} tensors, {made.whole[0]} first")] if made.whole else []
     rows += [("left out", f"{len(made.dropped)} changed weights, {made.dropped[0]} first")] if made.dropped else []
     return table([*rows, ("output", str(made.output))])

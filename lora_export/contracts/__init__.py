@@ -6,8 +6,14 @@ from lora_export.contracts.benchmark import (
     BenchmarkArm,
     BenchmarkResult,
     Cell,
+    Environment,
+    Gpu,
+    GpuReading,
     GraphComparison,
+    Machine,
     Percentile,
+    Reading,
+    Samples,
 )
 from lora_export.contracts.export import ExportResult
 from lora_export.contracts.merging import (
@@ -32,12 +38,15 @@ from lora_export.contracts.options import (
 )
 from lora_export.contracts.packages import PackageResult
 from lora_export.contracts.progress import Progress, Source
+from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report, ReportPages
 from lora_export.contracts.story import Story
 from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
+from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
 from lora_export.contracts.validation import (
     AdapterSurvival,
     BaseComparison,
     Check,
+    Continuation,
     Deviation,
     ExportedPair,
     Perplexity,
@@ -60,15 +69,24 @@ __all__ = [
     "Cell",
     "Check",
     "CompareBases",
+    "Continuation",
     "Deviation",
+    "Environment",
     "ExportOptions",
     "ExportResult",
     "ExportedPair",
     "Finding",
+    "Gpu",
+    "GpuReading",
     "GraphComparison",
     "Interference",
+    "Machine",
     "MergeOptions",
     "MergeResult",
+    "ModuleFigures",
+    "NamedAdapter",
+    "NamedSource",
+    "NamedSources",
     "PackageOptions",
     "PackageResult",
     "Percentile",
@@ -76,7 +94,11 @@ __all__ = [
     "Progress",
     "QuantizationOptions",
     "RankOptions",
+    "Reading",
+    "Report",
+    "ReportPages",
     "RowReader",
+    "Samples",
     "Source",
     "Story",
     "StoryOptions",
@@ -84,6 +106,9 @@ __all__ = [
     "TensorInfo",
     "TensorRecord",
     "TensorSource",
+    "Truncation",
+    "TypeFigures",
+    "Understanding",
     "Update",
     "ValidationOptions",
     "ValidationResult",

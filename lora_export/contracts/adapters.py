@@ -26,17 +26,22 @@ class Update(Protocol):
 class TargetUpdate:
     """What an adapter does to one weight, known from headers: nothing is read before `load`.
 
-    target: the weight's name in the model (`model.layers.0.self_attn.q_proj.weight`); shapes: the shapes of
-    that weight that this fits, None for a size that the adapter does not tell; load(shape): reads the
-    adapter's tensors for that shape; keys: the adapter's own names of them; replaces: the old weight does not
-    matter (and may be absent); optional: a base without this weight (a bias) needs no update; tied: a weight
-    that is tied to this one gets the same update, so the two stay tied; row_wise(shape): whether rows of the result
-    depend on the same rows of the weight alone, so that blocks of rows may be given; copies: how often the block is
-    in memory at once, counted in fp32, while it is read, changed, judged and rounded; adds: the change is the same
-    for every weight; low_rank: `load` gives adapters.lora.LowRankUpdate; owner: which of the merged adapters it is
-    of; wide: it takes float64, whatever is written; parts: of several adapters combined, the updates of each;
-    tokens: the rows of a vocabulary that it replaces, where those alone change; beneath: what the names that are
-    tied to this weight have in its place.
+    target: the weight's name in the model (`model.layers.0.self_attn.q_proj.weight`)
+    shapes: the shapes of that weight that this fits, None for a size that the adapter does not tell
+    load(shape): reads the adapter's tensors for that shape
+    keys: the adapter's own names of them
+    replaces: the old weight does not matter, and may be absent
+    optional: a base without this weight (a bias) needs no update
+    tied: a weight that is tied to this one gets the same update, so the two stay tied
+    row_wise(shape): rows of the result depend on the same rows of the weight alone, so blocks of rows may be given
+    copies: how often the block is in memory at once, counted in fp32, while it is read, changed, judged and rounded
+    adds: the change is the same for every weight
+    low_rank: `load` gives a LowRankUpdate
+    owner: which of the merged adapters it belongs to
+    wide: it takes float64, whatever type is written
+    parts: of several adapters combined, the updates of each
+    tokens: the rows of a vocabulary that it replaces, where only those change
+    beneath: what the names that are tied to this weight have in its place
     """
 
     target: str

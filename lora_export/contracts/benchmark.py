@@ -1,11 +1,13 @@
-"""What a benchmark is asked for, and what it found."""
+"""What a benchmark is asked for, and what it measured."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_export.choices import Phase, Verdict
+from lora_export.contracts.figures import NOT_IN_JSON, Figure
+
+Samples = Mapping[str, Mapping[str, tuple[Figure, ...]]]  # cell → arm → milliseconds
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class BenchmarkArm:
 class Percentile:
     """Of all calls of an arm in a cell, in milliseconds, with its 90 % interval over blocks."""
 
-    ms: float
-    low: float
-    high: float
+    ms: Figure
+    low: Figure
+    high: Figure
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,18 @@ class ArmTimes:
     """One arm of one cell. ratio: of its block medians over the base's, with its 90 % interval.
 
     tokens_per_second: new ones in a step, read ones in a prompt; first_token_ms: of a decoder's prompt, the time to
-    the logits of the first new token; memory_bytes: what loading and running it took on the device at most.
+    the logits of the first new token; memory_bytes: the most memory of the device that loading and running took.
     """
 
     p50: Percentile
     p95: Percentile
     p99: Percentile
-    tokens_per_second: float
-    first_token_ms: float | None
+    tokens_per_second: Figure
+    first_token_ms: Figure | None
     memory_bytes: int | None
-    ratio: float | None
-    ci_low: float | None
-    ci_high: float | None
+    ratio: Figure | None
+    ci_low: Figure | None
+    ci_high: Figure | None
 
 
 @dataclass(frozen=True)
@@ -81,44 +83,112 @@ class Cell:
     prompt: int
     phase: Phase
     cuda_graph: bool
-    base_ms: float | None
+    base_ms: Figure | None
     merged_ms: float
-    unmerged_ms: float | None
-    ratio: float | None
-    ci_low: float | None
-    ci_high: float | None
+    unmerged_ms: Figure | None
+    ratio: Figure | None
+    ci_low: Figure | None
+    ci_high: Figure | None
     verdict: Verdict
-    noise_floor: float | None = None  # half-width of the interval of base against base, around no difference
-    unmerged_ratio: float | None = None
-    unmerged_ci_low: float | None = None
-    unmerged_ci_high: float | None = None
+    noise_floor: Figure | None = None  # half-width of the interval of base against base, around no difference
+    unmerged_ratio: Figure | None = None
+    unmerged_ci_low: Figure | None = None
+    unmerged_ci_high: Figure | None = None
     pairs: int = 0
     sessions: int = 1
-    kv_in_place: bool = False
+    kv_in_place: bool | None = None  # None: in a report from before this was recorded
     control: str | None = None
     reason: str = ""
     arms: Mapping[str, ArmTimes] = field(default_factory=dict)
 
+    @property
+    def key(self) -> str:
+        """Its name in samples.json and conditions.json."""
+        return f"b{self.batch}/p{self.prompt}/{self.phase}" + ("/cuda_graph" if self.cuda_graph else "")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card. cuda_driver: the newest CUDA that the driver knows; mig: whether it is divided."""
+
+    name: str | None = None
+    memory_bytes: int | None = None
+    driver: str | None = None
+    cuda_driver: str | None = None
+    power_limit_w: float | None = None
+    mig: bool = False
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """Clocks in MHz, power in watts, temperature in °C, used memory in MB; throttled: why the clocks are lowered.
+    None: the card does not say."""
+
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    power_w: float | None = None
+    temperature_c: int | None = None
+    used_mb: int | None = None
+    throttled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the machine did during one block. load: average of the last minute; steal, others: percent of the time
+    of all cores that the host took, or that other processes were busy; cpu_mhz: the mean clock, None where the
+    machine hides it."""
+
+    seconds: float
+    load: float
+    steal: float
+    others: float
+    cpu_mhz: int | None
+    gpus: tuple[GpuReading, ...] = ()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What does not change during a run, and nothing that names the machine: no host, user or path. cuda: the
+    version of each CUDA library, and of the CUDA that ONNX Runtime was built for."""
+
+    cpu: str | None = None
+    physical_cores: int | None = None
+    logical_cores: int | None = None
+    governor: str | None = None
+    ram_bytes: int | None = None
+    os: str | None = None
+    python: str | None = None
+    onnxruntime: str | None = None
+    cuda: Mapping[str, str] = field(default_factory=dict)
+    gpus: tuple[Gpu, ...] = ()
+
+
+@dataclass(frozen=True)
+class Environment(Machine):
+    """The machine, how it was used, and blocks: cell → reading → least, median and most over all blocks (of
+    `throttled`: the reasons)."""
+
+    intra_op_threads: int | None = None
+    margin: Figure | None = None
+    seed: int | None = None
+    blocks: Mapping[str, Mapping[str, tuple[float | str, ...]]] = field(default_factory=dict)
+
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """conditions: cell → one reading a block of load, clocks, power, … as `environment` names them."""
+    """graph_differences: those of `graph`; samples: every timing, for samples.json; conditions: cell → a reading
+    for each block, for conditions.json."""
 
     provider: str
     provider_verified: bool
     cells: tuple[Cell, ...]
-    noise_floor: float | None
+    noise_floor: Figure | None
     graph_identical: bool | None
     verdict: Verdict
-    seconds: float
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    seconds: Figure
+    environment: Environment = field(default_factory=Environment)
     graph: GraphComparison | None = None
     notes: tuple[str, ...] = ()
-    samples: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict, repr=False)
-    conditions: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict, repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything but the raw samples and the readings, which have files of their own."""
-        out = asdict(self)
-        del out["samples"], out["conditions"]
-        return out | {"graph_differences": list(self.graph.differences) if self.graph else []}
+    graph_differences: tuple[str, ...] = ()
+    samples: Samples = field(default_factory=dict, repr=False, metadata=NOT_IN_JSON)
+    conditions: Mapping[str, tuple[Reading, ...]] = field(default_factory=dict, repr=False, metadata=NOT_IN_JSON)

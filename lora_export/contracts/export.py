@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lora_export.choices import Activations, ModelKind, Precision
+from lora_export.contracts.figures import Figure
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class ExportResult:
     engine: str
     precision: Precision
     nodes: int
-    seconds: float
+    seconds: Figure
     files: Mapping[str, int]
     kind: ModelKind = "decoder"
     task: str = "text-generation"
     graphs: tuple[str, ...] = ("model.onnx",)
     activations: Activations = "float"
-    fused_against_plain: float | None = None
+    fused_against_plain: Figure | None = None
 
     @property
     def model(self) -> Path:
@@ -37,17 +37,3 @@ class ExportResult:
     @property
     def paths(self) -> tuple[Path, ...]:
         return tuple(self.output / name for name in self.graphs)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "output": str(self.output),
-            "engine": self.engine,
-            "precision": self.precision,
-            "nodes": self.nodes,
-            "seconds": round(self.seconds, 3),
-            "files": dict(self.files),
-            "kind": self.kind,
-            "task": self.task,
-            "graphs": list(self.graphs),
-            "fused_against_plain": self.fused_against_plain,
-        }

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 NONFINITE = ("nan", "inf", "-inf")  # as Python spells them, and reads them with float()
+NOT_IN_JSON = {"json": False}  # metadata of a dataclass field that `storage.documents.as_json` leaves out
 
 if TYPE_CHECKING:
     Figure = float

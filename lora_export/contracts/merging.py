@@ -1,12 +1,12 @@
 """What a merge is asked for, and what it tells."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lora_export.choices import Outcome
-from lora_export.contracts.figures import Figure
+from lora_export.contracts.figures import NOT_IN_JSON, Figure
 from lora_export.contracts.progress import Source
 
 
@@ -36,9 +36,9 @@ class Interference:
     tensor: str | None
     first: str
     second: str
-    cosine: float
-    sign_conflicts: float
-    norm_ratio: float | None
+    cosine: Figure
+    sign_conflicts: Figure
+    norm_ratio: Figure | None
 
 
 @dataclass(frozen=True)
@@ -79,29 +79,13 @@ class MergeResult:
     output: Path
     tensors: Mapping[str, int]
     adapter_tensors: Mapping[str, int]
-    seconds: float
+    seconds: Figure
     peak_rss_bytes: int
-    delta_survival: float | None
+    delta_survival: Figure | None
     certificate: Path
     base_weights: str
     dtype: str
-    records: tuple[TensorRecord, ...] = field(default=(), repr=False)
+    records: tuple[TensorRecord, ...] = field(default=(), repr=False, metadata=NOT_IN_JSON)
     warnings: tuple[str, ...] = ()
     base_checks: tuple[BaseCheck, ...] = ()
     interference: tuple[Interference, ...] = field(default=(), repr=False)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "output": str(self.output),
-            "tensors": dict(self.tensors),
-            "adapter_tensors": dict(self.adapter_tensors),
-            "seconds": round(self.seconds, 3),
-            "peak_rss_bytes": self.peak_rss_bytes,
-            "delta_survival": self.delta_survival,
-            "certificate": str(self.certificate),
-            "base_weights": self.base_weights,
-            "dtype": self.dtype,
-            "warnings": list(self.warnings),
-            "base_checks": [asdict(c) for c in self.base_checks],
-            "interference": [asdict(i) for i in self.interference],
-        }

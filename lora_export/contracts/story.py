@@ -1,8 +1,7 @@
 """The whole story: what a run is asked for, and what it left."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_export.contracts.benchmark import BenchmarkResult
 from lora_export.contracts.export import ExportResult
@@ -16,19 +15,10 @@ class Story:
 
     output: Path
     merge: MergeResult
-    export: ExportResult | None = None
     validate: ValidationResult | None = None
+    export: ExportResult | None = None
     benchmark: BenchmarkResult | None = None
+    report: Path = field(init=False)  # the page to read
 
-    def as_json(self) -> dict[str, Any]:
-        stages = {
-            "merge": self.merge,
-            "validate": self.validate,
-            "export": self.export,
-            "benchmark": self.benchmark,
-        }
-        return {
-            "output": str(self.output),
-            **{name: result.as_json() if result else None for name, result in stages.items()},
-            "report": str(self.output / "report" / "report.html"),
-        }
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "report", self.output / "report" / "report.html")

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from lora_export.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
@@ -12,15 +14,18 @@ STRETCH = 2**20  # bytes that are copied, and then hashed while they are in the 
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "C64": "complex64",
     "I64": "int64", "I32": "int32", "I16": "int16",
     "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
 
 def torch_dtype(name: str) -> "torch.dtype":
-    """torch's type for a safetensors dtype name."""
+    """torch's type for a safetensors dtype name. CheckpointError for F4 and F6, whose values torch cannot hold."""
     import torch
 
+    if name not in _TORCH_NAMES:
+        raise CheckpointError(f"torch has no type for {name}", expected=", ".join(_TORCH_NAMES))
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[name])
     return dtype
 

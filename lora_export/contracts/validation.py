@@ -1,11 +1,10 @@
 """What validation is asked for, and what it found."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_export.choices import Activations, Precision
+from lora_export.contracts.figures import Figure
 
 
 @dataclass(frozen=True)
@@ -13,8 +12,8 @@ class Check:
     """One measured figure against its threshold; `note` says where the threshold comes from."""
 
     name: str
-    value: float
-    threshold: float | None  # None for a figure that is only reported
+    value: Figure
+    threshold: Figure | None  # None for a figure that is only reported
     passed: bool
     note: str = ""
 
@@ -27,7 +26,7 @@ class Perplexity:
     """
 
     model: str
-    value: float
+    value: Figure
     tokens: int
 
 
@@ -41,8 +40,8 @@ class Deviation:
     """
 
     module: str
-    value: float
-    floor: float
+    value: Figure
+    floor: Figure
     tensors: tuple[str, ...] = ()
 
 
@@ -56,9 +55,9 @@ class AdapterSurvival:
     """
 
     model: str
-    share: float | None
-    kl_base: float | None
-    kl_lost: float | None
+    share: Figure | None
+    kl_base: Figure | None
+    kl_lost: Figure | None
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ class BaseComparison:
     """
 
     base: str
-    perplexity: float
-    kl_trained: float
+    perplexity: Figure
+    kl_trained: Figure
 
 
 @dataclass(frozen=True)
@@ -104,38 +103,35 @@ class ExportedPair:
 
 
 @dataclass(frozen=True)
-class ValidationResult:
-    """advice: sentences for a person, such as which base or precision to ship, and why; seed: of what was drawn;
-    unused_updates: layers whose update PEFT's unmerged forward never uses, looked for where a check failed."""
+class Continuation:
+    """Greedy continuations of a prompt. first_difference: where merged parts from unmerged, in words."""
 
+    prompt: str
+    base: str | None = None
+    unmerged: str | None = None
+    merged: str | None = None
+    first_difference: str | None = None
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """weight_errors: tensors that are not what the adapter makes of the base, worst first; deviation: looked for
+    where a check failed; advice: sentences for a person, such as which base or precision to ship, and why; seed: of
+    what was drawn; unused_updates: layers whose update PEFT's unmerged forward never uses, looked for where a check
+    failed."""
+
+    passed: bool = field(init=False)  # whether there are checks, and none of them failed
     checks: tuple[Check, ...]
-    samples: tuple[Mapping[str, str], ...] = ()  # prompt, base, unmerged, merged: greedy continuations
-    kl_by_position: tuple[float, ...] = ()
-    weight_errors: tuple[str, ...] = ()  # tensors that are not what the adapter makes of the base, worst first
+    samples: tuple[Continuation, ...] = ()
+    kl_by_position: tuple[Figure, ...] = ()
+    weight_errors: tuple[str, ...] = ()
     perplexities: tuple[Perplexity, ...] = ()
-    deviation: Deviation | None = None  # looked for where a check failed
+    deviation: Deviation | None = None
     adapter_survival: tuple[AdapterSurvival, ...] = ()
     bases: tuple[BaseComparison, ...] = ()
     advice: tuple[str, ...] = ()
     seed: int | None = None
     unused_updates: tuple[str, ...] = ()
 
-    @property
-    def passed(self) -> bool:
-        return bool(self.checks) and all(c.passed for c in self.checks)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "passed": self.passed,
-            "checks": [asdict(c) for c in self.checks],
-            "samples": [dict(s) for s in self.samples],
-            "kl_by_position": list(self.kl_by_position),
-            "weight_errors": list(self.weight_errors),
-            "perplexities": [asdict(p) for p in self.perplexities],
-            "deviation": asdict(self.deviation) if self.deviation else None,
-            "adapter_survival": [asdict(s) for s in self.adapter_survival],
-            "bases": [asdict(b) for b in self.bases],
-            "advice": list(self.advice),
-            "seed": self.seed,
-            "unused_updates": list(self.unused_updates),
-        }
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passed", bool(self.checks) and all(c.passed for c in self.checks))

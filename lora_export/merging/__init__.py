@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_export.adapters import CONFIG as ADAPTER_CONFIG
 from lora_export.adapters import AdapterFile, read_adapter
-from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
+from lora_export.checkpoint import Checkpoint, TensorFiles, open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
 from lora_export.contracts import (
     AdapterChoice,
@@ -48,13 +48,14 @@ __all__ = [
     "MergePlan",
     "MergedSource",
     "begin_stream",
-    "carry_out",
     "end_stream",
     "headed_base",
     "interference",
     "merge",
+    "merge_planned",
     "plan",
     "prepare",
+    "written_source",
 ]
 
 
@@ -108,12 +109,11 @@ def merge(
     """
     options = options or MergeOptions()
     planned = plan(base, adapters, options)
-    return carry_out(planned, adapters, output, progress or Silent(), force=options.force, certified=certified)
+    return merge_planned(planned, output, progress or Silent(), force=options.force, certified=certified)
 
 
-def carry_out(
+def merge_planned(
     planned: MergePlan,
-    adapters: Sequence[AdapterChoice],
     output: Path,
     progress: Progress,
     *,
@@ -132,8 +132,8 @@ def carry_out(
     progress.stage(f"merge: {planned.counts['updated']} weights updated, {planned.counts['copied']} copied")
     if planned.model:
         progress.stage(f"output: {planned.model.words}")
-    between = _look_between(planned, progress)
-    inputs, companions = [base, *(a.folder for a in adapters)], companion_files(base)
+    between = _interference(planned, progress)
+    inputs, companions = [base, *(a.folder for a in planned.adapters)], companion_files(base)
     with output_folder(output, force, inputs=inputs) as stage:
         check_space(stage, planned.nbytes)
         audit = write_shards(planned, stage, progress, Auditor(planned, certified))
@@ -141,13 +141,14 @@ def carry_out(
         if accept is not None:
             accept(stage, audit.records)
         checks = base_checks(planned)
-        warnings += _judge(planned, audit.survival)
-        warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
-        write_certificate(stage, audit, [a.weight for a in adapters], checks)
-    for text in warnings:
-        progress.warn(text)
-    result = _result(audit, checks, warnings, output / CERTIFICATE, time.monotonic() - started)
-    return replace(result, interference=between)
+        write_certificate(stage, audit, checks)
+    return _result(audit, checks, warnings, output / CERTIFICATE, time.monotonic() - started, between, progress)
+
+
+def written_source(result: MergeResult) -> TensorFiles:
+    """The tensors of a folder that was merged just now, with the hashes that its certificate has of them."""
+    hashes = {r.name: r.hash_out for r in result.records if r.hash_out is not None}
+    return TensorFiles(open_checkpoint(result.output).tensors, hashes)
 
 
 def headed_base(
@@ -169,8 +170,8 @@ def headed_base(
     return True
 
 
-def _look_between(planned: MergePlan, progress: Progress) -> tuple[Interference, ...]:
-    """What several adapters do to each other, told before anything is written."""
+def _interference(planned: MergePlan, progress: Progress) -> tuple[Interference, ...]:
+    """What several adapters do to each other, reported before anything is written."""
     pairs = tuple(interference(planned)) if len(planned.adapters) > 1 else ()
     for pair in pairs:
         if pair.tensor is None:
@@ -186,9 +187,17 @@ def _result(
     warnings: Sequence[str],
     certificate: Path,
     seconds: float,
+    between: tuple[Interference, ...],
+    progress: Progress,
 ) -> MergeResult:
+    """What was merged; its warnings, and those that follow from the audit and the checks, go to `progress`."""
     planned = audit.plan
+    wrong = [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
+    warnings = [*warnings, *_judge(planned, audit.survival), *wrong]
+    for text in warnings:
+        progress.warn(text)
     used = sum(a.tensor_count for a in planned.adapters)
+    dequantized = any(t.quantized or t.training for t in planned.tensors.values())
     return MergeResult(
         output=certificate.parent,
         tensors=planned.counts,
@@ -197,18 +206,19 @@ def _result(
         peak_rss_bytes=peak_rss(),
         delta_survival=audit.survival,
         certificate=certificate,
-        base_weights="dequantized" if _dequantizes(planned) else "original",
+        base_weights="dequantized" if dequantized else "original",
         dtype=planned.dtype,
         records=tuple(audit.records),
         warnings=tuple(warnings),
         base_checks=tuple(checks),
+        interference=between,
     )
 
 
 def begin_stream(planned: MergePlan, outline: Path, progress: Progress) -> MergedSource:
     """A merge whose large tensors are computed as they are read; `outline` gets the rest of the merged folder."""
     prepare(planned.options.device)
-    between = _look_between(planned, progress)
+    between = _interference(planned, progress)
     counts = planned.counts
     progress.stage(f"merge: {counts['updated']} weights updated, {counts['copied']} copied, into the export")
     source = MergedSource(planned, outline, interference=between)
@@ -216,19 +226,12 @@ def begin_stream(planned: MergePlan, outline: Path, progress: Progress) -> Merge
     return source
 
 
-def end_stream(
-    source: MergedSource, adapters: Sequence[AdapterChoice], certificate: Path, seconds: float, progress: Progress
-) -> MergeResult:
+def end_stream(source: MergedSource, certificate: Path, seconds: float, progress: Progress) -> MergeResult:
     """What was merged, with its certificate, once every tensor was hashed. seconds: what reading them took."""
-    planned, audit, checks = source.plan, source.audit, base_checks(source.plan)
-    warnings = [*planned.warnings, *source.warnings, *_judge(planned, audit.survival)]
-    warnings += [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
-    weights = [a.weight for a in adapters]
-    write_sealed(certificate, certificate_of(audit, weights, checks, {}).as_json())
-    for text in warnings:
-        progress.warn(text)
-    result = _result(audit, checks, warnings, certificate, seconds)
-    return replace(result, interference=source.interference)
+    audit, checks = source.audit, base_checks(source.plan)
+    write_sealed(certificate, certificate_of(audit, checks, {}).as_json())
+    warnings = [*source.plan.warnings, *source.warnings]
+    return _result(audit, checks, warnings, certificate, seconds, source.interference, progress)
 
 
 def prepare(device: str) -> None:
@@ -260,10 +263,6 @@ def _without_collections() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _dequantizes(planned: MergePlan) -> bool:
-    return any(t.quantized or t.training for t in planned.tensors.values())
 
 
 def _judge(planned: MergePlan, survival: float | None) -> list[str]:

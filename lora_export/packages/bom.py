@@ -35,7 +35,7 @@ def write(stage: Path, run: Run, facts: PackageFacts, licence: str | None, hashe
     bom = Bom(
         components=[_file(name, value.sha256) for name, value in hashes.items()],
         serial_number=uuid.uuid5(_SPACE, json.dumps(as_json(hashes), sort_keys=True)),
-        metadata=BomMetaData(component=model, timestamp=datetime.fromisoformat(run.report["created"])),
+        metadata=BomMetaData(component=model, timestamp=datetime.fromisoformat(run.report.created)),
     )
     bom.metadata.tools.components.add(tool)
     bom.register_dependency(model, bom.components)
@@ -57,7 +57,7 @@ def _model(run: Run, facts: PackageFacts, licence: str | None) -> "Component":
         name=one_line(facts.name),
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref="model",
-        description=one_line(f"{run.report['title']}, packaged for {facts.target.name}"),
+        description=one_line(f"{run.report.title}, packaged for {facts.target.name}"),
         licenses=[DisjunctiveLicense(name=one_line(licence))] if licence else [],
         pedigree=Pedigree(ancestors=ancestors, notes="The adapters were merged into the weights of the base."),
         properties=_properties({f"version:{k}": v for k, v in manifest.versions.items()}),
@@ -95,8 +95,7 @@ def _file(name: str, digest: str) -> "Component":
 
 
 def _card(run: Run) -> dict[str, Any]:
-    checks = run.report["validate"]["checks"]
-    measured = [{"type": c["name"], "value": str(c["value"])} for c in checks if c["value"] is not None]
+    measured = [{"type": c.name, "value": str(c.value)} for c in run.validation.checks]
     return {
         "modelParameters": {
             "task": run.task.name,

@@ -69,13 +69,13 @@ def text(run: Run, facts: PackageFacts, licence: str | None) -> str:
 
 
 def _made(run: Run) -> list[str]:
-    merge, options = run.report["merge"], run.manifest.recorded_options.merge
+    options = run.manifest.recorded_options.merge
     rows = {
         "base": _named(run.manifest.base),
         **{f"adapter {i + 1}": f"{_named(a)}, weight {a.weight:g}" for i, a in enumerate(run.manifest.adapters)},
         "method": options.combine if options.combine != "none" else "W + scaling · B · A, rounded once",
-        "base weights": merge.get("base_weights"),
-        "type": merge.get("dtype"),
+        "base weights": run.merge.base_weights,
+        "type": run.merge.dtype,
         "certificate": "lora_export_certificate.json: each tensor by hash, its rounding, what is left of the delta",
     }
     return [f"- {markdown(name)}: {markdown(value)}" for name, value in rows.items()]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def write(
     hashes: Mapping[str, FileHash],
 ) -> None:
     """Of everything in `stage`, whose hashes are given."""
-    bench = run.report["benchmark"] or {}
+    bench = run.report.benchmark
     manifest = PackageManifest(
         schema_version=1,
         kind=KIND,
@@ -89,11 +89,15 @@ def write(
         options={"package": options, "run": run.manifest.options},
         base=run.manifest.base,
         adapters=run.manifest.adapters,
-        run={k: run.report[k] for k in ("title", "created", "status")}
-        | {"manifest_sha256": sealed.sha256(run.folder / NAME)},
+        run={
+            "title": run.report.title,
+            "created": run.report.created,
+            "status": run.report.status,
+            "manifest_sha256": sealed.sha256(run.folder / NAME),
+        },
         certificate=_certificate(run),
-        validation={k: run.report["validate"][k] for k in ("passed", "checks")},
-        latency=Latency(*(bench.get(k) for k in ("verdict", "provider", "provider_verified", "graph_identical"))),
+        validation={"passed": run.validation.passed, "checks": run.validation.checks},
+        latency=Latency(*(getattr(bench, f.name, None) for f in fields(Latency))),
         measured=measured,
         files=dict(sorted(hashes.items())),
     )
@@ -101,11 +105,11 @@ def write(
 
 
 def _certificate(run: Run) -> dict[str, Any]:
-    merge = run.report["merge"]
-    file = run.manifest.files.get(merge.get("certificate", ""))
+    merge = as_json(run.merge)
+    file = run.manifest.files.get(merge["certificate"])
     return {
         "sha256": file.sha256 if file else None,
-        **{k: merge.get(k) for k in ("tensors", "adapter_tensors", "delta_survival", "base_weights", "dtype")},
+        **{k: merge[k] for k in ("tensors", "adapter_tensors", "delta_survival", "base_weights", "dtype")},
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export.choices import Precision, Provider
-from lora_export.contracts import ExportResult
+from lora_export.contracts import ExportResult, MergeResult, Report, ValidationResult
 from lora_export.errors import InputError
 from lora_export.manifest import RunManifest
 from lora_export.packages.interpreters import Interpreter
@@ -23,7 +23,7 @@ class Run:
 
     merged: the merged folder, None for a run without one; export: the run's own ONNX export; fp16_int4: whether its
     engine makes int4 graphs that compute in fp16; companions: the folder with config.json, tokenizer and licences;
-    manifest, report: the run's documents; config: of the model.
+    manifest, report: the run's documents; merge, validation: of the report; config: of the model.
     """
 
     folder: Path
@@ -33,7 +33,9 @@ class Run:
     companions: Path
     config: Mapping[str, Any]
     manifest: RunManifest
-    report: Mapping[str, Any]
+    report: Report
+    merge: MergeResult
+    validation: ValidationResult
     task: PackageTask
 
     @property

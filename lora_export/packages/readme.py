@@ -2,6 +2,7 @@
 
 import json
 
+from lora_export import wording
 from lora_export.escape import markdown
 from lora_export.packages.job import PackageFacts, Run, Snippet
 
@@ -31,24 +32,18 @@ def about(run: Run, facts: PackageFacts) -> list[str]:
 
 def proof(run: Run) -> dict[str, str]:
     """The figures of the run's report in words."""
-    merge, validate, bench = (run.report[k] for k in ("merge", "validate", "benchmark"))
-    found: dict[str, str] = {}
-    if merge:
-        used = merge["adapter_tensors"]
-        found["adapter tensors merged"] = f"{used.get('used')} of {used.get('total')}"
-        if merge.get("delta_survival") is not None:
-            found["of the delta left after rounding"] = f"{merge['delta_survival']:.4%}"
-    if validate:
-        checks = validate["checks"]
-        found["checks against the unmerged model"] = f"{sum(c['passed'] for c in checks)} of {len(checks)} passed"
-        worst = {c["name"]: c["value"] for c in checks}
-        if worst.get("onnx_logits_max_abs") is not None:
-            found["largest difference of an ONNX output"] = f"{worst['onnx_logits_max_abs']:.2g}"
+    merge, validation, bench = run.merge, run.validation, run.report.benchmark
+    proof = {"adapter tensors merged": wording.adapter_tensors(merge)}
+    if merge.delta_survival is not None:
+        proof["update that survived rounding"] = wording.percent(merge.delta_survival, 4)
+    proof["checks against the unmerged model"] = f"{wording.checks_passed(validation)} passed"
+    difference = next((c.value for c in validation.checks if c.name == "onnx_logits_max_abs"), None)
+    if difference is not None:
+        proof["largest difference of an ONNX output"] = wording.number(difference, 2)
     if bench:
-        same = {True: "the graph of the base", False: "a graph of its own", None: "not compared"}
-        found["graph"] = same[bench.get("graph_identical")]
-        found["latency against the base"] = f"{bench['verdict']}, on {bench['provider']}"
-    return found
+        proof["graph, compared with the base"] = wording.GRAPH[bench.graph_identical]
+        proof["latency against the base"] = wording.latency_verdict(bench)
+    return proof
 
 
 def how_to_run(facts: PackageFacts) -> list[str]:

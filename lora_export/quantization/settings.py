@@ -65,8 +65,8 @@ def dtype_of(source: TensorSource, config: Mapping[str, Any]) -> str:
 
 def _of_mlx(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     own = config.get(KEY_OF_MLX)
-    named = (config.get(KEY) or {}).get("quant_method")
-    return own if isinstance(own, dict) and named is None and {"group_size", "bits"} <= own.keys() else None
+    method = (config.get(KEY) or {}).get("quant_method")
+    return own if isinstance(own, dict) and method is None and {"group_size", "bits"} <= own.keys() else None
 
 
 def _parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -1,6 +1,5 @@
 """report.json, and the HTML and Markdown pages made from it."""
 
-from lora_export.report.output import render, write
-from lora_export.report.schema import SCHEMA_VERSION, load
+from lora_export.report.files import compare, load, load_samples, render, write
 
-__all__ = ["SCHEMA_VERSION", "load", "render", "write"]
+__all__ = ["compare", "load", "load_samples", "render", "write"]

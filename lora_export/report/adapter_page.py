@@ -1,33 +1,35 @@
 """A picture of an adapter: where its change is, and how many directions it has. SVG, or a page around it."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from lora_export.contracts import Understanding
 from lora_export.escape import one_line
-from lora_export.report import plots
 from lora_export.report.drawing import INK, MERGED, MUTED, figure, quiet, svg
-from lora_export.report.page import environment, stylesheet
+from lora_export.report.page import rendered
+from lora_export.report.plots import HeatMap, layered
+from lora_export.wording import percent
 
 TYPES_HEAD = ("Module", "Weights", "Share of ‖ΔW‖²", "‖ΔW‖", "‖ΔW‖/‖W‖", "Effective rank", "Rank for 99 %")
 RANKS_HEAD = ("Rank", "Keeps of ‖ΔW‖²", "Loses of ‖ΔW‖", "Numbers left")
 
 
-def heat_map(found: Mapping[str, Any]) -> str | None:
-    """By layer and module the size of the change (beside the weight, if that is known) and its effective rank."""
-    modules = found["modules"]
-    relative = any(m["relative"] is not None for m in modules)
-    size = ("relative", "‖ΔW‖ / ‖W‖, %", 100.0) if relative else ("norm", "‖ΔW‖", 1.0)
-    return plots.layered(
-        modules, [size, ("effective_rank", "effective rank", 1.0)], "The adapter's change by layer and module"
-    )
+def heat_map(figures: Understanding) -> str | None:
+    """By layer and module the size of the change, relative to the weight if known, and its effective rank."""
+    modules = figures.modules
+    size = HeatMap([(m.name, m.relative) for m in modules], "‖ΔW‖ / ‖W‖, %", 100.0)
+    if all(m.relative is None for m in modules):
+        size = HeatMap([(m.name, m.norm) for m in modules], "‖ΔW‖")
+    ranks = HeatMap([(m.name, m.effective_rank) for m in modules], "effective rank")
+    return layered([size, ranks], "The adapter's change by layer and module")
 
 
-def energy(found: Mapping[str, Any]) -> str | None:
+def energy(figures: Understanding) -> str | None:
     """Share of ‖ΔW‖² by rank: the middle half of the modules and all of them."""
     import numpy as np
 
-    curves = [m["energy"] for m in found["modules"] if m["rank"] and m["finite"]]
+    curves = [m.energy for m in figures.modules if m.rank and m.finite]
     if not curves:
         return None
     most = max(map(len, curves))
@@ -50,51 +52,45 @@ def energy(found: Mapping[str, Any]) -> str | None:
         return svg(fig, "How much of the change each rank keeps")
 
 
-def type_rows(found: Mapping[str, Any]) -> list[Sequence[str]]:
-    rows = sorted(found["by_type"].items(), key=lambda item: -item[1]["share"])
+def type_rows(figures: Understanding) -> list[Sequence[str]]:
+    rows = sorted(figures.by_type.items(), key=lambda item: -item[1].share)
     return [
         (
-            one_line(name), str(t["modules"]), f"{t['share']:.1%}", f"{t['norm']:.4g}",
-            "–" if t["relative"] is None else f"{t['relative']:.2%}", f"{t['effective_rank']:.1f}",
-            f"{t['enough']:g}",
+            one_line(name), str(t.modules), percent(t.share, 1), f"{t.norm:.4g}", percent(t.relative),
+            f"{t.effective_rank:.1f}", f"{t.enough:g}",
         )
         for name, t in rows
     ]  # fmt: skip
 
 
-def rank_rows(found: Mapping[str, Any]) -> list[Sequence[str]]:
+def rank_rows(figures: Understanding) -> list[Sequence[str]]:
     return [
         (
-            str(t["rank"]), f"{t['energy_kept']:.2%}", f"{max(0.0, 1 - t['energy_kept']) ** 0.5:.1%}",
-            f"{t['parameters']:.0%}",
+            str(t.rank), percent(t.energy_kept), percent(max(0.0, 1 - t.energy_kept) ** 0.5, 1),
+            percent(t.parameters, 0),
         )
-        for t in found["truncation"]
+        for t in figures.truncation
     ]  # fmt: skip
 
 
-def picture(found: Mapping[str, Any], path: Path) -> str:
+def skipped(figures: Understanding) -> list[str]:
+    return [f"{one_line(name)}: {one_line(why)}" for name, why in figures.skipped.items()]
+
+
+def picture(figures: Understanding, path: Path) -> str:
     """The text of a picture file by its ending: .svg the heat map alone, .html a page with everything."""
     from markupsafe import Markup
 
-    drawn = heat_map(found)
+    heat, curve = heat_map(figures), energy(figures)
     if path.suffix == ".svg":
-        return _standing_alone(drawn or energy(found) or "")
-    curve = energy(found)
-    template = environment().get_template("adapter.html.j2")
-    page = template.render(
-        css=stylesheet(),
-        title=one_line(found["adapter"]),
-        sentences=[one_line(s) for s in found["sentences"]],
-        warnings=[one_line(w) for w in found["warnings"]],
-        skipped=[f"{one_line(k)}: {one_line(v)}" for k, v in found["skipped"].items()],
-        heat=Markup(drawn) if drawn else None,
+        return _standing_alone(heat or curve or "")
+    return rendered(
+        "adapter.html.j2",
+        figures=figures,
+        page=sys.modules[__name__],
+        heat=Markup(heat) if heat else None,
         energy=Markup(curve) if curve else None,
-        types_head=TYPES_HEAD,
-        types=type_rows(found),
-        ranks_head=RANKS_HEAD,
-        ranks=rank_rows(found),
     )
-    return page.lstrip() + "\n"
 
 
 def _standing_alone(drawn: str) -> str:

@@ -2,40 +2,27 @@
 
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Stand-ins that matplotlib takes for colours, and the CSS variables that the SVG gets instead.
-INK, MUTED, RULE, BASE, MERGED, UNMERGED, BAND, PLUGGED, PYTORCH = (f"#0{i}fefe" for i in range(1, 10))
-OTHER = "#10fefe"
+# Stand-ins that matplotlib takes for colours; the SVG gets CSS variables in their place.
+INK, MUTED, RULE, BASE, MERGED, UNMERGED, BAND, PLUGGED, PYTORCH, OTHER = (f"#{i:02d}fefe" for i in range(1, 11))
 _VARIABLES = {
-    INK: "--ink",
-    MUTED: "--muted",
-    RULE: "--rule",
-    BASE: "--arm-base",
-    MERGED: "--arm-merged",
-    UNMERGED: "--arm-unmerged",
-    PLUGGED: "--arm-plugged",
-    PYTORCH: "--arm-pytorch",
-    OTHER: "--arm-other",
-    BAND: "--band",
-}
+    INK: "--ink", MUTED: "--muted", RULE: "--rule", BAND: "--band", BASE: "--arm-base", MERGED: "--arm-merged",
+    UNMERGED: "--arm-unmerged", PLUGGED: "--arm-plugged", PYTORCH: "--arm-pytorch", OTHER: "--arm-other",
+}  # fmt: skip
 _WIDTH = 5.5  # inches
 LARGEST = 1e9  # of what is drawn: with axes up to 1e300, matplotlib cannot place its ticks
 
 
-def drawable(value: Any) -> Any:
-    """The same with None for numbers that are none or too large to be drawn, which leave a list."""
-    if isinstance(value, Mapping):
-        return {k: drawable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [kept for kept in map(drawable, value) if kept is not None]
-    return None if isinstance(value, (int, float)) and not abs(value) <= LARGEST else value
+def drawable(value: float | None) -> float | None:
+    """The number, or None for one that is not finite or too large to be drawn."""
+    return value if value is not None and abs(value) <= LARGEST else None
 
 
 @contextmanager

@@ -1,19 +1,20 @@
-"""What a report says of latency: tables, how it was measured, and what the verdict does not say."""
+"""What a report says about latency: tables, how it was measured, and what the verdict does not show."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
+from lora_export import wording
+from lora_export.contracts import ArmTimes, BenchmarkResult, Cell, GraphComparison, Percentile
 from lora_export.escape import one_line
-from lora_export.report.text import DASH, count, interval, milliseconds, number, percent, ratio, seconds, size
+from lora_export.wording import count, interval, milliseconds, number, percent, ratio, size
 
 Row = tuple[str, ...]
-Pairs = tuple[tuple[str, str], ...]  # of each table cell what is said, and its interval or nothing
+Pairs = tuple[tuple[str, str], ...]  # of each table cell the text, and its interval or nothing
 ARMS_HEAD = ("Arm", "p50, ms", "p95, ms", "p99, ms", "Tokens per second", "÷ base", "Memory")
-CONDITIONS_HEAD = ("Cell", "Reading", "Least", "Median", "Most")
+CONDITIONS_HEAD = ("Cell", "Reading", "Minimum", "Median", "Maximum")
 _READINGS = {
     "load": "load average",
-    "steal": "time taken by the host, %",
-    "others": "time taken by other processes, %",
+    "steal": "CPU time stolen by the host, %",
+    "others": "CPU time used by other processes, %",
     "cpu_mhz": "CPU clock, MHz",
     "sm_mhz": "clock, MHz",
     "memory_mhz": "memory clock, MHz",
@@ -23,202 +24,189 @@ _READINGS = {
 }
 
 
-def cell_name(cell: Mapping[str, Any]) -> str:
-    graph = " · CUDA graph" if cell["cuda_graph"] else ""
-    return f"{one_line(cell['phase'])} · batch {cell['batch']} · {cell['prompt']} tokens{graph}"
+def cell_name(cell: Cell) -> str:
+    graph = " · CUDA graph" if cell.cuda_graph else ""
+    return f"{cell.phase} · batch {cell.batch} · {cell.prompt} tokens{graph}"
 
 
-def cell_key(cell: Mapping[str, Any]) -> str:
-    graph = "/cuda_graph" if cell["cuda_graph"] else ""
-    return f"b{cell['batch']}/p{cell['prompt']}/{cell['phase']}{graph}"
+def margin_of(bench: BenchmarkResult) -> float | None:
+    margin = bench.environment.margin
+    return margin if margin is not None and 0 < margin <= 1 else None
 
 
-def margin_of(bench: Mapping[str, Any]) -> float | None:
-    margin = (bench.get("environment") or {}).get("margin")
-    return float(margin) if isinstance(margin, (int, float)) and 0 < margin <= 1 else None
-
-
-def sentence(bench: Mapping[str, Any]) -> str:
+def sentence(bench: BenchmarkResult) -> str:
     """For the head of the page."""
-    cells, provider = bench["cells"], one_line(bench["provider"]).upper()
-    margin = percent(margin_of(bench), 0) if margin_of(bench) else "the margin"
-    if bench["verdict"] == "equivalent":
-        worst = max((c["ci_high"] for c in cells if c["ci_high"]), default=None)
-        text = f"On {provider} it is as fast as the base, within ±{margin}, in {_all(len(cells))}"
+    cells, provider = bench.cells, one_line(bench.provider).upper()
+    if bench.verdict == "equivalent":
+        worst = max((c.ci_high for c in cells if c.ci_high), default=None)
+        measured = "the one cell" if len(cells) == 1 else f"all {len(cells)} cells"
+        text = f"On {provider} it is as fast as the base, within {_margin(bench, 0)}, in {measured} measured"
         return text + (f" (upper bound {percent(worst - 1)})." if worst else ".")
-    if bench["verdict"] == "slower":
-        slow = [c for c in cells if c["verdict"] == "slower"]
-        worst = max((c["ratio"] for c in slow if c["ratio"]), default=None)
+    if bench.verdict == "slower":
+        slow = [c for c in cells if c.verdict == "slower"]
+        worst = max((c.ratio for c in slow if c.ratio), default=None)
         text = f"On {provider} it is slower than the base in {len(slow)} of {count(len(cells), 'cell')}"
         return text + (f", by up to {percent(worst - 1, 1)}." if worst else ".")
-    text = f"The latency comparison on {provider} gave no verdict; the reasons are below."
-    if bench.get("graph_identical"):
-        text += " The optimised graphs of base and merged are identical, so no difference can come from them."
+    text = f"The latency comparison on {provider} was inconclusive; the reasons are below."
+    if bench.graph_identical:
+        text += " The optimized graphs of base and merged are identical, so the graph cannot make a difference."
     return text
 
 
-def _all(n: int) -> str:
-    return "the one cell measured" if n == 1 else f"all {n} cells measured"
+def _margin(bench: BenchmarkResult, decimals: int) -> str:
+    margin = margin_of(bench)
+    return f"±{percent(margin, decimals)}" if margin else "the margin"
 
 
 # --- tables ------------------------------------------------------------------------------------------------
 
 
-def rows(bench: Mapping[str, Any]) -> list[Row]:
+def rows(bench: BenchmarkResult) -> list[Row]:
     """Cell, base, merged, unmerged, ratio, interval, noise floor, unmerged's ratio, blocks, verdict."""
     return [
         (
             cell_name(c),
-            milliseconds(c["base_ms"]),
-            milliseconds(c["merged_ms"]),
-            milliseconds(c["unmerged_ms"]),
-            ratio(c["ratio"]),
-            interval(c["ci_low"], c["ci_high"]),
-            percent(c["noise_floor"]),
-            ratio(c["unmerged_ratio"]),
-            number(c.get("pairs")) + (f" in {c['sessions']} sets" if c.get("sessions", 1) > 1 else ""),
-            one_line(c["verdict"]),
+            milliseconds(c.base_ms),
+            milliseconds(c.merged_ms),
+            milliseconds(c.unmerged_ms),
+            ratio(c.ratio),
+            interval(c.ci_low, c.ci_high),
+            percent(c.noise_floor),
+            ratio(c.unmerged_ratio),
+            number(c.pairs) + (f" in {c.sessions} sets" if c.sessions > 1 else ""),
+            c.verdict,
         )
-        for c in bench["cells"]
+        for c in bench.cells
     ]
 
 
-def arm_tables(bench: Mapping[str, Any]) -> list[tuple[str, list[Pairs]]]:
-    """For each cell its name, and a row for each arm."""
-    found = []
-    for cell in bench["cells"]:
-        arms = cell.get("arms") or {}
-        if arms:
-            found.append((_titled(cell), [_arm_row(name, arm) for name, arm in arms.items()]))
-    return found
+def arm_tables(bench: BenchmarkResult) -> list[tuple[str, list[Pairs]]]:
+    """For each cell its title, and a row for each arm."""
+    return [(_title(c), [_arm_row(name, arm) for name, arm in c.arms.items()]) for c in bench.cells if c.arms]
 
 
-def _titled(cell: Mapping[str, Any]) -> str:
-    first = [a["first_token_ms"] for n, a in cell["arms"].items() if n == "merged" and a.get("first_token_ms")]
-    notes = [f"time to first token {milliseconds(first[0])} ms, merged"] if first else []
-    notes += ["cache in place"] if cell.get("kv_in_place") else []
-    notes += [f"control: {one_line(cell['control'])}"] if cell.get("control") else []
-    return f"{cell_name(cell)} ({'; '.join(notes)})" if notes else cell_name(cell)
+def _title(cell: Cell) -> str:
+    merged = cell.arms.get("merged")
+    first = merged.first_token_ms if merged else None
+    notes = [
+        f"time to first token {milliseconds(first)} ms, merged" if first else "",
+        "cache in place" if cell.kv_in_place else "",
+        f"control: {one_line(cell.control)}" if cell.control else "",
+    ]
+    told = "; ".join(note for note in notes if note)
+    return f"{cell_name(cell)} ({told})" if told else cell_name(cell)
 
 
-def _arm_row(name: str, arm: Mapping[str, Any]) -> Pairs:
+def _arm_row(name: str, arm: ArmTimes) -> Pairs:
     return (
         (one_line(name), ""),
-        *((milliseconds(arm[p]["ms"]), _between(arm[p])) for p in ("p50", "p95", "p99")),
-        (number(arm["tokens_per_second"], 4), ""),
-        (ratio(arm["ratio"]), interval(arm["ci_low"], arm["ci_high"]) if arm["ratio"] else ""),
-        (size(arm["memory_bytes"]), ""),
+        *((milliseconds(p.ms), between(p)) for p in (arm.p50, arm.p95, arm.p99)),
+        (number(arm.tokens_per_second, 4), ""),
+        (ratio(arm.ratio), interval(arm.ci_low, arm.ci_high) if arm.ratio else ""),
+        (size(arm.memory_bytes), ""),
     )
 
 
-def _between(p: Mapping[str, Any]) -> str:
-    if p["low"] is None or p["high"] is None:
-        return ""
-    return f"{milliseconds(p['low'])} … {milliseconds(p['high'])}"
+def between(p: Percentile) -> str:
+    return f"{milliseconds(p.low)} … {milliseconds(p.high)}"
 
 
-def facts(bench: Mapping[str, Any]) -> list[Row]:
-    identical = {True: "yes, so no difference can come from the graph", False: "no", None: "not compared"}
-    verified = "verified" if bench["provider_verified"] else "not verified"
-    graph = bench.get("graph") or {}
+def facts(bench: BenchmarkResult) -> list[Row]:
+    identical = {True: "yes, so the graph cannot make a difference", False: "no", None: wording.GRAPH[None]}
+    graph, margin = bench.graph, margin_of(bench)
     return [
-        ("Execution provider", f"{one_line(bench['provider'])}, {verified}"),
-        ("Same optimised graph as the base", identical[bench.get("graph_identical")]),
+        ("Execution provider", one_line(wording.provider(bench))),
+        ("Same optimized graph as the base", identical[bench.graph_identical]),
         *([("Canonical hash, base and merged", _hashes(graph))] if graph else []),
-        *([("Nodes by provider", _placement(graph))] if graph.get("placement") else []),
-        ("Margin, set beforehand", f"±{percent(margin_of(bench), 1)}"),
-        ("Noise floor (base against itself)", percent(bench.get("noise_floor"))),
-        ("Time", seconds(bench.get("seconds"))),
+        *([("Nodes by provider", _placement(graph.placement))] if graph and graph.placement else []),
+        ("Margin, set before measuring", f"±{percent(margin, 1)}"),
+        ("Noise floor (base against itself)", percent(bench.noise_floor)),
+        ("Time", wording.seconds(bench.seconds)),
     ]
 
 
-def _hashes(graph: Mapping[str, Any]) -> str:
-    base, merged = (one_line(graph[f"{side}_sha256"])[:16] for side in ("base", "merged"))
-    return base if base == merged else f"{base}, {merged}"
+def _hashes(graph: GraphComparison) -> str:
+    return ", ".join(dict.fromkeys(one_line(sha)[:16] for sha in (graph.base_sha256, graph.merged_sha256)))
 
 
-def _placement(graph: Mapping[str, Any]) -> str:
-    return ", ".join(f"{one_line(provider)} {number(n)}" for provider, n in graph["placement"].items())
+def _placement(placement: Mapping[str, int]) -> str:
+    return ", ".join(f"{one_line(provider)} {number(n)}" for provider, n in placement.items())
 
 
-def conditions(bench: Mapping[str, Any]) -> list[Row]:
-    """What each cell's blocks found the machine doing."""
-    found: list[Row] = []
-    blocks = (bench.get("environment") or {}).get("blocks")
-    for key, readings in (blocks if isinstance(blocks, Mapping) else {}).items():
-        for name, values in readings.items() if isinstance(readings, Mapping) else ():
-            if isinstance(values, list) and len(values) == 3:
-                found.append(
-                    (one_line(key), _reading(name), *(number(v) if _is_number(v) else DASH for v in values))
-                )
-            elif isinstance(values, list):
-                found.append((one_line(key), "throttled", ", ".join(map(one_line, values)), "", ""))
-    return found
+def conditions(bench: BenchmarkResult) -> list[Row]:
+    """What the machine did while each cell was measured."""
+    return [
+        (one_line(cell), *_condition(name, values))
+        for cell, readings in bench.environment.blocks.items()
+        for name, values in readings.items()
+    ]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _condition(name: str, values: tuple[float | str, ...]) -> Row:
+    if name == "throttled":
+        return "throttled", ", ".join(map(one_line, values)), "", ""
+    gpu, _, rest = name.partition("_")
+    card = f"GPU {gpu.removeprefix('gpu')}: " if gpu.startswith("gpu") and rest in _READINGS else ""
+    label = card + _READINGS.get(rest if card else name, one_line(name))
+    texts = [one_line(v) if isinstance(v, str) else number(v) for v in values[:3]]
+    return label, *texts, *[""] * (3 - len(texts))
 
 
-def _reading(name: str) -> str:
-    gpu, _, rest = str(name).partition("_")
-    if gpu.startswith("gpu") and rest in _READINGS:
-        return f"GPU {gpu.removeprefix('gpu')}: {_READINGS[rest]}"
-    return _READINGS.get(str(name), one_line(name))
+def forest_caption(bench: BenchmarkResult) -> str:
+    text = "Merged against the base with its 90 % interval; in grey, the base against itself."
+    return f"{text} The band is the margin of {_margin(bench, 1)}." if margin_of(bench) else text
 
 
 # --- in words ----------------------------------------------------------------------------------------------
 
 
-def method(bench: Mapping[str, Any]) -> list[str]:
+def method(bench: BenchmarkResult) -> list[str]:
     """How it was measured, in five sentences."""
-    margin = percent(margin_of(bench), 1) if margin_of(bench) else "the margin"
-    arms = list(dict.fromkeys(one_line(n) for c in bench["cells"] for n in (c.get("arms") or {})))
-    sets = max((c.get("sessions") or 1 for c in bench["cells"]), default=1)
-    listed = f" ({', '.join(arms)})" if arms else ""
-    controls = {c.get("control") for c in bench["cells"]} - {None}
-    named = " or ".join(sorted(map(one_line, controls))) or "the unmerged graph"
+    arms = list(dict.fromkeys(one_line(name) for c in bench.cells for name in c.arms))
+    sets = _sets(bench)
+    names = f" ({', '.join(arms)})" if arms else ""
+    controls = sorted({one_line(c.control) for c in bench.cells if c.control})
     return [
-        f"All arms{listed} and a second session of the base ran in one process, with the same options and the "
-        "same bound buffers, warmed up until their medians stopped drifting.",
-        "They were timed in blocks, each a random order and its reverse, so that drift and whatever else the "
-        "machine does falls on all of them alike"
+        f"All arms{names} and a second session of the base ran in one process, with the same options and the "
+        "same bound buffers, and were warmed up until their medians stopped drifting.",
+        "They were timed in blocks. Each block runs the arms in a random order and then in the reverse order, so "
+        "that drift and background load affect all arms alike"
+        + ("; PyTorch runs last in each block, because its threads keep spinning." if "pytorch" in arms else "."),
+        "Each block gives one ratio of medians. The reported ratio is their trimmed mean, and its 90 % interval "
         + (
-            "; PyTorch comes after them in each block, as its threads go on spinning." if "pytorch" in arms else "."
-        ),
-        "Each block gives one ratio of medians; their trimmed mean is the figure, and its 90 % interval comes from "
-        + (
-            f"the spread between {sets} sets of sessions, each opened anew and in another order."
+            f"comes from the spread between {sets} sets of sessions, each opened anew and in another order."
             if sets > 1
-            else "drawing runs of neighbouring blocks, because blocks that follow each other are alike."
+            else "is bootstrapped from runs of neighbouring blocks, because neighbouring blocks are correlated."
         ),
-        f"Equivalent means that this whole interval lies within ±{margin}, a margin that was set beforehand "
-        "(two one-sided tests at 5 %); the number of blocks followed from the noise, never from the difference.",
-        "There is no verdict where base differs from base by more than the margin, unless merged is slower by more "
-        f"than both, or where {named}, which does more work, was not found slower.",
+        f"“Equivalent” means that the whole interval lies within {_margin(bench, 1)}, a margin that was set before "
+        "measuring (two one-sided tests at 5 %). The noise alone decides how many blocks are measured, never the "
+        "difference.",
+        "There is no verdict if the two sessions of the base differ by more than the margin, unless merged is "
+        f"slower by more than both, or if {' or '.join(controls) or 'the unmerged graph'}, which does more work, "
+        "was not found slower.",
     ]
 
 
-def limits(bench: Mapping[str, Any]) -> list[str]:
+def limits(bench: BenchmarkResult) -> list[str]:
     """What nobody should read into the verdict."""
-    shapes = ", ".join(dict.fromkeys(f"{c['batch']} × {c['prompt']}" for c in bench["cells"])) or "none"
-    said = [
-        f"Other batch sizes and prompt lengths than these were not measured: {shapes}.",
-        "Time for tokenizing, sampling, scheduling requests and moving data to a client is not in it.",
-        "It holds for this machine, these versions and this execution provider"
-        + (", and for one set of sessions: --sessions measures how sets differ." if _one_set(bench) else "."),
-        "It says nothing of throughput under load, when many requests compete.",
+    shapes = ", ".join(dict.fromkeys(f"{c.batch} × {c.prompt}" for c in bench.cells)) or "none"
+    one_set = ", and for one set of sessions: --sessions measures how sets differ" if _sets(bench) == 1 else ""
+    texts = [
+        f"Only these batch sizes and prompt lengths were measured: {shapes}.",
+        "Tokenizing, sampling, scheduling requests and sending data to a client are not included.",
+        f"It holds for this machine, these versions and this execution provider{one_set}.",
+        "It does not cover throughput under load, when many requests compete.",
     ]
-    if any(not c.get("kv_in_place") and c["phase"] == "decode" for c in bench["cells"] if "kv_in_place" in c):
-        said.append("Steps copied their cache, in all arms alike; a runtime that writes in place is faster.")
-    if one_line(bench["provider"]) == "cpu":
-        said.append("It was measured on a CPU; on a GPU an unmerged adapter costs other shares than here.")
-    return said
+    if any(c.kv_in_place is False and c.phase == "decode" for c in bench.cells):
+        texts.append("Steps copied the KV cache, in all arms alike; a runtime that writes in place is faster.")
+    if bench.provider == "cpu":
+        texts.append("It was measured on a CPU; on a GPU the relative cost of an unmerged adapter is different.")
+    return texts
 
 
-def _one_set(bench: Mapping[str, Any]) -> bool:
-    return all((c.get("sessions") or 1) == 1 for c in bench["cells"])
+def _sets(bench: BenchmarkResult) -> int:
+    return max((c.sessions for c in bench.cells), default=1)
 
 
-def warnings(bench: Mapping[str, Any]) -> Iterator[str]:
-    yield from (one_line(text) for text in (bench.get("graph") or {}).get("warnings") or ())
+def warnings(bench: BenchmarkResult) -> list[str]:
+    return [one_line(text) for text in bench.graph.warnings] if bench.graph else []

@@ -1,10 +1,11 @@
 """Figures of latency: how its samples are spread, the ratios before the margin, what the other arms cost."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_export.contracts import BenchmarkResult, Cell, Samples
 from lora_export.escape import one_line
 from lora_export.report.drawing import (
     BAND,
@@ -21,25 +22,25 @@ from lora_export.report.drawing import (
     quiet,
     svg,
 )
-from lora_export.report.latency import cell_key, cell_name, margin_of
+from lora_export.report.latency import cell_name, margin_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Samples = Mapping[str, Mapping[str, Sequence[float]]]
+    Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 _COLOURS = {"base": BASE, "merged": MERGED, "unmerged": UNMERGED, "plugged": PLUGGED, "pytorch": PYTORCH}
 _POINTS = 160
 _WIDE = 3.0  # times between the fastest and the slowest arm, from where the axis is logarithmic
 
 
-def latency(bench: Mapping[str, Any], samples: Samples) -> str | None:
+def latency(bench: BenchmarkResult, samples: Samples) -> str | None:
     """For each cell and arm a violin of the raw samples, with its median and p95."""
-    samples = drawable(samples)
-    cells = [c for c in bench["cells"] if any((samples.get(cell_key(c)) or {}).values())]
+    known = [(cell, _pooled(samples.get(cell.key, {}))) for cell in bench.cells]
+    cells = [cell for cell, arms in known if arms]
+    pooled = [arms for _, arms in known if arms]
     if not cells:
         return None
-    pooled = [_pooled(samples[cell_key(c)]) for c in cells]
     with figure(0.55 * len(cells) + 0.3 * sum(len(arms) for arms in pooled) + 0.5) as fig:
         heights = [len(arms) for arms in pooled]
         axes = fig.subplots(len(cells), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
@@ -50,12 +51,14 @@ def latency(bench: Mapping[str, Any], samples: Samples) -> str | None:
         return svg(fig, "Latency of every arm in each cell")
 
 
-def _pooled(arms: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+def _pooled(arms: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Both sessions of the base as one arm, which is how its median was taken; arms without a sample are left
     out."""
-    base = [*arms.get("base", ()), *arms.get("base_again", ())]
-    others = {name: times for name, times in arms.items() if name not in ("base", "base_again") and times}
-    return ({"base": base} if base else {}) | others
+    pooled: dict[str, list[float]] = {"base": []}
+    for name, times in arms.items():
+        arm = "base" if name == "base_again" else name
+        pooled.setdefault(arm, []).extend(t for t in times if drawable(t) is not None)
+    return {name: times for name, times in pooled.items() if times}
 
 
 def _violins(ax: "Axes", arms: Mapping[str, Sequence[float]]) -> None:
@@ -79,7 +82,7 @@ def _violins(ax: "Axes", arms: Mapping[str, Sequence[float]]) -> None:
     quiet(ax, "x")
 
 
-def _density(values: "np.ndarray[Any, Any]") -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
+def _density(values: "Array") -> "tuple[Array, Array]":
     """Where the samples lie, without their slowest hundredth, and how many lie there, as a share of the most."""
     from scipy.stats import gaussian_kde
 
@@ -93,10 +96,11 @@ def _density(values: "np.ndarray[Any, Any]") -> "tuple[np.ndarray[Any, Any], np.
     return x, density / density.max()
 
 
-def forest(bench: Mapping[str, Any]) -> str | None:
+def forest(bench: BenchmarkResult) -> str | None:
     """Merged against base in percent with its 90 % interval, and base against base, before the band of the
     margin."""
-    cells = [c for c in drawable(bench["cells"]) if c["ratio"] is not None]
+    known = [(cell, drawable(cell.ratio)) for cell in bench.cells]
+    cells = [(cell, ratio) for cell, ratio in reversed(known) if ratio is not None]
     if not cells:
         return None
     with figure(0.42 * len(cells) + 1.0) as fig:
@@ -105,12 +109,13 @@ def forest(bench: Mapping[str, Any]) -> str | None:
         if margin:
             ax.axvspan(100 * (1 / (1 + margin) - 1), 100 * margin, color=BAND, lw=0)
         ax.axvline(0, color=MUTED, lw=0.8)
-        for row, cell in enumerate(reversed(cells)):
-            floor = cell["noise_floor"]
+        for row, (cell, ratio) in enumerate(cells):
+            floor = drawable(cell.noise_floor)
             if floor is not None:
                 ax.plot([-100 * floor, 100 * floor], [row - 0.25, row - 0.25], color=BASE, lw=4, alpha=0.5)
-            _interval(ax, row, cell, MERGED)
-        ax.set_yticks(range(len(cells)), [cell_name(c) for c in reversed(cells)])
+            _interval(ax, row, cell.ci_low, cell.ci_high, color=MERGED, lw=2)
+            ax.plot(100 * (ratio - 1), row, "o", color=MERGED, ms=5.5, markeredgewidth=0)
+        ax.set_yticks(range(len(cells)), [cell_name(cell) for cell, _ in cells])
         ax.set_ylim(-0.7, len(cells) - 0.4)
         low, high = ax.get_xlim()
         reach = 1.5 * 100 * (margin or 0.01)
@@ -120,39 +125,36 @@ def forest(bench: Mapping[str, Any]) -> str | None:
         return svg(fig, "Merged against base with 90 % intervals, before the margin")
 
 
-def _interval(ax: "Axes", row: float, measured: Mapping[str, Any], colour: str) -> None:
-    low, high = measured["ci_low"], measured["ci_high"]
+def _interval(ax: "Axes", row: float, low: float | None, high: float | None, *, color: str, lw: float) -> None:
+    low, high = drawable(low), drawable(high)
     if low is not None and high is not None:
-        ax.plot([100 * (low - 1), 100 * (high - 1)], [row, row], color=colour, lw=2)
-    ax.plot(100 * (measured["ratio"] - 1), row, "o", color=colour, ms=5.5, markeredgewidth=0)
+        ax.plot([100 * (low - 1), 100 * (high - 1)], [row, row], color=color, lw=lw)
 
 
-def overheads(bench: Mapping[str, Any]) -> str | None:
+def overheads(bench: BenchmarkResult) -> str | None:
     """What every arm but merged costs, in percent of the base, with 90 % intervals."""
-    bars = list(_bars(drawable(bench["cells"])))
+    bars = list(_bars(bench.cells))[::-1]
     if not bars:
         return None
     with figure(0.3 * len(bars) + 0.9) as fig:
         ax = fig.subplots()
-        for row, (_, name, arm) in enumerate(reversed(bars)):
-            colour = _COLOURS.get(name, OTHER)
-            ax.barh(row, 100 * (arm["ratio"] - 1), height=0.6, color=colour, alpha=0.6)
-            low, high = arm["ci_low"], arm["ci_high"]
-            if low is not None and high is not None:
-                ax.plot([100 * (low - 1), 100 * (high - 1)], [row, row], color=INK, lw=1.2)
+        for row, (_, name, ratio, low, high) in enumerate(bars):
+            ax.barh(row, 100 * (ratio - 1), height=0.6, color=_COLOURS.get(name, OTHER), alpha=0.6)
+            _interval(ax, row, low, high, color=INK, lw=1.2)
         ax.axvline(0, color=MUTED, lw=0.8)
-        ax.set_yticks(range(len(bars)), [f"{one_line(name)} · {cell_name(c)}" for c, name, _ in reversed(bars)])
+        ax.set_yticks(range(len(bars)), [f"{one_line(name)} · {cell_name(c)}" for c, name, *_ in bars])
         ax.set_xlabel("slower than the base by, in percent")
         quiet(ax, "x")
         return svg(fig, "What the other arms cost, against the base")
 
 
-def _bars(cells: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], str, Mapping[str, Any]]]:
+def _bars(cells: Sequence[Cell]) -> Iterator[tuple[Cell, str, float, float | None, float | None]]:
+    """(cell, arm, ratio, low, high) of every arm but the base, merged and a base that was held up."""
     for cell in cells:
-        arms = cell.get("arms") or {}
-        if not arms and cell["unmerged_ratio"] is not None:  # a report from before there were others
-            names = {"ratio": "unmerged_ratio", "ci_low": "unmerged_ci_low", "ci_high": "unmerged_ci_high"}
-            arms = {"unmerged": {key: cell[name] for key, name in names.items()}}
-        for name, arm in arms.items():
-            if name not in ("base", "merged", "delayed") and arm["ratio"] is not None:
-                yield cell, name, arm
+        arms = {name: (arm.ratio, arm.ci_low, arm.ci_high) for name, arm in cell.arms.items()}
+        if not arms:  # a report from before there were others
+            arms = {"unmerged": (cell.unmerged_ratio, cell.unmerged_ci_low, cell.unmerged_ci_high)}
+        for name, (ratio, low, high) in arms.items():
+            drawn = drawable(ratio)
+            if name not in ("base", "merged", "delayed") and drawn is not None:
+                yield cell, name, drawn, low, high

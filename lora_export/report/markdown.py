@@ -1,63 +1,59 @@
 """The short version, for a pull request or a terminal."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from lora_export.contracts import BenchmarkResult, Report, ValidationResult
 from lora_export.escape import markdown as escaped
-from lora_export.report import latency, proof, story
+from lora_export.report import latency, story
 
 _TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}
 
 
-def markdown(report: Mapping[str, Any], comparison: Sequence[story.Row] = ()) -> str:
-    words, tone = story.standing(report)
-    status = f"{_TONES[tone]} {f'**{words}**' if tone == 'bad' else words}"
-    lines = [f"# {escaped(report['title'])}", "", status, "", escaped(" ".join(story.headline(report))), ""]
+def markdown(report: Report, comparison: Sequence[story.Row] = ()) -> str:
+    verdict, tone = story.verdict(report)
+    status = f"{_TONES[tone]} {f'**{verdict}**' if tone == 'bad' else verdict}"
+    lines = [f"# {escaped(report.title)}", "", status, "", escaped(" ".join(story.headline(report))), ""]
     lines += [" · ".join(f"{_TONES[b.tone]} {b.stage} {escaped(b.text)}" for b in story.badges(report)), ""]
     lines += [f"- {escaped(kind)}: {escaped(name)}" for kind, name in story.sources(report)]
-    lines += _validation(report["validate"]) + _latency(report["benchmark"])
-    if report["merge"]:
-        lines += _facts("Merge", story.merge_facts(report["merge"]))
-    if report["export"]:
-        lines += _facts("Export", story.export_facts(report["export"]))
+    lines += _validation(report.validate) if report.validate else []
+    lines += _latency(report.benchmark) if report.benchmark else []
+    lines += _facts("Merge", story.merge_facts(report.merge)) if report.merge else []
+    lines += _facts("Export", story.export_facts(report.export)) if report.export else []
     if comparison:
-        lines += ["", "## Beside another run", "", *_table(("", "this run", "the other run"), comparison, "lrr")]
-    made = f"lora-export {escaped(report['tool_version'])}, {escaped(report['created'])}"
+        table = _table(("", "this run", "the other run"), comparison, "lrr")
+        lines += ["", "## Compared with another run", "", *table]
+    made = f"lora-export {escaped(report.tool_version)}, {escaped(report.created)}"
     return "\n".join([*lines, "", f"<sub>{made}. All figures: report.json, samples.json.</sub>", ""])
 
 
-def _validation(validate: Mapping[str, Any] | None) -> list[str]:
-    if not validate:
-        return []
+def _validation(validate: ValidationResult) -> list[str]:
     rows = [(c.label, c.value, c.threshold, "passed" if c.passed else "FAILED") for c in story.check_rows(validate)]
     lines = ["", "## Validation", "", *_table(("check", "value", "limit", ""), rows, "lrrl")]
-    for head, found in (
-        (proof.PERPLEXITY_HEAD, proof.perplexity_rows(validate)),
-        (proof.BASES_HEAD, proof.base_rows(validate)),
-        (proof.SURVIVAL_HEAD, proof.survival_rows(validate)),
+    for head, rows_of in (
+        (story.PERPLEXITY_HEAD, story.perplexity_rows),
+        (story.BASES_HEAD, story.base_rows),
+        (story.SURVIVAL_HEAD, story.survival_rows),
     ):
-        if found:
-            lines += ["", *_table(head, found, "l" + "r" * (len(head) - 1))]
+        if table := rows_of(validate):
+            lines += ["", *_table(head, table, "l" + "r" * (len(head) - 1))]
     return lines
 
 
-def _latency(bench: Mapping[str, Any] | None) -> list[str]:
+def _latency(bench: BenchmarkResult) -> list[str]:
     """The table of cells in the open, all else folded away."""
-    if not bench:
-        return []
     head = ("cell", "base ms", "merged ms", "unmerged ms", "ratio", "90 % interval", "noise floor", "verdict")
     rows = [(*row[:7], row[9]) for row in latency.rows(bench)]
-    lines = ["", f"## Latency on {escaped(bench['provider'])}", "", *_table(head, rows, "lrrrrrrl"), ""]
+    lines = ["", f"## Latency on {escaped(bench.provider)}", "", *_table(head, rows, "lrrrrrrl"), ""]
     lines += [f"- {escaped(name)}: {escaped(value)}" for name, value in latency.facts(bench)[:3]]
     lines += [f"- ⚠️ {escaped(text)}" for text in latency.warnings(bench)]
-    lines += [f"- {escaped(note)}" for note in bench["notes"]]
+    lines += [f"- {escaped(note)}" for note in bench.notes]
     for name, arms in latency.arm_tables(bench):
         cells = [[f"{value} ({small})" if small else value for value, small in row] for row in arms]
         lines += _folded(escaped(name), _table(latency.ARMS_HEAD, cells, "lrrrrrr"))
-    differences = [f"- {escaped(text)}" for text in bench.get("graph_differences") or ()]
+    differences = [f"- {escaped(text)}" for text in bench.graph_differences]
     lines += _folded("Where the graphs differ", differences)
-    said = [escaped(" ".join(latency.method(bench))), "", *(f"- {escaped(text)}" for text in latency.limits(bench))]
-    return [*lines, *_folded("How it was measured, and what it does not say", said)]
+    text = [escaped(" ".join(latency.method(bench))), "", *(f"- {escaped(text)}" for text in latency.limits(bench))]
+    return [*lines, *_folded("How it was measured, and what it does not show", text)]
 
 
 def _folded(title: str, lines: Sequence[str]) -> list[str]:

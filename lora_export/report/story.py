@@ -1,52 +1,52 @@
-"""What a report says: its verdicts, badges and tables, the same for HTML and Markdown."""
+"""What a report says, the same in HTML and Markdown: its verdict and badges, and the tables of all stages but the
+benchmark."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isnan
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from lora_export.choices import Precision
+from lora_export import wording
+from lora_export.contracts import (
+    BenchmarkResult,
+    ExportResult,
+    MergeResult,
+    NamedAdapter,
+    NamedSource,
+    Report,
+    TensorRecord,
+    ValidationResult,
+)
 from lora_export.escape import one_line
-from lora_export.report import latency, proof
-from lora_export.report.text import DASH, count, number, percent, size
-from lora_export.report.text import seconds as in_seconds
+from lora_export.report import latency
+from lora_export.storage.documents import as_json
+from lora_export.wording import DASH, count, number, percent, size
 
 Tone = Literal["good", "bad", "unsure", "off"]
 Row = tuple[str, ...]
 
-_CHECK_NAMES = {
-    "logits_max_abs": "Largest difference of a logit",
-    "logits_kl_mean": "Mean KL divergence of the next token",
-    "top1_agreement": "Same most likely token",
-    "top5_agreement": "Same five most likely tokens",
-    "run_to_run_max_abs": "The same model run twice",
-    "perplexity_unmerged": "Perplexity, unmerged",
-    "perplexity_merged": "Perplexity, merged",
-    "perplexity_base": "Perplexity, base",
-    "greedy_agreement": "Same greedy continuation",
-    "noise_floor_max_abs": "Noise floor",
-    "adapter_survival": "Adapter's effect that is left",
-    "graph_max_abs": "Largest difference of a logit, same weights in PyTorch",
-    "graph_kl_mean": "Mean KL divergence, same weights in PyTorch",
-    "padded_max_abs": "Largest difference in a padded batch, same weights in PyTorch",
-    "padded_kl_mean": "Mean KL divergence in a padded batch, same weights in PyTorch",
-    "weight_errors": "Tensors whose exported numbers are wrong",
-}
-_MODELS = {"onnx_": " (ONNX)", "loaded_": " (in its own type)"}
-_OF_BASE = "base_"
-_GRAPH_TONE: dict[bool | None, tuple[str, Tone]] = {
-    True: ("identical", "good"),
-    False: ("differs", "unsure"),
-    None: ("not compared", "off"),
-}
-_LATENCY_TONE: dict[str, Tone] = {"equivalent": "good", "slower": "bad", "inconclusive": "unsure"}
+PERPLEXITY_HEAD = ("Model", "Perplexity", "Against the base", "Tokens")
+BASES_HEAD = ("Merged into", "Perplexity", "KL from the trained model, nats")
+SURVIVAL_HEAD = ("Model", "Adapter effect retained", "KL base → merged, nats", "KL lost, nats")
+RECORDS_HEAD = ("Tensor", "‖ΔW‖ / ‖W‖", "Survived", "Kind")
+
+_NOT_VALIDATED = "The merged model was not checked against the unmerged one."
+_TONES: Mapping[str, Tone] = {
+    "Passed": "good", "passed": "good", "done": "good", "identical": "good", "equivalent": "good",
+    "failed": "bad", "slower": "bad",
+    "No verdict": "unsure", "differs": "unsure", "inconclusive": "unsure",
+    "not run": "off", "not compared": "off",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Badge:
     stage: str
     text: str
-    tone: Tone
+
+    @property
+    def tone(self) -> Tone:
+        return _TONES[self.text]
 
 
 @dataclass(frozen=True)
@@ -59,184 +59,226 @@ class CheckRow:
     note: str
 
 
-def badges(report: Mapping[str, Any]) -> list[Badge]:
+def badges(report: Report) -> list[Badge]:
     """One badge a gate; a stage that did not run says so instead of looking like a pass."""
-    merge, validate, export, bench = (report[s] for s in ("merge", "validate", "export", "benchmark"))
+    merge, validate, export, bench = report.merge, report.validate, report.export, report.benchmark
     return [
-        Badge("Merge", "done" if merge else "not run", "good" if merge else "off"),
-        Badge("Validation", *_validation_badge(validate)),
-        Badge("Export", "done" if export else "not run", "good" if export else "off"),
-        *(_latency_badges(bench) if bench else [Badge("Latency", "not run", "off")]),
+        Badge("Merge", "done" if merge else "not run"),
+        Badge("Validation", ("passed" if validate.passed else "failed") if validate else "not run"),
+        Badge("Export", "done" if export else "not run"),
+        *([Badge("Graph", wording.GRAPH[bench.graph_identical])] if bench else []),
+        Badge("Latency", bench.verdict if bench else "not run"),
     ]
 
 
-def _latency_badges(bench: Mapping[str, Any]) -> list[Badge]:
-    words, tone = _GRAPH_TONE[bench.get("graph_identical")]
-    verdict = Badge("Latency", bench["verdict"], _LATENCY_TONE.get(bench["verdict"], "unsure"))
-    return [Badge("Graph", words, tone), verdict]
+def verdict(report: Report) -> tuple[str, Tone]:
+    """The overall verdict, and its colour."""
+    text = wording.overall_verdict(report)
+    return text, _TONES.get(text, "bad")
 
 
-def _validation_badge(validate: Mapping[str, Any] | None) -> tuple[str, Tone]:
-    if validate is None:
-        return "not run", "off"
-    return ("passed", "good") if validate["passed"] else ("failed", "bad")
+# --- the paragraph on top ------------------------------------------------------------------------------------
 
 
-def standing(report: Mapping[str, Any]) -> tuple[str, Tone]:
-    """The word above all others. A measurement that found nothing out, and was all there was, is no pass."""
-    if report["status"] != "passed":
-        return "Failed: do not deploy this output", "bad"
-    ran = [name for name in ("merge", "validate", "export", "benchmark") if report[name]]
-    if ran == ["benchmark"] and report["benchmark"]["verdict"] == "inconclusive":
-        return "No verdict", "unsure"
-    return "Passed", "good"
-
-
-def headline(report: Mapping[str, Any]) -> list[str]:
-    """A paragraph: did it merge, does it compute what it should, what does it cost, what is advised."""
-    validate = report["validate"]
-    said = [
-        _say_merge(report["merge"]),
-        _say_validation(validate),
-        *(say(validate) for say in (proof.deviation_sentence, proof.perplexity_sentence) if validate),
-        latency.sentence(report["benchmark"])
-        if report["benchmark"]
-        else "Its latency was not compared with the base.",
-        *((one_line(text) for text in validate.get("advice") or ()) if validate else ()),
+def headline(report: Report) -> list[str]:
+    """Sentences: was it merged, does it compute what it should, what does it cost, what is advised."""
+    validate, bench = report.validate, report.benchmark
+    sentences = [
+        _merge_sentence(report.merge) if report.merge else "",
+        _validation_sentence(validate) if validate else _NOT_VALIDATED,
+        *((_deviation_sentence(validate), _perplexity_sentence(validate)) if validate else ()),
+        latency.sentence(bench) if bench else "Latency was not compared with the base.",
+        *(map(one_line, validate.advice) if validate else ()),
     ]
-    return [sentence for sentence in said if sentence] or ["No stage of this run left a result."]
+    return [sentence for sentence in sentences if sentence]
 
 
-def _say_merge(merge: Mapping[str, Any] | None) -> str:
-    if merge is None:
-        return ""
-    used, total = merge["adapter_tensors"].get("used"), merge["adapter_tensors"].get("total")
-    changed = sum(merge["tensors"].get(k) or 0 for k in ("updated", "replaced"))
-    text = f"The adapter was merged: {used} of {total} adapter tensors went into {count(changed, 'weight')}"
-    survival = merge.get("delta_survival")
-    if survival is not None:
-        kind = one_line(merge.get("dtype") or "the output type")
-        text += f", and {percent(survival)} of the update survived rounding to {kind}"
+def _merge_sentence(merge: MergeResult) -> str:
+    changed = sum(merge.tensors.get(k, 0) for k in ("updated", "replaced"))
+    text = f"The merge used {wording.adapter_tensors(merge)} adapter tensors and changed {count(changed, 'weight')}"
+    if merge.delta_survival is not None:
+        text += f"; {percent(merge.delta_survival)} of the update survived rounding to {one_line(merge.dtype)}"
     return text + "."
 
 
-def _say_validation(validate: Mapping[str, Any] | None) -> str:
-    if validate is None:
-        return "Whether the merged model computes what the adapter was trained to compute was not checked."
-    checks = validate["checks"]
-    failed = [c for c in checks if not c["passed"]]
-    if validate["passed"]:
-        return f"It computes what the adapter was trained to compute: all {count(len(checks), 'check')} passed."
-    if not checks:
-        return "It is not known to compute what the adapter was trained to compute: no check was made."
-    names = ", ".join(_uncapitalized(_check_label(c["name"])) for c in failed[:3]) or "see below"
+def _validation_sentence(validate: ValidationResult) -> str:
+    if not validate.checks:
+        return "No check was made, so it is unknown whether it computes what the adapter was trained to compute."
+    total = count(len(validate.checks), "check")
+    if validate.passed:
+        return f"The merged model computes what the adapter was trained to compute: all {total} passed."
+    failed = [c for c in validate.checks if not c.passed]
+    labels = ", ".join(_uncapitalized(one_line(wording.check_label(c.name))) for c in failed[:3])
     return (
-        "It does not compute what the adapter was trained to compute: "
-        f"{len(failed)} of {count(len(checks), 'check')} failed ({names})."
+        "The merged model does not compute what the adapter was trained to compute: "
+        f"{len(failed)} of {total} failed ({labels})."
     )
-
-
-# --- tables ------------------------------------------------------------------------------------------------
-
-
-def check_rows(validate: Mapping[str, Any]) -> list[CheckRow]:
-    return [
-        CheckRow(
-            label=_check_label(c["name"]),
-            name=one_line(c["name"]),
-            value="not a number" if c["value"] is None or isnan(c["value"]) else number(c["value"], 4),
-            threshold=_threshold(c["name"], c["threshold"]),
-            passed=c["passed"],
-            note=one_line(c.get("note") or ""),
-        )
-        for c in validate["checks"]
-    ]
 
 
 def _uncapitalized(label: str) -> str:
     return label[:1].lower() + label[1:]
 
 
-def _check_label(name: str) -> str:
-    prefix, where = next(((p, w) for p, w in _MODELS.items() if name.startswith(p)), ("", ""))
-    plain = name.removeprefix(prefix)
-    precision = next((p for p in get_args(Precision) if prefix and plain.startswith(f"{p}_")), "")
-    known = plain.removeprefix(f"{precision}_")
-    of_base = bool(prefix) and known.startswith(_OF_BASE)
-    known = known.removeprefix(_OF_BASE) if of_base else known
-    label = _CHECK_NAMES.get(known, one_line(known).replace("_", " ").capitalize())
-    label += ", base" if of_base else ""
-    return label + (f" (ONNX {precision})" if precision else where)
+def _perplexity_sentence(validate: ValidationResult) -> str:
+    """The figure that most people ask for first, if it was measured."""
+    values = {p.model: number(p.value, 4) for p in validate.perplexities if p.value}
+    if not values.keys() >= {"base", "unmerged", "merged"}:
+        return ""
+    return (
+        f"Perplexity on the test text: {values['merged']} merged, {values['unmerged']} unmerged, "
+        f"{values['base']} for the base."
+    )
 
 
-def _threshold(name: str, value: float | None) -> str:
-    if value is None:
-        return DASH
-    return f"{'≥' if 'agreement' in name or 'survival' in name else '≤'} {number(value, 4)}"
+def _deviation_sentence(validate: ValidationResult) -> str:
+    """Where a model that failed goes wrong first."""
+    deviation = validate.deviation
+    if deviation is None:
+        return ""
+    tensors = ", ".join(one_line(name) for name in deviation.tensors[:3])
+    return (
+        f"The first module that differs is {one_line(deviation.module)}: its output is off by "
+        f"{number(deviation.value)}, and rounding explains only {number(deviation.floor)}."
+        + (f" Look at {tensors}." if tensors else "")
+    )
 
 
-def merge_facts(merge: Mapping[str, Any]) -> list[Row]:
-    kinds = ", ".join(f"{number(n)} {one_line(k)}" for k, n in merge["tensors"].items() if n)
-    used, total = merge["adapter_tensors"].get("used"), merge["adapter_tensors"].get("total")
+# --- validation ----------------------------------------------------------------------------------------------
+
+
+def check_rows(validate: ValidationResult) -> list[CheckRow]:
     return [
-        ("Tensors", kinds or DASH),
-        ("Adapter tensors used", f"{used} of {total}"),
-        ("Base weights", one_line(merge.get("base_weights") or DASH)),
-        ("Type written", one_line(merge.get("dtype") or DASH)),
-        ("Update that survived rounding", percent(merge.get("delta_survival"))),
-        *proof.rounding_facts(merge["records"]),
-        ("Time", in_seconds(merge.get("seconds"))),
-        ("Peak memory", size(merge.get("peak_rss_bytes"))),
-        *(
-            (f"The right base, by its {one_line(c['name'])}", one_line(f"{c['outcome']}: {c['note']}"))
-            for c in merge.get("base_checks") or ()
+        CheckRow(
+            label=one_line(wording.check_label(c.name)),
+            name=one_line(c.name),
+            value=wording.check_value(c),
+            threshold=wording.check_threshold(c),
+            passed=c.passed,
+            note=one_line(c.note),
+        )
+        for c in validate.checks
+    ]
+
+
+def perplexity_rows(validate: ValidationResult) -> list[Row]:
+    base = next((p.value for p in validate.perplexities if p.model == "base"), None)
+    return [
+        (one_line(p.model), number(p.value, 4), _change(p.value, base), number(p.tokens))
+        for p in validate.perplexities
+    ]
+
+
+def _change(value: float, base: float | None) -> str:
+    return f"{100 * (value / base - 1):+.1f} %" if base and value != base else DASH
+
+
+def base_rows(validate: ValidationResult) -> list[Row]:
+    return [(one_line(b.base), number(b.perplexity, 4), number(b.kl_trained)) for b in validate.bases]
+
+
+def survival_rows(validate: ValidationResult) -> list[Row]:
+    return [
+        (one_line(s.model), percent(s.share), number(s.kl_base), number(s.kl_lost))
+        for s in validate.adapter_survival
+    ]
+
+
+# --- merge and export ----------------------------------------------------------------------------------------
+
+
+def merge_facts(merge: MergeResult) -> list[Row]:
+    return [
+        ("Tensors", one_line(wording.tensors(merge))),
+        ("Adapter tensors used", wording.adapter_tensors(merge)),
+        ("Base weights", one_line(merge.base_weights)),
+        ("Type written", one_line(merge.dtype)),
+        ("Update that survived rounding", percent(merge.delta_survival)),
+        *_rounding_facts(merge.records),
+        ("Time", wording.seconds(merge.seconds)),
+        ("Peak memory", size(merge.peak_rss_bytes)),
+        *((f"Base check: {one_line(c.name)}", f"{c.outcome}: {one_line(c.note)}") for c in merge.base_checks),
+    ]
+
+
+def _rounding_facts(records: Sequence[TensorRecord]) -> list[Row]:
+    """What the merge found when it recomputed elements in float64; nothing for a merge that did not."""
+    judged = [(r.max_ulps, r.mean_ulps or 0.0, r) for r in records if r.max_ulps is not None and r.checked]
+    if not judged:
+        return []
+    checked = sum(r.checked for *_, r in judged)
+    mean = sum(ulps * r.checked for _, ulps, r in judged) / checked
+    largest, _, worst = max(judged, key=lambda one: one[0])
+    saturated = sum(r.saturated for r in records)
+    return [
+        (
+            "Rounding error against float64",
+            f"at most {number(largest)} and on average {number(mean)} units in the last place, in "
+            f"{number(checked)} elements of {number(len(judged))} tensors",
         ),
+        ("Largest in", one_line(worst.name)),
+        *([("Saturated elements", number(saturated))] if saturated else []),
     ]
 
 
-def weakest_records(merge: Mapping[str, Any], limit: int = 8) -> list[Row]:
+def weakest_records(merge: MergeResult, limit: int = 8) -> list[Row]:
     """The tensors whose update lost most to rounding."""
-    known = [r for r in merge["records"] if r["survival"] is not None]
-    known.sort(key=lambda r: -inf if isnan(r["survival"]) else r["survival"])  # what has no order comes first
+    known = [(r.survival, r) for r in merge.records if r.survival is not None]
+    known.sort(key=lambda one: -inf if isnan(one[0]) else one[0])  # what has no order comes first
     return [
-        (one_line(r["name"]), number(r["relative_delta"]), percent(r["survival"]), _joined(r.get("kinds") or ()))
-        for r in known[:limit]
+        (one_line(r.name), number(r.relative_delta), percent(survival), _joined(r.kinds))
+        for survival, r in known[:limit]
     ]
 
 
-def export_facts(export: Mapping[str, Any]) -> list[Row]:
+def export_facts(export: ExportResult) -> list[Row]:
     return [
-        ("Engine", one_line(export["engine"])),
-        ("Precision", one_line(export["precision"])),
-        ("Graph nodes", number(export["nodes"])),
-        ("Time", in_seconds(export.get("seconds"))),
-        ("Files", f"{len(export['files'])}, {size(sum(export['files'].values()))} together"),
+        ("Engine", one_line(export.engine)),
+        ("Precision", export.precision),
+        ("Graph nodes", number(export.nodes)),
+        ("Time", wording.seconds(export.seconds)),
+        ("Files", f"{len(export.files)}, {size(sum(export.files.values()))} in total"),
     ]
 
 
-def file_rows(export: Mapping[str, Any]) -> list[Row]:
-    return [(one_line(name), size(n)) for name, n in sorted(export["files"].items())]
+def file_rows(export: ExportResult) -> list[Row]:
+    return [(one_line(name), size(n)) for name, n in sorted(export.files.items())]
 
 
-def sources(report: Mapping[str, Any]) -> list[Row]:
-    base, adapters = report["sources"].get("base"), report["sources"].get("adapters") or []
+# --- sources and options -------------------------------------------------------------------------------------
+
+
+def about(report: Report) -> list[Row]:
+    return [*sources(report), ("Made", one_line(report.created).replace("T", " "))]
+
+
+def sources(report: Report) -> list[Row]:
+    base = report.sources.base
     rows = [("Base", _source(base))] if base else []
-    rows += [("Adapter", _source(a)) for a in adapters]
-    options = report["options"]
-    benchmark = options.get("benchmark")
-    file = options.get("configured") or (benchmark.get("configured") if isinstance(benchmark, Mapping) else None)
+    rows += [("Adapter", _source(a) + _times(a)) for a in report.sources.adapters]
+    file = _configured(report.options)
     return [*rows, *([("Configured by", one_line(file))] if file else [])]
 
 
-def _source(source: Any) -> str:
-    if not isinstance(source, Mapping):
-        return one_line(source)
-    commit, weight = source.get("commit"), source.get("weight", 1.0)
-    name = one_line(source.get("name", DASH)) + (f" @ {one_line(commit)[:12]}" if commit else "")
-    return name + (f" × {weight}" if weight != 1.0 else "")
+def _source(source: NamedSource) -> str:
+    return one_line(source.name) + (f" @ {one_line(source.commit)[:12]}" if source.commit else "")
 
 
-def flattened(value: Mapping[str, Any], prefix: str = "") -> list[Row]:
+def _times(adapter: NamedAdapter) -> str:
+    return f" × {adapter.weight}" if adapter.weight != 1.0 else ""
+
+
+def _configured(options: Mapping[str, object]) -> object:
+    """The configuration file and what it gave: a story's option, or one of its benchmark alone."""
+    benchmark = options.get("benchmark")
+    return options.get("configured") or (benchmark.get("configured") if isinstance(benchmark, Mapping) else None)
+
+
+def machine_facts(bench: BenchmarkResult) -> list[Row]:
+    machine: dict[str, object] = as_json(bench.environment)
+    return flattened({k: v for k, v in machine.items() if k != "blocks"})
+
+
+def flattened(value: Mapping[str, object], prefix: str = "") -> list[Row]:
     """Nested settings as (dotted.name, value)."""
     rows: list[Row] = []
     for key, item in value.items():
@@ -246,14 +288,12 @@ def flattened(value: Mapping[str, Any], prefix: str = "") -> list[Row]:
         elif isinstance(item, list) and item and all(isinstance(i, Mapping) for i in item):
             for n, entry in enumerate(item):
                 rows += flattened(entry, f"{name}[{n}].")
+        elif isinstance(item, (list, tuple)):
+            rows.append((name, _joined(item)))
         else:
-            rows.append((name, _joined(item) if isinstance(item, (list, tuple)) else _plain(item)))
+            rows.append((name, DASH if item is None or item == "" else one_line(item)))
     return rows
 
 
-def _joined(items: Iterable[Any]) -> str:
+def _joined(items: Iterable[object]) -> str:
     return ", ".join(one_line(i) for i in items) or DASH
-
-
-def _plain(value: Any) -> str:
-    return DASH if value is None or value == "" else one_line(value)

@@ -4,10 +4,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_export.contracts.figures import NONFINITE, Figure
+from lora_export.contracts.figures import NONFINITE, NOT_IN_JSON, Figure
 from lora_export.errors import InputError
 
 T = TypeVar("T")
@@ -48,35 +49,44 @@ def decode(value: Any, type_: type[T], what: str, where: str | Path) -> T:
         raise _damaged(what, place.rstrip("`").lstrip("."), *_found_and_expected(text), where) from None
 
 
-def as_json(value: Any) -> Any:
-    """The JSON value of a dataclass, or of anything made of dataclasses: what `decode` reads again."""
-    import msgspec
+def as_json(value: object) -> Any:
+    """The JSON value of a dataclass, or of anything made of dataclasses: what `decode` reads again.
 
-    return finite(msgspec.to_builtins(value, str_keys=True, enc_hook=_encodable))
+    Fields that are declared with `metadata=NOT_IN_JSON` are left out.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_json(getattr(value, f.name)) for f in fields(value) if f.metadata != NOT_IN_JSON}
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):  # or a subclass: a Figure, a number of NumPy
+        return finite(float(value))
+    if value is None or isinstance(value, (str, int)):
+        return value
+    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def json_schema(type_: type) -> dict[str, Any]:
     """The JSON Schema (2020-12) of documents of this type."""
     import msgspec
 
-    figure = {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]}
-    return msgspec.json.schema(type_, schema_hook=lambda t: figure if t is Figure else {"type": "string"})
+    figure: Any = {"anyOf": [{"type": "number"}, {"enum": list(NONFINITE)}]}
+    hooks: dict[Any, dict[str, Any]] = {Figure: figure, object: {"description": "any JSON value"}}
+    schema = msgspec.json.schema(type_, schema_hook=lambda t: hooks.get(t, {"type": "string"}))
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 def _decoded(type_: type, value: Any) -> Any:
+    if type_ is object:  # any JSON value
+        return value
     if type_ is Path and isinstance(value, str):
         return Path(value)
     if type_ is Figure and (value in NONFINITE if isinstance(value, str) else _plain(value, float)):
         return Figure(value)
     raise ValueError(f"Expected `{type_.__name__}`, got `{_JSON_TYPES.get(type(value), type(value).__name__)}`")
-
-
-def _encodable(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float):  # a subclass: a Figure, a number of NumPy
-        return float(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 _JSON_TYPES = {

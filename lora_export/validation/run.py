@@ -2,28 +2,11 @@
 
 import secrets
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from lora_export.contracts import (
-    AdapterChoice,
-    Check,
-    Deviation,
-    ExportedPair,
-    Progress,
-    ValidationOptions,
-    ValidationResult,
-)
-from lora_export.errors import InputError
-from lora_export.storage.sealed import read_json
-
-if TYPE_CHECKING:
-    from lora_export.validation.comparing.comparison import Comparison
-    from lora_export.validation.effect.advice import Merged
-
-WITHOUT_A_RUN = "lora-export merge with the same options: its certificate checks the arithmetic"
+from lora_export.contracts import AdapterChoice, ExportedPair, Progress, ValidationOptions, ValidationResult
 
 
 def validate(
@@ -43,13 +26,17 @@ def validate(
     Needed, too, for any quantized base of a model that `streams`. graphs_alone: `merged` is an outline without
     numbers, and only the graphs are compared.
     """
+    import transformers
+
     from lora_export.validation.comparing.texts import read_prompts, read_text
     from lora_export.validation.folder.companions import declared, expected_folder
     from lora_export.validation.folder.settings import settings_check
     from lora_export.validation.reference.foreign import as_peft
+    from lora_export.validation.stages import Validation, combined, result_of
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     options = seeded(options or ValidationOptions())
-    _quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         scratch = Path(folder)
         settings = expected_folder(
@@ -71,12 +58,12 @@ def validate(
             progress=progress,
             scratch=scratch,
         )
-        result = _result(task if options.merge.combine == "none" else _combined(task))
+        result = result_of(task if options.merge.combine == "none" else combined(task))
     return replace(result, checks=(*result.checks, *checks), seed=options.seed)
 
 
 def seeded(options: ValidationOptions) -> ValidationOptions:
-    """With a seed, drawn anew where none is given: nobody can know in advance what will be looked at."""
+    """With a seed; where none is given a new one is drawn, so that nobody knows in advance what is looked at."""
     return options if options.seed is not None else replace(options, seed=secrets.randbelow(2**31))
 
 
@@ -85,246 +72,3 @@ def streams(merged: Path, max_memory: int | None) -> bool:
     from lora_export.validation.reference.streaming import kept_bytes
 
     return kept_bytes(merged, max_memory) is not None
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What is validated, and how.
-
-    adapters: such that PEFT loads; settings: a folder with the settings that `merged` should have, whose tokenizer
-    makes the inputs; the rest as in `validate`; scratch: for files that are needed until the end.
-    """
-
-    base: Path
-    adapters: Sequence[AdapterChoice]
-    merged: Path
-    settings: Path
-    prompts: tuple[str, ...]
-    text: str
-    exports: Sequence[ExportedPair]
-    dequantized: Path | None
-    graphs_alone: bool
-    options: ValidationOptions
-    progress: Progress
-    scratch: Path
-
-
-@dataclass(frozen=True)
-class Models:
-    """unmerged: PEFT's; merged: in fp32, None where only graphs are compared; dtypes: stored types of the merged
-    parameters; keep: bytes that each streamed model may keep in memory, None for models in memory."""
-
-    unmerged: Any
-    merged: Any
-    dtypes: Mapping[str, Any]
-    keep: int | None
-
-
-def _result(task: Validation) -> ValidationResult:
-    """Load both models, compare outputs, tensors and files, then the bases, then the graphs."""
-    from lora_export.validation.effect.advice import Merged
-    from lora_export.validation.effect.bases import Bases
-    from lora_export.validation.reference.loading import own_type
-
-    task, models = _loaded(task)
-    comparison = _comparison(task, models)
-    merged, result = Merged(own_type(models.dtypes)), ValidationResult(())
-    if task.graphs_alone:
-        comparison.measure(models.unmerged)
-        return _with_graphs(result, task, models, comparison, merged)
-    result = _judged(task, models, comparison)
-    result = replace(result, checks=(*result.checks, _stored(task, models.unmerged)))
-    if task.options.bases is not None:
-        of_bases = task.options.bases, task.base, task.adapters, task.merged, models.unmerged, models.merged
-        how = task.options.merge, task.dequantized, comparison.windows, task.progress
-        result = joined(result, Bases(*of_bases, *how).compare())
-    if task.exports:
-        merged = _merged(merged, task, comparison.kept_by(models.merged), result)
-    return _with_graphs(result, task, replace(models, merged=None), comparison, merged)
-
-
-def _combined(task: Validation) -> Validation:
-    """With the combination as one adapter, and options that know of no combination."""
-    from lora_export.validation.reference.combined import reference_adapter
-
-    merge = task.options.merge
-    if streams(task.merged, task.options.max_memory) or task.options.bases is not None:
-        raise InputError(
-            "combined adapters are validated in memory, and without a comparison of bases",
-            where=task.merged,
-            expected="a model that fits into memory in fp32, three times",
-            next_step=WITHOUT_A_RUN,
-        )
-    task.progress.stage("validate: asking PEFT what each adapter does, and combining that again in float64")
-    reference = reference_adapter(task.base, task.adapters, merge, task.dequantized, task.scratch)
-    plain = replace(merge, combine="none", combine_on="deltas", density=None, svd_rank=None)
-    return replace(task, adapters=[reference], options=replace(task.options, merge=plain))
-
-
-def _loaded(task: Validation) -> tuple[Validation, Models]:
-    """The models, and the task with the adapters as PEFT took them."""
-    from lora_export.validation.effect.bases import check_request
-    from lora_export.validation.reference.loading import load_merged, stored_dtypes
-    from lora_export.validation.reference.streaming import kept_bytes
-    from lora_export.validation.reference.unmerged import load_unmerged
-
-    merge, keep = task.options.merge, kept_bytes(task.merged, task.options.max_memory)
-    if task.options.bases is not None:
-        check_request(task.options.bases, task.base, merge, streamed=keep is not None)
-    how = "loading" if keep is None else "streaming, layer by layer,"
-    task.progress.stage(f"validate: {how} the unmerged model (PEFT, fp32) and the merged one")
-    reference = load_unmerged(task.base, task.adapters, merge, task.dequantized, keep, task.scratch)
-    unmerged = reference.model
-    if task.graphs_alone:
-        models = Models(unmerged, None, stored_dtypes(task.merged, unmerged), keep)
-    else:
-        models = Models(unmerged, *load_merged(task.merged, reference.cls, reference.absent, keep), keep)
-    return replace(task, adapters=reference.adapters), models
-
-
-def _comparison(task: Validation, models: Models) -> "Comparison[Any, Any]":
-    """How models of this kind are compared, with the inputs for it."""
-    from lora_export.validation import kinds
-    from lora_export.validation.comparing.model_under_test import ModelUnderTest, plain
-
-    options = task.options
-    subject = ModelUnderTest(
-        model=plain(models.unmerged),
-        folder=task.settings,
-        dtypes=models.dtypes,
-        prompts=task.prompts,
-        prompts_file=options.prompts,
-        progress=task.progress,
-        text=task.text,
-        text_file=options.text,
-        factor=options.tolerance,
-        seed=options.seed or 0,
-    )
-    comparison = kinds.choose(subject.model).comparison(subject)
-    if options.bases is not None and not comparison.windows:
-        raise InputError(
-            "bases are compared by perplexity, which an encoder does not have",
-            where=task.base / "config.json",
-            expected="a decoder (…ForCausalLM)",
-            next_step="run without --compare-bases, once with --base-weights original and once without it",
-        )
-    return comparison
-
-
-def _judged(task: Validation, models: Models, comparison: "Comparison[Any, Any]") -> ValidationResult:
-    """The merged model by its outputs, by its tensors, and as it will be loaded. If a check fails, the place where
-    the models part is looked for."""
-    from lora_export.validation.comparing.tensors import compare_tensors, verdict
-    from lora_export.validation.comparing.unused import advice, unused_updates
-
-    unmerged, options, seed = models.unmerged, task.options, task.options.seed or 0
-    result = comparison.compare(unmerged, models.merged)
-    task.progress.stage("validate: recomputing tensors in float64")
-    errors, checks = verdict(compare_tensors(unmerged, models.merged, models.dtypes, options.rows, seed=seed), seed)
-    result = replace(result, checks=(*result.checks, *checks), weight_errors=errors)
-    result = _as_loaded(result, task, models, comparison)
-    if result.passed:
-        return result
-    result = replace(result, deviation=_deviation(task, models, comparison, errors))
-    unused = unused_updates(unmerged, lambda: comparison.once(unmerged))
-    return replace(result, unused_updates=unused, advice=(*result.advice, *([advice(unused)] if unused else ())))
-
-
-def _as_loaded(
-    result: ValidationResult, task: Validation, models: Models, comparison: "Comparison[Any, Any]"
-) -> ValidationResult:
-    """The same checks of a decoder in its own type, unless that is fp32."""
-    from lora_export.validation.comparing.decoder import DecoderComparison
-    from lora_export.validation.reference.loading import load_as_stored, own_type
-
-    if models.keep is not None:
-        task.progress.warn(
-            "the merged model is not compared as it will be loaded: it does not fit into the memory allowed"
-        )
-        return result
-    narrow = own_type(models.dtypes)
-    if narrow is None or not isinstance(comparison, DecoderComparison):
-        return result
-    loaded = load_as_stored(task.merged)
-    checks, perplexities = comparison.compare_loaded(models.unmerged, loaded, narrow)
-    return replace(result, checks=(*result.checks, *checks), perplexities=(*result.perplexities, *perplexities))
-
-
-def _deviation(
-    task: Validation, models: Models, comparison: "Comparison[Any, Any]", errors: Sequence[str]
-) -> Deviation | None:
-    from lora_export.validation.comparing.deviation import first_deviation
-
-    task.progress.stage("validate: a check failed; looking for the first module that differs")
-    unmerged, merged = models.unmerged, models.merged
-    tolerance = task.options.tolerance
-    return first_deviation(unmerged, merged, lambda: comparison.once(unmerged), models.dtypes, errors, tolerance)
-
-
-def _stored(task: Validation, unmerged: Any) -> Check:
-    from lora_export import meta_model as skeleton
-    from lora_export.validation.folder.companions import declared, replication
-    from lora_export.validation.folder.stored import Changed, stored_check, tied_names
-    from lora_export.validation.reference.files import headers
-    from lora_export.validation.reference.loading import whole_tensors
-    from lora_export.validation.reference.probes import wrapped_modules
-    from lora_export.validation.reference.trained import all_loaded_as, loaded_names, trained_as
-
-    base, adapters, merge = task.base, task.adapters, task.options.merge
-    modules, trained = wrapped_modules(unmerged.base_model.model), trained_as(base, adapters, merge.task)
-    names = all_loaded_as(trained.model, headers(task.merged)) if trained else loaded_names(base)
-    tied = tied_names(trained.model if trained else skeleton.build(base))
-    changed = Changed(tuple(modules), whole_tensors(adapters), names, tied)
-    merge = declared(base, task.merged, merge)
-    return stored_check(base, task.merged, changed, merge, bool(replication(adapters)), trained)
-
-
-def _merged(merged: "Merged", task: Validation, kept: float | None, result: ValidationResult) -> "Merged":
-    """What the merged weights keep of the adapter, before any export."""
-    from lora_export.validation.folder.companions import CERTIFICATE
-
-    certificate = task.merged / CERTIFICATE
-    survival = read_json(certificate).get("delta_survival") if certificate.is_file() else None
-    faults = tuple(
-        c.name for c in result.checks if not c.passed and c.name in ("tensor_errors", "stored_tensors_differ")
-    )
-    return replace(merged, kept=kept, survival=survival if isinstance(survival, float) else None, faults=faults)
-
-
-def _with_graphs(
-    result: ValidationResult, task: Validation, models: Models, comparison: "Comparison[Any, Any]", merged: "Merged"
-) -> ValidationResult:
-    from lora_export.validation.effect.precisions import adapter_survival
-    from lora_export.validation.graphs.exports import Judge
-
-    options = task.options
-    judge = Judge(
-        comparison, models.unmerged, task.merged, task.graphs_alone, models.keep, models.dtypes, options.provider
-    )
-    exports = []
-    for pair in task.exports:
-        exports.append(judge.judge(pair))
-        result = replace(result, checks=(*result.checks, *exports[-1].checks))
-    if not exports:
-        return result
-    return joined(result, adapter_survival(exports, options.min_survival, options.again, merged))
-
-
-def joined(result: ValidationResult, more: ValidationResult) -> ValidationResult:
-    """A perplexity that two comparisons took of the same model on the same text is kept once."""
-    known = {p.model for p in result.perplexities}
-    return replace(
-        result,
-        checks=(*result.checks, *more.checks),
-        perplexities=(*result.perplexities, *(p for p in more.perplexities if p.model not in known)),
-        adapter_survival=(*result.adapter_survival, *more.adapter_survival),
-        bases=(*result.bases, *more.bases),
-        advice=(*result.advice, *more.advice),
-    )
-
-
-def _quiet_libraries() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

@@ -58,9 +58,7 @@ def verify(path: Path, key: Path | None, run: bool, runtime: Path | None, progre
             not_checked.append("whether its runtime runs it: add --run")
         elif all(c.passed for c in checks):  # nothing that was tampered with is run
             if about["signature"] != "verified":
-                progress.warn(
-                    f"{_WARNINGS[about['signature']]}: a runtime will read files of unknown origin"
-                )
+                progress.warn(f"{_WARNINGS[about['signature']]}: a runtime will read files of unknown origin")
             finding, network = _answer(folder, contents.facts_of(folder, manifest), runtime, progress)
             checks.append(finding)
             about["network_of_run"] = network

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_export.adapters import CONFIG, AdapterFile, kinds, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
-from lora_export.checkpoint.header import ITEM_SIZE
+from lora_export.checkpoint.header import ITEM_BITS
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import NAME as MANIFEST
@@ -17,7 +17,7 @@ from lora_export.manifest import parse as parse_manifest
 from lora_export.packages import contents
 from lora_export.packages.contents import is_package
 from lora_export.quantization import describe, find_quantized, method_here, settings_of, with_settings
-from lora_export.report.schema import load as report_of
+from lora_export.report import load as report_of
 from lora_export.storage.sealed import read_json
 
 # Kinds with a rank: which dimension of an update's first tensor it is.
@@ -96,7 +96,7 @@ def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
             count += size
         elif f"{name}.absmax" in tensors:
             count += 2 * info.nbytes
-        elif info.dtype == "I8" or info.dtype not in ITEM_SIZE:  # of GGUF, whose shapes are the weights'
+        elif info.dtype == "I8" or info.dtype not in ITEM_BITS:  # of GGUF, whose shapes are the weights'
             count += size
     return count
 
@@ -146,7 +146,7 @@ def _with_base(base: Path, adapter: Path) -> Adapter | None:
 def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
     """The adapter in sentences: kind, ranks, targets, base, and what merging will do."""
     config = adapter.config
-    names = [k for k in kinds() if adapter.kind.upper() in k.PEFT_TYPES]
+    names = kinds(adapter.kind.upper())
     changes = {u.kind for u in adapter.updates}
     kind = next((k for k in names if k.NAME.lower() in changes), names[0] if names else tokens)
     ranks = list(_ranks(adapter, tensors))
@@ -243,17 +243,17 @@ def _package(folder: Path) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     manifest, report = parse_manifest(read_json(folder / MANIFEST), folder), report_of(folder / "report")
-    benchmark = report["benchmark"] or {}
+    benchmark = report.benchmark
     return {
         "kind": "run",
-        "title": report["title"],
-        "created": report["created"],
-        "status": report["status"],
+        "title": report.title,
+        "created": report.created,
+        "status": report.status,
         "base": manifest.base.name,
         "adapters": [a.name for a in manifest.adapters],
         "precision": manifest.recorded_options.precision,
-        "latency": benchmark.get("verdict"),
-        "provider": benchmark.get("provider"),
+        "latency": benchmark.verdict if benchmark else None,
+        "provider": benchmark.provider if benchmark else None,
         "files": len(manifest.files),
         "bytes": sum(f.size for f in manifest.files.values()),
     }

@@ -12,7 +12,7 @@ from lora_export.errors import ExportError, GateFailed, InputError
 from lora_export.onnx_export import model_files
 from lora_export.onnx_export.graphs.slots import SUFFIX
 from lora_export.storage.files import output_folder
-from lora_export.workflows.run_report import new_report, raw
+from lora_export.workflows.run_report import new_report
 
 RESERVED = ("base", "merged", "unmerged", "plugged", "pytorch")
 
@@ -73,8 +73,7 @@ def benchmark_folder(
     with output_folder(output, force, inputs=inputs) as stage:
         result = benchmark(arms, options, progress)
         report = new_report("benchmark", {"benchmark": asdict(options) | {"arms": [arm.name for arm in arms]}})
-        status = "failed" if result.verdict == "slower" else "passed"
-        write(report | {"status": status, "benchmark": result.as_json()}, stage, *raw(result))
+        write(replace(report, status="failed" if result.verdict == "slower" else "passed", benchmark=result), stage)
         refuse_slower(result, output, "report.html")
     return result
 

@@ -1,21 +1,17 @@
 """What an adapter has learnt, and a picture of it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lora_export.contracts import Progress
+from lora_export.contracts import Progress, Understanding
 from lora_export.errors import InputError, OutputError
 from lora_export.storage.files import output_file
-
-if TYPE_CHECKING:
-    from lora_export.adapter_tools.understand import Understanding
 
 _ENDINGS = (".svg", ".html")
 
 
 def understand_adapter(
     adapter: Path, base: Path | None, picture: Path | None, force: bool, progress: Progress
-) -> "Understanding":
+) -> Understanding:
     """Read the adapter's numbers, and draw them into `picture`. What is wrong with it is refused before any
     work."""
     from lora_export.adapter_tools.understand import understand
@@ -26,7 +22,7 @@ def understand_adapter(
     learnt = understand(adapter, base, progress)
     if picture is not None:
         with output_file(picture, force) as work:
-            (work / picture.name).write_text(drawn(learnt.as_json(), picture), encoding="utf-8")
+            (work / picture.name).write_text(drawn(learnt, picture), encoding="utf-8")
     return learnt
 
 

@@ -56,7 +56,7 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
             target=chosen,
             name=name,
             task=read.task,
-            precision=next((e.precision for e in exports.values()), read.report["merge"].get("dtype") or "keep"),
+            precision=next((e.precision for e in exports.values()), read.merge.dtype),
             variants=tuple(exports),
             providers=chosen.providers(read, options.provider),
             sample=_sample(read),
@@ -126,7 +126,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
     """A run that passed its gates and is unchanged. InputError for any other folder."""
     from lora_export.onnx_export import check_export, load_export
     from lora_export.onnx_export.engines import engine_named
-    from lora_export.report.schema import load as load_report
+    from lora_export.report import load as load_report
 
     if not folder.is_dir() or contents.is_package(folder) or not manifest.is_run(folder):
         raise InputError(
@@ -146,7 +146,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
             next_step=f"lora-export verify {folder}, or repeat the run",
         )
     report = load_report(folder / "report")
-    if report["status"] != "passed" or not report["validate"]:
+    if report.status != "passed" or report.merge is None or report.validate is None:
         raise InputError(
             "the run did not pass its gates, so it cannot be packaged",
             where=folder,
@@ -161,8 +161,19 @@ def read_run(folder: Path, progress: Progress) -> Run:
     config = sealed.read_json(kept / "config.json")
     architecture = str((config.get("architectures") or [""])[0])
     task = task_of(export.task, architecture)
-    fp16_int4 = engine_named(export.engine).fp16_int4
-    return Run(folder, merged, export, fp16_int4, kept, config, manifest.read(folder), report, task)
+    return Run(
+        folder=folder,
+        merged=merged,
+        export=export,
+        fp16_int4=engine_named(export.engine).fp16_int4,
+        companions=kept,
+        config=config,
+        manifest=manifest.read(folder),
+        report=report,
+        merge=report.merge,
+        validation=report.validate,
+        task=task,
+    )
 
 
 def _plugged(folder: Path | None, target: PackageTarget, run: Run) -> tuple[ExportResult | None, tuple[str, ...]]:
@@ -234,11 +245,11 @@ def _sample(run: Run) -> Sample | None:
     numbers of the validated graph; None for a model that does not read text."""
     from lora_export.onnx_export.graphs.agreement import first_numbers
 
-    said = [s for s in run.report["validate"]["samples"] if s.get("unmerged") and s.get("prompt")]
+    sample = next((s for s in run.validation.samples if s.prompt and s.unmerged), None)
     if run.task.input != "text":
         return None
     if run.task.generates:
-        return Sample(said[0]["prompt"], said[0]["unmerged"]) if said else None
+        return Sample(sample.prompt, sample.unmerged) if sample else None
     numbers = first_numbers(run.export.paths[0], run.companions, PROMPT, NUMBERS)
     return Sample(PROMPT, None, tuple(numbers))
 

@@ -13,7 +13,7 @@ from lora_export.errors import AdapterError, ExportError, InputError
 from lora_export.storage import sealed
 
 if TYPE_CHECKING:
-    from lora_export.adapters.lora import LowRank
+    from lora_export.adapters.updates import LowRank
     from lora_export.onnx_export.graphs.slots import Slot
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -94,7 +94,7 @@ def _fill(graph: Path, adapters: Iterable[tuple[Path, Updates, Path]]) -> None:
 
 def _low_rank(base: Path, adapter: Path) -> Updates:
     """The weights that an adapter changes, each with its A, B and scaling."""
-    from lora_export.adapters.lora import LowRankUpdate
+    from lora_export.adapters.updates import LowRankUpdate
     from lora_export.merging import plan
 
     planned = plan(base, [AdapterChoice(adapter)], MergeOptions())

@@ -46,7 +46,7 @@ def merge_into(
     source = begin_stream(plan(base, adapters, options.merge), outline, progress)
     exported = export_merged(base_onnx, outline, stage / "onnx", options.export, progress, source)
     seconds = time.monotonic() - started
-    return end_stream(source, adapters, stage / CERTIFICATE, seconds, progress), exported
+    return end_stream(source, stage / CERTIFICATE, seconds, progress), exported
 
 
 def export_merged(
@@ -59,7 +59,7 @@ def export_merged(
 ) -> ExportResult:
     """The merged model with the base's graph; with one of its own where the merge changed more than weights.
 
-    source: where the numbers come from, if `merged` is an outline without them.
+    source: where the numbers come from, if `merged` is an outline without them; or its files with known hashes.
     """
     progress.stage("export: the merged model, with the graph of the base")
     return with_graph_of(base_onnx, merged, output, options, progress, "the merged model", source)
@@ -107,19 +107,21 @@ def export_unmerged(
     trained_on: Path,
     adapters: Sequence[AdapterChoice],
     work: Path,
-    options: StoryOptions,
+    options: ExportOptions,
     exported: ExportResult,
     progress: Progress,
+    *,
+    combined: bool,
 ) -> tuple[ExportResult | None, tuple[str, ...]]:
     """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
     if exported.kind != "decoder":
         return None, ("no unmerged graph: the engine for this architecture exports merged models only",)
-    if len(adapters) != 1 or adapters[0].weight != 1.0 or options.merge.combine != "none":
+    if len(adapters) != 1 or adapters[0].weight != 1.0 or combined:
         return None, ("no unmerged graph: it takes exactly one adapter of weight 1, as it is",)
     try:
         what = "the unmerged model, the control of the benchmark"
         return (
-            export_as(trained_on, work / "unmerged", options.export, progress, what, adapter=adapters[0].folder),
+            export_as(trained_on, work / "unmerged", options, progress, what, adapter=adapters[0].folder),
             (),
         )
     except ExportError as error:

@@ -1,20 +1,24 @@
-"""report.json of a run: who made it, of what, and what each stage found."""
+"""The report of a run: who made it, of what, and what each stage found."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from lora_export import manifest
 from lora_export.contracts import (
     AdapterChoice,
-    BenchmarkResult,
+    NamedAdapter,
+    NamedSource,
+    NamedSources,
+    Report,
+    ReportPages,
     Source,
     Story,
     StoryOptions,
 )
 from lora_export.contracts.option import kept
+from lora_export.contracts.report import SCHEMA_VERSION
 from lora_export.storage.sealed import refuse_outward_link
 from lora_export.version import __version__
 
@@ -26,62 +30,77 @@ def write_report(
     adapters: Sequence[AdapterChoice],
     options: StoryOptions,
 ) -> None:
+    """Into the folder `report` of the stage. Paths in it start at the run's folder."""
     from lora_export.report import write
 
     passed = story.validate is not None and story.validate.passed
     slower = story.benchmark is not None and story.benchmark.verdict == "slower"
-    report = new_report("merge-and-export", kept(options), base, adapters)
-    report |= {
-        "status": "passed" if passed and not slower else "failed",
-        "merge": _relative(story.merge.as_json(), story.output)
-        | {"records": [asdict(r) for r in story.merge.records]},
-        "validate": story.validate.as_json() if story.validate else None,
-        "export": _relative(story.export.as_json(), story.output) if story.export else None,
-        "benchmark": story.benchmark.as_json() if story.benchmark else None,
-    }
-    write(report, stage / "report", *raw(story.benchmark))
+    merge, export, root = story.merge, story.export, story.output
+    report = replace(
+        new_report("merge-and-export", kept(options), base, adapters),
+        status="passed" if passed and not slower else "failed",
+        merge=replace(merge, output=_inside(root, merge.output), certificate=_inside(root, merge.certificate)),
+        validate=story.validate,
+        export=replace(export, output=_inside(root, export.output)) if export else None,
+        benchmark=story.benchmark,
+    )
+    write(report, stage / "report")
 
 
-def raw(measured: BenchmarkResult | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Every timing, and the conditions under which each block was measured."""
-    return (dict(measured.samples), dict(measured.conditions)) if measured else (None, None)
+def _inside(root: Path, path: Path) -> Path:
+    return path.relative_to(root) if path.is_relative_to(root) else path
 
 
 def new_report(
     title: str,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     base: Source | None = None,
     adapters: Sequence[AdapterChoice] = (),
-) -> dict[str, Any]:
-    """report.json without any stage: who made it, when, from what. Names, never folders of this machine."""
-    from lora_export.report import SCHEMA_VERSION
-
+) -> Report:
+    """A report without any stage: who made it, when, from what. Names, never folders of this machine."""
     names = [a.folder.resolve().name for a in adapters]
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "title": f"{' + '.join(names)} on {base.folder.resolve().name}" if base and names else title,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "tool_version": __version__,
-        "status": "passed",
-        "options": dict(options),
-        "sources": {
-            "base": manifest.named(base) if base else None,
-            "adapters": [manifest.named(a.source) | {"weight": a.weight} for a in adapters],
-        },
-        "merge": None,
-        "validate": None,
-        "export": None,
-        "benchmark": None,
-    }
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        title=f"{' + '.join(names)} on {base.folder.resolve().name}" if base and names else title,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        tool_version=__version__,
+        status="passed",
+        options=options,
+        sources=NamedSources(
+            base=NamedSource(**manifest.named(base)) if base else None,
+            adapters=tuple(NamedAdapter(**manifest.named(a.source), weight=a.weight) for a in adapters),
+        ),
+    )
 
 
-def _relative(result: dict[str, Any], output: Path) -> dict[str, Any]:
-    prefix = f"{output}/"
-    return {k: v.removeprefix(prefix) if isinstance(v, str) else v for k, v in result.items()}
+def render(run: Path) -> ReportPages:
+    """Write the pages of a finished run or benchmark again, from its report.json."""
+    from lora_export.report import render as draw
+
+    folder = _report_folder(run)
+    draw(folder)
+    return _pages(folder)
 
 
-def report_folder(run: Path) -> Path:
-    """The folder of a run's report, or the folder itself."""
+def compare(run: Path, other: Path, output: Path | None = None, *, force: bool = False) -> ReportPages:
+    """Write the pages of a run beside those of another one into the new folder `output`.
+
+    None: RUN-vs-OTHER beside the run, never in it, as its manifest seals what is in it.
+    """
+    from lora_export.report import compare as draw
+
+    home = run.resolve()
+    output = output or home.with_name(f"{home.name}-vs-{other.resolve().name}")
+    draw(_report_folder(run), _report_folder(other), output, force=force, inputs=[run, other])
+    return _pages(output)
+
+
+def _pages(folder: Path) -> ReportPages:
+    return ReportPages(folder / "report.html", folder / "report.md")
+
+
+def _report_folder(run: Path) -> Path:
+    """The folder of report.json: in a run, or a benchmark's own."""
     inner = run / "report"
     if not inner.is_dir():
         return run

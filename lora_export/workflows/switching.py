@@ -18,7 +18,7 @@ from lora_export.checkpoint.hashing import hash_all
 from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorRecord
 from lora_export.errors import CheckpointError, InputError
 from lora_export.manifest import is_run
-from lora_export.merging import CERTIFICATE, MergedSource, MergePlan, begin_stream, carry_out, plan
+from lora_export.merging import CERTIFICATE, MergedSource, MergePlan, begin_stream, merge_planned, plan
 from lora_export.merging.certificate.document import Certificate, FileRecord, adapter_hashes, read_certificate
 from lora_export.merging.running.layout import one_thread_each
 from lora_export.packages.contents import is_package
@@ -152,7 +152,7 @@ def _merged_folder(
                     next_step="give that base as -b",
                 )
 
-    carry_out(planned, after, folder, progress, force=True, accept=accept)
+    merge_planned(planned, folder, progress, force=True, accept=accept)
     touched = {r.name for r in recorded.records if r.kinds} | _touched(planned)
     return Switched(folder, "merged", len(touched), planned.nbytes)
 

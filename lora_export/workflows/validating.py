@@ -67,24 +67,20 @@ def validate_folder(
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         work = Path(folder)
         base = replace(base, folder=without_adapter(base.folder, work))
-        pairs = []
-        for i, exported in enumerate(exports):
-            if base_onnx:
-                same = base_onnx[i]
-            else:
-                same = _export_base(base.folder, adapters, exported, work, options.merge, provider, progress)
-            prefix = "onnx_" if i == 0 else f"onnx_{exported.precision}_"
-            pairs.append(pair_of(exported, same, prefix))
+        bases = base_onnx or [
+            _export_base(base.folder, adapters, exported, work, options.merge, provider, progress)
+            for exported in exports
+        ]
+        pairs = [
+            pair_of(exported, same, "onnx_" if exported is exports[0] else f"onnx_{exported.precision}_")
+            for exported, same in zip(exports, bases, strict=True)
+        ]
         readable = stand_in(base.folder, merged, options.merge, options.max_memory, work, progress)
+        again = _again(merged, onnx[0]) if onnx else options.again
         result = validate(
-            base.folder,
-            adapters,
-            merged,
-            exports=pairs,
-            dequantized=readable,
-            options=replace(options, provider=provider, again=_again(merged, onnx[0]) if onnx else options.again),
-            progress=progress,
-        )
+            base.folder, adapters, merged, exports=pairs, dequantized=readable, progress=progress,
+            options=replace(options, provider=provider, again=again),
+        )  # fmt: skip
         if not own_texts:
             return result
         kept = measure(base.folder, adapters, merged, own_texts, options.merge, readable, progress)

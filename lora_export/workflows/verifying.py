@@ -156,7 +156,7 @@ def _streamed(
                 return [findings.result()]
             progress.stage(f"verify: all of the merge again, {source.plan.nbytes / 1e6:.0f} MB")
             hashes = hash_all(source)
-            same_certificate(findings, recorded, source, adapters)
+            same_certificate(findings, recorded, source)
         except LoraExportError as error:
             findings.fail("arithmetic", f"the merge cannot be done again: {error.found}")
             return [findings.result()]

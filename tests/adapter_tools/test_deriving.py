@@ -129,10 +129,10 @@ def test_embeddings_and_conv1d(tmp_path: Path) -> None:
 def test_what_cannot_be_combined_without_a_base(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     dora = save_adapter(tmp_path / "dora", base, lora(target_modules=["q_proj"], use_dora=True))
     whole = save_adapter(tmp_path / "whole", base, lora(target_modules=["q_proj"], modules_to_save=["v_proj"]))
-    for bad, words in ((dora, "dora is no delta"), (whole, "modules_to_save is no delta")):
+    for bad, words in ((dora, "dora is not a delta"), (whole, "modules_to_save is not a delta")):
         with pytest.raises(AdapterError, match=words):
             combine(choices([adapters[0], bad]), tmp_path / "out", MergeOptions(combine="linear"))
-    with pytest.raises(InputError, match="--rank beside --energy"):
+    with pytest.raises(InputError, match="--rank together with --energy"):
         combine(choices(adapters), tmp_path / "out", MergeOptions(combine="linear"), Rank(2, 0.9))
     with pytest.raises(OutputError, match="inside each other"):
         combine(choices(adapters), adapters[0], MergeOptions(combine="linear"), force=True)
@@ -212,7 +212,7 @@ def test_the_rest_is_dropped_or_refused(base: Path, tmp_path: Path) -> None:
     tuned = tuned_from(base, tmp_path / "tuned", Llama, ("q_proj", "input_layernorm"))
     dropped = extract(base, tuned, tmp_path / "dropped", Rank(2), "drop").dropped
     assert dropped == tuple(f"model.layers.{i}.input_layernorm.weight" for i in range(2))
-    with pytest.raises(CheckpointError, match="a weight that LoRA cannot stand for") as refused:
+    with pytest.raises(CheckpointError, match="a weight that LoRA cannot represent") as refused:
         extract(base, tuned, tmp_path / "refused", Rank(2), "refuse")
     assert refused.value.tensor == dropped[0] and "--rest save" in str(refused.value.next_step)
     assert not (tmp_path / "refused").exists()
@@ -223,7 +223,7 @@ def test_models_that_are_no_pair(base: Path, tmp_path: Path) -> None:
     more = save_base(tmp_path / "more", config=llama_config(num_hidden_layers=3))
     with pytest.raises(CheckpointError, match="the shape is"):
         extract(base, other, tmp_path / "out", Rank(2))
-    with pytest.raises(CheckpointError, match="in one of the two models alone"):
+    with pytest.raises(CheckpointError, match="in only one of the two models"):
         extract(base, more, tmp_path / "out", Rank(2))
     with pytest.raises(InputError, match="neither --rank nor --energy"):
         extract(base, base, tmp_path / "out", Rank())

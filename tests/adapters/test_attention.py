@@ -13,22 +13,14 @@ from lora_export.errors import AdapterError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import validate
-from tests.builders import edit_json, edit_tensors, lora, save_adapter, save_base
+from tests.builders import edit_json, edit_tensors, lora, save_adapter, save_base, siglip_config
 
 MODEL = transformers.SiglipVisionModel
 HEAD = "base_model.model.head.attention"
 
 
 def pair(folder: Path, **settings: Any) -> tuple[Path, Path]:
-    config = transformers.SiglipVisionConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
-    )
-    base = save_base(folder / "base", MODEL, config)
+    base = save_base(folder / "base", MODEL, siglip_config())
     adapter = save_adapter(
         folder / "adapter", base, lora(target_modules=["attention", "q_proj", "fc1"], **settings), MODEL
     )
@@ -72,9 +64,9 @@ def merged_weight(folder: Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("changes", "config", "words"),
     [
-        ({f"{HEAD}.lora_A.weight": None}, {}, "lora_A of this parameter is missing"),
-        ({f"{HEAD}.base_layer.out_proj.lora_B.weight": None}, {}, "lora_B of this parameter is missing"),
-        ({f"{HEAD}.lora_B.weight": torch.zeros(144, 5)}, {}, "disagree about the rank"),
+        ({f"{HEAD}.lora_A.weight": None}, {}, "lora_A of this module is missing"),
+        ({f"{HEAD}.base_layer.out_proj.lora_B.weight": None}, {}, "lora_B of this module is missing"),
+        ({f"{HEAD}.lora_B.weight": torch.zeros(144, 5)}, {}, "the shapes do not match"),
         ({f"{HEAD}.lora_B.weight": torch.zeros(96, 6)}, {}, "fits a weight of shape"),
         ({}, {"init_lora_weights": "pissa"}, "pissa on nn.MultiheadAttention"),
     ],

@@ -135,7 +135,7 @@ def test_refusals(
 
 
 def test_a_weight_has_no_meaning(tmp_path: Path, without_extension: None) -> None:
-    with pytest.raises(AdapterError, match="BOFT is no delta"):
+    with pytest.raises(AdapterError, match="BOFT is not a delta"):
         boft.read(opened(saved(tmp_path, config("up")), 0.5))
 
 

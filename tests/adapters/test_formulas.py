@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_export.adapters.lora import DECOMPOSITION
+from lora_export.adapters.updates import DECOMPOSITION
 from lora_export.contracts import TargetUpdate
 from tests.adapters.test_lora_family import close, in_blocks, random
 from tests.builders import updates_of

@@ -179,11 +179,11 @@ def test_validate_passes_and_sees_a_wrong_scale(tmp_path: Path, case: str) -> No
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"fine_tune_type": "full"}, "whole weights"),
-        ({"lora_parameters": {"rank": RANK, "dropout": 0.0}}, "the scale None"),
-        ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "the rank 0"),
+        ({"fine_tune_type": "full"}, "full weights"),
+        ({"lora_parameters": {"rank": RANK, "dropout": 0.0}}, "scale is None"),
+        ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "rank is 0"),
         ({"lora_parameters": {"rank": RANK, "scale": 1.0, "alpha": 16}}, "both scale 1 and alpha 16"),
-        ({"lora_parameters": [RANK]}, "the rank None"),
+        ({"lora_parameters": [RANK]}, "lora_parameters is"),
     ],
 )
 def test_what_mlx_would_not_load_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
@@ -197,7 +197,7 @@ def test_what_mlx_would_not_load_is_refused(tmp_path: Path, config: dict[str, An
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model.norm.weight": torch.ones(WIDTH)}, "no part of mlx-lm's LoRA"),
+        ({"model.norm.weight": torch.ones(WIDTH)}, "not part of mlx-lm's LoRA"),
         (pair("model.layers.0.self_attn.q_proj", (48, RANK)), "lora_B of this module is missing"),
         (pair("model.layers.0.self_attn.q_proj", (48, RANK + 1), (RANK + 1, 48)), "the tensors have rank 7"),
         (pair("model.layers.0.self_attn.q_proj", (48,), (RANK, 48)), r"the shape is \[48\]"),

@@ -113,7 +113,7 @@ def test_the_series_is_told_by_the_version(tmp_path: Path, version: str | None, 
         ({"use_cayley_neumann": None}, "use_cayley_neumann is None"),
         ({"coft": "yes"}, "coft is 'yes'"),
         ({"block_share": None}, "block_share is None"),
-        ({"block_share": True}, r"the shape is \[3, 6\], block_share true"),
+        ({"block_share": True}, r"the shape is \[3, 6\]; block_share is true"),
         ({"num_cayley_neumann_terms": 0}, "num_cayley_neumann_terms is 0"),
         ({"coft": True, "eps": "small"}, "eps is 'small'"),
         ({"coft": True, "eps": -1.0}, "eps is -1"),
@@ -143,7 +143,7 @@ def test_tensors_that_are_not_understood(tmp_path: Path, values: dict[str, torch
 
 
 def test_a_weight_has_no_meaning(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="OFT is no delta"):
+    with pytest.raises(AdapterError, match="OFT is not a delta"):
         oft.read(opened(saved(tmp_path, config("up")), 0.5))
 
 

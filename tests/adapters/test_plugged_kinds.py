@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_export import merge
-from lora_export.adapters.registry import KINDS_GROUP, LAYOUTS_GROUP, kinds
+from lora_export.adapters.kind import Kind
+from lora_export.adapters.registry import KINDS, KINDS_GROUP, LAYOUTS_GROUP, kinds
 from lora_export.errors import AdapterError, InputError
+from lora_export.plugins import Plugin
 from tests.builders import save_base
 from tests.plugged import installed
 
@@ -21,7 +23,7 @@ from typing import Any
 
 from lora_export.contracts import TargetUpdate
 
-NAME, PEFT_TYPES, FORMULA = "Shift", ("SHIFT",), "W + shift"
+NAME, FORMULA = "Shift", "W + shift"
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,25 @@ def test_plugged_kind_and_layout_merge_and_name_their_package(tmp_path: Path, ke
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
+    ("peft_type", "code", "told"),
     [
-        ("NAME, PEFT_TYPES, FORMULA, read = 'x', ('LORA',), 'x', list", "claims the PEFT type LORA"),
-        ("NAME, PEFT_TYPES, FORMULA, read = 'x', ('XLORA',), 'x', list", "claims the PEFT type XLORA"),
-        ("NAME, PEFT_TYPES = 'x', ('SHIFT',)", "lacks FORMULA, read"),
-        ("import no_such_module", "cannot be loaded: ModuleNotFoundError"),
+        ("lora", "NAME, FORMULA, read = 'x', 'x', list", "claims the PEFT type LORA"),
+        ("XLORA", "NAME, FORMULA, read = 'x', 'x', list", "claims the PEFT type XLORA"),
+        ("shift", "NAME = 'x'", "lacks FORMULA, read"),
+        ("shift", "import no_such_module", "cannot be loaded: ModuleNotFoundError"),
     ],
 )
-def test_plugged_kind_that_cannot_be_used_is_refused_by_its_package(tmp_path: Path, code: str, told: str) -> None:
-    point = {KINDS_GROUP: {"x": "tiny_plugin"}}
+def test_plugged_kind_that_cannot_be_used_is_refused_by_its_package(
+    tmp_path: Path, peft_type: str, code: str, told: str
+) -> None:
+    point = {KINDS_GROUP: {peft_type: "tiny_plugin"}}
     with installed(tmp_path / "site", code, point), pytest.raises(InputError) as caught:
-        kinds()
-    assert caught.value.found.startswith(f"the plug-in 'x' of the package tiny_plugin 1.2 {told}")
+        kinds("SHIFT")
+    assert caught.value.found.startswith(f"the plug-in {peft_type!r} of the package tiny_plugin 1.2 {told}")
+
+
+def test_kinds_every_built_in_module_has_the_members_of_a_kind() -> None:
+    for peft_type, names in KINDS.items():
+        assert len(kinds(peft_type)) == len(names)
+        for kind in kinds(peft_type):
+            Plugin(peft_type, kind, "lora-export", "").check_members(Kind)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from lora_export.adapters import AdapterFile, read_adapter
 from lora_export.adapters.config import parse_lora
-from lora_export.adapters.keys import base_name, part
+from lora_export.adapters.module import part
+from lora_export.adapters.saved import base_name
 from lora_export.checkpoint import open_adapter_files
 from lora_export.contracts import Adapter
 from lora_export.errors import AdapterError
@@ -87,7 +88,7 @@ def test_modules_to_save_match_as_in_peft(tmp_path: Path) -> None:
     found = adapter(tmp_path, values, modules_to_save=["norm", "score"])
     kinds = {u.target: u.kind for u in found.updates}
     assert kinds["layers.0.input_layernorm.weight"] == kinds["score.dense.weight"] == "modules_to_save"
-    with pytest.raises(AdapterError, match="no adapter kind explains"):
+    with pytest.raises(AdapterError, match="no adapter kind accounts"):
         adapter(tmp_path, values, modules_to_save=["layer", "dens"])
 
 
@@ -107,7 +108,7 @@ def test_saved_bias_is_the_trained_one(tmp_path: Path) -> None:
 
 def test_bias_without_the_setting_is_not_accepted(tmp_path: Path) -> None:
     values = {"x.lora_A.weight": A, "x.lora_B.weight": B, "x.bias": torch.ones(6)}
-    with pytest.raises(AdapterError, match="no adapter kind explains"):
+    with pytest.raises(AdapterError, match="no adapter kind accounts"):
         adapter(tmp_path, values, bias="none")
     assert {u.kind for u in adapter(tmp_path, values, bias="all").updates} == {"lora", "bias"}
 

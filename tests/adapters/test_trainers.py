@@ -311,7 +311,7 @@ def test_packing_of_fused_experts(tmp_path: Path, config: dict[str, Any], option
 @pytest.mark.parametrize(
     ("config", "option", "told"),
     [
-        (UNSLOTH, "auto", "Unsloth has packed B of fused experts both ways"),
+        (UNSLOTH, "auto", "Unsloth has packed B of fused experts in two ways"),
         (MEGATRON, "auto", "Megatron-Bridge has packed B"),
         (UNSLOTH | noted("mixed"), "auto", "lora_B_layout of down_proj is 'mixed'"),
         (UNSLOTH | noted("rank_major"), "expert", "says that down_proj is packed by rank"),
@@ -327,7 +327,7 @@ def test_packing_that_cannot_be_told(tmp_path: Path, config: dict[str, Any], opt
 @pytest.mark.parametrize(
     ("values", "config", "told"),
     [
-        (pair(Q) | {f"base_model.model.{Q}.lora_A.other.weight": A}, {}, "two tensors mean the same"),
+        (pair(Q) | {f"base_model.model.{Q}.lora_A.other.weight": A}, {}, "two tensors have the same meaning"),
         (
             {f"{Q}.lora_A.one.weight": A, f"{Q}.lora_B.one.weight": B, f"{Q}.lora_A.two.weight": A},
             {},
@@ -342,8 +342,8 @@ def test_packing_that_cannot_be_told(tmp_path: Path, config: dict[str, Any], opt
         (pair(Q), {"lora_alpha": 0}, "lora_alpha is 0"),
         (pair(Q), {"enable_lora": [True, False, True]}, "enable_lora"),
         (pair(Q), {"peft_type": "absent", "swift_type": "LLAMAPRO"}, "peft_type is 'LLAMAPRO'"),
-        (pair(Q) | {"base_model.model.v_head.summary.weight": A}, {}, "no adapter kind explains"),
-        (pair("model.layers.0.mlp.experts.w1", A[None], B[None]), {}, "no stacks of the same experts"),
+        (pair(Q) | {"base_model.model.v_head.summary.weight": A}, {}, "no adapter kind accounts"),
+        (pair("model.layers.0.mlp.experts.w1", A[None], B[None]), {}, "the shapes do not match"),
         ({f"base_model.model.{Q}.lora_a.weight": A}, {}, "no tensors of the kind LORA"),  # torchtune's own
     ],
 )

@@ -12,8 +12,9 @@ import torch
 import transformers
 from click.testing import CliRunner
 
-from lora_export.adapter_tools.understand import Module, understand
+from lora_export.adapter_tools.understand import understand
 from lora_export.commands.main import cli
+from lora_export.contracts import ModuleFigures
 from lora_export.errors import InputError
 from lora_export.report.adapter_page import picture
 from tests.builders import edit_json, edit_tensors, gpt2_config, load, lora, save_adapter, save_base, tensors
@@ -34,7 +35,7 @@ def changes(base: Path, adapter: Path, model: Any = transformers.LlamaForCausalL
     return {n: d for n, d in found.items() if np.abs(d).max() > 1e-9}
 
 
-def agree(module: Module, delta: np.ndarray, weight: np.ndarray | None) -> None:
+def agree(module: ModuleFigures, delta: np.ndarray, weight: np.ndarray | None) -> None:
     sizes = np.linalg.svd(delta, compute_uv=False)
     count = len(module.singular_values)
     assert np.allclose(module.singular_values, sizes[:count], atol=1e-6 * sizes[0]), module.name
@@ -111,8 +112,8 @@ def test_what_truncation_keeps(base: Path, tmp_path: Path) -> None:
     squares = {n: np.linalg.svd(d, compute_uv=False) ** 2 for n, d in deltas.items()}
     total = sum(s.sum() for s in squares.values())
     truncation = understand(adapter).truncation
-    assert [t[0] for t in truncation] == [1, 2, 4, 6]
-    for rank, kept, left in truncation:
+    assert [t.rank for t in truncation] == [1, 2, 4, 6]
+    for rank, kept, left in ((t.rank, t.energy_kept, t.parameters) for t in truncation):
         assert kept == pytest.approx(sum(s[:rank].sum() for s in squares.values()) / total, rel=1e-5)
         assert left == pytest.approx(rank / 6)
 
@@ -195,12 +196,12 @@ def test_signs_of_trouble(base: Path, tmp_path: Path, change: Any, config: dict[
 
 def test_the_page_has_the_figures_and_runs_nothing(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "<script>alert(1)", base, KINDS["lora"])
-    document = understand(adapter, base).as_json()
+    document = understand(adapter, base)
     page = picture(document, Path("a.html"))
     assert "<script" not in page and "&lt;script&gt;" in page
     assert page.count("<svg") == 2 and "var(--ink)" in page
-    for name, one in document["by_type"].items():
-        assert name in page and f"{one['share']:.1%}" in page
+    for name, one in document.by_type.items():
+        assert name in page and f"{one.share:.1%}" in page
     assert picture(document, Path("a.html")) == page
     alone = picture(document, Path("a.svg"))
     assert alone.startswith("<svg") and "--ink:" in alone and "q_proj" in alone

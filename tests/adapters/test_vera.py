@@ -201,7 +201,7 @@ def test_projections_are_drawn_again_with_the_shapes_of_the_base(tmp_path: Path)
         (lambda v: v.pop("base_model.vera_B"), {}, "vera_B cannot be found"),
         (lambda v: v.pop("base_model.model.up.vera_lambda_d"), {}, "vera_lambda_d of this module is missing"),
         (lambda v: v.update({"base_model.vera_A": torch.ones(5, 20)}), {}, r"vera_A has the shape \[5, 20\]"),
-        (lambda v: v.update({"base_model.vera_B": torch.ones(19, 6)}), {}, r"lambda_b has the shape \[20\]"),
+        (lambda v: v.update({"base_model.vera_B": torch.ones(19, 6)}), {}, r"lambda_b \[20\]"),
         (lambda v: v.update({"base_model.model.up.vera_lambda_d": torch.ones(5)}), {}, r"lambda_d \[5\]"),
         (lambda v: v.update({"base_model.model.up.vera_lambda_b": torch.ones(20, 1)}), {}, r"\[20, 1\]"),
         (lambda v: None, {"r": 7}, "and r is 7"),

@@ -112,7 +112,7 @@ def test_genai_config_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     evil = json.dumps(changed(f"{SESSION}/custom_ops_library", "evil.so"))
     both = f'{evil[:-1]}, "model": {json.dumps(GENAI["model"])}}}'
     assert json.loads(both) == GENAI
-    with pytest.raises(InputError, match="'model' stands twice"):
+    with pytest.raises(InputError, match="'model' occurs twice"):
         check_config(written(tmp_path, "genai_config.json", both))
 
 
@@ -210,7 +210,7 @@ def test_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "adapter_config.json", {"peft_type": "LORA", "megatron_core": "megatron.core"})
     check_model_folder(tmp_path)
     written(tmp_path, "config.json", {"model_type": "llama"})
-    with pytest.raises(CheckpointError, match="beside the model lies an adapter"):
+    with pytest.raises(CheckpointError, match="an adapter lies beside the model"):
         check_model_folder(tmp_path)
 
 
@@ -351,7 +351,7 @@ def test_file_of_a_type_that_no_package_has_is_refused(name: str, tmp_path: Path
     files.refuse_strangers(tmp_path)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     written(tmp_path / Path(name).parent, Path(name).name, "x")
-    with pytest.raises(InputError, match="of no type that a package has"):
+    with pytest.raises(InputError, match="not a type of file that a package contains"):
         files.refuse_strangers(tmp_path)
 
 
@@ -360,7 +360,7 @@ def test_shared_library_under_another_name_is_refused(start: bytes, tmp_path: Pa
     (tmp_path / "NOTICE").write_bytes(start)
     with pytest.raises(InputError, match="shared library"):
         files.refuse_libraries(tmp_path)
-    with pytest.raises(InputError, match="of no type"):
+    with pytest.raises(InputError, match="not a type of file"):
         files.refuse_strangers(tmp_path)
     (tmp_path / "NOTICE").rename(tmp_path / "model.onnx.data")
     files.refuse_libraries(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 from lora_export.benchmarking import environment
 from lora_export.benchmarking.conditions import Conditions, summarized, unsteady
 from lora_export.benchmarking.gpus import Gpus
+from lora_export.contracts import Gpu, GpuReading, Reading
 
 
 class NVMLError(Exception):
@@ -71,18 +72,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_card_is_described_and_read(card: Any) -> None:
     gpus = card(throttle=0b110000)  # a power limit, and idling, which is no throttling
-    assert gpus.describe() == [
-        {
-            "name": "NVIDIA H100", "memory_bytes": 80 * 10**9, "driver": "580.95", "cuda_driver": "13.1",
-            "power_limit_w": 700.0, "mig": False,
-        }
-    ]  # fmt: skip
-    assert gpus.read() == [
-        {
-            "sm_mhz": 1980, "memory_mhz": 2619, "power_w": 121.5, "temperature_c": 41, "used_mb": 3000,
-            "throttled": ["power limit"],
-        }
-    ]  # fmt: skip
+    assert gpus.describe() == (Gpu("NVIDIA H100", 80 * 10**9, "580.95", "13.1", power_limit_w=700.0, mig=False),)
+    assert gpus.read() == (GpuReading(1980, 2619, 121.5, 41, 3000, throttled=("power limit",)),)
     assert environment.memory("cuda", gpus) == (3 * 10**9, 77 * 10**9)
 
 
@@ -91,14 +82,14 @@ def test_a_card_that_hides_its_clocks_is_read_without_them(card: Any) -> None:
         hides=("nvmlDeviceGetClockInfo", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetCurrentClocksThrottleReasons")
     )
     (reading,) = gpus.read()
-    assert reading["sm_mhz"] is reading["power_w"] is None and reading["throttled"] == []
-    assert unsteady([{"steal": 0.0, "others": 0.0, "gpus": [reading]}]) == []
+    assert reading.sm_mhz is reading.power_w is None and reading.throttled == ()
+    assert unsteady([Reading(1.0, 0.5, 0.0, 0.0, None, (reading,))]) == []
 
 
 @pytest.mark.parametrize("kw", [{"cards": 0}, {"hides": ("nvmlInit",)}])
 def test_no_card_or_no_driver_is_no_error(card: Any, kw: dict[str, Any]) -> None:
     gpus = card(**kw)
-    assert len(gpus) == 0 and gpus.read() == gpus.describe() == [] and gpus.memory() is None
+    assert len(gpus) == 0 and gpus.read() == gpus.describe() == () and gpus.memory() is None
     used, free = environment.memory("cuda", gpus)
     assert 0 < used < free * 1000
 
@@ -123,14 +114,14 @@ def test_readings_are_of_the_time_since_the_last(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(psutil, "Process", lambda: process)
     monkeypatch.setattr(psutil, "cpu_count", lambda: 2)
     reading = Conditions(card(cards=0)).read()
-    assert reading["seconds"] == 10.0
-    assert reading["steal"] == 5.0  # of 20 core seconds
-    assert reading["others"] == 15.0
+    assert reading.seconds == 10.0
+    assert reading.steal == 5.0  # of 20 core seconds
+    assert reading.others == 15.0
 
 
-def reading(**kw: Any) -> dict[str, Any]:
-    gpu = {"sm_mhz": kw.pop("clock", 1980), "power_w": 100.0, "throttled": kw.pop("throttled", [])}
-    return {"load": 0.5, "steal": 0.0, "others": 0.0, "cpu_mhz": None, "gpus": [gpu]} | kw
+def reading(clock: int = 1980, throttled: tuple[str, ...] = (), **kw: float) -> Reading:
+    gpu = GpuReading(sm_mhz=clock, power_w=100.0, throttled=throttled)
+    return Reading(**({"seconds": 1.0, "load": 0.5, "steal": 0.0, "others": 0.0} | kw), cpu_mhz=None, gpus=(gpu,))
 
 
 def test_a_quiet_machine_is_not_talked_about() -> None:
@@ -143,13 +134,13 @@ def test_what_disturbs_is_told() -> None:
     busy = [reading(steal=3.0, others=20.0)] * 4 + [reading()] * 4
     assert [text.rsplit(" in ", 1)[1] for text in unsteady(busy)] == ["50% of the blocks"] * 2
     (clock,) = unsteady([reading(clock=1980), reading(clock=1200)])
-    assert clock == "the clock of GPU 0 went from 1200 to 1980 MHz between blocks"
-    (hot,) = unsteady([reading(throttled=["power limit"]), reading()])
+    assert clock == "the clock of GPU 0 varied between 1200 and 1980 MHz"
+    (hot,) = unsteady([reading(throttled=("power limit",)), reading()])
     assert hot == "GPU 0 was throttled in 1 of 2 blocks: power limit"
 
 
 def test_blocks_are_summarized_by_least_median_and_most() -> None:
-    readings = [reading(load=x, clock=c, throttled=t) for x, c, t in ((1.0, 5, []), (3.0, 9, ["a"]), (2.0, 7, []))]
+    readings = [reading(load=x, clock=c, throttled=t) for x, c, t in ((1.0, 5, ()), (3.0, 9, ("a",)), (2.0, 7, ()))]
     found = summarized(readings)
-    assert found["load"] == [1.0, 2.0, 3.0] and found["gpu0_sm_mhz"] == [5, 7, 9]
-    assert found["throttled"] == ["a"] and "cpu_mhz" not in found
+    assert found["load"] == (1.0, 2.0, 3.0) and found["gpu0_sm_mhz"] == (5, 7, 9)
+    assert found["throttled"] == ("a",) and "cpu_mhz" not in found

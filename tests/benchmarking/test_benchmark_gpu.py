@@ -41,18 +41,18 @@ def test_every_heavy_node_is_on_the_gpu(model: Path) -> None:
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_step_in_place_gives_the_logits_of_the_cpu(model: Path, cuda_graph: bool) -> None:
     wide = attention(model.with_name("wide.onnx"))
-    engine = sessions.Engine(model, "cuda", 1, cuda_graph=cuda_graph)
+    engine = sessions.ArmSession(model, "cuda", 1, cuda_graph=cuda_graph)
     assert engine.kv_in_place
 
-    def logits(engine: sessions.Engine, device: str) -> np.ndarray:
+    def logits(engine: sessions.ArmSession, device: str) -> np.ndarray:
         buffers = Buffers(device)
         bound = engine.call(Shape(2, 7, 1), buffers)
         for _ in range(4):
             bound.run()
-        (value,) = [v for key, v in buffers._values.items() if key[0] == "logits"]
+        (value,) = [v for key, v in buffers.values.items() if key[0] == "logits"]
         return value.numpy().astype(np.float32)
 
-    expected = logits(sessions.Engine(wide, "cpu", 1), "cpu")
+    expected = logits(sessions.ArmSession(wide, "cpu", 1), "cpu")
     np.testing.assert_allclose(logits(engine, "cuda"), expected, atol=0.02 * np.abs(expected).max())
 
 
@@ -63,6 +63,6 @@ def test_a_study_has_both_modes_and_reads_the_card(model: Path) -> None:
     assert result.provider == "cuda" and result.provider_verified, result.notes
     assert {c.cuda_graph for c in result.cells} == {False, True}, result.notes
     assert result.verdict != "slower"
-    (card, *_) = next(iter(result.conditions.values()))[0]["gpus"]
-    assert card["used_mb"] > 0
+    (card, *_) = next(iter(result.conditions.values()))[0].gpus
+    assert card.used_mb and card.used_mb > 0
     assert environment.memory("cuda", Gpus())[0] > 0

@@ -13,9 +13,8 @@ from onnx import helper as h
 from onnx import numpy_helper
 
 from lora_export import benchmarking
-from lora_export.benchmarking import engines, environment, sessions
-from lora_export.benchmarking import run as study
-from lora_export.benchmarking import study as measuring
+from lora_export.benchmarking import arms as opened_arms
+from lora_export.benchmarking import benchmark, environment, sessions, study
 from lora_export.benchmarking.buffers import Buffers, Shape
 from lora_export.benchmarking.gpus import Gpus
 from lora_export.contracts import BenchmarkArm, BenchmarkOptions, BenchmarkResult, GraphComparison
@@ -107,27 +106,27 @@ def test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions(
     small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[object] = []
-    real_open, real_conclude = measuring._opened, measuring.conclude
-    monkeypatch.setattr(measuring, "_opened", lambda *a: opened.append(a) or real_open(*a))
+    real_open, real_conclude = study._opened, study.conclude
+    monkeypatch.setattr(study, "_opened", lambda *a: opened.append(a) or real_open(*a))
     slow, base = small("merged", 40), small("base", 8)
     found = run(slow, base, max_seconds=20, shapes=((1, 64),), graph=IDENTICAL)
     assert found.verdict == "slower" and len(opened) >= 2
 
     verdicts = iter(["slower", "equivalent", "equivalent"])
-    monkeypatch.setattr(measuring, "conclude", lambda *a: replace(real_conclude(*a), verdict=next(verdicts)))
+    monkeypatch.setattr(study, "conclude", lambda *a: replace(real_conclude(*a), verdict=next(verdicts)))
     found = run(base, base, max_seconds=1, graph=IDENTICAL)
     assert [c.verdict for c in found.cells] == ["inconclusive", "equivalent"]
     reason = found.cells[0].reason
-    assert "it is the sessions that differ" in reason and any(reason in note for note in found.notes)
+    assert "the sessions differ, not the graphs" in reason and any(reason in note for note in found.notes)
 
 
 def test_sets_of_sessions_are_opened_in_other_orders_and_counted(
     small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     orders: list[list[str]] = []
-    real = engines.Engines.open
+    real = opened_arms.OpenedArms.open
     monkeypatch.setattr(
-        engines.Engines, "open", lambda self, arms, part: orders.append([*arms]) or real(self, arms, part)
+        opened_arms.OpenedArms, "open", lambda self, arms, part: orders.append([*arms]) or real(self, arms, part)
     )
     result = run(small("merged", 4), small("base", 4), small("unmerged", 30), sessions=6, max_seconds=9)
     assert len(orders) == 6 and orders[0] == ["base", "merged", "base_again", "unmerged"]
@@ -233,10 +232,10 @@ def test_unknown_inputs_are_refused_by_name(tmp_path: Path) -> None:
 def test_signals_states_and_caches_are_made_up_in_their_shapes(
     tmp_path: Path, name: str, dims: list[str | int], expected: tuple[int, ...]
 ) -> None:
-    engine = sessions.Engine(one_node(tmp_path / "model.onnx", name, T.FLOAT, dims), "cpu", 1)
+    engine = sessions.ArmSession(one_node(tmp_path / "model.onnx", name, T.FLOAT, dims), "cpu", 1)
     buffers = Buffers("cpu")
     engine.call(Shape(2, 7, 5), buffers).run()
-    assert {tuple(v.shape()) for v in buffers._values.values()} == {expected}
+    assert {tuple(v.shape()) for v in buffers.values.values()} == {expected}
 
 
 def test_an_encoder_decoder_is_measured_as_prompt_and_step(small: Callable[..., Path]) -> None:
@@ -259,10 +258,10 @@ def test_no_prompt_is_longer_than_the_model_has_positions(small: Callable[..., P
 
 
 def test_decode_sees_the_cache_that_a_prefill_left(small: Callable[..., Path]) -> None:
-    engine = sessions.Engine(small("model", 2), "cpu", 1)
+    engine = sessions.ArmSession(small("model", 2), "cpu", 1)
     buffers = Buffers("cpu")
     engine.call(Shape(2, 5, 1), buffers).run()
-    cache = {key[0]: value for key, value in buffers._values.items() if value.shape()[-1:] == [HEAD]}
+    cache = {key[0]: value for key, value in buffers.values.items() if value.shape()[-1:] == [HEAD]}
     past, present = cache["past_key_values.0.key"].numpy(), cache["present.0.key"].numpy()
     assert past.shape == (2, 1, 5, HEAD) and present.shape == (2, 1, 6, HEAD)
     np.testing.assert_array_equal(present[:, :, :5], past)
@@ -272,10 +271,10 @@ def test_decode_sees_the_cache_that_a_prefill_left(small: Callable[..., Path]) -
 def test_arms_share_their_buffers(small: Callable[..., Path]) -> None:
     buffers = Buffers("cpu")
     shape = Shape(1, 4, 1)
-    sessions.Engine(small("a", 2), "cpu", 1).call(shape, buffers)
-    count, size = len(buffers._values), buffers.nbytes
-    sessions.Engine(small("b", 3), "cpu", 1).call(shape, buffers)
-    assert len(buffers._values) == count and buffers.nbytes == size > 0
+    sessions.ArmSession(small("a", 2), "cpu", 1).call(shape, buffers)
+    count, size = len(buffers.values), buffers.nbytes
+    sessions.ArmSession(small("b", 3), "cpu", 1).call(shape, buffers)
+    assert len(buffers.values) == count and buffers.nbytes == size > 0
 
 
 def test_a_cpu_profile_finds_every_node_on_the_cpu(small: Callable[..., Path]) -> None:
@@ -286,17 +285,17 @@ def test_cuda_cells_come_with_and_without_graphs_and_survive_a_failed_capture(
     small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA played by the CPU: the order of cells, the notes and the verification, not the device."""
-    real = sessions.Engine
+    real = sessions.ArmSession
 
-    def engine(model: Path, provider: str, threads: int, *, cuda_graph: bool, **kw: Any) -> sessions.Engine:
+    def engine(model: Path, provider: str, threads: int, *, cuda_graph: bool, **kw: Any) -> sessions.ArmSession:
         made = real(model, "cpu", threads, **kw)
         if cuda_graph and model.stem == "unmerged":
             made.call = _raise  # type: ignore[method-assign]
         return made
 
-    monkeypatch.setattr(engines, "Engine", engine)
-    monkeypatch.setattr(study, "misplaced", lambda model, *_: ("MatMul on CPU",) * (model.stem == "base"))
-    monkeypatch.setattr(study.runtime, "resolve_provider", lambda name: "cuda")
+    monkeypatch.setattr(opened_arms, "ArmSession", engine)
+    monkeypatch.setattr(benchmark, "misplaced", lambda model, *_: ("MatMul on CPU",) * (model.stem == "base"))
+    monkeypatch.setattr(benchmark.runtime, "resolve_provider", lambda name: "cuda")
     result = run(
         merged=small("merged", 2),
         base=small("base", 2),
@@ -326,7 +325,7 @@ def test_the_environment_names_no_machine() -> None:
 
     told = str(environment.describe())
     assert not platform.node() or platform.node() not in told
-    assert "cpu" in environment.describe()
+    assert environment.describe().cpu
     assert min(environment.memory("cpu", Gpus())) > 0
 
 
@@ -353,8 +352,8 @@ def test_every_block_has_a_reading_of_the_machine(small: Callable[..., Path]) ->
     for cell in result.cells:
         key = f"b1/p24/{cell.phase}"
         assert len(result.conditions[key]) == cell.pairs
-        assert {"load", "steal", "others", "cpu_mhz", "gpus"} <= result.conditions[key][0].keys()
-        assert result.environment["blocks"][key]["load"][1] >= 0
+        assert all(0 <= reading.steal <= 100 for reading in result.conditions[key])
+        assert len(result.environment.blocks[key]["load"]) == 3
 
 
 def test_memory_is_counted_for_each_arm_without_the_shared_buffers(
@@ -427,9 +426,9 @@ def test_a_plugged_adapter_is_in_every_run(tmp_path: Path) -> None:
 
     def logits(adapter: Path | None) -> np.ndarray[Any, Any]:
         buffers = Buffers("cpu")
-        engine = sessions.Engine(model, "cpu", 1, adapter=adapter)
+        engine = sessions.ArmSession(model, "cpu", 1, adapter=adapter)
         engine.call(Shape(1, 0, 2), buffers).run()
-        (value,) = [v for key, v in buffers._values.items() if key[0] == "logits"]
+        (value,) = [v for key, v in buffers.values.items() if key[0] == "logits"]
         return value.numpy()
 
     assert not logits(None).any()
@@ -484,19 +483,19 @@ def attention(path: Path, kind: int = T.FLOAT) -> Path:
     return path
 
 
-def _logits(engine: sessions.Engine, shape: Shape) -> np.ndarray[Any, Any]:
+def _logits(engine: sessions.ArmSession, shape: Shape) -> np.ndarray[Any, Any]:
     buffers = Buffers("cpu")
     bound = engine.call(shape, buffers)
     for _ in range(3):  # a step that is repeated writes the same keys into the same place
         bound.run()
-    (value,) = [v for key, v in buffers._values.items() if key[0] == "logits"]
+    (value,) = [v for key, v in buffers.values.items() if key[0] == "logits"]
     return value.numpy().copy()
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 7, 1), Shape(2, 0, 7)])
 def test_a_cache_in_place_gives_the_same_logits(tmp_path: Path, shape: Shape) -> None:
     model = attention(tmp_path / "model.onnx")
-    engine, apart = sessions.Engine(model, "cpu", 1), sessions.Engine(model, "cpu", 1)
+    engine, apart = sessions.ArmSession(model, "cpu", 1), sessions.ArmSession(model, "cpu", 1)
     assert engine.kv_in_place
     apart.__dict__["kv_in_place"] = False
     np.testing.assert_allclose(_logits(engine, shape), _logits(apart, shape), rtol=1e-5, atol=1e-6)
@@ -504,14 +503,14 @@ def test_a_cache_in_place_gives_the_same_logits(tmp_path: Path, shape: Shape) ->
 
 def test_a_graph_that_copies_its_cache_is_measured_so_and_told(small: Callable[..., Path]) -> None:
     model = small("model", 2)
-    assert not sessions.Engine(model, "cpu", 1).kv_in_place
+    assert not sessions.ArmSession(model, "cpu", 1).kv_in_place
     result = run(model, model, max_seconds=1)
     assert any("cannot write into it" in note for note in result.notes)
     assert not any(c.kv_in_place for c in result.cells)
 
 
 def test_a_cache_in_place_with_other_logits_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = sessions.Engine(attention(tmp_path / "model.onnx"), "cpu", 1)
+    engine = sessions.ArmSession(attention(tmp_path / "model.onnx"), "cpu", 1)
     real = engine._one_cache
 
     def forgetful(*args: Any, **kw: Any) -> Any:
@@ -532,7 +531,7 @@ def test_pytorch_runs_the_unmerged_model_again_and_again(tmp_path: Path, monkeyp
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lora_export.benchmarking.pytorch import TorchEngine
+    from lora_export.benchmarking.pytorch import TorchSession
 
     config = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
@@ -541,7 +540,7 @@ def test_pytorch_runs_the_unmerged_model_again_and_again(tmp_path: Path, monkeyp
     get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     threads = torch.get_num_threads()
     try:
-        engine = TorchEngine(tmp_path / "base", tmp_path / "adapter", "cpu", 1)
+        engine = TorchSession(tmp_path / "base", tmp_path / "adapter", "cpu", 1)
         assert any("lora_A" in name for name, _ in engine._model.named_parameters())
         caches = []
         filled = engine._filled
@@ -550,6 +549,6 @@ def test_pytorch_runs_the_unmerged_model_again_and_again(tmp_path: Path, monkeyp
         assert all(bound.run() > 0 for _ in range(5))
         assert caches[0].get_seq_length() == 9  # each step is cut off again
         with pytest.raises(InputError, match="cannot load"):
-            TorchEngine(tmp_path / "base", tmp_path / "base", "cpu", 1)
+            TorchSession(tmp_path / "base", tmp_path / "base", "cpu", 1)
     finally:
         torch.set_num_threads(threads)

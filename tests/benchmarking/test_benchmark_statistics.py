@@ -248,8 +248,8 @@ def test_verdicts_at_the_edges(
 @pytest.mark.parametrize(
     ("sessions", "merged", "verdict", "reason"),
     [
-        (2, (0.995, 1.005), "inconclusive", "only 2 sets of sessions, 6 are the least that have a spread"),
-        (5, (1.02, 1.03), "inconclusive", "only 5 sets of sessions, 6 are the least that have a spread"),
+        (2, (0.995, 1.005), "inconclusive", "only 2 sets of sessions; a spread needs at least 6"),
+        (5, (1.02, 1.03), "inconclusive", "only 5 sets of sessions; a spread needs at least 6"),
         (6, (0.995, 1.005), "equivalent", ""),
         (6, (1.02, 1.03), "slower", ""),
         (

@@ -72,7 +72,7 @@ def test_folder_is_its_own_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x/y", "a/b/c", "a b/c", "-x/y", "/no/such/folder", "owner/name@"])
 def test_what_is_no_hub_id_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no hub id"):
+    with pytest.raises(InputError, match="not a valid Hub ID"):
         resolve(name)
 
 

@@ -45,7 +45,7 @@ def test_combine(given: dict[str, Path], tmp_path: Path) -> None:
     assert ranks(tmp_path / "sum") == {4, 7} and made["error"] < 1e-12
     smaller = run(*both, "--rank", 2, "-o", tmp_path / "small")
     assert smaller.exit_code == 0 and ranks(tmp_path / "small") == {2}
-    assert "2 in 4 modules" in smaller.stdout and "of its square are kept" in smaller.stdout
+    assert "2 in 4 modules" in smaller.stdout and "of its square is kept" in smaller.stdout
     again = run(*both, "-o", tmp_path / "small")
     assert again.exit_code == 1 and "--force" in again.stderr
     assert ranks(tmp_path / "small") == {2}

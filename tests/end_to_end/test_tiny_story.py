@@ -106,10 +106,16 @@ def test_stages_alone_work_on_what_the_run_left(
         (batch, phase) for batch in (1, 2) for phase in ("prefill", "decode")
     }
     assert list(document["cells"][0]["arms"]) == ["base", "merged", "again", "delayed"]
-    code, document, _ = run("report", tmp_path / "latency", "--compare", out)
-    assert code == 0 and "Beside another run" in Path(document["html"]).read_text()
+    code, document, _ = run("report", out, "--compare", tmp_path / "latency")
+    beside = out.with_name(f"{out.name}-vs-latency")
+    assert code == 0 and Path(document["html"]).parent == beside
+    assert "Compared with another run" in (beside / "report.html").read_text()
+    code, document, _ = run("report", out, "--compare", tmp_path / "latency", "-o", out / "report" / "both")
+    assert code == 1 and not (out / "report" / "both").exists()
     code, document, _ = run("report", out)
     assert code == 0 and Path(document["html"]).is_file()
+    code, document, _ = run("verify", out)
+    assert code == 0, document
     code, document, _ = run("inspect", out)
     assert code == 0 and document["kind"] == "run" and document["status"] == "passed"
 

@@ -16,7 +16,7 @@ from lora_export.workflows.packaging import package
 from tests.builders import lora, save_adapter, save_base
 from tests.failures.planted import Scene
 from tests.packages.conftest import make_run, save_decoder, save_lora
-from tests.report.conftest import full_report
+from tests.report.conftest import full_report, write
 
 Stock = Callable[[str], Path]
 
@@ -52,8 +52,6 @@ def merged(folder: Path) -> None:
 
 
 def reported(folder: Path) -> None:
-    from lora_export.report import write
-
     write(without_plots(), folder / "run" / "report")
 
 

@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
     "a tensor that nothing explains": (
         adapt(**{"base_model.model.x.mystery": torch.ones(2)}),
         [],
-        ["no adapter kind explains", "x.mystery", "try:"],
+        ["no adapter kind accounts", "x.mystery", "try:"],
     ),
     "an empty adapter": (
         lambda w: edit_tensors(w / "adapter" / WEIGHTS, dict.fromkeys(tensors(w / "adapter"))),
@@ -252,7 +252,7 @@ def test_output_that_overlaps_an_input(work: Path, output: str, force: list[str]
 
 def test_name_that_is_neither_folder_nor_hub_id(work: Path) -> None:
     words = ["merge", "-b", "no such thing", "-a", work / "adapter", "-o", work / "out"]
-    _check_refused(words, work, ["no hub id", "no such thing"])
+    _check_refused(words, work, ["not a valid Hub ID", "no such thing"])
 
 
 def test_hub_id_offline(work: Path) -> None:

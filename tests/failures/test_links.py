@@ -11,11 +11,12 @@ from lora_export.contracts import AdapterChoice
 from lora_export.errors import ExportError, InputError, LoraExportError, OutputError
 from lora_export.merging import merge
 from lora_export.onnx_export.weights.reuse import copy_graphs
-from lora_export.report import render, write
+from lora_export.report import render
 from lora_export.storage import sealed
 from tests.builders import lora, save_adapter, save_base, tensors
 from tests.failures.commands import everything, invoke
 from tests.failures.scenes import without_plots
+from tests.report.conftest import write
 
 SECONDS = 20
 NAMES = ["model.safetensors", "config.json", "generation_config.json", "notes.txt"]

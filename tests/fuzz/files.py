@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from lora_export.checkpoint.header import ITEM_SIZE
+from lora_export.checkpoint.header import ITEM_BITS
 from tests.fuzz.strategies import ODD_TEXTS
 
 DTYPES = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E8M0", "I64", "I32", "I8", "U8", "BOOL"]
@@ -40,7 +40,7 @@ def file_bytes(tensors: list[Entry] | tuple[Entry, ...]) -> bytes:
     header: dict[str, Any] = {}
     at, chunks = 0, []
     for entry in tensors:
-        needed = int(np.prod(entry.shape, dtype=object)) * ITEM_SIZE[entry.dtype]
+        needed = int(np.prod(entry.shape, dtype=object)) * ITEM_BITS[entry.dtype] // 8
         data = (entry.data * (needed // max(len(entry.data), 1) + 1))[:needed] if entry.data else bytes(needed)
         header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + needed]}
         at += needed

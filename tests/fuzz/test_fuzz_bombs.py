@@ -19,7 +19,7 @@ from lora_export.merging.certificate.document import SCHEMA_VERSION, read_certif
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.map import Piece, Quantization, Recipe, Weight, WeightsMap
 from lora_export.packages import archive, contents
-from lora_export.report.schema import load
+from lora_export.report import load
 from lora_export.storage.sealed import write_sealed
 from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz import adapters

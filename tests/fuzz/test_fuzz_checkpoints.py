@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from lora_export.checkpoint import Checkpoint, TensorFiles, open_checkpoint
-from lora_export.checkpoint.header import ITEM_SIZE, ShardHeader, build_header, read_header
+from lora_export.checkpoint.header import ITEM_BITS, ShardHeader, build_header, read_header
 from lora_export.contracts import TensorInfo
 from lora_export.errors import LoraExportError
 from tests.fuzz.guard import attempt, harness
@@ -45,9 +45,10 @@ def check_ranges(tensors: "dict[str, TensorInfo]") -> None:
     for name, info in tensors.items():
         assert name == info.name
         assert 8 <= info.start <= info.end <= info.file.stat().st_size
-        assert info.nbytes == math.prod(info.shape) * ITEM_SIZE[info.dtype]
+        assert 8 * info.nbytes == math.prod(info.shape) * ITEM_BITS[info.dtype]
         by_file.setdefault(info.file, []).append(info)
-        assert TensorFiles(tensors).read(name).shape == info.shape
+        if not info.dtype.startswith(("F4", "F6")):  # which torch cannot hold
+            assert TensorFiles(tensors).read(name).shape == info.shape
     for infos in by_file.values():
         infos.sort(key=lambda t: (t.start, t.end))
         assert all(a.end <= b.start for a, b in pairwise(infos))

@@ -9,8 +9,7 @@ import matplotlib.font_manager  # noqa: F401  - reads its cache, which lies else
 from hypothesis import strategies as st
 
 from lora_export.errors import LoraExportError
-from lora_export.report import render
-from lora_export.report.schema import load, load_samples
+from lora_export.report import compare, load, load_samples, render
 from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz.guard import attempt, harness
 from tests.fuzz.strategies import json_files
@@ -81,8 +80,10 @@ def test_report_pages(report: bytes, samples: bytes) -> None:
         write_run(folder, b"{}", report, samples)
         inner = folder / "report"
         accepted = [attempt(folder, lambda: load(inner)), attempt(folder, lambda: load_samples(inner))]
-        pages = attempt(folder, lambda: render(inner, inner))
-        assert isinstance(pages, LoraExportError) == any(isinstance(a, LoraExportError) for a in accepted)
-        if pages is None:
-            for page in ("report.html", "report.md"):
-                assert (inner / page).read_text(encoding="utf-8")
+        pages = attempt(folder, lambda: render(inner))
+        both = attempt(folder, lambda: compare(inner, inner, folder / "both"))
+        refused = any(isinstance(a, LoraExportError) for a in accepted)
+        assert isinstance(pages, LoraExportError) == isinstance(both, LoraExportError) == refused
+        if not refused:
+            for page in (inner / "report.html", inner / "report.md", folder / "both" / "report.html"):
+                assert page.read_text(encoding="utf-8")

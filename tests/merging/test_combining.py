@@ -348,8 +348,8 @@ def test_an_adapter_and_its_opposite(made: Any, tmp_path: Path) -> None:
         ({"combine": "ties"}, "keeps a share of each delta, and --density is None"),
         ({"combine": "dare_linear", "density": 0.0}, "keeps a share"),
         ({"combine": "linear", "density": 0.2}, "prunes nothing"),
-        ({"combine": "svd", "combine_on": "factors"}, "factors beside --combine svd"),
-        ({"combine": "linear", "combine_on": "factors", "svd_rank": 2}, "factors beside .* --svd-rank"),
+        ({"combine": "svd", "combine_on": "factors"}, "factors with --combine svd"),
+        ({"combine": "linear", "combine_on": "factors", "svd_rank": 2}, "factors with .* --svd-rank"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit(made: Any, options: dict[str, Any], words: str) -> None:
@@ -369,7 +369,7 @@ def test_factors_of_different_ranks(made: Any) -> None:
 def test_kinds_that_have_no_factors_or_rank(mixed_kinds: Any) -> None:
     base, adapters = mixed_kinds
     choices = [AdapterChoice(a) for a in adapters]
-    with pytest.raises(AdapterError, match="factors, and this is dora"):
+    with pytest.raises(AdapterError, match="factors, but this is dora"):
         plan(base, choices, MergeOptions(combine="linear", combine_on="factors"))
     with pytest.raises(InputError, match="not all have a rank"):
         plan(base, choices, MergeOptions(combine="svd"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.core_model_loading import Chunk, Concatenate, Interleave, PermuteForRope, WeightConverter
 
-from lora_export.adapters.lora import LowRank, LowRankUpdate
+from lora_export.adapters.updates import LowRank, LowRankUpdate
 from lora_export.contracts import TargetUpdate, Update
 from lora_export.errors import AdapterError
 from lora_export.merging.architecture.pieces import Group, Shape, StoredPiece, spread

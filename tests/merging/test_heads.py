@@ -108,7 +108,7 @@ def refused(base: Path, adapter: Path, output: Path, **options: Any) -> LoraExpo
 def test_head_of_an_unknown_task_is_asked_for_and_then_recorded(tmp_path: Path) -> None:
     base, adapter = build(TAGGER, tmp_path)
     error = refused(base, without_task(adapter), tmp_path / "out")
-    assert isinstance(error, InputError) and "does not say of which task" in error.found
+    assert isinstance(error, InputError) and "does not say for which task" in error.found
     assert "--task text-classification" in error.next_step and "--task token-classification" in error.next_step
     run(base, adapter, tmp_path / "out", task="token-classification")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [TAGGER.trained.__name__]

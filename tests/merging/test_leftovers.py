@@ -41,6 +41,7 @@ def nvfp4(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
 CASES: dict[str, tuple[Change, dict[str, Any] | None, str]] = {
     "fp8 without settings": (scaled("weight_scale_inv"), None, "type F8_E4M3"),
     "fp8 without scales": (lambda n, w: {n: fp8(n, w)}, FP8, "no quantized weight is here"),
+    "4-bit floats": (lambda n, w: {n: w[:, ::2].byte().view(torch.float4_e2m1fn_x2)}, None, "type F4"),
     "some fp8 without scales": (mixed(lambda n, w: {n: fp8(n, w)}), FP8, "type F8_E4M3"),
     "scales of an unknown name": (mixed(scaled("weight.odd")), FP8, "type F8_E4M3"),
     "a scale beside bfloat16": (mixed(lambda n, w: {f"{n}_scale": torch.ones(())}), FP8, "_proj.weight_scale"),

@@ -13,6 +13,7 @@ from lora_export.errors import ExportError
 from lora_export.onnx_export import export, load_export
 from lora_export.onnx_export.graphs.fusions import compare
 from lora_export.progress import Silent
+from lora_export.storage.documents import as_json
 from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, save
 
@@ -25,7 +26,7 @@ def test_every_fused_graph_agrees_with_the_plain_one(name: str, tmp_path: Path) 
     result = export(model, tmp_path / "onnx", ExportOptions("fp32", "cpu"), against_plain=True, progress=Silent())
     assert result.fused_against_plain is not None
     assert 0 <= result.fused_against_plain <= 1e-4
-    assert load_export(result.output).as_json()["fused_against_plain"] == result.fused_against_plain
+    assert as_json(load_export(result.output))["fused_against_plain"] == result.fused_against_plain
     assert not (result.output / ".plain").exists()
 
 

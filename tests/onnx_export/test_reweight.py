@@ -14,11 +14,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from lora_export.checkpoint import hashing
 from lora_export.choices import Precision
 from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult, QuantizationOptions
 from lora_export.errors import LoraExportError
-from lora_export.merging import merge
+from lora_export.merging import merge, written_source
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
 from lora_export.storage import workers
@@ -95,6 +96,19 @@ def test_the_next_adapter_is_what_a_fresh_export_gives(
     # and back: the base again, from the graph of a merged model
     back = reweight(found.output, base, tmp_path / "back", progress=Silent())
     same_files(earlier.output, back.output)
+
+
+def test_reweight_of_a_fresh_merge_hashes_no_tensor_again(
+    exported: Exported, llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = merge(llama, [AdapterChoice(adapter)], tmp_path / "merged")
+    earlier = exported(llama).output
+    wanted = reweight(earlier, result.output, tmp_path / "wanted", progress=Silent())
+    monkeypatch.setattr(hashing, "hash_tensor", lambda info: pytest.fail(f"{info.name} was hashed again"))
+    found = reweight(earlier, result.output, tmp_path / "out", source=written_source(result), progress=Silent())
+    same_files(wanted.output, found.output)
+    with pytest.raises(pytest.fail.Exception):
+        reweight(earlier, result.output, tmp_path / "other", progress=Silent())
 
 
 # --- refusals ----------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def test_triton_package_with_a_python_backend_is_refused(decoder_run: Path, copi
     config.write_text(config.read_text().replace('"python"', '"onnxruntime"'))
     (config.parent / "1" / "model.py").write_text("raise SystemExit")
     reseal(folder)
-    assert "1/model.py is of no type that a package has" in run("verify", folder).stdout
+    assert "1/model.py is not a type of file that a package contains" in run("verify", folder).stdout
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_a_graph_that_reads_elsewhere_is_not_run(called: str, decoder_run: Path,
     document["files"] = {n: f for n, f in as_json(hash_folder(folder)).items() if n != "manifest.json"}
     write_sealed(folder / "manifest.json", document)
     code, found = verify(folder, "--run")
-    refusal = "../outside" if called == "model.onnx" else "is of no type that a package has"
+    refusal = "../outside" if called == "model.onnx" else "is not a type of file that a package contains"
     assert code == 1 and called in notes(found) and refusal in notes(found)
     assert "runs" not in {c["name"] for c in found["checks"]}
 

@@ -1,7 +1,7 @@
-"""A report with every stage, made from the contracts' own as_json, so that it fails when they change."""
+"""A report with every stage, made of the contracts, so that it fails when they change."""
 
 import json
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,25 @@ from lora_export.contracts import (
     BenchmarkResult,
     Cell,
     Check,
+    Continuation,
+    Environment,
     ExportResult,
+    Gpu,
     GraphComparison,
     MergeResult,
+    NamedAdapter,
+    NamedSource,
+    NamedSources,
     Percentile,
     Perplexity,
+    Report,
+    Samples,
     TensorRecord,
     ValidationResult,
 )
-from lora_export.report import SCHEMA_VERSION
+from lora_export.contracts.report import SCHEMA_VERSION
+from lora_export.report import files
+from lora_export.storage.documents import decode, finite
 
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj")
 
@@ -40,25 +50,44 @@ def timings() -> dict[str, dict[str, tuple[float, ...]]]:
 
 
 def full_report() -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "title": "support-bot-lora on SmolLM2-135M",
-        "created": "2026-11-23T23:59:00+00:00",
-        "tool_version": "0.1.0",
-        "status": "passed",
-        "options": {"merge": {"dtype": "keep", "max_memory": 2147483648}, "precision": "fp32", "provider": "auto"},
-        "sources": {
-            "base": {"name": "example/SmolLM2-135M", "commit": "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"},
-            "adapters": [{"name": "support-bot-lora", "commit": None, "weight": 0.7}],
-        },
-        "merge": _merge(),
-        "validate": _validation().as_json(),
-        "export": _export().as_json(),
-        "benchmark": _benchmark().as_json(),
-    }
+    """A report with every stage, as JSON."""
+    return files.to_json(
+        Report(
+            schema_version=SCHEMA_VERSION,
+            title="support-bot-lora on SmolLM2-135M",
+            created="2026-11-23T23:59:00+00:00",
+            tool_version="0.1.0",
+            status="passed",
+            options={
+                "merge": {"dtype": "keep", "max_memory": 2147483648},
+                "precision": "fp32",
+                "provider": "auto",
+            },
+            sources=NamedSources(
+                NamedSource("example/SmolLM2-135M", "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"),
+                (NamedAdapter("support-bot-lora", weight=0.7),),
+            ),
+            merge=_merge(),
+            validate=_validation(),
+            export=_export(),
+            benchmark=_benchmark(),
+        )
+    )
 
 
-def _merge() -> dict[str, Any]:
+def read(document: dict[str, Any]) -> Report:
+    return decode(json.loads(json.dumps(finite(document))), Report, "the report", "a test")
+
+
+def write(document: dict[str, Any], folder: Path, samples: Samples | None = None) -> None:
+    """A report that is given as JSON, with raw timings."""
+    report = read(document)
+    if report.benchmark:
+        report = replace(report, benchmark=replace(report.benchmark, samples=samples or {}))
+    files.write(report, folder)
+
+
+def _merge() -> MergeResult:
     dice = np.random.default_rng(0)
     updated = tuple(
         TensorRecord(
@@ -76,8 +105,7 @@ def _merge() -> dict[str, Any]:
         for layer in range(30)
         for module in MODULES
     )
-    records = (*updated, TensorRecord("model.norm.weight", "copied", "BF16", (576,)))
-    result = MergeResult(
+    return MergeResult(
         output=Path("merged"),
         tensors={"copied": 123, "updated": 150, "replaced": 0, "dequantized": 0},
         adapter_tensors={"used": 300, "total": 300},
@@ -87,10 +115,9 @@ def _merge() -> dict[str, Any]:
         certificate=Path("merged/certificate.json"),
         base_weights="dequantized",
         dtype="bfloat16",
-        records=records,
+        records=(*updated, TensorRecord("model.norm.weight", "copied", "BF16", (576,))),
         warnings=("the adapter names another revision of the base",),
     )
-    return result.as_json() | {"records": [asdict(r) for r in records]}
 
 
 def _validation() -> ValidationResult:
@@ -104,13 +131,13 @@ def _validation() -> ValidationResult:
             Check("onnx_logits_max_abs", 1.1e-4, 1e-3, True, "fp32 against fp32"),
         ),
         samples=(
-            {
-                "prompt": "Customer: my parcel has not arrived.\nAgent:",
-                "base": " The parcel is a parcel. The parcel is a parcel.",
-                "unmerged": " I am sorry to hear that. Could you tell me your order number?",
-                "merged": " I am sorry to hear that. Could you tell me your order number?",
-                "first_difference": "prompt 1, token 15: unmerged ' number', here ' code'",
-            },
+            Continuation(
+                prompt="Customer: my parcel has not arrived.\nAgent:",
+                base=" The parcel is a parcel. The parcel is a parcel.",
+                unmerged=" I am sorry to hear that. Could you tell me your order number?",
+                merged=" I am sorry to hear that. Could you tell me your order number?",
+                first_difference="prompt 1, token 15: unmerged ' number', here ' code'",
+            ),
         ),
         kl_by_position=tuple(float(x) for x in 6e-5 * np.exp(dice.standard_normal(128))),
         perplexities=(
@@ -173,19 +200,19 @@ def _benchmark() -> BenchmarkResult:
         graph_identical=True,
         verdict="equivalent",
         seconds=61.2,
-        environment={
-            "cpu": "Example CPU",
-            "margin": 0.01,
-            "onnxruntime": "1.31.1",
-            "gpus": [{"name": "Example GPU"}],
-            "blocks": {
+        environment=Environment(
+            cpu="Example CPU",
+            margin=0.01,
+            onnxruntime="1.31.1",
+            gpus=(Gpu(name="Example GPU"),),
+            blocks={
                 "b1/p128/decode": {
-                    "load": [0.1, 0.2, 0.3],
-                    "gpu0_sm_mhz": [1200, 1980, 1980],
-                    "throttled": ["power limit"],
+                    "load": (0.1, 0.2, 0.3),
+                    "gpu0_sm_mhz": (1200, 1980, 1980),
+                    "throttled": ("power limit",),
                 }
             },
-        },
+        ),
         graph=GraphComparison(True, "5a" * 32, "5a" * 32, 309, {"CPUExecutionProvider": 339}),
         notes=("b1/p128/decode: latency still drifted by more than the margin when warm-up ended",),
     )

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from lora_export.contracts import Check, ValidationResult
 from lora_export.escape import markdown as escaped
-from lora_export.report import render, story, write
-from lora_export.report.text import number, size
+from lora_export.report import compare, story
+from lora_export.wording import number, size
 from tests.daily import daily
+from tests.report.conftest import write
 
 HOSTILE = '<script>alert("1")</script>\'"\n\n# <img src=x onerror=alert(1)> $x$ | `a` {{ 7*7 }} \x00\x1b[31m\u202e'
 Samples = dict[str, dict[str, tuple[float, ...]]]
@@ -63,7 +65,7 @@ def test_a_full_report_tells_its_story_on_top(full: dict[str, Any], timings: Sam
     page, _, text = pages(full, tmp_path, timings)
     for words in (page.words, text):
         assert "Passed" in words
-        assert "300 of 300 adapter tensors went into 150 weights" in words
+        assert "The merge used 300 of 300 adapter tensors and changed 150 weights" in words
         assert "computes what the adapter was trained to compute: all 5 checks passed" in words
         assert "as fast as the base, within ±1%, in all 2 cells" in words
         assert "support-bot-lora × 0.7" in words and "93efa2f097d5" in words
@@ -83,8 +85,8 @@ def test_every_arm_has_its_percentiles_and_rates(full: dict[str, Any], timings: 
     for words in (page.words, text.replace("\\", "")):
         assert "Canonical hash, base and merged" in words and "5a5a5a5a5a5a5a5a" in words
         assert "All arms (base, merged, unmerged, plugged, pytorch) and a second session of the base" in words
-        assert "Other batch sizes and prompt lengths than these were not measured: 1 × 128." in words
-        assert "on a GPU an unmerged adapter costs other shares" in words
+        assert "Only these batch sizes and prompt lengths were measured: 1 × 128." in words
+        assert "on a GPU the relative cost of an unmerged adapter is different" in words
         assert "writes in place is faster" not in words
     assert "GPU 0: clock, MHz 1,200 1,980 1,980" in page.words and "throttled power limit" in page.words
 
@@ -113,7 +115,7 @@ def test_a_measurement_alone_that_found_nothing_out_is_no_pass(full: dict[str, A
     full["benchmark"]["verdict"] = "inconclusive"
     page, _, text = pages(full, tmp_path)
     assert "No verdict" in page.words and "⚠️ No verdict" in text and "Passed" not in page.words + text
-    assert "no difference can come from them" in page.words
+    assert "the graph cannot make a difference" in page.words
 
 
 def test_a_report_from_before_there_were_arms_is_a_report(
@@ -130,7 +132,7 @@ def test_a_report_from_before_there_were_arms_is_a_report(
 def test_the_proof_in_figures(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     page, _, text = pages(full, tmp_path, timings)
     for words in (page.words, text):
-        assert "On the text its perplexity is 28.83; the unmerged model has 28.82 and the base 40.94." in words
+        assert "Perplexity on the test text: 28.83 merged, 28.82 unmerged, 40.94 for the base." in words
         assert "Ship the dequantized merge: it is the function that was trained." in words
         assert "at most 0.5 and on average 0.25 units in the last place, in 691,200 elements of 150" in words
     assert "onnx int4 30.4 -25.7 % 612" in page.words and "| onnx int4 | 30.4 | -25.7 % | 612 |" in text
@@ -154,11 +156,10 @@ def test_where_it_goes_wrong_is_said_on_top(full: dict[str, Any], tmp_path: Path
         "tensors": ["model.layers.3.mlp.up_proj.weight"]
     }  # fmt: skip
     for words in (pages(full, tmp_path)[0].words, pages(full, tmp_path)[2]):
-        assert (
-            "It goes wrong first in model.layers.3.mlp, whose output is off by 0.21 where rounding"
-            in words.replace("\\", "")
+        assert "The first module that differs is model.layers.3.mlp: its output is off by 0.21" in words.replace(
+            "\\", ""
         )
-        assert "look at model.layers.3.mlp.up" in words.replace("\\", "")
+        assert "Look at model.layers.3.mlp.up" in words.replace("\\", "")
 
 
 @pytest.mark.parametrize("size", daily([5e305, 1e307, 1.7e308, -1e300, 1e30], [1.7e308, 1e30]))
@@ -218,7 +219,7 @@ def test_names_of_a_model_stay_names(full: dict[str, Any], timings: Samples, tmp
 
 def poisoned(value: Any, key: str = "") -> Any:
     """Every free string of a report replaced by a hostile one, names of layers only in part."""
-    if key in ("status", "verdict", "phase"):
+    if key in ("status", "verdict", "phase", "operation", "precision", "kind", "activations"):
         return value
     if isinstance(value, dict):
         return {k: poisoned(v, k) for k, v in value.items()}
@@ -261,7 +262,7 @@ def test_a_failure_cannot_be_overlooked(full: dict[str, Any], tmp_path: Path) ->
 def test_slower_and_inconclusive_read_differently(full: dict[str, Any], tmp_path: Path) -> None:
     full["benchmark"]["verdict"] = "inconclusive"
     page, _, _ = pages(full, tmp_path)
-    assert "gave no verdict" in page.words
+    assert "was inconclusive" in page.words
     full["benchmark"]["verdict"] = "slower"
     full["benchmark"]["cells"][0] |= {"verdict": "slower", "ratio": 1.08}
     page, _, _ = pages(full, tmp_path)
@@ -284,15 +285,15 @@ def test_compare_sets_two_runs_side_by_side(full: dict[str, Any], tmp_path: Path
     other["benchmark"] = None
     write(full, tmp_path / "a")
     write(other, tmp_path / "b")
-    before = (tmp_path / "b" / "report.html").read_bytes()
-    render(tmp_path / "a", tmp_path / "b")
-    page = Page((tmp_path / "a" / "report.html").read_text(encoding="utf-8"))
-    assert "Beside another run" in page.words
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    compare(tmp_path / "a", tmp_path / "b", tmp_path / "both")
+    page = Page((tmp_path / "both" / "report.html").read_text(encoding="utf-8"))
+    assert "Compared with another run" in page.words
     assert "99.31% 50.00%" in page.words and "another <b>run</b>" in page.words
     assert "23.94 ms (23.70 … 24.18) –" in page.words
-    text = (tmp_path / "a" / "report.md").read_text(encoding="utf-8")
+    text = (tmp_path / "both" / "report.md").read_text(encoding="utf-8")
     assert "| Update that survived | 99.31% | 50.00% |" in text and "<b>" not in text
-    assert (tmp_path / "b" / "report.html").read_bytes() == before
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_compare_gives_the_ratio_of_what_both_measured(full: dict[str, Any], tmp_path: Path) -> None:
@@ -302,8 +303,8 @@ def test_compare_gives_the_ratio_of_what_both_measured(full: dict[str, Any], tmp
     other["benchmark"]["environment"]["gpus"] = []
     write(full, tmp_path / "a")
     write(other, tmp_path / "b")
-    render(tmp_path / "a", tmp_path / "b")
-    words = Page((tmp_path / "a" / "report.html").read_text(encoding="utf-8")).words
+    compare(tmp_path / "a", tmp_path / "b", tmp_path / "both")
+    words = Page((tmp_path / "both" / "report.html").read_text(encoding="utf-8")).words
     assert "decode · batch 1 · 128 tokens: merged, this ÷ the other 0.500" in words
     assert "decode · batch 1 · 128 tokens: base, this ÷ the other 1.000" in words
     assert "pytorch, this ÷ the other" not in words
@@ -324,12 +325,11 @@ def test_sizes_and_markdown() -> None:
     assert escaped("a|b @user https://x [y](z)") == r"a\|b &#64;user https&#58;//x \[y\](z)"
 
 
-def test_checks_of_several_exports_are_told_apart(full: dict[str, Any]) -> None:
+def test_checks_of_several_exports_are_told_apart() -> None:
     names = ("adapter_survival", "onnx_adapter_survival", "onnx_int4_logits_max_abs")
-    checks = [{"name": n, "value": 0.75, "threshold": 0.9, "passed": False, "note": ""} for n in names]
-    rows = story.check_rows({"checks": checks})
+    rows = story.check_rows(ValidationResult(tuple(Check(name, 0.75, 0.9, passed=False) for name in names)))
     assert [(r.label, r.threshold[0]) for r in rows] == [
-        ("Adapter's effect that is left", "≥"),
-        ("Adapter's effect that is left (ONNX)", "≥"),
-        ("Largest difference of a logit (ONNX int4)", "≤"),
+        ("Adapter effect retained", "≥"),
+        ("Adapter effect retained (ONNX)", "≥"),
+        ("Largest logit difference (ONNX int4)", "≤"),
     ]

@@ -4,8 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,17 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lora_export.contracts import AdapterChoice, MergeOptions
+from lora_export.contracts import (
+    AdapterChoice,
+    Check,
+    ExportedPair,
+    MergeOptions,
+    ValidationOptions,
+    ValidationResult,
+)
 from lora_export.merging import merge
+from lora_export.progress import Silent
+from lora_export.validation import validate
 
 VOCABULARY = 320
 
@@ -58,6 +68,23 @@ def save_adapter(base: Path, folder: Path, seed: int = 1) -> Path:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     tuned.save_pretrained(folder)
     return folder
+
+
+def judged(
+    base: Path,
+    adapters: Path | Sequence[AdapterChoice],
+    merged: Path,
+    exports: Sequence[ExportedPair] = (),
+    **options: Any,
+) -> ValidationResult:
+    """A validation on the CPU. adapters: one adapter's folder, or choices; options: of ValidationOptions."""
+    choices = [AdapterChoice(adapters)] if isinstance(adapters, Path) else adapters
+    settings = ValidationOptions(provider="cpu", **options)
+    return validate(base, choices, merged, exports=exports, options=settings, progress=Silent())
+
+
+def failed(result: ValidationResult) -> list[Check]:
+    return [c for c in result.checks if not c.passed]
 
 
 @pytest.fixture(scope="session")

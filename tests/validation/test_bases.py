@@ -250,7 +250,7 @@ def test_an_encoder_is_refused(tmp_path: Path, prompts: Path) -> None:
     save_tokenizer(base)
     adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=["query"]), transformers.BertModel)
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged", NF4)
-    with pytest.raises(InputError, match="an encoder has not"):
+    with pytest.raises(InputError, match="an encoder does not have"):
         compared(base, adapter, tmp_path / "merged", prompts, CompareBases(), NF4)
 
 
@@ -282,7 +282,7 @@ def test_advice_where_the_original_is_better() -> None:
     kept = AdapterSurvival("requantized nf4", 0.03, 0.2, 0.2)
     ship, back = bases_advice(bases, untrained, kept, "nf4", merged_faithfully=True)
     assert ship.startswith("Ship the dequantized merge") and "10% better" in ship
-    assert "not the function that was evaluated" in ship
+    assert "not the function that was trained" in ship
     assert back.startswith("Do not put it back into NF4") and "97 % of what the training gained" in back
 
 

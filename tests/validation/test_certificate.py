@@ -207,7 +207,7 @@ def test_samples_show_where_a_spoiled_model_parts(
     result = judged(*folders("float32"), folder, files)
     note = named(result.checks)["greedy_agreement"].note
     assert "prompt 1, token 1: unmerged '" in note
-    assert result.samples[0]["first_difference"] in note
+    assert str(result.samples[0].first_difference) in note
 
 
 # --- what moves the thresholds -----------------------------------------------------------------------------
@@ -286,8 +286,8 @@ def test_a_long_text_is_read_in_windows(folders: Folders) -> None:
 
 
 BAD_TEXTS = {
-    "missing": (None, "cannot be read"),
-    "a folder": ("folder", "cannot be read"),
+    "missing": (None, "cannot read the text"),
+    "a folder": ("folder", "cannot read the text"),
     "not UTF-8": (b"caf\xe9 " * 50, "not UTF-8"),
     "empty": (b" \n", "empty"),
     "too short": (b"A few words.", "12 tokens, too few"),
@@ -319,7 +319,7 @@ def test_the_whole_story_refuses_a_bad_text_before_any_work(folders: Folders, tm
     done = invoke(
         "merge-and-export", "-b", base, "-a", adapter, "-o", out, "--text", tmp_path / "none", "--provider", "cpu"
     )
-    assert done.exit_code == 1 and "cannot be read" in done.stderr
+    assert done.exit_code == 1 and "cannot read the text" in done.stderr
     assert "merge:" not in done.stderr and not out.exists()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lora_export.contracts import AdapterChoice, MergeOptions, Source, ValidationOptions
 from lora_export.errors import AdapterError, InputError
-from lora_export.merging import merge
+from lora_export.merging import CERTIFICATE, merge
 from lora_export.progress import Silent
 from lora_export.workflows.validating import validate_folder
 from tests.builders import lora
@@ -69,7 +69,9 @@ def test_an_honest_combination_passes(pair: Any, tmp_path: Path, settings: dict[
     ids=str,
 )  # fmt: skip
 def test_another_combination_does_not(pair: Any, tmp_path: Path, merged: Any, claimed: Any) -> None:
-    result = check(pair, merged_by(pair, tmp_path / "out", merged), claimed)
+    folder = merged_by(pair, tmp_path / "out", merged)
+    (folder / CERTIFICATE).unlink()  # as another tool leaves it: the certificate would contradict the claim
+    result = check(pair, folder, claimed)
     assert not result.passed
     assert result.weight_errors
 

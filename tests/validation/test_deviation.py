@@ -1,10 +1,9 @@
 """Faults in merged weights are seen, module and tensor at fault are named; honest weights raise no alarm."""
 
-import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from lora_export.validation.comparing.texts import PROMPTS
 from lora_export.validation.reference import loading
 from tests.builders import edit_json
 from tests.failures.commands import invoke
-from tests.report.conftest import full_report
+from tests.report.conftest import full_report, read
 from tests.validation.faults import FAULTS, Bench, Fault, unmerged_model
 
 Folders = Callable[[str], tuple[Path, Path]]
@@ -209,9 +208,8 @@ def test_words_and_report_say_where(tmp_path: Path) -> None:
     result = spoiled_result(DEVIATION)
     said = validation_words(result)
     assert "the first module that differs: model.layers.1.a, by 0.5 (noise floor 0.01), because of" in said
-    report: dict[str, Any] = copy.deepcopy(full_report()) | {"validate": result.as_json(), "status": "failed"}
+    report = replace(read(full_report()), validate=result, status="failed")
     sentences = " ".join(headline(report))
-    assert "It goes wrong first in model.layers.1.a, whose output is off by 0.5" in sentences
-    assert "look at model.layers.1.a.weight" in sentences
-    report["validate"] = spoiled_result(None).as_json()
-    assert "goes wrong first" not in " ".join(headline(report))
+    assert "The first module that differs is model.layers.1.a: its output is off by 0.5" in sentences
+    assert "Look at model.layers.1.a.weight" in sentences
+    assert "first module" not in " ".join(headline(replace(report, validate=spoiled_result(None))))

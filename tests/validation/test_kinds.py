@@ -9,14 +9,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_export.contracts import AdapterChoice, Check, MergeOptions, ValidationResult
+from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, InputError
 from lora_export.merging import merge
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions, kinds, validate
 from lora_export.validation.comparing.seq2seq import edit_distance
 from tests.daily import daily
-from tests.validation.conftest import save_tokenizer
+from tests.validation.conftest import failed, judged, save_tokenizer
 from tests.validation.models import MODELS
 
 TYPES = ("float32", "bfloat16")
@@ -34,15 +34,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tupl
             return self[key]
 
     return Made()
-
-
-def check(base: Path, adapter: Path, merged: Path) -> ValidationResult:
-    options = ValidationOptions(provider="cpu")
-    return validate(base, [AdapterChoice(adapter)], merged, options=options, progress=Silent())
-
-
-def failed(result: ValidationResult) -> list[Check]:
-    return [c for c in result.checks if not c.passed]
 
 
 def spoil(merged: Path, part: str, factor: float) -> str:
@@ -64,13 +55,13 @@ def test_honest_passes_and_spoiled_is_named(
     base, adapter = made[name, dtype]
     merged = tmp_path / "merged"
     merge(base, [AdapterChoice(adapter)], merged)
-    result = check(base, adapter, merged)
+    result = judged(base, adapter, merged)
     assert not failed(result)
     by_name = {c.name: c for c in result.checks}
     assert by_name["noise_floor_max_abs"].value > 0
     assert ("token_agreement" in by_name) == (MODELS[name].kind == "seq2seq")
     spoiled = spoil(merged, MODELS[name].victim, 1.05)
-    result = check(base, adapter, merged)
+    result = judged(base, adapter, merged)
     assert not result.passed
     # The loaded name may have a prefix that the file's lacks, or the other way round.
     (found,) = result.weight_errors
@@ -83,7 +74,7 @@ def test_without_the_adapter_the_outputs_differ(
 ) -> None:
     base, adapter = made[name, "float32"]
     merge(base, [], tmp_path / "merged")
-    names = {c.name for c in failed(check(base, adapter, tmp_path / "merged"))}
+    names = {c.name for c in failed(judged(base, adapter, tmp_path / "merged"))}
     assert {"logits_max_abs", "tensor_errors"} <= names
     if MODELS[name].kind == "seq2seq":
         assert "logits_kl_mean" in names
@@ -111,11 +102,11 @@ def test_random_ids_are_told_and_a_tokenizer_is_used(
     plain, adapter = made["gpt2", "float32"]
     base = shutil.copytree(plain, tmp_path / "base")
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
-    first = check(base, adapter, tmp_path / "merged").checks[0]
+    first = judged(base, adapter, tmp_path / "merged").checks[0]
     assert "no tokenizer" in first.note
     save_tokenizer(base)
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged", MergeOptions(force=True))
-    result = check(base, adapter, tmp_path / "merged")
+    result = judged(base, adapter, tmp_path / "merged")
     assert result.passed
     assert "no tokenizer" not in result.checks[0].note
 
@@ -136,9 +127,9 @@ def test_an_adapter_of_the_bare_body_is_attached_to_it(tmp_path: Path) -> None:
     base = headed.save(tmp_path / "base", torch.float32)
     adapter = bare.train(base, tmp_path / "adapter")
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
-    assert not failed(check(base, adapter, tmp_path / "merged"))
+    assert not failed(judged(base, adapter, tmp_path / "merged"))
     spoil(tmp_path / "merged", bare.victim, 1.05)
-    assert not check(base, adapter, tmp_path / "merged").passed
+    assert not judged(base, adapter, tmp_path / "merged").passed
 
 
 def test_an_adapter_that_fits_no_class_is_refused(
@@ -152,8 +143,8 @@ def test_an_adapter_that_fits_no_class_is_refused(
     state = load_file(adapter / "adapter_model.safetensors")
     renamed = {k.replace("encoder.layer", "encoder.block"): v for k, v in state.items()}
     save_file(renamed, other / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="without a place") as caught:
-        check(base, other, tmp_path / "merged")
+    with pytest.raises(AdapterError, match="PEFT has no place") as caught:
+        judged(base, other, tmp_path / "merged")
     assert "encoder" in str(caught.value)
 
 

@@ -12,6 +12,7 @@ import transformers
 from lora_export.contracts import AdapterChoice, ValidationOptions, ValidationResult
 from lora_export.merging import merge
 from lora_export.progress import Silent
+from lora_export.storage.documents import as_json
 from lora_export.validation import validate
 from lora_export.validation.comparing import lengths
 from lora_export.validation.comparing.model_under_test import ModelUnderTest
@@ -101,7 +102,7 @@ def test_positions_a_large_padding_id_takes_none_away() -> None:
 def test_comparison_the_drawn_lengths_are_run(name: str, tmp_path: Path) -> None:
     tiny = MODELS[name]
     model = tiny.model(tiny.config())
-    subject = ModelUnderTest(model, tmp_path, {}, ("A prompt",), None, Silent(), "Words.", None, 4.0, seed=11)
+    subject = ModelUnderTest(model, tmp_path, {}, ("A prompt",), "Words.", ValidationOptions(seed=11), Silent())
     comparison: Any = choose(model).comparison(subject)
     run = set(lengths.choose(model, 11, tiny.config().get_text_config().vocab_size).tokens)
     batches = getattr(comparison, "batches", ())
@@ -157,7 +158,7 @@ def test_validate_a_smaller_window_shows_in_settings_and_outputs(
     honest = judged(windowed, merged)
     assert honest.passed, [c for c in honest.checks if not c.passed]
     assert honest.seed is not None and f"seed {honest.seed}" in honest.checks[0].note
-    assert honest.as_json()["seed"] == honest.seed
+    assert as_json(honest)["seed"] == honest.seed
     edit_json(merged / "config.json", sliding_window=80)
     result = judged(windowed, merged)
     assert {"settings_differ", "logits_max_abs"} <= {c.name for c in result.checks if not c.passed}

@@ -21,7 +21,7 @@ from lora_export.errors import ExportError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
-from lora_export.validation import ValidationOptions, validate
+from lora_export.validation import validate
 from lora_export.validation.comparing.logits import UNMOVED, compare_logits, largest
 from lora_export.validation.comparing.noise import Magnitudes, rounding_noise
 from lora_export.validation.comparing.thresholds import Floor, Greedy, decoder_checks, graph_checks
@@ -31,7 +31,7 @@ from tests.builders import lora, save_adapter
 from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, save
 from tests.onnx_export.architectures import save_adapter as save_adapter_of
-from tests.validation.conftest import save_base
+from tests.validation.conftest import judged, save_base
 
 
 @dataclass
@@ -53,11 +53,7 @@ class Exported:
         return ExportedPair(merged, plain, precision, 1)
 
     def judged(self, pair: ExportedPair) -> ValidationResult:
-        adapters = [AdapterChoice(self.adapter)]
-        options = ValidationOptions(provider="cpu")
-        return validate(
-            self.base, adapters, self.root / "merged", exports=[pair], options=options, progress=Silent()
-        )
+        return judged(self.base, self.adapter, self.root / "merged", [pair])
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,14 @@ import pytest
 import torch
 import transformers
 
-from lora_export.contracts import AdapterChoice, ValidationOptions, ValidationResult
+from lora_export.contracts import AdapterChoice
 from lora_export.errors import InputError
 from lora_export.merging import merge
-from lora_export.progress import Silent
-from lora_export.validation import validate
 from lora_export.validation.comparing.decoder import greedy
 from lora_export.validation.kinds.texts import vocabulary
 from tests.builders import VOCABULARY, llama_config, randomize
 from tests.daily import daily
+from tests.validation.conftest import judged
 
 V = {"vocab_size": VOCABULARY}
 MODELS: dict[str, tuple[Any, Callable[[], Any], list[str]]] = {
@@ -85,19 +84,14 @@ def merged(name: str, folder: Path) -> tuple[Path, Path, Path]:
     return base, adapter, output
 
 
-def judged(base: Path, adapter: Path, output: Path) -> ValidationResult:
-    options = ValidationOptions(provider="cpu", seed=3)
-    return validate(base, [AdapterChoice(adapter)], output, options=options, progress=Silent())
-
-
 @pytest.mark.parametrize("name", daily(MODELS, ("gpt", "several ends")))
 def test_validate_decoder_without_a_kv_cache_passes_and_a_fault_fails(tmp_path: Path, name: str) -> None:
     base, adapter, output = merged(name, tmp_path)
-    result = judged(base, adapter, output)
+    result = judged(base, adapter, output, seed=3)
     assert result.passed, [c for c in result.checks if not c.passed]
     assert result.samples
     merge(base, [], tmp_path / "without")
-    assert not judged(base, adapter, tmp_path / "without").passed
+    assert not judged(base, adapter, tmp_path / "without", seed=3).passed
 
 
 @pytest.mark.parametrize("name", ["several ends", "mamba"])
@@ -137,6 +131,6 @@ def test_validate_of_a_reference_that_does_not_run_says_so(tmp_path: Path) -> No
     tuned.save_pretrained(adapter)
     merge(base, [AdapterChoice(adapter)], output)
     with pytest.raises(InputError, match="the unmerged model does not run here") as told:
-        judged(base, adapter, output)
+        judged(base, adapter, output, seed=3)
     assert "Llama4ForCausalLM ends with" in told.value.found
     assert "lora-export verify" in str(told.value.next_step)

@@ -9,9 +9,9 @@ from lora_export.errors import ExportError
 from lora_export.merging import merge
 from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
-from lora_export.validation import ValidationOptions, validate
 from tests.daily import daily
 from tests.onnx_export.architectures import DYNAMO, GENAI, save, save_adapter
+from tests.validation.conftest import judged
 
 KINDS = {
     "BertForQuestionAnswering": {"onnx_logits_max_abs", "onnx_end_logits_max_abs"},
@@ -35,8 +35,7 @@ def test_a_graph_of_every_kind(name: str, tmp_path: Path) -> None:
 
     def validated(onnx: Path) -> ValidationResult:
         pair = ExportedPair(onnx, plain.output, "fp32", 1, graphs=merged.graphs)
-        options = ValidationOptions(provider="cpu")
-        return validate(base, adapters, tmp_path / "merged", exports=[pair], options=options, progress=Silent())
+        return judged(base, adapters, tmp_path / "merged", [pair])
 
     honest = validated(merged.output)
     assert honest.passed, [c for c in honest.checks if not c.passed]
@@ -58,7 +57,4 @@ def test_a_graph_of_another_model_is_told(tmp_path: Path) -> None:
     merge(base, adapters, tmp_path / "merged")
     pair = ExportedPair(exported.output, exported.output, "fp32", 1)
     with pytest.raises(ExportError, match="holds none of this model's tensors"):
-        validate(
-            base, adapters, tmp_path / "merged", exports=[pair],
-            options=ValidationOptions(provider="cpu"), progress=Silent(),
-        )  # fmt: skip
+        judged(base, adapters, tmp_path / "merged", [pair])

@@ -33,11 +33,11 @@ from lora_export.errors import InputError
 from lora_export.merging import CERTIFICATE, merge
 from lora_export.onnx_export import export
 from lora_export.progress import Silent
-from lora_export.validation import ValidationOptions, validate
+from lora_export.validation import ValidationOptions
 from lora_export.workflows.validating import validate_folder
 from tests.builders import lora, save_adapter
 from tests.daily import later
-from tests.validation.conftest import save_base
+from tests.validation.conftest import judged, save_base
 
 TEXT = ("It is with great satisfaction that I", "The state of the Union is good. " * 3, "def f(x): return x")
 
@@ -75,10 +75,8 @@ class Models:
         return ExportedPair(merged, self.onnx("base", precision), precision, size, **changes)
 
     def validated(self, name: str, *pairs: ExportedPair) -> ValidationResult:
-        options = ValidationOptions(self.root / "prompts.txt", self.root / "prompts.txt", provider="cpu")
-        merged = self.merged("base" if name == "none" else name)
-        choices = [AdapterChoice(self.adapters[name])]
-        return validate(self.base, choices, merged, exports=pairs, options=options, progress=Silent())
+        merged, texts = self.merged("base" if name == "none" else name), self.root / "prompts.txt"
+        return judged(self.base, self.adapters[name], merged, pairs, prompts=texts, text=texts)
 
 
 @pytest.fixture(scope="module")
@@ -205,9 +203,8 @@ def test_validate_small_change_rounded_away_advises_float32(tmp_path: Path) -> N
     merge(models.base, [AdapterChoice(models.adapters["small"])], tmp_path / "wide", MergeOptions(dtype="float32"))
     export(tmp_path / "wide", tmp_path / "wide-onnx", precision="fp32", provider="cpu", progress=Silent())
     pair = replace(models.pair("small", "fp32"), merged=tmp_path / "wide-onnx")
-    options = ValidationOptions(provider="cpu", merge=MergeOptions(dtype="float32"))
-    choices = [AdapterChoice(models.adapters["small"])]
-    wide = validate(models.base, choices, tmp_path / "wide", exports=[pair], options=options, progress=Silent())
+    merge_options = MergeOptions(dtype="float32")
+    wide = judged(models.base, models.adapters["small"], tmp_path / "wide", [pair], merge=merge_options)
     assert wide.passed and wide.advice[0].startswith("Ship the fp32 export")
 
 
@@ -230,9 +227,8 @@ def test_validate_graph_with_a_fault_advises_another_engine(models: Models, tmp_
 
 def test_validate_merge_without_the_adapter_blames_the_merge(models: Models, tmp_path: Path) -> None:
     merge(models.base, [], tmp_path / "merged")
-    choices, options = [AdapterChoice(models.adapters["strong"])], ValidationOptions(provider="cpu")
     pair = models.pair("strong", "fp32", exported="base")
-    result = validate(models.base, choices, tmp_path / "merged", exports=[pair], options=options, progress=Silent())
+    result = judged(models.base, models.adapters["strong"], tmp_path / "merged", [pair])
     assert "lost in the merge: tensor_errors fails" in result.advice[0]
 
 

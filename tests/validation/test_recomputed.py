@@ -90,7 +90,7 @@ def test_compare_tensors_experts_in_small_blocks_give_the_same_errors(
 ) -> None:
     judged = mixtral(tmp_path)
     together = {e.name: e.worst for e in judged.errors()}
-    monkeypatch.setattr("lora_export.validation.comparing.whole.PARAMETER_BLOCK", 5 * 48 * 40)
+    monkeypatch.setattr("lora_export.validation.reference.whole.PARAMETER_BLOCK", 5 * 48 * 40)
     # Not to the last place: the bound looks at the largest change of a block.
     apart = {e.name: e.worst for e in judged.errors()}
     assert apart.keys() == together.keys()

@@ -13,16 +13,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lora_export.contracts import AdapterChoice, Check, MergeOptions, ValidationOptions, ValidationResult
+from lora_export.contracts import AdapterChoice, Check, MergeOptions
 from lora_export.merging import merge
-from lora_export.progress import Silent
-from lora_export.validation import validate
 from lora_export.validation.folder.companions import declared, expected_folder
 from lora_export.validation.folder.settings import settings_check
 from lora_export.validation.folder.stored import Changed, stored_check
 from tests.builders import edit_json, edit_tensors, save_base
 from tests.builders import save_adapter as save_any_adapter
-from tests.validation.conftest import save_adapter, save_tokenizer
+from tests.validation.conftest import failed, judged, save_adapter, save_tokenizer
 from tests.validation.models import MODELS
 
 Spoil = Callable[[Path], None]
@@ -43,11 +41,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     edit_json(base / "generation_config.json", temperature=0.6)
     merge(base, [AdapterChoice(save_adapter(base, root / "adapter"))], root / "merged")
     return base, root / "adapter", root / "merged"
-
-
-def judged(made: tuple[Path, Path, Path], merged: Path, **options: Any) -> ValidationResult:
-    settings = ValidationOptions(provider="cpu", **options)
-    return validate(made[0], [AdapterChoice(made[1])], merged, options=settings, progress=Silent())
 
 
 def found(made: tuple[Path, Path, Path], merged: Path, folder: Path, options: MergeOptions | None = None) -> Check:
@@ -194,10 +187,10 @@ def test_validate_the_merged_folder_does_not_choose_its_inputs(
 ) -> None:
     """A shuffled tokenizer leaves the outputs on the reference's inputs as they were, and fails by itself."""
     merged = shutil.copytree(made[2], tmp_path / "merged")
-    honest = judged(made, merged, seed=3)
+    honest = judged(*made[:2], merged, seed=3)
     assert honest.passed, [c for c in honest.checks if not c.passed]
     shuffled_tokenizer(merged)
-    result = judged(made, merged, seed=3)
+    result = judged(*made[:2], merged, seed=3)
     assert [c.name for c in result.checks if not c.passed] == ["settings_differ"]
     values = {c.name: c.value for c in honest.checks} | {"settings_differ": 1}
     assert values == {c.name: c.value for c in result.checks}
@@ -278,7 +271,5 @@ def test_validate_a_tensor_that_the_class_does_not_read_is_compared(tmp_path: Pa
     merge(base, [AdapterChoice(adapter)], merged)
     state = load_file(merged / "model.safetensors")
     edit_tensors(merged / "model.safetensors", {"classifier.weight": state["classifier.weight"] * 1.5})
-    options = ValidationOptions(provider="cpu")
-    result = validate(base, [AdapterChoice(adapter)], merged, options=options, progress=Silent())
-    (failed,) = (c for c in result.checks if not c.passed)
-    assert failed.name == "stored_tensors_differ" and "classifier.weight" in failed.note
+    (check,) = failed(judged(base, adapter, merged))
+    assert check.name == "stored_tensors_differ" and "classifier.weight" in check.note

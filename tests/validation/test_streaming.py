@@ -11,12 +11,13 @@ from lora_export.contracts import AdapterChoice, MergeOptions, Source, Validatio
 from lora_export.errors import AdapterError
 from lora_export.merging import merge
 from lora_export.progress import Silent
-from lora_export.validation import ValidationOptions, streams, validate
+from lora_export.validation import ValidationOptions, streams
 from lora_export.validation.reference import streaming
 from lora_export.workflows.validating import validate_folder
 from tests.daily import daily
 from tests.matrix.families import FAMILIES
 from tests.matrix.test_matrix import train
+from tests.validation.conftest import judged
 from tests.validation.models import MODELS
 from tests.validation.test_kinds import spoil
 
@@ -32,9 +33,9 @@ ADAPTERS = {
 
 def check(folders: Folders, max_memory: int | None, **merge_options: Any) -> ValidationResult:
     base, adapter, merged = folders
-    merging = MergeOptions(**merge_options)
-    options = ValidationOptions(provider="cpu", max_memory=max_memory, merge=merging, rows=16, seed=0)
-    return validate(base, [AdapterChoice(adapter)], merged, options=options, progress=Silent())
+    return judged(
+        base, adapter, merged, max_memory=max_memory, merge=MergeOptions(**merge_options), rows=16, seed=0
+    )
 
 
 def same(streamed: ValidationResult, resident: ValidationResult) -> None:

@@ -8,11 +8,11 @@ import torch
 import transformers
 
 from lora_export.commands.words import validation_words
-from lora_export.contracts import AdapterChoice, MergeOptions, ValidationOptions, ValidationResult
+from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.merging import merge
-from lora_export.progress import Silent
-from lora_export.validation import validate
-from tests.builders import edit_tensors, randomize
+from lora_export.storage.documents import as_json
+from tests.builders import edit_tensors, randomize, siglip_config
+from tests.validation.conftest import judged
 
 POOLED = "head.attention.out_proj"
 
@@ -21,16 +21,8 @@ POOLED = "head.attention.out_proj"
 def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
     """SigLIP's vision tower, whose pooling head is an nn.MultiheadAttention, all linear layers trained; (base,
     adapter, merged)."""
-    config = transformers.SiglipVisionConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=8,
-    )
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
-    model = transformers.SiglipVisionModel(config)
+    model = transformers.SiglipVisionModel(siglip_config(8))
     randomize(model, 1, scale=0.15)
     model.save_pretrained(base)
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules="all-linear"))
@@ -41,16 +33,11 @@ def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
     return base, adapter, merged
 
 
-def judged(base: Path, adapter: Path, merged: Path) -> ValidationResult:
-    options = ValidationOptions(provider="cpu", seed=3)
-    return validate(base, [AdapterChoice(adapter)], merged, options=options, progress=Silent())
-
-
 def test_validate_an_update_that_the_reference_does_not_use_is_named(folders: tuple[Path, Path, Path]) -> None:
-    result = judged(*folders)
+    result = judged(*folders, seed=3)
     assert not result.passed and result.weight_errors == ()
     assert result.unused_updates == (POOLED,)
-    assert result.as_json()["unused_updates"] == [POOLED]
+    assert as_json(result)["unused_updates"] == [POOLED]
     assert f"The reference does not use the adapter's update of {POOLED}" in validation_words(result)
 
 
@@ -60,7 +47,7 @@ def test_validate_an_update_of_zero_or_another_fault_names_none(folders: tuple[P
     name = f"base_model.model.{POOLED}.lora_B.weight"
     edit_tensors(adapter / "adapter_model.safetensors", {name: torch.zeros(48, 4)})
     merge(base, [AdapterChoice(adapter)], merged, MergeOptions(force=True))
-    assert judged(base, adapter, merged).passed
+    assert judged(base, adapter, merged, seed=3).passed
     edit_tensors(merged / "model.safetensors", {"post_layernorm.weight": torch.ones(48)})
-    result = judged(base, adapter, merged)
+    result = judged(base, adapter, merged, seed=3)
     assert not result.passed and result.unused_updates == () and result.advice == ()

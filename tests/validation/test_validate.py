@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from lora_export.contracts import AdapterChoice, MergeOptions, Source, ValidationResult
 from lora_export.merging import merge
 from lora_export.progress import Silent
-from lora_export.validation import ValidationOptions, validate
+from lora_export.validation import ValidationOptions
 from lora_export.workflows.validating import validate_folder
 from tests.builders import edit_json, edit_tensors
 from tests.daily import daily
 from tests.quantization.packing import gptq
-from tests.validation.conftest import save_adapter
+from tests.validation.conftest import failed, judged, save_adapter
 
 Folders = Callable[[str], tuple[Path, Path]]
 Merged = Callable[[str], Path]
@@ -25,9 +26,8 @@ Q, K, V, O = (f"self_attn.{x}_proj" for x in "qkvo")  # noqa: E741 - as the fiel
 DOWN = "mlp.down_proj"
 
 
-def check(base: Path, adapter: Path, merged: Path, **merge_options: object) -> ValidationResult:
-    options = ValidationOptions(merge=MergeOptions(**merge_options), provider="cpu")  # type: ignore[arg-type]
-    return validate(base, [AdapterChoice(adapter)], merged, options=options, progress=Silent())
+def check(base: Path, adapter: Path, merged: Path, **merge_options: Any) -> ValidationResult:
+    return judged(base, adapter, merged, merge=MergeOptions(**merge_options))
 
 
 def value(result: ValidationResult, name: str) -> float:
@@ -37,7 +37,7 @@ def value(result: ValidationResult, name: str) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_honest_merge_passes(folders: Folders, merged: Merged, dtype: str) -> None:
     result = check(*folders(dtype), merged(dtype))
-    assert result.passed, [c for c in result.checks if not c.passed]
+    assert not failed(result)
     assert value(result, "tensor_max_error") <= 1
     assert value(result, "logits_max_abs") <= 4 * value(result, "noise_floor_max_abs")
     assert value(result, "perplexity_unmerged") > 1
@@ -124,10 +124,10 @@ def test_wrong_quantization_option_fails(folders: Folders, tmp_path: Path) -> No
 @pytest.mark.parametrize(("method", "double"), [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False)])
 def test_qlora_on_the_fly_passes(folders: Folders, tmp_path: Path, method: str, double: bool) -> None:
     base, adapter = folders("bfloat16")
-    options = {"training_quantization": method, "training_double_quant": double}
-    merge(base, [AdapterChoice(adapter)], tmp_path / "merged", MergeOptions(**options))  # type: ignore[arg-type]
+    options: dict[str, Any] = {"training_quantization": method, "training_double_quant": double}
+    merge(base, [AdapterChoice(adapter)], tmp_path / "merged", MergeOptions(**options))
     result = check(base, adapter, tmp_path / "merged", **options)
-    assert result.passed, [c for c in result.checks if not c.passed]
+    assert not failed(result)
 
 
 def test_two_weighted_adapters_pass(folders: Folders, tmp_path: Path) -> None:
@@ -135,9 +135,7 @@ def test_two_weighted_adapters_pass(folders: Folders, tmp_path: Path) -> None:
     other = save_adapter(base, tmp_path / "other", 9)
     choices = [AdapterChoice(adapter, 0.7), AdapterChoice(other, 0.3)]
     merge(base, choices, tmp_path / "merged")
-    options = ValidationOptions(provider="cpu")
-    result = validate(base, choices, tmp_path / "merged", options=options, progress=Silent())
-    assert result.passed, [c for c in result.checks if not c.passed]
+    assert not failed(judged(base, choices, tmp_path / "merged"))
 
 
 def test_a_base_in_gptq_is_judged_by_its_dequantized_weights(folders: Folders, tmp_path: Path) -> None:
@@ -155,13 +153,13 @@ def test_a_base_in_gptq_is_judged_by_its_dequantized_weights(folders: Folders, t
     merged = tmp_path / "merged"
     merge(base, [AdapterChoice(adapter)], merged)
 
-    def judged() -> ValidationResult:
+    def validated() -> ValidationResult:
         sources = Source("base", base), [AdapterChoice(adapter)]
         return validate_folder(*sources, merged, (), (), ValidationOptions(), Silent())
 
-    result = judged()
-    assert result.passed, [c for c in result.checks if not c.passed]
+    result = validated()
+    assert not failed(result)
     state = load_file(merged / "model.safetensors")
     name = scaled(state)
     save_file(state, merged / "model.safetensors", metadata={"format": "pt"})
-    assert judged().weight_errors == (name,)
+    assert validated().weight_errors == (name,)

@@ -55,8 +55,8 @@ class Architecture:
         """Names that share one weight, the source of a tie first."""
         sources = set((getattr(self.model, "all_tied_weights_keys", None) or {}).values())
         names: dict[int, list[str]] = {}
-        for named in (self.model.named_parameters, self.model.named_buffers):
-            for name, tensor in named(remove_duplicate=False):
+        for named_tensors in (self.model.named_parameters, self.model.named_buffers):
+            for name, tensor in named_tensors(remove_duplicate=False):
                 if name in self.shapes:
                     names.setdefault(id(tensor), []).append(name)
         return tuple(

@@ -193,7 +193,7 @@ def _for_tensor(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=4)  # the experts of a layer follow each other, and each needs the same matrices
+@lru_cache(maxsize=4)  # the experts of a layer come in sequence, and all need the same matrices
 def _load(update: TargetUpdate, shape: Shape, wide: bool) -> Update:
     return update.load(shape)
 
@@ -210,7 +210,7 @@ class ExpertUpdate:
     def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         mine = slice(self.offset + rows.start, self.offset + rows.start + weight.shape[0])
         part = getattr(self.whole, "part", None)
-        if part is not None and weight.element_size() == 8:  # in float64 a few rows are asked for
+        if part is not None and weight.element_size() == 8:  # in float64 a few rows are wanted
             few: torch.Tensor = part(weight, self.expert, mine)
             return few
         fused = weight.new_zeros(1, self.height, *weight.shape[1:])

@@ -16,6 +16,7 @@ from typing import Any
 from lora_export.checkpoint.shards import Shard, plan_shards
 from lora_export.contracts import BaseCheck, MergeOptions, TensorRecord
 from lora_export.contracts.figures import Figure
+from lora_export.contracts.option import kept
 from lora_export.errors import InputError
 from lora_export.merging.planning.combine import ELECTING, RANDOM
 from lora_export.merging.planning.plan import MergePlan
@@ -106,13 +107,12 @@ class Certificate:
         return {r.name: r.hash_out for r in self.records}
 
     def as_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = as_json(self)
-        document["options"].pop("force", None)
+        document: dict[str, Any] = as_json(self) | {"options": kept(self.options)}
         for name, file in document["files"].items():
             document["files"][name] = {k: v for k, v in file.items() if v is not None}
         for adapter in document["adapters"]:
-            if adapter["kind_from"] is None:
-                del adapter["kind_from"]
+            if adapter.get("kind_from") is None:
+                adapter.pop("kind_from", None)
         return document
 
 
@@ -140,17 +140,15 @@ def read_certificate(folder: Path) -> Certificate:
     return certificate
 
 
-def write_certificate(stage: Path, audit: Auditor, weights: Sequence[float], checks: Sequence[BaseCheck]) -> None:
+def write_certificate(stage: Path, audit: Auditor, checks: Sequence[BaseCheck]) -> None:
     """The certificate of a finished merge, written last: it names every other file."""
     shards = describe_shards(audit.plan)
     files = dict(sorted({**describe_files(stage, shards), **shards}.items()))
-    write_sealed(stage / NAME, certificate_of(audit, weights, checks, files).as_json())
+    write_sealed(stage / NAME, certificate_of(audit, checks, files).as_json())
 
 
-def certificate_of(
-    audit: Auditor, weights: Sequence[float], checks: Sequence[BaseCheck], files: Files
-) -> Certificate:
-    """weights: of the adapters; files: of `describe_files`."""
+def certificate_of(audit: Auditor, checks: Sequence[BaseCheck], files: Files) -> Certificate:
+    """files: of `describe_files`."""
     plan = audit.plan
     used = sum(a.tensor_count for a in plan.adapters)
     inputs = sorted({t.file: t.source for t in plan.base.tensors.values()}.items(), key=lambda item: item[0])
@@ -165,12 +163,12 @@ def certificate_of(
         adapters=tuple(
             AdapterRecord(
                 a.kind,
-                weight,
+                a.weight,
                 _name(a.config.get("base_model_name_or_path")),
                 adapter_hashes(a.folder, {t.file for t in a.tensors.values()}),
                 a.plugin,
             )
-            for a, weight in zip(plan.adapters, weights, strict=True)
+            for a in plan.adapters
         ),
         tensors=plan.counts,
         adapter_tensors=AdapterTensors(used, used),

@@ -41,9 +41,7 @@ def merged_again(
     return source
 
 
-def same_certificate(
-    findings: Findings, recorded: Certificate, source: MergedSource, adapters: Sequence[AdapterChoice]
-) -> None:
+def same_certificate(findings: Findings, recorded: Certificate, source: MergedSource) -> None:
     """Whether the certificate is that of the merge, of which every tensor was hashed."""
     records = recorded.hashes
     other = [r.name for r in source.audit.records if records.get(r.name) != r.hash_out]
@@ -53,5 +51,4 @@ def same_certificate(
     findings.judge(
         "arithmetic", f"the {len(records)} tensors of the certificate are what the merge computes", notes
     )
-    weights = [a.weight for a in adapters]
-    compare(findings, recorded, certificate_of(source.audit, weights, base_checks(source.plan), {}))
+    compare(findings, recorded, certificate_of(source.audit, base_checks(source.plan), {}))

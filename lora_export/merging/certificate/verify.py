@@ -159,7 +159,7 @@ def _again(
         findings.fail("arithmetic", f"the merge cannot be done again: {words(error)}")
         return {}
     findings.not_checked += [f"the arithmetic of {n}: {why}" for n, why in audit.unchecked.items()]
-    compare(findings, recorded, certificate_of(audit, [c.weight for c in adapters], base_checks(planned), wanted))
+    compare(findings, recorded, certificate_of(audit, base_checks(planned), wanted))
     return known
 
 

@@ -1,4 +1,4 @@
-"""The weights of a base as a merge sees them: by the names of the result, with their true shapes."""
+"""The weights of a base as a merge sees them: by the names of the result, with their logical shapes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import MergeOptions, TensorInfo
 from lora_export.errors import CheckpointError, InputError
-from lora_export.merging.planning.leftovers import told, without_leftovers
+from lora_export.merging.planning.leftovers import note_left_out, without_leftovers
 from lora_export.merging.planning.names import rename, resolve_prefix
 from lora_export.merging.planning.replication import replicated_names
 from lora_export.quantization import (
@@ -23,8 +23,8 @@ from lora_export.quantization import (
 class BaseWeight:
     """name: in the base; info: its bytes, or of a quantized weight the part that decides the shard.
 
-    brought: the base has no such weight, an adapter brings all of it, and info says only of which type it is to be;
-    home: the file of the base by which its shard is called, where it is not in the base.
+    brought: the base has no such weight, an adapter brings all of it, and info only gives its type; home: the file
+    of the base that its shard is named after, where it is not in the base.
     """
 
     name: str
@@ -52,20 +52,20 @@ def base_weights(base: Checkpoint, options: MergeOptions, order: list[int] | Non
     _check_options(base, quantized, options)
     parts = {p for q in quantized.values() for p in q.parts}
     parts |= without_leftovers(base, parts, quantized)
-    found = {n: BaseWeight(n, t.shape, t) for n, t in base.tensors.items() if n not in parts}
-    found |= {n: BaseWeight(n, q.shape, base.tensors[q.parts[0]], q) for n, q in quantized.items()}
+    weights = {n: BaseWeight(n, t.shape, t) for n, t in base.tensors.items() if n not in parts}
+    weights |= {n: BaseWeight(n, q.shape, base.tensors[q.parts[0]], q) for n, q in quantized.items()}
     in_file_order = {n: i for i, n in enumerate(base.tensors)}
-    found = dict(sorted(found.items(), key=lambda item: in_file_order[item[1].info.name]))
+    weights = dict(sorted(weights.items(), key=lambda item: in_file_order[item[1].info.name]))
     if order is None:
-        return found
-    return {new: found[old] for new, old in replicated_names(found, order, str(base.folder)).items()}
+        return weights
+    return {new: weights[old] for new, old in replicated_names(weights, order, str(base.folder)).items()}
 
 
 def left_out(base: Checkpoint, weights: Mapping[str, BaseWeight]) -> list[str]:
-    """What to tell of the base's tensors that the result lacks, because they serve activations alone."""
+    """A note on the base's tensors that the result lacks because they only serve activations."""
     parts = {p for w in weights.values() if w.quantized for p in w.quantized.parts}
     used = parts | {w.info.name for w in weights.values()}
-    return told([n for n in base.tensors if n not in used]) if parts else []
+    return note_left_out([n for n in base.tensors if n not in used]) if parts else []
 
 
 def _check_options(base: Checkpoint, quantized: Mapping[str, QuantizedWeight], options: MergeOptions) -> None:
@@ -74,13 +74,13 @@ def _check_options(base: Checkpoint, quantized: Mapping[str, QuantizedWeight], o
             "--base-weights original, but this base is stored quantized: the original weights are not here",
             where=base.folder,
             expected="the unquantized base",
-            next_step="give the unquantized base as -b, or leave --base-weights away",
+            next_step="give the unquantized base as -b, or drop --base-weights",
         )
     if quantized and options.training_quantization != "none":
         raise InputError(
-            f"--training-quantization {options.training_quantization}, but this base is stored quantized already",
+            f"--training-quantization {options.training_quantization}, but this base is already stored quantized",
             where=base.folder,
-            next_step="leave --training-quantization away",
+            next_step="drop --training-quantization",
         )
 
 
@@ -94,10 +94,10 @@ def quantized_in_training(
     stored = {w.name for w in weights.values()}
     change = resolve_prefix(modules, stored)
     method, double = options.training_quantization, options.training_double_quant
-    found = {rename(n, change): TrainingQuantization(method, double, t) for n, t in modules.items()}
-    missing = found.keys() - stored
+    quantized = {rename(n, change): TrainingQuantization(method, double, t) for n, t in modules.items()}
+    missing = quantized.keys() - stored
     if missing:
         raise CheckpointError(
             "a layer that training quantized is not in the checkpoint", where=base.folder, tensor=min(missing)
         )
-    return found
+    return quantized

@@ -1,9 +1,9 @@
-"""Several adapters as one change of each weight: their deltas mixed, pruned, brought to a lower rank.
+"""Several adapters as one change of each weight: their deltas mixed, pruned, truncated to a lower rank.
 
-A delta is what an adapter alone would make of the base, less the base, so kinds can be mixed: it is taken in
+A delta is what an adapter alone would make of the base, minus the base, so kinds can be mixed. It is computed in
 float64, where the difference is exact enough. TIES (arXiv:2306.01708) and DARE (arXiv:2311.03099) are about such
-deltas, and so is `combine_on="deltas"`; PEFT's methods of the same names work on A and B apart, which "factors"
-does: their product then holds terms BᵢAⱼ that no adapter had.
+deltas, and so is `combine_on="deltas"`; PEFT's methods of the same names work on A and B separately, as
+"factors" does: their product then has terms BᵢAⱼ that no adapter had.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from functools import partial
 from math import copysign, prod, sqrt
 from typing import TYPE_CHECKING
 
-from lora_export.adapters.lora import LowRank, LowRankUpdate, low_rank_of
+from lora_export.adapters.updates import LowRank, LowRankUpdate, low_rank_of
 from lora_export.contracts import Adapter, MergeOptions, TargetUpdate, Update
 from lora_export.deltas import spectrum
 from lora_export.deltas.draws import drawn
@@ -33,36 +33,36 @@ Shape = tuple[int, ...]
 
 
 def check_options(options: MergeOptions) -> None:
-    """InputError for settings that a method lacks, or has no use for."""
+    """InputError for settings that a method lacks or does not use."""
     method, given = options.combine, f"--combine {options.combine}"
     if method == "none":
-        asked = {
+        given_with = {
             "--density": options.density is not None,
             "--svd-rank": options.svd_rank is not None,
             "--combine-on factors": options.combine_on != "deltas",
         }
-        unused = next((name for name, is_asked in asked.items() if is_asked), None)
+        unused = next((name for name, is_given in given_with.items() if is_given), None)
         if unused:
             raise InputError(
-                f"{unused} says how adapters are combined, and no method was asked for",
-                expected="--combine beside it",
+                f"{unused} says how adapters are combined, but there is no --combine",
+                expected="--combine as well",
                 next_step="the same command with --combine ties, or another method of `lora-export merge --help`",
             )
     elif method in PRUNING and (options.density is None or not 0 < options.density <= 1):
         raise InputError(
             f"{given} keeps a share of each delta, and --density is {options.density}",
             expected="a share above 0, up to 1",
-            next_step="--density 0.2, as the TIES paper has it; DARE is often run with 0.1 to 0.5",
+            next_step="--density 0.2, as in the TIES paper; DARE is often run with 0.1 to 0.5",
         )
     elif method not in PRUNING and options.density is not None:
         raise InputError(
-            f"--density beside {given}, which prunes nothing",
-            expected=f"it beside one of {', '.join(sorted(PRUNING))}",
+            f"--density with {given}, which prunes nothing",
+            expected=f"--density with one of {', '.join(sorted(PRUNING))}",
             next_step="the same command without --density",
         )
     elif options.combine_on == "factors" and (method in ("cat", "svd") or options.svd_rank is not None):
         raise InputError(
-            f"--combine-on factors beside {given}" + (" --svd-rank" if options.svd_rank is not None else ""),
+            f"--combine-on factors with {given}" + (" --svd-rank" if options.svd_rank is not None else ""),
             expected="deltas: concatenating factors adds the deltas, and an SVD is of their sum",
             next_step="the same command without --combine-on",
         )
@@ -84,7 +84,7 @@ def combined(
         combination.check_factors(adapters)
     elif combination.decomposes and options.svd_rank is None:
         raise InputError(
-            f"--combine svd, and of {kinds} not all have a rank that could be taken",
+            f"--combine svd, but not all of {kinds} have a rank that could be used",
             tensor=target,
             expected="the rank of the result",
             next_step="--svd-rank 16",
@@ -108,7 +108,7 @@ def combined(
 
 
 def largest_rank(adapters: Sequence[Adapter]) -> int:
-    """As their configurations have it; 0 for kinds without one."""
+    """The largest rank in their configurations; 0 for kinds without one."""
     ranks = [
         rank for a in adapters for rank in (a.config.get("init_r"), a.config.get("r")) if isinstance(rank, int)
     ]
@@ -148,7 +148,7 @@ def _common_shapes(target: str, updates: Sequence[TargetUpdate]) -> tuple[tuple[
 
 
 def _flat_fits(update: TargetUpdate, shape: Shape) -> bool:
-    """Whether an update of a convolution's kernel is meant, where this shape is that kernel made flat."""
+    """Whether the update is of a convolution's kernel of which this shape is the flattened form."""
     return any(None not in s and len(s) > 2 and (s[0], prod(n or 1 for n in s[1:])) == shape for s in update.shapes)
 
 
@@ -156,7 +156,7 @@ def _flat_fits(update: TargetUpdate, shape: Shape) -> bool:
 class Combination:
     """How the combined update of one weight is made of what adapters[owners[i]] does with it: parts[i].
 
-    largest: the rank of the adapter that has the largest, which is svd's if no other is asked for.
+    largest: the largest rank of an adapter, which svd truncates to by default.
     """
 
     target: str
@@ -172,12 +172,12 @@ class Combination:
 
     @property
     def truncates(self) -> bool:
-        """Whether the result is brought to a rank."""
+        """Whether the result is truncated to a rank."""
         return self.options.combine == "svd" or self.options.svd_rank is not None
 
     @property
     def stays_factored(self) -> bool:
-        """Whether the sum of the deltas can be had from their factors, without a matrix of the weight's size."""
+        """Whether the sum of the deltas follows from their factors, without a matrix of the weight's size."""
         return self.options.combine not in PRUNING and self.factored
 
     @property
@@ -202,7 +202,7 @@ class Combination:
             adapter = adapters[owner]
             if len(part) != 1 or not part[0].low_rank:
                 raise AdapterError(
-                    f"--combine-on factors, and this is {part[0].kind}",
+                    f"--combine-on factors, but this is {part[0].kind}",
                     where=adapter.folder,
                     tensor=self.target,
                     expected="LoRA's A and B",
@@ -211,7 +211,7 @@ class Combination:
         ranks = [adapters[o].tensors[p[0].keys[0]].shape[0] for p, o in zip(self.parts, self.owners, strict=True)]
         if len(set(ranks)) > 1:
             raise AdapterError(
-                f"--combine-on factors, and the ranks here are {' and '.join(map(str, ranks))}",
+                f"--combine-on factors, but the ranks here are {' and '.join(map(str, ranks))}",
                 where=adapters[self.owners[-1]].folder,
                 tensor=self.target,
                 expected="one rank: matrices of different shapes cannot be added",
@@ -232,7 +232,7 @@ class Combination:
         return replace(update, least=update.limits(None)) if self.adds else update
 
     def _concatenated(self, loaded: Sequence[Sequence[Update]]) -> LowRank:
-        """[w₁s₁B₁ w₂s₂B₂ …]·[A₁ A₂ …], and of a lower rank where one is asked for."""
+        """[w₁s₁B₁ w₂s₂B₂ …]·[A₁ A₂ …], truncated where a lower rank is wanted."""
         import torch
 
         lows = [low_rank_of(part[0]).double() for part in loaded]
@@ -243,7 +243,7 @@ class Combination:
         return LowRank(left, right, 1.0)
 
     def _factors(self, loaded: Sequence[Sequence[Update]]) -> LowRank:
-        """A and B combined apart, each with √|w·s|, and the sign of w·s in A: PEFT's way."""
+        """A and B combined separately, each with √|w·s|, and the sign of w·s in A, as PEFT does it."""
         lows = [low_rank_of(part[0]).double() for part in loaded]
         scales = [w * low.scaling for w, low in zip(self.weights, lows, strict=True)]
         roots = [sqrt(abs(s)) for s in scales]
@@ -267,7 +267,7 @@ class Combination:
     def pruned(
         self, delta: "torch.Tensor", which: int, least: float | None, start: int, name: str
     ) -> "torch.Tensor":
-        """What is kept of rows of the delta from element `start` on; of a random choice, made as large again."""
+        """What is kept of rows of the delta from element `start` on; a random choice is scaled up again."""
         import torch
 
         density = float(self.options.density or 1)
@@ -284,9 +284,9 @@ class Combination:
 
 @dataclass(frozen=True)
 class CombinedUpdate:
-    """W + the mixture of deltas, each of which is made anew for the rows that are asked for.
+    """W + the mixture of deltas, each of which is computed for the rows at hand.
 
-    loaded: the updates of each adapter; least: the size from which on an element of each delta is kept (empty: it
+    loaded: the updates of each adapter; least: the magnitude from which an element of each delta is kept (empty: it
     takes the whole weight to find out); experts: the first dimension counts matrices.
     """
 
@@ -312,7 +312,7 @@ class CombinedUpdate:
         return changed
 
     def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
-        """|W| and |W'|: between them all is float64, so nothing else is rounded."""
+        """|W| and |W'|: everything between them is float64, so nothing else is rounded."""
         return terms + self.apply(weight, rows).abs()
 
     def delta(self, which: int, weight: "torch.Tensor | None", rows: slice) -> "torch.Tensor":
@@ -341,7 +341,7 @@ class CombinedUpdate:
         return [(start, min(start + step, height)) for start in range(0, height, step)]
 
     def limits(self, weight: "torch.Tensor | None") -> tuple[float, ...]:
-        """For each delta the size from which on an element is kept, where that goes by size."""
+        """For each delta the magnitude from which an element is kept, where that depends on magnitudes."""
         options, total = self.combination.options, prod(self.shape)
         if options.combine not in PRUNING - RANDOM:
             return ()

@@ -1,4 +1,4 @@
-"""Which class a head belongs to: known from the adapter, or asked for, and proved by all tensors and shapes."""
+"""Which class a head belongs to: the adapter or `--task` says so, and all tensors and shapes must agree."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Fit = tuple[Architecture, dict[str, Any]]  # the class, and the changes of confi
 
 @dataclass(frozen=True)
 class Lacking:
-    """What an adapter holds whole and the base has not, or has in another size."""
+    """What an adapter stores whole and the base does not have, or has in another size."""
 
     adapter: Adapter
     updates: tuple[TargetUpdate, ...]
@@ -32,7 +32,7 @@ class ChosenClass:
 
 
 def check_task(base: Checkpoint, options: MergeOptions) -> None:
-    """Refuse a --task that the base's own class, which stays, is not for."""
+    """Refuse a --task that the base's own class, which the result keeps, is not for."""
     if options.task is None:
         return
     own = tasks.class_named((base.config.get("architectures") or [None])[0])
@@ -40,7 +40,7 @@ def check_task(base: Checkpoint, options: MergeOptions) -> None:
     wanted = tasks.classes_of(options.task, config()) if config else []
     if own not in wanted:
         raise InputError(
-            f"--task {options.task}, and the adapter brings no head that the base lacks: the merged model stays a "
+            f"--task {options.task}, but the adapter brings no head that the base lacks: the merged model stays a "
             f"{own.__name__ if own else 'model of its own class'}",
             where=base.folder,
             expected="--task for an adapter whose head the base does not have",
@@ -51,15 +51,15 @@ def check_task(base: Checkpoint, options: MergeOptions) -> None:
 def choose(
     base: Checkpoint, own: Architecture, lacking: Sequence[Lacking], options: MergeOptions
 ) -> ChosenClass | None:
-    """The class that the adapter was trained with. None where nothing says that this is about a head."""
+    """The class that the adapter was trained with. None where nothing shows that this is about a head."""
     first = lacking[0]
-    named = _named(own, [one.adapter for one in lacking])
-    fitting = [f for f in (_fit(base, cls, lacking) for cls in named) if f]
+    named_classes = _named(own, [one.adapter for one in lacking])
+    fitting = [f for f in (_fit(base, cls, lacking) for cls in named_classes) if f]
     if options.task is not None:
         wanted = tasks.classes_of(options.task, own.model.config)
         if fitting and type(fitting[0][0].model) not in wanted:
             raise InputError(
-                f"--task {options.task}, and the adapter says that it was trained as {fitting[0][0].name}",
+                f"--task {options.task}, but the adapter says that it was trained as {fitting[0][0].name}",
                 where=first.adapter.folder,
                 expected="the task of the training",
                 next_step="the same command without --task",
@@ -76,13 +76,13 @@ def choose(
     if not any(one.absent for one in lacking):
         return None
     others = _search(base, own, lacking)
-    if named:
-        raise _fits_not(base, first, named, "the adapter's configuration", others)
+    if named_classes:
+        raise _fits_not(base, first, named_classes, "the adapter's configuration", others)
     if len({f[0].name for f in others.values()}) > 1:
         raise InputError(
-            "the adapter brings a head, and does not say of which task: "
+            "the adapter brings a head, but does not say for which task: "
             + ", ".join(sorted({f[0].name for f in others.values()}))
-            + " have its place",
+            + " all have a place for it",
             where=first.adapter.folder,
             tensor=first.updates[0].target,
             expected="task_type or auto_mapping in adapter_config.json, or --task",
@@ -92,7 +92,7 @@ def choose(
 
 
 def _named(own: Architecture, adapters: Iterable[Adapter]) -> list[Any]:
-    """The classes that the adapters' configurations name, as far as this base has them."""
+    """Those classes named in the adapters' configurations that fit this base's configuration."""
     classes: list[Any] = []
     for adapter in adapters:
         mapping = adapter.config.get("auto_mapping")
@@ -105,7 +105,7 @@ def _named(own: Architecture, adapters: Iterable[Adapter]) -> list[Any]:
 
 
 def _search(base: Checkpoint, own: Architecture, lacking: Sequence[Lacking]) -> dict[str, Fit]:
-    """Task → its class, of all tasks for which this base has one that the adapter fits."""
+    """Task → its class, for all tasks whose class for this base fits the adapter."""
     fitting, tried = {}, dict[str, Fit | None]()
     for task in tasks.TASKS:
         for cls in tasks.classes_of(task, own.model.config):
@@ -118,7 +118,7 @@ def _search(base: Checkpoint, own: Architecture, lacking: Sequence[Lacking]) -> 
 
 
 def _fit(base: Checkpoint, cls: Any, lacking: Sequence[Lacking]) -> Fit | None:
-    """(the class without weights, the changes of config.json) if all that the adapters change has its place there.
+    """(the class without weights, the changes of config.json) if it has a place for all that the adapters change.
 
     The number of labels (of a CTC model, of letters) is one of the sizes that the saved head has.
     """

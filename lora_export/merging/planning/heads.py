@@ -1,7 +1,7 @@
-"""A head that the base does not have: the merged model is then of the class that the adapter was trained with.
+"""A head that the base does not have: the merged model gets the class that the adapter was trained with.
 
 PEFT saves a new classifier, tagger or scorer whole (modules_to_save). The class comes from the adapter's task_type
-or auto_mapping, or from `--task`, and is taken only if it has all that the adapter changes, in the shapes of the
+or auto_mapping, or from `--task`, and is used only if it has all that the adapter changes, in the shapes of the
 file. Its weights are the base's under the names of that class, and the head is the adapter's. What neither has
 would be random numbers, and is refused.
 """
@@ -31,7 +31,7 @@ _LABELLED = ("Classification", "ClassificationWithTeacher", "Segmentation")
 class NewModel:
     """The class of the output where it is not the base's, or has other labels.
 
-    labels: how many, None where the class has none; left_out: the base's tensors that it has no use for, and in
+    labels: how many, None where the class has none; left_out: the base's tensors that it does not use, also in
     words; brought: the tensors that come whole from the adapter; asked: whether it took `--task` to know the class.
     """
 
@@ -50,7 +50,7 @@ class NewModel:
 
 @dataclass(frozen=True)
 class Remodelled:
-    """What a merge goes on with. base: its configuration is the new one; changes: of config.json."""
+    """What the rest of the plan works with. base: with the new configuration; changes: of config.json."""
 
     model: NewModel
     base: Checkpoint
@@ -90,7 +90,7 @@ def remodelled(
 
 
 def _suspects(adapter: Adapter, weights: Mapping[str, BaseWeight]) -> list[TargetUpdate]:
-    """Modules saved whole that no weight of this name and shape waits for; told from names alone."""
+    """Modules saved whole for which the base has no weight of this name and shape, judged by names alone."""
     tied, suspects = tied_pair(weights), []
     for update in adapter.updates:
         name = update.target
@@ -105,7 +105,7 @@ def _suspects(adapter: Adapter, weights: Mapping[str, BaseWeight]) -> list[Targe
 def _lacking(
     adapter: Adapter, suspects: Sequence[TargetUpdate], own: Architecture, weights: Mapping[str, BaseWeight]
 ) -> Lacking | None:
-    """The suspects of which the base's own class has no tensor, or one of another shape."""
+    """The suspects for which the base's own class has no tensor, or one of another shape."""
     stored = {name for file in weights for name in own.names_of(file)}
     stored |= {name for group in own.ties for name in group}  # a tied head is not in the file, yet the base has it
     places = {u.target: own.place(u.target) for u in suspects}

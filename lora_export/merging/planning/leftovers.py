@@ -13,20 +13,22 @@ from lora_export.contracts import TensorInfo
 from lora_export.errors import CheckpointError
 from lora_export.merging.architecture.model import Numbers, architecture_of
 
-# Scales of activations and of the attention's cache: of no weight. No model of transformers has such a parameter.
+# Scales of activations and of the attention's cache, not of weights. No model of transformers has such a parameter.
 _DEAD = (
     "activation_scale", "input_scale", "output_scale", "k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale",
     "input_global_scale", "input_scale_ub", "input_zero_point", "output_zero_point", "k_zero_point", "v_zero_point",
 )  # fmt: skip
-# Names that quantizers give to scales and the like, and honest models do not.
+# Names that quantizers give to scales and the like, and unquantized models do not have.
 _OF_QUANTIZERS = (
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point", "scale_inv",
     "weight_packed", "weight_shape", "weight_g_idx", "qscale_weight", "pre_quant_scale", "qweight", "qzeros",
     "g_idx", "scales", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "SCB", "zero_point",
 )  # fmt: skip
-_FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0"})
+_SMALL_FLOATS = frozenset(
+    {"F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"}
+)
 _CODES = frozenset({"U8", "I8", "U16", "I16", "U32", "I32"})
-# Masks and positions that old versions of transformers saved, as bytes or whole numbers.
+# Masks and positions that old versions of transformers saved, as bytes or integers.
 _BUFFERS = ("bias", "masked_bias", "position_ids", "token_type_ids")
 _HINTS = {
     "_blocks": "MXFP4, as in gpt-oss", "_scales": "MXFP4, as in gpt-oss", "weight_packed": "compressed-tensors",
@@ -43,7 +45,7 @@ def without_leftovers(base: Checkpoint, parts: Collection[str], quantized: Colle
     """
     owners = {w.rpartition(".")[0] for w in quantized} | set(quantized)
     rest = {n: t for n, t in base.tensors.items() if n not in parts}
-    dead = frozenset(n for n in rest if quantized and _called(n, _DEAD) and rest[n].dtype not in _FP8)
+    dead = frozenset(n for n in rest if quantized and _called(n, _DEAD) and rest[n].dtype not in _SMALL_FLOATS)
     suspects = [n for n, t in rest.items() if n not in dead and _suspicious(n, t, owners)]
     if suspects:
         known = architecture_of(base)
@@ -54,8 +56,8 @@ def without_leftovers(base: Checkpoint, parts: Collection[str], quantized: Colle
     return dead
 
 
-def told(left_out: Collection[str]) -> list[str]:
-    """What to tell of the tensors among these that were left out."""
+def note_left_out(left_out: Collection[str]) -> list[str]:
+    """A note on those of these tensors that only serve activations."""
     dead = [n for n in left_out if _called(n, _DEAD)]
     if not dead:
         return []
@@ -65,7 +67,7 @@ def told(left_out: Collection[str]) -> list[str]:
 
 def _suspicious(name: str, info: TensorInfo, owners: Collection[str]) -> bool:
     """owners: the layers that are quantized, in which any scale should have been read."""
-    if info.dtype in _FP8:
+    if info.dtype in _SMALL_FLOATS:
         return True
     if info.dtype in _CODES:
         return len(info.shape) > 1 and not _is_buffer(name, info)
@@ -90,7 +92,7 @@ def _leaf(name: str) -> str:
 
 def _honest(name: str, info: TensorInfo, own: Mapping[str, Numbers] | None) -> bool:
     """Whether the model itself has this tensor, of this kind."""
-    if info.dtype in _FP8:
+    if info.dtype in _SMALL_FLOATS:
         return False
     if own is None or own.get(name) == "passed over":  # only its name says what it is
         return info.dtype not in _CODES and not _called(name, _OF_QUANTIZERS)
@@ -99,7 +101,9 @@ def _honest(name: str, info: TensorInfo, own: Mapping[str, Numbers] | None) -> b
 
 def _refusal(base: Checkpoint, names: Sequence[str], quantized: bool) -> CheckpointError:
     infos = [base.tensors[n] for n in names]
-    info = min(infos, key=lambda t: (t.dtype not in _CODES | _FP8, "scale" in _leaf(t.name)))  # codes before scales
+    info = min(
+        infos, key=lambda t: (t.dtype not in _CODES | _SMALL_FLOATS, "scale" in _leaf(t.name))
+    )  # codes before scales
     hint = next((text for end, text in _HINTS.items() if any(n.endswith(end) for n in names)), None)
     number = f"{len(names)} tensors are" if len(names) > 1 else "this tensor is"
     silent = "its quantization_config" if quantized else "config.json"

@@ -53,7 +53,7 @@ class BaseNames:
 def resolve_prefix(targets: Iterable[str], weights: Collection[str]) -> tuple[str, str]:
     """(add, strip): the one change of prefix that brings all target names to weights of the checkpoint.
 
-    A model with a task head names its body `bert.…` where the bare model says `…`, so one of them may lack it.
+    A model with a task head names its body `bert.…` where the bare model has no such prefix.
     Returns ("", "") if no change explains more names than none.
     """
     wanted = list(targets)

@@ -1,4 +1,4 @@
-"""Adapters that name experts one by one, brought to the base's names, or to a weight that holds all experts."""
+"""Adapters that name experts one by one: updates of a weight of that expert, or of one that holds all experts."""
 
 import re
 from collections.abc import Set

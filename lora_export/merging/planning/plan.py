@@ -1,4 +1,4 @@
-"""Everything about a merge that headers can tell, decided and refused before the first output byte."""
+"""Everything about a merge that follows from headers, decided or refused before the first output byte."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,8 +26,8 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 class PlannedTensor:
     """One tensor of the output: where its numbers come from, and what is done to them.
 
-    source is the base's tensor (None for a new one); quantized tells how to dequantize it; training, how
-    training had quantized it.
+    source is the base's tensor (None for a new one); quantized: how to dequantize it; training: how training
+    quantized it.
     """
 
     output: OutputTensor
@@ -50,12 +50,12 @@ class PlannedTensor:
 
     @property
     def copies(self) -> int:
-        """How often a block of it is in memory at once, counted in fp32."""
+        """How many copies of a block of it are in memory at once, counted in fp32."""
         return max((u.copies for u in self.updates), default=4) * (2 if self.wide else 1)
 
     @property
     def row_wise(self) -> bool:
-        """Whether blocks of its rows can be computed apart."""
+        """Whether blocks of its rows can be computed separately."""
         quantized_apart = self.training is None or self.training.row_wise(self.shape)
         return quantized_apart and all(u.row_wise(self.shape) for u in self.updates)
 
@@ -89,7 +89,7 @@ class MergePlan:
 
     @property
     def computes(self) -> bool:
-        """Whether anything is more than copied."""
+        """Whether anything but copying is done."""
         return any(t.operation != "copied" for t in self.tensors.values())
 
     @property
@@ -130,7 +130,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     if unknown:
         raise unknown_target(min(unknown), base.tensors, str(base.folder))
     dequantized = any(w.quantized for w in weights.values())
-    metadata = {} if dequantized else dict(given.metadata)  # of a quantized file it may tell how to read its codes
+    metadata = {} if dequantized else dict(given.metadata)  # of a quantized file it may say how to read its codes
     shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, metadata)
     changes, removals = _config_edits(base, layout.config | replicated, dequantized, options)
     warnings += layout.warnings
@@ -143,7 +143,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
 
 
 def without_updates(plan: MergePlan) -> MergePlan:
-    """The same output without what adapters change; what the base lacks, or has in another size, stays theirs."""
+    """The same output without the adapters' changes; tensors that the base lacks or has in another size stay."""
     tensors = {}
     for name, tensor in plan.tensors.items():
         if tensor.source is not None and tensor.updates and tensor.source.shape == tensor.shape:

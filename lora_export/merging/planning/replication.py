@@ -9,7 +9,7 @@ from lora_export.errors import AdapterError
 
 # Where PEFT looks for the layers: model.layers, bert.encoder.layer, transformer.h, with or without a head.
 _LAYER = re.compile(r"^((?:model\.|bert\.|transformer\.)*(?:layers|encoder\.layer|h)\.)(\d{1,6})(\..+)$")
-MOST_LAYERS = 10_000  # [[0, 1000000000]] would fill the memory before anyone sees what the base has
+MOST_LAYERS = 10_000  # [[0, 1000000000]] would fill the memory before the base is looked at
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -31,7 +31,9 @@ def layer_order(adapters: Sequence[Adapter]) -> list[int] | None:
         )
     count = sum(end - start for start, end in ranges)
     if count > MOST_LAYERS:
-        raise AdapterError(f"layer_replication makes {count} layers", where=adapters[0].folder, expected="fewer")
+        raise AdapterError(
+            f"layer_replication makes {count} layers", where=adapters[0].folder, expected=f"at most {MOST_LAYERS}"
+        )
     return [i for start, end in ranges for i in range(start, end)]
 
 
@@ -68,7 +70,7 @@ def replicated_names(names: Iterable[str], order: Sequence[int], where: str) -> 
 
 
 def config_changes(config: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
-    """The new number of layers, and every list that has one entry a layer."""
+    """The new number of layers, and every list that has one entry for each layer."""
     count = next((config[k] for k in _COUNTS if k in config), None)
     changes: dict[str, Any] = {k: len(order) for k in _COUNTS if k in config}
     for key, value in config.items():

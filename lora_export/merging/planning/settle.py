@@ -25,7 +25,7 @@ _PADDED = "final_logits_bias"  # of BART and its kin: transformers fills it with
 
 @dataclass
 class Layout:
-    """targets: name in the output → updates; added: name that the base has not → its weight that it begins as;
+    """targets: name in the output → updates; added: name that the base lacks → the weight that it starts from;
     shapes: of what is resized; config: keys of config.json to set."""
 
     targets: dict[str, list[TargetUpdate]]
@@ -37,8 +37,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Change:
-    """What is changed, of what. known, on_disk: the base's architecture, and name in it → the tensors that make it;
-    groups: all weights that several names share; apart: those of which the names must differ from now on."""
+    """What changes. known, on_disk: the base's architecture, and name in it → the tensors that make it;
+    groups: all weights that several names share; apart: those whose names must differ from now on."""
 
     base: Checkpoint
     weights: Mapping[str, BaseWeight]
@@ -53,7 +53,7 @@ class Change:
 class Proof:
     """The output against the class, built with changed settings.
 
-    filled: names that were tied and are not any more, which the output needs, too → the base's weight; kept:
+    filled: names that are no longer tied, which the output needs, too → the base's weight; kept:
     tensors that transformers cuts, or fills with zeros; still_tied: names that must differ, and are one weight.
     """
 
@@ -76,7 +76,7 @@ class Proof:
         self.loaded = built.loaded(self.outputs)
 
     def complete(self) -> None:
-        """Give the names that were tied, and are not any more, what the name that is stored gets; cut, and pad."""
+        """Give names that are no longer tied what the stored name gets; cut and pad tensors."""
         layout = self.change.layout
         for name, source in self.filled.items():
             layout.added[name] = source
@@ -168,7 +168,7 @@ def settle(
     adapters: Sequence[Adapter],
     changes: Mapping[str, Any],
 ) -> Layout:
-    """What the updates of `targets` make of ties and vocabulary. AdapterError where no model would be complete.
+    """What the updates of `targets` make of ties and vocabulary. AdapterError where the model would be incomplete.
 
     changes: of the configuration, for other reasons.
     """
@@ -202,7 +202,7 @@ def settle(
 
 
 def _spread(group: Shared, layout: Layout) -> None:
-    """What becomes of a shared weight under each of its names; of one that stays shared, under the stored ones."""
+    """The updates of a shared weight under each of its names; of one that stays shared, under the stored ones."""
     for member, updates in zip(group.members, group.updates, strict=True):
         layout.targets.pop(member.name, None)
         if member.stored or not group.alike:
@@ -268,7 +268,7 @@ def _resize(
 
 def _refuse_other_tables(base: Checkpoint, known: Architecture, rows: tuple[int, int] | None) -> None:
     """Refuse a vocabulary that grows where a further table has a row for each token, as in Gemma 3n: training gave
-    it new rows at random, and PEFT saves none of them."""
+    it random new rows, and PEFT saves none of them."""
     from torch.nn import Embedding
 
     old, new = rows or (0, 0)
@@ -287,7 +287,7 @@ def _refuse_other_tables(base: Checkpoint, known: Architecture, rows: tuple[int,
 def _by_usual_keys(
     base: Checkpoint, weights: Mapping[str, BaseWeight], adapters: Sequence[Adapter], layout: Layout, apart: bool
 ) -> None:
-    """Without an architecture to ask: the keys that nearly all have, and the same number of rows everywhere."""
+    """Without a known architecture: the keys that nearly all have, and the same number of rows everywhere."""
     rows = _rows(weights, layout)
     if apart:
         layout.config[TIE] = False
@@ -309,7 +309,7 @@ def _rows(weights: Mapping[str, BaseWeight], layout: Layout) -> tuple[int, int] 
 
 
 def _by_architecture(change: Change, config: Mapping[str, Any]) -> None:
-    """Look for the settings under which the output is a complete model. config: the base's, before that."""
+    """Find settings under which the output is a complete model. config: the base's, before that."""
     layout, known = change.layout, change.known
     first: AdapterError | None = None
     for wanted, by_files in _configs(config, known, _rows(change.weights, layout), bool(change.apart)):
@@ -324,7 +324,7 @@ def _by_architecture(change: Change, config: Mapping[str, Any]) -> None:
             if by_files:
                 layout.warnings.append(
                     f"{known.name} ties {' and '.join(sorted(proof.still_tied))} whatever its "
-                    "configuration says: all are stored, and transformers 5 leaves them apart, 4 does not"
+                    "configuration says: all are stored, and transformers 5 does not tie them, 4 does"
                 )
             return
         first = first or error

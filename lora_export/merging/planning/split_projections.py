@@ -25,7 +25,7 @@ _BY_HEAD = ("qkvz", "ba")
 
 @dataclass(frozen=True)
 class RowsUpdate:
-    """An update of some rows of a weight; rows: their indices there, ascending."""
+    """An update of some rows of a weight. rows: their indices, ascending."""
 
     inner: Update
     rows: "torch.Tensor"

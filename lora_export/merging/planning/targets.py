@@ -70,10 +70,10 @@ def _resolved(adapter: Adapter, names: BaseNames) -> list[TargetUpdate]:
                 tensor=name,
                 expected="one name for each weight",
             )
-        found = next((u for u in (step(update, names) for step in STEPS) if u is not None), None)
-        if found is None:
+        updates = next((u for u in (step(update, names) for step in STEPS) if u is not None), None)
+        if updates is None:
             raise unknown_target(update.target, names.shapes, str(adapter.folder))
-        resolved += found
+        resolved += updates
     return resolved
 
 

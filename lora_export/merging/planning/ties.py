@@ -1,6 +1,6 @@
 """Weights that several names share: what an adapter makes of each, and whether they can stay one.
 
-PEFT's forward decides. It wraps one module, and what is tied to it keeps the old weight; a resized vocabulary, a
+PEFT's forward decides. It wraps one module, and the modules tied to it keep the old weight; a resized vocabulary, a
 trained bias, trainable tokens and `ensure_weight_tying` change the shared weight itself, and so every name of it.
 """
 
@@ -63,16 +63,16 @@ def may_be_shared(targets: Targets, weights: Collection[str]) -> bool:
 
 def shared_weights(known: Architecture, on_disk: Mapping[str, tuple[StoredPiece, ...]]) -> list[Shared]:
     """Weights of which the base stores one name at least. on_disk: name in the model → tensors of the base."""
-    found = []
+    shared = []
     for group in known.ties:
         pieces = [on_disk.get(name, ()) for name in group]
         if any(len(p) > 1 or (p and (p[0].expert is not None or p[0].transposed)) for p in pieces):
-            continue  # made of several tensors, or turned: such a weight is nobody's embedding
+            continue  # made of several tensors, or transposed: no embedding is stored so
         members = [Member(n, p[0].name if p else n, bool(p)) for n, p in zip(group, pieces, strict=True)]
         members.sort(key=lambda m: not m.stored)
         if members[0].stored:
-            found.append(Shared(tuple(members)))
-    return found
+            shared.append(Shared(tuple(members)))
+    return shared
 
 
 def shared_by_usual_names(base: Checkpoint, weights: Collection[str]) -> list[Shared]:
@@ -92,7 +92,7 @@ def changed(
     known: Architecture | None,
 ) -> list[Shared]:
     """The groups that an adapter changes, with what it does to each member."""
-    found = []
+    touched = []
     for group in groups:
         if not any(m.name in targets for m in group.members):
             continue
@@ -102,12 +102,12 @@ def changed(
         lists = [tuple(_of_member(m, members, targets, known)) for m in members]
         same = _Same(adapters)
         alike = all(same.lists(a, b) for a, b in pairwise(lists))
-        found.append(Shared(members, tuple(lists), alike))
-    return found
+        touched.append(Shared(members, tuple(lists), alike))
+    return touched
 
 
 def _still_one(members: tuple[Member, ...], weights: Mapping[str, BaseWeight]) -> tuple[Member, ...]:
-    """Without the names that the base stores with other numbers, which transformers leaves apart."""
+    """Without the names that the base stores with other numbers, which transformers does not tie."""
     first = weights[members[0].name]
 
     def equal(member: Member) -> bool:
@@ -123,13 +123,13 @@ def _of_member(
     member: Member, members: Sequence[Member], targets: Targets, known: Architecture | None
 ) -> Iterator[TargetUpdate]:
     """What is done to this name: its own updates, and those that reach it through the tie where it has none."""
-    found: list[TargetUpdate] = []
+    updates: list[TargetUpdate] = []
     owners = sorted({u.owner for m in members for u in targets.get(m.name, ())})
     for owner in owners:
         for what in (_is_whole, _is_tokens, _is_sum):
             own = [u for u in targets.get(member.name, ()) if u.owner == owner and what(u)]
             if own:
-                found += own
+                updates += own
                 continue
             for other in members:
                 through = [
@@ -139,9 +139,9 @@ def _of_member(
                     if given.owner == owner and what(u) and _ties(u, other, known)
                 ]
                 if through:
-                    found += through
+                    updates += through
                     break
-    yield from sorted(found, key=lambda u: not u.replaces)
+    yield from sorted(updates, key=lambda u: not u.replaces)
 
 
 def _ties(update: TargetUpdate, member: Member, known: Architecture | None) -> bool:
@@ -166,7 +166,7 @@ def _is_sum(update: TargetUpdate) -> bool:
 
 @dataclass(frozen=True)
 class _Same:
-    """Whether two updates do the same, though the adapter holds them under two names."""
+    """Whether two updates do the same, although the adapter stores them under two names."""
 
     adapters: Sequence[Adapter]
 
@@ -185,7 +185,7 @@ class _Same:
 
 
 def same_factors(first: Sequence[TensorInfo], second: Sequence[TensorInfo]) -> bool:
-    """Whether A and B of two layers make one delta: as they are, or as ensure_weight_tying turns an embedding's."""
+    """Whether A and B of two layers make the same delta: as they are, or as ensure_weight_tying transposes them."""
     if len(first) != 2 or len(second) != 2:
         return False
     if all(map(same_bytes, first, second)):
@@ -197,7 +197,7 @@ def same_factors(first: Sequence[TensorInfo], second: Sequence[TensorInfo]) -> b
 
 
 def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
-    """Whether two tensors are equal to a bit; they are read for it."""
+    """Whether two tensors are bitwise equal; both are read."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     if a.file == b.file and a.start == b.start:

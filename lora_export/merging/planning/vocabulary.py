@@ -44,7 +44,7 @@ def no_bias(name: str) -> TargetUpdate:
 
 
 def kept(name: str, shape: Shape) -> TargetUpdate:
-    """What transformers makes of a tensor when the vocabulary shrinks, and of BART's final_logits_bias always."""
+    """A tensor as transformers cuts or pads it with the vocabulary, such as BART's final_logits_bias."""
     return TargetUpdate(name, "vocabulary", (), (shape,), lambda _: Kept())
 
 
@@ -69,7 +69,7 @@ def resized(name: str, old: Shape, updates: Sequence[TargetUpdate], adapters: Se
 
 
 def _with_tokens(name: str, shape: Shape, update: TargetUpdate, adapter: Adapter) -> Shape:
-    """The weight with the trained rows behind its own: every row between must be among them."""
+    """The weight with the trained rows behind its own: every row in between must be trained, too."""
     count = max(update.tokens) + 1
     unknown = sorted(set(range(shape[0], count)) - set(update.tokens))
     if unknown:
@@ -134,11 +134,11 @@ def number_of_rows(sizes: Mapping[str, tuple[int, int]], where: Path) -> tuple[i
 def resizings(config: Mapping[str, Any], text: Keys, old: int, new: int) -> Iterator[dict[str, Any]]:
     """Configurations for a vocabulary of `new` instead of `old` rows. text: where the text model's settings lie."""
     sizes = _places(config, lambda k, v: k.endswith("vocab_size") and v == old)
-    named = [keys for keys in sizes if keys[-1] == "vocab_size"]
+    plain = [keys for keys in sizes if keys[-1] == "vocab_size"]
     own = (*text, "vocab_size")
-    yield _with(config, [*named, own], new)
+    yield _with(config, [*plain, own], new)
     yield _with(config, [own], new)
-    yield _with(config, named, new)
+    yield _with(config, plain, new)
     yield _with(config, sizes, new)
 
 

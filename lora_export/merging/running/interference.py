@@ -1,28 +1,24 @@
-"""What adapters do to each other, looked at before they are merged: cosines, signs and sizes of their deltas."""
+"""How adapters interfere, measured before they are merged: cosines, signs and norms of their deltas."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
 from math import prod
-from typing import TYPE_CHECKING
 
 from lora_export.contracts import Interference, TargetUpdate
 from lora_export.deltas.overlap import Overlap
 from lora_export.merging.planning.plan import MergePlan, PlannedTensor
 from lora_export.merging.running.rows import base_rows, change_of, load_updates
 
-if TYPE_CHECKING:
-    pass
-
-SEEN = 2**20  # elements of a weight that are looked at, if its rows can be had apart
-OPPOSED = -0.2  # of a cosine: less is no accident
-_RUNS = 8  # places of a weight that they are taken from
+SEEN = 2**20  # elements of a weight that are looked at, if its rows can be computed separately
+OPPOSED = -0.2  # cosines below this are not chance
+_RUNS = 8  # places of a weight where they are read
 
 
 def interference(plan: MergePlan) -> list[Interference]:
-    """For each weight that several adapters change one entry a pair, after those of all weights (tensor: None)."""
+    """An entry for each weight and pair of adapters that change it, after those of all weights (tensor: None)."""
     totals: dict[tuple[int, int], Overlap] = {}
-    found: list[Interference] = []
+    entries: list[Interference] = []
     names = _names(plan)
     for name, tensor in plan.tensors.items():
         parts = _parts(tensor)
@@ -30,8 +26,8 @@ def interference(plan: MergePlan) -> list[Interference]:
             continue
         for pair, overlap in _overlaps(plan, tensor, parts).items():
             totals.setdefault(pair, Overlap()).join(overlap)
-            found.append(_entry(name, names, pair, overlap))
-    return [*(_entry(None, names, pair, total) for pair, total in totals.items()), *found]
+            entries.append(_entry(name, names, pair, overlap))
+    return [*(_entry(None, names, pair, total) for pair, total in totals.items()), *entries]
 
 
 def _names(plan: MergePlan) -> list[str]:
@@ -59,14 +55,14 @@ def _overlaps(
     loaded = {owner: load_updates(replace(tensor, updates=updates), wide=True) for owner, updates in parts.items()}
     weights = {owner: plan.adapters[owner].weight if plan.options.combine != "none" else 1.0 for owner in parts}
     packed = tensor.quantized.load(plan.base) if tensor.quantized else None
-    found = {pair: Overlap() for pair in combinations(parts, 2)}
+    overlaps = {pair: Overlap() for pair in combinations(parts, 2)}
     row_wise = all(u.row_wise(tensor.shape) for updates in parts.values() for u in updates)
     for start, stop in _runs(tensor.shape, row_wise):
         before = base_rows(tensor, packed, start, stop).double()
         deltas = {o: weights[o] * change_of(updates, before, slice(start, stop)) for o, updates in loaded.items()}
-        for (first, second), overlap in found.items():
+        for (first, second), overlap in overlaps.items():
             overlap.add(deltas[first], deltas[second])
-    return found
+    return overlaps
 
 
 def _runs(shape: tuple[int, ...], row_wise: bool) -> Iterator[tuple[int, int]]:

@@ -84,5 +84,5 @@ def trained_class(config: Mapping[str, Any], base: Mapping[str, Any]) -> str | N
         return str(written["base_model_class"])
     task = tasks.PEFT_TASKS.get(str(config.get("task_type")))
     (table,) = tasks.TASKS[task] if task else ("",)
-    found = getattr(modeling_auto, f"{table}_NAMES", {}).get(base.get("model_type"))
-    return found if isinstance(found, str) else None
+    name = getattr(modeling_auto, f"{table}_NAMES", {}).get(base.get("model_type"))
+    return name if isinstance(name, str) else None

@@ -129,25 +129,17 @@ def in_types(unmerged: Any, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]
     Its parameters have these types. Buffers, such as the frequencies of rotary embeddings, stay in fp32, and so do
     an adapter's own matrices: PEFT casts between the two, as in training.
     """
-    types = {name: dtype for name, _, dtype in base_parameters(unmerged, dtypes)}
     widest = max(dtypes.values(), key=lambda d: torch.finfo(d).eps)
-    saved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    model = unmerged.base_model.model
+    types = {slot.name: widest for slot in streaming.slots_of(model)}
+    types |= {name: dtype for name, _, dtype in base_parameters(unmerged, dtypes)}
+    types |= {name: widest for name, _ in model.named_parameters() if ".modules_to_save." in name}
 
     def narrow(name: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight.to(types.get(name, widest))
+        return weight.to(types[name]) if name in types else weight
 
-    with streaming.changing(unmerged, narrow):
-        try:
-            for name, parameter in unmerged.base_model.model.named_parameters():
-                dtype = widest if ".modules_to_save." in name else types.get(name)
-                if dtype is not None and not streaming.slots_of(parameter):
-                    saved.append((parameter, parameter.data))
-                    parameter.data = parameter.data.to(dtype)
-            with _inputs_in(unmerged.base_model.model, widest):
-                yield
-        finally:
-            for parameter, before in saved:
-                parameter.data = before
+    with streaming.changing(unmerged, narrow), _inputs_in(model, widest):
+        yield
 
 
 @contextlib.contextmanager
@@ -173,15 +165,15 @@ def eight_bit_inputs(unmerged: Any, block: int, layers: Collection[str] | None) 
 
     layers: None for all; all, too, where some of these names are a file's and not the model's.
     """
-    found = dict(_linear_layers(unmerged.base_model.model))
-    chosen = found if layers is None or not set(layers) <= found.keys() else layers
+    linear = dict(_linear_layers(unmerged.base_model.model))
+    paths = linear if layers is None or not set(layers) <= linear.keys() else layers
 
     def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_eight_bits(args[0], block), *args[1:])
 
     with contextlib.ExitStack() as stack:
-        for path in chosen:
-            stack.callback(found[path].register_forward_pre_hook(rounded).remove)
+        for path in paths:
+            stack.callback(linear[path].register_forward_pre_hook(rounded).remove)
         yield
 
 
@@ -199,17 +191,8 @@ def eight_bit_weights(unmerged: Any) -> Iterator[None]:
         eight = _eight_bits(rows, rows.shape[-1])
         return eight.T.contiguous() if names[name] == 0 else eight
 
-    saved: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
     with streaming.changing(unmerged, rounded):
-        try:
-            for name, parameter in unmerged.base_model.model.named_parameters():
-                if name in names and not streaming.slots_of(parameter):
-                    saved.append((parameter, parameter.data))
-                    parameter.data = rounded(name, parameter.data)
-            yield
-        finally:
-            for parameter, before in saved:
-                parameter.data = before
+        yield
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -253,10 +236,10 @@ def draw(
     """
     try:
         with contextlib.nullcontext() if adapted else unmerged.disable_adapter(), how.on(unmerged, names):
-            found = measure(adapted)
+            measured = measure(adapted)
     except (RuntimeError, NotImplementedError):
         if not adapted:
             raise
         return draw(unmerged, how, names, measure, finite, adapted=False)
     wider = how.in_bfloat16()
-    return found if finite(found) or how == wider else draw(unmerged, wider, names, measure, finite, adapted)
+    return measured if finite(measured) or how == wider else draw(unmerged, wider, names, measure, finite, adapted)

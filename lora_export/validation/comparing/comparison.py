@@ -14,7 +14,7 @@ from lora_export.validation.comparing.arithmetic import Arithmetic, InTypes, dra
 from lora_export.validation.comparing.logits import Difference, compare_logits, greedy_divergences, largest
 from lora_export.validation.comparing.model_under_test import running
 from lora_export.validation.comparing.noise import draws
-from lora_export.validation.comparing.thresholds import FACTOR, Floor, Greedy, graph_checks
+from lora_export.validation.comparing.thresholds import FACTOR, KL_POWER, Floor, Greedy, graph_checks
 from lora_export.validation.effect.effect import AnyEffect, along, effect_exists
 
 Output = TypeVar("Output")  # of a model on one input
@@ -254,7 +254,7 @@ class LogitsComparison(Comparison[torch.Tensor, Difference]):
     def _noise_of_16_bits(self, graph: Graph) -> float:
         """KL a position that 16-bit arithmetic makes, with the tolerance of all checks; 0 for fp32."""
         nats = largest(d.kl_mean for d in self._arithmetic)
-        return self.factor**2 * nats if graph.arithmetic.times > 1 else 0.0
+        return self.factor**KL_POWER * nats if graph.arithmetic.times > 1 else 0.0
 
     def _parted(self, tokens: Sequence[torch.Tensor]) -> Greedy:
         """tokens: what another model chooses at each step of the unmerged model's texts."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_export.contracts import Check, Perplexity, ValidationResult
+from lora_export.contracts import Check, Continuation, Perplexity, ValidationResult
 from lora_export.validation.comparing.arithmetic import InTypes
 from lora_export.validation.comparing.comparison import SOME, Graph, LogitsComparison
 from lora_export.validation.comparing.logits import Difference, compare_logits
@@ -138,7 +138,7 @@ class DecoderComparison(LogitsComparison):
         pairs = zip(self._prompts, self._continued, strict=True)
         return [greedy_steps(model, ids, continuation).argmax(-1) for ids, continuation in pairs]
 
-    def _samples(self, unmerged: Any, merged: Any, parted: Greedy) -> tuple[dict[str, str], ...]:
+    def _samples(self, unmerged: Any, merged: Any, parted: Greedy) -> tuple[Continuation, ...]:
         samples = []
         shown = {d.prompt: parted.show(d) for d in parted.divergences}
         for i, (ids, continued) in enumerate(zip(self._prompts, self._continued, strict=True)):
@@ -146,8 +146,8 @@ class DecoderComparison(LogitsComparison):
                 before = greedy(unmerged, ids, max(1, len(continued) // 2))
             after = greedy(merged, ids, max(1, len(continued) // 2))
             texts = {"prompt": ids, "base": before, "unmerged": continued[: len(after)], "merged": after}
-            sample = {k: self.tokenizer.decode(v, skip_special_tokens=True) for k, v in texts.items()}
-            samples.append(sample | ({"first_difference": shown[i]} if i in shown else {}))
+            decoded = {k: self.tokenizer.decode(v, skip_special_tokens=True) for k, v in texts.items()}
+            samples.append(Continuation(**decoded, first_difference=shown.get(i)))
         return tuple(samples)
 
 

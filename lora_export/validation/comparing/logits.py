@@ -17,7 +17,7 @@ def largest(values: Iterable[float]) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far `found` is from `reference`, over all positions of all prompts.
+    """How far `other` is from `reference`, over all positions of all prompts.
 
     kl: Kullback-Leibler divergence of the next-token distributions in nats, one figure a position;
     top1: the share of positions whose most likely token agrees; top5: the share of the reference's five most
@@ -44,13 +44,13 @@ UNMOVED = Difference(0.0, (0.0,), 1.0, 1.0, 0.0, 0.0, 0.0, 1)
 
 
 def compare_logits(
-    reference: Sequence[torch.Tensor], found: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
+    reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], tokens: Sequence[torch.Tensor]
 ) -> Difference:
-    """reference, found: logits (length, vocabulary) of each prompt; tokens: its (length,) ids."""
+    """reference, other: logits (length, vocabulary) of each prompt; tokens: its (length,) ids."""
     apart, hits, shared, positions = [], 0, 0.0, 0
     kl: list[float] = []
     nll = torch.zeros(3, dtype=torch.float64)
-    for a, b, ids in zip(reference, found, tokens, strict=True):
+    for a, b, ids in zip(reference, other, tokens, strict=True):
         apart.append(max_abs(a, b))
         hits += int((a.argmax(-1) == b.argmax(-1)).sum())
         shared += _shared(a, b)
@@ -60,10 +60,9 @@ def compare_logits(
         p_token, q_token = (x[:-1].gather(-1, ids[1:, None]).squeeze(-1) for x in (p, q))
         nll += torch.stack([-p_token.sum(), -q_token.sum(), (p_token - q_token).abs().sum()])
     nll /= max(positions - len(tokens), 1)
-    own, other, spread = nll.tolist()
-    return Difference(
-        largest(apart), tuple(kl), hits / positions, shared / positions, own, other, spread, positions
-    )
+    nll_reference, nll_other, spread = nll.tolist()
+    agreed = hits / positions, shared / positions
+    return Difference(largest(apart), tuple(kl), *agreed, nll_reference, nll_other, spread, positions)
 
 
 def _shared(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -101,14 +100,14 @@ def greedy_divergences(
     other model chose at the same steps, which counts up to its first difference.
     """
     agreed, total = 0, 0
-    found = []
-    for i, (logits, chosen) in enumerate(zip(reference, tokens, strict=True)):
+    divergences = []
+    for i, (logits, choices) in enumerate(zip(reference, tokens, strict=True)):
         own = logits.argmax(-1)
-        differing = (own != chosen).nonzero()
+        differing = (own != choices).nonzero()
         step = int(differing[0]) if len(differing) else len(own)
         agreed += step
         total += len(own)
         if step < len(own):
-            gap = float(logits[step, own[step]] - logits[step, chosen[step]])
-            found.append(Divergence(i, step, gap, int(own[step]), int(chosen[step])))
-    return agreed / max(total, 1), found
+            gap = float(logits[step, own[step]] - logits[step, choices[step]])
+            divergences.append(Divergence(i, step, gap, int(own[step]), int(choices[step])))
+    return agreed / max(total, 1), divergences

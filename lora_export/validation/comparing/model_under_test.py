@@ -9,33 +9,32 @@ from typing import Any
 
 import torch
 
-from lora_export.contracts import Progress
+from lora_export.contracts import Progress, ValidationOptions
 from lora_export.errors import InputError
 
 
 @dataclass(frozen=True)
 class ModelUnderTest:
     """model: the reference, whose configuration and signature determine the inputs; folder: where its tokenizer or
-    processor may lie; dtypes: stored type of each merged parameter; prompts: texts, read from prompts_file if
-    given; text: running text, read from text_file if given; factor: thresholds are this many noise floors; seed: of
-    everything that is drawn. Nothing here comes from the merged folder, which would otherwise choose what it is
-    judged on."""
+    processor may lie; dtypes: stored type of each merged parameter; prompts, text: read from the files of `options`
+    or built in. Nothing here comes from the merged folder, which would otherwise choose what it is judged on."""
 
     model: Any
     folder: Path
     dtypes: Mapping[str, torch.dtype]
     prompts: tuple[str, ...]
-    prompts_file: Path | None
-    progress: Progress
     text: str
-    text_file: Path | None
-    factor: float
-    seed: int = 0
+    options: ValidationOptions
+    progress: Progress
+
+    @property
+    def seed(self) -> int:
+        return self.options.seed or 0
 
     @property
     def common(self) -> dict[str, Any]:
         """What every comparison of this model is built with."""
-        return {"dtypes": self.dtypes, "progress": self.progress, "factor": self.factor}
+        return {"dtypes": self.dtypes, "progress": self.progress, "factor": self.options.tolerance}
 
 
 def takes(model: Any) -> set[str]:

@@ -128,21 +128,8 @@ def rounding_noise(
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         return weight + rounding_errors(known.adapted(name, weight), dtype, generator)
 
-    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     with streaming.changing(unmerged, noisy):
-        try:
-            for name, parameter, _ in base_parameters(unmerged, dtypes):
-                if streaming.slots_of(parameter):
-                    continue
-                weight = parameter.data
-                changed = noisy(name, weight)
-                if not torch.equal(changed, weight):
-                    saved.append((weight, weight.clone()))
-                    weight.copy_(changed)
-            yield
-        finally:
-            for weight, before in saved:
-                weight.copy_(before)
+        yield
 
 
 def draws(unmerged: Any, dtypes: Mapping[str, torch.dtype], measure: Callable[[], Measured]) -> list[Measured]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_export.contracts import Check, ValidationResult
+from lora_export.contracts import Check, Continuation, ValidationResult
 from lora_export.validation.comparing.comparison import SOME, Graph, LogitsComparison
 from lora_export.validation.comparing.logits import Difference, Divergence
 from lora_export.validation.comparing.model_under_test import plain, takes
@@ -131,14 +131,14 @@ class Seq2SeqComparison(LogitsComparison):
             rows += list(torch.cat(out, 1))
         return rows
 
-    def _samples(self, *texts: list[torch.Tensor]) -> tuple[dict[str, str], ...]:
+    def _samples(self, *texts: list[torch.Tensor]) -> tuple[Continuation, ...]:
         ids = [x["input_ids"][i] for x in self.batches if "input_ids" in x for i in range(_rows(x))]
         samples = []
         for i, row in enumerate(zip(*texts, strict=True)):
             named = dict(zip(("base", "unmerged", "merged"), row, strict=True))
             prompt = self.tokenizer.decode(ids[i], skip_special_tokens=True) if ids else f"input {i + 1}"
             decoded = {k: self.tokenizer.decode(v, skip_special_tokens=True) for k, v in named.items()}
-            samples.append({"prompt": prompt} | decoded)
+            samples.append(Continuation(prompt, **decoded))
         return tuple(samples[:SOME])
 
 
@@ -147,8 +147,8 @@ def _rows(inputs: Mapping[str, torch.Tensor]) -> int:
 
 
 def token_agreement(
-    wanted: Sequence[torch.Tensor],
-    found: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    written: Sequence[torch.Tensor],
     divergences: Sequence[Divergence],
     greedy: Check,
     prefix: str = "",
@@ -157,8 +157,8 @@ def token_agreement(
 
     After a tie both texts go their own ways, so what differs is excused exactly where the first differing token is.
     """
-    edits = [edit_distance(a.tolist(), b.tolist()) for a, b in zip(wanted, found, strict=True)]
-    share = 1 - sum(edits) / max(sum(map(len, wanted)), 1)
+    edits = [edit_distance(a.tolist(), b.tolist()) for a, b in zip(expected, written, strict=True)]
+    share = 1 - sum(edits) / max(sum(map(len, expected)), 1)
     differing = {i for i, n in enumerate(edits) if n}
     excused = greedy.passed and differing <= {d.prompt for d in divergences}
     note = "1 − edit distance / length of the greedy texts, each model continuing its own"

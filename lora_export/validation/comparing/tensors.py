@@ -66,8 +66,8 @@ def compare_tensors(
     other module.
     """
     model = unmerged.base_model.model
-    found = dict(merged.named_parameters(remove_duplicate=False))
-    types = {n: dtypes.get(n) or dtypes[_first_name(merged, p)] for n, p in found.items()}
+    parameters = dict(merged.named_parameters(remove_duplicate=False))
+    types = {n: dtypes.get(n) or dtypes[_first_name(merged, p)] for n, p in parameters.items()}
     buffers = dict(merged.named_buffers())
     wrapped = wrapped_modules(model)
     everywhere = RECOMPUTED if _recomputed(unmerged) else 0.0
@@ -75,8 +75,8 @@ def compare_tensors(
     for name, exact in plain_parameters(model, wrapped):
         if only is not None and name.rpartition(".")[0] not in only:
             continue
-        with present(exact, found.get(name)):
-            errors[name] = _same(name, exact, found.get(name), types.get(name))
+        with present(exact, parameters.get(name)):
+            errors[name] = _same(name, exact, parameters.get(name), types.get(name))
     for path, module in wrapped.items():
         if only is not None and path not in only:
             continue
@@ -86,7 +86,7 @@ def compare_tensors(
     for name, exact in plain_buffers(model, wrapped):
         if only is None or name.rpartition(".")[0] in only:
             errors[name] = _same_buffer(name, exact, buffers.get(name), dtypes.get(name))
-    for name in found.keys() - errors.keys() if only is None else ():
+    for name in parameters.keys() - errors.keys() if only is None else ():
         errors[name] = TensorError(name, float("inf"), 0)
     return list(errors.values())
 
@@ -95,9 +95,9 @@ def verdict(errors: Sequence[TensorError], seed: int = 0) -> tuple[tuple[str, ..
     """(the tensors beyond what rounding explains, worst first; the checks that say so). seed: of the samples."""
     faulty = sorted((e for e in errors if not e.worst <= 1), key=lambda e: -e.worst)
     worst = max((e.worst for e in errors), default=0.0)
-    # JSON has no infinity; a tensor that differs where nothing may is told by the largest float.
+    # JSON has no infinity; a tensor that differs where nothing may is reported as the largest float.
     checks = tensor_checks(min(worst, 1.7e308), len(faulty), len(errors))
-    checks[0] = replace(checks[0], note=f"{checks[0].note}; what is sampled is drawn with seed {seed}")
+    checks[0] = replace(checks[0], note=f"{checks[0].note}; samples are drawn with seed {seed}")
     return tuple(e.name for e in faulty), checks
 
 
@@ -119,22 +119,22 @@ def _recomputed(unmerged: Any) -> bool:
     return any(isinstance(i, str) and i.lower() in ("pissa", "olora") for i in inits)
 
 
-def _same(name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype | None) -> TensorError:
+def _same(name: str, exact: torch.Tensor, actual: torch.Tensor | None, dtype: torch.dtype | None) -> TensorError:
     """Nothing was added to this tensor, so nothing but the rounding to its type may differ."""
-    if found is None or dtype is None or found.shape != exact.shape:
+    if actual is None or dtype is None or actual.shape != exact.shape:
         return TensorError(name, float("inf"), 0)
     # In blocks of rows: an embedding is the largest tensor of many models, and a copy of it as large again.
     blocks = [slice(i, i + BLOCK) for i in range(0, len(exact), BLOCK)] if exact.dim() else [...]
-    equal = all(torch.equal(exact.data[b].to(dtype).float(), found.data[b]) for b in blocks)
+    equal = all(torch.equal(exact.data[b].to(dtype).float(), actual.data[b]) for b in blocks)
     return TensorError(name, 0.0 if equal else float("inf"), exact.shape[0] if exact.dim() else 1)
 
 
 def _same_buffer(
-    name: str, exact: torch.Tensor, found: torch.Tensor | None, dtype: torch.dtype | None
+    name: str, exact: torch.Tensor, actual: torch.Tensor | None, dtype: torch.dtype | None
 ) -> TensorError:
     if exact.is_floating_point():
-        return _same(name, exact, found, dtype)
-    return TensorError(name, 0.0 if found is not None and torch.equal(exact, found) else float("inf"), 1)
+        return _same(name, exact, actual, dtype)
+    return TensorError(name, 0.0 if actual is not None and torch.equal(exact, actual) else float("inf"), 1)
 
 
 def _wrapped(
@@ -154,8 +154,8 @@ def _wrapped(
         return
     if is_attention(module):
         for name, values in attention_in_effect(module).items():
-            found = plain.get_parameter(name)
-            yield _stacked(f"{path}.{name}", found, [(slice(None), *values)], types[f"{path}.{name}"])
+            actual = plain.get_parameter(name)
+            yield _stacked(f"{path}.{name}", actual, [(slice(None), *values)], types[f"{path}.{name}"])
         return
     if hasattr(module, "parameter_name"):
         yield from _parameters(path, module, plain, types)
@@ -183,7 +183,7 @@ def _layer(
     """
     exact = copy.deepcopy(module).double()
     wanted, deviation = answers(module, exact, probe.inputs)
-    bound, found = (copy.deepcopy(plain).double() for _ in range(2))
+    bound, actual = (copy.deepcopy(plain).double() for _ in range(2))
     for name, parameter in bound.named_parameters():
         dtype = types[f"{path}.{name}"]
         size = parameter.data.abs()
@@ -191,19 +191,21 @@ def _layer(
         parameter.data = _half_ulp(parameter.data, dtype) + arithmetic
     weight = f"{path}.weight"
     with torch.no_grad():
-        errors = [_worst(weight, found(probe.inputs), wanted, bound(probe.inputs))]
+        errors = [_worst(weight, actual(probe.inputs), wanted, bound(probe.inputs))]
         if probe.zeros is not None and getattr(plain, "bias", None) is not None:
-            yield _worst(f"{path}.bias", found(probe.zeros), exact(probe.zeros), bound(probe.zeros))
-        one_by_one = whole_probes(exact, found, bound)
+            yield _worst(f"{path}.bias", actual(probe.zeros), exact(probe.zeros), bound(probe.zeros))
+        one_by_one = whole_probes(exact, actual, bound)
         if one_by_one is None:
-            errors.append(_combined(weight, exact, found, bound, generator))
+            errors.append(_combined(weight, exact, actual, bound, generator))
         else:
-            errors += [_worst(weight, found(x), exact(x), bound(x)) for x in one_by_one]
+            errors += [_worst(weight, actual(x), exact(x), bound(x)) for x in one_by_one]
         yield max(errors, key=lambda e: e.worst)
 
 
-def _combined(name: str, exact: Any, found: nn.Module, bound: nn.Module, generator: torch.Generator) -> TensorError:
-    """All elements of a row together, in random combinations: for what is too dear to be asked one by one.
+def _combined(
+    name: str, exact: Any, actual: nn.Module, bound: nn.Module, generator: torch.Generator
+) -> TensorError:
+    """All elements of a row together, in random combinations: for what is too dear to compare one by one.
 
     Of a sum with random signs the mean square is the sum of the squared errors, which rounding keeps below the sum
     of the squared bounds (a third of it, if errors are uniform). Twice that is allowed, so that no chance of the
@@ -213,7 +215,7 @@ def _combined(name: str, exact: Any, found: nn.Module, bound: nn.Module, generat
     square = copy.deepcopy(bound)
     for parameter in square.parameters():
         parameter.data = parameter.data.square()
-    error = (found(signs) - exact(signs)).square().mean(0)
+    error = (actual(signs) - exact(signs)).square().mean(0)
     allowed = 2 * square(signs[:1].square())[0]
     return _worst(name, (error / allowed.clamp_min(1e-90)).sqrt(), torch.zeros_like(error), torch.ones_like(error))
 
@@ -239,17 +241,17 @@ def _stacked(
     """The worst of all blocks, which are (where, the base's values, the wanted ones)."""
     worst = 0.0
     for where, base, wanted in blocks:
-        found, added = parameter.data[where].double(), (wanted - base).abs()
-        allowed = _half_ulp(found, dtype) + ARITHMETIC * (found.abs() + added + added.max())
-        worst = max(worst, _worst(name, found, wanted, allowed).worst)
+        actual, added = parameter.data[where].double(), (wanted - base).abs()
+        allowed = _half_ulp(actual, dtype) + ARITHMETIC * (actual.abs() + added + added.max())
+        worst = max(worst, _worst(name, actual, wanted, allowed).worst)
     return TensorError(name, worst, len(parameter))
 
 
-def _worst(name: str, found: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> TensorError:
-    if found.shape != exact.shape:
+def _worst(name: str, actual: torch.Tensor, exact: torch.Tensor, allowed: torch.Tensor) -> TensorError:
+    if actual.shape != exact.shape:
         return TensorError(name, float("inf"), 0)
-    worst = ((found - exact).abs() / allowed.abs().clamp_min(1e-45)).max()
-    return TensorError(name, float(worst.nan_to_num(nan=float("inf"))), len(found))
+    worst = ((actual - exact).abs() / allowed.abs().clamp_min(1e-45)).max()
+    return TensorError(name, float(worst.nan_to_num(nan=float("inf"))), len(actual))
 
 
 def _half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from lora_export.contracts import Check
 from lora_export.validation.comparing.logits import TOP, UNMOVED, Difference, Divergence, largest
 
-FACTOR = (
-    4.0  # on logits, unless --tolerance says otherwise; divergences are quadratic in them, so they get its square
-)
+FACTOR = 4.0  # on logits, unless --tolerance says otherwise
+KL_POWER = 2  # KL is quadratic in the difference of logits, and so is the factor on it
 # fp32 sums in another order differ by about this share of the largest logit (6e-5 of 37 on SmolLM2,
 # measured against float64).
 FP32_ARITHMETIC = 2.0**-20
@@ -83,34 +82,36 @@ class Greedy:
 
 
 def decoder_checks(
-    floor: Floor, found: Difference, greedy: Greedy, factor: float = FACTOR, prefix: str = ""
+    floor: Floor, apart: Difference, greedy: Greedy, factor: float = FACTOR, prefix: str = ""
 ) -> list[Check]:
     """The checks of a decoder's logits against the unmerged ones."""
     known = floor.known or UNMOVED
     logits = known.max_abs + factor * floor.max_abs
-    kl = (math.sqrt(known.kl_mean) + factor * math.sqrt(floor.kl)) ** 2
+    kl = (math.sqrt(known.kl_mean) + factor * math.sqrt(floor.kl)) ** KL_POWER
     spread = abs(known.nll_found - known.nll_reference) + factor * floor.nll_spread
-    perplexity = math.exp(min(found.nll_reference, LARGEST_NLL))
+    perplexity = math.exp(min(apart.nll_reference, LARGEST_NLL))
     shift = "what these weights do in PyTorch + " if floor.known else ""
     return [
         below(
-            f"{prefix}logits_max_abs", found.max_abs, logits, f"{shift}{factor:g} × the noise floor ({floor.where})"
+            f"{prefix}logits_max_abs", apart.max_abs, logits, f"{shift}{factor:g} × the noise floor ({floor.where})"
         ),
-        below(f"{prefix}logits_kl_mean", found.kl_mean, kl, f"{shift}{factor**2:g} × the noise floor's, nats"),
-        _agreement(f"{prefix}top1_agreement", found.top1, known.top1, floor.top1, found.positions, factor, 1),
-        _agreement(f"{prefix}top5_agreement", found.top5, known.top5, floor.top5, found.positions, factor, TOP),
+        below(
+            f"{prefix}logits_kl_mean", apart.kl_mean, kl, f"{shift}{factor**KL_POWER:g} × the noise floor's, nats"
+        ),
+        _agreement(f"{prefix}top1_agreement", apart.top1, known.top1, floor.top1, apart.positions, factor, 1),
+        _agreement(f"{prefix}top5_agreement", apart.top5, known.top5, floor.top5, apart.positions, factor, TOP),
         Check(
             f"{prefix}perplexity_unmerged",
             perplexity,
             None,
-            math.isfinite(found.nll_reference),
+            math.isfinite(apart.nll_reference),
             "the reference, for comparison",
         ),
         Check(
             f"{prefix}perplexity_merged",
-            math.exp(min(found.nll_found, LARGEST_NLL)),
+            math.exp(min(apart.nll_found, LARGEST_NLL)),
             perplexity * math.exp(min(spread, LARGEST_NLL)),
-            abs(found.nll_found - found.nll_reference) <= spread < math.inf,
+            abs(apart.nll_found - apart.nll_reference) <= spread < math.inf,
             f"the unmerged one's, within {shift}{factor:g} × the floor's change of log-likelihood",
         ),
         _greedy(f"{prefix}greedy_agreement", greedy, 2 * logits),
@@ -118,12 +119,17 @@ def decoder_checks(
     ]
 
 
-def graph_checks(floor: Floor, found: Difference, factor: float, prefix: str) -> list[Check]:
+def graph_checks(floor: Floor, apart: Difference, factor: float, prefix: str) -> list[Check]:
     """A graph against PyTorch with the very weights that the graph holds: nothing but arithmetic may differ."""
     note = f"{factor:g} × the noise floor of {floor.where}, against PyTorch with the weights that the graph holds"
     return [
-        below(f"{prefix}_max_abs", found.max_abs, factor * floor.max_abs, note),
-        below(f"{prefix}_kl_mean", found.kl_mean, factor**2 * floor.kl, f"{factor**2:g} × the floor's, nats"),
+        below(f"{prefix}_max_abs", apart.max_abs, factor * floor.max_abs, note),
+        below(
+            f"{prefix}_kl_mean",
+            apart.kl_mean,
+            factor**KL_POWER * floor.kl,
+            f"{factor**KL_POWER:g} × the floor's, nats",
+        ),
     ]
 
 
@@ -150,7 +156,7 @@ def _greedy(name: str, greedy: Greedy, tie: float) -> Check:
 
 
 def run_to_run(difference: float) -> Check:
-    note = "the same forward twice; counts into every noise floor"
+    note = "the same forward run twice; added to every noise floor"
     return Check("run_to_run_max_abs", difference, None, math.isfinite(difference), note)
 
 

@@ -93,23 +93,23 @@ class Bases:
         trained = self._trained()
         faithful = effect.of(self.merged) if self._merged_faithfully else effect.of(trained)
         yardstick = effect.perplexity("trained", effect.of(trained), self.windows)
-        found = [BaseComparison("trained", yardstick.value, 0.0), self._one("dequantized", trained, faithful)]
+        comparisons = [BaseComparison("trained", yardstick.value, 0.0), self._one("dequantized", trained, faithful)]
         untrained = [effect.perplexity("base dequantized", effect.without_adapter(trained), self.windows)]
         original = self._original()
         if original is not None:
             merged = effect.of(original if self._merged_faithfully else self.merged)
-            found.append(self._one("original", trained, merged))
+            comparisons.append(self._one("original", trained, merged))
             untrained.append(effect.perplexity("base original", effect.without_adapter(original), self.windows))
         del original
-        kept = self._requantized(trained, found)
-        bases = {b.base: b for b in found}
+        kept = self._requantized(trained, comparisons)
+        bases = {b.base: b for b in comparisons}
         scale = {p.model: p.value for p in untrained}
         advice = bases_advice(bases, scale, kept, self.request.requantize, self._merged_faithfully)
         return ValidationResult(
             checks=(),
             perplexities=tuple(untrained),
             adapter_survival=(kept,) if kept else (),
-            bases=tuple(found),
+            bases=tuple(comparisons),
             advice=advice,
         )
 
@@ -141,8 +141,8 @@ class Bases:
         measured = effect.distance(effect.of(trained), model, self.windows)
         return BaseComparison(name, measured.perplexity, measured.kl)
 
-    def _requantized(self, trained: Any, found: list[BaseComparison]) -> AdapterSurvival | None:
-        """Adds the merged weights, put back into 4 or 8 bits, to `found`; returns what is left of the adapter.
+    def _requantized(self, trained: Any, comparisons: list[BaseComparison]) -> AdapterSurvival | None:
+        """Add the merged weights, put back into 4 or 8 bits, to `comparisons`; return what is left of the adapter.
 
         Its base in lower precision is the base of the merge, put into the same format.
         """
@@ -154,7 +154,7 @@ class Bases:
         low_base = loading.load_base(self.base, self.merge, self.dequantized)
         for model in (low, low_base):
             requantize(model, method, self.merge.training_double_quant, dtypes)
-        found.append(self._one("requantized", trained, effect.of(low)))
+        comparisons.append(self._one("requantized", trained, effect.of(low)))
         of_base, of_unmerged = effect.without_adapter(self.unmerged), effect.of(self.unmerged)
         models = (of_base, of_unmerged, effect.of(low_base), effect.of(low))
         return effect.measured(self.windows, models).survival(f"requantized {method}")

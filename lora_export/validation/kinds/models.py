@@ -63,7 +63,7 @@ def _decoder(subject: ModelUnderTest) -> DecoderComparison:
     pieces: list[torch.Tensor] = []
     if not texts.random:  # without a tokenizer there is no running text
         longest, words = positions(subject.model, 0), vocabulary(subject.model)
-        pieces = windows(texts.tokenizer, subject.text, words, subject.text_file, longest)
+        pieces = windows(texts.tokenizer, subject.text, words, subject.options.text, longest)
     known = lengths.most_positions(subject.model)
     room = GREEDY_TOKENS if known is None else known - max(map(len, tokens[:SOME]))
     steps = max(1, min(GREEDY_TOKENS if has_cache(subject.model) else TOKENS_WITHOUT_CACHE, room))

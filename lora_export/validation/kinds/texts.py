@@ -53,16 +53,18 @@ def token_lists(subject: ModelUnderTest, room: int = 0) -> Texts:
         tokenizer = _tokenizer(subject.folder)
         tokens = [ids[:limit] for ids in tokenize(tokenizer, subject.prompts, words)]
         if not tokens:
-            raise InputError("no prompt has two tokens or more", where=subject.prompts_file or "built-in prompts")
+            raise InputError(
+                "no prompt has two tokens or more", where=subject.options.prompts or "built-in prompts"
+            )
         running = torch.tensor(tokenizer(subject.text, verbose=False)["input_ids"])
         running = running[running < words]
         drawn = _pieces(running, chosen.tokens, subject.seed) if len(running) else _random(subject, chosen.tokens)
         return Texts(tokens, tokenizer, drawn, "", chosen.words)
     note = "on seeded random token ids, because there is no tokenizer"
-    if subject.prompts_file is not None:
+    if subject.options.prompts is not None:
         raise InputError(
-            "the model cannot read the prompts: neither the base nor an adapter has a tokenizer",
-            where=subject.prompts_file,
+            "the model cannot read the prompts: there is no tokenizer in the base or an adapter",
+            where=subject.options.prompts,
             expected="tokenizer.json or the files of a known tokenizer, in the base's folder",
             next_step="the same command without --prompts",
         )

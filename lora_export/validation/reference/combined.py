@@ -27,6 +27,7 @@ from lora_export.validation.reference.files import ADAPTER_CONFIG, START
 from lora_export.validation.reference.probes import base_layer, wrapped_modules
 from lora_export.validation.reference.whole import OneHot
 
+WITHOUT_A_RUN = "lora-export merge with the same options: its certificate checks the arithmetic"
 _ALIKE_IN_FP32 = ("FOURIERFT", "C3A")
 ALIKE = 2.0**-39  # of a size: what float64 cannot tell apart, as these deltas are differences of answers
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -107,7 +108,7 @@ def _not_validated(problem: str, choice: AdapterChoice, tensor: str | None, expe
         where=choice.folder,
         tensor=tensor,
         expected=expected,
-        next_step="lora-export merge with the same options: its certificate checks the arithmetic",
+        next_step=WITHOUT_A_RUN,
     )
 
 
@@ -223,11 +224,11 @@ def _mixed(
     density = options.density
     if density is not None and density < 1:
         if options.combine.startswith("dare"):
-            chosen = [
+            masks = [
                 _drawn(options.seed, which, name, density, d.shape)
                 for which, d in zip(target.owners, deltas, strict=True)
             ]
-            deltas = [np.where(mask, d / density, 0.0) for mask, d in zip(chosen, deltas, strict=True)]
+            deltas = [np.where(mask, d / density, 0.0) for mask, d in zip(masks, deltas, strict=True)]
         else:
             deltas = [_largest(d, int(density * d.size)) for d in deltas]
     if options.combine not in ("ties", "dare_ties"):

@@ -30,12 +30,12 @@ def wrapped_modules(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    found: dict[str, Any] = {}
+    wrappers: dict[str, Any] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{path}.") for path in found)
+        inside = any(name.startswith(f"{path}.") for path in wrappers)
         if not inside and isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            found[name] = module
-    return found
+            wrappers[name] = module
+    return wrappers
 
 
 def plain_parameters(model: nn.Module, wrapped: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -150,9 +150,9 @@ def answers(module: Any, exact: Any, inputs: torch.Tensor) -> tuple[torch.Tensor
 
     The deviation is the largest difference between the module's own float32 arithmetic and its float64 one.
     """
-    found = exact(inputs)
+    exact_answers = exact(inputs)
     narrow = inputs.float() if inputs.is_floating_point() else inputs
-    return found, float((module(narrow).double() - found).abs().max())
+    return exact_answers, float((module(narrow).double() - exact_answers).abs().max())
 
 
 def random_signs(exact: Any, count: int, generator: torch.Generator) -> torch.Tensor:

@@ -108,19 +108,19 @@ def _modules(names: Iterable[str], model: torch.nn.Module) -> dict[str, str] | N
     A tensor belongs to the innermost module that its name begins with: what follows is the adapter kind's own.
     """
     today, places = _todays_name(model), _places(model)
-    found: dict[str, str] = {}
+    places_of: dict[str, str] = {}
     left: list[str] = []
     for name in names:
         parts = name.split(".")
         for i in range(len(parts) - 1, 0, -1):
             place = today(".".join(parts[:i]))
             if place is not None:
-                found[".".join(parts[:i])] = place
+                places_of[".".join(parts[:i])] = place
                 break
         else:
             left.append(name)
     more = _by_prefix(left, places, _text_model(model)) if left else {}
-    return None if more is None else found | more
+    return None if more is None else places_of | more
 
 
 def _places(model: torch.nn.Module) -> set[str]:
@@ -179,7 +179,7 @@ def _by_prefix(names: Sequence[str], places: set[str], text: str) -> dict[str, s
 
 
 def _all_changed(names: Sequence[str], start: str, add: str, places: set[str]) -> dict[str, str] | None:
-    found = {}
+    changed = {}
     for name in names:
         if not name.startswith(start):
             return None
@@ -187,8 +187,8 @@ def _all_changed(names: Sequence[str], start: str, add: str, places: set[str]) -
         place = next((p for i in range(len(rest), 0, -1) if (p := add + ".".join(rest[:i])) in places), None)
         if place is None:
             return None
-        found[start + place.removeprefix(add)] = place
-    return found
+        changed[start + place.removeprefix(add)] = place
+    return changed
 
 
 def _module_of(name: str, modules: Mapping[str, str]) -> str:
@@ -250,10 +250,10 @@ def _patterns(pattern: Mapping[str, Any], trained: Iterable[str], modules: Mappi
     """
     from peft.utils.other import get_pattern_key
 
-    found: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for old in sorted(trained, key=lambda o: (-len(modules[o]), o)):
         key = get_pattern_key(list(pattern), old)
         if key in pattern:
-            found[re.escape(modules[old])] = pattern[key]
+            renamed[re.escape(modules[old])] = pattern[key]
     named = {k: v for k, v in pattern.items() if isinstance(v, list)}
-    return found | {_renamed(k.removeprefix(START), modules): v for k, v in named.items()}
+    return renamed | {_renamed(k.removeprefix(START), modules): v for k, v in named.items()}

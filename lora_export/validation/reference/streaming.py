@@ -248,12 +248,12 @@ def _slot(parameter: Any) -> Slot | None:
 
 def slots_of(*owners: nn.Module | torch.Tensor | None) -> list[Slot]:
     """The slots behind parameters, and behind all parameters of modules."""
-    found: dict[int, Slot] = {}
+    slots: dict[int, Slot] = {}
     for owner in owners:
         for parameter in owner.parameters() if isinstance(owner, nn.Module) else [owner]:
             if slot := _slot(parameter):
-                found[id(slot)] = slot
-    return list(found.values())
+                slots[id(slot)] = slot
+    return list(slots.values())
 
 
 @contextlib.contextmanager
@@ -271,16 +271,35 @@ def present(*owners: nn.Module | torch.Tensor | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def changing(model: nn.Module, change: Change) -> Iterator[bool]:
-    """Inside, what is read of a streamed model is changed; False, and nothing, for a model in memory."""
+def changing(unmerged: Any, change: Change) -> Iterator[None]:
+    """Inside, PEFT's unmerged model has the weights that `change` makes of its own: of those in memory at once, of
+    streamed ones when they are read. What `change` returns as it is stays."""
+    model = unmerged.base_model.model
     streams = {id(s.stream): s.stream for s in slots_of(model)}
     for stream in streams.values():
         stream.change = change
+    in_memory = ((name, p) for name, p in model.named_parameters() if not _slot(p))
     try:
-        yield bool(streams)
+        with holding((p, change(name, p.data)) for name, p in in_memory):
+            yield
     finally:
         for stream in streams.values():
             stream.change = None
+
+
+@contextlib.contextmanager
+def holding(values: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> Iterator[None]:
+    """Inside, these parameters hold these values."""
+    before: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        for parameter, value in values:
+            if value is not parameter.data:
+                before.append((parameter, parameter.data))
+                parameter.data = value
+        yield
+    finally:
+        for parameter, value in before:
+            parameter.data = value
 
 
 def refuse_changing_inits(configs: Iterable[Any], folder: Path) -> None:

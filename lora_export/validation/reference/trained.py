@@ -1,4 +1,4 @@
-"""The class that an adapter was trained with, where its base is stored without the head.
+"""What training changed of the model: the class and head that the base is stored without, and the vocabulary.
 
 The base's configuration and the adapters' own files decide it, so that a merged folder has no say in it.
 """
@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_export import meta_model as skeleton
 from lora_export import tasks
@@ -91,18 +93,18 @@ def trained_as(base: Path, adapters: Sequence[AdapterChoice], task: str | None) 
     if not heads:
         return None
     # Beside a new head, what is there already in another size is a vocabulary that was resized.
-    asked = new or heads
+    wanted = new or heads
     for cls in _candidates(own, adapters, task):
-        for changes in _settings(cls, stored, asked):
+        for changes in _settings(cls, stored, wanted):
             config = stored | {"architectures": [cls.__name__]} | changes
             try:
                 model = skeleton.build(base, config)
             except CheckpointError:
                 continue
             known_shapes = _shapes(model)
-            if all(known_shapes.get(name) == shape for name, shape in asked.items()):
+            if all(known_shapes.get(name) == shape for name, shape in wanted.items()):
                 named = {"architectures": [cls.__name__]} | _labels(stored, config, adapters)
-                return Trained(cls, changes | named, model, frozenset(asked))
+                return Trained(cls, changes | named, model, frozenset(wanted))
     return None
 
 
@@ -163,3 +165,60 @@ def _labels(
             if len(set(values.values())) == count:
                 return tasks.with_labels(stored, count, values)
     return {}
+
+
+_SAVED, _DELTA = ".modules_to_save", ".trainable_tokens_delta"
+_WHOLE = ("", ".modules_to_save", ".token_adapter", ".base_layer", ".token_adapter.base_layer", ".original_module")
+
+
+def fit_vocabulary(model: Any, adapters: Sequence[AdapterChoice]) -> None:
+    """Resize embeddings and head to the rows that the adapters' tensors have; the new rows come out of those."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # images and sounds have none
+        return
+    if getattr(embedding, "weight", None) is None or embedding.weight.is_meta:
+        return
+    rows = next((n for adapter in adapters for n in _rows(model, adapter)), None)
+    if rows is not None and rows != embedding.weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def saved_twice(key: str, adapters: Sequence[AdapterChoice]) -> bool:
+    """Whether a tensor that PEFT has no place for is a copy of one that it has: where it saves embeddings beside
+    the adapter, a saved module's weight is there under two names, and tied heads have the embedding's rows."""
+    for tensors in (headers(adapter.folder) for adapter in adapters):
+        if key not in tensors or not key.endswith((_DELTA, ".weight", ".bias")):
+            continue
+        copies = [key.replace(_SAVED, "")] if _SAVED in key else [n for n in tensors if n.endswith(_DELTA)]
+        mine = tensors[key].read()
+        if any(n != key and n in tensors and torch.equal(tensors[n].read(), mine) for n in copies):
+            return True
+    return False
+
+
+def _rows(model: Any, adapter: AdapterChoice) -> Iterator[int]:
+    """The number of rows, by what tells it best: whole weights, factors, the last token that was trained."""
+    shapes = {key.removeprefix(START): t.shape for key, t in headers(adapter.folder).items()}
+    inside, outside = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m is inside or m is outside]
+    for name, module in modules:
+        if len(module.weight.shape) == 2:
+            yield from (shapes[k][0] for w in _WHOLE if (k := f"{name}{w}.weight") in shapes)
+    for name, module in modules:
+        if f"{name}.lora_embedding_A" in shapes:
+            yield shapes[f"{name}.lora_embedding_A"][1]
+        if module is outside and f"{name}.lora_B.weight" in shapes:
+            yield shapes[f"{name}.lora_B.weight"][0]
+    last, rows = max(_tokens(adapter), default=-1), inside.weight.shape[0]
+    for name, _ in modules:
+        for key in (f"{name}.token_adapter.trainable_tokens_delta", f"{name}.trainable_tokens_delta"):
+            if key in shapes and rows <= last < rows + shapes[key][0]:
+                yield last + 1
+
+
+def _tokens(adapter: AdapterChoice) -> Iterator[int]:
+    config = adapter_config(adapter.folder)
+    named: Any = config.get("token_indices") or config.get("trainable_token_indices") or ()
+    for tokens in named.values() if isinstance(named, dict) else (named,):
+        yield from (t for t in tokens if isinstance(t, int))

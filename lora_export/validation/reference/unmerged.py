@@ -29,8 +29,7 @@ from lora_export.validation.reference.loading import (
 from lora_export.validation.reference.mended import mend, repeatable, weigh
 from lora_export.validation.reference.probes import wrapped_modules
 from lora_export.validation.reference.renamed import bone_as_miss, names_as_they_are, with_todays_names
-from lora_export.validation.reference.resized import fit_vocabulary, saved_twice
-from lora_export.validation.reference.trained import trained_as
+from lora_export.validation.reference.trained import fit_vocabulary, saved_twice, trained_as
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
@@ -100,19 +99,19 @@ def _first_that_fits(
         model, absent = loaded(cls, whole_tensors(adapters))
         if keep is not None:
             streaming.refuse_changing_inits(configs_of(adapters), adapters[0].folder)
-        chosen = list(adapters) if scratch is None else with_todays_names(adapters, model, scratch / f"{number}")
-        if chosen is None:
+        choices = list(adapters) if scratch is None else with_todays_names(adapters, model, scratch / f"{number}")
+        if choices is None:
             continue
         if keep is not None and scratch is not None:  # what will be written is known by its new names only now
-            model, absent = loaded(cls, whole_tensors(chosen))
+            model, absent = loaded(cls, whole_tensors(choices))
         try:
             with contextlib.nullcontext() if scratch is None else names_as_they_are():
-                unmerged = attach_adapters(model, chosen)
+                unmerged = attach_adapters(model, choices)
         except AdapterError as error:
             first = first or error
             continue
         streaming.attach(model, wrapped_modules(model).values())
-        return Unmerged(unmerged, cls, absent, tuple(chosen)), None
+        return Unmerged(unmerged, cls, absent, tuple(choices)), None
     return None, first
 
 
@@ -167,9 +166,8 @@ def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoic
     if why:
         problem = f"PEFT cannot load the adapter into {cls}: {' '.join(why.split())[:200]}"
     elif tensors:
-        problem = (
-            f"PEFT finds {len(tensors)} tensors of the adapter without a place in {cls}, or layers without a tensor"
-        )
+        count = len(tensors)
+        problem = f"PEFT has no place in {cls} for {count} tensors of the adapter, or no tensor for its layers"
     return AdapterError(
         problem,
         where=adapters[0].folder,

@@ -1,4 +1,4 @@
-"""The arms of a study, opened: a session for each graph, what each of them takes of the memory."""
+"""The arms of a study, opened: a session for each graph, and the memory that each of them takes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,9 +7,9 @@ from pathlib import Path
 from lora_export import runtime
 from lora_export.benchmarking import environment
 from lora_export.benchmarking.buffers import Buffers
-from lora_export.benchmarking.cells import AGAIN, BASE, DELAY, DELAYED, MERGED, PLUGGED, UNMERGED, Task
+from lora_export.benchmarking.cells import AGAIN, BASE, DELAY, DELAYED, MERGED, PLUGGED, UNMERGED, CellSpec
 from lora_export.benchmarking.gpus import Gpus
-from lora_export.benchmarking.sessions import Arm, Bound, Engine, delayed
+from lora_export.benchmarking.sessions import ArmSession, Bound, OpenedArm, delayed
 from lora_export.contracts import BenchmarkArm
 from lora_export.errors import RuntimeUnavailable
 
@@ -19,10 +19,10 @@ _ROOM = 3  # times the size of a graph that must be free before the base is load
 
 
 @dataclass
-class Engines:
+class OpenedArms:
     """Opened arms by name. one_base: there was memory for one session of the base only, which stands for both;
-    unmeasured: a session that is open and not timed; memory: arm → bytes that loading and running it took, at
-    most."""
+    unmeasured: a session that is open and not timed; memory: arm → the most bytes that loading and running it took.
+    """
 
     provider: str
     threads: int
@@ -30,17 +30,17 @@ class Engines:
     note: Callable[[str], None]
     detail: Callable[[str], None]
     gpus: Gpus
-    opened: dict[str, Arm] = field(default_factory=dict)
+    opened: dict[str, OpenedArm] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     one_base: bool = False
-    unmeasured: Arm | None = None
+    unmeasured: OpenedArm | None = None
 
     def open(self, arms: Mapping[str, BenchmarkArm], part: int) -> bool:
         """Open the graph number `part` of every arm. False if CUDA graphs are asked for and base or merged cannot
         be captured, which is no failure."""
         if self.provider == "cpu" and BASE in arms and self._fits_again(arms[BASE].graphs[part]):
-            # On a CPU the session of a process that is opened first has been seen to be slower by 5 to 10 %, for as
-            # long as it is open. None of the arms should be it.
+            # On a CPU the first session that a process opens has been seen to be slower by 5 to 10 % for as long as
+            # it is open. None of the arms should be that one.
             self.unmeasured = self._open(arms[BASE], part)
         for name, arm in arms.items():
             if arm.pytorch and self.cuda_graph:
@@ -70,24 +70,24 @@ class Engines:
     def is_decoder(self) -> bool:
         return self.opened[MERGED].is_decoder
 
-    def bind(self, task: Task, graph_id: int, seed: int, margin: float) -> dict[str, Bound]:
+    def bind(self, spec: CellSpec, graph_id: int, seed: int, margin: float) -> dict[str, Bound]:
         """What is timed in a cell. Arms that cannot be captured are left out with a note; so may be merged
         itself."""
         buffers = Buffers(self.opened[MERGED].device)
         bound: dict[str, Bound] = {}
-        for name, engine in self.opened.items():
+        for name, arm in self.opened.items():
             twin = _TWINS.get(name, "")
             if self.one_base and twin in bound:
                 bound[name] = bound[twin]  # the same session needs the same captured graph
                 continue
             before, own = environment.memory(self.provider, self.gpus)[0], buffers.nbytes
             try:
-                call = engine.call(task.shape, buffers, graph_id, seed)
+                call = arm.call(spec.shape, buffers, graph_id, seed)
                 call.run()  # the capture run
             except Exception as error:
-                if not task.cuda_graph:
+                if not spec.cuda_graph:
                     raise
-                self.note(f"{task.key}: no CUDA graph of {name}: {first_line(error)}")
+                self.note(f"{spec.key}: no CUDA graph of {name}: {first_line(error)}")
                 continue
             bound[name] = call
             grown = environment.memory(self.provider, self.gpus)[0] - before - (buffers.nbytes - own)
@@ -96,22 +96,22 @@ class Engines:
             bound[DELAYED] = Bound(delayed(bound[BASE].run, DELAY * margin), bound[BASE].kv_in_place)
         return bound
 
-    def _open(self, arm: BenchmarkArm, part: int) -> Arm:
+    def _open(self, arm: BenchmarkArm, part: int) -> OpenedArm:
         if arm.pytorch:
-            from lora_export.benchmarking.pytorch import TorchEngine
+            from lora_export.benchmarking.pytorch import TorchSession
 
-            return TorchEngine(*arm.pytorch, self.provider, self.threads)
+            return TorchSession(*arm.pytorch, self.provider, self.threads)
         model = arm.graphs[part]
-        engine = Engine(model, self.provider, self.threads, adapter=arm.adapter, cuda_graph=self.cuda_graph)
-        wanted, found = runtime.PROVIDERS[self.provider], engine.session.get_providers()
-        if self.provider == "cpu" and found != [wanted]:
+        opened = ArmSession(model, self.provider, self.threads, adapter=arm.adapter, cuda_graph=self.cuda_graph)
+        wanted, providers = runtime.PROVIDERS[self.provider], opened.session.get_providers()
+        if self.provider == "cpu" and providers != [wanted]:
             raise RuntimeUnavailable(
-                f"the session runs on {', '.join(found)}",
+                f"the session runs on {', '.join(providers)}",
                 where=model,
                 expected=wanted,
                 next_step="lora-export env",
             )
-        return engine
+        return opened
 
     def _fits_again(self, model: Path) -> bool:
         size = sum(p.stat().st_size for p in model.parent.glob(f"{model.name}*"))

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_export import runtime
 from lora_export.benchmarking import environment
@@ -19,6 +18,7 @@ from lora_export.contracts import (
     BenchmarkArm,
     BenchmarkOptions,
     BenchmarkResult,
+    Environment,
     GraphComparison,
     Progress,
 )
@@ -75,6 +75,7 @@ def run(
         environment=_environment(study),
         graph=graph,
         notes=tuple(study.notes),
+        graph_differences=graph.differences if graph else (),
         samples=study.samples,
         conditions=study.readings,
     )
@@ -112,10 +113,14 @@ def _fitting(options: BenchmarkOptions, config: Path) -> tuple[BenchmarkOptions,
     return replace(options, shapes=shapes), cut
 
 
-def _environment(study: Study) -> dict[str, Any]:
-    fixed = {"intra_op_threads": study.threads, "margin": study.options.margin, "seed": study.options.seed}
-    blocks = {key: summarized(readings) for key, readings in study.readings.items()}
-    return {**environment.describe(), **fixed, "blocks": blocks}
+def _environment(study: Study) -> Environment:
+    return Environment(
+        **vars(environment.describe()),
+        intra_op_threads=study.threads,
+        margin=study.options.margin,
+        seed=study.options.seed,
+        blocks={key: summarized(readings) for key, readings in study.readings.items()},
+    )
 
 
 # --- where the nodes run -----------------------------------------------------------------------------------
@@ -124,7 +129,7 @@ def _environment(study: Study) -> dict[str, Any]:
 def _verify_placement(study: Study) -> bool:
     """Profile one run of every graph where some of it could silently run on the CPU instead."""
     if study.provider == "cpu":
-        return True  # a session with the CPU alone has nowhere else to go; Engines checks that it is alone
+        return True  # a session with the CPU alone has nowhere else to go; OpenedArms checks that it is alone
     study.progress.detail("checking where every node runs")
     batch, prompt = study.options.shapes[0]
     clean = True

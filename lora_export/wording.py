@@ -1,0 +1,155 @@
+"""How results are worded, alike on the terminal, in reports and in packages: verdicts, checks, counts, figures."""
+
+import math
+from collections.abc import Mapping
+from typing import get_args
+
+from lora_export.choices import Precision
+from lora_export.contracts import BenchmarkResult, Check, MergeResult, ValidationResult
+from lora_export.contracts.report import Report
+
+DASH = "–"
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+# Whether the optimized graph of the merged model is that of the base.
+GRAPH: Mapping[bool | None, str] = {True: "identical", False: "differs", None: "not compared"}
+
+_CHECK_LABELS = {
+    "logits_max_abs": "Largest logit difference",
+    "logits_kl_mean": "Mean KL divergence of the next token",
+    "top1_agreement": "Same most likely token",
+    "top5_agreement": "Same five most likely tokens",
+    "run_to_run_max_abs": "Same model run twice",
+    "perplexity_unmerged": "Perplexity, unmerged",
+    "perplexity_merged": "Perplexity, merged",
+    "perplexity_base": "Perplexity, base",
+    "greedy_agreement": "Same greedy continuation",
+    "noise_floor_max_abs": "Noise floor",
+    "adapter_survival": "Adapter effect retained",
+    "graph_max_abs": "Largest logit difference, same weights in PyTorch",
+    "graph_kl_mean": "Mean KL divergence, same weights in PyTorch",
+    "padded_max_abs": "Largest difference in a padded batch, same weights in PyTorch",
+    "padded_kl_mean": "Mean KL divergence in a padded batch, same weights in PyTorch",
+    "weight_errors": "Tensors exported with wrong values",
+    "tensor_errors": "Merged tensors off by more than rounding",
+    "tensor_max_error": "Largest error of a merged tensor, in bounds of rounding",
+    "stored_tensors_differ": "Untouched tensors that differ",
+}
+_MODELS = {"onnx_": " (ONNX)", "loaded_": " (in its own type)"}
+_OF_BASE = "base_"
+
+
+# --- verdicts ------------------------------------------------------------------------------------------------
+
+
+def overall_verdict(report: Report) -> str:
+    """A benchmark alone that could not decide anything is no pass."""
+    if report.status != "passed":
+        return "Failed: do not deploy this output"
+    stages = (report.merge, report.validate, report.export)
+    if report.benchmark and not any(stages) and report.benchmark.verdict == "inconclusive":
+        return "No verdict"
+    return "Passed"
+
+
+def latency_verdict(result: BenchmarkResult) -> str:
+    return f"{result.verdict}, on {result.provider}"
+
+
+def provider(result: BenchmarkResult) -> str:
+    """Where the graphs ran, and whether that was seen in a profile."""
+    return f"{result.provider}, {'verified' if result.provider_verified else 'not verified'}"
+
+
+def adapter_tensors(merge: MergeResult) -> str:
+    return f"{merge.adapter_tensors.get('used')} of {merge.adapter_tensors.get('total')}"
+
+
+def tensors(merge: MergeResult) -> str:
+    """What became of the tensors of the base, without what happened to none."""
+    return ", ".join(f"{number(n)} {name}" for name, n in merge.tensors.items() if n) or DASH
+
+
+def checks_passed(result: ValidationResult) -> str:
+    return f"{sum(c.passed for c in result.checks)} of {len(result.checks)}"
+
+
+# --- checks --------------------------------------------------------------------------------------------------
+
+
+def check_label(name: str) -> str:
+    """The name of a check for people: of `onnx_int4_top1_agreement`, "Same most likely token (ONNX int4)"."""
+    prefix, model = next(((p, m) for p, m in _MODELS.items() if name.startswith(p)), ("", ""))
+    rest = name.removeprefix(prefix)
+    precision = next((p for p in get_args(Precision) if prefix and rest.startswith(f"{p}_")), "")
+    rest = rest.removeprefix(f"{precision}_")
+    of_base = bool(prefix) and rest.startswith(_OF_BASE)
+    rest = rest.removeprefix(_OF_BASE) if of_base else rest
+    label = _CHECK_LABELS.get(rest, rest.replace("_", " ").capitalize())
+    return label + (", base" if of_base else "") + (f" (ONNX {precision})" if precision else model)
+
+
+def check_value(check: Check) -> str:
+    return "not a number" if math.isnan(check.value) else number(check.value, 4)
+
+
+def check_threshold(check: Check) -> str:
+    if check.threshold is None:
+        return DASH
+    at_least = "agreement" in check.name or "survival" in check.name
+    return f"{'≥' if at_least else '≤'} {number(check.threshold, 4)}"
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """To significant digits, without trailing zeros; small and large ones as 1.2e-5."""
+    if value is None:
+        return DASH
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or (isinstance(value, int) and abs(value) < 10**7):
+        return f"{value:,}" if isinstance(value, int) else "0"
+    if 1e-3 <= abs(value) < 1e6:
+        decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        text = f"{value:,.{decimals}f}"
+        return text.rstrip("0").rstrip(".") if decimals else text
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def milliseconds(value: float | None) -> str:
+    if value is None:
+        return DASH
+    return f"{value:,.3f}" if value < 10 else f"{value:,.2f}"
+
+
+def ratio(value: float | None) -> str:
+    return DASH if value is None else f"{value:.4f}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    return DASH if low is None or high is None else f"{low:.4f} … {high:.4f}"
+
+
+def percent(value: float | None, decimals: int = 2) -> str:
+    return DASH if value is None else f"{value:.{decimals}%}"
+
+
+def size(value: float | None) -> str:
+    """Of a file or of memory, in decimal units."""
+    if value is None:
+        return DASH
+    amount, unit = float(value), 0
+    while amount >= 1000 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1000, unit + 1
+    return f"{amount:,.0f} B" if unit == 0 else f"{amount:,.2f} {_UNITS[unit]}"
+
+
+def seconds(value: float | None) -> str:
+    return DASH if value is None else f"{value:,.1f} s"
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

@@ -1,0 +1,63 @@
+"""The options of the merge that validate takes: the certificate's, which no stated option may contradict."""
+
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from lora_export.contracts import AdapterChoice, MergeOptions, ValidationOptions
+from lora_export.errors import InputError
+from lora_export.merging import CERTIFICATE, merge
+from lora_export.progress import Silent
+from lora_export.workflows.validating import merged_with
+from tests.builders import save_adapter, save_base
+
+Scene = tuple[Path, Path, list[AdapterChoice]]
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """merged, base, adapters: merged in float16."""
+    folder = tmp_path_factory.mktemp("merged-with")
+    base = save_base(folder / "base")
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapters = [AdapterChoice(save_adapter(folder / "adapter", base, config))]
+    merge(base, adapters, folder / "merged", MergeOptions(dtype="float16", max_memory=10**8))
+    return folder / "merged", base, adapters
+
+
+def options(stated: tuple[str, ...] | None = None, **given: object) -> ValidationOptions:
+    return ValidationOptions(merge=MergeOptions(**given), stated=stated)  # type: ignore[arg-type]
+
+
+def test_options_come_from_the_certificate_but_for_those_of_this_machine(scene: Scene) -> None:
+    recorded = merged_with(*scene, options(max_memory=5 * 10**8), Silent())
+    assert recorded == MergeOptions(dtype="float16", max_memory=5 * 10**8)
+    assert merged_with(*scene, options(dtype="float16"), Silent()).dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (options(dtype="float32"), "--dtype float32, but the folder was merged with float16"),
+        (options(("dtype",)), "--dtype keep, but the folder was merged with float16"),  # stated at its default
+        (options(("combine",), combine="linear"), "--combine linear, but the folder was merged with none"),
+    ],
+)
+def test_stated_option_that_contradicts_the_certificate_is_refused(
+    scene: Scene, given: ValidationOptions, words: str
+) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        merged_with(*scene, given, Silent())
+    assert caught.value.where == str(scene[0] / CERTIFICATE)
+
+
+def test_option_that_does_not_matter_contradicts_nothing(scene: Scene) -> None:
+    """A certificate has the defaults of options that made no difference, whatever was given to the merge."""
+    assert not merged_with(*scene, options(("training_double_quant",), training_double_quant=True), Silent()).seed
+    assert merged_with(*scene, options((), dtype="float32"), Silent()).dtype == "float16"  # set by a variable
+
+
+def test_folder_without_a_certificate_was_merged_as_told(scene: Scene, tmp_path: Path) -> None:
+    given = options(base_weights="original")
+    assert merged_with(tmp_path, *scene[1:], given, Silent()) == given.merge
