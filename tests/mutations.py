@@ -553,8 +553,8 @@ MUTATIONS = (
     ),
     Mutation(
         'a missing signature is one', 'packages/signature.py',
-        'return Finding("signature", False, f"{SIGNATURE} is missing, and a public key was given")',
-        'return Finding("signature", True, f"{SIGNATURE} is missing, and a public key was given")',
+        'return Finding("signature", False, f"a public key was given, but {SIGNATURE} is missing")',
+        'return Finding("signature", True, f"a public key was given, but {SIGNATURE} is missing")',
         'tests/packages/test_tampering.py::test_a_forged_manifest_does_not_pass_the_signature',
     ),
     Mutation(

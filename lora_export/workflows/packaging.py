@@ -13,7 +13,7 @@ from lora_export.allowed import check_model_folder, check_package
 from lora_export.contracts import ExportOptions, ExportResult, PackageOptions, PackageResult, Progress
 from lora_export.contracts.option import kept
 from lora_export.errors import InputError, OutputError
-from lora_export.packages import archive, bom, card, companions, contents, readme, signature
+from lora_export.packages import archive, bom, companions, contents, readme, signature
 from lora_export.packages.job import RUNS_OWN, PackageFacts, PackageJob, PackageTarget, Run, Sample, Variant
 from lora_export.packages.programs import NUMBERS, PROMPT
 from lora_export.packages.targets import target_named
@@ -91,9 +91,8 @@ def _complete(
     manifest, which names every other file, and with a private key the signature, which covers them all."""
     for path in companions.licences(run):
         sealed.copy(path, stage / path.name)
-    licence = card.licence_of(run, options.licence)
-    write = card.text if facts.target.for_hub else readme.text
-    (stage / readme.NAME).write_text(write(run, facts, licence), encoding="utf-8")
+    licence = readme.licence_of(run, options.licence)
+    (stage / readme.NAME).write_text(readme.write(run, facts, licence), encoding="utf-8")
     hashes = sealed.hash_folder(stage)
     bom.write(stage, run, facts, licence, hashes)
     hashes[bom.NAME] = sealed.hashed(stage / bom.NAME)

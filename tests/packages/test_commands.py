@@ -81,7 +81,7 @@ def test_the_document_of_the_command(decoder_run: Path, tmp_path: Path) -> None:
         (["--for", "hf", "--variant", "q4"], "--variant q4 with --for hf"),
         (["--for", "optimum", "--variant", "q4"], "no variants"),
         (["--for", "transformers-js", "--variant", "q5"], "q4f16, all"),
-        (["--for", "genai", "--push", "me/model"], "--push with another target"),
+        (["--for", "genai", "--push", "me/model"], "--push with --for genai"),
         (["--for", "hf", "--private"], "--private without --push"),
         (["--for", "hf", "--name", "../x"], "letters, digits"),
         (["--for", "triton", "--name", "a\nb"], "letters, digits"),
