@@ -516,7 +516,7 @@ MUTATIONS = (
         'tests/packages/test_graphs.py::test_a_joined_decoder[whisper-optimum]',
     ),
     Mutation(
-        'the legacy theta is left out', 'packages/configs.py',
+        'the legacy theta is left out', 'packages/companions.py',
         'legacy = {theta: rope["rope_theta"]} if "rope_theta" in rope else {}',
         'legacy: dict[str, Any] = {}',
         'tests/packages/test_commands.py::test_the_legacy_spelling_of_rotary_embeddings',
@@ -553,8 +553,8 @@ MUTATIONS = (
     ),
     Mutation(
         'a missing signature is one', 'packages/signature.py',
-        'return Finding("signature", False, f"{SIGNATURE} is missing, and a public key was given")',
-        'return Finding("signature", True, f"{SIGNATURE} is missing, and a public key was given")',
+        'return Finding("signature", False, f"a public key was given, but {SIGNATURE} is missing")',
+        'return Finding("signature", True, f"a public key was given, but {SIGNATURE} is missing")',
         'tests/packages/test_tampering.py::test_a_forged_manifest_does_not_pass_the_signature',
     ),
     Mutation(
@@ -703,7 +703,7 @@ MUTATIONS = (
         'tests/validation/test_lengths.py::test_choose_windows_and_original_ropes_are_reached_and_passed[window]',
     ),
     Mutation(
-        'what a pax header may hold is not bounded', 'packages/unpacking.py',
+        'what a pax header may hold is not bounded', 'packages/archive.py',
         '    if not 0 < size <= LARGEST_EXTENDED:', '    if size <= 0:',
         'tests/failures/test_bombs.py::test_an_archive_that_asks_for_much_is_refused[a pax header of 100 MB]',
     ),
