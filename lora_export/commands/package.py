@@ -43,11 +43,8 @@ def package(
     """
     from lora_export import api
     from lora_export.errors import InputError
-<<<<<<< HEAD
-    from lora_export.storage.documents import as_json
-=======
     from lora_export.packages.targets import target_named
->>>>>>> packages
+    from lora_export.storage.documents import as_json
     from lora_export.workflows.packaging import push
 
     options = derive.build(PackageOptions, given)

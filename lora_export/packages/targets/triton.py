@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LARGEST_BATCH = 8
 QUEUE_MICROSECONDS = 1000  # that a request waits for others to batch with
-_BATCH = ("batch", "batch_size")
+_BATCHED = (["batch"], ["batch_size"])
 _WARM_LENGTH, _WARM_PAST = 8, 1
 _TYPES = {
     "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "DOUBLE": "TYPE_FP64",
