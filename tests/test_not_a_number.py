@@ -191,8 +191,7 @@ def test_a_judgement_of_good_figures_passes() -> None:
 def test_damage_that_is_no_number_stops_the_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     product = SimpleNamespace(rows=32, columns=1)
     group: Any = SimpleNamespace(name="g", nodes=("n",), products=(product,))
-    monkeypatch.setattr(keeping, "load_graph", lambda path: None)
-    monkeypatch.setattr(keeping, "check_external_data", lambda *given: None)
+    monkeypatch.setattr(keeping, "open_model", lambda path: None)
     monkeypatch.setattr(keeping.weights_map, "read", lambda folder: SimpleNamespace(weights=()))
     monkeypatch.setattr(keeping, "_groups", lambda *given: [group])
     run = SimpleNamespace(simulated=lambda product, how: ("w", None))
