@@ -72,7 +72,7 @@ def _rank(alive: Sequence[ModuleFigures]) -> str:
             f"The rank may have been too small: of {trained:g}, {figures}, and the last singular value has "
             f"{last:.0%} of an even share. A larger rank may learn more."
         )
-    return f"The rank was right: of {trained:g}, {figures}."
+    return f"The rank fits: of {trained:g}, {figures}."
 
 
 def _last(module: ModuleFigures) -> float:

@@ -134,7 +134,7 @@ def test_what_cannot_be_combined_without_a_base(base: Path, adapters: list[Path]
             combine(choices([adapters[0], bad]), tmp_path / "out", MergeOptions(combine="linear"))
     with pytest.raises(InputError, match="--rank together with --energy"):
         combine(choices(adapters), tmp_path / "out", MergeOptions(combine="linear"), Rank(2, 0.9))
-    with pytest.raises(OutputError, match="inside each other"):
+    with pytest.raises(OutputError, match="lies inside an input"):
         combine(choices(adapters), adapters[0], MergeOptions(combine="linear"), force=True)
     assert not (tmp_path / "out").exists()
 
