@@ -226,5 +226,5 @@ def test_unilora_has_no_factors_of_its_own_to_combine(llama: Path, tmp_path: Pat
     for kind in ("unilora", "lora"):
         train(llama, LLAMA, kind, tmp_path / kind)
     options = MergeOptions(combine="linear", combine_on="factors")
-    with pytest.raises(LoraExportError, match="--combine-on factors, and this is unilora"):
+    with pytest.raises(LoraExportError, match="--combine-on factors, but this is unilora"):
         plan(llama, [AdapterChoice(tmp_path / "unilora"), AdapterChoice(tmp_path / "lora")], options)

@@ -179,7 +179,7 @@ def _many_settings(path: Path) -> None:
     [
         (_cut, "ends beyond the file"),
         (_another_magic, "first bytes are not GGUF"),
-        (_many_settings, "no sound GGUF"),
+        (_many_settings, "not a sound GGUF"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None], told: str) -> None:

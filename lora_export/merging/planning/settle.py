@@ -67,7 +67,7 @@ class Proof:
         self.outputs |= {
             n: layout.shapes.get(n, change.weights[source].shape) for n, source in layout.added.items()
         }
-        missing = built.unfilled(built.loaded(self.outputs))
+        missing = set(built.unfilled(built.loaded(self.outputs)))
         for group in change.groups:
             for member in group.members:
                 if member.model in missing and member.name not in self.outputs:
