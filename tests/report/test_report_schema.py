@@ -36,7 +36,7 @@ def test_rendering_again_restores_the_pages(full: dict[str, Any], timings: Sampl
 
 
 def test_a_missing_report_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no report here") as caught:
+    with pytest.raises(InputError, match="no report found") as caught:
         render(tmp_path)
     assert caught.value.next_step
 
