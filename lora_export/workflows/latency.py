@@ -167,19 +167,12 @@ def refuse_extra(
 
     for name in extra:
         if combine != "none":
-            raise InputError(
-                f"--arm {name} does not work with --combine {combine}", expected="one adapter, not combined"
-            )
+            raise InputError(f"--arm {name} with --combine {combine}", expected="one adapter, not combined")
         if len(adapters) != 1 or adapters[0].weight != 1.0:
-            weights = ", ".join(f"{adapter.weight:g}" for adapter in adapters)
-            raise InputError(
-                f"--arm {name} with {len(adapters)} adapters (weights: {weights or 'none'})",
-                expected="exactly one adapter of weight 1",
-            )
+            weights = ", ".join(f"{adapter.weight:g}" for adapter in adapters) or "none"
+            raise InputError(f"--arm {name} with adapter weights {weights}", expected="one adapter of weight 1")
         if name == "plugged" and precision not in PRECISIONS:
-            raise InputError(
-                f"--arm plugged does not work with --precision {precision}", expected=", ".join(PRECISIONS)
-            )
+            raise InputError(f"--arm plugged with --precision {precision}", expected=", ".join(PRECISIONS))
 
 
 def plugged_beside(unmerged: Path, base: Path, adapter: Path) -> BenchmarkArm:
