@@ -36,12 +36,12 @@ def merge_rows(result: MergeResult) -> Rows:
 WORST = 3  # tensors of each pair of adapters that are named
 
 
-def interference_lines(found: Sequence[Interference]) -> list[str]:
-    """What several adapters do to each other: over all, and the tensors in which they oppose each other most."""
+def interference_lines(pairs: Sequence[Interference]) -> list[str]:
+    """How several adapters interfere: overall, and the tensors in which they oppose each other most."""
     lines = []
-    for pair in (i for i in found if i.tensor is None):
+    for pair in (i for i in pairs if i.tensor is None):
         lines.append(f"{shown(pair.first)} and {shown(pair.second)}  {_lying(pair)}")
-        tensors = [i for i in found if i.tensor and (i.first, i.second) == (pair.first, pair.second)]
+        tensors = [i for i in pairs if i.tensor and (i.first, i.second) == (pair.first, pair.second)]
         worst = sorted(tensors, key=lambda i: i.cosine)[:WORST]
         lines += [f"  {shown(str(i.tensor))}  {_lying(i)}" for i in worst]
     return ["interference (of unrelated adapters: cosine 0, half of the signs)", *lines] if lines else []
@@ -117,12 +117,12 @@ def _survival_lines(result: ValidationResult) -> list[str]:
 
 def _deviation(result: ValidationResult) -> list[str]:
     """Where it goes wrong, in one line."""
-    found = result.deviation
-    if found is None:
+    deviation = result.deviation
+    if deviation is None:
         return []
-    by = f"by {found.value:.3g} (noise floor {found.floor:.3g})"
-    line = f"the first module that differs: {shown(found.module)}, {by}"
-    return [line + (f", because of {shown(', '.join(found.tensors[:3]))}" if found.tensors else "")]
+    by = f"by {deviation.value:.3g} (noise floor {deviation.floor:.3g})"
+    line = f"the first module that differs: {shown(deviation.module)}, {by}"
+    return [line + (f", because of {shown(', '.join(deviation.tensors[:3]))}" if deviation.tensors else "")]
 
 
 def verification_words(result: Verification) -> str:

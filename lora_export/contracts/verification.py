@@ -1,9 +1,10 @@
 """What a check of something finished tells."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_export.contracts.figures import NOT_IN_JSON
+from lora_export.errors import plain
 
 _RECOMPUTED = frozenset({"arithmetic", "runs"})  # checks that take base and adapters, or a runtime
 
@@ -41,3 +42,21 @@ class Verification:
             good = "the package is as it was made" + " and signed" * ("signature" in names)
         left = "; ".join(text.partition(":")[0] for text in self.not_checked)
         return f"{good}; not checked: {left}" if left else good
+
+
+@dataclass
+class Findings:
+    """What was checked. A name that nothing failed under is a check that passed."""
+
+    done: list[Finding] = field(default_factory=list)
+    not_checked: list[str] = field(default_factory=list)
+
+    def judge(self, name: str, passed: str, failures: Iterator[str] | Sequence[str]) -> None:
+        failed = [Finding(name, False, plain(note)) for note in failures]
+        self.done += failed or [Finding(name, True, plain(passed))]
+
+    def fail(self, name: str, note: str) -> None:
+        self.done.append(Finding(name, False, plain(note)))
+
+    def result(self) -> Verification:
+        return Verification(tuple(self.done), tuple(self.not_checked))
