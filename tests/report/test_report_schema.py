@@ -67,7 +67,7 @@ def change(**changes: Any) -> Any:
     ("breaking", "message"),
     [
         (break_json, "not valid JSON"),
-        (lambda path: path.write_text("[]"), "no JSON object"),
+        (lambda path: path.write_text("[]"), "does not hold a JSON object"),
         (change(schema_version=SCHEMA_VERSION + 1), "schema version"),
         (change(schema_version=...), "schema version"),
         (change(title=...), "has no field 'title'"),
