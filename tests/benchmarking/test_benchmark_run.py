@@ -165,7 +165,7 @@ def test_without_a_base_there_are_times_and_no_verdict(small: Callable[..., Path
     )
     assert result.verdict == "inconclusive"
     assert all(c.ratio is None and c.base_ms is None and c.merged_ms > 0 for c in result.cells)
-    assert any("without a base" in note for note in result.notes)
+    assert any("no base to compare with" in note for note in result.notes)
 
 
 def test_an_encoder_has_no_decode_phase(small: Callable[..., Path]) -> None:
