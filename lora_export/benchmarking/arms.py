@@ -47,9 +47,7 @@ class OpenedArms:
                 continue  # ONNX Runtime's CUDA graphs are not PyTorch's
             twin = _TWINS.get(name, "")
             if twin in self.opened and not self._fits_again(arm.graphs[part]):
-                self.note(
-                    "memory holds one session of the base only: the noise floor is that session against itself"
-                )
+                self.note("memory holds only one session of the base: the noise floor compares it with itself")
                 self.opened[name], self.one_base = self.opened[twin], True
                 continue
             self.detail(f"loading {name}" + (" for CUDA graphs" if self.cuda_graph else ""))

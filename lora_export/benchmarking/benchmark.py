@@ -85,8 +85,8 @@ def _named(arms: Sequence[BenchmarkArm]) -> dict[str, BenchmarkArm]:
     named = {arm.name: arm for arm in arms}
     if len(named) < len(arms) or MERGED not in named or named.keys() & {AGAIN, DELAYED}:
         raise InputError(
-            f"the arms {', '.join(arm.name for arm in arms)}",
-            expected=f"{MERGED}, each name once, and none called {AGAIN} or {DELAYED}",
+            f"these arms cannot be compared: {', '.join(arm.name for arm in arms)}",
+            expected=f"{MERGED}, no name twice, and neither {AGAIN} nor {DELAYED}",
         )
     if BASE not in named:
         return named
@@ -108,7 +108,7 @@ def _fitting(options: BenchmarkOptions, config: Path) -> tuple[BenchmarkOptions,
     if most < 1 or max(prompt for _, prompt in options.shapes) <= most:
         return options, ""
     shapes = tuple(dict.fromkeys((batch, min(prompt, most)) for batch, prompt in options.shapes))
-    cut = f"prompts of at most {most} tokens: config.json knows {most + 4} positions"
+    cut = f"prompts were cut to {most} tokens: the model has {most + 4} positions"
     return replace(options, shapes=shapes), cut
 
 

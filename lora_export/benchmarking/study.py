@@ -109,7 +109,7 @@ def _measure_set(
     """Open the sessions for the time that is `number`, in another order each time, and measure all their cells."""
     arms = _opened(study, part, cuda_graph, number, rng)
     if arms is not None:
-        specs = [only] if only else _specs(study.options, _phases(part, arms), cuda_graph)
+        specs = [only] if only else _specs(study.options, part, arms, cuda_graph)
         for i, spec in enumerate(specs):
             result = _measure_cell(study, spec, arms, clock.share(len(specs), i), i + 1, rng)
             if result is not None:
@@ -158,13 +158,8 @@ def _keep(study: Study, spec: CellSpec, cell: Cell, series: Series) -> None:
     study.readings[spec.key] = series.readings
 
 
-def _phases(part: int, arms: OpenedArms) -> tuple[Phase, ...]:
-    if part:
-        return ("decode",)
-    return ("prefill", "decode") if arms.is_decoder else ("prefill",)
-
-
-def _specs(options: BenchmarkOptions, phases: tuple[Phase, ...], cuda_graph: bool) -> list[CellSpec]:
+def _specs(options: BenchmarkOptions, part: int, arms: OpenedArms, cuda_graph: bool) -> list[CellSpec]:
+    phases: tuple[Phase, ...] = ("decode",) if part else ("prefill", "decode") if arms.is_decoder else ("prefill",)
     return [CellSpec(batch, prompt, phase, cuda_graph) for batch, prompt in options.shapes for phase in phases]
 
 

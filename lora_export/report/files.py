@@ -47,10 +47,10 @@ def load(folder: Path) -> Report:
     path = folder / REPORT
     if not path.is_file():
         raise InputError(
-            "there is no report here",
+            "no report found",
             where=path,
-            expected="the report folder of a finished run",
-            next_step="lora-export merge-and-export, which writes one",
+            expected="a finished run, or its report folder",
+            next_step="run lora-export merge-and-export, which writes one",
         )
     document = read_json(path)
     version = document.get("schema_version")

@@ -1,4 +1,4 @@
-"""What a merged model's latency is compared with, whether its graph is the base's, and the measurement itself."""
+"""The latency of a merged model: the arms that it is compared with, the identity of their graphs, the benchmark."""
 
 import shutil
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ RESERVED = ("base", "merged", "unmerged", "plugged", "pytorch")
 
 
 def benchmark(arms: Sequence[BenchmarkArm], options: BenchmarkOptions, progress: Progress) -> BenchmarkResult:
-    """The latency of the arms, side by side in one process: merged against base, and whatever else there is.
+    """Measure the latency of the arms side by side in one process.
 
-    First the optimized graphs of base and merged are compared, for the provider that they will run on.
+    First, compare the optimized graphs of base and merged for the provider that they will run on.
     """
     from lora_export.benchmarking import run
     from lora_export.onnx_export import compare
@@ -57,7 +57,7 @@ def benchmark_folder(
 ) -> BenchmarkResult:
     """Measure what lies on disk, and write a report and every raw sample into the new folder `output`.
 
-    GateFailed if merged is slower: then all is in `output.failed`.
+    GateFailed if merged is slower: then everything is in `output.failed`.
     """
     from lora_export.onnx_export import check_export
     from lora_export.report import write
@@ -105,8 +105,8 @@ def arms_of(
     for name, folder in beside:
         if name in (a.name for a in arms) or name in RESERVED or not name.isidentifier():
             raise InputError(
-                f"an arm called {name!r}",
-                expected=f"a word, once, and none of {', '.join(RESERVED)}",
+                f"the arm cannot be named {name!r}",
+                expected=f"an identifier that is not in use and not one of {', '.join(RESERVED)}",
                 next_step="--beside optimum=FOLDER",
             )
         arms.append(BenchmarkArm(name, model_files(folder)))
@@ -118,7 +118,7 @@ def _without_slots(unmerged: Path) -> tuple[Path, ...]:
     graphs = model_files(unmerged)
     if _adapters(graphs[0].parent):
         raise InputError(
-            "this graph is the base until an adapter is plugged into it",
+            "this graph computes the base until an adapter is plugged in",
             where=graphs[0].parent,
             expected="an unmerged graph with the adapter in it",
             next_step="--plugged in place of -u, or lora-export export --unmerged -a ADAPTER",
@@ -131,12 +131,12 @@ def _plugged(path: Path) -> BenchmarkArm:
     files = [path] if path.is_file() else _adapters(folder)
     if len(files) != 1:
         raise InputError(
-            f"{len(files)} adapters to plug in",
+            f"the folder holds {len(files)} adapters to plug in",
             where=folder,
             expected="one .onnx_adapter file",
             next_step="name the file: --plugged FOLDER/NAME.onnx_adapter"
             if files
-            else "lora-export export -m BASE -a ADAPTER -o FOLDER, which writes one",
+            else "write one with lora-export export -m BASE -a ADAPTER -o FOLDER",
         )
     return BenchmarkArm("plugged", model_files(folder), adapter=files[0])
 
@@ -167,15 +167,12 @@ def refuse_extra(
 
     for name in extra:
         if combine != "none":
-            raise InputError(f"--arm {name} beside --combine {combine}", expected="one adapter, as it is")
+            raise InputError(f"--arm {name} with --combine {combine}", expected="one adapter, not combined")
         if len(adapters) != 1 or adapters[0].weight != 1.0:
-            raise InputError(f"--arm {name} with {_counted(adapters)}", expected="exactly one adapter of weight 1")
+            weights = ", ".join(f"{adapter.weight:g}" for adapter in adapters) or "none"
+            raise InputError(f"--arm {name} with adapter weights {weights}", expected="one adapter of weight 1")
         if name == "plugged" and precision not in PRECISIONS:
-            raise InputError(f"--arm plugged in {precision}", expected=", ".join(PRECISIONS))
-
-
-def _counted(adapters: Sequence[AdapterChoice]) -> str:
-    return f"{len(adapters)} adapters" if len(adapters) != 1 else f"an adapter of weight {adapters[0].weight:g}"
+            raise InputError(f"--arm plugged with --precision {precision}", expected=", ".join(PRECISIONS))
 
 
 def plugged_beside(unmerged: Path, base: Path, adapter: Path) -> BenchmarkArm:
@@ -197,8 +194,8 @@ def extra_arms(
     adapters: Sequence[AdapterChoice],
     progress: Progress,
 ) -> tuple[tuple[BenchmarkArm, ...], tuple[str, ...]]:
-    """The arms that were asked for besides, and a note for each that there is not. unmerged: its .onnx file,
-    without which there is neither."""
+    """The extra arms that were requested, and a note for each that is not possible. unmerged: its .onnx file, which
+    all of them need."""
     arms, notes = [], []
     for name in extra:
         if unmerged is None:
@@ -209,6 +206,6 @@ def extra_arms(
             try:
                 arms.append(plugged_beside(unmerged, base, adapters[0].folder))
             except ExportError as error:
-                progress.warn(f"no graph to plug the adapter into: {error.found}")
-                notes.append(f"no graph to plug the adapter into: {error.found}")
+                progress.warn(f"no arm plugged: {error.found}")
+                notes.append(f"no arm plugged: {error.found}")
     return tuple(arms), tuple(notes)

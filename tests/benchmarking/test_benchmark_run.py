@@ -165,7 +165,7 @@ def test_without_a_base_there_are_times_and_no_verdict(small: Callable[..., Path
     )
     assert result.verdict == "inconclusive"
     assert all(c.ratio is None and c.base_ms is None and c.merged_ms > 0 for c in result.cells)
-    assert any("without a base" in note for note in result.notes)
+    assert any("no base to compare with" in note for note in result.notes)
 
 
 def test_an_encoder_has_no_decode_phase(small: Callable[..., Path]) -> None:
@@ -189,7 +189,7 @@ def test_little_memory_measures_the_base_against_itself(
         base=model,
         max_seconds=2,
     )
-    assert any("memory holds one session" in note for note in result.notes)
+    assert any("memory holds only one session" in note for note in result.notes)
     assert result.noise_floor is not None
 
 
@@ -254,7 +254,7 @@ def test_no_prompt_is_longer_than_the_model_has_positions(small: Callable[..., P
         max_seconds=1,
     )
     assert {c.prompt for c in result.cells} == {8, 12}
-    assert "prompts of at most 12 tokens: config.json knows 16 positions" in result.notes
+    assert "prompts were cut to 12 tokens: the model has 16 positions" in result.notes
 
 
 def test_decode_sees_the_cache_that_a_prefill_left(small: Callable[..., Path]) -> None:

@@ -90,12 +90,12 @@ def test_a_merged_graph_with_more_work_fails_the_gate(folders: dict[str, Path], 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["-u", "{plugged}"], "this graph is the base until an adapter is plugged into it"),
+        (["-u", "{plugged}"], "this graph computes the base until an adapter is plugged in"),
         (["--plugged", "{base}"], "0 adapters to plug in"),
         (["--beside", "{base}"], "--beside"),
-        (["--beside", "merged={base}"], "an arm called 'merged'"),
-        (["--beside", "a b={base}"], "an arm called 'a b'"),
-        (["--grid", "paper"], "--grid beside --batch or --prompt-length"),
+        (["--beside", "merged={base}"], "the arm cannot be named 'merged'"),
+        (["--beside", "a b={base}"], "the arm cannot be named 'a b'"),
+        (["--grid", "paper"], "--grid with --batch or --prompt-length"),
         (["--sessions", "3"], "--sessions 3"),
     ],
 )
@@ -111,7 +111,7 @@ def test_arms_and_grids_that_make_no_sense_are_refused(
 def test_extra_arms_of_a_run_need_one_adapter(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
     words = ["-b", folders["model"], "-a", f"{folders['adapter']}:0.5", "-o", tmp_path / "out", "--provider", "cpu"]
     code, document, talk = run("merge-and-export", *words, "--arm", "plugged")
-    assert code == 1 and document["found"] == "--arm plugged with an adapter of weight 0.5", talk
+    assert code == 1 and document["found"] == "--arm plugged with adapter weights 0.5", talk
 
 
 @pytest.mark.parametrize("option", ["--margin", "--max-time"])

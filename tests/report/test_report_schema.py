@@ -36,7 +36,7 @@ def test_rendering_again_restores_the_pages(full: dict[str, Any], timings: Sampl
 
 
 def test_a_missing_report_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no report here") as caught:
+    with pytest.raises(InputError, match="no report found") as caught:
         render(tmp_path)
     assert caught.value.next_step
 
@@ -67,7 +67,7 @@ def change(**changes: Any) -> Any:
     ("breaking", "message"),
     [
         (break_json, "not valid JSON"),
-        (lambda path: path.write_text("[]"), "no JSON object"),
+        (lambda path: path.write_text("[]"), "does not hold a JSON object"),
         (change(schema_version=SCHEMA_VERSION + 1), "schema version"),
         (change(schema_version=...), "schema version"),
         (change(title=...), "has no field 'title'"),
