@@ -301,8 +301,8 @@ MUTATIONS = (
     ),
     Mutation(
         "verify passes over the options without a merged folder", "workflows/verifying.py",
-        'for certificate in (run / "merged" / NAME, run / NAME):',
-        'for certificate in (run / "merged" / NAME,):',
+        'for folder in (run / "merged", run):',
+        'for folder in (run / "merged",):',
         "tests/end_to_end/test_one_pass.py::test_verify_ties_the_manifest_to_the_certificate",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""What `package` is asked for, and what it wrote."""
+"""What `package` wrote."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

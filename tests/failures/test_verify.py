@@ -360,7 +360,7 @@ def test_a_shard_less(work: Path) -> None:
     ("spoil", "text"),
     [
         (lambda w: (w / "out" / CERTIFICATE).unlink(), "there is no lora_export_certificate.json"),
-        (lambda w: shutil.rmtree(w / "out"), "there is no such folder"),
+        (lambda w: shutil.rmtree(w / "out"), "no such folder"),
         (lambda w: shutil.rmtree(w / "base"), "is not a valid Hub ID"),
         (lambda w: (w / "adapter" / "adapter_config.json").unlink(), "no adapter_config.json here"),
     ],
