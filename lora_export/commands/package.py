@@ -44,6 +44,7 @@ def package(
     from lora_export import api
     from lora_export.errors import InputError
     from lora_export.packages.targets import target_named
+    from lora_export.storage.documents import as_json
     from lora_export.workflows.packaging import push
 
     options = derive.build(PackageOptions, given)
@@ -65,7 +66,7 @@ def package(
         ("output", str(result.output)),
         *([("pushed", address)] if address else []),
     ]
-    talk.result(result.as_json() | {"pushed": address}, table(rows))
+    talk.result(as_json(result) | {"pushed": address}, table(rows))
 
 
 def _compared(measured: Mapping[str, Any]) -> str:

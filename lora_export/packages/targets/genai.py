@@ -51,8 +51,7 @@ class GenaiTarget(PackageTarget):
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
         for path in export.paths:
-            model, sources = graphs.opened(path)
-            graphs.save(model, job.stage / path.name, f"{path.name}.data", sources, largest=2**62)
+            graphs.save(graphs.load(path), job.stage / path.name, f"{path.name}.data", largest=2**62)
         for name in job.facts.adapters:
             sealed.copy(export.output / f"{name}{ADAPTER_SUFFIX}", job.stage / f"{name}{ADAPTER_SUFFIX}")
         extra = export.output / "audio_processor_config.json"

@@ -6,6 +6,8 @@ config.pbtxt is built with Triton's own protobuf classes, which quote every name
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import onnx_ir as ir
+
 from lora_export.errors import ExportError, InputError
 from lora_export.packages import companions, graphs
 from lora_export.packages.interpreters import Python
@@ -15,11 +17,10 @@ from lora_export.packages.targets import hub_graphs
 
 if TYPE_CHECKING:
     import numpy as np
-    import onnx
 
 LARGEST_BATCH = 8
 QUEUE_MICROSECONDS = 1000  # that a request waits for others to batch with
-_BATCH = ("batch", "batch_size")
+_BATCHED = (["batch"], ["batch_size"])
 _WARM_LENGTH, _WARM_PAST = 8, 1
 _TYPES = {
     "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "DOUBLE": "TYPE_FP64",
@@ -41,11 +42,11 @@ class TritonTarget(PackageTarget):
     def lay(self, job: PackageJob) -> None:
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
-        for part, (model, sources) in hub_graphs.models(export).items():
+        for part, model in hub_graphs.models(export).items():
             name = _model_name(job.facts.name, part)
             version = job.stage / name / "1" / "model.onnx"
             version.mkdir(parents=True)
-            graphs.save(model, version / "model.onnx", "model.onnx.data", sources, largest=2**62)
+            graphs.save(model, version / "model.onnx", "model.onnx.data", largest=2**62)
             config, warm = configured(name, model, job.facts.providers[0])
             (job.stage / name / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
             for file, value in warm.items():
@@ -98,17 +99,17 @@ def as_text(config: Any) -> str:
     return str(text_format.MessageToString(config))
 
 
-def configured(name: str, model: "onnx.ModelProto", provider: str) -> "tuple[Any, dict[str, np.ndarray[Any, Any]]]":
+def configured(name: str, model: ir.Model, provider: str) -> "tuple[Any, dict[str, np.ndarray[Any, Any]]]":
     """The ModelConfig of a graph, and the files that its warm-up reads."""
     pb = _classes()
-    weights = {t.name for t in model.graph.initializer}
-    inputs = [i for i in model.graph.input if i.name not in weights]
-    batched = all(_symbol(v, 0) in _BATCH for v in (*inputs, *model.graph.output))
+    graph = model.graph
+    inputs = [value for value in graph.inputs if value.name not in graph.initializers]
+    batched = all(_sizes(value)[:1] in _BATCHED for value in (*inputs, *graph.outputs))
     config = pb.ModelConfig(name=name, backend="onnxruntime", max_batch_size=LARGEST_BATCH if batched else 0)
     config.default_model_filename = "model.onnx"
     for value in inputs:
         config.input.add(name=value.name, data_type=_type(pb, value), dims=_dims(value, batched))
-    for value in model.graph.output:
+    for value in graph.outputs:
         config.output.add(name=value.name, data_type=_type(pb, value), dims=_dims(value, batched))
     if batched:
         config.dynamic_batching.max_queue_delay_microseconds = QUEUE_MICROSECONDS
@@ -119,10 +120,8 @@ def configured(name: str, model: "onnx.ModelProto", provider: str) -> "tuple[Any
     return config, _warm_up(pb, config, inputs, batched)
 
 
-def _type(pb: Any, value: "onnx.ValueInfoProto") -> int:
-    import onnx
-
-    name = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
+def _type(pb: Any, value: ir.Value) -> int:
+    name = value.dtype.name if value.dtype is not None else "UNDEFINED"
     if name not in _TYPES:
         raise ExportError(
             f"{value.name} is of type {name}, which Triton does not support", expected=", ".join(_TYPES)
@@ -130,49 +129,44 @@ def _type(pb: Any, value: "onnx.ValueInfoProto") -> int:
     return int(pb.DataType.Value(_TYPES[name]))
 
 
-def _symbol(value: "onnx.ValueInfoProto", axis: int) -> str:
-    dims = value.type.tensor_type.shape.dim
-    return dims[axis].dim_param if dims else ""
+def _sizes(value: ir.Value) -> list[int | str]:
+    """Sizes of a value's axes, or their names."""
+    axes = value.shape if value.shape is not None else ()
+    return [axis if isinstance(axis, int) else str(axis.value or "") for axis in axes]
 
 
-def _dims(value: "onnx.ValueInfoProto", batched: bool) -> list[int]:
-    dims = list(value.type.tensor_type.shape.dim)[int(batched) :]
-    return [d.dim_value if d.HasField("dim_value") else -1 for d in dims] or [1]
+def _dims(value: ir.Value, batched: bool) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in _sizes(value)[int(batched) :]] or [1]
 
 
-def _warm_up(
-    pb: Any, config: Any, inputs: "Sequence[onnx.ValueInfoProto]", batched: bool
-) -> "dict[str, np.ndarray[Any, Any]]":
+def _warm_up(pb: Any, config: Any, inputs: Sequence[ir.Value], batched: bool) -> "dict[str, np.ndarray[Any, Any]]":
     """One request, for which the server loads kernels and memory before the first user comes. Masks are ones, which
     takes a file."""
     import numpy as np
-    import onnx
 
     files: dict[str, np.ndarray[Any, Any]] = {}
     warm = config.model_warmup.add(name="first request", batch_size=1 if batched else 0)
-    past = any(v.name.startswith("past") for v in inputs)
+    past = any(str(v.name).startswith("past") for v in inputs)
     for value in inputs:
-        dims = [_warm_size(d, past) for d in list(value.type.tensor_type.shape.dim)[int(batched) :]]
-        sent = warm.inputs[value.name]
-        sent.data_type = _type(pb, value)
-        sent.dims.extend(dims)
-        if "mask" in value.name:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            files[value.name] = np.ones(dims, dtype)
-            sent.input_data_file = value.name
+        name, dims = str(value.name), [_warm_size(size, past) for size in _sizes(value)[int(batched) :]]
+        sent = warm.inputs[name]
+        sent.MergeFrom(type(sent)(data_type=_type(pb, value), dims=dims))
+        if "mask" in name and value.dtype is not None:
+            files[name] = np.ones(dims, value.dtype.numpy())
+            sent.input_data_file = name
         else:
             sent.zero_data = True
     return files
 
 
-def _warm_size(dim: Any, past: bool) -> int:
-    if dim.HasField("dim_value"):
-        return int(dim.dim_value)
-    if "batch" in dim.dim_param:
+def _warm_size(size: int | str, past: bool) -> int:
+    if isinstance(size, int):
+        return size
+    if "batch" in size:
         return 1
-    if "total" in dim.dim_param or "+" in dim.dim_param:
+    if "total" in size or "+" in size:
         return _WARM_LENGTH + _WARM_PAST * past
-    return _WARM_PAST if "past" in dim.dim_param else _WARM_LENGTH
+    return _WARM_PAST if "past" in size else _WARM_LENGTH
 
 
 # --- the client --------------------------------------------------------------------------------------------
