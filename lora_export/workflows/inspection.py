@@ -80,12 +80,12 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
 def _parameters_of_base(checkpoint: Checkpoint) -> int:
     """Elements of its weights once they are dequantized, if this tool can read them."""
     try:
-        found = find_quantized(checkpoint, with_settings(checkpoint.folder, checkpoint.config))
+        quantized = find_quantized(checkpoint, with_settings(checkpoint.folder, checkpoint.config))
     except LoraExportError:
-        found = {}
-    parts = {p for weight in found.values() for p in weight.parts}
+        quantized = {}
+    parts = {p for weight in quantized.values() for p in weight.parts}
     rest = {n: t for n, t in checkpoint.tensors.items() if n not in parts}
-    return sum(prod(w.shape) for w in found.values()) + _parameters(rest)
+    return sum(prod(w.shape) for w in quantized.values()) + _parameters(rest)
 
 
 def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
@@ -187,8 +187,8 @@ def _scaling(adapter: Adapter) -> str | None:
 def _ranks(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
     """rank → number of weights that have it."""
     known = (u for u in adapter.updates if u.kind in _RANK_AXIS)
-    found = Counter(tensors[u.keys[0]].shape[_RANK_AXIS[u.kind]] for u in known)
-    return {str(rank): count for rank, count in sorted(found.items())}
+    counts = Counter(tensors[u.keys[0]].shape[_RANK_AXIS[u.kind]] for u in known)
+    return {str(rank): count for rank, count in sorted(counts.items())}
 
 
 def _targets(adapter: Adapter) -> dict[str, int]:
@@ -199,19 +199,19 @@ def _targets(adapter: Adapter) -> dict[str, int]:
 def _onnx(folder: Path) -> dict[str, Any]:
     from lora_export.onnx_export import adapters_beside, check_model, load_export
 
-    found = load_export(folder)
-    for name in found.graphs:
+    export = load_export(folder)
+    for name in export.graphs:
         check_model(folder / name)
     return {
         "kind": "onnx",
-        "model": found.kind,
-        "task": found.task,
-        "graphs": list(found.graphs),
-        "engine": found.engine,
-        "precision": found.precision,
-        "nodes": found.nodes,
+        "model": export.kind,
+        "task": export.task,
+        "graphs": list(export.graphs),
+        "engine": export.engine,
+        "precision": export.precision,
+        "nodes": export.nodes,
         "adapters": adapters_beside(folder),
-        "files": dict(found.files),
+        "files": dict(export.files),
         "runs_in": "onnxruntime-genai, ONNX Runtime"
         if (folder / "genai_config.json").is_file()
         else "ONNX Runtime",

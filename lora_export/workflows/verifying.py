@@ -72,19 +72,19 @@ def verify_run(
     """Check what merge-and-export left. With base and adapters, everything that follows from them is made again."""
     progress.stage("verify: checking every file of the run")
     files, left = check_run(run, base, adapters)
-    found = [Verification(tuple(files), tuple(left))]
+    results = [Verification(tuple(files), tuple(left))]
     if not files[0].passed:
-        return found[0]
+        return results[0]
     document = manifest.read(run)
     given = base is not None and len(adapters) == len(document.adapters)
     if (run / "merged").is_dir():
-        found += _with_merged_folder(run, base, adapters, document, how, progress, given)
+        results += _with_merged_folder(run, base, adapters, document, how, progress, given)
     else:
-        found += _streamed(run, base if given else None, adapters, document, how, progress)
+        results += _streamed(run, base if given else None, adapters, document, how, progress)
     if base is not None and given:
-        found.append(_same_options(run, base, adapters, document))
+        results.append(_same_options(run, base, adapters, document))
     return Verification(
-        tuple(c for v in found for c in v.checks), tuple(dict.fromkeys(n for v in found for n in v.not_checked))
+        tuple(c for v in results for c in v.checks), tuple(dict.fromkeys(n for v in results for n in v.not_checked))
     )
 
 
@@ -170,15 +170,15 @@ def _same_options(run: Path, base: Path, adapters: Sequence[AdapterChoice], docu
     from lora_export.merging.certificate.document import NAME, effective_options, read_certificate
 
     folder = run / "merged" if (run / "merged" / NAME).is_file() else run
-    asked = document.recorded_options
+    options = document.recorded_options
     try:
         recorded = read_certificate(folder).options
-        effective = effective_options(plan(base, adapters, asked.merge))
+        effective = effective_options(plan(base, adapters, options.merge))
     except LoraExportError as error:
         return Verification((Finding("manifest", False, f"its merge options are not valid: {error.found}"),))
     other = sorted(f.name for f in fields(effective) if getattr(effective, f.name) != getattr(recorded, f.name))
     record = run / "onnx" / "export.json"
-    if record.is_file() and asked.precision:
-        other += ["precision"] * (asked.precision != read_json(record).get("precision"))
+    if record.is_file() and options.precision:
+        other += ["precision"] * (options.precision != read_json(record).get("precision"))
     notes = [Finding("manifest", False, f"the run was not made with its option {k}") for k in other]
     return Verification(tuple(notes) or (Finding("manifest", True, "its options are those of merge and export"),))
