@@ -452,7 +452,7 @@ def test_an_edited_manifest(run: Path) -> None:
     document["options"]["merge"]["dtype"] = "float16"
     write_sealed(path, document)
     code, found = verify(run)
-    assert code == 3 and "options of the merge" in failed(found)["manifest"][0]
+    assert code == 3 and "merge options" in failed(found)["manifest"][0]
 
 
 def test_a_small_change_is_known_to_what_fp32_keeps_of_it(made: Path, tmp_path: Path) -> None:
