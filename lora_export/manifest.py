@@ -129,10 +129,10 @@ def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tu
         manifest = read(run)
     except InputError as error:
         return [Finding("manifest", False, f"{error.found} ({run / NAME})")], ["the files that it names"]
-    found = hash_folder(run)
-    del found[NAME]
+    actual = hash_folder(run)
+    del actual[NAME]
     checks = [Finding("manifest", True, "complete, and matches its digest")]
-    checks += same_files("run_files", manifest.files, found, _foreign(run))
+    checks += same_files("run_files", manifest.files, actual, _foreign(run))
     if base is not None:
         checks += same_files("base_files", manifest.base.files, _input_hashes(base))
     if choices and len(choices) != len(manifest.adapters):
@@ -163,12 +163,12 @@ def _foreign(run: Path) -> list[str]:
 
 
 def same_files(
-    name: str, wanted: Mapping[str, FileHash], found: Mapping[str, FileHash], notes: Sequence[str] = ()
+    name: str, wanted: Mapping[str, FileHash], actual: Mapping[str, FileHash], notes: Sequence[str] = ()
 ) -> list[Finding]:
     """Each file that is missing, was added or was changed, after `notes` of other faults; or that all agree."""
-    notes = [*notes, *(f"{n} is missing" for n in wanted if n not in found)]
-    notes += [f"{n} was added" for n in found if n not in wanted]
-    notes += [f"{n} was changed" for n in wanted if n in found and found[n] != wanted[n]]
+    notes = [*notes, *(f"{n} is missing" for n in wanted if n not in actual)]
+    notes += [f"{n} was added" for n in actual if n not in wanted]
+    notes += [f"{n} was changed" for n in wanted if n in actual and actual[n] != wanted[n]]
     return [Finding(name, False, note) for note in notes] or [
-        Finding(name, True, f"{len(found)} files have the size and SHA-256 of the manifest")
+        Finding(name, True, f"{len(actual)} files have the size and SHA-256 of the manifest")
     ]

@@ -50,15 +50,15 @@ def _names(group: str) -> tuple[str, ...]:
 
 def registered(group: str, base: type[T]) -> dict[str, T]:
     """Name → object, each of the class `base`. InputError, naming the package, for a plug-in that is not."""
-    found: dict[str, T] = dict(_built_in(group))
+    objects: dict[str, T] = dict(_built_in(group))
     for plugin in plugins(group):
         if not isinstance(plugin.value, base):
             raise plugin.refuse(f"is {type(plugin.value).__name__}", f"an object of a subclass of {base.__name__}")
-        if plugin.name in found or plugin.value.name != plugin.name:
-            taken = ", ".join(found)
+        if plugin.name in objects or plugin.value.name != plugin.name:
+            taken = ", ".join(objects)
             raise plugin.refuse(f"is called {plugin.value.name!r}", f"the name of its entry point, and not {taken}")
-        found[plugin.name] = plugin.value
-    return found
+        objects[plugin.name] = plugin.value
+    return objects
 
 
 @functools.cache

@@ -301,8 +301,8 @@ MUTATIONS = (
     ),
     Mutation(
         "verify passes over the options without a merged folder", "workflows/verifying.py",
-        'for certificate in (run / "merged" / NAME, run / NAME):',
-        'for certificate in (run / "merged" / NAME,):',
+        'for folder in (run / "merged", run):',
+        'for folder in (run / "merged",):',
         "tests/end_to_end/test_one_pass.py::test_verify_ties_the_manifest_to_the_certificate",
     ),
     Mutation(
@@ -523,7 +523,7 @@ MUTATIONS = (
     ),
     Mutation(
         'a file that was added goes unnoticed', 'manifest.py',
-        'notes += [f"{n} was added" for n in found if n not in wanted]',
+        'notes += [f"{n} was added" for n in actual if n not in wanted]',
         'pass',
         'tests/packages/test_tampering.py::test_a_file_less_more_or_elsewhere[decoder_run-hf]',
     ),
@@ -719,8 +719,8 @@ MUTATIONS = (
     ),
     Mutation(
         'a lock is written through a second name', 'storage/locks.py',
-        'if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:',
-        'if not stat.S_ISREG(found.st_mode):',
+        'if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:',
+        'if not stat.S_ISREG(status.st_mode):',
         'tests/failures/test_output_folders.py::test_a_planted_lock_is_refused_and_not_written[hard link]',
     ),
     Mutation(

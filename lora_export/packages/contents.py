@@ -176,14 +176,14 @@ def facts_of(folder: Path, manifest: PackageManifest) -> PackageFacts:
 
 def compare(folder: Path, manifest: PackageManifest) -> list[Finding]:
     """Each file that is missing, was added, was changed, or is not a regular file; or that all are as they were."""
-    wanted, found = manifest.files, {}
+    wanted, actual = manifest.files, {}
     notes = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
             notes.append(f"{name} is a link, or not a file")
         elif path.is_file() and name not in (NAME, SIGNATURE):
-            found[name] = sealed.hashed(path)
+            actual[name] = sealed.hashed(path)
         elif path.is_dir() and not any(w.startswith(f"{name}/") for w in wanted):
             notes.append(f"{name}/ was added")
-    return same_files("package_files", wanted, found, notes)
+    return same_files("package_files", wanted, actual, notes)

@@ -132,11 +132,11 @@ class PackageTarget(ABC):
             )
         return (Variant(RUNS_OWN, run.export.precision),)
 
-    def providers(self, run: Run, asked: str | None) -> tuple[str, ...]:
-        """What the package runs on, the default first. asked: which one that is to be; None: as the run."""
+    def providers(self, run: Run, wanted: str | None) -> tuple[str, ...]:
+        """What the package runs on, the default first. wanted: which one that is to be; None: as the run."""
         if run.export.precision == "bf16":
             return ("cuda",)
-        made_for = asked or run.manifest.recorded_options.provider
+        made_for = wanted or run.manifest.recorded_options.provider
         return ("cuda", "cpu") if made_for in ("cuda", "tensorrt") else ("cpu", "cuda")
 
     @abstractmethod

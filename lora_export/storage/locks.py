@@ -41,14 +41,14 @@ def locked(final: Path) -> Iterator[None]:
 def _refuse_planted(path: Path) -> None:
     """OutputError for a lock that is a link, has a second name, or is not a regular file."""
     try:
-        found = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return
-    _check(path, found)
+    _check(path, status)
 
 
-def _check(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+def _check(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
         raise OutputError(
             "the lock of the output is a link, or not a file",
             where=path,

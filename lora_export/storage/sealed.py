@@ -113,11 +113,11 @@ def hash_folder(folder: Path) -> dict[str, FileHash]:
 
     InputError for a link that leads out of it, for a link to a folder, and for what is neither a file nor a folder.
     """
-    found = {}
+    hashes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not path.is_dir():
-            found[path.relative_to(folder).as_posix()] = hashed(path, folder)
-    return found
+            hashes[path.relative_to(folder).as_posix()] = hashed(path, folder)
+    return hashes
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -48,12 +48,12 @@ def run(command: Sequence[str], program: str, place: Path, *, memory: int, secon
     memory: bytes of data of the process. All processes that it started end with it.
     """
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, contextlib.ExitStack() as files:
-        out, err, told = (files.enter_context((Path(scratch) / n).open("w+b")) for n in ("out", "err", "told"))
-        limits = {"memory": memory, "seconds": seconds, "file": _LARGEST_FILE, "told": told.fileno()}
+        out, err, notes = (files.enter_context((Path(scratch) / n).open("w+b")) for n in ("out", "err", "notes"))
+        limits = {"memory": memory, "seconds": seconds, "file": _LARGEST_FILE, "notes": notes.fileno()}
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _LAUNCHER, json.dumps(limits), *command],
             stdin=subprocess.PIPE, stdout=out, stderr=err, cwd=place, env=_environment(scratch),
-            pass_fds=[told.fileno()], start_new_session=True,
+            pass_fds=[notes.fileno()], start_new_session=True,
         )  # fmt: skip
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -63,7 +63,7 @@ def run(command: Sequence[str], program: str, place: Path, *, memory: int, secon
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        note = _read(told)
+        note = _read(notes)
         if note.startswith("!"):
             raise InputError(f"{command[0]} cannot be started: {note[1:]}", expected="an executable program")
         return Outcome(code, _read(out), _read(err), note or "none")
@@ -92,7 +92,7 @@ def _environment(scratch: str) -> dict[str, str]:
 _LAUNCHER = """
 import ctypes, json, os, sys
 limits, command = json.loads(sys.argv[1]), sys.argv[2:]
-told = os.fdopen(limits["told"], "w")
+notes = os.fdopen(limits["notes"], "w")
 NET, USER = 0x40000000, 0x10000000
 def alone():
     libc = ctypes.CDLL(None, use_errno=True)
@@ -107,7 +107,7 @@ def alone():
 try:
     alone()
 except (OSError, AttributeError) as error:
-    told.write(str(getattr(error, "strerror", None) or error))
+    notes.write(str(getattr(error, "strerror", None) or error))
 try:
     import resource
     for name, value in (("DATA", limits["memory"]), ("CPU", limits["seconds"] * (os.cpu_count() or 1)),
@@ -117,14 +117,14 @@ try:
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
 except (ImportError, AttributeError, ValueError, OSError) as error:
-    told.write(f" no limits: {error}")
-told.flush()
+    notes.write(f" no limits: {error}")
+notes.flush()
 try:
     os.execvp(command[0], command)
 except OSError as error:
-    told.seek(0)
-    told.truncate()
-    told.write("!" + str(error.strerror))
-    told.flush()
+    notes.seek(0)
+    notes.truncate()
+    notes.write("!" + str(error.strerror))
+    notes.flush()
     os._exit(127)
 """

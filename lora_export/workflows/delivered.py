@@ -80,10 +80,10 @@ _WARNINGS = {
 
 def _allowed(folder: Path, target: str) -> list[Finding]:
     """Whether its files are of known types, and its configuration sets nothing but what is allowed."""
-    chosen = target_named(target)
+    package_target = target_named(target)
     try:
-        allowed.check_package(folder, chosen.file_names)
-        chosen.check_folder(folder)
+        allowed.check_package(folder, package_target.file_names)
+        package_target.check_folder(folder)
     except LoraExportError as error:
         where = f" ({error.where})" if error.where else ""
         return [Finding("contents", False, f"{error.found}{where}")]
@@ -106,7 +106,7 @@ def _graphs(folder: Path) -> list[Finding]:
     from lora_export.onnx_export import check_model
     from lora_export.onnx_export.graphs.finding import find_graphs
 
-    found = []
+    findings = []
     try:
         graphs = find_graphs(folder)
     except LoraExportError as error:
@@ -116,10 +116,10 @@ def _graphs(folder: Path) -> list[Finding]:
             check_model(path)
         except LoraExportError as error:
             name = path.relative_to(folder).as_posix()
-            found.append(Finding("graphs", False, f"{name}: {error.found}"))
-    if not found and graphs:
-        found.append(Finding("graphs", True, f"{len(graphs)} valid, with their weights in files beside them"))
-    return found
+            findings.append(Finding("graphs", False, f"{name}: {error.found}"))
+    if not findings and graphs:
+        findings.append(Finding("graphs", True, f"{len(graphs)} valid, with their weights in files beside them"))
+    return findings
 
 
 def refuse_other_answer(folder: Path, facts: PackageFacts, progress: Progress) -> None:

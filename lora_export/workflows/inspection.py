@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters import CONFIG, AdapterFile, kinds, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
@@ -19,6 +19,9 @@ from lora_export.packages.contents import is_package
 from lora_export.quantization import describe, find_quantized, method_here, settings_of, with_settings
 from lora_export.report import load as report_of
 from lora_export.storage.sealed import read_json
+
+if TYPE_CHECKING:
+    from lora_export.merging.planning.plan import MergePlan
 
 # Kinds with a rank: which dimension of an update's first tensor it is.
 _RANK_AXIS = {
@@ -77,12 +80,12 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
 def _parameters_of_base(checkpoint: Checkpoint) -> int:
     """Elements of its weights once they are dequantized, if this tool can read them."""
     try:
-        found = find_quantized(checkpoint, with_settings(checkpoint.folder, checkpoint.config))
+        quantized = find_quantized(checkpoint, with_settings(checkpoint.folder, checkpoint.config))
     except LoraExportError:
-        found = {}
-    parts = {p for weight in found.values() for p in weight.parts}
+        quantized = {}
+    parts = {p for weight in quantized.values() for p in weight.parts}
     rest = {n: t for n, t in checkpoint.tensors.items() if n not in parts}
-    return sum(prod(w.shape) for w in found.values()) + _parameters(rest)
+    return sum(prod(w.shape) for w in quantized.values()) + _parameters(rest)
 
 
 def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
@@ -102,13 +105,13 @@ def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
 def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
     config, tensors = open_adapter_files(folder)
     document: dict[str, Any] = {"kind": "adapter", "peft_type": config.get("peft_type")}
+    planned = _planned(base, folder) if base else None
     try:
         adapter = read_adapter(AdapterFile(tensors, config, folder / CONFIG))
     except LoraExportError as error:
-        found = _with_base(base, folder) if base else None
-        if found is None:
+        if planned is None or isinstance(planned, LoraExportError):
             return document | {"mergeable": False, "reason": error.found}
-        adapter = found
+        adapter = planned.adapters[0]  # its layers depend on the base
     config = dict(adapter.config)
     document |= {
         "mergeable": True,
@@ -128,17 +131,22 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         "bytes": sum(t.nbytes for t in tensors.tensors.values()),
         "saved_by_peft": config.get("peft_version"),
     }
-    return document | (_fit(base, folder) if base else {})
+    if isinstance(planned, LoraExportError):
+        where = f" ({planned.tensor})" if planned.tensor else ""
+        return document | {"fits_base": False, "why_not": f"{planned.found}{where}"}
+    if planned is not None:
+        document |= {"fits_base": True, "would_change": planned.counts}
+        document |= {"output_model": planned.model.words} if planned.model else {}
+    return document
 
 
-def _with_base(base: Path, adapter: Path) -> Adapter | None:
-    """An adapter whose layers depend on its base; None for one that cannot be merged into this base."""
+def _planned(base: Path, adapter: Path) -> "MergePlan | LoraExportError":
     from lora_export.merging import plan
 
     try:
-        return plan(base, [AdapterChoice(adapter)], MergeOptions()).adapters[0]
-    except LoraExportError:
-        return None
+        return plan(base, [AdapterChoice(adapter)], MergeOptions())
+    except LoraExportError as error:
+        return error
 
 
 def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
@@ -179,8 +187,8 @@ def _scaling(adapter: Adapter) -> str | None:
 def _ranks(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
     """rank → number of weights that have it."""
     known = (u for u in adapter.updates if u.kind in _RANK_AXIS)
-    found = Counter(tensors[u.keys[0]].shape[_RANK_AXIS[u.kind]] for u in known)
-    return {str(rank): count for rank, count in sorted(found.items())}
+    counts = Counter(tensors[u.keys[0]].shape[_RANK_AXIS[u.kind]] for u in known)
+    return {str(rank): count for rank, count in sorted(counts.items())}
 
 
 def _targets(adapter: Adapter) -> dict[str, int]:
@@ -188,33 +196,22 @@ def _targets(adapter: Adapter) -> dict[str, int]:
     return dict(Counter(u.target.rpartition(".")[0].rpartition(".")[2] for u in adapter.updates if not u.replaces))
 
 
-def _fit(base: Path, adapter: Path) -> dict[str, Any]:
-    from lora_export.merging import plan
-
-    try:
-        planned = plan(base, [AdapterChoice(adapter)], MergeOptions())
-    except LoraExportError as error:
-        return {"fits_base": False, "why_not": f"{error.found} ({error.tensor})" if error.tensor else error.found}
-    model = {"output_model": planned.model.words} if planned.model else {}
-    return {"fits_base": True, "would_change": planned.counts} | model
-
-
 def _onnx(folder: Path) -> dict[str, Any]:
     from lora_export.onnx_export import adapters_beside, check_model, load_export
 
-    found = load_export(folder)
-    for name in found.graphs:
+    export = load_export(folder)
+    for name in export.graphs:
         check_model(folder / name)
     return {
         "kind": "onnx",
-        "model": found.kind,
-        "task": found.task,
-        "graphs": list(found.graphs),
-        "engine": found.engine,
-        "precision": found.precision,
-        "nodes": found.nodes,
+        "model": export.kind,
+        "task": export.task,
+        "graphs": list(export.graphs),
+        "engine": export.engine,
+        "precision": export.precision,
+        "nodes": export.nodes,
         "adapters": adapters_beside(folder),
-        "files": dict(found.files),
+        "files": dict(export.files),
         "runs_in": "onnxruntime-genai, ONNX Runtime"
         if (folder / "genai_config.json").is_file()
         else "ONNX Runtime",

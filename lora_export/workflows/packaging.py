@@ -31,8 +31,8 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
     All or nothing. InputError for a run that failed, was changed since, or lacks what the runtime needs.
     """
     started = time.monotonic()
-    chosen, read = target_named(target), read_run(run, progress)
-    if chosen.needs_merged and read.merged is None:
+    runtime, read = target_named(target), read_run(run, progress)
+    if runtime.needs_merged and read.merged is None:
         raise InputError(
             "the run has no merged folder (--no-merged-folder)",
             where=run,
@@ -40,11 +40,11 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
             next_step="repeat merge-and-export without --no-merged-folder, or choose another --for",
         )
     companions.check(read)
-    variants = chosen.variants(read, options.variants)
+    variants = runtime.variants(read, options.variants)
     name = _name(options.name, read)
     if options.key is not None:
         signature.check_key(options.key)
-    plugged, adapters = _plugged(options.pluggable, chosen, read)
+    plugged, adapters = _plugged(options.pluggable, runtime, read)
     final = archive.named(output, options.archive) if options.archive else output
     with _stage(final, options, [run, *(p for p in (options.key, options.pluggable) if p)]) as stage:
         work = stage / ".work"
@@ -53,19 +53,19 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         if plugged is not None:
             exports = {RUNS_OWN: plugged}
         facts = PackageFacts(
-            target=chosen,
+            target=runtime,
             name=name,
             task=read.task,
             precision=next((e.precision for e in exports.values()), read.merge.dtype),
             variants=tuple(exports),
-            providers=chosen.providers(read, options.provider),
+            providers=runtime.providers(read, options.provider),
             sample=_sample(read),
             config=read.config,
             adapters=adapters,
         )
         measured = _measured(read, exports, progress)
         progress.stage(f"package: {name} for {target}")
-        chosen.lay(PackageJob(read, stage, exports, facts))
+        runtime.lay(PackageJob(read, stage, exports, facts))
         shutil.rmtree(work)
         if adapters:
             refuse_other_answer(stage, facts, progress)

@@ -17,14 +17,13 @@ from lora_export.contracts import (
 from lora_export.contracts.option import names
 from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import RunManifest
-from lora_export.storage.documents import as_json
 from lora_export.storage.sealed import read_json
 
 _ONNX_UNKNOWN = (
     "the ONNX graph, its weights (quantized or not), weights-map.json, export.json, the runtime's configuration, "
     "and config.json, tokenizer, chat template and generation config beside them"
 )
-_TAKES_ALL = "that takes the base (-b) and every adapter (-a)"
+_TAKES_ALL = "checking that takes the base (-b) and every adapter (-a)"
 
 
 def verify(
@@ -35,58 +34,57 @@ def verify(
     from lora_export.workflows import delivered
 
     if not path.exists():
-        raise InputError("there is no such folder or archive", where=path)
+        raise InputError("no such folder or archive", where=path)
     packaged = delivered.is_package(path)
     if packaged and (base or adapters):
-        raise InputError("--base or --adapter with a package", expected="them with a merged folder or a run")
+        raise InputError("--base or --adapter with a package", expected="a merged folder or a run")
     if packaged:
         return delivered.verify(path, options.key, options.run, options.runtime, progress)
     if options.key or options.run or options.runtime:
         raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
     if not path.is_dir():
-        raise InputError("there is no such folder", where=path, expected="a merged folder, or that of a whole run")
+        raise InputError("no such folder", where=path, expected="a merged folder, or the folder of a whole run")
     check = verify_run if manifest.is_run(path) else verify_folder
     return check(path, base, adapters, options, progress)
 
 
 def check_run(run: Path, base: Path | None, adapters: Sequence[AdapterChoice]) -> tuple[list[Finding], list[str]]:
-    """The files of a run against its manifest, and the manifest against the certificate; (checks, not checked)."""
-    from lora_export.merging.certificate.document import NAME
+    """The files of a run against its manifest, and that against the certificate; (checks, what was not checked)."""
+    from lora_export.merging.certificate.document import NAME, read_certificate
 
     as_given = names(MergeOptions, lambda option: not option.conditional and option.json is not None)
     checks, not_checked = manifest.verify(run, base, adapters)
-    for certificate in (run / "merged" / NAME, run / NAME):  # the second without a merged folder
-        if checks[0].passed and certificate.is_file():
-            given = as_json(manifest.read(run).recorded_options.merge)
+    for folder in (run / "merged", run):  # the second without a merged folder
+        if checks[0].passed and (folder / NAME).is_file():
+            given = manifest.read(run).recorded_options.merge
             try:
-                recorded = read_json(certificate).get("options")
-            except InputError:  # the check of the merged folder reports it
+                recorded = read_certificate(folder).options
+            except LoraExportError:  # the check of the certificate reports it
                 continue
-            if not (isinstance(recorded, dict) and all(given.get(k) == recorded.get(k) for k in as_given)):
-                note = "its options of the merge are not those of the certificate"
-                checks.append(Finding("manifest", False, note))
+            if any(getattr(given, k) != getattr(recorded, k) for k in as_given):
+                checks.append(Finding("manifest", False, "its merge options are not those of the certificate"))
     return checks, not_checked
 
 
 def verify_run(
     run: Path, base: Path | None, adapters: Sequence[AdapterChoice], how: VerifyOptions, progress: Progress
 ) -> Verification:
-    """Check what merge-and-export left. With base and adapters, whatever follows from them is made anew."""
-    progress.stage("verify: every file of the run")
+    """Check what merge-and-export left. With base and adapters, everything that follows from them is made again."""
+    progress.stage("verify: checking every file of the run")
     files, left = check_run(run, base, adapters)
-    found = [Verification(tuple(files), tuple(left))]
+    results = [Verification(tuple(files), tuple(left))]
     if not files[0].passed:
-        return found[0]
+        return results[0]
     document = manifest.read(run)
     given = base is not None and len(adapters) == len(document.adapters)
     if (run / "merged").is_dir():
-        found += _with_merged_folder(run, base, adapters, document, how, progress, given)
+        results += _with_merged_folder(run, base, adapters, document, how, progress, given)
     else:
-        found += _streamed(run, base if given else None, adapters, document, how, progress)
+        results += _streamed(run, base if given else None, adapters, document, how, progress)
     if base is not None and given:
-        found.append(_same_options(run, base, adapters, document))
+        results.append(_same_options(run, base, adapters, document))
     return Verification(
-        tuple(c for v in found for c in v.checks), tuple(dict.fromkeys(n for v in found for n in v.not_checked))
+        tuple(c for v in results for c in v.checks), tuple(dict.fromkeys(n for v in results for n in v.not_checked))
     )
 
 
@@ -106,7 +104,7 @@ def _with_merged_folder(
     if not (run / "onnx").is_dir():
         return [merged]
     if not given or not merged.verified:
-        why = _TAKES_ALL if merged.verified else "the merged folder is wrong"
+        why = _TAKES_ALL if merged.verified else "the merged folder failed its checks"
         return [merged, Verification(_graphs(run), (f"{_ONNX_UNKNOWN}: {why}",))]
     from lora_export.merging.certificate.document import read_certificate
     from lora_export.onnx_export.weights.recheck import Model, recheck
@@ -150,11 +148,11 @@ def _streamed(
             source = merged_again(findings, recorded, base, adapters, Path(scratch) / "outline")
             if source is None:
                 return [findings.result()]
-            progress.stage(f"verify: all of the merge again, {source.plan.nbytes / 1e6:.0f} MB")
+            progress.stage(f"verify: merging everything again, {source.plan.nbytes / 1e6:.0f} MB")
             hashes = hash_all(source)
             same_certificate(findings, recorded, source)
         except LoraExportError as error:
-            findings.fail("arithmetic", f"the merge cannot be done again: {error.found}")
+            findings.fail("arithmetic", f"the merge cannot be repeated: {error.found}")
             return [findings.result()]
         model = Model(Path(scratch) / "outline", source, hashes, document.recorded_options.quantization)
         return [findings.result(), recheck(run / "onnx", model, how.graph, progress).result()]
@@ -167,20 +165,20 @@ def _graphs(run: Path) -> tuple[Finding, ...]:
 
 
 def _same_options(run: Path, base: Path, adapters: Sequence[AdapterChoice], document: RunManifest) -> Verification:
-    """Whether the options in the manifest, as far as they matter for the bytes, lead to the certificate's."""
+    """Whether the options in the manifest, as far as the bytes depend on them, lead to those of the certificate."""
     from lora_export.merging import plan
     from lora_export.merging.certificate.document import NAME, effective_options, read_certificate
 
     folder = run / "merged" if (run / "merged" / NAME).is_file() else run
-    asked = document.recorded_options
+    options = document.recorded_options
     try:
         recorded = read_certificate(folder).options
-        effective = effective_options(plan(base, adapters, asked.merge))
+        effective = effective_options(plan(base, adapters, options.merge))
     except LoraExportError as error:
-        return Verification((Finding("manifest", False, f"its options of the merge are not valid: {error.found}"),))
+        return Verification((Finding("manifest", False, f"its merge options are not valid: {error.found}"),))
     other = sorted(f.name for f in fields(effective) if getattr(effective, f.name) != getattr(recorded, f.name))
     record = run / "onnx" / "export.json"
-    if record.is_file() and asked.precision:
-        other += ["precision"] * (asked.precision != read_json(record).get("precision"))
-    notes = [Finding("manifest", False, f"its option {k} is not what the run was made with") for k in other]
+    if record.is_file() and options.precision:
+        other += ["precision"] * (options.precision != read_json(record).get("precision"))
+    notes = [Finding("manifest", False, f"the run was not made with its option {k}") for k in other]
     return Verification(tuple(notes) or (Finding("manifest", True, "its options are those of merge and export"),))

@@ -107,7 +107,7 @@ def test_verify_ties_the_manifest_to_the_certificate(
     code, document, _ = run("verify", out)
     assert code == 3
     notes = [c["note"] for c in document["checks"] if not c["passed"]]
-    assert any("its options of the merge are not those of the certificate" in note for note in notes)
+    assert any("its merge options are not those of the certificate" in note for note in notes)
     assert any("report/report.json is missing" in note for note in notes)
 
 

@@ -91,7 +91,7 @@ def save_lora(base: Path, folder: Path, targets: list[str]) -> Path:
 
 def make_run(base: Path, adapter: Path, out: Path) -> Path:
     quick = BenchmarkOptions(shapes=((1, 8),), max_seconds=2)
-    export, validation = ExportOptions(provider="cpu"), ValidationOptions(rows=8)
+    export, validation = ExportOptions(provider="cpu"), ValidationOptions(rows=8, seed=1)
     chosen = StoryOptions(export=export, benchmark=quick, validation=validation)
     sources = Source(base.name, base), [AdapterChoice(adapter)]
     merge_and_export(*sources, out, chosen, Silent())

@@ -208,7 +208,7 @@ def test_a_forged_manifest_does_not_pass_the_signature(decoder_run: Path, keys: 
 
 def test_a_key_that_cannot_sign_is_refused_before_any_work(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
     for key in (keys / "rsa.pem", keys / "a.pub", keys / "nothing.pem"):
-        with pytest.raises(InputError, match="no key to sign with"):
+        with pytest.raises(InputError, match="not a key to sign with"):
             package(decoder_run, "hf", tmp_path / "p", PackageOptions(key=key), Silent())
     assert not list(tmp_path.iterdir())
 
@@ -286,4 +286,4 @@ def test_what_is_no_package(tmp_path: Path) -> None:
 def test_a_package_takes_no_base(decoder: tuple[Path, Path, Path], packed: Packed) -> None:
     base, _, run = decoder
     code, document = verify(packed(run, "hf").output, "-b", base)
-    assert code == 1 and "with a merged folder or a run" in document["expected"]
+    assert code == 1 and "a merged folder or a run" in document["expected"]
