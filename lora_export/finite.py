@@ -1,4 +1,4 @@
-"""Are all numbers finite? Asked of gigabytes, so the answer has to be cheap where it is yes."""
+"""Whether all numbers are finite: checked for gigabytes, so a yes has to be cheap."""
 
 import math
 from typing import TYPE_CHECKING

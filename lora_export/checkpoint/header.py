@@ -74,11 +74,11 @@ def _parse(path: Path, raw: bytes, size: int) -> dict[str, Any]:
         out = dict(pairs)
         for name in out:
             if not is_text(name):  # safetensors refuses it, too, and no header could be written with it
-                raise CheckpointError("a name in the header is no Unicode text", where=path, tensor=name)
+                raise CheckpointError("a name in the header is not Unicode text", where=path, tensor=name)
         if len(out) != len(pairs):
             seen: set[str] = set()
             twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise CheckpointError("a key stands twice in the header", where=path, tensor=twice)
+            raise CheckpointError("a key occurs twice in the header", where=path, tensor=twice)
         return out
 
     try:
@@ -86,7 +86,7 @@ def _parse(path: Path, raw: bytes, size: int) -> dict[str, Any]:
     except ValueError as error:
         raise _damaged(path, f"the header is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise _damaged(path, "the header is no JSON object")
+        raise _damaged(path, "the header is not a JSON object")
     return value
 
 
@@ -102,9 +102,9 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         raise odd(f"unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(_natural(n) for n in shape):
-        raise odd(f"shape {shape!r} is no list of sizes")
+        raise odd(f"shape {shape!r} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_natural(n) for n in offsets):
-        raise odd(f"data_offsets {offsets!r} are no two positions")
+        raise odd(f"data_offsets {offsets!r} are not two positions")
     start, end = offsets
     count = elements(shape)
     if count is None:

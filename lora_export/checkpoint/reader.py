@@ -2,7 +2,7 @@
 
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,20 @@ from lora_export.checkpoint.gguf import gguf_file, read_gguf
 from lora_export.checkpoint.header import read_header
 from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import CheckpointError, InputError
-from lora_export.storage.documents import Kind, check
+from lora_export.storage.documents import decode
 from lora_export.storage.sealed import LARGEST_SETTINGS, plain_name, read_json, refuse_outward_link
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LONGEST_FILE_NAME = 128  # characters, up to four bytes each, where most file systems end at 255 bytes
-# What is read of a config.json, if it is there.
-_CONFIG: Kind = {"architectures?": (None, [str]), "quantization_config?": (None, dict)}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The fields of a config.json whose types are checked here; the rest may hold what JSON has no type for."""
+
+    architectures: tuple[str, ...] | None = None
+    quantization_config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     gguf = gguf_file(folder)
     config = read_json(folder / "config.json", limit=LARGEST_SETTINGS)
     refuse_code(config, folder / "config.json")
-    check(config, _CONFIG, "the configuration", folder / "config.json")
+    typed = {f.name: config[f.name] for f in fields(ModelSettings) if f.name in config}
+    decode(typed, ModelSettings, "the configuration", folder / "config.json")
     if gguf is not None:
         read = read_gguf(gguf)
         told = {"quant_method": "gguf", "architecture": read.settings.get("general.architecture")}

@@ -69,7 +69,7 @@ def switch(
         switched = _export(folder, base, before, after, progress, options or MergeOptions())
     else:
         raise InputError(
-            "no merged folder and no export whose adapter could be switched",
+            "neither a merged folder nor an export",
             where=folder,
             expected=f"a folder with {CERTIFICATE}, or an export with weights-map.json",
             next_step="lora-export inspect shows what a folder is",

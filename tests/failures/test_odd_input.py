@@ -95,9 +95,9 @@ def test_a_shard_with_a_name_that_no_file_can_have(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"architectures": {"0": "LlamaForCausalLM"}}, "architectures is dict"),
-        ({"architectures": [7]}, "architectures[0] is int"),
-        ({"quantization_config": ["gptq"]}, "quantization_config is list"),
+        ({"architectures": {"0": "LlamaForCausalLM"}}, "architectures is an object"),
+        ({"architectures": [7]}, "architectures[0] is an integer"),
+        ({"quantization_config": ["gptq"]}, "quantization_config is an array"),
         ({"x": "\ud800"}, "no Unicode text"),
         ({"x": json.loads("[" * 100 + "]" * 100)}, "more than 64 levels"),
     ],

@@ -160,7 +160,7 @@ def test_other_weights_beside_the_adapter_are_named(tmp_path: Path, pair: tuple[
     (told,) = [
         w for w in merge(base, [AdapterChoice(adapter)], tmp_path / "out").warnings if "nothing was merged" in w
     ]
-    assert "projector.safetensors, pytorch_model.bin, of" in told
+    assert "projector.safetensors, pytorch_model.bin, beside" in told
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_what_is_not_in_the_folder_is_refused(base: Path, adapters: list[Path], 
         to(folder, base, adapters[1], adapters[2])
     with pytest.raises(InputError, match="not merged from the adapters of --from"):
         switch(folder, base, [AdapterChoice(adapters[0], 0.5)], [AdapterChoice(adapters[1])], Silent())
-    with pytest.raises(InputError, match="no merged folder and no export"):
+    with pytest.raises(InputError, match="neither a merged folder nor an export"):
         to(base, base, adapters[0], adapters[1])
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 

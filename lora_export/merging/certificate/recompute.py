@@ -75,7 +75,7 @@ def _beyond(tensor: PlannedTensor, planned: MergePlan, difference: "Difference")
 
 @dataclass
 class Difference:
-    """The rows of a tensor of which a byte is not what the merge writes."""
+    """The rows of a tensor that differ from what the merge writes."""
 
     info: TensorInfo
     rows: "np.ndarray[Any, Any]"

@@ -1,4 +1,4 @@
-"""The certificate of a merge that went straight into an export, whose numbers lie in no merged folder."""
+"""The certificate of a merge that went straight into an export, without a merged folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def merged_again(
     adapters: Sequence[AdapterChoice],
     outline: Path,
 ) -> MergedSource | None:
-    """The merge of base and adapters, computed as it is read, and `outline` for what lies beside the numbers.
+    """The merge of base and adapters, computed as it is read; `outline` gets the other files.
 
     None where they do not make the certificate's model.
     """
@@ -42,7 +42,7 @@ def merged_again(
 
 
 def same_certificate(findings: Findings, recorded: Certificate, source: MergedSource) -> None:
-    """Whether the certificate is that of the merge, of which every tensor was hashed."""
+    """Whether the certificate is that of this merge. Every tensor of `source` has been hashed."""
     records = recorded.hashes
     other = [r.name for r in source.audit.records if records.get(r.name) != r.hash_out]
     away = elsewhere(recorded, source.plan)

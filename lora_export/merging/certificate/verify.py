@@ -1,4 +1,4 @@
-"""A merged folder checked again later, with its certificate as something to be proved and not as a witness.
+"""A merged folder checked again later, with its certificate as a claim to be proved, not as evidence.
 
 What the certificate says is computed again: from the folder's own bytes, and, where base and adapters are given,
 from a new plan, a merge of which every byte is compared, and the files that a merge would write. Then the two must
@@ -55,7 +55,7 @@ from lora_export.merging.running.companions import write_beside
 def verify_folder(
     folder: Path, base: Path | None, adapters: Sequence[AdapterChoice], how: VerifyOptions, progress: Progress
 ) -> Verification:
-    """Check a merged folder. InputError where there is no certificate, or what was given is no base or adapter.
+    """Check a merged folder. InputError if it has no certificate, or if `base` or an adapter is something else.
 
     Without base and adapters only hashes can be checked, and `not_checked` says so.
     """
@@ -117,7 +117,7 @@ def planned_again(
 
 
 def _name_options(findings: Findings, options: MergeOptions) -> None:
-    """Whoever makes a certificate chooses the options in it, so those that are no defaults are named."""
+    """A certificate's author chooses the options in it, so those that differ from the defaults are named."""
     default, same = MergeOptions(), names(MergeOptions, lambda how: not how.changes_result)
     kept = {k: v for k, v in vars(options).items() if v != getattr(default, k) and k not in same}
     if kept:
@@ -154,7 +154,7 @@ def _again(
         beside = describe_files(again, shards)
     wanted = dict(sorted({**beside, **shards}.items()))
     failures = [f"{name} is not what the merge writes" for name, f in wanted.items() if not _is(folder / name, f)]
-    failures += [f"{n} is no file that the merge writes" for n in sorted(recorded.files.keys() - wanted.keys())]
+    failures += [f"{n} is not a file that the merge writes" for n in sorted(recorded.files.keys() - wanted.keys())]
     findings.judge("written_files", f"{len(wanted)} files are what a merge writes, headers byte for byte", failures)
     if not all(_is(folder / name, f) for name, f in shards.items()):
         findings.not_checked.append(

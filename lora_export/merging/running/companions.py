@@ -1,4 +1,4 @@
-"""What lies beside the weights of a merged folder."""
+"""The files of a merged folder besides its weights."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from lora_export.folder_files import VALUE_HEAD
 from lora_export.merging.planning.plan import MergePlan
 from lora_export.storage.sealed import copy
 
-# Settings that a server would take for the result's, though nothing in it is quantized any more.
+# Settings of the quantized base. A server would apply them to the result, in which nothing is quantized.
 OF_QUANTIZERS = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
 
 
@@ -54,7 +54,7 @@ def _carry(adapter: Path, base: Path, stage: Path) -> list[str]:
         copy(path, target, adapter)
     if adapter / VALUE_HEAD in files:
         warnings.append(
-            f"{VALUE_HEAD} copied as it lies beside the adapter: transformers does not load it; TRL's "
+            f"{VALUE_HEAD} copied as it is: transformers does not load it; TRL's "
             "AutoModelForCausalLMWithValueHead, LLaMA-Factory and ms-swift read it from the merged folder"
         )
     modules = [p.relative_to(adapter).as_posix() for p in files if p.name != VALUE_HEAD]
@@ -66,14 +66,15 @@ def _carry(adapter: Path, base: Path, stage: Path) -> list[str]:
         warnings += _pickled(adapter)
     left = other_weights(adapter)
     if left:
-        told = ", ".join(left[:MOST]) + (f" and {len(left) - MOST} more" if len(left) > MOST else "")
+        files_left = ", ".join(left[:MOST]) + (f" and {len(left) - MOST} more" if len(left) > MOST else "")
         warnings.append(
-            f"beside the adapter {adapter.name} lies {told}, of which nothing was merged: was more trained than "
-            "the adapter?"
+            f"nothing was merged of {files_left}, beside the adapter {adapter.name}: was more trained than it?"
         )
     return warnings
 
 
 def _pickled(folder: Path) -> list[str]:
     left = pickled_modules(folder)
-    return [f"{', '.join(left)} not copied, for a pickle can run code: save it with safetensors"] if left else []
+    return (
+        [f"{', '.join(left)} not copied, because a pickle can run code: save it with safetensors"] if left else []
+    )

@@ -118,9 +118,9 @@ class MergedSource(TensorSource):
 
 
 def write_outline(source: MergedSource) -> list[str]:
-    """The merged folder without large numbers: shards with holes, which take no space, and all that lies beside.
+    """The merged folder without large numbers: shards with holes, which take no space, and all other files.
 
-    Returns what a person should know of the files beside.
+    Returns warnings about the other files.
     """
     plan, folder = source.plan, source.folder
     folder.mkdir(exist_ok=True)

@@ -65,7 +65,7 @@ def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Fi
     try:
         record = records.read_record(folder)
         if record.adapter:
-            raise ExportError("the adapter of this export is no part of its weights", where=folder)
+            raise ExportError("the adapter of this export is not part of its weights", where=folder)
         with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
             _compare(findings, folder, record, model, Path(scratch), rebuild, progress)
     except LoraExportError as error:
@@ -118,7 +118,7 @@ def _compare_whole(findings: Findings, folder: Path, job: ExportJob, model: Mode
     if model.quantization.calibration is not None:
         findings.not_checked.append(
             f"the ONNX export, its graph and its weights: {model.quantization.calibration.name}, on which its "
-            "activations were calibrated, is no part of a run"
+            "activations were calibrated, is not part of a run"
         )
         return
     options = ExportOptions(job.precision, job.provider, None, job.optimize, model.quantization)
@@ -202,7 +202,7 @@ def _judge_files(
     left = {*described.sizes, records.NAME, *without}
     wanted, there = (_hashes(f, left) for f in (stage, folder))
     notes = [f"{n} is missing" for n in sorted(wanted.keys() - there.keys())]
-    notes += [f"{n} is no file of an export" for n in sorted(there.keys() - wanted.keys())]
+    notes += [f"{n} is not a file of an export" for n in sorted(there.keys() - wanted.keys())]
     unlike = sorted(n for n in wanted.keys() & there.keys() if wanted[n] != there[n])
     notes += [f"{n} is not what a new export has" for n in unlike]
     what = "" if without else ", graphs too"
@@ -230,4 +230,4 @@ def _given_companions(
 def _hashes(folder: Path, without: set[str]) -> dict[str, Any]:
     found = {n: h for n, h in sealed.hash_folder(folder).items() if n not in without} if folder.is_dir() else {}
     links = [p for p in folder.rglob("*") if p.is_symlink() or not (p.is_file() or p.is_dir())]
-    return found | {p.relative_to(folder).as_posix(): "a link, or no file" for p in links}
+    return found | {p.relative_to(folder).as_posix(): "a link, or not a file" for p in links}

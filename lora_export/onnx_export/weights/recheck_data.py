@@ -20,7 +20,9 @@ def judge_data(
 ) -> None:
     """Every byte that a recipe gives, made again; between the weights there are zeros."""
     notes = [
-        f"{n} has not the {s} bytes of its weights" for n, s in described.sizes.items() if _size(folder / n) != s
+        f"{n} does not have the {s} bytes of its weights"
+        for n, s in described.sizes.items()
+        if _size(folder / n) != s
     ]
     if notes:
         findings.judge("onnx_weights", "", notes)
@@ -53,7 +55,7 @@ def judge_constants(findings: Findings, folder: Path, stage: Path, described: We
 
 
 def _unclean(folder: Path, described: WeightsMap) -> Iterator[str]:
-    """Data files that hold something where no weight lies."""
+    """Data files with nonzero bytes between their weights."""
     for file in described.sizes:
         end = 0
         with (folder / file).open("rb") as data:

@@ -4,7 +4,7 @@
     NAME.onnx   NAME-1f3a9c2e.bin   the same graph; what differs from the base lies in its own data file
 
 Runtimes and checkers take weights from files beside the graph and from nowhere else: no links, no other folder. So
-all adapters lie together. A data file is named by what is in it, and a graph comes last: whoever looks sees the old
+all adapters lie together. A data file is named by what is in it, and a graph comes last: a reader sees the old
 adapter or the new one.
 """
 
@@ -46,7 +46,7 @@ class Shared:
 
 
 def check_name(name: str, record: ExportRecord, earlier: Path) -> None:
-    """InputError for a name that is no file name everywhere, and for an export of several graphs."""
+    """InputError for a name that is not a valid file name on every system, and for an export of several graphs."""
     if not _NAME.fullmatch(name) or name.lower() == "base":
         raise InputError(
             f"an adapter cannot be called {name!r} here",
@@ -172,7 +172,7 @@ def _digest(touched: list[Weight], hashes: Mapping[str, str]) -> str:
 
 @contextlib.contextmanager
 def _partial(folder: Path, name: str, data: Path) -> Iterator[tuple[Path, Path]]:
-    """Names that nobody can guess, for data and graph that are not whole; what a killed run left is removed first.
+    """Unguessable names for the unfinished data and graph; what a killed run left is removed first.
 
     data: the name that the data get before the graph is whole; if that fails they go, too, unless they were there.
     """
