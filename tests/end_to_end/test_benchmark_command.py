@@ -95,7 +95,7 @@ def test_a_merged_graph_with_more_work_fails_the_gate(folders: dict[str, Path], 
         (["--beside", "{base}"], "--beside"),
         (["--beside", "merged={base}"], "an arm called 'merged'"),
         (["--beside", "a b={base}"], "an arm called 'a b'"),
-        (["--grid", "paper"], "--grid beside --batch or --prompt-length"),
+        (["--grid", "paper"], "--grid with --batch or --prompt-length"),
         (["--sessions", "3"], "--sessions 3"),
     ],
 )
