@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lora_export import wording
 from lora_export.commands.talk import megabytes, table
 from lora_export.contracts import (
     BenchmarkResult,
@@ -21,12 +22,10 @@ Rows = list[tuple[str, str]]
 
 
 def merge_rows(result: MergeResult) -> Rows:
-    counts = ", ".join(f"{n} {name}" for name, n in result.tensors.items() if n)
-    used, total = result.adapter_tensors["used"], result.adapter_tensors["total"]
     survival = "no delta" if result.delta_survival is None else f"{result.delta_survival:.2%} after rounding"
     return [
-        ("tensors", counts),
-        ("adapter", f"{used} of {total} tensors used"),
+        ("tensors", wording.tensors(result)),
+        ("adapter", f"{wording.adapter_tensors(result)} tensors used"),
         ("base weights", f"{result.base_weights}, written as {result.dtype}"),
         ("right base?", ", ".join(f"{c.name} {c.outcome}" for c in result.base_checks) or "no adapter"),
         ("delta survival", survival),
@@ -134,7 +133,7 @@ def verification_words(result: Verification) -> str:
 
 def validation_row(result: ValidationResult) -> tuple[str, str]:
     by_name = {c.name: c.value for c in result.checks}
-    parts = [f"{sum(c.passed for c in result.checks)} of {len(result.checks)} checks passed"]
+    parts = [f"{wording.checks_passed(result)} checks passed"]
     if "logits_max_abs" in by_name:
         floor = by_name.get("noise_floor_max_abs", 0.0)
         parts.append(f"logits within {by_name['logits_max_abs']:.2g} (noise floor {floor:.2g})")
@@ -149,19 +148,11 @@ def export_row(result: ExportResult) -> tuple[str, str]:
 
 
 def benchmark_rows(result: BenchmarkResult) -> Rows:
-    graph = {True: "identical graphs", False: "graphs differ", None: "graphs not compared"}
-    checked = "verified" if result.provider_verified else "NOT verified"
-    rows = [("benchmark", f"{result.verdict} ({graph[result.graph_identical]}), {result.provider}, {checked}")]
+    graph = wording.GRAPH[result.graph_identical]
+    rows = [("benchmark", f"{result.verdict} (graph {graph}), {wording.provider(result)}")]
     for cell in result.cells:
-        times = [
-            f"{name} {value:.2f} ms"
-            for name, value in (
-                ("base", cell.base_ms),
-                ("merged", cell.merged_ms),
-                ("unmerged", cell.unmerged_ms),
-            )
-            if value is not None
-        ]
+        arms = {"base": cell.base_ms, "merged": cell.merged_ms, "unmerged": cell.unmerged_ms}
+        times = [f"{name} {value:.2f} ms" for name, value in arms.items() if value is not None]
         ratio = ""
         if cell.ratio is not None and cell.ci_low is not None and cell.ci_high is not None:
             ratio = f"; merged/base {cell.ratio:.4f} [{cell.ci_low:.4f}, {cell.ci_high:.4f}], {cell.verdict}"

@@ -344,7 +344,7 @@ class PackageOptions:
 
     SECTION: ClassVar[str] = "Package"
     name: str | None = option(
-        None, "Name of the model, as its README and Triton call it.", default_text="the adapter's name"
+        None, "Name of the model, as its README and Triton call it.", default_text="the adapter's name", json=None
     )
     variants: tuple[str, ...] = option(
         (), "transformers-js: fp32, fp16, q8, q4, q4f16 or all. May be given more than once.", flags=("--variant",),
