@@ -452,7 +452,7 @@ def report(
         run: Folder of a run, or a folder with a report.json.
         compare: Another run. Then `run` stays as it is, and the pages go into `output`.
         output: New folder for a comparison. None: RUN-vs-OTHER, next to the run.
-        force: Replace an output that exists.
+        force: Replace an existing output.
 
     Returns:
         The files written: `html` and `markdown`.

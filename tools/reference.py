@@ -74,15 +74,15 @@ def json_fields() -> str:
 
 
 def _table(of: Any) -> str:
-    told = " ".join((inspect.getdoc(of) or "").replace("|", "\\|").split())
-    if told.startswith(f"{of.__name__}("):  # what dataclass writes where there is no docstring
-        told = ""
+    text = " ".join((inspect.getdoc(of) or "").replace("|", "\\|").split())
+    if text.startswith(f"{of.__name__}("):  # what dataclass writes where there is no docstring
+        text = ""
     rows = "\n".join(f"| `{name}` | `{kind}` |" for name, kind in fields(of).items())
-    return f"{told}\n\n| field | type |\n|---|---|\n{rows}\n".lstrip()
+    return f"{text}\n\n| field | type |\n|---|---|\n{rows}\n".lstrip()
 
 
 def fields(of: Any) -> dict[str, str]:
-    """Name → type of what `as_json` writes."""
+    """Name → type of what JSON has of a result."""
     return {f.name: _kind(f.type) for f in dataclasses.fields(of) if f.metadata != NOT_IN_JSON}
 
 

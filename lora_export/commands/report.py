@@ -14,7 +14,7 @@ from lora_export.commands.talk import Talk, table
     click.Argument(["run"], type=FOLDER),
     Given("--compare", type=FOLDER, help="Compare with this other run."),
     Given("-o", "--output", type=FOLDER, metavar="OUT", configurable="command line",
-          help="With --compare: the folder for the pages. Default: RUN-vs-OTHER, next to RUN."),
+          default_text="RUN-vs-OTHER, next to RUN", help="With --compare: the folder for the pages."),
     derive.FORCE,
 )  # fmt: skip
 def report(talk: Talk, run: Path, compare: Path | None, output: Path | None, force: bool) -> None:

@@ -211,8 +211,8 @@ def test_a_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told
 
 def test_no_variable_replaces_an_output_or_names_a_program() -> None:
     names = {"output", "force", "dry-run", "run", "runtime", "key", "sign", "push", "private"}
-    unset = {n: o for c in cli.commands.values() for n, o in configuration.options(c).items() if n in names}
-    assert unset.keys() == names and not any(o.envvar for o in unset.values())
+    unset = [item for c in cli.commands.values() for item in configuration.options(c).items() if item[0] in names]
+    assert {name for name, _ in unset} == names and not any(option.envvar for _, option in unset)
 
 
 def test_env_shows_all_of_it(here: Path) -> None:
