@@ -23,9 +23,9 @@ import lora_export
 from lora_export import merging, report
 from lora_export.benchmarking import conditions, measure, statistics
 from lora_export.benchmarking.statistics import Interval
-from lora_export.contracts import Interference, Reading
+from lora_export.contracts import Findings, Interference, Reading
 from lora_export.errors import ExportError
-from lora_export.merging.certificate.compare import Findings, compare
+from lora_export.merging.certificate.compare import compare
 from lora_export.merging.running.exact import Errors, ExactTensor
 from lora_export.merging.running.survival import Survival
 from lora_export.onnx_export.graphs import agreement
@@ -191,8 +191,7 @@ def test_a_judgement_of_good_figures_passes() -> None:
 def test_damage_that_is_no_number_stops_the_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     product = SimpleNamespace(rows=32, columns=1)
     group: Any = SimpleNamespace(name="g", nodes=("n",), products=(product,))
-    monkeypatch.setattr(keeping, "load_graph", lambda path: None)
-    monkeypatch.setattr(keeping, "check_external_data", lambda *given: None)
+    monkeypatch.setattr(keeping, "open_model", lambda path: None)
     monkeypatch.setattr(keeping.weights_map, "read", lambda folder: SimpleNamespace(weights=()))
     monkeypatch.setattr(keeping, "_groups", lambda *given: [group])
     run = SimpleNamespace(simulated=lambda product, how: ("w", None))

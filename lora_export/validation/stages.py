@@ -21,8 +21,8 @@ from lora_export.validation import kinds
 from lora_export.validation.comparing.comparison import Comparison
 from lora_export.validation.comparing.decoder import DecoderComparison
 from lora_export.validation.comparing.deviation import first_deviation, unused_advice, unused_updates
-from lora_export.validation.comparing.model_under_test import ModelUnderTest, plain
 from lora_export.validation.comparing.tensors import compare_tensors, verdict
+from lora_export.validation.comparing.tested_model import ModelUnderTest, plain
 from lora_export.validation.effect.advice import Merged
 from lora_export.validation.effect.bases import Bases, check_request
 from lora_export.validation.effect.precisions import adapter_survival

@@ -20,8 +20,8 @@ ModelWith = Callable[[dict[str, Any]], Path]
 
 
 def attempt(model: Path, output: Path, adapter: Path | None = None, **options: Any) -> ExportResult:
-    how = ExportOptions(**{"precision": "fp32", "provider": "cpu", **options})
-    return export(model, output, how, adapter=adapter, progress=Silent())
+    chosen = ExportOptions(**{"precision": "fp32", "provider": "cpu", **options})
+    return export(model, output, chosen, adapter=adapter, progress=Silent())
 
 
 def test_folder_holds_companions_and_record(exported: Callable[..., ExportResult], llama: Path) -> None:

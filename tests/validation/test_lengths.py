@@ -15,7 +15,7 @@ from lora_export.progress import Silent
 from lora_export.storage.documents import as_json
 from lora_export.validation import validate
 from lora_export.validation.comparing import lengths
-from lora_export.validation.comparing.model_under_test import ModelUnderTest
+from lora_export.validation.comparing.tested_model import ModelUnderTest
 from lora_export.validation.kinds import choose
 from lora_export.validation.kinds.texts import positions
 from lora_export.validation.run import seeded

@@ -1,6 +1,6 @@
 """A model repository for the Triton Inference Server: NAME/config.pbtxt and NAME/1/model.onnx/model.onnx.
 
-config.pbtxt is built of Triton's own protobuf classes, as no template quotes a name right.
+config.pbtxt is built with Triton's own protobuf classes, which quote every name correctly.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 LARGEST_BATCH = 8
-QUEUE_MICROSECONDS = 1000  # that a request waits for others to be batched with
+QUEUE_MICROSECONDS = 1000  # that a request waits for others to batch with
 _BATCHED = (["batch"], ["batch_size"])
 _WARM_LENGTH, _WARM_PAST = 8, 1
 _TYPES = {
     "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "DOUBLE": "TYPE_FP64",
     "INT64": "TYPE_INT64", "INT32": "TYPE_INT32", "BOOL": "TYPE_BOOL", "UINT8": "TYPE_UINT8", "INT8": "TYPE_INT8",
 }  # fmt: skip
-# What ONNX Runtime's CUDA provider is told: as much memory as it needs, and the convolutions that it times best.
+# For ONNX Runtime's CUDA provider: as much memory as it needs, and the convolutions that it measures as fastest.
 _CUDA = {"arena_extend_strategy": "1", "cudnn_conv_algo_search": "0"}
 _IMAGE = "nvcr.io/nvidia/tritonserver:26.09-py3"
 
@@ -43,11 +43,11 @@ class TritonTarget(PackageTarget):
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
         for part, model in hub_graphs.models(export).items():
-            name = _model_name(job.name, part)
+            name = _model_name(job.facts.name, part)
             version = job.stage / name / "1" / "model.onnx"
             version.mkdir(parents=True)
             graphs.save(model, version / "model.onnx", "model.onnx.data", largest=2**62)
-            config, warm = configured(name, model, job.providers[0])
+            config, warm = configured(name, model, job.facts.providers[0])
             (job.stage / name / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
             for file, value in warm.items():
                 (job.stage / name / "warmup").mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ class TritonTarget(PackageTarget):
         return Snippet(Python(), setup, _program(facts, folder, _CLIENT))
 
     def check(self, facts: PackageFacts, folder: str) -> Snippet:
-        """The same program with ONNX Runtime in place of the server, on the file that the server would load."""
+        """The same program with ONNX Runtime instead of the server, on the file that the server would load."""
         return Snippet(Python(), "", _program(facts, folder, _SESSION.format(folder=folder)))
 
     def notes(self, facts: PackageFacts) -> str:
@@ -68,7 +68,7 @@ class TritonTarget(PackageTarget):
             f'docker run --rm {gpus}-p 8001:8001 -v "$PWD":/models:ro {_IMAGE} \\\n'
             "  tritonserver --model-repository=/models\n```\n\n"
             "The server takes token ids: the tokenizer runs in the client, as above. To move it into the server, "
-            "put the same call into a model of Triton's Python backend and join the two by an ensemble.\n"
+            "put the same call into a model of Triton's Python backend, and join the two in an ensemble.\n"
         )
 
 
@@ -76,7 +76,7 @@ TARGET = TritonTarget()
 
 
 def _model_name(name: str, part: str) -> str:
-    """Of one graph: a model of a single graph has the name alone."""
+    """Of one graph. A model of a single graph has the plain name."""
     return name if part == "model" else f"{name}-{part}"
 
 
@@ -86,7 +86,7 @@ def _classes() -> Any:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise InputError(
-            f"tritonclient is not installed, whose classes config.pbtxt is written with: {error}",
+            f"tritonclient, which config.pbtxt is written with, is not installed: {error}",
             expected="the extra `triton`",
             next_step="pip install 'lora-export[triton]'",
         ) from None
@@ -123,7 +123,9 @@ def configured(name: str, model: ir.Model, provider: str) -> "tuple[Any, dict[st
 def _type(pb: Any, value: ir.Value) -> int:
     name = value.dtype.name if value.dtype is not None else "UNDEFINED"
     if name not in _TYPES:
-        raise ExportError(f"{value.name} is of type {name}, which Triton does not take", expected=", ".join(_TYPES))
+        raise ExportError(
+            f"{value.name} is of type {name}, which Triton does not support", expected=", ".join(_TYPES)
+        )
     return int(pb.DataType.Value(_TYPES[name]))
 
 
@@ -138,8 +140,8 @@ def _dims(value: ir.Value, batched: bool) -> list[int]:
 
 
 def _warm_up(pb: Any, config: Any, inputs: Sequence[ir.Value], batched: bool) -> "dict[str, np.ndarray[Any, Any]]":
-    """One request that has the server load kernels and memory before the first user comes. Masks are ones, which
-    only a file can say."""
+    """One request, for which the server loads kernels and memory before the first user comes. Masks are ones, which
+    takes a file."""
     import numpy as np
 
     files: dict[str, np.ndarray[Any, Any]] = {}
@@ -259,7 +261,7 @@ def _program(facts: PackageFacts, folder: str, infer: str) -> str:
     )
 
 
-_COUNTED = frozenset({"gpt2", "gpt_neox"})  # decoders that are told positions, as they do not count the mask
+_COUNTED = frozenset({"gpt2", "gpt_neox"})  # decoders that get positions as an input instead of counting the mask
 
 
 def _cache(config: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -12,8 +12,8 @@ import torch
 from lora_export.contracts import Check, Progress, ValidationResult
 from lora_export.validation.comparing.arithmetic import Arithmetic, InTypes, draw
 from lora_export.validation.comparing.logits import Difference, compare_logits, greedy_divergences, largest
-from lora_export.validation.comparing.model_under_test import running
 from lora_export.validation.comparing.noise import draws
+from lora_export.validation.comparing.tested_model import running
 from lora_export.validation.comparing.thresholds import FACTOR, KL_POWER, Floor, Greedy, graph_checks
 from lora_export.validation.effect.effect import AnyEffect, along, effect_exists
 
@@ -74,7 +74,7 @@ class Comparison(ABC, Generic[Output, Apart]):
 
     def measure(self, unmerged: Any) -> None:
         """The unmerged model's outputs and the noise floors, which the other methods need."""
-        self.progress.stage(f"validate: {self._count} {self.INPUTS}, unmerged, and how far rounding moves them")
+        self.progress.stage(f"validate: the unmerged model on {self.INPUTS}, and how far rounding moves it")
         with running(unmerged):
             with unmerged.disable_adapter():
                 self._base = self._outputs(unmerged)
@@ -138,11 +138,6 @@ class Comparison(ABC, Generic[Output, Apart]):
         return (low - low_base) / whole if effect_exists(whole, self._positions) else None
 
     # --- what each kind of model says of itself ----------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def _count(self) -> int:
-        """Of inputs."""
 
     @property
     @abstractmethod
@@ -216,10 +211,6 @@ class LogitsComparison(Comparison[torch.Tensor, Difference]):
     tokenizer: Any
     _again: tuple[Difference, ...] = ()
     _steps: list[torch.Tensor] = field(default_factory=list)  # logits at each step of the unmerged model's texts
-
-    @property
-    def _count(self) -> int:
-        return len(self.tokens)
 
     @property
     def _positions(self) -> int:

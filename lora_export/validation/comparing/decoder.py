@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -10,13 +10,12 @@ from lora_export.contracts import Check, Continuation, Perplexity, ValidationRes
 from lora_export.validation.comparing.arithmetic import InTypes
 from lora_export.validation.comparing.comparison import SOME, Graph, LogitsComparison
 from lora_export.validation.comparing.logits import Difference, compare_logits
-from lora_export.validation.comparing.model_under_test import plain, takes
-from lora_export.validation.comparing.thresholds import Greedy, decoder_checks, graph_checks, run_to_run
+from lora_export.validation.comparing.tested_model import plain, takes
+from lora_export.validation.comparing.thresholds import Greedy, decoder_checks, graph_checks, reported
 from lora_export.validation.effect import effect
+from lora_export.validation.graphs.runs import OnnxDecoder
 
-if TYPE_CHECKING:
-    from lora_export.validation.graphs.runs import OnnxDecoder
-
+RUN_TO_RUN = "the same forward run twice; added to every noise floor"
 PADDED = 4  # prompts that are run in one batch, the shortest ones
 GREEDY_TOKENS = 64
 TOKENS_WITHOUT_CACHE = 16  # each of which reads the whole text again
@@ -54,7 +53,7 @@ class DecoderComparison(LogitsComparison):
         parted = self._parted(self._follow(merged))
         judged = self.judge(merged, parted)
         return ValidationResult(
-            checks=(*judged.checks, run_to_run(self._again[0].max_abs)),
+            checks=(*judged.checks, reported("run_to_run_max_abs", self._again[0].max_abs, RUN_TO_RUN)),
             samples=self._samples(unmerged, merged, parted),
             kl_by_position=judged.kl_by_position,
             perplexities=(*self._perplexities, *self._perplexity("merged", merged)),
@@ -90,12 +89,10 @@ class DecoderComparison(LogitsComparison):
     def _outputs(self, model: Any, first: int | None = None) -> list[torch.Tensor]:
         return logits(model, self.tokens[:first])
 
-    def _runner(self, graph: Graph) -> "OnnxDecoder":
-        from lora_export.validation.graphs.runs import OnnxDecoder
-
+    def _runner(self, graph: Graph) -> OnnxDecoder:
         return OnnxDecoder(graph.paths[0], graph.provider)
 
-    def _answers(self, runner: "OnnxDecoder") -> list[torch.Tensor]:
+    def _answers(self, runner: OnnxDecoder) -> list[torch.Tensor]:
         return [runner.logits(ids) for ids in self.tokens]
 
     def _judge_graph(

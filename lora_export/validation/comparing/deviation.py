@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_export.contracts import Deviation
@@ -218,8 +219,6 @@ def unused_advice(modules: tuple[str, ...]) -> str:
 def _asks_by_calling(wrapper: Any) -> bool:
     """Whether a wrapper adds its update in its own forward. Those of parameters put it into the weight, and what
     was saved whole is there wherever it is read."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     plain = isinstance(base_layer(wrapper), nn.Linear) and isinstance(wrapper, BaseTunerLayer)
     return plain and not hasattr(wrapper, "parameter_name")
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from lora_export.validation.comparing.model_under_test import generates, setting
+from lora_export.validation.comparing.tested_model import generates, setting
 
 DRAWN = 2
 LONGEST_DRAWN = 512

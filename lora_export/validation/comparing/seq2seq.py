@@ -2,19 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lora_export.contracts import Check, Continuation, ValidationResult
 from lora_export.validation.comparing.comparison import SOME, Graph, LogitsComparison
 from lora_export.validation.comparing.logits import Difference, Divergence
-from lora_export.validation.comparing.model_under_test import plain, takes
+from lora_export.validation.comparing.tested_model import plain, takes
 from lora_export.validation.comparing.thresholds import Floor, decoder_checks
 from lora_export.validation.effect.effect import Effect
-
-if TYPE_CHECKING:
-    from lora_export.validation.graphs.runs import OnnxSeq2Seq
+from lora_export.validation.graphs.runs import OnnxSeq2Seq
 
 
 @dataclass(kw_only=True)
@@ -49,12 +47,10 @@ class Seq2SeqComparison(LogitsComparison):
         first = {k: v[:1] for k, v in self.batches[0].items()}
         return plain(model)(**first, decoder_input_ids=self.tokens[0][None], use_cache=False)
 
-    def _runner(self, graph: Graph) -> "OnnxSeq2Seq":
-        from lora_export.validation.graphs.runs import OnnxSeq2Seq
-
+    def _runner(self, graph: Graph) -> OnnxSeq2Seq:
         return OnnxSeq2Seq(graph.paths, graph.provider)
 
-    def _answers(self, runner: "OnnxSeq2Seq") -> list[torch.Tensor]:
+    def _answers(self, runner: OnnxSeq2Seq) -> list[torch.Tensor]:
         return [runner.logits(*row) for row in self._rows_of(self.tokens)]
 
     def _judge_graph(

@@ -115,7 +115,7 @@ def decoder_checks(
             f"the unmerged one's, within {shift}{factor:g} × the floor's change of log-likelihood",
         ),
         _greedy(f"{prefix}greedy_agreement", greedy, 2 * logits),
-        Check(f"{prefix}noise_floor_max_abs", floor.max_abs, None, math.isfinite(floor.max_abs), floor.where),
+        reported(f"{prefix}noise_floor_max_abs", floor.max_abs, floor.where),
     ]
 
 
@@ -155,9 +155,9 @@ def _greedy(name: str, greedy: Greedy, tie: float) -> Check:
     return Check(name, greedy.agreement, 1.0, not unexplained, note)
 
 
-def run_to_run(difference: float) -> Check:
-    note = "the same forward run twice; added to every noise floor"
-    return Check("run_to_run_max_abs", difference, None, math.isfinite(difference), note)
+def reported(name: str, value: float, note: str) -> Check:
+    """A figure without a threshold, which has only to be a number."""
+    return Check(name, value, None, math.isfinite(value), note)
 
 
 def below(name: str, value: float, threshold: float, note: str) -> Check:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from lora_export.contracts import (
     AdapterChoice,
@@ -176,8 +177,6 @@ def _same_model(original: Path, merged: Any) -> None:
 
 def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
     """Shape of every parameter of the architecture in `folder`, of a model without weights."""
-    import transformers
-
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = loading.architecture(folder)(config)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from lora_export.contracts import AdapterChoice, MergeOptions, Progress, ValidationResult
 from lora_export.validation.comparing.texts import read_text, windows
 from lora_export.validation.effect import effect
@@ -48,8 +50,6 @@ def _named(adapter: str, file: Path) -> list[tuple[str, str]]:
 
 
 def _measured(alone: Any, model: Any, merged: Path, file: Path) -> effect.Effect:
-    import transformers
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged, local_files_only=True)
     pieces = windows(tokenizer, read_text(file), alone.get_input_embeddings().num_embeddings, file)
     models = (effect.without_adapter(alone), effect.of(alone), effect.without_adapter(alone), effect.of(model))

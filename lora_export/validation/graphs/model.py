@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from lora_export.contracts import Check
 from lora_export.errors import ExportError
-from lora_export.validation.comparing.model_under_test import plain
+from lora_export.validation.comparing.tested_model import plain
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.numbers import Expected, error_of, of_base, saved_whole
 from lora_export.validation.graphs.weights import Held

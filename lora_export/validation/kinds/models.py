@@ -16,8 +16,8 @@ from lora_export.validation.comparing.decoder import (
     has_cache,
 )
 from lora_export.validation.comparing.encoder import EncoderComparison
-from lora_export.validation.comparing.model_under_test import ModelUnderTest, generates, is_pair, setting, takes
 from lora_export.validation.comparing.seq2seq import Seq2SeqComparison
+from lora_export.validation.comparing.tested_model import ModelUnderTest, generates, is_pair, setting, takes
 from lora_export.validation.comparing.texts import MAX_TOKENS, windows
 from lora_export.validation.kinds.signals import images, sounds
 from lora_export.validation.kinds.texts import Texts, padded, positions, token_lists, vocabulary

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-from lora_export.validation.comparing.model_under_test import ModelUnderTest, setting, takes
+from lora_export.validation.comparing.tested_model import ModelUnderTest, setting, takes
 
 Batches = list[dict[str, torch.Tensor]]
 SEED = 20_240_503
@@ -54,8 +55,6 @@ def _processed(subject: ModelUnderTest, process: Callable[[Path], Batches]) -> B
 
 
 def _process_images(folder: Path) -> Batches:
-    import transformers
-
     processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     generator = torch.Generator().manual_seed(SEED)
     pictures = [torch.randint(256, (3, 160, 200), dtype=torch.uint8, generator=generator) for _ in range(4)]
@@ -64,8 +63,6 @@ def _process_images(folder: Path) -> Batches:
 
 def _process_sounds(folder: Path) -> Batches:
     """Sliding tones in noise, of different lengths: one alone, then several with padding."""
-    import transformers
-
     extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, local_files_only=True)
     rate = int(getattr(extractor, "sampling_rate", _RATE))
     generator = torch.Generator().manual_seed(SEED)

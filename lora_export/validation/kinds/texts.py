@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from lora_export.errors import InputError
 from lora_export.validation.comparing import lengths
-from lora_export.validation.comparing.model_under_test import ModelUnderTest, setting
+from lora_export.validation.comparing.tested_model import ModelUnderTest, setting
 from lora_export.validation.comparing.texts import MAX_TOKENS, tokenize
 
 CODE_POINTS = 0x110000  # of Unicode, which CANINE reads
@@ -127,8 +128,6 @@ def padded(tokens: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torc
 
 
 def _tokenizer(folder: Path) -> Any:
-    import transformers
-
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what tokenizers raises has no other base

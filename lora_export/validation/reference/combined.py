@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, InputError
 from lora_export.validation.reference.files import ADAPTER_CONFIG, START
-from lora_export.validation.reference.probes import base_layer, wrapped_modules
+from lora_export.validation.reference.probes import base_layer, width_of, wrapped_modules
 from lora_export.validation.reference.whole import OneHot
 
 WITHOUT_A_RUN = "lora-export merge with the same options: its certificate checks the arithmetic"
@@ -136,7 +136,7 @@ def _delta(module: Any) -> torch.Tensor:
     one_hot.speak_for(layer)
     answers = torch.cat([exact(block) for block in one_hot.blocks()])
     del layer.forward
-    width = layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0]
+    width = width_of(layer)
     plain = layer(torch.eye(width, dtype=torch.float64))
     delta: torch.Tensor = answers - plain
     return delta.contiguous()
@@ -147,7 +147,7 @@ def _changes_bias(module: Any) -> bool:
     layer = base_layer(module)
     if isinstance(layer, nn.Embedding) or layer.bias is None:
         return False
-    zeros = torch.zeros(1, layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0])
+    zeros = torch.zeros(1, width_of(layer))
     return not torch.equal(module(zeros)[0], layer.bias)
 
 

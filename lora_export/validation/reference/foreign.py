@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -90,8 +91,6 @@ class Writer:
 
     def _wrapped(self, rank: int, parameters: Set[str], saved: Collection[str]) -> tuple[Any, dict[str, str]]:
         """(PEFT's configuration; parameter that it wraps → path of the wrapper)."""
-        import peft
-
         dora = any(f.m is not None for f in self.factors)
         if dora and parameters:
             raise AdapterError(

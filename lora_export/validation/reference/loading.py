@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
@@ -53,8 +54,6 @@ def classes_of(folder: Path, adapters: Sequence[AdapterChoice]) -> list[Any]:
 
 
 def configs_of(adapters: Sequence[AdapterChoice]) -> list[Any]:
-    import peft
-
     return [peft.PeftConfig.from_pretrained(a.folder, local_files_only=True) for a in adapters]
 
 

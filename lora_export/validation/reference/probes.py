@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -27,9 +30,6 @@ class Probe:
 
 def wrapped_modules(model: nn.Module) -> dict[str, Any]:
     """Path → the outermost PEFT wrapper there. Paths are those of the plain model."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
     wrappers: dict[str, Any] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{path}.") for path in wrappers)
@@ -52,9 +52,6 @@ def plain_parameters(model: nn.Module, wrapped: dict[str, Any]) -> Iterator[tupl
 
 def saved_whole(module: Any) -> nn.Module | None:
     """The trained copy of a layer that a wrapper puts in the layer's place (modules_to_save, LN tuning)."""
-    from peft.tuners.ln_tuning.layer import LNTuningLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
     copies: Any = None
     if isinstance(module, ModulesToSaveWrapper):
         copies = module.modules_to_save
@@ -89,6 +86,11 @@ def base_layer(module: Any) -> Any:
     return layer
 
 
+def width_of(layer: Any) -> int:
+    """Inputs of a linear layer or a Conv1D, which keeps outputs last."""
+    return int(layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0])
+
+
 def generator_of(seed: int, path: str) -> torch.Generator:
     """The random numbers of one module: by its name, so that they depend on no other module."""
     digest = hashlib.blake2b(f"{seed}/{path}".encode(), digest_size=8).digest()
@@ -99,7 +101,7 @@ def make_probe(module: Any, count: int | None, generator: torch.Generator) -> Pr
     """`count` one-hot inputs (None: all) for the layer inside a wrapper, or None for a layer of another type."""
     layer = base_layer(module)
     if isinstance(layer, nn.Linear | Conv1D):
-        width = layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0]
+        width = width_of(layer)
         columns = _pick(width, count, generator)
         inputs = torch.zeros(len(columns), width, dtype=torch.float64)
         inputs[torch.arange(len(columns)), columns] = 1
@@ -159,7 +161,7 @@ def random_signs(exact: Any, count: int, generator: torch.Generator) -> torch.Te
     """`count` inputs of ±1 for the layer inside a wrapper, so that all elements of its weight take part."""
     layer = base_layer(exact)
     if isinstance(layer, nn.Linear | Conv1D):
-        shape: tuple[int, ...] = (layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0],)
+        shape: tuple[int, ...] = (width_of(layer),)
     else:
         shape = (layer.in_channels, *_field(layer))
     signs = torch.randint(0, 2, (count, *shape), generator=generator)

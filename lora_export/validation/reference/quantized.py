@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from lora_export.choices import Requantization
 from lora_export.storage.sealed import read_json
@@ -56,9 +58,6 @@ def requantize(model: nn.Module, method: Requantization, double: bool, dtypes: M
 
 def convertible(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers that transformers gives to bitsandbytes: linear ones, without the output head and tied layers."""
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     kept = get_keys_to_not_convert(model)
     for name, module in model.named_modules():
         if should_convert_module(name, kept) and (type(module) is nn.Linear or isinstance(module, Conv1D)):

@@ -16,7 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import transformers_weight_conversion as conversion
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lora_export.contracts import AdapterChoice
 from lora_export.patterns import bounded, fullmatch
@@ -62,8 +66,6 @@ def names_as_they_are() -> Iterator[None]:
     of Laguna's `shared_experts.up_proj` they make `shared_experts..up_proj`, of Inkling's `weight_proj` a
     `weight_proj.weight`, and PEFT finds no place for what it has itself saved.
     """
-    from peft.utils import transformers_weight_conversion as conversion
-
     original = conversion.convert_peft_adapter_state_dict_for_transformers
 
     def as_it_is(*_: Any, adapter_state_dict: Any, **__: Any) -> Any:
@@ -130,9 +132,6 @@ def _places(model: torch.nn.Module) -> set[str]:
 
 def _todays_name(model: Any) -> Callable[[str], str | None]:
     """Older path of a module → its path in the model, by transformers' table of renamings; None if it has none."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
     places, parameters = _places(model), model.state_dict()
     table = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
 
@@ -248,8 +247,6 @@ def _patterns(pattern: Mapping[str, Any], trained: Iterable[str], modules: Mappi
 
     Longer paths come first: PEFT takes the first that a path ends with.
     """
-    from peft.utils.other import get_pattern_key
-
     renamed: dict[str, Any] = {}
     for old in sorted(trained, key=lambda o: (-len(modules[o]), o)):
         key = get_pattern_key(list(pattern), old)

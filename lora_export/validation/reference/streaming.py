@@ -17,6 +17,7 @@ import psutil
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import modeling_utils
 
 from lora_export.errors import AdapterError
 from lora_export.validation.reference.files import headers
@@ -143,8 +144,6 @@ def _without_dispatch() -> Iterator[dict[str, Any]]:
     accelerate's own hooks would load a weight for each layer alone: DoRA looks at the weight of a layer after it
     ran, and what the files lack, and transformers computes (Marian's positions), has no place at all.
     """
-    from transformers import modeling_utils
-
     places: dict[str, Any] = {}
     original = modeling_utils.accelerate_dispatch
 

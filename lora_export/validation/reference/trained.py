@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lora_export import meta_model as skeleton
 from lora_export import tasks
@@ -54,9 +56,6 @@ def loaded_as(model: Any, names: Iterable[str]) -> dict[str, str]:
 
 def all_loaded_as(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The same with all names."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]

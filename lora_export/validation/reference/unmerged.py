@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
+import peft.utils.error
 import torch
 
 from lora_export.contracts import AdapterChoice, MergeOptions
@@ -127,8 +129,6 @@ def _give_heads(model: torch.nn.Module, adapters: Sequence[AdapterChoice], heads
 
 def attach_adapters(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> Any:
     """PEFT's unmerged model. AdapterError if a tensor of the adapters finds no place in it."""
-    import peft.utils.error
-
     try:
         with bone_as_miss(adapters) as known:
             unmerged, left = _attach(model, known)
@@ -178,8 +178,6 @@ def _left_over(tensors: Sequence[str], cls: str, adapters: Sequence[AdapterChoic
 
 def _attach(model: torch.nn.Module, adapters: Sequence[AdapterChoice]) -> tuple[Any, list[str]]:
     """(PEFT's unmerged model, tensors left over or missing). Adapters act together, each with its weight."""
-    import peft
-
     for adapter in adapters:
         _refuse_bomb(adapter.folder)
     _refuse_mixture(adapters)
@@ -207,8 +205,6 @@ def _load_results() -> Iterator[list[Any]]:
 
     A second load would, but AdaLoRA's, whose ranks the first one has cut, cannot be loaded twice.
     """
-    import peft
-
     results: list[Any] = []
     original = peft.PeftModel.load_adapter
 

@@ -10,11 +10,12 @@ from math import prod
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
-from lora_export.validation.reference.probes import base_layer
+from lora_export.validation.reference.probes import base_layer, width_of
 
 BLOCK = 512  # inputs at once
 PARAMETER_BLOCK = 2**22  # elements of a stacked parameter at once
@@ -34,7 +35,7 @@ class OneHot:
         if isinstance(layer, _CONVOLUTIONS):
             self._shape: tuple[int, ...] = (layer.in_channels, *layer.kernel_size)
         else:
-            self._shape = (layer.weight.shape[1 if isinstance(layer, nn.Linear) else 0],)
+            self._shape = (width_of(layer),)
         self._inputs: torch.Tensor | None = None
         self._columns = slice(0)
 
@@ -98,8 +99,6 @@ def whole_probes(exact: Any, *others: nn.Module) -> Iterator[torch.Tensor] | Non
 
 
 def low_rank(module: Any) -> bool:
-    from peft.tuners.lora.layer import LoraLayer
-
     return isinstance(module, LoraLayer)
 
 
