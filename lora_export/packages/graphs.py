@@ -24,11 +24,6 @@ class PlacedRange:
     offset: int
 
 
-def load(path: Path) -> ir.Model:
-    """The graph; its external tensors know the folder of their file."""
-    return ir.load(path)
-
-
 def external(model: ir.Model) -> Iterator[tuple[ir.Value, ir.ExternalTensor]]:
     """Initializers whose bytes are in a file, in all graphs of the model."""
     for graph in (model.graph, *model.graph.subgraphs()):

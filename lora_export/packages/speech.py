@@ -31,7 +31,7 @@ def cache_switch() -> ir.Value:
 
 def encoder(path: Path) -> ir.Model:
     """input_features → last_hidden_state."""
-    model = graphs.load(path)
+    model = ir.load(path)
     graph, values = model.graph, _by_name(model.graph)
     states = values["hidden_states"]
     graph.outputs[:] = [states]
@@ -46,7 +46,7 @@ def encoder(path: Path) -> ir.Model:
 
 def decoder(encoder_path: Path, path: Path) -> ir.Model:
     """input_ids, encoder_hidden_states, past_key_values.… and use_cache_branch → logits, present.…"""
-    model = graphs.load(path)
+    model = ir.load(path)
     graph, values = model.graph, _by_name(model.graph)
     layers = sum(name.startswith("present_key_self_") for name in values)
     pairs = [(what, i) for i in range(layers) for what in ("key", "value")]
@@ -121,7 +121,7 @@ def _cross_attention(path: Path, pairs: Sequence[tuple[str, int]]) -> tuple[ir.V
 
     Also the states, as an input, and the weights that the branch reads. All names inside get a prefix.
     """
-    graph = graphs.load(path).graph
+    graph = ir.load(path).graph
     hidden, *_ = (value for value in graph.outputs if value.name == "hidden_states")
     values = _by_name(graph)
     ends = [values[f"present_{what}_cross_{i}"] for what, i in pairs]

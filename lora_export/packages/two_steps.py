@@ -19,7 +19,7 @@ def joined(first: Path, later: Path) -> ir.Model:
     Its inputs are those of both and use_cache_branch; its outputs those of the first. ExportError if the two do not
     belong together.
     """
-    without, with_past = graphs.load(first), graphs.load(later)
+    without, with_past = ir.load(first), ir.load(later)
     versions = dict(without.graph.opset_imports)
     if versions != with_past.graph.opset_imports:
         raise ExportError("the two steps of the decoder have different operator sets", where=later)

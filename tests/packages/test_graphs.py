@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_chunks(largest: int, llama: ExportResult, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"model_q4.onnx", *names}
     sizes = [(tmp_path / n).stat().st_size for n in names]
     assert max(sizes) <= largest and (count > 1) == (largest < graphs.LARGEST_CHUNK)
-    ranges = {graphs.range_of(t) for _, t in graphs.external(graphs.load(tmp_path / "model_q4.onnx"))}
+    ranges = {graphs.range_of(t) for _, t in graphs.external(ir.load(tmp_path / "model_q4.onnx"))}
     assert all(offset % graphs.ALIGNMENT == 0 for _, offset, _ in ranges)
     assert sum(r[2] for r in ranges) <= sum(sizes) < sum(r[2] for r in ranges) + graphs.ALIGNMENT * len(ranges)
     feeds = feeds_of(llama.model)

@@ -15,7 +15,10 @@ def main() -> None:
     request = json.load(sys.stdin)
     gc.disable()  # a short-lived process that keeps its million objects
     warnings.simplefilter("ignore")  # torch warns about requested axes and names
+    import onnx_ir as ir
+
     from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
+    from lora_export.onnx_export.engines.dynamo_passes.halving import halve
     from lora_export.onnx_export.engines.dynamo_passes.parts import parts_of
     from lora_export.onnx_export.graphs import files as graph_files
     from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
@@ -29,7 +32,7 @@ def main() -> None:
         graph = passes.TracedGraph(*tracing.trace(part, model))
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:
-            _halve(graph, request["precision"])
+            halve(graph.model, ir.DataType[_HALVES[request["precision"]]])
         own = []
         for weight, value in _weights(graph, part.data):
             own.append(weight)
@@ -60,14 +63,6 @@ def _load(folder: Path, optimize: str) -> Any:
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
     return load_without_weights(cls, folder, attn_implementation=attention.NAME if asks else "eager")
-
-
-def _halve(graph: Any, precision: str) -> None:
-    import onnx_ir as ir
-
-    from lora_export.onnx_export.engines.dynamo_passes.halving import halve
-
-    halve(graph.model, ir.DataType[_HALVES[precision]])
 
 
 def _weights(graph: Any, data: str) -> Any:

@@ -16,24 +16,12 @@ from lora_export.storage import sealed
 # The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts
 # classes, and those that are not in transformers (ChatGLM, InternLM2, Phi3Small) and need the model's own code.
 _ARCHITECTURES = frozenset(
-    {
-        "Ernie4_5ForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-        "GemmaForCausalLM",
-        "GraniteForCausalLM",
-        "HunYuanDenseV1ForCausalLM",
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "NemotronForCausalLM",
-        "OlmoForCausalLM",
-        "Phi3ForCausalLM",
-        "PhiForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "SmolLM3ForCausalLM",
-    }
-)
+    f"{family}ForCausalLM"
+    for family in (
+        "Ernie4_5", "Gemma", "Gemma2", "Gemma3", "Granite", "HunYuanDenseV1", "Llama", "Mistral", "Nemotron",
+        "Olmo", "Phi", "Phi3", "Qwen2", "Qwen3", "SmolLM3",
+    )
+)  # fmt: skip
 _WHISPER = frozenset({"WhisperForConditionalGeneration"})
 _PROVIDERS = ("cpu", "cuda")
 _TEXT = Made("decoder", "text-generation-with-past", ("model.onnx",), True)
@@ -177,17 +165,8 @@ def _check_adapter(adapter: Path) -> None:
             where=adapter,
             expected="safetensors; a .bin file is a pickle, which can run code",
         )
-    odd = [
-        key
-        for key in (
-            "use_dora",
-            "modules_to_save",
-            "trainable_token_indices",
-            "lora_bias",
-            "alora_invocation_tokens",
-        )
-        if config.get(key)
-    ]
+    unsupported = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "alora_invocation_tokens")
+    odd = [key for key in unsupported if config.get(key)]
     if config.get("peft_type") != "LORA":
         odd.insert(0, f"peft_type {config.get('peft_type')}")
     if odd:

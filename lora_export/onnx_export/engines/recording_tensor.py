@@ -5,6 +5,7 @@ that record these operations.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,12 +126,8 @@ def _follow(name: str, result: torch.Tensor, args: Sequence[Any], kwargs: dict[s
         return _sliced(recipe, first, args[1])
     if name in ("add", "__add__", "__radd__"):
         number = next((a for a in args if isinstance(a, int | float)), None)
-        return None if number is None or len(args) > 2 or kwargs else _plus(recipe, float(number))
+        return None if number is None or len(args) > 2 or kwargs else replace(recipe, plus=recipe.plus + number)
     return None
-
-
-def _plus(recipe: Recipe, number: float) -> Recipe:
-    return Recipe(recipe.pieces, recipe.transposed, recipe.plus + number)
 
 
 def _turned(recipe: Recipe, before: torch.Tensor, after: torch.Tensor) -> Recipe | None:
@@ -138,7 +135,7 @@ def _turned(recipe: Recipe, before: torch.Tensor, after: torch.Tensor) -> Recipe
         return recipe
     if before.dim() != 2 or after.shape != before.shape[::-1] or after.stride() != before.stride()[::-1]:
         return None
-    return Recipe(recipe.pieces, not recipe.transposed, recipe.plus)
+    return replace(recipe, transposed=not recipe.transposed)
 
 
 def _joined(tensors: Iterable[Any], result: torch.Tensor) -> Recipe | None:
@@ -146,12 +143,12 @@ def _joined(tensors: Iterable[Any], result: torch.Tensor) -> Recipe | None:
     recipes = [getattr(t, "recipe", None) for t in tensors]
     if not recipes or any(r is None for r in recipes):
         return None
-    known = [r for r in recipes if r is not None]
+    known: list[Recipe] = [r for r in recipes if r is not None]
     ways = {(r.transposed, r.plus) for r in known}
     height = sum(p.stop - p.start for r in known for p in r.pieces)
     if len(ways) != 1 or result.shape[1 if known[0].transposed else 0] != height:
         return None
-    return Recipe(tuple(p for r in known for p in r.pieces), known[0].transposed, known[0].plus)
+    return replace(known[0], pieces=tuple(p for r in known for p in r.pieces))
 
 
 def _sliced(recipe: Recipe, tensor: torch.Tensor, index: Any) -> Recipe | None:
@@ -170,7 +167,7 @@ def _rows(recipe: Recipe, start: int, stop: int) -> Recipe:
         if low < high:
             pieces.append(Piece(piece.tensor, piece.start + low, piece.start + high))
         at += height
-    return Recipe(tuple(pieces), False, recipe.plus)
+    return replace(recipe, pieces=tuple(pieces))
 
 
 def _parts(result: tuple[torch.Tensor, ...], args: Sequence[Any]) -> tuple[torch.Tensor, ...]:

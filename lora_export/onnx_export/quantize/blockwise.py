@@ -38,6 +38,11 @@ class Blockwise:
     eight_bits: tuple[str, ...] = ()
     embeddings: bool = False
 
+    @property
+    def settings(self) -> Quantization:
+        """As a recipe has them, for the packed numbers."""
+        return Quantization(self.method, "packed", self.block_size, self.symmetric, self.algorithm)
+
     def check(self) -> None:
         """ExportError for settings that no quantizer supports."""
         if self.block_size not in BLOCK_SIZES:
@@ -135,7 +140,7 @@ def _put(node: ir.Node, new: Sequence[ir.Node]) -> None:
 
 def _parts(product: Product, how: Blockwise) -> list[Weight]:
     weight = product.weight
-    settings = Quantization(how.method, "packed", how.block_size, how.symmetric, how.algorithm)
+    settings = how.settings
     names = part_names(weight.name, settings)
     turned = weight.recipe.transposed != product.turned
     parts = []

@@ -22,13 +22,14 @@ from lora_export.onnx_export.quantize.blockwise import Blockwise
 from lora_export.onnx_export.quantize.numbers import dequantize, granularity, quantize, shapes
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.dtypes import Array
-from lora_export.onnx_export.weights.map import Quantization, Weight
+from lora_export.onnx_export.weights.map import Weight
 from lora_export.runtime import session_options
 from lora_export.storage.workers import BLOCK
 
 BUDGET = 0.15  # of the bytes of all quantized weights
 MOST_GROUPS = 64  # each costs one run over all inputs
 _LAYER = re.compile(r"(?<=[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")
+_FP32 = 4  # bytes
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -58,8 +59,6 @@ def choose_kept(
     *,
     logits: str | None = None,
     budget: float = BUDGET,
-    target: float = 0.0,
-    item_size: int = 4,
     eight_bits: bool = False,
     groups: int = MOST_GROUPS,
     progress: Progress,
@@ -71,9 +70,8 @@ def choose_kept(
     with `logits` (the name of an output), the mean KL divergence of its distributions in nats; without, the mean
     over the outputs of the squared error relative to the squared output. Both are quadratic in the error of a
     weight, so that those of different groups roughly add up. budget: how much larger the weights may become, as a
-    share of everything quantized; target: how much damage may remain. Groups that do less damage per byte than
-    average are never kept. item_size: bytes of a number that is kept. ExportError if the model has no weights map,
-    or nothing to quantize.
+    share of everything quantized. Groups that do less damage per byte than average are never kept. ExportError if
+    the model has no weights map, or nothing to quantize.
     """
     graph = open_model(model)
     chosen = _groups(graph, weights_map.read(model.parent).weights, groups)
@@ -91,25 +89,23 @@ def choose_kept(
                 expected="inputs for which the fp32 model and the quantized one give finite numbers",
                 next_step=f"--keep {group.name}, or measure with other texts",
             )
-        grown = sum(_kept_nbytes(p, wide, item_size) - _nbytes(p, how, item_size) for p in group.products)
+        grown = sum(_nbytes(p, wide) - _nbytes(p, how) for p in group.products)
         measured.append(Damage(group.name, group.nodes, damage, grown))
         progress.advance(done + 1, len(chosen))
-    quantized = sum(_nbytes(p, how, item_size) for g in chosen for p in g.products)
-    return mark(measured, budget=int(budget * quantized), target=target)
+    quantized = sum(_nbytes(p, how) for g in chosen for p in g.products)
+    return mark(measured, int(budget * quantized))
 
 
-def mark(measured: Sequence[Damage], *, budget: int, target: float = 0.0) -> tuple[Damage, ...]:
-    """The same groups, worst per byte first. Those that fit into `budget` (bytes) are `kept`, until the remaining
-    damage is at most `target`."""
-    left = total = sum(m.damage for m in measured)
+def mark(measured: Sequence[Damage], budget: int) -> tuple[Damage, ...]:
+    """The same groups, worst per byte first. Those that fit into `budget` (bytes) are `kept`, except those that do
+    less damage per byte than average."""
+    total = sum(m.damage for m in measured)
     average = total / max(1, sum(m.nbytes for m in measured))
     marked = []
     for one in sorted(measured, key=lambda m: m.damage / m.nbytes, reverse=True):
-        keep = left > target and one.nbytes <= budget and one.damage > average * one.nbytes
-        if keep:
-            budget -= one.nbytes
-            left -= one.damage
-        marked.append(Damage(one.name, one.nodes, one.damage, one.nbytes, keep))
+        keep = one.nbytes <= budget and one.damage > average * one.nbytes
+        budget -= one.nbytes * keep
+        marked.append(replace(one, kept=keep))
     return tuple(marked)
 
 
@@ -154,13 +150,9 @@ def _group_name(node: str, layers: int) -> str:
 # --- measuring ---------------------------------------------------------------------------------------------
 
 
-def _settings(how: Blockwise) -> Quantization:
-    return Quantization(how.method, "packed", how.block_size, how.symmetric, how.algorithm)
-
-
 def _simulated(matrix: Array, how: Blockwise) -> Array:
     """The fp32 matrix (in, out) that the quantized operator multiplies by, computed a few columns at a time."""
-    settings, (rows, columns) = _settings(how), matrix.shape
+    settings, (rows, columns) = how.settings, matrix.shape
     least = granularity(rows, settings)
     step = max(1, BLOCK // (4 * rows * least)) * least
     out = np.empty(matrix.shape, np.float32)
@@ -170,13 +162,12 @@ def _simulated(matrix: Array, how: Blockwise) -> Array:
     return out
 
 
-def _nbytes(product: Product, how: Blockwise, item_size: int) -> int:
-    sizes = shapes(product.rows, product.columns, _settings(how))
-    return sum(int(np.prod(s)) * (item_size if part == "scales" else 1) for part, s in sizes.items())
-
-
-def _kept_nbytes(product: Product, wide: Blockwise | None, item_size: int) -> int:
-    return item_size * product.rows * product.columns if wide is None else _nbytes(product, wide, item_size)
+def _nbytes(product: Product, how: Blockwise | None) -> int:
+    """Bytes of a product's weight; None: in fp32."""
+    if how is None:
+        return _FP32 * product.rows * product.columns
+    sizes = shapes(product.rows, product.columns, how.settings)
+    return sum(int(np.prod(s)) * (_FP32 if part == "scales" else 1) for part, s in sizes.items())
 
 
 class _Run:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import onnx_ir as ir
+
 from lora_export.errors import InputError
 from lora_export.escape import markdown
 from lora_export.packages import companions, graphs
@@ -51,7 +53,7 @@ class GenaiTarget(PackageTarget):
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
         for path in export.paths:
-            graphs.save(graphs.load(path), job.stage / path.name, f"{path.name}.data", largest=2**62)
+            graphs.save(ir.load(path), job.stage / path.name, f"{path.name}.data", largest=2**62)
         for name in job.facts.adapters:
             sealed.copy(export.output / f"{name}{ADAPTER_SUFFIX}", job.stage / f"{name}{ADAPTER_SUFFIX}")
         extra = export.output / "audio_processor_config.json"

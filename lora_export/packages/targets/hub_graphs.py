@@ -35,7 +35,7 @@ def models(export: ExportResult) -> dict[str, ir.Model]:
     if export.graphs == _TWO_STEPS:
         encoder, decoder, later = export.paths
         return {
-            "encoder_model": graphs.load(encoder),
+            "encoder_model": ir.load(encoder),
             "decoder_model_merged": two_steps.joined(decoder, later),
         }
-    return {p.stem: graphs.load(p) for p in export.paths}
+    return {p.stem: ir.load(p) for p in export.paths}

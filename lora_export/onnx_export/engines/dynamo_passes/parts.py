@@ -1,7 +1,7 @@
 """What is traced of a model: one part per graph file, with Optimum's names of files, inputs and outputs."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,7 +136,7 @@ def _decoder(model: Any) -> GraphPart:
     if config.model_type in _POSITIONS and _takes(model, "position_ids"):
         inputs["position_ids"] = inputs["input_ids"]
     plain = len(inputs)
-    inputs |= _cache_inputs("", layers, heads, size, PAST, "past_sequence_length")
+    inputs |= _cache_inputs("", range(layers), heads, size, PAST, "past_sequence_length")
     names = list(inputs)
 
     def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -145,7 +145,7 @@ def _decoder(model: Any) -> GraphPart:
         return (result.logits, *_contents(result.past_key_values))
 
     outputs: dict[str, Axes] = {"logits": {0: "batch_size", 1: "sequence_length"}}
-    outputs |= _cache_outputs("", layers, grown)
+    outputs |= _cache_outputs("", range(layers), grown)
     return GraphPart("model.onnx", "model.onnx_data", run, inputs, outputs, caches=True)
 
 
@@ -173,7 +173,7 @@ def _decoders(model: Any) -> tuple[GraphPart, GraphPart]:
     encoded = {0: "batch_size", 1: "encoder_sequence_length"}
     ids: Input = ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "decoder_sequence_length"})
     mask: Input = ((BATCH, ENCODED), torch.int64, encoded)
-    states: Input = ((BATCH, ENCODED, _width(model.config)), torch.float32, encoded)
+    states: Input = ((BATCH, ENCODED, model.config.d_model), torch.float32, encoded)
     logits = {"logits": {0: "batch_size", 1: "decoder_sequence_length"}}
 
     def step(ids: torch.Tensor, mask: torch.Tensor, states: torch.Tensor | None, cache: Any) -> Any:
@@ -196,7 +196,7 @@ def _decoders(model: Any) -> tuple[GraphPart, GraphPart]:
         cross = _filled([x for i in range(layers) for x in past[4 * i + 2 : 4 * i + 4]])
         cache = EncoderDecoderCache(own, cross)
         # The cache has what was encoded; the model only asks for its shape.
-        shape = torch.zeros((past[2].shape[0], past[2].shape[2], _width(model.config)))
+        shape = torch.zeros((past[2].shape[0], past[2].shape[2], model.config.d_model))
         result = step(ids, mask, shape, cache)
         return (result.logits, *_contents(result.past_key_values.self_attention_cache))
 
@@ -211,15 +211,11 @@ def _decoders(model: Any) -> tuple[GraphPart, GraphPart]:
         first_outputs |= _cache_outputs("encoder.", [i], cross)
     inputs = {"input_ids": ids, "encoder_attention_mask": mask, "encoder_hidden_states": states}
     data = "decoder_model.onnx_data"
-    later_outputs = logits | _cache_outputs("decoder.", layers, grown)
+    later_outputs = logits | _cache_outputs("decoder.", range(layers), grown)
     return (
         GraphPart("decoder_model.onnx", data, first, inputs, first_outputs, caches=True),
         GraphPart("decoder_with_past_model.onnx", data, later, with_past, later_outputs, caches=True),
     )
-
-
-def _width(config: Any) -> int:
-    return int(config.d_model)
 
 
 def _cache_shape(config: Any) -> tuple[int, int, int]:
@@ -234,15 +230,15 @@ def _cache_shape(config: Any) -> tuple[int, int, int]:
     return layers, heads, int(size)
 
 
-def _cache_inputs(of: str, layers: Any, heads: int, size: int, length: int, axis: str) -> dict[str, Input]:
+def _cache_inputs(
+    of: str, layers: Iterable[int], heads: int, size: int, length: int, axis: str
+) -> dict[str, Input]:
     each = ((BATCH, heads, length, size), torch.float32, {0: "batch_size", 2: axis})
-    numbers = range(layers) if isinstance(layers, int) else layers
-    return {f"past_key_values.{i}.{of}{what}": each for i in numbers for what in ("key", "value")}
+    return {f"past_key_values.{i}.{of}{what}": each for i in layers for what in ("key", "value")}
 
 
-def _cache_outputs(of: str, layers: Any, axis: str) -> dict[str, Axes]:
-    numbers = range(layers) if isinstance(layers, int) else layers
-    return {f"present.{i}.{of}{what}": {0: "batch_size", 2: axis} for i in numbers for what in ("key", "value")}
+def _cache_outputs(of: str, layers: Iterable[int], axis: str) -> dict[str, Axes]:
+    return {f"present.{i}.{of}{what}": {0: "batch_size", 2: axis} for i in layers for what in ("key", "value")}
 
 
 def _filled(values: Any) -> Any:

@@ -4,7 +4,7 @@ Large weights have no values here. Transposing or joining one changes its recipe
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -164,7 +164,7 @@ def _turn_in_matmul(node: ir.Node, weight: ir.Value) -> None:
 def _turned(graph: TracedGraph, name: str, like: ir.Value, recipe: Recipe) -> ir.Value:
     assert like.shape is not None and like.dtype is not None
     shape = tuple(int(n) for n in like.shape.numpy())
-    turned = Recipe(recipe.pieces, not recipe.transposed, recipe.plus)
+    turned = replace(recipe, transposed=not recipe.transposed)
     return add_weight(graph, name, like.dtype, shape[::-1], turned)
 
 
@@ -182,8 +182,6 @@ def add_weight(
 
 def _put(old: ir.Node, new: ir.Node) -> None:
     """Put `new` in the place of `old`, with its output names, types and shapes."""
-    for a, b in zip(old.outputs, new.outputs, strict=True):
-        b.name, b.type, b.shape = a.name, a.type, a.shape
     new.name = old.name
     ir.convenience.replace_nodes_and_values(old.graph, old, [old], [new], old.outputs, new.outputs)
 
@@ -252,7 +250,7 @@ def _joined(graph: TracedGraph, values: Sequence[ir.Value]) -> ir.Value | None:
     if len({r.plus for r in recipes}) > 1 or any(r.transposed != matrices for r in recipes):
         return None
     shape = (shapes[0][0], sum(s[1] for s in shapes)) if matrices else (sum(s[0] for s in shapes),)
-    recipe = Recipe(tuple(p for r in recipes for p in r.pieces), recipes[0].transposed, recipes[0].plus)
+    recipe = replace(recipes[0], pieces=tuple(p for r in recipes for p in r.pieces))
     dtype = values[0].dtype
     assert dtype is not None
     return add_weight(graph, _common_name([str(v.name) for v in values]), dtype, shape, recipe)
