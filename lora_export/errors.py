@@ -1,4 +1,4 @@
-"""What can go wrong, said so that a person can act on it, and the exit code that says it to a script."""
+"""What can go wrong, in words that a person can act on, with the exit code for scripts."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ LONGEST = 2000  # characters of one part of a message; a name in a file may be l
 
 
 class LoraExportError(Exception):
-    """A refusal or failure that is told in plain words, without a traceback (exit code 1).
+    """A refusal or failure, reported in plain words without a traceback (exit code 1).
 
     found: what is there; where: file and tensor; expected: what would be right; next_step: a command to try.
-    All of them may quote a file, so they are kept as `plain` text.
+    All of them may quote a file, so they are stored as `plain` text.
     """
 
     exit_code = EXIT_FAILED
@@ -59,23 +59,23 @@ class LoraExportError(Exception):
 
 
 def plain(text: str) -> str:
-    """The text as `shown` on one line, cut if it is too long."""
+    """The text as `shown` on one line, truncated if it is too long."""
     return shown(f"{text[:LONGEST]}…" if len(text) > LONGEST else text)
 
 
 class InputError(LoraExportError):
-    """A path, option or file that cannot be what was asked for.
+    """A path, option or file that cannot be what it is given as.
 
-    Cause: a folder that is not there or is of another kind, options that do not go together, a damaged document.
-    Cure: `lora-export inspect PATH` says what a folder is; the error names the options, and which to leave out.
+    Cause: a folder that does not exist or is of another kind, options that exclude each other, a damaged document.
+    Cure: `lora-export inspect PATH` says what a folder is; the error names the options, and which to drop.
     """
 
 
 class CheckpointError(LoraExportError):
     """A safetensors file, index or config that is damaged, unsafe or not understood.
 
-    Cause: a download cut short, a header that does not fit its file, a pickle, keys that would run code, NaN.
-    Cure: fetch the file again; convert pickles to safetensors elsewhere; `--allow-nonfinite` if NaN is meant.
+    Cause: a truncated download, a header that does not fit its file, a pickle, keys that would run code, NaN.
+    Cure: download the file again; convert pickles to safetensors elsewhere; `--allow-nonfinite` if NaN is intended.
     """
 
 
@@ -90,31 +90,31 @@ class AdapterError(LoraExportError):
 class OutputError(LoraExportError):
     """The output cannot be written: it exists, is held by another process, or does not fit.
 
-    Cause: an output that is there already, a second writer, a full disk, an output inside an input.
-    Cure: `--force` replaces an output as a whole; otherwise another `-o`. What was there before is unchanged.
+    Cause: an output that exists already, a second writer, a full disk, an output inside an input.
+    Cure: `--force` replaces an output as a whole; otherwise choose another `-o`. An earlier output is unchanged.
     """
 
 
 class ExportError(LoraExportError):
     """No engine can export this model, or the engine failed.
 
-    Cause: an architecture or precision that no engine takes, an earlier export of another base, a faulty graph.
-    Cure: another `--precision` or `--engine`; without `--graph-from` the model gets a graph of its own.
+    Cause: an architecture or precision that no engine supports, an earlier export of another base, a faulty graph.
+    Cure: try another `--precision` or `--engine`; without `--graph-from` the model gets a graph of its own.
     """
 
 
 class RuntimeUnavailable(LoraExportError):
-    """An execution provider or library that was asked for does not work here.
+    """A requested execution provider or library does not work here.
 
-    Cause: CUDA's libraries are missing or of another version, there is no GPU, a runtime is not installed.
+    Cause: CUDA libraries are missing or of another version, there is no GPU, a runtime is not installed.
     Cure: `lora-export env` shows what works and which library is missing; `--provider cpu` measures the CPU.
     """
 
 
 class GateFailed(LoraExportError):
-    """The result was made but did not pass its checks (exit code 3).
+    """The result was made but failed its checks (exit code 3).
 
-    Cause: the merged model or its graph computes something else than the unmerged one, or is slower than the base.
+    Cause: the merged model or its graph does not compute what the unmerged one does, or is slower than the base.
     Cure: everything is in `OUT.failed`; its report names the check, and the first module and tensor that go wrong.
     """
 

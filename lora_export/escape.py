@@ -1,13 +1,13 @@
-"""Text that came with a model, made fit for a line, a terminal and a Markdown page."""
+"""Text from a model, made safe for a line, a terminal and a Markdown page."""
 
 import re
 from typing import Any
 
 
 def shown(text: str) -> str:
-    """The text on one line of a terminal or a log: whatever cannot be printed is escaped, newlines too.
+    """The text on one line of a terminal or a log, with everything unprintable escaped, newlines included.
 
-    A tensor's name could otherwise move the cursor, add a line "try: …" of its own, or (a lone surrogate) be
+    Otherwise a tensor's name could move the cursor, add a line "try: …" of its own, or (with a lone surrogate) be
     something that no stream can write.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
@@ -19,7 +19,7 @@ def one_line(value: Any) -> str:
 
 
 def printable(value: Any) -> str:
-    """Text of a model with its newlines kept, and without what XML and terminals choke on."""
+    """Text from a model with its newlines, but without what XML and terminals cannot handle."""
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069]", "\ufffd", str(value))
 
 

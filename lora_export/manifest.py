@@ -131,7 +131,7 @@ def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tu
         return [Finding("manifest", False, f"{error.found} ({run / NAME})")], ["the files that it names"]
     found = hash_folder(run)
     del found[NAME]
-    checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
+    checks = [Finding("manifest", True, "complete, and matches its digest")]
     checks += same_files("run_files", manifest.files, found, _foreign(run))
     if base is not None:
         checks += same_files("base_files", manifest.base.files, _input_hashes(base))

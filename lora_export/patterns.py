@@ -100,19 +100,13 @@ def ends_with(expression: str, name: str) -> bool:
 
 
 class _Bounded:
-    """`re`, with its functions bounded."""
+    """`re`, with its functions bounded; with flags, they are those of `re`."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(re, name)
-
-    def match(self, expression: str, name: str, *flags: int) -> Any:
-        return _matched("match", expression, name) if not flags else re.match(expression, name, *flags)
-
-    def fullmatch(self, expression: str, name: str, *flags: int) -> Any:
-        return _matched("fullmatch", expression, name) if not flags else re.fullmatch(expression, name, *flags)
-
-    def search(self, expression: str, name: str, *flags: int) -> Any:
-        return _matched("search", expression, name) if not flags else re.search(expression, name, *flags)
+        own = getattr(re, name)
+        if name not in ("match", "fullmatch", "search"):
+            return own
+        return lambda pattern, text, *flags: own(pattern, text, *flags) if flags else _matched(name, pattern, text)
 
 
 @contextlib.contextmanager

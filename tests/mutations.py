@@ -108,7 +108,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a trained head stays tied", "merging/planning/ties.py",
-        "alike = all(same.lists(a, b) for a, b in pairwise(lists))", "alike = True",
+        "alike = all(_do_the_same(a, b, adapters) for a, b in pairwise(lists))", "alike = True",
         "tests/merging/test_against_peft.py::test_merged_model_computes_what_the_unmerged_one_computes"
         "[lora on the head, tied]",
     ),
@@ -242,14 +242,14 @@ MUTATIONS = (
     ),
     Mutation(
         "slots keep the size of the rank that they were made with", "onnx_export/graphs/slots.py",
-        "value.type.tensor_type.shape.dim[-1].dim_param = rank",
+        "between.shape = ir.Shape([*between.shape[:-1], rank])",
         "pass",
         "tests/onnx_export/test_pluggable.py::test_each_adapter_computes_what_peft_does[wide]",
     ),
     Mutation(
         "the pieces of a weight are turned onto one another", "onnx_export/weights/layout.py",
-        "turned[:, at : at + stop - start] = rows.T\n            at += stop - start",
-        "turned[:, at : at + stop - start] = rows.T",
+        "turned[:, at : at + len(rows)] = rows.T\n                at += len(rows)",
+        "turned[:, at : at + len(rows)] = rows.T",
         "tests/onnx_export/test_agreement.py::test_fp32_decoder_agrees_with_transformers",
     ),
     Mutation(
@@ -307,13 +307,13 @@ MUTATIONS = (
     ),
     Mutation(
         'shared weights count like two', 'onnx_export/graphs/canonical.py',
-        '_digest("tensor", words, str(uses.get(name, 0)))',
+        '_digest("tensor", words, str(uses.get(value, 0)))',
         '_digest("tensor", words)',
         'tests/onnx_export/test_identity.py::test_shapes_attributes_and_sharing_count',
     ),
     Mutation(
         'the wiring of a graph is not hashed', 'onnx_export/graphs/canonical.py',
-        '                *(values.get(name, "") for name in node.input),\n',
+        '                *("" if value is None else values.get(value, "") for value in node.inputs),\n',
         '',
         'tests/onnx_export/test_identity.py::test_wiring_and_placement_count',
     ),
@@ -505,18 +505,18 @@ MUTATIONS = (
     ),
     Mutation(
         'the two steps of a decoder are exchanged', 'packages/two_steps.py',
-        'then_branch=branches[0], else_branch=branches[1]',
-        'then_branch=branches[1], else_branch=branches[0]',
+        '{"else_branch": branches[1], "then_branch": branches[0]}',
+        '{"else_branch": branches[0], "then_branch": branches[1]}',
         'tests/packages/test_graphs.py::test_a_joined_decoder[bart-optimum]',
     ),
     Mutation(
         'a placeholder is taken for a cache', 'packages/speech.py',
-        'helper.make_node("Mul", ["cached", "everything"], ["cache_end"])',
-        'helper.make_node("Identity", ["everything"], ["cache_end"])',
+        '_node("Mul", [cached.outputs[0], everything], "cache_end")',
+        '_node("Identity", [everything], "cache_end")',
         'tests/packages/test_graphs.py::test_a_joined_decoder[whisper-optimum]',
     ),
     Mutation(
-        'the legacy theta is left out', 'packages/configs.py',
+        'the legacy theta is left out', 'packages/companions.py',
         'legacy = {theta: rope["rope_theta"]} if "rope_theta" in rope else {}',
         'legacy: dict[str, Any] = {}',
         'tests/packages/test_commands.py::test_the_legacy_spelling_of_rotary_embeddings',
@@ -553,8 +553,8 @@ MUTATIONS = (
     ),
     Mutation(
         'a missing signature is one', 'packages/signature.py',
-        'return Finding("signature", False, f"{SIGNATURE} is missing, and a public key was given")',
-        'return Finding("signature", True, f"{SIGNATURE} is missing, and a public key was given")',
+        'return Finding("signature", False, f"a public key was given, but {SIGNATURE} is missing")',
+        'return Finding("signature", True, f"a public key was given, but {SIGNATURE} is missing")',
         'tests/packages/test_tampering.py::test_a_forged_manifest_does_not_pass_the_signature',
     ),
     Mutation(
@@ -571,8 +571,8 @@ MUTATIONS = (
     ),
     Mutation(
         'the warm-up masks everything', 'packages/targets/triton.py',
-        'files[value.name] = np.ones(dims, dtype)',
-        'files[value.name] = np.zeros(dims, dtype)',
+        'files[name] = np.ones(dims, value.dtype.numpy())',
+        'files[name] = np.zeros(dims, value.dtype.numpy())',
         'tests/packages/test_packages.py::test_tritons_warm_up_runs[decoder_run]',
     ),
     Mutation(
@@ -703,7 +703,7 @@ MUTATIONS = (
         'tests/validation/test_lengths.py::test_choose_windows_and_original_ropes_are_reached_and_passed[window]',
     ),
     Mutation(
-        'what a pax header may hold is not bounded', 'packages/unpacking.py',
+        'what a pax header may hold is not bounded', 'packages/archive.py',
         '    if not 0 < size <= LARGEST_EXTENDED:', '    if size <= 0:',
         'tests/failures/test_bombs.py::test_an_archive_that_asks_for_much_is_refused[a pax header of 100 MB]',
     ),
@@ -754,7 +754,7 @@ MUTATIONS = (
         'tests/packages/test_confined.py::test_program_reaches_no_network',
     ),
     Mutation(
-        'constants that steer count by type and shape', 'onnx_export/graphs/steering.py',
+        'constants that steer count by type and shape', 'onnx_export/graphs/steering_constants.py',
         'flow.behind(flow.work) |',
         'set() |',
         'tests/onnx_export/test_steering.py::test_a_branch_that_another_length_takes_is_another_graph',
@@ -922,13 +922,13 @@ MUTATIONS = (
         "tests/adapters/test_attention.py::test_merged_equals_unmerged[settings0]",
     ),
     Mutation(
-        "q, k, v and z of each head are taken for blocks", "merging/planning/split_projections.py",
+        "q, k, v and z of each head are taken for blocks", "merging/planning/weight_parts.py",
         "by_head = whole in _BY_HEAD", "by_head = False",
         "tests/adapters/test_split_projections.py::test_merged_equals_each_part_changed_apart[qwen3-next]",
     ),
     Mutation(
         "a value head stays behind", "checkpoint/trained_beside.py",
-        "found = [folder / VALUE_HEAD]", "found = []",
+        "files = [folder / VALUE_HEAD]", "files = []",
         "tests/merging/test_beside_the_adapter.py::test_a_value_head_goes_with_the_output_and_is_told",
     ),
     Mutation(

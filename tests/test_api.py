@@ -195,7 +195,7 @@ def test_an_error_is_an_exception_with_its_parts(pair: tuple[Path, Path], tmp_pa
         lora_export.export("no/hub-has-this", tmp_path / "out", options=ExportOptions(shared_as="a"))
     with pytest.raises(LoraExportError, match="--key, --run or --runtime without a package"):
         lora_export.verify(base, options=VerifyOptions(key=tmp_path / "key.pem"))
-    with pytest.raises(LoraExportError, match="this is no run"):
+    with pytest.raises(LoraExportError, match="not a run"):
         lora_export.package(adapter, "genai", tmp_path / "out")
 
 

@@ -23,9 +23,9 @@ import lora_export
 from lora_export import merging, report
 from lora_export.benchmarking import conditions, measure, statistics
 from lora_export.benchmarking.statistics import Interval
-from lora_export.contracts import Interference, Reading
+from lora_export.contracts import Findings, Interference, Reading
 from lora_export.errors import ExportError
-from lora_export.merging.certificate.compare import Findings, compare
+from lora_export.merging.certificate.compare import compare
 from lora_export.merging.running.exact import Errors, ExactTensor
 from lora_export.merging.running.survival import Survival
 from lora_export.onnx_export.graphs import agreement
@@ -191,14 +191,13 @@ def test_a_judgement_of_good_figures_passes() -> None:
 def test_damage_that_is_no_number_stops_the_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     product = SimpleNamespace(rows=32, columns=1)
     group: Any = SimpleNamespace(name="g", nodes=("n",), products=(product,))
-    monkeypatch.setattr(keeping, "load_graph", lambda path: None)
-    monkeypatch.setattr(keeping, "check_external_data", lambda *given: None)
+    monkeypatch.setattr(keeping, "open_model", lambda path: None)
     monkeypatch.setattr(keeping.weights_map, "read", lambda folder: SimpleNamespace(weights=()))
     monkeypatch.setattr(keeping, "_groups", lambda *given: [group])
     run = SimpleNamespace(simulated=lambda product, how: ("w", None))
     values = iter([{"y": np.ones(2, np.float32)}, {"y": np.array([1, NAN], np.float32)}])
     monkeypatch.setattr(keeping, "_Run", lambda *given: _Callable(run, lambda *_: next(values)))
-    with pytest.raises(ExportError, match="outputs that are no numbers"):
+    with pytest.raises(ExportError, match="outputs that are not finite numbers"):
         keeping.choose_kept(tmp_path / "m", None, [{}], progress=Silent())  # type: ignore[arg-type]
 
 

@@ -17,6 +17,7 @@ TOP = {
     "errors",
     "finite",
     "folder_files",
+    "graph_runs",
     "manifest",
     "patterns",
     "plugins",

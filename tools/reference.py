@@ -12,7 +12,6 @@ import dataclasses
 import inspect
 import json
 import re
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +43,6 @@ PARTS = (
     contracts.ArmTimes, contracts.Percentile, contracts.Environment, contracts.Gpu, contracts.Finding,
     contracts.BaseCheck, contracts.Interference,
 )  # fmt: skip
-
-
-# What `as_json` adds to the fields and properties of a result.
-ADDED = {"bytes": "int"}
 
 
 # --- commands ------------------------------------------------------------------------------------------------
@@ -88,22 +83,7 @@ def _table(of: Any) -> str:
 
 def fields(of: Any) -> dict[str, str]:
     """Name → type of what `as_json` writes."""
-    if not hasattr(of, "as_json"):
-        return {f.name: _kind(f.type) for f in dataclasses.fields(of) if f.metadata != NOT_IN_JSON}
-    kinds = {f.name: _kind(f.type) for f in dataclasses.fields(of)}
-    kinds |= {
-        n: _kind(inspect.get_annotations(p.fget).get("return", ""))
-        for n, p in vars(of).items()
-        if isinstance(p, property) and p.fget
-    }
-    tree = ast.parse(textwrap.dedent(inspect.getsource(of.as_json)))
-    written: list[str] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node) == "asdict(self)":
-            written += [f.name for f in dataclasses.fields(of)]
-        elif isinstance(node, ast.Dict):
-            written += [str(k.value) for k in node.keys if isinstance(k, ast.Constant)]
-    return {name: kinds.get(name) or ADDED[name] for name in dict.fromkeys(written)}
+    return {f.name: _kind(f.type) for f in dataclasses.fields(of) if f.metadata != NOT_IN_JSON}
 
 
 def _kind(annotation: Any) -> str:

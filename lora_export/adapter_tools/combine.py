@@ -36,21 +36,21 @@ def combine(
     check_rank(wanted, needed=False)
     options = replace(options, svd_rank=None)
     check_options(options)
-    found = [_read(choice, options) for choice in adapters]
+    sources = [_read(choice, options) for choice in adapters]
     targets: dict[str, list[TargetUpdate]] = {}
-    for owner, adapter in enumerate(found):
+    for owner, adapter in enumerate(sources):
         for update in adapter.updates:
             _check(adapter, update)
             targets.setdefault(update.target, []).append(replace(update, owner=owner))
     new = NewAdapter(
-        f"combine {options.combine}", found[0].config, changes={"modules_to_save": None, "bias": "none"}
+        f"combine {options.combine}", sources[0].config, changes={"modules_to_save": None, "bias": "none"}
     )
     for target, updates in targets.items():
-        (update,) = combined(target, updates, found, options)
-        delta, largest = _spectrum(update, _turned(updates[0], found[0]))
-        rank = wanted if wanted.asked else Rank(_default_rank(update, found, options, largest))
+        (update,) = combined(target, updates, sources, options)
+        delta, largest = _spectrum(update, _turned(updates[0], sources[0]))
+        rank = wanted if wanted.asked else Rank(_default_rank(update, sources, options, largest))
         new.add(target.removesuffix(".weight"), delta, rank.of(delta), "embedding" in updates[0].kind)
-    return new.write(output, dtype, force, [a.folder for a in found])
+    return new.write(output, dtype, force, [a.folder for a in sources])
 
 
 def _read(choice: AdapterChoice, options: MergeOptions) -> Adapter:

@@ -41,13 +41,13 @@ def extract(
     progress = progress or Silent()
     before, after = (plan_merge(open_checkpoint(folder), [], MergeOptions()) for folder in (base, tuned))
     _check_alike(before, after)
-    found = Extraction(before, after, _layers(base), wanted, rest, NewAdapter("extract"))
+    extraction = Extraction(before, after, _layers(base), wanted, rest, NewAdapter("extract"))
     names = list(before.tensors)
     for at, name in enumerate(names):
-        found.take(name)
+        extraction.take(name)
         progress.advance(at + 1, len(names))
-    found.finish(base)
-    return found.new.write(output, dtype, force, [base, tuned])
+    extraction.finish(base)
+    return extraction.new.write(output, dtype, force, [base, tuned])
 
 
 def _check_alike(base: MergePlan, tuned: MergePlan) -> None:
@@ -108,8 +108,8 @@ class Extraction:
             self._take_rest(name, after)
             return
         delta = after - before
-        found = spectrum.of_matrix(delta.T if kind == "conv1d" else delta)
-        self.new.add(self._path(module), found, self.wanted.of(found), kind == "embedding")
+        values = spectrum.of_matrix(delta.T if kind == "conv1d" else delta)
+        self.new.add(self._path(module), values, self.wanted.of(values), kind == "embedding")
 
     def _path(self, module: str) -> str:
         """The module's name in the model, which may have a prefix that the file has not, or the other way round."""

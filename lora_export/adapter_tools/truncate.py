@@ -26,8 +26,8 @@ def truncate(adapter: Path, output: Path, wanted: Rank, dtype: DType = "float32"
     for update in read.updates:
         if not _carried(new, file, read, update):
             low = _factors(file, read, update)
-            found = spectrum.of_factors(low.scaling * low.left, low.right)
-            new.add(update.target.removesuffix(".weight"), found, wanted.of(found), "embedding" in update.kind)
+            values = spectrum.of_factors(low.scaling * low.left, low.right)
+            new.add(update.target.removesuffix(".weight"), values, wanted.of(values), "embedding" in update.kind)
     return new.write(output, dtype, force, [adapter])
 
 

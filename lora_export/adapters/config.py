@@ -152,8 +152,8 @@ def _field(name: str, value: Any, hint: Any, where: Path) -> Any:
     for expression, number in value.items():
         check_expression(expression, f"{name} has the key", where)
         if not _is(number, of):
-            found = f"{name} gives {expression!r} the value {number!r}"
-            raise AdapterError(found, where=where, expected=_words(of))
+            problem = f"{name} gives {expression!r} the value {number!r}"
+            raise AdapterError(problem, where=where, expected=_words(of))
     return value
 
 
@@ -205,10 +205,10 @@ def ensures_tying(config: Mapping[str, Any], setting: str) -> bool:
     """
     if not config.get("ensure_weight_tying"):
         return False
-    named = config.get(setting) or ()
-    if isinstance(named, str):
-        return any(patterns.fullmatch(named, name) is not None for name in PEFT_EMBEDDINGS)
-    return any(str(n).rpartition(".")[2] in PEFT_EMBEDDINGS for n in named)
+    targets = config.get(setting) or ()
+    if isinstance(targets, str):
+        return any(patterns.fullmatch(targets, name) is not None for name in PEFT_EMBEDDINGS)
+    return any(str(n).rpartition(".")[2] in PEFT_EMBEDDINGS for n in targets)
 
 
 def refuse_unmergeable(config: Mapping[str, Any], where: Path) -> None:

@@ -223,8 +223,8 @@ def _is_unsloth(file: AdapterFile) -> bool:
 
 def _is_megatron(file: AdapterFile) -> bool:
     """Its export names the parameters in full and, unlike PEFT, writes no version."""
-    named = map(str, file.config.get("target_parameters") or ())
-    return not file.config.get("peft_version") and any(re.search(r"layers\.\d+\.", name) for name in named)
+    targets = map(str, file.config.get("target_parameters") or ())
+    return not file.config.get("peft_version") and any(re.search(r"layers\.\d+\.", name) for name in targets)
 
 
 def _square_is_in_out(file: AdapterFile) -> bool:

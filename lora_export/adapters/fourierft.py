@@ -7,7 +7,7 @@ import torch
 from lora_export.adapters.config import Number
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, complete
-from lora_export.adapters.sparse import chosen
+from lora_export.adapters.sparse import first_permuted
 from lora_export.adapters.updates import SizedTarget, never
 from lora_export.contracts import TargetUpdate
 
@@ -74,7 +74,7 @@ def _update(module: AdaptedModule, scaling: float, seed: int) -> TargetUpdate:
     def load(shape: tuple[int, ...]) -> DenseUpdate:
         values = module.read(_MARKER)
         height, width = reversed(shape) if flips else shape
-        delta = scaling * real_inverse(chosen(seed, height * width, count), values, (height, width))
+        delta = scaling * real_inverse(first_permuted(seed, height * width, count), values, (height, width))
         return DenseUpdate((delta.T if flips else delta).to(values.dtype))
 
     # Each row of the delta needs all frequencies.

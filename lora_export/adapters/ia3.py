@@ -63,17 +63,17 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
 
 def _is_feedforward(file: AdapterFile, module: str) -> bool:
     """PEFT's rule: a regular expression that matches the whole name, or one of the endings in a list."""
-    named = file.config.get("feedforward_modules")
-    if isinstance(named, str):
-        check_expression(named, "feedforward_modules is", file.where)
-        return fullmatch(named, module) is not None
-    if not isinstance(named, list):
+    feedforward = file.config.get("feedforward_modules")
+    if isinstance(feedforward, str):
+        check_expression(feedforward, "feedforward_modules is", file.where)
+        return fullmatch(feedforward, module) is not None
+    if not isinstance(feedforward, list):
         raise file.refuse(
-            f"feedforward_modules is {named!r}",
+            f"feedforward_modules is {feedforward!r}",
             expected="a list of endings, or a regular expression: it decides whether inputs or outputs are scaled",
             next_step="save the adapter again: model.save_pretrained(DIR)",
         )
-    return module.endswith(tuple(map(str, named)))
+    return module.endswith(tuple(map(str, feedforward)))
 
 
 def _weight(module: AdaptedModule, size: int, dimensions: int, feedforward: bool) -> TargetUpdate:

@@ -157,8 +157,8 @@ class AdapterFile:
             return indices
         least, largest, whole = int(indices.min()), int(indices.max()), bool((indices == stored).all())
         if not whole or least < 0 or largest >= below:
-            found = f"indices from {least} to {largest}" if whole else "the indices are not whole numbers"
-            raise self.refuse(found, tensor=key, expected=f"whole numbers from 0 to {below - 1}")
+            problem = f"indices from {least} to {largest}" if whole else "the indices are not whole numbers"
+            raise self.refuse(problem, tensor=key, expected=f"whole numbers from 0 to {below - 1}")
         return indices
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:

@@ -176,8 +176,8 @@ def _loads_residual(module: LoraModule, method: str) -> Callable[[tuple[int, ...
 def _bias(module: AdaptedModule, config: LoraConfig) -> TargetUpdate:
     key = module.keys[LORA_BIAS]
     if "lora_B" not in module.keys:
-        found = "a trained bias of lora_B without lora_B"
-        raise module.file.refuse(found, tensor=key, expected="lora_A and lora_B")
+        problem = "a trained bias of lora_B without lora_B"
+        raise module.file.refuse(problem, tensor=key, expected="lora_A and lora_B")
     scaling = module.file.weight * config.scaling(module.name, module.shape("lora_B")[1])
 
     def load(shape: tuple[int, ...]) -> BiasUpdate:

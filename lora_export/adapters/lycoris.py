@@ -38,17 +38,17 @@ def read_modules(
 ) -> list[LycorisModule]:
     """Every module with its parts, which must be one of the complete `sets`."""
     settings, complete = file.settings(Settings), []
-    for found in modules(file, *markers):
-        if frozenset(found.keys) not in sets:
+    for plain in modules(file, *markers):
+        name, keys = plain.name, plain.keys
+        if frozenset(keys) not in sets:
             raise file.refuse(
-                f"this module has only {', '.join(sorted(found.keys))}",
-                tensor=found.name,
+                f"this module has only {', '.join(sorted(keys))}",
+                tensor=name,
                 expected="one of: " + "; ".join(" ".join(sorted(s)) for s in sets),
                 next_step=SAVE_AGAIN,
             )
-        rank = settings.rank(found.name)
-        alpha = match_pattern(settings.alpha_pattern, found.name, settings.alpha)
-        module = LycorisModule(file, found.name, found.keys, rank, file.weight * alpha / rank)
+        rank, alpha = settings.rank(name), match_pattern(settings.alpha_pattern, name, settings.alpha)
+        module = LycorisModule(file, name, keys, rank, file.weight * alpha / rank)
         for part in module.keys:
             _check_dimensions(module, part)
         complete.append(module)

@@ -88,14 +88,14 @@ class AdaptedModule:
     def disagree(self, expected: str, *markers: str, also: str = "") -> AdapterError:
         """The error for parts (all of them, unless named) whose shapes do not go together; also: what they have to
         agree with."""
-        named = markers or tuple(self.keys)
-        shapes = ", ".join(f"{m} {list(self.shape(m))}" for m in named)
-        found = (
-            f"the shapes do not match: {shapes}" if len(named) > 1 else f"the shape is {list(self.shape(named[0]))}"
-        )
-        return self.file.refuse(
-            f"{found}; {also}" if also else found, tensor=self.keys[named[0]], expected=expected
-        )
+        first, *others = markers or tuple(self.keys)
+        problem = f"the shape is {list(self.shape(first))}"
+        if others:
+            problem = "the shapes do not match: " + ", ".join(
+                f"{m} {list(self.shape(m))}" for m in (first, *others)
+            )
+        problem += f"; {also}" if also else ""
+        return self.file.refuse(problem, tensor=self.keys[first], expected=expected)
 
 
 def modules(file: AdapterFile, *markers: str) -> list[AdaptedModule]:
@@ -105,10 +105,10 @@ def modules(file: AdapterFile, *markers: str) -> list[AdaptedModule]:
 
 def complete(file: AdapterFile, *markers: str) -> list[AdaptedModule]:
     """Every module with these parts; AdapterError for one that lacks a part."""
-    found = modules(file, *markers)
-    for module in found:
+    adapted = modules(file, *markers)
+    for module in adapted:
         module.need(*markers)
-    return found
+    return adapted
 
 
 def group(tensors: Mapping[str, TensorInfo], *markers: str) -> dict[str, dict[str, str]]:

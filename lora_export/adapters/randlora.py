@@ -157,8 +157,8 @@ def _drawn(file: AdapterFile, settings: Settings, adapted: list[AdaptedModule]) 
         sizes.append(shape[::-1] if module.is_conv1d else shape)
     largest = [max(s[axis] for s in sizes) for axis in (0, 1)]
     if settings.r > min(largest):
-        found = f"r is {settings.r}, more than a layer has inputs"
-        raise file.refuse(found, expected=f"at most {min(largest)}")
+        problem = f"r is {settings.r}, more than a layer has inputs"
+        raise file.refuse(problem, expected=f"at most {min(largest)}")
     return Bases(file, settings, min(largest), max(largest))
 
 

@@ -152,11 +152,11 @@ def _read(file: AdapterFile) -> Adapter:
 
 def _peft_type(file: AdapterFile, general: General) -> str:
     """What the configuration says, ms-swift's word for it, or LORA where the tensors leave no doubt."""
-    named = general.peft_type or general.swift_type
+    peft_type = general.peft_type or general.swift_type
     plain = all(re.search(r"\.lora_[AB](\.|$)", name) for name in file.tensors)
-    if named is None and plain and {"r", "lora_alpha"} <= file.config.keys():
+    if peft_type is None and plain and {"r", "lora_alpha"} <= file.config.keys():
         return "LORA"
-    return str(named)
+    return str(peft_type)
 
 
 def _refuse_empty(file: AdapterFile, kind: str) -> None:

@@ -68,12 +68,12 @@ def _refuse_nested(file: AdapterFile) -> None:
     names = [str(name) for name in file.config.get("modules_to_save") or ()]
     for inner in names:
         outer = next((n for n in names if inner.startswith(f"{n}.")), None)
-        found = next((key for key in file.tensors if f".{inner}." in f".{key}"), None)
-        if outer is not None and found is not None:
+        held = next((key for key in file.tensors if f".{inner}." in f".{key}"), None)
+        if outer is not None and held is not None:
             raise file.refuse(
                 f"modules_to_save names {outer} and {inner} in it: PEFT keeps two copies of {inner}, and the file "
                 "does not say which one was trained",
-                tensor=found,
+                tensor=held,
                 expected="modules that do not contain each other",
                 next_step=f'train with modules_to_save=["{outer}"]; task_type adds "classifier" and "score"',
             )

@@ -54,7 +54,7 @@ class PatchUpdate:
         return PatchUpdate(self.tops, self.lefts, self.down.abs(), self.across.abs()).apply(terms, rows)
 
 
-def chosen(seed: int, total: int, count: int) -> torch.Tensor:
+def first_permuted(seed: int, total: int, count: int) -> torch.Tensor:
     """The first `count` of torch.randperm(total) on the CPU with this seed, int64, without making the others.
 
     A shuffle of Fisher and Yates: its first elements are final after as many steps. Each step takes 32 bits of
@@ -64,9 +64,9 @@ def chosen(seed: int, total: int, count: int) -> torch.Tensor:
         return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
     drawn = np.random.RandomState(seed & 0xFFFFFFFF).randint(0, 2**32, count, dtype=np.uint32)
     moved: dict[int, int] = {}
-    found = []
+    places = []
     for place, bits in enumerate(drawn.tolist()):
         other = place + bits % (total - place)
-        found.append(moved.get(other, other))
+        places.append(moved.get(other, other))
         moved[other] = moved.get(place, place)
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.tensor(places, dtype=torch.int64)

@@ -10,11 +10,11 @@ from lora_export.patterns import fullmatch
 def targeted(file: AdapterFile, modules: Mapping[str, Any]) -> list[str]:
     """Those of the modules that target_modules names, in their order. AdapterError for what cannot be told so."""
     config = file.config
-    named, layers = config.get("target_modules"), config.get("layers_to_transform")
-    words = isinstance(named, list) and all(isinstance(n, str) for n in named)
-    if not (named and (words or isinstance(named, str))) or named == "all-linear":
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    words = isinstance(targets, list) and all(isinstance(n, str) for n in targets)
+    if not (targets and (words or isinstance(targets, str))) or targets == "all-linear":
         raise file.refuse(
-            f"target_modules is {named!r}",
+            f"target_modules is {targets!r}",
             expected="the names of the layers, or a regular expression, as PEFT saves them: only they say which "
             "layers are adapted",
         )
@@ -26,14 +26,14 @@ def targeted(file: AdapterFile, modules: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name in modules
-        if _matches(named, name) and not _is_saved(saved, name) and (not layers or _layer(file, name) in layers)
+        if _matches(targets, name) and not _is_saved(saved, name) and (not layers or _layer(file, name) in layers)
     ]
 
 
-def _matches(named: str | list[str], name: str) -> bool:
-    if isinstance(named, str):
-        return fullmatch(named, name) is not None
-    return name in named or name.endswith(tuple(f".{n}" for n in named))
+def _matches(targets: str | list[str], name: str) -> bool:
+    if isinstance(targets, str):
+        return fullmatch(targets, name) is not None
+    return name in targets or name.endswith(tuple(f".{n}" for n in targets))
 
 
 def _is_saved(saved: list[str], name: str) -> bool:
@@ -43,8 +43,8 @@ def _is_saved(saved: list[str], name: str) -> bool:
 def _layer(file: AdapterFile, name: str) -> int | None:
     """The first number in the name that stands behind a component, or behind one of layers_pattern."""
     pattern = file.config.get("layers_pattern")
-    found = None
+    match = None
     for one in [pattern] if isinstance(pattern, str) else pattern or [None]:
         words = r".*?\.[^.]*\.(?P<index>\d+)\..*" if one is None else rf"(?:|.*?\.){one}\.(?P<index>\d+)\..*"
-        found = found or fullmatch(words, name)
-    return int(found["index"]) if found else None
+        match = match or fullmatch(words, name)
+    return int(match["index"]) if match else None

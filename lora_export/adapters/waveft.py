@@ -10,7 +10,7 @@ from lora_export.adapters import fourierft
 from lora_export.adapters.fourierft import seed_of
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, complete
-from lora_export.adapters.sparse import PatchUpdate, SparseUpdate, chosen
+from lora_export.adapters.sparse import PatchUpdate, SparseUpdate, first_permuted
 from lora_export.adapters.updates import SizedTarget
 from lora_export.contracts import TargetUpdate, Update
 
@@ -62,7 +62,7 @@ def _update(module: AdaptedModule, scaling: float, filters: Filters | None) -> T
     def load(shape: tuple[int, ...]) -> Update:
         values = scaling * module.read(_MARKER)
         height, width = reversed(shape) if flips else shape
-        places = chosen(seed, height * width, count)
+        places = first_permuted(seed, height * width, count)
         row, column = places // width, places % width
         if filters is None:
             return SparseUpdate(*((column, row) if flips else (row, column)), values)

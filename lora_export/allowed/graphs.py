@@ -4,14 +4,10 @@ Left out, and so refused: EPContext and Snpe, which hand a compiled program in t
 domains that only a library provides, and session options inside a model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_export.errors import ExportError
-
-if TYPE_CHECKING:
-    import onnx
 
 STANDARD = frozenset({"", "ai.onnx"})
 _OWN = frozenset({"ai.onnx.ml", "com.microsoft.nchwc", "com.ms.internal.nhwc"})
@@ -48,13 +44,12 @@ CONTRIB = frozenset(
 )
 
 
-def check_operators(path: Path, model: "onnx.ModelProto") -> None:
-    """ExportError for an operator, at any depth, that is not on the list."""
-    import onnx
+def check_operators(path: Path, operators: Iterable[tuple[str, str]], own: Collection[tuple[str, str]]) -> None:
+    """ExportError for an operator (domain, name), at any depth, that is not on the list. own: functions of
+    the model."""
+    import onnx.defs
 
-    own = {(f.domain, f.name) for f in model.functions}
-    for node in _nodes(model):
-        domain, operator = node.domain, node.op_type
+    for domain, operator in operators:
         if not (isinstance(domain, str) and isinstance(operator, str)):  # protobuf returns bytes then
             raise ExportError(f"the graph has the operator {operator!r}", where=path, expected="names in UTF-8")
         if domain in STANDARD:
@@ -69,18 +64,3 @@ def check_operators(path: Path, model: "onnx.ModelProto") -> None:
                 expected="operators of ONNX, and those of ONNX Runtime that load nothing",
                 next_step="do not run this graph; export the model again with lora-export export",
             )
-    if any(entry.key == "ort_config" for entry in model.metadata_props):
-        raise ExportError("the model contains session options (ort_config)", where=path, expected="only a graph")
-
-
-def _nodes(model: "onnx.ModelProto") -> "Iterator[onnx.NodeProto]":
-    """Every node: of the graph, of graphs inside nodes, of functions and of training."""
-    waiting: list[Iterable[onnx.NodeProto]] = [model.graph.node, *(f.node for f in model.functions)]
-    waiting += [g.node for info in model.training_info for g in (info.initialization, info.algorithm)]
-    while waiting:
-        for node in waiting.pop():
-            yield node
-            for attribute in node.attribute:
-                waiting += [graph.node for graph in attribute.graphs]
-                if attribute.HasField("g"):
-                    waiting.append(attribute.g.node)

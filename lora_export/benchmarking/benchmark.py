@@ -1,4 +1,4 @@
-"""The benchmark's story: name the arms, see where their nodes run, measure cell by cell, sum up."""
+"""A benchmark from beginning to end: name the arms, see where their nodes run, measure cell by cell, sum up."""
 
 import time
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from lora_export.contracts import (
 from lora_export.errors import InputError
 from lora_export.storage.sealed import read_json
 
-_MAX_STRAYS_TOLD = 10
+_MOST_STRAYS = 10  # of each graph that are noted
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")
 
 
@@ -39,10 +39,9 @@ def run(
     """Compare the latency of ONNX graphs in one process, side by side.
 
     arms: merged, and base, with which all others are compared, then whatever else is to be measured. unmerged or
-    plugged are the positive control; without either, the base held up by two margins is. graph: whether the
-    optimised graphs of base and merged are the same, found out by the caller. Raises RuntimeUnavailable if the
-    provider does not work here, InputError for arms that are missing or twice there, or graphs with inputs that
-    it cannot make up.
+    plugged are the positive control; without either, the base delayed by two margins is. graph: the caller's
+    comparison of the optimized graphs of base and merged. Raises RuntimeUnavailable if the provider does not work
+    here, InputError for arms that are missing or duplicated, or graphs with inputs that it cannot generate.
     """
     started = time.perf_counter()
     named = _named(arms)
@@ -60,7 +59,7 @@ def run(
     if cut:
         study.note(cut)
     if BASE not in named:
-        study.note("without a base there is nothing to compare with: the times of the merged graph alone")
+        study.note("no base to compare with: the times are those of the merged graph alone")
     verified = _verify_placement(study)
     measure_all(study)
     floors = [c.noise_floor for c in study.cells if c.noise_floor is not None]
@@ -127,9 +126,9 @@ def _environment(study: Study) -> Environment:
 
 
 def _verify_placement(study: Study) -> bool:
-    """Profile one run of every graph where some of it could silently run on the CPU instead."""
+    """Profile one run of every graph, as parts of it could silently run on the CPU."""
     if study.provider == "cpu":
-        return True  # a session with the CPU alone has nowhere else to go; OpenedArms checks that it is alone
+        return True  # OpenedArms checks that the CPU is the only provider of the session
     study.progress.detail("checking where every node runs")
     batch, prompt = study.options.shapes[0]
     clean = True
@@ -138,10 +137,9 @@ def _verify_placement(study: Study) -> bool:
             continue
         for part, graph in enumerate(arm.graphs[: study.parts]):
             shape = Shape.of("decode" if part else "prefill", batch, prompt)
-            found = misplaced(graph, study.provider, study.threads, shape, arm.adapter)
-            clean = clean and not found
-            for stray in found[:_MAX_STRAYS_TOLD]:
+            strays = misplaced(graph, study.provider, study.threads, shape, arm.adapter)
+            clean = clean and not strays
+            more = len(strays) - _MOST_STRAYS
+            for stray in [*strays[:_MOST_STRAYS], *([f"and {more} more nodes elsewhere"] if more > 0 else [])]:
                 study.note(f"{name}: {stray}")
-            if len(found) > _MAX_STRAYS_TOLD:
-                study.note(f"{name}: and {len(found) - _MAX_STRAYS_TOLD} more nodes elsewhere")
     return clean

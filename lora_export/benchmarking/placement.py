@@ -1,4 +1,4 @@
-"""Where a session's work really ran: `get_providers()` only lists what was registered, a profile tells."""
+"""Where a session's nodes really ran: `get_providers()` only lists what was registered, a profile shows it."""
 
 import json
 import math
@@ -25,10 +25,10 @@ def strays(events: Iterable[Mapping[str, Any]], provider: str) -> tuple[str, ...
     """
     nodes = [e for e in events if e.get("cat") == "Node" and _where(e)]
     accepted = _ACCEPTED.get(provider, {provider})
-    found = {_label(e) for e in nodes if _where(e) not in accepted and not _computes_shape(e)}
+    labels = {_label(e) for e in nodes if _where(e) not in accepted and not _computes_shape(e)}
     if not any(_where(e) == provider for e in nodes):
-        found.add(f"no node ran on {provider}")
-    return tuple(sorted(found))
+        labels.add(f"no node ran on {provider}")
+    return tuple(sorted(labels))
 
 
 def profile_events(path: Path) -> list[dict[str, Any]]:

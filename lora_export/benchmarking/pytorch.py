@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_export.benchmarking import feeds
 from lora_export.benchmarking.buffers import Buffers, Shape
 from lora_export.benchmarking.sessions import Bound
 from lora_export.errors import InputError
+from lora_export.graph_runs.feeds import tokens
 from lora_export.patterns import bounded
 
 
@@ -46,7 +46,7 @@ class TorchSession:
         """Bind `shape`; after a step, its keys and values are cut off again, outside of the time."""
         import torch
 
-        ids = torch.from_numpy(feeds.tokens(shape, seed)).to(self.device)
+        ids = torch.from_numpy(tokens(shape.batch, shape.tokens, seed)).to(self.device)
         cache = self._filled(shape, seed) if shape.past else None
 
         def call() -> float:
@@ -64,7 +64,7 @@ class TorchSession:
     def _filled(self, shape: Shape, seed: int) -> Any:
         import torch
 
-        prompt = torch.from_numpy(feeds.tokens(Shape(shape.batch, 0, shape.past), seed)).to(self.device)
+        prompt = torch.from_numpy(tokens(shape.batch, shape.past, seed)).to(self.device)
         with torch.inference_mode():
             return self._model(input_ids=prompt, use_cache=True).past_key_values
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from lora_export import runtime
-from lora_export.benchmarking import feeds
 from lora_export.benchmarking.buffers import ELEMENT, Buffers, Shape
 from lora_export.benchmarking.placement import profile_events, strays
+from lora_export.graph_runs import feeds
+from lora_export.graph_runs.runs import to_numpy
+from lora_export.graph_runs.signature import LOGITS, Signature
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding, OrtValue
@@ -79,13 +81,15 @@ class ArmSession:
         self.cuda_graph = cuda_graph
         self.device = "cpu" if provider == "cpu" else "cuda"
         self._adapter = _Adapter(adapter) if adapter else None
-        self._inputs = {i.name: i for i in self.session.get_inputs()}
-        past = [name for name in self._inputs if name.startswith("past")]
+        self._signature = Signature.of_session(self.session)
+        self._inputs = self._signature.inputs
+        past = [name for name, value in self._inputs.items() if value.is_cache]
         # The decoder of an encoder-decoder cannot fill its own caches: they are inputs like any other.
         alone = not any("encoder" in name or "cross" in name for name in self._inputs)
         self._past = past if alone else []
-        self._signature = runtime.DecoderSignature.of(self.session) if self._past else None
-        feeds.refuse_unknown(self._inputs, model)
+        if self._past:
+            self._signature.require_cache()
+        feeds.refuse_unknown(self._signature)
 
     @property
     def is_decoder(self) -> bool:
@@ -99,7 +103,7 @@ class ArmSession:
         """
         if self.kv_in_place:
             cache = self._one_cache(shape, buffers, seed)
-            outputs = {self._present[name]: value for name, value in cache.items()}
+            outputs = {self._signature.cache[name]: value for name, value in cache.items()}
         else:
             cache, outputs = self._cache(shape, buffers, seed), {}
         binding, values = self._run_unbound(self._others(shape, buffers, seed) | cache, outputs)
@@ -116,30 +120,22 @@ class ArmSession:
         Tried on a short prompt, not read from the graph: a step in place must give the logits of a step that
         copies.
         """
-        if self._signature is None:
+        if not self._past:
             return False
         buffers = Buffers(self.device)
         others = self._others(_TRIAL, buffers, 0)
         _, apart = self._run_unbound(others | self._cache(_TRIAL, buffers, 0), {}, trial=True)
         try:
             cache = self._one_cache(_TRIAL, buffers, 0, trial=True)
-            outputs = {self._present[name]: value for name, value in cache.items()}
+            outputs = {self._signature.cache[name]: value for name, value in cache.items()}
             _, together = self._run_unbound(others | cache, outputs, trial=True)
         except Exception:  # ONNX Runtime's classes share no base but this one; a graph that concatenates comes here
             return False
         expected, in_place = (
-            runtime.to_numpy(run[self._signature.logits], self._signature.logits_dtype).astype(np.float32)
+            to_numpy(run[LOGITS], self._signature.outputs[LOGITS].dtype).astype(np.float32)
             for run in (apart, together)
         )
         return bool(np.abs(in_place - expected).max() <= _SAME * np.abs(expected).max())
-
-    @functools.cached_property
-    def _present(self) -> dict[str, str]:
-        """Input of the cache → the output that continues it."""
-        if self._signature is None:
-            return {}
-        pairs = zip(self._signature.past, self._signature.present, strict=True)
-        return {name: other for past, present in pairs for name, other in zip(past, present, strict=True)}
 
     def _run_unbound(self, inputs: Values, outputs: Values, *, trial: bool = False) -> "tuple[IOBinding, Values]":
         """Run once; ONNX Runtime allocates the outputs that are not given. Returns all outputs by name.
@@ -161,37 +157,39 @@ class ArmSession:
 
     def _others(self, shape: Shape, buffers: Buffers, seed: int) -> Values:
         """All inputs but the cache."""
-        names = [name for name in self._inputs if name not in self._past]
-        made = {n: buffers.array(n, shape, feeds.values(n, self._inputs[n], shape, seed)) for n in names}
+        others = [value for name, value in self._inputs.items() if name not in self._past]
+        sizes = feeds.Sizes(shape.batch, shape.tokens, shape.past, shape.past, feeds.SAMPLES * shape.tokens)
+        made = {n: buffers.array(n, shape, array) for n, array in feeds.made_up(others, sizes, seed).items()}
         return made | (self._adapter.values if self._adapter else {})
 
     def _cache(self, shape: Shape, buffers: Buffers, seed: int) -> Values:
         """The KV cache that a prefill of `shape.past` tokens leaves, or an empty one."""
-        if self._signature is None:
+        if not self._past:
             return {}
         if shape.past == 0:
-            return {n: buffers.blank(n, ELEMENT[self._inputs[n].type], self._dims(shape, 0)) for n in self._past}
+            return {n: buffers.blank(n, ELEMENT[self._inputs[n].type], self._dims(n, shape, 0)) for n in self._past}
         keys = {n: (n, ELEMENT[self._inputs[n].type], shape) for n in self._past}
         if not buffers.values.keys() >= set(keys.values()):
             prompt = Shape(shape.batch, 0, shape.past)
             inputs = self._others(prompt, buffers, seed) | self._cache(prompt, buffers, seed)
             _, filled = self._run_unbound(inputs, {})
             for name in self._past:
-                buffers.values.setdefault(keys[name], filled[self._present[name]])
+                buffers.values.setdefault(keys[name], filled[self._signature.cache[name]])
         return {name: buffers.values[key] for name, key in keys.items()}
 
     def _one_cache(self, shape: Shape, buffers: Buffers, seed: int, *, trial: bool = False) -> Values:
         """A cache with room for `shape.tokens` more, filled by a prefill of `shape.past` tokens in place."""
-        dims = self._dims(shape, shape.total)
-        cache = {n: buffers.blank(f"{n} in place", ELEMENT[self._inputs[n].type], dims) for n in self._past}
+        cache = {
+            n: buffers.blank(f"{n} in place", ELEMENT[self._inputs[n].type], self._dims(n, shape, shape.total))
+            for n in self._past
+        }
         if shape.past:
             inputs = self._others(Shape(shape.batch, 0, shape.past), buffers, seed) | cache
-            self._run_unbound(inputs, {self._present[n]: v for n, v in cache.items()}, trial=trial)
+            self._run_unbound(inputs, {self._signature.cache[n]: v for n, v in cache.items()}, trial=trial)
         return cache
 
-    def _dims(self, shape: Shape, length: int) -> tuple[int, int, int, int]:
-        assert self._signature is not None
-        return (shape.batch, self._signature.kv_heads, length, self._signature.head_dim)
+    def _dims(self, name: str, shape: Shape, length: int) -> tuple[int, int, int, int]:
+        return self._signature.cache_shape(name, shape.batch, length)
 
     def _run_options(self, graph_id: int, trial: bool = False) -> Any:
         import onnxruntime as ort

@@ -18,7 +18,6 @@ from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.storage.workers import Job, carry_out
 
 LEAF = 2**18  # bytes: still in the cache when they are hashed, and few calls
-_CHUNK = 4 * LEAF  # bytes that are read at a time
 
 
 class TensorHash:
@@ -57,14 +56,20 @@ class TensorHash:
         return str(blake3(b"".join(self._leaves)).hexdigest())
 
 
+class _Nowhere:
+    """A sink for bytes that are only looked at."""
+
+    def write(self, data: bytes | memoryview, at: int) -> None:
+        pass
+
+    def fileno(self) -> int | None:
+        return None
+
+
 def hash_tensor(info: TensorInfo) -> str:
     """The hash of a tensor's bytes, which are read for it. CheckpointError where they cannot be."""
     digest = TensorHash(info.nbytes)
-    buffer = memoryview(bytearray(min(_CHUNK, info.nbytes)))
-    for start in range(0, info.nbytes, _CHUNK):
-        piece = buffer[: min(_CHUNK, info.nbytes - start)]
-        info.source.read_into(info, start, piece)
-        digest.add(start, piece)
+    info.source.copy_to(info, 0, info.nbytes, _Nowhere(), 0, digest.add)
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ ITEM_BITS = {
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-LONGEST_NAME = 1024  # characters; patterns are matched with names, and digits in them become numbers
+LONGEST_TENSOR_NAME = 1024  # characters; patterns are matched with names, and digits in them become numbers
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _tensor(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     def odd(found: str) -> CheckpointError:
         return CheckpointError(found, where=path, tensor=name, expected="dtype, shape and data_offsets")
 
-    if len(name) > LONGEST_NAME:
+    if len(name) > LONGEST_TENSOR_NAME:
         raise odd(f"a name of {len(name)} characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise odd("a malformed entry in the header")

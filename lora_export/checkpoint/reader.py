@@ -16,7 +16,7 @@ from lora_export.storage.sealed import LARGEST_SETTINGS, plain_name, read_json, 
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LONGEST_NAME = 128  # characters, up to four bytes each, where most file systems end at 255 bytes
+LONGEST_FILE_NAME = 128  # characters, up to four bytes each, where most file systems end at 255 bytes
 # What is read of a config.json, if it is there.
 _CONFIG: Kind = {"architectures?": (None, [str]), "quantization_config?": (None, dict)}
 
@@ -104,7 +104,7 @@ def _shards(folder: Path, single: str, index: Path) -> dict[str, set[str] | None
                 tensor=tensor,
                 expected="the plain name of a .safetensors file in the same folder",
             )
-        if len(name) > LONGEST_NAME or not (folder / name).is_file():
+        if len(name) > LONGEST_FILE_NAME or not (folder / name).is_file():
             raise CheckpointError(
                 f"the index names the shard {name}, which is not there",
                 where=index,

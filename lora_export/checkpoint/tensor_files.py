@@ -38,47 +38,51 @@ class TensorFiles(TensorSource):
         seen: Callable[[int, memoryview], None] | None = None,
     ) -> None:  # fmt: skip
         target = out.fileno()
-        if target is None:
-            super().copy_to(info, start, stop, out, at, seen)
-            return
-        buffer = memoryview(bytearray(min(STRETCH, stop - start))) if seen else memoryview(b"")
-        with self._opened(info, both=out) as fd:
+        buffer = memoryview(bytearray(min(STRETCH, stop - start))) if seen or target is None else memoryview(b"")
+        with self._opened(info) as fd:
             for done in range(start, stop, STRETCH):
                 length = min(STRETCH, stop - done)
-                try:
-                    copy_range(fd, info.start + done, length, target, at + done - start)
-                except EOFError:
-                    raise _ended_early(info) from None
-                if seen is not None:  # the bytes are still in the processor's cache
+                if target is not None:
+                    _copy(fd, info, done, length, target, at + done - start, out)
+                if buffer:  # the bytes are still in the processor's cache
                     _fill(fd, info, done, buffer[:length])
+                if target is None:
+                    out.write(buffer[:length], at + done - start)
+                if seen is not None:
                     seen(done, buffer[:length])
 
     @contextlib.contextmanager
-    def _opened(self, info: TensorInfo, both: ByteSink | None = None) -> Iterator[int]:
-        """The open file of a tensor. both: of a copy, whose OSError names both files: the kernel does not say which
-        of the two it was."""
+    def _opened(self, info: TensorInfo) -> Iterator[int]:
         try:
             fd = os.open(info.file, os.O_RDONLY | (0 if self.follow else os.O_NOFOLLOW))
         except OSError as error:
             raise _unreadable(info, error) from None
         try:
             yield fd
-        except OSError as error:
-            if both is None:
-                raise _unreadable(info, error) from None
-            error.filename, error.filename2 = str(info.file), str(getattr(both, "path", ""))
-            raise
         finally:
             os.close(fd)
 
 
 def _fill(fd: int, info: TensorInfo, start: int, into: memoryview) -> None:
     at = info.start + start
-    while into:
-        done = os.preadv(fd, [into], at)
-        if not done:
-            raise _ended_early(info)
-        into, at = into[done:], at + done
+    try:
+        while into:
+            done = os.preadv(fd, [into], at)
+            if not done:
+                raise _ended_early(info)
+            into, at = into[done:], at + done
+    except OSError as error:
+        raise _unreadable(info, error) from None
+
+
+def _copy(fd: int, info: TensorInfo, start: int, length: int, target: int, at: int, out: ByteSink) -> None:
+    try:
+        copy_range(fd, info.start + start, length, target, at)
+    except EOFError:
+        raise _ended_early(info) from None
+    except OSError as error:  # the kernel does not say which of the two it was
+        error.filename, error.filename2 = str(info.file), str(getattr(out, "path", ""))
+        raise
 
 
 def _ended_early(info: TensorInfo) -> CheckpointError:

@@ -58,23 +58,23 @@ def carried(folder: Path) -> list[Path]:
 
     InputError for a link that leads out of the folder.
     """
-    found = [folder / VALUE_HEAD]
+    files = [folder / VALUE_HEAD]
     if (folder / SENTENCE_MODULES).is_file():
-        found += [folder / name for name in sorted(SENTENCE)]
-        found += module_files(folder)
-    found = [p for p in found if p.is_file()]
-    for path in found:
+        files += [folder / name for name in sorted(SENTENCE)]
+        files += module_files(folder)
+    files = [p for p in files if p.is_file()]
+    for path in files:
         refuse_outward_link(path, folder)
-    return found
+    return files
 
 
-def named(folder: Path) -> list[str]:
+def other_weights(folder: Path) -> list[str]:
     """Other weights in the adapter's folder that nothing is made of; a base's in the same folder are left out."""
     base = (folder / "config.json").is_file()
-    found = []
+    names = []
     for path in sorted(folder.iterdir()):
         plain = path.is_file() and path.suffix in _WEIGHTS and not path.name.startswith(".")
         known = is_adapters(path.name) or is_state(path.name) or path.name.endswith("_adapters.safetensors")
         if plain and not known and not (base and path.name.startswith(_MODELS)):
-            found.append(path.name)
-    return found
+            names.append(path.name)
+    return names

@@ -43,12 +43,14 @@ def package(
     """
     from lora_export import api
     from lora_export.errors import InputError
+    from lora_export.packages.targets import target_named
+    from lora_export.storage.documents import as_json
     from lora_export.workflows.packaging import push
 
     options = derive.build(PackageOptions, given)
-    if repository is not None and (target != "hf" or options.archive):
+    if repository is not None and (options.archive or not target_named(target).for_hub):
         raise InputError(
-            "--push with another target than hf, or with --archive",
+            f"--push with --for {target}, or with --archive",
             expected="--for hf and a folder, which is what the Hub takes",
         )
     if private and repository is None:
@@ -64,7 +66,7 @@ def package(
         ("output", str(result.output)),
         *([("pushed", address)] if address else []),
     ]
-    talk.result(result.as_json() | {"pushed": address}, table(rows))
+    talk.result(as_json(result) | {"pushed": address}, table(rows))
 
 
 def _compared(measured: Mapping[str, Any]) -> str:

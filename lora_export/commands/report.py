@@ -13,14 +13,10 @@ from lora_export.commands.talk import Talk, table
     "report",
     click.Argument(["run"], type=FOLDER),
     Given("--compare", type=FOLDER, help="Compare with this other run."),
-    Given(
-        "-o",
-        "--output",
-        type=click.Path(path_type=Path),
-        help="With --compare: the folder for the pages. Default: RUN-vs-OTHER, next to RUN.",
-    ),
-    Given("--force", is_flag=True, help="Replace an output that exists."),
-)
+    Given("-o", "--output", type=FOLDER, metavar="OUT", configurable="command line",
+          help="With --compare: the folder for the pages. Default: RUN-vs-OTHER, next to RUN."),
+    derive.FORCE,
+)  # fmt: skip
 def report(talk: Talk, run: Path, compare: Path | None, output: Path | None, force: bool) -> None:
     """Write report.html and report.md of RUN again from its report.json.
 

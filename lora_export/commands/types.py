@@ -24,7 +24,7 @@ class Size(click.ParamType[int]):
         try:
             size = int(float(digits) * self._UNITS[text[len(digits) :].strip()])
         except (ValueError, KeyError, OverflowError):
-            self.fail(f"{value!r} is no size such as 5GB, 256MB or 2GiB", param, ctx)
+            self.fail(f"{value!r} is not a size such as 5GB, 256MB or 2GiB", param, ctx)
         if size <= 0:
             self.fail("a size must be above 0", param, ctx)
         return size
@@ -36,7 +36,7 @@ class FiniteRange(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value!r} is no finite number", param, ctx)
+            self.fail(f"{value!r} is not a finite number", param, ctx)
         return number
 
 
@@ -53,7 +53,7 @@ class Share(click.ParamType[float]):
         try:
             share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
         except ValueError:
-            self.fail(f"{value!r} is no share; write 1% or 0.01.", param, ctx)
+            self.fail(f"{value!r} is not a share; write 1% or 0.01.", param, ctx)
         if not self.least <= share <= self.most:
             self.fail(f"{value!r} is not between {self.least:.2%} and {self.most:.0%}.", param, ctx)
         return share
@@ -71,7 +71,7 @@ class Duration(click.ParamType[float]):
         try:
             seconds = float(text[:-1] if unit else text) * (unit or 1)
         except ValueError:
-            self.fail(f"{value!r} is no time; write 90, 90s or 5m.", param, ctx)
+            self.fail(f"{value!r} is not a time; write 90, 90s or 5m.", param, ctx)
         if not 1 <= seconds <= 7 * 24 * 3600:
             self.fail(f"{value!r} is not between a second and a week.", param, ctx)
         return seconds

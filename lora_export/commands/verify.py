@@ -36,11 +36,12 @@ def verify(talk: Talk, path: Path, base: str | None, adapters: tuple[str, ...], 
     from lora_export import api
     from lora_export.commands.words import verification_words
     from lora_export.errors import EXIT_FAILED, EXIT_GATE
+    from lora_export.storage.documents import as_json
     from lora_export.workflows.delivered import is_package
 
     options = derive.build(VerifyOptions, given)
     result = api.verify(path, base, adapters, options, progress=talk.progress)
-    talk.result(result.as_json(), verification_words(result))
+    talk.result(as_json(result) | result.about, verification_words(result))
     if not result.verified:
         click.echo(f"not verified: {sum(not c.passed for c in result.checks)} checks failed", err=True)
         sys.exit(EXIT_FAILED if is_package(path) else EXIT_GATE)

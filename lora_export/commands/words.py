@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lora_export import wording
 from lora_export.commands.talk import megabytes, table
 from lora_export.contracts import (
     BenchmarkResult,
@@ -21,12 +22,10 @@ Rows = list[tuple[str, str]]
 
 
 def merge_rows(result: MergeResult) -> Rows:
-    counts = ", ".join(f"{n} {name}" for name, n in result.tensors.items() if n)
-    used, total = result.adapter_tensors["used"], result.adapter_tensors["total"]
     survival = "no delta" if result.delta_survival is None else f"{result.delta_survival:.2%} after rounding"
     return [
-        ("tensors", counts),
-        ("adapter", f"{used} of {total} tensors used"),
+        ("tensors", wording.tensors(result)),
+        ("adapter", f"{wording.adapter_tensors(result)} tensors used"),
         ("base weights", f"{result.base_weights}, written as {result.dtype}"),
         ("right base?", ", ".join(f"{c.name} {c.outcome}" for c in result.base_checks) or "no adapter"),
         ("delta survival", survival),
@@ -37,12 +36,12 @@ def merge_rows(result: MergeResult) -> Rows:
 WORST = 3  # tensors of each pair of adapters that are named
 
 
-def interference_lines(found: Sequence[Interference]) -> list[str]:
-    """What several adapters do to each other: over all, and the tensors in which they oppose each other most."""
+def interference_lines(pairs: Sequence[Interference]) -> list[str]:
+    """How several adapters interfere: overall, and the tensors in which they oppose each other most."""
     lines = []
-    for pair in (i for i in found if i.tensor is None):
+    for pair in (i for i in pairs if i.tensor is None):
         lines.append(f"{shown(pair.first)} and {shown(pair.second)}  {_lying(pair)}")
-        tensors = [i for i in found if i.tensor and (i.first, i.second) == (pair.first, pair.second)]
+        tensors = [i for i in pairs if i.tensor and (i.first, i.second) == (pair.first, pair.second)]
         worst = sorted(tensors, key=lambda i: i.cosine)[:WORST]
         lines += [f"  {shown(str(i.tensor))}  {_lying(i)}" for i in worst]
     return ["interference (of unrelated adapters: cosine 0, half of the signs)", *lines] if lines else []
@@ -118,12 +117,12 @@ def _survival_lines(result: ValidationResult) -> list[str]:
 
 def _deviation(result: ValidationResult) -> list[str]:
     """Where it goes wrong, in one line."""
-    found = result.deviation
-    if found is None:
+    deviation = result.deviation
+    if deviation is None:
         return []
-    by = f"by {found.value:.3g} (noise floor {found.floor:.3g})"
-    line = f"the first module that differs: {shown(found.module)}, {by}"
-    return [line + (f", because of {shown(', '.join(found.tensors[:3]))}" if found.tensors else "")]
+    by = f"by {deviation.value:.3g} (noise floor {deviation.floor:.3g})"
+    line = f"the first module that differs: {shown(deviation.module)}, {by}"
+    return [line + (f", because of {shown(', '.join(deviation.tensors[:3]))}" if deviation.tensors else "")]
 
 
 def verification_words(result: Verification) -> str:
@@ -134,7 +133,7 @@ def verification_words(result: Verification) -> str:
 
 def validation_row(result: ValidationResult) -> tuple[str, str]:
     by_name = {c.name: c.value for c in result.checks}
-    parts = [f"{sum(c.passed for c in result.checks)} of {len(result.checks)} checks passed"]
+    parts = [f"{wording.checks_passed(result)} checks passed"]
     if "logits_max_abs" in by_name:
         floor = by_name.get("noise_floor_max_abs", 0.0)
         parts.append(f"logits within {by_name['logits_max_abs']:.2g} (noise floor {floor:.2g})")
@@ -149,19 +148,11 @@ def export_row(result: ExportResult) -> tuple[str, str]:
 
 
 def benchmark_rows(result: BenchmarkResult) -> Rows:
-    graph = {True: "identical graphs", False: "graphs differ", None: "graphs not compared"}
-    checked = "verified" if result.provider_verified else "NOT verified"
-    rows = [("benchmark", f"{result.verdict} ({graph[result.graph_identical]}), {result.provider}, {checked}")]
+    graph = wording.GRAPH[result.graph_identical]
+    rows = [("benchmark", f"{result.verdict} (graph {graph}), {wording.provider(result)}")]
     for cell in result.cells:
-        times = [
-            f"{name} {value:.2f} ms"
-            for name, value in (
-                ("base", cell.base_ms),
-                ("merged", cell.merged_ms),
-                ("unmerged", cell.unmerged_ms),
-            )
-            if value is not None
-        ]
+        arms = {"base": cell.base_ms, "merged": cell.merged_ms, "unmerged": cell.unmerged_ms}
+        times = [f"{name} {value:.2f} ms" for name, value in arms.items() if value is not None]
         ratio = ""
         if cell.ratio is not None and cell.ci_low is not None and cell.ci_high is not None:
             ratio = f"; merged/base {cell.ratio:.4f} [{cell.ci_low:.4f}, {cell.ci_high:.4f}], {cell.verdict}"

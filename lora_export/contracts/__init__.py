@@ -52,7 +52,7 @@ from lora_export.contracts.validation import (
     Perplexity,
     ValidationResult,
 )
-from lora_export.contracts.verification import Finding, Verification
+from lora_export.contracts.verification import Finding, Findings, Verification
 
 __all__ = [
     "Adapter",
@@ -76,6 +76,7 @@ __all__ = [
     "ExportResult",
     "ExportedPair",
     "Finding",
+    "Findings",
     "Gpu",
     "GpuReading",
     "GraphComparison",

@@ -28,7 +28,7 @@ PROVIDER_HELP = "ONNX Runtime execution provider; auto: CUDA if a session really
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What a merge is told. Memory and sizes are in bytes."""
+    """Options of a merge. Memory and sizes are in bytes."""
 
     SECTION: ClassVar[str] = WEIGHTS
     base_weights: choices.BaseWeights = option(
@@ -105,10 +105,8 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """How the weights of an int4, int8 or nf4 graph are quantized.
-
-    eight_bits: nodes of an int4 graph that are int8; embeddings: quantize those, too (not for nf4).
-    """
+    """How the weights of an int4, int8 or nf4 graph are quantized. eight_bits: nodes of an int4 graph that become
+    int8; embeddings: quantize those, too (not for nf4)."""
 
     SECTION: ClassVar[str] = "Quantization of the ONNX weights"
     block_size: int | None = option(
@@ -143,7 +141,7 @@ class QuantizationOptions:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export is told. With `graph_from`, the precision, engine and quantization of that export hold.
+    """Options of an export. With `graph_from`, the precision, engine and quantization of that export hold.
 
     unmerged: the only adapter of the export becomes operators of the graph; shared_as: with `graph_from`, the name
     of an adapter in a folder that several share.
@@ -196,7 +194,7 @@ class CompareBases:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """What validation is told.
+    """Options of validation.
 
     merge: the options of the merge, which decide which base is the truth. stated: those of them that a certificate
     must agree with; None: all that are not the default. again: the command that tries another precision,
@@ -272,7 +270,7 @@ class BenchmarkSizes:
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """What a benchmark is told. shapes: (batch, prompt tokens) of each cell; max_seconds: for all cells together;
+    """Options of a benchmark. shapes: (batch, prompt tokens) of each cell; max_seconds: for all cells together;
     configured: a configuration file and what it set, for the report."""
 
     SECTION: ClassVar[str] = BENCHMARK
@@ -303,7 +301,7 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class StoryOptions:
-    """What a run is told: the options of its stages. `export.provider` holds for all stages, `force` for the run.
+    """Options of a run: those of its stages. `export.provider` holds for all stages, `force` for the run.
 
     merged_folder: False: base and adapter go straight into the export.
     """
@@ -342,11 +340,11 @@ class RankOptions:
 
 @dataclass(frozen=True)
 class PackageOptions:
-    """What a package is told."""
+    """Options of a package."""
 
     SECTION: ClassVar[str] = "Package"
     name: str | None = option(
-        None, "Name of the model, as its README and Triton call it.", default_text="the adapter's name"
+        None, "Name of the model, as its README and Triton call it.", default_text="the adapter's name", json=None
     )
     variants: tuple[str, ...] = option(
         (), "transformers-js: fp32, fp16, q8, q4, q4f16 or all. May be given more than once.", flags=("--variant",),
@@ -373,7 +371,7 @@ class PackageOptions:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What a verification is told. rows, seed: of a sample; seed None: a new draw, whose seed the result names."""
+    """Options of a verification. rows, seed: of a sample; seed None: a new draw, whose seed the result names."""
 
     SECTION: ClassVar[str] = "Verification"
     certify: choices.Certify = option(

@@ -1,24 +1,25 @@
-"""What `package` is asked for, and what it wrote."""
+"""What `package` wrote."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
 class PackageResult:
-    """What `package` wrote. files: name → bytes; measured: of each variant, beside the run's own export."""
+    """What `package` wrote. files: name → bytes; bytes: of all files; measured: how each variant compares with the
+    run's own export."""
 
     output: Path
     target: str
     name: str
     files: Mapping[str, int]
     variants: tuple[str, ...]
-    measured: Mapping[str, Mapping[str, Any]]
+    measured: Mapping[str, Mapping[str, object]]
     archive: str | None
     signed: bool
     seconds: float
+    bytes: int = field(init=False)
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"output": str(self.output), "bytes": sum(self.files.values())}
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bytes", sum(self.files.values()))

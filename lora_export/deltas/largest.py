@@ -75,11 +75,11 @@ def _inside(blocks: Blocks, shift: int, prefix: int, run: tuple[int, int]) -> "t
     return block.abs().reshape(-1)[_keys(block) >> shift == prefix]
 
 
-def _between(found: Sequence["torch.Tensor"], kept: int) -> float:
+def _between(blocks: Sequence["torch.Tensor"], kept: int) -> float:
     """Halfway between the `kept` largest of these numbers and the next of them, if there is one."""
     import torch
 
-    ordered = torch.cat(list(found)).sort(descending=True).values
+    ordered = torch.cat(list(blocks)).sort(descending=True).values
     least = float(ordered[kept - 1])
     following = float(ordered[kept]) if kept < len(ordered) else least
     return min((least + following) / 2, least * (1 - _HAIR))

@@ -1,4 +1,4 @@
-"""What an export refuses, before any work or before anything is left: models, options, patterns."""
+"""What an export refuses before any work, or before anything is written: models, options, patterns."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +17,8 @@ from lora_export.storage import sealed
 
 
 def read_config(model: Path, adapter: Path | None = None) -> dict[str, Any]:
-    """config.json of a folder of merged weights that can be exported. CheckpointError for any other, or for an
-    adapter whose configuration an engine must not read."""
+    """config.json of a folder of merged weights that can be exported. CheckpointError for any other folder, and for
+    an adapter whose configuration an engine must not read."""
     path = model / "config.json"
     config = sealed.read_json(path)
     _refuse_newer(config, path)
@@ -27,14 +27,14 @@ def read_config(model: Path, adapter: Path | None = None) -> dict[str, Any]:
         check_adapter_folder(adapter)
     if config.get("quantization_config"):
         raise CheckpointError(
-            "config.json still has a quantization_config: these are no merged weights",
+            "config.json still has a quantization_config: these are not merged weights",
             where=path,
             expected="a merged folder in fp32, fp16 or bf16",
             next_step="lora-export merge -b BASE -a ADAPTER -o OUT, then export OUT",
         )
     if not any(model.glob("*.safetensors")):
         raise CheckpointError(
-            "the folder holds no weights as safetensors",
+            "the folder has no safetensors weights",
             where=model,
             expected="model.safetensors, or shards with an index; a .bin is a pickle, which can execute code",
         )
@@ -42,7 +42,7 @@ def read_config(model: Path, adapter: Path | None = None) -> dict[str, Any]:
 
 
 def _refuse_newer(config: Mapping[str, Any], path: Path) -> None:
-    """A newer major renames keys, and an older reader falls back to defaults without a word."""
+    """A newer major version renames keys, for which an older reader silently takes its defaults."""
     from importlib.metadata import version
 
     installed = version("transformers")
@@ -58,21 +58,21 @@ def _refuse_newer(config: Mapping[str, Any], path: Path) -> None:
 
 
 def refuse_unused(precision: Precision, how: QuantizationOptions) -> None:
-    """Options of quantization beside a precision in which nothing is quantized: ExportError, not silence."""
+    """ExportError for options of quantization together with a precision that quantizes nothing."""
     if precision in get_args(Method):
         return
     for name in ("block_size", "keep", "accuracy_level", "algorithm"):
         if getattr(how, name) != getattr(QuantizationOptions(), name):
             option = {"algorithm": "quantizer"}.get(name, name).replace("_", "-")
             raise ExportError(
-                f"--{option} beside --precision {precision}, in which nothing is quantized",
+                f"--{option} with --precision {precision}, which quantizes nothing",
                 expected="int4, int8 or nf4",
                 next_step=f"the same command without --{option}, or with --precision int4",
             )
 
 
 def refuse_unmatched(stage: Path, made: Made, patterns: Sequence[str]) -> None:
-    """A pattern that keeps nothing is a mistake that nobody would see."""
+    """ExportError for a pattern that matches nothing: a mistake that would go unnoticed."""
     if not patterns:
         return
     names = [node.name for graph in made.graphs for node in load_graph(stage / graph).graph.node]
@@ -82,7 +82,7 @@ def refuse_unmatched(stage: Path, made: Made, patterns: Sequence[str]) -> None:
                 n.removesuffix("_Q4").removesuffix("_Q8") for n in names if n.endswith(("_Q4", "_Q8", "_Bnb4"))
             ]
             raise ExportError(
-                f"no node is called {pattern!r}, which --keep says",
+                f"--keep {pattern!r} matches no node",
                 expected="a node or a pattern, such as " + (products or names)[0],
-                next_step="--keep '*down_proj*', say; quotes keep the shell from reading it",
+                next_step="for example --keep '*down_proj*', in quotes because of the shell",
             )

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from cyclonedx.model.component import Component
 
 NAME = "bom.cdx.json"
-_SPACE = uuid.UUID("6f1c0a55-4f0e-5a83-9a3b-2f1f5f0f9d10")  # of the serial numbers: one for the same files
+_SPACE = uuid.UUID("6f1c0a55-4f0e-5a83-9a3b-2f1f5f0f9d10")  # of serial numbers: the same files have the same one
 _PREFIX = "lora-export:"
 
 
 def write(stage: Path, run: Run, facts: PackageFacts, licence: str | None, hashes: Mapping[str, FileHash]) -> None:
-    """Of everything in `stage`, whose hashes are given; nothing in it tells when or where it was written."""
+    """Of everything in `stage`, whose hashes are given. It does not say when or where it was written."""
     from cyclonedx.model.bom import Bom, BomMetaData
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.output import make_outputter
@@ -41,7 +41,7 @@ def write(stage: Path, run: Run, facts: PackageFacts, licence: str | None, hashe
     bom.register_dependency(model, bom.components)
     text = make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_as_string()
     document = json.loads(text)
-    # The library has no class for a model card; the format has.
+    # The format has model cards; the library has no class for them.
     document["metadata"]["component"]["modelCard"] = _card(run)
     sealed.write_json(stage / NAME, document)
 

@@ -1,4 +1,9 @@
-"""The small files that go into every package: configuration, tokenizer, chat template, licences."""
+"""The small files of every package: configuration, tokenizer, chat template, licences.
+
+Configurations are written so that transformers 4.57 and 5 read them alike. 5 writes the rotary embedding as
+`rope_parameters` and has a tokenizer class of its own; 4.57 silently takes the default theta instead of the first,
+and stops at the second. Each version reads its own spelling, so both are written.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,46 +12,46 @@ from typing import Any
 from lora_export.allowed.files import TEXTS
 from lora_export.errors import InputError
 from lora_export.folder_files import TOKENIZER_FILES, is_whole_tokenizer
-from lora_export.packages.configs import for_both, tokenizer_for_both
 from lora_export.packages.job import Run
 from lora_export.storage import sealed
 
-# What a processor and generation read; tokenizer_config.json is written anew.
-_READ = (TOKENIZER_FILES - {"tokenizer_config.json"}) | {
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+# What processors and generation read. tokenizer_config.json is written anew.
+_READ = (TOKENIZER_FILES - {_TOKENIZER_CONFIG}) | {
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json",
-    "modules.json",
-    "sentence_bert_config.json", "config_sentence_transformers.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 }  # fmt: skip
 _LICENCES = ("licence", "license", "notice", "copying", "use_policy", "usage_policy", "copyright")
+_CLASS_OF_5, _CLASS_OF_4 = "TokenizersBackend", "PreTrainedTokenizerFast"
+_INPUTS_OF_5 = ("input_ids", "attention_mask")  # where the file names none; 4.57's default has token_type_ids
+# rope_parameters by layer type → the legacy keys of ModernBERT and of Gemma 3.
+_LOCAL = {"modernbert": "local_rope_theta", "gemma3_text": "rope_local_base_freq", "gemma3": "rope_local_base_freq"}
+_GLOBAL = {"modernbert": "global_rope_theta"}
 
 
 def check(run: Run) -> None:
-    """InputError for a run that lacks what its users cannot do without: a tokenizer, a promised chat template, a
+    """InputError for a run without a file that a package needs: a tokenizer, a promised chat template, or a
     processor of sound or images."""
-    present = {p.name for p in run.companions.iterdir()}
-    if run.task.input in ("text", "both") and not is_whole_tokenizer(present):
+    present, task = {p.name for p in run.companions.iterdir()}, run.task
+    if task.input in ("text", "both") and not is_whole_tokenizer(present):
         raise _missing(run, "no tokenizer", "tokenizer.json, tokenizer.model, or vocab.json with merges.txt")
-    if run.task.input != "text" and not {"preprocessor_config.json", "processor_config.json"} & present:
+    if task.input != "text" and not {"preprocessor_config.json", "processor_config.json"} & present:
         raise _missing(run, "no preprocessor", "preprocessor_config.json")
-    if run.task.generates and run.task.input == "audio" and "tokenizer.json" not in present:
+    if task.generates and task.input == "audio" and "tokenizer.json" not in present:
         raise _missing(run, "no tokenizer", "tokenizer.json")
-    if _promises_chat(run) and not _has_chat(run.companions, present):
+    if task.name == "text-generation" and _promises_chat(run.manifest.base.name) and not _has_chat(run, present):
         raise _missing(run, "no chat template, and its name says that it is a chat model", "chat_template.jinja")
 
 
-def _promises_chat(run: Run) -> bool:
-    """Whether the base says in its name that it was tuned to chat."""
-    if run.task.name != "text-generation":
-        return False
-    words = run.manifest.base.name.lower().replace("_", "-").replace("/", "-").split("-")
-    return bool({"instruct", "chat", "it"} & set(words))
+def _promises_chat(base: str) -> bool:
+    """Whether a base says in its name that it was tuned to chat."""
+    return bool({"instruct", "chat", "it"} & {*base.lower().replace("_", "-").replace("/", "-").split("-")})
 
 
-def _has_chat(folder: Path, present: set[str]) -> bool:
+def _has_chat(run: Run, present: set[str]) -> bool:
     if {"chat_template.jinja", "chat_template.json"} & present:
         return True
-    path = folder / "tokenizer_config.json"
-    return path.is_file() and "chat_template" in sealed.read_json(path)
+    return _TOKENIZER_CONFIG in present and "chat_template" in sealed.read_json(run.companions / _TOKENIZER_CONFIG)
 
 
 def _missing(run: Run, found: str, expected: str) -> InputError:
@@ -59,10 +64,9 @@ def _missing(run: Run, found: str, expected: str) -> InputError:
 
 
 def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None) -> None:
-    """Write configuration, tokenizer and processor into `target`. changes: keys of config.json that this runtime
-    needs besides."""
+    """Write configuration, tokenizer and processor into `target`. changes: further keys of config.json."""
     sealed.write_settings(target / "config.json", for_both(run.config) | dict(changes or {}))
-    lay_tokenizer(run, target)
+    _lay_tokenizer(run, target)
     if (run.companions / "modules.json").is_file():  # sentence-transformers
         modules = (*run.companions.glob("*/config.json"), *run.companions.glob("*/model.safetensors"))
         for path in sorted(modules):
@@ -71,27 +75,72 @@ def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None) -> Non
             sealed.copy(path, target / path.parent.name / path.name, run.companions)
 
 
-def lay_tokenizer(run: Run, target: Path) -> None:
+def _lay_tokenizer(run: Run, target: Path) -> None:
     for path in sorted(run.companions.iterdir()):
         if path.name in _READ and path.is_file():
             sealed.copy(path, target / path.name)
-    # A base without one gets what the exporter made for it.
-    places = [folder / "tokenizer_config.json" for folder in (run.companions, run.export.output)]
+    # A base without one gets the one that the exporter made for it.
+    places = [folder / _TOKENIZER_CONFIG for folder in (run.companions, run.export.output)]
     settings = next((p for p in places if p.is_file()), None)
     if settings is not None or (target / "tokenizer.json").is_file():
-        config = sealed.read_json(settings) if settings else {"tokenizer_class": "TokenizersBackend"}
-        sealed.write_settings(target / "tokenizer_config.json", tokenizer_for_both(config))
-
-
-def lay_licences(run: Run, target: Path) -> None:
-    for path in licences(run):
-        sealed.copy(path, target / path.name)
+        config = sealed.read_json(settings) if settings else {"tokenizer_class": _CLASS_OF_5}
+        sealed.write_settings(target / _TOKENIZER_CONFIG, tokenizer_for_both(config))
 
 
 def licences(run: Run) -> list[Path]:
-    """The files that a model's licence asks to be handed on."""
+    """The files that a model's licence requires to be passed on."""
     return [
         path
         for path in sorted(run.companions.iterdir())
         if path.is_file() and path.name.lower().startswith(_LICENCES) and path.suffix.lower() in TEXTS
     ]
+
+
+def for_both(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the legacy spelling beside the new one, in nested configurations too.
+
+    Values that are there already stay as they are.
+    """
+    both = {k: for_both(v) if k.endswith("_config") and isinstance(v, dict) else v for k, v in config.items()}
+    legacy = _legacy_rope(both)
+    if isinstance(both.get("dtype"), str):
+        legacy["torch_dtype"] = both["dtype"]
+    return both | {k: v for k, v in legacy.items() if k not in both}
+
+
+def _legacy_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    kind = str(config.get("model_type"))
+    if "rope_type" in rope or "rope_theta" in rope:
+        return _of_one_layer_type(rope, "rope_theta")
+    legacy: dict[str, Any] = {}
+    if isinstance(rope.get("full_attention"), dict):
+        legacy |= _of_one_layer_type(rope["full_attention"], _GLOBAL.get(kind, "rope_theta"))
+    local = rope.get("sliding_attention")
+    if isinstance(local, dict) and kind in _LOCAL:
+        legacy[_LOCAL[kind]] = local.get("rope_theta")
+    return legacy
+
+
+def _of_one_layer_type(rope: Mapping[str, Any], theta: str) -> dict[str, Any]:
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    legacy = {theta: rope["rope_theta"]} if "rope_theta" in rope else {}
+    if "partial_rotary_factor" in rope:
+        legacy["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    plain = scaling.get("rope_type", "default") == "default"
+    return legacy | {"rope_scaling": None if plain else scaling}
+
+
+def tokenizer_for_both(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json that names a class that both know, without the place that it was loaded from."""
+    both = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
+    if both.get("tokenizer_class") == _CLASS_OF_5:
+        both["tokenizer_class"] = _CLASS_OF_4
+        both.setdefault("model_input_names", list(_INPUTS_OF_5))
+    extra = both.get("extra_special_tokens")
+    if isinstance(extra, list):  # 4.57 wants a name for each, and has another key for tokens without one
+        del both["extra_special_tokens"]
+        both.setdefault("additional_special_tokens", extra)
+    return both

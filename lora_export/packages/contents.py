@@ -1,4 +1,4 @@
-"""manifest.json of a package: every file by size and SHA-256, what it was made of, and what proves it."""
+"""manifest.json of a package: every file by size and SHA-256, its inputs, and what proves it."""
 
 import re
 from collections.abc import Mapping

@@ -1,110 +1,114 @@
-"""Graphs with their data under other names: a file that is renamed is not found, unless the graph is told."""
+"""Graphs with their data files under other names, which the graph has to know."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import onnx_ir as ir
 
 from lora_export.errors import ExportError
 from lora_export.storage import disk
 
-if TYPE_CHECKING:
-    import onnx
-
-    Model = onnx.ModelProto
-
-ALIGNMENT = 256  # bytes, which CUDA wants
+ALIGNMENT = 256  # bytes, as CUDA requires
 LARGEST_CHUNK = 2**31 - 2**20  # bytes of one data file: a browser's ArrayBuffer holds 2 GiB less a bit
 Range = tuple[Path, int, int]  # file, offset, length
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Where a range of an old data file comes to lie: number of the new file, offset in it."""
+class PlacedRange:
+    """Where a range of an old data file goes: number of the new file, offset in it."""
 
     chunk: int
     offset: int
 
 
-def load(path: Path) -> "onnx.ModelProto":
-    """The graph without the weights that lie in other files."""
-    import onnx
-
-    return onnx.load(str(path), load_external_data=False)
+def load(path: Path) -> ir.Model:
+    """The graph; its external tensors know the folder of their file."""
+    return ir.load(path)
 
 
-def opened(path: Path) -> "tuple[onnx.ModelProto, dict[str, Path]]":
-    """A graph, and the folder of each of its external tensors: its own."""
-    model = load(path)
-    return model, {t.name: path.parent for t in external(model)}
+def external(model: ir.Model) -> Iterator[tuple[ir.Value, ir.ExternalTensor]]:
+    """Initializers whose bytes are in a file, in all graphs of the model."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value, value.const_value
 
 
-def external(model: "onnx.ModelProto") -> "Iterator[onnx.TensorProto]":
-    """Initializers whose bytes lie in a file, of all graphs within the model."""
-    import onnx
-
-    graphs = [model.graph]
-    while graphs:
-        graph = graphs.pop()
-        yield from (t for t in graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
-        graphs += [a.g for n in graph.node for a in n.attribute if a.HasField("g")]
+def range_of(tensor: ir.ExternalTensor) -> Range:
+    """The bytes of an external tensor."""
+    return Path(tensor.path), tensor.offset or 0, tensor.length or 0
 
 
-def range_of(tensor: "onnx.TensorProto", folder: Path) -> Range:
-    """The bytes of an external tensor of a graph in `folder`."""
-    entries = {e.key: e.value for e in tensor.external_data}
-    return folder / entries["location"], int(entries.get("offset", 0)), int(entries["length"])
+def forget_types(model: ir.Model) -> None:
+    """Drop inferred types and shapes of a graph that was taken apart: they refer to its former inputs."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+        for value in values:
+            if not value.is_graph_output():
+                value.type = value.shape = None
+                value.metadata_props.clear()
 
 
-def save(
-    model: "onnx.ModelProto",
-    target: Path,
-    data: str,
-    sources: Mapping[str, Path],
-    largest: int = LARGEST_CHUNK,
-) -> int:
+def nodes_for(graph: ir.Graph, outputs: Sequence[ir.Value], given: Sequence[ir.Value] = ()) -> list[ir.Node]:
+    """The nodes that compute `outputs` from `given`, in order."""
+    needed: set[ir.Value | None] = set(outputs)
+    kept = []
+    for node in reversed(graph):
+        if needed & (set(node.outputs) - set(given)):
+            needed |= set(node.inputs)
+            kept.append(node)
+    return kept[::-1]
+
+
+def save(model: ir.Model, target: Path, data: str, largest: int = LARGEST_CHUNK) -> int:
     """Write a graph to `target` and its weights beside it: `data`, `data`_1, … of at most `largest` bytes each.
 
-    sources: name of each external initializer → the folder that its location is relative to. Bytes that no tensor
-    names are left behind, and tensors of the same bytes keep sharing them. The number of data files; ExportError if
-    one tensor alone is larger than a file may be.
+    Bytes that no tensor refers to are dropped, and tensors that share bytes keep sharing them. Returns the number
+    of data files; ExportError if a single tensor is larger than a file may be.
     """
-    tensors = {id(t): (t, range_of(t, sources[t.name])) for t in external(model)}
-    places = _planned([r for _, r in tensors.values()], largest)
+    tensors = list(external(model))
+    places = _planned([range_of(tensor) for _, tensor in tensors], largest)
     count = 1 + max((p.chunk for p in places.values()), default=-1)
     names = [data if i == 0 else f"{data}_{i}" for i in range(count)]
     _copy(places, [target.parent / name for name in names])
-    for tensor, where in tensors.values():
-        del tensor.external_data[:]
-        at = places[where]
-        for key, value in (("location", names[at.chunk]), ("offset", at.offset), ("length", where[2])):
-            tensor.external_data.add(key=key, value=str(value))
-    target.write_bytes(model.SerializeToString(deterministic=True))
+    for value, tensor in tensors:
+        at = places[range_of(tensor)]
+        value.const_value = ir.ExternalTensor(
+            names[at.chunk],
+            at.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=str(value.name),
+            base_dir=target.parent,
+        )
+    target.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     return count
 
 
-def _planned(ranges: list[Range], largest: int) -> dict[Range, Placed]:
+def _planned(ranges: list[Range], largest: int) -> dict[Range, PlacedRange]:
     """Each range once, in the order of the old files, from aligned offsets."""
-    places: dict[Range, Placed] = {}
+    places: dict[Range, PlacedRange] = {}
     chunk = at = 0
     for path, start, length in sorted(set(ranges), key=lambda r: (str(r[0]), r[1], r[2])):
         if length > largest:
             raise ExportError(
-                f"a tensor of {length:,} bytes, and this runtime reads files of {largest:,}",
+                f"a tensor has {length:,} bytes, and this runtime reads files of {largest:,}",
                 where=path,
                 expected="a smaller precision",
                 next_step="--variant q4",
             )
         if at and at + length > largest:
             chunk, at = chunk + 1, 0
-        places[path, start, length] = Placed(chunk, at)
+        places[path, start, length] = PlacedRange(chunk, at)
         at += -(-length // ALIGNMENT) * ALIGNMENT
     return places
 
 
-def _copy(places: Mapping[Range, Placed], targets: list[Path]) -> None:
+def _copy(places: Mapping[Range, PlacedRange], targets: list[Path]) -> None:
     with ExitStack() as stack:
         out = [_opened(stack, t, os.O_WRONLY | os.O_CREAT | os.O_EXCL) for t in targets]
         sources = {p: _opened(stack, p, os.O_RDONLY) for p in {path for path, _, _ in places}}

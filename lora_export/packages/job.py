@@ -67,17 +67,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class PackageJob:
-    """One package. stage: the empty folder to fill; exports: by the names of the variants; name: of the model;
-    providers: what it is to run on, the default first; adapters: names of the .onnx_adapter files beside a graph
-    with slots, the run's own first."""
+    """One package to write. stage: the empty folder to fill; exports: by the names of the variants."""
 
     run: Run
     stage: Path
-    name: str
-    providers: tuple[str, ...]
     exports: Mapping[str, ExportResult]
-    sample: Sample | None
-    adapters: tuple[str, ...] = ()
+    facts: "PackageFacts"
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class PackageFacts:
     """What running a package takes, as its manifest and config.json have it.
 
     name: of the model; variants: their names; providers: what it runs on, the default first; precision: of what
-    the program runs; adapters: those that are plugged in at run time.
+    the program runs; adapters: names of the .onnx_adapter files beside a graph with slots, the run's own first.
     """
 
     target: "PackageTarget"

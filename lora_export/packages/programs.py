@@ -1,6 +1,6 @@
-"""Programs of a few lines that load a package and print what it says to a sample, as one line of JSON.
+"""Short programs that load a package and print its answer to a sample, as one line of JSON.
 
-A README shows them and `verify --run` runs them. They hold no name that came with a model.
+A README shows them and `verify --run` runs them. They contain no names from a model.
 """
 
 import json
@@ -9,8 +9,8 @@ from lora_export.packages.interpreters import Node, Python
 from lora_export.packages.job import PackageFacts, Snippet
 from lora_export.packages.tasks import PackageTask
 
-TOKENS = 32  # greedy ones
-NUMBERS = 8  # of a model's first output that are shown
+TOKENS = 32  # that are generated, greedily
+NUMBERS = 8  # of the first output, where a model does not generate
 PROMPT = "The capital of France is"
 _SECOND = 16_000  # samples of one second of sound
 

@@ -1,4 +1,4 @@
-"""A signature over all files of a package by model-signing, with a key that needs no network."""
+"""A signature over all files of a package, by model-signing, with a key and without a network."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def check_key(key: Path) -> None:
         Signer(key)
     except (ValueError, TypeError, AttributeError, OSError) as error:  # a key of another kind has no curve
         raise InputError(
-            f"this is no key to sign with: {error}",
+            f"not a key to sign with: {error}",
             where=key,
             expected="an unencrypted private key in PEM on the curve P-256, P-384 or P-521",
             next_step="openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
@@ -25,7 +25,7 @@ def check_key(key: Path) -> None:
 
 
 def sign(folder: Path, key: Path) -> None:
-    """Write `folder`/model.sig with a key that `check_key` let pass."""
+    """Write `folder`/model.sig with a key that `check_key` accepted."""
     signing, hashing = _library()
     config = signing.Config().use_elliptic_key_signer(private_key=key)
     config.set_hashing_config(_hashing(hashing, folder)).sign(folder, folder / SIGNATURE)
@@ -34,7 +34,7 @@ def sign(folder: Path, key: Path) -> None:
 def verify(folder: Path, key: Path) -> Finding:
     """Whether model.sig was made by the owner of the public `key`, over these files."""
     if not (folder / SIGNATURE).is_file():
-        return Finding("signature", False, f"{SIGNATURE} is missing, and a public key was given")
+        return Finding("signature", False, f"a public key was given, but {SIGNATURE} is missing")
     _library()
     from model_signing import hashing, verifying
 
@@ -44,8 +44,8 @@ def verify(folder: Path, key: Path) -> Finding:
     try:
         config.verify(folder, folder / SIGNATURE)
     except Exception as error:
-        return Finding("signature", False, f"{SIGNATURE} is not of this key and these files: {error}")
-    return Finding("signature", True, "of this key, over every file")
+        return Finding("signature", False, f"{SIGNATURE} was not made with this key over these files: {error}")
+    return Finding("signature", True, "made with this key, over every file")
 
 
 def _hashing(hashing: Any, folder: Path) -> Any:

@@ -1,196 +1,153 @@
-"""Whisper as the genai builder exports it, under the names and with the inputs of Optimum and transformers.js.
+"""Whisper as the genai builder exports it, with the names and inputs of Optimum and transformers.js.
 
-The builder's encoder computes the keys and values of the cross-attention; theirs is the decoder's first step, which
-gets the encoder's states. So these nodes move: into a branch of the decoder that is taken while there is no cache.
+The builder's encoder computes the keys and values of the cross-attention; theirs does that in the decoder's first
+step, which gets the encoder's states. So these nodes move into a branch of the decoder that runs while there is no
+cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
 
 from lora_export.contracts import ExportResult
 from lora_export.packages import graphs
 
-if TYPE_CHECKING:
-    import onnx
-
 STATES, CACHED = "encoder_hidden_states", "use_cache_branch"
 _BUILDERS = ("encoder.onnx", "decoder.onnx")
 _ENCODED = "encoder_sequence_length_out"
-_EVERYTHING = 2**31 - 1  # an end that no cache reaches, for Slice
+_EVERYTHING = 2**31 - 1  # for Slice: beyond the end of any cache
 
 
 def is_whisper(export: ExportResult) -> bool:
     return export.graphs == _BUILDERS
 
 
-def encoder(path: Path) -> "tuple[onnx.ModelProto, dict[str, Path]]":
-    """input_features → last_hidden_state, and the folder of each external tensor."""
-    model, sources = graphs.opened(path)
-    _keep(model, ["hidden_states"])
-    _rename(model.graph, {"audio_features": "input_features", "hidden_states": "last_hidden_state"})
-    return model, sources
+def cache_switch() -> ir.Value:
+    """The input that says whether there is a cache."""
+    return ir.val(CACHED, ir.DataType.BOOL, [1])
 
 
-def decoder(encoder_path: Path, path: Path) -> "tuple[onnx.ModelProto, dict[str, Path]]":
-    """input_ids, encoder_hidden_states, past_key_values.… and use_cache_branch → logits, present.…
-
-    And the folder of each external initializer: some are the encoder's.
-    """
-    import onnx
-    from onnx import TensorProto, helper
-
-    (model, sources), cross = graphs.opened(path), _cross_attention(encoder_path)
-    graph = model.graph
-    sources |= {t.name: encoder_path.parent for t in cross.initializer}
-    layers = sum(o.name.startswith("present_key_self_") for o in graph.output)
-    names = [(what, i) for i in range(layers) for what in ("key", "value")]
-    ids = graph.input[0]
-    _rename(graph, {ids.name: "ids", **{_past(w, i, "self"): f"used_{w}_{i}" for w, i in names},
-                    **{_past(w, i, "cross"): f"cross_{w}_{i}" for w, i in names}})  # fmt: skip
-    given = {i.name: i for i in graph.input}
-    hidden = helper.make_tensor_value_info(
-        STATES, cross.input[0].type.tensor_type.elem_type, ["batch_size", "encoder_sequence_length", _width(cross)]
-    )
-    inputs = [
-        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
-        hidden,
-    ]
-    before = [
-        helper.make_node("Cast", ["input_ids"], ["ids"], to=ids.type.tensor_type.elem_type),
-        helper.make_node("Cast", [CACHED], ["cached"], to=TensorProto.INT64),
-        helper.make_node("Mul", ["cached", "everything"], ["cache_end"]),
-    ]
-    outputs = [graph.output[0]]
-    for what, i in names:
-        old = f"past_key_values.{i}.decoder.{what}"
-        # What is handed over where there is no cache yet is a placeholder, in Optimum of one position.
-        before.append(helper.make_node("Slice", [old, "start", "cache_end", "axis"], [f"used_{what}_{i}"]))
-    before.append(_chosen(cross, names))
-    _rename(graph, {f"present_{w}_self_{i}": f"present.{i}.decoder.{w}" for w, i in names})
-    own_outputs = {o.name: o for o in graph.output}
-    for of, what, i in _in_order(layers):
-        past, present = (f"{time}.{i}.{of}.{what}" for time in ("past_key_values", "present"))
-        if of == "decoder":
-            inputs.append(_as(given[f"used_{what}_{i}"], past))
-            outputs.append(own_outputs[present])
-        else:
-            encoded = given[f"cross_{what}_{i}"]
-            inputs.append(_as(encoded, past, {2: _ENCODED}))
-            outputs.append(_as(encoded, present, {2: _ENCODED}))
-            before.append(helper.make_node("Identity", [f"cross_{what}_{i}"], [present]))
-    constants = {"start": [0], "axis": [2], "everything": [_EVERYTHING]}
-    initializers = [
-        *graph.initializer,
-        *cross.initializer,
-        *(helper.make_tensor(n, TensorProto.INT64, [1], v) for n, v in constants.items()),
-    ]
-    inputs.append(helper.make_tensor_value_info(CACHED, TensorProto.BOOL, [1]))
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    made.graph.CopyFrom(
-        helper.make_graph([*before, *graph.node], graph.name or "decoder", inputs, outputs, initializers)
-    )
-    return made, sources
-
-
-def _in_order(layers: int) -> list[tuple[str, str, int]]:
-    """The tensors of the cache as Optimum counts them."""
-    return [(of, what, i) for i in range(layers) for of in ("decoder", "encoder") for what in ("key", "value")]
-
-
-def _past(what: str, layer: int, of: str) -> str:
-    return f"past_{what}_{of}_{layer}"
-
-
-def _as(value: "onnx.ValueInfoProto", name: str, axes: "dict[int, str] | None" = None) -> "onnx.ValueInfoProto":
-    import onnx
-
-    new = onnx.ValueInfoProto()
-    new.CopyFrom(value)
-    new.name = name
-    for axis, symbol in (axes or {}).items():
-        new.type.tensor_type.shape.dim[axis].dim_param = symbol
-    return new
-
-
-def _width(cross: "onnx.GraphProto") -> int:
-    return int(cross.input[0].type.tensor_type.shape.dim[2].dim_value)
-
-
-def _chosen(cross: "onnx.GraphProto", names: list[tuple[str, int]]) -> "onnx.NodeProto":
-    """cross_key_0, …: from the cache where there is one, else computed of the encoder's states."""
-    from onnx import helper
-
-    kept, made = [], []
-    elem = cross.input[0].type.tensor_type.elem_type
-    for what, i in names:
-        kept.append(helper.make_node("Identity", [f"past_key_values.{i}.encoder.{what}"], [f"kept_{what}_{i}"]))
-        made.append(f"cross/present_{what}_cross_{i}")
-    ends = [[helper.make_tensor_value_info(n, elem, None) for n in outputs]
-            for outputs in ([n.output[0] for n in kept], made)]  # fmt: skip
-    return helper.make_node(
-        "If",
-        [CACHED],
-        [f"cross_{what}_{i}" for what, i in names],
-        then_branch=helper.make_graph(kept, "from_cache", [], ends[0]),
-        else_branch=helper.make_graph(list(cross.node), "from_encoder", [], ends[1]),
-    )
-
-
-def _cross_attention(path: Path) -> "onnx.GraphProto":
-    """The encoder's nodes behind hidden_states, which are there called encoder_hidden_states; all else prefixed."""
-    import onnx
-
+def encoder(path: Path) -> ir.Model:
+    """input_features → last_hidden_state."""
     model = graphs.load(path)
-    hidden = next(o for o in model.graph.output if o.name == "hidden_states")
-    kept = _nodes_for(model.graph, [o.name for o in model.graph.output if o is not hidden], {"hidden_states"})
-    graph = onnx.GraphProto(node=kept, input=[hidden])
-    needed = {n for node in kept for n in node.input}
-    graph.initializer.extend(t for t in model.graph.initializer if t.name in needed)
-    names = {n for node in kept for n in (*node.input, *node.output) if n}
-    _rename(graph, {n: f"cross/{n}" for n in names} | {"hidden_states": STATES})
-    return graph
+    graph, values = model.graph, _by_name(model.graph)
+    states = values["hidden_states"]
+    graph.outputs[:] = [states]
+    kept = set(graphs.nodes_for(graph, [states]))
+    graph.remove([node for node in graph if node not in kept], safe=True)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
+    values["audio_features"].name, states.name = "input_features", "last_hidden_state"
+    graphs.forget_types(model)
+    return model
 
 
-def _keep(model: "onnx.ModelProto", outputs: list[str]) -> None:
-    """Take out of a graph what these outputs do not need."""
-    graph = model.graph
-    nodes = list(_nodes_for(graph, outputs, set()))
-    needed = {n for node in nodes for n in node.input}
-    ends = [o for o in graph.output if o.name in outputs]
-    weights = [t for t in graph.initializer if t.name in needed]
-    for field, values in (("node", nodes), ("output", ends), ("initializer", weights)):
-        graph.ClearField(field)
-        getattr(graph, field).extend(values)
-    graph.ClearField("value_info")
+def decoder(encoder_path: Path, path: Path) -> ir.Model:
+    """input_ids, encoder_hidden_states, past_key_values.… and use_cache_branch → logits, present.…"""
+    model = graphs.load(path)
+    graph, values = model.graph, _by_name(model.graph)
+    layers = sum(name.startswith("present_key_self_") for name in values)
+    pairs = [(what, i) for i in range(layers) for what in ("key", "value")]
+    states, cross, weights = _cross_attention(encoder_path, pairs)
+    switch, old_ids = cache_switch(), graph.inputs[0]
+    ids = ir.val("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+    start, axis, everything = constants = [
+        ir.val(name, const_value=ir.tensor(np.array([value], np.int64), name=name))
+        for name, value in (("start", 0), ("axis", 2), ("everything", _EVERYTHING))
+    ]
+    cast = _node("Cast", [ids], "ids", {"to": _dtype(old_ids).value})
+    cached = _node("Cast", [switch], "cached", {"to": ir.DataType.INT64.value})
+    end = _node("Mul", [cached.outputs[0], everything], "cache_end")
+    before = [cast, cached, end]
+    old_ids.replace_all_uses_with(cast.outputs[0])
+    ends = {v.name: v for v in (ids, states, graph.outputs[0])}
+    for what, i in pairs:
+        # Without a cache, callers pass a placeholder, which has one position in Optimum.
+        old = values[f"past_{what}_self_{i}"]
+        past = _like(old, f"past_key_values.{i}.decoder.{what}")
+        before.append(_node("Slice", [past, start, end.outputs[0], axis], f"used_{what}_{i}"))
+        old.replace_all_uses_with(before[-1].outputs[0])
+        present = values[f"present_{what}_self_{i}"]
+        present.name = f"present.{i}.decoder.{what}"
+        ends |= {past.name: past, present.name: present}
+    pasts = [_like(values[f"past_{w}_cross_{i}"], f"past_key_values.{i}.encoder.{w}", _ENCODED) for w, i in pairs]
+    chosen = _chosen(switch, pasts, cross, pairs)
+    before.append(chosen)
+    for (what, i), past, value in zip(pairs, pasts, chosen.outputs, strict=True):
+        old = values[f"past_{what}_cross_{i}"]
+        old.replace_all_uses_with(value)
+        present = _like(old, f"present.{i}.encoder.{what}", _ENCODED)
+        before.append(ir.node("Identity", [value], outputs=[present]))
+        ends |= {past.name: past, present.name: present}
+    caches = [(i, of, what) for i in range(layers) for of in ("decoder", "encoder") for what in ("key", "value")]
+    kinds = [f"{i}.{of}.{what}" for i, of, what in caches]  # in Optimum's order
+    graph.inputs[:] = [ids, states, *(ends[f"past_key_values.{kind}"] for kind in kinds), switch]
+    graph.outputs[:] = [graph.outputs[0], *(ends[f"present.{kind}"] for kind in kinds)]
+    for value in (*weights, *constants):
+        graph.register_initializer(value)
+    graph.insert_before(graph[0], before)
+    graphs.forget_types(model)
+    return model
 
 
-def _nodes_for(graph: "onnx.GraphProto", outputs: list[str], given: set[str]) -> "list[onnx.NodeProto]":
-    """The nodes that compute `outputs` when `given` is there, in their order."""
-    import onnx
-
-    needed, kept = set(outputs), []
-    for node in reversed(graph.node):
-        if needed & (set(node.output) - given):
-            needed |= set(node.input)
-            copy = onnx.NodeProto()
-            copy.CopyFrom(node)
-            kept.append(copy)
-    return kept[::-1]
+def _by_name(graph: ir.Graph) -> dict[str, ir.Value]:
+    return {str(value.name): value for value in (*graph.inputs, *graph.outputs)}
 
 
-def _rename(graph: "onnx.GraphProto", names: dict[str, str]) -> None:
-    for node in graph.node:
-        for ends in (node.input, node.output):
-            for i, name in enumerate(ends):
-                ends[i] = names.get(name, name)
-    for value in _named(graph):
-        value.name = names.get(value.name, value.name)
+def _node(
+    kind: str, inputs: Sequence[ir.Value], output: str, attributes: Mapping[str, int] | None = None
+) -> ir.Node:
+    return ir.node(kind, inputs, attributes, outputs=[ir.val(output)])
 
 
-def _named(graph: "onnx.GraphProto") -> "Iterator[onnx.ValueInfoProto | onnx.TensorProto]":
-    yield from graph.input
-    yield from graph.output
-    yield from graph.value_info
-    yield from graph.initializer
+def _dtype(value: ir.Value) -> ir.DataType:
+    assert value.dtype is not None
+    return value.dtype
+
+
+def _like(value: ir.Value, name: str, length: str | None = None) -> ir.Value:
+    """Another value of the same type and shape. length: another name for its axis 2."""
+    assert value.shape is not None
+    shape = ir.Shape(value.shape)
+    if length is not None:
+        shape[2] = length
+    return ir.Value(name=name, type=value.type, shape=shape)
+
+
+def _cross_attention(path: Path, pairs: Sequence[tuple[str, int]]) -> tuple[ir.Value, ir.Graph, list[ir.Value]]:
+    """The encoder's nodes behind its states as a branch, which returns the keys and values of `pairs`.
+
+    Also the states, as an input, and the weights that the branch reads. All names inside get a prefix.
+    """
+    graph = graphs.load(path).graph
+    hidden, *_ = (value for value in graph.outputs if value.name == "hidden_states")
+    values = _by_name(graph)
+    ends = [values[f"present_{what}_cross_{i}"] for what, i in pairs]
+    nodes = graphs.nodes_for(graph, ends, [hidden])
+    assert hidden.shape is not None
+    sizes = ["batch_size", "encoder_sequence_length", hidden.shape[2]]
+    states = ir.Value(name=STATES, type=hidden.type, shape=ir.Shape(sizes))
+    graph.outputs.clear()
+    hidden.replace_all_uses_with(states)
+    graph.remove(nodes)
+    read = {value for node in nodes for value in node.inputs}
+    weights = [graph.initializers.pop(name) for name, value in list(graph.initializers.items()) if value in read]
+    for value in (*weights, *(value for node in nodes for value in node.outputs)):
+        value.name = f"cross/{value.name}" if value.name else value.name
+    for value in ends:
+        value.shape = None
+    return states, ir.Graph([], ends, nodes=nodes, name="from_encoder"), weights
+
+
+def _chosen(
+    switch: ir.Value, pasts: Sequence[ir.Value], cross: ir.Graph, pairs: Sequence[tuple[str, int]]
+) -> ir.Node:
+    """cross_key_0, …: from the cache if there is one, else computed from the encoder's states."""
+    kept = [_node("Identity", [past], f"kept_{what}_{i}") for (what, i), past in zip(pairs, pasts, strict=True)]
+    ends = [node.outputs[0] for node in kept]
+    for value, past in zip(ends, pasts, strict=True):
+        value.type = past.type
+    branches = {"then_branch": ir.Graph([], ends, nodes=kept, name="from_cache"), "else_branch": cross}
+    return ir.node("If", [switch], branches, outputs=[ir.val(f"cross_{what}_{i}") for what, i in pairs])

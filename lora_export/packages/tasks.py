@@ -1,4 +1,4 @@
-"""What models do, by Optimum's names of tasks, and what the runtimes call the classes that do it."""
+"""What models do, by Optimum's names of tasks, and the classes of the runtimes that do it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,60 +8,49 @@ from lora_export.errors import ExportError
 
 @dataclass(frozen=True)
 class PackageTask:
-    """name: Optimum's; auto: the class of transformers and transformers.js; optimum: its class; input: what the
-    model reads; pipeline: the hub's name; generates: whether the model makes text token by token."""
+    """name: Optimum's; auto: the class of transformers and transformers.js; input: what the model reads; generates:
+    whether the model generates text token by token; hub: the Hub's name, where it is another."""
 
     name: str
     auto: str
-    optimum: str
-    input: Literal["text", "image", "audio", "both"]
-    pipeline: str
+    input: Literal["text", "image", "audio", "both"] = "text"
     generates: bool = False
+    hub: str = ""
+
+    @property
+    def pipeline(self) -> str:
+        """The Hub's name of the task."""
+        return self.hub or self.name
+
+    @property
+    def optimum(self) -> str:
+        """The class of Optimum."""
+        return f"ORT{self.auto.removeprefix('Auto')}" + "ForFeatureExtraction" * (self.auto == "AutoModel")
 
 
 _ALL = (
-    PackageTask("text-generation", "AutoModelForCausalLM", "ORTModelForCausalLM", "text", "text-generation", True),
-    PackageTask(
-        "text2text-generation", "AutoModelForSeq2SeqLM", "ORTModelForSeq2SeqLM", "text", "translation", True
-    ),
-    PackageTask("feature-extraction", "AutoModel", "ORTModelForFeatureExtraction", "text", "feature-extraction"),
-    PackageTask("fill-mask", "AutoModelForMaskedLM", "ORTModelForMaskedLM", "text", "fill-mask"),
-    PackageTask(
-        "text-classification", "AutoModelForSequenceClassification", "ORTModelForSequenceClassification", "text",
-        "text-classification",
-    ),
-    PackageTask(
-        "token-classification", "AutoModelForTokenClassification", "ORTModelForTokenClassification", "text",
-        "token-classification",
-    ),
-    PackageTask(
-        "question-answering", "AutoModelForQuestionAnswering", "ORTModelForQuestionAnswering", "text",
-        "question-answering",
-    ),
-    PackageTask(
-        "image-classification", "AutoModelForImageClassification", "ORTModelForImageClassification", "image",
-        "image-classification",
-    ),
-    PackageTask(
-        "audio-classification", "AutoModelForAudioClassification", "ORTModelForAudioClassification", "audio",
-        "audio-classification",
-    ),
-    PackageTask(
-        "zero-shot-image-classification", "AutoModelForZeroShotImageClassification",
-        "ORTModelForZeroShotImageClassification", "both", "zero-shot-image-classification",
-    ),
-)  # fmt: skip
+    PackageTask("text-generation", "AutoModelForCausalLM", generates=True),
+    PackageTask("text2text-generation", "AutoModelForSeq2SeqLM", generates=True, hub="translation"),
+    PackageTask("feature-extraction", "AutoModel"),
+    PackageTask("fill-mask", "AutoModelForMaskedLM"),
+    PackageTask("text-classification", "AutoModelForSequenceClassification"),
+    PackageTask("token-classification", "AutoModelForTokenClassification"),
+    PackageTask("question-answering", "AutoModelForQuestionAnswering"),
+    PackageTask("image-classification", "AutoModelForImageClassification", "image"),
+    PackageTask("audio-classification", "AutoModelForAudioClassification", "audio"),
+    PackageTask("zero-shot-image-classification", "AutoModelForZeroShotImageClassification", "both"),
+)
 _ASR = "automatic-speech-recognition"
-_CTC = PackageTask(_ASR, "AutoModelForCTC", "ORTModelForCTC", "audio", _ASR)
-_SPEECH = PackageTask(_ASR, "AutoModelForSpeechSeq2Seq", "ORTModelForSpeechSeq2Seq", "audio", _ASR, True)
+_CTC = PackageTask(_ASR, "AutoModelForCTC", "audio")
+_SPEECH = PackageTask(_ASR, "AutoModelForSpeechSeq2Seq", "audio", True)
 
 
 def task_of(name: str, architecture: str) -> PackageTask:
-    """The task that an export names ("text-generation-with-past"). ExportError for one that no package knows."""
+    """The task that an export names ("text-generation-with-past"). ExportError for one that no package supports."""
     plain = name.removesuffix("-with-past")
     if plain == _ASR:
         return _CTC if architecture.endswith("ForCTC") else _SPEECH
-    found = next((t for t in _ALL if t.name == plain), None)
-    if found is None:
-        raise ExportError(f"the export is for the task {name!r}", expected=", ".join(t.name for t in _ALL))
-    return found
+    for task in _ALL:
+        if task.name == plain:
+            return task
+    raise ExportError(f"the export is for the task {name!r}", expected=", ".join(t.name for t in _ALL))

@@ -1,105 +1,95 @@
-"""A decoder's first step and all further ones in one graph, which transformers.js wants and Optimum takes.
+"""A decoder's first step and all later ones in one graph, which transformers.js requires and Optimum accepts.
 
-Both graphs become branches of an If on use_cache_branch; the weights, which they share, lie outside of it.
+Both graphs become branches of an If on use_cache_branch; the weights that they share are outside of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import onnx_ir as ir
 
 from lora_export.errors import ExportError
 from lora_export.packages import graphs
-from lora_export.packages.speech import CACHED
-
-if TYPE_CHECKING:
-    import onnx
+from lora_export.packages.speech import cache_switch
 
 
-def joined(first: Path, later: Path) -> "tuple[onnx.ModelProto, dict[str, Path]]":
-    """One model of the graphs decoder_model and decoder_with_past_model, and the folder of each external tensor.
+def joined(first: Path, later: Path) -> ir.Model:
+    """One model of the graphs decoder_model and decoder_with_past_model.
 
     Its inputs are those of both and use_cache_branch; its outputs those of the first. ExportError if the two do not
     belong together.
     """
-    import onnx
-    from onnx import TensorProto, helper
-
     without, with_past = graphs.load(first), graphs.load(later)
-    if [(o.domain, o.version) for o in without.opset_import] != [
-        (o.domain, o.version) for o in with_past.opset_import
-    ]:
+    versions = dict(without.graph.opset_imports)
+    if versions != with_past.graph.opset_imports:
         raise ExportError("the two steps of the decoder have different operator sets", where=later)
-    outside = _shared([without.graph, with_past.graph])
-    weights = {t.name for t in outside}
-    inputs = {i.name: i for g in (with_past.graph, without.graph) for i in g.input if i.name not in weights}
-    outputs = list(without.graph.output)
-    branches = [_branch(with_past.graph, outputs, weights), _branch(without.graph, outputs, weights)]
-    node = helper.make_node(
-        "If", [CACHED], [o.name for o in outputs], then_branch=branches[0], else_branch=branches[1]
+    weights = _weights(without, with_past)
+    inputs = {str(v.name): v for v in (*with_past.graph.inputs, *without.graph.inputs)}
+    outputs = [ir.Value(name=v.name, type=v.type, shape=_unsized(v)) for v in without.graph.outputs]
+    branches = [_branch(model.graph, outputs, inputs | weights) for model in (with_past, without)]
+    switch = cache_switch()
+    node = ir.node(
+        "If", [switch], {"else_branch": branches[1], "then_branch": branches[0]}, outputs=outputs, name="step"
     )
-    made = onnx.ModelProto()
-    made.CopyFrom(without)
-    made.graph.CopyFrom(
-        helper.make_graph(
-            [node],
-            "decoder",
-            [*inputs.values(), helper.make_tensor_value_info(CACHED, TensorProto.BOOL, [1])],
-            [_unsized(o) for o in outputs],
-            outside,
-        )
+    without.graph = ir.Graph(
+        [*inputs.values(), switch],
+        outputs,
+        nodes=[node],
+        initializers=list(weights.values()),
+        opset_imports=versions,
+        name="decoder",
     )
-    made.functions.extend(f for f in with_past.functions if f.name not in {g.name for g in without.functions})
-    return made, dict.fromkeys(weights, first.parent)
+    for key, function in with_past.functions.items():
+        without.functions.setdefault(key, function)
+    graphs.forget_types(without)
+    return without
 
 
-def _unsized(output: "onnx.ValueInfoProto") -> "onnx.ValueInfoProto":
-    """An output whose sizes the branches do not agree on by name: their number is all that holds for both."""
-    import onnx
-
-    new = onnx.ValueInfoProto()
-    new.CopyFrom(output)
-    for i, dim in enumerate(new.type.tensor_type.shape.dim):
-        if not dim.dim_value:
-            dim.dim_param = dim.dim_param if i == 0 else f"{output.name}.{i}"
-    return new
+def _unsized(output: ir.Value) -> ir.Shape | None:
+    """The shape of an output whose axes have different names in the branches: only their number is common."""
+    if output.shape is None:
+        return None
+    first, *others = output.shape
+    return ir.Shape([first, *(n if isinstance(n, int) else f"{output.name}.{i}" for i, n in enumerate(others, 1))])
 
 
-def _shared(both: "Iterable[onnx.GraphProto]") -> "list[onnx.TensorProto]":
-    """The external initializers of the two, each once. ExportError where a name stands for different bytes."""
-    found: dict[str, onnx.TensorProto] = {}
-    for graph in both:
-        for tensor in [t for t in graph.initializer if t.external_data]:
-            known = found.setdefault(tensor.name, tensor)
-            if known.SerializeToString(deterministic=True) != tensor.SerializeToString(deterministic=True):
-                raise ExportError(
-                    "the two steps of the decoder have different weights of one name", tensor=tensor.name
-                )
-    return list(found.values())
+def _weights(*models: ir.Model) -> dict[str, ir.Value]:
+    """The external initializers of the models, each once. ExportError where a name stands for different bytes."""
+    shared: dict[str, ir.Value] = {}
+    for value, tensor in (pair for model in models for pair in graphs.external(model)):
+        known = shared.setdefault(str(value.name), value).const_value
+        assert isinstance(known, ir.ExternalTensor)
+        if _described(known) != _described(tensor):
+            raise ExportError("the two steps of the decoder have different weights of one name", tensor=value.name)
+    return shared
 
 
-def _branch(graph: "onnx.GraphProto", outputs: "list[onnx.ValueInfoProto]", outside: set[str]) -> "onnx.GraphProto":
-    """The graph without inputs and shared weights; what it does not compute of `outputs`, it hands on of its cache.
+def _described(tensor: ir.ExternalTensor) -> tuple[object, ...]:
+    return graphs.range_of(tensor), tensor.dtype, tuple(tensor.shape)
 
-    Names of outputs get a suffix, as those of the If may not be hidden.
+
+def _branch(graph: ir.Graph, outputs: Sequence[ir.Value], outside: Mapping[str, ir.Value]) -> ir.Graph:
+    """The graph without inputs and shared weights. Those of `outputs` that it does not compute come from its cache.
+
+    Names of its outputs get a suffix, because they must not hide those of the If.
     """
-    import onnx
-    from onnx import helper
-
-    own = {o.name for o in graph.output}
-    nodes = []
-    for node in graph.node:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        for ends in (copy.input, copy.output):
-            for i, name in enumerate(ends):
-                ends[i] = f"{name}/inner" if name in own else name
-        nodes.append(copy)
-    ends_of = []
+    own = {str(value.name): value for value in graph.outputs}
+    for value in (*graph.inputs, *graph.initializers.values()):
+        known = outside.get(str(value.name))
+        if known is not None and known is not value:
+            value.replace_all_uses_with(known)
+    graph.inputs.clear()
+    graph.outputs.clear()
+    for name in [name for name in graph.initializers if name in outside]:
+        del graph.initializers[name]
     for output in outputs:
-        if output.name not in own:
-            past = output.name.replace("present.", "past_key_values.", 1)
-            nodes.append(helper.make_node("Identity", [past], [f"{output.name}/inner"]))
-        ends_of.append(helper.make_tensor_value_info(
-            f"{output.name}/inner", output.type.tensor_type.elem_type, None))  # fmt: skip
-    inline = [t for t in graph.initializer if t.name not in outside]
-    return helper.make_graph(nodes, graph.name or "step", [], ends_of, inline)
+        name = str(output.name)
+        value = own.get(name)
+        if value is None:
+            past = outside[name.replace("present.", "past_key_values.", 1)]
+            value = ir.Value(type=output.type)
+            graph.append(ir.node("Identity", [past], outputs=[value]))
+        value.name, value.shape = f"{name}/inner", None
+        graph.outputs.append(value)
+    graph.opset_imports.clear()
+    return graph

@@ -93,8 +93,8 @@ def _title(cell: Cell) -> str:
         "cache in place" if cell.kv_in_place else "",
         f"control: {one_line(cell.control)}" if cell.control else "",
     ]
-    told = "; ".join(note for note in notes if note)
-    return f"{cell_name(cell)} ({told})" if told else cell_name(cell)
+    details = "; ".join(note for note in notes if note)
+    return f"{cell_name(cell)} ({details})" if details else cell_name(cell)
 
 
 def _arm_row(name: str, arm: ArmTimes) -> Pairs:

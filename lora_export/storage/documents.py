@@ -176,12 +176,6 @@ def walk(document: Any, where: str | Path) -> Iterator[Any]:
         waiting += ((item, depth + 1) for item in inner)
 
 
-def check_texts(document: Any, where: str | Path) -> None:
-    """InputError if the document is too deep, or if a text in it is no text."""
-    for _ in walk(document, where):
-        pass
-
-
 def is_text(value: str) -> bool:
     r"""Whether it can be written as UTF-8: JSON can spell half a character ("\ud800"), which no file can hold."""
     try:

@@ -1,4 +1,13 @@
-"""All-or-nothing output folders and their locks: the one implementation for every stage."""
+"""Output folders and files, written all or nothing: the one implementation for every command.
+
+1. Refuse an output that exists (unless --force is given), that lies inside an input, or that contains one.
+2. Take the lock beside it (locks.py), and clean up what a killed run left (scratch.py).
+3. Write into a hidden folder beside it, under a random name. Ctrl-C and SIGTERM act at once here (interrupts.py).
+4. Sync every file, then rename the folder to the output. An older output changes places with it in one step, and is
+   removed last. Signals wait meanwhile.
+
+At any moment the output is the old one or the new one, as a whole. A result that fails a gate becomes OUT.failed.
+"""
 
 import contextlib
 import errno
@@ -20,19 +29,19 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 def output_folder(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield a hidden sibling of `final`; on success it is synced and renamed to `final`, else it is removed.
 
-    A GateFailed inside moves it to `final.failed` instead, with a file FAILED that says why. `final` may
-    exist only if it is empty or `force` is given; it may neither contain nor lie inside any of `inputs`.
+    A GateFailed inside moves it to `final.failed` instead, with the reason in a file FAILED. `final` may exist only
+    if it is empty or `force` is given; it may neither contain nor lie inside any of `inputs`.
     """
     final = final.resolve() if final.name in ("", "..") else final.absolute()
     _check_target(final, force, inputs)
-    with Interrupts() as interrupts, _full_disk_told(final), _parents(final), locked(final):
+    with Interrupts() as interrupts, _reporting_full_disk(final), _parents(final), locked(final):
         with interrupts.welcome():
             scratch.clean(final)
         _check_target(final, force, inputs)  # again: another run may have written it, or a leftover was put back
         stage = scratch.path_for(final)
         try:
             stage.mkdir()
-            with interrupts.welcome(), _full_disk_told(final, stage):
+            with interrupts.welcome(), _reporting_full_disk(final, stage):
                 yield stage
                 disk.sync_tree(stage)
             replace_folder(stage, final)
@@ -47,7 +56,7 @@ def output_folder(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> I
 
 @contextlib.contextmanager
 def output_file(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> Iterator[Path]:
-    """Yield a hidden folder beside `final`; on success the file of its name in there is synced and becomes `final`.
+    """Yield a hidden folder beside `final`; on success the file of that name in it is synced and becomes `final`.
 
     `final` may exist only if `force` is given, and may not lie inside any of `inputs`.
     """
@@ -63,10 +72,10 @@ def output_file(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> Ite
             expected="a file that does not exist yet",
             next_step="add --force to replace it, or choose another -o",
         )
-    with Interrupts() as interrupts, _full_disk_told(final), _parents(final), locked(final):
+    with Interrupts() as interrupts, _reporting_full_disk(final), _parents(final), locked(final):
         work = scratch.path_for(final)
         try:
-            with interrupts.welcome(), _full_disk_told(final, work):
+            with interrupts.welcome(), _reporting_full_disk(final, work):
                 scratch.clean(final)
                 work.mkdir()
                 yield work
@@ -79,15 +88,15 @@ def output_file(final: Path, force: bool, *, inputs: Sequence[Path] = ()) -> Ite
 
 @contextlib.contextmanager
 def added_to(folder: Path) -> Iterator[None]:
-    """Be the only writer of a folder that others read meanwhile: files are made whole, and then renamed."""
-    with Interrupts() as interrupts, _full_disk_told(folder), locked(folder.absolute()):
+    """Be the only writer of a folder that others may be reading: files are completed first, and then renamed."""
+    with Interrupts() as interrupts, _reporting_full_disk(folder), locked(folder.absolute()):
         with interrupts.welcome():
             yield
         disk.sync(folder)
 
 
 def failed_folder(final: Path) -> Path:
-    """Where an output that did not pass its gates is kept."""
+    """Where an output that failed a gate is kept."""
     return final.with_name(final.name + ".failed")
 
 
@@ -95,7 +104,7 @@ def _check_target(final: Path, force: bool, inputs: Sequence[Path]) -> None:
     for source in inputs:
         if _inside(final.resolve(), source) or any(_inside(p, final) for p in _real_paths(source)):
             raise OutputError(
-                "the output and an input lie inside each other, so writing would change the input",
+                "the output lies inside an input or contains one, so writing it would change the input",
                 where=final,
                 expected=f"an output folder outside {source}",
                 next_step="choose another folder with -o",
@@ -119,19 +128,19 @@ def _check_target(final: Path, force: bool, inputs: Sequence[Path]) -> None:
 
 
 def _inside(path: Path, folder: Path) -> bool:
-    """Whether `path` is `folder` or lies below it: by inodes, as bind mounts and capitals add names."""
+    """Whether `path` is `folder` or lies below it. By inodes: a folder can have several names."""
     return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))
 
 
 def _real_paths(source: Path) -> list[Path]:
-    """Where an input really lies: in a hub cache its files are links to blobs elsewhere."""
+    """Where an input really lies: in a Hub cache its files are links to blobs elsewhere."""
     links = [p for p in source.iterdir() if p.is_symlink()] if source.is_dir() else []
     return [p.resolve() for p in (source, *links)]
 
 
 @contextlib.contextmanager
 def _parents(final: Path) -> Iterator[None]:
-    """Make the folders that `final` is to lie in, and remove them again if it does not come to be."""
+    """Make the folders above `final`, and remove them again if it is not created."""
     missing = [p for p in final.parents if not p.exists()]
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -139,37 +148,37 @@ def _parents(final: Path) -> Iterator[None]:
     finally:
         if not final.exists():
             for folder in missing:
-                with contextlib.suppress(OSError):  # not empty: somebody else has use for it
+                with contextlib.suppress(OSError):  # not empty: in use by somebody else
                     folder.rmdir()
 
 
 @contextlib.contextmanager
-def _full_disk_told(final: Path, stage: Path | None = None) -> Iterator[None]:
-    """OutputError for a full disk, which says how much of the output there was. stage: where it is being written.
+def _reporting_full_disk(final: Path, stage: Path | None = None) -> Iterator[None]:
+    """OutputError for a full disk, with the number of bytes written. stage: where the output is being written.
 
-    Libraries that write with code of their own tell of it in a text alone.
+    Libraries that write with native code report a full disk only in the text of their errors.
     """
     try:
         yield
     except OutputError:
         raise
     except Exception as error:
-        number = next((n for n in _FULL if _tells(error, n)), None)
+        number = next((n for n in _FULL if _is_of(error, n)), None)
         if number is None:
             raise
         sizes = ""
         if stage is not None and stage.is_dir():
-            sizes = f"more than {disk.size_of(disk.written(stage))} are needed, which were written, and "
+            sizes = f"more than {disk.size_of(disk.written(stage))} are needed, which were already written, and "
         where = getattr(error, "filename2", None) or getattr(error, "filename", None) or final
         raise OutputError(
             f"{os.strerror(number)}: the disk became full while the output was being written",
             where=where,
             expected=f"enough space for the whole output: {sizes}{disk.size_of(_free(final))} are free",
-            next_step="free some space, or choose another -o, or another TMPDIR if the file is there",
+            next_step="free some space, or choose another -o, or another TMPDIR if the file lies there",
         ) from None
 
 
-def _tells(error: Exception, number: int) -> bool:
+def _is_of(error: Exception, number: int) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == number
     return os.strerror(number) in str(error)
@@ -181,9 +190,9 @@ def _free(final: Path) -> int:
 
 
 def replace_folder(stage: Path, final: Path) -> None:
-    """Make `stage` the folder `final` in one step, see it on disk, and remove what was there before.
+    """Rename `stage` to `final` in one step, sync, and remove what was there before.
 
-    OSError if either cannot be done; then everything is as it was.
+    OSError if the rename or the sync fails; then everything is as it was.
     """
     existed = os.path.lexists(final)
     _rename(stage, final, existed)
@@ -197,11 +206,11 @@ def replace_folder(stage: Path, final: Path) -> None:
 
 
 def _rename(a: Path, b: Path, swap: bool) -> None:
-    """Rename the folder `a` to `b`; with `swap`, where there is a `b` already, that becomes `a`."""
+    """Rename the folder `a` to `b`; with `swap`, an existing `b` becomes `a`."""
     if not swap:
         a.replace(b)
     elif not disk.exchange_names(a, b):
-        # Without an atomic exchange there is a moment with neither name; scratch.clean mends it after a kill.
+        # Without an atomic exchange `b` does not exist for a moment; after a kill, scratch.clean restores it.
         old = scratch.path_for(b, "old")
         scratch.note(b, old)
         b.rename(old)
@@ -219,7 +228,7 @@ def _remove_replaced(old: Path, final: Path) -> None:
     try:
         if stat.S_ISDIR(old.lstat().st_mode):
             shutil.rmtree(old)
-        else:  # a link of that name goes, and not what it leads to
+        else:  # a link is removed, not its target
             old.unlink()
     except OSError as error:
         raise OutputError(

@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill, kept waiting while something is under way that must not stay half done."""
+"""Ctrl-C, SIGTERM and SIGHUP, deferred while something is done that must not stop halfway."""
 
 import contextlib
 import signal
@@ -10,10 +10,10 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
-    """While entered, signals wait; within `welcome` the first one acts at once, and the others wait for the end.
+    """Inside it, signals wait; inside `welcome` the first one acts at once, and later ones wait for the end.
 
-    What waited is sent again on leaving, unless an error is on its way already. Only the main thread can
-    say what a signal does: in another thread, and for a signal that no Python code handles, nothing changes.
+    A signal that waited is raised again on leaving, unless an error is being raised already. Only the main thread
+    can handle signals: in another thread, and for a signal without a Python handler, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def welcome(self) -> Iterator[None]:
-        """Inside, nothing is under way that a signal could leave half done."""
+        """Inside, a signal can leave nothing half done."""
         self._welcome = True
         if self._waiting:
             self._arrived(self._waiting.pop(0), None)
@@ -56,6 +56,6 @@ class Interrupts:
         if not self._welcome:
             self._waiting.append(number)
             return
-        self._welcome = False  # what it raises is followed by cleaning up, which a second signal may not disturb
+        self._welcome = False  # a second signal must not disturb the clean-up after what this one raises
         self._before[number](number, frame)
         self._welcome = True

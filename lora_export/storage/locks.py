@@ -1,4 +1,4 @@
-"""The lock of an output: one writer at a time, by a file beside it that names the process which holds it."""
+"""The lock of an output: one writer at a time, by a file beside it that names the process holding it."""
 
 import contextlib
 import os
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from lora_export.errors import OutputError
 
-PATIENCE = 0.2  # seconds, for one who holds the lock to say who it is, or to be gone
+PATIENCE = 0.2  # seconds for the holder of the lock to write its name, or to finish
 
 
 @contextlib.contextmanager
 def locked(final: Path) -> Iterator[None]:
-    """Hold `.NAME.lock` of the output `final`. OutputError if another process does, or if that is no plain file."""
+    """Hold `.NAME.lock` of the output `final`. OutputError if another process does, or if it is not a file."""
     from filelock import FileLock, Timeout
 
     path = final.with_name(f".{final.name}.lock")
@@ -30,16 +30,16 @@ def locked(final: Path) -> Iterator[None]:
         ) from None
     with held:
         try:
-            # As filelock itself writes it where files cannot be locked: it tells a dead holder by that.
+            # In the format that filelock itself uses where files cannot be locked, to recognize a dead holder.
             _write(path, f"{os.getpid()}\n{socket.gethostname()}\n")
             yield
         finally:
-            # Only who holds it removes it, and filelock gives nobody a lock on a file that is gone.
+            # Only its holder removes it, and filelock grants no lock on a file that is gone.
             path.unlink(missing_ok=True)
 
 
 def _refuse_planted(path: Path) -> None:
-    """OutputError for a lock that is a link, has a second name elsewhere, or is no file."""
+    """OutputError for a lock that is a link, has a second name, or is not a regular file."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -50,10 +50,10 @@ def _refuse_planted(path: Path) -> None:
 def _check(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         raise OutputError(
-            "the lock of the output is a link, or no file at all",
+            "the lock of the output is a link, or not a file",
             where=path,
-            expected="a plain file, or nothing",
-            next_step="see what it is and who made it, and delete it",
+            expected="a regular file, or nothing",
+            next_step="find out what it is and who created it, and delete it",
         )
 
 
@@ -67,7 +67,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _opened(path: Path, flags: int) -> int:
-    """A descriptor of the lock. OutputError if it is not a plain file with one name."""
+    """A descriptor of the lock. OutputError if it is not a regular file with one name."""
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _check(path, os.fstat(fd))
@@ -78,7 +78,7 @@ def _opened(path: Path, flags: int) -> int:
 
 
 def _holder(path: Path) -> str:
-    """Who holds a lock, as far as its file says it."""
+    """Who holds a lock, as far as its file says."""
     try:
         with os.fdopen(_opened(path, os.O_RDONLY), encoding="utf-8", errors="replace") as file:
             number, host, *_ = [*file.read(1000).split("\n"), "", ""]

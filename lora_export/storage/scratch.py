@@ -1,8 +1,8 @@
-"""What a run makes beside its output: names that nobody can guess, made new, and cleaned up after a killed run.
+"""What a run creates beside its output, and how it is cleaned up after a killed run.
 
-Whoever can write beside an output can put something there under a name that is expected. So a scratch folder has a
-random name and is made, never taken over; and of what a killed run left, only what this rule proves is touched: a
-real folder of this user, and, to become the output again, the very folder that was noted before it was moved.
+Anybody who can write beside an output can plant something there under a predictable name. So a scratch folder has a
+random name and is always new. Of what a killed run left, only two things are touched: a real folder of this user,
+and, to become the output again, the very folder that was noted before it was moved.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from pathlib import Path
 
 
 def path_for(final: Path, kind: str = "partial") -> Path:
-    """A name beside `final` that is not in use and cannot be foreseen."""
+    """A new random name beside `final`."""
     return final.with_name(f".{final.name}.{kind}-{secrets.token_hex(16)}")
 
 
 def clean(final: Path) -> None:
-    """Remove what a killed run left; put back an output that it had moved away. Called under the lock."""
+    """Remove what a killed run left, and put back an output that it had moved. Call it under the lock."""
     old = _noted(final)
     if old is not None and _own_folder(old):
         if os.path.lexists(final):
@@ -35,7 +35,7 @@ def clean(final: Path) -> None:
 
 
 def note(final: Path, old: Path) -> None:
-    """Write down that the folder `final` gets the name `old` for a moment."""
+    """Note that the folder `final` has the name `old` for a moment."""
     forget(final)
     fd = os.open(_note(final), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -55,14 +55,14 @@ def _note(final: Path) -> Path:
 
 
 def _noted(final: Path) -> Path | None:
-    """The folder that was the output when a run was killed, if it is the one that was noted."""
+    """The folder that was the output when a run was killed, if it is the noted one."""
     try:
         fd = os.open(_note(final), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_uid != os.geteuid():
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid != os.geteuid():
             return None
         name, identity, *_ = [*file.read(1000).split("\n"), "", ""]
     if not re.fullmatch(rf"\.{re.escape(final.name)}\.old-[0-9a-f]{{32}}", name):
@@ -72,11 +72,11 @@ def _noted(final: Path) -> Path | None:
 
 
 def _identity(path: Path) -> str:
-    found = path.lstat()
-    return f"{found.st_dev}:{found.st_ino}"
+    status = path.lstat()
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def _own_folder(path: Path) -> bool:
-    """Whether this is a real folder, no link, of the user that this process runs as."""
-    found = path.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not path.is_mount()
+    """Whether this is a real folder, not a link, of the user that runs this process."""
+    status = path.lstat()
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not path.is_mount()

@@ -1,4 +1,4 @@
-"""Files that are read with distrust: regular files of a folder, JSON within bounds, documents with a digest."""
+"""Files from elsewhere: regular files of a folder only, JSON within bounds, documents with a digest."""
 
 import contextlib
 import errno
@@ -37,9 +37,9 @@ class FileHash:
 def opened(path: Path, root: Path | None = None) -> Iterator[io.BufferedReader]:
     """A regular file of the folder `root` (by default the one that it lies in), open for reading.
 
-    A link may lead to a file in `root`, or to the blobs of the hub cache that `root` is a snapshot of. InputError
-    for any other link, in the path below `root` as well, and for anything but a regular file; neither waits for a
-    writer, as a FIFO would. OSError, with the name, if the file cannot be opened.
+    A link may lead to a file in `root`, or to the blobs of the Hub cache that `root` is a snapshot of. InputError
+    for any other link, also in the path below `root`, and for anything but a regular file, without blocking on a
+    FIFO. OSError, with the name, if the file cannot be opened.
     """
     with os.fdopen(_open_beneath(path, root or path.parent), "rb") as file:
         yield file
@@ -56,7 +56,7 @@ def _open_beneath(path: Path, root: Path) -> int:
             at = _kept(stack, os.open(home, _DIRECTORY))
             for folder in folders:
                 at = _kept(stack, os.open(folder, _DIRECTORY, dir_fd=at))
-            # What was a file a moment ago may be a link or a FIFO now.
+            # By now a link or a FIFO may have replaced the file.
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=at)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
@@ -84,19 +84,19 @@ def _not_inside(path: Path, found: str) -> InputError:
     return InputError(
         found,
         where=path,
-        expected="a file, or a link within the folder or into the blobs of a hub cache",
+        expected="a file, or a link within the folder or into the blobs of a Hub cache",
         next_step="copy the file itself into the folder",
     )
 
 
 def copy(path: Path, target: Path, root: Path | None = None) -> None:
-    """Copy the contents of a file that `opened` opens; the new file gets the umask's mode."""
+    """Copy the contents of a file that `opened` opens. The mode of the new file is that of the umask."""
     with opened(path, root) as source:
         fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             disk.copy_range(source.fileno(), 0, os.fstat(source.fileno()).st_size, fd, 0)
         except EOFError as error:
-            raise InputError(str(error), where=path, expected="a file that nobody changes meanwhile") from None
+            raise InputError(str(error), where=path, expected="a file that does not change meanwhile") from None
         except OSError as error:
             error.filename, error.filename2 = str(path), str(target)
             raise
@@ -111,7 +111,7 @@ def sha256(path: Path, root: Path | None = None) -> str:
 def hash_folder(folder: Path) -> dict[str, FileHash]:
     """Name (relative, with /) and hash of every file below `folder`, sorted.
 
-    InputError for a link that leads out of it, for a link to a folder, and for what is neither file nor folder.
+    InputError for a link that leads out of it, for a link to a folder, and for what is neither a file nor a folder.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -157,17 +157,17 @@ def _object(raw: bytes, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"the file is not valid JSON: {error}", where=path) from None
     if not isinstance(value, dict):
-        raise InputError("the file holds no JSON object", where=path, expected="{…}")
+        raise InputError("the file does not hold a JSON object", where=path, expected="{…}")
     return value
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON document of this tool; see json_text."""
+    """A JSON document of this tool, as `json_text` spells it."""
     _write(path, json_text(value))
 
 
 def _write(path: Path, text: str) -> None:
-    """The file is made new and gets its name last: a link of that name is replaced, never written through."""
+    """The new file gets its name last, so a link of that name is replaced and never written through."""
     unfinished = path.with_name(f".{path.name}.partial-{secrets.token_hex(16)}")
     try:
         fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -184,19 +184,19 @@ def _write(path: Path, text: str) -> None:
 
 
 def json_text(value: Mapping[str, Any]) -> str:
-    """As every JSON document of this tool is written: one document, one text, "nan" and "inf" as words."""
+    """The text of a JSON document of this tool, the same for the same document; "nan" and "inf" are words."""
     text = json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if not is_text(text):
         raise InputError(
-            "a name that is no UTF-8, which JSON cannot hold",
+            "a name is not valid UTF-8, and JSON cannot hold it",
             expected="files and folders with names in UTF-8",
-            next_step="rename what lies in the folders that were given",
+            next_step="rename the files in the input folders",
         )
     return text
 
 
 def write_settings(path: Path, value: Mapping[str, Any]) -> None:
-    """A model's own configuration, in which its libraries read NaN and Infinity as numbers."""
+    """A model's configuration, in which its libraries read NaN and Infinity as numbers."""
     _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -206,29 +206,29 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote, without the digest. InputError if a byte of the file is not as it was written."""
+    """What `write_sealed` wrote, without the digest. InputError if a byte of the file was changed."""
     raw = _read(path, LARGEST)
     value = _object(raw, path)
     digest = value.pop("digest", None)
     if not _is_text_of(raw, {**value, "digest": digest}) or digest != _digest(value):
         raise InputError(
-            "the file was changed after it was written: it does not agree with its own digest",
+            "the file was changed after it was written: it does not match its digest",
             where=path,
             expected="the file as this tool wrote it",
-            next_step="take it from where it was made",
+            next_step="copy it again from where it was made",
         )
     return value
 
 
 def _is_text_of(raw: bytes, value: Mapping[str, Any]) -> bool:
-    """Whether these bytes are what is written of a document; found out piece by piece, for it may be large."""
+    """Whether these bytes are the text of a document. Compared piece by piece, as it may be large."""
     at = 0
     try:
         for piece in _encoded(value):
             if not raw.startswith(piece, at):
                 return False
             at += len(piece)
-    except (ValueError, RecursionError):  # half a character, which no file can hold; deeper than anything written
+    except (ValueError, RecursionError):  # half a character, or nested deeper than anything that is written
         return False
     return at == len(raw)
 
@@ -249,12 +249,12 @@ def _encoded(value: Mapping[str, Any]) -> Iterator[bytes]:
 
 
 def plain_name(name: str) -> bool:
-    """Whether a file name that came with a model stays inside its folder."""
+    """Whether a file name from a model stays inside its folder."""
     return bool(name) and name not in (".", "..") and not any(c in name for c in "/\\\0:")
 
 
 def plain_path(name: str) -> bool:
-    """Whether a name with / that came with a model stays inside its folder, and is spelled as it always is."""
+    """Whether a path from a model stays inside its folder, and is spelled in the one normal way."""
     path = PurePosixPath(name)
     return bool(path.parts) and path.as_posix() == name and all(map(plain_name, path.parts))
 
@@ -262,8 +262,8 @@ def plain_path(name: str) -> bool:
 def refuse_outward_link(path: Path, root: Path | None = None) -> None:
     """InputError for a link that leads out of `root` (by default the folder that it lies in).
 
-    Any other than those that `opened` follows would have this process read, and copy into its output, a file that
-    did not come with the model.
+    Through any link that `opened` does not follow, this process would read a file that did not come with the model
+    and copy it into its output.
     """
     real = path.resolve()
     if not any(home in real.parents for home in _homes(root or path.parent)):
@@ -271,7 +271,7 @@ def refuse_outward_link(path: Path, root: Path | None = None) -> None:
 
 
 def refuse_special(folder: Path) -> None:
-    """InputError for a FIFO, socket or device in a folder: a library that opens it would wait for ever."""
+    """InputError for a FIFO, socket or device in a folder: a library that opens it would block forever."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not path.is_file() and not path.is_dir():
             raise _not_inside(path, "not a regular file")

@@ -1,8 +1,8 @@
-"""A program that runs what came from elsewhere: in a process of its own, without a network, within limits.
+"""Running a program on files from elsewhere: in a process of its own, without a network, within limits.
 
-Network and limits are Linux's. Where the kernel gives nobody a network namespace (some containers), the program
-keeps the network, and the outcome says so. Files are not hidden from it: `lora_export.allowed` checks beforehand
-what it is about to read.
+Network isolation and limits need Linux. Where the kernel grants no network namespace (in some containers), the
+program keeps the network, and the outcome says so. Files are not hidden from it: `lora_export.allowed` checks
+beforehand what it is about to read.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from typing import IO
 from lora_export.errors import InputError
 
 SECONDS = 3600
-MEMORY = 8 * 2**30  # bytes that a runtime may take beside the model
-_OUTPUT = 2**20  # bytes of what a program prints that are looked at
+MEMORY = 8 * 2**30  # bytes for a runtime, in addition to the model
+_OUTPUT = 2**20  # bytes at the end of a program's output that are read
 _LARGEST_FILE = 2**30
 _KEPT = frozenset(
     {
@@ -34,7 +34,7 @@ _KEPT_PREFIXES = ("LC_", "LD_LIBRARY", "DYLD_", "CUDA", "NVIDIA", "OMP_", "MKL_"
 
 @dataclass(frozen=True)
 class Outcome:
-    """code: of the exit, negative for a signal; None if the time was up. network: 'none', or why there was one."""
+    """code: exit code, negative for a signal; None after a timeout. network: 'none', or why there was one."""
 
     code: int | None
     stdout: str
@@ -45,7 +45,7 @@ class Outcome:
 def run(command: Sequence[str], program: str, place: Path, *, memory: int, seconds: int = SECONDS) -> Outcome:
     """Run `command` in the folder `place` with `program` as its input. OSError if it cannot be started.
 
-    memory: bytes of data, in all of the process. Everything that it started ends with it.
+    memory: bytes of data of the process. All processes that it started end with it.
     """
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, contextlib.ExitStack() as files:
         out, err, told = (files.enter_context((Path(scratch) / n).open("w+b")) for n in ("out", "err", "told"))
@@ -65,19 +65,19 @@ def run(command: Sequence[str], program: str, place: Path, *, memory: int, secon
             process.wait()
         note = _read(told)
         if note.startswith("!"):
-            raise InputError(f"{command[0]} does not start: {note[1:]}", expected="a program that can be run")
+            raise InputError(f"{command[0]} cannot be started: {note[1:]}", expected="an executable program")
         return Outcome(code, _read(out), _read(err), note or "none")
 
 
 def _read(file: IO[bytes]) -> str:
-    """The end of what was written."""
+    """The end of the output."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - _OUTPUT))
     return file.read(_OUTPUT).decode("utf-8", errors="replace")
 
 
 def _environment(scratch: str) -> dict[str, str]:
-    """Without tokens and proxies, and offline."""
+    """Offline, without tokens and proxies."""
     kept = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)}
     return kept | {
         "HF_HOME": str(Path(scratch, "hf")),
@@ -88,7 +88,7 @@ def _environment(scratch: str) -> dict[str, str]:
     }
 
 
-# Limits are of data, not of addresses: CUDA and V8 reserve far more addresses than they use.
+# Data is limited, not address space: CUDA and V8 reserve far more addresses than they use.
 _LAUNCHER = """
 import ctypes, json, os, sys
 limits, command = json.loads(sys.argv[1]), sys.argv[2:]

@@ -1,4 +1,4 @@
-"""A package, checked again where it arrived: its files, its signature, its graphs, and what its runtime says."""
+"""A package, checked where it arrived: its files, its signature, its graphs, and the answer of its runtime."""
 
 import json
 import math
@@ -17,10 +17,10 @@ from lora_export.packages.targets import target_named
 from lora_export.storage import sealed
 from lora_export.workflows import confined
 
-MODEL_SHARE = 6  # bytes of memory for each byte of a package: fp16 is computed in fp32, and packed anew
-RELATIVE = 1e-3  # of the largest number of a sample: another order of additions, in fp32
-_EXACT = frozenset({"fp32", "float32"})  # precisions in which a runtime must say what the unmerged model says
-_UNSIGNED = "who made it: it is not signed, and whoever changes a file can write another manifest"
+MODEL_SHARE = 6  # bytes of memory per byte of a package: fp16 is computed in fp32, and weights are packed again
+RELATIVE = 1e-3  # of the largest number of a sample: fp32 additions in another order
+_EXACT = frozenset({"fp32", "float32"})  # precisions in which a runtime must answer as the unmerged model does
+_UNSIGNED = "who made it: it is not signed, and anybody who changes a file can also rewrite the manifest"
 
 
 def is_package(path: Path) -> bool:
@@ -31,22 +31,22 @@ def is_package(path: Path) -> bool:
 def verify(path: Path, key: Path | None, run: bool, runtime: Path | None, progress: Progress) -> Verification:
     """Check a package, a folder or an archive.
 
-    key: the public key of who signed it, in PEM; run: have its runtime generate; runtime: where that is, if not in
-    this environment: a Python interpreter, or for transformers.js a folder with node_modules.
+    key: the public key of its signer, in PEM; run: have its runtime answer the sample; runtime: where that is, if
+    not in this environment: a Python interpreter, or for transformers.js a folder with node_modules.
     """
     with _folder(path) as folder:
-        progress.stage("verify: every file of the package")
+        progress.stage("verify: checking every file of the package")
         try:
             manifest = contents.read(folder)
         except InputError as error:
             return Verification((Finding("manifest", False, f"{error.found} ({contents.NAME})"),))
-        checks = [Finding("manifest", True, "complete, and agrees with its own digest")]
+        checks = [Finding("manifest", True, "complete, and matches its digest")]
         checks += contents.compare(folder, manifest)
         not_checked = []
         if key is not None:
             checks.append(signature.verify(folder, key))
         elif (folder / contents.SIGNATURE).is_file():
-            not_checked.append(f"the signature {contents.SIGNATURE}: give the public key of who signed it (--key)")
+            not_checked.append(f"the signature {contents.SIGNATURE}: give the public key of its signer (--key)")
         else:
             not_checked.append(_UNSIGNED)
         if all(c.passed for c in checks):
@@ -55,11 +55,11 @@ def verify(path: Path, key: Path | None, run: bool, runtime: Path | None, progre
             checks += _graphs(folder)
         about: dict[str, Any] = {"signature": _signature(folder, key, checks)}
         if not run:
-            not_checked.append("whether its runtime runs it: --run")
+            not_checked.append("whether its runtime runs it: add --run")
         elif all(c.passed for c in checks):  # nothing that was tampered with is run
             if about["signature"] != "verified":
-                progress.warn(f"{_WARNINGS[about['signature']]}: --run has a runtime read files of unknown origin")
-            finding, network = _said(folder, contents.facts_of(folder, manifest), runtime, progress)
+                progress.warn(f"{_WARNINGS[about['signature']]}: a runtime will read files of unknown origin")
+            finding, network = _answer(folder, contents.facts_of(folder, manifest), runtime, progress)
             checks.append(finding)
             about["network_of_run"] = network
         return Verification(tuple(checks), tuple(not_checked), about)
@@ -74,12 +74,12 @@ def _signature(folder: Path, key: Path | None, checks: Sequence[Finding]) -> str
 _WARNINGS = {
     "none": "the package is not signed",
     "not checked": "the signature of the package was not checked (--key)",
-    "refused": "the signature of the package is not that of the key",
+    "refused": "the signature of the package was not made with this key",
 }
 
 
 def _allowed(folder: Path, target: str) -> list[Finding]:
-    """Whether its files are of known types, and its configuration says only what a runtime may be told."""
+    """Whether its files are of known types, and its configuration sets nothing but what is allowed."""
     chosen = target_named(target)
     try:
         allowed.check_package(folder, chosen.file_names)
@@ -87,12 +87,12 @@ def _allowed(folder: Path, target: str) -> list[Finding]:
     except LoraExportError as error:
         where = f" ({error.where})" if error.where else ""
         return [Finding("contents", False, f"{error.found}{where}")]
-    return [Finding("contents", True, "known types of files, and settings that are on the lists of their runtimes")]
+    return [Finding("contents", True, "known types of files, and only allowed settings")]
 
 
 @contextmanager
 def _folder(path: Path) -> Iterator[Path]:
-    """The folder of a package; an archive is unpacked for the time being."""
+    """The folder of a package; an archive is unpacked into a temporary one."""
     if path.is_dir():
         yield path
         return
@@ -102,7 +102,7 @@ def _folder(path: Path) -> Iterator[Path]:
 
 
 def _graphs(folder: Path) -> list[Finding]:
-    """Whether each graph is valid, whatever it is called, and its weights lie in plain files beside it."""
+    """Whether each graph is valid, whatever its name, and has its weights in regular files beside it."""
     from lora_export.onnx_export import check_model
     from lora_export.onnx_export.graphs.finding import find_graphs
 
@@ -122,13 +122,13 @@ def _graphs(folder: Path) -> list[Finding]:
     return found
 
 
-def refuse_other_words(folder: Path, facts: PackageFacts, progress: Progress) -> None:
-    """InputError unless what lies in `folder` says to the sample what the unmerged model says."""
-    found, _ = _said(folder, facts, None, progress)
-    if not found.passed:
+def refuse_other_answer(folder: Path, facts: PackageFacts, progress: Progress) -> None:
+    """InputError unless the package in `folder` answers the sample as the unmerged model does."""
+    finding, _ = _answer(folder, facts, None, progress)
+    if not finding.passed:
         raise InputError(
-            f"the export with slots is not the model of this run: {found.note}",
-            expected="an export of the same base, with the adapter of the run beside it",
+            f"the export with slots is not the model of this run: {finding.note}",
+            expected="an export of the same base, with the run's adapter beside it",
             next_step="lora-export export -m BASE -a ADAPTER -o EXPORT",
         )
 
@@ -136,13 +136,14 @@ def refuse_other_words(folder: Path, facts: PackageFacts, progress: Progress) ->
 # --- running it --------------------------------------------------------------------------------------------
 
 
-def _said(folder: Path, facts: PackageFacts, runtime: Path | None, progress: Progress) -> tuple[Finding, str]:
-    """What the package's runtime says to the sample, beside what the unmerged model says; and whether it had a
-    network: 'none', or why."""
-    progress.stage(f"verify: {facts.target.name} runs the package, without a network")
+def _answer(folder: Path, facts: PackageFacts, runtime: Path | None, progress: Progress) -> tuple[Finding, str]:
+    """The runtime's answer to the sample compared with the unmerged model's; and 'none', or why the program had a
+    network."""
+    progress.stage(f"verify: {facts.target.name} runs the package without a network")
     snippet = facts.target.check(facts, str(folder.resolve()))
     memory = confined.MEMORY + MODEL_SHARE * sum(sealed.sizes(folder).values())
-    with tempfile.TemporaryDirectory(prefix="lora-export-") as empty:  # Python imports from where it is started
+    # Python imports from the folder that it is started in.
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as empty:
         command, place = snippet.interpreter.start(runtime, Path(empty))
         try:
             done = confined.run(command, snippet.code, place, memory=memory)
@@ -150,53 +151,53 @@ def _said(folder: Path, facts: PackageFacts, runtime: Path | None, progress: Pro
             return Finding("runs", False, f"{command[0]} did not run: {error}"), "none"
     if done.network != "none":
         progress.warn(f"the program of the package ran with the network of this machine: {done.network}")
-    return _heard(done, facts), done.network
+    return _read_answer(done, facts), done.network
 
 
-def _heard(done: confined.Outcome, facts: PackageFacts) -> Finding:
+def _read_answer(done: confined.Outcome, facts: PackageFacts) -> Finding:
     if done.code is None:
-        return Finding("runs", False, f"its program was ended after {confined.SECONDS} s")
+        return Finding("runs", False, f"its program was stopped after {confined.SECONDS} s")
     if done.code != 0:
         return Finding("runs", False, f"its program failed: {_reason(done.stderr)}")
     try:
-        said: Any = json.loads(done.stdout.strip().splitlines()[-1])
+        answer: Any = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError, RecursionError):
-        return Finding("runs", False, f"its program printed no answer, but {done.stdout[-200:]!r}")
-    return _judged(said, facts)
+        return Finding("runs", False, f"its program printed {done.stdout[-200:]!r} instead of an answer")
+    return _judged(answer, facts)
 
 
 def _reason(stderr: str) -> str:
-    """The line that says most: the last of a Python traceback, the first error of Node."""
+    """The most telling line: the first with an error, otherwise the last."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "error" in line]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["it printed nothing"])[-1]
 
 
-def _judged(said: Any, facts: PackageFacts) -> Finding:
+def _judged(answer: Any, facts: PackageFacts) -> Finding:
     sample = facts.sample
     if sample is None:
-        return Finding("runs", bool(said or said == ""), "its runtime loads it and answers")
+        return Finding("runs", bool(answer or answer == ""), "its runtime loads it and answers")
     wanted = sample.text if sample.text is not None else list(sample.numbers)
-    same = _same(said, wanted)
+    same = _same(answer, wanted)
     who = "the unmerged model" if sample.text is not None else "the validated graph"
     if same:
-        return Finding("runs", True, f"its runtime says to the sample what {who} says")
+        return Finding("runs", True, f"its runtime answers the sample as {who} does")
     if facts.precision in _EXACT:
-        return Finding("runs", False, f"its runtime says {said!r} to the sample, and {who} {wanted!r}")
-    answered = isinstance(said, str) and bool(said) if sample.text is not None else _finite(said)
-    return Finding("runs", answered, f"its runtime answers, in {facts.precision} not as {who} does")
+        return Finding("runs", False, f"its runtime answers the sample with {answer!r}, and {who} with {wanted!r}")
+    is_answer = isinstance(answer, str) and bool(answer) if sample.text is not None else _finite(answer)
+    return Finding("runs", is_answer, f"its runtime answers, in {facts.precision} differently from {who}")
 
 
-def _same(said: Any, wanted: str | Sequence[float]) -> bool:
+def _same(answer: Any, wanted: str | Sequence[float]) -> bool:
     if isinstance(wanted, str):
-        # The sample goes on beyond an end of text, a runtime stops there; and neither is longer than its limit.
-        return isinstance(said, str) and bool(said) and (wanted.startswith(said) or said.startswith(wanted))
-    if not _finite(said) or not _finite(list(wanted)) or len(said) != len(wanted):
+        # The sample continues after an end of text, and a runtime stops there; both have a limit of tokens.
+        return isinstance(answer, str) and bool(answer) and (wanted.startswith(answer) or answer.startswith(wanted))
+    if not _finite(answer) or not _finite(list(wanted)) or len(answer) != len(wanted):
         return False
     scale = max(abs(x) for x in wanted)
-    return all(abs(a - b) <= RELATIVE * scale for a, b in zip(said, wanted, strict=True))
+    return all(abs(a - b) <= RELATIVE * scale for a, b in zip(answer, wanted, strict=True))
 
 
-def _finite(said: Any) -> bool:
-    numbers = isinstance(said, list) and bool(said) and all(isinstance(x, int | float) for x in said)
-    return numbers and all(map(math.isfinite, said))
+def _finite(answer: Any) -> bool:
+    numbers = isinstance(answer, list) and bool(answer) and all(isinstance(x, int | float) for x in answer)
+    return numbers and all(map(math.isfinite, answer))

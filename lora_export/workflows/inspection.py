@@ -34,9 +34,9 @@ _SCALINGS = {
 
 
 def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
-    """`kind` (package, run, adapter, onnx, base) and what a person would ask about that kind."""
+    """`kind` (package, run, adapter, onnx, base), and what a person wants to know about that kind."""
     if not folder.is_dir():
-        raise InputError("there is no such folder", where=folder)
+        raise InputError("no such folder", where=folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder, base)
     if is_package(folder):
@@ -48,7 +48,7 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
     if (folder / "config.json").is_file():
         return _base(open_checkpoint(folder))
     raise InputError(
-        "this is no base, adapter, ONNX export, run or package",
+        "not a base, adapter, ONNX export, run or package",
         where=folder,
         expected="a folder with config.json, adapter_config.json, model.onnx or manifest.json",
     )
@@ -75,7 +75,7 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _parameters_of_base(checkpoint: Checkpoint) -> int:
-    """Elements of its weights as they are once dequantized, if this tool can read them."""
+    """Elements of its weights once they are dequantized, if this tool can read them."""
     try:
         found = find_quantized(checkpoint, with_settings(checkpoint.folder, checkpoint.config))
     except LoraExportError:
@@ -89,9 +89,7 @@ def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
     """Elements of float tensors; a 4-bit weight counts its packed bytes twice."""
     count = 0
     for name, info in tensors.items():
-        size = 1
-        for n in info.shape:
-            size *= n
+        size = prod(info.shape)
         if info.dtype in ("F64", "F32", "F16", "BF16") and not name.endswith((".absmax", "_map", ".SCB")):
             count += size
         elif f"{name}.absmax" in tensors:
@@ -134,7 +132,7 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
 
 
 def _with_base(base: Path, adapter: Path) -> Adapter | None:
-    """An adapter whose layers follow from those of its base; None for one that cannot be merged into this base."""
+    """An adapter whose layers depend on its base; None for one that cannot be merged into this base."""
     from lora_export.merging import plan
 
     try:
@@ -144,7 +142,7 @@ def _with_base(base: Path, adapter: Path) -> Adapter | None:
 
 
 def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
-    """The adapter in sentences: kind, ranks, targets, base, and what merging will do."""
+    """The adapter in sentences: kind, ranks, targets, base, and the effect of merging."""
     config = adapter.config
     names = kinds(adapter.kind.upper())
     changes = {u.kind for u in adapter.updates}
@@ -162,7 +160,7 @@ def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
             f"{kind.NAME} adapter" + (f" of {span}" if ranks else ""),
             f"on {', '.join(targets)} in {layers} layers," if layers > 1 else f"on {', '.join(targets)},",
             f"{_parameters(tensors):,} parameters in {types}, trained on {base}.",
-            "Whether that base was quantized in training, an adapter does not tell.",
+            "An adapter does not record whether that base was quantized in training.",
             f"Merging changes {len({u.target for u in adapter.updates}) - replaced} weights ({kind.FORMULA})",
             f"and replaces {replaced}." if replaced else "and replaces none.",
         )

@@ -20,7 +20,7 @@ RESERVED = ("base", "merged", "unmerged", "plugged", "pytorch")
 def benchmark(arms: Sequence[BenchmarkArm], options: BenchmarkOptions, progress: Progress) -> BenchmarkResult:
     """The latency of the arms, side by side in one process: merged against base, and whatever else there is.
 
-    First the optimised graphs of base and merged are compared, for the provider that they will run on.
+    First the optimized graphs of base and merged are compared, for the provider that they will run on.
     """
     from lora_export.benchmarking import run
     from lora_export.onnx_export import compare
@@ -28,7 +28,7 @@ def benchmark(arms: Sequence[BenchmarkArm], options: BenchmarkOptions, progress:
     named = {arm.name: arm for arm in arms}
     graph = None
     if "base" in named:
-        progress.stage("benchmark: comparing the optimised graphs of base and merged")
+        progress.stage("benchmark: comparing the optimized graphs of base and merged")
         graph = compare(named["base"].graphs, named["merged"].graphs, options.provider)
         for warning in graph.warnings:
             progress.warn(warning)
@@ -128,17 +128,17 @@ def _without_slots(unmerged: Path) -> tuple[Path, ...]:
 
 def _plugged(path: Path) -> BenchmarkArm:
     folder = path if path.is_dir() else path.parent
-    found = [path] if path.is_file() else _adapters(folder)
-    if len(found) != 1:
+    files = [path] if path.is_file() else _adapters(folder)
+    if len(files) != 1:
         raise InputError(
-            f"{len(found)} adapters to plug in",
+            f"{len(files)} adapters to plug in",
             where=folder,
             expected="one .onnx_adapter file",
             next_step="name the file: --plugged FOLDER/NAME.onnx_adapter"
-            if found
+            if files
             else "lora-export export -m BASE -a ADAPTER -o FOLDER, which writes one",
         )
-    return BenchmarkArm("plugged", model_files(folder), adapter=found[0])
+    return BenchmarkArm("plugged", model_files(folder), adapter=files[0])
 
 
 def _adapters(folder: Path) -> list[Path]:

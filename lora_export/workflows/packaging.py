@@ -1,4 +1,4 @@
-"""A finished run becomes a package for one runtime."""
+"""Making a package for one runtime of a finished run, and pushing it to the Hub."""
 
 import re
 import shutil
@@ -8,63 +8,68 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_export import manifest, packages
+from lora_export import manifest
 from lora_export.allowed import check_model_folder, check_package
 from lora_export.contracts import ExportOptions, ExportResult, PackageOptions, PackageResult, Progress
+from lora_export.contracts.option import kept
 from lora_export.errors import InputError, OutputError
-from lora_export.packages import archive, card, companions, contents, signature
-from lora_export.packages.job import RUNS_OWN, PackageJob, PackageTarget, Run, Sample, Variant
+from lora_export.packages import archive, bom, companions, contents, readme, signature
+from lora_export.packages.job import RUNS_OWN, PackageFacts, PackageJob, PackageTarget, Run, Sample, Variant
 from lora_export.packages.programs import NUMBERS, PROMPT
 from lora_export.packages.targets import target_named
 from lora_export.packages.tasks import task_of
 from lora_export.storage import files, sealed
-from lora_export.workflows.delivered import refuse_other_words
+from lora_export.workflows.delivered import refuse_other_answer
 from lora_export.workflows.verifying import check_run
 
-WORST_AGREEMENT = 0.8  # share of tokens on which a variant should say the same as the run's own export
+WORST_AGREEMENT = 0.8  # least share of positions at which a variant should choose the token of the run's export
 
 
 def package(run: Path, target: str, output: Path, options: PackageOptions, progress: Progress) -> PackageResult:
-    """Write a package of `run` for the runtime `target` into the new folder `output`, or into a file of that name.
+    """Write a package of `run` for the runtime `target` into the new folder `output`, or an archive of that name.
 
     All or nothing. InputError for a run that failed, was changed since, or lacks what the runtime needs.
     """
     started = time.monotonic()
-    chosen = target_named(target)
-    found = read_run(run, progress)
-    if chosen.needs_merged and found.merged is None:
+    chosen, read = target_named(target), read_run(run, progress)
+    if chosen.needs_merged and read.merged is None:
         raise InputError(
             "the run has no merged folder (--no-merged-folder)",
             where=run,
             expected=f"merged/, from which a package for {target} is made",
             next_step="repeat merge-and-export without --no-merged-folder, or choose another --for",
         )
-    companions.check(found)
-    variants = chosen.variants(found, options.variants)
-    name = _name(options.name, found)
+    companions.check(read)
+    variants = chosen.variants(read, options.variants)
+    name = _name(options.name, read)
     if options.key is not None:
         signature.check_key(options.key)
+    plugged, adapters = _plugged(options.pluggable, chosen, read)
     final = archive.named(output, options.archive) if options.archive else output
-    plugged, adapters = _plugged(options.pluggable, chosen, found)
-    inputs = [run, *(p for p in (options.key, options.pluggable) if p)]
-    with _stage(final, options, inputs) as stage:
+    with _stage(final, options, [run, *(p for p in (options.key, options.pluggable) if p)]) as stage:
         work = stage / ".work"
         work.mkdir()
-        exports = {v.name: _export(v, found, work / v.name, progress) for v in variants}
+        exports = {v.name: _export(v, read, work / v.name, progress) for v in variants}
         if plugged is not None:
             exports = {RUNS_OWN: plugged}
-        measured, sample = _measured(found, exports, progress), _sample(found)
-        job = PackageJob(found, stage, name, chosen.providers(found, options.provider), exports, sample, adapters)
+        facts = PackageFacts(
+            target=chosen,
+            name=name,
+            task=read.task,
+            precision=next((e.precision for e in exports.values()), read.merge.dtype),
+            variants=tuple(exports),
+            providers=chosen.providers(read, options.provider),
+            sample=_sample(read),
+            config=read.config,
+            adapters=adapters,
+        )
+        measured = _measured(read, exports, progress)
         progress.stage(f"package: {name} for {target}")
-        packages.lay(job, chosen)
+        chosen.lay(PackageJob(read, stage, exports, facts))
         shutil.rmtree(work)
-        licence = card.licence_of(found, options.licence)
-        facts = packages.describe(job, chosen, licence)
         if adapters:
-            refuse_other_words(stage, facts, progress)
-        packages.seal(job, facts, licence, _kept(options), measured, options.key)
-        check_package(stage, chosen.file_names)
-        chosen.check_folder(stage)
+            refuse_other_answer(stage, facts, progress)
+        _complete(stage, read, facts, options, measured)
         sizes = sealed.sizes(stage)
     return PackageResult(
         output=final,
@@ -79,18 +84,28 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
     )
 
 
-def _kept(options: PackageOptions) -> dict[str, Any]:
-    """The options as a manifest keeps them: nothing that is different where it was made."""
-    return {
-        "variants": list(options.variants),
-        "provider": options.provider,
-        "licence": options.licence,
-    }
+def _complete(
+    stage: Path, run: Run, facts: PackageFacts, options: PackageOptions, measured: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write what every package has, beside what its runtime reads: licences, README, bill of materials, the
+    manifest, which names every other file, and with a private key the signature, which covers them all."""
+    for path in companions.licences(run):
+        sealed.copy(path, stage / path.name)
+    licence = readme.licence_of(run, options.licence)
+    (stage / readme.NAME).write_text(readme.write(run, facts, licence), encoding="utf-8")
+    hashes = sealed.hash_folder(stage)
+    bom.write(stage, run, facts, licence, hashes)
+    hashes[bom.NAME] = sealed.hashed(stage / bom.NAME)
+    contents.write(stage, run, facts, kept(options), measured, hashes)
+    if options.key is not None:
+        signature.sign(stage, options.key)
+    check_package(stage, facts.target.file_names)
+    facts.target.check_folder(stage)
 
 
 @contextmanager
 def _stage(final: Path, options: PackageOptions, inputs: list[Path]) -> Iterator[Path]:
-    """The folder to fill; with an archive, what it holds becomes the file `final` at the end."""
+    """The folder to fill; with --archive, it is packed into the file `final` at the end."""
     if options.archive is None:
         with files.output_folder(final, options.force, inputs=inputs) as stage:
             yield stage
@@ -107,35 +122,35 @@ def _stage(final: Path, options: PackageOptions, inputs: list[Path]) -> Iterator
 
 
 def read_run(folder: Path, progress: Progress) -> Run:
-    """A run that passed and is as it was left. InputError for any other folder."""
+    """A run that passed its gates and is unchanged. InputError for any other folder."""
     from lora_export.onnx_export import check_export, load_export
     from lora_export.onnx_export.engines import engine_named
     from lora_export.report import load as load_report
 
     if not folder.is_dir() or contents.is_package(folder) or not manifest.is_run(folder):
         raise InputError(
-            "this is no run",
+            "not a run",
             where=folder,
             expected="the folder that merge-and-export wrote, with manifest.json",
             next_step="lora-export merge-and-export -b BASE -a ADAPTER -o RUN",
         )
-    progress.stage("package: every file of the run")
+    progress.stage("package: checking every file of the run")
     checks, _ = check_run(folder, None, [])
     wrong = next((c for c in checks if not c.passed), None)
     if wrong is not None:
         raise InputError(
-            f"the run is not as it was left: {wrong.note}",
+            f"the run was changed: {wrong.note}",
             where=folder,
-            expected="every file as its manifest says",
+            expected="every file as in its manifest",
             next_step=f"lora-export verify {folder}, or repeat the run",
         )
     report = load_report(folder / "report")
     if report.status != "passed" or report.merge is None or report.validate is None:
         raise InputError(
-            "the run did not pass its gates, and a package would carry that on",
+            "the run did not pass its gates, so it cannot be packaged",
             where=folder,
             expected="a run that passed",
-            next_step="read report/report.html in it, and repeat the run",
+            next_step="read its report/report.html, and repeat the run",
         )
     export = load_export(folder / "onnx")
     merged = folder / "merged" if (folder / "merged").is_dir() else None
@@ -161,7 +176,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
 
 
 def _plugged(folder: Path | None, target: PackageTarget, run: Run) -> tuple[ExportResult | None, tuple[str, ...]]:
-    """An export with slots, and the names of its adapters, that of the run first. InputError for any other."""
+    """An export with slots, and the names of its adapters, the run's own first. InputError for any other export."""
     from lora_export.onnx_export import check_export, load_export
     from lora_export.onnx_export.records import read_record
 
@@ -181,12 +196,12 @@ def _plugged(folder: Path | None, target: PackageTarget, run: Run) -> tuple[Expo
     return export, (own[0], *(n for n in names if n != own[0]))
 
 
-def _name(asked: str | None, run: Run) -> str:
-    """The name that was asked for, or one made of the adapters' names. InputError for one that no file can have."""
-    if asked is not None:
-        if not contents.is_model_name(asked):
-            raise InputError(f"--name {asked!r}", expected=contents.MODEL_NAME_WORDS)
-        return asked
+def _name(given: str | None, run: Run) -> str:
+    """The given name, or one made of the adapters' names. InputError for one that is not a file name everywhere."""
+    if given is not None:
+        if not contents.is_model_name(given):
+            raise InputError(f"--name {given!r}", expected=contents.MODEL_NAME_WORDS)
+        return given
     names = "-".join(a.name.rpartition("/")[2] for a in run.manifest.adapters)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", names).strip("-._")[:100] or "model"
 
@@ -195,7 +210,7 @@ def _name(asked: str | None, run: Run) -> str:
 
 
 def _export(variant: Variant, run: Run, output: Path, progress: Progress) -> ExportResult:
-    """The run's own export where it is what is wanted, else one of the merged folder."""
+    """The run's own export if it is the variant, otherwise a new one of the merged folder."""
     from lora_export.onnx_export import export
 
     made_for = run.manifest.recorded_options.provider
@@ -208,7 +223,7 @@ def _export(variant: Variant, run: Run, output: Path, progress: Progress) -> Exp
 
 
 def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress) -> dict[str, Any]:
-    """What each variant that is not the run's own export was found to do beside it."""
+    """How each variant that is not the run's own export compares with it."""
     from lora_export.onnx_export.graphs.agreement import agreements
 
     others = {n: e.paths[0] for n, e in exports.items() if e is not run.export and n != RUNS_OWN}
@@ -216,17 +231,17 @@ def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress)
         return {}
     against = run.export.precision
     progress.stage(f"compare: {', '.join(others)} with the run's {against}")
-    found = agreements(run.export.paths[0], others, run.companions, run.config)
-    for name, result in found.items():
+    results = agreements(run.export.paths[0], others, run.companions, run.config)
+    for name, result in results.items():
         same = result.get("top1_agreement", 1.0)
         if not same >= WORST_AGREEMENT:
-            progress.warn(f"{name} chooses the same token as {against} at {same:.0%} of positions only")
-    return {name: {"against": against, **result} for name, result in found.items()}
+            progress.warn(f"{name} chooses the same token as {against} at only {same:.0%} of positions")
+    return {name: {"against": against, **result} for name, result in results.items()}
 
 
 def _sample(run: Run) -> Sample | None:
-    """What a runtime should say: the unmerged model's words for the first prompt of the validation, or numbers of
-    the validated graph; None where that is not text."""
+    """The answer that a runtime should give: the unmerged model's text for the first prompt of the validation, or
+    numbers of the validated graph; None for a model that does not read text."""
     from lora_export.onnx_export.graphs.agreement import first_numbers
 
     sample = next((s for s in run.validation.samples if s.prompt and s.unmerged), None)
@@ -238,11 +253,11 @@ def _sample(run: Run) -> Sample | None:
     return Sample(PROMPT, None, tuple(numbers))
 
 
-# --- the hub -----------------------------------------------------------------------------------------------
+# --- the Hub -----------------------------------------------------------------------------------------------
 
 
 def push(folder: Path, repository: str, private: bool, progress: Progress) -> str:
-    """Upload a package to the hub, made if it is not there; its address. OutputError for what the hub refuses."""
+    """Upload a package to the Hub, into a new repository if needed; its address. OutputError if the Hub refuses."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -266,8 +281,8 @@ def push(folder: Path, repository: str, private: bool, progress: Progress) -> st
         ) from None
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         raise OutputError(
-            f"the package is written, but the hub does not take it: {str(error).splitlines()[0]}",
+            f"the package is written, but the Hub refused it: {str(error).splitlines()[0]}",
             where=repository,
-            expected="owner/name, and a token that may write there",
+            expected="owner/name, and a token with write access",
             next_step=f"hf auth login, then hf upload {repository} {folder}",
         ) from None

@@ -14,7 +14,7 @@ from lora_export.storage import sealed
 
 if TYPE_CHECKING:
     from lora_export.adapters.updates import LowRank
-    from lora_export.onnx_export.graphs.slots import Slot
+    from lora_export.onnx_export.graphs.slots import LoraSlot
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _MODULE = re.compile(r".*\blayers\.(\d+)\..*?([^.]+)\.weight")
@@ -139,8 +139,8 @@ def _one_for_all(folder: Path, updates: Sequence[Updates]) -> Path:
 
 
 def _by_slot(
-    updates: Updates, slots: "dict[tuple[int, str], Slot]", adapter: Path
-) -> dict["Slot", tuple[Any, Any]]:
+    updates: Updates, slots: "dict[tuple[int, str], LoraSlot]", adapter: Path
+) -> dict["LoraSlot", tuple[Any, Any]]:
     """Aᵀ and s·Bᵀ for each slot that the adapter uses."""
     filled = {}
     for name, low_rank in updates.items():

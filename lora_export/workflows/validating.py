@@ -184,14 +184,14 @@ def _check_exports(exports: Sequence[ExportResult], bases: Sequence[Path]) -> No
         raise InputError(
             f"two of the exports are in {twice}",
             where=[e.output for e in exports if e.precision == twice][1],
-            expected="one --onnx a precision: their checks are told apart by it",
+            expected="one --onnx for each precision, which names their checks",
             next_step="validate them one at a time",
         )
     if bases and len(bases) != len(exports):
         raise InputError(
             f"{len(exports)} × --onnx and {len(bases)} × --base-onnx",
             expected="one --base-onnx for each --onnx, in the same order and the same precisions, or none",
-            next_step="leave out --base-onnx: the base is then exported the same way, and deleted",
+            next_step="drop --base-onnx: the base is then exported the same way, and deleted",
         )
 
 

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_export import manifest
 from lora_export.contracts import (
@@ -20,9 +19,6 @@ from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import RunManifest
 from lora_export.storage.documents import as_json
 from lora_export.storage.sealed import read_json
-
-if TYPE_CHECKING:
-    from lora_export.onnx_export.weights.recheck_data import Rechecked
 
 _ONNX_UNKNOWN = (
     "the ONNX graph, its weights (quantized or not), weights-map.json, export.json, the runtime's configuration, "
@@ -118,7 +114,7 @@ def _with_merged_folder(
     source = TensorFiles(open_checkpoint(run / "merged").tensors)
     hashes = {n: h for n, h in sorted(read_certificate(run / "merged").hashes.items()) if h is not None}
     model = Model(run / "merged", source, hashes, document.recorded_options.quantization)
-    return [merged, _verification(recheck(run / "onnx", model, how.graph, progress))]
+    return [merged, recheck(run / "onnx", model, how.graph, progress).result()]
 
 
 def _streamed(
@@ -161,17 +157,13 @@ def _streamed(
             findings.fail("arithmetic", f"the merge cannot be done again: {error.found}")
             return [findings.result()]
         model = Model(Path(scratch) / "outline", source, hashes, document.recorded_options.quantization)
-        return [findings.result(), _verification(recheck(run / "onnx", model, how.graph, progress))]
+        return [findings.result(), recheck(run / "onnx", model, how.graph, progress).result()]
 
 
 def _graphs(run: Path) -> tuple[Finding, ...]:
     from lora_export.onnx_export.weights.recheck import check_graphs
 
     return (check_graphs(run / "onnx", "onnx_graphs"),)
-
-
-def _verification(found: "Rechecked") -> Verification:
-    return Verification(tuple(found.checks), tuple(found.not_checked))
 
 
 def _same_options(run: Path, base: Path, adapters: Sequence[AdapterChoice], document: RunManifest) -> Verification:

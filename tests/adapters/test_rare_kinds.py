@@ -12,7 +12,7 @@ from lora_export.adapter_tools import combine, truncate
 from lora_export.adapter_tools.saving import Rank
 from lora_export.adapter_tools.understand import understand
 from lora_export.adapters import fourierft, hra, sparse
-from lora_export.adapters.sparse import chosen
+from lora_export.adapters.sparse import first_permuted
 from lora_export.contracts import AdapterChoice, MergeOptions, TargetUpdate
 from lora_export.errors import AdapterError, InputError
 from lora_export.merging import merge, plan
@@ -147,10 +147,10 @@ def test_chosen_places_are_the_first_of_a_permutation(
 ) -> None:
     whole = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     for count in (1, 7, min(total, 250)):
-        assert torch.equal(chosen(seed, total, count), whole[:count])
-    assert torch.equal(chosen(seed, total, total), whole)
+        assert torch.equal(first_permuted(seed, total, count), whole[:count])
+    assert torch.equal(first_permuted(seed, total, total), whole)
     monkeypatch.setattr(sparse, "_SHUFFLE_32", 10)  # what is larger is left to torch
-    assert torch.equal(chosen(seed, total, 7), whole[:7])
+    assert torch.equal(first_permuted(seed, total, 7), whole[:7])
 
 
 def test_values_on_one_place_add_up_and_columns_are_columns(tmp_path: Path) -> None:

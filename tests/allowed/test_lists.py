@@ -10,9 +10,9 @@ from onnx import helper
 
 from lora_export.allowed import check_model_folder, check_onnx_folder, check_package, files, hub
 from lora_export.allowed.genai_config import check_audio, check_config
-from lora_export.allowed.graphs import check_operators
 from lora_export.allowed.triton_config import check_config as check_triton
 from lora_export.errors import CheckpointError, ExportError, InputError
+from lora_export.onnx_export.graphs.checks import check_listed
 
 CUDA = {"cuda": {"enable_cuda_graph": "0"}}
 GENAI: dict[str, Any] = {
@@ -279,7 +279,7 @@ def test_operator_that_a_library_brings_is_refused(node: onnx.NodeProto, tmp_pat
         model_of(helper.make_node("f", [], ["y"], domain="own"), function),
     ):
         with pytest.raises(ExportError, match=node.op_type):
-            check_operators(tmp_path, model)
+            check_listed(tmp_path, model)
 
 
 def test_operators_of_onnx_of_onnx_runtime_and_of_the_model_are_taken(tmp_path: Path) -> None:
@@ -288,13 +288,13 @@ def test_operators_of_onnx_of_onnx_runtime_and_of_the_model_are_taken(tmp_path: 
         ("com.microsoft", "GroupQueryAttention"),
         ("", "SimplifiedLayerNormalization"),
     ):
-        check_operators(tmp_path, model_of(inside(helper.make_node(name, [], ["y"], domain=domain))))
+        check_listed(tmp_path, model_of(inside(helper.make_node(name, [], ["y"], domain=domain))))
     function = helper.make_function("own", "f", [], ["y"], [], [helper.make_opsetid("", 17)])
-    check_operators(tmp_path, model_of(helper.make_node("f", [], ["y"], domain="own"), function))
+    check_listed(tmp_path, model_of(helper.make_node("f", [], ["y"], domain="own"), function))
     model = model_of(helper.make_node("Add", [], ["y"]))
     model.metadata_props.add(key="ort_config", value="{}")
     with pytest.raises(ExportError, match="ort_config"):
-        check_operators(tmp_path, model)
+        check_listed(tmp_path, model)
 
 
 # --- Triton and types of files -----------------------------------------------------------------------------

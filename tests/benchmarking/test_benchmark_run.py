@@ -19,7 +19,7 @@ from lora_export.benchmarking.buffers import Buffers, Shape
 from lora_export.benchmarking.gpus import Gpus
 from lora_export.contracts import BenchmarkArm, BenchmarkOptions, BenchmarkResult, GraphComparison
 from lora_export.errors import InputError
-from lora_export.onnx_export.graphs.slots import Slot, write_adapter
+from lora_export.onnx_export.graphs.slots import LoraSlot, write_adapter
 from lora_export.progress import Silent
 
 # Verdicts need a machine to themselves; that arms, caches and notes are right does not.
@@ -404,7 +404,7 @@ def test_arms_that_cannot_be_told_apart_are_refused(small: Callable[..., Path], 
 
 def test_a_plugged_adapter_is_in_every_run(tmp_path: Path) -> None:
     """One projection with a slot: without an adapter it adds nothing, with one it adds x·down·up."""
-    slot = Slot("/model/layers.0/attn/q_proj", 0, "q_proj", 4, 3, "float")
+    slot = LoraSlot("/model/layers.0/attn/q_proj", 0, "q_proj", 4, 3, "float")
     weight = np.random.default_rng(3).standard_normal((64, 4)).astype(np.float32).round(1)
     dims = {"down": ([4, "r"], [4, 0]), "up": (["r", 3], [0, 3])}
     inputs = [h.make_tensor_value_info("input_ids", T.INT64, ["b", "s"])]

@@ -190,7 +190,7 @@ def test_report_has_a_line_with_the_file_and_what_it_gave(here: Path, monkeypatc
         ('[merg]\ndevice = "cpu"', "did you mean merge?"),
         ('[merge]\nengine = "dynamo"', "engine in [merge]"),
         ('device = "abacus"', "'abacus' is not one of"),
-        ('max-memory = "much"', "no size"),
+        ('max-memory = "much"', "not a size"),
         ("max-memory = [1, 2]", "max-memory = [1, 2]"),
         ("force = true", "force must not stand"),
         ("tolerance = 1e9", "tolerance must not stand"),

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from lora_export.contracts import PackageOptions
-from lora_export.packages.configs import for_both
+from lora_export.packages.companions import for_both
 from lora_export.packages.targets import transformers_js
 from lora_export.progress import Silent
 from lora_export.workflows import delivered

@@ -247,7 +247,7 @@ def test_output_that_overlaps_an_input(work: Path, output: str, force: list[str]
     (work / "in").symlink_to("base")
     (work / "all").symlink_to(work)
     words = ["merge", "-b", work / "base", "-a", work / "adapter", "-o", work / output, *force]
-    _check_refused(words, work, ["lie inside each other", "-o"])
+    _check_refused(words, work, ["lies inside an input or contains one", "-o"])
 
 
 def test_name_that_is_neither_folder_nor_hub_id(work: Path) -> None:

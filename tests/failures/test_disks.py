@@ -161,7 +161,7 @@ def test_an_input_under_another_name_is_no_output(work: Path, disk: Path, output
         before = everything(work)
         words = ["merge", "-b", work / "base", "-a", work / "adapter", "-o", disk / output, "--force"]
         result = invoke(*words)
-        assert result.exit_code == 1 and "lie inside each other" in result.stderr, result.output
+        assert result.exit_code == 1 and "lies inside an input or contains one" in result.stderr, result.output
         assert everything(work) == before
     finally:
         subprocess.run(["umount", str(disk / "alias")], check=True)

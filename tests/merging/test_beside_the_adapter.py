@@ -169,7 +169,7 @@ def test_other_weights_beside_the_adapter_are_named(tmp_path: Path, pair: tuple[
         ("value_head.bin", "a reward model's value head, pickled"),
         ("classifier.pt", "a trained head apart"),
         ("score.safetensors", "a trained head apart"),
-        ("non_lora_trainables.bin", "LLaVA trained its projector"),
+        ("non_lora_trainables.bin", "LLaVA trained the whole projector"),
     ],
 )
 def test_trained_heads_that_would_be_lost_are_refused(

@@ -1,19 +1,39 @@
 """Tiny models with random weights, each exported once a session."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
 from lora_export.choices import Precision
 from lora_export.contracts import ExportOptions, ExportResult
+from lora_export.graph_runs.feeds import Feed, token_feeds
+from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export import export
+from lora_export.onnx_export.graphs.checks import open_model
+from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+from lora_export.onnx_export.weights.map import Weight
 from lora_export.progress import Silent
 
 VOCABULARY = 100  # unlike every width below: the builder takes a Linear of that many outputs for the head
+
+
+def quantized_graph(
+    model: onnx.ModelProto, weights: Sequence[Weight], how: Blockwise
+) -> tuple[onnx.ModelProto, list[Weight]]:
+    opened = ir.from_proto(model)
+    described = quantize_graph(opened, weights, how)
+    return ir.to_proto(opened), described
+
+
+def feeds_of(graph: Path, rows: Sequence[Sequence[int]]) -> list[Feed]:
+    """One feed a row of token ids."""
+    return token_feeds(Signature.of_model(open_model(graph), graph), rows)
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -60,12 +60,12 @@ def test_a_kept_node_stays_in_fp32(bert: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--activations", "dynamic"], "int8 activations in a graph of fp32"),
-        (["--precision", "int4", "--activations", "static"], "int8 activations in a graph of int4"),
-        (["--precision", "int8", "--calibration", "t.txt"], "a calibration without --activations static"),
+        (["--activations", "dynamic"], "int8 activations need int8 weights, not fp32"),
+        (["--precision", "int4", "--activations", "static"], "int8 activations need int8 weights, not int4"),
+        (["--precision", "int8", "--calibration", "t.txt"], "a calibration needs --activations static"),
         (
             ["--precision", "int8", "--activations", "dynamic", "--calibration", "t.txt"],
-            "a calibration of dynamic activations",
+            "dynamic activations take no calibration",
         ),
         (["--keep", "*"], "--keep beside --precision fp32"),
         (["--precision", "fp16", "--block-size", "16"], "--block-size beside --precision fp16"),
@@ -84,14 +84,14 @@ def test_options_that_do_nothing_are_refused(words: list[str], said: str, bert: 
 def test_models_that_generate_are_refused(name: str, llama: Path, tmp_path: Path) -> None:
     model = llama if name == "llama" else save(DYNAMO["T5ForConditionalGeneration"], tmp_path / "t5")
     found = run(model, tmp_path / "onnx", "--precision", "int8", "--activations", "dynamic")
-    assert found.exit_code == 1 and "a model that does not generate" in found.stderr
+    assert found.exit_code == 1 and "a model that does not generate text" in found.stderr
     assert not (tmp_path / "onnx").exists()
 
 
 def test_a_pattern_that_keeps_nothing_is_refused(llama: Path, tmp_path: Path) -> None:
     found = run(llama, tmp_path / "onnx", "--precision", "int4", "--keep", "*downproj*")
     assert found.exit_code == 1
-    assert "no node is called '*downproj*'" in found.stderr and "/model/layers.0/" in found.stderr
+    assert "--keep '*downproj*' matches no node" in found.stderr and "/model/layers.0/" in found.stderr
     assert not (tmp_path / "onnx").exists()
 
 

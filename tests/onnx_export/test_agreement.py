@@ -11,8 +11,9 @@ import torch
 from onnx import TensorProto
 
 from lora_export.contracts import ExportResult
+from lora_export.graph_runs.runs import Decoder, GraphRun, State
 from lora_export.onnx_export.graphs.checks import load_graph
-from lora_export.runtime import DecoderSignature, open_session
+from lora_export.runtime import open_session
 from tests.daily import later
 
 Exported = Callable[..., ExportResult]
@@ -22,21 +23,11 @@ PROMPT = 4
 
 def through_cache(model: Path) -> np.ndarray[Any, Any]:
     """Logits of IDS [batch, length, vocabulary]: the prompt at once, then token by token through the cache."""
-    session = open_session(model, "cpu")
-    names = DecoderSignature.of(session)
-    cache = np.zeros((len(IDS), names.kv_heads, 0, names.head_dim), names.cache_dtype)
-    past = {name: cache for pair in names.past for name in pair}
-    logits = []
+    run = GraphRun(model)
+    decoder, state, logits = Decoder(run, run), State(), []
     for start, stop in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, IDS.shape[1]))]:
-        feed = {names.input_ids: IDS[:, start:stop], **past}
-        if names.attention_mask:
-            feed[names.attention_mask] = np.ones((len(IDS), stop), np.int64)
-        if names.position_ids:
-            feed[names.position_ids] = np.tile(np.arange(start, stop), (len(IDS), 1))
-        got = dict(zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True))
-        logits.append(got[names.logits].astype(np.float32))
-        pairs = zip(names.past, names.present, strict=True)
-        past = {old: got[new] for olds, news in pairs for old, new in zip(olds, news, strict=True)}
+        step, state = decoder.step(IDS[:, start:stop], state)
+        logits.append(step)
     return np.concatenate(logits, axis=1)
 
 
@@ -109,11 +100,12 @@ def test_decoder_has_fused_attention_and_one_embedding(exported: Exported, llama
 
 
 def test_decoder_shape_is_readable(exported: Exported, llama: Path) -> None:
-    names = DecoderSignature.of(open_session(exported(llama, "fp16").model, "cpu"))
-    assert (names.kv_heads, names.head_dim, len(names.past)) == (2, 16, 2)
-    assert names.past[1] == ("past_key_values.1.key", "past_key_values.1.value")
-    assert names.cache_dtype == np.float16
-    assert names.ids_dtype == np.int64
+    signature = GraphRun(exported(llama, "fp16").model).signature
+    assert len(signature.cache) == 4
+    assert signature.cache["past_key_values.1.key"] == "present.1.key"
+    assert signature.cache_shape("past_key_values.1.key", 3, 5) == (3, 2, 5, 16)
+    assert signature.inputs["past_key_values.1.value"].dtype == np.float16
+    assert signature.inputs["input_ids"].dtype == np.int64
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), later(("fp16", 0.05))])

@@ -99,7 +99,7 @@ def hidden_flag(folder: Path, model: onnx.ModelProto) -> None:
         (entry("location", ""), "external data at ''", "w"),
         (entry("location", "sub/weights.bin"), "'sub/weights.bin'", "w"),
         (entry("location", "..\\weights.bin"), "weights.bin'", "w"),
-        (entry("location", "missing.bin"), "is not there", "w"),
+        (entry("location", "missing.bin"), "does not exist", "w"),
         (entry("offset", "-1"), "offset '-1'", "w"),
         (entry("length", "-16"), "length '-16'", "w"),
         (entry("length", "17"), "bytes 0 to 17 of 'weights.bin', which has 16", "w"),
@@ -141,7 +141,7 @@ def test_invalid_graph_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\xff\xff\xff")
-    with pytest.raises(ExportError, match="no ONNX model"):
+    with pytest.raises(ExportError, match="not an ONNX model"):
         check_model(tmp_path / "model.onnx")
     (tmp_path / "link.onnx").symlink_to(write(tmp_path))
     with pytest.raises(ExportError, match="missing or a link"):

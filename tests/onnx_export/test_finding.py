@@ -57,7 +57,7 @@ def test_looks_like_graph_of_other_files_is_false(tmp_path: Path, data: bytes) -
 def test_find_graphs_takes_what_a_configuration_names(tmp_path: Path, config: str, text: str) -> None:
     """Even if it is no graph by its content: the check that follows refuses it."""
     (tmp_path / config).write_text(text)
-    with pytest.raises(ExportError, match="not there"):
+    with pytest.raises(ExportError, match="does not exist"):
         find_graphs(tmp_path)
     (tmp_path / "graph.dat").write_bytes(b"no graph")
     assert find_graphs(tmp_path) == [tmp_path / "graph.dat"]
@@ -66,7 +66,7 @@ def test_find_graphs_takes_what_a_configuration_names(tmp_path: Path, config: st
 @pytest.mark.parametrize("name", ["../graph.dat", "/etc/passwd", "a/b", "C:x"])
 def test_find_graphs_refuses_a_name_that_leads_elsewhere(tmp_path: Path, name: str) -> None:
     (tmp_path / "genai_config.json").write_text(json.dumps({"filename": name}))
-    with pytest.raises(ExportError, match="a model called"):
+    with pytest.raises(ExportError, match="a model named"):
         find_graphs(tmp_path)
 
 

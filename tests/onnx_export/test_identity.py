@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from lora_export.contracts import ExportResult, GraphComparison
 from lora_export.onnx_export import compare
 from lora_export.onnx_export.graphs.canonical import Canonical, canonical
-from lora_export.onnx_export.graphs.checks import load_graph
+from lora_export.onnx_export.graphs.checks import as_ir, load_graph, open_model
 
 from .conftest import save_llama
 
@@ -92,7 +92,7 @@ def small(*, order: int = 1, prefix: str = "", square: int = 4, axis: int = 1, s
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", square])
     out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "m"])
     graph = helper.make_graph([*products, *ends], "g", [given], [out], weights)
-    return canonical(helper.make_model(graph), {"CPUExecutionProvider": 4})
+    return canonical(as_ir(helper.make_model(graph)), {"CPUExecutionProvider": 4})
 
 
 def test_names_order_and_values_do_not_count() -> None:
@@ -113,7 +113,7 @@ def test_wiring_and_placement_count() -> None:
     def chain(*steps: tuple[str, str, str]) -> Canonical:
         nodes = [helper.make_node(op, [a], [b]) for op, a, b in steps]
         values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n"]) for n in ("x", "y")]
-        return canonical(helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:])), {})
+        return canonical(as_ir(helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:]))), {})
 
     one = chain(("Abs", "x", "a"), ("Neg", "x", "b"), ("Abs", "b", "y"))
     other = chain(("Abs", "x", "a"), ("Neg", "a", "b"), ("Abs", "b", "y"))
@@ -150,12 +150,12 @@ def test_lost_fusions_and_untied_embeddings_are_told() -> None:
     fused, apart = of(gqa, gqa, "ai.onnx.MatMul", tied=True), of(gqa, "ai.onnx.MatMul", tied=False)
     untied, lost = _graph_warnings(fused, apart)
     assert "share one weight" in untied
-    assert lost == "1 fewer GroupQueryAttention in the merged graph: fusions that were lost"
+    assert lost == "1 fewer GroupQueryAttention in the merged graph: fusions were lost"
     assert list(_graph_warnings(apart, fused)) == []
 
 
 def test_a_tied_embedding_is_seen_through_its_transpose(exported: Exported, llama: Path) -> None:
     import json
 
-    tied = canonical(load_graph(exported(llama).model), {}).tied
+    tied = canonical(open_model(exported(llama).model), {}).tied
     assert tied == json.loads((llama / "config.json").read_text())["tie_word_embeddings"]

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from lora_export.contracts import ExportResult
-from lora_export.errors import ExportError
-from lora_export.onnx_export.graphs.inputs import token_feeds
-from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+from lora_export.errors import InputError
+from lora_export.onnx_export.quantize.blockwise import Blockwise
 from lora_export.onnx_export.quantize.numbers import quantize
 from lora_export.onnx_export.quantize.sensitivity import Damage, choose_kept, mark
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.progress import Silent
-from tests.onnx_export.conftest import VOCABULARY, save_llama, save_tokenizer
+from tests.onnx_export.conftest import VOCABULARY, feeds_of, quantized_graph, save_llama, save_tokenizer
 
 Array = np.ndarray[Any, Any]
 INT4 = Blockwise("int4", accuracy_level=1)
@@ -48,7 +47,7 @@ def _int4(plain: Path, keep: tuple[str, ...], how: Blockwise = INT4) -> onnx.Mod
     known = weights_map.read(plain.parent).weights
     values = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(plain).graph.initializer}
     made_of = {(w.recipe.pieces, w.recipe.transposed): values[w.name] for w in known if w.recipe.pieces}
-    model, weights = quantize_graph(onnx.load(plain), known, replace(how, keep=keep))
+    model, weights = quantized_graph(onnx.load(plain), known, replace(how, keep=keep))
     tensors = {t.name: t for t in model.graph.initializer}
     for weight in weights:
         settings, recipe = weight.recipe.quantized, weight.recipe
@@ -76,7 +75,7 @@ def _divergence(expected: list[Array], found: list[Array]) -> float:
 
 def test_the_damage_is_what_a_quantized_graph_does(exported: Callable[..., ExportResult], sensitive: Path) -> None:
     plain = exported(sensitive).model
-    feeds = token_feeds(plain, _rows())
+    feeds = feeds_of(plain, _rows())
     measured = choose_kept(plain, INT4, feeds, logits="logits", budget=1, progress=Silent())
     assert len(measured) == 11
     found = {d.nodes: d for d in measured}
@@ -103,7 +102,7 @@ def test_a_head_that_is_the_embedding_is_measured_as_head(
     GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, initializer_range=0.3, **sizes)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     plain = exported(tmp_path).model
-    feeds = token_feeds(plain, _rows(1))
+    feeds = feeds_of(plain, _rows(1))
     measured = choose_kept(plain, INT4, feeds, logits="logits", progress=Silent())
     (head,) = (d for d in measured if d.nbytes == 4 * VOCABULARY * 64 - VOCABULARY * (32 + 2 * 4))
     others = tuple(n for d in measured for n in d.nodes if n not in head.nodes)
@@ -114,7 +113,7 @@ def test_a_head_that_is_the_embedding_is_measured_as_head(
 
 def test_bytes_are_those_by_which_the_weights_grow(exported: Callable[..., ExportResult], sensitive: Path) -> None:
     plain = exported(sensitive).model
-    measured = choose_kept(plain, INT4, token_feeds(plain, _rows(1)), progress=Silent())
+    measured = choose_kept(plain, INT4, feeds_of(plain, _rows(1)), progress=Silent())
     one = next(d for d in measured if d.nodes == (SENSITIVE,))
     sizes = [
         sum(onnx.numpy_helper.to_array(t).nbytes for t in _int4(plain, keep).graph.initializer)
@@ -125,7 +124,7 @@ def test_bytes_are_those_by_which_the_weights_grow(exported: Callable[..., Expor
 
 def test_8_bits_cost_less_than_32(exported: Callable[..., ExportResult], sensitive: Path) -> None:
     plain = exported(sensitive).model
-    feeds = token_feeds(plain, _rows(1))
+    feeds = feeds_of(plain, _rows(1))
     measured = choose_kept(plain, INT4, feeds, logits="logits", eight_bits=True, progress=Silent())
     one = next(d for d in measured if d.nodes == (SENSITIVE,))
     assert one.nbytes == 4 * 32 * 64 / 2  # half a byte more for each of four whole blocks
@@ -136,7 +135,7 @@ def test_an_encoder_is_measured_by_the_error_of_its_outputs(
     exported: Callable[..., ExportResult], bert: Path
 ) -> None:
     result = exported(bert)
-    feeds = token_feeds(result.model, _rows())
+    feeds = feeds_of(result.model, _rows())
     measured = choose_kept(result.model, Blockwise("nf4", 64), feeds, budget=2, progress=Silent())
     assert all(0 < d.damage < 1 for d in measured)
     grown = sum(d.nbytes for d in measured if d.kept)
@@ -147,7 +146,7 @@ def test_many_products_are_measured_by_role_and_layer(
     exported: Callable[..., ExportResult], sensitive: Path
 ) -> None:
     plain = exported(sensitive).model
-    feeds = token_feeds(plain, _rows(1))
+    feeds = feeds_of(plain, _rows(1))
     measured = choose_kept(plain, INT4, feeds, logits="logits", groups=6, progress=Silent())
     groups = {d.name: d.nodes for d in measured}
     assert len(groups) == 6
@@ -181,5 +180,5 @@ def test_a_graph_that_reads_more_than_tokens(exported: Callable[..., ExportResul
         [onnx.helper.make_tensor_value_info("y", 1, [1])],
     )
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
-    with pytest.raises(ExportError, match="pixels"):
-        token_feeds(tmp_path / "model.onnx", [[1]])
+    with pytest.raises(InputError, match="pixels"):
+        feeds_of(tmp_path / "model.onnx", [[1]])

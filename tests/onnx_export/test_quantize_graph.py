@@ -12,12 +12,12 @@ from lora_export.choices import Precision
 from lora_export.contracts import ExportOptions, QuantizationOptions
 from lora_export.errors import ExportError
 from lora_export.onnx_export import export
-from lora_export.onnx_export.quantize.blockwise import Blockwise, blockwise, quantize_graph
+from lora_export.onnx_export.quantize.blockwise import Blockwise, blockwise
 from lora_export.onnx_export.quantize.numbers import dequantize, quantize
 from lora_export.onnx_export.weights.map import Piece, Recipe, Weight
 from lora_export.progress import Silent
 from tests.daily import daily, later
-from tests.onnx_export.conftest import save_llama
+from tests.onnx_export.conftest import quantized_graph, save_llama
 
 Tensors = dict[str, tuple[int, tuple[int, ...], bytes]]
 
@@ -239,7 +239,7 @@ def _dequantized(weight: Weight) -> Array:
     ],
 )
 def test_a_quantized_graph_computes_with_the_dequantized_weights(how: Blockwise) -> None:
-    model, weights = quantize_graph(_graph(), WEIGHTS, how)
+    model, weights = quantized_graph(_graph(), WEIGHTS, how)
     found = _logits(model, {w.name: _value(w) for w in weights})
 
     plain = {w.name: _value(w) for w in WEIGHTS}
@@ -263,7 +263,7 @@ def test_a_quantized_graph_computes_with_the_dequantized_weights(how: Blockwise)
 
 
 def test_a_weight_of_several_products_is_quantized_once() -> None:
-    model, weights = quantize_graph(_graph(), WEIGHTS, Blockwise("int4"))
+    model, weights = quantized_graph(_graph(), WEIGHTS, Blockwise("int4"))
     assert [w.name for w in weights] == [
         "w_embedding", "w_embedding_Q4", "w_embedding_scales", "w_up_Q4", "w_up_scales", "w_down_Q4",
         "w_down_scales", "w_conv_Q4", "w_conv_scales",
@@ -276,7 +276,7 @@ def test_a_weight_of_several_products_is_quantized_once() -> None:
 
 
 def test_what_is_kept_keeps_its_weight() -> None:
-    model, weights = quantize_graph(_graph(), WEIGHTS, Blockwise("int4", keep=("layers.1.*", "head")))
+    model, weights = quantized_graph(_graph(), WEIGHTS, Blockwise("int4", keep=("layers.1.*", "head")))
     names = [w.name for w in weights]
     assert {"w_up", "w_up_Q4", "w_down", "w_down_Q4"} <= set(names)
     assert "w_embedding_Q4" not in names
@@ -286,7 +286,7 @@ def test_what_is_kept_keeps_its_weight() -> None:
 
 
 def test_a_weight_of_which_one_product_gets_8_bits() -> None:
-    _, weights = quantize_graph(_graph(), WEIGHTS, Blockwise("int4", eight_bits=("layers.0.up",)))
+    _, weights = quantized_graph(_graph(), WEIGHTS, Blockwise("int4", eight_bits=("layers.0.up",)))
     names = [w.name for w in weights if w.name.startswith("w_up")]
     assert names == ["w_up_Q8", "w_up_scales"]
 
@@ -298,7 +298,7 @@ def test_8_bits_beside_8_bits() -> None:
 
 def test_scales_have_the_type_of_the_graph() -> None:
     halves = [Weight(w.name, w.file, "float16", w.shape, w.recipe) for w in WEIGHTS]
-    model, weights = quantize_graph(_graph(onnx.TensorProto.FLOAT16), halves, Blockwise("int8", symmetric=False))
+    model, weights = quantized_graph(_graph(onnx.TensorProto.FLOAT16), halves, Blockwise("int8", symmetric=False))
     types = {w.recipe.quantized.part: w.dtype for w in weights if w.recipe.quantized is not None}
     assert types == {"packed": "uint8", "scales": "float16", "zero_points": "uint8"}
     declared = {t.name: t.data_type for t in model.graph.initializer}
@@ -308,7 +308,7 @@ def test_scales_have_the_type_of_the_graph() -> None:
 def test_a_weight_that_no_recipe_makes_is_left() -> None:
     fixed = ("w_up", "w_embedding")
     constant = [Weight(w.name, w.file, w.dtype, w.shape) if w.name in fixed else w for w in WEIGHTS]
-    _, weights = quantize_graph(_graph(), constant, Blockwise("int4"))
+    _, weights = quantized_graph(_graph(), constant, Blockwise("int4"))
     names = {w.name for w in weights}
     assert {"w_up", "w_embedding", "w_down_Q4"} <= names
     assert not {"w_up_Q4", "w_embedding_Q4"} & names
@@ -342,4 +342,4 @@ def test_k_quant_has_zero_points_unasked() -> None:
 
 def test_nothing_to_quantize() -> None:
     with pytest.raises(ExportError, match="no product"):
-        quantize_graph(_graph(), WEIGHTS, Blockwise("int4", keep=("*",)))
+        quantized_graph(_graph(), WEIGHTS, Blockwise("int4", keep=("*",)))

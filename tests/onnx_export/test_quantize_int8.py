@@ -12,9 +12,8 @@ import pytest
 from lora_export.contracts import ExportResult
 from lora_export.errors import ExportError
 from lora_export.onnx_export.graphs.checks import check_model
-from lora_export.onnx_export.graphs.inputs import token_feeds
 from lora_export.onnx_export.quantize.int8 import quantize_int8
-from tests.onnx_export.conftest import VOCABULARY
+from tests.onnx_export.conftest import VOCABULARY, feeds_of
 
 Array = np.ndarray[Any, Any]
 
@@ -26,7 +25,7 @@ def graph(exported: Callable[..., ExportResult], bert: Path) -> Path:
 
 def _feeds(graph: Path, count: int, seed: int) -> Sequence[Mapping[str, Array]]:
     random = np.random.default_rng(seed)
-    return token_feeds(graph, [random.integers(4, VOCABULARY, size=9 + i).tolist() for i in range(count)])
+    return feeds_of(graph, [random.integers(4, VOCABULARY, size=9 + i).tolist() for i in range(count)])
 
 
 def _outputs(graph: Path, feeds: Sequence[Mapping[str, Array]]) -> list[Array]:
@@ -70,7 +69,7 @@ def test_ranges_are_those_of_the_inputs(graph: Path, tmp_path: Path) -> None:
     """Calibrated with one token over and over, the ranges are too narrow for others."""
     (tmp_path / "narrow").mkdir()
     quantize_int8(graph, tmp_path / "model.onnx", _feeds(graph, 8, seed=0))
-    quantize_int8(graph, tmp_path / "narrow" / "model.onnx", token_feeds(graph, [[5, 5, 5]]))
+    quantize_int8(graph, tmp_path / "narrow" / "model.onnx", feeds_of(graph, [[5, 5, 5]]))
     assert _error(graph, tmp_path / "narrow" / "model.onnx") > 1.5 * _error(graph, tmp_path / "model.onnx")
 
 

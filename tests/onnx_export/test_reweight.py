@@ -232,7 +232,7 @@ def test_options_of_the_earlier_export_are_not_chosen_again(option: list[str], f
     command = ["export", "-m", merged, "-o", out, "--graph-from", earlier, *option, "--json"]
     found = CliRunner().invoke(cli, command)
     assert found.exit_code == 1
-    assert f"{option[0]} beside --graph-from" in found.stderr
+    assert f"{option[0]} with --graph-from" in found.stderr
     assert not folders[2].exists()
 
 

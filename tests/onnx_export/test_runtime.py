@@ -11,6 +11,8 @@ import pytest
 from lora_export import runtime
 from lora_export.contracts import ExportResult
 from lora_export.errors import InputError, RuntimeUnavailable
+from lora_export.graph_runs.runs import GraphRun
+from lora_export.graph_runs.signature import numpy_dtype
 
 
 @pytest.fixture
@@ -86,12 +88,12 @@ def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:
 
 
 def test_numpy_types_of_onnx_types() -> None:
-    assert runtime.numpy_dtype("tensor(float)") == np.float32
-    assert runtime.numpy_dtype("tensor(float16)") == np.float16
-    assert runtime.numpy_dtype("tensor(int64)") == np.int64
-    assert runtime.numpy_dtype("tensor(bfloat16)") == np.dtype(ml_dtypes.bfloat16)
+    assert numpy_dtype("tensor(float)") == np.float32
+    assert numpy_dtype("tensor(float16)") == np.float16
+    assert numpy_dtype("tensor(int64)") == np.int64
+    assert numpy_dtype("tensor(bfloat16)") == np.dtype(ml_dtypes.bfloat16)
 
 
 def test_an_encoder_has_no_decoder_signature(exported: Callable[..., ExportResult], bert: Path) -> None:
-    with pytest.raises(InputError, match="no decoder with a KV cache"):
-        runtime.DecoderSignature.of(runtime.open_session(exported(bert).model, "cpu"))
+    with pytest.raises(InputError, match="not a decoder with a KV cache"):
+        GraphRun(exported(bert).model).signature.require_cache()

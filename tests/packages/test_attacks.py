@@ -219,10 +219,10 @@ class Told(Silent):
 def test_unsigned_package_is_said_to_be_one_before_it_runs(decoder_run: Path, copied: Copied) -> None:
     told = Told()
     found = delivered.verify(copied(decoder_run, "genai"), None, True, None, told)
-    assert found.verified and found.as_json()["signature"] == "none"
+    assert found.verified and found.about["signature"] == "none"
     warned = next(i for i, line in enumerate(told.lines) if "the package is not signed" in line)
     assert warned < next(i for i, line in enumerate(told.lines) if "runs the package" in line)
-    network = found.as_json()["network_of_run"]
+    network = found.about["network_of_run"]
     assert network == "none" or any(network in line for line in told.lines)
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from lora_export.commands.main import cli
 from lora_export.contracts import PackageOptions
 from lora_export.errors import OutputError
-from lora_export.packages.configs import for_both, tokenizer_for_both
+from lora_export.packages.companions import for_both, tokenizer_for_both
 from lora_export.progress import Silent
 from lora_export.storage.sealed import read_sealed, sha256, write_sealed
 from lora_export.workflows.packaging import package, push
@@ -81,7 +81,7 @@ def test_the_document_of_the_command(decoder_run: Path, tmp_path: Path) -> None:
         (["--for", "hf", "--variant", "q4"], "--variant q4 with --for hf"),
         (["--for", "optimum", "--variant", "q4"], "no variants"),
         (["--for", "transformers-js", "--variant", "q5"], "q4f16, all"),
-        (["--for", "genai", "--push", "me/model"], "--push with another target"),
+        (["--for", "genai", "--push", "me/model"], "--push with --for genai"),
         (["--for", "hf", "--private"], "--private without --push"),
         (["--for", "hf", "--name", "../x"], "letters, digits"),
         (["--for", "triton", "--name", "a\nb"], "letters, digits"),
@@ -143,7 +143,7 @@ def test_a_run_that_failed_or_was_changed(decoder_run: Path, changed: Callable[.
 def test_what_is_no_run(place: str, decoder_run: Path, packed: Packed, tmp_path: Path) -> None:
     folder = packed(decoder_run, "hf").output if place == "." else decoder_run / place
     code, document = invoke("package", folder, "--for", "hf", "-o", tmp_path / "p")
-    assert code == 1 and "this is no run" in document["found"] and "merge-and-export" in document["next"]
+    assert code == 1 and "not a run" in document["found"] and "merge-and-export" in document["next"]
 
 
 def test_a_run_without_a_merged_folder(changed: Callable[..., Path], tmp_path: Path) -> None:

@@ -72,5 +72,5 @@ def test_program_is_given_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_program_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not start"):
+    with pytest.raises(InputError, match="cannot be started"):
         confined.run(["/nothing/here"], "", tmp_path, memory=AMPLE)

@@ -58,10 +58,8 @@ def test_chunks(largest: int, llama: ExportResult, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"model_q4.onnx", *names}
     sizes = [(tmp_path / n).stat().st_size for n in names]
     assert max(sizes) <= largest and (count > 1) == (largest < graphs.LARGEST_CHUNK)
-    graph = onnx.load(tmp_path / "model_q4.onnx", load_external_data=False)
-    tensors = list(graphs.external(graph))
-    assert all(graphs.range_of(t, tmp_path)[1] % graphs.ALIGNMENT == 0 for t in tensors)
-    ranges = {graphs.range_of(t, tmp_path) for t in tensors}
+    ranges = {graphs.range_of(t) for _, t in graphs.external(graphs.load(tmp_path / "model_q4.onnx"))}
+    assert all(offset % graphs.ALIGNMENT == 0 for _, offset, _ in ranges)
     assert sum(r[2] for r in ranges) <= sum(sizes) < sum(r[2] for r in ranges) + graphs.ALIGNMENT * len(ranges)
     feeds = feeds_of(llama.model)
     np.testing.assert_array_equal(
@@ -156,7 +154,7 @@ def test_steps_of_other_weights_are_refused(bart: tuple[Path, ExportResult], tmp
     for name in ("decoder_model.onnx", "decoder_with_past_model.onnx"):
         shutil.copy(source.output / name, tmp_path / name)
     model = onnx.load(tmp_path / "decoder_model.onnx", load_external_data=False)
-    tensor = next(graphs.external(model))
+    tensor = next(t for t in model.graph.initializer if t.external_data)
     next(e for e in tensor.external_data if e.key == "offset").value = "4096"
     (tmp_path / "decoder_model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(ExportError, match="different weights of one name"):

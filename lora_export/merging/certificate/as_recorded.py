@@ -8,9 +8,8 @@ from pathlib import Path
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.checkpoint.header import header_bytes, read_header
-from lora_export.contracts import AdapterChoice, TensorInfo
+from lora_export.contracts import AdapterChoice, Findings, TensorInfo
 from lora_export.errors import CheckpointError, LoraExportError
-from lora_export.merging.certificate.compare import Findings
 from lora_export.merging.certificate.document import NAME, Certificate, FileRecord, adapter_hashes
 from lora_export.storage.disk import regular_size
 from lora_export.storage.sealed import plain_name, refuse_outward_link, sha256

@@ -1,12 +1,10 @@
 """Two certificates compared field by field: the one that is there, and the one that is computed again."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lora_export.contracts import Finding, Verification
-from lora_export.errors import plain
+from lora_export.contracts import Findings
 from lora_export.merging.certificate.document import Certificate
 
 # Recomputed on another processor, sums differ in their last digits; fp32 sums earlier than float64 ones.
@@ -17,24 +15,6 @@ _UNPROVABLE = ("tool.version", "versions", "options.device", "options.max_memory
 
 # Checks of the right base that go by where it is, or by the adapter's model card.
 _WHERE_IT_LIES = ("name", "revision", "training quantization")
-
-
-@dataclass
-class Findings:
-    """What was checked. A name that nothing failed under is a check that passed."""
-
-    done: list[Finding] = field(default_factory=list)
-    not_checked: list[str] = field(default_factory=list)
-
-    def judge(self, name: str, passed: str, failures: Iterator[str] | Sequence[str]) -> None:
-        failed = [Finding(name, False, plain(note)) for note in failures]
-        self.done += failed or [Finding(name, True, plain(passed))]
-
-    def fail(self, name: str, note: str) -> None:
-        self.done.append(Finding(name, False, plain(note)))
-
-    def result(self) -> Verification:
-        return Verification(tuple(self.done), tuple(self.not_checked))
 
 
 def compare(findings: Findings, recorded: Certificate, again: Certificate) -> None:

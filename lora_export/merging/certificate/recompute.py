@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.checkpoint.tensor_files import FILES
-from lora_export.contracts import Progress, TensorInfo
+from lora_export.contracts import Findings, Progress, TensorInfo
 from lora_export.merging.certificate.as_recorded import place
-from lora_export.merging.certificate.compare import Findings
 from lora_export.merging.certificate.document import Certificate, versions
 from lora_export.merging.planning.plan import MergePlan, PlannedTensor
 from lora_export.merging.running.audit import Auditor

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_export.contracts import AdapterChoice
+from lora_export.contracts import AdapterChoice, Findings
 from lora_export.merging.certificate.as_recorded import adapter_files
-from lora_export.merging.certificate.compare import Findings, compare
+from lora_export.merging.certificate.compare import compare
 from lora_export.merging.certificate.document import Certificate, certificate_of
 from lora_export.merging.certificate.recompute import elsewhere
 from lora_export.merging.certificate.verify import planned_again

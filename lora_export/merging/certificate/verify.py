@@ -13,7 +13,15 @@ from pathlib import Path
 
 from lora_export.checkpoint import open_adapter_files, open_checkpoint
 from lora_export.checkpoint.companions import companion_files
-from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorInfo, Verification, VerifyOptions
+from lora_export.contracts import (
+    AdapterChoice,
+    Findings,
+    MergeOptions,
+    Progress,
+    TensorInfo,
+    Verification,
+    VerifyOptions,
+)
 from lora_export.contracts.option import names
 from lora_export.errors import InputError, LoraExportError
 from lora_export.merging.certificate.as_recorded import (
@@ -26,7 +34,7 @@ from lora_export.merging.certificate.as_recorded import (
     what_is_missing,
     words,
 )
-from lora_export.merging.certificate.compare import Findings, compare
+from lora_export.merging.certificate.compare import compare
 from lora_export.merging.certificate.document import (
     NAME,
     Certificate,

@@ -7,7 +7,7 @@ from pathlib import Path
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import MergeOptions, TensorInfo
 from lora_export.errors import CheckpointError, InputError
-from lora_export.merging.planning.leftovers import note_left_out, without_leftovers
+from lora_export.merging.planning.leftovers import activation_scales, without_leftovers
 from lora_export.merging.planning.names import rename, resolve_prefix
 from lora_export.merging.planning.replication import replicated_names
 from lora_export.quantization import (
@@ -65,7 +65,10 @@ def left_out(base: Checkpoint, weights: Mapping[str, BaseWeight]) -> list[str]:
     """A note on the base's tensors that the result lacks because they only serve activations."""
     parts = {p for w in weights.values() if w.quantized for p in w.quantized.parts}
     used = parts | {w.info.name for w in weights.values()}
-    return note_left_out([n for n in base.tensors if n not in used]) if parts else []
+    dead = activation_scales(n for n in base.tensors if n not in used) if parts else []
+    leaves = ", ".join(sorted({n.rpartition(".")[2] for n in dead}))
+    text = f"{len(dead)} scales of activations ({leaves}) are left out: no layer of the result is quantized"
+    return [text] if dead else []
 
 
 def _check_options(base: Checkpoint, quantized: Mapping[str, QuantizedWeight], options: MergeOptions) -> None:

@@ -19,7 +19,7 @@ from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.architecture.model import Architecture, architecture_of
 from lora_export.merging.planning.base import BaseWeight
 from lora_export.merging.planning.head_class import ChosenClass, Lacking, check_task, choose
-from lora_export.merging.planning.names import INPUT_EMBEDDINGS, OUTPUT_HEADS, tied_pair
+from lora_export.merging.planning.names import INPUT_EMBEDDINGS, OUTPUT_HEADS, tied_head
 from lora_export.merging.planning.replication import config_changes
 from lora_export.storage.sealed import LARGEST_SETTINGS, read_json
 
@@ -91,10 +91,10 @@ def remodelled(
 
 def _suspects(adapter: Adapter, weights: Mapping[str, BaseWeight]) -> list[TargetUpdate]:
     """Modules saved whole for which the base has no weight of this name and shape, judged by names alone."""
-    tied, suspects = tied_pair(weights), []
+    tied, suspects = tied_head(weights), []
     for update in adapter.updates:
         name = update.target
-        if not update.replaces or update.kind != "modules_to_save" or (tied and name == tied[1]):
+        if not update.replaces or update.kind != "modules_to_save" or name == tied:
             continue
         resizable = name in (*INPUT_EMBEDDINGS, *OUTPUT_HEADS)
         if name not in weights or not (update.fits(weights[name].shape) or resizable):

@@ -6,7 +6,7 @@ their layer, and are left out. A model may itself have integers, or a parameter 
 architecture is asked.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from lora_export.checkpoint.reader import Checkpoint
 from lora_export.contracts import TensorInfo
@@ -45,7 +45,7 @@ def without_leftovers(base: Checkpoint, parts: Collection[str], quantized: Colle
     """
     owners = {w.rpartition(".")[0] for w in quantized} | set(quantized)
     rest = {n: t for n, t in base.tensors.items() if n not in parts}
-    dead = frozenset(n for n in rest if quantized and _called(n, _DEAD) and rest[n].dtype not in _SMALL_FLOATS)
+    dead = frozenset(n for n in activation_scales(rest) if quantized and rest[n].dtype not in _SMALL_FLOATS)
     suspects = [n for n, t in rest.items() if n not in dead and _suspicious(n, t, owners)]
     if suspects:
         known = architecture_of(base)
@@ -56,13 +56,8 @@ def without_leftovers(base: Checkpoint, parts: Collection[str], quantized: Colle
     return dead
 
 
-def note_left_out(left_out: Collection[str]) -> list[str]:
-    """A note on those of these tensors that only serve activations."""
-    dead = [n for n in left_out if _called(n, _DEAD)]
-    if not dead:
-        return []
-    leaves = ", ".join(sorted({_leaf(n) for n in dead}))
-    return [f"{len(dead)} scales of activations ({leaves}) are left out: no layer of the result is quantized"]
+def activation_scales(names: Iterable[str]) -> list[str]:
+    return [n for n in names if _called(n, _DEAD)]
 
 
 def _suspicious(name: str, info: TensorInfo, owners: Collection[str]) -> bool:

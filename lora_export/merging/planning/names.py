@@ -73,19 +73,19 @@ def rename(target: str, change: tuple[str, str]) -> str:
     return add + target.removeprefix(strip) if target.startswith(strip) else target
 
 
-def tied_pair(weights: Collection[str]) -> tuple[str, str] | None:
-    """(input embedding, output head) where the checkpoint stores the embedding only; None if it has both."""
+def usual_pair(weights: Collection[str]) -> tuple[str, str] | None:
+    """(input embedding, output head) by their usual names; the head may be tied and not be stored."""
     embedding = next((n for n in INPUT_EMBEDDINGS if n in weights), None)
-    if embedding is None or any(h in weights for h in OUTPUT_HEADS):
+    if embedding is None:
         return None
-    return embedding, "embed_out.weight" if embedding.startswith("gpt_neox") else "lm_head.weight"
+    usual = "embed_out.weight" if embedding.startswith("gpt_neox") else "lm_head.weight"
+    return embedding, next((n for n in OUTPUT_HEADS if n in weights), usual)
 
 
-def stored_pair(weights: Collection[str]) -> tuple[str, str] | None:
-    """(input embedding, output head) where the checkpoint stores both."""
-    embedding = next((n for n in INPUT_EMBEDDINGS if n in weights), None)
-    head = next((h for h in OUTPUT_HEADS if h in weights), None)
-    return (embedding, head) if embedding and head else None
+def tied_head(weights: Collection[str]) -> str | None:
+    """The usual name of an output head that is not stored, because it is tied to an embedding that is."""
+    pair = usual_pair(weights)
+    return pair[1] if pair and pair[1] not in weights else None
 
 
 def unknown_target(target: str, weights: Collection[str], where: str) -> AdapterError:

@@ -263,7 +263,7 @@ def _resize(
     if grown is not None:
         layout.shapes |= dict.fromkeys(heads, (grown,))
     sizes = {n: (weights[layout.added.get(n, n)].shape[0], s[0]) for n, s in layout.shapes.items() if len(s) == 2}
-    vocabulary.number_of_rows(sizes, base.folder)
+    vocabulary.check_one_size(sizes, base.folder)
 
 
 def _refuse_other_tables(base: Checkpoint, known: Architecture, rows: tuple[int, int] | None) -> None:

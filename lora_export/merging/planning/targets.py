@@ -7,8 +7,8 @@ to the other, in order; of the steps, the first that knows a name decides:
   head, or inside a vision-language model;
 - `Architecture.todays_names`: names of an older transformers, for those that no file has;
 - `as_stored`: the base stores a weight of this name;
-- `one_expert` (one_expert.py): the weight of a single expert, stored under its other name or inside a fused one;
-- `split_projection` (split_projections.py): a part of a projection that is stored as one weight;
+- `one_expert` (weight_parts.py): the weight of a single expert, stored under its other name or inside a fused one;
+- `split_projection`: a part of a projection that is stored as one weight;
 - `as_loaded`: a weight that transformers makes of tensors on disk (architecture/pieces.py);
 - `tied`: a weight that is not stored because it is tied to one that is;
 - `left_out`: an optional bias that the layer does not have.
@@ -24,9 +24,8 @@ from lora_export.contracts import Adapter, TargetUpdate
 from lora_export.errors import AdapterError
 from lora_export.merging.architecture.pieces import spread
 from lora_export.merging.planning.base import BaseWeight
-from lora_export.merging.planning.names import BaseNames, resolve_prefix, tied_pair, unknown_target
-from lora_export.merging.planning.one_expert import one_expert
-from lora_export.merging.planning.split_projections import split_projection
+from lora_export.merging.planning.names import BaseNames, resolve_prefix, tied_head, unknown_target
+from lora_export.merging.planning.weight_parts import one_expert, split_projection
 
 # The update as updates of what the base stores; None where the step does not know the name.
 Step = Callable[[TargetUpdate, BaseNames], list[TargetUpdate] | None]
@@ -90,8 +89,7 @@ def as_loaded(update: TargetUpdate, names: BaseNames) -> list[TargetUpdate] | No
 def tied(update: TargetUpdate, names: BaseNames) -> list[TargetUpdate] | None:
     known = names.architecture
     if known is None:
-        pair = tied_pair(names.shapes)
-        return [update] if pair and update.target == pair[1] else None
+        return [update] if update.target == tied_head(names.shapes) else None
     called = (update.target, names.renamed(update.target), *known.loaded({update.target: ()}))
     groups = [group for group in known.ties if any(n in names.loaded for n in group)]
     name = next((n for n in called for group in groups if n in group), None)

@@ -14,7 +14,7 @@ from lora_export.contracts import Adapter, TargetUpdate, TensorInfo
 from lora_export.merging.architecture.model import Architecture
 from lora_export.merging.architecture.pieces import StoredPiece
 from lora_export.merging.planning.base import BaseWeight
-from lora_export.merging.planning.names import stored_pair, tied_pair
+from lora_export.merging.planning.names import usual_pair
 
 Targets = Mapping[str, Sequence[TargetUpdate]]
 _LAYER = re.compile(r"(?P<stack>(?:^|.*?\.)[^.\d]+\.)(?P<index>\d+)(?P<rest>\..+)")
@@ -77,7 +77,7 @@ def shared_weights(known: Architecture, on_disk: Mapping[str, tuple[StoredPiece,
 
 def shared_by_usual_names(base: Checkpoint, weights: Collection[str]) -> list[Shared]:
     """For models that transformers cannot build: the usual names of an embedding and its head."""
-    pair = tied_pair(weights) or stored_pair(weights)
+    pair = usual_pair(weights)
     language_model = any("LMHead" in a or "CausalLM" in a for a in base.config.get("architectures") or ())
     if pair is None or not language_model or not base.config.get("tie_word_embeddings", True):
         return []
@@ -100,8 +100,7 @@ def changed(
         if len(members) < 2:
             continue
         lists = [tuple(_of_member(m, members, targets, known)) for m in members]
-        same = _Same(adapters)
-        alike = all(same.lists(a, b) for a, b in pairwise(lists))
+        alike = all(_do_the_same(a, b, adapters) for a, b in pairwise(lists))
         touched.append(Shared(members, tuple(lists), alike))
     return touched
 
@@ -126,8 +125,8 @@ def _of_member(
     updates: list[TargetUpdate] = []
     owners = sorted({u.owner for m in members for u in targets.get(m.name, ())})
     for owner in owners:
-        for what in (_is_whole, _is_tokens, _is_sum):
-            own = [u for u in targets.get(member.name, ()) if u.owner == owner and what(u)]
+        for effect in ("whole", "tokens", "sum"):
+            own = [u for u in targets.get(member.name, ()) if u.owner == owner and _effect(u) == effect]
             if own:
                 updates += own
                 continue
@@ -136,7 +135,7 @@ def _of_member(
                     u
                     for given in targets.get(other.name, ())
                     for u in (given, *given.beneath)
-                    if given.owner == owner and what(u) and _ties(u, other, known)
+                    if given.owner == owner and _effect(u) == effect and _ties(u, other, known)
                 ]
                 if through:
                     updates += through
@@ -152,36 +151,27 @@ def _ties(update: TargetUpdate, member: Member, known: Architecture | None) -> b
     return tied and member.model.rpartition(".")[0] == known.input_embedding
 
 
-def _is_whole(update: TargetUpdate) -> bool:
-    return update.replaces
+def _effect(update: TargetUpdate) -> str:
+    """What of a weight it changes: all of it is replaced, some rows of tokens, or all of it by a sum."""
+    return "whole" if update.replaces else "tokens" if update.tokens else "sum"
 
 
-def _is_tokens(update: TargetUpdate) -> bool:
-    return bool(update.tokens)
+def _do_the_same(
+    first: Sequence[TargetUpdate], second: Sequence[TargetUpdate], adapters: Sequence[Adapter]
+) -> bool:
+    """Whether two lists of updates do the same, although an adapter may store them under two names."""
 
-
-def _is_sum(update: TargetUpdate) -> bool:
-    return not update.replaces and not update.tokens
-
-
-@dataclass(frozen=True)
-class _Same:
-    """Whether two updates do the same, although the adapter stores them under two names."""
-
-    adapters: Sequence[Adapter]
-
-    def lists(self, first: Sequence[TargetUpdate], second: Sequence[TargetUpdate]) -> bool:
-        return len(first) == len(second) and all(self._updates(a, b) for a, b in zip(first, second, strict=True))
-
-    def _updates(self, a: TargetUpdate, b: TargetUpdate) -> bool:
+    def same(a: TargetUpdate, b: TargetUpdate) -> bool:
         if a.keys == b.keys and a.owner == b.owner:
             return True
         if not (a.tied and b.tied) or a.owner != b.owner or a.replaces != b.replaces or a.tokens != b.tokens:
             return False
-        held = self.adapters[a.owner].tensors
-        if _is_sum(a):
-            return same_factors([held[k] for k in a.keys], [held[k] for k in b.keys])
-        return same_bytes(held[a.keys[0]], held[b.keys[0]])
+        stored = adapters[a.owner].tensors
+        if _effect(a) == "sum":
+            return same_factors([stored[k] for k in a.keys], [stored[k] for k in b.keys])
+        return same_bytes(stored[a.keys[0]], stored[b.keys[0]])
+
+    return len(first) == len(second) and all(map(same, first, second))
 
 
 def same_factors(first: Sequence[TensorInfo], second: Sequence[TensorInfo]) -> bool:

@@ -116,10 +116,8 @@ def _how_to_save(adapters: Sequence[Adapter]) -> str:
     )
 
 
-def number_of_rows(sizes: Mapping[str, tuple[int, int]], where: Path) -> tuple[int, int] | None:
-    """(old, new) rows of the vocabulary. sizes: name → (old, new) of each embedding and head that is resized."""
-    if not sizes:
-        return None
+def check_one_size(sizes: Mapping[str, tuple[int, int]], where: Path) -> None:
+    """sizes: name → (old, new) rows of each embedding and head that is resized."""
     if len(set(sizes.values())) > 1:
         each = ", ".join(f"{old} to {new}" for old, new in sorted(set(sizes.values())))
         raise AdapterError(
@@ -128,7 +126,6 @@ def number_of_rows(sizes: Mapping[str, tuple[int, int]], where: Path) -> tuple[i
             tensor=min(sizes),
             expected="one size of the vocabulary",
         )
-    return next(iter(sizes.values()))
 
 
 def resizings(config: Mapping[str, Any], text: Keys, old: int, new: int) -> Iterator[dict[str, Any]]:

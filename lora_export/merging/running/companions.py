@@ -10,7 +10,7 @@ from lora_export.checkpoint.companions import (
     write_config,
 )
 from lora_export.checkpoint.shards import write_index
-from lora_export.checkpoint.trained_beside import MOST, carried, named
+from lora_export.checkpoint.trained_beside import MOST, carried, other_weights
 from lora_export.folder_files import VALUE_HEAD
 from lora_export.merging.planning.plan import MergePlan
 from lora_export.storage.sealed import copy
@@ -64,7 +64,7 @@ def _carry(adapter: Path, base: Path, stage: Path) -> list[str]:
             + ", ".join(modules)
         )
         warnings += _pickled(adapter)
-    left = named(adapter)
+    left = other_weights(adapter)
     if left:
         told = ", ".join(left[:MOST]) + (f" and {len(left) - MOST} more" if len(left) > MOST else "")
         warnings.append(

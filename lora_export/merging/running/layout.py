@@ -34,9 +34,7 @@ def write_shards(
     allowed.
     """
     audit, workers = audit or Auditor(plan), workers or cores()
-    for tensor in plan.tensors.values():
-        if tensor.operation != "copied":
-            _check_memory(plan, tensor, workers)
+    _check_memory(plan, workers)
     total = sum(t.output.nbytes for t in plan.tensors.values())
     with contextlib.ExitStack() as files, one_thread_each(plan.computes):
         jobs = _jobs(audit, folder, lambda path: files.enter_context(contextlib.closing(opened(path))), workers)
@@ -84,15 +82,12 @@ class TensorPass:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def jobs(self) -> Iterator[Job]:
-        self._hash_out = self._hash(self.tensor.output.nbytes)
+        self._hash_out = TensorHash(self.tensor.output.nbytes) if self.audit.certified else None
         jobs = list(self._copies() if self.tensor.operation == "copied" else self._blocks())
         self._left = len(jobs) or 1
         if not jobs:
             self._done()
         yield from jobs
-
-    def _hash(self, nbytes: int) -> TensorHash | None:
-        return TensorHash(nbytes) if self.audit.certified else None
 
     def _copies(self) -> Iterator[Job]:
         assert self.tensor.source is not None
@@ -101,14 +96,14 @@ class TensorPass:
 
     def _blocks(self) -> Iterator[Job]:
         tensor, plan, info = self.tensor, self.audit.plan, self.tensor.source
-        if tensor.quantized is None and info is not None and info.shape == tensor.shape:  # read as a whole
-            self._hash_in = self._hash(info.nbytes)
-        hashed = self._hash_in.add if self._hash_in else None
+        hashed = None
+        if self.audit.certified and tensor.quantized is None and info is not None and info.shape == tensor.shape:
+            self._hash_in = TensorHash(info.nbytes)  # of a tensor that is read as a whole
+            hashed = self._hash_in.add
         self._work = TensorWork(tensor, plan.base, plan.options.allow_nonfinite, plan.options.device, hashed)
-        rows = _rows(plan, tensor, self.workers)
+        rows, cost = _block(plan, tensor, self.workers)
         for start in range(0, tensor.height if tensor.output.nbytes else 0, rows):
-            stop = min(start + rows, tensor.height)
-            yield Job(partial(self._compute, start, stop), _cost(plan, tensor, stop - start), self._done)
+            yield Job(partial(self._compute, start, min(start + rows, tensor.height)), cost, self._done)
 
     def _compute(self, start: int, stop: int) -> int:
         import torch
@@ -141,35 +136,29 @@ class TensorPass:
             )  # fmt: skip
 
 
-def _rows(plan: MergePlan, tensor: PlannedTensor, workers: int) -> int:
-    """Rows of a block: all of them where the result of one depends on others."""
-    if not tensor.row_wise:
-        return max(1, tensor.height)
+def _block(plan: MergePlan, tensor: PlannedTensor, workers: int) -> tuple[int, int]:
+    """Rows of a block, and the memory that one takes. All rows where the result of one depends on others."""
+    row = 4 * prod(tensor.shape[1:])  # bytes in fp32
     block = BLOCK // _SMALLER if any(u.wide for u in tensor.updates) else BLOCK
     limit = min(block, plan.options.max_memory // (workers * tensor.copies))
-    return max(1, limit // max(1, _row(tensor)))
+    rows = max(1, limit // max(1, row)) if tensor.row_wise else max(1, tensor.height)
+    kept = getattr(tensor.quantized, "kept", tensor.quantized.parts) if tensor.quantized else ()
+    return rows, rows * row * tensor.copies + sum(plan.base.tensors[p].nbytes for p in kept)
 
 
-def _cost(plan: MergePlan, tensor: PlannedTensor, rows: int) -> int:
-    kept = tensor.quantized.kept if tensor.quantized else ()
-    packed = sum(plan.base.tensors[p].nbytes for p in kept)
-    return rows * _row(tensor) * tensor.copies + packed
-
-
-def _row(tensor: PlannedTensor) -> int:
-    """Bytes of a row in fp32."""
-    return 4 * prod(tensor.shape[1:])
-
-
-def _check_memory(plan: MergePlan, tensor: PlannedTensor, workers: int) -> None:
-    needed, allowed = _cost(plan, tensor, _rows(plan, tensor, workers)), plan.options.max_memory
-    if needed > allowed:
-        raise InputError(
-            f"merging this tensor takes {needed / 2**20:.0f} MiB, --max-memory allows {allowed / 2**20:.0f} MiB",
-            tensor=tensor.output.name,
-            expected="room for what cannot be done in smaller pieces",
-            next_step=f"--max-memory {-(-needed // 2**20)}MiB",
-        )
+def _check_memory(plan: MergePlan, workers: int) -> None:
+    """InputError if a single block needs more memory than is allowed."""
+    allowed = plan.options.max_memory
+    for tensor in (t for t in plan.tensors.values() if t.operation != "copied"):
+        needed = _block(plan, tensor, workers)[1]
+        if needed > allowed:
+            raise InputError(
+                f"merging this tensor takes {needed / 2**20:.0f} MiB, --max-memory allows "
+                f"{allowed / 2**20:.0f} MiB",
+                tensor=tensor.output.name,
+                expected="room for what cannot be done in smaller pieces",
+                next_step=f"--max-memory {-(-needed // 2**20)}MiB",
+            )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A graph that an engine made, before it is an export: its weights filled in, its fusions beside a plain graph."""
+"""Makes an export of an engine's graph: fills in its weights, and compares its fusions with a plain graph."""
 
 import shutil
 from dataclasses import replace
@@ -19,7 +19,7 @@ from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.reuse import config_digest, refuse_undescribed
 from lora_export.storage import disk, sealed
 
-LARGEST_COMPARED = 2**31  # bytes of a model that is run twice, beside itself without optimizations
+LARGEST_COMPARED = 2**31  # bytes of a model, which is then held twice: fused and plain
 
 
 def numbers_of(model: Path, source: TensorSource | None) -> TensorSource:
@@ -39,13 +39,16 @@ def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = 
 
 
 def against_plain_graphs(job: ExportJob, made: Made, chosen: Engine) -> float | None:
-    """The largest relative difference between the fused graphs and plain ones; None where none are to be compared:
-    the engine writes fused graphs only, a type other than fp32 differs by its rounding, or the model is large."""
+    """The largest relative difference between the fused graphs and plain ones.
+
+    None if there is nothing to compare: the engine only writes fused graphs, a type other than fp32 would differ by
+    its rounding, or the model is large.
+    """
     if not chosen.optimizes or job.optimize == "none" or job.precision != "fp32":
         return None
     if sum(weights_map.read(job.output).sizes.values()) > LARGEST_COMPARED:
         return None
-    job.progress.detail("the fused graphs beside plain ones, on made-up inputs")
+    job.progress.detail("comparing the fused graphs with plain ones, on made-up inputs")
     plain = job.output / ".plain"
     plain.mkdir()
     chosen.run(replace(job, output=plain, optimize="none"))
@@ -56,24 +59,27 @@ def against_plain_graphs(job: ExportJob, made: Made, chosen: Engine) -> float | 
 
 
 def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source: TensorSource | None) -> ExportJob:
-    """The job with those products in int8 whose int4 does the most measured damage for its size."""
-    from lora_export.onnx_export.graphs.inputs import built_in_rows, token_feeds
+    """The job, with int8 for the products whose int4 does the most measured damage for their size."""
+    from lora_export.graph_runs.feeds import built_in_rows, token_feeds
+    from lora_export.graph_runs.signature import Signature
+    from lora_export.onnx_export.graphs.checks import open_model
     from lora_export.onnx_export.quantize.sensitivity import choose_kept
 
     if how.method != "int4" or not chosen.mixes_bits(job.config):
         raise ExportError(
-            f"--keep auto was asked for {how.method} of {architecture_of(job.config)} ({chosen.name} engine)",
+            f"--keep auto is not possible for {how.method} of {architecture_of(job.config)} ({chosen.name} engine)",
             expected="int4 of a decoder that the genai engine exports",
-            next_step="name the nodes with --keep, or leave it out",
+            next_step="name the nodes with --keep, or drop --keep auto",
         )
     how = replace(how, keep=tuple(k for k in how.keep if k != AUTO))
     plain = job.output / ".plain"
     plain.mkdir()
-    job.progress.detail("measuring what the quantization of each product does to the outputs")
+    job.progress.detail("measuring how much quantizing each product changes the outputs")
     made = chosen.run(replace(job, output=plain, precision="fp32", provider="cpu", quantized=None))
     fill(plain, numbers_of(job.model, source), job.progress, hashed=False)
     graph = plain / made.graphs[0]
-    feeds = token_feeds(graph, built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128))))
+    rows = built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128)))
+    feeds = token_feeds(Signature.of_model(open_model(graph), graph), rows)
     damages = choose_kept(graph, how, feeds, logits="logits", eight_bits=True, progress=job.progress)
     shutil.rmtree(plain)
     worst = [d for d in damages if d.kept]

@@ -1,4 +1,4 @@
-"""The small files that travel with a model into its ONNX folder."""
+"""The small files that go into a model's ONNX folder."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from lora_export.storage import sealed
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy config.json and every companion file, byte for byte: re-saving has silently changed models."""
+    """Copy config.json and every companion file byte for byte: re-saving them has silently changed models."""
     copy_files([*companion_files(source), source / "config.json"], target)
     copy_subfolders(source, target)
 
@@ -15,7 +15,7 @@ def copy(source: Path, target: Path) -> None:
 def bound_model_max_length(folder: Path, length: int) -> None:
     """Write `length` where tokenizer_config.json says "no limit" with a 31-digit number.
 
-    onnxruntime-genai reads that number as an integer of 64 bits; it is the only key that changes.
+    onnxruntime-genai reads that number as a 64-bit integer. No other key changes.
     """
     path = folder / "tokenizer_config.json"
     if not path.is_file():

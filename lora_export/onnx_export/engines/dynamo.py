@@ -22,7 +22,7 @@ _TEXT = (
     "Albert", "Bert", "Camembert", "Deberta", "DebertaV2", "DistilBert", "Electra", "MPNet", "ModernBert",
     "Roberta", "XLMRoberta",
 )  # fmt: skip
-# Decoders whose last token, or each of whose tokens, a head judges: rerankers, reward models, taggers.
+# Decoders with a head on the last token or on every token: rerankers, reward models, taggers.
 _JUDGES = ("Gemma", "GPT2", "Llama", "Mistral", "Phi3", "Qwen2", "Qwen3")
 _SPEECH = {
     "Model": "feature-extraction",
@@ -35,7 +35,7 @@ _SEQ2SEQ = (
     "MarianMTModel", "PegasusForConditionalGeneration", "T5ForConditionalGeneration",
 )  # fmt: skip
 _VISION = {"Model": "feature-extraction", "ForImageClassification": "image-classification"}
-# Architecture → Optimum's name of the task.
+# Architecture → Optimum's name for the task.
 TASKS: Mapping[str, str] = {
     **{family + head: task for family in _TEXT for head, task in _HEADS.items()},
     **{
@@ -63,7 +63,7 @@ class DynamoEngine(Engine):
         self.check_precision(job.precision, job.provider)
         if job.adapter is not None:
             raise ExportError(
-                "this engine's adapter cannot stay unmerged in the graph",
+                "this engine cannot keep an adapter unmerged in the graph",
                 where=job.adapter,
                 next_step="benchmark base against merged without an unmerged graph",
             )

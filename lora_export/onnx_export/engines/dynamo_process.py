@@ -1,6 +1,6 @@
-"""Run by dynamo.py as a process: torch's dynamo exporter on one request, given as JSON on stdin.
+"""Run by dynamo.py as a process: torch's dynamo exporter on one request, read as JSON from stdin.
 
-Prints, as its last line, what was made: kind, task and file names of the graphs.
+Besides the graphs, it writes the file that the request names as `result`: kind, task and file names of the graphs.
 """
 
 import gc
@@ -13,8 +13,8 @@ from typing import Any
 
 def main() -> None:
     request = json.load(sys.stdin)
-    gc.disable()  # a short life, in which a million objects are made and stay
-    warnings.simplefilter("ignore")  # torch tells of axes and names that were asked for
+    gc.disable()  # a short-lived process that keeps its million objects
+    warnings.simplefilter("ignore")  # torch warns about requested axes and names
     from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.parts import parts_of
     from lora_export.onnx_export.graphs import files as graph_files
@@ -26,7 +26,7 @@ def main() -> None:
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
-        graph = passes.Graph(*tracing.trace(part, model))
+        graph = passes.TracedGraph(*tracing.trace(part, model))
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:
             _halve(graph, request["precision"])
@@ -35,9 +35,9 @@ def main() -> None:
             own.append(weight)
             if value is not None:
                 constants[part.data, weight.name] = value
-        graphs[part.file] = _proto(graph.model)
+        graphs[part.file] = graph.model
         if request["quantized"]:
-            graphs[part.file], own = quantize_graph(graphs[part.file], own, Blockwise(**request["quantized"]))
+            own = quantize_graph(graph.model, own, Blockwise(**request["quantized"]))
         weights |= {(part.data, weight.name): weight for weight in own}
     data_files = {part.file: part.data for part in traced.parts}
     graph_files.save(Path(request["output"]), graphs, list(weights.values()), constants, data_files)
@@ -49,17 +49,17 @@ _HALVES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
 def _load(folder: Path, optimize: str) -> Any:
-    """The model without large weights; attention as one operator where the architecture lets itself be told."""
+    """The model without large weights, with attention as one operator if the architecture supports that."""
     import transformers
 
     from lora_export.onnx_export.engines.dynamo_passes import attention
-    from lora_export.onnx_export.engines.model_without_weights import load_described
+    from lora_export.onnx_export.engines.model_without_weights import load_without_weights
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     cls = getattr(transformers, config.architectures[0])
-    # A model's own flag says less: BART's is off, and it asks the interface like all others.
-    told = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
-    return load_described(cls, folder, attn_implementation=attention.NAME if told else "eager")
+    # Do not rely on the model's own flag: BART's is off, although it asks the interface.
+    asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
+    return load_without_weights(cls, folder, attn_implementation=attention.NAME if asks else "eager")
 
 
 def _halve(graph: Any, precision: str) -> None:
@@ -71,24 +71,17 @@ def _halve(graph: Any, precision: str) -> None:
 
 
 def _weights(graph: Any, data: str) -> Any:
-    """(weight, its value if it is a constant) for all that goes into the data file."""
-    warnings.simplefilter("ignore")  # torch tells of axes and names that were asked for
-    from lora_export.onnx_export.graphs import files as graph_files
+    """Yields (weight, its value if it is a constant) for everything that goes into the data file."""
+    from lora_export.onnx_export.graphs.files import INLINE, map_type
     from lora_export.onnx_export.weights.map import Recipe, Weight
 
     for name, value in graph.model.graph.initializers.items():
         tensor, recipe = value.const_value, graph.recipes.get(name)
-        if recipe is None and tensor.nbytes < graph_files.INLINE:
+        if recipe is None and tensor.nbytes < INLINE:
             continue
-        dtype = {"float": "float32", "double": "float64"}.get(t := tensor.dtype.name.lower(), t)
-        weight = Weight(name, data, dtype, tuple(int(n) for n in tensor.shape.numpy()), recipe or Recipe())
+        shape = tuple(int(n) for n in tensor.shape.numpy())
+        weight = Weight(name, data, map_type(tensor.dtype), shape, recipe or Recipe())
         yield weight, None if recipe else tensor.numpy()
-
-
-def _proto(model: Any) -> Any:
-    import onnx_ir as ir
-
-    return ir.to_proto(model)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decoders through onnxruntime-genai's builder: fused attention, a KV cache, tied embeddings kept once."""
+"""Exports decoders with onnxruntime-genai's builder: fused attention, a KV cache, tied embeddings stored once."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -14,7 +14,7 @@ from lora_export.onnx_export.graphs import checks
 from lora_export.storage import sealed
 
 # The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts
-# classes, and those that are no part of transformers (ChatGLM, InternLM2, Phi3Small) and need the model's code.
+# classes, and those that are not in transformers (ChatGLM, InternLM2, Phi3Small) and need the model's own code.
 _ARCHITECTURES = frozenset(
     {
         "Ernie4_5ForCausalLM",
@@ -50,7 +50,7 @@ class GenaiEngine(Engine):
         self.check_precision(job.precision, job.provider)
         if not has_tokenizer(job.model):
             raise ExportError(
-                "the folder holds no tokenizer, which onnxruntime-genai needs beside a decoder",
+                "the folder has no tokenizer, which onnxruntime-genai needs for a decoder",
                 where=job.model,
                 expected="tokenizer.json, tokenizer.model, or vocab.json with merges.txt",
                 next_step="copy the tokenizer files of the base model into the folder",
@@ -94,10 +94,8 @@ class GenaiEngine(Engine):
             "adapter": str(job.adapter.resolve()) if job.adapter else None,
         }
         isolated.run("lora_export.onnx_export.engines.genai_process", request, engine=self.name)
-        settings = _mend_genai_config(job)
+        _mend_genai_config(job)
         made = _SPEECH if architecture_of(job.config) in _WHISPER else _TEXT
-        for graph in made.graphs:
-            _mend_cache_shapes(job.output / graph, int(settings["decoder"]["head_size"]))
         if job.adapter is not None:
             _check_adapter_arrived(job)
         return replace(made, described=described)
@@ -115,7 +113,7 @@ ENGINE = GenaiEngine()
 
 
 def _refuse_head_size(config: Mapping[str, Any]) -> None:
-    """GroupQueryAttention in ONNX Runtime takes head sizes that are multiples of 8, and says so when it runs."""
+    """ONNX Runtime's GroupQueryAttention fails at run time unless head sizes are multiples of 8."""
     size = _sizes(config)["head size"]
     if size % 8:
         raise ExportError(
@@ -127,19 +125,19 @@ def _refuse_head_size(config: Mapping[str, Any]) -> None:
 
 
 def _refuse_ambiguous_head(config: Mapping[str, Any]) -> None:
-    """The builder takes every Linear with vocab_size outputs for the head, and says nothing."""
+    """The builder silently takes every Linear with vocab_size outputs for the head."""
     for name, width in _sizes(config).items():
         if name != "head size" and width and width == config.get("vocab_size"):
             raise ExportError(
                 f"vocab_size and {name} are both {width}: the builder would confuse a layer with the head",
                 where="config.json",
-                expected="a vocabulary of another size",
+                expected="a different vocabulary size",
                 next_step="pad the vocabulary (resize_token_embeddings), and merge again",
             )
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
-    """The widths of a model's layers by name; 0 for what the configuration does not tell."""
+    """The widths of a model's layers by name; 0 for what the configuration does not contain."""
 
     def first(*names: str) -> int:
         return next((int(config[n]) for n in names if isinstance(config.get(n), int)), 0)
@@ -155,42 +153,29 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _mend_genai_config(job: ExportJob) -> dict[str, Any]:
-    """The `model` part of genai_config.json, after taking CUDA's options out of a graph made for the CPU."""
+def _mend_genai_config(job: ExportJob) -> None:
+    """Remove CUDA's options from genai_config.json of a graph for the CPU."""
+    if job.provider != "cpu":
+        return
     path = job.output / "genai_config.json"
     config = sealed.read_json(path)
-    if job.provider == "cpu":
-        for part in config["model"].values():
-            if isinstance(part, dict) and "session_options" in part:
-                part["session_options"]["provider_options"] = []
-        sealed.write_json(path, config)
-    model: dict[str, Any] = config["model"]
-    return model
-
-
-def _mend_cache_shapes(path: Path, head_size: int) -> None:
-    """Give the cache's last dimension its number: transformers.js takes the builder's symbol for 0."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    for value in (*model.graph.input, *model.graph.output):
-        dims = value.type.tensor_type.shape.dim
-        if len(dims) == 4 and dims[3].dim_param == "kv_cache_dim":
-            dims[3].dim_value = head_size
-    path.write_bytes(model.SerializeToString())
+    for part in config["model"].values():
+        if isinstance(part, dict) and "session_options" in part:
+            part["session_options"]["provider_options"] = []
+    sealed.write_json(path, config)
 
 
 # --- the unmerged graph ------------------------------------------------------------------------------------
 
 
 def _check_adapter(adapter: Path) -> None:
-    """The builder reads plain LoRA on linear layers; the rest it would drop, or export wrongly."""
+    """The builder reads plain LoRA on linear layers; it would drop the rest, or export it wrongly."""
     config = sealed.read_json(adapter / "adapter_config.json")
     if not (adapter / "adapter_model.safetensors").is_file():
         raise AdapterError(
             "the adapter has no adapter_model.safetensors",
             where=adapter,
-            expected="safetensors; a .bin file is a pickle, which can execute code",
+            expected="safetensors; a .bin file is a pickle, which can run code",
         )
     odd = [
         key
@@ -215,16 +200,14 @@ def _check_adapter(adapter: Path) -> None:
 
 
 def _check_adapter_arrived(job: ExportJob) -> None:
-    """Every lora_A of the adapter must be an initializer, or the graph is not the unmerged model."""
+    """Every lora_A of the adapter must be an initializer; otherwise the graph is not the unmerged model."""
     from safetensors import safe_open
 
     assert job.adapter is not None
     with safe_open(job.adapter / "adapter_model.safetensors", framework="np") as tensors:
         wanted = sum(".lora_A." in name for name in tensors.keys())  # noqa: SIM118 - not a mapping
-    graph = checks.load_graph(job.output / "model.onnx").graph
-    inputs = {name for node in graph.node for name in node.input if "lora_A" in name}
-    weights = {i.name for i in graph.initializer} & inputs
-    modules = {name.split(".lora_A.")[0] for name in weights}
+    weights = checks.open_model(job.output / "model.onnx").graph.initializers
+    modules = {name.split(".lora_A.")[0] for name, value in weights.items() if ".lora_A." in name and value.uses()}
     if len(modules) != wanted:
         raise ExportError(
             f"the builder put {len(modules)} of the adapter's {wanted} updates into the graph",

@@ -1,7 +1,8 @@
-"""Run by genai.py as a process: onnxruntime-genai's model builder on one request, given as JSON on stdin.
+"""Run by genai.py as a process: onnxruntime-genai's model builder on one request, read as JSON from stdin.
 
-The builder puts numbers into its graph; here it gets parameters that say where their numbers lie, and the graph
-goes out with a map of them. An unmerged graph (`adapter`) is the builder's own work, numbers and all.
+The builder usually puts values into its graph. Here it gets parameters that record which checkpoint tensors they
+are made of, and the graph is written with a map of them. An unmerged graph (`adapter`) is entirely the builder's
+own, including the values.
 """
 
 import gc
@@ -15,7 +16,7 @@ _HEAD = "/lm_head/MatMul"
 
 def main() -> None:
     request = json.load(sys.stdin)
-    gc.disable()  # a short life, in which a million objects are made and stay
+    gc.disable()  # a short-lived process that keeps its million objects
     from onnxruntime_genai.models import builder
 
     precision, provider = request["precision"], request["provider"]
@@ -25,10 +26,11 @@ def main() -> None:
     _rename_settings(builder.Model)
     _subtract_mean(builder.OLMoModel)
     _share_head(builder.Model)
-    described = _Described(builder.Model) if request["described"] else None
+    described = _RecordingBuilder(builder.Model) if request["described"] else None
+    _number_cache_sizes(builder.Model)
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
-    # The builder's fp16 graph for the CPU does without GroupQueryAttention (six times the nodes) and fails
-    # on a second token; ONNX Runtime's CPU provider runs the one for CUDA.
+    # The builder's fp16 graph for the CPU has no GroupQueryAttention (six times the nodes) and fails on a second
+    # token; ONNX Runtime's CPU provider runs the graph for CUDA.
     target = "cuda" if precision == "fp16" else provider
     common = ("", request["model"], request["output"], precision, target, request["cache"])
     builder.create_model(*common, **builder.parse_extra_options(*common, options))
@@ -37,10 +39,10 @@ def main() -> None:
 
 
 def _rename_settings(model: Any) -> None:
-    """Settings that the builder looks for under one name, and some models have under another.
+    """Provide settings under the names that the builder looks for.
 
-    transformers 5 keeps the two rotary settings of Gemma 3 by layer type. Phi's and Nemotron's epsilon of the
-    normalization has names of its own, and OLMo's is written in its code: the builder would take another number.
+    transformers 5 keeps the two rotary settings of Gemma 3 by layer type. Phi and Nemotron have their own names for
+    the normalization's epsilon, and OLMo has it in its code: the builder would use another value.
     """
     plain = model.make_config_init
 
@@ -58,7 +60,7 @@ def _rename_settings(model: Any) -> None:
 
 
 def _subtract_mean(model: Any) -> None:
-    """OLMo's normalization takes the mean away (it has no weights); the builder (0.18) writes one that does not."""
+    """OLMo's normalization subtracts the mean (it has no weights); the builder (0.18) writes one that does not."""
     plain = model.make_layernorm
 
     def make_layernorm(self: Any, layer: int, norm: Any, skip: bool, simple: bool, location: str) -> None:
@@ -68,8 +70,8 @@ def _subtract_mean(model: Any) -> None:
 
 
 def _share_head(model: Any) -> None:
-    """Tied embeddings read the head's quantized weight, by the names of its parts; those that the builder (0.18)
-    has for the default quantizer are wrong where it makes zero points or 8 bits."""
+    """Tied embeddings read the head's quantized weight, by the names of its parts. The builder's own names (0.18)
+    are wrong for the default quantizer with zero points or 8 bits."""
     from lora_export.onnx_export.quantize.blockwise import part_names
     from lora_export.onnx_export.weights.map import Quantization
 
@@ -84,10 +86,24 @@ def _share_head(model: Any) -> None:
     model.make_tied_quantized_embedding_input_names = make_names
 
 
+def _number_cache_sizes(model: Any) -> None:
+    """Give the cache's last dimension its number: transformers.js reads the builder's symbol as 0."""
+    plain = model.save_model
+
+    def save_model(self: Any, folder: str) -> None:
+        graph = self.model.graph
+        for value in (*graph.inputs, *graph.outputs):
+            if value.shape is not None and len(value.shape) == 4 and str(value.shape[3]) == "kv_cache_dim":
+                value.shape[3] = self.head_size
+        plain(self, folder)
+
+    model.save_model = save_model
+
+
 def _options(request: dict[str, Any]) -> list[str]:
     from lora_export.onnx_export.graphs.matmuls import kept
 
-    # A cache cut to the window must be allocated by the runtime; one that grows suits every runtime.
+    # The runtime would have to allocate a cache cut to the window; a growing one works in every runtime.
     options = ["windowed_kv_cache=false"]
     if how := request["quantized"]:
         options += [
@@ -96,22 +112,22 @@ def _options(request: dict[str, Any]) -> list[str]:
             f"accuracy_level={how['accuracy_level']}",
             f"algo_config={how['algorithm']}",
         ]
-        if kept(_HEAD, how["keep"]):  # tied embeddings then read it as it is
+        if kept(_HEAD, how["keep"]):  # tied embeddings then read it unquantized
             options.append(f"nodes_to_exclude={_HEAD},/model/embed_tokens/Gather")
         elif kept(_HEAD, how["eight_bits"]):
             options.append("matmul_mixed_precision=last_matmul:int8")
     if request["provider"] == "cpu":
-        options.append("fuse_qk_norm_gqa=false")  # a CUDA kernel's inputs
+        options.append("fuse_qk_norm_gqa=false")  # inputs of a CUDA kernel
     if request["adapter"]:
         options.append(f"adapter_path={request['adapter']}")
     return options
 
 
 def _avoid_packed_attention(model: Any) -> None:
-    """fp32 for CUDA: the builder's packed Attention leaves out the cache outputs it declares (0.18).
+    """fp32 for CUDA: the builder's packed Attention lacks the cache outputs that it declares (0.18).
 
-    Without it the builder writes MultiHeadAttention, which has an fp32 kernel on CUDA; GroupQueryAttention
-    has none there.
+    Without it the builder writes MultiHeadAttention, which has an fp32 kernel on CUDA; GroupQueryAttention does
+    not.
     """
     model.is_packed_attn_supported = lambda self: False
 
@@ -119,11 +135,11 @@ def _avoid_packed_attention(model: Any) -> None:
 # --- weights that are described ----------------------------------------------------------------------------
 
 
-class _Described:
-    """Has the builder take described parameters, and keeps its graphs until `save` writes them with their map."""
+class _RecordingBuilder:
+    """Gives the builder recording parameters, and keeps its graphs until `save` writes them with their map."""
 
     def __init__(self, builder: Any) -> None:
-        self._recipes: dict[int, dict[str, Any]] = {}  # by the builder of a graph: Whisper has two
+        self._recipes: dict[int, dict[str, Any]] = {}  # by the builder of each graph: Whisper has two
         self._builders: list[Any] = []
         self._make_initializer = builder.make_initializer
         builder.load_weights = lambda of, folder: self._load(Path(folder))
@@ -134,20 +150,20 @@ class _Described:
     def _load(folder: Path) -> Any:
         import transformers
 
-        from lora_export.onnx_export.engines.model_without_weights import load_described
+        from lora_export.onnx_export.engines.model_without_weights import load_without_weights
         from lora_export.onnx_export.engines.recording_tensor import describe
 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = load_described(getattr(transformers, config.architectures[0]), folder)
+        model = load_without_weights(getattr(transformers, config.architectures[0]), folder)
         describe(model)
         return model.model
 
     def _make(self, builder: Any, tensor: Any, name: str, *, to: Any = None, raw: bool = False) -> None:
         import torch
 
-        from lora_export.onnx_export.engines.recording_tensor import DescribedTensor, recipe_of
+        from lora_export.onnx_export.engines.recording_tensor import RecordingTensor, recipe_of
 
-        if isinstance(tensor, DescribedTensor):
+        if isinstance(tensor, RecordingTensor):
             recipe = recipe_of(tensor, name)
             self._recipes.setdefault(id(builder), {})[name] = recipe
             if recipe.pieces:
@@ -157,54 +173,43 @@ class _Described:
         self._make_initializer(builder, tensor, name, to=to, raw=raw)
 
     def save(self, folder: Path, quantized: dict[str, Any] | None) -> None:
-        import onnx_ir as ir
-
         from lora_export.onnx_export.graphs import files as graph_files
         from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+        from lora_export.onnx_export.weights.map import Recipe, Weight
 
         graphs, weights, constants, data_files = {}, [], {}, {}
         for builder in self._builders:
-            file, recipes = builder.filename, self._recipes[id(builder)]
-            data_files[file] = f"{file}.data"
-            builder.model.graph.sort()
-            builder.stamp_build_metadata(builder.model)
-            for name, value in builder.model.graph.initializers.items():
+            file, model, recipes = builder.filename, builder.model, self._recipes[id(builder)]
+            data = data_files[file] = f"{file}.data"
+            model.graph.sort()
+            builder.stamp_build_metadata(model)
+            own = []
+            for name, value in model.graph.initializers.items():
                 tensor = value.const_value
                 if name in recipes or tensor.nbytes >= graph_files.INLINE:
-                    weights.append(_weight(tensor, name, data_files[file], recipes.get(name)))
+                    shape, recipe = tuple(tensor.shape.numpy()), recipes.get(name) or Recipe()
+                    own.append(Weight(name, data, graph_files.map_type(tensor.dtype), shape, recipe))
                 if name not in recipes or not recipes[name].pieces:
-                    constants[data_files[file], name] = tensor.numpy()
-            graphs[file] = ir.to_proto(builder.model)
-            if quantized:
-                own = [w for w in weights if w.file == data_files[file]]
-                others = [w for w in weights if w.file != data_files[file]]
-                graphs[file], own = quantize_graph(graphs[file], own, Blockwise(**quantized))
-                weights = others + own
+                    constants[data, name] = tensor.numpy()
+            weights += quantize_graph(model, own, Blockwise(**quantized)) if quantized else own
+            graphs[file] = model
         graph_files.save(folder, graphs, weights, constants, data_files)
 
 
-def _weight(tensor: Any, name: str, file: str, recipe: Any) -> Any:
-    from lora_export.onnx_export.weights.map import Recipe, Weight
-
-    dtype = str(tensor.dtype.name).lower()
-    plain = {"float": "float32", "double": "float64"}.get(dtype, dtype)
-    return Weight(name, file, plain, tuple(tensor.shape.numpy()), recipe or Recipe())
-
-
 def _own_commit(builder: Any) -> None:
-    """The builder asks git in the folder that it lies in, which may be a repository of somebody else's."""
+    """The builder would ask git about the folder it is installed in, which may be somebody else's repository."""
     import onnxruntime_genai
 
     builder.get_genai_commit = classmethod(lambda cls: getattr(onnxruntime_genai, "__commit__", None))
 
 
 def _placeholder(tensor: Any, name: str, to: Any) -> Any:
-    """A tensor that is only a type and a shape."""
-    import onnx_ir as ir
+    """A tensor with only a type and a shape."""
     from onnx_ir.tensor_adapters import from_torch_dtype
 
-    dtype = to or from_torch_dtype(tensor.dtype)
-    return ir.ExternalTensor("", 0, 0, dtype, shape=ir.Shape(tensor.shape), name=name)
+    from lora_export.onnx_export.graphs.files import without_numbers
+
+    return without_numbers(name, to or from_torch_dtype(tensor.dtype), tensor.shape)
 
 
 if __name__ == "__main__":

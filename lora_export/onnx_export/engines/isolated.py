@@ -1,4 +1,4 @@
-"""Engines run in a process of their own: memory returns, prints go to a log, crashes stay there."""
+"""Runs engines in a separate process: its memory is freed, its output goes to a log, and its crashes stay there."""
 
 import json
 import os
@@ -17,9 +17,9 @@ _KEPT_PREFIXES = ("LC_", "LD_LIBRARY", "DYLD_", "CUDA", "NVIDIA", "OMP_", "MKL_"
 
 
 def run(module: str, request: Mapping[str, Any], *, engine: str) -> None:
-    """Run `python -m module` with `request` as JSON on stdin; ExportError with its last lines on failure.
+    """Run `python -m module` with `request` as JSON on stdin; ExportError with its last lines if it fails.
 
-    The child works in an empty folder, offline, and without the tokens and proxies of this environment.
+    The child runs in an empty folder, offline, and without the tokens and proxies of this environment.
     """
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
         log = Path(scratch, "log.txt")
@@ -55,8 +55,8 @@ def _environment(scratch: str) -> dict[str, str]:
 
 
 def _tail(log: Path) -> str:
-    """The end of a log without the frames of a traceback, which tell a user nothing."""
+    """The end of a log without the frames of a traceback, which do not help a user."""
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith((" ", "Traceback"))]
-    return "\n".join(f"    {line[:300]}" for line in told[-LAST_LINES:])
+    messages = [line for line in lines if not line.startswith((" ", "Traceback"))]
+    return "\n".join(f"    {line[:300]}" for line in messages[-LAST_LINES:])

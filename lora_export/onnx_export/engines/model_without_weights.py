@@ -1,7 +1,7 @@
-"""A transformers model without its weights, and the checkpoint tensor behind each of its parameters.
+"""A transformers model without its weights, and the checkpoint tensor behind each parameter.
 
-transformers renames and fuses tensors while it loads. Asked to place a model on the disk, it tells where each
-parameter lies: in a checkpoint's file under some name, or, where it had to compute it, in a file of its own.
+transformers renames and fuses tensors while it loads. When told to offload a model to disk, it reports where each
+parameter is stored: in a checkpoint file under some name; or, if it had to compute the parameter, in a new file.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-SMALL = 2**14  # elements; such parameters are read: exporters look at them (a bias of zeros, a scale)
+SMALL = 2**14  # elements; smaller parameters are read: exporters inspect them (a bias of zeros, a scale)
 
 
 @dataclass(frozen=True)
-class Described:
+class ModelWithoutWeights:
     """model: transformers' own, large parameters on the meta device, small ones and buffers read in fp32.
 
     tensors: name of each parameter that is exactly one tensor of the checkpoint → the tensor's name there, for
@@ -30,8 +30,8 @@ class Described:
     computed: frozenset[str]
 
 
-def load_described(cls: Any, folder: Path, **options: Any) -> Described:
-    """`cls.from_pretrained(folder, **options)` in evaluation mode, without reading what is large."""
+def load_without_weights(cls: Any, folder: Path, **options: Any) -> ModelWithoutWeights:
+    """`cls.from_pretrained(folder, **options)` in evaluation mode, without reading large parameters."""
     import torch
 
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, _without_reading() as places:
@@ -45,14 +45,15 @@ def load_described(cls: Any, folder: Path, **options: Any) -> Described:
             **options,
         ).eval()
         tensors, computed = _fill(model, places, Path(scratch))
-    return Described(model, tensors, computed)
+    return ModelWithoutWeights(model, tensors, computed)
 
 
 @contextlib.contextmanager
 def _without_reading() -> Iterator[dict[str, Any]]:
-    """Keep the places that transformers hands to accelerate, whose hooks would load each layer as it runs.
+    """Intercept the locations that transformers passes to accelerate, whose hooks would load each layer when it
+    runs.
 
-    Tensors stay in their own type while transformers places them: a cast would read all of the model.
+    Tensors keep their type while transformers places them: a cast would read the whole model.
     """
     from transformers import core_model_loading, modeling_utils
 
@@ -82,7 +83,7 @@ def _fill(model: Any, places: Mapping[str, Any], scratch: Path) -> tuple[dict[st
 
     def read(file: str, key: str) -> torch.Tensor:
         with safe_open(file, framework="pt") as opened:
-            # a copy: the file of what was computed goes, and memory mapped from files counts as memory
+            # a copy: files of computed parameters are removed, and mapped memory counts as memory
             return opened.get_tensor(key).to(torch.float32, copy=True)  # type: ignore[no-any-return]
 
     for prefix, module in model.named_modules():
@@ -102,7 +103,7 @@ def _fill(model: Any, places: Mapping[str, Any], scratch: Path) -> tuple[dict[st
                 tensors[name] = key
             if not parameter.is_meta:
                 continue
-            if (file, key) not in made:  # tied weights lie in one place, and stay one parameter
+            if (file, key) not in made:  # tied weights are stored once, and stay one parameter
                 value = read(file, key) if own or parameter.numel() <= SMALL else parameter.data
                 made[file, key] = torch.nn.Parameter(value.reshape(parameter.shape), requires_grad=False)
             module._parameters[leaf] = made[file, key]

@@ -1,7 +1,7 @@
-"""A torch tensor that knows of which checkpoint tensors it is made: what an engine does to it is its recipe.
+"""A torch tensor that records which checkpoint tensors it is made of: what an engine does to it becomes its recipe.
 
-The engines turn, slice, join and shift weights while they build a graph. Instead of doing that with numbers, and
-finding out afterwards what was done, they are given parameters without numbers that note it.
+Engines transpose, slice, join and shift weights while they build a graph. They are given parameters without values
+that record these operations.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_export.errors import ExportError
-from lora_export.onnx_export.engines.model_without_weights import Described as Model
+from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
 _SAME = frozenset(
@@ -21,12 +21,12 @@ _SAME = frozenset(
 )  # fmt: skip
 _SHAPED = frozenset({"reshape", "view", "flatten", "reshape_as", "view_as", "squeeze", "unsqueeze"})
 _TURNED = frozenset({"T.__get__", "mT.__get__", "t", "transpose", "permute", "swapaxes"})
-_LIKE = frozenset({"zeros_like", "ones_like", "empty_like", "full_like"})  # take only type and shape
+_LIKE = frozenset({"zeros_like", "ones_like", "empty_like", "full_like"})  # use only type and shape
 
 
-class DescribedTensor(torch.Tensor):
-    """recipe: None where something was done that no recipe can say; the result may still be used for its shape, or,
-    where its numbers were read, as a constant. sources: the tensors of the checkpoint that it depends on."""
+class RecordingTensor(torch.Tensor):
+    """recipe: None after an operation that no recipe describes; the tensor may still be used for its shape or, if
+    it has values, as a constant. sources: the checkpoint tensors that it depends on."""
 
     recipe: Recipe | None
     sources: frozenset[str]
@@ -47,16 +47,16 @@ class DescribedTensor(torch.Tensor):
 
 def with_recipe(
     tensor: torch.Tensor, recipe: Recipe | None, sources: frozenset[str] = frozenset()
-) -> DescribedTensor:
-    """The same tensor, which tells how it is made. sources: what it depends on, where the recipe does not say."""
-    described = tensor.as_subclass(DescribedTensor)
+) -> RecordingTensor:
+    """The same tensor with a recipe. sources: what it depends on, if there is no recipe."""
+    described = tensor.as_subclass(RecordingTensor)
     described.recipe = recipe
     described.sources = frozenset(p.tensor for p in recipe.pieces) if recipe else sources
     return described
 
 
-def describe(model: Model) -> None:
-    """Let every parameter of `model` that is a tensor of the checkpoint tell which."""
+def describe(model: ModelWithoutWeights) -> None:
+    """Let every parameter of `model` that is a tensor of the checkpoint record which."""
     made: dict[int, torch.Tensor] = {}
     for prefix, module in model.model.named_modules():
         for leaf, parameter in module._parameters.items():
@@ -71,9 +71,9 @@ def describe(model: Model) -> None:
 
 
 def recipe_of(tensor: torch.Tensor, name: str) -> Recipe:
-    """How `tensor` is made; ExportError for one that no recipe describes. name: of the initializer.
+    """The recipe of `tensor`; ExportError if there is none. name: of the initializer.
 
-    A recipe without pieces: its numbers are there, and stay what they are.
+    A recipe without pieces means that the values are known and never change.
     """
     recipe = getattr(tensor, "recipe", None)
     if recipe is None and not tensor.is_meta:
@@ -85,16 +85,16 @@ def recipe_of(tensor: torch.Tensor, name: str) -> Recipe:
 
 
 def _sources(args: Iterable[Any]) -> frozenset[str]:
-    found: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
     for value in args:
         if isinstance(value, list | tuple):
-            found |= _sources(value)
-        found |= getattr(value, "sources", frozenset())
-    return found
+            names |= _sources(value)
+        names |= getattr(value, "sources", frozenset())
+    return names
 
 
 def _together(args: Sequence[Any]) -> Sequence[Any]:
-    """Joining a tensor that was read with one that was not: neither needs its numbers."""
+    """Join a tensor with values and one without: the values are not needed."""
     tensors = args[0] if args and isinstance(args[0], list | tuple) else ()
     if len({t.device for t in tensors if isinstance(t, torch.Tensor)}) < 2:
         return args
@@ -108,10 +108,10 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 def _follow(name: str, result: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Recipe | None:
-    """The recipe of what the function `name` made of `args`; None where there is none."""
+    """The recipe of what the function `name` made of `args`; None if there is none."""
     if name in ("cat", "concat", "concatenate"):
         return _joined(args[0], result)
-    first = next((a for a in args if isinstance(a, DescribedTensor)), None)
+    first = next((a for a in args if isinstance(a, RecordingTensor)), None)
     recipe: Recipe | None = getattr(first, "recipe", None)
     if first is None or recipe is None:
         return None
@@ -142,7 +142,7 @@ def _turned(recipe: Recipe, before: torch.Tensor, after: torch.Tensor) -> Recipe
 
 
 def _joined(tensors: Iterable[Any], result: torch.Tensor) -> Recipe | None:
-    """Below each other; or, where all are turned, beside each other."""
+    """One below another; or, if all are transposed, side by side."""
     recipes = [getattr(t, "recipe", None) for t in tensors]
     if not recipes or any(r is None for r in recipes):
         return None

@@ -1,1 +1,1 @@
-"""ONNX graphs: checked, compared, fed and run."""
+"""ONNX graphs: checked, compared, and written."""

@@ -1,38 +1,33 @@
-"""A graph in a form that no names, no order of nodes and no weights' values change, and a hash of it.
+"""A form of a graph that does not depend on names, the order of nodes, or the values of weights; and its hash.
 
-Each value of the graph gets a digest: of an input its name and type, of an initializer its type, shape and how
-often it is used (one weight that two operators share is less memory to read than two), of an operator's output the
-operator, its attributes and the digests of what goes in. A constant that steers counts by value as well:
-steering.py says which do. All tensors in attributes count by value, since no adapter changes one.
+Every value gets a digest: an input from its name and type; an initializer from its type, its shape and how often it
+is used (two operators that share a weight read less memory than two weights); the output of an operator from the
+operator, its attributes and the digests of its inputs. Steering constants also count by value (see
+steering_constants.py), and so do all tensors in attributes, since no adapter changes one.
 """
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import onnx_ir as ir
 
 from lora_export.errors import ExportError
-from lora_export.onnx_export.graphs.operators import since
-from lora_export.onnx_export.graphs.steering import Value, steering_constants, subgraphs
-
-if TYPE_CHECKING:
-    import onnx
+from lora_export.onnx_export.graphs.operator_roles import since
+from lora_export.onnx_export.graphs.steering_constants import steering_constants, subgraphs
 
 _BLOCK = 1 << 20
-SHOWN = 16  # elements of a constant that are written out; of a larger one, its hash
+SHOWN = 16  # elements; a larger constant is shown as a hash
 _LOOKUPS, _PRODUCTS = ("Gather", "GatherBlockQuantized"), ("MatMul", "Gemm", "MatMulNBits", "FusedMatMul")
 _VIEWS = ("Transpose", "Cast")
-_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "FLOAT16": 16, "BFLOAT16": 16, "INT16": 16, "UINT16": 16,
-         "FLOAT": 32, "INT32": 32, "UINT32": 32, "DOUBLE": 64, "INT64": 64, "UINT64": 64}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Node:
-    """name: its own; operands: its constants in words, a dot for what is computed; attributes: name and value;
-    digest: of it and all that it depends on."""
+    """name: the node's own; operands: its constants in words, a dot for a computed value; attributes: names and
+    values; digest: of the node and everything it depends on."""
 
     name: str
     operator: str
@@ -42,15 +37,15 @@ class Node:
 
     @property
     def local(self) -> str:
-        """What it is, wherever it stands."""
+        """What the node is, wherever it is in the graph."""
         attributes = ", ".join(f"{key}={value}" for key, value in self.attributes)
         return f"{self.operator}({self.operands})" + (f" [{attributes}]" if attributes else "")
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """initializer_bytes: of the stored model, ONNX type → bytes; tied: one of its initializers is both looked up as
-    embedding and multiplied with; placement: provider → nodes."""
+    """initializer_bytes: ONNX type → bytes in the stored model; tied: an initializer is used both as embedding
+    table and as a factor of a product; placement: provider → nodes."""
 
     inputs: tuple[str, ...]
     nodes: tuple[Node, ...]
@@ -65,26 +60,21 @@ class Canonical:
         return _digest(*parts, *(f"{provider} {n}" for provider, n in sorted(self.placement.items())))
 
 
-def canonical(
-    model: "onnx.ModelProto",
-    placement: Mapping[str, int],
-    stored: "onnx.ModelProto | None" = None,
-    folder: Path | None = None,
-) -> Canonical:
-    """placement: how many nodes a session gave to each provider, which is part of what is hashed; stored: the model
-    that this one was optimized from, whose weights are not yet in the types that a provider wants them in; folder:
-    where the data files of `model` lie, for the few constants there that count by value."""
+def canonical(model: ir.Model, placement: Mapping[str, int], stored: ir.Model | None = None) -> Canonical:
+    """placement: how many nodes a session assigned to each provider, which is part of the hash; stored: the model
+    that this one was optimized from, whose weights do not yet have the types that the provider wants."""
     graph, written = model.graph, (stored or model).graph
-    form = _Form(model, folder)
-    values: dict[str, str] = {}
-    nodes = tuple(form.nodes(graph, "", values))
+    form = _Form(model)
+    values: dict[ir.Value, str] = {}
+    nodes = tuple(form.nodes(graph, values))
     kinds: Counter[str] = Counter()
-    for tensor in written.initializer:
-        kinds[_kind(tensor)] += _nbytes(tensor)
+    for value in written.initializers.values():
+        if value.const_value is not None:
+            kinds[value.const_value.dtype.name] += value.const_value.nbytes
     return Canonical(
-        inputs=tuple(values[v.name] for v in graph.input),
+        inputs=tuple(values[v] for v in graph.inputs),
         nodes=nodes,
-        outputs=tuple(_digest("output", v.name, _type(v), values.get(v.name, "")) for v in graph.output),
+        outputs=tuple(_digest("output", str(v.name), _type(v), values.get(v, "")) for v in graph.outputs),
         initializer_bytes=dict(kinds),
         tied=_is_tied(written),
         placement=dict(placement),
@@ -94,129 +84,118 @@ def canonical(
 class _Form:
     """Digests of everything in a model, graph by graph."""
 
-    def __init__(self, model: "onnx.ModelProto", folder: Path | None) -> None:
+    def __init__(self, model: ir.Model) -> None:
         self._steering = steering_constants(model)
-        self._versions = {o.domain: o.version for o in model.opset_import}
-        self._functions = {(f.domain, f.name): f.SerializeToString(deterministic=True) for f in model.functions}
-        self._folder = folder
+        self._versions = model.graph.opset_imports
+        self._functions = {
+            (f.domain, f.name): ir.to_proto(f).SerializeToString(deterministic=True)
+            for f in model.functions.values()
+        }
 
-    def nodes(self, graph: "onnx.GraphProto", scope: str, values: dict[str, str]) -> Iterator[Node]:
-        """Adds the digest of everything in the graph to `values`, which has that of everything around it."""
-        constants = self._constants(graph, scope)
-        uses = Counter(name for node in graph.node for name in node.input)
-        for i, given in enumerate(graph.input):  # an inner graph's inputs have a place, and names of no meaning
-            values[given.name] = _digest("input", str(i) if scope else given.name, _type(given))
-        for name, words in constants.items():
-            digest = _digest("tensor", words, str(uses.get(name, 0)))
-            is_default = any(name == given.name for given in graph.input)
-            values[name] = _digest(values[name], "unless given", digest) if is_default else digest
-        for i, node in enumerate(graph.node):
+    def nodes(self, graph: ir.Graph, values: dict[ir.Value, str], *, inner: bool = False) -> Iterator[Node]:
+        """Yields the nodes and adds the digest of every value to `values`, which already has those of the enclosing
+        graphs.
+
+        inner: whether inputs count by position, because their names mean nothing outside.
+        """
+        constants = {v: self._constant(v) for v in graph.initializers.values() if v.const_value is not None}
+        uses = Counter(value for node in graph for value in node.inputs)
+        for i, given in enumerate(graph.inputs):
+            values[given] = _digest("input", str(i) if inner else str(given.name), _type(given))
+        for value, words in constants.items():
+            digest = _digest("tensor", words, str(uses.get(value, 0)))
+            values[value] = _digest(values[value], "unless given", digest) if value.is_graph_input() else digest
+        for node in graph:
             operator = f"{node.domain or 'ai.onnx'}.{node.op_type}"
-            attributes = tuple(sorted((a.name, self._attribute(a, scope, i, values)) for a in node.attribute))
+            attributes = tuple(sorted((a.name, self._attribute(a, values)) for a in node.attributes.values()))
             digest = _digest(
                 operator,
                 str(since(node, self._versions)),
                 *self._function(node),
                 *(f"{key}={value}" for key, value in attributes),
                 "from",
-                *(values.get(name, "") for name in node.input),
+                *("" if value is None else values.get(value, "") for value in node.inputs),
             )
-            for k, name in enumerate(node.output):
-                values[name] = _digest(digest, str(k)) if name else ""
-            shown = ", ".join(constants.get(name, "·" if name else "-") for name in node.input)
-            yield Node(node.name, operator, shown, attributes, digest)
+            for k, made in enumerate(node.outputs):
+                values[made] = _digest(digest, str(k))
+            shown = ", ".join("-" if v is None else constants.get(v, "·") for v in node.inputs)
+            yield Node(str(node.name or ""), operator, shown, attributes, digest)
 
-    def _constants(self, graph: "onnx.GraphProto", scope: str) -> dict[str, str]:
-        """The initializers in words, by name. One that is stored sparsely counts by value."""
-        found = {
-            t.name: self._tensor(t, by_value=Value(scope, t.name) in self._steering) for t in graph.initializer
-        }
-        for sparse in graph.sparse_initializer:
-            parts = (self._tensor(t, by_value=True) for t in (sparse.values, sparse.indices))
-            found[sparse.values.name] = f"sparse {list(sparse.dims)} {' at '.join(parts)}"
-        return found
+    def _constant(self, value: ir.Value) -> str:
+        assert value.const_value is not None
+        return _in_words(value.const_value, by_value=value in self._steering)
 
-    def _function(self, node: "onnx.NodeProto") -> tuple[str, ...]:
+    def _function(self, node: ir.Node) -> tuple[str, ...]:
         body = self._functions.get((node.domain, node.op_type))
         return () if body is None else (hashlib.sha256(body).hexdigest(),)
 
-    def _attribute(self, attribute: "onnx.AttributeProto", scope: str, node: int, values: Mapping[str, str]) -> str:
-        import onnx
+    def _attribute(self, attribute: ir.Attr, values: Mapping[ir.Value, str]) -> str:
+        if attribute.is_ref():
+            return f"reference {attribute.ref_attr_name}"
+        if attribute.type == ir.AttributeType.TENSOR:
+            return _in_words(attribute.as_tensor(), by_value=True)
+        graphs = subgraphs(attribute)
+        return " ".join(self._graph(g, values) for g in graphs) if graphs else _plain(attribute.value)
 
-        kind = onnx.AttributeProto
-        if attribute.type == kind.TENSOR:
-            return self._tensor(attribute.t, by_value=True)
-        if attribute.type in (kind.GRAPH, kind.GRAPHS):
-            return " ".join(self._graph(g, inner, values) for inner, g in subgraphs(attribute, scope, node))
-        return repr(onnx.helper.get_attribute_value(attribute))
-
-    def _graph(self, graph: "onnx.GraphProto", scope: str, values: Mapping[str, str]) -> str:
-        inner = dict(values)
-        digests = sorted(n.digest for n in self.nodes(graph, scope, inner))
-        ends = [inner.get(v.name, "") for v in graph.output]
+    def _graph(self, graph: ir.Graph, values: Mapping[ir.Value, str]) -> str:
+        inside = dict(values)
+        digests = sorted(n.digest for n in self.nodes(graph, inside, inner=True))
+        ends = [inside.get(v, "") for v in graph.outputs]
         return f"graph {_digest(*digests, 'to', *ends)[:16]}"
 
-    def _tensor(self, tensor: "onnx.TensorProto", *, by_value: bool) -> str:
-        import onnx
 
-        words = f"{_kind(tensor).lower()}{list(tensor.dims)}"
-        if not by_value:
-            return words
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            return f"{words}={self._hash_stored(tensor)}"
-        values = onnx.numpy_helper.to_array(tensor)
-        if values.size <= SHOWN or values.dtype == object:  # texts
-            return f"{words}={values.tolist()}"
-        return f"{words}={hashlib.sha256(values.tobytes()).hexdigest()}"
-
-    def _hash_stored(self, tensor: "onnx.TensorProto") -> str:
-        entries = {e.key: e.value for e in tensor.external_data}
-        if self._folder is None:
-            raise ExportError(
-                "a constant that decides what the graph does lies in another file",
-                tensor=tensor.name,
-                expected=f"the folder of {entries.get('location')}",
-            )
-        digest = hashlib.sha256()
-        left = _nbytes(tensor)
-        with (self._folder / entries["location"]).open("rb") as file:
-            file.seek(int(entries.get("offset", 0)))
-            while left and (block := file.read(min(left, _BLOCK))):
-                digest.update(block)
-                left -= len(block)
-        return digest.hexdigest()
+def _plain(value: object) -> str:
+    """An attribute as text, like ONNX's own helper: strings as bytes, several values as a list."""
+    if isinstance(value, str):
+        return repr(value.encode())
+    return f"[{', '.join(map(_plain, value))}]" if isinstance(value, tuple | list) else repr(value)
 
 
-def _kind(tensor: "onnx.TensorProto") -> str:
-    import onnx
+def _in_words(tensor: ir.TensorProtocol, *, by_value: bool) -> str:
+    words = f"{tensor.dtype.name.lower()}{list(tensor.shape.numpy())}"
+    if not by_value:
+        return words
+    if isinstance(tensor, ir.ExternalTensor):
+        return f"{words}={_hash_stored(tensor)}"
+    values = tensor.numpy()
+    if values.size <= SHOWN or values.dtype == object:  # texts
+        return f"{words}={values.tolist()}"
+    return f"{words}={hashlib.sha256(values.tobytes()).hexdigest()}"
 
-    return str(onnx.TensorProto.DataType.Name(tensor.data_type))
+
+def _hash_stored(tensor: ir.ExternalTensor) -> str:
+    if not tensor.base_dir:
+        raise ExportError(
+            "a steering constant is stored in another file",
+            tensor=tensor.name,
+            expected=f"the folder of {tensor.location}",
+        )
+    digest, left = hashlib.sha256(), tensor.nbytes
+    with Path(tensor.path).open("rb") as file:
+        file.seek(tensor.offset or 0)
+        while left and (block := file.read(min(left, _BLOCK))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
 
 
-def _nbytes(tensor: "onnx.TensorProto") -> int:
-    bits = math.prod(tensor.dims) * _BITS.get(_kind(tensor), 8)
-    return int(bits) // 8
+def _is_tied(graph: ir.Graph) -> bool:
+    source: dict[ir.Value | None, ir.Value] = {v: v for v in graph.initializers.values()}
+    for node in graph:
+        if node.op_type in _VIEWS and node.inputs[0] in source:
+            source[node.outputs[0]] = source[node.inputs[0]]
 
-
-def _is_tied(graph: "onnx.GraphProto") -> bool:
-    source = {t.name: t.name for t in graph.initializer}
-    for node in graph.node:
-        if node.op_type in _VIEWS and node.input[0] in source:
-            source[node.output[0]] = source[node.input[0]]
-
-    def fed(operators: Iterable[str]) -> set[str]:
-        names = (name for node in graph.node if node.op_type in operators for name in node.input[:2])
-        return {source[name] for name in names if name in source}
+    def fed(operators: Iterable[str]) -> set[ir.Value]:
+        values = (value for node in graph if node.op_type in operators for value in node.inputs[:2])
+        return {source[value] for value in values if value in source}
 
     return bool(fed(_LOOKUPS) & fed(_PRODUCTS))
 
 
-def _type(value: "onnx.ValueInfoProto") -> str:
-    import onnx
-
-    tensor = value.type.tensor_type
-    dims = [d.dim_param or d.dim_value for d in tensor.shape.dim]
-    return f"{onnx.TensorProto.DataType.Name(tensor.elem_type).lower()}{dims}"
+def _type(value: ir.Value) -> str:
+    name = value.dtype.name.lower() if value.dtype is not None else "undefined"
+    shape = value.shape if value.shape is not None else ()
+    return f"{name}{[size if isinstance(size, int) else size.value or 0 for size in shape]}"
 
 
 def _digest(*parts: str) -> str:

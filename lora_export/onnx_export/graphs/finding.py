@@ -1,4 +1,4 @@
-"""Which files of a folder a runtime may open as a model, whatever they are called."""
+"""Which files of a folder a runtime may open as a model, whatever their names."""
 
 import os
 import re
@@ -12,45 +12,47 @@ from lora_export.storage.documents import walk
 
 SUFFIX = ".onnx"
 _GRAPH = 7  # the field of a ModelProto
-_FLAT = b"ORTM"  # at byte 4 of ONNX Runtime's own format, which no check here reads
+_FLAT = b"ORTM"  # at byte 4 of ONNX Runtime's own format, which cannot be checked here
 _FLAT_SUFFIX = ".ort"
-_MOST_FIELDS = 2**16  # of a file's outermost message that are walked; what has more passes for a graph
-_VARINT = 10  # bytes of the longest
+_MOST_FIELDS = 2**16  # outermost fields to walk; a file with more counts as a graph
+_VARINT = 10  # bytes of the longest number
 _BEGIN, _END = 3, 4  # wire types of a group
 _TRITON = re.compile(r"""default_model_filename\s*:\s*(["'])(.*?)\1""")
 
 
 def find_graphs(folder: Path) -> list[Path]:
     """Every file below `folder` that a runtime may open as a graph: by its suffix, by its content, or because a
-    configuration names it as one.
+    configuration names it as a model.
 
     ExportError for a name that leads out of the folder of its configuration or to no file, and for a file in ONNX
     Runtime's own format, which cannot be checked.
     """
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    found = {p for p in files if p.suffix == SUFFIX or looks_like_graph(p)}
+    graphs = {p for p in files if p.suffix == SUFFIX or looks_like_graph(p)}
     for path in files:
         for name in named_models(path):
-            found |= _beside(path, name)
-    return sorted(found)
+            graphs |= _beside(path, name)
+    return sorted(graphs)
 
 
 def _beside(config: Path, name: str) -> set[Path]:
-    """The files that a configuration names. Triton's lie in the folders of the versions, and may be folders."""
+    """The files that a configuration names. Triton's are in version folders, and may be folders."""
     if not sealed.plain_name(name):
         raise ExportError(
-            f"a model called {name!r}",
+            f"a model named {name!r}",
             where=config,
             expected="a plain file name in the folder of the configuration",
         )
     places = [config.parent / name, *sorted(config.parent.glob(f"*/{name}"))]
     if not any(p.exists() for p in places):
-        raise ExportError(f"the model {name!r}, which is not there", where=config, expected="a file of the folder")
+        raise ExportError(
+            f"the model {name!r}, which does not exist", where=config, expected="a file in the folder"
+        )
     return {p for p in places if p.is_file()}
 
 
 def named_models(path: Path) -> list[str]:
-    """The models that a configuration of a runtime names; none for any other file."""
+    """The models that a runtime's configuration names; none for any other file."""
     if path.name == "genai_config.json":
         return [name for name in _filenames(path) if name]
     if path.name == "config.pbtxt":
@@ -63,7 +65,7 @@ def named_models(path: Path) -> list[str]:
 
 
 def _filenames(path: Path) -> Iterator[str]:
-    """`filename` of each part of the model, at whatever depth."""
+    """`filename` of each part of the model, at any depth."""
     for value in walk(_json(path), path):
         if isinstance(value, dict):
             yield from (v for k, v in value.items() if k == "filename" and isinstance(v, str))
@@ -77,7 +79,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def looks_like_graph(path: Path) -> bool:
-    """Whether a file is an ONNX model by its outermost fields, or of ONNX Runtime's own format."""
+    """Whether a file is an ONNX model by its outermost fields, or in ONNX Runtime's own format."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -93,7 +95,7 @@ def looks_like_graph(path: Path) -> bool:
 
 
 def _walked(file: Any, size: int) -> bool:
-    """Whether the bytes are protobuf fields to the end, a graph among them. Contents of fields are not read."""
+    """Whether all bytes are protobuf fields, one of them a graph. Contents of fields are not read."""
     at, graph, depth = 0, False, 0
     for _ in range(_MOST_FIELDS):
         if at == size:
@@ -112,7 +114,7 @@ def _walked(file: Any, size: int) -> bool:
         elif wire == 2 and end:
             at += end + value
             graph = graph or (number == _GRAPH and not depth)
-        elif wire in (_BEGIN, _END):  # what no model has, and every parser passes over
+        elif wire in (_BEGIN, _END):  # no model has groups, and every parser skips them
             at, depth = at + used, depth + (1 if wire == _BEGIN else -1)
         else:
             return False
@@ -122,7 +124,7 @@ def _walked(file: Any, size: int) -> bool:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number, and where it ends; 0 for the end if there is none."""
+    """A number and the offset behind it, or 0 as the offset if there is none."""
     value = 0
     for i, byte in enumerate(data[at : at + _VARINT]):
         value |= (byte & 0x7F) << (7 * i)

@@ -1,8 +1,8 @@
-"""Are two graphs the same work? Compared after ONNX Runtime's own optimization for a provider.
+"""Are two graphs the same work? They are compared after ONNX Runtime has optimized them for a provider.
 
 Two graphs with the same operators, attributes, wiring, shapes, types and steering constants, on the same provider,
-launch the same kernels: their weights' values cannot make one of them slower. Of products of numbers that are
-denormal, infinite or NaN this is not true on every processor.
+launch the same kernels: the values of their weights cannot make one of them slower. On some processors this does
+not hold for products of denormal, infinite or NaN values.
 """
 
 import difflib
@@ -14,21 +14,22 @@ from pathlib import Path
 
 from lora_export.contracts import GraphComparison
 from lora_export.onnx_export.graphs.canonical import Canonical, Node, canonical
-from lora_export.onnx_export.graphs.checks import check_external_data, load_graph
+from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.storage.sealed import read_json
 
 SHOWN = 8
 _EXTERNAL_FROM = "1024"  # bytes; ONNX Runtime needs small shape constants inline
 _FUSED = "com.microsoft."
-_WIDER = 1.01  # bytes of floating-point weights that are no rounding of padding
+_WIDER = 1.01  # ratio of floating-point bytes that padding does not explain
 
 
 def compare(base: Sequence[Path], merged: Sequence[Path], provider: str) -> GraphComparison:
-    """Whether two models are the same graphs once optimized for `provider`; if not, where, and what it costs.
+    """Whether two models are the same graphs once optimized for `provider`; if not, where they differ, and at what
+    cost.
 
     base and merged: their .onnx files, in the same order. Constants count by value if a shape, an index or a branch
-    depends on them (steering.py); an adapter may change any weight. Needs as much temporary disk space as the
-    largest model.
+    depends on them (steering_constants.py); an adapter may change any weight. Needs as much temporary disk space as
+    the largest model.
     """
     pairs = [(optimized(a, provider), optimized(b, provider)) for a, b in zip(base, merged, strict=True)]
     placement: Counter[str] = Counter()
@@ -53,8 +54,7 @@ def optimized(model: Path, provider: str) -> Canonical:
     """What ONNX Runtime makes of `model` for `provider`."""
     from lora_export.runtime import open_session, session_options
 
-    stored = load_graph(model)
-    check_external_data(model, stored)
+    stored = open_model(model)
     with tempfile.TemporaryDirectory(prefix="lora-export-graph-") as folder:
         written = Path(folder, "optimized.onnx")
         options = session_options()
@@ -70,7 +70,7 @@ def optimized(model: Path, provider: str) -> Canonical:
         placement: Counter[str] = Counter()
         for part in session.get_provider_graph_assignment_info():
             placement[part.ep_name] += len(part.get_nodes())
-        return canonical(load_graph(written), placement, stored, written.parent)
+        return canonical(open_model(written), placement, stored)
 
 
 def _together(graphs: Sequence[Canonical]) -> str:
@@ -89,10 +89,10 @@ def _differences(a: Canonical, b: Canonical) -> Iterator[str]:
     for operator in sorted(ours.keys() | theirs.keys()):
         if ours[operator] != theirs[operator]:
             yield f"{operator}: {ours[operator]} in the base, {theirs[operator]} in the other"
-    found = list(_by_node(a.nodes, b.nodes)) or list(_elsewhere(a, b))
-    yield from found[:SHOWN]
-    if len(found) > SHOWN:
-        yield f"and {len(found) - SHOWN} more nodes differ"
+    lines = list(_by_node(a.nodes, b.nodes)) or list(_elsewhere(a, b))
+    yield from lines[:SHOWN]
+    if len(lines) > SHOWN:
+        yield f"and {len(lines) - SHOWN} more nodes differ"
 
 
 def _by_node(a: Sequence[Node], b: Sequence[Node]) -> Iterator[str]:
@@ -107,20 +107,20 @@ def _by_node(a: Sequence[Node], b: Sequence[Node]) -> Iterator[str]:
 
 
 def _changed(ours: Node, theirs: Node) -> str:
-    """Two nodes in words; of the same operator with the same operands, only the attributes that differ."""
+    """Two nodes in words; if operator and operands are the same, only the attributes that differ."""
     if (ours.operator, ours.operands) != (theirs.operator, theirs.operands):
         a, b = (f"{node.operator}({node.operands})" for node in (ours, theirs))
         return f"the base has {a}; the other has {b}"
-    known, found = dict(ours.attributes), dict(theirs.attributes)
-    unlike = sorted(key for key in known.keys() | found.keys() if known.get(key) != found.get(key))
+    own, other = dict(ours.attributes), dict(theirs.attributes)
+    unlike = sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key))
     parts = [
-        f"{key} {known.get(key, 'absent')} in the base, {found.get(key, 'absent')} in the other" for key in unlike
+        f"{key} {own.get(key, 'absent')} in the base, {other.get(key, 'absent')} in the other" for key in unlike
     ]
     return f"{ours.operator} with {'; '.join(parts)}"
 
 
 def _elsewhere(a: Canonical, b: Canonical) -> Iterator[str]:
-    """Where all nodes look alike one by one: the first that is fed by others, or what lies outside the nodes."""
+    """For nodes that look alike one by one: the first with other inputs, or what differs outside the nodes."""
     for ours, theirs in zip(a.nodes, b.nodes, strict=True):
         if ours.digest != theirs.digest:
             yield f"{theirs.name}: the same {theirs.operator}, but its inputs come from elsewhere, or are shared"
@@ -147,14 +147,14 @@ def _graph_warnings(base: Canonical, merged: Canonical) -> Iterator[str]:
         )
     if base.tied and not merged.tied:
         yield (
-            "the base's embedding and output layer share one weight, the merged model's do not: an adapter on tied "
-            "embeddings changes one of the two, and both are then read from memory"
+            "the base's embedding and output layer share one weight, but the merged model's do not: an adapter on "
+            "tied embeddings changes one of the two, and both are then read from memory"
         )
     lost = Counter(n.operator for n in base.nodes if n.operator.startswith(_FUSED))
     lost.subtract(n.operator for n in merged.nodes)
     for operator, n in sorted(lost.items()):
         if n > 0:
-            yield f"{n} fewer {operator.removeprefix(_FUSED)} in the merged graph: fusions that were lost"
+            yield f"{n} fewer {operator.removeprefix(_FUSED)} in the merged graph: fusions were lost"
 
 
 def _floating(graph: Canonical) -> dict[str, int]:
@@ -162,15 +162,15 @@ def _floating(graph: Canonical) -> dict[str, int]:
 
 
 def _settings_warnings(base: Path, merged: Path) -> list[str]:
-    found = []
+    warnings = []
     for name in ("config.json", "generation_config.json"):
         path, before = merged.with_name(name), base.with_name(name)
         settings = read_json(path) if path.is_file() else {}
         if settings.get("use_cache") is False:
-            found.append(
-                f"{name} has use_cache false: a runtime that obeys it computes all tokens again at each step"
+            warnings.append(
+                f"{name} has use_cache false: a runtime that obeys it recomputes all tokens at each step"
             )
         tied = settings.get("tie_word_embeddings")
         if tied is False and before.is_file() and read_json(before).get("tie_word_embeddings") is True:
-            found.append(f"{name} no longer ties the embeddings: the output layer is a weight of its own")
-    return found
+            warnings.append(f"{name} no longer ties the embeddings: the output layer has its own weight")
+    return warnings

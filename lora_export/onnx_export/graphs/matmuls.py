@@ -1,21 +1,19 @@
-"""Which nodes of a graph multiply with a weight that can be quantized."""
+"""Which nodes of a graph multiply by a weight that can be quantized."""
 
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import onnx_ir as ir
 
 from lora_export.onnx_export.weights.map import Weight
-
-if TYPE_CHECKING:
-    import onnx
 
 SOURCES = ("MatMul", "FusedMatMul", "Gather")
 
 
 @dataclass(frozen=True)
 class Product:
-    """What a node multiplies with, or looks up: `weight`, or its transpose if turned. rows, columns: in, out."""
+    """The factor of a node, or its lookup table: `weight`, or its transpose if turned. rows, columns: in, out."""
 
     weight: Weight
     turned: bool
@@ -29,34 +27,33 @@ class Product:
         return self.weight.shape[not self.turned]
 
 
-def candidates(
-    model: "onnx.ModelProto", weights: Sequence[Weight], lookups: int | None = None
-) -> dict[str, Product]:
-    """Node name → what it multiplies with, for each node that could be quantized.
+def candidates(model: ir.Model, weights: Sequence[Weight], lookups: int | None = None) -> dict[str, Product]:
+    """Node name → its factor, for every node that could be quantized.
 
-    lookups: the size of blocks of which rows of embeddings must consist for their lookup to count; None: none does.
+    lookups: the block size that must divide rows of embeddings for their lookups to count; None: lookups do not
+    count.
     """
     known = {w.name: w for w in weights}
-    found: dict[str, Product] = {}
+    products: dict[str, Product] = {}
     ways: dict[str, bool] = {}
-    for node in model.graph.node:
+    for node in model.graph:
         product = _product(node, known, lookups)
         if product is None or not _fits(product):
             continue
-        # A weight that is read both ways has two quantized forms, of which it gets the first.
+        # A weight that is read both ways would have two quantized forms; it gets the first.
         if ways.setdefault(product.weight.name, product.turned) == product.turned:
-            found[node.name] = product
-    return found
+            products[str(node.name)] = product
+    return products
 
 
-def _product(node: "onnx.NodeProto", known: Mapping[str, Weight], lookups: int | None) -> Product | None:
-    import onnx
-
-    at = 0 if node.op_type == "Gather" else 1
-    weight = known.get(node.input[at]) if node.op_type in SOURCES and len(node.input) > 1 else None
+def _product(node: ir.Node, known: Mapping[str, Weight], lookups: int | None) -> Product | None:
+    if node.op_type not in SOURCES or len(node.inputs) < 2:
+        return None
+    value = node.inputs[0 if node.op_type == "Gather" else 1]
+    weight = known.get(str(value.name)) if value is not None else None
     if weight is None or len(weight.shape) != 2:
         return None
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     if node.op_type == "MatMul":
         return Product(weight, turned=False)
     if node.op_type == "FusedMatMul":  # a head that shares its weight with the embeddings
@@ -68,12 +65,12 @@ def _product(node: "onnx.NodeProto", known: Mapping[str, Weight], lookups: int |
 
 
 def _fits(product: Product) -> bool:
-    """Whether `writing` can make the matrix, some columns at a time: it joins pieces along the columns only."""
+    """Whether the writer can make the matrix a few columns at a time: it joins pieces along columns only."""
     recipe, dtype = product.weight.recipe, product.weight.dtype
     columnwise = recipe.transposed != product.turned or len(recipe.pieces) == 1
     return bool(recipe.pieces) and columnwise and not recipe.plus and dtype in ("float32", "float16", "bfloat16")
 
 
 def kept(name: str, patterns: Collection[str]) -> bool:
-    """Whether a node of this name stays in high precision."""
+    """Whether a node of this name is to stay in high precision."""
     return any(fnmatch.fnmatchcase(name, p) for p in patterns)

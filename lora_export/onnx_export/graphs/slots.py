@@ -1,22 +1,20 @@
-"""A graph whose LoRA is given when it runs: inputs in place of weights, and adapters as files of ONNX Runtime.
+"""A graph that is given its LoRA at run time: inputs in place of weights, and adapters as ONNX Runtime's files.
 
-The inputs have defaults of rank 0, which add nothing. So a session without an adapter is the base, and adapters may
-have any ranks and leave slots alone.
+The inputs default to rank 0, which adds nothing. So a session without an adapter is the base, and an adapter may
+have any ranks and leave slots unused.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
 
 from lora_export.errors import ExportError
-from lora_export.onnx_export.graphs.checks import load_graph
-
-if TYPE_CHECKING:
-    import onnx
-
-    from lora_export.onnx_export.weights.dtypes import Array
+from lora_export.onnx_export.graphs.checks import open_model, serialized
+from lora_export.onnx_export.weights.dtypes import Array
 
 SUFFIX = ".onnx_adapter"
 _WEIGHT = re.compile(
@@ -25,9 +23,9 @@ _WEIGHT = re.compile(
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where the LoRA of one projection goes. down, up: names of the graph's inputs of shape (in, r) and (r, out);
-    dtype: their ONNX type, lower case."""
+class LoraSlot:
+    """Where the LoRA of one projection goes. down, up: names of graph inputs of shape (in, r) and (r, out); dtype:
+    their ONNX type, lower case."""
 
     module: str
     layer: int
@@ -45,61 +43,55 @@ class Slot:
         return f"{self.module}.lora_B.MatMul.weight"
 
 
-def open_slots(path: Path) -> tuple[Slot, ...]:
-    """Make inputs of the LoRA weights of an unmerged graph. ExportError if it has none, or half a pair."""
-    import onnx
-
-    model = load_graph(path)
-    found: dict[str, dict[str, onnx.TensorProto]] = {}
-    for tensor in model.graph.initializer:
-        match = _WEIGHT.fullmatch(tensor.name)
+def open_slots(path: Path) -> tuple[LoraSlot, ...]:
+    """Turn the LoRA weights of an unmerged graph into inputs. ExportError if it has none, or half a pair."""
+    model = open_model(path)
+    graph = model.graph
+    pairs: dict[str, dict[str, ir.Value]] = {}
+    for name in list(graph.initializers):
+        match = _WEIGHT.fullmatch(name)
         if match:
-            found.setdefault(match["module"], {})[match["side"]] = tensor
-    slots = tuple(_slot(path, module, sides) for module, sides in found.items())
-    if not slots:
-        raise ExportError("the graph has no LoRA that could be given from outside", where=path, expected="lora_A")
-    own = {name for s in slots for name in (s.down, s.up)}
-    kept = [t for t in model.graph.initializer if t.name not in own]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    for slot in slots:
-        _add_inputs(model, slot)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+            pairs.setdefault(match["module"], {})[match["side"]] = graph.initializers.pop(name)
+    if not pairs:
+        raise ExportError("the graph has no LoRA weights to turn into inputs", where=path, expected="lora_A")
+    slots = tuple(_slot(path, module, sides) for module, sides in pairs.items())
+    for slot, sides in zip(slots, pairs.values(), strict=True):
+        _make_inputs(graph, slot, sides["A"], sides["B"])
+    path.write_bytes(serialized(model))
     return slots
 
 
-def _slot(path: Path, module: str, sides: "Mapping[str, onnx.TensorProto]") -> Slot:
-    import onnx
-
+def _slot(path: Path, module: str, sides: Mapping[str, ir.Value]) -> LoraSlot:
     if sides.keys() != {"A", "B"}:
-        raise ExportError("half of a LoRA is missing in the graph", where=path, tensor=module, expected="A and B")
+        raise ExportError("the graph has only half of a LoRA", where=path, tensor=module, expected="A and B")
     match = _WEIGHT.fullmatch(f"{module}.lora_A.MatMul.weight")
-    assert match is not None
-    dtype = onnx.TensorProto.DataType.Name(sides["A"].data_type).lower()
-    return Slot(module, int(match["layer"]), match["leaf"], sides["A"].dims[0], sides["B"].dims[1], dtype)
+    down, up = (sides[side].const_value for side in "AB")
+    assert match is not None and down is not None and up is not None
+    dtype = down.dtype.name.lower()
+    return LoraSlot(module, int(match["layer"]), match["leaf"], int(down.shape[0]), int(up.shape[1]), dtype)
 
 
-def _add_inputs(model: "onnx.ModelProto", slot: Slot) -> None:
-    from onnx import TensorProto, helper
+def _make_inputs(graph: ir.Graph, slot: LoraSlot, down: ir.Value, up: ir.Value) -> None:
+    """Make the two matrices inputs that default to rank 0."""
+    rank = ir.SymbolicDim(f"rank of {slot.module}")
+    for value, shape, empty in (
+        (down, [slot.inputs, rank], [slot.inputs, 0]),
+        (up, [rank, slot.outputs], [0, slot.outputs]),
+    ):
+        dtype = ir.DataType[slot.dtype.upper()]
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(dtype)
+        value.const_value = ir.Tensor(np.empty(empty, dtype.numpy()), dtype=dtype, name=value.name)
+        graph.inputs.append(value)
+        graph.register_initializer(value)
+    # The product between the two has the size of the rank: ONNX Runtime plans memory by these shapes.
+    for user, _ in down.uses():
+        between = user.outputs[0]
+        if between.shape is not None:
+            between.shape = ir.Shape([*between.shape[:-1], rank])
 
-    kind, rank = TensorProto.DataType.Value(slot.dtype.upper()), f"rank of {slot.module}"
-    shapes: list[tuple[str, list[int | str], list[int]]] = [
-        (slot.down, [slot.inputs, rank], [slot.inputs, 0]),
-        (slot.up, [rank, slot.outputs], [0, slot.outputs]),
-    ]
-    for name, shape, empty in shapes:
-        model.graph.input.append(helper.make_tensor_value_info(name, kind, shape))
-        model.graph.initializer.append(helper.make_tensor(name, kind, empty, b"", raw=True))
-    # What lies between the two has the size of the rank: ONNX Runtime plans its memory by these shapes.
-    between = {n.output[0] for n in model.graph.node if slot.down in n.input}
-    for value in model.graph.value_info:
-        if value.name in between:
-            value.type.tensor_type.shape.dim[-1].dim_param = rank
 
-
-def write_adapter(path: Path, matrices: "Mapping[Slot, tuple[Array, Array]]") -> None:
-    """An .onnx_adapter file. matrices: for each slot that is used Aᵀ (in, r) and s·Bᵀ (r, out), in fp32."""
-    import numpy as np
+def write_adapter(path: Path, matrices: Mapping[LoraSlot, tuple[Array, Array]]) -> None:
+    """Write an .onnx_adapter file. matrices: for each slot in use, Aᵀ (in, r) and s·Bᵀ (r, out), in fp32."""
     import onnxruntime as ort
 
     from lora_export.onnx_export.weights.dtypes import ONNX, rounded

@@ -1,1 +1,1 @@
-"""Quantized exports: which weights, to which numbers, by which operators."""
+"""Quantized exports: which weights, into which numbers, with which operators."""

@@ -1,4 +1,4 @@
-"""int8 activations for an export that is whole in fp32: dynamic or static quantization of its only graph."""
+"""int8 activations for an export that is entirely fp32: dynamic or static quantization of its only graph."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -7,45 +7,50 @@ from typing import Any
 
 from lora_export.contracts import QuantizationOptions
 from lora_export.errors import ExportError, InputError
+from lora_export.graph_runs.feeds import Feed, built_in_rows, rows_of, token_feeds
+from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export.engines.protocol import Made
-from lora_export.onnx_export.graphs.inputs import Feed, built_in_rows, rows_of, token_feeds
+from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.weights import map as weights_map
 
-LONGEST = 128  # tokens of a text that take part in calibration
+LONGEST = 128  # tokens of each calibration text
 
 
 def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
-    """ExportError for what only weights can be, or what has no calibration. generates: whether the model does."""
+    """ExportError if only weights can be quantized, or if a calibration makes no sense. generates: whether the
+    model generates text."""
     if how.activations == "float":
         if how.calibration is not None:
             raise ExportError(
-                "a calibration without --activations static",
-                expected="static activations: only their ranges come from texts",
+                "a calibration needs --activations static",
+                expected="static activations, whose ranges come from texts",
                 next_step="--activations static",
             )
         return
     if how.calibration is not None and how.activations != "static":
         raise ExportError(
-            "a calibration of dynamic activations", expected="static", next_step="--activations static"
+            "dynamic activations take no calibration", expected="static", next_step="--activations static"
         )
     if precision != "int8":
         raise ExportError(
-            f"int8 activations in a graph of {precision}", expected="--precision int8", next_step="--precision int8"
+            f"int8 activations need int8 weights, not {precision}",
+            expected="--precision int8",
+            next_step="--precision int8",
         )
     if generates:
         raise ExportError(
-            "int8 activations of a model that generates",
-            expected="a model that does not generate",
-            next_step="--precision int8 without --activations, or int4: their weights alone are quantized",
+            "int8 activations are not supported for a model that generates text",
+            expected="a model that does not generate text",
+            next_step="--precision int8 without --activations, or int4, which quantize only weights",
         )
     if how.calibration is not None:
         _texts(how.calibration)
 
 
 def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, config: Mapping[str, Any]) -> int:
-    """Replace the fp32 graph in `folder` by one with int8 products; the number of nodes that changed.
+    """Replace the fp32 graph in `folder` by one with int8 products; returns the number of changed nodes.
 
-    The weights map goes: the quantizer makes of weights what no recipe says.
+    The weights map is removed: no recipe describes what the quantizer makes of weights.
     """
     from lora_export.onnx_export.quantize.int8 import quantize_int8
 
@@ -66,8 +71,10 @@ def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, co
 def _calibration(graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]) -> Sequence[Feed]:
     longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
     if how.calibration is None:
-        return token_feeds(graph, built_in_rows(model, longest))
-    return token_feeds(graph, rows_of(model, _texts(how.calibration), longest))
+        rows = built_in_rows(model, longest)
+    else:
+        rows = rows_of(model, _texts(how.calibration), longest)
+    return token_feeds(Signature.of_model(open_model(graph), graph), rows)
 
 
 def _texts(path: Path) -> list[str]:
@@ -76,5 +83,5 @@ def _texts(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the file cannot be read: {error}", where=path, expected="UTF-8") from None
     if not texts:
-        raise InputError("the file has no text", where=path, expected="one text a line")
+        raise InputError("the file has no texts", where=path, expected="one text per line")
     return texts

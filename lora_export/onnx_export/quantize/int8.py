@@ -1,7 +1,7 @@
-"""int8 weights and activations for the models that do not generate, by ONNX Runtime's quantizer.
+"""int8 weights and activations for models that do not generate text, by ONNX Runtime's quantizer.
 
-A step on a finished fp32 graph, not a recipe: scales of activations come from inputs, and the quantizer makes of
-one weight whatever it likes. A weights map describes the result no longer, so it cannot be re-weighted.
+This changes a finished fp32 graph and follows no recipe: scales of activations come from inputs, and the quantizer
+may make anything of a weight. A weights map cannot describe the result, so it cannot be re-weighted.
 """
 
 import contextlib
@@ -10,17 +10,16 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import onnx_ir as ir
 
 from lora_export.errors import ExportError
-from lora_export.onnx_export.graphs.checks import all_tensors, check_external_data, load_graph
-from lora_export.onnx_export.graphs.inputs import Feed
+from lora_export.graph_runs.feeds import Feed
+from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.graphs.matmuls import kept
 
-if TYPE_CHECKING:
-    import onnx
-
-# Convolutions stay: their integer kernels are slower than the ones in fp32 on most processors.
+# Not convolutions: on most processors their integer kernels are slower than fp32.
 DYNAMIC = ("MatMul", "Attention")
 STATIC = ("MatMul", "Gemm")
 
@@ -31,31 +30,32 @@ def quantize_int8(
     calibration: Sequence[Feed] | None = None,
     exclude: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Write `graph` with products in int8 to the new file `output`; the names of the nodes that were touched.
+    """Write `graph` with int8 products to the new file `output`; returns the names of the changed nodes.
 
-    calibration: None finds the range of every activation while the model runs (MatMulInteger); inputs of the graph
-    fix the ranges to what they are on them (QuantizeLinear and DequantizeLinear, which a provider fuses). exclude:
-    nodes that stay, by name or pattern. Weights have a scale a column, and are unsigned as the activations are:
-    signed ones can saturate, and nobody sees it, on a processor without VNNI instructions (ONNX Runtime's
-    documentation, "Quantize ONNX Models").
+    calibration: None finds the range of every activation at run time (MatMulInteger); inputs of the graph fix the
+    ranges to those seen on them (QuantizeLinear and DequantizeLinear, which providers fuse). exclude: nodes to
+    leave unchanged, by name or pattern. Weights have one scale per column and are unsigned, as activations are:
+    signed ones can silently saturate on processors without VNNI instructions (ONNX Runtime's documentation,
+    "Quantize ONNX Models").
 
     Weights of more than a few bytes go to `output`.data. The quantizer holds the model in memory once. ExportError
-    if the file is no fp32 graph, or nothing in it can be quantized.
+    if the graph is not fp32, or nothing in it can be quantized.
     """
-    before = load_graph(graph)
-    check_external_data(graph, before)
+    before = open_model(graph)
     _refuse_other_types(graph, before)
     kinds = DYNAMIC if calibration is None else STATIC
-    skipped = [n.name for n in before.graph.node if n.op_type in kinds and kept(n.name, exclude)]
+    names = [str(node.name) for node in before.graph if node.op_type in kinds]
+    skipped = [name for name in names if kept(name, exclude)]
     if calibration is not None and not calibration:
         raise ExportError("there is no input to calibrate with", expected="at least one", where=graph)
-    # The quantizer writes beside the graph that it reads, and takes no links for data files.
+    # The quantizer writes beside the graph it reads, and does not accept links as data files.
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=output.parent) as scratch, _quiet():
         source = Path(scratch, graph.name)
-        for name in (graph.name, *_data_files(before)):
+        files = {str(t.location) for t in _tensors(before) if isinstance(t, ir.ExternalTensor)}
+        for name in (graph.name, *files):
             shutil.copyfile(graph.parent / name, Path(scratch, name))
         _run(source, output, calibration, kinds, skipped)
-    touched = _touched(before, load_graph(output), kinds)
+    touched = _touched(before, open_model(output), kinds)
     if not touched:
         raise ExportError(
             "no product in this graph can be quantized to int8",
@@ -69,7 +69,6 @@ def quantize_int8(
 def _run(
     source: Path, output: Path, calibration: Sequence[Feed] | None, kinds: Sequence[str], skipped: Sequence[str]
 ) -> None:
-    import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     common: dict[str, Any] = {
@@ -79,8 +78,8 @@ def _run(
         "weight_type": QuantType.QUInt8,
         "use_external_data_format": True,
     }
-    # Shapes end at ONNX Runtime's own operators; what follows is fp32 as all of the graph.
-    options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
+    # Shape inference ends at ONNX Runtime's own operators; what follows is fp32 like the whole graph.
+    options = {"MatMulConstBOnly": True, "DefaultTensorType": ir.DataType.FLOAT.value}
     if calibration is None:
         quantize_dynamic(source, output, extra_options=options, **common)
     else:
@@ -111,7 +110,7 @@ def _reader(feeds: Sequence[Feed]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The quantizer advises on the root logger to preprocess: engines have done it."""
+    """On the root logger, the quantizer advises to preprocess the model: engines have done that."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -120,25 +119,30 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _refuse_other_types(path: Path, model: "onnx.ModelProto") -> None:
-    import onnx
+def _tensors(model: ir.Model) -> Iterator[ir.TensorProtocol]:
+    """Initializers and constants of all graphs of a model."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        yield from (v.const_value for v in graph.initializers.values() if v.const_value is not None)
+    for node in model.graph.all_nodes():
+        yield from (a.as_tensor() for a in node.attributes.values() if a.type == ir.AttributeType.TENSOR)
 
-    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    for tensor in all_tensors(model):
-        if tensor.data_type in halves:
+
+def _refuse_other_types(path: Path, model: ir.Model) -> None:
+    for tensor in _tensors(model):
+        if tensor.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             raise ExportError(
-                "the graph that is to be quantized is not in fp32",
+                "the graph to be quantized is not in fp32",
                 where=path,
                 tensor=tensor.name,
                 expected="an export with --precision fp32",
             )
 
 
-def _data_files(model: "onnx.ModelProto") -> set[str]:
-    return {e.value for t in all_tensors(model) for e in t.external_data if e.key == "location"}
+def _touched(before: ir.Model, after: ir.Model, kinds: Sequence[str]) -> tuple[str, ...]:
+    """Nodes that are gone or have other inputs."""
 
+    def inputs(node: ir.Node) -> list[str | None]:
+        return [value.name if value is not None else None for value in node.inputs]
 
-def _touched(before: "onnx.ModelProto", after: "onnx.ModelProto", kinds: Sequence[str]) -> tuple[str, ...]:
-    """Nodes that are gone, or whose inputs are others."""
-    left = {n.name: list(n.input) for n in after.graph.node}
-    return tuple(n.name for n in before.graph.node if n.op_type in kinds and left.get(n.name) != list(n.input))
+    left = {node.name: inputs(node) for node in after.graph}
+    return tuple(str(n.name) for n in before.graph if n.op_type in kinds and left.get(n.name) != inputs(n))

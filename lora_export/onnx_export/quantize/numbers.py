@@ -1,11 +1,10 @@
-"""The numbers of blockwise weight quantization, by ONNX Runtime's own quantizers: MatMulNBits and MatMulBnb4.
+"""Blockwise weight quantization with ONNX Runtime's own quantizers, for MatMulNBits and MatMulBnb4.
 
-A matrix (in, out), as ONNX's MatMul has it, is cut along `in` into blocks that share a scale. Columns do not know
-of each other, so a matrix may be quantized some columns at a time, with the same bytes.
-
-The bytes are those of onnxruntime.quantization's MatMulNBitsQuantizer and MatMulBnb4Quantizer, with two exceptions:
-their k_quant adds up a matrix of one block (in ≤ block_size) in the order in which it happens to lie in memory, and
-their rtn and k_quant cannot pack int4 zero points of an odd number of blocks.
+A matrix (in, out), as ONNX's MatMul has it, is cut along `in` into blocks that share a scale. Columns are
+independent, so a matrix can be quantized a few columns at a time with the same result. The bytes are those of
+onnxruntime.quantization's MatMulNBitsQuantizer and MatMulBnb4Quantizer, with two exceptions: for a matrix of one
+block (in ≤ block_size), their k_quant sums in memory order; and their rtn and k_quant cannot pack int4 zero points
+of an odd number of blocks.
 """
 
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from lora_export.onnx_export.weights.map import Part, Quantization
 
 _BITS = {"int4": 4, "int8": 8}
 _BNB4 = {"fp4": 0, "nf4": 1}
-# The numbers of a block whose largest is 1, by their code (blockwise_quant_block_bnb4.h in ONNX Runtime's MLAS).
+# Values of codes in a block whose largest number is 1 (blockwise_quant_block_bnb4.h in ONNX Runtime's MLAS).
 _FP4 = (0.0, 5.208333333e-03, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
 _CODES = {
     "fp4": (*_FP4, *(-n for n in _FP4)),
@@ -31,11 +30,11 @@ _CODES = {
 
 
 def quantize(matrix: Array, how: Quantization) -> dict[Part, Array]:
-    """The arrays for the operator of `how`: packed numbers, scales, and zero points where there are any.
+    """The arrays for the operator of `how`: packed numbers, scales, and zero points if there are any.
 
-    matrix: fp32 or fp16 (in, out); the scales get its type. MatMulNBits: packed (out, blocks,
-    block_size · bits / 8) uint8, scales (out, blocks), zero points (out, ⌈blocks · bits / 8⌉) uint8.
-    MatMulBnb4: packed (⌈in · out / 2⌉,) uint8, scales (⌈in · out / block_size⌉,).
+    matrix: fp32 or fp16 (in, out); the scales get its type. MatMulNBits: packed (out, blocks, block_size · bits /
+    8) uint8, scales (out, blocks), zero points (out, ⌈blocks · bits / 8⌉) uint8. MatMulBnb4: packed (⌈in · out /
+    2⌉,) uint8, scales (⌈in · out / block_size⌉,).
     """
     if how.method in _BNB4:
         return _bnb4(matrix, how)
@@ -49,13 +48,13 @@ def quantize(matrix: Array, how: Quantization) -> dict[Part, Array]:
 
 
 def dequantize(arrays: Mapping[Part, Array], rows: int, columns: int, how: Quantization) -> Array:
-    """The matrix (rows, columns) in fp32 that the operator multiplies with; arrays: what `quantize` made of one."""
+    """The matrix (rows, columns) in fp32 that the operator multiplies by; arrays: the result of `quantize`."""
     scales = arrays["scales"].astype(np.float32)
     if how.method in _BNB4:
-        codes = _halves(arrays["packed"])[..., ::-1].reshape(-1)[: rows * columns]  # the first in the upper half
-        found = np.array(_CODES[how.method], np.float32)[codes]
-        found *= np.repeat(scales, how.block_size)[: rows * columns]
-        return np.ascontiguousarray(found.reshape(columns, rows).T)
+        codes = _halves(arrays["packed"])[..., ::-1].reshape(-1)[: rows * columns]  # the first is in the upper half
+        matrix = np.array(_CODES[how.method], np.float32)[codes]
+        matrix *= np.repeat(scales, how.block_size)[: rows * columns]
+        return np.ascontiguousarray(matrix.reshape(columns, rows).T)
     bits, blocks = _BITS[how.method], -(-rows // how.block_size)
     numbers = arrays["packed"].reshape(columns, blocks, -1)
     points = arrays.get("zero_points")
@@ -63,8 +62,8 @@ def dequantize(arrays: Mapping[Part, Array], rows: int, columns: int, how: Quant
         numbers = _halves(numbers).reshape(columns, blocks, how.block_size)
         points = None if points is None else _halves(points).reshape(columns, -1)[:, :blocks]
     zeros = np.float32(2 ** (bits - 1)) if points is None else points.astype(np.float32)[..., None]
-    found = (numbers.astype(np.float32) - zeros) * scales[..., None]
-    return np.ascontiguousarray(found.reshape(columns, -1)[:, :rows].T)
+    matrix = (numbers.astype(np.float32) - zeros) * scales[..., None]
+    return np.ascontiguousarray(matrix.reshape(columns, -1)[:, :rows].T)
 
 
 def _halves(packed: Array) -> Array:
@@ -73,7 +72,7 @@ def _halves(packed: Array) -> Array:
 
 
 def granularity(rows: int, how: Quantization) -> int:
-    """Columns (of `rows` numbers) that must be quantized together: one, but where blocks run on from column to
+    """Columns (of `rows` numbers) that must be quantized together: one, unless blocks continue from column to
     column, as bitsandbytes has it."""
     if how.method not in _BNB4:
         return 1
@@ -91,17 +90,17 @@ def shapes(rows: int, columns: int, how: Quantization) -> dict[Part, tuple[int, 
         count = rows * columns
         return {"packed": (-(-count // 2),), "scales": (-(-count // how.block_size),)}
     bits, blocks = _BITS[how.method], -(-rows // how.block_size)
-    found: dict[Part, tuple[int, ...]] = {
+    arrays: dict[Part, tuple[int, ...]] = {
         "packed": (columns, blocks, how.block_size * bits // 8),
         "scales": (columns, blocks),
     }
     if not how.symmetric:
-        found["zero_points"] = (columns, -(-blocks * bits // 8))
-    return found
+        arrays["zero_points"] = (columns, -(-blocks * bits // 8))
+    return arrays
 
 
 def _default(padded: Array, rows: int, bits: int, how: Quantization) -> dict[Part, Array]:
-    """MLAS: the scale of a block by its largest number (symmetric), or by its range."""
+    """MLAS: the scale of a block from its largest number (symmetric), or from its range."""
     from onnxruntime.capi import _pybind_state as native
 
     columns, blocks = padded.shape[1], padded.shape[0] // how.block_size
@@ -110,8 +109,8 @@ def _default(padded: Array, rows: int, bits: int, how: Quantization) -> dict[Par
     zero_points = np.zeros((columns, -(-blocks * bits // 8)), np.uint8)
     run = native.quantize_matmul_8bits if bits == 8 else native.quantize_matmul_4bits
     run(packed, padded, scales, zero_points, how.block_size, columns, rows, how.symmetric)
-    found: dict[Part, Array] = {"packed": packed, "scales": scales}
-    return found if how.symmetric else found | {"zero_points": zero_points}
+    arrays: dict[Part, Array] = {"packed": packed, "scales": scales}
+    return arrays if how.symmetric else arrays | {"zero_points": zero_points}
 
 
 def _searched(padded: Array, bits: int, how: Quantization) -> dict[Part, Array]:
@@ -121,31 +120,29 @@ def _searched(padded: Array, bits: int, how: Quantization) -> dict[Part, Array]:
     columns, blocks = padded.shape[1], padded.shape[0] // how.block_size
     turned = np.ascontiguousarray(padded.T)
     if how.algorithm == "k_quant":
-        with np.errstate(
-            divide="ignore", invalid="ignore"
-        ):  # a block of equal numbers; what comes of it is not used
+        with np.errstate(divide="ignore", invalid="ignore"):  # a block of equal numbers, whose result is not used
             numbers, scales, zeros = weight_only.quant_tensor_k_quant_cpu(turned, bits, how.block_size)
     else:
         scheme = "sym" if how.symmetric else "asym"
         numbers, scales, zeros = weight_only.quant_tensor(turned, bits, how.block_size, scheme, "uint", 1)
     numbers = numbers.astype(np.uint8).reshape(columns, blocks, how.block_size)
     packed = numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
-    found: dict[Part, Array] = {
+    arrays: dict[Part, Array] = {
         "packed": packed,
         "scales": scales.astype(padded.dtype).reshape(columns, blocks),
     }
     if how.symmetric:
-        return found
+        return arrays
     points = zeros.astype(np.uint8).reshape(columns, blocks)
     if bits == 4:
-        even = np.full((columns, -(-blocks // 2) * 2), 8, np.uint8)  # half a byte that nothing uses
+        even = np.full((columns, -(-blocks // 2) * 2), 8, np.uint8)  # half a byte is unused
         even[:, :blocks] = points
         points = even[:, ::2] | even[:, 1::2] << 4
-    return found | {"zero_points": points}
+    return arrays | {"zero_points": points}
 
 
 def _bnb4(matrix: Array, how: Quantization) -> dict[Part, Array]:
-    """bitsandbytes' 4-bit numbers: blocks of the turned matrix, one column after the other."""
+    """bitsandbytes' 4-bit numbers: blocks of the transposed matrix, one column after another."""
     from onnxruntime.capi import _pybind_state as native
 
     rows, columns = matrix.shape

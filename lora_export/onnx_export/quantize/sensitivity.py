@@ -1,43 +1,41 @@
-"""Which products stay in high precision: those whose quantization does the most damage per byte.
+"""Which products to keep in high precision: those whose quantization does the most damage per byte.
 
-The damage is measured, not guessed: the weights of one group at a time are replaced by what their quantized form
-dequantizes to, in one session over the unquantized graph, whose weights are inputs with a default. Nothing is
-exported again, no session is opened twice, and only one group is in memory beside the model.
+The damage is measured: the weights of one group at a time are replaced by what their quantized form dequantizes to,
+in one session over the unquantized graph, whose weights are inputs with defaults. Nothing is exported again, no
+session is opened twice, and only one group is in memory beside the model.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx_ir as ir
 
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
-from lora_export.onnx_export.graphs.checks import check_external_data, load_graph
-from lora_export.onnx_export.graphs.inputs import Feed
+from lora_export.graph_runs.feeds import Feed
+from lora_export.onnx_export.graphs.checks import open_model, serialized
 from lora_export.onnx_export.graphs.matmuls import Product, candidates
 from lora_export.onnx_export.quantize.blockwise import Blockwise
 from lora_export.onnx_export.quantize.numbers import dequantize, granularity, quantize, shapes
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.dtypes import Array
 from lora_export.onnx_export.weights.map import Quantization, Weight
+from lora_export.runtime import session_options
 from lora_export.storage.workers import BLOCK
 
-if TYPE_CHECKING:
-    import onnx
-
 BUDGET = 0.15  # of the bytes of all quantized weights
-MOST_GROUPS = 64  # each costs a run over all inputs
+MOST_GROUPS = 64  # each costs one run over all inputs
 _LAYER = re.compile(r"(?<=[./])(?:layers?|h|blocks?)[./](\d+)(?=[./])")
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
 class Damage:
-    """A group of products. damage: of the outputs while its weights alone are quantized (see `choose_kept`);
-    nbytes: by how much the model grows if they are not; kept: whether they should not be."""
+    """A group of products. damage: to the outputs while only its weights are quantized (see `choose_kept`); nbytes:
+    how much the model grows if they are kept; kept: whether to keep them."""
 
     name: str
     nodes: tuple[str, ...]
@@ -67,43 +65,42 @@ def choose_kept(
     progress: Progress,
 ) -> tuple[Damage, ...]:
     """Every group of products with its damage, worst per byte first; `kept` marks those to name in `keep`, or in
-    `eight_bits` if that is asked for: a byte buys about five times as much there.
+    `eight_bits` if that is set: there, a byte buys about five times as much.
 
-    model: an fp32 export with its weights map, of the same graph that is to be quantized; feeds: inputs of the
-    graph. damage: with `logits` (the name of an output), the mean KL divergence of its distributions in nats;
-    without, the mean over the outputs of the squared error relative to the squared output. Both are quadratic in
-    the error of a weight, so that those of different groups about add up. budget: how much larger than with
-    everything quantized the weights may become; target: as much damage as may be left. Groups that do less damage
-    per byte than the average are never kept. item_size: bytes of a number that is kept. ExportError if the model
-    has no weights map, or nothing to quantize.
+    model: an fp32 export with its weights map, of the graph to be quantized; feeds: inputs of the graph. damage:
+    with `logits` (the name of an output), the mean KL divergence of its distributions in nats; without, the mean
+    over the outputs of the squared error relative to the squared output. Both are quadratic in the error of a
+    weight, so that those of different groups roughly add up. budget: how much larger the weights may become, as a
+    share of everything quantized; target: how much damage may remain. Groups that do less damage per byte than
+    average are never kept. item_size: bytes of a number that is kept. ExportError if the model has no weights map,
+    or nothing to quantize.
     """
-    graph = load_graph(model)
-    check_external_data(model, graph)
-    found = _groups(graph, weights_map.read(model.parent).weights, groups)
-    run = _Run(model, graph, found)
+    graph = open_model(model)
+    chosen = _groups(graph, weights_map.read(model.parent).weights, groups)
+    run = _Run(model, graph, chosen)
     expected = [run(feed, {}) for feed in feeds]
     wide = replace(how, method="int8") if eight_bits else None
     measured = []
-    for done, group in enumerate(found):
+    for done, group in enumerate(chosen):
         changed = dict(run.simulated(p, how) for p in group.products)
         damage = float(np.mean([_damage(e, run(f, changed), logits) for e, f in zip(expected, feeds, strict=True)]))
         if not np.isfinite(damage):
             raise ExportError(
-                f"quantized, {group.name} makes outputs that are no numbers",
+                f"quantizing {group.name} produces outputs that are not finite numbers",
                 where=model,
-                expected="inputs on which the fp32 model and the quantized one give numbers",
-                next_step=f"--keep {group.name}, or other texts to measure with",
+                expected="inputs for which the fp32 model and the quantized one give finite numbers",
+                next_step=f"--keep {group.name}, or measure with other texts",
             )
         grown = sum(_kept_nbytes(p, wide, item_size) - _nbytes(p, how, item_size) for p in group.products)
         measured.append(Damage(group.name, group.nodes, damage, grown))
-        progress.advance(done + 1, len(found))
-    quantized = sum(_nbytes(p, how, item_size) for g in found for p in g.products)
+        progress.advance(done + 1, len(chosen))
+    quantized = sum(_nbytes(p, how, item_size) for g in chosen for p in g.products)
     return mark(measured, budget=int(budget * quantized), target=target)
 
 
 def mark(measured: Sequence[Damage], *, budget: int, target: float = 0.0) -> tuple[Damage, ...]:
-    """The same groups, worst per byte first, with those `kept` that fit into `budget` (bytes) until no more than
-    `target` damage is left."""
+    """The same groups, worst per byte first. Those that fit into `budget` (bytes) are `kept`, until the remaining
+    damage is at most `target`."""
     left = total = sum(m.damage for m in measured)
     average = total / max(1, sum(m.nbytes for m in measured))
     marked = []
@@ -119,9 +116,9 @@ def mark(measured: Sequence[Damage], *, budget: int, target: float = 0.0) -> tup
 # --- groups ------------------------------------------------------------------------------------------------
 
 
-def _groups(graph: "onnx.ModelProto", weights: Sequence[Weight], most: int) -> list[_Group]:
-    """Products in groups: by weight, or, where there are too many, those with the same role in layers that follow
-    one another."""
+def _groups(graph: ir.Model, weights: Sequence[Weight], most: int) -> list[_Group]:
+    """Products in groups: one per weight; or, if there are too many, those with the same role in consecutive
+    layers."""
     nodes: dict[str, list[str]] = {}
     products: dict[str, Product] = {}
     for node, product in candidates(graph, weights).items():
@@ -147,9 +144,9 @@ def _groups(graph: "onnx.ModelProto", weights: Sequence[Weight], most: int) -> l
 def _group_name(node: str, layers: int) -> str:
     """The node's name, with the first and last of `layers` layers in place of its own."""
 
-    def together(found: re.Match[str]) -> str:
-        first = int(found[1]) // layers * layers
-        return f"{found[0][: -len(found[1])]}{first}-{first + layers - 1}"
+    def together(match: re.Match[str]) -> str:
+        first = int(match[1]) // layers * layers
+        return f"{match[0][: -len(match[1])]}{first}-{first + layers - 1}"
 
     return node if layers == 1 else _LAYER.sub(together, node, count=1)
 
@@ -162,7 +159,7 @@ def _settings(how: Blockwise) -> Quantization:
 
 
 def _simulated(matrix: Array, how: Blockwise) -> Array:
-    """The fp32 matrix (in, out) that the quantized operator multiplies with, made some columns at a time."""
+    """The fp32 matrix (in, out) that the quantized operator multiplies by, computed a few columns at a time."""
     settings, (rows, columns) = _settings(how), matrix.shape
     least = granularity(rows, settings)
     step = max(1, BLOCK // (4 * rows * least)) * least
@@ -185,19 +182,16 @@ def _kept_nbytes(product: Product, wide: Blockwise | None, item_size: int) -> in
 class _Run:
     """A session over the graph in which the weights of some products can be replaced for one run."""
 
-    def __init__(self, path: Path, model: "onnx.ModelProto", groups: Sequence[_Group]) -> None:
+    def __init__(self, path: Path, model: ir.Model, groups: Sequence[_Group]) -> None:
         import onnxruntime as ort
 
         self._folder = path.parent
-        graph, tensors = model.graph, {t.name: t for t in model.graph.initializer}
         for group in groups:
             for product in group.products:
-                _replaceable(graph, tensors[product.weight.name], product, group.nodes)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # an initializer that is an input is warned of: it cannot be folded
+                _replaceable(model.graph, product, group.nodes)
+        options = session_options()  # without its warnings of initializers that are inputs and cannot be folded
         options.add_session_config_entry(_FOLDER, str(path.parent.resolve()))
-        graph_bytes = model.SerializeToString()
-        self._session = ort.InferenceSession(graph_bytes, options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(serialized(model), options, providers=["CPUExecutionProvider"])
         self._outputs = [o.name for o in self._session.get_outputs()]
 
     def __call__(self, feed: Feed, changed: Mapping[str, Array]) -> dict[str, Array]:
@@ -205,7 +199,7 @@ class _Run:
         return dict(zip(self._outputs, values, strict=True))
 
     def simulated(self, product: Product, how: Blockwise) -> tuple[str, Array]:
-        """An input of the session, and what it is if the product is quantized."""
+        """An input of the session, and its value if the product is quantized."""
         weight = product.weight
         if weight.dtype != "float32":
             raise ExportError(f"{weight.name} is {weight.dtype}", tensor=weight.name, expected="an fp32 export")
@@ -219,41 +213,37 @@ def _input_name(product: Product) -> str:
     return product.weight.name + "_of_product" * product.turned
 
 
-def _replaceable(
-    graph: "onnx.GraphProto", tensor: "onnx.TensorProto", product: Product, nodes: Sequence[str]
-) -> None:
-    """Make an initializer an input with a default. One that is turned is an embedding, too, which stays."""
-    import onnx
-
-    name = _input_name(product)
+def _replaceable(graph: ir.Graph, product: Product, nodes: Sequence[str]) -> None:
+    """Turn an initializer into an input with a default. A transposed one is also an embedding, which stays."""
+    value = graph.initializers[product.weight.name]
     if product.turned:
-        copied = graph.initializer.add()
-        copied.CopyFrom(tensor)
-        copied.name = name
-        for node in graph.node:
-            if node.name in nodes and node.input[1] == tensor.name:
-                node.input[1] = name
-    graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
+        stays, tensor = value, value.const_value
+        assert isinstance(tensor, ir.ExternalTensor)
+        name, shape = _input_name(product), tensor.shape
+        place = tensor.location, tensor.offset, tensor.length
+        default = ir.ExternalTensor(*place, tensor.dtype, shape=shape, name=name)
+        value = ir.Value(name=name, type=stays.type, shape=shape, const_value=default)
+        graph.register_initializer(value)
+        for node, index in list(stays.uses()):
+            if node.name in nodes and index == 1:
+                node.replace_input_with(1, value)
+    graph.inputs.append(value)
 
 
-def _damage(expected: Mapping[str, Array], found: Mapping[str, Array], logits: str | None) -> float:
+def _damage(expected: Mapping[str, Array], changed: Mapping[str, Array], logits: str | None) -> float:
     if logits is not None:
-        return _divergence(expected[logits], found[logits])
+        return _divergence(expected[logits], changed[logits])
     errors = []
     for name, value in expected.items():
         if value.dtype.kind == "f" and value.size:
             wanted = value.astype(np.float64)
-            errors.append(float(np.sum((found[name] - wanted) ** 2) / np.maximum(np.sum(wanted**2), 1e-30)))
+            errors.append(float(np.sum((changed[name] - wanted) ** 2) / np.maximum(np.sum(wanted**2), 1e-30)))
     return float(np.mean(errors)) if errors else 0.0
 
 
-def _divergence(expected: Array, found: Array) -> float:
+def _divergence(expected: Array, changed: Array) -> float:
     """Mean KL(expected ‖ found) over positions, of logits in the last dimension, in nats."""
-    wanted, other = _log_softmax(expected), _log_softmax(found)
+    from scipy.special import log_softmax
+
+    wanted, other = (log_softmax(logits.astype(np.float64), -1) for logits in (expected, changed))
     return float(np.mean(np.sum(np.exp(wanted) * (wanted - other), axis=-1)))
-
-
-def _log_softmax(logits: Array) -> Any:
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TILE = 2**25  # bytes in fp32 that are turned at a time; a larger matrix is written in tiles, line by line
 STRIP = 2**18  # bytes of rows that are turned in one go, so that they stay in the processor's cache
+STRIPS = 2  # that are read together
 
 
 class Differs(Protocol):
@@ -64,12 +65,14 @@ class DataFiles:
             files[name].resize(size)
         for weight in self.described.weights:
             out = files[weight.file]
-            if self.earlier is not None and self._kept(weight):
+            if self.earlier is not None and all(p.tensor in self.unchanged for p in weight.recipe.pieces):
                 yield from copies(weight.stored(self.earlier, earlier), out, weight.offset)
             elif weight.recipe.quantized is not None:
                 whole = replace(weight.recipe, quantized=replace(weight.recipe.quantized, part="packed"))
                 quantized[weight.file, whole].append(weight)
-            elif weight.recipe.pieces:
+            elif weight.recipe.transposed:
+                yield from _tiles(weight, self.source, out)
+            else:
                 yield from _straight(weight, self.source, out)
         for (name, _), parts in quantized.items():
             yield from _quantized(parts, self.source, files[name])
@@ -80,9 +83,6 @@ class DataFiles:
             return ComparedFile.compare(path, partial(self.compared, name), os.O_NOFOLLOW)
         flags = os.O_WRONLY | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if self.earlier else 0)
         return OpenFile(path, os.open(path, flags, 0o666))
-
-    def _kept(self, weight: Weight) -> bool:
-        return all(p.tensor in self.unchanged for p in weight.recipe.pieces)
 
 
 def rows_of(info: TensorInfo, start: int, stop: int) -> "Array":
@@ -108,9 +108,6 @@ def rows_of(info: TensorInfo, start: int, stop: int) -> "Array":
 
 
 def _straight(weight: Weight, source: TensorSource, out: OpenFile) -> Iterator[Job]:
-    if weight.recipe.transposed:
-        yield from _tiles(weight, source, out)
-        return
     at = weight.offset
     for piece in weight.recipe.pieces:
         info = source.tensors[piece.tensor]
@@ -156,13 +153,14 @@ def _write_tile(weight: Weight, source: TensorSource, pieces: tuple[Piece, ...],
     step = max(16, STRIP // (height * 4))  # rows that stay in the processor's cache while they are turned
     turned, at = None, 0
     for piece in pieces:
-        for start in range(piece.start, piece.stop, step):
-            stop = min(start + step, piece.stop)
-            rows = _cast(rows_of(source.tensors[piece.tensor], start, stop), weight)
-            if turned is None:
-                turned = np.empty((height, width), rows.dtype)
-            turned[:, at : at + stop - start] = rows.T
-            at += stop - start
+        for start in range(piece.start, piece.stop, STRIPS * step):
+            read = rows_of(source.tensors[piece.tensor], start, min(start + STRIPS * step, piece.stop))
+            for first in range(0, len(read), step):
+                rows = _cast(read[first : first + step], weight)
+                if turned is None:
+                    turned = np.empty((height, width), rows.dtype)
+                turned[:, at : at + len(rows)] = rows.T
+                at += len(rows)
     assert turned is not None
     size = turned.itemsize
     out.write_lines(_view(turned), width * size, weight.offset + column * size, weight.shape[1] * size)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import ExportOptions, Finding, Progress, QuantizationOptions, TensorSource
+from lora_export.contracts import ExportOptions, Finding, Findings, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import ExportError, LoraExportError, plain
 from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import choose
@@ -24,7 +24,7 @@ from lora_export.onnx_export.refusals import read_config
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.map import WeightsMap
-from lora_export.onnx_export.weights.recheck_data import Rechecked, judge_constants, judge_data
+from lora_export.onnx_export.weights.recheck_data import judge_constants, judge_data
 from lora_export.onnx_export.weights.reuse import read_map
 from lora_export.storage import sealed
 
@@ -56,25 +56,25 @@ def check_graphs(folder: Path, name: str) -> Finding:
     return Finding(name, True, f"{len(graphs)} valid, with their weights in files beside them")
 
 
-def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Rechecked:
+def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Findings:
     """Compare the export in `folder` with one of `model`. rebuild: its graph as well, by the engine that made it.
 
     What cannot be read or does not fit is a check that failed.
     """
-    found = Rechecked([check_graphs(folder, "onnx_graphs")])
+    findings = Findings([check_graphs(folder, "onnx_graphs")])
     try:
         record = records.read_record(folder)
         if record.adapter:
             raise ExportError("the adapter of this export is no part of its weights", where=folder)
         with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
-            _compare(found, folder, record, model, Path(scratch), rebuild, progress)
+            _compare(findings, folder, record, model, Path(scratch), rebuild, progress)
     except LoraExportError as error:
-        found.judge("onnx", "", [f"{error.found} ({error.where})" if error.where else error.found])
-    return found
+        findings.judge("onnx", "", [f"{error.found} ({error.where})" if error.where else error.found])
+    return findings
 
 
 def _compare(
-    found: Rechecked,
+    findings: Findings,
     folder: Path,
     record: ExportRecord,
     model: Model,
@@ -84,13 +84,15 @@ def _compare(
 ) -> None:
     job, chosen = _job(record, model, stage, progress)
     if record.activations != "float":
-        _compare_whole(found, folder, job, model, stage / "new")
+        _compare_whole(findings, folder, job, model, stage / "new")
         return
     if not rebuild:
         described = read_map(folder, record.graphs)
-        _given_companions(found, folder, record, model, stage, chosen)
-        found.not_checked.append("the ONNX graph, weights-map.json and the runtime's configuration: not built anew")
-        judge_data(found, folder, described, model.source, progress)
+        _given_companions(findings, folder, record, model, stage, chosen)
+        findings.not_checked.append(
+            "the ONNX graph, weights-map.json and the runtime's configuration: not built anew"
+        )
+        judge_data(findings, folder, described, model.source, progress)
         return
     progress.stage(f"verify: the graph, built anew by the {chosen.name} engine")
     made = chosen.run(job)
@@ -100,29 +102,29 @@ def _compare(
     weights_map.write(stage, replace(described, hashes=model.hashes))
     wanted = record_of(job, made, chosen.name, "float")
     made_by_engine = tuple(n for n in own if n != weights_map.NAME)
-    _judge_record(found, folder, replace(wanted, made_by_engine=made_by_engine))
+    _judge_record(findings, folder, replace(wanted, made_by_engine=made_by_engine))
     if _of_other_versions(folder, stage, record):
-        _beside_new_graphs(found, folder, stage, described, record, model, job)
+        _beside_new_graphs(findings, folder, stage, described, record, model, job)
         return
-    _judge_files(found, folder, stage, described)
-    judge_data(found, folder, described, model.source, progress)
-    judge_constants(found, folder, stage, described)
+    _judge_files(findings, folder, stage, described)
+    judge_data(findings, folder, described, model.source, progress)
+    judge_constants(findings, folder, stage, described)
 
 
-def _compare_whole(found: Rechecked, folder: Path, job: ExportJob, model: Model, new: Path) -> None:
+def _compare_whole(findings: Findings, folder: Path, job: ExportJob, model: Model, new: Path) -> None:
     """An export whose weights no map describes, exported once more: it quantizes products, weights and all."""
     from lora_export.onnx_export import export
 
     if model.quantization.calibration is not None:
-        found.not_checked.append(
+        findings.not_checked.append(
             f"the ONNX export, its graph and its weights: {model.quantization.calibration.name}, on which its "
             "activations were calibrated, is no part of a run"
         )
         return
     options = ExportOptions(job.precision, job.provider, None, job.optimize, model.quantization)
     export(model.folder, new, options, source=model.source, progress=job.progress)
-    _judge_record(found, folder, records.read_record(new))
-    _judge_files(found, folder, new, WeightsMap(()))
+    _judge_record(findings, folder, records.read_record(new))
+    _judge_files(findings, folder, new, WeightsMap(()))
 
 
 def _job(record: ExportRecord, model: Model, stage: Path, progress: Progress) -> tuple[ExportJob, Engine]:
@@ -150,7 +152,7 @@ def _of_other_versions(folder: Path, stage: Path, record: ExportRecord) -> bool:
 
 
 def _beside_new_graphs(
-    found: Rechecked,
+    findings: Findings,
     folder: Path,
     stage: Path,
     described: WeightsMap,
@@ -161,13 +163,13 @@ def _beside_new_graphs(
     """Graphs that no version here makes: weights by their own map, outputs beside those of new graphs."""
     own = read_map(folder, record.graphs)
     made = {*record.graphs, *record.made_by_engine, weights_map.NAME}
-    _judge_files(found, folder, stage, described, frozenset(made))
-    judge_data(found, folder, own, model.source, job.progress)
+    _judge_files(findings, folder, stage, described, frozenset(made))
+    judge_data(findings, folder, own, model.source, job.progress)
     limit = _CLOSE.get(job.precision, _CLOSE_OTHERWISE)
     versions = f"they were made by {dict(record.graph_versions)}, here are {records.versions()}"
-    found.not_checked.append(f"the bytes of the ONNX graph, its map and configuration: {versions}")
+    findings.not_checked.append(f"the bytes of the ONNX graph, its map and configuration: {versions}")
     if job.precision == "bf16":
-        found.not_checked.append("what the ONNX graph computes: bf16 runs on CUDA alone")
+        findings.not_checked.append("what the ONNX graph computes: bf16 runs on CUDA alone")
         return
     job.progress.stage("verify: the graph beside one that was built anew, on made-up inputs")
     DataFiles(stage, described, model.source, job.progress).write()
@@ -179,22 +181,22 @@ def _beside_new_graphs(
             notes.append(f"{name}: {error.found} ({versions})")
         except Exception as error:  # ONNX Runtime's have no base of their own
             notes.append(f"{name}: it does not run: {error}")
-    found.judge("onnx_outputs", f"made-up inputs give what a new graph gives, within {limit:g}", notes)
+    findings.judge("onnx_outputs", f"made-up inputs give what a new graph gives, within {limit:g}", notes)
 
 
 # --- small files -------------------------------------------------------------------------------------------
 
 
-def _judge_record(found: Rechecked, folder: Path, wanted: ExportRecord) -> None:
+def _judge_record(findings: Findings, folder: Path, wanted: ExportRecord) -> None:
     record, new = sealed.read_json(folder / records.NAME), records.document(wanted)
     other = [n for n in sorted((record.keys() | new.keys()) - {*_UNPROVABLE}) if record.get(n) != new.get(n)]
     notes = [f"{n} is {record.get(n)!r}, a new export has {new.get(n)!r}" for n in other]
-    found.judge("onnx_record", "export.json says what a new export says", notes)
-    found.not_checked.append(f"{', '.join(_UNPROVABLE)} in export.json: no bytes of the export depend on them")
+    findings.judge("onnx_record", "export.json says what a new export says", notes)
+    findings.not_checked.append(f"{', '.join(_UNPROVABLE)} in export.json: no bytes of the export depend on them")
 
 
 def _judge_files(
-    found: Rechecked, folder: Path, stage: Path, described: WeightsMap, without: frozenset[str] = frozenset()
+    findings: Findings, folder: Path, stage: Path, described: WeightsMap, without: frozenset[str] = frozenset()
 ) -> None:
     """Everything but the data files, the record, and what is to be left out."""
     left = {*described.sizes, records.NAME, *without}
@@ -204,11 +206,11 @@ def _judge_files(
     unlike = sorted(n for n in wanted.keys() & there.keys() if wanted[n] != there[n])
     notes += [f"{n} is not what a new export has" for n in unlike]
     what = "" if without else ", graphs too"
-    found.judge("onnx_files", f"{len(wanted)} files beside the weights are those of a new export{what}", notes)
+    findings.judge("onnx_files", f"{len(wanted)} files beside the weights are those of a new export{what}", notes)
 
 
 def _given_companions(
-    found: Rechecked, folder: Path, record: ExportRecord, model: Model, stage: Path, chosen: Engine
+    findings: Findings, folder: Path, record: ExportRecord, model: Model, stage: Path, chosen: Engine
 ) -> None:
     """The files of the model that travel with the graph."""
     kept = {*record.graphs, *record.made_by_engine, weights_map.NAME, records.NAME}
@@ -220,7 +222,9 @@ def _given_companions(
     wanted, there = (_hashes(f, kept | data) for f in (stage, folder))
     other = [n for n in sorted(wanted.keys() | there.keys()) if wanted.get(n) != there.get(n)]
     notes = [f"{n} is not what a new export has" for n in other]
-    found.judge("onnx_files", f"{len(wanted)} files of the model beside the graph are those of a new export", notes)
+    findings.judge(
+        "onnx_files", f"{len(wanted)} files of the model beside the graph are those of a new export", notes
+    )
 
 
 def _hashes(folder: Path, without: set[str]) -> dict[str, Any]:

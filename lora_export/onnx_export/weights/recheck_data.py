@@ -1,12 +1,10 @@
 """The data files of an export made again by the writer that made them, and compared as they would be written."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export.contracts import Finding, Progress, TensorSource
-from lora_export.errors import plain
+from lora_export.contracts import Findings, Progress, TensorSource
 from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.map import Weight, WeightsMap
 from lora_export.storage.workers import Regions
@@ -17,26 +15,15 @@ if TYPE_CHECKING:
 _CHUNK = 2**22  # bytes of what is between the weights that are read at a time
 
 
-@dataclass
-class Rechecked:
-    """checks: by the name of what they are about; not_checked: as in a Verification."""
-
-    checks: list[Finding] = field(default_factory=list)
-    not_checked: list[str] = field(default_factory=list)
-
-    def judge(self, name: str, passed: str, failures: list[str]) -> None:
-        self.checks += [Finding(name, False, plain(note)) for note in failures] or [Finding(name, True, passed)]
-
-
 def judge_data(
-    found: Rechecked, folder: Path, described: WeightsMap, source: TensorSource, progress: Progress
+    findings: Findings, folder: Path, described: WeightsMap, source: TensorSource, progress: Progress
 ) -> None:
     """Every byte that a recipe gives, made again; between the weights there are zeros."""
     notes = [
         f"{n} has not the {s} bytes of its weights" for n, s in described.sizes.items() if _size(folder / n) != s
     ]
     if notes:
-        found.judge("onnx_weights", "", notes)
+        findings.judge("onnx_weights", "", notes)
         return
     progress.stage("verify: the weights of the ONNX export, made again")
     regions = Regions((w.file, w.offset, w.name) for w in described.weights if w.nbytes)
@@ -51,10 +38,10 @@ def judge_data(
     notes = [f"{name}: {count} bytes are not what the merged model gives" for name, count in sorted(other.items())]
     notes += [f"{file}: bytes between the weights are not zero" for file in _unclean(folder, described)]
     made = sum(bool(w.recipe.pieces) for w in described.weights)
-    found.judge("onnx_weights", f"every byte of {made} weights is what the merged model gives", notes)
+    findings.judge("onnx_weights", f"every byte of {made} weights is what the merged model gives", notes)
 
 
-def judge_constants(found: Rechecked, folder: Path, stage: Path, described: WeightsMap) -> None:
+def judge_constants(findings: Findings, folder: Path, stage: Path, described: WeightsMap) -> None:
     """What no weight is made of, beside the files of a new export in `stage`."""
     constants = [w for w in described.weights if not w.recipe.pieces]
     notes = [
@@ -62,7 +49,7 @@ def judge_constants(found: Rechecked, folder: Path, stage: Path, described: Weig
         for w in constants
         if _size(folder / w.file) >= w.offset + w.nbytes and _part(folder, w) != _part(stage, w)
     ]
-    found.judge("onnx_constants", f"{len(constants)} constants in data files are those of a new export", notes)
+    findings.judge("onnx_constants", f"{len(constants)} constants in data files are those of a new export", notes)
 
 
 def _unclean(folder: Path, described: WeightsMap) -> Iterator[str]:

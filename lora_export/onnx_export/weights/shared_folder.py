@@ -16,21 +16,17 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lora_export.checkpoint.companions import companion_files
 from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError, InputError
 from lora_export.onnx_export import records
-from lora_export.onnx_export.graphs.checks import all_tensors, check_loads, check_model, load_graph
+from lora_export.onnx_export.graphs.checks import check_loads, check_model, moved
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.map import Weight, WeightsMap, placed
 from lora_export.storage import disk, files, sealed
-
-if TYPE_CHECKING:
-    import onnx
 
 BASE_GRAPH, BASE_DATA = "base.onnx", "base.bin"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -94,7 +90,7 @@ def _write_base(folder: Path, shared: Shared) -> None:
         sealed.copy(path, folder / path.name)
     with (shared.earlier / data).open("rb") as source, (folder / BASE_DATA).open("xb") as target:
         disk.copy_range(source.fileno(), 0, shared.found.sizes[data], target.fileno(), 0)
-    (folder / BASE_GRAPH).write_bytes(_serialized(_moved(shared.graph, {})))
+    (folder / BASE_GRAPH).write_bytes(_moved(shared.graph, {}))
     settings = folder / "genai_config.json"
     if settings.is_file():
         config = sealed.read_json(settings)
@@ -109,9 +105,7 @@ def _write_base(folder: Path, shared: Shared) -> None:
 
 def _refuse_other_base(root: Path, shared: Shared) -> None:
     there = weights_map.read(root)
-    same = there.hashes == shared.found.hashes and (
-        (root / BASE_GRAPH).read_bytes() == _serialized(_moved(shared.graph, {}))
-    )
+    same = there.hashes == shared.found.hashes and ((root / BASE_GRAPH).read_bytes() == _moved(shared.graph, {}))
     if not same:
         raise ExportError(
             "the folder shares another base, or another export of it",
@@ -146,8 +140,7 @@ def add(
         unfinished_data.touch(mode=0o666, exist_ok=False)
         DataFiles(folder, WeightsMap(weights), source, progress).write()
         unfinished_data.replace(folder / data)
-        model = _moved(shared.graph, {w.name: replace(w, file=data) for w in weights})
-        unfinished_graph.write_bytes(_serialized(model))
+        unfinished_graph.write_bytes(_moved(shared.graph, {w.name: replace(w, file=data) for w in weights}))
         check_model(unfinished_graph)
         check_loads(unfinished_graph, shared.record.precision)
         seconds = round(time.monotonic() - started, 3)
@@ -198,18 +191,10 @@ def _partial(folder: Path, name: str, data: Path) -> Iterator[tuple[Path, Path]]
         raise
 
 
-def _moved(graph: Path, own: Mapping[str, Weight]) -> "onnx.ModelProto":
+def _moved(graph: Path, own: Mapping[str, Weight]) -> bytes:
     """The graph with its weights in base.bin, and those of `own` where they say."""
-    model = load_graph(graph)
-    for tensor in all_tensors(model):
-        for entry in tensor.external_data:
-            weight = own.get(tensor.name)
-            if entry.key == "location":
-                entry.value = weight.file if weight else BASE_DATA
-            elif entry.key == "offset" and weight:
-                entry.value = str(weight.offset)
-    return model
 
+    def place(name: str) -> tuple[str, int | None]:
+        return (own[name].file, own[name].offset) if name in own else (BASE_DATA, None)
 
-def _serialized(model: "onnx.ModelProto") -> bytes:
-    return bytes(model.SerializeToString(deterministic=True))
+    return moved(graph, place)

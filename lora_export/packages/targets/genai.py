@@ -1,4 +1,4 @@
-"""A folder for onnxruntime-genai: graph, configuration for the CPU and for CUDA, tokenizer, chat template."""
+"""A folder for onnxruntime-genai: graph, configurations for CPU and CUDA, tokenizer, chat template."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from lora_export.storage import sealed
 CONFIG = "genai_config.json"
 _WHEELS = {"cpu": "onnxruntime-genai", "cuda": "onnxruntime-genai-cuda"}
 PROVIDERS: Mapping[str, list[dict[str, Any]]] = {"cpu": [], "cuda": [{"cuda": {"enable_cuda_graph": "0"}}]}
-# Of generation_config.json: what genai's `search` has under the same name.
+# Fields of generation_config.json that genai's `search` has under the same name.
 _SEARCH = (
     "do_sample", "diversity_penalty", "early_stopping", "length_penalty", "max_length", "min_length",
     "no_repeat_ngram_size", "num_beams", "num_return_sequences", "repetition_penalty", "temperature", "top_k",
@@ -51,21 +51,20 @@ class GenaiTarget(PackageTarget):
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
         for path in export.paths:
-            model, sources = graphs.opened(path)
-            graphs.save(model, job.stage / path.name, f"{path.name}.data", sources, largest=2**62)
-        for name in job.adapters:
+            graphs.save(graphs.load(path), job.stage / path.name, f"{path.name}.data", largest=2**62)
+        for name in job.facts.adapters:
             sealed.copy(export.output / f"{name}{ADAPTER_SUFFIX}", job.stage / f"{name}{ADAPTER_SUFFIX}")
         extra = export.output / "audio_processor_config.json"
         if extra.is_file():
             sealed.copy(extra, job.stage / extra.name)
         self._bound_length(job)
-        for name in job.providers:
+        for name in job.facts.providers:
             config = configured(sealed.read_json(export.output / CONFIG), job.run, name)
-            file = CONFIG if name == job.providers[0] else f"genai_config.{name}.json"
+            file = CONFIG if name == job.facts.providers[0] else f"genai_config.{name}.json"
             sealed.write_json(job.stage / file, config)
 
     def _bound_length(self, job: PackageJob) -> None:
-        """tokenizer_config.json as the export mended it: genai reads "no limit" as an integer of 64 bits."""
+        """tokenizer_config.json as the export bounded it: genai reads "no limit" as a 64-bit integer."""
         path, made = job.stage / "tokenizer_config.json", job.exports[RUNS_OWN].output / "tokenizer_config.json"
         if path.is_file() and made.is_file():
             length = sealed.read_json(made).get("model_max_length")
@@ -95,14 +94,12 @@ class GenaiTarget(PackageTarget):
         words = ""
         if facts.adapters[1:]:
             names = ", ".join(f"`{markdown(n)}`" for n in facts.adapters[1:])
-            words = (
-                f"Beside it lie the adapters {names}: load them and make one of them active in the same way.\n\n"
-            )
+            words = f"The package also has the adapters {names}: load and activate them in the same way.\n\n"
         other = next(iter(facts.providers[1:]), None)
         if other is None:
             return words
         return words + (
-            f"On {other.upper()} (`pip install {_WHEELS[other]}`), put this between the configuration and "
+            f"On {other.upper()} (`pip install {_WHEELS[other]}`), insert this between the configuration and "
             f'the model:\n\n```python\nconfig.overlay(open("genai_config.{other}.json").read())\n```\n'
         )
 

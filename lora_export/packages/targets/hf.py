@@ -43,7 +43,7 @@ class HubTarget(PackageTarget):
             return ""
         name = json.dumps(facts.name)
         return (
-            "The folder is what vLLM and TGI load, too:\n\n```bash\n"
+            "vLLM and TGI load the same folder:\n\n```bash\n"
             f"vllm serve . --served-model-name {name}\n"
             "text-generation-launcher --model-id .\n```\n"
         )

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import onnx_ir as ir
+
 from lora_export.contracts import ExportResult
 from lora_export.packages import graphs, speech, two_steps
 
@@ -16,14 +18,14 @@ def lay(
     suffix: of the names before .onnx; largest: bytes of a data file.
     """
     found = {}
-    for name, (model, sources) in models(export).items():
+    for name, model in models(export).items():
         file = f"{name}{suffix}.onnx"
-        found[file] = graphs.save(model, folder / file, f"{file}_data", sources, largest)
+        found[file] = graphs.save(model, folder / file, f"{file}_data", largest)
     return found
 
 
-def models(export: ExportResult) -> "dict[str, tuple[graphs.Model, dict[str, Path]]]":
-    """Name → graph, and the folder of each of its external tensors."""
+def models(export: ExportResult) -> dict[str, ir.Model]:
+    """Name → graph, whose external tensors know their files."""
     if speech.is_whisper(export):
         first, second = export.paths
         return {
@@ -33,7 +35,7 @@ def models(export: ExportResult) -> "dict[str, tuple[graphs.Model, dict[str, Pat
     if export.graphs == _TWO_STEPS:
         encoder, decoder, later = export.paths
         return {
-            "encoder_model": graphs.opened(encoder),
+            "encoder_model": graphs.load(encoder),
             "decoder_model_merged": two_steps.joined(decoder, later),
         }
-    return {p.stem: graphs.opened(p) for p in export.paths}
+    return {p.stem: graphs.load(p) for p in export.paths}

@@ -1,4 +1,4 @@
-"""A folder for transformers.js: onnx/model_q4.onnx and its like, with data files that config.json counts."""
+"""A folder for transformers.js: onnx/model_q4.onnx and so on, with data files that config.json counts."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -11,7 +11,7 @@ from lora_export.packages.programs import javascript_program
 from lora_export.packages.targets import hub_graphs
 
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
-# Computes in fp16 what is stored in 4 bits: what the exporters make for CUDA.
+# q4f16 stores 4 bits and computes in fp16, as exports for CUDA do.
 _PRECISIONS = {
     "fp32": Variant("fp32", "fp32"),
     "fp16": Variant("fp16", "fp16"),
@@ -20,7 +20,7 @@ _PRECISIONS = {
     "q4f16": Variant("q4f16", "int4", provider="cuda"),
 }
 _FP16_INT4 = ("q4f16",)  # of engines whose int4 graphs for CUDA compute in fp16; others' compute in fp32
-USUAL = ("fp32", "q8", "q4")  # what Node loads where nobody asks, what a browser does, and the smallest for both
+USUAL = ("fp32", "q8", "q4")  # the default of Node, that of browsers, and the smallest for both
 _MOST_CHUNKS = 100
 _SETUP = "npm install --prefix .. @huggingface/transformers"
 
@@ -55,7 +55,7 @@ class TransformersJsTarget(PackageTarget):
         if many:
             raise ExportError(
                 f"{many} has {chunks[many]} data files",
-                expected=f"at most {_MOST_CHUNKS}, which transformers.js reads",
+                expected=f"at most {_MOST_CHUNKS}, the most that transformers.js reads",
                 next_step="--variant q4",
             )
         given = job.run.config.get("transformers.js_config")
@@ -63,7 +63,9 @@ class TransformersJsTarget(PackageTarget):
         settings["use_external_data_format"] = {name: count for name, count in chunks.items() if count}
         halved = [n for n in job.exports if n.endswith("f16") or n == "fp16"]
         if halved and job.run.task.generates:
-            settings["kv_cache_dtype"] = dict.fromkeys(halved, "float16")  # transformers.js 3 asks, 4 looks
+            settings["kv_cache_dtype"] = dict.fromkeys(
+                halved, "float16"
+            )  # transformers.js 3 needs it, 4 looks at the graph
         companions.lay(job.run, job.stage, {"transformers.js_config": settings})
 
     def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
@@ -72,8 +74,8 @@ class TransformersJsTarget(PackageTarget):
     def notes(self, facts: PackageFacts) -> str:
         words = ", ".join(f'"{v}"' for v in facts.variants)
         return (
-            f"The variants are {words}. In a browser serve the folder, and set `env.localModelPath` to where it is "
-            "served; without a dtype, transformers.js takes fp32 on Node and q8 on WASM.\n"
+            f"The variants are {words}. In a browser, serve the folder and set `env.localModelPath` to its URL. "
+            "Without a dtype, transformers.js takes fp32 on Node and q8 on WASM.\n"
         )
 
 

@@ -1,10 +1,12 @@
 """A model repository for the Triton Inference Server: NAME/config.pbtxt and NAME/1/model.onnx/model.onnx.
 
-config.pbtxt is built of Triton's own protobuf classes, as no template quotes a name right.
+config.pbtxt is built with Triton's own protobuf classes, which quote every name correctly.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import onnx_ir as ir
 
 from lora_export.errors import ExportError, InputError
 from lora_export.packages import companions, graphs
@@ -15,17 +17,16 @@ from lora_export.packages.targets import hub_graphs
 
 if TYPE_CHECKING:
     import numpy as np
-    import onnx
 
 LARGEST_BATCH = 8
-QUEUE_MICROSECONDS = 1000  # that a request waits for others to be batched with
-_BATCH = ("batch", "batch_size")
+QUEUE_MICROSECONDS = 1000  # that a request waits for others to batch with
+_BATCHED = (["batch"], ["batch_size"])
 _WARM_LENGTH, _WARM_PAST = 8, 1
 _TYPES = {
     "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "DOUBLE": "TYPE_FP64",
     "INT64": "TYPE_INT64", "INT32": "TYPE_INT32", "BOOL": "TYPE_BOOL", "UINT8": "TYPE_UINT8", "INT8": "TYPE_INT8",
 }  # fmt: skip
-# What ONNX Runtime's CUDA provider is told: as much memory as it needs, and the convolutions that it times best.
+# For ONNX Runtime's CUDA provider: as much memory as it needs, and the convolutions that it measures as fastest.
 _CUDA = {"arena_extend_strategy": "1", "cudnn_conv_algo_search": "0"}
 _IMAGE = "nvcr.io/nvidia/tritonserver:26.09-py3"
 
@@ -41,12 +42,12 @@ class TritonTarget(PackageTarget):
     def lay(self, job: PackageJob) -> None:
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
-        for part, (model, sources) in hub_graphs.models(export).items():
-            name = _model_name(job.name, part)
+        for part, model in hub_graphs.models(export).items():
+            name = _model_name(job.facts.name, part)
             version = job.stage / name / "1" / "model.onnx"
             version.mkdir(parents=True)
-            graphs.save(model, version / "model.onnx", "model.onnx.data", sources, largest=2**62)
-            config, warm = configured(name, model, job.providers[0])
+            graphs.save(model, version / "model.onnx", "model.onnx.data", largest=2**62)
+            config, warm = configured(name, model, job.facts.providers[0])
             (job.stage / name / "config.pbtxt").write_text(as_text(config), encoding="utf-8")
             for file, value in warm.items():
                 (job.stage / name / "warmup").mkdir(exist_ok=True)
@@ -57,7 +58,7 @@ class TritonTarget(PackageTarget):
         return Snippet(Python(), setup, _program(facts, folder, _CLIENT))
 
     def check(self, facts: PackageFacts, folder: str) -> Snippet:
-        """The same program with ONNX Runtime in place of the server, on the file that the server would load."""
+        """The same program with ONNX Runtime instead of the server, on the file that the server would load."""
         return Snippet(Python(), "", _program(facts, folder, _SESSION.format(folder=folder)))
 
     def notes(self, facts: PackageFacts) -> str:
@@ -67,7 +68,7 @@ class TritonTarget(PackageTarget):
             f'docker run --rm {gpus}-p 8001:8001 -v "$PWD":/models:ro {_IMAGE} \\\n'
             "  tritonserver --model-repository=/models\n```\n\n"
             "The server takes token ids: the tokenizer runs in the client, as above. To move it into the server, "
-            "put the same call into a model of Triton's Python backend and join the two by an ensemble.\n"
+            "put the same call into a model of Triton's Python backend, and join the two in an ensemble.\n"
         )
 
 
@@ -75,7 +76,7 @@ TARGET = TritonTarget()
 
 
 def _model_name(name: str, part: str) -> str:
-    """Of one graph: a model of a single graph has the name alone."""
+    """Of one graph. A model of a single graph has the plain name."""
     return name if part == "model" else f"{name}-{part}"
 
 
@@ -85,7 +86,7 @@ def _classes() -> Any:
         from tritonclient.grpc import model_config_pb2
     except ImportError as error:
         raise InputError(
-            f"tritonclient is not installed, whose classes config.pbtxt is written with: {error}",
+            f"tritonclient, which config.pbtxt is written with, is not installed: {error}",
             expected="the extra `triton`",
             next_step="pip install 'lora-export[triton]'",
         ) from None
@@ -98,17 +99,17 @@ def as_text(config: Any) -> str:
     return str(text_format.MessageToString(config))
 
 
-def configured(name: str, model: "onnx.ModelProto", provider: str) -> "tuple[Any, dict[str, np.ndarray[Any, Any]]]":
+def configured(name: str, model: ir.Model, provider: str) -> "tuple[Any, dict[str, np.ndarray[Any, Any]]]":
     """The ModelConfig of a graph, and the files that its warm-up reads."""
     pb = _classes()
-    weights = {t.name for t in model.graph.initializer}
-    inputs = [i for i in model.graph.input if i.name not in weights]
-    batched = all(_symbol(v, 0) in _BATCH for v in (*inputs, *model.graph.output))
+    graph = model.graph
+    inputs = [value for value in graph.inputs if value.name not in graph.initializers]
+    batched = all(_sizes(value)[:1] in _BATCHED for value in (*inputs, *graph.outputs))
     config = pb.ModelConfig(name=name, backend="onnxruntime", max_batch_size=LARGEST_BATCH if batched else 0)
     config.default_model_filename = "model.onnx"
     for value in inputs:
         config.input.add(name=value.name, data_type=_type(pb, value), dims=_dims(value, batched))
-    for value in model.graph.output:
+    for value in graph.outputs:
         config.output.add(name=value.name, data_type=_type(pb, value), dims=_dims(value, batched))
     if batched:
         config.dynamic_batching.max_queue_delay_microseconds = QUEUE_MICROSECONDS
@@ -119,58 +120,53 @@ def configured(name: str, model: "onnx.ModelProto", provider: str) -> "tuple[Any
     return config, _warm_up(pb, config, inputs, batched)
 
 
-def _type(pb: Any, value: "onnx.ValueInfoProto") -> int:
-    import onnx
-
-    name = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type)
+def _type(pb: Any, value: ir.Value) -> int:
+    name = value.dtype.name if value.dtype is not None else "UNDEFINED"
     if name not in _TYPES:
-        raise ExportError(f"{value.name} is of type {name}, which Triton does not take", expected=", ".join(_TYPES))
+        raise ExportError(
+            f"{value.name} is of type {name}, which Triton does not support", expected=", ".join(_TYPES)
+        )
     return int(pb.DataType.Value(_TYPES[name]))
 
 
-def _symbol(value: "onnx.ValueInfoProto", axis: int) -> str:
-    dims = value.type.tensor_type.shape.dim
-    return dims[axis].dim_param if dims else ""
+def _sizes(value: ir.Value) -> list[int | str]:
+    """Sizes of a value's axes, or their names."""
+    axes = value.shape if value.shape is not None else ()
+    return [axis if isinstance(axis, int) else str(axis.value or "") for axis in axes]
 
 
-def _dims(value: "onnx.ValueInfoProto", batched: bool) -> list[int]:
-    dims = list(value.type.tensor_type.shape.dim)[int(batched) :]
-    return [d.dim_value if d.HasField("dim_value") else -1 for d in dims] or [1]
+def _dims(value: ir.Value, batched: bool) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in _sizes(value)[int(batched) :]] or [1]
 
 
-def _warm_up(
-    pb: Any, config: Any, inputs: "Sequence[onnx.ValueInfoProto]", batched: bool
-) -> "dict[str, np.ndarray[Any, Any]]":
-    """One request that has the server load kernels and memory before the first user comes. Masks are ones, which
-    only a file can say."""
+def _warm_up(pb: Any, config: Any, inputs: Sequence[ir.Value], batched: bool) -> "dict[str, np.ndarray[Any, Any]]":
+    """One request, for which the server loads kernels and memory before the first user comes. Masks are ones, which
+    takes a file."""
     import numpy as np
-    import onnx
 
     files: dict[str, np.ndarray[Any, Any]] = {}
     warm = config.model_warmup.add(name="first request", batch_size=1 if batched else 0)
-    past = any(v.name.startswith("past") for v in inputs)
+    past = any(str(v.name).startswith("past") for v in inputs)
     for value in inputs:
-        dims = [_warm_size(d, past) for d in list(value.type.tensor_type.shape.dim)[int(batched) :]]
-        sent = warm.inputs[value.name]
-        sent.data_type = _type(pb, value)
-        sent.dims.extend(dims)
-        if "mask" in value.name:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            files[value.name] = np.ones(dims, dtype)
-            sent.input_data_file = value.name
+        name, dims = str(value.name), [_warm_size(size, past) for size in _sizes(value)[int(batched) :]]
+        sent = warm.inputs[name]
+        sent.MergeFrom(type(sent)(data_type=_type(pb, value), dims=dims))
+        if "mask" in name and value.dtype is not None:
+            files[name] = np.ones(dims, value.dtype.numpy())
+            sent.input_data_file = name
         else:
             sent.zero_data = True
     return files
 
 
-def _warm_size(dim: Any, past: bool) -> int:
-    if dim.HasField("dim_value"):
-        return int(dim.dim_value)
-    if "batch" in dim.dim_param:
+def _warm_size(size: int | str, past: bool) -> int:
+    if isinstance(size, int):
+        return size
+    if "batch" in size:
         return 1
-    if "total" in dim.dim_param or "+" in dim.dim_param:
+    if "total" in size or "+" in size:
         return _WARM_LENGTH + _WARM_PAST * past
-    return _WARM_PAST if "past" in dim.dim_param else _WARM_LENGTH
+    return _WARM_PAST if "past" in size else _WARM_LENGTH
 
 
 # --- the client --------------------------------------------------------------------------------------------
@@ -265,7 +261,7 @@ def _program(facts: PackageFacts, folder: str, infer: str) -> str:
     )
 
 
-_COUNTED = frozenset({"gpt2", "gpt_neox"})  # decoders that are told positions, as they do not count the mask
+_COUNTED = frozenset({"gpt2", "gpt_neox"})  # decoders that get positions as an input instead of counting the mask
 
 
 def _cache(config: Mapping[str, Any]) -> tuple[int, int, int]:

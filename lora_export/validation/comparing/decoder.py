@@ -13,7 +13,7 @@ from lora_export.validation.comparing.logits import Difference, compare_logits
 from lora_export.validation.comparing.tested_model import plain, takes
 from lora_export.validation.comparing.thresholds import Greedy, decoder_checks, graph_checks, reported
 from lora_export.validation.effect import effect
-from lora_export.validation.graphs.decoder import OnnxDecoder
+from lora_export.validation.graphs.runs import OnnxDecoder
 
 RUN_TO_RUN = "the same forward run twice; added to every noise floor"
 PADDED = 4  # prompts that are run in one batch, the shortest ones

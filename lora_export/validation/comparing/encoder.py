@@ -14,7 +14,7 @@ from lora_export.validation.comparing.logits import largest, max_abs
 from lora_export.validation.comparing.tested_model import plain
 from lora_export.validation.comparing.thresholds import FP32_ARITHMETIC, below, reported
 from lora_export.validation.effect.effect import OutputEffect
-from lora_export.validation.graphs.encoder import OnnxEncoder
+from lora_export.validation.graphs.runs import OnnxEncoder
 
 Outputs = dict[str, torch.Tensor]
 # A pooled vector is a mean of the outputs; 1 − cos of two that differ by fp32 arithmetic alone.

@@ -12,7 +12,7 @@ from lora_export.validation.comparing.logits import Difference, Divergence
 from lora_export.validation.comparing.tested_model import plain, takes
 from lora_export.validation.comparing.thresholds import Floor, decoder_checks
 from lora_export.validation.effect.effect import Effect
-from lora_export.validation.graphs.seq2seq import OnnxSeq2Seq
+from lora_export.validation.graphs.runs import OnnxSeq2Seq
 
 
 @dataclass(kw_only=True)

@@ -1,1 +1,1 @@
-"""Exported graphs held against the model that they were made of."""
+"""Compares exported graphs with the model they were made of."""

@@ -1,4 +1,4 @@
-"""An exported model against the unmerged one: its numbers, its arithmetic, and what is left of the adapter."""
+"""Compares an exported model with the unmerged one: weights, arithmetic, and how much of the adapter is left."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from lora_export.contracts import ExportedPair
@@ -24,8 +25,8 @@ _TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Judge:
-    """What exports are judged by. merged: the merged folder, an outline without numbers where `alone`; keep: as of
-    load_unmerged; dtypes: stored types of the merged parameters."""
+    """The references that exports are compared with. merged: the merged folder, only headers if `alone`; keep: as
+    in load_unmerged; dtypes: stored types of the merged parameters."""
 
     comparison: Comparison[Any, Any]
     unmerged: Any
@@ -45,7 +46,7 @@ class Judge:
             if held is not None:
                 of = "the unmerged model" if self.alone else "the merged folder"
                 checks.append(held.check(f"{pair.prefix}weight_errors", of))
-        graph = replace(graph, model=None)  # which would stay in memory beside the base's
+        graph = replace(graph, model=None)  # frees it before the base's is loaded
         prefix = f"{pair.prefix}base_"
         with self._model(pair, pair.base_graphs, base_numbers(self.unmerged), self.dtypes) as held:
             base = self._graph(pair, pair.base_graphs, held, prefix)
@@ -59,7 +60,7 @@ class Judge:
     def _model(
         self, pair: ExportedPair, graphs: tuple[Path, ...], expected: Expected, stored: Any
     ) -> Iterator[GraphModel | None]:
-        """None for a graph whose weights nothing describes: it is then judged by its outputs alone."""
+        """None for a graph without a weights map, which is compared by its outputs only."""
         folder = graphs[0].parent
         if (folder / graph_weights.NAME).is_file():
             with graph_model(graphs, self.unmerged, self.merged, expected, stored, self.keep) as held:
@@ -67,7 +68,7 @@ class Judge:
             return
         if pair.precision in QUANTIZED and pair.activations == "float":
             raise ExportError(
-                f"the export has no {graph_weights.NAME}, so nothing says what its quantized numbers stand for",
+                f"the export has no {graph_weights.NAME}, so its quantized weights cannot be checked",
                 where=folder,
                 expected="an export of this tool",
                 next_step="lora-export export -m MERGED -o ONNX, and validate that",
@@ -83,7 +84,7 @@ class Judge:
 
 
 def arithmetic_of(pair: ExportedPair, paths: tuple[Path, ...]) -> Arithmetic:
-    """What the graph computes in: the type of its data, and whether its products take inputs of 8 bits."""
+    """What the graph computes in: the type of its data, and whether its products convert inputs to 8 bits."""
     folder = paths[0].parent
     if pair.activations != "float":
         return Arithmetic(inputs=0, weights=True)
@@ -99,14 +100,5 @@ def arithmetic_of(pair: ExportedPair, paths: tuple[Path, ...]) -> Arithmetic:
 
 def _takes_eight_bits(graph: Path) -> bool:
     """Whether a product of quantized weights converts its inputs (accuracy level 4 of MatMulNBits)."""
-    import onnx
-
-    model = onnx.load(str(graph), load_external_data=False)
-    levels = (
-        a.i
-        for n in model.graph.node
-        if n.op_type == "MatMulNBits"
-        for a in n.attribute
-        if a.name == "accuracy_level"
-    )
-    return any(level == _INT8 for level in levels)
+    products = (node for node in ir.load(graph).graph if node.op_type == "MatMulNBits")
+    return any(node.attributes.get_int("accuracy_level", 0) == _INT8 for node in products)

@@ -1,7 +1,7 @@
-"""A PyTorch model with the numbers that an exported graph holds: what the graph has to compute.
+"""A PyTorch model with the weights that an exported graph contains: what the graph should compute.
 
-The numbers are compared with those that they were made of first. So a graph is proven in two steps: its weights one
-by one, and its arithmetic, against PyTorch on just these weights.
+The weights are first compared with those they were made of. So a graph is proven in two steps: its weights one by
+one, and its arithmetic against PyTorch with exactly these weights.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ _HEAD = "output_head"
 
 @dataclass
 class GraphModel:
-    """model: in fp32; wrong: tensors whose numbers in the graph are not those of the checkpoint; unchecked: tensors
-    that had no counterpart; checked: how many had."""
+    """model: in fp32; wrong: tensors whose values in the graph are not those of the checkpoint; unchecked: tensors
+    without a counterpart; checked: how many had one."""
 
     model: Any
     wrong: list[str] = field(default_factory=list)
@@ -40,7 +40,7 @@ class GraphModel:
     checked: int = 0
 
     def check(self, name: str, of: str) -> Check:
-        """No number of the data files may differ from what it was made of by more than its type explains."""
+        """No value of the data files may differ from what it was made of by more than its type explains."""
         note = f"of {self.checked} tensors in the data files, each against {of}"
         if self.wrong:
             note += f"; the first: {self.wrong[0]}"
@@ -58,22 +58,22 @@ def graph_model(
     stored: Mapping[str, torch.dtype] | None = None,
     keep: int | None = None,
 ) -> Iterator[GraphModel]:
-    """The model of an export's graphs, of the class and configuration of the unmerged one.
+    """The model of an export's graphs, with the class and configuration of the unmerged one.
 
-    merged: a folder whose headers have the checkpoint's names and shapes; expected: the numbers of a piece, None
-    where there are none; stored: None where `expected` are the very numbers that the graph was made of, else the
-    types that they were rounded to before; keep: as of load_unmerged. What the data files do not hold is taken from
-    the unmerged model's base.
+    merged: a folder whose headers have the checkpoint's names and shapes; expected: the values of a piece, None if
+    unknown; stored: None if the graph was made of exactly the `expected` values, else the types that they were
+    first rounded to; keep: as in load_unmerged. What the data files do not contain is taken from the unmerged
+    model's base.
     """
     shapes = _shapes(merged)
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
         work = Path(scratch)
-        found = GraphModel(None)
+        checked_model = GraphModel(None)
         writer = _Writer(work, shapes)
         for held in graph_weights.read(graphs, shapes):
-            _judge(held, expected(held), stored, found)
+            _judge(held, expected(held), stored, checked_model)
             writer.add(held)
-        if not found.checked and not found.unchecked:
+        if not checked_model.checked and not checked_model.unchecked:
             raise ExportError(
                 "the export holds none of this model's tensors",
                 where=graphs[0].parent,
@@ -81,19 +81,19 @@ def graph_model(
                 next_step="lora-export export -m MERGED -o ONNX",
             )
         head = writer.finish()
-        found.model = _load(work, unmerged, merged, head, keep)
-        yield found
+        checked_model.model = _load(work, unmerged, merged, head, keep)
+        yield checked_model
 
 
 def _judge(
-    held: Held, wanted: torch.Tensor | None, stored: Mapping[str, torch.dtype] | None, found: GraphModel
+    held: Held, wanted: torch.Tensor | None, stored: Mapping[str, torch.dtype] | None, checked_model: GraphModel
 ) -> None:
     if wanted is None:
-        found.unchecked.append(held.tensor)
+        checked_model.unchecked.append(held.tensor)
         return
-    found.checked += 1
+    checked_model.checked += 1
     if not error_of(held, wanted, stored) <= 1:
-        found.wrong.append(held.tensor)
+        checked_model.wrong.append(held.tensor)
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -105,7 +105,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 class _Writer:
-    """Checkpoint tensors, put together from their pieces, into safetensors files of about SHARD bytes."""
+    """Writes checkpoint tensors, assembled from their pieces, into safetensors files of about SHARD bytes."""
 
     def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
         self._folder, self._shapes = folder, shapes
@@ -141,7 +141,7 @@ class _Writer:
             self._flush()
 
     def _promote(self, name: str) -> None:
-        """What was taken for the only copy is the head's."""
+        """What was taken for the only copy belongs to the head."""
         if name not in self._shard:
             with safe_open(self._folder / self._places[name], framework="pt") as tensors:
                 self._shard[name] = tensors.get_tensor(name)
@@ -158,7 +158,7 @@ class _Writer:
         save_file(tensors, self._folder / file, metadata={"format": "pt"})
 
     def finish(self) -> torch.Tensor | None:
-        """The output head's own numbers, where it has any."""
+        """The output head's own values, if it has any."""
         self._flush()
         index = {"metadata": {}, "weight_map": self._places}
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -188,8 +188,8 @@ def _load(work: Path, unmerged: Any, merged: Path, head: torch.Tensor | None, ke
 
 
 def fill_from_base(model: Any, missing: Sequence[str], unmerged: Any) -> None:
-    """Parameters and buffers that the data files do not hold (folded away, or zero) are the base's, or the
-    adapter's where it saved a module whole."""
+    """Parameters and buffers that the data files do not contain (folded away, or zero) are the base's, or the
+    adapter's if it saved the whole module."""
     known = of_base(unmerged) | saved_whole(unmerged)
     state = {}
     for name in missing:

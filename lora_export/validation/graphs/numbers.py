@@ -1,4 +1,4 @@
-"""What the numbers of an exported graph are held against, and how far each may be from what it stands for."""
+"""What the weights of an exported graph are compared with, and how far each may deviate."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ Expected = Callable[[Held], torch.Tensor | None]
 
 
 def numbers_of(folder: Path) -> Expected:
-    """The numbers of a checkpoint's files, a piece at a time, in fp32."""
+    """The values in a checkpoint's files, one piece at a time, in fp32."""
     places: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -63,7 +63,7 @@ def base_numbers(unmerged: Any) -> Expected:
 
 
 def effective_numbers(unmerged: Any) -> Expected:
-    """The weights that PEFT's unmerged modules have in effect, asked of them in fp32; the base's for others."""
+    """The effective weights of PEFT's unmerged modules, computed by the modules in fp32; the base's for others."""
     model = unmerged.base_model.model
     wrapped = wrapped_modules(model)
     saved, plain_numbers = saved_whole(unmerged), base_numbers(unmerged)
@@ -92,7 +92,7 @@ def effective_numbers(unmerged: Any) -> Expected:
 
 @torch.no_grad()
 def _effective_weight(module: Any) -> torch.Tensor:
-    """In the layer's own orientation; NaN for a layer that cannot be asked."""
+    """In the layer's own orientation; NaN for a layer whose weight cannot be computed."""
     layer = base_layer(module)
     if not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
         return torch.full_like(layer.weight, float("nan"))
@@ -108,10 +108,10 @@ def _effective_weight(module: Any) -> torch.Tensor:
 
 
 def error_of(held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype] | None) -> float:
-    """How far a piece is from `wanted`, in units of what is honest: above 1, or not a number, is a fault.
+    """How far a piece is from `wanted`, relative to what is allowed: above 1, or NaN, is a fault.
 
-    stored: None where `wanted` are the very numbers that the graph was made of, else the types that they were
-    rounded to before.
+    stored: None if the graph was made of exactly the `wanted` values, else the types that they were first rounded
+    to.
     """
     if held.quantized is not None:
         return _block_error(held.values, wanted, held.quantized)
@@ -122,13 +122,13 @@ def error_of(held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype]
 
 
 def _cast_error(held: Held, wanted: torch.Tensor) -> float:
-    """0 where every number is the nearest of its type, infinite elsewhere."""
+    """0 if every value is the nearest of its type, else infinity."""
     cast = (wanted + held.plus).to(held.dtype).float() - held.plus
     return 0.0 if torch.equal(cast, held.values) else float("inf")
 
 
 def _rounding_error(held: Held, wanted: torch.Tensor, stored: torch.dtype) -> float:
-    """In units of two roundings, to the checkpoint's type and to the graph's, and of fp32 arithmetic."""
+    """Relative to two roundings, to the checkpoint's type and to the graph's, and to fp32 arithmetic."""
     eps = sum(torch.finfo(d).eps / 2 for d in (stored, held.dtype))
     smallest = max(torch.finfo(d).tiny * torch.finfo(d).eps for d in (stored, held.dtype))
     size = wanted.abs() + abs(held.plus)
@@ -137,7 +137,7 @@ def _rounding_error(held: Held, wanted: torch.Tensor, stored: torch.dtype) -> fl
 
 
 def _block_error(values: torch.Tensor, wanted: torch.Tensor, how: Quantized) -> float:
-    """The error of a quantized matrix in units of what honest quantization may do: at worst, and on the whole."""
+    """The error of a quantized matrix relative to what correct quantization may do: at worst, and overall."""
     if how.axis == 0:
         values, wanted = values.T, wanted.T
     if how.method in CODE_GAPS:
@@ -171,6 +171,6 @@ def of_base(unmerged: Any) -> dict[str, torch.Tensor]:
 
 
 def saved_whole(unmerged: Any) -> dict[str, torch.Tensor]:
-    """Plain name → parameter that no adapter kind computes: of modules that were saved whole, and of the rest."""
+    """Plain name → parameter that no adapter kind computes: of modules saved whole, and the rest."""
     model = unmerged.base_model.model
     return dict(plain_parameters(model, wrapped_modules(model)))

@@ -1,7 +1,7 @@
-"""The numbers that an exported graph computes with, read from its data files by its weights-map.json.
+"""Reads the weights that an exported graph computes with from its data files, by its weights-map.json.
 
-This is a reader of its own: it shares no code with the writer in onnx_export/. The formats are ONNX Runtime's
-(contrib operators MatMulNBits, MatMulBnb4, GatherBlockQuantized).
+This reader shares no code with the writer in onnx_export/. The formats are ONNX Runtime's (contrib operators
+MatMulNBits, MatMulBnb4, GatherBlockQuantized).
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from lora_export.errors import ExportError
@@ -32,7 +33,7 @@ Shapes = Mapping[str, Sequence[int]]
 class Quantized:
     """How a matrix was quantized: elements of a block share a scale.
 
-    symmetric: without zero points; axis: of the checkpoint's matrix, along which a block runs.
+    symmetric: without zero points; axis: the axis of the checkpoint's matrix along which blocks run.
     """
 
     method: str
@@ -43,11 +44,10 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Held:
-    """Rows [start, stop) of a checkpoint tensor as a graph holds them.
+    """Rows [start, stop) of a checkpoint tensor as a graph contains them.
 
     values: fp32, in the checkpoint's orientation, (rows, …) flattened to two dimensions; dtype: of the data file
-    (of the scales, where quantized); plus: a number that the graph's data have been increased by, already
-    subtracted here.
+    (of the scales, if quantized); plus: a number that was added to the graph's data, already subtracted here.
     """
 
     tensor: str
@@ -60,13 +60,12 @@ class Held:
 
 
 def read(graphs: Sequence[Path], shapes: Shapes) -> Iterator[Held]:
-    """Every piece of a checkpoint tensor that an export's graphs hold, one initializer at a time.
+    """Every piece of a checkpoint tensor that an export's graphs contain, one initializer at a time.
 
-    The map says what an initializer stands for; the numbers are those that the graph itself refers to, wherever
-    they lie; they are NaN where no node reads them, since the graph then computes with others. shapes: of the
-    checkpoint's tensors; pieces of tensors that it does not know are left out, and so is
-    what the engine computed from weights in a way that the map does not describe. ExportError for a map that
-    contradicts itself or the graphs.
+    The map says what an initializer stands for; the values are those that the graph itself refers to, wherever they
+    are stored, or NaN if no node reads them, because the graph then computes with others. shapes: of the
+    checkpoint's tensors; pieces of other tensors are skipped, and so is what the engine computed from weights in a
+    way that the map does not describe. ExportError for a map that contradicts itself or the graphs.
     """
     folder = graphs[0].parent
     entries = [e for e in read_json(folder / NAME)["weights"] if e["made_of"] and not e.get("computed_from")]
@@ -90,50 +89,41 @@ def read(graphs: Sequence[Path], shapes: Shapes) -> Iterator[Held]:
 
 
 class _Initializers:
-    """The initializers of one graph file, those in branches and loops too."""
+    """The initializers of one graph file, including those in branches and loops."""
 
     def __init__(self, path: Path) -> None:
-        import onnx
-
         self.folder = path.parent
-        self._tensors: dict[str, Any] = {}
-        self._read: set[str] = set()
-        graphs = [onnx.load(str(path), load_external_data=False).graph]
-        while graphs:
-            graph = graphs.pop()
-            self._tensors |= {t.name: t for t in graph.initializer}
-            self._read |= {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
-            graphs += [g for node in graph.node for a in node.attribute for g in (a.g, *a.graphs) if g.node]
-        places = (e for t in self._tensors.values() for e in t.external_data)
-        self._files = {e.value for e in places if e.key == "location"}
+        model = ir.load(path)
+        graphs = (model.graph, *model.graph.subgraphs())
+        values = {name: value for graph in graphs for name, value in graph.initializers.items()}
+        self._tensors = {name: v.const_value for name, v in values.items() if v.const_value is not None}
+        self._read = {v.name for node in model.graph.all_nodes() for v in node.inputs if v is not None}
+        self._read |= {value.name for graph in graphs for value in graph.outputs}
+        self._files = {t.location for t in self._tensors.values() if isinstance(t, ir.ExternalTensor)}
 
     def has(self, entry: Mapping[str, Any]) -> bool:
-        """Whether the map means an initializer of this graph: encoder and decoder may both have such a name."""
+        """Whether the map means an initializer of this graph: encoder and decoder may have the same names."""
         return entry["name"] in self._tensors and entry["file"] in self._files
 
     def reads(self, entry: Mapping[str, Any]) -> bool:
-        """Whether a node takes it."""
+        """Whether a node reads it."""
         return entry["name"] in self._read
 
     def array(self, entry: Mapping[str, Any]) -> "np.ndarray[Any, Any]":
-        """The numbers in their type and shape; what lies in a data file is mapped rather than read."""
-        import onnx
-
+        """The values in their type and shape. Those in a data file are mapped rather than read."""
         tensor, wanted = self._tensors[entry["name"]], np.dtype(_TYPES[entry["dtype"]])
-        if list(tensor.dims) != list(entry["shape"]):
-            raise _odd(self.folder, entry, f"the shape {entry['shape']} for {list(tensor.dims)} in the graph")
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            return onnx.numpy_helper.to_array(tensor).astype(wanted)
-        place = {e.key: e.value for e in tensor.external_data}
-        shape = tuple(tensor.dims)
-        if not plain_name(place["location"]) or (self.folder / place["location"]).is_symlink():
-            raise _odd(self.folder, entry, f"the data file {place['location']!r}")
+        shape = tuple(int(n) for n in tensor.shape.numpy())
+        if list(shape) != list(entry["shape"]):
+            raise _odd(self.folder, entry, f"the shape {entry['shape']} for {list(shape)} in the graph")
+        if not isinstance(tensor, ir.ExternalTensor):
+            return np.asarray(tensor.numpy().astype(wanted))
+        file = str(tensor.location)
+        if not plain_name(file) or (self.folder / file).is_symlink():
+            raise _odd(self.folder, entry, f"the data file {file!r}")
         if math.prod(shape) == 0:
             return np.zeros(shape, wanted)
         try:
-            return np.memmap(
-                self.folder / place["location"], wanted, "r", int(place.get("offset", 0)), shape or (1,)
-            )
+            return np.memmap(self.folder / file, wanted, "r", tensor.offset or 0, shape or (1,))
         except (OSError, ValueError) as error:
             raise _odd(self.folder, entry, f"data that cannot be read ({error})") from None
 
@@ -145,7 +135,7 @@ def arithmetic_type(folder: Path) -> torch.dtype:
 
 
 def quantized_blocks(folder: Path) -> dict[str, int]:
-    """Checkpoint tensor → elements that share a scale, for those that the graph holds quantized."""
+    """Checkpoint tensor → elements that share a scale, for tensors that the graph quantizes."""
     return {
         piece["tensor"]: entry["quantized"]["block_size"]
         for entry in read_json(folder / NAME)["weights"]
@@ -201,7 +191,7 @@ def _pieces(
 
 
 def _dequantized(arrays: Mapping[str, Any], outputs: int, inputs: int, how: Mapping[str, Any]) -> torch.Tensor:
-    """The matrix (outputs, inputs) in fp32 that ONNX Runtime's operator multiplies with."""
+    """The matrix (outputs, inputs) in fp32 that ONNX Runtime's operator multiplies by."""
     size, method = how["block_size"], how["method"]
     scales = _fp32(arrays["scales"])
     packed = torch.from_numpy(np.array(arrays["packed"]))
@@ -238,9 +228,9 @@ def _fp32(values: Any) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values).astype(np.float32))
 
 
-def _odd(folder: Path, entry: Mapping[str, Any], found: str) -> ExportError:
+def _odd(folder: Path, entry: Mapping[str, Any], what: str) -> ExportError:
     return ExportError(
-        f"the weights map has {found}",
+        f"the weights map has {what}",
         where=folder / NAME,
         tensor=entry["name"],
         expected="the bytes of the initializer, as the export wrote them",

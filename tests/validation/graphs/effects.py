@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from lora_export.runtime import numpy_dtype
+from lora_export.graph_runs.signature import numpy_dtype
 from tests.onnx_export.conftest import VOCABULARY
 
 Array = Any

@@ -1,7 +1,7 @@
-"""Attention as one operator of ONNX Runtime, put there while the model is traced.
+"""Attention as one operator of ONNX Runtime, inserted while the model is traced.
 
-transformers asks an interface for attention and for its mask. Answered with `com.microsoft::MultiHeadAttention`,
-no softmax and no mask arithmetic ever enters the graph, from which an optimizer would have to guess it back.
+transformers asks an interface for attention and its mask. By answering with `com.microsoft::MultiHeadAttention`,
+softmax and mask arithmetic never enter the graph, so no optimizer has to recognize them.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 NAME = "onnxruntime"
-HIDDEN = -10_000.0  # added where attention is not allowed: nothing is left of exp of it, and a half can hold it
+HIDDEN = -10_000.0  # added where attention is not allowed: its exp is 0, and fp16 can hold it
 _cached = [False]
 
 
@@ -25,7 +25,7 @@ def register() -> None:
 
 @contextlib.contextmanager
 def cached(yes: bool) -> Iterator[None]:
-    """Inside, keys and values go into the operator as a cache holds them, (batch, heads, length, head size)."""
+    """Inside, the operator gets keys and values in the cache's layout, (batch, heads, length, head size)."""
     before, _cached[0] = _cached[0], yes
     try:
         yield
@@ -43,7 +43,7 @@ def attention(
     position_bias: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (batch, heads, length, size) → (batch, length, heads, size). The mask is one of `mask`, or a bias."""
+    """query (batch, heads, length, size) → (batch, length, heads, size). The mask is from `mask`, or a bias."""
     batch, heads, length, size = query.shape
     if key.shape[1] != heads:
         groups = heads // key.shape[1]
@@ -79,8 +79,8 @@ def mask(
     device: Any = None,
     **others: Any,
 ) -> torch.Tensor | None:
-    """What may be attended to: None for everything; (batch, keys) int32 where only padding counts; else a bias
-    (batch, 1, queries, keys) of 0 and HIDDEN."""
+    """What may be attended to: None for everything; (batch, keys) int32 if only padding counts; else a bias (batch,
+    1, queries, keys) of 0 and HIDDEN."""
     from transformers import masking_utils
 
     whole = mask_function in (None, masking_utils.bidirectional_mask_function)

@@ -1,4 +1,4 @@
-"""A graph in half precision whose weights have no numbers yet: types are changed, and the writer rounds."""
+"""Converts a graph whose weights have no values yet to half precision: types change, and the writer rounds."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3e38}
 
 
 def halve(model: ir.Model, dtype: ir.DataType) -> None:
-    """fp32 becomes `dtype` everywhere but at the graph's inputs and outputs, as Optimum leaves them."""
+    """Change fp32 to `dtype` everywhere except at the graph's inputs and outputs, as Optimum does."""
     graph = model.graph
     for value in graph.initializers.values():
         if value.dtype == ir.DataType.FLOAT:

@@ -1,4 +1,4 @@
-"""What is traced of a model: one part a graph file, with Optimum's names of files, inputs and outputs."""
+"""What is traced of a model: one part per graph file, with Optimum's names of files, inputs and outputs."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,17 +11,17 @@ from lora_export.choices import ModelKind
 
 Axes = dict[int, str]
 Input = tuple[tuple[int, ...], torch.dtype, Axes]
-BATCH, LENGTH = 2, 16  # of the inputs that are traced; neither may be 1: that would be taken for a constant
+BATCH, LENGTH = 2, 16  # sizes to trace with; 1 would be taken for a constant
 PAST, ENCODED = 5, 11
-# Decoders to which Optimum hands positions, because they do not count them from the mask.
+# Decoders that get positions in Optimum, because they do not derive them from the mask.
 _POSITIONS = frozenset({"gpt2", "gpt_neox", "gptj", "gpt_neo", "gpt_bigcode", "codegen"})
 
 
 @dataclass(frozen=True)
-class Part:
-    """run: takes the inputs in their order, returns the outputs in theirs; caches: whether it takes or gives one.
+class GraphPart:
+    """run: takes the inputs and returns the outputs, in order; caches: whether it has a cache as input or output.
 
-    inputs: shape of the tensors to trace with, type and dynamic axes by name; outputs: their dynamic axes.
+    inputs: by name, the shape and type to trace with, and dynamic axes; outputs: their dynamic axes.
     """
 
     file: str
@@ -36,11 +36,11 @@ class Part:
 class Traced:
     kind: ModelKind
     task: str
-    parts: tuple[Part, ...] = field(default=())
+    parts: tuple[GraphPart, ...] = field(default=())
 
 
 def parts_of(model: Any, task: str) -> Traced:
-    """The graphs of a model, by what it takes and whether it generates."""
+    """The graphs of a model, depending on what it takes and whether it generates."""
     if model.config.is_encoder_decoder and model.can_generate():
         return Traced("seq2seq", f"{task}-with-past", (_encoder(model), *_decoders(model)))
     if model.can_generate():
@@ -51,8 +51,8 @@ def parts_of(model: Any, task: str) -> Traced:
 # --- one forward -------------------------------------------------------------------------------------------
 
 
-def _single(model: Any) -> Part:
-    """A model that does not generate: its inputs by what forward takes, its outputs as Optimum has them."""
+def _single(model: Any) -> GraphPart:
+    """A model that does not generate: inputs from the signature of forward, outputs as in Optimum."""
     inputs = _inputs(model)
     names = list(inputs)
     outputs = _outputs(model)
@@ -62,30 +62,30 @@ def _single(model: Any) -> Part:
         result = model(**given, **({"use_cache": False} if _takes(model, "use_cache") else {}))
         return tuple(result[name] for name in outputs)
 
-    return Part("model.onnx", "model.onnx_data", run, inputs, outputs)
+    return GraphPart("model.onnx", "model.onnx_data", run, inputs, outputs)
 
 
 def _inputs(model: Any) -> dict[str, Input]:
     config = model.config
-    found: dict[str, Input] = {}
+    inputs: dict[str, Input] = {}
     ids: Input = ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "sequence_length"})
     if _takes(model, "input_ids"):
         two_towers = _takes(model, "pixel_values")
         axes = {0: "text_batch_size" if two_towers else "batch_size", 1: "sequence_length"}
-        found["input_ids"] = (ids[0], ids[1], axes)
+        inputs["input_ids"] = (ids[0], ids[1], axes)
         if two_towers:
-            found["pixel_values"] = _pixels(config.vision_config, "image_batch_size")
-        found["attention_mask"] = (ids[0], ids[1], axes)
+            inputs["pixel_values"] = _pixels(config.vision_config, "image_batch_size")
+        inputs["attention_mask"] = (ids[0], ids[1], axes)
         if _takes(model, "token_type_ids") and getattr(config, "type_vocab_size", 0) > 1:
-            found["token_type_ids"] = (ids[0], ids[1], axes)
+            inputs["token_type_ids"] = (ids[0], ids[1], axes)
     elif _takes(model, "pixel_values"):
-        found["pixel_values"] = _pixels(config, "batch_size")
+        inputs["pixel_values"] = _pixels(config, "batch_size")
     elif _takes(model, "input_values"):
         axes = {0: "batch_size", 1: "sequence_length"}
-        found["input_values"] = ((BATCH, 16_000), torch.float32, axes)
+        inputs["input_values"] = ((BATCH, 16_000), torch.float32, axes)
         if getattr(config, "feat_extract_norm", None) == "layer":  # others were trained without a mask
-            found["attention_mask"] = ((BATCH, 16_000), torch.int64, axes)
-    return found
+            inputs["attention_mask"] = ((BATCH, 16_000), torch.int64, axes)
+    return inputs
 
 
 def _pixels(config: Any, batch: str) -> Input:
@@ -124,8 +124,8 @@ def _takes(model: Any, name: str) -> bool:
 # --- decoders with a cache ---------------------------------------------------------------------------------
 
 
-def _decoder(model: Any) -> Part:
-    """Ids, mask and cache in; logits and the longer cache out. The cache may be empty: then it is a prefill."""
+def _decoder(model: Any) -> GraphPart:
+    """Ids, mask and cache in; logits and the longer cache out. An empty cache makes it a prefill."""
     config = model.config.get_text_config(decoder=True)
     layers, heads, size = _cache_shape(config)
     grown = "past_sequence_length + sequence_length"
@@ -146,10 +146,10 @@ def _decoder(model: Any) -> Part:
 
     outputs: dict[str, Axes] = {"logits": {0: "batch_size", 1: "sequence_length"}}
     outputs |= _cache_outputs("", layers, grown)
-    return Part("model.onnx", "model.onnx_data", run, inputs, outputs, caches=True)
+    return GraphPart("model.onnx", "model.onnx_data", run, inputs, outputs, caches=True)
 
 
-def _encoder(model: Any) -> Part:
+def _encoder(model: Any) -> GraphPart:
     encoder = model.get_encoder()
     axes = {0: "batch_size", 1: "encoder_sequence_length"}
     ids = ((BATCH, ENCODED), torch.int64, axes)
@@ -158,13 +158,13 @@ def _encoder(model: Any) -> Part:
         return (encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,)
 
     inputs = {"input_ids": ids, "attention_mask": ids}
-    return Part("encoder_model.onnx", "encoder_model.onnx_data", run, inputs, {"last_hidden_state": axes})
+    return GraphPart("encoder_model.onnx", "encoder_model.onnx_data", run, inputs, {"last_hidden_state": axes})
 
 
-def _decoders(model: Any) -> tuple[Part, Part]:
-    """The first step, which computes the keys and values of what was encoded, and all further ones.
+def _decoders(model: Any) -> tuple[GraphPart, GraphPart]:
+    """The first step, which computes the keys and values of the encoder's states, and all later steps.
 
-    Two graphs of the same weights, which lie in one data file.
+    These are two graphs with the same weights, in one data file.
     """
     from transformers import EncoderDecoderCache
     from transformers.modeling_outputs import BaseModelOutput
@@ -195,7 +195,7 @@ def _decoders(model: Any) -> tuple[Part, Part]:
         own = _filled([x for i in range(layers) for x in past[4 * i : 4 * i + 2]])
         cross = _filled([x for i in range(layers) for x in past[4 * i + 2 : 4 * i + 4]])
         cache = EncoderDecoderCache(own, cross)
-        # What was encoded is in the cache; the model asks for its shape alone.
+        # The cache has what was encoded; the model only asks for its shape.
         shape = torch.zeros((past[2].shape[0], past[2].shape[2], _width(model.config)))
         result = step(ids, mask, shape, cache)
         return (result.logits, *_contents(result.past_key_values.self_attention_cache))
@@ -213,8 +213,8 @@ def _decoders(model: Any) -> tuple[Part, Part]:
     data = "decoder_model.onnx_data"
     later_outputs = logits | _cache_outputs("decoder.", layers, grown)
     return (
-        Part("decoder_model.onnx", data, first, inputs, first_outputs, caches=True),
-        Part("decoder_with_past_model.onnx", data, later, with_past, later_outputs, caches=True),
+        GraphPart("decoder_model.onnx", data, first, inputs, first_outputs, caches=True),
+        GraphPart("decoder_with_past_model.onnx", data, later, with_past, later_outputs, caches=True),
     )
 
 
@@ -223,7 +223,7 @@ def _width(config: Any) -> int:
 
 
 def _cache_shape(config: Any) -> tuple[int, int, int]:
-    """Layers, heads and head size of the cache, by optimum's names of the configuration."""
+    """Layers, heads and head size of the cache, from the configuration as Optimum normalizes it."""
     from optimum.utils import NormalizedConfigManager
 
     normal = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)

@@ -1,6 +1,6 @@
-"""What is done to a traced graph: generic simplification, ONNX Runtime's fusions, and what only we can know.
+"""Passes over a traced graph: generic simplification, ONNX Runtime's fusions, and our own.
 
-Large weights have no numbers here. Turning or joining one changes its recipe, and nothing is computed.
+Large weights have no values here. Transposing or joining one changes its recipe; nothing is computed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ MICROSOFT = "com.microsoft"
 
 
 @dataclass
-class Graph:
-    """model: one graph of an export; recipes: of the inputs that stand for weights, until they are `settled`."""
+class TracedGraph:
+    """model: one graph of an export; recipes: of the inputs that stand for weights, until `settle`."""
 
     model: ir.Model
     recipes: dict[str, Recipe]
@@ -26,10 +26,10 @@ class Graph:
         return (n for n in list(self.model.graph) if n.op_type in kinds)
 
 
-def run(graph: Graph, optimize: Optimize, pack: bool = True) -> None:
-    """Change the graph as `optimize` says; `none` leaves what the exporter wrote.
+def run(graph: TracedGraph, optimize: Optimize, pack: bool = True) -> None:
+    """Apply the passes that `optimize` asks for; `none` leaves what the exporter wrote.
 
-    pack: three projections may become one Attention, whose weights no quantizer takes.
+    pack: whether three projections may become one Attention, whose weights no quantizer supports.
     """
     from onnx_ir.passes import common
 
@@ -46,8 +46,8 @@ def run(graph: Graph, optimize: Optimize, pack: bool = True) -> None:
     settle(graph)
 
 
-def settle(graph: Graph) -> None:
-    """Make initializers, which have a type and a shape and no numbers, of the inputs that stand for weights."""
+def settle(graph: TracedGraph) -> None:
+    """Turn inputs that stand for weights into initializers with a type and a shape, but no values."""
     inner = graph.model.graph
     for value in list(inner.inputs):
         if value.name not in graph.recipes:
@@ -60,7 +60,7 @@ def settle(graph: Graph) -> None:
         inner.initializers[value.name] = value
 
 
-def _simplify(graph: Graph) -> None:
+def _simplify(graph: TracedGraph) -> None:
     from onnx_ir.passes import common
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules.common import gemm_to_matmul_add_rule
@@ -71,8 +71,8 @@ def _simplify(graph: Graph) -> None:
     drop_round_trips(graph)
 
 
-def fuse(graph: Graph, pack: bool) -> None:
-    """onnxscript's fusions for ONNX Runtime; attention is one operator already (attention.py)."""
+def fuse(graph: TracedGraph, pack: bool) -> None:
+    """onnxscript's fusions for ONNX Runtime. Attention is already one operator (attention.py)."""
     from onnx_ir.passes import common
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
@@ -87,8 +87,8 @@ def fuse(graph: Graph, pack: bool) -> None:
 # --- layouts -----------------------------------------------------------------------------------------------
 
 
-def drop_round_trips(graph: Graph) -> None:
-    """Remove chains of Reshape and Transpose that end where they began: heads split off and put back."""
+def drop_round_trips(graph: TracedGraph) -> None:
+    """Remove chains of Reshape and Transpose that end as they began, such as heads that are split and rejoined."""
     for node in graph.nodes("Reshape", "Transpose"):
         value, perm = node.inputs[0], _permutation(node)
         while value is not None:
@@ -104,7 +104,7 @@ def drop_round_trips(graph: Graph) -> None:
 
 
 def _permutation(node: ir.Node) -> list[int] | None:
-    """Of the last Transposes of a chain; a Reshape counts as none as long as the ends agree."""
+    """Of a Transpose; empty for a Reshape, which does not matter as long as both ends agree."""
     if node.op_type == "Reshape":
         return []
     return list(node.attributes["perm"].as_ints())
@@ -120,7 +120,7 @@ def _compose(before: ir.Node, perm: list[int] | None) -> list[int] | None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Two shapes that are known to be equal: numbers, or names of the same axis."""
+    """Whether two shapes are known to be equal: by number, or by name of axis."""
     if b is None or len(a) != len(b):
         return False
     pairs = [(getattr(x, "value", x), getattr(y, "value", y)) for x, y in zip(a, b, strict=True)]
@@ -137,10 +137,10 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 # --- weights -----------------------------------------------------------------------------------------------
 
 
-def turn_weights(graph: Graph, fused: bool = False) -> None:
-    """Transpose(weight) becomes a weight that is written turned.
+def turn_weights(graph: TracedGraph, fused: bool = False) -> None:
+    """Replace Transpose(weight) by a weight that is written transposed.
 
-    One that is also used as it is (tied embeddings) stays one: MatMul turns it (FusedMatMul) where that is fused.
+    A weight that is also used as it is (tied embeddings) is not duplicated: FusedMatMul transposes it, if `fused`.
     """
     for node in graph.nodes("Transpose"):
         weight, perm = node.inputs[0], list(node.attributes["perm"].as_ints())
@@ -161,15 +161,17 @@ def _turn_in_matmul(node: ir.Node, weight: ir.Value) -> None:
     _put(node, new)
 
 
-def _turned(graph: Graph, name: str, like: ir.Value, recipe: Recipe) -> ir.Value:
+def _turned(graph: TracedGraph, name: str, like: ir.Value, recipe: Recipe) -> ir.Value:
     assert like.shape is not None and like.dtype is not None
     shape = tuple(int(n) for n in like.shape.numpy())
     turned = Recipe(recipe.pieces, not recipe.transposed, recipe.plus)
     return add_weight(graph, name, like.dtype, shape[::-1], turned)
 
 
-def add_weight(graph: Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], recipe: Recipe) -> ir.Value:
-    """Another input that stands for a weight; the same one if the graph has it."""
+def add_weight(
+    graph: TracedGraph, name: str, dtype: ir.DataType, shape: tuple[int, ...], recipe: Recipe
+) -> ir.Value:
+    """Another input that stands for a weight, or the existing one of that name."""
     if name in graph.recipes:
         return next(v for v in graph.model.graph.inputs if v.name == name)
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
@@ -179,7 +181,7 @@ def add_weight(graph: Graph, name: str, dtype: ir.DataType, shape: tuple[int, ..
 
 
 def _put(old: ir.Node, new: ir.Node) -> None:
-    """`new` in the place of `old`, with its output names, types and shapes."""
+    """Put `new` in the place of `old`, with its output names, types and shapes."""
     for a, b in zip(old.outputs, new.outputs, strict=True):
         b.name, b.type, b.shape = a.name, a.type, a.shape
     new.name = old.name
@@ -189,24 +191,24 @@ def _put(old: ir.Node, new: ir.Node) -> None:
 # --- attention ---------------------------------------------------------------------------------------------
 
 
-def pack_projections(graph: Graph) -> None:
-    """Three projections of the same input, and the attention behind them, become one Attention with joined weights.
+def pack_projections(graph: TracedGraph) -> None:
+    """Join three projections of one input and the attention behind them into one Attention.
 
-    Only where Attention has all that MultiHeadAttention was given: no cache, no keys from elsewhere, and a mask of
-    whole numbers or none.
+    Only if Attention supports everything that MultiHeadAttention was given: no cache, no keys from elsewhere, and
+    an integer mask or none.
     """
     for node in graph.nodes("MultiHeadAttention"):
         projections = [_projection(graph, v) for v in node.inputs[:3]]
         if len(projections) != 3 or any(p is None for p in projections):
             continue
-        found = [p for p in projections if p is not None]
+        joined = [p for p in projections if p is not None]
         mask, bias = _input(node, 4), _input(node, 5)
-        if len({id(p.source) for p in found}) != 1 or _input(node, 6) is not None:
+        if len({id(p.source) for p in joined}) != 1 or _input(node, 6) is not None:
             continue
-        weight, offset = _joined(graph, [p.weight for p in found]), _joined(graph, [p.bias for p in found])
+        weight, offset = _joined(graph, [p.weight for p in joined]), _joined(graph, [p.bias for p in joined])
         if weight is None or offset is None:
             continue
-        inputs: list[ir.Value | None] = [found[0].source, weight, offset, mask, None, bias]
+        inputs: list[ir.Value | None] = [joined[0].source, weight, offset, mask, None, bias]
         while inputs[-1] is None:
             inputs.pop()
         attributes = {"num_heads": node.attributes["num_heads"].as_int()}
@@ -222,8 +224,8 @@ class _Projection:
     bias: ir.Value
 
 
-def _projection(graph: Graph, value: ir.Value | None) -> _Projection | None:
-    """x · weight + bias, if that is what makes the value."""
+def _projection(graph: TracedGraph, value: ir.Value | None) -> _Projection | None:
+    """x · weight + bias, if that is how the value is computed."""
     add = value.producer() if value is not None else None
     if add is None or add.op_type != "Add" or len(list(add.outputs[0].uses())) != 1:
         return None
@@ -242,8 +244,8 @@ def _projection(graph: Graph, value: ir.Value | None) -> _Projection | None:
     return None
 
 
-def _joined(graph: Graph, values: Sequence[ir.Value]) -> ir.Value | None:
-    """One initializer of several beside each other: (in, out₁ + out₂ + …), or biases behind each other."""
+def _joined(graph: TracedGraph, values: Sequence[ir.Value]) -> ir.Value | None:
+    """One initializer for several: matrices side by side (in, out₁ + out₂ + …), or biases one after another."""
     recipes = [graph.recipes[str(v.name)] for v in values]
     shapes = [tuple(int(n) for n in v.shape.numpy()) for v in values if v.shape is not None]
     matrices = len(shapes[0]) == 2

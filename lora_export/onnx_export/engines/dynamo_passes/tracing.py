@@ -1,4 +1,4 @@
-"""A part of a model as an ONNX graph, traced on tensors that have a shape and no numbers."""
+"""Traces a part of a model to an ONNX graph, on tensors with a shape and no values."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 import torch
 
 from lora_export.onnx_export.engines.dynamo_passes import attention
-from lora_export.onnx_export.engines.dynamo_passes.parts import Part
-from lora_export.onnx_export.engines.model_without_weights import Described
+from lora_export.onnx_export.engines.dynamo_passes.parts import GraphPart
+from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
 OPSET = 20
 
 
-def trace(part: Part, model: Described) -> tuple[Any, dict[str, Recipe]]:
+def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, Recipe]]:
     """(onnx_ir.Model, recipe of each parameter that is a tensor of the checkpoint).
 
-    Such parameters are inputs of the graph: an initializer without numbers would be asked for them by every pass,
-    and one with numbers would be computed with.
+    These parameters become inputs of the graph: as initializers, passes would ask for their values or compute with
+    them.
     """
     with attention.cached(part.caches), torch.no_grad():
         program = _export(part, model.model)
@@ -40,11 +40,11 @@ def trace(part: Part, model: Described) -> tuple[Any, dict[str, Recipe]]:
 
 
 class _Forward(torch.nn.Module):
-    """Takes the inputs by position; the model is inside for its parameters."""
+    """Takes the inputs by position; holds the model for its parameters."""
 
     PREFIX = "model."
 
-    def __init__(self, part: Part, model: torch.nn.Module) -> None:
+    def __init__(self, part: GraphPart, model: torch.nn.Module) -> None:
         super().__init__()
         self.model, self._run = model, part.run
 
@@ -52,7 +52,7 @@ class _Forward(torch.nn.Module):
         return self._run(*values)
 
 
-def _export(part: Part, model: torch.nn.Module) -> Any:
+def _export(part: GraphPart, model: torch.nn.Module) -> Any:
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -83,7 +83,7 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _replace(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put other tensors in the places of parameters and buffers; those that were one stay one."""
+    """Put other tensors in the places of parameters and buffers. Shared ones stay shared."""
     made: dict[int, torch.Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaves, wrap in ((module._parameters, True), (module._buffers, False)):
@@ -98,15 +98,15 @@ def _replace(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Non
 
 
 def _real(model: torch.nn.Module, name: str, value: Any) -> Any:
-    """The numbers of a buffer, or of a parameter that the checkpoint does not hold as it is."""
+    """The values of a buffer, or of a parameter that the checkpoint does not contain as it is."""
     from onnx_ir.tensor_adapters import TorchTensor
 
     known = _tensors(model)
     return TorchTensor(known[name].contiguous(), name=name) if name in known else value.const_value
 
 
-def _name_axes(graph: Any, part: Part) -> None:
-    """Dynamic axes by Optimum's names; the exporter makes formulas of them."""
+def _name_axes(graph: Any, part: GraphPart) -> None:
+    """Give dynamic axes Optimum's names; the exporter turns them into formulas."""
     import onnx_ir as ir
 
     wanted = {n: axes for n, (_, _, axes) in part.inputs.items()} | dict(part.outputs)

@@ -1,8 +1,8 @@
-"""Which inputs of an operator steer: they decide a shape, an index or which branch runs. All others are operands.
+"""Which inputs of an operator steer it, because they decide a shape, an index or a branch. All others are operands.
 
-ONNX's own schemas tell most of it: an input that takes 32- or 64-bit integers, booleans or strings, and no floats,
-is a shape, an axis, an index, a length or a condition. For operators without a schema there (ONNX Runtime's own,
-and unknown ones) the element type in the graph decides the same way, and an input of unknown type steers.
+Most of this follows from ONNX's schemas: an input that accepts 32- or 64-bit integers, booleans or strings, and no
+floats, is a shape, an axis, an index, a length or a condition. For operators without a schema there (ONNX Runtime's
+own, and unknown ones), the element type in the graph decides in the same way, and an input of unknown type steers.
 """
 
 from collections.abc import Mapping
@@ -10,14 +10,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import onnx
+    import onnx.defs
+    import onnx_ir as ir
 
-# work: it decides how much is computed; choice: it decides which of equally many elements; operand: neither
+# work: decides how much is computed; choice: decides which elements, not how many; operand: neither
 Role = Literal["work", "choice", "operand"]
 
-# Outputs that depend on the shape of the input, and on none of its numbers.
+# Their outputs depend on the shape of the input, not on its values.
 SHAPES = frozenset({"Shape", "Size"})
-# What comes out of these is an activation: numbers that weights and the data make together.
+# Their outputs are activations: made of weights and data.
 PRODUCTS = frozenset({
     "MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "RNN", "LSTM", "GRU", "MatMulInteger", "ConvInteger",
     "QLinearMatMul", "QLinearConv", "MatMulNBits", "MatMulBnb4", "MatMulNBitsMlp", "MatMulNBitsQkv", "FusedMatMul",
@@ -25,7 +26,7 @@ PRODUCTS = frozenset({
     "TransposeMatMul", "FusedMatMulActivation", "Attention", "QAttention", "MultiHeadAttention",
     "GroupQueryAttention", "MoE", "QMoE", "DynamicQuantizeLSTM",
 })  # fmt: skip
-# Numbers of quantization: scales, zero points and biases that another adapter's weights or activations change.
+# Quantization: scales, zero points and biases change with an adapter's weights or activations.
 _QUANTIZED = frozenset({
     "QuantizeLinear", "DequantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "QGemm",
     "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QAttention", "QEmbedLayerNormalization", "QLinearAdd",
@@ -34,8 +35,8 @@ _QUANTIZED = frozenset({
     "GatherBlockQuantized", "DynamicQuantizeLSTM", "MatMulNBitsMlp", "MatMulNBitsQkv",
 })  # fmt: skip
 _LOGIC = frozenset({"And", "Or", "Xor", "Not", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot", "BitShift"})
-# What the types do not tell. A kernel for a power takes a shorter way for some exponents; an expert's share of the
-# tokens is its share of the work.
+# What types do not tell. Kernels of Pow have shortcuts for some exponents; an expert's share of the tokens is its
+# share of the work.
 _ROLES: Mapping[str, Mapping[int, Role]] = {
     "Range": {0: "work", 1: "work", 2: "work"},
     "OneHot": {0: "choice", 1: "work"},
@@ -69,16 +70,16 @@ _ROLES: Mapping[str, Mapping[int, Role]] = {
     "MRotaryEmbedding": {1: "choice"},
 }
 _STANDARD = frozenset({"", "ai.onnx", "ai.onnx.ml"})
-_BLOCKED = "com.microsoft.nchwc"  # floats in another layout, which have no type in the graph
+_BLOCKED = "com.microsoft.nchwc"  # floats in another layout, without a type in the graph
 _KNOWN = _STANDARD | {"com.microsoft", "com.ms.internal.nhwc", _BLOCKED}
 _STEERING = ("int32", "int64", "uint32", "uint64", "bool", "string")
 _LATEST = 2**31 - 1
 
 
-def role(node: "onnx.NodeProto", position: int, element: int, versions: Mapping[str, int]) -> Role:
+def role(node: "ir.Node", position: int, element: "ir.DataType | None", versions: Mapping[str, int]) -> Role:
     """What the input at `position` is to the operator.
 
-    element: the input's TensorProto.DataType, 0 if unknown; versions: domain → version of its operator set.
+    element: the input's type, None if unknown; versions: domain → version of its operator set.
     """
     if node.domain == _BLOCKED:
         return "operand"
@@ -90,46 +91,44 @@ def role(node: "onnx.NodeProto", position: int, element: int, versions: Mapping[
             return "operand"
     allowed = _allowed(node, position, versions)
     if allowed is None:
-        return "operand" if element and not is_steering(element) else "work"
+        return "operand" if element is not None and not is_steering(element) else "work"
     if any("float" in kind or "double" in kind for kind in allowed):
         return "operand"
     return "work" if any(f"({kind})" in text for text in allowed for kind in _STEERING) else "operand"
 
 
-def is_steering(element: int) -> bool:
-    """Whether shapes, indices and conditions are of this element type: 32- and 64-bit integers, booleans, text.
+def is_steering(element: "ir.DataType") -> bool:
+    """Whether shapes, indices and conditions have this element type: 32- and 64-bit integers, booleans, strings.
 
-    Smaller integers are quantized numbers, and have to be cast before they can steer anything.
+    Smaller integers are quantized numbers, which must be cast before they can steer anything.
     """
-    import onnx
-
-    return onnx.TensorProto.DataType.Name(element).lower() in _STEERING
+    return element.name.lower() in _STEERING
 
 
-def is_quantized(node: "onnx.NodeProto") -> bool:
+def is_quantized(node: "ir.Node") -> bool:
     return node.op_type in _QUANTIZED and node.domain in _KNOWN
 
 
-def is_foreign(node: "onnx.NodeProto") -> bool:
+def is_foreign(node: "ir.Node") -> bool:
     """Whether neither ONNX nor ONNX Runtime defines the operator."""
     return node.domain not in _KNOWN
 
 
-def keeps_type(node: "onnx.NodeProto", versions: Mapping[str, int]) -> bool:
-    """Whether what comes out is of the element type of the first input, by ONNX's schema or as a product."""
+def keeps_type(node: "ir.Node", versions: Mapping[str, int]) -> bool:
+    """Whether the output has the element type of the first input, by ONNX's schema or because it is a product."""
     schema = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
     if schema is None:
         return node.op_type in PRODUCTS or "LayerNormalization" in node.op_type
     return bool(schema.inputs and schema.outputs) and schema.outputs[0].type_str == schema.inputs[0].type_str
 
 
-def since(node: "onnx.NodeProto", versions: Mapping[str, int]) -> int:
-    """The version of the operator set that gave the operator its present meaning; 0 if ONNX does not define it."""
-    found = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
-    return int(found.since_version) if found else 0
+def since(node: "ir.Node", versions: Mapping[str, int]) -> int:
+    """The operator set version that gave the operator its present meaning; 0 if ONNX does not define it."""
+    schema = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
+    return int(schema.since_version) if schema else 0
 
 
-def _allowed(node: "onnx.NodeProto", position: int, versions: Mapping[str, int]) -> frozenset[str] | None:
+def _allowed(node: "ir.Node", position: int, versions: Mapping[str, int]) -> frozenset[str] | None:
     schema = _schema(node.op_type, node.domain, versions.get(node.domain, _LATEST))
     if schema is None or not schema.inputs:
         return None
@@ -138,7 +137,7 @@ def _allowed(node: "onnx.NodeProto", position: int, versions: Mapping[str, int])
 
 @lru_cache(maxsize=1024)
 def _schema(name: str, domain: str, version: int) -> "onnx.defs.OpSchema | None":
-    import onnx
+    import onnx.defs
 
     if domain not in _STANDARD:
         return None

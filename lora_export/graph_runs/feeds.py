@@ -1,0 +1,178 @@
+"""Feeds: an array for every input of a graph, from given values or from a seed.
+
+What an input means follows from its name (ids, masks, positions, segments, a cache); its length follows from its
+axes and from the other inputs.
+"""
+
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_export.errors import InputError
+from lora_export.graph_runs.signature import (
+    ENCODER_MASK,
+    IDS,
+    MASK,
+    POSITIONS,
+    TYPES,
+    WAVE,
+    Array,
+    GraphValue,
+    Signature,
+)
+
+Feed = Mapping[str, Array]
+SMALLEST_VOCABULARY = 64
+SAMPLES = 320  # at 16 kHz, for each position of wav2vec 2
+_INTEGERS = ("tensor(int32)", "tensor(int64)")
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
+_NAMED = (IDS, MASK, ENCODER_MASK, POSITIONS, TYPES)
+_TEXTS = (
+    "The ship left the harbour before dawn, and by noon the coast was a grey line behind it.",
+    "Water boils at a lower temperature on a mountain, because the air above it weighs less.",
+    "To add two fractions, bring them to a common denominator first; then add what stands above.",
+    "She asked him whether the letter had come. He shook his head and went on sweeping the yard.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Question: Which river runs through Vienna?\nAnswer: The Danube, which comes from the Black Forest.",
+)
+
+
+# --- from what is given ------------------------------------------------------------------------------------
+
+
+def completed(signature: Signature, given: Mapping[str, Any], past: int = 0) -> dict[str, Any]:
+    """A feed for every input: what is given, and what follows from it.
+
+    Arrays are cast to the type that the graph reads; OrtValues stay as they are. By default nothing is masked,
+    positions begin behind `past` tokens, there is one segment, and caches are empty. InputError for an input that
+    does not follow from what is given.
+    """
+    like = next((given[name] for name in (IDS, WAVE) if name in given), None)
+    feed = {}
+    for name, value in signature.inputs.items():
+        array = given.get(name)
+        if array is not None and not isinstance(array, np.ndarray):
+            feed[name] = array
+            continue
+        if array is None and like is not None and value.is_cache:
+            array = np.zeros(signature.cache_shape(name, len(like), 0), value.dtype)
+        elif array is None and like is not None and name in (MASK, POSITIONS, TYPES):
+            array = _following(name, like.shape[0], like.shape[1], past)
+        if array is None:
+            raise InputError(
+                f"the graph reads {name!r}, which does not follow from its other inputs",
+                where=signature.path,
+                expected=", ".join(dict.fromkeys((*given, MASK, POSITIONS, TYPES))),
+            )
+        feed[name] = np.ascontiguousarray(array).astype(value.dtype, copy=False)
+    return feed
+
+
+def _following(name: str, rows: int, length: int, past: int) -> Array:
+    if name == MASK:
+        return np.ones((rows, past + length), np.int64)
+    if name == POSITIONS:
+        return np.tile(np.arange(past, past + length), (rows, 1))
+    return np.zeros((rows, length), np.int64)
+
+
+def token_feeds(signature: Signature, rows: Sequence[Sequence[int]]) -> list[Feed]:
+    """One feed per row of token ids: batch 1, nothing masked, positions from 0, empty caches.
+
+    InputError for a graph that reads anything else.
+    """
+    return [completed(signature, {IDS: np.asarray([row], np.int64)}) for row in rows]
+
+
+def built_in_rows(folder: Path, longest: int) -> list[list[int]]:
+    """Token ids of a few sentences, from the tokenizer in a model's folder, cut to `longest`."""
+    return rows_of(folder, _TEXTS, longest)
+
+
+def rows_of(folder: Path, texts: Sequence[str], longest: int) -> list[list[int]]:
+    """Token ids of texts, cut to `longest`."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return [ids[:longest] for ids in (tokenizer(text)["input_ids"] for text in texts) if ids]
+
+
+# --- from a seed -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one run. past, encoded: tokens in the cache and from an encoder; wave: samples of a sound;
+    named: sizes of other axes, by a pattern in their names; vocabulary: ids are below it."""
+
+    batch: int
+    tokens: int
+    past: int
+    encoded: int
+    wave: int
+    named: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: int = SMALLEST_VOCABULARY
+
+
+def made_up(inputs: Iterable[GraphValue], sizes: Sizes, seed: int = 0) -> dict[str, Array]:
+    """Seeded values for inputs: small token ids, increasing positions, masks of ones, and noise for images, sounds,
+    states and caches. The first axis of each is the batch."""
+    inputs = list(inputs)
+    length = sizes.wave if any(v.name == WAVE for v in inputs) else sizes.tokens
+    return {v.name: _made_up(v, sizes, length, seed) for v in inputs}
+
+
+def _made_up(value: GraphValue, sizes: Sizes, length: int, seed: int) -> Array:
+    if value.dtype.kind not in "iu":
+        shape = [sizes.batch, *(_axis(d, value.name, sizes) for d in value.shape[1:])]
+        random = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
+        return random.standard_normal(shape, np.float32).astype(value.dtype)
+    if value.name == ENCODER_MASK:
+        return np.ones((sizes.batch, sizes.encoded), value.dtype)
+    if value.name in (MASK, POSITIONS, TYPES):
+        return _following(value.name, sizes.batch, length, sizes.past).astype(value.dtype)
+    return tokens(sizes.batch, sizes.tokens, seed, sizes.vocabulary).astype(value.dtype)
+
+
+def tokens(rows: int, count: int, seed: int, vocabulary: int = SMALLEST_VOCABULARY) -> Array:
+    """Token ids (rows, count)."""
+    return np.random.default_rng(seed).integers(0, vocabulary, (rows, count))
+
+
+def _axis(axis: int | str | None, name: str, sizes: Sizes) -> int:
+    """The size of an axis, from its number or the words in its name; the sum for "a + b"."""
+    if isinstance(axis, int):
+        return axis
+    words = axis or ""
+    if "+" in words:
+        return sum(_axis(part.strip(), name, sizes) for part in words.split("+"))
+    if words.isdigit():
+        return int(words)
+    further = next((size for word, size in sizes.named.items() if re.search(word, words)), None)
+    if further is not None:
+        return further
+    if name == WAVE:
+        return sizes.wave
+    if "batch" in words:
+        return sizes.batch
+    return sizes.past if "past" in words else sizes.encoded if "encoder" in words else sizes.tokens
+
+
+def refuse_unknown(signature: Signature) -> None:
+    """InputError for inputs that cannot be made up."""
+    unknown = [
+        f"{v.name} ({v.type})"
+        for v in signature.inputs.values()
+        if v.type not in (*_FLOATS, *_INTEGERS) or (v.type in _INTEGERS and v.name not in _NAMED)
+    ]
+    if unknown:
+        raise InputError(
+            f"the benchmark does not know these inputs: {', '.join(unknown)}",
+            where=signature.path,
+            expected=f"{', '.join(_NAMED)}, caches, and images or sounds as floating-point numbers",
+        )
