@@ -40,7 +40,7 @@ from lora_export.validation.reference.loading import (
 )
 from lora_export.validation.reference.probes import wrapped_modules
 from lora_export.validation.reference.streaming import kept_bytes
-from lora_export.validation.reference.trained import all_loaded_as, loaded_names, trained_as
+from lora_export.validation.reference.trained import loaded_names, trained_as
 from lora_export.validation.reference.unmerged import load_unmerged
 
 AnyComparison = Comparison[Any, Any]
@@ -187,9 +187,9 @@ def _as_loaded(
 def _stored(task: Validation, unmerged: Any) -> Check:
     base, adapters, merge = task.base, task.adapters, task.options.merge
     modules, trained = wrapped_modules(unmerged.base_model.model), trained_as(base, adapters, merge.task)
-    names = all_loaded_as(trained.model, headers(task.merged)) if trained else loaded_names(base)
-    tied = tied_names(trained.model if trained else skeleton.build(base))
-    changed = Changed(tuple(modules), whole_tensors(adapters), names, tied)
+    model, stored = (trained.model, headers(task.merged)) if trained else (skeleton.build(base), headers(base))
+    names = loaded_names(model, stored)
+    changed = Changed(tuple(modules), whole_tensors(adapters), names, tied_names(model))
     merge = declared(base, task.merged, merge)
     return stored_check(base, task.merged, changed, merge, bool(replication(adapters)), trained)
 

@@ -201,7 +201,7 @@ def test_validate_small_change_rounded_away_advises_float32(tmp_path: Path) -> N
     assert advice.endswith("Merge with --dtype float32.") and survival < 0.1
     assert advice in validation_words(result)
     merge(models.base, [AdapterChoice(models.adapters["small"])], tmp_path / "wide", MergeOptions(dtype="float32"))
-    export(tmp_path / "wide", tmp_path / "wide-onnx", precision="fp32", provider="cpu", progress=Silent())
+    export(tmp_path / "wide", tmp_path / "wide-onnx", ExportOptions("fp32", "cpu"), progress=Silent())
     pair = replace(models.pair("small", "fp32"), merged=tmp_path / "wide-onnx")
     merge_options = MergeOptions(dtype="float32")
     wide = judged(models.base, models.adapters["small"], tmp_path / "wide", [pair], merge=merge_options)

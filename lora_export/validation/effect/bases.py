@@ -139,8 +139,7 @@ class Bases:
 
     def _one(self, name: str, trained: Any, model: effect.LogitsOf) -> BaseComparison:
         self.progress.detail(f"perplexity and divergence: {name}")
-        measured = effect.distance(effect.of(trained), model, self.windows)
-        return BaseComparison(name, measured.perplexity, measured.kl)
+        return BaseComparison(name, *effect.distance(effect.of(trained), model, self.windows))
 
     def _requantized(self, trained: Any, comparisons: list[BaseComparison]) -> AdapterSurvival | None:
         """Add the merged weights, put back into 4 or 8 bits, to `comparisons`; return what is left of the adapter.

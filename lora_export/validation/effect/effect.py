@@ -69,22 +69,15 @@ def predicted(windows: Sequence[torch.Tensor]) -> int:
     return sum(len(ids) - 1 for ids in windows)
 
 
-@dataclass(frozen=True)
-class Distance:
-    """A model on a text beside a reference: its perplexity, and the mean KL(reference‖model) in nats."""
-
-    perplexity: float
-    kl: float
-
-
-def distance(reference: LogitsOf, model: LogitsOf, windows: Sequence[torch.Tensor]) -> Distance:
+def distance(reference: LogitsOf, model: LogitsOf, windows: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Of a model on a text from a reference: (its perplexity, the mean KL(reference‖model) in nats)."""
     lost, nats = 0.0, 0.0
     for ids in windows:
         q = log_probabilities(model(ids))
         lost += divergence(log_probabilities(reference(ids)), q)
         nats += surprise(q, ids)
     value = as_perplexity("", nats, predicted(windows)).value
-    return Distance(value, lost / sum(len(ids) for ids in windows))
+    return value, lost / sum(len(ids) for ids in windows)
 
 
 def along(base: torch.Tensor, merged: torch.Tensor, other: torch.Tensor) -> float:

@@ -59,7 +59,7 @@ class Writer:
         self.factors, self.scale, self.tied = factors, scale, tied
         self.model = skeleton.build(base)
         self.modules = dict(self.model.named_modules())  # kept, for PEFT is to wrap them
-        self.loaded = {name: loaded[0] for name, loaded in loaded_names(base).items()}
+        self.loaded = {name: loaded[0] for name, loaded in loaded_names(self.model, headers(base)).items()}
         self.shapes = {n: tuple(p.shape) for n, p in self.model.named_parameters(remove_duplicate=False)}
         # A saved head or embedding is compared with PEFT's: the names of the model's own.
         self.ties = dict(getattr(self.model, "all_tied_weights_keys", None) or {})

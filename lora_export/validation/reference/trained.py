@@ -37,7 +37,8 @@ class Trained:
 
         Both are read by transformers as the same tensor; the prefix of the body is what one has and the other not.
         """
-        targets, prefix = loaded_as(self.model, {*base, *merged}), f"{self.model.base_model_prefix}."
+        loaded = loaded_names(self.model, {*base, *merged})
+        targets, prefix = {name: one[0] for name, one in loaded.items()}, f"{self.model.base_model_prefix}."
         state, renamed = self.model.state_dict(), dict[str, str]()
         for name in base:
             target = targets[name]
@@ -48,14 +49,9 @@ class Trained:
         return renamed
 
 
-def loaded_as(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Name of a tensor in a file → its name in the loaded model, by transformers' own conversions; the first of
-    them, if it becomes several."""
-    return {name: loaded[0] for name, loaded in all_loaded_as(model, names).items()}
-
-
-def all_loaded_as(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The same with all names."""
+def loaded_names(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Name of a tensor in a file → its names in the loaded model, by transformers' own conversions: several where
+    it becomes several tensors."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -67,11 +63,6 @@ def all_loaded_as(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]
         first, *others = targets.get(pattern, ("",)) if pattern else ("",)
         names_of[name] = (loaded, *(loaded.replace(first, other) for other in others))
     return names_of
-
-
-def loaded_names(base: Path) -> dict[str, tuple[str, ...]]:
-    """Name of a tensor in the base's files → its names in the loaded model."""
-    return all_loaded_as(skeleton.build(base), headers(base))
 
 
 def trained_as(base: Path, adapters: Sequence[AdapterChoice], task: str | None) -> Trained | None:

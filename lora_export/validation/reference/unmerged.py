@@ -31,7 +31,7 @@ from lora_export.validation.reference.loading import (
 from lora_export.validation.reference.mended import mend, repeatable, weigh
 from lora_export.validation.reference.probes import wrapped_modules
 from lora_export.validation.reference.renamed import bone_as_miss, names_as_they_are, with_todays_names
-from lora_export.validation.reference.trained import fit_vocabulary, saved_twice, trained_as
+from lora_export.validation.reference.trained import Trained, fit_vocabulary, saved_twice, trained_as
 
 LIKELY_RANK = 1024  # that a configuration may give without a tensor to show for it: each of them may have its own
 MOST_LAYERS = 10_000
@@ -66,55 +66,62 @@ def load_unmerged(
     is none.
     """
     with bone_as_miss(adapters) as known:
-        reference, why = _first_that_fits(base, known, options, dequantized, keep, None)
+        attachment = _Attachment(base, known, options, dequantized, keep, trained_as(base, known, options.task))
+        reference, why = attachment.first_that_fits(None)
         if reference is None:
             with tempfile.TemporaryDirectory(prefix="lora-export-") as fleeting:
-                folder = Path(fleeting) if scratch is None else scratch
-                reference, _ = _first_that_fits(base, known, options, dequantized, keep, folder)
+                reference, _ = attachment.first_that_fits(Path(fleeting) if scratch is None else scratch)
     if reference is None:
         raise why or _left_over([], architecture(base).__name__, adapters)
     return reference
 
 
-def _first_that_fits(
-    base: Path,
-    adapters: Sequence[AdapterChoice],
-    options: MergeOptions,
-    dequantized: Path | None,
-    keep: int | None,
-    scratch: Path | None,
-) -> tuple[Unmerged | None, AdapterError | None]:
-    """scratch: None to take the adapters as they are, else where copies with today's names are made."""
-    first: AdapterError | None = None
-    trained = trained_as(base, adapters, options.task)
-    heads = trained.heads if trained else frozenset[str]()
+@dataclass(frozen=True)
+class _Attachment:
+    """Adapters to be attached to a base; fields as in `load_unmerged`. trained: the class with a head that the base
+    lacks, None where it lacks none."""
 
-    def loaded(cls: Any, whole: Set[str]) -> tuple[Any, Mapping[str, torch.Tensor]]:
-        model, absent = load_trained_on(
-            base, options, dequantized, cls, keep, whole, trained.changes if trained else None
-        )
-        _give_heads(model, adapters, heads)
+    base: Path
+    adapters: Sequence[AdapterChoice]
+    options: MergeOptions
+    dequantized: Path | None
+    keep: int | None
+    trained: Trained | None
+
+    def first_that_fits(self, scratch: Path | None) -> tuple[Unmerged | None, AdapterError | None]:
+        """The first class that the adapters fit into, or the first error. scratch: None to take the adapters as
+        they are, else where copies with today's names are made."""
+        first: AdapterError | None = None
+        adapters, trained = self.adapters, self.trained
+        for number, cls in enumerate(
+            [trained.cls] if trained else classes_of(self.dequantized or self.base, adapters)
+        ):
+            model, absent = self._load(cls, adapters)
+            if self.keep is not None:
+                streaming.refuse_changing_inits(configs_of(adapters), adapters[0].folder)
+            choices = adapters if scratch is None else with_todays_names(adapters, model, scratch / f"{number}")
+            if choices is None:
+                continue
+            if self.keep is not None and scratch is not None:  # the new names tell what will be written
+                model, absent = self._load(cls, choices)
+            try:
+                with contextlib.nullcontext() if scratch is None else names_as_they_are():
+                    unmerged = attach_adapters(model, choices)
+            except AdapterError as error:
+                first = first or error
+                continue
+            streaming.attach(model, wrapped_modules(model).values())
+            return Unmerged(unmerged, cls, absent, tuple(choices)), None
+        return None, first
+
+    def _load(self, cls: Any, adapters: Sequence[AdapterChoice]) -> tuple[Any, Mapping[str, torch.Tensor]]:
+        """The base in fp32, with the adapters' heads, and what its files lack. adapters: write over its weights."""
+        heads, changes = (self.trained.heads, self.trained.changes) if self.trained else (frozenset[str](), None)
+        how = self.options, self.dequantized, cls, self.keep, whole_tensors(adapters), changes
+        model, absent = load_trained_on(self.base, *how)
+        _give_heads(model, self.adapters, heads)
         # The merged model must have the heads, whatever the base lacks.
         return model, {name: value for name, value in absent.items() if name not in heads}
-
-    for number, cls in enumerate([trained.cls] if trained else classes_of(dequantized or base, adapters)):
-        model, absent = loaded(cls, whole_tensors(adapters))
-        if keep is not None:
-            streaming.refuse_changing_inits(configs_of(adapters), adapters[0].folder)
-        choices = list(adapters) if scratch is None else with_todays_names(adapters, model, scratch / f"{number}")
-        if choices is None:
-            continue
-        if keep is not None and scratch is not None:  # what will be written is known by its new names only now
-            model, absent = loaded(cls, whole_tensors(choices))
-        try:
-            with contextlib.nullcontext() if scratch is None else names_as_they_are():
-                unmerged = attach_adapters(model, choices)
-        except AdapterError as error:
-            first = first or error
-            continue
-        streaming.attach(model, wrapped_modules(model).values())
-        return Unmerged(unmerged, cls, absent, tuple(choices)), None
-    return None, first
 
 
 def _give_heads(model: torch.nn.Module, adapters: Sequence[AdapterChoice], heads: Set[str]) -> None:
