@@ -102,6 +102,6 @@ def test_a_link_to_what_is_no_utf8_is_refused(folders: Path) -> None:
 
 
 def test_a_document_with_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no UTF-8"):
+    with pytest.raises(InputError, match="not valid UTF-8"):
         sealed.write_sealed(tmp_path / "x.json", {"files": {ODD: 1}})
     assert not (tmp_path / "x.json").exists()

@@ -152,11 +152,11 @@ def adapter(
 @pytest.mark.parametrize(
     ("kind", "config", "said"),
     [
-        ("lora", {"modules_to_save": True}, "modules_to_save is bool"),
-        ("saved", {"modules_to_save": ["norm", 1]}, "modules_to_save[1] is int"),
-        ("saved", {"modules_to_save": "norm"}, "modules_to_save is str"),
-        ("lora", {"target_parameters": 3}, "target_parameters is int"),
-        ("experts", {"lora_B_layout": ["rank_major"]}, "lora_B_layout is list"),
+        ("lora", {"modules_to_save": True}, "modules_to_save is True"),
+        ("saved", {"modules_to_save": ["norm", 1]}, "modules_to_save is ['norm', 1]"),
+        ("saved", {"modules_to_save": "norm"}, "modules_to_save is 'norm'"),
+        ("lora", {"target_parameters": 3}, "target_parameters is 3"),
+        ("experts", {"lora_B_layout": ["rank_major"]}, "lora_B_layout is ['rank_major']"),
         ("lora", {"lora_alpha": 10**400}, "lora_alpha"),
         ("lora", {"lora_alpha": 4e38}, "lora_alpha"),
         ("lora", {"alpha_pattern": {"up_proj": float("inf")}}, "alpha_pattern"),
@@ -190,13 +190,13 @@ def test_an_adapter_config_of_other_kinds(tmp_path: Path, kind: str, config: dic
             "[2]",
         ),
         ("adalora", {f"{UP}.lora_E": ()}, {}, "the shape is []"),
-        ("loha", {f"{UP}.hada_w1_b": (2,)}, {}, "hada_w1_b has the shape [2]"),
-        ("loha", {f"{UP}.hada_w2_b": (2, 5)}, {}, "hada_w2_b has [2, 5]"),
-        ("loha", {f"{CONV}.hada_t1": (2, 2, 9)}, {}, "hada_t1 has the shape [2, 2, 9]"),
+        ("loha", {f"{UP}.hada_w1_b": (2,)}, {}, "the shape is [2]"),
+        ("loha", {f"{UP}.hada_w2_b": (2, 5)}, {}, "hada_w2_b [2, 5]"),
+        ("loha", {f"{CONV}.hada_t1": (2, 2, 9)}, {}, "hada_t1 [2, 2, 9]"),
         ("loha", {f"{CONV}.hada_t1": (2, 3, 3, 3), f"{CONV}.hada_t2": (2, 3, 3, 3)}, {}, "[2, 3, 3, 3]"),
-        ("lokr", {f"{UP}.lokr_w1": ()}, {}, "lokr_w1 has the shape []"),
-        ("lokr", {f"{UP}.lokr_w2_a": (3,)}, {}, "lokr_w2_a has the shape [3]"),
-        ("lokr", {f"{CONV}.lokr_t2": (3, 2, 3, 3)}, {}, "lokr_t2 has the shape [3, 2, 3, 3]"),
+        ("lokr", {f"{UP}.lokr_w1": ()}, {}, "the shape is []"),
+        ("lokr", {f"{UP}.lokr_w2_a": (3,)}, {}, "the shape is [3]"),
+        ("lokr", {f"{CONV}.lokr_t2": (3, 2, 3, 3)}, {}, "the shape is [3, 2, 3, 3]"),
         ("lora convolution", {f"{CONV}.lora_B.weight": (6, 0, 1, 1)}, {}, "[6, 0, 1, 1]"),
         ("stacked", {f"{EXPERTS}.w1.lora_A": (2**62, 0, 4)}, {}, "no tensor has the shape"),
         ("ia3 feedforward", {f"{CONV}.ia3_l": (1, 28, 1, 1)}, {}, "7 groups"),
@@ -337,7 +337,7 @@ def test_external_data_under_a_name_that_no_file_can_have(tmp_path: Path) -> Non
     model = onnx.load(onnx_model(tmp_path, b"x", b"x"), load_external_data=False)
     model.graph.initializer[0].external_data[0].value = "x" * 300
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    refused(tmp_path, lambda: check_model(tmp_path / "model.onnx"), "which is not there")
+    refused(tmp_path, lambda: check_model(tmp_path / "model.onnx"), "which does not exist")
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,9 @@ def test_a_kept_node_stays_in_fp32(bert: Path, tmp_path: Path) -> None:
             ["--precision", "int8", "--activations", "dynamic", "--calibration", "t.txt"],
             "dynamic activations take no calibration",
         ),
-        (["--keep", "*"], "--keep beside --precision fp32"),
-        (["--precision", "fp16", "--block-size", "16"], "--block-size beside --precision fp16"),
-        (["--quantizer", "rtn"], "--quantizer beside --precision fp32"),
+        (["--keep", "*"], "--keep with --precision fp32"),
+        (["--precision", "fp16", "--block-size", "16"], "--block-size with --precision fp16"),
+        (["--quantizer", "rtn"], "--quantizer with --precision fp32"),
         (["--precision", "int4", "--block-size", "48"], "blocks of 48"),
     ],
 )
