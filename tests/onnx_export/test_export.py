@@ -109,7 +109,7 @@ def test_decoder_without_tokenizer_is_refused(model_with: ModelWith, tmp_path: P
 def test_pickled_weights_are_refused(model_with: ModelWith, tmp_path: Path) -> None:
     model = model_with({})
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="only pickled weights here"):
+    with pytest.raises(CheckpointError, match="no safetensors weights"):
         attempt(model, tmp_path / "out")
 
 
