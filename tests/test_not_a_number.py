@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,8 @@ from lora_export import merging, report
 from lora_export.benchmarking import conditions, measure, statistics
 from lora_export.benchmarking.statistics import Interval
 from lora_export.contracts import Findings, Interference, Reading
-from lora_export.errors import ExportError
+from lora_export.contracts.figures import Figure
+from lora_export.errors import ExportError, InputError
 from lora_export.merging.certificate.compare import compare
 from lora_export.merging.running.exact import Errors, ExactTensor
 from lora_export.merging.running.survival import Survival
@@ -294,13 +295,19 @@ def test_a_model_s_own_settings_keep_their_numbers(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text()) == {"time_step_limit": [0.0, INF]}
 
 
+@dataclass(frozen=True)
+class _Measured:
+    x: Figure | None
+    title: str = "nan"
+
+
 def test_a_figure_is_a_number_or_a_word_for_none() -> None:
-    kind = {"x": (None, documents.FIGURE)}
     for value in (None, 1, 1.5, "nan", "inf", "-inf"):
-        assert documents.is_kind({"x": value}, kind), value
+        documents.decode({"x": value}, _Measured, "it", "f.json")
     for other in ("NaN", "1.5", "", True, [1.0], NAN):
-        assert not documents.is_kind({"x": other}, kind), other
-    assert documents.with_numbers({"x": "-inf", "title": "nan"}, kind) == {"x": -INF, "title": "nan"}
+        with pytest.raises(InputError, match="it is damaged"):
+            documents.decode({"x": other}, _Measured, "it", "f.json")
+    assert documents.decode({"x": "-inf"}, _Measured, "it", "f.json") == _Measured(-INF)
 
 
 def test_a_report_shows_what_is_no_number(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class ValidationResult:
     """weight_errors: tensors that are not what the adapter makes of the base, worst first; deviation: looked for
     where a check failed; advice: sentences for a person, such as which base or precision to ship, and why; seed: of
     what was drawn; unused_updates: layers whose update PEFT's unmerged forward never uses, looked for where a check
-    failed."""
+    failed; merge_options: options of the merge that only its certificate states."""
 
     passed: bool = field(init=False)  # whether there are checks, and none of them failed
     checks: tuple[Check, ...]
@@ -132,6 +132,7 @@ class ValidationResult:
     advice: tuple[str, ...] = ()
     seed: int | None = None
     unused_updates: tuple[str, ...] = ()
+    merge_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passed", bool(self.checks) and all(c.passed for c in self.checks))

@@ -1,4 +1,4 @@
-"""JSON that came from elsewhere, checked once at the door: nothing behind it asks again what kind a value is of."""
+"""JSON from untrusted files, decoded into typed documents once, where it comes in; and typed documents as JSON."""
 
 import json
 import math
@@ -13,19 +13,13 @@ from lora_export.errors import InputError
 
 T = TypeVar("T")
 
-DEEPEST = 64  # levels; what walks a document by recursion must get to its ends
+DEEPEST = 64  # levels, so that recursive walks of a document end
 MOST_DIMENSIONS = 64  # of a tensor; NumPy's limit
 LARGEST = 2**63 - 1  # of a size, an offset, and the number of elements of a tensor
-# What parsed JSON takes of the memory for each of these characters of the text, in bytes: an object with a field or
-# two, a list with an element or two, a field, an element, and half a string.
+# Bytes of memory that parsed JSON takes for each of these characters of the text: an object with a field or two, a
+# list with an element or two, a field, an element, and half a string.
 _COSTS = {b"{": 184, b"[": 88, b":": 100, b",": 40, b'"': 28}
-_EXPANSION, _ALLOWANCE = 6, 32 * 2**20  # bytes that it may take for a byte of the file, and besides
-# A kind of value. int, float, str, bool, dict, list: that type (a bool is no number; an int fits into 64 bits, a
-# float is finite, and may be written as 1); None: null; (a, b): one of these; [a]: a list of these; {str: a}: an
-# object of these, whatever they are called; {"x": a, "y?": b}: an object with a field x, maybe y, and maybe others.
-# FIGURE: a float, or the word for one that is no number.
-Kind = Any
-FIGURE: Kind = "figure"
+_EXPANSION, _ALLOWANCE = 6, 32 * 2**20  # bytes that it may take per byte of the file, and in addition
 
 
 def decode(value: Any, type_: type[T], what: str, where: str | Path) -> T:
@@ -84,9 +78,13 @@ def _decoded(type_: type, value: Any) -> Any:
         return value
     if type_ is Path and isinstance(value, str):
         return Path(value)
-    if type_ is Figure and (value in NONFINITE if isinstance(value, str) else _plain(value, float)):
+    if type_ is Figure and _is_figure(value):
         return Figure(value)
     raise ValueError(f"Expected `{type_.__name__}`, got `{_JSON_TYPES.get(type(value), type(value).__name__)}`")
+
+
+def _is_figure(value: Any) -> bool:
+    return value in NONFINITE if isinstance(value, str) else type(value) in (int, float)
 
 
 _JSON_TYPES = {
@@ -99,7 +97,7 @@ _PLAIN_ENGLISH = {
 
 
 def _found_and_expected(message: str) -> tuple[str, str]:
-    """What msgspec says of a value, in our words: what the value is, and what stands there in a sound document."""
+    """What the value is and what was expected, in our words, from a message of msgspec."""
     if missing := re.fullmatch(r"Object missing required field `(.*)`", message):
         return f"has no field {missing[1]!r}", "all fields of the document"
     wrong = re.fullmatch(r"Expected `(.*)`, got `(.*)`", message)
@@ -113,21 +111,11 @@ def _damaged(what: str, place: str, found: str, expected: str, where: str | Path
     return InputError(f"{what} is damaged: {place or 'it'} {found}", where=where, expected=expected)
 
 
-def check(value: Any, kind: Kind, what: str, where: str | Path) -> None:
-    """InputError, with the place in the document, unless `value` is of this kind. what: its name for people."""
-    misfit = _misfit(value, kind, "")
-    if misfit:
-        place, found, expected = misfit
-        raise InputError(
-            f"{what} is damaged: {f'{place} ' if place else ''}{found}", where=where, expected=_words(expected)
-        )
-
-
 def parse_json(raw: bytes, size: int, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """The JSON value in UTF-8 bytes of a file of `size` bytes; pairs: object_pairs_hook of `json`.
 
-    ValueError, before anything is parsed, for a text such as [[],[],… that would take many times its size in
-    memory, and for what is no JSON. Python itself refuses a whole number of more than 4,300 digits.
+    ValueError, before anything is parsed, for text such as [[],[],… that would take many times its size in memory,
+    and for invalid JSON. Python itself refuses integers of more than 4,300 digits.
     """
     if sum(raw.count(character) * cost for character, cost in _COSTS.items()) > _EXPANSION * size + _ALLOWANCE:
         raise ValueError("it has far more brackets and commas than a file of its size has use for")
@@ -138,9 +126,9 @@ def parse_json(raw: bytes, size: int, pairs: Callable[[list[tuple[str, Any]]], A
 
 
 def elements(shape: Sequence[int]) -> int | None:
-    """How many elements a tensor of this shape has; None if no tensor has so many, or so many dimensions.
+    """Number of elements of a tensor of this shape; None if no tensor can have so many elements or dimensions.
 
-    A size of 0 makes the others no smaller: the strides of such a tensor are products of them, too.
+    A size of 0 does not make the others harmless: the strides of such a tensor are products of them, too.
     """
     if len(shape) > MOST_DIMENSIONS:
         return None
@@ -154,12 +142,8 @@ def elements(shape: Sequence[int]) -> int | None:
     return 0 if 0 in shape else strides
 
 
-def is_kind(value: Any, kind: Kind) -> bool:
-    return _misfit(value, kind, "") is None
-
-
 def walk(document: Any, where: str | Path) -> Iterator[Any]:
-    """Every value of a document, itself first. InputError if it is too deep, or if a text in it is no text."""
+    """Every value of a document, itself first. InputError if it is too deep, or if a string is not Unicode."""
     waiting = [(document, 0)]
     while waiting:
         value, depth = waiting.pop()
@@ -171,7 +155,7 @@ def walk(document: Any, where: str | Path) -> Iterator[Any]:
         elif isinstance(value, list):
             inner = value
         elif isinstance(value, str) and not is_text(value):
-            raise InputError(f"{value!r} is no Unicode text", where=where, expected="text without lone surrogates")
+            raise InputError(f"{value!r} is not a Unicode string", where=where, expected="no lone surrogates")
         yield value
         waiting += ((item, depth + 1) for item in inner)
 
@@ -194,82 +178,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return value
-
-
-def with_numbers(value: Any, kind: Kind) -> Any:
-    """What `finite` made of a document of this kind, with floats again for words in the place of a FIGURE."""
-    if isinstance(kind, tuple):
-        return with_numbers(value, next(one for one in kind if is_kind(value, one)))
-    if kind == FIGURE:
-        return float(value)
-    if isinstance(kind, list):
-        return [with_numbers(item, kind[0]) for item in value]
-    if not isinstance(kind, dict):
-        return value
-    of = {name.removesuffix("?"): inner for name, inner in kind.items() if name is not str}
-    return {k: with_numbers(v, of.get(k, kind.get(str, Any))) for k, v in value.items()}
-
-
-Misfit = tuple[str, str, Kind]  # place, what is wrong there, the kind it should be of
-
-
-def _misfit(value: Any, kind: Kind, place: str) -> Misfit | None:
-    if isinstance(kind, tuple):
-        found = [_misfit(value, one, place) for one in kind]
-        # The alternative that got furthest says most.
-        return None if None in found else max((m for m in found if m), key=lambda m: len(m[0]) * (m[0] != place))
-    if isinstance(kind, (list, dict)):
-        if not isinstance(value, type(kind)):
-            return place, _is(value), kind
-        return next((m for m in _inner(value, kind, place) if m), None)
-    return None if _plain(value, kind) else (place, _is(value), kind)
-
-
-def _inner(value: Any, kind: Kind, place: str) -> Iterator[Misfit | None]:
-    if isinstance(kind, list):
-        yield from (_misfit(item, kind[0], f"{place}[{i}]") for i, item in enumerate(value))
-    for name, of in kind.items() if isinstance(kind, dict) else ():
-        if name is str:
-            yield from (_misfit(item, of, _joined(place, key)) for key, item in value.items())
-        elif name.removesuffix("?") in value:
-            yield _misfit(value[name.removesuffix("?")], of, _joined(place, name.removesuffix("?")))
-        elif not name.endswith("?"):
-            yield _joined(place, name), "is missing", of
-
-
-def _joined(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
-
-
-def _plain(value: Any, kind: Kind) -> bool:
-    if kind is None:
-        return value is None
-    if kind == FIGURE:
-        return value in NONFINITE if isinstance(value, str) else _plain(value, float)
-    if isinstance(value, bool):
-        return kind is bool
-    if kind is int:
-        return isinstance(value, int) and -(2**63) <= value < 2**63
-    if kind is float:
-        return _plain(value, int) or (isinstance(value, float) and math.isfinite(value))
-    return isinstance(value, kind)
-
-
-def _is(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"is {value}"
-    return "is too large" if isinstance(value, int) and abs(value) >= 2**63 else f"is {type(value).__name__}"
-
-
-_NAMES: dict[Any, str] = {
-    int: "a whole number", float: "a number", str: "a text", bool: "true or false", dict: "an object",
-    list: "a list", None: "null", FIGURE: f"a number, or {' or '.join(NONFINITE)}",
-}  # fmt: skip
-
-
-def _words(kind: Kind) -> str:
-    if isinstance(kind, tuple):
-        return " or ".join(dict.fromkeys(map(_words, kind)))
-    if isinstance(kind, list):
-        return f"a list, each {_words(kind[0])}"
-    return "an object" if isinstance(kind, dict) else _NAMES[kind]

@@ -52,16 +52,15 @@ def validate_folder(
     from lora_export.validation import validate
     from lora_export.validation.effect.retention import own_texts as measure
 
-    for given in (base.folder, merged, *(a.folder for a in adapters), *onnx, *base_onnx):
-        refuse_special(given)
+    for folder in (base.folder, merged, *(a.folder for a in adapters), *onnx, *base_onnx):
+        refuse_special(folder)
     exports = [load_export(folder) for folder in onnx]
     _check_exports(exports, base_onnx)
     _check_folders(base, adapters, merged, [*exports, *map(load_export, base_onnx)])
     _check_own_texts(own_texts, adapters)
+    given = options.merge
     options = replace(
-        options,
-        bases=_with_original(options.bases),
-        merge=merged_with(merged, base.folder, adapters, options, progress),
+        options, bases=_with_original(options.bases), merge=merged_with(merged, base.folder, adapters, options)
     )
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
@@ -81,6 +80,7 @@ def validate_folder(
             base.folder, adapters, merged, exports=pairs, dequantized=readable, progress=progress,
             options=replace(options, provider=provider, again=again),
         )  # fmt: skip
+        result = replace(result, merge_options=_only_certified(options.merge, given))
         if not own_texts:
             return result
         kept = measure(base.folder, adapters, merged, own_texts, options.merge, readable, progress)
@@ -99,7 +99,7 @@ def _with_original(bases: CompareBases | None) -> CompareBases | None:
 
 
 def merged_with(
-    merged: Path, base: Path, adapters: Sequence[AdapterChoice], options: ValidationOptions, progress: Progress
+    merged: Path, base: Path, adapters: Sequence[AdapterChoice], options: ValidationOptions
 ) -> MergeOptions:
     """The options of the merge that made `merged`: those of its certificate, or without one those that were given.
 
@@ -127,12 +127,15 @@ def merged_with(
             expected="the options of the merge, which its certificate has, or none",
             next_step=f"the same command without {flag}",
         )
-    claims = [f"{n} {v}" for n, v in asdict(recorded).items() if n not in free and v != getattr(default, n)]
-    if claims:
-        progress.stage(f"options of the merge, from its certificate: {', '.join(claims)}")
     own = {name: getattr(given, name) for name in free}
     own["allow_nonfinite"] = given.allow_nonfinite or recorded.allow_nonfinite
     return replace(recorded, **own)
+
+
+def _only_certified(merged: MergeOptions, given: MergeOptions) -> tuple[str, ...]:
+    """The options that decide what is right, and that the caller did not state: the merged folder's own word."""
+    changing = names(MergeOptions, lambda how: how.changes_result)
+    return tuple(f"{n} {getattr(merged, n)}" for n in changing if getattr(merged, n) != getattr(given, n))
 
 
 def _contradicting(

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
+from lora_export import validate
+from lora_export.commands.words import validation_words
 from lora_export.contracts import AdapterChoice, MergeOptions, ValidationOptions
 from lora_export.errors import InputError
 from lora_export.merging import CERTIFICATE, merge
-from lora_export.progress import Silent
 from lora_export.workflows.validating import merged_with
 from tests.builders import save_adapter, save_base
 
@@ -31,9 +32,9 @@ def options(stated: tuple[str, ...] | None = None, **given: object) -> Validatio
 
 
 def test_options_come_from_the_certificate_but_for_those_of_this_machine(scene: Scene) -> None:
-    recorded = merged_with(*scene, options(max_memory=5 * 10**8), Silent())
+    recorded = merged_with(*scene, options(max_memory=5 * 10**8))
     assert recorded == MergeOptions(dtype="float16", max_memory=5 * 10**8)
-    assert merged_with(*scene, options(dtype="float16"), Silent()).dtype == "float16"
+    assert merged_with(*scene, options(dtype="float16")).dtype == "float16"
 
 
 @pytest.mark.parametrize(
@@ -48,16 +49,24 @@ def test_stated_option_that_contradicts_the_certificate_is_refused(
     scene: Scene, given: ValidationOptions, words: str
 ) -> None:
     with pytest.raises(InputError, match=words) as caught:
-        merged_with(*scene, given, Silent())
+        merged_with(*scene, given)
     assert caught.value.where == str(scene[0] / CERTIFICATE)
 
 
 def test_option_that_does_not_matter_contradicts_nothing(scene: Scene) -> None:
     """A certificate has the defaults of options that made no difference, whatever was given to the merge."""
-    assert not merged_with(*scene, options(("training_double_quant",), training_double_quant=True), Silent()).seed
-    assert merged_with(*scene, options((), dtype="float32"), Silent()).dtype == "float16"  # set by a variable
+    assert not merged_with(*scene, options(("training_double_quant",), training_double_quant=True)).seed
+    assert merged_with(*scene, options((), dtype="float32")).dtype == "float16"  # set by a variable
 
 
 def test_folder_without_a_certificate_was_merged_as_told(scene: Scene, tmp_path: Path) -> None:
     given = options(base_weights="original")
-    assert merged_with(tmp_path, *scene[1:], given, Silent()) == given.merge
+    assert merged_with(tmp_path, *scene[1:], given) == given.merge
+
+
+def test_validate_names_what_only_the_certificate_states(scene: Scene) -> None:
+    merged, base, adapters = scene
+    result = validate(base, adapters, merged, options=ValidationOptions(seed=1))
+    assert result.merge_options == ("dtype float16",)
+    assert "merged with dtype float16, according to its certificate" in validation_words(result)
+    assert not validate(base, adapters, merged, options=options(dtype="float16")).merge_options
