@@ -90,10 +90,7 @@ def validation_words(result: ValidationResult) -> str:
             *faulty,
             *_deviation(result),
             *map(shown, result.advice),
-            *(
-                ["as the certificate says, merged with " + ", ".join(result.merge_options)]
-                * bool(result.merge_options)
-            ),
+            *(f"merged with {option}, according to its certificate" for option in result.merge_options),
             *([] if result.seed is None else [f"drawn with seed {result.seed}; --validation-seed repeats it"]),
             "passed" if result.passed else "FAILED",
         ]

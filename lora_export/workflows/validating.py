@@ -63,8 +63,8 @@ def validate_folder(
         options, bases=_with_original(options.bases), merge=merged_with(merged, base.folder, adapters, options)
     )
     provider: Provider = resolve_provider(options.provider) if onnx else "cpu"
-    with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
-        work = Path(folder)
+    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+        work = Path(scratch)
         base = replace(base, folder=without_adapter(base.folder, work))
         bases = base_onnx or [
             _export_base(base.folder, adapters, exported, work, options.merge, provider, progress)
