@@ -19,12 +19,12 @@ def any_count(source: str) -> int:
     return sum("Any" in (getattr(node, "id", ""), getattr(node, "attr", "")) for node in names)
 
 
-def test_any_stands_only_where_raw_json_comes_in() -> None:
+def test_annotations_have_any_only_at_raw_json() -> None:
     files = [file for room in ("contracts", "report") for file in (PACKAGE / room).glob("*.py")]
     counts = {f.relative_to(PACKAGE).as_posix(): any_count(f.read_text(encoding="utf-8")) for f in files}
     assert len(files) > 20
     assert {name: n for name, n in counts.items() if n > ALLOWED.get(name, 0)} == {}
 
 
-def test_any_count_sees_names_and_attributes() -> None:
+def test_annotations_any_count_sees_names_and_attributes() -> None:
     assert any_count("from typing import Any\ndef f(x: dict[str, Any]) -> 'int': ...\ny: typing.Any = 1") == 2

@@ -33,7 +33,7 @@ from tests.builders import save_adapter, save_base
 FUNCTIONS = tuple(name for name in lora_export.__all__ if not name.startswith("_"))
 
 
-def test_the_names_are_functions_whatever_was_imported_before() -> None:
+def test_api_names_are_functions_after_any_import() -> None:
     program = (
         "import lora_export.merging, lora_export.benchmarking, lora_export.packages\n"
         f"from lora_export import {', '.join(FUNCTIONS)}\n"
@@ -42,19 +42,19 @@ def test_the_names_are_functions_whatever_was_imported_before() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_import_loads_nothing_heavy() -> None:
     program = "import sys, lora_export; from lora_export import merge; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout == "False\n"
 
 
-def test_another_name_is_no_attribute() -> None:
+def test_api_unknown_name_is_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'mrege'"):
         _ = lora_export.mrege
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_every_parameter_result_and_error_is_described(name: str) -> None:
+def test_api_documents_every_parameter(name: str) -> None:
     function = getattr(lora_export, name)
     text = inspect.getdoc(function) or ""
     arguments, _, rest = text.partition("Returns:")
@@ -95,12 +95,12 @@ CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def test_every_command_is_listed_here() -> None:
+def test_api_tests_list_every_command() -> None:
     assert {name.split()[0] for name in CALLS} == set(cli.commands)
 
 
 @pytest.mark.parametrize("command", CALLS)
-def test_command_without_options_calls_its_function_with_the_defaults(
+def test_command_without_options_calls_function_with_defaults(
     monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     words, name, expected = CALLS[command]
@@ -119,7 +119,7 @@ def test_command_without_options_calls_its_function_with_the_defaults(
     assert called == expected | defaults
 
 
-def test_one_adapter_need_not_stand_in_a_list(pair: tuple[Path, Path]) -> None:
+def test_api_single_adapter_needs_no_list(pair: tuple[Path, Path]) -> None:
     _, adapter = pair
     for one in (adapter, str(adapter), AdapterChoice(adapter)):
         (choice,) = adapter_choices(one)
@@ -132,7 +132,7 @@ def test_one_adapter_need_not_stand_in_a_list(pair: tuple[Path, Path]) -> None:
         lora_export.export("B", "O", adapters="path", options=ExportOptions(graph_from=Path("X")))
 
 
-def test_only_commands_print_and_end_the_process() -> None:
+def test_only_commands_print_or_exit() -> None:
     package = Path(lora_export.__file__).parent
     found = []
     for file in package.rglob("*.py"):
@@ -168,7 +168,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, save_adapter(work / "adapter", base, config)
 
 
-def test_a_merge_tells_its_progress_and_prints_nothing(
+def test_api_merge_reports_progress_and_prints_nothing(
     pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = pair
@@ -183,7 +183,7 @@ def test_a_merge_tells_its_progress_and_prints_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_error_is_an_exception_with_its_parts(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_api_error_has_its_parts(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = pair
     with pytest.raises(InputError, match=r"no adapter_config\.json here") as caught:
         lora_export.merge(base, base, tmp_path / "out")
@@ -200,7 +200,7 @@ def test_an_error_is_an_exception_with_its_parts(pair: tuple[Path, Path], tmp_pa
 
 
 @pytest.mark.slow
-def test_the_whole_story_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_api_merge_and_export_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from tests.packages.conftest import save_decoder
     from tests.packages.conftest import save_lora as lora_of
 

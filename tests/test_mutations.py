@@ -24,7 +24,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[m.name for m in MUTATIONS])
-def test_the_list_is_alive(mutation: Mutation) -> None:
+def test_mutations_apply(mutation: Mutation) -> None:
     """The fault can be put in at exactly one place, and the README tells of it."""
     assert (ROOT / "lora_export" / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1
     readme = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def test_the_list_is_alive(mutation: Mutation) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=[m.name for m in MUTATIONS])
-def test_every_fault_is_caught(mutation: Mutation, copy: Path) -> None:
+def test_mutations_are_caught(mutation: Mutation, copy: Path) -> None:
     path = copy / "lora_export" / mutation.file
     sound = path.read_text(encoding="utf-8")
     assert _pytest(copy, mutation) == 0, "the test fails without the fault"

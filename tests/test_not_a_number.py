@@ -172,24 +172,24 @@ CHECKS: dict[str, Callable[[float], bool]] = {
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_check_of_what_is_no_number_fails(name: str) -> None:
+def test_check_of_nan_fails(name: str) -> None:
     assert not CHECKS[name](NAN)
 
 
 @pytest.mark.parametrize("name", ["fused", "plain", "damage", "exact", "runtime_s_numbers", "validated_numbers"])
 @pytest.mark.parametrize("number", [INF, -INF])
-def test_a_check_of_infinity_fails(name: str, number: float) -> None:
+def test_check_of_infinity_fails(name: str, number: float) -> None:
     assert not CHECKS[name](number)
 
 
-def test_a_judgement_of_good_figures_passes() -> None:
+def test_check_of_good_figures_passes() -> None:
     assert CHECKS["judge floor.low"](0.999) and CHECKS["judge control.low"](1.1)
     assert CHECKS["fused"](1) and CHECKS["plain"](1) and CHECKS["damage"](1) and CHECKS["top1_agreement"](0)
     assert CHECKS["warned_of"](0.99) and CHECKS["recomputed"](0.9) and CHECKS["runtime_s_numbers"](2)
     assert CHECKS["same_tokens"](1) and CHECKS["warm"](1) and CHECKS["quiet"](0) and CHECKS["opposed"](0.5)
 
 
-def test_damage_that_is_no_number_stops_the_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_keep_auto_nan_damage_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     product = SimpleNamespace(rows=32, columns=1)
     group: Any = SimpleNamespace(name="g", nodes=("n",), products=(product,))
     monkeypatch.setattr(keeping, "open_model", lambda path: None)
@@ -265,7 +265,7 @@ def _names(found: ast.Compare) -> set[str]:
     }
 
 
-def test_every_comparison_with_a_limit_is_asked_about_nan() -> None:
+def test_comparisons_are_all_listed() -> None:
     found = {where for where, _ in comparisons()}
     known = ASKED | PASSES_BY_HOLDING | NOT_MEASURED
     assert found == known, f"ask these about NaN in CHECKS: {sorted(found - known)}; gone: {sorted(known - found)}"
@@ -277,7 +277,7 @@ def test_every_comparison_with_a_limit_is_asked_about_nan() -> None:
 # --- what is written ----------------------------------------------------------------------------------------
 
 
-def test_json_says_what_is_no_number_as_a_word(tmp_path: Path) -> None:
+def test_json_spells_nonfinite_numbers(tmp_path: Path) -> None:
     given = {"a": NAN, "b": [INF, -INF, 1.5], "c": {"d": np.float64(NAN), "e": None}, "f": (1, True)}
     sealed.write_sealed(tmp_path / "x.json", given)
 
@@ -290,7 +290,7 @@ def test_json_says_what_is_no_number_as_a_word(tmp_path: Path) -> None:
     assert sealed.read_sealed(tmp_path / "x.json") == read
 
 
-def test_a_model_s_own_settings_keep_their_numbers(tmp_path: Path) -> None:
+def test_settings_keep_nonfinite_numbers(tmp_path: Path) -> None:
     sealed.write_settings(tmp_path / "config.json", {"time_step_limit": [0.0, INF]})
     assert json.loads((tmp_path / "config.json").read_text()) == {"time_step_limit": [0.0, INF]}
 
@@ -301,7 +301,7 @@ class _Measured:
     title: str = "nan"
 
 
-def test_a_figure_is_a_number_or_a_word_for_none() -> None:
+def test_figure_is_number_or_word() -> None:
     for value in (None, 1, 1.5, "nan", "inf", "-inf"):
         documents.decode({"x": value}, _Measured, "it", "f.json")
     for other in ("NaN", "1.5", "", True, [1.0], NAN):
@@ -310,7 +310,7 @@ def test_a_figure_is_a_number_or_a_word_for_none() -> None:
     assert documents.decode({"x": "-inf"}, _Measured, "it", "f.json") == _Measured(-INF)
 
 
-def test_a_report_shows_what_is_no_number(tmp_path: Path) -> None:
+def test_report_shows_nonfinite_numbers(tmp_path: Path) -> None:
     given: dict[str, Any] = json.loads(json.dumps(full_report()))
     given["validate"]["checks"][0] |= {"value": NAN, "passed": False}
     given["validate"]["checks"][1] |= {"value": INF, "passed": False}

@@ -36,7 +36,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("expression", HONEST)
-def test_fullmatch_of_an_honest_expression_is_that_of_re(expression: str) -> None:
+def test_fullmatch_equals_re(expression: str) -> None:
     theirs = [bool(re.fullmatch(expression, name)) for name in NAMES]
     assert [bool(patterns.fullmatch(expression, name)) for name in NAMES] == theirs and True in theirs
 
@@ -46,7 +46,7 @@ PARTS = st.lists(st.sampled_from(["a", "b", "ab", "a-b", "q_proj", "1", "layers"
 
 
 @given(key=KEYS, name=PARTS)
-def test_ends_with_is_peft_s_rule(key: str, name: str) -> None:
+def test_ends_with_follows_peft(key: str, name: str) -> None:
     assert patterns.ends_with(key, name) == bool(re.match(rf"(.*\.)?({key})$", name))
 
 
@@ -62,14 +62,14 @@ def test_ends_with_is_peft_s_rule(key: str, name: str) -> None:
         "a{e<=3}",
     ],
 )
-def test_an_expression_that_is_large_or_disputed_is_refused_before_it_is_compiled(expression: str) -> None:
+def test_pattern_too_large_or_ambiguous_is_refused(expression: str) -> None:
     started = time.process_time()
     with pytest.raises(AdapterError, match="regular expression"):
         patterns.fullmatch(expression, "a" * 900)
     assert time.process_time() - started < 1
 
 
-def test_all_names_and_expressions_share_one_budget() -> None:
+def test_patterns_share_one_time_budget() -> None:
     """Each takes far less than its own limit; together they would take minutes."""
     started = time.process_time()
     with pytest.raises(AdapterError, match="too long") as refused, patterns.within(0.5, "here"):
@@ -79,7 +79,7 @@ def test_all_names_and_expressions_share_one_budget() -> None:
     assert time.process_time() - started < 3 and refused.value.where == "here"
 
 
-def test_many_expressions_are_refused_soon(tmp_path: Path) -> None:
+def test_patterns_too_many_are_refused_quickly(tmp_path: Path) -> None:
     """As keys of rank_pattern, where each is checked before any is matched; plain names are no matter."""
     started = time.process_time()
     keys = {f"{i}.[a-z]+(b|c{i})*": 2 for i in range(50_000)}
@@ -120,7 +120,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", FIELDS)
-def test_an_expression_without_end_does_not_hold_up_peft(
+def test_peft_pathological_pattern_is_stopped(
     name: str, folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(patterns, "PATIENCE", 0.1)
@@ -135,15 +135,13 @@ def test_an_expression_without_end_does_not_hold_up_peft(
     "changes",
     [{"r": 10**9}, {"rank_pattern": {"q_proj": 10**8}}, {"layer_replication": [[0, 2]] * 6000}],
 )
-def test_a_configuration_larger_than_its_tensors_does_not_fill_the_memory(
-    changes: dict[str, Any], folders: Any, tmp_path: Path
-) -> None:
+def test_peft_large_configuration_is_bounded(changes: dict[str, Any], folders: Any, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"no tensor has a dimension|too many layers"):
         attached(folders, tmp_path, **changes)
 
 
 @pytest.mark.parametrize("expression", HONEST)
-def test_peft_targets_the_modules_that_it_would_target(expression: str, folders: Any, tmp_path: Path) -> None:
+def test_peft_targets_are_unchanged(expression: str, folders: Any, tmp_path: Path) -> None:
     """With two adapters, too: the second finds the layers of the first among the names."""
     base, _ = folders
     config = lora(target_modules=expression, rank_pattern={r"\w+\.[qv]_proj": 2})

@@ -109,14 +109,14 @@ def violations(source: str, file: Path) -> list[str]:
     ]
 
 
-def test_rooms_keep_their_boundaries() -> None:
+def test_rooms_import_only_what_they_may() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     assert len(files) > 40
     found = [v for f in files for v in violations(f.read_text(encoding="utf-8"), f.relative_to(PACKAGE))]
     assert not found, "\n".join(found)
 
 
-def test_every_module_belongs_to_a_known_room() -> None:
+def test_rooms_are_all_known() -> None:
     names = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix in ("", ".py")}
     assert names - {"__init__", "__main__", "__pycache__"} <= EVERYTHING, names
 
@@ -138,7 +138,7 @@ def test_every_module_belongs_to_a_known_room() -> None:
         ("benchmarking/benchmark.py", "if True:\n    from lora_export.commands import main"),
     ],
 )
-def test_a_planted_violation_is_found(file: str, source: str) -> None:
+def test_rooms_planted_violation_is_found(file: str, source: str) -> None:
     assert violations(source, Path(file))
 
 
@@ -151,7 +151,7 @@ def test_a_planted_violation_is_found(file: str, source: str) -> None:
         ("checkpoint/reader.py", "from lora_export.storage.files import read_json\nimport torch, json"),
     ],
 )
-def test_a_lawful_import_is_not_reported(file: str, source: str) -> None:
+def test_rooms_allowed_import_passes(file: str, source: str) -> None:
     assert not violations(source, Path(file))
 
 
@@ -164,12 +164,12 @@ def too_long(source: str) -> list[str]:
     return [name for name, lines, most, told in sizes if lines > most and "long because" not in (told or "")]
 
 
-def test_files_and_functions_fit_into_a_head() -> None:
+def test_files_and_functions_are_short() -> None:
     found = {p.relative_to(PACKAGE): too_long(p.read_text(encoding="utf-8")) for p in PACKAGE.rglob("*.py")}
     assert len(found) > 100 and {name: what for name, what in found.items() if what} == {}
 
 
-def test_what_is_too_long_is_found() -> None:
+def test_too_long_file_or_function_is_found() -> None:
     body = "\n".join(["    x = 1"] * 60)
     assert too_long(f"def f():\n{body}\n") == ["f"]
     assert too_long(f'def f():\n    "Does y; long because of z."\n{body}\n') == []

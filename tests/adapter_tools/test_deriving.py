@@ -66,7 +66,7 @@ def close(first: Path, second: Path, tolerance: float = 1e-6) -> None:
 # --- combine ------------------------------------------------------------------------------------------------
 
 
-def test_a_sum_is_exact_and_peft_loads_it(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+def test_combine_sum_is_exact_and_loads_in_peft(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     made = combine(choices(adapters), tmp_path / "both", MergeOptions(combine="cat"))
     assert made.error < 1e-12
     assert set(made.ranks.values()) == {3, 4, 7}
@@ -78,7 +78,7 @@ def test_a_sum_is_exact_and_peft_loads_it(base: Path, adapters: list[Path], tmp_
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
-def test_what_a_rank_costs_is_numpys(base: Path, adapters: list[Path], tmp_path: Path, rank: int) -> None:
+def test_combine_rank_error_matches_numpy(base: Path, adapters: list[Path], tmp_path: Path, rank: int) -> None:
     made = combine(choices(adapters), tmp_path / "both", MergeOptions(combine="linear"), Rank(rank))
     merge(base, choices(adapters), tmp_path / "whole")
     merge(base, [AdapterChoice(made.output)], tmp_path / "merged")
@@ -93,7 +93,9 @@ def test_what_a_rank_costs_is_numpys(base: Path, adapters: list[Path], tmp_path:
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "magnitude_prune", "svd"])
-def test_combining_and_merging_are_one(base: Path, adapters: list[Path], tmp_path: Path, method: str) -> None:
+def test_combine_then_merge_equals_merge_combined(
+    base: Path, adapters: list[Path], tmp_path: Path, method: str
+) -> None:
     density = None if method == "svd" else 0.5
     made = combine(
         choices(adapters), tmp_path / "both", MergeOptions(combine=method, density=density, seed=4), Rank(3)
@@ -104,7 +106,7 @@ def test_combining_and_merging_are_one(base: Path, adapters: list[Path], tmp_pat
     close(tmp_path / "direct", tmp_path / "merged", 1e-5)
 
 
-def test_kinds_that_add_become_lora(base: Path, tmp_path: Path) -> None:
+def test_combine_additive_kinds_gives_lora(base: Path, tmp_path: Path) -> None:
     targets = ["q_proj", "down_proj"]
     loha = save_adapter(tmp_path / "loha", base, peft.LoHaConfig(r=2, alpha=3, target_modules=targets), seed=5)
     made = combine([AdapterChoice(loha)], tmp_path / "lora", MergeOptions(combine="linear"), Rank(4))
@@ -114,7 +116,7 @@ def test_kinds_that_add_become_lora(base: Path, tmp_path: Path) -> None:
     close(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
-def test_embeddings_and_conv1d(tmp_path: Path) -> None:
+def test_combine_embeddings_and_conv1d_keeps_layout(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", GPT2, gpt2_config())
     kind = lora(3, 5, target_modules=["c_attn", "c_proj", "wte"], fan_in_fan_out=True)
     adapter = save_adapter(tmp_path / "adapter", base, kind, GPT2, save_embeddings=False)
@@ -126,7 +128,7 @@ def test_embeddings_and_conv1d(tmp_path: Path) -> None:
     assert torch.allclose(logits(model), logits(load(tmp_path / "two", GPT2)), atol=1e-4)
 
 
-def test_what_cannot_be_combined_without_a_base(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+def test_combine_kinds_that_need_a_base_is_refused(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     dora = save_adapter(tmp_path / "dora", base, lora(target_modules=["q_proj"], use_dora=True))
     whole = save_adapter(tmp_path / "whole", base, lora(target_modules=["q_proj"], modules_to_save=["v_proj"]))
     for bad, words in ((dora, "dora is not a delta"), (whole, "modules_to_save is not a delta")):
@@ -143,7 +145,7 @@ def test_what_cannot_be_combined_without_a_base(base: Path, adapters: list[Path]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_merge_gives_its_adapter_back(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_extract_from_merge_returns_adapter(tmp_path: Path, dtype: torch.dtype) -> None:
     base = save_base(tmp_path / "base", dtype=dtype)
     adapter = save_adapter(tmp_path / "adapter", base, lora(4, 7, target_modules=["q_proj", "down_proj"]))
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
@@ -188,7 +190,9 @@ def tuned_from(base: Path, out: Path, model: type, names: tuple[str, ...], scale
         (GPT2, gpt2_config, ("c_attn", "c_proj", "ln_1")),
     ],
 )  # fmt: skip
-def test_a_whole_model_comes_back(tmp_path: Path, model: type, config: Any, names: tuple[str, ...]) -> None:
+def test_extract_at_full_rank_restores_model(
+    tmp_path: Path, model: type, config: Any, names: tuple[str, ...]
+) -> None:
     base = save_base(tmp_path / "base", model, config())
     tuned = tuned_from(base, tmp_path / "tuned", model, names)
     made = extract(base, tuned, tmp_path / "adapter", Rank(200))
@@ -198,7 +202,7 @@ def test_a_whole_model_comes_back(tmp_path: Path, model: type, config: Any, name
     close(tuned, tmp_path / "merged", 1e-5)
 
 
-def test_energy_decides_the_rank(base: Path, tmp_path: Path) -> None:
+def test_extract_energy_sets_rank(base: Path, tmp_path: Path) -> None:
     tuned = tuned_from(base, tmp_path / "tuned", Llama, ("q_proj", "down_proj"))
     made = extract(base, tuned, tmp_path / "adapter", Rank(energy=0.9))
     for module, rank in made.ranks.items():
@@ -208,7 +212,7 @@ def test_energy_decides_the_rank(base: Path, tmp_path: Path) -> None:
     assert made.as_json()["energy_kept"] >= 0.9
 
 
-def test_the_rest_is_dropped_or_refused(base: Path, tmp_path: Path) -> None:
+def test_extract_rest_is_dropped_or_refused(base: Path, tmp_path: Path) -> None:
     tuned = tuned_from(base, tmp_path / "tuned", Llama, ("q_proj", "input_layernorm"))
     dropped = extract(base, tuned, tmp_path / "dropped", Rank(2), "drop").dropped
     assert dropped == tuple(f"model.layers.{i}.input_layernorm.weight" for i in range(2))
@@ -218,7 +222,7 @@ def test_the_rest_is_dropped_or_refused(base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists()
 
 
-def test_models_that_are_no_pair(base: Path, tmp_path: Path) -> None:
+def test_extract_from_unrelated_models_is_refused(base: Path, tmp_path: Path) -> None:
     other = save_base(tmp_path / "other", config=llama_config(hidden_size=56))
     more = save_base(tmp_path / "more", config=llama_config(num_hidden_layers=3))
     with pytest.raises(CheckpointError, match="the shape is"):
@@ -235,7 +239,7 @@ def test_models_that_are_no_pair(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}], ids=str)
-def test_truncation_loses_the_least_values(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_truncate_drops_smallest_singular_values(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, lora(**settings))
     merge(base, [AdapterChoice(adapter)], tmp_path / "whole")
     made = truncate(adapter, tmp_path / "less", Rank(2))
@@ -249,7 +253,7 @@ def test_truncation_loses_the_least_values(base: Path, tmp_path: Path, settings:
     assert made.error == pytest.approx((lost / total) ** 0.5, rel=1e-5)
 
 
-def test_energy_gives_each_module_its_rank(base: Path, tmp_path: Path) -> None:
+def test_truncate_energy_sets_rank_per_module(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, lora(8))
     made = truncate(adapter, tmp_path / "less", Rank(energy=0.9))
     assert len(set(made.ranks.values())) > 1
@@ -271,7 +275,7 @@ def test_energy_gives_each_module_its_rank(base: Path, tmp_path: Path) -> None:
     ],
     ids=["dora", "lora_bias", "modules_to_save", "tokens"],
 )
-def test_what_has_no_rank_goes_along(tmp_path: Path, kind: Any) -> None:
+def test_truncate_keeps_tensors_without_rank(tmp_path: Path, kind: Any) -> None:
     base = save_base(tmp_path / "base", config=llama_config(attention_bias=True, mlp_bias=True))
     adapter = save_adapter(tmp_path / "adapter", base, kind)
     made = truncate(adapter, tmp_path / "same", Rank(6))
@@ -282,7 +286,7 @@ def test_what_has_no_rank_goes_along(tmp_path: Path, kind: Any) -> None:
     close(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
-def test_kinds_without_a_rank_are_refused(base: Path, tmp_path: Path) -> None:
+def test_truncate_kinds_without_rank_is_refused(base: Path, tmp_path: Path) -> None:
     loha = save_adapter(tmp_path / "loha", base, peft.LoHaConfig(r=2, alpha=3, target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match="loha has no matrices A and B") as refused:
         truncate(loha, tmp_path / "out", Rank(2))
@@ -291,7 +295,7 @@ def test_kinds_without_a_rank_are_refused(base: Path, tmp_path: Path) -> None:
         truncate(loha, tmp_path / "out", Rank())
 
 
-def test_types_and_their_range(base: Path, adapters: list[Path], tmp_path: Path) -> None:
+def test_saved_adapter_type_range_is_checked(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     made = truncate(adapters[0], tmp_path / "half", Rank(2), "bfloat16")
     with safe_open(made.output / "adapter_model.safetensors", "pt") as file:
         assert {file.get_slice(n).get_dtype() for n in file.keys()} == {"BF16"}  # noqa: SIM118

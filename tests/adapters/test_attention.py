@@ -35,7 +35,7 @@ def pooled(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("settings", [{}, {"alpha_pattern": {"attention": 4}, "rank_pattern": {"attention": 3}}])
-def test_merged_equals_unmerged(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_merge_attention_equals_unmerged_forward(tmp_path: Path, settings: dict[str, Any]) -> None:
     base, adapter = pair(tmp_path, **settings)
     merge(base, [AdapterChoice(adapter)], tmp_path / "out")
     plain, merged = (MODEL.from_pretrained(f, dtype=torch.float32) for f in (base, tmp_path / "out"))
@@ -45,7 +45,7 @@ def test_merged_equals_unmerged(tmp_path: Path, settings: dict[str, Any]) -> Non
 
 
 @pytest.mark.slow
-def test_validate_compares_the_weights_that_peft_computes_with(tmp_path: Path) -> None:
+def test_validate_attention_compares_effective_weights(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path)
     choice = [AdapterChoice(adapter)]
     merge(base, choice, tmp_path / "out")
@@ -71,7 +71,9 @@ def merged_weight(folder: Path, name: str) -> torch.Tensor:
         ({}, {"init_lora_weights": "pissa"}, "pissa on nn.MultiheadAttention"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, changes: dict[str, Any], config: dict[str, Any], words: str) -> None:
+def test_read_attention_unsupported_settings_is_refused(
+    tmp_path: Path, changes: dict[str, Any], config: dict[str, Any], words: str
+) -> None:
     base, adapter = pair(tmp_path)
     edit_tensors(adapter / "adapter_model.safetensors", changes)
     edit_json(adapter / "adapter_config.json", **config)

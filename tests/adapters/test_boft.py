@@ -47,7 +47,9 @@ def config(*targets: str, **settings: Any) -> BOFTConfig:
         {"boft_dropout": 0.5},
     ],
 )
-def test_one_factor(tmp_path: Path, settings: dict[str, Any], without_extension: None) -> None:
+def test_boft_single_factor_equals_formula(
+    tmp_path: Path, settings: dict[str, Any], without_extension: None
+) -> None:
     names = ("up", "down", "square", "point", "patch")
     targets = check_against_peft(saved(tmp_path, config(*names, **settings)), boft.read)
     assert targets == {f"{n}.weight" for n in names}
@@ -63,7 +65,7 @@ def test_one_factor(tmp_path: Path, settings: dict[str, Any], without_extension:
         (4, {"boft_block_size": 2}, ("wide",)),
     ],
 )
-def test_butterfly_factors(
+def test_boft_butterfly_factors_equal_formula(
     tmp_path: Path, factors: int, settings: dict[str, int], names: tuple[str, ...], with_extension: None
 ) -> None:
     folder = saved(tmp_path, config(*names, boft_n_butterfly_factor=factors, **settings))
@@ -71,15 +73,13 @@ def test_butterfly_factors(
     check_against_peft(folder, boft.read)
 
 
-def test_without_the_extension_peft_trains_one_factor_whatever_is_configured(
-    tmp_path: Path, without_extension: None
-) -> None:
+def test_boft_without_cuda_extension_has_one_factor(tmp_path: Path, without_extension: None) -> None:
     folder = saved(tmp_path, config("wide", boft_n_butterfly_factor=3))
     assert json.loads((folder / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 3
     check_against_peft(folder, boft.read)
 
 
-def test_weights_of_another_base_do_not_fit(tmp_path: Path, without_extension: None) -> None:
+def test_boft_on_other_base_is_refused(tmp_path: Path, without_extension: None) -> None:
     updates = {u.target: u for u in boft.read(opened(saved(tmp_path, config("up", "patch"))))}
     up, patch = updates["up.weight"], updates["patch.weight"]
     assert up.shapes == ((20, 12),)
@@ -89,7 +89,7 @@ def test_weights_of_another_base_do_not_fit(tmp_path: Path, without_extension: N
 
 @pytest.mark.parametrize("ending", ["", ".default"])
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])
-def test_spellings(tmp_path: Path, prefix: str, ending: str, without_extension: None) -> None:
+def test_boft_key_spellings_are_read(tmp_path: Path, prefix: str, ending: str, without_extension: None) -> None:
     folder = saved(tmp_path, config("up"))
     values = {p: load_file(folder / WEIGHTS)[f"base_model.model.up.{p}"] for p in ("boft_R", "boft_s")}
     edit(folder, lambda v: (v.clear(), v.update({f"{prefix}up.{p}{ending}": t for p, t in values.items()})))
@@ -114,7 +114,7 @@ def test_spellings(tmp_path: Path, prefix: str, ending: str, without_extension: 
         ({}, {"boft_n_butterfly_factor": None}, "boft_n_butterfly_factor is None"),
     ],
 )
-def test_refusals(
+def test_boft_damaged_adapter_is_refused(
     tmp_path: Path,
     values: dict[str, torch.Tensor | None],
     settings: dict[str, Any],
@@ -134,12 +134,12 @@ def test_refusals(
         boft.read(opened(folder, **settings))
 
 
-def test_a_weight_has_no_meaning(tmp_path: Path, without_extension: None) -> None:
+def test_boft_with_weight_is_refused(tmp_path: Path, without_extension: None) -> None:
     with pytest.raises(AdapterError, match="BOFT is not a delta"):
         boft.read(opened(saved(tmp_path, config("up")), 0.5))
 
 
-def test_a_file_of_another_kind_is_left_alone(tmp_path: Path, without_extension: None) -> None:
+def test_boft_ignores_files_of_other_kinds(tmp_path: Path, without_extension: None) -> None:
     folder = saved(tmp_path, config("up"))
     edit(folder, lambda v: (v.clear(), v.update({"score.weight": torch.ones(2, 3)})))
     assert boft.read(opened(folder)) == []

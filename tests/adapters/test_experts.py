@@ -56,7 +56,7 @@ def applied(update: TargetUpdate, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.cat(blocks).double()
 
 
-def test_inner_matrices_belong_to_the_parameter_that_is_defined_first(tmp_path: Path) -> None:
+def test_experts_inner_matrices_belong_to_first_parameter(tmp_path: Path) -> None:
     updates, values = adapter(tmp_path, {UP: (IN, OUT), DOWN: (OUT // 2, IN)})
     found = {u.target: u for u in updates}
     assert set(found) == {"l.experts.gate_up_proj", "l.experts.down_proj"}
@@ -66,13 +66,13 @@ def test_inner_matrices_belong_to_the_parameter_that_is_defined_first(tmp_path: 
         )
 
 
-def test_experts_stored_in_out_get_the_transposed_delta(tmp_path: Path) -> None:
+def test_experts_stored_in_out_get_transposed_delta(tmp_path: Path) -> None:
     updates, values = adapter(tmp_path, {DOWN: (IN, OUT)}, target_parameters=["experts.down_proj"])
     expected = delta(values, DOWN).transpose(1, 2)
     torch.testing.assert_close(applied(updates[0], (E, IN, OUT)), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_packing_by_expert_is_another_delta(tmp_path: Path) -> None:
+def test_experts_expert_major_packing_changes_delta(tmp_path: Path) -> None:
     updates, values = adapter(
         tmp_path, {DOWN: (IN, OUT)}, target_parameters=["experts.down_proj"], expert_packing="expert"
     )
@@ -93,7 +93,7 @@ def test_packing_by_expert_is_another_delta(tmp_path: Path) -> None:
         ({"peft_version": "0.21.2", "expert_layout": "in-out"}, True),
     ],
 )
-def test_square_experts_go_by_version_architecture_or_option(
+def test_experts_square_layout_follows_version_architecture_or_option(
     tmp_path: Path, settings: dict[str, Any], transposed: bool
 ) -> None:
     updates, values = adapter(tmp_path, {DOWN: (IN, IN)}, target_parameters=["experts.down_proj"], **settings)
@@ -102,7 +102,7 @@ def test_square_experts_go_by_version_architecture_or_option(
     torch.testing.assert_close(applied(updates[0], (E, IN, IN)), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_unreadable_version_of_square_experts_is_refused(tmp_path: Path) -> None:
+def test_experts_square_with_unreadable_version_is_refused(tmp_path: Path) -> None:
     updates, _ = adapter(
         tmp_path, {DOWN: (IN, IN)}, target_parameters=["experts.down_proj"], peft_version="yesterday"
     )
@@ -120,7 +120,7 @@ def test_unreadable_version_of_square_experts_is_refused(tmp_path: Path) -> None
         ({UP: (IN, OUT), DOWN: (OUT, IN)}, {"init_lora_weights": "pissa"}, "pissa on fused experts"),
     ],
 )
-def test_what_cannot_be_told_is_refused(
+def test_experts_ambiguous_layout_is_refused(
     tmp_path: Path, matrices: dict[str, tuple[int, int]], settings: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(AdapterError, match=told):
@@ -128,9 +128,7 @@ def test_what_cannot_be_told_is_refused(
 
 
 @pytest.mark.parametrize("weight", ["l.experts.down_proj", "l.experts.0.w2.weight", "l.moe.gate_up_proj"])
-def test_parameters_without_matrices_are_named_for_nothing_where_the_base_has_none(
-    tmp_path: Path, weight: str
-) -> None:
+def test_experts_target_parameters_without_matrices_are_ignored(tmp_path: Path, weight: str) -> None:
     """PEFT names the experts of an architecture though this model of it is dense."""
     a, b = torch.zeros(R, IN), torch.ones(OUT, R)
     names = {"target_parameters": ["gate_up_proj", "down_proj"]}

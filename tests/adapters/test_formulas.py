@@ -33,7 +33,7 @@ def facts(update: TargetUpdate) -> tuple[str, str, bool, bool, bool]:
 # --- IA3 ----------------------------------------------------------------------------------------------------
 
 
-def test_ia3_scales_outputs_and_their_bias(tmp_path: Path) -> None:
+def test_ia3_scales_outputs_and_bias(tmp_path: Path) -> None:
     scale = random(9, 1)
     weight, bias = read(tmp_path, {"x.q_proj.ia3_l": scale}, peft_type="IA3", feedforward_modules=["up"])
     assert facts(weight) == ("x.q_proj.weight", "ia3", False, False, False)
@@ -46,7 +46,7 @@ def test_ia3_scales_outputs_and_their_bias(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", [["up", "down_proj"], r".*\.down_p.*"])
-def test_ia3_scales_inputs_of_feedforward_layers(tmp_path: Path, named: Any) -> None:
+def test_ia3_feedforward_scales_inputs(tmp_path: Path, named: Any) -> None:
     scale = random(1, 7)
     (update,) = read(tmp_path, {"x.down_proj.ia3_l": scale}, peft_type="IA3", feedforward_modules=named)
     assert facts(update) == ("x.down_proj.weight", "ia3", False, False, False)
@@ -55,13 +55,13 @@ def test_ia3_scales_inputs_of_feedforward_layers(tmp_path: Path, named: Any) -> 
     close(in_blocks(update, given), given.double() * scale.double())
 
 
-def test_an_expression_must_match_the_whole_name(tmp_path: Path) -> None:
+def test_ia3_pattern_must_match_whole_name(tmp_path: Path) -> None:
     found = read(tmp_path, {"x.down_proj.ia3_l": random(7, 1)}, peft_type="IA3", feedforward_modules="down_proj")
     assert [u.target for u in found] == ["x.down_proj.weight", "x.down_proj.bias"]
 
 
 @pytest.mark.parametrize("feedforward", [False, True])
-def test_ia3_on_a_conv1d_is_transposed(tmp_path: Path, feedforward: bool) -> None:
+def test_ia3_on_conv1d_is_transposed(tmp_path: Path, feedforward: bool) -> None:
     scale = random(1, 7) if feedforward else random(7, 1)
     settings = {"peft_type": "IA3", "feedforward_modules": ["c_proj"] if feedforward else []}
     update = read(tmp_path, {"h.0.c_proj.ia3_l": scale}, GPT2, **settings)[0]
@@ -71,14 +71,14 @@ def test_ia3_on_a_conv1d_is_transposed(tmp_path: Path, feedforward: bool) -> Non
     close(in_blocks(update, given), given.double() * factor)
 
 
-def test_a_layer_of_gpt2_that_is_no_conv1d_is_not_transposed(tmp_path: Path) -> None:
+def test_ia3_on_linear_of_gpt2_is_not_transposed(tmp_path: Path) -> None:
     update = read(tmp_path, {"head.ia3_l": random(7, 1)}, GPT2, peft_type="IA3", feedforward_modules=[])[0]
     assert update.fits((7, 10)) and not update.fits((10, 7))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("kernel", [(3,), (2, 3)])
-def test_ia3_on_a_convolution_in_groups(tmp_path: Path, groups: int, kernel: tuple[int, ...]) -> None:
+def test_ia3_on_grouped_convolution_equals_formula(tmp_path: Path, groups: int, kernel: tuple[int, ...]) -> None:
     """Output row o belongs to group o // (outputs / groups), which sees the channels of that group alone."""
     outputs, inputs = 12, 8
     scale = random(1, inputs, *(1 for _ in kernel))
@@ -96,7 +96,7 @@ def test_ia3_on_a_convolution_in_groups(tmp_path: Path, groups: int, kernel: tup
 # --- LoHa ---------------------------------------------------------------------------------------------------
 
 
-def test_loha(tmp_path: Path) -> None:
+def test_loha_equals_formula(tmp_path: Path) -> None:
     a, b, c, d = random(9, 4), random(4, 7, seed=2), random(9, 4, seed=3), random(4, 7, seed=4)
     values = {"x.hada_w1_a": a, "x.hada_w1_b": b, "x.hada_w2_a": c, "x.hada_w2_b": d}
     settings = {"peft_type": "LOHA", "r": 9, "alpha": 1, "rank_pattern": {"x": 4}, "alpha_pattern": {"x": 6}}
@@ -108,7 +108,7 @@ def test_loha(tmp_path: Path) -> None:
     assert update.fits((9, 7)) and update.fits((9, 7, 1)) and not update.fits((7, 9))
 
 
-def test_loha_with_cores(tmp_path: Path) -> None:
+def test_loha_with_cores_equals_formula(tmp_path: Path) -> None:
     """Tucker products: τ ×₁ aᵀ ×₂ bᵀ over a kernel of 3 (FedPara, proposition 3)."""
     shapes = {"t1": (4, 4, 3), "w1_a": (4, 8), "w1_b": (4, 6), "t2": (4, 4, 3), "w2_a": (4, 8), "w2_b": (4, 6)}
     parts = drawn(shapes)
@@ -137,7 +137,7 @@ def kronecker(parts: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shapes", [WHOLE, LEFT, RIGHT, BOTH])
-def test_lokr(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_lokr_equals_formula(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     parts = drawn(shapes)
     (update,) = read(tmp_path, {f"x.lokr_{k}": v for k, v in parts.items()}, peft_type="LOKR", r=4, alpha=6)
     assert facts(update) == ("x.weight", "lokr", True, False, False)
@@ -146,7 +146,7 @@ def test_lokr(tmp_path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     close(in_blocks(update, given, 5), given.double() + 1.5 * kronecker(parts))
 
 
-def test_lokr_with_a_core_is_a_kronecker_product_of_channels(tmp_path: Path) -> None:
+def test_lokr_with_core_is_kronecker_product_of_channels(tmp_path: Path) -> None:
     shapes = {"w1": (3, 2), "w2_a": (4, 4), "w2_b": (4, 5), "t2": (4, 4, 3, 2)}
     parts = drawn(shapes)
     (update,) = read(tmp_path, {f"x.lokr_{k}": v for k, v in parts.items()}, peft_type="LOKR", r=4, alpha=6)
@@ -158,7 +158,7 @@ def test_lokr_with_a_core_is_a_kronecker_product_of_channels(tmp_path: Path) -> 
     close(in_blocks(update, given, 5), given.double() + 1.5 * exact)
 
 
-def test_lokr_on_a_kernel_of_one_dimension_is_pefts_product(tmp_path: Path) -> None:
+def test_lokr_on_1d_kernel_equals_peft(tmp_path: Path) -> None:
     """torch.kron of a matrix and (out, in, kernel): the matrix's rows meet the channels, as PEFT trains it."""
     first, second = random(3, 2), random(4, 5, 3, seed=2)
     values = {"x.lokr_w1": first, "x.lokr_w2": second}
@@ -173,7 +173,7 @@ def test_lokr_on_a_kernel_of_one_dimension_is_pefts_product(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("alpha", "scaling"), [(10, 10), (1, 1), (0.5, 0.5), (0, 6), (-3, 6)])
-def test_adalora_scales_by_alpha_or_by_the_initial_rank(tmp_path: Path, alpha: float, scaling: float) -> None:
+def test_adalora_scaling_is_alpha_over_initial_rank(tmp_path: Path, alpha: float, scaling: float) -> None:
     """PEFT: lora_alpha if it is positive, else init_r; over the initial rank."""
     a, b, e = random(6, 7), random(9, 6), random(6, 1)
     values = {"x.lora_A": a, "x.lora_B": b, "x.lora_E": e}
@@ -185,7 +185,7 @@ def test_adalora_scales_by_alpha_or_by_the_initial_rank(tmp_path: Path, alpha: f
 
 
 @pytest.mark.parametrize("name", ["x.lora_E", "x.lora_E.default", "x.default.lora_E"])
-def test_adalora_masks_by_any_name(tmp_path: Path, name: str) -> None:
+def test_adalora_mask_under_any_name_is_applied(tmp_path: Path, name: str) -> None:
     values = {"x.lora_A": random(2, 7), "x.lora_B": random(9, 2), "x.lora_E": random(2, 1)}
     settings = {"peft_type": "ADALORA", "init_r": 6, "lora_alpha": 6, "rank_pattern": {name: [True, False, True]}}
     (update,) = read(tmp_path, values, **settings)
@@ -193,7 +193,7 @@ def test_adalora_masks_by_any_name(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "size"), [("h.0.c_fc", (9, 7)), ("h.0.c_proj", (7, 7)), ("head", (7, 7))])
-def test_adalora_on_a_conv1d_is_transposed(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+def test_adalora_on_conv1d_is_transposed(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     """Told by the shape, and of a square weight by the architecture."""
     out, width = size
     a, b, e = random(4, width), random(out, 4), random(4, 1)
@@ -225,7 +225,7 @@ LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
         ),
     ],
 )
-def test_what_a_kind_says_of_itself(
+def test_kind_description_names_formula(
     tmp_path: Path, shapes: dict[str, tuple[int, ...]], settings: dict[str, Any], expected: tuple[str, bool, bool]
 ) -> None:
     (update,) = read(tmp_path, {k: random(*v) for k, v in shapes.items()}, **LORA | settings)
@@ -234,7 +234,7 @@ def test_what_a_kind_says_of_itself(
 
 
 @pytest.mark.parametrize("init", [True, "pissa"])
-def test_a_tied_weight_follows_where_the_configuration_says_so(tmp_path: Path, init: Any) -> None:
+def test_tied_weight_follows_configuration(tmp_path: Path, init: Any) -> None:
     values = {k: random(*v) for k, v in PAIR.items()}
     settings = LORA | {"ensure_weight_tying": True, "init_lora_weights": init}
     (update,) = read(tmp_path, values, **settings, target_modules=["x", "model.embed_tokens"])
@@ -244,7 +244,7 @@ def test_a_tied_weight_follows_where_the_configuration_says_so(tmp_path: Path, i
         assert update.tied == isinstance(other, str)
 
 
-def test_a_decomposition_needs_the_whole_weight_and_many_copies_of_it(tmp_path: Path) -> None:
+def test_decomposition_needs_whole_weight_and_copies(tmp_path: Path) -> None:
     (update,) = read(tmp_path, {k: random(*v) for k, v in PAIR.items()}, **LORA, init_lora_weights="olora")
     assert not update.row_wise((9, 7)) and update.copies == DECOMPOSITION
     loaded: Any = update.load((9, 7))
@@ -256,7 +256,7 @@ def test_a_decomposition_needs_the_whole_weight_and_many_copies_of_it(tmp_path: 
     assert update.row_wise((7, 9)) and update.adds  # PEFT initialises embeddings in the plain way
 
 
-def test_lora_bias_says_what_it_is(tmp_path: Path) -> None:
+def test_lora_bias_is_described(tmp_path: Path) -> None:
     values = {"x.lora_A.weight": random(4, 7), "x.lora_B.weight": random(9, 4), "x.lora_B.bias": random(9)}
     settings = {"peft_type": "LORA", "r": 9, "lora_alpha": 4, "lora_bias": True, "rank_pattern": {"x": 4}}
     settings["alpha_pattern"] = {"x": 6}

@@ -46,7 +46,7 @@ WORDS = {
 @pytest.mark.parametrize(
     "kind", daily(WORDS, [k for k in WORDS if k not in RARE or k in ("hra", "delora", "miss bat")])
 )
-def test_words(kind: str, tmp_path: Path) -> None:
+def test_inspection_words_describe_adapter(kind: str, tmp_path: Path) -> None:
     family = FAMILIES["mixtral" if "experts" in kind else "llama"]
     base = family.save(tmp_path / "base")
     train(base, family, kind, tmp_path / "adapter")

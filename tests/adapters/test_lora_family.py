@@ -38,7 +38,7 @@ def close(found: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kernel", [(3,), (3, 5), (2, 3, 1), (1, 1)])
-def test_convolution(tmp_path: Path, kernel: tuple[int, ...]) -> None:
+def test_lora_on_convolution_equals_formula(tmp_path: Path, kernel: tuple[int, ...]) -> None:
     a, b = random(R, 6, *kernel), random(8, R, *(1 for _ in kernel))
     (update,) = updates(tmp_path, {"c.lora_A.weight": a, "c.lora_B.weight": b})
     weight = random(8, 6, *kernel, seed=5)
@@ -47,7 +47,7 @@ def test_convolution(tmp_path: Path, kernel: tuple[int, ...]) -> None:
     close(in_blocks(update, weight), weight.double() + S * delta)
 
 
-def test_dora_normalises_each_output(tmp_path: Path) -> None:
+def test_dora_normalizes_each_output(tmp_path: Path) -> None:
     a, b, m = random(R, 7), random(9, R), random(9).abs() + 0.5
     values = {"x.lora_A.weight": a, "x.lora_B.weight": b, "x.lora_magnitude_vector": m}
     (update,) = updates(tmp_path, values, use_dora=True)
@@ -58,7 +58,7 @@ def test_dora_normalises_each_output(tmp_path: Path) -> None:
     close(in_blocks(update, weight.T.contiguous()), exact.T)  # Conv1D: outputs are columns
 
 
-def test_dora_convolution_and_embedding(tmp_path: Path) -> None:
+def test_dora_on_convolution_and_embedding_equals_formula(tmp_path: Path) -> None:
     a, b, m = random(R, 6, 3), random(8, R, 1), random(1, 8, 1).abs() + 0.5
     values = {"c.lora_A.weight": a, "c.lora_B.weight": b, "c.lora_magnitude_vector": m}
     (update,) = updates(tmp_path / "c", values, use_dora=True)
@@ -75,7 +75,7 @@ def test_dora_convolution_and_embedding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [3, 0])
-def test_adalora_divides_by_the_initial_rank(tmp_path: Path, rank: int) -> None:
+def test_adalora_divides_by_initial_rank(tmp_path: Path, rank: int) -> None:
     a, b, e = random(rank, 7), random(9, rank), random(rank, 1)
     values = {"x.lora_A": a, "x.lora_B": b, "x.lora_E": e}
     mask = [True] * rank + [False] * (6 - rank)
@@ -92,7 +92,7 @@ def test_adalora_divides_by_the_initial_rank(tmp_path: Path, rank: int) -> None:
         updates(tmp_path, {k: v for k, v in values.items() if "E" not in k}, **config)
 
 
-def test_tokens_replace_their_rows_and_no_others(tmp_path: Path) -> None:
+def test_trained_tokens_replace_only_their_rows(tmp_path: Path) -> None:
     rows = random(3, 5)
     values = {
         "e.token_adapter.trainable_tokens_delta": rows,
@@ -113,7 +113,7 @@ def test_tokens_replace_their_rows_and_no_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(9, 7), (7, 9)])
-def test_residual_initialisations_are_taken_out_of_the_base(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_lora_residual_initialization_is_subtracted_from_base(tmp_path: Path, shape: tuple[int, int]) -> None:
     out, width = shape
     values = {"x.lora_A.weight": random(R, width), "x.lora_B.weight": random(out, R)}
     weight = random(out, width, seed=5)
@@ -129,14 +129,14 @@ def test_residual_initialisations_are_taken_out_of_the_base(tmp_path: Path, shap
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "lora_ga", "loftq"])
-def test_initialisations_that_cannot_be_recomputed_name_the_conversion(tmp_path: Path, init: str) -> None:
+def test_lora_initialization_not_recomputable_is_refused_with_conversion(tmp_path: Path, init: str) -> None:
     values = {"x.lora_A.weight": random(R, 7), "x.lora_B.weight": random(9, R)}
     with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
         updates(tmp_path, values, init_lora_weights=init)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
-def test_other_initialisations_are_plain_lora(tmp_path: Path, init: str | bool) -> None:
+def test_lora_other_initializations_are_plain_lora(tmp_path: Path, init: str | bool) -> None:
     values = {"x.lora_A.weight": random(R, 7), "x.lora_B.weight": random(9, R)}
     (update,) = updates(tmp_path, values, init_lora_weights=init)
     assert update.row_wise((9, 7))

@@ -110,7 +110,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_merged_equals_mlx_forward(tmp_path: Path, case: str) -> None:
+def test_merge_mlx_equals_mlx_forward(tmp_path: Path, case: str) -> None:
     values, dora, tied = CASES[case]
     base = save_base(tmp_path / "base", config=llama_config(tied=tied))
     merge(base, [AdapterChoice(save(tmp_path / "adapter", values, dora))], tmp_path / "out")
@@ -144,7 +144,7 @@ def on_experts(flat: bool = False) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["stacked", "with experts and ranks in one dimension"])
-def test_experts(tmp_path: Path, flat: bool) -> None:
+def test_mlx_experts_equal_mlx_forward(tmp_path: Path, flat: bool) -> None:
     """LoRASwitchLinear: each token goes through a and b of its experts, so an expert's weight gains scale·b·a."""
     base, values = moe_base(tmp_path / "base"), on_experts(flat)
     merge(base, [AdapterChoice(save(tmp_path / "adapter", values))], tmp_path / "out")
@@ -161,7 +161,7 @@ def test_experts(tmp_path: Path, flat: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, "experts"])
-def test_validate_passes_and_sees_a_wrong_scale(tmp_path: Path, case: str) -> None:
+def test_validate_mlx_passes_and_wrong_scale_fails(tmp_path: Path, case: str) -> None:
     """The reference reads the file by itself: what another scale merges is refused."""
     values, dora, tied = CASES.get(case, (on_experts(), False, False))
     base = moe_base(tmp_path / "base") if case == "experts" else None
@@ -186,7 +186,7 @@ def test_validate_passes_and_sees_a_wrong_scale(tmp_path: Path, case: str) -> No
         ({"lora_parameters": [RANK]}, "lora_parameters is"),
     ],
 )
-def test_what_mlx_would_not_load_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+def test_read_mlx_unsupported_adapter_is_refused(tmp_path: Path, config: dict[str, Any], words: str) -> None:
     base = save_base(tmp_path / "base")
     adapter = save(tmp_path / "adapter", on_linears(), **config)
     with pytest.raises(AdapterError, match=words):
@@ -205,7 +205,7 @@ def test_what_mlx_would_not_load_is_refused(tmp_path: Path, config: dict[str, An
         (pair("model.layers.0.self_attn.q_proj", (40, RANK), (RANK, 48)), "fits a weight of shape"),
     ],
 )
-def test_damaged_tensors_are_refused(tmp_path: Path, values: dict[str, torch.Tensor], words: str) -> None:
+def test_read_mlx_damaged_tensors_is_refused(tmp_path: Path, values: dict[str, torch.Tensor], words: str) -> None:
     base = save_base(tmp_path / "base")
     with pytest.raises(AdapterError, match=words):
         merge(base, [AdapterChoice(save(tmp_path / "adapter", values))], tmp_path / "out")

@@ -33,29 +33,29 @@ def config(*targets: str, **settings: Any) -> OFTConfig:
         *({"num_cayley_neumann_terms": n} for n in (2, 3, 4, 5, 6, 9)),
     ],
 )
-def test_every_setting_on_every_sort_of_layer(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_oft_every_setting_and_layer_equals_formula(tmp_path: Path, settings: dict[str, Any]) -> None:
     targets = check_against_peft(saved(tmp_path, config(*NAMES, **settings)), oft.read)
     assert targets == {f"{n}.weight" for n in NAMES}
 
 
-def test_one_term_is_the_identity(tmp_path: Path) -> None:
+def test_oft_one_neumann_term_is_identity(tmp_path: Path) -> None:
     weight = torch.randn(20, 12)
     (update,) = oft.read(opened(saved(tmp_path, config("up", num_cayley_neumann_terms=1))))
     assert torch.equal(merged(update, weight), weight)
 
 
-def test_coft_leaves_blocks_within_the_limit(tmp_path: Path) -> None:
+def test_coft_keeps_blocks_within_limit(tmp_path: Path) -> None:
     check_against_peft(saved(tmp_path, config("up", "down", coft=True, eps=50.0)), oft.read)
 
 
-def test_a_convolution_in_groups_with_a_shared_block(tmp_path: Path) -> None:
+def test_oft_grouped_convolution_with_shared_block_equals_formula(tmp_path: Path) -> None:
     folder = saved(tmp_path, config("groups", block_share=True))
     check_against_peft(folder, oft.read)
     (update,) = oft.read(opened(folder))
     assert not update.fits((6, 6, 1, 1))  # six inputs are no whole blocks
 
 
-def test_wide_convolutions_are_refused_as_no_weight_equals_them(tmp_path: Path) -> None:
+def test_oft_wide_convolution_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, config("patch"), size=0.0)
     (update,) = oft.read(opened(folder))
     with pytest.raises(AdapterError, match="3×3 pixels"):
@@ -66,7 +66,7 @@ def test_wide_convolutions_are_refused_as_no_weight_equals_them(tmp_path: Path) 
     assert not torch.allclose(layer(x), layer.base_layer(x), atol=0.1)
 
 
-def test_weights_of_another_base_do_not_fit(tmp_path: Path) -> None:
+def test_oft_on_other_base_is_refused(tmp_path: Path) -> None:
     updates = {u.target: u for u in oft.read(opened(saved(tmp_path, config("up", "table"))))}
     assert updates["up.weight"].fits((7, 12)) and updates["up.weight"].fits((7, 12, 1, 1))
     assert not updates["up.weight"].fits((12, 16)) and not updates["up.weight"].fits((12,))
@@ -75,7 +75,7 @@ def test_weights_of_another_base_do_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["", ".default"])
 @pytest.mark.parametrize("prefix", ["base_model.model.", ""])
-def test_spellings(tmp_path: Path, prefix: str, ending: str) -> None:
+def test_oft_key_spellings_are_read(tmp_path: Path, prefix: str, ending: str) -> None:
     folder = saved(tmp_path, config("up"))
     value = load_file(folder / WEIGHTS)["base_model.model.up.oft_R.weight"]
     edit(folder, lambda v: (v.clear(), v.update({f"{prefix}up.oft_R{ending}.weight": value})))
@@ -95,7 +95,7 @@ def test_spellings(tmp_path: Path, prefix: str, ending: str) -> None:
         ("newest", True),
     ],
 )
-def test_the_series_is_told_by_the_version(tmp_path: Path, version: str | None, refused: bool) -> None:
+def test_oft_series_follows_version(tmp_path: Path, version: str | None, refused: bool) -> None:
     folder = saved(tmp_path, config("up"))
     if refused:
         with pytest.raises(AdapterError, match=r"before 0.18|peft_version is 'newest'"):
@@ -119,7 +119,7 @@ def test_the_series_is_told_by_the_version(tmp_path: Path, version: str | None, 
         ({"coft": True, "eps": -1.0}, "eps is -1"),
     ],
 )
-def test_settings_that_are_not_understood(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_oft_unknown_settings_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     folder = saved(tmp_path, config("up"))
     with pytest.raises(AdapterError, match=message):
         oft.read(opened(folder, **settings))
@@ -135,19 +135,19 @@ def test_settings_that_are_not_understood(tmp_path: Path, settings: dict[str, An
         ({"up.oft_R.weight": torch.ones(3, 6), "up.oft_embedding_R.weight": torch.ones(3, 6)}, "two rotations"),
     ],
 )
-def test_tensors_that_are_not_understood(tmp_path: Path, values: dict[str, torch.Tensor], message: str) -> None:
+def test_oft_unknown_tensors_are_refused(tmp_path: Path, values: dict[str, torch.Tensor], message: str) -> None:
     folder = saved(tmp_path, config("up"))
     edit(folder, lambda v: (v.clear(), v.update(values)))
     with pytest.raises(AdapterError, match=message):
         oft.read(opened(folder))
 
 
-def test_a_weight_has_no_meaning(tmp_path: Path) -> None:
+def test_oft_with_weight_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="OFT is not a delta"):
         oft.read(opened(saved(tmp_path, config("up")), 0.5))
 
 
-def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+def test_oft_ignores_files_of_other_kinds(tmp_path: Path) -> None:
     folder = saved(tmp_path, config("up"))
     edit(folder, lambda v: (v.clear(), v.update({"score.weight": torch.ones(2, 3)})))
     assert oft.read(opened(folder)) == []

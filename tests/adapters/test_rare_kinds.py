@@ -33,7 +33,7 @@ def read(folder: Path, values: dict[str, torch.Tensor], factor: float = 1.0, **c
 
 
 @pytest.mark.parametrize("peft_type", ["MISS", "BONE"])
-def test_a_block_is_repeated_along_the_inputs_and_cut_off(tmp_path: Path, peft_type: str) -> None:
+def test_miss_block_repeats_along_inputs_and_is_cut(tmp_path: Path, peft_type: str) -> None:
     block, weight = random(4, 8), random(8, 11, seed=5)
     name = f"x.{peft_type.lower()}_block"
     (update,) = read(tmp_path, {name: block}, peft_type=peft_type, r=4, init_weights=True)
@@ -43,7 +43,7 @@ def test_a_block_is_repeated_along_the_inputs_and_cut_off(tmp_path: Path, peft_t
 
 
 @pytest.mark.parametrize("peft_type", ["MISS", "BONE"])
-def test_bat_changes_each_block_by_itself(tmp_path: Path, peft_type: str) -> None:
+def test_miss_bat_changes_each_block(tmp_path: Path, peft_type: str) -> None:
     blocks, weight = random(2, 4, 4), random(8, 12, seed=5)
     name = f"x.{peft_type.lower()}_block"
     (update,) = read(tmp_path, {name: blocks}, peft_type=peft_type, r=4, init_weights="bat")
@@ -57,7 +57,7 @@ def test_bat_changes_each_block_by_itself(tmp_path: Path, peft_type: str) -> Non
 
 
 @pytest.mark.parametrize("orthogonal", [False, True])
-def test_reflections_one_after_the_other(tmp_path: Path, orthogonal: bool) -> None:
+def test_hra_applies_reflections_in_order(tmp_path: Path, orthogonal: bool) -> None:
     vectors, weight = random(12, 3), random(7, 12, seed=5)
     (update,) = read(tmp_path, {"x.hra_u": vectors}, peft_type="HRA", r=3, apply_GS=orthogonal)
     directions = torch.linalg.qr(vectors.double()).Q if orthogonal else vectors.double()
@@ -71,7 +71,7 @@ def test_reflections_one_after_the_other(tmp_path: Path, orthogonal: bool) -> No
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (7, 5), (8, 6)])
-def test_the_spectrum_is_a_sum_of_waves(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_fourierft_delta_is_sum_of_waves(tmp_path: Path, shape: tuple[int, int]) -> None:
     values, weight = random(9), random(*shape, seed=5)
     config = {"peft_type": "FOURIERFT", "scaling": 20.0, "random_loc_seed": 31}
     (update,) = read(tmp_path, {"x.fourierft_spectrum": values}, **config)
@@ -86,7 +86,7 @@ def test_the_spectrum_is_a_sum_of_waves(tmp_path: Path, shape: tuple[int, int]) 
     assert not update.fits((2, 4)) and update.copies == fourierft.COPIES
 
 
-def test_circulant_blocks(tmp_path: Path) -> None:
+def test_c3a_blocks_are_circulant(tmp_path: Path) -> None:
     kernel, weight = random(2, 3, 4), random(8, 12, seed=5)
     (update,) = read(tmp_path, {"x.c3a_kernel": kernel}, peft_type="C3A")
     exact = weight.double().clone()
@@ -98,9 +98,7 @@ def test_circulant_blocks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["db1", "db2", "sym4"])
 @pytest.mark.parametrize("shape", [(8, 6), (7, 9)])
-def test_wavelets_answer_with_outer_products_of_their_filters(
-    tmp_path: Path, family: str, shape: tuple[int, int]
-) -> None:
+def test_waveft_basis_is_outer_product_of_filters(tmp_path: Path, family: str, shape: tuple[int, int]) -> None:
     """The inverse transform as matrices: of the padded coefficients, L and H each for rows and columns."""
     from peft.tuners.waveft.wavelet import Wavelet
 
@@ -130,9 +128,7 @@ def test_wavelets_answer_with_outer_products_of_their_filters(
     assert all(abs(float(f @ f) - 1) < 1e-9 for f in filters)
 
 
-def test_the_patches_of_many_coefficients_are_added_in_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waveft_many_coefficients_are_added_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, weight = random(20), random(9, 8, seed=5)
     config = {"peft_type": "WAVEFT", "scaling": 3.0, "random_loc_seed": 5, "use_idwt": True}
     (update,) = read(tmp_path, {"x.waveft_spectrum": values}, **config, wavelet_family="db3")
@@ -142,7 +138,7 @@ def test_the_patches_of_many_coefficients_are_added_in_parts(
 
 
 @pytest.mark.parametrize(("seed", "total"), [(777, 12), (0, 5000), (2**40 + 3, 977), (-4, 300)])
-def test_chosen_places_are_the_first_of_a_permutation(
+def test_fourierft_positions_are_prefix_of_permutation(
     seed: int, total: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
@@ -153,7 +149,7 @@ def test_chosen_places_are_the_first_of_a_permutation(
     assert torch.equal(first_permuted(seed, total, 7), whole[:7])
 
 
-def test_values_on_one_place_add_up_and_columns_are_columns(tmp_path: Path) -> None:
+def test_shira_duplicate_positions_add_up(tmp_path: Path) -> None:
     places = torch.tensor([[0, 4, 4], [6, 1, 1]], dtype=torch.int32)
     values = {"x.shira_weight": torch.tensor([1.0, 2.0, 4.0] + 9 * [0.0]), "x.shira_indices": places.repeat(1, 4)}
     (update,) = read(tmp_path, values, peft_type="SHIRA", r=1, factor=0.5)
@@ -162,7 +158,7 @@ def test_values_on_one_place_add_up_and_columns_are_columns(tmp_path: Path) -> N
     assert found.nonzero().tolist() == [[0, 6], [4, 1]] and found[0, 6] == 0.5 and found[4, 1] == 3
 
 
-def test_a_layer_inside_a_trained_layer_is_replaced(tmp_path: Path) -> None:
+def test_ln_tuning_nested_layer_is_replaced(tmp_path: Path) -> None:
     values = {"x.norm.ln_tuning_layers.weight": random(6), "y.ln_tuning_layers.default.norm.bias": random(3)}
     found = read(tmp_path, values, peft_type="LN_TUNING")
     assert [(u.target, u.replaces, u.shapes) for u in found] == [
@@ -185,7 +181,7 @@ FACTORS = {"randlora", "shira", "gralora"}  # PEFT gives their deltas a factor
 
 
 @pytest.mark.parametrize("kind", ON_LLAMA)
-def test_names_with_the_adapter_s_own_name_are_read(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_keys_with_adapter_name_are_read(kind: str, llama: Path, tmp_path: Path) -> None:
     """As a state_dict has them that PEFT did not save."""
     from lora_export.adapters import AdapterFile, read_adapter
     from lora_export.checkpoint import open_adapter_files
@@ -209,7 +205,7 @@ def test_names_with_the_adapter_s_own_name_are_read(kind: str, llama: Path, tmp_
 
 
 @pytest.mark.parametrize("kind", daily(ON_LLAMA, [k for k in ON_LLAMA if " " not in k]))
-def test_a_factor_scales_the_delta_or_is_refused(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_weight_scales_delta_or_is_refused(kind: str, llama: Path, tmp_path: Path) -> None:
     train(llama, FAMILIES["llama"], kind, tmp_path / "adapter")
     half = [AdapterChoice(tmp_path / "adapter", 0.5)]
     if kind.partition(" ")[0] not in FACTORS:
@@ -224,7 +220,7 @@ def test_a_factor_scales_the_delta_or_is_refused(kind: str, llama: Path, tmp_pat
 
 
 @pytest.mark.parametrize("kind", daily(ON_LLAMA, ["waveft sym3", "hra", "road 4", "miss bat"]))
-def test_the_terms_of_a_formula_are_no_smaller_than_its_result(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_update_terms_bound_its_result(kind: str, llama: Path, tmp_path: Path) -> None:
     """The certificate's bound rests on them."""
     train(llama, FAMILIES["llama"], kind, tmp_path)
     planned = plan(llama, [AdapterChoice(tmp_path)], MergeOptions())
@@ -237,7 +233,7 @@ def test_the_terms_of_a_formula_are_no_smaller_than_its_result(kind: str, llama:
 
 
 @pytest.mark.parametrize("kind", daily(ON_LLAMA, ["gralora wide", "fourierft"]))
-def test_inspect_with_a_base_has_figures_of_every_matrix(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_inspect_with_base_has_figures_for_every_matrix(kind: str, llama: Path, tmp_path: Path) -> None:
     """Ranks may be larger than the matrix, and its singular values fewer."""
     train(llama, FAMILIES["llama"], kind, tmp_path)
     if kind == "ln tuning":
@@ -253,7 +249,7 @@ COMBINED = ["miss", "fourierft", "vblora", "randlora", "shira", "c3a", "waveft",
 
 
 @pytest.mark.parametrize("kind", daily(COMBINED, ["waveft", "vblora"]))
-def test_deltas_are_combined(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_combine_rare_kinds_adds_deltas(kind: str, llama: Path, tmp_path: Path) -> None:
     """TIES with all of the deltas kept and one adapter is the adapter; a weighted sum is one of the deltas."""
     train(llama, FAMILIES["llama"], kind, tmp_path / "a")
     train(llama, FAMILIES["llama"], "lora", tmp_path / "b")
@@ -270,7 +266,7 @@ def test_deltas_are_combined(kind: str, llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["vblora", "delora", "gralora hybrid"])
-def test_a_full_rank_is_the_adapter_as_lora(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_combine_at_full_rank_equals_adapter(kind: str, llama: Path, tmp_path: Path) -> None:
     train(llama, FAMILIES["llama"], kind, tmp_path / "adapter")
     truncate(tmp_path / "adapter", tmp_path / "lora", Rank(rank=48))
     for name in ("adapter", "lora"):
@@ -281,7 +277,7 @@ def test_a_full_rank_is_the_adapter_as_lora(kind: str, llama: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("kind", ["miss", "fourierft", "shira", "ln tuning"])
-def test_what_has_no_factors_or_sizes_of_its_own_becomes_no_lora(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_combine_kinds_without_factors_is_refused(kind: str, llama: Path, tmp_path: Path) -> None:
     train(llama, FAMILIES["llama"], kind, tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"has no matrices A and B of one rank"):
         truncate(tmp_path / "adapter", tmp_path / "lora", Rank(rank=2))

@@ -48,7 +48,7 @@ def rewritten(adapter: Path, change: Any) -> Path:
     return adapter
 
 
-def test_every_type_of_peft_is_merged_or_refused_with_a_reason() -> None:
+def test_registry_every_peft_type_is_merged_or_refused() -> None:
     known = set(READ)
     older = {"BONE"}  # which PEFT has called MISS since 0.19
     assert {t.value for t in peft.PeftType} | older == known | _NEVER.keys()
@@ -68,9 +68,7 @@ def test_every_type_of_peft_is_merged_or_refused_with_a_reason() -> None:
     ],
     ids=["frod", "supertuning"],
 )
-def test_what_peft_did_not_save_is_saved_by_the_code_that_the_refusal_gives(
-    config: Any, option: str, llama: Path, tmp_path: Path
-) -> None:
+def test_refusal_code_saves_missing_state(config: Any, option: str, llama: Path, tmp_path: Path) -> None:
     model = peft.get_peft_model(LLAMA.load(llama), config)
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(LoraExportError, match=f"{option} is false") as caught:
@@ -93,14 +91,14 @@ def test_what_peft_did_not_save_is_saved_by_the_code_that_the_refusal_gives(
     ],
     ids=["expression", "layers", "pattern", "all-linear"],
 )
-def test_the_layers_of_unilora_follow_from_its_configuration(chosen: Any, llama: Path, tmp_path: Path) -> None:
+def test_unilora_layers_follow_configuration(chosen: Any, llama: Path, tmp_path: Path) -> None:
     config = peft.UniLoraConfig(theta_d_length=30, init_weights=False, **chosen)
     peft.get_peft_model(LLAMA.load(llama), config).save_pretrained(tmp_path / "adapter")
     merge(llama, [AdapterChoice(tmp_path / "adapter")], tmp_path / "merged")
     assert error_of(tmp_path / "merged", llama, tmp_path / "adapter") < 1e-5
 
 
-def test_the_class_that_unilora_was_trained_on_decides_its_layers(tmp_path: Path) -> None:
+def test_unilora_class_decides_its_layers(tmp_path: Path) -> None:
     """The head of the pre-training has a `dense` more than a classifier has, and all share one drawing."""
     base = transformers.BertForPreTraining(bert_config())
     randomize(base, 1)
@@ -124,7 +122,7 @@ def test_the_class_that_unilora_was_trained_on_decides_its_layers(tmp_path: Path
     assert float((found - expected).abs().max()) < 1e-5 < float((before - expected).abs().max())
 
 
-def test_positions_outside_of_the_weight_are_refused(llama: Path, tmp_path: Path) -> None:
+def test_sparse_positions_outside_weight_are_refused(llama: Path, tmp_path: Path) -> None:
     train(llama, LLAMA, "supertuning", tmp_path / "adapter")
     name = "base_model.model.model.layers.0.self_attn.q_proj.supertuning_indices"
 
@@ -137,7 +135,7 @@ def test_positions_outside_of_the_weight_are_refused(llama: Path, tmp_path: Path
     assert caught.value.expected == "whole numbers from 0 to 2303" and caught.value.tensor == name
 
 
-def test_an_adapter_of_another_base_has_other_clusters(llama: Path, tmp_path: Path) -> None:
+def test_adamss_on_other_base_is_refused(llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     train(llama, LLAMA, "adamss", tmp_path / "adapter")
     other = LLAMA.load(llama)
@@ -169,9 +167,7 @@ def test_adamss_without_scikit_learn_is_refused(tmp_path: Path, monkeypatch: pyt
         plan(base, [AdapterChoice(adapter)], MergeOptions())
 
 
-def test_adamss_puts_each_pair_into_the_rows_of_its_cluster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adamss_pairs_update_rows_of_their_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = _adamss(tmp_path)
     labels = torch.tensor([1, 0, 0, 1, 0, 0, 1, 0])
     seen = []
@@ -203,7 +199,7 @@ def test_adamss_puts_each_pair_into_the_rows_of_its_cluster(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_every_activation_of_peanut(activation: str, llama: Path, tmp_path: Path) -> None:
+def test_peanut_every_activation_equals_formula(activation: str, llama: Path, tmp_path: Path) -> None:
     config = peft.PeanutConfig(r=4, depth=1, act_fn=activation, scaling=0.5, target_modules=["q_proj"])
     model = peft.get_peft_model(LLAMA.load(llama), config)
     randomize(model, 2, tuple(n for n, p in model.named_parameters() if p.requires_grad), 0.4)
@@ -214,7 +210,7 @@ def test_every_activation_of_peanut(activation: str, llama: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [k for k in sorted(SELDOM) if KINDS[k](LLAMA) is not None])
-def test_inspect_says_what_it_is(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_inspect_rarer_kinds_names_kind(kind: str, llama: Path, tmp_path: Path) -> None:
     train(llama, LLAMA, kind, tmp_path / "adapter")
     found = inspect_folder(tmp_path / "adapter", llama)
     assert found["mergeable"] and found["fits_base"] and found["rank"] in (4, 6, 12, None)
@@ -222,7 +218,7 @@ def test_inspect_says_what_it_is(kind: str, llama: Path, tmp_path: Path) -> None
     assert all(int(rank) == 4 for rank in found["ranks"])
 
 
-def test_unilora_has_no_factors_of_its_own_to_combine(llama: Path, tmp_path: Path) -> None:
+def test_combine_unilora_is_refused(llama: Path, tmp_path: Path) -> None:
     for kind in ("unilora", "lora"):
         train(llama, LLAMA, kind, tmp_path / kind)
     options = MergeOptions(combine="linear", combine_on="factors")

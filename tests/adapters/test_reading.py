@@ -32,7 +32,7 @@ def adapter(folder: Path, values: dict[str, torch.Tensor], **config: Any) -> Ada
 
 @pytest.mark.parametrize("prefix", ["base_model.model.", "base_model.", ""])
 @pytest.mark.parametrize("ending", [".weight", ".default.weight"])
-def test_spellings_of_linear_keys(tmp_path: Path, prefix: str, ending: str) -> None:
+def test_read_linear_key_spellings_are_accepted(tmp_path: Path, prefix: str, ending: str) -> None:
     found = adapter(tmp_path, {f"{prefix}x.q_proj.lora_A{ending}": A, f"{prefix}x.q_proj.lora_B{ending}": B})
     (update,) = found.updates
     assert update.target == "x.q_proj.weight"
@@ -44,7 +44,7 @@ def test_spellings_of_linear_keys(tmp_path: Path, prefix: str, ending: str) -> N
     torch.testing.assert_close(update.load((10, 6)).apply(weight.T.clone(), slice(0, 10)), expected.T)
 
 
-def test_names() -> None:
+def test_read_names_are_mapped() -> None:
     assert base_name("score.modules_to_save.bias") == "score.bias"
     assert base_name("q_proj.base_layer.bias") == "q_proj.bias"
     assert part("x.lora_A.weight", "lora_A") == part("x.lora_A", "lora_A") == "x"
@@ -68,7 +68,7 @@ def test_names() -> None:
     "module", ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.11.q_proj", "q_proj"]
 )
 @pytest.mark.parametrize("rslora", [False, True])
-def test_patterns_match_as_in_peft(pattern: dict[str, int], module: str, rslora: bool, tmp_path: Path) -> None:
+def test_rank_patterns_match_like_peft(pattern: dict[str, int], module: str, rslora: bool, tmp_path: Path) -> None:
     config = parse_lora({"r": 7, "lora_alpha": 9, "rank_pattern": pattern, "use_rslora": rslora}, tmp_path)
     rank = pattern.get(get_pattern_key(pattern.keys(), module), 7)
     assert config.scaling(module, rank) == pytest.approx(9 / (math.sqrt(rank) if rslora else rank))
@@ -78,7 +78,7 @@ def test_patterns_match_as_in_peft(pattern: dict[str, int], module: str, rslora:
     assert alphas.scaling(module, 7) == pytest.approx(pattern.get(get_pattern_key(pattern.keys(), module), 9) / 7)
 
 
-def test_modules_to_save_match_as_in_peft(tmp_path: Path) -> None:
+def test_modules_to_save_match_like_peft(tmp_path: Path) -> None:
     values = {
         "base_model.model.x.lora_A.weight": A,
         "base_model.model.x.lora_B.weight": B,
@@ -92,7 +92,7 @@ def test_modules_to_save_match_as_in_peft(tmp_path: Path) -> None:
         adapter(tmp_path, values, modules_to_save=["layer", "dens"])
 
 
-def test_saved_bias_is_the_trained_one(tmp_path: Path) -> None:
+def test_saved_bias_replaces_base_bias(tmp_path: Path) -> None:
     values = {
         "base_model.model.x.lora_A.weight": A,
         "base_model.model.x.lora_B.weight": B,
@@ -106,14 +106,14 @@ def test_saved_bias_is_the_trained_one(tmp_path: Path) -> None:
     assert torch.equal(update.load((3,)).apply(torch.zeros(3), slice(0, 3)), torch.ones(3))
 
 
-def test_bias_without_the_setting_is_not_accepted(tmp_path: Path) -> None:
+def test_saved_bias_without_setting_is_refused(tmp_path: Path) -> None:
     values = {"x.lora_A.weight": A, "x.lora_B.weight": B, "x.bias": torch.ones(6)}
     with pytest.raises(AdapterError, match="no adapter kind accounts"):
         adapter(tmp_path, values, bias="none")
     assert {u.kind for u in adapter(tmp_path, values, bias="all").updates} == {"lora", "bias"}
 
 
-def test_refusals_do_not_read_a_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_read_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_export.checkpoint import TensorFiles
 
     def explode(*arguments: object) -> None:

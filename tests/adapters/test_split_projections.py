@@ -97,7 +97,7 @@ def unmerged(base: Path, name: str, values: dict[str, torch.Tensor]) -> torch.Te
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_merged_equals_each_part_changed_apart(tmp_path: Path, name: str) -> None:
+def test_split_projection_merge_equals_separate_parts(tmp_path: Path, name: str) -> None:
     base, values = model_base(tmp_path / "base", name), trained(name)
     merge(base, [AdapterChoice(save(tmp_path / "adapter", values))], tmp_path / "out")
     exact, cls = unmerged(base, name, values), MODELS[name][0]
@@ -111,7 +111,7 @@ def test_merged_equals_each_part_changed_apart(tmp_path: Path, name: str) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_validate_knows_the_parts(tmp_path: Path, name: str) -> None:
+def test_validate_split_projection_compares_parts(tmp_path: Path, name: str) -> None:
     base, values = model_base(tmp_path / "base", name), trained(name)
     choice = [AdapterChoice(save(tmp_path / "adapter", values))]
     merge(base, choice, tmp_path / "out")
@@ -123,7 +123,7 @@ def test_validate_knows_the_parts(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [{"linear_num_key_heads": 4}, {"linear_key_head_dim": "12"}])
-def test_sizes_that_disagree_with_the_weight_are_refused(tmp_path: Path, size: dict[str, Any]) -> None:
+def test_split_projection_wrong_sizes_are_refused(tmp_path: Path, size: dict[str, Any]) -> None:
     base = model_base(tmp_path / "base", "qwen3.5")
     edit_json(base / "config.json", **size)
     with pytest.raises(AdapterError, match="that part of"):

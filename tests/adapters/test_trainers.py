@@ -66,13 +66,13 @@ def same(found: torch.Tensor, exact: torch.Tensor) -> None:
         "base_model.model.base_model.model.{q}.lora_{x}.weight",  # wrapped twice
     ],
 )
-def test_names_of_tensors(tmp_path: Path, key: str) -> None:
+def test_trainer_tensor_names_are_mapped(tmp_path: Path, key: str) -> None:
     values = {key.format(q=Q, x=x): value for x, value in (("A", A), ("B", B))}
     found = added(tmp_path, save(tmp_path / "adapter", values), {f"{Q}.weight": (8, 10)})
     same(found[f"{Q}.weight"], B @ A)
 
 
-def test_named_embeddings_and_saved_modules(tmp_path: Path) -> None:
+def test_trainer_embeddings_and_saved_modules_are_mapped(tmp_path: Path) -> None:
     head, down, up = torch.randn(11, 10), torch.randn(R, 11), torch.randn(10, R)
     values = {
         "base_model.model.lm_head.modules_to_save.actor.weight": head,
@@ -85,7 +85,7 @@ def test_named_embeddings_and_saved_modules(tmp_path: Path) -> None:
     same(found["model.embed_tokens.weight"], (up @ down).T)
 
 
-def test_tinker_calls_the_head_unembed_tokens(tmp_path: Path) -> None:
+def test_tinker_unembed_tokens_is_head(tmp_path: Path) -> None:
     adapter = save(tmp_path / "adapter", pair("model.unembed_tokens", A, B), peft_type="absent")
     found = added(tmp_path, adapter, {"model.embed_tokens.weight": (8, 10), "lm_head.weight": (8, 10)})
     same(found["lm_head.weight"], B @ A)
@@ -112,7 +112,7 @@ OLD_PEFT = {"enable_lora": None, "merge_weights": False, "fan_in_fan_out": False
     ],
     ids=["unsloth", "axolotl", "llama-factory", "old peft", "no type", "swift", "swift regex", "torchtune"],
 )  # fmt: skip
-def test_configurations(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_trainer_configurations_are_read(tmp_path: Path, config: dict[str, Any]) -> None:
     adapter = save(tmp_path / "adapter", pair(Q), **config)
     (adapter / "additional_config.json").write_text('{"lora_dtype": null}')  # ms-swift's
     same(added(tmp_path, adapter, {f"{Q}.weight": (8, 10)})[f"{Q}.weight"], B @ A)
@@ -120,7 +120,7 @@ def test_configurations(tmp_path: Path, config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stem", ["adapter_model", "model"])
-def test_sharded_adapters(tmp_path: Path, stem: str, dtype: torch.dtype) -> None:
+def test_sharded_adapter_is_read(tmp_path: Path, stem: str, dtype: torch.dtype) -> None:
     """axolotl's, from FSDP shards; before its pull request 3585 the files were named like a model's."""
     folder, values = tmp_path / "adapter", {k: v.to(dtype) for k, v in pair(Q).items()}
     names = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -137,7 +137,7 @@ def test_sharded_adapters(tmp_path: Path, stem: str, dtype: torch.dtype) -> None
         added(tmp_path / "again", folder, {f"{Q}.weight": (8, 10)})
 
 
-def test_an_adapter_in_a_file_named_like_a_model(tmp_path: Path) -> None:
+def test_adapter_in_model_safetensors_is_read(tmp_path: Path) -> None:
     adapter = save(tmp_path / "adapter", pair(Q), "model.safetensors")
     same(added(tmp_path, adapter, {f"{Q}.weight": (8, 10)})[f"{Q}.weight"], B @ A)
 
@@ -151,7 +151,7 @@ def test_an_adapter_in_a_file_named_like_a_model(tmp_path: Path) -> None:
         ("visual.blocks.0.x", "model.visual.blocks.0.x"),
     ],
 )
-def test_text_models_inside_models_that_see(tmp_path: Path, trained: str, stored: str) -> None:
+def test_text_adapter_fits_vision_language_model(tmp_path: Path, trained: str, stored: str) -> None:
     adapter = save(tmp_path / "adapter", pair(trained))
     found = added(tmp_path, adapter, {f"{stored}.weight": (8, 10), "lm_head.weight": (3, 10)})
     same(found[f"{stored}.weight"], B @ A)
@@ -196,7 +196,7 @@ def single(folder: Path, names: tuple[str, str, str] = ("gate_proj", "up_proj", 
 
 
 @pytest.mark.parametrize("write", [stacked, single, lambda f: single(f, ("w1", "w3", "w2"))])
-def test_experts_on_disk_one_by_one(tmp_path: Path, write: Any) -> None:
+def test_adapter_fits_experts_stored_one_by_one(tmp_path: Path, write: Any) -> None:
     parts = {
         "gate_proj": ("w1", HEIGHT, WIDTH),
         "up_proj": ("w3", HEIGHT, WIDTH),
@@ -215,7 +215,7 @@ def test_experts_on_disk_one_by_one(tmp_path: Path, write: Any) -> None:
 
 @pytest.mark.parametrize("write", [stacked, single])
 @pytest.mark.parametrize("model_type", ["qwen3_5_moe", "llama4_text", "gpt_oss"])
-def test_experts_on_disk_in_one_tensor(tmp_path: Path, write: Any, model_type: str) -> None:
+def test_adapter_fits_experts_stored_fused(tmp_path: Path, write: Any, model_type: str) -> None:
     """Out-in with gate before up; Llama 4 transposed; gpt-oss transposed, and gate and up alternate."""
     flip = model_type != "qwen3_5_moe"
     up, down = (EXPERTS, 2 * HEIGHT, WIDTH), (EXPERTS, WIDTH, HEIGHT)
@@ -234,7 +234,7 @@ def test_experts_on_disk_in_one_tensor(tmp_path: Path, write: Any, model_type: s
         same(second[e], expected("w2", e))
 
 
-def test_gpt_oss_of_unsloth_in_four_bits(tmp_path: Path) -> None:
+def test_unsloth_gpt_oss_4bit_adapter_merges(tmp_path: Path) -> None:
     """Its loader takes the experts apart; the outputs stay in the base's own order."""
     a, b = torch.randn(R, WIDTH), torch.randn(2 * HEIGHT, R)
     adapter = save(tmp_path / "adapter", pair("model.layers.0.mlp.experts.gate_up_projs.2", a, b))
@@ -244,7 +244,7 @@ def test_gpt_oss_of_unsloth_in_four_bits(tmp_path: Path) -> None:
     assert not found[[0, 1, 3]].any()
 
 
-def test_square_experts_go_by_the_architecture(tmp_path: Path) -> None:
+def test_square_experts_follow_architecture(tmp_path: Path) -> None:
     a, b = torch.randn(R, 8), torch.randn(8, R)
     adapter = save(tmp_path / "adapter", pair("model.layers.0.mlp.experts.1.down_proj", a, b))
     name = "model.layers.0.mlp.experts.down_proj"
@@ -253,7 +253,7 @@ def test_square_experts_go_by_the_architecture(tmp_path: Path) -> None:
         same(found[1], (b @ a).T if flip else b @ a)
 
 
-def test_stacked_fused_experts(tmp_path: Path) -> None:
+def test_stacked_experts_are_read(tmp_path: Path) -> None:
     """SGLang's form with a shared input."""
     a, b = torch.randn(1, R, WIDTH), torch.randn(EXPERTS, 2 * HEIGHT, R)
     name = "model.layers.0.mlp.experts.gate_up_proj"
@@ -299,7 +299,9 @@ MEGATRON = {"target_parameters": ["model.layers.0.mlp.experts.down_proj"], "peft
         (MEGATRON, "expert", "expert"),
     ],
 )
-def test_packing_of_fused_experts(tmp_path: Path, config: dict[str, Any], option: str, packing: str) -> None:
+def test_expert_packing_option_is_applied(
+    tmp_path: Path, config: dict[str, Any], option: str, packing: str
+) -> None:
     adapter, deltas = fused(tmp_path / "adapter", **config)
     found = added(tmp_path, adapter, {TARGET: (EXPERTS, WIDTH, HEIGHT)}, expert_packing=option)
     same(found[TARGET], deltas[packing])
@@ -317,7 +319,9 @@ def test_packing_of_fused_experts(tmp_path: Path, config: dict[str, Any], option
         (UNSLOTH | noted("rank_major"), "expert", "says that down_proj is packed by rank"),
     ],
 )
-def test_packing_that_cannot_be_told(tmp_path: Path, config: dict[str, Any], option: str, told: str) -> None:
+def test_ambiguous_expert_packing_is_refused(
+    tmp_path: Path, config: dict[str, Any], option: str, told: str
+) -> None:
     adapter, _ = fused(tmp_path / "adapter", **config)
     with pytest.raises(LoraExportError, match=told) as refusal:
         added(tmp_path, adapter, {TARGET: (EXPERTS, WIDTH, HEIGHT)}, expert_packing=option)
@@ -347,7 +351,7 @@ def test_packing_that_cannot_be_told(tmp_path: Path, config: dict[str, Any], opt
         ({f"base_model.model.{Q}.lora_a.weight": A}, {}, "no tensors of the kind LORA"),  # torchtune's own
     ],
 )
-def test_files_that_are_refused(
+def test_unsupported_adapter_files_are_refused(
     tmp_path: Path, values: dict[str, torch.Tensor], config: dict[str, Any], told: str
 ) -> None:
     adapter = save(tmp_path / "adapter", values, **config)
@@ -368,7 +372,7 @@ def test_files_that_are_refused(
         ("adapter_model.bin", False, "the adapter is pickled"),
     ],
 )
-def test_folders_that_are_refused(tmp_path: Path, name: str, weights: bool, told: str) -> None:
+def test_unsupported_adapter_folders_are_refused(tmp_path: Path, name: str, weights: bool, told: str) -> None:
     adapter = save(tmp_path / "adapter", pair(Q))
     (adapter / name).write_bytes(b"")
     if not weights:
@@ -379,19 +383,19 @@ def test_folders_that_are_refused(tmp_path: Path, name: str, weights: bool, told
 
 
 @pytest.mark.parametrize("name", ["pissa_init", "pissa_backup"])
-def test_llama_factory_marks_residual_adapters_by_the_folder_alone(tmp_path: Path, name: str) -> None:
+def test_llama_factory_residual_folder_is_recognized(tmp_path: Path, name: str) -> None:
     with pytest.raises(LoraExportError, match=name) as refusal:
         added(tmp_path, save(tmp_path / name, pair(Q)), {f"{Q}.weight": (8, 10)})
     assert "pissa_converted" in str(refusal.value)
 
 
-def test_an_adapter_in_a_subfolder_is_pointed_out(tmp_path: Path) -> None:
+def test_adapter_in_subfolder_is_suggested(tmp_path: Path) -> None:
     save(tmp_path / "swift" / "default", pair(Q))
     with pytest.raises(LoraExportError, match="swift/default"):
         added(tmp_path, tmp_path / "swift", {f"{Q}.weight": (8, 10)})
 
 
-def test_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+def test_wrong_number_of_experts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LoraExportError, match="fits expert 3"):
         added(
             tmp_path,
@@ -403,7 +407,7 @@ def test_another_number_of_experts_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_inspect_tells_a_named_adapter(tmp_path: Path) -> None:
+def test_inspect_names_adapter_in_keys(tmp_path: Path) -> None:
     from lora_export.workflows.inspection import inspect_folder
 
     values = {k.replace(".weight", ".actor.weight"): v for k, v in pair(Q).items()}

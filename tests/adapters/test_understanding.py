@@ -69,7 +69,7 @@ KINDS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_figures_are_numpys_with_a_base(base: Path, tmp_path: Path, kind: str) -> None:
+def test_understand_with_base_matches_numpy(base: Path, tmp_path: Path, kind: str) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, KINDS[kind])
     found, deltas, weights = understand(adapter, base), changes(base, adapter), tensors(base)
     assert {m.name for m in found.modules} == set(deltas) and not found.skipped
@@ -80,7 +80,7 @@ def test_figures_are_numpys_with_a_base(base: Path, tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "adalora", "loha", "lokr"])
-def test_figures_need_no_base_where_a_delta_adds(base: Path, tmp_path: Path, kind: str) -> None:
+def test_understand_additive_kind_needs_no_base(base: Path, tmp_path: Path, kind: str) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, KINDS[kind])
     found, deltas = understand(adapter), changes(base, adapter)
     assert {m.name for m in found.modules} == set(deltas)
@@ -88,7 +88,7 @@ def test_figures_need_no_base_where_a_delta_adds(base: Path, tmp_path: Path, kin
         agree(module, deltas[module.name], None)
 
 
-def test_a_transposed_layer_has_the_same_figures(tmp_path: Path) -> None:
+def test_understand_transposed_layer_has_same_figures(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", transformers.GPT2LMHeadModel, gpt2_config())
     kind = lora(target_modules=["c_attn"], fan_in_fan_out=True)
     adapter = save_adapter(tmp_path / "adapter", base, kind, transformers.GPT2LMHeadModel)
@@ -97,7 +97,7 @@ def test_a_transposed_layer_has_the_same_figures(tmp_path: Path) -> None:
         agree(module, deltas[module.name], tensors(base)[module.name].double().numpy())
 
 
-def test_rank_alpha_and_scaling_of_each_module(base: Path, tmp_path: Path) -> None:
+def test_understand_reports_rank_alpha_and_scaling(base: Path, tmp_path: Path) -> None:
     found = understand(save_adapter(tmp_path / "adapter", base, KINDS["rslora"])).modules
     by_type = {m.type: (m.rank, m.alpha, m.scaling) for m in found}
     assert by_type["q_proj"] == (6, 9, pytest.approx(9 / 6**0.5))
@@ -106,7 +106,7 @@ def test_rank_alpha_and_scaling_of_each_module(base: Path, tmp_path: Path) -> No
     assert (plain.rank, plain.alpha, plain.scaling) == (6, 15, 2.5)
 
 
-def test_what_truncation_keeps(base: Path, tmp_path: Path) -> None:
+def test_understand_reports_energy_kept_by_truncation(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, KINDS["lora"])
     deltas = changes(base, adapter)
     squares = {n: np.linalg.svd(d, compute_uv=False) ** 2 for n, d in deltas.items()}
@@ -118,7 +118,7 @@ def test_what_truncation_keeps(base: Path, tmp_path: Path) -> None:
         assert left == pytest.approx(rank / 6)
 
 
-def test_dora_without_its_base_says_what_its_figures_are_of(base: Path, tmp_path: Path) -> None:
+def test_understand_dora_without_base_says_what_is_measured(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, KINDS["dora"])
     module = understand(adapter).modules[0]
     stored = tensors(adapter)
@@ -128,7 +128,7 @@ def test_dora_without_its_base_says_what_its_figures_are_of(base: Path, tmp_path
     assert "before the magnitudes" in module.note
 
 
-def test_kinds_that_need_a_base_say_so(base: Path, tmp_path: Path) -> None:
+def test_understand_kinds_that_need_base_are_named(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, KINDS["ia3"])
     with pytest.raises(InputError, match=r"ia3.* depends on the base") as refused:
         understand(adapter)
@@ -159,7 +159,7 @@ def of_one_direction(key: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.
     return a, b * torch.tensor([1.0, *[1e-3] * (b.shape[1] - 1)])
 
 
-def test_a_rank_that_was_too_large_or_too_small(base: Path, tmp_path: Path) -> None:
+def test_understand_rank_advice_follows_spectrum(base: Path, tmp_path: Path) -> None:
     spare = understand(handmade(base, tmp_path / "spare", of_one_direction))
     assert any("larger than needed: of 6" in s for s in spare.sentences)
     full = understand(handmade(base, tmp_path / "full", orthogonal))
@@ -184,7 +184,9 @@ def of_first_layer(key: str, a: torch.Tensor, b: torch.Tensor, factor: float) ->
     ],
     ids=["untrained", "dead", "hardly", "nan", "exploded", "alpha", "pattern"],
 )  # fmt: skip
-def test_signs_of_trouble(base: Path, tmp_path: Path, change: Any, config: dict[str, Any], words: str) -> None:
+def test_understand_warns_of_trouble(
+    base: Path, tmp_path: Path, change: Any, config: dict[str, Any], words: str
+) -> None:
     sound = understand(handmade(base, tmp_path / "sound", lambda k, a, b: (a, b / 50)), base)
     assert sound.warnings == ()
     found = understand(handmade(base, tmp_path / "ill", change, **config), base)
@@ -194,7 +196,7 @@ def test_signs_of_trouble(base: Path, tmp_path: Path, change: Any, config: dict[
 # --- the picture and the command ----------------------------------------------------------------------------
 
 
-def test_the_page_has_the_figures_and_runs_nothing(base: Path, tmp_path: Path) -> None:
+def test_adapter_page_has_figures_and_no_script(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "<script>alert(1)", base, KINDS["lora"])
     document = understand(adapter, base)
     page = picture(document, Path("a.html"))
@@ -207,7 +209,7 @@ def test_the_page_has_the_figures_and_runs_nothing(base: Path, tmp_path: Path) -
     assert alone.startswith("<svg") and "--ink:" in alone and "q_proj" in alone
 
 
-def test_inspect_tells_a_person_and_a_program(base: Path, tmp_path: Path) -> None:
+def test_inspect_adapter_prints_text_and_json(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", base, KINDS["lora"], scale=0.02)
     page = tmp_path / "a.html"
     command = ["inspect", "-a", str(adapter), "-b", str(base)]

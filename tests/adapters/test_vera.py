@@ -114,19 +114,19 @@ def vera_config(*targets: str, **settings: Any) -> VeraConfig:
     return VeraConfig(r=6, target_modules=list(targets), projection_prng_key=17, **settings)
 
 
-def test_shared_projections_sliced_for_layers_of_different_shapes(tmp_path: Path) -> None:
+def test_vera_shared_projections_are_sliced_by_shape(tmp_path: Path) -> None:
     names = ("up", "down", "square")
     targets = check_against_peft(saved(tmp_path, vera_config(*names)), vera.read)
     assert targets == {f"{n}.weight" for n in names}
 
 
-def test_conv1d_is_told_by_shape_and_square_ones_by_the_configuration(tmp_path: Path) -> None:
+def test_vera_conv1d_follows_shape_or_configuration(tmp_path: Path) -> None:
     folder = saved(tmp_path, vera_config("up", "flipped", "flipped_square"))
     assert json.loads((folder / "adapter_config.json").read_text())["fan_in_fan_out"] is True
     check_against_peft(folder, vera.read)
 
 
-def test_a_conv1d_that_the_configuration_denies_is_refused(tmp_path: Path) -> None:
+def test_vera_conv1d_against_configuration_is_refused(tmp_path: Path) -> None:
     # PEFT keeps the flag of the last layer, and here that is a linear one.
     folder = saved(tmp_path, vera_config("flipped", "wide"))
     assert json.loads((folder / "adapter_config.json").read_text())["fan_in_fan_out"] is False
@@ -139,7 +139,7 @@ def test_a_conv1d_that_the_configuration_denies_is_refused(tmp_path: Path) -> No
     check_against_peft(folder, vera.read)
 
 
-def test_a_weight_scales_the_delta(tmp_path: Path) -> None:
+def test_vera_weight_scales_delta(tmp_path: Path) -> None:
     folder, weight = saved(tmp_path, vera_config("up", "down")), torch.randn(20, 12)
     (once,) = [u for u in vera.read(opened(folder)) if u.target == "up.weight"]
     (scaled,) = [u for u in vera.read(opened(folder, -0.25)) if u.target == "up.weight"]
@@ -149,7 +149,7 @@ def test_a_weight_scales_the_delta(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["", ".default"])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_spellings(tmp_path: Path, wrapped: bool, ending: str) -> None:
+def test_vera_key_spellings_are_read(tmp_path: Path, wrapped: bool, ending: str) -> None:
     folder, weight = saved(tmp_path, vera_config("up")), torch.randn(20, 12)
     (update,) = vera.read(opened(folder))
     expected = merged(update, weight)
@@ -165,7 +165,7 @@ def test_spellings(tmp_path: Path, wrapped: bool, ending: str) -> None:
     assert torch.equal(merged(renamed, weight), expected)
 
 
-def test_projections_are_drawn_again_as_peft_draws_them(tmp_path: Path) -> None:
+def test_vera_projections_are_redrawn_like_peft(tmp_path: Path) -> None:
     config = vera_config("up", "down", "square", save_projection=False)
     model = get_peft_model(Layers(), config)
     a, b = vera.regenerate(17, 6, 20, 13)
@@ -175,7 +175,7 @@ def test_projections_are_drawn_again_as_peft_draws_them(tmp_path: Path) -> None:
     check_against_peft(saved(tmp_path / "one", vera_config("down", save_projection=False)), vera.read)
 
 
-def test_projections_of_several_layers_need_the_base_and_the_advice_works(tmp_path: Path) -> None:
+def test_vera_projections_of_several_layers_need_base(tmp_path: Path) -> None:
     folder = saved(tmp_path / "without", vera_config("up", "down", save_projection=False))
     with pytest.raises(AdapterError, match="save_projection is false") as error:
         vera.read(opened(folder))
@@ -185,7 +185,7 @@ def test_projections_of_several_layers_need_the_base_and_the_advice_works(tmp_pa
     check_against_peft(tmp_path / "with", vera.read)
 
 
-def test_projections_are_drawn_again_with_the_shapes_of_the_base(tmp_path: Path) -> None:
+def test_vera_projections_are_redrawn_with_base_shapes(tmp_path: Path) -> None:
     folder = saved(tmp_path, vera_config("up", "down", save_projection=False))
     shapes = {f"model.{n}": tuple(p.shape) for n, p in Layers().named_parameters()}
 
@@ -209,20 +209,22 @@ def test_projections_are_drawn_again_with_the_shapes_of_the_base(tmp_path: Path)
         (lambda v: None, {"save_projection": False}, "PEFT would not use"),
     ],
 )
-def test_refusals(tmp_path: Path, change: Any, settings: dict[str, Any], message: str) -> None:
+def test_vera_damaged_adapter_is_refused(
+    tmp_path: Path, change: Any, settings: dict[str, Any], message: str
+) -> None:
     folder = saved(tmp_path, vera_config("up", "down"))
     edit(folder, change)
     with pytest.raises(AdapterError, match=message):
         vera.read(opened(folder, **settings))
 
 
-def test_a_seed_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_vera_invalid_seed_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, vera_config("up", save_projection=False))
     with pytest.raises(AdapterError, match="projection_prng_key is None"):
         vera.read(opened(folder, projection_prng_key=None))
 
 
-def test_weights_of_another_base_do_not_fit(tmp_path: Path) -> None:
+def test_vera_on_other_base_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, vera_config("up", "down"))
     (up,) = [u for u in vera.read(opened(folder)) if u.target == "up.weight"]
     assert up.fits((20, 12)) and up.fits((20, 20))
@@ -230,7 +232,7 @@ def test_weights_of_another_base_do_not_fit(tmp_path: Path) -> None:
     assert not up.fits((12, 19)) and not up.fits((20,)) and not up.fits((20, 12, 1, 1))
 
 
-def test_nan_is_refused_when_read(tmp_path: Path) -> None:
+def test_vera_nan_is_refused_on_reading(tmp_path: Path) -> None:
     folder = saved(tmp_path, vera_config("up"))
     edit(folder, lambda v: v["base_model.vera_A"].fill_(float("nan")))
     (update,) = vera.read(opened(folder))
@@ -238,7 +240,7 @@ def test_nan_is_refused_when_read(tmp_path: Path) -> None:
         update.load((20, 12))
 
 
-def test_a_file_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+def test_vera_ignores_files_of_other_kinds(tmp_path: Path) -> None:
     folder = saved(tmp_path, vera_config("up"))
     edit(folder, lambda v: [v.pop(k) for k in list(v) if "lambda" in k])
     assert vera.read(opened(folder)) == []

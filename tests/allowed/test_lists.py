@@ -93,21 +93,21 @@ PROVIDERS = f"{SESSION}/provider_options"
         ("library", "x", "library"),
     ],
 )
-def test_genai_config_with_what_is_on_no_list_is_refused(place: str, value: Any, told: str, tmp_path: Path) -> None:
+def test_genai_config_unlisted_key_is_refused(place: str, value: Any, told: str, tmp_path: Path) -> None:
     check_config(written(tmp_path, "genai_config.json", GENAI))
     with pytest.raises(InputError, match=told.replace(".", r"\.")):
         check_config(written(tmp_path, "genai_config.json", changed(place, value)))
 
 
 @pytest.mark.parametrize("name", ["genai_config.json", "genai_config.cuda.json"])
-def test_genai_config_and_its_overlays_are_checked_in_every_folder(name: str, tmp_path: Path) -> None:
+def test_genai_config_overlays_are_checked_in_every_folder(name: str, tmp_path: Path) -> None:
     written(tmp_path, name, changed(f"{SESSION}/custom_ops_library", "evil.so"))
     for check in (check_onnx_folder, check_package):
         with pytest.raises(InputError, match="custom_ops_library"):
             check(tmp_path)
 
 
-def test_genai_config_with_a_key_twice_is_refused(tmp_path: Path) -> None:
+def test_genai_config_duplicate_key_is_refused(tmp_path: Path) -> None:
     """genai reads both, Python the second alone."""
     evil = json.dumps(changed(f"{SESSION}/custom_ops_library", "evil.so"))
     both = f'{evil[:-1]}, "model": {json.dumps(GENAI["model"])}}}'
@@ -116,13 +116,13 @@ def test_genai_config_with_a_key_twice_is_refused(tmp_path: Path) -> None:
         check_config(written(tmp_path, "genai_config.json", both))
 
 
-def test_genai_config_that_is_large_or_no_json_is_refused(tmp_path: Path) -> None:
+def test_genai_config_too_large_or_not_json_is_refused(tmp_path: Path) -> None:
     for text in ("[" * 100_000, "{", "\ufeff{}", '"' + "x" * 2**21 + '"', "[]", "9" * 5000, "nul"):
         with pytest.raises(InputError):
             check_config(written(tmp_path, "genai_config.json", text))
 
 
-def test_audio_processor_names_known_operations_alone(tmp_path: Path) -> None:
+def test_audio_processor_unknown_operation_is_refused(tmp_path: Path) -> None:
     operation = {"name": "x", "type": "STFTNorm", "attrs": {"n_fft": 400, "_comment": [0.0, 0.5]}}
     document = {"feature_extraction": {"sequence": [{"operation": operation}]}}
     check_audio(written(tmp_path, "audio_processor_config.json", document))
@@ -166,7 +166,7 @@ def test_audio_processor_names_known_operations_alone(tmp_path: Path) -> None:
         ("sentence_bert_config.json", {"model_args": {"trust_remote_code": True}}, "trust_remote_code"),
     ],
 )
-def test_model_folder_that_has_something_loaded_is_refused(
+def test_model_folder_that_loads_code_is_refused(
     name: str, document: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
     written(tmp_path, name, document)
@@ -184,9 +184,7 @@ def test_model_folder_that_has_something_loaded_is_refused(
         ({"import": "x"}, "import"),
     ],
 )
-def test_modules_json_names_classes_of_sentence_transformers_alone(
-    change: dict[str, str], told: str, tmp_path: Path
-) -> None:
+def test_modules_json_foreign_class_is_refused(change: dict[str, str], told: str, tmp_path: Path) -> None:
     module = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
     written(tmp_path, "modules.json", [module])
     versions = {"__version__": {"sentence_transformers": "5.1.0", "pytorch": "2.13.0+cpu"}, "prompts": {}}
@@ -197,7 +195,7 @@ def test_modules_json_names_classes_of_sentence_transformers_alone(
         check_model_folder(tmp_path)
 
 
-def test_activation_of_a_dense_layer_is_one_of_torch(tmp_path: Path) -> None:
+def test_dense_layer_foreign_activation_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "modules.json", [])
     written(tmp_path / "2_Dense", "config.json", {"activation_function": "torch.nn.modules.activation.Tanh"})
     check_model_folder(tmp_path)
@@ -206,7 +204,7 @@ def test_activation_of_a_dense_layer_is_one_of_torch(tmp_path: Path) -> None:
         check_model_folder(tmp_path)
 
 
-def test_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
+def test_model_folder_with_adapter_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "adapter_config.json", {"peft_type": "LORA", "megatron_core": "megatron.core"})
     check_model_folder(tmp_path)
     written(tmp_path, "config.json", {"model_type": "llama"})
@@ -214,7 +212,7 @@ def test_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
         check_model_folder(tmp_path)
 
 
-def test_model_folder_with_code_that_nothing_reads_is_taken(tmp_path: Path) -> None:
+def test_model_folder_with_unreferenced_code_is_accepted(tmp_path: Path) -> None:
     """As folders from a hub have it."""
     names = {"_name_or_path": "a/b", "_model_name_or_path": "Smollm2 135M 8k"}
     endless = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
@@ -229,7 +227,7 @@ def test_model_folder_with_code_that_nothing_reads_is_taken(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_every_configuration_of_transformers_is_taken(tmp_path: Path) -> None:
+def test_every_transformers_configuration_is_accepted(tmp_path: Path) -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     taken = 0
@@ -270,7 +268,7 @@ def inside(node: onnx.NodeProto) -> onnx.NodeProto:
     ],
     ids=lambda n: f"{n.domain}.{n.op_type}",
 )
-def test_operator_that_a_library_brings_is_refused(node: onnx.NodeProto, tmp_path: Path) -> None:
+def test_custom_library_operator_is_refused(node: onnx.NodeProto, tmp_path: Path) -> None:
     opsets = [helper.make_opsetid("", 17)]
     function = helper.make_function("own", "f", [], ["y"], [node], opsets)
     for model in (
@@ -282,7 +280,7 @@ def test_operator_that_a_library_brings_is_refused(node: onnx.NodeProto, tmp_pat
             check_listed(tmp_path, model)
 
 
-def test_operators_of_onnx_of_onnx_runtime_and_of_the_model_are_taken(tmp_path: Path) -> None:
+def test_standard_and_model_local_operators_are_accepted(tmp_path: Path) -> None:
     for domain, name in (
         ("", "Add"),
         ("com.microsoft", "GroupQueryAttention"),
@@ -329,9 +327,7 @@ model_warmup { name: "first request" batch_size: 1
         ("max_batch_size: 8", "a {" * 40, "text format"),
     ],
 )
-def test_triton_configuration_with_what_is_on_no_list_is_refused(
-    old: str, new: str, told: str, tmp_path: Path
-) -> None:
+def test_triton_config_unlisted_field_is_refused(old: str, new: str, told: str, tmp_path: Path) -> None:
     check_triton(written(tmp_path, "config.pbtxt", PBTXT))
     with pytest.raises(InputError, match=told):
         check_triton(written(tmp_path, "config.pbtxt", PBTXT.replace(old, new)))
@@ -345,7 +341,7 @@ def test_triton_configuration_with_what_is_on_no_list_is_refused(
         "x.zip",
     ],
 )  # fmt: skip
-def test_file_of_a_type_that_no_package_has_is_refused(name: str, tmp_path: Path) -> None:
+def test_package_file_of_unknown_type_is_refused(name: str, tmp_path: Path) -> None:
     for known in ("README.md", "LICENSE", "NOTICE.txt", "model.onnx", "model.onnx.data", "model.onnx_data_3"):
         written(tmp_path, known, "x")
     files.refuse_strangers(tmp_path)
@@ -356,7 +352,7 @@ def test_file_of_a_type_that_no_package_has_is_refused(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("start", [b"\x7fELF", b"MZ\0\0", b"\xcf\xfa\xed\xfe"])
-def test_shared_library_under_another_name_is_refused(start: bytes, tmp_path: Path) -> None:
+def test_package_renamed_shared_library_is_refused(start: bytes, tmp_path: Path) -> None:
     (tmp_path / "NOTICE").write_bytes(start)
     with pytest.raises(InputError, match="shared library"):
         files.refuse_libraries(tmp_path)

@@ -38,11 +38,11 @@ DAILY = [
 
 
 @pytest.mark.parametrize("cell", daily(TRIED, DAILY), ids=map(str, TRIED))
-def test_merged_computes_what_the_unmerged_model_computes(cell: Cell, tmp_path: Path) -> None:
+def test_architecture_merged_equals_unmerged(cell: Cell, tmp_path: Path) -> None:
     assert run(cell, tmp_path) == LISTED.get(str(cell), Result("right"))
 
 
-def test_nearly_everything_is_merged() -> None:
+def test_walk_outcomes_are_mostly_right() -> None:
     assert len(TRIED) >= 350 and len(DAILY) == 40
     assert len(REFUSED) <= 0.02 * len(TRIED)
     assert {r.outcome for r in LISTED.values()} <= {"refused", "not to be had"}
@@ -50,7 +50,7 @@ def test_nearly_everything_is_merged() -> None:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_compared_is_no_excuse(tmp_path: Path) -> None:
+def test_walk_incomparable_cells_are_listed(tmp_path: Path) -> None:
     """If transformers or PEFT learn one of these, it belongs among those that are tried."""
     others = [c for c in cells() if LISTED.get(str(c), Result("right")).outcome == "not to be had"]
     found = {str(c): run(c, tmp_path / str(i)).outcome for i, c in enumerate(others)}

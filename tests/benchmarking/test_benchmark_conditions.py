@@ -70,14 +70,14 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
     return plug
 
 
-def test_a_card_is_described_and_read(card: Any) -> None:
+def test_gpu_is_described_and_read(card: Any) -> None:
     gpus = card(throttle=0b110000)  # a power limit, and idling, which is no throttling
     assert gpus.describe() == (Gpu("NVIDIA H100", 80 * 10**9, "580.95", "13.1", power_limit_w=700.0, mig=False),)
     assert gpus.read() == (GpuReading(1980, 2619, 121.5, 41, 3000, throttled=("power limit",)),)
     assert environment.memory("cuda", gpus) == (3 * 10**9, 77 * 10**9)
 
 
-def test_a_card_that_hides_its_clocks_is_read_without_them(card: Any) -> None:
+def test_gpu_without_clock_access_is_read(card: Any) -> None:
     gpus = card(
         hides=("nvmlDeviceGetClockInfo", "nvmlDeviceGetPowerUsage", "nvmlDeviceGetCurrentClocksThrottleReasons")
     )
@@ -87,14 +87,14 @@ def test_a_card_that_hides_its_clocks_is_read_without_them(card: Any) -> None:
 
 
 @pytest.mark.parametrize("kw", [{"cards": 0}, {"hides": ("nvmlInit",)}])
-def test_no_card_or_no_driver_is_no_error(card: Any, kw: dict[str, Any]) -> None:
+def test_gpu_or_driver_missing_gives_none(card: Any, kw: dict[str, Any]) -> None:
     gpus = card(**kw)
     assert len(gpus) == 0 and gpus.read() == gpus.describe() == () and gpus.memory() is None
     used, free = environment.memory("cuda", gpus)
     assert 0 < used < free * 1000
 
 
-def test_readings_are_of_the_time_since_the_last(monkeypatch: pytest.MonkeyPatch, card: Any) -> None:
+def test_readings_cover_time_since_last(monkeypatch: pytest.MonkeyPatch, card: Any) -> None:
     """Two cores for 10 s: 4 s of our own, 3 s of others, 1 s stolen."""
     import psutil
 
@@ -124,13 +124,13 @@ def reading(clock: int = 1980, throttled: tuple[str, ...] = (), **kw: float) -> 
     return Reading(**({"seconds": 1.0, "load": 0.5, "steal": 0.0, "others": 0.0} | kw), cpu_mhz=None, gpus=(gpu,))
 
 
-def test_a_quiet_machine_is_not_talked_about() -> None:
+def test_conditions_quiet_machine_gives_no_note() -> None:
     assert unsteady([reading()] * 20) == []
     assert unsteady([reading()] * 19 + [reading(steal=50.0)]) == []  # one block in twenty
     assert unsteady([]) == []
 
 
-def test_what_disturbs_is_told() -> None:
+def test_conditions_disturbance_is_reported() -> None:
     busy = [reading(steal=3.0, others=20.0)] * 4 + [reading()] * 4
     assert [text.rsplit(" in ", 1)[1] for text in unsteady(busy)] == ["50% of the blocks"] * 2
     (clock,) = unsteady([reading(clock=1980), reading(clock=1200)])
@@ -139,7 +139,7 @@ def test_what_disturbs_is_told() -> None:
     assert hot == "GPU 0 was throttled in 1 of 2 blocks: power limit"
 
 
-def test_blocks_are_summarized_by_least_median_and_most() -> None:
+def test_conditions_summary_has_min_median_max() -> None:
     readings = [reading(load=x, clock=c, throttled=t) for x, c, t in ((1.0, 5, ()), (3.0, 9, ("a",)), (2.0, 7, ()))]
     found = summarized(readings)
     assert found["load"] == (1.0, 2.0, 3.0) and found["gpu0_sm_mhz"] == (5, 7, 9)

@@ -32,14 +32,14 @@ def model(tmp_path: Path) -> Path:
     return attention(tmp_path / "model.onnx", T.FLOAT16)
 
 
-def test_every_heavy_node_is_on_the_gpu(model: Path) -> None:
+def test_gpu_runs_every_heavy_node(model: Path) -> None:
     assert sessions.misplaced(model, "cuda", 1, Shape(1, 16, 1), None) == ()
     found = compare([model], [model], "cuda")
     assert found.identical and found.placement["CUDAExecutionProvider"] > 0
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_a_step_in_place_gives_the_logits_of_the_cpu(model: Path, cuda_graph: bool) -> None:
+def test_gpu_in_place_step_matches_cpu_logits(model: Path, cuda_graph: bool) -> None:
     wide = attention(model.with_name("wide.onnx"))
     engine = sessions.ArmSession(model, "cuda", 1, cuda_graph=cuda_graph)
     assert engine.kv_in_place
@@ -56,7 +56,7 @@ def test_a_step_in_place_gives_the_logits_of_the_cpu(model: Path, cuda_graph: bo
     np.testing.assert_allclose(logits(engine, "cuda"), expected, atol=0.02 * np.abs(expected).max())
 
 
-def test_a_study_has_both_modes_and_reads_the_card(model: Path) -> None:
+def test_gpu_study_has_both_modes_and_readings(model: Path) -> None:
     arms = [BenchmarkArm("base", (model,)), BenchmarkArm("merged", (model,))]
     options = BenchmarkOptions("cuda", ((1, 16),), margin=0.5, max_seconds=8)
     result = benchmarking.run(arms, options=options, progress=Silent())

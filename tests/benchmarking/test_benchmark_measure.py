@@ -30,7 +30,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def test_a_block_is_an_order_and_its_reverse_so_that_linear_drift_cancels() -> None:
+def test_block_is_order_and_reverse() -> None:
     clock = Clock()
     arms = {name: clock.arm(name, lambda i: 1.0) for name in "abc"}
     # Each call is 1 ms slower than the one before, whoever makes it.
@@ -40,7 +40,7 @@ def test_a_block_is_an_order_and_its_reverse_so_that_linear_drift_cancels() -> N
     assert len({sum(t) for t in times.values()}) == 1
 
 
-def test_arms_that_disturb_come_after_all_others() -> None:
+def test_disturbing_arms_run_last() -> None:
     clock = Clock()
     arms = {name: clock.arm(name, lambda i: 1.0) for name in "abz"}
     times = block(arms, 4, rng(), apart=("z",))
@@ -48,14 +48,14 @@ def test_arms_that_disturb_come_after_all_others() -> None:
     assert {name: len(t) for name, t in times.items()} == {"a": 8, "b": 8, "z": 4}
 
 
-def test_orders_differ_between_blocks() -> None:
+def test_block_orders_differ() -> None:
     clock = Clock()
     arms = {name: clock.arm(name, lambda i: 1.0) for name in "abcd"}
     block(arms, 10, rng())
     assert len({tuple(clock.called[i : i + 4]) for i in range(0, 80, 8)}) > 3
 
 
-def test_warm_up_goes_on_until_drift_is_small() -> None:
+def test_warm_up_continues_until_drift_is_small() -> None:
     clock = Clock()
     arms = {"a": clock.arm("a", lambda i: max(10.0, 100.0 - 5 * i))}
     medians, settled = warm_up(arms, 0.01, 1e9, rng(), clock)
@@ -63,7 +63,7 @@ def test_warm_up_goes_on_until_drift_is_small() -> None:
     assert len(clock.called) > 20
 
 
-def test_warm_up_gives_up_when_its_time_is_over() -> None:
+def test_warm_up_stops_at_time_limit() -> None:
     clock = Clock()
     _, settled = warm_up({"a": clock.arm("a", lambda i: 10.0 * 2**i)}, 0.01, 0.05, rng(), clock)
     assert not settled
@@ -85,7 +85,7 @@ def _sets(dice: np.random.Generator, count: int, sigma: float, ratio: float) -> 
     return joined(found)
 
 
-def test_sessions_that_differ_are_covered_by_their_spread_and_not_by_blocks() -> None:
+def test_interval_of_differing_sessions_covers_their_spread() -> None:
     dice = np.random.default_rng(11)
 
     def coverage(count: int) -> float:
@@ -96,14 +96,14 @@ def test_sessions_that_differ_are_covered_by_their_spread_and_not_by_blocks() ->
     assert coverage(12) > 0.8
 
 
-def test_sets_are_joined_block_by_block() -> None:
+def test_session_sets_join_block_by_block() -> None:
     a, b = _sets(rng(), 1, 0.0, 1.0), _sets(rng(), 1, 0.0, 1.0)
     both = joined([a, b])
     assert both.sets == (15, 15) and both.blocks == 30
     np.testing.assert_array_equal(both.times["x"][15:], b.times["x"])
 
 
-def test_more_noise_asks_for_more_blocks() -> None:
+def test_planned_blocks_grow_with_noise() -> None:
     counts = []
     for sigma in (0.0001, 0.05, 0.12):
         clock = Clock()
@@ -115,7 +115,7 @@ def test_more_noise_asks_for_more_blocks() -> None:
     assert 20 < counts[1] < counts[2]
 
 
-def test_time_limit_holds_and_is_told() -> None:
+def test_time_limit_holds_and_is_reported() -> None:
     clock = Clock()
     arms = noisy(clock, 0.2)
     series = measure(arms, pairs=(("x", ("y",)),), margin=0.01, seconds=3.0, rng=rng(), clock=clock)
@@ -123,7 +123,7 @@ def test_time_limit_holds_and_is_told() -> None:
     assert 2 <= series.blocks < 60
 
 
-def test_every_sample_is_kept_and_collection_is_back_on() -> None:
+def test_measure_keeps_every_sample_and_restores_gc() -> None:
     clock = Clock()
     series = measure(noisy(clock, 0.001), pairs=(("x", ("y",)),), margin=0.05, seconds=10, rng=rng(), clock=clock)
     passes = round(250 / (2 * 2 * 20))

@@ -14,11 +14,11 @@ def node(op: str, provider: str, kind: str = "float16", shape: tuple[int, ...] =
     return {"cat": "Node", "name": f"/layer/{op}_kernel_time", "args": args}
 
 
-def test_all_on_the_gpu() -> None:
+def test_placement_all_on_gpu_passes() -> None:
     assert strays([node("MatMul", CUDA), node("GroupQueryAttention", CUDA)], CUDA) == ()
 
 
-def test_shape_arithmetic_may_stay_on_the_cpu() -> None:
+def test_placement_shape_arithmetic_on_cpu_passes() -> None:
     events = [node("MatMul", CUDA), node("Shape", CPU, "int64", (2,)), node("Cast", CPU, "int32", ())]
     assert strays(events, CUDA) == ()
 
@@ -32,29 +32,29 @@ def test_shape_arithmetic_may_stay_on_the_cpu() -> None:
         node("MemcpyToHost", CPU, "float", (1, 3, 128, 64)),
     ],
 )
-def test_heavy_nodes_elsewhere_are_named_once(stray: dict[str, Any]) -> None:
+def test_placement_heavy_nodes_on_cpu_are_named_once(stray: dict[str, Any]) -> None:
     found = strays([node("MatMul", CUDA), stray, stray], CUDA)
     assert len(found) == 1
     assert stray["args"]["op_name"] in found[0] and CPU in found[0] and "_kernel_time" not in found[0]
 
 
-def test_a_node_of_unknown_output_counts_as_heavy() -> None:
+def test_placement_node_of_unknown_output_is_heavy() -> None:
     event = node("Custom", CPU)
     del event["args"]["output_type_shape"]
     assert len(strays([node("MatMul", CUDA), event], CUDA)) == 1
 
 
-def test_nothing_on_the_provider_is_the_silent_fallback() -> None:
+def test_placement_nothing_on_provider_is_fallback() -> None:
     assert any("no node ran on" in s for s in strays([node("MatMul", CPU)], CUDA))
     assert strays([], CUDA) == (f"no node ran on {CUDA}",)
 
 
-def test_tensorrt_may_leave_nodes_to_cuda_but_not_to_the_cpu() -> None:
+def test_placement_tensorrt_may_use_cuda_not_cpu() -> None:
     assert strays([node("TRTKernel", TRT), node("MatMul", CUDA)], TRT) == ()
     assert len(strays([node("TRTKernel", TRT), node("MatMul", CPU)], TRT)) == 1
 
 
-def test_events_that_are_no_nodes_are_ignored() -> None:
+def test_placement_events_without_node_are_ignored() -> None:
     session = {"cat": "Session", "name": "model_run", "args": {}}
     kernel = {"cat": "Kernel", "name": "gemm", "args": {"provider": CPU, "op_name": "x"}}
     assert strays([session, kernel, node("MatMul", CUDA)], CUDA) == ()

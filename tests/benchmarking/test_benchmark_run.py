@@ -89,7 +89,7 @@ IDENTICAL = GraphComparison(True, "a" * 64, "a" * 64, 9, {"CPUExecutionProvider"
 
 
 @quiet
-def test_a_slower_graph_is_found_slower(small: Callable[..., Path]) -> None:
+def test_run_slower_graph_is_slower(small: Callable[..., Path]) -> None:
     result = run(
         merged=small("merged", 40),
         base=small("base", 8),
@@ -102,7 +102,7 @@ def test_a_slower_graph_is_found_slower(small: Callable[..., Path]) -> None:
 
 
 @quiet
-def test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions(
+def test_run_identical_graphs_need_confirmation_in_other_sessions(
     small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[object] = []
@@ -120,9 +120,7 @@ def test_identical_graphs_are_slower_only_if_they_are_so_in_other_sessions(
     assert "the sessions differ, not the graphs" in reason and any(reason in note for note in found.notes)
 
 
-def test_sets_of_sessions_are_opened_in_other_orders_and_counted(
-    small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_session_sets_open_in_other_orders(small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     orders: list[list[str]] = []
     real = opened_arms.OpenedArms.open
     monkeypatch.setattr(
@@ -140,7 +138,7 @@ def test_sets_of_sessions_are_opened_in_other_orders_and_counted(
 
 
 @quiet
-def test_the_same_graph_with_other_weights_is_not(small: Callable[..., Path]) -> None:
+def test_run_same_graph_with_other_weights_is_not_slower(small: Callable[..., Path]) -> None:
     result = run(
         merged=small("merged", 8),
         base=small("base", 8),
@@ -158,7 +156,7 @@ def test_the_same_graph_with_other_weights_is_not(small: Callable[..., Path]) ->
     assert len(result.samples["b1/p24/prefill"]["merged"]) >= cell.pairs * 2
 
 
-def test_without_a_base_there_are_times_and_no_verdict(small: Callable[..., Path]) -> None:
+def test_run_without_base_has_times_and_no_verdict(small: Callable[..., Path]) -> None:
     result = run(
         merged=small("merged", 2),
         max_seconds=2,
@@ -168,7 +166,7 @@ def test_without_a_base_there_are_times_and_no_verdict(small: Callable[..., Path
     assert any("no base to compare with" in note for note in result.notes)
 
 
-def test_an_encoder_has_no_decode_phase(small: Callable[..., Path]) -> None:
+def test_run_encoder_has_no_decode_phase(small: Callable[..., Path]) -> None:
     model = small("encoder", 2, decoder=False)
     result = run(
         merged=model,
@@ -179,7 +177,7 @@ def test_an_encoder_has_no_decode_phase(small: Callable[..., Path]) -> None:
     assert cell.phase == "prefill" and cell.arms["merged"].first_token_ms is None
 
 
-def test_little_memory_measures_the_base_against_itself(
+def test_run_with_little_memory_measures_base_against_itself(
     small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "memory", lambda provider, gpus: (0, 0))
@@ -193,7 +191,7 @@ def test_little_memory_measures_the_base_against_itself(
     assert result.noise_floor is not None
 
 
-def test_too_little_time_is_inconclusive_and_says_so(small: Callable[..., Path]) -> None:
+def test_run_with_too_little_time_is_inconclusive(small: Callable[..., Path]) -> None:
     model = small("model", 8)
     result = run(
         merged=model,
@@ -212,7 +210,7 @@ def one_node(path: Path, name: str, dtype: int, dims: list[str | int]) -> Path:
     return path
 
 
-def test_unknown_inputs_are_refused_by_name(tmp_path: Path) -> None:
+def test_run_unknown_input_is_refused(tmp_path: Path) -> None:
     model = one_node(tmp_path / "model.onnx", "bbox", T.INT64, ["batch", "length", 4])
     with pytest.raises(InputError, match=r"bbox \(tensor\(int64\)\)"):
         run(
@@ -229,7 +227,7 @@ def test_unknown_inputs_are_refused_by_name(tmp_path: Path) -> None:
         ("past_key_values.0.encoder.key", ["batch_size", 2, "encoder_sequence_length", 4], (2, 2, 7, 4)),
     ],
 )
-def test_signals_states_and_caches_are_made_up_in_their_shapes(
+def test_feeds_have_declared_shapes(
     tmp_path: Path, name: str, dims: list[str | int], expected: tuple[int, ...]
 ) -> None:
     engine = sessions.ArmSession(one_node(tmp_path / "model.onnx", name, T.FLOAT, dims), "cpu", 1)
@@ -238,14 +236,14 @@ def test_signals_states_and_caches_are_made_up_in_their_shapes(
     assert {tuple(v.shape()) for v in buffers.values.values()} == {expected}
 
 
-def test_an_encoder_decoder_is_measured_as_prompt_and_step(small: Callable[..., Path]) -> None:
+def test_run_encoder_decoder_has_prompt_and_step(small: Callable[..., Path]) -> None:
     graphs = (small("encoder", 2, decoder=False), small("step", 1, decoder=False))
     result = run(graphs, graphs, max_seconds=2)
     assert [c.phase for c in result.cells] == ["prefill", "decode"]
     assert result.cells[1].merged_ms < result.cells[0].merged_ms
 
 
-def test_no_prompt_is_longer_than_the_model_has_positions(small: Callable[..., Path]) -> None:
+def test_run_prompts_fit_model_positions(small: Callable[..., Path]) -> None:
     model = small("short", 1)
     model.with_name("config.json").write_text('{"max_position_embeddings": 16}')
     result = run(
@@ -257,7 +255,7 @@ def test_no_prompt_is_longer_than_the_model_has_positions(small: Callable[..., P
     assert "prompts were cut to 12 tokens: the model has 16 positions" in result.notes
 
 
-def test_decode_sees_the_cache_that_a_prefill_left(small: Callable[..., Path]) -> None:
+def test_decode_reads_cache_of_prefill(small: Callable[..., Path]) -> None:
     engine = sessions.ArmSession(small("model", 2), "cpu", 1)
     buffers = Buffers("cpu")
     engine.call(Shape(2, 5, 1), buffers).run()
@@ -268,7 +266,7 @@ def test_decode_sees_the_cache_that_a_prefill_left(small: Callable[..., Path]) -
     assert np.abs(past).min() > 0
 
 
-def test_arms_share_their_buffers(small: Callable[..., Path]) -> None:
+def test_arms_share_buffers(small: Callable[..., Path]) -> None:
     buffers = Buffers("cpu")
     shape = Shape(1, 4, 1)
     sessions.ArmSession(small("a", 2), "cpu", 1).call(shape, buffers)
@@ -277,11 +275,11 @@ def test_arms_share_their_buffers(small: Callable[..., Path]) -> None:
     assert len(buffers.values) == count and buffers.nbytes == size > 0
 
 
-def test_a_cpu_profile_finds_every_node_on_the_cpu(small: Callable[..., Path]) -> None:
+def test_cpu_profile_places_every_node_on_cpu(small: Callable[..., Path]) -> None:
     assert sessions.misplaced(small("model", 2), "cpu", 1, Shape(1, 0, 4), None) == ()
 
 
-def test_cuda_cells_come_with_and_without_graphs_and_survive_a_failed_capture(
+def test_cuda_cells_have_both_graph_modes_and_survive_failed_capture(
     small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA played by the CPU: the order of cells, the notes and the verification, not the device."""
@@ -320,7 +318,7 @@ def _raise(*args: object) -> None:
     raise RuntimeError("capture is not possible\nsecond line")
 
 
-def test_the_environment_names_no_machine() -> None:
+def test_environment_names_no_machine() -> None:
     import platform
 
     told = str(environment.describe())
@@ -332,7 +330,7 @@ def test_the_environment_names_no_machine() -> None:
 # --- what a cell says of its arms ---------------------------------------------------------------------------
 
 
-def test_percentiles_and_rates_are_those_of_the_samples(small: Callable[..., Path]) -> None:
+def test_percentiles_and_rates_match_samples(small: Callable[..., Path]) -> None:
     result = run(small("merged", 4), small("base", 4), small("unmerged", 30), shapes=((2, 24),), max_seconds=3)
     for cell in result.cells:
         samples = result.samples[f"b2/p24/{cell.phase}"]
@@ -347,7 +345,7 @@ def test_percentiles_and_rates_are_those_of_the_samples(small: Callable[..., Pat
         assert cell.arms["unmerged"].ratio == cell.unmerged_ratio and cell.control == "unmerged"
 
 
-def test_every_block_has_a_reading_of_the_machine(small: Callable[..., Path]) -> None:
+def test_every_block_has_a_machine_reading(small: Callable[..., Path]) -> None:
     result = run(small("merged", 2), small("base", 2), max_seconds=2)
     for cell in result.cells:
         key = f"b1/p24/{cell.phase}"
@@ -356,9 +354,7 @@ def test_every_block_has_a_reading_of_the_machine(small: Callable[..., Path]) ->
         assert len(result.environment.blocks[key]["load"]) == 3
 
 
-def test_memory_is_counted_for_each_arm_without_the_shared_buffers(
-    small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arm_memory_excludes_shared_buffers(small: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     used = iter(range(0, 10**9, 10**6))
     monkeypatch.setattr(environment, "memory", lambda provider, gpus: (next(used), 10**12))
     result = run(small("merged", 2), small("base", 2), small("unmerged", 3), max_seconds=1)
@@ -372,7 +368,7 @@ def test_memory_is_counted_for_each_arm_without_the_shared_buffers(
 
 
 @quiet
-def test_without_a_slower_graph_the_base_held_up_is_the_control(small: Callable[..., Path]) -> None:
+def test_control_without_slower_graph_is_delayed_base(small: Callable[..., Path]) -> None:
     result = run(small("merged", 8), small("base", 8), max_seconds=6)
     for cell in result.cells:
         assert cell.control == "delayed"
@@ -381,7 +377,7 @@ def test_without_a_slower_graph_the_base_held_up_is_the_control(small: Callable[
 
 
 @quiet
-def test_a_control_that_is_not_slower_takes_the_verdict_away(small: Callable[..., Path]) -> None:
+def test_control_not_slower_is_inconclusive(small: Callable[..., Path]) -> None:
     result = run(small("merged", 8), small("base", 8), small("unmerged", 8), margin=0.4, max_seconds=6)
     fast = [c for c in result.cells if c.unmerged_ci_low is not None and c.unmerged_ci_low <= 1 and c.pairs >= 15]
     assert fast, "a graph that is the base's was found slower than it in every cell"
@@ -389,20 +385,20 @@ def test_a_control_that_is_not_slower_takes_the_verdict_away(small: Callable[...
 
 
 @quiet
-def test_other_graphs_are_measured_beside(small: Callable[..., Path]) -> None:
+def test_other_graphs_are_measured(small: Callable[..., Path]) -> None:
     other = BenchmarkArm("optimum", (small("other", 60),))
     result = run(small("merged", 4), small("base", 4), None, other, max_seconds=3)
     assert all(c.arms["optimum"].ratio > 1 for c in result.cells)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("names", [("merged", "merged"), ("base", "unmerged"), ("merged", "base_again")])
-def test_arms_that_cannot_be_told_apart_are_refused(small: Callable[..., Path], names: tuple[str, str]) -> None:
+def test_arms_with_equal_names_are_refused(small: Callable[..., Path], names: tuple[str, str]) -> None:
     arms = [BenchmarkArm(name, (small("model", 1),)) for name in names]
     with pytest.raises(InputError, match=names[-1]):
         benchmarking.run(arms, options=options(), progress=Silent())
 
 
-def test_a_plugged_adapter_is_in_every_run(tmp_path: Path) -> None:
+def test_plugged_adapter_is_in_every_run(tmp_path: Path) -> None:
     """One projection with a slot: without an adapter it adds nothing, with one it adds x·down·up."""
     slot = LoraSlot("/model/layers.0/attn/q_proj", 0, "q_proj", 4, 3, "float")
     weight = np.random.default_rng(3).standard_normal((64, 4)).astype(np.float32).round(1)
@@ -493,7 +489,7 @@ def _logits(engine: sessions.ArmSession, shape: Shape) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize("shape", [Shape(2, 7, 1), Shape(2, 0, 7)])
-def test_a_cache_in_place_gives_the_same_logits(tmp_path: Path, shape: Shape) -> None:
+def test_in_place_cache_gives_same_logits(tmp_path: Path, shape: Shape) -> None:
     model = attention(tmp_path / "model.onnx")
     engine, apart = sessions.ArmSession(model, "cpu", 1), sessions.ArmSession(model, "cpu", 1)
     assert engine.kv_in_place
@@ -501,7 +497,7 @@ def test_a_cache_in_place_gives_the_same_logits(tmp_path: Path, shape: Shape) ->
     np.testing.assert_allclose(_logits(engine, shape), _logits(apart, shape), rtol=1e-5, atol=1e-6)
 
 
-def test_a_graph_that_copies_its_cache_is_measured_so_and_told(small: Callable[..., Path]) -> None:
+def test_copied_cache_is_measured_and_reported(small: Callable[..., Path]) -> None:
     model = small("model", 2)
     assert not sessions.ArmSession(model, "cpu", 1).kv_in_place
     result = run(model, model, max_seconds=1)
@@ -509,7 +505,7 @@ def test_a_graph_that_copies_its_cache_is_measured_so_and_told(small: Callable[.
     assert not any(c.kv_in_place for c in result.cells)
 
 
-def test_a_cache_in_place_with_other_logits_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_place_cache_with_other_logits_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = sessions.ArmSession(attention(tmp_path / "model.onnx"), "cpu", 1)
     real = engine._one_cache
 
@@ -526,7 +522,7 @@ def test_a_cache_in_place_with_other_logits_is_not_used(tmp_path: Path, monkeypa
 # --- PyTorch ------------------------------------------------------------------------------------------------
 
 
-def test_pytorch_runs_the_unmerged_model_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pytorch_arm_repeats_unmerged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM

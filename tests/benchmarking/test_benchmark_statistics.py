@@ -32,7 +32,7 @@ QUIET = interval(0.999, 1.001)
 SLOW = interval(1.05, 1.06)
 
 
-def test_trimmed_mean_is_scipys() -> None:
+def test_trimmed_mean_matches_scipy() -> None:
     values = np.random.default_rng(1).standard_normal((7, 23))
     np.testing.assert_allclose(trimmed_mean(values, axis=1), stats.trim_mean(values, 0.2, axis=1))
     np.testing.assert_allclose(trimmed_mean(values, axis=0), stats.trim_mean(values, 0.2, axis=0))
@@ -44,7 +44,7 @@ def one_by_one(n: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
     return rng.integers(0, n, (resamples, n))
 
 
-def test_interval_of_independent_blocks_is_scipys_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interval_of_independent_blocks_matches_scipy_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_circular_blocks", one_by_one)
     logs = np.random.default_rng(2).normal(0.02, 0.01, 400)
     ours = ratio_interval(logs, np.random.default_rng(3), resamples=10000)
@@ -64,7 +64,7 @@ def test_interval_of_independent_blocks_is_scipys_bootstrap(monkeypatch: pytest.
     assert ours.se == pytest.approx(result.standard_error, rel=0.03)
 
 
-def test_interval_of_runs_of_independent_blocks_is_nearly_the_same() -> None:
+def test_interval_of_runs_of_independent_blocks_is_similar() -> None:
     logs = np.random.default_rng(2).normal(0.02, 0.01, 400)
     found = ratio_interval(logs, np.random.default_rng(3))
     expected = stats.bootstrap((logs,), lambda x, axis: stats.trim_mean(x, 0.2, axis=axis), rng=1, n_resamples=2000)
@@ -75,14 +75,14 @@ def test_interval_of_runs_of_independent_blocks_is_nearly_the_same() -> None:
     ("blocks", "student"),
     [(2, 6.314), (3, 2.920), (10, 2.015), (15, 1.860), (35, 1.725), (100, 1.671)],  # printed tables, one-sided 5 %
 )
-def test_few_blocks_stretch_the_interval_by_students_t(blocks: int, student: float) -> None:
+def test_interval_of_few_blocks_uses_student_t(blocks: int, student: float) -> None:
     """With the degrees of freedom of the kept blocks, and n/(n-1) as the bootstrap's variance is the biased one."""
     expected = student / 1.6449 * math.sqrt(blocks / (blocks - 1))
     assert _small_sample_stretch(blocks) == pytest.approx(expected, rel=5e-4)
 
 
 @pytest.mark.parametrize(("blocks", "run"), [(2, 1), (3, 1), (4, 2), (27, 3), (28, 3), (50, 4), (1000, 10)])
-def test_blocks_are_drawn_in_circular_runs(blocks: int, run: int) -> None:
+def test_bootstrap_draws_circular_runs(blocks: int, run: int) -> None:
     drawn = _circular_blocks(blocks, 300, np.random.default_rng(5))
     assert drawn.shape == (300, blocks)
     assert set(drawn.ravel()) == set(range(blocks))
@@ -94,14 +94,14 @@ def test_blocks_are_drawn_in_circular_runs(blocks: int, run: int) -> None:
     assert stats.chisquare(counts).pvalue > 0.001
 
 
-def test_one_block_has_a_ratio_and_no_interval_and_two_have_one() -> None:
+def test_interval_needs_two_blocks() -> None:
     one = ratio_interval(np.array([0.5]), np.random.default_rng(0))
     assert one == Interval(math.exp(0.5), 0.0, math.inf, math.inf)
     two = ratio_interval(np.array([0.5, 0.6]), np.random.default_rng(0))
     assert 0 < two.low < two.ratio < two.high < math.inf and 0 < two.se < math.inf
 
 
-def test_equivalence_is_two_one_sided_tests() -> None:
+def test_verdict_equivalence_is_two_one_sided_tests() -> None:
     """Against scipy's t-tests, on normal logs: they and a trimmed, bootstrapped mean may differ at the edge
     only."""
     dice = np.random.default_rng(4)
@@ -118,7 +118,7 @@ def test_equivalence_is_two_one_sided_tests() -> None:
     assert agree >= 54 and 10 < sum(found) < 50
 
 
-def test_percentiles_of_independent_blocks_are_scipys_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_percentiles_of_independent_blocks_match_scipy_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "_circular_blocks", one_by_one)
     monkeypatch.setattr(statistics, "_PERCENTILE_RESAMPLES", 3000)
     times = np.random.default_rng(6).lognormal(3, 0.2, (300, 4))
@@ -139,14 +139,14 @@ def test_percentiles_of_independent_blocks_are_scipys_bootstrap(monkeypatch: pyt
         assert percentile.high == pytest.approx(theirs.high, abs=0.1 * width)
 
 
-def test_percentiles_keep_the_calls_of_a_block_together() -> None:
+def test_percentiles_resample_whole_blocks() -> None:
     """Calls of a block that are all alike are one observation, not twenty."""
     blocks = np.random.default_rng(9).lognormal(3, 0.2, (20, 1))
     alone, repeated = (percentiles(t, np.random.default_rng(1))[0] for t in (blocks, np.repeat(blocks, 20, axis=1)))
     assert repeated.high - repeated.low > 0.8 * (alone.high - alone.low)
 
 
-def test_one_block_has_percentiles_and_no_interval() -> None:
+def test_percentiles_of_one_block_have_no_interval() -> None:
     (p50, *_) = percentiles(np.array([[1.0, 2.0, 3.0]]), np.random.default_rng(0))
     assert (p50.ms, p50.low, p50.high) == (2.0, 0.0, math.inf)
     (p50, *_) = percentiles(np.array([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]]), np.random.default_rng(0))
@@ -162,7 +162,7 @@ def test_log_ratios_pair_block_medians() -> None:
 
 
 @pytest.mark.parametrize("blocks", [15, 40])
-def test_interval_covers_the_truth_nine_times_in_ten(blocks: int) -> None:
+def test_interval_covers_truth_nine_times_in_ten(blocks: int) -> None:
     rng = np.random.default_rng(4)
     hits = 0
     for _ in range(400):
@@ -172,7 +172,7 @@ def test_interval_covers_the_truth_nine_times_in_ten(blocks: int) -> None:
 
 
 @pytest.mark.parametrize(("sigma", "expected"), [(0.005, MIN_BLOCKS), (0.02, 44), (0.05, 273)])
-def test_planned_pairs_follow_the_formula(sigma: float, expected: int) -> None:
+def test_planned_pairs_follow_formula(sigma: float, expected: int) -> None:
     measured = Interval(1.0, 0.99, 1.01, se=sigma / math.sqrt(20))
     assert blocks_needed(measured, 20, MARGIN) == pytest.approx(expected, abs=1)
 
@@ -194,7 +194,7 @@ def test_planned_pairs_follow_the_formula(sigma: float, expected: int) -> None:
         (interval(0.995, 1.005), QUIET, SLOW, 14, "inconclusive", "blocks"),
     ],
 )
-def test_verdicts(
+def test_verdict_of_intervals(
     merged: Interval, floor: Interval, control: Interval | None, blocks: int, verdict: str, reason: str
 ) -> None:
     found, why = judge(merged, floor, control, blocks, MARGIN)
@@ -239,7 +239,7 @@ STILL = Interval(1.0, 1.0, 1.0, 0.0)
         ),
     ],
 )
-def test_verdicts_at_the_edges(
+def test_verdict_at_the_edges(
     merged: tuple[float, float], floor: Interval, control: Interval | None, verdict: str, reason: str
 ) -> None:
     assert judge(interval(*merged), floor, control, MIN_BLOCKS, WIDE) == (verdict, reason)
@@ -260,13 +260,11 @@ def test_verdicts_at_the_edges(
         ),
     ],
 )
-def test_verdicts_from_sets_of_sessions(
-    sessions: int, merged: tuple[float, float], verdict: str, reason: str
-) -> None:
+def test_verdict_from_session_sets(sessions: int, merged: tuple[float, float], verdict: str, reason: str) -> None:
     assert judge(interval(*merged), QUIET, SLOW, 20, MARGIN, sessions=sessions) == (verdict, reason)
 
 
-def test_one_slow_cell_is_enough_and_all_must_be_equivalent() -> None:
+def test_overall_verdict_is_worst_cell() -> None:
     assert overall(["equivalent", "slower", "inconclusive"]) == "slower"
     assert overall(["equivalent", "inconclusive"]) == "inconclusive"
     assert overall(["equivalent", "equivalent"]) == "equivalent"
@@ -278,23 +276,23 @@ def test_one_slow_cell_is_enough_and_all_must_be_equivalent() -> None:
 HARD = NOISES["all of these"]
 
 
-def test_no_difference_is_found_equivalent_and_not_slower() -> None:
+def test_simulated_no_difference_is_equivalent() -> None:
     found = rates(1.0, HARD, 12)
     assert found["equivalent"] >= 10 / 12 and found["slower"] == 0
 
 
-def test_three_percent_is_found_slower_and_not_equivalent() -> None:
+def test_simulated_three_percent_is_slower() -> None:
     found = rates(1.03, HARD, 12)
     assert found["slower"] >= 10 / 12 and found["equivalent"] == 0
 
 
-def test_a_machine_too_noisy_gives_no_verdict() -> None:
+def test_simulated_noisy_machine_is_inconclusive() -> None:
     assert rates(1.0, Noise(own=0.1, mood=0.1), 4)["inconclusive"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOISES)
-def test_error_rates_under_every_noise(name: str) -> None:
+def test_simulated_error_rates_hold_under_every_noise(name: str) -> None:
     same, margin, slower = (rates(ratio, NOISES[name], 100) for ratio in (1.0, 1 + MARGIN, 1.03))
     assert same["slower"] <= 0.05 and same["equivalent"] >= 0.90
     assert slower["equivalent"] <= 0.05 and slower["slower"] >= 0.90

@@ -15,14 +15,14 @@ def tensor(name: str, size: int, home: str = "model.safetensors") -> OutputTenso
     return OutputTensor(name, "U8", (size,), home)
 
 
-def test_base_shards_are_kept() -> None:
+def test_shards_of_base_are_kept() -> None:
     homes = ["one", "one", "two", "one", "three"]
     shards = plan_shards([tensor(str(i), 5, home) for i, home in enumerate(homes)], None, {})
     assert [[t.name for t in s.tensors] for s in shards] == [["0", "1", "3"], ["2"], ["4"]]
     assert [s.file for s in shards] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
-def test_shards_by_size_keep_the_order_and_the_limit() -> None:
+def test_shards_by_size_keep_order_and_limit() -> None:
     shards = plan_shards([tensor(str(n), n) for n in (4, 6, 1, 30, 9, 2)], 10, {"by": "us"})
     assert [[t.nbytes for t in s.tensors] for s in shards] == [[4, 6], [1], [30], [9], [2]]
     header = json.loads(shards[0].header[8:])
@@ -30,7 +30,7 @@ def test_shards_by_size_keep_the_order_and_the_limit() -> None:
     assert len(shards[0].header) % 8 == 0
 
 
-def test_index_only_beside_several_shards(tmp_path: Path) -> None:
+def test_index_exists_only_with_several_shards(tmp_path: Path) -> None:
     write_index(tmp_path, plan_shards([tensor("a", 3)], None, {}))
     assert not list(tmp_path.iterdir())
     write_index(tmp_path, plan_shards([tensor("b", 3), tensor("a", 4)], 4, {}))
@@ -42,7 +42,7 @@ def test_index_only_beside_several_shards(tmp_path: Path) -> None:
     ]
 
 
-def test_config_changes_only_what_must_change(tmp_path: Path) -> None:
+def test_config_changes_only_required_keys(tmp_path: Path) -> None:
     text = '{"z": 1,  "a": {"é": [1, 2]}, "drop": true}\n'
     config = json.loads(text)
     (tmp_path / "in").write_text(text, encoding="utf-8")
@@ -52,7 +52,7 @@ def test_config_changes_only_what_must_change(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "out").read_text()).items()) == [("z", 2), ("a", {"é": [1, 2]})]
 
 
-def test_stray_tokenizer_parts_are_no_tokenizer(tmp_path: Path) -> None:
+def test_incomplete_tokenizer_files_are_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text("{}")
     (tmp_path / "chat_template.jinja").write_text("x")
     assert [p.name for p in tokenizer_files(tmp_path)] == ["chat_template.jinja"]
@@ -65,18 +65,18 @@ def test_stray_tokenizer_parts_are_no_tokenizer(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_folder_is_its_own_source(tmp_path: Path) -> None:
+def test_resolve_folder_is_itself(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)).folder == tmp_path
 
 
 @pytest.mark.parametrize("name", ["../x/y", "a/b/c", "a b/c", "-x/y", "/no/such/folder", "owner/name@"])
-def test_what_is_no_hub_id_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_invalid_hub_id_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="not a valid Hub ID"):
         resolve(name)
 
 
-def test_hub_id_is_pinned_to_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_hub_id_pins_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     commit = "0123456789abcdef0123456789abcdef01234567"

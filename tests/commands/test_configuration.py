@@ -40,7 +40,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 MERGE = ("merge", "-b", "BASE", "-a", "ADAPTER", "-o", "OUT")
 
 
-def test_a_flag_beats_a_variable_which_beats_the_file(here: Path, seen: dict[str, Any]) -> None:
+def test_configuration_flag_beats_variable_beats_file(here: Path, seen: dict[str, Any]) -> None:
     (here / "lora-export.toml").write_text('max-memory = "1GB"\n[merge]\nmax-shard-size = "7GB"\n')
     run(*MERGE)
     assert (seen["options"].max_memory, seen["options"].max_shard_size) == (10**9, 7 * 10**9)
@@ -52,7 +52,7 @@ def test_a_flag_beats_a_variable_which_beats_the_file(here: Path, seen: dict[str
     assert (seen["options"].max_memory, seen["options"].max_shard_size) == (4 * 10**9, 7 * 10**9)
 
 
-def test_a_table_beats_what_is_meant_for_all(here: Path, seen: dict[str, Any]) -> None:
+def test_configuration_table_beats_keys_for_all_commands(here: Path, seen: dict[str, Any]) -> None:
     (here / "pyproject.toml").write_text(
         '[tool.lora-export]\noptimize = "basic"\n[tool.lora-export.export]\noptimize = "none"\nengine = "dynamo"\n'
     )
@@ -60,21 +60,21 @@ def test_a_table_beats_what_is_meant_for_all(here: Path, seen: dict[str, Any]) -
     assert (seen["options"].optimize, seen["options"].engine) == ("none", "dynamo")
 
 
-def test_its_own_file_comes_before_pyproject(here: Path, seen: dict[str, Any]) -> None:
+def test_configuration_own_file_beats_pyproject(here: Path, seen: dict[str, Any]) -> None:
     (here / "pyproject.toml").write_text('[tool.lora-export]\noptimize = "none"\n')
     (here / "lora-export.toml").write_text("")
     run("export", "-m", "MODEL", "-o", "OUT")
     assert seen["options"].optimize == "full"
 
 
-def test_what_the_file_gives_is_said(here: Path, seen: dict[str, Any]) -> None:
+def test_configuration_from_file_is_reported(here: Path, seen: dict[str, Any]) -> None:
     (here / "lora-export.toml").write_text('device = "cuda"\n')
     said = run(*MERGE, LORA_EXPORT_DTYPE="float16").stderr
     assert "--device cuda, from lora-export.toml" in said
     assert "--dtype float16, from LORA_EXPORT_DTYPE" in said
 
 
-def test_an_earlier_export_keeps_its_own_options(here: Path, seen: dict[str, Any]) -> None:
+def test_configuration_does_not_change_graph_from_options(here: Path, seen: dict[str, Any]) -> None:
     """A default of one's own is no wish for this export; a variable is one."""
     (here / "lora-export.toml").write_text('optimize = "none"\nengine = "dynamo"\n')
     words = ("export", "-m", "MODEL", "-o", "OUT", "--graph-from", "EARLIER")
@@ -103,7 +103,7 @@ ASKED_FOR = {
 }
 
 
-def test_every_option_may_stand_in_a_file_or_is_asked_for_with_a_reason() -> None:
+def test_configuration_every_option_is_listed() -> None:
     options = {k for c in cli.commands.values() for k in configuration.options(c)}
     asked = {name for names in ASKED_FOR.values() for name in names.split()}
     in_a_file = set(configuration.in_a_file(cli))
@@ -112,7 +112,7 @@ def test_every_option_may_stand_in_a_file_or_is_asked_for_with_a_reason() -> Non
 
 @pytest.mark.parametrize("name", sorted({n for names in ASKED_FOR.values() for n in names.split()}))
 @pytest.mark.parametrize("file", ["lora-export.toml", "pyproject.toml"])
-def test_file_with_what_bears_on_a_verdict_is_refused(
+def test_configuration_option_that_affects_verdict_is_refused(
     name: str, file: str, here: Path, seen: dict[str, Any]
 ) -> None:
     """With any value, at the top and in a table, and for the commands that do not have the option, too."""
@@ -133,7 +133,7 @@ def test_file_with_what_bears_on_a_verdict_is_refused(
         assert option.configurable == "command line" or variable in (option.envvar or ())  # type: ignore[attr-defined]
 
 
-def test_verdict_names_the_file_and_what_it_gave_however_quiet(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_is_named_even_when_quiet(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_export.contracts import Check, ValidationResult
 
     result = ValidationResult((Check("logits_max_abs", 0.1, 1.0, True, "measured"),))
@@ -147,14 +147,14 @@ def test_verdict_names_the_file_and_what_it_gave_however_quiet(here: Path, monke
     assert "configuration" not in json.loads(run(*words, "--json", "--max-memory", "2GB").stdout)
 
 
-def test_refusal_names_the_file_and_what_it_gave(here: Path) -> None:
+def test_configuration_is_named_in_refusals(here: Path) -> None:
     (here / "lora-export.toml").write_text('max-memory = "1GB"\n')
     result = run(*MERGE, "-q", "--json")
     assert "configured by lora-export.toml: --max-memory 1000000000" in result.stderr
     assert json.loads(result.stdout)["configuration"]["options"] == {"max-memory": "1000000000"}
 
 
-def test_memory_of_the_file_leaves_validation_as_it_is(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_max_memory_does_not_affect_validation(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read layer by layer, a model is not compared as it is loaded."""
     found: list[Any] = []
     monkeypatch.setattr("lora_export.api.validate", lambda *_, options, **__: found.append(options.max_memory))
@@ -166,7 +166,7 @@ def test_memory_of_the_file_leaves_validation_as_it_is(here: Path, monkeypatch: 
     assert found == [None, 2 * 10**6, 3 * 10**6]
 
 
-def test_report_has_a_line_with_the_file_and_what_it_gave(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_is_named_in_report(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_export.contracts.option import kept
     from lora_export.report.story import sources
     from lora_export.workflows.run_report import new_report
@@ -199,7 +199,7 @@ def test_report_has_a_line_with_the_file_and_what_it_gave(here: Path, monkeypatc
         ("device = ", "not TOML"),
     ],
 )
-def test_a_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told: str) -> None:
+def test_configuration_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told: str) -> None:
     (here / "lora-export.toml").write_text(text)
     result = run(*MERGE, "--json")
     assert result.exit_code == 1 and not seen
@@ -209,13 +209,13 @@ def test_a_bad_file_is_refused(here: Path, seen: dict[str, Any], text: str, told
     assert run("merge", "--help").exit_code == 0
 
 
-def test_no_variable_replaces_an_output_or_names_a_program() -> None:
+def test_configuration_variables_cannot_set_outputs_or_programs() -> None:
     names = {"output", "force", "dry-run", "run", "runtime", "key", "sign", "push", "private"}
     unset = [item for c in cli.commands.values() for item in configuration.options(c).items() if item[0] in names]
     assert {name for name, _ in unset} == names and not any(option.envvar for _, option in unset)
 
 
-def test_env_shows_all_of_it(here: Path) -> None:
+def test_env_shows_configuration(here: Path) -> None:
     (here / "lora-export.toml").write_text('device = "cpu"\n[merge]\nmax-memory = "1GB"\n')
     found = json.loads(run("env", "--json", LORA_EXPORT_TEXT="mine.txt").stdout)["configuration"]
     assert found == {
@@ -229,7 +229,7 @@ def test_env_shows_all_of_it(here: Path) -> None:
     assert result.exit_code == 0 and "nonsense is not an option" in result.stdout
 
 
-def test_values_of_other_commands_are_not_looked_at(here: Path, seen: dict[str, Any]) -> None:
+def test_configuration_of_other_commands_is_ignored(here: Path, seen: dict[str, Any]) -> None:
     (here / "lora-export.toml").write_text('[validate]\ndevice = "abacus"\n')
     run(*MERGE)
     assert seen["options"].device == "cpu"
@@ -238,7 +238,7 @@ def test_values_of_other_commands_are_not_looked_at(here: Path, seen: dict[str, 
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shells_are_given_their_completion(shell: str) -> None:
+def test_completion_is_printed_for_each_shell(shell: str) -> None:
     environment = {"_LORA_EXPORT_COMPLETE": f"{shell}_source"}
     result = CliRunner().invoke(cli, [], prog_name="lora-export", env=environment)
     assert result.exit_code == 0 and "_LORA_EXPORT_COMPLETE" in result.stdout

@@ -59,7 +59,7 @@ def made(monkeypatch: pytest.MonkeyPatch, *words: str, **environment: str) -> Ad
     return read[0]
 
 
-def test_a_field_is_an_option_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_derive_field_is_option_of_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made(monkeypatch) == Added()
     words = (
         "--speed",
@@ -85,7 +85,7 @@ def test_a_field_is_an_option_of_the_command(monkeypatch: pytest.MonkeyPatch) ->
             made(monkeypatch, *wrong)
 
 
-def test_a_field_stands_in_its_section_of_help(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_derive_field_is_in_its_help_section(monkeypatch: pytest.MonkeyPatch) -> None:
     command = derive.command("add", derive.options_of(Added))(lambda talk: None)
     text = command.get_help(click.Context(command, info_name="add"))
     added, _, inner = text.partition("Added things:")[2].partition("Inner things:")
@@ -94,7 +94,7 @@ def test_a_field_stands_in_its_section_of_help(monkeypatch: pytest.MonkeyPatch) 
     assert "--json" in text.partition("Messages:")[2]
 
 
-def test_a_field_can_be_set_by_file_and_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_derive_field_can_be_set_by_file_and_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     Path(configuration.FILE).write_text('speed = "fast"\n')
     assert made(monkeypatch).speed == "fast"
@@ -105,13 +105,13 @@ def test_a_field_can_be_set_by_file_and_variable(monkeypatch: pytest.MonkeyPatch
         made(monkeypatch)
 
 
-def test_a_field_is_kept_in_json_and_read_again() -> None:
+def test_derive_field_round_trips_json() -> None:
     document = kept(replace(Added(), folder=Path("/some/where"), inner=Inner(2)))
     assert document == {"speed": "slow", "size": 10, "tags": (), "place": "where", "depth": 2}
     assert kept(Added("fast"), default=("speed",))["speed"] == "slow"  # it did not matter
 
 
-def test_a_field_is_on_the_reference_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_derive_field_is_on_reference_page(monkeypatch: pytest.MonkeyPatch) -> None:
     import reference
 
     command = derive.command("add", derive.options_of(Added))(lambda talk: None)
@@ -119,23 +119,21 @@ def test_a_field_is_on_the_reference_page(monkeypatch: pytest.MonkeyPatch) -> No
     assert "--speed [slow|fast]" in reference.commands()
 
 
-def test_every_field_of_the_story_is_an_option_of_its_command() -> None:
+def test_derive_every_story_field_is_an_option() -> None:
     """So that a field that is added to any of the nested dataclasses is offered without another line."""
     fields = [how for _, how in declared(MergeOptions)]
     names = {o.opts[-1] for o in derive.options_of(StoryOptions)}
     assert len(fields) > 15 and {derive.flag_of(f.name, how) for f, how in declared(MergeOptions)} <= names  # type: ignore[arg-type]
 
 
-def test_the_list_of_commands_says_what_their_help_says() -> None:
+def test_command_list_matches_help() -> None:
     for name, sentence in COMMANDS.items():
         help_text = " ".join((cli.commands[name].help or "").split())
         assert help_text.startswith(sentence), name
 
 
 @pytest.mark.parametrize("words", [("--json", "-q", "env"), ("env", "--json", "-q"), ("-q", "env", "--json")])
-def test_options_for_messages_stand_anywhere_on_the_line(
-    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_message_options_work_anywhere_on_the_line(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_export.api.env", lambda: {"lora_export": "1", "platform": "", "cpu_count": 1,
                         "memory_bytes": 1, "versions": {}, "providers": []})  # fmt: skip
     result = CliRunner().invoke(cli, list(words))

@@ -39,7 +39,7 @@ def ranks(adapter: Path) -> set[int]:
     return {t.shape[0] for n, t in tensors(adapter).items() if "lora_A" in n}
 
 
-def test_combine(given: dict[str, Path], tmp_path: Path) -> None:
+def test_combine_command_writes_adapter(given: dict[str, Path], tmp_path: Path) -> None:
     both = ("combine", "-a", f"{given['a']}:0.7", "-a", given["b"])
     made = said(*both, "-o", tmp_path / "sum")
     assert ranks(tmp_path / "sum") == {4, 7} and made["error"] < 1e-12
@@ -54,7 +54,7 @@ def test_combine(given: dict[str, Path], tmp_path: Path) -> None:
     assert dare.exit_code == 1 and "--density" in dare.stderr and not (tmp_path / "dare").exists()
 
 
-def test_truncate(given: dict[str, Path], tmp_path: Path) -> None:
+def test_truncate_command_writes_adapter(given: dict[str, Path], tmp_path: Path) -> None:
     made = said("truncate", "-a", given["a"], "--rank", 1, "--dtype", "float16", "-o", tmp_path / "one")
     assert ranks(tmp_path / "one") == {1} and 0 < made["error"] < 1
     assert {str(t.dtype) for t in tensors(tmp_path / "one").values()} == {"torch.float16"}
@@ -69,7 +69,7 @@ def test_truncate(given: dict[str, Path], tmp_path: Path) -> None:
         assert (result.exit_code, (tmp_path / "none").exists()) == (code, False) and told in result.stderr
 
 
-def test_extract(given: dict[str, Path], tmp_path: Path) -> None:
+def test_extract_command_writes_adapter(given: dict[str, Path], tmp_path: Path) -> None:
     pair = ("extract", "-b", given["base"], "-m", given["merged"])
     made = said(*pair, "--rank", 4, "-o", tmp_path / "back")
     assert ranks(tmp_path / "back") == {4} and made["error"] < 1e-5

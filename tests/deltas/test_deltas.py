@@ -21,7 +21,7 @@ def matrix(rows: int, columns: int, rank: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("rows", "columns", "rank"), [(40, 30, 7), (30, 40, 7), (12, 12, 12), (5, 60, 5), (1, 9, 1)]
 )
-def test_spectrum_of_a_matrix_is_numpys(rows: int, columns: int, rank: int) -> None:
+def test_spectrum_of_matrix_matches_numpy(rows: int, columns: int, rank: int) -> None:
     delta = matrix(rows, columns, rank)
     found, sizes = spectrum.of_matrix(delta), np.linalg.svd(delta.numpy(), compute_uv=False)
     assert np.allclose(found.sizes[:rank], sizes[:rank], rtol=1e-9)
@@ -35,7 +35,7 @@ def test_spectrum_of_a_matrix_is_numpys(rows: int, columns: int, rank: int) -> N
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 30, 7), (6, 40, 9), (40, 5, 8), (7, 7, 20)])
-def test_spectrum_of_factors_is_numpys(rows: int, columns: int, rank: int) -> None:
+def test_spectrum_of_factors_matches_numpy(rows: int, columns: int, rank: int) -> None:
     draw = torch.Generator().manual_seed(3)
     left, right = (torch.randn(s, generator=draw).double() for s in ((rows, rank), (rank, columns)))
     found = spectrum.of_factors(left, right)
@@ -46,7 +46,7 @@ def test_spectrum_of_factors_is_numpys(rows: int, columns: int, rank: int) -> No
     assert torch.allclose(rebuilt, left @ right)
 
 
-def test_figures_of_a_spectrum() -> None:
+def test_spectrum_figures_match_definition() -> None:
     sizes = torch.tensor([4.0, 2.0, 1.0, 0.0], dtype=torch.float64)
     found = spectrum.Spectrum(torch.eye(4).double(), sizes, torch.eye(4).double())
     assert found.norm == pytest.approx(21**0.5)
@@ -59,7 +59,7 @@ def test_figures_of_a_spectrum() -> None:
     assert none.rank_for(0.9) == 0 and none.energy.tolist() == []
 
 
-def test_a_delta_of_zero() -> None:
+def test_spectrum_of_zero_delta_is_zero() -> None:
     found = spectrum.of_matrix(torch.zeros(4, 3))
     assert (found.norm, found.effective_rank, found.stable_rank) == (0, 0, 0)
     assert found.energy.tolist() == [1, 1, 1] and found.rank_for(0.9) == 1 and found.lost(0) == 0
@@ -72,7 +72,7 @@ def test_a_delta_of_zero() -> None:
     share=st.floats(0, 1),
     step=st.integers(1, 20),
 )
-def test_the_largest_are_numpys(values: list[float], share: float, step: int) -> None:
+def test_largest_matches_numpy(values: list[float], share: float, step: int) -> None:
     delta = torch.tensor(values, dtype=torch.float64)
     kept = int(share * len(values))
     runs = [(i, min(i + step, len(values))) for i in range(0, len(values), step)]
@@ -84,7 +84,7 @@ def test_the_largest_are_numpys(values: list[float], share: float, step: int) ->
     assert (chosen == wanted)[~close].all() and chosen[wanted].all()
 
 
-def test_the_size_lies_halfway_to_the_next() -> None:
+def test_largest_threshold_lies_halfway() -> None:
     """So that sums in another order, which are off by a hair, choose the same elements."""
     steps = torch.tensor([8.0, -2, 4, 0, -1], dtype=torch.float64) / 4096
     delta = steps + steps.sign() + (steps == 0)  # of one key in the first pass
@@ -98,7 +98,7 @@ def test_the_size_lies_halfway_to_the_next() -> None:
     assert 1 - 1e-11 < least_kept(lambda a, b: same[a:b], [(0, 4)], 2, 4) < 1
 
 
-def test_the_largest_of_many_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_largest_of_equal_elements_keeps_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(largest, "FEW", 50)
     draw = torch.Generator().manual_seed(1)
     delta = 1 + torch.rand(1000, generator=draw).double() * 1e-3  # one key in the first pass
@@ -119,7 +119,7 @@ def test_the_largest_of_many_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.2 < least_kept(lambda a, b: equal[a:b], [(0, 300)], 10, 300) <= 0.25
 
 
-def test_sums_and_votes_by_hand() -> None:
+def test_mixing_sums_and_votes_match_hand_computation() -> None:
     one, two, three = (
         torch.tensor(v, dtype=torch.float64) for v in ([3.0, 0, -1, 2], [-1.0, 0, -2, 2], [-1.0, 5, 4, 0])
     )
@@ -130,7 +130,7 @@ def test_sums_and_votes_by_hand() -> None:
     assert agreed([one, -one], [1, 1], "total").tolist() == [3, 0, 1, 2]  # a sum of zero elects plus
 
 
-def test_sums_need_a_weight_for_each_delta() -> None:
+def test_mixing_needs_weight_per_delta() -> None:
     one = torch.tensor([1.0, -2], dtype=torch.float64)
     assert agreed([one], [0.5], "total").tolist() == [0.5, -1] == summed([one], [0.5]).tolist()
     for weights in ([1.0], [1.0, 1, 1]):
@@ -140,7 +140,7 @@ def test_sums_need_a_weight_for_each_delta() -> None:
             agreed([one, one], weights, "total")
 
 
-def test_overlap_is_summed_over_blocks() -> None:
+def test_overlap_sums_over_blocks() -> None:
     first, second = (torch.tensor(v).double() for v in ([3.0, 0, 1, 2], [-4.0, 1, 2, -1]))
     whole, blocks, joined = Overlap(), Overlap(), Overlap()
     whole.add(first, second)
@@ -152,7 +152,7 @@ def test_overlap_is_summed_over_blocks() -> None:
     assert whole == blocks == joined == Overlap(dot=-12, first=14, second=22, both=3, conflicts=2)
 
 
-def test_overlap_by_hand() -> None:
+def test_overlap_matches_hand_computation() -> None:
     overlap, other = Overlap(), Overlap()
     overlap.add(torch.tensor([3.0, 0]), torch.tensor([-4.0, 1]))
     other.add(torch.tensor([0.0, 4]), torch.tensor([0.0, 3]))

@@ -56,7 +56,7 @@ def read(file: AdapterFile) -> list[TargetUpdate]:
 '''
 
 
-def test_an_adapter_kind(tmp_path: Path) -> None:
+def test_add_adapter_kind_as_documented(tmp_path: Path) -> None:
     """In a copy of the package: a new file, and a line of registry.py."""
     copy = tmp_path / "copy" / "lora_export"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -83,7 +83,7 @@ def test_an_adapter_kind(tmp_path: Path) -> None:
     torch.testing.assert_close(after, before + shift[:, None])
 
 
-def test_engines_and_targets_are_registered_under_their_own_names() -> None:
+def test_registered_engines_and_targets_have_their_own_names() -> None:
     assert {name: e.name for name, e in engines().items()} == {n: n for n in engine_names()}
     assert {name: t.name for name, t in targets().items()} == {n: n for n in target_names()}
     assert set(get_args(Precision)) >= {"fp32", "fp16", "int4"}

@@ -42,13 +42,13 @@ def commands(code: str) -> Iterator[list[str]]:
                 yield words[i + 1 : stop]
 
 
-def test_every_block_says_its_language() -> None:
+def test_block_names_its_language() -> None:
     assert {b.language for b in ALL} <= LANGUAGES, [name(b.page) for b in ALL if b.language not in LANGUAGES]
     assert len(ALL) > 40
 
 
 @pytest.mark.parametrize("block", of("bash"))
-def test_every_command_has_these_options(block: Block) -> None:
+def test_block_commands_use_existing_options(block: Block) -> None:
     for words in commands(block.code):
         if not words:
             continue
@@ -62,7 +62,7 @@ def test_every_command_has_these_options(block: Block) -> None:
 
 
 @pytest.mark.parametrize("block", of("python"))
-def test_python_imports_what_is_there(block: Block) -> None:
+def test_block_python_imports_existing_names(block: Block) -> None:
     for node in ast.walk(ast.parse(block.code)):
         if isinstance(node, ast.ImportFrom) and node.module:
             module = importlib.import_module(node.module)
@@ -96,7 +96,7 @@ def check_workflow(text: str) -> None:
         ("on: [pull_request]", ""), ("- run: lora-export", "- ran: lora-export"),
     ],
 )  # fmt: skip
-def test_a_workflow_that_cannot_run_is_found(old: str, new: str) -> None:
+def test_block_broken_workflow_is_found(old: str, new: str) -> None:
     (block,) = (b for b in ALL if b.language == "yaml")
     assert old in block.code
     with pytest.raises((AssertionError, KeyError, click.UsageError)):
@@ -104,7 +104,7 @@ def test_a_workflow_that_cannot_run_is_found(old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("block", of("toml") + of("yaml"))
-def test_files_are_what_they_say(block: Block, tmp_path: Path) -> None:
+def test_block_files_parse(block: Block, tmp_path: Path) -> None:
     if block.language == "yaml":
         check_workflow(block.code)
         return
@@ -126,7 +126,7 @@ def runnable() -> list[object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", runnable())
-def test_the_blocks_of_a_page_run_in_their_order(page: Path, tmp_path: Path) -> None:
+def test_page_blocks_run_in_order(page: Path, tmp_path: Path) -> None:
     SCENERIES[scenery(page) or "checkout"](tmp_path)
     script = ["set -euo pipefail", "export LC_ALL=C.UTF-8"]
     for block in blocks(page):
@@ -154,7 +154,7 @@ def test_the_blocks_of_a_page_run_in_their_order(page: Path, tmp_path: Path) -> 
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
-def test_json_blocks_are_json() -> None:
+def test_block_json_parses() -> None:
     for block in ALL:
         if block.language == "json":
             json.loads(block.code)

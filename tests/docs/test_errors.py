@@ -17,7 +17,7 @@ CLASSES = REFERENCE.classes()
 
 
 @pytest.mark.parametrize("error", CLASSES, ids=lambda c: c.__name__)
-def test_it_has_an_anchor_a_cause_and_a_cure(error: type) -> None:
+def test_error_class_is_documented(error: type) -> None:
     page = (ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
     section = page.partition(f"\n## {error.__name__}\n")[2].partition("\n## ")[0]
     assert "Cause: " in section and "Cure: " in section
@@ -25,7 +25,7 @@ def test_it_has_an_anchor_a_cause_and_a_cure(error: type) -> None:
 
 
 @pytest.mark.parametrize("error", CLASSES, ids=lambda c: c.__name__)
-def test_it_is_raised_by_the_package_and_expected_by_a_test(error: type) -> None:
+def test_error_class_is_raised_and_tested(error: type) -> None:
     assert any(r.error == error.__name__ for r in REFERENCE.refusals())
     expected = [f for f in TESTS.rglob("test_*.py") if f != Path(__file__) and _expects(f, error.__name__)]
     assert expected
@@ -42,7 +42,7 @@ def test_it_is_raised_by_the_package_and_expected_by_a_test(error: type) -> None
         ("with pytest.raises(InputError, match='no'):\n        pass", False),
     ],
 )
-def test_an_expectation_names_one_error_and_looks_at_its_words(text: str, counts: bool, tmp_path: Path) -> None:
+def test_raises_names_one_error_and_matches_words(text: str, counts: bool, tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(f"def test_x():\n    {text}\n")
     assert _expects(tmp_path / "test_x.py", "InputError") == counts
     (tmp_path / "test_x.py").write_text(f"def helper():\n    {text}\n")
@@ -69,7 +69,7 @@ def _calls(block: ast.With) -> bool:
     return any(isinstance(n, ast.Call) for statement in block.body for n in ast.walk(statement))
 
 
-def test_no_class_of_errors_lies_elsewhere() -> None:
+def test_error_classes_are_in_one_module() -> None:
     """All that is told in words is of errors.py, so that a caller finds it there."""
     package = Path(errors.__file__).parent
     for file in package.rglob("*.py"):

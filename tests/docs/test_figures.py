@@ -20,7 +20,7 @@ OUTSIDE = re.compile(r"<!-- figures:.*?<!-- end -->|^```.*?^```$|`[^`\n]*`|\]\([
 
 
 @pytest.mark.parametrize("tool", ["figures.py", "reference.py"])
-def test_tables_and_reference_are_up_to_date(tool: str) -> None:
+def test_generated_pages_are_up_to_date(tool: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / tool), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -32,16 +32,16 @@ def measured(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in pages() if "reference" not in p.parts], ids=name)
-def test_no_measurement_stands_outside_of_a_generated_table(page: Path) -> None:
+def test_pages_have_no_measurement_outside_generated_tables(page: Path) -> None:
     assert measured(page.read_text(encoding="utf-8")) == []
 
 
-def test_a_planted_measurement_is_found() -> None:
+def test_planted_measurement_is_found() -> None:
     assert measured("It takes 3.4 s, 12 % and 292 MB; the margin of 1 % is chosen.") == ["3.4 s", "12 %", "292 MB"]
     assert measured("<!-- figures: x -->\n| 3.4 s |\n<!-- end -->\n`--max-time 5s`") == []
 
 
-def test_a_changed_result_makes_a_table_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_result_makes_table_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = tool("figures")
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert figures.renewed(page) == page
@@ -49,18 +49,18 @@ def test_a_changed_result_makes_a_table_stale(monkeypatch: pytest.MonkeyPatch) -
     assert figures.renewed(page) != page
 
 
-def test_every_command_has_a_section() -> None:
+def test_commands_page_has_every_command() -> None:
     text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == list(cli.commands)
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_navigation_has_every_page() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     missing = [name(p) for p in pages() if p.is_relative_to(ROOT / "docs") and name(p)[5:] not in navigation]
     assert missing == []
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
+def test_readme_links_resolve() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (ROOT / target).exists(), target

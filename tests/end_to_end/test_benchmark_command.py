@@ -34,7 +34,7 @@ def folders(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     return {path.name: path for path in root.iterdir()}
 
 
-def test_all_arms_at_once(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_benchmark_all_arms_are_measured(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
     base = folders["base"]
     words = ["-b", base, "-m", base, "-u", folders["unmerged"], "--plugged", folders["plugged"]]
     words += ["--pytorch", folders["model"], folders["adapter"], "--margin", "50%", "--max-time", "3s", *QUICK]
@@ -76,7 +76,7 @@ def with_more_work(source: Path, target: Path, times: int) -> Path:
     return target
 
 
-def test_a_merged_graph_with_more_work_fails_the_gate(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_benchmark_slower_merged_graph_fails_gate(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
     slow = with_more_work(folders["base"], tmp_path / "slow", 1600)  # many times slower, on any machine
     words = ["-b", folders["base"], "-m", slow, "--margin", "20%", "--max-time", "20s", *QUICK]
     code, document, talk = run("benchmark", *words, "-o", tmp_path / "out")
@@ -99,7 +99,7 @@ def test_a_merged_graph_with_more_work_fails_the_gate(folders: dict[str, Path], 
         (["--sessions", "3"], "--sessions 3"),
     ],
 )
-def test_arms_and_grids_that_make_no_sense_are_refused(
+def test_benchmark_invalid_arms_and_grids_are_refused(
     folders: dict[str, Path], run: Run, tmp_path: Path, words: list[str], expected: str
 ) -> None:
     given = [word.format(**{name: str(path) for name, path in folders.items()}) for word in words]
@@ -108,7 +108,7 @@ def test_arms_and_grids_that_make_no_sense_are_refused(
     assert document["next"] and not (tmp_path / "out").exists()
 
 
-def test_extra_arms_of_a_run_need_one_adapter(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_merge_and_export_extra_arms_need_one_adapter(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
     words = ["-b", folders["model"], "-a", f"{folders['adapter']}:0.5", "-o", tmp_path / "out", "--provider", "cpu"]
     code, document, talk = run("merge-and-export", *words, "--arm", "plugged")
     assert code == 1 and document["found"] == "--arm plugged with adapter weights 0.5", talk
@@ -116,17 +116,17 @@ def test_extra_arms_of_a_run_need_one_adapter(folders: dict[str, Path], run: Run
 
 @pytest.mark.parametrize("option", ["--margin", "--max-time"])
 @pytest.mark.parametrize("value", ["", "x", "0", "90%", "1e9m", "nan", "-1s"])
-def test_shares_and_times_that_are_none_are_wrong_usage(tmp_path: Path, option: str, value: str) -> None:
+def test_options_invalid_share_or_time_is_usage_error(tmp_path: Path, option: str, value: str) -> None:
     words = ["benchmark", "-m", str(tmp_path), "-o", str(tmp_path / "out"), option, value]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 2 and option in done.output
 
 
-def test_the_paper_grid_is_the_papers() -> None:
+def test_benchmark_paper_grid_matches_paper() -> None:
     assert GRIDS["paper"] == ((1, 128), (16, 256), (32, 512))
 
 
-def test_an_unmerged_export_takes_one_adapter(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
+def test_export_unmerged_needs_one_adapter(folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
     adapter: Any = folders["adapter"]
     for given in ([], ["-a", adapter, "-a", adapter]):
         code, document, talk = run("export", "-m", folders["model"], *given, "--unmerged", "-o", tmp_path / "out")

@@ -83,7 +83,9 @@ def program(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_same_32_greedy_tokens(target: str, smollm2_packages: Path, unmerged: tuple[list[int], str]) -> None:
+def test_consumers_give_same_32_greedy_tokens(
+    target: str, smollm2_packages: Path, unmerged: tuple[list[int], str]
+) -> None:
     folder = smollm2_packages / target
     if target == "optimum":
         said = consumers.python(consumers.optimum_python(), program(folder))
@@ -98,7 +100,7 @@ def test_the_same_32_greedy_tokens(target: str, smollm2_packages: Path, unmerged
     assert found.verified and any(c.name == "runs" for c in found.checks)
 
 
-def test_transformers_js_generates_from_q4_what_onnx_runtime_does(smollm2_packages: Path) -> None:
+def test_transformers_js_q4_matches_onnx_runtime(smollm2_packages: Path) -> None:
     folder = smollm2_packages / "transformers-js"
     said = consumers.node(program(folder).replace('dtype: "fp32"', 'dtype: "q4"'))
     session = ort.InferenceSession(str(folder / "onnx" / "model_q4.onnx"))
@@ -116,7 +118,7 @@ def test_transformers_js_generates_from_q4_what_onnx_runtime_does(smollm2_packag
 
 
 @pytest.mark.parametrize("target", TARGETS[1:])
-def test_the_same_vectors(target: str, minilm_packages: Path) -> None:
+def test_consumers_give_same_vectors(target: str, minilm_packages: Path) -> None:
     wanted = _unmerged_vectors(minilm_packages)
     folder = minilm_packages / target
     if target == "optimum":
@@ -129,7 +131,7 @@ def test_the_same_vectors(target: str, minilm_packages: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "q4"])
-def test_a_browser_computes_the_same_vectors(dtype: str, minilm_packages: Path) -> None:
+def test_browser_gives_same_vectors(dtype: str, minilm_packages: Path) -> None:
     folder = minilm_packages / "transformers-js"
     said = consumers.browser(folder, PROMPT, {"dtype": dtype, "device": "wasm"})
     assert isinstance(said, list), said
@@ -137,7 +139,7 @@ def test_a_browser_computes_the_same_vectors(dtype: str, minilm_packages: Path) 
     np.testing.assert_allclose(said, wanted, atol=1e-4 if dtype == "fp32" else 0.05)
 
 
-def test_a_model_in_several_data_files(
+def test_consumers_read_several_data_files(
     minilm_packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a model of more than 2 GiB lies there."""
@@ -238,7 +240,7 @@ def _others(folder: Path, kind: str) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize("kind", [*ROPES, "gemma3", "phi", "modernbert"])
-def test_both_versions_of_transformers_read_one_configuration(kind: str, tmp_path: Path) -> None:
+def test_both_transformers_versions_read_configuration(kind: str, tmp_path: Path) -> None:
     auto = "AutoModelForCausalLM"
     if kind in ROPES:
         folder = save_decoder(tmp_path / "model", **ROPES[kind])
@@ -272,7 +274,7 @@ def whisper(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_whisper(target: str, whisper: Path, run: Run, tmp_path: Path) -> None:
+def test_whisper_package_transcribes_in_consumers(target: str, whisper: Path, run: Run, tmp_path: Path) -> None:
     """Every runtime loads it and hears the end of a second of silence; what it computes is compared elsewhere."""
     variant = ["--variant", "fp32"] if target == "transformers-js" else []
     code, _, talk = run("package", whisper, "--for", target, "-o", tmp_path / "package", *variant)

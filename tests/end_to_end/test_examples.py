@@ -20,7 +20,7 @@ def run(name: str, out: Path) -> dict[str, Any]:
     return found
 
 
-def test_go_on_training_after_a_merge(tmp_path: Path) -> None:
+def test_continue_training_example_runs(tmp_path: Path) -> None:
     curves = run("continue_training.py", tmp_path)["curves"]
     learnt, on_merged = curves["LoRA 1"], curves["LoRA 2 on the merged folder"]
     assert learnt[-1][1] < learnt[0][1]
@@ -32,7 +32,7 @@ def test_go_on_training_after_a_merge(tmp_path: Path) -> None:
     assert (tmp_path / "continued.svg").read_text().count("<svg") == 1
 
 
-def test_methods_ranks_and_overfitting(tmp_path: Path) -> None:
+def test_compare_training_example_runs(tmp_path: Path) -> None:
     study = run("compare_training.py", tmp_path)
     assert {m["method"] for m in study["methods"]} == {"lora", "qlora", "adalora", "dora"}
     sizes = {(m["method"], m["rank"]): m["trainable"] for m in study["methods"]}

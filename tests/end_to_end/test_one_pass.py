@@ -48,7 +48,7 @@ def streamed(
     return out, document
 
 
-def test_the_export_is_that_of_a_merged_folder(plain: Path, streamed: tuple[Path, dict[str, Any]]) -> None:
+def test_one_pass_export_equals_export_of_merged_folder(plain: Path, streamed: tuple[Path, dict[str, Any]]) -> None:
     out, document = streamed
     assert {p.name for p in out.iterdir()} == {"onnx", "report", "manifest.json", CERTIFICATE}
     names = {p.name for p in (plain / "onnx").iterdir()} - {"export.json"}
@@ -58,7 +58,7 @@ def test_the_export_is_that_of_a_merged_folder(plain: Path, streamed: tuple[Path
     assert document["merge"]["adapter_tensors"] == {"used": 16, "total": 16}
 
 
-def test_the_certificate_says_what_that_of_a_merged_folder_says(
+def test_one_pass_certificate_equals_that_of_merged_folder(
     plain: Path, streamed: tuple[Path, dict[str, Any]]
 ) -> None:
     own, other = (json.loads((p / CERTIFICATE).read_text()) for p in (streamed[0], plain / "merged"))
@@ -67,7 +67,7 @@ def test_the_certificate_says_what_that_of_a_merged_folder_says(
     assert own["options"] == other["options"]
 
 
-def test_only_the_graph_is_validated(streamed: tuple[Path, dict[str, Any]]) -> None:
+def test_one_pass_validates_only_graph(streamed: tuple[Path, dict[str, Any]]) -> None:
     validated = streamed[1]["validate"]
     assert validated["passed"]
     names = {c["name"] for c in validated["checks"]}
@@ -75,7 +75,7 @@ def test_only_the_graph_is_validated(streamed: tuple[Path, dict[str, Any]]) -> N
     assert all(name.startswith("onnx_") for name in names)
 
 
-def test_verify_ties_the_export_to_the_certificate(streamed: tuple[Path, dict[str, Any]], run: Run) -> None:
+def test_verify_one_pass_compares_export_with_certificate(streamed: tuple[Path, dict[str, Any]], run: Run) -> None:
     out = streamed[0]
     code, document, _ = run("verify", out)
     assert code == 0 and document["verified"]
@@ -94,7 +94,7 @@ def test_verify_ties_the_export_to_the_certificate(streamed: tuple[Path, dict[st
     assert any(c["name"] == "tensors" and first in c["note"] for c in document["checks"] if not c["passed"])
 
 
-def test_verify_ties_the_manifest_to_the_certificate(
+def test_verify_one_pass_compares_manifest_with_certificate(
     streamed: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path
 ) -> None:
     """Options changed afterwards, the digest made to fit; and a report that is gone."""
@@ -111,7 +111,7 @@ def test_verify_ties_the_manifest_to_the_certificate(
     assert any("report/report.json is missing" in note for note in notes)
 
 
-def test_a_stream_without_the_adapter_fails_the_gate(
+def test_one_pass_without_adapter_fails_gate(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing but the ONNX gate can see it."""
@@ -132,7 +132,7 @@ def test_a_stream_without_the_adapter_fails_the_gate(
     assert (tmp_path / "run.failed" / CERTIFICATE).is_file()
 
 
-def test_the_second_adapter_takes_the_graph_of_the_first(
+def test_one_pass_second_adapter_reuses_graph(
     inputs: tuple[Path, Path], plain: Path, run: Run, tmp_path: Path
 ) -> None:
     second = save_adapter(inputs[0], tmp_path / "second", seed=5)

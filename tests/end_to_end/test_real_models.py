@@ -19,7 +19,7 @@ REACTIONS = "CCO.CC(=O)O>>CC(=O)OCC\nc1ccccc1Br.OB(O)c1ccccc1>>c1ccc(-c2ccccc2)c
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_lora_on_a_real_model(name: str, run: Run, tmp_path: Path) -> None:
+def test_real_model_lora_passes(name: str, run: Run, tmp_path: Path) -> None:
     base, (cls, targets) = prepared("prepare_others.py", name), CLASSES[name]
     torch.manual_seed(5)
     config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=targets)
@@ -42,7 +42,7 @@ def test_a_lora_on_a_real_model(name: str, run: Run, tmp_path: Path) -> None:
     assert document["benchmark"]["graph_identical"]
 
 
-def test_a_new_head_on_a_real_body(run: Run, minilm: Path, tmp_path: Path) -> None:
+def test_real_body_with_new_head_passes(run: Run, minilm: Path, tmp_path: Path) -> None:
     """all-MiniLM, a bare BERT, trained to tell good from bad: merged, it is a classifier that does."""
     bert = shutil.copytree(minilm, tmp_path / "bert", ignore=shutil.ignore_patterns("*sentence*", "modules.json"))
     cls, tokenizer = transformers.BertForSequenceClassification, transformers.AutoTokenizer.from_pretrained(bert)
@@ -71,7 +71,7 @@ def test_a_new_head_on_a_real_body(run: Run, minilm: Path, tmp_path: Path) -> No
     assert float((found - expected).abs().max()) < 1e-5
 
 
-def test_whisper_hears_nothing_in_silence() -> None:
+def test_whisper_silence_gives_no_text() -> None:
     """The conversion: a model whose weights lie in the wrong places babbles."""
     folder = prepared("prepare_others.py", "whisper-tiny.en")
     model = transformers.WhisperForConditionalGeneration.from_pretrained(folder)

@@ -32,7 +32,7 @@ def checks(document: Any) -> dict[str, dict[str, Any]]:
     return {c["name"]: c for c in document["validate"]["checks"]}
 
 
-def test_gates_and_figures(story: tuple[str, Path, Any]) -> None:
+def test_smollm2_gates_pass(story: tuple[str, Path, Any]) -> None:
     _, _, document = story
     found = checks(document)
     assert document["validate"]["passed"]
@@ -44,7 +44,7 @@ def test_gates_and_figures(story: tuple[str, Path, Any]) -> None:
     assert document["benchmark"]["graph_identical"] is True
 
 
-def test_onnx_generates_what_transformers_generates(story: tuple[str, Path, Any]) -> None:
+def test_smollm2_onnx_generates_like_transformers(story: tuple[str, Path, Any]) -> None:
     """64 greedy tokens of the ONNX folder in onnxruntime-genai, and of the merged folder in transformers."""
     import onnxruntime_genai as og
     import torch
@@ -65,7 +65,7 @@ def test_onnx_generates_what_transformers_generates(story: tuple[str, Path, Any]
     assert generator.get_sequence(0).tolist() == wanted
 
 
-def test_companions_arrive(story: tuple[str, Path, Any], smollm2: Path) -> None:
+def test_smollm2_companions_are_copied(story: tuple[str, Path, Any], smollm2: Path) -> None:
     _, out, _ = story
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (out / "merged" / name).read_bytes() == (smollm2 / name).read_bytes()
@@ -74,7 +74,7 @@ def test_companions_arrive(story: tuple[str, Path, Any], smollm2: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "least"), [("fp16", 0.99), ("int4", 0.4)])
-def test_lower_precisions_end_with_honest_figures(
+def test_smollm2_lower_precisions_report_survival(
     smollm2: Path, run: Run, tmp_path: Path, precision: str, least: float
 ) -> None:
     """int4 loses half of this adapter's effect on the built-in text: the default gate does not let it through."""
@@ -90,7 +90,7 @@ def test_lower_precisions_end_with_honest_figures(
     assert (found["onnx_adapter_survival"]["value"] > 0.99) == (precision == "fp16")
 
 
-def test_a_tampered_projection_fails(smollm2: Path, run: Run, tmp_path: Path) -> None:
+def test_smollm2_tampered_projection_fails(smollm2: Path, run: Run, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     adapter = ADAPTERS / "lora-speeches"
@@ -107,7 +107,7 @@ def test_a_tampered_projection_fails(smollm2: Path, run: Run, tmp_path: Path) ->
     assert "tensor_errors" in talk
 
 
-def test_an_encoder(minilm: Path, run: Run, tmp_path: Path) -> None:
+def test_minilm_story_passes(minilm: Path, run: Run, tmp_path: Path) -> None:
     """MiniLM with a LoRA of random matrices: merged, exported with fused attention, compared."""
     import torch
     import transformers
@@ -129,7 +129,7 @@ def test_an_encoder(minilm: Path, run: Run, tmp_path: Path) -> None:
     assert json.loads((out / "report" / "report.json").read_text())["status"] == "passed"
 
 
-def test_minilm_is_validated_from_the_command_line(minilm: Path, run: Run, tmp_path: Path) -> None:
+def test_minilm_validate_command_passes(minilm: Path, run: Run, tmp_path: Path) -> None:
     """A real encoder with its own tokenizer: honest passes, in memory and streamed alike, and spoiled fails."""
     import peft
     import torch

@@ -30,7 +30,7 @@ def story(inputs: tuple[Path, Path], run: Run, tmp_path_factory: pytest.TempPath
     return out, document
 
 
-def test_one_key_a_stage(story: tuple[Path, Any]) -> None:
+def test_merge_and_export_json_has_one_key_per_stage(story: tuple[Path, Any]) -> None:
     out, document = story
     assert document["output"] == str(out)
     assert document["merge"]["tensors"]["updated"] == 8
@@ -57,7 +57,7 @@ def test_one_key_a_stage(story: tuple[Path, Any]) -> None:
     assert measured["base"] != pytest.approx(measured["unmerged"], rel=1e-3)
 
 
-def test_what_a_run_leaves(story: tuple[Path, Any]) -> None:
+def test_merge_and_export_leaves_documented_files(story: tuple[Path, Any]) -> None:
     out, _ = story
     assert {p.name for p in out.iterdir()} == {"merged", "onnx", "report", "manifest.json"}
     assert {p.name for p in (out / "report").iterdir()} == {
@@ -69,14 +69,16 @@ def test_what_a_run_leaves(story: tuple[Path, Any]) -> None:
     assert set(manifest["files"]) == on_disk - {"manifest.json"}
 
 
-def test_nothing_of_this_machine_in_what_travels(story: tuple[Path, Any], inputs: tuple[Path, Path]) -> None:
+def test_merge_and_export_output_names_no_machine(story: tuple[Path, Any], inputs: tuple[Path, Path]) -> None:
     out, _ = story
     names = ("manifest.json", "report/report.json", "report/report.html", "merged/lora_export_certificate.json")
     for name in names:
         assert str(inputs[0].parent) not in (out / name).read_text(), name
 
 
-def test_an_existing_run_is_kept(story: tuple[Path, Any], inputs: tuple[Path, Path], run: Run) -> None:
+def test_merge_and_export_existing_run_is_kept(
+    story: tuple[Path, Any], inputs: tuple[Path, Path], run: Run
+) -> None:
     out, _ = story
     before = (out / "manifest.json").read_bytes()
     code, document, talk = run("merge-and-export", "-b", inputs[0], "-a", inputs[1], "-o", out)
@@ -86,7 +88,7 @@ def test_an_existing_run_is_kept(story: tuple[Path, Any], inputs: tuple[Path, Pa
 
 
 @pytest.mark.slow
-def test_stages_alone_work_on_what_the_run_left(
+def test_stages_work_on_output_of_run(
     story: tuple[Path, Any], inputs: tuple[Path, Path], run: Run, tmp_path: Path
 ) -> None:
     out, _ = story
@@ -121,7 +123,7 @@ def test_stages_alone_work_on_what_the_run_left(
 
 
 @pytest.mark.slow
-def test_a_bfloat16_base_passes_its_gates(run: Run, tmp_path: Path) -> None:
+def test_merge_and_export_bfloat16_base_passes(run: Run, tmp_path: Path) -> None:
     """The merged weights are rounded to bfloat16, and the ONNX graph carries that rounding, too."""
     base = save_base(tmp_path / "base", torch.bfloat16)
     adapter = save_adapter(base, tmp_path / "adapter")
@@ -134,9 +136,7 @@ def test_a_bfloat16_base_passes_its_gates(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_export_that_loses_the_adapter_is_kept_aside(
-    inputs: tuple[Path, Path], run: Run, tmp_path: Path
-) -> None:
+def test_merge_and_export_lost_adapter_is_kept_aside(inputs: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
     base, adapter = inputs
     words = ["--provider", "cpu", "--precision", "int4", "--min-survival", 1]
     code, document, talk = run("merge-and-export", "-b", base, "-a", adapter, "-o", tmp_path / "run", *words)
@@ -148,7 +148,7 @@ def test_an_export_that_loses_the_adapter_is_kept_aside(
     assert report["validate"]["adapter_survival"][0]["model"] == "onnx int4"
 
 
-def test_a_failed_gate_keeps_the_output_aside(inputs: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
+def test_merge_and_export_failed_gate_is_kept_aside(inputs: tuple[Path, Path], run: Run, tmp_path: Path) -> None:
     """A number that is none, and leave to take it: no output is what it should be."""
     base, adapter = inputs
     spoiled = tmp_path / "adapter"
@@ -168,7 +168,7 @@ def test_a_failed_gate_keeps_the_output_aside(inputs: tuple[Path, Path], run: Ru
 
 
 @pytest.mark.slow
-def test_combined_adapters_through_the_whole_story(
+def test_merge_and_export_combined_adapters_pass(
     inputs: tuple[Path, Path], run: Run, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """TIES of two adapters: merged, exported, validated against PEFT, reported, verified."""

@@ -132,7 +132,7 @@ ARCHIVES: dict[str, tuple[str, Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_an_archive_that_asks_for_much_is_refused(name: str, tmp_path: Path) -> None:
+def test_archive_beyond_bounds_is_refused(name: str, tmp_path: Path) -> None:
     kind, content, said = ARCHIVES[name]
     path = tmp_path / f"p.{kind}"
     path.write_bytes(content())
@@ -142,7 +142,7 @@ def test_an_archive_that_asks_for_much_is_refused(name: str, tmp_path: Path) -> 
     assert sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file()) < 2**26
 
 
-def test_a_pax_header_names_the_next_file_alone(tmp_path: Path) -> None:
+def test_archive_pax_header_applies_to_next_file_only(tmp_path: Path) -> None:
     long = "a" * 90 + "/" + "b" * 90
     content = tar(pax(record("mtime", "1.5") + record("path", long)), member("x", b"1"), member("y", b"2"))
     (tmp_path / "p.tar.zst").write_bytes(content)
@@ -179,7 +179,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_header_that_asks_for_much_is_refused(name: str, tmp_path: Path) -> None:
+def test_header_beyond_bounds_is_refused(name: str, tmp_path: Path) -> None:
     text, said = HEADERS[name]
     path = tmp_path / "model.safetensors"
     path.write_bytes(header(text))
@@ -188,7 +188,7 @@ def test_a_header_that_asks_for_much_is_refused(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("shape", [[10**18] * 100_000, [1] * 100, [2**62, 2], [0, 2**62, 2]])
-def test_shapes_of_a_weights_map_are_bounded(shape: list[int], tmp_path: Path) -> None:
+def test_weights_map_shapes_are_bounded(shape: list[int], tmp_path: Path) -> None:
     weight = {"name": "w", "file": "w.bin", "dtype": "float32", "shape": shape, "offset": 0, "made_of": []}
     (tmp_path / weights_map.NAME).write_text(json.dumps({"schema_version": 1, "hashes": {}, "weights": [weight]}))
     size = (tmp_path / weights_map.NAME).stat().st_size
@@ -197,14 +197,14 @@ def test_shapes_of_a_weights_map_are_bounded(shape: list[int], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ['{"a":[' + "[]," * 10**6 + "[]]}", '{"a":' + "[" * 10**5 + "]" * 10**5 + "}"])
-def test_a_document_with_more_structure_than_text_is_refused(text: str, tmp_path: Path) -> None:
+def test_json_with_excessive_structure_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
     for read in (read_json, read_sealed):
         with pytest.raises(InputError, match="not valid JSON"), measured(len(text)):
             read(tmp_path / "a.json")
 
 
-def test_a_document_beyond_its_limit_is_not_read(tmp_path: Path) -> None:
+def test_json_beyond_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     with path.open("wb") as file:
         file.truncate(2**33)
@@ -212,7 +212,7 @@ def test_a_document_beyond_its_limit_is_not_read(tmp_path: Path) -> None:
         read_json(path, limit=2**20)
 
 
-def test_a_sealed_document_with_another_text_is_refused_soon(tmp_path: Path) -> None:
+def test_sealed_json_with_other_text_is_refused_quickly(tmp_path: Path) -> None:
     write_sealed(tmp_path / "a.json", {"a": [0] * 200_000, "b": "é"})
     content = (tmp_path / "a.json").read_bytes()
     assert read_sealed(tmp_path / "a.json")["b"] == "é"
@@ -253,7 +253,7 @@ def calling(depth: int, times: int = 2, first: str = "Neg") -> onnx.ModelProto:
     ],
     ids=["a billion calls", "deep calls", "a call of itself"],
 )
-def test_functions_that_make_a_graph_huge_are_refused(model: onnx.ModelProto, said: str, tmp_path: Path) -> None:
+def test_graph_with_exploding_functions_is_refused(model: onnx.ModelProto, said: str, tmp_path: Path) -> None:
     onnx.save(calling(10), tmp_path / "honest.onnx")
     check_model(tmp_path / "honest.onnx")
     onnx.save(model, tmp_path / "model.onnx")

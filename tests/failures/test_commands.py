@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], list[str], list[str]]] = {
 
 @pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
-def test_merge_is_refused(name: str, as_json: bool, work: Path) -> None:
+def test_merge_bad_input_is_refused(name: str, as_json: bool, work: Path) -> None:
     damage, more, said = REFUSED[name]
     damage(work)
     words = merge_words(work, *[m.format(adapter=work / "adapter") for m in more])
@@ -230,12 +230,12 @@ def _check_refused(
         assert result.stderr.startswith("error: ") or "\nerror: " in result.stderr
 
 
-def test_base_and_adapter_swapped(work: Path) -> None:
+def test_merge_base_and_adapter_swapped_is_refused(work: Path) -> None:
     words = ["merge", "-b", work / "adapter", "-a", work / "base", "-o", work / "out"]
     _check_refused(words, work, ["is an adapter, not a base model", "swap -b and -a"])
 
 
-def test_existing_output_without_force(work: Path) -> None:
+def test_merge_existing_output_without_force_is_refused(work: Path) -> None:
     (work / "out").mkdir()
     (work / "out" / "mine").write_text("x")
     _check_refused(merge_words(work), work, ["exists and is not empty", "--force"])
@@ -243,19 +243,19 @@ def test_existing_output_without_force(work: Path) -> None:
 
 @pytest.mark.parametrize("output", ["base", "adapter", "base/out", ".", "adapter/deep/er", "in", "in/out", "all"])
 @pytest.mark.parametrize("force", [[], ["--force"]])
-def test_output_that_overlaps_an_input(work: Path, output: str, force: list[str]) -> None:
+def test_merge_output_overlapping_input_is_refused(work: Path, output: str, force: list[str]) -> None:
     (work / "in").symlink_to("base")
     (work / "all").symlink_to(work)
     words = ["merge", "-b", work / "base", "-a", work / "adapter", "-o", work / output, *force]
     _check_refused(words, work, ["lies inside an input or contains one", "-o"])
 
 
-def test_name_that_is_neither_folder_nor_hub_id(work: Path) -> None:
+def test_merge_name_neither_folder_nor_hub_id_is_refused(work: Path) -> None:
     words = ["merge", "-b", "no such thing", "-a", work / "adapter", "-o", work / "out"]
     _check_refused(words, work, ["not a valid Hub ID", "no such thing"])
 
 
-def test_hub_id_offline(work: Path) -> None:
+def test_merge_hub_id_offline_is_refused(work: Path) -> None:
     words = ["merge", "-b", "nobody-at-all/no-such-model", "-a", work / "adapter", "-o", work / "out"]
     _check_refused(words, work, ["nobody-at-all/no-such-model", "try:"])
 
@@ -274,14 +274,14 @@ def test_hub_id_offline(work: Path) -> None:
         ["inspect"],
     ],
 )
-def test_wrong_usage_is_two(words: list[str]) -> None:
+def test_commands_wrong_usage_exits_with_two(words: list[str]) -> None:
     result = invoke(*words)
     assert result.exit_code == 2
     assert "Usage:" in result.stderr and "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_success_prints_one_document_and_leaves_inputs_alone(work: Path, as_json: bool) -> None:
+def test_merge_json_prints_one_document_and_keeps_inputs(work: Path, as_json: bool) -> None:
     before = everything(work)
     result = invoke(*merge_words(work, *(["--json"] if as_json else [])))
     assert result.exit_code == 0, result.output
@@ -305,7 +305,7 @@ def test_success_prints_one_document_and_leaves_inputs_alone(work: Path, as_json
         assert Path(document["certificate"]).is_file()
 
 
-def test_dry_run_writes_nothing_and_tells_the_plan(work: Path) -> None:
+def test_merge_dry_run_prints_plan_and_writes_nothing(work: Path) -> None:
     before = everything(work)
     result = invoke(*merge_words(work, "--dry-run", "--json"))
     assert result.exit_code == 0
@@ -316,7 +316,7 @@ def test_dry_run_writes_nothing_and_tells_the_plan(work: Path) -> None:
     assert json.loads(invoke(*merge_words(work, "--json")).stdout)["tensors"] == plan["tensors"]
 
 
-def test_inspect_says_why_an_adapter_does_not_fit(work: Path) -> None:
+def test_inspect_explains_misfit(work: Path) -> None:
     document = json.loads(invoke("inspect", work / "adapter", "-b", work / "base", "--json").stdout)
     assert document["fits_base"] is True and document["mergeable"] is True
     assert document["ranks"] == {"6": 6} and document["targets"] == {"q_proj": 2, "k_proj": 2, "down_proj": 2}
@@ -329,7 +329,7 @@ def test_inspect_says_why_an_adapter_does_not_fit(work: Path) -> None:
     assert document["mergeable"] is False and "no magnitude" in document["reason"]
 
 
-def test_force_replaces_the_whole_output(work: Path) -> None:
+def test_merge_force_replaces_whole_output(work: Path) -> None:
     (work / "out").mkdir()
     (work / "out" / "stale.safetensors").write_text("x")
     assert invoke(*merge_words(work, "--force")).exit_code == 0
@@ -338,7 +338,7 @@ def test_force_replaces_the_whole_output(work: Path) -> None:
     assert {p.name for p in work.iterdir()} == {"base", "adapter", "out"}
 
 
-def test_short_writes_are_completed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_completes_short_writes(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     invoke(*merge_words(work))
     expected = everything(work / "out")
     real = os.pwrite
@@ -347,7 +347,7 @@ def test_short_writes_are_completed(work: Path, monkeypatch: pytest.MonkeyPatch)
     assert everything(work / "out") == expected
 
 
-def test_the_installed_program(work: Path) -> None:
+def test_installed_program_runs(work: Path) -> None:
     """A real process: exit codes, streams, one JSON document."""
     program = [str(Path(sys.executable).with_name("lora-export"))]
     words = [str(w) for w in merge_words(work, "--json")]

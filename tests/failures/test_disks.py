@@ -65,7 +65,9 @@ def prepared(
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_disk_that_is_full_at_any_page(work: Path, disk: Path, prepared: tuple[int, int], exists: bool) -> None:
+def test_disk_full_at_any_page_leaves_old_or_new_state(
+    work: Path, disk: Path, prepared: tuple[int, int], exists: bool
+) -> None:
     old = old_output(disk, exists)
     before, size, full = everything(disk), pages(disk), set()
     for room in range(1, prepared[0] + 8):
@@ -82,7 +84,7 @@ def test_a_disk_that_is_full_at_any_page(work: Path, disk: Path, prepared: tuple
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_disk_without_inodes(work: Path, disk: Path, prepared: tuple[int, int], exists: bool) -> None:
+def test_disk_without_inodes_is_reported(work: Path, disk: Path, prepared: tuple[int, int], exists: bool) -> None:
     old_output(disk, exists)
     before = everything(disk)
     for room in range(1, prepared[1] + 8):
@@ -102,7 +104,7 @@ def writing(scenes: list[Scene]) -> list[Scene]:
 @pytest.mark.parametrize(
     "scene", [*writing(DAILY), *map(later, writing(SLOW))], ids=lambda s: getattr(s, "name", None)
 )
-def test_a_full_disk_is_told_and_nothing_is_left(
+def test_disk_full_is_reported_and_nothing_left(
     scene: Scene, stock: Callable[[Scene], Path], disk: Path, tmp_path: Path
 ) -> None:
     """Every command that writes, with room for a part of what it writes."""
@@ -137,14 +139,14 @@ def old_output(disk: Path, exists: bool) -> int:
     return pages(disk)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(work: Path, disk: Path) -> None:
+def test_disk_too_small_is_refused_before_first_byte(work: Path, disk: Path) -> None:
     resize(disk, "size=40k")
     result = invoke(*words_for(work, disk))
     assert result.exit_code == 1 and "are needed and" in result.stderr and "try:" in result.stderr
     assert everything(disk) == {}
 
 
-def test_a_mount_point_is_no_output(work: Path, disk: Path) -> None:
+def test_mount_point_as_output_is_refused(work: Path, disk: Path) -> None:
     for force in ([], ["--force"]):
         words = ["merge", "-b", work / "base", "-a", work / "adapter", "-o", disk, *force]
         result = invoke(*words)
@@ -154,7 +156,7 @@ def test_a_mount_point_is_no_output(work: Path, disk: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["alias", "alias/out"])
-def test_an_input_under_another_name_is_no_output(work: Path, disk: Path, output: str) -> None:
+def test_input_under_other_name_as_output_is_refused(work: Path, disk: Path, output: str) -> None:
     (disk / "alias").mkdir()
     assert mounted("--bind", work / "base", disk / "alias")
     try:
@@ -185,7 +187,7 @@ def read_only(request: pytest.FixtureRequest, work: Path) -> Iterator[Path]:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def test_inputs_that_cannot_be_written(read_only: Path, tmp_path: Path) -> None:
+def test_read_only_inputs_are_enough(read_only: Path, tmp_path: Path) -> None:
     before = everything(read_only)
     words = ["merge", "-b", read_only / "base", "-a", read_only / "adapter", "-o", tmp_path / "out"]
     result = invoke(*words)
@@ -203,7 +205,7 @@ def umask(mask: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_modes_follow_the_umask_not_the_input(work: Path, mask: int) -> None:
+def test_output_modes_follow_umask(work: Path, mask: int) -> None:
     for path in work.rglob("*"):
         path.chmod(0o711 if path.is_dir() else 0o755)
     with umask(mask):

@@ -67,7 +67,7 @@ def counted(faults: Faults, words: list[Any]) -> int:
     return len(faults.seen)
 
 
-def test_every_write_may_fail(
+def test_merge_survives_failure_of_every_write(
     work: Path, new: dict[str, str], old: Callable[[], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, before = merge_words(work, "--force"), old()
@@ -91,7 +91,7 @@ def test_every_write_may_fail(
 
 
 @pytest.mark.parametrize("first", daily(range(1, 5), (1,)))
-def test_a_kill_at_every_write(
+def test_merge_survives_kill_at_every_write(
     first: int, work: Path, new: dict[str, str], old: Callable[[], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, before = merge_words(work, "--force"), old()
@@ -125,7 +125,7 @@ TRACED = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-def test_the_kernel_sees_no_call_that_is_not_counted(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_system_calls_are_all_counted(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above are worth what their list of calls is worth."""
     words, log = [str(w) for w in merge_words(work)], work.parent / "trace"
     run = [sys.executable, "-c", "from lora_export.commands.main import cli; cli()", *words]
@@ -145,7 +145,7 @@ def test_the_kernel_sees_no_call_that_is_not_counted(work: Path, monkeypatch: py
     assert calls == Counter(faults.seen)
 
 
-def test_every_read_may_fail(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_survives_failure_of_every_read(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words, before = merge_words(work), everything(work)
     faults = Faults.of_reading(monkeypatch, work)
     points = counted(faults, words)
@@ -174,7 +174,7 @@ def after_the_plan(monkeypatch: pytest.MonkeyPatch, damage: Callable[[], Any]) -
 
 @pytest.mark.parametrize("shard", [1, 2, 3, 4])
 @pytest.mark.parametrize("left", [0, 0.5, 0.99])
-def test_a_base_that_shrinks_after_the_plan(
+def test_merge_base_shrinking_after_plan_is_refused(
     work: Path, monkeypatch: pytest.MonkeyPatch, shard: int, left: float
 ) -> None:
     path = work / "base" / f"model-0000{shard}-of-00004.safetensors"
@@ -187,7 +187,7 @@ def test_a_base_that_shrinks_after_the_plan(
 
 @pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "base/tokenizer.json", "base/config.json"])
 @pytest.mark.parametrize("how", ["gone", "cut"])
-def test_an_input_that_changes_after_the_plan(
+def test_merge_input_changing_after_plan_is_refused(
     work: Path, monkeypatch: pytest.MonkeyPatch, name: str, how: str
 ) -> None:
     path = work / name

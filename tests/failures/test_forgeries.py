@@ -77,7 +77,7 @@ def failed(document: dict[str, Any]) -> list[str]:
     return [f"{c['name']}: {c['note']}" for c in document["checks"] if not c["passed"]]
 
 
-def test_verify_of_an_honest_run_names_what_it_does_not_know(made: Path) -> None:
+def test_verify_honest_run_names_what_is_not_checked(made: Path) -> None:
     code, document = verify(made, made / "run")
     assert (code, failed(document)) == (0, [])
     for text in ("the ONNX graph", "the weights", "tokenizer"):
@@ -87,9 +87,7 @@ def test_verify_of_an_honest_run_names_what_it_does_not_know(made: Path) -> None
 
 
 @pytest.mark.parametrize("seed", daily(SEEDS, DAILY), ids=lambda seed: f"{seed}-{forger_of(seed).__name__}")
-def test_verify_of_a_forged_run_notices_it_or_says_what_it_does_not_know(
-    made: Path, tmp_path: Path, seed: int
-) -> None:
+def test_verify_forged_run_is_noticed_or_named(made: Path, tmp_path: Path, seed: int) -> None:
     shutil.copytree(made / "run", tmp_path / "run")
     unknown = forge(Run(tmp_path / "run", made / "base"), seed)
     code, document = verify(made, tmp_path / "run")
@@ -98,7 +96,7 @@ def test_verify_of_a_forged_run_notices_it_or_says_what_it_does_not_know(
     assert code == 3 or unknown in document["verdict"], document["verdict"]
 
 
-def test_verify_of_a_run_with_the_base_s_weights_in_its_graph_is_refused(made: Path, tmp_path: Path) -> None:
+def test_verify_run_with_base_weights_in_graph_fails(made: Path, tmp_path: Path) -> None:
     """The export of the bare base, with the hashes of the merged tensors in its map."""
     shutil.copytree(made / "run", tmp_path / "run")
     shutil.copyfile(made / "base-onnx" / "model.onnx.data", tmp_path / "run" / "onnx" / "model.onnx.data")

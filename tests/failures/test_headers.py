@@ -95,7 +95,7 @@ REFUSED: dict[str, tuple[bytes, str, str | None]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_header_is_refused_with_file_and_tensor(name: str, tmp_path: Path) -> None:
+def test_header_damage_names_file_and_tensor(name: str, tmp_path: Path) -> None:
     content, said, tensor = REFUSED[name]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
@@ -107,7 +107,7 @@ def test_header_is_refused_with_file_and_tensor(name: str, tmp_path: Path) -> No
     assert str(path) in caught.value.message()
 
 
-def test_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
+def test_header_over_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with path.open("wb") as f:
         f.write((MAX_HEADER + 1).to_bytes(8, "little"))
@@ -116,7 +116,7 @@ def test_header_over_the_limit_is_not_read(tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_sound_headers_are_read(tmp_path: Path) -> None:
+def test_header_sound_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw(json.dumps({
         "__metadata__": {"format": "pt"},
@@ -140,7 +140,7 @@ VALID = save(
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_random_damage_is_refused_or_harmless(data: st.DataObject) -> None:
+def test_header_random_damage_is_refused_or_harmless(data: st.DataObject) -> None:
     """Whatever is read after damage is what the safetensors library reads from the same bytes."""
     content = bytearray(VALID)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -213,7 +213,7 @@ BAD_INDEX: dict[str, tuple[object, str, str | None]] = {
 
 
 @pytest.mark.parametrize("name", BAD_INDEX)
-def test_index_is_refused(name: str, tmp_path: Path) -> None:
+def test_index_damage_is_refused(name: str, tmp_path: Path) -> None:
     weight_map, said, tensor = BAD_INDEX[name]
     folder = sharded(tmp_path / "base", weight_map)
     with pytest.raises(CheckpointError) as caught:
@@ -223,13 +223,13 @@ def test_index_is_refused(name: str, tmp_path: Path) -> None:
     assert caught.value.tensor == tensor
 
 
-def test_sound_index_is_read(tmp_path: Path) -> None:
+def test_index_sound_is_read(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(sharded(tmp_path / "base", GOOD))
     assert {n: t.file.name for n, t in checkpoint.tensors.items()} == GOOD
     assert checkpoint.nbytes == 24
 
 
-def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+def test_index_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "base", GOOD)
     shard(folder, "two.safetensors", "c", "a")
     with pytest.raises(CheckpointError, match="1 not in the index") as caught:
@@ -237,7 +237,7 @@ def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     assert caught.value.tensor == "a"
 
 
-def test_pickled_weights_alone_are_refused(tmp_path: Path) -> None:
+def test_checkpoint_with_only_pickles_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     with pytest.raises(CheckpointError, match="only pickled weights") as caught:
@@ -246,7 +246,7 @@ def test_pickled_weights_alone_are_refused(tmp_path: Path) -> None:
     assert caught.value.next_step
 
 
-def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no weights here"):
         open_checkpoint(tmp_path)
@@ -261,7 +261,7 @@ def test_config_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
     assert caught.value.where == str(folder / "config.json")
 
 
-def test_missing_config_and_missing_folder_are_refused(tmp_path: Path) -> None:
+def test_missing_config_or_folder_is_refused(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "base", GOOD)
     (folder / "config.json").unlink()
     with pytest.raises(InputError, match="cannot be read"):
@@ -283,7 +283,7 @@ CODE = {"AutoModel": "modeling.Evil"}
         {"vision_config": {"_attn_implementation_internal": "evil/kernel"}},
     ],
 )
-def test_code_that_came_with_the_model_is_refused_at_any_depth(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_config_with_code_at_any_depth_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     folder = sharded(tmp_path / "base", GOOD, config)
     with pytest.raises(CheckpointError, match="run code that came with the model"):
         open_checkpoint(folder)
@@ -295,7 +295,7 @@ def test_code_that_came_with_the_model_is_refused_at_any_depth(tmp_path: Path, c
         open_adapter_files(adapter)
 
 
-def test_code_keys_without_a_value_are_harmless(tmp_path: Path) -> None:
+def test_config_code_keys_without_value_are_accepted(tmp_path: Path) -> None:
     open_checkpoint(sharded(tmp_path / "base", GOOD, {"auto_map": None, "auto_mapping": {"x": 1}}))
 
 

@@ -40,7 +40,7 @@ def outside(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_link_out_of_the_base_is_refused(folders: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+def test_link_out_of_base_is_refused(folders: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     base, adapter = folders
     outside(base / name)
     with pytest.raises(InputError, match="leads out of the folder") as refusal:
@@ -50,14 +50,14 @@ def test_a_link_out_of_the_base_is_refused(folders: tuple[Path, Path], tmp_path:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
-def test_a_link_out_of_the_adapter_is_refused(folders: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+def test_link_out_of_adapter_is_refused(folders: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     base, adapter = folders
     outside(adapter / name)
     with pytest.raises(InputError, match="leads out of the folder"):
         merge(base, [AdapterChoice(adapter)], tmp_path / "out")
 
 
-def test_a_hub_cache_links_to_its_own_blobs(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_link_of_hub_cache_to_blobs_is_followed(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = folders
     merge(base, [AdapterChoice(adapter)], tmp_path / "expected")
     repository = tmp_path / "models--owner--name"
@@ -82,7 +82,7 @@ def test_a_hub_cache_links_to_its_own_blobs(folders: tuple[Path, Path], tmp_path
         merge(snapshot, [AdapterChoice(adapter)], tmp_path / "again")
 
 
-def test_links_within_the_folder_and_to_the_folder_are_followed(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_link_within_folder_is_followed(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = folders
     (base / "real.json").write_text(json.dumps({"x": 1}))
     (base / "link.json").symlink_to("real.json")
@@ -102,7 +102,7 @@ def pooling(base: Path) -> Path:
 
 
 @pytest.mark.parametrize("what", ["folder", "file"])
-def test_a_subfolder_that_is_a_link_is_refused(folders: tuple[Path, Path], tmp_path: Path, what: str) -> None:
+def test_link_as_subfolder_is_refused(folders: tuple[Path, Path], tmp_path: Path, what: str) -> None:
     base, adapter = folders
     path = pooling(base) if what == "folder" else pooling(base) / "config.json"
     shutil.move(path, tmp_path / "elsewhere")
@@ -112,7 +112,7 @@ def test_a_subfolder_that_is_a_link_is_refused(folders: tuple[Path, Path], tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_subfolder_of_a_hub_cache_links_to_its_blobs(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_link_of_hub_cache_subfolder_is_followed(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = folders
     pooling(base)
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / ("a" * 40), tmp_path / "models--a--b" / "blobs"
@@ -125,7 +125,7 @@ def test_a_subfolder_of_a_hub_cache_links_to_its_blobs(folders: tuple[Path, Path
     assert copied.read_text() == '{"pooling_mode": "mean"}' and not copied.is_symlink()
 
 
-def test_a_link_in_a_merged_folder_is_noticed(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_link_in_merged_folder_is_reported(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = folders
     pooling(base)
     merge(base, [AdapterChoice(adapter)], tmp_path / "work" / "out")
@@ -137,7 +137,7 @@ def test_a_link_in_a_merged_folder_is_noticed(folders: tuple[Path, Path], tmp_pa
     )
 
 
-def test_a_link_among_the_adapter_s_files_is_not_hashed(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_link_among_adapter_files_is_not_hashed(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = folders
     (tmp_path / "secret").write_text("of somebody")
     (adapter / "adapter_notes").symlink_to(tmp_path / "secret")
@@ -148,7 +148,7 @@ def test_a_link_among_the_adapter_s_files_is_not_hashed(folders: tuple[Path, Pat
 
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize("name", ["base/config.json", "base/model.safetensors", "adapter/adapter_config.json"])
-def test_a_fifo_is_no_file_and_is_not_waited_for(folders: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+def test_fifo_is_refused_without_waiting(folders: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     base, adapter = folders
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
@@ -156,9 +156,7 @@ def test_a_fifo_is_no_file_and_is_not_waited_for(folders: tuple[Path, Path], tmp
         merge(base, [AdapterChoice(adapter)], tmp_path / "out")
 
 
-def test_a_file_that_becomes_a_link_after_the_look_is_not_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_replaced_by_link_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between finding out where a file lies and opening it, somebody puts a link, or a link to a folder, there."""
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "out").mkdir()
@@ -181,7 +179,7 @@ def test_a_file_that_becomes_a_link_after_the_look_is_not_opened(
         sealed.sha256(path, tmp_path / "in")
 
 
-def test_a_page_that_is_a_link_is_not_written(tmp_path: Path) -> None:
+def test_link_as_report_page_is_not_written(tmp_path: Path) -> None:
     write(without_plots(), tmp_path / "report")
     (tmp_path / "mine").write_text("of the user")
     (tmp_path / "report" / "report.md").unlink()
@@ -196,7 +194,7 @@ def test_a_page_that_is_a_link_is_not_written(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.html").read_bytes() == html
 
 
-def test_an_export_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+def test_export_naming_files_elsewhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of somebody")
     (tmp_path / "export").mkdir()
     with pytest.raises(ExportError, match=r"names the file '\.\./secret'"):
@@ -204,7 +202,7 @@ def test_an_export_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(SECONDS * 3)
-def test_validate_does_not_wait_for_a_fifo(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_validate_fifo_does_not_wait(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = folders
     (tmp_path / "merged").mkdir()
     os.mkfifo(tmp_path / "merged" / "model.safetensors")

@@ -22,7 +22,7 @@ EVIL = "w\x1b[2J\n  try:      rm -rf /\u202e"
 SHOWN = "w\\x1b[2J\\n  try:      rm -rf /\\u202e"
 
 
-def test_the_plan_of_a_dry_run_shows_names_escaped(tmp_path: Path) -> None:
+def test_dry_run_escapes_names(tmp_path: Path) -> None:
     """A base and a LoRA, one of whose weights has a name that would clear the screen and add a line."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     name = "layers.0.\x1b[2J\nproj"
@@ -43,7 +43,7 @@ def test_the_plan_of_a_dry_run_shows_names_escaped(tmp_path: Path) -> None:
     assert "\x1b" not in found.output and "\nproj" not in found.output
 
 
-def test_words_of_results_and_progress_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_escapes_names(capsys: pytest.CaptureFixture[str]) -> None:
     pairs = [Interference(tensor, EVIL, "b", 0.1, 0.5, 1.0) for tensor in (None, EVIL)]
     lines = interference_lines(pairs)
     assert len(lines) == 3 and SHOWN in lines[1] and SHOWN in lines[2]
@@ -75,12 +75,12 @@ def folders(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_command_is_in_the_table() -> None:
+def test_every_command_is_tested() -> None:
     assert set(COMMANDS) == set(cli.commands) - {"env"}
 
 
 @pytest.mark.parametrize(("command", "odd"), [(c, o) for c, options in COMMANDS.items() for o in options])
-def test_a_path_that_is_no_utf8_is_refused(command: str, odd: str, folders: Path) -> None:
+def test_path_not_utf8_is_refused(command: str, odd: str, folders: Path) -> None:
     words = [command, *MORE.get(command, ())]
     for option in COMMANDS[command]:
         name = ODD if option == odd else OTHER.get(option, "base")
@@ -93,7 +93,7 @@ def test_a_path_that_is_no_utf8_is_refused(command: str, odd: str, folders: Path
     assert "internal error" not in found.stderr
 
 
-def test_a_link_to_what_is_no_utf8_is_refused(folders: Path) -> None:
+def test_link_to_path_not_utf8_is_refused(folders: Path) -> None:
     (folders / "link").symlink_to(folders / ODD)
     with pytest.raises(InputError, match="not UTF-8"):
         resolve(folders / "link")
@@ -101,7 +101,7 @@ def test_a_link_to_what_is_no_utf8_is_refused(folders: Path) -> None:
     assert found.exit_code == 1 and "not UTF-8" in found.stderr
 
 
-def test_a_document_with_a_name_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+def test_json_with_name_not_utf8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not valid UTF-8"):
         sealed.write_sealed(tmp_path / "x.json", {"files": {ODD: 1}})
     assert not (tmp_path / "x.json").exists()

@@ -44,7 +44,7 @@ def refused(folder: Path, call: Callable[[], Any], said: str = "") -> LoraExport
 # --- words -------------------------------------------------------------------------------------------------
 
 
-def test_words_are_printable_and_no_longer_than_a_screen() -> None:
+def test_error_text_is_printable_and_fits_screen() -> None:
     assert plain("a\x1b[31m\nb\ud800é") == "a\\x1b[31m\\nb\\ud800é"
     error = LoraExportError("x" * 10**6, tensor="w\n  try:      rm -rf /")
     assert len(error.message()) < 3000
@@ -65,17 +65,17 @@ BYTE = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
 
 
 @pytest.mark.parametrize("entries_", [{"\ud800": BYTE}, {"w": BYTE, "__metadata__": {"a": "\ud800"}}])
-def test_half_a_character_in_a_header(tmp_path: Path, entries_: dict[str, Any]) -> None:
+def test_header_with_lone_surrogate_is_refused(tmp_path: Path, entries_: dict[str, Any]) -> None:
     path = header(tmp_path, entries_, b"x")
     refused(tmp_path, lambda: read_header(path))
 
 
-def test_a_name_that_no_pattern_should_meet(tmp_path: Path) -> None:
+def test_config_pattern_with_pathological_name_is_refused(tmp_path: Path) -> None:
     path = header(tmp_path, {f"layers.{'9' * 5000}.w": BYTE}, b"x")
     refused(tmp_path, lambda: read_header(path), "a name of 5009 characters")
 
 
-def test_a_header_that_is_not_there(tmp_path: Path) -> None:
+def test_header_missing_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, lambda: read_header(tmp_path / "model.safetensors"), "cannot be read")
 
 
@@ -85,7 +85,7 @@ def base(folder: Path, **config: Any) -> Path:
     return made
 
 
-def test_a_shard_with_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+def test_index_with_impossible_file_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     index = {"weight_map": {"a": "x" * 300 + ".safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -102,7 +102,7 @@ def test_a_shard_with_a_name_that_no_file_can_have(tmp_path: Path) -> None:
         ({"x": json.loads("[" * 100 + "]" * 100)}, "more than 64 levels"),
     ],
 )
-def test_a_base_config_of_other_kinds(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+def test_base_config_of_wrong_types_is_refused(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     folder = base(tmp_path / "base", **config)
     refused(tmp_path, lambda: open_checkpoint(folder), said)
     refused(tmp_path, lambda: inspect_folder(folder), said)
@@ -115,7 +115,7 @@ def test_a_base_config_of_other_kinds(tmp_path: Path, config: dict[str, Any], sa
         {"rope_parameters": 3},
     ],
 )  # fmt: skip
-def test_a_config_that_transformers_stumbles_over(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_base_config_that_transformers_rejects_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
     """No conversions are known then, which is no failure of its own."""
     sound = open_checkpoint(base(tmp_path / "sound"))
     assert loaded_weights(sound, adapters.BASE)  # imports transformers, which takes long
@@ -175,7 +175,9 @@ def adapter(
         ("lora", {"x": json.loads("[" * 100 + "]" * 100)}, "more than 64 levels"),
     ],
 )
-def test_an_adapter_config_of_other_kinds(tmp_path: Path, kind: str, config: dict[str, Any], said: str) -> None:
+def test_adapter_config_of_wrong_types_is_refused(
+    tmp_path: Path, kind: str, config: dict[str, Any], said: str
+) -> None:
     refused(tmp_path, adapter(tmp_path, kind, **config), said)
 
 
@@ -203,13 +205,13 @@ def test_an_adapter_config_of_other_kinds(tmp_path: Path, kind: str, config: dic
         ("boft", {f"{UP}.boft_R": (15_000, 3, 1, 1)}, {"boft_n_butterfly_factor": 15_000}, "interleaved"),
     ],
 )
-def test_adapter_tensors_of_other_shapes(
+def test_adapter_tensors_of_wrong_shapes_are_refused(
     tmp_path: Path, kind: str, tensors: dict[str, tuple[int, ...] | None], config: dict[str, Any], said: str
 ) -> None:
     refused(tmp_path, adapter(tmp_path, kind, tensors, **config), said)
 
 
-def test_replicated_layers_of_a_base_that_lacks_one_in_between(tmp_path: Path) -> None:
+def test_layer_replication_of_missing_layer_is_refused(tmp_path: Path) -> None:
     planned = adapter(tmp_path, "replicated", layer_replication=[[0, 3]])
     for path in tmp_path.glob("base/model.safetensors"):
         tensors = {n.replace("layers.1.", "layers.2."): torch.ones(s) for n, s in adapters.BASE.items()}
@@ -217,7 +219,7 @@ def test_replicated_layers_of_a_base_that_lacks_one_in_between(tmp_path: Path) -
     refused(tmp_path, planned, "names the layer 1")
 
 
-def test_replication_with_a_list_that_is_shorter_than_the_layers(tmp_path: Path) -> None:
+def test_layer_replication_with_short_list_is_refused(tmp_path: Path) -> None:
     planned = adapter(tmp_path, "replicated")
     edit_json(tmp_path / "base" / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
     found = attempt(tmp_path, planned)
@@ -270,7 +272,7 @@ def state(**changes: Any) -> Callable[[list[Entry]], list[Entry]]:
         ),
     ],
 )
-def test_quantized_bases_of_other_kinds(
+def test_quantized_base_of_wrong_types_is_refused(
     tmp_path: Path, name: str, spoil: Callable[[list[Entry]], list[Entry]] | None, settings: Any, said: str
 ) -> None:
     tensors, sound = test_fuzz_quantization.BASES[name]
@@ -287,7 +289,7 @@ def test_quantized_bases_of_other_kinds(
     refused(tmp_path, read, said)
 
 
-def test_a_block_structure_that_fits_nothing_is_passed_over(tmp_path: Path) -> None:
+def test_compressed_block_structure_without_use_is_ignored(tmp_path: Path) -> None:
     tensors, settings = test_fuzz_quantization.BASES["plain"]
     group = {"weights": {"block_structure": [0, 16]}}
     spoiled = settings | {"config_groups": {"a": group, **settings["config_groups"]}, "sparsity_config": None}
@@ -298,7 +300,7 @@ def test_a_block_structure_that_fits_nothing_is_passed_over(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("shape", [(16, 1), (4, 4), (1, 16)])
-def test_a_code_book_of_another_shape_is_the_same_book(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_code_book_of_other_shape_is_accepted(tmp_path: Path, shape: tuple[int, ...]) -> None:
     read = []
     for place, spoil in (("as", None), ("other", change("w.weight.quant_map", shape=shape))):
         folder = tmp_path / place
@@ -312,7 +314,7 @@ def test_a_code_book_of_another_shape_is_the_same_book(tmp_path: Path, shape: tu
     assert torch.equal(*read)
 
 
-def test_a_weight_under_two_names(tmp_path: Path) -> None:
+def test_weight_under_two_names_is_refused(tmp_path: Path) -> None:
     """A change of prefix brings both to it."""
     found = {k: v for k, v in adapters.tensors("lora").items() if "mlp.up_proj" in k}
     found |= {k.replace("base_model.model.", "base_model.layers.", 1): v + 1 for k, v in found.items()}
@@ -333,7 +335,7 @@ def onnx_model(folder: Path, old: bytes, new: bytes) -> Path:
     return folder / "model.onnx"
 
 
-def test_external_data_under_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+def test_external_data_with_impossible_name_is_refused(tmp_path: Path) -> None:
     model = onnx.load(onnx_model(tmp_path, b"x", b"x"), load_external_data=False)
     model.graph.initializer[0].external_data[0].value = "x" * 300
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
@@ -343,7 +345,7 @@ def test_external_data_under_a_name_that_no_file_can_have(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("old", "new"), [(b"weights.bin", b"\xffeights.bin"), (b"location", b"\xffocation"), (b"Add", b"\xffdd")]
 )
-def test_text_of_a_model_that_is_no_text(tmp_path: Path, old: bytes, new: bytes) -> None:
+def test_model_text_not_unicode_is_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
     path = onnx_model(tmp_path, old, new)
     refused(tmp_path, lambda: check_model(path), "UTF-8")
 
@@ -351,7 +353,7 @@ def test_text_of_a_model_that_is_no_text(tmp_path: Path, old: bytes, new: bytes)
 @pytest.mark.parametrize(
     "changes", [{"nodes": float("inf")}, {"seconds": 10**400}, {"nodes": "4"}, {"kind": "x"}, {"engine": 3}]
 )
-def test_the_record_of_an_export_of_other_kinds(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_export_record_of_wrong_types_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     from tests.fuzz.test_fuzz_onnx import RECORD
 
     onnx_model(tmp_path, b"x", b"x")
@@ -359,7 +361,7 @@ def test_the_record_of_an_export_of_other_kinds(tmp_path: Path, changes: dict[st
     refused(tmp_path, lambda: load_export(tmp_path), "the record of the export")
 
 
-def test_the_record_of_an_export_that_is_no_text(tmp_path: Path) -> None:
+def test_export_record_not_text_is_refused(tmp_path: Path) -> None:
     from tests.fuzz.test_fuzz_onnx import RECORD
 
     onnx_model(tmp_path, b"x", b"x")
@@ -382,7 +384,7 @@ def test_the_record_of_an_export_that_is_no_text(tmp_path: Path) -> None:
         ({"files": {"x": {"sha256": "ab", "size": "7"}}}, "files[...].size is a string"),
     ],
 )
-def test_a_manifest_of_other_kinds(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_manifest_of_wrong_types_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     write_run(tmp_path, json.dumps(MANIFEST | changes).encode(), json.dumps(REPORT).encode(), b"{}")
     refused(tmp_path, lambda: inspect_folder(tmp_path), said)
 
@@ -405,7 +407,7 @@ def test_a_manifest_of_other_kinds(tmp_path: Path, changes: dict[str, Any], said
         (("options", "x"), json.loads("[" * 100 + "]" * 100), "more than 64 levels"),
     ],
 )
-def test_a_report_of_other_kinds(tmp_path: Path, place: tuple[str, ...], value: Any, said: str) -> None:
+def test_report_of_wrong_types_is_refused(tmp_path: Path, place: tuple[str, ...], value: Any, said: str) -> None:
     report = json.loads(json.dumps(REPORT))
     holder = report
     for name in place[:-1]:
@@ -416,14 +418,14 @@ def test_a_report_of_other_kinds(tmp_path: Path, place: tuple[str, ...], value: 
     refused(tmp_path, lambda: inspect_folder(tmp_path), said)
 
 
-def test_samples_that_are_infinite(tmp_path: Path) -> None:
+def test_samples_infinite_are_drawn_without_failure(tmp_path: Path) -> None:
     samples = json.dumps({"b1/p128/decode": {"base": [float("inf")]}}).encode()
     write_run(tmp_path, b"{}", json.dumps(REPORT).encode(), samples)
     refused(tmp_path, lambda: render(tmp_path / "report"), "holds inf")
 
 
 @pytest.mark.parametrize(("margin", "bands"), [(0.01, 1), (-1, 0), (0, 0), (1.5, 0), (None, 0), ("inf", 0)])
-def test_a_margin_that_is_none_has_no_band(margin: object, bands: int, tmp_path: Path) -> None:
+def test_report_without_margin_has_no_band(margin: object, bands: int, tmp_path: Path) -> None:
     report = json.loads(json.dumps(REPORT))
     report["benchmark"]["environment"]["margin"] = margin
     write_run(tmp_path, b"{}", json.dumps(report).encode(), json.dumps(SAMPLES).encode())
@@ -433,7 +435,7 @@ def test_a_margin_that_is_none_has_no_band(margin: object, bands: int, tmp_path:
     assert ("±1.0%" in page) == bool(bands)
 
 
-def test_undamaged_input_of_this_file_is_accepted(tmp_path: Path) -> None:
+def test_undamaged_input_is_accepted(tmp_path: Path) -> None:
     """Otherwise the refusals above would prove nothing."""
     assert isinstance(adapter(tmp_path, "lora")(), MergePlan)
     assert entries({"w": torch.ones(1)})[0].shape == (1,)

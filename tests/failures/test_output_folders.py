@@ -32,7 +32,7 @@ def names(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()}
 
 
-def test_success_leaves_the_output_alone(tmp_path: Path) -> None:
+def test_output_success_leaves_only_output(tmp_path: Path) -> None:
     with output_folder(tmp_path / "deep" / "out", False) as stage:
         assert names(tmp_path / "deep") == {stage.name, ".out.lock"}
         assert stage.name.startswith(".out.partial-")
@@ -43,14 +43,14 @@ def test_success_leaves_the_output_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])
-def test_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_output_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), output_folder(tmp_path / "out", False) as stage:
         fill(stage)
         raise error
     assert names(tmp_path) == set()
 
 
-def test_failure_keeps_the_old_output(tmp_path: Path) -> None:
+def test_output_failure_keeps_old_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     fill(tmp_path / "out", "old")
     with pytest.raises(RuntimeError), output_folder(tmp_path / "out", True) as stage:
@@ -60,7 +60,7 @@ def test_failure_keeps_the_old_output(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "sub" / "file").read_text() == "old"
 
 
-def test_failed_gate_is_kept_aside_and_says_why(tmp_path: Path) -> None:
+def test_output_failed_gate_is_kept_aside_with_reason(tmp_path: Path) -> None:
     for attempt in ("first", "second"):
         with pytest.raises(GateFailed), output_folder(tmp_path / "out", False) as stage:
             fill(stage, attempt)
@@ -72,7 +72,7 @@ def test_failed_gate_is_kept_aside_and_says_why(tmp_path: Path) -> None:
         assert "at most 1" in (kept / "FAILED").read_text()
 
 
-def test_force_replaces_as_a_whole(tmp_path: Path) -> None:
+def test_output_force_replaces_whole_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "stale").write_text("old")
     with output_folder(tmp_path / "out", True) as stage:
@@ -82,12 +82,12 @@ def test_force_replaces_as_a_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out"}
 
 
-def test_force_replaces_without_an_atomic_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_force_without_atomic_exchange_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk, "exchange_names", lambda a, b: False)
-    test_force_replaces_as_a_whole(tmp_path)
+    test_output_force_replaces_whole_folder(tmp_path)
 
 
-def test_existing_output_needs_force(tmp_path: Path) -> None:
+def test_output_existing_needs_force(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("old")
     with (
@@ -99,7 +99,7 @@ def test_existing_output_needs_force(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out"}
 
 
-def test_empty_output_needs_no_force(tmp_path: Path) -> None:
+def test_output_empty_needs_no_force(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with output_folder(tmp_path / "out", False) as stage:
         fill(stage)
@@ -107,7 +107,7 @@ def test_empty_output_needs_no_force(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_output_that_is_a_file_or_link_is_refused(tmp_path: Path, force: bool) -> None:
+def test_output_as_file_or_link_is_refused(tmp_path: Path, force: bool) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -118,7 +118,7 @@ def test_output_that_is_a_file_or_link_is_refused(tmp_path: Path, force: bool) -
 
 
 @pytest.mark.parametrize("output", ["in", "in/out", ".", "link/out", "in/../in"])
-def test_output_and_input_may_not_overlap(tmp_path: Path, output: str) -> None:
+def test_output_overlapping_input_is_refused(tmp_path: Path, output: str) -> None:
     (tmp_path / "work" / "in").mkdir(parents=True)
     (tmp_path / "work" / "link").symlink_to(tmp_path / "work" / "in")
     source, target = tmp_path / "work" / "in", tmp_path / "work" / output
@@ -130,7 +130,7 @@ def test_output_and_input_may_not_overlap(tmp_path: Path, output: str) -> None:
     assert names(tmp_path / "work") == {"in", "link"}
 
 
-def test_input_with_a_similar_name_is_no_overlap(tmp_path: Path) -> None:
+def test_output_with_similar_name_is_no_overlap(tmp_path: Path) -> None:
     (tmp_path / "out-base").mkdir()
     with output_folder(tmp_path / "out", False, inputs=[tmp_path / "out-base"]) as stage:
         fill(stage)
@@ -139,7 +139,7 @@ def test_input_with_a_similar_name_is_no_overlap(tmp_path: Path) -> None:
 TOKEN = "0123456789abcdef" * 2
 
 
-def test_leftovers_of_a_killed_run_are_cleaned(tmp_path: Path) -> None:
+def test_leftovers_of_killed_run_are_removed(tmp_path: Path) -> None:
     (tmp_path / f".out.partial-{TOKEN}").mkdir()
     (tmp_path / f".out.partial-{TOKEN}" / "half").write_text("x")
     (tmp_path / ".out.lock").write_text("99999")
@@ -150,7 +150,7 @@ def test_leftovers_of_a_killed_run_are_cleaned(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out", f".other.partial-{TOKEN}"}
 
 
-def test_scratch_names_differ_from_run_to_run(tmp_path: Path) -> None:
+def test_scratch_names_differ_between_runs(tmp_path: Path) -> None:
     seen = set()
     for _ in range(3):
         with output_folder(tmp_path / "out", True) as stage:
@@ -167,7 +167,7 @@ def moved_away(folder: Path) -> None:
     (folder / "out").rename(folder / f".out.old-{TOKEN}")
 
 
-def test_output_that_a_killed_run_had_moved_away_comes_back(tmp_path: Path) -> None:
+def test_output_moved_away_by_killed_run_comes_back(tmp_path: Path) -> None:
     moved_away(tmp_path)
     with pytest.raises(OutputError, match="exists and is not empty"), output_folder(tmp_path / "out", False):
         raise AssertionError("entered")
@@ -175,7 +175,7 @@ def test_output_that_a_killed_run_had_moved_away_comes_back(tmp_path: Path) -> N
     assert (tmp_path / "out" / "sub" / "file").read_text() == "old"
 
 
-def test_output_that_a_killed_run_had_moved_away_goes_when_the_new_one_is_there(tmp_path: Path) -> None:
+def test_output_moved_away_by_killed_run_is_removed_once_replaced(tmp_path: Path) -> None:
     moved_away(tmp_path)
     (tmp_path / "out").mkdir()
     fill(tmp_path / "out")
@@ -185,7 +185,7 @@ def test_output_that_a_killed_run_had_moved_away_goes_when_the_new_one_is_there(
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "noted", "noted link", "foreign note"])
-def test_a_planted_folder_does_not_become_the_output(tmp_path: Path, kind: str) -> None:
+def test_planted_folder_does_not_become_output(tmp_path: Path, kind: str) -> None:
     """Neither by its name, nor by a note that somebody else wrote."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "file").write_text("mine")
@@ -206,7 +206,7 @@ def test_a_planted_folder_does_not_become_the_output(tmp_path: Path, kind: str) 
     assert (tmp_path / "outside" / "file").read_text() == "mine"
 
 
-def test_output_written_while_waiting_is_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_written_while_waiting_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run finishes between the first look and the lock."""
     real = scratch.clean
 
@@ -236,7 +236,7 @@ def test_leftovers_of_other_outputs_stay(tmp_path: Path, name: str) -> None:
     assert names(tmp_path) == {name} | others
 
 
-def test_folders_made_for_an_output_go_with_it(tmp_path: Path) -> None:
+def test_parent_folders_of_failed_output_are_removed(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(RuntimeError), output_folder(tmp_path / "mine" / "deep" / "er" / "out", False):
         raise RuntimeError
@@ -250,7 +250,7 @@ def test_folders_made_for_an_output_go_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("step", ["rename", "sync"])
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_step_that_fails_is_undone(
+def test_failed_step_is_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, step: str, exists: bool
 ) -> None:
     def fail(*_: object) -> None:
@@ -275,7 +275,7 @@ def test_a_step_that_fails_is_undone(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EINVAL, errno.ENOSYS])
-def test_an_exchange_that_fails_is_no_exchange_that_is_missing(
+def test_failing_exchange_differs_from_unsupported_exchange(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def fail(*_: object) -> int:
@@ -295,7 +295,7 @@ def test_an_exchange_that_fails_is_no_exchange_that_is_missing(
     assert (tmp_path / "out" / "sub" / "file").read_text() == ("new" if missing else "old")
 
 
-def test_what_was_replaced_and_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaced_folder_that_stays_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.unlink
 
     def unlink(path: str, *more: object, **words: object) -> None:
@@ -321,7 +321,7 @@ def test_what_was_replaced_and_cannot_be_removed_is_named(tmp_path: Path, monkey
 
 @pytest.mark.parametrize("where", ["folder", "file"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
-def test_a_folder_that_cannot_be_synced_is_let_pass_only_where_none_can(
+def test_sync_failure_is_ignored_only_where_unsupported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
 ) -> None:
     def fsync(fd: int) -> None:
@@ -338,7 +338,7 @@ def test_a_folder_that_cannot_be_synced_is_let_pass_only_where_none_can(
     assert names(tmp_path) == ({"out"} if passes else set())
 
 
-def test_large_files_reach_the_disk_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_sync_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two of them Ctrl-C is heard."""
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(disk, "SYNC_BLOCK", 10)
@@ -350,7 +350,7 @@ def test_large_files_reach_the_disk_in_pieces(tmp_path: Path, monkeypatch: pytes
     assert calls == [(0, 10), (10, 10), (20, 10)]
 
 
-def test_a_piece_that_does_not_reach_the_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_sync_of_piece_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         ctypes.set_errno(errno.EIO)
         return -1
@@ -361,7 +361,7 @@ def test_a_piece_that_does_not_reach_the_disk_is_an_error(tmp_path: Path, monkey
     assert names(tmp_path) == set()
 
 
-def test_the_blobs_of_a_base_in_a_hub_cache_are_no_output(tmp_path: Path) -> None:
+def test_output_among_hub_blobs_is_refused(tmp_path: Path) -> None:
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -375,7 +375,7 @@ def test_the_blobs_of_a_base_in_a_hub_cache_are_no_output(tmp_path: Path) -> Non
     assert (blobs / "0").read_text() == "weights"
 
 
-def test_the_wait_for_a_lock_of_another_kind_is_not_ours(tmp_path: Path) -> None:
+def test_lock_of_other_kind_is_not_waited_for(tmp_path: Path) -> None:
     with (
         FileLock(tmp_path / "theirs"),
         pytest.raises(Timeout),
@@ -394,7 +394,7 @@ def contend(folder: Path, rounds: int) -> None:
             (folder / "inside").unlink()
 
 
-def test_never_two_in_one_output(tmp_path: Path) -> None:
+def test_lock_admits_one_writer(tmp_path: Path) -> None:
     """The lock file goes when its holder does: who waited for it has a file that nobody else can find."""
     forks = multiprocessing.get_context("forkserver")
     children = [forks.Process(target=contend, args=(tmp_path, 60)) for _ in range(4)]
@@ -415,7 +415,7 @@ def test_never_two_in_one_output(tmp_path: Path) -> None:
         ("", "process is"),
     ],
 )
-def test_second_writer_is_told_who_holds_the_output(tmp_path: Path, text: str, said: str) -> None:
+def test_lock_names_its_holder(tmp_path: Path, text: str, said: str) -> None:
     with FileLock(tmp_path / ".out.lock"):
         (tmp_path / ".out.lock").write_text(text.format(host=socket.gethostname()))
         with pytest.raises(OutputError, match=said), output_folder(tmp_path / "out", False):
@@ -424,7 +424,7 @@ def test_second_writer_is_told_who_holds_the_output(tmp_path: Path, text: str, s
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "folder", "fifo"])
-def test_a_planted_lock_is_refused_and_not_written(tmp_path: Path, kind: str) -> None:
+def test_planted_lock_is_refused_and_not_written(tmp_path: Path, kind: str) -> None:
     target, lock = tmp_path / "outside", tmp_path / "in" / ".out.lock"
     lock.parent.mkdir()
     if kind != "dangling link":
@@ -443,9 +443,7 @@ def test_a_planted_lock_is_refused_and_not_written(tmp_path: Path, kind: str) ->
     assert not target.exists() if kind == "dangling link" else target.read_text() == "mine"
 
 
-def test_a_lock_that_gets_a_second_name_after_the_look_is_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_linked_after_check_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "outside").write_text("mine")
     (tmp_path / "in").mkdir()
     monkeypatch.setattr(locks, "_refuse_planted", lambda path: os.link(tmp_path / "outside", path))
@@ -454,7 +452,7 @@ def test_a_lock_that_gets_a_second_name_after_the_look_is_not_written(
     assert (tmp_path / "outside").read_text() == "mine"
 
 
-def test_what_failed_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+def test_failed_folder_replaces_link_not_its_target(tmp_path: Path) -> None:
     for target in ("folder", "nothing"):
         (tmp_path / "out.failed").symlink_to(tmp_path / target)
         (tmp_path / "folder").mkdir(exist_ok=True)
@@ -480,9 +478,7 @@ def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flock not supported")
-def test_where_files_cannot_be_locked_a_dead_process_holds_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lock_of_dead_process_is_free_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = multiprocessing.get_context("forkserver").Process(target=die_inside, args=(tmp_path,))
     dead.start()
     dead.join()
@@ -495,7 +491,7 @@ def test_where_files_cannot_be_locked_a_dead_process_holds_nothing(
     assert names(tmp_path) == {"out"}
 
 
-def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_is_synced_before_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     monkeypatch.setattr(disk, "sync", lambda path: events.append(path.name))
     real = os.replace
@@ -506,18 +502,18 @@ def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "a b", "…", ".hidden", "a..b"])
-def test_plain_names(name: str) -> None:
+def test_plain_name_accepts_and_refuses(name: str) -> None:
     assert plain_name(name)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "..\\a", "C:x", "a\0b", "a/"])
-def test_names_that_leave_the_folder(name: str) -> None:
+def test_plain_path_that_leaves_folder_is_refused(name: str) -> None:
     assert not plain_name(name)
 
 
 @pytest.mark.parametrize("way", ["kernel", "missing", errno.EXDEV, errno.EINVAL])
 @pytest.mark.parametrize("block", [1, 7, 16 * 2**20])
-def test_copy_range_copies_exactly_that_range(
+def test_copy_range_copies_exact_range(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str | int, block: int
 ) -> None:
     def cannot(*_: object) -> int:
@@ -539,9 +535,7 @@ def test_copy_range_copies_exactly_that_range(
     assert (tmp_path / "b").read_bytes()[:608] == b"head" + content[5:605] + b"tail"
 
 
-def test_a_read_error_while_copying_is_no_reason_to_try_another_way(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_copy_range_read_error_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -555,7 +549,7 @@ def test_a_read_error_while_copying_is_no_reason_to_try_another_way(
         copy_range(source.fileno(), 0, 9, target.fileno(), 0)
 
 
-def test_hash_folder_and_read_json(tmp_path: Path) -> None:
+def test_hash_folder_and_read_json_work(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b.json").write_text('{"x": 1}')
     found = hash_folder(tmp_path)
@@ -568,7 +562,7 @@ def test_hash_folder_and_read_json(tmp_path: Path) -> None:
         read_json(tmp_path / "deep.json")
 
 
-def test_full_disk_is_refused_before_the_first_byte(tmp_path: Path) -> None:
+def test_check_space_full_disk_is_refused_before_first_byte(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="are free"):
         disk.check_space(tmp_path / "not" / "there", 10**18)
     disk.check_space(tmp_path, 1)

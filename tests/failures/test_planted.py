@@ -33,7 +33,7 @@ def run_cells(scene: Scene, inputs: Path, folder: Path, count: int | None) -> in
 
 
 @pytest.mark.parametrize("scene", DAILY, ids=lambda s: s.name)
-def test_a_sample_of_what_is_planted_does_no_harm(
+def test_planted_entries_daily_sample_does_no_harm(
     scene: Scene, stock: Callable[[Scene], Path], tmp_path: Path
 ) -> None:
     assert run_cells(scene, stock(scene), tmp_path, SAMPLE) == SAMPLE
@@ -41,7 +41,7 @@ def test_a_sample_of_what_is_planted_does_no_harm(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scene", [*DAILY, *SLOW], ids=lambda s: s.name)
-def test_whatever_is_planted_does_no_harm(
+def test_planted_entries_do_no_harm(
     scene: Scene, stock: Callable[[Scene], Path], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     record_property("cells", run_cells(scene, stock(scene), tmp_path, None))

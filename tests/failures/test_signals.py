@@ -39,7 +39,7 @@ MARGIN = 5  # for a machine that has other things to do
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("exists", [False, True])
-def test_an_interrupt_is_130_at_once_and_leaves_nothing(
+def test_interrupt_exits_with_130_and_leaves_nothing(
     work: Path, tmp_path: Path, number: signal.Signals, phase: str, exists: bool
 ) -> None:
     if exists:
@@ -57,7 +57,7 @@ def test_an_interrupt_is_130_at_once_and_leaves_nothing(
     assert everything(work) == before
 
 
-def test_impatience_changes_nothing(work: Path, tmp_path: Path) -> None:
+def test_interrupt_twice_changes_nothing(work: Path, tmp_path: Path) -> None:
     before = everything(work)
     slowly = partial(slow_down, 0.4, tmp_path / "now")
     child = Forked.start(tmp_path / "log", *merge_words(work), before=slowly)
@@ -72,7 +72,7 @@ def test_impatience_changes_nothing(work: Path, tmp_path: Path) -> None:
     assert everything(work) == before
 
 
-def test_an_interrupt_before_the_command_begins_is_130(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_before_command_exits_with_130(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def talking(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -120,7 +120,9 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("exists", [later(False), True])
-def test_an_interrupt_at_every_line(work: Path, monkeypatch: pytest.MonkeyPatch, step: int, exists: bool) -> None:
+def test_interrupt_at_every_line_leaves_old_or_new_state(
+    work: Path, monkeypatch: pytest.MonkeyPatch, step: int, exists: bool
+) -> None:
     monkeypatch.setattr(os, "fsync", lambda fd: None)
     words = merge_words(work, "--force")
 
@@ -150,9 +152,7 @@ def test_an_interrupt_at_every_line(work: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("kills", [25, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_state(
-    work: Path, tmp_path: Path, exists: bool, kills: int
-) -> None:
+def test_kill_at_any_moment_leaves_old_or_new_state(work: Path, tmp_path: Path, exists: bool, kills: int) -> None:
     words, slowly = merge_words(work, "--force"), partial(slow_down, 0.005, tmp_path / "now")
     assert Forked.start(tmp_path / "log", *words, before=slowly).wait() == 0
     started = time.monotonic()
@@ -190,7 +190,7 @@ def meet(folder: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_of_merges_into_one_output_one_wins_and_the_others_name_it(work: Path, tmp_path: Path, count: int) -> None:
+def test_concurrent_merges_have_one_winner(work: Path, tmp_path: Path, count: int) -> None:
     together = partial(meet, tmp_path / "here", count)
     force: list[list[str]] = [[], ["--force"]]
     children = [
@@ -219,7 +219,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signals_wait_unless_they_are_welcome(heard: list[int], number: signal.Signals) -> None:
+def test_held_signals_wait_unless_allowed(heard: list[int], number: signal.Signals) -> None:
     with Interrupts() as guarded:
         signal.raise_signal(number)
         assert heard == []
@@ -232,7 +232,7 @@ def test_signals_wait_unless_they_are_welcome(heard: list[int], number: signal.S
     assert heard == [number] * 3
 
 
-def test_what_waited_is_dropped_where_something_failed(heard: list[int]) -> None:
+def test_held_signals_are_dropped_after_failure(heard: list[int]) -> None:
     with pytest.raises(RuntimeError), Interrupts():
         signal.raise_signal(signal.SIGINT)
         raise RuntimeError
@@ -241,7 +241,7 @@ def test_what_waited_is_dropped_where_something_failed(heard: list[int]) -> None
     assert heard == [signal.SIGINT]
 
 
-def test_the_second_signal_waits_for_the_cleaning_up() -> None:
+def test_second_signal_waits_for_cleanup() -> None:
     cleaned = False
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -257,7 +257,7 @@ def test_the_second_signal_waits_for_the_cleaning_up() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_thread_writes_an_output_without_touching_signals(tmp_path: Path) -> None:
+def test_output_in_thread_leaves_signals_alone(tmp_path: Path) -> None:
     def write() -> None:
         with output_folder(tmp_path / "out", False) as stage:
             (stage / "file").write_text("x")

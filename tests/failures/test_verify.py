@@ -68,7 +68,7 @@ def record(document: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("certify", ["sampled", "full"])
-def test_what_was_not_touched_is_verified(work: Path, certify: str) -> None:
+def test_verify_untouched_folder_passes(work: Path, certify: str) -> None:
     before = everything(work)
     code, document = verify(work, "--certify", certify)
     assert (code, document["verified"], failed(document)) == (0, True, {})
@@ -78,7 +78,7 @@ def test_what_was_not_touched_is_verified(work: Path, certify: str) -> None:
     assert everything(work) == before
 
 
-def test_without_base_only_hashes_are_checked_and_it_says_so(work: Path) -> None:
+def test_verify_without_base_checks_hashes_and_says_so(work: Path) -> None:
     code, document = verify(work, inputs=False)
     assert (code, document["verified"]) == (0, True)
     assert {c["name"] for c in document["checks"]} == {"certificate", "files", "output_hashes"}
@@ -88,7 +88,7 @@ def test_without_base_only_hashes_are_checked_and_it_says_so(work: Path) -> None
 
 
 @pytest.mark.parametrize("seed", range(36))
-def test_a_flipped_byte_anywhere_is_found(work: Path, seed: int) -> None:
+def test_verify_flipped_byte_anywhere_is_found(work: Path, seed: int) -> None:
     """Each file in turn, at a seeded place; without base and adapter, too."""
     chance = random.Random(seed)
     files = sorted(p for p in (work / "out").iterdir())
@@ -104,7 +104,7 @@ def test_a_flipped_byte_anywhere_is_found(work: Path, seed: int) -> None:
         assert any(path.name in n for n in notes), (path.name, place, notes)
 
 
-def test_a_flipped_byte_of_a_weight_names_file_and_tensor(work: Path) -> None:
+def test_verify_flipped_byte_names_file_and_tensor(work: Path) -> None:
     name = next(p.name for p in (work / "out").glob("*.safetensors") if Q0 in tensors_of(p))
     changed = tensors_of(work / "out" / name)[Q0]
     changed[3, 5] += 1
@@ -175,14 +175,14 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_certificate_is_found(work: Path, edit: str) -> None:
+def test_verify_edited_certificate_is_found(work: Path, edit: str) -> None:
     forge(work, EDITS[edit])
     code, document = verify(work)
     assert (code, document["verified"]) == (3, False)
     assert failed(document)
 
 
-def test_a_forgery_of_weights_and_certificate_is_found(work: Path) -> None:
+def test_verify_forged_weights_and_certificate_are_found(work: Path) -> None:
     """One number of a row that is looked at, and every hash made to fit: the arithmetic tells."""
     from lora_export.checkpoint.hashing import hash_tensor
     from lora_export.checkpoint.header import read_header
@@ -235,14 +235,14 @@ def hidden_rows() -> list[int]:
     return sorted(set(range(1024)) - {row for start, stop in sampled_runs(shape) for row in range(start, stop)})
 
 
-def test_verify_of_rows_that_no_certificate_looks_at_finds_them(tall: Path) -> None:
+def test_verify_rows_outside_certificate_are_compared(tall: Path) -> None:
     negate(tall, UP, hidden_rows())
     code, document = verify(tall)
     assert code == 3 and len(hidden_rows()) > 512
     assert f"{len(hidden_rows())} of 1024 rows are not what the merge writes" in failed(document)["arithmetic"][0]
 
 
-def test_verify_with_sampled_draws_other_rows_each_time(tall: Path) -> None:
+def test_verify_sampled_draws_other_rows_each_time(tall: Path) -> None:
     """Most rows are forged, so any draw of 64 has some; the seed is told, and draws the same rows again."""
     negate(tall, UP, hidden_rows())
     code, document = verify(tall, "--certify", "sampled")
@@ -255,9 +255,7 @@ def test_verify_with_sampled_draws_other_rows_each_time(tall: Path) -> None:
 
 @pytest.mark.parametrize("tall", [torch.float32], indirect=True)
 @pytest.mark.parametrize(("change", "code"), [(0, 0), (1, 3)])
-def test_verify_of_a_merge_done_by_another_torch_takes_last_bits_and_says_so(
-    tall: Path, change: int, code: int
-) -> None:
+def test_verify_other_torch_accepts_last_bits_and_says_so(tall: Path, change: int, code: int) -> None:
     """In fp32 the last bit may be another processor's; more than that is wrong. Of this torch, every bit agrees."""
     path = tall / "out" / "model.safetensors"
     values, row = tensors_of(path)[UP], hidden_rows()[5]
@@ -274,7 +272,7 @@ def test_verify_of_a_merge_done_by_another_torch_takes_last_bits_and_says_so(
         assert any("done by torch 1.0" in text for text in document["not_checked"])
 
 
-def test_a_forged_companion_is_found(work: Path) -> None:
+def test_verify_forged_companion_is_found(work: Path) -> None:
     import hashlib
 
     text = b"{{ something_else }}"
@@ -286,7 +284,7 @@ def test_a_forged_companion_is_found(work: Path) -> None:
     assert code == 3 and "chat_template.jinja" in failed(document)["written_files"][0]
 
 
-def test_a_certificate_that_is_written_otherwise(work: Path) -> None:
+def test_verify_reformatted_certificate_is_refused(work: Path) -> None:
     """The same content in another layout is not the file that was written."""
     path = work / "out" / CERTIFICATE
     path.write_text(json.dumps(json.loads(path.read_text())))
@@ -301,7 +299,7 @@ def test_a_certificate_that_is_written_otherwise(work: Path) -> None:
 # --- other inputs, other files -------------------------------------------------------------------------------
 
 
-def test_another_adapter(work: Path) -> None:
+def test_verify_other_adapter_fails(work: Path) -> None:
     save_adapter(work / "other", work / "base", lora(modules_to_save=["lm_head"]), seed=8)
     shutil.rmtree(work / "adapter")
     (work / "other").rename(work / "adapter")
@@ -310,7 +308,7 @@ def test_another_adapter(work: Path) -> None:
     assert any("adapter_model.safetensors" in n for n in failed(document)["adapter_hashes"])
 
 
-def test_another_base(work: Path) -> None:
+def test_verify_other_base_fails(work: Path) -> None:
     shutil.rmtree(work / "base")
     save_base(work / "base", dtype=torch.bfloat16, max_shard_size=60_000, seed=8)
     code, document = verify(work)
@@ -320,14 +318,14 @@ def test_another_base(work: Path) -> None:
     assert result.exit_code == 3 and "base_hashes" in failed(json.loads(result.stdout))
 
 
-def test_a_base_of_other_shapes(work: Path) -> None:
+def test_verify_base_of_other_shapes_fails(work: Path) -> None:
     path = next(p for p in (work / "base").glob("*.safetensors") if Q0 in tensors_of(p))
     edit_tensors(path, {Q0: torch.zeros(40, 48, dtype=torch.bfloat16)})
     code, document = verify(work)
     assert code == 3 and "plan" in failed(document)
 
 
-def test_another_weight_of_the_adapter(work: Path) -> None:
+def test_verify_other_adapter_weight_fails(work: Path) -> None:
     save_adapter(work / "plain", work / "base", lora())
     shutil.rmtree(work / "out")
     words = ["merge", "-b", work / "base", "-a", f"{work / 'plain'}:0.7", "-o", work / "out"]
@@ -339,7 +337,7 @@ def test_another_weight_of_the_adapter(work: Path) -> None:
 
 
 @pytest.mark.parametrize("inputs", [True, False])
-def test_a_file_more_or_less(work: Path, inputs: bool) -> None:
+def test_verify_missing_or_extra_file_is_found(work: Path, inputs: bool) -> None:
     (work / "out" / "modeling.py").write_text("import os")
     (work / "out" / "tokenizer.json").unlink()
     code, document = verify(work, inputs=inputs)
@@ -347,7 +345,7 @@ def test_a_file_more_or_less(work: Path, inputs: bool) -> None:
     assert failed(document)["files"] == ["tokenizer.json is missing", "modeling.py was added after the merge"]
 
 
-def test_a_shard_less(work: Path) -> None:
+def test_verify_missing_shard_is_found(work: Path) -> None:
     (work / "out" / "model-00002-of-00002.safetensors").unlink()
     code, document = verify(work)
     assert code == 3 and "model-00002-of-00002.safetensors is missing" in failed(document)["files"]
@@ -365,13 +363,13 @@ def test_a_shard_less(work: Path) -> None:
         (lambda w: (w / "adapter" / "adapter_config.json").unlink(), "no adapter_config.json here"),
     ],
 )
-def test_bad_input_is_one(work: Path, spoil: Callable[[Path], object], text: str) -> None:
+def test_verify_bad_input_exits_with_one(work: Path, spoil: Callable[[Path], object], text: str) -> None:
     spoil(work)
     code, document = verify(work)
     assert code == 1 and "error" in document
 
 
-def test_read_errors_have_words(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_read_error_is_explained(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every read of a sealed output may fail: exit code 1, and never a verdict."""
     given = ["verify", work / "out", "-b", work / "base", "-a", work / "adapter"]
     faults = Faults.of_reading(monkeypatch, work)
@@ -409,7 +407,7 @@ def run(work: Path) -> Path:
     return work
 
 
-def test_a_run_is_verified_with_its_manifest(run: Path) -> None:
+def test_verify_run_checks_manifest(run: Path) -> None:
     code, document = verify(run)
     assert (code, failed(document)) == (0, {})
     assert {"manifest", "run_files", "base_files", "adapter_files", "arithmetic"} <= {
@@ -418,7 +416,7 @@ def test_a_run_is_verified_with_its_manifest(run: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_flipped_byte_of_a_run(run: Path, seed: int) -> None:
+def test_verify_run_flipped_byte_is_found(run: Path, seed: int) -> None:
     chance = random.Random(seed)
     files = sorted(p for p in (run / "out").rglob("*") if p.is_file())
     path = files[seed % len(files)]
@@ -439,13 +437,13 @@ def test_a_flipped_byte_of_a_run(run: Path, seed: int) -> None:
         (lambda w: edit_json(w / "adapter" / "adapter_config.json", x=1), "adapter_files"),
     ],
 )
-def test_what_a_manifest_tells(run: Path, spoil: Callable[[Path], object], check: str) -> None:
+def test_manifest_records_inputs_and_options(run: Path, spoil: Callable[[Path], object], check: str) -> None:
     spoil(run)
     code, document = verify(run)
     assert code == 3 and check in failed(document)
 
 
-def test_an_edited_manifest(run: Path) -> None:
+def test_verify_edited_manifest_is_found(run: Path) -> None:
     path = run / "out" / "manifest.json"
     document = json.loads(path.read_text())
     del document["digest"]
@@ -455,7 +453,7 @@ def test_an_edited_manifest(run: Path) -> None:
     assert code == 3 and "merge options" in failed(found)["manifest"][0]
 
 
-def test_a_small_change_is_known_to_what_fp32_keeps_of_it(made: Path, tmp_path: Path) -> None:
+def test_small_change_is_bounded_by_fp32(made: Path, tmp_path: Path) -> None:
     """Blocks of other heights sum in another order; the survival of a change of 1e-4 of the weight then differs."""
     work = tmp_path / "work"
     shutil.copytree(made / "base", work / "base")

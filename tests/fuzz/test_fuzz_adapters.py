@@ -70,7 +70,7 @@ def _check_plan(around: Path, planned: MergePlan) -> None:
 
 
 @pytest.mark.parametrize("kind", adapters.KINDS)
-def test_the_undamaged_adapter_is_planned(kind: str) -> None:
+def test_undamaged_adapter_is_planned(kind: str) -> None:
     planned = check(adapters.config_bytes(kind), file_bytes(VALID[kind]))
     assert isinstance(planned, MergePlan), planned
 

@@ -48,7 +48,9 @@ def made(folder: Path, dtype: torch.dtype) -> tuple[Path, list[AdapterChoice]]:
         ("float32", 2, {"combine": "dare_linear", "density": 0.5, "seed": 3}, "b92721f8bec5c2a9"),
     ],
 )
-def test_merged_file(tmp_path: Path, dtype: str, count: int, options: dict[str, Any], digest: str) -> None:
+def test_merged_file_has_golden_bytes(
+    tmp_path: Path, dtype: str, count: int, options: dict[str, Any], digest: str
+) -> None:
     base, adapters = made(tmp_path, getattr(torch, dtype))
     merge(base, adapters[:count], tmp_path / "out", MergeOptions(**options))
     assert hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()[:16] == digest

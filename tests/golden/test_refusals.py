@@ -178,7 +178,7 @@ def all_refusals(folder: Path) -> str:
     return "".join(f"## {name}\n{text}\n\n" for name, text in told.items())
 
 
-def test_the_words_of_every_refusal(tmp_path: Path) -> None:
+def test_refusals_have_golden_words(tmp_path: Path) -> None:
     assert all_refusals(tmp_path) == GOLDEN.read_text()
 
 

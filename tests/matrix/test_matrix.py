@@ -72,7 +72,7 @@ DAILY += [next(c for c in RUNNING if c[1] == f) for f in sorted({f for _, f in R
 
 
 @pytest.mark.parametrize(("kind", "name"), daily(RUNNING, DAILY), ids=[" on ".join(c) for c in RUNNING])
-def test_merged_equals_unmerged(kind: str, name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_matrix_merged_equals_unmerged(kind: str, name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     family, base = FAMILIES[name], bases[name]
     train(base, family, kind, tmp_path / "adapter")
     unmerged = peft.PeftModel.from_pretrained(family.load(base), str(tmp_path / "adapter")).eval()
@@ -88,7 +88,7 @@ def test_merged_equals_unmerged(kind: str, name: str, bases: dict[str, Path], tm
     assert result.adapter_tensors["used"] == result.adapter_tensors["total"] > 0
 
 
-def test_enough_cells_really_run() -> None:
+def test_matrix_runs_enough_cells() -> None:
     assert len(RUNNING) >= 250
     assert {kind for kind, _ in RUNNING} >= KINDS.keys() - {k for k, _ in PEFT_REFUSES | WE_REFUSE}
     assert {family for _, family in RUNNING} == {family for _, family in DAILY} == FAMILIES.keys()
@@ -97,7 +97,9 @@ def test_enough_cells_really_run() -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), PEFT_REFUSES, ids=[" on ".join(c) for c in PEFT_REFUSES])
-def test_peft_cannot_build_the_rest(kind: str, name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_matrix_cells_that_peft_cannot_build_fail_in_peft(
+    kind: str, name: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
     """If one of these starts to work in PEFT, the cell belongs among those that run."""
     family = FAMILIES[name]
     with pytest.raises(Exception, match=PEFT_REFUSES[kind, name]):
@@ -106,9 +108,7 @@ def test_peft_cannot_build_the_rest(kind: str, name: str, bases: dict[str, Path]
 
 
 @pytest.mark.parametrize(("kind", "name"), WE_REFUSE, ids=[" on ".join(c) for c in WE_REFUSE])
-def test_what_no_merged_weight_equals_is_refused(
-    kind: str, name: str, bases: dict[str, Path], tmp_path: Path
-) -> None:
+def test_matrix_unmergeable_cells_are_refused(kind: str, name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     from lora_export.errors import LoraExportError
 
     train(bases[name], FAMILIES[name], kind, tmp_path / "adapter")

@@ -143,7 +143,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_merged_model_computes_what_the_unmerged_one_computes(name: str, tmp_path: Path) -> None:
+def test_merge_equals_unmerged_model(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     base, adapter = build(case, tmp_path)
     result = run(base, adapter, tmp_path / "out")
@@ -192,7 +192,7 @@ def _factors(module: LoraLayer) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return weight, a.detach().double(), b.detach().double(), module.scaling["default"]
 
 
-def test_untouched_tensors_are_copied_byte_for_byte(tmp_path: Path) -> None:
+def test_merge_copies_untouched_tensors_byte_for_byte(tmp_path: Path) -> None:
     base, adapter = build(CASES["sharded"], tmp_path)
     result = run(base, adapter, tmp_path / "out")
     before, after = tensors(base), tensors(tmp_path / "out")
@@ -204,7 +204,7 @@ def test_untouched_tensors_are_copied_byte_for_byte(tmp_path: Path) -> None:
     assert shards == json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
 
 
-def test_two_weighted_adapters_are_the_weighted_sum(tmp_path: Path) -> None:
+def test_merge_two_weighted_adapters_is_weighted_sum(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     first = save_adapter(tmp_path / "A", base, lora(target_modules=["q_proj", "o_proj"]), seed=3)
     second = save_adapter(tmp_path / "B", base, lora(rank=4, alpha=3, target_modules=["q_proj", "up_proj"]), seed=4)
@@ -230,7 +230,7 @@ def test_two_weighted_adapters_are_the_weighted_sum(tmp_path: Path) -> None:
     assert relative(logits(load(tmp_path / "out")), logits(both.eval())) < 1e-5
 
 
-def test_converting_to_another_type_rounds_once(tmp_path: Path) -> None:
+def test_merge_to_other_dtype_rounds_once(tmp_path: Path) -> None:
     base, adapter = build(CASES["plain"], tmp_path)
     run(base, adapter, tmp_path / "out", dtype="bfloat16")
     _check_tensors(unmerged(base, adapter), tmp_path / "out", torch.bfloat16)
@@ -238,7 +238,7 @@ def test_converting_to_another_type_rounds_once(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_float16_base_written_as_float32_keeps_the_whole_delta(tmp_path: Path) -> None:
+def test_merge_float16_base_to_float32_keeps_whole_delta(tmp_path: Path) -> None:
     base, adapter = build(CASES["float16"], tmp_path)
     result = run(base, adapter, tmp_path / "out", dtype="float32")
     assert result.delta_survival == pytest.approx(1, abs=1e-8)
@@ -246,7 +246,7 @@ def test_float16_base_written_as_float32_keeps_the_whole_delta(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("limit", [1, 9_000, 60_000, 10**9])
-def test_shards_of_another_size_hold_the_same_tensors(tmp_path: Path, limit: int) -> None:
+def test_merge_with_other_shard_size_has_same_tensors(tmp_path: Path, limit: int) -> None:
     base, adapter = build(CASES["plain"], tmp_path)
     run(base, adapter, tmp_path / "one")
     run(base, adapter, tmp_path / "many", max_shard_size=limit)
@@ -260,7 +260,7 @@ def test_shards_of_another_size_hold_the_same_tensors(tmp_path: Path, limit: int
     assert relative(logits(load(tmp_path / "many")), logits(unmerged(base, adapter))) < 1e-5
 
 
-def test_adapter_trained_on_the_body_alone_fits_the_model_with_a_head(tmp_path: Path) -> None:
+def test_merge_adapter_of_body_fits_model_with_head(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", base, lora(), transformers.LlamaModel)
     result = run(base, adapter, tmp_path / "out")
@@ -269,7 +269,7 @@ def test_adapter_trained_on_the_body_alone_fits_the_model_with_a_head(tmp_path: 
     assert any("prefix" in text for text in result.warnings)
 
 
-def test_bfloat16_adapter_enters_the_sum_in_fp32(tmp_path: Path) -> None:
+def test_merge_bfloat16_adapter_is_added_in_fp32(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     model = peft.get_peft_model(load(base), lora())
     torch.manual_seed(3)
@@ -282,7 +282,7 @@ def test_bfloat16_adapter_enters_the_sum_in_fp32(tmp_path: Path) -> None:
     _check_tensors(oracle, tmp_path / "out", torch.float32)
 
 
-def test_masked_language_model(tmp_path: Path) -> None:
+def test_merge_masked_language_model_equals_unmerged(tmp_path: Path) -> None:
     masked = transformers.BertForMaskedLM
     base = save_base(tmp_path / "base", masked, bert_config())
     adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=BERT_TARGETS), masked)
@@ -290,7 +290,7 @@ def test_masked_language_model(tmp_path: Path) -> None:
     assert relative(logits(load(tmp_path / "out", masked)), logits(unmerged(base, adapter, masked))) < 1e-5
 
 
-def test_base_that_stores_a_tied_head_twice(tmp_path: Path) -> None:
+def test_merge_base_with_tied_head_stored_twice_equals_unmerged(tmp_path: Path) -> None:
     """Some files hold lm_head beside the embedding although the config ties them."""
     base = save_base(tmp_path / "base", config=llama_config(tied=True))
     embedding = tensors(base)["model.embed_tokens.weight"]

@@ -62,7 +62,7 @@ def settings_differ(base: Path, adapter: Path, merged: Path, scratch: Path) -> l
     return list(differences(expected, merged))
 
 
-def test_base_and_adapter_in_one_folder(tmp_path: Path, folder: Path, pair: tuple[Path, Path]) -> None:
+def test_merge_base_and_adapter_in_one_folder_works(tmp_path: Path, folder: Path, pair: tuple[Path, Path]) -> None:
     merge(folder, [AdapterChoice(folder)], tmp_path / "out")
     assert not [n for n in files(tmp_path / "out") if n.startswith("adapter") or n in STATE]
     assert verify(tmp_path / "out", folder, [AdapterChoice(folder)]).verified
@@ -74,14 +74,14 @@ def test_base_and_adapter_in_one_folder(tmp_path: Path, folder: Path, pair: tupl
 
 
 @pytest.mark.slow
-def test_validate_of_one_folder_loads_the_base_without_the_adapter(tmp_path: Path, folder: Path) -> None:
+def test_validate_one_folder_loads_base_without_adapter(tmp_path: Path, folder: Path) -> None:
     merge(folder, [AdapterChoice(folder)], tmp_path / "out")
     source = Source(str(folder), folder)
     found = validate_folder(source, [(source, 1.0)], tmp_path / "out", (), (), ValidationOptions(), Silent())
     assert found.passed
 
 
-def test_a_value_head_goes_with_the_output_and_is_told(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_merge_copies_value_head_and_reports_it(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, adapter = pair
     save_file({"v_head.summary.weight": torch.randn(1, 48)}, adapter / "value_head.safetensors")
     result = merge(base, [AdapterChoice(adapter)], tmp_path / "out")
@@ -114,7 +114,7 @@ def sentence_modules(adapter: Path) -> None:
     (adapter / "config_sentence_transformers.json").write_text('{"prompts": {"query": "q: "}}')
 
 
-def test_modules_of_sentence_transformers_come_from_the_adapter(tmp_path: Path) -> None:
+def test_merge_takes_sentence_transformers_modules_from_adapter(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", transformers.BertModel, bert_config())
     adapter = save_adapter(
         tmp_path / "adapter", base, lora(target_modules=["query", "dense"]), transformers.BertModel
@@ -138,7 +138,7 @@ def test_modules_of_sentence_transformers_come_from_the_adapter(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("owner", ["base", "adapter"])
-def test_pickled_modules_are_left_out_and_told(tmp_path: Path, pair: tuple[Path, Path], owner: str) -> None:
+def test_merge_omits_pickled_modules_and_reports_it(tmp_path: Path, pair: tuple[Path, Path], owner: str) -> None:
     source = pair[0] if owner == "base" else pair[1]
     sentence_modules(source)
     (source / "2_Dense" / "model.safetensors").rename(source / "2_Dense" / "pytorch_model.bin")
@@ -147,7 +147,7 @@ def test_pickled_modules_are_left_out_and_told(tmp_path: Path, pair: tuple[Path,
     assert "2_Dense/pytorch_model.bin" not in files(tmp_path / "out")
 
 
-def test_other_weights_beside_the_adapter_are_named(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_merge_names_other_weights_beside_adapter(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, adapter = pair
     for name in (
         "projector.safetensors",
@@ -172,9 +172,7 @@ def test_other_weights_beside_the_adapter_are_named(tmp_path: Path, pair: tuple[
         ("non_lora_trainables.bin", "LLaVA trained the whole projector"),
     ],
 )
-def test_trained_heads_that_would_be_lost_are_refused(
-    tmp_path: Path, pair: tuple[Path, Path], name: str, told: str
-) -> None:
+def test_merge_refuses_to_lose_trained_heads(tmp_path: Path, pair: tuple[Path, Path], name: str, told: str) -> None:
     (pair[1] / name).write_bytes(b"")
     with pytest.raises(LoraExportError, match=told) as refusal:
         merge(pair[0], [AdapterChoice(pair[1])], tmp_path / "out")
@@ -186,7 +184,7 @@ def test_trained_heads_that_would_be_lost_are_refused(
     ("name", "told"),
     [("lora.safetensors", "mistral-finetune's"), ("adapter_0.pt", "torchtune's"), ("lora-f16.gguf", "llama.cpp's")],
 )
-def test_other_forms_of_adapters_are_named(
+def test_merge_names_other_adapter_formats(
     tmp_path: Path, pair: tuple[Path, Path], name: str, told: str, with_config: bool
 ) -> None:
     base, adapter = pair
@@ -216,7 +214,7 @@ CARD = "- load_in_4bit: True\n- bnb_4bit_quant_type: {}\n- bnb_4bit_use_double_q
         ("owner/base-4b", "", None),
     ],
 )  # fmt: skip
-def test_what_training_saw_is_said(
+def test_merge_warns_of_4bit_training(
     tmp_path: Path, pair: tuple[Path, Path], named: str, card: str, flags: str | None
 ) -> None:
     base, adapter = pair
@@ -228,7 +226,7 @@ def test_what_training_saw_is_said(
         assert re.search(flags, found)
 
 
-def test_nothing_is_said_where_the_merge_is_told(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_merge_with_training_quantization_does_not_warn(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, adapter = pair
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="unsloth/base-bnb-4bit")
     assert _check(base, adapter, tmp_path / "out", MergeOptions(training_quantization="nf4")) is None

@@ -44,7 +44,7 @@ def zero_adapter(folder: Path, base: Path, **settings: object) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [False, True])
-def test_zero_adapter_changes_no_byte(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+def test_merge_zero_adapter_changes_no_byte(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
     base = save_base(tmp_path / "base", config=llama_config(tied), dtype=dtype, max_shard_size=40_000)
     for name, text in (COMPANIONS | LEFT_OUT).items():
         (base / name).write_bytes(text.encode())
@@ -67,7 +67,7 @@ def test_zero_adapter_changes_no_byte(tmp_path: Path, dtype: torch.dtype, tied: 
     load(tmp_path / "out")
 
 
-def test_tokenizer_of_the_adapter_wins(tmp_path: Path) -> None:
+def test_merge_prefers_tokenizer_of_adapter(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     for name, text in COMPANIONS.items():
         (base / name).write_text(text)
@@ -83,7 +83,7 @@ def test_tokenizer_of_the_adapter_wins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [3e-4, 1e-3, 1e-2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_survival_against_float64(tmp_path: Path, size: float, dtype: str) -> None:
+def test_survival_matches_float64(tmp_path: Path, size: float, dtype: str) -> None:
     """⟨W'−W, Δ⟩/⟨Δ, Δ⟩ in numpy's float64, with W' as it lies in the merged file."""
     torch_type = getattr(torch, dtype)
     base = handmade_base(tmp_path / "base", {"m.proj.weight": (300, 200), "m.up.weight": (90, 200)}, torch_type)
@@ -121,7 +121,7 @@ def test_survival_against_float64(tmp_path: Path, size: float, dtype: str) -> No
         assert fine.delta_survival == pytest.approx(1)
 
 
-def test_certificate_tells_what_happened(tmp_path: Path) -> None:
+def test_certificate_records_operations(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", base, lora(modules_to_save=["lm_head"]))
     result = merge(base, [AdapterChoice(adapter)], tmp_path / "out")
@@ -143,7 +143,7 @@ def test_certificate_tells_what_happened(tmp_path: Path) -> None:
     )  # the same merge, the same bytes
 
 
-def test_merging_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_merge_twice_gives_same_bytes(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", max_shard_size=60_000)
     adapter = save_adapter(tmp_path / "adapter", base, lora())
     for name in ("one", "two"):
@@ -161,7 +161,7 @@ def test_merging_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("flag", [False, True])
-def test_square_conv1d_follows_the_architecture(
+def test_merge_square_conv1d_follows_architecture(
     config: dict[str, Any], flips: bool, flag: bool, tmp_path: Path
 ) -> None:
     """A square weight fits both ways, and PEFT computes by the layer, whatever fan_in_fan_out says."""
@@ -174,7 +174,7 @@ def test_square_conv1d_follows_the_architecture(
     assert float((tensors(tmp_path / "out")["m.c_proj.weight"].double() - expected).abs().max()) < 1e-4
 
 
-def test_two_adapters_may_not_both_replace_a_tensor(tmp_path: Path) -> None:
+def test_merge_two_adapters_replacing_one_tensor_is_refused(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     adapters = [
         save_adapter(tmp_path / n, base, lora(modules_to_save=["lm_head"]), seed=i) for i, n in enumerate("AB", 3)
@@ -184,7 +184,7 @@ def test_two_adapters_may_not_both_replace_a_tensor(tmp_path: Path) -> None:
     assert caught.value.tensor == "lm_head.weight"
 
 
-def test_embeddings_resized_apart_are_refused(tmp_path: Path) -> None:
+def test_merge_differently_resized_embeddings_is_refused(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", base, lora(), rows=107, save_embeddings=True)
     edit_tensors(adapter / "adapter_model.safetensors", {"base_model.model.lm_head.weight": None})
@@ -193,7 +193,7 @@ def test_embeddings_resized_apart_are_refused(tmp_path: Path) -> None:
     assert caught.value.tensor == "lm_head.weight"
 
 
-def test_dtype_key_of_old_configs_is_kept(tmp_path: Path) -> None:
+def test_merge_keeps_dtype_key_of_old_configs(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     del config["dtype"]
@@ -205,7 +205,7 @@ def test_dtype_key_of_old_configs_is_kept(tmp_path: Path) -> None:
     assert {k: v for k, v in found.items() if k != "torch_dtype"} == config | {"name": "Ünïcode"}
 
 
-def test_base_metadata_and_scalars_survive(tmp_path: Path) -> None:
+def test_merge_keeps_metadata_and_scalars(tmp_path: Path) -> None:
     base = handmade_base(tmp_path / "base", {"m.proj.weight": (8, 4)})
     edit_tensors(base / "model.safetensors", {"m.count": torch.tensor(7), "m.empty": torch.zeros(0, 3)})
     adapter = handmade_adapter(tmp_path / "adapter", {"m.proj": (torch.randn(2, 4), torch.randn(8, 2))})

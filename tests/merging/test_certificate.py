@@ -52,7 +52,7 @@ def handmade(folder: Path, dtype: torch.dtype, height: int = 301, width: int = 3
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("certify", ["sampled", "full"])
-def test_ulps_against_the_formula(tmp_path: Path, dtype: str, certify: Any) -> None:
+def test_ulps_match_formula(tmp_path: Path, dtype: str, certify: Any) -> None:
     """W + 2.5·B·A in float64, and the written numbers beside it; some of the rows are those that docs promise."""
     base, adapter = handmade(tmp_path, getattr(torch, dtype))
     merge(base, [AdapterChoice(adapter)], tmp_path / "out", MergeOptions(certify=certify))
@@ -76,7 +76,7 @@ def test_ulps_against_the_formula(tmp_path: Path, dtype: str, certify: Any) -> N
 
 
 @pytest.mark.parametrize("memory", [2**31, 2**16, 3 * 2**20, 2**23])
-def test_hashes_do_not_depend_on_pieces(tmp_path: Path, memory: int) -> None:
+def test_hash_does_not_depend_on_pieces(tmp_path: Path, memory: int) -> None:
     base, adapter = handmade(tmp_path, torch.bfloat16, 1301, 703)
     edit_tensors(base / "model.safetensors", {"m.big": torch.arange(300_001), "m.empty": torch.zeros(0, 3)})
     merge(base, [AdapterChoice(adapter)], tmp_path / "out", MergeOptions(max_memory=memory))
@@ -88,7 +88,7 @@ def test_hashes_do_not_depend_on_pieces(tmp_path: Path, memory: int) -> None:
 
 
 @pytest.mark.parametrize(("values", "count"), [((65502.0, -1e6, 65400.0), 2), ((65502.0,), 1), ((65400.0,), 0)])
-def test_saturated_elements_are_counted(tmp_path: Path, values: tuple[float, ...], count: int) -> None:
+def test_certificate_counts_saturated_elements(tmp_path: Path, values: tuple[float, ...], count: int) -> None:
     """Rounded up to the largest number, infinite, below."""
     base, adapter = handmade(tmp_path, torch.float32)
     weight = tensors(base)["m.proj.weight"]
@@ -171,7 +171,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", FORMULAS)
-def test_rounding_is_within_its_bound(tmp_path: Path, kind: str, dtype: Any) -> None:
+def test_merge_rounding_is_within_bound(tmp_path: Path, kind: str, dtype: Any) -> None:
     """|out − exact| ≤ ½ ulp + 2⁻²²·(|W| + s·|B|·|A|), and 999 of 1000 numbers are rounded correctly."""
     family = FAMILIES["llama"]
     base = family.save(tmp_path / "base")
@@ -197,7 +197,7 @@ def test_rounding_is_within_its_bound(tmp_path: Path, kind: str, dtype: Any) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_merge_beyond_its_bound_is_refused(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merge_beyond_bound_is_refused(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter that is applied with a factor that is off by a percent."""
     base, adapter = handmade(tmp_path, getattr(torch, dtype))
     real = work.load_updates
@@ -214,9 +214,7 @@ def test_a_merge_beyond_its_bound_is_refused(tmp_path: Path, dtype: str, monkeyp
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-def test_one_wrong_number_is_found_if_all_rows_are_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_certify_full_finds_one_wrong_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_export.merging.running.tensor import TensorWork
 
     base, adapter = handmade(tmp_path, torch.bfloat16)
@@ -233,7 +231,7 @@ def test_one_wrong_number_is_found_if_all_rows_are_looked_at(
     assert caught.value.tensor == "m.proj.weight, row 17"
 
 
-def test_what_does_not_fit_the_memory_is_said(tmp_path: Path) -> None:
+def test_certify_beyond_memory_is_reported(tmp_path: Path) -> None:
     """PiSSA needs the whole weight, and in float64 twice the room."""
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     save_adapter(tmp_path / "adapter", base, lora(init_lora_weights="olora", target_modules=["down_proj"]))
@@ -248,7 +246,7 @@ def test_what_does_not_fit_the_memory_is_said(tmp_path: Path) -> None:
     assert (record["checked"], record["max_ulps"]) == (0, None) and record["hash_out"]
 
 
-def test_uncertified_for_measuring(tmp_path: Path) -> None:
+def test_merge_uncertified_writes_no_certificate(tmp_path: Path) -> None:
     base, adapter = handmade(tmp_path, torch.bfloat16)
     merge(base, [AdapterChoice(adapter)], tmp_path / "one")
     merge(base, [AdapterChoice(adapter)], tmp_path / "two", certified=False)
@@ -257,7 +255,7 @@ def test_uncertified_for_measuring(tmp_path: Path) -> None:
     assert torch.equal(one, two)
 
 
-def test_same_certificate_every_time(tmp_path: Path) -> None:
+def test_certificate_is_reproducible(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     save_adapter(tmp_path / "adapter", base, peft.LoraConfig(r=6, lora_alpha=15, target_modules="all-linear"))
     for name in "abcd":

@@ -157,7 +157,7 @@ def agree(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], base: 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("case", ON_DELTAS, ids=lambda c: f"{c[0]}-{c[2]}-{c[3]}")
 @pytest.mark.parametrize("model", [Llama, later(GPT2)], ids=lambda m: m.__name__)
-def test_deltas_are_combined_as_peft_does(
+def test_combine_deltas_matches_peft(
     made: Any, tmp_path: Path, model: type, case: Any, weights: tuple[float, ...]
 ) -> None:
     method, theirs, density, mine, settings = case
@@ -170,9 +170,7 @@ def test_deltas_are_combined_as_peft_does(
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 @pytest.mark.parametrize("case", ON_FACTORS, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}")
-def test_factors_are_combined_as_peft_does(
-    made: Any, tmp_path: Path, case: Any, weights: tuple[float, ...]
-) -> None:
+def test_combine_factors_matches_peft(made: Any, tmp_path: Path, case: Any, weights: tuple[float, ...]) -> None:
     method, density, mine, settings = case
     base, adapters = made(Llama, (4, 4, 4)[: len(weights)])
     options = {"combine": method, "combine_on": "factors", "density": density, **mine}
@@ -223,7 +221,7 @@ def mixed_kinds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Pa
 
 
 @pytest.mark.parametrize("density", [0.2, 0.7])
-def test_ties_of_mixed_kinds_is_the_papers(mixed_kinds: Any, tmp_path: Path, density: float) -> None:
+def test_combine_ties_of_mixed_kinds_matches_paper(mixed_kinds: Any, tmp_path: Path, density: float) -> None:
     base, adapters = mixed_kinds
     merged = ours(base, adapters, (0.6, 0.6, 0.6), tmp_path / "out", combine="ties", density=density)
     deltas = [effective(base, a) for a in adapters]
@@ -233,7 +231,7 @@ def test_ties_of_mixed_kinds_is_the_papers(mixed_kinds: Any, tmp_path: Path, den
         assert np.allclose(merged[name].double().numpy(), before.double().numpy() + change, rtol=1e-5, atol=1e-6)
 
 
-def test_dora_has_a_weight_where_deltas_are_combined(mixed_kinds: Any, tmp_path: Path) -> None:
+def test_combine_weights_dora(mixed_kinds: Any, tmp_path: Path) -> None:
     base, adapters = mixed_kinds
     merged = ours(base, adapters[:2], (0.25, -2.0), tmp_path / "out", combine="linear")
     deltas = [effective(base, a) for a in adapters[:2]]
@@ -242,7 +240,7 @@ def test_dora_has_a_weight_where_deltas_are_combined(mixed_kinds: Any, tmp_path:
         assert np.allclose(merged[name].double().numpy(), wanted, rtol=1e-5, atol=1e-6), name
 
 
-def test_dare_keeps_its_share_and_the_expected_sum(made: Any, tmp_path: Path) -> None:
+def test_combine_dare_keeps_share_and_expected_sum(made: Any, tmp_path: Path) -> None:
     base, adapters = made(Llama, (4, 3))
     name, before = "model.layers.0.self_attn.o_proj.weight", tensors(base)
     plain = effective(base, adapters[1])[name]
@@ -260,7 +258,7 @@ def test_dare_keeps_its_share_and_the_expected_sum(made: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "magnitude_prune", "dare_linear", "svd", "cat"])
-def test_blocks_and_runs_do_not_matter(made: Any, tmp_path: Path, method: str) -> None:
+def test_combine_does_not_depend_on_blocks_or_runs(made: Any, tmp_path: Path, method: str) -> None:
     base, adapters = made(Llama, (4, 3, 5))
     density = None if method in ("svd", "cat") else 0.4
     options = {"combine": method, "density": density, "seed": SEED}
@@ -273,7 +271,7 @@ def test_blocks_and_runs_do_not_matter(made: Any, tmp_path: Path, method: str) -
         assert torch.allclose(tensor, outputs[2][name], rtol=1e-6, atol=1e-7), name
 
 
-def test_draws_are_the_same_however_they_are_cut() -> None:
+def test_dare_draws_do_not_depend_on_blocks() -> None:
     whole = drawn(3, "weight", 1, 0.3, 0, (1001,))
     for start, stop in itertools.pairwise([0, 1, 8, 13, 500, 1001]):
         assert torch.equal(whole[start:stop], drawn(3, "weight", 1, 0.3, start, (stop - start,)))
@@ -286,7 +284,7 @@ def test_draws_are_the_same_however_they_are_cut() -> None:
 # --- interference -------------------------------------------------------------------------------------------
 
 
-def test_interference_is_numpys(made: Any) -> None:
+def test_interference_matches_numpy(made: Any) -> None:
     base, adapters = made(Llama, (4, 3))
     choices = [AdapterChoice(adapters[0], 0.5), AdapterChoice(adapters[1], -2.0)]
     found = interference(plan(base, choices, MergeOptions()))
@@ -307,7 +305,7 @@ def test_interference_is_numpys(made: Any) -> None:
     assert overall.norm_ratio == pytest.approx((one / two) ** 0.5, rel=1e-5)
 
 
-def test_interference_of_combined_adapters_has_their_weights(made: Any) -> None:
+def test_interference_includes_adapter_weights(made: Any) -> None:
     base, adapters = made(Llama, (4, 3))
     options = MergeOptions(combine="ties", density=0.5)
     one, other = (
@@ -318,7 +316,7 @@ def test_interference_of_combined_adapters_has_their_weights(made: Any) -> None:
     assert (other.norm_ratio / one.norm_ratio, other.cosine) == pytest.approx((3.0, -one.cosine))
 
 
-def test_an_untrained_adapter_changes_not_one_byte(made: Any, tmp_path: Path) -> None:
+def test_combine_untrained_adapter_changes_no_byte(made: Any, tmp_path: Path) -> None:
     """A is Gaussian and B zero before the first step (arXiv:2106.09685, sec. 4.1)."""
     base, _ = made(Llama, (4, 3))
     model = peft.get_peft_model(load(base), lora(init_lora_weights="gaussian"))
@@ -329,7 +327,7 @@ def test_an_untrained_adapter_changes_not_one_byte(made: Any, tmp_path: Path) ->
         assert (tmp_path / "merged" / shard.name).read_bytes() == shard.read_bytes()
 
 
-def test_an_adapter_and_its_opposite(made: Any, tmp_path: Path) -> None:
+def test_combine_adapter_and_its_negative_restores_base(made: Any, tmp_path: Path) -> None:
     base, adapters = made(Llama, (4, 3))
     found = interference(plan(base, [AdapterChoice(adapters[0]), AdapterChoice(adapters[0], -1.0)], MergeOptions()))
     assert (found[0].cosine, found[0].sign_conflicts, found[0].norm_ratio) == pytest.approx((-1.0, 1.0, 1.0))
@@ -352,21 +350,21 @@ def test_an_adapter_and_its_opposite(made: Any, tmp_path: Path) -> None:
         ({"combine": "linear", "combine_on": "factors", "svd_rank": 2}, "factors with .* --svd-rank"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit(made: Any, options: dict[str, Any], words: str) -> None:
+def test_combine_inconsistent_options_are_refused(made: Any, options: dict[str, Any], words: str) -> None:
     base, adapters = made(Llama, (4, 3))
     with pytest.raises(InputError, match=words) as refused:
         plan(base, [AdapterChoice(a) for a in adapters], MergeOptions(**options))
     assert refused.value.next_step
 
 
-def test_factors_of_different_ranks(made: Any) -> None:
+def test_combine_factors_of_different_ranks_is_refused(made: Any) -> None:
     base, adapters = made(Llama, (4, 3))
     with pytest.raises(AdapterError, match="the ranks here are 4 and 3") as refused:
         plan(base, [AdapterChoice(a) for a in adapters], MergeOptions(combine="linear", combine_on="factors"))
     assert refused.value.tensor and refused.value.tensor.endswith("_proj.weight")
 
 
-def test_kinds_that_have_no_factors_or_rank(mixed_kinds: Any) -> None:
+def test_combine_kinds_without_factors_or_rank_is_refused(mixed_kinds: Any) -> None:
     base, adapters = mixed_kinds
     choices = [AdapterChoice(a) for a in adapters]
     with pytest.raises(AdapterError, match="factors, but this is dora"):
@@ -375,7 +373,7 @@ def test_kinds_that_have_no_factors_or_rank(mixed_kinds: Any) -> None:
         plan(base, choices, MergeOptions(combine="svd"))
 
 
-def test_a_replaced_weight_is_no_delta(made: Any, tmp_path: Path) -> None:
+def test_combine_replaced_weight_is_refused(made: Any, tmp_path: Path) -> None:
     base, adapters = made(Llama, (4, 3))
     whole = save_adapter(tmp_path / "whole", base, lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     head = save_adapter(tmp_path / "head", base, lora(target_modules=["lm_head"]), save_embeddings=False)

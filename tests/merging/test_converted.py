@@ -47,7 +47,7 @@ def low_rank(height: int, width: int) -> tuple[LowRankUpdate, torch.Tensor]:
     return LowRankUpdate(LowRank(left, right, 1.5)), 1.5 * left @ right
 
 
-def test_a_part_of_a_fused_projection_is_changed_where_it_lies() -> None:
+def test_converted_part_of_fused_projection_is_updated() -> None:
     cut, stored = group(CUT, "q.weight", "qkv.weight"), {"l.qkv.weight": (12, 5)}
     assert cut.shapes(stored) == {f"l.{n}.weight": (4, 5) for n in "qkv"}
     whole, delta = low_rank(4, 5)
@@ -61,7 +61,7 @@ def test_a_part_of_a_fused_projection_is_changed_where_it_lies() -> None:
     assert torch.equal(changed[:4], weight[:4]) and torch.equal(changed[8:], weight[8:])
 
 
-def test_rows_that_are_permuted_on_loading_are_changed_in_the_order_of_the_disk() -> None:
+def test_converted_permuted_rows_are_updated_in_disk_order() -> None:
     turned, stored = group(TURNED, "q.weight", "qkv.weight"), {"l.qkv.weight": (16, 5)}
     whole, delta = low_rank(8, 5)
     (found,) = spread_of(update("q.weight", (8, 5), whole), turned, (8, 5), stored)
@@ -73,7 +73,7 @@ def test_rows_that_are_permuted_on_loading_are_changed_in_the_order_of_the_disk(
     assert torch.equal(changed[8:], weight[8:])
 
 
-def test_each_joined_tensor_gets_its_rows_of_a_sum_and_what_is_no_sum_is_refused() -> None:
+def test_converted_joined_tensors_get_their_rows() -> None:
     joined = group(JOINED, "both.weight", "gate.weight", "up.weight")
     stored = {"l.gate.weight": (4, 5), "l.up.weight": (6, 5)}
     whole, delta = low_rank(10, 5)
@@ -86,7 +86,7 @@ def test_each_joined_tensor_gets_its_rows_of_a_sum_and_what_is_no_sum_is_refused
         spread_of(update("both.weight", (10, 5), Doubled(), adds=False), joined, (10, 5), stored)
 
 
-def test_experts_whose_halves_alternate_come_in_blocks() -> None:
+def test_converted_interleaved_experts_become_blocks() -> None:
     experts, shape = group(ALTERNATING, "experts.gate_up", "experts.w1"), (3, 8, 5)
     stored = {"l.experts.w1": shape}
 
@@ -108,7 +108,7 @@ def test_experts_whose_halves_alternate_come_in_blocks() -> None:
     assert torch.equal(torch.cat(blocks), expected)
 
 
-def test_another_shape_than_the_loaded_weight_has_is_refused() -> None:
+def test_converted_wrong_shape_is_refused() -> None:
     cut, stored = group(CUT, "q.weight", "qkv.weight"), {"l.qkv.weight": (12, 5)}
     with pytest.raises(AdapterError, match=r"fits a weight of shape \[12, 5\], the loaded model has \[4, 5\]"):
         spread_of(update("k.weight", (12, 5), Doubled()), cut, (4, 5), stored)

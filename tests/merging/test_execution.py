@@ -50,7 +50,7 @@ def executed(base: Path, choices: list[AdapterChoice], folder: Path, workers: in
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("memory", [2**20, 2**31])
-def test_any_number_of_threads_gives_the_same_bytes_and_any_memory_the_same_numbers(
+def test_execution_result_does_not_depend_on_threads_or_memory(
     tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]], workers: int, memory: int
 ) -> None:
     """On some processors a product of few rows adds up in another order, which may turn a rounding."""
@@ -69,7 +69,7 @@ def test_any_number_of_threads_gives_the_same_bytes_and_any_memory_the_same_numb
     }
 
 
-def test_blocks_cover_every_row_once_within_the_memory(
+def test_execution_blocks_cover_every_row_once(
     tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
@@ -88,7 +88,7 @@ def test_blocks_cover_every_row_once_within_the_memory(
     assert [a for a, _ in blocks] == [0, *(b for _, b in blocks[:-1])] and blocks[-1][1] == 2_500
 
 
-def test_memory_for_less_than_a_row_is_refused_before_the_first_byte(
+def test_execution_memory_below_a_row_is_refused_before_first_byte(
     tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]]
 ) -> None:
     with pytest.raises(InputError, match="merging this tensor takes") as refusal:
@@ -97,7 +97,7 @@ def test_memory_for_less_than_a_row_is_refused_before_the_first_byte(
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_budget_holds_whatever_the_threads_do() -> None:
+def test_budget_holds_with_many_threads() -> None:
     budget, used, most = workers.Budget(10), 0, 0
     lock = threading.Lock()
 
@@ -120,7 +120,7 @@ def test_the_budget_holds_whatever_the_threads_do() -> None:
     assert 6 <= most <= 10 and used == 0
 
 
-def test_an_error_in_one_thread_ends_the_others(
+def test_execution_error_in_one_thread_ends_all(
     tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
@@ -137,7 +137,7 @@ def test_an_error_in_one_thread_ends_the_others(
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-def test_torch_has_its_threads_back(tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]]) -> None:
+def test_execution_restores_torch_threads(tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]]) -> None:
     torch.set_num_threads(2)
     try:
         merge(*inputs, tmp_path / "out")
@@ -146,7 +146,7 @@ def test_torch_has_its_threads_back(tmp_path: Path, inputs: tuple[Path, list[Ada
         torch.set_num_threads(1)
 
 
-def test_survival_looks_at_every_row_if_the_sample_shows_no_change(tmp_path: Path) -> None:
+def test_survival_without_change_in_sample_reads_every_row(tmp_path: Path) -> None:
     """Only one row of a large weight changes, and it is none of those that are looked at first."""
     base = handmade_base(tmp_path / "base", {"m.proj.weight": (600, 1_000)})
     b = torch.zeros(600, 2)
@@ -163,7 +163,7 @@ ASKING = {"miss bat", "shira", "supertuning", "supertuning supra", "waveft", "wa
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in RUNNING}))
-def test_every_kind_computes_where_its_weight_is(kind: str, tmp_path: Path) -> None:
+def test_update_computes_on_device_of_weight(kind: str, tmp_path: Path) -> None:
     """On the meta device, which refuses a tensor that was left behind on the CPU as CUDA does."""
     family = FAMILIES[next(name for of, name in RUNNING if of == kind)]
     base = family.save(tmp_path / "base")
@@ -183,7 +183,7 @@ def test_every_kind_computes_where_its_weight_is(kind: str, tmp_path: Path) -> N
     assert computed
 
 
-def test_cuda_that_is_not_there_is_refused(
+def test_execution_on_missing_cuda_is_refused(
     tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -194,7 +194,7 @@ def test_cuda_that_is_not_there_is_refused(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_gives_the_cpu_s_values(tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]]) -> None:
+def test_execution_on_cuda_matches_cpu(tmp_path: Path, inputs: tuple[Path, list[AdapterChoice]]) -> None:
     """The sums are taken in another order: one unit in the last place of fp32 before the one rounding."""
     merge(*inputs, tmp_path / "cpu")
     merge(*inputs, tmp_path / "cuda", MergeOptions(device="cuda"))
@@ -205,7 +205,7 @@ def test_cuda_gives_the_cpu_s_values(tmp_path: Path, inputs: tuple[Path, list[Ad
         torch.testing.assert_close(cuda[name].float(), value.float(), rtol=2.0**-7, atol=1e-6)
 
 
-def test_peak_memory_is_this_process_s_own() -> None:
+def test_peak_memory_is_of_this_process() -> None:
     """Linux counts what the parent had at the fork into ru_maxrss; tests have torch loaded, the child has not."""
     command = "from lora_export.merging import peak_rss; print(peak_rss())"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)

@@ -65,7 +65,7 @@ EVERY_DAY = ("bert tagger on a masked model", "llama reward model", "vit with ot
 
 
 @pytest.mark.parametrize("name", daily(CASES, EVERY_DAY))
-def test_merged_model_is_of_the_class_that_was_trained(name: str, tmp_path: Path) -> None:
+def test_head_merge_has_trained_class(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     base, adapter = build(case, tmp_path)
     result = run(base, adapter, tmp_path / "out")
@@ -105,7 +105,7 @@ def refused(base: Path, adapter: Path, output: Path, **options: Any) -> LoraExpo
     return caught.value
 
 
-def test_head_of_an_unknown_task_is_asked_for_and_then_recorded(tmp_path: Path) -> None:
+def test_head_of_unknown_task_needs_task_option(tmp_path: Path) -> None:
     base, adapter = build(TAGGER, tmp_path)
     error = refused(base, without_task(adapter), tmp_path / "out")
     assert isinstance(error, InputError) and "does not say for which task" in error.found
@@ -118,14 +118,14 @@ def test_head_of_an_unknown_task_is_asked_for_and_then_recorded(tmp_path: Path) 
     assert checked.verified
 
 
-def test_task_that_the_adapter_names_itself_leaves_no_trace(tmp_path: Path) -> None:
+def test_head_task_named_by_adapter_is_not_recorded(tmp_path: Path) -> None:
     base, adapter = build(TAGGER, tmp_path)
     run(base, adapter, tmp_path / "out", task="token-classification")
     certificate = json.loads((tmp_path / "out" / "lora_export_certificate.json").read_text())
     assert certificate["options"]["task"] is None
 
 
-def test_one_class_alone_has_the_place_of_the_head(tmp_path: Path) -> None:
+def test_head_with_one_matching_class_needs_no_task(tmp_path: Path) -> None:
     """Nothing names the task, and of all classes of a ViT only one has a classifier."""
     base, adapter = build(CASES["vit on the body"], tmp_path)
     planned = plan(base, [AdapterChoice(without_task(adapter))], MergeOptions())
@@ -141,7 +141,7 @@ def test_one_class_alone_has_the_place_of_the_head(tmp_path: Path) -> None:
         later(({"task_type": None}, "image-classification", "means no class for a bert")),
     ],
 )
-def test_task_that_the_head_does_not_fit_is_refused(
+def test_head_of_other_task_is_refused(
     change: dict[str, Any], task: str | None, words: str, tmp_path: Path
 ) -> None:
     base, adapter = build(TAGGER, tmp_path)
@@ -149,7 +149,7 @@ def test_task_that_the_head_does_not_fit_is_refused(
     assert words in refused(base, adapter, tmp_path / "out", task=task).found
 
 
-def test_task_without_a_new_head_is_refused(tmp_path: Path) -> None:
+def test_task_without_new_head_is_refused(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", t.BertForTokenClassification, bert_config())
     case = Case(t.BertForTokenClassification, bert, t.BertForTokenClassification, ["classifier"], 3)
     adapter = adapter_of(case, base, tmp_path / "adapter")
@@ -168,7 +168,7 @@ def test_task_without_a_new_head_is_refused(tmp_path: Path) -> None:
          '["classifier", "projector"]'),
     ],
 )  # fmt: skip
-def test_model_with_random_weights_never_leaves(
+def test_head_merge_with_random_weights_is_refused(
     name: str, trained: type, saved: list[str], tensor: str, advice: str, tmp_path: Path
 ) -> None:
     """PEFT saved the head and not what training drew beside it."""
@@ -179,7 +179,7 @@ def test_model_with_random_weights_never_leaves(
 
 
 @pytest.mark.slow
-def test_head_of_more_labels_than_anybody_names_is_refused(tmp_path: Path) -> None:
+def test_head_with_too_many_labels_is_refused(tmp_path: Path) -> None:
     base, adapter = build(TAGGER, tmp_path)
     many = {"weight": torch.ones(100_001, 48, dtype=torch.float16), "bias": torch.ones(100_001)}
     edit_tensors(
@@ -188,7 +188,7 @@ def test_head_of_more_labels_than_anybody_names_is_refused(tmp_path: Path) -> No
     assert "has no place" in refused(base, adapter, tmp_path / "out").found
 
 
-def test_names_of_the_labels(tmp_path: Path) -> None:
+def test_head_labels_are_named(tmp_path: Path) -> None:
     """Those beside the adapter; the base's, if there are as many; or none that anybody knows."""
     base, adapter = build(CASES["vit with other labels"], tmp_path)
     result = run(base, adapter, tmp_path / "unknown")
@@ -229,7 +229,7 @@ def respell(path: Path, old: bool) -> None:
     ("of_base", "of_adapter"),
     daily(itertools.product(("old", "new"), repeat=2), [("old", "new"), ("new", "old")]),
 )
-def test_names_before_and_after_a_renaming(of_base: str, of_adapter: str, tmp_path: Path) -> None:
+def test_head_names_of_older_versions_are_mapped(of_base: str, of_adapter: str, tmp_path: Path) -> None:
     case = CASES["vit on the body"]
     base, adapter = build(case, tmp_path)
     oracle = outputs(peft.PeftModel.from_pretrained(trained_on(case, base), str(adapter)).eval())
@@ -245,7 +245,7 @@ def test_names_before_and_after_a_renaming(of_base: str, of_adapter: str, tmp_pa
 
 
 @pytest.mark.parametrize("architecture", daily(["BertForMaskedLM", None], ["BertForMaskedLM"]))
-def test_base_as_old_hubs_have_it(architecture: str | None, tmp_path: Path) -> None:
+def test_head_on_old_base_layout_merges(architecture: str | None, tmp_path: Path) -> None:
     """bert-base: gamma and beta, a counter of positions, heads of pre-training under the name of another class."""
     case = replace(CASES["bert classifier on pre-training"], base=t.BertForPreTraining)
     base, adapter = build(case, tmp_path)
@@ -265,7 +265,7 @@ def test_base_as_old_hubs_have_it(architecture: str | None, tmp_path: Path) -> N
     assert any("cls.* (7)" in w for w in result.warnings)
 
 
-def test_shards_keep_their_tensors_and_the_last_one_gets_the_head(tmp_path: Path) -> None:
+def test_head_is_written_to_last_shard(tmp_path: Path) -> None:
     case = CASES["llama reward model"]
     base = save_base(tmp_path / "base", case.base, case.config(), max_shard_size=30_000)
     adapter = adapter_of(case, base, tmp_path / "adapter")
@@ -280,7 +280,7 @@ def test_shards_keep_their_tensors_and_the_last_one_gets_the_head(tmp_path: Path
     assert relative(outputs(found.eval()), outputs(oracle)) <= 1e-5
 
 
-def test_adapter_of_the_language_model_beside_one_with_a_head(tmp_path: Path) -> None:
+def test_head_adapter_combines_with_body_adapter(tmp_path: Path) -> None:
     """Both act on the body, one brings the head; and no two may bring it."""
     case = CASES["llama reward model"]
     base, head = build(case, tmp_path)
@@ -302,7 +302,7 @@ def test_adapter_of_the_language_model_beside_one_with_a_head(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["a padding token", "more layers"])
-def test_head_beside_a_changed_body(what: str, tmp_path: Path) -> None:
+def test_head_with_changed_body_merges(what: str, tmp_path: Path) -> None:
     """A vocabulary resized for a reward model's padding token; layers replicated."""
     case, rows = CASES["llama reward model"], 107 if what == "a padding token" else None
     layers = None if rows else [[0, 2], [1, 2]]
@@ -326,7 +326,7 @@ def test_head_beside_a_changed_body(what: str, tmp_path: Path) -> None:
     assert found.config.vocab_size == (rows or 101) and found.config.num_hidden_layers == (2 if rows else 3)
 
 
-def test_model_that_has_the_head_already_is_planned_as_ever(tmp_path: Path) -> None:
+def test_head_already_in_base_is_planned_as_usual(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", t.BertForTokenClassification, bert_config())
     case = Case(t.BertForTokenClassification, bert, t.BertForTokenClassification, ["classifier"], 3)
     adapter = adapter_of(case, base, tmp_path / "adapter")
@@ -334,7 +334,7 @@ def test_model_that_has_the_head_already_is_planned_as_ever(tmp_path: Path) -> N
     assert planned.model is None and not planned.config_changes and set(planned.tensors) == set(tensors(base))
 
 
-def test_the_plan_tells_the_class_and_what_is_left_out(tmp_path: Path) -> None:
+def test_head_plan_names_class_and_omitted_weights(tmp_path: Path) -> None:
     base, adapter = build(CASES["bert tagger on a masked model"], tmp_path)
     model = plan(base, [AdapterChoice(adapter)], MergeOptions()).model
     assert model is not None

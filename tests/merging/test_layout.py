@@ -49,7 +49,7 @@ def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
         (Qwen, qwen, {"target_parameters": EXPERTS, "rank_pattern": {"down_proj": 3}}, 2 * (1 + 5 * 3)),
     ],
 )
-def test_fused_in_memory_single_on_disk(
+def test_layout_fused_in_memory_is_split_on_disk(
     tmp_path: Path, model: type, config: Any, settings: dict[str, Any], updated: int
 ) -> None:
     base = save_base(tmp_path / "base", model, config())
@@ -61,7 +61,7 @@ def test_fused_in_memory_single_on_disk(
     assert relative(logits(load(tmp_path / "out", model)), logits(unmerged(base, adapter, model))) < 1e-5
 
 
-def test_fused_weights_know_their_parts(tmp_path: Path) -> None:
+def test_layout_fused_weight_knows_its_parts(tmp_path: Path) -> None:
     base = open_checkpoint(save_base(tmp_path / "base", Mixtral, mixtral()))
     found = loaded_weights(base, {n: t.shape for n, t in base.tensors.items()})
     disk = "model.layers.1.block_sparse_moe.experts"
@@ -75,7 +75,7 @@ def test_fused_weights_know_their_parts(tmp_path: Path) -> None:
     assert found["lm_head.weight"] == (StoredPiece("lm_head.weight"),)
 
 
-def test_an_update_of_another_size_is_refused_before_it_is_taken_apart() -> None:
+def test_layout_update_of_wrong_size_is_refused() -> None:
     update = TargetUpdate(
         "experts.down_proj", "lora_experts", ("k",), ((4, 9, 7),), lambda shape: pytest.fail("read")
     )
@@ -84,7 +84,7 @@ def test_an_update_of_another_size_is_refused_before_it_is_taken_apart() -> None
         spread(update, pieces, {p.name: (9, 8) for p in pieces})
 
 
-def test_transposed_on_disk() -> None:
+def test_layout_transposed_on_disk_is_updated() -> None:
     class Scale:
         def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
             return weight * torch.arange(1.0, weight.shape[1] + 1)[None, :, None]
@@ -98,7 +98,7 @@ def test_transposed_on_disk() -> None:
     assert torch.equal(moved.load((2, 3, 4)).apply(weight, slice(0, 2)), found)
 
 
-def test_replicated_layers_are_the_base_s_with_updates_of_their_own(tmp_path: Path) -> None:
+def test_replicated_layers_have_own_updates(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", max_shard_size=60_000)
     adapter = save_adapter(tmp_path / "adapter", base, lora(layer_replication=[[0, 2], [1, 2], [0, 1]]))
     merge(base, [AdapterChoice(adapter)], tmp_path / "out")
@@ -112,7 +112,7 @@ def test_replicated_layers_are_the_base_s_with_updates_of_their_own(tmp_path: Pa
     assert relative(logits(load(tmp_path / "out")), logits(unmerged(base, adapter))) < 1e-5
 
 
-def test_lists_with_an_entry_a_layer_are_replicated() -> None:
+def test_replicated_layers_extend_config_lists() -> None:
     config = {
         "num_hidden_layers": 3,
         "layer_types": ["a", "b", "c"],
@@ -129,7 +129,7 @@ def test_lists_with_an_entry_a_layer_are_replicated() -> None:
     }
 
 
-def test_two_adapters_that_replicate_differently_are_refused(tmp_path: Path) -> None:
+def test_replications_that_differ_are_refused(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     first = save_adapter(tmp_path / "a", base, lora(layer_replication=[[0, 2], [1, 2]]))
     second = save_adapter(tmp_path / "b", base, lora())
@@ -137,7 +137,7 @@ def test_two_adapters_that_replicate_differently_are_refused(tmp_path: Path) -> 
         merge(base, [AdapterChoice(first), AdapterChoice(second)], tmp_path / "out")
 
 
-def test_options_about_experts_reach_the_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_expert_options_reach_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen: list[AdapterFile] = []
     from lora_export import merging as room
 

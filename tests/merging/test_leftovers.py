@@ -58,7 +58,7 @@ CASES: dict[str, tuple[Change, dict[str, Any] | None, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_numbers_without_a_meaning_are_refused_though_no_adapter_touches_them(tmp_path: Path, case: str) -> None:
+def test_leftover_quantized_tensors_are_refused(tmp_path: Path, case: str) -> None:
     change, settings, told = CASES[case]
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=["q_proj", "v_proj"]))
@@ -102,14 +102,14 @@ HONEST: dict[str, tuple[type, Any]] = {
 
 
 @pytest.mark.parametrize("case", HONEST)
-def test_an_honest_model_keeps_everything(tmp_path: Path, case: str) -> None:
+def test_leftover_check_accepts_plain_model(tmp_path: Path, case: str) -> None:
     base = save_base(tmp_path / "base", *HONEST[case])
     indices = {n: v.int() for n, v in tensors(base).items() if v.dtype == torch.int64}  # as codes may be stored
     edit_tensors(base / "model.safetensors", dict(indices))
     assert set(plan(base, [], MergeOptions()).tensors) == set(tensors(base))
 
 
-def test_buffers_that_old_versions_saved_stay(tmp_path: Path) -> None:
+def test_leftover_buffers_of_old_versions_are_kept(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     mask = torch.ones(1, 1, 8, 8).tril().to(torch.uint8)
     positions = torch.arange(8, dtype=torch.int32)[None]
@@ -118,7 +118,7 @@ def test_buffers_that_old_versions_saved_stay(tmp_path: Path) -> None:
     assert changes.keys() <= plan(base, [], MergeOptions()).tensors.keys()
 
 
-def test_scales_of_other_modules_stay_in_a_quantized_base(tmp_path: Path) -> None:
+def test_leftover_scales_of_other_modules_are_kept(tmp_path: Path) -> None:
     """Also those of layers that transformers does not build, such as the ones that predict further tokens."""
     base = save_base(tmp_path / "base", *HONEST["logit_scale"])
     changes: dict[str, torch.Tensor | None] = {"mtp.0.hc_attn_scale": torch.ones(3)}
@@ -135,7 +135,7 @@ def test_scales_of_other_modules_stay_in_a_quantized_base(tmp_path: Path) -> Non
     assert [w for w in planned.warnings if "2 scales of activations (input_scale)" in w]
 
 
-def test_gpt_oss_without_its_settings(tmp_path: Path) -> None:
+def test_leftover_gpt_oss_without_settings_is_refused(tmp_path: Path) -> None:
     """Attention alone is trained; the blocks would be copied as bytes that nothing can read any more."""
     config = transformers.GptOssConfig(
         vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,

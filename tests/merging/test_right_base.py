@@ -49,7 +49,7 @@ def bases(tmp_path: Path) -> tuple[Path, Path]:
     ],
     ids=["dora", "delora", "embedding saved", "embedding resized"],
 )
-def test_values_of_the_base_tell_it_from_another(
+def test_base_check_values_detect_other_base(
     tmp_path: Path, bases: tuple[Path, Path], config: Any, sign: str, rows: int | None
 ) -> None:
     base, other = bases
@@ -64,7 +64,7 @@ def test_values_of_the_base_tell_it_from_another(
     assert {c["name"]: c["outcome"] for c in certificate["base_checks"]} == found
 
 
-def test_a_plain_adapter_cannot_tell(tmp_path: Path, bases: tuple[Path, Path]) -> None:
+def test_base_check_plain_adapter_is_unknown(tmp_path: Path, bases: tuple[Path, Path]) -> None:
     adapter = trained(tmp_path / "adapter", bases[0], lora())
     for base in bases:
         found, result = outcome(base, adapter, tmp_path / f"out-{base.name}")
@@ -84,14 +84,16 @@ def test_a_plain_adapter_cannot_tell(tmp_path: Path, bases: tuple[Path, Path]) -
         (None, "owner/model", "unknown"),
     ],
 )
-def test_names(tmp_path: Path, bases: tuple[Path, Path], wanted: str, recorded: str, expected: str) -> None:
+def test_base_check_compares_names(
+    tmp_path: Path, bases: tuple[Path, Path], wanted: str, recorded: str, expected: str
+) -> None:
     base, adapter = bases[0], trained(tmp_path / "adapter", bases[0], lora())
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=wanted)
     edit_json(base / "config.json", _name_or_path=recorded)
     assert outcome(base, adapter, tmp_path / "out")[0]["name"] == expected
 
 
-def test_a_hub_cache_tells_name_and_revision(tmp_path: Path, bases: tuple[Path, Path]) -> None:
+def test_base_check_reads_hub_name_and_revision(tmp_path: Path, bases: tuple[Path, Path]) -> None:
     adapter = trained(tmp_path / "adapter", bases[0], lora())
     snapshot = tmp_path / "models--owner--model" / "snapshots" / ("a" * 40)
     shutil.copytree(bases[0], snapshot)
@@ -101,7 +103,7 @@ def test_a_hub_cache_tells_name_and_revision(tmp_path: Path, bases: tuple[Path, 
         assert found["name"] == "agrees" and found["revision"] == expected
 
 
-def test_the_class_is_compared(tmp_path: Path, bases: tuple[Path, Path]) -> None:
+def test_base_check_compares_class(tmp_path: Path, bases: tuple[Path, Path]) -> None:
     adapter = trained(tmp_path / "adapter", bases[0], lora())
     edit_json(adapter / "adapter_config.json", auto_mapping={"base_model_class": "LlamaForCausalLM"})
     assert outcome(bases[0], adapter, tmp_path / "out")[0]["architecture"] == "agrees"

@@ -46,9 +46,7 @@ def zipped(tmp_path: Path) -> tuple[Path, Checkpoint]:
     return folder, Checkpoint(source.tensors, Path(small), checkpoint.config, checkpoint.metadata)
 
 
-def test_merge_of_a_base_in_an_archive_equals_the_merge_of_its_folder(
-    zipped: tuple[Path, Checkpoint], tmp_path: Path
-) -> None:
+def test_merge_base_in_archive_equals_merge_of_folder(zipped: tuple[Path, Checkpoint], tmp_path: Path) -> None:
     adapter = [AdapterChoice(save_adapter(tmp_path / "adapter", zipped[0], lora()))]
     expected, made = merge(zipped[0], adapter, tmp_path / "expected"), merge(zipped[1], adapter, tmp_path / "out")
     assert made.records == expected.records
@@ -58,7 +56,7 @@ def test_merge_of_a_base_in_an_archive_equals_the_merge_of_its_folder(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
 
 
-def test_merge_of_a_source_that_ends_early_leaves_nothing(zipped: tuple[Path, Checkpoint], tmp_path: Path) -> None:
+def test_merge_source_ending_early_leaves_nothing(zipped: tuple[Path, Checkpoint], tmp_path: Path) -> None:
     adapter = [AdapterChoice(save_adapter(tmp_path / "adapter", zipped[0], lora()))]
     name = "model.norm.weight"
     source = zipped[1].tensors[name].source
@@ -72,7 +70,7 @@ def test_merge_of_a_source_that_ends_early_leaves_nothing(zipped: tuple[Path, Ch
     assert raised.value.tensor == name and not (tmp_path / "out").exists()
 
 
-def test_merging_opens_no_file_of_tensors_itself() -> None:
+def test_merging_opens_no_tensor_file_itself() -> None:
     package = Path(merging.__file__).parent
     opening = re.compile(r"os\.open|os\.pread|\.file\.open|\.stat\(")
     assert not [p for p in package.rglob("*.py") if opening.search(p.read_text(encoding="utf-8"))]

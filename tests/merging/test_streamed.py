@@ -58,7 +58,7 @@ MAKERS: list[Callable[[Path], tuple[Path, Path]]] = [plain, tied_shards, dora, c
 
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda m: m.__name__)
-def test_the_same_bytes_as_the_merged_folder(make: Callable[[Path], tuple[Path, Path]], tmp_path: Path) -> None:
+def test_streamed_merge_equals_merged_folder(make: Callable[[Path], tuple[Path, Path]], tmp_path: Path) -> None:
     base, adapter = make(tmp_path)
     choices, options = [AdapterChoice(adapter)], MergeOptions()
     result = merge(base, choices, tmp_path / "merged", options)
@@ -83,7 +83,7 @@ def test_the_same_bytes_as_the_merged_folder(make: Callable[[Path], tuple[Path, 
     assert not source.audit.unchecked
 
 
-def test_the_outline_is_the_folder_without_its_large_numbers(tmp_path: Path) -> None:
+def test_streamed_outline_is_folder_without_weights(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", config=llama_config(hidden_size=144, num_attention_heads=4))
     adapter = save_adapter(tmp_path / "adapter", base, lora())
     choices, options = [AdapterChoice(adapter)], MergeOptions()
@@ -101,7 +101,7 @@ def test_the_outline_is_the_folder_without_its_large_numbers(tmp_path: Path) -> 
             assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
 
 
-def test_nan_in_the_base_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_streamed_nan_in_base_is_named(tmp_path: Path) -> None:
     base, adapter = plain(tmp_path)
     from tests.builders import edit_tensors
 

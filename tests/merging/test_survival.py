@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lora_export.merging.running.survival import SAMPLE, SPARSEST, Survival, sampled, stride
 
 
-def test_survival_by_hand_is_summed_over_blocks() -> None:
+def test_survival_sums_over_blocks() -> None:
     before = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
     after = before + torch.tensor([0.5, 0.001, -1.0, 0.01], dtype=torch.float64)
     rounded = after.to(torch.bfloat16)  # steps of 1/128, 1/64, 1/64 and 1/16: the small changes are lost
@@ -29,7 +29,7 @@ def test_survival_by_hand_is_summed_over_blocks() -> None:
         assert found.relative_delta == pytest.approx((delta / 85) ** 0.5)
 
 
-def test_what_is_not_rounded_survives_whole() -> None:
+def test_survival_without_rounding_is_one() -> None:
     before, after = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.5, 1.0]])
     found = Survival()
     for _ in range(2):
@@ -37,20 +37,20 @@ def test_what_is_not_rounded_survives_whole() -> None:
     assert (found.kept, found.delta, found.weight, found.share) == (2.5, 2.5, 10, 1)
 
 
-def test_no_change_has_no_share() -> None:
+def test_survival_of_no_change_is_none() -> None:
     found = Survival()
     found.add(torch.zeros(2), torch.zeros(2), torch.zeros(2, dtype=torch.float16))
     assert found.share is None and found.relative_delta is None
 
 
-def test_small_tensors_are_looked_at_whole_and_of_large_ones_a_row_in_32() -> None:
+def test_survival_samples_one_row_in_32_of_large_tensors() -> None:
     assert stride((3, 5)) == 1 == stride((2, SAMPLE - 1)) == stride((SAMPLE,))
     assert stride((2, SAMPLE)) == 2 and stride((10, SAMPLE)) == 10
     assert stride((4096, 4096)) == SPARSEST == 32
 
 
 @given(rows=st.integers(1, 300), columns=st.sampled_from([1, 700, SAMPLE // 8, SAMPLE]), data=st.data())
-def test_the_rows_looked_at_do_not_depend_on_the_blocks(rows: int, columns: int, data: st.DataObject) -> None:
+def test_survival_sample_does_not_depend_on_blocks(rows: int, columns: int, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, rows), max_size=8)) | {0, rows})
     seen = []
     for start, stop in itertools.pairwise(cuts):

@@ -64,7 +64,7 @@ def to(folder: Path, base: Path, before: Path, after: Path, **more: Any) -> Swit
 
 
 @pytest.mark.parametrize("dtype", ["keep", "float32"])
-def test_ten_switches_end_where_a_fresh_merge_ends(
+def test_switch_ten_times_equals_fresh_merge(
     base: Path, adapters: list[Path], fresh: Any, tmp_path: Path, dtype: str
 ) -> None:
     folder = Path(shutil.copytree(fresh(0, dtype=dtype), tmp_path / "merged"))
@@ -75,14 +75,16 @@ def test_ten_switches_end_where_a_fresh_merge_ends(
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
 
-def test_a_switch_reports_what_differs(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_switch_reports_changed_tensors(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     made = to(folder, base, adapters[0], adapters[1])
     assert (made.kind, made.tensors) == ("merged", 6)  # q, v and down of two layers
     assert made.nbytes == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
 
 
-def test_several_adapters_and_weights(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_switch_several_weighted_adapters_equals_fresh_merge(
+    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     both = [AdapterChoice(adapters[1], 0.5), AdapterChoice(adapters[2], -1.0)]
     switch(folder, base, [AdapterChoice(adapters[0])], both, Silent())
@@ -92,9 +94,7 @@ def test_several_adapters_and_weights(base: Path, adapters: list[Path], fresh: A
     assert contents(folder) == contents(fresh(0))
 
 
-def test_a_folder_that_looks_like_a_spare_is_not_touched(
-    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
-) -> None:
+def test_switch_leaves_similar_folders_alone(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     """Earlier versions kept one under a fixed name; a link of that name had a folder elsewhere emptied."""
     folder, outside = Path(shutil.copytree(fresh(0), tmp_path / "in" / "merged")), tmp_path / "outside"
     outside.mkdir()
@@ -105,9 +105,7 @@ def test_a_folder_that_looks_like_a_spare_is_not_touched(
     assert contents(outside) == {"mine": b"of the user"}
 
 
-def test_changed_weights_do_not_survive_a_switch(
-    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
-) -> None:
+def test_switch_restores_changed_weights(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     """Neither of the folder in use nor of an earlier one, whatever their times say."""
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     for step, (before, after) in enumerate([(0, 1), (1, 0)]):
@@ -121,9 +119,7 @@ def test_changed_weights_do_not_survive_a_switch(
         assert contents(folder) == contents(fresh(after)), step
 
 
-def test_who_has_files_open_goes_on_reading_the_old_state(
-    base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
-) -> None:
+def test_switch_keeps_open_files_readable(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     """A server that mapped the folder two switches ago must not see its weights change."""
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     shards = sorted(folder.glob("*.safetensors"))
@@ -136,7 +132,7 @@ def test_who_has_files_open_goes_on_reading_the_old_state(
         file.close()
 
 
-def test_a_loader_by_descriptor_never_meets_two_adapters(
+def test_switch_gives_descriptor_loader_one_adapter(
     base: Path, adapters: list[Path], fresh: Any, tmp_path: Path
 ) -> None:
     """It reads shard by shard in the folder that it has opened: all of one adapter, or an error."""
@@ -202,7 +198,7 @@ def killed_at(count: int, work: Callable[[], Any]) -> bool:
 
 
 @pytest.mark.parametrize("steps", [later(1), 3])
-def test_killed_anywhere_it_is_the_old_state_or_the_new_one(
+def test_switch_killed_anywhere_leaves_old_or_new_state(
     base: Path, adapters: list[Path], fresh: Any, tmp_path: Path, steps: int
 ) -> None:
     old, new = contents(fresh(0)), contents(fresh(2))
@@ -228,7 +224,7 @@ def test_killed_anywhere_it_is_the_old_state_or_the_new_one(
     assert kills * steps >= 30 and seen == {"old", "new"}
 
 
-def test_an_error_leaves_all_as_it_was(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_switch_error_keeps_old_state(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lora_export.merging.write_beside", lambda *_: 1 / 0)
@@ -242,7 +238,7 @@ def test_an_error_leaves_all_as_it_was(base: Path, adapters: list[Path], fresh: 
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_in_the_folder_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_switch_from_other_adapter_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     with pytest.raises(InputError, match="not merged from the adapters of --from"):
         to(folder, base, adapters[1], adapters[2])
@@ -253,7 +249,7 @@ def test_what_is_not_in_the_folder_is_refused(base: Path, adapters: list[Path], 
     assert [p.name for p in tmp_path.iterdir()] == ["merged"]
 
 
-def test_a_part_of_a_run_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_switch_part_of_run_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     shutil.copytree(fresh(0), tmp_path / "run" / "merged")
     (tmp_path / "run" / "report").mkdir()
     for name in ("manifest.json", "report/report.json"):
@@ -264,7 +260,7 @@ def test_a_part_of_a_run_is_refused(base: Path, adapters: list[Path], fresh: Any
         assert f"cp -r {tmp_path / 'run' / 'merged'} COPY" in str(refused.value.next_step)
 
 
-def test_another_base_is_noticed(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_switch_with_other_base_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     other = save_base(tmp_path / "other", dtype=torch.bfloat16, max_shard_size="12KB", seed=8)
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     with pytest.raises(CheckpointError, match="not the one that the folder was merged from"):
@@ -272,7 +268,7 @@ def test_another_base_is_noticed(base: Path, adapters: list[Path], fresh: Any, t
     assert contents(folder) == contents(fresh(0))
 
 
-def test_another_layout_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_switch_of_other_layout_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     tied = save_base(tmp_path / "tied", config=llama_config(tied=True))
     plain = save_adapter(tmp_path / "plain", tied, lora(target_modules=["q_proj"]))
     head = save_adapter(tmp_path / "head", tied, lora(target_modules=["lm_head"]), save_embeddings=False)
@@ -281,7 +277,7 @@ def test_another_layout_is_refused(base: Path, adapters: list[Path], fresh: Any,
         to(tmp_path / "merged", tied, plain, head)
 
 
-def test_one_at_a_time(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_switch_concurrently_is_refused(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     with files.added_to(folder), pytest.raises(OutputError, match="is writing this output"):
         to(folder, base, adapters[0], adapters[1])
@@ -291,7 +287,7 @@ def test_one_at_a_time(base: Path, adapters: list[Path], fresh: Any, tmp_path: P
         to(link, base, adapters[0], adapters[1])
 
 
-def test_the_command(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
+def test_switch_command_reports_result(base: Path, adapters: list[Path], fresh: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(fresh(0), tmp_path / "merged"))
     command = ["switch", "-m", str(folder), "--from", str(adapters[0]), "--to", str(adapters[1])]
     done = CliRunner().invoke(cli, [*command, "-b", str(base), "--json", "-q"])

@@ -58,13 +58,13 @@ def compared(folder: Path, cls: Any, config: Any, adapter: peft.LoraConfig) -> N
     ],
     ids=["lora", "dora", "saved"],
 )
-def test_rows_of_a_tensor_that_loading_takes_apart(tmp_path: Path, adapter: peft.LoraConfig) -> None:
+def test_split_on_loading_updates_rows(tmp_path: Path, adapter: peft.LoraConfig) -> None:
     compared(tmp_path, *CHUNKED, adapter)
     assert any(name.endswith("gqkv_proj.weight") for name in tensors(tmp_path / "out"))
 
 
 @pytest.mark.slow
-def test_validate_takes_no_other_row_for_changed(tmp_path: Path) -> None:
+def test_validate_split_on_loading_flags_other_rows(tmp_path: Path) -> None:
     cls, config = CHUNKED
     base = save_base(tmp_path / "base", cls, config)
     choice = [AdapterChoice(save_adapter(tmp_path / "a", base, lora(target_modules=["q_proj"]), cls, scale=0.05))]
@@ -73,12 +73,12 @@ def test_validate_takes_no_other_row_for_changed(tmp_path: Path) -> None:
     assert validate(base, choice, tmp_path / "out", options=options, progress=Silent()).passed
 
 
-def test_parameters_in_the_order_of_their_module(tmp_path: Path) -> None:
+def test_split_on_loading_follows_module_order(tmp_path: Path) -> None:
     """Of no order that their names have; two are of one shape, so that they would fit exchanged."""
     compared(tmp_path, *RECURRENT, lora(target_modules=["q_proj"], target_parameters=GATES))
 
 
-def test_an_adapter_that_fits_no_rows_is_refused(tmp_path: Path) -> None:
+def test_split_on_loading_misfit_is_refused(tmp_path: Path) -> None:
     cls, config = CHUNKED
     base = save_base(tmp_path / "base", cls, config)
     adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=["k_proj"]), cls)

@@ -38,14 +38,14 @@ EVERY_DAY = [CELLS[i] for i in (0, 1, 2, 3, 4, 5, 9)]
 
 
 @pytest.mark.parametrize("cell", daily(CELLS, EVERY_DAY), ids=str)
-def test_merged_weights_that_are_shared_compute_what_the_unmerged_model_does(cell: Cell, tmp_path: Path) -> None:
+def test_tied_merge_equals_unmerged_model(cell: Cell, tmp_path: Path) -> None:
     cell.make(tmp_path)
     cell.merge(tmp_path)
     assert cell.error(tmp_path) < 3e-6
 
 
 @pytest.mark.parametrize("settings", [BOTH, {"target_modules": ["EMBEDDING", "HEAD"]}])
-def test_a_change_of_all_names_keeps_one_weight(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_tied_weights_changed_alike_stay_tied(settings: dict[str, Any], tmp_path: Path) -> None:
     cell = Cell("llama", settings | {"ensure_weight_tying": True})
     cell.make(tmp_path)
     cell.merge(tmp_path)
@@ -53,7 +53,7 @@ def test_a_change_of_all_names_keeps_one_weight(settings: dict[str, Any], tmp_pa
     assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "base/config.json").read_bytes()
 
 
-def test_a_tie_that_no_setting_cuts_is_cut_by_the_files_and_told(tmp_path: Path) -> None:
+def test_tie_without_setting_is_cut_by_files_and_reported(tmp_path: Path) -> None:
     """T5 takes tie_word_embeddings for another thing, and always ties."""
     cell = Cell("t5", ON_HEAD)
     cell.make(tmp_path)
@@ -65,7 +65,7 @@ def test_a_tie_that_no_setting_cuts_is_cut_by_the_files_and_told(tmp_path: Path)
     assert not torch.equal(written["lm_head.weight"], written["shared.weight"])
 
 
-def test_two_names_that_the_base_stores_with_other_numbers_are_two_weights(tmp_path: Path) -> None:
+def test_tied_names_with_different_numbers_are_two_weights(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", config=llama_config(tied=True))
     edit_tensors(base / "model.safetensors", {HEAD: tensors(base)[EMBEDDING] * 2})
     save_adapter(tmp_path / "adapter", base, lora(trainable_token_indices=[5]))
@@ -73,7 +73,7 @@ def test_two_names_that_the_base_stores_with_other_numbers_are_two_weights(tmp_p
     assert (planned.tensors[EMBEDDING].operation, planned.tensors[HEAD].operation) == ("updated", "copied")
 
 
-def test_a_base_that_transformers_cannot_build_has_the_usual_names(tmp_path: Path) -> None:
+def test_ties_of_unknown_architecture_use_usual_names(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", config=llama_config(tied=True))
     save_adapter(tmp_path / "adapter", base, lora(target_modules=["lm_head", "q_proj"]))
     edit_json(base / "config.json", model_type="of_nobody", architectures=["NobodyForCausalLM"])
@@ -83,7 +83,7 @@ def test_a_base_that_transformers_cannot_build_has_the_usual_names(tmp_path: Pat
     assert any("by the usual names alone" in w for w in planned.warnings)
 
 
-def test_plain_layers_ask_no_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_layers_do_not_build_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To build it takes seconds, most of a merge's time."""
     base = save_base(tmp_path / "base", config=llama_config(tied=True))
     save_adapter(tmp_path / "adapter", base, lora(bias="none"))
@@ -99,7 +99,7 @@ def test_plain_layers_ask_no_architecture(tmp_path: Path, monkeypatch: pytest.Mo
         ("vision.blocks.1.q.weight", False),
     ],
 )  # fmt: skip
-def test_who_asks_the_architecture(changed: str, asked: bool) -> None:
+def test_architecture_is_built_only_when_needed(changed: str, asked: bool) -> None:
     stored = {f"model.layers.{i}.q.weight" for i in (0, 1, 2)} | {f"vision.blocks.{i}.q.weight" for i in (0, 1)}
     stored |= {f"model.layers.{i}.experts.{e}.weight" for i in (0, 1, 2) for e in (0, 1)}
     stored |= {"model.layers.0.shared.weight", EMBEDDING}
@@ -117,13 +117,15 @@ def test_who_asks_the_architecture(changed: str, asked: bool) -> None:
         ({"architectures": ["XForCausalLM"]}, ["other.weight"], []),
     ],
 )
-def test_usual_names_of_a_tie(config: dict[str, Any], stored: list[str], found: list[tuple[str, bool]]) -> None:
+def test_ties_usual_names_are_known(
+    config: dict[str, Any], stored: list[str], found: list[tuple[str, bool]]
+) -> None:
     base: Any = SimpleNamespace(config=config)
     groups = shared_by_usual_names(base, stored)
     assert [(m.name, m.stored) for g in groups for m in g.members] == found
 
 
-def test_settings_of_what_is_untied(tmp_path: Path) -> None:
+def test_untied_weights_change_settings(tmp_path: Path) -> None:
     cell = Cell("gemma3", SAVED)
     cell.make(tmp_path)
     planned = plan(tmp_path / "base", [AdapterChoice(tmp_path / "adapter")], MergeOptions())

@@ -36,7 +36,7 @@ EVERY_DAY = CELLS[:7]
 
 
 @pytest.mark.parametrize("cell", daily(CELLS, EVERY_DAY), ids=str)
-def test_a_resized_vocabulary_computes_what_the_unmerged_model_does(cell: Cell, tmp_path: Path) -> None:
+def test_resized_vocabulary_equals_unmerged_model(cell: Cell, tmp_path: Path) -> None:
     cell.make(tmp_path)
     cell.merge(tmp_path)
     assert cell.error(tmp_path) < 3e-6
@@ -49,7 +49,7 @@ def refused(tmp_path: Path, cell: Cell) -> str:
     return str(caught.value).replace(str(tmp_path), "")
 
 
-def test_rows_of_the_embedding_that_were_not_saved_beside_an_adapted_head(tmp_path: Path) -> None:
+def test_resized_embedding_rows_not_saved_are_refused(tmp_path: Path) -> None:
     assert refused(tmp_path, Cell("untied llama", ON_HEAD, 105)) == (
         "the vocabulary was resized to 105, but this tensor still has 101 rows, and the adapter does not hold the "
         "others\n"
@@ -61,7 +61,7 @@ def test_rows_of_the_embedding_that_were_not_saved_beside_an_adapted_head(tmp_pa
     )
 
 
-def test_rows_of_the_head_that_were_not_saved_beside_rows_of_the_embedding(tmp_path: Path) -> None:
+def test_resized_head_rows_not_saved_are_refused(tmp_path: Path) -> None:
     assert refused(tmp_path, Cell("untied llama", ROWS, 105, False)).endswith(
         "  tensor:   lm_head.weight\n"
         "  expected: 105 rows in the adapter, or in the base\n"
@@ -70,7 +70,7 @@ def test_rows_of_the_head_that_were_not_saved_beside_rows_of_the_embedding(tmp_p
     )
 
 
-def test_a_row_between_that_nobody_trained(tmp_path: Path) -> None:
+def test_resized_gap_row_is_refused(tmp_path: Path) -> None:
     cell = Cell("llama", {"trainable_token_indices": {"EMBEDDING": [101, 104, 102]}}, 105, False)
     assert refused(tmp_path, cell) == (
         "the token 104 is trained, the base has 101 rows, and the adapter does not hold the row 103\n"
@@ -81,12 +81,12 @@ def test_a_row_between_that_nobody_trained(tmp_path: Path) -> None:
     )
 
 
-def test_the_new_bias_of_a_head_is_not_made_up(tmp_path: Path) -> None:
+def test_resized_head_bias_not_saved_is_refused(tmp_path: Path) -> None:
     cell = Cell("bert", {"modules_to_save": ["EMBEDDING"]}, 105, False)
     assert "still has 101 rows" in refused(tmp_path, cell)
 
 
-def test_trained_rows_stand_behind_the_old_ones(tmp_path: Path) -> None:
+def test_resized_rows_follow_old_ones(tmp_path: Path) -> None:
     cell = Cell("llama", ROWS, 105, False)
     cell.make(tmp_path)
     cell.merge(tmp_path)
@@ -98,7 +98,7 @@ def test_trained_rows_stand_behind_the_old_ones(tmp_path: Path) -> None:
     assert read_json(tmp_path / "out/config.json")["vocab_size"] == 105
 
 
-def test_the_text_model_s_settings_change_and_the_tokenizer_goes_along(tmp_path: Path) -> None:
+def test_resized_text_model_settings_and_tokenizer_follow(tmp_path: Path) -> None:
     cell = Cell("gemma3", ROWS, 105, False)
     cell.make(tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -110,7 +110,7 @@ def test_the_text_model_s_settings_change_and_the_tokenizer_goes_along(tmp_path:
     assert (tmp_path / "out/tokenizer.json").read_text() == '{"of": "the adapter"}'
 
 
-def test_a_base_that_transformers_cannot_build_resizes_the_usual_names(tmp_path: Path) -> None:
+def test_resized_unknown_architecture_uses_usual_names(tmp_path: Path) -> None:
     cell = Cell("untied llama", BOTH, 105)
     cell.make(tmp_path)
     edit_json(tmp_path / "base/config.json", model_type="of_nobody", architectures=["NobodyForCausalLM"])
@@ -119,7 +119,7 @@ def test_a_base_that_transformers_cannot_build_resizes_the_usual_names(tmp_path:
     assert {t.shape for n, t in planned.tensors.items() if "lm_head" in n or "embed" in n} == {(105, 48)}
 
 
-def test_settings_of_a_resized_vocabulary() -> None:
+def test_resized_vocabulary_changes_settings() -> None:
     config = {"vocab_size": 101, "text_config": {"vocab_size": 101}, "q_former": {"vocab_size": 7}}
     first, own, *_ = resizings(config, ("text_config",), 101, 105)
     assert first == {"vocab_size": 105, "text_config": {"vocab_size": 105}, "q_former": {"vocab_size": 7}}
@@ -128,7 +128,7 @@ def test_settings_of_a_resized_vocabulary() -> None:
     assert next(iter(resizings({}, ("text",), 101, 105))) == {"text": {"vocab_size": 105}}
 
 
-def test_a_setting_that_follows_another_is_seen() -> None:
+def test_resized_dependent_settings_follow() -> None:
     """As scale_decoder_outputs of T5 follows tie_word_embeddings."""
     before = {"tie_word_embeddings": True, "scale": True, "text": {"vocab_size": 101}}
     assert not side_effects(before, before | {"tie_word_embeddings": False, "text": {"vocab_size": 105}})

@@ -31,7 +31,7 @@ def hidden(folder: Path) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "operator"), [("dynamic", "MatMulInteger"), ("static", "QuantizeLinear")])
-def test_an_encoder_with_int8_activations(
+def test_activations_int8_encoder_agrees(
     kind: str, operator: str, bert: Path, exported: Callable[..., ExportResult], tmp_path: Path
 ) -> None:
     words = ["--precision", "int8", "--activations", kind]
@@ -51,7 +51,7 @@ def test_an_encoder_with_int8_activations(
 
 
 @pytest.mark.slow
-def test_a_kept_node_stays_in_fp32(bert: Path, tmp_path: Path) -> None:
+def test_activations_kept_node_stays_in_fp32(bert: Path, tmp_path: Path) -> None:
     words = ["--precision", "int8", "--activations", "dynamic", "--keep", "*"]
     found = run(bert, tmp_path / "onnx", *words)
     assert found.exit_code == 1 and "can be quantized to int8" in found.stderr
@@ -73,7 +73,9 @@ def test_a_kept_node_stays_in_fp32(bert: Path, tmp_path: Path) -> None:
         (["--precision", "int4", "--block-size", "48"], "blocks of 48"),
     ],
 )
-def test_options_that_do_nothing_are_refused(words: list[str], said: str, bert: Path, tmp_path: Path) -> None:
+def test_activations_options_without_effect_are_refused(
+    words: list[str], said: str, bert: Path, tmp_path: Path
+) -> None:
     for more in ([], ["--dry-run"]):
         found = run(bert, tmp_path / "onnx", *words, *more)
         assert found.exit_code == 1 and said in found.stderr
@@ -81,14 +83,14 @@ def test_options_that_do_nothing_are_refused(words: list[str], said: str, bert: 
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_models_that_generate_are_refused(name: str, llama: Path, tmp_path: Path) -> None:
+def test_activations_of_generating_model_are_refused(name: str, llama: Path, tmp_path: Path) -> None:
     model = llama if name == "llama" else save(DYNAMO["T5ForConditionalGeneration"], tmp_path / "t5")
     found = run(model, tmp_path / "onnx", "--precision", "int8", "--activations", "dynamic")
     assert found.exit_code == 1 and "a model that does not generate text" in found.stderr
     assert not (tmp_path / "onnx").exists()
 
 
-def test_a_pattern_that_keeps_nothing_is_refused(llama: Path, tmp_path: Path) -> None:
+def test_activations_keep_pattern_without_match_is_refused(llama: Path, tmp_path: Path) -> None:
     found = run(llama, tmp_path / "onnx", "--precision", "int4", "--keep", "*downproj*")
     assert found.exit_code == 1
     assert "--keep '*downproj*' matches no node" in found.stderr and "/model/layers.0/" in found.stderr
@@ -96,7 +98,7 @@ def test_a_pattern_that_keeps_nothing_is_refused(llama: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe"])
-def test_a_calibration_without_text_is_refused(content: bytes, bert: Path, tmp_path: Path) -> None:
+def test_activations_calibration_without_text_is_refused(content: bytes, bert: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_bytes(content)
     words = ["--precision", "int8", "--activations", "static", "--calibration", str(tmp_path / "texts.txt")]
     found = run(bert, tmp_path / "onnx", *words)

@@ -21,7 +21,7 @@ QUICK = ()
 
 
 @pytest.mark.parametrize("name", daily(DYNAMO, QUICK))
-def test_every_fused_graph_agrees_with_the_plain_one(name: str, tmp_path: Path) -> None:
+def test_fused_graph_agrees_with_unfused(name: str, tmp_path: Path) -> None:
     model = save(DYNAMO[name], tmp_path / "model")
     result = export(model, tmp_path / "onnx", ExportOptions("fp32", "cpu"), against_plain=True, progress=Silent())
     assert result.fused_against_plain is not None
@@ -30,7 +30,9 @@ def test_every_fused_graph_agrees_with_the_plain_one(name: str, tmp_path: Path) 
     assert not (result.output / ".plain").exists()
 
 
-def test_a_wrong_fusion_is_told(exported: Callable[..., ExportResult], bert: Path, tmp_path: Path) -> None:
+def test_fused_graph_with_wrong_fusion_is_refused(
+    exported: Callable[..., ExportResult], bert: Path, tmp_path: Path
+) -> None:
     """The scale of one fused attention is half of what it is; and an output has another name."""
     shutil.copytree(exported(bert).output, tmp_path / "fused")
     result = load_export(tmp_path / "fused")
@@ -55,7 +57,7 @@ def test_a_wrong_fusion_is_told(exported: Callable[..., ExportResult], bert: Pat
 
 
 @pytest.mark.slow
-def test_a_failing_comparison_leaves_no_export(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_graph_refused_leaves_no_export(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_export.onnx_export.graphs.fusions.RELATIVE", -1.0)
     with pytest.raises(ExportError, match="--optimize basic"):
         export(bert, tmp_path / "onnx", ExportOptions("fp32", "cpu"), against_plain=True, progress=Silent())
@@ -63,6 +65,6 @@ def test_a_failing_comparison_leaves_no_export(bert: Path, tmp_path: Path, monke
 
 
 @pytest.mark.slow
-def test_nothing_is_compared_that_rounds_otherwise(bert: Path, tmp_path: Path) -> None:
+def test_fused_graph_in_low_precision_is_not_compared(bert: Path, tmp_path: Path) -> None:
     result = export(bert, tmp_path / "onnx", ExportOptions("fp16", "cpu"), against_plain=True, progress=Silent())
     assert result.fused_against_plain is None

@@ -51,19 +51,21 @@ def operators(result: ExportResult) -> Counter[str]:
 
 
 @pytest.mark.parametrize("provider", ["cpu", later("cuda")])
-def test_fp32_decoder_agrees_with_transformers(exported: Exported, llama: Path, provider: str) -> None:
+def test_decoder_fp32_agrees_with_transformers(exported: Exported, llama: Path, provider: str) -> None:
     got = through_cache(exported(llama, provider=provider).model)
     assert np.abs(reference(llama)).max() > 1
     assert np.abs(got - reference(llama)).max() <= 1e-4
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [later(("fp16", 0.02)), ("int8", 0.1)])
-def test_other_precisions_stay_close(exported: Exported, llama: Path, precision: str, tolerance: float) -> None:
+def test_decoder_other_precisions_stay_close(
+    exported: Exported, llama: Path, precision: str, tolerance: float
+) -> None:
     got, want = through_cache(exported(llama, precision).model), reference(llama)
     assert 0 < np.abs(got - want).max() <= tolerance * np.abs(want).max()
 
 
-def test_int4_computes_what_rounded_weights_compute(exported: Exported, llama: Path) -> None:
+def test_decoder_int4_computes_with_rounded_weights(exported: Exported, llama: Path) -> None:
     """Against PyTorch with the same rounding: against the fp32 model a random one correlates by 0.85 only."""
     result = exported(llama, "int4")
     assert operators(result)["MatMulNBits"] > 0
@@ -99,7 +101,7 @@ def test_decoder_has_fused_attention_and_one_embedding(exported: Exported, llama
     assert result.files["model.onnx.data"] < parameters + rotary + 4096
 
 
-def test_decoder_shape_is_readable(exported: Exported, llama: Path) -> None:
+def test_decoder_signature_is_read(exported: Exported, llama: Path) -> None:
     signature = GraphRun(exported(llama, "fp16").model).signature
     assert len(signature.cache) == 4
     assert signature.cache["past_key_values.1.key"] == "present.1.key"

@@ -42,7 +42,7 @@ def check_rounding(bits: Array, ours: Any, theirs: torch.dtype) -> None:
 
 
 @TYPES
-def test_every_half_in_fp32(ours: Any, theirs: torch.dtype) -> None:
+def test_cast_every_half_to_fp32(ours: Any, theirs: torch.dtype) -> None:
     """Signalling NaNs, too: a load must not fail on them."""
     expected = torch.from_numpy(EVERY.copy()).view(theirs).float().numpy()
     found = to_float32(EVERY.view(ours))
@@ -55,7 +55,7 @@ def test_every_half_in_fp32(ours: Any, theirs: torch.dtype) -> None:
 
 @TYPES
 @pytest.mark.parametrize("target", ["float16", "bfloat16", "float32"])
-def test_every_half_in_another_type(ours: Any, theirs: torch.dtype, target: str) -> None:
+def test_cast_every_half_to_other_half(ours: Any, theirs: torch.dtype, target: str) -> None:
     """In two dimensions, as weights come."""
     expected = torch.from_numpy(EVERY.copy()).view(theirs).to(getattr(torch, target)).float().numpy()
     found = cast(EVERY.view(ours).reshape(256, 256), ONNX[target])
@@ -66,14 +66,14 @@ def test_every_half_in_another_type(ours: Any, theirs: torch.dtype, target: str)
 
 
 @TYPES
-def test_every_half_comes_back(ours: Any, theirs: torch.dtype) -> None:
+def test_cast_every_half_round_trips(ours: Any, theirs: torch.dtype) -> None:
     found = rounded(to_float32(EVERY.view(ours)), ours).view(np.uint16)
     number = ~np.isnan(to_float32(EVERY.view(ours)))
     np.testing.assert_array_equal(found[number], EVERY[number])
 
 
 @TYPES
-def test_halfway_between_every_two_halves(ours: Any, theirs: torch.dtype) -> None:
+def test_cast_ties_round_to_even(ours: Any, theirs: torch.dtype) -> None:
     """The middle goes to the even one; a step beside it, to the nearer: subnormals, and beyond the largest, too."""
     halves = to_float32(EVERY.view(ours)).astype(np.float64)
     finite = np.sort(halves[np.isfinite(halves)])
@@ -84,7 +84,7 @@ def test_halfway_between_every_two_halves(ours: Any, theirs: torch.dtype) -> Non
 
 
 @TYPES
-def test_the_ends_of_the_range(ours: Any, theirs: torch.dtype) -> None:
+def test_cast_range_ends_saturate(ours: Any, theirs: torch.dtype) -> None:
     positive = np.array([*EDGES, *NANS], np.uint32)
     check_rounding(np.concatenate((positive, positive | np.uint32(0x80000000))), ours, theirs)
 
@@ -92,26 +92,26 @@ def test_the_ends_of_the_range(ours: Any, theirs: torch.dtype) -> None:
 @TYPES
 @settings(max_examples=200, deadline=None)
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=50))
-def test_any_fp32(ours: Any, theirs: torch.dtype, bits: list[int]) -> None:
+def test_cast_any_fp32_matches_reference(ours: Any, theirs: torch.dtype, bits: list[int]) -> None:
     check_rounding(np.array(bits, np.uint32), ours, theirs)
 
 
 @TYPES
 @pytest.mark.parametrize("size", [0, 1, 2**15 - 1, 2**15, 2**15 + 1, 3 * 2**15 + 7])
-def test_arrays_of_any_length(ours: Any, theirs: torch.dtype, size: int) -> None:
+def test_cast_any_length_matches_reference(ours: Any, theirs: torch.dtype, size: int) -> None:
     """Longer than what is rounded in one go."""
     check_rounding(np.random.default_rng(size).integers(0, 2**32, size, np.uint32), ours, theirs)
 
 
 @TYPES
-def test_arrays_that_are_turned_keep_their_shape(ours: Any, theirs: torch.dtype) -> None:
+def test_cast_transposed_keeps_shape(ours: Any, theirs: torch.dtype) -> None:
     matrix = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
     expected = torch.from_numpy(matrix).T.to(theirs).float().numpy()
     np.testing.assert_array_equal(to_float32(rounded(matrix.T, ours)), expected)
     assert rounded(np.float32(1.5).reshape(()), ours).shape == ()
 
 
-def test_fp64_is_rounded_to_fp32() -> None:
+def test_cast_fp64_rounds_to_fp32() -> None:
     """Halfway between two fp32 numbers, and beyond the largest."""
     values = np.array([1 + 2.0**-24, 1 + 3 * 2.0**-24, 2.0**-150, 1e300, -1e300, np.nan, 1 / 3])
     with np.errstate(over="ignore"):
@@ -119,6 +119,6 @@ def test_fp64_is_rounded_to_fp32() -> None:
     np.testing.assert_array_equal(found, torch.from_numpy(values).float().numpy())
 
 
-def test_the_tables_name_every_type_by_its_size() -> None:
+def test_cast_tables_have_every_type() -> None:
     assert {name: dtype.itemsize for name, dtype in ONNX.items()} == ITEM_SIZE
     assert {str(d) for d in STORED.values()} == {str(d) for d in ONNX.values()}

@@ -117,7 +117,7 @@ def hidden_flag(folder: Path, model: onnx.ModelProto) -> None:
         (hidden_flag, "'../secret'", "w"),
     ],
 )
-def test_external_data_attacks_are_refused(tmp_path: Path, spoil: Spoil, told: str, tensor: str) -> None:
+def test_check_export_external_data_attack_is_refused(tmp_path: Path, spoil: Spoil, told: str, tensor: str) -> None:
     model = write(tmp_path, spoil)
     with pytest.raises(ExportError) as refusal:
         check_model(model)
@@ -126,12 +126,12 @@ def test_external_data_attacks_are_refused(tmp_path: Path, spoil: Spoil, told: s
     assert refusal.value.where == str(model)
 
 
-def test_honest_external_data_passes(tmp_path: Path) -> None:
+def test_check_export_honest_external_data_passes(tmp_path: Path) -> None:
     check_model(write(tmp_path))
     assert count_nodes(tmp_path / "model.onnx") == 1
 
 
-def test_invalid_graph_is_refused(tmp_path: Path) -> None:
+def test_check_export_invalid_graph_is_refused(tmp_path: Path) -> None:
     def dangling(folder: Path, model: onnx.ModelProto) -> None:
         model.graph.node[0].input[0] = "nowhere"
 
@@ -139,7 +139,7 @@ def test_invalid_graph_is_refused(tmp_path: Path) -> None:
         check_model(write(tmp_path, dangling))
 
 
-def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_check_export_not_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\xff\xff\xff")
     with pytest.raises(ExportError, match="not an ONNX model"):
         check_model(tmp_path / "model.onnx")
@@ -148,11 +148,11 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         check_model(tmp_path / "link.onnx")
 
 
-def test_exports_pass(exported: Callable[..., ExportResult], llama: Path) -> None:
+def test_check_export_own_exports_pass(exported: Callable[..., ExportResult], llama: Path) -> None:
     check_model(exported(llama).model)
 
 
-def test_checking_does_not_change_the_file(tmp_path: Path) -> None:
+def test_check_export_does_not_change_file(tmp_path: Path) -> None:
     model = write(tmp_path)
     before = model.read_bytes()
     check_model(model)

@@ -24,7 +24,7 @@ def attempt(model: Path, output: Path, adapter: Path | None = None, **options: A
     return export(model, output, chosen, adapter=adapter, progress=Silent())
 
 
-def test_folder_holds_companions_and_record(exported: Callable[..., ExportResult], llama: Path) -> None:
+def test_export_writes_companions_and_record(exported: Callable[..., ExportResult], llama: Path) -> None:
     result = exported(llama)
     for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (result.output / name).read_bytes() == (llama / name).read_bytes(), name
@@ -36,11 +36,11 @@ def test_folder_holds_companions_and_record(exported: Callable[..., ExportResult
     assert json.loads((result.output / "tokenizer_config.json").read_text())["model_max_length"] == 64
 
 
-def test_fp16_for_the_cpu_names_no_cuda_provider(exported: Callable[..., ExportResult], llama: Path) -> None:
+def test_export_fp16_for_cpu_names_no_cuda_provider(exported: Callable[..., ExportResult], llama: Path) -> None:
     assert "cuda" not in (exported(llama, "fp16").output / "genai_config.json").read_text()
 
 
-def test_genai_generates_from_the_folder(exported: Callable[..., ExportResult], llama: Path) -> None:
+def test_export_folder_generates_in_genai(exported: Callable[..., ExportResult], llama: Path) -> None:
     og = pytest.importorskip("onnxruntime_genai")
     model = og.Model(str(exported(llama).output))
     ids = [ord("a") - ord("!") + 4, ord("b") - ord("!") + 4]
@@ -53,23 +53,23 @@ def test_genai_generates_from_the_folder(exported: Callable[..., ExportResult], 
     assert len(generator.get_sequence(0)) == 3
 
 
-def test_load_export_refuses_other_folders(tmp_path: Path) -> None:
+def test_load_export_of_other_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no export"):
         load_export(tmp_path)
 
 
-def test_the_architecture_chooses_the_engine() -> None:
+def test_choose_engine_follows_architecture() -> None:
     assert choose({"architectures": ["Qwen2ForCausalLM"]}).name == "genai"
     assert choose({"architectures": ["BertForSequenceClassification"]}).name == "dynamo"
 
 
-def test_unknown_architecture_is_refused() -> None:
+def test_export_unknown_architecture_is_refused() -> None:
     with pytest.raises(ExportError, match=r"WeirdForCausalLM.*'weird'") as refusal:
         choose({"architectures": ["WeirdForCausalLM"], "model_type": "weird"})
     assert "LlamaForCausalLM" in str(refusal.value)
 
 
-def test_engine_that_does_not_fit_is_refused() -> None:
+def test_export_with_wrong_engine_is_refused() -> None:
     with pytest.raises(ExportError, match="dynamo does not export LlamaForCausalLM"):
         choose({"architectures": ["LlamaForCausalLM"]}, "dynamo")
     with pytest.raises(ExportError, match="unknown engine 'magic'"):
@@ -86,7 +86,7 @@ def test_engine_that_does_not_fit_is_refused() -> None:
         ({"_attn_implementation_internal": "x/y"}, "'_attn_implementation_internal'"),
     ],
 )
-def test_unsafe_configs_are_refused(
+def test_export_unsafe_config_is_refused(
     model_with: ModelWith, tmp_path: Path, changes: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(CheckpointError, match=told):
@@ -94,26 +94,26 @@ def test_unsafe_configs_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_ambiguous_vocabulary_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
+def test_export_ambiguous_vocabulary_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="vocab_size and intermediate_size are both 112"):
         attempt(model_with({"vocab_size": 112}), tmp_path / "out")
 
 
-def test_decoder_without_tokenizer_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
+def test_export_decoder_without_tokenizer_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
     model = model_with({})
     (model / "tokenizer.json").unlink()
     with pytest.raises(ExportError, match="has no tokenizer"):
         attempt(model, tmp_path / "out")
 
 
-def test_pickled_weights_are_refused(model_with: ModelWith, tmp_path: Path) -> None:
+def test_export_pickled_weights_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
     model = model_with({})
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="no safetensors weights"):
         attempt(model, tmp_path / "out")
 
 
-def test_impossible_precisions_are_refused(llama: Path, bert: Path, tmp_path: Path) -> None:
+def test_export_impossible_precision_is_refused(llama: Path, bert: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="bf16 does not run on the CPU"):
         attempt(llama, tmp_path / "out", precision="bf16")
     with pytest.raises(ExportError, match="bf16 does not run on the CPU"):
@@ -128,7 +128,7 @@ def test_impossible_precisions_are_refused(llama: Path, bert: Path, tmp_path: Pa
     "changes",
     [{"use_dora": True}, {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}],
 )
-def test_adapters_the_builder_would_drop_are_refused(
+def test_export_unmerged_unsupported_adapter_is_refused(
     llama: Path, adapter: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     changed = tmp_path / "adapter"
@@ -139,7 +139,7 @@ def test_adapters_the_builder_would_drop_are_refused(
         attempt(llama, tmp_path / "out", adapter=changed)
 
 
-def test_pickled_adapter_is_refused(llama: Path, adapter: Path, tmp_path: Path) -> None:
+def test_export_pickled_adapter_is_refused(llama: Path, adapter: Path, tmp_path: Path) -> None:
     changed = tmp_path / "adapter"
     shutil.copytree(adapter, changed)
     (changed / "adapter_model.safetensors").rename(changed / "adapter_model.bin")
@@ -147,7 +147,7 @@ def test_pickled_adapter_is_refused(llama: Path, adapter: Path, tmp_path: Path) 
         attempt(llama, tmp_path / "out", adapter=changed)
 
 
-def test_a_failing_engine_is_told_without_traceback(model_with: ModelWith, tmp_path: Path) -> None:
+def test_export_engine_failure_has_no_traceback(model_with: ModelWith, tmp_path: Path) -> None:
     model = model_with({})
     (model / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ExportError, match="engine genai failed") as failure:
@@ -158,14 +158,14 @@ def test_a_failing_engine_is_told_without_traceback(model_with: ModelWith, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_engines_do_not_see_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_engine_sees_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     environment = isolated._environment("/nowhere")
     assert "HF_TOKEN" not in environment
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
-def test_keep_auto_makes_the_worst_products_int8(llama: Path, bert: Path, tmp_path: Path) -> None:
+def test_export_keep_auto_makes_worst_products_int8(llama: Path, bert: Path, tmp_path: Path) -> None:
     """What was chosen is in the record, and the folder has nothing of what it was measured on."""
     options = QuantizationOptions(keep=("auto",))
     result = attempt(llama, tmp_path / "out", precision="int4", quantization=options)

@@ -49,7 +49,7 @@ def halved(dtype: str) -> onnx.ModelProto:
     return ir.to_proto(model)
 
 
-def test_a_half_graph_computes_the_same_between_inputs_and_outputs_in_fp32() -> None:
+def test_halving_keeps_fp32_inputs_and_outputs() -> None:
     feeds = {"x": DRAW.standard_normal((2, 4)).astype(np.float32), "ids": np.array([1, -2, 7], np.int64)}
 
     def run(model: onnx.ModelProto) -> list[np.ndarray]:
@@ -66,7 +66,7 @@ def test_a_half_graph_computes_the_same_between_inputs_and_outputs_in_fp32() -> 
 
 
 @pytest.mark.parametrize("dtype", ["FLOAT16", "BFLOAT16"])
-def test_every_number_inside_is_half(dtype: str) -> None:
+def test_halving_converts_every_inner_type(dtype: str) -> None:
     model = halved(dtype)
     onnx.checker.check_model(model, full_check=True)
     kind = TensorProto.DataType.Value(dtype)
@@ -79,7 +79,7 @@ def test_every_number_inside_is_half(dtype: str) -> None:
     assert ends == [TensorProto.FLOAT, TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT, TensorProto.INT64]
 
 
-def test_a_weight_without_numbers_changes_its_type_alone(tmp_path: Path) -> None:
+def test_halving_weight_without_numbers_changes_type(tmp_path: Path) -> None:
     """Weights of a model stay in its files until the writer rounds them."""
     model = ir.from_proto(graph())
     weight = model.graph.initializers["w"]

@@ -26,7 +26,7 @@ def against(a: Path, b: Path) -> GraphComparison:
     return compare([a], [b], "cpu")
 
 
-def test_other_weights_are_the_same_graph(exported: Exported, llama: Path, other_weights: Path) -> None:
+def test_identity_ignores_weights(exported: Exported, llama: Path, other_weights: Path) -> None:
     a, b = exported(llama).model, exported(other_weights).model
     assert a.with_name("model.onnx.data").read_bytes() != b.with_name("model.onnx.data").read_bytes()
     found = against(a, b)
@@ -36,7 +36,7 @@ def test_other_weights_are_the_same_graph(exported: Exported, llama: Path, other
     assert found.placement["CPUExecutionProvider"] >= found.nodes
 
 
-def test_an_unmerged_adapter_is_seen(exported: Exported, llama: Path, adapter: Path) -> None:
+def test_identity_detects_unmerged_adapter(exported: Exported, llama: Path, adapter: Path) -> None:
     found = against(exported(llama).model, exported(llama, adapter=adapter).model)
     assert not found.identical and found.base_sha256 != found.merged_sha256
     # 2 layers × 3 projections, A and B each, and the packed projection of q, k, v taken apart
@@ -44,7 +44,7 @@ def test_an_unmerged_adapter_is_seen(exported: Exported, llama: Path, adapter: P
     assert any("lora_A/MatMul: only in the other: ai.onnx.MatMul(·, float[" in line for line in found.differences)
 
 
-def test_another_type_is_seen(exported: Exported, llama: Path) -> None:
+def test_identity_detects_other_type(exported: Exported, llama: Path) -> None:
     half, full = exported(llama, "fp16").model, exported(llama).model
     found = against(half, full)
     assert not found.identical and any("float16" in line for line in found.differences)
@@ -53,7 +53,7 @@ def test_another_type_is_seen(exported: Exported, llama: Path) -> None:
     assert not any("--precision" in text for text in against(full, half).warnings)
 
 
-def test_one_changed_attribute_is_seen(exported: Exported, llama: Path, tmp_path: Path) -> None:
+def test_identity_detects_changed_attribute(exported: Exported, llama: Path, tmp_path: Path) -> None:
     source = exported(llama).model
     model = load_graph(source)
     (node, *_) = [n for n in model.graph.node if n.op_type == "GroupQueryAttention"]
@@ -95,7 +95,7 @@ def small(*, order: int = 1, prefix: str = "", square: int = 4, axis: int = 1, s
     return canonical(as_ir(helper.make_model(graph)), {"CPUExecutionProvider": 4})
 
 
-def test_names_order_and_values_do_not_count() -> None:
+def test_identity_ignores_names_order_and_values() -> None:
     assert small().sha256 == small(prefix="other/").sha256 == small(order=-1).sha256
     apart = small(shared=False, axis=0)
     turned = replace(apart, nodes=apart.nodes[::-1])
@@ -103,11 +103,11 @@ def test_names_order_and_values_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("change", [{"square": 5}, {"axis": 0}, {"shared": False}])
-def test_shapes_attributes_and_sharing_count(change: dict[str, int]) -> None:
+def test_identity_compares_shapes_attributes_and_sharing(change: dict[str, int]) -> None:
     assert small().sha256 != small(**change).sha256  # type: ignore[arg-type]
 
 
-def test_wiring_and_placement_count() -> None:
+def test_identity_compares_wiring_and_placement() -> None:
     from onnx import TensorProto, helper
 
     def chain(*steps: tuple[str, str, str]) -> Canonical:
@@ -121,9 +121,7 @@ def test_wiring_and_placement_count() -> None:
     assert replace(one, placement={"CUDAExecutionProvider": 3}).sha256 != one.sha256
 
 
-def test_settings_and_shapes_that_slow_a_merged_model_down_are_told(
-    exported: Exported, llama: Path, tmp_path: Path
-) -> None:
+def test_identity_warns_of_slow_settings_and_shapes(exported: Exported, llama: Path, tmp_path: Path) -> None:
     import json
     import shutil
 
@@ -138,7 +136,7 @@ def test_settings_and_shapes_that_slow_a_merged_model_down_are_told(
     assert any("ties" in text for text in found.warnings) == bool(before.get("tie_word_embeddings"))
 
 
-def test_lost_fusions_and_untied_embeddings_are_told() -> None:
+def test_identity_warns_of_lost_fusions_and_untied_embeddings() -> None:
     from lora_export.onnx_export.graphs.canonical import Node
     from lora_export.onnx_export.graphs.identity import _graph_warnings
 
@@ -154,7 +152,7 @@ def test_lost_fusions_and_untied_embeddings_are_told() -> None:
     assert list(_graph_warnings(apart, fused)) == []
 
 
-def test_a_tied_embedding_is_seen_through_its_transpose(exported: Exported, llama: Path) -> None:
+def test_identity_recognizes_transposed_tied_embedding(exported: Exported, llama: Path) -> None:
     import json
 
     tied = canonical(open_model(exported(llama).model), {}).tied

@@ -73,7 +73,7 @@ def _divergence(expected: list[Array], found: list[Array]) -> float:
     return float(np.mean(values))
 
 
-def test_the_damage_is_what_a_quantized_graph_does(exported: Callable[..., ExportResult], sensitive: Path) -> None:
+def test_sensitivity_damage_matches_quantized_graph(exported: Callable[..., ExportResult], sensitive: Path) -> None:
     plain = exported(sensitive).model
     feeds = feeds_of(plain, _rows())
     measured = choose_kept(plain, INT4, feeds, logits="logits", budget=1, progress=Silent())
@@ -92,9 +92,7 @@ def test_the_damage_is_what_a_quantized_graph_does(exported: Callable[..., Expor
 
 
 @pytest.mark.slow
-def test_a_head_that_is_the_embedding_is_measured_as_head(
-    exported: Callable[..., ExportResult], tmp_path: Path
-) -> None:
+def test_sensitivity_tied_head_is_measured_as_head(exported: Callable[..., ExportResult], tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(6)
@@ -111,7 +109,7 @@ def test_a_head_that_is_the_embedding_is_measured_as_head(
     assert head.damage == pytest.approx(real, rel=1e-3)
 
 
-def test_bytes_are_those_by_which_the_weights_grow(exported: Callable[..., ExportResult], sensitive: Path) -> None:
+def test_sensitivity_bytes_match_growth_of_weights(exported: Callable[..., ExportResult], sensitive: Path) -> None:
     plain = exported(sensitive).model
     measured = choose_kept(plain, INT4, feeds_of(plain, _rows(1)), progress=Silent())
     one = next(d for d in measured if d.nodes == (SENSITIVE,))
@@ -122,7 +120,7 @@ def test_bytes_are_those_by_which_the_weights_grow(exported: Callable[..., Expor
     assert sizes[0] - sizes[1] == one.nbytes
 
 
-def test_8_bits_cost_less_than_32(exported: Callable[..., ExportResult], sensitive: Path) -> None:
+def test_sensitivity_8_bits_cost_less_than_32(exported: Callable[..., ExportResult], sensitive: Path) -> None:
     plain = exported(sensitive).model
     feeds = feeds_of(plain, _rows(1))
     measured = choose_kept(plain, INT4, feeds, logits="logits", eight_bits=True, progress=Silent())
@@ -131,9 +129,7 @@ def test_8_bits_cost_less_than_32(exported: Callable[..., ExportResult], sensiti
     assert any(d.kept for d in measured)
 
 
-def test_an_encoder_is_measured_by_the_error_of_its_outputs(
-    exported: Callable[..., ExportResult], bert: Path
-) -> None:
+def test_sensitivity_of_encoder_is_output_error(exported: Callable[..., ExportResult], bert: Path) -> None:
     result = exported(bert)
     feeds = feeds_of(result.model, _rows())
     measured = choose_kept(result.model, Blockwise("nf4", 64), feeds, budget=2, progress=Silent())
@@ -142,9 +138,7 @@ def test_an_encoder_is_measured_by_the_error_of_its_outputs(
     assert 0 < grown < sum(d.nbytes for d in measured)
 
 
-def test_many_products_are_measured_by_role_and_layer(
-    exported: Callable[..., ExportResult], sensitive: Path
-) -> None:
+def test_sensitivity_groups_many_products(exported: Callable[..., ExportResult], sensitive: Path) -> None:
     plain = exported(sensitive).model
     feeds = feeds_of(plain, _rows(1))
     measured = choose_kept(plain, INT4, feeds, logits="logits", groups=6, progress=Silent())
@@ -157,17 +151,19 @@ def _damage(name: str, damage: float, nbytes: int) -> Damage:
     return Damage(name, (name,), damage, nbytes)
 
 
-def test_the_worst_per_byte_are_kept_until_the_budget_is_spent() -> None:
+def test_keep_auto_spends_budget_on_worst_per_byte() -> None:
     measured = [_damage("a", 8, 400), _damage("b", 9, 100), _damage("c", 1, 1000), _damage("d", 4, 90)]
     found = mark(measured, budget=200)
     assert [(d.name, d.kept) for d in found] == [("b", True), ("d", True), ("a", False), ("c", False)]
 
 
-def test_no_more_damage_than_average_is_no_reason() -> None:
+def test_keep_auto_ignores_average_damage() -> None:
     assert not any(d.kept for d in mark([_damage("a", 1, 10), _damage("b", 2, 20)], budget=10**6))
 
 
-def test_a_graph_that_reads_more_than_tokens(exported: Callable[..., ExportResult], tmp_path: Path) -> None:
+def test_sensitivity_graph_with_other_inputs_is_refused(
+    exported: Callable[..., ExportResult], tmp_path: Path
+) -> None:
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node("Identity", ["pixels"], ["y"])],
         "g",

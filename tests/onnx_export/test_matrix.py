@@ -30,7 +30,7 @@ def operators(result: ExportResult) -> Counter[str]:
 
 
 @pytest.mark.parametrize("name", daily(ALL, QUICK))
-def test_exported_with_an_adapter(name: str, tmp_path: Path) -> None:
+def test_export_matrix_merged_graph_agrees(name: str, tmp_path: Path) -> None:
     architecture = ALL[name]
     base = save(architecture, tmp_path / "base")
     unmerged = save_adapter(architecture, base, tmp_path / "adapter")
@@ -54,7 +54,7 @@ def _check_graph(architecture: Architecture, result: ExportResult) -> None:
     assert not large  # no matrix of this size is a constant
 
 
-def test_the_table_has_every_family_of_both_engines() -> None:
+def test_export_matrix_has_every_family() -> None:
     assert len(ALL) >= 20
     assert ALL.keys() >= QUICK
     for engine in engines().values():

@@ -89,7 +89,7 @@ def peft_logits(given: dict[str, Path], adapter: str | None) -> np.ndarray:
 
 
 @pytest.mark.parametrize("adapter", [None, "plain", "wide", "odd"])
-def test_each_adapter_computes_what_peft_does(
+def test_pluggable_adapter_matches_peft(
     adapter: str | None, given: dict[str, Path], exported: ExportResult
 ) -> None:
     expected, found = peft_logits(given, adapter), onnx_logits(exported, adapter)
@@ -98,7 +98,7 @@ def test_each_adapter_computes_what_peft_does(
         assert np.abs(expected - peft_logits(given, None)).max() > 0.1
 
 
-def test_genai_switches_adapters_in_one_model(exported: ExportResult, given: dict[str, Path]) -> None:
+def test_pluggable_adapters_switch_in_genai(exported: ExportResult, given: dict[str, Path]) -> None:
     import onnxruntime_genai as og
 
     model = og.Model(str(exported.output))
@@ -120,7 +120,7 @@ def test_genai_switches_adapters_in_one_model(exported: ExportResult, given: dic
         assert np.abs(first(name) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_what_is_written(exported: ExportResult) -> None:
+def test_pluggable_export_writes_files(exported: ExportResult) -> None:
     names = {p.name for p in exported.output.iterdir()}
     assert {"plain.onnx_adapter", "wide.onnx_adapter", "odd.onnx_adapter", "model.onnx"} <= names
     record = json.loads((exported.output / "export.json").read_text())
@@ -134,13 +134,13 @@ def test_what_is_written(exported: ExportResult) -> None:
 
 
 @pytest.mark.slow
-def test_half_precision_adapters_have_the_type_of_the_graph(given: dict[str, Path], tmp_path: Path) -> None:
+def test_pluggable_half_precision_adapter_has_graph_type(given: dict[str, Path], tmp_path: Path) -> None:
     result = plugged(given, ("plain",), tmp_path / "out", precision="fp16")
     parameters = ort.AdapterFormat.read_adapter(str(result.output / "plain.onnx_adapter")).get_parameters()
     assert {v.data_type() for v in parameters.values()} == {"tensor(float16)"}
 
 
-def test_an_adapter_that_is_no_plain_lora_is_refused(given: dict[str, Path], tmp_path: Path) -> None:
+def test_pluggable_non_lora_adapter_is_refused(given: dict[str, Path], tmp_path: Path) -> None:
     dora = save_lora(given["base"], tmp_path / "dora", 5, use_dora=True, target_modules=["q_proj"])
     tokens = save_lora(
         given["base"], tmp_path / "tokens", 6, target_modules=["q_proj"], trainable_token_indices=[5]
@@ -151,19 +151,19 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(given: dict[str, Path], tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_two_adapters_of_one_name_are_refused(given: dict[str, Path], tmp_path: Path) -> None:
+def test_pluggable_duplicate_names_are_refused(given: dict[str, Path], tmp_path: Path) -> None:
     other = save_lora(given["base"], tmp_path / "plain", 7, target_modules=["q_proj"])
     with pytest.raises(LoraExportError, match="2 adapters would be written as 'plain'"):
         plugged(given | {"odd": other}, ("plain", "odd"), tmp_path / "out")
 
 
-def test_options_that_fit_no_unmerged_graph_are_refused(given: dict[str, Path], tmp_path: Path) -> None:
+def test_pluggable_unfitting_options_are_refused(given: dict[str, Path], tmp_path: Path) -> None:
     command = ["export", "-m", given["base"], "-a", given["plain"], "-o", tmp_path / "out"]
     found = CliRunner().invoke(cli, [*map(str, command), "--keep", "*down_proj*"])
     assert found.exit_code == 1 and "--keep beside --precision fp32" in found.stderr
 
 
-def test_quantized_graphs_have_no_slots(given: dict[str, Path], tmp_path: Path) -> None:
+def test_pluggable_quantized_graph_is_refused(given: dict[str, Path], tmp_path: Path) -> None:
     command = ["export", "-m", given["base"], "-a", given["plain"], "-o", tmp_path / "out", "--precision", "int4"]
     found = CliRunner().invoke(cli, [*map(str, command)])
     assert found.exit_code == 1 and "merge-and-export --precision int4" in found.stderr

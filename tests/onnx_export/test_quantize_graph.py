@@ -86,7 +86,7 @@ CASES: list[tuple[bool, Precision, str, QuantizationOptions]] = [
 
 
 @pytest.mark.parametrize(("tied", "precision", "provider", "options"), daily(CASES, [CASES[1]]))
-def test_a_decoder_is_the_builders(
+def test_quantize_decoder_matches_builder(
     models: dict[tuple[bool, str], Path],
     tmp_path: Path,
     tied: bool,
@@ -116,7 +116,7 @@ def test_a_decoder_is_the_builders(
         later(("int8", QuantizationOptions(embeddings=True), "GatherBlockQuantized")),
     ],
 )
-def test_tied_embeddings_follow_their_head(
+def test_quantize_tied_embedding_follows_head(
     models: dict[tuple[bool, str], Path],
     tmp_path: Path,
     precision: Precision,
@@ -238,7 +238,7 @@ def _dequantized(weight: Weight) -> Array:
         Blockwise("nf4", 128, embeddings=True),
     ],
 )
-def test_a_quantized_graph_computes_with_the_dequantized_weights(how: Blockwise) -> None:
+def test_quantize_graph_computes_with_dequantized_weights(how: Blockwise) -> None:
     model, weights = quantized_graph(_graph(), WEIGHTS, how)
     found = _logits(model, {w.name: _value(w) for w in weights})
 
@@ -262,7 +262,7 @@ def test_a_quantized_graph_computes_with_the_dequantized_weights(how: Blockwise)
     assert np.abs(found - exact).max() > 1e-4 * np.abs(exact).max()
 
 
-def test_a_weight_of_several_products_is_quantized_once() -> None:
+def test_quantize_shared_weight_once() -> None:
     model, weights = quantized_graph(_graph(), WEIGHTS, Blockwise("int4"))
     assert [w.name for w in weights] == [
         "w_embedding", "w_embedding_Q4", "w_embedding_scales", "w_up_Q4", "w_up_scales", "w_down_Q4",
@@ -275,7 +275,7 @@ def test_a_weight_of_several_products_is_quantized_once() -> None:
     assert quantized == [*layers, "head_Q4"]
 
 
-def test_what_is_kept_keeps_its_weight() -> None:
+def test_quantize_kept_node_keeps_weight() -> None:
     model, weights = quantized_graph(_graph(), WEIGHTS, Blockwise("int4", keep=("layers.1.*", "head")))
     names = [w.name for w in weights]
     assert {"w_up", "w_up_Q4", "w_down", "w_down_Q4"} <= set(names)
@@ -285,18 +285,18 @@ def test_what_is_kept_keeps_its_weight() -> None:
     assert kinds["layers.0.up_Q4"] == "MatMulNBits"
 
 
-def test_a_weight_of_which_one_product_gets_8_bits() -> None:
+def test_quantize_shared_weight_with_one_8_bit_product() -> None:
     _, weights = quantized_graph(_graph(), WEIGHTS, Blockwise("int4", eight_bits=("layers.0.up",)))
     names = [w.name for w in weights if w.name.startswith("w_up")]
     assert names == ["w_up_Q8", "w_up_scales"]
 
 
-def test_8_bits_beside_8_bits() -> None:
+def test_quantize_8_bits_with_8_bit_exceptions() -> None:
     with pytest.raises(ExportError, match="int8 with nodes of 8 bits"):
         Blockwise("int8", eight_bits=("head",)).check()
 
 
-def test_scales_have_the_type_of_the_graph() -> None:
+def test_quantize_scales_have_graph_type() -> None:
     halves = [Weight(w.name, w.file, "float16", w.shape, w.recipe) for w in WEIGHTS]
     model, weights = quantized_graph(_graph(onnx.TensorProto.FLOAT16), halves, Blockwise("int8", symmetric=False))
     types = {w.recipe.quantized.part: w.dtype for w in weights if w.recipe.quantized is not None}
@@ -305,7 +305,7 @@ def test_scales_have_the_type_of_the_graph() -> None:
     assert declared["w_up_scales"] == onnx.TensorProto.FLOAT16
 
 
-def test_a_weight_that_no_recipe_makes_is_left() -> None:
+def test_quantize_weight_without_recipe_is_left() -> None:
     fixed = ("w_up", "w_embedding")
     constant = [Weight(w.name, w.file, w.dtype, w.shape) if w.name in fixed else w for w in WEIGHTS]
     _, weights = quantized_graph(_graph(), constant, Blockwise("int4"))
@@ -325,14 +325,16 @@ def test_a_weight_that_no_recipe_makes_is_left() -> None:
         ("nf4", QuantizationOptions(algorithm="rtn"), "nf4 with rtn"),
     ],
 )
-def test_settings_that_no_quantizer_has(precision: Precision, options: QuantizationOptions, found: str) -> None:
+def test_quantize_unknown_settings_are_refused(
+    precision: Precision, options: QuantizationOptions, found: str
+) -> None:
     with pytest.raises(ExportError, match=found) as refused:
         blockwise(precision, "cpu", options)
     assert refused.value.expected
     assert refused.value.next_step
 
 
-def test_k_quant_has_zero_points_unasked() -> None:
+def test_quantize_k_quant_has_zero_points() -> None:
     how = blockwise("int4", "cpu", QuantizationOptions(algorithm="k_quant"))
     assert how is not None
     assert not how.symmetric
@@ -340,6 +342,6 @@ def test_k_quant_has_zero_points_unasked() -> None:
         Blockwise("int4", algorithm="k_quant").check()
 
 
-def test_nothing_to_quantize() -> None:
+def test_quantize_without_products_is_refused() -> None:
     with pytest.raises(ExportError, match="no product"):
         quantized_graph(_graph(), WEIGHTS, Blockwise("int4", keep=("*",)))

@@ -43,7 +43,7 @@ def _kinds(graph: Path) -> list[str]:
     return [n.op_type for n in onnx.load(str(graph), load_external_data=False).graph.node]
 
 
-def test_ranges_found_while_it_runs(graph: Path, tmp_path: Path) -> None:
+def test_int8_dynamic_ranges_agree(graph: Path, tmp_path: Path) -> None:
     beside = sorted(p.name for p in graph.parent.iterdir())
     touched = quantize_int8(graph, tmp_path / "model.onnx")
     assert sorted(p.name for p in graph.parent.iterdir()) == beside
@@ -56,7 +56,7 @@ def test_ranges_found_while_it_runs(graph: Path, tmp_path: Path) -> None:
     assert 0 < _error(graph, tmp_path / "model.onnx") < 0.1  # large random weights make attention sharp
 
 
-def test_ranges_of_calibration_inputs(graph: Path, tmp_path: Path) -> None:
+def test_int8_static_ranges_agree(graph: Path, tmp_path: Path) -> None:
     touched = quantize_int8(graph, tmp_path / "model.onnx", _feeds(graph, 8, seed=0))
     check_model(tmp_path / "model.onnx")
     kinds = _kinds(tmp_path / "model.onnx")
@@ -65,7 +65,7 @@ def test_ranges_of_calibration_inputs(graph: Path, tmp_path: Path) -> None:
     assert 0 < _error(graph, tmp_path / "model.onnx") < 0.1
 
 
-def test_ranges_are_those_of_the_inputs(graph: Path, tmp_path: Path) -> None:
+def test_int8_ranges_match_inputs(graph: Path, tmp_path: Path) -> None:
     """Calibrated with one token over and over, the ranges are too narrow for others."""
     (tmp_path / "narrow").mkdir()
     quantize_int8(graph, tmp_path / "model.onnx", _feeds(graph, 8, seed=0))
@@ -74,7 +74,7 @@ def test_ranges_are_those_of_the_inputs(graph: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_excluded_nodes_stay(graph: Path, tmp_path: Path, calibrated: bool) -> None:
+def test_int8_excluded_nodes_stay(graph: Path, tmp_path: Path, calibrated: bool) -> None:
     nodes = [n for n in onnx.load(str(graph), load_external_data=False).graph.node if n.op_type == "MatMul"]
     kept, feeds = nodes[0], _feeds(graph, 2, seed=0) if calibrated else None
     touched = quantize_int8(graph, tmp_path / "model.onnx", feeds, [kept.name])
@@ -83,18 +83,18 @@ def test_excluded_nodes_stay(graph: Path, tmp_path: Path, calibrated: bool) -> N
     assert list(left[kept.name].input) == list(kept.input)
 
 
-def test_nothing_left_to_quantize(graph: Path, tmp_path: Path) -> None:
+def test_int8_without_products_is_refused(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no product"):
         quantize_int8(graph, tmp_path / "model.onnx", None, ["*"])
 
 
-def test_calibrating_with_nothing(graph: Path, tmp_path: Path) -> None:
+def test_int8_calibration_without_inputs_is_refused(graph: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no input to calibrate"):
         quantize_int8(graph, tmp_path / "model.onnx", [])
     assert not list(tmp_path.iterdir())
 
 
-def test_halves_are_refused(tmp_path: Path) -> None:
+def test_int8_half_precision_graph_is_refused(tmp_path: Path) -> None:
     half = onnx.TensorProto.FLOAT16
     model = onnx.helper.make_model(
         onnx.helper.make_graph(

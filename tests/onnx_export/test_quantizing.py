@@ -95,7 +95,7 @@ def _onnxruntime_differs(how: Quantization, rows: int) -> bool:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("how", NBITS + BNB4, ids=_name)
-def test_the_bytes_are_those_of_onnxruntime(how: Quantization, dtype: Any) -> None:
+def test_quantizer_bytes_match_onnxruntime(how: Quantization, dtype: Any) -> None:
     for size in SIZES:
         if not _onnxruntime_differs(how, size[0]):
             matrix = _matrix(size, dtype)
@@ -103,7 +103,7 @@ def test_the_bytes_are_those_of_onnxruntime(how: Quantization, dtype: Any) -> No
 
 
 @pytest.mark.parametrize("how", NBITS + BNB4, ids=_name)
-def test_columns_may_be_quantized_some_at_a_time(how: Quantization) -> None:
+def test_quantizer_columns_may_be_split(how: Quantization) -> None:
     for size in SIZES:
         matrix = _matrix(size)
         step = granularity(size[0], how)
@@ -138,7 +138,7 @@ def _operator(how: Quantization, size: tuple[int, int], parts: Mapping[Any, Arra
 
 
 @pytest.mark.parametrize("how", NBITS + BNB4, ids=_name)
-def test_the_operators_multiply_with_the_dequantized_matrix(how: Quantization) -> None:
+def test_quantized_operators_use_dequantized_matrix(how: Quantization) -> None:
     for size in ((64, 32), (112, 7), (1000, 9)):
         matrix = _matrix(size)
         parts = quantize(matrix, how)

@@ -73,7 +73,7 @@ CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)
 
 
 @pytest.mark.parametrize(("name", "precision", "how"), CASES)
-def test_the_next_adapter_is_what_a_fresh_export_gives(
+def test_reweight_equals_fresh_export(
     name: str, precision: Precision, how: QuantizationOptions, models: Callable[[str], tuple[Path, Path]],
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -98,7 +98,7 @@ def test_the_next_adapter_is_what_a_fresh_export_gives(
     same_files(earlier.output, back.output)
 
 
-def test_reweight_of_a_fresh_merge_hashes_no_tensor_again(
+def test_reweight_fresh_merge_hashes_no_tensor_again(
     exported: Exported, llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = merge(llama, [AdapterChoice(adapter)], tmp_path / "merged")
@@ -141,12 +141,12 @@ def refused(folders: Folders, *words: str) -> None:
     assert not [p for p in out.parent.iterdir() if p.name.startswith(".out") and p.is_dir()]
 
 
-def test_another_config_is_refused(folders: Folders) -> None:
+def test_reweight_other_config_is_refused(folders: Folders) -> None:
     edit_json(folders[1] / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     refused(folders, "config.json is another", "without --graph-from")
 
 
-def test_a_tensor_more_or_less_is_refused(folders: Folders) -> None:
+def test_reweight_missing_or_extra_tensor_is_refused(folders: Folders) -> None:
     weights = folders[1] / "model.safetensors"
     edit_tensors(weights, {"model.more.weight": torch.ones(3)})
     refused(folders, "only this model has the tensor", "model.more.weight")
@@ -154,28 +154,26 @@ def test_a_tensor_more_or_less_is_refused(folders: Folders) -> None:
     refused(folders, "only the exported model has the tensor", "model.norm.weight")
 
 
-def test_another_shape_is_refused(folders: Folders) -> None:
+def test_reweight_other_shape_is_refused(folders: Folders) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     edit_tensors(folders[1] / "model.safetensors", {name: torch.ones(96, 64)})
     refused(folders, name, "a model of the same shape")
 
 
-def test_a_tensor_of_which_no_weight_is_made_must_not_change(
-    exported: Exported, bert: Path, tmp_path: Path
-) -> None:
+def test_reweight_changed_tensor_without_recipe_is_refused(exported: Exported, bert: Path, tmp_path: Path) -> None:
     """The graph lacks the pooler; a bias of zeros may be lacking too, and then no other could come in."""
     shutil.copytree(bert, tmp_path / "merged")
     edit_tensors(tmp_path / "merged" / "model.safetensors", {"pooler.dense.bias": torch.ones(64)})
     refused((exported(bert).output, tmp_path / "merged", tmp_path / "out"), "it changed", "pooler.dense.bias")
 
 
-def test_a_data_file_that_is_cut_is_refused(folders: Folders) -> None:
+def test_reweight_truncated_data_file_is_refused(folders: Folders) -> None:
     data = folders[0] / "model.onnx.data"
     os.truncate(data, data.stat().st_size - 1)
     refused(folders, "model.onnx.data")
 
 
-def test_a_planted_link_is_refused_and_its_target_stays(folders: Folders, tmp_path: Path) -> None:
+def test_reweight_planted_link_is_refused(folders: Folders, tmp_path: Path) -> None:
     data = folders[0] / "model.onnx.data"
     secret = tmp_path / "secret"
     data.rename(secret)
@@ -188,7 +186,7 @@ def test_a_planted_link_is_refused_and_its_target_stays(folders: Folders, tmp_pa
     assert secret.read_bytes() == before
 
 
-def test_a_link_planted_for_the_graph_is_refused(folders: Folders, tmp_path: Path) -> None:
+def test_reweight_link_as_graph_is_refused(folders: Folders, tmp_path: Path) -> None:
     graph = folders[0] / "genai_config.json"
     (tmp_path / "elsewhere.json").write_bytes(graph.read_bytes())
     graph.unlink()
@@ -196,7 +194,7 @@ def test_a_link_planted_for_the_graph_is_refused(folders: Folders, tmp_path: Pat
     refused(folders, "genai_config.json")
 
 
-def test_a_graph_that_disagrees_with_the_map_is_refused(folders: Folders) -> None:
+def test_reweight_graph_disagreeing_with_map_is_refused(folders: Folders) -> None:
     path = folders[0] / "model.onnx"
     model = onnx.load(path, load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.external_data)
@@ -205,11 +203,13 @@ def test_a_graph_that_disagrees_with_the_map_is_refused(folders: Folders) -> Non
     refused(folders, "disagree on where", tensor.name)
 
 
-def test_an_unmerged_export_has_no_map(exported: Exported, llama: Path, adapter: Path, folders: Folders) -> None:
+def test_reweight_from_unmerged_export_is_refused(
+    exported: Exported, llama: Path, adapter: Path, folders: Folders
+) -> None:
     refused((exported(llama, adapter=adapter).output, *folders[1:]), "no weights-map.json")
 
 
-def test_a_full_disk_leaves_nothing(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reweight_full_disk_leaves_nothing(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_nothing(folders: Folders, monkeypatch: pytest.Monkey
     refused(folders, "full")
 
 
-def test_too_little_space_is_told_before_any_work(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reweight_too_little_space_is_refused_first(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass
     class Usage:
         free: int = 10_000
@@ -227,7 +227,7 @@ def test_too_little_space_is_told_before_any_work(folders: Folders, monkeypatch:
 
 
 @pytest.mark.parametrize("option", [["--precision", "fp16"], ["--engine", "genai"], ["--keep", "auto"]])
-def test_options_of_the_earlier_export_are_not_chosen_again(option: list[str], folders: Folders) -> None:
+def test_reweight_graph_options_are_refused(option: list[str], folders: Folders) -> None:
     earlier, merged, out = map(str, folders)
     command = ["export", "-m", merged, "-o", out, "--graph-from", earlier, *option, "--json"]
     found = CliRunner().invoke(cli, command)
@@ -236,7 +236,7 @@ def test_options_of_the_earlier_export_are_not_chosen_again(option: list[str], f
     assert not folders[2].exists()
 
 
-def test_the_command_writes_and_reports_it(folders: Folders) -> None:
+def test_export_graph_from_command_reports_result(folders: Folders) -> None:
     earlier, merged, out = map(str, folders)
     found = CliRunner().invoke(cli, ["export", "-m", merged, "-o", out, "--graph-from", earlier, "--json"])
     assert found.exit_code == 0, found.stderr

@@ -22,7 +22,7 @@ def no_cuda() -> None:
 
 
 @pytest.mark.usefixtures("no_cuda")
-def test_absent_cuda_is_refused_quickly_and_quietly(capfd: pytest.CaptureFixture[str]) -> None:
+def test_provider_absent_cuda_is_refused_quickly(capfd: pytest.CaptureFixture[str]) -> None:
     runtime.why_not.cache_clear()
     start = time.monotonic()
     with pytest.raises(RuntimeUnavailable, match=r"cuda execution provider does not work here: .") as refusal:
@@ -33,17 +33,17 @@ def test_absent_cuda_is_refused_quickly_and_quietly(capfd: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("no_cuda")
-def test_auto_falls_back_to_the_cpu() -> None:
+def test_provider_auto_falls_back_to_cpu() -> None:
     assert runtime.resolve_provider("auto") == "cpu"
 
 
-def test_cpu_works_and_unknown_names_do_not() -> None:
+def test_provider_unknown_name_is_refused() -> None:
     assert runtime.resolve_provider("cpu") == "cpu"
     with pytest.raises(InputError, match="'npu'"):
         runtime.resolve_provider("npu")
 
 
-def test_a_probe_that_hangs_is_no_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provider_probe_that_hangs_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "PROBE_SECONDS", 0.01)
     runtime.why_not.cache_clear()
     try:
@@ -52,7 +52,7 @@ def test_a_probe_that_hangs_is_no_provider(monkeypatch: pytest.MonkeyPatch) -> N
         runtime.why_not.cache_clear()
 
 
-def test_report_has_a_reason_for_each_failure() -> None:
+def test_providers_report_has_reason_for_failure() -> None:
     rows = runtime.providers_report()
     assert [row["provider"] for row in rows] == ["cpu", "cuda", "tensorrt"]
     assert rows[0]["works"]
@@ -70,30 +70,30 @@ def test_report_has_a_reason_for_each_failure() -> None:
         ("Segmentation fault", "Segmentation fault"),
     ],
 )
-def test_the_telling_line_is_found(stderr: str, reason: str) -> None:
+def test_provider_failure_reason_is_extracted(stderr: str, reason: str) -> None:
     assert runtime._reason(stderr) == reason
 
 
 @pytest.mark.usefixtures("no_cuda")
-def test_a_session_never_falls_back(exported: Callable[..., ExportResult], llama: Path) -> None:
+def test_session_never_falls_back(exported: Callable[..., ExportResult], llama: Path) -> None:
     with pytest.raises(RuntimeUnavailable, match="fell back to CPUExecutionProvider"):
         runtime.open_session(exported(llama).model, "cuda")
 
 
-def test_a_model_that_does_not_load_is_named(tmp_path: Path) -> None:
+def test_session_model_that_fails_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\xff")
     with pytest.raises(RuntimeUnavailable, match="cannot open the model") as failure:
         runtime.open_session(tmp_path / "model.onnx", "cpu")
     assert failure.value.where == str(tmp_path / "model.onnx")
 
 
-def test_numpy_types_of_onnx_types() -> None:
+def test_numpy_dtype_of_onnx_types() -> None:
     assert numpy_dtype("tensor(float)") == np.float32
     assert numpy_dtype("tensor(float16)") == np.float16
     assert numpy_dtype("tensor(int64)") == np.int64
     assert numpy_dtype("tensor(bfloat16)") == np.dtype(ml_dtypes.bfloat16)
 
 
-def test_an_encoder_has_no_decoder_signature(exported: Callable[..., ExportResult], bert: Path) -> None:
+def test_decoder_signature_of_encoder_is_none(exported: Callable[..., ExportResult], bert: Path) -> None:
     with pytest.raises(InputError, match="not a decoder with a KV cache"):
         GraphRun(exported(bert).model).signature.require_cache()

@@ -64,9 +64,7 @@ def added(given: dict[str, Path], root: Path, name: str, precision: str = "fp32"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_each_graph_computes_what_its_own_export_does(
-    precision: str, given: dict[str, Path], tmp_path: Path
-) -> None:
+def test_shared_graph_equals_own_export(precision: str, given: dict[str, Path], tmp_path: Path) -> None:
     root = tmp_path / "all"
     for name in ("a", "b"):
         result = added(given, root, name, precision)
@@ -79,7 +77,7 @@ def test_each_graph_computes_what_its_own_export_does(
     assert not np.array_equal(logits(root / "a.onnx"), logits(root / "b.onnx"))
 
 
-def test_an_adapter_holds_only_what_it_changed(given: dict[str, Path], tmp_path: Path) -> None:
+def test_shared_adapter_holds_only_changed_weights(given: dict[str, Path], tmp_path: Path) -> None:
     result = added(given, tmp_path / "all", "b")
     (data,) = (n for n in result.files if n.endswith(".bin"))
     two_down_projections = 2 * 64 * 112 * 4
@@ -93,7 +91,7 @@ def test_an_adapter_holds_only_what_it_changed(given: dict[str, Path], tmp_path:
     assert places == {"base.bin", data}
 
 
-def test_the_folder_is_an_export_of_the_base(given: dict[str, Path], tmp_path: Path) -> None:
+def test_shared_folder_is_export_of_base(given: dict[str, Path], tmp_path: Path) -> None:
     root = tmp_path / "all"
     added(given, root, "a")
     assert load_export(root).graphs == ("base.onnx",)
@@ -108,7 +106,7 @@ def test_the_folder_is_an_export_of_the_base(given: dict[str, Path], tmp_path: P
     np.testing.assert_array_equal(logits(again.model), logits(own.model))
 
 
-def test_genai_generates_with_an_adapter(given: dict[str, Path], tmp_path: Path) -> None:
+def test_shared_adapter_generates_in_genai(given: dict[str, Path], tmp_path: Path) -> None:
     import onnxruntime_genai as og
 
     root = tmp_path / "all"
@@ -130,7 +128,7 @@ def test_genai_generates_with_an_adapter(given: dict[str, Path], tmp_path: Path)
     assert tokens(root, "a.onnx") == tokens(own.output, "model.onnx")
 
 
-def test_replaced_by_force_alone_and_the_old_data_go(given: dict[str, Path], tmp_path: Path) -> None:
+def test_shared_adapter_is_replaced_only_by_force(given: dict[str, Path], tmp_path: Path) -> None:
     root = tmp_path / "all"
     added(given, root, "a")
     before = {p.name: p.read_bytes() for p in root.iterdir()}
@@ -143,7 +141,7 @@ def test_replaced_by_force_alone_and_the_old_data_go(given: dict[str, Path], tmp
     np.testing.assert_array_equal(logits(root / "a.onnx"), logits(own.model))
 
 
-def test_a_failure_leaves_the_folder_as_it_was(
+def test_shared_failure_keeps_folder(
     given: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "all"
@@ -162,7 +160,7 @@ def test_a_failure_leaves_the_folder_as_it_was(
     assert not (tmp_path / "other").exists()
 
 
-def test_another_base_is_refused(given: dict[str, Path], tmp_path: Path) -> None:
+def test_shared_other_base_is_refused(given: dict[str, Path], tmp_path: Path) -> None:
     root = tmp_path / "all"
     added(given, root, "a")
     reweight(given["fp32"], given["a"], tmp_path / "other-onnx", progress=Silent())
@@ -172,13 +170,13 @@ def test_another_base_is_refused(given: dict[str, Path], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["", "base", "../a", "a/b", "a b", ".a", "-a", "a.b", "Ä", "a" * 65])
-def test_names_that_are_no_file_names_are_refused(name: str, given: dict[str, Path], tmp_path: Path) -> None:
+def test_shared_invalid_name_is_refused(name: str, given: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(LoraExportError, match="cannot be called"):
         share(given["fp32"], given["a"], tmp_path / "all", name, progress=Silent())
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_something_else_stays(given: dict[str, Path], tmp_path: Path) -> None:
+def test_shared_foreign_folder_is_refused(given: dict[str, Path], tmp_path: Path) -> None:
     root = tmp_path / "mine"
     root.mkdir()
     (root / "notes.txt").write_text("mine")
@@ -187,7 +185,7 @@ def test_a_folder_of_something_else_stays(given: dict[str, Path], tmp_path: Path
     assert [p.name for p in root.iterdir()] == ["notes.txt"]
 
 
-def test_another_chat_template_is_told(
+def test_shared_other_chat_template_is_reported(
     given: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(given["a"], tmp_path / "model")
@@ -200,7 +198,7 @@ def test_another_chat_template_is_told(
     assert document["graphs"] == ["a.onnx"] and "a.onnx" in document["files"]
 
 
-def test_shared_as_needs_a_graph(given: dict[str, Path], tmp_path: Path) -> None:
+def test_shared_as_without_graph_from_is_refused(given: dict[str, Path], tmp_path: Path) -> None:
     command = ["export", "-m", given["a"], "-o", tmp_path / "all", "--shared-as", "a"]
     found = CliRunner().invoke(cli, [*map(str, command)])
     assert found.exit_code == 1 and "--shared-as without --graph-from" in found.stderr

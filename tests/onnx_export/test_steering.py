@@ -109,14 +109,14 @@ def sha256(text: str, number: float, width: int = 1) -> str:
 
 
 @pytest.mark.parametrize("name", STEERED)
-def test_a_constant_that_steers_counts_by_value(name: str) -> None:
+def test_steering_constant_counts_by_value(name: str) -> None:
     text = f"{LENGTH}  n = Mul(c, c)  {STEERED[name]}"
     assert sha256(text, 3) == sha256(text, 3)
     assert sha256(text, 3) != sha256(text, 300)
 
 
 @pytest.mark.parametrize("name", OPERANDS)
-def test_a_weight_counts_by_type_and_shape(name: str) -> None:
+def test_steering_weight_counts_by_type_and_shape(name: str) -> None:
     assert sha256(OPERANDS[name], 3) == sha256(OPERANDS[name], 300)
     assert sha256(OPERANDS[name], 3) != sha256(OPERANDS[name], 3, width=2)
 
@@ -149,7 +149,7 @@ def branch(threshold: float, folder: Path) -> Path:
     return path
 
 
-def test_a_branch_that_another_length_takes_is_another_graph(tmp_path: Path) -> None:
+def test_steering_branch_on_length_is_other_graph(tmp_path: Path) -> None:
     base = branch(1e6, tmp_path)
     assert compare([base], [base], "cpu").identical
     found = compare([base], [branch(300.0, tmp_path)], "cpu")
@@ -158,7 +158,7 @@ def test_a_branch_that_another_length_takes_is_another_graph(tmp_path: Path) -> 
     assert "Greater" in difference and "1000000.0" in difference and "300.0" in difference
 
 
-def test_a_large_table_that_steers_is_read_from_its_file(tmp_path: Path) -> None:
+def test_steering_large_table_is_read_from_file(tmp_path: Path) -> None:
     def saved(last: float) -> Path:
         made = model("u = Shape(x)  n = Gather(c, u)  i = Cast<to = 7>(n)  y = Reshape(x, i)", 0)
         table = np.full((5000,), 2, np.float32)
@@ -186,13 +186,13 @@ def constant(value: np.ndarray, text: str) -> str:
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.bool_, np.float32, np.float16])
-def test_settings_count_by_value_wherever_they_go(dtype: type) -> None:
+def test_steering_settings_count_by_value(dtype: type) -> None:
     """Integers and booleans of any size, and floats without dimensions, are of the architecture."""
     shape = () if np.issubdtype(dtype, np.floating) else (100,)
     assert constant(np.zeros(shape, dtype), "y = Add(x, c)") != constant(np.ones(shape, dtype), "y = Add(x, c)")
 
 
-def test_numbers_of_a_quantization_are_weights() -> None:
+def test_steering_quantization_parameters_are_weights() -> None:
     for value, text in (
         (np.float32(2), "q, s, z = DynamicQuantizeLinear(x)  t = Mul(s, c)  y = Mul(x, t)"),
         (np.float32(2), "q = QuantizeLinear(x, c)  y = DequantizeLinear(q, c)"),
@@ -204,7 +204,7 @@ def test_numbers_of_a_quantization_are_weights() -> None:
         assert constant(np.asarray(value), text) == constant(other.astype(value.dtype), text), text
 
 
-def test_attributes_and_overridden_inputs_count() -> None:
+def test_steering_attributes_and_overridden_inputs_count() -> None:
     def filled(value: float) -> str:
         text = f"i = Shape(x)  y = ConstantOfShape<value = float[1] {{{value}}}>(i)"
         return canonical(as_ir(model(text, 0)), {}).sha256
@@ -216,13 +216,13 @@ def test_attributes_and_overridden_inputs_count() -> None:
     assert len({canonical(as_ir(one), {}).sha256 for one in made}) == 2
 
 
-def test_the_inputs_of_a_loop_have_places() -> None:
+def test_steering_loop_inputs_have_positions() -> None:
     body = "<body = a (int64 s, bool v, float[m] p, float[m] q) => (bool w, float[m] t, float[m] u)"
     text = f"i = Size(x)  y, z = Loop(i, , x, x) {body} {{w = Identity(v)  t = Exp(%s)  u = Neg(%s)}}>"
     assert sha256(text % ("p", "q"), 1) != sha256(text % ("q", "p"), 1)
 
 
-def test_an_operator_s_meaning_is_that_of_its_version() -> None:
+def test_steering_operator_follows_its_version() -> None:
     made = [model("y = Softmax(x)", 1) for _ in range(3)]
     for one, version in zip(made, (12, 13, 18), strict=True):
         one.opset_import[0].version = version
@@ -230,7 +230,7 @@ def test_an_operator_s_meaning_is_that_of_its_version() -> None:
     assert old != new == newer
 
 
-def test_roles_of_onnx_runtime_s_operators_are_complete() -> None:
+def test_steering_roles_of_contrib_operators_are_complete() -> None:
     """By the types in a graph alone, every input that takes 32- or 64-bit integers and no floats steers."""
     registry = pytest.importorskip("onnxruntime.capi.onnxruntime_pybind11_state")
     if not hasattr(registry, "get_all_operator_schema"):

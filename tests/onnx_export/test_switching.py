@@ -65,7 +65,9 @@ def choice(given: dict[str, Path], name: str) -> list[AdapterChoice]:
 
 
 @pytest.mark.parametrize("precision", daily(PRECISIONS, ("fp32", "int4")))
-def test_ten_switches_of_an_export(given: Any, exports: Any, tmp_path: Path, precision: str) -> None:
+def test_switch_export_ten_times_equals_fresh_export(
+    given: Any, exports: Any, tmp_path: Path, precision: str
+) -> None:
     folder = Path(shutil.copytree(exports("a", precision), tmp_path / "onnx"))
     half = [AdapterChoice(given["b"], 0.5)]
     steps = [choice(given, n) for n in "aba"] + [half] + [choice(given, n) for n in "bababa"] + [half]
@@ -79,7 +81,7 @@ def test_ten_switches_of_an_export(given: Any, exports: Any, tmp_path: Path, pre
     assert contents(folder) == contents(tmp_path / "fresh")
 
 
-def test_what_an_export_does_not_hold_is_refused(given: Any, exports: Any, tmp_path: Path) -> None:
+def test_switch_export_from_other_adapter_is_refused(given: Any, exports: Any, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(exports("a", "fp32"), tmp_path / "onnx"))
     with pytest.raises(InputError, match="does not hold this adapter"):
         switch(folder, given["base"], choice(given, "b"), choice(given, "a"), Silent())
@@ -117,14 +119,14 @@ def near(found: Any, wanted: np.ndarray, precision: str) -> bool:
     return bool(np.abs(np.asarray(found[0], np.float64) - wanted).max() < tolerance * np.abs(wanted).max())
 
 
-def test_another_graph_is_refused_and_nothing_changes(exports: Any) -> None:
+def test_live_switch_to_other_graph_is_refused(exports: Any) -> None:
     swapped = Swapped(exports("a", "fp32"), "cpu")
     with pytest.raises(InputError, match="other inputs or outputs"):
         swapped.switch(exports("b", "fp16"))
     assert swapped.folder == exports("a", "fp32")
 
 
-def test_requests_meet_one_adapter_or_the_other(exports: Any) -> None:
+def test_live_switch_requests_meet_one_adapter(exports: Any) -> None:
     """While threads ask without a pause, the adapter changes ten times: no answer is of both."""
     folders = [exports(n, "fp32") for n in "ab"]
     live = Swapped(folders[0], "cpu")
@@ -155,7 +157,7 @@ def test_requests_meet_one_adapter_or_the_other(exports: Any) -> None:
     assert not odd and min(asked) > 20
 
 
-def test_plugged_adapters_by_name(given: dict[str, Path], exports: Any, tmp_path: Path) -> None:
+def test_plugged_adapters_are_chosen_by_name(given: dict[str, Path], exports: Any, tmp_path: Path) -> None:
     sources = [given[n] for n in "ab"]
     export_pluggable(given["base"], sources, tmp_path / "plug", ExportOptions("fp32", "cpu"), Silent())
     live = Plugged(tmp_path / "plug", "cpu")

@@ -26,13 +26,13 @@ MAP = WeightsMap(
 )
 
 
-def test_read_as_written(tmp_path: Path) -> None:
+def test_weights_map_round_trips(tmp_path: Path) -> None:
     weights_map.write(tmp_path, MAP)
     assert weights_map.read(tmp_path) == MAP
     assert MAP.tensors == {"w", "v"}
 
 
-def test_offsets_are_aligned_for_cuda_and_for_mapping() -> None:
+def test_weights_map_offsets_are_aligned() -> None:
     offsets = {w.name: w.offset for w in MAP.weights}
     assert offsets == {"plain": 0, "turned": 256, "packed": 0, "constant": 256, "large": 4096}
     assert MAP.sizes == {"a.bin": 256 + 4 * 6 * 2, "b.bin": 4096 + 2**21}
@@ -84,7 +84,7 @@ CASES: list[tuple[tuple[Any, ...], Any, str]] = [
 
 
 @pytest.mark.parametrize(("where", "value", "said"), CASES)
-def test_what_cannot_be_is_refused(where: tuple[Any, ...], value: Any, said: str, tmp_path: Path) -> None:
+def test_weights_map_inconsistent_is_refused(where: tuple[Any, ...], value: Any, said: str, tmp_path: Path) -> None:
     weights_map.write(tmp_path, MAP)
     path = tmp_path / weights_map.NAME
     path.write_text(json.dumps(spoiled(json.loads(path.read_text()), where, value)))

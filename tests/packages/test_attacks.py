@@ -65,14 +65,14 @@ def armed(folder: Path, library: Path, name: str = "genai_config.json") -> Path:
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
-def test_the_library_is_a_real_danger(decoder_run: Path, copied: Copied, library: Path, canary: Path) -> None:
+def test_planted_library_would_run_in_genai(decoder_run: Path, copied: Copied, library: Path, canary: Path) -> None:
     folder = armed(copied(decoder_run, "genai"), library)
     program = f"import onnxruntime_genai as og; og.Model(og.Config({str(folder)!r}))"
     subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
     assert canary.exists()
 
 
-def test_verify_run_of_a_package_with_a_library_runs_nothing(
+def test_verify_run_package_with_library_runs_nothing(
     decoder_run: Path, copied: Copied, library: Path, canary: Path, tmp_path: Path
 ) -> None:
     folder = armed(copied(decoder_run, "genai"), library)
@@ -129,7 +129,7 @@ def test_triton_package_with_a_python_backend_is_refused(decoder_run: Path, copi
         ("generation_config.json", "custom_generate", "org/x"),
     ],
 )
-def test_package_of_a_model_that_names_code_is_refused(
+def test_package_model_naming_code_is_refused(
     name: str, key: str, value: Any, decoder_run: Path, copied: Copied
 ) -> None:
     folder = copied(decoder_run, "hf")
@@ -141,7 +141,7 @@ def test_package_of_a_model_that_names_code_is_refused(
     assert '"runs"' not in result.stdout
 
 
-def test_commands_that_read_an_export_with_a_library_run_nothing(
+def test_commands_reading_export_with_library_run_nothing(
     decoder: tuple[Path, Path, Path], library: Path, canary: Path, tmp_path: Path
 ) -> None:
     base, adapter, made = decoder
@@ -170,7 +170,7 @@ def test_commands_that_read_an_export_with_a_library_run_nothing(
     assert not out.exists() and not canary.exists()
 
 
-def test_commands_that_read_a_model_with_a_kernel_load_none(
+def test_commands_reading_model_with_kernel_load_none(
     decoder: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter, made = decoder
@@ -216,7 +216,7 @@ class Told(Silent):
         self.lines.append(f"warning: {text}")
 
 
-def test_unsigned_package_is_said_to_be_one_before_it_runs(decoder_run: Path, copied: Copied) -> None:
+def test_verify_run_unsigned_package_warns_first(decoder_run: Path, copied: Copied) -> None:
     told = Told()
     found = delivered.verify(copied(decoder_run, "genai"), None, True, None, told)
     assert found.verified and found.about["signature"] == "none"
@@ -226,7 +226,7 @@ def test_unsigned_package_is_said_to_be_one_before_it_runs(decoder_run: Path, co
     assert network == "none" or any(network in line for line in told.lines)
 
 
-def test_licence_with_code_stays_behind(tmp_path: Path) -> None:
+def test_package_omits_licence_with_code(tmp_path: Path) -> None:
     from lora_export.packages.companions import licences
 
     for name in ("LICENSE", "NOTICE.so", "LICENSE.py", "copyright.pkl", "USE_POLICY.md"):

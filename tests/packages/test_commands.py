@@ -56,7 +56,7 @@ def changed(decoder_run: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_the_document_of_the_command(decoder_run: Path, tmp_path: Path) -> None:
+def test_package_command_prints_document(decoder_run: Path, tmp_path: Path) -> None:
     code, found = invoke("package", decoder_run, "--for", "optimum", "-o", tmp_path / "p", "--name", "tiny-1.0")
     assert code == 0
     on_disk = {p.name: p.stat().st_size for p in (tmp_path / "p").iterdir()}
@@ -87,13 +87,15 @@ def test_the_document_of_the_command(decoder_run: Path, tmp_path: Path) -> None:
         (["--for", "triton", "--name", "a\nb"], "letters, digits"),
     ],
 )
-def test_words_that_do_not_fit(words: list[str], found: str, decoder_run: Path, tmp_path: Path) -> None:
+def test_package_invalid_options_are_refused(
+    words: list[str], found: str, decoder_run: Path, tmp_path: Path
+) -> None:
     code, document = invoke("package", decoder_run, *words, "-o", tmp_path / "p")
     assert code == 1 and found in json.dumps(document), document
     assert not list(tmp_path.iterdir())
 
 
-def test_q4f16_of_a_model_that_would_compute_in_fp32(encoder_run: Path, tmp_path: Path) -> None:
+def test_package_q4f16_of_fp32_model_is_refused(encoder_run: Path, tmp_path: Path) -> None:
     words = ["--for", "transformers-js", "--variant", "q4f16", "-o", tmp_path / "p"]
     code, document = invoke("package", encoder_run, *words)
     assert code == 1 and "q4f16" in document["found"] and "fp16" in document["expected"]
@@ -103,7 +105,7 @@ def test_q4f16_of_a_model_that_would_compute_in_fp32(encoder_run: Path, tmp_path
     ("name", "missing"),
     [("merged/tokenizer.json", "no tokenizer"), ("merged/chat_template.jinja", "no chat template")],
 )
-def test_what_a_package_cannot_be_without(
+def test_package_without_required_files_is_refused(
     name: str, missing: str, changed: Callable[..., Path], tmp_path: Path, decoder_run: Path
 ) -> None:
     """A chat template where the base is called a chat model; without that name there is nothing to miss."""
@@ -114,7 +116,7 @@ def test_what_a_package_cannot_be_without(
     assert not (tmp_path / "p").exists()
 
 
-def test_a_base_that_never_had_a_chat_template(
+def test_package_base_without_chat_template_is_accepted(
     changed: Callable[..., Path], decoder_run: Path, tmp_path: Path
 ) -> None:
     """Its package has none either, though that of the same run with a template does."""
@@ -129,7 +131,9 @@ def test_a_base_that_never_had_a_chat_template(
         assert "chat_template" not in settings or name == "with", told
 
 
-def test_a_run_that_failed_or_was_changed(decoder_run: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_package_failed_or_changed_run_is_refused(
+    decoder_run: Path, changed: Callable[..., Path], tmp_path: Path
+) -> None:
     report = json.loads((decoder_run / "report" / "report.json").read_text())
     run = changed("report/report.json", json.dumps(report | {"status": "failed"}))
     code, document = invoke("package", run, "--for", "hf", "-o", tmp_path / "p")
@@ -140,13 +144,13 @@ def test_a_run_that_failed_or_was_changed(decoder_run: Path, changed: Callable[.
 
 
 @pytest.mark.parametrize("place", ["merged", "onnx", ".", "nothing"])
-def test_what_is_no_run(place: str, decoder_run: Path, packed: Packed, tmp_path: Path) -> None:
+def test_package_of_no_run_is_refused(place: str, decoder_run: Path, packed: Packed, tmp_path: Path) -> None:
     folder = packed(decoder_run, "hf").output if place == "." else decoder_run / place
     code, document = invoke("package", folder, "--for", "hf", "-o", tmp_path / "p")
     assert code == 1 and "not a run" in document["found"] and "merge-and-export" in document["next"]
 
 
-def test_a_run_without_a_merged_folder(changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_package_run_without_merged_folder_is_refused(changed: Callable[..., Path], tmp_path: Path) -> None:
     run = changed()
     document = read_sealed(run / "manifest.json")
     shutil.rmtree(run / "merged")
@@ -159,7 +163,7 @@ def test_a_run_without_a_merged_folder(changed: Callable[..., Path], tmp_path: P
     assert invoke("verify", tmp_path / "genai")[0] == 0
 
 
-def test_a_package_is_not_switched(decoder: tuple[Path, Path, Path], packed: Packed) -> None:
+def test_switch_package_is_refused(decoder: tuple[Path, Path, Path], packed: Packed) -> None:
     base, adapter, run = decoder
     folder = packed(run, "hf").output
     code, document = invoke("switch", "-m", folder, "--from", adapter, "--to", adapter, "-b", base)
@@ -170,7 +174,9 @@ def test_a_package_is_not_switched(decoder: tuple[Path, Path, Path], packed: Pac
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_odd_names_stay_text(odd: str, changed: Callable[..., Path], decoder_run: Path, tmp_path: Path) -> None:
+def test_package_unusual_names_stay_text(
+    odd: str, changed: Callable[..., Path], decoder_run: Path, tmp_path: Path
+) -> None:
     document = read_sealed(decoder_run / "manifest.json")
     report = json.loads((decoder_run / "report" / "report.json").read_text())
     run = changed(
@@ -212,7 +218,7 @@ class Hub:
         Hub.calls.append(("upload", words))
 
 
-def test_push(decoder_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_push_uploads(decoder_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
@@ -223,7 +229,7 @@ def test_push(decoder_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert Hub.calls[1][1]["folder_path"] == tmp_path / "p" and Hub.calls[1][1]["repo_id"] == "me/model"
 
 
-def test_push_without_a_network_keeps_the_package(tmp_path: Path, packed: Packed, decoder_run: Path) -> None:
+def test_package_push_offline_keeps_package(tmp_path: Path, packed: Packed, decoder_run: Path) -> None:
     folder = packed(decoder_run, "hf").output
     with pytest.raises(OutputError, match="the package is written") as refused:
         push(folder, "me/model", False, Silent())
@@ -233,7 +239,7 @@ def test_push_without_a_network_keeps_the_package(tmp_path: Path, packed: Packed
 # --- configurations ----------------------------------------------------------------------------------------
 
 
-def test_the_legacy_spelling_of_rotary_embeddings() -> None:
+def test_package_config_has_legacy_rotary_spelling() -> None:
     scaled = {"rope_type": "llama3", "rope_theta": 7.0, "factor": 8.0}
     found = for_both({"rope_parameters": scaled, "dtype": "bfloat16"})
     assert found["rope_theta"] == 7.0 and found["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
@@ -245,7 +251,7 @@ def test_the_legacy_spelling_of_rotary_embeddings() -> None:
     assert nested["text_config"]["rope_theta"] == 5.0
 
 
-def test_a_tokenizer_that_both_versions_know() -> None:
+def test_package_tokenizer_loads_in_both_versions() -> None:
     found = tokenizer_for_both(
         {"tokenizer_class": "TokenizersBackend", "is_local": True, "extra_special_tokens": ["<a>"]}
     )
@@ -258,7 +264,7 @@ def test_a_tokenizer_that_both_versions_know() -> None:
     assert tokenizer_for_both(kept) == kept
 
 
-def test_search_defaults_of_a_list_of_ends(changed: Callable[..., Path], tmp_path: Path) -> None:
+def test_package_search_defaults_accept_eos_list(changed: Callable[..., Path], tmp_path: Path) -> None:
     run = changed("merged/generation_config.json", json.dumps({"eos_token_id": [2, 5], "top_p": 0.3}))
     folder = package(run, "genai", tmp_path / "p", PackageOptions(), Silent()).output
     config = json.loads((folder / "genai_config.json").read_text())

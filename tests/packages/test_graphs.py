@@ -51,7 +51,7 @@ def feeds_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("largest", [graphs.LARGEST_CHUNK, 60_000, 40_000])
-def test_chunks(largest: int, llama: ExportResult, tmp_path: Path) -> None:
+def test_data_files_are_split_into_chunks(largest: int, llama: ExportResult, tmp_path: Path) -> None:
     """Data files of at most so many bytes, which the graph names, and which hold nothing twice."""
     found = hub_graphs.lay(llama, tmp_path, "_q4", largest)
     count = found["model_q4.onnx"]
@@ -68,7 +68,7 @@ def test_chunks(largest: int, llama: ExportResult, tmp_path: Path) -> None:
     )
 
 
-def test_a_tensor_that_fits_no_file(llama: ExportResult, tmp_path: Path) -> None:
+def test_chunk_tensor_larger_than_file_is_refused(llama: ExportResult, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="files of 100"):
         hub_graphs.lay(llama, tmp_path, largest=100)
 
@@ -96,7 +96,9 @@ TOKENS = (17, 33, 8, 41, 60)  # what the decoder is made to say, whatever it wou
 
 @pytest.mark.parametrize("placeholder", [0, 1], ids=["transformers.js", "optimum"])
 @pytest.mark.parametrize("name", [later("bart"), "whisper"])
-def test_a_joined_decoder(name: str, placeholder: int, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_joined_decoder_equals_both_steps(
+    name: str, placeholder: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     """Logits of the two graphs, token by token with a cache, against those of the whole model.
 
     placeholder: positions of the cache that is handed over before there is one.
@@ -139,14 +141,14 @@ def test_a_joined_decoder(name: str, placeholder: int, request: pytest.FixtureRe
         assert cache["past_key_values.0.decoder.key"].shape[2] == i + 1
 
 
-def test_the_joined_decoder_holds_its_weights_once(bart: tuple[Path, ExportResult], tmp_path: Path) -> None:
+def test_joined_decoder_holds_weights_once(bart: tuple[Path, ExportResult], tmp_path: Path) -> None:
     _, source = bart
     hub_graphs.lay(source, tmp_path)
     size = (tmp_path / "decoder_model_merged.onnx_data").stat().st_size
     assert size < 1.1 * (source.output / "decoder_model.onnx_data").stat().st_size
 
 
-def test_steps_of_other_weights_are_refused(bart: tuple[Path, ExportResult], tmp_path: Path) -> None:
+def test_joined_decoder_of_different_weights_is_refused(bart: tuple[Path, ExportResult], tmp_path: Path) -> None:
     import shutil
 
     from lora_export.packages.two_steps import joined

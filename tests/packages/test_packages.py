@@ -55,11 +55,11 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return document
 
 
-def test_every_target_is_in_the_registry() -> None:
+def test_package_registry_has_every_target() -> None:
     assert list(targets()) == DECODER_TARGETS
 
 
-def test_verify_finds_it_as_it_was_made(made: tuple[Path, Path, str]) -> None:
+def test_verify_package_passes(made: tuple[Path, Path, str]) -> None:
     _, folder, target = made
     found = delivered.verify(folder, None, False, None, Silent())
     assert found.verified, found
@@ -69,13 +69,13 @@ def test_verify_finds_it_as_it_was_made(made: tuple[Path, Path, str]) -> None:
     assert any("not signed" in text for text in found.not_checked)
 
 
-def test_a_second_build_has_the_same_bytes(made: tuple[Path, Path, str], tmp_path: Path) -> None:
+def test_package_is_reproducible(made: tuple[Path, Path, str], tmp_path: Path) -> None:
     run, folder, target = made
     again = package(run, target, tmp_path / "elsewhere", PackageOptions(**_quick(target)), Silent()).output
     assert hash_folder(again) == hash_folder(folder)
 
 
-def test_what_the_manifest_says(made: tuple[Path, Path, str]) -> None:
+def test_package_manifest_records_files_and_proof(made: tuple[Path, Path, str]) -> None:
     run, folder, target = made
     manifest, of_run = manifest_of(folder), manifest_of(run)
     on_disk = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
@@ -92,7 +92,7 @@ def test_what_the_manifest_says(made: tuple[Path, Path, str]) -> None:
     assert manifest["latency"]["verdict"] in ("equivalent", "inconclusive")
 
 
-def test_nothing_but_plain_files_of_the_umask(packed: Packed, decoder_run: Path, tmp_path: Path) -> None:
+def test_package_has_only_plain_files(packed: Packed, decoder_run: Path, tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
         folder = package(decoder_run, "optimum", tmp_path / "p", PackageOptions(), Silent()).output
@@ -104,14 +104,14 @@ def test_nothing_but_plain_files_of_the_umask(packed: Packed, decoder_run: Path,
         assert stat.S_IMODE(status.st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
-def test_no_path_of_this_machine(made: tuple[Path, Path, str]) -> None:
+def test_package_names_no_path_of_machine(made: tuple[Path, Path, str]) -> None:
     run, folder, _ = made
     for path in folder.rglob("*"):
         if path.is_file():
             assert str(run.parent).encode() not in path.read_bytes(), path
 
 
-def test_licences_and_the_chat_template_are_carried(packed: Packed, decoder_run: Path) -> None:
+def test_package_has_licences_and_chat_template(packed: Packed, decoder_run: Path) -> None:
     for target in DECODER_TARGETS:
         folder = packed(decoder_run, target, **_quick(target)).output
         assert (folder / "LICENSE.txt").read_bytes() == b"The licence of the base.\r\n"
@@ -120,7 +120,7 @@ def test_licences_and_the_chat_template_are_carried(packed: Packed, decoder_run:
         assert "apache-2.0" in (folder / "README.md").read_text()
 
 
-def test_the_bill_of_materials_is_valid_cyclonedx(made: tuple[Path, Path, str]) -> None:
+def test_package_bom_is_valid_cyclonedx(made: tuple[Path, Path, str]) -> None:
     _, folder, _ = made
     text = (folder / "bom.cdx.json").read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
@@ -135,7 +135,7 @@ def test_the_bill_of_materials_is_valid_cyclonedx(made: tuple[Path, Path, str]) 
     assert hashes == {n: f["sha256"] for n, f in files.items() if n != "bom.cdx.json"}
 
 
-def test_the_model_card(packed: Packed, decoder_run: Path) -> None:
+def test_package_model_card_has_proof(packed: Packed, decoder_run: Path) -> None:
     folder = packed(decoder_run, "hf").output
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "base" and card.data.base_model_relation == "finetune"
@@ -146,7 +146,7 @@ def test_the_model_card(packed: Packed, decoder_run: Path) -> None:
     assert ModelCard.load(other / "README.md").data.license == "mit"
 
 
-def test_a_base_without_a_card_has_an_unknown_licence(packed: Packed, encoder_run: Path) -> None:
+def test_package_base_without_card_has_unknown_licence(packed: Packed, encoder_run: Path) -> None:
     assert ModelCard.load(packed(encoder_run, "hf").output / "README.md").data.license == "unknown"
 
 
@@ -163,7 +163,7 @@ def unmerged_text(base: Path, adapter: Path, count: int = 32) -> str:
 
 
 @pytest.mark.parametrize("target", daily(["genai", "triton", "hf"], ["genai"]))
-def test_the_readmes_program_says_what_the_unmerged_model_says(
+def test_package_readme_program_matches_unmerged_model(
     target: str, decoder: tuple[Path, Path, Path], packed: Packed
 ) -> None:
     """The commands as they stand in the README, run in the package; Triton's with a server that is ONNX Runtime."""
@@ -227,7 +227,7 @@ real.InferenceServerClient = Client
 
 
 @pytest.mark.parametrize("target", ["triton", later("hf")])
-def test_an_encoder_computes_what_the_unmerged_one_does(
+def test_package_encoder_matches_unmerged_model(
     target: str, encoder: tuple[Path, Path, Path], packed: Packed
 ) -> None:
     base, adapter, run = encoder
@@ -242,7 +242,7 @@ def test_an_encoder_computes_what_the_unmerged_one_does(
 
 
 @pytest.mark.parametrize("target", DECODER_TARGETS)
-def test_programs_hold_any_prompt_as_text(target: str) -> None:
+def test_package_program_escapes_prompts(target: str) -> None:
     """The prompt is somebody's text, and the program is code."""
     import ast
 
@@ -260,7 +260,7 @@ def test_programs_hold_any_prompt_as_text(target: str) -> None:
     assert prompt in found
 
 
-def test_a_runtime_that_says_something_else_is_found(decoder_run: Path, packed: Packed, tmp_path: Path) -> None:
+def test_verify_run_other_answer_fails(decoder_run: Path, packed: Packed, tmp_path: Path) -> None:
     """Another model under a manifest that fits it: the files agree, the words do not."""
     import shutil
 
@@ -276,7 +276,7 @@ def test_a_runtime_that_says_something_else_is_found(decoder_run: Path, packed: 
 
 
 @pytest.mark.parametrize("run", ["decoder_run", "encoder_run"])
-def test_tritons_warm_up_runs(run: str, packed: Packed, request: pytest.FixtureRequest) -> None:
+def test_package_triton_warm_up_runs(run: str, packed: Packed, request: pytest.FixtureRequest) -> None:
     """The request in config.pbtxt, made as the server makes it, goes through ONNX Runtime."""
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as pb
@@ -302,7 +302,7 @@ def test_tritons_warm_up_runs(run: str, packed: Packed, request: pytest.FixtureR
     assert np.isfinite(session.run(None, feeds)[0]).all()
 
 
-def test_triton_on_cuda(packed: Packed, decoder_run: Path) -> None:
+def test_package_triton_on_cuda_has_cuda_options(packed: Packed, decoder_run: Path) -> None:
     folder = packed(decoder_run, "triton", provider="cuda", name="chat.v2").output
     text = (folder / "chat.v2" / "config.pbtxt").read_text()
     assert "KIND_GPU" in text and "cudnn_conv_algo_search" in text
@@ -312,7 +312,7 @@ def test_triton_on_cuda(packed: Packed, decoder_run: Path) -> None:
 # --- genai -------------------------------------------------------------------------------------------------
 
 
-def test_genai_has_a_configuration_for_each_provider(packed: Packed, decoder_run: Path) -> None:
+def test_package_genai_has_config_per_provider(packed: Packed, decoder_run: Path) -> None:
     import onnxruntime_genai as og
 
     folder = packed(decoder_run, "genai").output
@@ -329,7 +329,7 @@ def test_genai_has_a_configuration_for_each_provider(packed: Packed, decoder_run
 
 
 @pytest.mark.slow
-def test_genai_with_adapters_beside_the_graph(decoder: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_package_genai_pluggable_adapters_load(decoder: tuple[Path, Path, Path], tmp_path: Path) -> None:
     """The run's own is plugged in by the README's program, and says what the unmerged model says; another base does
     not, and is refused."""
     base, adapter, run = decoder
@@ -350,7 +350,7 @@ def test_genai_with_adapters_beside_the_graph(decoder: tuple[Path, Path, Path], 
     assert not (tmp_path / "q").exists()
 
 
-def test_genai_refuses_what_it_cannot_run(encoder_run: Path, tmp_path: Path) -> None:
+def test_package_genai_of_other_engine_is_refused(encoder_run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="dynamo engine"):
         package(encoder_run, "genai", tmp_path / "p", PackageOptions(), Silent())
     assert not list(tmp_path.iterdir())
@@ -360,7 +360,7 @@ def test_genai_refuses_what_it_cannot_run(encoder_run: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.zst"])
-def test_an_archive_is_the_same_each_time_and_holds_the_folder(
+def test_package_archive_is_reproducible_and_complete(
     kind: str, packed: Packed, decoder_run: Path, tmp_path: Path
 ) -> None:
     made = [

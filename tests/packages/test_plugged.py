@@ -100,7 +100,7 @@ def run(*words: object) -> Result:
     return result
 
 
-def test_commands_use_all_that_an_installed_package_brings(tmp_path: Path, encoder_run: Path) -> None:
+def test_commands_use_all_plugins_of_installed_package(tmp_path: Path, encoder_run: Path) -> None:
     base, adapter, merged, exported, package = (
         tmp_path / n for n in ("base", "adapter", "merged", "exported", "package")
     )
@@ -139,14 +139,14 @@ def test_commands_use_all_that_an_installed_package_brings(tmp_path: Path, encod
         ({TARGETS: {"tiny": ":ENGINE"}}, "is OneMatrix"),
     ],
 )
-def test_engine_or_target_that_cannot_be_used_is_refused_by_its_package(
+def test_plugged_engine_or_target_unusable_is_refused(
     tmp_path: Path, point: dict[str, dict[str, str]], told: str
 ) -> None:
     with installed(tmp_path / "site", ENGINE, point), pytest.raises(InputError, match="tiny_plugin 1.2 " + told):
         engines() if ENGINES in point else targets()
 
 
-def test_engine_of_an_earlier_export_that_is_not_installed_is_named(tmp_path: Path) -> None:
+def test_reweight_engine_not_installed_is_named(tmp_path: Path) -> None:
     from lora_export.onnx_export.engines import engine_named
 
     with pytest.raises(InputError, match="made by the engine 'one_matrix', which is not installed"):

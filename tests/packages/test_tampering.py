@@ -40,7 +40,7 @@ def notes(document: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(("run", "target"), ALL)
-def test_one_byte_of_any_file(
+def test_verify_package_one_changed_byte_is_found(
     run: str, target: str, packed: Packed, copied: Copied, request: pytest.FixtureRequest
 ) -> None:
     folder = copied(request.getfixturevalue(run), target, **_quick(target))
@@ -62,7 +62,7 @@ def _quick(target: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("run", "target"), ALL)
-def test_a_file_less_more_or_elsewhere(
+def test_verify_package_missing_extra_or_moved_file_is_found(
     run: str, target: str, copied: Copied, request: pytest.FixtureRequest
 ) -> None:
     folder = copied(request.getfixturevalue(run), target, **_quick(target))
@@ -85,7 +85,7 @@ def test_a_file_less_more_or_elsewhere(
     assert code == 1 and "more.py was added" in notes(document) and "empty/ was added" in notes(document)
 
 
-def test_links_are_refused(decoder_run: Path, copied: Copied) -> None:
+def test_verify_package_link_is_refused(decoder_run: Path, copied: Copied) -> None:
     folder = copied(decoder_run, "genai")
     (folder / "NOTICE").rename(folder.parent / "NOTICE")
     (folder / "NOTICE").symlink_to(folder.parent / "NOTICE")
@@ -94,7 +94,7 @@ def test_links_are_refused(decoder_run: Path, copied: Copied) -> None:
 
 
 @pytest.mark.parametrize("name", ["../NOTICE", "/etc/passwd", "a/../../b", "", ".", "a//b", "C:b", "a\\b"])
-def test_a_manifest_that_names_a_path_outside(name: str, decoder_run: Path, copied: Copied) -> None:
+def test_verify_package_manifest_path_outside_is_refused(name: str, decoder_run: Path, copied: Copied) -> None:
     folder = copied(decoder_run, "genai")
     (folder.parent / "NOTICE").write_text("outside")
     document = read_sealed(folder / "manifest.json")
@@ -113,7 +113,9 @@ def test_a_manifest_that_names_a_path_outside(name: str, decoder_run: Path, copi
         ("latency", {}), ("architecture", None),
     ],
 )  # fmt: skip
-def test_a_manifest_of_odd_words(key: str, value: Any, decoder_run: Path, copied: Copied) -> None:
+def test_verify_package_damaged_manifest_is_refused(
+    key: str, value: Any, decoder_run: Path, copied: Copied
+) -> None:
     folder = copied(decoder_run, "triton")
     write_sealed(folder / "manifest.json", {**read_sealed(folder / "manifest.json"), key: value})
     code, found = verify(folder, "--run")
@@ -123,7 +125,7 @@ def test_a_manifest_of_odd_words(key: str, value: Any, decoder_run: Path, copied
 
 
 @pytest.mark.parametrize("called", ["model.onnx", "graph.dat"])
-def test_a_graph_that_reads_elsewhere_is_not_run(called: str, decoder_run: Path, copied: Copied) -> None:
+def test_verify_run_graph_reading_elsewhere_is_not_run(called: str, decoder_run: Path, copied: Copied) -> None:
     """With a manifest that fits: who changes a file can write another manifest. Whatever the graph is called."""
     import onnx
 
@@ -166,7 +168,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_signature(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
+def test_verify_package_signature_passes(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
     folder = package(decoder_run, "hf", tmp_path / "p", PackageOptions(key=keys / "a.pem"), Silent()).output
     code, found = verify(folder, "--key", keys / "a.pub")
     assert code == 0 and any(c["name"] == "signature" for c in found["checks"])
@@ -185,7 +187,7 @@ def test_a_signature(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_forged_manifest_does_not_pass_the_signature(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
+def test_verify_package_forged_manifest_fails_signature(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
     folder = package(decoder_run, "hf", tmp_path / "p", PackageOptions(key=keys / "a.pem"), Silent()).output
     before = (folder / "manifest.json").read_bytes()
     document = read_sealed(folder / "manifest.json")
@@ -206,7 +208,7 @@ def test_a_forged_manifest_does_not_pass_the_signature(decoder_run: Path, keys: 
     assert code == 1 and "model.sig is missing" in notes(found)
 
 
-def test_a_key_that_cannot_sign_is_refused_before_any_work(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
+def test_package_unusable_key_is_refused_first(decoder_run: Path, keys: Path, tmp_path: Path) -> None:
     for key in (keys / "rsa.pem", keys / "a.pub", keys / "nothing.pem"):
         with pytest.raises(InputError, match="not a key to sign with"):
             package(decoder_run, "hf", tmp_path / "p", PackageOptions(key=key), Silent())
@@ -229,7 +231,7 @@ def tar_of(path: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_an_archive_that_leads_out(name: str, tmp_path: Path) -> None:
+def test_verify_archive_leading_out_is_refused(name: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as out:
         out.writestr(name, "x")
     made = [tmp_path / "p.zip", tar_of(tmp_path / "p.tar.zst", (tarfile.TarInfo(name), b"x"))]
@@ -244,7 +246,7 @@ def test_an_archive_that_leads_out(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE]
 )
-def test_a_tar_of_anything_but_files(kind: bytes, tmp_path: Path) -> None:
+def test_verify_tar_with_other_entries_is_refused(kind: bytes, tmp_path: Path) -> None:
     info = tarfile.TarInfo("link")
     info.type, info.linkname = kind, "/etc/passwd"
     (tmp_path / "out").mkdir()
@@ -252,7 +254,7 @@ def test_a_tar_of_anything_but_files(kind: bytes, tmp_path: Path) -> None:
         archive.extract(tar_of(tmp_path / "p.tar.zst", (info, b"")), tmp_path / "out")
 
 
-def test_a_zip_with_a_link(tmp_path: Path) -> None:
+def test_verify_zip_with_link_is_refused(tmp_path: Path) -> None:
     entry = zipfile.ZipInfo("link")
     entry.create_system, entry.external_attr = 3, 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as out:
@@ -263,7 +265,7 @@ def test_a_zip_with_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.zst"])
-def test_a_damaged_archive(kind: str, decoder_run: Path, tmp_path: Path) -> None:
+def test_verify_damaged_archive_is_refused(kind: str, decoder_run: Path, tmp_path: Path) -> None:
     whole = package(decoder_run, "genai", tmp_path / "p", PackageOptions(archive=kind), Silent()).output
     data = whole.read_bytes()
     for name, damaged in {
@@ -277,13 +279,13 @@ def test_a_damaged_archive(kind: str, decoder_run: Path, tmp_path: Path) -> None
         assert verify(path)[0] == 1, name
 
 
-def test_what_is_no_package(tmp_path: Path) -> None:
+def test_verify_not_a_package_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for words in ([tmp_path / "nothing"], [tmp_path / "folder", "--run"], [tmp_path / "folder"]):
         assert verify(*words)[0] == 1
 
 
-def test_a_package_takes_no_base(decoder: tuple[Path, Path, Path], packed: Packed) -> None:
+def test_verify_package_with_base_is_refused(decoder: tuple[Path, Path, Path], packed: Packed) -> None:
     base, _, run = decoder
     code, document = verify(packed(run, "hf").output, "-b", base)
     assert code == 1 and "a merged folder or a run" in document["expected"]

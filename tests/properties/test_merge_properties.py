@@ -21,7 +21,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 @settings(max_examples=80, deadline=None)
 @given(st.dictionaries(NAMES, st.tuples(st.sampled_from(["F32", "BF16", "U8", "I64"]), SHAPES), max_size=8))
-def test_a_header_that_was_built_is_read_back(entries: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+def test_header_round_trips(entries: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     header = build_header([(n, d, s) for n, (d, s) in entries.items()], {"format": "pt"})
     size = sum(math.prod(s) * {"F32": 4, "BF16": 2, "U8": 1, "I64": 8}[d] for d, s in entries.values())
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +34,7 @@ def test_a_header_that_was_built_is_read_back(entries: dict[str, tuple[str, tupl
 
 @settings(max_examples=150, deadline=None)
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=30), limit=st.integers(1, 120))
-def test_shards_hold_every_tensor_once_and_keep_the_limit(sizes: list[int], limit: int) -> None:
+def test_shards_hold_every_tensor_once_within_limit(sizes: list[int], limit: int) -> None:
     planned = [OutputTensor(str(i), "U8", (n,), "home") for i, n in enumerate(sizes)]
     shards = plan_shards(planned, limit, {})
     assert [t for s in shards for t in s.tensors] == planned
@@ -53,7 +53,7 @@ def test_shards_hold_every_tensor_once_and_keep_the_limit(sizes: list[int], limi
     share=st.floats(-2, 2),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_any_low_rank_update_is_rounded_once(
+def test_low_rank_update_is_rounded_once(
     rows: int, columns: int, rank: int, alpha: float, rslora: bool, flip: bool, share: float, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(rows * 41 + columns)

@@ -55,7 +55,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("form", "settings"), CASES, ids=[f"{f} {' '.join(map(str, s.values()))}" for f, s in CASES]
 )
-def test_compressed_tensors(tmp_path: Path, form: str, settings: dict[str, Any]) -> None:
+def test_compressed_tensors_matches_library(tmp_path: Path, form: str, settings: dict[str, Any]) -> None:
     args = QuantizationArgs(**settings)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(3)) * 0.05
@@ -82,7 +82,7 @@ def test_compressed_tensors(tmp_path: Path, form: str, settings: dict[str, Any])
 
 
 @pytest.mark.parametrize("block", [(8, 16), (4, 8)])
-def test_fp8_as_transformers_dequantizes_it(tmp_path: Path, block: tuple[int, int]) -> None:
+def test_fp8_matches_transformers(tmp_path: Path, block: tuple[int, int]) -> None:
     """Blocks that divide every weight: transformers 5.23 spreads short ones over the weight, or refuses them."""
     base = save_base(tmp_path / "base")
     changes: dict[str, torch.Tensor | None] = {}

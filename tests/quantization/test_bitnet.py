@@ -48,7 +48,7 @@ def unpacked(packed: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["bitlinear", "autobitlinear"])
-def test_packed_weights(tmp_path: Path, kind: str) -> None:
+def test_bitnet_packed_weights_match_formula(tmp_path: Path, kind: str) -> None:
     checkpoint, found = bitnet_base(tmp_path, linear_class=kind, quantization_mode="offline")
     assert len(found) == 14
     for name, weight in found.items():
@@ -58,7 +58,7 @@ def test_packed_weights(tmp_path: Path, kind: str) -> None:
         assert weight.parts == (name, f"{name}_scale")
 
 
-def test_they_compute_what_transformers_layers_do(tmp_path: Path) -> None:
+def test_bitnet_weights_match_transformers_layers(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2))
     checkpoint, found = bitnet_base(tmp_path / "a", linear_class="autobitlinear", quantization_mode="offline")
@@ -73,7 +73,7 @@ def test_they_compute_what_transformers_layers_do(tmp_path: Path) -> None:
     torch.testing.assert_close(x @ read(found[name], checkpoint).T, expected)
 
 
-def test_what_each_forward_quantizes_anew(tmp_path: Path) -> None:
+def test_bitnet_online_weights_match_forward(tmp_path: Path) -> None:
     checkpoint, found = bitnet_base(tmp_path, linear_class="autobitlinear", quantization_mode="online")
     assert len(found) == 14 and "lm_head.weight" not in found
     for name, weight in found.items():
@@ -85,7 +85,7 @@ def test_what_each_forward_quantizes_anew(tmp_path: Path) -> None:
         assert weight.parts == (name,) and len(value.unique()) == 3
 
 
-def test_layers_that_stay_floats(tmp_path: Path) -> None:
+def test_bitnet_unquantized_layers_are_kept(tmp_path: Path) -> None:
     settings = {"linear_class": "autobitlinear", "quantization_mode": "online"}
     _, found = bitnet_base(tmp_path, **settings, modules_to_not_convert=["lm_head", "down_proj"])
     assert len(found) == 12 and not any("down_proj" in name for name in found)
@@ -99,6 +99,6 @@ def test_layers_that_stay_floats(tmp_path: Path) -> None:
         ({"quantization_mode": "later"}, "quantization_mode 'later'"),
     ],
 )
-def test_what_no_weight_can_hold_is_refused(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+def test_bitnet_unsupported_settings_are_refused(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(CheckpointError, match=told):
         bitnet_base(tmp_path, **settings)

@@ -102,7 +102,7 @@ def same_values(found: torch.Tensor, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
-def test_four_bits_agree_with_bitsandbytes(
+def test_bnb4_matches_bitsandbytes(
     tmp_path: Path, kind: str, double: bool, dtype: torch.dtype, storage: torch.dtype
 ) -> None:
     for i, shape in enumerate(SHAPES):
@@ -118,7 +118,7 @@ def test_four_bits_agree_with_bitsandbytes(
 
 
 @pytest.mark.parametrize("blocksize", [64, 128, 256])
-def test_other_block_sizes(tmp_path: Path, blocksize: int) -> None:
+def test_bnb4_other_block_sizes_match(tmp_path: Path, blocksize: int) -> None:
     parts, expected = quantize(random((130, 67)), double=True, blocksize=blocksize)
     _, rows = reader(saved(tmp_path, parts))
     assert same_bytes(rows.rows(0, 130), expected)
@@ -129,9 +129,7 @@ def test_other_block_sizes(tmp_path: Path, blocksize: int) -> None:
     rows=st.integers(1, 40), width=st.integers(1, 90), double=st.booleans(), cuts=st.lists(st.integers(0, 40)),
     kind=st.sampled_from(["nf4", "fp4"]),
 )  # fmt: skip
-def test_any_split_into_row_blocks_is_the_whole(
-    rows: int, width: int, double: bool, cuts: list[int], kind: str
-) -> None:
+def test_bnb4_row_blocks_equal_whole(rows: int, width: int, double: bool, cuts: list[int], kind: str) -> None:
     packed, state = bnb.quantize_4bit(random((rows, width)), quant_type=kind, compress_statistics=double)
     whole = flat(packed, state)
     scale = state.absmax
@@ -146,7 +144,7 @@ def test_any_split_into_row_blocks_is_the_whole(
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(1, 30), width=st.integers(1, 50), cuts=st.lists(st.integers(0, 30)))
-def test_any_split_of_eight_bits_is_the_whole(rows: int, width: int, cuts: list[int]) -> None:
+def test_bnb8_row_blocks_equal_whole(rows: int, width: int, cuts: list[int]) -> None:
     codes, scb, _ = bnb.int8_vectorwise_quant(random((rows, width), torch.float16))
     blocks = Rows8Bit(codes, scb)
     edges = sorted({0, rows, *(c for c in cuts if c <= rows)})
@@ -154,7 +152,7 @@ def test_any_split_of_eight_bits_is_the_whole(rows: int, width: int, cuts: list[
     assert same_bytes(torch.cat(pieces), codes.float() * scb[:, None] / 127)
 
 
-def test_eight_bits_are_within_one_rounding_of_the_definition(tmp_path: Path) -> None:
+def test_bnb8_is_within_one_rounding_of_definition(tmp_path: Path) -> None:
     codes, scb, _ = bnb.int8_vectorwise_quant(random((48, 80), torch.float16))
     parts = {"w.weight": codes, "w.SCB": scb, "w.weight_format": torch.tensor(0, dtype=torch.uint8)}
     _, rows = reader(saved(tmp_path, parts, 8))
@@ -204,7 +202,7 @@ def dequantized(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("method", "double"), METHODS)
-def test_round_trip_is_what_transformers_computes_with(tmp_path: Path, method: str, double: bool) -> None:
+def test_bnb4_round_trip_matches_transformers(tmp_path: Path, method: str, double: bool) -> None:
     for tied, dtype in ((False, torch.bfloat16), (True, torch.float16)):
         base = save_base(tmp_path / f"base-{tied}", config=llama_config(tied), dtype=dtype)
         expected = dequantized(quantized_model(base, method, double, dtype))
@@ -220,7 +218,7 @@ def test_round_trip_is_what_transformers_computes_with(tmp_path: Path, method: s
 @pytest.mark.parametrize(("method", "double"), METHODS)
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize(("gpt2", "dora"), [(False, False), (False, True), (True, False)])
-def test_qlora_merge_against_the_unmerged_dequantized_model(
+def test_qlora_merge_equals_unmerged_dequantized_model(
     tmp_path: Path, method: str, double: bool, stored: bool, gpt2: bool, dora: bool
 ) -> None:
     """Stored in 4 or 8 bits, or quantized on the fly: both are dequant(quant(W)) + s·B·A. GPT-2 is transposed, and
@@ -250,7 +248,7 @@ def test_qlora_merge_against_the_unmerged_dequantized_model(
     assert not [n for n in tensors(merged) if "quant" in n or "absmax" in n or "SCB" in n or "weight_format" in n]
 
 
-def test_stored_base_keeps_the_type_it_was_quantized_from(tmp_path: Path) -> None:
+def test_bnb4_stored_base_keeps_original_dtype(tmp_path: Path) -> None:
     plain = save_base(tmp_path / "plain", dtype=torch.bfloat16)
     quantized_model(plain, "nf4", True, bnb_4bit_quant_storage=torch.bfloat16).save_pretrained(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", plain, lora())
@@ -270,7 +268,7 @@ def test_stored_base_keeps_the_type_it_was_quantized_from(tmp_path: Path) -> Non
     assert result.tensors["dequantized"] == 14 - result.tensors["updated"]
 
 
-def test_original_base_weights_on_request(tmp_path: Path) -> None:
+def test_base_weights_original_merges_original(tmp_path: Path) -> None:
     plain = save_base(tmp_path / "plain")
     adapter = save_adapter(tmp_path / "adapter", plain, lora())
     options = MergeOptions(base_weights="original", training_quantization="nf4")
@@ -283,7 +281,7 @@ def test_original_base_weights_on_request(tmp_path: Path) -> None:
 # --- refusals ----------------------------------------------------------------------------------------------
 
 
-def test_stored_quantized_base_has_no_original_weights(tmp_path: Path) -> None:
+def test_base_weights_original_of_stored_quantized_base_is_refused(tmp_path: Path) -> None:
     plain = save_base(tmp_path / "plain")
     adapter = save_adapter(tmp_path / "adapter", plain, lora())
     quantized_model(plain, "nf4", False).save_pretrained(tmp_path / "base")
@@ -320,7 +318,7 @@ STATES: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "said"), STATES)
-def test_odd_quantization_state_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_bnb4_damaged_state_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     parts, _ = quantize(random((48, 80)), double=True)
     with pytest.raises(CheckpointError) as caught:
         reader(saved(tmp_path, state_of(parts, **changes)))
@@ -330,14 +328,14 @@ def test_odd_quantization_state_is_refused(tmp_path: Path, changes: dict[str, An
 
 
 @pytest.mark.parametrize("part", ["absmax", "quant_map", "nested_absmax", "nested_quant_map"])
-def test_missing_part_is_refused(tmp_path: Path, part: str) -> None:
+def test_bnb4_missing_part_is_refused(tmp_path: Path, part: str) -> None:
     parts, _ = quantize(random((48, 80)), double=True)
     del parts[f"w.weight.{part}"]
     with pytest.raises(CheckpointError, match=f"w.weight.{part} is missing"):
         reader(saved(tmp_path, parts))
 
 
-def test_state_that_is_not_json_and_state_without_weight(tmp_path: Path) -> None:
+def test_bnb4_state_without_weight_is_refused(tmp_path: Path) -> None:
     parts, _ = quantize(random((48, 80)))
     name = next(n for n in parts if "quant_state" in n)
     with pytest.raises(CheckpointError, match="not JSON"):
@@ -347,7 +345,7 @@ def test_state_that_is_not_json_and_state_without_weight(tmp_path: Path) -> None
         reader(saved(tmp_path / "b", parts))
 
 
-def test_odd_eight_bit_parts_are_refused(tmp_path: Path) -> None:
+def test_bnb8_damaged_parts_are_refused(tmp_path: Path) -> None:
     codes = torch.zeros(4, 6, dtype=torch.int8)
     good = {"w.weight": codes, "w.SCB": torch.ones(4)}
     cases = [
@@ -362,13 +360,13 @@ def test_odd_eight_bit_parts_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["hqq", "quanto", "mxfp4", None])
-def test_other_quantizations_are_refused_by_name(tmp_path: Path, method: str | None) -> None:
+def test_unsupported_quantization_is_refused_by_name(tmp_path: Path, method: str | None) -> None:
     parts, _ = quantize(random((48, 80)))
     folder = saved(tmp_path, parts, quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(CheckpointError, match=str(method)):
         reader(folder)
 
 
-def test_quantized_config_without_quantized_weights_is_refused(tmp_path: Path) -> None:
+def test_quantization_config_without_quantized_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no quantized weight is here"):
         reader(saved(tmp_path, {"w.weight": random((4, 4))}))

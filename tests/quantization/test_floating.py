@@ -57,7 +57,7 @@ def check(folder: Path, values: Tensors, exact: torch.Tensor, settings: dict[str
 
 
 @pytest.mark.parametrize(("low", "high"), [(118, 126), (0, 40), (215, 253)])
-def test_mxfp4_is_what_transformers_loads(tmp_path: Path, low: int, high: int) -> None:
+def test_mxfp4_matches_transformers(tmp_path: Path, low: int, high: int) -> None:
     """Also where bfloat16 has subnormal numbers, and just below where it ends."""
     parts, exact = blocks(3, 40, 96, low, high)
     values = {"e.down_proj_blocks": parts["blocks"], "e.down_proj_scales": parts["scales"]}
@@ -67,13 +67,13 @@ def test_mxfp4_is_what_transformers_loads(tmp_path: Path, low: int, high: int) -
     assert torch.equal(whole(tmp_path, values, settings).bfloat16(), expected)
 
 
-def test_mxfp4_with_long_rows_is_unpacked_in_pieces(tmp_path: Path) -> None:
+def test_mxfp4_long_rows_are_unpacked_in_pieces(tmp_path: Path) -> None:
     parts, exact = blocks(2, 4100, 320)
     check(tmp_path, {"w_blocks": parts["blocks"], "w_scales": parts["scales"]}, exact, {"quant_method": "mxfp4"})
 
 
 @pytest.mark.parametrize("form", ["nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"])
-def test_compressed_tensors(tmp_path: Path, form: str) -> None:
+def test_compressed_float_formats_match_definition(tmp_path: Path, form: str) -> None:
     """To a bit, once it is rounded to the type that the library gives."""
     args: dict[str, Any] = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group"}
     args |= {"group_size": 32, "scale_dtype": torch.uint8}
@@ -106,14 +106,14 @@ def test_compressed_tensors(tmp_path: Path, form: str) -> None:
     ],
     ids=["tensor", "rows", "blocks", "mx"],
 )
-def test_modelopt_fp8(tmp_path: Path, shape: tuple[int, int], grid: tuple[int, ...]) -> None:
+def test_modelopt_fp8_matches_definition(tmp_path: Path, shape: tuple[int, int], grid: tuple[int, ...]) -> None:
     plain = grid[::2] if len(grid) == 4 else grid or (1, 1)
     made, exact = fp8(shape, plain, power=grid == (24, 2))
     values = {"w.weight": made["codes"], "w.weight_scale": made["scale"].reshape(grid)}
     check(tmp_path, values, exact, MODELOPT)
 
 
-def test_modelopt_nvfp4(tmp_path: Path) -> None:
+def test_modelopt_nvfp4_matches_definition(tmp_path: Path) -> None:
     made, exact = fp4(24, 64, whole=0.0123)
     second = torch.tensor(0.0123)
     values = {"w.weight": made["packed"], "w.weight_scale": made["scale"], "w.weight_scale_2": second}
@@ -122,7 +122,7 @@ def test_modelopt_nvfp4(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale", "scale", "qscale_weight", "weight.scale"])
 @pytest.mark.parametrize("numbers", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_fp8_however_the_scales_are_called(tmp_path: Path, name: str, numbers: torch.dtype) -> None:
+def test_fp8_scale_names_are_recognized(tmp_path: Path, name: str, numbers: torch.dtype) -> None:
     made, exact = fp8((32, 64), (2, 2), numbers)
     settings = FP8 | {"weight_block_size": [16, 32]}
     check(tmp_path, {"w.weight": made["codes"], f"w.{name}": made["scale"]}, exact, settings)
@@ -136,7 +136,9 @@ def test_fp8_however_the_scales_are_called(tmp_path: Path, name: str, numbers: t
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["_scale_inv", "_scale"])
-def test_fp8_of_fused_experts(tmp_path: Path, grid: tuple[int, ...], block: list[int] | None, name: str) -> None:
+def test_fp8_fused_experts_match_definition(
+    tmp_path: Path, grid: tuple[int, ...], block: list[int] | None, name: str
+) -> None:
     made, _ = fp8((3, 32, 64), (3, 1, 1))
     scale = scales(*grid, dtype=torch.float32)
     exact = made["codes"].double() * spread(scale, (3, 32, 64))
@@ -144,14 +146,14 @@ def test_fp8_of_fused_experts(tmp_path: Path, grid: tuple[int, ...], block: list
     check(tmp_path, values, exact, FP8 | {"weight_block_size": block})
 
 
-def test_compressed_tensors_of_fused_experts(tmp_path: Path) -> None:
+def test_compressed_fused_experts_match_definition(tmp_path: Path) -> None:
     made, exact = fp8((3, 32, 64), (3, 32, 1))
     values = {"moe.input_linear.weight": made["codes"], "moe.input_linear.weight_scale": made["scale"]}
     check(tmp_path, values, exact, COMPRESSED | {"format": "float-quantized"})
 
 
 @pytest.mark.parametrize("case", ["bytes as exponents", "two in a byte", "fbgemm"])
-def test_fp8_as_transformers_dequantizes_it(tmp_path: Path, case: str) -> None:
+def test_fp8_matches_transformers_dequantization(tmp_path: Path, case: str) -> None:
     if case == "two in a byte":  # DeepSeek V4's experts
         made, exact = fp4(24, 64, group=32, kind=torch.int8)
         codes, scale = made["packed"], made["scale"].view(torch.float8_e8m0fnu)
@@ -206,7 +208,7 @@ WRONG: list[tuple[str, Tensors, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "settings", "told"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
-def test_parts_that_do_not_fit_are_refused(
+def test_floating_formats_unfitting_parts_are_refused(
     tmp_path: Path, values: Tensors, settings: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(CheckpointError) as refused:
@@ -235,7 +237,7 @@ def gpt_oss(folder: Path) -> Path:
     return folder
 
 
-def test_adapters_on_attention_and_experts_of_gpt_oss(tmp_path: Path) -> None:
+def test_gpt_oss_merge_equals_unmerged(tmp_path: Path) -> None:
     """Against PEFT on the base as transformers itself dequantizes it."""
     cls = transformers.GptOssForCausalLM
     base = gpt_oss(tmp_path / "base")
@@ -251,7 +253,7 @@ def test_adapters_on_attention_and_experts_of_gpt_oss(tmp_path: Path) -> None:
     assert float(off) < 1e-5 * float(expected.abs().max())
 
 
-def test_gpt_oss_without_an_adapter_is_dequantized_to_a_bit(tmp_path: Path) -> None:
+def test_gpt_oss_without_adapter_is_dequantized_exactly(tmp_path: Path) -> None:
     base = gpt_oss(tmp_path / "base")
     merge(base, [], tmp_path / "out")
     model = transformers.GptOssForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -262,7 +264,7 @@ def test_gpt_oss_without_an_adapter_is_dequantized_to_a_bit(tmp_path: Path) -> N
     assert told["quantization"] == "mxfp4" and told["parameters"] == sum(p.numel() for p in model.parameters())
 
 
-def test_settings_and_type_of_a_part_of_the_configuration(tmp_path: Path) -> None:
+def test_quantization_settings_of_config_part_are_removed(tmp_path: Path) -> None:
     """A model that sees says both in text_config: its weights come out in that type, and no settings stay."""
     made, exact = fp8((32, 64), (1, 1))
     values = {"m.q_proj.weight": made["codes"], "m.q_proj.weight_scale_inv": made["scale"].reshape(())}
@@ -282,7 +284,7 @@ def test_settings_and_type_of_a_part_of_the_configuration(tmp_path: Path) -> Non
     assert left["text_config"] == {"dtype": "bfloat16", "hidden_size": 64} and left["vision_config"] == {}
 
 
-def test_settings_of_model_optimizer_alone(tmp_path: Path) -> None:
+def test_modelopt_settings_file_is_enough(tmp_path: Path) -> None:
     made, exact = fp4(24, 64, whole=0.5)
     values = {"w.weight": made["packed"], "w.weight_scale": made["scale"], "w.weight_scale_2": torch.tensor([0.5])}
     values |= {"w.input_scale": torch.ones(()), "n.weight": torch.ones(3, dtype=torch.float16)}
@@ -299,7 +301,7 @@ def test_settings_of_model_optimizer_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "hf_quant_config.json").exists()
 
 
-def test_an_adapter_on_a_layer_in_fp8(tmp_path: Path) -> None:
+def test_fp8_merge_equals_unmerged(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     changes: dict[str, torch.Tensor | None] = {}
     for name, weight in tensors(base).items():
@@ -323,7 +325,7 @@ def test_an_adapter_on_a_layer_in_fp8(tmp_path: Path) -> None:
     assert float((logits(load(tmp_path / "out")) - expected).abs().max()) < 1e-5 * float(expected.abs().max())
 
 
-def test_experts_of_many_blocks_are_merged_in_the_memory_of_one(tmp_path: Path) -> None:
+def test_mxfp4_experts_merge_in_bounded_memory(tmp_path: Path) -> None:
     """All 16 experts together would take more than is allowed, in fp32 and as they are stored."""
     parts, exact = blocks(16, 512, 512)
     base = tmp_path / "base"

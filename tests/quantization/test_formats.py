@@ -43,14 +43,14 @@ def check(folder: Path, made: tuple[Tensors, torch.Tensor], settings: dict[str, 
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("v2", [False, True])
-def test_gptq(tmp_path: Path, bits: int, group: int, act_order: bool, v2: bool) -> None:
+def test_gptq_matches_definition(tmp_path: Path, bits: int, group: int, act_order: bool, v2: bool) -> None:
     settings = {"quant_method": "gptq", "bits": bits, "group_size": group}
     settings |= {"checkpoint_format": "gptq_v2"} if v2 else {}
     found = check(tmp_path, gptq(64, 256, bits, group, act_order, v2), settings)
     assert found.dtype == "BF16"  # the model's, not that of the scales
 
 
-def test_gptq_with_a_short_last_group_and_without_g_idx(tmp_path: Path) -> None:
+def test_gptq_short_last_group_without_g_idx_matches(tmp_path: Path) -> None:
     values, exact = gptq(16, 96, 4, 64)
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 64}
     check(tmp_path, (values, exact), settings)
@@ -60,7 +60,7 @@ def test_gptq_with_a_short_last_group_and_without_g_idx(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["dynamic", "extra_config"])
 @pytest.mark.parametrize("g_idx", [True, False])
-def test_gptq_with_settings_of_single_modules(tmp_path: Path, key: str, g_idx: bool) -> None:
+def test_gptq_dynamic_settings_are_applied(tmp_path: Path, key: str, g_idx: bool) -> None:
     """The shapes say what each module has: GPTQModel names them by expressions, AutoRound by their names."""
     values, exact = gptq(64, 256, 8, 64)
     if not g_idx:
@@ -74,17 +74,17 @@ def test_gptq_with_settings_of_single_modules(tmp_path: Path, key: str, g_idx: b
 
 @pytest.mark.parametrize("group", [32, 64, 128, -1])
 @pytest.mark.parametrize("zero_point", [True, False])
-def test_awq(tmp_path: Path, group: int, zero_point: bool) -> None:
+def test_awq_matches_definition(tmp_path: Path, group: int, zero_point: bool) -> None:
     settings = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": zero_point}
     check(tmp_path, awq(48, 256, group), settings)
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (37, 81), (16, 32), (5, 7)])
-def test_fp8_blocks(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_fp8_blocks_match_definition(tmp_path: Path, shape: tuple[int, int]) -> None:
     check(tmp_path, fp8(*shape), {"quant_method": "fp8", "weight_block_size": [16, 32]})
 
 
-def test_fp8_with_scales_that_are_powers_of_two(tmp_path: Path) -> None:
+def test_fp8_power_of_two_scales_match(tmp_path: Path) -> None:
     """DeepSeek's scale_fmt ue8m0: eight bits of exponent and nothing else."""
     values, _ = fp8(48, 96)
     values["w.weight_scale_inv"] = values["w.weight_scale_inv"].to(torch.float8_e8m0fnu)
@@ -96,7 +96,7 @@ def test_fp8_with_scales_that_are_powers_of_two(tmp_path: Path) -> None:
     )
 
 
-def test_fp8_with_one_scale(tmp_path: Path) -> None:
+def test_fp8_single_scale_matches(tmp_path: Path) -> None:
     found = check(tmp_path, fp8(12, 20, None), {"quant_method": "fp8", "weight_block_size": None})
     assert found.dtype == "BF16"
 
@@ -104,7 +104,9 @@ def test_fp8_with_one_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("group", "act_order"), [(32, False), (32, True), (64, False), (128, False)])
-def test_compressed_tensors_packed(tmp_path: Path, bits: int, symmetric: bool, group: int, act_order: bool) -> None:
+def test_compressed_packed_matches_definition(
+    tmp_path: Path, bits: int, symmetric: bool, group: int, act_order: bool
+) -> None:
     settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
     check(tmp_path, packed(40, 128, bits, group, symmetric, act_order), settings)
 
@@ -122,7 +124,7 @@ def test_compressed_tensors_packed(tmp_path: Path, bits: int, symmetric: bool, g
         ("I8", (24, 5), (1, 8), False),
     ],
 )
-def test_compressed_tensors_plain(
+def test_compressed_plain_matches_definition(
     tmp_path: Path, kind: str, grid: tuple[int, ...], block: tuple[int, int], zero: bool
 ) -> None:
     codes = integers(-128, 128, 24, 40).to(torch.int8)
@@ -170,7 +172,7 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
         ({}, {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24"}}, "with sparsity"),
     ],
 )
-def test_refusals_name_what_was_found(
+def test_formats_refusals_name_finding(
     tmp_path: Path, change: dict[str, torch.Tensor | None], settings: dict[str, Any], told: str
 ) -> None:
     values = {k: v for k, v in (gptq(48, 128)[0] | change).items() if v is not None}
@@ -178,7 +180,7 @@ def test_refusals_name_what_was_found(
         quantized(tmp_path, values, GPTQ | settings)
 
 
-def test_inputs_of_a_group_that_does_not_exist_are_refused(tmp_path: Path) -> None:
+def test_gptq_missing_group_is_refused(tmp_path: Path) -> None:
     values, _ = gptq(48, 128)
     values["w.g_idx"][5] = 4
     weight, source = quantized(tmp_path, values, GPTQ)
@@ -186,14 +188,14 @@ def test_inputs_of_a_group_that_does_not_exist_are_refused(tmp_path: Path) -> No
         weight.load(source)
 
 
-def test_words_for_people() -> None:
+def test_formats_are_described() -> None:
     assert describe(GPTQ | {"desc_act": True}) == "GPTQ 4 bits, groups of 32, act-order"
     assert describe({"quant_method": "fp8", "weight_block_size": [128, 128]}) == "fp8 in blocks of [128, 128]"
     assert describe({"quant_method": "compressed-tensors", "format": "pack-quantized"}).endswith("pack-quantized")
     assert describe({"load_in_8bit": True}) == "bitsandbytes int8"
 
 
-def test_an_adapter_merges_into_a_gptq_base(tmp_path: Path) -> None:
+def test_gptq_merge_equals_unmerged(tmp_path: Path) -> None:
     """Some layers packed, others plain: the merged model is the adapter on the dequantized weights."""
     base = save_base(tmp_path / "base", dtype=torch.float16)
     changes: dict[str, torch.Tensor | None] = {}

@@ -99,7 +99,7 @@ def llama(folder: Path, kind: Callable[[str], str] = lambda _: "Q8_0") -> dict[s
 
 
 @pytest.mark.parametrize("kind", daily(["F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0"], ["F32", "Q4_0"]))
-def test_it_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
+def test_gguf_matches_transformers_reader(tmp_path: Path, kind: str) -> None:
     values = llama(tmp_path, lambda _: kind)
     checkpoint = open_checkpoint(tmp_path / "base")
     found = find_quantized(checkpoint, checkpoint.config)
@@ -125,9 +125,7 @@ def test_it_is_read_as_transformers_reads_it(tmp_path: Path, kind: str) -> None:
         [("gemma2", "gemma2"), ("qwen3", "qwen3")],
     ),
 )
-def test_what_the_converter_did_to_other_architectures_is_undone(
-    tmp_path: Path, architecture: str, model_type: str
-) -> None:
+def test_gguf_converter_changes_are_undone(tmp_path: Path, architecture: str, model_type: str) -> None:
     """Norms lose the 1 that was added to Gemma's and Nemotron's; every tensor has its name."""
     config = transformers.AutoConfig.for_model(
         model_type, vocab_size=101, num_hidden_layers=BLOCKS, head_dim=16, pad_token_id=0, **SIZES
@@ -146,7 +144,7 @@ def test_what_the_converter_did_to_other_architectures_is_undone(
         torch.testing.assert_close(read, value.float(), rtol=0, atol=2.0**-23)  # + 1 − 1
 
 
-def test_an_adapter_merges_into_a_gguf_base(tmp_path: Path) -> None:
+def test_gguf_merge_equals_unmerged(tmp_path: Path) -> None:
     llama(tmp_path, lambda name: "Q4_1" if "down_proj" in name else "Q8_0")
     plain = merge(tmp_path / "base", [], tmp_path / "plain", MergeOptions(dtype="float32")).output
     adapter = save_adapter(tmp_path / "adapter", plain, lora())
@@ -182,7 +180,7 @@ def _many_settings(path: Path) -> None:
         (_many_settings, "not a sound GGUF"),
     ],
 )
-def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None], told: str) -> None:
+def test_gguf_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None], told: str) -> None:
     llama(tmp_path)
     damage(tmp_path / "base" / "m.gguf")
     with pytest.raises(CheckpointError, match=told):
@@ -198,7 +196,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None
         ({"num_hidden_layers": 3}, "is missing"),
     ],
 )
-def test_a_config_of_another_model_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+def test_gguf_config_of_other_model_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     llama(tmp_path)
     edit_json(tmp_path / "base" / "config.json", **changes)
     checkpoint = open_checkpoint(tmp_path / "base")
@@ -206,7 +204,7 @@ def test_a_config_of_another_model_is_refused(tmp_path: Path, changes: dict[str,
         find_quantized(checkpoint, checkpoint.config)
 
 
-def test_which_file_and_which_config_is_not_guessed(tmp_path: Path) -> None:
+def test_gguf_ambiguous_files_are_refused(tmp_path: Path) -> None:
     llama(tmp_path)
     (tmp_path / "base" / "n.gguf").write_bytes(b"")
     with pytest.raises(InputError, match="2 GGUF files in one folder"):

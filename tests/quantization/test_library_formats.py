@@ -19,7 +19,7 @@ from tests.quantization.test_samples import SAMPLES, WEIGHT, opened
 MODULE = WEIGHT.removesuffix(".weight")
 
 
-def test_torchaos_plain_int4(tmp_path: Path) -> None:
+def test_torchao_plain_int4_matches(tmp_path: Path) -> None:
     """Its kernels need a GPU; by the description: signed nibbles, the first in the lowest bits, + zero."""
     rows, columns, size = 24, 128, 32
     codes = integers(-8, 8, rows, columns)
@@ -90,7 +90,9 @@ def text(value: str) -> torch.Tensor:
         ("mlx-mxfp4", put("scales", torch.ones(16, 8)), "the type is F32"),
     ],
 )
-def test_damaged_parts_are_named(tmp_path: Path, sample: str, change: Callable[[Tensors], Any], told: str) -> None:
+def test_library_formats_damaged_parts_are_named(
+    tmp_path: Path, sample: str, change: Callable[[Tensors], Any], told: str
+) -> None:
     with pytest.raises(CheckpointError, match=told):
         changed(sample, tmp_path, change)
 
@@ -108,12 +110,12 @@ def nothing(_: Tensors) -> None:
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "nvfp4"}}, "the type is F32"),
     ],
 )
-def test_mlx_folders_that_are_not_read(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+def test_mlx_unsupported_folder_is_refused(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
     with pytest.raises(CheckpointError, match=told):
         changed("mlx-4-64", tmp_path, nothing, **settings)
 
 
-def test_a_layer_of_mlx_with_settings_of_its_own(tmp_path: Path) -> None:
+def test_mlx_layer_settings_are_applied(tmp_path: Path) -> None:
     own = {"group_size": 32, "bits": 8, MODULE: {"group_size": 64, "bits": 4}}
     assert set(changed("mlx-4-64", tmp_path, nothing, quantization=own, quantization_config=own)) == {WEIGHT}
 
@@ -140,11 +142,11 @@ def test_a_layer_of_mlx_with_settings_of_its_own(tmp_path: Path) -> None:
         ({"_type": "Tensor"}, CheckpointError, "no quantized weight is here"),
     ],
 )
-def test_torchaos_metadata(tmp_path: Path, told: dict[str, Any], error: type[Exception], match: str) -> None:
+def test_torchao_metadata_is_read(tmp_path: Path, told: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         changed("torchao-int8", tmp_path, nothing, {WEIGHT: json.dumps(told)})
 
 
-def test_torchaos_metadata_that_is_no_json(tmp_path: Path) -> None:
+def test_torchao_invalid_metadata_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not JSON"):
         changed("torchao-int8", tmp_path, nothing, {WEIGHT: '{"_type"'})

@@ -70,7 +70,7 @@ def save_halves(folder: Path, settings: Mapping[str, Any] | None) -> torch.Tenso
 
 
 @pytest.mark.parametrize("settings", [{"quant_method": "halves"}, None])
-def test_plugged_format_is_read_and_may_stand_in_a_folder(tmp_path: Path, settings: dict[str, str] | None) -> None:
+def test_plugged_format_is_read(tmp_path: Path, settings: dict[str, str] | None) -> None:
     base = tmp_path / "base"
     doubled = save_halves(base, settings)
     with pytest.raises(CheckpointError):
@@ -89,15 +89,13 @@ def test_plugged_format_is_read_and_may_stand_in_a_folder(tmp_path: Path, settin
         ("halves", "TENSORS = 'x'", "lacks find"),
     ],
 )
-def test_plugged_format_that_cannot_be_used_is_refused_by_its_package(
-    tmp_path: Path, name: str, code: str, told: str
-) -> None:
+def test_plugged_format_unusable_is_refused(tmp_path: Path, name: str, code: str, told: str) -> None:
     with installed(tmp_path / "site", code, {GROUP: {name: "tiny_plugin"}}), pytest.raises(InputError) as caught:
         formats()
     assert caught.value.found == f"the plug-in {name!r} of the package tiny_plugin 1.2 {told}"
 
 
-def test_tensors_that_two_formats_claim_are_refused_unless_one_is_built_in(tmp_path: Path) -> None:
+def test_formats_claiming_same_tensors_are_refused(tmp_path: Path) -> None:
     class Source:
         def __init__(self, *names: str) -> None:
             self.tensors = dict.fromkeys(names)
@@ -111,14 +109,14 @@ def test_tensors_that_two_formats_claim_are_refused_unless_one_is_built_in(tmp_p
         assert method_here(both, {}) == "hqq"
 
 
-def test_settings_of_no_known_method_pass_no_check(tmp_path: Path) -> None:
+def test_unknown_quant_method_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "other"}}))
     with pytest.raises(CheckpointError) as refused:
         check_model_folder(tmp_path)
     assert refused.value.expected == ", ".join(sorted(FORMATS))
 
 
-def test_a_format_is_a_file_and_a_registration(tmp_path: Path) -> None:
+def test_format_is_one_file_and_one_line(tmp_path: Path) -> None:
     """In a copy of the package: a new file, and two lines of registry.py."""
     copy = tmp_path / "copy" / "lora_export"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))

@@ -35,7 +35,7 @@ def opened(sample: Path, folder: Path) -> tuple[Checkpoint, torch.Tensor]:
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=[s.stem for s in SAMPLES])
-def test_a_weight_is_what_its_library_reads(tmp_path: Path, sample: Path) -> None:
+def test_sample_weight_matches_its_library(tmp_path: Path, sample: Path) -> None:
     checkpoint, expected = opened(sample, tmp_path)
     found = find_quantized(checkpoint, checkpoint.config)
     assert set(found) == {WEIGHT}
@@ -50,7 +50,7 @@ def test_a_weight_is_what_its_library_reads(tmp_path: Path, sample: Path) -> Non
         assert torch.equal(rows.rows(start, stop), whole[start:stop])
 
 
-def test_there_are_samples_of_each_library() -> None:
+def test_samples_cover_each_library() -> None:
     made_by = set()
     for sample in SAMPLES:
         with safe_open(sample, framework="pt") as file:
@@ -70,7 +70,7 @@ def test_there_are_samples_of_each_library() -> None:
         ("autoround-gptq-3", True),
     ],
 )
-def test_an_adapter_merges_into_it(tmp_path: Path, name: str, keys: bool) -> None:
+def test_sample_base_merge_equals_unmerged(tmp_path: Path, name: str, keys: bool) -> None:
     """Beside layers that are not quantized; nothing of the codes is left. keys: whether config.json names them."""
     folder = tmp_path / "layer"
     folder.mkdir()

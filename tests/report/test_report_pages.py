@@ -61,7 +61,7 @@ def pages(report: dict[str, Any], folder: Path, samples: Samples | None = None) 
     return Page(html), html, (folder / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_full_report_tells_its_story_on_top(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+def test_report_summary_is_on_top(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     page, _, text = pages(full, tmp_path, timings)
     for words in (page.words, text):
         assert "Passed" in words
@@ -76,7 +76,7 @@ def test_a_full_report_tells_its_story_on_top(full: dict[str, Any], timings: Sam
     assert "0.9961 … 1.0032" in page.words and "271.31" in page.words
 
 
-def test_every_arm_has_its_percentiles_and_rates(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+def test_report_has_percentiles_and_rates_per_arm(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     page, _, text = pages(full, tmp_path, timings)
     assert "time to first token 271.20 ms, merged; cache in place; control: unmerged" in page.words
     row = "pytorch 86.08 85.22 … 86.94 94.68 93.74 … 95.63 103.29 102.26 … 104.32 11.62 3.6000 3.5640 … 3.6360"
@@ -91,7 +91,7 @@ def test_every_arm_has_its_percentiles_and_rates(full: dict[str, Any], timings: 
     assert "GPU 0: clock, MHz 1,200 1,980 1,980" in page.words and "throttled power limit" in page.words
 
 
-def test_sets_of_sessions_are_told(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_mentions_session_sets(full: dict[str, Any], tmp_path: Path) -> None:
     assert "for one set of sessions" in pages(full, tmp_path / "one")[0].words
     for cell in full["benchmark"]["cells"]:
         cell["sessions"] = 12
@@ -100,7 +100,7 @@ def test_sets_of_sessions_are_told(full: dict[str, Any], tmp_path: Path) -> None
     assert "for one set of sessions" not in words
 
 
-def test_warnings_and_differences_of_the_graphs_are_told(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_has_graph_warnings_and_differences(full: dict[str, Any], tmp_path: Path) -> None:
     graph = full["benchmark"]["graph"]
     graph |= {"identical": False, "merged_sha256": "6b" * 32, "warnings": ["<b>wider</b>"], "differences": ["n: x"]}
     full["benchmark"] |= {"graph_identical": False, "graph_differences": ["n: x"]}
@@ -110,7 +110,7 @@ def test_warnings_and_differences_of_the_graphs_are_told(full: dict[str, Any], t
     assert "Where the graphs differ" in page.words and "&lt;b&gt;wider" in text
 
 
-def test_a_measurement_alone_that_found_nothing_out_is_no_pass(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_inconclusive_measurement_is_no_pass(full: dict[str, Any], tmp_path: Path) -> None:
     full |= {"merge": None, "validate": None, "export": None}
     full["benchmark"]["verdict"] = "inconclusive"
     page, _, text = pages(full, tmp_path)
@@ -118,9 +118,7 @@ def test_a_measurement_alone_that_found_nothing_out_is_no_pass(full: dict[str, A
     assert "the graph cannot make a difference" in page.words
 
 
-def test_a_report_from_before_there_were_arms_is_a_report(
-    full: dict[str, Any], timings: Samples, tmp_path: Path
-) -> None:
+def test_report_without_arms_is_read(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     for cell in full["benchmark"]["cells"]:
         for name in ("arms", "control", "kv_in_place", "reason"):
             del cell[name]
@@ -129,7 +127,7 @@ def test_a_report_from_before_there_were_arms_is_a_report(
     assert page.tags.count("svg") == 5 and "unmerged · decode" in page.words and "None" not in page.words
 
 
-def test_the_proof_in_figures(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+def test_report_has_figures_of_proof(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     page, _, text = pages(full, tmp_path, timings)
     for words in (page.words, text):
         assert "Perplexity on the test text: 28.83 merged, 28.82 unmerged, 40.94 for the base." in words
@@ -140,7 +138,7 @@ def test_the_proof_in_figures(full: dict[str, Any], timings: Samples, tmp_path: 
     assert "onnx int4 93.00% 0.41 0.07" in page.words and "| onnx int4 | 93.00% | 0.41 | 0.07 |" in text
 
 
-def test_a_report_without_the_proof_is_a_report(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_without_proof_is_read(full: dict[str, Any], tmp_path: Path) -> None:
     for name in ("perplexities", "bases", "adapter_survival", "advice", "deviation"):
         del full["validate"][name]
     for record in full["merge"]["records"]:
@@ -149,7 +147,7 @@ def test_a_report_without_the_proof_is_a_report(full: dict[str, Any], tmp_path: 
     assert "Perplexity on a text" not in page.words and "last place" not in page.words and "None" not in page.words
 
 
-def test_where_it_goes_wrong_is_said_on_top(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_names_deviation_on_top(full: dict[str, Any], tmp_path: Path) -> None:
     full["status"], full["validate"]["passed"] = "failed", False
     full["validate"]["deviation"] = {
         "module": "model.layers.3.mlp", "value": 0.21, "floor": 0.003,
@@ -163,7 +161,7 @@ def test_where_it_goes_wrong_is_said_on_top(full: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.parametrize("size", daily([5e305, 1e307, 1.7e308, -1e300, 1e30], [1.7e308, 1e30]))
-def test_numbers_beyond_all_axes_are_left_out_of_the_plots(
+def test_report_plots_omit_numbers_beyond_axes(
     full: dict[str, Any], timings: Samples, tmp_path: Path, size: float
 ) -> None:
     full["benchmark"]["environment"]["margin"] = size
@@ -176,22 +174,22 @@ def test_numbers_beyond_all_axes_are_left_out_of_the_plots(
     assert page.tags.count("svg") == 5 and not page.open
 
 
-def test_saturated_elements_are_told(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_mentions_saturated_elements(full: dict[str, Any], tmp_path: Path) -> None:
     full["merge"]["records"][2]["saturated"] = 3
     assert "Saturated elements 3" in pages(full, tmp_path)[0].words
 
 
-def test_where_greedy_continuations_part_is_told(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_shows_greedy_divergence(full: dict[str, Any], tmp_path: Path) -> None:
     assert "First difference: prompt 1, token 15" in pages(full, tmp_path)[0].words
 
 
-def test_pages_are_the_same_bytes_again(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+def test_report_pages_are_reproducible(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     _, first, _ = pages(full, tmp_path / "a", timings)
     _, second, _ = pages(full, tmp_path / "b", timings)
     assert first == second
 
 
-def test_nothing_is_loaded_and_nothing_runs(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+def test_report_page_loads_and_runs_nothing(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     page, html, _ = pages(full, tmp_path, timings)
     policy = next(v for tag, name, v in page.attributes if tag == "meta" and name == "content")
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -203,7 +201,7 @@ def test_nothing_is_loaded_and_nothing_runs(full: dict[str, Any], timings: Sampl
     assert "@import" not in html and not re.search(r"url\((?!#)", html)
 
 
-def test_names_of_a_model_stay_names(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+def test_report_escapes_model_names(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     hostile = poisoned(full)
     page, html, text = pages(hostile, tmp_path, {HOSTILE: {HOSTILE: (1.0,)}} | timings)  # type: ignore[arg-type]
     assert "<script" not in html.lower() and "<img" not in html.lower()
@@ -231,20 +229,20 @@ def poisoned(value: Any, key: str = "") -> Any:
 
 
 @pytest.mark.parametrize("stage", ["merge", "validate", "export", "benchmark"])
-def test_a_stage_that_did_not_run_says_so(full: dict[str, Any], stage: str, tmp_path: Path) -> None:
+def test_report_names_skipped_stage(full: dict[str, Any], stage: str, tmp_path: Path) -> None:
     full[stage] = None
     page, _, text = pages(full, tmp_path)
     assert "not run" in page.words and "not run" in text
     assert not page.open
 
 
-def test_no_stage_at_all(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_without_stages_is_drawn(full: dict[str, Any], tmp_path: Path) -> None:
     page, _, _ = pages(full | dict.fromkeys(("merge", "validate", "export", "benchmark")), tmp_path)
     assert page.words.count("not run") == 4
     assert "was not checked" in page.words and "not compared with the base" in page.words
 
 
-def test_a_failure_cannot_be_overlooked(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_failure_is_prominent(full: dict[str, Any], tmp_path: Path) -> None:
     full["status"] = "failed"
     full["validate"]["passed"] = False
     full["validate"]["checks"][1] |= {"passed": False, "value": float("nan")}
@@ -259,7 +257,7 @@ def test_a_failure_cannot_be_overlooked(full: dict[str, Any], tmp_path: Path) ->
     assert json.loads((tmp_path / "report.json").read_text())["validate"]["checks"][1]["value"] == "nan"
 
 
-def test_slower_and_inconclusive_read_differently(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_distinguishes_slower_and_inconclusive(full: dict[str, Any], tmp_path: Path) -> None:
     full["benchmark"]["verdict"] = "inconclusive"
     page, _, _ = pages(full, tmp_path)
     assert "was inconclusive" in page.words
@@ -269,7 +267,7 @@ def test_slower_and_inconclusive_read_differently(full: dict[str, Any], tmp_path
     assert "slower than the base in 1 of 2 cells, by up to 8.0%" in page.words
 
 
-def test_a_benchmark_without_a_base(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_benchmark_without_base_is_drawn(full: dict[str, Any], tmp_path: Path) -> None:
     for cell in full["benchmark"]["cells"]:
         nothing = (k for k in cell if k.startswith(("base", "ratio", "ci_", "noise", "unmerged")))
         cell |= dict.fromkeys(nothing) | {"verdict": "inconclusive"}
@@ -278,7 +276,7 @@ def test_a_benchmark_without_a_base(full: dict[str, Any], tmp_path: Path) -> Non
     assert "not compared" in page.words and "None" not in page.words
 
 
-def test_compare_sets_two_runs_side_by_side(full: dict[str, Any], tmp_path: Path) -> None:
+def test_compare_shows_two_runs_side_by_side(full: dict[str, Any], tmp_path: Path) -> None:
     other = copy.deepcopy(full)
     other["title"] = "another <b>run</b>"
     other["merge"]["delta_survival"] = 0.5
@@ -296,7 +294,7 @@ def test_compare_sets_two_runs_side_by_side(full: dict[str, Any], tmp_path: Path
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_compare_gives_the_ratio_of_what_both_measured(full: dict[str, Any], tmp_path: Path) -> None:
+def test_compare_has_ratio_of_common_measurements(full: dict[str, Any], tmp_path: Path) -> None:
     other = copy.deepcopy(full)
     other["benchmark"]["cells"][1]["arms"]["merged"]["p50"]["ms"] *= 2
     del other["benchmark"]["cells"][1]["arms"]["pytorch"]
@@ -316,16 +314,16 @@ def test_compare_gives_the_ratio_of_what_both_measured(full: dict[str, Any], tmp
     [(None, "–"), (float("inf"), "inf"), (float("nan"), "nan"), (0.0, "0"), (0.03120, "0.0312"), (6.8e-5, "6.8e-5"),
      (1234567, "1,234,567"), (14.2071, "14.2"), (-0.5, "-0.5"), (2.0e9, "2e9"), (100.0, "100")],
 )  # fmt: skip
-def test_numbers(value: float | None, expected: str) -> None:
+def test_text_numbers_are_formatted(value: float | None, expected: str) -> None:
     assert number(value) == expected
 
 
-def test_sizes_and_markdown() -> None:
+def test_text_sizes_and_markdown_are_formatted() -> None:
     assert size(170_928) == "170.93 kB" and size(12) == "12 B" and size(None) == "–"
     assert escaped("a|b @user https://x [y](z)") == r"a\|b &#64;user https&#58;//x \[y\](z)"
 
 
-def test_checks_of_several_exports_are_told_apart() -> None:
+def test_report_distinguishes_checks_of_exports() -> None:
     names = ("adapter_survival", "onnx_adapter_survival", "onnx_int4_logits_max_abs")
     rows = story.check_rows(ValidationResult(tuple(Check(name, 0.75, 0.9, passed=False) for name in names)))
     assert [(r.label, r.threshold[0]) for r in rows] == [

@@ -17,7 +17,7 @@ from tests.report.conftest import read, write
 Samples = dict[str, dict[str, tuple[float, ...]]]
 
 
-def test_what_is_written_is_read_back(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+def test_report_round_trips(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     write(full, tmp_path, timings)
     names = ["conditions.json", "report.html", "report.json", "report.md", "samples.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
@@ -25,7 +25,7 @@ def test_what_is_written_is_read_back(full: dict[str, Any], timings: Samples, tm
     assert len(json.loads((tmp_path / "samples.json").read_text())["b1/p128/decode"]["base_again"]) == 176
 
 
-def test_rendering_again_restores_the_pages(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+def test_report_command_restores_pages(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     write(full, tmp_path, timings)
     first = (tmp_path / "report.html").read_bytes()
     (tmp_path / "report.html").write_text("gone")
@@ -35,7 +35,7 @@ def test_rendering_again_restores_the_pages(full: dict[str, Any], timings: Sampl
     assert (tmp_path / "report.md").is_file()
 
 
-def test_a_missing_report_says_what_to_do(tmp_path: Path) -> None:
+def test_report_missing_is_refused_with_advice(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no report found") as caught:
         render(tmp_path)
     assert caught.value.next_step
@@ -80,7 +80,7 @@ def change(**changes: Any) -> Any:
         (change(benchmark__cells__0=7), r"benchmark.cells\[0\] is an integer"),
     ],
 )
-def test_a_damaged_report_is_refused_and_its_pages_left(
+def test_report_damaged_is_refused_and_pages_stay(
     breaking: Any, message: str, full: dict[str, Any], tmp_path: Path
 ) -> None:
     kept = tmp_path / "report.html"
@@ -105,9 +105,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("breaking", BROKEN)
-def test_the_published_schema_takes_what_the_reader_takes(
-    breaking: Any, full: dict[str, Any], tmp_path: Path
-) -> None:
+def test_report_schema_agrees_with_reader(breaking: Any, full: dict[str, Any], tmp_path: Path) -> None:
     validator = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
     (tmp_path / "report.json").write_text(json.dumps(full))
     assert validator.is_valid(json.loads((tmp_path / "report.json").read_text()))
@@ -120,26 +118,26 @@ def test_the_published_schema_takes_what_the_reader_takes(
     assert validator.is_valid(json.loads((tmp_path / "report.json").read_text())) == taken
 
 
-def test_the_published_schema_is_one() -> None:
+def test_report_schema_is_valid() -> None:
     jsonschema.Draft202012Validator.check_schema(json.loads(SCHEMA.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("samples", [{"b1": 3}, {"b1": {"base": ["1"]}}, {"b1": {"base": 1.0}}])
-def test_damaged_samples_are_refused(samples: Any, full: dict[str, Any], tmp_path: Path) -> None:
+def test_samples_damaged_are_refused(samples: Any, full: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(full))
     (tmp_path / "samples.json").write_text(json.dumps(samples))
     with pytest.raises(InputError, match="samples is damaged: "):
         render(tmp_path)
 
 
-def test_samples_may_be_gone(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
+def test_samples_may_be_missing(full: dict[str, Any], timings: Samples, tmp_path: Path) -> None:
     write(full, tmp_path, timings)
     (tmp_path / "samples.json").unlink()
     render(tmp_path)
     assert (tmp_path / "report.html").read_text().count("<figure>") == 4
 
 
-def test_layers_are_found_in_names_and_experts_taken_together() -> None:
+def test_layer_names_group_experts() -> None:
     means = by_layer(
         [
             ("model.layers.7.self_attn.q_proj.weight", 0.2),
@@ -152,7 +150,7 @@ def test_layers_are_found_in_names_and_experts_taken_together() -> None:
     assert means == {(7, "q_proj"): 0.2, (7, "w1"): pytest.approx(0.2)}
 
 
-def test_a_big_model_is_drawn_in_seconds(full: dict[str, Any], tmp_path: Path) -> None:
+def test_report_of_large_model_is_drawn_quickly(full: dict[str, Any], tmp_path: Path) -> None:
     record = full["merge"]["records"][0]
     names = [f"model.layers.{i}.self_attn.p{j}.weight" for i in range(126) for j in range(30)]
     full["merge"]["records"] = [record | {"name": name} for name in names]

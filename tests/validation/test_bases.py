@@ -104,7 +104,7 @@ def kl(reference: list[tuple[torch.Tensor, torch.Tensor]], found: list[tuple[tor
     return float(sum(sums)) / sum(len(ids) for ids, _ in reference)
 
 
-def test_the_figures_are_those_of_float64(folders: Folders, tmp_path: Path, prompts: Path) -> None:
+def test_bases_figures_match_float64(folders: Folders, tmp_path: Path, prompts: Path) -> None:
     base, adapter = folders("bfloat16")
     merged = tmp_path / "merged"
     merge(base, [AdapterChoice(adapter)], merged, NF4)
@@ -135,7 +135,7 @@ def weak(adapter: Path, base: Path, factor: float) -> Path:
     return save_adapter(adapter, base, lora(target_modules=["q_proj", "v_proj", "down_proj"]), scale=factor)
 
 
-def test_an_adapter_that_requantizing_destroys_is_reported(folders: Folders, tmp_path: Path, prompts: Path) -> None:
+def test_bases_requantizing_loss_is_reported(folders: Folders, tmp_path: Path, prompts: Path) -> None:
     base, _ = folders("float32")
     adapter = weak(tmp_path / "adapter", base, 0.005)
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged", NF4)
@@ -149,7 +149,7 @@ def test_an_adapter_that_requantizing_destroys_is_reported(folders: Folders, tmp
     assert result.passed, "what requantizing would do is no fault of the merge"
 
 
-def test_a_strong_adapter_survives_eight_bits(folders: Folders, tmp_path: Path, prompts: Path) -> None:
+def test_bases_strong_adapter_survives_8_bits(folders: Folders, tmp_path: Path, prompts: Path) -> None:
     base, adapter = folders("float32")
     options = MergeOptions(training_quantization="int8")
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged", options)
@@ -159,7 +159,7 @@ def test_a_strong_adapter_survives_eight_bits(folders: Folders, tmp_path: Path, 
     assert not any("Do not put" in a for a in result.advice)
 
 
-def test_a_merge_into_the_original_is_measured_as_such(folders: Folders, tmp_path: Path, prompts: Path) -> None:
+def test_bases_merge_into_original_is_measured(folders: Folders, tmp_path: Path, prompts: Path) -> None:
     base, adapter = folders("float32")
     options = MergeOptions(training_quantization="nf4", base_weights="original")
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged", options)
@@ -185,7 +185,9 @@ def stored(folders: Folders, tmp_path: Path) -> tuple[Path, Path, Path]:
     return tmp_path / "base", original, adapter
 
 
-def test_a_stored_base_with_its_original(stored: tuple[Path, Path, Path], tmp_path: Path, prompts: Path) -> None:
+def test_bases_stored_base_with_original_is_compared(
+    stored: tuple[Path, Path, Path], tmp_path: Path, prompts: Path
+) -> None:
     base, original, adapter = stored
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
     asked = CompareBases(original=original)
@@ -196,7 +198,9 @@ def test_a_stored_base_with_its_original(stored: tuple[Path, Path, Path], tmp_pa
     assert found["dequantized"].kl_trained < found["original"].kl_trained / 10
 
 
-def test_a_stored_base_without_its_original(stored: tuple[Path, Path, Path], tmp_path: Path, prompts: Path) -> None:
+def test_bases_stored_base_without_original_is_compared(
+    stored: tuple[Path, Path, Path], tmp_path: Path, prompts: Path
+) -> None:
     base, _, adapter = stored
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
     result = compared(base, adapter, tmp_path / "merged", prompts, CompareBases(), MergeOptions())
@@ -204,7 +208,7 @@ def test_a_stored_base_without_its_original(stored: tuple[Path, Path, Path], tmp
     assert "--original-base" in result.advice[0]
 
 
-def test_an_original_of_another_shape_is_refused(
+def test_bases_original_of_other_shape_is_refused(
     stored: tuple[Path, Path, Path], tmp_path: Path, prompts: Path
 ) -> None:
     base, _, adapter = stored
@@ -231,7 +235,7 @@ def test_an_original_of_another_shape_is_refused(
         ),
     ],
 )
-def test_options_that_do_not_go_together(folders: Folders, words: list[str], said: str) -> None:
+def test_bases_inconsistent_options_are_refused(folders: Folders, words: list[str], said: str) -> None:
     base, adapter = folders("float32")
     named = [str(base) if w == "BASE" else w for w in words]
     done = CliRunner().invoke(cli, ["validate", "-b", str(base), "-a", str(adapter), "-m", str(base), *named])
@@ -239,13 +243,13 @@ def test_options_that_do_not_go_together(folders: Folders, words: list[str], sai
     assert said in " ".join(done.stderr.split())
 
 
-def test_an_original_in_four_bits_is_refused(stored: tuple[Path, Path, Path], prompts: Path) -> None:
+def test_bases_original_in_4_bits_is_refused(stored: tuple[Path, Path, Path], prompts: Path) -> None:
     base, _, adapter = stored
     with pytest.raises(InputError, match="itself stored quantized"):
         compared(base, adapter, base, prompts, CompareBases(original=base), MergeOptions())
 
 
-def test_an_encoder_is_refused(tmp_path: Path, prompts: Path) -> None:
+def test_bases_of_encoder_are_refused(tmp_path: Path, prompts: Path) -> None:
     base = save_random(tmp_path / "base", transformers.BertModel, bert_config())
     save_tokenizer(base)
     adapter = save_adapter(tmp_path / "adapter", base, lora(target_modules=["query"]), transformers.BertModel)
@@ -259,7 +263,7 @@ def test_an_encoder_is_refused(tmp_path: Path, prompts: Path) -> None:
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
-def test_requantizing_twice_changes_little_more(tmp_path: Path, method: Any, double_quant: bool) -> None:
+def test_bases_requantizing_twice_changes_little(tmp_path: Path, method: Any, double_quant: bool) -> None:
     """Weights that lie on the grid stay there; rows that do not end with a block of 64 included."""
     base = save_base(tmp_path / "base", torch.float32)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -275,7 +279,7 @@ def test_requantizing_twice_changes_little_more(tmp_path: Path, method: Any, dou
         assert again < (0.05 if double_quant or method == "int8" else 1e-6), name
 
 
-def test_advice_where_the_original_is_better() -> None:
+def test_bases_advice_prefers_better_original() -> None:
     figures = {"trained": 56.68, "dequantized": 56.65, "original": 50.81, "requantized": 73.48}
     bases = {name: BaseComparison(name, value, 0.1) for name, value in figures.items()}
     untrained = {"base dequantized": 74.04}
@@ -286,7 +290,7 @@ def test_advice_where_the_original_is_better() -> None:
     assert back.startswith("Do not put it back into NF4") and "97 % of what the training gained" in back
 
 
-def test_advice_on_a_text_that_shows_no_gain() -> None:
+def test_bases_advice_without_gain() -> None:
     bases = {name: BaseComparison(name, 30.0, 0.0) for name in ("trained", "dequantized")}
     advice = bases_advice(bases, {"base dequantized": 29.0}, None, None, merged_faithfully=True)
     assert any("training gained nothing" in a for a in advice)

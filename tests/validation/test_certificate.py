@@ -60,7 +60,7 @@ def log_softmax(logits: Array) -> Array:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
-def test_figures_of_a_comparison() -> None:
+def test_compare_logits_matches_definition() -> None:
     dice = np.random.default_rng(3)
     lengths, vocabulary = (7, 4), 11
     one = [dice.standard_normal((n, vocabulary)) * 2 for n in lengths]
@@ -87,7 +87,7 @@ def test_figures_of_a_comparison() -> None:
     assert found.nll_spread == pytest.approx(np.abs(np.subtract(own, theirs)).mean())
 
 
-def test_five_most_likely_of_a_vocabulary_of_three() -> None:
+def test_top5_of_small_vocabulary_works() -> None:
     logits = [torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]])]
     assert compare_logits(logits, logits, [torch.tensor([0, 1])]).top5 == 1
 
@@ -99,7 +99,9 @@ def prompts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("prompts_alone")
-def test_perplexities_and_as_loaded_checks(folders: Folders, merged: Merged, files: tuple[Path, Path]) -> None:
+def test_validate_reports_perplexities_and_loaded_checks(
+    folders: Folders, merged: Merged, files: tuple[Path, Path]
+) -> None:
     base, adapter = folders("bfloat16")
     folder = merged("bfloat16")
     result = judged(base, adapter, folder, files)
@@ -137,14 +139,16 @@ def test_perplexities_and_as_loaded_checks(folders: Folders, merged: Merged, fil
     assert checks["run_to_run_max_abs"].value == 0
 
 
-def test_fp32_is_not_judged_twice(folders: Folders, merged: Merged, files: tuple[Path, Path]) -> None:
+def test_validate_fp32_model_has_no_loaded_checks(
+    folders: Folders, merged: Merged, files: tuple[Path, Path]
+) -> None:
     result = judged(*folders("float32"), merged("float32"), files)
     assert not any(c.name.startswith("loaded_") for c in result.checks)
     assert [p.model for p in result.perplexities] == ["base", "unmerged", "merged"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_base_that_is_rounded_whole_raises_no_alarm(
+def test_validate_rounded_base_passes(
     folders: Folders, tmp_path: Path, files: tuple[Path, Path], dtype: str
 ) -> None:
     """An fp32 base in another type: the weights without an adapter are rounded, too, and belong to the floor."""
@@ -155,7 +159,7 @@ def test_a_base_that_is_rounded_whole_raises_no_alarm(
     assert result.deviation is None
 
 
-def test_the_noise_is_gone_afterwards_and_reaches_every_rounded_weight(folders: Folders) -> None:
+def test_noise_is_removed_and_reaches_every_weight(folders: Folders) -> None:
     unmerged = unmerged_model(*folders("float32"))
     parameters = dict(unmerged.base_model.model.named_parameters())
     dtypes = {n.replace(".base_layer", ""): torch.bfloat16 for n in parameters if "lora_" not in n}
@@ -181,7 +185,7 @@ def parted() -> Greedy:
     return Greedy(agreement, divergences, lambda token: f" word{token}")
 
 
-def test_the_first_diverging_token_is_shown() -> None:
+def test_validate_shows_first_diverging_token() -> None:
     ids = torch.tensor([0, 1, 2])
     logits = [torch.zeros(3, 3)]
     same = compare_logits(logits, logits, [ids])
@@ -197,9 +201,7 @@ def test_the_first_diverging_token_is_shown() -> None:
     assert tie.passed and "a tie within the noise" in tie.note
 
 
-def test_samples_show_where_a_spoiled_model_parts(
-    folders: Folders, merged: Merged, files: tuple[Path, Path]
-) -> None:
+def test_validate_samples_show_divergence(folders: Folders, merged: Merged, files: tuple[Path, Path]) -> None:
     folder = merged("float32")
     state = load_file(folder / "model.safetensors")
     state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].roll(1, 0).contiguous()
@@ -213,7 +215,7 @@ def test_samples_show_where_a_spoiled_model_parts(
 # --- what moves the thresholds -----------------------------------------------------------------------------
 
 
-def test_a_model_that_answers_otherwise_each_time_raises_every_floor() -> None:
+def test_floor_includes_run_to_run_difference() -> None:
     ids = torch.tensor([0, 1, 2])
     logits = [torch.zeros(3, 3)]
     same = compare_logits(logits, logits, [ids])
@@ -222,7 +224,7 @@ def test_a_model_that_answers_otherwise_each_time_raises_every_floor() -> None:
 
 
 @pytest.mark.usefixtures("prompts_alone")
-def test_tolerance_reaches_every_threshold(folders: Folders, merged: Merged, files: tuple[Path, Path]) -> None:
+def test_tolerance_scales_every_threshold(folders: Folders, merged: Merged, files: tuple[Path, Path]) -> None:
     folder = merged("bfloat16")
     usual, twice = (named(judged(*folders("bfloat16"), folder, files, tolerance=f).checks) for f in (4.0, 8.0))
     for prefix in ("", "loaded_"):
@@ -243,7 +245,9 @@ def test_tolerance_reaches_every_threshold(folders: Folders, merged: Merged, fil
 THRESHOLDS = ("logits_max_abs", "logits_kl_mean", "top1_agreement", "top5_agreement", "perplexity_merged")
 
 
-def test_tolerance_and_text_on_the_command_line(folders: Folders, merged: Merged, files: tuple[Path, Path]) -> None:
+def test_validate_command_takes_tolerance_and_text(
+    folders: Folders, merged: Merged, files: tuple[Path, Path]
+) -> None:
     base, adapter = folders("float32")
     words = ["validate", "-b", base, "-a", adapter, "-m", merged("float32"), "--prompts", files[0]]
     done = invoke(*words, "--text", files[1], "--tolerance", "6.5")
@@ -252,7 +256,7 @@ def test_tolerance_and_text_on_the_command_line(folders: Folders, merged: Merged
     assert "perplexity unmerged" in done.stdout and "on 89 tokens" in done.stdout
 
 
-def test_outputs_that_are_no_numbers_are_valid_json(folders: Folders, merged: Merged) -> None:
+def test_validate_nan_outputs_give_valid_json(folders: Folders, merged: Merged) -> None:
     """A NaN passes no check, and JSON has no word for it."""
     base, adapter = folders("float32")
     folder = merged("float32")
@@ -266,7 +270,7 @@ def test_outputs_that_are_no_numbers_are_valid_json(folders: Folders, merged: Me
 
 
 @pytest.mark.parametrize("factor", ["0.5", "-1", "nan", "inf", "many"])
-def test_a_tolerance_that_is_none_is_wrong_usage(tmp_path: Path, factor: str) -> None:
+def test_validate_invalid_tolerance_is_usage_error(tmp_path: Path, factor: str) -> None:
     done = invoke("validate", "-b", tmp_path, "-a", tmp_path, "-m", tmp_path, "--tolerance", factor)
     assert done.exit_code == 2
     assert "--tolerance" in done.output
@@ -275,11 +279,11 @@ def test_a_tolerance_that_is_none_is_wrong_usage(tmp_path: Path, factor: str) ->
 # --- the text ----------------------------------------------------------------------------------------------
 
 
-def test_the_built_in_text_is_a_few_pages() -> None:
+def test_built_in_text_is_a_few_pages() -> None:
     assert 500 <= len(read_text(None).split()) <= 800
 
 
-def test_a_long_text_is_read_in_windows(folders: Folders) -> None:
+def test_perplexity_reads_long_text_in_windows(folders: Folders) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folders("float32")[0])
     pieces = windows(tokenizer, "a" * 1025, 320)
     assert [len(p) for p in pieces] == [512, 512]  # the last one alone would predict nothing
@@ -295,7 +299,7 @@ BAD_TEXTS = {
 
 
 @pytest.mark.parametrize("case", BAD_TEXTS)
-def test_bad_texts_are_refused_in_words(
+def test_validate_bad_text_is_refused(
     folders: Folders, merged: Merged, files: tuple[Path, Path], tmp_path: Path, case: str
 ) -> None:
     content, words = BAD_TEXTS[case]
@@ -313,7 +317,7 @@ def test_bad_texts_are_refused_in_words(
     assert "Traceback" not in done.stderr
 
 
-def test_the_whole_story_refuses_a_bad_text_before_any_work(folders: Folders, tmp_path: Path) -> None:
+def test_merge_and_export_bad_text_is_refused_first(folders: Folders, tmp_path: Path) -> None:
     base, adapter = folders("float32")
     out = tmp_path / "out"
     done = invoke(
@@ -323,7 +327,7 @@ def test_the_whole_story_refuses_a_bad_text_before_any_work(folders: Folders, tm
     assert "merge:" not in done.stderr and not out.exists()
 
 
-def test_read_text_says_what_it_expected(tmp_path: Path) -> None:
+def test_read_text_names_expected_format(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(b"\xff")
     with pytest.raises(InputError, match="UTF-8"):
         read_text(tmp_path / "t")

@@ -51,7 +51,7 @@ def merged_by(pair: Any, out: Path, settings: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("settings", METHODS, ids=str)
-def test_an_honest_combination_passes(pair: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_validate_combination_passes(pair: Any, tmp_path: Path, settings: dict[str, Any]) -> None:
     result = check(pair, merged_by(pair, tmp_path / "out", settings), settings)
     assert result.passed, [c for c in result.checks if not c.passed]
 
@@ -68,7 +68,7 @@ def test_an_honest_combination_passes(pair: Any, tmp_path: Path, settings: dict[
     ],
     ids=str,
 )  # fmt: skip
-def test_another_combination_does_not(pair: Any, tmp_path: Path, merged: Any, claimed: Any) -> None:
+def test_validate_other_combination_fails(pair: Any, tmp_path: Path, merged: Any, claimed: Any) -> None:
     folder = merged_by(pair, tmp_path / "out", merged)
     (folder / CERTIFICATE).unlink()  # as another tool leaves it: the certificate would contradict the claim
     result = check(pair, folder, claimed)
@@ -76,7 +76,7 @@ def test_another_combination_does_not(pair: Any, tmp_path: Path, merged: Any, cl
     assert result.weight_errors
 
 
-def test_own_texts_tell_what_is_left_of_each(pair: Any, tmp_path: Path) -> None:
+def test_validate_own_texts_measure_each_adapter(pair: Any, tmp_path: Path) -> None:
     base, adapters = pair
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 4)
@@ -94,7 +94,7 @@ def test_own_texts_tell_what_is_left_of_each(pair: Any, tmp_path: Path) -> None:
         check(pair, alone, settings, own_texts=[text])
 
 
-def test_layers_that_cannot_be_asked_are_refused(pair: Any, tmp_path: Path) -> None:
+def test_validate_combination_of_unsupported_layers_is_refused(pair: Any, tmp_path: Path) -> None:
     base, adapters = pair
     whole = save_random(tmp_path / "whole", base, lora(target_modules=["q_proj"], modules_to_save=["v_proj"]))
     settings = {"combine": "linear"}

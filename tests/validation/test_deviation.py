@@ -48,7 +48,7 @@ def bench(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_every_fault_is_caught_and_named(bench: Callable[[str], Bench], fault: Fault, seed: int) -> None:
+def test_validate_fault_is_caught_and_named(bench: Callable[[str], Bench], fault: Fault, seed: int) -> None:
     """In bf16, where rounding hides most. tools/sensitivity.py tries the same list on a real model."""
     touched, found = bench("bfloat16").try_fault(fault, 100 * FAULTS.index(fault) + seed)
     assert found.failed
@@ -59,14 +59,14 @@ def test_every_fault_is_caught_and_named(bench: Callable[[str], Bench], fault: F
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_honest_weights_have_no_deviation(bench: Callable[[str], Bench], dtype: str) -> None:
+def test_deviation_of_honest_weights_is_none(bench: Callable[[str], Bench], dtype: str) -> None:
     """Asked for although nothing failed, it finds nothing, in no module and in none around them."""
     honest = bench(dtype)
     assert not honest.judge().failed
     assert honest.locate(()) is None
 
 
-def test_the_value_is_what_the_wrong_weight_adds_to_the_module_alone(bench: Callable[[str], Bench]) -> None:
+def test_deviation_value_is_of_module_alone(bench: Callable[[str], Bench]) -> None:
     """Faults upstream do not enter: the module gets the unmerged model's inputs."""
     honest = bench("float32")
     weight = f"{LAYER}.weight"
@@ -84,7 +84,7 @@ def test_the_value_is_what_the_wrong_weight_adds_to_the_module_alone(bench: Call
     assert 0 < found.floor < found.value / 4
 
 
-def test_the_first_in_the_order_of_the_forward_pass_is_named(bench: Callable[[str], Bench]) -> None:
+def test_deviation_names_first_module_of_forward(bench: Callable[[str], Bench]) -> None:
     honest = bench("float32")
     merged = dict(honest.merged.named_parameters())
     early, late = "model.layers.0.mlp.gate_proj.weight", "model.layers.1.self_attn.q_proj.weight"
@@ -93,7 +93,7 @@ def test_the_first_in_the_order_of_the_forward_pass_is_named(bench: Callable[[st
     assert found is not None and found.module == early.removesuffix(".weight") and found.tensors == (early,)
 
 
-def test_what_no_output_shows_is_named_by_its_tensor(bench: Callable[[str], Bench]) -> None:
+def test_deviation_without_output_change_names_tensor(bench: Callable[[str], Bench]) -> None:
     honest = bench("bfloat16")
     name = "model.layers.0.self_attn.o_proj.weight"
     changed = dict(honest.merged.named_parameters())[name].clone()
@@ -105,9 +105,7 @@ def test_what_no_output_shows_is_named_by_its_tensor(bench: Callable[[str], Benc
     assert found is not None and found.tensors == (name,) and found.value <= 4 * found.floor
 
 
-def test_a_changed_setting_is_found_though_every_tensor_is_right(
-    folders: Folders, merged: Merged, tmp_path: Path
-) -> None:
+def test_deviation_finds_changed_setting(folders: Folders, merged: Merged, tmp_path: Path) -> None:
     folder = merged("float32")
     edit_json(folder / "config.json", rope_parameters={"rope_theta": 50.0, "rope_type": "default"})
     (tmp_path / "p.txt").write_text(PROMPTS[1], encoding="utf-8")
@@ -121,7 +119,7 @@ def test_a_changed_setting_is_found_though_every_tensor_is_right(
     assert "the first module that differs is model.rotary_emb" in done.stderr
 
 
-def test_the_command_line_names_the_tensor(folders: Folders, merged: Merged, tmp_path: Path) -> None:
+def test_validate_command_names_tensor(folders: Folders, merged: Merged, tmp_path: Path) -> None:
     folder = merged("bfloat16")
     state = load_file(folder / "model.safetensors")
     state[f"{LAYER}.weight"] *= 1.5
@@ -150,7 +148,7 @@ def kinds() -> dict[str, PeftConfig]:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("kind", kinds())
-def test_a_column_that_is_not_sampled_is_seen(folders: Folders, tmp_path: Path, kind: str, dtype: str) -> None:
+def test_compare_tensors_sees_unsampled_column(folders: Folders, tmp_path: Path, kind: str, dtype: str) -> None:
     """Two sampled columns are the first and the last; the fault is in another, of whatever kind the adapter is."""
     base, _ = folders(dtype)
     tuned = get_peft_model(loading.load_base(base, MergeOptions()), kinds()[kind])
@@ -175,7 +173,7 @@ def test_a_column_that_is_not_sampled_is_seen(folders: Folders, tmp_path: Path, 
     assert found == worst()  # and is judged alike each time
 
 
-def test_only_the_named_modules_are_compared(bench: Callable[[str], Bench]) -> None:
+def test_deviation_compares_named_modules(bench: Callable[[str], Bench]) -> None:
     honest = bench("float32")
     found = compare_tensors(honest.unmerged, honest.merged, honest.dtypes, 4, only={LAYER, "model.norm"})
     assert {e.name for e in found} == {f"{LAYER}.weight", "model.norm.weight"}
@@ -192,7 +190,7 @@ def spoiled_result(deviation: Deviation | None) -> ValidationResult:
 DEVIATION = Deviation("model.layers.1.a", 0.5, 0.01, ("model.layers.1.a.weight",))
 
 
-def test_the_gate_names_the_first_module_s_tensor(tmp_path: Path) -> None:
+def test_gate_error_names_first_module_tensor(tmp_path: Path) -> None:
     def gate(deviation: Deviation | None) -> GateFailed:
         with pytest.raises(GateFailed) as caught:
             refuse_failed(Story(tmp_path, merge=None, validate=spoiled_result(deviation)))  # type: ignore[arg-type]
@@ -204,7 +202,7 @@ def test_the_gate_names_the_first_module_s_tensor(tmp_path: Path) -> None:
     assert failures(spoiled_result(None)) == "logits_max_abs is 3, allowed 0.1"
 
 
-def test_words_and_report_say_where(tmp_path: Path) -> None:
+def test_deviation_is_in_output_and_report(tmp_path: Path) -> None:
     result = spoiled_result(DEVIATION)
     said = validation_words(result)
     assert "the first module that differs: model.layers.1.a, by 0.5 (noise floor 0.01), because of" in said

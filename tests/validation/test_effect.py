@@ -36,7 +36,7 @@ def log_softmax(logits: torch.Tensor) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def test_the_figures_are_those_of_the_definition() -> None:
+def test_effect_matches_definition() -> None:
     found = measured(lambda b: b + random(len(b), 20, 0.3), lambda m: m + random(len(m), 21, 0.3))
     whole = kept = kl_base = kl_lost = surprise = 0.0
     for i, ids in enumerate(windows()):
@@ -59,7 +59,7 @@ def test_the_figures_are_those_of_the_definition() -> None:
     assert perplexity.tokens == 13
 
 
-def test_the_effect_is_the_symmetric_divergence() -> None:
+def test_effect_is_symmetric_divergence() -> None:
     found = measured(lambda b: b, lambda m: m)
     both = 0.0
     for i, ids in enumerate(windows()):
@@ -70,7 +70,7 @@ def test_the_effect_is_the_symmetric_divergence() -> None:
     assert found.uncertainty == pytest.approx(0, abs=1e-12)
 
 
-def test_damage_to_base_and_merged_alike_is_no_loss_of_the_adapter() -> None:
+def test_effect_ignores_common_damage() -> None:
     def damage(x: torch.Tensor) -> torch.Tensor:
         return x + random(len(x), 30, 5.0)
 
@@ -79,7 +79,7 @@ def test_damage_to_base_and_merged_alike_is_no_loss_of_the_adapter() -> None:
     assert found.survival("x").kl_lost > 1
 
 
-def test_an_adapter_that_is_gone_leaves_nothing() -> None:
+def test_effect_of_lost_adapter_is_zero() -> None:
     found = effect.Effect()
     for i, ids in enumerate(windows()):
         base = random(len(ids), i)
@@ -87,7 +87,7 @@ def test_an_adapter_that_is_gone_leaves_nothing() -> None:
     assert found.share == pytest.approx(0, abs=1e-12)
 
 
-def test_half_an_adapter_leaves_half() -> None:
+def test_effect_of_half_adapter_is_half() -> None:
     found = effect.Effect()
     for i, ids in enumerate(windows()):
         base, update = random(len(ids), i), random(len(ids), 10 + i)
@@ -95,7 +95,7 @@ def test_half_an_adapter_leaves_half() -> None:
     assert found.share == pytest.approx(0.5, abs=1e-6)
 
 
-def test_no_effect_has_no_share() -> None:
+def test_effect_without_adapter_is_none() -> None:
     found = measured(lambda b: b, lambda m: m + random(len(m), 5), adapter=0.0)
     assert found.share is None
     assert math.isnan(found.uncertainty)
@@ -103,13 +103,13 @@ def test_no_effect_has_no_share() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_no_numbers_leave_finite_figures_and_no_adapter(value: float) -> None:
+def test_effect_of_nan_logits_is_finite(value: float) -> None:
     found = measured(lambda b: b, lambda m: torch.full_like(m, value))
     assert found.share is not None and math.isfinite(found.share) and found.share < 0.5
     assert math.isfinite(found.survival("x").kl_lost)
 
 
-def test_perplexity_is_that_of_cross_entropy() -> None:
+def test_perplexity_matches_cross_entropy() -> None:
     table = random(VOCABULARY, 40)
     found = effect.perplexity("m", lambda ids: table[ids], windows())
     losses = [

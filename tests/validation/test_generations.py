@@ -27,7 +27,7 @@ def in_model(family: str, folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("name", "of_adapter", "of_base", "saved"), daily(CELLS, OLD_ON_NEW))
-def test_merge_names_of_any_generation_gives_the_same_model(
+def test_merge_names_of_any_generation_gives_same_model(
     tmp_path: Path, name: str, of_adapter: str, of_base: str, saved: bool
 ) -> None:
     family = FAMILIES[name]

@@ -49,7 +49,7 @@ def spoil(merged: Path, part: str, factor: float) -> str:
     ("name", "dtype"),
     daily(itertools.product(MODELS, TYPES), [(n, "float32") for n in MODELS] + [("gpt2", "bfloat16")]),
 )
-def test_honest_passes_and_spoiled_is_named(
+def test_validate_kind_passes_and_names_fault(
     name: str, dtype: str, made: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, adapter = made[name, dtype]
@@ -69,7 +69,7 @@ def test_honest_passes_and_spoiled_is_named(
 
 
 @pytest.mark.parametrize("name", daily(MODELS, ("gpt2", "bert", "clip", "whisper")))
-def test_without_the_adapter_the_outputs_differ(
+def test_validate_kind_without_adapter_fails(
     name: str, made: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, adapter = made[name, "float32"]
@@ -83,20 +83,20 @@ def test_without_the_adapter_the_outputs_differ(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_exactly_one_kind_matches(name: str) -> None:
+def test_kinds_exactly_one_matches(name: str) -> None:
     model = MODELS[name].model(MODELS[name].config())
     assert kinds.choose(model).name == MODELS[name].kind
     assert sum(k.matches(model) for k in kinds.KINDS) == 1
 
 
-def test_a_model_of_no_kind_is_refused() -> None:
+def test_kinds_unknown_model_is_refused() -> None:
     config = transformers.TimeSeriesTransformerConfig(prediction_length=2, d_model=8)
     with pytest.raises(InputError, match="no kind") as caught:
         kinds.choose(transformers.TimeSeriesTransformerModel(config))
     assert all(k.title in str(caught.value) for k in kinds.KINDS)
 
 
-def test_random_ids_are_told_and_a_tokenizer_is_used(
+def test_inputs_without_tokenizer_are_random_and_reported(
     made: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     plain, adapter = made["gpt2", "float32"]
@@ -111,7 +111,9 @@ def test_random_ids_are_told_and_a_tokenizer_is_used(
     assert "no tokenizer" not in result.checks[0].note
 
 
-def test_prompts_need_a_tokenizer(made: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path) -> None:
+def test_prompts_without_tokenizer_are_refused(
+    made: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path
+) -> None:
     base, adapter = made["gpt2", "float32"]
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
     prompts = tmp_path / "prompts.txt"
@@ -121,7 +123,7 @@ def test_prompts_need_a_tokenizer(made: dict[tuple[str, str], tuple[Path, Path]]
         validate(base, [AdapterChoice(adapter)], tmp_path / "merged", options=options, progress=Silent())
 
 
-def test_an_adapter_of_the_bare_body_is_attached_to_it(tmp_path: Path) -> None:
+def test_reference_attaches_adapter_to_bare_body(tmp_path: Path) -> None:
     """config.json names the class with a head, the adapter was trained on AutoModel: no layer may stay without."""
     headed, bare = MODELS["bert tokens"], MODELS["bert"]
     base = headed.save(tmp_path / "base", torch.float32)
@@ -132,7 +134,7 @@ def test_an_adapter_of_the_bare_body_is_attached_to_it(tmp_path: Path) -> None:
     assert not judged(base, adapter, tmp_path / "merged").passed
 
 
-def test_an_adapter_that_fits_no_class_is_refused(
+def test_reference_adapter_fitting_no_class_is_refused(
     made: dict[tuple[str, str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, adapter = made["bert", "float32"]
@@ -151,5 +153,5 @@ def test_an_adapter_that_fits_no_class_is_refused(
 @pytest.mark.parametrize(
     ("a", "b", "edits"), [("", "", 0), ("abc", "abc", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)]
 )
-def test_edit_distance(a: str, b: str, edits: int) -> None:
+def test_edit_distance_matches_definition(a: str, b: str, edits: int) -> None:
     assert edit_distance([ord(c) for c in a], [ord(c) for c in b]) == edits

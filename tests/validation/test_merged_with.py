@@ -31,7 +31,7 @@ def options(stated: tuple[str, ...] | None = None, **given: object) -> Validatio
     return ValidationOptions(merge=MergeOptions(**given), stated=stated)  # type: ignore[arg-type]
 
 
-def test_options_come_from_the_certificate_but_for_those_of_this_machine(scene: Scene) -> None:
+def test_merged_with_takes_options_from_certificate(scene: Scene) -> None:
     recorded = merged_with(*scene, options(max_memory=5 * 10**8))
     assert recorded == MergeOptions(dtype="float16", max_memory=5 * 10**8)
     assert merged_with(*scene, options(dtype="float16")).dtype == "float16"
@@ -45,26 +45,24 @@ def test_options_come_from_the_certificate_but_for_those_of_this_machine(scene: 
         (options(("combine",), combine="linear"), "--combine linear, but the folder was merged with none"),
     ],
 )
-def test_stated_option_that_contradicts_the_certificate_is_refused(
-    scene: Scene, given: ValidationOptions, words: str
-) -> None:
+def test_merged_with_contradicting_option_is_refused(scene: Scene, given: ValidationOptions, words: str) -> None:
     with pytest.raises(InputError, match=words) as caught:
         merged_with(*scene, given)
     assert caught.value.where == str(scene[0] / CERTIFICATE)
 
 
-def test_option_that_does_not_matter_contradicts_nothing(scene: Scene) -> None:
+def test_merged_with_option_without_effect_is_accepted(scene: Scene) -> None:
     """A certificate has the defaults of options that made no difference, whatever was given to the merge."""
     assert not merged_with(*scene, options(("training_double_quant",), training_double_quant=True)).seed
     assert merged_with(*scene, options((), dtype="float32")).dtype == "float16"  # set by a variable
 
 
-def test_folder_without_a_certificate_was_merged_as_told(scene: Scene, tmp_path: Path) -> None:
+def test_merged_with_no_certificate_takes_given_options(scene: Scene, tmp_path: Path) -> None:
     given = options(base_weights="original")
     assert merged_with(tmp_path, *scene[1:], given) == given.merge
 
 
-def test_validate_names_what_only_the_certificate_states(scene: Scene) -> None:
+def test_validate_names_options_only_certificate_states(scene: Scene) -> None:
     merged, base, adapters = scene
     result = validate(base, adapters, merged, options=ValidationOptions(seed=1))
     assert result.merge_options == ("dtype float16",)

@@ -24,7 +24,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", daily(KINDS, ("WhisperForConditionalGeneration", "BertForQuestionAnswering")))
-def test_a_graph_of_every_kind(name: str, tmp_path: Path) -> None:
+def test_validate_graph_of_every_kind_passes(name: str, tmp_path: Path) -> None:
     architecture = (DYNAMO | GENAI)[name]
     base = save(architecture, tmp_path / "base")
     save_adapter(architecture, base, tmp_path / "adapter")
@@ -46,7 +46,7 @@ def test_a_graph_of_every_kind(name: str, tmp_path: Path) -> None:
     assert all(name.startswith("onnx_") for name in failed)
 
 
-def test_a_graph_of_another_model_is_told(tmp_path: Path) -> None:
+def test_validate_graph_of_other_model_fails(tmp_path: Path) -> None:
     """By its numbers, before anything runs."""
     other = save(DYNAMO["ViTForImageClassification"], tmp_path / "other")
     exported = export(other, tmp_path / "onnx", ExportOptions("fp32", "cpu"), progress=Silent())

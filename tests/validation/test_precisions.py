@@ -129,7 +129,7 @@ def total(function: Callable[..., np.ndarray], *outputs: Sequence[np.ndarray]) -
 
 
 @pytest.mark.parametrize("precision", [later("fp32"), "int4"])
-def test_the_figures_are_those_of_float64(models: Models, precision: Precision) -> None:
+def test_precisions_match_float64(models: Models, precision: Precision) -> None:
     result = models.validated("strong", models.pair("strong", precision))
     b, m = torch_outputs(models, None), torch_outputs(models, models.adapters["strong"])
     bq = onnx_outputs(models, models.onnx("base", precision))
@@ -162,14 +162,14 @@ def perplexity(models: Models, outputs: Sequence[np.ndarray]) -> float:
 # --- the gate ----------------------------------------------------------------------------------------------
 
 
-def test_fp32_keeps_everything(models: Models) -> None:
+def test_precisions_fp32_keeps_everything(models: Models) -> None:
     result = models.validated("strong", models.pair("strong", "fp32"))
     assert check(result, "onnx_adapter_survival").value == pytest.approx(1, abs=1e-3)
     assert result.passed, [c for c in result.checks if not c.passed]
     assert result.advice[0].startswith("Ship the fp32 export")
 
 
-def test_only_this_gate_sees_that_a_weak_adapter_is_missing(models: Models) -> None:
+def test_precisions_gate_sees_missing_weak_adapter(models: Models) -> None:
     """The others are measured against what int4 does to the base, which is more than a weak adapter does."""
     result = models.validated("weak", models.pair("weak", "int4", exported="base"))
     assert {c.name for c in result.checks if not c.passed} == {"onnx_adapter_survival"}
@@ -179,7 +179,7 @@ def test_only_this_gate_sees_that_a_weak_adapter_is_missing(models: Models) -> N
     assert result.advice[0].endswith("--precision int8")
 
 
-def test_an_adapter_without_effect_has_no_share_and_no_gate(models: Models) -> None:
+def test_precisions_without_effect_have_no_gate(models: Models) -> None:
     result = models.validated("none", models.pair("none", "fp32", exported="base"))
     assert [s.share for s in result.adapter_survival] == [None]
     assert not any(c.name.endswith("adapter_survival") for c in result.checks)
@@ -244,7 +244,7 @@ def run(models: Models, name: str, onnx: Sequence[Path], *words: object) -> tupl
     return done.exit_code, json.loads(done.stdout), done.stderr
 
 
-def test_several_precisions_and_the_smallest_that_keeps_it(models: Models) -> None:
+def test_precisions_advise_smallest_sufficient(models: Models) -> None:
     exports = [models.onnx("strong", p) for p in ("int4", "fp32")]
     bases = [models.onnx("base", p) for p in ("int4", "fp32")]
     words = [w for folder in bases for w in ("--base-onnx", folder)]
@@ -258,7 +258,7 @@ def test_several_precisions_and_the_smallest_that_keeps_it(models: Models) -> No
     assert code == 3
 
 
-def test_a_failed_gate_names_the_command(models: Models) -> None:
+def test_precisions_failed_gate_names_command(models: Models) -> None:
     code, document, talk = run(
         models, "strong", [models.onnx("strong", "int4")],
         "--base-onnx", models.onnx("base", "int4"), "--min-survival", 1,
@@ -269,7 +269,7 @@ def test_a_failed_gate_names_the_command(models: Models) -> None:
     assert wanted in document["advice"][0]
 
 
-def test_one_export_a_precision(models: Models) -> None:
+def test_precisions_need_one_export_each(models: Models) -> None:
     exports = [models.onnx("strong", "int4")] * 2
     with pytest.raises(InputError, match="two of the exports are in int4") as caught:
         folder(models, exports, ())
@@ -278,7 +278,7 @@ def test_one_export_a_precision(models: Models) -> None:
     assert code == 1 and "one at a time" in talk
 
 
-def test_a_base_for_each_export_or_none(models: Models) -> None:
+def test_precisions_need_base_for_each_export_or_none(models: Models) -> None:
     exports = [models.onnx("strong", p) for p in ("int4", "fp32")]
     with pytest.raises(InputError, match="2 × --onnx and 1 × --base-onnx"):
         folder(models, exports, [models.onnx("base", "int4")])

@@ -34,7 +34,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("case", BASES)
-def test_what_a_dequantizing_merge_leaves_out_is_no_difference(tmp_path: Path, case: str) -> None:
+def test_validate_dequantizing_merge_omissions_pass(tmp_path: Path, case: str) -> None:
     values, settings = BASES[case]
     base, out = tmp_path / "base", tmp_path / "out"
     base.mkdir()

@@ -43,14 +43,14 @@ def failed(base: Path, adapter: AdapterChoice, merged: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [k for k in sorted(SELDOM) if KINDS[k](LLAMA) is not None])
-def test_an_honest_merge_passes(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_validate_rarer_kind_passes(kind: str, llama: Path, tmp_path: Path) -> None:
     train(llama, LLAMA, kind, tmp_path / "adapter")
     assert failed(llama, AdapterChoice(tmp_path / "adapter"), tmp_path / "merged") == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ADDING)
-def test_an_honest_merge_with_a_factor_passes(kind: str, llama: Path, tmp_path: Path) -> None:
+def test_validate_rarer_kind_with_factor_passes(kind: str, llama: Path, tmp_path: Path) -> None:
     train(llama, LLAMA, kind, tmp_path / "adapter")
     assert failed(llama, AdapterChoice(tmp_path / "adapter", 0.5), tmp_path / "merged") == []
 
@@ -59,7 +59,7 @@ def test_an_honest_merge_with_a_factor_passes(kind: str, llama: Path, tmp_path: 
 @pytest.mark.parametrize(
     "config", [peft.PsoftConfig(r=32), peft.OSFConfig(effective_rank=0.5)], ids=["psoft", "osf"]
 )
-def test_a_decomposition_is_the_same_with_more_threads(config: peft.PeftConfig, tmp_path: Path) -> None:
+def test_decomposition_does_not_depend_on_threads(config: peft.PeftConfig, tmp_path: Path) -> None:
     """Of matrices so large that the library shares out the work."""
     base = transformers.LlamaForCausalLM(
         llama_config(False, hidden_size=512, intermediate_size=640, num_hidden_layers=1)
@@ -82,7 +82,7 @@ def test_a_decomposition_is_the_same_with_more_threads(config: peft.PeftConfig, 
 
 
 @pytest.mark.parametrize("kind", ADDING)
-def test_a_factor_scales_what_a_layer_adds(kind: str) -> None:
+def test_reference_factor_scales_layer(kind: str) -> None:
     model = peft.get_peft_model(LLAMA.model(LLAMA.config()), KINDS[kind](LLAMA))
     randomize(model, 2, tuple(n for n, p in model.named_parameters() if p.requires_grad), 0.2)
     mend(model.double().eval())
@@ -97,7 +97,7 @@ def test_a_factor_scales_what_a_layer_adds(kind: str) -> None:
     assert float(added.abs().max()) > 1e-4
 
 
-def test_errors_in_the_base_reach_the_outputs_of_frod() -> None:
+def test_noise_reaches_outputs_of_frod() -> None:
     model = peft.get_peft_model(LLAMA.model(LLAMA.config()), KINDS["frod"](LLAMA)).double().eval()
     mend(model)
     layer = next(iter(wrapped_modules(model.base_model.model).values()))
@@ -110,7 +110,7 @@ def test_errors_in_the_base_reach_the_outputs_of_frod() -> None:
 
 
 @pytest.mark.parametrize("kind", ["frod", "osf", "psoft", "tinylora"])
-def test_what_peft_decomposes_cannot_be_streamed(kind: str, tmp_path: Path) -> None:
+def test_streaming_of_decomposing_kinds_is_refused(kind: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="decomposes the base's weights"):
         refuse_changing_inits([KINDS[kind](LLAMA)], tmp_path)
     refuse_changing_inits([KINDS["hira"](LLAMA)], tmp_path)

@@ -58,7 +58,7 @@ class Listening(Silent):
 @pytest.mark.parametrize(
     ("form", "settings"), [("pack-quantized", GROUPS), ("float-quantized", CHANNEL)], ids=["packed", "fp8"]
 )
-def test_both_readers_agree(tmp_path: Path, form: str, settings: dict[str, Any]) -> None:
+def test_second_reader_agrees(tmp_path: Path, form: str, settings: dict[str, Any]) -> None:
     base = quantized_base(tmp_path / "base", form, settings)
     copy = merge(base, [], tmp_path / "copy", MergeOptions(dtype="float32")).output
     assert second_reader.compare(base, copy) == second_reader.ReadAgain(14, 0)
@@ -72,7 +72,7 @@ def test_both_readers_agree(tmp_path: Path, form: str, settings: dict[str, Any])
     [("pack-quantized", GROUPS, compressed.PackedRows), ("float-quantized", CHANNEL, scaled.ScaledRows)],
     ids=["packed", "fp8"],
 )
-def test_a_wrong_reader_fails_the_validation(
+def test_second_reader_difference_fails_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, settings: dict[str, Any], owner: Any
 ) -> None:
     base = quantized_base(tmp_path / "base", form, settings)
@@ -87,7 +87,7 @@ def test_a_wrong_reader_fails_the_validation(
     assert caught.value.tensor is not None and caught.value.tensor.endswith("_proj.weight")
 
 
-def test_what_the_library_does_not_read_is_said(tmp_path: Path) -> None:
+def test_second_reader_unsupported_format_is_reported(tmp_path: Path) -> None:
     """Act-order: compressed-tensors wrote it once, and reads it no longer."""
     base = quantized_base(tmp_path / "base", "pack-quantized", GROUPS, "q_proj.weight")
     order = {"model.layers.0.self_attn.q_proj.weight_g_idx": torch.arange(48, dtype=torch.int32) // 16}

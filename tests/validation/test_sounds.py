@@ -16,7 +16,7 @@ from lora_export.validation.kinds.signals import _process_sounds
     ],
     ids=lambda x: type(x).__name__,
 )
-def test_sounds_have_the_length_that_the_model_hears(
+def test_sounds_have_length_of_model(
     extractor: transformers.FeatureExtractionMixin, shapes: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
     extractor.save_pretrained(tmp_path)

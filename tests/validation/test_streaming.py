@@ -51,7 +51,7 @@ def same(streamed: ValidationResult, resident: ValidationResult) -> None:
 
 
 @pytest.mark.parametrize("name", daily(MODELS, ("whisper", "bert tokens", "clip", "vit", "resnet")))
-def test_streamed_equals_resident(name: str, tmp_path: Path) -> None:
+def test_validate_streamed_equals_resident(name: str, tmp_path: Path) -> None:
     base = MODELS[name].save(tmp_path / "base", torch.bfloat16)
     adapter, merged = MODELS[name].train(base, tmp_path / "adapter"), tmp_path / "merged"
     merge(base, [AdapterChoice(adapter)], merged)
@@ -66,7 +66,7 @@ def test_streamed_equals_resident(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", daily(ADAPTERS, ("dora", "lora tokens", "ia3", "lora convolution", "vera", "oft")))
-def test_adapters_that_look_at_the_base(kind: str, tmp_path: Path) -> None:
+def test_streaming_adapters_that_read_base_work(kind: str, tmp_path: Path) -> None:
     family = FAMILIES[ADAPTERS[kind]]
     base = family.save(tmp_path / "base")
     train(base, family, kind, tmp_path / "adapter")
@@ -77,7 +77,7 @@ def test_adapters_that_look_at_the_base(kind: str, tmp_path: Path) -> None:
     same(check(folders, 1), resident)
 
 
-def test_the_bare_body_of_a_base_that_lacks_its_pooler(tmp_path: Path) -> None:
+def test_streaming_body_without_pooler_works(tmp_path: Path) -> None:
     base = MODELS["bert tokens"].save(tmp_path / "base", torch.float32)
     adapter, merged = MODELS["bert"].train(base, tmp_path / "adapter"), tmp_path / "merged"
     merge(base, [AdapterChoice(adapter)], merged)
@@ -86,7 +86,7 @@ def test_the_bare_body_of_a_base_that_lacks_its_pooler(tmp_path: Path) -> None:
     same(check((base, adapter, merged), 1), resident)
 
 
-def test_what_may_stay_in_memory_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streaming_keeps_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = MODELS["bert"].save(tmp_path / "base", torch.float32)
     adapter, merged = MODELS["bert"].train(base, tmp_path / "adapter"), tmp_path / "merged"
     merge(base, [AdapterChoice(adapter)], merged)
@@ -107,7 +107,7 @@ def test_what_may_stay_in_memory_stays(tmp_path: Path, monkeypatch: pytest.Monke
     assert results[1][1] < results[0][1] / 3
 
 
-def test_a_weight_that_is_not_there_is_no_number() -> None:
+def test_streaming_missing_weight_is_refused() -> None:
     """What would slip past the hooks must show."""
     model = torch.nn.Linear(3, 2)
     model.weight.data = streaming._nothing(model.weight.shape)
@@ -115,7 +115,7 @@ def test_a_weight_that_is_not_there_is_no_number() -> None:
     assert model(torch.ones(1, 3)).isnan().all()
 
 
-def test_pissa_is_not_streamed(tmp_path: Path) -> None:
+def test_streaming_pissa_is_refused(tmp_path: Path) -> None:
     base = MODELS["bert"].save(tmp_path / "base", torch.float32)
     adapter = MODELS["bert"].train(base, tmp_path / "adapter", init_lora_weights="pissa")
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
@@ -123,7 +123,7 @@ def test_pissa_is_not_streamed(tmp_path: Path) -> None:
         check((base, adapter, tmp_path / "merged"), 1)
 
 
-def test_a_base_quantized_in_training_is_streamed_from_a_dequantized_copy(tmp_path: Path) -> None:
+def test_streaming_quantized_base_uses_dequantized_copy(tmp_path: Path) -> None:
     base = FAMILIES["llama"].save(tmp_path / "base")
     train(base, FAMILIES["llama"], "lora", tmp_path / "adapter")
     merging = MergeOptions(training_quantization="nf4")

@@ -35,7 +35,7 @@ def value(result: ValidationResult, name: str) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_honest_merge_passes(folders: Folders, merged: Merged, dtype: str) -> None:
+def test_validate_honest_merge_passes(folders: Folders, merged: Merged, dtype: str) -> None:
     result = check(*folders(dtype), merged(dtype))
     assert not failed(result)
     assert value(result, "tensor_max_error") <= 1
@@ -45,7 +45,7 @@ def test_honest_merge_passes(folders: Folders, merged: Merged, dtype: str) -> No
 
 @pytest.mark.parametrize("seed", daily(range(5), (0,)))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_false_alarm(folders: Folders, tmp_path: Path, dtype: str, seed: int) -> None:
+def test_validate_has_no_false_alarm(folders: Folders, tmp_path: Path, dtype: str, seed: int) -> None:
     base, _ = folders(dtype)
     adapter = save_adapter(base, tmp_path / "adapter", seed + 100)
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
@@ -92,7 +92,7 @@ def one_element(state: dict[str, torch.Tensor]) -> str:
 @pytest.mark.parametrize(
     "spoil", [scaled, scaled_untouched, transposed_heads, shifted_embedding, swapped, one_element]
 )
-def test_spoiled_tensor_is_named(
+def test_validate_spoiled_tensor_is_named(
     folders: Folders, merged: Merged, dtype: str, spoil: Callable[[dict[str, torch.Tensor]], str]
 ) -> None:
     folder = merged(dtype)
@@ -105,7 +105,7 @@ def test_spoiled_tensor_is_named(
     assert value(result, "tensor_errors") >= 1
 
 
-def test_missing_adapter_fails_on_outputs_and_tensors(folders: Folders, tmp_path: Path) -> None:
+def test_validate_missing_adapter_fails_on_outputs_and_tensors(folders: Folders, tmp_path: Path) -> None:
     base, adapter = folders("float32")
     merge(base, [], tmp_path / "merged")
     result = check(base, adapter, tmp_path / "merged")
@@ -114,7 +114,7 @@ def test_missing_adapter_fails_on_outputs_and_tensors(folders: Folders, tmp_path
     assert len(result.weight_errors) == 8  # four projections in two layers
 
 
-def test_wrong_quantization_option_fails(folders: Folders, tmp_path: Path) -> None:
+def test_validate_wrong_quantization_option_fails(folders: Folders, tmp_path: Path) -> None:
     """Merged into the original base, judged against the dequantized one: not the trained function."""
     base, adapter = folders("bfloat16")
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged")
@@ -122,7 +122,7 @@ def test_wrong_quantization_option_fails(folders: Folders, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("method", "double"), [("nf4", False), ("nf4", True), ("fp4", False), ("int8", False)])
-def test_qlora_on_the_fly_passes(folders: Folders, tmp_path: Path, method: str, double: bool) -> None:
+def test_validate_qlora_on_the_fly_passes(folders: Folders, tmp_path: Path, method: str, double: bool) -> None:
     base, adapter = folders("bfloat16")
     options: dict[str, Any] = {"training_quantization": method, "training_double_quant": double}
     merge(base, [AdapterChoice(adapter)], tmp_path / "merged", MergeOptions(**options))
@@ -130,7 +130,7 @@ def test_qlora_on_the_fly_passes(folders: Folders, tmp_path: Path, method: str, 
     assert not failed(result)
 
 
-def test_two_weighted_adapters_pass(folders: Folders, tmp_path: Path) -> None:
+def test_validate_two_weighted_adapters_passes(folders: Folders, tmp_path: Path) -> None:
     base, adapter = folders("float32")
     other = save_adapter(base, tmp_path / "other", 9)
     choices = [AdapterChoice(adapter, 0.7), AdapterChoice(other, 0.3)]
@@ -138,7 +138,7 @@ def test_two_weighted_adapters_pass(folders: Folders, tmp_path: Path) -> None:
     assert not failed(judged(base, choices, tmp_path / "merged"))
 
 
-def test_a_base_in_gptq_is_judged_by_its_dequantized_weights(folders: Folders, tmp_path: Path) -> None:
+def test_validate_gptq_base_uses_dequantized_weights(folders: Folders, tmp_path: Path) -> None:
     """transformers cannot load such a base here, and the copy that stands for it must not be rounded."""
     plain, adapter = folders("bfloat16")
     base = tmp_path / "base"
