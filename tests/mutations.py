@@ -126,101 +126,101 @@ MUTATIONS = (
         "the two nibbles of a byte are exchanged", "quantization/bitsandbytes.py",
         "torch.stack((book.repeat_interleave(16), book.repeat(16)), dim=1)",
         "torch.stack((book.repeat(16), book.repeat_interleave(16)), dim=1)",
-        f"{BITSANDBYTES}::test_other_block_sizes[64]",
+        f"{BITSANDBYTES}::test_bnb4_other_block_sizes_match[64]",
     ),
     Mutation(
         "the offset of double quantization is forgotten", "quantization/bitsandbytes.py",
         '* spread + float(self.state.nested_offset or 0)', "* spread",
-        f"{BITSANDBYTES}::test_other_block_sizes[128]",
+        f"{BITSANDBYTES}::test_bnb4_other_block_sizes_match[128]",
     ),
     Mutation(
         "GPTQ's zeros are taken as they are stored", "quantization/gptq.py",
         "zeros = (zeros + 1) & mask", "zeros = zeros & mask",
-        f"{FORMATS}::test_gptq[False-False-32-4]",
+        f"{FORMATS}::test_gptq_matches_definition[False-False-32-4]",
     ),
     Mutation(
         "AWQ's outputs are not interleaved", "quantization/awq.py",
         "ORDER = (0, 2, 4, 6, 1, 3, 5, 7)", "ORDER = (0, 1, 2, 3, 4, 5, 6, 7)",
-        f"{FORMATS}::test_awq[True-32]",
+        f"{FORMATS}::test_awq_matches_definition[True-32]",
     ),
     Mutation(
         "top-5 is asked of the other model twice", "validation/comparing/logits.py",
         "one, other = (x.topk(count, -1).indices for x in (a, b))",
         "one, other = (x.topk(count, -1).indices for x in (b, b))",
-        f"{CERTIFICATE}::test_figures_of_a_comparison",
+        f"{CERTIFICATE}::test_compare_logits_matches_definition",
     ),
     Mutation(
         "KL is taken the other way round", "validation/comparing/logits.py",
         "torch.sum(p.exp() * (p - q), -1)", "torch.sum(q.exp() * (q - p), -1)",
-        f"{CERTIFICATE}::test_figures_of_a_comparison",
+        f"{CERTIFICATE}::test_compare_logits_matches_definition",
     ),
     Mutation(
         "perplexity predicts the token that it has seen", "validation/effect/effect.py",
         "-p[:-1].gather(-1, ids[1:, None])", "-p[:-1].gather(-1, ids[:-1, None])",
-        f"{CERTIFICATE}::test_perplexities_and_as_loaded_checks",
+        f"{CERTIFICATE}::test_validate_reports_perplexities_and_loaded_checks",
     ),
     Mutation(
         "the merged model as loaded is the one in fp32", "validation/stages.py",
         "load_as_stored(task.merged)", "load_as_stored(task.merged).float()",
-        f"{CERTIFICATE}::test_perplexities_and_as_loaded_checks",
+        f"{CERTIFICATE}::test_validate_reports_perplexities_and_loaded_checks",
     ),
     Mutation(
         "the floor as loaded forgets the arithmetic of the type", "validation/comparing/decoder.py",
         "self._floor(where, self._rounding, (narrow,))", "self._floor(where, self._rounding)",
-        f"{CERTIFICATE}::test_perplexities_and_as_loaded_checks",
+        f"{CERTIFICATE}::test_validate_reports_perplexities_and_loaded_checks",
     ),
     Mutation(
         "weights without an adapter stay unrounded in the noise", "validation/comparing/noise.py",
         "            return weight.to(dtype).float()\n",
         "            return weight\n",
-        f"{CERTIFICATE}::test_the_noise_is_gone_afterwards_and_reaches_every_rounded_weight",
+        f"{CERTIFICATE}::test_noise_is_removed_and_reaches_every_weight",
     ),
     Mutation(
         "--tolerance does not reach KL", "validation/comparing/thresholds.py",
         "factor * math.sqrt(floor.kl)) **", "FACTOR * math.sqrt(floor.kl)) **",
-        f"{CERTIFICATE}::test_tolerance_reaches_every_threshold",
+        f"{CERTIFICATE}::test_tolerance_scales_every_threshold",
     ),
     Mutation(
         "greedy tokens are never unexplained", "validation/comparing/thresholds.py",
         "if not d.gap <= tie < math.inf]", "if d.gap > 100 * tie]",
-        f"{CERTIFICATE}::test_the_first_diverging_token_is_shown",
+        f"{CERTIFICATE}::test_validate_shows_first_diverging_token",
     ),
     Mutation(
         "a text's last piece of one token is kept", "validation/comparing/texts.py",
         "if len(piece) > 1]", "if len(piece) > 0]",
-        f"{CERTIFICATE}::test_a_long_text_is_read_in_windows",
+        f"{CERTIFICATE}::test_perplexity_reads_long_text_in_windows",
     ),
     Mutation(
         "the merged module gets other inputs", "validation/comparing/deviation.py",
         "actual = list(tensors_of(module(*args, **kwargs)))",
         "actual = list(tensors_of(module(*(1.5 * a for a in args), **kwargs)))",
-        f"{DEVIATION}::test_the_value_is_what_the_wrong_weight_adds_to_the_module_alone",
+        f"{DEVIATION}::test_deviation_value_is_of_module_alone",
     ),
     Mutation(
         "tensors of other modules are blamed, too", "validation/comparing/deviation.py",
         "first.floor, _within(first.module, weight_errors))", "first.floor, tuple(weight_errors))",
-        f"{DEVIATION}::test_the_first_in_the_order_of_the_forward_pass_is_named",
+        f"{DEVIATION}::test_deviation_names_first_module_of_forward",
     ),
     Mutation(
         "modules without weights are not looked at", "validation/comparing/deviation.py",
         "if first is None and not weight_errors:", "if first is None and weight_errors:",
-        f"{DEVIATION}::test_a_changed_setting_is_found_though_every_tensor_is_right",
+        f"{DEVIATION}::test_deviation_finds_changed_setting",
     ),
     Mutation(
         "only the sampled columns of a low-rank update are compared", "validation/comparing/tensors.py",
         "one_by_one = whole_probes(exact, actual, bound)", "one_by_one = iter([probe.inputs])",
-        f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[lora-bfloat16]",
+        f"{DEVIATION}::test_compare_tensors_sees_unsampled_column[lora-bfloat16]",
     ),
     Mutation(
         "no random combinations of what is dear to ask", "validation/comparing/tensors.py",
         "errors.append(_combined(weight, exact, actual, bound, generator))", "errors.append(errors[0])",
-        f"{DEVIATION}::test_a_column_that_is_not_sampled_is_seen[oft-bfloat16]",
+        f"{DEVIATION}::test_compare_tensors_sees_unsampled_column[oft-bfloat16]",
     ),
     Mutation(
         "the error names the worst tensor of all", "pipeline.py",
         "return (*(result.deviation.tensors if result.deviation else ()), *result.weight_errors)",
         "return result.weight_errors",
-        f"{DEVIATION}::test_the_gate_names_the_first_module_s_tensor",
+        f"{DEVIATION}::test_gate_error_names_first_module_tensor",
     ),
     Mutation(
         "an adapter in a shared folder holds what it did not change", "onnx_export/weights/shared_folder.py",
@@ -405,7 +405,7 @@ MUTATIONS = (
         "the spread of sessions is passed over", "benchmarking/measure.py",
         "if self.sessions > 1:", "if self.sessions > 99:",
         "tests/benchmarking/test_benchmark_measure.py::"
-        "test_sessions_that_differ_are_covered_by_their_spread_and_not_by_blocks",
+        "test_interval_of_differing_sessions_covers_their_spread",
     ),
     Mutation(
         'a weight takes part in the election of a sign', 'deltas/mixing.py',
@@ -807,7 +807,7 @@ MUTATIONS = (
         'values[:, None] * bank[high_column], bank[high_row]',
         'values[:, None] * bank[high_row], bank[high_column]',
         'tests/adapters/test_rare_kinds.py::'
-        'test_wavelets_answer_with_outer_products_of_their_filters[shape0-db2]',
+        'test_waveft_basis_is_outer_product_of_filters[shape0-db2]',
     ),
     Mutation(
         'RoAd leaves biases as they are', 'adapters/road.py', 'return [weight, bias]', 'return [weight]',
@@ -976,6 +976,6 @@ MUTATIONS = (
         "each of several joined tensors begins the loaded one", "merging/architecture/pieces.py",
         "places = self.convert(numbered)[loaded] - mine", "places = self.convert(numbered)[loaded]",
         "tests/merging/test_converted.py::"
-        "test_each_joined_tensor_gets_its_rows_of_a_sum_and_what_is_no_sum_is_refused",
+        "test_converted_joined_tensors_get_their_rows",
     ),
 )  # fmt: skip
