@@ -437,7 +437,7 @@ def understand(
         AdapterError: The adapter does not fit the base.
         OutputError: The picture exists.
     """
-    from lora_export.workflows.learnt import understand_adapter
+    from lora_export.workflows.understanding import understand_adapter
 
     folders = resolve(adapter).folder, resolve(base).folder if base else None
     return understand_adapter(*folders, _path(picture), force, progress)

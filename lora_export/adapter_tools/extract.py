@@ -68,7 +68,7 @@ def _check_alike(base: MergePlan, tuned: MergePlan) -> None:
                 f"the shape is {list(tuned.tensors[name].shape)}, the base's is {list(tensor.shape)}",
                 where=tuned.base.folder,
                 tensor=name,
-                expected="a model of the base's sizes (a resized vocabulary is no low-rank change)",
+                expected="a model of the base's sizes (a resized vocabulary is not a low-rank change)",
             )
 
 

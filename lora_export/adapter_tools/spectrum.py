@@ -53,7 +53,7 @@ def _why_skipped(update: TargetUpdate) -> str:
         return "it replaces numbers of the base, and -b BASE is needed to tell by how much"
     if update.adds and None in update.shapes[0]:
         return "the adapter does not tell the size of the weight: give -b BASE"
-    return "it is no matrix" if update.adds else "its change depends on the base's weight: give -b BASE"
+    return "it is not a matrix" if update.adds else "its change depends on the base's weight: give -b BASE"
 
 
 def with_base(planned: MergePlan, file: AdapterFile) -> Iterator[ModuleFigures]:

@@ -116,8 +116,8 @@ def what_is_missing(
         lacking.append("every adapter that was merged (-a)")
     findings.not_checked.append(
         "the weights, the arithmetic and the figures of the certificate, config.json, tokenizer, chat template, "
-        f"generation config, index and every other file: that takes {' and '.join(lacking)}; so far the folder "
-        "agrees with its certificate, which whoever changed both could have written"
+        f"generation config, index and every other file: that takes {' and '.join(lacking)}. The "
+        "folder agrees with its certificate, but anyone who changed the folder could have changed both"
     )
     if base is not None:
         tensors = open_checkpoint(base).tensors

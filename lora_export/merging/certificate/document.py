@@ -182,8 +182,8 @@ def certificate_of(audit: Auditor, checks: Sequence[BaseCheck], files: Files) ->
 
 def versions(plan: MergePlan) -> dict[str, str]:
     """What the bits of a merge depend on besides its inputs: the same versions give the same bytes."""
-    found = {"python": platform.python_version(), "torch": version("torch")}
-    return found | {"processor": _processor()} if plan.computes else found
+    packages = {"python": platform.python_version(), "torch": version("torch")}
+    return packages | {"processor": _processor()} if plan.computes else packages
 
 
 def _processor() -> str:

@@ -83,9 +83,9 @@ class Difference:
     @property
     def words(self) -> str:
         """Where, and how much of it."""
-        found = self.rows.nonzero()[0]
-        which = f"{len(found)} of {len(self.rows)} rows are not what the merge writes; the first is row {found[0]}"
-        return f"{place(self.info)}: {which}"
+        differing = self.rows.nonzero()[0]
+        wrong = f"{len(differing)} of {len(self.rows)} rows are not what the merge writes"
+        return f"{place(self.info)}: {wrong}; the first is row {differing[0]}"
 
 
 @dataclass

@@ -75,13 +75,13 @@ def verify_folder(
         return findings.result()
     files(findings, folder, recorded)
     adapter_files(findings, recorded, adapters)
-    found, odd = output_tensors(folder, recorded)
+    written, odd = output_tensors(folder, recorded)
     known: Mapping[str, str] = {}
     if base is not None and len(adapters) == len(recorded.adapters):
-        known = _again(findings, folder, recorded, base, adapters, found, how, progress)
+        known = _again(findings, folder, recorded, base, adapters, written, how, progress)
     else:
         what_is_missing(findings, recorded, base, adapters)
-    hashes(findings, recorded, found, odd, known)
+    hashes(findings, recorded, written, odd, known)
     return findings.result()
 
 
@@ -201,12 +201,16 @@ def _is(path: Path, wanted: FileRecord) -> bool:
 def _unplanned(planned: MergePlan, outputs: Mapping[str, TensorInfo]) -> Iterator[str]:
     homes = {t.name: s.file for s in planned.shards for t in s.tensors}
     for name, tensor in planned.tensors.items():
-        found = outputs.get(name)
-        if found is None:
+        written = outputs.get(name)
+        if written is None:
             yield f"{name}: planned, and not there"
-        elif (found.dtype, found.shape, found.file.name) != (tensor.output.dtype, tensor.output.shape, homes[name]):
+        elif (written.dtype, written.shape, written.file.name) != (
+            tensor.output.dtype,
+            tensor.output.shape,
+            homes[name],
+        ):
             yield (
-                f"{place(found)}: {found.dtype} {list(found.shape)}, planned is {tensor.output.dtype} "
+                f"{place(written)}: {written.dtype} {list(written.shape)}, planned is {tensor.output.dtype} "
                 f"{list(tensor.output.shape)} in {homes[name]}"
             )
     for name in outputs.keys() - planned.tensors.keys():

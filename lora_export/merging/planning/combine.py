@@ -124,7 +124,7 @@ def _check_replaced(target: str, updates: Sequence[TargetUpdate], adapters: Sequ
             f"an adapter replaces this weight as a whole (modules_to_save, a trained bias), {why}",
             where=adapters[min(owners)].folder,
             tensor=target,
-            expected="a weight of 1, and no other adapter on it: a replaced weight is no delta",
+            expected="a weight of 1, and no other adapter on it: a replaced weight is not a delta",
             next_step="merge that adapter alone first, and the others into the result",
         )
 

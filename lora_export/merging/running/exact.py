@@ -134,24 +134,24 @@ class ExactTensor:
         """terms: asked for only where the result alone does not show that the rows are within the bound."""
         import torch
 
-        found = torch.cat([written(start, stop) for start, stop in runs])
+        values = torch.cat([written(start, stop) for start, stop in runs])
         rows = [row for start, stop in runs for row in range(start, stop)]
-        width = max(1, found.numel() // max(1, len(rows)))
-        found, exact, terms = found.reshape(-1), exact.reshape(-1), cache(terms)
-        wider = torch.promote_types(found.dtype, exact.dtype)
-        for at in range(0, max(1, found.numel()), CHUNK):  # a row may be an expert, and larger than any cache
+        width = max(1, values.numel() // max(1, len(rows)))
+        values, exact, terms = values.reshape(-1), exact.reshape(-1), cache(terms)
+        wider = torch.promote_types(values.dtype, exact.dtype)
+        for at in range(0, max(1, values.numel()), CHUNK):  # a row may be an expert, and larger than any cache
             some = slice(at, at + CHUNK)
-            if torch.equal(found[some].to(wider), exact[some].to(wider)):  # as dequantized weights often are
+            if torch.equal(values[some].to(wider), exact[some].to(wider)):  # as dequantized weights often are
                 errors.checked += exact[some].numel()
                 continue
-            first = self._judge_some(errors, found[some], exact[some].double(), some, terms)
+            first = self._judge_some(errors, values[some], exact[some].double(), some, terms)
             if first is not None and errors.worst is None:
                 errors.worst = rows[first // width]
 
     def _judge_some(
         self,
         errors: Errors,
-        found: "torch.Tensor",
+        values: "torch.Tensor",
         exact: "torch.Tensor",
         some: slice,
         terms: "Callable[[], torch.Tensor]",
@@ -159,10 +159,10 @@ class ExactTensor:
         """Add some of the numbers of rows, which are flat here; the place of the first beyond the bound."""
         import torch
 
-        largest = torch.finfo(found.dtype).max
-        found = found.double()
+        largest = torch.finfo(values.dtype).max
+        values = values.double()
         known = torch.isfinite(exact) & (exact.abs() <= largest)  # the rest is --allow-nonfinite's
-        off, unit = (found - exact).abs(), ulp(exact, self._tensor.output.dtype)
+        off, unit = (values - exact).abs(), ulp(exact, self._tensor.output.dtype)
         ulps = torch.where(known, off / unit, 0.0)
         errors.checked += exact.numel()
         errors.total += float(ulps.sum())

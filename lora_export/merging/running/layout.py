@@ -54,13 +54,13 @@ def _jobs(audit: Auditor, folder: Path, opened: Callable[[Path], OpenFile], work
 
 def places(plan: MergePlan, folder: Path, source: TensorSource) -> dict[str, TensorInfo]:
     """The tensors of a plan's output by name, as they lie in its shards in `folder`. source: gives their bytes."""
-    found = {}
+    placed = {}
     for shard in plan.shards:
         at = len(shard.header)
         for t in shard.tensors:
-            found[t.name] = TensorInfo(t.name, t.dtype, t.shape, folder / shard.file, at, at + t.nbytes, source)
+            placed[t.name] = TensorInfo(t.name, t.dtype, t.shape, folder / shard.file, at, at + t.nbytes, source)
             at += t.nbytes
-    return found
+    return placed
 
 
 @dataclass

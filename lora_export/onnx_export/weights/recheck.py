@@ -228,6 +228,6 @@ def _given_companions(
 
 
 def _hashes(folder: Path, without: set[str]) -> dict[str, Any]:
-    found = {n: h for n, h in sealed.hash_folder(folder).items() if n not in without} if folder.is_dir() else {}
+    hashes = {n: h for n, h in sealed.hash_folder(folder).items() if n not in without} if folder.is_dir() else {}
     links = [p for p in folder.rglob("*") if p.is_symlink() or not (p.is_file() or p.is_dir())]
-    return found | {p.relative_to(folder).as_posix(): "a link, or not a file" for p in links}
+    return hashes | {p.relative_to(folder).as_posix(): "a link, or not a file" for p in links}

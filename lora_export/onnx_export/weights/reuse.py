@@ -81,12 +81,12 @@ def read_map(earlier: Path, graphs: tuple[str, ...]) -> WeightsMap:
             expected="an export that is not unmerged, without int8 activations, by this version",
             next_step="export the model without --graph-from",
         )
-    found = weights_map.read(earlier)
+    described = weights_map.read(earlier)
     for graph in graphs:
         model = load_graph(earlier / graph)
         check_external_data(earlier / graph, model)
-        _check_places(earlier / graph, model, found)
-    for file, size in found.sizes.items():
+        _check_places(earlier / graph, model, described)
+    for file, size in described.sizes.items():
         path = earlier / file
         if path.is_symlink() or not path.is_file() or path.stat().st_size < size:
             raise ExportError(
@@ -95,7 +95,7 @@ def read_map(earlier: Path, graphs: tuple[str, ...]) -> WeightsMap:
                 expected=f"a file of {size} bytes",
                 next_step="export the base again",
             )
-    return found
+    return described
 
 
 def _check_places(path: Path, model: Any, found: WeightsMap) -> None:

@@ -17,11 +17,11 @@ def lay(
 
     suffix: of the names before .onnx; largest: bytes of a data file.
     """
-    found = {}
+    counts = {}
     for name, model in models(export).items():
         file = f"{name}{suffix}.onnx"
-        found[file] = graphs.save(model, folder / file, f"{file}_data", largest)
-    return found
+        counts[file] = graphs.save(model, folder / file, f"{file}_data", largest)
+    return counts
 
 
 def models(export: ExportResult) -> dict[str, ir.Model]:

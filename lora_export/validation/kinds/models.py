@@ -26,7 +26,7 @@ STEPS = 32  # tokens that an encoder-decoder generates, if it has so many positi
 
 
 @dataclass(frozen=True)
-class Kind:
+class ComparedKind:
     """title: for a person; matches: whether a transformers model is of this kind; comparison: how it is compared,
     and on what."""
 
@@ -36,7 +36,7 @@ class Kind:
     comparison: Callable[[ModelUnderTest], Comparison[Any, Any]]
 
 
-def choose(model: Any) -> Kind:
+def choose(model: Any) -> ComparedKind:
     """The kind of a transformers model; InputError where none or several match."""
     matching = [k for k in KINDS if k.matches(model)]
     if len(matching) != 1:
@@ -173,15 +173,15 @@ def _joined(*notes: str) -> str:
 
 
 KINDS = (
-    Kind("decoder", "decoder (Llama, GPT-2, …)", _is_decoder, _decoder),
-    Kind("seq2seq", "encoder-decoder (T5, BART, Marian, Whisper, …)", _is_seq2seq, _seq2seq),
-    Kind(
+    ComparedKind("decoder", "decoder (Llama, GPT-2, …)", _is_decoder, _decoder),
+    ComparedKind("seq2seq", "encoder-decoder (T5, BART, Marian, Whisper, …)", _is_seq2seq, _seq2seq),
+    ComparedKind(
         "text",
         "text encoder or text with a head (BERT, DeBERTa, T5's encoder, …)",
         _is_text,
         _text,
     ),
-    Kind("vision", "vision (ViT, CLIP's vision tower, ResNet, VideoMAE, …)", _is_vision, _vision),
-    Kind("audio", "audio (wav2vec 2, HuBERT, Whisper's encoder, …)", _is_audio, _audio),
-    Kind("pair", "text and image, or text and sound, compared (CLIP, SigLIP, CLAP)", _is_pair, _pair),
+    ComparedKind("vision", "vision (ViT, CLIP's vision tower, ResNet, VideoMAE, …)", _is_vision, _vision),
+    ComparedKind("audio", "audio (wav2vec 2, HuBERT, Whisper's encoder, …)", _is_audio, _audio),
+    ComparedKind("pair", "text and image, or text and sound, compared (CLIP, SigLIP, CLAP)", _is_pair, _pair),
 )

@@ -191,7 +191,7 @@ def load_merged(
     absent = absent or {}
     if read_json(merged / "config.json").get("quantization_config"):
         raise CheckpointError(
-            "config.json still has a quantization_config: these are no merged weights",
+            "config.json still has a quantization_config: these are not merged weights",
             where=merged / "config.json",
             expected="a folder that `lora-export merge` made",
         )
