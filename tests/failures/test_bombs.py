@@ -248,8 +248,8 @@ def calling(depth: int, times: int = 2, first: str = "Neg") -> onnx.ModelProto:
     ("model", "said"),
     [
         (calling(30), "more than 1,000,000 nodes"),
-        (calling(300, 1), "calls within"),
-        (calling(2, 1, "f1"), "calls within"),
+        (calling(300, 1), "nested calls"),
+        (calling(2, 1, "f1"), "nested calls"),
     ],
     ids=["a billion calls", "deep calls", "a call of itself"],
 )

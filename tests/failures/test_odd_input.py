@@ -98,7 +98,7 @@ def test_index_with_impossible_file_name_is_refused(tmp_path: Path) -> None:
         ({"architectures": {"0": "LlamaForCausalLM"}}, "architectures is an object"),
         ({"architectures": [7]}, "architectures[0] is an integer"),
         ({"quantization_config": ["gptq"]}, "quantization_config is an array"),
-        ({"x": "\ud800"}, "no Unicode text"),
+        ({"x": "\ud800"}, "not a Unicode string"),
         ({"x": json.loads("[" * 100 + "]" * 100)}, "more than 64 levels"),
     ],
 )
@@ -171,7 +171,7 @@ def adapter(
         ("replicated", {"layer_replication": [[0, 10**9]]}, "1000000000 layers"),
         ("oft", {"num_cayley_neumann_terms": 10**9}, "num_cayley_neumann_terms is 1000000000"),
         ("oft", {"peft_version": "9" * 5000}, "peft_version"),
-        ("lora", {"x": "\ud800"}, "no Unicode text"),
+        ("lora", {"x": "\ud800"}, "not a Unicode string"),
         ("lora", {"x": json.loads("[" * 100 + "]" * 100)}, "more than 64 levels"),
     ],
 )
@@ -366,7 +366,7 @@ def test_export_record_not_text_is_refused(tmp_path: Path) -> None:
 
     onnx_model(tmp_path, b"x", b"x")
     (tmp_path / "export.json").write_text(json.dumps(RECORD | {"engine": "\ud800"}))
-    refused(tmp_path, lambda: load_export(tmp_path), "no Unicode text")
+    refused(tmp_path, lambda: load_export(tmp_path), "not a Unicode string")
 
 
 # --- runs --------------------------------------------------------------------------------------------------
@@ -403,7 +403,7 @@ def test_manifest_of_wrong_types_is_refused(tmp_path: Path, changes: dict[str, A
         (("benchmark", "environment"), 3, "benchmark.environment is an integer"),
         (("benchmark", "environment", "margin"), 10**400, "holds an integer that is too large"),
         (("sources", "adapters"), 5, "sources.adapters is an integer"),
-        (("sources", "base"), "\ud800", "no Unicode text"),
+        (("sources", "base"), "\ud800", "not a Unicode string"),
         (("options", "x"), json.loads("[" * 100 + "]" * 100), "more than 64 levels"),
     ],
 )

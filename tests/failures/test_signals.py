@@ -73,10 +73,10 @@ def test_interrupt_twice_changes_nothing(work: Path, tmp_path: Path) -> None:
 
 
 def test_interrupt_before_command_exits_with_130(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def talking(*_: object) -> None:
+    def talking(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_export.commands.merge.talking", talking)
+    monkeypatch.setattr("lora_export.commands.derive.talking", talking)
     result = invoke(*merge_words(work))
     assert result.exit_code == 130
     assert result.stderr == "error: interrupted\n" and result.stdout == ""

@@ -13,6 +13,7 @@ from lora_export.contracts import ExportResult
 from lora_export.errors import LoraExportError
 from lora_export.onnx_export import check_model, load_export
 from lora_export.onnx_export.graphs.checks import all_tensors, count_nodes
+from lora_export.storage.documents import as_json
 from lora_export.workflows.inspection import inspect_folder
 from tests.fuzz.guard import attempt, harness
 from tests.fuzz.strategies import ODD_TEXTS, damaged_bytes, json_files
@@ -153,5 +154,5 @@ def test_export_record(record: bytes) -> None:
         described = attempt(folder, lambda: inspect_folder(folder))
         assert isinstance(found, ExportResult) == isinstance(described, dict)
         if isinstance(found, ExportResult) and isinstance(described, dict):
-            json.dumps(found.as_json(), ensure_ascii=False, allow_nan=False).encode()
+            json.dumps(as_json(found), ensure_ascii=False, allow_nan=False).encode()
             json.dumps(described, ensure_ascii=False, allow_nan=False).encode()

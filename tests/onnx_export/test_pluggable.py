@@ -160,7 +160,7 @@ def test_pluggable_duplicate_names_are_refused(given: dict[str, Path], tmp_path:
 def test_pluggable_unfitting_options_are_refused(given: dict[str, Path], tmp_path: Path) -> None:
     command = ["export", "-m", given["base"], "-a", given["plain"], "-o", tmp_path / "out"]
     found = CliRunner().invoke(cli, [*map(str, command), "--keep", "*down_proj*"])
-    assert found.exit_code == 1 and "--keep beside --precision fp32" in found.stderr
+    assert found.exit_code == 1 and "--keep with --precision fp32" in found.stderr
 
 
 def test_pluggable_quantized_graph_is_refused(given: dict[str, Path], tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_validate_graph_that_answers_nan_to_padding_fails(encoder: Exported, tmp
 def test_validate_quantized_graph_without_its_map_is_refused(decoder: Exported, tmp_path: Path) -> None:
     pair = decoder.pair("int4", tmp_path)
     (pair.merged / graph_weights.NAME).unlink()
-    with pytest.raises(ExportError, match="nothing says what its quantized numbers stand for"):
+    with pytest.raises(ExportError, match="no weights-map"):
         decoder.judged(pair)
 
 
