@@ -11,7 +11,6 @@ from typing import Any
 
 from lora_export.allowed.fields import FILE, WHOLE, Rule, Value, check, read
 from lora_export.errors import CheckpointError
-from lora_export.quantization.registry import formats
 from lora_export.storage import sealed
 from lora_export.storage.documents import walk
 
@@ -136,7 +135,11 @@ def check_quantization(config: Mapping[str, Any], where: Path) -> None:
     """
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method is not None and method not in formats():
+    if method is None:
+        return
+    from lora_export.quantization.registry import formats
+
+    if method not in formats():
         raise CheckpointError(f"quant_method is {method!r}", where=where, expected=", ".join(sorted(formats())))
 
 

@@ -25,9 +25,8 @@ from lora_export.onnx_export.engines.building import (
 )
 from lora_export.onnx_export.engines.protocol import ExportJob, architecture_of
 from lora_export.onnx_export.graphs.checks import check_export, check_loads, check_model
-from lora_export.onnx_export.graphs.identity import compare
 from lora_export.onnx_export.quantize import activations
-from lora_export.onnx_export.quantize.blockwise import AUTO, blockwise
+from lora_export.onnx_export.quantize.settings import AUTO, blockwise
 from lora_export.onnx_export.records import adapters_beside, load_export
 from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
 from lora_export.onnx_export.weights import map as weights_map
@@ -44,7 +43,6 @@ __all__ = [
     "check_export",
     "check_model",
     "check_request",
-    "compare",
     "export",
     "load_export",
     "model_files",

@@ -9,7 +9,7 @@ from lora_export.choices import Activations, ModelKind, Optimize, Precision, Pro
 from lora_export.contracts import ExportResult
 from lora_export.contracts.figures import Figure
 from lora_export.errors import InputError
-from lora_export.onnx_export.quantize.blockwise import Blockwise
+from lora_export.onnx_export.quantize.settings import Blockwise
 from lora_export.storage import sealed
 from lora_export.storage.documents import as_json, decode
 from lora_export.version import installed

@@ -10,8 +10,7 @@ from lora_export.contracts import QuantizationOptions
 from lora_export.errors import CheckpointError, ExportError
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import load_graph
-from lora_export.onnx_export.graphs.matmuls import kept
-from lora_export.onnx_export.quantize.blockwise import AUTO
+from lora_export.onnx_export.quantize.settings import AUTO, kept
 from lora_export.onnx_export.weights.map import Method
 from lora_export.storage import sealed
 

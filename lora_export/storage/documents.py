@@ -1,5 +1,6 @@
 """JSON from untrusted files, decoded into typed documents once, where it comes in; and typed documents as JSON."""
 
+import functools
 import json
 import math
 import re
@@ -48,19 +49,25 @@ def as_json(value: object) -> Any:
 
     Fields that are declared with `metadata=NOT_IN_JSON` are left out.
     """
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: as_json(getattr(value, f.name)) for f in fields(value) if f.metadata != NOT_IN_JSON}
-    if isinstance(value, Mapping):
-        return {str(k): as_json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(v) for v in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float):  # or a subclass: a Figure, a number of NumPy
-        return finite(float(value))
     if value is None or isinstance(value, (str, int)):
         return value
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(k): as_json(v) for k, v in value.items()}
+    if isinstance(value, float):  # or a subclass: a Figure, a number of NumPy
+        return finite(float(value))
+    if isinstance(value, Path):
+        return str(value)
+    of: Any = type(value)
+    return {name: as_json(getattr(value, name)) for name in _kept_fields(of)}
+
+
+@functools.cache
+def _kept_fields(of: type) -> tuple[str, ...]:
+    if not is_dataclass(of):
+        raise TypeError(f"{of.__name__} has no JSON form")
+    return tuple(f.name for f in fields(of) if f.metadata != NOT_IN_JSON)
 
 
 def json_schema(type_: type) -> dict[str, Any]:

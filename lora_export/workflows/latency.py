@@ -23,7 +23,7 @@ def benchmark(arms: Sequence[BenchmarkArm], options: BenchmarkOptions, progress:
     First, compare the optimized graphs of base and merged for the provider that they will run on.
     """
     from lora_export.benchmarking import run
-    from lora_export.onnx_export import compare
+    from lora_export.onnx_export.graphs.identity import compare
 
     named = {arm.name: arm for arm in arms}
     graph = None

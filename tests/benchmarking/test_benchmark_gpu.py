@@ -11,7 +11,7 @@ from lora_export.benchmarking import environment, sessions
 from lora_export.benchmarking.buffers import Buffers, Shape
 from lora_export.benchmarking.gpus import Gpus
 from lora_export.contracts import BenchmarkArm, BenchmarkOptions
-from lora_export.onnx_export import compare
+from lora_export.onnx_export.graphs.identity import compare
 from lora_export.progress import Silent
 from lora_export.runtime import why_not
 

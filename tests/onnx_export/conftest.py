@@ -16,7 +16,8 @@ from lora_export.graph_runs.feeds import Feed, token_feeds
 from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export import export
 from lora_export.onnx_export.graphs.checks import open_model
-from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+from lora_export.onnx_export.quantize.blockwise import quantize_graph
+from lora_export.onnx_export.quantize.settings import Blockwise
 from lora_export.onnx_export.weights.map import Weight
 from lora_export.progress import Silent
 

@@ -8,9 +8,9 @@ import pytest
 from onnx import numpy_helper
 
 from lora_export.contracts import ExportResult, GraphComparison
-from lora_export.onnx_export import compare
 from lora_export.onnx_export.graphs.canonical import Canonical, canonical
 from lora_export.onnx_export.graphs.checks import as_ir, load_graph, open_model
+from lora_export.onnx_export.graphs.identity import compare
 
 from .conftest import save_llama
 

@@ -13,9 +13,9 @@ import torch
 
 from lora_export.contracts import ExportResult
 from lora_export.errors import InputError
-from lora_export.onnx_export.quantize.blockwise import Blockwise
 from lora_export.onnx_export.quantize.numbers import quantize
 from lora_export.onnx_export.quantize.sensitivity import Damage, choose_kept, mark
+from lora_export.onnx_export.quantize.settings import Blockwise
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.progress import Silent
 from tests.onnx_export.conftest import VOCABULARY, feeds_of, quantized_graph, save_llama, save_tokenizer

@@ -12,8 +12,8 @@ from lora_export.choices import Precision
 from lora_export.contracts import ExportOptions, QuantizationOptions
 from lora_export.errors import ExportError
 from lora_export.onnx_export import export
-from lora_export.onnx_export.quantize.blockwise import Blockwise, blockwise
 from lora_export.onnx_export.quantize.numbers import dequantize, quantize
+from lora_export.onnx_export.quantize.settings import Blockwise, blockwise
 from lora_export.onnx_export.weights.map import Piece, Recipe, Weight
 from lora_export.progress import Silent
 from tests.daily import daily, later

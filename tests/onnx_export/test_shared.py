@@ -14,7 +14,8 @@ from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, ExportResult
 from lora_export.errors import LoraExportError
 from lora_export.merging import merge
-from lora_export.onnx_export import compare, load_export, model_files, reweight, share
+from lora_export.onnx_export import load_export, model_files, reweight, share
+from lora_export.onnx_export.graphs.identity import compare
 from lora_export.onnx_export.weights import shared_folder as shared
 from lora_export.progress import Silent
 from lora_export.workflows.inspection import inspect_folder

@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from lora_export.errors import ExportError
-from lora_export.onnx_export import compare
 from lora_export.onnx_export.graphs.canonical import canonical
 from lora_export.onnx_export.graphs.checks import as_ir
+from lora_export.onnx_export.graphs.identity import compare
 from lora_export.onnx_export.graphs.operator_roles import role
 
 LENGTH = "long = Shape(x)  length = Cast<to = 1>(long)"

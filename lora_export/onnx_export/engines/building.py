@@ -12,7 +12,7 @@ from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
 from lora_export.onnx_export.graphs.fusions import compare as compare_to_plain
-from lora_export.onnx_export.quantize.blockwise import AUTO, Blockwise
+from lora_export.onnx_export.quantize.settings import AUTO, Blockwise
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles

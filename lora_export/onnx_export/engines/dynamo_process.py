@@ -21,7 +21,8 @@ def main() -> None:
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
     from lora_export.onnx_export.engines.dynamo_passes.parts import parts_of
     from lora_export.onnx_export.graphs import files as graph_files
-    from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+    from lora_export.onnx_export.quantize.blockwise import quantize_graph
+    from lora_export.onnx_export.quantize.settings import Blockwise
 
     attention.register()
     model = _load(Path(request["model"]), request["optimize"])

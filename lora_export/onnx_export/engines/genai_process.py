@@ -101,7 +101,7 @@ def _number_cache_sizes(model: Any) -> None:
 
 
 def _options(request: dict[str, Any]) -> list[str]:
-    from lora_export.onnx_export.graphs.matmuls import kept
+    from lora_export.onnx_export.quantize.settings import kept
 
     # The runtime would have to allocate a cache cut to the window; a growing one works in every runtime.
     options = ["windowed_kv_cache=false"]
@@ -174,7 +174,8 @@ class _RecordingBuilder:
 
     def save(self, folder: Path, quantized: dict[str, Any] | None) -> None:
         from lora_export.onnx_export.graphs import files as graph_files
-        from lora_export.onnx_export.quantize.blockwise import Blockwise, quantize_graph
+        from lora_export.onnx_export.quantize.blockwise import quantize_graph
+        from lora_export.onnx_export.quantize.settings import Blockwise
         from lora_export.onnx_export.weights.map import Recipe, Weight
 
         graphs, weights, constants, data_files = {}, [], {}, {}

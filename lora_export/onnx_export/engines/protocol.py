@@ -10,7 +10,7 @@ from lora_export.choices import ModelKind, Optimize, Precision, Provider
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines import companions
-from lora_export.onnx_export.quantize.blockwise import Blockwise
+from lora_export.onnx_export.quantize.settings import Blockwise
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
 from lora_export.allowed import check_onnx_folder
 from lora_export.allowed.graphs import check_operators
 from lora_export.choices import Precision
@@ -20,6 +18,7 @@ from lora_export.storage import sealed
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
 _KNOWN_KEYS = frozenset({"location", "offset", "length", "checksum"})
 _DEFAULT_DOMAINS = frozenset({"", "ai.onnx"})
@@ -93,7 +92,7 @@ def load_graph(path: Path) -> "onnx.ModelProto":
         ) from None
 
 
-def open_model(path: Path) -> ir.Model:
+def open_model(path: Path) -> "ir.Model":
     """A graph to read or change, without weights that are stored in other files, whose places are checked first.
 
     ExportError for a graph that onnx_ir cannot keep whole: one with sparse tensors, or not in order.
@@ -103,8 +102,10 @@ def open_model(path: Path) -> ir.Model:
     return as_ir(model, path)
 
 
-def as_ir(model: "onnx.ModelProto", path: Path | None = None) -> ir.Model:
+def as_ir(model: "onnx.ModelProto", path: Path | None = None) -> "ir.Model":
     """The same model in onnx_ir. path: the file it was read from, whose folder has its data files."""
+    import onnx_ir as ir
+
     if any(graph.sparse_initializer for graph in _every_graph(model)):
         raise ExportError("the graph has sparse weights", where=path, expected="dense ones, as exporters write")
     try:
@@ -118,8 +119,10 @@ def as_ir(model: "onnx.ModelProto", path: Path | None = None) -> ir.Model:
     return opened
 
 
-def serialized(model: ir.Model) -> bytes:
+def serialized(model: "ir.Model") -> bytes:
     """The bytes of a graph's file; equal for equal graphs."""
+    import onnx_ir as ir
+
     return bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
 

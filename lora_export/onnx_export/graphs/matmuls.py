@@ -1,7 +1,6 @@
 """Which nodes of a graph multiply by a weight that can be quantized."""
 
-import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -69,8 +68,3 @@ def _fits(product: Product) -> bool:
     recipe, dtype = product.weight.recipe, product.weight.dtype
     columnwise = recipe.transposed != product.turned or len(recipe.pieces) == 1
     return bool(recipe.pieces) and columnwise and not recipe.plus and dtype in ("float32", "float16", "bfloat16")
-
-
-def kept(name: str, patterns: Collection[str]) -> bool:
-    """Whether a node of this name is to stay in high precision."""
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns)

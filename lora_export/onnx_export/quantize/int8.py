@@ -17,7 +17,7 @@ import onnx_ir as ir
 from lora_export.errors import ExportError
 from lora_export.graph_runs.feeds import Feed
 from lora_export.onnx_export.graphs.checks import open_model
-from lora_export.onnx_export.graphs.matmuls import kept
+from lora_export.onnx_export.quantize.settings import kept
 
 # Not convolutions: on most processors their integer kernels are slower than fp32.
 DYNAMIC = ("MatMul", "Attention")

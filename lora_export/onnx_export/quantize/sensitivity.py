@@ -18,8 +18,8 @@ from lora_export.errors import ExportError
 from lora_export.graph_runs.feeds import Feed
 from lora_export.onnx_export.graphs.checks import open_model, serialized
 from lora_export.onnx_export.graphs.matmuls import Product, candidates
-from lora_export.onnx_export.quantize.blockwise import Blockwise
 from lora_export.onnx_export.quantize.numbers import dequantize, granularity, quantize, shapes
+from lora_export.onnx_export.quantize.settings import Blockwise
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.dtypes import Array
 from lora_export.onnx_export.weights.map import Weight

@@ -1,0 +1,87 @@
+"""How the weights of a graph are quantized: settings, and whether a quantizer supports them."""
+
+import fnmatch
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import get_args
+
+from lora_export.choices import Precision
+from lora_export.contracts import QuantizationOptions
+from lora_export.errors import ExportError
+from lora_export.onnx_export.weights.map import Method, Quantization
+
+AUTO = "auto"  # in place of node names: choose by measured damage
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_LEVELS = range(5)
+ALGORITHMS = ("default", "rtn", "k_quant")
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """method: int4 and int8 with ONNX Runtime's MatMulNBits, nf4 with its MatMulBnb4; accuracy_level: the type that
+    the operator computes in (0: that of its inputs, 4: int8); keep: nodes to leave unquantized, by name or pattern;
+    eight_bits: nodes of an int4 graph to make int8, where a byte buys more than in `keep`; embeddings: quantize
+    those too, with GatherBlockQuantized."""
+
+    method: Method
+    block_size: int = 32
+    symmetric: bool = True
+    algorithm: str = "default"
+    accuracy_level: int = 0
+    keep: tuple[str, ...] = ()
+    eight_bits: tuple[str, ...] = ()
+    embeddings: bool = False
+
+    @property
+    def settings(self) -> Quantization:
+        """As a recipe has them, for the packed numbers."""
+        return Quantization(self.method, "packed", self.block_size, self.symmetric, self.algorithm)
+
+    def check(self) -> None:
+        """ExportError for settings that no quantizer supports."""
+        if self.block_size not in BLOCK_SIZES:
+            raise unsupported(f"blocks of {self.block_size}", ", ".join(map(str, BLOCK_SIZES)), "--block-size 32")
+        if self.algorithm not in ALGORITHMS:
+            raise unsupported(f"the quantizer {self.algorithm!r}", ", ".join(ALGORITHMS), "--quantizer default")
+        if self.accuracy_level not in ACCURACY_LEVELS:
+            raise unsupported(f"accuracy level {self.accuracy_level}", "0 to 4", "--accuracy-level 4")
+        if self.method == "nf4" and (self.algorithm != "default" or not self.symmetric):
+            what = "nf4 with zero points" if self.algorithm == "default" else f"nf4 with {self.algorithm}"
+            raise unsupported(what, "the default quantizer, symmetric: nf4 has no other", "--precision int4")
+        if self.algorithm == "k_quant" and self.symmetric:
+            raise unsupported("k_quant without zero points", "zero points, which it optimizes", "--quantizer rtn")
+        if self.eight_bits and self.method != "int4":
+            raise unsupported(
+                f"{self.method} with nodes of 8 bits", "int4 with some nodes in int8", "--precision int4"
+            )
+
+
+def blockwise(precision: Precision, provider: str, options: QuantizationOptions) -> Blockwise | None:
+    """The settings for a precision; None for one that only casts weights. ExportError for impossible ones."""
+    if precision not in get_args(Method):
+        return None
+    method: Method = precision  # type: ignore[assignment]
+    size = options.block_size if options.block_size is not None else 64 if method == "nf4" else 32
+    level = options.accuracy_level if options.accuracy_level is not None else 4 if provider == "cpu" else 0
+    symmetric = options.symmetric and options.algorithm != "k_quant"  # it optimizes zero points too
+    how = Blockwise(
+        method,
+        size,
+        symmetric,
+        options.algorithm,
+        0 if method == "nf4" else level,
+        options.keep,
+        options.eight_bits,
+        options.embeddings,
+    )
+    how.check()
+    return how
+
+
+def unsupported(what: str, expected: str, next_step: str) -> ExportError:
+    return ExportError(f"{what} cannot be exported", expected=expected, next_step=next_step)
+
+
+def kept(name: str, patterns: Collection[str]) -> bool:
+    """Whether a node of this name is to stay in high precision."""
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
