@@ -76,14 +76,13 @@ def why_not(provider: str) -> str | None:
 # The session's own error only says that fallback is off; the log names the missing library.
 _PROBE = """
 import sys
-import numpy, onnx_ir, onnxruntime as ort
+import numpy, onnx.parser, onnxruntime as ort
 if sys.argv[1] not in ort.get_available_providers():
     sys.exit("REASON " + sys.argv[1] + " is not compiled into this onnxruntime")
 if sys.argv[1] != "CPUExecutionProvider" and hasattr(ort, "preload_dlls"):
     ort.preload_dlls()
 text = "probe (float[2, 2] a, float[2, 2] b) => (float[2, 2] c) { c = MatMul(a, b) }"
-model = onnx_ir.from_onnx_text('<ir_version: 8, opset_import: ["": 17]> ' + text)
-model = onnx_ir.to_proto(model).SerializeToString()
+model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 17]> ' + text).SerializeToString()
 options = ort.SessionOptions()
 if sys.argv[1] != "CPUExecutionProvider":
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
