@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         verify,
     )
 
-# All functions of api.py but `report`, which would have the name of a room: `from lora_export.api import report`.
+# All functions of api but `report`, which would have the name of a room: `from lora_export.api import report`.
 __all__ = [
     "__version__", "benchmark", "combine", "env", "export", "extract", "inspect", "merge", "merge_and_export",
     "package", "plan", "switch", "truncate", "understand", "validate", "verify",

@@ -156,7 +156,7 @@ def test_rooms_allowed_import_passes(file: str, source: str) -> None:
 
 
 def too_long(source: str) -> list[str]:
-    """A file of more than 400 lines and functions of more than 60, unless the docstring says "long because"."""
+    """A file of more than 400 lines, and functions of more than 60."""
     tree = ast.parse(source)
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     sizes = [("the file", source.count("\n"), 400, ast.get_docstring(tree))]
