@@ -157,11 +157,10 @@ def test_rooms_allowed_import_passes(file: str, source: str) -> None:
 
 def too_long(source: str) -> list[str]:
     """A file of more than 400 lines, and functions of more than 60."""
-    tree = ast.parse(source)
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    sizes = [("the file", source.count("\n"), 400, ast.get_docstring(tree))]
-    sizes += [(f.name, (f.end_lineno or 0) - f.lineno + 1, 60, ast.get_docstring(f)) for f in functions]
-    return [name for name, lines, most, told in sizes if lines > most and "long because" not in (told or "")]
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    sizes = [("the file", source.count("\n"), 400)]
+    sizes += [(f.name, (f.end_lineno or 0) - f.lineno + 1, 60) for f in functions]
+    return [name for name, lines, most in sizes if lines > most]
 
 
 def test_files_and_functions_are_short() -> None:
@@ -172,5 +171,4 @@ def test_files_and_functions_are_short() -> None:
 def test_too_long_file_or_function_is_found() -> None:
     body = "\n".join(["    x = 1"] * 60)
     assert too_long(f"def f():\n{body}\n") == ["f"]
-    assert too_long(f'def f():\n    "Does y; long because of z."\n{body}\n') == []
     assert too_long("x = 1\n" * 401) == ["the file"]
