@@ -258,6 +258,14 @@ def test_precisions_advise_smallest_sufficient(models: Models) -> None:
     assert code == 3
 
 
+def test_precisions_min_survival_0_accepts_any_share(models: Models) -> None:
+    base = ("--base-onnx", models.onnx("base", "int4"))
+    code, document, _ = run(models, "strong", [models.onnx("strong", "int4")], *base, "--min-survival", 0)
+    check = next(c for c in document["checks"] if c["name"] == "onnx_adapter_survival")
+    assert code == 0 and check["passed"] and check["threshold"] is None and check["value"] < 0.999
+    assert document["advice"][0].startswith("Ship the int4 export")
+
+
 def test_precisions_failed_gate_names_command(models: Models) -> None:
     code, document, talk = run(
         models, "strong", [models.onnx("strong", "int4")],

@@ -65,11 +65,12 @@ def _names(export: ExportedPair, first: bool) -> list[tuple[str, str]]:
 
 
 def _check(export: ExportedPair, share: float, uncertainty: float, least: float) -> Check:
+    """least: 0 accepts any share, so the check has no threshold: only a share that is not a number fails."""
     error = "" if math.isnan(uncertainty) else f", ± {uncertainty:.2g} between the texts"
     return Check(
         f"{export.prefix}adapter_survival",
         share,
-        least,
-        share >= least > 0,
+        least or None,
+        share >= least if least else math.isfinite(share),
         f"share of the adapter's effect on the outputs that {export.precision} keeps{error}",
     )
