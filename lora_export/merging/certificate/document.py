@@ -111,8 +111,8 @@ class Certificate:
         for name, file in document["files"].items():
             document["files"][name] = {k: v for k, v in file.items() if v is not None}
         for adapter in document["adapters"]:
-            if adapter.get("kind_from") is None:
-                adapter.pop("kind_from", None)
+            if adapter["kind_from"] is None:
+                del adapter["kind_from"]
         return document
 
 
