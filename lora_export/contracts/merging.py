@@ -56,7 +56,7 @@ class TensorRecord:
 
     Against float64, in units in the last place of the output type, over `checked` elements: max_ulps, mean_ulps.
     saturated: how many elements became the largest number or infinity. hash_in, hash_out: of the bytes of the
-    base's tensor and of the output's (certificate.py says how).
+    base's tensor and of the output's (checkpoint/hashing.py says how).
     """
 
     name: str

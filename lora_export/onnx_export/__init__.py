@@ -1,6 +1,6 @@
 """Exporting a Hugging Face folder to ONNX: one engine a kind of model, checked before and after.
 
-An engine makes a graph and a map of its weights; `writing` fills the data files from a checkpoint as the map says.
+An engine makes a graph and a map of its weights; `weights/layout.py` fills the data files as the map says.
 The next adapter of the same base needs no engine: `graph_from` takes the graph and the map of an earlier export.
 """
 
