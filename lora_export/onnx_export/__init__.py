@@ -23,6 +23,7 @@ from lora_export.onnx_export.engines.building import (
     record_of,
     with_measured_damage,
 )
+from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.onnx_export.engines.protocol import ExportJob, architecture_of
 from lora_export.onnx_export.graphs.checks import check_export, check_loads, check_model
 from lora_export.onnx_export.quantize import activations
@@ -78,10 +79,12 @@ def export(
     precision, how = options.precision, options.quantization
     chosen = choose(config, options.engine)
     read = [model, *inputs, *([adapter] if adapter else [])]
-    with files.output_folder(output, options.force, inputs=read) as stage:
+    with files.output_folder(output, options.force, inputs=read) as stage, Worker() as worker:
         check_request(config, precision, provider, options.engine, how)
         quantized = blockwise(precision, provider, how) if how.activations == "float" else None
-        job = ExportJob(model, config, stage, precision, provider, adapter, progress, options.optimize, quantized)
+        job = ExportJob(
+            model, config, stage, precision, provider, adapter, progress, worker, options.optimize, quantized
+        )
         chosen.check(job)
         if quantized and AUTO in quantized.keep:
             job = with_measured_damage(job, quantized, chosen, source)

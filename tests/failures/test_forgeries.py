@@ -34,17 +34,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 @pytest.fixture(autouse=True)
 def engine_once(built: Built, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine runs once for each request: it gets the same model each time."""
-    original = isolated.run
+    original = isolated.Worker.run
 
-    def run(module: str, request: Mapping[str, Any], *, engine: str) -> None:
+    def run(self: isolated.Worker, module: str, request: Mapping[str, Any], *, engine: str) -> None:
         key = json.dumps({k: v for k, v in request.items() if k not in ("model", "output")})
         if key not in built:
-            original(module, request, engine=engine)
+            original(self, module, request, engine=engine)
             built[key] = tmp_path_factory.mktemp("built")
             shutil.copytree(request["output"], built[key], dirs_exist_ok=True)
         shutil.copytree(built[key], request["output"], dirs_exist_ok=True)
 
-    monkeypatch.setattr(isolated, "run", run)
+    monkeypatch.setattr(isolated.Worker, "run", run)
 
 
 @pytest.fixture(scope="module")

@@ -58,4 +58,4 @@ def test_export_matrix_has_every_family() -> None:
     assert len(ALL) >= 20
     assert ALL.keys() >= QUICK
     for engine in engines().values():
-        assert engine.architectures & ALL.keys()
+        assert any(engine.exports({"architectures": [name]}) for name in ALL)

@@ -1,6 +1,6 @@
 """The export engines, and the one of them that exports an architecture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_export import registered
@@ -30,21 +30,37 @@ def choose(config: Mapping[str, Any], engine: str | None = None) -> Engine:
 
     Raises ExportError for an unknown engine or architecture.
     """
+    return next(fitting(config, engine))
+
+
+def fitting(config: Mapping[str, Any], engine: str | None = None) -> Iterator[Engine]:
+    """The engines for a model's config.json, best first: at least one, and only `engine` where that is given.
+
+    An engine is asked when it is its turn: the generic one has to import transformers. Raises what `choose` does.
+    """
     known = engines()
     if engine is not None and engine not in known:
         raise ExportError(f"unknown engine {engine!r}", expected=", ".join(known))
+    fits = False
+    for each in [known[engine]] if engine else known.values():
+        if each.exports(config):
+            fits = True
+            yield each
+    if not fits:
+        raise _refusal(config, engine)
+
+
+def _refusal(config: Mapping[str, Any], engine: str | None) -> ExportError:
     architecture = architecture_of(config)
-    fitting = {name: e for name, e in known.items() if architecture in e.architectures}
-    if not fitting:
-        raise ExportError(
-            f"no engine exports the architecture {architecture} (model_type {config.get('model_type')!r})",
-            where="config.json",
-            expected="; ".join(f"{name}: {', '.join(sorted(e.architectures))}" for name, e in known.items()),
-            next_step="use the merged folder with transformers, vLLM or TGI as it is: lora-export merge",
-        )
-    if engine is not None and engine not in fitting:
-        raise ExportError(
+    others = [name for name, e in engines().items() if name != engine and e.exports(config)]
+    if engine is not None and others:
+        return ExportError(
             f"the engine {engine} does not export {architecture}",
-            expected=f"--engine {' or '.join(fitting)}, or no --engine",
+            expected=f"--engine {' or '.join(others)}, or no --engine",
         )
-    return fitting[engine or next(iter(fitting))]
+    return ExportError(
+        f"no engine exports the architecture {architecture} (model_type {config.get('model_type')!r})",
+        where="config.json",
+        expected="a class of transformers that its auto classes have a task for, such as LlamaForCausalLM",
+        next_step="use the merged folder with transformers, vLLM or TGI as it is: lora-export merge",
+    )

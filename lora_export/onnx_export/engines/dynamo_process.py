@@ -1,9 +1,8 @@
-"""Run by dynamo.py as a process: torch's dynamo exporter on one request, read as JSON from stdin.
+"""Run by dynamo.py in a process of its own: torch's dynamo exporter on one request.
 
 Besides the graphs, it writes the file that the request names as `result`: kind, task and file names of the graphs.
 """
 
-import gc
 import json
 import sys
 import warnings
@@ -11,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
-    gc.disable()  # a short-lived process that keeps its million objects
+def main(request: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")  # torch warns about requested axes and names
     import onnx_ir as ir
 
     from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
-    from lora_export.onnx_export.engines.dynamo_passes.parts import parts_of
+    from lora_export.onnx_export.engines.parts import parts_of
     from lora_export.onnx_export.graphs import files as graph_files
     from lora_export.onnx_export.quantize.blockwise import quantize_graph
     from lora_export.onnx_export.quantize.settings import Blockwise
@@ -78,7 +75,3 @@ def _weights(graph: Any, data: str) -> Any:
         shape = tuple(int(n) for n in tensor.shape.numpy())
         weight = Weight(name, data, map_type(tensor.dtype), shape, recipe or Recipe())
         yield weight, None if recipe else tensor.numpy()
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from lora_export.checkpoint.companions import has_tokenizer
 from lora_export.choices import Precision
 from lora_export.errors import AdapterError, ExportError
-from lora_export.onnx_export.engines import companions, isolated
+from lora_export.onnx_export.engines import companions
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs import checks
 from lora_export.storage import sealed
@@ -81,7 +81,7 @@ class GenaiEngine(Engine):
             "provider": job.provider,
             "adapter": str(job.adapter.resolve()) if job.adapter else None,
         }
-        isolated.run("lora_export.onnx_export.engines.genai_process", request, engine=self.name)
+        job.worker.run("lora_export.onnx_export.engines.genai_process", request, engine=self.name)
         _mend_genai_config(job)
         made = _SPEECH if architecture_of(job.config) in _WHISPER else _TEXT
         if job.adapter is not None:

@@ -1,24 +1,41 @@
-"""Run by genai.py as a process: onnxruntime-genai's model builder on one request, read as JSON from stdin.
+"""Run by genai.py in a process of its own: onnxruntime-genai's model builder on one request.
 
 The builder usually puts values into its graph. Here it gets parameters that record which checkpoint tensors they
 are made of, and the graph is written with a map of them. An unmerged graph (`adapter`) is entirely the builder's
 own, including the values.
 """
 
-import gc
-import json
-import sys
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 _HEAD = "/lm_head/MatMul"
 
 
-def main() -> None:
-    request = json.load(sys.stdin)
-    gc.disable()  # a short-lived process that keeps its million objects
+def main(request: dict[str, Any]) -> None:
     from onnxruntime_genai.models import builder
 
+    with _restored(builder.Model, builder.OLMoModel):
+        _build(builder, request)
+
+
+@contextlib.contextmanager
+def _restored(*classes: type) -> Iterator[None]:
+    """Undo what is changed of these classes: the next request starts from the builder's own."""
+    before = [dict(vars(cls)) for cls in classes]
+    try:
+        yield
+    finally:
+        for cls, own in zip(classes, before, strict=True):
+            for name in [*vars(cls)]:
+                if name not in own:
+                    delattr(cls, name)
+                elif vars(cls)[name] is not own[name]:
+                    setattr(cls, name, own[name])
+
+
+def _build(builder: Any, request: dict[str, Any]) -> None:
     precision, provider = request["precision"], request["provider"]
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
@@ -211,7 +228,3 @@ def _placeholder(tensor: Any, name: str, to: Any) -> Any:
     from lora_export.onnx_export.graphs.files import without_numbers
 
     return without_numbers(name, to or from_torch_dtype(tensor.dtype), tensor.shape)
-
-
-if __name__ == "__main__":
-    main()

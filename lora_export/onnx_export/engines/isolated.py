@@ -1,5 +1,6 @@
 """Runs engines in a separate process: its memory is freed, its output goes to a log, and its crashes stay there."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,38 +8,86 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lora_export.errors import ExportError
 
 LAST_LINES = 12
 _KEPT = frozenset({"PATH", "HOME", "USER", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LANG", "VIRTUAL_ENV"})
 _KEPT_PREFIXES = ("LC_", "LD_LIBRARY", "DYLD_", "CUDA", "NVIDIA", "OMP_", "MKL_", "KMP_")
+_PROCESS = "lora_export.onnx_export.engines.worker_process"
 
 
-def run(module: str, request: Mapping[str, Any], *, engine: str) -> None:
-    """Run `python -m module` with `request` as JSON on stdin; ExportError with its last lines if it fails.
+class Worker:
+    """A process that runs modules of this package, one request after another, and imports torch only once.
 
-    The child runs in an empty folder, offline, and without the tokens and proxies of this environment.
+    It starts with its first request, in an empty folder, offline, and without the tokens and proxies of this
+    environment. As a context manager it ends with the block.
     """
-    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="lora-export-")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, module: str, request: Mapping[str, Any], *, engine: str) -> None:
+        """Call `main(request)` of the module `module` there; ExportError with the last lines if it fails."""
+        scratch = self._folder.name
         log = Path(scratch, "log.txt")
-        with log.open("wb") as sink:
-            done = subprocess.run(
-                [sys.executable, "-m", module],
-                input=json.dumps({**request, "cache": str(Path(scratch, "cache"))}).encode(),
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                cwd=scratch,
-                env=_environment(scratch),
-                check=False,
-            )
-        if done.returncode:
+        log.write_bytes(b"")
+        process = self._process = self._process or _start(scratch)
+        assert process.stdin is not None and process.stdout is not None
+        message = {"module": module, "request": {**request, "cache": str(Path(scratch, "cache"))}}
+        try:
+            process.stdin.write(json.dumps(message).encode() + b"\n")
+            process.stdin.flush()
+            done = process.stdout.readline() == b"done\n"
+        except OSError:  # the process has died
+            done = False
+        if not done:
+            self._process = None
             raise ExportError(
-                f"the engine {engine} failed (status {done.returncode}); its last lines were:\n{_tail(log)}",
+                f"the engine {engine} failed (status {_ended(process)}); its last lines were:\n{_tail(log)}",
                 where=request.get("model"),
                 next_step="lora-export env shows the versions; another --precision may be possible",
             )
+
+    def close(self) -> None:
+        """End the process and remove its folder."""
+        if self._process is not None:
+            _ended(self._process)
+            self._process = None
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _start(scratch: str) -> subprocess.Popen[bytes]:
+    with Path(scratch, "log.txt").open("ab") as sink:
+        return subprocess.Popen(
+            [sys.executable, "-m", _PROCESS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            cwd=scratch,
+            env=_environment(scratch),
+        )
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a process, which gets no more requests and is killed if it does not end."""
+    for stream in (process.stdin, process.stdout):
+        assert stream is not None
+        with contextlib.suppress(OSError):
+            stream.close()
+    try:
+        return process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _environment(scratch: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from lora_export.choices import ModelKind, Optimize, Precision, Provider
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines import companions
+from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.onnx_export.quantize.settings import Blockwise
 
 
@@ -17,7 +18,8 @@ from lora_export.onnx_export.quantize.settings import Blockwise
 class ExportJob:
     """One export. model: a Hugging Face folder; output: an empty folder; provider: cpu or cuda.
 
-    adapter: a LoRA folder whose update stays beside the weights in the graph (the unmerged model).
+    adapter: a LoRA folder whose update stays beside the weights in the graph (the unmerged model); worker: the
+    process that engines run in.
     """
 
     model: Path
@@ -27,6 +29,7 @@ class ExportJob:
     provider: Provider
     adapter: Path | None
     progress: Progress
+    worker: Worker
     optimize: Optimize = "full"
     quantized: Blockwise | None = None
 
@@ -47,14 +50,19 @@ class Made:
 class Engine(ABC):
     """A way to export some architectures. All methods raise ExportError; the checks, before any work.
 
-    name: as in --engine; architectures: class names of config.json; optimizes: whether `run` obeys `optimize`, so
-    that plain graphs can be had to compare with; fp16_int4: whether its int4 graphs for CUDA compute in fp16.
+    name: as in --engine; architectures: class names of config.json, which `exports` takes by default; optimizes:
+    whether `run` obeys `optimize`, so that plain graphs can be had to compare with; fp16_int4: whether its int4
+    graphs for CUDA compute in fp16.
     """
 
     name: ClassVar[str]
-    architectures: ClassVar[frozenset[str]]
+    architectures: ClassVar[frozenset[str]] = frozenset()
     optimizes: ClassVar[bool] = False
     fp16_int4: ClassVar[bool] = False
+
+    def exports(self, config: Mapping[str, Any]) -> bool:
+        """Whether this engine takes the model that a config.json describes."""
+        return architecture_of(config) in self.architectures
 
     @abstractmethod
     def check(self, job: ExportJob) -> None:

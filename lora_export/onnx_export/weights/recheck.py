@@ -15,6 +15,7 @@ from lora_export.errors import ExportError, LoraExportError, plain
 from lora_export.onnx_export import records
 from lora_export.onnx_export.engines import choose
 from lora_export.onnx_export.engines.building import record_of
+from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob
 from lora_export.onnx_export.graphs.checks import check_model
 from lora_export.onnx_export.graphs.finding import find_graphs
@@ -66,8 +67,9 @@ def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Fi
         record = records.read_record(folder)
         if record.adapter:
             raise ExportError("the adapter of this export is not part of its weights", where=folder)
-        with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
-            _compare(findings, folder, record, model, Path(scratch), rebuild, progress)
+        with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, Worker() as worker:
+            job, chosen = _job(record, model, Path(scratch), worker, progress)
+            _compare(findings, folder, record, model, job, chosen, rebuild)
     except LoraExportError as error:
         findings.judge("onnx", "", [f"{error.found} ({error.where})" if error.where else error.found])
     return findings
@@ -78,11 +80,11 @@ def _compare(
     folder: Path,
     record: ExportRecord,
     model: Model,
-    stage: Path,
+    job: ExportJob,
+    chosen: Engine,
     rebuild: bool,
-    progress: Progress,
 ) -> None:
-    job, chosen = _job(record, model, stage, progress)
+    stage, progress = job.output, job.progress
     if record.activations != "float":
         _compare_whole(findings, folder, job, model, stage / "new")
         return
@@ -127,15 +129,17 @@ def _compare_whole(findings: Findings, folder: Path, job: ExportJob, model: Mode
     _judge_files(findings, folder, new, WeightsMap(()))
 
 
-def _job(record: ExportRecord, model: Model, stage: Path, progress: Progress) -> tuple[ExportJob, Engine]:
+def _job(
+    record: ExportRecord, model: Model, stage: Path, worker: Worker, progress: Progress
+) -> tuple[ExportJob, Engine]:
     """The job that made the export. ExportError for a record of what no engine does."""
     config = read_config(model.folder)
     chosen = choose(config, record.engine)
     if record.quantization:
         record.quantization.check()
     job = ExportJob(
-        model.folder, config, stage, record.precision, record.provider, None, progress, record.optimize,
-        record.quantization,
+        model.folder, config, stage, record.precision, record.provider, None, progress, worker,
+        record.optimize, record.quantization,
     )  # fmt: skip
     chosen.check(job)
     return job, chosen

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from lora_export.onnx_export.engines.dynamo_passes import attention
-from lora_export.onnx_export.engines.dynamo_passes.parts import GraphPart
 from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights
+from lora_export.onnx_export.engines.parts.graph_part import GraphPart
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
 OPSET = 20

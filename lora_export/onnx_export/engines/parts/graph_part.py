@@ -1,0 +1,42 @@
+"""A part of a model that becomes one graph file, and what all kinds of parts share."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_export.choices import ModelKind
+
+Axes = dict[int, str]
+Input = tuple[tuple[int, ...], torch.dtype, Axes]
+BATCH, LENGTH = 2, 16  # sizes to trace with; 1 would be taken for a constant
+PAST, ENCODED = 5, 11
+
+
+@dataclass(frozen=True)
+class GraphPart:
+    """run: takes the inputs and returns the outputs, in order; caches: whether it has a cache as input or output.
+
+    inputs: by name, the shape and type to trace with, and dynamic axes; outputs: their dynamic axes.
+    """
+
+    file: str
+    data: str
+    run: Callable[..., tuple[torch.Tensor, ...]]
+    inputs: Mapping[str, Input]
+    outputs: Mapping[str, Axes]
+    caches: bool = False
+
+
+@dataclass(frozen=True)
+class Traced:
+    kind: ModelKind
+    task: str
+    parts: tuple[GraphPart, ...] = field(default=())
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether the model's forward has an input of this name."""
+    return name in inspect.signature(model.forward).parameters
