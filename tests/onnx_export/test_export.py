@@ -70,8 +70,8 @@ def test_export_unknown_architecture_is_refused() -> None:
 
 
 def test_export_with_wrong_engine_is_refused() -> None:
-    with pytest.raises(ExportError, match="dynamo does not export LlamaForCausalLM"):
-        choose({"architectures": ["LlamaForCausalLM"]}, "dynamo")
+    with pytest.raises(ExportError, match="genai does not export BertModel"):
+        choose({"architectures": ["BertModel"]}, "genai")
     with pytest.raises(ExportError, match="unknown engine 'magic'"):
         choose({"architectures": ["LlamaForCausalLM"]}, "magic")
 

@@ -1,0 +1,25 @@
+"""Models of text that do not generate."""
+
+from tests.export_matrix.models import Row
+
+ROWS = (
+    Row("BertForMultipleChoice"),
+    Row("BertForSequenceClassification"),
+    Row("ModernBertForSequenceClassification"),
+    Row("XLMRobertaForSequenceClassification"),
+    Row("EsmForSequenceClassification"),
+    Row("RobertaForTokenClassification"),
+    Row("DebertaV2ForTokenClassification"),
+    Row("LayoutLMv3ForTokenClassification"),
+    Row("DistilBertForQuestionAnswering"),
+    Row("AlbertForQuestionAnswering"),
+    Row("BigBirdForQuestionAnswering"),
+    Row("CamembertForMaskedLM"),
+    Row("EsmForMaskedLM"),
+    Row("DebertaForMaskedLM"),
+    Row("MPNetModel"),
+    Row("XLMRobertaModel"),
+    Row("EuroBertModel"),
+    Row("T5EncoderModel"),
+    Row("BartForSequenceClassification"),
+)

@@ -1,0 +1,65 @@
+"""A row of the matrix: a class of transformers, how its model is made tiny, and how it is compared."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lora_export.contracts import ExportResult
+from tests.architectures.tiny import small
+from tests.onnx_export.conftest import save_tokenizer
+from tests.onnx_export.runs import worst
+
+Compare = Callable[[ExportResult, Any], float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """cls: in transformers; settings: of its configuration, beside small sizes; compare: the largest relative
+    difference between an export and a model; files: what the folder has besides model and tokenizer."""
+
+    cls: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    compare: Compare = worst
+    files: Callable[[Path, Any], None] = lambda folder, model: None
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.cls} {self.variant}".strip()
+
+    def build(self) -> Any:
+        """The model with weights large enough to matter: any graph agrees with one that computes nothing."""
+        cls = getattr(transformers, self.cls)
+        config = _with(small(cls.config_class), self.settings)
+        config.architectures = [self.cls]
+        torch.manual_seed(7)
+        model = cls(config).eval()
+        generator = torch.Generator().manual_seed(11)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, 0.15, generator=generator)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.data.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.data.normal_(0, 0.1, generator=generator)
+        model.tie_weights()
+        return model
+
+    def save(self, folder: Path) -> Any:
+        model = self.build()
+        model.save_pretrained(folder)
+        save_tokenizer(folder)
+        self.files(folder, model)
+        return model
+
+
+def _with(config: Any, settings: Mapping[str, Any]) -> Any:
+    """The configuration with other settings, through its constructor; parts by their names."""
+    parts = getattr(type(config), "sub_configs", {}) or {}
+    own = {k: v for k, v in settings.items() if k not in parts}
+    changed = {k: _with(getattr(config, k), settings[k]).to_dict() for k in parts if k in settings}
+    return type(config)(**{**config.to_dict(), **own, **changed})
