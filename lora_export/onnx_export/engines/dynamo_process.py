@@ -16,6 +16,7 @@ def main(request: dict[str, Any]) -> None:
 
     from lora_export.onnx_export.engines.dynamo_passes import attention, experts, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
+    from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
     from lora_export.onnx_export.engines.parts import parts_of
     from lora_export.onnx_export.graphs import files as graph_files
     from lora_export.onnx_export.quantize.blockwise import quantize_graph
@@ -28,7 +29,7 @@ def main(request: dict[str, Any]) -> None:
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
-        graph = passes.TracedGraph(*tracing.trace(part, model))
+        graph = TracedGraph(*tracing.trace(part, model))
         experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:

@@ -66,7 +66,13 @@ def attention(
     padding = None
     if bias is not None and bias.dim() == 2:
         padding, bias = bias, None
-    inputs = [_folded(query, groups), *((key, value) if _cached[0] else (_flat(key), _flat(value))), None, padding, bias]
+    inputs = [
+        _folded(query, groups),
+        *((key, value) if _cached[0] else (_flat(key), _flat(value))),
+        None,
+        padding,
+        bias,
+    ]
     while inputs[-1] is None:
         inputs.pop()
     result = torch.onnx.ops.symbolic(
@@ -84,8 +90,10 @@ def attention(
 
 
 def _folded(query: torch.Tensor, groups: int) -> torch.Tensor:
-    """(batch, heads, length, size) → (batch, groups × length, heads of keys × size): heads that share keys and values
-    become more queries of one head, so that keys and values are not repeated."""
+    """(batch, heads, length, size) → (batch, groups × length, heads of keys × size).
+
+    Heads that share keys and values become more queries of one head, so that keys and values are not repeated.
+    """
     if groups == 1:
         return _flat(query)
     batch, heads, length, size = query.shape

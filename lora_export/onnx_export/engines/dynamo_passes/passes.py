@@ -3,7 +3,7 @@
 Large weights have no values here. Transposing or joining one changes its recipe; nothing is computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
