@@ -108,11 +108,12 @@ def test_quantized_data_of_an_expert_is_that_of_its_matrix_alone(tmp_path: Path,
     (alone / "config.json").write_text("{}")
 
     def data(folder: Path, piece: Piece, files: TensorFiles) -> bytes:
-        settings = {"method": "int4", "block_size": 32}
+        packed = Recipe((piece,), True, quantized=Quantization("int4", "packed", 32))
+        scales = Recipe((piece,), True, quantized=Quantization("int4", "scales", 32))
         parts = [
-            Weight("q", "data", "uint8", (48, 1, 16), Recipe((piece,), True, quantized=Quantization(part="packed", **settings))),  # type: ignore[arg-type]
-            Weight("s", "data", "float32", (48, 1), Recipe((piece,), True, quantized=Quantization(part="scales", **settings))),  # type: ignore[arg-type]
-        ]  # fmt: skip
+            Weight("q", "data", "uint8", (48, 1, 16), packed),
+            Weight("s", "data", "float32", (48, 1), scales),
+        ]
         _written(folder, parts, files)
         return (folder / "out" / "data").read_bytes()
 

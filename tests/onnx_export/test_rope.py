@@ -14,8 +14,8 @@ SIZES = {
 }  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LONG = {
-    "rope_type": "longrope", "rope_theta": 1e4, "long_factor": [3.0 + i for i in range(6)], "short_factor": [1.0] * 6,
-    "original_max_position_embeddings": 16,
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+    "long_factor": [3.0 + i for i in range(6)], "short_factor": [1.0] * 6,
 }  # fmt: skip
 
 
