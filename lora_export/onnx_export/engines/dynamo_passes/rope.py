@@ -5,6 +5,7 @@ Python that tracing would settle for one length, LongRoPE in place. Two architec
 """
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,7 +80,7 @@ def _follows_length(module: torch.nn.Module) -> bool:
 
 def _forward(module: Any) -> Callable[..., Any]:
     def forward(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
-        rotated = type(module).forward.__wrapped__
+        rotated = inspect.unwrap(type(module).forward)  # without what changes the buffers
         kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
         given = {} if layer_type is None else {"layer_type": layer_type}
         if "dynamic" not in kind and kind != "longrope":
