@@ -160,6 +160,10 @@ class ExportOptions:
         configurable="file",
     )
     quantization: QuantizationOptions = nested(QuantizationOptions)
+    proof: choices.ProofLevel = option(
+        "quick", "How much the graph is held against PyTorch before it is kept: a few lengths, paddings, steps and "
+        "borders, or many more of each. A graph that differs is never kept.", changes_result=False,
+    )
     graph_from: Path | None = option(
         None, "An earlier export of the same base, with or without another adapter: reuse its graph and its "
         "options, and write only the weights.", metavar="EXPORTED",

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_export.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,21 +33,44 @@ class ModelWithoutWeights:
 
 
 def load_without_weights(cls: Any, folder: Path, **options: Any) -> ModelWithoutWeights:
-    """`cls.from_pretrained(folder, **options)` in evaluation mode, without reading large parameters."""
+    """`cls.from_pretrained(folder, **options)` in evaluation mode, without reading large parameters.
+
+    CheckpointError for a folder without some weight, which transformers would draw at random.
+    """
     import torch
 
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, _without_reading() as places:
-        model = cls.from_pretrained(
+        model, info = cls.from_pretrained(
             folder,
             dtype=torch.float32,
             device_map={"": "disk"},
             offload_folder=scratch,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
-        ).eval()
-        tensors, computed = _fill(model, places, Path(scratch))
+        )
+        _refuse_missing(cls, folder, info)
+        tensors, computed = _fill(model.eval(), places, Path(scratch))
     return ModelWithoutWeights(model, tensors, computed)
+
+
+def _refuse_missing(cls: Any, folder: Path, info: Mapping[str, Any]) -> None:
+    """CheckpointError for parameters that no file has, which transformers draws at random."""
+    missing = sorted(info["missing_keys"])
+    other = sorted(str(key[0]) for key in info["mismatched_keys"])
+    names = missing or other
+    if not names:
+        return
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    what = "lacks weights" if missing else "has weights of another shape than its config.json says"
+    raise CheckpointError(
+        f"the folder {what}, which {cls.__name__} would draw at random: {names[0]}{more}",
+        where=folder,
+        tensor=names[0],
+        expected=f"every weight of {cls.__name__}",
+        next_step="name the class that the folder was saved from in config.json, or save the model with its head",
+    )
 
 
 @contextlib.contextmanager
