@@ -1,4 +1,4 @@
-"""The model that a graph is held against: transformers' class in fp32 with the graph's or the checkpoint's weights."""
+"""The model that a graph is held against: transformers' class in fp32, with the weights that the graph holds."""
 
 import contextlib
 import math
