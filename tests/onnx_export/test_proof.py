@@ -104,11 +104,16 @@ def _heads(weight: Any) -> Any:
     return weight
 
 
+def _late(sines: Any) -> Any:
+    return np.where(np.arange(len(sines))[:, None] > 2, -sines, sines)
+
+
+SECOND = "model.layers.1"
 GQA, SKIP = "GroupQueryAttention", "SkipSimplifiedLayerNormalization"
 # Wrong graphs of a Llama: what is done to the right one, and the module that must be named.
 WRONG: dict[str, tuple[Edit, str]] = {
     "rope": (numbers("cos_cache", lambda x: np.roll(x, 1, 1)), "layers.0.self_attn"),
-    "rope from the third token on": (numbers("sin_cache", lambda x: np.where(np.arange(64)[:, None] > 2, -x, x)), "layers.0.self_attn"),
+    "rope from the third token on": (numbers("sin_cache", _late), "layers.0.self_attn"),
     "a window": (set_to(GQA, 1, local_window_size=6), "layers.1.self_attn"),
     "swapped heads": (numbers("model.layers.0.attn.qkv_proj.MatMul.weight", _heads), "layers.0.self_attn"),
     "missing scale": (set_to(GQA, 0, scale=1.0), "layers.0.self_attn"),
@@ -118,7 +123,7 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "gate and up": (exchanged("Mul", 1, 0, 1), ""),
     "gate twice": (fed("Mul", 1, 1, "/model/layers.0/mlp/gate_proj/MatMul/output_0"), "layers.0.mlp"),
     "epsilon": (set_to(SKIP, 0, epsilon=0.01), "layers.0.post_attention_layernorm"),
-    "norm without weight": (numbers("model.layers.1.input_layernorm.weight", np.ones_like), "layers.1.input_layernorm"),
+    "norm without weight": (numbers(f"{SECOND}.input_layernorm.weight", np.ones_like), "layers.1.input_layernorm"),
     "soft cap": (set_to(GQA, 0, softcap=4.0), "layers.0.self_attn"),
     "not a number": (numbers("lm_head.MatMul.weight", lambda x: np.where(np.arange(100) == 7, np.nan, x)), ""),
 }  # fmt: skip
