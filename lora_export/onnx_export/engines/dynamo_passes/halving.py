@@ -13,8 +13,8 @@ _ANGLES = ("Cos", "Sin")
 def halve(model: ir.Model, dtype: ir.DataType) -> None:
     """Change fp32 to `dtype` everywhere except at the graph's inputs and outputs, as Optimum does.
 
-    The angles of rotary embeddings stay fp32 until their cos and sin are known: fp16 has no number between 2,048 and
-    2,050 for a position.
+    The angles of rotary embeddings stay fp32 until their cos and sin are known: fp16 has no number between 2,048
+    and 2,050 for a position.
     """
     graph = model.graph
     wide = _angles(graph)

@@ -3,13 +3,14 @@
 Large weights have no values here. Transposing or joining one changes its recipe; nothing is computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
 
 from lora_export.choices import Optimize
+from lora_export.onnx_export.engines.dynamo_passes import mending
 from lora_export.onnx_export.engines.dynamo_passes.reshaping import tidy_shapes
 from lora_export.onnx_export.engines.dynamo_passes.rotary import fuse_rotary
 from lora_export.onnx_export.engines.dynamo_passes.traced_graph import (
@@ -76,6 +77,7 @@ def fuse(graph: TracedGraph, pack: bool) -> None:
     optimize_for_ort(graph.model)
     fuse_rotary(graph)
     fuse_silu(graph)
+    mending.split_batch_transposes(graph)
     tidy_shapes(graph)
     drop_round_trips(graph)
     if pack:
