@@ -39,7 +39,9 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
 _LINEAR = _rope("linear", factor=4.0)
 _YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=32)
 _BETAS = _rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8.0, beta_slow=2.0)
-_LLAMA3 = _rope("llama3", factor=4.0, original_max_position_embeddings=32, low_freq_factor=1.0, high_freq_factor=4.0)
+_LLAMA3 = _rope(
+    "llama3", factor=4.0, original_max_position_embeddings=32, low_freq_factor=1.0, high_freq_factor=4.0
+)
 _FACTORS = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.5 + 0.7 * i for i in range(8)]}
 _DYNAMIC = {**_rope("dynamic", factor=4.0), "max_position_embeddings": 64}
 _NO_WINDOW = {"sliding_window": None}
@@ -149,8 +151,8 @@ CONFIGURATIONS: dict[str, Architecture] = {
 
 @dataclass(frozen=True)
 class Figures:
-    """The engine, and largest differences of the logits, relative to the largest: a prompt of 20 tokens; 20 and four
-    steps; 100 tokens at once; 20 and steps to 100; 60, then 40 more at once."""
+    """The engine, and the largest differences of the logits, relative to the largest: a prompt of 20 tokens; 20 and
+    four steps; 100 tokens at once; 20 and steps to 100; 60, then 40 more at once."""
 
     engine: str
     differences: tuple[float, ...]
