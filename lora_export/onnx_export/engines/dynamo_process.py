@@ -14,7 +14,7 @@ def main(request: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")  # torch warns about requested axes and names
     import onnx_ir as ir
 
-    from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
+    from lora_export.onnx_export.engines.dynamo_passes import attention, experts, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
     from lora_export.onnx_export.engines.parts import parts_of
     from lora_export.onnx_export.graphs import files as graph_files
@@ -22,12 +22,14 @@ def main(request: dict[str, Any]) -> None:
     from lora_export.onnx_export.quantize.settings import Blockwise
 
     attention.register()
+    experts.register()
     model = _load(Path(request["model"]), request["optimize"])
     traced = parts_of(model.model, request["task"])
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
         graph = passes.TracedGraph(*tracing.trace(part, model))
+        experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:
             halve(graph.model, ir.DataType[_HALVES[request["precision"]]])
@@ -53,14 +55,15 @@ def _load(folder: Path, optimize: str) -> Any:
     """The model without large weights, with attention as one operator if the architecture supports that."""
     import transformers
 
-    from lora_export.onnx_export.engines.dynamo_passes import attention
+    from lora_export.onnx_export.engines.dynamo_passes import attention, experts
     from lora_export.onnx_export.engines.model_without_weights import load_without_weights
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     cls = getattr(transformers, config.architectures[0])
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
-    return load_without_weights(cls, folder, attn_implementation=attention.NAME if asks else "eager")
+    attends = attention.NAME if asks else "eager"
+    return load_without_weights(cls, folder, attn_implementation=attends, experts_implementation=experts.NAME)
 
 
 def _weights(graph: Any, data: str) -> Any:
