@@ -13,13 +13,14 @@ from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, ar
 from lora_export.onnx_export.graphs import checks
 from lora_export.storage import sealed
 
-# The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts
-# classes, and those that are not in transformers (ChatGLM, InternLM2, Phi3Small) and need the model's own code.
+# The text decoders of builder.py's create_model. Left out: its multimodal classes, those that are not in
+# transformers (ChatGLM, InternLM2, Phi3Small) and need the model's own code, and PhiMoE, which it writes only in
+# int4 for CUDA.
 _ARCHITECTURES = frozenset(
     f"{family}ForCausalLM"
     for family in (
-        "Ernie4_5", "Gemma", "Gemma2", "Gemma3", "Granite", "HunYuanDenseV1", "Llama", "Mistral", "Nemotron",
-        "Olmo", "Phi", "Phi3", "Qwen2", "Qwen3", "SmolLM3",
+        "Ernie4_5", "Gemma", "Gemma2", "Gemma3", "GptOss", "Granite", "GraniteMoeHybrid", "HunYuanDenseV1", "Lfm2",
+        "Lfm2Moe", "Llama", "Mistral", "Nemotron", "Olmo", "Phi", "Phi3", "Qwen2", "Qwen3", "SmolLM3",
     )
 )  # fmt: skip
 _WHISPER = frozenset({"WhisperForConditionalGeneration"})

@@ -15,12 +15,13 @@ def mend(builder: Any) -> None:
     genai_rope.take_tables_of_the_model(builder.Model)
     genai_rope.rotate_outside_where_attention_cannot(builder.Model)
     genai_rope.tables_by_layer_type(builder.Gemma3Model)
-    genai_rope.scale_long_texts(builder.Phi3MiniLongRoPEModel)
+    genai_rope.drop_own_scaling(builder.Phi3MiniLongRoPEModel, builder.GPTOSSModel)
     scale_embeddings_exactly(builder.GemmaModel)
     subtract_mean(builder.OLMoModel)
     clip_projections(builder.OLMoModel)
     normalize_heads(builder.PhiModel)
     leave_layers_unrotated(builder.SmolLM3Model)
+    read_windows(builder.GPTOSSModel)
 
 
 def rename_settings(model: Any) -> None:
@@ -127,3 +128,14 @@ def leave_layers_unrotated(model: Any) -> None:
         self.attention_attrs["rope"], self.no_rope_layers = True, all_layers
 
     model.make_attention = make_attention
+
+
+def read_windows(model: Any) -> None:
+    """gpt-oss lists its layers' windows; the builder takes every other layer."""
+    plain = model.__init__
+
+    def __init__(self: Any, config: Any, *rest: Any) -> None:
+        plain(self, config, *rest)
+        del self.is_local
+
+    model.__init__ = __init__

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_export.onnx_export.engines.genai_experts import keep_stored_experts
 from lora_export.onnx_export.engines.genai_mending import mend
 
 _HEAD = "/lm_head/MatMul"
@@ -44,6 +45,8 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
     _own_commit(builder.Model)
     mend(builder)
     _share_head(builder.Model)
+    if request["described"]:
+        keep_stored_experts(builder)
     described = _RecordingBuilder(builder.Model) if request["described"] else None
     _number_cache_sizes(builder.Model)
     options = ["hf_remote=false", "hf_token=false", *_options(request)]

@@ -79,9 +79,12 @@ def rotate_outside_where_attention_cannot(model: Any) -> None:
     )
 
 
-def scale_long_texts(model: Any) -> None:
-    """Phi-3's own rotary settings need a key that configurations of transformers 5 do not have any more."""
-    model.make_rope_init = lambda self, config: super(model, self).make_rope_init(config)
+def drop_own_scaling(long: Any, yarn: Any) -> None:
+    """Phi-3 and gpt-oss have formulas, and names of settings, of their own."""
+    long.make_rope_init = lambda self, config: super(long, self).make_rope_init(config)
+    yarn.make_rotary_embedding_caches_from_scratch = lambda self: super(
+        yarn, self
+    ).make_rotary_embedding_caches_from_scratch()
 
 
 def rotary_of(config: Any) -> Any:
