@@ -163,8 +163,8 @@ class _RecordingBuilder:
         self._make_initializer(builder, tensor, name, to=to, raw=raw)
 
     def save(self, folder: Path, quantized: dict[str, Any] | None) -> None:
+        from lora_export.onnx_export.engines.genai_experts import quantize
         from lora_export.onnx_export.graphs import files as graph_files
-        from lora_export.onnx_export.quantize.blockwise import quantize_graph
         from lora_export.onnx_export.quantize.settings import Blockwise
         from lora_export.onnx_export.weights.map import Recipe, Weight
 
@@ -182,7 +182,7 @@ class _RecordingBuilder:
                     own.append(Weight(name, data, graph_files.map_type(tensor.dtype), shape, recipe))
                 if name not in recipes or not recipes[name].pieces:
                     constants[data, name] = tensor.numpy()
-            weights += quantize_graph(model, own, Blockwise(**quantized)) if quantized else own
+            weights += quantize(model, own, Blockwise(**quantized)) if quantized else own
             graphs[file] = model
         graph_files.save(folder, graphs, weights, constants, data_files)
 

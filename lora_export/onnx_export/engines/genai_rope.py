@@ -71,7 +71,7 @@ def rotate_outside_where_attention_cannot(model: Any) -> None:
 
     def is_packed_matmul_supported(self: Any) -> bool:
         split = self.attention_attrs["q_norm"] and self.attention_attrs["k_norm"]
-        return plain_packed(self) and (self.is_fused_rope_supported() or split)
+        return bool(plain_packed(self) and (self.is_fused_rope_supported() or split))
 
     model.is_fused_rope_supported, model.is_packed_matmul_supported = (
         is_fused_rope_supported,
