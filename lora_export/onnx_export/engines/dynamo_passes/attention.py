@@ -90,7 +90,8 @@ def mask(
     keys = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
     zero = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
     assert mask_function is not None
-    allowed = mask_function(zero, zero, queries, keys)
+    rows = torch.arange(batch_size, device=device)[:, None, None, None]  # pictures lie elsewhere in each row
+    allowed = mask_function(rows, zero, queries, keys)
     if attention_mask is not None:
         allowed = allowed & attention_mask.to(torch.bool)[:, None, None, :]
     return torch.where(allowed, 0.0, HIDDEN).to(dtype)
