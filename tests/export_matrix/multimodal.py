@@ -1,5 +1,6 @@
 """Models that see and write."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,31 @@ def pixels(model: Any, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tens
     side = model.config.vision_config.image_size
     generator = torch.Generator().manual_seed(len(sizes))
     return {"pixel_values": torch.rand(len(sizes), 3, side, side, generator=generator) * 2 - 1}
+
+
+def tiles(model: Any, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """One picture a row, the lower part of some is padding; the last row's second tile is."""
+    side = model.config.vision_config.image_size
+    generator = torch.Generator().manual_seed(len(sizes))
+    pixels = torch.rand(1, len(sizes), 3, side, side, generator=generator) * 2 - 1
+    mask = torch.ones(1, len(sizes), side, side, dtype=torch.bool)
+    mask[0, -1, side // 2 :] = False
+    pixels *= mask[:, :, None]
+    if len(sizes) > 1:
+        pixels = torch.cat([pixels, torch.zeros_like(pixels[:, :1])], 1)
+        mask = torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def grids(model: Any, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Pictures of several sizes, whose patches are in one row."""
+    vision = model.config.vision_config
+    merge = vision.spatial_merge_size
+    thw = torch.tensor([[1, 2 * merge * height, 2 * merge * width] for height, width in sizes])
+    values = vision.temporal_patch_size * 3 * vision.patch_size**2
+    generator = torch.Generator().manual_seed(len(sizes))
+    pixels = torch.rand(int(thw.prod(1).sum()), values, generator=generator) * 2 - 1
+    return {"pixel_values": pixels, "image_grid_thw": thw}
 
 
 @torch.no_grad()
@@ -137,6 +163,7 @@ def _reference_inputs(model: Any, case: Case) -> tuple[dict[str, Any], torch.Ten
 
 def _run(runs: Any, feeds: Mapping[str, Any]) -> Arrays:
     types = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(bool)": np.bool_}
+    feeds = {"grid_thw": feeds.get("image_grid_thw"), **feeds}
     given = {i.name: np.asarray(feeds[i.name]).astype(types[i.type]) for i in runs.get_inputs()}
     return dict(zip([o.name for o in runs.get_outputs()], runs.run(None, given), strict=True))
 
@@ -150,12 +177,34 @@ def _empty(runs: Any, rows: int) -> Arrays:
     }
 
 
+_MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
+_QWEN2_VISION = {"depth": 2, "embed_dim": 48, "hidden_size": 48, "num_heads": 4, "mlp_ratio": 2}
+_QWEN2_5_VISION = {"window_size": 24, "fullatt_block_indexes": [1], "depth": 3}
+_QWEN3_VISION = {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 36}
 _GEMMA = {"mm_tokens_per_image": 4, "text_config": {"layer_types": ["sliding_attention", "full_attention"]}}
 
+packed = functools.partial(seeing, pictures=grids, cases=SIZED)
+tiled = functools.partial(seeing, pictures=tiles)
 ROWS = (
-    Row("Qwen2_5_VLForConditionalGeneration"),
+    Row(
+        "Qwen2_5_VLForConditionalGeneration",
+        {"text_config": {"rope_parameters": _MROPE}, "vision_config": _QWEN2_5_VISION},
+        packed,
+    ),
     Row("Gemma3ForConditionalGeneration", _GEMMA, seeing),
     Row("LlavaForConditionalGeneration", compare=seeing),
     Row("VisionEncoderDecoderModel"),
     Row("Qwen3_5ForConditionalGeneration"),
+    Row("SmolVLMForConditionalGeneration", compare=tiled),
+    Row("Idefics3ForConditionalGeneration", compare=tiled),
+    Row(
+        "Qwen2VLForConditionalGeneration",
+        {"text_config": {"rope_parameters": _MROPE}, "vision_config": _QWEN2_VISION},
+        packed,
+    ),
+    Row(
+        "Qwen3VLForConditionalGeneration",
+        {"text_config": {"rope_parameters": _MROPE}, "vision_config": _QWEN3_VISION},
+        packed,
+    ),
 )

@@ -11,7 +11,7 @@ import torch
 
 from lora_export.onnx_export.engines.parts import pictures
 from lora_export.onnx_export.engines.parts.cache import contents, filled
-from lora_export.onnx_export.engines.parts.graph_part import BATCH, LENGTH, PAST, Axes, GraphPart, Input, takes
+from lora_export.onnx_export.engines.parts.graph_part import BATCH, LENGTH, PAST, Axes, GraphPart, Input
 from lora_export.onnx_export.engines.parts.rows import Rows
 
 VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
@@ -74,7 +74,7 @@ def _decoder(model: Any, rows: Rows) -> GraphPart:
     def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         embeds, mask, positions = values[:plain]
         cache = filled(values[plain:])
-        with rows.inside(model, embeds, mask, cache) as given:
+        with rows.inside(model, embeds, mask) as given:
             result = model(**given, position_ids=positions, past_key_values=cache, use_cache=True)
         return (result.logits, *contents(result.past_key_values))
 
@@ -90,4 +90,3 @@ def _cache_shape(config: Any) -> tuple[int, int, int]:
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size
 
 
-__all__ = ["DECODER", "EMBEDDING", "VISION", "parts", "sees", "takes"]
