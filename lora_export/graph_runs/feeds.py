@@ -15,7 +15,9 @@ import numpy as np
 
 from lora_export.errors import InputError
 from lora_export.graph_runs.signature import (
+    EMBEDS,
     ENCODER_MASK,
+    GRIDS,
     IDS,
     MASK,
     POSITIONS,
@@ -29,9 +31,11 @@ from lora_export.graph_runs.signature import (
 Feed = Mapping[str, Array]
 SMALLEST_VOCABULARY = 64
 SAMPLES = 320  # at 16 kHz, for each position of wav2vec 2
+GRID = (4, 4)  # patches along height and width of a made-up picture, where pictures have grids
+PATCHES = "num_patches"  # the axis along which the patches of all pictures lie
 _INTEGERS = ("tensor(int32)", "tensor(int64)")
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
-_NAMED = (IDS, MASK, ENCODER_MASK, POSITIONS, TYPES)
+_NAMED = (IDS, MASK, ENCODER_MASK, POSITIONS, TYPES, *GRIDS)
 _TEXTS = (
     "The ship left the harbour before dawn, and by noon the coast was a grey line behind it.",
     "Water boils at a lower temperature on a mountain, because the air above it weighs less.",
@@ -52,7 +56,7 @@ def completed(signature: Signature, given: Mapping[str, Any], past: int = 0) -> 
     positions begin behind `past` tokens, there is one segment, and caches are empty. InputError for an input that
     does not follow from what is given.
     """
-    like = next((given[name] for name in (IDS, WAVE) if name in given), None)
+    like = next((given[name] for name in (IDS, EMBEDS, WAVE) if name in given), None)
     feed = {}
     for name, value in signature.inputs.items():
         array = given.get(name)
@@ -128,14 +132,20 @@ def made_up(inputs: Iterable[GraphValue], sizes: Sizes, seed: int = 0) -> dict[s
 
 
 def _made_up(value: GraphValue, sizes: Sizes, length: int, seed: int) -> Array:
-    if value.dtype.kind not in "iu":
-        shape = [sizes.batch, *(_axis(d, value.name, sizes) for d in value.shape[1:])]
+    if value.dtype.kind not in "biu":
+        first = sizes.batch * GRID[0] * GRID[1] if value.shape[0] == PATCHES else sizes.batch
+        shape = [first, *(_axis(d, value.name, sizes) for d in value.shape[1:])]
         random = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
         return random.standard_normal(shape, np.float32).astype(value.dtype)
     if value.name == ENCODER_MASK:
         return np.ones((sizes.batch, sizes.encoded), value.dtype)
+    if value.name in GRIDS:
+        return np.tile(np.array([1, *GRID], value.dtype), (sizes.batch, 1))
+    if value.dtype.kind == "b":
+        return np.ones([sizes.batch, *(_axis(d, value.name, sizes) for d in value.shape[1:])], value.dtype)
     if value.name in (MASK, POSITIONS, TYPES):
-        return _following(value.name, sizes.batch, length, sizes.past).astype(value.dtype)
+        made = _following(value.name, sizes.batch, length, sizes.past).astype(value.dtype)
+        return made if len(value.shape) == made.ndim else np.stack([made] * int(value.shape[0] or 1))
     return tokens(sizes.batch, sizes.tokens, seed, sizes.vocabulary).astype(value.dtype)
 
 
@@ -158,6 +168,8 @@ def _axis(axis: int | str | None, name: str, sizes: Sizes) -> int:
         return further
     if name == WAVE:
         return sizes.wave
+    if "images" in words:
+        return 1
     if "batch" in words:
         return sizes.batch
     return sizes.past if "past" in words else sizes.encoded if "encoder" in words else sizes.tokens
@@ -168,7 +180,7 @@ def refuse_unknown(signature: Signature) -> None:
     unknown = [
         f"{v.name} ({v.type})"
         for v in signature.inputs.values()
-        if v.type not in (*_FLOATS, *_INTEGERS) or (v.type in _INTEGERS and v.name not in _NAMED)
+        if v.type not in (*_FLOATS, *_INTEGERS, "tensor(bool)") or (v.type in _INTEGERS and v.name not in _NAMED)
     ]
     if unknown:
         raise InputError(

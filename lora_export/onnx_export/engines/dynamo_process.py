@@ -27,7 +27,8 @@ def main(request: dict[str, Any]) -> None:
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
-        graph = passes.TracedGraph(*tracing.trace(part, model))
+        kept = frozenset(name for file, name in weights if file == part.data)
+        graph = passes.TracedGraph(*tracing.trace(part, model), kept)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:
             halve(graph.model, ir.DataType[_HALVES[request["precision"]]])

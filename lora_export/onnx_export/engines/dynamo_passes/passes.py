@@ -17,10 +17,12 @@ MICROSOFT = "com.microsoft"
 
 @dataclass
 class TracedGraph:
-    """model: one graph of an export; recipes: of the inputs that stand for weights, until `settle`."""
+    """model: one graph of an export; recipes: of the inputs that stand for weights, until `settle`; kept: weights
+    that another graph with the same data file reads as they are."""
 
     model: ir.Model
     recipes: dict[str, Recipe]
+    kept: frozenset[str] = frozenset()
 
     def nodes(self, *kinds: str) -> Iterator[ir.Node]:
         return (n for n in list(self.model.graph) if n.op_type in kinds)
@@ -140,14 +142,15 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 def turn_weights(graph: TracedGraph, fused: bool = False) -> None:
     """Replace Transpose(weight) by a weight that is written transposed.
 
-    A weight that is also used as it is (tied embeddings) is not duplicated: FusedMatMul transposes it, if `fused`.
+    A weight that is also used as it is (tied embeddings), here or in another graph, is not duplicated: FusedMatMul
+    transposes it, if `fused`.
     """
     for node in graph.nodes("Transpose"):
         weight, perm = node.inputs[0], list(node.attributes["perm"].as_ints())
         recipe = graph.recipes.get(weight.name) if weight is not None else None
         if recipe is None or perm != [1, 0] or recipe.transposed:
             continue
-        if all(user.op_type == "Transpose" for user, _ in weight.uses()):
+        if weight.name not in graph.kept and all(user.op_type == "Transpose" for user, _ in weight.uses()):
             new = _turned(graph, f"{weight.name}_transposed", weight, recipe)
             _replace(node.outputs[0], new)
         elif fused:
