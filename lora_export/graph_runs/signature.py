@@ -82,7 +82,12 @@ class Signature:
     def require_cache(self) -> None:
         """InputError unless this is a decoder that continues its whole cache."""
         past = {name for name, v in self.inputs.items() if v.is_cache}
-        if not self.inputs.keys() & {IDS, EMBEDS} or LOGITS not in self.outputs or not past or past != self.cache.keys():
+        if (
+            not self.inputs.keys() & {IDS, EMBEDS}
+            or LOGITS not in self.outputs
+            or not past
+            or past != self.cache.keys()
+        ):
             raise InputError(
                 "the model is not a decoder with a KV cache",
                 where=self.path,

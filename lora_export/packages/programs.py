@@ -78,7 +78,9 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
     """For transformers.js on Node."""
     task = facts.task
     reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
-    names = sorted({task.auto, reader, *(["AutoTokenizer"] if task.generates or task.input == "both" else []), "env"})
+    names = sorted(
+        {task.auto, reader, *(["AutoTokenizer"] if task.generates or task.input == "both" else []), "env"}
+    )
     lines = [
         f'import {{ {", ".join(names)} }} from "@huggingface/transformers";',
         "env.allowRemoteModels = false;",

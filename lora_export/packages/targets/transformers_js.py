@@ -1,8 +1,8 @@
 """A folder for transformers.js: onnx/model_q4.onnx and so on, with data files that config.json counts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lora_export.errors import ExportError, InputError
 from lora_export.packages import companions
@@ -68,7 +68,7 @@ class TransformersJsTarget(PackageTarget):
             settings["kv_cache_dtype"] = dict.fromkeys(
                 halved, "float16"
             )  # transformers.js 3 needs it, 4 looks at the graph
-        companions.lay(job.run, job.stage, {"transformers.js_config": settings})
+        companions.lay(job.run, job.stage, {**_flat(job.run.config), "transformers.js_config": settings})
         _lay_image_processor(job.stage)
 
     def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
@@ -80,6 +80,14 @@ class TransformersJsTarget(PackageTarget):
             f"The variants are {words}. In a browser, serve the folder and set `env.localModelPath` to its URL. "
             "Without a dtype, transformers.js takes fp32 on Node and q8 on WASM.\n"
         )
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the language model that transformers.js looks for at the top of this kind's config.json."""
+    text = config.get("text_config")
+    if config.get("model_type") != "qwen2_vl" or not isinstance(text, dict):
+        return {}
+    return {k: v for k, v in text.items() if k.startswith(("num_", "hidden_size")) and k not in config}
 
 
 def _lay_image_processor(stage: Path) -> None:

@@ -35,9 +35,7 @@ def _vision(model: Any, rows: Rows) -> GraphPart:
     def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (rows.of_pictures(pictures.features(model, dict(zip(seen, values, strict=True)))),)
 
-    return GraphPart(
-        f"{VISION}.onnx", f"{VISION}.onnx_data", run, seen, {"image_features": {0: "image_tokens"}}
-    )
+    return GraphPart(f"{VISION}.onnx", f"{VISION}.onnx_data", run, seen, {"image_features": {0: "image_tokens"}})
 
 
 def _embedding(model: Any, rows: Rows) -> GraphPart:
@@ -88,5 +86,3 @@ def _cache_shape(config: Any) -> tuple[int, int, int]:
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size
-
-

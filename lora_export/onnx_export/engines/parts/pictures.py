@@ -23,7 +23,9 @@ _GRID_NAMES = {"qwen2_vl": "grid_thw"}  # as transformers.js names the input
 
 def placeholder(config: Any) -> int:
     """The id that stands in a text for each token of a picture."""
-    return int(next(v for n in ("image_token_id", "image_token_index") if (v := getattr(config, n, None)) is not None))
+    return int(
+        next(v for n in ("image_token_id", "image_token_index") if (v := getattr(config, n, None)) is not None)
+    )
 
 
 def inputs(model: Any) -> dict[str, Input]:
