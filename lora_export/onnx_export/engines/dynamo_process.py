@@ -35,7 +35,8 @@ def main(request: dict[str, Any]) -> None:
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
-        graph = TracedGraph(*tracing.trace(part, model))
+        kept = frozenset(name for file, name in weights if file == part.data)
+        graph = TracedGraph(*tracing.trace(part, model), kept)
         experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_export.onnx_export.engines.parts import decoder, seq2seq, single
+from lora_export.onnx_export.engines.parts import decoder, multimodal, seq2seq, single
 from lora_export.onnx_export.engines.parts.graph_part import NotTraceable, Traced
 
 
@@ -18,6 +18,8 @@ def parts_of(model: Any, task: str) -> Traced:
         )
     if model.config.is_encoder_decoder and model.can_generate():
         return Traced("seq2seq", f"{task}-with-past", seq2seq.parts(model))
+    if multimodal.sees(model):
+        return Traced("vision-language", f"{task}-with-past", multimodal.parts(model))
     if model.can_generate():
         return Traced("decoder", f"{task}-with-past", (decoder.part(model),))
     return Traced("encoder", task, (single.part(model, task),))
