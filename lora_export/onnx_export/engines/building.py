@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_export.checkpoint import TensorFiles, open_checkpoint
 from lora_export.checkpoint.hashing import hash_all
+from lora_export.checkpoint.sentence import with_modules
 from lora_export.choices import Activations
 from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError
@@ -23,8 +24,8 @@ LARGEST_COMPARED = 2**31  # bytes of a model, which is then held twice: fused an
 
 
 def numbers_of(model: Path, source: TensorSource | None) -> TensorSource:
-    """Where the numbers of an export come from: `source`, or else the files of the model."""
-    return source or TensorFiles(open_checkpoint(model).tensors)
+    """Where the numbers of an export come from: `source`, or else the files of the model; and its modules."""
+    return with_modules(source or TensorFiles(open_checkpoint(model).tensors), model)
 
 
 def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = True) -> None:

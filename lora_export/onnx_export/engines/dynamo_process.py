@@ -22,7 +22,7 @@ def main(request: dict[str, Any]) -> None:
     from lora_export.onnx_export.quantize.settings import Blockwise
 
     attention.register()
-    model = _load(Path(request["model"]), request["optimize"])
+    model = _load(Path(request["model"]), request["architecture"], request["optimize"])
     traced = parts_of(model.model, request["task"])
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
@@ -49,18 +49,19 @@ def main(request: dict[str, Any]) -> None:
 _HALVES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
-def _load(folder: Path, optimize: str) -> Any:
+def _load(folder: Path, architecture: str, optimize: str) -> Any:
     """The model without large weights, with attention as one operator if the architecture supports that."""
     import transformers
 
     from lora_export.onnx_export.engines.dynamo_passes import attention
     from lora_export.onnx_export.engines.model_without_weights import load_without_weights
+    from lora_export.onnx_export.engines.parts import sentence
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    cls = getattr(transformers, config.architectures[0])
+    cls = getattr(transformers, architecture)
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
-    return load_without_weights(cls, folder, attn_implementation=attention.NAME if asks else "eager")
+    model = load_without_weights(cls, folder, attn_implementation=attention.NAME if asks else "eager")
+    return sentence.attach(model, folder)
 
 
 def _weights(graph: Any, data: str) -> Any:

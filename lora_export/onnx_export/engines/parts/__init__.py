@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_export.onnx_export.engines.parts import decoder, seq2seq, single
+from lora_export.onnx_export.engines.parts import decoder, sentence, seq2seq, single
 from lora_export.onnx_export.engines.parts.graph_part import Traced
 
 
@@ -12,4 +12,4 @@ def parts_of(model: Any, task: str) -> Traced:
         return Traced("seq2seq", f"{task}-with-past", seq2seq.parts(model))
     if model.can_generate():
         return Traced("decoder", f"{task}-with-past", (decoder.part(model),))
-    return Traced("encoder", task, (single.part(model),))
+    return Traced("encoder", task, (sentence.pooled(single.part(model), model),))
