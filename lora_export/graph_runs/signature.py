@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 IDS, MASK, POSITIONS, TYPES, LOGITS = "input_ids", "attention_mask", "position_ids", "token_type_ids", "logits"
-WAVE = "input_values"
+WAVE, SPECTRUM, PIXELS = "input_values", "input_features", "pixel_values"
+PIXEL_MASK, BOXES, DECODER_IDS = "pixel_mask", "bbox", "decoder_input_ids"
 STATES, ENCODER_MASK = "encoder_hidden_states", "encoder_attention_mask"
 _FLOATS = {"float": "float32", "double": "float64"}
 _HEADS, _HEAD_SIZE = (1, "num_key_value_heads"), (3, "head_size")  # axis of a cache, key of genai_config.json

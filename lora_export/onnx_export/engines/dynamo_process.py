@@ -1,6 +1,7 @@
 """Run by dynamo.py in a process of its own: torch's dynamo exporter on one request.
 
-Besides the graphs, it writes the file that the request names as `result`: kind, task and file names of the graphs.
+Besides the graphs, it writes the file that the request names as `result`: kind, task and file names of the graphs,
+or why the model cannot be traced.
 """
 
 import json
@@ -17,13 +18,18 @@ def main(request: dict[str, Any]) -> None:
     from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
     from lora_export.onnx_export.engines.parts import parts_of
+    from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
     from lora_export.onnx_export.graphs import files as graph_files
     from lora_export.onnx_export.quantize.blockwise import quantize_graph
     from lora_export.onnx_export.quantize.settings import Blockwise
 
     attention.register()
     model = _load(Path(request["model"]), request["architecture"], request["optimize"])
-    traced = parts_of(model.model, request["task"])
+    try:
+        traced = parts_of(model.model, request["task"])
+    except NotTraceable as reason:
+        _answer(request, {"refused": str(reason)})
+        return
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
@@ -42,7 +48,10 @@ def main(request: dict[str, Any]) -> None:
         weights |= {(part.data, weight.name): weight for weight in own}
     data_files = {part.file: part.data for part in traced.parts}
     graph_files.save(Path(request["output"]), graphs, list(weights.values()), constants, data_files)
-    made = {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)}
+    _answer(request, {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)})
+
+
+def _answer(request: dict[str, Any], made: dict[str, Any]) -> None:
     Path(request["output"], request["result"]).write_text(json.dumps(made), encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lora_export.choices import Optimize
+from lora_export.onnx_export.engines.dynamo_passes import mending
 from lora_export.onnx_export.weights.map import Recipe
 
 MICROSOFT = "com.microsoft"
@@ -77,6 +78,7 @@ def fuse(graph: TracedGraph, pack: bool) -> None:
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
     optimize_for_ort(graph.model)
+    mending.split_batch_transposes(graph)
     drop_round_trips(graph)
     if pack:
         pack_projections(graph)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lora_export.onnx_export.engines import trace_patches
 from lora_export.onnx_export.engines.dynamo_passes import attention
 from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights
 from lora_export.onnx_export.engines.parts.graph_part import GraphPart
@@ -19,7 +20,7 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
     These parameters become inputs of the graph: as initializers, passes would ask for their values or compute with
     them.
     """
-    with attention.cached(part.caches), torch.no_grad():
+    with attention.cached(part.caches), trace_patches.applied(model.model), torch.no_grad():
         program = _export(part, model.model)
     recipes: dict[str, Recipe] = {}
     graph = program.model.graph
