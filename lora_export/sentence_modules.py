@@ -17,6 +17,7 @@ from lora_export.storage.sealed import read_json
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 POOLING = "Pooling"
+_WEIGHTED = ("Dense", "LayerNorm")
 # pooling_mode_… of config.json → the mode, in the order in which several are joined.
 MODES = {
     "cls_token": "cls",
@@ -89,6 +90,12 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 next_step="load the model with sentence-transformers where you trust it, and save it again",
             )
     return files
+
+
+def without_weights(folder: Path) -> str | None:
+    """The first module whose weights are not there; None where all are."""
+    files = weight_files(folder)
+    return next((m.path for m in modules_of(folder) if m.kind in _WEIGHTED and m.path not in files), None)
 
 
 def _settings(folder: Path, path: str) -> dict[str, Any]:

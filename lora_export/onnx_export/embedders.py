@@ -7,7 +7,7 @@ from typing import Any
 from lora_export.errors import ExportError
 from lora_export.folder_files import SENTENCE_MODULES
 from lora_export.onnx_export.engines.export_tasks import body_of, task_of
-from lora_export.sentence_modules import MODES, POOLING, SentenceModule, modules_of
+from lora_export.sentence_modules import MODES, POOLING, SentenceModule, modules_of, without_weights
 
 KEY = "sentence_modules"  # of the configuration that engines get: what the graph depends on besides config.json
 _KINDS = ("Transformer", POOLING, "Dense", "LayerNorm", "Normalize", "Dropout")
@@ -25,6 +25,9 @@ def as_exported(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return dict(config)
     for module in modules:
         _check(module, folder)
+    bare = without_weights(folder)
+    if bare is not None:
+        raise _refusal(f"{bare}, whose weights are missing", folder, f"{bare}/model.safetensors")
     named = (config.get("architectures") or [None])[0]
     body = body_of(str(config.get("model_type"))) if _has_head(config, named) else named
     if body is None:

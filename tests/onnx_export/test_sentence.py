@@ -119,11 +119,15 @@ def _pickled(folder: Path) -> None:
     (folder / "2_Dense" / "model.safetensors").rename(folder / "2_Dense" / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize("change", [_lstm, _pickled])
+def _missing(folder: Path) -> None:
+    (folder / "2_Dense" / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("change", [_lstm, _pickled, _missing])
 def test_module_that_no_graph_holds_is_refused(change: Callable[[Path], None], bert: Path, tmp_path: Path) -> None:
     folder = made(bert, tmp_path / "model", POOLINGS["dense, normalized"])
     change(folder)
-    with pytest.raises(LoraExportError, match=r"LSTM|pickled"):
+    with pytest.raises(LoraExportError, match=r"LSTM|pickled|missing"):
         exported(folder)
     assert not (tmp_path / "onnx").exists()
 

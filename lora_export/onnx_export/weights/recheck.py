@@ -79,7 +79,7 @@ def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Fi
 
 
 def _with_modules(model: Model) -> Model:
-    """With the tensors of sentence-transformers' modules, which lie beside the merged model as the base has them."""
+    """With the tensors of sentence-transformers' modules beside the merged model."""
     source, beside = with_modules(model.source, model.folder), module_tensors(model.folder)
     return replace(model, source=source, hashes={**model.hashes, **hash_all(source, beside)})
 

@@ -24,32 +24,26 @@ _HEAD = "_sentence_modules"
 def attach(model: ModelWithoutWeights, folder: Path) -> ModelWithoutWeights:
     """The model with the modules behind its transformer as submodules, named as in modules.json.
 
-    Their weights count as tensors of the checkpoint. ValueError for a module that no graph here can hold.
+    Their weights count as tensors of the checkpoint.
     """
+    from safetensors.torch import load_file
+
     modules, files = modules_of(folder), weight_files(folder)
     if not pools(modules):
         return model
     head, names = [], dict(model.tensors)
     for module in modules:
-        layer = _layer(module)
+        state = load_file(files[module.path]) if module.path in files else {}
+        layer = _layer(module, state)
         if layer is None:
             continue
-        if module.path in files:
-            names |= {name: name for name in _loaded(layer, module, files[module.path])}
-            model.model.add_module(module.path, layer)
+        if state:
+            layer.load_state_dict({name: value.float() for name, value in state.items()})
+            names |= {module.weight(name): module.weight(name) for name in state}
+            model.model.add_module(module.path, layer.eval().requires_grad_(False))
         head.append(layer)
     object.__setattr__(model.model, _HEAD, tuple(head))
     return replace(model, tensors=names)
-
-
-def _loaded(layer: nn.Module, module: SentenceModule, file: Path) -> list[str]:
-    """Read the weights of a module into it; their names in the model."""
-    from safetensors.torch import load_file
-
-    state = {name: value.float() for name, value in load_file(file).items()}
-    layer.load_state_dict(state)
-    layer.eval().requires_grad_(False)
-    return [module.weight(name) for name in state]
 
 
 def pooled(part: GraphPart, model: Any) -> GraphPart:
@@ -69,18 +63,17 @@ def pooled(part: GraphPart, model: Any) -> GraphPart:
     return replace(part, run=run, outputs={**part.outputs, OUTPUT: {0: "batch_size"}})
 
 
-def _layer(module: SentenceModule) -> nn.Module | None:
-    """The module in torch; None for one that computes nothing here."""
-    settings = module.settings
+def _layer(module: SentenceModule, state: Mapping[str, torch.Tensor]) -> nn.Module | None:
+    """The module in torch, without its weights; None for one that computes nothing here."""
     if not module.path or module.kind in ("Transformer", "Dropout"):
         return None
     if module.kind == POOLING:
         return Pooling(module.modes)
     if module.kind == "Dense":
-        return _Dense(settings)
+        return _Dense(state, module.settings)
     if module.kind == "LayerNorm":
-        return _Norm(int(settings["dimension"]))
-    assert module.kind == "Normalize"  # `embedder` has refused the others
+        return _Norm(len(state["norm.weight"]))
+    assert module.kind == "Normalize"  # `embedders.as_exported` refuses others
     return _Normalize()
 
 
@@ -150,9 +143,10 @@ _POOLED = {
 
 
 class _Dense(nn.Module):
-    def __init__(self, settings: Mapping[str, Any]) -> None:
+    def __init__(self, state: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
         super().__init__()
-        self.linear = nn.Linear(settings["in_features"], settings["out_features"], bool(settings.get("bias", True)))
+        outputs, inputs = state["linear.weight"].shape
+        self.linear = nn.Linear(inputs, outputs, "linear.bias" in state)
         self.activation = getattr(nn, str(settings.get("activation_function", "Tanh")).rpartition(".")[2])()
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
