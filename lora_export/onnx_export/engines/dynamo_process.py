@@ -26,7 +26,7 @@ def main(request: dict[str, Any]) -> None:
 
     attention.register()
     experts.register()
-    model = _load(Path(request["model"]), request["optimize"])
+    model = _load(Path(request["model"]), request["architecture"], request["optimize"])
     try:
         traced = parts_of(model.model, request["task"])
     except NotTraceable as reason:
@@ -62,24 +62,24 @@ def _answer(request: dict[str, Any], made: dict[str, Any]) -> None:
 _HALVES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
-def _load(folder: Path, optimize: str) -> Any:
+def _load(folder: Path, architecture: str, optimize: str) -> Any:
     """The model without large weights, with attention as one operator if the architecture supports that."""
     import transformers
 
     from lora_export.onnx_export.engines.dynamo_passes import attention, experts
     from lora_export.onnx_export.engines.model_without_weights import load_without_weights
+    from lora_export.onnx_export.engines.parts import sentence
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    cls = getattr(transformers, config.architectures[0])
+    cls = getattr(transformers, architecture)
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
     attends = attention.NAME if asks else "eager"
     model = load_without_weights(cls, folder, attn_implementation=attends, experts_implementation=experts.NAME)
-    text = config.get_text_config(decoder=True)
+    text: Any = model.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     if cls.__name__.endswith("ForSequenceClassification") and getattr(text, "pad_token_id", 0) is None:
         # Such a classifier refuses several rows. A graph reads the last token of each, as it does of one.
-        model.model.config.get_text_config(decoder=True).pad_token_id = -1
-    return model
+        text.pad_token_id = -1
+    return sentence.attach(model, folder)
 
 
 def _weights(graph: Any, data: str) -> Any:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_export.onnx_export.engines.parts import decoder, multimodal, seq2seq, single
+from lora_export.onnx_export.engines.parts import decoder, multimodal, sentence, seq2seq, single
 from lora_export.onnx_export.engines.parts.graph_part import NotTraceable, Traced
 
 
@@ -22,4 +22,4 @@ def parts_of(model: Any, task: str) -> Traced:
         return Traced("vision-language", f"{task}-with-past", multimodal.parts(model))
     if model.can_generate():
         return Traced("decoder", f"{task}-with-past", (decoder.part(model),))
-    return Traced("encoder", task, (single.part(model, task),))
+    return Traced("encoder", task, (sentence.pooled(single.part(model, task), model),))
