@@ -16,6 +16,7 @@ def main(request: dict[str, Any]) -> None:
 
     from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
+    from lora_export.onnx_export.engines.dynamo_passes.kept_wide import kept_by
     from lora_export.onnx_export.engines.parts import parts_of
     from lora_export.onnx_export.graphs import files as graph_files
     from lora_export.onnx_export.quantize.blockwise import quantize_graph
@@ -29,8 +30,10 @@ def main(request: dict[str, Any]) -> None:
     for part in traced.parts:
         graph = passes.TracedGraph(*tracing.trace(part, model))
         passes.run(graph, request["optimize"], pack=not request["quantized"])
+        _drop_unread_inputs(graph.model.graph)
         if request["precision"] in _HALVES:
-            halve(graph.model, ir.DataType[_HALVES[request["precision"]]])
+            half = ir.DataType[_HALVES[request["precision"]]]
+            halve(graph.model, half, kept_by(model.model, half))
         own = []
         for weight, value in _weights(graph, part.data):
             own.append(weight)
@@ -61,6 +64,12 @@ def _load(folder: Path, optimize: str) -> Any:
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
     return load_without_weights(cls, folder, attn_implementation=attention.NAME if asks else "eager")
+
+
+def _drop_unread_inputs(graph: Any) -> None:
+    """A model may take an input that it does not look at: Whisper a mask of its sounds."""
+    for value in [v for v in graph.inputs if not v.uses() and not v.is_graph_output()]:
+        graph.inputs.remove(value)
 
 
 def _weights(graph: Any, data: str) -> Any:

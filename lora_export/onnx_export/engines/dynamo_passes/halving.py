@@ -1,21 +1,28 @@
 """Converts a graph whose weights have no values yet to half precision: types change, and the writer rounds."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.onnx_export.engines.dynamo_passes.kept_wide import join, only_wide, wide_nodes
+
 LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3e38}
 
 
-def halve(model: ir.Model, dtype: ir.DataType) -> None:
-    """Change fp32 to `dtype` everywhere except at the graph's inputs and outputs, as Optimum does."""
+def halve(model: ir.Model, dtype: ir.DataType, kept: Callable[[str], bool] = lambda name: False) -> None:
+    """Change fp32 to `dtype` everywhere except at the graph's inputs and outputs, as Optimum does.
+
+    kept: whether the initializer of a name stays in fp32, and with it what is computed of it.
+    """
     graph = model.graph
+    wide = wide_nodes(graph, kept)
     for value in graph.initializers.values():
-        if value.dtype == ir.DataType.FLOAT:
+        if value.dtype == ir.DataType.FLOAT and not only_wide(value, wide):
             value.const_value = _narrow(value.const_value, dtype)
             value.dtype = dtype
-    for node in list(graph):
+    for node in [n for n in graph if n not in wide]:
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.FLOAT:
                 node.attributes[name] = ir.AttrTensor(name, _narrow(attribute.as_tensor(), dtype))
@@ -25,6 +32,7 @@ def halve(model: ir.Model, dtype: ir.DataType) -> None:
             if output.dtype == ir.DataType.FLOAT:
                 output.dtype = dtype
     _cast_ends(graph, dtype)
+    join(graph, wide, dtype)
 
 
 def _narrow(tensor: Any, dtype: ir.DataType) -> Any:

@@ -9,7 +9,7 @@ from lora_export.onnx_export.engines.parts.graph_part import Traced
 def parts_of(model: Any, task: str) -> Traced:
     """The graphs of a model, depending on what it takes and whether it generates. task: Optimum's name of it."""
     if model.config.is_encoder_decoder and model.can_generate():
-        return Traced("seq2seq", f"{task}-with-past", seq2seq.parts(model))
+        return Traced("seq2seq", f"{seq2seq.task(model, task)}-with-past", seq2seq.parts(model))
     if model.can_generate():
         return Traced("decoder", f"{task}-with-past", (decoder.part(model),))
     return Traced("encoder", task, (single.part(model),))
