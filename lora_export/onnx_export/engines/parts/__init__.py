@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from lora_export.onnx_export.engines.parts import decoder, seq2seq, single
+from lora_export.onnx_export.engines.parts import decoder, seq2seq, single, traceable
 from lora_export.onnx_export.engines.parts.graph_part import Traced
 
 
 def parts_of(model: Any, task: str) -> Traced:
     """The graphs of a model, depending on what it takes and whether it generates. task: Optimum's name of it."""
+    traceable.prepare(model)
     if model.config.is_encoder_decoder and model.can_generate():
         return Traced("seq2seq", f"{seq2seq.task(model, task)}-with-past", seq2seq.parts(model))
     if model.can_generate():
