@@ -44,7 +44,7 @@ class TransformersJsTarget(PackageTarget):
             )
         if run.task.input in ("text", "both") and not companions.has_fast_tokenizer(run):
             raise InputError(
-                "the run has no tokenizer.json, which transformers.js reads, and its tokenizer could not be converted",
+                "the run has no tokenizer.json, which transformers.js reads, and its tokenizer cannot be converted",
                 where=run.companions,
                 next_step="--for optimum",
             )
