@@ -11,6 +11,8 @@ import torch
 
 from lora_export.contracts import ExportResult
 from tests.export_matrix.models import Row
+from tests.export_matrix.seq2seq import WRITES
+from tests.export_matrix.seq2seq_runs import agreement
 from tests.onnx_export.conftest import VOCABULARY
 from tests.onnx_export.runs import Arrays, session
 
@@ -193,7 +195,7 @@ ROWS = (
     ),
     Row("Gemma3ForConditionalGeneration", _GEMMA, seeing),
     Row("LlavaForConditionalGeneration", compare=seeing),
-    Row("VisionEncoderDecoderModel"),
+    Row("VisionEncoderDecoderModel", WRITES, agreement),
     Row("Qwen3_5ForConditionalGeneration"),
     Row("SmolVLMForConditionalGeneration", compare=tiled),
     Row("Idefics3ForConditionalGeneration", compare=tiled),

@@ -17,6 +17,7 @@ def main(request: dict[str, Any]) -> None:
 
     from lora_export.onnx_export.engines.dynamo_passes import attention, experts, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
+    from lora_export.onnx_export.engines.dynamo_passes.kept_wide import kept_by
     from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
     from lora_export.onnx_export.engines.parts import parts_of
     from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
@@ -35,12 +36,14 @@ def main(request: dict[str, Any]) -> None:
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
-        kept = frozenset(name for file, name in weights if file == part.data)
-        graph = TracedGraph(*tracing.trace(part, model), kept)
+        kept_plain = frozenset(name for file, name in weights if file == part.data)
+        graph = TracedGraph(*tracing.trace(part, model), kept_plain)
         experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
+        _drop_unread_inputs(graph.model.graph)
         if request["precision"] in _HALVES:
-            halve(graph.model, ir.DataType[_HALVES[request["precision"]]])
+            half = ir.DataType[_HALVES[request["precision"]]]
+            halve(graph.model, half, kept_by(model.model, half))
         own = []
         for weight, value in _weights(graph, part.data):
             own.append(weight)
@@ -80,6 +83,12 @@ def _load(folder: Path, architecture: str, optimize: str) -> Any:
         # Such a classifier refuses several rows. A graph reads the last token of each, as it does of one.
         text.pad_token_id = -1
     return sentence.attach(model, folder)
+
+
+def _drop_unread_inputs(graph: Any) -> None:
+    """A model may take an input that it does not look at: Whisper a mask of its sounds."""
+    for value in [v for v in graph.inputs if not v.uses() and not v.is_graph_output()]:
+        graph.inputs.remove(value)
 
 
 def _weights(graph: Any, data: str) -> Any:

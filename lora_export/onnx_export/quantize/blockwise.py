@@ -79,7 +79,10 @@ def _worthwhile(table: Product, how: Blockwise) -> bool:
     settings = how.of_table(table.rows).settings
     parts = shapes(table.rows, table.columns, settings)
     size = ITEM_SIZE[table.weight.dtype]
-    return sum(prod(s) * (size if part == "scales" else 1) for part, s in parts.items()) <= SMALLER * table.weight.nbytes
+    return (
+        sum(prod(s) * (size if part == "scales" else 1) for part, s in parts.items())
+        <= SMALLER * table.weight.nbytes
+    )
 
 
 def _value(part: Weight) -> ir.Value:
