@@ -124,8 +124,8 @@ def _encoder_batches(subject: ModelUnderTest, texts: Texts) -> tuple[list[dict[s
         return [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches], ""
     if "pixel_values" in names:
         return images(subject)
-    batches, note = sounds(subject)
-    return ([row for batch in batches for row in _alone(batch)] if "input_values" in names else batches), note
+    waves, note = sounds(subject)
+    return ([row for batch in waves for row in _alone(batch)] if "input_values" in names else waves), note
 
 
 def _alone(batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
