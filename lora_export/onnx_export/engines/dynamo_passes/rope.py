@@ -23,7 +23,7 @@ def traceable(model: torch.nn.Module) -> Iterator[None]:
         module.forward = forward
         found, axis = sys.modules[type(module).__module__], _COMPLEX.get(_architecture(module))
         if axis is not None and found not in before:
-            before[found] = found.apply_rotary_emb  # type: ignore[attr-defined]
+            before[found] = found.apply_rotary_emb
             found.apply_rotary_emb = _turning(axis)  # type: ignore[attr-defined]
     try:
         yield
@@ -39,7 +39,7 @@ _COMPLEX = {"llama4": 2, "deepseek_v2": 1}
 
 
 def _architecture(module: torch.nn.Module) -> str:
-    return type(module).__module__.split(".")[-2]
+    return type(module).__module__.rpartition(".")[0].rpartition(".")[2]
 
 
 def _is_complex(module: torch.nn.Module) -> bool:
@@ -52,7 +52,7 @@ def _real_forward(module: Any) -> Callable[..., torch.Tensor]:
     def forward(x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """(batch, length, half size, 2): cos and sin."""
         angles = position_ids[..., None].float() * module.inv_freq.float()
-        return torch.stack([angles.cos(), angles.sin()], dim=-1) * module.attention_scaling
+        return torch.stack([angles.cos(), angles.sin()], dim=-1) * float(module.attention_scaling)
 
     return forward
 
