@@ -25,7 +25,6 @@ class Measured:
     output: str
     difference: float
     limit: bool
-    call: int
     note: str = ""
     allowed: float = RELATIVE
 
@@ -61,7 +60,7 @@ def measured(trial: Trial, number: int) -> Iterator[Measured]:
     """Each output of a trial; one that says so if there is none to compare."""
 
     def of(output: str, share: float, note: str = "") -> Measured:
-        return Measured(number, trial.case, trial.graph, output, share, trial.limit, trial.call, note)
+        return Measured(number, trial.case, trial.graph, output, share, trial.limit, note)
 
     if trial.failure:
         yield of("", float("inf"), f"the graph does not run: {trial.failure[:300]}")

@@ -180,7 +180,7 @@ class Proof:
         if one is None:
             return ""
         recorder = Recorder()
-        model = Reference(self._of.model, watched=one.call, watch=recorder.watch)
+        model = Reference(self._of.model, watch=recorder.watch)
         again = enumerate(self._battery(model, self._graphs, self._full))
         trial = next(trial for number, trial in again if number == one.number)
         values = inner_values(self._export / one.graph, trial.feed, self._request["provider"])

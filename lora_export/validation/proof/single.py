@@ -28,7 +28,6 @@ def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
             feed,
             {n: counted(v, mask) for n, v in expected.items()},
             {n: counted_array(found[n], mask) for n in expected if n in found},
-            model.calls,
             failure,
         )
 
@@ -106,6 +105,14 @@ def borders(config: Any) -> dict[str, int]:
             length = length or getattr(text, "max_position_embeddings", 0)
             found["original rope length"] = int(length)
     return {what: size for what, size in found.items() if size}
+
+
+def rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions that the layers of a model have."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
+    return {str(k["rope_type"]) for k in kinds if "rope_type" in k}
 
 
 def _of_signals(signature: Signature, config: Any, full: bool) -> list[Sizes]:

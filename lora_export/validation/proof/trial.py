@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from lora_export.errors import LoraExportError
@@ -20,16 +21,15 @@ _PACKED = ("GroupQueryAttention",)  # rows are packed to the left: it takes padd
 
 @dataclass(frozen=True)
 class Trial:
-    """case: in words; graph: its file; feed: what it was given; expected, found: outputs by name; call: number of
-    the call of PyTorch behind it; failure: why the graph gave nothing; limit: a difference here is a limit of the
-    operators that the graph consists of, which is recorded, and no fault of the graph."""
+    """case: in words; graph: its file; feed: what it was given; expected, found: outputs by name; failure: why
+    the graph gave nothing; limit: a difference here is a limit of the graph's operators, which is recorded, and no
+    fault of the graph."""
 
     case: str
     graph: str
     feed: Mapping[str, Any]
     expected: Expected
     found: Mapping[str, Array]
-    call: int
     failure: str = ""
     limit: bool = False
 
@@ -40,6 +40,12 @@ class Graphs:
     def __init__(self, folder: Path, names: Sequence[str], provider: str) -> None:
         self.folder, self.names, self.provider = folder, tuple(names), provider
         self._runs: dict[str, GraphRun] = {}
+
+    @property
+    def _small(self) -> bool:
+        """Whether memory has room for a copy of the weights beside the reference."""
+        size = sum(p.stat().st_size for p in self.folder.iterdir() if p.is_file())
+        return size < psutil.virtual_memory().available // 4
 
     def signature(self, name: str) -> Signature:
         return self._run(name).signature
@@ -67,7 +73,7 @@ class Graphs:
 
     def _run(self, name: str) -> GraphRun:
         if name not in self._runs:
-            self._runs[name] = GraphRun(self.folder / name, self.provider)
+            self._runs[name] = GraphRun(self.folder / name, self.provider, packed=self._small)
         return self._runs[name]
 
 
@@ -78,13 +84,11 @@ def fitting(value: Any, dtype: Any) -> Array:
 
 @dataclass(eq=False)
 class Reference:
-    """The model of transformers. Its calls are counted, so that one of them can be watched when a battery is run
-    again; seed: of what is made up; visited: chosen experts, by the path of the module that holds them."""
+    """The model of transformers. seed: of what is made up; watch: the context of each call, each step of a sequence
+    then being a call of its own; visited: chosen experts, by the path of the module that holds them."""
 
     model: Any
     seed: int = 0
-    calls: int = 0
-    watched: int | None = None
     watch: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None
     visited: dict[str, set[int]] = field(default_factory=dict)
 
@@ -96,9 +100,7 @@ class Reference:
         """The outputs of the model, or of one of its modules, for these inputs."""
         module = self.model if of is None else of
         given = {n: self._cast(v) for n, v in given.items()}
-        self.calls += 1
-        watching = self.watch(self.model) if self.watch and self.calls == self.watched else contextlib.nullcontext()
-        with torch.no_grad(), watching:
+        with torch.no_grad(), self.watch(self.model) if self.watch else contextlib.nullcontext():
             return module(**given)
 
     @property
