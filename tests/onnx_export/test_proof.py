@@ -28,7 +28,7 @@ def verdict(result: ExportResult, model: Path, **more: Any) -> dict[str, Any]:
         "elsewhere": "",
         "level": "quick",
         "streamed_numbers": False,
-        "eight_bits": False,
+        "far_only": False,
         "adapter": None,
         "result": "proof.json",
     }

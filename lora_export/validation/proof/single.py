@@ -7,16 +7,16 @@ import torch
 
 from lora_export.graph_runs.signature import IDS, MASK, Signature
 from lora_export.validation.proof.made_up import Sizes, value
-from lora_export.validation.proof.trial import Expected, Graphs, Reference, Trial, counted, counted_array
+from lora_export.validation.proof.trial import Expected, Extent, Graphs, Reference, Trial, counted, counted_array
 
 _SECOND = 16_000  # samples of a sound
 
 
-def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
+def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
     """Every case that the inputs and the configuration tell; a case that PyTorch itself refuses is left out."""
     name = graphs.names[0]
     signature = graphs.signature(name)
-    for sizes in _sizes(signature, model.config, full):
+    for sizes in _sizes(signature, model.config, extent.full):
         feed, expected = _answer(model, signature, sizes)
         if not expected:
             continue

@@ -66,7 +66,13 @@ def attention(
     padding = None
     if bias is not None and bias.dim() == 2:
         padding, bias = bias, None
-    inputs = [_folded(query, groups), *((key, value) if _cached[0] else (_flat(key), _flat(value))), None, padding, bias]
+    inputs = [
+        _folded(query, groups),
+        *((key, value) if _cached[0] else (_flat(key), _flat(value))),
+        None,
+        padding,
+        bias,
+    ]
     while inputs[-1] is None:
         inputs.pop()
     result = torch.onnx.ops.symbolic(

@@ -118,9 +118,7 @@ def _mamba(
     steps, values = steps.transpose(1, 2), hidden_states.transpose(1, 2)
     key, query = (x.transpose(1, 2)[:, :, None].expand(batch, length, channels, A.shape[1]) for x in (B, C))
     state = None if _read[0] is None else _read[0][..., None]
-    out, present = _recurrence(
-        query, key, (values * steps)[..., None], state, A * steps[..., None], None, 1.0
-    )
+    out, present = _recurrence(query, key, (values * steps)[..., None], state, A * steps[..., None], None, 1.0)
     scanned = out[..., 0].transpose(1, 2)
     if D is not None:
         scanned = scanned + hidden_states * D[None, :, None]

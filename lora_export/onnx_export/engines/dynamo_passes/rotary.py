@@ -144,7 +144,9 @@ def _has_equal_halves(value: ir.Value | None) -> bool:
         if node.op_type == "Concat":
             return len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
         if node.op_type == "Mul":
-            scalars = [v for v in node.inputs if v is not None and v.const_value is not None and v.const_value.size == 1]
+            scalars = [
+                v for v in node.inputs if v is not None and v.const_value is not None and v.const_value.size == 1
+            ]
             others = [v for v in node.inputs if v not in scalars]
             value = others[0] if len(scalars) == 1 and len(others) == 1 else None
         elif node.op_type in ("Cos", "Sin", "Cast"):

@@ -20,7 +20,12 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
     These parameters become inputs of the graph: as initializers, passes would ask for their values or compute with
     them. CheckpointError where the part reads a parameter that its folder lacks.
     """
-    with attention.cached(part.caches), recurrent.replaced(model.model), rope.traceable(model.model), torch.no_grad():
+    with (
+        attention.cached(part.caches),
+        recurrent.replaced(model.model),
+        rope.traceable(model.model),
+        torch.no_grad(),
+    ):
         program = _export(part, model.model)
     recipes: dict[str, Recipe] = {}
     graph = program.model.graph
