@@ -61,6 +61,8 @@ def attention(
     if s_aux is not None:
         key, value, bias = _with_sink(key, value, bias, s_aux, length)
     groups, width = heads // key.shape[1], value.shape[-1]
+    if _cached[0] and width != size:  # the operator takes them from a cache in one size only
+        query, key, value = (_widened(x, max(width, size)) for x in (query, key, value))
     if groups > 1:
         bias = _folded_bias(bias, groups)
     padding = None
@@ -80,18 +82,28 @@ def attention(
         inputs,
         {"num_heads": heads // groups, "scale": float(size**-0.5 if scaling is None else scaling)},
         dtype=query.dtype,
-        shape=(batch, length * groups, heads // groups * width),
+        shape=(batch, length * groups, heads // groups * value.shape[-1]),
         version=1,
     )
-    if groups == 1:
-        return result.reshape(batch, length, heads, width), None
-    apart = result.reshape(batch, groups, length, heads // groups, width).permute(0, 2, 3, 1, 4)
-    return apart.reshape(batch, length, heads, width), None
+    result = result.reshape(batch, groups, length, heads // groups, value.shape[-1])
+    if width != value.shape[-1]:
+        result = result[..., :width]
+    if groups > 1:
+        result = result.permute(0, 2, 3, 1, 4)
+    return result.reshape(batch, length, heads, width), None
+
+
+def _widened(states: torch.Tensor, size: int) -> torch.Tensor:
+    """With zeros up to this size."""
+    more = size - states.shape[-1]
+    return torch.nn.functional.pad(states, (0, more)) if more else states
 
 
 def _folded(query: torch.Tensor, groups: int) -> torch.Tensor:
-    """(batch, heads, length, size) → (batch, groups × length, heads of keys × size): heads that share keys and values
-    become more queries of one head, so that keys and values are not repeated."""
+    """(batch, heads, length, size) → (batch, groups × length, heads of keys × size).
+
+    Heads that share keys and values become more queries of one head, so that keys and values are not repeated.
+    """
     if groups == 1:
         return _flat(query)
     batch, heads, length, size = query.shape

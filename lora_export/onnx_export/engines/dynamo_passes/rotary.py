@@ -20,7 +20,7 @@ from lora_export.onnx_export.engines.dynamo_passes.traced_graph import (
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the operator reads for one pair of cos and sin: tables (tokens, half size), and lines (batch, length)."""
+    """What the operator reads for a pair of cos and sin: tables (tokens, half size), and lines (batch, length)."""
 
     cos: ir.Value
     sin: ir.Value

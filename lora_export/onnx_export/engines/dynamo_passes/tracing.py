@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lora_export.onnx_export.engines import trace_patches
 from lora_export.onnx_export.engines.dynamo_passes import attention, recurrent, rope
 from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights, refuse_missing
 from lora_export.onnx_export.engines.parts.graph_part import GraphPart
@@ -24,6 +25,7 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
         attention.cached(part.caches),
         recurrent.replaced(model.model),
         rope.traceable(model.model),
+        trace_patches.applied(model.model),
         torch.no_grad(),
     ):
         program = _export(part, model.model)
