@@ -78,6 +78,7 @@ def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 def _verdict(
     job: "ExportJob", made: "Made", level: ProofLevel, streamed_numbers: bool, far_only: bool = False
 ) -> dict[str, Any]:
+    from lora_export.onnx_export.engines.protocol import architecture_of
     from lora_export.runtime import why_not
 
     provider = "cpu" if job.provider == "cpu" or why_not(job.provider) else job.provider
@@ -86,6 +87,7 @@ def _verdict(
         "export": str(job.output.resolve()),
         "graphs": list(made.graphs),
         "kind": made.kind,
+        "architecture": architecture_of(job.config),
         "precision": job.precision,
         "provider": provider,
         "elsewhere": job.provider if job.provider != provider else "",

@@ -23,6 +23,7 @@ def verdict(result: ExportResult, model: Path, **more: Any) -> dict[str, Any]:
         "export": str(result.output),
         "graphs": list(result.graphs),
         "kind": result.kind,
+        "architecture": json.loads((model / "config.json").read_text())["architectures"][0],
         "precision": result.precision,
         "provider": "cpu",
         "elsewhere": "",

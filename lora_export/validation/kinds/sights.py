@@ -58,8 +58,8 @@ def sights(subject: ModelUnderTest) -> tuple[Sights, str]:
         )
     made, note = processed_images(subject, PICTURES), "with seeded pictures through the folder's own processor"
     if not made:
-        made, note = [_seeded(model, n) for n in PICTURES], "with seeded random pictures"
-    counts = [_counts(model, seen) for seen in made]
+        made, note = [seeded_pictures(model, n) for n in PICTURES], "with seeded random pictures"
+    counts = [token_counts(model, seen) for seen in made]
     known = {sum(c): seen for c, seen in zip(counts, made, strict=True)}
     start = setting(model.config, "vision_start_token_id")
     merge = setting(model.config.vision_config, "spatial_merge_size") or 1
@@ -67,13 +67,13 @@ def sights(subject: ModelUnderTest) -> tuple[Sights, str]:
 
 
 @torch.inference_mode()
-def _counts(model: Any, seen: Seen) -> list[int]:
+def token_counts(model: Any, seen: Seen) -> list[int]:
     """How many tokens each picture has."""
     made = model.get_image_features(**seen, return_dict=True).pooler_output
     return [part.reshape(-1, part.shape[-1]).shape[0] for part in made]
 
 
-def _seeded(model: Any, count: int) -> dict[str, torch.Tensor]:
+def seeded_pictures(model: Any, count: int) -> dict[str, torch.Tensor]:
     vision = model.config.vision_config
     names = set(inspect.signature(model.get_image_features).parameters)
     generator = torch.Generator().manual_seed(SEED + count)

@@ -29,11 +29,15 @@ from lora_export.validation.proof.judge import (
 from lora_export.validation.proof.trial import Expected, Extent, Graphs, Reference, Trial, expert_count
 
 Battery = Callable[[Reference, Graphs, Extent], Iterator[Trial]]
-BATTERIES: Mapping[str, Battery] = {
-    "encoder": single.trials,
-    "decoder": decoder.trials,
-    "seq2seq": seq2seq.trials,
-}
+
+
+def battery_of(kind: str) -> Battery:
+    """What is tried on a kind of graph."""
+    if kind == "vision-language":
+        from lora_export.validation.proof import vision_language  # its inputs bring PEFT, which takes a second
+
+        return vision_language.trials
+    return {"encoder": single.trials, "decoder": decoder.trials, "seq2seq": seq2seq.trials}[kind]
 
 
 @dataclass
@@ -75,7 +79,7 @@ class Proof:
         self._export = Path(request["export"])
         self._extent = Extent(request["level"] == "full", request["far_only"], of.streamed)
         self._graphs = Graphs(self._export, request["graphs"], request["provider"])
-        self._battery = BATTERIES[request["kind"]]
+        self._battery = battery_of(request["kind"])
         self._type = reference.arithmetic_of(self._export)
 
     def verdict(self) -> Verdict:
@@ -174,7 +178,10 @@ class Proof:
         model = Reference(self._of.model, watch=recorder.watch)
         again = enumerate(self._battery(model, self._graphs, self._extent))
         trial = next(trial for number, trial in again if number == one.number)
-        values = inner_values(self._export / one.graph, trial.feed, self._request["provider"])
+        read = [*trial.before, (one.graph, trial.feed)]
+        values = [
+            v for name, feed in read for v in inner_values(self._export / name, feed, self._request["provider"])
+        ]
         return first_differing(recorder.passed, values, min(one.allowed, one.difference / 8))
 
 

@@ -25,7 +25,7 @@ _PACKED = ("GroupQueryAttention",)  # rows are packed to the left: it takes padd
 class Trial:
     """case: in words; graph: its file; feed: what it was given; expected, found: outputs by name; failure: why
     the graph gave nothing; limit: a difference here is a limit of the graph's operators, which is recorded, and no
-    fault of the graph."""
+    fault of the graph; before: other graphs whose outputs it read, and what they were given."""
 
     case: str
     graph: str
@@ -34,6 +34,7 @@ class Trial:
     found: Mapping[str, Array]
     failure: str = ""
     limit: bool = False
+    before: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
 @dataclass(frozen=True)
