@@ -21,13 +21,7 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
     These parameters become inputs of the graph: as initializers, passes would ask for their values or compute with
     them. CheckpointError where the part reads a parameter that its folder lacks.
     """
-    with (
-        attention.cached(part.caches),
-        recurrent.replaced(model.model),
-        rope.traceable(model.model),
-        trace_patches.applied(model.model),
-        torch.no_grad(),
-    ):
+    with attention.cached(part.caches), traceable(model.model), torch.no_grad():
         program = _export(part, model.model)
     recipes: dict[str, Recipe] = {}
     graph = program.model.graph
@@ -47,6 +41,13 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
             graph.initializers[name] = value
     _name_axes(graph, part)
     return program.model, recipes
+
+
+@contextlib.contextmanager
+def traceable(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `model` computes the same without asking for values of tensors."""
+    with recurrent.replaced(model), rope.traceable(model), trace_patches.applied(model):
+        yield
 
 
 def _recipe(model: ModelWithoutWeights, name: str, shape: tuple[int, ...]) -> Recipe | None:
