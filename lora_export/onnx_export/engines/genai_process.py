@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_export.onnx_export.engines.genai_experts import keep_stored_experts
 from lora_export.onnx_export.engines.genai_mending import mend
+from lora_export.onnx_export.engines.genai_padding import turn_rows
 
 _HEAD = "/lm_head/MatMul"
 
@@ -48,7 +49,7 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
     if request["described"]:
         keep_stored_experts(builder)
     described = _RecordingBuilder(builder.Model) if request["described"] else None
-    _number_cache_sizes(builder.Model)
+    _finish_graphs(builder.Model)
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
     # The builder's fp16 graph for the CPU has no GroupQueryAttention (six times the nodes) and fails on a second
     # token; ONNX Runtime's CPU provider runs the graph for CUDA.
@@ -76,8 +77,9 @@ def _share_head(model: Any) -> None:
     model.make_tied_quantized_embedding_input_names = make_names
 
 
-def _number_cache_sizes(model: Any) -> None:
-    """Give the cache's last dimension its number: transformers.js reads the builder's symbol as 0."""
+def _finish_graphs(model: Any) -> None:
+    """Take rows that are padded on the left, and give the cache's last dimension its number: transformers.js reads
+    the builder's symbol as 0."""
     plain = model.save_model
 
     def save_model(self: Any, folder: str) -> None:
@@ -85,6 +87,7 @@ def _number_cache_sizes(model: Any) -> None:
         for value in (*graph.inputs, *graph.outputs):
             if value.shape is not None and len(value.shape) == 4 and str(value.shape[3]) == "kv_cache_dim":
                 value.shape[3] = self.head_size
+        turn_rows(graph)
         plain(self, folder)
 
     model.save_model = save_model
