@@ -6,6 +6,8 @@ own, including the values.
 """
 
 import contextlib
+import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ _HEAD = "/lm_head/MatMul"
 def main(request: dict[str, Any]) -> None:
     from onnxruntime_genai.models import builder
 
-    with _restored(*(c for c in vars(builder).values() if isinstance(c, type) and issubclass(c, builder.Model))):
+    classes = [c for c in vars(builder).values() if isinstance(c, type) and issubclass(c, builder.Model)]
+    with _restored(*classes), _one_tokenizer(builder):
         _build(builder, request)
 
 
@@ -37,6 +40,23 @@ def _restored(*classes: type) -> Iterator[None]:
                     delattr(cls, name)
                 elif vars(cls)[name] is not own[name]:
                     setattr(cls, name, own[name])
+
+
+@contextlib.contextmanager
+def _one_tokenizer(builder: Any) -> Iterator[None]:
+    """Read the tokenizer once: the builder does it three times, a second for a large vocabulary."""
+    modules, plain = [builder, sys.modules[builder.Model.__module__]], builder.AutoTokenizer
+
+    class Once:
+        from_pretrained = staticmethod(functools.cache(plain.from_pretrained))
+
+    try:
+        for module in modules:
+            module.AutoTokenizer = Once
+        yield
+    finally:
+        for module in modules:
+            module.AutoTokenizer = plain
 
 
 def _build(builder: Any, request: dict[str, Any]) -> None:
