@@ -230,10 +230,13 @@ def run(session: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
     return dict(zip(names, session.run(names, given), strict=True))
 
 
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
 def empty_cache(session: Any, batch: int = 1) -> dict[str, Any]:
     """No keys and values, and states of zeros."""
     return {
-        i.name: np.zeros((batch, *(d if isinstance(d, int) else 0 for d in i.shape[1:])), np.float32)
+        i.name: np.zeros((batch, *(d if isinstance(d, int) else 0 for d in i.shape[1:])), _TYPES[i.type])
         for i in session.get_inputs()
         if i.name.startswith("past")
     }
