@@ -1,110 +1,121 @@
-"""Mixtures of experts by the builder: what its operators compute, against the formula in numpy."""
+"""Mixtures of experts: where transformers' parameters come from, the products of sorted tokens, and their bytes."""
 
-from dataclasses import dataclass
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
+import onnxruntime
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
-from lora_export.contracts import ExportOptions, ExportResult
-from lora_export.onnx_export import export
-from lora_export.onnx_export.weights import map as weights_map
+from lora_export.checkpoint import TensorFiles, open_checkpoint
+from lora_export.onnx_export.engines.dynamo_passes import experts
+from lora_export.onnx_export.engines.dynamo_passes.passes import settle
+from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
+from lora_export.onnx_export.engines.model_without_weights import load_without_weights
+from lora_export.onnx_export.weights.layout import DataFiles
+from lora_export.onnx_export.weights.map import Piece, Quantization, Recipe, Weight, WeightsMap, placed
 from lora_export.progress import Silent
-from tests.export_matrix import configurations
-from tests.export_matrix.builder import MODELS
-from tests.onnx_export import architectures
-from tests.onnx_export.conftest import VOCABULARY
+from tests.export_matrix.models import Row
+
+EXPERTS, ROWS, COLUMNS = 3, 5, 4
+DRAW = torch.Generator().manual_seed(5)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        ("lfm2-moe", "int4"),
-        pytest.param(("gpt-oss", "int4"), marks=pytest.mark.slow),
-        pytest.param(("lfm2-moe", "int8"), marks=pytest.mark.slow),
-    ],
-    ids="-".join,
-)
-def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    folder = tmp_path_factory.mktemp("experts")
-    model, precision = request.param
-    architectures.save(MODELS[model], folder / "model")
-    options = ExportOptions(precision, "cpu", engine="genai")
-    return export(folder / "model", folder / "onnx", options, progress=Silent())
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen3MoeForCausalLM"])
+def test_merged_parameters_of_experts_are_lines_of_the_checkpoint(name: str, tmp_path: Path) -> None:
+    Row(name).save(tmp_path)
+    loaded = load_without_weights(getattr(transformers, name), tmp_path)
+    stored, whole = _tensors(tmp_path), getattr(transformers, name).from_pretrained(tmp_path).state_dict()
+    assert {n.rpartition(".")[2] for n in loaded.merged} == {"gate_up_proj", "down_proj"}
+    for parameter, recipe in loaded.merged.items():
+        lines = torch.cat([stored[p.tensor][p.start : p.stop] for p in recipe.pieces])
+        assert torch.equal(lines.reshape(whole[parameter].shape), whole[parameter])
 
 
-def test_quantized_experts_compute_what_their_numbers_say(quantized: ExportResult) -> None:
-    nodes, values = _seen(quantized.model)
-    assert len(nodes) == 2
-    for node in nodes:
-        x, router, *arrays = [values[v.name] if v is not None and v.name else None for v in node.inputs]
-        bits = node.attributes["expert_weight_bits"].as_int()
-        gate_up, down = _numbers(arrays[0], arrays[1], bits), _numbers(arrays[3], arrays[4], bits)
-        layer = _Layer(gate_up, down, arrays[2], arrays[5], node)
-        wanted = layer(x.reshape(-1, x.shape[-1]), router)
-        found = values[node.outputs[0].name].reshape(wanted.shape)
-        assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
 
 
-def test_quantized_experts_keep_routers_in_fp32(quantized: ExportResult) -> None:
-    routers = [n for n in ir.load(quantized.model).graph if "/router/" in str(n.name) and "MatMul" in n.op_type]
-    assert [n.op_type for n in routers] == ["MatMul"] * 2
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("counts", [(2, 0, 5), (0, 0, 1), (7, 0, 0)])
+def test_expanded_products_multiply_each_share_with_its_expert(turned: bool, counts: tuple[int, ...]) -> None:
+    weight = torch.randn((EXPERTS, ROWS, COLUMNS), generator=DRAW)
+    matrices = weight.transpose(1, 2) if turned else weight
+    states = torch.randn((sum(counts), matrices.shape[1]), generator=DRAW)
+    shares = torch.split(states, counts)
+    expected = torch.cat([share @ matrix for share, matrix in zip(shares, matrices, strict=True)])
+    session = onnxruntime.InferenceSession(_expanded(weight, turned), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"states": states.numpy(), "counts": np.array(counts)})
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_quantized_experts_are_described_by_the_tensors_of_the_checkpoint(quantized: ExportResult) -> None:
-    described = [w for w in weights_map.read(quantized.output).weights if "_proj.weight" in w.name]
-    experts = [w for w in described if ".experts." in w.name]
-    assert experts and all(w.recipe.quantized and w.recipe.pieces for w in experts)
+def _expanded(weight: torch.Tensor, turned: bool) -> bytes:
+    states = ir.Value(name="states", shape=ir.Shape(["n", None]), type=ir.TensorType(ir.DataType.FLOAT))
+    counts = ir.Value(name="counts", shape=ir.Shape([EXPERTS]), type=ir.TensorType(ir.DataType.INT64))
+    all_experts = ir.Value(
+        name="experts", const_value=ir.tensor(weight.numpy(), name="experts"), shape=ir.Shape(weight.shape),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )  # fmt: skip
+    node = ir.node("GroupedMatMul", [states, counts, all_experts], {"turned": int(turned)}, domain="lora_export")
+    node.name, node.outputs[0].name = "products", "out"
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    inner = ir.Graph(
+        [states, counts], node.outputs, nodes=[node], initializers=[all_experts], name="g", opset_imports={"": 20}
+    )
+    graph = TracedGraph(ir.Model(inner, ir_version=10), {})
+    experts.expand(graph)
+    settle(graph)
+    return ir.to_proto(graph.model).SerializeToString()
 
 
-def _seen(model: Path) -> tuple[list[ir.Node], dict[str, Any]]:
-    """The QMoE nodes, and what goes into them and comes out of them for some text."""
-    graph = ir.load(model)
-    nodes = [n for n in graph.graph if n.op_type == "QMoE"]
-    wanted = {v.name: v for n in nodes for v in (*n.inputs, *n.outputs) if v is not None and v.name}
-    known = {o.name for o in graph.graph.outputs}
-    graph.graph.outputs.extend(v for name, v in wanted.items() if name not in known)
-    seen = model.with_name("seen.onnx")
-    ir.save(graph, seen)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(str(seen), options, providers=["CPUExecutionProvider"])
-    ids = np.random.default_rng(0).integers(4, VOCABULARY, (2, 30))
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **configurations.empty_cache(session, 2)}
-    return nodes, configurations.run(session, feeds)
+@pytest.fixture
+def source(tmp_path: Path) -> tuple[torch.Tensor, TensorFiles]:
+    weight = torch.randn((EXPERTS, 48, 32), generator=DRAW)
+    save_file({"experts": weight}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    return weight, TensorFiles(open_checkpoint(tmp_path).tensors)
 
 
-def _numbers(packed: Any, scales: Any, bits: int) -> Any:
-    """(experts, lines, width), from numbers around 8 or 128; the lower half of a byte comes first."""
-    if bits == 4:
-        packed = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], -1)
-    numbers = packed.astype(np.float32) - 2 ** (bits - 1)
-    return numbers * np.repeat(scales, numbers.shape[-1] // scales.shape[-1], -1)
+def _written(tmp_path: Path, weights: Any, source: TensorFiles) -> tuple[Weight, ...]:
+    out = tmp_path / "out"
+    out.mkdir()
+    described = WeightsMap(placed(weights))
+    for name in described.sizes:
+        with contextlib.suppress(FileExistsError):
+            (out / name).touch()
+    DataFiles(out, described, source, Silent()).write()
+    return described.weights
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """gate_up: gate and up in turn, (experts, 2 × inner, size); down: (experts, size, inner); biases by expert."""
+def test_data_file_of_an_expert_is_its_matrix_turned(tmp_path: Path, source: Any) -> None:
+    weight, files = source
+    recipe = Recipe((Piece("experts", 1, 2),), transposed=True)
+    (placed_weight,) = _written(tmp_path, [Weight("one", "data", "float32", (32, 48), recipe)], files)
+    data = np.fromfile(tmp_path / "out" / "data", np.float32, 32 * 48, offset=placed_weight.offset)
+    assert np.array_equal(data.reshape(32, 48), weight[1].numpy().T)
 
-    gate_up: Any
-    down: Any
-    gate_up_bias: Any
-    down_bias: Any
-    node: ir.Node
 
-    def __call__(self, x: Any, router: Any) -> Any:
-        count, alpha, beta = (self.node.attributes[n].value for n in ("k", "activation_alpha", "activation_beta"))
-        limit = self.node.attributes["swiglu_limit"].value if "swiglu_limit" in self.node.attributes else np.inf
-        out = np.zeros_like(x, shape=(len(x), self.down.shape[1]))
-        for row, scores in enumerate(router):
-            chosen = np.argsort(-scores)[:count]
-            shares = np.exp(scores[chosen] - scores[chosen].max())
-            for expert, share in zip(chosen, shares / shares.sum(), strict=True):
-                gate, up = (self.gate_up[expert] @ x[row] + self.gate_up_bias[expert]).reshape(-1, 2).T
-                gate, up = gate.clip(None, limit), up.clip(-limit, limit)
-                inner = gate / (1 + np.exp(-alpha * gate)) * (up + beta)
-                out[row] += share * (self.down[expert] @ inner + self.down_bias[expert])
-        return out
+def test_quantized_data_of_an_expert_is_that_of_its_matrix_alone(tmp_path: Path, source: Any) -> None:
+    weight, files = source
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    save_file({"experts": weight[2].contiguous()}, alone / "model.safetensors")
+    (alone / "config.json").write_text("{}")
+
+    def data(folder: Path, piece: Piece, files: TensorFiles) -> bytes:
+        settings = {"method": "int4", "block_size": 32}
+        parts = [
+            Weight("q", "data", "uint8", (48, 1, 16), Recipe((piece,), True, quantized=Quantization(part="packed", **settings))),  # type: ignore[arg-type]
+            Weight("s", "data", "float32", (48, 1), Recipe((piece,), True, quantized=Quantization(part="scales", **settings))),  # type: ignore[arg-type]
+        ]  # fmt: skip
+        _written(folder, parts, files)
+        return (folder / "out" / "data").read_bytes()
+
+    of_all = data(tmp_path, Piece("experts", 2, 3), files)
+    assert of_all == data(alone, Piece("experts", 0, 48), TensorFiles(open_checkpoint(alone).tensors))
+    assert len(set(of_all)) > 16

@@ -96,6 +96,7 @@ class GenaiEngine(Engine):
     def accompany(self, model: Path, output: Path) -> None:
         companions.copy(model, output)
         settings = sealed.read_json(output / "genai_config.json")["model"]
+        companions.follow_ends(output)
         companions.bound_model_max_length(output, int(settings["context_length"]))
 
 

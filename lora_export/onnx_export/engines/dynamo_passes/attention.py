@@ -57,28 +57,68 @@ def attention(
         bias = _as_bias(attention_mask, query.dtype)
         result, _ = own(module, query, key, value, bias, scaling=scaling, softcap=softcap, **others)
         return result, None
-    if key.shape[1] != heads:
-        groups = heads // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     bias = attention_mask if position_bias is None else _sum(position_bias, attention_mask)
     if s_aux is not None:
         key, value, bias = _with_sink(key, value, bias, s_aux, length)
+    groups, width = heads // key.shape[1], value.shape[-1]
+    if _cached[0] and width != size:  # the operator takes them from a cache in one size only
+        query, key, value = (_widened(x, max(width, size)) for x in (query, key, value))
+    if groups > 1:
+        bias = _folded_bias(bias, groups)
     padding = None
     if bias is not None and bias.dim() == 2:
         padding, bias = bias, None
-    inputs = [_flat(query), *((key, value) if _cached[0] else (_flat(key), _flat(value))), None, padding, bias]
+    inputs = [
+        _folded(query, groups),
+        *((key, value) if _cached[0] else (_flat(key), _flat(value))),
+        None,
+        padding,
+        bias,
+    ]
     while inputs[-1] is None:
         inputs.pop()
-    width = value.shape[-1]
     result = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
         inputs,
-        {"num_heads": heads, "scale": float(size**-0.5 if scaling is None else scaling)},
+        {"num_heads": heads // groups, "scale": float(size**-0.5 if scaling is None else scaling)},
         dtype=query.dtype,
-        shape=(batch, length, heads * width),
+        shape=(batch, length * groups, heads // groups * value.shape[-1]),
         version=1,
     )
+    result = result.reshape(batch, groups, length, heads // groups, value.shape[-1])
+    if width != value.shape[-1]:
+        result = result[..., :width]
+    if groups > 1:
+        result = result.permute(0, 2, 3, 1, 4)
     return result.reshape(batch, length, heads, width), None
+
+
+def _widened(states: torch.Tensor, size: int) -> torch.Tensor:
+    """With zeros up to this size."""
+    more = size - states.shape[-1]
+    return torch.nn.functional.pad(states, (0, more)) if more else states
+
+
+def _folded(query: torch.Tensor, groups: int) -> torch.Tensor:
+    """(batch, heads, length, size) → (batch, groups × length, heads of keys × size).
+
+    Heads that share keys and values become more queries of one head, so that keys and values are not repeated.
+    """
+    if groups == 1:
+        return _flat(query)
+    batch, heads, length, size = query.shape
+    apart = query.transpose(1, 2).reshape(batch, length, heads // groups, groups, size)
+    return apart.permute(0, 3, 1, 2, 4).reshape(batch, groups * length, heads // groups * size)
+
+
+def _folded_bias(bias: torch.Tensor | None, groups: int) -> torch.Tensor | None:
+    """(batch, heads or 1, queries, keys) for the queries that `_folded` makes."""
+    if bias is None or bias.dim() == 2:
+        return bias
+    batch, heads, queries, keys = bias.shape
+    if heads > 1:
+        return bias.reshape(batch, heads // groups, groups * queries, keys)
+    return bias if queries == 1 else bias.repeat(1, 1, groups, 1)
 
 
 def mask(

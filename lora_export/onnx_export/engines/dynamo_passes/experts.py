@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from lora_export.onnx_export.engines.dynamo_passes.passes import TracedGraph, add_weight
+from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph, add_weight
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
 NAME = "onnxruntime"

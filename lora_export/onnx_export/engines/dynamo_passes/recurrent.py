@@ -1,7 +1,7 @@
 """Recurrences over the tokens as one operator of ONNX Runtime: state space models and linear attention.
 
-transformers computes them by chunks of tokens, in loops that tracing would unroll for one length. Its functions have
-the same names and arguments in every architecture, so they are replaced while a model is traced. All are
+transformers computes them by chunks of tokens, in loops that tracing would unroll for one length. Its functions
+have the same names and arguments in every architecture, so they are replaced while a model is traced. All are
 `com.microsoft::LinearAttention`, S ← exp(decay) S + key ⊗ value, out = scale · query S, for each head; the delta
 rules take away first what the state already says of the value.
 """
@@ -51,7 +51,7 @@ def _recurrence(
     """query, key (batch, length, heads, k); value (…, heads, v); decay (…, heads) or (…, heads, k), its logarithm;
     beta (…, heads); state (batch, heads, k, v). Returns what value and state are like."""
     batch, length, heads, size = value.shape
-    inputs = [x.reshape(batch, length, -1) for x in (query, key, value)]
+    inputs: list[Any] = [x.reshape(batch, length, -1) for x in (query, key, value)]
     inputs += [state, decay.reshape(batch, length, -1)]
     if beta is not None:
         inputs.append(beta)
@@ -139,7 +139,7 @@ def _delta(
     use_qk_l2norm_in_kernel: bool = False,
     **others: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """query, key (batch, length, heads or fewer, k); value (…, heads, v); g (…, heads) or, Kimi's, (…, heads, k)."""
+    """query, key (batch, length, heads or fewer, k); value (…, heads, v); g (…, heads), or Kimi's (…, heads, k)."""
     groups = value.shape[2] // key.shape[2]
     if groups > 1:
         query, key = (x.repeat_interleave(groups, dim=2) for x in (query, key))

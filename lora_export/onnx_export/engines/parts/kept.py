@@ -15,8 +15,9 @@ _SHORT = 3  # tokens of the run that shows what a model keeps
 class Kept:
     """A tensor that a model keeps from one step to the next.
 
-    layer: of the cache; slot: `keys`, `values`, `conv_states` or `recurrent_states`; index: which of several states;
-    name: as transformers.js and Optimum have it, behind `past_` or `past_key_values.`; shape: without the batch, and without the length where it `grows`.
+    layer: of the cache; slot: `keys`, `values`, `conv_states` or `recurrent_states`; index: which of several
+    states; name: as transformers.js and Optimum have it, behind `past_` or `past_key_values.`; shape: without the
+    batch, and without the length where it `grows`.
     """
 
     layer: int
@@ -122,7 +123,7 @@ def _states() -> Any:
     """
     from transformers.cache_utils import LinearAttentionLayer
 
-    class States(LinearAttentionLayer):
+    class States(LinearAttentionLayer):  # type: ignore[misc]
         def hold(self, slot: str, index: int, value: torch.Tensor) -> None:
             getattr(self, slot)[index] = value
             self.has_previous_state[index] = True
