@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_export.onnx_export.engines import genai_whisper
+
 _HEAD = "/lm_head/MatMul"
 
 
@@ -40,6 +42,7 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
     _own_commit(builder.Model)
+    genai_whisper.mend(builder)
     _rename_settings(builder.Model)
     _subtract_mean(builder.OLMoModel)
     _share_head(builder.Model)
