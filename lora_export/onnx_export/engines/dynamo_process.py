@@ -14,6 +14,7 @@ def main(request: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")  # torch warns about requested axes and names
     import onnx_ir as ir
 
+    from lora_export.errors import ExportError
     from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
     from lora_export.onnx_export.engines.dynamo_passes.kept_wide import kept_by
@@ -23,8 +24,13 @@ def main(request: dict[str, Any]) -> None:
     from lora_export.onnx_export.quantize.settings import Blockwise
 
     attention.register()
-    model = _load(Path(request["model"]), request["optimize"])
-    traced = parts_of(model.model, request["task"])
+    folder = Path(request["model"])
+    model = _load(folder, request["optimize"])
+    try:
+        traced = parts_of(model.model, request["task"])
+    except (RuntimeError, ExportError):  # some layers do not ask the interface, and cannot read its masks
+        model = _load(folder, "none")
+        traced = parts_of(model.model, request["task"])
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
