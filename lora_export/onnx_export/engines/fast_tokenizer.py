@@ -122,7 +122,7 @@ def _model(words: Sequence[str], proto: Any, slow: Any) -> Any:
 def _normalizer(proto: Any) -> Any:
     from tokenizers import Regex, normalizers
 
-    steps = []
+    steps: list[Any] = []
     if proto.normalizer_spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
     if proto.normalizer_spec.remove_extra_whitespaces:
