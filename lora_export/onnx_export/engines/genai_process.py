@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_export.onnx_export.engines import genai_whisper
 from lora_export.onnx_export.engines.genai_experts import keep_stored_experts
 from lora_export.onnx_export.engines.genai_mending import mend
 from lora_export.onnx_export.engines.genai_padding import turn_rows
@@ -65,6 +66,7 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
     _own_commit(builder.Model)
+    genai_whisper.mend(builder)
     mend(builder)
     _share_head(builder.Model)
     if request["described"]:
