@@ -81,7 +81,8 @@ def export(
     read = [model, *inputs, *([adapter] if adapter else [])]
     with files.output_folder(output, options.force, inputs=read) as stage, Worker() as worker:
         check_request(config, precision, provider, options.engine, how)
-        quantized = blockwise(precision, provider, how) if how.activations == "float" else None
+        generates = chosen.generates(config)
+        quantized = blockwise(precision, provider, how, generates) if how.activations == "float" else None
         job = ExportJob(
             model, config, stage, precision, provider, adapter, progress, worker, options.optimize, quantized
         )
@@ -190,7 +191,7 @@ def check_request(
     activations.check(precision, chosen.generates(config), how)
     refuse_unused(precision, how)
     if how.activations == "float":
-        blockwise(precision, provider, how)
+        blockwise(precision, provider, how, chosen.generates(config))
     return chosen.name
 
 
