@@ -111,7 +111,8 @@ class QuantizationOptions:
 
     SECTION: ClassVar[str] = "Quantization of the ONNX weights"
     block_size: int | None = option(
-        None, "int4, int8, nf4: how many numbers share a scale.", minimum=1, default_text="64, and 32 for int4 of a model that does not generate"
+        None, "int4, int8, nf4: how many numbers share a scale.", minimum=1,
+        default_text="64, and 32 for int4 of a model that does not generate",
     )
     symmetric: bool | None = None
     algorithm: choices.Quantizer = option(

@@ -298,6 +298,64 @@ def test_quantize_lone_table_becomes_int8() -> None:
     assert {"w_embedding_Q8", "w_head_Q4"} <= {w.name for w in weights}
 
 
+@pytest.mark.parametrize(("turned", "how"), [(False, Blockwise("int4")), (True, Blockwise("int8", 128))])
+def test_quantize_gemm_keeps_its_bias(turned: bool, how: Blockwise) -> None:
+    """GPT-2's layers: a weight (in, out), or (out, in) if turned."""
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    weight = Weight("w", "data", "float32", (WIDTH, WIDE)[:: -1 if turned else 1], _recipe("up", turned=not turned))
+    bias = onnx.numpy_helper.from_array(random.normal(size=WIDE).astype(np.float32), "bias")
+    graph = onnx.helper.make_graph(
+        [make("Gemm", ["x", "w", "bias"], ["y"], name="gemm", transB=int(turned))],
+        "g",
+        [info("x", 1, ["n", WIDTH])],
+        [info("y", 1, ["n", WIDE])],
+        [onnx.TensorProto(name="w", data_type=1, dims=weight.shape), bias],
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    plain = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    model, weights = quantized_graph(plain, [weight], how)
+    assert [n.op_type for n in model.graph.node] == ["MatMulNBits", "Add"]
+    values = {w.name: _value(w) for w in weights}
+    for tensor in model.graph.initializer:
+        if tensor.name in values:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values[tensor.name], tensor.name))
+    x = random.normal(size=(3, WIDTH)).astype(np.float32)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x})
+    expected = x @ _dequantized(weights[0]) + onnx.numpy_helper.to_array(bias)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("between", "quantized"), [("TopK", False), ("MatMul", True)])
+def test_quantize_router_stays_as_it_is(between: str, quantized: bool) -> None:
+    """Scores of 112 experts, of which the graph takes two; what lies behind another product is none."""
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    (weight,) = (w for w in WEIGHTS if w.name == "w_down")
+    router = Weight("w", "data", "float32", (WIDTH, WIDE), _recipe("up"))
+    nodes = [make("MatMul", ["x", "w"], ["scores"], name="router"), make("Softmax", ["scores"], ["shares"])]
+    if between == "MatMul":
+        nodes.append(make("MatMul", ["shares", "w_down"], ["mixed"], name="down"))
+    nodes.append(make("TopK", ["mixed" if between == "MatMul" else "shares", "two"], ["best", "which"]))
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [info("x", 1, ["n", WIDTH])],
+        [info("which", 7, ["n", 2])],
+        [
+            onnx.TensorProto(name="w", data_type=1, dims=router.shape),
+            onnx.TensorProto(name="w_down", data_type=1, dims=weight.shape),
+            onnx.numpy_helper.from_array(np.array([2], np.int64), "two"),
+        ],
+    )
+    plain = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    if quantized:
+        model, _ = quantized_graph(plain, [router, weight], Blockwise("int4"))
+        assert [n.op_type for n in model.graph.node] == ["MatMulNBits", "Softmax", "MatMul", "TopK"]
+    else:
+        with pytest.raises(ExportError, match="no product"):
+            quantized_graph(plain, [router], Blockwise("int4"))
+
+
 def test_quantize_shared_weight_once() -> None:
     model, weights = quantized_graph(_graph(), WEIGHTS, Blockwise("int4"))
     assert [w.name for w in weights] == [

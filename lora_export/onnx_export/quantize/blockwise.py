@@ -133,7 +133,11 @@ def _product(node: ir.Node, product: Product, parts: Sequence[ir.Value], how: Bl
         if how.accuracy_level:
             attributes["accuracy_level"] = how.accuracy_level
     inputs, name = [node.inputs[0], *parts], f"{node.name}{suffix}"
-    return [ir.node(kind, inputs, dict(sorted(attributes.items())), domain=MICROSOFT, name=name)]
+    multiplied = ir.node(kind, inputs, dict(sorted(attributes.items())), domain=MICROSOFT, name=name)
+    if node.op_type != "Gemm" or len(node.inputs) < 3 or node.inputs[2] is None:  # a bias
+        return [multiplied]
+    multiplied.outputs[0].name = f"{name}_product"
+    return [multiplied, ir.node("Add", [multiplied.outputs[0], node.inputs[2]], name=f"{name}_bias")]
 
 
 def _lookup(node: ir.Node, product: Product, parts: Sequence[ir.Value], how: Blockwise) -> list[ir.Node]:

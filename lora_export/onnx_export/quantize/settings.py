@@ -12,9 +12,9 @@ from lora_export.onnx_export.weights.map import Method, Quantization
 
 AUTO = "auto"  # in place of node names: choose by measured damage
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-BLOCKS: dict[Method, int] = {"int4": 32, "int8": 64, "nf4": 64, "fp4": 64}  # where nobody asks for another size
-# int4 of a model that generates. Beside blocks of 32 without zero points, SmolLM2 keeps more of an adapter (0.76 for
-# 0.71 of its effect) in fewer bytes; encoders keep less of their own outputs.
+BLOCKS: dict[Method, int] = {"int4": 32, "int8": 64, "nf4": 64, "fp4": 64}  # where nobody asks for another
+# int4 of a model that generates. Beside blocks of 32 without zero points, SmolLM2 keeps more of an adapter (0.77
+# for 0.71 of its effect) in fewer bytes; encoders keep less of their own outputs.
 BLOCK_WITH_PAST = 64
 ACCURACY_LEVELS = range(5)
 ALGORITHMS = ("default", "rtn", "k_quant")
