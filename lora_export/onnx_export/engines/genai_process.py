@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_export.onnx_export.engines.genai_experts import keep_stored_experts
+from lora_export.onnx_export.engines.genai_mending import mend
+
 _HEAD, _HEAD_WEIGHT = "/lm_head/MatMul", "lm_head.MatMul.weight"
 _EMBEDDING = "/model/embed_tokens/Gather"
 
@@ -17,7 +20,7 @@ _EMBEDDING = "/model/embed_tokens/Gather"
 def main(request: dict[str, Any]) -> None:
     from onnxruntime_genai.models import builder
 
-    with _restored(builder.Model, builder.OLMoModel):
+    with _restored(*(c for c in vars(builder).values() if isinstance(c, type) and issubclass(c, builder.Model))):
         _build(builder, request)
 
 
@@ -41,9 +44,10 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
     _own_commit(builder.Model)
-    _rename_settings(builder.Model)
-    _subtract_mean(builder.OLMoModel)
+    mend(builder)
     _share_head(builder.Model)
+    if request["described"]:
+        keep_stored_experts(builder)
     described = _RecordingBuilder(builder.Model) if request["described"] else None
     _number_cache_sizes(builder.Model)
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
@@ -54,37 +58,6 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
     builder.create_model(*common, **builder.parse_extra_options(*common, options))
     if described is not None:
         described.save(Path(request["output"]), request["quantized"])
-
-
-def _rename_settings(model: Any) -> None:
-    """Provide settings under the names that the builder looks for.
-
-    transformers 5 keeps the two rotary settings of Gemma 3 by layer type. Phi and Nemotron have their own names for
-    the normalization's epsilon, and OLMo has it in its code: the builder would use another value.
-    """
-    plain = model.make_config_init
-
-    def make_config_init(self: Any, config: Any) -> None:
-        rope = getattr(config, "rope_parameters", None)
-        if isinstance(rope, dict) and "rope_theta" in rope.get("sliding_attention", {}):
-            config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
-            config.rope_parameters = dict(rope["full_attention"])
-        if not hasattr(config, "rms_norm_eps"):
-            named = (getattr(config, n, None) for n in ("layer_norm_eps", "norm_eps", "layer_norm_epsilon"))
-            config.rms_norm_eps = next((e for e in named if e is not None), 1e-5)
-        plain(self, config)
-
-    model.make_config_init = make_config_init
-
-
-def _subtract_mean(model: Any) -> None:
-    """OLMo's normalization subtracts the mean (it has no weights); the builder (0.18) writes one that does not."""
-    plain = model.make_layernorm
-
-    def make_layernorm(self: Any, layer: int, norm: Any, skip: bool, simple: bool, location: str) -> None:
-        plain(self, layer, norm, skip, False, location)
-
-    model.make_layernorm = make_layernorm
 
 
 def _share_head(model: Any) -> None:
@@ -202,11 +175,12 @@ class _RecordingBuilder:
     def _load(folder: Path) -> Any:
         import transformers
 
-        from lora_export.onnx_export.engines.model_without_weights import load_without_weights
+        from lora_export.onnx_export.engines.model_without_weights import load_without_weights, refuse_missing
         from lora_export.onnx_export.engines.recording_tensor import describe
 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = load_without_weights(getattr(transformers, config.architectures[0]), folder)
+        refuse_missing(model)
         describe(model)
         return model.model
 
@@ -225,8 +199,8 @@ class _RecordingBuilder:
         self._make_initializer(builder, tensor, name, to=to, raw=raw)
 
     def save(self, folder: Path, quantized: dict[str, Any] | None) -> None:
+        from lora_export.onnx_export.engines.genai_experts import quantize
         from lora_export.onnx_export.graphs import files as graph_files
-        from lora_export.onnx_export.quantize.blockwise import quantize_graph
         from lora_export.onnx_export.quantize.settings import Blockwise
         from lora_export.onnx_export.weights.map import Recipe, Weight
 
@@ -245,7 +219,7 @@ class _RecordingBuilder:
                 if name not in recipes or not recipes[name].pieces:
                     constants[data, name] = tensor.numpy()
             shared = [_HEAD_WEIGHT] if getattr(builder, "tied_quantized_embeddings", False) else []
-            weights += quantize_graph(model, own, Blockwise(**quantized), shared) if quantized else own
+            weights += quantize(model, own, Blockwise(**quantized), shared) if quantized else own
             graphs[file] = model
         graph_files.save(folder, graphs, weights, constants, data_files)
 

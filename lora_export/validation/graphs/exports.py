@@ -91,7 +91,7 @@ def arithmetic_of(pair: ExportedPair, paths: tuple[Path, ...]) -> Arithmetic:
     if not (folder / graph_weights.NAME).is_file():
         return Arithmetic(_TYPES.get(pair.precision, torch.float32))
     dtype = graph_weights.arithmetic_type(folder)
-    factors = {name for path in paths for name in _with_eight_bits(path)} if pair.precision in QUANTIZED else set()
+    factors = {name for path in paths for name in with_eight_bits(path)} if pair.precision in QUANTIZED else set()
     blocks = graph_weights.quantized_blocks(folder, factors)
     if not blocks:
         return Arithmetic(dtype)
@@ -99,7 +99,7 @@ def arithmetic_of(pair: ExportedPair, paths: tuple[Path, ...]) -> Arithmetic:
     return Arithmetic(dtype, min(blocks.values()), layers)
 
 
-def _with_eight_bits(graph: Path) -> Iterator[str]:
+def with_eight_bits(graph: Path) -> Iterator[str]:
     """Quantized weights that are multiplied by inputs of 8 bits (accuracy level 4 of MatMulNBits)."""
     for node in ir.load(graph).graph:
         if node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0) == _INT8:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,19 @@ def images(subject: ModelUnderTest) -> tuple[Batches, str]:
     processed = _processed(subject, _process_images)
     if processed:
         return processed, "on seeded images through the folder's own processor"
-    return [_pixels(subject.model.config, n) for n in IMAGES], "on seeded random pixels"
+    return [pixels(subject.model.config, n) for n in IMAGES], "on seeded random pixels"
+
+
+def processed_images(subject: ModelUnderTest, counts: Sequence[int]) -> Batches:
+    """What the folder's processor makes of so many seeded images at a time; nothing where it makes none."""
+
+    def process(folder: Path) -> Batches:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        generator = torch.Generator().manual_seed(SEED)
+        pictures = [torch.randint(256, (3, 160, 200), dtype=torch.uint8, generator=generator) for _ in counts]
+        return [dict(processor(images=[pictures[:n]], return_tensors="pt")) for n in counts]
+
+    return _processed(subject, process)
 
 
 def sounds(subject: ModelUnderTest) -> tuple[Batches, str]:
@@ -76,11 +88,14 @@ def _process_sounds(folder: Path) -> Batches:
     return [dict(extractor(tones[:1], **some)), dict(extractor(tones[1:], padding=padding, **some))]
 
 
-def _pixels(config: Any, batch: int) -> dict[str, torch.Tensor]:
+def pixels(config: Any, batch: int) -> dict[str, torch.Tensor]:
+    """Seeded pictures of the size that the configuration says."""
     from optimum.utils import DummyVisionInputGenerator, NormalizedVisionConfig
 
     vision = getattr(config, "vision_config", None) or config
-    generator = DummyVisionInputGenerator("", NormalizedVisionConfig(vision), batch_size=batch)
+    stated = "input_size" if isinstance(setting(vision, "input_size"), int) else "image_size"
+    normal = NormalizedVisionConfig.with_args(image_size=stated)
+    generator = DummyVisionInputGenerator("", normal(vision), batch_size=batch)
     frames = setting(vision, "num_frames")
     with _seeded(batch):
         pictures = [generator.generate("pixel_values") * 2 - 1 for _ in range(frames or 1)]
