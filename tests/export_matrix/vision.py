@@ -55,7 +55,10 @@ ROWS = (
         {**_STAGES, "num_attention_heads": [1, 2, 2, 2], "decoder_hidden_size": 32},
     ),
     Row("UperNetForSemanticSegmentation", {"backbone_config": _CONVNEXT, "hidden_size": 48}),
-    Row("DPTForDepthEstimation", {"backbone_out_indices": [0, 0, 1, 1], "neck_hidden_sizes": [12, 16, 20, 24]}),
+    Row(
+        "DPTForDepthEstimation",
+        {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [12, 16, 20, 24]},
+    ),
     Row(
         "DepthAnythingForDepthEstimation",
         {"backbone_config": _DINO, "neck_hidden_sizes": [12, 16, 20, 24], "reassemble_hidden_size": 48}

@@ -27,13 +27,14 @@ def main(request: dict[str, Any]) -> None:
     model = _load(Path(request["model"]), request["optimize"])
     try:
         traced = parts_of(model.model, request["task"])
+        programs = [tracing.trace(part, model) for part in traced.parts]
     except NotTraceable as reason:
         _answer(request, {"refused": str(reason)})
         return
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
-    for part in traced.parts:
-        graph = passes.TracedGraph(*tracing.trace(part, model))
+    for part, program in zip(traced.parts, programs, strict=True):
+        graph = passes.TracedGraph(*program)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:
             halve(graph.model, ir.DataType[_HALVES[request["precision"]]])

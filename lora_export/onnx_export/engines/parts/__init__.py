@@ -16,8 +16,9 @@ def parts_of(model: Any, task: str) -> Traced:
             f"{type(model).__name__} makes speech in a loop of its own, with random numbers in each step: its "
             "answers to the same text differ, and no graph can be compared with it"
         )
-    if model.config.is_encoder_decoder and model.can_generate():
+    generates = model.can_generate() and not type(model).__name__.endswith("ForCTC")  # which decodes in `generate`
+    if model.config.is_encoder_decoder and generates:
         return Traced("seq2seq", f"{task}-with-past", seq2seq.parts(model))
-    if model.can_generate():
+    if generates:
         return Traced("decoder", f"{task}-with-past", (decoder.part(model),))
     return Traced("encoder", task, (single.part(model, task),))
