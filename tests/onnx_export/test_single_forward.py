@@ -125,7 +125,7 @@ def test_part_what_no_graph_can_hold_is_refused_in_words(run: Callable[..., Any]
         single.part(Model(run), "fill-mask")
 
 
-# --- branches ------------------------------------------------------------------------------------------------------
+# --- branches ----------------------------------------------------------------------------------------------------
 
 
 def _part(**settings: Any) -> GraphPart:
@@ -165,7 +165,7 @@ def test_noted_conditions_of_a_trace_tell_the_branch() -> None:
     assert branches.broken(conditions, part) == "sequence_length 3"
 
 
-# --- replacements --------------------------------------------------------------------------------------------------
+# --- replacements ------------------------------------------------------------------------------------------------
 
 
 def test_applied_last_end_of_each_row_is_what_transformers_pools() -> None:
@@ -198,7 +198,7 @@ def test_int_of_a_model_is_pythons_int() -> None:
     assert isinstance(7, number) and not isinstance(7.0, number)
 
 
-# --- mending -------------------------------------------------------------------------------------------------------
+# --- mending -----------------------------------------------------------------------------------------------------
 
 
 def test_split_batch_transposes_beside_a_matrix_makes_the_product_run() -> None:
