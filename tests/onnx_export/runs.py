@@ -95,12 +95,17 @@ def _empty(runs: Any, batch: int) -> Arrays:
 
 @torch.no_grad()
 def _decoder(result: ExportResult, model: Any) -> Iterator[tuple[torch.Tensor, np.ndarray[Any, Any]]]:
-    """Prefill, one token, several tokens, with the cache growing; rows padded on the left; greedy tokens equal."""
+    """Prefill, one token, several tokens, with the cache growing; rows padded on either side; more tokens than the
+    windows of tiny models have; greedy tokens equal."""
     runs = session(result.model)
     own = result.engine == "dynamo"  # GroupQueryAttention takes padding on the right, and steps of one token
-    for batch, length in SHAPES:
+    shapes = [(*shape, "left") for shape in (*SHAPES, (2, 37))]
+    for batch, length, side in [*shapes, *([(3, 12, "right")] if own else [])]:
         ids, mask = _ids(batch, length + 4), _mask(batch, length + 4)
-        mask = mask.flip(1) if own else torch.ones_like(mask)
+        if side == "left":
+            mask = mask.flip(1) if own else torch.ones_like(mask)
+        else:
+            mask = torch.cat([_mask(batch, length), torch.ones((batch, 4), dtype=torch.int64)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         past, at = _empty(runs, batch), 0
@@ -124,7 +129,7 @@ def _decoder(result: ExportResult, model: Any) -> Iterator[tuple[torch.Tensor, n
             found["logits"] * mask[..., None].numpy(),
         )
     assert (
-        _greedy_decoder(runs, _ids(1, 6))
+        _greedy_decoder(runs, _ids(1, 6), model.generation_config.eos_token_id)
         == model.generate(
             _ids(1, 6), do_sample=False, max_new_tokens=12, min_new_tokens=12, use_cache=True, pad_token_id=3
         )[0, 6:].tolist()
@@ -135,7 +140,7 @@ def _grown(found: Arrays) -> Arrays:
     return {n.replace("present.", "past_key_values.").replace("present_", "past_"): v for n, v in found.items()}
 
 
-def _greedy_decoder(runs: Any, ids: torch.Tensor) -> list[int]:
+def _greedy_decoder(runs: Any, ids: torch.Tensor, ends: Any) -> list[int]:
     past, tokens, seen = _empty(runs, 1), ids.numpy(), 0
     out: list[int] = []
     while len(out) < 12:
@@ -147,7 +152,8 @@ def _greedy_decoder(runs: Any, ids: torch.Tensor) -> list[int]:
         found = _run(runs, feeds)
         past, seen = _grown(found), total
         logits = found["logits"][0, -1].copy()
-        logits[2] = -np.inf  # as min_new_tokens keeps the end away
+        if ends is not None:
+            logits[ends] = -np.inf  # as min_new_tokens keeps the end away
         out.append(int(logits.argmax()))
         tokens = np.array([[out[-1]]])
     return out

@@ -12,7 +12,7 @@ import torch
 
 from lora_export.onnx_export.engines import trace_patches
 from lora_export.onnx_export.engines.dynamo_passes import branches, mending
-from lora_export.onnx_export.engines.dynamo_passes.passes import TracedGraph
+from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
 from lora_export.onnx_export.engines.parts import single
 from lora_export.onnx_export.engines.parts.graph_part import GraphPart, NotTraceable
 

@@ -15,8 +15,9 @@ def main(request: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")  # torch warns about requested axes and names
     import onnx_ir as ir
 
-    from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
+    from lora_export.onnx_export.engines.dynamo_passes import attention, experts, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
+    from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
     from lora_export.onnx_export.engines.parts import parts_of
     from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
     from lora_export.onnx_export.graphs import files as graph_files
@@ -24,6 +25,7 @@ def main(request: dict[str, Any]) -> None:
     from lora_export.onnx_export.quantize.settings import Blockwise
 
     attention.register()
+    experts.register()
     model = _load(Path(request["model"]), request["optimize"])
     try:
         traced = parts_of(model.model, request["task"])
@@ -34,7 +36,8 @@ def main(request: dict[str, Any]) -> None:
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part, program in zip(traced.parts, programs, strict=True):
-        graph = passes.TracedGraph(*program)
+        graph = TracedGraph(*program)
+        experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:
             halve(graph.model, ir.DataType[_HALVES[request["precision"]]])
@@ -63,14 +66,20 @@ def _load(folder: Path, optimize: str) -> Any:
     """The model without large weights, with attention as one operator if the architecture supports that."""
     import transformers
 
-    from lora_export.onnx_export.engines.dynamo_passes import attention
+    from lora_export.onnx_export.engines.dynamo_passes import attention, experts
     from lora_export.onnx_export.engines.model_without_weights import load_without_weights
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     cls = getattr(transformers, config.architectures[0])
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
-    return load_without_weights(cls, folder, attn_implementation=attention.NAME if asks else "eager")
+    attends = attention.NAME if asks else "eager"
+    model = load_without_weights(cls, folder, attn_implementation=attends, experts_implementation=experts.NAME)
+    text = config.get_text_config(decoder=True)
+    if cls.__name__.endswith("ForSequenceClassification") and getattr(text, "pad_token_id", 0) is None:
+        # Such a classifier refuses several rows. A graph reads the last token of each, as it does of one.
+        model.model.config.get_text_config(decoder=True).pad_token_id = -1
+    return model
 
 
 def _weights(graph: Any, data: str) -> Any:
