@@ -25,7 +25,7 @@ _DINO = Dinov2Config(
     reshape_hidden_states=False,
     apply_layernorm=True,
 )
-_DETR = {"backbone_config": _RESNET, "num_queries": 7, "decoder_layers": 2, "encoder_layers": 2}
+DETR = {"backbone_config": _RESNET, "num_queries": 7, "decoder_layers": 2, "encoder_layers": 2}
 
 ROWS = (
     Row("SiglipForImageClassification"),
@@ -39,7 +39,7 @@ ROWS = (
     Row("Dinov2ForImageClassification"),
     Row("BeitForImageClassification"),
     Row("YolosForObjectDetection", {"image_size": [48, 64], "patch_size": 8, "num_detection_tokens": 7}),
-    Row("DetrForObjectDetection", _DETR),
+    Row("DetrForObjectDetection", DETR),
     Row(
         "RTDetrForObjectDetection",
         {
