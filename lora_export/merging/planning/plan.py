@@ -141,7 +141,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     model = new.model if new else None
     end = new_end(given.folder, {**given.config, **changes}, [a.folder for a in adapters])
     if end is not None:
-        changes, warnings = changes | end.config, [*warnings, end.warning]
+        changes, warnings = {**changes, **end.config}, [*warnings, end.warning]
     return MergePlan(
         given, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings), end, model
     )
