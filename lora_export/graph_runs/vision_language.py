@@ -1,4 +1,4 @@
-"""Running a vision-language model's three graphs, as a user's program does: features, embeddings, then the decoder."""
+"""Running a vision-language model's three graphs, as a user's program does: features, rows of embeddings, decoder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,8 +29,8 @@ class VisionLanguage:
         return rows
 
     def positions(self, ids: Array, seen: Mapping[str, Array]) -> Array:
-        """Of one text (length,) from 0: (1, length), or (3, 1, length) where pictures are placed in time, height and
-        width, and the text behind them goes on from the largest of the three."""
+        """Of one text (length,) from 0: (1, length), or (3, 1, length) where pictures lie in time, height and width,
+        and the text behind them goes on from the largest of the three."""
         if len(self._decoder.signature.inputs[POSITIONS].shape) < _TIME_HEIGHT_WIDTH:
             return np.arange(len(ids))[None]
         grids = iter(next((seen[name] for name in GRIDS if name in seen), np.zeros((0, 3), np.int64)))

@@ -99,8 +99,11 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
         if task.sees_and_writes:
             lines += _picture_and_text(text, image, str(facts.config.get("model_type")))
         elif task.input == "both":
-            lines += [f"const words = (await AutoTokenizer.from_pretrained(folder))([{text}]);",
-                      f"const image = await reader({image});", "const inputs = { ...words, ...image };"]  # fmt: skip
+            lines += [
+                f"const words = (await AutoTokenizer.from_pretrained(folder))([{text}]);",
+                f"const image = await reader({image});",
+                "const inputs = { ...words, ...image };",
+            ]
         else:
             lines += [f"const inputs = await reader({image});"]
     if task.generates:

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_export.validation.graphs.weights import Held, Quantized
 from lora_export.validation.reference import streaming
-from lora_export.validation.reference.renamed import names_in
 from lora_export.validation.reference.probes import base_layer, plain_parameters, wrapped_modules
+from lora_export.validation.reference.renamed import names_in
 from lora_export.validation.reference.whole import BLOCK, effective_blocks, whole_probes, wrapped_parameters
 
 # How far a number may be from the one that it stands for, in steps of its block: at most, and as a root mean

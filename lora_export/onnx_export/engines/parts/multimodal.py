@@ -24,7 +24,7 @@ def sees(model: Any) -> bool:
 
 
 def parts(model: Any) -> tuple[GraphPart, ...]:
-    """The graphs in the order in which they run. A tied head and the embedding share one tensor of one data file."""
+    """The graphs in the order in which they run. A tied head and the embedding share a tensor of a data file."""
     rows = Rows.of(model)
     return _vision(model, rows), _embedding(model, rows), _decoder(model, rows)
 

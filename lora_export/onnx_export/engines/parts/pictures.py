@@ -1,7 +1,7 @@
 """What a vision-language model reads of pictures, and the features that it makes of them.
 
-A graph takes any number of pictures, and any size of them where the model does. Where transformers computes with the
-numbers of an input (the grid of each picture), the same is computed here with tensors of a shape that is known.
+A graph takes any number of pictures, and any size of them where the model does. Where transformers computes with
+the numbers of an input (the grid of each picture), the same is computed here with tensors of a known shape.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What a decoder reads for each token of a text with pictures: the embedding, and what else the model wants to know."""
+"""What a decoder reads for each token of a text with pictures: the embedding, and what else it wants to know."""
 
 import contextlib
 from collections.abc import Iterator
