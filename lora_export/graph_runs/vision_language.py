@@ -1,4 +1,4 @@
-"""Running a vision-language model's three graphs, as a user's program does: features, rows of embeddings, decoder."""
+"""Running a vision-language model's three graphs, as a user's program does: features, rows of inputs, decoder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ class VisionLanguage:
         return rows
 
     def positions(self, ids: Array, seen: Mapping[str, Array]) -> Array:
-        """Of one text (length,) from 0: (1, length), or (3, 1, length) where pictures lie in time, height and width,
+        """Of one text (length,) from 0: (1, length), or (3, 1, length) where pictures lie in time, height, width,
         and the text behind them goes on from the largest of the three."""
         if len(self._decoder.signature.inputs[POSITIONS].shape) < _TIME_HEIGHT_WIDTH:
             return np.arange(len(ids))[None]
