@@ -4,6 +4,7 @@ What an input means follows from its name (ids, masks, positions, segments, a ca
 axes and from the other inputs.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +16,17 @@ import numpy as np
 
 from lora_export.errors import InputError
 from lora_export.graph_runs.signature import (
+    BOXES,
+    DECODER_IDS,
     EMBEDS,
     ENCODER_MASK,
     GRIDS,
     IDS,
     MASK,
+    PIXEL_MASK,
+    PIXELS,
     POSITIONS,
+    SPECTRUM,
     TYPES,
     WAVE,
     Array,
@@ -35,7 +41,9 @@ GRID = (4, 4)  # patches along height and width of a made-up picture, where pict
 PATCHES = "num_patches"  # the axis along which the patches of all pictures lie
 _INTEGERS = ("tensor(int32)", "tensor(int64)")
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
-_NAMED = (IDS, MASK, ENCODER_MASK, POSITIONS, TYPES, *GRIDS)
+_NAMED = (IDS, MASK, ENCODER_MASK, POSITIONS, TYPES, BOXES, PIXEL_MASK, DECODER_IDS, *GRIDS)
+_PICTURE = 224  # pixels, where nothing says a size
+_CHOICES = 4
 _TEXTS = (
     "The ship left the harbour before dawn, and by noon the coast was a grey line behind it.",
     "Water boils at a lower temperature on a mountain, because the air above it weighs less.",
@@ -53,10 +61,10 @@ def completed(signature: Signature, given: Mapping[str, Any], past: int = 0) -> 
     """A feed for every input: what is given, and what follows from it.
 
     Arrays are cast to the type that the graph reads; OrtValues stay as they are. By default nothing is masked,
-    positions begin behind `past` tokens, there is one segment, and caches are empty. InputError for an input that
-    does not follow from what is given.
+    positions begin behind `past` tokens, there is one segment, every token stands at the page's corner, and caches
+    are empty. InputError for an input that does not follow from what is given.
     """
-    like = next((given[name] for name in (IDS, EMBEDS, WAVE) if name in given), None)
+    like = next((given[name] for name in (IDS, EMBEDS, WAVE, SPECTRUM) if name in given), None)
     feed = {}
     for name, value in signature.inputs.items():
         array = given.get(name)
@@ -65,8 +73,10 @@ def completed(signature: Signature, given: Mapping[str, Any], past: int = 0) -> 
             continue
         if array is None and like is not None and value.is_cache:
             array = np.zeros(signature.cache_shape(name, len(like), 0), value.dtype)
-        elif array is None and like is not None and name in (MASK, POSITIONS, TYPES):
-            array = _following(name, like.shape[0], like.shape[1], past)
+        elif array is None and like is not None and name in (MASK, POSITIONS, TYPES, BOXES):
+            array = _following(name, like.shape[: 2 if IDS not in given else None], past)
+        elif array is None and name == PIXEL_MASK and PIXELS in given:
+            array = np.ones((given[PIXELS].shape[0], *given[PIXELS].shape[-2:]), np.int64)
         if array is None:
             raise InputError(
                 f"the graph reads {name!r}, which does not follow from its other inputs",
@@ -77,12 +87,14 @@ def completed(signature: Signature, given: Mapping[str, Any], past: int = 0) -> 
     return feed
 
 
-def _following(name: str, rows: int, length: int, past: int) -> Array:
+def _following(name: str, shape: Sequence[int], past: int) -> Array:
+    """shape: of the tokens: (rows, length), or (rows, choices, length)."""
+    *rows, length = shape
     if name == MASK:
-        return np.ones((rows, past + length), np.int64)
+        return np.ones((*rows, past + length), np.int64)
     if name == POSITIONS:
-        return np.tile(np.arange(past, past + length), (rows, 1))
-    return np.zeros((rows, length), np.int64)
+        return np.broadcast_to(np.arange(past, past + length), shape)
+    return np.zeros((*shape, 4) if name == BOXES else tuple(shape), np.int64)
 
 
 def token_feeds(signature: Signature, rows: Sequence[Sequence[int]]) -> list[Feed]:
@@ -124,8 +136,8 @@ class Sizes:
 
 
 def made_up(inputs: Iterable[GraphValue], sizes: Sizes, seed: int = 0) -> dict[str, Array]:
-    """Seeded values for inputs: small token ids, increasing positions, masks of ones, and noise for images, sounds,
-    states and caches. The first axis of each is the batch."""
+    """Seeded values for inputs: small token ids, increasing positions, masks of ones, boxes with their corners in
+    order, and noise for images, sounds, states and caches. The first axis of each is the batch."""
     inputs = list(inputs)
     length = sizes.wave if any(v.name == WAVE for v in inputs) else sizes.tokens
     return {v.name: _made_up(v, sizes, length, seed) for v in inputs}
@@ -139,14 +151,22 @@ def _made_up(value: GraphValue, sizes: Sizes, length: int, seed: int) -> Array:
         return random.standard_normal(shape, np.float32).astype(value.dtype)
     if value.name == ENCODER_MASK:
         return np.ones((sizes.batch, sizes.encoded), value.dtype)
+    between = [_axis(d, value.name, sizes) for d in value.shape[1:]]
     if value.name in GRIDS:
         return np.tile(np.array([1, *GRID], value.dtype), (sizes.batch, 1))
-    if value.dtype.kind == "b":
-        return np.ones([sizes.batch, *(_axis(d, value.name, sizes) for d in value.shape[1:])], value.dtype)
+    if value.name == PIXEL_MASK or value.dtype.kind == "b":
+        return np.ones((sizes.batch, *between), value.dtype)
+    if value.name == BOXES:  # left, top, right, bottom
+        corners = tokens(sizes.batch, math.prod(between), seed).reshape(sizes.batch, *between[:-1], 2, 2)
+        return np.sort(corners, axis=-2).reshape(sizes.batch, *between).astype(value.dtype)
+    if value.name == POSITIONS and isinstance(value.shape[0], int):  # of time, height and width
+        flat = _following(POSITIONS, (sizes.batch, length), sizes.past)
+        return np.stack([flat] * value.shape[0]).astype(value.dtype)
+    choices = between[:-1]
     if value.name in (MASK, POSITIONS, TYPES):
-        made = _following(value.name, sizes.batch, length, sizes.past).astype(value.dtype)
-        return made if len(value.shape) == made.ndim else np.stack([made] * int(value.shape[0] or 1))
-    return tokens(sizes.batch, sizes.tokens, seed, sizes.vocabulary).astype(value.dtype)
+        return _following(value.name, (sizes.batch, *choices, length), sizes.past).astype(value.dtype)
+    made = tokens(sizes.batch, math.prod(choices) * sizes.tokens, seed, sizes.vocabulary)
+    return made.reshape(sizes.batch, *choices, sizes.tokens).astype(value.dtype)
 
 
 def tokens(rows: int, count: int, seed: int, vocabulary: int = SMALLEST_VOCABULARY) -> Array:
@@ -166,6 +186,10 @@ def _axis(axis: int | str | None, name: str, sizes: Sizes) -> int:
     further = next((size for word, size in sizes.named.items() if re.search(word, words)), None)
     if further is not None:
         return further
+    if words in ("height", "width"):
+        return _PICTURE
+    if words == "num_choices":
+        return _CHOICES
     if name == WAVE:
         return sizes.wave
     if "images" in words:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 IDS, MASK, POSITIONS, TYPES, LOGITS = "input_ids", "attention_mask", "position_ids", "token_type_ids", "logits"
-WAVE, EMBEDS = "input_values", "inputs_embeds"
+WAVE, SPECTRUM, PIXELS, EMBEDS = "input_values", "input_features", "pixel_values", "inputs_embeds"
+PIXEL_MASK, BOXES, DECODER_IDS = "pixel_mask", "bbox", "decoder_input_ids"
 GRIDS = ("image_grid_thw", "grid_thw")  # (pictures, 3): patches along time, height and width
 STATES, ENCODER_MASK = "encoder_hidden_states", "encoder_attention_mask"
 _FLOATS = {"float": "float32", "double": "float64"}

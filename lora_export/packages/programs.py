@@ -53,8 +53,18 @@ def python_program(facts: PackageFacts, folder: str, library: str, auto: str, se
 
 def _inputs(task: PackageTask, prompt: str) -> list[str]:
     text = repr(prompt)
+    if task.name == "multiple-choice":  # (rows, choices, tokens)
+        return [
+            f'choices = reader([{text}, {text} + "."], padding=True, return_tensors="pt")',
+            "inputs = {name: value[None] for name, value in choices.items()}",
+        ]
     if task.input == "text":
         return [f'inputs = reader({text}, return_tensors="pt")']
+    if task.input == "video":
+        return [
+            "frames = torch.zeros(model.config.num_frames, 3, 224, 224)",
+            'inputs = reader(list(frames), return_tensors="pt")',
+        ]
     if task.input == "audio":
         return [f'inputs = reader(torch.zeros({_SECOND}).numpy(), sampling_rate={_SECOND}, return_tensors="pt")']
     picture = "torch.zeros(3, 224, 224)"
@@ -78,19 +88,23 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
     """For transformers.js on Node."""
     task = facts.task
     reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
-    names = sorted(
-        {task.auto, reader, *(["AutoTokenizer"] if task.generates or task.input == "both" else []), "env"}
-    )
+    tokenizes = task.generates or task.input == "both"
+    names = sorted({task.js, reader, *(["AutoTokenizer"] if tokenizes else []), "env"})
     lines = [
         f'import {{ {", ".join(names)} }} from "@huggingface/transformers";',
         "env.allowRemoteModels = false;",
         f"const folder = {json.dumps(folder)};",
         f"const reader = await {reader}.from_pretrained(folder);",
-        f"const model = await {task.auto}.from_pretrained(folder, {{ dtype: {json.dumps(dtype)} }});",
+        f"const model = await {task.js}.from_pretrained(folder, {{ dtype: {json.dumps(dtype)} }});",
     ]
     text = json.dumps(prompt_of(facts))
     if task.input == "audio":
         lines += [f"const inputs = await reader(new Float32Array({_SECOND}));"]
+    elif task.name == "multiple-choice":  # (rows, choices, tokens)
+        lines += [
+            f"const inputs = await reader([{text}, {text} + '.'], {{ padding: true }});",
+            "for (const name in inputs) inputs[name] = inputs[name].unsqueeze(0);",
+        ]
     elif task.input == "text":
         lines += [f"const inputs = await reader({text});"]
     else:

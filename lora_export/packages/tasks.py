@@ -8,14 +8,17 @@ from lora_export.errors import ExportError
 
 @dataclass(frozen=True)
 class PackageTask:
-    """name: Optimum's; auto: the class of transformers and transformers.js; input: what the model reads; generates:
-    whether the model generates text token by token; hub: the Hub's name, where it is another."""
+    """name: Optimum's; auto: the class of transformers; input: what the model reads; generates: whether the model
+    generates text token by token; hub: the Hub's name, where it is another; own: whether Optimum has a class for
+    the task; javascript: the class of transformers.js, where it is another."""
 
     name: str
     auto: str
-    input: Literal["text", "image", "audio", "both"] = "text"
+    input: Literal["text", "image", "audio", "video", "both"] = "text"
     generates: bool = False
     hub: str = ""
+    own: bool = True
+    javascript: str = ""
 
     @property
     def sees_and_writes(self) -> bool:
@@ -29,8 +32,15 @@ class PackageTask:
 
     @property
     def optimum(self) -> str:
-        """The class of Optimum."""
+        """The class of Optimum; the one for every single graph where it has none for the task."""
+        if not self.own:
+            return "ORTModelForCustomTasks"
         return f"ORT{self.auto.removeprefix('Auto')}" + "ForFeatureExtraction" * (self.auto == "AutoModel")
+
+    @property
+    def js(self) -> str:
+        """The class of transformers.js; its AutoModel gives the outputs of any graph by their names."""
+        return self.javascript or self.auto
 
 
 _ALL = (
@@ -43,8 +53,23 @@ _ALL = (
     PackageTask("question-answering", "AutoModelForQuestionAnswering"),
     PackageTask("image-classification", "AutoModelForImageClassification", "image"),
     PackageTask("audio-classification", "AutoModelForAudioClassification", "audio"),
-    PackageTask("image-text-to-text", "AutoModelForImageTextToText", "both", generates=True),
-    PackageTask("zero-shot-image-classification", "AutoModelForZeroShotImageClassification", "both"),
+    PackageTask("image-text-to-text", "AutoModelForImageTextToText", "both", generates=True, own=False),
+    PackageTask(
+        "zero-shot-image-classification", "AutoModelForZeroShotImageClassification", "both", javascript="AutoModel"
+    ),
+    PackageTask("multiple-choice", "AutoModelForMultipleChoice", javascript="AutoModel"),
+    PackageTask("semantic-segmentation", "AutoModelForSemanticSegmentation", "image", hub="image-segmentation"),
+    PackageTask("image-segmentation", "AutoModelForUniversalSegmentation", "image", own=False),
+    PackageTask("object-detection", "AutoModelForObjectDetection", "image", own=False),
+    PackageTask("depth-estimation", "AutoModelForDepthEstimation", "image", own=False),
+    PackageTask("zero-shot-object-detection", "AutoModelForZeroShotObjectDetection", "both", own=False),
+    PackageTask(
+        "video-classification", "AutoModelForVideoClassification", "video", own=False, javascript="AutoModel"
+    ),
+    PackageTask("image-to-image", "AutoModelForImageToImage", "image"),
+    PackageTask("masked-im", "AutoModelForMaskedImageModeling", "image", own=False, javascript="AutoModel"),
+    PackageTask("audio-frame-classification", "AutoModelForAudioFrameClassification", "audio"),
+    PackageTask("audio-xvector", "AutoModelForAudioXVector", "audio", javascript="AutoModelForXVector"),
 )
 _ASR = "automatic-speech-recognition"
 _CTC = PackageTask(_ASR, "AutoModelForCTC", "audio")

@@ -10,8 +10,8 @@ import transformers
 
 from lora_export.contracts import ExportResult
 from tests.architectures.tiny import small
+from tests.export_matrix.comparing import worst
 from tests.onnx_export.conftest import save_tokenizer
-from tests.onnx_export.runs import worst
 
 Compare = Callable[[ExportResult, Any], float]
 
@@ -61,5 +61,12 @@ def _with(config: Any, settings: Mapping[str, Any]) -> Any:
     """The configuration with other settings, through its constructor; parts by their names."""
     parts = getattr(type(config), "sub_configs", {}) or {}
     own = {k: v for k, v in settings.items() if k not in parts}
-    changed = {k: _with(getattr(config, k), settings[k]).to_dict() for k in parts if k in settings}
+    changed = {k: _part(getattr(config, k), settings[k]) for k in parts if k in settings}
     return type(config)(**{**config.to_dict(), **own, **changed})
+
+
+def _part(config: Any, settings: Any) -> Any:
+    """A part of a configuration: with other settings, or another altogether."""
+    if isinstance(settings, transformers.PretrainedConfig):
+        return settings.to_dict()
+    return _with(config, settings).to_dict()

@@ -181,6 +181,11 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
 _QWEN2_VISION = {"depth": 2, "embed_dim": 48, "hidden_size": 48, "num_heads": 4, "mlp_ratio": 2}
 _QWEN2_5_VISION = {"window_size": 24, "fullatt_block_indexes": [1], "depth": 3}
 _QWEN3_VISION = {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 36}
+_QWEN3_5_TEXT = {
+    "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "rope_parameters": {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+}  # fmt: skip
 _GEMMA = {"mm_tokens_per_image": 4, "text_config": {"layer_types": ["sliding_attention", "full_attention"]}}
 
 packed = functools.partial(seeing, pictures=grids, cases=SIZED)
@@ -194,7 +199,11 @@ ROWS = (
     Row("Gemma3ForConditionalGeneration", _GEMMA, seeing),
     Row("LlavaForConditionalGeneration", compare=seeing),
     Row("VisionEncoderDecoderModel"),
-    Row("Qwen3_5ForConditionalGeneration"),
+    Row(
+        "Qwen3_5ForConditionalGeneration",
+        {"text_config": _QWEN3_5_TEXT, "vision_config": {"depth": 2, "num_position_embeddings": 36}},
+        packed,
+    ),
     Row("SmolVLMForConditionalGeneration", compare=tiled),
     Row("Idefics3ForConditionalGeneration", compare=tiled),
     Row(

@@ -78,6 +78,36 @@ def test_made_up_sizes_follow_from_axes() -> None:
     assert shapes["encoder_attention_mask"] == (2, 9) and shapes["bias"] == (2, 10)
 
 
+def test_made_up_choices_boxes_and_pictures_follow_from_axes() -> None:
+    choices = ("batch_size", "num_choices", "sequence_length")
+    inputs = signature({
+        "input_ids": (IDS, choices), "attention_mask": (IDS, choices),
+        "bbox": (IDS, ("batch_size", "sequence_length", 4)),
+        "pixel_values": (FLOAT, ("batch_size", 3, "height", "width")),
+        "pixel_mask": (IDS, ("batch_size", "height", "width")),
+    })  # fmt: skip
+    made = made_up(inputs.inputs.values(), Sizes(2, 7, 0, 0, 0))
+    assert made["input_ids"].shape == made["attention_mask"].shape == (2, 4, 7)
+    assert made["pixel_mask"].shape == (2, 224, 224) and made["pixel_values"].shape == (2, 3, 224, 224)
+    left, top, right, bottom = np.moveaxis(made["bbox"], -1, 0)
+    assert (left <= right).all() and (top <= bottom).all() and (left < right).any()
+
+
+def test_completed_choices_and_pictures_mask_nothing() -> None:
+    choices = ("batch_size", "num_choices", "sequence_length")
+    texts = signature(dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), (IDS, choices)))
+    feed = completed(texts, {"input_ids": np.ones((2, 3, 5), np.int64)})
+    assert feed["attention_mask"].shape == feed["token_type_ids"].shape == (2, 3, 5)
+    assert feed["attention_mask"].all() and not feed["token_type_ids"].any()
+    page = signature({"input_ids": (IDS, ("b", "s")), "bbox": (IDS, ("b", "s", 4))})
+    assert completed(page, {"input_ids": np.ones((2, 5), np.int64)})["bbox"].shape == (2, 5, 4)
+    pictures = signature({"pixel_values": (FLOAT, ("b", 3, "h", "w")), "pixel_mask": (IDS, ("b", "h", "w"))})
+    feed = completed(pictures, {"pixel_values": np.zeros((2, 3, 8, 9), np.float32)})
+    assert feed["pixel_mask"].shape == (2, 8, 9) and feed["pixel_mask"].all()
+    spectra = signature({"input_features": (FLOAT, ("b", "s", 80)), "attention_mask": (IDS, ("b", "s"))})
+    assert completed(spectra, {"input_features": np.zeros((2, 50, 80))})["attention_mask"].shape == (2, 50)
+
+
 @pytest.mark.parametrize(
     ("past", "present"),
     [("past_key_values.0.decoder.key", "present.0.decoder.key"), ("past_key_self_0", "present_key_self_0")],

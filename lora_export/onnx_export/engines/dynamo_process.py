@@ -1,6 +1,7 @@
 """Run by dynamo.py in a process of its own: torch's dynamo exporter on one request.
 
-Besides the graphs, it writes the file that the request names as `result`: kind, task and file names of the graphs.
+Besides the graphs, it writes the file that the request names as `result`: kind, task and file names of the graphs,
+or why the model cannot be traced.
 """
 
 import json
@@ -14,21 +15,29 @@ def main(request: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")  # torch warns about requested axes and names
     import onnx_ir as ir
 
-    from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
+    from lora_export.onnx_export.engines.dynamo_passes import attention, experts, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
+    from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
     from lora_export.onnx_export.engines.parts import parts_of
+    from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
     from lora_export.onnx_export.graphs import files as graph_files
     from lora_export.onnx_export.quantize.blockwise import quantize_graph
     from lora_export.onnx_export.quantize.settings import Blockwise
 
     attention.register()
+    experts.register()
     model = _load(Path(request["model"]), request["optimize"])
-    traced = parts_of(model.model, request["task"])
+    try:
+        traced = parts_of(model.model, request["task"])
+    except NotTraceable as reason:
+        _answer(request, {"refused": str(reason)})
+        return
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
-        kept = frozenset(name for file, name in weights if file == part.data)
-        graph = passes.TracedGraph(*tracing.trace(part, model), kept)
+        shared = frozenset(name for file, name in weights if file == part.data)
+        graph = TracedGraph(*tracing.trace(part, model), shared)
+        experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         if request["precision"] in _HALVES:
             halve(graph.model, ir.DataType[_HALVES[request["precision"]]])
@@ -43,7 +52,10 @@ def main(request: dict[str, Any]) -> None:
         weights |= {(part.data, weight.name): weight for weight in own}
     data_files = {part.file: part.data for part in traced.parts}
     graph_files.save(Path(request["output"]), graphs, list(weights.values()), constants, data_files)
-    made = {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)}
+    _answer(request, {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)})
+
+
+def _answer(request: dict[str, Any], made: dict[str, Any]) -> None:
     Path(request["output"], request["result"]).write_text(json.dumps(made), encoding="utf-8")
 
 
@@ -54,14 +66,20 @@ def _load(folder: Path, optimize: str) -> Any:
     """The model without large weights, with attention as one operator if the architecture supports that."""
     import transformers
 
-    from lora_export.onnx_export.engines.dynamo_passes import attention
+    from lora_export.onnx_export.engines.dynamo_passes import attention, experts
     from lora_export.onnx_export.engines.model_without_weights import load_without_weights
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     cls = getattr(transformers, config.architectures[0])
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
-    return load_without_weights(cls, folder, attn_implementation=attention.NAME if asks else "eager")
+    attends = attention.NAME if asks else "eager"
+    model = load_without_weights(cls, folder, attn_implementation=attends, experts_implementation=experts.NAME)
+    text = config.get_text_config(decoder=True)
+    if cls.__name__.endswith("ForSequenceClassification") and getattr(text, "pad_token_id", 0) is None:
+        # Such a classifier refuses several rows. A graph reads the last token of each, as it does of one.
+        model.model.config.get_text_config(decoder=True).pad_token_id = -1
+    return model
 
 
 def _weights(graph: Any, data: str) -> Any:

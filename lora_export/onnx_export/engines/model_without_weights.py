@@ -7,9 +7,12 @@ parameter is stored: in a checkpoint file under some name; or, if it had to comp
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lora_export.onnx_export.engines.merged_parameters import intercepted
+from lora_export.onnx_export.weights.map import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -22,19 +25,22 @@ class ModelWithoutWeights:
     """model: transformers' own, large parameters on the meta device, small ones and buffers read in fp32.
 
     tensors: name of each parameter that is exactly one tensor of the checkpoint → the tensor's name there, for
-    every name of tied parameters; computed: names of the others, whose values were read.
+    every name of tied parameters; merged: name of each that consists of lines of several tensors → its recipe;
+    computed: names of the others, whose values were read.
     """
 
     model: "torch.nn.Module"
     tensors: Mapping[str, str]
     computed: frozenset[str]
+    merged: Mapping[str, Recipe] = field(default_factory=dict)
 
 
 def load_without_weights(cls: Any, folder: Path, **options: Any) -> ModelWithoutWeights:
     """`cls.from_pretrained(folder, **options)` in evaluation mode, without reading large parameters."""
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, _without_reading() as places:
+    folder_of_computed = tempfile.TemporaryDirectory(prefix="lora-export-")
+    with folder_of_computed as scratch, _without_reading() as places, intercepted() as merged:
         model = cls.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -44,8 +50,8 @@ def load_without_weights(cls: Any, folder: Path, **options: Any) -> ModelWithout
             use_safetensors=True,
             **options,
         ).eval()
-        tensors, computed = _fill(model, places, Path(scratch))
-    return ModelWithoutWeights(model, tensors, computed)
+        tensors, computed = _fill(model, places, Path(scratch), merged)
+    return ModelWithoutWeights(model, tensors, computed, merged)
 
 
 @contextlib.contextmanager
@@ -73,7 +79,9 @@ def _without_reading() -> Iterator[dict[str, Any]]:
         modeling_utils.accelerate_dispatch, core_model_loading._materialize_copy = dispatch, materialize
 
 
-def _fill(model: Any, places: Mapping[str, Any], scratch: Path) -> tuple[dict[str, str], frozenset[str]]:
+def _fill(
+    model: Any, places: Mapping[str, Any], scratch: Path, merged: Mapping[str, Recipe]
+) -> tuple[dict[str, str], frozenset[str]]:
     import torch
     from safetensors import safe_open
 
@@ -92,6 +100,8 @@ def _fill(model: Any, places: Mapping[str, Any], scratch: Path) -> tuple[dict[st
                 continue
             name = f"{prefix}.{leaf}" if prefix else leaf
             place = places.get(name)
+            if name in merged:
+                continue
             if place is None:
                 computed.add(name)
                 continue

@@ -225,7 +225,9 @@ _INPUTS = {
     "text": 'reader({prompt}, return_tensors="np")',
     "audio": 'reader(numpy.zeros(16000, "float32"), sampling_rate=16000, return_tensors="np")',
     "image": 'reader(images=numpy.zeros((3, 224, 224)), return_tensors="np")',
+    "video": 'reader(list(numpy.zeros((16, 3, 224, 224))), return_tensors="np")',
     "both": 'reader(text=[{prompt}], images=numpy.zeros((3, 224, 224)), return_tensors="np")',
+    "multiple-choice": '{{n: v[None] for n, v in reader(2 * [{prompt}], return_tensors="np").items()}}',
 }
 
 
@@ -234,7 +236,8 @@ def _program(facts: PackageFacts, folder: str, infer: str) -> str:
     head = f"import json\nimport numpy\nfrom transformers import {reader}\n{infer}"
     head += f"\nreader = {reader}.from_pretrained({folder!r})\n"
     prompt = repr(prompt_of(facts))
-    inputs = _INPUTS[facts.task.input].format(prompt=prompt)
+    kind = facts.task.name if facts.task.name in _INPUTS else facts.task.input
+    inputs = _INPUTS[kind].format(prompt=prompt)
     name = repr(facts.name)
     if not facts.task.generates:
         return head + _ENCODER.format(name=name, inputs=inputs, numbers=NUMBERS)

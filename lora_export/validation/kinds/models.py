@@ -21,8 +21,8 @@ from lora_export.validation.comparing.tested_model import ModelUnderTest, genera
 from lora_export.validation.comparing.texts import MAX_TOKENS, windows
 from lora_export.validation.comparing.vision_language import VisionLanguageComparison
 from lora_export.validation.kinds.sights import sights
-from lora_export.validation.kinds.signals import images, sounds
-from lora_export.validation.kinds.texts import Texts, padded, positions, token_lists, vocabulary
+from lora_export.validation.kinds.signals import images, pixels, sounds
+from lora_export.validation.kinds.texts import Texts, boxes, padded, positions, token_lists, vocabulary
 
 STEPS = 32  # tokens that an encoder-decoder generates, if it has so many positions
 
@@ -160,6 +160,10 @@ def _text_inputs(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> di
     if type(model).__name__.endswith("ForMultipleChoice"):  # (batch, choices, length): the texts are the choices
         ids, mask = ids[None], None if mask is None else mask[None]
     inputs: dict[str, Any] = {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
+    if "bbox" in takes(model):
+        inputs["bbox"] = boxes(model.config, ids.shape)
+        if "pixel_values" in takes(model):  # the page that the words and boxes are from
+            inputs |= pixels(model.config, len(ids))
     if "use_cache" in takes(model):
         inputs["use_cache"] = False
     if model.config.is_encoder_decoder and "decoder_input_ids" in takes(model):

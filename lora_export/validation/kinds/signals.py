@@ -24,7 +24,7 @@ def images(subject: ModelUnderTest) -> tuple[Batches, str]:
     processed = _processed(subject, _process_images)
     if processed:
         return processed, "on seeded images through the folder's own processor"
-    return [_pixels(subject.model.config, n) for n in IMAGES], "on seeded random pixels"
+    return [pixels(subject.model.config, n) for n in IMAGES], "on seeded random pixels"
 
 
 def processed_images(subject: ModelUnderTest, counts: Sequence[int]) -> Batches:
@@ -88,11 +88,14 @@ def _process_sounds(folder: Path) -> Batches:
     return [dict(extractor(tones[:1], **some)), dict(extractor(tones[1:], padding=padding, **some))]
 
 
-def _pixels(config: Any, batch: int) -> dict[str, torch.Tensor]:
+def pixels(config: Any, batch: int) -> dict[str, torch.Tensor]:
+    """Seeded pictures of the size that the configuration says."""
     from optimum.utils import DummyVisionInputGenerator, NormalizedVisionConfig
 
     vision = getattr(config, "vision_config", None) or config
-    generator = DummyVisionInputGenerator("", NormalizedVisionConfig(vision), batch_size=batch)
+    stated = "input_size" if isinstance(setting(vision, "input_size"), int) else "image_size"
+    normal = NormalizedVisionConfig.with_args(image_size=stated)
+    generator = DummyVisionInputGenerator("", normal(vision), batch_size=batch)
     frames = setting(vision, "num_frames")
     with _seeded(batch):
         pictures = [generator.generate("pixel_values") * 2 - 1 for _ in range(frames or 1)]

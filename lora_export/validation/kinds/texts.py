@@ -14,6 +14,7 @@ from lora_export.validation.comparing.tested_model import ModelUnderTest, settin
 from lora_export.validation.comparing.texts import MAX_TOKENS, tokenize
 
 CODE_POINTS = 0x110000  # of Unicode, which CANINE reads
+_PAGE = 1000  # of LayoutLM's coordinates
 RANDOM_LENGTHS = (5, 11, 23, 37, 48, 64)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -125,6 +126,14 @@ def padded(tokens: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torc
     ids = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True, padding_value=pad)
     lengths = torch.tensor([len(t) for t in tokens])
     return ids, (torch.arange(ids.shape[1])[None] < lengths[:, None]).to(ids.dtype)
+
+
+def boxes(config: Any, shape: Sequence[int]) -> torch.Tensor:
+    """Seeded places of tokens on a page, (*shape, 4): left, top, right, bottom."""
+    most = setting(config, "max_2d_position_embeddings") or _PAGE
+    generator = torch.Generator().manual_seed(shape[-1])
+    corners = torch.randint(0, min(most, _PAGE), (*shape, 2, 2), generator=generator)
+    return corners.sort(dim=-2).values.flatten(-2)
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -1,73 +1,62 @@
 """Models that do not generate: one forward, one graph."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lora_export.onnx_export.engines.parts.graph_part import BATCH, LENGTH, Axes, GraphPart, Input, takes
+from lora_export.onnx_export.engines.parts import forward_inputs, probing
+from lora_export.onnx_export.engines.parts.graph_part import Axes, GraphPart
+
+# Outputs by task, by Optimum's names and in its order, as far as the model returns them. A task that is not here
+# has everything that the model returns.
+_OUTPUTS: Mapping[str, Sequence[str]] = {
+    "question-answering": ("start_logits", "end_logits"),
+    "zero-shot-image-classification": ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds"),
+    "zero-shot-object-detection": ("logits", "pred_boxes", "text_embeds", "image_embeds"),
+    "object-detection": ("logits", "pred_boxes"),
+    "image-segmentation": ("logits", "pred_masks", "class_queries_logits", "masks_queries_logits"),
+    "depth-estimation": ("predicted_depth",),
+    "audio-xvector": ("logits", "embeddings"),
+    "feature-extraction": ("text_embeds", "image_embeds", "last_hidden_state"),
+}
+_ENDS = ("ForQuestionAnswering",)
+_LOGITS = ("logits",)
+# Of transformers' outputs, what is for training, or a step on the way to another output.
+_INNER = ("loss", "hidden_states", "attentions", "past_key_values", "auxiliary_outputs")
 
 
-def part(model: Any) -> GraphPart:
-    """A model that does not generate: inputs from the signature of forward, outputs as in Optimum."""
-    inputs = _inputs(model)
-    names = list(inputs)
-    outputs = _outputs(model)
+def part(model: Any, task: str) -> GraphPart:
+    """A model that does not generate. Raises NotTraceable for a forward that takes nothing of what is known.
+
+    Its inputs are the most dynamic that its forward takes; its outputs are Optimum's for the task, as far as
+    forward returns them.
+    """
+    forward, returned = probing.first_accepted(model, forward_inputs.calls(model, task))
+    names = list(forward.inputs)
+    outputs = {name: _axes(forward, name) for name in _outputs(type(model).__name__, task, returned)}
 
     def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = dict(zip(names, values, strict=True))
-        result = model(**given, **({"use_cache": False} if takes(model, "use_cache") else {}))
+        result = forward(model, dict(zip(names, values, strict=True)))
         return tuple(result[name] for name in outputs)
 
-    return GraphPart("model.onnx", "model.onnx_data", run, inputs, outputs)
+    return GraphPart("model.onnx", "model.onnx_data", run, forward.inputs, outputs)
 
 
-def _inputs(model: Any) -> dict[str, Input]:
-    config = model.config
-    inputs: dict[str, Input] = {}
-    ids: Input = ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "sequence_length"})
-    if takes(model, "input_ids"):
-        two_towers = takes(model, "pixel_values")
-        axes = {0: "text_batch_size" if two_towers else "batch_size", 1: "sequence_length"}
-        inputs["input_ids"] = (ids[0], ids[1], axes)
-        if two_towers:
-            inputs["pixel_values"] = _pixels(config.vision_config, "image_batch_size")
-        inputs["attention_mask"] = (ids[0], ids[1], axes)
-        if takes(model, "token_type_ids") and getattr(config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = (ids[0], ids[1], axes)
-    elif takes(model, "pixel_values"):
-        inputs["pixel_values"] = _pixels(config, "batch_size")
-    elif takes(model, "input_values"):
-        axes = {0: "batch_size", 1: "sequence_length"}
-        inputs["input_values"] = ((BATCH, 16_000), torch.float32, axes)
-        if getattr(config, "feat_extract_norm", None) == "layer":  # others were trained without a mask
-            inputs["attention_mask"] = ((BATCH, 16_000), torch.int64, axes)
-    return inputs
+def _outputs(cls: str, task: str, returned: Mapping[str, Any]) -> list[str]:
+    """The names of what forward returns that is an output of the graph."""
+    wanted = _OUTPUTS.get(task, _LOGITS)
+    if cls.endswith(("TextModel", "VisionModel")):  # towers, whose pooled output is what they are for
+        wanted = (*wanted, "pooler_output")
+    tensors = [n for n, v in returned.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    found = [name for name in wanted if name in tensors]
+    if cls.endswith("WithProjection"):
+        found = [name for name in found if name != "last_hidden_state"]
+    return found or [n for n in tensors if not n.startswith(_INNER) and not n.endswith(_INNER)]
 
 
-def _pixels(config: Any, batch: str) -> Input:
-    size = config.image_size
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    return (BATCH, getattr(config, "num_channels", 3), height, width), torch.float32, {0: batch}
-
-
-def _outputs(model: Any) -> dict[str, Axes]:
-    name, batch = type(model).__name__, {0: "batch_size"}
-    per_token = {0: "batch_size", 1: "sequence_length"}
-    if takes(model, "pixel_values") and takes(model, "input_ids"):
-        return {
-            "logits_per_image": {0: "image_batch_size", 1: "text_batch_size"},
-            "logits_per_text": {0: "text_batch_size", 1: "image_batch_size"},
-            "text_embeds": {0: "text_batch_size"},
-            "image_embeds": {0: "image_batch_size"},
-        }
-    if name.endswith("ForQuestionAnswering"):
-        return {"start_logits": per_token, "end_logits": per_token}
-    if name.endswith("WithProjection"):
-        return {"text_embeds" if takes(model, "input_ids") else "image_embeds": batch}
-    if name.endswith(("ForSequenceClassification", "ForImageClassification")):
-        return {"logits": batch}
-    if takes(model, "input_values"):
-        per_token = {0: "batch_size", 1: "encoder_sequence_length"}
-    if not name.endswith(("Model", "EncoderModel")):
-        return {"logits": per_token}
-    return {"last_hidden_state": batch if takes(model, "pixel_values") else per_token}
+def _axes(forward: probing.Forward, output: str) -> Axes:
+    """Names of axes that the exporter would give a formula."""
+    if "input_values" in forward.inputs and output in ("logits", "last_hidden_state"):
+        return {}
+    return {}
