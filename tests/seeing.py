@@ -49,11 +49,11 @@ def name_tokens(folder: Path, tokens: dict[int, str]) -> None:
     path.write_text(json.dumps(document))
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path, seed: int = 2) -> None:
     """LoRA on the language model and on the vision tower, α ≠ r, large enough to change what is said."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(2)
+    torch.manual_seed(seed)
     modules = r".*(language_model|visual|vision_tower).*(q_proj|v_proj|down_proj|qkv|fc1)"
     tuned = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=modules, init_lora_weights=False))
     for name, parameter in tuned.named_parameters():

@@ -68,7 +68,7 @@ def _decoder(model: Any, rows: Rows) -> GraphPart:
     def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         embeds, mask, positions = values[:plain]
         cache = holding(kept, values[plain:], model.config)
-        with rows.inside(model, embeds, mask) as given:
+        with rows.inside(model, embeds, mask, cache) as given:
             result = model(**given, position_ids=positions, past_key_values=cache, use_cache=True)
         return (result.logits, *held_by(result.past_key_values, kept))
 
