@@ -13,6 +13,7 @@ Quantizer = Literal["default", "rtn", "k_quant"]
 Grid = Literal["quick", "standard", "paper"]
 ModelKind = Literal["decoder", "encoder", "seq2seq", "vision-language"]  # encoder: whatever does not generate
 Optimize = Literal["none", "basic", "full"]
+ProofLevel = Literal["quick", "full"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 ExtraArm = Literal["plugged", "pytorch"]
 Verdict = Literal["equivalent", "slower", "inconclusive"]

@@ -143,8 +143,7 @@ class QuantizationOptions:
 class ExportOptions:
     """Options of an export. With `graph_from`, the precision, engine and quantization of that export hold.
 
-    unmerged: the only adapter of the export becomes operators of the graph; shared_as: with `graph_from`, the name
-    of an adapter in a folder that several share.
+    unmerged: the only adapter becomes operators of the graph; shared_as: an adapter's name in a shared folder.
     """
 
     SECTION: ClassVar[str] = EXPORT
@@ -160,6 +159,8 @@ class ExportOptions:
         configurable="file",
     )
     quantization: QuantizationOptions = nested(QuantizationOptions)
+    proof: choices.ProofLevel = option("quick", "How much of the graph is compared with PyTorch before it is kept: "
+        "some lengths, paddings, steps and borders, or many of each.", changes_result=False, configurable="file")
     graph_from: Path | None = option(
         None, "An earlier export of the same base, with or without another adapter: reuse its graph and its "
         "options, and write only the weights.", metavar="EXPORTED",

@@ -167,11 +167,12 @@ class _RecordingBuilder:
     def _load(folder: Path) -> Any:
         import transformers
 
-        from lora_export.onnx_export.engines.model_without_weights import load_without_weights
+        from lora_export.onnx_export.engines.model_without_weights import load_without_weights, refuse_missing
         from lora_export.onnx_export.engines.recording_tensor import describe
 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = load_without_weights(getattr(transformers, config.architectures[0]), folder)
+        refuse_missing(model)
         describe(model)
         return model.model
 
