@@ -146,6 +146,7 @@ def made_up(inputs: Iterable[GraphValue], sizes: Sizes, seed: int = 0) -> dict[s
 def _made_up(value: GraphValue, sizes: Sizes, length: int, seed: int) -> Array:
     if value.dtype.kind not in "biu":
         first = sizes.batch * GRID[0] * GRID[1] if value.shape[0] == PATCHES else sizes.batch
+        first = value.shape[0] if isinstance(value.shape[0], int) else first  # one picture at a time
         shape = [first, *(_axis(d, value.name, sizes) for d in value.shape[1:])]
         random = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
         return random.standard_normal(shape, np.float32).astype(value.dtype)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lora_export.validation.proof import decoder, reference, seq2seq, single
+from lora_export.validation.proof import decoder, reference, seq2seq, single, vision_language
 from lora_export.validation.proof.first_module import Recorder, first_differing, inner_values
 from lora_export.validation.proof.judge import (
     HOPELESS,
@@ -34,6 +34,7 @@ BATTERIES: Mapping[str, Battery] = {
     "encoder": single.trials,
     "decoder": decoder.trials,
     "seq2seq": seq2seq.trials,
+    "vision-language": vision_language.trials,
 }
 
 
