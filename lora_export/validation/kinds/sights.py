@@ -62,7 +62,7 @@ def sights(subject: ModelUnderTest) -> tuple[Sights, str]:
     made, note = processed_images(subject, PICTURES), "with seeded pictures through the folder's own processor"
     if not made:
         made, note = [seeded(model, n) for n in PICTURES], "with seeded random pictures"
-    counts = [counts_of(model, seen) for seen in made]
+    counts = [counts_of(model, seen, n) for seen, n in zip(made, PICTURES, strict=True)]
     known = {sum(c): seen for c, seen in zip(counts, made, strict=True)}
     start = setting(model.config, "vision_start_token_id")
     merge = setting(model.config.vision_config, "spatial_merge_size") or 1
@@ -70,10 +70,12 @@ def sights(subject: ModelUnderTest) -> tuple[Sights, str]:
 
 
 @torch.inference_mode()
-def counts_of(model: Any, seen: Seen) -> list[int]:
-    """How many tokens each picture has."""
+def counts_of(model: Any, seen: Seen, pictures: int) -> list[int]:
+    """How many tokens each of so many pictures has. Some models give the features of a row of pictures together:
+    these are of one size."""
     made = model.get_image_features(**seen, return_dict=True).pooler_output
-    return [part.reshape(-1, part.shape[-1]).shape[0] for part in made]
+    counts = [part.reshape(-1, part.shape[-1]).shape[0] for part in made]
+    return counts if len(counts) == pictures else [sum(counts) // pictures] * pictures
 
 
 def seeded(model: Any, count: int, shift: int = 0) -> dict[str, torch.Tensor]:

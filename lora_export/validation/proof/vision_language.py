@@ -41,7 +41,7 @@ def _case(model: Reference, pictures: Sequence[int], number: int) -> _Case:
     config, total = model.config, sum(pictures)
     placeholder = setting(config, "image_token_id", "image_token_index")
     seen = seeded(model.model, total, number + model.seed) if total else {}
-    counts = iter(counts_of(model.model, seen) if total else ())
+    counts = iter(counts_of(model.model, seen, total) if total else ())
     start = setting(config, "vision_start_token_id")
     rows, draw = [], Ids(config)
     for row, own in enumerate(pictures):
@@ -66,7 +66,8 @@ def _text(draw: Ids, length: int, seed: object) -> torch.Tensor:
 def _trials(model: Reference, graphs: Graphs, case: _Case) -> Iterator[Trial]:
     vision, embedding, _ = graphs.names
     found, failure = graphs.run(embedding, {IDS: case.ids})
-    words = model(model.model.get_input_embeddings(), input=_known(model, case.ids)).float()
+    with torch.no_grad():
+        words = model.model.get_input_embeddings()(_known(model, case.ids)).float()
     keep = case.mask * (1 - case.kinds)
     shown = {EMBEDS: counted_array(found[EMBEDS][..., : words.shape[-1]], keep)} if found else {}
     yield Trial(
