@@ -35,8 +35,8 @@ def main(request: dict[str, Any]) -> None:
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part, program in zip(traced.parts, programs, strict=True):
-        kept_plain = frozenset(name for file, name in weights if file == part.data)
-        graph = TracedGraph(*program, kept_plain)
+        shared = frozenset(name for file, name in weights if file == part.data)
+        graph = TracedGraph(*program, shared)
         experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         _drop_unread_inputs(graph.model.graph)

@@ -49,7 +49,7 @@ def take_tables_of_the_model(model: Any) -> None:
 
 
 def compute_tables_that_follow_the_length(model: Any) -> None:
-    """Dynamic NTK scaling: beyond the original length the base grows with the text, so the graph computes its table.
+    """Dynamic NTK scaling: beyond the original length the base grows with the text; the graph computes its table.
 
     A key stays as it was rotated when it came, as in transformers.
     """

@@ -23,7 +23,7 @@ def traceable(model: torch.nn.Module) -> Iterator[None]:
         module.forward = forward
         found, axis = sys.modules[type(module).__module__], _COMPLEX.get(_architecture(module))
         if axis is not None and found not in before:
-            before[found] = found.apply_rotary_emb  # type: ignore[attr-defined]
+            before[found] = found.apply_rotary_emb
             found.apply_rotary_emb = _turning(axis)  # type: ignore[attr-defined]
     try:
         yield
@@ -52,7 +52,8 @@ def _real_forward(module: Any) -> Callable[..., torch.Tensor]:
     def forward(x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """(batch, length, half size, 2): cos and sin."""
         angles = position_ids[..., None].float() * module.inv_freq.float()
-        return torch.stack([angles.cos(), angles.sin()], dim=-1) * module.attention_scaling
+        turns: torch.Tensor = torch.stack([angles.cos(), angles.sin()], dim=-1) * module.attention_scaling
+        return turns
 
     return forward
 

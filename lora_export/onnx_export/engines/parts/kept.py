@@ -79,7 +79,7 @@ def holding(kept: Sequence[Kept], values: Sequence[torch.Tensor], config: Any) -
     """
     from transformers import DynamicCache
 
-    class Remembering(DynamicCache):
+    class Remembering(DynamicCache):  # type: ignore[misc]
         def get_recurrent_state(self, *place: Any, **named: Any) -> torch.Tensor | None:
             return remember_state(super().get_recurrent_state(*place, **named))
 
