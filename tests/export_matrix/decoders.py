@@ -6,7 +6,7 @@ HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 HALF = {"partial_rotary_factor": 0.5}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LONG = {
-    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 10,
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24,
     "partial_rotary_factor": 1.0, "long_factor": [3.0] * 6, "short_factor": [1.0] * 6,
 }  # fmt: skip
 ONE_GROUP = {"n_group": 1, "topk_group": 1}
@@ -36,7 +36,7 @@ ROWS = (
     Row("Gemma3TextModel"),
     Row("MistralModel"),
     Row("LlamaForCausalLM", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, variant="dynamic rope"),
-    Row("Phi3ForCausalLM", {"rope_parameters": LONG, "original_max_position_embeddings": 10}, variant="long rope"),
+    Row("Phi3ForCausalLM", {"rope_parameters": LONG, "original_max_position_embeddings": 24}, variant="long rope"),
     Row("FalconForCausalLM", {"alibi": True}, variant="alibi"),
     Row("BloomForCausalLM"),
     Row("GPTNeoXForCausalLM"),

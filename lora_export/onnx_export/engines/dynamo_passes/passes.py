@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lora_export.choices import Optimize
 from lora_export.onnx_export.engines.dynamo_passes import mending
+from lora_export.onnx_export.engines.dynamo_passes.emulating import widen_bfloat16
 from lora_export.onnx_export.engines.dynamo_passes.reshaping import tidy_shapes
 from lora_export.onnx_export.engines.dynamo_passes.rotary import fuse_rotary
 from lora_export.onnx_export.engines.dynamo_passes.traced_graph import (
@@ -37,6 +38,7 @@ def run(graph: TracedGraph, optimize: Optimize, pack: bool = True) -> None:
         _simplify(graph)
     if optimize == "full":
         fuse(graph, pack)
+    widen_bfloat16(graph)
     common.RemoveUnusedNodesPass()(graph.model)
     common.RemoveUnusedOpsetsPass()(graph.model)
     common.ClearMetadataAndDocStringPass()(graph.model)
@@ -153,7 +155,7 @@ def turn_weights(graph: TracedGraph, fused: bool = False) -> None:
         recipe = graph.recipes.get(weight.name) if weight is not None else None
         if recipe is None or perm != [1, 0] or recipe.transposed:
             continue
-        if weight.name not in graph.kept and all(user.op_type == "Transpose" for user, _ in weight.uses()):
+        if weight.name not in graph.shared and all(user.op_type == "Transpose" for user, _ in weight.uses()):
             new = _turned(graph, f"{weight.name}_transposed", weight, recipe)
             replace_uses(node.outputs[0], new)
         elif fused:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from lora_export.onnx_export.engines import trace_patches
-from lora_export.onnx_export.engines.dynamo_passes import attention, recurrent, rope
+from lora_export.onnx_export.engines.dynamo_passes import attention, branches, recurrent, rope
 from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights, refuse_missing
-from lora_export.onnx_export.engines.parts.graph_part import GraphPart
+from lora_export.onnx_export.engines.parts.graph_part import GraphPart, NotTraceable
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
 OPSET = 20
@@ -22,7 +22,7 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
     them. CheckpointError where the part reads a parameter that its folder lacks.
     """
     with attention.cached(part.caches), traceable(model.model), torch.no_grad():
-        program = _export(part, model.model)
+        program, part = _export_first(part, model.model)
     recipes: dict[str, Recipe] = {}
     graph = program.model.graph
     read = {v.name.removeprefix(_Forward.PREFIX) for v in graph.initializers.values() if v.uses()}
@@ -67,6 +67,26 @@ class _Forward(torch.nn.Module):
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._run(*values)
+
+
+def _export_first(part: GraphPart, model: torch.nn.Module) -> tuple[Any, GraphPart]:
+    """The program of a part, or of what it falls back on.
+
+    Raises NotTraceable where forward takes another path at other sizes than those that were traced.
+    """
+    try:
+        with branches.noted() as conditions:
+            program = _export(part, model)
+        odd = branches.broken(conditions, part)
+    except torch.onnx.errors.OnnxExporterError:
+        if part.fallback is None:
+            raise
+        odd = "sizes"
+    if odd is None:
+        return program, part
+    if part.fallback is not None:
+        return _export_first(part.fallback, model)
+    raise NotTraceable(f"the forward of {type(model).__name__} does something else at {odd} than in the trace")
 
 
 @contextlib.contextmanager
