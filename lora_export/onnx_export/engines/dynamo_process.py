@@ -80,6 +80,10 @@ def _parts(request: dict[str, Any]) -> tuple[Any, Any]:
 _HALVES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
+def _has_alibi(folder: Path) -> bool:
+    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("alibi"))
+
+
 def _load(folder: Path, architecture: str, optimize: str) -> Any:
     """The model without large weights, with attention as one operator if the architecture supports that."""
     import transformers
@@ -92,6 +96,8 @@ def _load(folder: Path, architecture: str, optimize: str) -> Any:
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
     attends = attention.NAME if asks else "eager"
+    if cls.__name__.startswith("Falcon") and cls._supports_sdpa and _has_alibi(folder):
+        attends = "sdpa"  # its other way adds the bias twice
     model = load_without_weights(cls, folder, attn_implementation=attends, experts_implementation=experts.NAME)
     text: Any = model.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     if cls.__name__.endswith("ForSequenceClassification") and getattr(text, "pad_token_id", 0) is None:
