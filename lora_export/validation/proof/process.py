@@ -72,6 +72,7 @@ def main(request: Mapping[str, Any]) -> None:
         verdict = Proof(request, of).verdict()
     gc.collect()
     document = asdict(verdict) | {k: repr(getattr(verdict, k)) for k in ("difference", "allowed")}
+    document["fewer_layers"] = verdict.fewer_layers and verdict.passed
     Path(request["export"], request["result"]).write_text(json.dumps(document), encoding="utf-8")
 
 
