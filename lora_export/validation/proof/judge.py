@@ -90,7 +90,7 @@ def floors(plain: Sequence[Expected], other: Sequence[Expected]) -> dict[tuple[i
 
 
 def allowed(noise: float) -> float:
-    """What counts as the same where arithmetic itself makes so much noise; noise that is no number allows nothing."""
+    """What counts as the same where arithmetic makes so much noise; noise that is no number allows nothing."""
     return RELATIVE + min(noise, HOPELESS) if math.isfinite(noise) else RELATIVE
 
 
