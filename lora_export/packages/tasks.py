@@ -46,6 +46,7 @@ class PackageTask:
 _ALL = (
     PackageTask("text-generation", "AutoModelForCausalLM", generates=True),
     PackageTask("text2text-generation", "AutoModelForSeq2SeqLM", generates=True, hub="translation"),
+    PackageTask("image-to-text", "AutoModelForVision2Seq", "image", generates=True),
     PackageTask("feature-extraction", "AutoModel"),
     PackageTask("fill-mask", "AutoModelForMaskedLM"),
     PackageTask("text-classification", "AutoModelForSequenceClassification"),

@@ -11,6 +11,8 @@ import torch
 
 from lora_export.contracts import ExportResult
 from tests.export_matrix.models import Row
+from tests.export_matrix.seq2seq import WRITES
+from tests.export_matrix.seq2seq_runs import agreement
 from tests.onnx_export.conftest import VOCABULARY
 from tests.onnx_export.runs import Arrays, session
 
@@ -213,7 +215,7 @@ ROWS = (
     ),
     Row("Gemma3ForConditionalGeneration", _GEMMA, seeing),
     Row("LlavaForConditionalGeneration", compare=seeing),
-    Row("VisionEncoderDecoderModel"),
+    Row("VisionEncoderDecoderModel", WRITES, agreement),
     Row(
         "Qwen3_5ForConditionalGeneration",
         {"text_config": _QWEN3_5_TEXT, "vision_config": {"depth": 2, "num_position_embeddings": 36}},

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_export.checkpoint import TensorFiles, open_checkpoint
 from lora_export.checkpoint.hashing import hash_all
+from lora_export.checkpoint.sentence import with_modules
 from lora_export.choices import Activations
 from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError
@@ -20,8 +21,8 @@ from lora_export.storage import disk, sealed
 
 
 def numbers_of(model: Path, source: TensorSource | None) -> TensorSource:
-    """Where the numbers of an export come from: `source`, or else the files of the model."""
-    return source or TensorFiles(open_checkpoint(model).tensors)
+    """Where the numbers of an export come from: `source`, or else the files of the model; and its modules."""
+    return with_modules(source or TensorFiles(open_checkpoint(model).tensors), model)
 
 
 def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = True) -> None:

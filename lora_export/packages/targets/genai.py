@@ -183,6 +183,8 @@ def configured(config: Mapping[str, Any], run: Run, provider: str) -> dict[str, 
     path = run.companions / "generation_config.json"
     generation = sealed.read_json(path) if path.is_file() else {}
     search = {k: generation[k] for k in _SEARCH if generation.get(k) is not None}
+    if "early_stopping" in search:  # "never", of transformers, is not a value of genai's
+        search["early_stopping"] = search["early_stopping"] is True
     search["max_length"] = min(int(search.get("max_length") or 2**31), int(config["model"]["context_length"]))
     ends = generation.get("eos_token_id")
     if ends is not None and run.task.input != "audio":

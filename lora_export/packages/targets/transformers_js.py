@@ -44,6 +44,12 @@ class TransformersJsTarget(PackageTarget):
                 expected=", ".join(made),
                 next_step="--variant q4, or fp16",
             )
+        if run.task.input in ("text", "both") and not companions.has_fast_tokenizer(run):
+            raise InputError(
+                "the run has no tokenizer.json, which transformers.js reads, and its tokenizer cannot be converted",
+                where=run.companions,
+                next_step="--for optimum",
+            )
         wanted = made if "all" in names else names or USUAL
         return tuple(_PRECISIONS[n] for n in made if n in wanted)
 

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from lora_export.contracts import Check
 from lora_export.errors import ExportError
+from lora_export.sentence_modules import weight_files
+from lora_export.validation.comparing import sentence
 from lora_export.validation.comparing.tested_model import plain
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.numbers import Expected, error_of, of_base, saved_whole
@@ -82,6 +84,7 @@ def graph_model(
             )
         head = writer.finish()
         checked_model.model = _load(work, unmerged, merged, head, keep)
+        sentence.attach(checked_model.model, merged, writer.under(weight_files(merged)))
         yield checked_model
 
 
@@ -99,9 +102,15 @@ def _judge(
 def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as tensors:
-            shapes |= {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+        shapes |= _in_file(file)
+    for path, file in weight_files(folder).items():
+        shapes |= {f"{path}.{name}": shape for name, shape in _in_file(file).items()}
     return shapes
+
+
+def _in_file(file: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, framework="np") as tensors:
+        return {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
 
 
 class Writer:
@@ -156,6 +165,15 @@ class Writer:
 
     def _save(self, tensors: dict[str, torch.Tensor], file: str) -> None:
         save_file(tensors, self._folder / file, metadata={"format": "pt"})
+
+    def under(self, modules: Collection[str]) -> dict[str, torch.Tensor]:
+        """Tensors of these modules. After `finish`."""
+        names = [n for n in self._places if n.startswith(tuple(f"{path}." for path in modules))]
+        found = {}
+        for name in names:
+            with safe_open(self._folder / self._places[name], framework="pt") as tensors:
+                found[name] = tensors.get_tensor(name)
+        return found
 
     def finish(self) -> torch.Tensor | None:
         """The output head's own values, if it has any."""

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_export.sentence_modules import weight_files
 from lora_export.validation.graphs.weights import Held, Quantized
 from lora_export.validation.reference import streaming
 from lora_export.validation.reference.probes import base_layer, plain_parameters, wrapped_modules
@@ -31,17 +32,21 @@ Expected = Callable[[Held], torch.Tensor | None]
 
 def numbers_of(folder: Path) -> Expected:
     """The values in a checkpoint's files, one piece at a time, in fp32."""
-    places: dict[str, Path] = {}
+    places: dict[str, tuple[Path, str]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            places |= dict.fromkeys(tensors.keys(), file)
+            places |= {name: (file, name) for name in tensors.keys()}  # noqa: SIM118
+    for path, file in weight_files(folder).items():
+        with safe_open(file, framework="pt") as tensors:
+            places |= {f"{path}.{name}": (file, name) for name in tensors.keys()}  # noqa: SIM118
 
     def read(held: Held) -> torch.Tensor | None:
         if held.tensor not in places:
             return None
-        with safe_open(places[held.tensor], framework="pt") as tensors:
-            view = tensors.get_slice(held.tensor)
-            rows = view[held.start : held.stop] if view.get_shape() else tensors.get_tensor(held.tensor)
+        file, name = places[held.tensor]
+        with safe_open(file, framework="pt") as tensors:
+            view = tensors.get_slice(name)
+            rows = view[held.start : held.stop] if view.get_shape() else tensors.get_tensor(name)
         return rows.float().reshape(held.values.shape)  # type: ignore[no-any-return]
 
     return read

@@ -122,7 +122,17 @@ def _encoder_batches(subject: ModelUnderTest, texts: Texts) -> tuple[list[dict[s
         single = [[ids] for ids in texts.long]
         batches = [padded(some, pad) for some in (texts.tokens[:1], texts.tokens[1:], *single) if some]
         return [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches], ""
-    return images(subject) if "pixel_values" in names else sounds(subject)
+    if "pixel_values" in names:
+        return images(subject)
+    waves, note = sounds(subject)
+    return ([row for batch in waves for row in _alone(batch)] if "input_values" in names else waves), note
+
+
+def _alone(batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Waves one by one, without padding: not every encoder of waves takes a mask, and none needs it for one."""
+    waves = batch["input_values"]
+    mask = batch.get("attention_mask", torch.ones(waves.shape[:2]))
+    return [{"input_values": wave[None, : int(n)]} for wave, n in zip(waves, mask.sum(1), strict=True)]
 
 
 # --- something else out: hidden states, a pooled embedding, classes, spans --------------------------------------

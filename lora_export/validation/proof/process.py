@@ -149,9 +149,11 @@ class Proof:
     @property
     def _blocks(self) -> tuple[int, list[str]]:
         """How many of a product's inputs share a scale, and of which layers."""
+        from lora_export.validation.graphs.exports import with_eight_bits
         from lora_export.validation.graphs.weights import quantized_blocks
 
-        blocks = quantized_blocks(self._export)
+        factors = {name for graph in self._request["graphs"] for name in with_eight_bits(self._export / graph)}
+        blocks = quantized_blocks(self._export, factors)
         return min(blocks.values(), default=32), [name.removesuffix(".weight") for name in blocks]
 
     def _noise(self, name: str) -> dict[tuple[int, str], float]:
