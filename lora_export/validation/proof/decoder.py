@@ -12,6 +12,7 @@ from lora_export.graph_runs.signature import IDS, MASK, POSITIONS, Array, Signat
 from lora_export.validation.proof.made_up import Ids, Sizes, generator, mask_of, positions_of
 from lora_export.validation.proof.single import borders, rope_types, rounded
 from lora_export.validation.proof.trial import (
+    Extent,
     Graphs,
     Reference,
     Trial,
@@ -21,7 +22,8 @@ from lora_export.validation.proof.trial import (
     outputs_of,
 )
 
-SHORT = 300  # tokens of a prompt that quick proofs run at once
+LARGEST_CACHE = 256 * 2**20  # bytes in fp32
+SHORT, LONG = 300, 8192  # tokens of a prompt that quick and full proofs run at once
 EXPERT_TOKENS, EXPERT_ROUNDS = 512, 8
 NEAR = 4  # keys at a border whose values are made large: one more or less of them must show
 
@@ -93,10 +95,9 @@ class Decoding:
         )
 
 
-def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
+def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
     """Every case: short ones first, so that a graph that is wrong everywhere is found at once."""
     name = graphs.names[-1]
-    packs = graphs.packs_rows(name)
     ids = Ids(model.config)
 
     def decoding(sizes: Sizes, extra: int, **how: Any) -> Decoding:
@@ -104,6 +105,16 @@ def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
         mask = torch.cat([mask, torch.ones(sizes.rows, extra, dtype=torch.long)], 1)
         return Decoding(model, graphs, name, ids(mask, (sizes, model.seed)), mask, sizes.words, **how)
 
+    if not extent.far_only:
+        yield from _near(decoding, graphs.packs_rows(name), extent.full)
+        yield from _experts(model, decoding)
+    for what, border in sorted(borders(model.config).items(), key=lambda b: b[1]):
+        if not left_to_fewer_layers(graphs.signature(name), border, extent):
+            yield from _far(model, graphs, name, decoding, what, border, extent.full)
+
+
+def _near(decoding: Any, packs: bool, full: bool) -> Iterator[Trial]:
+    """Prompts, steps, and padding on both sides. packs: as Graphs.packs_rows."""
     yield from decoding(Sizes(3, 4), 2).steps(4, 1, 1)
     yield from decoding(Sizes(1, 9), 4).steps(9, 3, 1)
     yield from decoding(Sizes(2, 7, "right"), 0).steps(7)
@@ -113,16 +124,13 @@ def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
         yield from decoding(Sizes(3, 7), 5).steps(7, 1, 1, *(() if packs else (3,)))
         yield from decoding(Sizes(4, 40, "left"), 9, limit=packs).steps(40, *[1] * 9)
         yield from decoding(Sizes(1, 64), 40).steps(64, *[1] * 32, 8)
-    for what, border in sorted(borders(model.config).items(), key=lambda b: b[1]):
-        yield from _far(model, graphs, name, decoding, what, border, full)
-    yield from _experts(model, decoding)
 
 
 def _far(
     model: Reference, graphs: Graphs, name: str, decoding: Any, what: str, border: int, full: bool
 ) -> Iterator[Trial]:
     """Around a border: prompts at once where they are short, steps behind a made-up cache where they are not."""
-    if border <= SHORT or (full and border <= 8192):
+    if _short(border, full):
         yield from decoding(Sizes(1, border + 7), 0).steps(border + 7)
         near = max(2, border - 3)
         yield from decoding(Sizes(1, near), 8).steps(near, 1, 5, 1, 1)
@@ -139,14 +147,28 @@ def _far(
         yield from begun.steps(length)
 
 
-def unreached(model: Reference, graphs: Graphs, full: bool) -> list[str]:
+def unreached(model: Reference, graphs: Graphs, extent: Extent) -> list[str]:
     """What the battery leaves out, in words."""
     left = []
     signature = graphs.signature(graphs.names[-1])
     for what, border in borders(model.config).items():
-        if border > SHORT and not (full and border <= 8192) and not has_plain_cache(signature):
+        if not _short(border, extent.full) and not has_plain_cache(signature):
             left.append(f"beyond the {what} of {border}: states of this kind cannot be made up")
     return left
+
+
+def left_to_fewer_layers(signature: Signature, border: int, extent: Extent) -> bool:
+    """Whether a cache up to a border is too large for the whole model, and is tried on its first layers."""
+    if extent.far_only or _short(border, extent.full) or not has_plain_cache(signature):
+        return False
+    caches = (n for n, v in signature.inputs.items() if v.is_cache)
+    size = sum(4 * math.prod(signature.cache_shape(n, 1, border)) for n in caches)
+    return extent.streamed or size > LARGEST_CACHE
+
+
+def _short(border: int, full: bool) -> bool:
+    """Whether prompts reach a border at once."""
+    return border <= (LONG if full else SHORT)
 
 
 def _experts(model: Reference, decoding: Any) -> Iterator[Trial]:

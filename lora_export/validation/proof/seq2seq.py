@@ -9,15 +9,15 @@ from lora_export.graph_runs.signature import ENCODER_MASK, IDS, MASK, POSITIONS,
 from lora_export.validation.proof.decoder import empty
 from lora_export.validation.proof.made_up import Ids, Sizes, generator, mask_of
 from lora_export.validation.proof.single import rounded
-from lora_export.validation.proof.trial import Graphs, Reference, Trial, counted, counted_array, outputs_of
+from lora_export.validation.proof.trial import Extent, Graphs, Reference, Trial, counted, counted_array, outputs_of
 
 _FRAMES = 3000  # of Whisper's spectrogram, always
 _SOUNDS = ("input_features", "audio_features", "input_values")
 
 
-def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
+def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
     cases = [(Sizes(3, 9, "right"), (5, 1, 1)), (Sizes(1, 21), (1, 1, 1, 1))]
-    if full:
+    if extent.full:
         cases += [(Sizes(2, 33, "left"), (3, *[1] * 9)), (Sizes(1, 120), (40, 1, 1))]
     for sizes, steps in cases:
         yield from _case(model, graphs, sizes, steps)

@@ -16,6 +16,8 @@ from lora_export.graph_runs.signature import Array, Signature
 
 Expected = Mapping[str, torch.Tensor]
 _PRESENT = ("present", "past")
+_ACCURACY, _FP32 = "accuracy_level", 1
+EXACT = ".exact.onnx"
 _PACKED = ("GroupQueryAttention",)  # rows are packed to the left: it takes padding on the right only
 
 
@@ -23,7 +25,7 @@ _PACKED = ("GroupQueryAttention",)  # rows are packed to the left: it takes padd
 class Trial:
     """case: in words; graph: its file; feed: what it was given; expected, found: outputs by name; failure: why
     the graph gave nothing; limit: a difference here is a limit of the graph's operators, which is recorded, and no
-    fault of the graph."""
+    fault of the graph; before: other graphs whose outputs it read, and what they were given."""
 
     case: str
     graph: str
@@ -32,6 +34,17 @@ class Trial:
     found: Mapping[str, Array]
     failure: str = ""
     limit: bool = False
+    before: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is tried. full: many sizes instead of some; far: all of it, or only what lies beyond the borders of
+    the configuration, on a model of the first layers; streamed: whether each call of PyTorch reads all weights."""
+
+    full: bool = False
+    far_only: bool = False
+    streamed: bool = False
 
 
 class Graphs:
@@ -73,8 +86,32 @@ class Graphs:
 
     def _run(self, name: str) -> GraphRun:
         if name not in self._runs:
-            self._runs[name] = GraphRun(self.folder / name, self.provider, packed=self._small)
+            with _exact(self.folder / name) as path:
+                self._runs[name] = GraphRun(path, self.provider, packed=self._small)
         return self._runs[name]
+
+
+@contextlib.contextmanager
+def _exact(graph: Path) -> Iterator[Path]:
+    """The graph, or a copy whose quantized products read their inputs as they are.
+
+    MatMulNBits may round them to 8 bits first, which hides what else a graph does; how is the operator's business.
+    """
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    rounding = [n for n in model.graph.all_nodes() if n.attributes.get_int(_ACCURACY, 0) > _FP32]
+    for node in rounding:
+        node.attributes[_ACCURACY] = ir.AttrInt64(_ACCURACY, 0)
+    if not rounding:
+        yield graph
+        return
+    path = graph.with_name(EXACT)
+    try:
+        ir.save(model, path)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def fitting(value: Any, dtype: Any) -> Array:
