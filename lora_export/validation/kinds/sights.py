@@ -61,8 +61,8 @@ def sights(subject: ModelUnderTest) -> tuple[Sights, str]:
         )
     made, note = processed_images(subject, PICTURES), "with seeded pictures through the folder's own processor"
     if not made:
-        made, note = [seeded_pictures(model, n) for n in PICTURES], "with seeded random pictures"
-    counts = [token_counts(model, seen, n) for seen, n in zip(made, PICTURES, strict=True)]
+        made, note = [seeded(model, n) for n in PICTURES], "with seeded random pictures"
+    counts = [counts_of(model, seen, n) for seen, n in zip(made, PICTURES, strict=True)]
     known = {sum(c): seen for c, seen in zip(counts, made, strict=True)}
     start = setting(model.config, "vision_start_token_id")
     merge = setting(model.config.vision_config, "spatial_merge_size") or 1
@@ -70,7 +70,7 @@ def sights(subject: ModelUnderTest) -> tuple[Sights, str]:
 
 
 @torch.inference_mode()
-def token_counts(model: Any, seen: Seen, pictures: int) -> list[int]:
+def counts_of(model: Any, seen: Seen, pictures: int) -> list[int]:
     """How many tokens each of so many pictures has. Some models give the features of a row of pictures together:
     these are of one size."""
     made = model.get_image_features(**seen, return_dict=True).pooler_output
@@ -78,7 +78,7 @@ def token_counts(model: Any, seen: Seen, pictures: int) -> list[int]:
     return counts if len(counts) == pictures else [sum(counts) // pictures] * pictures
 
 
-def seeded_pictures(model: Any, count: int, shift: int = 0) -> dict[str, torch.Tensor]:
+def seeded(model: Any, count: int, shift: int = 0) -> dict[str, torch.Tensor]:
     """Random pictures, each of another size where the model takes any; `shift` makes others."""
     vision = model.config.vision_config
     names = set(inspect.signature(model.get_image_features).parameters)

@@ -10,7 +10,7 @@ import torch
 from lora_export.graph_runs.signature import EMBEDS, IDS, LOGITS, MASK, POSITIONS, Array, read_as
 from lora_export.graph_runs.vision_language import for_graph, placed
 from lora_export.validation.comparing.tested_model import setting, takes
-from lora_export.validation.kinds.sights import PREFIX, seeded_pictures, token_counts
+from lora_export.validation.kinds.sights import PREFIX, counts_of, seeded
 from lora_export.validation.proof.decoder import empty
 from lora_export.validation.proof.made_up import Ids, positions_of
 from lora_export.validation.proof.trial import Extent, Graphs, Reference, Trial, counted, counted_array
@@ -42,8 +42,8 @@ def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
 def _case(model: Reference, pictures: Sequence[int], number: int) -> _Case:
     config, total = model.config, sum(pictures)
     placeholder = setting(config, "image_token_id", "image_token_index")
-    seen = seeded_pictures(model.model, total, number + model.seed) if total else {}
-    counts = iter(token_counts(model.model, seen, total) if total else ())
+    seen = seeded(model.model, total, number + model.seed) if total else {}
+    counts = iter(counts_of(model.model, seen, total) if total else ())
     start = setting(config, "vision_start_token_id")
     rows, draw = [], Ids(config)
     for row, own in enumerate(pictures):
