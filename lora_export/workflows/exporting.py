@@ -20,6 +20,7 @@ def export_model(
     """
     from lora_export.onnx_export import export, reweight, share
     from lora_export.workflows.pluggable import export_pluggable
+    from lora_export.workflows.proving import prover
 
     if options.graph_from is not None and options.shared_as is not None:
         earlier, name = options.graph_from, options.shared_as
@@ -34,7 +35,7 @@ def export_model(
         output,
         options,
         adapter=adapters[0].folder if options.unmerged else None,
-        against_plain=not options.unmerged,
+        prove=prover(options.proof),
         progress=progress,
     )
 

@@ -124,7 +124,7 @@ def _decoder(result: ExportResult, model: Any) -> Iterator[tuple[torch.Tensor, n
             found["logits"] * mask[..., None].numpy(),
         )
     assert (
-        _greedy_decoder(runs, _ids(1, 6))
+        _greedy_decoder(runs, _ids(1, 6), model.generation_config.eos_token_id)
         == model.generate(
             _ids(1, 6), do_sample=False, max_new_tokens=12, min_new_tokens=12, use_cache=True, pad_token_id=3
         )[0, 6:].tolist()
@@ -135,7 +135,7 @@ def _grown(found: Arrays) -> Arrays:
     return {n.replace("present.", "past_key_values.").replace("present_", "past_"): v for n, v in found.items()}
 
 
-def _greedy_decoder(runs: Any, ids: torch.Tensor) -> list[int]:
+def _greedy_decoder(runs: Any, ids: torch.Tensor, ends: Any) -> list[int]:
     past, tokens, seen = _empty(runs, 1), ids.numpy(), 0
     out: list[int] = []
     while len(out) < 12:
@@ -147,7 +147,8 @@ def _greedy_decoder(runs: Any, ids: torch.Tensor) -> list[int]:
         found = _run(runs, feeds)
         past, seen = _grown(found), total
         logits = found["logits"][0, -1].copy()
-        logits[2] = -np.inf  # as min_new_tokens keeps the end away
+        if ends is not None:
+            logits[ends] = -np.inf  # as min_new_tokens keeps the end away
         out.append(int(logits.argmax()))
         tokens = np.array([[out[-1]]])
     return out

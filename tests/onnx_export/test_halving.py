@@ -91,3 +91,27 @@ def test_halving_weight_without_numbers_changes_type(tmp_path: Path) -> None:
     assert isinstance(tensor, ir.ExternalTensor)
     assert (tensor.dtype, tuple(tensor.shape)) == (ir.DataType.FLOAT16, (4, 3))
     assert model.graph.initializers["w"].dtype == ir.DataType.FLOAT16
+
+
+def test_halving_of_rotary_angles_keeps_them_in_fp32() -> None:
+    """cos of position · frequency: at 3,001, fp16 has steps of 2."""
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["numbers", "frequency"], ["angle"]),
+        helper.make_node("Cos", ["angle"], ["turned"]),
+        helper.make_node("Mul", ["turned", "frequency"], ["scaled"]),
+    ]
+    given = [helper.make_tensor_value_info("ids", TensorProto.INT64, [2])]
+    given_back = [helper.make_tensor_value_info("scaled", TensorProto.FLOAT, [2])]
+    frequency = numpy_helper.from_array(np.float32([0.73]), "frequency")
+    made = helper.make_graph(nodes, "g", given, given_back, [frequency])
+    model = onnx.shape_inference.infer_shapes(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    )
+    narrow = ir.from_proto(model)
+    halve(narrow, ir.DataType.FLOAT16)
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(narrow).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(None, {"ids": np.array([3001, 7], np.int64)})
+    assert np.abs(found - np.cos(np.array([3001, 7]) * 0.73) * 0.73).max() < 2e-3

@@ -11,6 +11,7 @@ from lora_export.contracts.tensors import file_dtype
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.planning.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.planning.combine import combined
+from lora_export.merging.planning.completeness import refuse_incomplete
 from lora_export.merging.planning.ends import NewEnd, new_end
 from lora_export.merging.planning.heads import NewModel, remodelled
 from lora_export.merging.planning.names import unknown_target
@@ -138,6 +139,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     warnings += layout.warnings
     if new:
         changes, warnings = new.changes | changes, [*new.warnings, *warnings]
+    refuse_incomplete(base, {name: t.shape for name, t in planned.items()}, changes)
     model = new.model if new else None
     end = new_end(given.folder, {**given.config, **changes}, [a.folder for a in adapters])
     if end is not None:

@@ -4,13 +4,18 @@ from pathlib import Path
 
 from lora_export.checkpoint.companions import companion_files, copy_files, copy_subfolders
 from lora_export.checkpoint.special_tokens import end_of_text, ends_of
+from lora_export.onnx_export.engines import fast_tokenizer
 from lora_export.storage import sealed
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy config.json and every companion file byte for byte: re-saving them has silently changed models."""
+    """Copy config.json and every companion file byte for byte: re-saving them has silently changed models.
+
+    A tokenizer that only is SentencePiece's gets a tokenizer.json besides.
+    """
     copy_files([*companion_files(source), source / "config.json"], target)
     copy_subfolders(source, target)
+    fast_tokenizer.write(target)
 
 
 def follow_ends(folder: Path) -> None:

@@ -15,8 +15,10 @@ def main(request: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")  # torch warns about requested axes and names
     import onnx_ir as ir
 
-    from lora_export.onnx_export.engines.dynamo_passes import attention, passes, tracing
+    from lora_export.onnx_export.engines.dynamo_passes import attention, experts, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
+    from lora_export.onnx_export.engines.dynamo_passes.kept_wide import kept_by
+    from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
     from lora_export.onnx_export.engines.parts import parts_of
     from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
     from lora_export.onnx_export.graphs import files as graph_files
@@ -24,6 +26,7 @@ def main(request: dict[str, Any]) -> None:
     from lora_export.onnx_export.quantize.settings import Blockwise
 
     attention.register()
+    experts.register()
     model = _load(Path(request["model"]), request["architecture"], request["optimize"])
     try:
         traced = parts_of(model.model, request["task"])
@@ -33,10 +36,14 @@ def main(request: dict[str, Any]) -> None:
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part in traced.parts:
-        graph = passes.TracedGraph(*tracing.trace(part, model))
+        kept_plain = frozenset(name for file, name in weights if file == part.data)
+        graph = TracedGraph(*tracing.trace(part, model), kept_plain)
+        experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
+        _drop_unread_inputs(graph.model.graph)
         if request["precision"] in _HALVES:
-            halve(graph.model, ir.DataType[_HALVES[request["precision"]]])
+            half = ir.DataType[_HALVES[request["precision"]]]
+            halve(graph.model, half, kept_by(model.model, half))
         own = []
         for weight, value in _weights(graph, part.data):
             own.append(weight)
@@ -62,15 +69,26 @@ def _load(folder: Path, architecture: str, optimize: str) -> Any:
     """The model without large weights, with attention as one operator if the architecture supports that."""
     import transformers
 
-    from lora_export.onnx_export.engines.dynamo_passes import attention
+    from lora_export.onnx_export.engines.dynamo_passes import attention, experts
     from lora_export.onnx_export.engines.model_without_weights import load_without_weights
     from lora_export.onnx_export.engines.parts import sentence
 
     cls = getattr(transformers, architecture)
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
-    model = load_without_weights(cls, folder, attn_implementation=attention.NAME if asks else "eager")
+    attends = attention.NAME if asks else "eager"
+    model = load_without_weights(cls, folder, attn_implementation=attends, experts_implementation=experts.NAME)
+    text: Any = model.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    if cls.__name__.endswith("ForSequenceClassification") and getattr(text, "pad_token_id", 0) is None:
+        # Such a classifier refuses several rows. A graph reads the last token of each, as it does of one.
+        text.pad_token_id = -1
     return sentence.attach(model, folder)
+
+
+def _drop_unread_inputs(graph: Any) -> None:
+    """A model may take an input that it does not look at: Whisper a mask of its sounds."""
+    for value in [v for v in graph.inputs if not v.uses() and not v.is_graph_output()]:
+        graph.inputs.remove(value)
 
 
 def _weights(graph: Any, data: str) -> Any:

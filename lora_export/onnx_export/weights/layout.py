@@ -85,8 +85,19 @@ class DataFiles:
         return OpenFile(path, os.open(path, flags, 0o666))
 
 
+def lines_of(info: TensorInfo, start: int, stop: int) -> "Array":
+    """Lines [start, stop) of a matrix, or of the matrices of all experts below each other: (lines, columns), in the
+    tensor's own type, as numpy has it. CheckpointError for types it does not have."""
+    return _read(info, start, stop, _lines(info)).reshape(stop - start, -1)
+
+
 def rows_of(info: TensorInfo, start: int, stop: int) -> "Array":
-    """Rows [start, stop) in the tensor's own type, as numpy has it. CheckpointError for types it does not have."""
+    """Rows [start, stop) of the first dimension, as `lines_of`."""
+    return _read(info, start, stop, 1).reshape(stop - start, *info.shape[1:])
+
+
+def _read(info: TensorInfo, start: int, stop: int, lines: int) -> "Array":
+    """Numbers from `start` to `stop`, counted in lines of which a row has `lines`."""
     import numpy as np
 
     from lora_export.onnx_export.weights.dtypes import STORED
@@ -99,9 +110,25 @@ def rows_of(info: TensorInfo, start: int, stop: int) -> "Array":
             expected=", ".join(STORED),
             next_step="lora-export merge -b BASE -a ADAPTER -o OUT, then export OUT",
         )
-    data = np.empty((stop - start) * info.row_nbytes, np.uint8)
-    info.source.read_into(info, start * info.row_nbytes, data.data)
-    return data.view(STORED[info.dtype]).reshape(stop - start, *info.shape[1:])
+    each = info.row_nbytes // lines
+    data = np.empty((stop - start) * each, np.uint8)
+    info.source.read_into(info, start * each, data.data)
+    return data.view(STORED[info.dtype])
+
+
+def _lines(info: TensorInfo) -> int:
+    """How many lines a row of the tensor has: one in a matrix."""
+    return prod(info.shape[1:-1])
+
+
+def _in_lines(piece: Piece, source: TensorSource) -> Piece:
+    each = _lines(source.tensors[piece.tensor])
+    return Piece(piece.tensor, piece.start * each, piece.stop * each)
+
+
+def _height(recipe: Recipe, source: TensorSource) -> int:
+    pieces = [_in_lines(p, source) for p in recipe.pieces]
+    return sum(p.stop - p.start for p in pieces)
 
 
 # --- weights that are not quantized ------------------------------------------------------------------------
@@ -131,7 +158,7 @@ def _tiles(weight: Weight, source: TensorSource, out: OpenFile) -> Iterator[Job]
     most = max(1, TILE // max(4, weight.shape[0] * 4))
     parts: list[Piece] = []
     column = filled = 0
-    for piece in weight.recipe.pieces:
+    for piece in (_in_lines(p, source) for p in weight.recipe.pieces):
         start = piece.start
         while start < piece.stop:
             stop = min(piece.stop, start + most - filled)
@@ -154,7 +181,7 @@ def _write_tile(weight: Weight, source: TensorSource, pieces: tuple[Piece, ...],
     turned, at = None, 0
     for piece in pieces:
         for start in range(piece.start, piece.stop, STRIPS * step):
-            read = rows_of(source.tensors[piece.tensor], start, min(start + STRIPS * step, piece.stop))
+            read = lines_of(source.tensors[piece.tensor], start, min(start + STRIPS * step, piece.stop))
             for first in range(0, len(read), step):
                 rows = _cast(read[first : first + step], weight)
                 if turned is None:
@@ -177,8 +204,8 @@ def _quantized(parts: Sequence[Weight], source: TensorSource, out: OpenFile) -> 
 
     recipe = parts[0].recipe
     assert recipe.quantized is not None
-    width = source.tensors[recipe.pieces[0].tensor].shape[1]
-    height = step = sum(p.stop - p.start for p in recipe.pieces) if recipe.transposed else width
+    width = source.tensors[recipe.pieces[0].tensor].shape[-1]
+    height = step = _height(recipe, source) if recipe.transposed else width
     if recipe.transposed:
         least = granularity(width, recipe.quantized)
         step = max(1, BLOCK // (4 * width * least)) * least
@@ -211,14 +238,14 @@ def _matrix(recipe: Recipe, source: TensorSource, start: int, stop: int) -> "Arr
     from lora_export.onnx_export.weights.dtypes import to_float32
 
     if not recipe.transposed:
-        (piece,) = recipe.pieces
-        rows = rows_of(source.tensors[piece.tensor], piece.start, piece.stop)[:, start:stop]
+        (piece,) = (_in_lines(p, source) for p in recipe.pieces)
+        rows = lines_of(source.tensors[piece.tensor], piece.start, piece.stop)[:, start:stop]
         return to_float32(np.ascontiguousarray(rows))
     stacked, at = [], 0
-    for piece in recipe.pieces:
+    for piece in (_in_lines(p, source) for p in recipe.pieces):
         low, high = max(start - at, 0), min(stop - at, piece.stop - piece.start)
         if low < high:
-            rows = rows_of(source.tensors[piece.tensor], piece.start + low, piece.start + high)
+            rows = lines_of(source.tensors[piece.tensor], piece.start + low, piece.start + high)
             stacked.append(to_float32(rows))
         at += piece.stop - piece.start
     return (stacked[0] if len(stacked) == 1 else np.concatenate(stacked)).T
@@ -278,10 +305,11 @@ def _check_quantized(weight: Weight, source: TensorSource) -> None:
     from lora_export.onnx_export.quantize.numbers import shapes
 
     recipe = weight.recipe
-    matrices = {source.tensors[p.tensor].shape[1:] for p in recipe.pieces}
-    if recipe.quantized is None or len(matrices) != 1 or len(next(iter(matrices))) != 1:
+    shapes_of = [source.tensors[p.tensor].shape for p in recipe.pieces]
+    widths = {shape[-1] for shape in shapes_of if len(shape) in (2, 3)}
+    if recipe.quantized is None or len(widths) != 1 or any(len(shape) < 2 for shape in shapes_of):
         raise _other_model(f"no matrix to quantize in {len(recipe.pieces)} pieces", weight.name)
-    height, ((width,),) = sum(p.stop - p.start for p in recipe.pieces), matrices
+    height, (width,) = _height(recipe, source), widths
     rows, columns = (width, height) if recipe.transposed else (height, width)
     if shapes(rows, columns, recipe.quantized).get(recipe.quantized.part) != weight.shape:
         raise _other_model(f"a matrix [{height}, {width}] for an array of {list(weight.shape)}", weight.name)

@@ -32,7 +32,7 @@ from lora_export.onnx_export.weights.reuse import read_map
 from lora_export.storage import sealed
 
 # Of export.json: when and with what it was made, which leaves no trace in the other files.
-_UNPROVABLE = ("seconds", "versions", "graph_versions", "fused_against_plain")
+_UNPROVABLE = ("seconds", "versions", "graph_versions", "fused_against_plain", "proof", "tried")
 # Between graphs of the same weights, of the largest value: fp32 in another order, or rounded otherwise.
 _CLOSE, _CLOSE_OTHERWISE = {"fp32": 1e-4}, 3e-2
 

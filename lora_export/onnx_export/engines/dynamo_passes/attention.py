@@ -5,6 +5,7 @@ softmax and mask arithmetic never enter the graph, so no optimizer has to recogn
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,30 +42,83 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (batch, heads, length, size) → (batch, length, heads, size). The mask is from `mask`, or a bias."""
+    """query (batch, heads, length, size) → (batch, length, heads, size). The mask is from `mask`, or a bias.
+
+    softcap: scores pass through softcap · tanh(score / softcap), which the operator does not have: the model's own
+    function computes them. s_aux (heads): a score of each head that takes its share of attention and gives nothing.
+    """
     batch, heads, length, size = query.shape
-    if key.shape[1] != heads:
-        groups = heads // key.shape[1]
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if softcap is not None:
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        bias = _as_bias(attention_mask, query.dtype)
+        result, _ = own(module, query, key, value, bias, scaling=scaling, softcap=softcap, **others)
+        return result, None
     bias = attention_mask if position_bias is None else _sum(position_bias, attention_mask)
+    if s_aux is not None:
+        key, value, bias = _with_sink(key, value, bias, s_aux, length)
+    groups, width = heads // key.shape[1], value.shape[-1]
+    if _cached[0] and width != size:  # the operator takes them from a cache in one size only
+        query, key, value = (_widened(x, max(width, size)) for x in (query, key, value))
+    if groups > 1:
+        bias = _folded_bias(bias, groups)
     padding = None
     if bias is not None and bias.dim() == 2:
         padding, bias = bias, None
-    inputs = [_flat(query), *((key, value) if _cached[0] else (_flat(key), _flat(value))), None, padding, bias]
+    inputs = [
+        _folded(query, groups),
+        *((key, value) if _cached[0] else (_flat(key), _flat(value))),
+        None,
+        padding,
+        bias,
+    ]
     while inputs[-1] is None:
         inputs.pop()
-    width = value.shape[-1]
     result = torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
         inputs,
-        {"num_heads": heads, "scale": float(size**-0.5 if scaling is None else scaling)},
+        {"num_heads": heads // groups, "scale": float(size**-0.5 if scaling is None else scaling)},
         dtype=query.dtype,
-        shape=(batch, length, heads * width),
+        shape=(batch, length * groups, heads // groups * value.shape[-1]),
         version=1,
     )
+    result = result.reshape(batch, groups, length, heads // groups, value.shape[-1])
+    if width != value.shape[-1]:
+        result = result[..., :width]
+    if groups > 1:
+        result = result.permute(0, 2, 3, 1, 4)
     return result.reshape(batch, length, heads, width), None
+
+
+def _widened(states: torch.Tensor, size: int) -> torch.Tensor:
+    """With zeros up to this size."""
+    more = size - states.shape[-1]
+    return torch.nn.functional.pad(states, (0, more)) if more else states
+
+
+def _folded(query: torch.Tensor, groups: int) -> torch.Tensor:
+    """(batch, heads, length, size) → (batch, groups × length, heads of keys × size).
+
+    Heads that share keys and values become more queries of one head, so that keys and values are not repeated.
+    """
+    if groups == 1:
+        return _flat(query)
+    batch, heads, length, size = query.shape
+    apart = query.transpose(1, 2).reshape(batch, length, heads // groups, groups, size)
+    return apart.permute(0, 3, 1, 2, 4).reshape(batch, groups * length, heads // groups * size)
+
+
+def _folded_bias(bias: torch.Tensor | None, groups: int) -> torch.Tensor | None:
+    """(batch, heads or 1, queries, keys) for the queries that `_folded` makes."""
+    if bias is None or bias.dim() == 2:
+        return bias
+    batch, heads, queries, keys = bias.shape
+    if heads > 1:
+        return bias.reshape(batch, heads // groups, groups * queries, keys)
+    return bias if queries == 1 else bias.repeat(1, 1, groups, 1)
 
 
 def mask(
@@ -88,20 +142,37 @@ def mask(
         return None if attention_mask is None else attention_mask.to(torch.int32)
     queries = (torch.arange(q_length, device=device) + q_offset)[None, None, :, None]
     keys = (torch.arange(kv_length, device=device) + kv_offset)[None, None, None, :]
-    zero = torch.zeros((1, 1, 1, 1), dtype=torch.int64, device=device)
+    rows = torch.arange(batch_size, device=device)[:, None, None, None]
     assert mask_function is not None
-    allowed = mask_function(zero, zero, queries, keys)
+    allowed = mask_function(rows, torch.zeros_like(rows[:1]), queries, keys)
     if attention_mask is not None:
         allowed = allowed & attention_mask.to(torch.bool)[:, None, None, :]
     return torch.where(allowed, 0.0, HIDDEN).to(dtype)
 
 
 def _sum(bias: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    if attention_mask is None:
-        return bias
-    if attention_mask.dim() == 2:
-        attention_mask = (1 - attention_mask.to(bias.dtype))[:, None, None, :] * HIDDEN
-    return bias + attention_mask
+    more = _as_bias(attention_mask, bias.dtype)
+    return bias if more is None else bias + more
+
+
+def _as_bias(attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """(batch, 1, queries or 1, keys), to be added to scores."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return attention_mask
+    return (1 - attention_mask.to(dtype))[:, None, None, :] * HIDDEN
+
+
+def _with_sink(
+    key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, sink: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One more key, which is zero and has its score as a bias, and its value, which is zero."""
+    batch, heads, keys, _ = key.shape
+    bias = _as_bias(mask, key.dtype)
+    whole = (batch, heads, length, keys)
+    bias = torch.zeros(whole, dtype=key.dtype) if bias is None else bias.expand(whole)
+    more = sink.to(key.dtype).reshape(1, heads, 1, 1).expand(batch, heads, length, 1)
+    key, value = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    return key, value, torch.cat([bias, more], dim=-1)
 
 
 def _flat(states: torch.Tensor) -> torch.Tensor:

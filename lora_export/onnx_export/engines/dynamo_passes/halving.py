@@ -1,21 +1,33 @@
 """Converts a graph whose weights have no values yet to half precision: types change, and the writer rounds."""
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.onnx_export.engines.dynamo_passes.kept_wide import join, only_wide, wide_nodes
+
 LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3e38}
+_ANGLES = ("Cos", "Sin")
 
 
-def halve(model: ir.Model, dtype: ir.DataType) -> None:
-    """Change fp32 to `dtype` everywhere except at the graph's inputs and outputs, as Optimum does."""
+def halve(model: ir.Model, dtype: ir.DataType, kept: Callable[[str], bool] = lambda name: False) -> None:
+    """Change fp32 to `dtype` everywhere except at the graph's inputs and outputs, as Optimum does.
+
+    kept: whether the initializer of a name stays in fp32, and with it what is computed of it. The angles of rotary
+    embeddings stay fp32 until their cos and sin are known: fp16 has no number between 2,048 and 2,050 for a
+    position.
+    """
     graph = model.graph
+    angles = _angles(graph)
+    _keep_constants(graph, angles)
+    wide = wide_nodes(graph, kept) | angles
     for value in graph.initializers.values():
-        if value.dtype == ir.DataType.FLOAT:
+        if value.dtype == ir.DataType.FLOAT and not only_wide(value, wide):
             value.const_value = _narrow(value.const_value, dtype)
             value.dtype = dtype
-    for node in list(graph):
+    for node in [n for n in graph if n not in wide]:
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.FLOAT:
                 node.attributes[name] = ir.AttrTensor(name, _narrow(attribute.as_tensor(), dtype))
@@ -25,6 +37,46 @@ def halve(model: ir.Model, dtype: ir.DataType) -> None:
             if output.dtype == ir.DataType.FLOAT:
                 output.dtype = dtype
     _cast_ends(graph, dtype)
+    join(graph, wide, dtype)
+
+
+def _angles(graph: Any) -> set[ir.Node]:
+    """Cos and Sin, and all that they are computed of, where that is positions and constants alone."""
+    found: set[ir.Node] = set()
+    for node in graph:
+        if node.op_type not in _ANGLES:
+            continue
+        before: set[ir.Node] = set()
+        if _gather(node, before):
+            found |= before
+    return found
+
+
+def _gather(node: ir.Node, into: set[ir.Node]) -> bool:
+    """Add the node and its floating-point ancestors; False if one of them reads a floating-point input."""
+    if node in into:
+        return True
+    into.add(node)
+    for value in node.inputs:
+        if value is None or value.const_value is not None or value.dtype != ir.DataType.FLOAT:
+            continue
+        producer = value.producer()
+        if producer is None or not _gather(producer, into):
+            return False
+    return True
+
+
+def _keep_constants(graph: Any, wide: Collection[ir.Node]) -> None:
+    """Give the nodes that stay in fp32 constants of their own, where others read them too."""
+    for name, value in list(graph.initializers.items()):
+        users = list(value.uses())
+        own = [(user, index) for user, index in users if user in wide]
+        if value.dtype != ir.DataType.FLOAT or not own or len(own) == len(users):
+            continue
+        copy = ir.Value(name=f"{name}_wide", const_value=value.const_value, shape=value.shape, type=value.type)
+        graph.register_initializer(copy)
+        for user, index in own:
+            user.replace_input_with(index, copy)
 
 
 def _narrow(tensor: Any, dtype: ir.DataType) -> Any:

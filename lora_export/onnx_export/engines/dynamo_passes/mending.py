@@ -1,16 +1,13 @@
 """Undoes what a fusion did to a graph and ONNX Runtime does not run."""
 
-from typing import TYPE_CHECKING
-
 import onnx_ir as ir
 
-if TYPE_CHECKING:
-    from lora_export.onnx_export.engines.dynamo_passes.passes import TracedGraph
+from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
 
 _SIDES = ((0, "transBatchA"), (1, "transBatchB"))
 
 
-def split_batch_transposes(graph: "TracedGraph") -> None:
+def split_batch_transposes(graph: TracedGraph) -> None:
     """Give a FusedMatMul its batch transpose as a node again where its inputs have different ranks.
 
     onnxscript fuses `transpose(x) @ weight` for any rank; the operator refuses a batch transpose beside a matrix.

@@ -3,7 +3,7 @@
 Large weights have no values here. Transposing or joining one changes its recipe; nothing is computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,20 +11,17 @@ import onnx_ir as ir
 
 from lora_export.choices import Optimize
 from lora_export.onnx_export.engines.dynamo_passes import mending
+from lora_export.onnx_export.engines.dynamo_passes.reshaping import tidy_shapes
+from lora_export.onnx_export.engines.dynamo_passes.rotary import fuse_rotary
+from lora_export.onnx_export.engines.dynamo_passes.traced_graph import (
+    MICROSOFT,
+    TracedGraph,
+    add_weight,
+    producer,
+    put,
+    replace_uses,
+)
 from lora_export.onnx_export.weights.map import Recipe
-
-MICROSOFT = "com.microsoft"
-
-
-@dataclass
-class TracedGraph:
-    """model: one graph of an export; recipes: of the inputs that stand for weights, until `settle`."""
-
-    model: ir.Model
-    recipes: dict[str, Recipe]
-
-    def nodes(self, *kinds: str) -> Iterator[ir.Node]:
-        return (n for n in list(self.model.graph) if n.op_type in kinds)
 
 
 def run(graph: TracedGraph, optimize: Optimize, pack: bool = True) -> None:
@@ -78,12 +75,25 @@ def fuse(graph: TracedGraph, pack: bool) -> None:
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
     optimize_for_ort(graph.model)
+    fuse_rotary(graph)
+    fuse_silu(graph)
     mending.split_batch_transposes(graph)
+    tidy_shapes(graph)
     drop_round_trips(graph)
     if pack:
         pack_projections(graph)
     common.CommonSubexpressionEliminationPass()(graph.model)
     turn_weights(graph, fused=True)
+
+
+def fuse_silu(graph: TracedGraph) -> None:
+    """x · sigmoid(x) as one operator."""
+    for node in graph.nodes("Mul"):
+        for value, other in (node.inputs, node.inputs[::-1]):
+            sigmoid = producer(value, "Sigmoid")
+            if sigmoid is not None and sigmoid.inputs[0] is other and len(list(sigmoid.outputs[0].uses())) == 1:
+                put(node, ir.node("QuickGelu", [other], {"alpha": 1.0}, domain=MICROSOFT, num_outputs=1))
+                break
 
 
 # --- layouts -----------------------------------------------------------------------------------------------
@@ -96,7 +106,7 @@ def drop_round_trips(graph: TracedGraph) -> None:
         while value is not None:
             settled = perm is not None and perm == sorted(perm)
             if settled and value.shape is not None and _same(value.shape, node.outputs[0].shape):
-                _replace(node.outputs[0], value)
+                replace_uses(node.outputs[0], value)
                 break
             before = value.producer()
             if before is None or before.op_type not in ("Reshape", "Transpose"):
@@ -129,29 +139,23 @@ def _same(a: Any, b: Any) -> bool:
     return all(x is not None and x == y for x, y in pairs)
 
 
-def _replace(old: ir.Value, new: ir.Value) -> None:
-    if old.is_graph_output():
-        return
-    for user, index in list(old.uses()):
-        user.replace_input_with(index, new)
-
-
 # --- weights -----------------------------------------------------------------------------------------------
 
 
 def turn_weights(graph: TracedGraph, fused: bool = False) -> None:
     """Replace Transpose(weight) by a weight that is written transposed.
 
-    A weight that is also used as it is (tied embeddings) is not duplicated: FusedMatMul transposes it, if `fused`.
+    A weight that is also used as it is (tied embeddings), here or in another graph, is not duplicated: FusedMatMul
+    transposes it, if `fused`.
     """
     for node in graph.nodes("Transpose"):
         weight, perm = node.inputs[0], list(node.attributes["perm"].as_ints())
         recipe = graph.recipes.get(weight.name) if weight is not None else None
         if recipe is None or perm != [1, 0] or recipe.transposed:
             continue
-        if all(user.op_type == "Transpose" for user, _ in weight.uses()):
+        if weight.name not in graph.kept and all(user.op_type == "Transpose" for user, _ in weight.uses()):
             new = _turned(graph, f"{weight.name}_transposed", weight, recipe)
-            _replace(node.outputs[0], new)
+            replace_uses(node.outputs[0], new)
         elif fused:
             for user, index in list(node.outputs[0].uses()):
                 if user.op_type == "MatMul" and index == 1:
@@ -160,7 +164,7 @@ def turn_weights(graph: TracedGraph, fused: bool = False) -> None:
 
 def _turn_in_matmul(node: ir.Node, weight: ir.Value) -> None:
     new = ir.node("FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain=MICROSOFT, num_outputs=1)
-    _put(node, new)
+    put(node, new)
 
 
 def _turned(graph: TracedGraph, name: str, like: ir.Value, recipe: Recipe) -> ir.Value:
@@ -168,24 +172,6 @@ def _turned(graph: TracedGraph, name: str, like: ir.Value, recipe: Recipe) -> ir
     shape = tuple(int(n) for n in like.shape.numpy())
     turned = replace(recipe, transposed=not recipe.transposed)
     return add_weight(graph, name, like.dtype, shape[::-1], turned)
-
-
-def add_weight(
-    graph: TracedGraph, name: str, dtype: ir.DataType, shape: tuple[int, ...], recipe: Recipe
-) -> ir.Value:
-    """Another input that stands for a weight, or the existing one of that name."""
-    if name in graph.recipes:
-        return next(v for v in graph.model.graph.inputs if v.name == name)
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-    graph.model.graph.inputs.append(value)
-    graph.recipes[name] = recipe
-    return value
-
-
-def _put(old: ir.Node, new: ir.Node) -> None:
-    """Put `new` in the place of `old`, with its output names, types and shapes."""
-    new.name = old.name
-    ir.convenience.replace_nodes_and_values(old.graph, old, [old], [new], old.outputs, new.outputs)
 
 
 # --- attention ---------------------------------------------------------------------------------------------
@@ -214,7 +200,7 @@ def pack_projections(graph: TracedGraph) -> None:
         attributes = {"num_heads": node.attributes["num_heads"].as_int()}
         if "scale" in node.attributes:
             attributes["scale"] = node.attributes["scale"].as_float()
-        _put(node, ir.node("Attention", inputs, attributes, domain=MICROSOFT, num_outputs=1))
+        put(node, ir.node("Attention", inputs, attributes, domain=MICROSOFT, num_outputs=1))
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Traces a part of a model to an ONNX graph, on tensors with a shape and no values."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from lora_export.onnx_export.engines import trace_patches
-from lora_export.onnx_export.engines.dynamo_passes import attention
-from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights
+from lora_export.onnx_export.engines.dynamo_passes import attention, recurrent, rope
+from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights, refuse_missing
 from lora_export.onnx_export.engines.parts.graph_part import GraphPart
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
@@ -18,19 +19,27 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
     """(onnx_ir.Model, recipe of each parameter that is a tensor of the checkpoint).
 
     These parameters become inputs of the graph: as initializers, passes would ask for their values or compute with
-    them.
+    them. CheckpointError where the part reads a parameter that its folder lacks.
     """
-    with attention.cached(part.caches), trace_patches.applied(model.model), torch.no_grad():
+    with (
+        attention.cached(part.caches),
+        recurrent.replaced(model.model),
+        rope.traceable(model.model),
+        trace_patches.applied(model.model),
+        torch.no_grad(),
+    ):
         program = _export(part, model.model)
     recipes: dict[str, Recipe] = {}
     graph = program.model.graph
+    read = {v.name.removeprefix(_Forward.PREFIX) for v in graph.initializers.values() if v.uses()}
+    refuse_missing(model, read)
     for value in list(graph.initializers.values()):
         name = value.name.removeprefix(_Forward.PREFIX)
         del graph.initializers[value.name]
         value.name = name
-        if name in model.tensors:
-            shape = tuple(value.shape.numpy())
-            recipes[name] = Recipe((Piece(model.tensors[name], 0, shape[0] if shape else 1),))
+        recipe = _recipe(model, name, tuple(value.shape.numpy()))
+        if recipe is not None:
+            recipes[name] = recipe
             value.const_value = None
             graph.inputs.append(value)
         else:
@@ -38,6 +47,12 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
             graph.initializers[name] = value
     _name_axes(graph, part)
     return program.model, recipes
+
+
+def _recipe(model: ModelWithoutWeights, name: str, shape: tuple[int, ...]) -> Recipe | None:
+    if name in model.tensors:
+        return Recipe((Piece(model.tensors[name], 0, shape[0] if shape else 1),))
+    return model.merged.get(name)
 
 
 class _Forward(torch.nn.Module):
@@ -53,15 +68,27 @@ class _Forward(torch.nn.Module):
         return self._run(*values)
 
 
-def _export(part: GraphPart, model: torch.nn.Module) -> Any:
+@contextlib.contextmanager
+def without_values(model: torch.nn.Module) -> Iterator[Any]:
+    """Inside, parameters and buffers have a shape, a type and no values, and so has everything computed of them."""
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     real = _tensors(model)
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
         _replace(model, {n: torch.empty(t.shape, dtype=t.dtype) for n, t in real.items()})
+        try:
+            yield mode
+        finally:
+            _replace(model, real)
+
+
+def _export(part: GraphPart, model: torch.nn.Module) -> Any:
+    real = _tensors(model)
+    with without_values(model):
+        fake = _tensors(model)
         values = tuple(torch.zeros(shape, dtype=dtype) for shape, dtype, _ in part.inputs.values())
-    del mode
+    _replace(model, fake)
     try:
         return torch.onnx.export(
             _Forward(part, model).eval(),

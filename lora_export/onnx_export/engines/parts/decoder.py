@@ -1,36 +1,49 @@
-"""Decoders: ids, mask and cache in; logits and the longer cache out."""
+"""Decoders: ids, mask, positions and cache in; logits and the longer cache out."""
 
 from typing import Any
 
 import torch
 
-from lora_export.onnx_export.engines.parts.cache import cache_inputs, cache_outputs, cache_shape, contents, filled
 from lora_export.onnx_export.engines.parts.graph_part import BATCH, LENGTH, PAST, Axes, GraphPart, Input, takes
+from lora_export.onnx_export.engines.parts.kept import Kept, held_by, holding, kept_by
 
-# Decoders that get positions in Optimum, because they do not derive them from the mask.
-_POSITIONS = frozenset({"gpt2", "gpt_neox", "gptj", "gpt_neo", "gpt_bigcode", "codegen"})
+_GROWN = "past_sequence_length + sequence_length"
 
 
 def part(model: Any) -> GraphPart:
-    """Ids, mask and cache in; logits and the longer cache out. An empty cache makes it a prefill."""
-    config = model.config.get_text_config(decoder=True)
-    layers, heads, size = cache_shape(config)
-    grown = "past_sequence_length + sequence_length"
+    """Ids, mask and cache in; logits and the longer cache out. An empty cache makes it a prefill.
+
+    Positions are an input where the model takes them, as in Optimum: a row that is padded on the left has others
+    than one that is not.
+    """
+    kept = _kept(model)
     inputs: dict[str, Input] = {
         "input_ids": ((BATCH, LENGTH), torch.int64, {0: "batch_size", 1: "sequence_length"}),
-        "attention_mask": ((BATCH, PAST + LENGTH), torch.int64, {0: "batch_size", 1: grown}),
+        "attention_mask": ((BATCH, PAST + LENGTH), torch.int64, {0: "batch_size", 1: _GROWN}),
     }
-    if config.model_type in _POSITIONS and takes(model, "position_ids"):
+    if takes(model, "position_ids"):
         inputs["position_ids"] = inputs["input_ids"]
-    plain = len(inputs)
-    inputs |= cache_inputs("", range(layers), heads, size, PAST, "past_sequence_length")
-    names = list(inputs)
+    plain = list(inputs)
+    inputs |= {each.past: each.past_input(PAST, "past_sequence_length") for each in kept}
 
     def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = dict(zip(names[:plain], values[:plain], strict=True))
-        result = model(**given, past_key_values=filled(values[plain:]), use_cache=True)
-        return (result.logits, *contents(result.past_key_values))
+        given = dict(zip(plain, values[: len(plain)], strict=True))
+        cache = holding(kept, values[len(plain) :], model.config)
+        result = model(**given, past_key_values=cache, use_cache=True)
+        return (result.logits, *held_by(result.past_key_values, kept))
 
     outputs: dict[str, Axes] = {"logits": {0: "batch_size", 1: "sequence_length"}}
-    outputs |= cache_outputs("", range(layers), grown)
+    outputs |= {each.present: each.axes(_GROWN) for each in kept}
     return GraphPart("model.onnx", "model.onnx_data", run, inputs, outputs, caches=True)
+
+
+def _kept(model: Any) -> tuple[Kept, ...]:
+    def run(ids: torch.Tensor, cache: Any) -> None:
+        positions = {"position_ids": torch.arange(ids.shape[1])[None].expand(ids.shape)}
+        given = positions if takes(model, "position_ids") else {}
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **given)
+
+    from lora_export.onnx_export.engines.dynamo_passes.tracing import without_values
+
+    with without_values(model):
+        return kept_by(model, run)
