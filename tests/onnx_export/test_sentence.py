@@ -22,6 +22,7 @@ from lora_export.progress import Silent
 from tests.daily import daily
 from tests.export_matrix.models import Row
 from tests.onnx_export.sentences import pooled, save_modules, worst
+from tests.onnx_export.test_proof import verdict
 
 MODES = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 Modules = dict[str, Any]
@@ -57,6 +58,12 @@ def test_graph_gives_embedding_of_modules(pooling: str, bert: Path, tmp_path: Pa
     assert result.task == "feature-extraction"
     kinds = json.loads((result.output / "export.json").read_text())["sentence_modules"]
     assert kinds[:2] == ["Transformer", "Pooling"] and "Dense" in kinds
+    proof = verdict(result, folder)
+    assert proof["passed"] and proof["cases"] >= 3
+    settings = folder / "2_Dense" / "config.json"
+    settings.write_text(settings.read_text().replace("activation.Tanh", "activation.ReLU").replace("GELU", "ReLU"))
+    proof = verdict(result, folder)
+    assert (proof["passed"], proof["output"]) == (False, "sentence_embedding")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
