@@ -4,6 +4,7 @@ from typing import Any
 
 from tests.export_matrix.models import Row
 from tests.export_matrix.seq2seq_runs import agreement
+from tests.onnx_export.architectures import _WHISPER
 from tests.onnx_export.runs import worst
 
 WRITES = {"decoder": {"is_decoder": True, "add_cross_attention": True}}  # of models joined from two
@@ -14,10 +15,7 @@ def _row(cls: str, variant: str = "", **settings: Any) -> Row:
 
 
 # The runtime that the builder writes for hears thirty seconds.
-BUILT = {
-    "d_model": 64, "num_mel_bins": 80, "max_source_positions": 1500, "encoder_layers": 3, "decoder_layers": 1,
-    "decoder_attention_heads": 2,
-}  # fmt: skip
+BUILT = {**_WHISPER, "encoder_layers": 3, "decoder_layers": 1}
 
 ROWS = (
     _row("WhisperForConditionalGeneration", encoder_layers=3),
