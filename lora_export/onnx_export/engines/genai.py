@@ -121,7 +121,7 @@ def _refuse_unequal_heads(config: Mapping[str, Any]) -> None:
     heads = [config.get(f"{of}_attention_heads") for of in ("encoder", "decoder")]
     if heads[0] != heads[1]:
         raise ExportError(
-            f"the encoder has {heads[0]} attention heads and the decoder {heads[1]}; the builder assumes equal numbers",
+            f"{heads[0]} attention heads in the encoder, {heads[1]} in the decoder; the builder takes one number",
             where="config.json",
             expected="as many heads in both",
             next_step="--engine dynamo",
