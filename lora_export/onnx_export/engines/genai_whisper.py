@@ -14,7 +14,7 @@ _MENDED = "lora_export_mended"
 
 def mend(builder: Any) -> None:
     """Give methods of the builder's encoder the decoder's layers. builder: its module, with WhisperModel."""
-    encoder: Any = sys.modules[builder.WhisperModel.__module__].WhisperEncoder  # type: ignore[attr-defined]
+    encoder: Any = sys.modules[builder.WhisperModel.__module__].WhisperEncoder
     if hasattr(encoder, _MENDED):
         return
     plain = encoder.__init__
