@@ -28,14 +28,15 @@ def main(request: dict[str, Any]) -> None:
     experts.register()
     try:
         model, traced = _parts(request)
+        programs = [tracing.trace(part, model) for part in traced.parts]
     except NotTraceable as reason:
         _answer(request, {"refused": str(reason)})
         return
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
-    for part in traced.parts:
-        kept_plain = frozenset(name for file, name in weights if file == part.data)
-        graph = TracedGraph(*tracing.trace(part, model), kept_plain)
+    for part, program in zip(traced.parts, programs, strict=True):
+        shared = frozenset(name for file, name in weights if file == part.data)
+        graph = TracedGraph(*program, shared)
         experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         _drop_unread_inputs(graph.model.graph)

@@ -155,16 +155,12 @@ def _refuse_left_out(config: Mapping[str, Any]) -> None:
 def _left_out(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     kinds = set(config.get("layer_types") or config.get("layers_block_type") or ())
     architecture = architecture_of(config)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if architecture == "GraniteMoeHybridForCausalLM":
         yield "state space layers", bool(kinds - {"attention", "full_attention"}) or not kinds
         yield "the experts of Granite", bool(config.get("num_local_experts"))
         yield "attention without positions", config.get("position_embedding_type") != "rope"
     if architecture == "Lfm2MoeForCausalLM":
         yield "experts whose weights do not add up to one", not config.get("norm_topk_prob", True)
-    if architecture != "HunYuanDenseV1ForCausalLM":  # whose factor is fixed
-        scales = rope.get("rope_type", rope.get("type"))
-        yield "rotary embeddings that change with the length of the text", scales == "dynamic"
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
