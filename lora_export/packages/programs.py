@@ -88,7 +88,8 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
     """For transformers.js on Node."""
     task = facts.task
     reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
-    names = sorted({task.js, reader, *(["AutoTokenizer"] if task.generates or task.input == "both" else []), "env"})
+    tokenizes = task.generates or task.input == "both"
+    names = sorted({task.js, reader, *(["AutoTokenizer"] if tokenizes else []), "env"})
     lines = [
         f'import {{ {", ".join(names)} }} from "@huggingface/transformers";',
         "env.allowRemoteModels = false;",
@@ -112,8 +113,11 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
         if task.sees_and_writes:
             lines += _picture_and_text(text, image, str(facts.config.get("model_type")))
         elif task.input == "both":
-            lines += [f"const words = (await AutoTokenizer.from_pretrained(folder))([{text}]);",
-                      f"const image = await reader({image});", "const inputs = { ...words, ...image };"]  # fmt: skip
+            lines += [
+                f"const words = (await AutoTokenizer.from_pretrained(folder))([{text}]);",
+                f"const image = await reader({image});",
+                "const inputs = { ...words, ...image };",
+            ]
         else:
             lines += [f"const inputs = await reader({image});"]
     if task.generates:

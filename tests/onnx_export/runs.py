@@ -95,12 +95,17 @@ def _empty(runs: Any, batch: int) -> Arrays:
 
 @torch.no_grad()
 def _decoder(result: ExportResult, model: Any) -> Iterator[tuple[torch.Tensor, np.ndarray[Any, Any]]]:
-    """Prefill, one token, several tokens, with the cache growing; rows padded on the left; greedy tokens equal."""
+    """Prefill, one token, several tokens, with the cache growing; rows padded on either side; more tokens than the
+    windows of tiny models have; greedy tokens equal."""
     runs = session(result.model)
     own = result.engine == "dynamo"  # GroupQueryAttention takes padding on the right, and steps of one token
-    for batch, length in SHAPES:
+    shapes = [(*shape, "left") for shape in (*SHAPES, (2, 37))]
+    for batch, length, side in [*shapes, *([(3, 12, "right")] if own else [])]:
         ids, mask = _ids(batch, length + 4), _mask(batch, length + 4)
-        mask = mask.flip(1) if own else torch.ones_like(mask)
+        if side == "left":
+            mask = mask.flip(1) if own else torch.ones_like(mask)
+        else:
+            mask = torch.cat([_mask(batch, length), torch.ones((batch, 4), dtype=torch.int64)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         past, at = _empty(runs, batch), 0

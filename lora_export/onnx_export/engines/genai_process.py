@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_export.onnx_export.engines import genai_whisper
 from lora_export.onnx_export.engines.genai_experts import keep_stored_experts
 from lora_export.onnx_export.engines.genai_mending import mend
 from lora_export.onnx_export.engines.genai_padding import turn_rows
@@ -65,6 +66,7 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
     _own_commit(builder.Model)
+    genai_whisper.mend(builder)
     mend(builder)
     _share_head(builder.Model)
     if request["described"]:
@@ -98,16 +100,31 @@ def _share_head(model: Any) -> None:
         if self.extra_options.get("shared_embeddings") and not shared and _EMBEDDING not in _excluded(self):
             self.tied_quantized_embeddings = self.is_lm_head_quantized()
 
-    def make_names(self: Any) -> tuple[int, str, str, str]:
+    def table_of(self: Any) -> tuple[int, Blockwise]:
         bits = 8 if self.matmul_mixed_precision.get("last_matmul") == "int8" else self.quant_attrs["bits"]
-        symmetric = self.quant_attrs["is_symmetric"]
         size, algorithm = self.quant_attrs["matmul_block_size"], self.quantization_algo
-        how = Blockwise(f"int{bits}", size, symmetric, algorithm).of_table(self.hidden_size)  # type: ignore[arg-type]
+        how = Blockwise(f"int{bits}", size, self.quant_attrs["is_symmetric"], algorithm)  # type: ignore[arg-type]
+        return bits, how.of_table(self.hidden_size, shared=True)
+
+    def make_names(self: Any) -> tuple[int, str, str, str]:
+        bits, how = table_of(self)
         names = part_names(_HEAD_WEIGHT, how.settings)
         return bits, names["packed"], names["scales"], "" if how.symmetric else names["zero_points"]
 
+    lookup = model.make_embedding_lookup
+
+    def make_lookup(self: Any, *given: Any) -> Any:
+        plain_attributes = self.quant_attrs
+        _, how = table_of(self)
+        self.quant_attrs = plain_attributes | {"matmul_block_size": how.block_size}
+        try:
+            return lookup(self, *given)
+        finally:
+            self.quant_attrs = plain_attributes
+
     model.make_tied_embeddings_init = make_init
     model.make_tied_quantized_embedding_input_names = make_names
+    model.make_embedding_lookup = make_lookup
 
 
 def _excluded(model: Any) -> Any:

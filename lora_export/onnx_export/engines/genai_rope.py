@@ -61,7 +61,7 @@ def _longest(config: Any) -> int | None:
 
 
 def compute_tables_that_follow_the_length(model: Any) -> None:
-    """Dynamic NTK scaling: beyond the original length the base grows with the text, so the graph computes tables.
+    """Dynamic NTK scaling: beyond the original length the base grows with the text; the graph computes its table.
 
     A key stays as it was rotated when it came, as in transformers.
     """

@@ -34,7 +34,7 @@ class OnnxVisionLanguage:
         return torch.cat(out)
 
     def padded_logits(self, tokens: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The same of each prompt, all in one batch with padding on the left; the last token is a step of its own."""
+        """The same of each prompt, in one batch with padding on the left; the last token is a step of its own."""
         read = [self._read(ids) for ids in tokens]
         longest = max(map(len, tokens))
         left = [longest - len(ids) for ids in tokens]

@@ -10,7 +10,7 @@ from lora_export.validation.proof.trial import Expected, Trial
 
 RELATIVE = 1e-4  # share of an output's largest value in fp32: sums in another order
 # How often a measured noise counts: PyTorch keeps norms and softmax in fp32 where a 16-bit graph may round.
-TIMES = {"float32": 8.0, "float16": 4.0, "bfloat16": 4.0, "int8 inputs": 3.0}
+TIMES = {"float32": 8.0, "float16": 4.0, "bfloat16": 4.0}
 HOPELESS = 0.3  # above it no floor is measured: no arithmetic does that
 
 
@@ -25,7 +25,6 @@ class Measured:
     output: str
     difference: float
     limit: bool
-    call: int
     note: str = ""
     allowed: float = RELATIVE
 
@@ -61,7 +60,7 @@ def measured(trial: Trial, number: int) -> Iterator[Measured]:
     """Each output of a trial; one that says so if there is none to compare."""
 
     def of(output: str, share: float, note: str = "") -> Measured:
-        return Measured(number, trial.case, trial.graph, output, share, trial.limit, trial.call, note)
+        return Measured(number, trial.case, trial.graph, output, share, trial.limit, note)
 
     if trial.failure:
         yield of("", float("inf"), f"the graph does not run: {trial.failure[:300]}")

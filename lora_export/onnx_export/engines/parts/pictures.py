@@ -1,7 +1,7 @@
 """What a vision-language model reads of pictures, and the features that it makes of them.
 
-A graph takes any number of pictures, and any size of them where the model does. Where transformers computes with the
-numbers of an input (the grid of each picture), the same is computed here with tensors of a shape that is known.
+A graph takes any number of pictures, and any size of them where the model does. Where transformers computes with
+the numbers of an input (the grid of each picture), the same is computed here with tensors of a known shape.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ def inputs(model: Any) -> dict[str, Input]:
             "pixel_values": ((2, PICTURES, channels, height, width), torch.float32, axes),
             "pixel_attention_mask": ((2, PICTURES, height, width), torch.bool, axes),
         }
+    if "image_sizes" in taken and not hasattr(model.config, "image_grid_pinpoints"):
+        cell = _cell(model)
+        return {"pixel_values": ((1, channels, 2 * cell, 3 * cell), torch.float32, {2: "height", 3: "width"})}
     axes = {0: "num_images"}
-    if "image_sizes" in taken:
-        axes |= {2: "height", 3: "width"}
-        height, width = height - height % _cell(model), height
     return {"pixel_values": ((PICTURES, channels, height, width), torch.float32, axes)}
 
 
@@ -54,6 +54,8 @@ def features(model: Any, given: Seen) -> torch.Tensor:
         return _of_patches(model, given)
     if "pixel_attention_mask" in given:
         return _of_tiles(model, given["pixel_values"], given["pixel_attention_mask"])
+    if "image_sizes" in _taken(model):
+        return _of_one(model, given["pixel_values"])
     with _undivided():
         made = model.get_image_features(**given, return_dict=True).pooler_output
     parts = made if isinstance(made, list | tuple) else [made]
@@ -111,6 +113,20 @@ def _of_patches(model: Any, given: Seen) -> torch.Tensor:
     with patches.together(tower):
         made = tower(pixels, grid_thw=grids, return_dict=True, **patches.known(tower, pixels, grids))
     return torch.cat([made.pooler_output, *(getattr(made, "deepstack_features", None) or ())], -1)
+
+
+# --- one picture of any size -------------------------------------------------------------------------------------
+
+
+def _of_one(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """As get_image_features for one picture, whose size is that of the tensor. Several of different sizes would be
+    cut out of a padded tensor one by one."""
+    base, layer = model.model, model.config.vision_feature_layer
+    sizes = [(pixels.shape[2], pixels.shape[3])]
+    states = base.vision_tower(pixels, image_sizes=sizes, output_hidden_states=True, return_dict=True).hidden_states
+    chosen = states[layer] if isinstance(layer, int) else torch.cat([states[i] for i in layer], -1)
+    made: torch.Tensor = base.multi_modal_projector(chosen.squeeze(0), sizes)
+    return made
 
 
 # --- pictures cut into tiles of one size, some of them padding ----------------------------------------------------
