@@ -25,6 +25,7 @@ from processes import HERE, RESULTS
 from lora_export import export, merge
 from lora_export.contracts import ExportOptions, ExportResult
 from lora_export.manifest import versions
+from lora_export.onnx_export.weights.map import ITEM_SIZE
 from lora_export.progress import Console
 from lora_export.runtime import open_session
 from lora_export.storage.sealed import write_json
@@ -87,10 +88,8 @@ def encoder(work: Path, progress: Console) -> list[dict[str, Any]]:
 def _sizes(made: ExportResult) -> dict[str, Any]:
     """Bytes of the folder, and of the weights that are embeddings or a head."""
     described = json.loads((made.output / "weights-map.json").read_text(encoding="utf-8"))["weights"]
-    sizes = {"uint8": 1, "float32": 4}
-    tables = [w for w in described if _TABLES.search(w["name"])]
-    tables = [w for w in tables if len(w["shape"]) > 1]
-    weigh = sum(sizes[w["dtype"]] * int(np.prod(w["shape"])) for w in tables)
+    tables = [w for w in described if _TABLES.search(w["name"]) and w["made_of"]]
+    weigh = sum(ITEM_SIZE[w["dtype"]] * int(np.prod(w["shape"])) for w in tables)
     return {"precision": made.precision, "bytes": sum(made.files.values()), "tables": weigh}
 
 
