@@ -24,7 +24,7 @@ from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra, refuse_slower
 from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into
 from lora_export.workflows.run_report import write_report
-from lora_export.workflows.trained_base import prepared_base, stand_in
+from lora_export.workflows.trained_base import modules_from, prepared_base, stand_in
 from lora_export.workflows.validating import pair_of
 
 
@@ -116,6 +116,7 @@ def _preflight(base: Source, adapters: Sequence[AdapterChoice], output: Path, op
     """Refuse everything that headers and config.json show, before minutes of work."""
     from lora_export.merging import plan
     from lora_export.onnx_export import check_request
+    from lora_export.onnx_export.embedders import as_exported
     from lora_export.validation.comparing.texts import read_prompts, read_text
 
     export = options.export
@@ -126,6 +127,7 @@ def _preflight(base: Source, adapters: Sequence[AdapterChoice], output: Path, op
     planned = plan(base.folder, adapters, options.merge)
     wanted = {**planned.base.config, **(planned.config_changes if planned.model else {})}
     config = {k: v for k, v in wanted.items() if k not in planned.config_removals}
+    config = as_exported(config, modules_from(base.folder, adapters))
     check_request(config, export.precision, export.provider, export.engine, export.quantization)
     refuse_extra(options.extra_arms, adapters, export.precision, options.merge.combine)
     # merged, and the graphs of merged, base and unmerged, and perhaps the dequantized base; fp32 at most

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from lora_export.choices import Precision
-from lora_export.contracts import BenchmarkResult, Check, MergeResult, ValidationResult
+from lora_export.contracts import BenchmarkResult, Check, MergeResult, Proof, ValidationResult
 from lora_export.contracts.report import Report
 
 DASH = "–"
@@ -50,6 +50,14 @@ def overall_verdict(report: Report) -> str:
     if report.benchmark and not any(stages) and report.benchmark.verdict == "inconclusive":
         return "No verdict"
     return "Passed"
+
+
+def proof_in_words(proof: Proof) -> str:
+    """An export's proof in a line: the figure, where it was, and what was not compared."""
+    of = "of the graphs that this export took: " if proof.inherited else ""
+    line = f"{of}within {proof.difference:.1e} of PyTorch, allowed {proof.allowed:.1e}, in {proof.cases} cases"
+    line += f"; experts: {proof.experts}" if proof.experts else ""
+    return line + "".join(f"; not compared: {what}" for what in proof.not_reached)
 
 
 def latency_verdict(result: BenchmarkResult) -> str:

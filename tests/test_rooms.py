@@ -26,6 +26,7 @@ TOP = {
     "runtime",
     "storage",
     "meta_model",
+    "sentence_modules",
     "tasks",
     "version",
     "wording",

@@ -57,5 +57,7 @@ def _check_runtimes(paths: Iterable[Path]) -> None:
             genai_config.check_config(path)
         elif path.name == genai_config.AUDIO:
             genai_config.check_audio(path)
+        elif path.name == genai_config.VISION:
+            genai_config.check_vision(path)
         elif path.name == triton_config.NAME:
             triton_config.check_config(path)

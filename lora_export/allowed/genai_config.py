@@ -22,7 +22,7 @@ from lora_export.allowed.fields import (
 )
 
 NAME = "genai_config.json"
-AUDIO = "audio_processor_config.json"
+AUDIO, VISION = "audio_processor_config.json", "vision_processor.json"
 
 _SWITCH = one_of("0", "1")
 _CUDA: Rule = {
@@ -85,7 +85,17 @@ _IDS: Rule = dict.fromkeys(
     ),
     WHOLE,
 )  # fmt: skip
+_VISION: Rule = {
+    "filename": GRAPH, "config_filename": one_of(VISION), "session_options": _SESSION, "patch_size": WHOLE,
+    "spatial_merge_size": WHOLE, "inputs": _names("pixel_values image_grid_thw"),
+    "outputs": _names("image_features"),
+}  # fmt: skip
+_EMBEDDING: Rule = {
+    "filename": GRAPH, "session_options": _SESSION, "inputs": _names("input_ids image_features"),
+    "outputs": _names("inputs_embeds"),
+}  # fmt: skip
 _MODEL: Rule = _IDS | {
+    "vision": _VISION, "embedding": _EMBEDDING,
     "context_length": WHOLE, "decoder": _DECODER, "encoder": _ENCODER, "eos_token_id": (WHOLE, [WHOLE]),
     "type": WORD, "vocab_size": WHOLE,
 }  # fmt: skip
@@ -118,6 +128,12 @@ _OPERATION: Rule = {
     "attrs": _ATTRIBUTES,
 }
 _AUDIO: Rule = {"feature_extraction": {"sequence": [{"operation": _OPERATION}]}}
+_TRANSFORM: Rule = {
+    "name": WORD,
+    "type": one_of("DecodeImage", "ConvertRGB", "Resize", "Rescale", "Normalize", "Permute3D", "PatchImage"),
+    "attrs": {str: (WHOLE, NUMBER, [NUMBER], one_of("RGB"))},
+}
+_PICTURES: Rule = {"processor": {"name": WORD, "transforms": [{"operation": _TRANSFORM}]}}
 
 
 def check_config(path: Path) -> None:
@@ -128,6 +144,11 @@ def check_config(path: Path) -> None:
 def check_audio(path: Path) -> None:
     """InputError unless an audio_processor_config.json names only known operations."""
     check(read(path), _AUDIO, path.name, path)
+
+
+def check_vision(path: Path) -> None:
+    """InputError unless a vision_processor.json names only known operations."""
+    check(read(path), _PICTURES, path.name, path)
 
 
 def is_config(name: str) -> bool:

@@ -16,6 +16,7 @@ ELEMENT = {
     "tensor(float)": 1,
     "tensor(int32)": 6,
     "tensor(int64)": 7,
+    "tensor(bool)": 9,
     "tensor(float16)": 10,
     "tensor(bfloat16)": 16,
 }

@@ -6,7 +6,9 @@ from typing import Any
 from lora_export.commands import derive
 from lora_export.commands.derive import Given
 from lora_export.commands.talk import Talk, megabytes, table
+from lora_export.contracts import ExportResult
 from lora_export.contracts.options import ExportOptions
+from lora_export.wording import proof_in_words
 
 
 @derive.command(
@@ -47,12 +49,11 @@ def export(talk: Talk, model: str, adapters: tuple[str, ...], output: Path, dry_
         talk.result({"output": str(output), "dry_run": True} | document, table(rows))
         return
     result = api.export(model, output, adapters=adapters, options=options, progress=talk.progress)
-    difference = result.fused_against_plain
     rows = [
         ("engine", result.engine),
         ("precision", result.precision),
         ("nodes", str(result.nodes)),
-        *([] if difference is None else [("fused graph", _FUSED.format(difference))]),
+        *proof_rows(result),
         ("time", f"{result.seconds:.1f} s"),
         *((name, megabytes(size)) for name, size in result.files.items()),
         ("output", str(output)),
@@ -60,4 +61,8 @@ def export(talk: Talk, model: str, adapters: tuple[str, ...], output: Path, dry_
     talk.result(result, table(rows))
 
 
-_FUSED = "differs by {:.1e} from the plain one, relative, on synthetic inputs"
+def proof_rows(result: ExportResult) -> list[tuple[str, str]]:
+    """The proof in a line, and what it says of limits."""
+    if result.proof is None:
+        return []
+    return [("proof", proof_in_words(result.proof)), *(("limit", limit) for limit in result.proof.limits)]

@@ -15,7 +15,7 @@ from lora_export.contracts.benchmark import (
     Reading,
     Samples,
 )
-from lora_export.contracts.export import ExportResult
+from lora_export.contracts.export import Attempt, ExportResult, Proof
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
@@ -59,6 +59,7 @@ __all__ = [
     "AdapterChoice",
     "AdapterSurvival",
     "ArmTimes",
+    "Attempt",
     "BaseCheck",
     "BaseComparison",
     "BenchmarkArm",
@@ -93,6 +94,7 @@ __all__ = [
     "Percentile",
     "Perplexity",
     "Progress",
+    "Proof",
     "QuantizationOptions",
     "RankOptions",
     "Reading",

@@ -4,8 +4,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_export.choices import Activations, ModelKind, Precision
+from lora_export.choices import Activations, ModelKind, Precision, ProofLevel
 from lora_export.contracts.figures import Figure
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How the graphs of an export were held against the model in PyTorch before the export was kept.
+
+    cases: runs that were compared, in sizes that were not traced; difference: the largest one of any output,
+    relative to the output's largest value; allowed: at that place; case, output: where it was; reference: what the
+    graphs were held against; level: quick or full; experts: how many of a mixture were visited, empty for other
+    models; limits: what the graphs compute otherwise than PyTorch because their operators cannot do it, measured;
+    not_reached: what could not be compared, and why; inherited: whether this is the proof of an earlier export,
+    whose graphs this one took; seconds: what it cost.
+    """
+
+    cases: int
+    difference: Figure
+    allowed: Figure
+    case: str
+    output: str
+    reference: str
+    level: ProofLevel = "quick"
+    experts: str = ""
+    limits: tuple[str, ...] = ()
+    not_reached: tuple[str, ...] = ()
+    inherited: bool = False
+    seconds: Figure = 0.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """An engine whose graph was not taken, and why: it refused, failed, or its graph differs from PyTorch."""
+
+    engine: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -13,8 +47,8 @@ class ExportResult:
     """An exported folder. `files` maps a file name to its size in bytes; `nodes` counts the nodes of all graphs.
 
     task: Optimum's name of it; graphs: file names of the graphs, the encoder's first where there are several;
-    activations: of an int8 graph, as in QuantizationOptions; fused_against_plain: the largest relative difference
-    between a fused graph's outputs and those of one without optimizations, None where they were not compared.
+    activations: of an int8 graph, as in QuantizationOptions; proof: None for an export of an older version; tried:
+    engines before the one that made the graphs.
     """
 
     output: Path
@@ -27,7 +61,8 @@ class ExportResult:
     task: str = "text-generation"
     graphs: tuple[str, ...] = ("model.onnx",)
     activations: Activations = "float"
-    fused_against_plain: Figure | None = None
+    proof: Proof | None = None
+    tried: tuple[Attempt, ...] = ()
 
     @property
     def model(self) -> Path:

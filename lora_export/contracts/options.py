@@ -106,11 +106,11 @@ class MergeOptions:
 @dataclass(frozen=True)
 class QuantizationOptions:
     """How the weights of an int4, int8 or nf4 graph are quantized. eight_bits: nodes of an int4 graph that become
-    int8; embeddings: quantize those, too (not for nf4)."""
+    int8; embeddings: quantize those, too (to int8 for nf4)."""
 
     SECTION: ClassVar[str] = "Quantization of the ONNX weights"
     block_size: int | None = option(
-        None, "int4, int8, nf4: how many numbers share a scale.", minimum=1, default_text="32, and 64 for nf4"
+        None, "int4, int8, nf4: how many numbers share a scale.", minimum=1, default_text="32 for int4, 64 for int8 and nf4"
     )
     symmetric: bool = True
     algorithm: choices.Quantizer = option(
@@ -127,7 +127,7 @@ class QuantizationOptions:
         "than once.", metavar="NODE|auto",
     )
     eight_bits: tuple[str, ...] = ()
-    embeddings: bool = False
+    embeddings: bool = True
     activations: choices.Activations = option(
         "float", "int8 of models that do not generate: type of what the weights are multiplied with. dynamic: "
         "int8, with a range found at run time; static: int8, with a range fixed on texts. --graph-from cannot "
@@ -143,8 +143,7 @@ class QuantizationOptions:
 class ExportOptions:
     """Options of an export. With `graph_from`, the precision, engine and quantization of that export hold.
 
-    unmerged: the only adapter of the export becomes operators of the graph; shared_as: with `graph_from`, the name
-    of an adapter in a folder that several share.
+    unmerged: the only adapter becomes operators of the graph; shared_as: an adapter's name in a shared folder.
     """
 
     SECTION: ClassVar[str] = EXPORT
@@ -160,6 +159,8 @@ class ExportOptions:
         configurable="file",
     )
     quantization: QuantizationOptions = nested(QuantizationOptions)
+    proof: choices.ProofLevel = option("quick", "How much of the graph is compared with PyTorch before it is kept: "
+        "some lengths, paddings, steps and borders, or many of each.", changes_result=False, configurable="file")
     graph_from: Path | None = option(
         None, "An earlier export of the same base, with or without another adapter: reuse its graph and its "
         "options, and write only the weights.", metavar="EXPORTED",

@@ -18,7 +18,9 @@ from lora_export.errors import InputError
 from lora_export.graph_runs.signature import (
     BOXES,
     DECODER_IDS,
+    EMBEDS,
     ENCODER_MASK,
+    GRIDS,
     IDS,
     MASK,
     PIXEL_MASK,
@@ -35,9 +37,11 @@ from lora_export.graph_runs.signature import (
 Feed = Mapping[str, Array]
 SMALLEST_VOCABULARY = 64
 SAMPLES = 320  # at 16 kHz, for each position of wav2vec 2
+GRID = (4, 4)  # patches along height and width of a made-up picture, where pictures have grids
+PATCHES = "num_patches"  # the axis along which the patches of all pictures lie
 _INTEGERS = ("tensor(int32)", "tensor(int64)")
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
-_NAMED = (IDS, MASK, ENCODER_MASK, POSITIONS, TYPES, BOXES, PIXEL_MASK, DECODER_IDS)
+_NAMED = (IDS, MASK, ENCODER_MASK, POSITIONS, TYPES, BOXES, PIXEL_MASK, DECODER_IDS, *GRIDS)
 _PICTURE = 224  # pixels, where nothing says a size
 _CHOICES = 4
 _TEXTS = (
@@ -60,7 +64,7 @@ def completed(signature: Signature, given: Mapping[str, Any], past: int = 0) -> 
     positions begin behind `past` tokens, there is one segment, every token stands at the page's corner, and caches
     are empty. InputError for an input that does not follow from what is given.
     """
-    like = next((given[name] for name in (IDS, WAVE, SPECTRUM) if name in given), None)
+    like = next((given[name] for name in (IDS, EMBEDS, WAVE, SPECTRUM) if name in given), None)
     feed = {}
     for name, value in signature.inputs.items():
         array = given.get(name)
@@ -140,8 +144,9 @@ def made_up(inputs: Iterable[GraphValue], sizes: Sizes, seed: int = 0) -> dict[s
 
 
 def _made_up(value: GraphValue, sizes: Sizes, length: int, seed: int) -> Array:
-    if value.dtype.kind not in "iu":
-        shape = [sizes.batch, *(_axis(d, value.name, sizes) for d in value.shape[1:])]
+    if value.dtype.kind not in "biu":
+        first = sizes.batch * GRID[0] * GRID[1] if value.shape[0] == PATCHES else sizes.batch
+        shape = [first, *(_axis(d, value.name, sizes) for d in value.shape[1:])]
         random = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
         return random.standard_normal(shape, np.float32).astype(value.dtype)
     if value.name == ENCODER_MASK:
@@ -152,6 +157,13 @@ def _made_up(value: GraphValue, sizes: Sizes, length: int, seed: int) -> Array:
     if value.name == BOXES:  # left, top, right, bottom
         corners = tokens(sizes.batch, math.prod(between), seed).reshape(sizes.batch, *between[:-1], 2, 2)
         return np.sort(corners, axis=-2).reshape(sizes.batch, *between).astype(value.dtype)
+    if value.name in GRIDS:
+        return np.tile(np.array([1, *GRID], value.dtype), (sizes.batch, 1))
+    if value.dtype.kind == "b":
+        return np.ones((sizes.batch, *between), value.dtype)
+    if value.name == POSITIONS and len(value.shape) == 3 and isinstance(value.shape[0], int):
+        each = _following(POSITIONS, (sizes.batch, length), sizes.past).astype(value.dtype)
+        return np.stack([each] * value.shape[0])
     choices = between[:-1]
     if value.name in (MASK, POSITIONS, TYPES):
         return _following(value.name, (sizes.batch, *choices, length), sizes.past).astype(value.dtype)
@@ -182,6 +194,8 @@ def _axis(axis: int | str | None, name: str, sizes: Sizes) -> int:
         return _CHOICES
     if name == WAVE:
         return sizes.wave
+    if "images" in words:
+        return 1
     if "batch" in words:
         return sizes.batch
     return sizes.past if "past" in words else sizes.encoded if "encoder" in words else sizes.tokens
@@ -192,7 +206,7 @@ def refuse_unknown(signature: Signature) -> None:
     unknown = [
         f"{v.name} ({v.type})"
         for v in signature.inputs.values()
-        if v.type not in (*_FLOATS, *_INTEGERS) or (v.type in _INTEGERS and v.name not in _NAMED)
+        if v.type not in (*_FLOATS, *_INTEGERS, "tensor(bool)") or (v.type in _INTEGERS and v.name not in _NAMED)
     ]
     if unknown:
         raise InputError(

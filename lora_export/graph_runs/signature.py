@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 IDS, MASK, POSITIONS, TYPES, LOGITS = "input_ids", "attention_mask", "position_ids", "token_type_ids", "logits"
-WAVE, SPECTRUM, PIXELS = "input_values", "input_features", "pixel_values"
+WAVE, SPECTRUM, PIXELS, EMBEDS = "input_values", "input_features", "pixel_values", "inputs_embeds"
 PIXEL_MASK, BOXES, DECODER_IDS = "pixel_mask", "bbox", "decoder_input_ids"
+GRIDS = ("image_grid_thw", "grid_thw")  # (pictures, 3): patches along time, height and width
 STATES, ENCODER_MASK = "encoder_hidden_states", "encoder_attention_mask"
 _FLOATS = {"float": "float32", "double": "float64"}
 _HEADS, _HEAD_SIZE = (1, "num_key_value_heads"), (3, "head_size")  # axis of a cache, key of genai_config.json
@@ -82,7 +83,12 @@ class Signature:
     def require_cache(self) -> None:
         """InputError unless this is a decoder that continues its whole cache."""
         past = {name for name, v in self.inputs.items() if v.is_cache}
-        if IDS not in self.inputs or LOGITS not in self.outputs or not past or past != self.cache.keys():
+        if (
+            not self.inputs.keys() & {IDS, EMBEDS}
+            or LOGITS not in self.outputs
+            or not past
+            or past != self.cache.keys()
+        ):
             raise InputError(
                 "the model is not a decoder with a KV cache",
                 where=self.path,

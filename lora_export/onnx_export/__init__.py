@@ -15,19 +15,14 @@ from lora_export.choices import Precision
 from lora_export.contracts import ExportOptions, ExportResult, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import InputError
 from lora_export.onnx_export import records
-from lora_export.onnx_export.engines import choose, engine_named
-from lora_export.onnx_export.engines.building import (
-    against_plain_graphs,
-    fill,
-    numbers_of,
-    record_of,
-    with_measured_damage,
-)
+from lora_export.onnx_export.engines import engine_named
+from lora_export.onnx_export.engines.attempts import Prove, check_all, produce
+from lora_export.onnx_export.engines.building import numbers_of, record_of
 from lora_export.onnx_export.engines.isolated import Worker
-from lora_export.onnx_export.engines.protocol import ExportJob, architecture_of
+from lora_export.onnx_export.engines.protocol import ExportJob
 from lora_export.onnx_export.graphs.checks import check_export, check_loads, check_model
 from lora_export.onnx_export.quantize import activations
-from lora_export.onnx_export.quantize.settings import AUTO, blockwise
+from lora_export.onnx_export.quantize.settings import blockwise
 from lora_export.onnx_export.records import adapters_beside, load_export
 from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
 from lora_export.onnx_export.weights import map as weights_map
@@ -61,7 +56,7 @@ def export(
     adapter: Path | None = None,
     source: TensorSource | None = None,
     finish: Callable[[Path], Mapping[str, Any]] | None = None,
-    against_plain: bool = False,
+    prove: Prove | None = None,
     inputs: Sequence[Path] = (),
     progress: Progress,
 ) -> ExportResult:
@@ -69,33 +64,25 @@ def export(
 
     adapter: a LoRA folder that stays unmerged in the graph; source: where the numbers come from, if not from the
     files of `model`; finish: what is done to the folder before it is checked, and what it adds to the record;
-    against_plain: run an fp32 export beside one without optimizations, for callers that do not compare with
-    PyTorch; inputs: other folders that `output` must not touch. Raises CheckpointError or ExportError before any
-    work if it cannot be done.
+    prove: holds the graphs of a job against PyTorch, or raises ExportError (it is told whether `source` has the
+    numbers), and then the next engine that takes the model is tried; inputs: other folders that `output`
+    must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
     config = read_config(model, adapter)
     provider = resolve_provider("auto") if options.provider == "auto" else options.provider
     precision, how = options.precision, options.quantization
-    chosen = choose(config, options.engine)
     read = [model, *inputs, *([adapter] if adapter else [])]
     with files.output_folder(output, options.force, inputs=read) as stage, Worker() as worker:
         check_request(config, precision, provider, options.engine, how)
-        quantized = blockwise(precision, provider, how) if how.activations == "float" else None
+        integers = how.activations != "float"
+        quantized = None if integers else blockwise(precision, provider, how)
         job = ExportJob(
             model, config, stage, precision, provider, adapter, progress, worker, options.optimize, quantized
         )
-        chosen.check(job)
-        if quantized and AUTO in quantized.keep:
-            job = with_measured_damage(job, quantized, chosen, source)
-        progress.detail(f"{architecture_of(config)} with the {chosen.name} engine, {precision} for {provider}")
-        made = chosen.run(job if how.activations == "float" else replace(job, precision="fp32"))
-        own = sorted(p.name for p in stage.iterdir() if p.suffix != ".data" and not p.name.endswith("_data"))
-        chosen.accompany(model, stage)
-        if made.described:
-            fill(stage, numbers_of(model, source), progress)
-        checked = against_plain_graphs(job, made, chosen) if against_plain else None
-        if how.activations != "float":
+        produced = produce(job, options.engine, source, prove, integers)
+        job, made = produced.job, produced.made
+        if integers:
             activations.quantize(stage, model, made, how, config)
         refuse_unmatched(stage, made, how.keep)
         more = finish(stage) if finish else {}
@@ -103,10 +90,11 @@ def export(
             check_model(stage / name)
             check_loads(stage / name, precision)
         record = replace(
-            record_of(job, made, chosen.name, how.activations),
-            fused_against_plain=checked,
+            record_of(job, made, produced.engine.name, how.activations),
+            proof=produced.proof,
+            tried=produced.tried,
             seconds=round(time.monotonic() - started, 3),
-            made_by_engine=tuple(n for n in own if n != weights_map.NAME),
+            made_by_engine=tuple(n for n in produced.own if n != weights_map.NAME),
             graph_versions=records.versions(),
             **more,
         )
@@ -146,7 +134,8 @@ def reweight(
         DataFiles(stage, described, numbers, progress, earlier, unchanged).write()
         weights_map.write(stage, replace(described, hashes=hashes))
         digest, seconds = sealed.sha256(model / "config.json"), round(time.monotonic() - started, 3)
-        records.write_record(stage, replace(record, seconds=seconds, source_config_sha256=digest))
+        proof = replace(record.proof, inherited=True) if record.proof else None
+        records.write_record(stage, replace(record, seconds=seconds, source_config_sha256=digest, proof=proof))
     return load_export(output)
 
 
@@ -185,8 +174,8 @@ def check_request(
 
     For a model that does not exist yet: what only its folder can tell is checked by `export`.
     """
-    chosen, how = choose(config, engine), quantization or QuantizationOptions()
-    chosen.check_precision(precision, provider)
+    how = quantization or QuantizationOptions()
+    chosen = check_all(config, engine, lambda each: each.check_precision(precision, provider))
     activations.check(precision, chosen.generates(config), how)
     refuse_unused(precision, how)
     if how.activations == "float":

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.choices import Activations, ModelKind, Optimize, Precision, Provider
-from lora_export.contracts import ExportResult
-from lora_export.contracts.figures import Figure
+from lora_export.contracts import Attempt, ExportResult, Proof
 from lora_export.errors import InputError
 from lora_export.onnx_export.quantize.settings import Blockwise
 from lora_export.storage import sealed
@@ -21,7 +20,7 @@ NAME = "export.json"
 class ExportRecord:
     """Fields with a default are those that an export of an older version may lack.
 
-    fused_against_plain: as in ExportResult; made_by_engine: files that the engine wrote, weights and their map
+    proof, tried: as in ExportResult; made_by_engine: files that the engine wrote, weights and their map
     aside; files: in a folder that adapters share, those of this adapter; pluggable: the adapters whose
     .onnx_adapter files lie beside the graph; graph_versions: installed when the graphs were made; versions: when
     the record was written.
@@ -41,7 +40,8 @@ class ExportRecord:
     adapter: bool = False
     source_config_sha256: str = ""
     config_digest: str = ""
-    fused_against_plain: Figure | None = None
+    proof: Proof | None = None
+    tried: tuple[Attempt, ...] = ()
     seconds: float
     made_by_engine: tuple[str, ...] = ()
     files: tuple[str, ...] | None = None
@@ -68,7 +68,8 @@ def load_export(place: Path) -> ExportResult:
         kind=record.kind,
         task=record.task,
         graphs=record.graphs,
-        fused_against_plain=record.fused_against_plain,
+        proof=record.proof,
+        tried=record.tried,
         activations=record.activations,
     )
 

@@ -8,6 +8,7 @@ from lora_export.allowed import check_adapter_folder, check_model_folder
 from lora_export.choices import Precision
 from lora_export.contracts import QuantizationOptions
 from lora_export.errors import CheckpointError, ExportError
+from lora_export.onnx_export.embedders import as_exported
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import load_graph
 from lora_export.onnx_export.quantize.settings import AUTO, kept
@@ -37,7 +38,7 @@ def read_config(model: Path, adapter: Path | None = None) -> dict[str, Any]:
             where=model,
             expected="model.safetensors, or shards with an index; a .bin is a pickle, which can execute code",
         )
-    return config
+    return as_exported(config, model)
 
 
 def _refuse_newer(config: Mapping[str, Any], path: Path) -> None:

@@ -15,7 +15,7 @@ from lora_export.folder_files import TOKENIZER_FILES, is_whole_tokenizer
 from lora_export.packages.job import Run
 from lora_export.storage import sealed
 
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_CONFIG, _FAST = "tokenizer_config.json", "tokenizer.json"
 # What processors and generation read. tokenizer_config.json is written anew.
 _READ = (TOKENIZER_FILES - {_TOKENIZER_CONFIG}) | {
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json",
@@ -37,10 +37,15 @@ def check(run: Run) -> None:
         raise _missing(run, "no tokenizer", "tokenizer.json, tokenizer.model, or vocab.json with merges.txt")
     if task.input != "text" and not {"preprocessor_config.json", "processor_config.json"} & present:
         raise _missing(run, "no preprocessor", "preprocessor_config.json")
-    if task.generates and task.input == "audio" and "tokenizer.json" not in present:
+    if task.generates and task.input in ("audio", "image") and not has_fast_tokenizer(run):
         raise _missing(run, "no tokenizer", "tokenizer.json")
     if task.name == "text-generation" and _promises_chat(run.manifest.base.name) and not _has_chat(run, present):
         raise _missing(run, "no chat template, and its name says that it is a chat model", "chat_template.jinja")
+
+
+def has_fast_tokenizer(run: Run) -> bool:
+    """Whether there is a tokenizer.json: the base's, or the export's."""
+    return any((folder / _FAST).is_file() for folder in (run.companions, run.export.output))
 
 
 def _promises_chat(base: str) -> bool:
@@ -79,10 +84,13 @@ def _lay_tokenizer(run: Run, target: Path) -> None:
     for path in sorted(run.companions.iterdir()):
         if path.name in _READ and path.is_file():
             sealed.copy(path, target / path.name)
+    made = run.export.output / _FAST
+    if made.is_file() and not (target / _FAST).is_file():  # the export's, of SentencePiece files
+        sealed.copy(made, target / _FAST)
     # A base without one gets the one that the exporter made for it.
     places = [folder / _TOKENIZER_CONFIG for folder in (run.companions, run.export.output)]
     settings = next((p for p in places if p.is_file()), None)
-    if settings is not None or (target / "tokenizer.json").is_file():
+    if settings is not None or (target / _FAST).is_file():
         config = sealed.read_json(settings) if settings else {"tokenizer_class": _CLASS_OF_5}
         sealed.write_settings(target / _TOKENIZER_CONFIG, tokenizer_for_both(config))
 

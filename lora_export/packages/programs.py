@@ -15,6 +15,10 @@ PROMPT = "The capital of France is"
 _SECOND = 16_000  # samples of one second of sound
 
 
+# The processors of transformers.js that are given the picture first.
+_PICTURE_FIRST = ("llava", "paligemma")
+
+
 def prompt_of(facts: PackageFacts) -> str:
     return facts.sample.prompt if facts.sample else PROMPT
 
@@ -37,7 +41,7 @@ def python_program(facts: PackageFacts, folder: str, library: str, auto: str, se
         *_inputs(task, prompt_of(facts)),
     ]
     if task.generates:
-        start = "inputs.input_ids.shape[1]" if task.name == "text-generation" else "0"
+        start = "inputs.input_ids.shape[1]" if _continues(task) else "0"
         lines += [
             f"tokens = model.generate(**inputs, max_new_tokens={TOKENS}, do_sample=False)[0]",
             f"print(json.dumps(reader.decode(tokens[{start}:], skip_special_tokens=True)))",
@@ -64,15 +68,27 @@ def _inputs(task: PackageTask, prompt: str) -> list[str]:
     if task.input == "audio":
         return [f'inputs = reader(torch.zeros({_SECOND}).numpy(), sampling_rate={_SECOND}, return_tensors="pt")']
     picture = "torch.zeros(3, 224, 224)"
+    if task.sees_and_writes:
+        content = f'[{{"type": "image"}}, {{"type": "text", "text": {text}}}]'
+        return [
+            f'chat = [{{"role": "user", "content": {content}}}]',
+            "words = reader.apply_chat_template(chat, add_generation_prompt=True)",
+            f'inputs = reader(text=words, images={picture}, return_tensors="pt")',
+        ]
     words = f"text=[{text}], " if task.input == "both" else ""
     return [f'inputs = reader({words}images={picture}, return_tensors="pt")']
+
+
+def _continues(task: PackageTask) -> bool:
+    """Whether what is generated stands behind the prompt."""
+    return task.name == "text-generation" or task.sees_and_writes
 
 
 def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str) -> Snippet:
     """For transformers.js on Node."""
     task = facts.task
     reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
-    names = sorted({task.js, reader, *(["AutoTokenizer"] if task.generates else []), "env"})
+    names = sorted({task.js, reader, *(["AutoTokenizer"] if task.generates or task.input == "both" else []), "env"})
     lines = [
         f'import {{ {", ".join(names)} }} from "@huggingface/transformers";',
         "env.allowRemoteModels = false;",
@@ -93,11 +109,15 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
     else:
         lines.insert(0, 'import { RawImage } from "@huggingface/transformers";')
         image = "new RawImage(new Uint8ClampedArray(3 * 224 * 224), 224, 224, 3)"
-        words = [f"const words = (await AutoTokenizer.from_pretrained(folder))([{text}]);"]
-        lines += [*(words if task.input == "both" else []), f"const image = await reader({image});",
-                  f"const inputs = {'{ ...words, ...image }' if task.input == 'both' else 'image'};"]  # fmt: skip
+        if task.sees_and_writes:
+            lines += _picture_and_text(text, image, str(facts.config.get("model_type")))
+        elif task.input == "both":
+            lines += [f"const words = (await AutoTokenizer.from_pretrained(folder))([{text}]);",
+                      f"const image = await reader({image});", "const inputs = { ...words, ...image };"]  # fmt: skip
+        else:
+            lines += [f"const inputs = await reader({image});"]
     if task.generates:
-        start = "inputs.input_ids.dims[1]" if task.name == "text-generation" else "0"
+        start = "inputs.input_ids.dims[1]" if _continues(task) else "0"
         decoder = "reader" if reader == "AutoTokenizer" else "(await AutoTokenizer.from_pretrained(folder))"
         lines += [
             f"const tokens = await model.generate({{ ...inputs, max_new_tokens: {TOKENS}, do_sample: false }});",
@@ -110,3 +130,17 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
             f'console.log(JSON.stringify(Array.from(first.to("float32").data.slice(0, {NUMBERS}))));',
         ]
     return Snippet(Node(), setup, "\n".join(lines))
+
+
+def _picture_and_text(text: str, image: str, kind: str) -> list[str]:
+    """kind: the model_type. A model without a template for chats is given its placeholder and the text."""
+    chat = f'[{{ role: "user", content: [{{ type: "image" }}, {{ type: "text", text: {text} }}] }}]'
+    given = "image, words" if kind in _PICTURE_FIRST else "words, image"
+    return [
+        f"const image = {image};",
+        "const token = reader.image_token ?? reader.config.image_token ?? reader.constructor.image_token;",
+        "const template = reader.chat_template ?? reader.tokenizer.chat_template;",
+        f"const words = template ? reader.apply_chat_template({chat}, {{ add_generation_prompt: true }})",
+        f"  : token + {text};",
+        f"const inputs = await reader({given});",
+    ]

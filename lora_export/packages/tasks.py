@@ -21,6 +21,11 @@ class PackageTask:
     javascript: str = ""
 
     @property
+    def sees_and_writes(self) -> bool:
+        """Whether it continues a text with pictures among its tokens."""
+        return self.input == "both" and self.generates
+
+    @property
     def pipeline(self) -> str:
         """The Hub's name of the task."""
         return self.hub or self.name
@@ -41,6 +46,7 @@ class PackageTask:
 _ALL = (
     PackageTask("text-generation", "AutoModelForCausalLM", generates=True),
     PackageTask("text2text-generation", "AutoModelForSeq2SeqLM", generates=True, hub="translation"),
+    PackageTask("image-to-text", "AutoModelForVision2Seq", "image", generates=True),
     PackageTask("feature-extraction", "AutoModel"),
     PackageTask("fill-mask", "AutoModelForMaskedLM"),
     PackageTask("text-classification", "AutoModelForSequenceClassification"),
@@ -48,6 +54,7 @@ _ALL = (
     PackageTask("question-answering", "AutoModelForQuestionAnswering"),
     PackageTask("image-classification", "AutoModelForImageClassification", "image"),
     PackageTask("audio-classification", "AutoModelForAudioClassification", "audio"),
+    PackageTask("image-text-to-text", "AutoModelForImageTextToText", "both", generates=True),
     PackageTask(
         "zero-shot-image-classification", "AutoModelForZeroShotImageClassification", "both", javascript="AutoModel"
     ),

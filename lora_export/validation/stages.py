@@ -18,6 +18,7 @@ from lora_export.contracts import (
 from lora_export.errors import InputError
 from lora_export.storage.sealed import read_json
 from lora_export.validation import kinds
+from lora_export.validation.comparing import sentence
 from lora_export.validation.comparing.comparison import Comparison
 from lora_export.validation.comparing.decoder import DecoderComparison
 from lora_export.validation.comparing.deviation import first_deviation, unused_advice, unused_updates
@@ -128,6 +129,8 @@ def _loaded(task: Validation) -> tuple[Validation, Models]:
         models = Models(unmerged, None, stored_dtypes(task.merged, unmerged), keep)
     else:
         models = Models(unmerged, *load_merged(task.merged, reference.cls, reference.absent, keep), keep)
+        sentence.attach(models.merged, task.merged)
+    models = replace(models, dtypes={**models.dtypes, **sentence.attach(unmerged, task.settings)})
     return replace(task, adapters=reference.adapters), models
 
 

@@ -17,11 +17,16 @@ def without_adapter(base: Path, work: Path) -> Path:
     bare = work / "base-alone" / base.resolve().name
     for path in sorted(p for p in (*base.glob("*"), *base.glob("*/*")) if p.is_file()):
         if not is_adapters(path.name):
-            sealed.refuse_outward_link(path, base)
-            target = bare / path.relative_to(base)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path.resolve(), target)
-            except OSError:
-                sealed.copy(path, target, base)
+            link(path, base, bare)
     return bare
+
+
+def link(path: Path, folder: Path, target: Path) -> None:
+    """Put a file of `folder` at the same place in `target`, as the same file if that can be, else as a copy."""
+    sealed.refuse_outward_link(path, folder)
+    place = target / path.relative_to(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path.resolve(), place)
+    except OSError:
+        sealed.copy(path, place, folder)

@@ -20,6 +20,7 @@ def export_model(
     """
     from lora_export.onnx_export import export, reweight, share
     from lora_export.workflows.pluggable import export_pluggable
+    from lora_export.workflows.proving import prover
 
     if options.graph_from is not None and options.shared_as is not None:
         earlier, name = options.graph_from, options.shared_as
@@ -34,7 +35,7 @@ def export_model(
         output,
         options,
         adapter=adapters[0].folder if options.unmerged else None,
-        against_plain=not options.unmerged,
+        prove=prover(options.proof),
         progress=progress,
     )
 
@@ -65,8 +66,10 @@ def planned_export(model: str, options: ExportOptions) -> dict[str, Any]:
     from lora_export.checkpoint import open_checkpoint
     from lora_export.checkpoint.sources import resolve
     from lora_export.onnx_export import check_request, load_export
+    from lora_export.onnx_export.embedders import as_exported
 
-    config = open_checkpoint(resolve(model).folder).config
+    folder = resolve(model).folder
+    config = as_exported(open_checkpoint(folder).config, folder)
     if options.graph_from is not None:
         like = load_export(options.graph_from)
         return {"engine": like.engine, "precision": like.precision, "graph_from": str(options.graph_from)}

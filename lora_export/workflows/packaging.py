@@ -212,6 +212,7 @@ def _name(given: str | None, run: Run) -> str:
 def _export(variant: Variant, run: Run, output: Path, progress: Progress) -> ExportResult:
     """The run's own export if it is the variant, otherwise a new one of the merged folder."""
     from lora_export.onnx_export import export
+    from lora_export.workflows.proving import prover
 
     made_for = run.manifest.recorded_options.provider
     if variant.name == RUNS_OWN or (variant.precision, variant.provider) == (run.export.precision, made_for):
@@ -219,7 +220,7 @@ def _export(variant: Variant, run: Run, output: Path, progress: Progress) -> Exp
     assert run.merged is not None
     progress.stage(f"export: {variant.name}")
     options = ExportOptions(variant.precision, variant.provider, run.export.engine)
-    return export(run.merged, output, options, progress=progress)
+    return export(run.merged, output, options, prove=prover(options.proof), progress=progress)
 
 
 def _measured(run: Run, exports: Mapping[str, ExportResult], progress: Progress) -> dict[str, Any]:

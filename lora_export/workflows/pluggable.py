@@ -31,6 +31,7 @@ def export_pluggable(
     """
     from lora_export.onnx_export import export
     from lora_export.onnx_export.graphs.slots import SUFFIX
+    from lora_export.workflows.proving import prover
 
     if options.precision not in PRECISIONS:
         raise ExportError(
@@ -53,6 +54,7 @@ def export_pluggable(
             replace(options, optimize="full"),
             adapter=_one_for_all(Path(work), updates),
             finish=finish,
+            prove=prover(options.proof),
             inputs=adapters,
             progress=progress,
         )

@@ -96,11 +96,20 @@ def export_as(
     source: "TensorSource | None" = None,
 ) -> ExportResult:
     from lora_export.onnx_export import export, reweight
+    from lora_export.workflows.proving import prover
 
     progress.stage(f"export: {what}")
     if options.graph_from is not None and adapter is None:
         return reweight(options.graph_from, model, output, progress=progress)
-    return export(model, output, replace(options, force=False), adapter=adapter, source=source, progress=progress)
+    return export(
+        model,
+        output,
+        replace(options, force=False),
+        adapter=adapter,
+        source=source,
+        prove=prover(options.proof),
+        progress=progress,
+    )
 
 
 def export_unmerged(
@@ -120,8 +129,9 @@ def export_unmerged(
         return None, ("no unmerged graph: it takes exactly one adapter of weight 1, as it is",)
     try:
         what = "the unmerged model, the control of the benchmark"
+        same = replace(options, engine=exported.engine)
         return (
-            export_as(trained_on, work / "unmerged", options, progress, what, adapter=adapters[0].folder),
+            export_as(trained_on, work / "unmerged", same, progress, what, adapter=adapters[0].folder),
             (),
         )
     except ExportError as error:

@@ -4,21 +4,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lora_export.checkpoint.companions import module_files
 from lora_export.contracts import (
     AdapterChoice,
     MergeOptions,
     Progress,
 )
+from lora_export.folder_files import SENTENCE, SENTENCE_MODULES
+from lora_export.workflows.bare_base import link
+
+
+def modules_from(base: Path, adapters: Sequence[AdapterChoice]) -> Path:
+    """The folder whose sentence-transformers' modules the merged model has: the last adapter that brings some."""
+    homes = [base, *(a.folder for a in adapters)]
+    return next((home for home in reversed(homes) if (home / SENTENCE_MODULES).is_file()), base)
 
 
 def prepared_base(
     base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions, work: Path, progress: Progress
 ) -> Path:
     """The folder of the base that the adapter belongs to: itself, or a copy in `work`, dequantized, or with the
-    adapter's head where it has none."""
+    adapter's head or sentence-transformers' modules where it has none."""
     from lora_export.merging import headed_base, merge, plan
 
-    weights = work / "base-weights"
+    weights, home = work / "base-weights", modules_from(base, adapters)
+    base = base if home == base else _with_modules(base, home, work)
     if headed_base(base, adapters, weights, options, progress):
         return weights
     planned = plan(base, [], replace(options, dtype="keep"))
@@ -26,6 +36,17 @@ def prepared_base(
         return base
     merge(base, [], weights, replace(options, dtype="keep", force=True), progress)
     return weights
+
+
+def _with_modules(base: Path, home: Path, work: Path) -> Path:
+    """The base with the modules of an adapter's folder; its own files are linked."""
+    folder = work / "base-modules"
+    for path in (p for p in base.iterdir() if p.is_file() and p.name not in SENTENCE):
+        link(path, base, folder)
+    for path in (*(home / name for name in sorted(SENTENCE)), *module_files(home)):
+        if path.is_file():
+            link(path, home, folder)
+    return folder
 
 
 def stand_in(

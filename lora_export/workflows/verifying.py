@@ -128,14 +128,13 @@ def _streamed(
     from lora_export.merging.certificate.streamed_check import merged_again, same_certificate, same_tensors
     from lora_export.merging.certificate.verify import certificate
     from lora_export.merging.running.layout import one_thread_each
-    from lora_export.onnx_export import tensor_hashes
     from lora_export.onnx_export.weights.recheck import Model, recheck
 
     findings, recorded = certificate(run)
     if recorded is None:
         return [findings.result()]
     try:
-        same_tensors(findings, recorded, tensor_hashes(run / "onnx"))
+        same_tensors(findings, recorded, _of_model(run / "onnx"))
     except LoraExportError as error:
         findings.fail("tensors", error.found)
     if base is None:
@@ -156,6 +155,15 @@ def _streamed(
             return [findings.result()]
         model = Model(Path(scratch) / "outline", source, hashes, document.recorded_options.quantization)
         return [findings.result(), recheck(run / "onnx", model, how.graph, progress).result()]
+
+
+def _of_model(export: Path) -> dict[str, str]:
+    """The hashes of the model's tensors, without those of sentence-transformers' modules beside it."""
+    from lora_export.checkpoint.sentence import module_tensors
+    from lora_export.onnx_export import tensor_hashes
+
+    beside = module_tensors(export)
+    return {name: hashed for name, hashed in tensor_hashes(export).items() if name not in beside}
 
 
 def _graphs(run: Path) -> tuple[Finding, ...]:

@@ -54,7 +54,7 @@ class Row:
         model.save_pretrained(folder)
         save_tokenizer(folder)
         self.files(folder, model)
-        return model
+        return type(model).from_pretrained(folder).eval()  # sinusoids are not saved, and computed anew
 
 
 def _with(config: Any, settings: Mapping[str, Any]) -> Any:

@@ -25,7 +25,7 @@ def operators(folder: Path) -> list[str]:
 
 def hidden(folder: Path) -> np.ndarray:
     ids = np.arange(4, 24)[None]
-    given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     return np.asarray(session(folder / "model.onnx").run(None, given)[0])
 
 

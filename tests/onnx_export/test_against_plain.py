@@ -13,21 +13,6 @@ from lora_export.errors import ExportError
 from lora_export.onnx_export import export, load_export
 from lora_export.onnx_export.graphs.fusions import compare
 from lora_export.progress import Silent
-from lora_export.storage.documents import as_json
-from tests.daily import daily
-from tests.onnx_export.architectures import DYNAMO, save
-
-QUICK = ()
-
-
-@pytest.mark.parametrize("name", daily(DYNAMO, QUICK))
-def test_fused_graph_agrees_with_unfused(name: str, tmp_path: Path) -> None:
-    model = save(DYNAMO[name], tmp_path / "model")
-    result = export(model, tmp_path / "onnx", ExportOptions("fp32", "cpu"), against_plain=True, progress=Silent())
-    assert result.fused_against_plain is not None
-    assert 0 <= result.fused_against_plain <= 1e-4
-    assert as_json(load_export(result.output))["fused_against_plain"] == result.fused_against_plain
-    assert not (result.output / ".plain").exists()
 
 
 def test_fused_graph_with_wrong_fusion_is_refused(
@@ -54,17 +39,3 @@ def test_fused_graph_with_wrong_fusion_is_refused(
     plain.model.write_bytes(plain_model.SerializeToString())
     with pytest.raises(ExportError, match="only one of the graphs has the output"):
         compare(result.model, plain.model, config)
-
-
-@pytest.mark.slow
-def test_fused_graph_refused_leaves_no_export(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_export.onnx_export.graphs.fusions.RELATIVE", -1.0)
-    with pytest.raises(ExportError, match="--optimize basic"):
-        export(bert, tmp_path / "onnx", ExportOptions("fp32", "cpu"), against_plain=True, progress=Silent())
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_fused_graph_in_low_precision_is_not_compared(bert: Path, tmp_path: Path) -> None:
-    result = export(bert, tmp_path / "onnx", ExportOptions("fp16", "cpu"), against_plain=True, progress=Silent())
-    assert result.fused_against_plain is None

@@ -11,6 +11,8 @@ from lora_export.contracts.tensors import file_dtype
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.merging.planning.base import BaseWeight, base_weights, left_out, quantized_in_training
 from lora_export.merging.planning.combine import combined
+from lora_export.merging.planning.completeness import refuse_incomplete
+from lora_export.merging.planning.ends import NewEnd, new_end
 from lora_export.merging.planning.heads import NewModel, remodelled
 from lora_export.merging.planning.names import unknown_target
 from lora_export.merging.planning.replication import config_changes, layer_order
@@ -70,6 +72,7 @@ class MergePlan:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     config_removals: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
+    end: NewEnd | None = None  # of texts, by the tokenizer of an adapter
     model: NewModel | None = None  # where the output is of another class than the base
 
     @property
@@ -136,9 +139,13 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     warnings += layout.warnings
     if new:
         changes, warnings = new.changes | changes, [*new.warnings, *warnings]
+    refuse_incomplete(base, {name: t.shape for name, t in planned.items()}, changes)
     model = new.model if new else None
+    end = new_end(given.folder, {**given.config, **changes}, [a.folder for a in adapters])
+    if end is not None:
+        changes, warnings = {**changes, **end.config}, [*warnings, end.warning]
     return MergePlan(
-        given, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings), model
+        given, tuple(adapters), options, tuple(shards), planned, changes, removals, tuple(warnings), end, model
     )
 
 

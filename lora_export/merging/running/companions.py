@@ -12,8 +12,9 @@ from lora_export.checkpoint.companions import (
 from lora_export.checkpoint.shards import write_index
 from lora_export.checkpoint.trained_beside import MOST, carried, other_weights
 from lora_export.folder_files import VALUE_HEAD
+from lora_export.merging.planning.ends import GENERATION
 from lora_export.merging.planning.plan import MergePlan
-from lora_export.storage.sealed import copy
+from lora_export.storage.sealed import copy, write_settings
 
 # Settings of the quantized base. A server would apply them to the result, in which nothing is quantized.
 OF_QUANTIZERS = frozenset({"hf_quant_config.json", "quantize_config.json", "quant_config.json"})
@@ -41,6 +42,8 @@ def write_beside(planned: MergePlan, companions: list[Path], stage: Path) -> lis
             copy_files(own, stage)
             warnings.append(f"{', '.join(differing)} taken from the adapter, which was trained with it")
         warnings += _carry(adapter.folder, base, stage)
+    if planned.end is not None and planned.end.generation is not None:
+        write_settings(stage / GENERATION, planned.end.generation)
     return warnings
 
 

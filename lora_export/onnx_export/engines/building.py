@@ -1,4 +1,4 @@
-"""Makes an export of an engine's graph: fills in its weights, and compares its fusions with a plain graph."""
+"""What every engine's export needs: its weights filled in, its damage measured, its record."""
 
 import shutil
 from dataclasses import replace
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from lora_export.checkpoint import TensorFiles, open_checkpoint
 from lora_export.checkpoint.hashing import hash_all
+from lora_export.checkpoint.sentence import with_modules
 from lora_export.choices import Activations
 from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
-from lora_export.onnx_export.graphs.fusions import compare as compare_to_plain
 from lora_export.onnx_export.quantize.settings import AUTO, Blockwise
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
@@ -19,12 +19,10 @@ from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.reuse import config_digest, refuse_undescribed
 from lora_export.storage import disk, sealed
 
-LARGEST_COMPARED = 2**31  # bytes of a model, which is then held twice: fused and plain
-
 
 def numbers_of(model: Path, source: TensorSource | None) -> TensorSource:
-    """Where the numbers of an export come from: `source`, or else the files of the model."""
-    return source or TensorFiles(open_checkpoint(model).tensors)
+    """Where the numbers of an export come from: `source`, or else the files of the model; and its modules."""
+    return with_modules(source or TensorFiles(open_checkpoint(model).tensors), model)
 
 
 def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = True) -> None:
@@ -36,26 +34,6 @@ def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = 
     DataFiles(stage, described, numbers, progress).write()
     if hashed:
         weights_map.write(stage, replace(described, hashes=hash_all(numbers)))
-
-
-def against_plain_graphs(job: ExportJob, made: Made, chosen: Engine) -> float | None:
-    """The largest relative difference between the fused graphs and plain ones.
-
-    None if there is nothing to compare: the engine only writes fused graphs, a type other than fp32 would differ by
-    its rounding, or the model is large.
-    """
-    if not chosen.optimizes or job.optimize == "none" or job.precision != "fp32":
-        return None
-    if sum(weights_map.read(job.output).sizes.values()) > LARGEST_COMPARED:
-        return None
-    job.progress.detail("comparing the fused graphs with plain ones, on made-up inputs")
-    plain = job.output / ".plain"
-    plain.mkdir()
-    chosen.run(replace(job, output=plain, optimize="none"))
-    fill(plain, numbers_of(job.model, None), job.progress, hashed=False)
-    worst = max(compare_to_plain(job.output / name, plain / name, job.config) for name in made.graphs)
-    shutil.rmtree(plain)
-    return worst
 
 
 def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source: TensorSource | None) -> ExportJob:

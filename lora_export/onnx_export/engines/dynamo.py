@@ -49,6 +49,7 @@ class DynamoEngine(Engine):
             "precision": job.precision,
             "optimize": job.optimize,
             "quantized": asdict(job.quantized) if job.quantized else None,
+            "architecture": architecture_of(job.config),
             "task": task_of(architecture_of(job.config)),
             "result": _RESULT,
         }

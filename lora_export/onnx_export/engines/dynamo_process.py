@@ -17,6 +17,7 @@ def main(request: dict[str, Any]) -> None:
 
     from lora_export.onnx_export.engines.dynamo_passes import attention, experts, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
+    from lora_export.onnx_export.engines.dynamo_passes.kept_wide import kept_by
     from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
     from lora_export.onnx_export.engines.parts import parts_of
     from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
@@ -26,7 +27,7 @@ def main(request: dict[str, Any]) -> None:
 
     attention.register()
     experts.register()
-    model = _load(Path(request["model"]), request["optimize"])
+    model = _load(Path(request["model"]), request["architecture"], request["optimize"])
     try:
         traced = parts_of(model.model, request["task"])
         programs = [tracing.trace(part, model) for part in traced.parts]
@@ -36,11 +37,14 @@ def main(request: dict[str, Any]) -> None:
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     for part, program in zip(traced.parts, programs, strict=True):
-        graph = TracedGraph(*program)
+        kept_plain = frozenset(name for file, name in weights if file == part.data)
+        graph = TracedGraph(*program, kept_plain)
         experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
+        _drop_unread_inputs(graph.model.graph)
         if request["precision"] in _HALVES:
-            halve(graph.model, ir.DataType[_HALVES[request["precision"]]])
+            half = ir.DataType[_HALVES[request["precision"]]]
+            halve(graph.model, half, kept_by(model.model, half))
         own = []
         for weight, value in _weights(graph, part.data):
             own.append(weight)
@@ -62,24 +66,30 @@ def _answer(request: dict[str, Any], made: dict[str, Any]) -> None:
 _HALVES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
-def _load(folder: Path, optimize: str) -> Any:
+def _load(folder: Path, architecture: str, optimize: str) -> Any:
     """The model without large weights, with attention as one operator if the architecture supports that."""
     import transformers
 
     from lora_export.onnx_export.engines.dynamo_passes import attention, experts
     from lora_export.onnx_export.engines.model_without_weights import load_without_weights
+    from lora_export.onnx_export.engines.parts import sentence
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    cls = getattr(transformers, config.architectures[0])
+    cls = getattr(transformers, architecture)
     # Do not rely on the model's own flag: BART's is off, although it asks the interface.
     asks = optimize == "full" and hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
     attends = attention.NAME if asks else "eager"
     model = load_without_weights(cls, folder, attn_implementation=attends, experts_implementation=experts.NAME)
-    text = config.get_text_config(decoder=True)
+    text: Any = model.model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     if cls.__name__.endswith("ForSequenceClassification") and getattr(text, "pad_token_id", 0) is None:
         # Such a classifier refuses several rows. A graph reads the last token of each, as it does of one.
-        model.model.config.get_text_config(decoder=True).pad_token_id = -1
-    return model
+        text.pad_token_id = -1
+    return sentence.attach(model, folder)
+
+
+def _drop_unread_inputs(graph: Any) -> None:
+    """A model may take an input that it does not look at: Whisper a mask of its sounds."""
+    for value in [v for v in graph.inputs if not v.uses() and not v.is_graph_output()]:
+        graph.inputs.remove(value)
 
 
 def _weights(graph: Any, data: str) -> Any:

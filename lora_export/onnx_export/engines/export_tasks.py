@@ -40,6 +40,17 @@ _PROJECTIONS = ("TextModel", "VisionModel", "TextModelWithProjection", "VisionMo
 
 
 @functools.cache
+def body_of(model_type: str) -> str | None:
+    """The class of a model's body, as sentence-transformers loads it: of an encoder-decoder its encoder."""
+    from transformers.models.auto import modeling_auto
+
+    encoders = modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(model_type)
+    bodies = encoders or modeling_auto.MODEL_MAPPING_NAMES.get(model_type)
+    name = bodies if isinstance(bodies, str) or bodies is None else bodies[0]
+    return None if name is None else str(name)
+
+
+@functools.cache
 def task_of(architecture: str) -> str | None:
     """The task of a class of transformers; None for a class that transformers has no task for."""
     from transformers.models.auto import modeling_auto

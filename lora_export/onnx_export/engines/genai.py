@@ -1,6 +1,6 @@
 """Exports decoders with onnxruntime-genai's builder: fused attention, a KV cache, tied embeddings stored once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,13 +13,14 @@ from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, ar
 from lora_export.onnx_export.graphs import checks
 from lora_export.storage import sealed
 
-# The plain text decoders of builder.py's create_model. Left out: its multimodal and mixture-of-experts
-# classes, and those that are not in transformers (ChatGLM, InternLM2, Phi3Small) and need the model's own code.
+# The text decoders of builder.py's create_model. Left out: its multimodal classes, those that are not in
+# transformers (ChatGLM, InternLM2, Phi3Small) and need the model's own code, and PhiMoE, which it writes only in
+# int4 for CUDA.
 _ARCHITECTURES = frozenset(
     f"{family}ForCausalLM"
     for family in (
-        "Ernie4_5", "Gemma", "Gemma2", "Gemma3", "Granite", "HunYuanDenseV1", "Llama", "Mistral", "Nemotron",
-        "Olmo", "Phi", "Phi3", "Qwen2", "Qwen3", "SmolLM3",
+        "Ernie4_5", "Gemma", "Gemma2", "Gemma3", "GptOss", "Granite", "GraniteMoeHybrid", "HunYuanDenseV1", "Lfm2",
+        "Lfm2Moe", "Llama", "Mistral", "Nemotron", "Olmo", "Phi", "Phi3", "Qwen2", "Qwen3", "SmolLM3",
     )
 )  # fmt: skip
 _WHISPER = frozenset({"WhisperForConditionalGeneration"})
@@ -45,6 +46,7 @@ class GenaiEngine(Engine):
             )
         _refuse_head_size(job.config)
         _refuse_ambiguous_head(job.config)
+        _refuse_left_out(job.config)
         if job.adapter is not None:
             _check_adapter(job.adapter)
 
@@ -94,6 +96,7 @@ class GenaiEngine(Engine):
     def accompany(self, model: Path, output: Path) -> None:
         companions.copy(model, output)
         settings = sealed.read_json(output / "genai_config.json")["model"]
+        companions.follow_ends(output)
         companions.bound_model_max_length(output, int(settings["context_length"]))
 
 
@@ -122,6 +125,33 @@ def _refuse_ambiguous_head(config: Mapping[str, Any]) -> None:
                 expected="a different vocabulary size",
                 next_step="pad the vocabulary (resize_token_embeddings), and merge again",
             )
+
+
+def _refuse_left_out(config: Mapping[str, Any]) -> None:
+    """What the builder (0.18) leaves out of its graphs without a word, or stops at."""
+    found = next((words for words, there in _left_out(config) if there), None)
+    if found is not None:
+        raise ExportError(
+            f"the builder of onnxruntime-genai does not write {found}",
+            where="config.json",
+            expected="layers that it knows",
+            next_step="--engine dynamo, or no --engine",
+        )
+
+
+def _left_out(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    kinds = set(config.get("layer_types") or config.get("layers_block_type") or ())
+    architecture = architecture_of(config)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if architecture == "GraniteMoeHybridForCausalLM":
+        yield "state space layers", bool(kinds - {"attention", "full_attention"}) or not kinds
+        yield "the experts of Granite", bool(config.get("num_local_experts"))
+        yield "attention without positions", config.get("position_embedding_type") != "rope"
+    if architecture == "Lfm2MoeForCausalLM":
+        yield "experts whose weights do not add up to one", not config.get("norm_topk_prob", True)
+    if architecture != "HunYuanDenseV1ForCausalLM":  # whose factor is fixed
+        scales = rope.get("rope_type", rope.get("type"))
+        yield "rotary embeddings that change with the length of the text", scales == "dynamic"
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:

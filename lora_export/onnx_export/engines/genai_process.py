@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_HEAD = "/lm_head/MatMul"
+from lora_export.onnx_export.engines.genai_experts import keep_stored_experts
+from lora_export.onnx_export.engines.genai_mending import mend
+
+_HEAD, _HEAD_WEIGHT = "/lm_head/MatMul", "lm_head.MatMul.weight"
+_EMBEDDING = "/model/embed_tokens/Gather"
 
 
 def main(request: dict[str, Any]) -> None:
     from onnxruntime_genai.models import builder
 
-    with _restored(builder.Model, builder.OLMoModel):
+    with _restored(*(c for c in vars(builder).values() if isinstance(c, type) and issubclass(c, builder.Model))):
         _build(builder, request)
 
 
@@ -40,9 +44,10 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
     _own_commit(builder.Model)
-    _rename_settings(builder.Model)
-    _subtract_mean(builder.OLMoModel)
+    mend(builder)
     _share_head(builder.Model)
+    if request["described"]:
+        keep_stored_experts(builder)
     described = _RecordingBuilder(builder.Model) if request["described"] else None
     _number_cache_sizes(builder.Model)
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
@@ -55,52 +60,37 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
         described.save(Path(request["output"]), request["quantized"])
 
 
-def _rename_settings(model: Any) -> None:
-    """Provide settings under the names that the builder looks for.
-
-    transformers 5 keeps the two rotary settings of Gemma 3 by layer type. Phi and Nemotron have their own names for
-    the normalization's epsilon, and OLMo has it in its code: the builder would use another value.
-    """
-    plain = model.make_config_init
-
-    def make_config_init(self: Any, config: Any) -> None:
-        rope = getattr(config, "rope_parameters", None)
-        if isinstance(rope, dict) and "rope_theta" in rope.get("sliding_attention", {}):
-            config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
-            config.rope_parameters = dict(rope["full_attention"])
-        if not hasattr(config, "rms_norm_eps"):
-            named = (getattr(config, n, None) for n in ("layer_norm_eps", "norm_eps", "layer_norm_epsilon"))
-            config.rms_norm_eps = next((e for e in named if e is not None), 1e-5)
-        plain(self, config)
-
-    model.make_config_init = make_config_init
-
-
-def _subtract_mean(model: Any) -> None:
-    """OLMo's normalization subtracts the mean (it has no weights); the builder (0.18) writes one that does not."""
-    plain = model.make_layernorm
-
-    def make_layernorm(self: Any, layer: int, norm: Any, skip: bool, simple: bool, location: str) -> None:
-        plain(self, layer, norm, skip, False, location)
-
-    model.make_layernorm = make_layernorm
-
-
 def _share_head(model: Any) -> None:
-    """Tied embeddings read the head's quantized weight, by the names of its parts. The builder's own names (0.18)
-    are wrong for the default quantizer with zero points or 8 bits."""
+    """Tied embeddings read the head's quantized weight, in 8 bits too, by the names of its parts.
+
+    The builder's own names (0.18) are wrong for the default quantizer with zero points or 8 bits, and it shares
+    4-bit weights alone.
+    """
     from lora_export.onnx_export.quantize.blockwise import part_names
-    from lora_export.onnx_export.weights.map import Quantization
+    from lora_export.onnx_export.quantize.settings import Blockwise
+
+    plain = model.make_tied_embeddings_init
+
+    def make_init(self: Any, config: Any) -> None:
+        plain(self, config)
+        shared = self.tied_quantized_embeddings or self.tied_unquantized_embeddings
+        if self.extra_options.get("shared_embeddings") and not shared and _EMBEDDING not in _excluded(self):
+            self.tied_quantized_embeddings = self.is_lm_head_quantized()
 
     def make_names(self: Any) -> tuple[int, str, str, str]:
         bits = 8 if self.matmul_mixed_precision.get("last_matmul") == "int8" else self.quant_attrs["bits"]
         symmetric = self.quant_attrs["is_symmetric"]
         size, algorithm = self.quant_attrs["matmul_block_size"], self.quantization_algo
-        how = Quantization(f"int{bits}", "packed", size, symmetric, algorithm)  # type: ignore[arg-type]
-        names = part_names("lm_head.MatMul.weight", how)
-        return bits, names["packed"], names["scales"], "" if symmetric else names["zero_points"]
+        how = Blockwise(f"int{bits}", size, symmetric, algorithm).of_table(self.hidden_size)  # type: ignore[arg-type]
+        names = part_names(_HEAD_WEIGHT, how.settings)
+        return bits, names["packed"], names["scales"], "" if how.symmetric else names["zero_points"]
 
+    model.make_tied_embeddings_init = make_init
     model.make_tied_quantized_embedding_input_names = make_names
+
+
+def _excluded(model: Any) -> Any:
+    return model.quant_attrs["nodes_to_exclude"]
 
 
 def _number_cache_sizes(model: Any) -> None:
@@ -129,9 +119,12 @@ def _options(request: dict[str, Any]) -> list[str]:
             f"accuracy_level={how['accuracy_level']}",
             f"algo_config={how['algorithm']}",
         ]
-        if kept(_HEAD, how["keep"]):  # tied embeddings then read it unquantized
-            options.append(f"nodes_to_exclude={_HEAD},/model/embed_tokens/Gather")
-        elif kept(_HEAD, how["eight_bits"]):
+        excluded = [_HEAD] if kept(_HEAD, how["keep"]) else []
+        if excluded or kept(_EMBEDDING, how["keep"]) or not how["embeddings"]:
+            excluded.append(_EMBEDDING)  # tied embeddings of an unquantized head read it unquantized
+        if excluded:
+            options.append(f"nodes_to_exclude={','.join(excluded)}")
+        if _HEAD not in excluded and kept(_HEAD, how["eight_bits"]):
             options.append("matmul_mixed_precision=last_matmul:int8")
     if request["provider"] == "cpu":
         options.append("fuse_qk_norm_gqa=false")  # inputs of a CUDA kernel
@@ -167,11 +160,12 @@ class _RecordingBuilder:
     def _load(folder: Path) -> Any:
         import transformers
 
-        from lora_export.onnx_export.engines.model_without_weights import load_without_weights
+        from lora_export.onnx_export.engines.model_without_weights import load_without_weights, refuse_missing
         from lora_export.onnx_export.engines.recording_tensor import describe
 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = load_without_weights(getattr(transformers, config.architectures[0]), folder)
+        refuse_missing(model)
         describe(model)
         return model.model
 
@@ -190,8 +184,8 @@ class _RecordingBuilder:
         self._make_initializer(builder, tensor, name, to=to, raw=raw)
 
     def save(self, folder: Path, quantized: dict[str, Any] | None) -> None:
+        from lora_export.onnx_export.engines.genai_experts import quantize
         from lora_export.onnx_export.graphs import files as graph_files
-        from lora_export.onnx_export.quantize.blockwise import quantize_graph
         from lora_export.onnx_export.quantize.settings import Blockwise
         from lora_export.onnx_export.weights.map import Recipe, Weight
 
@@ -209,7 +203,8 @@ class _RecordingBuilder:
                     own.append(Weight(name, data, graph_files.map_type(tensor.dtype), shape, recipe))
                 if name not in recipes or not recipes[name].pieces:
                     constants[data, name] = tensor.numpy()
-            weights += quantize_graph(model, own, Blockwise(**quantized)) if quantized else own
+            shared = [_HEAD_WEIGHT] if getattr(builder, "tied_quantized_embeddings", False) else []
+            weights += quantize(model, own, Blockwise(**quantized), shared) if quantized else own
             graphs[file] = model
         graph_files.save(folder, graphs, weights, constants, data_files)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -10,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from lora_export.errors import ExportError
+from lora_export.errors import AdapterError, CheckpointError, ExportError, InputError, LoraExportError
 
 LAST_LINES = 12
 _KEPT = frozenset({"PATH", "HOME", "USER", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LANG", "VIRTUAL_ENV"})
 _KEPT_PREFIXES = ("LC_", "LD_LIBRARY", "DYLD_", "CUDA", "NVIDIA", "OMP_", "MKL_", "KMP_")
+_LOGGED = re.compile(r"[IWE]\d{4} ")  # torch's log
 _PROCESS = "lora_export.onnx_export.engines.worker_process"
 
 
@@ -29,8 +31,11 @@ class Worker:
         self._folder = tempfile.TemporaryDirectory(prefix="lora-export-")
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, module: str, request: Mapping[str, Any], *, engine: str) -> None:
-        """Call `main(request)` of the module `module` there; ExportError with the last lines if it fails."""
+    def run(self, module: str, request: Mapping[str, Any], *, engine: str, task: str = "") -> None:
+        """Call `main(request)` of the module `module` there; ExportError with the last lines if it fails.
+
+        A refusal in this package's own words arrives as it is. task: what failed then, if not the engine itself.
+        """
         scratch = self._folder.name
         log = Path(scratch, "log.txt")
         log.write_bytes(b"")
@@ -40,13 +45,16 @@ class Worker:
         try:
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
-            done = process.stdout.readline() == b"done\n"
+            answer = process.stdout.readline()
         except OSError:  # the process has died
-            done = False
-        if not done:
+            answer = b""
+        if answer.startswith(b"{"):
+            raise _refusal(json.loads(answer))
+        if answer != b"done\n":
             self._process = None
+            what = task or f"the engine {engine}"
             raise ExportError(
-                f"the engine {engine} failed (status {_ended(process)}); its last lines were:\n{_tail(log)}",
+                f"{what} failed (status {_ended(process)}); its last lines were:\n{_tail(log)}",
                 where=request.get("model"),
                 next_step="lora-export env shows the versions; another --precision may be possible",
             )
@@ -63,6 +71,14 @@ class Worker:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _refusal(told: Mapping[str, Any]) -> LoraExportError:
+    """The same error as there."""
+    kind = {c.__name__: c for c in (AdapterError, CheckpointError, InputError)}.get(told["error"], ExportError)
+    return kind(
+        told["found"], where=told["where"], tensor=told["tensor"], expected=told["expected"], next_step=told["next"]
+    )
 
 
 def _start(scratch: str) -> subprocess.Popen[bytes]:
@@ -107,5 +123,5 @@ def _tail(log: Path) -> str:
     """The end of a log without the frames of a traceback, which do not help a user."""
     text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    messages = [line for line in lines if not line.startswith((" ", "Traceback"))]
+    messages = [line for line in lines if not line.startswith((" ", "Traceback")) and not _LOGGED.match(line)]
     return "\n".join(f"    {line[:300]}" for line in messages[-LAST_LINES:])

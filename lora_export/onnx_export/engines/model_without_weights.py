@@ -6,11 +6,12 @@ parameter is stored: in a checkpoint file under some name; or, if it had to comp
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_export.errors import CheckpointError
 from lora_export.onnx_export.engines.merged_parameters import intercepted
 from lora_export.onnx_export.weights.map import Recipe
 
@@ -26,13 +27,14 @@ class ModelWithoutWeights:
 
     tensors: name of each parameter that is exactly one tensor of the checkpoint → the tensor's name there, for
     every name of tied parameters; merged: name of each that consists of lines of several tensors → its recipe;
-    computed: names of the others, whose values were read.
+    computed: names of the others, whose values were read; missing: those of them that no file has.
     """
 
     model: "torch.nn.Module"
     tensors: Mapping[str, str]
     computed: frozenset[str]
     merged: Mapping[str, Recipe] = field(default_factory=dict)
+    missing: frozenset[str] = frozenset()
 
 
 def load_without_weights(cls: Any, folder: Path, **options: Any) -> ModelWithoutWeights:
@@ -41,17 +43,37 @@ def load_without_weights(cls: Any, folder: Path, **options: Any) -> ModelWithout
 
     folder_of_computed = tempfile.TemporaryDirectory(prefix="lora-export-")
     with folder_of_computed as scratch, _without_reading() as places, intercepted() as merged:
-        model = cls.from_pretrained(
+        model, info = cls.from_pretrained(
             folder,
             dtype=torch.float32,
             device_map={"": "disk"},
             offload_folder=scratch,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
-        ).eval()
-        tensors, computed = _fill(model, places, Path(scratch), merged)
-    return ModelWithoutWeights(model, tensors, computed, merged)
+        )
+        tensors, computed = _fill(model.eval(), places, Path(scratch), merged)
+    return ModelWithoutWeights(model, tensors, computed, merged, frozenset(info["missing_keys"]) - tensors.keys())
+
+
+def refuse_missing(model: ModelWithoutWeights, read: Collection[str] | None = None) -> None:
+    """CheckpointError for parameters that no file of the folder has, which transformers draws at random.
+
+    read: those that a graph reads, None for all: a pooler that nobody asks for may be missing.
+    """
+    missing = sorted(model.missing if read is None else model.missing.intersection(read))
+    if not missing:
+        return
+    name = type(model.model).__name__
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    raise CheckpointError(
+        f"the folder lacks weights, which {name} would draw at random: {missing[0]}{more}",
+        where=str(model.model.name_or_path),
+        tensor=missing[0],
+        expected=f"every weight of {name}",
+        next_step="name the class that the folder was saved from in config.json, or save the model with its head",
+    )
 
 
 @contextlib.contextmanager

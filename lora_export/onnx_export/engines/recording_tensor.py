@@ -62,11 +62,11 @@ def describe(model: ModelWithoutWeights) -> None:
     for prefix, module in model.model.named_modules():
         for leaf, parameter in module._parameters.items():
             name = f"{prefix}.{leaf}" if prefix else leaf
-            if parameter is None or name not in model.tensors:
+            if parameter is None or name not in {**model.tensors, **model.merged}:
                 continue
             if id(parameter) not in made:
                 rows = parameter.shape[0] if parameter.dim() else 1
-                recipe = Recipe((Piece(model.tensors[name], 0, rows),))
+                recipe = model.merged.get(name) or Recipe((Piece(model.tensors[name], 0, rows),))
                 made[id(parameter)] = torch.nn.Parameter(with_recipe(parameter.data, recipe), requires_grad=False)
             module._parameters[leaf] = made[id(parameter)]
 
@@ -154,6 +154,8 @@ def _joined(tensors: Iterable[Any], result: torch.Tensor) -> Recipe | None:
 def _sliced(recipe: Recipe, tensor: torch.Tensor, index: Any) -> Recipe | None:
     rows, *others = index if isinstance(index, tuple) else (index,)
     if recipe.transposed or not isinstance(rows, slice) or any(o != slice(None) for o in others):
+        return None
+    if sum(p.stop - p.start for p in recipe.pieces) != tensor.shape[0]:  # matrices of experts, whose lines are rows
         return None
     start, stop, step = rows.indices(tensor.shape[0])
     return _rows(recipe, start, stop) if step == 1 else None

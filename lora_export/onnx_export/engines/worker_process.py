@@ -1,4 +1,4 @@
-"""The process behind `isolated.Worker`: reads one request a line, and answers each with a line when it is done.
+"""The process behind `isolated.Worker`: reads one request a line, and answers each with a line: done, or a refusal.
 
 What the requests print goes to the log, as does a traceback: the first one ends the process.
 """
@@ -9,6 +9,8 @@ import json
 import os
 import sys
 
+from lora_export.errors import LoraExportError
+
 
 def main() -> None:
     with os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0) as answers:
@@ -18,9 +20,13 @@ def main() -> None:
             if number:
                 gc.collect()  # what the request before has left
             message = json.loads(line)
-            importlib.import_module(message["module"]).main(message["request"])
+            try:
+                importlib.import_module(message["module"]).main(message["request"])
+                answer = b"done"
+            except LoraExportError as error:
+                answer = json.dumps(error.as_json()).encode()
             sys.stdout.flush()
-            answers.write(b"done\n")
+            answers.write(answer + b"\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from lora_export.onnx_export.graphs.steering_constants import steering_constants
 _BLOCK = 1 << 20
 SHOWN = 16  # elements; a larger constant is shown as a hash
 _LOOKUPS, _PRODUCTS = ("Gather", "GatherBlockQuantized"), ("MatMul", "Gemm", "MatMulNBits", "FusedMatMul")
-_VIEWS = ("Transpose", "Cast")
+_VIEWS = ("Transpose", "Cast", "Reshape")
 
 
 @dataclass(frozen=True)

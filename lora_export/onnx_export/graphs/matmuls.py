@@ -8,6 +8,7 @@ import onnx_ir as ir
 from lora_export.onnx_export.weights.map import Weight
 
 SOURCES = ("MatMul", "FusedMatMul", "Gather")
+FEW_ROWS = 64  # of a lookup table: kinds of tokens, buckets of distances; they weigh nothing and each is read often
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Product:
 
     weight: Weight
     turned: bool
+    lookup: bool = False
 
     @property
     def rows(self) -> int:
@@ -26,12 +28,8 @@ class Product:
         return self.weight.shape[not self.turned]
 
 
-def candidates(model: ir.Model, weights: Sequence[Weight], lookups: int | None = None) -> dict[str, Product]:
-    """Node name → its factor, for every node that could be quantized.
-
-    lookups: the block size that must divide rows of embeddings for their lookups to count; None: lookups do not
-    count.
-    """
+def candidates(model: ir.Model, weights: Sequence[Weight], lookups: bool = False) -> dict[str, Product]:
+    """Node name → its factor, for every node that could be quantized. lookups: also those of embeddings."""
     known = {w.name: w for w in weights}
     products: dict[str, Product] = {}
     ways: dict[str, bool] = {}
@@ -45,7 +43,7 @@ def candidates(model: ir.Model, weights: Sequence[Weight], lookups: int | None =
     return products
 
 
-def _product(node: ir.Node, known: Mapping[str, Weight], lookups: int | None) -> Product | None:
+def _product(node: ir.Node, known: Mapping[str, Weight], lookups: bool) -> Product | None:
     if node.op_type not in SOURCES or len(node.inputs) < 2:
         return None
     value = node.inputs[0 if node.op_type == "Gather" else 1]
@@ -58,9 +56,9 @@ def _product(node: ir.Node, known: Mapping[str, Weight], lookups: int | None) ->
     if node.op_type == "FusedMatMul":  # a head that shares its weight with the embeddings
         plain = attributes.pop("alpha", 1.0) == 1.0 and attributes.pop("transB", 0) == 1
         return Product(weight, turned=True) if plain and not any(attributes.values()) else None
-    if lookups is None or weight.shape[1] % lookups or attributes.get("axis", 0):
+    if not lookups or weight.shape[0] < FEW_ROWS or attributes.get("axis", 0):
         return None
-    return Product(weight, turned=True)
+    return Product(weight, turned=True, lookup=True)
 
 
 def _fits(product: Product) -> bool:

@@ -1,7 +1,8 @@
 """Turns MatMul with a weight into MatMulNBits or MatMulBnb4, in a graph whose weights have no values yet."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
@@ -11,32 +12,37 @@ from lora_export.onnx_export.graphs.files import onnx_type, without_numbers
 from lora_export.onnx_export.graphs.matmuls import Product, candidates
 from lora_export.onnx_export.quantize.numbers import shapes
 from lora_export.onnx_export.quantize.settings import Blockwise, kept
-from lora_export.onnx_export.weights.map import Part, Quantization, Weight
+from lora_export.onnx_export.weights.map import ITEM_SIZE, Part, Quantization, Weight
 
 MICROSOFT = "com.microsoft"
+SMALLER = 2 / 3  # a table is quantized if it then has at most this share of its bytes
 
 
-def quantize_graph(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -> list[Weight]:
+def quantize_graph(
+    model: ir.Model, weights: Sequence[Weight], how: Blockwise, looked_up: Collection[str] = ()
+) -> list[Weight]:
     """Quantize the products of a graph in place; returns its weights with their recipes.
 
     Nodes and initializers get the names that ONNX Runtime's quantizers give. A weight that other nodes also read
-    stays beside its parts. ExportError if there is no product.
+    stays beside its parts. looked_up: weights of products whose parts the graph looks rows up in already.
+    ExportError if there is no product.
     """
     how.check()
     graph = model.graph
     done: dict[str, dict[Weight, ir.Value]] = {}
-    lookups = how.block_size if how.embeddings and how.method in ("int4", "int8") else None
-    products = candidates(model, weights, lookups)
+    products = _chosen(model, weights, how)
     wide = {p.weight.name for n, p in products.items() if kept(n, how.eight_bits)}
+    tables = {p.weight.name for n, p in products.items() if p.lookup} | {*looked_up}
     for node in list(graph):
         product = products.get(str(node.name))
-        if product is None or kept(str(node.name), how.keep):
+        if product is None:
             continue
         own = replace(how, method="int8") if product.weight.name in wide else how
+        own = own.of_table(product.rows) if product.weight.name in tables else own
         parts = done.setdefault(product.weight.name, {part: _value(part) for part in _parts(product, own)})
-        rewrite = _lookup if node.op_type == "Gather" else _product
+        rewrite = _lookup if product.lookup else _product
         _put(node, rewrite(node, product, list(parts.values()), own))
-    if not done:
+    if not any(not p.lookup for p in products.values()):
         raise ExportError(
             f"no product in this graph has a weight that can be quantized to {how.method}",
             expected="a model with linear layers, not all of them kept in high precision",
@@ -53,6 +59,30 @@ def quantize_graph(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -
         described += [weight] if weight.name in graph.initializers else []
         described += done.get(weight.name, ())
     return described
+
+
+def _chosen(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -> dict[str, Product]:
+    """Node name → its factor, for what is quantized. Not tables that the graph would hold unquantized as well, or
+    that would stay about as large as they are."""
+    products = {n: p for n, p in candidates(model, weights, how.embeddings).items() if not kept(n, how.keep)}
+    heads = {p.weight.name for p in products.values() if not p.lookup}
+
+    def wanted(product: Product) -> bool:
+        readers = [node.name for node, _ in model.graph.initializers[product.weight.name].uses()]
+        alone = product.weight.name not in heads
+        return all(name in products for name in readers) and not (alone and not _worthwhile(product, how))
+
+    return {name: product for name, product in products.items() if not product.lookup or wanted(product)}
+
+
+def _worthwhile(table: Product, how: Blockwise) -> bool:
+    settings = how.of_table(table.rows).settings
+    parts = shapes(table.rows, table.columns, settings)
+    size = ITEM_SIZE[table.weight.dtype]
+    return (
+        sum(prod(s) * (size if part == "scales" else 1) for part, s in parts.items())
+        <= SMALLER * table.weight.nbytes
+    )
 
 
 def _value(part: Weight) -> ir.Value:
@@ -105,17 +135,27 @@ def _product(node: ir.Node, product: Product, parts: Sequence[ir.Value], how: Bl
 
 
 def _lookup(node: ir.Node, product: Product, parts: Sequence[ir.Value], how: Blockwise) -> list[ir.Node]:
-    """Rows of embeddings, dequantized as they are read.
+    """Rows of embeddings, dequantized as they are read, without the numbers that fill their last block.
 
     The packed numbers have the shape of a head, which may share them: the builder does the same for tied
     embeddings.
     """
     packed, *others = parts
     bits, name = int(how.method.removeprefix("int")), f"{node.name}_rows"
-    size = ir.tensor(np.array([product.columns, product.rows * bits // 8], np.int64))
+    padded = -(-product.rows // how.block_size) * how.block_size
+    size = ir.tensor(np.array([product.columns, padded * bits // 8], np.int64))
     shape = ir.node("Constant", [], {"value": size}, name=f"{name}_shape", outputs=[ir.val(f"{name}_shape")])
     rows = ir.node("Reshape", [packed, shape.outputs[0]], name=name, outputs=[ir.val(name)])
     attributes = {"bits": bits, "block_size": how.block_size, "gather_axis": 0, "quantize_axis": 1}
-    inputs = [rows.outputs[0], node.inputs[1], *others]
-    gathered = ir.node("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT, name=f"{node.name}_Q{bits}")
-    return [shape, rows, gathered]
+    inputs, name = [rows.outputs[0], node.inputs[1], *others], f"{node.name}_Q{bits}"
+    gathered = ir.node("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT, name=name)
+    if padded == product.rows:
+        return [shape, rows, gathered]
+    gathered.outputs[0].name = f"{name}_padded"
+    bounds = {"starts": [0], "ends": [product.rows], "axes": [-1]}
+    constants = [
+        ir.node("Constant", [], {"value": ir.tensor(np.array(at, np.int64))}, outputs=[ir.val(f"{name}_{part}")])
+        for part, at in bounds.items()
+    ]
+    cut = ir.node("Slice", [gathered.outputs[0], *(c.outputs[0] for c in constants)], name=f"{name}_unpadded")
+    return [shape, rows, gathered, *constants, cut]

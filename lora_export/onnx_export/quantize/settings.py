@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from lora_export.choices import Precision
@@ -12,6 +12,7 @@ from lora_export.onnx_export.weights.map import Method, Quantization
 
 AUTO = "auto"  # in place of node names: choose by measured damage
 BLOCK_SIZES = (16, 32, 64, 128, 256)
+BLOCKS: dict[Method, int] = {"int4": 32, "int8": 64, "nf4": 64, "fp4": 64}  # where nobody asks for another size
 ACCURACY_LEVELS = range(5)
 ALGORITHMS = ("default", "rtn", "k_quant")
 
@@ -21,7 +22,7 @@ class Blockwise:
     """method: int4 and int8 with ONNX Runtime's MatMulNBits, nf4 with its MatMulBnb4; accuracy_level: the type that
     the operator computes in (0: that of its inputs, 4: int8); keep: nodes to leave unquantized, by name or pattern;
     eight_bits: nodes of an int4 graph to make int8, where a byte buys more than in `keep`; embeddings: quantize
-    those too, with GatherBlockQuantized."""
+    those too, with GatherBlockQuantized; a head that is tied to them reads the same numbers."""
 
     method: Method
     block_size: int = 32
@@ -30,12 +31,25 @@ class Blockwise:
     accuracy_level: int = 0
     keep: tuple[str, ...] = ()
     eight_bits: tuple[str, ...] = ()
-    embeddings: bool = False
+    embeddings: bool = True
 
     @property
     def settings(self) -> Quantization:
         """As a recipe has them, for the packed numbers."""
         return Quantization(self.method, "packed", self.block_size, self.symmetric, self.algorithm)
+
+    def of_table(self, width: int) -> "Blockwise":
+        """The settings for a lookup table with rows of `width` numbers, and for a head that shares its weight.
+
+        GatherBlockQuantized reads int4 and int8 alone. Its CUDA kernel counts zero points of 4 bits without the
+        half byte that ends a row with an odd number of blocks (ONNX Runtime 1.31): such a table gets none.
+        """
+        if self.method in ("nf4", "fp4"):
+            return replace(self, method="int8")
+        odd = -(-width // self.block_size) % 2
+        if self.method == "int4" and odd and not self.symmetric:
+            return replace(self, symmetric=True, algorithm="rtn" if self.algorithm == "rtn" else "default")
+        return self
 
     def check(self) -> None:
         """ExportError for settings that no quantizer supports."""
@@ -61,7 +75,7 @@ def blockwise(precision: Precision, provider: str, options: QuantizationOptions)
     if precision not in get_args(Method):
         return None
     method: Method = precision  # type: ignore[assignment]
-    size = options.block_size if options.block_size is not None else 64 if method == "nf4" else 32
+    size = options.block_size if options.block_size is not None else BLOCKS[method]
     level = options.accuracy_level if options.accuracy_level is not None else 4 if provider == "cpu" else 0
     symmetric = options.symmetric and options.algorithm != "k_quant"  # it optimizes zero points too
     how = Blockwise(

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_export.checkpoint.hashing import hash_all
+from lora_export.checkpoint.sentence import module_tensors, with_modules
 from lora_export.contracts import ExportOptions, Finding, Findings, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import ExportError, LoraExportError, plain
 from lora_export.onnx_export import records
@@ -30,7 +32,7 @@ from lora_export.onnx_export.weights.reuse import read_map
 from lora_export.storage import sealed
 
 # Of export.json: when and with what it was made, which leaves no trace in the other files.
-_UNPROVABLE = ("seconds", "versions", "graph_versions", "fused_against_plain")
+_UNPROVABLE = ("seconds", "versions", "graph_versions", "fused_against_plain", "proof", "tried")
 # Between graphs of the same weights, of the largest value: fp32 in another order, or rounded otherwise.
 _CLOSE, _CLOSE_OTHERWISE = {"fp32": 1e-4}, 3e-2
 
@@ -64,6 +66,7 @@ def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Fi
     """
     findings = Findings([check_graphs(folder, "onnx_graphs")])
     try:
+        model = _with_modules(model)
         record = records.read_record(folder)
         if record.adapter:
             raise ExportError("the adapter of this export is not part of its weights", where=folder)
@@ -73,6 +76,12 @@ def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Fi
     except LoraExportError as error:
         findings.judge("onnx", "", [f"{error.found} ({error.where})" if error.where else error.found])
     return findings
+
+
+def _with_modules(model: Model) -> Model:
+    """With the tensors of sentence-transformers' modules beside the merged model."""
+    source, beside = with_modules(model.source, model.folder), module_tensors(model.folder)
+    return replace(model, source=source, hashes={**model.hashes, **hash_all(source, beside)})
 
 
 def _compare(

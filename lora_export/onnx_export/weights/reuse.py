@@ -14,6 +14,7 @@ from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.map import WeightsMap
 from lora_export.storage import sealed
 
+_END = "eos_token_id"
 # What a config.json may say differently for the same graph: who saved it, in which type, from where.
 _NO_MATTER = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
@@ -34,7 +35,7 @@ def refuse_other_model(
     hashes: Mapping[str, str],
 ) -> None:
     """ExportError unless `earlier`'s graph is the one that a fresh export of this model would make."""
-    if record.config_digest != config_digest(config):
+    if record.config_digest not in (config_digest(config), config_digest(_with_ends_of(earlier, record, config))):
         raise _other(earlier, "config.json is another than that of the model that was exported", None)
     before = found.hashes
     if before.keys() != hashes.keys():
@@ -45,6 +46,19 @@ def refuse_other_model(
     for name in sorted(fixed & before.keys()):
         if hashes[name] != before[name]:
             raise _other(earlier, "the graph holds this tensor in a way that no recipe says, and it changed", name)
+
+
+def _with_ends_of(earlier: Path, record: ExportRecord, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with the end of a text of the earlier model: no decoder's graph asks for it."""
+    path = earlier / "config.json"
+    if record.kind != "decoder" or not path.is_file():
+        return config
+    before = sealed.read_json(path)
+    same = {k: v for k, v in config.items() if k != _END} | {k: before[k] for k in (_END,) if k in before}
+    inner, inner_before = same.get("text_config"), before.get("text_config")
+    if isinstance(inner, dict) and isinstance(inner_before, dict) and _END in inner:
+        same["text_config"] = {**inner, _END: inner_before.get(_END)}
+    return same
 
 
 def refuse_undescribed(found: WeightsMap, source: TensorSource) -> None:

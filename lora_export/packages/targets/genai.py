@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from lora_export.errors import InputError
 from lora_export.escape import markdown
-from lora_export.packages import companions, graphs
+from lora_export.packages import companions, genai_vision, graphs
 from lora_export.packages.interpreters import Python
 from lora_export.packages.job import (
     ADAPTER_SUFFIX,
@@ -40,7 +40,9 @@ class GenaiTarget(PackageTarget):
     takes_adapters: ClassVar[bool] = True
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
-        if not (run.export.output / CONFIG).is_file():
+        if genai_vision.is_one(run.export):
+            genai_vision.check(run)
+        elif not (run.export.output / CONFIG).is_file():
             raise InputError(
                 f"the run was exported by the {run.export.engine} engine without a {CONFIG}",
                 where=run.folder,
@@ -52,6 +54,9 @@ class GenaiTarget(PackageTarget):
     def lay(self, job: PackageJob) -> None:
         export = job.exports[RUNS_OWN]
         companions.lay(job.run, job.stage)
+        if genai_vision.is_one(export):
+            self._configure(job, genai_vision.lay(job.run, export, job.stage))
+            return
         for path in export.paths:
             graphs.save(ir.load(path), job.stage / path.name, f"{path.name}.data", largest=2**62)
         for name in job.facts.adapters:
@@ -60,8 +65,11 @@ class GenaiTarget(PackageTarget):
         if extra.is_file():
             sealed.copy(extra, job.stage / extra.name)
         self._bound_length(job)
+        self._configure(job, sealed.read_json(export.output / CONFIG))
+
+    def _configure(self, job: PackageJob, made: Mapping[str, Any]) -> None:
         for name in job.facts.providers:
-            config = configured(sealed.read_json(export.output / CONFIG), job.run, name)
+            config = configured(made, job.run, name)
             file = CONFIG if name == job.facts.providers[0] else f"genai_config.{name}.json"
             sealed.write_json(job.stage / file, config)
 
@@ -75,13 +83,16 @@ class GenaiTarget(PackageTarget):
 
     def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
         build = _TEXT if facts.task.input == "text" else _SPEECH
+        prompt = prompt_of(facts)
+        if facts.task.sees_and_writes:
+            build, prompt = _PICTURE, genai_vision.PICTURE[str(facts.config["model_type"])] + prompt
         plug, active = "", ""
         if facts.adapters:
             name = repr(facts.adapters[0])
             file = repr(f"{folder}/{facts.adapters[0]}{ADAPTER_SUFFIX}")
             plug = f"\nadapters = og.Adapters(model)\nadapters.load({file}, {name})"
             active = f"\ngenerator.set_active_adapter(adapters, {name})"
-        code = build.format(folder=folder, prompt=repr(prompt_of(facts)), tokens=TOKENS, plug=plug, active=active)
+        code = build.format(folder=folder, prompt=repr(prompt), tokens=TOKENS, plug=plug, active=active)
         return Snippet(Python(), f"pip install {_WHEELS[facts.providers[0]]}", code)
 
     def check_folder(self, folder: Path) -> None:
@@ -142,6 +153,25 @@ while not generator.is_done():
 print(json.dumps(processor.decode(generator.get_sequence(0))))"""
 
 
+_PICTURE = """import io, json
+import onnxruntime_genai as og
+from PIL import Image
+picture = io.BytesIO()
+Image.new("RGB", (224, 224)).save(picture, "PNG")
+config = og.Config({folder!r})
+model = og.Model(config)
+processor = model.create_multimodal_processor()
+inputs = processor({prompt}, images=og.Images.open_bytes(picture.getvalue()))
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=inputs["input_ids"].shape()[1] + {tokens}, do_sample=False)
+generator = og.Generator(model, params)
+generator.set_inputs(inputs)
+start = generator.token_count()
+while not generator.is_done():
+    generator.generate_next_token()
+print(json.dumps(processor.decode(generator.get_sequence(0)[start:])))"""
+
+
 def configured(config: Mapping[str, Any], run: Run, provider: str) -> dict[str, Any]:
     """genai_config.json for a provider, with the search defaults of generation_config.json."""
     model = {
@@ -153,8 +183,10 @@ def configured(config: Mapping[str, Any], run: Run, provider: str) -> dict[str, 
     path = run.companions / "generation_config.json"
     generation = sealed.read_json(path) if path.is_file() else {}
     search = {k: generation[k] for k in _SEARCH if generation.get(k) is not None}
+    if "early_stopping" in search:  # "never", of transformers, is not a value of genai's
+        search["early_stopping"] = search["early_stopping"] is True
     search["max_length"] = min(int(search.get("max_length") or 2**31), int(config["model"]["context_length"]))
     ends = generation.get("eos_token_id")
-    if ends is not None and run.task.input == "text":
+    if ends is not None and run.task.input != "audio":
         model["eos_token_id"] = ends
     return {**config, "model": model, "search": {**config["search"], **search}}

@@ -1,7 +1,8 @@
 """A folder for transformers.js: onnx/model_q4.onnx and so on, with data files that config.json counts."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 from lora_export.errors import ExportError, InputError
 from lora_export.packages import companions
@@ -9,6 +10,7 @@ from lora_export.packages.graphs import LARGEST_CHUNK
 from lora_export.packages.job import PackageFacts, PackageJob, PackageTarget, Run, Snippet, Variant
 from lora_export.packages.programs import javascript_program
 from lora_export.packages.targets import hub_graphs
+from lora_export.storage import sealed
 
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q8": "_quantized", "q4": "_q4", "q4f16": "_q4f16"}
 # q4f16 stores 4 bits and computes in fp16, as exports for CUDA do.
@@ -42,6 +44,12 @@ class TransformersJsTarget(PackageTarget):
                 expected=", ".join(made),
                 next_step="--variant q4, or fp16",
             )
+        if run.task.input in ("text", "both") and not companions.has_fast_tokenizer(run):
+            raise InputError(
+                "the run has no tokenizer.json, which transformers.js reads, and its tokenizer cannot be converted",
+                where=run.companions,
+                next_step="--for optimum",
+            )
         wanted = made if "all" in names else names or USUAL
         return tuple(_PRECISIONS[n] for n in made if n in wanted)
 
@@ -66,7 +74,8 @@ class TransformersJsTarget(PackageTarget):
             settings["kv_cache_dtype"] = dict.fromkeys(
                 halved, "float16"
             )  # transformers.js 3 needs it, 4 looks at the graph
-        companions.lay(job.run, job.stage, {"transformers.js_config": settings})
+        companions.lay(job.run, job.stage, {**_flat(job.run.config), "transformers.js_config": settings})
+        _lay_image_processor(job.stage)
 
     def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
         return javascript_program(facts, folder, facts.variants[0], _SETUP)
@@ -77,6 +86,25 @@ class TransformersJsTarget(PackageTarget):
             f"The variants are {words}. In a browser, serve the folder and set `env.localModelPath` to its URL. "
             "Without a dtype, transformers.js takes fp32 on Node and q8 on WASM.\n"
         )
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the language model that transformers.js looks for at the top of this kind's config.json."""
+    text = config.get("text_config")
+    if config.get("model_type") != "qwen2_vl" or not isinstance(text, dict):
+        return {}
+    return {k: v for k, v in text.items() if k.startswith(("num_", "hidden_size")) and k not in config}
+
+
+def _lay_image_processor(stage: Path) -> None:
+    """preprocessor_config.json, where transformers 5 has put the image processor into processor_config.json."""
+    whole, own = stage / "processor_config.json", stage / "preprocessor_config.json"
+    if own.is_file() or not whole.is_file():
+        return
+    settings = sealed.read_json(whole)
+    if isinstance(settings.get("image_processor"), dict):
+        named = {k: settings[k] for k in ("processor_class",) if k in settings}
+        sealed.write_settings(own, {**settings["image_processor"], **named})
 
 
 TARGET = TransformersJsTarget()

@@ -9,6 +9,7 @@ import torch
 
 from lora_export.contracts import Check, ValidationResult
 from lora_export.errors import InputError
+from lora_export.validation.comparing import sentence
 from lora_export.validation.comparing.comparison import Comparison, Graph
 from lora_export.validation.comparing.logits import largest, max_abs
 from lora_export.validation.comparing.tested_model import plain
@@ -135,7 +136,7 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
     @torch.inference_mode()
     def _outputs(self, model: Any, first: int | None = None) -> list[Outputs]:
         body = plain(model)
-        return [dict(_tensors(body(**batch))) for batch in self.batches]
+        return [_all_outputs(body, batch) for batch in self.batches]
 
     def _noise(self, graph: Graph, rounding: bool) -> Shifts:
         """Of the graph's arithmetic, and of the rounding of its weights."""
@@ -196,6 +197,14 @@ class EncoderComparison(Comparison[Outputs, Shifts]):
             *([] if single else [cosine]),
             *(below(f"{prefix}{n}_max_abs", apart[n].max_abs, limits[n], f"{note}; output {n}") for n in others),
         ]
+
+
+def _all_outputs(body: Any, batch: Mapping[str, Any]) -> Outputs:
+    """The model's own, and the embedding that sentence-transformers' modules make of its states."""
+    given = body(**batch)
+    outputs, states = dict(_tensors(given)), getattr(given, "last_hidden_state", None)
+    pooled = None if states is None else sentence.embedding(body, states, batch.get("attention_mask"))
+    return outputs if pooled is None else {**outputs, sentence.OUTPUT: pooled.float()}
 
 
 def _tensors(output: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:

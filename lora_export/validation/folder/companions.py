@@ -21,6 +21,7 @@ from lora_export.folder_files import (
     is_whole_tokenizer,
 )
 from lora_export.storage.sealed import read_json, refuse_outward_link, write_json
+from lora_export.validation.folder.ends import follow
 from lora_export.validation.folder.stored import HEADS
 from lora_export.validation.reference.files import FLOATS, adapter_config, headers
 from lora_export.validation.reference.quantized import FILES, is_quantized, without_settings
@@ -58,7 +59,9 @@ def expected_folder(
             if (choice.folder / name).is_file():
                 _copy(choice.folder / name, folder / name)
         _copy_modules(choice.folder, folder)
-    write_json(folder / CONFIG, _config(base, adapters, merged, options))
+    config = _config(base, adapters, merged, options)
+    follow(base, [choice.folder for choice in adapters], config, folder)
+    write_json(folder / CONFIG, config)
     return folder
 
 

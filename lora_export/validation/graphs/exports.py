@@ -91,14 +91,16 @@ def arithmetic_of(pair: ExportedPair, paths: tuple[Path, ...]) -> Arithmetic:
     if not (folder / graph_weights.NAME).is_file():
         return Arithmetic(_TYPES.get(pair.precision, torch.float32))
     dtype = graph_weights.arithmetic_type(folder)
-    if pair.precision not in QUANTIZED or not any(map(_takes_eight_bits, paths)):
+    factors = {name for path in paths for name in with_eight_bits(path)} if pair.precision in QUANTIZED else set()
+    blocks = graph_weights.quantized_blocks(folder, factors)
+    if not blocks:
         return Arithmetic(dtype)
-    blocks = graph_weights.quantized_blocks(folder)
     layers = frozenset(name.removesuffix(".weight") for name in blocks)
     return Arithmetic(dtype, min(blocks.values()), layers)
 
 
-def _takes_eight_bits(graph: Path) -> bool:
-    """Whether a product of quantized weights converts its inputs (accuracy level 4 of MatMulNBits)."""
-    products = (node for node in ir.load(graph).graph if node.op_type == "MatMulNBits")
-    return any(node.attributes.get_int("accuracy_level", 0) == _INT8 for node in products)
+def with_eight_bits(graph: Path) -> Iterator[str]:
+    """Quantized weights that are multiplied by inputs of 8 bits (accuracy level 4 of MatMulNBits)."""
+    for node in ir.load(graph).graph:
+        if node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0) == _INT8:
+            yield from (str(value.name) for value in node.inputs[1:] if value is not None)

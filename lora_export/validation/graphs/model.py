@@ -8,7 +8,7 @@ import contextlib
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from lora_export.contracts import Check
 from lora_export.errors import ExportError
+from lora_export.sentence_modules import weight_files
+from lora_export.validation.comparing import sentence
 from lora_export.validation.comparing.tested_model import plain
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.numbers import Expected, error_of, of_base, saved_whole
@@ -26,7 +28,7 @@ from lora_export.validation.graphs.weights import Held
 from lora_export.validation.reference import loading, streaming
 
 SHARD = 2**30  # bytes of tensors that are held before they are written
-_HEAD = "output_head"
+HEAD = "output_head"
 
 
 @dataclass
@@ -65,11 +67,11 @@ def graph_model(
     first rounded to; keep: as in load_unmerged. What the data files do not contain is taken from the unmerged
     model's base.
     """
-    shapes = _shapes(merged)
+    shapes = shapes_of(merged)
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
         work = Path(scratch)
         checked_model = GraphModel(None)
-        writer = _Writer(work, shapes)
+        writer = Writer(work, shapes)
         for held in graph_weights.read(graphs, shapes):
             _judge(held, expected(held), stored, checked_model)
             writer.add(held)
@@ -82,6 +84,7 @@ def graph_model(
             )
         head = writer.finish()
         checked_model.model = _load(work, unmerged, merged, head, keep)
+        sentence.attach(checked_model.model, merged, writer.under(weight_files(merged)))
         yield checked_model
 
 
@@ -96,15 +99,21 @@ def _judge(
         checked_model.wrong.append(held.tensor)
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="np") as tensors:
-            shapes |= {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+        shapes |= _in_file(file)
+    for path, file in weight_files(folder).items():
+        shapes |= {f"{path}.{name}": shape for name, shape in _in_file(file).items()}
     return shapes
 
 
-class _Writer:
+def _in_file(file: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, framework="np") as tensors:
+        return {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}  # noqa: SIM118
+
+
+class Writer:
     """Writes checkpoint tensors, assembled from their pieces, into safetensors files of about SHARD bytes."""
 
     def __init__(self, folder: Path, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -132,7 +141,7 @@ class _Writer:
         self._done.add(key)
         # Of a tied embedding the graph may hold one copy for look-ups and a quantized one for the head.
         if other and quantized:
-            self._save({_HEAD: values.clone()}, f"{_HEAD}.safetensors")
+            self._save({HEAD: values.clone()}, f"{HEAD}.safetensors")
             return
         if other:
             self._promote(name)
@@ -145,7 +154,7 @@ class _Writer:
         if name not in self._shard:
             with safe_open(self._folder / self._places[name], framework="pt") as tensors:
                 self._shard[name] = tensors.get_tensor(name)
-        self._save({_HEAD: self._shard.pop(name)}, f"{_HEAD}.safetensors")
+        self._save({HEAD: self._shard.pop(name)}, f"{HEAD}.safetensors")
 
     def _flush(self) -> None:
         if self._shard:
@@ -157,16 +166,25 @@ class _Writer:
     def _save(self, tensors: dict[str, torch.Tensor], file: str) -> None:
         save_file(tensors, self._folder / file, metadata={"format": "pt"})
 
+    def under(self, modules: Collection[str]) -> dict[str, torch.Tensor]:
+        """Tensors of these modules. After `finish`."""
+        names = [n for n in self._places if n.startswith(tuple(f"{path}." for path in modules))]
+        found = {}
+        for name in names:
+            with safe_open(self._folder / self._places[name], framework="pt") as tensors:
+                found[name] = tensors.get_tensor(name)
+        return found
+
     def finish(self) -> torch.Tensor | None:
         """The output head's own values, if it has any."""
         self._flush()
         index = {"metadata": {}, "weight_map": self._places}
         (self._folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-        head = self._folder / f"{_HEAD}.safetensors"
+        head = self._folder / f"{HEAD}.safetensors"
         if not head.exists():
             return None
         with safe_open(head, framework="pt") as tensors:
-            return tensors.get_tensor(_HEAD)  # type: ignore[no-any-return]
+            return tensors.get_tensor(HEAD)  # type: ignore[no-any-return]
 
 
 def _load(work: Path, unmerged: Any, merged: Path, head: torch.Tensor | None, keep: int | None) -> Any:

@@ -11,9 +11,11 @@ from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_export.sentence_modules import weight_files
 from lora_export.validation.graphs.weights import Held, Quantized
 from lora_export.validation.reference import streaming
 from lora_export.validation.reference.probes import base_layer, plain_parameters, wrapped_modules
+from lora_export.validation.reference.renamed import names_in
 from lora_export.validation.reference.whole import BLOCK, effective_blocks, whole_probes, wrapped_parameters
 
 # How far a number may be from the one that it stands for, in steps of its block: at most, and as a root mean
@@ -30,28 +32,33 @@ Expected = Callable[[Held], torch.Tensor | None]
 
 def numbers_of(folder: Path) -> Expected:
     """The values in a checkpoint's files, one piece at a time, in fp32."""
-    places: dict[str, Path] = {}
+    places: dict[str, tuple[Path, str]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            places |= dict.fromkeys(tensors.keys(), file)
+            places |= {name: (file, name) for name in tensors.keys()}  # noqa: SIM118
+    for path, file in weight_files(folder).items():
+        with safe_open(file, framework="pt") as tensors:
+            places |= {f"{path}.{name}": (file, name) for name in tensors.keys()}  # noqa: SIM118
 
     def read(held: Held) -> torch.Tensor | None:
         if held.tensor not in places:
             return None
-        with safe_open(places[held.tensor], framework="pt") as tensors:
-            view = tensors.get_slice(held.tensor)
-            rows = view[held.start : held.stop] if view.get_shape() else tensors.get_tensor(held.tensor)
+        file, name = places[held.tensor]
+        with safe_open(file, framework="pt") as tensors:
+            view = tensors.get_slice(name)
+            rows = view[held.start : held.stop] if view.get_shape() else tensors.get_tensor(name)
         return rows.float().reshape(held.values.shape)  # type: ignore[no-any-return]
 
     return read
 
 
 def base_numbers(unmerged: Any) -> Expected:
-    """The base's parameters inside PEFT's wrappers, for those whose names in the files are the model's."""
+    """The base's parameters inside PEFT's wrappers, for those that are a tensor of the files."""
     parameters = of_base(unmerged)
+    name_of = names_in(unmerged.base_model.model, parameters)
 
     def read(held: Held) -> torch.Tensor | None:
-        parameter = parameters.get(held.tensor)
+        parameter = parameters.get(name_of(held.tensor))
         if parameter is None:
             return None
         with streaming.present(parameter):
@@ -67,6 +74,7 @@ def effective_numbers(unmerged: Any) -> Expected:
     model = unmerged.base_model.model
     wrapped = wrapped_modules(model)
     saved, plain_numbers = saved_whole(unmerged), base_numbers(unmerged)
+    name_of = names_in(model, of_base(unmerged))
 
     @functools.lru_cache(maxsize=1)
     def of(path: str) -> dict[str, torch.Tensor]:
@@ -80,12 +88,13 @@ def effective_numbers(unmerged: Any) -> Expected:
             return {f"{path}.weight": _effective_weight(module)}
 
     def read(held: Held) -> torch.Tensor | None:
-        path = next((p for p in wrapped if held.tensor.startswith(f"{p}.")), None)
-        known = saved if held.tensor in saved else of(path) if path else {}
-        if held.tensor not in known:
+        name = name_of(held.tensor)
+        path = next((p for p in wrapped if name.startswith(f"{p}.")), None)
+        known = saved if name in saved else of(path) if path else {}
+        if name not in known:
             return plain_numbers(held)
-        with streaming.present(known[held.tensor]):
-            return known[held.tensor][held.start : held.stop].float().reshape(held.values.shape).clone()
+        with streaming.present(known[name]):
+            return known[name][held.start : held.stop].float().reshape(held.values.shape).clone()
 
     return read
 

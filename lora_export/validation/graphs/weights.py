@@ -6,7 +6,7 @@ MatMulNBits, MatMulBnb4, GatherBlockQuantized).
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,12 @@ def arithmetic_type(folder: Path) -> torch.dtype:
     return max((_TORCH[t] for t in types), key=lambda t: torch.finfo(t).eps, default=torch.float32)
 
 
-def quantized_blocks(folder: Path) -> dict[str, int]:
-    """Checkpoint tensor → elements that share a scale, for tensors that the graph quantizes."""
+def quantized_blocks(folder: Path, initializers: Collection[str]) -> dict[str, int]:
+    """Checkpoint tensor → elements that share a scale, for the tensors of quantized `initializers`."""
     return {
         piece["tensor"]: entry["quantized"]["block_size"]
         for entry in read_json(folder / NAME)["weights"]
-        if entry.get("quantized")
+        if entry.get("quantized") and entry["name"] in initializers
         for piece in entry["made_of"]
     }
 

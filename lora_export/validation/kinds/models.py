@@ -19,6 +19,8 @@ from lora_export.validation.comparing.encoder import EncoderComparison
 from lora_export.validation.comparing.seq2seq import Seq2SeqComparison
 from lora_export.validation.comparing.tested_model import ModelUnderTest, generates, is_pair, setting, takes
 from lora_export.validation.comparing.texts import MAX_TOKENS, windows
+from lora_export.validation.comparing.vision_language import VisionLanguageComparison
+from lora_export.validation.kinds.sights import sights
 from lora_export.validation.kinds.signals import images, pixels, sounds
 from lora_export.validation.kinds.texts import Texts, boxes, padded, positions, token_lists, vocabulary
 
@@ -53,13 +55,37 @@ def choose(model: Any) -> ComparedKind:
 # --- text in, text out -------------------------------------------------------------------------------------------
 
 
-def _is_decoder(model: Any) -> bool:
+def _continues(model: Any) -> bool:
     return generates(model) and not model.config.is_encoder_decoder and "input_ids" in takes(model)
+
+
+def _sees(model: Any) -> bool:
+    return hasattr(model, "get_image_features") and "pixel_values" in takes(model)
+
+
+def _is_decoder(model: Any) -> bool:
+    return _continues(model) and not _sees(model)
 
 
 def _decoder(subject: ModelUnderTest) -> DecoderComparison:
     texts = token_lists(subject, room=GREEDY_TOKENS)
-    tokens = [*texts.tokens, *texts.long]
+    return DecoderComparison(**_continued(subject, texts, [*texts.tokens, *texts.long]), note=texts.note)
+
+
+def _is_vision_language(model: Any) -> bool:
+    return _continues(model) and _sees(model)
+
+
+def _vision_language(subject: ModelUnderTest) -> VisionLanguageComparison:
+    texts = token_lists(subject, room=GREEDY_TOKENS)
+    pictures, note = sights(subject)
+    given = _continued(subject, texts, pictures.put_into([*texts.tokens, *texts.long]))
+    given["text"] = pictures.removed_from(given["text"])
+    return VisionLanguageComparison(**given, pictures=pictures, note=_joined(texts.note, note))
+
+
+def _continued(subject: ModelUnderTest, texts: Texts, tokens: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """What a comparison of texts that are continued is built with. tokens: ids (length,) of each."""
     pieces: list[torch.Tensor] = []
     if not texts.random:  # without a tokenizer there is no running text
         longest, words = positions(subject.model, 0), vocabulary(subject.model)
@@ -67,8 +93,7 @@ def _decoder(subject: ModelUnderTest) -> DecoderComparison:
     known = lengths.most_positions(subject.model)
     room = GREEDY_TOKENS if known is None else known - max(map(len, tokens[:SOME]))
     steps = max(1, min(GREEDY_TOKENS if has_cache(subject.model) else TOKENS_WITHOUT_CACHE, room))
-    given = {"tokens": tokens, "tokenizer": texts.tokenizer, "text": pieces, "steps": steps}
-    return DecoderComparison(**given, **subject.common, note=texts.note)
+    return {"tokens": tokens, "tokenizer": texts.tokenizer, "text": pieces, "steps": steps, **subject.common}
 
 
 def _is_seq2seq(model: Any) -> bool:
@@ -97,7 +122,17 @@ def _encoder_batches(subject: ModelUnderTest, texts: Texts) -> tuple[list[dict[s
         single = [[ids] for ids in texts.long]
         batches = [padded(some, pad) for some in (texts.tokens[:1], texts.tokens[1:], *single) if some]
         return [{"input_ids": ids, "attention_mask": mask} for ids, mask in batches], ""
-    return images(subject) if "pixel_values" in names else sounds(subject)
+    if "pixel_values" in names:
+        return images(subject)
+    waves, note = sounds(subject)
+    return ([row for batch in waves for row in _alone(batch)] if "input_values" in names else waves), note
+
+
+def _alone(batch: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Waves one by one, without padding: not every encoder of waves takes a mask, and none needs it for one."""
+    waves = batch["input_values"]
+    mask = batch.get("attention_mask", torch.ones(waves.shape[:2]))
+    return [{"input_values": wave[None, : int(n)]} for wave, n in zip(waves, mask.sum(1), strict=True)]
 
 
 # --- something else out: hidden states, a pooled embedding, classes, spans --------------------------------------
@@ -178,6 +213,12 @@ def _joined(*notes: str) -> str:
 
 KINDS = (
     ComparedKind("decoder", "decoder (Llama, GPT-2, …)", _is_decoder, _decoder),
+    ComparedKind(
+        "vision-language",
+        "vision-language (Qwen2.5-VL, Gemma 3, LLaVA, SmolVLM, …)",
+        _is_vision_language,
+        _vision_language,
+    ),
     ComparedKind("seq2seq", "encoder-decoder (T5, BART, Marian, Whisper, …)", _is_seq2seq, _seq2seq),
     ComparedKind(
         "text",

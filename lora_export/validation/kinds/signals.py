@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,18 @@ def images(subject: ModelUnderTest) -> tuple[Batches, str]:
     if processed:
         return processed, "on seeded images through the folder's own processor"
     return [pixels(subject.model.config, n) for n in IMAGES], "on seeded random pixels"
+
+
+def processed_images(subject: ModelUnderTest, counts: Sequence[int]) -> Batches:
+    """What the folder's processor makes of so many seeded images at a time; nothing where it makes none."""
+
+    def process(folder: Path) -> Batches:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        generator = torch.Generator().manual_seed(SEED)
+        pictures = [torch.randint(256, (3, 160, 200), dtype=torch.uint8, generator=generator) for _ in counts]
+        return [dict(processor(images=[pictures[:n]], return_tensors="pt")) for n in counts]
+
+    return _processed(subject, process)
 
 
 def sounds(subject: ModelUnderTest) -> tuple[Batches, str]:

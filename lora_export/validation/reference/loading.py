@@ -13,6 +13,7 @@ from lora_export import tasks
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import AdapterError, CheckpointError
 from lora_export.patterns import bounded
+from lora_export.sentence_modules import embeds
 from lora_export.storage.sealed import read_json
 from lora_export.validation.reference import streaming
 from lora_export.validation.reference.files import FLOATS, START, headers
@@ -45,12 +46,21 @@ def classes_of(folder: Path, adapters: Sequence[AdapterChoice]) -> list[Any]:
     the adapter's task (a body stored with the head of its pre-training is often trained with another), the bare
     body."""
     config = config_of(folder)
+    if embeds(folder):  # sentence-transformers loads the body alone
+        bodies = tasks.classes_of("feature-extraction", config)
+        return [cls for cls in (_encoder_alone(config), *bodies) if cls is not None][:1]
     named = {tasks.PEFT_TASKS.get(str(c.task_type)) for c in configs_of(adapters)}
     classes = [architecture(folder)]
     for task in [*sorted(filter(None, named), key=list(tasks.TASKS).index), "feature-extraction"]:
         of_task = tasks.classes_of(task, config)
         classes += of_task if len(of_task) == 1 else []
     return list(dict.fromkeys(classes))
+
+
+def _encoder_alone(config: Any) -> Any:
+    """The class of an encoder-decoder's encoder, None for other models."""
+    encoders = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return encoders.get(type(config)) if config.is_encoder_decoder else None
 
 
 def configs_of(adapters: Sequence[AdapterChoice]) -> list[Any]:

@@ -148,6 +148,18 @@ def _todays_name(model: Any) -> Callable[[str], str | None]:
     return today
 
 
+def names_in(model: Any, parameters: Mapping[str, torch.Tensor]) -> Callable[[str], str]:
+    """The name of a tensor in files, older ones among them → its name among the model's parameters, if it has one."""
+    table = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+
+    def today(name: str) -> str:
+        if name in parameters:
+            return name
+        return str(rename_source_key(name, table, [], model.base_model_prefix, dict(parameters))[0])
+
+    return today
+
+
 def _text_model(model: Any) -> str:
     """The path of the text model inside one that reads images, too; "" where there is none."""
     try:

@@ -1,32 +1,33 @@
 """Converts a graph whose weights have no values yet to half precision: types change, and the writer rounds."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from lora_export.onnx_export.engines.dynamo_passes.kept_wide import join, only_wide, wide_nodes
+
 LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3e38}
 _ANGLES = ("Cos", "Sin")
 
 
-def halve(model: ir.Model, dtype: ir.DataType) -> None:
+def halve(model: ir.Model, dtype: ir.DataType, kept: Callable[[str], bool] = lambda name: False) -> None:
     """Change fp32 to `dtype` everywhere except at the graph's inputs and outputs, as Optimum does.
 
-    The angles of rotary embeddings stay fp32 until their cos and sin are known: fp16 has no number between 2,048
-    and 2,050 for a position.
+    kept: whether the initializer of a name stays in fp32, and with it what is computed of it. The angles of rotary
+    embeddings stay fp32 until their cos and sin are known: fp16 has no number between 2,048 and 2,050 for a
+    position.
     """
     graph = model.graph
-    wide = _angles(graph)
-    _keep_constants(graph, wide)
+    angles = _angles(graph)
+    _keep_constants(graph, angles)
+    wide = wide_nodes(graph, kept) | angles
     for value in graph.initializers.values():
-        if value.dtype == ir.DataType.FLOAT and not any(user in wide for user, _ in value.uses()):
+        if value.dtype == ir.DataType.FLOAT and not only_wide(value, wide):
             value.const_value = _narrow(value.const_value, dtype)
             value.dtype = dtype
-    for node in list(graph):
-        if node in wide:
-            _cast_after(graph, node, wide, dtype)
-            continue
+    for node in [n for n in graph if n not in wide]:
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.FLOAT:
                 node.attributes[name] = ir.AttrTensor(name, _narrow(attribute.as_tensor(), dtype))
@@ -36,6 +37,7 @@ def halve(model: ir.Model, dtype: ir.DataType) -> None:
             if output.dtype == ir.DataType.FLOAT:
                 output.dtype = dtype
     _cast_ends(graph, dtype)
+    join(graph, wide, dtype)
 
 
 def _angles(graph: Any) -> set[ir.Node]:
@@ -76,20 +78,6 @@ def _keep_constants(graph: Any, wide: Collection[ir.Node]) -> None:
         graph.register_initializer(copy)
         for user, index in own:
             user.replace_input_with(index, copy)
-
-
-def _cast_after(graph: Any, node: ir.Node, wide: Collection[ir.Node], dtype: ir.DataType) -> None:
-    """Cast what the node gives to others than those that stay in fp32."""
-    for value in node.outputs:
-        uses = [(user, index) for user, index in value.uses() if user not in wide]
-        if value.dtype != ir.DataType.FLOAT or not uses:
-            continue
-        cast = ir.node("Cast", [value], {"to": int(dtype)}, num_outputs=1)
-        cast.outputs[0].dtype, cast.outputs[0].shape = dtype, value.shape
-        cast.outputs[0].name = f"{value.name}_half"
-        graph.insert_after(node, cast)
-        for user, index in uses:
-            user.replace_input_with(index, cast.outputs[0])
 
 
 def _narrow(tensor: Any, dtype: ir.DataType) -> Any:

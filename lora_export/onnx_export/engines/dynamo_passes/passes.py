@@ -145,14 +145,15 @@ def _same(a: Any, b: Any) -> bool:
 def turn_weights(graph: TracedGraph, fused: bool = False) -> None:
     """Replace Transpose(weight) by a weight that is written transposed.
 
-    A weight that is also used as it is (tied embeddings) is not duplicated: FusedMatMul transposes it, if `fused`.
+    A weight that is also used as it is (tied embeddings), here or in another graph, is not duplicated: FusedMatMul
+    transposes it, if `fused`.
     """
     for node in graph.nodes("Transpose"):
         weight, perm = node.inputs[0], list(node.attributes["perm"].as_ints())
         recipe = graph.recipes.get(weight.name) if weight is not None else None
         if recipe is None or perm != [1, 0] or recipe.transposed:
             continue
-        if all(user.op_type == "Transpose" for user, _ in weight.uses()):
+        if weight.name not in graph.kept and all(user.op_type == "Transpose" for user, _ in weight.uses()):
             new = _turned(graph, f"{weight.name}_transposed", weight, recipe)
             replace_uses(node.outputs[0], new)
         elif fused:

@@ -8,7 +8,7 @@ import torch
 
 from lora_export.onnx_export.engines import trace_patches
 from lora_export.onnx_export.engines.dynamo_passes import attention, branches, recurrent, rope
-from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights
+from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights, refuse_missing
 from lora_export.onnx_export.engines.parts.graph_part import GraphPart, NotTraceable
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
@@ -19,12 +19,14 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
     """(onnx_ir.Model, recipe of each parameter that is a tensor of the checkpoint).
 
     These parameters become inputs of the graph: as initializers, passes would ask for their values or compute with
-    them.
+    them. CheckpointError where the part reads a parameter that its folder lacks.
     """
     with attention.cached(part.caches), traceable(model.model), torch.no_grad():
         program, part = _export_first(part, model.model)
     recipes: dict[str, Recipe] = {}
     graph = program.model.graph
+    read = {v.name.removeprefix(_Forward.PREFIX) for v in graph.initializers.values() if v.uses()}
+    refuse_missing(model, read)
     for value in list(graph.initializers.values()):
         name = value.name.removeprefix(_Forward.PREFIX)
         del graph.initializers[value.name]

@@ -81,7 +81,7 @@ class _Seen:
         found = {"input_ids": ids}
         if "attention_mask" in self.names and self._makes("attention_mask"):
             found["attention_mask"] = ids
-        if "token_type_ids" in self.names and self._setting("type_vocab_size", 0) > 1:
+        if "token_type_ids" in self.names and self._setting("type_vocab_size", 0) > 1 and self._types_tokens():
             found["token_type_ids"] = ids
         if "bbox" in self.names:
             found["bbox"] = ((*ids[0], 4), torch.int64, axes)
@@ -170,6 +170,20 @@ class _Seen:
     def _makes(self, name: str) -> bool:
         """Whether the folder's tokenizer or processor makes an input, or the folder does not say."""
         return not self._made or name in self._made
+
+    def _types_tokens(self) -> bool:
+        """Whether the folder's tokenizer makes token_type_ids, or the folder does not say.
+
+        Where it does not, callers have none to give: multilingual-e5 is a BERT with the tokenizer of XLM-R. The
+        class that any tokenizer.json can have makes them in transformers 4 alone, so it says nothing.
+        """
+        import transformers
+
+        settings = _read(self._folder / "tokenizer_config.json")
+        cls = str(settings.get("tokenizer_class"))
+        own = None if cls == "PreTrainedTokenizerFast" else getattr(transformers, cls, None)
+        names = settings.get("model_input_names") or getattr(own, "model_input_names", None)
+        return names is None or "token_type_ids" in names
 
     def _setting(self, name: str, default: Any) -> Any:
         """Of the configuration, or of its part for pictures, sounds or text."""

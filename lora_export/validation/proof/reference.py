@@ -1,0 +1,88 @@
+"""The model that a graph is held against: transformers' class in fp32, with the weights that the graph holds."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lora_export.storage.sealed import read_json
+
+QUANTIZED = ("int4", "int8", "nf4")
+_MAP = "weights-map.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """model: in evaluation mode; words: what it is; wrong: tensors that the graph does not hold as the checkpoint
+    has them; streamed: whether its weights are read when they are needed."""
+
+    model: Any
+    words: str
+    wrong: tuple[str, ...] = ()
+    streamed: bool = False
+
+
+@contextlib.contextmanager
+def loaded(request: Mapping[str, Any]) -> Iterator[Loaded]:
+    """With the checkpoint's weights; or with those of the graph itself where they are quantized or streamed.
+
+    A model whose weights in fp32 take more than half of the memory that is available is streamed from its files.
+    """
+    folder, export = Path(request["model"]), Path(request["export"])
+    graphs = [export / name for name in request["graphs"]]
+    own = request["precision"] in QUANTIZED or request["streamed_numbers"]
+    if own and (export / _MAP).is_file():
+        from lora_export.validation.proof.held_weights import model_of_graphs
+
+        with model_of_graphs(request, graphs) as found:
+            yield found
+        return
+    model, streamed = load(folder)
+    words = f"{type(model).__name__} of transformers in fp32, with the checkpoint's weights"
+    if request["adapter"]:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, request["adapter"], local_files_only=True).eval()
+        words += " and PEFT's adapter"
+    yield Loaded(model, words + (", streamed from their files" if streamed else ""), streamed=streamed)
+
+
+def load(folder: Path, config: Any = None) -> tuple[Any, bool]:
+    """The model that config.json names, in fp32, and whether it is streamed."""
+    import transformers
+
+    settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    cls = getattr(transformers, (settings.architectures or ["AutoModel"])[0])
+    weights = _fp32_bytes(folder)
+    if weights > psutil.virtual_memory().available // 2:
+        from lora_export.validation.reference import streaming
+
+        model, _ = streaming.load_streamed(cls, folder, torch.float32, 0)
+        streaming.attach(model, ())
+        return model.eval(), True
+    more = {} if config is None else {"config": config}
+    model = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, **more)
+    return model.eval().requires_grad_(False), False
+
+
+def _fp32_bytes(folder: Path) -> int:
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:
+            total += sum(4 * math.prod(tensors.get_slice(n).get_shape()) for n in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def arithmetic_of(export: Path) -> str:
+    """The narrowest floating-point type of the data files, which the graph computes in; fp32 without a map."""
+    if not (export / _MAP).is_file():
+        return "float32"
+    types = {e["dtype"] for e in read_json(export / _MAP)["weights"]}
+    return next((t for t in ("bfloat16", "float16") if t in types), "float32")
