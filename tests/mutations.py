@@ -301,6 +301,24 @@ MUTATIONS = (
         "tests/onnx_export/test_against_plain.py::test_fused_graph_with_wrong_fusion_is_refused",
     ),
     Mutation(
+        "the proof lets a wrong graph through", "validation/proof/judge.py",
+        "return self.difference <= self.allowed",
+        "return self.difference <= 1e9",
+        "tests/onnx_export/test_proof.py::test_proof_of_wrong_graph_is_refused_with_figure_and_module",
+    ),
+    Mutation(
+        "an engine that fails ends the export", "onnx_export/engines/attempts.py",
+        "                if attempt.stage == _CHECK:\n                    break\n                continue",
+        "                raise",
+        "tests/onnx_export/test_attempts.py::test_engine_refusing_failing_or_wrong_gives_way",
+    ),
+    Mutation(
+        "weights that no file has are drawn at random", "merging/planning/completeness.py",
+        "    if not missing:\n        return",
+        "    return",
+        "tests/onnx_export/test_attempts.py::test_missing_weight_is_refused_by_name",
+    ),
+    Mutation(
         "a pattern that keeps nothing is taken", "onnx_export/refusals.py",
         "if pattern != AUTO and not any(",
         "if pattern == AUTO and not any(",
