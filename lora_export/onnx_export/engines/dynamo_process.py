@@ -34,9 +34,10 @@ def main(request: dict[str, Any]) -> None:
         return
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
+    plain: dict[str, set[str]] = {}  # data file → weights that graphs with it read as they are
     tied = _tied(programs)
     for part, program in zip(traced.parts, programs, strict=True):
-        shared = frozenset(name for file, name in weights if file == part.data)
+        shared = frozenset(plain.setdefault(part.data, set()))
         graph = TracedGraph(*program, shared)
         experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
@@ -49,6 +50,7 @@ def main(request: dict[str, Any]) -> None:
             own.append(weight)
             if value is not None:
                 constants[part.data, weight.name] = value
+        plain[part.data] |= {weight.name for weight in own}
         graphs[part.file] = graph.model
         if request["quantized"]:
             own = _quantized(graph.model, own, Blockwise(**request["quantized"]), tied, len(programs) == 1)
