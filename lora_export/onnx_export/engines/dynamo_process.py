@@ -7,6 +7,7 @@ or why the model cannot be traced.
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ def main(request: dict[str, Any]) -> None:
     from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
     from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
     from lora_export.onnx_export.graphs import files as graph_files
-    from lora_export.onnx_export.quantize.blockwise import quantize_graph
     from lora_export.onnx_export.quantize.settings import Blockwise
 
     attention.register()
@@ -34,8 +34,10 @@ def main(request: dict[str, Any]) -> None:
         return
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
+    plain: dict[str, set[str]] = {}  # data file → weights that graphs with it read as they are
+    tied = _tied(programs)
     for part, program in zip(traced.parts, programs, strict=True):
-        shared = frozenset(name for file, name in weights if file == part.data)
+        shared = frozenset(plain.setdefault(part.data, set()))
         graph = TracedGraph(*program, shared)
         experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
@@ -48,13 +50,39 @@ def main(request: dict[str, Any]) -> None:
             own.append(weight)
             if value is not None:
                 constants[part.data, weight.name] = value
+        plain[part.data] |= {weight.name for weight in own}
         graphs[part.file] = graph.model
         if request["quantized"]:
-            own = quantize_graph(graph.model, own, Blockwise(**request["quantized"]))
+            own = _quantized(graph.model, own, Blockwise(**request["quantized"]), tied, len(programs) == 1)
         weights |= {(part.data, weight.name): weight for weight in own}
     data_files = {part.file: part.data for part in traced.parts}
     graph_files.save(Path(request["output"]), graphs, list(weights.values()), constants, data_files)
     _answer(request, {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)})
+
+
+def _tied(programs: Sequence[Any]) -> frozenset[str]:
+    """Weights that one graph looks rows up in and another multiplies by: both read the same parts of them."""
+    looked_up, other = set(), set()
+    for model, recipes in programs:
+        for value in model.graph.inputs:
+            if value.name in recipes:
+                kinds = {user.op_type for user, _ in value.uses()}
+                looked_up |= {value.name} if "Gather" in kinds else set()
+                other |= {value.name} if kinds - {"Gather"} else set()
+    return frozenset(looked_up & other)
+
+
+def _quantized(model: Any, weights: Sequence[Any], how: Any, tied: frozenset[str], alone: bool) -> list[Any]:
+    """The weights of a graph in quantized parts; as they are in one of several graphs that has no product."""
+    from lora_export.errors import ExportError
+    from lora_export.onnx_export.quantize.blockwise import quantize_graph
+
+    try:
+        return quantize_graph(model, weights, how, tied)
+    except ExportError:
+        if alone:
+            raise
+        return list(weights)
 
 
 def _answer(request: dict[str, Any], made: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ def quantize_graph(
     """Quantize the products of a graph in place; returns its weights with their recipes.
 
     Nodes and initializers get the names that ONNX Runtime's quantizers give. A weight that other nodes also read
-    stays beside its parts. looked_up: weights of products whose parts the graph looks rows up in already.
+    stays beside its parts. looked_up: weights of products in whose parts rows are looked up, here or elsewhere.
     ExportError if there is no product.
     """
     how.check()
@@ -33,7 +33,7 @@ def quantize_graph(
     products = _chosen(model, weights, how)
     wide = {p.weight.name for n, p in products.items() if kept(n, how.eight_bits)}
     tables = {p.weight.name for p in products.values() if p.lookup} | {*looked_up}
-    heads = {p.weight.name for p in products.values() if not p.lookup}
+    heads = {p.weight.name for p in products.values() if not p.lookup} | {*looked_up}
     for node in list(graph):
         product = products.get(str(node.name))
         if product is None:
