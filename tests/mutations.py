@@ -1026,4 +1026,14 @@ MUTATIONS = (
         "tests/merging/test_converted.py::"
         "test_converted_joined_tensors_get_their_rows",
     ),
+    Mutation(
+        "the token before the last is pooled", "onnx_export/engines/parts/sentence.py",
+        "(_positions(mask).amax(1) - 1).clamp(min=0)", "(_positions(mask).amax(1) - 2).clamp(min=0)",
+        "tests/onnx_export/test_sentence.py::test_pooling_leaves_out_padding",
+    ),
+    Mutation(
+        "the ends that the base knows are forgotten", "merging/planning/ends.py",
+        '"eos_token_id": [number, *known]}', '"eos_token_id": [number]}',
+        "tests/merging/test_ends.py::test_merge_follows_end_of_adapters_tokenizer",
+    ),
 )  # fmt: skip

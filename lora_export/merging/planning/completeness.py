@@ -14,6 +14,7 @@ from lora_export.checkpoint.reader import Checkpoint
 from lora_export.errors import CheckpointError
 from lora_export.merging.architecture.model import architecture_of
 from lora_export.merging.architecture.pieces import Shape
+from lora_export.sentence_modules import embeds
 
 # A layer on top of a body that few callers read, and that many checkpoints lack.
 _OPTIONAL = "pooler"
@@ -28,6 +29,8 @@ def refuse_incomplete(base: Checkpoint, outputs: Mapping[str, Shape], changes: M
     outputs: shapes of the merged folder's tensors; changes: of its config.json. A class that transformers cannot
     build is not asked.
     """
+    if embeds(base.folder):  # stored as a language model, often, and loaded as its body alone
+        changes = {**changes, "architectures": ["AutoModel"]}
     config = {**base.config, **changes}
     if not any(_suspicions(outputs.keys(), config)):
         return
