@@ -11,9 +11,9 @@ import torch
 import transformers
 from transformers import vision_utils
 
+from lora_export.errors import ExportError
 from lora_export.graph_runs.vision_language import placed
 from lora_export.onnx_export.engines.parts import patches, pictures
-from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
 from lora_export.packages.genai_vision import put_in
 from tests.architectures.tiny import small
 
@@ -80,7 +80,7 @@ def test_positions_of_a_text_with_pictures_are_those_of_transformers() -> None:
 def test_pictures_that_are_cut_by_their_sizes_are_refused() -> None:
     with torch.device("meta"):
         model = transformers.LlavaNextForConditionalGeneration(small(transformers.LlavaNextConfig))
-    with pytest.raises(NotTraceable, match="original size"):
+    with pytest.raises(ExportError, match="original size"):
         pictures.inputs(model)
 
 

@@ -10,11 +10,12 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from lora_export.errors import ExportError
 from lora_export.onnx_export.engines import trace_patches
 from lora_export.onnx_export.engines.dynamo_passes import branches, mending
 from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
 from lora_export.onnx_export.engines.parts import single
-from lora_export.onnx_export.engines.parts.graph_part import GraphPart, NotTraceable
+from lora_export.onnx_export.engines.parts.graph_part import GraphPart
 
 
 class Model(torch.nn.Module):
@@ -121,7 +122,7 @@ def test_part_tokenizer_without_a_mask_leaves_it_out(tmp_path: Any) -> None:
     ],
 )
 def test_part_what_no_graph_can_hold_is_refused_in_words(run: Callable[..., Any], words: str) -> None:
-    with pytest.raises(NotTraceable, match=words):
+    with pytest.raises(ExportError, match=words):
         single.part(Model(run), "fill-mask")
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_export.errors import ExportError
+
 
 def main(request: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")  # torch warns about requested axes and names
@@ -20,7 +22,6 @@ def main(request: dict[str, Any]) -> None:
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
     from lora_export.onnx_export.engines.dynamo_passes.kept_wide import kept_by
     from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
-    from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
     from lora_export.onnx_export.graphs import files as graph_files
     from lora_export.onnx_export.quantize.settings import Blockwise
 
@@ -29,8 +30,8 @@ def main(request: dict[str, Any]) -> None:
     try:
         model, traced = _parts(request)
         programs = [tracing.trace(part, model) for part in traced.parts]
-    except NotTraceable as reason:
-        _answer(request, {"refused": str(reason)})
+    except ExportError as reason:
+        _answer(request, {"refused": reason.found})
         return
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
@@ -74,7 +75,6 @@ def _tied(programs: Sequence[Any]) -> frozenset[str]:
 
 def _quantized(model: Any, weights: Sequence[Any], how: Any, tied: frozenset[str], alone: bool) -> list[Any]:
     """The weights of a graph in quantized parts; as they are in one of several graphs that has no product."""
-    from lora_export.errors import ExportError
     from lora_export.onnx_export.quantize.blockwise import quantize_graph
 
     try:
@@ -91,7 +91,6 @@ def _answer(request: dict[str, Any], made: dict[str, Any]) -> None:
 
 def _parts(request: dict[str, Any]) -> tuple[Any, Any]:
     """(model without weights, what is traced of it)."""
-    from lora_export.errors import ExportError
     from lora_export.onnx_export.engines.parts import parts_of
 
     folder, architecture, optimize = Path(request["model"]), request["architecture"], request["optimize"]

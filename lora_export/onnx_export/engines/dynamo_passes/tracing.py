@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from lora_export.errors import ExportError
 from lora_export.onnx_export.engines import trace_patches
 from lora_export.onnx_export.engines.dynamo_passes import attention, branches, recurrent, rope
 from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights, refuse_missing
-from lora_export.onnx_export.engines.parts.graph_part import GraphPart, NotTraceable
+from lora_export.onnx_export.engines.parts.graph_part import GraphPart
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
 OPSET = 20
@@ -72,7 +73,7 @@ class _Forward(torch.nn.Module):
 def _export_first(part: GraphPart, model: torch.nn.Module) -> tuple[Any, GraphPart]:
     """The program of a part, or of what it falls back on.
 
-    Raises NotTraceable where forward takes another path at other sizes than those that were traced.
+    Raises ExportError where forward takes another path at other sizes than those that were traced.
     """
     try:
         with branches.noted() as conditions, trace_patches.unchanged(model):
@@ -86,7 +87,7 @@ def _export_first(part: GraphPart, model: torch.nn.Module) -> tuple[Any, GraphPa
         return program, part
     if part.fallback is not None:
         return _export_first(part.fallback, model)
-    raise NotTraceable(f"the forward of {type(model).__name__} does something else at {odd} than in the trace")
+    raise ExportError(f"the forward of {type(model).__name__} does something else at {odd} than in the trace")
 
 
 @contextlib.contextmanager

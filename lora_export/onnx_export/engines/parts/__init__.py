@@ -2,17 +2,18 @@
 
 from typing import Any
 
+from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.parts import decoder, multimodal, sentence, seq2seq, single, traceable
-from lora_export.onnx_export.engines.parts.graph_part import NotTraceable, Traced
+from lora_export.onnx_export.engines.parts.graph_part import Traced
 
 
 def parts_of(model: Any, task: str) -> Traced:
     """The graphs of a model, depending on what it takes and whether it generates. task: Optimum's name of it.
 
-    Raises NotTraceable for a model that cannot be a graph.
+    Raises ExportError for a model that cannot be a graph.
     """
     if task == "text-to-audio" and model.can_generate():
-        raise NotTraceable(
+        raise ExportError(
             f"{type(model).__name__} makes speech in a loop of its own, with random numbers in each step: its "
             "answers to the same text differ, and no graph can be compared with it"
         )

@@ -15,10 +15,6 @@ BATCH, LENGTH = 2, 16  # sizes to trace with; 1 would be taken for a constant
 PAST, ENCODED = 5, 11
 
 
-class NotTraceable(Exception):
-    """What of a model cannot be in a graph, in words for a person."""
-
-
 @dataclass(frozen=True)
 class GraphPart:
     """run: takes the inputs and returns the outputs, in order; caches: whether it has a cache as input or output.

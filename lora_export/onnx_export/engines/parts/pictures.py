@@ -12,8 +12,9 @@ from unittest import mock
 
 import torch
 
+from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.parts import patches
-from lora_export.onnx_export.engines.parts.graph_part import Axes, Input, NotTraceable
+from lora_export.onnx_export.engines.parts.graph_part import Axes, Input
 
 PICTURES = 3  # to trace with
 _KNOWN = {"pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask"}
@@ -30,7 +31,7 @@ def placeholder(config: Any) -> int:
 
 
 def inputs(model: Any) -> dict[str, Input]:
-    """By the names of transformers' processors. NotTraceable for a model that wants to know more of a picture."""
+    """By the names of transformers' processors. ExportError for a model that wants to know more of a picture."""
     taken = _taken(model)
     _refuse_unknown(model)
     vision = model.config.vision_config
@@ -68,17 +69,17 @@ def features(model: Any, given: Seen) -> torch.Tensor:
 def _refuse_unknown(model: Any) -> None:
     name, config = type(model).__name__, model.config
     if getattr(config, "vision_config", None) is None:
-        raise NotTraceable(
+        raise ExportError(
             f"{name} reads pictures, but its configuration has no vision_config that tells their size"
         )
     if getattr(config, "image_grid_pinpoints", None):
-        raise NotTraceable(
+        raise ExportError(
             f"{name} cuts each picture by its original size, with numbers of an input that a trace does not have"
         )
     parameters = inspect.signature(model.get_image_features).parameters.values()
     needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if more := sorted(needed - _KNOWN):
-        raise NotTraceable(f"{name} makes features of pictures from {', '.join(more)}, which no runtime gives it")
+        raise ExportError(f"{name} makes features of pictures from {', '.join(more)}, which no runtime gives it")
 
 
 def _taken(model: Any) -> set[str]:

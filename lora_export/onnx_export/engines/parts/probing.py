@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from lora_export.errors import ExportError
 from lora_export.onnx_export.engines import trace_patches
-from lora_export.onnx_export.engines.parts.graph_part import LENGTH, Input, NotTraceable
+from lora_export.onnx_export.engines.parts.graph_part import LENGTH, Input
 
 _MORE = {"text_batch_size": 2, "sequence_length": 5}  # unlike those of other axes
 _RANDOM = ("rand", "randn", "rand_like", "randn_like", "randint", "randperm", "normal", "bernoulli", "multinomial")
@@ -45,7 +46,7 @@ def _other(size: int, axis: str | None) -> int:
 def outputs(model: Any, forward: Forward) -> Mapping[str, Any]:
     """What forward returns for these sizes: tensors without values, by name.
 
-    Raises what forward raises, and NotTraceable for one that draws random numbers.
+    Raises what forward raises, and ExportError for one that draws random numbers.
     """
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -59,7 +60,7 @@ def outputs(model: Any, forward: Forward) -> Mapping[str, Any]:
         result: Mapping[str, Any] = torch.func.functional_call(model, state, (), {**values, **forward.fixed})
     if drawn.names:
         drew = ", ".join(f"torch.{name}" for name in sorted(drawn.names))
-        raise NotTraceable(
+        raise ExportError(
             f"{type(model).__name__} draws random numbers in its forward ({drew}): its answers to the same inputs "
             "differ, and no graph can be compared with it"
         )
@@ -100,7 +101,7 @@ class Accepted:
 def first_accepted(model: Any, calls: Sequence[Forward]) -> Accepted:
     """The first call that the model takes at two sizes.
 
-    Raises NotTraceable with the model's own words where it takes none.
+    Raises ExportError with the model's own words where it takes none.
     """
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs each refusal
     refusals: list[str] = []
@@ -108,13 +109,13 @@ def first_accepted(model: Any, calls: Sequence[Forward]) -> Accepted:
         try:
             resized = outputs(model, forward.resized())
             return Accepted(forward, outputs(model, forward), resized)
-        except NotTraceable:
+        except ExportError:
             raise
         except Exception as error:  # whatever a model says of inputs that it does not take
             _refuse_sizes_from_values(model, error)
             words = (str(error).strip().splitlines() or [type(error).__name__])[0]
             refusals.append(f"{', '.join(forward.inputs)}: {type(error).__name__}: {words[:200]}")
-    raise NotTraceable(
+    raise ExportError(
         f"no inputs are known that the forward of {type(model).__name__} takes; tried "
         + "; ".join(dict.fromkeys(refusals))
     )
@@ -125,6 +126,6 @@ def _refuse_sizes_from_values(model: Any, error: Exception) -> None:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException | GuardOnDataDependentSymNode):
-        raise NotTraceable(
+        raise ExportError(
             f"a size or a branch in the forward of {type(model).__name__} depends on the values of its inputs"
         ) from error

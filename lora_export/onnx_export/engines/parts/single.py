@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.parts import forward_inputs, probing
-from lora_export.onnx_export.engines.parts.graph_part import Axes, GraphPart, NotTraceable
+from lora_export.onnx_export.engines.parts.graph_part import Axes, GraphPart
 
 # Outputs by task, by Optimum's names and in its order, as far as the model returns them. A task that is not here
 # has everything that the model returns.
@@ -29,7 +30,7 @@ _INNER = ("loss", "hidden_states", "attentions", "past_key_values", "auxiliary_o
 
 
 def part(model: Any, task: str) -> GraphPart:
-    """A model that does not generate. Raises NotTraceable for a forward that takes nothing of what is known.
+    """A model that does not generate. Raises ExportError for a forward that takes nothing of what is known.
 
     Its inputs are the most dynamic that its forward takes; its outputs are Optimum's for the task, as far as
     forward returns them.
@@ -38,7 +39,7 @@ def part(model: Any, task: str) -> GraphPart:
     made = _made(model, task, calls)
     fixed = [c for c in calls if not _sizes_pictures(c)]
     if _sizes_pictures(calls[0]) and made.pictures and fixed:
-        with contextlib.suppress(NotTraceable):
+        with contextlib.suppress(ExportError):
             return replace(made, fallback=_made(model, task, fixed))
     return made
 
