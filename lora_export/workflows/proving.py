@@ -112,8 +112,9 @@ def _refusal(made: "Made", verdict: dict[str, Any]) -> ExportError:
         figure = f"{verdict['output']} differs by {share:.2g} of its largest value"
     case = f" ({verdict['case']})" if verdict["case"] else ""
     module = f"; the first module that differs is {verdict['module']}" if verdict["module"] else ""
+    what = "does not compute what PyTorch does" if verdict["cases"] else "cannot be compared with PyTorch"
     return ExportError(
-        f"the graph does not compute what PyTorch does: {figure}{case}{module}",
+        f"the graph {what}: {figure}{case}{module}",
         where=verdict["graph"] or made.graphs[0],
         tensor=", ".join(verdict["tensors"]) or None,
         expected=f"a difference of at most {float(verdict['allowed']):.2g}",

@@ -92,7 +92,7 @@ class Proof:
     def verdict(self) -> Verdict:
         verdict = Verdict(reference=self._of.words)
         if self._of.wrong:
-            verdict.passed, verdict.tensors = False, list(self._of.wrong[:5])
+            verdict.passed, verdict.tensors, verdict.cases = False, list(self._of.wrong[:5]), 1
             verdict.difference, verdict.note = float("inf"), "the graph holds other weights than the checkpoint"
             return verdict
         model = Reference(self._of.model)
