@@ -176,8 +176,8 @@ CHECKS: dict[str, Callable[[float], bool]] = {
     "judge control.low": judge("control", "low"),
     "top1_agreement": agrees("top1_agreement", 0.9), "cosine": agrees("cosine", 0.9),
     **{f.__name__: f for f in (
-        fused, plain, proven, proven_both, damage, damaged_reference, exact, largest, survival, warned_of, opposed, recomputed,
-        runtime_s_numbers, validated_numbers, same_tokens, warm, quiet,
+        fused, plain, proven, proven_both, damage, damaged_reference, exact, largest, survival, warned_of,
+        opposed, recomputed, runtime_s_numbers, validated_numbers, same_tokens, warm, quiet,
     )},
 }  # fmt: skip
 

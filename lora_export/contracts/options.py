@@ -105,14 +105,14 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """How the weights of an int4, int8 or nf4 graph are quantized. eight_bits: nodes of an int4 graph that become
-    int8; embeddings: quantize those, too (to int8 for nf4)."""
+    """How weights are quantized. symmetric: without zero points (None: unless int4); eight_bits: nodes of an int4
+    graph that become int8; embeddings: quantize those, too (to int8, unless an int4 head is tied to them)."""
 
     SECTION: ClassVar[str] = "Quantization of the ONNX weights"
     block_size: int | None = option(
-        None, "int4, int8, nf4: how many numbers share a scale.", minimum=1, default_text="32 for int4, 64 for int8 and nf4"
+        None, "int4, int8, nf4: numbers that share a scale.", minimum=1, default_text="64; int4 of encoders: 32"
     )
-    symmetric: bool = True
+    symmetric: bool | None = None
     algorithm: choices.Quantizer = option(
         "default", "int4, int8: how the scale of a block is chosen. default: by the largest number (MLAS); rtn: "
         "rounding to nearest; k_quant: searched, with zero points.", flags=("--quantizer",),

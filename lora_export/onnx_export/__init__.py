@@ -74,9 +74,9 @@ def export(
     precision, how = options.precision, options.quantization
     read = [model, *inputs, *([adapter] if adapter else [])]
     with files.output_folder(output, options.force, inputs=read) as stage, Worker() as worker:
-        check_request(config, precision, provider, options.engine, how)
+        engine = engine_named(check_request(config, precision, provider, options.engine, how))
         integers = how.activations != "float"
-        quantized = None if integers else blockwise(precision, provider, how)
+        quantized = None if integers else blockwise(precision, provider, how, engine.generates(config))
         job = ExportJob(
             model, config, stage, precision, provider, adapter, progress, worker, options.optimize, quantized
         )
@@ -179,7 +179,7 @@ def check_request(
     activations.check(precision, chosen.generates(config), how)
     refuse_unused(precision, how)
     if how.activations == "float":
-        blockwise(precision, provider, how)
+        blockwise(precision, provider, how, chosen.generates(config))
     return chosen.name
 
 

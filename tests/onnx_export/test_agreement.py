@@ -74,15 +74,18 @@ def test_decoder_int4_computes_with_rounded_weights(exported: Exported, llama: P
 
 
 def round_to_int4(model: torch.nn.Module) -> None:
-    """Symmetric round to nearest in blocks of 32 along the input dimension, as MatMulNBits stores it."""
-    for layer in model.modules():
+    """Rounded in blocks along the input dimension with zero points, as MatMulNBits stores it: of 64 numbers, and of
+    half as many in the head, which is the embedding, as its rows would have an odd number of blocks."""
+    for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear):
             rows, columns = layer.weight.shape
-            blocks = torch.nn.functional.pad(layer.weight.data, (0, -columns % 32)).reshape(rows, -1, 32)
-            largest = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))
-            scale = torch.where(largest == 0, 1.0, largest / -8)
-            rounded = (blocks / scale).round().clamp(-8, 7) * scale
-            layer.weight.data = rounded.reshape(rows, -1)[:, :columns]
+            size = 32 if name == "lm_head" else 64
+            blocks = torch.nn.functional.pad(layer.weight.data, (0, -columns % size)).reshape(rows, -1, size)
+            low, high = blocks.amin(2, keepdim=True).clamp_max(0), blocks.amax(2, keepdim=True).clamp_min(0)
+            scale = torch.where(high == low, 1.0, (high - low) / 15)
+            zero = (-low / scale).round()
+            rounded = ((blocks / scale + zero).round().clamp(0, 15) - zero) * scale
+            layer.weight.data.copy_(rounded.reshape(rows, -1)[:, :columns])
 
 
 def test_unmerged_graph_agrees_with_peft(exported: Exported, llama: Path, adapter: Path) -> None:

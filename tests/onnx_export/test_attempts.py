@@ -112,7 +112,7 @@ def test_wrong_fusion_gives_way_to_plain_graph(produced: Callable[..., Any]) -> 
 
 
 def test_named_engine_is_the_only_one_tried(produced: Callable[..., Any]) -> None:
-    with pytest.raises(ExportError, match="^a full differs by 0.4$|a full differs by 0.4\n"):
+    with pytest.raises(ExportError, match=r"^a full differs by 0.4$|a full differs by 0.4\n"):
         produced([engine("a"), engine("b")], proven("b full"), "a")
 
 

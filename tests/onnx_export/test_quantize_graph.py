@@ -40,7 +40,7 @@ def _built(model: Path, folder: Path, precision: str, provider: str, options: Qu
         "hf_remote": "false",
         "hf_token": "false",
         "windowed_kv_cache": "false",
-        "is_symmetric": str(options.symmetric and options.algorithm != "k_quant").lower(),
+        "is_symmetric": str(options.symmetric).lower(),
         "block_size": str(options.block_size or 32),
         "accuracy_level": str(4 if provider == "cpu" else 0),
         "algo_config": options.algorithm,
@@ -79,10 +79,10 @@ def _tensors(model: onnx.ModelProto) -> Tensors:
 MIXED = ("/lm_head/MatMul", "/model/layers.0/attn/qkv_proj/MatMul", "/model/layers.0/mlp/down_proj/MatMul")
 TABLES = ("/model/embed_tokens/*",)  # the builder quantizes them only if they are tied, and to 4 bits
 CASES: list[tuple[bool, Precision, str, QuantizationOptions]] = [
-    (True, "int4", "cpu", QuantizationOptions()),
+    (True, "int4", "cpu", QuantizationOptions(block_size=32, symmetric=True)),
     (False, "int4", "cpu", QuantizationOptions(symmetric=False, block_size=16, eight_bits=MIXED, keep=TABLES)),
-    (False, "int4", "cuda", QuantizationOptions(algorithm="rtn", symmetric=False, keep=TABLES)),
-    (True, "int8", "cpu", QuantizationOptions(block_size=32, keep=TABLES)),
+    (False, "int4", "cuda", QuantizationOptions(32, False, "rtn", keep=TABLES)),
+    (True, "int8", "cpu", QuantizationOptions(32, symmetric=True, keep=TABLES)),
 ]
 
 
@@ -112,9 +112,10 @@ def test_quantize_decoder_matches_builder(
 @pytest.mark.parametrize(
     ("precision", "how", "embedding"),
     [
-        ("int4", QuantizationOptions(symmetric=False, eight_bits=("/lm_head/*",)), "GatherBlockQuantized"),
+        later(("int4", QuantizationOptions(eight_bits=("/lm_head/*",)), "GatherBlockQuantized")),
         later(("int4", QuantizationOptions(keep=("/lm_head/*",)), "Gather")),
-        later(("int8", QuantizationOptions(embeddings=True), "GatherBlockQuantized")),
+        later(("int4", QuantizationOptions(16, False, "k_quant"), "GatherBlockQuantized")),
+        ("int8", QuantizationOptions(), "GatherBlockQuantized"),
     ],
 )
 def test_quantize_tied_embedding_follows_head(
@@ -124,17 +125,17 @@ def test_quantize_tied_embedding_follows_head(
     how: QuantizationOptions,
     embedding: str,
 ) -> None:
-    """Graphs that the builder's names would make unloadable, and an int8 one, where the builder has fp32."""
+    """Graphs that the builder's names would make unloadable, and an int8 one, where the builder has two tensors."""
     model = models[True, "bfloat16"]
     made = export(model, tmp_path / "onnx", ExportOptions(precision, "cpu", quantization=how), progress=Silent())
     graph = onnx.load(made.model)
     assert embedding in {n.op_type for n in graph.graph.node}
-    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}
-    if precision == "int8":
-        for part in ("Q8", "scales"):
-            np.testing.assert_array_equal(
-                tensors[f"model.embed_tokens.weight_{part}"], tensors[f"lm_head.MatMul.weight_{part}"]
-            )
+    (lookup,) = (n for n in graph.graph.node if n.op_type == embedding)
+    (head,) = (n for n in graph.graph.node if n.name.startswith("/lm_head/MatMul"))
+    made_by = {o: n for n in graph.graph.node for o in n.output}
+    table = made_by[lookup.input[0]].input[0]
+    assert (table, *lookup.input[2:]) == tuple(head.input[1:])
+    assert sum("embed_tokens" in t.name for t in graph.graph.initializer) == 0
 
 
 # --- a small graph -----------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def _dequantized(weight: Weight) -> Array:
     [
         Blockwise("int4", accuracy_level=1, embeddings=False),
         Blockwise("int4", 16, symmetric=False),
-        Blockwise("int4", 64, symmetric=False, accuracy_level=1),  # an odd number of blocks: no zero points
+        Blockwise("int4", 64, symmetric=False, accuracy_level=1),  # an odd number of blocks
         Blockwise("int4", 32, False, "k_quant", 1, ("*.down", "head")),
         Blockwise("int8", 64, keep=("lookup",)),
         Blockwise("int8", 128),  # rows end within a block
@@ -268,7 +269,10 @@ def test_quantize_graph_computes_with_dequantized_weights(how: Blockwise) -> Non
     ("how", "embedding"),
     [
         (Blockwise("int4"), ["w_embedding_Q4", "w_embedding_scales"]),
-        (Blockwise("int4", 64, symmetric=False), ["w_embedding_Q4", "w_embedding_scales"]),
+        (
+            Blockwise("int4", 64, symmetric=False),
+            ["w_embedding_Q4", "w_embedding_scales", "w_embedding_zero_points"],
+        ),
         (Blockwise("int4", symmetric=False), ["w_embedding_Q4", "w_embedding_scales", "w_embedding_zero_points"]),
         (Blockwise("nf4", 64), ["w_embedding_Q8", "w_embedding_scales"]),
         (Blockwise("int4", keep=("lookup",)), ["w_embedding", "w_embedding_Q4", "w_embedding_scales"]),
@@ -277,7 +281,79 @@ def test_quantize_graph_computes_with_dequantized_weights(how: Blockwise) -> Non
 def test_quantize_embedding_and_head_share_one_tensor(how: Blockwise, embedding: list[str]) -> None:
     """nf4 has no lookup, and CUDA's miscounts zero points of 4 bits where a row has an odd number of blocks."""
     _, weights = quantized_graph(_graph(), WEIGHTS, how)
-    assert [w.name for w in weights if w.name.startswith("w_embedding")] == embedding
+    found = [w for w in weights if w.name.startswith("w_embedding")]
+    assert [w.name for w in found] == embedding
+    if "zero_points" in embedding[-1]:
+        assert found[1].shape == (VOCABULARY, 2)
+
+
+def test_quantize_lone_table_becomes_int8() -> None:
+    _, weights = quantized_graph(_graph(), WEIGHTS, Blockwise("int4", keep=("head",)))
+    assert "w_embedding_Q8" not in {w.name for w in weights}  # the head holds it unquantized anyway
+    alone = _graph()
+    alone.graph.node[-1].input[1] = "w_head"
+    head = Weight("w_head", "data", "float32", (VOCABULARY, WIDTH), _recipe("embedding", turned=False))
+    alone.graph.initializer.append(onnx.TensorProto(name="w_head", data_type=1, dims=head.shape))
+    _, weights = quantized_graph(alone, [*WEIGHTS, head], Blockwise("int4"))
+    assert {"w_embedding_Q8", "w_head_Q4"} <= {w.name for w in weights}
+
+
+@pytest.mark.parametrize(("turned", "how"), [(False, Blockwise("int4")), (True, Blockwise("int8", 128))])
+def test_quantize_gemm_keeps_its_bias(turned: bool, how: Blockwise) -> None:
+    """GPT-2's layers: a weight (in, out), or (out, in) if turned."""
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    weight = Weight("w", "data", "float32", (WIDTH, WIDE)[:: -1 if turned else 1], _recipe("up", turned=not turned))
+    bias = onnx.numpy_helper.from_array(random.normal(size=WIDE).astype(np.float32), "bias")
+    graph = onnx.helper.make_graph(
+        [make("Gemm", ["x", "w", "bias"], ["y"], name="gemm", transB=int(turned))],
+        "g",
+        [info("x", 1, ["n", WIDTH])],
+        [info("y", 1, ["n", WIDE])],
+        [onnx.TensorProto(name="w", data_type=1, dims=weight.shape), bias],
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    plain = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    model, weights = quantized_graph(plain, [weight], how)
+    assert [n.op_type for n in model.graph.node] == ["MatMulNBits", "Add"]
+    values = {w.name: _value(w) for w in weights}
+    for tensor in model.graph.initializer:
+        if tensor.name in values:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values[tensor.name], tensor.name))
+    x = random.normal(size=(3, WIDTH)).astype(np.float32)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x})
+    expected = x @ _dequantized(weights[0]) + onnx.numpy_helper.to_array(bias)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("between", "quantized"), [("TopK", False), ("MatMul", True)])
+def test_quantize_router_stays_as_it_is(between: str, quantized: bool) -> None:
+    """Scores of 112 experts, of which the graph takes two; what lies behind another product is none."""
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    (weight,) = (w for w in WEIGHTS if w.name == "w_down")
+    router = Weight("w", "data", "float32", (WIDTH, WIDE), _recipe("up"))
+    nodes = [make("MatMul", ["x", "w"], ["scores"], name="router"), make("Softmax", ["scores"], ["shares"])]
+    if between == "MatMul":
+        nodes.append(make("MatMul", ["shares", "w_down"], ["mixed"], name="down"))
+    nodes.append(make("TopK", ["mixed" if between == "MatMul" else "shares", "two"], ["best", "which"]))
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [info("x", 1, ["n", WIDTH])],
+        [info("which", 7, ["n", 2])],
+        [
+            onnx.TensorProto(name="w", data_type=1, dims=router.shape),
+            onnx.TensorProto(name="w_down", data_type=1, dims=weight.shape),
+            onnx.numpy_helper.from_array(np.array([2], np.int64), "two"),
+        ],
+    )
+    plain = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    if quantized:
+        model, _ = quantized_graph(plain, [router, weight], Blockwise("int4"))
+        assert [n.op_type for n in model.graph.node] == ["MatMulNBits", "Softmax", "MatMul", "TopK"]
+    else:
+        with pytest.raises(ExportError, match="no product"):
+            quantized_graph(plain, [router], Blockwise("int4"))
 
 
 def test_quantize_shared_weight_once() -> None:
@@ -348,13 +424,13 @@ def test_quantize_unknown_settings_are_refused(
     precision: Precision, options: QuantizationOptions, found: str
 ) -> None:
     with pytest.raises(ExportError, match=found) as refused:
-        blockwise(precision, "cpu", options)
+        blockwise(precision, "cpu", options, generates=True)
     assert refused.value.expected
     assert refused.value.next_step
 
 
 def test_quantize_k_quant_has_zero_points() -> None:
-    how = blockwise("int4", "cpu", QuantizationOptions(algorithm="k_quant"))
+    how = blockwise("int4", "cpu", QuantizationOptions(algorithm="k_quant"), generates=True)
     assert how is not None
     assert not how.symmetric
     with pytest.raises(ExportError, match="without zero points"):

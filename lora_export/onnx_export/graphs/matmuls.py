@@ -7,8 +7,10 @@ import onnx_ir as ir
 
 from lora_export.onnx_export.weights.map import Weight
 
-SOURCES = ("MatMul", "FusedMatMul", "Gather")
+SOURCES = ("MatMul", "FusedMatMul", "Gemm", "Gather")
 FEW_ROWS = 64  # of a lookup table: kinds of tokens, buckets of distances; they weigh nothing and each is read often
+FEW_COLUMNS = 32  # of a product: the classes of a head weigh nothing either
+_PASSING = frozenset({"Add", "Cast", "Identity", "Mul", "Reshape", "Sigmoid", "Softmax", "Sqrt", "Softplus", "Sub"})
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def candidates(model: ir.Model, weights: Sequence[Weight], lookups: bool = False
     ways: dict[str, bool] = {}
     for node in model.graph:
         product = _product(node, known, lookups)
-        if product is None or not _fits(product):
+        if product is None or not _fits(product) or _is_choice(node, product):
             continue
         # A weight that is read both ways would have two quantized forms; it gets the first.
         if ways.setdefault(product.weight.name, product.turned) == product.turned:
@@ -53,12 +55,36 @@ def _product(node: ir.Node, known: Mapping[str, Weight], lookups: bool) -> Produ
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     if node.op_type == "MatMul":
         return Product(weight, turned=False)
+    if node.op_type == "Gemm":  # with a bias, on inputs of two dimensions: GPT-2's layers
+        turned = attributes.pop("transB", 0) == 1
+        plain = all(attributes.pop(scale, 1.0) == 1.0 for scale in ("alpha", "beta"))
+        return Product(weight, turned) if plain and not any(attributes.values()) else None
     if node.op_type == "FusedMatMul":  # a head that shares its weight with the embeddings
         plain = attributes.pop("alpha", 1.0) == 1.0 and attributes.pop("transB", 0) == 1
         return Product(weight, turned=True) if plain and not any(attributes.values()) else None
     if not lookups or weight.shape[0] < FEW_ROWS or attributes.get("axis", 0):
         return None
     return Product(weight, turned=True, lookup=True)
+
+
+def _is_choice(node: ir.Node, product: Product) -> bool:
+    """Whether the outputs are classes, or scores of experts: a rounded router sends tokens to other experts."""
+    if product.lookup:
+        return False
+    return product.columns < FEW_COLUMNS or _reaches_choice(node, set())
+
+
+def _reaches_choice(node: ir.Node, seen: set[ir.Node]) -> bool:
+    """Whether the largest of the node's outputs are chosen, before anything multiplies by a weight."""
+    for output in node.outputs:
+        for reader, _ in output.uses():
+            if reader.op_type == "TopK":
+                return True
+            if reader.op_type in _PASSING and reader not in seen:
+                seen.add(reader)
+                if _reaches_choice(reader, seen):
+                    return True
+    return False
 
 
 def _fits(product: Product) -> bool:

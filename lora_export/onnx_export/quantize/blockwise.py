@@ -32,17 +32,19 @@ def quantize_graph(
     done: dict[str, dict[Weight, ir.Value]] = {}
     products = _chosen(model, weights, how)
     wide = {p.weight.name for n, p in products.items() if kept(n, how.eight_bits)}
-    tables = {p.weight.name for n, p in products.items() if p.lookup} | {*looked_up}
+    tables = {p.weight.name for p in products.values() if p.lookup} | {*looked_up}
+    heads = {p.weight.name for p in products.values() if not p.lookup}
     for node in list(graph):
         product = products.get(str(node.name))
         if product is None:
             continue
         own = replace(how, method="int8") if product.weight.name in wide else how
-        own = own.of_table(product.rows) if product.weight.name in tables else own
+        if product.weight.name in tables:
+            own = own.of_table(product.rows, product.weight.name in heads)
         parts = done.setdefault(product.weight.name, {part: _value(part) for part in _parts(product, own)})
         rewrite = _lookup if product.lookup else _product
         _put(node, rewrite(node, product, list(parts.values()), own))
-    if not any(not p.lookup for p in products.values()):
+    if not done:
         raise ExportError(
             f"no product in this graph has a weight that can be quantized to {how.method}",
             expected="a model with linear layers, not all of them kept in high precision",
@@ -76,7 +78,7 @@ def _chosen(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -> dict[
 
 
 def _worthwhile(table: Product, how: Blockwise) -> bool:
-    settings = how.of_table(table.rows).settings
+    settings = how.of_table(table.rows, shared=False).settings
     parts = shapes(table.rows, table.columns, settings)
     size = ITEM_SIZE[table.weight.dtype]
     return (
@@ -131,7 +133,11 @@ def _product(node: ir.Node, product: Product, parts: Sequence[ir.Value], how: Bl
         if how.accuracy_level:
             attributes["accuracy_level"] = how.accuracy_level
     inputs, name = [node.inputs[0], *parts], f"{node.name}{suffix}"
-    return [ir.node(kind, inputs, dict(sorted(attributes.items())), domain=MICROSOFT, name=name)]
+    multiplied = ir.node(kind, inputs, dict(sorted(attributes.items())), domain=MICROSOFT, name=name)
+    if node.op_type != "Gemm" or len(node.inputs) < 3 or node.inputs[2] is None:  # a bias
+        return [multiplied]
+    multiplied.outputs[0].name = f"{name}_product"
+    return [multiplied, ir.node("Add", [multiplied.outputs[0], node.inputs[2]], name=f"{name}_bias")]
 
 
 def _lookup(node: ir.Node, product: Product, parts: Sequence[ir.Value], how: Blockwise) -> list[ir.Node]:

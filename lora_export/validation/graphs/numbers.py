@@ -146,7 +146,8 @@ def _rounding_error(held: Held, wanted: torch.Tensor, stored: torch.dtype) -> fl
 
 
 def _block_error(values: torch.Tensor, wanted: torch.Tensor, how: Quantized) -> float:
-    """The error of a quantized matrix relative to what correct quantization may do: at worst, and overall."""
+    """The error of quantized matrices relative to what correct quantization may do: at worst, and overall."""
+    values, wanted = (x.reshape(-1, how.width) for x in (values, wanted))
     if how.axis == 0:
         values, wanted = values.T, wanted.T
     if how.method in CODE_GAPS:

@@ -33,13 +33,15 @@ Shapes = Mapping[str, Sequence[int]]
 class Quantized:
     """How a matrix was quantized: elements of a block share a scale.
 
-    symmetric: without zero points; axis: the axis of the checkpoint's matrix along which blocks run.
+    symmetric: without zero points; axis: the axis of the checkpoint's matrix along which blocks run; width: columns
+    of that matrix, which may be one of several that a row of the tensor holds (experts).
     """
 
     method: str
     block_size: int
     symmetric: bool
     axis: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,8 @@ def _plain(source: _Initializers, entry: Mapping[str, Any], shapes: Shapes) -> I
 def _quantized(source: _Initializers, parts: Sequence[Mapping[str, Any]], shapes: Shapes) -> Iterator[Held]:
     by_part = {e["quantized"]["part"]: e for e in parts}
     first, how = parts[0], parts[0]["quantized"]
-    stacked = sum(p["rows"][1] - p["rows"][0] for p in first["made_of"])
-    width = math.prod(shapes[first["made_of"][0]["tensor"]][1:])
+    stacked = sum((p["rows"][1] - p["rows"][0]) * math.prod(shapes[p["tensor"]][1:-1]) for p in first["made_of"])
+    width = shapes[first["made_of"][0]["tensor"]][-1]
     inputs, outputs = (width, stacked) if first.get("transposed") else (stacked, width)
     arrays = {part: source.array(e) for part, e in by_part.items()}
     try:
@@ -165,7 +167,8 @@ def _quantized(source: _Initializers, parts: Sequence[Mapping[str, Any]], shapes
     except (ValueError, KeyError) as error:
         raise _odd(source.folder, first, f"parts that do not fit together ({error})") from None
     values = matrix if first.get("transposed") else matrix.T
-    kind = Quantized(how["method"], how["block_size"], how["symmetric"], 1 if first.get("transposed") else 0)
+    axis = 1 if first.get("transposed") else 0
+    kind = Quantized(how["method"], how["block_size"], how["symmetric"], axis, width)
     yield from _pieces(source.folder, first, values, shapes, _TORCH[by_part["scales"]["dtype"]], kind)
 
 

@@ -11,8 +11,8 @@ from lora_export.validation.proof.made_up import Ids, Sizes, generator, mask_of
 from lora_export.validation.proof.single import rounded
 from lora_export.validation.proof.trial import Extent, Graphs, Reference, Trial, counted, counted_array, outputs_of
 
-_FRAMES = 3000  # of Whisper's spectrogram, always
-_SOUNDS = ("input_features", "audio_features", "input_values")
+_FRAMES, _WAVE = 3000, 8000  # of Whisper's spectrogram, always; samples of a sound
+_SIGNALS = ("input_features", "audio_features", "input_values", "pixel_values")
 
 
 def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
@@ -79,16 +79,18 @@ def _case(model: Reference, graphs: Graphs, sizes: Sizes, steps: tuple[int, ...]
 def _inputs(model: Reference, graphs: Graphs, sizes: Sizes) -> tuple[dict[str, torch.Tensor], Any, str]:
     """What the encoder is given, its mask if it takes one, and the case in words."""
     signature = graphs.signature(graphs.names[0])
-    sound = next((n for n in _SOUNDS if n in signature.inputs), None)
-    if sound is None:
+    signal = next((n for n in _SIGNALS if n in signature.inputs), None)
+    if signal is None:
         mask = mask_of(sizes)
         return {IDS: Ids(model.config)(mask, (sizes, model.seed)), MASK: mask}, mask, sizes.words
-    shape = signature.inputs[sound].shape
-    own = "input_features" if sound == "audio_features" else sound
-    lengths = [d if isinstance(d, int) else _FRAMES if own == "input_features" else 8000 for d in shape[1:]]
+    shape = signature.inputs[signal].shape
+    own = "input_features" if signal == "audio_features" else signal
+    frames = min(_FRAMES, getattr(model.config, "max_source_positions", None) or _FRAMES)
+    lengths = [d if isinstance(d, int) else frames if own == "input_features" else _WAVE for d in shape[1:]]
     values = torch.randn(sizes.rows, *lengths, generator=generator(own, sizes, model.seed))
-    inputs = {own: rounded(values, signature.inputs[sound])}
+    inputs = {own: rounded(values, signature.inputs[signal])}
     heard = None
-    if MASK in signature.inputs and len(shape) == 2:
-        inputs[MASK] = heard = mask_of(Sizes(sizes.rows, lengths[-1], "right"))
+    if MASK in signature.inputs:  # as long as the axis that has no number
+        longest = next((n for n, d in zip(lengths, shape[1:], strict=True) if not isinstance(d, int)), lengths[-1])
+        inputs[MASK] = heard = mask_of(Sizes(sizes.rows, longest, "right"))
     return inputs, heard, f"batch {sizes.rows}, {own} {list(values.shape)}"
