@@ -158,8 +158,7 @@ def test_proof_of_wrong_graph_is_refused_with_figure_and_module(
 def test_proof_of_right_graph_passes(exported: Callable[..., ExportResult], llama: Path) -> None:
     found = verdict(exported(llama), llama)
     assert found["passed"] and float(found["difference"]) <= 1e-5
-    assert found["cases"] == 8
-    assert "padded on the left" in found["limits"][0]
+    assert found["cases"] >= 8 and found["limits"] == []
 
 
 # --- configurations that the graph was not made for ------------------------------------------------------------
