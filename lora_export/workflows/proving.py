@@ -62,7 +62,7 @@ def _far(engine: "Engine", job: "ExportJob", level: ProofLevel) -> dict[str, Any
         short = replace(job, model=model, output=output, config=config)
         made = engine.run(short)
         if made.described:
-            fill(output, numbers_of(model, None), job.progress, hashed=False)
+            fill(output, numbers_of(job.model, None), job.progress, hashed=False)  # links out are refused
         verdict = _verdict(short, made, level, False, far_only=True)
         return verdict | {"case": f"{verdict['case']}, of the first {layers} layers"}
 
