@@ -62,7 +62,7 @@ def _far(engine: "Engine", job: "ExportJob", level: ProofLevel) -> dict[str, Any
         short = replace(job, model=model, output=output, config=config)
         made = engine.run(short)
         if made.described:
-            fill(output, numbers_of(model, None), job.progress, hashed=False)
+            fill(output, numbers_of(job.model, None), job.progress, hashed=False)  # links out are refused
         verdict = _verdict(short, made, level, False, far_only=True)
         return verdict | {"case": f"{verdict['case']}, of the first {layers} layers"}
 
@@ -112,8 +112,9 @@ def _refusal(made: "Made", verdict: dict[str, Any]) -> ExportError:
         figure = f"{verdict['output']} differs by {share:.2g} of its largest value"
     case = f" ({verdict['case']})" if verdict["case"] else ""
     module = f"; the first module that differs is {verdict['module']}" if verdict["module"] else ""
+    what = "does not compute what PyTorch does" if verdict["cases"] else "cannot be compared with PyTorch"
     return ExportError(
-        f"the graph does not compute what PyTorch does: {figure}{case}{module}",
+        f"the graph {what}: {figure}{case}{module}",
         where=verdict["graph"] or made.graphs[0],
         tensor=", ".join(verdict["tensors"]) or None,
         expected=f"a difference of at most {float(verdict['allowed']):.2g}",

@@ -118,7 +118,7 @@ def _near(decoding: Any, packs: bool, full: bool) -> Iterator[Trial]:
     yield from decoding(Sizes(3, 4), 2).steps(4, 1, 1)
     yield from decoding(Sizes(1, 9), 4).steps(9, 3, 1)
     yield from decoding(Sizes(2, 7, "right"), 0).steps(7)
-    later = () if packs else (1, 2)
+    later = (1,) if packs else (1, 2)
     yield from decoding(Sizes(3, 7, "left"), sum(later), limit=packs).steps(7, *later)
     if full:
         yield from decoding(Sizes(3, 7), 5).steps(7, 1, 1, *(() if packs else (3,)))

@@ -6,7 +6,7 @@ zero) follows from the configuration: a classifier counts its tokens of padding,
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,13 @@ class Sizes:
     def words(self) -> str:
         padded = "" if self.side == "none" else f", padded on the {self.side}"
         return f"batch {self.rows}, length {self.tokens}{padded}"
+
+    def doubled(self) -> "Sizes":
+        """With images twice as high and as wide."""
+        named = {
+            name: size * (2 if name in ("height", "width") else 1) for name, size in (self.named or {}).items()
+        }
+        return replace(self, named=named)
 
     def axis(self, axis: int | str | None) -> int:
         """The size of an axis of a graph's input."""

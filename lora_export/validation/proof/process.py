@@ -10,6 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,12 @@ class Verdict:
 
 def main(request: Mapping[str, Any]) -> None:
     warnings.simplefilter("ignore")
-    with reference.loaded(request) as of:
-        verdict = Proof(request, of).verdict()
+    graphs = Graphs(Path(request["export"]), request["graphs"], request["provider"])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(graphs.open)  # while the other core loads the model
+        with reference.loaded(request) as of:
+            pool.shutdown()
+            verdict = Proof(request, of, graphs).verdict()
     gc.collect()
     document = asdict(verdict) | {k: repr(getattr(verdict, k)) for k in ("difference", "allowed")}
     document["fewer_layers"] = verdict.fewer_layers and verdict.passed
@@ -77,18 +82,17 @@ def main(request: Mapping[str, Any]) -> None:
 
 
 class Proof:
-    def __init__(self, request: Mapping[str, Any], of: reference.Loaded) -> None:
-        self._of, self._request = of, request
+    def __init__(self, request: Mapping[str, Any], of: reference.Loaded, graphs: Graphs) -> None:
+        self._of, self._request, self._graphs = of, request, graphs
         self._export = Path(request["export"])
         self._extent = Extent(request["level"] == "full", request["far_only"], of.streamed)
-        self._graphs = Graphs(self._export, request["graphs"], request["provider"])
         self._battery = battery_of(request["kind"])
         self._type = reference.arithmetic_of(self._export)
 
     def verdict(self) -> Verdict:
         verdict = Verdict(reference=self._of.words)
         if self._of.wrong:
-            verdict.passed, verdict.tensors = False, list(self._of.wrong[:5])
+            verdict.passed, verdict.tensors, verdict.cases = False, list(self._of.wrong[:5]), 1
             verdict.difference, verdict.note = float("inf"), "the graph holds other weights than the checkpoint"
             return verdict
         model = Reference(self._of.model)

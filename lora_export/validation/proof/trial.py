@@ -63,8 +63,11 @@ class Graphs:
     def signature(self, name: str) -> Signature:
         return self._run(name).signature
 
-    def close(self) -> None:
-        self._runs.clear()
+    def open(self) -> None:
+        """Open all sessions now. One that cannot be opened says so when it is run."""
+        for name in self.names:
+            with contextlib.suppress(Exception):
+                self._run(name)
 
     def run(self, name: str, feed: Mapping[str, Any]) -> tuple[dict[str, Array], str]:
         """All outputs, or none and the reason."""
