@@ -19,6 +19,8 @@ def take_tables_of_the_model(model: Any) -> None:
 
     def make_config_init(self: Any, config: Any) -> None:
         self.unchanged_config = copy.deepcopy(config)  # the builder writes into what it is given
+        if longest := _longest(config):
+            config.max_position_embeddings = longest
         plain_config(self, config)
 
     def make_rope_init(self: Any, config: Any) -> None:
@@ -46,6 +48,16 @@ def take_tables_of_the_model(model: Any) -> None:
 
     model.make_config_init, model.make_rope_init = make_config_init, make_rope_init
     model.make_rotary_embedding_caches_from_scratch, model.make_model = tables, make_model
+
+
+def _longest(config: Any) -> int | None:
+    """Positions that YaRN is made for: it is often switched on in a configuration that keeps its length."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn":
+        return None
+    length = int(text.max_position_embeddings)
+    return max(length, int(float(rope["factor"]) * int(rope.get("original_max_position_embeddings") or length)))
 
 
 def compute_tables_that_follow_the_length(model: Any) -> None:

@@ -17,6 +17,8 @@ SPLIT = 3  # pieces of a prompt, so that the cache has to carry the context
 class OnnxVisionLanguage:
     """pictures: as in VisionLanguageComparison."""
 
+    equal_rows = False
+
     def __init__(self, graphs: Sequence[Path], provider: str, pictures: Any) -> None:
         self._runs = VisionLanguage(graphs, provider, pictures.placeholder, pictures.merge)
         self._pictures = pictures

@@ -92,6 +92,9 @@ def _longest(config: Any) -> int:
     return max(2, int(most) - offset) if isinstance(most, int) and most > 0 else 2**20
 
 
+_UNBOUNDED = ("default", "linear", "proportional")  # one formula for every position
+
+
 def borders(config: Any) -> dict[str, int]:
     """Lengths at which a model begins to compute otherwise, by what they are: windows, chunks, the length that its
     rotary positions were trained for."""
@@ -104,11 +107,13 @@ def borders(config: Any) -> dict[str, int]:
             found[key.replace("_", " ")] = size
     rope = getattr(text, "rope_parameters", None) or {}
     for kind in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
-        if kind.get("rope_type", "default") != "default":
+        if kind.get("rope_type", "default") not in _UNBOUNDED and not kind.get("alpha"):  # HunYuan's is fixed
             length: Any = kind.get("original_max_position_embeddings")
             length = length or getattr(text, "original_max_position_embeddings", None)
-            length = length or getattr(text, "max_position_embeddings", 0)
-            found["original rope length"] = int(length)
+            longest = int(getattr(text, "max_position_embeddings", 0) or 0)
+            found["original rope length"] = int(length or longest)
+            if kind["rope_type"] == "dynamic":
+                found["length that changes the angles"] = longest
     return {what: size for what, size in found.items() if size}
 
 
