@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 TEXT = "The ship sails at noon."
 _SIZES = {
     "d_model": 64, "encoder_ffn_dim": 112, "decoder_ffn_dim": 112, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 2, "max_position_embeddings": 64,
+    "decoder_attention_heads": 4, "max_position_embeddings": 64,
 }  # fmt: skip
 
 

@@ -35,4 +35,7 @@ ROWS = (
     _row("Speech2TextForConditionalGeneration"),
     _row("SpeechEncoderDecoderModel", **WRITES),
     _row("SwitchTransformersForConditionalGeneration"),
+    _row("T5GemmaForConditionalGeneration"),
+    _row("BigBirdPegasusForConditionalGeneration"),
+    _row("PLBartForConditionalGeneration"),
 )
