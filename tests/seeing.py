@@ -20,7 +20,8 @@ def save(folder: Path, row: str = QWEN, tokens: dict[int, str] | None = None) ->
     model = ROWS[row].save(folder)
     name_tokens(folder, QWEN_TOKENS if tokens is None else tokens)
     vision = model.config.vision_config
-    settings: dict[str, Any] = {"image_mean": MEAN, "image_std": STD, "rescale_factor": 1 / 255}
+    steps = dict.fromkeys(("do_convert_rgb", "do_normalize", "do_rescale", "do_resize"), True)
+    settings: dict[str, Any] = {**steps, "image_mean": MEAN, "image_std": STD, "rescale_factor": 1 / 255}
     if row == QWEN:
         cells = {"patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size,
                  "merge_size": vision.spatial_merge_size}  # fmt: skip

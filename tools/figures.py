@@ -233,6 +233,25 @@ def precisions() -> str:
     return table(head, rows)
 
 
+def sizes() -> str:
+    found = read("sizes-*.json")
+    rows = [
+        [
+            f"SmolLM2-135M, {r['precision']}",
+            mb(r["bytes"]),
+            mb(r["tables"]),
+            f"{percent(r['kept'])} of the effect",
+            f"{r['perplexity']:.1f} ({r['perplexity_fp32']:.1f} in fp32)",
+        ]
+        for r in found["SmolLM2-135M"]
+    ]
+    rows += [
+        [f"MiniLM, {r['precision']}", mb(r["bytes"]), mb(r["tables"]), f"cosine {r['cosine']:.4f}", "–"]
+        for r in found["all-MiniLM-L6-v2"]
+    ]
+    return table(["export", "folder", "embeddings and head", "what is kept", "perplexity"], rows)
+
+
 def bases() -> str:
     found = read("quality-SmolLM2-*.json")["bases"]
     words = {

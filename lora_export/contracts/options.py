@@ -105,14 +105,12 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """How the weights of an int4, int8 or nf4 graph are quantized. symmetric: without zero points (None: except for
-    int4); eight_bits: nodes of an int4 graph that become int8; embeddings: quantize those, too (to int8, unless an
-    int4 head is tied to them)."""
+    """How weights are quantized. symmetric: without zero points (None: unless int4); eight_bits: nodes of an int4
+    graph that become int8; embeddings: quantize those, too (to int8, unless an int4 head is tied to them)."""
 
     SECTION: ClassVar[str] = "Quantization of the ONNX weights"
     block_size: int | None = option(
-        None, "int4, int8, nf4: how many numbers share a scale.", minimum=1,
-        default_text="64, and 32 for int4 of a model that does not generate",
+        None, "int4, int8, nf4: numbers that share a scale.", minimum=1, default_text="64; int4 of encoders: 32"
     )
     symmetric: bool | None = None
     algorithm: choices.Quantizer = option(

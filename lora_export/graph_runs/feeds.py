@@ -98,11 +98,14 @@ def _following(name: str, shape: Sequence[int], past: int) -> Array:
 
 
 def token_feeds(signature: Signature, rows: Sequence[Sequence[int]]) -> list[Feed]:
-    """One feed per row of token ids: batch 1, nothing masked, positions from 0, empty caches.
+    """One feed per row of token ids: batch 1, nothing masked, positions from 0, empty caches; where the graph reads
+    choices, two that are the same.
 
     InputError for a graph that reads anything else.
     """
-    return [completed(signature, {IDS: np.asarray([row], np.int64)}) for row in rows]
+    reads_choices = IDS in signature.inputs and len(signature.inputs[IDS].shape) == 3
+    given = [[[row, row]] if reads_choices else [row] for row in rows]
+    return [completed(signature, {IDS: np.asarray(ids, np.int64)}) for ids in given]
 
 
 def built_in_rows(folder: Path, longest: int) -> list[list[int]]:

@@ -55,7 +55,7 @@ def _inputs(task: PackageTask, prompt: str) -> list[str]:
     text = repr(prompt)
     if task.name == "multiple-choice":  # (rows, choices, tokens)
         return [
-            f'choices = reader([{text}, {text} + "."], padding=True, return_tensors="pt")',
+            f'choices = reader(2 * [{text}], return_tensors="pt")',
             "inputs = {name: value[None] for name, value in choices.items()}",
         ]
     if task.input == "text":
@@ -102,7 +102,7 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
         lines += [f"const inputs = await reader(new Float32Array({_SECOND}));"]
     elif task.name == "multiple-choice":  # (rows, choices, tokens)
         lines += [
-            f"const inputs = await reader([{text}, {text} + '.'], {{ padding: true }});",
+            f"const inputs = await reader([{text}, {text}]);",
             "for (const name in inputs) inputs[name] = inputs[name].unsqueeze(0);",
         ]
     elif task.input == "text":

@@ -42,6 +42,7 @@ class Case:
 def pixels(model: Any, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
     """Pictures of the one size that the model knows."""
     side = model.config.vision_config.image_size
+    side = side[0] if isinstance(side, list) else side
     generator = torch.Generator().manual_seed(len(sizes))
     return {"pixel_values": torch.rand(len(sizes), 3, side, side, generator=generator) * 2 - 1}
 

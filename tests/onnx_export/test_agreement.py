@@ -82,7 +82,7 @@ def round_to_int4(model: torch.nn.Module) -> None:
             size = 32 if name == "lm_head" else 64
             blocks = torch.nn.functional.pad(layer.weight.data, (0, -columns % size)).reshape(rows, -1, size)
             low, high = blocks.amin(2, keepdim=True).clamp_max(0), blocks.amax(2, keepdim=True).clamp_min(0)
-            scale = (high - low) / 15
+            scale = torch.where(high == low, 1.0, (high - low) / 15)
             zero = (-low / scale).round()
             rounded = ((blocks / scale + zero).round().clamp(0, 15) - zero) * scale
             layer.weight.data.copy_(rounded.reshape(rows, -1)[:, :columns])

@@ -125,6 +125,18 @@ def test_part_what_no_graph_can_hold_is_refused_in_words(run: Callable[..., Any]
         single.part(Model(run), "fill-mask")
 
 
+def test_part_leaves_a_model_as_it_was() -> None:
+    def run(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        if pixel_values.shape[-1] <= model.window:
+            model.window, model.shift = pixel_values.shape[-1], 0
+        return {"logits": pixel_values.mean((2, 3)) + model.shift}
+
+    model = Model(run, image_size=48)
+    model.window, model.shift = 64, 32
+    assert single.part(model, "image-classification").fallback is not None
+    assert (model.window, model.shift) == (64, 32)
+
+
 # --- branches ----------------------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,7 @@ class GenaiEngine(Engine):
         _refuse_head_size(job.config)
         _refuse_ambiguous_head(job.config)
         _refuse_left_out(job.config)
+        _refuse_unequal_heads(job.config)
         if job.adapter is not None:
             _check_adapter(job.adapter)
 
@@ -112,6 +113,18 @@ def _refuse_head_size(config: Mapping[str, Any]) -> None:
             where="config.json",
             expected="a multiple of 8",
             next_step="use the merged folder with transformers, vLLM or TGI as it is: lora-export merge",
+        )
+
+
+def _refuse_unequal_heads(config: Mapping[str, Any]) -> None:
+    """The builder's decoder of Whisper has as many heads as the encoder, whatever the configuration says."""
+    heads = [config.get(f"{of}_attention_heads") for of in ("encoder", "decoder")]
+    if heads[0] != heads[1]:
+        raise ExportError(
+            f"{heads[0]} attention heads in the encoder, {heads[1]} in the decoder; the builder takes one number",
+            where="config.json",
+            expected="as many heads in both",
+            next_step="--engine dynamo",
         )
 
 

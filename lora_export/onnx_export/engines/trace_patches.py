@@ -25,6 +25,19 @@ def applied(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Afterwards, the modules have the attributes that they had: Swin and BigBird keep for ever what they once did
+    for a small input."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+@contextlib.contextmanager
 def _symbolic_numbers(model: Any) -> Iterator[None]:
     """`len`, `int` and transformers' `torch_int` give an int of Python, which fixes an axis; the modules of the
     model get others that do not."""

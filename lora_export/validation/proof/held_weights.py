@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from lora_export.sentence_modules import weight_files
 from lora_export.validation.comparing import sentence
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.model import Writer, shapes_of
@@ -33,7 +34,8 @@ def model_of_graphs(request: Mapping[str, Any], graphs: Sequence[Path]) -> Itera
             writer.add(held)
         head = writer.finish()
         model = _load(folder, work, request["architecture"], head, known)
-        sentence.attach(model, folder)
+        sentence.attach(model, folder, writer.under(weight_files(folder)))
+        model.requires_grad_(False)
         words = f"{type(model).__name__} of transformers in fp32, with the weights that the graph holds"
         yield reference.Loaded(model, words, tuple(dict.fromkeys(wrong)))
 

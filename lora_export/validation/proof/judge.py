@@ -1,5 +1,6 @@
 """Which trials differ too much: relative to the largest value of an output, and to what arithmetic itself does."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,24 +37,24 @@ class Measured:
     def share(self) -> float:
         """Of what is allowed; infinite for no number."""
         share = self.difference / self.allowed
-        return share if share == share else float("inf")
+        return float("inf") if math.isnan(share) else share
 
 
 def difference(expected: Any, found: Any) -> float:
     """The largest difference, relative to the largest value expected; infinite for NaN, or for another shape.
 
-    Infinities in the same places, as of tokens that are ruled out, are equal.
+    Negative infinities in the same places, as of tokens that are ruled out, are equal; positive ones are too large.
     """
     wanted = np.asarray(expected, np.float32)
     actual = np.asarray(found).astype(np.float32)
     if wanted.shape != actual.shape:
         return float("inf")
-    same = wanted == actual
+    same = (wanted == actual) & (wanted < np.inf)
     with np.errstate(invalid="ignore"):
         gap = np.where(same, np.float32(0), np.abs(wanted - actual))
         finite = np.where(np.isfinite(wanted), np.abs(wanted), 0)
         share = float(gap.max(initial=0) / max(float(finite.max(initial=0)), 1e-30))
-    return share if share == share else float("inf")
+    return float("inf") if math.isnan(share) else share
 
 
 def measured(trial: Trial, number: int) -> Iterator[Measured]:
@@ -86,6 +87,11 @@ def floors(plain: Sequence[Expected], other: Sequence[Expected]) -> dict[tuple[i
         for name, value in value_of.items()
         if name in changed
     }
+
+
+def allowed(noise: float) -> float:
+    """What counts as the same where arithmetic makes so much noise; noise that is no number allows nothing."""
+    return RELATIVE + min(noise, HOPELESS) if math.isfinite(noise) else RELATIVE
 
 
 def worst(found: Iterable[Measured]) -> Measured | None:

@@ -110,8 +110,10 @@ def borders(config: Any) -> dict[str, int]:
         if kind.get("rope_type", "default") not in _UNBOUNDED and not kind.get("alpha"):  # HunYuan's is fixed
             length: Any = kind.get("original_max_position_embeddings")
             length = length or getattr(text, "original_max_position_embeddings", None)
-            length = length or getattr(text, "max_position_embeddings", 0)
-            found["original rope length"] = int(length)
+            longest = int(getattr(text, "max_position_embeddings", 0) or 0)
+            found["original rope length"] = int(length or longest)
+            if kind["rope_type"] == "dynamic":
+                found["length that changes the angles"] = longest
     return {what: size for what, size in found.items() if size}
 
 

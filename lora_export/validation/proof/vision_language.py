@@ -33,6 +33,8 @@ class _Case:
 
 
 def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
+    if extent.far_only:
+        return
     for number, pictures in enumerate((*_QUICK, *(_FULL if extent.full else ()))):
         yield from _trials(model, graphs, _case(model, pictures, number))
 

@@ -39,7 +39,7 @@ _COMPLEX = {"llama4": 2, "deepseek_v2": 1}
 
 
 def _architecture(module: torch.nn.Module) -> str:
-    return type(module).__module__.split(".")[-2]
+    return type(module).__module__.rpartition(".")[0].rpartition(".")[2]
 
 
 def _is_complex(module: torch.nn.Module) -> bool:
@@ -52,8 +52,7 @@ def _real_forward(module: Any) -> Callable[..., torch.Tensor]:
     def forward(x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """(batch, length, half size, 2): cos and sin."""
         angles = position_ids[..., None].float() * module.inv_freq.float()
-        turns: torch.Tensor = torch.stack([angles.cos(), angles.sin()], dim=-1) * module.attention_scaling
-        return turns
+        return torch.stack([angles.cos(), angles.sin()], dim=-1) * float(module.attention_scaling)
 
     return forward
 

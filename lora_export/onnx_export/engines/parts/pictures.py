@@ -13,9 +13,10 @@ from unittest import mock
 import torch
 
 from lora_export.onnx_export.engines.parts import patches
-from lora_export.onnx_export.engines.parts.graph_part import Axes, Input
+from lora_export.onnx_export.engines.parts.graph_part import Axes, Input, NotTraceable
 
 PICTURES = 3  # to trace with
+_KNOWN = {"pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask"}
 Seen = Mapping[str, torch.Tensor]
 _GRID = "image_grid_thw"
 _GRID_NAMES = {"qwen2_vl": "grid_thw"}  # as transformers.js names the input
@@ -29,8 +30,10 @@ def placeholder(config: Any) -> int:
 
 
 def inputs(model: Any) -> dict[str, Input]:
-    """By the names of transformers' processors."""
-    taken, vision = _taken(model), model.config.vision_config
+    """By the names of transformers' processors. NotTraceable for a model that wants to know more of a picture."""
+    taken = _taken(model)
+    _refuse_unknown(model)
+    vision = model.config.vision_config
     if _GRID in taken:
         return _packed(model)
     height, width = _size(vision)
@@ -41,7 +44,7 @@ def inputs(model: Any) -> dict[str, Input]:
             "pixel_values": ((2, PICTURES, channels, height, width), torch.float32, axes),
             "pixel_attention_mask": ((2, PICTURES, height, width), torch.bool, axes),
         }
-    if "image_sizes" in taken and not hasattr(model.config, "image_grid_pinpoints"):
+    if "image_sizes" in taken:
         cell = _cell(model)
         return {"pixel_values": ((1, channels, 2 * cell, 3 * cell), torch.float32, {2: "height", 3: "width"})}
     axes = {0: "num_images"}
@@ -60,6 +63,22 @@ def features(model: Any, given: Seen) -> torch.Tensor:
         made = model.get_image_features(**given, return_dict=True).pooler_output
     parts = made if isinstance(made, list | tuple) else [made]
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def _refuse_unknown(model: Any) -> None:
+    name, config = type(model).__name__, model.config
+    if getattr(config, "vision_config", None) is None:
+        raise NotTraceable(
+            f"{name} reads pictures, but its configuration has no vision_config that tells their size"
+        )
+    if getattr(config, "image_grid_pinpoints", None):
+        raise NotTraceable(
+            f"{name} cuts each picture by its original size, with numbers of an input that a trace does not have"
+        )
+    parameters = inspect.signature(model.get_image_features).parameters.values()
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if more := sorted(needed - _KNOWN):
+        raise NotTraceable(f"{name} makes features of pictures from {', '.join(more)}, which no runtime gives it")
 
 
 def _taken(model: Any) -> set[str]:

@@ -52,7 +52,8 @@ def outputs(model: Any, forward: Forward) -> Mapping[str, Any]:
 
     named = [*model.named_parameters(), *model.named_buffers()]
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    with fake, torch.no_grad(), trace_patches.applied(model), _Drawn() as drawn:
+    replaced, kept = trace_patches.applied(model), trace_patches.unchanged(model)
+    with fake, torch.no_grad(), replaced, kept, _Drawn() as drawn:
         state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in named}
         values = {n: torch.zeros(shape, dtype=dtype) for n, (shape, dtype, _) in forward.inputs.items()}
         result: Mapping[str, Any] = torch.func.functional_call(model, state, (), {**values, **forward.fixed})
