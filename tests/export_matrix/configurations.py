@@ -187,12 +187,7 @@ def differences(result: ExportResult, model: Any) -> tuple[float, ...]:
 def _follows_length(model: Any) -> bool:
     """Whether keys are rotated by how long the text is when they come: what comes of a step then depends on those
     before it, in transformers too."""
-    return any(getattr(m, "rope_type", None) in ("dynamic", "longrope") for m in _hashable(model))
-
-
-def _hashable(model: Any) -> list[Any]:
-    """Its modules but those with a kind for each type of layer."""
-    return [m for m in model.modules() if not isinstance(getattr(m, "rope_type", None), dict)]
+    return any(getattr(m, "rope_type", None) in ("dynamic", "longrope") for m in model.modules())
 
 
 @torch.no_grad()
