@@ -187,7 +187,7 @@ def differences(result: ExportResult, model: Any) -> tuple[float, ...]:
 def _follows_length(model: Any) -> bool:
     """Whether keys are rotated by how long the text is when they come: what comes of a step then depends on those
     before it, in transformers too."""
-    return getattr(model.model.rotary_emb, "rope_type", None) in ("dynamic", "longrope")
+    return any(getattr(m, "rope_type", None) in ("dynamic", "longrope") for m in model.modules())
 
 
 @torch.no_grad()

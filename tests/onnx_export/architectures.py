@@ -191,6 +191,9 @@ def build(architecture: Architecture) -> Any:
             parameter.data.uniform_(0.5, 1.5)
         else:
             parameter.data.normal_(0, 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("expert_bias"):  # of which experts are chosen
+            buffer.normal_(0, 0.1)
     return model.eval()
 
 
