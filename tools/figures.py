@@ -290,7 +290,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        graph_faults, combining, serving, continued, precisions, bases, mutants,
+        graph_faults, combining, serving, continued, precisions, sizes, bases, mutants,
         demo, inspected,
     )
 }  # fmt: skip
