@@ -253,6 +253,36 @@ MUTATIONS = (
         "tests/onnx_export/test_agreement.py::test_decoder_fp32_agrees_with_transformers",
     ),
     Mutation(
+        "every expert multiplies with the first one's matrix", "onnx_export/engines/dynamo_passes/experts.py",
+        "values = weight.const_value.numpy()[i]",
+        "values = weight.const_value.numpy()[0]",
+        "tests/onnx_export/test_experts.py::test_expanded_products_multiply_each_share_with_its_expert",
+    ),
+    Mutation(
+        "an expert is read from the place of its number in lines", "onnx_export/weights/layout.py",
+        "return Piece(piece.tensor, piece.start * each, piece.stop * each)",
+        "return Piece(piece.tensor, piece.start, piece.start + (piece.stop - piece.start) * each)",
+        "tests/onnx_export/test_experts.py::test_data_file_of_an_expert_is_its_matrix_turned",
+    ),
+    Mutation(
+        "experts lie one line apart from where transformers puts them", "onnx_export/engines/merged_parameters.py",
+        "yield Piece(name, first, last + 1)",
+        "yield Piece(name, first, last)",
+        "tests/onnx_export/test_experts.py::test_merged_parameters_of_experts_are_lines_of_the_checkpoint",
+    ),
+    Mutation(
+        "dynamic frequencies stay those of the first length", "onnx_export/engines/dynamo_passes/rope.py",
+        "length = torch.max(position_ids) + 1",
+        "length = torch.max(position_ids) * 0 + 1",
+        "tests/onnx_export/test_rope.py::test_traceable_embedding_at_any_length_is_transformers_own",
+    ),
+    Mutation(
+        "angles of rotary embeddings are rounded to half precision", "onnx_export/engines/dynamo_passes/halving.py",
+        "        if _gather(node, before):\n            found |= before\n",
+        "        _gather(node, before)\n",
+        "tests/onnx_export/test_halving.py::test_halving_of_rotary_angles_keeps_them_in_fp32",
+    ),
+    Mutation(
         "tensors that no weight is made of may change", "onnx_export/weights/reuse.py",
         "for name in sorted(fixed & before.keys()):",
         "for name in sorted(fixed - before.keys()):",
@@ -269,6 +299,24 @@ MUTATIONS = (
         "if not error <= limit:",
         "if error < 0:",
         "tests/onnx_export/test_against_plain.py::test_fused_graph_with_wrong_fusion_is_refused",
+    ),
+    Mutation(
+        "the proof lets a wrong graph through", "validation/proof/judge.py",
+        "return self.difference <= self.allowed",
+        "return self.difference <= 1e9",
+        "tests/onnx_export/test_proof.py::test_proof_of_wrong_graph_is_refused_with_figure_and_module",
+    ),
+    Mutation(
+        "an engine that fails ends the export", "onnx_export/engines/attempts.py",
+        "                if attempt.stage == _CHECK:\n                    break\n                continue",
+        "                raise",
+        "tests/onnx_export/test_attempts.py::test_engine_refusing_failing_or_wrong_gives_way",
+    ),
+    Mutation(
+        "weights that no file has are drawn at random", "merging/planning/completeness.py",
+        "    if not missing:\n        return",
+        "    return",
+        "tests/onnx_export/test_attempts.py::test_missing_weight_is_refused_by_name",
     ),
     Mutation(
         "a pattern that keeps nothing is taken", "onnx_export/refusals.py",

@@ -34,6 +34,7 @@ from lora_export.onnx_export.graphs import fusions as against_plain
 from lora_export.onnx_export.quantize import sensitivity as keeping
 from lora_export.progress import Silent
 from lora_export.storage import documents, sealed
+from lora_export.validation.proof import judge as judging
 from lora_export.workflows import delivered, packaging
 from tests.report.conftest import full_report, write
 
@@ -57,6 +58,16 @@ def fused(number: float) -> bool:
 def plain(number: float) -> bool:
     both = np.array([1, number])
     return against_plain.difference(both, both) <= against_plain.RELATIVE
+
+
+def proven(number: float) -> bool:
+    measured = judging.Measured(0, "", "", "", judging.difference(np.ones(2), np.array([1, number])), False)
+    return measured.passes and measured.share <= 1
+
+
+def proven_both(number: float) -> bool:
+    both = np.array([1, number])
+    return judging.difference(both, both) <= judging.RELATIVE
 
 
 def agrees(name: str, least: float) -> Callable[[float], bool]:
@@ -165,8 +176,8 @@ CHECKS: dict[str, Callable[[float], bool]] = {
     "judge control.low": judge("control", "low"),
     "top1_agreement": agrees("top1_agreement", 0.9), "cosine": agrees("cosine", 0.9),
     **{f.__name__: f for f in (
-        fused, plain, damage, damaged_reference, exact, largest, survival, warned_of, opposed, recomputed,
-        runtime_s_numbers, validated_numbers, same_tokens, warm, quiet,
+        fused, plain, proven, proven_both, damage, damaged_reference, exact, largest, survival, warned_of,
+        opposed, recomputed, runtime_s_numbers, validated_numbers, same_tokens, warm, quiet,
     )},
 }  # fmt: skip
 
@@ -176,7 +187,9 @@ def test_check_of_nan_fails(name: str) -> None:
     assert not CHECKS[name](NAN)
 
 
-@pytest.mark.parametrize("name", ["fused", "plain", "damage", "exact", "runtime_s_numbers", "validated_numbers"])
+@pytest.mark.parametrize(
+    "name", ["fused", "plain", "proven", "damage", "exact", "runtime_s_numbers", "validated_numbers"]
+)
 @pytest.mark.parametrize("number", [INF, -INF])
 def test_check_of_infinity_fails(name: str, number: float) -> None:
     assert not CHECKS[name](number)
@@ -184,6 +197,7 @@ def test_check_of_infinity_fails(name: str, number: float) -> None:
 
 def test_check_of_good_figures_passes() -> None:
     assert CHECKS["judge floor.low"](0.999) and CHECKS["judge control.low"](1.1)
+    assert CHECKS["proven"](1) and CHECKS["proven_both"](-INF) and not CHECKS["proven_both"](INF)
     assert CHECKS["fused"](1) and CHECKS["plain"](1) and CHECKS["damage"](1) and CHECKS["top1_agreement"](0)
     assert CHECKS["warned_of"](0.99) and CHECKS["recomputed"](0.9) and CHECKS["runtime_s_numbers"](2)
     assert CHECKS["same_tokens"](1) and CHECKS["warm"](1) and CHECKS["quiet"](0) and CHECKS["opposed"](0.5)

@@ -24,7 +24,8 @@ _DOCUMENTS = TOKENIZER_FILES | {
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "normalizer.json", "modules.json", "sentence_bert_config.json",
     "config_sentence_transformers.json", "genai_config.json", "genai_config.cpu.json", "genai_config.cuda.json",
-    "audio_processor_config.json", "vision_processor.json", "manifest.json", "bom.cdx.json", "model.safetensors.index.json",
+    "audio_processor_config.json", "vision_processor.json",
+    "manifest.json", "bom.cdx.json", "model.safetensors.index.json",
     "lora_export_certificate.json", "README.md", "model.sig", "config.pbtxt",
 }  # fmt: skip
 _LICENCE = re.compile(

@@ -188,7 +188,7 @@ class ArmSession:
             self._run_unbound(inputs, {self._signature.cache[n]: v for n, v in cache.items()}, trial=trial)
         return cache
 
-    def _dims(self, name: str, shape: Shape, length: int) -> tuple[int, int, int, int]:
+    def _dims(self, name: str, shape: Shape, length: int) -> tuple[int, ...]:
         return self._signature.cache_shape(name, shape.batch, length)
 
     def _run_options(self, graph_id: int, trial: bool = False) -> Any:

@@ -98,11 +98,14 @@ def _following(name: str, shape: Sequence[int], past: int) -> Array:
 
 
 def token_feeds(signature: Signature, rows: Sequence[Sequence[int]]) -> list[Feed]:
-    """One feed per row of token ids: batch 1, nothing masked, positions from 0, empty caches.
+    """One feed per row of token ids: batch 1, nothing masked, positions from 0, empty caches; where the graph reads
+    choices, two that are the same.
 
     InputError for a graph that reads anything else.
     """
-    return [completed(signature, {IDS: np.asarray([row], np.int64)}) for row in rows]
+    reads_choices = IDS in signature.inputs and len(signature.inputs[IDS].shape) == 3
+    given = [[[row, row]] if reads_choices else [row] for row in rows]
+    return [completed(signature, {IDS: np.asarray(ids, np.int64)}) for ids in given]
 
 
 def built_in_rows(folder: Path, longest: int) -> list[list[int]]:
@@ -146,24 +149,23 @@ def made_up(inputs: Iterable[GraphValue], sizes: Sizes, seed: int = 0) -> dict[s
 def _made_up(value: GraphValue, sizes: Sizes, length: int, seed: int) -> Array:
     if value.dtype.kind not in "biu":
         first = sizes.batch * GRID[0] * GRID[1] if value.shape[0] == PATCHES else sizes.batch
+        first = value.shape[0] if isinstance(value.shape[0], int) else first  # one picture at a time
         shape = [first, *(_axis(d, value.name, sizes) for d in value.shape[1:])]
         random = np.random.default_rng([seed, zlib.crc32(value.name.encode())])
         return random.standard_normal(shape, np.float32).astype(value.dtype)
     if value.name == ENCODER_MASK:
         return np.ones((sizes.batch, sizes.encoded), value.dtype)
     between = [_axis(d, value.name, sizes) for d in value.shape[1:]]
-    if value.name == PIXEL_MASK:
+    if value.name in GRIDS:
+        return np.tile(np.array([1, *GRID], value.dtype), (sizes.batch, 1))
+    if value.name == PIXEL_MASK or value.dtype.kind == "b":
         return np.ones((sizes.batch, *between), value.dtype)
     if value.name == BOXES:  # left, top, right, bottom
         corners = tokens(sizes.batch, math.prod(between), seed).reshape(sizes.batch, *between[:-1], 2, 2)
         return np.sort(corners, axis=-2).reshape(sizes.batch, *between).astype(value.dtype)
-    if value.name in GRIDS:
-        return np.tile(np.array([1, *GRID], value.dtype), (sizes.batch, 1))
-    if value.dtype.kind == "b":
-        return np.ones((sizes.batch, *between), value.dtype)
-    if value.name == POSITIONS and len(value.shape) == 3 and isinstance(value.shape[0], int):
-        each = _following(POSITIONS, (sizes.batch, length), sizes.past).astype(value.dtype)
-        return np.stack([each] * value.shape[0])
+    if value.name == POSITIONS and isinstance(value.shape[0], int):  # of time, height and width
+        flat = _following(POSITIONS, (sizes.batch, length), sizes.past)
+        return np.stack([flat] * value.shape[0]).astype(value.dtype)
     choices = between[:-1]
     if value.name in (MASK, POSITIONS, TYPES):
         return _following(value.name, (sizes.batch, *choices, length), sizes.past).astype(value.dtype)

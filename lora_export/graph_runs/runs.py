@@ -11,7 +11,7 @@ import numpy as np
 from lora_export.errors import RuntimeUnavailable
 from lora_export.graph_runs.feeds import completed
 from lora_export.graph_runs.signature import ENCODER_MASK, IDS, LOGITS, MASK, Array, Signature, read_as
-from lora_export.runtime import open_session
+from lora_export.runtime import open_session, session_options
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -33,10 +33,14 @@ def to_numpy(value: "onnxruntime.OrtValue", dtype: "np.dtype[Any]") -> Array:
 
 
 class GraphRun:
-    """A graph in a session. provider: cpu, cuda or tensorrt."""
+    """A graph in a session. provider: cpu, cuda or tensorrt; packed: whether weights are copied into the order in
+    which products read them, which many runs gain from, and a few do not."""
 
-    def __init__(self, path: Path, provider: str = "cpu") -> None:
-        self.session = open_session(path, provider)
+    def __init__(self, path: Path, provider: str = "cpu", packed: bool = True) -> None:
+        options = session_options()
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        self.session = open_session(path, provider, options=options)
         self.signature = Signature.of_session(self.session)
         self._path = path
 

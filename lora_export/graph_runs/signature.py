@@ -95,12 +95,14 @@ class Signature:
                 expected="input_ids, past_key_values.N.key and .value, logits, present.N.key and .value",
             )
 
-    def cache_shape(self, name: str, rows: int, length: int) -> tuple[int, int, int, int]:
-        """(rows, heads, length, head size) of the cache input `name`.
+    def cache_shape(self, name: str, rows: int, length: int) -> tuple[int, ...]:
+        """(rows, heads, length, head size) of the cache input `name`; a state of a fixed size has no length.
 
         Graphs straight from the genai builder only name sizes that are in genai_config.json.
         """
         shape = self.inputs[name].shape
+        if all(isinstance(size, int) for size in shape[1:]):
+            return rows, *(int(size) for size in shape[1:] if size is not None)
         heads, size = (self._size(shape[axis], key) for axis, key in (_HEADS, _HEAD_SIZE))
         return rows, heads, length, size
 
@@ -117,6 +119,8 @@ def read_as(output: str) -> str:
     """The name by which the next run reads an output: present… as past…, states of an encoder."""
     if output in ("last_hidden_state", "hidden_states"):
         return STATES
+    if output.endswith((".conv", ".recurrent")):  # as the genai builder names states
+        return output.replace("present.", "past.")
     return output.replace("present.", "past_key_values.").replace("present_", "past_")
 
 

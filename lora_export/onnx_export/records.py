@@ -22,7 +22,8 @@ class ExportRecord:
 
     proof, tried: as in ExportResult; made_by_engine: files that the engine wrote, weights and their map
     aside; files: in a folder that adapters share, those of this adapter; pluggable: the adapters whose
-    .onnx_adapter files lie beside the graph; graph_versions: installed when the graphs were made; versions: when
+    .onnx_adapter files lie beside the graph; sentence_modules: the classes in modules.json that the task and
+    `sentence_embedding` follow from; graph_versions: installed when the graphs were made; versions: when
     the record was written.
     """
 
@@ -40,6 +41,7 @@ class ExportRecord:
     adapter: bool = False
     source_config_sha256: str = ""
     config_digest: str = ""
+    sentence_modules: tuple[str, ...] = ()
     proof: Proof | None = None
     tried: tuple[Attempt, ...] = ()
     seconds: float
@@ -111,6 +113,7 @@ def document(record: ExportRecord) -> dict[str, Any]:
     """The record as JSON, without fields that this sort of export does not have."""
     fields: dict[str, Any] = as_json(record)
     absent = {k for k in ("files", "pluggable") if fields[k] is None}
+    absent |= {"sentence_modules"} if not record.sentence_modules else set()
     return {k: v for k, v in fields.items() if k not in absent}
 
 

@@ -26,6 +26,7 @@ _CLASS_OF_5, _CLASS_OF_4 = "TokenizersBackend", "PreTrainedTokenizerFast"
 _INPUTS_OF_5 = ("input_ids", "attention_mask")  # where the file names none; 4.57's default has token_type_ids
 # rope_parameters by layer type → the legacy keys of ModernBERT and of Gemma 3.
 _LOCAL = {"modernbert": "local_rope_theta", "gemma3_text": "rope_local_base_freq", "gemma3": "rope_local_base_freq"}
+_ORIGINAL = "original_max_position_embeddings"
 _GLOBAL = {"modernbert": "global_rope_theta"}
 
 
@@ -137,8 +138,22 @@ def _of_one_layer_type(rope: Mapping[str, Any], theta: str) -> dict[str, Any]:
     legacy = {theta: rope["rope_theta"]} if "rope_theta" in rope else {}
     if "partial_rotary_factor" in rope:
         legacy["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    plain = scaling.get("rope_type", "default") == "default"
-    return legacy | {"rope_scaling": None if plain else scaling}
+    if scaling.get("rope_type", "default") == "default":
+        return legacy | {"rope_scaling": None}
+    if scaling["rope_type"] == "longrope":
+        return legacy | _long(scaling)
+    return legacy | {"rope_scaling": scaling}
+
+
+def _long(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """4.57 refuses a Phi-3 whose rope_scaling has more than three fields, and finds the original length beside it.
+
+    An attention factor of its own has no place there, and stays, so that 4.57 refuses it: it would compute another.
+    """
+    moved = ("rope_type", _ORIGINAL, "factor")
+    kept = {k: v for k, v in scaling.items() if k not in moved and v is not None}
+    original = {_ORIGINAL: scaling[_ORIGINAL]} if scaling.get(_ORIGINAL) else {}
+    return {"rope_scaling": {"type": "longrope", **kept}, **original}
 
 
 def tokenizer_for_both(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _inputs(task: PackageTask, prompt: str) -> list[str]:
     text = repr(prompt)
     if task.name == "multiple-choice":  # (rows, choices, tokens)
         return [
-            f'choices = reader([{text}, {text} + "."], padding=True, return_tensors="pt")',
+            f'choices = reader(2 * [{text}], return_tensors="pt")',
             "inputs = {name: value[None] for name, value in choices.items()}",
         ]
     if task.input == "text":
@@ -88,7 +88,8 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
     """For transformers.js on Node."""
     task = facts.task
     reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
-    names = sorted({task.js, reader, *(["AutoTokenizer"] if task.generates or task.input == "both" else []), "env"})
+    tokenizes = task.generates or task.input == "both"
+    names = sorted({task.js, reader, *(["AutoTokenizer"] if tokenizes else []), "env"})
     lines = [
         f'import {{ {", ".join(names)} }} from "@huggingface/transformers";',
         "env.allowRemoteModels = false;",
@@ -101,7 +102,7 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
         lines += [f"const inputs = await reader(new Float32Array({_SECOND}));"]
     elif task.name == "multiple-choice":  # (rows, choices, tokens)
         lines += [
-            f"const inputs = await reader([{text}, {text} + '.'], {{ padding: true }});",
+            f"const inputs = await reader([{text}, {text}]);",
             "for (const name in inputs) inputs[name] = inputs[name].unsqueeze(0);",
         ]
     elif task.input == "text":
@@ -112,8 +113,11 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
         if task.sees_and_writes:
             lines += _picture_and_text(text, image, str(facts.config.get("model_type")))
         elif task.input == "both":
-            lines += [f"const words = (await AutoTokenizer.from_pretrained(folder))([{text}]);",
-                      f"const image = await reader({image});", "const inputs = { ...words, ...image };"]  # fmt: skip
+            lines += [
+                f"const words = (await AutoTokenizer.from_pretrained(folder))([{text}]);",
+                f"const image = await reader({image});",
+                "const inputs = { ...words, ...image };",
+            ]
         else:
             lines += [f"const inputs = await reader({image});"]
     if task.generates:

@@ -54,7 +54,7 @@ _ALL = (
     PackageTask("question-answering", "AutoModelForQuestionAnswering"),
     PackageTask("image-classification", "AutoModelForImageClassification", "image"),
     PackageTask("audio-classification", "AutoModelForAudioClassification", "audio"),
-    PackageTask("image-text-to-text", "AutoModelForImageTextToText", "both", generates=True),
+    PackageTask("image-text-to-text", "AutoModelForImageTextToText", "both", generates=True, own=False),
     PackageTask(
         "zero-shot-image-classification", "AutoModelForZeroShotImageClassification", "both", javascript="AutoModel"
     ),

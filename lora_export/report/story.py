@@ -235,6 +235,8 @@ def export_facts(export: ExportResult) -> list[Row]:
         ("Engine", one_line(export.engine)),
         ("Precision", export.precision),
         ("Graph nodes", number(export.nodes)),
+        *([("Proof", one_line(wording.proof_in_words(export.proof)))] if export.proof else []),
+        *(("Not taken", one_line(f"{t.engine}: {t.reason}")) for t in export.tried),
         ("Time", wording.seconds(export.seconds)),
         ("Files", f"{len(export.files)}, {size(sum(export.files.values()))} in total"),
     ]

@@ -12,7 +12,7 @@ from lora_export import manifest
 from lora_export.allowed import check_model_folder, check_package
 from lora_export.contracts import ExportOptions, ExportResult, PackageOptions, PackageResult, Progress
 from lora_export.contracts.option import kept
-from lora_export.errors import InputError, OutputError
+from lora_export.errors import ExportError, InputError, OutputError
 from lora_export.packages import archive, bom, companions, contents, readme, signature
 from lora_export.packages.job import RUNS_OWN, PackageFacts, PackageJob, PackageTarget, Run, Sample, Variant
 from lora_export.packages.programs import NUMBERS, PROMPT
@@ -250,8 +250,23 @@ def _sample(run: Run) -> Sample | None:
         return None
     if run.task.generates:
         return Sample(sample.prompt, sample.unmerged) if sample else None
+    _refuse_pages(run)
     numbers = first_numbers(run.export.paths[0], run.companions, PROMPT, NUMBERS)
     return Sample(PROMPT, None, tuple(numbers))
+
+
+def _refuse_pages(run: Run) -> None:
+    """Words with places on a page come from software that reads pictures, which no package has."""
+    from lora_export.graph_runs.signature import BOXES, Signature
+    from lora_export.onnx_export.graphs.checks import open_model
+
+    graph = run.export.paths[0]
+    if BOXES in Signature.of_model(open_model(graph), graph).inputs:
+        raise ExportError(
+            f"the graph reads {BOXES}, the places of words on a page, which no program of a package can make",
+            where=graph,
+            next_step="use the exported folder as it is, with the model's own processor",
+        )
 
 
 # --- the Hub -----------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 CACHE = Path(os.environ.get("LORA_EXPORT_CACHE", Path(__file__).parents[2] / ".cache")) / "consumers"
 OPTIMUM = ("torch==2.13.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "onnxruntime==1.32.0")
+SENTENCES = (*OPTIMUM, "sentence-transformers==5.7.0", "fastembed==0.9.1")
 TRANSFORMERS_JS = "@huggingface/transformers@4.3.0"
 _CHROMIUM = (
     "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -21,11 +23,20 @@ _CHROMIUM = (
 
 def optimum_python() -> Path:
     """The interpreter of an environment with optimum-onnx 0.1.0 and transformers 4.57."""
-    place = CACHE / "optimum"
+    return _installed("optimum", OPTIMUM)
+
+
+def sentence_python() -> Path:
+    """The interpreter of an environment with sentence-transformers, its ONNX backend, and fastembed."""
+    return _installed("sentence-transformers", SENTENCES)
+
+
+def _installed(name: str, packages: Sequence[str]) -> Path:
+    place = CACHE / name
     ready = place / ".ready"
     if not ready.is_file():
         subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        subprocess.run([place / "bin" / "pip", "install", "--quiet", *OPTIMUM], check=True)
+        subprocess.run([place / "bin" / "pip", "install", "--quiet", *packages], check=True)
         ready.touch()
     return place / "bin" / "python"
 

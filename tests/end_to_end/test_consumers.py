@@ -220,6 +220,25 @@ def _others(folder: Path, kind: str) -> tuple[Path, str]:
             **_SHAPE, head_dim=16, rope_parameters=rope, layer_types=layers, sliding_window=8
         )
         model, auto = transformers.Gemma3ForCausalLM(config), "AutoModelForCausalLM"
+    elif kind == "phi3":  # the prompt is longer than the original length
+        factors = {"short_factor": [1.0 + i / 8 for i in range(6)], "long_factor": [2.0 + i for i in range(6)]}
+        rope = {"rope_type": "longrope", "rope_theta": 300.0, "partial_rotary_factor": 0.75, **factors,
+                "original_max_position_embeddings": 32}  # fmt: skip
+        config = transformers.Phi3Config(
+            **_SHAPE, rope_parameters=rope, original_max_position_embeddings=32, pad_token_id=3
+        )
+        model, auto = transformers.Phi3ForCausalLM(config), "AutoModelForCausalLM"
+    elif kind == "qwen3":
+        rope = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 4.0, "original_max_position_embeddings": 64}
+        config = transformers.Qwen3Config(
+            **_SHAPE,
+            head_dim=16,
+            rope_parameters=rope,
+            use_sliding_window=True,
+            sliding_window=8,
+            max_window_layers=1,
+        )
+        model, auto = transformers.Qwen3ForCausalLM(config), "AutoModelForCausalLM"
     elif kind == "phi":
         rope = {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.25}
         config = transformers.PhiConfig(**_SHAPE, rope_parameters=rope)
@@ -239,7 +258,7 @@ def _others(folder: Path, kind: str) -> tuple[Path, str]:
     return folder, auto
 
 
-@pytest.mark.parametrize("kind", [*ROPES, "gemma3", "phi", "modernbert"])
+@pytest.mark.parametrize("kind", [*ROPES, "gemma3", "phi", "phi3", "qwen3", "modernbert"])
 def test_both_transformers_versions_read_configuration(kind: str, tmp_path: Path) -> None:
     auto = "AutoModelForCausalLM"
     if kind in ROPES:

@@ -4,6 +4,12 @@ from tests.export_matrix.models import Row
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 HALF = {"partial_rotary_factor": 0.5}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 10,
+    "partial_rotary_factor": 1.0, "long_factor": [3.0] * 6, "short_factor": [1.0] * 6,
+}  # fmt: skip
+ONE_GROUP = {"n_group": 1, "topk_group": 1}
 ROWS = (
     Row("LlamaForCausalLM"),
     Row("Qwen3MoeForCausalLM"),
@@ -29,4 +35,31 @@ ROWS = (
     Row("Qwen3Model"),
     Row("Gemma3TextModel"),
     Row("MistralModel"),
+    Row("LlamaForCausalLM", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}, variant="dynamic rope"),
+    Row("Phi3ForCausalLM", {"rope_parameters": LONG, "original_max_position_embeddings": 10}, variant="long rope"),
+    Row("FalconForCausalLM", {"alibi": True}, variant="alibi"),
+    Row("BloomForCausalLM"),
+    Row("GPTNeoXForCausalLM"),
+    Row("PhiForCausalLM"),
+    Row("Gemma2ForCausalLM"),
+    Row("Gemma3nForCausalLM"),
+    Row("Gemma4ForCausalLM"),
+    Row("Olmo3ForCausalLM"),
+    Row("Cohere2ForCausalLM"),
+    Row("Exaone4ForCausalLM"),
+    Row("ApertusForCausalLM"),
+    Row("HeliumForCausalLM"),
+    Row("SmolLM3ForCausalLM"),
+    Row("Llama4ForCausalLM"),
+    Row("DeepseekV2ForCausalLM", {"num_key_value_heads": 4, "num_experts_per_tok": 2, **ONE_GROUP}),
+    Row("DeepseekV3ForCausalLM", {"num_key_value_heads": 4}),
+    Row("Qwen2MoeForCausalLM"),
+    Row("OlmoeForCausalLM"),
+    Row("GraniteMoeForCausalLM"),
+    Row("PhimoeForCausalLM"),
+    Row("Lfm2MoeForCausalLM"),
+    Row("Qwen3_5ForCausalLM", HYBRID),
+    Row("Qwen3NextForCausalLM", HYBRID),
+    Row("FalconH1ForCausalLM"),
+    Row("JambaForCausalLM", {"attn_layer_period": 2, "attn_layer_offset": 1}),
 )

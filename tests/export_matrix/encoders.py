@@ -10,7 +10,7 @@ ROWS = (
     Row("EsmForSequenceClassification"),
     Row("RobertaForTokenClassification"),
     Row("DebertaV2ForTokenClassification"),
-    Row("LayoutLMv3ForTokenClassification"),
+    Row("LayoutLMv3ForTokenClassification", {"coordinate_size": 8, "shape_size": 8}),
     Row("DistilBertForQuestionAnswering"),
     Row("AlbertForQuestionAnswering"),
     Row("BigBirdForQuestionAnswering"),

@@ -42,6 +42,7 @@ class Case:
 def pixels(model: Any, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
     """Pictures of the one size that the model knows."""
     side = model.config.vision_config.image_size
+    side = side[0] if isinstance(side, list) else side
     generator = torch.Generator().manual_seed(len(sizes))
     return {"pixel_values": torch.rand(len(sizes), 3, side, side, generator=generator) * 2 - 1}
 
@@ -58,6 +59,14 @@ def tiles(model: Any, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tenso
         pixels = torch.cat([pixels, torch.zeros_like(pixels[:, :1])], 1)
         mask = torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)
     return {"pixel_values": pixels, "pixel_attention_mask": mask}
+
+
+def sized(model: Any, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """One picture of any size."""
+    ((height, width),) = sizes
+    cell = model.config.vision_config.patch_size * model.config.spatial_merge_size
+    pixels = torch.rand(1, 3, height * 2 * cell, width * cell, generator=torch.Generator().manual_seed(height))
+    return {"pixel_values": pixels * 2 - 1, "image_sizes": torch.tensor([pixels.shape[2:]])}
 
 
 def grids(model: Any, sizes: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -155,6 +164,10 @@ def _reference_inputs(model: Any, case: Case) -> tuple[dict[str, Any], torch.Ten
     positions = (case.mask.cumsum(1) - 1).clamp(min=0)
     if "token_type_ids" in names:
         given["token_type_ids"] = case.kinds
+    if model.config.model_type == "paligemma":  # 0: the prompt, which sees all of itself
+        given["token_type_ids"] = (
+            (torch.arange(case.ids.shape[1]) >= case.ids.shape[1] - sum(STEPS)).long().expand(case.ids.shape)
+        )
     if hasattr(model.model, "get_rope_index"):
         grids = {k: v for k, v in case.seen.items() if k.endswith("grid_thw")}
         kinds = {"mm_token_type_ids": case.kinds}
@@ -183,10 +196,18 @@ _MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
 _QWEN2_VISION = {"depth": 2, "embed_dim": 48, "hidden_size": 48, "num_heads": 4, "mlp_ratio": 2}
 _QWEN2_5_VISION = {"window_size": 24, "fullatt_block_indexes": [1], "depth": 3}
 _QWEN3_VISION = {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 36}
+_QWEN3_5_TEXT = {
+    "layer_types": ["linear_attention", "full_attention"], "head_dim": 16, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "rope_parameters": {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+}  # fmt: skip
 _GEMMA = {"mm_tokens_per_image": 4, "text_config": {"layer_types": ["sliding_attention", "full_attention"]}}
 
 packed = functools.partial(seeing, pictures=grids, cases=SIZED)
 tiled = functools.partial(seeing, pictures=tiles)
+ONE: Sequence[Sequence[Sequence[tuple[int, int]]]] = (
+    [[(1, 1)]], [[], [(2, 3)]], [[], []], [[(3, 1)]],
+)  # fmt: skip
 ROWS = (
     Row(
         "Qwen2_5_VLForConditionalGeneration",
@@ -196,7 +217,11 @@ ROWS = (
     Row("Gemma3ForConditionalGeneration", _GEMMA, seeing),
     Row("LlavaForConditionalGeneration", compare=seeing),
     Row("VisionEncoderDecoderModel", WRITES, agreement),
-    Row("Qwen3_5ForConditionalGeneration"),
+    Row(
+        "Qwen3_5ForConditionalGeneration",
+        {"text_config": _QWEN3_5_TEXT, "vision_config": {"depth": 2, "num_position_embeddings": 36}},
+        packed,
+    ),
     Row("SmolVLMForConditionalGeneration", compare=tiled),
     Row("Idefics3ForConditionalGeneration", compare=tiled),
     Row(
@@ -208,5 +233,12 @@ ROWS = (
         "Qwen3VLForConditionalGeneration",
         {"text_config": {"rope_parameters": _MROPE}, "vision_config": _QWEN3_VISION},
         packed,
+    ),
+    Row("PaliGemmaForConditionalGeneration", compare=seeing),
+    Row("InternVLForConditionalGeneration", {"downsample_ratio": 0.5}, seeing),
+    Row(
+        "Mistral3ForConditionalGeneration",
+        {"spatial_merge_size": 2, "vision_config": {"image_size": 32, "head_dim": 12}},
+        functools.partial(seeing, pictures=sized, cases=ONE),
     ),
 )

@@ -12,12 +12,12 @@ from pathlib import Path
 from lora_export.contracts import ExportOptions
 from lora_export.onnx_export import export
 from lora_export.progress import Silent
-from tests.export_matrix import audio, decoders, encoders, multimodal, seq2seq, vision
+from tests.export_matrix import audio, decoders, encoders, more, multimodal, seq2seq, vision
 from tests.export_matrix.models import Row
 
 ROWS: Mapping[str, Row] = {
     row.name: row
-    for group in (encoders, decoders, seq2seq, vision, audio, multimodal)
+    for group in (encoders, decoders, seq2seq, vision, audio, multimodal, more)
     for row in group.ROWS
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ _DINO = Dinov2Config(
     reshape_hidden_states=False,
     apply_layernorm=True,
 )
-_DETR = {"backbone_config": _RESNET, "num_queries": 7, "decoder_layers": 2, "encoder_layers": 2}
+DETR = {"backbone_config": _RESNET, "num_queries": 7, "decoder_layers": 2, "encoder_layers": 2}
 
 ROWS = (
     Row("SiglipForImageClassification"),
@@ -39,7 +39,7 @@ ROWS = (
     Row("Dinov2ForImageClassification"),
     Row("BeitForImageClassification"),
     Row("YolosForObjectDetection", {"image_size": [48, 64], "patch_size": 8, "num_detection_tokens": 7}),
-    Row("DetrForObjectDetection", _DETR),
+    Row("DetrForObjectDetection", DETR),
     Row(
         "RTDetrForObjectDetection",
         {
@@ -55,7 +55,10 @@ ROWS = (
         {**_STAGES, "num_attention_heads": [1, 2, 2, 2], "decoder_hidden_size": 32},
     ),
     Row("UperNetForSemanticSegmentation", {"backbone_config": _CONVNEXT, "hidden_size": 48}),
-    Row("DPTForDepthEstimation", {"backbone_out_indices": [0, 0, 1, 1], "neck_hidden_sizes": [12, 16, 20, 24]}),
+    Row(
+        "DPTForDepthEstimation",
+        {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [12, 16, 20, 24]},
+    ),
     Row(
         "DepthAnythingForDepthEstimation",
         {"backbone_config": _DINO, "neck_hidden_sizes": [12, 16, 20, 24], "reassemble_hidden_size": 48}

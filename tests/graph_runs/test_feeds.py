@@ -99,6 +99,8 @@ def test_completed_choices_and_pictures_mask_nothing() -> None:
     feed = completed(texts, {"input_ids": np.ones((2, 3, 5), np.int64)})
     assert feed["attention_mask"].shape == feed["token_type_ids"].shape == (2, 3, 5)
     assert feed["attention_mask"].all() and not feed["token_type_ids"].any()
+    (given,) = token_feeds(texts, [[7, 8]])
+    assert given["input_ids"].tolist() == [[[7, 8], [7, 8]]] and given["attention_mask"].shape == (1, 2, 2)
     page = signature({"input_ids": (IDS, ("b", "s")), "bbox": (IDS, ("b", "s", 4))})
     assert completed(page, {"input_ids": np.ones((2, 5), np.int64)})["bbox"].shape == (2, 5, 4)
     pictures = signature({"pixel_values": (FLOAT, ("b", 3, "h", "w")), "pixel_mask": (IDS, ("b", "h", "w"))})

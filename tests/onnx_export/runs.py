@@ -95,16 +95,22 @@ def _empty(runs: Any, batch: int) -> Arrays:
 
 @torch.no_grad()
 def _decoder(result: ExportResult, model: Any) -> Iterator[tuple[torch.Tensor, np.ndarray[Any, Any]]]:
-    """Prefill, one token, several tokens, with the cache growing; rows padded on the left; greedy tokens equal."""
+    """Prefill, one token, several tokens, with the cache growing; rows padded on either side; more tokens than the
+    windows of tiny models have; greedy tokens equal."""
     runs = session(result.model)
     own = result.engine == "dynamo"  # GroupQueryAttention takes padding on the right, and steps of one token
-    for batch, length in SHAPES:
+    shapes = [(*shape, "left") for shape in (*SHAPES, (2, 37))]
+    for batch, length, side in [*shapes, *([(3, 12, "right")] if own else [])]:
         ids, mask = _ids(batch, length + 4), _mask(batch, length + 4)
-        mask = mask.flip(1) if own else torch.ones_like(mask)
+        if side == "left":
+            mask = mask.flip(1) if own else torch.ones_like(mask)
+        else:
+            mask = torch.cat([_mask(batch, length), torch.ones((batch, 4), dtype=torch.int64)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        expected = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        steps = (length, 1, 3) if own or batch == 1 else (length, 1, 1, 1, 1)
+        expected = _logits(model, ids, mask, positions, steps)
         past, at = _empty(runs, batch), 0
-        for step in (length, 1, 3) if own or batch == 1 else (length, 1, 1, 1, 1):
+        for step in steps:
             now = slice(at, at + step)
             feeds = {
                 "input_ids": ids[:, now], "attention_mask": mask[:, : at + step], "position_ids": positions[:, now],
@@ -129,6 +135,27 @@ def _decoder(result: ExportResult, model: Any) -> Iterator[tuple[torch.Tensor, n
             _ids(1, 6), do_sample=False, max_new_tokens=12, min_new_tokens=12, use_cache=True, pad_token_id=3
         )[0, 6:].tolist()
     )
+
+
+def _logits(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, steps: tuple[int, ...]
+) -> torch.Tensor:
+    """Of all tokens at once; in steps where keys are turned by frequencies that follow the length so far."""
+    rope = str(model.config.to_dict().get("rope_parameters"))
+    if "dynamic" not in rope and "longrope" not in rope:
+        return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    cache, out, at = None, [], 0
+    for step in steps:
+        now = slice(at, at + step)
+        given = {
+            "input_ids": ids[:, now],
+            "attention_mask": mask[:, : at + step],
+            "position_ids": positions[:, now],
+        }
+        result = model(**given, past_key_values=cache, use_cache=True)
+        cache, at = result.past_key_values, at + step
+        out.append(result.logits)
+    return torch.cat(out, 1)
 
 
 def _grown(found: Arrays) -> Arrays:

@@ -19,32 +19,42 @@ from tests.onnx_export import architectures
 from tests.onnx_export.conftest import VOCABULARY
 
 
-@pytest.fixture(scope="module", params=["lfm2-moe", "gpt-oss"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("lfm2-moe", "int4"),
+        pytest.param(("gpt-oss", "int4"), marks=pytest.mark.slow),
+        pytest.param(("lfm2-moe", "int8"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     folder = tmp_path_factory.mktemp("experts")
-    architectures.save(MODELS[request.param], folder / "model")
-    options = ExportOptions("int4", "cpu", engine="genai")
+    model, precision = request.param
+    architectures.save(MODELS[model], folder / "model")
+    options = ExportOptions(precision, "cpu", engine="genai")
     return export(folder / "model", folder / "onnx", options, progress=Silent())
 
 
-def test_int4_experts_compute_what_their_numbers_say(quantized: ExportResult) -> None:
+def test_quantized_experts_compute_what_their_numbers_say(quantized: ExportResult) -> None:
     nodes, values = _seen(quantized.model)
     assert len(nodes) == 2
     for node in nodes:
         x, router, *arrays = [values[v.name] if v is not None and v.name else None for v in node.inputs]
-        gate_up, down = _numbers(arrays[0], arrays[1]), _numbers(arrays[3], arrays[4])
+        bits = node.attributes["expert_weight_bits"].as_int()
+        gate_up, down = _numbers(arrays[0], arrays[1], bits), _numbers(arrays[3], arrays[4], bits)
         layer = _Layer(gate_up, down, arrays[2], arrays[5], node)
         wanted = layer(x.reshape(-1, x.shape[-1]), router)
         found = values[node.outputs[0].name].reshape(wanted.shape)
         assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
 
 
-def test_int4_keeps_routers_in_fp32(quantized: ExportResult) -> None:
+def test_quantized_experts_keep_routers_in_fp32(quantized: ExportResult) -> None:
     routers = [n for n in ir.load(quantized.model).graph if "/router/" in str(n.name) and "MatMul" in n.op_type]
     assert [n.op_type for n in routers] == ["MatMul"] * 2
 
 
-def test_int4_experts_are_described_by_the_tensors_of_the_checkpoint(quantized: ExportResult) -> None:
+def test_quantized_experts_are_described_by_the_tensors_of_the_checkpoint(quantized: ExportResult) -> None:
     described = [w for w in weights_map.read(quantized.output).weights if "_proj.weight" in w.name]
     experts = [w for w in described if ".experts." in w.name]
     assert experts and all(w.recipe.quantized and w.recipe.pieces for w in experts)
@@ -67,10 +77,12 @@ def _seen(model: Path) -> tuple[list[ir.Node], dict[str, Any]]:
     return nodes, configurations.run(session, feeds)
 
 
-def _numbers(packed: Any, scales: Any) -> Any:
-    """(experts, lines, width) from 4-bit numbers around 8, the lower half of a byte first."""
-    four = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], -1).astype(np.float32) - 8
-    return four * np.repeat(scales, four.shape[-1] // scales.shape[-1], -1)
+def _numbers(packed: Any, scales: Any, bits: int) -> Any:
+    """(experts, lines, width), from numbers around 8 or 128; the lower half of a byte comes first."""
+    if bits == 4:
+        packed = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], -1)
+    numbers = packed.astype(np.float32) - 2 ** (bits - 1)
+    return numbers * np.repeat(scales, numbers.shape[-1] // scales.shape[-1], -1)
 
 
 @dataclass(frozen=True)

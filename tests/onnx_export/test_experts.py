@@ -1,6 +1,7 @@
 """Mixtures of experts: where transformers' parameters come from, the products of sorted tokens, and their bytes."""
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_export.checkpoint import TensorFiles, open_checkpoint
+from lora_export.contracts import ExportOptions
+from lora_export.onnx_export import export, reweight
 from lora_export.onnx_export.engines.dynamo_passes import experts
 from lora_export.onnx_export.engines.dynamo_passes.passes import settle
 from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
@@ -108,14 +111,34 @@ def test_quantized_data_of_an_expert_is_that_of_its_matrix_alone(tmp_path: Path,
     (alone / "config.json").write_text("{}")
 
     def data(folder: Path, piece: Piece, files: TensorFiles) -> bytes:
-        settings = {"method": "int4", "block_size": 32}
+        packed = Recipe((piece,), True, quantized=Quantization("int4", "packed", 32))
+        scales = Recipe((piece,), True, quantized=Quantization("int4", "scales", 32))
         parts = [
-            Weight("q", "data", "uint8", (48, 1, 16), Recipe((piece,), True, quantized=Quantization(part="packed", **settings))),  # type: ignore[arg-type]
-            Weight("s", "data", "float32", (48, 1), Recipe((piece,), True, quantized=Quantization(part="scales", **settings))),  # type: ignore[arg-type]
-        ]  # fmt: skip
+            Weight("q", "data", "uint8", (48, 1, 16), packed),
+            Weight("s", "data", "float32", (48, 1), scales),
+        ]
         _written(folder, parts, files)
         return (folder / "out" / "data").read_bytes()
 
     of_all = data(tmp_path, Piece("experts", 2, 3), files)
     assert of_all == data(alone, Piece("experts", 0, 48), TensorFiles(open_checkpoint(alone).tensors))
     assert len(set(of_all)) > 16
+
+
+@pytest.mark.slow
+def test_next_weights_of_a_mixture_are_byte_equal_to_a_fresh_export(tmp_path: Path) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    Row("MixtralForCausalLM").save(base)
+    shutil.copytree(base, tuned)
+    changed = _tensors(base)
+    for name, tensor in changed.items():
+        if "experts.2" in name or "gate" in name:
+            tensor.add_(torch.randn(tensor.shape, generator=DRAW) * 0.1)
+    save_file(changed, tuned / "model.safetensors", {"format": "pt"})
+    options = ExportOptions("fp32", "cpu", engine="dynamo")
+    first = export(base, tmp_path / "first", options, progress=Silent())
+    fresh = export(tuned, tmp_path / "fresh", options, progress=Silent())
+    next_one = reweight(first.output, tuned, tmp_path / "next", progress=Silent())
+    written = [(folder.output / "model.onnx_data").read_bytes() for folder in (first, fresh, next_one)]
+    assert written[1] == written[2] != written[0]
+    assert (fresh.output / "model.onnx").read_bytes() == (next_one.output / "model.onnx").read_bytes()

@@ -96,14 +96,14 @@ def test_export_unsafe_config_is_refused(
 
 def test_export_ambiguous_vocabulary_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="vocab_size and intermediate_size are both 112"):
-        attempt(model_with({"vocab_size": 112}), tmp_path / "out")
+        attempt(model_with({"vocab_size": 112}), tmp_path / "out", engine="genai")
 
 
 def test_export_decoder_without_tokenizer_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
     model = model_with({})
     (model / "tokenizer.json").unlink()
     with pytest.raises(ExportError, match="has no tokenizer"):
-        attempt(model, tmp_path / "out")
+        attempt(model, tmp_path / "out", engine="genai")
 
 
 def test_export_pickled_weights_is_refused(model_with: ModelWith, tmp_path: Path) -> None:
@@ -119,9 +119,9 @@ def test_export_impossible_precision_is_refused(llama: Path, bert: Path, tmp_pat
     with pytest.raises(ExportError, match="bf16 does not run on the CPU"):
         attempt(bert, tmp_path / "out", precision="bf16")
     with pytest.raises(ExportError, match="does not export nf4"):
-        attempt(llama, tmp_path / "out", precision="nf4")
+        attempt(llama, tmp_path / "out", precision="nf4", engine="genai")
     with pytest.raises(ExportError, match="provider 'tensorrt'"):
-        attempt(llama, tmp_path / "out", provider="tensorrt")
+        attempt(llama, tmp_path / "out", provider="tensorrt", engine="genai")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_export_engine_failure_has_no_traceback(model_with: ModelWith, tmp_path:
     model = model_with({})
     (model / "model.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(ExportError, match="engine genai failed") as failure:
-        attempt(model, tmp_path / "out")
+        attempt(model, tmp_path / "out", engine="genai")
     assert "SafetensorError" in str(failure.value)
     assert "Traceback" not in str(failure.value)
     assert 'File "' not in str(failure.value)

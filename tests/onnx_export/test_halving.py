@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from lora_export.onnx_export.engines.dynamo_passes.halving import halve
+from lora_export.onnx_export.engines.dynamo_passes.kept_wide import kept_by
 
 DRAW = np.random.default_rng(3)
 WEIGHT = DRAW.standard_normal((4, 3)).astype(np.float32)
@@ -115,3 +116,60 @@ def test_halving_of_rotary_angles_keeps_them_in_fp32() -> None:
     )
     (found,) = session.run(None, {"ids": np.array([3001, 7], np.int64)})
     assert np.abs(found - np.cos(np.array([3001, 7]) * 0.73) * 0.73).max() < 2e-3
+
+
+# --- what stays in fp32 --------------------------------------------------------------------------------------
+
+
+def layer() -> onnx.ModelProto:
+    """A block of T5: x + relu(x·wi)·wo beyond 65,504, normalized, and a product of the result."""
+    shape = (4, 4)
+    weights = {
+        "wi.weight": DRAW.standard_normal(shape) * 30,
+        "block.wo.weight_transposed": DRAW.standard_normal(shape) * 9e4,
+        "norm.weight": DRAW.uniform(0.5, 1.5, 4),
+        "q.weight": DRAW.standard_normal(shape),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "wi.weight"], ["wide_in"]),
+        helper.make_node("Relu", ["wide_in"], ["inside"]),
+        helper.make_node("MatMul", ["inside", "block.wo.weight_transposed"], ["forwarded"]),
+        helper.make_node("Add", ["x", "forwarded"], ["residual"]),
+        helper.make_node("LayerNormalization", ["residual", "norm.weight"], ["normal"]),
+        helper.make_node("MatMul", ["normal", "q.weight"], ["q"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("x", "q", "residual")]
+    stored = [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()]
+    made = helper.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model)
+
+
+class Keeps:
+    _keep_in_fp32_modules = ("wo",)
+
+
+@pytest.mark.parametrize(("dtype", "finite"), [("FLOAT16", True), ("BFLOAT16", False)])
+def test_halving_kept_module_computes_in_fp32(dtype: str, finite: bool) -> None:
+    kind = ir.DataType[dtype]
+    plain = layer()
+    kept, narrow = (ir.from_proto(plain) for _ in range(2))
+    halve(kept, kind, kept_by(Keeps, kind))
+    halve(narrow, kind)
+    types = {t.name: t.data_type for t in ir.to_proto(kept).graph.initializer}
+    half = TensorProto.DataType.Value(dtype)
+    assert types["wi.weight"] == types["q.weight"] == half
+    assert (types["block.wo.weight_transposed"] == TensorProto.FLOAT) is finite
+    onnx.checker.check_model(ir.to_proto(kept), full_check=True)
+    if not finite:  # the list is float16's: bfloat16 has the range of fp32
+        assert ir.to_proto(kept).SerializeToString() == ir.to_proto(narrow).SerializeToString()
+        return
+    feeds = {"x": DRAW.standard_normal((3, 4)).astype(np.float32)}
+
+    def run(model: onnx.ModelProto) -> np.ndarray:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(["q"], feeds)[0]
+
+    whole = run(plain)
+    np.testing.assert_allclose(run(ir.to_proto(kept)), whole, atol=0.02)
+    assert not np.allclose(run(ir.to_proto(narrow)), whole, atol=0.02)

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
-from lora_export.contracts import ExportResult
+from lora_export.contracts import ExportOptions, ExportResult
+from lora_export.onnx_export import export
+from lora_export.progress import Silent
 from lora_export.validation.proof import process
+from tests.onnx_export.conftest import VOCABULARY, save_tokenizer
 
 Edit = Callable[[ir.Model], None]
 
@@ -23,12 +27,13 @@ def verdict(result: ExportResult, model: Path, **more: Any) -> dict[str, Any]:
         "export": str(result.output),
         "graphs": list(result.graphs),
         "kind": result.kind,
+        "architecture": json.loads((model / "config.json").read_text())["architectures"][0],
         "precision": result.precision,
         "provider": "cpu",
         "elsewhere": "",
         "level": "quick",
         "streamed_numbers": False,
-        "eight_bits": False,
+        "far_only": False,
         "adapter": None,
         "result": "proof.json",
     }
@@ -153,5 +158,82 @@ def test_proof_of_wrong_graph_is_refused_with_figure_and_module(
 def test_proof_of_right_graph_passes(exported: Callable[..., ExportResult], llama: Path) -> None:
     found = verdict(exported(llama), llama)
     assert found["passed"] and float(found["difference"]) <= 1e-5
-    assert found["cases"] >= 10
+    assert found["cases"] == 8
     assert "padded on the left" in found["limits"][0]
+
+
+# --- configurations that the graph was not made for ------------------------------------------------------------
+
+ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LIES: dict[str, dict[str, Any]] = {
+    "another base of the angles": {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}},
+    "linear": {"rope_parameters": {"rope_type": "linear", **ROPE}},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", **ROPE}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", **ROPE}, "max_position_embeddings": 24},
+    "longrope beyond its border": {
+        "rope_parameters": {
+            "rope_type": "longrope", **ROPE, "factor": 1.0, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8,
+        },
+    },
+    "a window": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 20},
+    "gelu": {"hidden_act": "gelu"},
+    "epsilon": {"rms_norm_eps": 0.001},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_proof_of_graph_for_another_configuration_is_refused(
+    name: str,
+    exported: Callable[..., ExportResult],
+    llama: Path,
+    copied: Callable[[ExportResult], ExportResult],
+    model_with: Callable[[dict[str, Any]], Path],
+) -> None:
+    found = verdict(copied(exported(llama)), model_with(LIES[name]))
+    assert not found["passed"] and float(found["difference"]) > 1e-3, found
+
+
+# --- far lengths, behind a made-up cache -----------------------------------------------------------------------
+
+WINDOW = 600  # far beyond what a quick proof runs at once
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportResult]:
+    """A Mistral with a window, and the export of the same weights without one."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = tmp_path_factory.mktemp("mistral")
+    torch.manual_seed(5)
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, sliding_window=None, initializer_range=0.3,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    model = MistralForCausalLM(config)
+    model.save_pretrained(folder / "plain")
+    save_tokenizer(folder / "plain")
+    config.sliding_window = WINDOW
+    model.save_pretrained(folder / "window")
+    options = ExportOptions("fp32", "cpu", "genai")
+    return folder / "window", export(folder / "plain", folder / "onnx", options, progress=Silent())
+
+
+@pytest.mark.parametrize(("size", "right"), [(-1, False), (WINDOW - 1, False), (WINDOW, True), (WINDOW + 1, False)])
+def test_proof_of_far_window_tells_one_key(
+    size: int,
+    right: bool,
+    mistral: tuple[Path, ExportResult],
+    copied: Callable[[ExportResult], ExportResult],
+) -> None:
+    folder, result = mistral
+    changed = copied(result)
+    model = ir.load(changed.model)
+    for layer in range(2):
+        set_to(GQA, layer, local_window_size=size)(model)
+    ir.save(model, changed.model)
+    found = verdict(changed, folder)
+    assert found["passed"] == right, found
+    if not right:
+        assert float(found["difference"]) > 1e-3 and "sliding window of 600" in found["case"]
+        assert "layers.0.self_attn" in found["module"]

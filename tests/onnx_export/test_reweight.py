@@ -111,6 +111,26 @@ def test_reweight_fresh_merge_hashes_no_tensor_again(
         reweight(earlier, result.output, tmp_path / "other", progress=Silent())
 
 
+@pytest.mark.slow
+def test_reweight_follows_end_of_adapters_tokenizer(
+    exported: Exported, llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """genai_config.json is not the base's any more, and byte for byte a fresh export's; the graph is the base's."""
+    own = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(llama / name, own / name)
+    edit_json(own / "tokenizer_config.json", eos_token="<unk>")
+    merge(llama, [AdapterChoice(own)], tmp_path / "merged")
+    earlier = exported(llama).output
+    found = reweight(earlier, tmp_path / "merged", tmp_path / "found", progress=Silent())
+    wanted = export(tmp_path / "merged", tmp_path / "wanted", ExportOptions("fp32", "cpu"), progress=Silent())
+    same_files(wanted.output, found.output)
+    ends = [
+        json.loads((f / "genai_config.json").read_text())["model"]["eos_token_id"] for f in (earlier, found.output)
+    ]
+    assert ends == [2, [0, 2]]
+
+
 # --- refusals ----------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from lora_export.onnx_export.engines.dynamo_passes import rope
+from lora_export.onnx_export.engines.dynamo_passes import rope, tracing
 
 SIZES = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64,
@@ -14,8 +14,8 @@ SIZES = {
 }  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LONG = {
-    "rope_type": "longrope", "rope_theta": 1e4, "long_factor": [3.0 + i for i in range(6)], "short_factor": [1.0] * 6,
-    "original_max_position_embeddings": 16,
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+    "long_factor": [3.0 + i for i in range(6)], "short_factor": [1.0] * 6,
 }  # fmt: skip
 
 
@@ -42,6 +42,14 @@ def test_traceable_embedding_at_any_length_is_transformers_own(kind: str, last: 
     assert torch.equal(traced.rotary_emb.inv_freq, before)  # nothing is kept for the next length
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_traceable_embedding_asks_for_no_value(kind: str) -> None:
+    traced = model(kind)
+    with tracing.without_values(traced), rope.traceable(traced):
+        cos, _ = traced.rotary_emb(torch.zeros((2, 3, 48)), torch.zeros((2, 3), dtype=torch.int64))
+    assert cos.shape == (2, 3, 12)
 
 
 def test_traceable_embedding_changes_with_the_length() -> None:

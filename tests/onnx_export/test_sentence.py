@@ -16,11 +16,13 @@ from lora_export import sentence_modules
 from lora_export.contracts import ExportOptions, ExportResult
 from lora_export.errors import LoraExportError
 from lora_export.onnx_export import export, reweight
+from lora_export.onnx_export.engines.parts import forward_inputs
 from lora_export.onnx_export.engines.parts.sentence import Pooling
 from lora_export.progress import Silent
 from tests.daily import daily
 from tests.export_matrix.models import Row
 from tests.onnx_export.sentences import pooled, save_modules, worst
+from tests.onnx_export.test_proof import verdict
 
 MODES = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
 Modules = dict[str, Any]
@@ -54,6 +56,14 @@ def test_graph_gives_embedding_of_modules(pooling: str, bert: Path, tmp_path: Pa
     model = transformers.AutoModel.from_pretrained(folder).eval()
     assert worst(result.model, folder, model) < 1e-5
     assert result.task == "feature-extraction"
+    kinds = json.loads((result.output / "export.json").read_text())["sentence_modules"]
+    assert kinds[:2] == ["Transformer", "Pooling"] and "Dense" in kinds
+    proof = verdict(result, folder)
+    assert proof["passed"] and proof["cases"] >= 3
+    settings = folder / "2_Dense" / "config.json"
+    settings.write_text(settings.read_text().replace("activation.Tanh", "activation.ReLU").replace("GELU", "ReLU"))
+    proof = verdict(result, folder)
+    assert (proof["passed"], proof["output"]) == (False, "sentence_embedding")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -130,6 +140,27 @@ def test_module_that_no_graph_holds_is_refused(change: Callable[[Path], None], b
     with pytest.raises(LoraExportError, match=r"LSTM|pickled|missing"):
         exported(folder)
     assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "types"),
+    [
+        ({"tokenizer_class": "XLMRobertaTokenizer"}, False),
+        ({"tokenizer_class": "BertTokenizer"}, True),
+        ({"tokenizer_class": "BertTokenizer", "model_input_names": ["input_ids", "attention_mask"]}, False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, True),
+        (None, True),
+    ],
+)
+def test_graph_takes_token_types_where_tokenizer_makes_them(
+    settings: dict[str, Any] | None, types: bool, bert: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModel.from_pretrained(bert)
+    model.name_or_path = str(tmp_path)
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (first, *_) = forward_inputs.calls(model, "feature-extraction")
+    assert ("token_type_ids" in first.inputs) == types
 
 
 def test_prompt_outside_pooling_leaves_states_alone(bert: Path, tmp_path: Path) -> None:

@@ -264,8 +264,12 @@ def test_package_tokenizer_loads_in_both_versions() -> None:
     assert tokenizer_for_both(kept) == kept
 
 
+GENERATION = {"eos_token_id": [2, 5], "top_p": 0.3, "early_stopping": "never"}
+
+
 def test_package_search_defaults_accept_eos_list(changed: Callable[..., Path], tmp_path: Path) -> None:
-    run = changed("merged/generation_config.json", json.dumps({"eos_token_id": [2, 5], "top_p": 0.3}))
+    run = changed("merged/generation_config.json", json.dumps(GENERATION))
     folder = package(run, "genai", tmp_path / "p", PackageOptions(), Silent()).output
     config = json.loads((folder / "genai_config.json").read_text())
     assert config["model"]["eos_token_id"] == [2, 5] and config["search"]["top_p"] == 0.3
+    assert config["search"]["early_stopping"] is False  # genai stops at a word where it reads true or false

@@ -14,7 +14,7 @@ from lora_export.onnx_export.engines.building import fill, numbers_of, with_meas
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.quantize.settings import AUTO
 
-Prove = Callable[[ExportJob, Made, bool], Proof]
+Prove = Callable[[Engine, ExportJob, Made, bool], Proof]
 _LONGEST = 200  # characters of what is said of another attempt
 _CHECK, _RUN, _PROOF = range(3)  # how far an attempt came
 
@@ -99,7 +99,7 @@ def _produced(
     if made.described:
         fill(job.output, numbers_of(job.model, source), job.progress)
     attempt.stage = _PROOF
-    proof = prove(replace(job, precision=precision), made, source is not None) if prove else None
+    proof = prove(chosen, replace(job, precision=precision), made, source is not None) if prove else None
     return Produced(chosen, job, made, own, proof, ())
 
 

@@ -10,6 +10,7 @@ from lora_export.checkpoint.sentence import with_modules
 from lora_export.choices import Activations
 from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError
+from lora_export.onnx_export.embedders import KEY as SENTENCE_MODULES
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
 from lora_export.onnx_export.quantize.settings import AUTO, Blockwise
@@ -84,5 +85,6 @@ def record_of(job: ExportJob, made: Made, engine: str, activations: Activations)
         adapter=job.adapter is not None,
         source_config_sha256=sealed.sha256(job.model / "config.json"),
         config_digest=config_digest(job.config),
+        sentence_modules=tuple(m["kind"] for m in job.config.get(SENTENCE_MODULES, ())),
         seconds=0.0,
     )

@@ -40,7 +40,9 @@ class DynamoEngine(Engine):
             )
 
     def generates(self, config: Mapping[str, Any]) -> bool:
-        return str(task_of(architecture_of(config))).endswith("-generation")
+        return bool(config.get("is_encoder_decoder")) or str(task_of(architecture_of(config))).endswith(
+            "-generation"
+        )
 
     def run(self, job: ExportJob) -> Made:
         request = {

@@ -19,7 +19,6 @@ def main(request: dict[str, Any]) -> None:
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
     from lora_export.onnx_export.engines.dynamo_passes.kept_wide import kept_by
     from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
-    from lora_export.onnx_export.engines.parts import parts_of
     from lora_export.onnx_export.engines.parts.graph_part import NotTraceable
     from lora_export.onnx_export.graphs import files as graph_files
     from lora_export.onnx_export.quantize.blockwise import quantize_graph
@@ -27,17 +26,17 @@ def main(request: dict[str, Any]) -> None:
 
     attention.register()
     experts.register()
-    model = _load(Path(request["model"]), request["architecture"], request["optimize"])
     try:
-        traced = parts_of(model.model, request["task"])
+        model, traced = _parts(request)
+        programs = [tracing.trace(part, model) for part in traced.parts]
     except NotTraceable as reason:
         _answer(request, {"refused": str(reason)})
         return
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
-    for part in traced.parts:
-        kept_plain = frozenset(name for file, name in weights if file == part.data)
-        graph = TracedGraph(*tracing.trace(part, model), kept_plain)
+    for part, program in zip(traced.parts, programs, strict=True):
+        shared = frozenset(name for file, name in weights if file == part.data)
+        graph = TracedGraph(*program, shared)
         experts.expand(graph)
         passes.run(graph, request["optimize"], pack=not request["quantized"])
         _drop_unread_inputs(graph.model.graph)
@@ -60,6 +59,22 @@ def main(request: dict[str, Any]) -> None:
 
 def _answer(request: dict[str, Any], made: dict[str, Any]) -> None:
     Path(request["output"], request["result"]).write_text(json.dumps(made), encoding="utf-8")
+
+
+def _parts(request: dict[str, Any]) -> tuple[Any, Any]:
+    """(model without weights, what is traced of it)."""
+    from lora_export.errors import ExportError
+    from lora_export.onnx_export.engines.parts import parts_of
+
+    folder, architecture, optimize = Path(request["model"]), request["architecture"], request["optimize"]
+    model = _load(folder, architecture, optimize)
+    try:
+        return model, parts_of(model.model, request["task"])
+    except (RuntimeError, ExportError):  # some layers do not ask for attention, and cannot read its masks
+        if optimize != "full":
+            raise
+    model = _load(folder, architecture, "none")
+    return model, parts_of(model.model, request["task"])
 
 
 _HALVES = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}

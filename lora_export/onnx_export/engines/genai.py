@@ -47,6 +47,7 @@ class GenaiEngine(Engine):
         _refuse_head_size(job.config)
         _refuse_ambiguous_head(job.config)
         _refuse_left_out(job.config)
+        _refuse_unequal_heads(job.config)
         if job.adapter is not None:
             _check_adapter(job.adapter)
 
@@ -115,6 +116,18 @@ def _refuse_head_size(config: Mapping[str, Any]) -> None:
         )
 
 
+def _refuse_unequal_heads(config: Mapping[str, Any]) -> None:
+    """The builder's decoder of Whisper has as many heads as the encoder, whatever the configuration says."""
+    heads = [config.get(f"{of}_attention_heads") for of in ("encoder", "decoder")]
+    if heads[0] != heads[1]:
+        raise ExportError(
+            f"{heads[0]} attention heads in the encoder, {heads[1]} in the decoder; the builder takes one number",
+            where="config.json",
+            expected="as many heads in both",
+            next_step="--engine dynamo",
+        )
+
+
 def _refuse_ambiguous_head(config: Mapping[str, Any]) -> None:
     """The builder silently takes every Linear with vocab_size outputs for the head."""
     for name, width in _sizes(config).items():
@@ -142,16 +155,12 @@ def _refuse_left_out(config: Mapping[str, Any]) -> None:
 def _left_out(config: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     kinds = set(config.get("layer_types") or config.get("layers_block_type") or ())
     architecture = architecture_of(config)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if architecture == "GraniteMoeHybridForCausalLM":
         yield "state space layers", bool(kinds - {"attention", "full_attention"}) or not kinds
         yield "the experts of Granite", bool(config.get("num_local_experts"))
         yield "attention without positions", config.get("position_embedding_type") != "rope"
     if architecture == "Lfm2MoeForCausalLM":
         yield "experts whose weights do not add up to one", not config.get("norm_topk_prob", True)
-    if architecture != "HunYuanDenseV1ForCausalLM":  # whose factor is fixed
-        scales = rope.get("rope_type", rope.get("type"))
-        yield "rotary embeddings that change with the length of the text", scales == "dynamic"
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, int]:

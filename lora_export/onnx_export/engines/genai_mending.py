@@ -13,6 +13,7 @@ def mend(builder: Any) -> None:
     """builder: the module whose names are the builder's classes."""
     rename_settings(builder.Model)
     genai_rope.take_tables_of_the_model(builder.Model)
+    genai_rope.compute_tables_that_follow_the_length(builder.Model)
     genai_rope.rotate_outside_where_attention_cannot(builder.Model)
     genai_rope.tables_by_layer_type(builder.Gemma3Model)
     genai_rope.drop_own_scaling(builder.Phi3MiniLongRoPEModel, builder.GPTOSSModel)

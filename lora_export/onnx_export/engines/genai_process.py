@@ -6,12 +6,16 @@ own, including the values.
 """
 
 import contextlib
+import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_export.onnx_export.engines import genai_whisper
 from lora_export.onnx_export.engines.genai_experts import keep_stored_experts
 from lora_export.onnx_export.engines.genai_mending import mend
+from lora_export.onnx_export.engines.genai_padding import turn_rows
 
 _HEAD, _HEAD_WEIGHT = "/lm_head/MatMul", "lm_head.MatMul.weight"
 _EMBEDDING = "/model/embed_tokens/Gather"
@@ -20,7 +24,8 @@ _EMBEDDING = "/model/embed_tokens/Gather"
 def main(request: dict[str, Any]) -> None:
     from onnxruntime_genai.models import builder
 
-    with _restored(*(c for c in vars(builder).values() if isinstance(c, type) and issubclass(c, builder.Model))):
+    classes = [c for c in vars(builder).values() if isinstance(c, type) and issubclass(c, builder.Model)]
+    with _restored(*classes), _one_tokenizer(builder):
         _build(builder, request)
 
 
@@ -39,17 +44,35 @@ def _restored(*classes: type) -> Iterator[None]:
                     setattr(cls, name, own[name])
 
 
+@contextlib.contextmanager
+def _one_tokenizer(builder: Any) -> Iterator[None]:
+    """Read the tokenizer once: the builder does it three times, a second for a large vocabulary."""
+    modules, plain = [builder, sys.modules[builder.Model.__module__]], builder.AutoTokenizer
+
+    class Once:
+        from_pretrained = staticmethod(functools.cache(plain.from_pretrained))
+
+    try:
+        for module in modules:
+            module.AutoTokenizer = Once
+        yield
+    finally:
+        for module in modules:
+            module.AutoTokenizer = plain
+
+
 def _build(builder: Any, request: dict[str, Any]) -> None:
     precision, provider = request["precision"], request["provider"]
     if (precision, provider) == ("fp32", "cuda"):
         _avoid_packed_attention(builder.Model)
     _own_commit(builder.Model)
+    genai_whisper.mend(builder)
     mend(builder)
     _share_head(builder.Model)
     if request["described"]:
         keep_stored_experts(builder)
     described = _RecordingBuilder(builder.Model) if request["described"] else None
-    _number_cache_sizes(builder.Model)
+    _finish_graphs(builder.Model)
     options = ["hf_remote=false", "hf_token=false", *_options(request)]
     # The builder's fp16 graph for the CPU has no GroupQueryAttention (six times the nodes) and fails on a second
     # token; ONNX Runtime's CPU provider runs the graph for CUDA.
@@ -108,8 +131,9 @@ def _excluded(model: Any) -> Any:
     return model.quant_attrs["nodes_to_exclude"]
 
 
-def _number_cache_sizes(model: Any) -> None:
-    """Give the cache's last dimension its number: transformers.js reads the builder's symbol as 0."""
+def _finish_graphs(model: Any) -> None:
+    """Take rows that are padded on the left, and give the cache's last dimension its number: transformers.js reads
+    the builder's symbol as 0."""
     plain = model.save_model
 
     def save_model(self: Any, folder: str) -> None:
@@ -117,6 +141,7 @@ def _number_cache_sizes(model: Any) -> None:
         for value in (*graph.inputs, *graph.outputs):
             if value.shape is not None and len(value.shape) == 4 and str(value.shape[3]) == "kv_cache_dim":
                 value.shape[3] = self.head_size
+        turn_rows(graph)
         plain(self, folder)
 
     model.save_model = save_model

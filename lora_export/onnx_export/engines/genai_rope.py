@@ -9,6 +9,8 @@ import inspect
 import sys
 from typing import Any
 
+import onnx_ir as ir
+
 
 def take_tables_of_the_model(model: Any) -> None:
     """Let `model`, the builder's base class, ask transformers for its tables, whatever scaling they have."""
@@ -17,6 +19,8 @@ def take_tables_of_the_model(model: Any) -> None:
 
     def make_config_init(self: Any, config: Any) -> None:
         self.unchanged_config = copy.deepcopy(config)  # the builder writes into what it is given
+        if longest := _longest(config):
+            config.max_position_embeddings = longest
         plain_config(self, config)
 
     def make_rope_init(self: Any, config: Any) -> None:
@@ -44,6 +48,72 @@ def take_tables_of_the_model(model: Any) -> None:
 
     model.make_config_init, model.make_rope_init = make_config_init, make_rope_init
     model.make_rotary_embedding_caches_from_scratch, model.make_model = tables, make_model
+
+
+def _longest(config: Any) -> int | None:
+    """Positions that YaRN is made for: it is often switched on in a configuration that keeps its length."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn":
+        return None
+    length = int(text.max_position_embeddings)
+    return max(length, int(float(rope["factor"]) * int(rope.get("original_max_position_embeddings") or length)))
+
+
+def compute_tables_that_follow_the_length(model: Any) -> None:
+    """Dynamic NTK scaling: beyond the original length the base grows with the text; the graph computes its table.
+
+    A key stays as it was rotated when it came, as in transformers.
+    """
+    plain = model.make_rotary_embedding_caches
+
+    def make_rotary_embedding_caches(self: Any, **how: Any) -> Any:
+        rotary = rotary_of(self.unchanged_config) if self.rope_attrs["op_type"] == "RotaryEmbedding" else None
+        if getattr(rotary, "rope_type", None) != "dynamic":
+            return plain(self, **how)
+        if self.attention_attrs["op_type"] != "GroupQueryAttention":
+            raise NotImplementedError("dynamic rotary embeddings are written for GroupQueryAttention only")
+        if self.rope_attrs["create_caches"]:
+            self.rope_attrs["create_caches"] = False
+            _compute_tables(self, rotary)
+        return "cos_cache", "sin_cache"
+
+    model.make_rotary_embedding_caches = make_rotary_embedding_caches
+
+
+def _compute_tables(builder: Any, rotary: Any) -> None:
+    """cos_cache and sin_cache (tokens, half of what is rotated). Source: transformers' dynamic NTK parameters."""
+    rope, original = rotary.config.rope_parameters, float(rotary.original_max_seq_len)
+    half, factor = rotary.inv_freq.numel(), float(rope["factor"])
+
+    def node(kind: str, inputs: list[str], what: str, whole: bool = False, **attributes: Any) -> str:
+        name = f"/model/dynamic_rope/{what}"
+        builder.make_node(kind, inputs=inputs, outputs=[f"{name}/output_0"], name=name, **attributes)
+        builder.make_value(f"{name}/output_0", ir.DataType.INT64 if whole else ir.DataType.FLOAT)
+        return f"{name}/output_0"
+
+    def number(value: Any, kind: str = "FLOAT") -> str:
+        return f"/model/constants/{kind}/{value}"
+
+    mask = "/model/attn_mask_reformat/attn_mask_subgraph"
+    longest = node("ReduceMax", [f"{mask}/ReduceSum/output_0"], "Longest", whole=True, keepdims=0)
+    length = node("Max", [node("Cast", [longest], "Length", to=ir.DataType.FLOAT), number(original)], "Max")
+    scaled = node("Mul", [length, number(factor / original)], "Scaled")
+    grown = node("Sub", [scaled, number(factor - 1)], "Grown")
+    power = node("Pow", [grown, number(2 * half / (2 * half - 2))], "Power")
+    base = node("Mul", [power, number(float(rope["rope_theta"]))], "Base")
+    exponents = number([i / half for i in range(half)])
+    frequencies = node("Reciprocal", [node("Pow", [base, exponents], "Wavelengths")], "Frequencies")
+    ends = [number(0, "INT64"), f"{mask}/Gather/output_0", number(1, "INT64")]
+    places = node("Cast", [node("Range", ends, "Range", whole=True)], "Places", to=ir.DataType.FLOAT)
+    rows = node("Unsqueeze", [places, number([-1], "INT64")], "Rows")
+    angles = node("Mul", [rows, frequencies], "Angles")
+    for kind, name in (("Cos", "cos_cache"), ("Sin", "sin_cache")):
+        made = node(kind, [angles], kind)
+        builder.make_node(
+            "Cast", inputs=[made], outputs=[name], name=f"/model/dynamic_rope/{name}", to=builder.io_dtype
+        )
+        builder.make_value(name, builder.io_dtype, shape=["total_sequence_length", half])
 
 
 def tables_by_layer_type(model: Any) -> None:

@@ -4,6 +4,7 @@ Each replacement gives what the original gives for every input that the model ta
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,62 @@ def applied(model: Any) -> Iterator[None]:
     replaced = dict(_ALWAYS)
     if model.config.is_encoder_decoder and type(model).__name__.endswith("ForSequenceClassification"):
         replaced |= _LAST_END
-    with _Replaced(replaced):
+    with _Replaced(replaced), _symbolic_numbers(model):
         yield
+
+
+@contextlib.contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Afterwards, the modules have the attributes that they had: Swin and BigBird keep for ever what they once did
+    for a small input."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+@contextlib.contextmanager
+def _symbolic_numbers(model: Any) -> Iterator[None]:
+    """`len`, `int` and transformers' `torch_int` give an int of Python, which fixes an axis; the modules of the
+    model get others that do not."""
+    names = {type(m).__module__ for m in model.modules()}
+    modules = [vars(sys.modules[name]) for name in names if name.startswith("transformers.")]
+    before = [{name: module[name] for name in _NUMBERS if name in module} for module in modules]
+    for module in modules:
+        module.update({name: new for name, new in _NUMBERS.items() if name != "torch_int" or name in module})
+    try:
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            for name in _NUMBERS:
+                module.pop(name, None)
+            module.update(old)
+
+
+def _len(value: Any) -> Any:
+    return value.shape[0] if isinstance(value, torch.Tensor) else len(value)
+
+
+class _Ints(type):
+    """Makes `int` of a size that is not known yet another such size; all else is as with Python's int."""
+
+    def __call__(cls, *values: Any, **others: Any) -> Any:
+        if len(values) == 1 and isinstance(values[0], torch.SymInt | torch.SymFloat):
+            return torch.sym_int(values[0])  # type: ignore[no-untyped-call]
+        return int(*values, **others)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, int)
+
+
+class _Int(metaclass=_Ints):
+    pass
+
+
+_NUMBERS: Mapping[str, Any] = {"len": _len, "int": _Int, "torch_int": torch.sym_int}
 
 
 class _Replaced(TorchFunctionMode):
@@ -63,4 +118,33 @@ _LAST_END: Mapping[Any, Replacement] = {
     torch.unique_consecutive: _one_count,
     torch.Tensor.__getitem__: _last_of_each_row,
 }
-_ALWAYS: Mapping[Any, Replacement] = {}
+
+
+# --- pooling to a size that does not divide the picture -----------------------------------------------------------
+
+
+def _pooled(states: torch.Tensor, output_size: Any) -> Any:
+    """PyTorch's decomposition for dynamic sizes reads elements that are not there once it runs as a graph.
+
+    Each output is a mean over rows and columns, so two matrices of shares do the same.
+    """
+    sizes = output_size if isinstance(output_size, list | tuple) else (output_size, output_size)
+    if states.dim() != 4 or None in sizes or set(sizes) == {1}:
+        return NotImplemented
+    if all(isinstance(n, int) for n in states.shape[-2:]):
+        return NotImplemented
+    rows, columns = (_shares(n, out, states) for n, out in zip(states.shape[-2:], sizes, strict=True))
+    return rows @ states @ columns.transpose(0, 1)
+
+
+def _shares(size: Any, out: int, like: torch.Tensor) -> torch.Tensor:
+    """(out, size): the share of each element in each mean, which is over floor(i · size / out) up to
+    ceil((i + 1) · size / out)."""
+    at, places = torch.arange(size, device=like.device)[None], torch.arange(out, device=like.device)[:, None]
+    start, end = places * size // out, ((places + 1) * size + out - 1) // out
+    inside = ((at >= start) & (at < end)).to(like.dtype)
+    share: torch.Tensor = inside / (end - start).to(like.dtype)
+    return share
+
+
+_ALWAYS: Mapping[Any, Replacement] = {torch.nn.functional.adaptive_avg_pool2d: _pooled}

@@ -81,7 +81,8 @@ def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Fi
 def _with_modules(model: Model) -> Model:
     """With the tensors of sentence-transformers' modules beside the merged model."""
     source, beside = with_modules(model.source, model.folder), module_tensors(model.folder)
-    return replace(model, source=source, hashes={**model.hashes, **hash_all(source, beside)})
+    hashes = {**model.hashes, **hash_all(source, beside)}
+    return replace(model, source=source, hashes=dict(sorted(hashes.items())))
 
 
 def _compare(

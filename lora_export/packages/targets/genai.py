@@ -104,10 +104,10 @@ class GenaiTarget(PackageTarget):
             )
 
     def notes(self, facts: PackageFacts) -> str:
-        words = ""
+        words = _BATCHES if facts.task.input == "text" else ""
         if facts.adapters[1:]:
             names = ", ".join(f"`{markdown(n)}`" for n in facts.adapters[1:])
-            words = f"The package also has the adapters {names}: load and activate them in the same way.\n\n"
+            words += f"The package also has the adapters {names}: load and activate them in the same way.\n\n"
         other = next(iter(facts.providers[1:]), None)
         if other is None:
             return words
@@ -119,6 +119,10 @@ class GenaiTarget(PackageTarget):
 
 TARGET = GenaiTarget()
 
+_BATCHES = (
+    "Texts of one batch are padded on the right, as by `tokenizer.encode_batch`. A model with convolutions or "
+    "other states takes texts of equal length.\n\n"
+)
 
 _TEXT = """import json
 import onnxruntime_genai as og

@@ -108,8 +108,9 @@ class DecoderComparison(LogitsComparison):
         """One by one through the cache, and all at once with padding."""
         checks = super()._graph_checks(graph, exact, answers, runner)
         some = sorted(range(len(self.tokens)), key=lambda i: len(self.tokens[i]))[:PADDED]
-        tokens = [self.tokens[i] for i in some]
-        padded = compare_logits([exact[i] for i in some], runner.padded_logits(tokens), tokens)
+        longest = min(len(self.tokens[i]) for i in some) if runner.equal_rows else None
+        tokens = [self.tokens[i][:longest] for i in some]
+        padded = compare_logits([exact[i][:longest] for i in some], runner.padded_logits(tokens), tokens)
         floor = self._graph_floor(graph)
         return [*checks, *graph_checks(floor, padded, self.factor, f"{graph.prefix}padded")]
 

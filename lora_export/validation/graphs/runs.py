@@ -31,6 +31,12 @@ class OnnxDecoder:
             out.append(logits[0])
         return torch.cat(out)
 
+    @property
+    def equal_rows(self) -> bool:
+        """Whether the rows of a batch must be equally long: the builder's states go through the padding at the end
+        of a row."""
+        return any(name.startswith("past.") for name in self._decoder.signature.inputs)
+
     def padded_logits(self, tokens: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """fp32 logits (length, vocabulary) of each prompt, all in one batch: what a runtime does with requests of
         several lengths.

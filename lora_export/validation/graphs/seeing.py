@@ -17,6 +17,8 @@ SPLIT = 3  # pieces of a prompt, so that the cache has to carry the context
 class OnnxVisionLanguage:
     """pictures: as in VisionLanguageComparison."""
 
+    equal_rows = False
+
     def __init__(self, graphs: Sequence[Path], provider: str, pictures: Any) -> None:
         self._runs = VisionLanguage(graphs, provider, pictures.placeholder, pictures.merge)
         self._pictures = pictures
@@ -32,7 +34,7 @@ class OnnxVisionLanguage:
         return torch.cat(out)
 
     def padded_logits(self, tokens: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The same of each prompt, all in one batch with padding on the left; the last token is a step of its own."""
+        """The same of each prompt, in one batch with padding on the left; the last token is a step of its own."""
         read = [self._read(ids) for ids in tokens]
         longest = max(map(len, tokens))
         left = [longest - len(ids) for ids in tokens]

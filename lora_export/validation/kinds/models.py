@@ -20,7 +20,7 @@ from lora_export.validation.comparing.seq2seq import Seq2SeqComparison
 from lora_export.validation.comparing.tested_model import ModelUnderTest, generates, is_pair, setting, takes
 from lora_export.validation.comparing.texts import MAX_TOKENS, windows
 from lora_export.validation.comparing.vision_language import VisionLanguageComparison
-from lora_export.validation.kinds.sights import sights
+from lora_export.validation.kinds.sights import PREFIX, sights
 from lora_export.validation.kinds.signals import images, pixels, sounds
 from lora_export.validation.kinds.texts import Texts, boxes, padded, positions, token_lists, vocabulary
 
@@ -73,7 +73,7 @@ def _decoder(subject: ModelUnderTest) -> DecoderComparison:
 
 
 def _is_vision_language(model: Any) -> bool:
-    return _continues(model) and _sees(model)
+    return _continues(model) and _sees(model) and model.config.model_type not in PREFIX
 
 
 def _vision_language(subject: ModelUnderTest) -> VisionLanguageComparison:

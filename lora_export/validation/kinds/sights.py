@@ -13,6 +13,9 @@ from lora_export.validation.kinds.signals import SEED, processed_images
 
 Seen = Mapping[str, torch.Tensor]
 PICTURES = (1, 2)  # in the first text, in the second one; the others have none
+# Models whose prompt sees itself in both directions: with an answer behind it, what they compute depends on where
+# the prompt ends, which no comparison of texts can tell.
+PREFIX = frozenset({"paligemma"})
 _AFTER = 2  # tokens of a text that stand before its pictures
 
 
@@ -58,8 +61,8 @@ def sights(subject: ModelUnderTest) -> tuple[Sights, str]:
         )
     made, note = processed_images(subject, PICTURES), "with seeded pictures through the folder's own processor"
     if not made:
-        made, note = [_seeded(model, n) for n in PICTURES], "with seeded random pictures"
-    counts = [_counts(model, seen) for seen in made]
+        made, note = [seeded(model, n) for n in PICTURES], "with seeded random pictures"
+    counts = [counts_of(model, seen, n) for seen, n in zip(made, PICTURES, strict=True)]
     known = {sum(c): seen for c, seen in zip(counts, made, strict=True)}
     start = setting(model.config, "vision_start_token_id")
     merge = setting(model.config.vision_config, "spatial_merge_size") or 1
@@ -67,20 +70,23 @@ def sights(subject: ModelUnderTest) -> tuple[Sights, str]:
 
 
 @torch.inference_mode()
-def _counts(model: Any, seen: Seen) -> list[int]:
-    """How many tokens each picture has."""
+def counts_of(model: Any, seen: Seen, pictures: int) -> list[int]:
+    """How many tokens each of so many pictures has. Some models give the features of a row of pictures together:
+    these are of one size."""
     made = model.get_image_features(**seen, return_dict=True).pooler_output
-    return [part.reshape(-1, part.shape[-1]).shape[0] for part in made]
+    counts = [part.reshape(-1, part.shape[-1]).shape[0] for part in made]
+    return counts if len(counts) == pictures else [sum(counts) // pictures] * pictures
 
 
-def _seeded(model: Any, count: int) -> dict[str, torch.Tensor]:
+def seeded(model: Any, count: int, shift: int = 0) -> dict[str, torch.Tensor]:
+    """Random pictures, each of another size where the model takes any; `shift` makes others."""
     vision = model.config.vision_config
     names = set(inspect.signature(model.get_image_features).parameters)
-    generator = torch.Generator().manual_seed(SEED + count)
+    generator = torch.Generator().manual_seed(SEED + count + 97 * shift)
     channels = setting(vision, "num_channels", "in_channels", "in_chans") or 3
     if "image_grid_thw" in names:
         merge = vision.spatial_merge_size
-        grids = torch.tensor([[1, merge * (2 + i), merge * 3] for i in range(count)])
+        grids = torch.tensor([[1, merge * (2 + i + shift), merge * 3] for i in range(count)])
         values = channels * vision.temporal_patch_size * vision.patch_size**2
         patches = torch.rand(int(grids.prod(1).sum()), values, generator=generator) * 2 - 1
         return {"pixel_values": patches, "image_grid_thw": grids}

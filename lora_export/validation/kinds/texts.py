@@ -16,7 +16,10 @@ from lora_export.validation.comparing.texts import MAX_TOKENS, tokenize
 CODE_POINTS = 0x110000  # of Unicode, which CANINE reads
 _PAGE = 1000  # of LayoutLM's coordinates
 RANDOM_LENGTHS = (5, 11, 23, 37, 48, 64)
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

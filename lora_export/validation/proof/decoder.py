@@ -10,8 +10,9 @@ import torch
 
 from lora_export.graph_runs.signature import IDS, MASK, POSITIONS, Array, Signature, read_as
 from lora_export.validation.proof.made_up import Ids, Sizes, generator, mask_of, positions_of
-from lora_export.validation.proof.single import borders, rounded
+from lora_export.validation.proof.single import borders, rope_types, rounded
 from lora_export.validation.proof.trial import (
+    Extent,
     Graphs,
     Reference,
     Trial,
@@ -21,14 +22,16 @@ from lora_export.validation.proof.trial import (
     outputs_of,
 )
 
-SHORT = 300  # tokens of a prompt that quick proofs run at once
+LARGEST_CACHE = 256 * 2**20  # bytes in fp32
+SHORT, LONG = 300, 8192  # tokens of a prompt that quick and full proofs run at once
 EXPERT_TOKENS, EXPERT_ROUNDS = 512, 8
 NEAR = 4  # keys at a border whose values are made large: one more or less of them must show
 
 
 @dataclass
 class Decoding:
-    """One sequence of steps on both sides. seen: tokens so far; past: PyTorch's cache; states: the graph's."""
+    """One sequence of steps on both sides. seen: tokens so far; past: PyTorch's cache; states: the graph's; whole:
+    PyTorch's outputs for the whole sequence at once, where its steps give the same."""
 
     model: Reference
     graphs: Graphs
@@ -41,25 +44,39 @@ class Decoding:
     past: Any = None
     states: dict[str, Array] = field(default_factory=dict)
     broken: bool = False
+    whole: Any = None
 
     @property
     def signature(self) -> Signature:
         return self.graphs.signature(self.name)
 
     def steps(self, *lengths: int) -> Iterator[Trial]:
-        for number, length in enumerate(lengths):
+        if not self.seen and len(lengths) > 1 and at_once(self.model, self.signature):
+            end = sum(lengths)
+            self.whole = self._torch(slice(0, end), self.mask[:, :end])
+        for length in lengths:
             if self.broken:
                 return
-            yield self._step(length, number)
+            yield self._step(length)
 
-    def _step(self, length: int, number: int) -> Trial:
+    def _torch(self, now: slice, mask: torch.Tensor) -> Any:
+        """PyTorch's outputs for these tokens, behind those that its cache has seen."""
+        given = {IDS: self.ids[:, now], MASK: mask, POSITIONS: positions_of(mask)[:, now]}
+        read = {n: v for n, v in given.items() if n != POSITIONS or _takes(self.model.model, n)}
+        return self.model(**read, past_key_values=self.past, use_cache=True)
+
+    def _expected(self, now: slice, mask: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        if self.whole is not None:
+            return {n: self.whole[n][:, now].float() for n in names if n in self.whole}
+        result = self._torch(now, mask)
+        self.past = result.past_key_values
+        return {n: result[n].float() for n in names if n in result}
+
+    def _step(self, length: int) -> Trial:
         now = slice(self.seen, self.seen + length)
         mask = self.mask[:, : self.seen + length]
-        positions = positions_of(mask)[:, now] if self.seen < mask.shape[1] else positions_of(mask)
-        given = {IDS: self.ids[:, now], MASK: mask, POSITIONS: positions}
-        read = {n: v for n, v in given.items() if n != POSITIONS or _takes(self.model.model, n)}
-        result = self.model(**read, past_key_values=self.past, use_cache=True)
-        self.past = result.past_key_values
+        given = {IDS: self.ids[:, now], MASK: mask, POSITIONS: positions_of(mask)[:, now]}
+        expected = self._expected(now, mask, outputs_of(self.signature))
         feed = {**(self.states or empty(self.signature, len(mask))), **given}
         found, failure = self.graphs.run(self.name, feed)
         self.states = {read_as(n): v for n, v in found.items() if read_as(n) in self.signature.inputs}
@@ -67,23 +84,20 @@ class Decoding:
         seen, self.seen = self.seen, self.seen + length
         how = f"{self.words}, {length} tokens" + (f" behind a cache of {seen}" if seen else " at once")
         counts = mask[:, now]
-        names = [n for n in outputs_of(self.signature) if n in result]
         return Trial(
             how,
             self.name,
             feed,
-            {n: counted(result[n].float(), counts) for n in names},
-            {n: counted_array(found[n], counts) for n in names if n in found},
-            self.model.calls,
+            {n: counted(v, counts) for n, v in expected.items()},
+            {n: counted_array(found[n], counts) for n in expected if n in found},
             failure,
             self.limit,
         )
 
 
-def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
+def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
     """Every case: short ones first, so that a graph that is wrong everywhere is found at once."""
     name = graphs.names[-1]
-    packs = graphs.packs_rows(name)
     ids = Ids(model.config)
 
     def decoding(sizes: Sizes, extra: int, **how: Any) -> Decoding:
@@ -91,23 +105,32 @@ def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
         mask = torch.cat([mask, torch.ones(sizes.rows, extra, dtype=torch.long)], 1)
         return Decoding(model, graphs, name, ids(mask, (sizes, model.seed)), mask, sizes.words, **how)
 
-    yield from decoding(Sizes(3, 7), 5 if not packs else 2).steps(7, 1, 1, *(() if packs else (3,)))
-    yield from decoding(Sizes(1, 19), 6).steps(19, 4, 1, 1)
-    yield from decoding(Sizes(2, 11, "right"), 0).steps(11)
-    yield from decoding(Sizes(3, 13, "left"), 2, limit=packs).steps(13, 1, 1)
+    if not extent.far_only:
+        yield from _near(decoding, graphs.packs_rows(name), extent.full)
+        yield from _experts(model, decoding)
+    for what, border in sorted(borders(model.config).items(), key=lambda b: b[1]):
+        if not left_to_fewer_layers(graphs.signature(name), border, extent):
+            yield from _far(model, graphs, name, decoding, what, border, extent.full)
+
+
+def _near(decoding: Any, packs: bool, full: bool) -> Iterator[Trial]:
+    """Prompts, steps, and padding on both sides. packs: as Graphs.packs_rows."""
+    yield from decoding(Sizes(3, 4), 2).steps(4, 1, 1)
+    yield from decoding(Sizes(1, 9), 4).steps(9, 3, 1)
+    yield from decoding(Sizes(2, 7, "right"), 0).steps(7)
+    later = () if packs else (1, 2)
+    yield from decoding(Sizes(3, 7, "left"), sum(later), limit=packs).steps(7, *later)
     if full:
+        yield from decoding(Sizes(3, 7), 5).steps(7, 1, 1, *(() if packs else (3,)))
         yield from decoding(Sizes(4, 40, "left"), 9, limit=packs).steps(40, *[1] * 9)
         yield from decoding(Sizes(1, 64), 40).steps(64, *[1] * 32, 8)
-    for what, border in sorted(borders(model.config).items(), key=lambda b: b[1]):
-        yield from _far(model, graphs, name, decoding, what, border, full)
-    yield from _experts(model, decoding)
 
 
 def _far(
     model: Reference, graphs: Graphs, name: str, decoding: Any, what: str, border: int, full: bool
 ) -> Iterator[Trial]:
     """Around a border: prompts at once where they are short, steps behind a made-up cache where they are not."""
-    if border <= SHORT or (full and border <= 8192):
+    if _short(border, full):
         yield from decoding(Sizes(1, border + 7), 0).steps(border + 7)
         near = max(2, border - 3)
         yield from decoding(Sizes(1, near), 8).steps(near, 1, 5, 1, 1)
@@ -124,14 +147,28 @@ def _far(
         yield from begun.steps(length)
 
 
-def unreached(model: Reference, graphs: Graphs, full: bool) -> list[str]:
+def unreached(model: Reference, graphs: Graphs, extent: Extent) -> list[str]:
     """What the battery leaves out, in words."""
     left = []
     signature = graphs.signature(graphs.names[-1])
     for what, border in borders(model.config).items():
-        if border > SHORT and not (full and border <= 8192) and not has_plain_cache(signature):
+        if not _short(border, extent.full) and not has_plain_cache(signature):
             left.append(f"beyond the {what} of {border}: states of this kind cannot be made up")
     return left
+
+
+def left_to_fewer_layers(signature: Signature, border: int, extent: Extent) -> bool:
+    """Whether a cache up to a border is too large for the whole model, and is tried on its first layers."""
+    if extent.far_only or _short(border, extent.full) or not has_plain_cache(signature):
+        return False
+    caches = (n for n, v in signature.inputs.items() if v.is_cache)
+    size = sum(4 * math.prod(signature.cache_shape(n, 1, border)) for n in caches)
+    return extent.streamed or size > LARGEST_CACHE
+
+
+def _short(border: int, full: bool) -> bool:
+    """Whether prompts reach a border at once."""
+    return border <= (LONG if full else SHORT)
 
 
 def _experts(model: Reference, decoding: Any) -> Iterator[Trial]:
@@ -147,6 +184,12 @@ def _experts(model: Reference, decoding: Any) -> Iterator[Trial]:
         visited = {path: len(model.visited.get(path, ())) for path in counts}
         if all(visited[p] >= counts[p] for p in counts) or sum(visited.values()) == before:
             return
+
+
+def at_once(model: Reference, signature: Signature) -> bool:
+    """Whether PyTorch computes a sequence at once as it does step by step: without states that are summed up, and
+    without rotary positions that depend on the length so far."""
+    return not model.watch and has_plain_cache(signature) and not rope_types(model.config) & {"dynamic", "longrope"}
 
 
 # --- caches ------------------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ class Recorder:
 
     @contextlib.contextmanager
     def watch(self, model: Any) -> Iterator[None]:
-        """Inside, every module of `model` that runs is recorded."""
+        """Inside, every module of `model` that runs is recorded, in place of what was recorded before."""
+        self.passed.clear()
         with contextlib.ExitStack() as stack:
             for path, module in model.named_modules():
                 stack.callback(module.register_forward_hook(self._hook(path), with_kwargs=True).remove)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from lora_export.sentence_modules import weight_files
+from lora_export.validation.comparing import sentence
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.model import Writer, shapes_of
 from lora_export.validation.graphs.numbers import error_of, numbers_of
@@ -31,16 +33,18 @@ def model_of_graphs(request: Mapping[str, Any], graphs: Sequence[Path]) -> Itera
                 wrong.append(held.tensor)
             writer.add(held)
         head = writer.finish()
-        model = _load(folder, work, head, known)
+        model = _load(folder, work, request["architecture"], head, known)
+        sentence.attach(model, folder, writer.under(weight_files(folder)))
+        model.requires_grad_(False)
         words = f"{type(model).__name__} of transformers in fp32, with the weights that the graph holds"
         yield reference.Loaded(model, words, tuple(dict.fromkeys(wrong)))
 
 
-def _load(folder: Path, work: Path, head: torch.Tensor | None, known: bool) -> Any:
+def _load(folder: Path, work: Path, architecture: str, head: torch.Tensor | None, known: bool) -> Any:
     """The model of `work`; what the graph does not hold (it was folded away) comes from the checkpoint."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     config.save_pretrained(work)
-    cls = getattr(transformers, config.architectures[0])
+    cls = getattr(transformers, architecture)
     model, info = cls.from_pretrained(work, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     if info["missing_keys"] and known:
         whole = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True).state_dict()

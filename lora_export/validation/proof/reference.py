@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from lora_export.storage.sealed import read_json
+from lora_export.validation.comparing import sentence
 
 QUANTIZED = ("int4", "int8", "nf4")
 _MAP = "weights-map.json"
@@ -42,22 +43,23 @@ def loaded(request: Mapping[str, Any]) -> Iterator[Loaded]:
         with model_of_graphs(request, graphs) as found:
             yield found
         return
-    model, streamed = load(folder)
+    model, streamed = load(folder, request["architecture"])
+    sentence.attach(model, folder)
     words = f"{type(model).__name__} of transformers in fp32, with the checkpoint's weights"
     if request["adapter"]:
         import peft
 
-        model = peft.PeftModel.from_pretrained(model, request["adapter"], local_files_only=True).eval()
+        model = peft.PeftModel.from_pretrained(model, request["adapter"], local_files_only=True).get_base_model()
+        model.eval()
         words += " and PEFT's adapter"
     yield Loaded(model, words + (", streamed from their files" if streamed else ""), streamed=streamed)
 
 
-def load(folder: Path, config: Any = None) -> tuple[Any, bool]:
-    """The model that config.json names, in fp32, and whether it is streamed."""
+def load(folder: Path, architecture: str) -> tuple[Any, bool]:
+    """The model in fp32, and whether it is streamed."""
     import transformers
 
-    settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    cls = getattr(transformers, (settings.architectures or ["AutoModel"])[0])
+    cls = getattr(transformers, architecture)
     weights = _fp32_bytes(folder)
     if weights > psutil.virtual_memory().available // 2:
         from lora_export.validation.reference import streaming
@@ -65,8 +67,7 @@ def load(folder: Path, config: Any = None) -> tuple[Any, bool]:
         model, _ = streaming.load_streamed(cls, folder, torch.float32, 0)
         streaming.attach(model, ())
         return model.eval(), True
-    more = {} if config is None else {"config": config}
-    model = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, **more)
+    model = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     return model.eval().requires_grad_(False), False
 
 

@@ -9,15 +9,15 @@ from lora_export.graph_runs.signature import ENCODER_MASK, IDS, MASK, POSITIONS,
 from lora_export.validation.proof.decoder import empty
 from lora_export.validation.proof.made_up import Ids, Sizes, generator, mask_of
 from lora_export.validation.proof.single import rounded
-from lora_export.validation.proof.trial import Graphs, Reference, Trial, counted, counted_array, outputs_of
+from lora_export.validation.proof.trial import Extent, Graphs, Reference, Trial, counted, counted_array, outputs_of
 
-_FRAMES = 3000  # of Whisper's spectrogram, always
-_SOUNDS = ("input_features", "audio_features", "input_values")
+_FRAMES, _WAVE = 3000, 8000  # of Whisper's spectrogram, always; samples of a sound
+_SIGNALS = ("input_features", "audio_features", "input_values", "pixel_values")
 
 
-def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
+def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
     cases = [(Sizes(3, 9, "right"), (5, 1, 1)), (Sizes(1, 21), (1, 1, 1, 1))]
-    if full:
+    if extent.full:
         cases += [(Sizes(2, 33, "left"), (3, *[1] * 9)), (Sizes(1, 120), (40, 1, 1))]
     for sizes, steps in cases:
         yield from _case(model, graphs, sizes, steps)
@@ -35,9 +35,7 @@ def _case(model: Reference, graphs: Graphs, sizes: Sizes, steps: tuple[int, ...]
     hidden = encoded.last_hidden_state.float()
     keep = mask if mask is not None and hidden.shape[:2] == mask.shape else None
     shown = {states: counted_array(found[states], keep)} if states in found else {}
-    yield Trial(
-        f"the encoder, {words}", encoder, feed, {states: counted(hidden, keep)}, shown, model.calls, failure
-    )
+    yield Trial(f"the encoder, {words}", encoder, feed, {states: counted(hidden, keep)}, shown, failure)
     if failure:
         return
     fixed: dict[str, Any] = {read_as(n): v for n, v in found.items()}
@@ -49,11 +47,14 @@ def _case(model: Reference, graphs: Graphs, sizes: Sizes, steps: tuple[int, ...]
     decoded[:, 0] = getattr(model.config, "decoder_start_token_id", None) or getattr(start, "bos_token_id", 0) or 0
     past, at = None, 0
     cache: dict[str, Any] = {}
+    more: dict[str, Any] = {"encoder_outputs": encoded} | ({} if mask is None else {MASK: mask})
+    whole = None if model.watch else model(decoder_input_ids=decoded, **more)
     for number, length in enumerate(steps):
         ids = decoded[:, at : at + length]
-        more = {} if mask is None else {MASK: mask}
-        result = model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=past, use_cache=True, **more)
-        past = result.past_key_values
+        result = whole
+        if result is None:
+            result = model(decoder_input_ids=ids, past_key_values=past, use_cache=True, **more)
+            past = result.past_key_values
         name = later if number else first
         signature = graphs.signature(name)
         positions = torch.arange(at, at + length).expand(sizes.rows, -1)
@@ -65,9 +66,8 @@ def _case(model: Reference, graphs: Graphs, sizes: Sizes, steps: tuple[int, ...]
             f"the decoder, {words}, {length} tokens" + (f" behind a cache of {at}" if at else " at once"),
             name,
             given,
-            {n: result[n].float() for n in names},
+            {n: (result[n] if whole is None else whole[n][:, at : at + length]).float() for n in names},
             {n: found[n] for n in names if n in found},
-            model.calls,
             failure,
         )
         if failure:
@@ -79,16 +79,18 @@ def _case(model: Reference, graphs: Graphs, sizes: Sizes, steps: tuple[int, ...]
 def _inputs(model: Reference, graphs: Graphs, sizes: Sizes) -> tuple[dict[str, torch.Tensor], Any, str]:
     """What the encoder is given, its mask if it takes one, and the case in words."""
     signature = graphs.signature(graphs.names[0])
-    sound = next((n for n in _SOUNDS if n in signature.inputs), None)
-    if sound is None:
+    signal = next((n for n in _SIGNALS if n in signature.inputs), None)
+    if signal is None:
         mask = mask_of(sizes)
         return {IDS: Ids(model.config)(mask, (sizes, model.seed)), MASK: mask}, mask, sizes.words
-    shape = signature.inputs[sound].shape
-    own = "input_features" if sound == "audio_features" else sound
-    lengths = [d if isinstance(d, int) else _FRAMES if own == "input_features" else 8000 for d in shape[1:]]
+    shape = signature.inputs[signal].shape
+    own = "input_features" if signal == "audio_features" else signal
+    frames = min(_FRAMES, getattr(model.config, "max_source_positions", None) or _FRAMES)
+    lengths = [d if isinstance(d, int) else frames if own == "input_features" else _WAVE for d in shape[1:]]
     values = torch.randn(sizes.rows, *lengths, generator=generator(own, sizes, model.seed))
-    inputs = {own: rounded(values, signature.inputs[sound])}
+    inputs = {own: rounded(values, signature.inputs[signal])}
     heard = None
-    if MASK in signature.inputs and len(shape) == 2:
-        inputs[MASK] = heard = mask_of(Sizes(sizes.rows, lengths[-1], "right"))
+    if MASK in signature.inputs:  # as long as the axis that has no number
+        longest = next((n for n, d in zip(lengths, shape[1:], strict=True) if not isinstance(d, int)), lengths[-1])
+        inputs[MASK] = heard = mask_of(Sizes(sizes.rows, longest, "right"))
     return inputs, heard, f"batch {sizes.rows}, {own} {list(values.shape)}"

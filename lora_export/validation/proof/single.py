@@ -6,17 +6,18 @@ from typing import Any
 import torch
 
 from lora_export.graph_runs.signature import IDS, MASK, Signature
+from lora_export.validation.comparing import sentence
 from lora_export.validation.proof.made_up import Sizes, value
-from lora_export.validation.proof.trial import Expected, Graphs, Reference, Trial, counted, counted_array
+from lora_export.validation.proof.trial import Expected, Extent, Graphs, Reference, Trial, counted, counted_array
 
 _SECOND = 16_000  # samples of a sound
 
 
-def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
+def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
     """Every case that the inputs and the configuration tell; a case that PyTorch itself refuses is left out."""
     name = graphs.names[0]
     signature = graphs.signature(name)
-    for sizes in _sizes(signature, model.config, full):
+    for sizes in _sizes(signature, model.config, extent.full):
         feed, expected = _answer(model, signature, sizes)
         if not expected:
             continue
@@ -28,7 +29,6 @@ def trials(model: Reference, graphs: Graphs, full: bool) -> Iterator[Trial]:
             feed,
             {n: counted(v, mask) for n, v in expected.items()},
             {n: counted_array(found[n], mask) for n in expected if n in found},
-            model.calls,
             failure,
         )
 
@@ -44,7 +44,11 @@ def _answer(model: Reference, signature: Signature, sizes: Sizes) -> tuple[dict[
             result = model(**feed)
         except Exception:  # transformers raises anything for inputs against a model's rules
             continue
-        return feed, {n: result[n].float() for n in signature.outputs if _tensor(result, n)}
+        found = {n: result[n].float() for n in signature.outputs if _tensor(result, n)}
+        if sentence.OUTPUT in signature.outputs:
+            embedding = sentence.embedding(model.model, result["last_hidden_state"], feed.get(MASK))
+            found |= {} if embedding is None else {sentence.OUTPUT: embedding.float()}
+        return feed, found
     return feed, {}
 
 
@@ -88,6 +92,9 @@ def _longest(config: Any) -> int:
     return max(2, int(most) - offset) if isinstance(most, int) and most > 0 else 2**20
 
 
+_UNBOUNDED = ("default", "linear", "proportional")  # one formula for every position
+
+
 def borders(config: Any) -> dict[str, int]:
     """Lengths at which a model begins to compute otherwise, by what they are: windows, chunks, the length that its
     rotary positions were trained for."""
@@ -100,12 +107,22 @@ def borders(config: Any) -> dict[str, int]:
             found[key.replace("_", " ")] = size
     rope = getattr(text, "rope_parameters", None) or {}
     for kind in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
-        if kind.get("rope_type", "default") != "default":
+        if kind.get("rope_type", "default") not in _UNBOUNDED and not kind.get("alpha"):  # HunYuan's is fixed
             length: Any = kind.get("original_max_position_embeddings")
             length = length or getattr(text, "original_max_position_embeddings", None)
-            length = length or getattr(text, "max_position_embeddings", 0)
-            found["original rope length"] = int(length)
+            longest = int(getattr(text, "max_position_embeddings", 0) or 0)
+            found["original rope length"] = int(length or longest)
+            if kind["rope_type"] == "dynamic":
+                found["length that changes the angles"] = longest
     return {what: size for what, size in found.items() if size}
+
+
+def rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions that the layers of a model have."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope, *(v for v in rope.values() if isinstance(v, dict))]
+    return {str(k["rope_type"]) for k in kinds if "rope_type" in k}
 
 
 def _of_signals(signature: Signature, config: Any, full: bool) -> list[Sizes]:

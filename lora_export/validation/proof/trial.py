@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from lora_export.errors import LoraExportError
@@ -15,23 +16,35 @@ from lora_export.graph_runs.signature import Array, Signature
 
 Expected = Mapping[str, torch.Tensor]
 _PRESENT = ("present", "past")
+_ACCURACY, _FP32 = "accuracy_level", 1
+EXACT = ".exact.onnx"
 _PACKED = ("GroupQueryAttention",)  # rows are packed to the left: it takes padding on the right only
 
 
 @dataclass(frozen=True)
 class Trial:
-    """case: in words; graph: its file; feed: what it was given; expected, found: outputs by name; call: number of
-    the call of PyTorch behind it; failure: why the graph gave nothing; limit: a difference here is a limit of the
-    operators that the graph consists of, which is recorded, and no fault of the graph."""
+    """case: in words; graph: its file; feed: what it was given; expected, found: outputs by name; failure: why
+    the graph gave nothing; limit: a difference here is a limit of the graph's operators, which is recorded, and no
+    fault of the graph; before: other graphs whose outputs it read, and what they were given."""
 
     case: str
     graph: str
     feed: Mapping[str, Any]
     expected: Expected
     found: Mapping[str, Array]
-    call: int
     failure: str = ""
     limit: bool = False
+    before: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is tried. full: many sizes instead of some; far: all of it, or only what lies beyond the borders of
+    the configuration, on a model of the first layers; streamed: whether each call of PyTorch reads all weights."""
+
+    full: bool = False
+    far_only: bool = False
+    streamed: bool = False
 
 
 class Graphs:
@@ -40,6 +53,12 @@ class Graphs:
     def __init__(self, folder: Path, names: Sequence[str], provider: str) -> None:
         self.folder, self.names, self.provider = folder, tuple(names), provider
         self._runs: dict[str, GraphRun] = {}
+
+    @property
+    def _small(self) -> bool:
+        """Whether memory has room for a copy of the weights beside the reference."""
+        size = sum(p.stat().st_size for p in self.folder.iterdir() if p.is_file())
+        return size < psutil.virtual_memory().available // 4
 
     def signature(self, name: str) -> Signature:
         return self._run(name).signature
@@ -67,8 +86,32 @@ class Graphs:
 
     def _run(self, name: str) -> GraphRun:
         if name not in self._runs:
-            self._runs[name] = GraphRun(self.folder / name, self.provider)
+            with _exact(self.folder / name) as path:
+                self._runs[name] = GraphRun(path, self.provider, packed=self._small)
         return self._runs[name]
+
+
+@contextlib.contextmanager
+def _exact(graph: Path) -> Iterator[Path]:
+    """The graph, or a copy whose quantized products read their inputs as they are.
+
+    MatMulNBits may round them to 8 bits first, which hides what else a graph does; how is the operator's business.
+    """
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    rounding = [n for n in model.graph.all_nodes() if n.attributes.get_int(_ACCURACY, 0) > _FP32]
+    for node in rounding:
+        node.attributes[_ACCURACY] = ir.AttrInt64(_ACCURACY, 0)
+    if not rounding:
+        yield graph
+        return
+    path = graph.with_name(EXACT)
+    try:
+        ir.save(model, path)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def fitting(value: Any, dtype: Any) -> Array:
@@ -78,13 +121,11 @@ def fitting(value: Any, dtype: Any) -> Array:
 
 @dataclass(eq=False)
 class Reference:
-    """The model of transformers. Its calls are counted, so that one of them can be watched when a battery is run
-    again; seed: of what is made up; visited: chosen experts, by the path of the module that holds them."""
+    """The model of transformers. seed: of what is made up; watch: the context of each call, each step of a sequence
+    then being a call of its own; visited: chosen experts, by the path of the module that holds them."""
 
     model: Any
     seed: int = 0
-    calls: int = 0
-    watched: int | None = None
     watch: Callable[[Any], contextlib.AbstractContextManager[Any]] | None = None
     visited: dict[str, set[int]] = field(default_factory=dict)
 
@@ -96,9 +137,7 @@ class Reference:
         """The outputs of the model, or of one of its modules, for these inputs."""
         module = self.model if of is None else of
         given = {n: self._cast(v) for n, v in given.items()}
-        self.calls += 1
-        watching = self.watch(self.model) if self.watch and self.calls == self.watched else contextlib.nullcontext()
-        with torch.no_grad(), watching:
+        with torch.no_grad(), self.watch(self.model) if self.watch else contextlib.nullcontext():
             return module(**given)
 
     @property

@@ -46,9 +46,9 @@ def classes_of(folder: Path, adapters: Sequence[AdapterChoice]) -> list[Any]:
     the adapter's task (a body stored with the head of its pre-training is often trained with another), the bare
     body."""
     config = config_of(folder)
-    if embeds(folder):  # sentence-transformers loads the body alone
-        bodies = tasks.classes_of("feature-extraction", config)
-        return [cls for cls in (_encoder_alone(config), *bodies) if cls is not None][:1]
+    embedder = embedder_class(folder)
+    if embedder is not None:
+        return [embedder]
     named = {tasks.PEFT_TASKS.get(str(c.task_type)) for c in configs_of(adapters)}
     classes = [architecture(folder)]
     for task in [*sorted(filter(None, named), key=list(tasks.TASKS).index), "feature-extraction"]:
@@ -57,10 +57,15 @@ def classes_of(folder: Path, adapters: Sequence[AdapterChoice]) -> list[Any]:
     return list(dict.fromkeys(classes))
 
 
-def _encoder_alone(config: Any) -> Any:
-    """The class of an encoder-decoder's encoder, None for other models."""
+def embedder_class(folder: Path) -> Any:
+    """The class that sentence-transformers loads from its own folder: the body alone, of an encoder-decoder its
+    encoder. None for other folders."""
+    if not embeds(folder):
+        return None
+    config = config_of(folder)
     encoders = transformers.models.auto.modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING
-    return encoders.get(type(config)) if config.is_encoder_decoder else None
+    alone = encoders.get(type(config)) if config.is_encoder_decoder else None
+    return alone or next(iter(tasks.classes_of("feature-extraction", config)), None)
 
 
 def configs_of(adapters: Sequence[AdapterChoice]) -> list[Any]:

@@ -149,7 +149,7 @@ def _todays_name(model: Any) -> Callable[[str], str | None]:
 
 
 def names_in(model: Any, parameters: Mapping[str, torch.Tensor]) -> Callable[[str], str]:
-    """The name of a tensor in files, older ones among them → its name among the model's parameters, if it has one."""
+    """The name of a tensor in files, older ones among them → its name among the model's parameters, if any."""
     table = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
 
     def today(name: str) -> str:

@@ -166,7 +166,8 @@ def _with_sink(
     key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, sink: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One more key, which is zero and has its score as a bias, and its value, which is zero."""
-    batch, heads, keys, _ = key.shape
+    batch, _, keys, _ = key.shape
+    heads = sink.shape[0]
     bias = _as_bias(mask, key.dtype)
     whole = (batch, heads, length, keys)
     bias = torch.zeros(whole, dtype=key.dtype) if bias is None else bias.expand(whole)

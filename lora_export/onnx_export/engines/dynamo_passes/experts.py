@@ -77,7 +77,7 @@ def expand(graph: TracedGraph) -> None:
         new = [split, *parts, joined]
         for each in new:
             for output in each.outputs:
-                output.type = node.outputs[0].type
+                output.dtype = node.outputs[0].dtype
         ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, node.outputs, joined.outputs)
     graph.model.graph.opset_imports.pop(_DOMAIN, None)
 

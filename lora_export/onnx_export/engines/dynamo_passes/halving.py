@@ -73,7 +73,8 @@ def _keep_constants(graph: Any, wide: Collection[ir.Node]) -> None:
         own = [(user, index) for user, index in users if user in wide]
         if value.dtype != ir.DataType.FLOAT or not own or len(own) == len(users):
             continue
-        copy = ir.Value(name=f"{name}_wide", const_value=value.const_value, shape=value.shape, type=value.type)
+        copy = ir.Value(name=f"{name}_wide", const_value=value.const_value, shape=value.shape)
+        copy.dtype = value.dtype
         graph.register_initializer(copy)
         for user, index in own:
             user.replace_input_with(index, copy)

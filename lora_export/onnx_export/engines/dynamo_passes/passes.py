@@ -153,7 +153,7 @@ def turn_weights(graph: TracedGraph, fused: bool = False) -> None:
         recipe = graph.recipes.get(weight.name) if weight is not None else None
         if recipe is None or perm != [1, 0] or recipe.transposed:
             continue
-        if weight.name not in graph.kept and all(user.op_type == "Transpose" for user, _ in weight.uses()):
+        if weight.name not in graph.shared and all(user.op_type == "Transpose" for user, _ in weight.uses()):
             new = _turned(graph, f"{weight.name}_transposed", weight, recipe)
             replace_uses(node.outputs[0], new)
         elif fused:

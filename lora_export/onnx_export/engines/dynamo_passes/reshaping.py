@@ -45,7 +45,7 @@ def rotate_flat(graph: TracedGraph) -> None:
         )  # fmt: skip
         apart = ir.node("Reshape", [rotated.outputs[0], constant(graph, [0, 0, heads, size])], num_outputs=1)
         for each, shape in ((flat, flat_shape), (rotated, flat_shape), (apart, split.shape)):
-            each.outputs[0].type, each.outputs[0].shape = split.type, shape
+            each.outputs[0].dtype, each.outputs[0].shape = split.dtype, shape
         assert node.graph is not None
         node.graph.insert_before(node, [flat, rotated, apart])
         for user in users:

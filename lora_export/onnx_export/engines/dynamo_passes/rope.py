@@ -1,10 +1,12 @@
-"""Rotary embeddings whose frequencies follow the length, as formulas of the positions.
+"""Rotary embeddings as formulas of the positions, in real numbers.
 
-transformers changes its buffers while it runs: dynamic NTK in branches of Python that tracing would settle for one
-length, LongRoPE in place.
+Where frequencies follow the length, transformers changes its buffers while it runs: dynamic NTK in branches of
+Python that tracing would settle for one length, LongRoPE in place. Two architectures multiply complex numbers.
 """
 
 import contextlib
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,14 +16,59 @@ import torch
 @contextlib.contextmanager
 def traceable(model: torch.nn.Module) -> Iterator[None]:
     """Inside, rotary embeddings of `model` compute their frequencies from the positions that they are given."""
-    changed = [m for m in model.modules() if _follows_length(m)]
-    for module in changed:
-        module.forward = _forward(module)
+    changed = {m: _forward(m) for m in model.modules() if _follows_length(m)}
+    changed |= {m: _real_forward(m) for m in model.modules() if _is_complex(m)}
+    before = {}
+    for module, forward in changed.items():
+        module.forward = forward
+        found, axis = sys.modules[type(module).__module__], _COMPLEX.get(_architecture(module))
+        if axis is not None and found not in before:
+            before[found] = found.apply_rotary_emb
+            found.apply_rotary_emb = _turning(axis)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         for module in changed:
             del module.forward
+        for found, function in before.items():
+            found.apply_rotary_emb = function  # type: ignore[attr-defined]
+
+
+# Architectures that turn pairs of numbers as complex ones, and the axis of heads when they do.
+_COMPLEX = {"llama4": 2, "deepseek_v2": 1}
+
+
+def _architecture(module: torch.nn.Module) -> str:
+    return type(module).__module__.rpartition(".")[0].rpartition(".")[2]
+
+
+def _is_complex(module: torch.nn.Module) -> bool:
+    return _architecture(module) in _COMPLEX and type(module).__name__.endswith(
+        ("TextRotaryEmbedding", "V2RotaryEmbedding")
+    )
+
+
+def _real_forward(module: Any) -> Callable[..., torch.Tensor]:
+    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """(batch, length, half size, 2): cos and sin."""
+        angles = position_ids[..., None].float() * module.inv_freq.float()
+        return torch.stack([angles.cos(), angles.sin()], dim=-1) * float(module.attention_scaling)
+
+    return forward
+
+
+def _turning(axis: int) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    def apply(query: torch.Tensor, key: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = table.unsqueeze(axis).unbind(-1)
+
+        def turned(states: torch.Tensor) -> torch.Tensor:
+            even, odd = states.float().reshape(*states.shape[:-1], -1, 2).unbind(-1)
+            pairs = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+            return pairs.flatten(3).type_as(states)
+
+        return turned(query), turned(key)
+
+    return apply
 
 
 def _follows_length(module: torch.nn.Module) -> bool:
@@ -33,7 +80,7 @@ def _follows_length(module: torch.nn.Module) -> bool:
 
 def _forward(module: Any) -> Callable[..., Any]:
     def forward(x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
-        rotated = type(module).forward.__wrapped__
+        rotated = inspect.unwrap(type(module).forward)  # without what changes the buffers
         kind = module.rope_type if layer_type is None else module.rope_type[layer_type]
         given = {} if layer_type is None else {"layer_type": layer_type}
         if "dynamic" not in kind and kind != "longrope":

@@ -115,7 +115,7 @@ def _tables(graph: TracedGraph, cos: ir.Value, sin: ir.Value) -> _Tables | None:
         cut = add("Slice", [table, zero, half, constant(graph, axis), one])
         lines.append(add("Reshape", [cut, constant(graph, [-1, size // 2])]))
         for node in nodes[-2:]:
-            node.outputs[0].type = table.type
+            node.outputs[0].dtype = table.dtype
     if first.shape[0] == 1:  # all rows have the positions of one: the operator counts from the first line
         places = zero
     else:

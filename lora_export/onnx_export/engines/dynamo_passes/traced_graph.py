@@ -13,12 +13,12 @@ MICROSOFT = "com.microsoft"
 
 @dataclass
 class TracedGraph:
-    """model: one graph of an export; recipes: of the inputs that stand for weights, until they are settled; kept:
+    """model: one graph of an export; recipes: of the inputs that stand for weights, until they are settled; shared:
     weights that another graph with the same data file reads as they are."""
 
     model: ir.Model
     recipes: dict[str, Recipe]
-    kept: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
 
     def nodes(self, *kinds: str) -> Iterator[ir.Node]:
         return (n for n in list(self.model.graph) if n.op_type in kinds)

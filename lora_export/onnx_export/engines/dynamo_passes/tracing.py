@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from lora_export.onnx_export.engines import trace_patches
-from lora_export.onnx_export.engines.dynamo_passes import attention, recurrent, rope
+from lora_export.onnx_export.engines.dynamo_passes import attention, branches, recurrent, rope
 from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights, refuse_missing
-from lora_export.onnx_export.engines.parts.graph_part import GraphPart
+from lora_export.onnx_export.engines.parts.graph_part import GraphPart, NotTraceable
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
 OPSET = 20
@@ -21,14 +21,8 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
     These parameters become inputs of the graph: as initializers, passes would ask for their values or compute with
     them. CheckpointError where the part reads a parameter that its folder lacks.
     """
-    with (
-        attention.cached(part.caches),
-        recurrent.replaced(model.model),
-        rope.traceable(model.model),
-        trace_patches.applied(model.model),
-        torch.no_grad(),
-    ):
-        program = _export(part, model.model)
+    with attention.cached(part.caches), traceable(model.model), torch.no_grad():
+        program, part = _export_first(part, model.model)
     recipes: dict[str, Recipe] = {}
     graph = program.model.graph
     read = {v.name.removeprefix(_Forward.PREFIX) for v in graph.initializers.values() if v.uses()}
@@ -49,6 +43,13 @@ def trace(part: GraphPart, model: ModelWithoutWeights) -> tuple[Any, dict[str, R
     return program.model, recipes
 
 
+@contextlib.contextmanager
+def traceable(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `model` computes the same without asking for values of tensors."""
+    with recurrent.replaced(model), rope.traceable(model), trace_patches.applied(model):
+        yield
+
+
 def _recipe(model: ModelWithoutWeights, name: str, shape: tuple[int, ...]) -> Recipe | None:
     if name in model.tensors:
         return Recipe((Piece(model.tensors[name], 0, shape[0] if shape else 1),))
@@ -66,6 +67,26 @@ class _Forward(torch.nn.Module):
 
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self._run(*values)
+
+
+def _export_first(part: GraphPart, model: torch.nn.Module) -> tuple[Any, GraphPart]:
+    """The program of a part, or of what it falls back on.
+
+    Raises NotTraceable where forward takes another path at other sizes than those that were traced.
+    """
+    try:
+        with branches.noted() as conditions, trace_patches.unchanged(model):
+            program = _export(part, model)
+        odd = branches.broken(conditions, part)
+    except torch.onnx.errors.OnnxExporterError:
+        if part.fallback is None:
+            raise
+        odd = "sizes"
+    if odd is None:
+        return program, part
+    if part.fallback is not None:
+        return _export_first(part.fallback, model)
+    raise NotTraceable(f"the forward of {type(model).__name__} does something else at {odd} than in the trace")
 
 
 @contextlib.contextmanager

@@ -17,10 +17,11 @@ def parts_of(model: Any, task: str) -> Traced:
             "answers to the same text differ, and no graph can be compared with it"
         )
     traceable.prepare(model)
-    if model.config.is_encoder_decoder and model.can_generate():
+    generates = model.can_generate() and not type(model).__name__.endswith("ForCTC")  # which decodes in `generate`
+    if model.config.is_encoder_decoder and generates:
         return Traced("seq2seq", f"{seq2seq.task(model, task)}-with-past", seq2seq.parts(model))
     if multimodal.sees(model):
         return Traced("vision-language", f"{task}-with-past", multimodal.parts(model))
-    if model.can_generate():
+    if generates:
         return Traced("decoder", f"{task}-with-past", (decoder.part(model),))
     return Traced("encoder", task, (sentence.pooled(single.part(model, task), model),))

@@ -43,7 +43,7 @@ def _kept(model: Any) -> tuple[Kept, ...]:
         given = positions if takes(model, "position_ids") else {}
         model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **given)
 
-    from lora_export.onnx_export.engines.dynamo_passes.tracing import without_values
+    from lora_export.onnx_export.engines.dynamo_passes.tracing import traceable, without_values
 
-    with without_values(model):
+    with without_values(model), traceable(model):
         return kept_by(model, run)

@@ -24,8 +24,8 @@ _SIGNALS = ("pixel_values", "input_values", "input_features")
 def calls(model: Any, task: str) -> list[Forward]:
     """Ways to call the model, the most dynamic first: which of them it takes is found by trying.
 
-    Two towers may have a batch each; pictures and spectra have any size, or the one of the configuration; an
-    encoder-decoder makes its decoder's ids, or is given them.
+    Two towers may have a batch each, or several texts a picture; pictures and spectra have any size, or the one of
+    the configuration; an encoder-decoder makes its decoder's ids, or is given them.
     """
     seen = _Seen(model, task)
     towers = (True, False) if takes(model, "input_ids") and seen.signals else (False,)
@@ -33,7 +33,7 @@ def calls(model: Any, task: str) -> list[Forward]:
     decoder = ((True, False) if task == "feature-extraction" else (False, True)) if own else (False,)
     found = []
     for (signal, fixed), apart, given in itertools.product(seen.pictures_and_sounds(), towers, decoder):
-        text = seen.text("text_batch_size" if apart else "batch_size")
+        text = seen.text(*(("text_batch_size", 2 * BATCH) if apart else ("batch_size", BATCH)))
         if apart:
             signal = {n: _batch_axis(i, "image_batch_size") for n, i in signal.items()}
         if given:
@@ -42,6 +42,13 @@ def calls(model: Any, task: str) -> list[Forward]:
         more = {"use_cache": False} if takes(model, "use_cache") else {}
         found.append(Forward(_ordered(model, text | signal), fixed | more))
     return found
+
+
+def usual_pictures(model: Any) -> tuple[tuple[int, int], ...]:
+    """Heights and widths of pictures that a model gets: by its configuration, by its processor, and twice that."""
+    native, processed = _Seen(model, "").native_size(), _processed_size(Path(str(model.name_or_path)))
+    sizes = {size for size in (native, processed) if size} or {(_PICTURE, _PICTURE)}
+    return tuple(sorted(sizes | {(2 * height, 2 * width) for height, width in sizes}))
 
 
 def _ordered(model: Any, inputs: dict[str, Input]) -> dict[str, Input]:
@@ -65,12 +72,12 @@ class _Seen:
         self.names = {name for name in (*_TEXT, *_SIGNALS) if takes(model, name)}
         self.signals = self.names - set(_TEXT)
 
-    def text(self, batch: str) -> dict[str, Input]:
+    def text(self, batch: str, rows: int) -> dict[str, Input]:
         if "input_ids" not in self.names:
             return {}
         choices = (CHOICES,) if self._task == "multiple-choice" else ()
         axes = {0: batch, **({1: "num_choices"} if choices else {}), 1 + len(choices): "sequence_length"}
-        ids: Input = ((BATCH, *choices, LENGTH), torch.int64, axes)
+        ids: Input = ((rows, *choices, LENGTH), torch.int64, axes)
         found = {"input_ids": ids}
         if "attention_mask" in self.names and self._makes("attention_mask"):
             found["attention_mask"] = ids
@@ -94,10 +101,10 @@ class _Seen:
     # --- pictures ------------------------------------------------------------------------------------------
 
     def _pictures(self) -> Iterator[tuple[dict[str, Input], dict[str, Any]]]:
-        native, processed = self._native_size(), _processed_size(self._folder)
-        patch = max(_pair(self._setting("patch_size", 1)))
-        unit = math.lcm(_STRIDE, patch)
-        free = self._pixels((3 * unit, 2 * unit), {"height", "width"})
+        native, processed = self.native_size(), _processed_size(self._folder)
+        unit = math.lcm(_STRIDE, max(_pair(self._setting("patch_size", 1))))
+        height, width = (math.ceil(n / unit) * unit for n in native or processed or (_PICTURE, _PICTURE))
+        free = self._pixels((height + unit, width + 2 * unit), {"height", "width"})
         yield free, {}
         if processed and native and processed != native and takes(self._model, "interpolate_pos_encoding"):
             yield free, {"interpolate_pos_encoding": True}
@@ -118,7 +125,7 @@ class _Seen:
     def _is_video(self) -> bool:
         return bool(self._setting("tubelet_size", 0) or self._setting("num_frames", 0))
 
-    def _native_size(self) -> tuple[int, int] | None:
+    def native_size(self) -> tuple[int, int] | None:
         for name in ("image_size", "input_size"):
             size = self._setting(name, None)
             if isinstance(size, dict):

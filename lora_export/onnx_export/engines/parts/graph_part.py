@@ -24,6 +24,8 @@ class GraphPart:
     """run: takes the inputs and returns the outputs, in order; caches: whether it has a cache as input or output.
 
     inputs: by name, the shape and type to trace with, and dynamic axes; outputs: their dynamic axes.
+    pictures, longest: sizes at which forward has to take the path that was traced: of pictures, and of texts up to
+    `longest` tokens; fallback: what is traced instead where it does not.
     """
 
     file: str
@@ -32,6 +34,9 @@ class GraphPart:
     inputs: Mapping[str, Input]
     outputs: Mapping[str, Axes]
     caches: bool = False
+    pictures: tuple[tuple[int, int], ...] = ()
+    longest: int = 0
+    fallback: "GraphPart | None" = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lora_export.onnx_export.engines.dynamo_passes.recurrent import remember_state
 from lora_export.onnx_export.engines.parts.graph_part import BATCH, Axes, Input
 
 _SHORT = 3  # tokens of the run that shows what a model keeps
@@ -78,7 +79,11 @@ def holding(kept: Sequence[Kept], values: Sequence[torch.Tensor], config: Any) -
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=config)
+    class Remembering(DynamicCache):  # type: ignore[misc]
+        def get_recurrent_state(self, *place: Any, **named: Any) -> torch.Tensor | None:
+            return remember_state(super().get_recurrent_state(*place, **named))
+
+    cache = Remembering(config=config)
     by_layer: dict[int, list[tuple[Kept, torch.Tensor]]] = {}
     for each, value in zip(kept, values, strict=True):
         by_layer.setdefault(each.layer, []).append((each, value))

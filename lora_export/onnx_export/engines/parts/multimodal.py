@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lora_export.onnx_export.engines.parts import pictures
-from lora_export.onnx_export.engines.parts.cache import contents, filled
 from lora_export.onnx_export.engines.parts.graph_part import BATCH, LENGTH, PAST, Axes, GraphPart, Input
+from lora_export.onnx_export.engines.parts.kept import Kept, held_by, holding, kept_by
 from lora_export.onnx_export.engines.parts.rows import Rows
 
 VISION, EMBEDDING, DECODER = "vision_encoder", "embed_tokens", "decoder_model_merged"
@@ -24,7 +24,7 @@ def sees(model: Any) -> bool:
 
 
 def parts(model: Any) -> tuple[GraphPart, ...]:
-    """The graphs in the order in which they run. A tied head and the embedding share one tensor of one data file."""
+    """The graphs in the order in which they run. A tied head and the embedding share a tensor of a data file."""
     rows = Rows.of(model)
     return _vision(model, rows), _embedding(model, rows), _decoder(model, rows)
 
@@ -52,7 +52,6 @@ def _embedding(model: Any, rows: Rows) -> GraphPart:
 
 def _decoder(model: Any, rows: Rows) -> GraphPart:
     """Rows, mask, positions and cache in; logits and the longer cache out. An empty cache makes it a prefill."""
-    config = model.config.get_text_config(decoder=True)
     grown = "past_sequence_length + sequence_length"
     positions: Input = ((BATCH, LENGTH), torch.int64, _TOKENS)
     if rows.axes > 1:
@@ -63,26 +62,26 @@ def _decoder(model: Any, rows: Rows) -> GraphPart:
         "position_ids": positions,
     }
     plain = len(inputs)
-    layers, heads, size = _cache_shape(config)
-    for i in range(layers):
-        for what in ("key", "value"):
-            past: Axes = {0: "batch_size", 2: "past_sequence_length"}
-            inputs[f"past_key_values.{i}.{what}"] = ((BATCH, heads, PAST, size), torch.float32, past)
+    kept = _kept(model)
+    inputs |= {each.past: each.past_input(PAST, "past_sequence_length") for each in kept}
 
     def run(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         embeds, mask, positions = values[:plain]
-        cache = filled(values[plain:])
-        with rows.inside(model, embeds, mask) as given:
+        cache = holding(kept, values[plain:], model.config)
+        with rows.inside(model, embeds, mask, cache) as given:
             result = model(**given, position_ids=positions, past_key_values=cache, use_cache=True)
-        return (result.logits, *contents(result.past_key_values))
+        return (result.logits, *held_by(result.past_key_values, kept))
 
     outputs: dict[str, Axes] = {"logits": _TOKENS}
-    for i in range(layers):
-        outputs |= {f"present.{i}.{what}": {0: "batch_size", 2: grown} for what in ("key", "value")}
+    outputs |= {each.present: each.axes(grown) for each in kept}
     return GraphPart(f"{DECODER}.onnx", f"{DECODER}.onnx_data", run, inputs, outputs, caches=True)
 
 
-def _cache_shape(config: Any) -> tuple[int, int, int]:
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size
+def _kept(model: Any) -> tuple[Kept, ...]:
+    def run(ids: torch.Tensor, cache: Any) -> None:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+
+    from lora_export.onnx_export.engines.dynamo_passes.tracing import without_values
+
+    with without_values(model):
+        return kept_by(model, run)

@@ -1,4 +1,4 @@
-"""Vision towers that get the patches of all pictures in one row, as Qwen's do: what follows from the pictures' grids.
+"""Vision towers that get the patches of all pictures in one row, as Qwen's do: what follows from their grids.
 
 transformers lets a caller bring what it would compute with loops over the grids. Here it is computed for each patch
 from the grid of its picture, so that one graph serves all sizes. Attention is masked instead of split.
@@ -71,7 +71,7 @@ def known(tower: Any, pixels: torch.Tensor, grids: torch.Tensor) -> dict[str, An
 
 
 def _resampled(tower: Any, places: _Places) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each patch finds its place in the square of learned positions, and with which weights: (patches, taps)."""
+    """Where a patch finds its place in the square of learned positions, and with which weights: (patches, taps)."""
     from transformers.vision_utils import _interpolation_axis_taps_weights as taps_of
 
     side = tower.num_grid_per_side

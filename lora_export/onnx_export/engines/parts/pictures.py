@@ -1,7 +1,7 @@
 """What a vision-language model reads of pictures, and the features that it makes of them.
 
-A graph takes any number of pictures, and any size of them where the model does. Where transformers computes with the
-numbers of an input (the grid of each picture), the same is computed here with tensors of a shape that is known.
+A graph takes any number of pictures, and any size of them where the model does. Where transformers computes with
+the numbers of an input (the grid of each picture), the same is computed here with tensors of a known shape.
 """
 
 import contextlib
@@ -13,9 +13,10 @@ from unittest import mock
 import torch
 
 from lora_export.onnx_export.engines.parts import patches
-from lora_export.onnx_export.engines.parts.graph_part import Axes, Input
+from lora_export.onnx_export.engines.parts.graph_part import Axes, Input, NotTraceable
 
 PICTURES = 3  # to trace with
+_KNOWN = {"pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask"}
 Seen = Mapping[str, torch.Tensor]
 _GRID = "image_grid_thw"
 _GRID_NAMES = {"qwen2_vl": "grid_thw"}  # as transformers.js names the input
@@ -29,8 +30,10 @@ def placeholder(config: Any) -> int:
 
 
 def inputs(model: Any) -> dict[str, Input]:
-    """By the names of transformers' processors."""
-    taken, vision = _taken(model), model.config.vision_config
+    """By the names of transformers' processors. NotTraceable for a model that wants to know more of a picture."""
+    taken = _taken(model)
+    _refuse_unknown(model)
+    vision = model.config.vision_config
     if _GRID in taken:
         return _packed(model)
     height, width = _size(vision)
@@ -41,10 +44,10 @@ def inputs(model: Any) -> dict[str, Input]:
             "pixel_values": ((2, PICTURES, channels, height, width), torch.float32, axes),
             "pixel_attention_mask": ((2, PICTURES, height, width), torch.bool, axes),
         }
-    axes = {0: "num_images"}
     if "image_sizes" in taken:
-        axes |= {2: "height", 3: "width"}
-        height, width = height - height % _cell(model), height
+        cell = _cell(model)
+        return {"pixel_values": ((1, channels, 2 * cell, 3 * cell), torch.float32, {2: "height", 3: "width"})}
+    axes = {0: "num_images"}
     return {"pixel_values": ((PICTURES, channels, height, width), torch.float32, axes)}
 
 
@@ -54,10 +57,28 @@ def features(model: Any, given: Seen) -> torch.Tensor:
         return _of_patches(model, given)
     if "pixel_attention_mask" in given:
         return _of_tiles(model, given["pixel_values"], given["pixel_attention_mask"])
+    if "image_sizes" in _taken(model):
+        return _of_one(model, given["pixel_values"])
     with _undivided():
         made = model.get_image_features(**given, return_dict=True).pooler_output
     parts = made if isinstance(made, list | tuple) else [made]
     return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def _refuse_unknown(model: Any) -> None:
+    name, config = type(model).__name__, model.config
+    if getattr(config, "vision_config", None) is None:
+        raise NotTraceable(
+            f"{name} reads pictures, but its configuration has no vision_config that tells their size"
+        )
+    if getattr(config, "image_grid_pinpoints", None):
+        raise NotTraceable(
+            f"{name} cuts each picture by its original size, with numbers of an input that a trace does not have"
+        )
+    parameters = inspect.signature(model.get_image_features).parameters.values()
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if more := sorted(needed - _KNOWN):
+        raise NotTraceable(f"{name} makes features of pictures from {', '.join(more)}, which no runtime gives it")
 
 
 def _taken(model: Any) -> set[str]:
@@ -111,6 +132,20 @@ def _of_patches(model: Any, given: Seen) -> torch.Tensor:
     with patches.together(tower):
         made = tower(pixels, grid_thw=grids, return_dict=True, **patches.known(tower, pixels, grids))
     return torch.cat([made.pooler_output, *(getattr(made, "deepstack_features", None) or ())], -1)
+
+
+# --- one picture of any size -------------------------------------------------------------------------------------
+
+
+def _of_one(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """As get_image_features for one picture, whose size is that of the tensor. Several of different sizes would be
+    cut out of a padded tensor one by one."""
+    base, layer = model.model, model.config.vision_feature_layer
+    sizes = [(pixels.shape[2], pixels.shape[3])]
+    states = base.vision_tower(pixels, image_sizes=sizes, output_hidden_states=True, return_dict=True).hidden_states
+    chosen = states[layer] if isinstance(layer, int) else torch.cat([states[i] for i in layer], -1)
+    made: torch.Tensor = base.multi_modal_projector(chosen.squeeze(0), sizes)
+    return made
 
 
 # --- pictures cut into tiles of one size, some of them padding ----------------------------------------------------

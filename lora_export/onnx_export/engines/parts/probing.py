@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from lora_export.onnx_export.engines import trace_patches
 from lora_export.onnx_export.engines.parts.graph_part import LENGTH, Input, NotTraceable
 
-_MORE = {"image_batch_size": 2, "sequence_length": 5}  # unlike those of other axes
+_MORE = {"text_batch_size": 2, "sequence_length": 5}  # unlike those of other axes
 _RANDOM = ("rand", "randn", "rand_like", "randn_like", "randint", "randperm", "normal", "bernoulli", "multinomial")
 
 
@@ -52,7 +52,8 @@ def outputs(model: Any, forward: Forward) -> Mapping[str, Any]:
 
     named = [*model.named_parameters(), *model.named_buffers()]
     fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    with fake, torch.no_grad(), trace_patches.applied(model), _Drawn() as drawn:
+    replaced, kept = trace_patches.applied(model), trace_patches.unchanged(model)
+    with fake, torch.no_grad(), replaced, kept, _Drawn() as drawn:
         state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in named}
         values = {n: torch.zeros(shape, dtype=dtype) for n, (shape, dtype, _) in forward.inputs.items()}
         result: Mapping[str, Any] = torch.func.functional_call(model, state, (), {**values, **forward.fixed})
@@ -82,8 +83,22 @@ class _Drawn(TorchFunctionMode):
         return result
 
 
-def first_accepted(model: Any, calls: Sequence[Forward]) -> tuple[Forward, Mapping[str, Any]]:
-    """The first call that the model takes at two sizes, and what it returns.
+@dataclass(frozen=True)
+class Accepted:
+    """A call that a model takes, and what it returns: at the sizes to trace with, and at others."""
+
+    forward: Forward
+    returned: Mapping[str, Any]
+    resized: Mapping[str, Any]
+
+    def changing(self, name: str) -> list[int]:
+        """The axes of an output whose sizes follow those of the inputs."""
+        one, other = self.returned[name].shape, self.resized[name].shape
+        return [i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b]
+
+
+def first_accepted(model: Any, calls: Sequence[Forward]) -> Accepted:
+    """The first call that the model takes at two sizes.
 
     Raises NotTraceable with the model's own words where it takes none.
     """
@@ -91,8 +106,8 @@ def first_accepted(model: Any, calls: Sequence[Forward]) -> tuple[Forward, Mappi
     refusals: list[str] = []
     for forward in calls:
         try:
-            outputs(model, forward.resized())
-            return forward, outputs(model, forward)
+            resized = outputs(model, forward.resized())
+            return Accepted(forward, outputs(model, forward), resized)
         except NotTraceable:
             raise
         except Exception as error:  # whatever a model says of inputs that it does not take

@@ -12,12 +12,19 @@ def prepare(model: Any) -> None:
     LED's (and Longformer's) windows are cut out of the states in pieces, whose number depends on the length, and
     which tokens see all others decides over the program. Without such tokens, as transformers runs the model
     unless it is told otherwise, the windows are a band in an attention of the whole length.
+
+    Switch's experts are visited one by one, those that a token was sent to. All of them, with a share of 0 for the
+    others, are the same sum for every routing.
     """
     for module in model.modules():
         if hasattr(module, "one_sided_attn_window_size"):
             module.forward = functools.partial(_banded, module)
         if hasattr(module, "_pad_to_window_size"):  # a band has no need of whole windows
             module._pad_to_window_size = _unpadded
+        if type(module).__name__ == "SwitchTransformersExperts":
+            module.forward = functools.partial(_every_expert, module)
+        if type(module).__name__ == "SwitchTransformersTop1Router":
+            module.classifier.to = functools.partial(_as_it_is, module.classifier)  # fp32, which it is
 
 
 def _unpadded(pad_token_id: int, **given: Any) -> tuple[Any, ...]:
@@ -42,3 +49,19 @@ def _banded(
     bias = torch.where(allowed, 0.0, torch.finfo(torch.float32).min).to(query.dtype)
     result = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     return (result.transpose(1, 2).reshape(batch, length, width),)
+
+
+def _every_expert(
+    module: Any, hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
+) -> torch.Tensor:
+    """states (tokens, width) → the same shape. selected_experts (tokens, 1, experts) of 0 and 1, routing_weights
+    (tokens, 1)."""
+    shares = (selected_experts * routing_weights[..., None]).sum(1)
+    result = torch.zeros_like(hidden_states)
+    for i in range(module.num_experts):
+        result = result + module[f"expert_{i}"](hidden_states) * shares[:, i : i + 1]
+    return result
+
+
+def _as_it_is(module: Any, *dtype: torch.dtype) -> Any:
+    return module
