@@ -214,25 +214,6 @@ def continued() -> str:
     return "\n" + (RESULTS / "training-2026-11-26" / "continued.md").read_text(encoding="utf-8").strip() + "\n\n"
 
 
-def precisions() -> str:
-    found = read("quality-SmolLM2-*.json")["precisions"]
-    perplexity = {p["model"]: p["value"] for p in found["perplexities"]}
-    rows = []
-    for s in found["adapter_survival"]:
-        precision = s["model"].removeprefix("onnx ")
-        rows.append(
-            [
-                precision,
-                mb(found["bytes"][precision]),
-                percent(s["share"]),
-                f"{perplexity['unmerged']:.1f}",
-                f"{perplexity[s['model']]:.1f}",
-            ]
-        )
-    head = ["export", "size", "effect that is kept", "perplexity, unmerged in fp32", "perplexity, exported"]
-    return table(head, rows)
-
-
 def sizes() -> str:
     found = read("sizes-*.json")
     rows = [
@@ -290,7 +271,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        graph_faults, combining, serving, continued, precisions, bases, mutants,
+        graph_faults, combining, serving, continued, sizes, bases, mutants,
         demo, inspected,
     )
 }  # fmt: skip

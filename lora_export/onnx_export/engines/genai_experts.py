@@ -15,7 +15,7 @@ import onnx_ir as ir
 from lora_export.onnx_export.graphs.files import onnx_type, without_numbers
 from lora_export.onnx_export.quantize.blockwise import MICROSOFT, part_names, quantize_graph
 from lora_export.onnx_export.quantize.numbers import shapes
-from lora_export.onnx_export.quantize.settings import Blockwise, kept
+from lora_export.onnx_export.quantize.settings import BLOCK_SIZES, Blockwise, kept
 from lora_export.onnx_export.weights.map import Method, Part, Piece, Quantization, Recipe, Weight
 
 _ROUTERS = "*/moe/router/MatMul"
@@ -103,10 +103,11 @@ def quantize(model: ir.Model, weights: Sequence[Weight], how: Blockwise, *more: 
 def _quantize_experts(graph: ir.Graph, node: ir.Node, weights: list[Weight], how: Blockwise) -> list[Weight]:
     known = {w.name: w for w in weights}
     method: Method = "int8" if kept(str(node.name), how.eight_bits) else how.method
-    settings = replace(how.settings, method=method, symmetric=True)
     experts = [_Experts.read_by(node.inputs[i], known) for i in (2, 4)]
-    if method not in ("int4", "int8") or any(e is None or e.width % settings.block_size for e in experts):
+    size = _largest_blocks([e.width for e in experts if e is not None], how.block_size)
+    if method not in ("int4", "int8") or size is None or None in experts:
         return weights
+    settings = replace(how.settings, method=method, symmetric=True, block_size=size)
     inputs = [*node.inputs[:2]]
     for each, bias in zip(experts, (node.inputs[3], node.inputs[5]), strict=True):
         assert each is not None
@@ -129,6 +130,11 @@ def _quantize_experts(graph: ir.Graph, node: ir.Node, weights: list[Weight], how
             graph.remove(old, safe=True)
         del graph.initializers[each.weight.name]
     return weights
+
+
+def _largest_blocks(widths: Sequence[int], most: int) -> int | None:
+    """The largest size of blocks, up to `most`, that divides all widths."""
+    return next((s for s in reversed(BLOCK_SIZES) if s <= most and not any(w % s for w in widths)), None)
 
 
 @dataclass(frozen=True)
