@@ -64,7 +64,7 @@ class _Ints(type):
 
     def __call__(cls, *values: Any, **others: Any) -> Any:
         if len(values) == 1 and isinstance(values[0], torch.SymInt | torch.SymFloat):
-            return torch.sym_int(values[0])
+            return torch.sym_int(values[0])  # type: ignore[no-untyped-call]
         return int(*values, **others)
 
     def __instancecheck__(cls, value: Any) -> bool:
@@ -143,7 +143,8 @@ def _shares(size: Any, out: int, like: torch.Tensor) -> torch.Tensor:
     at, places = torch.arange(size, device=like.device)[None], torch.arange(out, device=like.device)[:, None]
     start, end = places * size // out, ((places + 1) * size + out - 1) // out
     inside = ((at >= start) & (at < end)).to(like.dtype)
-    return inside / (end - start).to(like.dtype)
+    shares: torch.Tensor = inside / (end - start).to(like.dtype)
+    return shares
 
 
 _ALWAYS: Mapping[Any, Replacement] = {torch.nn.functional.adaptive_avg_pool2d: _pooled}
