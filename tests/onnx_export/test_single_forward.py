@@ -173,7 +173,8 @@ def test_noted_conditions_of_a_trace_tell_the_branch() -> None:
             return values[0] * 2 if values[0].shape[1] > 8 else values[0]
 
     with branches.noted() as conditions:
-        torch.export.export(Branch(), (torch.zeros(2, 16),), dynamic_shapes=(({1: torch.export.Dim.DYNAMIC},),))
+        shapes = (({1: "sequence_length"},),)
+        torch.onnx.export(Branch(), (torch.zeros(2, 16),), dynamo=True, verbose=False, dynamic_shapes=shapes)
     part = GraphPart("m", "d", lambda *_: (), _part(longest=64).inputs, {}, longest=64)
     assert branches.broken(conditions, part) == "sequence_length 3"
 

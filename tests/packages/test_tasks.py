@@ -23,6 +23,7 @@ from lora_export.packages.tasks import task_of
         ("OwlViTForObjectDetection", "ORTModelForCustomTasks", "AutoModelForZeroShotObjectDetection", "both"),
         ("CLIPModel", "ORTModelForZeroShotImageClassification", "AutoModel", "both"),
         ("VideoMAEForVideoClassification", "ORTModelForCustomTasks", "AutoModel", "video"),
+        ("Swin2SRForImageSuperResolution", "ORTModelForImageToImage", "AutoModelForImageToImage", "image"),
         ("Wav2Vec2ForXVector", "ORTModelForAudioXVector", "AutoModelForXVector", "audio"),
     ],
 )  # fmt: skip

@@ -32,6 +32,9 @@ _TABLES: Mapping[str, str] = {
     "FOR_IMAGE_TEXT_TO_TEXT": "image-text-to-text",
     "FOR_DOCUMENT_QUESTION_ANSWERING": "document-question-answering",
     "FOR_VISUAL_QUESTION_ANSWERING": "visual-question-answering",
+    "FOR_MASKED_IMAGE_MODELING": "masked-im",
+    "FOR_IMAGE_TO_IMAGE": "image-to-image",
+    "FOR_KEYPOINT_DETECTION": "keypoint-detection",
     "FOR_TEXT_ENCODING": "feature-extraction",
     "": "feature-extraction",
 }

@@ -143,8 +143,8 @@ def _shares(size: Any, out: int, like: torch.Tensor) -> torch.Tensor:
     at, places = torch.arange(size, device=like.device)[None], torch.arange(out, device=like.device)[:, None]
     start, end = places * size // out, ((places + 1) * size + out - 1) // out
     inside = ((at >= start) & (at < end)).to(like.dtype)
-    share: torch.Tensor = inside / (end - start).to(like.dtype)
-    return share
+    shares: torch.Tensor = inside / (end - start).to(like.dtype)
+    return shares
 
 
 _ALWAYS: Mapping[Any, Replacement] = {torch.nn.functional.adaptive_avg_pool2d: _pooled}

@@ -76,7 +76,8 @@ def _export_first(part: GraphPart, model: torch.nn.Module) -> tuple[Any, GraphPa
     Raises ExportError where forward takes another path at other sizes than those that were traced.
     """
     try:
-        with branches.noted() as conditions, trace_patches.unchanged(model):
+        asked = bool(part.pictures or part.longest)
+        with branches.noted(asked) as conditions, trace_patches.unchanged(model):
             program = _export(part, model)
         odd = branches.broken(conditions, part)
     except torch.onnx.errors.OnnxExporterError:
