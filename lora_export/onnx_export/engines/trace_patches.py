@@ -27,14 +27,18 @@ def applied(model: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def unchanged(model: Any) -> Iterator[None]:
     """Afterwards, the modules have the attributes that they had: Swin and BigBird keep for ever what they once did
-    for a small input."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    for a small input. Tables of hooks are theirs too: transformers adds some with its first call, and marks that."""
+    before = [(module, {n: _copied(value) for n, value in vars(module).items()}) for module in model.modules()]
     try:
         yield
     finally:
         for module, attributes in before:
             vars(module).clear()
             vars(module).update(attributes)
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, dict) else value
 
 
 @contextlib.contextmanager
