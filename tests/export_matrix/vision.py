@@ -29,7 +29,7 @@ DETR = {"backbone_config": _RESNET, "num_queries": 7, "decoder_layers": 2, "enco
 
 ROWS = (
     Row("SiglipForImageClassification"),
-    Row("ConvNextForImageClassification"),
+    Row("ConvNextForImageClassification", {"image_size": 64}),
     Row("DINOv3ViTModel"),
     Row("CLIPModel"),
     Row("SiglipModel"),

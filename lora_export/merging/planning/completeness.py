@@ -23,23 +23,28 @@ _EMBEDDINGS = ("emb", "wte", "shared")
 _OF_A_LIST = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
 
-def refuse_incomplete(base: Checkpoint, outputs: Mapping[str, Shape], changes: Mapping[str, Any]) -> None:
+def refuse_incomplete(base: Checkpoint, outputs: Mapping[str, Shape], changes: Mapping[str, Any]) -> list[str]:
     """CheckpointError for a weight that neither the base nor an adapter has.
 
     outputs: shapes of the merged folder's tensors; changes: of its config.json. A class that transformers cannot
-    build is not asked.
+    build is not asked. Where most weights are missing, the folder is a part of a model, made as one: a warning says
+    so, and `export` refuses it.
     """
     if embeds(base.folder):  # stored as a language model, often, and loaded as its body alone
         changes = {**changes, "architectures": ["AutoModel"]}
     config = {**base.config, **changes}
     if not any(_suspicions(outputs.keys(), config)):
-        return
+        return []
     known = architecture_of(base, changes)
     if known is None:
-        return
+        return []
     missing = [n for n in known.unfilled(known.loaded(outputs)) if _OPTIONAL not in n.split(".")]
     if not missing:
-        return
+        return []
+    if len(missing) > len(outputs):
+        return [
+            f"the base is a part of a {known.name}: it lacks {len(missing)} of the weights, such as {missing[0]}"
+        ]
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     raise CheckpointError(
         f"the base lacks weights of a {known.name}, which transformers would draw at random: {missing[0]}{more}",

@@ -139,7 +139,8 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     warnings += layout.warnings
     if new:
         changes, warnings = new.changes | changes, [*new.warnings, *warnings]
-    refuse_incomplete(base, {name: t.shape for name, t in planned.items()}, changes)
+    incomplete = refuse_incomplete(base, {name: t.shape for name, t in planned.items()}, changes)
+    warnings = [*warnings, *incomplete]
     model = new.model if new else None
     end = new_end(given.folder, {**given.config, **changes}, [a.folder for a in adapters])
     if end is not None:

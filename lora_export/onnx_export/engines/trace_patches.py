@@ -4,6 +4,7 @@ Each replacement gives what the original gives for every input that the model ta
 """
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,14 +21,35 @@ def applied(model: Any) -> Iterator[None]:
     replaced = dict(_ALWAYS)
     if model.config.is_encoder_decoder and type(model).__name__.endswith("ForSequenceClassification"):
         replaced |= _LAST_END
-    with _Replaced(replaced), _symbolic_numbers(model):
+    with _Replaced(replaced), _symbolic_numbers(model), _nothing_remembered(model):
         yield
+
+
+@contextlib.contextmanager
+def _nothing_remembered(model: Any) -> Iterator[None]:
+    """transformers keeps what some functions have returned (DINOv3's places of patches): tensors of one trace, which
+    have no values, would come back in the next one, and in a proof."""
+    found = [value for name in _modules_of(model) for value in vars(sys.modules[name]).values()]
+    found += [cell.cell_contents for value in found for cell in getattr(value, "__closure__", None) or ()]
+    clearing = [value.cache_clear for value in found if callable(getattr(value, "cache_clear", None))]
+    for clear in clearing:
+        clear()
+    try:
+        yield
+    finally:
+        for clear in clearing:
+            clear()
+
+
+def _modules_of(model: Any) -> set[str]:
+    names = {type(module).__module__ for module in model.modules()}
+    return {name for name in names if name.startswith("transformers.")}
 
 
 @contextlib.contextmanager
 def unchanged(model: Any) -> Iterator[None]:
     """Afterwards, the modules have the attributes that they had: Swin and BigBird keep for ever what they once did
-    for a small input. Tables of hooks are theirs too: transformers adds some with its first call, and marks that."""
+    for a small input. Tables of hooks are theirs too: transformers adds some with its first call, and notes it."""
     before = [(module, {n: _copied(value) for n, value in vars(module).items()}) for module in model.modules()]
     try:
         yield
@@ -44,12 +66,13 @@ def _copied(value: Any) -> Any:
 @contextlib.contextmanager
 def _symbolic_numbers(model: Any) -> Iterator[None]:
     """`len`, `int` and transformers' `torch_int` give an int of Python, which fixes an axis; the modules of the
-    model get others that do not."""
-    names = {type(m).__module__ for m in model.modules()}
-    modules = [vars(sys.modules[name]) for name in names if name.startswith("transformers.")]
+    model get others that do not. Modules that name `int` as a type of tensors (BigBird) need the real one."""
+    modules = [vars(sys.modules[name]) for name in _modules_of(model)]
     before = [{name: module[name] for name in _NUMBERS if name in module} for module in modules]
     for module in modules:
-        module.update({name: new for name, new in _NUMBERS.items() if name != "torch_int" or name in module})
+        kept = {"int"} if "dtype=int," in inspect.getsource(sys.modules[module["__name__"]]) else set()
+        kept |= set() if "torch_int" in module else {"torch_int"}
+        module.update({name: new for name, new in _NUMBERS.items() if name not in kept})
     try:
         yield
     finally:

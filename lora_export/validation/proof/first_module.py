@@ -136,4 +136,4 @@ def inner_values(graph: Path, feed: Mapping[str, Any], provider: str) -> list[np
         found = [*run.arrays(given).values(), *given.values()]
     finally:
         path.unlink(missing_ok=True)
-    return [v.astype(np.float32) for v in found if v.dtype.kind == "f" and v.size]
+    return [v.astype(np.float32) for v in found if isinstance(v, np.ndarray) and v.dtype.kind == "f" and v.size]

@@ -18,7 +18,8 @@ def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
     """Every case that the inputs and the configuration tell; a case that PyTorch itself refuses is left out."""
     name = graphs.names[0]
     signature = graphs.signature(name)
-    for wanted in _sizes(signature, model.config, extent.full):
+    left = not (_pools(signature) and borders(model.config)) or _is_causal(model.model)
+    for wanted in _sizes(signature, model.config, extent.full, left):
         sizes = wanted
         feed, expected = _answer(model, signature, sizes)
         for _ in range(_DOUBLINGS if sizes.named else 0):
@@ -76,12 +77,25 @@ def _words(sizes: Sizes, feed: Mapping[str, torch.Tensor]) -> str:
     return shapes if sizes.side == "none" else f"{shapes}, padded on the {sizes.side}"
 
 
-def _sizes(signature: Signature, config: Any, full: bool) -> list[Sizes]:
-    """Rows and lengths that differ from those traced, and beyond every border that the configuration has."""
+def _pools(signature: Signature) -> bool:
+    """Whether an output stands for a whole text."""
+    return any("sequence_length" not in map(str, v.shape[1:]) for v in signature.outputs.values())
+
+
+def _is_causal(model: Any) -> bool:
+    return any(getattr(module, "is_causal", False) for module in model.modules())
+
+
+def _sizes(signature: Signature, config: Any, full: bool, left: bool) -> list[Sizes]:
+    """Rows and lengths that differ from those traced, and beyond every border that the configuration has.
+
+    left: whether rows are padded on the left, too. An encoder with windows that reads its answer from the first
+    token would read it from padding that sees padding alone, for which nothing is defined.
+    """
     if IDS not in signature.inputs:
         return _of_signals(signature, config, full)
     longest = _longest(config)
-    sizes = [Sizes(3, 7, "right"), Sizes(1, 23), Sizes(4, 13, "left")]
+    sizes = [Sizes(3, 7, "right"), Sizes(1, 23), Sizes(4, 13, "left" if left else "right")]
     border = max((b for b in borders(config).values()), default=0)
     if border + 9 > 23 and border <= (4096 if full else 512):
         sizes += [Sizes(1, border + 9), Sizes(2, border + 9, "right")]
