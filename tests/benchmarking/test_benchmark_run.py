@@ -211,8 +211,8 @@ def one_node(path: Path, name: str, dtype: int, dims: list[str | int]) -> Path:
 
 
 def test_run_unknown_input_is_refused(tmp_path: Path) -> None:
-    model = one_node(tmp_path / "model.onnx", "bbox", T.INT64, ["batch", "length", 4])
-    with pytest.raises(InputError, match=r"bbox \(tensor\(int64\)\)"):
+    model = one_node(tmp_path / "model.onnx", "puzzle", T.INT64, ["batch", "length", 4])
+    with pytest.raises(InputError, match=r"puzzle \(tensor\(int64\)\)"):
         run(
             merged=model,
         )

@@ -23,8 +23,8 @@ QUICK = {
     "SiglipModel", "ConvNextForImageClassification", "Dinov2ForImageClassification",
     "DetrForObjectDetection", "SegformerForSemanticSegmentation", "WavLMForCTC", "Wav2Vec2BertForCTC",
     "MixtralForCausalLM", "Lfm2ForCausalLM", "Qwen3ForSequenceClassification", "Gemma3TextModel",
-    "FalconForCausalLM", "M2M100ForConditionalGeneration", "MoonshineForConditionalGeneration", "VisionEncoderDecoderModel",
-    "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+    "FalconForCausalLM", "M2M100ForConditionalGeneration", "MoonshineForConditionalGeneration",
+    "VisionEncoderDecoderModel", "LlavaForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
 }  # fmt: skip
 REWEIGHTED = ("BertForMultipleChoice", "SegformerForSemanticSegmentation", "WavLMForCTC")
 

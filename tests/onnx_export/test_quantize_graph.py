@@ -55,16 +55,18 @@ def _built(model: Path, folder: Path, precision: str, provider: str, options: Qu
 
 
 def _nodes(model: onnx.ModelProto) -> set[tuple[Any, ...]]:
+    """The nodes with quantized weights, and what they read of those; around them ours takes padding on the left."""
     return {
         (
             node.op_type,
             node.domain,
             node.name,
-            tuple(node.input),
+            tuple(node.input[1:]),
             tuple(node.output),
             frozenset(a.SerializeToString(deterministic=True) for a in node.attribute),
         )
         for node in model.graph.node
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized")
     }
 
 
@@ -102,11 +104,14 @@ def test_quantize_decoder_matches_builder(
     )
     found = onnx.load(ours.model)
     expected = onnx.load(_built(model, tmp_path / "built", precision, provider, options))
-    assert _nodes(found) == _nodes(expected)
+    assert _nodes(found) and _nodes(found) == _nodes(expected)
     assert [(o.domain, o.version) for o in found.opset_import] == [
         (o.domain, o.version) for o in expected.opset_import
     ]
-    assert _tensors(found) == _tensors(expected)
+    read = {name for node in _nodes(expected) for name in node[3]}
+    assert {n: t for n, t in _tensors(found).items() if n in read} == {
+        n: t for n, t in _tensors(expected).items() if n in read
+    }
 
 
 @pytest.mark.parametrize(

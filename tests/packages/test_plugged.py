@@ -32,6 +32,7 @@ class OneMatrix(Engine):
     """The graph of one weight alone: y = x · Wᵀ."""
 
     name = "one_matrix"
+    comparable = False
     architectures = frozenset({{"LlamaForCausalLM"}})
 
     def check(self, job):

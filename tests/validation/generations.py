@@ -139,7 +139,7 @@ _TOKENS = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 
 
 
 def _qwen2_vl() -> Any:
-    eyes = {"depth": 2, "embed_dim": 40, "num_heads": 4, "hidden_size": 48, "mlp_ratio": 2, "patch_size": 4}
+    eyes = {"depth": 2, "embed_dim": 48, "num_heads": 4, "hidden_size": 48, "mlp_ratio": 2, "patch_size": 4}
     return transformers.Qwen2VLConfig(text_config=_QWEN | {"rope_parameters": _ROPE}, vision_config=eyes, **_TOKENS)
 
 

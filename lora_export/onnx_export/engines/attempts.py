@@ -99,7 +99,13 @@ def _produced(
     if made.described:
         fill(job.output, numbers_of(job.model, source), job.progress)
     attempt.stage = _PROOF
-    proof = prove(chosen, replace(job, precision=precision), made, source is not None) if prove else None
+    proof = None
+    if prove and chosen.comparable:
+        proof = prove(chosen, replace(job, precision=precision), made, source is not None)
+    elif prove:
+        job.progress.warn(
+            f"the engine {chosen.name} says that its graphs cannot be compared with transformers' model"
+        )
     return Produced(chosen, job, made, own, proof, ())
 
 

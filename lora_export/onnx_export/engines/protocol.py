@@ -52,13 +52,15 @@ class Engine(ABC):
 
     name: as in --engine; architectures: class names of config.json, which `exports` takes by default; optimizes:
     whether `run` obeys `optimize`, so that plain graphs can be had to compare with; fp16_int4: whether its int4
-    graphs for CUDA compute in fp16.
+    graphs for CUDA compute in fp16; comparable: whether its graphs have the inputs and outputs of transformers'
+    model, so that they can be compared with it before they are kept.
     """
 
     name: ClassVar[str]
     architectures: ClassVar[frozenset[str]] = frozenset()
     optimizes: ClassVar[bool] = False
     fp16_int4: ClassVar[bool] = False
+    comparable: ClassVar[bool] = True
 
     def exports(self, config: Mapping[str, Any]) -> bool:
         """Whether this engine takes the model that a config.json describes."""
