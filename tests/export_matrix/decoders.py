@@ -29,7 +29,7 @@ ROWS = (
     Row("GPTNeoForCausalLM"),
     Row("GPTBigCodeForCausalLM"),
     Row("GPT2LMHeadModel"),
-    Row("GlmForCausalLM"),
+    Row("GlmForCausalLM", {"eos_token_id": 2, "pad_token_id": 3}),
     Row("Qwen3ForSequenceClassification", {"pad_token_id": 3}),
     Row("Qwen2ForTokenClassification"),
     Row("Qwen3Model"),

@@ -27,9 +27,10 @@ def applied(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _nothing_remembered(model: Any) -> Iterator[None]:
-    """transformers keeps what some functions have returned (DINOv3's places of patches): tensors of one trace have
-    no values, and would come back in the next one and in a proof."""
-    found = [value for name in _modules_of(model) for value in vars(sys.modules[name]).values()]
+    """transformers keeps what some functions have returned (places of patches, anchors): tensors of
+    one trace have no values, and would come back in the next one and in a proof."""
+    places = [*(sys.modules[name] for name in _modules_of(model)), *{type(module) for module in model.modules()}]
+    found = [value for place in places for value in vars(place).values()]
     found += [cell.cell_contents for value in found for cell in getattr(value, "__closure__", None) or ()]
     clearing = [value.cache_clear for value in found if callable(getattr(value, "cache_clear", None))]
     for clear in clearing:

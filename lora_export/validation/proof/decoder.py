@@ -24,6 +24,7 @@ from lora_export.validation.proof.trial import (
 
 LARGEST_CACHE = 256 * 2**20  # bytes in fp32
 SHORT, LONG = 300, 8192  # tokens of a prompt that quick and full proofs run at once
+BEHIND = 8  # tokens that are tried behind a border
 EXPERT_TOKENS, EXPERT_ROUNDS = 512, 8
 NEAR = 4  # keys at a border whose values are made large: one more or less of them must show
 
@@ -108,9 +109,16 @@ def trials(model: Reference, graphs: Graphs, extent: Extent) -> Iterator[Trial]:
     if not extent.far_only:
         yield from _near(decoding, graphs.packs_rows(name), extent.full)
         yield from _experts(model, decoding)
+    places = _learned_positions(model.model)
     for what, border in sorted(borders(model.config).items(), key=lambda b: b[1]):
-        if not left_to_fewer_layers(graphs.signature(name), border, extent):
+        if border + BEHIND <= places and not left_to_fewer_layers(graphs.signature(name), border, extent):
             yield from _far(model, graphs, name, decoding, what, border, extent.full)
+
+
+def _learned_positions(model: Any) -> float:
+    """How many positions a model has learned; nothing lies beyond the last of them."""
+    embeddings = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)}
+    return max((m.num_embeddings for n, m in embeddings.items() if "pos" in n or "wpe" in n), default=math.inf)
 
 
 def _near(decoding: Any, packs: bool, full: bool) -> Iterator[Trial]:
