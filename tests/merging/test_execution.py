@@ -153,7 +153,8 @@ def test_survival_without_change_in_sample_reads_every_row(tmp_path: Path) -> No
     b[101] = 1.0
     adapter = handmade_adapter(tmp_path / "adapter", {"m.proj": (torch.randn(2, 1_000), b)})
     result = merge(base, [AdapterChoice(adapter)], tmp_path / "out")
-    assert result.delta_survival == pytest.approx(1.0) and not result.warnings
+    assert result.delta_survival == pytest.approx(1.0)
+    assert [w for w in result.warnings if "the base is a part of" not in w] == []
     changed = (tensors(base)["m.proj.weight"] != tensors(tmp_path / "out")["m.proj.weight"]).any(1)
     assert changed.nonzero().flatten().tolist() == [101]
 

@@ -99,6 +99,10 @@ class Ids:
                 own[places[-1]] = self.end
         return ids
 
+    def unpadded(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids with no padding among them: M2M-100 counts positions by it, over all steps at once only."""
+        return torch.where(ids == self.pad, self._plain(self.pad), ids)
+
     def _plain(self, token: int) -> int:
         taken = self.avoided | set(self.special)
         return (

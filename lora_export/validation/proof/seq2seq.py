@@ -40,9 +40,9 @@ def _case(model: Reference, graphs: Graphs, sizes: Sizes, steps: tuple[int, ...]
         return
     fixed: dict[str, Any] = {read_as(n): v for n, v in found.items()}
     fixed[ENCODER_MASK] = torch.ones(hidden.shape[:2], dtype=torch.long) if mask is None else mask
-    decoded = Ids(model.config)(
-        torch.ones(sizes.rows, sum(steps), dtype=torch.long), ("decoded", sizes, model.seed)
-    )
+    draw = Ids(model.config)
+    every = torch.ones(sizes.rows, sum(steps), dtype=torch.long)
+    decoded = draw.unpadded(draw(every, ("decoded", sizes, model.seed)))
     start = model.config.get_text_config(decoder=True)
     decoded[:, 0] = getattr(model.config, "decoder_start_token_id", None) or getattr(start, "bos_token_id", 0) or 0
     past, at = None, 0
