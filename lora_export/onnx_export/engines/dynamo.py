@@ -59,12 +59,6 @@ class DynamoEngine(Engine):
         path = Path(job.output, _RESULT)
         made: dict[str, Any] = sealed.read_json(path)
         path.unlink()
-        if "refused" in made:
-            raise ExportError(
-                f"the model cannot be traced to a graph: {made['refused']}",
-                where=job.model,
-                next_step="use the merged folder with transformers, vLLM or TGI as it is: lora-export merge",
-            )
         return Made(made["kind"], made["task"], tuple(made["graphs"]), True)
 
 

@@ -1,7 +1,6 @@
 """Run by dynamo.py in a process of its own: torch's dynamo exporter on one request.
 
-Besides the graphs, it writes the file that the request names as `result`: kind, task and file names of the graphs,
-or why the model cannot be traced.
+Besides the graphs, it writes the file that the request names as `result`: kind, task and file names of the graphs.
 """
 
 import json
@@ -31,8 +30,11 @@ def main(request: dict[str, Any]) -> None:
         model, traced = _parts(request)
         programs = [tracing.trace(part, model) for part in traced.parts]
     except ExportError as reason:
-        _answer(request, {"refused": reason.found})
-        return
+        raise ExportError(
+            f"the model cannot be traced to a graph: {reason.found}",
+            where=request["model"],
+            next_step="use the merged folder with transformers, vLLM or TGI as it is: lora-export merge",
+        ) from reason
     graphs, constants = {}, {}
     weights: dict[tuple[str, str], Any] = {}
     plain: dict[str, set[str]] = {}  # data file → weights that graphs with it read as they are
@@ -58,7 +60,8 @@ def main(request: dict[str, Any]) -> None:
         weights |= {(part.data, weight.name): weight for weight in own}
     data_files = {part.file: part.data for part in traced.parts}
     graph_files.save(Path(request["output"]), graphs, list(weights.values()), constants, data_files)
-    _answer(request, {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)})
+    made = {"kind": traced.kind, "task": traced.task, "graphs": list(graphs)}
+    Path(request["output"], request["result"]).write_text(json.dumps(made), encoding="utf-8")
 
 
 def _tied(programs: Sequence[Any]) -> frozenset[str]:
@@ -83,10 +86,6 @@ def _quantized(model: Any, weights: Sequence[Any], how: Any, tied: frozenset[str
         if alone:
             raise
         return list(weights)
-
-
-def _answer(request: dict[str, Any], made: dict[str, Any]) -> None:
-    Path(request["output"], request["result"]).write_text(json.dumps(made), encoding="utf-8")
 
 
 def _parts(request: dict[str, Any]) -> tuple[Any, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from lora_export.errors import ExportError
+
 
 def take_tables_of_the_model(model: Any) -> None:
     """Let `model`, the builder's base class, ask transformers for its tables, whatever scaling they have."""
@@ -72,7 +74,10 @@ def compute_tables_that_follow_the_length(model: Any) -> None:
         if getattr(rotary, "rope_type", None) != "dynamic":
             return plain(self, **how)
         if self.attention_attrs["op_type"] != "GroupQueryAttention":
-            raise NotImplementedError("dynamic rotary embeddings are written for GroupQueryAttention only")
+            raise ExportError(
+                "the genai engine writes dynamic rotary embeddings for GroupQueryAttention only",
+                expected="another provider or precision, or --engine dynamo",
+            )
         if self.rope_attrs["create_caches"]:
             self.rope_attrs["create_caches"] = False
             _compute_tables(self, rotary)

@@ -1,4 +1,5 @@
-"""What of PyTorch is replaced while a model is traced, and why: the only place for it.
+"""What of PyTorch is replaced while a model is traced, and why. What a module itself does otherwise is in
+`parts/traceable.py`.
 
 Each replacement gives what the original gives for every input that the model takes.
 """

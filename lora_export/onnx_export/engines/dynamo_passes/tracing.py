@@ -11,6 +11,7 @@ from lora_export.onnx_export.engines import trace_patches
 from lora_export.onnx_export.engines.dynamo_passes import attention, branches, recurrent, rope
 from lora_export.onnx_export.engines.model_without_weights import ModelWithoutWeights, refuse_missing
 from lora_export.onnx_export.engines.parts.graph_part import GraphPart
+from lora_export.onnx_export.engines.parts.shapes import shapes_only
 from lora_export.onnx_export.weights.map import Piece, Recipe
 
 OPSET = 20
@@ -92,16 +93,13 @@ def _export_first(part: GraphPart, model: torch.nn.Module) -> tuple[Any, GraphPa
 
 
 @contextlib.contextmanager
-def without_values(model: torch.nn.Module) -> Iterator[Any]:
+def without_values(model: torch.nn.Module) -> Iterator[None]:
     """Inside, parameters and buffers have a shape, a type and no values, and so has everything computed of them."""
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
     real = _tensors(model)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+    with shapes_only():
         _replace(model, {n: torch.empty(t.shape, dtype=t.dtype) for n, t in real.items()})
         try:
-            yield mode
+            yield
         finally:
             _replace(model, real)
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines import trace_patches
+from lora_export.onnx_export.engines.parts import shapes
 from lora_export.onnx_export.engines.parts.graph_part import LENGTH, Input
 
 _MORE = {"text_batch_size": 2, "sequence_length": 5}  # unlike those of other axes
@@ -48,16 +49,10 @@ def outputs(model: Any, forward: Forward) -> Mapping[str, Any]:
 
     Raises what forward raises, and ExportError for one that draws random numbers.
     """
-    from torch._subclasses import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    named = [*model.named_parameters(), *model.named_buffers()]
-    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     replaced, kept = trace_patches.applied(model), trace_patches.unchanged(model)
-    with fake, torch.no_grad(), replaced, kept, _Drawn() as drawn:
-        state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in named}
+    with shapes.shapes_only(), replaced, kept, _Drawn() as drawn:
         values = {n: torch.zeros(shape, dtype=dtype) for n, (shape, dtype, _) in forward.inputs.items()}
-        result: Mapping[str, Any] = torch.func.functional_call(model, state, (), {**values, **forward.fixed})
+        result: Mapping[str, Any] = shapes.call(model, **values, **forward.fixed)
     if drawn.names:
         drew = ", ".join(f"torch.{name}" for name in sorted(drawn.names))
         raise ExportError(

@@ -11,7 +11,6 @@ import torch
 
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.parts import shapes
-from lora_export.onnx_export.engines.parts.cache import contents, filled
 from lora_export.onnx_export.engines.parts.graph_part import (
     BATCH,
     ENCODED,
@@ -174,7 +173,7 @@ def _decoders(model: Any, encoder: _Encoder) -> tuple[GraphPart, GraphPart]:
         # The cache has what was encoded; the model only asks for its shape.
         given["encoder_hidden_states"] = torch.zeros((cross[0].shape[0], cross[0].shape[2], encoder.width))
         result = _step(model, encoder, given, (own, cross))
-        return (result.logits, *contents(result.past_key_values.self_attention_cache))
+        return (result.logits, *_contents(result.past_key_values.self_attention_cache))
 
     logits: dict[str, Axes] = {"logits": {0: "batch_size", 1: _STEP}}
     first_outputs = logits | {f"present.{c.name}": c.as_output(_STEP) for c in cached}
@@ -197,7 +196,7 @@ def _step(model: Any, encoder: _Encoder, given: Mapping[str, torch.Tensor], past
     arguments = {
         "encoder_outputs": encoder.returns(last_hidden_state=given["encoder_hidden_states"]),
         "decoder_input_ids": given["input_ids"],
-        "past_key_values": EncoderDecoderCache(filled(own), filled(cross)),
+        "past_key_values": EncoderDecoderCache(_filled(own), _filled(cross)),
         "use_cache": True,
     }
     if encoder.masked:
@@ -217,7 +216,7 @@ def _cached(model: Any, encoder: _Encoder, inputs: Mapping[str, Input]) -> list[
 def _named(cache: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """Name, tensor, and whether it is made of the encoder's states, layer by layer."""
     of = {"decoder": cache.self_attention_cache, "encoder": cache.cross_attention_cache}
-    tensors = {which: contents(part) for which, part in of.items()}
+    tensors = {which: _contents(part) for which, part in of.items()}
     for i in range(len(cache.self_attention_cache.layers)):
         for which, values in tensors.items():
             for what, tensor in zip(("key", "value"), values[2 * i : 2 * i + 2], strict=False):
@@ -226,3 +225,21 @@ def _named(cache: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 def _in_turn(cache: Any) -> Sequence[torch.Tensor]:
     return [tensor for _, tensor, _ in _named(cache)]
+
+
+def _filled(values: Any) -> Any:
+    """A cache with these keys and values in turn. Its own constructor would join them to empty tensors."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value
+        cache.layers.append(layer)
+    return cache
+
+
+def _contents(cache: Any) -> list[torch.Tensor]:
+    return [x for layer in cache.layers for x in (layer.keys, layer.values)]
