@@ -15,7 +15,7 @@ from lora_export.contracts.benchmark import (
     Reading,
     Samples,
 )
-from lora_export.contracts.export import Attempt, ExportResult, Proof
+from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResult, Proof
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
@@ -67,6 +67,7 @@ __all__ = [
     "BenchmarkResult",
     "BenchmarkSizes",
     "ByteSink",
+    "CalibrationRecord",
     "Cell",
     "Check",
     "CompareBases",

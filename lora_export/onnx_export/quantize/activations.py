@@ -1,13 +1,14 @@
 """int8 activations for an export that is entirely fp32: dynamic or static quantization of its only graph."""
 
+import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import QuantizationOptions
+from lora_export.contracts import CalibrationRecord, QuantizationOptions
 from lora_export.errors import ExportError, InputError
-from lora_export.graph_runs.feeds import Feed, built_in_rows, rows_of, token_feeds
+from lora_export.graph_runs.feeds import BUILT_IN, Feed, rows_of, token_feeds
 from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import open_model
@@ -44,11 +45,13 @@ def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
             next_step="--precision int8 without --activations, or int4, which quantize only weights",
         )
     if how.calibration is not None:
-        _texts(how.calibration)
+        _texts(how.calibration, _read(how.calibration))
 
 
-def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, config: Mapping[str, Any]) -> int:
-    """Replace the fp32 graph in `folder` by one with int8 products; returns the number of changed nodes.
+def quantize(
+    folder: Path, model: Path, made: Made, how: QuantizationOptions, config: Mapping[str, Any]
+) -> CalibrationRecord | None:
+    """Replace the fp32 graph in `folder` by one with int8 products; returns what fixed their ranges, if texts did.
 
     The weights map is removed: no recipe describes what the quantizer makes of weights.
     """
@@ -57,30 +60,43 @@ def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, co
     (name,) = made.graphs
     made_in = folder / ".int8"
     made_in.mkdir()
-    texts = _calibration(folder / name, model, how, config) if how.activations == "static" else None
-    touched = quantize_int8(folder / name, made_in / name, texts, how.keep)
+    feeds, record = None, None
+    if how.activations == "static":
+        feeds, record = _calibration(folder / name, model, how, config)
+    quantize_int8(folder / name, made_in / name, feeds, how.keep)
     for file in weights_map.read(folder).sizes:
         (folder / file).unlink()
     (folder / weights_map.NAME).unlink()
     for path in made_in.iterdir():
         path.replace(folder / path.name)
     shutil.rmtree(made_in)
-    return len(touched)
+    return record
 
 
-def _calibration(graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]) -> Sequence[Feed]:
+def _calibration(
+    graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]
+) -> tuple[Sequence[Feed], CalibrationRecord]:
     longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
-    if how.calibration is None:
-        rows = built_in_rows(model, longest)
-    else:
-        rows = rows_of(model, _texts(how.calibration), longest)
-    return token_feeds(Signature.of_model(open_model(graph), graph), rows)
+    texts, data = BUILT_IN, "\n".join(BUILT_IN).encode()
+    if how.calibration is not None:
+        data = _read(how.calibration)
+        texts = _texts(how.calibration, data)
+    rows = rows_of(model, texts, longest)
+    record = CalibrationRecord(hashlib.sha256(data).hexdigest(), sum(map(len, rows)), len(rows))
+    return token_feeds(Signature.of_model(open_model(graph), graph), rows), record
 
 
-def _texts(path: Path) -> list[str]:
+def _read(path: Path) -> bytes:
     try:
-        texts = [t for t in path.read_text(encoding="utf-8").splitlines() if t.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"the file cannot be read: {error}", where=path, expected="UTF-8") from None
+
+
+def _texts(path: Path, data: bytes) -> tuple[str, ...]:
+    try:
+        texts = tuple(t for t in data.decode("utf-8").splitlines() if t.strip())
+    except UnicodeDecodeError as error:
         raise InputError(f"the file cannot be read: {error}", where=path, expected="UTF-8") from None
     if not texts:
         raise InputError("the file has no texts", where=path, expected="one text per line")
