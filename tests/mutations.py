@@ -1036,4 +1036,14 @@ MUTATIONS = (
         '"eos_token_id": [number, *known]}', '"eos_token_id": [number]}',
         "tests/merging/test_ends.py::test_merge_follows_end_of_adapters_tokenizer",
     ),
+    Mutation(
+        "moments of several uses are sums, not means", "onnx_export/quantize/moments.py",
+        "matrix /= np.float32(max(1, self.tokens))", "matrix /= np.float32(1)",
+        "tests/onnx_export/test_statistics.py::test_collect_layer_that_runs_twice_has_the_mean_of_both",
+    ),
+    Mutation(
+        "a long text is calibrated on its beginning", "onnx_export/quantize/calibration.py",
+        "pieces = [pieces[i] for i in _even(len(pieces), count)]", "pieces = pieces[:count]",
+        "tests/onnx_export/test_statistics.py::test_windows_are_whole_and_taken_at_even_distances",
+    ),
 )  # fmt: skip
