@@ -15,6 +15,7 @@ from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.weights import map as weights_map
 
 LONGEST = 128  # tokens of each calibration text
+_BUILT_IN = "\n".join(BUILT_IN).encode()
 
 
 def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
@@ -73,11 +74,16 @@ def quantize(
     return record
 
 
+def reproducible(record: CalibrationRecord | None) -> bool:
+    """Whether an export needs no text of somebody's to be calibrated like the one of this record."""
+    return record is None or record.text_sha256 == hashlib.sha256(_BUILT_IN).hexdigest()
+
+
 def _calibration(
     graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]
 ) -> tuple[Sequence[Feed], CalibrationRecord]:
     longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
-    texts, data = BUILT_IN, "\n".join(BUILT_IN).encode()
+    texts, data = BUILT_IN, _BUILT_IN
     if how.calibration is not None:
         data = _read(how.calibration)
         texts = _texts(how.calibration, data)
