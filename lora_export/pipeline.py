@@ -75,11 +75,12 @@ def _run(
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
     trained_on = prepared_base(alone, adapters, options.merge, work, progress)
-    base_onnx = export_as(trained_on, work / "base", options.export, progress, "the base, to compare with")
+    source = written_source(merged) if merged is not None else None
+    base_onnx = export_as(
+        trained_on, work / "base", options.export, progress, "the base, to compare with", calibrated_on=source
+    )
     if merged is not None:
-        exported = export_merged(
-            base_onnx, folder, stage / "onnx", options.export, progress, written_source(merged)
-        )
+        exported = export_merged(base_onnx, folder, stage / "onnx", options.export, progress, source)
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     readable = as_peft(alone, adapters, work)

@@ -21,7 +21,7 @@ from lora_export.onnx_export.engines.building import numbers_of, record_of
 from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.onnx_export.engines.protocol import ExportJob
 from lora_export.onnx_export.graphs.checks import check_export, check_loads, check_model
-from lora_export.onnx_export.quantize import activations
+from lora_export.onnx_export.quantize import activations, certificate
 from lora_export.onnx_export.quantize.settings import blockwise, refuse_without_kernel
 from lora_export.onnx_export.records import adapters_beside, load_export
 from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
@@ -57,6 +57,7 @@ def export(
     source: TensorSource | None = None,
     finish: Callable[[Path], Mapping[str, Any]] | None = None,
     prove: Prove | None = None,
+    calibrated_on: TensorSource | None = None,
     inputs: Sequence[Path] = (),
     progress: Progress,
 ) -> ExportResult:
@@ -65,7 +66,8 @@ def export(
     adapter: a LoRA folder that stays unmerged in the graph; source: where the numbers come from, if not from the
     files of `model`; finish: what is done to the folder before it is checked, and what it adds to the record;
     prove: holds the graphs of a job against PyTorch, or raises ExportError (it is told whether `source` has the
-    numbers), and then the next engine that takes the model is tried; inputs: other folders that `output`
+    numbers), and then the next engine that takes the model is tried; calibrated_on: the numbers of the model that
+    reads calibration texts, if not these; inputs: other folders that `output`
     must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
@@ -78,11 +80,12 @@ def export(
         integers = how.activations != "float"
         quantized = None if integers else blockwise(precision, provider, how, engine.generates(config))
         job = ExportJob(
-            model, config, stage, precision, provider, adapter, progress, worker, options.optimize, quantized
-        )
+            model, config, stage, precision, provider, adapter, progress, worker, options.optimize, quantized,
+            None if integers else how.calibration, calibrated_on,
+        )  # fmt: skip
         produced = produce(job, options.engine, source, prove, integers)
         job, made = produced.job, produced.made
-        calibration = activations.quantize(stage, model, made, how, config) if integers else None
+        texts = activations.quantize(stage, model, made, how, config) if integers else None
         refuse_unmatched(stage, made, how.keep)
         more = finish(stage) if finish else {}
         for name in made.graphs:
@@ -90,7 +93,7 @@ def export(
             check_loads(stage / name, precision)
         record = replace(
             record_of(job, made, produced.engine.name, how.activations),
-            calibration=calibration,
+            calibration=produced.calibration or texts,
             proof=produced.proof,
             tried=produced.tried,
             seconds=round(time.monotonic() - started, 3),
@@ -131,7 +134,12 @@ def reweight(
         progress.detail(f"{len(unchanged)} of {len(hashes)} tensors are as they were exported")
         copy_graphs(earlier, stage, record.made_by_engine)
         engine_named(record.engine).accompany(model, stage)
-        DataFiles(stage, described, numbers, progress, earlier, unchanged).write()
+        calibrated = certificate.statistics_beside(earlier, described)
+        if calibrated:
+            sealed.copy(calibrated.path, stage / calibrated.path.name)
+        data = DataFiles(stage, described, numbers, progress, earlier, unchanged, statistics=calibrated)
+        data.write()
+        certificate.write(stage, described, data.errors, earlier)
         weights_map.write(stage, replace(described, hashes=hashes))
         digest, seconds = sealed.sha256(model / "config.json"), round(time.monotonic() - started, 3)
         proof = replace(record.proof, inherited=True) if record.proof else None

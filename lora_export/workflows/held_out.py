@@ -14,14 +14,18 @@ def calibrations(exports: Sequence[ExportResult]) -> dict[str, Path]:
 
 
 def asked_calibrations(export: ExportOptions) -> dict[str, Path]:
-    """The same of an export that does not exist yet: of the file that it is given, or of the export whose graph it
+    """The same of an export that does not exist yet: of the text that it will read, or of the export whose graph it
     takes. InputError for a file that cannot be read."""
     from lora_export.onnx_export import load_export
+    from lora_export.onnx_export.quantize import calibration
 
-    file = export.quantization.calibration
+    how = export.quantization
     if export.graph_from is not None:
         return calibrations([load_export(export.graph_from)])
-    return {_hashed(file): file} if file is not None else {}
+    if how.calibration is None and how.activations != "static" and how.algorithm != "gptq":
+        return {}
+    text = calibration.read(how.calibration)
+    return {text.sha256: text.path}
 
 
 def refuse_calibrated(

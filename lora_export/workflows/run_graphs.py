@@ -94,7 +94,9 @@ def export_as(
     what: str,
     adapter: Path | None = None,
     source: "TensorSource | None" = None,
+    calibrated_on: "TensorSource | None" = None,
 ) -> ExportResult:
+    """calibrated_on: the numbers of the model that reads calibration texts, if not these."""
     from lora_export.onnx_export import export, reweight
     from lora_export.workflows.proving import prover
 
@@ -108,6 +110,7 @@ def export_as(
         adapter=adapter,
         source=source,
         prove=prover(options.proof),
+        calibrated_on=calibrated_on,
         progress=progress,
     )
 

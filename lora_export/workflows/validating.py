@@ -214,7 +214,7 @@ def _export_base(
 
     if like.activations == "static" and not reproducible(like.calibration):
         progress.warn(
-            "the base's activations are calibrated on the built-in sentences, the export's on a text that it does "
+            "the base's activations are calibrated on the built-in page, the export's on a text that it does "
             "not keep: pass --base-onnx with an export of the base that was calibrated on it"
         )
     quantization = QuantizationOptions(activations=like.activations)

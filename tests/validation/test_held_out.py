@@ -9,6 +9,7 @@ import pytest
 from lora_export.contracts import CalibrationRecord, ExportOptions, ExportResult, QuantizationOptions
 from lora_export.contracts import ValidationOptions as Options
 from lora_export.errors import InputError
+from lora_export.onnx_export.quantize.calibration import BUILT_IN
 from lora_export.validation.comparing.texts import RUNNING_TEXT
 from lora_export.workflows.held_out import asked_calibrations, calibrations, refuse_calibrated
 
@@ -58,5 +59,9 @@ def test_calibrated_text_of_a_run_is_that_of_its_options(tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"copy\.txt is the text"):
         refuse_calibrated(asked, Options(text=copy))
     assert asked_calibrations(ExportOptions("int8")) == {}
+    for how in (QuantizationOptions(activations="static"), QuantizationOptions(algorithm="gptq")):
+        refuse_calibrated(asked_calibrations(ExportOptions("int8", quantization=how)), Options())
+        with pytest.raises(InputError, match=r"calibration\.txt is the text"):
+            refuse_calibrated(asked_calibrations(ExportOptions("int8", quantization=how)), Options(text=BUILT_IN))
     with pytest.raises(InputError, match="cannot"):
         asked_calibrations(ExportOptions(quantization=QuantizationOptions(calibration=tmp_path / "missing")))

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.choices import Optimize
-from lora_export.contracts import Attempt, Proof, TensorSource
+from lora_export.contracts import Attempt, CalibrationRecord, Proof, TensorSource
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines import fitting
-from lora_export.onnx_export.engines.building import fill, numbers_of, with_measured_damage
+from lora_export.onnx_export.engines.building import (
+    PlainGraphs,
+    calibrate,
+    fill,
+    numbers_of,
+    with_measured_damage,
+)
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
-from lora_export.onnx_export.quantize.settings import AUTO
+from lora_export.onnx_export.quantize.settings import AUTO, GPTQ
 
 Prove = Callable[[Engine, ExportJob, Made, bool], Proof]
 _LONGEST = 200  # characters of what is said of another attempt
@@ -22,7 +28,7 @@ _CHECK, _RUN, _PROOF = range(3)  # how far an attempt came
 @dataclass(frozen=True)
 class Produced:
     """An export in the folder of its job. own: files that the engine wrote, weights aside; proof: None where nobody
-    asked for one; tried: what was not taken before it."""
+    asked for one; tried: what was not taken before it; calibration: of a quantizer that reads texts."""
 
     engine: Engine
     job: ExportJob
@@ -30,6 +36,7 @@ class Produced:
     own: tuple[str, ...]
     proof: Proof | None
     tried: tuple[Attempt, ...]
+    calibration: CalibrationRecord | None = None
 
 
 @dataclass
@@ -89,15 +96,20 @@ def _produced(
     chosen.check_precision(job.precision, job.provider)
     chosen.check(job)
     attempt.stage = _RUN
+    numbers, calibration = numbers_of(job.model, source), None
+    plain = PlainGraphs(job, chosen, job.calibrated_on or numbers)
     if job.quantized and AUTO in job.quantized.keep:
-        job = with_measured_damage(job, job.quantized, chosen, source)
+        job = with_measured_damage(job, job.quantized, chosen, plain)
     precision = "fp32" if integers else job.precision
     job.progress.detail(f"{architecture_of(job.config)} with {attempt.name}, {job.precision} for {job.provider}")
     made = chosen.run(replace(job, precision=precision))
     own = tuple(sorted(p.name for p in job.output.iterdir() if not _holds_weights(p)))
     chosen.accompany(job.model, job.output)
+    if made.described and job.quantized and job.quantized.algorithm == GPTQ:
+        calibration = calibrate(job, plain)
+    plain.remove()
     if made.described:
-        fill(job.output, numbers_of(job.model, source), job.progress)
+        fill(job.output, numbers, job.progress)
     attempt.stage = _PROOF
     proof = None
     if prove and chosen.comparable:
@@ -106,7 +118,7 @@ def _produced(
         job.progress.warn(
             f"the engine {chosen.name} says that its graphs cannot be compared with transformers' model"
         )
-    return Produced(chosen, job, made, own, proof, ())
+    return Produced(chosen, job, made, own, proof, (), calibration)
 
 
 def _holds_weights(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """What every engine's export needs: its weights filled in, its damage measured, its record."""
 
+import functools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,12 +9,13 @@ from lora_export.checkpoint import TensorFiles, open_checkpoint
 from lora_export.checkpoint.hashing import hash_all
 from lora_export.checkpoint.sentence import with_modules
 from lora_export.choices import Activations
-from lora_export.contracts import Progress, TensorSource
+from lora_export.contracts import CalibrationRecord, Progress, TensorSource
 from lora_export.errors import ExportError
 from lora_export.onnx_export.embedders import KEY as SENTENCE_MODULES
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
-from lora_export.onnx_export.quantize.settings import AUTO, Blockwise
+from lora_export.onnx_export.quantize import certificate
+from lora_export.onnx_export.quantize.settings import AUTO, STATISTICS, Blockwise
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
@@ -32,12 +34,50 @@ def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = 
     if not isinstance(numbers, TensorFiles):
         refuse_undescribed(described, numbers)
     disk.check_space(stage, sum(described.sizes.values()))
-    DataFiles(stage, described, numbers, progress).write()
+    files = DataFiles(
+        stage, described, numbers, progress, statistics=certificate.statistics_beside(stage, described)
+    )
+    files.write()
+    certificate.write(stage, described, files.errors)
     if hashed:
         weights_map.write(stage, replace(described, hashes=hash_all(numbers)))
 
 
-def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source: TensorSource | None) -> ExportJob:
+class PlainGraphs:
+    """The fp32 graphs of a job, on which is measured what quantizing does; made when first asked for."""
+
+    def __init__(self, job: ExportJob, chosen: Engine, numbers: TensorSource) -> None:
+        self._job, self._engine, self._numbers = job, chosen, numbers
+        self._folder = job.output / ".plain"
+
+    @functools.cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """An encoder's first."""
+        self._folder.mkdir()
+        plain = replace(self._job, output=self._folder, precision="fp32", provider="cpu", quantized=None)
+        made = self._engine.run(plain)
+        fill(self._folder, self._numbers, self._job.progress, hashed=False)
+        return tuple(self._folder / name for name in made.graphs)
+
+    def remove(self) -> None:
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+
+
+def calibrate(job: ExportJob, plain: PlainGraphs) -> CalibrationRecord:
+    """Put the statistics of the job's calibration beside its graphs."""
+    from lora_export.onnx_export.quantize.statistics import Statistics, collect
+
+    output, given = job.output / STATISTICS, job.calibration
+    if given is not None and given.suffix == output.suffix:
+        sealed.copy(given, output)
+    else:
+        job.progress.detail("measuring what the products read, on calibration texts")
+        collect(plain.paths, job.model, given, output, progress=job.progress)
+    return Statistics.open(output).calibration
+
+
+def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, plain: PlainGraphs) -> ExportJob:
     """The job, with int8 for the products whose int4 does the most measured damage for their size."""
     from lora_export.graph_runs.feeds import built_in_rows, token_feeds
     from lora_export.graph_runs.signature import Signature
@@ -51,16 +91,11 @@ def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, source:
             next_step="name the nodes with --keep, or drop --keep auto",
         )
     how = replace(how, keep=tuple(k for k in how.keep if k != AUTO))
-    plain = job.output / ".plain"
-    plain.mkdir()
     job.progress.detail("measuring how much quantizing each product changes the outputs")
-    made = chosen.run(replace(job, output=plain, precision="fp32", provider="cpu", quantized=None))
-    fill(plain, numbers_of(job.model, source), job.progress, hashed=False)
-    graph = plain / made.graphs[0]
+    graph = plain.paths[0]
     rows = built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128)))
     feeds = token_feeds(Signature.of_model(open_model(graph), graph), rows)
     damages = choose_kept(graph, how, feeds, logits="logits", eight_bits=True, progress=job.progress)
-    shutil.rmtree(plain)
     worst = [d for d in damages if d.kept]
     grown = sum(d.nbytes for d in worst)
     job.progress.detail(f"int8 for {len(worst)} of {len(damages)} groups of products, {grown / 1e6:.1f} MB more")

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from lora_export.onnx_export.graphs.files import onnx_type, without_numbers
 from lora_export.onnx_export.quantize.blockwise import MICROSOFT, part_names, quantize_graph
 from lora_export.onnx_export.quantize.numbers import shapes
-from lora_export.onnx_export.quantize.settings import BLOCK_SIZES, Blockwise, kept
+from lora_export.onnx_export.quantize.settings import BLOCK_SIZES, GPTQ, Blockwise, kept
 from lora_export.onnx_export.weights.map import Method, Part, Piece, Quantization, Recipe, Weight
 
 _ROUTERS = "*/moe/router/MatMul"
@@ -107,7 +107,8 @@ def _quantize_experts(graph: ir.Graph, node: ir.Node, weights: list[Weight], how
     size = _largest_blocks([e.width for e in experts if e is not None], how.block_size)
     if method not in ("int4", "int8") or size is None or None in experts:
         return weights
-    settings = replace(how.settings, method=method, symmetric=True, block_size=size)
+    algorithm = "default" if how.algorithm == GPTQ else how.algorithm  # no node tells what an expert reads
+    settings = replace(how.settings, method=method, symmetric=True, block_size=size, algorithm=algorithm)
     inputs = [*node.inputs[:2]]
     for each, bias in zip(experts, (node.inputs[3], node.inputs[5]), strict=True):
         assert each is not None

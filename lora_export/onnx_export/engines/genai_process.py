@@ -148,16 +148,17 @@ def _finish_graphs(model: Any) -> None:
 
 
 def _options(request: dict[str, Any]) -> list[str]:
-    from lora_export.onnx_export.quantize.settings import kept
+    from lora_export.onnx_export.quantize.settings import GPTQ, kept
 
     # The runtime would have to allocate a cache cut to the window; a growing one works in every runtime.
     options = ["windowed_kv_cache=false"]
     if how := request["quantized"]:
+        algorithm = "default" if how["algorithm"] == GPTQ else how["algorithm"]  # the graph is the same
         options += [
             f"block_size={how['block_size']}",
             f"is_symmetric={str(how['symmetric']).lower()}",
             f"accuracy_level={how['accuracy_level']}",
-            f"algo_config={how['algorithm']}",
+            f"algo_config={algorithm}",
         ]
         excluded = [_HEAD] if kept(_HEAD, how["keep"]) else []
         if excluded or kept(_EMBEDDING, how["keep"]) or not how["embeddings"]:

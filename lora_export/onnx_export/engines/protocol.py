@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export.choices import ModelKind, Optimize, Precision, Provider
-from lora_export.contracts import Progress
+from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines import companions
 from lora_export.onnx_export.engines.isolated import Worker
@@ -19,7 +19,8 @@ class ExportJob:
     """One export. model: a Hugging Face folder; output: an empty folder; provider: cpu or cuda.
 
     adapter: a LoRA folder whose update stays beside the weights in the graph (the unmerged model); worker: the
-    process that engines run in.
+    process that engines run in; calibration: texts, or the statistics of an earlier export, for quantizers that ask
+    how inputs are distributed; calibrated_on: the numbers of the model that reads them, if not the exported one.
     """
 
     model: Path
@@ -32,6 +33,8 @@ class ExportJob:
     worker: Worker
     optimize: Optimize = "full"
     quantized: Blockwise | None = None
+    calibration: Path | None = None
+    calibrated_on: TensorSource | None = None
 
 
 @dataclass(frozen=True)

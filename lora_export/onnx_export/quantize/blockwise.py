@@ -11,7 +11,7 @@ from lora_export.errors import ExportError
 from lora_export.onnx_export.graphs.files import onnx_type, without_numbers
 from lora_export.onnx_export.graphs.matmuls import Product, candidates
 from lora_export.onnx_export.quantize.numbers import shapes
-from lora_export.onnx_export.quantize.settings import Blockwise, kept
+from lora_export.onnx_export.quantize.settings import GPTQ, Blockwise, kept
 from lora_export.onnx_export.weights.map import ITEM_SIZE, Part, Quantization, Weight
 
 MICROSOFT = "com.microsoft"
@@ -112,11 +112,12 @@ def _parts(product: Product, how: Blockwise) -> list[Weight]:
 
 
 def part_names(name: str, how: Quantization) -> dict[Part, str]:
-    """The names that ONNX Runtime's quantizers give to the parts of the initializer `name`."""
+    """The names that ONNX Runtime's quantizers give to the parts of the initializer `name`. gptq fills the graph of
+    the default one."""
     if how.method in ("nf4", "fp4"):
         return {"packed": f"{name}_Bnb4", "scales": f"{name}_absmax"}
     bits = how.method.removeprefix("int")
-    if how.algorithm == "default":
+    if how.algorithm in ("default", GPTQ):
         return {"packed": f"{name}_Q{bits}", "scales": f"{name}_scales", "zero_points": f"{name}_zero_points"}
     return {"packed": f"{name}_Q{bits}G{how.block_size}", "scales": f"{name}_scale", "zero_points": f"{name}_zp"}
 

@@ -14,7 +14,7 @@ import numpy as np
 from lora_export.onnx_export.weights.dtypes import Array
 from lora_export.onnx_export.weights.map import Part, Quantization
 
-_BITS = {"int4": 4, "int8": 8}
+BITS = {"int4": 4, "int8": 8}
 _BNB4 = {"fp4": 0, "nf4": 1}
 # Values of codes in a block whose largest number is 1 (blockwise_quant_block_bnb4.h in ONNX Runtime's MLAS).
 _FP4 = (0.0, 5.208333333e-03, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
@@ -38,7 +38,7 @@ def quantize(matrix: Array, how: Quantization) -> dict[Part, Array]:
     """
     if how.method in _BNB4:
         return _bnb4(matrix, how)
-    bits, rows = _BITS[how.method], matrix.shape[0]
+    bits, rows = BITS[how.method], matrix.shape[0]
     blocks = -(-rows // how.block_size)
     missing = blocks * how.block_size - rows
     padded = np.ascontiguousarray(np.pad(matrix, ((0, missing), (0, 0))) if missing else matrix)
@@ -55,7 +55,7 @@ def dequantize(arrays: Mapping[Part, Array], rows: int, columns: int, how: Quant
         matrix = np.array(_CODES[how.method], np.float32)[codes]
         matrix *= np.repeat(scales, how.block_size)[: rows * columns]
         return np.ascontiguousarray(matrix.reshape(columns, rows).T)
-    bits, blocks = _BITS[how.method], -(-rows // how.block_size)
+    bits, blocks = BITS[how.method], -(-rows // how.block_size)
     numbers = arrays["packed"].reshape(columns, blocks, -1)
     points = arrays.get("zero_points")
     if bits == 4:
@@ -89,7 +89,7 @@ def shapes(rows: int, columns: int, how: Quantization) -> dict[Part, tuple[int, 
     if how.method in _BNB4:
         count = rows * columns
         return {"packed": (-(-count // 2),), "scales": (-(-count // how.block_size),)}
-    bits, blocks = _BITS[how.method], -(-rows // how.block_size)
+    bits, blocks = BITS[how.method], -(-rows // how.block_size)
     arrays: dict[Part, tuple[int, ...]] = {
         "packed": (columns, blocks, how.block_size * bits // 8),
         "scales": (columns, blocks),
@@ -125,15 +125,26 @@ def _searched(padded: Array, bits: int, how: Quantization) -> dict[Part, Array]:
     else:
         scheme = "sym" if how.symmetric else "asym"
         numbers, scales, zeros = weight_only.quant_tensor(turned, bits, how.block_size, scheme, "uint", 1)
-    numbers = numbers.astype(np.uint8).reshape(columns, blocks, how.block_size)
-    packed = numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4
+    codes = numbers.reshape(columns, blocks * how.block_size).T
+    points = None if how.symmetric else zeros.reshape(columns, blocks).T
+    return packed(codes, scales.reshape(columns, blocks).T, points, how, padded.dtype)
+
+
+def packed(
+    codes: Array, scales: Array, zeros: Array | None, how: Quantization, dtype: np.dtype[np.generic]
+) -> dict[Part, Array]:
+    """The arrays of MatMulNBits for codes (in, out), and scales and zero points (blocks, out); dtype: of scales."""
+    bits, (blocks, columns) = BITS[how.method], scales.shape
+    missing = blocks * how.block_size - len(codes)
+    whole = np.pad(codes, ((0, missing), (0, 0))) if missing else codes
+    numbers = np.ascontiguousarray(whole.astype(np.uint8).T).reshape(columns, blocks, how.block_size)
     arrays: dict[Part, Array] = {
-        "packed": packed,
-        "scales": scales.astype(padded.dtype).reshape(columns, blocks),
+        "packed": numbers if bits == 8 else numbers[..., ::2] | numbers[..., 1::2] << 4,
+        "scales": np.ascontiguousarray(scales.T.astype(dtype)),
     }
-    if how.symmetric:
+    if zeros is None:
         return arrays
-    points = zeros.astype(np.uint8).reshape(columns, blocks)
+    points = np.ascontiguousarray(zeros.T.astype(np.uint8))
     if bits == 4:
         even = np.full((columns, -(-blocks // 2) * 2), 8, np.uint8)  # half a byte is unused
         even[:, :blocks] = points

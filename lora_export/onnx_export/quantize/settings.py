@@ -17,7 +17,9 @@ BLOCKS: dict[Method, int] = {"int4": 32, "int8": 64, "nf4": 64, "fp4": 64}  # wh
 # for 0.71 of its effect) in fewer bytes; encoders keep less of their own outputs.
 BLOCK_WITH_PAST = 64
 ACCURACY_LEVELS = range(5)
-ALGORITHMS = ("default", "rtn", "k_quant")
+STATISTICS = "calibration.safetensors"  # beside an export: what its products read
+GPTQ = "gptq"  # rounds so that the outputs on calibration texts change least
+ALGORITHMS = ("default", "rtn", "k_quant", GPTQ)
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,15 @@ class Blockwise:
         such a table gets smaller blocks.
         """
         if self.method in ("nf4", "fp4") or (self.method == "int4" and not shared):
-            return replace(self, method="int8", block_size=BLOCKS["int8"], symmetric=True, algorithm="default")
+            algorithm = GPTQ if self.algorithm == GPTQ else "default"
+            return replace(self, method="int8", block_size=BLOCKS["int8"], symmetric=True, algorithm=algorithm)
         if self.method != "int4" or self.symmetric:
             return self
         size = next((s for s in reversed(BLOCK_SIZES) if s <= self.block_size and -(-width // s) % 2 == 0), None)
         if size is None:
-            return replace(self, symmetric=True, algorithm="rtn" if self.algorithm == "rtn" else "default")
+            return replace(
+                self, symmetric=True, algorithm="default" if self.algorithm == "k_quant" else self.algorithm
+            )
         return replace(self, block_size=size)
 
     def check(self) -> None:

@@ -22,6 +22,8 @@ from lora_export.onnx_export.engines.protocol import Engine, ExportJob
 from lora_export.onnx_export.graphs.checks import check_model
 from lora_export.onnx_export.graphs.finding import find_graphs
 from lora_export.onnx_export.graphs.fusions import compare
+from lora_export.onnx_export.quantize import certificate
+from lora_export.onnx_export.quantize.settings import STATISTICS
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.refusals import read_config
 from lora_export.onnx_export.weights import map as weights_map
@@ -112,7 +114,9 @@ def _compare(
     chosen.accompany(model.folder, stage)
     described = weights_map.read(stage)
     weights_map.write(stage, replace(described, hashes=model.hashes))
+    statistics = certificate.statistics_beside(folder, described)
     wanted = record_of(job, made, chosen.name, "float")
+    wanted = replace(wanted, calibration=statistics.calibration if statistics else None)
     made_by_engine = tuple(n for n in own if n != weights_map.NAME)
     _judge_record(findings, folder, replace(wanted, made_by_engine=made_by_engine))
     if _of_other_versions(folder, stage, record):
@@ -186,7 +190,8 @@ def _beside_new_graphs(
         findings.not_checked.append("what the ONNX graph computes: bf16 runs on CUDA alone")
         return
     job.progress.stage("verify: the graph beside one that was built anew, on made-up inputs")
-    DataFiles(stage, described, model.source, job.progress).write()
+    statistics = certificate.statistics_beside(folder, described)
+    DataFiles(stage, described, model.source, job.progress, statistics=statistics).write()
     notes = []
     for name in record.graphs:
         try:
@@ -213,7 +218,7 @@ def _judge_files(
     findings: Findings, folder: Path, stage: Path, described: WeightsMap, without: frozenset[str] = frozenset()
 ) -> None:
     """Everything but the data files, the record, and what is to be left out."""
-    left = {*described.sizes, records.NAME, *without}
+    left = {*described.sizes, records.NAME, STATISTICS, certificate.NAME, *without}
     wanted, there = (_hashes(f, left) for f in (stage, folder))
     notes = [f"{n} is missing" for n in sorted(wanted.keys() - there.keys())]
     notes += [f"{n} is not a file of an export" for n in sorted(there.keys() - wanted.keys())]
@@ -227,7 +232,7 @@ def _given_companions(
     findings: Findings, folder: Path, record: ExportRecord, model: Model, stage: Path, chosen: Engine
 ) -> None:
     """The files of the model that travel with the graph."""
-    kept = {*record.graphs, *record.made_by_engine, weights_map.NAME, records.NAME}
+    kept = {*record.graphs, *record.made_by_engine, weights_map.NAME, records.NAME, STATISTICS, certificate.NAME}
     for name in record.made_by_engine:
         if name.endswith(".json") and sealed.plain_name(name) and (folder / name).is_file():
             (stage / name).write_bytes((folder / name).read_bytes())

@@ -1,15 +1,17 @@
 """The data files of an export made again by the writer that made them, and compared as they would be written."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export.contracts import Findings, Progress, TensorSource
+from lora_export.onnx_export.quantize import certificate
 from lora_export.onnx_export.weights.layout import DataFiles
 from lora_export.onnx_export.weights.map import Weight, WeightsMap
 from lora_export.storage.workers import Regions
 
 if TYPE_CHECKING:
+    from lora_export.onnx_export.quantize.errors import Errors
     from lora_export.storage.workers import Bytes
 
 _CHUNK = 2**22  # bytes of what is between the weights that are read at a time
@@ -36,11 +38,32 @@ def judge_data(
         count = int((wanted[: len(there)] != there).sum()) + len(wanted) - len(there)
         other[name] = other.get(name, 0) + count
 
-    DataFiles(folder, described, source, progress, compared=differs).write()
+    statistics = certificate.statistics_beside(folder, described)
+    again = DataFiles(folder, described, source, progress, compared=differs, statistics=statistics)
+    again.write()
     notes = [f"{name}: {count} bytes are not what the merged model gives" for name, count in sorted(other.items())]
     notes += [f"{file}: bytes between the weights are not zero" for file in _unclean(folder, described)]
     made = sum(bool(w.recipe.pieces) for w in described.weights)
     findings.judge("onnx_weights", f"every byte of {made} weights is what the merged model gives", notes)
+    _judge_certificate(findings, folder, described, again.errors)
+    if statistics is not None:
+        findings.not_checked.append(
+            f"what the calibration text gave: {statistics.path.name} is taken as it is, and the weights follow"
+        )
+
+
+def _judge_certificate(
+    findings: Findings, folder: Path, described: WeightsMap, errors: "Mapping[tuple[str, str], Errors]"
+) -> None:
+    """quantization.json, if there is one, says of each quantized weight what is computed of it here."""
+    stated = certificate.read(folder)
+    if not stated:
+        return
+    wanted = certificate.judged(described, errors)
+    notes = [f"{s.name}: {s} is stated, and {w} computed" for s, w in zip(stated, wanted, strict=False) if s != w]
+    notes += [f"{len(stated)} weights are stated, and {len(wanted)} are quantized"] * (len(stated) != len(wanted))
+    what = f"errors of {len(wanted)} quantized weights are those that {certificate.NAME} states"
+    findings.judge("onnx_quantization", what, notes)
 
 
 def judge_constants(findings: Findings, folder: Path, stage: Path, described: WeightsMap) -> None:

@@ -22,6 +22,7 @@ from lora_export.contracts import Progress, TensorSource
 from lora_export.errors import ExportError, InputError
 from lora_export.onnx_export import records
 from lora_export.onnx_export.graphs.checks import check_loads, check_model, moved
+from lora_export.onnx_export.quantize.certificate import statistics_beside
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
@@ -138,7 +139,8 @@ def add(
         weights = placed(replace(w, file=unfinished_data.name) for w in touched)
         disk.check_space(folder, sum(w.nbytes for w in weights))
         unfinished_data.touch(mode=0o666, exist_ok=False)
-        DataFiles(folder, WeightsMap(weights), source, progress).write()
+        statistics = statistics_beside(shared.earlier, shared.found)
+        DataFiles(folder, WeightsMap(weights), source, progress, statistics=statistics).write()
         unfinished_data.replace(folder / data)
         unfinished_graph.write_bytes(_moved(shared.graph, {w.name: replace(w, file=data) for w in weights}))
         check_model(unfinished_graph)
