@@ -135,7 +135,7 @@ class QuantizationOptions:
     )
     calibration: Path | None = option(
         None, "Static activations: UTF-8 file with one text a line, like those that the model will see.",
-        metavar="FILE", default_text="a few built-in sentences",
+        metavar="FILE", default_text="a built-in page",
     )
 
 
