@@ -1032,6 +1032,11 @@ MUTATIONS = (
         "tests/onnx_export/test_sentence.py::test_pooling_leaves_out_padding",
     ),
     Mutation(
+        "a text of a validation is not looked up among those of calibrations", "workflows/held_out.py",
+        "found = calibrated.get(_hashed(file)) if file is not None else None", "found = None",
+        "tests/validation/test_held_out.py::test_calibrated_text_as_judge_is_refused[--own-text]",
+    ),
+    Mutation(
         "the ends that the base knows are forgotten", "merging/planning/ends.py",
         '"eos_token_id": [number, *known]}', '"eos_token_id": [number]}',
         "tests/merging/test_ends.py::test_merge_follows_end_of_adapters_tokenizer",

@@ -135,7 +135,7 @@ class QuantizationOptions:
     )
     calibration: Path | None = option(
         None, "Static activations: UTF-8 file with one text a line, like those that the model will see.",
-        metavar="FILE", default_text="a few built-in sentences",
+        metavar="FILE", default_text="a built-in page",
     )
 
 
@@ -147,7 +147,9 @@ class ExportOptions:
     """
 
     SECTION: ClassVar[str] = EXPORT
-    precision: choices.Precision = option("fp32", "Precision of the ONNX weights.", )
+    precision: choices.Precision = option(
+        "fp32", "Precision of the ONNX weights. fp8, nvfp4, mxfp4: refused, with why.", choices=choices.PRECISIONS,
+    )
     provider: choices.Provider = option("auto", PROVIDER_HELP)
     engine: str | None = option(
         None, "Export engine.", choices=engine_names, configurable="file",
@@ -178,10 +180,7 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class CompareBases:
-    """Which bases an adapter is merged into for comparison, besides the one it was trained on.
-
-    original: the 16-bit base from which a stored 4- or 8-bit base was made.
-    """
+    """Which bases an adapter is merged into for comparison, besides the one it was trained on."""
 
     SECTION: ClassVar[str] = BASES
     requantize: choices.Requantization | None = option(
