@@ -15,7 +15,7 @@ from lora_export.contracts.benchmark import (
     Reading,
     Samples,
 )
-from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResult, Proof
+from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResult, Proof, QuantizationSummary
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
@@ -97,6 +97,7 @@ __all__ = [
     "Progress",
     "Proof",
     "QuantizationOptions",
+    "QuantizationSummary",
     "RankOptions",
     "Reading",
     "Report",
