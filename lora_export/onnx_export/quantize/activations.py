@@ -1,17 +1,17 @@
 """int8 activations for an export that is entirely fp32: dynamic or static quantization of its only graph."""
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import CalibrationRecord, QuantizationOptions
-from lora_export.errors import ExportError, InputError
-from lora_export.graph_runs.feeds import BUILT_IN, Feed, rows_of, token_feeds
+from lora_export.errors import ExportError
+from lora_export.graph_runs.feeds import Feed, rows_of, token_feeds
 from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import open_model
+from lora_export.onnx_export.quantize import calibration
 from lora_export.onnx_export.weights import map as weights_map
 
 LONGEST = 128  # tokens of each calibration text
@@ -45,7 +45,7 @@ def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
             next_step="--precision int8 without --activations, or int4, which quantize only weights",
         )
     if how.calibration is not None:
-        _texts(how.calibration, _read(how.calibration))
+        calibration.read(how.calibration)
 
 
 def quantize(
@@ -77,27 +77,7 @@ def _calibration(
     graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]
 ) -> tuple[Sequence[Feed], CalibrationRecord]:
     longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
-    texts, data = BUILT_IN, "\n".join(BUILT_IN).encode()
-    if how.calibration is not None:
-        data = _read(how.calibration)
-        texts = _texts(how.calibration, data)
-    rows = rows_of(model, texts, longest)
-    record = CalibrationRecord(hashlib.sha256(data).hexdigest(), sum(map(len, rows)), len(rows))
+    text = calibration.read(how.calibration)
+    rows = rows_of(model, text.lines, longest)
+    record = CalibrationRecord(text.sha256, sum(map(len, rows)), len(rows))
     return token_feeds(Signature.of_model(open_model(graph), graph), rows), record
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"the file cannot be read: {error}", where=path, expected="UTF-8") from None
-
-
-def _texts(path: Path, data: bytes) -> tuple[str, ...]:
-    try:
-        texts = tuple(t for t in data.decode("utf-8").splitlines() if t.strip())
-    except UnicodeDecodeError as error:
-        raise InputError(f"the file cannot be read: {error}", where=path, expected="UTF-8") from None
-    if not texts:
-        raise InputError("the file has no texts", where=path, expected="one text per line")
-    return texts
