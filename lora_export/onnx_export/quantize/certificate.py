@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export.contracts import Figure
+from lora_export.contracts.figures import Figure
 from lora_export.onnx_export.quantize.settings import GPTQ
 from lora_export.onnx_export.quantize.statistics import NAME as STATISTICS
 from lora_export.onnx_export.quantize.statistics import Statistics
