@@ -87,15 +87,15 @@ def export(
         produced = produce(job, options.engine, source, prove, integers)
         job, made = produced.job, produced.made
         refuse_unmatched(stage, made, how)
-        calibration = activations.quantize(stage, model, made, how, config) if integers else None
+        texts = activations.quantize(stage, model, made, how, config) if integers else None
         more = finish(stage) if finish else {}
         for name in made.graphs:
             check_model(stage / name)
             check_loads(stage / name, precision)
         record = replace(
             record_of(job, made, produced.engine.name, how.activations),
+            calibration=produced.calibration or texts,
             proof=produced.proof,
-            calibration=calibration or produced.calibration,
             tried=produced.tried,
             seconds=round(time.monotonic() - started, 3),
             made_by_engine=tuple(n for n in produced.own if n != weights_map.NAME),

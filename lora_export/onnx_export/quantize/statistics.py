@@ -15,33 +15,25 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.checkpoint.header import build_header, read_header
-from lora_export.contracts import Progress, TensorInfo
+from lora_export.contracts import CalibrationRecord, Progress, TensorInfo
 from lora_export.errors import InputError
 from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.quantize import calibration as calibration_texts
 from lora_export.onnx_export.quantize.feeding import Stage, stages
 from lora_export.onnx_export.quantize.moments import Moment, inputs_of, moments, too_few
 from lora_export.onnx_export.quantize.segments import SEGMENT
+from lora_export.onnx_export.quantize.settings import STATISTICS
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.dtypes import Array, rounded, to_float32
 from lora_export.onnx_export.weights.map import Recipe, Weight
 from lora_export.storage import sealed
 from lora_export.storage.documents import as_json, decode, parse_json
 
-NAME = "calibration.safetensors"
+NAME = STATISTICS
 TOKENS = 8192
 SCHEMA_VERSION = "1"
 _DIAGONAL, _TRIANGLE = ".diagonal", ".triangle"
 _ROWS = 256  # of a matrix that are packed at once
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """text_sha256: of the text's bytes; tokens: that the model saw; windows: in how many pieces."""
-
-    text_sha256: str
-    tokens: int
-    windows: int
 
 
 def piece_key(recipe: Recipe) -> str | None:
@@ -61,7 +53,7 @@ class Statistics:
     """A file of statistics, distrusted: its matrices are read when they are asked for."""
 
     path: Path
-    calibration: Calibration
+    calibration: CalibrationRecord
     names: Mapping[str, str]  # piece → name of its matrix
     tensors: Mapping[str, TensorInfo] = field(repr=False)
 
@@ -89,7 +81,7 @@ class Statistics:
             raise _odd(path, "no hash, or no tokens", "the SHA-256 of a text, and its tokens")
         for name in set(read.pieces.values()):
             _check_shapes(path, name, header.tensors)
-        calibration = Calibration(read.text_sha256, read.tokens, read.windows)
+        calibration = CalibrationRecord(read.text_sha256, read.tokens, read.windows)
         return cls(path, calibration, read.pieces, header.tensors)
 
     def key(self, recipe: Recipe) -> str | None:
@@ -107,14 +99,11 @@ class Statistics:
         triangle = to_float32(self._read(name + _TRIANGLE, np.dtype(np.float16)))
         if not (np.isfinite(diagonal).all() and (diagonal >= 0).all() and (np.abs(triangle) <= 1).all()):
             raise _odd(self.path, "numbers that no mean of squares has", "finite ones, and correlations", name)
-        size, at = len(diagonal), 0
+        root, size, at = np.sqrt(diagonal), len(diagonal), 0
         matrix = np.empty((size, size), np.float64)
         for row in range(size):
-            matrix[row, row:] = matrix[row:, row] = triangle[at : at + size - row]
+            matrix[row, row:] = matrix[row:, row] = triangle[at : at + size - row] * root[row:] * root[row]
             at += size - row
-        root = np.sqrt(diagonal)
-        matrix *= root
-        matrix *= root[:, None]
         np.fill_diagonal(matrix, diagonal)
         return matrix
 
@@ -171,7 +160,7 @@ def collect(
     tokens: int = TOKENS,
     limit: int = SEGMENT,
     progress: Progress,
-) -> Calibration:
+) -> CalibrationRecord:
     """Run calibration texts through an export, and write the statistics of its products to the new file `output`.
 
     graphs: fp32, of one folder with its weights-map.json, an encoder's first; model: its Hugging Face folder, with
@@ -193,7 +182,7 @@ def collect(
         file = _Packed(packed)
         for stage in run:
             _gather(stage, weights, skip, file, values, limit, progress)
-        made = Calibration(text.sha256, total, windows)
+        made = CalibrationRecord(text.sha256, total, windows)
         file.write(output, made)
     return made
 
@@ -250,7 +239,7 @@ class _Packed:
                 out.write(rows.tobytes())
         self._diagonals[name] = diagonal
 
-    def write(self, output: Path, made: Calibration) -> None:
+    def write(self, output: Path, made: CalibrationRecord) -> None:
         """The whole file, matrices in the order of their names."""
         places = {name: self._folder / str(at) for at, name in enumerate(self._diagonals)}
         names = sorted(places)
