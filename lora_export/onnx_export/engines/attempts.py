@@ -101,7 +101,8 @@ def _produced(
     by_texts = job.quantized is not None and job.quantized.algorithm == GPTQ
     if job.quantized and AUTO in job.quantized.keep:
         calibration = calibrate(job, plain) if by_texts and job.adapter is None else None
-        job = with_measured_damage(job, job.quantized, chosen, plain)
+        job, measured_on = with_measured_damage(job, job.quantized, chosen, plain)
+        calibration = calibration or measured_on
     precision = "fp32" if integers else job.precision
     job.progress.detail(f"{architecture_of(job.config)} with {attempt.name}, {job.precision} for {job.provider}")
     made = chosen.run(replace(job, precision=precision))
