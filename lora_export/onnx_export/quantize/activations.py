@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.contracts import QuantizationOptions
-from lora_export.errors import ExportError, InputError
-from lora_export.graph_runs.feeds import Feed, built_in_rows, rows_of, token_feeds
+from lora_export.errors import ExportError
+from lora_export.graph_runs.feeds import Feed, rows_of, token_feeds
 from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import open_model
+from lora_export.onnx_export.quantize import calibration
 from lora_export.onnx_export.weights import map as weights_map
 
 LONGEST = 128  # tokens of each calibration text
@@ -44,7 +45,7 @@ def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
             next_step="--precision int8 without --activations, or int4, which quantize only weights",
         )
     if how.calibration is not None:
-        _texts(how.calibration)
+        calibration.read(how.calibration)
 
 
 def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, config: Mapping[str, Any]) -> int:
@@ -70,18 +71,5 @@ def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, co
 
 def _calibration(graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]) -> Sequence[Feed]:
     longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
-    if how.calibration is None:
-        rows = built_in_rows(model, longest)
-    else:
-        rows = rows_of(model, _texts(how.calibration), longest)
+    rows = rows_of(model, calibration.read(how.calibration).lines, longest)
     return token_feeds(Signature.of_model(open_model(graph), graph), rows)
-
-
-def _texts(path: Path) -> list[str]:
-    try:
-        texts = [t for t in path.read_text(encoding="utf-8").splitlines() if t.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the file cannot be read: {error}", where=path, expected="UTF-8") from None
-    if not texts:
-        raise InputError("the file has no texts", where=path, expected="one text per line")
-    return texts
