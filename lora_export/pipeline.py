@@ -20,7 +20,9 @@ from lora_export.contracts.option import kept
 from lora_export.errors import GateFailed
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
+from lora_export.progress import Silent
 from lora_export.workflows.bare_base import without_adapter
+from lora_export.workflows.budget import Models, Pair, searches, with_budget, within_budget
 from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra, refuse_slower
 from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into
 from lora_export.workflows.run_report import write_report
@@ -32,7 +34,7 @@ def merge_and_export(
     base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions, progress: Progress
 ) -> Story:
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
-    options = _with_provider(options)
+    options = with_budget(_with_provider(options))
     earlier = options.export.graph_from
     inputs = [base.folder, *(a.folder for a in adapters), *([earlier] if earlier else [])]
     _preflight(base, adapters, output, options)
@@ -51,9 +53,10 @@ def merge_and_export(
 def _with_provider(options: StoryOptions) -> StoryOptions:
     """With the provider that really runs a model here in all stages, and the precision of an earlier export."""
     from lora_export.runtime import resolve_provider
+    from lora_export.validation.run import seeded
 
     export = replace(options.export, provider=resolve_provider(options.export.provider))
-    validation = replace(options.validation, provider=export.provider, merge=options.merge)
+    validation = replace(seeded(options.validation), provider=export.provider, merge=options.merge)
     return replace(options, export=like_earlier(export), validation=validation)
 
 
@@ -65,7 +68,7 @@ def _run(
     options: StoryOptions,
     progress: Progress,
 ) -> Story:
-    from lora_export.merging import merge, written_source
+    from lora_export.merging import begin_stream, merge, plan, written_source
     from lora_export.validation import validate
     from lora_export.validation.reference.foreign import as_peft
 
@@ -82,11 +85,19 @@ def _run(
         exported = export_merged(base_onnx, folder, stage / "onnx", options.export, progress, source)
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
+    dequantized = stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress)
+    budget = None
+    if searches(options):
+        if source is None:
+            source = begin_stream(plan(base.folder, adapters, options.merge), work / "numbers", Silent())
+        models, first = Models(trained_on, folder, source, work, stage / "onnx"), Pair(base_onnx, exported)
+        pair, budget = within_budget(models, first, alone, adapters, dequantized, options, progress)
+        base_onnx, exported = pair.base, pair.merged
     readable = as_peft(alone, adapters, work)
     unmerged_onnx, why_not = export_unmerged(
         trained_on, readable, work, options.export, exported, progress, combined=options.merge.combine != "none"
     )
-    story = Story(stage, merged, export=exported)
+    story = Story(stage, merged, export=exported, budget=budget)
 
     # prove
     checked = validate(
@@ -94,7 +105,7 @@ def _run(
         adapters,
         folder,
         exports=[pair_of(exported, base_onnx.output)],
-        dequantized=stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress),
+        dequantized=dequantized,
         graphs_alone=not options.merged_folder,
         options=options.validation,
         progress=progress,

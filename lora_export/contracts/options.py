@@ -221,9 +221,10 @@ class ValidationOptions:
         4.0, "How many noise floors the outputs may differ by. Each tensor's arithmetic has a bound of its own, "
         "which this does not change.", minimum=1, metavar="FACTOR",
     )
-    min_survival: float = option(
-        choices.MIN_SURVIVAL, "Share of the adapter's effect on the outputs that an ONNX export must keep; 0 "
-        "accepts any.", minimum=0, maximum=1,
+    min_survival: float | None = option(
+        None, "Share of the adapter's effect on the outputs that an ONNX export must keep; 0 accepts any. If given, "
+        "merge-and-export of int4 or int8 raises the bits of as few weights as that takes.", minimum=0, maximum=1,
+        default_text=str(choices.MIN_SURVIVAL),
     )
     max_memory: int | None = option(
         None, "Memory for the weights that validation compares. Larger models are read layer by layer: the same "
@@ -241,6 +242,10 @@ class ValidationOptions:
         flags=("--validation-seed",), metavar="NUMBER", minimum=0, maximum=2**31 - 1, json="validation_seed",
         default_text="a new one at each run; the result states it",
     )
+
+    @property
+    def least_survival(self) -> float:
+        return choices.MIN_SURVIVAL if self.min_survival is None else self.min_survival
 
 
 @dataclass(frozen=True)
@@ -314,6 +319,10 @@ class StoryOptions:
         True, "Stream base and adapter straight into the ONNX files. Nothing else of the merged model is written: "
         "validation compares the ONNX graph alone, and the certificate is written to OUT.",
         flags=("--no-merged-folder",),
+    )
+    max_size: int | None = option(
+        None, "int4, int8: raise the bits of weights as far as the ONNX graph and its data files stay within this "
+        "size, such as 100MB, for the adapter's sake.", unit="bytes",
     )
     benchmark: BenchmarkOptions = nested(BenchmarkOptions)
     extra_arms: tuple[choices.ExtraArm, ...] = option(

@@ -21,8 +21,8 @@ from lora_export.onnx_export.graphs.matmuls import Product, candidates
 from lora_export.onnx_export.quantize.numbers import dequantize, granularity, quantize, shapes
 from lora_export.onnx_export.quantize.settings import Blockwise
 from lora_export.onnx_export.weights import map as weights_map
-from lora_export.onnx_export.weights.dtypes import Array
-from lora_export.onnx_export.weights.map import Weight
+from lora_export.onnx_export.weights.dtypes import ONNX, Array
+from lora_export.onnx_export.weights.map import Part, Piece, Weight
 from lora_export.runtime import session_options
 from lora_export.storage.workers import BLOCK
 
@@ -36,13 +36,15 @@ _FOLDER = "session.model_external_initializers_file_folder_path"
 @dataclass(frozen=True)
 class Damage:
     """A group of products. damage: to the outputs while only its weights are quantized (see `choose_kept`); nbytes:
-    how much the model grows if they are kept; kept: whether to keep them."""
+    how much the model grows if they are kept; kept: whether to keep them; tensors: of the checkpoint that its
+    weights are made of."""
 
     name: str
     nodes: tuple[str, ...]
     damage: float
     nbytes: int
     kept: bool = False
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class _Group:
     name: str
     nodes: tuple[str, ...]
     products: tuple[Product, ...]  # of different weights
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(p.tensor for w in self.products for p in w.weight.recipe.pieces))
 
 
 def choose_kept(
@@ -61,6 +67,7 @@ def choose_kept(
     budget: float = BUDGET,
     eight_bits: bool = False,
     groups: int = MOST_GROUPS,
+    made: Path | None = None,
     progress: Progress,
 ) -> tuple[Damage, ...]:
     """Every group of products with its damage, worst per byte first; `kept` marks those to name in `keep`, or in
@@ -70,12 +77,13 @@ def choose_kept(
     with `logits` (the name of an output), the mean KL divergence of its distributions in nats; without, the mean
     over the outputs of the squared error relative to the squared output. Both are quadratic in the error of a
     weight, so that those of different groups roughly add up. budget: how much larger the weights may become, as a
-    share of everything quantized. Groups that do less damage per byte than average are never kept. ExportError if
-    the model has no weights map, or nothing to quantize.
+    share of everything quantized. Groups that do less damage per byte than average are never kept. made: a quantized
+    export of the same numbers, whose own are taken where it has them. ExportError if the model has no weights map,
+    or nothing to quantize.
     """
     graph = open_model(model)
     chosen = _groups(graph, weights_map.read(model.parent).weights, groups)
-    run = _Run(model, graph, chosen)
+    run = _Run(model, graph, chosen, Quantized.of(made) if made else None)
     expected = [run(feed, {}) for feed in feeds]
     wide = replace(how, method="int8") if eight_bits else None
     measured = []
@@ -90,7 +98,7 @@ def choose_kept(
                 next_step=f"--keep {group.name}, or measure with other texts",
             )
         grown = sum(_nbytes(p, wide) - _nbytes(p, how) for p in group.products)
-        measured.append(Damage(group.name, group.nodes, damage, grown))
+        measured.append(Damage(group.name, group.nodes, damage, grown, tensors=group.tensors))
         progress.advance(done + 1, len(chosen))
     quantized = sum(_nbytes(p, how) for g in chosen for p in g.products)
     return mark(measured, int(budget * quantized))
@@ -170,13 +178,47 @@ def _nbytes(product: Product, how: Blockwise | None) -> int:
     return sum(int(np.prod(s)) * (_FP32 if part == "scales" else 1) for part, s in sizes.items())
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """The matrices that the products of an export multiply by, of what its data files hold. parts: by the pieces
+    that a matrix is made of, and whether they are turned."""
+
+    folder: Path
+    parts: Mapping[tuple[tuple[Piece, ...], bool], Mapping[Part, Weight]]
+
+    @classmethod
+    def of(cls, folder: Path) -> "Quantized":
+        parts: dict[tuple[tuple[Piece, ...], bool], dict[Part, Weight]] = {}
+        for weight in weights_map.read(folder).weights:
+            if (how := weight.recipe.quantized) is not None:
+                key = weight.recipe.pieces, weight.recipe.transposed
+                parts.setdefault(key, {})[how.part] = weight
+        return cls(folder, parts)
+
+    def matrix(self, product: Product) -> Array | None:
+        """(in, out) in fp32, as it is dequantized; None for one that the export does not quantize."""
+        recipe = product.weight.recipe
+        parts = self.parts.get((recipe.pieces, recipe.transposed != product.turned))
+        if parts is None:
+            return None
+        how = parts["packed"].recipe.quantized
+        assert how is not None
+        arrays: dict[Part, Array] = {
+            part: np.fromfile(self.folder / w.file, ONNX[w.dtype], int(np.prod(w.shape)), offset=w.offset).reshape(w.shape)
+            for part, w in parts.items()
+        }
+        return dequantize(arrays, product.rows, product.columns, how)
+
+
 class _Run:
     """A session over the graph in which the weights of some products can be replaced for one run."""
 
-    def __init__(self, path: Path, model: ir.Model, groups: Sequence[_Group]) -> None:
+    def __init__(
+        self, path: Path, model: ir.Model, groups: Sequence[_Group], made: "Quantized | None" = None
+    ) -> None:
         import onnxruntime as ort
 
-        self._folder = path.parent
+        self._folder, self._made = path.parent, made
         for group in groups:
             for product in group.products:
                 _replaceable(model.graph, product, group.nodes)
@@ -194,6 +236,9 @@ class _Run:
         weight = product.weight
         if weight.dtype != "float32":
             raise ExportError(f"{weight.name} is {weight.dtype}", tensor=weight.name, expected="an fp32 export")
+        known = self._made.matrix(product) if self._made else None
+        if known is not None:
+            return _input_name(product), np.ascontiguousarray(known.T) if product.turned else known
         stored = np.memmap(self._folder / weight.file, np.float32, "r", weight.offset, weight.shape)
         if not product.turned:
             return _input_name(product), _simulated(stored, how)
