@@ -88,9 +88,8 @@ def _run(
     dequantized = stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress)
     budget = None
     if searches(options):
-        if source is None:
-            source = begin_stream(plan(base.folder, adapters, options.merge), work / "numbers", Silent())
-        models, first = Models(trained_on, folder, source, work, stage / "onnx"), Pair(base_onnx, exported)
+        numbers = source or begin_stream(plan(base.folder, adapters, options.merge), work / "numbers", Silent())
+        models, first = Models(trained_on, folder, numbers, work, stage / "onnx"), Pair(base_onnx, exported)
         pair, budget = within_budget(models, first, alone, adapters, dequantized, options, progress)
         base_onnx, exported = pair.base, pair.merged
     readable = as_peft(alone, adapters, work)

@@ -16,7 +16,7 @@ from lora_export.contracts.benchmark import (
     Samples,
 )
 from lora_export.contracts.budget import BudgetSearch, BudgetStep
-from lora_export.contracts.export import Attempt, ExportResult, Proof
+from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResult, Proof
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
@@ -70,6 +70,7 @@ __all__ = [
     "BudgetSearch",
     "BudgetStep",
     "ByteSink",
+    "CalibrationRecord",
     "Cell",
     "Check",
     "CompareBases",

@@ -43,12 +43,22 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """The text on which numbers of an export were chosen. text_sha256: of the file's bytes; tokens, windows: how
+    many tokens of it were run, in how many pieces (a line each for static activations)."""
+
+    text_sha256: str
+    tokens: int
+    windows: int
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """An exported folder. `files` maps a file name to its size in bytes; `nodes` counts the nodes of all graphs.
 
     task: Optimum's name of it; graphs: file names of the graphs, the encoder's first where there are several;
     activations: of an int8 graph, as in QuantizationOptions; proof: None for an export of an older version; tried:
-    engines before the one that made the graphs.
+    engines before the one that made the graphs; calibration: None where no text was read.
     """
 
     output: Path
@@ -63,6 +73,7 @@ class ExportResult:
     activations: Activations = "float"
     proof: Proof | None = None
     tried: tuple[Attempt, ...] = ()
+    calibration: CalibrationRecord | None = None
 
     @property
     def model(self) -> Path:

@@ -44,7 +44,7 @@ _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)")
 _NAMED = (IDS, MASK, ENCODER_MASK, POSITIONS, TYPES, BOXES, PIXEL_MASK, DECODER_IDS, *GRIDS)
 _PICTURE = 224  # pixels, where nothing says a size
 _CHOICES = 4
-_TEXTS = (
+BUILT_IN: tuple[str, ...] = (
     "The ship left the harbour before dawn, and by noon the coast was a grey line behind it.",
     "Water boils at a lower temperature on a mountain, because the air above it weighs less.",
     "To add two fractions, bring them to a common denominator first; then add what stands above.",
@@ -110,7 +110,7 @@ def token_feeds(signature: Signature, rows: Sequence[Sequence[int]]) -> list[Fee
 
 def built_in_rows(folder: Path, longest: int) -> list[list[int]]:
     """Token ids of a few sentences, from the tokenizer in a model's folder, cut to `longest`."""
-    return rows_of(folder, _TEXTS, longest)
+    return rows_of(folder, BUILT_IN, longest)
 
 
 def rows_of(folder: Path, texts: Sequence[str], longest: int) -> list[list[int]]:

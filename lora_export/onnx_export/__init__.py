@@ -87,8 +87,7 @@ def export(
         )  # fmt: skip
         produced = produce(job, options.engine, source, prove, integers)
         job, made = produced.job, produced.made
-        if integers:
-            activations.quantize(stage, model, made, how, config)
+        calibration = activations.quantize(stage, model, made, how, config) if integers else None
         refuse_unmatched(stage, made, how.keep)
         more = finish(stage) if finish else {}
         for name in made.graphs:
@@ -96,6 +95,7 @@ def export(
             check_loads(stage / name, precision)
         record = replace(
             record_of(job, made, produced.engine.name, how.activations),
+            calibration=calibration,
             proof=produced.proof,
             calibration=produced.calibration,
             tried=produced.tried,

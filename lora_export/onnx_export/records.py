@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.choices import Activations, ModelKind, Optimize, Precision, Provider
-from lora_export.contracts import Attempt, ExportResult, Proof
+from lora_export.contracts import Attempt, CalibrationRecord, ExportResult, Proof
 from lora_export.errors import InputError
 from lora_export.onnx_export.quantize.settings import Blockwise
 from lora_export.storage import sealed
@@ -20,8 +20,8 @@ NAME = "export.json"
 class ExportRecord:
     """Fields with a default are those that an export of an older version may lack.
 
-    proof, tried: as in ExportResult; made_by_engine: files that the engine wrote, weights and their map
-    aside; files: in a folder that adapters share, those of this adapter; pluggable: the adapters whose
+    proof, tried, calibration: as in ExportResult; made_by_engine: files that the engine wrote, weights and their
+    map aside; files: in a folder that adapters share, those of this adapter; pluggable: the adapters whose
     .onnx_adapter files lie beside the graph; sentence_modules: the classes in modules.json that the task and
     `sentence_embedding` follow from; graph_versions: installed when the graphs were made; versions: when
     the record was written.
@@ -38,6 +38,7 @@ class ExportRecord:
     architecture: str = ""
     quantization: Blockwise | None = None
     activations: Activations = "float"
+    calibration: CalibrationRecord | None = None
     adapter: bool = False
     source_config_sha256: str = ""
     config_digest: str = ""
@@ -73,6 +74,7 @@ def load_export(place: Path) -> ExportResult:
         proof=record.proof,
         tried=record.tried,
         activations=record.activations,
+        calibration=record.calibration,
     )
 
 
@@ -112,7 +114,7 @@ def write_record(folder: Path, record: ExportRecord, name: str = NAME) -> None:
 def document(record: ExportRecord) -> dict[str, Any]:
     """The record as JSON, without fields that this sort of export does not have."""
     fields: dict[str, Any] = as_json(record)
-    absent = {k for k in ("files", "pluggable") if fields[k] is None}
+    absent = {k for k in ("files", "pluggable", "calibration") if fields[k] is None}
     absent |= {"sentence_modules"} if not record.sentence_modules else set()
     return {k: v for k, v in fields.items() if k not in absent}
 

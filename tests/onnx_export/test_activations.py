@@ -1,5 +1,6 @@
 """int8 activations by the command line, and options of quantization that would do nothing."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from click.testing import CliRunner, Result
 
 from lora_export.commands.main import cli
 from lora_export.contracts import ExportResult
+from lora_export.graph_runs.feeds import rows_of
 from tests.onnx_export.architectures import DYNAMO, save
 from tests.onnx_export.runs import session
 
@@ -43,6 +45,16 @@ def test_activations_int8_encoder_agrees(
     assert found.exit_code == 0, found.stderr
     document = json.loads(found.stdout)
     assert document["precision"] == "int8" and "weights-map.json" not in document["files"]
+    recorded = json.loads((tmp_path / "onnx/export.json").read_text()).get("calibration")
+    assert document["calibration"] == recorded
+    if kind == "static":
+        assert recorded == {
+            "text_sha256": hashlib.sha256(texts.read_bytes()).hexdigest(),
+            "tokens": sum(len(rows_of(bert, [t], 64)[0]) for t in ("abc def", "ghi jkl mno")) * 4,
+            "windows": 8,
+        }
+    else:
+        assert recorded is None
     assert operator in operators(tmp_path / "onnx")
     expected, quantized = hidden(exported(bert).output), hidden(tmp_path / "onnx")
     assert 0 < np.linalg.norm(expected - quantized) / np.linalg.norm(expected) < 0.15

@@ -15,9 +15,7 @@ from lora_export.onnx_export.embedders import KEY as SENTENCE_MODULES
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
 from lora_export.onnx_export.quantize import certificate
-from lora_export.onnx_export.quantize.settings import AUTO, Blockwise
-from lora_export.onnx_export.quantize.statistics import NAME as STATISTICS
-from lora_export.onnx_export.quantize.statistics import Statistics, collect
+from lora_export.onnx_export.quantize.settings import AUTO, STATISTICS, Blockwise
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
@@ -73,6 +71,8 @@ class PlainGraphs:
 
 def calibrate(job: ExportJob, plain: PlainGraphs) -> CalibrationRecord:
     """Put the statistics of the job's calibration beside its graphs."""
+    from lora_export.onnx_export.quantize.statistics import Statistics, collect
+
     output, given = job.output / STATISTICS, job.calibration
     if given is not None and given.suffix == output.suffix:
         sealed.copy(given, output)

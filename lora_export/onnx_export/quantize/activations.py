@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_export.contracts import QuantizationOptions
+from lora_export.contracts import CalibrationRecord, QuantizationOptions
 from lora_export.errors import ExportError
 from lora_export.graph_runs.feeds import Feed, rows_of, token_feeds
 from lora_export.graph_runs.signature import Signature
@@ -48,8 +48,10 @@ def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
         calibration.read(how.calibration)
 
 
-def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, config: Mapping[str, Any]) -> int:
-    """Replace the fp32 graph in `folder` by one with int8 products; returns the number of changed nodes.
+def quantize(
+    folder: Path, model: Path, made: Made, how: QuantizationOptions, config: Mapping[str, Any]
+) -> CalibrationRecord | None:
+    """Replace the fp32 graph in `folder` by one with int8 products; returns what fixed their ranges, if texts did.
 
     The weights map is removed: no recipe describes what the quantizer makes of weights.
     """
@@ -58,18 +60,24 @@ def quantize(folder: Path, model: Path, made: Made, how: QuantizationOptions, co
     (name,) = made.graphs
     made_in = folder / ".int8"
     made_in.mkdir()
-    texts = _calibration(folder / name, model, how, config) if how.activations == "static" else None
-    touched = quantize_int8(folder / name, made_in / name, texts, how.keep)
+    feeds, record = None, None
+    if how.activations == "static":
+        feeds, record = _calibration(folder / name, model, how, config)
+    quantize_int8(folder / name, made_in / name, feeds, how.keep)
     for file in weights_map.read(folder).sizes:
         (folder / file).unlink()
     (folder / weights_map.NAME).unlink()
     for path in made_in.iterdir():
         path.replace(folder / path.name)
     shutil.rmtree(made_in)
-    return len(touched)
+    return record
 
 
-def _calibration(graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]) -> Sequence[Feed]:
+def _calibration(
+    graph: Path, model: Path, how: QuantizationOptions, config: Mapping[str, Any]
+) -> tuple[Sequence[Feed], CalibrationRecord]:
     longest = min(LONGEST, int(config.get("max_position_embeddings", LONGEST)))
-    rows = rows_of(model, calibration.read(how.calibration).lines, longest)
-    return token_feeds(Signature.of_model(open_model(graph), graph), rows)
+    text = calibration.read(how.calibration)
+    rows = rows_of(model, text.lines, longest)
+    record = CalibrationRecord(text.sha256, sum(map(len, rows)), len(rows))
+    return token_feeds(Signature.of_model(open_model(graph), graph), rows), record

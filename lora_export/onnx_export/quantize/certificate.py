@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_export.contracts import Figure
-from lora_export.onnx_export.quantize.settings import GPTQ
-from lora_export.onnx_export.quantize.statistics import NAME as STATISTICS
-from lora_export.onnx_export.quantize.statistics import Statistics
+from lora_export.contracts.figures import Figure
+from lora_export.onnx_export.quantize.settings import GPTQ, STATISTICS
 from lora_export.onnx_export.weights.map import Weight, WeightsMap
 from lora_export.storage import sealed
 from lora_export.storage.documents import as_json, decode
 
 if TYPE_CHECKING:
     from lora_export.onnx_export.quantize.errors import Errors
+    from lora_export.onnx_export.quantize.statistics import Statistics
 
 NAME = "quantization.json"
 SCHEMA_VERSION = 1
@@ -103,7 +102,9 @@ def _share(lost: float, whole: float) -> float:
     return float(f"{math.sqrt(lost / whole):.6g}") if whole > 0 else 0.0
 
 
-def statistics_beside(folder: Path, described: WeightsMap) -> Statistics | None:
+def statistics_beside(folder: Path, described: WeightsMap) -> "Statistics | None":
     """The statistics that the weights of an export were quantized with; None if no quantizer asks for any."""
+    from lora_export.onnx_export.quantize.statistics import Statistics
+
     asked = any(w.recipe.quantized and w.recipe.quantized.algorithm == GPTQ for w in described.weights)
     return Statistics.open(folder / STATISTICS) if asked else None

@@ -17,6 +17,7 @@ BLOCKS: dict[Method, int] = {"int4": 32, "int8": 64, "nf4": 64, "fp4": 64}  # wh
 # for 0.71 of its effect) in fewer bytes; encoders keep less of their own outputs.
 BLOCK_WITH_PAST = 64
 ACCURACY_LEVELS = range(5)
+STATISTICS = "calibration.safetensors"  # beside an export: what its products read
 GPTQ = "gptq"  # rounds so that the outputs on calibration texts change least
 ALGORITHMS = ("default", "rtn", "k_quant", GPTQ)
 

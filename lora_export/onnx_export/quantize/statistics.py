@@ -22,13 +22,14 @@ from lora_export.onnx_export.quantize import calibration as calibration_texts
 from lora_export.onnx_export.quantize.feeding import Stage, stages
 from lora_export.onnx_export.quantize.moments import Moment, inputs_of, moments, too_few
 from lora_export.onnx_export.quantize.segments import SEGMENT
+from lora_export.onnx_export.quantize.settings import STATISTICS
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.dtypes import Array, rounded, to_float32
 from lora_export.onnx_export.weights.map import Recipe, Weight
 from lora_export.storage import sealed
 from lora_export.storage.documents import as_json, decode, parse_json
 
-NAME = "calibration.safetensors"
+NAME = STATISTICS
 TOKENS = 8192
 SCHEMA_VERSION = "1"
 _DIAGONAL, _TRIANGLE = ".diagonal", ".triangle"

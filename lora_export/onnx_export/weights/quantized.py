@@ -101,7 +101,7 @@ class Matrices:
             arrays, errors = gptq.rounded(numbers, recipe.quantized, _type_of_scales(matrix.parts))
         else:
             arrays = quantize(numbers, recipe.quantized)
-            errors = between(numbers, dequantize(arrays, *numbers.shape, recipe.quantized))
+            errors = between(numbers, dequantize(arrays, numbers.shape[0], numbers.shape[1], recipe.quantized))
         self._note(matrix, errors)
         return _put(arrays, matrix, start, height)
 

@@ -23,7 +23,7 @@ from lora_export.onnx_export.graphs.checks import check_model
 from lora_export.onnx_export.graphs.finding import find_graphs
 from lora_export.onnx_export.graphs.fusions import compare
 from lora_export.onnx_export.quantize import certificate
-from lora_export.onnx_export.quantize.statistics import NAME as STATISTICS
+from lora_export.onnx_export.quantize.settings import STATISTICS
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.refusals import read_config
 from lora_export.onnx_export.weights import map as weights_map
