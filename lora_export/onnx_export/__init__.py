@@ -87,7 +87,7 @@ def export(
         )  # fmt: skip
         produced = produce(job, options.engine, source, prove, integers)
         job, made = produced.job, produced.made
-        calibration = activations.quantize(stage, model, made, how, config) if integers else None
+        texts = activations.quantize(stage, model, made, how, config) if integers else None
         refuse_unmatched(stage, made, how.keep)
         more = finish(stage) if finish else {}
         for name in made.graphs:
@@ -95,9 +95,8 @@ def export(
             check_loads(stage / name, precision)
         record = replace(
             record_of(job, made, produced.engine.name, how.activations),
-            calibration=calibration,
+            calibration=produced.calibration or texts,
             proof=produced.proof,
-            calibration=produced.calibration,
             tried=produced.tried,
             seconds=round(time.monotonic() - started, 3),
             made_by_engine=tuple(n for n in produced.own if n != weights_map.NAME),

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lora_export.checkpoint.header import build_header, read_header
-from lora_export.contracts import Progress, TensorInfo
+from lora_export.contracts import CalibrationRecord, Progress, TensorInfo
 from lora_export.errors import InputError
 from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.quantize import calibration as calibration_texts
@@ -36,15 +36,6 @@ _DIAGONAL, _TRIANGLE = ".diagonal", ".triangle"
 _ROWS = 256  # of a matrix that are packed at once
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """text_sha256: of the text's bytes; tokens: that the model saw; windows: in how many pieces."""
-
-    text_sha256: str
-    tokens: int
-    windows: int
-
-
 def piece_key(recipe: Recipe) -> str | None:
     """The first piece of a weight, as the file names it."""
     return _keys(recipe)[0] if recipe.pieces else None
@@ -62,7 +53,7 @@ class Statistics:
     """A file of statistics, distrusted: its matrices are read when they are asked for."""
 
     path: Path
-    calibration: Calibration
+    calibration: CalibrationRecord
     names: Mapping[str, str]  # piece → name of its matrix
     tensors: Mapping[str, TensorInfo] = field(repr=False)
 
@@ -90,7 +81,7 @@ class Statistics:
             raise _odd(path, "no hash, or no tokens", "the SHA-256 of a text, and its tokens")
         for name in set(read.pieces.values()):
             _check_shapes(path, name, header.tensors)
-        calibration = Calibration(read.text_sha256, read.tokens, read.windows)
+        calibration = CalibrationRecord(read.text_sha256, read.tokens, read.windows)
         return cls(path, calibration, read.pieces, header.tensors)
 
     def key(self, recipe: Recipe) -> str | None:
@@ -172,7 +163,7 @@ def collect(
     tokens: int = TOKENS,
     limit: int = SEGMENT,
     progress: Progress,
-) -> Calibration:
+) -> CalibrationRecord:
     """Run calibration texts through an export, and write the statistics of its products to the new file `output`.
 
     graphs: fp32, of one folder with its weights-map.json, an encoder's first; model: its Hugging Face folder, with
@@ -194,7 +185,7 @@ def collect(
         file = _Packed(packed)
         for stage in run:
             _gather(stage, weights, skip, file, values, limit, progress)
-        made = Calibration(text.sha256, total, windows)
+        made = CalibrationRecord(text.sha256, total, windows)
         file.write(output, made)
     return made
 
@@ -251,7 +242,7 @@ class _Packed:
                 out.write(rows.tobytes())
         self._diagonals[name] = diagonal
 
-    def write(self, output: Path, made: Calibration) -> None:
+    def write(self, output: Path, made: CalibrationRecord) -> None:
         """The whole file, matrices in the order of their names."""
         places = {name: self._folder / str(at) for at, name in enumerate(self._diagonals)}
         names = sorted(places)
