@@ -21,7 +21,7 @@ def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
     """ExportError if only weights can be quantized, or if a calibration makes no sense. generates: whether the
     model generates text."""
     if how.activations == "float":
-        if how.calibration is not None:
+        if how.calibration is not None and how.algorithm != "gptq":
             raise ExportError(
                 "a calibration needs --activations static",
                 expected="static activations, whose ranges come from texts",
