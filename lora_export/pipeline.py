@@ -23,6 +23,7 @@ from lora_export.storage.files import output_folder
 from lora_export.progress import Silent
 from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.budget import Models, Pair, searches, with_budget, within_budget
+from lora_export.workflows.exporting import knowing_touched
 from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra, refuse_slower
 from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into
 from lora_export.workflows.run_report import write_report
@@ -73,6 +74,7 @@ def _run(
     from lora_export.validation.reference.foreign import as_peft
 
     # merge, and export with the graph of the base
+    options = replace(options, export=knowing_touched(options.export, base.folder, adapters, options.merge))
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
     alone = without_adapter(base.folder, work)

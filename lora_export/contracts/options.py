@@ -105,8 +105,8 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """How weights are quantized. symmetric: without zero points (None: unless int4); eight_bits: nodes of an int4
-    graph that become int8; embeddings: quantize those, too (to int8, unless an int4 head is tied to them)."""
+    """How weights are quantized. symmetric: without zero points (None: unless int4); eight_bits: as `keep`, int8 in
+    an int4 graph; touched: tensors that adapters changed; embeddings: quantize them (int8, or as a tied head)."""
 
     SECTION: ClassVar[str] = "Quantization of the ONNX weights"
     block_size: int | None = option(
@@ -118,15 +118,16 @@ class QuantizationOptions:
         "rounding to nearest; k_quant: searched, with zero points.", flags=("--quantizer",),
     )
     accuracy_level: int | None = option(
-        None, "int4, int8: type in which products are computed. 0: that of the inputs, 1: fp32, 2: fp16, 3: bf16, "
-        "4: int8.", minimum=0, maximum=4, default_text="4 on the CPU, 0 on CUDA",
+        None, "int4, int8: type in which products are computed. 0: the inputs', 1: fp32, 2: fp16, 3: bf16, 4: int8",
+        minimum=0, maximum=4, default_text="4 on the CPU, 0 on CUDA",
     )
     keep: tuple[str, ...] = option(
-        (), "Nodes whose weights are not quantized, by name or pattern ('*down_proj*'). auto (int4 of decoders): "
-        "the nodes whose int4 weights do the most measured damage for their size become int8. May be given more "
-        "than once.", metavar="NODE|auto",
+        (), "What is not quantized: nodes or tensors, by name or pattern ('*down_proj*'). touched: what adapters "
+        "changed; auto (int4): what does the most measured damage for its size. Both become int8 in an int4 graph. "
+        "May be given more than once.", metavar="NAME|touched|auto",
     )
     eight_bits: tuple[str, ...] = ()
+    touched: tuple[str, ...] = ()
     embeddings: bool = True
     activations: choices.Activations = option(
         "float", "int8 of models that do not generate: type of what the weights are multiplied with. dynamic: "

@@ -24,7 +24,7 @@ from lora_export.onnx_export.graphs.checks import check_export, check_loads, che
 from lora_export.onnx_export.quantize import activations, certificate
 from lora_export.onnx_export.quantize.settings import blockwise
 from lora_export.onnx_export.records import adapters_beside, load_export
-from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
+from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_untold, refuse_unused
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights import shared_folder as shared
 from lora_export.onnx_export.weights.layout import DataFiles
@@ -76,6 +76,7 @@ def export(
     config = read_config(model, adapter)
     provider = resolve_provider("auto") if options.provider == "auto" else options.provider
     precision, how = options.precision, options.quantization
+    refuse_untold(how, model)
     read = [model, *inputs, *([adapter] if adapter else [])]
     with files.output_folder(output, options.force, inputs=read) as stage, Worker() as worker:
         engine = engine_named(check_request(config, precision, provider, options.engine, how))
@@ -87,8 +88,8 @@ def export(
         )  # fmt: skip
         produced = produce(job, options.engine, source, prove, integers)
         job, made = produced.job, produced.made
+        refuse_unmatched(stage, made, how)
         texts = activations.quantize(stage, model, made, how, config) if integers else None
-        refuse_unmatched(stage, made, how.keep)
         more = finish(stage) if finish else {}
         for name in made.graphs:
             check_model(stage / name)

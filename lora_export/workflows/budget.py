@@ -224,17 +224,20 @@ class Search:
 
         export, folder = self.options.export, self.first.base.output
         record, how = read_record(folder), export.quantization
+        assert record.quantization is not None
         statistics = folder / STATISTICS
         if statistics.is_file():
             how = replace(how, calibration=statistics)
-        keep, eight = (*how.keep, *more.get("keep", ())), (*how.eight_bits, *more.get("eight_bits", ()))
-        how = replace(how, keep=keep, eight_bits=eight)
+        keep = (*record.quantization.keep, *more.get("keep", ()))
+        how = replace(how, keep=keep, eight_bits=(*record.quantization.eight_bits, *more.get("eight_bits", ())))
         return replace(export, engine=record.engine, optimize=record.optimize, quantization=how)
 
     def _raised(self, groups: "Sequence[Group]", raised: Assignment) -> ExportOptions:
-        named = {to: [name for r in raised if r.to == to for name in groups[r.group].nodes] for to in get_args(Raised)}
-        kept = tuple(named["unquantized"])
-        return self._with(eight_bits=tuple(n for n in named["int8"] if n not in kept), keep=kept)
+        from lora_export.onnx_export.quantize.settings import escaped
+
+        named = {to: {t for r in raised if r.to == to for t in groups[r.group].tensors} for to in get_args(Raised)}
+        kept = named["unquantized"]
+        return self._with(eight_bits=escaped(named["int8"] - kept), keep=escaped(kept))
 
     @staticmethod
     def _moved(pair: Pair, base: Path, merged: Path) -> Pair:

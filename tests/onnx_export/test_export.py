@@ -165,6 +165,22 @@ def test_export_engine_sees_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
+def test_export_keep_touched_makes_those_products_int8(llama: Path, tmp_path: Path) -> None:
+    """A norm that an adapter changed is no product, and a pattern of tensors is found in any graph."""
+    changed = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+    how = QuantizationOptions(keep=("touched", "*layers.0.mlp.up_proj.weight"), touched=changed)
+    for engine in ("genai", "dynamo"):
+        made = attempt(llama, tmp_path / engine, precision="int4", quantization=how, engine=engine)
+        weights = json.loads((made.output / "weights-map.json").read_text())["weights"]
+        bits = {w["made_of"][0]["tensor"]: w.get("quantized", {}).get("method") for w in weights if w["made_of"]}
+        assert {t for t, method in bits.items() if method == "int8"} == {changed[0]}, engine
+        assert bits["model.layers.0.mlp.up_proj.weight"] is None
+        assert bits["model.layers.1.mlp.up_proj.weight"] == "int4"
+    with pytest.raises(ExportError, match="nothing says which tensors") as refusal:
+        attempt(llama, tmp_path / "out", precision="int4", quantization=QuantizationOptions(keep=("touched",)))
+    assert "merge-and-export" in str(refusal.value)
+
+
 def test_export_keep_auto_makes_worst_products_int8(llama: Path, bert: Path, tmp_path: Path) -> None:
     """What was chosen is in the record, and the folder has nothing of what it was measured on."""
     options = QuantizationOptions(keep=("auto",))

@@ -12,6 +12,7 @@ from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.quantize import calibration
+from lora_export.onnx_export.quantize.settings import unquantized
 from lora_export.onnx_export.weights import map as weights_map
 
 LONGEST = 128  # tokens of each calibration text
@@ -63,8 +64,9 @@ def quantize(
     feeds, record = None, None
     if how.activations == "static":
         feeds, record = _calibration(folder / name, model, how, config)
-    quantize_int8(folder / name, made_in / name, feeds, how.keep)
-    for file in weights_map.read(folder).sizes:
+    described = weights_map.read(folder)
+    quantize_int8(folder / name, made_in / name, feeds, unquantized(how), described.weights)
+    for file in described.sizes:
         (folder / file).unlink()
     (folder / weights_map.NAME).unlink()
     for path in made_in.iterdir():

@@ -109,7 +109,7 @@ class Rows:
         found = []
         for line in lines:
             source, _, target = line.partition("\t")
-            ids, written = self._row(source), self._row(target.strip() or source)
+            ids, written = self._row(source), self._row(target if target.strip() else source)
             if ids and written:
                 found.append((ids, [first, *written[:-1]]))
         return [(source, target) for source, target in _spread(found, tokens)]

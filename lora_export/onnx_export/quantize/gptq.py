@@ -33,7 +33,7 @@ class Solver:
 
     def __init__(self, moment: Array) -> None:
         diagonal = np.einsum("ii->i", moment)
-        mean = float(diagonal.mean()) or 1.0
+        mean = float(np.maximum(diagonal, 0).mean()) or 1.0
         diagonal[diagonal <= 0] = mean
         self._moment, self._damping = moment, 0.0
         self._order = np.argsort(-diagonal, kind="stable")

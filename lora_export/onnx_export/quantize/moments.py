@@ -10,7 +10,7 @@ import numpy as np
 from lora_export.contracts import Progress
 from lora_export.errors import ExportError
 from lora_export.graph_runs.feeds import Feed
-from lora_export.onnx_export.graphs.matmuls import candidates
+from lora_export.onnx_export.graphs.matmuls import Product, candidates
 from lora_export.onnx_export.quantize.segments import SEGMENT, run_in_parts
 from lora_export.onnx_export.weights.dtypes import Array
 from lora_export.onnx_export.weights.map import Weight
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FEWEST = 64  # rows of an expert's inputs, and an eighth of their width: below, its moments say little
 _FP32 = 4  # bytes
+_MATRIX = 2
+_MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -68,24 +70,38 @@ class _Sum:
 
 def inputs_of(model: "ir.Model", weights: Sequence[Weight], skip: Collection[str] = ()) -> list[Inputs]:
     """What each product of the graph that could be quantized is multiplied with, in the order of the nodes; weights
-    that share it together. skip: names of weights that are not wanted."""
+    that share it together. skip: names of weights that are not wanted.
+
+    Attention is one of them: a quantized export has its three projections as products of their own.
+    """
     products = candidates(model, weights)
+    known = {w.name: w for w in weights}
     read: dict[str, list[str]] = {}
-    found: dict[str, Weight] = {}
     sizes: dict[str, int] = {}
     for node in model.graph:
-        product = products.get(str(node.name))
         value = node.inputs[0] if node.inputs else None
-        if product is None or value is None or value.is_initializer() or product.weight.name in skip:
+        name, size = _product(node, products, known)
+        if not name or value is None or value.is_initializer() or name in skip:
             continue
-        found[product.weight.name], sizes[product.weight.name] = product.weight, product.rows
-        values = read.setdefault(product.weight.name, [])
+        sizes[name] = size
+        values = read.setdefault(name, [])
         if str(value.name) not in values:
             values.append(str(value.name))
     shared: dict[tuple[str, ...], list[Weight]] = {}
     for name, values in read.items():
-        shared.setdefault(tuple(values), []).append(found[name])
+        shared.setdefault(tuple(values), []).append(known[name])
     return [Inputs(values, tuple(own), sizes[own[0].name]) for values, own in shared.items()]
+
+
+def _product(node: "ir.Node", products: Mapping[str, Product], known: Mapping[str, Weight]) -> tuple[str, int]:
+    """The name of a node's weight, and the width of what it multiplies; no name for other nodes."""
+    if (product := products.get(str(node.name))) is not None:
+        return product.weight.name, product.rows
+    if node.op_type == "Attention" and node.domain == _MICROSOFT and node.inputs[1] is not None:
+        weight = known.get(str(node.inputs[1].name))
+        if weight is not None and len(weight.shape) == _MATRIX:
+            return weight.name, weight.shape[0]
+    return "", 0
 
 
 def moments(

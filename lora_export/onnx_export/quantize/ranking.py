@@ -1,17 +1,17 @@
 """In which order the weights of a quantized export get more bits: those that the adapter changes first, then the
 others, both by the damage per byte that their rounding does."""
 
-from collections.abc import Collection, Iterator
+import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.contracts import Progress
-from lora_export.graph_runs.feeds import Feed, token_feeds
-from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export import records
-from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.quantize import calibration
+from lora_export.onnx_export.quantize.feeding import stages
 from lora_export.onnx_export.quantize.sensitivity import Damage, choose_kept
+from lora_export.onnx_export.quantize.stored import StoredMatrices
 from lora_export.onnx_export.weights import map as weights_map
 
 TOKENS = 512  # of the texts on which damage is measured: each group of weights costs a run over them
@@ -19,11 +19,9 @@ TOKENS = 512  # of the texts on which damage is measured: each group of weights 
 
 @dataclass(frozen=True)
 class Group:
-    """Weights that get more bits together. tensors: of the checkpoint, that they are made of; nodes: of the graph,
-    that multiply by them; touched: whether the adapter changes one of them; nbytes: of the group in the export, as
-    int8 and unquantized."""
+    """Weights that get more bits together. tensors: of the checkpoint, that they are made of; touched: whether the
+    adapter changes one of them; nbytes, in_int8, unquantized: bytes of the group as it is, as int8, and as fp32."""
 
-    nodes: tuple[str, ...]
     tensors: tuple[str, ...]
     touched: bool
     nbytes: int
@@ -49,39 +47,26 @@ def rank(
     """
     record, fp32 = records.read_record(made), records.read_record(plain)
     assert record.quantization is not None
-    graph = plain / fp32.graphs[0]
-    damages = choose_kept(
-        graph,
-        record.quantization,
-        _feeds(graph, model, texts, record.kind == "decoder"),
-        logits="logits" if record.kind == "decoder" else None,
-        eight_bits=record.precision != "int8",
-        made=made,
-        progress=progress,
-    )
-    low = {t for t, method in _methods(made) if method == record.quantization.method}
-    groups = [_group(d, made, in_int8, plain, touched) for d in damages if low & {*d.tensors}]
+    generates = record.kind != "encoder"
+    with tempfile.TemporaryDirectory(prefix=".between-", dir=plain) as scratch:
+        graphs = [plain / name for name in fp32.graphs]
+        run, _, _ = stages(graphs, model, calibration.read(texts), TOKENS, Path(scratch))
+        damages = choose_kept(
+            run,
+            record.quantization,
+            logits="logits" if generates else None,
+            eight_bits=record.precision != "int8",
+            made=StoredMatrices.of(made),
+            progress=progress,
+        )
+    groups = [_group(damage, made, in_int8, plain, touched) for damage in damages]
     return tuple(sorted(groups, key=lambda g: not g.touched))
-
-
-def _feeds(graph: Path, model: Path, texts: Path | None, running: bool) -> list[Feed]:
-    """running: whether the model reads running text; an encoder gets a text a line."""
-    text, rows = calibration.read(texts), calibration.Rows.of(model)
-    ids = rows.windows(text.text, TOKENS) if running else rows.texts(text.lines, TOKENS)
-    return list(token_feeds(Signature.of_model(open_model(graph), graph), ids))
-
-
-def _methods(folder: Path) -> Iterator[tuple[str, str]]:
-    """The tensors of quantized weights, with the method of each."""
-    for weight in weights_map.read(folder).weights:
-        if weight.recipe.quantized is not None:
-            yield from ((p.tensor, weight.recipe.quantized.method) for p in weight.recipe.pieces)
 
 
 def _group(damage: Damage, made: Path, in_int8: Path, plain: Path, touched: Collection[str]) -> Group:
     own = {*damage.tensors}
     sizes = (_nbytes(folder, own) for folder in (made, in_int8, plain))
-    return Group(damage.nodes, damage.tensors, not own.isdisjoint(touched), *sizes)
+    return Group(damage.tensors, not own.isdisjoint(touched), *sizes)
 
 
 def _nbytes(folder: Path, tensors: Collection[str]) -> int:

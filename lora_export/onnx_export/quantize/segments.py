@@ -209,9 +209,9 @@ def _is_constant(value: ir.Value) -> bool:
 
 
 def _cut(
-    nodes: Sequence[ir.Node], lookups: Collection[ir.Node], wanted: Mapping[str, int], limit: int
+    nodes: Sequence[ir.Node], lookups: Collection[ir.Node], wanted: Mapping[str, int], room: int
 ) -> Iterator[list[ir.Node]]:
-    """Runs of nodes. Of the places in the second half of what the limit allows, the cut goes where the fewest
+    """Runs of nodes. Of the places in the second half of the `room`, the cut goes where the fewest
     values are alive."""
     alive = _alive(nodes, lookups)
     start, costs, seen = 0, [0], set[str]()  # costs: of nodes[start:start + i]
@@ -219,7 +219,7 @@ def _cut(
         cost = _cost(node, wanted, seen)
         while at > start:
             alone = node in lookups or nodes[at - 1] in lookups
-            if not alone and costs[-1] + cost <= limit:
+            if not alone and costs[-1] + cost <= room:
                 break
             places = [i for i in range(start + 1, at + 1) if 2 * costs[i - start] >= costs[-1]]
             cut = at if alone else min(places, key=lambda i: (alive[i], -i))

@@ -1,7 +1,8 @@
 """How the weights of a graph are quantized: settings, and whether a quantizer supports them."""
 
 import fnmatch
-from collections.abc import Collection
+import glob
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -10,7 +11,9 @@ from lora_export.contracts import QuantizationOptions
 from lora_export.errors import ExportError
 from lora_export.onnx_export.weights.map import Method, Quantization
 
-AUTO = "auto"  # in place of node names: choose by measured damage
+AUTO = "auto"  # in place of names: choose by measured damage
+TOUCHED = "touched"  # in place of names: what the adapters changed
+WORDS = (AUTO, TOUCHED)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 BLOCKS: dict[Method, int] = {"int4": 32, "int8": 64, "nf4": 64, "fp4": 64}  # where nobody asks for another
 # int4 of a model that generates. Beside blocks of 32 without zero points, SmolLM2 keeps more of an adapter (0.77
@@ -25,9 +28,10 @@ ALGORITHMS = ("default", "rtn", "k_quant", GPTQ)
 @dataclass(frozen=True)
 class Blockwise:
     """method: int4 and int8 with ONNX Runtime's MatMulNBits, nf4 with its MatMulBnb4; accuracy_level: the type that
-    the operator computes in (0: that of its inputs, 4: int8); keep: nodes to leave unquantized, by name or pattern;
-    eight_bits: nodes of an int4 graph to make int8, where a byte buys more than in `keep`; embeddings: quantize
-    those too, with GatherBlockQuantized; a head that is tied to them reads the same numbers."""
+    the operator computes in (0: that of its inputs, 4: int8); keep: nodes to leave unquantized, by patterns of
+    their names or of checkpoint tensors (see `chosen`); eight_bits: those of an int4 graph to make int8, where a
+    byte buys more than in `keep`; embeddings: quantize those too, with GatherBlockQuantized; a head that is tied
+    to them reads the same numbers."""
 
     method: Method
     block_size: int = 32
@@ -96,14 +100,15 @@ def blockwise(
     level = options.accuracy_level if options.accuracy_level is not None else 4 if provider == "cpu" else 0
     symmetric = options.symmetric if options.symmetric is not None else method != "int4"
     symmetric = symmetric and options.algorithm != "k_quant"  # it optimizes zero points too
+    touched = escaped(options.touched) if TOUCHED in options.keep and method == "int4" else ()
     how = Blockwise(
         method,
         size,
         symmetric,
         options.algorithm,
         0 if method == "nf4" else level,
-        options.keep,
-        options.eight_bits,
+        unquantized(options) if method != "int4" else tuple(k for k in options.keep if k != TOUCHED),
+        (*options.eight_bits, *touched),
         options.embeddings,
     )
     how.check()
@@ -114,6 +119,34 @@ def unsupported(what: str, expected: str, next_step: str) -> ExportError:
     return ExportError(f"{what} cannot be exported", expected=expected, next_step=next_step)
 
 
-def kept(name: str, patterns: Collection[str]) -> bool:
-    """Whether a node of this name is to stay in high precision."""
-    return any(fnmatch.fnmatchcase(name, p) for p in patterns)
+def unquantized(options: QuantizationOptions) -> tuple[str, ...]:
+    """The patterns of what stays unquantized in graphs that do not mix bits."""
+    touched = escaped(options.touched) if TOUCHED in options.keep else ()
+    return (*(k for k in options.keep if k != TOUCHED), *touched)
+
+
+def chosen(nodes: Mapping[str, Collection[str]], patterns: Collection[str]) -> set[str]:
+    """The nodes that patterns mean. nodes: name → the checkpoint tensors that its weight is made of.
+
+    A pattern that no node's name matches is one of tensors' names: those are the same in every graph of a model.
+    """
+    of_tensors: dict[str, list[str]] = {}
+    for node, tensors in nodes.items():
+        for tensor in tensors:
+            of_tensors.setdefault(tensor, []).append(node)
+    found: set[str] = set()
+    for pattern in patterns:
+        own = _matching(nodes, pattern)
+        found.update(own or (node for tensor in _matching(of_tensors, pattern) for node in of_tensors[tensor]))
+    return found
+
+
+def _matching(names: Collection[str], pattern: str) -> list[str]:
+    if glob.has_magic(pattern):
+        return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    return [pattern] if pattern in names else []
+
+
+def escaped(names: Collection[str]) -> tuple[str, ...]:
+    """Patterns that match these names alone."""
+    return tuple(sorted(map(glob.escape, names)))

@@ -99,14 +99,11 @@ class Statistics:
         triangle = to_float32(self._read(name + _TRIANGLE, np.dtype(np.float16)))
         if not (np.isfinite(diagonal).all() and (diagonal >= 0).all() and (np.abs(triangle) <= 1).all()):
             raise _odd(self.path, "numbers that no mean of squares has", "finite ones, and correlations", name)
-        size, at = len(diagonal), 0
+        root, size, at = np.sqrt(diagonal), len(diagonal), 0
         matrix = np.empty((size, size), np.float64)
         for row in range(size):
-            matrix[row, row:] = matrix[row:, row] = triangle[at : at + size - row]
+            matrix[row, row:] = matrix[row:, row] = triangle[at : at + size - row] * root[row:] * root[row]
             at += size - row
-        root = np.sqrt(diagonal)
-        matrix *= root
-        matrix *= root[:, None]
         np.fill_diagonal(matrix, diagonal)
         return matrix
 
