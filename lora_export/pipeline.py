@@ -186,7 +186,9 @@ def _suspects(result: ValidationResult) -> tuple[str, ...]:
 
 
 def _only_survival_failed(result: ValidationResult) -> bool:
-    return bool(result.advice) and all(c.passed or c.name.endswith("adapter_survival") for c in result.checks)
+    return bool(result.advice) and all(
+        c.passed or c.name.endswith(("adapter_survival", "_kl")) for c in result.checks
+    )
 
 
 def failures(result: ValidationResult) -> str:

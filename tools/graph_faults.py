@@ -33,7 +33,7 @@ from lora_export.storage.sealed import write_json
 from tests.validation.graphs import mutations
 from tests.validation.graphs.honest import Case, cases, prompts
 from tests.validation.graphs.models import KINDS, MODELS, PRECISIONS, Tiny, Workshop
-from tests.validation.graphs.trial import SURVIVAL, Bench, Drawn, Verdict
+from tests.validation.graphs.trial import VERDICTS, Bench, Drawn, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 UNSEEN = 2 / 60  # the share of faults that may go unseen
@@ -183,8 +183,8 @@ def try_export(workshop: Workshop, case: Case, work: Path) -> Row:
         "seed": case.seed,
         "update": case.ratio,
         "own_prompts": case.own_prompts,
-        "false_alarm": bool(verdict.names - {SURVIVAL}),
-        "keeps_too_little": verdict.names == {SURVIVAL},
+        "false_alarm": bool(verdict.names - {*VERDICTS}),
+        "keeps_too_little": bool(verdict.names) and verdict.names <= {*VERDICTS},
         "failed": [short(c) for c in verdict.failed],
         "refused": verdict.refused,
         "checks": onnx_checks(verdict),

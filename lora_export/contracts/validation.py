@@ -51,13 +51,15 @@ class AdapterSurvival:
 
     model: as in Perplexity; share: of the effect that is kept, 1 for all, 0 for none, None if the adapter has none;
     kl_base: mean KL(base‖merged) in nats, the effect; kl_lost: mean KL(merged‖model); both None for a model whose
-    outputs are no probabilities of tokens.
+    outputs are no probabilities of tokens. share_error, kl_lost_error: standard errors between texts, None for one.
     """
 
     model: str
     share: Figure | None
     kl_base: Figure | None
     kl_lost: Figure | None
+    share_error: Figure | None = None
+    kl_lost_error: Figure | None = None
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ class Merged:
 class Export:
     """nbytes: size of its files; share: what it keeps of the adapter's effect, and whether that is enough;
     by_weights: what its weights alone keep in PyTorch, None where that is not known; faults: failed checks that
-    no precision explains; eight_bit_inputs: its products take inputs of 8 bits, too."""
+    no precision explains; eight_bit_inputs: its products take inputs of 8 bits, too; kl: from the merged model, in
+    nats, None where there is none; kl_limit: what was allowed, if this alone is too far; calibrated: on texts."""
 
     precision: str
     nbytes: int
@@ -123,26 +124,41 @@ class Export:
     by_weights: float | None = None
     faults: tuple[str, ...] = ()
     eight_bit_inputs: bool = False
+    kl: float | None = None
+    kl_limit: float | None = None
+    calibrated: bool = False
 
 
 def precision_advice(exports: Sequence[Export], merged: Merged, least: float, again: str) -> tuple[str, ...]:
     """least: the share to be kept; again: the command that tries another precision, with {precision} in it."""
     if not exports:
         return ()
-    figures = ", ".join(f"{e.precision} {e.share:.1%} in {e.nbytes / 1e6:,.0f} MB" for e in exports)
+    figures = ", ".join(
+        f"{e.precision} {e.share:.1%}{'' if e.kl is None else f', KL {e.kl:.2g},'} in {e.nbytes / 1e6:,.0f} MB"
+        for e in exports
+    )
     passing = sorted((e for e in exports if e.passed), key=lambda e: e.nbytes)
     if passing:
         best = passing[0]
         which = "keeps" if len(exports) == 1 else "is the smallest of those measured that keeps"
         return (f"Ship the {best.precision} export: it {which} the adapter's effect (kept: {figures}).",)
     largest = max(exports, key=lambda e: e.nbytes)
-    lost = f"Do not ship {' or '.join(e.precision for e in exports)}: less than {least:.0%} of the adapter's effect"
-    return (f"{lost} is left (kept: {figures}). {_remedy(largest, merged, again)}",)
+    lost = f"Do not ship {' or '.join(e.precision for e in exports)}: {_lost(exports, least)}"
+    return (f"{lost} (kept: {figures}). {_remedy(largest, merged, again)}",)
+
+
+def _lost(exports: Sequence[Export], least: float) -> str:
+    if any(e.kl_limit is None for e in exports):
+        return f"less than {least:.0%} of the adapter's effect is left"
+    allowed = max(e.kl_limit for e in exports if e.kl_limit is not None)
+    return f"the outputs are farther from the merged model's than the base's are (KL {allowed:.2g} nats)"
 
 
 def cause(export: Export, merged: Merged) -> Cause:
     """What an export lost the adapter to: the first stage, from the merge to the graph, that loses PART of all that
     is lost."""
+    if export.kl_limit is not None:
+        return "export" if export.faults else "weights" if export.precision in LARGER else "unknown"
     kept = 1.0 if merged.kept is None else merged.kept
     by_weights = export.share if export.by_weights is None else export.by_weights
     losses = {"merge": 1 - kept, "weights": kept - by_weights, "arithmetic": by_weights - export.share}
@@ -186,4 +202,7 @@ def _remedy(export: Export, merged: Merged, again: str) -> str:
         return "See which check of the merge or the export fails."
     what = "weights" if reason == "weights" else "arithmetic"
     command = again.replace("{precision}", LARGER[export.precision])
-    return f"The adapter is lost to {what} in {export.precision}. Try the next larger precision: {command}"
+    calibrate = "Round them so that the outputs change least: --quantizer gptq. "
+    more = calibrate if reason == "weights" and export.precision == "int4" and not export.calibrated else ""
+    lost = "The adapter is lost to" if export.kl_limit is None else "The difference comes from"
+    return f"{lost} {what} in {export.precision}. {more}Try the next larger precision: {command}"

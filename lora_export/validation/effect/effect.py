@@ -108,6 +108,20 @@ def effect_exists(whole: float, positions: int, noise: float = 0.0) -> bool:
     return whole > max(NO_EFFECT, noise) * positions
 
 
+def _standard_error(parts: Sequence[float], sizes: Sequence[float]) -> float:
+    """Of Σ parts / Σ sizes, from how it varies between inputs (ratio estimator); NaN for one input."""
+    count, total = len(sizes), sum(sizes)
+    if count < 2 or not total > 0:
+        return math.nan
+    ratio = sum(parts) / total
+    rest = sum((p - ratio * s) ** 2 for p, s in zip(parts, sizes, strict=True))
+    return math.sqrt(rest * count / (count - 1)) / total
+
+
+def _known(figure: float) -> float | None:
+    return None if math.isnan(figure) else figure
+
+
 @dataclass
 class AnyEffect(ABC):
     """Sums over inputs of what an adapter does, and of what a model in lower precision keeps of it.
@@ -132,20 +146,30 @@ class AnyEffect(ABC):
 
     @property
     def uncertainty(self) -> float:
-        """Standard error of the share, from how it varies between inputs (ratio estimator); NaN for one input."""
-        count, total = len(self.whole), sum(self.whole)
-        if self.share is None or count < 2:
-            return math.nan
-        share = sum(self.kept) / total
-        rest = sum((k - share * w) ** 2 for k, w in zip(self.kept, self.whole, strict=True))
-        return math.sqrt(rest * count / (count - 1)) / total
+        """Standard error of the share, from how it varies between inputs; NaN for one input."""
+        return math.nan if self.share is None else _standard_error(self.kept, self.whole)
 
     def survival(self, name: str) -> AdapterSurvival:
-        return AdapterSurvival(name, self.share, None, None)
+        return AdapterSurvival(name, self.share, None, None, _known(self.uncertainty))
+
+    @property
+    def fidelity(self) -> "Fidelity | None":
+        """How far the outputs in lower precision are from the merged model's; None where that has no unit."""
+        return None
 
     def perplexities(self, names: Sequence[tuple[str, str]]) -> tuple[Perplexity, ...]:
         """None, where there is no next token to predict."""
         return ()
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Mean KL divergences from the merged model, in nats. lost: of the model in lower precision; error: the standard
+    error of it, from how it varies between texts, NaN for one; base: of the base in fp32, without the adapter."""
+
+    lost: float
+    error: float
+    base: float
 
 
 @dataclass
@@ -159,8 +183,8 @@ class Effect(AnyEffect):
     """
 
     kl_base: float = 0.0
-    kl_lost: float = 0.0
-    positions: int = 0
+    lost: list[float] = field(default_factory=list)  # KL(merged‖in lower precision), one figure a text
+    lengths: list[int] = field(default_factory=list)
     predicted: int = 0
     surprises: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("B", "M", "BQ", "Q"), 0.0))
 
@@ -172,18 +196,25 @@ class Effect(AnyEffect):
         self.whole.append(float((change * (m - b)).sum()))
         self.kept.append(float((change * (q - bq)).sum()))
         self.kl_base += divergence(b, m)
-        self.kl_lost += divergence(m, q)
-        self.positions += len(ids)
+        self.lost.append(divergence(m, q))
+        self.lengths.append(len(ids))
         self.predicted += len(ids) - 1
         for name, p in zip(self.surprises, (b, m, bq, q), strict=True):
             self.surprises[name] += surprise(p, ids)
 
     @property
     def count(self) -> int:
-        return self.positions
+        return sum(self.lengths)
+
+    @property
+    def fidelity(self) -> Fidelity:
+        error = _standard_error(self.lost, self.lengths)
+        # The whole effect is the sum of the divergences in both directions.
+        return Fidelity(sum(self.lost) / self.count, error, max(sum(self.whole) - self.kl_base, 0.0) / self.count)
 
     def survival(self, name: str) -> AdapterSurvival:
-        return AdapterSurvival(name, self.share, self.kl_base / self.positions, self.kl_lost / self.positions)
+        far, errors = self.fidelity, (_known(self.uncertainty), _known(self.fidelity.error))
+        return AdapterSurvival(name, self.share, self.kl_base / self.count, far.lost, *errors)
 
     def perplexities(self, names: Sequence[tuple[str, str]]) -> tuple[Perplexity, ...]:
         """names: (B, M, BQ or Q, how it is called) for those that are wanted."""

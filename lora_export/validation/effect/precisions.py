@@ -5,22 +5,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora_export.contracts import AdapterSurvival, Check, ExportedPair, Perplexity, ValidationResult
-from lora_export.validation.effect.advice import Export, Merged, precision_advice
-from lora_export.validation.effect.effect import AnyEffect
+from lora_export.validation.comparing.thresholds import below, reported
+from lora_export.validation.effect.advice import ALIKE, Export, Merged, precision_advice
+from lora_export.validation.effect.effect import AnyEffect, Fidelity
 
 # What these compare is the same in any precision: if one of them fails, the export is at fault.
-_FAULTS = ("graph", "padded", "weight_errors", "base_graph", "base_padded", "base_weight_errors")
+_OF_GRAPHS = ("graph", "padded", "weight_errors", "quantization_errors")
+_FAULTS = (*_OF_GRAPHS, *(f"base_{name}" for name in _OF_GRAPHS))
+
+
+# KL(merged ‖ export) is by how much the perplexity grows, in its logarithm, on text that the merged model writes. A
+# hundredth is not worth a decision, however little the adapter does.
+LEAST_KL = math.log1p(ALIKE)
 
 
 @dataclass(frozen=True)
 class JudgedExport:
     """checks: of the export; effect: what its graphs leave of the adapter's; by_weights: the share of it that their
-    numbers keep when PyTorch computes with them, None where that is not known."""
+    numbers keep when PyTorch computes with them, None where that is not known; calibrated: whether weights were
+    quantized on texts."""
 
     pair: ExportedPair
     checks: tuple[Check, ...]
     effect: AnyEffect
     by_weights: float | None = None
+    calibrated: bool = False
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -40,22 +49,31 @@ def adapter_survival(exports: Sequence[JudgedExport], least: float, again: str, 
         survivals.append(export.effect.survival(pair.name))
         perplexities += export.effect.perplexities(_names(pair, first=not perplexities))
         if share is not None:
-            check = _check(pair, share, export.effect.uncertainty, least)
-            checks.append(check)
-            measured.append(
-                Export(
-                    pair.precision,
-                    pair.nbytes,
-                    share,
-                    check.passed,
-                    export.by_weights,
-                    export.faults,
-                    pair.activations != "float",
-                )
-            )
+            own = [_check(pair, share, export.effect.uncertainty, least)]
+            far = export.effect.fidelity
+            if far is not None:
+                own.append(_kl_check(pair, far, gated=least > 0))
+            checks += own
+            measured.append(_as_export(export, share, far, own))
     advice = precision_advice(measured, merged, least, again)
     return ValidationResult(
         tuple(checks), perplexities=tuple(perplexities), adapter_survival=tuple(survivals), advice=advice
+    )
+
+
+def _as_export(export: JudgedExport, share: float, far: Fidelity | None, checks: Sequence[Check]) -> Export:
+    only_far = far is not None and checks[0].passed and not checks[-1].passed
+    return Export(
+        export.pair.precision,
+        export.pair.nbytes,
+        share,
+        all(c.passed for c in checks),
+        export.by_weights,
+        export.faults,
+        export.pair.activations != "float",
+        None if far is None else far.lost,
+        _limit(far) if far is not None and only_far else None,
+        export.calibrated,
     )
 
 
@@ -66,11 +84,28 @@ def _names(export: ExportedPair, first: bool) -> list[tuple[str, str]]:
 
 def _check(export: ExportedPair, share: float, uncertainty: float, least: float) -> Check:
     """least: 0 accepts any share, so the check has no threshold: only a share that is not a number fails."""
-    error = "" if math.isnan(uncertainty) else f", ± {uncertainty:.2g} between the texts"
     return Check(
         f"{export.prefix}adapter_survival",
         share,
         least or None,
         share >= least if least else math.isfinite(share),
-        f"share of the adapter's effect on the outputs that {export.precision} keeps{error}",
+        f"share of the adapter's effect on the outputs that {export.precision} keeps{_between(uncertainty)}",
     )
+
+
+def _kl_check(export: ExportedPair, far: Fidelity, gated: bool) -> Check:
+    """An export that is farther from the merged model than the base is has lost more than the adapter brought,
+    whatever share of the adapter's direction it keeps."""
+    name, limit = f"{export.prefix}kl", _limit(far)
+    note = f"mean KL(merged ‖ {export.precision}) in nats{_between(far.error)}; of the base: {far.base:.2g}"
+    if not gated:
+        return reported(name, far.lost, note)
+    return below(name, far.lost, limit, f"{note}, which is the limit, or {LEAST_KL:.2g}")
+
+
+def _limit(far: Fidelity) -> float:
+    return max(far.base, LEAST_KL)
+
+
+def _between(uncertainty: float) -> str:
+    return "" if math.isnan(uncertainty) else f", ± {uncertainty:.2g} between the texts"

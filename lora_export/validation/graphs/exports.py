@@ -16,6 +16,7 @@ from lora_export.validation.comparing.comparison import Comparison, Graph
 from lora_export.validation.effect.precisions import JudgedExport
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.model import GraphModel, graph_model
+from lora_export.validation.graphs.moments import Moments
 from lora_export.validation.graphs.numbers import Expected, base_numbers, effective_numbers, numbers_of
 
 QUANTIZED = ("int4", "int8", "nf4")
@@ -45,16 +46,17 @@ class Judge:
             checks = self.comparison.compare_onnx(self.unmerged, graph)
             if held is not None:
                 of = "the unmerged model" if self.alone else "the merged folder"
-                checks.append(held.check(f"{pair.prefix}weight_errors", of))
+                checks += held.checks(pair.prefix, of)
         graph = replace(graph, model=None)  # frees it before the base's is loaded
         prefix = f"{pair.prefix}base_"
         with self._model(pair, pair.base_graphs, base_numbers(self.unmerged), self.dtypes) as held:
             base = self._graph(pair, pair.base_graphs, held, prefix)
             checks += self.comparison.compare_base(self.unmerged, base)
             if held is not None:
-                checks.append(held.check(f"{prefix}weight_errors", "the base in PyTorch"))
+                checks += held.checks(prefix, "the base in PyTorch")
         effect = self.comparison.effect(self.unmerged, base, graph)
-        return JudgedExport(pair, tuple(checks), effect, self.comparison.kept_by_weights())
+        calibrated = Moments.beside(pair.merged) is not None
+        return JudgedExport(pair, tuple(checks), effect, self.comparison.kept_by_weights(), calibrated)
 
     @contextlib.contextmanager
     def _model(

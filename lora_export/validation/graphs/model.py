@@ -23,7 +23,9 @@ from lora_export.sentence_modules import weight_files
 from lora_export.validation.comparing import sentence
 from lora_export.validation.comparing.tested_model import plain
 from lora_export.validation.graphs import weights as graph_weights
-from lora_export.validation.graphs.numbers import Expected, error_of, of_base, saved_whole
+from lora_export.validation.graphs.moments import Moments
+from lora_export.validation.graphs.numbers import Expected, judged, of_base, saved_whole
+from lora_export.validation.graphs.stated import Stated
 from lora_export.validation.graphs.weights import Held
 from lora_export.validation.reference import loading, streaming
 
@@ -34,12 +36,32 @@ HEAD = "output_head"
 @dataclass
 class GraphModel:
     """model: in fp32; wrong: tensors whose values in the graph are not those of the checkpoint; unchecked: tensors
-    without a counterpart; checked: how many had one."""
+    without a counterpart; checked: how many had one; moments, stated: what lies beside the graph."""
 
     model: Any
+    moments: Moments | None = None
+    stated: Stated | None = None
     wrong: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     checked: int = 0
+
+    def checks(self, prefix: str, of: str) -> list[Check]:
+        """Of the numbers in the data files, and of what the export says of their errors."""
+        said = [] if self.stated is None else [self.stated.check(f"{prefix}quantization_errors")]
+        return [self.check(f"{prefix}weight_errors", of), *said]
+
+    def judge(self, held: Held, wanted: torch.Tensor | None, stored: Mapping[str, torch.dtype] | None) -> None:
+        """wanted: what the piece should be, None if unknown; stored: as in `error_of`."""
+        found = None
+        if wanted is None:
+            self.unchecked.append(held.tensor)
+        else:
+            self.checked += 1
+            error, found = judged(held, wanted, stored, self.moments)
+            if not error <= 1:
+                self.wrong.append(held.tensor)
+        if self.stated is not None and held.quantized is not None:
+            self.stated.add(held.quantized, found)
 
     def check(self, name: str, of: str) -> Check:
         """No value of the data files may differ from what it was made of by more than its type explains."""
@@ -70,10 +92,11 @@ def graph_model(
     shapes = shapes_of(merged)
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
         work = Path(scratch)
-        checked_model = GraphModel(None)
+        beside = graphs[0].parent
+        checked_model = GraphModel(None, Moments.beside(beside), Stated.beside(beside))
         writer = Writer(work, shapes)
         for held in graph_weights.read(graphs, shapes):
-            _judge(held, expected(held), stored, checked_model)
+            checked_model.judge(held, expected(held), stored)
             writer.add(held)
         if not checked_model.checked and not checked_model.unchecked:
             raise ExportError(
@@ -86,17 +109,6 @@ def graph_model(
         checked_model.model = _load(work, unmerged, merged, head, keep)
         sentence.attach(checked_model.model, merged, writer.under(weight_files(merged)))
         yield checked_model
-
-
-def _judge(
-    held: Held, wanted: torch.Tensor | None, stored: Mapping[str, torch.dtype] | None, checked_model: GraphModel
-) -> None:
-    if wanted is None:
-        checked_model.unchecked.append(held.tensor)
-        return
-    checked_model.checked += 1
-    if not error_of(held, wanted, stored) <= 1:
-        checked_model.wrong.append(held.tensor)
 
 
 def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:

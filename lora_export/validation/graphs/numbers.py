@@ -12,6 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_export.sentence_modules import weight_files
+from lora_export.validation.graphs.calibrated import Sums, calibrated_error, rows_of, searched_error, sums
+from lora_export.validation.graphs.moments import Moments
 from lora_export.validation.graphs.weights import Held, Quantized
 from lora_export.validation.reference import streaming
 from lora_export.validation.reference.probes import base_layer, plain_parameters, wrapped_modules
@@ -27,6 +29,7 @@ STEPS, RMS_STEPS = 1.25, 0.42
 CODE_GAPS = {"nf4": (0.153, 0.06), "fp4": (0.168, 0.08)}
 ARITHMETIC = 2.0**-20  # of the largest weight: what asking a layer for its weights costs in fp32
 SCALE_ROUNDING = 2.0**-8  # a scale in bf16 moves every number of its block
+GPTQ = "gptq"
 Expected = Callable[[Held], torch.Tensor | None]
 
 
@@ -122,12 +125,34 @@ def error_of(held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype]
     stored: None if the graph was made of exactly the `wanted` values, else the types that they were first rounded
     to.
     """
-    if held.quantized is not None:
-        return _block_error(held.values, wanted, held.quantized)
-    if stored is None:
-        return _cast_error(held, wanted)
+    return judged(held, wanted, stored, None)[0]
+
+
+def judged(
+    held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype] | None, moments: Moments | None
+) -> tuple[float, Sums | None]:
+    """The same, and of a quantized piece what it loses. moments: of the calibration texts, None without any."""
+    if held.quantized is None:
+        error = _cast_error(held, wanted) if stored is None else _rounding_error(held, wanted, _type(held, stored))
+        return error, None
+    how = held.quantized
+    seen = wanted if stored is None else wanted.to(_type(held, stored)).float()
+    values, exact = rows_of(held, seen.to(held.dtype), how)  # quantizers meet the numbers in the graph's type
+    if how.algorithm != GPTQ:
+        return _block_error(held.values, wanted, how), sums(values, exact, None)
+    moment = None if moments is None else moments.of(how.first)
+    if moment is not None:
+        error = calibrated_error(values, exact, how, held.dtype, moment)
+    else:
+        narrow = torch.bfloat16 in (held.dtype, *([] if stored is None else [_type(held, stored)]))
+        error = searched_error(values, exact, how, held.dtype, narrow)
+    fits = moment is None or len(moment) == exact.shape[1]
+    return error, sums(values, exact, moment if fits else None)
+
+
+def _type(held: Held, stored: Mapping[str, torch.dtype]) -> torch.dtype:
     coarsest = max(stored.values(), key=lambda d: torch.finfo(d).eps)
-    return _rounding_error(held, wanted, stored.get(held.tensor, coarsest))
+    return stored.get(held.tensor, coarsest)
 
 
 def _cast_error(held: Held, wanted: torch.Tensor) -> float:

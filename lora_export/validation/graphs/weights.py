@@ -34,7 +34,9 @@ class Quantized:
     """How a matrix was quantized: elements of a block share a scale.
 
     symmetric: without zero points; axis: the axis of the checkpoint's matrix along which blocks run; width: columns
-    of that matrix, which may be one of several that a row of the tensor holds (experts).
+    of that matrix, which may be one of several that a row of the tensor holds (experts); algorithm: how scales and
+    codes were chosen; first: the first piece of the initializer, as statistics name it; packed: names of the packed
+    numbers, in the data file `file`.
     """
 
     method: str
@@ -42,6 +44,10 @@ class Quantized:
     symmetric: bool
     axis: int
     width: int
+    algorithm: str = "default"
+    first: str = ""
+    file: str = ""
+    packed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,11 @@ def _quantized(source: _Initializers, parts: Sequence[Mapping[str, Any]], shapes
         raise _odd(source.folder, first, f"parts that do not fit together ({error})") from None
     values = matrix if first.get("transposed") else matrix.T
     axis = 1 if first.get("transposed") else 0
-    kind = Quantized(how["method"], how["block_size"], how["symmetric"], axis, width)
+    kind = Quantized(
+        how["method"], how["block_size"], how["symmetric"], axis, width, how.get("algorithm", "default"),
+        "{tensor}[{rows[0]}:{rows[1]}]".format_map(first["made_of"][0]), first["file"],
+        tuple(e["name"] for e in parts if e["quantized"]["part"] == "packed"),
+    )  # fmt: skip
     yield from _pieces(source.folder, first, values, shapes, _TORCH[by_part["scales"]["dtype"]], kind)
 
 
