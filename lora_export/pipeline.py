@@ -18,9 +18,9 @@ from lora_export.contracts import (
 )
 from lora_export.contracts.option import kept
 from lora_export.errors import GateFailed
+from lora_export.progress import Silent
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
-from lora_export.progress import Silent
 from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.budget import Models, Pair, searches, with_budget, within_budget
 from lora_export.workflows.exporting import knowing_touched

@@ -179,15 +179,11 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class CompareBases:
-    """Which bases an adapter is merged into for comparison, besides the one it was trained on.
-
-    original: the 16-bit base from which a stored 4- or 8-bit base was made.
-    """
+    """Which bases an adapter is merged into, too, to compare. original: the 16-bit base of one in 4 or 8 bits."""
 
     SECTION: ClassVar[str] = BASES
-    requantize: choices.Requantization | None = option(
-        None, "With --compare-bases: also measure the effect of quantizing the merged weights to this format."
-    )
+    requantize: choices.Requantization | None = option(None, "With --compare-bases: also measure the effect of "
+        "quantizing the merged weights to this format.")
     original: Path | None = option(
         None, "With --compare-bases: the 16-bit model from which a 4- or 8-bit base was made.",
         flags=("--original-base",), metavar="BASE",
@@ -204,9 +200,8 @@ class ValidationOptions:
     """
 
     SECTION: ClassVar[str] = "Validation"
-    prompts: Path | None = option(
-        None, "Text file with one prompt a line, in place of the built-in ones.", metavar="FILE"
-    )
+    prompts: Path | None = option(None, "Text file with one prompt a line, in place of the built-in ones.",
+        metavar="FILE")
     text: Path | None = option(
         None, "UTF-8 file of running text for the perplexities.", metavar="FILE",
         default_text="a page of Lincoln, Darwin and Austen",
@@ -223,9 +218,9 @@ class ValidationOptions:
         "which this does not change.", minimum=1, metavar="FACTOR",
     )
     min_survival: float | None = option(
-        None, "Share of the adapter's effect on the outputs that an ONNX export must keep; 0 accepts any. If given, "
-        "merge-and-export of int4 or int8 raises the bits of as few weights as that takes.", minimum=0, maximum=1,
-        default_text=str(choices.MIN_SURVIVAL),
+        None, "Share of the adapter's effect that an ONNX export must keep; 0 accepts any. If given, merge-and-"
+        "export of int4 or int8 gives more bits to as few weights as that takes.", minimum=0, maximum=1,
+        default_text="0.9",
     )
     max_memory: int | None = option(
         None, "Memory for the weights that validation compares. Larger models are read layer by layer: the same "
@@ -309,9 +304,7 @@ class BenchmarkOptions:
 @dataclass(frozen=True)
 class StoryOptions:
     """Options of a run: those of its stages. `export.provider` holds for all stages, `force` for the run.
-
-    merged_folder: False: base and adapter go straight into the export.
-    """
+    merged_folder: False: base and adapter go straight into the export."""
 
     SECTION: ClassVar[str] = EXPORT
     merge: MergeOptions = nested(MergeOptions)
@@ -321,15 +314,12 @@ class StoryOptions:
         "validation compares the ONNX graph alone, and the certificate is written to OUT.",
         flags=("--no-merged-folder",),
     )
-    max_size: int | None = option(
-        None, "int4, int8: raise the bits of weights as far as the ONNX graph and its data files stay within this "
-        "size, such as 100MB, for the adapter's sake.", unit="bytes",
-    )
+    max_size: int | None = option(None, "int4, int8: give weights more bits for the adapter's sake, as far as the "
+        "graph and data files of the merged model stay within this size, such as 100MB.", unit="bytes")
     benchmark: BenchmarkOptions = nested(BenchmarkOptions)
     extra_arms: tuple[choices.ExtraArm, ...] = option(
         (), "Also measure: plugged: the adapter as ONNX Runtime plugs it into a graph with slots; pytorch: PEFT's "
-        "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",),
-    )
+        "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",))
     validation: ValidationOptions = nested(ValidationOptions, without=("merge", "bases"), flat=True)
     force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
     configured: str = ""

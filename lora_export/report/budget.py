@@ -10,8 +10,8 @@ from lora_export.wording import DASH, number, percent, size
 Row = tuple[str, ...]
 HEAD = ("Size", "In int8", "Unquantized", "Adapter effect retained", "KL lost, nats", "Perplexity", "")
 CAPTION = (
-    "Every export that was made and measured: size against what it keeps of the adapter's effect, with its standard "
-    "error, and against its perplexity. The dot is the one that was taken, the line what was asked for."
+    "Every export that was made and measured: size against what it keeps of the adapter's effect, with its "
+    "standard error, and against its perplexity. The dot is the one that was taken, the line what was asked for."
 )
 
 
@@ -23,7 +23,9 @@ def sentence(search: BudgetSearch) -> str:
     if search.max_size is not None:
         wanted.append(f"at most {size(search.max_size)}")
     taken = next(step for step in search.steps if step.chosen)
-    made = f"{len(search.steps)} exports were made and measured" if len(search.steps) > 1 else "the first export did"
+    made = (
+        f"{len(search.steps)} exports were made and measured" if len(search.steps) > 1 else "the first export did"
+    )
     more = f", with more bits for {taken.in_int8 + taken.unquantized} of {search.groups} groups of weights"
     return (
         f"Asked for: {' in '.join(wanted)}. Taken: {size(taken.nbytes)}, which keep {_share(taken)}"
@@ -63,12 +65,16 @@ def frontier(search: BudgetSearch) -> str | None:
         axes = fig.subplots(2 if predicts else 1, 1, squeeze=False, sharex=True)[:, 0]
         shares = [100 * (s.share or 0.0) for s in steps]
         errors = [0.0 if math.isnan(s.uncertainty) else 100 * s.uncertainty for s in steps]
-        axes[0].errorbar(_sizes(steps), shares, errors, color=MERGED, ecolor=MUTED, lw=1.2, marker=".", elinewidth=0.8)
+        axes[0].errorbar(
+            _sizes(steps), shares, errors, color=MERGED, ecolor=MUTED, lw=1.2, marker=".", elinewidth=0.8
+        )
         axes[0].set_ylabel("effect kept, %")
         if search.min_survival is not None:
             axes[0].axhline(100 * search.min_survival, color=BASE, lw=0.8, ls="--")
         if predicts:
-            axes[1].plot(_sizes(predicts), [s.perplexity or 0.0 for s in predicts], color=MERGED, lw=1.2, marker=".")
+            axes[1].plot(
+                _sizes(predicts), [s.perplexity or 0.0 for s in predicts], color=MERGED, lw=1.2, marker="."
+            )
             axes[1].set_ylabel("perplexity")
         for ax, known, of in zip(axes, (steps, predicts), ("share", "perplexity"), strict=False):
             for taken in (s for s in known if s.chosen):

@@ -21,7 +21,14 @@ def markdown(report: Report, comparison: Sequence[story.Row] = ()) -> str:
     lines += _facts("Export", story.export_facts(report.export)) if report.export else []
     if report.budget:
         rows = budget.rows(report.budget)
-        lines += ["", "## Budget", "", escaped(budget.sentence(report.budget)), "", *_table(budget.HEAD, rows, "rrrrrrl")]
+        lines += [
+            "",
+            "## Budget",
+            "",
+            escaped(budget.sentence(report.budget)),
+            "",
+            *_table(budget.HEAD, rows, "rrrrrrl"),
+        ]
     if comparison:
         table = _table(("", "this run", "the other run"), comparison, "lrr")
         lines += ["", "## Compared with another run", "", *table]

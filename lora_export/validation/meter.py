@@ -1,4 +1,4 @@
-"""One export after another, measured by what it keeps of the adapter: the unmerged model runs once for all of them."""
+"""What one export after another keeps of the adapter: the unmerged model runs once for all of them."""
 
 import contextlib
 import tempfile
@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_export.contracts import AdapterChoice, ExportedPair, Progress, ValidationOptions
 from lora_export.validation.comparing.comparison import Comparison, Graph
+from lora_export.validation.effect.precisions import kl_limit
 from lora_export.validation.graphs.exports import arithmetic_of
 from lora_export.validation.run import prepared
 from lora_export.validation.stages import combined, measured_by
@@ -16,12 +17,14 @@ from lora_export.validation.stages import combined, measured_by
 
 @dataclass(frozen=True)
 class Kept:
-    """share, uncertainty: of the adapter's effect, and its standard error, as a validation has them; kl_lost: mean
-    KL(merged‖export) in nats, and perplexity on the text, both None for a model that predicts no tokens."""
+    """share, uncertainty: of the adapter's effect, and its standard error, as a validation has them; kl_lost,
+    kl_allowed: mean KL(merged‖export) in nats, and its limit; perplexity: on the text; all three None for a model
+    that predicts no tokens."""
 
     share: float | None
     uncertainty: float
     kl_lost: float | None
+    kl_allowed: float | None
     perplexity: float | None
 
 
@@ -38,8 +41,9 @@ class Meter:
         )
         effect = self.comparison.effect_of(base, merged)
         perplexities = effect.perplexities([("Q", pair.name)])
-        lost = effect.survival(pair.name).kl_lost
-        return Kept(effect.share, effect.uncertainty, lost, perplexities[0].value if perplexities else None)
+        far = effect.fidelity
+        distance = (None, None) if far is None else (far.lost, kl_limit(far))
+        return Kept(effect.share, effect.uncertainty, *distance, perplexities[0].value if perplexities else None)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The smallest export that keeps enough of the adapter, or the best one of a size: made and measured, not foretold.
 
-The export as it was asked for comes first, and is taken if it will do. Otherwise the same in int8 is made once. Every
-further export copies each of its weights from one of the two, or writes it unquantized, so that it costs a graph and a
-measurement. None is kept: the one that is chosen is made again at the end, and proven.
+The export as it was asked for comes first, and is taken if it will do. Otherwise the same in int8 is made once.
+Every further export copies each of its weights from one of the two, or writes it unquantized, so that it costs a
+graph and a measurement. None is kept: the one that is chosen is made again at the end, and proven.
 """
 
 import math
@@ -40,8 +40,8 @@ STATISTICS = "calibration.safetensors"
 
 @dataclass(frozen=True)
 class Models:
-    """What is exported. base: the folder that the adapter was trained on; merged: the merged model's, or its outline;
-    source: has its numbers; work: for what nobody keeps; output: of the merged export."""
+    """What is exported. base: the folder that the adapter was trained on; merged: of the merged model, or its
+    outline; source: has its numbers; work: for what nobody keeps; output: of the merged export."""
 
     base: Path
     merged: Path
@@ -135,7 +135,7 @@ class Search:
         groups: Sequence[Group] = ()
         steps: tuple[BudgetStep, ...] = (replace(start, chosen=True),)
         pair = self.first
-        if start.share is not None and (least is None or start.share < least):
+        if start.share is not None and (least is None or not start.keeps(least)):
             self._folder.mkdir()
             self.first = self._moved(self.first, self._folder / "base", self._folder / "merged")
             int8 = self._in_int8()
@@ -258,6 +258,7 @@ class Search:
             share=kept.share,
             uncertainty=kept.uncertainty,
             kl_lost=kept.kl_lost,
+            kl_allowed=kept.kl_allowed,
             perplexity=kept.perplexity,
         )
         self.progress.detail(_told(step, what))
@@ -288,5 +289,5 @@ def _too_small(most: int, nbytes: int) -> ExportError:
     return ExportError(
         f"the smallest export has {nbytes / 1e6:.1f} MB, and --max-size is {most / 1e6:.1f} MB",
         expected=f"--max-size {-(-nbytes // 10**6)}MB or more",
-        next_step="the same command with that size, with --precision int4, or with larger blocks (--block-size 128)",
+        next_step="the same command with that size, --precision int4, or larger blocks (--block-size 128)",
     )

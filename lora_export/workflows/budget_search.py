@@ -1,9 +1,10 @@
 """Which weights get more bits: the search alone, over exports that somebody makes and measures.
 
-Groups of weights are raised in a given order, first to int8 and then to no quantization at all. What an export keeps
-of the adapter grows with what is raised, but for noise, so that the least that suffices is found by bisection.
+Groups of weights are raised in a given order, first to int8 and then to no quantization at all. What an export
+keeps of the adapter grows with what is raised, but for noise, so that bisection finds the least that suffices.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -100,12 +101,12 @@ class Climb:
     def best(self) -> Assignment:
         """Of what was measured and fits, that which keeps most."""
         fitting = {raised: step for raised, step in self.measured.items() if self._fits(step)}
-        return max(fitting, key=lambda raised: fitting[raised].share or 0.0)
+        return max(fitting, key=lambda raised: _order(fitting[raised]))
 
     def steps(self, chosen: Assignment) -> tuple[BudgetStep, ...]:
         """All that was measured, by size."""
         known = (replace(step, chosen=raised == chosen) for raised, step in self.measured.items())
-        return tuple(sorted(known, key=lambda step: (step.nbytes, step.share or 0.0)))
+        return tuple(sorted(known, key=lambda step: (step.nbytes, _order(step))))
 
     def _marks(self) -> list[int]:
         """Where to look first: at what the adapter changes in int8, then at everything in int8."""
@@ -143,8 +144,12 @@ class Climb:
         return self.measured[raised]
 
     def _keeps(self, raised: Assignment, least: float) -> bool:
-        share = self._measured(raised).share
-        return share is not None and share >= least
+        return self._measured(raised).keeps(least)
 
     def _fits(self, step: BudgetStep) -> bool:
         return self.most is None or step.nbytes <= self.most
+
+
+def _order(step: BudgetStep) -> float:
+    """By what is kept; what is no number keeps nothing."""
+    return -math.inf if step.share is None or math.isnan(step.share) else step.share

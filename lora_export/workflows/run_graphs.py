@@ -100,8 +100,8 @@ def export_as(
     ready: tuple[Path, ...] = (),
     proven: bool = True,
 ) -> ExportResult:
-    """calibrated_on: the numbers of the model that reads calibration texts, if not these; ready: other exports of the
-    same numbers, to copy from; proven: whether the graph is compared with PyTorch."""
+    """calibrated_on: the numbers of the model that reads calibration texts, if not these; ready: other exports of
+    the same numbers, to copy from; proven: whether the graph is compared with PyTorch."""
     from lora_export.onnx_export import export, reweight
     from lora_export.workflows.proving import prover
 

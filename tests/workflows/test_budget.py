@@ -162,7 +162,10 @@ def test_budget_export_equals_a_fresh_one_of_the_same_bits(
     assert how is not None and how.keep
     same = QuantizationOptions(algorithm="rtn", block_size=64, symmetric=how.symmetric, keep=how.keep)
     fresh = export(
-        tmp_path / "run" / "merged", tmp_path / "fresh", ExportOptions("int8", "cpu", quantization=same), progress=Silent()
+        tmp_path / "run" / "merged",
+        tmp_path / "fresh",
+        ExportOptions("int8", "cpu", quantization=same),
+        progress=Silent(),
     )
     assert weights_map.read(fresh.output) == weights_map.read(found)
     for name in ("model.onnx", "model.onnx.data", "quantization.json"):

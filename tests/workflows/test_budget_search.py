@@ -47,7 +47,12 @@ def step(nbytes: int, share: float) -> BudgetStep:
 
 def test_ladder_int4_raises_to_int8_first() -> None:
     rungs = ladder(GROUPS[:2])
-    assert rungs == (Rung(0, "int8", 10), Rung(1, "int8", 10), Rung(0, "unquantized", 60), Rung(1, "unquantized", 60))
+    assert rungs == (
+        Rung(0, "int8", 10),
+        Rung(1, "int8", 10),
+        Rung(0, "unquantized", 60),
+        Rung(1, "unquantized", 60),
+    )
 
 
 def test_ladder_int8_is_only_left_unquantized() -> None:

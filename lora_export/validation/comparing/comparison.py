@@ -125,8 +125,8 @@ class Comparison(ABC, Generic[Output, Apart]):
         """What the two graphs leave of the adapter's effect. After compare_base."""
 
     def recall(self, unmerged: Any, scratch: Path) -> None:
-        """Keep only what `effect` needs of the unmerged model, which `effect_of` then does without; scratch: a folder
-        for what memory should not hold."""
+        """Keep only what `effect` needs of the unmerged model, which `effect_of` then does without; scratch: a
+        folder for what memory should not hold."""
         with running(unmerged):
             with unmerged.disable_adapter():
                 self._base = self._outputs(unmerged)

@@ -72,7 +72,7 @@ def _as_export(export: JudgedExport, share: float, far: Fidelity | None, checks:
         export.faults,
         export.pair.activations != "float",
         None if far is None else far.lost,
-        _limit(far) if far is not None and only_far else None,
+        kl_limit(far) if far is not None and only_far else None,
         export.calibrated,
     )
 
@@ -96,14 +96,15 @@ def _check(export: ExportedPair, share: float, uncertainty: float, least: float)
 def _kl_check(export: ExportedPair, far: Fidelity, gated: bool) -> Check:
     """An export that is farther from the merged model than the base is has lost more than the adapter brought,
     whatever share of the adapter's direction it keeps."""
-    name, limit = f"{export.prefix}kl", _limit(far)
+    name, limit = f"{export.prefix}kl", kl_limit(far)
     note = f"mean KL(merged ‖ {export.precision}) in nats{_between(far.error)}; of the base: {far.base:.2g}"
     if not gated:
         return reported(name, far.lost, note)
     return below(name, far.lost, limit, f"{note}, which is the limit, or {LEAST_KL:.2g}")
 
 
-def _limit(far: Fidelity) -> float:
+def kl_limit(far: Fidelity) -> float:
+    """How far an export may be from the merged model, in nats."""
     return max(far.base, LEAST_KL)
 
 
