@@ -35,7 +35,7 @@ def merge_and_export(
     base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions, progress: Progress
 ) -> Story:
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
-    options = with_budget(_with_provider(options))
+    options = with_budget(_with_provider(options), base.folder)
     earlier = options.export.graph_from
     inputs = [base.folder, *(a.folder for a in adapters), *([earlier] if earlier else [])]
     _preflight(base, adapters, output, options)
@@ -54,10 +54,9 @@ def merge_and_export(
 def _with_provider(options: StoryOptions) -> StoryOptions:
     """With the provider that really runs a model here in all stages, and the precision of an earlier export."""
     from lora_export.runtime import resolve_provider
-    from lora_export.validation.run import seeded
 
     export = replace(options.export, provider=resolve_provider(options.export.provider))
-    validation = replace(seeded(options.validation), provider=export.provider, merge=options.merge)
+    validation = replace(options.validation, provider=export.provider, merge=options.merge)
     return replace(options, export=like_earlier(export), validation=validation)
 
 
@@ -72,6 +71,7 @@ def _run(
     from lora_export.merging import begin_stream, merge, plan, written_source
     from lora_export.validation import validate
     from lora_export.validation.reference.foreign import as_peft
+    from lora_export.validation.run import seeded
 
     # merge, and export with the graph of the base
     options = replace(options, export=knowing_touched(options.export, base.folder, adapters, options.merge))
@@ -89,7 +89,8 @@ def _run(
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     dequantized = stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress)
     budget = None
-    if searches(options):
+    if searches(options, base.folder):
+        options = replace(options, validation=seeded(options.validation))
         numbers = source or begin_stream(plan(base.folder, adapters, options.merge), work / "numbers", Silent())
         models, first = Models(trained_on, folder, numbers, work, stage / "onnx"), Pair(base_onnx, exported)
         pair, budget = within_budget(models, first, alone, adapters, dequantized, options, progress)

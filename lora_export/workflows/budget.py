@@ -25,6 +25,7 @@ from lora_export.contracts import (
 )
 from lora_export.errors import ExportError, InputError
 from lora_export.progress import Silent
+from lora_export.storage.sealed import read_json
 from lora_export.workflows.budget_search import Assignment, Climb, Raised, ladder
 from lora_export.workflows.run_graphs import export_as, with_graph_of
 from lora_export.workflows.validating import pair_of
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from lora_export.onnx_export.quantize.ranking import Group
     from lora_export.validation.meter import Meter
 
+# In config.json of models that texts alone do not run: damage is measured on texts.
+NOT_TEXT = (
+    "vision_config", "audio_config", "num_mel_bins", "conv_dim", "image_size", "num_channels", "encoder",
+)  # fmt: skip
 MIXED = ("int4", "int8")  # precisions whose weights can get more bits one by one
 STATISTICS = "calibration.safetensors"
 
@@ -58,31 +63,30 @@ class Pair:
     merged: ExportResult
 
 
-def with_budget(options: StoryOptions) -> StoryOptions:
+def with_budget(options: StoryOptions, base: Path) -> StoryOptions:
     """The options of a run that searches: with gptq, unless another quantizer is named. InputError for a size that
     cannot be searched for."""
     export = options.export
-    if options.max_size is not None:
-        refused = _not_searched(options)
-        if refused:
-            raise InputError(
-                f"--max-size with {refused}",
-                expected="int4 or int8, whose weights can get more bits one by one as far as the size allows",
-                next_step="the same command without --max-size, or with --precision int4",
-            )
-    if not searches(options) or export.quantization.algorithm != "default":
+    refused = _not_searched(options, base)
+    if options.max_size is not None and refused:
+        raise InputError(
+            f"--max-size with {refused}",
+            expected="int4 or int8 of a model that reads texts, whose weights can get more bits one by one",
+            next_step="the same command without --max-size, or with --precision int4",
+        )
+    if not searches(options, base) or export.quantization.algorithm != "default":
         return options
     return replace(options, export=replace(export, quantization=replace(export.quantization, algorithm="gptq")))
 
 
-def searches(options: StoryOptions) -> bool:
+def searches(options: StoryOptions, base: Path) -> bool:
     """Whether a run looks for the bits of each weight: a share of 0 or no share asks for nothing."""
     wanted = options.max_size is not None or bool(options.validation.min_survival)
-    return wanted and not _not_searched(options)
+    return wanted and not _not_searched(options, base)
 
 
-def _not_searched(options: StoryOptions) -> str:
-    """The option with which there is nothing to choose."""
+def _not_searched(options: StoryOptions, base: Path) -> str:
+    """What leaves nothing to choose."""
     export = options.export
     if export.graph_from is not None:
         return "--graph-from, whose graph says the bits of each weight"
@@ -90,7 +94,9 @@ def _not_searched(options: StoryOptions) -> str:
         return f"--precision {export.precision}"
     if export.quantization.activations != "float":
         return f"--activations {export.quantization.activations}"
-    return ""
+    config = read_json(base / "config.json") if (base / "config.json").is_file() else {}
+    other = next((name for name in NOT_TEXT if name in config), None)
+    return f"a model that reads more than texts ({other} in config.json)" if other else ""
 
 
 def within_budget(
@@ -169,7 +175,7 @@ class Search:
 
         self.progress.stage("budget: how much damage the rounding of each group of weights does")
         models, plain = self.models, self._folder / "plain"
-        options = replace(self._with(), precision="fp32", quantization=QuantizationOptions())
+        options = replace(self._with(), precision="fp32", provider="cpu", quantization=QuantizationOptions())
         export_as(models.merged, plain, options, Silent(), "unquantized", source=models.source, proven=False)
         before, after = (tensor_hashes(e.output) for e in (self.first.base, self.first.merged))
         touched = {name for name, digest in after.items() if before.get(name) != digest}

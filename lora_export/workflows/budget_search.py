@@ -65,8 +65,8 @@ class Climb:
         self.measured[()] = self.start
 
     def reach(self, least: float) -> Assignment:
-        """The fewest raises, in their order, with which at least this share is kept. Where none reaches it, the best
-        that was measured."""
+        """The fewest raises, in their order, with which at least this share is kept. Where none reaches it, the
+        best that was measured."""
         low, high = 0, None
         for mark in self._marks():
             count = min(mark, self._largest())
@@ -88,8 +88,8 @@ class Climb:
         return found if self._fits(self.measured[found]) else self.best()
 
     def fill(self) -> Assignment:
-        """The raises with which most of the adapter is kept within the size, of those that were measured: as many as
-        fit, and some on the way there."""
+        """The raises with which most of the adapter is kept within the size, of those that were measured: as many
+        as fit, and some on the way there."""
         for _ in range(TRIES):
             chosen = self._fitting()
             if self._fits(self._measured(chosen)):
@@ -125,7 +125,7 @@ class Climb:
         return len(self.rungs)
 
     def _fitting(self) -> Assignment:
-        """Raises in their order, without those that do not fit any more, nor what would be raised twice over them."""
+        """Raises in their order, without those that do not fit any more, nor a second one where the first did not."""
         size, taken, reached = self.start.nbytes + self._beyond, [], {rung.group for rung in self.rungs}
         reached -= {rung.group for rung in self.rungs if rung.to == "int8"}
         for rung in self.rungs:

@@ -47,7 +47,7 @@ def story(precision: Precision = "int4", survival: float | None = None, size: in
     ],
 )
 def test_searches_needs_a_wish_and_bits_to_choose(options: StoryOptions, wanted: bool) -> None:
-    assert searches(options) is wanted
+    assert searches(options, Path()) is wanted
 
 
 def test_min_survival_not_given_is_the_gate_s_own() -> None:
@@ -55,11 +55,11 @@ def test_min_survival_not_given_is_the_gate_s_own() -> None:
 
 
 def test_with_budget_search_takes_gptq_unless_named() -> None:
-    assert with_budget(story(survival=0.9)).export.quantization.algorithm == "gptq"
-    assert with_budget(story()) == story()
+    assert with_budget(story(survival=0.9), Path()).export.quantization.algorithm == "gptq"
+    assert with_budget(story(), Path()) == story()
     given = story(survival=0.9)
     given = replace(given, export=replace(given.export, quantization=QuantizationOptions(algorithm="rtn")))
-    assert with_budget(given) == given
+    assert with_budget(given, Path()) == given
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,17 @@ def test_with_budget_search_takes_gptq_unless_named() -> None:
 )
 def test_max_size_where_nothing_can_be_chosen_refused(export: ExportOptions, found: str) -> None:
     with pytest.raises(InputError, match=found) as caught:
-        with_budget(replace(story(size=10**8), export=export))
+        with_budget(replace(story(size=10**8), export=export), Path())
     assert caught.value.next_step is not None
+
+
+def test_searches_model_of_sounds_does_not(tmp_path: Path) -> None:
+    """Damage is measured on texts; the gate stays what it was."""
+    (tmp_path / "config.json").write_text('{"model_type": "whisper", "num_mel_bins": 80}')
+    assert not searches(story(survival=0.9), tmp_path)
+    assert with_budget(story(survival=0.9), tmp_path) == story(survival=0.9)
+    with pytest.raises(InputError, match=r"num_mel_bins in config\.json"):
+        with_budget(story(size=10**8), tmp_path)
 
 
 def test_max_size_fp32_command_refused_before_any_work(tmp_path: Path) -> None:

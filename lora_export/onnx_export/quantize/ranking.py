@@ -13,6 +13,7 @@ from lora_export.onnx_export.quantize.feeding import stages
 from lora_export.onnx_export.quantize.sensitivity import Damage, choose_kept
 from lora_export.onnx_export.quantize.stored import StoredMatrices
 from lora_export.onnx_export.weights import map as weights_map
+from lora_export.onnx_export.weights.map import ITEM_SIZE
 
 TOKENS = 512  # of the texts on which damage is measured: each group of weights costs a run over them
 
@@ -20,7 +21,7 @@ TOKENS = 512  # of the texts on which damage is measured: each group of weights 
 @dataclass(frozen=True)
 class Group:
     """Weights that get more bits together. tensors: of the checkpoint, that they are made of; touched: whether the
-    adapter changes one of them; nbytes, in_int8, unquantized: bytes of the group as it is, as int8, and as fp32."""
+    adapter changes one of them; nbytes, in_int8, unquantized: bytes of the group as it is, as int8, as floats."""
 
     tensors: tuple[str, ...]
     touched: bool
@@ -65,8 +66,17 @@ def rank(
 
 def _group(damage: Damage, made: Path, in_int8: Path, plain: Path, touched: Collection[str]) -> Group:
     own = {*damage.tensors}
-    sizes = (_nbytes(folder, own) for folder in (made, in_int8, plain))
+    sizes = [_nbytes(folder, own) for folder in (made, in_int8, plain)]
+    sizes[-1] = sizes[-1] * _width(made) // ITEM_SIZE["float32"]
     return Group(damage.tensors, not own.isdisjoint(touched), *sizes)
+
+
+def _width(made: Path) -> int:
+    """Bytes of a number that an export does not quantize: the type of its scales."""
+    every = (
+        w for w in weights_map.read(made).weights if w.recipe.quantized and w.recipe.quantized.part == "scales"
+    )
+    return min(ITEM_SIZE[w.dtype] for w in every)
 
 
 def _nbytes(folder: Path, tensors: Collection[str]) -> int:
