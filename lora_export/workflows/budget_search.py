@@ -125,7 +125,7 @@ class Climb:
         return len(self.rungs)
 
     def _fitting(self) -> Assignment:
-        """Raises in their order, without those that do not fit any more, nor a second one where the first did not."""
+        """Raises in their order, without those that do not fit any more, nor a second one without its first."""
         size, taken, reached = self.start.nbytes + self._beyond, [], {rung.group for rung in self.rungs}
         reached -= {rung.group for rung in self.rungs if rung.to == "int8"}
         for rung in self.rungs:
