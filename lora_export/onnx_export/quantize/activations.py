@@ -12,22 +12,17 @@ from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.quantize import calibration
-from lora_export.onnx_export.quantize.settings import unquantized
+from lora_export.onnx_export.quantize.settings import GPTQ, STATISTICS, unquantized
 from lora_export.onnx_export.weights import map as weights_map
 
 LONGEST = 128  # tokens of each calibration text
 
 
 def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
-    """ExportError if only weights can be quantized, or if a calibration makes no sense. generates: whether the
-    model generates text."""
+    """ExportError if only weights can be quantized, or if a calibration makes no sense; InputError for one that
+    cannot be read. generates: whether the model generates text."""
     if how.activations == "float":
-        if how.calibration is not None and how.algorithm != "gptq":
-            raise ExportError(
-                "a calibration needs --activations static",
-                expected="static activations, whose ranges come from texts",
-                next_step="--activations static",
-            )
+        _check_calibration(how)
         return
     if how.calibration is not None and how.activations != "static":
         raise ExportError(
@@ -46,6 +41,23 @@ def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
             next_step="--precision int8 without --activations, or int4, which quantize only weights",
         )
     if how.calibration is not None:
+        calibration.read(how.calibration)
+
+
+def _check_calibration(how: QuantizationOptions) -> None:
+    if how.calibration is None:
+        return
+    if how.algorithm != GPTQ:
+        raise ExportError(
+            "a calibration needs a quantizer that reads texts, or static activations",
+            expected="--quantizer gptq, or --activations static",
+            next_step="--quantizer gptq",
+        )
+    if how.calibration.suffix == Path(STATISTICS).suffix:
+        from lora_export.onnx_export.quantize.statistics import Statistics
+
+        Statistics.open(how.calibration)
+    else:
         calibration.read(how.calibration)
 
 

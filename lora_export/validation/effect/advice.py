@@ -151,7 +151,9 @@ def _lost(exports: Sequence[Export], least: float) -> str:
     if any(e.kl_limit is None for e in exports):
         return f"less than {least:.0%} of the adapter's effect is left"
     allowed = max(e.kl_limit for e in exports if e.kl_limit is not None)
-    return f"the outputs are farther from the merged model's than the base's are (KL {allowed:.2g} nats)"
+    return (
+        f"the outputs are farther from the merged model's than the precision explains (KL, {allowed:.2g} allowed)"
+    )
 
 
 def cause(export: Export, merged: Merged) -> Cause:

@@ -164,12 +164,14 @@ class AnyEffect(ABC):
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Mean KL divergences from the merged model, in nats. lost: of the model in lower precision; error: the standard
-    error of it, from how it varies between texts, NaN for one; base: of the base in fp32, without the adapter."""
+    """Mean KL divergences in nats. lost: from the merged model to it in lower precision; error: the standard error of
+    that, from how it varies between texts, NaN for one; of_base: the same of the base; effect: the adapter's, which
+    is KL(M‖B) + KL(B‖M)."""
 
     lost: float
     error: float
-    base: float
+    of_base: float
+    effect: float
 
 
 @dataclass
@@ -184,6 +186,7 @@ class Effect(AnyEffect):
 
     kl_base: float = 0.0
     lost: list[float] = field(default_factory=list)  # KL(merged‖in lower precision), one figure a text
+    lost_of_base: float = 0.0
     lengths: list[int] = field(default_factory=list)
     predicted: int = 0
     surprises: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("B", "M", "BQ", "Q"), 0.0))
@@ -197,6 +200,7 @@ class Effect(AnyEffect):
         self.kept.append(float((change * (q - bq)).sum()))
         self.kl_base += divergence(b, m)
         self.lost.append(divergence(m, q))
+        self.lost_of_base += divergence(b, bq)
         self.lengths.append(len(ids))
         self.predicted += len(ids) - 1
         for name, p in zip(self.surprises, (b, m, bq, q), strict=True):
@@ -208,9 +212,8 @@ class Effect(AnyEffect):
 
     @property
     def fidelity(self) -> Fidelity:
-        error = _standard_error(self.lost, self.lengths)
-        # The whole effect is the sum of the divergences in both directions.
-        return Fidelity(sum(self.lost) / self.count, error, max(sum(self.whole) - self.kl_base, 0.0) / self.count)
+        lost, of_base, effect = (x / self.count for x in (sum(self.lost), self.lost_of_base, sum(self.whole)))
+        return Fidelity(lost, _standard_error(self.lost, self.lengths), of_base, effect)
 
     def survival(self, name: str) -> AdapterSurvival:
         far, errors = self.fidelity, (_known(self.uncertainty), _known(self.fidelity.error))

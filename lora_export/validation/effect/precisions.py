@@ -17,6 +17,7 @@ _FAULTS = (*_OF_GRAPHS, *(f"base_{name}" for name in _OF_GRAPHS))
 # KL(merged ‖ export) is by how much the perplexity grows, in its logarithm, on text that the merged model writes. A
 # hundredth is not worth a decision, however little the adapter does.
 LEAST_KL = math.log1p(ALIKE)
+OF_BASE = 1.5  # what quantizing the base loses, which whoever chose the precision has accepted
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _as_export(export: JudgedExport, share: float, far: Fidelity | None, checks:
         export.faults,
         export.pair.activations != "float",
         None if far is None else far.lost,
-        kl_limit(far) if far is not None and only_far else None,
+        klkl_limit(far) if far is not None and only_far else None,
         export.calibrated,
     )
 
@@ -94,18 +95,19 @@ def _check(export: ExportedPair, share: float, uncertainty: float, least: float)
 
 
 def _kl_check(export: ExportedPair, far: Fidelity, gated: bool) -> Check:
-    """An export that is farther from the merged model than the base is has lost more than the adapter brought,
-    whatever share of the adapter's direction it keeps."""
-    name, limit = f"{export.prefix}kl", kl_limit(far)
-    note = f"mean KL(merged ‖ {export.precision}) in nats{_between(far.error)}; of the base: {far.base:.2g}"
+    """An export that is farther from the merged model than the adapter moved it, and than this precision moves the
+    base, has lost what no format explains, whatever share of the adapter's direction it keeps."""
+    name = f"{export.prefix}kl"
+    note = f"mean KL(merged ‖ {export.precision}) in nats{_between(far.error)}"
     if not gated:
         return reported(name, far.lost, note)
-    return below(name, far.lost, limit, f"{note}, which is the limit, or {LEAST_KL:.2g}")
+    reason = f"the adapter's effect {far.effect:.2g}, {OF_BASE:g} × what the base loses {far.of_base:.2g}"
+    return below(name, far.lost, kl_limit(far), f"{note}; the largest of: {reason}, {LEAST_KL:.2g}")
 
 
 def kl_limit(far: Fidelity) -> float:
     """How far an export may be from the merged model, in nats."""
-    return max(far.base, LEAST_KL)
+    return max(far.effect, OF_BASE * far.of_base, LEAST_KL)
 
 
 def _between(uncertainty: float) -> str:

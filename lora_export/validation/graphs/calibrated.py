@@ -18,7 +18,7 @@ ROW, MATRIX = 4.0, 1.0
 # row's error. Of 4 million blocks none asks for more than 0.3 steps where this makes up for more than a tenth; with
 # its zero point off by one, 99 % of them ask for more than half a step that makes up for a quarter.
 STEPS, SHARE = 0.5, 0.2
-# A factor on a row would make up for scales that are too large: of how much, and for which share of the row's error.
+# A factor on a row would make up for scales that are too large: how much of one, and for which share of its error.
 # Of 31,000 rows none asks for more than 1 % where this makes up for more than a twentieth.
 FACTOR, FACTOR_SHARE = 0.02, 0.1
 # Without statistics, a block has the range that loses least, and loses no more than with its whole range. Scales in

@@ -1,4 +1,4 @@
-"""Reads what the products of an export multiply on its calibration texts: calibration.safetensors beside the graphs.
+"""Reads what the products of an export multiply on calibration texts: calibration.safetensors beside the graphs.
 
 This reader shares no code with the writer in onnx_export/.
 """

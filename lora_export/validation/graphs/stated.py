@@ -13,8 +13,8 @@ from lora_export.validation.graphs.calibrated import Sums
 from lora_export.validation.graphs.weights import Quantized
 
 NAME = "quantization.json"
-# Relative. Both sides add up in fp64, and six digits are stated; a weight whose merge rounds the other way here, and
-# fp16 graphs whose casts do, move a figure in its fifth digit.
+# Relative. Both sides add up in fp64, and six digits are stated; a weight whose merge rounds the other way here
+# moves a figure in its fifth digit.
 TOLERANCE = 1e-4
 _ROUNDING = 1e-6  # of the whole: an error that is only the rounding of fp32 has no digits to compare
 
@@ -72,7 +72,9 @@ class Stated:
 
 
 def _differing(stated: _Weight, found: Sums) -> Sequence[str]:
-    pairs = [("weight", stated.weight_error, found.lost, found.weights)]
+    pairs: list[tuple[str, float | None, float, float]] = [
+        ("weight", stated.weight_error, found.lost, found.weights)
+    ]
     if stated.output_error is not None or found.outputs > 0:
         pairs.append(("output", stated.output_error, found.outputs_lost, found.outputs))
     wrong = []
