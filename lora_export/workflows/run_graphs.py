@@ -132,13 +132,17 @@ def export_unmerged(
     combined: bool,
 ) -> tuple[ExportResult | None, tuple[str, ...]]:
     """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
+    from lora_export.onnx_export.quantize.settings import WORDS
+
     if exported.kind != "decoder":
         return None, ("no unmerged graph: the engine for this architecture exports merged models only",)
     if len(adapters) != 1 or adapters[0].weight != 1.0 or combined:
         return None, ("no unmerged graph: it takes exactly one adapter of weight 1, as it is",)
     try:
         what = "the unmerged model, the control of the benchmark"
-        same = replace(options, engine=exported.engine)
+        how = options.quantization  # the builder measures nothing, and its graph is only compared with
+        named = replace(how, keep=tuple(k for k in how.keep if k not in WORDS))
+        same = replace(options, engine=exported.engine, quantization=named)
         return (
             export_as(trained_on, work / "unmerged", same, progress, what, adapter=adapters[0].folder),
             (),

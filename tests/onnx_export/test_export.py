@@ -191,5 +191,17 @@ def test_export_keep_auto_makes_worst_products_int8(llama: Path, bert: Path, tmp
     bits = {n.name: a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"}
     assert 0 < sum(b == 8 for b in bits.values()) < len(bits)
     assert not [p for p in result.output.iterdir() if p.name.startswith(".")]
-    with pytest.raises(ExportError, match="--keep auto is not possible for"):
-        attempt(bert, tmp_path / "bert", precision="int4", quantization=options)
+    with pytest.raises(ExportError, match="--keep auto is not possible for int8"):
+        attempt(bert, tmp_path / "bert", precision="int8", quantization=options)
+
+
+def test_export_keep_auto_of_packed_encoder_names_tensors(bert: Path, tmp_path: Path) -> None:
+    """The measured graph packs query, key and value; the quantized one does not."""
+    result = attempt(bert, tmp_path / "out", precision="int4", quantization=QuantizationOptions(keep=("auto",)))
+    chosen = json.loads((result.output / "export.json").read_text())["quantization"]["eight_bits"]
+    weights = json.loads((result.output / "weights-map.json").read_text())["weights"]
+    packed = [w for w in weights if w.get("quantized", {}).get("part") == "packed"]
+    method = {w["made_of"][0]["tensor"]: w["quantized"]["method"] for w in packed}
+    products = {t: m for t, m in method.items() if "embeddings" not in t}
+    assert {t for t, m in products.items() if m == "int8"} == set(chosen) < products.keys()
+    assert chosen

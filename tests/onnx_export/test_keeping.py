@@ -15,14 +15,20 @@ from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult, Me
 from lora_export.errors import InputError
 from lora_export.graph_runs.feeds import Feed
 from lora_export.merging import merge
-from lora_export.onnx_export.quantize.feeding import Stage
-from lora_export.onnx_export.quantize.numbers import quantize
+from lora_export.onnx_export import export
+from lora_export.onnx_export.graphs.checks import open_model
+from lora_export.onnx_export.quantize import sensitivity
+from lora_export.onnx_export.quantize.calibration import CalibrationText, Rows
+from lora_export.onnx_export.quantize.feeding import Stage, stages
+from lora_export.onnx_export.quantize.numbers import dequantize, quantize
 from lora_export.onnx_export.quantize.sensitivity import Damage, choose_kept, mark
-from lora_export.onnx_export.quantize.settings import Blockwise
+from lora_export.onnx_export.quantize.settings import STATISTICS, Blockwise, blockwise
+from lora_export.onnx_export.quantize.statistics import Statistics
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.progress import Silent
 from lora_export.workflows.exporting import knowing_touched
 from tests.builders import handmade_adapter, handmade_base, tensors
+from tests.onnx_export.architectures import DYNAMO, save
 from tests.onnx_export.conftest import VOCABULARY, feeds_of, quantized_graph, save_llama, save_tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -145,6 +151,67 @@ def test_sensitivity_of_encoder_is_output_error(exported: Callable[..., ExportRe
     assert all(0 < d.damage < 1 for d in measured)
     grown = sum(d.nbytes for d in measured if d.kept)
     assert 0 < grown < sum(d.nbytes for d in measured)
+
+
+@pytest.mark.slow
+def test_sensitivity_of_encoder_reaches_logits_of_decoder(
+    exported: Callable[..., ExportResult], tmp_path: Path
+) -> None:
+    """Beside transformers' model with one weight quantized, of which encoder and decoder read the same text."""
+    from transformers import T5ForConditionalGeneration
+
+    folder = save(DYNAMO["T5ForConditionalGeneration"], tmp_path / "t5")
+    paths = exported(folder).paths
+    text = CalibrationText(tmp_path, "abc defg\nhi\tjkl\n" * 3, "")
+    (tmp_path / "between").mkdir()
+    run, _, _ = stages(paths, folder, text, 60, tmp_path / "between")
+    measured = choose_kept(run, INT4, logits="logits", progress=Silent())
+    model = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    pairs = Rows.of(folder).pairs(text.lines, 0, 60)
+
+    def logits() -> list[Array]:
+        with torch.no_grad():
+            given = [(torch.tensor([a]), torch.tensor([b])) for a, b in pairs]
+            return [model(input_ids=a, decoder_input_ids=b).logits.numpy() for a, b in given]
+
+    expected, found = logits(), {d.tensors[0]: d.damage for d in measured}
+    for name in (
+        "encoder.block.1.layer.1.DenseReluDense.wo.weight",
+        "decoder.block.0.layer.0.SelfAttention.o.weight",
+    ):
+        weight = model.get_parameter(f"{name}.weight").data
+        plain = weight.clone()
+        arrays = quantize(np.ascontiguousarray(plain.numpy().T), INT4.settings)
+        weight.copy_(torch.from_numpy(dequantize(arrays, *weight.T.shape, INT4.settings).T))
+        assert found[f"{name}.weight"] == pytest.approx(_divergence(expected, logits()), rel=2e-3)
+        weight.copy_(plain)
+
+
+@pytest.mark.slow
+def test_sensitivity_with_gptq_tries_the_numbers_of_the_export(
+    exported: Callable[..., ExportResult], sensitive: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions("int4", "cpu", quantization=QuantizationOptions(algorithm="gptq", embeddings=False))
+    made = export(sensitive, tmp_path / "onnx", options, progress=Silent())
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(made.model).graph.initializer}
+    arrays: dict[Any, dict[Any, Array]] = {}
+    for part in weights_map.read(made.output).weights:
+        if part.recipe.quantized is not None:
+            arrays.setdefault(part.recipe.pieces, {})[part.recipe.quantized.part] = stored[part.name]
+    plain = exported(sensitive).output
+    how = blockwise("int4", "cpu", options.quantization, True)
+    assert how is not None
+    weights = weights_map.read(plain).weights
+    products = sensitivity._quantized([open_model(plain / "model.onnx")], weights, how)
+    statistics = Statistics.open(made.output / STATISTICS)
+    for product in products:
+        _, tried = sensitivity._simulated(plain, product, how, statistics)
+        weight = product.product.weight
+        exact = dequantize(
+            arrays[weight.recipe.pieces], product.product.rows, product.product.columns, how.settings
+        )
+        assert np.array_equal(tried, exact)
+    assert len(products) == 11
 
 
 def test_sensitivity_groups_many_products(exported: Callable[..., ExportResult], sensitive: Path) -> None:

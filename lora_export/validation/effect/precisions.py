@@ -73,7 +73,7 @@ def _as_export(export: JudgedExport, share: float, far: Fidelity | None, checks:
         export.faults,
         export.pair.activations != "float",
         None if far is None else far.lost,
-        klkl_limit(far) if far is not None and only_far else None,
+        kl_limit(far) if far is not None and only_far else None,
         export.calibrated,
     )
 
