@@ -6,6 +6,7 @@ from typing import Any
 from lora_export.commands import derive
 from lora_export.commands.derive import Given
 from lora_export.commands.talk import Talk, megabytes, table
+from lora_export.commands.words import calibration_rows
 from lora_export.contracts import ExportResult
 from lora_export.contracts.options import ExportOptions
 from lora_export.wording import proof_in_words
@@ -54,6 +55,7 @@ def export(talk: Talk, model: str, adapters: tuple[str, ...], output: Path, dry_
         ("precision", result.precision),
         ("nodes", str(result.nodes)),
         *proof_rows(result),
+        *calibration_rows(result),
         ("time", f"{result.seconds:.1f} s"),
         *((name, megabytes(size)) for name, size in result.files.items()),
         ("output", str(output)),

@@ -16,7 +16,7 @@ from lora_export.contracts.benchmark import (
     Samples,
 )
 from lora_export.contracts.budget import BudgetSearch, BudgetStep
-from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResult, Proof
+from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResult, Proof, QuantizationSummary
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
@@ -100,6 +100,7 @@ __all__ = [
     "Progress",
     "Proof",
     "QuantizationOptions",
+    "QuantizationSummary",
     "RankOptions",
     "Reading",
     "Report",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_export.contracts import QuantizationSummary
 from lora_export.contracts.figures import Figure
 from lora_export.onnx_export.quantize.settings import GPTQ, STATISTICS
 from lora_export.onnx_export.weights.map import Weight, WeightsMap
@@ -80,6 +81,18 @@ def read(folder: Path) -> tuple[QuantizedWeight, ...]:
     if not path.is_file():
         return ()
     return decode(sealed.read_json(path), QuantizationCertificate, "the certificate of quantization", path).weights
+
+
+def summary(folder: Path) -> QuantizationSummary | None:
+    """What a person wants to know of an export's certificate, if its quantizer read texts. InputError as `read`."""
+    weights = [w for w in read(folder) if w.quantizer == GPTQ]
+    if not weights:
+        return None
+    blind = [w for w in weights if not w.calibrated]
+    known = [(w.output_error, w.made_of[0]) for w in weights if w.output_error is not None and w.made_of]
+    error, worst = max(known, default=(None, None))
+    first = next((w.made_of[0] for w in blind if w.made_of), None)
+    return QuantizationSummary(GPTQ, len(weights) - len(blind), len(blind), first, worst, error)
 
 
 def _judged(weight: Weight, errors: "Errors") -> QuantizedWeight:

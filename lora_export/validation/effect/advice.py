@@ -151,9 +151,7 @@ def _lost(exports: Sequence[Export], least: float) -> str:
     if any(e.kl_limit is None for e in exports):
         return f"less than {least:.0%} of the adapter's effect is left"
     allowed = max(e.kl_limit for e in exports if e.kl_limit is not None)
-    return (
-        f"the outputs are farther from the merged model's than the precision explains (KL, {allowed:.2g} allowed)"
-    )
+    return f"the outputs are farther from the merged model's than the precision explains (KL above {allowed:.2g})"
 
 
 def cause(export: Export, merged: Merged) -> Cause:

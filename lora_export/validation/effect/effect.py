@@ -164,8 +164,8 @@ class AnyEffect(ABC):
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Mean KL divergences in nats. lost: from the merged model to it in lower precision; error: the standard error of
-    that, from how it varies between texts, NaN for one; of_base: the same of the base; effect: the adapter's, which
+    """Mean KL divergences in nats. lost: from the merged model to the same in lower precision; error: its standard
+    error, from how it varies between texts, NaN for one; of_base: what the base loses; effect: the adapter's, which
     is KL(M‖B) + KL(B‖M)."""
 
     lost: float
