@@ -42,8 +42,13 @@ class Meter:
         effect = self.comparison.effect_of(base, merged)
         perplexities = effect.perplexities([("Q", pair.name)])
         far = effect.fidelity
-        distance = (None, None) if far is None else (far.lost, kl_limit(far))
-        return Kept(effect.share, effect.uncertainty, *distance, perplexities[0].value if perplexities else None)
+        return Kept(
+            effect.share,
+            effect.uncertainty,
+            far.lost if far is not None else None,
+            kl_limit(far) if far is not None else None,
+            perplexities[0].value if perplexities else None,
+        )
 
 
 @contextlib.contextmanager
