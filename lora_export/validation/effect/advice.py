@@ -175,6 +175,9 @@ def cause(export: Export, merged: Merged) -> Cause:
     return "weights" if stage == "weights" else "arithmetic"
 
 
+_MIXED = "merge-and-export with --min-survival gives more bits to as few weights as that takes. "
+
+
 def _remedy(export: Export, merged: Merged, again: str) -> str:
     """The cause and the option to change, in a sentence each."""
     reason = cause(export, merged)
@@ -207,4 +210,5 @@ def _remedy(export: Export, merged: Merged, again: str) -> str:
     calibrate = "Round them so that the outputs change least: --quantizer gptq. "
     more = calibrate if reason == "weights" and export.precision == "int4" and not export.calibrated else ""
     lost = "The adapter is lost to" if export.kl_limit is None else "The difference comes from"
-    return f"{lost} {what} in {export.precision}. {more}Try the next larger precision: {command}"
+    mixed = "" if reason != "weights" or export.precision not in ("int4", "int8") else _MIXED
+    return f"{lost} {what} in {export.precision}. {more}{mixed}Try the next larger precision: {command}"

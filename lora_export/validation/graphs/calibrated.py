@@ -19,8 +19,8 @@ ROW, MATRIX = 4.0, 1.0
 # its zero point off by one, 99 % of them ask for more than half a step that makes up for a quarter.
 STEPS, SHARE = 0.5, 0.2
 # A factor on a row would make up for scales that are too large: how much of one, and for which share of its error.
-# Of 31,000 rows none asks for more than 1 % where this makes up for more than a twentieth, except where one input is
-# a thousand times the others and rounding to nearest would lose much more: the last is the share of that.
+# Of 31,000 rows none asks for more than 1 % where this makes up for more than a twentieth, except where one input
+# is a thousand times the others and rounding to nearest would lose much more: the last is the share of that.
 FACTOR, FACTOR_SHARE, FACTOR_LIMIT = 0.02, 0.1, 0.25
 # Without statistics, a block has the range that loses least, and loses no more than with its whole range. Scales in
 # another rounding, and weights that differ in the last place, move this by a little.
