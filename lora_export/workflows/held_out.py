@@ -17,15 +17,45 @@ def asked_calibrations(export: ExportOptions) -> dict[str, Path]:
     """The same of an export that does not exist yet: of the text that it will read, or of the export whose graph it
     takes. InputError for a file that cannot be read."""
     from lora_export.onnx_export import load_export
-    from lora_export.onnx_export.quantize import calibration
 
     how = export.quantization
     if export.graph_from is not None:
         return calibrations([load_export(export.graph_from)])
     if how.calibration is None and how.activations != "static" and how.algorithm != "gptq":
         return {}
-    text = calibration.read(how.calibration)
-    return {text.sha256: text.path}
+    read, path = _text_of(how.calibration)
+    return {read: path}
+
+
+def refuse_other_calibration(export: ExportOptions) -> None:
+    """InputError for a calibration that is not the one of the export whose graph, and so whose statistics, are
+    taken."""
+    from lora_export.onnx_export import load_export
+
+    given = export.quantization.calibration
+    if export.graph_from is None or given is None:
+        return
+    earlier = load_export(export.graph_from)
+    if earlier.calibration is None or earlier.calibration.text_sha256 != _text_of(given)[0]:
+        known = earlier.calibration
+        raise InputError(
+            f"{given} is not what the export was calibrated on, whose statistics --graph-from takes",
+            where=earlier.output,
+            expected="no --calibration" + (f", or the text {known.text_sha256[:16]}" if known else ""),
+            next_step="the same command without --calibration; or without --graph-from, which calibrates anew",
+        )
+
+
+def _text_of(given: Path | None) -> tuple[str, Path]:
+    """SHA-256 of a calibration's text, or of the one that a file of statistics was made of; and the file."""
+    from lora_export.onnx_export.quantize import calibration
+    from lora_export.onnx_export.quantize.settings import STATISTICS
+    from lora_export.onnx_export.quantize.statistics import Statistics
+
+    if given is not None and given.suffix == Path(STATISTICS).suffix:
+        return Statistics.open(given).calibration.text_sha256, given
+    text = calibration.read(given)
+    return text.sha256, text.path
 
 
 def refuse_calibrated(
