@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from typing import get_args
 
 from lora_export.choices import Precision
-from lora_export.contracts import BenchmarkResult, Check, MergeResult, Proof, ValidationResult
+from lora_export.contracts import (
+    BenchmarkResult,
+    CalibrationRecord,
+    Check,
+    ExportResult,
+    MergeResult,
+    Proof,
+    QuantizationSummary,
+    ValidationResult,
+)
 from lora_export.contracts.report import Report
 
 DASH = "–"
@@ -60,6 +69,30 @@ def proof_in_words(proof: Proof) -> str:
     line = f"{of}within {proof.difference:.1e} of PyTorch, allowed {proof.allowed:.1e}, in {proof.cases} cases"
     line += f"; experts: {proof.experts}" if proof.experts else ""
     return line + "".join(f"; not compared: {what}" for what in proof.not_reached)
+
+
+def calibration_in_words(record: CalibrationRecord) -> str:
+    return f"{number(record.tokens)} tokens in {number(record.windows)} pieces, text {record.text_sha256[:16]}"
+
+
+def calibration(export: ExportResult) -> str:
+    """The text that numbers of an export were chosen on, in a line."""
+    text = export.calibration
+    return DASH if text is None else f"{number(text.tokens)} tokens of the text {text.text_sha256[:12]}"
+
+
+def quantized(how: QuantizationSummary) -> str:
+    """How the weights of an export were rounded, in a line."""
+    line = f"{how.quantizer}, {count(how.calibrated, 'weight')} by their outputs on the text"
+    if how.data_free:
+        example = f", such as {how.first_data_free}" if how.first_data_free else ""
+        line += f"; {number(how.data_free)} to nearest, of which the text has no statistics (tables, tied heads, "
+        line += f"experts that few tokens reach{example})"
+    return line
+
+
+def output_error(how: QuantizationSummary) -> str:
+    return DASH if how.worst is None else f"{percent(how.output_error)} in {how.worst}"
 
 
 def latency_verdict(result: BenchmarkResult) -> str:

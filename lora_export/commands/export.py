@@ -6,9 +6,10 @@ from typing import Any
 from lora_export.commands import derive
 from lora_export.commands.derive import Given
 from lora_export.commands.talk import Talk, megabytes, table
+from lora_export.commands.words import calibration_rows
 from lora_export.contracts import ExportResult
 from lora_export.contracts.options import ExportOptions
-from lora_export.wording import proof_in_words
+from lora_export.wording import calibration_in_words, proof_in_words
 
 
 @derive.command(
@@ -52,8 +53,10 @@ def export(talk: Talk, model: str, adapters: tuple[str, ...], output: Path, dry_
     rows = [
         ("engine", result.engine),
         ("precision", result.precision),
+        *([("calibrated on", calibration_in_words(result.calibration))] if result.calibration else []),
         ("nodes", str(result.nodes)),
         *proof_rows(result),
+        *calibration_rows(result),
         ("time", f"{result.seconds:.1f} s"),
         *((name, megabytes(size)) for name, size in result.files.items()),
         ("output", str(output)),

@@ -53,6 +53,7 @@ def merge_and_export(
         *words.merge_rows(story.merge),
         words.validation_row(story.validate),
         words.export_row(story.export),
+        *words.calibration_rows(story.export),
         *words.benchmark_rows(story.benchmark),
         ("report", str(output / "report" / "report.html")),
     ]

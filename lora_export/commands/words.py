@@ -111,7 +111,9 @@ def _bases_lines(result: ValidationResult) -> list[str]:
 def _survival_lines(result: ValidationResult) -> list[str]:
     return [
         f"adapter in {s.model:<20}  {'no effect' if s.share is None else f'{s.share:.1%} left':>10}"
-        + ("" if s.kl_base is None else f"  KL base → merged {s.kl_base:.2e} nats, lost {s.kl_lost:.2e}")
+        + ("" if s.share_error is None else f" ± {s.share_error:.1%}")
+        + ("" if s.kl_base is None else f"  KL base → merged {s.kl_base:.2e} nats, merged → model {s.kl_lost:.2e}")
+        + ("" if s.kl_lost_error is None else f" ± {s.kl_lost_error:.1e}")
         for s in result.adapter_survival
     ]
 
@@ -140,12 +142,23 @@ def validation_row(result: ValidationResult) -> tuple[str, str]:
         parts.append(f"logits within {by_name['logits_max_abs']:.2g} (noise floor {floor:.2g})")
     if "onnx_logits_max_abs" in by_name:
         parts.append(f"ONNX within {by_name['onnx_logits_max_abs']:.2g}")
+    for kept in (s for s in result.adapter_survival if s.share is not None):
+        lost = "" if kept.kl_lost is None else f", KL {kept.kl_lost:.2g} nats from merged"
+        parts.append(f"{shown(kept.model)} keeps {kept.share:.1%} of the adapter{lost}")
     return "validation", ", ".join(parts)
 
 
 def export_row(result: ExportResult) -> tuple[str, str]:
     size = megabytes(sum(result.files.values()))
     return "export", f"{result.engine}, {result.precision}, {result.nodes} nodes, {size}, {result.seconds:.1f} s"
+
+
+def calibration_rows(result: ExportResult) -> Rows:
+    """The text, and what it decided; nothing for an export without one."""
+    rows = [("calibrated on", wording.calibration(result))] if result.calibration else []
+    if (how := result.quantized) is not None:
+        rows += [("quantizer", shown(wording.quantized(how))), ("output error", shown(wording.output_error(how)))]
+    return rows
 
 
 def benchmark_rows(result: BenchmarkResult) -> Rows:

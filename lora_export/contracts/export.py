@@ -53,12 +53,30 @@ class CalibrationRecord:
 
 
 @dataclass(frozen=True)
+class QuantizationSummary:
+    """What an export's certificate says of a quantizer that reads texts.
+
+    calibrated: how many weights were rounded by what they do to outputs on the texts; data_free: how many without,
+    because the texts have no statistics of them; first_data_free: the first checkpoint tensor of those; worst: the
+    tensor whose outputs change most, and output_error by how much: ‖outputs − exact‖ / ‖exact‖ on the texts.
+    """
+
+    quantizer: str
+    calibrated: int
+    data_free: int
+    first_data_free: str | None = None
+    worst: str | None = None
+    output_error: Figure | None = None
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """An exported folder. `files` maps a file name to its size in bytes; `nodes` counts the nodes of all graphs.
 
     task: Optimum's name of it; graphs: file names of the graphs, the encoder's first where there are several;
     activations: of an int8 graph, as in QuantizationOptions; proof: None for an export of an older version; tried:
-    engines before the one that made the graphs; calibration: None where no text was read.
+    engines before the one that made the graphs; calibration: None where no text was read; quantized: None for
+    a quantizer that reads none.
     """
 
     output: Path
@@ -74,11 +92,18 @@ class ExportResult:
     proof: Proof | None = None
     tried: tuple[Attempt, ...] = ()
     calibration: CalibrationRecord | None = None
+    quantized: QuantizationSummary | None = None
 
     @property
     def model(self) -> Path:
         """The graph that reads the input: the only one, or the encoder's."""
         return self.output / self.graphs[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what a runtime reads of the model: its graphs and data files."""
+        data = (".onnx", ".data", "_data", ".bin")
+        return sum(size for name, size in self.files.items() if name.endswith(data))
 
     @property
     def paths(self) -> tuple[Path, ...]:

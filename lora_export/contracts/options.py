@@ -114,8 +114,9 @@ class QuantizationOptions:
     )
     symmetric: bool | None = None
     algorithm: choices.Quantizer = option(
-        "default", "int4, int8: how the scale of a block is chosen. default: by the largest number (MLAS); rtn: "
-        "rounding to nearest; k_quant: searched, with zero points.", flags=("--quantizer",),
+        "default", "int4, int8: how weights are rounded. default: to nearest, scales by the largest number (MLAS); "
+        "rtn: the same by another implementation; k_quant: scales searched, with zero points; gptq: so that the "
+        "outputs on calibration text change least.", flags=("--quantizer",),
     )
     accuracy_level: int | None = option(
         None, "int4, int8: type in which products are computed. 0: the inputs', 1: fp32, 2: fp16, 3: bf16, 4: int8",
@@ -130,13 +131,12 @@ class QuantizationOptions:
     touched: tuple[str, ...] = ()
     embeddings: bool = True
     activations: choices.Activations = option(
-        "float", "int8 of models that do not generate: type of what the weights are multiplied with. dynamic: "
-        "int8, with a range found at run time; static: int8, with a range fixed on texts. --graph-from cannot "
-        "reuse such graphs.",
+        "float", "int8 of models that do not generate: type of a product's inputs. dynamic: int8, in a range found "
+        "at run time; static: int8, in a range fixed on texts. --graph-from cannot reuse such graphs.",
     )
     calibration: Path | None = option(
-        None, "Static activations: UTF-8 file with one text a line, like those that the model will see.",
-        metavar="FILE", default_text="a few built-in sentences",
+        None, "gptq, static activations: UTF-8 file with text like what the model will see, or "
+        "calibration.safetensors of an earlier gptq export.", metavar="FILE", default_text="built-in texts",
     )
 
 
@@ -148,7 +148,9 @@ class ExportOptions:
     """
 
     SECTION: ClassVar[str] = EXPORT
-    precision: choices.Precision = option("fp32", "Precision of the ONNX weights.", )
+    precision: choices.Precision = option(
+        "fp32", "Precision of the ONNX weights. fp8, nvfp4, mxfp4: refused, with why.", choices=choices.PRECISIONS,
+    )
     provider: choices.Provider = option("auto", PROVIDER_HELP)
     engine: str | None = option(
         None, "Export engine.", choices=engine_names, configurable="file",
@@ -179,15 +181,11 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class CompareBases:
-    """Which bases an adapter is merged into for comparison, besides the one it was trained on.
-
-    original: the 16-bit base from which a stored 4- or 8-bit base was made.
-    """
+    """Which bases an adapter is merged into, too, to compare. original: the 16-bit base of one in 4 or 8 bits."""
 
     SECTION: ClassVar[str] = BASES
-    requantize: choices.Requantization | None = option(
-        None, "With --compare-bases: also measure the effect of quantizing the merged weights to this format."
-    )
+    requantize: choices.Requantization | None = option(None, "With --compare-bases: also measure the effect of "
+        "quantizing the merged weights to this format.")
     original: Path | None = option(
         None, "With --compare-bases: the 16-bit model from which a 4- or 8-bit base was made.",
         flags=("--original-base",), metavar="BASE",
@@ -204,9 +202,8 @@ class ValidationOptions:
     """
 
     SECTION: ClassVar[str] = "Validation"
-    prompts: Path | None = option(
-        None, "Text file with one prompt a line, in place of the built-in ones.", metavar="FILE"
-    )
+    prompts: Path | None = option(None, "Text file with one prompt a line, in place of the built-in ones.",
+        metavar="FILE")
     text: Path | None = option(
         None, "UTF-8 file of running text for the perplexities.", metavar="FILE",
         default_text="a page of Lincoln, Darwin and Austen",
@@ -222,9 +219,10 @@ class ValidationOptions:
         4.0, "How many noise floors the outputs may differ by. Each tensor's arithmetic has a bound of its own, "
         "which this does not change.", minimum=1, metavar="FACTOR",
     )
-    min_survival: float = option(
-        choices.MIN_SURVIVAL, "Share of the adapter's effect on the outputs that an ONNX export must keep; 0 "
-        "accepts any.", minimum=0, maximum=1,
+    min_survival: float | None = option(
+        None, "Share of the adapter's effect that an ONNX export must keep; 0 accepts any. If given, merge-and-"
+        "export of int4 or int8 gives more bits to as few weights as that takes.", minimum=0, maximum=1,
+        default_text="0.9",
     )
     max_memory: int | None = option(
         None, "Memory for the weights that validation compares. Larger models are read layer by layer: the same "
@@ -242,6 +240,10 @@ class ValidationOptions:
         flags=("--validation-seed",), metavar="NUMBER", minimum=0, maximum=2**31 - 1, json="validation_seed",
         default_text="a new one at each run; the result states it",
     )
+
+    @property
+    def least_survival(self) -> float:
+        return choices.MIN_SURVIVAL if self.min_survival is None else self.min_survival
 
 
 @dataclass(frozen=True)
@@ -304,9 +306,7 @@ class BenchmarkOptions:
 @dataclass(frozen=True)
 class StoryOptions:
     """Options of a run: those of its stages. `export.provider` holds for all stages, `force` for the run.
-
-    merged_folder: False: base and adapter go straight into the export.
-    """
+    merged_folder: False: base and adapter go straight into the export."""
 
     SECTION: ClassVar[str] = EXPORT
     merge: MergeOptions = nested(MergeOptions)
@@ -316,11 +316,12 @@ class StoryOptions:
         "validation compares the ONNX graph alone, and the certificate is written to OUT.",
         flags=("--no-merged-folder",),
     )
+    max_size: int | None = option(None, "int4, int8: give weights more bits for the adapter's sake, as far as the "
+        "graph and data files of the merged model stay within this size, such as 100MB.", unit="bytes")
     benchmark: BenchmarkOptions = nested(BenchmarkOptions)
     extra_arms: tuple[choices.ExtraArm, ...] = option(
         (), "Also measure: plugged: the adapter as ONNX Runtime plugs it into a graph with slots; pytorch: PEFT's "
-        "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",),
-    )
+        "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",))
     validation: ValidationOptions = nested(ValidationOptions, without=("merge", "bases"), flat=True)
     force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
     configured: str = ""

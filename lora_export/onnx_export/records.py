@@ -8,6 +8,7 @@ from typing import Any
 from lora_export.choices import Activations, ModelKind, Optimize, Precision, Provider
 from lora_export.contracts import Attempt, CalibrationRecord, ExportResult, Proof
 from lora_export.errors import InputError
+from lora_export.onnx_export.quantize import certificate
 from lora_export.onnx_export.quantize.settings import Blockwise
 from lora_export.storage import sealed
 from lora_export.storage.documents import as_json, decode
@@ -75,6 +76,7 @@ def load_export(place: Path) -> ExportResult:
         tried=record.tried,
         activations=record.activations,
         calibration=record.calibration,
+        quantized=certificate.summary(folder),
     )
 
 

@@ -6,7 +6,7 @@ from lora_export.contracts import BenchmarkResult, Cell, ExportResult, MergeResu
 from lora_export.escape import one_line
 from lora_export.report.latency import cell_name
 from lora_export.report.story import Row
-from lora_export.wording import DASH, milliseconds, number, percent, ratio, size
+from lora_export.wording import DASH, calibration, milliseconds, number, output_error, percent, ratio, size
 
 _Facts = Mapping[str, str]
 
@@ -46,6 +46,8 @@ def _export_facts(export: ExportResult) -> _Facts:
         "Precision": export.precision,
         "Graph nodes": number(export.nodes),
         "Exported size": size(sum(export.files.values())),
+        **({"Calibrated on": one_line(calibration(export))} if export.calibration else {}),
+        **({"Largest error of outputs": one_line(output_error(export.quantized))} if export.quantized else {}),
     }
 
 

@@ -27,7 +27,7 @@ Row = tuple[str, ...]
 
 PERPLEXITY_HEAD = ("Model", "Perplexity", "Against the base", "Tokens")
 BASES_HEAD = ("Merged into", "Perplexity", "KL from the trained model, nats")
-SURVIVAL_HEAD = ("Model", "Adapter effect retained", "KL base → merged, nats", "KL lost, nats")
+SURVIVAL_HEAD = ("Model", "Adapter effect retained", "KL base → merged, nats", "KL merged → model, nats")
 RECORDS_HEAD = ("Tensor", "‖ΔW‖ / ‖W‖", "Survived", "Kind")
 
 _NOT_VALIDATED = "The merged model was not checked against the unmerged one."
@@ -178,9 +178,18 @@ def base_rows(validate: ValidationResult) -> list[Row]:
 
 def survival_rows(validate: ValidationResult) -> list[Row]:
     return [
-        (one_line(s.model), percent(s.share), number(s.kl_base), number(s.kl_lost))
+        (
+            one_line(s.model),
+            percent(s.share) + _within(percent(s.share_error), s.share_error),
+            number(s.kl_base),
+            number(s.kl_lost) + _within(number(s.kl_lost_error, 2), s.kl_lost_error),
+        )
         for s in validate.adapter_survival
     ]
+
+
+def _within(error: str, known: float | None) -> str:
+    return "" if known is None else f" ± {error}"
 
 
 # --- merge and export ----------------------------------------------------------------------------------------
@@ -234,12 +243,23 @@ def export_facts(export: ExportResult) -> list[Row]:
     return [
         ("Engine", one_line(export.engine)),
         ("Precision", export.precision),
+        *([("Activations", f"{export.activations}, 8 bits")] if export.activations != "float" else []),
+        *(("Calibrated on", one_line(wording.calibration_in_words(c))) for c in [export.calibration] if c),
         ("Graph nodes", number(export.nodes)),
+        *_calibration_facts(export),
         *([("Proof", one_line(wording.proof_in_words(export.proof)))] if export.proof else []),
         *(("Not taken", one_line(f"{t.engine}: {t.reason}")) for t in export.tried),
         ("Time", wording.seconds(export.seconds)),
         ("Files", f"{len(export.files)}, {size(sum(export.files.values()))} in total"),
     ]
+
+
+def _calibration_facts(export: ExportResult) -> list[Row]:
+    facts: list[Row] = [("Calibrated on", one_line(wording.calibration(export)))] if export.calibration else []
+    if (how := export.quantized) is not None:
+        facts.append(("Weights", one_line(wording.quantized(how))))
+        facts.append(("Largest error of outputs", one_line(wording.output_error(how))))
+    return facts
 
 
 def file_rows(export: ExportResult) -> list[Row]:

@@ -73,17 +73,19 @@ def with_graph_of(
     progress: Progress,
     what: str,
     source: "TensorSource | None" = None,
+    ready: tuple[Path, ...] = (),
 ) -> ExportResult:
-    """`model` with the graph of `earlier`; with one of its own where that does not take its weights."""
+    """`model` with the graph of `earlier`; with one of its own where that does not take its weights. ready: other
+    exports of the same numbers, to copy from."""
     from lora_export.onnx_export import reweight
 
     try:
-        return reweight(earlier.output, model, output, source=source, progress=progress)
+        return reweight(earlier.output, model, output, source=source, ready=ready, progress=progress)
     except ExportError as error:
         if options.graph_from is not None:
             raise
         progress.detail(f"a graph of its own: {error.found}")
-    return export_as(model, output, options, progress, what, source=source)
+    return export_as(model, output, options, progress, what, source=source, ready=ready)
 
 
 def export_as(
@@ -95,8 +97,11 @@ def export_as(
     adapter: Path | None = None,
     source: "TensorSource | None" = None,
     calibrated_on: "TensorSource | None" = None,
+    ready: tuple[Path, ...] = (),
+    proven: bool = True,
 ) -> ExportResult:
-    """calibrated_on: the numbers of the model that reads calibration texts, if not these."""
+    """calibrated_on: the numbers of the model that reads calibration texts, if not these; ready: other exports of
+    the same numbers, to copy from; proven: whether the graph is compared with PyTorch."""
     from lora_export.onnx_export import export, reweight
     from lora_export.workflows.proving import prover
 
@@ -109,8 +114,9 @@ def export_as(
         replace(options, force=False),
         adapter=adapter,
         source=source,
-        prove=prover(options.proof),
+        prove=prover(options.proof) if proven else None,
         calibrated_on=calibrated_on,
+        ready=ready,
         progress=progress,
     )
 

@@ -112,7 +112,7 @@ def _produced(
         calibration = calibrate(job, plain)
     plain.remove()
     if made.described:
-        fill(job.output, numbers, job.progress)
+        fill(job.output, numbers, job.progress, ready=job.ready)
     attempt.stage = _PROOF
     proof = None
     if prove and chosen.comparable:

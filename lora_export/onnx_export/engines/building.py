@@ -29,19 +29,24 @@ def numbers_of(model: Path, source: TensorSource | None) -> TensorSource:
     return with_modules(source or TensorFiles(open_checkpoint(model).tensors), model)
 
 
-def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = True) -> None:
-    """Fill the data files of a new export. hashed: keep the hashes that tell the next export what has changed."""
+def fill(
+    stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = True, ready: tuple[Path, ...] = ()
+) -> None:
+    """Fill the data files of a new export. hashed: keep the hashes that tell the next export what has changed;
+    ready: as in DataFiles."""
     described = weights_map.read(stage)
     if not isinstance(numbers, TensorFiles):
         refuse_undescribed(described, numbers)
     disk.check_space(stage, sum(described.sizes.values()))
     files = DataFiles(
-        stage, described, numbers, progress, statistics=certificate.statistics_beside(stage, described)
-    )
+        stage, described, numbers, progress,
+        statistics=certificate.statistics_beside(stage, described), ready=ready,
+    )  # fmt: skip
     files.write()
-    certificate.write(stage, described, files.errors)
+    certificate.write(stage, described, files.errors, ready)
     if hashed:
-        weights_map.write(stage, replace(described, hashes=hash_all(numbers)))
+        hashes = weights_map.read(ready[0]).hashes if ready else hash_all(numbers)
+        weights_map.write(stage, replace(described, hashes=hashes))
 
 
 class PlainGraphs:

@@ -1,11 +1,12 @@
 """quantization.json: how each quantized weight of an export was made, and how far it is from what it stands for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_export.contracts import QuantizationSummary
 from lora_export.contracts.figures import Figure
 from lora_export.onnx_export.quantize.settings import GPTQ, STATISTICS
 from lora_export.onnx_export.weights.map import Weight, WeightsMap
@@ -50,14 +51,16 @@ def write(
     folder: Path,
     described: WeightsMap,
     errors: "Mapping[tuple[str, str], Errors]",
-    earlier: Path | None = None,
+    earlier: Sequence[Path] = (),
 ) -> None:
     """Write the certificate of an export, if it has quantized weights.
 
-    errors: of the weights that were quantized, by data file and name; earlier: an export that the others were
+    errors: of the weights that were quantized, by data file and name; earlier: exports that the others were
     copied from.
     """
-    known = {(w.file, w.name): w for w in read(earlier)} if earlier is not None else {}
+    methods = {(w.file, w.name): w.recipe.quantized.method for w in described.weights if w.recipe.quantized}
+    stated = (w for folder in earlier for w in read(folder))
+    known = {(w.file, w.name): w for w in stated if methods.get((w.file, w.name)) == w.method}
     new = {(w.file, w.name): w for w in judged(described, errors)}
     order = ((w.file, w.name) for w in described.weights)
     every = known | new
@@ -78,6 +81,18 @@ def read(folder: Path) -> tuple[QuantizedWeight, ...]:
     if not path.is_file():
         return ()
     return decode(sealed.read_json(path), QuantizationCertificate, "the certificate of quantization", path).weights
+
+
+def summary(folder: Path) -> QuantizationSummary | None:
+    """What a person wants to know of an export's certificate, if its quantizer read texts. InputError as `read`."""
+    weights = [w for w in read(folder) if w.quantizer == GPTQ]
+    if not weights:
+        return None
+    blind = [w for w in weights if not w.calibrated]
+    known = [(w.output_error, w.made_of[0]) for w in weights if w.output_error is not None and w.made_of]
+    error, worst = max(known, default=(None, None))
+    first = next((w.made_of[0] for w in blind if w.made_of), None)
+    return QuantizationSummary(GPTQ, len(weights) - len(blind), len(blind), first, worst, error)
 
 
 def _judged(weight: Weight, errors: "Errors") -> QuantizedWeight:

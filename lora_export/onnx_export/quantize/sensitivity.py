@@ -22,6 +22,7 @@ from lora_export.onnx_export.quantize.feeding import Stage
 from lora_export.onnx_export.quantize.numbers import dequantize, granularity, quantize, shapes
 from lora_export.onnx_export.quantize.settings import GPTQ, Blockwise, chosen
 from lora_export.onnx_export.quantize.statistics import Statistics
+from lora_export.onnx_export.quantize.stored import StoredMatrices
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.dtypes import Array
 from lora_export.onnx_export.weights.map import Part, Quantization, Recipe, Weight
@@ -89,6 +90,7 @@ def choose_kept(
     eight_bits: bool = False,
     groups: int = MOST_GROUPS,
     statistics: Statistics | None = None,
+    made: StoredMatrices | None = None,
     progress: Progress,
 ) -> tuple[Damage, ...]:
     """Every group of products with its damage, worst per byte first; `kept` marks those to name in `keep`, or in
@@ -99,7 +101,8 @@ def choose_kept(
     of its distributions in nats; without, the mean over the outputs of the squared error relative to the squared
     output. Both are quadratic in the error of a weight, so that those of different groups roughly add up. budget:
     how much larger the weights may become, as a share of everything quantized. Groups that do less damage per byte
-    than average are never kept. statistics: what gptq rounds by. ExportError if there is nothing to quantize.
+    than average are never kept. statistics: what gptq rounds by; made: of an export that is quantized so already,
+    whose matrices are taken. ExportError if there is nothing to quantize.
     """
     weights = weights_map.read(stages[0].graph.parent).weights
     models = [open_model(stage.graph) for stage in stages]
@@ -109,7 +112,8 @@ def choose_kept(
     wide = replace(how, method="int8") if eight_bits else None
     measured = []
     for done, group in enumerate(chosen):
-        changed = dict(_simulated(stages[0].graph.parent, weight, how, statistics) for weight in group.weights)
+        folder = stages[0].graph.parent
+        changed = dict(_simulated(folder, weight, how, statistics, made) for weight in group.weights)
         damage = float(np.mean([_damage(e, run(at, changed), logits) for at, e in enumerate(expected)]))
         if not np.isfinite(damage):
             raise ExportError(
@@ -202,12 +206,15 @@ def _group_name(product: Product, layers: int) -> str:
 
 
 def _simulated(
-    folder: Path, weight: _Quantized, how: Blockwise, statistics: Statistics | None
+    folder: Path, weight: _Quantized, how: Blockwise, statistics: Statistics | None, made: StoredMatrices | None
 ) -> tuple[tuple[str, str], Array]:
     """The key of a weight, and its value if the product is quantized."""
     product, stored = weight.product, weight.product.weight
     if stored.dtype != "float32":
         raise ExportError(f"{stored.name} is {stored.dtype}", tensor=stored.name, expected="an fp32 export")
+    known = made.matrix(product) if made is not None else None
+    if known is not None:
+        return (stored.file, stored.name), np.ascontiguousarray(known.T) if product.turned else known
     matrix = np.memmap(folder / stored.file, np.float32, "r", stored.offset, stored.shape)
     matrix = matrix.T if product.turned else matrix
     own = weight.settings(how)

@@ -7,11 +7,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lora_export.contracts import AdapterSurvival, Perplexity
+from lora_export.storage.disk import check_space
 from lora_export.validation.comparing.thresholds import LARGEST_NLL
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # ids (length,) → logits (length, vocabulary)
@@ -37,6 +40,19 @@ def without_adapter(unmerged: Any) -> LogitsOf:
             return of(unmerged)(ids)
 
     return logits
+
+
+def stored(model: LogitsOf, windows: Sequence[torch.Tensor], folder: Path) -> LogitsOf:
+    """The logits of a model on these windows, taken once and kept in files of the new folder. DiskError."""
+    folder.mkdir()
+    files: dict[tuple[int, ...], Path] = {}
+    for at, ids in enumerate(windows):
+        logits = model(ids).float().numpy()
+        if at == 0:
+            check_space(folder, logits.nbytes // len(ids) * sum(map(len, windows)))
+        path = files[tuple(ids.tolist())] = folder / f"{at}.npy"
+        np.save(path, logits)
+    return lambda ids: torch.from_numpy(np.load(files[tuple(ids.tolist())]))
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
@@ -148,8 +164,8 @@ class AnyEffect(ABC):
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Mean KL divergences in nats. lost: from the merged model to it in lower precision; error: the standard error of
-    that, from how it varies between texts, NaN for one; of_base: the same of the base; effect: the adapter's, which
+    """Mean KL divergences in nats. lost: from the merged model to the same in lower precision; error: its standard
+    error, from how it varies between texts, NaN for one; of_base: what the base loses; effect: the adapter's, which
     is KL(M‖B) + KL(B‖M)."""
 
     lost: float
