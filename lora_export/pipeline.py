@@ -18,9 +18,13 @@ from lora_export.contracts import (
 )
 from lora_export.contracts.option import kept
 from lora_export.errors import GateFailed
+from lora_export.progress import Silent
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
 from lora_export.workflows.bare_base import without_adapter
+from lora_export.workflows.budget import Models, Pair, searches, with_budget, within_budget
+from lora_export.workflows.exporting import knowing_touched
+from lora_export.workflows.held_out import asked_calibrations, refuse_calibrated, refuse_other_calibration
 from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra, refuse_slower
 from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into
 from lora_export.workflows.run_report import write_report
@@ -32,7 +36,7 @@ def merge_and_export(
     base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions, progress: Progress
 ) -> Story:
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
-    options = _with_provider(options)
+    options = with_budget(_with_provider(options), base.folder)
     earlier = options.export.graph_from
     inputs = [base.folder, *(a.folder for a in adapters), *([earlier] if earlier else [])]
     _preflight(base, adapters, output, options)
@@ -65,11 +69,13 @@ def _run(
     options: StoryOptions,
     progress: Progress,
 ) -> Story:
-    from lora_export.merging import merge, written_source
+    from lora_export.merging import begin_stream, merge, plan, written_source
     from lora_export.validation import validate
     from lora_export.validation.reference.foreign import as_peft
+    from lora_export.validation.run import seeded
 
     # merge, and export with the graph of the base
+    options = replace(options, export=knowing_touched(options.export, base.folder, adapters, options.merge))
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
@@ -82,11 +88,19 @@ def _run(
         exported = export_merged(base_onnx, folder, stage / "onnx", options.export, progress, source)
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
+    dequantized = stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress)
+    budget = None
+    if searches(options, base.folder):
+        options = replace(options, validation=seeded(options.validation))
+        numbers = source or begin_stream(plan(base.folder, adapters, options.merge), work / "numbers", Silent())
+        models, first = Models(trained_on, folder, numbers, work, stage / "onnx"), Pair(base_onnx, exported)
+        pair, budget = within_budget(models, first, alone, adapters, dequantized, options, progress)
+        base_onnx, exported = pair.base, pair.merged
     readable = as_peft(alone, adapters, work)
     unmerged_onnx, why_not = export_unmerged(
         trained_on, readable, work, options.export, exported, progress, combined=options.merge.combine != "none"
     )
-    story = Story(stage, merged, export=exported)
+    story = Story(stage, merged, export=exported, budget=budget)
 
     # prove
     checked = validate(
@@ -94,7 +108,7 @@ def _run(
         adapters,
         folder,
         exports=[pair_of(exported, base_onnx.output)],
-        dequantized=stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress),
+        dequantized=dequantized,
         graphs_alone=not options.merged_folder,
         options=options.validation,
         progress=progress,
@@ -123,6 +137,8 @@ def _preflight(base: Source, adapters: Sequence[AdapterChoice], output: Path, op
     export = options.export
     read_prompts(options.validation.prompts)
     read_text(options.validation.text)
+    refuse_other_calibration(export)
+    refuse_calibrated(asked_calibrations(export), options.validation)
     for folder in (base.folder, *(a.folder for a in adapters)):
         check_adapter_folder(folder)
     planned = plan(base.folder, adapters, options.merge)

@@ -320,8 +320,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a pattern that keeps nothing is taken", "onnx_export/refusals.py",
-        "if pattern != AUTO and not any(",
-        "if pattern == AUTO and not any(",
+        "if not chosen(names, [pattern]):",
+        "if chosen(names, [pattern]) is None:",
         "tests/onnx_export/test_activations.py::test_activations_keep_pattern_without_match_is_refused",
     ),
     Mutation(
@@ -1050,8 +1050,23 @@ MUTATIONS = (
         "tests/onnx_export/test_sentence.py::test_pooling_leaves_out_padding",
     ),
     Mutation(
+        "a text of a validation is not looked up among those of calibrations", "workflows/held_out.py",
+        "found = calibrated.get(_hashed(file)) if file is not None else None", "found = None",
+        "tests/validation/test_held_out.py::test_calibrated_text_as_judge_is_refused[--own-text]",
+    ),
+    Mutation(
         "the ends that the base knows are forgotten", "merging/planning/ends.py",
         '"eos_token_id": [number, *known]}', '"eos_token_id": [number]}',
         "tests/merging/test_ends.py::test_merge_follows_end_of_adapters_tokenizer",
+    ),
+    Mutation(
+        "moments of several uses are sums, not means", "onnx_export/quantize/moments.py",
+        "matrix /= np.float32(max(1, self.tokens))", "matrix /= np.float32(1)",
+        "tests/onnx_export/test_statistics.py::test_collect_layer_that_runs_twice_has_the_mean_of_both",
+    ),
+    Mutation(
+        "a long text is calibrated on its beginning", "onnx_export/quantize/calibration.py",
+        "pieces = [pieces[i] for i in _even(len(pieces), count)]", "pieces = pieces[:count]",
+        "tests/onnx_export/test_statistics.py::test_windows_are_whole_and_taken_at_even_distances",
     ),
 )  # fmt: skip

@@ -23,7 +23,7 @@ import lora_export
 from lora_export import merging, report
 from lora_export.benchmarking import conditions, measure, statistics
 from lora_export.benchmarking.statistics import Interval
-from lora_export.contracts import Findings, Interference, Reading
+from lora_export.contracts import BudgetStep, Findings, Interference, Reading
 from lora_export.contracts.figures import Figure
 from lora_export.errors import ExportError, InputError
 from lora_export.merging.certificate.compare import compare
@@ -171,6 +171,14 @@ def quiet(number: float) -> bool:
     return not conditions.unsteady([Reading(1.0, 0.5, 0.0, number, None)] * 9)
 
 
+def kept_share(number: float) -> bool:
+    return BudgetStep(1, 0, 0, number, 0.1).keeps(0.5)
+
+
+def kept_nearness(number: float) -> bool:
+    return BudgetStep(1, 0, 0, 1.0, 0.1, kl_lost=number, kl_allowed=0.5).keeps(0.5)
+
+
 CHECKS: dict[str, Callable[[float], bool]] = {
     **{f"judge {p}.{f}": judge(p, f) for p in ("merged", "floor") for f in ("ratio", "low", "high")},
     "judge control.low": judge("control", "low"),
@@ -178,6 +186,7 @@ CHECKS: dict[str, Callable[[float], bool]] = {
     **{f.__name__: f for f in (
         fused, plain, proven, proven_both, damage, damaged_reference, exact, largest, survival, warned_of,
         opposed, recomputed, runtime_s_numbers, validated_numbers, same_tokens, warm, quiet,
+        kept_share, kept_nearness,
     )},
 }  # fmt: skip
 
@@ -200,6 +209,7 @@ def test_check_of_good_figures_passes() -> None:
     assert CHECKS["proven"](1) and CHECKS["proven_both"](-INF) and not CHECKS["proven_both"](INF)
     assert CHECKS["fused"](1) and CHECKS["plain"](1) and CHECKS["damage"](1) and CHECKS["top1_agreement"](0)
     assert CHECKS["warned_of"](0.99) and CHECKS["recomputed"](0.9) and CHECKS["runtime_s_numbers"](2)
+    assert CHECKS["kept_share"](0.5) and CHECKS["kept_nearness"](0.5)
     assert CHECKS["same_tokens"](1) and CHECKS["warm"](1) and CHECKS["quiet"](0) and CHECKS["opposed"](0.5)
 
 

@@ -33,6 +33,7 @@ def merge_and_export(
     from lora_export import api
     from lora_export.commands import words
     from lora_export.commands.merge import plan_document, plan_words
+    from lora_export.report import budget
 
     derive.check_benchmark()
     options = derive.build(StoryOptions, given, configured=talk.configured)
@@ -53,6 +54,7 @@ def merge_and_export(
         *words.merge_rows(story.merge),
         words.validation_row(story.validate),
         words.export_row(story.export),
+        *([("budget", budget.sentence(story.budget))] if story.budget else []),
         *words.calibration_rows(story.export),
         *words.benchmark_rows(story.benchmark),
         ("report", str(output / "report" / "report.html")),

@@ -15,6 +15,7 @@ from lora_export.contracts.benchmark import (
     Reading,
     Samples,
 )
+from lora_export.contracts.budget import BudgetSearch, BudgetStep
 from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResult, Proof, QuantizationSummary
 from lora_export.contracts.merging import (
     AdapterChoice,
@@ -66,6 +67,8 @@ __all__ = [
     "BenchmarkOptions",
     "BenchmarkResult",
     "BenchmarkSizes",
+    "BudgetSearch",
+    "BudgetStep",
     "ByteSink",
     "CalibrationRecord",
     "Cell",

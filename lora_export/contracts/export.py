@@ -100,5 +100,11 @@ class ExportResult:
         return self.output / self.graphs[0]
 
     @property
+    def nbytes(self) -> int:
+        """Of what a runtime reads of the model: its graphs and data files."""
+        data = (".onnx", ".data", "_data", ".bin")
+        return sum(size for name, size in self.files.items() if name.endswith(data))
+
+    @property
     def paths(self) -> tuple[Path, ...]:
         return tuple(self.output / name for name in self.graphs)

@@ -105,8 +105,8 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """How weights are quantized. symmetric: without zero points (None: unless int4); eight_bits: nodes of an int4
-    graph that become int8; embeddings: quantize those, too (to int8, unless an int4 head is tied to them)."""
+    """How weights are quantized. symmetric: without zero points (None: unless int4); eight_bits: as `keep`, int8 in
+    an int4 graph; touched: tensors that adapters changed; embeddings: quantize them (int8, or as a tied head)."""
 
     SECTION: ClassVar[str] = "Quantization of the ONNX weights"
     block_size: int | None = option(
@@ -119,15 +119,16 @@ class QuantizationOptions:
         "outputs on calibration text change least.", flags=("--quantizer",),
     )
     accuracy_level: int | None = option(
-        None, "int4, int8: type in which products are computed. 0: that of the inputs, 1: fp32, 2: fp16, 3: bf16, "
-        "4: int8.", minimum=0, maximum=4, default_text="4 on the CPU, 0 on CUDA",
+        None, "int4, int8: type in which products are computed. 0: the inputs', 1: fp32, 2: fp16, 3: bf16, 4: int8",
+        minimum=0, maximum=4, default_text="4 on the CPU, 0 on CUDA",
     )
     keep: tuple[str, ...] = option(
-        (), "Nodes whose weights are not quantized, by name or pattern ('*down_proj*'). auto (int4 of decoders): "
-        "the nodes whose int4 weights do the most measured damage for their size become int8. May be given more "
-        "than once.", metavar="NODE|auto",
+        (), "What is not quantized: nodes or tensors, by name or pattern ('*down_proj*'). touched: what adapters "
+        "changed; auto (int4): what does the most measured damage for its size. Both become int8 in an int4 graph. "
+        "May be given more than once.", metavar="NAME|touched|auto",
     )
     eight_bits: tuple[str, ...] = ()
+    touched: tuple[str, ...] = ()
     embeddings: bool = True
     activations: choices.Activations = option(
         "float", "int8 of models that do not generate: type of a product's inputs. dynamic: int8, in a range found "
@@ -147,7 +148,9 @@ class ExportOptions:
     """
 
     SECTION: ClassVar[str] = EXPORT
-    precision: choices.Precision = option("fp32", "Precision of the ONNX weights.", )
+    precision: choices.Precision = option(
+        "fp32", "Precision of the ONNX weights. fp8, nvfp4, mxfp4: refused, with why.", choices=choices.PRECISIONS,
+    )
     provider: choices.Provider = option("auto", PROVIDER_HELP)
     engine: str | None = option(
         None, "Export engine.", choices=engine_names, configurable="file",
@@ -178,15 +181,11 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class CompareBases:
-    """Which bases an adapter is merged into for comparison, besides the one it was trained on.
-
-    original: the 16-bit base from which a stored 4- or 8-bit base was made.
-    """
+    """Which bases an adapter is merged into, too, to compare. original: the 16-bit base of one in 4 or 8 bits."""
 
     SECTION: ClassVar[str] = BASES
-    requantize: choices.Requantization | None = option(
-        None, "With --compare-bases: also measure the effect of quantizing the merged weights to this format."
-    )
+    requantize: choices.Requantization | None = option(None, "With --compare-bases: also measure the effect of "
+        "quantizing the merged weights to this format.")
     original: Path | None = option(
         None, "With --compare-bases: the 16-bit model from which a 4- or 8-bit base was made.",
         flags=("--original-base",), metavar="BASE",
@@ -203,9 +202,8 @@ class ValidationOptions:
     """
 
     SECTION: ClassVar[str] = "Validation"
-    prompts: Path | None = option(
-        None, "Text file with one prompt a line, in place of the built-in ones.", metavar="FILE"
-    )
+    prompts: Path | None = option(None, "Text file with one prompt a line, in place of the built-in ones.",
+        metavar="FILE")
     text: Path | None = option(
         None, "UTF-8 file of running text for the perplexities.", metavar="FILE",
         default_text="a page of Lincoln, Darwin and Austen",
@@ -221,9 +219,10 @@ class ValidationOptions:
         4.0, "How many noise floors the outputs may differ by. Each tensor's arithmetic has a bound of its own, "
         "which this does not change.", minimum=1, metavar="FACTOR",
     )
-    min_survival: float = option(
-        choices.MIN_SURVIVAL, "Share of the adapter's effect on the outputs that an ONNX export must keep; 0 "
-        "accepts any.", minimum=0, maximum=1,
+    min_survival: float | None = option(
+        None, "Share of the adapter's effect that an ONNX export must keep; 0 accepts any. If given, merge-and-"
+        "export of int4 or int8 gives more bits to as few weights as that takes.", minimum=0, maximum=1,
+        default_text="0.9",
     )
     max_memory: int | None = option(
         None, "Memory for the weights that validation compares. Larger models are read layer by layer: the same "
@@ -241,6 +240,10 @@ class ValidationOptions:
         flags=("--validation-seed",), metavar="NUMBER", minimum=0, maximum=2**31 - 1, json="validation_seed",
         default_text="a new one at each run; the result states it",
     )
+
+    @property
+    def least_survival(self) -> float:
+        return choices.MIN_SURVIVAL if self.min_survival is None else self.min_survival
 
 
 @dataclass(frozen=True)
@@ -303,9 +306,7 @@ class BenchmarkOptions:
 @dataclass(frozen=True)
 class StoryOptions:
     """Options of a run: those of its stages. `export.provider` holds for all stages, `force` for the run.
-
-    merged_folder: False: base and adapter go straight into the export.
-    """
+    merged_folder: False: base and adapter go straight into the export."""
 
     SECTION: ClassVar[str] = EXPORT
     merge: MergeOptions = nested(MergeOptions)
@@ -315,11 +316,12 @@ class StoryOptions:
         "validation compares the ONNX graph alone, and the certificate is written to OUT.",
         flags=("--no-merged-folder",),
     )
+    max_size: int | None = option(None, "int4, int8: give weights more bits for the adapter's sake, as far as the "
+        "graph and data files of the merged model stay within this size, such as 100MB.", unit="bytes")
     benchmark: BenchmarkOptions = nested(BenchmarkOptions)
     extra_arms: tuple[choices.ExtraArm, ...] = option(
         (), "Also measure: plugged: the adapter as ONNX Runtime plugs it into a graph with slots; pytorch: PEFT's "
-        "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",),
-    )
+        "unmerged model under PyTorch. May be given twice.", BENCHMARK, flags=("--arm",))
     validation: ValidationOptions = nested(ValidationOptions, without=("merge", "bases"), flat=True)
     force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
     configured: str = ""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_export.contracts.benchmark import BenchmarkResult
+from lora_export.contracts.budget import BudgetSearch
 from lora_export.contracts.export import ExportResult
 from lora_export.contracts.merging import MergeResult
 from lora_export.contracts.validation import ValidationResult
@@ -49,6 +50,7 @@ class Report:
     validate: ValidationResult | None = None
     export: ExportResult | None = None
     benchmark: BenchmarkResult | None = None
+    budget: BudgetSearch | None = None
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.onnx_export.engines.protocol import ExportJob
 from lora_export.onnx_export.graphs.checks import check_export, check_loads, check_model
 from lora_export.onnx_export.quantize import activations, certificate
-from lora_export.onnx_export.quantize.settings import blockwise
+from lora_export.onnx_export.quantize.settings import blockwise, refuse_without_kernel
 from lora_export.onnx_export.records import adapters_beside, load_export
-from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_unused
+from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_untold, refuse_unused
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights import shared_folder as shared
 from lora_export.onnx_export.weights.layout import DataFiles
@@ -59,6 +59,7 @@ def export(
     prove: Prove | None = None,
     calibrated_on: TensorSource | None = None,
     inputs: Sequence[Path] = (),
+    ready: tuple[Path, ...] = (),
     progress: Progress,
 ) -> ExportResult:
     """Write `model` (a Hugging Face folder) as ONNX into the new folder `output`, all or nothing.
@@ -68,12 +69,14 @@ def export(
     prove: holds the graphs of a job against PyTorch, or raises ExportError (it is told whether `source` has the
     numbers), and then the next engine that takes the model is tried; calibrated_on: the numbers of the model that
     reads calibration texts, if not these; inputs: other folders that `output`
-    must not touch. Raises CheckpointError or ExportError before any work if it cannot be done.
+    must not touch; ready: other exports of the same numbers, with the same statistics, from which is copied what
+    they have alike. Raises CheckpointError or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
     config = read_config(model, adapter)
     provider = resolve_provider("auto") if options.provider == "auto" else options.provider
     precision, how = options.precision, options.quantization
+    refuse_untold(how, model)
     read = [model, *inputs, *([adapter] if adapter else [])]
     with files.output_folder(output, options.force, inputs=read) as stage, Worker() as worker:
         engine = engine_named(check_request(config, precision, provider, options.engine, how))
@@ -81,12 +84,12 @@ def export(
         quantized = None if integers else blockwise(precision, provider, how, engine.generates(config))
         job = ExportJob(
             model, config, stage, precision, provider, adapter, progress, worker, options.optimize, quantized,
-            None if integers else how.calibration, calibrated_on,
+            None if integers else how.calibration, calibrated_on, ready,
         )  # fmt: skip
         produced = produce(job, options.engine, source, prove, integers)
         job, made = produced.job, produced.made
+        refuse_unmatched(stage, made, how)
         texts = activations.quantize(stage, model, made, how, config) if integers else None
-        refuse_unmatched(stage, made, how.keep)
         more = finish(stage) if finish else {}
         for name in made.graphs:
             check_model(stage / name)
@@ -112,12 +115,13 @@ def reweight(
     *,
     source: TensorSource | None = None,
     force: bool = False,
+    ready: tuple[Path, ...] = (),
     progress: Progress,
 ) -> ExportResult:
     """Export `model` with the graphs of `earlier`, an export of the same base: only data files are written anew.
 
     The result is, byte for byte, what a fresh export of `model` with the options of `earlier` gives. With `force`,
-    `output` may be `earlier` itself, which is replaced at the end.
+    `output` may be `earlier` itself, which is replaced at the end. ready: as in `export`.
     """
     started = time.monotonic()
     record = records.read_record(earlier)
@@ -127,7 +131,7 @@ def reweight(
     inputs = [model] if output.exists() and output.samefile(earlier) else [model, earlier]
     numbers = numbers_of(model, source)
     with files.output_folder(output, force, inputs=inputs) as stage:
-        hashes = hash_all(numbers)
+        hashes = weights_map.read(ready[0]).hashes if ready else hash_all(numbers)
         refuse_other_model(earlier, record, config, described, hashes)
         unchanged = frozenset(n for n, h in hashes.items() if described.hashes[n] == h)
         disk.check_space(output.absolute().parent, sum(described.sizes.values()))
@@ -137,9 +141,11 @@ def reweight(
         calibrated = certificate.statistics_beside(earlier, described)
         if calibrated:
             sealed.copy(calibrated.path, stage / calibrated.path.name)
-        data = DataFiles(stage, described, numbers, progress, earlier, unchanged, statistics=calibrated)
+        data = DataFiles(
+            stage, described, numbers, progress, earlier, unchanged, statistics=calibrated, ready=ready
+        )
         data.write()
-        certificate.write(stage, described, data.errors, earlier)
+        certificate.write(stage, described, data.errors, (earlier, *ready))
         weights_map.write(stage, replace(described, hashes=hashes))
         digest, seconds = sealed.sha256(model / "config.json"), round(time.monotonic() - started, 3)
         proof = replace(record.proof, inherited=True) if record.proof else None
@@ -182,6 +188,7 @@ def check_request(
 
     For a model that does not exist yet: what only its folder can tell is checked by `export`.
     """
+    refuse_without_kernel(precision)
     how = quantization or QuantizationOptions()
     chosen = check_all(config, engine, lambda each: each.check_precision(precision, provider))
     activations.check(precision, chosen.generates(config), how)

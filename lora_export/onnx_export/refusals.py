@@ -1,6 +1,6 @@
 """What an export refuses before any work, or before anything is written: models, options, patterns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +11,8 @@ from lora_export.errors import CheckpointError, ExportError
 from lora_export.onnx_export.embedders import as_exported
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import load_graph
-from lora_export.onnx_export.quantize.settings import AUTO, kept
+from lora_export.onnx_export.quantize.settings import AUTO, TOUCHED, WORDS, chosen
+from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.map import Method
 from lora_export.storage import sealed
 
@@ -60,6 +61,12 @@ def _refuse_newer(config: Mapping[str, Any], path: Path) -> None:
 def refuse_unused(precision: Precision, how: QuantizationOptions) -> None:
     """ExportError for options of quantization together with a precision that quantizes nothing."""
     if precision in get_args(Method):
+        if AUTO in how.keep and how.activations != "float":
+            raise ExportError(
+                f"--keep auto with --activations {how.activations}",
+                expected="names or patterns of nodes, or of checkpoint tensors",
+                next_step="name them with --keep, or drop --keep auto",
+            )
         return
     for name in ("block_size", "keep", "accuracy_level", "algorithm"):
         if getattr(how, name) != getattr(QuantizationOptions(), name):
@@ -71,18 +78,31 @@ def refuse_unused(precision: Precision, how: QuantizationOptions) -> None:
             )
 
 
-def refuse_unmatched(stage: Path, made: Made, patterns: Sequence[str]) -> None:
+def refuse_untold(how: QuantizationOptions, model: Path) -> None:
+    """ExportError for --keep touched where nobody knows what adapters changed."""
+    if TOUCHED in how.keep and not how.touched:
+        raise ExportError(
+            "--keep touched, and nothing says which tensors an adapter changed",
+            where=model,
+            expected="a merged folder with its certificate, or the base and its adapters in one run",
+            next_step="lora-export merge -b BASE -a ADAPTER -o MERGED, then export -m MERGED; or merge-and-export",
+        )
+
+
+def refuse_unmatched(stage: Path, made: Made, how: QuantizationOptions) -> None:
     """ExportError for a pattern that matches nothing: a mistake that would go unnoticed."""
+    patterns = [p for p in (*how.keep, *how.eight_bits) if p not in WORDS]
     if not patterns:
         return
-    names = [node.name for graph in made.graphs for node in load_graph(stage / graph).graph.node]
+    nodes = [node.name for graph in made.graphs for node in load_graph(stage / graph).graph.node]
+    plain = [n.removesuffix("_Q4").removesuffix("_Q8").removesuffix("_Bnb4") for n in nodes]
+    tensors = weights_map.read(stage).tensors if made.described else frozenset()
+    names: dict[str, tuple[str, ...]] = dict.fromkeys([*nodes, *plain, *tensors], ())
     for pattern in patterns:
-        if pattern != AUTO and not any(kept(name, [pattern]) for name in names):
-            products = [
-                n.removesuffix("_Q4").removesuffix("_Q8") for n in names if n.endswith(("_Q4", "_Q8", "_Bnb4"))
-            ]
+        if not chosen(names, [pattern]):
+            products = [p for p, n in zip(plain, nodes, strict=True) if p != n]
             raise ExportError(
-                f"--keep {pattern!r} matches no node",
-                expected="a node or a pattern, such as " + (products or names)[0],
+                f"--keep {pattern!r} matches no node, and no tensor of the checkpoint",
+                expected="a node, a tensor or a pattern, such as " + (products or nodes)[0],
                 next_step="for example --keep '*down_proj*', in quotes because of the shell",
             )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lora_export.contracts import BenchmarkResult, Report, ValidationResult
 from lora_export.escape import markdown as escaped
-from lora_export.report import latency, story
+from lora_export.report import budget, latency, story
 
 _TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}
 
@@ -19,6 +19,16 @@ def markdown(report: Report, comparison: Sequence[story.Row] = ()) -> str:
     lines += _latency(report.benchmark) if report.benchmark else []
     lines += _facts("Merge", story.merge_facts(report.merge)) if report.merge else []
     lines += _facts("Export", story.export_facts(report.export)) if report.export else []
+    if report.budget:
+        rows = budget.rows(report.budget)
+        lines += [
+            "",
+            "## Budget",
+            "",
+            escaped(budget.sentence(report.budget)),
+            "",
+            *_table(budget.HEAD, rows, "rrrrrrl"),
+        ]
     if comparison:
         table = _table(("", "this run", "the other run"), comparison, "lrr")
         lines += ["", "## Compared with another run", "", *table]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lora_export.contracts import Report, Samples
 from lora_export.escape import one_line, printable
-from lora_export.report import latency, latency_plots, plots, story
+from lora_export.report import budget, latency, latency_plots, plots, story
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,6 +26,7 @@ def html(report: Report, samples: Samples, comparison: Sequence[story.Row] = ())
         comparison=comparison,
         story=story,
         latency=latency,
+        budget=budget,
         plots={name: Markup(drawn) if drawn else None for name, drawn in _plots(report, samples).items()},
     )
 
@@ -60,6 +61,7 @@ def _plots(report: Report, samples: Samples) -> dict[str, str | None]:
     return {
         "layers": plots.layers(merge.records) if merge else None,
         "kl": plots.kl_by_position(validate.kl_by_position) if validate else None,
+        "frontier": budget.frontier(report.budget) if report.budget else None,
         "forest": latency_plots.forest(bench) if bench else None,
         "overheads": latency_plots.overheads(bench) if bench else None,
         "latency": latency_plots.latency(bench, samples) if bench else None,

@@ -1,12 +1,17 @@
 """The validation from its inputs to its checks."""
 
+import contextlib
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_export.contracts import AdapterChoice, ExportedPair, Progress, ValidationOptions, ValidationResult
+
+if TYPE_CHECKING:
+    from lora_export.validation.stages import Validation
 
 
 def validate(
@@ -26,29 +31,47 @@ def validate(
     Needed, too, for any quantized base of a model that `streams`. graphs_alone: `merged` is an outline without
     numbers, and only the graphs are compared.
     """
+    from lora_export.validation.folder.settings import settings_check
+    from lora_export.validation.stages import combined, result_of
+
+    options = seeded(options or ValidationOptions())
+    given = exports, dequantized, graphs_alone, options, progress
+    with prepared(base, adapters, merged, *given) as task:
+        # An outline is no folder that anybody loads, and does not hold the tensors that its settings follow.
+        checks = () if graphs_alone else (settings_check(task.settings, merged),)
+        result = result_of(task if options.merge.combine == "none" else combined(task))
+    return replace(result, checks=(*result.checks, *checks), seed=options.seed)
+
+
+@contextlib.contextmanager
+def prepared(
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    merged: Path,
+    exports: Sequence[ExportedPair],
+    dequantized: Path | None,
+    graphs_alone: bool,
+    options: ValidationOptions,
+    progress: Progress,
+) -> "Iterator[Validation]":
+    """The inputs of a validation, read and checked."""
     import transformers
 
     from lora_export.validation.comparing.texts import read_prompts, read_text
     from lora_export.validation.folder.companions import declared, expected_folder
-    from lora_export.validation.folder.settings import settings_check
     from lora_export.validation.reference.foreign import as_peft
-    from lora_export.validation.stages import Validation, combined, result_of
+    from lora_export.validation.stages import Validation
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options = seeded(options or ValidationOptions())
     with tempfile.TemporaryDirectory(prefix="lora-export-") as folder:
         scratch = Path(folder)
-        settings = expected_folder(
-            base, adapters, merged, declared(base, merged, options.merge), scratch / "settings"
-        )
-        # An outline is no folder that anybody loads, and does not hold the tensors that its settings follow.
-        checks = () if graphs_alone else (settings_check(settings, merged),)
-        task = Validation(
+        how = declared(base, merged, options.merge)
+        yield Validation(
             base=base,
+            settings=expected_folder(base, adapters, merged, how, scratch / "settings"),
             adapters=as_peft(base, adapters, scratch),
             merged=merged,
-            settings=settings,
             prompts=read_prompts(options.prompts),
             text=read_text(options.text),
             exports=exports,
@@ -58,8 +81,6 @@ def validate(
             progress=progress,
             scratch=scratch,
         )
-        result = result_of(task if options.merge.combine == "none" else combined(task))
-    return replace(result, checks=(*result.checks, *checks), seed=options.seed)
 
 
 def seeded(options: ValidationOptions) -> ValidationOptions:

@@ -100,6 +100,14 @@ def result_of(task: Validation) -> ValidationResult:
     return _with_graphs(result, task, models, comparison, merged)
 
 
+def measured_by(task: Validation, scratch: Path) -> AnyComparison:
+    """A comparison that knows what the unmerged model answers, which is loaded and left again here."""
+    task, models = _loaded(task)
+    comparison = _comparison(task, models)
+    comparison.recall(models.unmerged, scratch)
+    return comparison
+
+
 def combined(task: Validation) -> Validation:
     """With the combination as one adapter, and options that know of no combination."""
     merge = task.options.merge
@@ -220,7 +228,7 @@ def _with_graphs(
         result = replace(result, checks=(*result.checks, *exports[-1].checks))
     if not exports:
         return result
-    return joined(result, adapter_survival(exports, options.min_survival, options.again, merged))
+    return joined(result, adapter_survival(exports, options.least_survival, options.again, merged))
 
 
 def joined(result: ValidationResult, more: ValidationResult) -> ValidationResult:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.choices import Provider
-from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult, Progress, Source
+from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult, MergeOptions, Progress, Source
 from lora_export.errors import InputError
+from lora_export.workflows.held_out import refuse_other_calibration
 
 
 def export_model(
@@ -28,6 +29,7 @@ def export_model(
     if options.graph_from is not None:
         return reweight(options.graph_from, model.folder, output, force=options.force, progress=progress)
     options = replace(options, provider=_target(options.provider))
+    options = knowing_touched(options, model.folder, adapters)
     if adapters and not options.unmerged:
         return export_pluggable(model.folder, [a.folder for a in adapters], output, options, progress)
     return export(
@@ -59,6 +61,7 @@ def check_export(adapters: int, options: ExportOptions) -> None:
             expected="an export of the base, whose graph and weights the adapters share",
             next_step="lora-export export -m BASE -o BASE_ONNX, then --graph-from BASE_ONNX",
         )
+    refuse_other_calibration(options)
 
 
 def planned_export(model: str, options: ExportOptions) -> dict[str, Any]:
@@ -67,15 +70,36 @@ def planned_export(model: str, options: ExportOptions) -> dict[str, Any]:
     from lora_export.checkpoint.sources import resolve
     from lora_export.onnx_export import check_request, load_export
     from lora_export.onnx_export.embedders import as_exported
+    from lora_export.onnx_export.refusals import refuse_untold
 
     folder = resolve(model).folder
     config = as_exported(open_checkpoint(folder).config, folder)
     if options.graph_from is not None:
         like = load_export(options.graph_from)
         return {"engine": like.engine, "precision": like.precision, "graph_from": str(options.graph_from)}
+    refuse_untold(knowing_touched(options, folder).quantization, folder)
     provider = _target(options.provider)
     engine = check_request(config, options.precision, provider, options.engine, options.quantization)
     return {"engine": engine, "precision": options.precision}
+
+
+def knowing_touched(
+    options: ExportOptions, model: Path, adapters: Sequence[AdapterChoice] = (), merge: MergeOptions | None = None
+) -> ExportOptions:
+    """With the tensors that adapters change, where options ask: of a base and `adapters`, or of a merged folder by
+    its certificate. None are known of a folder without one, or of `options.graph_from`."""
+    from lora_export.merging import CERTIFICATE, plan
+    from lora_export.merging.certificate.document import read_certificate
+
+    how = options.quantization
+    if "touched" not in how.keep or options.graph_from is not None:
+        return options
+    touched: tuple[str, ...] = ()
+    if adapters:
+        touched = plan(model, adapters, merge or MergeOptions()).touched
+    elif (model / CERTIFICATE).is_file():
+        touched = read_certificate(model).touched
+    return replace(options, quantization=replace(how, touched=touched))
 
 
 def _target(provider: Provider) -> Provider:

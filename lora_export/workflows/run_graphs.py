@@ -73,17 +73,19 @@ def with_graph_of(
     progress: Progress,
     what: str,
     source: "TensorSource | None" = None,
+    ready: tuple[Path, ...] = (),
 ) -> ExportResult:
-    """`model` with the graph of `earlier`; with one of its own where that does not take its weights."""
+    """`model` with the graph of `earlier`; with one of its own where that does not take its weights. ready: other
+    exports of the same numbers, to copy from."""
     from lora_export.onnx_export import reweight
 
     try:
-        return reweight(earlier.output, model, output, source=source, progress=progress)
+        return reweight(earlier.output, model, output, source=source, ready=ready, progress=progress)
     except ExportError as error:
         if options.graph_from is not None:
             raise
         progress.detail(f"a graph of its own: {error.found}")
-    return export_as(model, output, options, progress, what, source=source)
+    return export_as(model, output, options, progress, what, source=source, ready=ready)
 
 
 def export_as(
@@ -95,8 +97,11 @@ def export_as(
     adapter: Path | None = None,
     source: "TensorSource | None" = None,
     calibrated_on: "TensorSource | None" = None,
+    ready: tuple[Path, ...] = (),
+    proven: bool = True,
 ) -> ExportResult:
-    """calibrated_on: the numbers of the model that reads calibration texts, if not these."""
+    """calibrated_on: the numbers of the model that reads calibration texts, if not these; ready: other exports of
+    the same numbers, to copy from; proven: whether the graph is compared with PyTorch."""
     from lora_export.onnx_export import export, reweight
     from lora_export.workflows.proving import prover
 
@@ -109,8 +114,9 @@ def export_as(
         replace(options, force=False),
         adapter=adapter,
         source=source,
-        prove=prover(options.proof),
+        prove=prover(options.proof) if proven else None,
         calibrated_on=calibrated_on,
+        ready=ready,
         progress=progress,
     )
 
@@ -126,13 +132,17 @@ def export_unmerged(
     combined: bool,
 ) -> tuple[ExportResult | None, tuple[str, ...]]:
     """The unmerged graph, or why there is none: it is a control, so a run goes on without it and says so."""
+    from lora_export.onnx_export.quantize.settings import WORDS
+
     if exported.kind != "decoder":
         return None, ("no unmerged graph: the engine for this architecture exports merged models only",)
     if len(adapters) != 1 or adapters[0].weight != 1.0 or combined:
         return None, ("no unmerged graph: it takes exactly one adapter of weight 1, as it is",)
     try:
         what = "the unmerged model, the control of the benchmark"
-        same = replace(options, engine=exported.engine)
+        how = options.quantization  # the builder measures nothing, and its graph is only compared with
+        named = replace(how, keep=tuple(k for k in how.keep if k not in WORDS))
+        same = replace(options, engine=exported.engine, quantization=named)
         return (
             export_as(trained_on, work / "unmerged", same, progress, what, adapter=adapters[0].folder),
             (),

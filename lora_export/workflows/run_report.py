@@ -43,6 +43,7 @@ def write_report(
         validate=story.validate,
         export=replace(export, output=_inside(root, export.output)) if export else None,
         benchmark=story.benchmark,
+        budget=story.budget,
     )
     write(report, stage / "report")
 

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from lora_export import manifest
@@ -110,8 +110,10 @@ def _with_merged_folder(
     from lora_export.onnx_export.weights.recheck import Model, recheck
 
     source = TensorFiles(open_checkpoint(run / "merged").tensors)
-    hashes = {n: h for n, h in sorted(read_certificate(run / "merged").hashes.items()) if h is not None}
-    model = Model(run / "merged", source, hashes, document.recorded_options.quantization)
+    recorded = read_certificate(run / "merged")
+    hashes = {n: h for n, h in sorted(recorded.hashes.items()) if h is not None}
+    quantization = replace(document.recorded_options.quantization, touched=recorded.touched)
+    model = Model(run / "merged", source, hashes, quantization)
     return [merged, recheck(run / "onnx", model, how.graph, progress).result()]
 
 
@@ -153,7 +155,8 @@ def _streamed(
         except LoraExportError as error:
             findings.fail("arithmetic", f"the merge cannot be repeated: {error.found}")
             return [findings.result()]
-        model = Model(Path(scratch) / "outline", source, hashes, document.recorded_options.quantization)
+        quantization = replace(document.recorded_options.quantization, touched=recorded.touched)
+        model = Model(Path(scratch) / "outline", source, hashes, quantization)
         return [findings.result(), recheck(run / "onnx", model, how.graph, progress).result()]
 
 

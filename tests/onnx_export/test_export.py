@@ -11,7 +11,7 @@ import pytest
 
 from lora_export.contracts import ExportOptions, ExportResult, QuantizationOptions
 from lora_export.errors import AdapterError, CheckpointError, ExportError, InputError
-from lora_export.onnx_export import export, load_export
+from lora_export.onnx_export import export, load_export, reweight
 from lora_export.onnx_export.engines import choose, isolated
 from lora_export.progress import Silent
 from lora_export.storage import sealed
@@ -165,6 +165,22 @@ def test_export_engine_sees_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment["HF_HUB_OFFLINE"] == "1"
 
 
+def test_export_keep_touched_makes_those_products_int8(llama: Path, tmp_path: Path) -> None:
+    """A norm that an adapter changed is no product, and a pattern of tensors is found in any graph."""
+    changed = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+    how = QuantizationOptions(keep=("touched", "*layers.0.mlp.up_proj.weight"), touched=changed)
+    for engine in ("genai", "dynamo"):
+        made = attempt(llama, tmp_path / engine, precision="int4", quantization=how, engine=engine)
+        weights = json.loads((made.output / "weights-map.json").read_text())["weights"]
+        bits = {w["made_of"][0]["tensor"]: w.get("quantized", {}).get("method") for w in weights if w["made_of"]}
+        assert {t for t, method in bits.items() if method == "int8"} == {changed[0]}, engine
+        assert bits["model.layers.0.mlp.up_proj.weight"] is None
+        assert bits["model.layers.1.mlp.up_proj.weight"] == "int4"
+    with pytest.raises(ExportError, match="nothing says which tensors") as refusal:
+        attempt(llama, tmp_path / "out", precision="int4", quantization=QuantizationOptions(keep=("touched",)))
+    assert "merge-and-export" in str(refusal.value)
+
+
 def test_export_keep_auto_makes_worst_products_int8(llama: Path, bert: Path, tmp_path: Path) -> None:
     """What was chosen is in the record, and the folder has nothing of what it was measured on."""
     options = QuantizationOptions(keep=("auto",))
@@ -175,5 +191,19 @@ def test_export_keep_auto_makes_worst_products_int8(llama: Path, bert: Path, tmp
     bits = {n.name: a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"}
     assert 0 < sum(b == 8 for b in bits.values()) < len(bits)
     assert not [p for p in result.output.iterdir() if p.name.startswith(".")]
-    with pytest.raises(ExportError, match="--keep auto is not possible for"):
-        attempt(bert, tmp_path / "bert", precision="int4", quantization=options)
+    again = reweight(result.output, llama, tmp_path / "again", progress=Silent())
+    assert again.model.with_suffix(".onnx.data").read_bytes() == result.model.with_suffix(".onnx.data").read_bytes()
+    with pytest.raises(ExportError, match="--keep auto is not possible for int8"):
+        attempt(bert, tmp_path / "bert", precision="int8", quantization=options)
+
+
+def test_export_keep_auto_of_packed_encoder_names_tensors(bert: Path, tmp_path: Path) -> None:
+    """The measured graph packs query, key and value; the quantized one does not."""
+    result = attempt(bert, tmp_path / "out", precision="int4", quantization=QuantizationOptions(keep=("auto",)))
+    chosen = json.loads((result.output / "export.json").read_text())["quantization"]["eight_bits"]
+    weights = json.loads((result.output / "weights-map.json").read_text())["weights"]
+    packed = [w for w in weights if w.get("quantized", {}).get("part") == "packed"]
+    method = {w["made_of"][0]["tensor"]: w["quantized"]["method"] for w in packed}
+    products = {t: m for t, m in method.items() if "embeddings" not in t}
+    assert {t for t, m in products.items() if m == "int8"} == set(chosen) < products.keys()
+    assert chosen

@@ -13,7 +13,7 @@ from lora_export.contracts import ExportOptions, QuantizationOptions
 from lora_export.errors import ExportError
 from lora_export.onnx_export import export
 from lora_export.onnx_export.quantize.numbers import dequantize, quantize
-from lora_export.onnx_export.quantize.settings import Blockwise, blockwise
+from lora_export.onnx_export.quantize.settings import Blockwise, blockwise, chosen, escaped
 from lora_export.onnx_export.weights.map import Piece, Recipe, Weight
 from lora_export.progress import Silent
 from tests.daily import daily, later
@@ -119,6 +119,8 @@ def test_quantize_decoder_matches_builder(
     [
         later(("int4", QuantizationOptions(eight_bits=("/lm_head/*",)), "GatherBlockQuantized")),
         later(("int4", QuantizationOptions(keep=("/lm_head/*",)), "Gather")),
+        later(("int4", QuantizationOptions(eight_bits=("model.embed_tokens.weight",)), "GatherBlockQuantized")),
+        later(("int4", QuantizationOptions(keep=("model.embed_tokens.weight",)), "Gather")),
         later(("int4", QuantizationOptions(16, False, "k_quant"), "GatherBlockQuantized")),
         ("int8", QuantizationOptions(), "GatherBlockQuantized"),
     ],
@@ -135,7 +137,7 @@ def test_quantize_tied_embedding_follows_head(
     made = export(model, tmp_path / "onnx", ExportOptions(precision, "cpu", quantization=how), progress=Silent())
     graph = onnx.load(made.model)
     assert embedding in {n.op_type for n in graph.graph.node}
-    (lookup,) = (n for n in graph.graph.node if n.op_type == embedding)
+    (lookup,) = (n for n in graph.graph.node if n.op_type == embedding and "embed_tokens" in n.name)
     (head,) = (n for n in graph.graph.node if n.name.startswith("/lm_head/MatMul"))
     made_by = {o: n for n in graph.graph.node for o in n.output}
     table = made_by[lookup.input[0]].input[0]
@@ -389,6 +391,35 @@ def test_quantize_shared_weight_with_one_8_bit_product() -> None:
     _, weights = quantized_graph(_graph(), WEIGHTS, Blockwise("int4", eight_bits=("layers.0.up",)))
     names = [w.name for w in weights if w.name.startswith("w_up")]
     assert names == ["w_up_Q8", "w_up_scales"]
+
+
+@pytest.mark.parametrize(
+    ("how", "bits"),
+    [
+        ({"eight_bits": ("gate",)}, {"up": 8, "down": 4, "conv": 4, "head": 4, "lookup": 4}),
+        ({"eight_bits": ("emb*",)}, {"up": 4, "down": 4, "conv": 4, "head": 8, "lookup": 8}),
+        ({"keep": ("emb*", "conv")}, {"up": 4, "down": 4}),
+        ({"keep": ("*oo*",), "eight_bits": ("*up", "gate")}, {"up": 8, "down": 4, "conv": 4, "head": 4}),
+    ],
+)
+def test_quantize_patterns_without_node_name_tensors(how: dict[str, Any], bits: dict[str, int]) -> None:
+    """`lookup` has a node of its name, so the head that reads the same tensor is not meant."""
+    model, _ = quantized_graph(_graph(), WEIGHTS, Blockwise("int4", **how))
+    found = {
+        n.name.split(".")[-1].partition("_")[0]: a.i
+        for n in model.graph.node
+        for a in n.attribute
+        if a.name == "bits"
+    }
+    assert found == bits
+
+
+def test_chosen_pattern_of_nodes_means_no_tensor() -> None:
+    nodes = {"embed": {"embed.weight"}, "head": {"embed.weight"}, "a[0]": {"x.weight"}}
+    assert chosen(nodes, ["*embed*"]) == {"embed"}
+    assert chosen(nodes, ["*embed.weight"]) == {"embed", "head"}
+    assert chosen(nodes, ["embed.weight", "nothing"]) == {"embed", "head"}
+    assert chosen(nodes, escaped(["a[0]"])) == {"a[0]"}
 
 
 def test_quantize_8_bits_with_8_bit_exceptions() -> None:

@@ -139,6 +139,14 @@ def test_report_has_figures_of_proof(full: dict[str, Any], timings: Samples, tmp
     assert "| onnx int4 | 93.00% ± 1.20% | 0.41 | 0.07 ± 0.003 |" in text
 
 
+def test_report_says_what_an_export_was_calibrated_on(full: dict[str, Any], tmp_path: Path) -> None:
+    calibrated = {"text_sha256": "e2e347fa962b6f3c" + "0" * 48, "tokens": 6811, "windows": 200}
+    full["export"] |= {"activations": "static", "calibration": calibrated}
+    page, _, text = pages(full, tmp_path)
+    for words in (page.words, text):
+        assert "static, 8 bits" in words and "in 200 pieces, text e2e347fa962b6f3c" in words
+
+
 def test_report_without_proof_is_read(full: dict[str, Any], tmp_path: Path) -> None:
     for name in ("perplexities", "bases", "adapter_survival", "advice", "deviation"):
         del full["validate"][name]

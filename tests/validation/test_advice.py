@@ -59,6 +59,7 @@ ROUNDED = Merged("bfloat16", 0.03, 0.033)
         (exported("int4", 86, 0.1), Merged(), "weights"),
         (exported("fp16", 270, 0.1, by_weights=1.0), Merged(None, 1.0), "arithmetic"),
         (exported("int8", 267, 0.1, by_weights=0.99, eight_bit_inputs=True), Merged(None, 1.0), "inputs"),
+        (exported("int8", 67, 0.89, eight_bit_inputs=True), Merged(None, 1.0), "inputs"),
         (exported("fp32", 540, 0.1, by_weights=1.0, faults=("onnx_graph_kl_mean",)), Merged(None, 1.0), "export"),
         (exported("int4", 86, 0.1, by_weights=0.0, faults=("onnx_weight_errors",)), Merged(None, 1.0), "export"),
         (exported("fp32", 540, 0.1, by_weights=0.1), Merged("bfloat16", 0.1, faults=("tensor_errors",)), "merge"),

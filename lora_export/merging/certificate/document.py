@@ -106,6 +106,11 @@ class Certificate:
         """Of every tensor of the output, by name."""
         return {r.name: r.hash_out for r in self.records}
 
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The tensors that adapters changed or brought."""
+        return tuple(r.name for r in self.records if r.operation in ("updated", "replaced"))
+
     def as_json(self) -> dict[str, Any]:
         document: dict[str, Any] = as_json(self) | {"options": kept(self.options)}
         for name, file in document["files"].items():

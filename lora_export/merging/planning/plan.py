@@ -96,6 +96,11 @@ class MergePlan:
         return any(t.operation != "copied" for t in self.tensors.values())
 
     @property
+    def touched(self) -> tuple[str, ...]:
+        """The tensors that adapters change or bring."""
+        return tuple(n for n, t in self.tensors.items() if t.updates)
+
+    @property
     def counts(self) -> dict[str, int]:
         return {n: sum(t.operation == n for t in self.tensors.values()) for n in get_args(Operation)}
 

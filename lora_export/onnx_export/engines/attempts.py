@@ -18,7 +18,7 @@ from lora_export.onnx_export.engines.building import (
     with_measured_damage,
 )
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
-from lora_export.onnx_export.quantize.settings import AUTO, GPTQ
+from lora_export.onnx_export.quantize.settings import AUTO, GPTQ, STATISTICS
 
 Prove = Callable[[Engine, ExportJob, Made, bool], Proof]
 _LONGEST = 200  # characters of what is said of another attempt
@@ -98,18 +98,21 @@ def _produced(
     attempt.stage = _RUN
     numbers, calibration = numbers_of(job.model, source), None
     plain = PlainGraphs(job, chosen, job.calibrated_on or numbers)
+    by_texts = job.quantized is not None and job.quantized.algorithm == GPTQ
     if job.quantized and AUTO in job.quantized.keep:
-        job = with_measured_damage(job, job.quantized, chosen, plain)
+        calibration = calibrate(job, plain) if by_texts and job.adapter is None else None
+        job, measured_on = with_measured_damage(job, job.quantized, chosen, plain)
+        calibration = calibration or measured_on
     precision = "fp32" if integers else job.precision
     job.progress.detail(f"{architecture_of(job.config)} with {attempt.name}, {job.precision} for {job.provider}")
     made = chosen.run(replace(job, precision=precision))
-    own = tuple(sorted(p.name for p in job.output.iterdir() if not _holds_weights(p)))
+    own = tuple(sorted(p.name for p in job.output.iterdir() if p.is_file() and not _holds_weights(p)))
     chosen.accompany(job.model, job.output)
-    if made.described and job.quantized and job.quantized.algorithm == GPTQ:
+    if made.described and by_texts and calibration is None:
         calibration = calibrate(job, plain)
     plain.remove()
     if made.described:
-        fill(job.output, numbers, job.progress)
+        fill(job.output, numbers, job.progress, ready=job.ready)
     attempt.stage = _PROOF
     proof = None
     if prove and chosen.comparable:
@@ -122,7 +125,7 @@ def _produced(
 
 
 def _holds_weights(path: Path) -> bool:
-    return path.suffix == ".data" or path.name.endswith("_data")
+    return path.suffix == ".data" or path.name.endswith("_data") or path.name == STATISTICS
 
 
 def _clear(folder: Path) -> None:

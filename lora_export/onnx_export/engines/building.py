@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lora_export.onnx_export.embedders import KEY as SENTENCE_MODULES
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
 from lora_export.onnx_export.quantize import certificate
-from lora_export.onnx_export.quantize.settings import AUTO, STATISTICS, Blockwise
+from lora_export.onnx_export.quantize.settings import AUTO, GPTQ, STATISTICS, Blockwise, escaped
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
@@ -28,19 +29,24 @@ def numbers_of(model: Path, source: TensorSource | None) -> TensorSource:
     return with_modules(source or TensorFiles(open_checkpoint(model).tensors), model)
 
 
-def fill(stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = True) -> None:
-    """Fill the data files of a new export. hashed: keep the hashes that tell the next export what has changed."""
+def fill(
+    stage: Path, numbers: TensorSource, progress: Progress, hashed: bool = True, ready: tuple[Path, ...] = ()
+) -> None:
+    """Fill the data files of a new export. hashed: keep the hashes that tell the next export what has changed;
+    ready: as in DataFiles."""
     described = weights_map.read(stage)
     if not isinstance(numbers, TensorFiles):
         refuse_undescribed(described, numbers)
     disk.check_space(stage, sum(described.sizes.values()))
     files = DataFiles(
-        stage, described, numbers, progress, statistics=certificate.statistics_beside(stage, described)
-    )
+        stage, described, numbers, progress,
+        statistics=certificate.statistics_beside(stage, described), ready=ready,
+    )  # fmt: skip
     files.write()
-    certificate.write(stage, described, files.errors)
+    certificate.write(stage, described, files.errors, ready)
     if hashed:
-        weights_map.write(stage, replace(described, hashes=hash_all(numbers)))
+        hashes = weights_map.read(ready[0]).hashes if ready else hash_all(numbers)
+        weights_map.write(stage, replace(described, hashes=hashes))
 
 
 class PlainGraphs:
@@ -77,30 +83,52 @@ def calibrate(job: ExportJob, plain: PlainGraphs) -> CalibrationRecord:
     return Statistics.open(output).calibration
 
 
-def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, plain: PlainGraphs) -> ExportJob:
-    """The job, with int8 for the products whose int4 does the most measured damage for their size."""
-    from lora_export.graph_runs.feeds import built_in_rows, token_feeds
-    from lora_export.graph_runs.signature import Signature
-    from lora_export.onnx_export.graphs.checks import open_model
-    from lora_export.onnx_export.quantize.sensitivity import choose_kept
+def with_measured_damage(
+    job: ExportJob, how: Blockwise, chosen: Engine, plain: PlainGraphs
+) -> tuple[ExportJob, CalibrationRecord]:
+    """The job, with int8 for the products whose int4 does the most measured damage for their size; and the text.
 
-    if how.method != "int4" or not chosen.mixes_bits(job.config):
+    For gptq, the job's statistics lie beside its graphs already.
+    """
+    from lora_export.onnx_export.quantize import calibration
+    from lora_export.onnx_export.quantize.feeding import stages
+    from lora_export.onnx_export.quantize.sensitivity import TOKENS, choose_kept
+    from lora_export.onnx_export.quantize.statistics import Statistics
+
+    if how.method != "int4" or job.adapter is not None or not chosen.mixes_bits(job.config):
         raise ExportError(
             f"--keep auto is not possible for {how.method} of {architecture_of(job.config)} ({chosen.name} engine)",
-            expected="int4 of a decoder that the genai engine exports",
-            next_step="name the nodes with --keep, or drop --keep auto",
+            expected="int4 of a merged model that reads texts",
+            next_step="name nodes or tensors with --keep, or drop --keep auto",
         )
     how = replace(how, keep=tuple(k for k in how.keep if k != AUTO))
     job.progress.detail("measuring how much quantizing each product changes the outputs")
-    graph = plain.paths[0]
-    rows = built_in_rows(job.model, int(job.config.get("max_position_embeddings", 128)))
-    feeds = token_feeds(Signature.of_model(open_model(graph), graph), rows)
-    damages = choose_kept(graph, how, feeds, logits="logits", eight_bits=True, progress=job.progress)
+    given = job.calibration if job.calibration and job.calibration.suffix != Path(STATISTICS).suffix else None
+    text = calibration.read(given)
+    with tempfile.TemporaryDirectory(prefix=".between-", dir=job.output) as scratch:
+        try:
+            run, tokens, windows = stages(plain.paths, job.model, text, TOKENS, Path(scratch))
+        except ExportError as error:
+            raise ExportError(
+                f"--keep auto measures on texts: {error.found}",
+                where=error.where,
+                expected=error.expected,
+                next_step="name nodes or tensors with --keep, or drop --keep auto",
+            ) from None
+        damages = choose_kept(
+            run,
+            how,
+            logits="logits" if chosen.generates(job.config) else None,
+            eight_bits=True,
+            statistics=Statistics.open(job.output / STATISTICS) if how.algorithm == GPTQ else None,
+            progress=job.progress,
+        )
     worst = [d for d in damages if d.kept]
     grown = sum(d.nbytes for d in worst)
     job.progress.detail(f"int8 for {len(worst)} of {len(damages)} groups of products, {grown / 1e6:.1f} MB more")
-    nodes = tuple(node for d in worst for node in d.nodes)
-    return replace(job, quantized=replace(how, eight_bits=(*how.eight_bits, *nodes)))
+    tensors = escaped({tensor for d in worst for tensor in d.tensors})
+    how = replace(how, eight_bits=(*how.eight_bits, *tensors))
+    return replace(job, quantized=how), CalibrationRecord(text.sha256, tokens, windows)
 
 
 def record_of(job: ExportJob, made: Made, engine: str, activations: Activations) -> ExportRecord:

@@ -44,6 +44,9 @@ class DynamoEngine(Engine):
             "-generation"
         )
 
+    def mixes_bits(self, config: Mapping[str, Any]) -> bool:
+        return True
+
     def run(self, job: ExportJob) -> Made:
         request = {
             "model": str(job.model.resolve()),

@@ -15,8 +15,8 @@ import onnx_ir as ir
 from lora_export.onnx_export.graphs.files import onnx_type, without_numbers
 from lora_export.onnx_export.quantize.blockwise import MICROSOFT, part_names, quantize_graph
 from lora_export.onnx_export.quantize.numbers import shapes
-from lora_export.onnx_export.quantize.settings import BLOCK_SIZES, GPTQ, Blockwise, kept
-from lora_export.onnx_export.weights.map import Method, Part, Piece, Quantization, Recipe, Weight
+from lora_export.onnx_export.quantize.settings import BLOCK_SIZES, GPTQ, Blockwise, chosen
+from lora_export.onnx_export.weights.map import Part, Piece, Quantization, Recipe, Weight
 
 _ROUTERS = "*/moe/router/MatMul"
 
@@ -95,20 +95,31 @@ def quantize(model: ir.Model, weights: Sequence[Weight], how: Blockwise, *more: 
     blocks.
     """
     described = quantize_graph(model, weights, replace(how, keep=(*how.keep, _ROUTERS)), *more)
-    for node in [n for n in model.graph if n.op_type == "MoE" and not kept(str(n.name), how.keep)]:
-        described = _quantize_experts(model.graph, node, described, how)
+    mixtures = {str(n.name): n for n in model.graph if n.op_type == "MoE"}
+    names = {name: _tensors(node, described) for name, node in mixtures.items()}
+    kept, wide = chosen(names, how.keep), chosen(names, how.eight_bits)
+    for name, node in mixtures.items():
+        if name not in kept:
+            own = replace(how, method="int8") if name in wide else how
+            described = _quantize_experts(model.graph, node, described, own)
     return described
+
+
+def _tensors(mixture: ir.Node, weights: Sequence[Weight]) -> frozenset[str]:
+    """The checkpoint tensors that hold its experts."""
+    known = {w.name: w for w in weights}
+    experts = [e for e in (_Experts.read_by(mixture.inputs[i], known) for i in (2, 4)) if e is not None]
+    return frozenset(piece.tensor for e in experts for piece in e.weight.recipe.pieces)
 
 
 def _quantize_experts(graph: ir.Graph, node: ir.Node, weights: list[Weight], how: Blockwise) -> list[Weight]:
     known = {w.name: w for w in weights}
-    method: Method = "int8" if kept(str(node.name), how.eight_bits) else how.method
     experts = [_Experts.read_by(node.inputs[i], known) for i in (2, 4)]
     size = _largest_blocks([e.width for e in experts if e is not None], how.block_size)
-    if method not in ("int4", "int8") or size is None or None in experts:
+    if how.method not in ("int4", "int8") or size is None or None in experts:
         return weights
     algorithm = "default" if how.algorithm == GPTQ else how.algorithm  # no node tells what an expert reads
-    settings = replace(how.settings, method=method, symmetric=True, block_size=size, algorithm=algorithm)
+    settings = replace(how.settings, symmetric=True, block_size=size, algorithm=algorithm)
     inputs = [*node.inputs[:2]]
     for each, bias in zip(experts, (node.inputs[3], node.inputs[5]), strict=True):
         assert each is not None
@@ -119,7 +130,7 @@ def _quantize_experts(graph: ir.Graph, node: ir.Node, weights: list[Weight], how
         graph.insert_before(node, new)
         inputs += [*arrays, bias]
         weights = [p for w in weights for p in (parts if w is each.weight else [w])]
-    bits = int(method.removeprefix("int"))
+    bits = int(how.method.removeprefix("int"))
     attributes = [a for a in node.attributes.values() if a.value is not None]
     added = {"expert_weight_bits": bits, "block_size": settings.block_size}
     made = ir.node("QMoE", inputs, added, domain=MICROSOFT, name=f"{node.name}_Q{bits}", num_outputs=1)

@@ -8,7 +8,7 @@ own, including the values.
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,9 @@ def _build(builder: Any, request: dict[str, Any]) -> None:
     _share_head(builder.Model)
     if request["described"]:
         keep_stored_experts(builder)
-    described = _RecordingBuilder(builder.Model) if request["described"] else None
+    described = _RecordingBuilder(builder.Model, Path(request["model"])) if request["described"] else None
     _finish_graphs(builder.Model)
-    options = ["hf_remote=false", "hf_token=false", *_options(request)]
+    options = ["hf_remote=false", "hf_token=false", *_options(request, described.tables if described else {})]
     # The builder's fp16 graph for the CPU has no GroupQueryAttention (six times the nodes) and fails on a second
     # token; ONNX Runtime's CPU provider runs the graph for CUDA.
     target = "cuda" if precision == "fp16" else provider
@@ -147,9 +147,11 @@ def _finish_graphs(model: Any) -> None:
     model.save_model = save_model
 
 
-def _options(request: dict[str, Any]) -> list[str]:
-    from lora_export.onnx_export.quantize.settings import GPTQ, kept
+def _options(request: dict[str, Any], tables: Mapping[str, Collection[str]]) -> list[str]:
+    """tables: the checkpoint tensors of the head and of the embedding, if they are known."""
+    from lora_export.onnx_export.quantize.settings import GPTQ, chosen
 
+    nodes: dict[str, Collection[str]] = {_HEAD: (), _EMBEDDING: (), **tables}
     # The runtime would have to allocate a cache cut to the window; a growing one works in every runtime.
     options = ["windowed_kv_cache=false"]
     if how := request["quantized"]:
@@ -160,12 +162,13 @@ def _options(request: dict[str, Any]) -> list[str]:
             f"accuracy_level={how['accuracy_level']}",
             f"algo_config={algorithm}",
         ]
-        excluded = [_HEAD] if kept(_HEAD, how["keep"]) else []
-        if excluded or kept(_EMBEDDING, how["keep"]) or not how["embeddings"]:
+        kept = chosen(nodes, how["keep"])
+        excluded = [_HEAD] if _HEAD in kept else []
+        if kept or not how["embeddings"]:
             excluded.append(_EMBEDDING)  # tied embeddings of an unquantized head read it unquantized
         if excluded:
             options.append(f"nodes_to_exclude={','.join(excluded)}")
-        if _HEAD not in excluded and kept(_HEAD, how["eight_bits"]):
+        if _HEAD not in excluded and _HEAD in chosen(nodes, how["eight_bits"]):
             options.append("matmul_mixed_precision=last_matmul:int8")
     if request["provider"] == "cpu":
         options.append("fuse_qk_norm_gqa=false")  # inputs of a CUDA kernel
@@ -189,11 +192,12 @@ def _avoid_packed_attention(model: Any) -> None:
 class _RecordingBuilder:
     """Gives the builder recording parameters, and keeps its graphs until `save` writes them with their map."""
 
-    def __init__(self, builder: Any) -> None:
+    def __init__(self, builder: Any, folder: Path) -> None:
+        self._model = self._load(folder)
         self._recipes: dict[int, dict[str, Any]] = {}  # by the builder of each graph: Whisper has two
         self._builders: list[Any] = []
         self._make_initializer = builder.make_initializer
-        builder.load_weights = lambda of, folder: self._load(Path(folder))
+        builder.load_weights = lambda of, folder: self._model
         builder.make_initializer = lambda of, tensor, /, name, **how: self._make(of, tensor, name, **how)
         builder.save_model = lambda of, folder: self._builders.append(of)
 
@@ -209,6 +213,19 @@ class _RecordingBuilder:
         refuse_missing(model)
         describe(model)
         return model.model
+
+    @property
+    def tables(self) -> dict[str, frozenset[str]]:
+        """Node → the checkpoint tensors of its weight, of the head and the embedding."""
+        from lora_export.onnx_export.engines.recording_tensor import RecordingTensor, recipe_of
+
+        modules = {_HEAD: self._model.get_output_embeddings(), _EMBEDDING: self._model.get_input_embeddings()}
+        weights = {node: getattr(module, "weight", None) for node, module in modules.items()}
+        return {
+            node: frozenset(piece.tensor for piece in recipe_of(weight, node).pieces)
+            for node, weight in weights.items()
+            if isinstance(weight, RecordingTensor)
+        }
 
     def _make(self, builder: Any, tensor: Any, name: str, *, to: Any = None, raw: bool = False) -> None:
         import torch

@@ -20,7 +20,8 @@ class ExportJob:
 
     adapter: a LoRA folder whose update stays beside the weights in the graph (the unmerged model); worker: the
     process that engines run in; calibration: texts, or the statistics of an earlier export, for quantizers that ask
-    how inputs are distributed; calibrated_on: the numbers of the model that reads them, if not the exported one.
+    how inputs are distributed; calibrated_on: the numbers of the model that reads them, if not the exported one;
+    ready: other exports of the same numbers, with the same statistics, to copy weights from.
     """
 
     model: Path
@@ -35,6 +36,7 @@ class ExportJob:
     quantized: Blockwise | None = None
     calibration: Path | None = None
     calibrated_on: TensorSource | None = None
+    ready: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,11 @@ class Product:
     def columns(self) -> int:
         return self.weight.shape[not self.turned]
 
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The checkpoint tensors that the weight is made of."""
+        return frozenset(piece.tensor for piece in self.weight.recipe.pieces)
+
 
 def candidates(model: ir.Model, weights: Sequence[Weight], lookups: bool = False) -> dict[str, Product]:
     """Node name → its factor, for every node that could be quantized. lookups: also those of embeddings."""

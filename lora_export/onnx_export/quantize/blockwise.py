@@ -1,6 +1,6 @@
 """Turns MatMul with a weight into MatMulNBits or MatMulBnb4, in a graph whose weights have no values yet."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -11,7 +11,7 @@ from lora_export.errors import ExportError
 from lora_export.onnx_export.graphs.files import onnx_type, without_numbers
 from lora_export.onnx_export.graphs.matmuls import Product, candidates
 from lora_export.onnx_export.quantize.numbers import shapes
-from lora_export.onnx_export.quantize.settings import GPTQ, Blockwise, kept
+from lora_export.onnx_export.quantize.settings import GPTQ, Blockwise, chosen
 from lora_export.onnx_export.weights.map import ITEM_SIZE, Part, Quantization, Weight
 
 MICROSOFT = "com.microsoft"
@@ -31,7 +31,7 @@ def quantize_graph(
     graph = model.graph
     done: dict[str, dict[Weight, ir.Value]] = {}
     products = _chosen(model, weights, how)
-    wide = {p.weight.name for n, p in products.items() if kept(n, how.eight_bits)}
+    wide = {products[node].weight.name for node in chosen(_names(products), how.eight_bits)}
     tables = {p.weight.name for p in products.values() if p.lookup} | {*looked_up}
     heads = {p.weight.name for p in products.values() if not p.lookup} | {*looked_up}
     for node in list(graph):
@@ -66,7 +66,9 @@ def quantize_graph(
 def _chosen(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -> dict[str, Product]:
     """Node name → its factor, for what is quantized. Not tables that the graph would hold unquantized as well, or
     that would stay about as large as they are."""
-    products = {n: p for n, p in candidates(model, weights, how.embeddings).items() if not kept(n, how.keep)}
+    products = candidates(model, weights, how.embeddings)
+    for node in chosen(_names(products), how.keep):
+        del products[node]
     heads = {p.weight.name for p in products.values() if not p.lookup}
 
     def wanted(product: Product) -> bool:
@@ -75,6 +77,10 @@ def _chosen(model: ir.Model, weights: Sequence[Weight], how: Blockwise) -> dict[
         return all(name in products for name in readers) and not (alone and not _worthwhile(product, how))
 
     return {name: product for name, product in products.items() if not product.lookup or wanted(product)}
+
+
+def _names(products: Mapping[str, Product]) -> dict[str, frozenset[str]]:
+    return {node: product.tensors for node, product in products.items()}
 
 
 def _worthwhile(table: Product, how: Blockwise) -> bool:

@@ -1,7 +1,7 @@
 """quantization.json: how each quantized weight of an export was made, and how far it is from what it stands for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,14 +51,16 @@ def write(
     folder: Path,
     described: WeightsMap,
     errors: "Mapping[tuple[str, str], Errors]",
-    earlier: Path | None = None,
+    earlier: Sequence[Path] = (),
 ) -> None:
     """Write the certificate of an export, if it has quantized weights.
 
-    errors: of the weights that were quantized, by data file and name; earlier: an export that the others were
+    errors: of the weights that were quantized, by data file and name; earlier: exports that the others were
     copied from.
     """
-    known = {(w.file, w.name): w for w in read(earlier)} if earlier is not None else {}
+    methods = {(w.file, w.name): w.recipe.quantized.method for w in described.weights if w.recipe.quantized}
+    stated = (w for folder in earlier for w in read(folder))
+    known = {(w.file, w.name): w for w in stated if methods.get((w.file, w.name)) == w.method}
     new = {(w.file, w.name): w for w in judged(described, errors)}
     order = ((w.file, w.name) for w in described.weights)
     every = known | new

@@ -17,7 +17,8 @@ import onnx_ir as ir
 from lora_export.errors import ExportError
 from lora_export.graph_runs.feeds import Feed
 from lora_export.onnx_export.graphs.checks import open_model
-from lora_export.onnx_export.quantize.settings import kept
+from lora_export.onnx_export.quantize.settings import chosen
+from lora_export.onnx_export.weights.map import Weight
 
 # Not convolutions: on most processors their integer kernels are slower than fp32.
 DYNAMIC = ("MatMul", "Attention")
@@ -29,14 +30,16 @@ def quantize_int8(
     output: Path,
     calibration: Sequence[Feed] | None = None,
     exclude: Collection[str] = (),
+    weights: Sequence[Weight] = (),
 ) -> tuple[str, ...]:
     """Write `graph` with int8 products to the new file `output`; returns the names of the changed nodes.
 
     calibration: None finds the range of every activation at run time (MatMulInteger); inputs of the graph fix the
-    ranges to those seen on them (QuantizeLinear and DequantizeLinear, which providers fuse). exclude: nodes to
-    leave unchanged, by name or pattern. Weights have one scale per column and are unsigned, as activations are:
-    signed ones can silently saturate on processors without VNNI instructions (ONNX Runtime's documentation,
-    "Quantize ONNX Models").
+    ranges to those seen on them (QuantizeLinear and DequantizeLinear, which providers fuse). What products give
+    stays fp32, for the biases and sums that follow. exclude: nodes to leave unchanged, by patterns (see `chosen`);
+    weights: of the graph, for patterns of tensors. Weights have one scale per column and are unsigned, as
+    activations are: signed ones can silently saturate on processors without VNNI instructions (ONNX Runtime's
+    documentation, "Quantize ONNX Models").
 
     Weights of more than a few bytes go to `output`.data. The quantizer holds the model in memory once. ExportError
     if the graph is not fp32, or nothing in it can be quantized.
@@ -44,8 +47,13 @@ def quantize_int8(
     before = open_model(graph)
     _refuse_other_types(graph, before)
     kinds = DYNAMIC if calibration is None else STATIC
-    names = [str(node.name) for node in before.graph if node.op_type in kinds]
-    skipped = [name for name in names if kept(name, exclude)]
+    made_of = {w.name: [piece.tensor for piece in w.recipe.pieces] for w in weights}
+    names = {
+        str(node.name): [tensor for value in node.inputs if value for tensor in made_of.get(str(value.name), ())]
+        for node in before.graph
+        if node.op_type in kinds
+    }
+    skipped = sorted(chosen(names, exclude))
     if calibration is not None and not calibration:
         raise ExportError("there is no input to calibrate with", expected="at least one", where=graph)
     # The quantizer writes beside the graph it reads, and does not accept links as data files.
@@ -89,7 +97,7 @@ def _run(
             _reader(calibration),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
-            extra_options=options,
+            extra_options=options | {"OpTypesToExcludeOutputQuantization": list(kinds)},
             **common,
         )
 

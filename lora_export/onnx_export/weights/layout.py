@@ -6,7 +6,7 @@ and the next adapter of the same graph go the same way, without and with an earl
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 from lora_export.checkpoint.tensor_files import TensorFiles
 from lora_export.contracts import Progress, TensorInfo, TensorSource
 from lora_export.errors import ExportError
-from lora_export.onnx_export.weights.map import Piece, Weight, WeightsMap
+from lora_export.onnx_export.weights import map as weights_map
+from lora_export.onnx_export.weights.map import Piece, Recipe, Weight, WeightsMap
 from lora_export.onnx_export.weights.quantized import Matrices
 from lora_export.onnx_export.weights.reading import as_stored, height_of, in_lines, lines_of, rows_of, view
 from lora_export.storage.workers import BLOCK, Budget, ComparedFile, Job, OpenFile, carry_out, copies, reuse_memory
@@ -42,7 +43,8 @@ class DataFiles:
     """folder: holds the data files, or gets them; earlier: an export with the same graphs, of which constants are
     taken, and every weight whose tensors have the hash that they had then; compared: nothing is written, and this
     is called for each place where the folder differs; statistics: of the inputs that quantized weights multiply;
-    errors: what quantizing changed, by data file and name of the packed numbers, filled by `write`.
+    errors: what quantizing changed, by data file and name of the packed numbers, filled by `write`; ready: other
+    exports of the same numbers, from which a weight is copied that they made by the same recipe.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class DataFiles:
     compared: Differs | None = None
     statistics: "Statistics | None" = None
     errors: "dict[tuple[str, str], Errors]" = field(default_factory=dict)
+    ready: tuple[Path, ...] = ()
 
     def write(self) -> None:
         """Write every byte that a recipe or an earlier export gives. ExportError, CheckpointError, OSError."""
@@ -70,12 +73,16 @@ class DataFiles:
         files = {n: opened.enter_context(contextlib.closing(self._opened(n))) for n in self.described.sizes}
         earlier = TensorFiles({}, follow=False)
         matrices = Matrices(self.source, self.statistics, self.errors)
+        made = _made_in(self.ready)
         for name, size in self.described.sizes.items() if self.compared is None else ():
             files[name].resize(size)
         for weight in self.described.weights:
             out = files[weight.file]
             if self.earlier is not None and all(p.tensor in self.unchanged for p in weight.recipe.pieces):
                 yield from copies(weight.stored(self.earlier, earlier), out, weight.offset)
+            elif weight.recipe.pieces and (place := made.get(_kind(weight))) is not None:
+                folder, same = place
+                yield from copies(same.stored(folder, earlier), out, weight.offset)
             elif weight.recipe.quantized is not None:
                 matrices.add(weight, out)
             elif weight.recipe.transposed:
@@ -90,6 +97,16 @@ class DataFiles:
             return ComparedFile.compare(path, partial(self.compared, name), os.O_NOFOLLOW)
         flags = os.O_WRONLY | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if self.earlier else 0)
         return OpenFile(path, os.open(path, flags, 0o666))
+
+
+def _kind(weight: Weight) -> tuple[Recipe, str, tuple[int, ...]]:
+    """What the bytes of a weight follow from, numbers and statistics aside."""
+    return weight.recipe, weight.dtype, weight.shape
+
+
+def _made_in(exports: Sequence[Path]) -> dict[tuple[Recipe, str, tuple[int, ...]], tuple[Path, Weight]]:
+    """The weights of exports, with the folder that each lies in."""
+    return {_kind(w): (folder, w) for folder in exports for w in weights_map.read(folder).weights}
 
 
 def _one_thread_each() -> contextlib.AbstractContextManager[object]:

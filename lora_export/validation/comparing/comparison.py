@@ -124,6 +124,20 @@ class Comparison(ABC, Generic[Output, Apart]):
     def effect(self, unmerged: Any, base: Graph, merged: Graph) -> AnyEffect:
         """What the two graphs leave of the adapter's effect. After compare_base."""
 
+    def recall(self, unmerged: Any, scratch: Path) -> None:
+        """Keep only what `effect` needs of the unmerged model, which `effect_of` then does without; scratch: a
+        folder for what memory should not hold."""
+        with running(unmerged):
+            with unmerged.disable_adapter():
+                self._base = self._outputs(unmerged)
+            self._unmerged = self._outputs(unmerged)
+
+    def effect_of(self, base: Graph, merged: Graph) -> AnyEffect:
+        """`effect` of one pair of graphs after another. After `recall`, without noise floors and checks."""
+        if self.KEEPS_ANSWERS:
+            self._answered = [self._answers(self._runner(graph)) for graph in (merged, base)]
+        return self.effect(None, base, merged)
+
     def kept_by(self, merged: Any) -> float | None:
         """The share of the adapter's effect that a merged model keeps; None if the adapter has none."""
         return self._share(self._along(self._outputs(merged, SOME)), self._along(self._base))

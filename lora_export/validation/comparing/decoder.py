@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from lora_export.contracts import Check, Continuation, Perplexity, ValidationRes
 from lora_export.validation.comparing.arithmetic import InTypes
 from lora_export.validation.comparing.comparison import SOME, Graph, LogitsComparison
 from lora_export.validation.comparing.logits import Difference, compare_logits
-from lora_export.validation.comparing.tested_model import plain, takes
+from lora_export.validation.comparing.tested_model import plain, running, takes
 from lora_export.validation.comparing.thresholds import Greedy, decoder_checks, graph_checks, reported
 from lora_export.validation.effect import effect
 from lora_export.validation.graphs.runs import OnnxDecoder
@@ -30,6 +31,7 @@ class DecoderComparison(LogitsComparison):
 
     text: Sequence[torch.Tensor] = ()
     steps: int = GREEDY_TOKENS
+    _recalled: tuple[effect.LogitsOf, effect.LogitsOf] | None = None
     _continued: list[torch.Tensor] = field(default_factory=list)
     _perplexities: list[Perplexity] = field(default_factory=list)
 
@@ -116,8 +118,14 @@ class DecoderComparison(LogitsComparison):
 
     def effect(self, unmerged: Any, base: Graph, merged: Graph) -> effect.Effect:
         graphs = [self._runner(graph).logits for graph in (base, merged)]
-        models = (effect.without_adapter(unmerged), effect.of(unmerged), *graphs)
+        models = (*(self._recalled or (effect.without_adapter(unmerged), effect.of(unmerged))), *graphs)
         return effect.measured(self.windows, models, self._noise_of_16_bits(merged))
+
+    def recall(self, unmerged: Any, scratch: Path) -> None:
+        with running(unmerged):
+            models = effect.without_adapter(unmerged), effect.of(unmerged)
+            kept = [effect.stored(m, self.windows, scratch / n) for n, m in zip(("B", "M"), models, strict=True)]
+        self._recalled = kept[0], kept[1]
 
     @property
     def _prompts(self) -> Sequence[torch.Tensor]:

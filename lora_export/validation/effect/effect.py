@@ -7,11 +7,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lora_export.contracts import AdapterSurvival, Perplexity
+from lora_export.storage.disk import check_space
 from lora_export.validation.comparing.thresholds import LARGEST_NLL
 
 LogitsOf = Callable[[torch.Tensor], torch.Tensor]  # ids (length,) → logits (length, vocabulary)
@@ -37,6 +40,19 @@ def without_adapter(unmerged: Any) -> LogitsOf:
             return of(unmerged)(ids)
 
     return logits
+
+
+def stored(model: LogitsOf, windows: Sequence[torch.Tensor], folder: Path) -> LogitsOf:
+    """The logits of a model on these windows, taken once and kept in files of the new folder. DiskError."""
+    folder.mkdir()
+    files: dict[tuple[int, ...], Path] = {}
+    for at, ids in enumerate(windows):
+        logits = model(ids).float().numpy()
+        if at == 0:
+            check_space(folder, logits.nbytes // len(ids) * sum(map(len, windows)))
+        path = files[tuple(ids.tolist())] = folder / f"{at}.npy"
+        np.save(path, logits)
+    return lambda ids: torch.from_numpy(np.load(files[tuple(ids.tolist())]))
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:

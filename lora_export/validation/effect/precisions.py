@@ -73,7 +73,7 @@ def _as_export(export: JudgedExport, share: float, far: Fidelity | None, checks:
         export.faults,
         export.pair.activations != "float",
         None if far is None else far.lost,
-        _limit(far) if far is not None and only_far else None,
+        kl_limit(far) if far is not None and only_far else None,
         export.calibrated,
     )
 
@@ -102,10 +102,11 @@ def _kl_check(export: ExportedPair, far: Fidelity, gated: bool) -> Check:
     if not gated:
         return reported(name, far.lost, note)
     reason = f"the adapter's effect {far.effect:.2g}, {OF_BASE:g} × what the base loses {far.of_base:.2g}"
-    return below(name, far.lost, _limit(far), f"{note}; the largest of: {reason}, {LEAST_KL:.2g}")
+    return below(name, far.lost, kl_limit(far), f"{note}; the largest of: {reason}, {LEAST_KL:.2g}")
 
 
-def _limit(far: Fidelity) -> float:
+def kl_limit(far: Fidelity) -> float:
+    """How far an export may be from the merged model, in nats."""
     return max(far.effect, OF_BASE * far.of_base, LEAST_KL)
 
 

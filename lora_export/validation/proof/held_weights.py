@@ -13,7 +13,8 @@ from lora_export.sentence_modules import weight_files
 from lora_export.validation.comparing import sentence
 from lora_export.validation.graphs import weights as graph_weights
 from lora_export.validation.graphs.model import Writer, shapes_of
-from lora_export.validation.graphs.numbers import error_of, numbers_of
+from lora_export.validation.graphs.moments import Moments
+from lora_export.validation.graphs.numbers import judged, numbers_of
 from lora_export.validation.proof import reference
 
 
@@ -23,13 +24,13 @@ def model_of_graphs(request: Mapping[str, Any], graphs: Sequence[Path]) -> Itera
     folder = Path(request["model"])
     shapes = shapes_of(folder)
     known = not request["streamed_numbers"]
-    numbers, wrong = numbers_of(folder), []
+    numbers, moments, wrong = numbers_of(folder), Moments.beside(graphs[0].parent), []
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
         work = Path(scratch)
         writer = Writer(work, shapes)
         for held in graph_weights.read(graphs, shapes):
             wanted = numbers(held) if known else None
-            if wanted is not None and not error_of(held, wanted, None) <= 1:
+            if wanted is not None and not judged(held, wanted, None, moments)[0] <= 1:
                 wrong.append(held.tensor)
             writer.add(held)
         head = writer.finish()
