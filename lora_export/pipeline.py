@@ -43,7 +43,8 @@ def merge_and_export(
     with output_folder(output, options.force, inputs=inputs) as stage:
         work = stage / ".work"
         work.mkdir()
-        story = _run(base, adapters, stage, work, options, progress)
+        known = knowing_touched(options.export, base.folder, adapters, options.merge)
+        story = _run(base, adapters, stage, work, replace(options, export=known), progress)
         shutil.rmtree(work)
         story = _relocated(story, stage, output)
         write_report(story, stage, base, adapters, options)
@@ -75,7 +76,6 @@ def _run(
     from lora_export.validation.run import seeded
 
     # merge, and export with the graph of the base
-    options = replace(options, export=knowing_touched(options.export, base.folder, adapters, options.merge))
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
