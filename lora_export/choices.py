@@ -1,11 +1,12 @@
 """The words that a caller chooses among, and a default. Light, as the command line imports it for --help."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 BaseWeights = Literal["dequantized", "original"]
 ExpertPacking = Literal["auto", "rank", "expert"]
 ExpertLayout = Literal["auto", "out-in", "in-out"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "nf4"]
+PRECISIONS = (*get_args(Precision), "fp8", "nvfp4", "mxfp4")  # the last three are refused in words
 Requantization = Literal["nf4", "fp4", "int8"]
 TrainingQuantization = Literal["none", "nf4", "fp4", "int8"]
 Device = Literal["cpu", "cuda"]

@@ -24,6 +24,7 @@ from lora_export.storage.files import output_folder
 from lora_export.workflows.bare_base import without_adapter
 from lora_export.workflows.budget import Models, Pair, searches, with_budget, within_budget
 from lora_export.workflows.exporting import knowing_touched
+from lora_export.workflows.held_out import asked_calibrations, refuse_calibrated, refuse_other_calibration
 from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra, refuse_slower
 from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into
 from lora_export.workflows.run_report import write_report
@@ -136,6 +137,8 @@ def _preflight(base: Source, adapters: Sequence[AdapterChoice], output: Path, op
     export = options.export
     read_prompts(options.validation.prompts)
     read_text(options.validation.text)
+    refuse_other_calibration(export)
+    refuse_calibrated(asked_calibrations(export), options.validation)
     for folder in (base.folder, *(a.folder for a in adapters)):
         check_adapter_folder(folder)
     planned = plan(base.folder, adapters, options.merge)

@@ -7,6 +7,7 @@ from typing import get_args
 from lora_export.choices import Precision
 from lora_export.contracts import (
     BenchmarkResult,
+    CalibrationRecord,
     Check,
     ExportResult,
     MergeResult,
@@ -68,6 +69,10 @@ def proof_in_words(proof: Proof) -> str:
     line = f"{of}within {proof.difference:.1e} of PyTorch, allowed {proof.allowed:.1e}, in {proof.cases} cases"
     line += f"; experts: {proof.experts}" if proof.experts else ""
     return line + "".join(f"; not compared: {what}" for what in proof.not_reached)
+
+
+def calibration_in_words(record: CalibrationRecord) -> str:
+    return f"{number(record.tokens)} tokens in {number(record.windows)} pieces, text {record.text_sha256[:16]}"
 
 
 def calibration(export: ExportResult) -> str:

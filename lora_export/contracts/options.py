@@ -114,8 +114,9 @@ class QuantizationOptions:
     )
     symmetric: bool | None = None
     algorithm: choices.Quantizer = option(
-        "default", "int4, int8: how the scale of a block is chosen. default: by the largest number (MLAS); rtn: "
-        "rounding to nearest; k_quant: searched, with zero points.", flags=("--quantizer",),
+        "default", "int4, int8: how weights are rounded. default: to nearest, scales by the largest number (MLAS); "
+        "rtn: the same by another implementation; k_quant: scales searched, with zero points; gptq: so that the "
+        "outputs on calibration text change least.", flags=("--quantizer",),
     )
     accuracy_level: int | None = option(
         None, "int4, int8: type in which products are computed. 0: the inputs', 1: fp32, 2: fp16, 3: bf16, 4: int8",
@@ -130,13 +131,12 @@ class QuantizationOptions:
     touched: tuple[str, ...] = ()
     embeddings: bool = True
     activations: choices.Activations = option(
-        "float", "int8 of models that do not generate: type of what the weights are multiplied with. dynamic: "
-        "int8, with a range found at run time; static: int8, with a range fixed on texts. --graph-from cannot "
-        "reuse such graphs.",
+        "float", "int8 of models that do not generate: type of a product's inputs. dynamic: int8, in a range found "
+        "at run time; static: int8, in a range fixed on texts. --graph-from cannot reuse such graphs.",
     )
     calibration: Path | None = option(
-        None, "Static activations: UTF-8 file with one text a line, like those that the model will see.",
-        metavar="FILE", default_text="a few built-in sentences",
+        None, "gptq, static activations: UTF-8 file with text like what the model will see, or "
+        "calibration.safetensors of an earlier gptq export.", metavar="FILE", default_text="built-in texts",
     )
 
 
@@ -148,7 +148,9 @@ class ExportOptions:
     """
 
     SECTION: ClassVar[str] = EXPORT
-    precision: choices.Precision = option("fp32", "Precision of the ONNX weights.", )
+    precision: choices.Precision = option(
+        "fp32", "Precision of the ONNX weights. fp8, nvfp4, mxfp4: refused, with why.", choices=choices.PRECISIONS,
+    )
     provider: choices.Provider = option("auto", PROVIDER_HELP)
     engine: str | None = option(
         None, "Export engine.", choices=engine_names, configurable="file",

@@ -10,14 +10,13 @@ import numpy as np
 
 from lora_export.errors import RuntimeUnavailable
 from lora_export.graph_runs.feeds import completed
-from lora_export.graph_runs.signature import ENCODER_MASK, IDS, LOGITS, MASK, Array, Signature, read_as
+from lora_export.graph_runs.signature import AUDIO, ENCODER_MASK, IDS, LOGITS, MASK, Array, Signature, read_as
 from lora_export.runtime import open_session, session_options
 
 if TYPE_CHECKING:
     import onnxruntime
 
 Values = dict[str, Any]  # name → array or OrtValue
-_AUDIO = "audio_features"  # onnxruntime-genai's name of Whisper's input_features
 
 
 def to_numpy(value: "onnxruntime.OrtValue", dtype: "np.dtype[Any]") -> Array:
@@ -111,6 +110,6 @@ class EncoderDecoder(Decoder):
     def encode(self, inputs: Mapping[str, Array]) -> State:
         """The state before the first step. inputs: what the encoder reads, by transformers' names."""
         first = next(iter(inputs.values()))
-        given = {_AUDIO: first, MASK: np.ones(first.shape[:2], np.int64), **inputs}
+        given = {AUDIO: first, MASK: np.ones(first.shape[:2], np.int64), **inputs}
         outputs = self._encoder.values(completed(self._encoder.signature, given))
         return State({ENCODER_MASK: given[MASK], **{read_as(name): value for name, value in outputs.items()}})

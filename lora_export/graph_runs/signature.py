@@ -21,6 +21,7 @@ IDS, MASK, POSITIONS, TYPES, LOGITS = "input_ids", "attention_mask", "position_i
 WAVE, SPECTRUM, PIXELS, EMBEDS = "input_values", "input_features", "pixel_values", "inputs_embeds"
 PIXEL_MASK, BOXES, DECODER_IDS = "pixel_mask", "bbox", "decoder_input_ids"
 GRIDS = ("image_grid_thw", "grid_thw")  # (pictures, 3): patches along time, height and width
+AUDIO = "audio_features"  # onnxruntime-genai's name of Whisper's input_features
 STATES, ENCODER_MASK = "encoder_hidden_states", "encoder_attention_mask"
 _FLOATS = {"float": "float32", "double": "float64"}
 _HEADS, _HEAD_SIZE = (1, "num_key_value_heads"), (3, "head_size")  # axis of a cache, key of genai_config.json

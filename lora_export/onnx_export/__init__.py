@@ -22,7 +22,7 @@ from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.onnx_export.engines.protocol import ExportJob
 from lora_export.onnx_export.graphs.checks import check_export, check_loads, check_model
 from lora_export.onnx_export.quantize import activations, certificate
-from lora_export.onnx_export.quantize.settings import blockwise
+from lora_export.onnx_export.quantize.settings import blockwise, refuse_without_kernel
 from lora_export.onnx_export.records import adapters_beside, load_export
 from lora_export.onnx_export.refusals import read_config, refuse_unmatched, refuse_untold, refuse_unused
 from lora_export.onnx_export.weights import map as weights_map
@@ -188,6 +188,7 @@ def check_request(
 
     For a model that does not exist yet: what only its folder can tell is checked by `export`.
     """
+    refuse_without_kernel(precision)
     how = quantization or QuantizationOptions()
     chosen = check_all(config, engine, lambda each: each.check_precision(precision, provider))
     activations.check(precision, chosen.generates(config), how)

@@ -8,6 +8,7 @@ from typing import Any
 from lora_export.choices import Provider
 from lora_export.contracts import AdapterChoice, ExportOptions, ExportResult, MergeOptions, Progress, Source
 from lora_export.errors import InputError
+from lora_export.workflows.held_out import refuse_other_calibration
 
 
 def export_model(
@@ -60,6 +61,7 @@ def check_export(adapters: int, options: ExportOptions) -> None:
             expected="an export of the base, whose graph and weights the adapters share",
             next_step="lora-export export -m BASE -o BASE_ONNX, then --graph-from BASE_ONNX",
         )
+    refuse_other_calibration(options)
 
 
 def planned_export(model: str, options: ExportOptions) -> dict[str, Any]:

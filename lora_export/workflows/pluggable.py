@@ -31,8 +31,10 @@ def export_pluggable(
     """
     from lora_export.onnx_export import export
     from lora_export.onnx_export.graphs.slots import SUFFIX
+    from lora_export.onnx_export.quantize.settings import refuse_without_kernel
     from lora_export.workflows.proving import prover
 
+    refuse_without_kernel(options.precision)
     if options.precision not in PRECISIONS:
         raise ExportError(
             f"adapters with a graph in {options.precision}",

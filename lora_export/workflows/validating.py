@@ -27,6 +27,7 @@ from lora_export.contracts.option import names
 from lora_export.errors import InputError, LoraExportError
 from lora_export.storage.sealed import refuse_special
 from lora_export.workflows.bare_base import without_adapter
+from lora_export.workflows.held_out import calibrations, refuse_calibrated
 from lora_export.workflows.run_graphs import with_graph_of
 from lora_export.workflows.trained_base import prepared_base, stand_in
 
@@ -58,6 +59,7 @@ def validate_folder(
     _check_exports(exports, base_onnx)
     _check_folders(base, adapters, merged, [*exports, *map(load_export, base_onnx)])
     _check_own_texts(own_texts, adapters)
+    refuse_calibrated(calibrations([*exports, *map(load_export, base_onnx)]), options, own_texts)
     given = options.merge
     options = replace(
         options, bases=_with_original(options.bases), merge=merged_with(merged, base.folder, adapters, options)
@@ -208,6 +210,13 @@ def _export_base(
     progress: Progress,
 ) -> Path:
     """The base that the adapter belongs to, exported as `like` was: with its graph, if that takes other weights."""
+    from lora_export.onnx_export.quantize.activations import reproducible
+
+    if like.activations == "static" and not reproducible(like.calibration):
+        progress.warn(
+            "the base's activations are calibrated on the built-in page, the export's on a text that it does "
+            "not keep: pass --base-onnx with an export of the base that was calibrated on it"
+        )
     quantization = QuantizationOptions(activations=like.activations)
     same = ExportOptions(like.precision, provider, like.engine, quantization=quantization)
     weights = work / "base-weights"

@@ -71,6 +71,24 @@ def test_real_body_with_new_head_passes(run: Run, minilm: Path, tmp_path: Path) 
     assert float((found - expected).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_real_encoder_with_int8_inputs_keeps_its_adapter(kind: str, run: Run, minilm: Path, tmp_path: Path) -> None:
+    """The effect of a LoRA on the vectors of all-MiniLM, measured on texts that nothing was calibrated on."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, lora_alpha=12, target_modules=["query", "value", "dense"])
+    tuned = peft.get_peft_model(transformers.AutoModel.from_pretrained(minilm), config)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    tuned.save_pretrained(tmp_path / "adapter")
+    inputs = ["-b", minilm, "-a", tmp_path / "adapter", "-o", tmp_path / "out", "--max-time", "5s"]
+    code, document, talk = run("merge-and-export", *inputs, "--precision", "int8", "--activations", kind)
+    assert code == 0, talk
+    checks = {c["name"]: c for c in document["validate"]["checks"]}
+    assert 0.95 < checks["onnx_adapter_survival"]["value"] < 1.05
+    assert (document["export"]["calibration"] is not None) == (kind == "static")
+
+
 def test_whisper_silence_gives_no_text() -> None:
     """The conversion: a model whose weights lie in the wrong places babbles."""
     folder = prepared("prepare_others.py", "whisper-tiny.en")

@@ -116,3 +116,13 @@ def test_activations_calibration_without_text_is_refused(content: bytes, bert: P
     found = run(bert, tmp_path / "onnx", *words)
     assert found.exit_code == 1 and "texts.txt" in found.stderr
     assert not (tmp_path / "onnx").exists()
+
+
+def test_activations_calibration_of_a_run_is_not_its_text(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    for name in ("calibration", "text"):
+        (tmp_path / name).write_text("one text for both\n")
+    words = ["--precision", "int8", "--activations", "static", "--calibration", str(tmp_path / "calibration")]
+    inputs = ["-b", str(llama), "-a", str(adapter), "-o", str(tmp_path / "out")]
+    found = CliRunner().invoke(cli, ["merge-and-export", *inputs, *words, "--text", str(tmp_path / "text")])
+    assert found.exit_code == 1 and "is the text that the export was calibrated on" in found.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calibration", "text"]

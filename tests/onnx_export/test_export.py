@@ -11,7 +11,7 @@ import pytest
 
 from lora_export.contracts import ExportOptions, ExportResult, QuantizationOptions
 from lora_export.errors import AdapterError, CheckpointError, ExportError, InputError
-from lora_export.onnx_export import export, load_export
+from lora_export.onnx_export import export, load_export, reweight
 from lora_export.onnx_export.engines import choose, isolated
 from lora_export.progress import Silent
 from lora_export.storage import sealed
@@ -191,6 +191,8 @@ def test_export_keep_auto_makes_worst_products_int8(llama: Path, bert: Path, tmp
     bits = {n.name: a.i for n in graph.node if n.op_type == "MatMulNBits" for a in n.attribute if a.name == "bits"}
     assert 0 < sum(b == 8 for b in bits.values()) < len(bits)
     assert not [p for p in result.output.iterdir() if p.name.startswith(".")]
+    again = reweight(result.output, llama, tmp_path / "again", progress=Silent())
+    assert again.model.with_suffix(".onnx.data").read_bytes() == result.model.with_suffix(".onnx.data").read_bytes()
     with pytest.raises(ExportError, match="--keep auto is not possible for int8"):
         attempt(bert, tmp_path / "bert", precision="int8", quantization=options)
 

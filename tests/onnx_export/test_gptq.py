@@ -33,7 +33,8 @@ def matrix(rows: int, columns: int, seed: int = 1) -> Array:
 def naive(weights: Array, moment: Array, scales: Array, zeros: Array, size: int) -> Array:
     """Codes by the textbook: invert H again for every input that is left, and move what is left at once."""
     h = moment.copy()
-    h[np.diag_indices_from(h)] += gptq.DAMPING * moment.diagonal().mean()
+    own = gptq.OWN_DAMPING * moment.diagonal()
+    h[np.diag_indices_from(h)] += own + gptq.DAMPING * moment.diagonal().mean()
     order, left = list(np.argsort(-h.diagonal(), kind="stable")), weights.astype(np.float64)
     codes = np.empty_like(left)
     while order:

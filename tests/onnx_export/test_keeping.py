@@ -175,10 +175,7 @@ def test_sensitivity_of_encoder_reaches_logits_of_decoder(
             return [model(input_ids=a, decoder_input_ids=b).logits.numpy() for a, b in given]
 
     expected, found = logits(), {d.tensors[0]: d.damage for d in measured}
-    for name in (
-        "encoder.block.1.layer.1.DenseReluDense.wo.weight",
-        "decoder.block.0.layer.0.SelfAttention.o.weight",
-    ):
+    for name in ("encoder.block.1.layer.1.DenseReluDense.wo", "decoder.block.0.layer.0.SelfAttention.o"):
         weight = model.get_parameter(f"{name}.weight").data
         plain = weight.clone()
         arrays = quantize(np.ascontiguousarray(plain.numpy().T), INT4.settings)

@@ -63,6 +63,18 @@ def test_int8_static_ranges_agree(graph: Path, tmp_path: Path) -> None:
     assert len(touched) == kinds.count("MatMul") > 0
     assert "DynamicQuantizeLinear" not in kinds
     assert 0 < _error(graph, tmp_path / "model.onnx") < 0.1
+    nodes = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False).graph.node
+    rounded = {name for n in nodes if n.op_type == "QuantizeLinear" for name in n.input}
+    assert not rounded & {name for n in nodes if n.op_type == "MatMul" for name in n.output}
+
+
+def test_int8_static_products_run_on_integers(graph: Path, tmp_path: Path) -> None:
+    quantize_int8(graph, tmp_path / "model.onnx", _feeds(graph, 4, seed=0))
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    kinds = _kinds(tmp_path / "optimized.onnx")
+    assert kinds.count("MatMulIntegerToFloat") == _kinds(graph).count("MatMul") and "MatMul" not in kinds
 
 
 def test_int8_ranges_match_inputs(graph: Path, tmp_path: Path) -> None:

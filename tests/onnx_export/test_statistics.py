@@ -1,6 +1,8 @@
 """Statistics for GPTQ: the moments of what products multiply, as PyTorch's hooks see it, and their file."""
 
+import wave
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,24 @@ import transformers
 
 from lora_export.checkpoint.header import build_header, read_header
 from lora_export.contracts import ExportOptions, ExportResult
-from lora_export.errors import InputError, LoraExportError
+from lora_export.errors import ExportError, InputError, LoraExportError
 from lora_export.onnx_export import export
 from lora_export.onnx_export.graphs.checks import open_model, serialized
-from lora_export.onnx_export.quantize import calibration
+from lora_export.onnx_export.quantize import calibration, speech
 from lora_export.onnx_export.quantize.calibration import BUILT_IN, Rows
+from lora_export.onnx_export.quantize.feeding import Stage, stages
 from lora_export.onnx_export.quantize.moments import Inputs, Moment, inputs_of, moments
 from lora_export.onnx_export.quantize.segments import SEGMENT, Shelf
 from lora_export.onnx_export.quantize.segments import _segments as segments_of
 from lora_export.onnx_export.quantize.statistics import NAME, Calibration, Statistics, collect
+from lora_export.onnx_export.quantize.statistics import _gather as gather
 from lora_export.onnx_export.quantize.statistics import _Packed as packed
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.map import Piece, Recipe, Weight, WeightsMap
 from lora_export.progress import Silent
 from lora_export.validation.comparing.texts import PROMPTS, RUNNING_TEXT
-from tests.onnx_export.architectures import DYNAMO, save
+from tests.export_matrix.models import Row
+from tests.onnx_export.architectures import DYNAMO, GENAI, save
 
 Array = np.ndarray[Any, Any]
 LINES = ["abc def, ghi.", "The cat sat on the mat; it was not amused by the dog.", "x = y + 1", "mn" * 40]
@@ -410,3 +415,157 @@ def test_shelf_keeps_what_exceeds_its_limit_on_disk(tmp_path: Path) -> None:
     shelf.drop(0, "b")
     shelf.put(1, "a", arrays["a"])
     assert len(list(tmp_path.iterdir())) == 1 and np.array_equal(shelf.get(1, "a"), arrays["a"])
+
+
+# --- experts, branches, sounds -----------------------------------------------------------------------------
+
+
+def test_collect_names_products_that_too_few_tokens_reach(tmp_path: Path) -> None:
+    """Twelve rows reach `few`, none `none`, all of them `all`."""
+    weights = {n: np.ones((70, 70), np.float32) for n in ("few", "none", "all")}
+    nodes = """
+        from = Constant <value_ints: ints = [0]> () few_end = Constant <value_ints: ints = [3]> ()
+        axis = Constant <value_ints: ints = [1]> ()
+        some = Slice(x, from, few_end, axis) empty = Slice(x, from, from, axis)
+        a = MatMul(some, few) b = MatMul(empty, none) c = MatMul(x, all)
+        d = Concat <axis = 1> (a, b) y = Concat <axis = 1> (c, d)
+    """
+    _save_graph(tmp_path, weights, nodes)
+    feeds = [{"x": np.ones((1, 100, 70), np.float32)}] * 4
+    folders = [tmp_path / name for name in ("packed", "values")]
+    for folder in folders:
+        folder.mkdir()
+    file, said = packed(folders[0]), Details()
+    stage = Stage(tmp_path / "model.onnx", feeds, 400, 100)
+    gather(stage, weights_map.read(tmp_path).weights, (), file, folders[1], SEGMENT, said)
+    file.write(tmp_path / NAME, Calibration("0" * 64, 400, 4))
+    assert list(Statistics.open(tmp_path / NAME).names) == ["all.weight[0:70]"]
+    assert [text.partition(":")[0] for text in said.said] == ["few", "none"]
+    gather(replace(stage, tokens=12), weights_map.read(tmp_path).weights, ["few"], file, folders[1], SEGMENT, said)
+    assert [text.partition(":")[0] for text in said.said[2:]] == ["none"]
+
+
+def test_moments_node_with_branches_reads_what_segments_made(tmp_path: Path) -> None:
+    weights = {n: np.full((70, 70), at + 1, np.float32) / 70 for at, n in enumerate(("one", "two"))}
+    nodes = """
+        h = MatMul(x, one) n = ReduceSum <keepdims = 0> (h) yes = Greater(n, n)
+        g = If (yes) <then_branch = t () => (float[b, t, 70] p) { p = Neg(h) },
+                      else_branch = e () => (float[b, t, 70] q) { q = Tanh(h) }>
+        y = MatMul(g, two)
+    """
+    _save_graph(tmp_path, weights, nodes)
+    x = np.random.default_rng(0).standard_normal((1, 90, 70), np.float32)
+    wanted = inputs_of(open_model(tmp_path / "model.onnx"), weights_map.read(tmp_path).weights)
+    for limit in (SEGMENT, SEGMENTS_OF_ONE_NODE):
+        scratch = tmp_path / str(limit)
+        scratch.mkdir()
+        run = moments(
+            tmp_path / "model.onnx", [{"x": x}], wanted,
+            scratch=scratch, longest=90, limit=limit, progress=Silent(),
+        )  # fmt: skip
+        found = {m.inputs.weights[0].name: m.matrix for m in run}
+        g = np.tanh(x[0] @ weights["one"])
+        assert np.allclose(np.triu(found["two"]), np.triu(g.T @ g / 90), rtol=1e-4, atol=1e-6)
+
+
+def _save_clip(path: Path, rate: int = 16_000, seconds: int = 1, words: str = "the words") -> None:
+    noise = np.random.default_rng(seconds).integers(-9000, 9000, (rate * seconds, 2)).astype("<i2")
+    with wave.open(str(path), "wb") as sound:
+        sound.setnchannels(2)
+        sound.setsampwidth(2)
+        sound.setframerate(rate)
+        sound.writeframes(noise.tobytes())
+    path.with_suffix(".txt").write_text(words)
+
+
+def test_clips_are_read_as_one_channel_with_their_words(tmp_path: Path) -> None:
+    _save_clip(tmp_path / "b.wav", seconds=2)
+    _save_clip(tmp_path / "a.wav")
+    read = speech.read(tmp_path)
+    assert [(c.path.name, len(c.samples), c.rate, c.transcript) for c in read.clips] == [
+        ("a.wav", 16_000, 16_000, "the words"), ("b.wav", 32_000, 16_000, "the words")
+    ]  # fmt: skip
+    assert 0.1 < np.abs(read.clips[0].samples).max() < 1
+    _save_clip(tmp_path / "b.wav", seconds=2, words="other words")
+    assert speech.read(tmp_path).sha256 != read.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "a.wav").unlink(), "no .wav file"),
+        (lambda folder: (folder / "a.txt").unlink(), "no transcript"),
+        (lambda folder: (folder / "a.txt").write_text(" \n"), "0 characters of text"),
+        (lambda folder: (folder / "a.wav").write_bytes(b"RIFF"), "cannot be read"),
+    ],
+)
+def test_clips_that_are_not_whole_are_refused(change: Callable[[Path], object], said: str, tmp_path: Path) -> None:
+    _save_clip(tmp_path / "a.wav")
+    change(tmp_path)
+    with pytest.raises(InputError, match=said):
+        speech.read(tmp_path)
+
+
+@pytest.mark.slow
+def test_collect_whisper_has_moments_of_pytorch(tmp_path: Path) -> None:
+    model = save(GENAI["WhisperForConditionalGeneration"], tmp_path / "model")
+    whole = transformers.WhisperForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    frames = 2 * whole.config.max_source_positions
+    extractor = transformers.WhisperFeatureExtractor(
+        feature_size=whole.config.num_mel_bins, chunk_length=frames // 100 or 1
+    )
+    extractor.nb_max_frames, extractor.n_samples = frames, frames * extractor.hop_length
+    extractor.save_pretrained(model)
+    done = export(model, tmp_path / "onnx", ExportOptions("fp32", "cpu"), progress=Silent())
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for at in range(3):
+        _save_clip(clips / f"{at}.wav", words="abc de" * (at + 1))
+    graphs = [done.output / graph for graph in done.graphs]
+    made = collect(graphs, model, clips, tmp_path / NAME, progress=Silent())
+    with pytest.raises(ExportError, match="nothing for a graph that reads"):
+        collect(graphs, model, None, tmp_path / "none", progress=Silent())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    read, first = speech.read(clips), whole.config.decoder_start_token_id
+    rows = [[first, *tokenizer(clip.transcript)["input_ids"]][:-1] for clip in read.clips]
+    assert (made.windows, made.tokens, made.text_sha256) == (3, sum(map(len, rows)), read.sha256)
+
+    def run() -> None:
+        for given, ids in zip(speech.heard(model, read), rows, strict=True):
+            features = torch.tensor(given["input_features"])
+            whole(input_features=features, decoder_input_ids=torch.tensor([ids]))
+
+    assert agree(Statistics.open(tmp_path / NAME), seen_by(whole, run)) >= 24
+
+
+@pytest.mark.slow
+def test_collect_experts_see_their_share_of_tokens(tmp_path: Path) -> None:
+    """Of the rows that a router sends on, each goes to `k` experts: their sums make up k times the router's own."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    whole = Row("MixtralForCausalLM", sizes).save(tmp_path / "model")
+    options = ExportOptions("fp32", "cpu", "dynamo")
+    done = export(tmp_path / "model", tmp_path / "onnx", options, progress=Silent())
+    text, rows = calibration.read(None), Rows.of(tmp_path / "model")
+    ids = rows.windows(text.text, 2000)
+    stage, *_ = stages([done.model], tmp_path / "model", text, 2000, tmp_path)[0]
+    wanted = inputs_of(open_model(done.model), weights_map.read(done.output).weights)
+    (tmp_path / "scratch").mkdir()
+    found: dict[str, Any] = {}
+    for m in moments(done.model, stage.feeds, wanted, scratch=tmp_path / "scratch", longest=64, progress=Silent()):
+        if "layers.1.mlp.experts.gate_up_proj" in m.inputs.weights[0].name:
+            found[m.inputs.weights[0].name] = (m.tokens, m.matrix * m.tokens)
+    sums: list[Any] = []
+
+    def seen(_: Any, given: Any) -> None:
+        sums.append(given[0].reshape(-1, 64).double())
+
+    whole.model.layers[1].mlp.register_forward_pre_hook(seen)
+    with torch.no_grad():
+        for row in ids:
+            whole(torch.tensor([row]))
+    routed = torch.cat(sums)
+    each = whole.config.num_experts_per_tok
+    assert sum(tokens for tokens, _ in found.values()) == each * len(routed) and len(found) == 4
+    total = np.triu(sum(matrix for _, matrix in found.values()))
+    expected = np.triu(each * (routed.T @ routed).numpy())
+    assert np.allclose(total, expected, rtol=1e-4, atol=1e-5 * expected.max())

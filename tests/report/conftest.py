@@ -13,6 +13,7 @@ from lora_export.contracts import (
     ArmTimes,
     BaseComparison,
     BenchmarkResult,
+    CalibrationRecord,
     Cell,
     Check,
     Continuation,
@@ -26,6 +27,7 @@ from lora_export.contracts import (
     NamedSources,
     Percentile,
     Perplexity,
+    QuantizationSummary,
     Report,
     Samples,
     TensorRecord,
@@ -146,7 +148,7 @@ def _validation() -> ValidationResult:
             Perplexity("merged", 28.83, 612),
             Perplexity("onnx int4", 30.4, 612),
         ),
-        adapter_survival=(AdapterSurvival("onnx int4", 0.93, 0.41, 0.07),),
+        adapter_survival=(AdapterSurvival("onnx int4", 0.93, 0.41, 0.07, 0.012, 0.003),),
         bases=(BaseComparison("dequantized", 56.65, 1e-5), BaseComparison("original", 50.81, 0.04)),
         advice=("Ship the dequantized merge: it is the function that was trained.",),
     )
@@ -160,6 +162,8 @@ def _export() -> ExportResult:
         nodes=342,
         seconds=9.7,
         files={"model.onnx": 170_928, "model.onnx.data": 540_157_184, "genai_config.json": 1455},
+        calibration=CalibrationRecord("5f" * 32, 8192, 16),
+        quantized=QuantizationSummary("gptq", 210, 1, "model.embed_tokens.weight", "model.norm.weight", 0.0213),
     )
 
 

@@ -135,7 +135,16 @@ def test_report_has_figures_of_proof(full: dict[str, Any], timings: Samples, tmp
         assert "at most 0.5 and on average 0.25 units in the last place, in 691,200 elements of 150" in words
     assert "onnx int4 30.4 -25.7 % 612" in page.words and "| onnx int4 | 30.4 | -25.7 % | 612 |" in text
     assert "original 50.81 0.04" in page.words and "| original | 50.81 | 0.04 |" in text
-    assert "onnx int4 93.00% 0.41 0.07" in page.words and "| onnx int4 | 93.00% | 0.41 | 0.07 |" in text
+    assert "onnx int4 93.00% ± 1.20% 0.41 0.07 ± 0.003" in page.words
+    assert "| onnx int4 | 93.00% ± 1.20% | 0.41 | 0.07 ± 0.003 |" in text
+
+
+def test_report_says_what_an_export_was_calibrated_on(full: dict[str, Any], tmp_path: Path) -> None:
+    calibrated = {"text_sha256": "e2e347fa962b6f3c" + "0" * 48, "tokens": 6811, "windows": 200}
+    full["export"] |= {"activations": "static", "calibration": calibrated}
+    page, _, text = pages(full, tmp_path)
+    for words in (page.words, text):
+        assert "static, 8 bits" in words and "in 200 pieces, text e2e347fa962b6f3c" in words
 
 
 def test_report_without_proof_is_read(full: dict[str, Any], tmp_path: Path) -> None:
@@ -331,3 +340,11 @@ def test_report_distinguishes_checks_of_exports() -> None:
         ("Adapter effect retained (ONNX)", "≥"),
         ("Largest logit difference (ONNX int4)", "≤"),
     ]
+
+
+def test_report_tells_calibration(full: dict[str, Any], tmp_path: Path) -> None:
+    page, _, text = pages(full, tmp_path)
+    for words in (page.words, text.replace("\\", "")):
+        assert "8,192 tokens of the text 5f5f5f5f5f5f" in words
+        assert "gptq, 210 weights by their outputs on the text; 1 to nearest" in words
+        assert "2.13% in model.norm.weight" in words

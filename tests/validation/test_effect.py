@@ -59,6 +59,34 @@ def test_effect_matches_definition() -> None:
     assert perplexity.tokens == 13
 
 
+def test_effect_fidelity_matches_definition() -> None:
+    found = measured(lambda b: b + random(len(b), 20, 0.3), lambda m: m + random(len(m), 21, 0.3))
+    lost, of_base, lengths = [], 0.0, []
+    for i, ids in enumerate(windows()):
+        base = random(len(ids), i)
+        merged = base + random(len(ids), 10 + i)
+        b, m = log_softmax(base), log_softmax(merged)
+        q, bq = log_softmax(merged + random(len(ids), 21, 0.3)), log_softmax(base + random(len(ids), 20, 0.3))
+        lost.append((np.exp(m) * (m - q)).sum())
+        of_base += (np.exp(b) * (b - bq)).sum()
+        lengths.append(len(ids))
+    far, mean = found.fidelity, sum(lost) / sum(lengths)
+    rest = sum((x - mean * n) ** 2 for x, n in zip(lost, lengths, strict=True))
+    assert far.lost == pytest.approx(mean, rel=1e-9)
+    assert far.error == pytest.approx(math.sqrt(rest * 3 / 2) / sum(lengths), rel=1e-9)
+    assert far.of_base == pytest.approx(of_base / sum(lengths), rel=1e-9)
+    assert far.effect == pytest.approx(sum(found.whole) / sum(lengths), rel=1e-9)
+    survival = found.survival("x")
+    assert (survival.share_error, survival.kl_lost_error) == (found.uncertainty, far.error)
+
+
+def test_effect_of_one_text_has_no_error() -> None:
+    found = effect.Effect()
+    base = random(5, 0)
+    found.add(windows()[2], base, base + random(5, 1), base, base)
+    assert found.survival("x").share_error is None and found.survival("x").kl_lost_error is None
+
+
 def test_effect_is_symmetric_divergence() -> None:
     found = measured(lambda b: b, lambda m: m)
     both = 0.0

@@ -1,5 +1,6 @@
 """What real exports of a tiny decoder leave of an adapter, against figures computed here in float64."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -36,7 +37,7 @@ from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions
 from lora_export.validation.meter import metered
 from lora_export.workflows.validating import validate_folder
-from tests.builders import lora, save_adapter
+from tests.builders import edit_json, lora, save_adapter
 from tests.daily import later
 from tests.validation.conftest import judged, save_base
 
@@ -308,6 +309,15 @@ def test_precisions_need_base_for_each_export_or_none(models: Models) -> None:
     exports = [models.onnx("strong", p) for p in ("int4", "fp32")]
     with pytest.raises(InputError, match="2 × --onnx and 1 × --base-onnx"):
         folder(models, exports, [models.onnx("base", "int4")])
+
+
+def test_precisions_text_of_calibration_is_refused(models: Models, tmp_path: Path) -> None:
+    calibrated = shutil.copytree(models.onnx("strong", "int4"), tmp_path / "onnx")
+    read = hashlib.sha256((models.root / "prompts.txt").read_bytes()).hexdigest()
+    edit_json(calibrated / "export.json", calibration={"text_sha256": read, "tokens": 40, "windows": 3})
+    code, document, talk = run(models, "strong", [calibrated])
+    assert code == 1 and "prompts.txt is the text that the export was calibrated on" in talk
+    assert document["where"] == str(calibrated)
 
 
 def folder(models: Models, exports: Sequence[Path], bases: Sequence[Path]) -> ValidationResult:

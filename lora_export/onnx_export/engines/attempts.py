@@ -101,11 +101,12 @@ def _produced(
     by_texts = job.quantized is not None and job.quantized.algorithm == GPTQ
     if job.quantized and AUTO in job.quantized.keep:
         calibration = calibrate(job, plain) if by_texts and job.adapter is None else None
-        job = with_measured_damage(job, job.quantized, chosen, plain)
+        job, measured_on = with_measured_damage(job, job.quantized, chosen, plain)
+        calibration = calibration or measured_on
     precision = "fp32" if integers else job.precision
     job.progress.detail(f"{architecture_of(job.config)} with {attempt.name}, {job.precision} for {job.provider}")
     made = chosen.run(replace(job, precision=precision))
-    own = tuple(sorted(p.name for p in job.output.iterdir() if not _holds_weights(p) and p.name != STATISTICS))
+    own = tuple(sorted(p.name for p in job.output.iterdir() if p.is_file() and not _holds_weights(p)))
     chosen.accompany(job.model, job.output)
     if made.described and by_texts and calibration is None:
         calibration = calibrate(job, plain)
@@ -124,7 +125,7 @@ def _produced(
 
 
 def _holds_weights(path: Path) -> bool:
-    return path.suffix == ".data" or path.name.endswith("_data")
+    return path.suffix == ".data" or path.name.endswith("_data") or path.name == STATISTICS
 
 
 def _clear(folder: Path) -> None:

@@ -83,8 +83,10 @@ def calibrate(job: ExportJob, plain: PlainGraphs) -> CalibrationRecord:
     return Statistics.open(output).calibration
 
 
-def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, plain: PlainGraphs) -> ExportJob:
-    """The job, with int8 for the products whose int4 does the most measured damage for their size.
+def with_measured_damage(
+    job: ExportJob, how: Blockwise, chosen: Engine, plain: PlainGraphs
+) -> tuple[ExportJob, CalibrationRecord]:
+    """The job, with int8 for the products whose int4 does the most measured damage for their size; and the text.
 
     For gptq, the job's statistics lie beside its graphs already.
     """
@@ -102,9 +104,10 @@ def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, plain: 
     how = replace(how, keep=tuple(k for k in how.keep if k != AUTO))
     job.progress.detail("measuring how much quantizing each product changes the outputs")
     given = job.calibration if job.calibration and job.calibration.suffix != Path(STATISTICS).suffix else None
+    text = calibration.read(given)
     with tempfile.TemporaryDirectory(prefix=".between-", dir=job.output) as scratch:
         try:
-            run, _, _ = stages(plain.paths, job.model, calibration.read(given), TOKENS, Path(scratch))
+            run, tokens, windows = stages(plain.paths, job.model, text, TOKENS, Path(scratch))
         except ExportError as error:
             raise ExportError(
                 f"--keep auto measures on texts: {error.found}",
@@ -124,7 +127,8 @@ def with_measured_damage(job: ExportJob, how: Blockwise, chosen: Engine, plain: 
     grown = sum(d.nbytes for d in worst)
     job.progress.detail(f"int8 for {len(worst)} of {len(damages)} groups of products, {grown / 1e6:.1f} MB more")
     tensors = escaped({tensor for d in worst for tensor in d.tensors})
-    return replace(job, quantized=replace(how, eight_bits=(*how.eight_bits, *tensors)))
+    how = replace(how, eight_bits=(*how.eight_bits, *tensors))
+    return replace(job, quantized=how), CalibrationRecord(text.sha256, tokens, windows)
 
 
 def record_of(job: ExportJob, made: Made, engine: str, activations: Activations) -> ExportRecord:

@@ -12,7 +12,7 @@ from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.quantize import calibration
-from lora_export.onnx_export.quantize.settings import GPTQ, STATISTICS, unquantized
+from lora_export.onnx_export.quantize.settings import AUTO, GPTQ, STATISTICS, unquantized
 from lora_export.onnx_export.weights import map as weights_map
 
 LONGEST = 128  # tokens of each calibration text
@@ -47,10 +47,10 @@ def check(precision: str, generates: bool, how: QuantizationOptions) -> None:
 def _check_calibration(how: QuantizationOptions) -> None:
     if how.calibration is None:
         return
-    if how.algorithm != GPTQ:
+    if how.algorithm != GPTQ and AUTO not in how.keep:
         raise ExportError(
             "a calibration needs a quantizer that reads texts, or static activations",
-            expected="--quantizer gptq, or --activations static",
+            expected="--quantizer gptq, --keep auto, or --activations static",
             next_step="--quantizer gptq",
         )
     if how.calibration.suffix == Path(STATISTICS).suffix:
@@ -85,6 +85,11 @@ def quantize(
         path.replace(folder / path.name)
     shutil.rmtree(made_in)
     return record
+
+
+def reproducible(record: CalibrationRecord | None) -> bool:
+    """Whether an export needs no text of somebody's to be calibrated like the one of this record."""
+    return record is None or record.text_sha256 == calibration.read(None).sha256
 
 
 def _calibration(

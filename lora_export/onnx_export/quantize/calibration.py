@@ -100,7 +100,7 @@ class Rows:
 
     def texts(self, lines: Sequence[str], tokens: int) -> list[list[int]]:
         """One row a text, each with the tokenizer's special tokens; as many at even distances as have `tokens`."""
-        rows = [(row,) for row in map(self._row, lines) if row]
+        rows = [(row,) for row in map(self.row, lines) if row]
         return [row for (row,) in _spread(rows, tokens)]
 
     def pairs(self, lines: Sequence[str], first: int, tokens: int) -> list[tuple[list[int], list[int]]]:
@@ -109,12 +109,13 @@ class Rows:
         found = []
         for line in lines:
             source, _, target = line.partition("\t")
-            ids, written = self._row(source), self._row(target if target.strip() else source)
+            ids, written = self.row(source), self.row(target if target.strip() else source)
             if ids and written:
                 found.append((ids, [first, *written[:-1]]))
         return [(source, target) for source, target in _spread(found, tokens)]
 
-    def _row(self, text: str) -> list[int]:
+    def row(self, text: str) -> list[int]:
+        """One text with the tokenizer's special tokens, cut to `longest`."""
         ids = self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
         return self._known(ids)
 

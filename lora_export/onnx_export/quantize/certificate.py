@@ -90,7 +90,7 @@ def summary(folder: Path) -> QuantizationSummary | None:
         return None
     blind = [w for w in weights if not w.calibrated]
     known = [(w.output_error, w.made_of[0]) for w in weights if w.output_error is not None and w.made_of]
-    error, worst = max(known, default=(None, None))
+    error, worst = max(known, key=lambda one: math.inf if math.isnan(one[0]) else one[0], default=(None, None))
     first = next((w.made_of[0] for w in blind if w.made_of), None)
     return QuantizationSummary(GPTQ, len(weights) - len(blind), len(blind), first, worst, error)
 

@@ -9,13 +9,27 @@ import numpy as np
 
 from lora_export.errors import ExportError, InputError
 from lora_export.graph_runs.feeds import Feed, completed, token_feeds
-from lora_export.graph_runs.signature import EMBEDS, ENCODER_MASK, IDS, POSITIONS, Array, Signature, read_as
+from lora_export.graph_runs.signature import (
+    AUDIO,
+    EMBEDS,
+    ENCODER_MASK,
+    IDS,
+    MASK,
+    POSITIONS,
+    SPECTRUM,
+    WAVE,
+    Array,
+    Signature,
+    read_as,
+)
 from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.quantize.calibration import CalibrationText, Rows, first_of_target
 from lora_export.onnx_export.quantize.segments import Shelf
+from lora_export.onnx_export.quantize.speech import Clips, heard
 
 T = TypeVar("T")
 
+HEARD = {AUDIO, SPECTRUM, WAVE}
 _TIME_HEIGHT_WIDTH = 3
 
 
@@ -53,31 +67,52 @@ class _Later(Sequence[Feed]):
 
 
 def stages(
-    graphs: Sequence[Path], model: Path, text: CalibrationText, tokens: int, scratch: Path
+    graphs: Sequence[Path], model: Path, given: CalibrationText | Clips, tokens: int, scratch: Path
 ) -> tuple[list[Stage], int, int]:
     """The stages that run one after another, and how many tokens and windows they see.
 
     graphs: of one export, an encoder's first; model: its Hugging Face folder; tokens: at most so many, unless one
     text has more; scratch: an empty folder for what one stage leaves for the next. A decoder reads running text, an
-    encoder a text a line, an encoder-decoder `source` or `source<TAB>target` a line, a vision-language model
-    running text without pictures. ExportError for graphs that read anything else, InputError for texts without
-    tokens.
+    encoder a text a line, an encoder-decoder `source` or `source<TAB>target` a line, or clips if it hears, and a
+    vision-language model running text without pictures. ExportError for graphs that read anything else, InputError
+    for texts without tokens.
     """
     signatures = [Signature.of_model(open_model(graph), graph) for graph in graphs]
+    first, last = signatures[0].inputs, signatures[-1].inputs
+    decodes = len(graphs) > 1 and IDS in signatures[1].inputs
+    if decodes and first.keys() & HEARD:
+        if isinstance(given, Clips):
+            return _of_pairs(signatures, graphs, *_spoken(model, given), scratch)
+        raise _nothing_to_read(graphs[0], first, "a folder of WAV files with transcripts", "FOLDER")
+    if not isinstance(given, CalibrationText):
+        raise _nothing_to_read(graphs[0], first, "a text file for a model that reads texts", "FILE")
     rows = Rows.of(model)
-    if len(graphs) == 1 and IDS in signatures[0].inputs:
-        return _of_tokens(signatures[0], graphs[0], rows, text, tokens)
-    if EMBEDS in signatures[-1].inputs and any(EMBEDS in s.outputs and IDS in s.inputs for s in signatures):
-        return _of_embeddings(signatures, graphs, _windows(rows, text, tokens), scratch)
-    if len(graphs) > 1 and IDS in signatures[0].inputs and IDS in signatures[1].inputs:
-        pairs = rows.pairs(text.lines, first_of_target(model), tokens)
-        return _of_pairs(signatures, graphs, _some(pairs, text), scratch)
-    raise ExportError(
-        f"the graph reads {', '.join(list(signatures[0].inputs)[:4])}, and calibration has only texts",
-        where=graphs[0],
-        expected="a model that reads texts",
-        next_step="--quantizer default, which needs no calibration",
+    if len(graphs) == 1 and IDS in first:
+        return _of_tokens(signatures[0], graphs[0], rows, given, tokens)
+    if EMBEDS in last and any(EMBEDS in s.outputs and IDS in s.inputs for s in signatures):
+        return _of_embeddings(signatures, graphs, _windows(rows, given, tokens), scratch)
+    if decodes and IDS in first:
+        pairs = _some(rows.pairs(given.lines, first_of_target(model), tokens), given)
+        sources = [{IDS: np.asarray([source], np.int64)} for source, _ in pairs]
+        return _of_pairs(signatures, graphs, sources, [target for _, target in pairs], scratch)
+    raise _nothing_to_read(graphs[0], first, "a model that reads texts")
+
+
+def _nothing_to_read(graph: Path, inputs: Mapping[str, object], expected: str, take: str = "") -> ExportError:
+    data_free = "--quantizer default, which needs no calibration"
+    return ExportError(
+        f"calibration has nothing for a graph that reads {', '.join(list(inputs)[:4])}",
+        where=graph,
+        expected=expected,
+        next_step=f"--calibration {take}, or {data_free}" if take else data_free,
     )
+
+
+def _spoken(model: Path, clips: Clips) -> tuple[list[Mapping[str, Array]], list[list[int]]]:
+    """What the encoder reads, and the ids that the decoder reads meanwhile."""
+    rows, first = Rows.of(model), first_of_target(model)
+    written = [rows.row(clip.transcript) for clip in clips.clips]
+    return heard(model, clips), [(ids if ids[:1] == [first] else [first, *ids])[:-1] for ids in written]
 
 
 def _windows(rows: Rows, text: CalibrationText, tokens: int) -> list[list[int]]:
@@ -111,29 +146,34 @@ def _of_tokens(
 def _of_pairs(
     signatures: Sequence[Signature],
     graphs: Sequence[Path],
-    pairs: Sequence[tuple[list[int], list[int]]],
+    sources: Sequence[Mapping[str, Array]],
+    targets: Sequence[list[int]],
     scratch: Path,
 ) -> tuple[list[Stage], int, int]:
+    """sources: what the encoder reads, by transformers' names."""
     encoder, decoder = signatures[:2]
     shelf = Shelf(scratch)
-    sources = [np.asarray([source], np.int64) for source, _ in pairs]
+    masks = [np.ones(next(iter(source.values())).shape[:2], np.int64) for source in sources]
+    read = [
+        completed(encoder, {AUDIO: next(iter(source.values())), MASK: mask, **source})
+        for source, mask in zip(sources, masks, strict=True)
+    ]
 
     def following(number: int) -> Feed:
         states = {read_as(name): shelf.get(number, name) for name in encoder.outputs}
-        ids = np.asarray([pairs[number][1]], np.int64)
-        return completed(decoder, {ENCODER_MASK: np.ones_like(sources[number]), IDS: ids, **states})
+        mask = sources[number].get(MASK, masks[number])
+        return completed(decoder, {ENCODER_MASK: mask, IDS: np.asarray([targets[number]], np.int64), **states})
 
-    lengths = [(len(source), len(target)) for source, target in pairs]
-    read, written = (sum(one) for one in zip(*lengths, strict=True))
-    longest = [max(one) for one in zip(*lengths, strict=True)]
-    feeds = [completed(encoder, {IDS: ids}) for ids in sources]
+    written = sum(map(len, targets))
+    lengths = [feed[IDS].shape[1] if IDS in feed else 1 for feed in read]
+    widest = max(size for feed in read for array in feed.values() for size in array.shape[1:])
     return (
         [
-            Stage(graphs[0], feeds, read, longest[0], _onto(shelf, encoder.outputs)),
-            Stage(graphs[1], _Later(len(pairs), following), written, longest[1]),
+            Stage(graphs[0], read, sum(lengths), widest, _onto(shelf, encoder.outputs)),
+            Stage(graphs[1], _Later(len(targets), following), written, max(map(len, targets))),
         ],
-        read + written,
-        len(pairs),
+        written + sum(feed[IDS].shape[1] for feed in read if IDS in feed),
+        len(targets),
     )
 
 

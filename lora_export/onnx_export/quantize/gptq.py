@@ -19,6 +19,7 @@ from lora_export.onnx_export.weights.map import Part, Quantization
 
 Type = np.dtype[np.generic]
 DAMPING = 0.01  # of the mean moment, added to each input's: inputs that the texts hardly show still cost something
+OWN_DAMPING = 0.003  # of an input's own moment, added to it: more than halves in a file of statistics can take away
 OUTER, INNER = 64, 8  # inputs whose later ones are changed together, by one matrix product
 COLUMNS = 512  # outputs that are quantized together, so that they stay in the processor's cache
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's range: what is cut off makes the rest finer
@@ -35,7 +36,7 @@ class Solver:
         diagonal = np.einsum("ii->i", moment)
         mean = float(np.maximum(diagonal, 0).mean()) or 1.0
         diagonal[diagonal <= 0] = mean
-        self._moment, self._damping = moment, 0.0
+        self._moment, self._damping = moment, OWN_DAMPING * diagonal
         self._order = np.argsort(-diagonal, kind="stable")
         self._factor, self._upper = self._factored(DAMPING * mean)
 
@@ -45,9 +46,10 @@ class Solver:
         from scipy.linalg import lapack
 
         diagonal = np.einsum("ii->i", self._moment)
+        diagonal += self._damping
         while True:
             diagonal += damping
-            self._damping += damping
+            self._damping = self._damping + damping
             # The lower factor of the reversed matrix, reversed again, is U⁻¹.
             turned = self._moment[np.ix_(self._order[::-1], self._order[::-1])]
             lower, failed = lapack.dpotrf(turned.T, lower=1, clean=1, overwrite_a=1)
@@ -65,11 +67,15 @@ class Solver:
         grid = _Grid.searched(wanted, np.einsum("ii->i", self._moment), how, dtype)
         codes, lost = self._codes(wanted, grid)
         outputs_lost = float(np.sum(lost**2)) - self._fit_scales(codes, lost, grid)
-        changed = float(np.sum((wanted - codes * grid.scales_of_rows(len(codes))) ** 2))
-        narrow = wanted.astype(np.float32)
-        weights = float(np.sum(wanted**2))
-        outputs = float(np.sum((self._narrow @ narrow) * narrow, dtype=np.float64)) - self._damping * weights
-        errors = Errors(weights, changed, max(outputs, 0.0), max(outputs_lost - self._damping * changed, 0.0))
+        changed = (wanted - codes * grid.scales_of_rows(len(codes))) ** 2
+        narrow, squares = wanted.astype(np.float32), wanted**2
+        outputs = float(np.sum((self._narrow @ narrow) * narrow, dtype=np.float64))
+        # Of both sums, what the damping adds is taken away.
+        outputs, outputs_lost = (
+            max(whole - float(self._damping @ part.sum(1)), 0.0)
+            for whole, part in ((outputs, squares), (outputs_lost, changed))
+        )
+        errors = Errors(float(squares.sum()), float(changed.sum()), outputs, outputs_lost)
         return grid.packed(codes + grid.zeros_of_rows(len(codes)), how), errors
 
     @functools.cached_property

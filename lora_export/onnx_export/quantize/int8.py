@@ -35,10 +35,11 @@ def quantize_int8(
     """Write `graph` with int8 products to the new file `output`; returns the names of the changed nodes.
 
     calibration: None finds the range of every activation at run time (MatMulInteger); inputs of the graph fix the
-    ranges to those seen on them (QuantizeLinear and DequantizeLinear, which providers fuse). exclude: nodes to
-    leave unchanged, by patterns (see `chosen`); weights: of the graph, for patterns of tensors. Weights have one
-    scale per column and are unsigned, as activations are: signed ones can silently saturate on processors without
-    VNNI instructions (ONNX Runtime's documentation, "Quantize ONNX Models").
+    ranges to those seen on them (QuantizeLinear and DequantizeLinear, which providers fuse). What products give
+    stays fp32, for the biases and sums that follow. exclude: nodes to leave unchanged, by patterns (see `chosen`);
+    weights: of the graph, for patterns of tensors. Weights have one scale per column and are unsigned, as
+    activations are: signed ones can silently saturate on processors without VNNI instructions (ONNX Runtime's
+    documentation, "Quantize ONNX Models").
 
     Weights of more than a few bytes go to `output`.data. The quantizer holds the model in memory once. ExportError
     if the graph is not fp32, or nothing in it can be quantized.
@@ -96,7 +97,7 @@ def _run(
             _reader(calibration),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
-            extra_options=options,
+            extra_options=options | {"OpTypesToExcludeOutputQuantization": list(kinds)},
             **common,
         )
 

@@ -115,6 +115,35 @@ def blockwise(
     return how
 
 
+# ONNX Runtime 1.31. On the CPU a product behind DequantizeLinear of E4M3 takes 20 times as long as one of fp32
+# weights (2048², one row), and DequantizeLinear reads no E2M1. On CUDA the operators that multiply by such weights
+# take fp16 or bf16 inputs.
+_NO_KERNEL = {
+    "fp8": (
+        "fp8 weights (E4M3) are not exported: on the CPU ONNX Runtime converts them to fp32 at each run, and its "
+        "CUDA operator (MatMulBlockQuantizedFp8Weight) has no CPU kernel to prove a graph with",
+        "--precision int8, which is as small",
+    ),
+    "nvfp4": (
+        "nvfp4 weights (E2M1, blocks of 16 with E4M3 scales) are not exported: ONNX Runtime does not read them on "
+        "the CPU, and its CUDA operator (MatMulBlockQuantizedFp4Weight) has no CPU kernel to prove a graph with",
+        "--precision int4, which is as small",
+    ),
+    "mxfp4": (
+        "mxfp4 weights (E2M1, blocks of 32 with E8M0 scales) are not exported: ONNX Runtime multiplies by them in "
+        "the experts of a mixture alone (QMoE), and only on CUDA",
+        "--precision int4, which is as small",
+    ),
+}
+
+
+def refuse_without_kernel(precision: str) -> None:
+    """ExportError for a type of weights that is known by name, and that no exported graph could compute with."""
+    if precision in _NO_KERNEL:
+        found, next_step = _NO_KERNEL[precision]
+        raise ExportError(found, expected=", ".join(get_args(Precision)), next_step=next_step)
+
+
 def unsupported(what: str, expected: str, next_step: str) -> ExportError:
     return ExportError(f"{what} cannot be exported", expected=expected, next_step=next_step)
 

@@ -19,10 +19,13 @@ from lora_export.contracts import CalibrationRecord, Progress, TensorInfo
 from lora_export.errors import InputError
 from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.quantize import calibration as calibration_texts
+from lora_export.onnx_export.quantize import speech
+from lora_export.onnx_export.quantize.calibration import CalibrationText
 from lora_export.onnx_export.quantize.feeding import Stage, stages
 from lora_export.onnx_export.quantize.moments import Moment, inputs_of, moments, too_few
 from lora_export.onnx_export.quantize.segments import SEGMENT
 from lora_export.onnx_export.quantize.settings import STATISTICS
+from lora_export.onnx_export.quantize.speech import Clips
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.dtypes import Array, rounded, to_float32
 from lora_export.onnx_export.weights.map import Recipe, Weight
@@ -164,14 +167,18 @@ def collect(
     """Run calibration texts through an export, and write the statistics of its products to the new file `output`.
 
     graphs: fp32, of one folder with its weights-map.json, an encoder's first; model: its Hugging Face folder, with
-    the tokenizer; calibration: a text file, by default the built-in page (see `feeding.stages` for what its lines
-    are); skip: names of weights that need no statistics; tokens: at most so many; limit: bytes of weights and
-    matrices in memory.
+    the tokenizer; calibration: a text file, by default the built-in page, or a folder of clips (see
+    `feeding.stages` for what is read of it); skip: names of weights that need no statistics; tokens: at most so
+    many; limit: bytes of weights and matrices in memory.
 
     A weight that two graphs share gets the statistics of the first. An expert that too few tokens reached has none,
     which is said. InputError for a text that cannot be used, ExportError for graphs that cannot be run on texts.
     """
-    text = calibration_texts.read(calibration)
+    text: CalibrationText | Clips
+    if calibration is not None and calibration.is_dir():
+        text = speech.read(calibration)
+    else:
+        text = calibration_texts.read(calibration)
     weights = weights_map.read(graphs[0].parent).weights
     with tempfile.TemporaryDirectory(prefix=".calibration-", dir=output.parent) as scratch:
         folders = [Path(scratch, name) for name in ("between", "values", "packed")]

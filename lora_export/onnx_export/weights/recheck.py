@@ -116,7 +116,7 @@ def _compare(
     weights_map.write(stage, replace(described, hashes=model.hashes))
     statistics = certificate.statistics_beside(folder, described)
     wanted = record_of(job, made, chosen.name, "float")
-    wanted = replace(wanted, calibration=statistics.calibration if statistics else None)
+    wanted = replace(wanted, calibration=statistics.calibration if statistics else record.calibration)
     made_by_engine = tuple(n for n in own if n != weights_map.NAME)
     _judge_record(findings, folder, replace(wanted, made_by_engine=made_by_engine))
     if _of_other_versions(folder, stage, record):

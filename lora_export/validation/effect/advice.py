@@ -168,7 +168,7 @@ def cause(export: Export, merged: Merged) -> Cause:
         return "merge" if merged.faults else "rounding" if merged.narrow else "unknown"
     if export.faults:
         return "export"
-    if stage == "arithmetic" and export.eight_bit_inputs:
+    if export.eight_bit_inputs and (stage == "arithmetic" or export.by_weights is None):
         return "inputs"
     if export.precision not in LARGER:
         return "unknown"
@@ -197,9 +197,11 @@ def _remedy(export: Export, merged: Merged, again: str) -> str:
             "again; if the check still fails, try another --engine."
         )
     if reason == "inputs":
+        if export.by_weights is None:
+            return "The adapter is lost to weights and inputs in 8 bits. Export with --activations float."
         return (
-            "The adapter is lost to inputs in 8 bits: the weights alone keep "
-            f"{export.by_weights or 0:.1%}. Export with --activations float."
+            f"The adapter is lost to inputs in 8 bits: the weights alone keep {export.by_weights:.1%}. Export with "
+            "--activations float."
         )
     if reason == "unknown":
         return "See which check of the merge or the export fails."

@@ -19,8 +19,9 @@ ROW, MATRIX = 4.0, 1.0
 # its zero point off by one, 99 % of them ask for more than half a step that makes up for a quarter.
 STEPS, SHARE = 0.5, 0.2
 # A factor on a row would make up for scales that are too large: how much of one, and for which share of its error.
-# Of 31,000 rows none asks for more than 1 % where this makes up for more than a twentieth.
-FACTOR, FACTOR_SHARE = 0.02, 0.1
+# Of 31,000 rows none asks for more than 1 % where this makes up for more than a twentieth, except where one input
+# is a thousand times the others and rounding to nearest would lose much more: the last is the share of that.
+FACTOR, FACTOR_SHARE, FACTOR_LIMIT = 0.02, 0.1, 0.25
 # Without statistics, a block has the range that loses least, and loses no more than with its whole range. Scales in
 # another rounding, and weights that differ in the last place, move this by a little.
 NEAREST = 1.1  # root mean square
@@ -79,7 +80,8 @@ def calibrated_error(
     matrix = own.sum() / (MATRIX * limit.sum() + noise.sum())
     pull = (blamed * exact).sum(1)
     share = pull.square() / power / (own + noise)
-    factors = torch.minimum((pull / power).abs() / FACTOR, share / FACTOR_SHARE).max()
+    much = pull.square() / power / (FACTOR_LIMIT * limit + noise)
+    factors = torch.minimum((pull / power).abs() / FACTOR, share / FACTOR_SHARE).minimum(much).max()
     worst = [rows, matrix, factors, *_shifts(blamed, own + noise, step, how, moment)]
     return float(torch.stack(worst).max())
 
