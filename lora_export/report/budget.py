@@ -9,10 +9,6 @@ from lora_export.wording import DASH, number, percent, size
 
 Row = tuple[str, ...]
 HEAD = ("Size", "In int8", "Unquantized", "Adapter effect retained", "KL lost, nats", "Perplexity", "")
-CAPTION = (
-    "Every export that was made and measured: size against what it keeps of the adapter's effect, with its "
-    "standard error, and against its perplexity. The dot is the one that was taken, the line what was asked for."
-)
 
 
 def sentence(search: BudgetSearch) -> str:

@@ -35,6 +35,7 @@ from lora_export.merging import CERTIFICATE, merge
 from lora_export.onnx_export import export
 from lora_export.progress import Silent
 from lora_export.validation import ValidationOptions
+from lora_export.validation.meter import metered
 from lora_export.workflows.validating import validate_folder
 from tests.builders import edit_json, lora, save_adapter
 from tests.daily import later
@@ -158,6 +159,23 @@ def perplexity(models: Models, outputs: Sequence[np.ndarray]) -> float:
         -p[t, ids[t + 1]] for ids, p in zip(tokens(models), outputs, strict=True) for t in range(len(ids) - 1)
     ]
     return math.exp(sum(losses) / len(losses))
+
+
+def test_meter_measures_what_validation_judges(models: Models, tmp_path: Path) -> None:
+    """One pair after the other, without the unmerged model in memory."""
+    pair, texts = models.pair("strong", "int4"), models.root / "prompts.txt"
+    result = models.validated("strong", pair)
+    (judged,) = result.adapter_survival
+    options = ValidationOptions(prompts=texts, text=texts, provider="cpu", seed=0)
+    where = models.base, [AdapterChoice(models.adapters["strong"])], models.merged("strong")
+    how = {"options": options, "scratch": tmp_path, "progress": Silent()}
+    with metered(*where, dequantized=None, **how) as meter:  # type: ignore[arg-type]
+        low, same = meter.measure(pair), meter.measure(replace(pair, merged=pair.base))
+    assert (low.share, low.kl_lost) == (judged.share, judged.kl_lost)
+    assert low.kl_allowed == check(result, "onnx_kl").threshold
+    assert low.perplexity == {p.model: p.value for p in result.perplexities}["onnx int4"]
+    assert same.share == pytest.approx(0, abs=1e-9), "a merged model without the adapter keeps nothing of it"
+    assert not [*tmp_path.iterdir()]
 
 
 # --- the gate ----------------------------------------------------------------------------------------------

@@ -122,8 +122,8 @@ def _effective_weight(module: Any) -> torch.Tensor:
 def judged(
     held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype] | None, moments: Moments | None
 ) -> tuple[float, Sums | None]:
-    """How far a piece is from `wanted`, relative to what is allowed (above 1, or NaN, is a fault), and what
-    a quantized one loses.
+    """How far a piece is from `wanted`, relative to what is allowed (above 1, or NaN, is a fault), and of a
+    quantized one what it loses.
 
     stored: None if the graph was made of exactly the `wanted` values, else the types that they were first rounded
     to; moments: of the calibration texts, None without any.
