@@ -104,23 +104,17 @@ def _run(
 
     # prove
     checked = validate(
-        alone,
-        adapters,
-        folder,
-        exports=[pair_of(exported, base_onnx.output)],
-        dequantized=dequantized,
-        graphs_alone=not options.merged_folder,
-        options=options.validation,
-        progress=progress,
-    )
+        alone, adapters, folder,
+        exports=[pair_of(exported, base_onnx.output)], dequantized=dequantized,
+        graphs_alone=not options.merged_folder, options=options.validation, progress=progress,
+    )  # fmt: skip
     story = replace(story, validate=checked)
     if not checked.passed:
         return story
 
     # measure
     arms = [BenchmarkArm("base", base_onnx.paths), BenchmarkArm("merged", exported.paths)]
-    if unmerged_onnx:
-        arms.append(BenchmarkArm("unmerged", unmerged_onnx.paths))
+    arms += [BenchmarkArm("unmerged", unmerged_onnx.paths)] if unmerged_onnx else []
     unmerged_graph = unmerged_onnx.model if unmerged_onnx else None
     extra, without = extra_arms(options.extra_arms, unmerged_graph, trained_on, readable, progress)
     measured = benchmark([*arms, *extra], replace(options.benchmark, provider=options.export.provider), progress)
