@@ -142,9 +142,7 @@ class QuantizationOptions:
 @dataclass(frozen=True)
 class ExportOptions:
     """Options of an export. With `graph_from`, the precision, engine and quantization of that export hold.
-
-    unmerged: the only adapter becomes operators of the graph; shared_as: an adapter's name in a shared folder.
-    """
+    unmerged: the only adapter becomes operators of the graph; shared_as: an adapter's name in a shared folder."""
 
     SECTION: ClassVar[str] = EXPORT
     precision: choices.Precision = option(
