@@ -18,8 +18,8 @@ ROW, MATRIX = 4.0, 1.0
 # row's error. Of 2.3 million blocks none asks for so much; of those with a zero point off by one, nearly all do.
 STEPS, SHARE = 0.5, 0.2
 # A factor on a row would make up for scales that are too large: how much of one, for which share of its error, and
-# for which share of what rounding to nearest loses. The last is for rows with one input a thousand times the others,
-# which rounding to nearest would lose: there, what is left may well lie along the row itself.
+# for which share of what rounding to nearest loses. The last is for rows with one input a thousand times the
+# others, which rounding to nearest would lose: there, what is left may well lie along the row itself.
 FACTOR, FACTOR_SHARE, FACTOR_LIMIT = 0.02, 0.1, 0.25
 # Without statistics, a block has the range that loses least, and loses no more than with its whole range. Scales in
 # another rounding, and weights that differ in the last place, move this by a little.
