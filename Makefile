@@ -6,12 +6,13 @@ OUT    ?= demo-output
 export HF_HUB_OFFLINE := 1
 export LORA_EXPORT_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo demo-qlora test test-all coverage lint docs smoke format clean
+.PHONY: demo demo-qlora demo-int4 test test-all coverage lint docs smoke format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        merge, prove, export and measure a real adapter on a real model; ends with a report"
 	@echo "make demo-qlora  the same with an adapter that was trained on the 4-bit base"
+	@echo "make demo-int4   the same in int4, calibrated so that it keeps the adapter"
 	@echo "make test        the quick tests        make test-all  slow ones too        make coverage  of the quick ones"
 	@echo "make lint        style, types, dead code, unused dependencies                make docs  the documentation"
 	@echo "make smoke       wheel and sdist; the wheel tried in a clean environment"
@@ -27,6 +28,9 @@ demo: $(BIN)/.ready
 
 demo-qlora: $(BIN)/.ready
 	@$(BIN)/python examples/demo.py --adapter qlora-speeches --out $(OUT)-qlora
+
+demo-int4: $(BIN)/.ready
+	@$(BIN)/python examples/demo.py --int4 --out $(OUT)-int4
 
 # The files with tests that need the machine to themselves; to collect all others a second time takes long.
 TIMED = $(shell grep -rl --include='test_*.py' 'mark\.timing' tests)

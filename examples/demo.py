@@ -1,9 +1,11 @@
 """The whole story on a real model: SmolLM2-135M and an adapter that was trained on presidents' messages.
 
     python examples/demo.py --adapter lora-speeches --out demo-output
+    python examples/demo.py --int4 --out demo-output-int4
 
 Prepares the model once, runs `lora-export merge-and-export`, and shows a text before and after. A run that is
-there already is shown again and not repeated; delete the folder, or give --again, to repeat it.
+there already is shown again and not repeated; delete the folder, or give --again, to repeat it. With --int4, the
+weights are calibrated on messages that the adapter was trained on, and judged on others.
 """
 
 import argparse
@@ -22,6 +24,7 @@ TRAINED_WITH = {
     "qlora-speeches": ["--training-quantization", "nf4", "--training-double-quant"],
 }
 PROMPTS = Path(__file__).parent / "prompts.txt"
+CHARACTERS = 5000  # of each message that is read
 
 
 def run_story(base: Path, adapter: str, out: Path, extra: list[str]) -> int:
@@ -31,6 +34,24 @@ def run_story(base: Path, adapter: str, out: Path, extra: list[str]) -> int:
     print("$ " + " ".join(command), file=sys.stderr)
     executable = Path(sys.executable).with_name("lora-export")
     return subprocess.run([str(executable), *command[1:]], check=False).returncode
+
+
+def int4(folder: Path) -> list[str]:
+    """Options for an int4 export that keeps the adapter; the texts for it are written into `folder`.
+
+    Every tenth message is held out, as in training.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    messages = sorted(prepare_smollm2.speeches().glob("18*.txt"))
+    held_out = messages[9::10]
+    options = ["--precision", "int4", "--quantizer", "gptq"]
+    trained_on = [m for m in messages if m not in held_out][::6]
+    for flag, name, some in (("--calibration", "calibration", trained_on), ("--text", "held-out", held_out[::3])):
+        path = folder / f"{name}.txt"
+        texts = (m.read_text(encoding="utf-8")[CHARACTERS : 2 * CHARACTERS] for m in some)
+        path.write_text("\n".join(" ".join(t.split()) for t in texts) + "\n", encoding="utf-8")
+        options += [flag, str(path)]
+    return options
 
 
 def show(out: Path) -> None:
@@ -66,11 +87,13 @@ def main() -> None:
     )
     parser.add_argument("--adapter", choices=sorted(TRAINED_WITH), default="lora-speeches")
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
+    parser.add_argument("--int4", action="store_true", help="export int4 with gptq")
     parser.add_argument("--again", action="store_true", help="run even if OUT is there")
     parser.add_argument("extra", nargs="*", help="further options for lora-export, after --")
     args = parser.parse_args()
     if args.again or not (args.out / "manifest.json").is_file():
-        code = run_story(prepare_smollm2.model(), args.adapter, args.out, args.extra)
+        precision = int4(prepare_smollm2.default_cache() / "int4-texts") if args.int4 else []
+        code = run_story(prepare_smollm2.model(), args.adapter, args.out, [*precision, *args.extra])
         if code:
             raise SystemExit(code)
     else:

@@ -10,6 +10,7 @@ from lora_export.allowed import check_adapter_folder
 from lora_export.contracts import (
     AdapterChoice,
     BenchmarkArm,
+    BudgetSearch,
     Progress,
     Source,
     Story,
@@ -43,7 +44,8 @@ def merge_and_export(
     with output_folder(output, options.force, inputs=inputs) as stage:
         work = stage / ".work"
         work.mkdir()
-        story = _run(base, adapters, stage, work, options, progress)
+        known = knowing_touched(options.export, base.folder, adapters, options.merge)
+        story = _run(base, adapters, stage, work, replace(options, export=known), progress)
         shutil.rmtree(work)
         story = _relocated(story, stage, output)
         write_report(story, stage, base, adapters, options)
@@ -69,13 +71,13 @@ def _run(
     options: StoryOptions,
     progress: Progress,
 ) -> Story:
-    from lora_export.merging import begin_stream, merge, plan, written_source
+    from lora_export.merging import merge, written_source
     from lora_export.validation import validate
     from lora_export.validation.reference.foreign import as_peft
     from lora_export.validation.run import seeded
 
     # merge, and export with the graph of the base
-    options = replace(options, export=knowing_touched(options.export, base.folder, adapters, options.merge))
+    options = replace(options, validation=seeded(options.validation))
     folder = stage / "merged" if options.merged_folder else work / "outline"
     merged = merge(base.folder, adapters, folder, options.merge, progress) if options.merged_folder else None
     alone = without_adapter(base.folder, work)
@@ -89,36 +91,58 @@ def _run(
     else:
         merged, exported = merge_into(base_onnx, base.folder, adapters, folder, stage, options, progress)
     dequantized = stand_in(alone, folder, options.merge, options.validation.max_memory, work, progress)
-    budget = None
-    if searches(options, base.folder):
-        options = replace(options, validation=seeded(options.validation))
-        numbers = source or begin_stream(plan(base.folder, adapters, options.merge), work / "numbers", Silent())
-        models, first = Models(trained_on, folder, numbers, work, stage / "onnx"), Pair(base_onnx, exported)
-        pair, budget = within_budget(models, first, alone, adapters, dequantized, options, progress)
-        base_onnx, exported = pair.base, pair.merged
+    models, first = Models(trained_on, folder, source, work, stage / "onnx"), Pair(base_onnx, exported)
+    pair, budget = _within_budget(models, first, base, alone, adapters, dequantized, options, progress)
     readable = as_peft(alone, adapters, work)
     unmerged_onnx, why_not = export_unmerged(
-        trained_on, readable, work, options.export, exported, progress, combined=options.merge.combine != "none"
+        trained_on, readable, work, options.export, pair.merged, progress, combined=options.merge.combine != "none"
     )
-    story = Story(stage, merged, export=exported, budget=budget)
+    story = Story(stage, merged, export=pair.merged, budget=budget)
 
     # prove
     checked = validate(
-        alone, adapters, folder,
-        exports=[pair_of(exported, base_onnx.output)], dequantized=dequantized,
-        graphs_alone=not options.merged_folder, options=options.validation, progress=progress,
-    )  # fmt: skip
-    story = replace(story, validate=checked)
+        alone,
+        adapters,
+        folder,
+        exports=[pair_of(pair.merged, pair.base.output)],
+        dequantized=dequantized,
+        graphs_alone=not options.merged_folder,
+        options=options.validation,
+        progress=progress,
+    )
     if not checked.passed:
-        return story
+        return replace(story, validate=checked)
 
     # measure
-    arms = [BenchmarkArm("base", base_onnx.paths), BenchmarkArm("merged", exported.paths)]
-    arms += [BenchmarkArm("unmerged", unmerged_onnx.paths)] if unmerged_onnx else []
-    unmerged_graph = unmerged_onnx.model if unmerged_onnx else None
-    extra, without = extra_arms(options.extra_arms, unmerged_graph, trained_on, readable, progress)
+    arms = [BenchmarkArm("base", pair.base.paths), BenchmarkArm("merged", pair.merged.paths)]
+    if unmerged_onnx:
+        arms.append(BenchmarkArm("unmerged", unmerged_onnx.paths))
+    graph = unmerged_onnx.model if unmerged_onnx else None
+    extra, without = extra_arms(options.extra_arms, graph, trained_on, readable, progress)
     measured = benchmark([*arms, *extra], replace(options.benchmark, provider=options.export.provider), progress)
-    return replace(story, benchmark=replace(measured, notes=(*measured.notes, *why_not, *without)))
+    notes = (*measured.notes, *why_not, *without)
+    return replace(story, validate=checked, benchmark=replace(measured, notes=notes))
+
+
+def _within_budget(
+    models: Models,
+    first: Pair,
+    base: Source,
+    alone: Path,
+    adapters: Sequence[AdapterChoice],
+    dequantized: Path | None,
+    options: StoryOptions,
+    progress: Progress,
+) -> tuple[Pair, BudgetSearch | None]:
+    """`first`, or exports with more bits where the run asks for a share or a size."""
+    from lora_export.merging import begin_stream, plan
+
+    if not searches(options, base.folder):
+        return first, None
+    if models.source is None:
+        numbers = begin_stream(plan(base.folder, adapters, options.merge), models.work / "numbers", Silent())
+        models = replace(models, source=numbers)
+    return within_budget(models, first, alone, adapters, dequantized, options, progress)
 
 
 def _preflight(base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions) -> None:

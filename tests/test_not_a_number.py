@@ -214,25 +214,16 @@ def test_check_of_good_figures_passes() -> None:
 
 
 def test_keep_auto_nan_damage_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    product = SimpleNamespace(rows=32, columns=1)
-    group: Any = SimpleNamespace(name="g", nodes=("n",), products=(product,))
+    group: Any = SimpleNamespace(name="g", nodes=("n",), weights=(), tensors=("t",))
+    stage: Any = SimpleNamespace(graph=tmp_path / "m", feeds=[{}])
     monkeypatch.setattr(keeping, "open_model", lambda path: None)
     monkeypatch.setattr(keeping.weights_map, "read", lambda folder: SimpleNamespace(weights=()))
+    monkeypatch.setattr(keeping, "_quantized", lambda *given: [])
     monkeypatch.setattr(keeping, "_groups", lambda *given: [group])
-    run = SimpleNamespace(simulated=lambda product, how: ("w", None))
     values = iter([{"y": np.ones(2, np.float32)}, {"y": np.array([1, NAN], np.float32)}])
-    monkeypatch.setattr(keeping, "_Run", lambda *given: _Callable(run, lambda *_: next(values)))
+    monkeypatch.setattr(keeping, "_Run", lambda *given: lambda *_: next(values))
     with pytest.raises(ExportError, match="outputs that are not finite numbers"):
-        keeping.choose_kept(tmp_path / "m", None, [{}], progress=Silent())  # type: ignore[arg-type]
-
-
-class _Callable(SimpleNamespace):
-    def __init__(self, base: SimpleNamespace, call: Callable[..., Any]) -> None:
-        super().__init__(**vars(base))
-        self.call = call
-
-    def __call__(self, *given: Any) -> Any:
-        return self.call(*given)
+        keeping.choose_kept([stage], None, progress=Silent())  # type: ignore[arg-type]
 
 
 # --- every comparison ---------------------------------------------------------------------------------------

@@ -114,9 +114,8 @@ class QuantizationOptions:
     )
     symmetric: bool | None = None
     algorithm: choices.Quantizer = option(
-        "default", "int4, int8: how weights are rounded. default: to nearest, scales by the largest number (MLAS); "
-        "rtn: the same by another implementation; k_quant: scales searched, with zero points; gptq: so that the "
-        "outputs on calibration text change least.", flags=("--quantizer",),
+        "default", "int4, int8: how weights are rounded. default (MLAS), rtn: to nearest; k_quant: searched, "
+        "with zero points; gptq: so that outputs on calibration text change least.", flags=("--quantizer",),
     )
     accuracy_level: int | None = option(
         None, "int4, int8: type in which products are computed. 0: the inputs', 1: fp32, 2: fp16, 3: bf16, 4: int8",
@@ -135,7 +134,7 @@ class QuantizationOptions:
         "at run time; static: int8, in a range fixed on texts. --graph-from cannot reuse such graphs.",
     )
     calibration: Path | None = option(
-        None, "gptq, static activations: UTF-8 file with text like what the model will see, or "
+        None, "gptq, --keep auto, static activations: UTF-8 file with text like what the model will see, or "
         "calibration.safetensors of an earlier gptq export.", metavar="FILE", default_text="built-in texts",
     )
 
@@ -151,8 +150,7 @@ class ExportOptions:
     )
     provider: choices.Provider = option("auto", PROVIDER_HELP)
     engine: str | None = option(
-        None, "Export engine.", choices=engine_names, configurable="file",
-        default_text="the one that fits the architecture",
+        None, "Export engine.", choices=engine_names, configurable="file", default_text="one that fits the model",
     )
     optimize: choices.Optimize = option(
         "full", "What the dynamo engine does to its graph: nothing, simplify it, or fuse attention, normalization "

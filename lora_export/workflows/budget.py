@@ -46,11 +46,12 @@ STATISTICS = "calibration.safetensors"
 @dataclass(frozen=True)
 class Models:
     """What is exported. base: the folder that the adapter was trained on; merged: of the merged model, or its
-    outline; source: has its numbers; work: for what nobody keeps; output: of the merged export."""
+    outline; source: has its numbers, if not the folder; work: for what nobody keeps; output: of the merged
+    export."""
 
     base: Path
     merged: Path
-    source: "TensorSource"
+    source: "TensorSource | None"
     work: Path
     output: Path
 

@@ -16,7 +16,7 @@ from lora_export.onnx_export.graphs.checks import load_graph
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.progress import Silent
 from lora_export.validation.graphs import weights as graph_weights
-from lora_export.validation.graphs.numbers import error_of, numbers_of
+from lora_export.validation.graphs.numbers import judged, numbers_of
 from tests.daily import daily
 from tests.export_matrix.models import Row
 from tests.onnx_export.test_agreement import IDS, through_cache
@@ -72,7 +72,7 @@ def _with_numbers_of(made: ExportResult, model: Path, folder: Path) -> Any:
     for piece in graph_weights.read([made.model], shapes):
         rows = tensors[piece.tensor][piece.start : piece.stop]
         wanted = exact(piece)
-        assert wanted is not None and error_of(piece, wanted, None) <= 1, piece.tensor
+        assert wanted is not None and judged(piece, wanted, None, None)[0] <= 1, piece.tensor
         rows.copy_(piece.values.reshape(rows.shape))
     folder.mkdir()
     for file in model.iterdir():

@@ -51,7 +51,7 @@ class GraphModel:
         return [self.check(f"{prefix}weight_errors", of), *said]
 
     def judge(self, held: Held, wanted: torch.Tensor | None, stored: Mapping[str, torch.dtype] | None) -> None:
-        """wanted: what the piece should be, None if unknown; stored: as in `error_of`."""
+        """wanted: what the piece should be, None if unknown; stored: as in `judged`."""
         found = None
         if wanted is None:
             self.unchecked.append(held.tensor)

@@ -119,19 +119,15 @@ def _effective_weight(module: Any) -> torch.Tensor:
     return columns if isinstance(layer, Conv1D) else columns.T.contiguous()
 
 
-def error_of(held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype] | None) -> float:
-    """How far a piece is from `wanted`, relative to what is allowed: above 1, or NaN, is a fault.
-
-    stored: None if the graph was made of exactly the `wanted` values, else the types that they were first rounded
-    to.
-    """
-    return judged(held, wanted, stored, None)[0]
-
-
 def judged(
     held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype] | None, moments: Moments | None
 ) -> tuple[float, Sums | None]:
-    """The same, and of a quantized piece what it loses. moments: of the calibration texts, None without any."""
+    """How far a piece is from `wanted`, relative to what is allowed (above 1, or NaN, is a fault), and of a
+    quantized one what it loses.
+
+    stored: None if the graph was made of exactly the `wanted` values, else the types that they were first rounded
+    to; moments: of the calibration texts, None without any.
+    """
     if held.quantized is None:
         error = _cast_error(held, wanted) if stored is None else _rounding_error(held, wanted, _type(held, stored))
         return error, None
