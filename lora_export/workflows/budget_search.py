@@ -43,9 +43,10 @@ Assignment = tuple[Rung, ...]
 
 
 def ladder(groups: Sequence[Sized]) -> Assignment:
-    """Every raise there is, in the order of the groups: all to int8, unless they are that, then all the way."""
+    """Every raise there is, in the order of the groups: all to int8, unless they are that, then all the way, but
+    for the last: something has to be quantized."""
     first = [Rung(i, "int8", g.in_int8 - g.nbytes) for i, g in enumerate(groups) if g.in_int8 > g.nbytes]
-    return (*first, *(Rung(i, "unquantized", g.unquantized - g.in_int8) for i, g in enumerate(groups)))
+    return (*first, *(Rung(i, "unquantized", g.unquantized - g.in_int8) for i, g in enumerate(groups[:-1])))
 
 
 @dataclass
