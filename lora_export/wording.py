@@ -86,7 +86,7 @@ def quantized(how: QuantizationSummary) -> str:
     line = f"{how.quantizer}, {count(how.calibrated, 'weight')} by their outputs on the text"
     if how.data_free:
         example = f", such as {how.first_data_free}" if how.first_data_free else ""
-        line += f"; {number(how.data_free)} to nearest, of which the text has no statistics (tables, tied heads, "
+        line += f"; {number(how.data_free)} to nearest, of which the text has no statistics (tables, "
         line += f"experts that few tokens reach{example})"
     return line
 

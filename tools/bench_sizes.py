@@ -4,7 +4,7 @@
 
 SmolLM2 with an adapter of `examples/adapters`, on held-out text, without a session for each proof that `validate`
 makes (`bench_quality.py` has those); MiniLM on sentences of the same messages. On the CPU, from the graphs' own
-outputs. Takes about five minutes on two cores.
+outputs. gptq is calibrated on other messages, or other sentences. Takes about eight minutes on two cores.
 """
 
 import argparse
@@ -23,8 +23,10 @@ from bench_quality import ADAPTERS, held_out
 from processes import HERE, RESULTS
 
 from lora_export import export, merge
-from lora_export.contracts import ExportOptions, ExportResult
+from lora_export.choices import Precision, Quantizer
+from lora_export.contracts import ExportOptions, ExportResult, QuantizationOptions
 from lora_export.manifest import versions
+from lora_export.onnx_export.quantize.settings import STATISTICS
 from lora_export.onnx_export.weights.map import ITEM_SIZE
 from lora_export.progress import Console
 from lora_export.runtime import open_session
@@ -33,8 +35,10 @@ from lora_export.storage.sealed import write_json
 sys.path.insert(0, str(HERE.parent / "examples"))
 import prepare_smollm2
 
-TOKENS, SENTENCES = 448, 200
-DECODER, ENCODER = ("int8", "int4"), ("int8", "int4", "nf4")
+TOKENS, SENTENCES, CHARACTERS = 448, 200, 5000
+CALIBRATED = 12  # messages
+DECODER = (("int8", "default"), ("int4", "default"), ("int4", "gptq"))
+ENCODER = (*DECODER, ("nf4", "default"))
 _TABLES = re.compile(r"embed|lm_head")
 
 
@@ -46,11 +50,12 @@ def decoder(work: Path, progress: Console) -> list[dict[str, Any]]:
     plain, tuned = (_in_torch(folder, ids) for folder in (base, merged))
     change = tuned.exp() - plain.exp()
     rows = []
-    for precision in DECODER:
-        options = ExportOptions(precision, "cpu")
-        made = export(merged, work / precision, options=options, progress=progress)
+    texts = [f.read_text(encoding="utf-8")[CHARACTERS : 2 * CHARACTERS] for f in _trained_on()[::7]]
+    for precision, quantizer in DECODER:
+        options = _options(precision, quantizer, texts[:CALIBRATED], work / "messages.txt")
+        made = export(merged, work / f"{precision}-{quantizer}", options=options, progress=progress)
         again = ExportOptions(graph_from=made.output)
-        other = export(base, work / f"{precision}-base", options=again, progress=progress)
+        other = export(base, work / f"{precision}-{quantizer}-base", options=again, progress=progress)
         found, found_base = (_in_graph(result, ids) for result in (made, other))
         rows.append(
             _sizes(made)
@@ -74,9 +79,10 @@ def encoder(work: Path, progress: Console) -> list[dict[str, Any]]:
         plain = transformers.AutoModel.from_pretrained(model, dtype=torch.float32).eval()
         wanted = _pooled(plain(**given).last_hidden_state, given["attention_mask"])
     rows = []
-    for precision in ENCODER:
-        options = ExportOptions(precision, "cpu")
-        made = export(model, work / f"minilm-{precision}", options=options, progress=progress)
+    others = [s for f in _trained_on() for s in _sentences(f, 20, 27)]
+    for precision, quantizer in ENCODER:
+        options = _options(precision, quantizer, others, work / "sentences.txt")
+        made = export(model, work / f"minilm-{precision}-{quantizer}", options=options, progress=progress)
         session = open_session(made.model, "cpu")
         feed = {i.name: given[i.name].numpy() for i in session.get_inputs()}
         (states,) = session.run(["last_hidden_state"], feed)
@@ -85,12 +91,29 @@ def encoder(work: Path, progress: Console) -> list[dict[str, Any]]:
     return rows
 
 
+def _options(precision: Precision, quantizer: Quantizer, texts: list[str], file: Path) -> ExportOptions:
+    """The texts are written into `file`, a line each."""
+    file.write_text("\n".join(" ".join(t.split()) for t in texts) + "\n", encoding="utf-8")
+    calibration = file if quantizer == "gptq" else None
+    how = QuantizationOptions(algorithm=quantizer, calibration=calibration)
+    return ExportOptions(precision, "cpu", quantization=how)
+
+
+def _trained_on() -> list[Path]:
+    """Messages that were not held out of training."""
+    files = sorted(prepare_smollm2.speeches().glob("*.txt"))
+    return [f for i, f in enumerate(files) if i % 10 != 9]
+
+
 def _sizes(made: ExportResult) -> dict[str, Any]:
     """Bytes of the folder, and of the weights that are embeddings or a head."""
     described = json.loads((made.output / "weights-map.json").read_text(encoding="utf-8"))["weights"]
     tables = [w for w in described if _TABLES.search(w["name"]) and w["made_of"]]
     weigh = sum(ITEM_SIZE[w["dtype"]] * int(np.prod(w["shape"])) for w in tables)
-    return {"precision": made.precision, "bytes": sum(made.files.values()), "tables": weigh}
+    size = sum(size for name, size in made.files.items() if name != STATISTICS)
+    how = made.quantized.quantizer if made.quantized else "default"
+    name = made.precision if how == "default" else f"{made.precision}, {how}"
+    return {"precision": name, "bytes": size, "tables": weigh}
 
 
 def _in_torch(folder: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -114,10 +137,10 @@ def _perplexity(logs: torch.Tensor, ids: torch.Tensor) -> float:
     return float((-logs[:, :-1].gather(2, ids[:, 1:, None]).mean()).exp())
 
 
-def _sentences(file: Path) -> list[str]:
-    """Two from within a message."""
+def _sentences(file: Path, start: int = 5, stop: int = 7) -> list[str]:
+    """Some from within a message."""
     words = re.split(r"(?<=[.!?])\s+", " ".join(file.read_text(encoding="utf-8").split()))
-    return [w for w in words if 40 < len(w) < 160][5:7]
+    return [w for w in words if 40 < len(w) < 160][start:stop]
 
 
 def _pooled(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
