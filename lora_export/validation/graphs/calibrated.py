@@ -72,7 +72,8 @@ def calibrated_error(
     nearest, step = _nearest(exact, how, scales)
     error, rounded = values - exact, nearest - exact
     blamed = error @ moment
-    own, limit = (blamed * error).sum(1), ((rounded @ moment) * rounded).sum(1)
+    own = (blamed * error).sum(1)
+    limit = torch.maximum(((rounded @ moment) * rounded).sum(1), _typical(step, how, moment))
     power = ((exact @ moment) * exact).sum(1).clamp_min(0) + _LEAST
     noise = ROUNDING**2 * power
     rows = (own / (ROW * limit + noise)).max()
@@ -83,6 +84,13 @@ def calibrated_error(
     factors = torch.minimum((pull / power).abs() / FACTOR, share / FACTOR_SHARE).minimum(much).max()
     worst = [rows, matrix, factors, *_shifts(blamed, own + noise, step, how, moment)]
     return float(torch.stack(worst).max())
+
+
+def _typical(step: torch.Tensor, how: Quantized, moment: torch.Tensor) -> torch.Tensor:
+    """The error of each row's outputs for rounding errors that are even and independent: by luck, a row may have
+    less where one input counts for almost all."""
+    weight = _blocks(moment.diagonal()[None], how.block_size).sum(2)
+    return (step.square() * weight).sum(1) / 12
 
 
 def _shifts(
