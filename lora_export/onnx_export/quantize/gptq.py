@@ -2,8 +2,8 @@
 
 GPTQ (Frantar et al., 2023): inputs of a product are rounded one after the other, those with the largest moments
 first, and what rounding one of them changes in the outputs is made up for by the weights of those that follow. The
-grid of each block is fixed before, so that the order of the inputs leaves no trace in the graph. At the end each
-scale is fitted to the codes. All of it is in fp64: the codes then do not depend on the order of sums of a BLAS.
+grid of each block is fixed before, so that the order of the inputs leaves no trace in the graph. All of it is in
+fp64: the codes then do not depend on the order of sums of a BLAS.
 """
 
 import functools
@@ -38,11 +38,11 @@ class Solver:
         diagonal[diagonal <= 0] = mean
         self._moment, self._damping = moment, OWN_DAMPING * diagonal
         self._order = np.argsort(-diagonal, kind="stable")
-        self._factor, self._upper = self._factored(DAMPING * mean)
+        self._factor = self._factored(DAMPING * mean)
 
-    def _factored(self, damping: float) -> tuple[Array, Array]:
-        """Upper U with UᵀU = H⁻¹, and U⁻¹; inputs in the order of their rounding. An H that rounding has left
-        indefinite gets more damping."""
+    def _factored(self, damping: float) -> Array:
+        """Upper U with UᵀU = H⁻¹, inputs in the order of their rounding. An H that rounding has left indefinite
+        gets more damping."""
         from scipy.linalg import lapack
 
         diagonal = np.einsum("ii->i", self._moment)
@@ -50,12 +50,12 @@ class Solver:
         while True:
             diagonal += damping
             self._damping = self._damping + damping
-            # The lower factor of the reversed matrix, reversed again, is U⁻¹.
+            # U is the inverse of the lower factor of the reversed matrix, reversed again.
             turned = self._moment[np.ix_(self._order[::-1], self._order[::-1])]
             lower, failed = lapack.dpotrf(turned.T, lower=1, clean=1, overwrite_a=1)
             if not failed:
-                inverse, _ = lapack.dtrtri(lower, lower=1)
-                return np.ascontiguousarray(inverse[::-1, ::-1]), np.ascontiguousarray(lower[::-1, ::-1])
+                inverse, _ = lapack.dtrtri(lower, lower=1, overwrite_c=1)
+                return np.ascontiguousarray(inverse[::-1, ::-1])
             damping *= 10
 
     def quantize(self, matrix: Array, how: Quantization, dtype: Type) -> tuple[dict[Part, Array], Errors]:
@@ -66,7 +66,7 @@ class Solver:
         wanted = matrix.astype(np.float64)
         grid = _Grid.searched(wanted, np.einsum("ii->i", self._moment), how, dtype)
         codes, lost = self._codes(wanted, grid)
-        outputs_lost = float(np.sum(lost**2)) - self._fit_scales(codes, lost, grid)
+        outputs_lost = float(np.vdot(lost, lost))
         changed = (wanted - codes * grid.scales_of_rows(len(codes))) ** 2
         narrow, squares = wanted.astype(np.float32), wanted**2
         outputs = float(np.sum((self._narrow @ narrow) * narrow, dtype=np.float64))
@@ -100,25 +100,6 @@ class Solver:
                 left[last:stop] -= factor[first:last, last:stop].T @ lost[first:last]
             left[stop:] -= factor[start:stop, stop:].T @ lost[start:stop]
         return codes, lost
-
-    def _fit_scales(self, codes: Array, lost: Array, grid: "_Grid") -> float:
-        """Give each block the scale with the least error of the outputs, one block after the other; returns by how
-        much less the outputs change."""
-        from scipy.linalg import blas
-
-        blame, gained = np.empty_like(codes), 0.0
-        blame[self._order] = blas.dtrmm(1.0, self._upper.T, lost.T, side=1, lower=1).T
-        for block, (start, stop) in enumerate(_spans(0, len(codes), grid.size)):
-            own = codes[start:stop]
-            weight = np.einsum("io,io->o", self._moment[start:stop, start:stop] @ own, own)
-            toward = np.einsum("io,io->o", own, blame[start:stop])
-            usable = weight > 0
-            fitted = grid.stored(grid.scales[block] + np.where(usable, toward / np.where(usable, weight, 1), 0))
-            step = fitted - grid.scales[block]
-            grid.scales[block] = fitted
-            gained += float(np.sum(step * (2 * toward - step * weight)))
-            blame[stop:] -= self._moment[stop:, start:stop] @ (own * step)
-        return gained
 
 
 def rounded(matrix: Array, how: Quantization, dtype: Type) -> tuple[dict[Part, Array], Errors]:
@@ -188,10 +169,6 @@ class _Grid:
         np.maximum(out, -self.zeros[block], out=out)
         np.minimum(out, self.most - self.zeros[block], out=out)
         return out
-
-    def stored(self, scales: Array) -> Array:
-        """Scales as the graph stores them; none is 0 or negative."""
-        return np.maximum(scales, _least(self.dtype)).astype(self.dtype).astype(np.float64)
 
     def scales_of_rows(self, count: int) -> Array:
         return np.repeat(self.scales, self.size, axis=0)[:count]

@@ -111,6 +111,7 @@ def _made_in(exports: Sequence[Path]) -> dict[tuple[Recipe, str, tuple[int, ...]
 
 def _one_thread_each() -> contextlib.AbstractContextManager[object]:
     """Linear algebra in the thread that asks for it: every core has a thread of this machine already."""
+    import scipy.linalg  # noqa: F401 (it brings a BLAS of its own, and only what is loaded can be limited)
     import threadpoolctl
 
     limited: contextlib.AbstractContextManager[object] = threadpoolctl.threadpool_limits(1, "blas")

@@ -65,9 +65,13 @@ class Matrices:
                 yield from self._by_rows(matrix)
             else:
                 sharing[key].append(matrix)
-        for group in sharing.values():
+        for group in sorted(sharing.values(), key=self._work, reverse=True):  # so that no core waits for a long one
             width, _ = self._size(group[0].recipe)
             yield Job(partial(self._solve, group), cost=5 * 8 * width**2)
+
+    def _work(self, group: Sequence[_Matrix]) -> int:
+        sizes = [self._size(matrix.recipe) for matrix in group]
+        return sum(width**2 * (width + height) for width, height in sizes)
 
     def _by_rows(self, matrix: _Matrix) -> Iterator[Job]:
         from lora_export.onnx_export.quantize.numbers import granularity
