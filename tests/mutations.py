@@ -259,7 +259,7 @@ MUTATIONS = (
         "tests/onnx_export/test_experts.py::test_expanded_products_multiply_each_share_with_its_expert",
     ),
     Mutation(
-        "an expert is read from the place of its number in lines", "onnx_export/weights/layout.py",
+        "an expert is read from the place of its number in lines", "onnx_export/weights/reading.py",
         "return Piece(piece.tensor, piece.start * each, piece.stop * each)",
         "return Piece(piece.tensor, piece.start, piece.start + (piece.stop - piece.start) * each)",
         "tests/onnx_export/test_experts.py::test_data_file_of_an_expert_is_its_matrix_turned",
@@ -326,8 +326,8 @@ MUTATIONS = (
     ),
     Mutation(
         "static activations are dynamic", "onnx_export/quantize/activations.py",
-        'if how.activations == "static" else None',
-        'if how.activations == "none" else None',
+        'if how.activations == "static":\n        feeds',
+        'if how.activations == "none":\n        feeds',
         "tests/onnx_export/test_activations.py::test_activations_int8_encoder_agrees[static-QuantizeLinear]",
     ),
     Mutation(

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from lora_export.checkpoint.header import build_header, read_header
-from lora_export.contracts import ExportOptions, ExportResult
+from lora_export.contracts import CalibrationRecord, ExportOptions, ExportResult
 from lora_export.errors import ExportError, InputError, LoraExportError
 from lora_export.onnx_export import export
 from lora_export.onnx_export.graphs.checks import open_model, serialized
@@ -23,7 +23,7 @@ from lora_export.onnx_export.quantize.feeding import Stage, stages
 from lora_export.onnx_export.quantize.moments import Inputs, Moment, inputs_of, moments
 from lora_export.onnx_export.quantize.segments import SEGMENT, Shelf
 from lora_export.onnx_export.quantize.segments import _segments as segments_of
-from lora_export.onnx_export.quantize.statistics import NAME, Calibration, Statistics, collect
+from lora_export.onnx_export.quantize.statistics import NAME, Statistics, collect
 from lora_export.onnx_export.quantize.statistics import _gather as gather
 from lora_export.onnx_export.quantize.statistics import _Packed as packed
 from lora_export.onnx_export.weights import map as weights_map
@@ -260,14 +260,14 @@ def written(tmp_path: Path) -> tuple[Path, Array, Recipe]:
     weights = tuple(Weight(n, "d", "float32", (9, 3), Recipe((Piece(n, 0, 3),), True)) for n in ("b", "a"))
     file = packed(tmp_path)
     file.add(Moment(Inputs(("x",), weights, 9), matrix, 40))
-    file.write(tmp_path / NAME, Calibration("0" * 64, 40, 2))
+    file.write(tmp_path / NAME, CalibrationRecord("0" * 64, 40, 2))
     return tmp_path / NAME, matrix, weights[0].recipe
 
 
 def test_statistics_matrix_comes_back_within_a_half(written: tuple[Path, Array, Recipe]) -> None:
     path, matrix, recipe = written
     statistics = Statistics.open(path)
-    assert statistics.calibration == Calibration("0" * 64, 40, 2)
+    assert statistics.calibration == CalibrationRecord("0" * 64, 40, 2)
     assert statistics.key(recipe) == statistics.key(Recipe((Piece("a", 0, 3),))) == "a[0:3]"
     assert statistics.moment(Recipe((Piece("a", 0, 2),))) is None and statistics.moment(Recipe()) is None
     found = statistics.moment(recipe)
@@ -438,7 +438,7 @@ def test_collect_names_products_that_too_few_tokens_reach(tmp_path: Path) -> Non
     file, said = packed(folders[0]), Details()
     stage = Stage(tmp_path / "model.onnx", feeds, 400, 100)
     gather(stage, weights_map.read(tmp_path).weights, (), file, folders[1], SEGMENT, said)
-    file.write(tmp_path / NAME, Calibration("0" * 64, 400, 4))
+    file.write(tmp_path / NAME, CalibrationRecord("0" * 64, 400, 4))
     assert list(Statistics.open(tmp_path / NAME).names) == ["all.weight[0:70]"]
     assert [text.partition(":")[0] for text in said.said] == ["few", "none"]
     gather(replace(stage, tokens=12), weights_map.read(tmp_path).weights, ["few"], file, folders[1], SEGMENT, said)

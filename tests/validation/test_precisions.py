@@ -188,14 +188,24 @@ def test_precisions_fp32_keeps_everything(models: Models) -> None:
     assert result.advice[0].startswith("Ship the fp32 export")
 
 
-def test_precisions_gate_sees_missing_weak_adapter(models: Models) -> None:
-    """The others are measured against what int4 does to the base, which is more than a weak adapter does."""
-    result = models.validated("weak", models.pair("weak", "int4", exported="base"))
+def test_precisions_gate_sees_missing_weak_adapter(models: Models, tmp_path: Path) -> None:
+    """The others are measured against what int4 does to the base, which is more than a weak adapter does. Without a
+    certificate, which would tell as well."""
+    pair = models.pair("weak", "int4", exported="base")
+    merged = tmp_path / "onnx"
+    shutil.copytree(pair.merged, merged)
+    (merged / "quantization.json").unlink()
+    result = models.validated("weak", replace(pair, merged=merged))
     assert {c.name for c in result.checks if not c.passed} - {"onnx_kl"} == {"onnx_adapter_survival"}
     assert check(result, "onnx_adapter_survival").value == pytest.approx(0, abs=1e-6)
     assert result.advice[0].startswith("Do not ship int4")
     assert "lost to weights in int4" in result.advice[0]
     assert result.advice[0].endswith("--precision int8")
+
+
+def test_precisions_certificate_of_another_model_is_noticed(models: Models) -> None:
+    result = models.validated("weak", models.pair("weak", "int4", exported="base"))
+    assert not check(result, "onnx_quantization_errors").passed
 
 
 def test_precisions_without_effect_have_no_gate(models: Models) -> None:

@@ -96,8 +96,7 @@ def _produced(
     chosen.check_precision(job.precision, job.provider)
     chosen.check(job)
     attempt.stage = _RUN
-    numbers, calibration = numbers_of(job.model, source), None
-    plain = PlainGraphs(job, chosen, job.calibrated_on or numbers)
+    plain, calibration = PlainGraphs(job, chosen, source), None
     by_texts = job.quantized is not None and job.quantized.algorithm == GPTQ
     if job.quantized and AUTO in job.quantized.keep:
         calibration = calibrate(job, plain) if by_texts and job.adapter is None else None
@@ -112,7 +111,7 @@ def _produced(
         calibration = calibrate(job, plain)
     plain.remove()
     if made.described:
-        fill(job.output, numbers, job.progress, ready=job.ready)
+        fill(job.output, numbers_of(job.model, source), job.progress, ready=job.ready)
     attempt.stage = _PROOF
     proof = None
     if prove and chosen.comparable:

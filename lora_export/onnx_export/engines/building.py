@@ -52,8 +52,8 @@ def fill(
 class PlainGraphs:
     """The fp32 graphs of a job, on which is measured what quantizing does; made when first asked for."""
 
-    def __init__(self, job: ExportJob, chosen: Engine, numbers: TensorSource) -> None:
-        self._job, self._engine, self._numbers = job, chosen, numbers
+    def __init__(self, job: ExportJob, chosen: Engine, source: TensorSource | None) -> None:
+        self._job, self._engine, self._source = job, chosen, source
         self._folder = job.output / ".plain"
 
     @functools.cached_property
@@ -62,7 +62,8 @@ class PlainGraphs:
         self._folder.mkdir()
         plain = replace(self._job, output=self._folder, precision="fp32", provider="cpu", quantized=None)
         made = self._engine.run(plain)
-        fill(self._folder, self._numbers, self._job.progress, hashed=False)
+        numbers = self._job.calibrated_on or numbers_of(self._job.model, self._source)
+        fill(self._folder, numbers, self._job.progress, hashed=False)
         return tuple(self._folder / name for name in made.graphs)
 
     def remove(self) -> None:

@@ -20,8 +20,8 @@ from lora_export.onnx_export.weights.map import Part, Quantization
 Type = np.dtype[np.generic]
 DAMPING = 0.01  # of the mean moment, added to each input's: inputs that the texts hardly show still cost something
 OWN_DAMPING = 0.003  # of an input's own moment, added to it: more than halves in a file of statistics can take away
-OUTER, INNER = 64, 8  # inputs whose later ones are changed together, by one matrix product
-COLUMNS = 512  # outputs that are quantized together, so that they stay in the processor's cache
+OUTER, INNER = 128, 4  # inputs whose later ones are changed together, by one matrix product
+COLUMNS = 1024  # outputs that are quantized together, so that they stay in the processor's cache
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's range: what is cut off makes the rest finer
 
 
