@@ -27,6 +27,7 @@ NEAREST = 1.1  # root mean square
 ROUNDING = 2.0**-20  # of a row's outputs: arithmetic in fp32
 _NARROW = 2.0**-8  # a scale in bf16, or a weight that bf16 has rounded to its neighbour
 _LEAST = 1e-300
+TOGETHER = 2048  # rows that are judged at once
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def rows_of(held: Held, wanted: torch.Tensor, how: Quantized) -> tuple[torch.Ten
 
 
 def sums(values: torch.Tensor, exact: torch.Tensor, moment: torch.Tensor | None) -> Sums:
+    parts = (_sums(*some, moment) for some in zip(values.split(TOGETHER), exact.split(TOGETHER), strict=True))
+    return sum(parts, Sums())
+
+
+def _sums(values: torch.Tensor, exact: torch.Tensor, moment: torch.Tensor | None) -> Sums:
     error = values - exact
     if moment is None:
         return Sums(float(exact.square().sum()), float(error.square().sum()))
@@ -69,6 +75,18 @@ def calibrated_error(
     """values, exact: as `rows_of`; scales: their type; moment: (in, in). Above 1, or NaN, is a fault."""
     if moment.shape[0] != exact.shape[1]:
         return float("inf")
+    worst, lost, allowed = [], torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for some, wanted in zip(values.split(TOGETHER), exact.split(TOGETHER), strict=True):
+        rows, own, limit = _rows_error(some, wanted, how, scales, moment)
+        worst.append(rows)
+        lost, allowed = lost + own, allowed + limit
+    return float(torch.stack([*worst, lost / allowed]).max())
+
+
+def _rows_error(
+    values: torch.Tensor, exact: torch.Tensor, how: Quantized, scales: torch.dtype, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The worst of some rows, relative to what is allowed; and their errors together, found and allowed."""
     nearest, step = _nearest(exact, how, scales)
     error, rounded = values - exact, nearest - exact
     blamed = error @ moment
@@ -77,13 +95,12 @@ def calibrated_error(
     power = ((exact @ moment) * exact).sum(1).clamp_min(0) + _LEAST
     noise = ROUNDING**2 * power
     rows = (own / (ROW * limit + noise)).max()
-    matrix = own.sum() / (MATRIX * limit.sum() + noise.sum())
     pull = (blamed * exact).sum(1)
     share = pull.square() / power / (own + noise)
     much = pull.square() / power / (FACTOR_LIMIT * limit + noise)
     factors = torch.minimum((pull / power).abs() / FACTOR, share / FACTOR_SHARE).minimum(much).max()
-    worst = [rows, matrix, factors, *_shifts(blamed, own + noise, step, how, moment)]
-    return float(torch.stack(worst).max())
+    worst = [rows, factors, *_shifts(blamed, own + noise, step, how, moment)]
+    return torch.stack(worst).max(), own.sum(), (MATRIX * limit + noise).sum()
 
 
 def _typical(step: torch.Tensor, how: Quantized, moment: torch.Tensor) -> torch.Tensor:

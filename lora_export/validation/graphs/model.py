@@ -61,7 +61,7 @@ class GraphModel:
             if not error <= 1:
                 self.wrong.append(held.tensor)
         if self.stated is not None and held.quantized is not None:
-            self.stated.add(held.quantized, found)
+            self.stated.add(held.quantized, found() if found else None)
 
     def check(self, name: str, of: str) -> Check:
         """No value of the data files may differ from what it was made of by more than its type explains."""

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,9 @@ def _effective_weight(module: Any) -> torch.Tensor:
 
 def judged(
     held: Held, wanted: torch.Tensor, stored: Mapping[str, torch.dtype] | None, moments: Moments | None
-) -> tuple[float, Sums | None]:
+) -> tuple[float, Callable[[], Sums] | None]:
     """How far a piece is from `wanted`, relative to what is allowed (above 1, or NaN, is a fault), and of a
-    quantized one what it loses.
+    quantized one what it loses, computed when it is asked for.
 
     stored: None if the graph was made of exactly the `wanted` values, else the types that they were first rounded
     to; moments: of the calibration texts, None without any.
@@ -135,7 +136,7 @@ def judged(
     seen = wanted if stored is None else wanted.to(_type(held, stored)).float()
     values, exact = rows_of(held, seen.to(held.dtype), how)  # quantizers meet the numbers in the graph's type
     if how.algorithm != GPTQ:
-        return _block_error(held.values, wanted, how), sums(values, exact, None)
+        return _block_error(held.values, wanted, how), partial(sums, values, exact, None)
     moment = None if moments is None else moments.of(how.first)
     if moment is not None:
         error = calibrated_error(values, exact, how, held.dtype, moment)
@@ -143,7 +144,7 @@ def judged(
         narrow = torch.bfloat16 in (held.dtype, *([] if stored is None else [_type(held, stored)]))
         error = searched_error(values, exact, how, held.dtype, narrow)
     fits = moment is None or len(moment) == exact.shape[1]
-    return error, sums(values, exact, moment if fits else None)
+    return error, partial(sums, values, exact, moment if fits else None)
 
 
 def _type(held: Held, stored: Mapping[str, torch.dtype]) -> torch.dtype:
