@@ -57,9 +57,8 @@ def rows_of(held: Held, wanted: torch.Tensor, how: Quantized) -> tuple[torch.Ten
 
 
 def sums(values: torch.Tensor, exact: torch.Tensor, moment: torch.Tensor | None) -> Sums:
-    parts = (
-        _sums(*some, moment) for some in zip(*(torch.split(x, TOGETHER) for x in (values, exact)), strict=True)
-    )
+    pairs = zip(torch.split(values, TOGETHER), torch.split(exact, TOGETHER), strict=True)
+    parts = (_sums(some, wanted, moment) for some, wanted in pairs)
     return sum(parts, Sums())
 
 
@@ -78,7 +77,7 @@ def calibrated_error(
     if moment.shape[0] != exact.shape[1]:
         return float("inf")
     worst, lost, allowed = [], torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for some, wanted in zip(*(torch.split(x, TOGETHER) for x in (values, exact)), strict=True):
+    for some, wanted in zip(torch.split(values, TOGETHER), torch.split(exact, TOGETHER), strict=True):
         rows, own, limit = _rows_error(some, wanted, how, scales, moment)
         worst.append(rows)
         lost, allowed = lost + own, allowed + limit
