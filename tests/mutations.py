@@ -710,7 +710,7 @@ MUTATIONS = (
     Mutation(
         'a wrong zero point of a gptq block passes', 'validation/graphs/calibrated.py',
         'worst = [rows, factors, *_shifts(blamed, own + noise, step, how, moment)]',
-        'worst = [rows, matrix, factors]',
+        'worst = [rows, factors]',
         'tests/validation/test_calibrated_weights.py'
         '::test_judged_gptq_weights_with_fault_fail[own-one zero point off by one]',
     ),
