@@ -227,7 +227,7 @@ def _export_base(
 
 
 def pair_of(exported: ExportResult, base: Path, prefix: str = "onnx_") -> ExportedPair:
-    size = sum(exported.files.values())
+    size = exported.nbytes
     precision, how = exported.precision, exported.activations
     return ExportedPair(exported.output, base, precision, size, prefix, exported.graphs, how)
 
