@@ -7,7 +7,6 @@ from typing import get_args
 from lora_export.choices import Precision
 from lora_export.contracts import (
     BenchmarkResult,
-    CalibrationRecord,
     Check,
     ExportResult,
     MergeResult,
@@ -71,14 +70,12 @@ def proof_in_words(proof: Proof) -> str:
     return line + "".join(f"; not compared: {what}" for what in proof.not_reached)
 
 
-def calibration_in_words(record: CalibrationRecord) -> str:
-    return f"{number(record.tokens)} tokens in {number(record.windows)} pieces, text {record.text_sha256[:16]}"
-
-
 def calibration(export: ExportResult) -> str:
     """The text that numbers of an export were chosen on, in a line."""
     text = export.calibration
-    return DASH if text is None else f"{number(text.tokens)} tokens of the text {text.text_sha256[:12]}"
+    if text is None:
+        return DASH
+    return f"{number(text.tokens)} tokens in {number(text.windows)} pieces, text {text.text_sha256[:16]}"
 
 
 def quantized(how: QuantizationSummary) -> str:

@@ -9,7 +9,7 @@ from lora_export.commands.talk import Talk, megabytes, table
 from lora_export.commands.words import calibration_rows
 from lora_export.contracts import ExportResult
 from lora_export.contracts.options import ExportOptions
-from lora_export.wording import calibration_in_words, proof_in_words
+from lora_export.wording import proof_in_words
 
 
 @derive.command(
@@ -53,7 +53,6 @@ def export(talk: Talk, model: str, adapters: tuple[str, ...], output: Path, dry_
     rows = [
         ("engine", result.engine),
         ("precision", result.precision),
-        *([("calibrated on", calibration_in_words(result.calibration))] if result.calibration else []),
         ("nodes", str(result.nodes)),
         *proof_rows(result),
         *calibration_rows(result),

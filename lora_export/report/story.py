@@ -244,7 +244,6 @@ def export_facts(export: ExportResult) -> list[Row]:
         ("Engine", one_line(export.engine)),
         ("Precision", export.precision),
         *([("Activations", f"{export.activations}, 8 bits")] if export.activations != "float" else []),
-        *(("Calibrated on", one_line(wording.calibration_in_words(c))) for c in [export.calibration] if c),
         ("Graph nodes", number(export.nodes)),
         *_calibration_facts(export),
         *([("Proof", one_line(wording.proof_in_words(export.proof)))] if export.proof else []),

@@ -82,6 +82,7 @@ def test_gptq_next_adapter_is_fresh_export_with_same_statistics(
     assert data_of(again.output) != data_of(exported.output)
 
 
+@pytest.mark.slow
 def test_gptq_statistics_of_another_text_change_bytes(
     exported: ExportResult, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_gptq_statistics_of_another_text_change_bytes(
     assert again.calibration != exported.calibration
 
 
+@pytest.mark.slow
 def test_gptq_is_calibrated_on_the_model_that_is_named(
     exported: ExportResult, models: tuple[Path, Path], text: Path, tmp_path: Path
 ) -> None:
@@ -138,6 +140,7 @@ def test_gptq_missing_statistics_are_refused(
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_gptq_outputs_are_nearer_than_default(models: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
     """Embeddings aside, of which a tied head and a lookup want different things."""
     plain = export(models[0], tmp_path / "plain", replace(DEFAULT, precision="fp32"), progress=Silent())

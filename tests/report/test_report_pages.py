@@ -345,6 +345,6 @@ def test_report_distinguishes_checks_of_exports() -> None:
 def test_report_tells_calibration(full: dict[str, Any], tmp_path: Path) -> None:
     page, _, text = pages(full, tmp_path)
     for words in (page.words, text.replace("\\", "")):
-        assert "8,192 tokens of the text 5f5f5f5f5f5f" in words
+        assert "8,192 tokens in 16 pieces, text 5f5f5f5f5f5f5f5f" in words
         assert "gptq, 210 weights by their outputs on the text; 1 to nearest" in words
         assert "2.13% in model.norm.weight" in words
