@@ -68,9 +68,9 @@ def export(
     files of `model`; finish: what is done to the folder before it is checked, and what it adds to the record;
     prove: holds the graphs of a job against PyTorch, or raises ExportError (it is told whether `source` has the
     numbers), and then the next engine that takes the model is tried; calibrated_on: the numbers of the model that
-    reads calibration texts, if not these; inputs: other folders that `output`
-    must not touch; ready: other exports of the same numbers, with the same statistics, from which is copied what
-    they have alike. Raises CheckpointError or ExportError before any work if it cannot be done.
+    reads calibration texts, if not these; inputs: other folders that `output` must not touch; ready: other exports
+    of the same numbers, with the same statistics, from which is copied what they have alike. Raises CheckpointError
+    or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
     config = read_config(model, adapter)

@@ -40,7 +40,6 @@ NOT_TEXT = (
     "vision_config", "audio_config", "num_mel_bins", "conv_dim", "image_size", "num_channels", "encoder",
 )  # fmt: skip
 MIXED = ("int4", "int8")  # precisions whose weights can get more bits one by one
-STATISTICS = "calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -173,6 +172,7 @@ class Search:
         """The groups of weights in the order in which they are raised."""
         from lora_export.onnx_export import tensor_hashes
         from lora_export.onnx_export.quantize.ranking import rank
+        from lora_export.onnx_export.quantize.settings import are_statistics
 
         self.progress.stage("budget: how much damage the rounding of each group of weights does")
         models, plain = self.models, self._folder / "plain"
@@ -181,7 +181,7 @@ class Search:
         before, after = (tensor_hashes(e.output) for e in (self.first.base, self.first.merged))
         touched = {name for name, digest in after.items() if before.get(name) != digest}
         texts = self.options.export.quantization.calibration
-        texts = None if texts is not None and texts.suffix == ".safetensors" else texts
+        texts = None if are_statistics(texts) else texts
         made = self.first.merged.output, int8.merged.output, plain
         groups = rank(*made, models.merged, touched, texts, self.progress)
         shutil.rmtree(plain)
@@ -227,6 +227,7 @@ class Search:
     def _with(self, **more: tuple[str, ...]) -> ExportOptions:
         """The options of `first`, with its engine, its graph's optimizations and its statistics, and more patterns
         of quantization."""
+        from lora_export.onnx_export.quantize.settings import STATISTICS
         from lora_export.onnx_export.records import read_record
 
         export, folder = self.options.export, self.first.base.output

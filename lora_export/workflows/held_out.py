@@ -49,10 +49,10 @@ def refuse_other_calibration(export: ExportOptions) -> None:
 def _text_of(given: Path | None) -> tuple[str, Path]:
     """SHA-256 of a calibration's text, or of the one that a file of statistics was made of; and the file."""
     from lora_export.onnx_export.quantize import calibration
-    from lora_export.onnx_export.quantize.settings import STATISTICS
+    from lora_export.onnx_export.quantize.settings import are_statistics
     from lora_export.onnx_export.quantize.statistics import Statistics
 
-    if given is not None and given.suffix == Path(STATISTICS).suffix:
+    if given is not None and are_statistics(given):
         return Statistics.open(given).calibration.text_sha256, given
     text = calibration.read(given)
     return text.sha256, text.path

@@ -16,7 +16,7 @@ from lora_export.onnx_export.embedders import KEY as SENTENCE_MODULES
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
 from lora_export.onnx_export.quantize import certificate
-from lora_export.onnx_export.quantize.settings import AUTO, GPTQ, STATISTICS, Blockwise, escaped
+from lora_export.onnx_export.quantize.settings import AUTO, GPTQ, STATISTICS, Blockwise, are_statistics, escaped
 from lora_export.onnx_export.records import ExportRecord
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.onnx_export.weights.layout import DataFiles
@@ -76,7 +76,7 @@ def calibrate(job: ExportJob, plain: PlainGraphs) -> CalibrationRecord:
     from lora_export.onnx_export.quantize.statistics import Statistics, collect
 
     output, given = job.output / STATISTICS, job.calibration
-    if given is not None and given.suffix == output.suffix:
+    if given is not None and are_statistics(given):
         sealed.copy(given, output)
     else:
         job.progress.detail("measuring what the products read, on calibration texts")
@@ -104,8 +104,7 @@ def with_measured_damage(
         )
     how = replace(how, keep=tuple(k for k in how.keep if k != AUTO))
     job.progress.detail("measuring how much quantizing each product changes the outputs")
-    given = job.calibration if job.calibration and job.calibration.suffix != Path(STATISTICS).suffix else None
-    text = calibration.read(given)
+    text = calibration.read(None if are_statistics(job.calibration) else job.calibration)
     with tempfile.TemporaryDirectory(prefix=".between-", dir=job.output) as scratch:
         try:
             run, tokens, windows = stages(plain.paths, job.model, text, TOKENS, Path(scratch))

@@ -12,7 +12,7 @@ from lora_export.graph_runs.signature import Signature
 from lora_export.onnx_export.engines.protocol import Made
 from lora_export.onnx_export.graphs.checks import open_model
 from lora_export.onnx_export.quantize import calibration
-from lora_export.onnx_export.quantize.settings import AUTO, GPTQ, STATISTICS, unquantized
+from lora_export.onnx_export.quantize.settings import AUTO, GPTQ, are_statistics, unquantized
 from lora_export.onnx_export.weights import map as weights_map
 
 LONGEST = 128  # tokens of each calibration text
@@ -53,7 +53,7 @@ def _check_calibration(how: QuantizationOptions) -> None:
             expected="--quantizer gptq, --keep auto, or --activations static",
             next_step="--quantizer gptq",
         )
-    if how.calibration.suffix == Path(STATISTICS).suffix:
+    if are_statistics(how.calibration):
         from lora_export.onnx_export.quantize.statistics import Statistics
 
         Statistics.open(how.calibration)

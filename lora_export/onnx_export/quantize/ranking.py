@@ -2,7 +2,7 @@
 others, both by the damage per byte that their rounding does."""
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from lora_export.onnx_export.quantize.feeding import stages
 from lora_export.onnx_export.quantize.sensitivity import Damage, choose_kept
 from lora_export.onnx_export.quantize.stored import StoredMatrices
 from lora_export.onnx_export.weights import map as weights_map
-from lora_export.onnx_export.weights.map import ITEM_SIZE
+from lora_export.onnx_export.weights.map import ITEM_SIZE, Weight
 
 TOKENS = 512  # of the texts on which damage is measured: each group of weights costs a run over them
 
@@ -60,26 +60,25 @@ def rank(
             made=StoredMatrices.of(made),
             progress=progress,
         )
-    groups = [_group(damage, made, in_int8, plain, touched) for damage in damages]
+    maps = [weights_map.read(folder).weights for folder in (made, in_int8, plain)]
+    groups = [_group(damage, maps, touched) for damage in damages]
     return tuple(sorted(groups, key=lambda g: not g.touched))
 
 
-def _group(damage: Damage, made: Path, in_int8: Path, plain: Path, touched: Collection[str]) -> Group:
+def _group(damage: Damage, maps: Sequence[Sequence[Weight]], touched: Collection[str]) -> Group:
+    """maps: the weights of the export as it is, in int8 and in fp32."""
     own = {*damage.tensors}
-    sizes = [_nbytes(folder, own) for folder in (made, in_int8, plain)]
-    sizes[-1] = sizes[-1] * _width(made) // ITEM_SIZE["float32"]
+    sizes = [_nbytes(weights, own) for weights in maps]
+    sizes[-1] = sizes[-1] * _width(maps[0]) // ITEM_SIZE["float32"]
     return Group(damage.tensors, not own.isdisjoint(touched), *sizes)
 
 
-def _width(made: Path) -> int:
+def _width(weights: Sequence[Weight]) -> int:
     """Bytes of a number that an export does not quantize: the type of its scales."""
-    every = (
-        w for w in weights_map.read(made).weights if w.recipe.quantized and w.recipe.quantized.part == "scales"
-    )
+    every = (w for w in weights if w.recipe.quantized and w.recipe.quantized.part == "scales")
     return min(ITEM_SIZE[w.dtype] for w in every)
 
 
-def _nbytes(folder: Path, tensors: Collection[str]) -> int:
-    """Bytes of the weights of an export that are made of these tensors."""
-    weights = weights_map.read(folder).weights
+def _nbytes(weights: Sequence[Weight], tensors: Collection[str]) -> int:
+    """Bytes of those that are made of these tensors."""
     return sum(w.nbytes for w in weights if any(p.tensor in tensors for p in w.recipe.pieces))

@@ -104,7 +104,8 @@ def choose_kept(
     than average are never kept. statistics: what gptq rounds by; made: of an export that is quantized so already,
     whose matrices are taken. ExportError if there is nothing to quantize.
     """
-    weights = weights_map.read(stages[0].graph.parent).weights
+    folder = stages[0].graph.parent
+    weights = weights_map.read(folder).weights
     models = [open_model(stage.graph) for stage in stages]
     chosen = _groups(_quantized(models, weights, how), groups)
     run = _Run(stages, models, chosen, logits)
@@ -112,7 +113,6 @@ def choose_kept(
     wide = replace(how, method="int8") if eight_bits else None
     measured = []
     for done, group in enumerate(chosen):
-        folder = stages[0].graph.parent
         changed = dict(_simulated(folder, weight, how, statistics, made) for weight in group.weights)
         damage = float(np.mean([_damage(e, run(at, changed), logits) for at, e in enumerate(expected)]))
         if not np.isfinite(damage):

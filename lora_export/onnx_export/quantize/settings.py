@@ -4,6 +4,7 @@ import fnmatch
 import glob
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import get_args
 
 from lora_export.choices import Precision
@@ -142,6 +143,11 @@ def refuse_without_kernel(precision: str) -> None:
     if precision in _NO_KERNEL:
         found, next_step = _NO_KERNEL[precision]
         raise ExportError(found, expected=", ".join(get_args(Precision)), next_step=next_step)
+
+
+def are_statistics(calibration: Path | None) -> bool:
+    """Whether a calibration is the statistics of an earlier export, and no text."""
+    return calibration is not None and calibration.suffix == Path(STATISTICS).suffix
 
 
 def unsupported(what: str, expected: str, next_step: str) -> ExportError:
