@@ -23,6 +23,7 @@ Outcome = Literal["agrees", "differs", "unknown"]
 Certify = Literal["sampled", "full"]
 Combine = Literal["none", "linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 MajoritySign = Literal["total", "frequency"]
+SplitQkvAlpha = Literal["file", "trained"]
 Activations = Literal["float", "dynamic", "static"]
 
 # (batch, prompt tokens) of each cell of a benchmark

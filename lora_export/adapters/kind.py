@@ -69,13 +69,14 @@ class BaseModel(Protocol):
 class AdapterFile:
     """An adapter on disk, known from its headers.
 
-    where: its adapter_config.json; weight: the factor that the user gave it (`-a ADAPTER:0.7`). The rest decides
-    what the file does not say: how B of fused experts is packed (all experts of a rank together, or all ranks of an
-    expert), the layout of square expert weights, every model_type in the base's configuration (empty: unknown) and
-    the shapes of its weights by name, for kinds that draw random matrices of the largest size again. base: None
-    where an adapter is looked at without one. tied: training changed a head that is tied to an embedding with it;
-    token_modules: asks the base which of its modules have a row for each token; defined: the names of the
-    architecture's parameters, in the order in which its modules define them (empty: unknown).
+    where: its adapter_config.json, or the file where that is all there is; weight: the factor that the user
+    gave it (`-a ADAPTER:0.7`). The rest decides what the file does not say: how B of fused experts is packed
+    (all experts of a rank together, or all ranks of an expert), the layout of square expert weights, every
+    model_type in the base's configuration (empty: unknown) and the shapes of its weights by name, for kinds
+    that draw random matrices of the largest size again. base: None where an adapter is looked at without one.
+    tied: training changed a head that is tied to an embedding with it; token_modules: asks the base which of
+    its modules have a row for each token; defined: the names of the architecture's parameters, in the order in
+    which its modules define them (empty: unknown).
     """
 
     source: TensorSource
@@ -94,7 +95,7 @@ class AdapterFile:
 
     @property
     def folder(self) -> Path:
-        return self.where.parent
+        return self.where if self.where.suffix == ".safetensors" else self.where.parent
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -3,15 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+from lora_export.checkpoint.header import read_header
 from lora_export.checkpoint.reader import read_tensors, refuse_code
 from lora_export.checkpoint.tensor_files import TensorFiles
 from lora_export.checkpoint.trained_beside import refuse_lost
 from lora_export.errors import CheckpointError, InputError
-from lora_export.storage.sealed import LARGEST_SETTINGS, read_json
+from lora_export.storage.sealed import LARGEST_SETTINGS, read_json, refuse_outward_link
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Before axolotl's pull request 3585, an adapter that was gathered from FSDP shards kept the name of a model.
 # mlx-lm's name for the file comes last: a folder may hold PEFT's form of the same adapter, too.
 _NAMES = (
@@ -71,6 +74,42 @@ def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
         if (folder / single).is_file() or (folder / index).is_file():
             return config, TensorFiles(read_tensors(folder, single, index)[0])
     raise _no_weights(folder)
+
+
+def single_file(path: Path) -> Path | None:
+    """The one file of an adapter without a configuration, as image models have them; None for PEFT's folder.
+
+    path: the file, or a folder with exactly one, or with diffusers' own name for it. InputError for several.
+    """
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                "a pickled adapter can run code when it is loaded" if path.suffix in PICKLED else "not an adapter",
+                where=path,
+                expected="a .safetensors file",
+                next_step="load it once where you trust it, and save its tensors with safetensors.torch.save_file",
+            )
+        return path
+    if not path.is_dir() or (path / CONFIG).is_file():
+        return None
+    if (path / DIFFUSERS).is_file():
+        return path / DIFFUSERS
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) > 1:
+        raise InputError(
+            f"{len(files)} adapters here: {', '.join(p.name for p in files[:4])}",
+            where=path,
+            expected="one .safetensors file",
+            next_step=f"-a {files[0]}",
+        )
+    return files[0] if files else None
+
+
+def open_single_file(path: Path) -> tuple[TensorFiles, dict[str, str]]:
+    """The tensors of a file and the metadata of its header."""
+    refuse_outward_link(path)
+    header = read_header(path)
+    return TensorFiles(header.tensors), header.metadata
 
 
 def _no_weights(folder: Path) -> CheckpointError:

@@ -9,13 +9,12 @@ from typing import Any
 from lora_export.allowed import hub
 from lora_export.checkpoint.gguf import gguf_file, read_gguf
 from lora_export.checkpoint.header import read_header
+from lora_export.checkpoint.weight_files import PLAIN, WeightFiles, weight_files
 from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import CheckpointError, InputError
 from lora_export.storage.documents import decode
 from lora_export.storage.sealed import LARGEST_SETTINGS, plain_name, read_json, refuse_outward_link
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 LONGEST_FILE_NAME = 128  # characters, up to four bytes each, where most file systems end at 255 bytes
 
 
@@ -29,12 +28,14 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Checkpoint(TensorSource):
-    """A model folder: its tensors, which may come from elsewhere; config.json; the metadata of its files."""
+    """A model folder: its tensors, which may come from elsewhere; config.json; the metadata of its files, and their
+    names."""
 
     tensors: Mapping[str, TensorInfo]
     folder: Path
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
+    files: WeightFiles = PLAIN
 
     @property
     def nbytes(self) -> int:
@@ -54,8 +55,11 @@ def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
             yield from _model_types(value)
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a Hugging Face model folder by config.json and safetensors headers; no weight is read."""
+def open_checkpoint(folder: Path, variant: str | None = None) -> Checkpoint:
+    """Open a model folder of transformers or diffusers by config.json and safetensors headers; no weight is read.
+
+    variant: of its weights, such as fp16; None: as `weight_files` chooses.
+    """
     if not folder.is_dir():
         raise InputError(
             "there is no such folder",
@@ -74,8 +78,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         read = read_gguf(gguf)
         told = {"quant_method": "gguf", "architecture": read.settings.get("general.architecture")}
         return Checkpoint(read.tensors, folder, {**config, "quantization_config": told}, {})
-    tensors, metadata = read_tensors(folder, SINGLE, INDEX)
-    return Checkpoint(tensors, folder, config, metadata)
+    named = weight_files(folder, variant)
+    tensors, metadata = read_tensors(folder, named.single, named.index)
+    return Checkpoint(tensors, folder, config, metadata, named)
 
 
 def read_tensors(folder: Path, single: str, index: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -152,7 +157,7 @@ def _no_weights(folder: Path) -> CheckpointError:
             expected="safetensors",
             next_step="load it once where you trust it and save it again: model.save_pretrained(DIR)",
         )
-    return CheckpointError("no weights here", where=folder, expected=f"{SINGLE} or {INDEX}")
+    return CheckpointError("no weights here", where=folder, expected=f"{PLAIN.single} or {PLAIN.index}")
 
 
 def refuse_code(config: Any, where: Path) -> None:

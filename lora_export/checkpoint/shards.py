@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_export.checkpoint.header import ITEM_BITS, build_header
-from lora_export.checkpoint.reader import INDEX, SINGLE
+from lora_export.checkpoint.weight_files import PLAIN, WeightFiles
 from lora_export.storage.sealed import write_json
 
 
@@ -32,15 +32,19 @@ class Shard:
 
 
 def plan_shards(
-    tensors: Sequence[OutputTensor], max_shard_size: int | None, metadata: dict[str, str]
+    tensors: Sequence[OutputTensor],
+    max_shard_size: int | None,
+    metadata: dict[str, str],
+    files: WeightFiles = PLAIN,
 ) -> list[Shard]:
-    """Group tensors into files of at most `max_shard_size` bytes, or as the base had them (None)."""
+    """Group tensors into files of at most `max_shard_size` bytes, or as the base had them (None); files: how those
+    are called."""
     groups = _by_home(tensors) if max_shard_size is None else _by_size(tensors, max_shard_size)
     count = len(groups)
     metadata = {"format": "pt"} | metadata
     return [
         Shard(
-            SINGLE if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors",
+            files.single if count == 1 else files.shard(i, count),
             build_header([(t.name, t.dtype, t.shape) for t in group], metadata),
             tuple(group),
         )
@@ -67,10 +71,10 @@ def _by_size(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTen
     return groups
 
 
-def write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """The index.json that transformers expects beside more than one shard."""
+def write_index(folder: Path, shards: Sequence[Shard], files: WeightFiles = PLAIN) -> None:
+    """The index.json that transformers and diffusers expect beside more than one shard."""
     if len(shards) > 1:
         total = sum(t.nbytes for s in shards for t in s.tensors)
         weight_map = {t.name: s.file for s in shards for t in s.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / INDEX, index)
+        write_json(folder / files.index, index)

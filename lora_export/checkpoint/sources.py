@@ -1,4 +1,4 @@
-"""A base or adapter as a user names it: a folder, or a Hub ID with an optional revision."""
+"""A base or adapter as a user names it: a folder, a file, or a Hub ID with an optional revision."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from lora_export.errors import InputError
 from lora_export.storage.documents import is_text
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+SAFETENSORS = ".safetensors"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*"]
 
@@ -29,6 +30,8 @@ def resolve(model: Model) -> Source:
     if folder.suffix == ENDING and folder.is_file():
         gguf_file(folder.parent)  # the only one there
         return Source(name, folder.parent)
+    if folder.suffix == SAFETENSORS and folder.is_file():
+        return Source(name, folder)
     match = _HUB_ID.fullmatch(name)
     if match is None or folder.exists():
         raise InputError(
@@ -87,7 +90,7 @@ def _choice(adapter: AdapterReference) -> AdapterChoice:
     if isinstance(adapter, AdapterChoice):
         return adapter
     model, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
-    if isinstance(adapter, str) and not Path(adapter).is_dir():
+    if isinstance(adapter, str) and not Path(adapter).exists():
         name, _, tail = adapter.rpartition(":")
         with contextlib.suppress(ValueError):  # then the colon belongs to the name
             model, weight = (name, float(tail)) if name else (adapter, 1.0)

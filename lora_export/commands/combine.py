@@ -9,7 +9,8 @@ from lora_export.choices import Combine
 from lora_export.commands import derive
 from lora_export.commands.derive import Given
 from lora_export.commands.talk import Talk
-from lora_export.contracts.options import COMBINING, MergeOptions, RankOptions
+from lora_export.contracts.options import COMBINING, MergeOptions
+from lora_export.contracts.tool_options import RankOptions
 
 
 @derive.command(

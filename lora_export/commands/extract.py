@@ -8,7 +8,7 @@ import click
 from lora_export.commands import derive
 from lora_export.commands.derive import Given
 from lora_export.commands.talk import Talk
-from lora_export.contracts.options import RankOptions
+from lora_export.contracts.tool_options import RankOptions
 
 
 @derive.command(

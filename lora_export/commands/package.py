@@ -10,7 +10,7 @@ from lora_export.commands import derive
 from lora_export.commands.derive import FOLDER, Given
 from lora_export.commands.talk import Talk, megabytes, table
 from lora_export.commands.types import LazyChoice
-from lora_export.contracts.options import PackageOptions
+from lora_export.contracts.tool_options import PackageOptions
 from lora_export.registered import target_names
 
 

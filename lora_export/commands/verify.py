@@ -9,7 +9,7 @@ import click
 from lora_export.commands import derive
 from lora_export.commands.derive import FOLDER, Given
 from lora_export.commands.talk import Talk
-from lora_export.contracts.options import VerifyOptions
+from lora_export.contracts.tool_options import VerifyOptions
 
 
 @derive.command(

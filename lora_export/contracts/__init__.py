@@ -30,18 +30,24 @@ from lora_export.contracts.options import (
     CompareBases,
     ExportOptions,
     MergeOptions,
-    PackageOptions,
     QuantizationOptions,
-    RankOptions,
     StoryOptions,
     ValidationOptions,
-    VerifyOptions,
 )
 from lora_export.contracts.packages import PackageResult
+from lora_export.contracts.pipelines import (
+    AdapterFormat,
+    Component,
+    DiffusionAdapter,
+    Piece,
+    Pipeline,
+    TrainedModule,
+)
 from lora_export.contracts.progress import Progress, Source
 from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report, ReportPages
 from lora_export.contracts.story import Story
 from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
+from lora_export.contracts.tool_options import PackageOptions, RankOptions, VerifyOptions
 from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
 from lora_export.contracts.validation import (
     AdapterSurvival,
@@ -58,6 +64,7 @@ from lora_export.contracts.verification import Finding, Findings, Verification
 __all__ = [
     "Adapter",
     "AdapterChoice",
+    "AdapterFormat",
     "AdapterSurvival",
     "ArmTimes",
     "Attempt",
@@ -74,8 +81,10 @@ __all__ = [
     "Cell",
     "Check",
     "CompareBases",
+    "Component",
     "Continuation",
     "Deviation",
+    "DiffusionAdapter",
     "Environment",
     "ExportOptions",
     "ExportResult",
@@ -97,6 +106,8 @@ __all__ = [
     "PackageResult",
     "Percentile",
     "Perplexity",
+    "Piece",
+    "Pipeline",
     "Progress",
     "Proof",
     "QuantizationOptions",
@@ -114,6 +125,7 @@ __all__ = [
     "TensorInfo",
     "TensorRecord",
     "TensorSource",
+    "TrainedModule",
     "Truncation",
     "TypeFigures",
     "Understanding",

@@ -20,6 +20,7 @@ COMBINING = "Combining several adapters"
 RESOURCES = "Memory, device and certificate"
 EXPORT = "ONNX export"
 BENCHMARK = "Benchmark"
+IMAGES = "Image pipelines"
 BASES = "Comparing bases (QLoRA)"
 REPLACE = "Replace an existing output."
 PROVIDER_HELP = "ONNX Runtime execution provider; auto: CUDA if a session really runs on it, otherwise the CPU."
@@ -99,6 +100,19 @@ class MergeOptions:
         None, "Task of the merged model, where the adapter brings a head that the base does not have (a "
         "classifier, for example) and does not say what it is for: " + ", ".join(TASKS) + ".",
         choices=tuple(TASKS), metavar="TASK", default_text="as the adapter says", conditional=True,
+    )
+    variant: str | None = option(
+        None, "Pipelines: which of the base's weight files to read, such as fp16 for *.fp16.safetensors.", IMAGES,
+        metavar="NAME", conditional=True,
+    )
+    skip: tuple[str, ...] = option(
+        (), "Pipelines: a component, such as text_encoder, that stays unmerged although the adapter changes it; "
+        "repeat for several. The certificate says so.", IMAGES, metavar="COMPONENT", conditional=True,
+    )
+    split_qkv_alpha: choices.SplitQkvAlpha | None = option(
+        None, "Adapters that sd-scripts trained with split_qkv: their files hold the alpha of a third of their "
+        "rank. file: the strength that every loader gives them; trained: that of the training.", IMAGES,
+        default_text="such a file is refused", conditional=True,
     )
     force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None, changes_result=False)
 
@@ -321,78 +335,3 @@ class StoryOptions:
     validation: ValidationOptions = nested(ValidationOptions, without=("merge", "bases"), flat=True)
     force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
     configured: str = ""
-
-
-@dataclass(frozen=True)
-class RankOptions:
-    """How small a new adapter is: one rank for all modules, or for each the least that keeps a share of ‖ΔW‖²."""
-
-    SECTION: ClassVar[str] = "Rank of the new adapter"
-    rank: int | None = option(None, "Rank of every module.", minimum=1)
-    energy: float | None = option(
-        None, "For each module the smallest rank that keeps this share of ‖ΔW‖², as 95% or 0.95.", minimum=0,
-        maximum=1, unit="share",
-    )
-    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "Type of the new adapter's matrices.", )
-    force: bool = option(False, REPLACE, INPUTS, configurable="command line")
-
-
-@dataclass(frozen=True)
-class PackageOptions:
-    """Options of a package."""
-
-    SECTION: ClassVar[str] = "Package"
-    name: str | None = option(
-        None, "Name of the model, as its README and Triton call it.", default_text="the adapter's name", json=None
-    )
-    variants: tuple[str, ...] = option(
-        (), "transformers-js: fp32, fp16, q8, q4, q4f16 or all. May be given more than once.", flags=("--variant",),
-        metavar="DTYPE", default_text="fp32, q8 and q4",
-    )
-    provider: Literal["cpu", "cuda"] | None = option(
-        None, "Execution provider for genai and Triton where the caller does not name one.",
-        default_text="that of the run",
-    )
-    licence: str | None = option(
-        None, "Licence, if the base's model card does not state one.", flags=("--license",), metavar="ID"
-    )
-    archive: str | None = option(None, "Write one file instead of a folder.", choices=choices.ARCHIVES, json=None)
-    key: Path | None = option(
-        None, "Sign with this private key (PEM, P-256, P-384 or P-521), by model-signing, without a network.",
-        flags=("--sign",), metavar="KEY", configurable="command line", json=None,
-    )
-    pluggable: Path | None = option(
-        None, "genai: package an export with slots (export -m BASE -a ADAPTER) and its adapters in place of the "
-        "merged model.", metavar="EXPORT", json=None,
-    )
-    force: bool = option(False, REPLACE, INPUTS, configurable="command line", json=None)
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """Options of a verification. rows, seed: of a sample; seed None: a new draw, whose seed the result names."""
-
-    SECTION: ClassVar[str] = "Verification"
-    certify: choices.Certify = option(
-        "full", "full: compute every byte of the merge again and compare it; sampled: compute some rows of each "
-        "tensor, drawn at random, in float64.",
-    )
-    rows: int = option(64, "With --certify sampled: how many rows of each tensor.", minimum=1)
-    seed: int | None = option(
-        None, "With --certify sampled: seed of the draw. Without it each run draws anew and prints its seed.",
-        minimum=0,
-    )
-    graph: bool = option(
-        True, "For a run: build the graph of its ONNX export again and compare it byte for byte. With --no-graph "
-        "the graph is only checked to be valid, and the verdict says so.", flags=("--graph/--no-graph",),
-    )
-    key: Path | None = option(
-        None, "For a package: the public key of its signer, in PEM.", metavar="KEY", configurable="command line"
-    )
-    run: bool = option(
-        False, "For a package: have its runtime load it and answer the sample.", configurable="command line"
-    )
-    runtime: Path | None = option(
-        None, "With --run: where the runtime is, if not in this environment: a Python interpreter, or for "
-        "transformers-js a folder with node_modules.", metavar="PATH", configurable="command line",
-    )

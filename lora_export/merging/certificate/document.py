@@ -205,6 +205,7 @@ def _processor() -> str:
 def effective_options(plan: MergePlan) -> MergeOptions:
     """The options of a merge. One that did not matter has its default: no other value of it can be claimed."""
     options, tensors = plan.options, plan.tensors.values()
+    as_the_base = plan_shards([t.output for t in tensors], None, {}, plan.base.files)
     matters = {
         "force": False,
         "base_weights": any(t.quantized for t in tensors) or options.training_quantization != "none",
@@ -212,7 +213,7 @@ def effective_options(plan: MergePlan) -> MergeOptions:
         "task": plan.model is not None and plan.model.asked,
         "seed": options.combine in RANDOM,
         "majority_sign": options.combine in ELECTING,
-        "max_shard_size": _grouping(plan.shards) != _grouping(plan_shards([t.output for t in tensors], None, {})),
+        "max_shard_size": _grouping(plan.shards) != _grouping(as_the_base),
     }
     if not any(u.kind == "lora_experts" for t in tensors for u in t.updates):
         matters |= {"expert_packing": False, "expert_layout": False}

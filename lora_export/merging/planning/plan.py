@@ -139,7 +139,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
         raise unknown_target(min(unknown), base.tensors, str(base.folder))
     dequantized = any(w.quantized for w in weights.values())
     metadata = {} if dequantized else dict(given.metadata)  # of a quantized file it may say how to read its codes
-    shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, metadata)
+    shards = plan_shards([p.output for p in planned.values()], options.max_shard_size, metadata, base.files)
     changes, removals = _config_edits(base, layout.config | replicated, dequantized, options)
     warnings += layout.warnings
     if new:

@@ -26,7 +26,7 @@ def write_beside(planned: MergePlan, companions: list[Path], stage: Path) -> lis
     The adapter was trained with that one. companions: those of the base; returns warnings.
     """
     base, warnings = planned.base.folder, []
-    write_index(stage, planned.shards)
+    write_index(stage, planned.shards, planned.base.files)
     dequantized = any(t.quantized for t in planned.tensors.values())
     copy_files([p for p in companions if not (dequantized and p.name in OF_QUANTIZERS)], stage)
     copy_subfolders(base, stage)
