@@ -20,6 +20,7 @@ from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResul
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
+    ComponentMerge,
     Interference,
     MergeResult,
     TensorRecord,
@@ -82,6 +83,7 @@ __all__ = [
     "Check",
     "CompareBases",
     "Component",
+    "ComponentMerge",
     "Continuation",
     "Deviation",
     "DiffusionAdapter",
