@@ -14,6 +14,7 @@ from lora_export.merging import merge_planned, peak_rss
 from lora_export.merging.certificate.document import NAME
 from lora_export.merging.pipelines.document import write_pipeline_certificate
 from lora_export.merging.pipelines.planning import PipelinePlan, plan_pipeline
+from lora_export.merging.pipelines.right_base import pipeline_checks
 from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
 from lora_export.storage.sealed import copy, refuse_outward_link
@@ -57,8 +58,13 @@ def merge_planned_pipeline(planned: PipelinePlan, output: Path, progress: Progre
     if left:
         more = f" and {len(left) - _MOST} more" if len(left) > _MOST else ""
         progress.warn(f"not copied, as no component of the pipeline: {', '.join(left[:_MOST])}{more}")
+    checks = pipeline_checks(planned)
+    for check in checks:
+        if check.outcome == "differs":
+            progress.warn(f"is this the right base? {check.note}")
     whole = _joined(results, output, time.monotonic() - started)
-    return _with_components(replace(whole, warnings=(*planned.warnings, *whole.warnings)), planned, results)
+    whole = replace(whole, warnings=(*planned.warnings, *whole.warnings), base_checks=(*checks, *whole.base_checks))
+    return _with_components(whole, planned, results)
 
 
 def to_copy(planned: PipelinePlan) -> tuple[list[Path], list[str]]:
