@@ -56,7 +56,9 @@ from lora_export.contracts.validation import (
     Continuation,
     Deviation,
     ExportedPair,
+    ExportedPipeline,
     Perplexity,
+    Picture,
     ValidationResult,
 )
 from lora_export.contracts.verification import Finding, Findings, Verification
@@ -89,6 +91,7 @@ __all__ = [
     "ExportOptions",
     "ExportResult",
     "ExportedPair",
+    "ExportedPipeline",
     "Finding",
     "Findings",
     "Gpu",
@@ -106,6 +109,7 @@ __all__ = [
     "PackageResult",
     "Percentile",
     "Perplexity",
+    "Picture",
     "Piece",
     "Pipeline",
     "Progress",
