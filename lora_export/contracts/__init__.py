@@ -57,7 +57,9 @@ from lora_export.contracts.validation import (
     Continuation,
     Deviation,
     ExportedPair,
+    ExportedPipeline,
     Perplexity,
+    Picture,
     ValidationResult,
 )
 from lora_export.contracts.verification import Finding, Findings, Verification
@@ -91,6 +93,7 @@ __all__ = [
     "ExportOptions",
     "ExportResult",
     "ExportedPair",
+    "ExportedPipeline",
     "Finding",
     "Findings",
     "Gpu",
@@ -108,6 +111,7 @@ __all__ = [
     "PackageResult",
     "Percentile",
     "Perplexity",
+    "Picture",
     "Piece",
     "Pipeline",
     "Progress",

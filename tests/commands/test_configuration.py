@@ -96,7 +96,7 @@ ASKED_FOR = {
         training-double-quant training-quantization variant""",
     "what is looked at": """
         arm batch certify compare-bases graph grid max-size max-time prompt-length prompts provider requantize rows
-        sessions text validation-memory validation-seed""",
+        sessions size steps text validation-memory validation-seed""",
     "what passes": "allow-nonfinite margin min-survival tolerance",
     "what is said": "quiet",
     "where it is written, and what is run": "dry-run force key output private push run runtime sign",
