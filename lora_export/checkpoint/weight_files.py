@@ -72,6 +72,12 @@ def weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
     return chosen[0] if chosen else PLAIN
 
 
+def variants_in(folder: Path) -> tuple[str, ...]:
+    """The variants of the weights in a folder, '' for those without a name."""
+    found = (named(path.name) for path in folder.iterdir())
+    return tuple(sorted({f.variant for f in found if f is not None}))
+
+
 def named(name: str) -> WeightFiles | None:
     """The set of weight files that a file of this name belongs to; None for any other file."""
     match = _INDEX.fullmatch(name)
