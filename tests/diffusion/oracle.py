@@ -347,5 +347,6 @@ KINDS: dict[str, Maker] = {
     "lora_up_bias": Maker(lora_up_bias, lambda s: len(s) == 2),
     "norm": Maker(norm, lambda s: len(s) == 1),
     "replaced": Maker(replaced, lambda s: len(s) >= 1),
+    "replaced_norm": Maker(replaced, lambda s: len(s) == 1),
     "zero": Maker(zero),
 }

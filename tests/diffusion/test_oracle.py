@@ -197,7 +197,8 @@ def test_kinds_have_a_second_opinion() -> None:
         "lokr_w1_split",  # LyCORIS splits the first factor only together with a larger second one
         "lokr_tucker_w1_split",  # as the one above, by hand
         "lora_and_bias",  # LoRA and full together
-        "replaced",
+        "replaced",  # this and the next need none
+        "replaced_norm",
         "zero",
     }
     assert set(KINDS) - set(LYCORIS) - {told.split()[0] for told in PEFT.values()} == alone
