@@ -237,8 +237,8 @@ def _closest(name: str, names: Iterable[str]) -> str | None:
 def component_of(file: AdapterFile, shapes: Shapes, pipeline: Pipeline | None = None) -> str:
     """The component that the modules of a PEFT folder belong to: the one that has most of them.
 
-    pipeline: for the names of original repositories. Two text encoders of one architecture differ in their sizes, or
-    the folder is called as the component is. AdapterError if no component has them, or several.
+    pipeline: for the names of original repositories. Two text encoders of one architecture differ in their sizes,
+    or the folder is called as the component is. AdapterError if no component has them, or several.
     """
     tables = {
         c: table(pipeline.components[c], s) if pipeline else Table(_plain_and_clip(c, s)) for c, s in shapes.items()
