@@ -1,4 +1,4 @@
-"""Textual inversion: vectors become rows of a token embedding and tokens of a tokenizer, as transformers reads it."""
+"""Textual inversion: vectors become rows of a token embedding, and tokens of a tokenizer."""
 
 import json
 import shutil

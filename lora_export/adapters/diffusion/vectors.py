@@ -15,10 +15,10 @@ from lora_export.adapters.kind import AdapterFile
 
 Encoder = Literal["clip_l", "clip_g", "t5"]
 _BUNDLED = "bundle_emb."
-_IN_BUNDLE = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<part>string_to_param\.\*|[^.]+)")
+_IN_BUNDLE = re.compile(r"bundle_emb\.(?P<name>.+?)\.(?P<part>string_to_param(?:\.[^.]+)?|[^.]+)")
 _ENCODERS: Mapping[str, Encoder] = {"clip_l": "clip_l", "clip_g": "clip_g", "t5": "t5", "t5xxl": "t5"}
 _BY_NUMBER = re.compile(r"text_encoders_(?P<number>\d)")
-_BY_WIDTH = ("emb_params", "string_to_param.*")
+_BY_WIDTH = re.compile(r"emb_params|string_to_param(?:\.[^.]+)?")
 _TOKEN = re.compile(r"<[^<>]+>")
 
 
@@ -41,7 +41,8 @@ def vector_names(names: Collection[str]) -> tuple[str, ...]:
     bundled = tuple(n for n in names if n.startswith(_BUNDLED))
     if bundled or not names:
         return bundled
-    known = all(n in _ENCODERS or n in _BY_WIDTH or _BY_NUMBER.fullmatch(n) or _TOKEN.fullmatch(n) for n in names)
+    spelled = (_BY_WIDTH, _BY_NUMBER, _TOKEN)
+    known = all(n in _ENCODERS or any(p.fullmatch(n) for p in spelled) for n in names)
     lone = len(names) == 1 and all("." not in n for n in names)  # learned_embeds of a token of any spelling
     return tuple(names) if known or lone else ()
 
@@ -55,7 +56,7 @@ def _vectors(file: AdapterFile, key: str) -> Vectors:
     count = _count(file, key)
     bundled = _IN_BUNDLE.fullmatch(key)
     name, part = (bundled["name"], bundled["part"]) if bundled else (_stem(file.where), key)
-    if part in _BY_WIDTH:
+    if _BY_WIDTH.fullmatch(part):
         return Vectors(key, _tokens(file, key, name, count))
     if part in _ENCODERS:
         return Vectors(key, _tokens(file, key, name, count), _ENCODERS[part])

@@ -4,16 +4,17 @@ A row replaces nothing that a prompt could reach: its id is the next that the to
 has unused rows behind the tokenizer's last id, as T5's, those are taken first.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora_export.adapters.diffusion.vectors import Vectors, vectors_of
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.tokens import RowsUpdate
-from lora_export.contracts import Component, DiffusionAdapter, Pipeline, TargetUpdate
+from lora_export.contracts import Component, DiffusionAdapter, MergeOptions, Pipeline, TargetUpdate
 from lora_export.errors import AdapterError
 from lora_export.merging.pipelines.tokenizers import Tokenizer, extended_files, open_tokenizer
+from lora_export.merging.planning.plan import MergePlan
 
 KIND = "textual_inversion"
 _EMBEDDINGS = (".token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight")
@@ -31,8 +32,22 @@ class NewTokens:
     added: dict[str, list[str]] = field(default_factory=dict)
     tokenizers: dict[str, Tokenizer] = field(default_factory=dict)
 
-    def take(self, file: AdapterFile, adapter: DiffusionAdapter) -> dict[str, list[TargetUpdate]]:
-        """The updates of each component's token embedding. AdapterError for vectors that have no place in it."""
+    def take(
+        self, file: AdapterFile, adapter: DiffusionAdapter, options: MergeOptions
+    ) -> dict[str, list[TargetUpdate]]:
+        """The updates of each component's token embedding. AdapterError for vectors that have no place in it.
+
+        A weight scales the LoRA beside such vectors; they themselves are taken whole, as prompts use them.
+        """
+        if adapter.vectors and options.combine != "none":
+            raise file.refuse(
+                f"--combine {options.combine}, and vectors of textual inversion are no deltas",
+                tensor=adapter.vectors[0],
+                expected="adapters that change weights",
+                next_step="merge the adapter with vectors first, without --combine, and the others into the result",
+            )
+        if adapter.vectors and not adapter.modules:
+            file.refuse_weight("a vector of textual inversion")
         updates: dict[str, list[TargetUpdate]] = {}
         seen: dict[str, set[str]] = {}
         for vectors in vectors_of(file, adapter.vectors):
@@ -56,7 +71,33 @@ class NewTokens:
             return {}
         return {} if tokenizer.end in (None, _LEGACY_END) else {"eos_token_id": tokenizer.end}
 
-    def files(self, components: Mapping[str, object]) -> dict[str, bytes]:
+    def planned(self, component: str, plan: MergePlan) -> MergePlan:
+        """The plan of a component with what its tokens change in its config.json."""
+        return replace(plan, config_changes={**plan.config_changes, **self.config(component)})
+
+    def warnings(self, components: Collection[str]) -> list[str]:
+        """What a prompt can say from now on, and what changes beside the rows."""
+        texts = []
+        for name, tokens in self.added.items():
+            if name in components:
+                one = f"the token {tokens[0]}" if len(tokens) == 1 else f"the tokens {', '.join(tokens)}"
+                texts.append(f"{name} and its tokenizer know {one} from now on")
+                if end := self.config(name).get("eos_token_id"):
+                    texts.append(
+                        f"{name}: eos_token_id becomes {end}: with {_LEGACY_END}, transformers takes the largest "
+                        "id of a text for its end, which would be a new token"
+                    )
+        return texts
+
+    def ids(self, components: Collection[str]) -> dict[str, dict[str, int]]:
+        """Component → token → id, of these components."""
+        return {
+            name: {token: len(self.tokenizers[name].ids) + at for at, token in enumerate(tokens)}
+            for name, tokens in self.added.items()
+            if name in components
+        }
+
+    def files(self, components: Collection[str]) -> dict[str, bytes]:
         """Path in the pipeline → contents, of the tokenizers' files that change with these components."""
         return {
             f"{tokenizer.folder.name}/{path}": raw
