@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from lora_export.adapters.diffusion.kinds import direct, normed, products
+from lora_export.adapters.diffusion.kinds import direct, general, normed, products, rotations, scaled
 from lora_export.adapters.diffusion.kinds.module import Trained, Whole, spread
 from lora_export.adapters.diffusion.pieces import Shape
 from lora_export.adapters.kind import AdapterFile
@@ -41,6 +41,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             (*_HADAMARD, "hada_t1", "hada_t2"), products.read_loha, _HADAMARD, (*_SCALE, "diff_b"), True
         ),
         "lokr": Kind(products.LOKR, products.read_lokr, (), (*_SCALE, "diff_b"), True),
+        "ia3": Kind(("weight", "on_input"), scaled.read_ia3, ("weight", "on_input")),
+        "glora": Kind(general.PARTS, general.read_glora, general.PARTS, _SCALE),
+        "oft": Kind(("oft_blocks", "rescale"), rotations.read_oft, ("oft_blocks",), ("alpha",)),
         "full": Kind(("diff",), direct.read_full, (), ("diff_b",), True),
         "parameter": Kind(("diff_m",), direct.read_parameter),
         "set": Kind(("set_weight",), direct.read_set),

@@ -1,12 +1,13 @@
 """Tensors that are added to a weight or a bias as they are, or that replace it."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 
 from lora_export.adapters.diffusion.kinds.module import Trained, Whole
 from lora_export.adapters.diffusion.pieces import Shape
-from lora_export.adapters.kind import AdapterFile
+from lora_export.adapters.kind import AdapterFile, float64
 from lora_export.adapters.saved import Replacement
 
 
@@ -25,7 +26,9 @@ class AddedRows:
         return terms + self._addend(weight, rows).abs()
 
     def _addend(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
-        return self.scaling * self.file.read(self.key, rows).reshape(weight.shape).to(weight)
+        with float64() if weight.dtype == torch.float64 else contextlib.nullcontext():
+            value = self.file.read(self.key, rows)
+        return self.scaling * value.reshape(weight.shape).to(weight)
 
 
 def added(trained: Trained, part: str, leaf: str, kind: str) -> Whole:

@@ -69,6 +69,27 @@ class Trained:
         """leaf: weight or bias; a parameter that no module owns has neither."""
         return piece.module if piece.bare else f"{piece.module}.{leaf}"
 
+    def stored(self, leaf: str) -> Shape:
+        """The shape of the first of the base's weights; AdapterError if the base has none."""
+        target = self.target(self.module.pieces[0], leaf)
+        if target not in self.shapes:
+            raise self.lacks(target)
+        return self.shapes[target]
+
+    def height(self, leaf: str) -> int:
+        """Rows of the trained weight, as the base's weights have them."""
+        ends = [piece.rows[1] for piece in self.module.pieces if piece.rows]
+        return max(ends, default=next(iter(self.stored(leaf)), 0))
+
+    def lacks(self, target: str) -> AdapterError:
+        """The error for a weight that the base does not have."""
+        return self.file.refuse(
+            f"the base has no {target}, which this changes",
+            tensor=next(iter(self.module.keys.values())),
+            expected=f"a base with {target}",
+            next_step=OTHER_BASE,
+        )
+
     def disagree(self, expected: str, *parts: str) -> AdapterError:
         """The error for parts whose shapes do not go together."""
         said = ", ".join(f"{part} {list(self.shape(part))}" for part in parts)
@@ -86,7 +107,8 @@ class Whole:
     kind: of the update; parts: what it uses, the part that says the rank first; outputs: rows; rest: the other
     dimensions, one number for all of them together where the file has no kernel's; load(shape): the update of a
     weight (outputs, …) as the base stores it; leaf: weight or bias; beside: weights of the base that `load` reads,
-    which no other adapter may have changed before. The rest is as of TargetUpdate.
+    which no other adapter may have changed before; grain: where it does not go row by row, how many neighbouring
+    rows can do without the others, 0 if none. The rest is as of TargetUpdate.
     """
 
     kind: str
@@ -101,6 +123,7 @@ class Whole:
     replaces: bool = False
     copies: int = 6
     beside: tuple[str, ...] = ()
+    grain: int = 0
 
 
 def spread(trained: Trained, whole: Whole) -> list[TargetUpdate]:
@@ -111,7 +134,7 @@ def spread(trained: Trained, whole: Whole) -> list[TargetUpdate]:
 
 def _target(trained: Trained, whole: Whole, place: Place, places: list[Place]) -> TargetUpdate:
     stored = trained.shapes[place.target]
-    rows = place.runs == (Run(0, 0, whole.outputs),)
+    alone = whole.row_wise or place.runs == (Run(0, 0, whole.outputs),) or _grained(place, whole.grain)
 
     def load(shape: Shape) -> Update:
         return cut(whole.load((whole.outputs, *shape[1:])), place, whole.outputs)
@@ -121,7 +144,12 @@ def _target(trained: Trained, whole: Whole, place: Place, places: list[Place]) -
         row_wise=lambda _: whole.row_wise, copies=whole.copies, adds=whole.adds, low_rank=whole.low_rank,
         beside=whole.beside,
     )  # fmt: skip
-    return update if whole.row_wise or rows else _fused(trained, whole, update, place, places)
+    return update if alone else _fused(trained, whole, update, place, places)
+
+
+def _grained(place: Place, grain: int) -> bool:
+    """Whether the rows are neighbours in whole groups."""
+    return grain > 0 and all(run.trained % grain == 0 == run.count % grain for run in place.runs)
 
 
 def _fused(trained: Trained, whole: Whole, update: FusedTarget, place: Place, places: list[Place]) -> TargetUpdate:
@@ -175,14 +203,8 @@ def _base(trained: Trained, target: str) -> "torch.Tensor":
 def _place(trained: Trained, whole: Whole, piece: Piece) -> Place:
     """The piece's place, checked against the base's weight."""
     target = trained.target(piece, whole.leaf)
-    key = trained.module.keys[whole.parts[0]]
     if target not in trained.shapes:
-        raise trained.file.refuse(
-            f"the base has no {target}, which this changes",
-            tensor=key,
-            expected=f"a base with {target}",
-            next_step=OTHER_BASE,
-        )
+        raise trained.lacks(target)
     stored = trained.shapes[target]
     start, stop = piece.rows or (0, whole.outputs)
     rows_fit = 0 <= start < stop <= whole.outputs and stored[:1] == (stop - start,)
