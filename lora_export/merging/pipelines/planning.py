@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.adapters.diffusion.kinds import updates_of
-from lora_export.adapters.diffusion.reading import component_of, understand
+from lora_export.adapters.diffusion.finding import component_of
+from lora_export.adapters.diffusion.reading import understand
 from lora_export.checkpoint import Checkpoint, open_adapter_files
 from lora_export.checkpoint.adapter_files import open_single_file, single_file
 from lora_export.checkpoint.pipeline import open_component, open_pipeline, refuse_missing_variant
