@@ -1,0 +1,1 @@
+"""Jobs that join rooms, for pipelines of diffusers."""
