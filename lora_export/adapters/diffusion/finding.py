@@ -234,44 +234,37 @@ def _closest(name: str, names: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, alike[:400], n=1, cutoff=0.6)), None)
 
 
-def component_of(
-    names: Iterable[str], shapes: Shapes, pipeline: Pipeline | None = None, file: AdapterFile | None = None
-) -> str:
+def component_of(file: AdapterFile, shapes: Shapes, pipeline: Pipeline | None = None) -> str:
     """The component that the modules of a PEFT folder belong to: the one that has most of them.
 
-    names: of the folder's tensors; pipeline: for the names of original repositories; file: two text encoders of one
-    architecture differ in their sizes, or the folder is called as the component is. AdapterError if no component
-    has them, or several.
+    pipeline: for the names of original repositories. Two text encoders of one architecture differ in their sizes,
+    or the folder is called as the component is. AdapterError if no component has them, or several.
     """
     tables = {
-        c: table(pipeline.components[c], s) if pipeline else Table(plain_and_clip(c, s)) for c, s in shapes.items()
+        c: table(pipeline.components[c], s) if pipeline else Table(_plain_and_clip(c, s)) for c, s in shapes.items()
     }
-    wanted = list(names)
-    placed = {c: {n: p for n in wanted if (p := _trimmed(n, known))} for c, known in tables.items()}
+    placed = {c: {n: p for n in file.tensors if (p := _trimmed(n, known))} for c, known in tables.items()}
     most = max(map(len, placed.values()), default=0)
     fits = {c: p for c, p in placed.items() if most and len(p) == most}
-    if len(fits) > 1 and file is not None:
+    if len(fits) > 1:
         fits = {c: p for c, p in fits.items() if _sizes_fit(file, p, shapes[c])} or fits
         fits = {c: p for c, p in fits.items() if c == file.folder.name} or fits
     if len(fits) == 1:
         return next(iter(fits))
-    where = None if file is None else file.folder
     if fits:
-        raise AdapterError(
+        raise file.refuse(
             f"this adapter fits several components: {', '.join(fits)}",
-            where=where,
             expected=f"a folder called as the component is, such as {next(iter(fits))}",
         )
-    raise AdapterError(
+    raise file.refuse(
         f"none of the modules of this adapter is in {' or '.join(shapes)}",
-        where=where,
-        tensor=next(iter(wanted), None),
+        tensor=next(iter(file.tensors)),
         expected="an adapter of a model of this pipeline",
         next_step="give the base that it was trained on",
     )
 
 
-def plain_and_clip(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Spelling]:
+def _plain_and_clip(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Iterable[Spelling]:
     base = Base(name, {}, shapes)
     return (*plain.spellings(base), *clip.spellings(base))
 

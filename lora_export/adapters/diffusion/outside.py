@@ -17,7 +17,6 @@ from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts.pipelines import AdapterFormat, TrainedModule
 from lora_export.errors import LoraExportError
 
-MOST_PROBLEMS = 20
 # Metadata that says what a file is and how it is meant, in this order.
 MATTERS = (
     "modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash",
@@ -25,6 +24,7 @@ MATTERS = (
     "ss_network_dim", "ss_network_alpha", "ss_network_args", PEFT_JSON, "alpha", "software", "modelspec.title",
     "sshs_model_hash",
 )  # fmt: skip
+_PLAIN = re.compile(r"\w+\.(?:r|lora_alpha|use_rslora)")  # SimpleTuner's: transformer.lora_alpha
 _LONGEST = 200  # characters of a value that are shown
 _ROLES: tuple[tuple[str, str], ...] = (
     (r"(?:lora|oft)_te3_", "text_encoder_3"),

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from lora_export.adapters.diffusion.endings import grouped, refuse_incomplete
 from lora_export.adapters.diffusion.finding import Finder, Place, Shapes, component_of
+from lora_export.adapters.diffusion.kinds import kind_of
 from lora_export.adapters.diffusion.metadata import PEFT_JSON, Alphas, configurations
 from lora_export.adapters.diffusion.strangers import refuse_empty, refuse_other, refuse_strangers, vectors
 from lora_export.adapters.kind import AdapterFile
@@ -60,7 +61,7 @@ def _peft_folder(
     file: AdapterFile, metadata: Mapping[str, str], pipeline: Pipeline, shapes: Shapes, split: SplitAlpha
 ) -> DiffusionAdapter:
     """PEFT's own folder: of one component. What is no plain LoRA is left to the kinds of adapters/."""
-    component = component_of(file.tensors, shapes, pipeline, file)
+    component = component_of(file, shapes, pipeline)
     groups, others = grouped(file, file.tensors)
     kind = str(file.config.get("peft_type"))
     plain = kind == "LORA" and not others and all(keys.keys() <= _LORA_PARTS for keys in groups.values())
@@ -188,16 +189,20 @@ def _refuse_rows(
 def _kinds(modules: Iterable[TrainedModule]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for module in modules:
-        kind = _kind(module)
+        kind = kind_of(module)
         counts[kind] = counts.get(kind, 0) + 1
     return counts
 
 
+<<<<<<< HEAD
 def _kind(module: TrainedModule) -> str:
     return next((p for p in ("lora_down", "hada_w1_a", "lokr_w1") if p in module.keys), "other")
 
 
 def format_of(groups: Groups, metadata: Mapping[str, str]) -> AdapterFormat:
+=======
+def _format(groups: Groups, metadata: Mapping[str, str]) -> AdapterFormat:
+>>>>>>> core
     """Who wrote a file, by what its names have that others' have not."""
     spellings = list(groups)
     tensors = [key for keys in groups.values() for key in keys.values()]
