@@ -194,15 +194,7 @@ def _kinds(modules: Iterable[TrainedModule]) -> dict[str, int]:
     return counts
 
 
-<<<<<<< HEAD
-def _kind(module: TrainedModule) -> str:
-    return next((p for p in ("lora_down", "hada_w1_a", "lokr_w1") if p in module.keys), "other")
-
-
 def format_of(groups: Groups, metadata: Mapping[str, str]) -> AdapterFormat:
-=======
-def _format(groups: Groups, metadata: Mapping[str, str]) -> AdapterFormat:
->>>>>>> core
     """Who wrote a file, by what its names have that others' have not."""
     spellings = list(groups)
     tensors = [key for keys in groups.values() for key in keys.values()]

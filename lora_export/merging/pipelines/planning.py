@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
-from lora_export.adapters.diffusion.kinds import updates_of
 from lora_export.adapters.diffusion.finding import component_of
+from lora_export.adapters.diffusion.kinds import updates_of
 from lora_export.adapters.diffusion.reading import understand
 from lora_export.checkpoint import Checkpoint, open_adapter_files
 from lora_export.checkpoint.adapter_files import open_single_file, single_file
@@ -191,7 +191,7 @@ def _adapter(
 def _of_peft(
     file: AdapterFile, choice: AdapterChoice, shapes: Shapes, models: Mapping[str, ReadBase]
 ) -> dict[str, Adapter]:
-    name = component_of(file.tensors, shapes, file=file)
+    name = component_of(file, shapes)
     own = replace(file, base=models[name], base_shapes=shapes[name])
     return {name: replace(read_adapter(own), weight=choice.weight)}
 
