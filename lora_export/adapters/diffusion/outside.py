@@ -38,7 +38,7 @@ _ROLES: tuple[tuple[str, str], ...] = (
     (r"(?:text_encoders\.)?(?P<name>clip_l|clip_g|t5xxl)\.", ""),
 )
 _PREFIX = re.compile(r"(?:lora|oft)_(?:unet|transformer|prior_unet|te\d?)_+|lycoris_|base_model\.model\.")
-_NUMBER = re.compile(r"[._]\d+(?=[._])")
+_NUMBER = re.compile(r"(?<!net)[._]\d+(?=[._])")  # of a block; ff.net.0.proj is a module's own name
 
 
 @dataclass(frozen=True)

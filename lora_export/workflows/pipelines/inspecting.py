@@ -90,7 +90,7 @@ def inspect_file(path: Path, base: Path | None) -> dict[str, Any]:
     seen = look_at(file, metadata)
     infos = file.tensors
     ranks = Counter(m.rank for m in seen.modules if m.rank)
-    scales = Counter(m.scale for m in seen.modules if m.scale is not None)
+    scales = Counter[float | None](m.scale for m in seen.modules if m.scale is not None)
     document: dict[str, Any] = {
         "kind": "diffusion adapter",
         "summary": _summary(seen, metadata, parameters(infos), sorted({t.dtype for t in infos.values()})),
