@@ -76,7 +76,7 @@ def _tucker(weight: Tensor, draw: Draw) -> tuple[Parts, Tensor]:
 def _loha(weight: Tensor, draw: Draw) -> tuple[Parts, Tensor]:
     out, columns = weight.shape[0], weight[0].numel()
     r, scale = draw.rank, draw.scale(draw.rank)
-    parts = {}
+    parts: Parts = {}
     product = torch.ones(out, columns, dtype=torch.float64)
     for n in "12":
         a = draw.normal(out, r, size=r**-0.5)
@@ -107,7 +107,8 @@ def _lokr(first: str, second: str, factor: int = 4) -> Callable[[Tensor, Draw], 
         a, c = factor, min(factor, inner)
         b, d = out // a, inner // c
         assert a * b == out and c * d == inner, "the generator's own factors"
-        r, parts = draw.rank, {}
+        r = draw.rank
+        parts: Parts = {}
         if first == "whole":
             parts["lokr_w1"] = draw.normal(a, c, size=0.5)
             one = parts["lokr_w1"].double()
@@ -346,5 +347,6 @@ KINDS: dict[str, Maker] = {
     "lora_up_bias": Maker(lora_up_bias, lambda s: len(s) == 2),
     "norm": Maker(norm, lambda s: len(s) == 1),
     "replaced": Maker(replaced, lambda s: len(s) >= 1),
+    "replaced_norm": Maker(replaced, lambda s: len(s) == 1),
     "zero": Maker(zero),
 }

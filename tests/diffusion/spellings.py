@@ -13,7 +13,6 @@ PEFT_ENDINGS = {
     "lora_up": ".lora_B.weight",
     "lora_up_bias": ".lora_B.bias",
     "magnitude": ".lora_magnitude_vector",
-    "set_weight": "",
 }
 KOHYA_ENDINGS = {
     "lora_down": ".lora_down.weight",

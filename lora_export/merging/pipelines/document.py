@@ -58,7 +58,8 @@ class PipelineAdapter:
 @dataclass(frozen=True)
 class PipelineCertificate:
     """skipped: components that an adapter changes and that stayed as they are; unchanged: weights of the merged
-    components whose update is zero."""
+    components whose update is zero; tokens: component → the tokens that its embedding and its tokenizer got, with
+    their ids."""
 
     schema_version: int
     kind: Literal["pipeline"]
@@ -69,6 +70,7 @@ class PipelineCertificate:
     components: Mapping[str, ComponentRecord]
     skipped: tuple[str, ...]
     unchanged: tuple[str, ...]
+    tokens: Mapping[str, Mapping[str, int]]
     files: Mapping[str, CopiedFile]
 
     def as_json(self) -> dict[str, Any]:
@@ -132,6 +134,7 @@ def pipeline_certificate(folder: Path, planned: PipelinePlan) -> PipelineCertifi
             for t in r.records
             if t.operation == "updated" and t.relative_delta == 0
         ),
+        tokens=planned.tokens.ids(planned.components),
         files=copied_files(folder, planned.components),
     )
 

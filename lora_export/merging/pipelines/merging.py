@@ -51,6 +51,8 @@ def merge_planned_pipeline(planned: PipelinePlan, output: Path, progress: Progre
             target = stage / path.relative_to(pipeline.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             copy(path, target, pipeline.folder)
+        for name, raw in planned.tokens.files(planned.components).items():
+            (stage / name).write_bytes(raw)
         for name, plan in planned.components.items():
             progress.stage(f"{name} ({pipeline.components[name].class_name})")
             results[name] = merge_planned(plan, stage / name, progress, force=False)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.adapters.diffusion.kinds import updates_of
-from lora_export.adapters.diffusion.reading import component_of, understand
+from lora_export.adapters.diffusion.finding import component_of
+from lora_export.adapters.diffusion.reading import understand
 from lora_export.checkpoint import Checkpoint, open_adapter_files
 from lora_export.checkpoint.adapter_files import open_single_file, single_file
 from lora_export.checkpoint.pipeline import open_component, open_pipeline, refuse_missing_variant
@@ -20,6 +21,7 @@ from lora_export.contracts import (
     TargetUpdate,
 )
 from lora_export.errors import AdapterError, InputError
+from lora_export.merging.pipelines.embeddings import NewTokens
 from lora_export.merging.planning.base import base_weights
 from lora_export.merging.planning.combine import check_options
 from lora_export.merging.planning.plan import MergePlan, plan_merge
@@ -33,7 +35,7 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 class PipelinePlan:
     """components: plans of those that change, in the order of the pipeline; skipped: those that an adapter changes
     and that stay as they are, as `--skip` says; choices, adapters: in the order of the command; merged_into:
-    component → the choices that change it."""
+    component → the choices that change it; tokens: those that vectors of textual inversion bring."""
 
     pipeline: Pipeline
     options: MergeOptions
@@ -43,6 +45,7 @@ class PipelinePlan:
     skipped: tuple[str, ...]
     checkpoints: Mapping[str, Checkpoint]
     merged_into: Mapping[str, tuple[AdapterChoice, ...]]
+    tokens: NewTokens
 
     @property
     def counts(self) -> dict[str, int]:
@@ -72,7 +75,7 @@ class PipelinePlan:
     def warnings(self) -> tuple[str, ...]:
         """What was noticed in the adapters, and what `--skip` leaves out."""
         left = tuple(f"{name} stays unmerged, as --skip says" for name in self.skipped)
-        return (*(w for a in self.adapters for w in a.warnings), *left)
+        return (*(w for a in self.adapters for w in a.warnings), *self.tokens.warnings(self.components), *left)
 
 
 def plan_pipeline(base: Path, adapters: Sequence[AdapterChoice], options: MergeOptions) -> PipelinePlan:
@@ -90,15 +93,16 @@ def plan_pipeline(base: Path, adapters: Sequence[AdapterChoice], options: MergeO
     understood: list[DiffusionAdapter] = []
     read: dict[str, list[Adapter]] = {}
     merged_into: dict[str, list[AdapterChoice]] = {}
+    tokens = NewTokens(pipeline, shapes)
     for choice in adapters:
-        adapter, parts = _read(choice, pipeline, shapes, models, options)
+        adapter, parts = _read(choice, pipeline, shapes, models, tokens, options)
         understood.append(adapter)
         for name, part in parts.items():
             read.setdefault(name, []).append(part)
             merged_into.setdefault(name, []).append(choice)
     skipped = tuple(n for n in pipeline.components if n in read and n in options.skip)
     plans = {
-        n: plan_merge(checkpoints[n], read[n], options)
+        n: tokens.planned(n, plan_merge(checkpoints[n], read[n], options))
         for n in pipeline.components
         if n in read and n not in skipped
     }
@@ -110,7 +114,9 @@ def plan_pipeline(base: Path, adapters: Sequence[AdapterChoice], options: MergeO
             next_step="drop --skip",
         )
     into = {n: tuple(c) for n, c in merged_into.items()}
-    return PipelinePlan(pipeline, options, tuple(adapters), tuple(understood), plans, skipped, checkpoints, into)
+    return PipelinePlan(
+        pipeline, options, tuple(adapters), tuple(understood), plans, skipped, checkpoints, into, tokens
+    )
 
 
 def interference_of(planned: MergePlan | PipelinePlan) -> list[Interference]:
@@ -138,6 +144,7 @@ def _read(
     pipeline: Pipeline,
     shapes: Shapes,
     models: Mapping[str, ReadBase],
+    tokens: NewTokens,
     options: MergeOptions,
 ) -> tuple[DiffusionAdapter, dict[str, Adapter]]:
     """An adapter understood, and what it does to each component."""
@@ -162,6 +169,8 @@ def _read(
         own = replace(file, base=models[name], base_shapes=shapes[name])
         updates.setdefault(name, []).extend(updates_of(own, module, shapes[name]))
     _check_claims(file, adapter)
+    for name, rows in tokens.take(file, adapter, options).items():
+        updates.setdefault(name, []).extend(rows)
     return adapter, {name: _adapter(file, choice, adapter, name, updates[name]) for name in updates}
 
 
@@ -174,6 +183,7 @@ def _adapter(
 ) -> Adapter:
     """The part of an adapter that belongs to one component."""
     keys = {k for m in adapter.modules if m.component == name for k in (*m.keys.values(), m.alpha_key) if k}
+    keys |= {k for u in updates for k in u.keys if k in adapter.vectors}
     tensors = {k: t for k, t in file.tensors.items() if k in keys}
     return Adapter(file.folder, adapter.format, dict(file.config), tuple(updates), tensors, choice.weight)
 

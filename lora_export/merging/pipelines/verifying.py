@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from blake3 import blake3
+
 from lora_export.checkpoint.pipeline import INDEX
 from lora_export.contracts import AdapterChoice, Findings, MergeOptions, Progress, Verification, VerifyOptions
 from lora_export.errors import InputError, LoraExportError
@@ -101,15 +103,19 @@ def _files(folder: Path, recorded: PipelineCertificate) -> Iterator[str]:
 def _as_planned(findings: Findings, folder: Path, recorded: PipelineCertificate, planned: PipelinePlan) -> None:
     """The certificate against one made anew of base and adapters, and what was copied against the base."""
     root = planned.pipeline.folder
-    files = {p.relative_to(root).as_posix(): p for p in to_copy(planned)[0]}
+    files = {p.relative_to(root).as_posix(): blake3_of(p) for p in to_copy(planned)[0]}
+    extended = planned.tokens.files(planned.components)
+    files |= {name: blake3(raw).hexdigest() for name, raw in extended.items()}
     failures = [f"{n} is not copied by a merge" for n in sorted(recorded.files.keys() - files.keys())]
     failures += [f"{n} is not there" for n in sorted(files.keys() - recorded.files.keys())]
     failures += [
-        f"{n} is not the base's"
-        for n, path in files.items()
-        if n in recorded.files and blake3_of(path) != recorded.files[n].blake3
+        f"{n} is not the base's" + (" with the adapters' tokens" if n in extended else "")
+        for n, digest in files.items()
+        if n in recorded.files and digest != recorded.files[n].blake3
     ]
-    findings.judge("copied_files", f"{len(files)} files are the base's, byte for byte", failures)
+    as_base = f"{len(files) - len(extended)} files are the base's, byte for byte"
+    more = f"; {len(extended)} have the adapters' tokens besides" if extended else ""
+    findings.judge("copied_files", as_base + more, failures)
     try:
         again = pipeline_certificate(folder, planned).as_json()
     except LoraExportError as error:
