@@ -1,7 +1,7 @@
 """Inputs for a denoiser that stands alone, without the text encoders that would make its embeddings."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ RANGE = 1000  # timesteps of training
 
 def made_up_calls(component: Component, model: Any, seed: int) -> list[Call]:
     """Seeded latents and embeddings at timesteps over the whole range. InputError for a class of other inputs."""
-    makers = {
+    makers: dict[str, Callable[[Any, float, torch.Generator], Mapping[str, Any]]] = {
         "UNet2DConditionModel": _unet, "SD3Transformer2DModel": _sd3, "FluxTransformer2DModel": _flux,
         "AutoencoderKL": _autoencoder,
     }  # fmt: skip
@@ -31,7 +31,7 @@ def made_up_calls(component: Component, model: Any, seed: int) -> list[Call]:
             next_step="give -b and -m the folders with model_index.json",
         )
     if maker is _autoencoder:
-        return [Call("", _autoencoder(model, torch.Generator().manual_seed(seed)))]
+        return [Call("", maker(model, 0.0, torch.Generator().manual_seed(seed)))]
     calls = []
     for number, share in enumerate(TIMES):
         generator = torch.Generator().manual_seed(seed + number)
@@ -102,6 +102,6 @@ def _flux(model: Any, share: float, generator: torch.Generator) -> Mapping[str, 
     return given
 
 
-def _autoencoder(model: Any, generator: torch.Generator) -> Mapping[str, Any]:
+def _autoencoder(model: Any, _: float, generator: torch.Generator) -> Mapping[str, Any]:
     size = 4 * LATENTS
     return {"sample": _normal(generator, BATCH, model.config.in_channels, size, size)}

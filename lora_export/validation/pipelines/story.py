@@ -218,7 +218,7 @@ def _outputs(task: Task, known: Known, models: dict[str, Unmerged], sampler: Sam
             continue
         floor = known.floors[name]
         checks += floor.checks(name, answers(merged[name], floor.calls), task.options.tolerance)
-    if sampler is None or known.sampling is None or (len(checks) and any(c.name.endswith("_loads") for c in checks)):
+    if sampler is None or known.sampling is None or len(merged) < sum(m.changed for m in models.values()):
         return checks
     for name, model in merged.items():
         setattr(sampler.pipe, name, model)
