@@ -59,7 +59,11 @@ def _latency(bench: BenchmarkResult) -> list[str]:
     lines += [f"- {escaped(note)}" for note in bench.notes]
     for name, arms in latency.arm_tables(bench):
         cells = [[f"{value} ({small})" if small else value for value, small in row] for row in arms]
-        lines += _folded(escaped(name), _table(latency.ARMS_HEAD, cells, "lrrrrrr"))
+        lines += _folded(escaped(name), _table(latency.arms_head(bench), cells, "lrrrrrr"))
+    if parts := latency.part_rows(bench):
+        lines += ["", *_table(latency.PARTS_HEAD, parts, "llrl")]
+    if pictures := latency.picture_rows(bench):
+        lines += ["", *_table(latency.PICTURES_HEAD, pictures, "lrrr")]
     differences = [f"- {escaped(text)}" for text in bench.graph_differences]
     lines += _folded("Where the graphs differ", differences)
     text = [escaped(" ".join(latency.method(bench))), "", *(f"- {escaped(text)}" for text in latency.limits(bench))]
