@@ -20,6 +20,7 @@ from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResul
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
+    ComponentMerge,
     Interference,
     MergeResult,
     TensorRecord,
@@ -56,7 +57,9 @@ from lora_export.contracts.validation import (
     Continuation,
     Deviation,
     ExportedPair,
+    ExportedPipeline,
     Perplexity,
+    Picture,
     ValidationResult,
 )
 from lora_export.contracts.verification import Finding, Findings, Verification
@@ -82,6 +85,7 @@ __all__ = [
     "Check",
     "CompareBases",
     "Component",
+    "ComponentMerge",
     "Continuation",
     "Deviation",
     "DiffusionAdapter",
@@ -89,6 +93,7 @@ __all__ = [
     "ExportOptions",
     "ExportResult",
     "ExportedPair",
+    "ExportedPipeline",
     "Finding",
     "Findings",
     "Gpu",
@@ -106,6 +111,7 @@ __all__ = [
     "PackageResult",
     "Percentile",
     "Perplexity",
+    "Picture",
     "Piece",
     "Pipeline",
     "Progress",

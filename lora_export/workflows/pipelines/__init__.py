@@ -1,1 +1,1 @@
-"""Jobs on pipelines of images: a validation, an export, a whole run, a package, from beginning to end."""
+"""Jobs that join rooms, for pipelines of diffusers."""
