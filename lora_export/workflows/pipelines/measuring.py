@@ -71,6 +71,17 @@ def with_own_size(options: BenchmarkOptions, pipeline: Pipeline) -> BenchmarkOpt
     return replace(options, shapes=tuple(dict.fromkeys((batch, side) for batch, _ in options.shapes)))
 
 
+def refuse_without_denoiser(pipeline: Pipeline) -> None:
+    """InputError for a pipeline without what is measured."""
+    if pipeline.denoiser is None:
+        raise InputError(
+            f"{pipeline.class_name or 'the model'} has neither a unet nor a transformer",
+            where=pipeline.folder,
+            expected="a pipeline whose denoiser is merged, exported and measured",
+            next_step="lora-export merge, which takes any component",
+        )
+
+
 def own_side(pipeline: Pipeline) -> int:
     """Of the latent that the pipeline was made for: of the denoiser's configuration, or of its VAE's."""
     denoiser, vae = pipeline.denoiser, pipeline.components.get("vae")
