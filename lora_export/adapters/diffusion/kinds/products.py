@@ -33,6 +33,7 @@ def lora(trained: Trained) -> Whole:
         if len(core) < 3 or core[:2] != (rank, rank) or any(n != 1 for n in down[2:]):
             raise trained.disagree("a core (r, r, kernel…), down (r, in, 1…) and up (out, r, 1…)", *_PAIR, _CORE)
         rest = (down[1], *core[2:])
+    _check_growth(trained, (up[0], *rest))
     scaling = trained.scaling(rank)
 
     def load(_: Shape) -> LowRankUpdate:
@@ -41,9 +42,25 @@ def lora(trained: Trained) -> Whole:
             right = product("ab...,bi->ai...", trained.read(_CORE), right).flatten(1)
         return LowRankUpdate.of(trained.matrix("lora_up"), right, trained.factor(scaling))
 
-    parts = (*_PAIR, _CORE, "alpha", "scalar")
+    parts = (*_PAIR, _CORE, "alpha", "scalar", "reshape_weight")
     kind = "lora_tucker" if trained.has(_CORE) else "lora"
     return Whole(kind, parts, up[0], rest, load, adds=True, low_rank=True)
+
+
+def _check_growth(trained: Trained, shape: Shape) -> None:
+    """A control adapter says with `reshape_weight` how large the weight was when it was trained."""
+    if not trained.has("reshape_weight"):
+        return
+    wanted = tuple(int(n) for n in trained.read("reshape_weight").reshape(-1))
+    stored = trained.stored("weight")
+    if wanted != stored or shape[:2] != stored[:2]:
+        raise trained.file.refuse(
+            f"it was trained on a weight of shape {list(wanted)}, with columns that the base's, "
+            f"{list(stored)}, does not have: the merged model would take other inputs than its class does",
+            tensor=trained.module.keys["reshape_weight"],
+            expected="a base whose weight has this shape",
+            next_step="serve this adapter unmerged, in diffusers' control pipeline",
+        )
 
 
 def lora_bias(trained: Trained) -> Whole:
