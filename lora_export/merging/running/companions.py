@@ -34,7 +34,7 @@ def write_beside(planned: MergePlan, companions: list[Path], stage: Path) -> lis
     changes = planned.base.config, planned.config_changes, planned.config_removals
     write_config(base / "config.json", stage / "config.json", *changes)
     for adapter in planned.adapters:
-        if adapter.folder.is_file():  # nothing beside it belongs to it
+        if not adapter.folder.is_dir():  # a file has nothing beside it that belongs to it
             continue
         own = tokenizer_files(adapter.folder)
         differing = [
