@@ -14,6 +14,8 @@ from lora_export.contracts import DiffusionAdapter, Pipeline, TrainedModule
 from lora_export.contracts.pipelines import AdapterFormat
 from lora_export.patterns import TOTAL, within
 
+__all__ = ["component_of", "understand"]
+
 Groups = Mapping[str, Mapping[str, str]]
 SplitAlpha = Literal["file", "trained"] | None
 _LORA_PARTS = frozenset({"lora_down", "lora_up", "lora_up_bias", "magnitude", "alpha"})
