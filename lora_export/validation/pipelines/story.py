@@ -97,8 +97,8 @@ def validate_pipeline(
     """
     options = seeded(options or ValidationOptions())
     task = Task(base, adapters, merged, exports, pictures, options, progress)
-    _refuse_other_components(task)
     with quiet(), torch.no_grad():
+        _refuse_other_components(task)
         return replace(_validated(task), seed=options.seed)
 
 
