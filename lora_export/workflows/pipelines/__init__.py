@@ -1,0 +1,1 @@
+"""Jobs on pipelines of diffusers that join rooms."""
