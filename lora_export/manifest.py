@@ -15,6 +15,7 @@ NAME = "manifest.json"
 _WRITTEN = {f"report/report.{kind}" for kind in ("json", "html", "md")} | {
     "report/samples.json", "report/conditions.json", "lora_export_certificate.json",
 }  # fmt: skip
+_FOLDERS = ("merged/", "onnx/", "report/pictures/")
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,16 @@ def is_run(folder: Path) -> bool:
     return (folder / NAME).is_file() and any((folder / name).is_dir() for name in ("merged", "onnx"))
 
 
-def _input_hashes(folder: Path) -> dict[str, FileHash]:
-    paths = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json") and p.is_file())
-    return {p.name: hashed(p) for p in paths}
+def _input_hashes(source: Path) -> dict[str, FileHash]:
+    """Of weights and configuration: of a folder's own files and, in a pipeline, of its components'; of an adapter
+    that is one file."""
+    if source.is_file():
+        return {source.name: hashed(source)}
+    pipeline = (source / "model_index.json").is_file()
+    paths = sorted(source.glob("*/*")) if pipeline else []
+    paths += sorted(source.iterdir())
+    read = [p for p in paths if p.suffix in (".safetensors", ".json") and p.is_file()]
+    return {p.relative_to(source).as_posix(): hashed(p) for p in read}
 
 
 def versions() -> dict[str, str]:
@@ -112,7 +120,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | installed(
         (
             "torch", "transformers", "peft", "bitsandbytes", "safetensors", "onnx", "onnxscript",
-            "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "optimum",
+            "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "optimum", "diffusers",
         )
     )  # fmt: skip
 
@@ -157,7 +165,7 @@ def _foreign(run: Path) -> list[str]:
         name = path.relative_to(run).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             notes.append(f"{name} is a link, or not a file")
-        elif path.is_file() and name != NAME and name not in _WRITTEN and not name.startswith(("merged/", "onnx/")):
+        elif path.is_file() and name != NAME and name not in _WRITTEN and not name.startswith(_FOLDERS):
             notes.append(f"{name} is not a file of a run")
     return notes
 

@@ -9,6 +9,7 @@ PACKAGE = Path(lora_export.__file__).parent
 ALLOWED = {
     "contracts/adapters.py": 1,  # adapter_config.json, as its trainer wrote it
     "contracts/option.py": 7,  # options of every type, and their JSON
+    "contracts/pipelines.py": 3,  # config.json, model_index.json and adapter_config.json
     "report/files.py": 2,  # report.json
 }
 

@@ -3,8 +3,8 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import TargetUpdate, Update
 
@@ -85,6 +85,29 @@ class ExactUpdate(ABC):
     def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
         """|W| and |W'|: all arithmetic between them is float64, so nothing else is rounded."""
         return terms + self.apply(weight, rows).abs()
+
+
+def rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
+    """The same update with its tensors and factors changed, whatever it is made of."""
+    import torch
+
+    if isinstance(part, torch.Tensor | float):
+        return change(part)
+    if isinstance(part, tuple | list):
+        return type(part)(rebuilt(one, change) for one in part)
+    if not is_dataclass(part) or isinstance(part, type):
+        return part
+    return replace(part, **{f.name: rebuilt(getattr(part, f.name), change) for f in fields(part)})
+
+
+def terms_of(update: Update, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
+    """What an update makes of `terms`, the numbers that rows of the weight are summed up from without their signs.
+
+    All float64. That is the update with all its numbers taken as positive, unless it says otherwise (`terms`).
+    """
+    own = getattr(update, "terms", None)
+    added: torch.Tensor = own(weight, terms, rows) if own else rebuilt(update, abs).apply(terms, rows).abs()
+    return added
 
 
 def never(shape: tuple[int, ...]) -> bool:

@@ -23,6 +23,7 @@ from lora_export.contracts import (
 
 if TYPE_CHECKING:
     from lora_export.merging import MergePlan
+    from lora_export.merging.pipelines.planning import PipelinePlan
 from lora_export.api.arguments import SILENT, File, Folder, as_path
 
 
@@ -68,9 +69,10 @@ def merge(
     """Merge adapters into base weights: W' = round(f(W)), f in fp32 and rounded once, streamed in bounded memory.
 
     Args:
-        base: Folder of safetensors, or a Hub ID; 4- and 8-bit weights are dequantized as training saw them.
+        base: Folder of safetensors, or a Hub ID; 4- and 8-bit weights are dequantized as training saw them. Or a
+            pipeline of diffusers, a folder with model_index.json, whose adapters may be single files.
         adapters: One adapter or several, as for `merge_and_export`; none: a quantized base is only dequantized.
-        output: New folder, all or nothing, which transformers loads as it is, with a certificate.
+        output: New folder, all or nothing, which transformers or diffusers loads as it is, with a certificate.
         options: Which base, type, memory and combination; `max_memory` and `max_shard_size` in bytes.
         progress: Receives stages, warnings, and tensors done.
 
@@ -82,13 +84,17 @@ def merge(
         CheckpointError: A file is damaged, unsafe or not understood.
         OutputError: The output exists, is held by another process, or does not fit on the disk.
     """
+    from lora_export.checkpoint.pipeline import is_pipeline
     from lora_export.merging import merge as merge_folder
+    from lora_export.merging.pipelines.merging import merge_pipeline
 
-    choices = adapter_choices(adapters)
-    return merge_folder(resolve(base).folder, choices, Path(output), options or MergeOptions(), progress)
+    choices, folder, how = adapter_choices(adapters), resolve(base).folder, options or MergeOptions()
+    if is_pipeline(folder):
+        return merge_pipeline(folder, choices, Path(output), how, progress)
+    return merge_folder(folder, choices, Path(output), how, progress)
 
 
-def plan(base: Model, adapters: Adapters, options: MergeOptions | None = None) -> "MergePlan":
+def plan(base: Model, adapters: Adapters, options: MergeOptions | None = None) -> "MergePlan | PipelinePlan":
     """What `merge` would do, from headers alone: the plan that `--dry-run` prints.
 
     Args:
@@ -97,14 +103,19 @@ def plan(base: Model, adapters: Adapters, options: MergeOptions | None = None) -
         options: Those of the merge.
 
     Returns:
-        Each tensor of the output with what happens to it, shards, and changes of config.json.
+        Each tensor of the output with what happens to it, shards, and changes of config.json; of a pipeline a plan
+        for each component that changes.
 
     Raises:
         LoraExportError: What `merge` would refuse before it computes.
     """
+    from lora_export.checkpoint.pipeline import is_pipeline
     from lora_export.merging import plan as plan_merge
+    from lora_export.merging.pipelines.planning import plan_pipeline
 
-    return plan_merge(resolve(base).folder, adapter_choices(adapters), options or MergeOptions())
+    folder = resolve(base).folder
+    planned = plan_pipeline if is_pipeline(folder) else plan_merge
+    return planned(folder, adapter_choices(adapters), options or MergeOptions())
 
 
 def validate(

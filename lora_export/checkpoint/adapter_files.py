@@ -112,6 +112,12 @@ def open_single_file(path: Path) -> tuple[TensorFiles, dict[str, str]]:
     return TensorFiles(header.tensors), header.metadata
 
 
+def adapter_tensors(path: Path) -> TensorFiles:
+    """The tensors of an adapter, a folder or a file."""
+    single = single_file(path)
+    return open_adapter_files(path)[1] if single is None else open_single_file(single)[0]
+
+
 def _no_weights(folder: Path) -> CheckpointError:
     pickles = [p for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
     pickle = next((p for p in pickles if p.name.startswith("adapter_model")), None)

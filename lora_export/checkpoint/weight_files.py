@@ -49,7 +49,7 @@ def weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
     variant: which of several (`--variant fp16`); None: the files without one, or the only variant there is.
     InputError for a variant that is not there; CheckpointError where the folder leaves a choice.
     """
-    found = {name for path in folder.iterdir() if (name := _named(path.name)) is not None}
+    found = {name for path in folder.iterdir() if (name := named(path.name)) is not None}
     if variant is not None:
         chosen = [f for f in found if f.variant == variant]
         if not chosen:
@@ -72,7 +72,14 @@ def weight_files(folder: Path, variant: str | None = None) -> WeightFiles:
     return chosen[0] if chosen else PLAIN
 
 
-def _named(name: str) -> WeightFiles | None:
+def variants_in(folder: Path) -> tuple[str, ...]:
+    """The variants of the weights in a folder, '' for those without a name."""
+    found = (named(path.name) for path in folder.iterdir())
+    return tuple(sorted({f.variant for f in found if f is not None}))
+
+
+def named(name: str) -> WeightFiles | None:
+    """The set of weight files that a file of this name belongs to; None for any other file."""
     match = _INDEX.fullmatch(name)
     if match:
         return WeightFiles(match["stem"], match["variant"] or match["before"] or "")

@@ -8,7 +8,8 @@ import click
 
 from lora_export.commands import derive
 from lora_export.commands.derive import FOLDER, Given
-from lora_export.commands.talk import Talk, table
+from lora_export.commands.inspected import columns, found_words
+from lora_export.commands.talk import Talk
 
 if TYPE_CHECKING:
     from lora_export.contracts import Understanding
@@ -51,17 +52,7 @@ def inspect(
     if picture is not None:
         raise click.UsageError("--picture shows the numbers of an adapter: give it as -a ADAPTER.")
     document = api.inspect(path, base)
-    talk.result(document, table([(k.replace("_", " "), _words(v)) for k, v in document.items()]))
-
-
-def _words(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {_words(v)}" for k, v in value.items()) or "none"
-    if isinstance(value, list):
-        return ", ".join(map(_words, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "–" if value is None else str(value)
+    talk.result(document, found_words(document))
 
 
 # --- what an adapter has learnt ------------------------------------------------------------------------------
@@ -73,9 +64,9 @@ def _learnt_words(learnt: "Understanding", picture: Path | None, every: bool) ->
 
     blocks = [
         f"{learnt.adapter}\n" + "\n".join(learnt.sentences),
-        _columns([TYPES_HEAD, *type_rows(learnt)]),
-        _columns([RANKS_HEAD, *rank_rows(learnt)]) if learnt.truncation else "",
-        _columns([_MODULE_HEAD, *_modules(learnt)]) if every else "",
+        columns([TYPES_HEAD, *type_rows(learnt)]),
+        columns([RANKS_HEAD, *rank_rows(learnt)]) if learnt.truncation else "",
+        columns([_MODULE_HEAD, *_modules(learnt)]) if every else "",
         "\n".join(f"without figures: {name}, {why}" for name, why in learnt.skipped.items()),
         "\n".join(f"warning: {w}" for w in learnt.warnings) or "no signs of trouble",
         f"picture: {picture}" if picture else "",
@@ -99,12 +90,3 @@ def _modules(learnt: "Understanding") -> list[Sequence[str]]:
         )
         for m in learnt.modules if m.singular_values
     ]  # fmt: skip
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows under each other, the first column to the left and all others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )

@@ -2,15 +2,12 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lora_export.commands import derive
-from lora_export.commands.talk import Talk, megabytes, table
+from lora_export.commands.plans import plan_document, plan_words
+from lora_export.commands.talk import Talk, table
 from lora_export.contracts.options import MergeOptions
-from lora_export.escape import shown
-
-if TYPE_CHECKING:
-    from lora_export.merging import MergePlan
 
 
 @derive.command(
@@ -27,6 +24,9 @@ def merge(talk: Talk, base: str, adapters: tuple[str, ...], output: Path, dry_ru
     The arithmetic is fp32 and rounded once. Tensors that the adapter does not touch are copied byte for byte, and
     so are tokenizer, chat template and generation config. A certificate says what happened to each tensor and how
     much of the adapter's change survived the rounding.
+
+    A base with model_index.json is a pipeline of diffusers; an adapter may then be a single .safetensors file, with
+    the names of kohya, diffusers, PEFT or another trainer. Components that it does not change are copied.
 
     Several adapters are applied one after the other, or become one change with --combine; how they interfere
     (cosines, conflicting signs, norms) is shown first, and in --dry-run. Without an adapter a quantized base is
@@ -48,10 +48,10 @@ def merge(talk: Talk, base: str, adapters: tuple[str, ...], output: Path, dry_ru
             next_step="-a ADAPTER",
         )
     if dry_run:
-        from lora_export.merging import interference
+        from lora_export.merging.pipelines.planning import interference_of
 
         planned = api.plan(base, adapters, options)
-        pairs = interference(planned) if len(planned.adapters) > 1 else []
+        pairs = interference_of(planned)
         document = plan_document(planned) | {"interference": [asdict(pair) for pair in pairs]}
         lines = [plan_words(planned), *interference_lines(pairs)]
         talk.result({"output": str(output)} | document, "\n".join(lines))
@@ -59,49 +59,3 @@ def merge(talk: Talk, base: str, adapters: tuple[str, ...], output: Path, dry_ru
     result = api.merge(base, adapters, output, options, progress=talk.progress)
     lines = [table([*merge_rows(result), ("output", str(output))]), *interference_lines(result.interference)]
     talk.result(result, "\n".join(lines))
-
-
-def plan_document(planned: "MergePlan") -> dict[str, Any]:
-    used = sum(a.tensor_count for a in planned.adapters)
-    return {
-        "dry_run": True,
-        "tensors": planned.counts,
-        "adapter_tensors": {"used": used, "total": used},
-        "bytes": planned.nbytes,
-        "shards": [s.file for s in planned.shards],
-        "dtype": planned.dtype,
-        "model": asdict(planned.model) if planned.model else None,
-        "config_changes": dict(planned.config_changes),
-        "config_removals": sorted(planned.config_removals),
-        "plan": [
-            {
-                "name": t.output.name,
-                "operation": t.operation,
-                "dtype": t.output.dtype,
-                "shape": list(t.output.shape),
-                "kinds": [u.kind for u in t.updates],
-            }
-            for t in planned.tensors.values()
-        ],
-    }
-
-
-def plan_words(planned: "MergePlan") -> str:
-    lines = [
-        f"{t.operation:<12} {t.output.dtype:<5} {_shape(t.output.shape):<14} {shown(t.output.name)}"
-        for t in planned.tensors.values()
-        if t.operation != "copied"
-    ]
-    changes = ", ".join(f"{k} = {v}" for k, v in planned.config_changes.items()) or "none"
-    rows = [("model", shown(planned.model.words))] if planned.model else []
-    rows += [
-        ("copied", f"{planned.counts['copied']} tensors"),
-        ("output", f"{megabytes(planned.nbytes)} in {len(planned.shards)} file(s), {planned.dtype}"),
-        ("config", f"changes: {changes}; removed: {', '.join(planned.config_removals) or 'none'}"),
-        ("dry run", "nothing was written"),
-    ]
-    return "\n".join([*lines, table(rows)])
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "scalar"

@@ -32,7 +32,7 @@ def merge_and_export(
     """
     from lora_export import api
     from lora_export.commands import words
-    from lora_export.commands.merge import plan_document, plan_words
+    from lora_export.commands.plans import plan_document, plan_words
     from lora_export.report import budget
 
     derive.check_benchmark()

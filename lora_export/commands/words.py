@@ -7,6 +7,7 @@ from lora_export import wording
 from lora_export.commands.talk import megabytes, table
 from lora_export.contracts import (
     BenchmarkResult,
+    ComponentMerge,
     ExportResult,
     Interference,
     MergeResult,
@@ -22,15 +23,28 @@ Rows = list[tuple[str, str]]
 
 
 def merge_rows(result: MergeResult) -> Rows:
-    survival = "no delta" if result.delta_survival is None else f"{result.delta_survival:.2%} after rounding"
+    survival = _survived(result.delta_survival)
+    # A pipeline has the same checks for each component: "unet: shapes".
+    checks = dict.fromkeys(f"{c.name.rpartition(': ')[2]} {c.outcome}" for c in result.base_checks)
     return [
         ("tensors", wording.tensors(result)),
         ("adapter", f"{wording.adapter_tensors(result)} tensors used"),
+        *((name, _component(part)) for name, part in result.components.items()),
         ("base weights", f"{result.base_weights}, written as {result.dtype}"),
-        ("right base?", ", ".join(f"{c.name} {c.outcome}" for c in result.base_checks) or "no adapter"),
+        ("right base?", ", ".join(checks) or "no adapter"),
         ("delta survival", survival),
         ("time, memory", f"{result.seconds:.1f} s, {megabytes(result.peak_rss_bytes)} peak"),
     ]
+
+
+def _survived(share: float | None) -> str:
+    return "no delta" if share is None else f"{share:.2%} after rounding"
+
+
+def _component(part: ComponentMerge) -> str:
+    kinds = ", ".join(f"{count} × {kind}" for kind, count in part.kinds.items())
+    counts = f"{part.tensors['updated']} updated ({kinds}), {part.tensors['copied']} copied"
+    return f"{counts}, {_survived(part.delta_survival)}"
 
 
 WORST = 3  # tensors of each pair of adapters that are named
@@ -171,6 +185,7 @@ def benchmark_rows(result: BenchmarkResult) -> Rows:
         if cell.ratio is not None and cell.ci_low is not None and cell.ci_high is not None:
             ratio = f"; merged/base {cell.ratio:.4f} [{cell.ci_low:.4f}, {cell.ci_high:.4f}], {cell.verdict}"
         graph_mark = ", CUDA graph" if cell.cuda_graph else ""
-        name = f"  {cell.phase} b{cell.batch} p{cell.prompt}{graph_mark}"
+        of = "latent " if cell.phase == "denoise" else "p"
+        name = f"  {cell.phase} b{cell.batch} {of}{cell.prompt}{graph_mark}"
         rows.append((name, ", ".join(times) + ratio))
     return rows

@@ -12,6 +12,7 @@ from lora_export.contracts.benchmark import (
     GraphComparison,
     Machine,
     Percentile,
+    PictureTime,
     Reading,
     Samples,
 )
@@ -20,6 +21,7 @@ from lora_export.contracts.export import Attempt, CalibrationRecord, ExportResul
 from lora_export.contracts.merging import (
     AdapterChoice,
     BaseCheck,
+    ComponentMerge,
     Interference,
     MergeResult,
     TensorRecord,
@@ -45,7 +47,7 @@ from lora_export.contracts.pipelines import (
 )
 from lora_export.contracts.progress import Progress, Source
 from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report, ReportPages
-from lora_export.contracts.story import Story
+from lora_export.contracts.story import PipelineFacts, Story, StyleAdapter
 from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
 from lora_export.contracts.tool_options import PackageOptions, RankOptions, VerifyOptions
 from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
@@ -56,7 +58,9 @@ from lora_export.contracts.validation import (
     Continuation,
     Deviation,
     ExportedPair,
+    ExportedPipeline,
     Perplexity,
+    Picture,
     ValidationResult,
 )
 from lora_export.contracts.verification import Finding, Findings, Verification
@@ -82,6 +86,7 @@ __all__ = [
     "Check",
     "CompareBases",
     "Component",
+    "ComponentMerge",
     "Continuation",
     "Deviation",
     "DiffusionAdapter",
@@ -89,6 +94,7 @@ __all__ = [
     "ExportOptions",
     "ExportResult",
     "ExportedPair",
+    "ExportedPipeline",
     "Finding",
     "Findings",
     "Gpu",
@@ -106,8 +112,11 @@ __all__ = [
     "PackageResult",
     "Percentile",
     "Perplexity",
+    "Picture",
+    "PictureTime",
     "Piece",
     "Pipeline",
+    "PipelineFacts",
     "Progress",
     "Proof",
     "QuantizationOptions",
@@ -121,6 +130,7 @@ __all__ = [
     "Source",
     "Story",
     "StoryOptions",
+    "StyleAdapter",
     "TargetUpdate",
     "TensorInfo",
     "TensorRecord",

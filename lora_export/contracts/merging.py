@@ -75,7 +75,20 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
+class ComponentMerge:
+    """What was merged of a component of a pipeline; dtype: of its weights; kinds: how many updates are of each."""
+
+    tensors: Mapping[str, int]
+    delta_survival: Figure | None
+    dtype: str
+    kinds: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class MergeResult:
+    """Of a pipeline: sums over the components that changed, the least delta_survival of theirs, and each of them in
+    components, by name."""
+
     output: Path
     tensors: Mapping[str, int]
     adapter_tensors: Mapping[str, int]
@@ -89,3 +102,4 @@ class MergeResult:
     warnings: tuple[str, ...] = ()
     base_checks: tuple[BaseCheck, ...] = ()
     interference: tuple[Interference, ...] = field(default=(), repr=False)
+    components: Mapping[str, ComponentMerge] = field(default_factory=dict)

@@ -243,6 +243,13 @@ class ValidationOptions:
         CompareBases, "--compare-bases", "For a QLoRA adapter: measure on the text the result of merging into the "
         "dequantized base and into the original one, and advise which to ship.", BASES, json=None,
     )
+    steps: int = option(
+        4, "Pipelines: steps of the sampling that compares pictures.", IMAGES, minimum=1, maximum=1000
+    )
+    size: int | None = option(
+        None, "Pipelines: width and height in pixels of the pictures that are compared.", IMAGES, minimum=8,
+        default_text="half of what the model's configuration says",
+    )
     stated: tuple[str, ...] | None = hidden(None, json=None)
     again: str = hidden("the same command with --precision {precision}", json=None)
     seed: int | None = option(

@@ -116,11 +116,38 @@ class Continuation:
 
 
 @dataclass(frozen=True)
+class ExportedPipeline:
+    """An ONNX folder of a merged pipeline, in Optimum's layout. prefix: of the names of its checks."""
+
+    folder: Path
+    precision: Precision
+    prefix: str = "onnx_"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that a model made, or the difference of two.
+
+    name: base, unmerged, merged, "onnx fp32", or "merged − unmerged"; file: name of its PNG in the folder that
+    the caller chose; width, height: in pixels; psnr: of the two whose difference it is, or of this one against the
+    unmerged, in dB, inf for equal ones, None for the unmerged itself; gain: by how much a difference was multiplied
+    to be seen, None for a picture.
+    """
+
+    name: str
+    file: str
+    width: int
+    height: int
+    psnr: Figure | None = None
+    gain: Figure | None = None
+
+
+@dataclass(frozen=True)
 class ValidationResult:
     """weight_errors: tensors that are not what the adapter makes of the base, worst first; deviation: looked for
     where a check failed; advice: sentences for a person, such as which base or precision to ship, and why; seed: of
     what was drawn; unused_updates: layers whose update PEFT's unmerged forward never uses, looked for where a check
-    failed; merge_options: options of the merge that only its certificate states."""
+    failed; merge_options: options of the merge that only its certificate states; pictures: of an image pipeline."""
 
     passed: bool = field(init=False)  # whether there are checks, and none of them failed
     checks: tuple[Check, ...]
@@ -135,6 +162,7 @@ class ValidationResult:
     seed: int | None = None
     unused_updates: tuple[str, ...] = ()
     merge_options: tuple[str, ...] = ()
+    pictures: tuple[Picture, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passed", bool(self.checks) and all(c.passed for c in self.checks))

@@ -34,7 +34,7 @@ class Verification:
         object.__setattr__(self, "verdict", self._verdict() if self.verified else "NOT verified")
 
     def _verdict(self) -> str:
-        names = {c.name for c in self.checks}
+        names = {c.name.rpartition(": ")[2] for c in self.checks}  # of a pipeline's component: "unet: arithmetic"
         good = "the hashes agree; nothing else was checked"
         if names & _RECOMPUTED:
             good = "verified"

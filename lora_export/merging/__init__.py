@@ -53,6 +53,7 @@ __all__ = [
     "interference",
     "merge",
     "merge_planned",
+    "peak_rss",
     "plan",
     "prepare",
     "written_source",
@@ -65,7 +66,7 @@ def plan(base: Path | Checkpoint, adapters: Sequence[AdapterChoice], options: Me
     base: a folder, or one whose tensors come from another source than its files.
     """
     check_options(options)
-    checkpoint = open_checkpoint(base) if isinstance(base, Path) else base
+    checkpoint = open_checkpoint(base, options.variant) if isinstance(base, Path) else base
     weights = base_weights(checkpoint, options, None) if adapters else {}
     shapes, model = {n: w.shape for n, w in weights.items()}, ReadBase(checkpoint, weights, options)
     read = []

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters import CONFIG, AdapterFile, kinds, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
-from lora_export.checkpoint.header import ITEM_BITS
+from lora_export.checkpoint.adapter_files import single_file
+from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.errors import InputError, LoraExportError
 from lora_export.manifest import NAME as MANIFEST
@@ -16,9 +16,11 @@ from lora_export.manifest import is_run
 from lora_export.manifest import parse as parse_manifest
 from lora_export.packages import contents
 from lora_export.packages.contents import is_package
-from lora_export.quantization import describe, find_quantized, method_here, settings_of, with_settings
+from lora_export.quantization import describe, method_here, settings_of, with_settings
 from lora_export.report import load as report_of
 from lora_export.storage.sealed import read_json
+from lora_export.workflows.parameters import parameters, parameters_of_base
+from lora_export.workflows.pipelines.inspecting import fit, inspect_file, inspect_pipeline
 
 if TYPE_CHECKING:
     from lora_export.merging.planning.plan import MergePlan
@@ -38,6 +40,8 @@ _SCALINGS = {
 
 def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
     """`kind` (package, run, adapter, onnx, base), and what a person wants to know about that kind."""
+    if folder.is_file():
+        return inspect_file(folder, base)
     if not folder.is_dir():
         raise InputError("no such folder", where=folder)
     if (folder / "adapter_config.json").is_file():
@@ -48,8 +52,12 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         return _run(folder)
     if any((folder / name).is_file() for name in ("export.json", "model.onnx")):
         return _onnx(folder)
+    if is_pipeline(folder):
+        return inspect_pipeline(folder)
     if (folder / "config.json").is_file():
         return _base(open_checkpoint(folder))
+    if (single := single_file(folder)) is not None:
+        return inspect_file(single, base)
     raise InputError(
         "not a base, adapter, ONNX export, run or package",
         where=folder,
@@ -64,7 +72,7 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
         "kind": "base",
         "architecture": (config.get("architectures") or [None])[0],
         "model_type": config.get("model_type"),
-        "parameters": _parameters_of_base(checkpoint),
+        "parameters": parameters_of_base(checkpoint),
         "dtypes": dict(Counter(t.dtype for t in checkpoint.tensors.values())),
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
@@ -77,35 +85,11 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _parameters_of_base(checkpoint: Checkpoint) -> int:
-    """Elements of its weights once they are dequantized, if this tool can read them."""
-    try:
-        quantized = find_quantized(checkpoint, with_settings(checkpoint.folder, checkpoint.config))
-    except LoraExportError:
-        quantized = {}
-    parts = {p for weight in quantized.values() for p in weight.parts}
-    rest = {n: t for n, t in checkpoint.tensors.items() if n not in parts}
-    return sum(prod(w.shape) for w in quantized.values()) + _parameters(rest)
-
-
-def _parameters(tensors: Mapping[str, TensorInfo]) -> int:
-    """Elements of float tensors; a 4-bit weight counts its packed bytes twice."""
-    count = 0
-    for name, info in tensors.items():
-        size = prod(info.shape)
-        if info.dtype in ("F64", "F32", "F16", "BF16") and not name.endswith((".absmax", "_map", ".SCB")):
-            count += size
-        elif f"{name}.absmax" in tensors:
-            count += 2 * info.nbytes
-        elif info.dtype == "I8" or info.dtype not in ITEM_BITS:  # of GGUF, whose shapes are the weights'
-            count += size
-    return count
-
-
 def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
     config, tensors = open_adapter_files(folder)
     document: dict[str, Any] = {"kind": "adapter", "peft_type": config.get("peft_type")}
-    planned = _planned(base, folder) if base else None
+    of_images = base is not None and is_pipeline(base)
+    planned = _planned(base, folder) if base and not of_images else None
     try:
         adapter = read_adapter(AdapterFile(tensors, config, folder / CONFIG))
     except LoraExportError as error:
@@ -125,12 +109,14 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         "ranks": _ranks(adapter, adapter.tensors),
         "targets": _targets(adapter),
         "replaces": [u.target for u in adapter.updates if u.replaces],
-        "parameters": _parameters(tensors.tensors),
+        "parameters": parameters(tensors.tensors),
         "dtypes": dict(Counter(t.dtype for t in tensors.tensors.values())),
         "tensors": len(tensors.tensors),
         "bytes": sum(t.nbytes for t in tensors.tensors.values()),
         "saved_by_peft": config.get("peft_version"),
     }
+    if base is not None and of_images:
+        return document | {k: v for k, v in fit(base, folder).items() if k != "kinds"}
     if isinstance(planned, LoraExportError):
         where = f" ({planned.tensor})" if planned.tensor else ""
         return document | {"fits_base": False, "why_not": f"{planned.found}{where}"}
@@ -167,7 +153,7 @@ def _words(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> str:
         for text in (
             f"{kind.NAME} adapter" + (f" of {span}" if ranks else ""),
             f"on {', '.join(targets)} in {layers} layers," if layers > 1 else f"on {', '.join(targets)},",
-            f"{_parameters(tensors):,} parameters in {types}, trained on {base}.",
+            f"{parameters(tensors):,} parameters in {types}, trained on {base}.",
             "An adapter does not record whether that base was quantized in training.",
             f"Merging changes {len({u.target for u in adapter.updates}) - replaced} weights ({kind.FORMULA})",
             f"and replaces {replaced}." if replaced else "and replaces none.",

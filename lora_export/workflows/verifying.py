@@ -30,7 +30,9 @@ def verify(
     path: Path, base: Path | None, adapters: Sequence[AdapterChoice], options: VerifyOptions, progress: Progress
 ) -> Verification:
     """Check again what an earlier command left. InputError if `path` is nothing of the kind."""
+    from lora_export.checkpoint.pipeline import is_pipeline
     from lora_export.merging.certificate.verify import verify_folder
+    from lora_export.merging.pipelines.verifying import verify_pipeline
     from lora_export.workflows import delivered
 
     if not path.exists():
@@ -44,7 +46,10 @@ def verify(
         raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
     if not path.is_dir():
         raise InputError("no such folder", where=path, expected="a merged folder, or the folder of a whole run")
-    check = verify_run if manifest.is_run(path) else verify_folder
+    if manifest.is_run(path):
+        return verify_run(path, base, adapters, options, progress)
+    pipeline = is_pipeline(path) or (base is not None and base.is_dir() and is_pipeline(base))
+    check = verify_pipeline if pipeline else verify_folder
     return check(path, base, adapters, options, progress)
 
 

@@ -92,11 +92,11 @@ ASKED_FOR = {
     "what comes out": """
         accuracy-level activations archive base-weights block-size calibration combine combine-on density
         dtype energy expert-layout expert-packing for keep license majority-sign name no-merged-folder
-        picture precision quantizer rank rest seed shared-as svd-rank task training-double-quant
-        training-quantization variant""",
+        picture precision quantizer rank rest seed shared-as skip split-qkv-alpha svd-rank task
+        training-double-quant training-quantization variant""",
     "what is looked at": """
         arm batch certify compare-bases graph grid max-size max-time prompt-length prompts provider requantize rows
-        sessions text validation-memory validation-seed""",
+        sessions size steps text validation-memory validation-seed""",
     "what passes": "allow-nonfinite margin min-survival tolerance",
     "what is said": "quiet",
     "where it is written, and what is run": "dry-run force key output private push run runtime sign",

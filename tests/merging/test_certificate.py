@@ -12,12 +12,12 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file
 
+from lora_export.adapters.updates import rebuilt
 from lora_export.contracts import AdapterChoice, MergeOptions, Update
 from lora_export.errors import CheckpointError
 from lora_export.merging import CERTIFICATE, merge
 from lora_export.merging.planning.plan import PlannedTensor
 from lora_export.merging.running import tensor as work
-from lora_export.merging.running.rows import rebuilt
 from tests.builders import edit_tensors, handmade_adapter, handmade_base, lora, save_adapter, save_base, tensors
 from tests.matrix.families import FAMILIES
 from tests.matrix.test_matrix import train

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from lora_export.adapters.updates import rebuilt
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import InputError, RuntimeUnavailable
 from lora_export.merging import merge, peak_rss, plan
 from lora_export.merging.running import tensor as work
 from lora_export.merging.running.audit import Auditor
 from lora_export.merging.running.layout import write_shards
-from lora_export.merging.running.rows import moved, rebuilt
+from lora_export.merging.running.rows import moved
 from lora_export.progress import Silent
 from lora_export.storage import workers
 from tests.builders import handmade_adapter, handmade_base, tensors

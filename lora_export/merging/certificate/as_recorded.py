@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lora_export.checkpoint import open_adapter_files, open_checkpoint
+from lora_export.checkpoint import open_checkpoint
+from lora_export.checkpoint.adapter_files import adapter_tensors
 from lora_export.checkpoint.hashing import hash_tensor
 from lora_export.checkpoint.header import header_bytes, read_header
 from lora_export.contracts import AdapterChoice, Findings, TensorInfo
@@ -97,7 +98,7 @@ def adapter_files(findings: Findings, recorded: Certificate, adapters: Sequence[
     if len(wanted) != len(adapters):
         failures.append(f"{len(adapters)} adapters were given, the certificate names {len(wanted)}")
     for choice, entry in zip(adapters, wanted, strict=False):
-        tensors = open_adapter_files(choice.folder)[1].tensors
+        tensors = adapter_tensors(choice.folder).tensors
         there = adapter_hashes(choice.folder, {t.file for t in tensors.values()})
         for name in sorted(there.keys() | entry.sha256.keys()):
             if there.get(name) != entry.sha256.get(name):

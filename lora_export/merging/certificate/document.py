@@ -208,6 +208,8 @@ def effective_options(plan: MergePlan) -> MergeOptions:
     as_the_base = plan_shards([t.output for t in tensors], None, {}, plan.base.files)
     matters = {
         "force": False,
+        "variant": bool(plan.base.files.variant),
+        "skip": False,
         "base_weights": any(t.quantized for t in tensors) or options.training_quantization != "none",
         "training_double_quant": options.training_quantization in ("nf4", "fp4"),
         "task": plan.model is not None and plan.model.asked,

@@ -7,11 +7,12 @@ agree, field by field.
 
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lora_export.checkpoint import open_adapter_files, open_checkpoint
+from lora_export.checkpoint import open_checkpoint
+from lora_export.checkpoint.adapter_files import adapter_tensors
 from lora_export.checkpoint.companions import companion_files
 from lora_export.contracts import (
     AdapterChoice,
@@ -51,13 +52,21 @@ from lora_export.merging.planning.plan import MergePlan
 from lora_export.merging.running.audit import Auditor
 from lora_export.merging.running.companions import write_beside
 
+Replan = Callable[[MergeOptions], MergePlan]
+
 
 def verify_folder(
-    folder: Path, base: Path | None, adapters: Sequence[AdapterChoice], how: VerifyOptions, progress: Progress
+    folder: Path,
+    base: Path | None,
+    adapters: Sequence[AdapterChoice],
+    how: VerifyOptions,
+    progress: Progress,
+    replan: Replan | None = None,
 ) -> Verification:
     """Check a merged folder. InputError if it has no certificate, or if `base` or an adapter is something else.
 
-    Without base and adapters only hashes can be checked, and `not_checked` says so.
+    Without base and adapters only hashes can be checked, and `not_checked` says so. replan: the plan of the merge
+    with the options of the certificate; None: that of `base` and `adapters`.
     """
     if not (folder / NAME).is_file():
         raise InputError(
@@ -69,7 +78,7 @@ def verify_folder(
     if base is not None:
         open_checkpoint(base)
     for choice in adapters:
-        open_adapter_files(choice.folder)
+        adapter_tensors(choice.folder)
     findings, recorded = certificate(folder)
     if recorded is None:
         return findings.result()
@@ -78,7 +87,8 @@ def verify_folder(
     written, odd = output_tensors(folder, recorded)
     known: Mapping[str, str] = {}
     if base is not None and len(adapters) == len(recorded.adapters):
-        known = _again(findings, folder, recorded, base, adapters, written, how, progress)
+        planned = planned_again(findings, recorded, base, adapters, replan)
+        known = _again(findings, folder, recorded, planned, written, how, progress) if planned else {}
     else:
         what_is_missing(findings, recorded, base, adapters)
     hashes(findings, recorded, written, odd, known)
@@ -99,7 +109,11 @@ def certificate(folder: Path) -> tuple[Findings, Certificate | None]:
 
 
 def planned_again(
-    findings: Findings, recorded: Certificate, base: Path, adapters: Sequence[AdapterChoice]
+    findings: Findings,
+    recorded: Certificate,
+    base: Path,
+    adapters: Sequence[AdapterChoice],
+    replan: Replan | None = None,
 ) -> MergePlan | None:
     """The plan of the merge that the certificate is about; None where base and adapters make no such model."""
     from lora_export.merging import plan, prepare
@@ -107,7 +121,7 @@ def planned_again(
     options = replace(recorded.options, device="cpu")
     _name_options(findings, options)
     try:
-        planned = plan(base, adapters, options)
+        planned = replan(options) if replan else plan(base, adapters, options)
     except LoraExportError as error:
         findings.fail("plan", f"base and adapters do not make this model: {words(error)}")
         return None
@@ -134,23 +148,19 @@ def _again(
     findings: Findings,
     folder: Path,
     recorded: Certificate,
-    base: Path,
-    adapters: Sequence[AdapterChoice],
+    planned: MergePlan,
     outputs: Mapping[str, TensorInfo],
     how: VerifyOptions,
     progress: Progress,
 ) -> Mapping[str, str]:
     """Everything computed anew and compared; the hashes of tensors whose bytes are those that were computed."""
-    planned = planned_again(findings, recorded, base, adapters)
-    if planned is None:
-        return {}
     shards = describe_shards(planned)
     findings.judge(
         "plan", f"{len(planned.tensors)} tensors have the planned shape and type", _unplanned(planned, outputs)
     )
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch:
         again = Path(scratch)
-        write_beside(planned, companion_files(base), again)
+        write_beside(planned, companion_files(planned.base.folder), again)
         beside = describe_files(again, shards)
     wanted = dict(sorted({**beside, **shards}.items()))
     failures = [f"{name} is not what the merge writes" for name, f in wanted.items() if not _is(folder / name, f)]

@@ -30,6 +30,8 @@ def refuse_incomplete(base: Checkpoint, outputs: Mapping[str, Shape], changes: M
     build is not asked. Where most weights are missing, the folder is a part of a model, made as one: a warning says
     so, and `export` refuses it.
     """
+    if "_class_name" in base.config:  # of diffusers: no adapter brings it another class, nor takes weights away
+        return []
     if embeds(base.folder):  # stored as a language model, often, and loaded as its body alone
         changes = {**changes, "architectures": ["AutoModel"]}
     config = {**base.config, **changes}

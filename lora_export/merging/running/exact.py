@@ -14,10 +14,11 @@ from functools import cache, partial
 from math import prod
 from typing import TYPE_CHECKING
 
+from lora_export.adapters.updates import terms_of
 from lora_export.choices import Certify
 from lora_export.contracts import TensorSource
 from lora_export.merging.planning.plan import PlannedTensor
-from lora_export.merging.running.rows import Reader, base_rows, load_updates, rebuilt
+from lora_export.merging.running.rows import Reader, base_rows, load_updates
 
 if TYPE_CHECKING:
     import torch
@@ -188,8 +189,7 @@ class ExactTensor:
             weight = weight.reshape(())
         terms = weight.abs()
         for update in self._updates:
-            own = getattr(update, "terms", None)
-            terms = own(weight, terms, rows) if own else rebuilt(update, abs).apply(terms, rows).abs()
+            terms = terms_of(update, weight, terms, rows)
             weight = update.apply(weight, rows)
         return terms.reshape(shape)
 

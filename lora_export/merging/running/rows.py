@@ -1,11 +1,12 @@
 """A planned tensor's numbers: rows of the base before the adapter, and the updates with all that they hold."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters.kind import float64
+from lora_export.adapters.updates import rebuilt
 from lora_export.contracts import RowReader, TensorSource, Update
 from lora_export.merging.planning.plan import PlannedTensor
 
@@ -80,19 +81,6 @@ def _double(part: Any) -> Any:
 def moved(update: Any, device: str) -> Any:
     """The same update with its tensors on another device, whatever it is made of."""
     return rebuilt(update, lambda part: part if isinstance(part, float) else part.to(device))
-
-
-def rebuilt(part: Any, change: Callable[[Any], Any]) -> Any:
-    """The same update with its tensors and factors changed, whatever it is made of."""
-    import torch
-
-    if isinstance(part, torch.Tensor | float):
-        return change(part)
-    if isinstance(part, tuple | list):
-        return type(part)(rebuilt(one, change) for one in part)
-    if not is_dataclass(part) or isinstance(part, type):
-        return part
-    return replace(part, **{f.name: rebuilt(getattr(part, f.name), change) for f in fields(part)})
 
 
 def change_of(updates: Sequence[Update], before: "torch.Tensor", rows: slice) -> "torch.Tensor":

@@ -1,1 +1,1 @@
-"""Jobs on pipelines of diffusers that join rooms."""
+"""Jobs that join rooms, for pipelines of diffusers."""

@@ -1,0 +1,1 @@
+"""Adapters of image models: their files, names and kinds."""
