@@ -3,7 +3,7 @@
 The scale is alpha/r, and what r is, is each kind's own: arXiv:2309.14859, section 3, and LyCORIS' modules.
 """
 
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.diffusion.kinds.direct import beside
 from lora_export.adapters.diffusion.kinds.module import Trained, Whole
@@ -12,6 +12,9 @@ from lora_export.adapters.loha import HadamardUpdate
 from lora_export.adapters.lokr import KroneckerUpdate
 from lora_export.adapters.lycoris import product
 from lora_export.adapters.updates import BiasUpdate, LowRankUpdate
+
+if TYPE_CHECKING:
+    import torch
 
 _PAIR = ("lora_down", "lora_up")
 _CORE = "lora_mid"
@@ -110,7 +113,7 @@ def _size(trained: Trained, part: str, outer: int) -> Shape:
     return shape[2:] if part.startswith("hada_t") else shape[outer : outer + 1]
 
 
-def _hadamard(trained: Trained, number: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _hadamard(trained: Trained, number: str) -> "tuple[torch.Tensor, torch.Tensor]":
     """(outputs, r) and (r, rest)."""
     a, b = (trained.read(f"hada_w{number}_{side}") for side in "ab")
     core = f"hada_t{number}"
@@ -174,7 +177,7 @@ def _factor_shape(trained: Trained, number: str) -> tuple[Shape, int | None]:
     return (*rows, right[1], *kernel), rank[0]
 
 
-def _factor(trained: Trained, number: str) -> torch.Tensor:
+def _factor(trained: Trained, number: str) -> "torch.Tensor":
     whole, core = f"lokr_w{number}", f"lokr_t{number}"
     if trained.has(whole):
         return trained.read(whole)

@@ -1,12 +1,14 @@
 """Modules that change nothing, which only their numbers tell: trainers write what they never touched as zeros."""
 
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.diffusion.kinds.module import Trained
 from lora_export.adapters.kind import AdapterFile
 from lora_export.contracts.pipelines import TrainedModule
+
+if TYPE_CHECKING:
+    pass
 
 # Products of which all are added: one that has a factor of zeros adds nothing.
 _PRODUCTS: Sequence[Sequence[str]] = (
@@ -34,5 +36,7 @@ def is_unchanged(file: AdapterFile, module: TrainedModule) -> bool:
 
 def _has_zeros(trained: Trained, parts: Sequence[str]) -> bool:
     """Whether one of them is all zeros."""
+    import torch
+
     by_size = sorted(parts, key=lambda part: trained.file.tensors[trained.module.keys[part]].nbytes)
     return any(not bool(torch.any(trained.read(part))) for part in by_size)
