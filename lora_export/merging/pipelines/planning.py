@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
-from lora_export.adapters.diffusion.kinds import updates_of
 from lora_export.adapters.diffusion.finding import component_of
+from lora_export.adapters.diffusion.kinds import updates_of
 from lora_export.adapters.diffusion.reading import understand
 from lora_export.checkpoint import Checkpoint, open_adapter_files
 from lora_export.checkpoint.adapter_files import open_single_file, single_file
