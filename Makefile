@@ -6,13 +6,14 @@ OUT    ?= demo-output
 export HF_HUB_OFFLINE := 1
 export LORA_EXPORT_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo demo-qlora demo-int4 test test-all coverage lint docs smoke format clean
+.PHONY: demo demo-qlora demo-int4 demo-diffusion test test-all coverage lint docs smoke format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo        merge, prove, export and measure a real adapter on a real model; ends with a report"
 	@echo "make demo-qlora  the same with an adapter that was trained on the 4-bit base"
 	@echo "make demo-int4   the same in int4, calibrated so that it keeps the adapter"
+	@echo "make demo-diffusion  the same with a LoRA on a pipeline of images; the report shows the pictures"
 	@echo "make test        the quick tests        make test-all  slow ones too        make coverage  of the quick ones"
 	@echo "make lint        style, types, dead code, unused dependencies                make docs  the documentation"
 	@echo "make smoke       wheel and sdist; the wheel tried in a clean environment"
@@ -31,6 +32,9 @@ demo-qlora: $(BIN)/.ready
 
 demo-int4: $(BIN)/.ready
 	@$(BIN)/python examples/demo.py --int4 --out $(OUT)-int4
+
+demo-diffusion: $(BIN)/.ready
+	@$(BIN)/python examples/diffusion.py --out $(OUT)-diffusion
 
 # The files with tests that need the machine to themselves; to collect all others a second time takes long.
 TIMED = $(shell grep -rl --include='test_*.py' 'mark\.timing' tests)

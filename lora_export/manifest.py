@@ -27,6 +27,7 @@ _VOCABULARIES = frozenset({".txt", ".model"})  # of the tokenizers of a pipeline
 _WRITTEN = {f"report/report.{kind}" for kind in ("json", "html", "md")} | {
     "report/samples.json", "report/conditions.json", "lora_export_certificate.json",
 }  # fmt: skip
+_FOLDERS = ("merged/", "onnx/", "report/pictures/")
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | installed(
         (
             "torch", "transformers", "peft", "bitsandbytes", "safetensors", "onnx", "onnxscript",
-            "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "optimum",
+            "onnxruntime-gpu", "onnxruntime", "onnxruntime-genai-cuda", "onnxruntime-genai", "optimum", "diffusers",
         )
     )  # fmt: skip
 
@@ -183,7 +184,7 @@ def _foreign(run: Path) -> list[str]:
         name = path.relative_to(run).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             notes.append(f"{name} is a link, or not a file")
-        elif path.is_file() and name != NAME and name not in _WRITTEN and not name.startswith(("merged/", "onnx/")):
+        elif path.is_file() and name != NAME and name not in _WRITTEN and not name.startswith(_FOLDERS):
             notes.append(f"{name} is not a file of a run")
     return notes
 

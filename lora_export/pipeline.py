@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_export import manifest
 from lora_export.allowed import check_adapter_folder
+from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import (
     AdapterChoice,
     BenchmarkArm,
@@ -27,6 +28,7 @@ from lora_export.workflows.budget import Models, Pair, searches, with_budget, wi
 from lora_export.workflows.exporting import knowing_touched
 from lora_export.workflows.held_out import asked_calibrations, refuse_calibrated, refuse_other_calibration
 from lora_export.workflows.latency import benchmark, extra_arms, refuse_extra, refuse_slower
+from lora_export.workflows.pipelines.story import plan_story, tell_pipeline
 from lora_export.workflows.run_graphs import export_as, export_merged, export_unmerged, like_earlier, merge_into
 from lora_export.workflows.run_report import write_report
 from lora_export.workflows.trained_base import modules_from, prepared_base, stand_in
@@ -37,15 +39,21 @@ def merge_and_export(
     base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions, progress: Progress
 ) -> Story:
     """Merge, export, validate, benchmark, report. A gate that fails leaves everything in `output.failed`."""
-    options = with_budget(_with_provider(options), base.folder)
+    options, images = _with_provider(options), is_pipeline(base.folder)
+    options = options if images else with_budget(options, base.folder)
     earlier = options.export.graph_from
     inputs = [base.folder, *(a.folder for a in adapters), *([earlier] if earlier else [])]
-    _preflight(base, adapters, output, options)
+    planned = plan_story(base, adapters, output, options) if images else None
+    if planned is None:
+        _preflight(base, adapters, output, options)
     with output_folder(output, options.force, inputs=inputs) as stage:
         work = stage / ".work"
         work.mkdir()
-        known = knowing_touched(options.export, base.folder, adapters, options.merge)
-        story = _run(base, adapters, stage, work, replace(options, export=known), progress)
+        if planned is not None:
+            story = tell_pipeline(planned, stage, work, options, progress)
+        else:
+            known = knowing_touched(options.export, base.folder, adapters, options.merge)
+            story = _run(base, adapters, stage, work, replace(options, export=known), progress)
         shutil.rmtree(work)
         story = _relocated(story, stage, output)
         write_report(story, stage, base, adapters, options)

@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import check_expression
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, Shapes, complete
 from lora_export.contracts import TargetUpdate
 from lora_export.patterns import fullmatch
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "IA3"
 FORMULA = "W·l: columns of feed-forward layers, rows (and the bias) of all others"
@@ -21,9 +23,9 @@ _VECTOR = "ia3_l"
 class RowScale:
     """weight · factors, a factor for each row; factors: fp32 (rows,). Also for biases."""
 
-    factors: torch.Tensor
+    factors: "torch.Tensor"
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return weight * self.factors[rows].reshape(-1, *(1 for _ in weight.shape[1:]))
 
 
@@ -34,10 +36,12 @@ class ColumnScale:
     outputs: rows of the whole weight. A convolution in groups sees other channels in each group of its rows.
     """
 
-    factors: torch.Tensor
+    factors: "torch.Tensor"
     outputs: int
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
         inputs = weight.shape[1]
         groups = len(self.factors) // inputs
         owner = torch.arange(rows.start, rows.start + len(weight), device=weight.device) // (self.outputs // groups)

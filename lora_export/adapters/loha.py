@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.lycoris import LycorisModule, product, read_modules
 from lora_export.adapters.updates import FlatTarget
 from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "LoHa"
 FORMULA = "W + s·(W1a·W1b) ⊙ (W2a·W2b); convolutions may have a core: the products are then Tucker products"
@@ -21,11 +23,11 @@ _CORES = ("hada_t1", "hada_t2")
 class HadamardUpdate:
     """The element-wise product of two low-rank matrices, each of factors fp32 (outputs, r) and (r, rest)."""
 
-    first: tuple[torch.Tensor, torch.Tensor]
-    second: tuple[torch.Tensor, torch.Tensor]
+    first: "tuple[torch.Tensor, torch.Tensor]"
+    second: "tuple[torch.Tensor, torch.Tensor]"
     scaling: float
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         first, second = (a[rows] @ b for a, b in (self.first, self.second))
         return weight + self.scaling * (first * second).reshape(weight.shape)
 
@@ -53,7 +55,7 @@ def _update(module: LycorisModule) -> TargetUpdate:
     return FlatTarget(module.weight, "loha", module.used, ((outputs, rest),), load, adds=True)
 
 
-def _factors(module: LycorisModule, number: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(module: LycorisModule, number: str) -> "tuple[torch.Tensor, torch.Tensor]":
     """(outputs, r) and (r, rest). With a core t (r, r, kernel…): Σ_j t[i, j, …]·b[j, channel] for the right one."""
     a, b = (module.read(f"hada_w{number}_{side}") for side in "ab")
     core = f"hada_t{number}"

@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.lycoris import LycorisModule, product, read_modules
 from lora_export.adapters.updates import FlatTarget
 from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "LoKr"
 FORMULA = "W + s·W1 ⊗ W2 (Kronecker product); W1 and W2 may be products of low rank, W2 a Tucker product"
@@ -28,11 +30,13 @@ class KroneckerUpdate:
     the second for each of its elements.
     """
 
-    first: torch.Tensor
-    second: torch.Tensor
+    first: "torch.Tensor"
+    second: "torch.Tensor"
     scaling: float
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
         index = torch.arange(rows.start, rows.start + len(weight), device=weight.device)
         outer, inner = self.first[index // len(self.second)], self.second[index % len(self.second)]
         delta = outer[:, :, None] * inner[:, None, :]
@@ -47,11 +51,13 @@ class FlattenedKronecker:
     Kronecker product of channels, but it is what the trained model computes. It does not go row by row.
     """
 
-    first: torch.Tensor
-    second: torch.Tensor
+    first: "torch.Tensor"
+    second: "torch.Tensor"
     scaling: float
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
         return weight + self.scaling * torch.kron(self.first, self.second).reshape(weight.shape)
 
 
@@ -92,7 +98,7 @@ def _size(module: LycorisModule, number: str) -> tuple[int, int]:
     return (a[1], b[1] * math.prod(module.shape(core)[2:])) if core in module.keys else (a[0], b[1])
 
 
-def _factor(module: LycorisModule, number: str) -> torch.Tensor:
+def _factor(module: LycorisModule, number: str) -> "torch.Tensor":
     whole, core = f"lokr_w{number}", f"lokr_t{number}"
     if whole in module.keys:
         return module.read(whole)

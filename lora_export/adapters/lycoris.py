@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import Number, PatternedRank, PositiveNumber, match_pattern
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import SAVE_AGAIN, AdaptedModule, modules
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,10 @@ def read_modules(
     return complete
 
 
-def product(equation: str, *factors: torch.Tensor) -> torch.Tensor:
+def product(equation: str, *factors: "torch.Tensor") -> "torch.Tensor":
     """An einsum in float64, rounded once to the type of the factors: its terms may cancel."""
+    import torch
+
     exact: torch.Tensor = torch.einsum(equation, *(f.double() for f in factors))
     return exact.to(factors[0].dtype)
 

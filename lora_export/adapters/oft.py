@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.config import Number, Positive
 from lora_export.adapters.kind import AdapterFile
 from lora_export.adapters.module import AdaptedModule, Shapes, modules
 from lora_export.contracts import TargetUpdate
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "OFT"
 FORMULA = "W·Rᵀ, an embedding's W·R; R = diag(Cayley transforms of skew-symmetric blocks)"
@@ -33,11 +35,13 @@ class Rotations:
     limit: float | None
     shared: bool
 
-    def blocks(self, upper: torch.Tensor, size: int) -> torch.Tensor:
+    def blocks(self, upper: "torch.Tensor", size: int) -> "torch.Tensor":
         """upper: (blocks, size·(size−1)/2), the entries above the diagonal, row by row. → (blocks, size, size).
 
         In float64: the result is rounded once, by whoever multiplies with it.
         """
+        import torch
+
         skew = skew_symmetric(upper, size)
         if self.limit is not None:
             norms = torch.linalg.matrix_norm(skew, keepdim=True)
@@ -46,27 +50,33 @@ class Rotations:
         return cayley(skew) if self.terms is None else neumann(skew, self.terms)
 
 
-def skew_symmetric(upper: torch.Tensor, size: int) -> torch.Tensor:
+def skew_symmetric(upper: "torch.Tensor", size: int) -> "torch.Tensor":
     """(blocks, size, size) in float64 from the entries above each diagonal, (blocks, size·(size−1)/2)."""
+    import torch
+
     skew = torch.zeros(len(upper), size, size, dtype=torch.float64)
     rows, columns = torch.triu_indices(size, size, 1)
     skew[:, rows, columns] = upper.double()
     return skew - skew.mT
 
 
-def cayley(skew: torch.Tensor) -> torch.Tensor:
+def cayley(skew: "torch.Tensor") -> "torch.Tensor":
     """(I − Q)(I + Q)⁻¹ for skew-symmetric Q of shape (blocks, n, n): orthogonal blocks."""
+    import torch
+
     eye = torch.eye(skew.shape[-1], dtype=skew.dtype)
     solved: torch.Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
     return solved
 
 
-def neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
+def neumann(skew: "torch.Tensor", terms: int) -> "torch.Tensor":
     """I + 2Q + 2Q² + … + 2Qᵗ⁻² + Qᵗ⁻¹ with t terms, as PEFT counts them since 0.18.
 
     This approaches (I + Q)(I − Q)⁻¹, the inverse of what `cayley` gives for the same Q. The powers 1 and 2 have
     the factor 2 whenever they occur, so 2 terms are I + 2Q, and 3 terms are what 4 are.
     """
+    import torch
+
     total = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew)
     if terms > 1:
         total = total + 2 * skew
@@ -79,7 +89,7 @@ def neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
     return total
 
 
-def rotate(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+def rotate(matrix: "torch.Tensor", blocks: "torch.Tensor") -> "torch.Tensor":
     """matrix · diag(blocks)ᵀ without the zeros; matrix (rows, blocks·n), blocks (blocks or 1, n, n)."""
     size = blocks.shape[-1]
     parts = matrix.reshape(len(matrix), -1, size).transpose(0, 1)
@@ -90,9 +100,9 @@ def rotate(matrix: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 class RotationUpdate:
     """W·diag(blocks)ᵀ. Each row is rotated for itself. blocks: fp32 (blocks, n, n), one block if shared."""
 
-    blocks: torch.Tensor
+    blocks: "torch.Tensor"
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return rotate(weight.flatten(1), self.blocks).reshape(weight.shape)
 
 

@@ -43,7 +43,7 @@ class OpenedArms:
             # it is open. None of the arms should be that one.
             self.unmeasured = self._open(arms[BASE], part)
         for name, arm in arms.items():
-            if arm.pytorch and self.cuda_graph:
+            if arm.in_pytorch and self.cuda_graph:
                 continue  # ONNX Runtime's CUDA graphs are not PyTorch's
             twin = _TWINS.get(name, "")
             if twin in self.opened and not self._fits_again(arm.graphs[part]):
@@ -67,6 +67,10 @@ class OpenedArms:
     @property
     def is_decoder(self) -> bool:
         return self.opened[MERGED].is_decoder
+
+    @property
+    def is_denoiser(self) -> bool:
+        return self.opened[MERGED].is_denoiser
 
     def bind(self, spec: CellSpec, graph_id: int, seed: int, margin: float) -> dict[str, Bound]:
         """What is timed in a cell. Arms that cannot be captured are left out with a note; so may be merged
@@ -99,6 +103,10 @@ class OpenedArms:
             from lora_export.benchmarking.pytorch import TorchSession
 
             return TorchSession(*arm.pytorch, self.provider, self.threads)
+        if arm.forward:
+            from lora_export.benchmarking.pytorch import TorchStep
+
+            return TorchStep(arm.forward, arm.graphs[part], self.provider, self.threads)
         model = arm.graphs[part]
         opened = ArmSession(model, self.provider, self.threads, adapter=arm.adapter, cuda_graph=self.cuda_graph)
         wanted, providers = runtime.PROVIDERS[self.provider], opened.session.get_providers()

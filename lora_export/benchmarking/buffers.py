@@ -24,7 +24,8 @@ ELEMENT = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What one call computes: `tokens` new tokens after `past` cached ones, for each of `batch` sequences."""
+    """What one call computes: `tokens` new tokens after `past` cached ones, for each of `batch` sequences; of a
+    denoiser, a step of `batch` latents with sides of `tokens`."""
 
     batch: int
     past: int

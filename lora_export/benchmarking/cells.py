@@ -99,5 +99,6 @@ def _times(
     sessions = [series.times[n] for n in ((BASE, AGAIN) if name == BASE else (name,)) if n in series.times]
     p50, p95, p99 = percentiles(np.concatenate(sessions, axis=1), rng)
     first = p50.ms if facts.decoder and spec.phase == "prefill" else None
-    rate = 1000 * spec.batch * spec.shape.tokens / p50.ms
+    each = 1 if spec.phase == "denoise" else spec.shape.tokens
+    rate = 1000 * spec.batch * each / p50.ms
     return ArmTimes(p50, p95, p99, rate, first, facts.memory.get(name), *_figures(ratio))

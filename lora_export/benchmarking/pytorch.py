@@ -1,14 +1,16 @@
-"""The arm without ONNX: PEFT's unmerged model, run by PyTorch the way its users run it."""
+"""The arms without ONNX: PEFT's unmerged model, run by PyTorch the way its users run it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora_export.benchmarking.buffers import Buffers, Shape
 from lora_export.benchmarking.sessions import Bound
 from lora_export.errors import InputError
+from lora_export.graph_runs.denoiser import step_feed
 from lora_export.graph_runs.feeds import tokens
+from lora_export.graph_runs.signature import Signature
 from lora_export.patterns import bounded
 
 
@@ -19,7 +21,7 @@ class TorchSession:
     for anything but cpu.
     """
 
-    is_decoder = True
+    is_decoder, is_denoiser = True, False
 
     def __init__(self, base: Path, adapter: Path, provider: str, threads: int) -> None:
         import torch
@@ -70,6 +72,47 @@ class TorchSession:
 
     @property
     def _synchronize(self) -> Callable[[], None]:
+        return _synchronizer(self.device)
+
+
+class TorchStep:
+    """A denoiser under PyTorch, given what `graph` reads. load: as `forward` of BenchmarkArm."""
+
+    is_decoder, is_denoiser = False, True
+
+    def __init__(
+        self,
+        load: Callable[[str], Callable[[Mapping[str, Any]], object]],
+        graph: Path,
+        provider: str,
+        threads: int,
+    ) -> None:
+        import onnx_ir
         import torch
 
-        return torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        self.device = "cpu" if provider == "cpu" else "cuda"
+        torch.set_num_threads(threads)
+        self._signature = Signature.of_model(onnx_ir.load(graph), graph)
+        self._forward = load(self.device)
+
+    def call(self, shape: Shape, buffers: Buffers, graph_id: int = 1, seed: int = 0) -> Bound:
+        import torch
+
+        feed = step_feed(self._signature, shape.batch, shape.tokens, seed)
+        given = {name: torch.from_numpy(array).to(self.device) for name, array in feed.items()}
+        synchronize = _synchronizer(self.device)
+
+        def call() -> float:
+            start = time.perf_counter_ns()
+            with torch.inference_mode():
+                self._forward(given)
+            synchronize()
+            return (time.perf_counter_ns() - start) / 1e6
+
+        return Bound(call, disturbs=True)
+
+
+def _synchronizer(device: str) -> Callable[[], None]:
+    import torch
+
+    return torch.cuda.synchronize if device == "cuda" else lambda: None

@@ -13,7 +13,7 @@ import numpy as np
 from lora_export import runtime
 from lora_export.benchmarking.buffers import ELEMENT, Buffers, Shape
 from lora_export.benchmarking.placement import profile_events, strays
-from lora_export.graph_runs import feeds
+from lora_export.graph_runs import denoiser, feeds
 from lora_export.graph_runs.runs import to_numpy
 from lora_export.graph_runs.signature import LOGITS, Signature
 
@@ -50,6 +50,9 @@ class OpenedArm(Protocol):
 
     @property
     def is_decoder(self) -> bool: ...
+
+    @property
+    def is_denoiser(self) -> bool: ...
 
     def call(self, shape: Shape, buffers: Buffers, graph_id: int = 1, seed: int = 0) -> Bound: ...
 
@@ -89,12 +92,17 @@ class ArmSession:
         self._past = past if alone else []
         if self._past:
             self._signature.require_cache()
-        feeds.refuse_unknown(self._signature)
+        if not self.is_denoiser:
+            feeds.refuse_unknown(self._signature)
 
     @property
     def is_decoder(self) -> bool:
         """Whether one graph does both a prompt and a step."""
         return bool(self._past)
+
+    @property
+    def is_denoiser(self) -> bool:
+        return denoiser.is_denoiser(self._signature)
 
     def call(self, shape: Shape, buffers: Buffers, graph_id: int = 1, seed: int = 0) -> Bound:
         """Bind `shape` to fixed buffers. One run beforehand, uncaptured, finds the shapes of the outputs.
@@ -157,6 +165,9 @@ class ArmSession:
 
     def _others(self, shape: Shape, buffers: Buffers, seed: int) -> Values:
         """All inputs but the cache."""
+        if self.is_denoiser:
+            feed = denoiser.step_feed(self._signature, shape.batch, shape.tokens, seed)
+            return {n: buffers.array(n, shape, array) for n, array in feed.items()}
         others = [value for name, value in self._inputs.items() if name not in self._past]
         sizes = feeds.Sizes(shape.batch, shape.tokens, shape.past, shape.past, feeds.SAMPLES * shape.tokens)
         made = {n: buffers.array(n, shape, array) for n, array in feeds.made_up(others, sizes, seed).items()}

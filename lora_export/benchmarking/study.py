@@ -122,7 +122,7 @@ def _opened(study: Study, part: int, cuda_graph: bool, number: int, rng: np.rand
 
     The first time, merged is opened between the two sessions of the base.
     """
-    names = [n for n, a in study.arms.items() if len(a.graphs) > part or a.pytorch]
+    names = [n for n, a in study.arms.items() if len(a.graphs) > part or a.in_pytorch]
     if number:
         names = [names[i] for i in rng.permutation(len(names))]
     arms = OpenedArms(study.provider, study.threads, cuda_graph, study.note, study.progress.detail, study.gpus)
@@ -160,6 +160,7 @@ def _keep(study: Study, spec: CellSpec, cell: Cell, series: Series) -> None:
 
 def _specs(options: BenchmarkOptions, part: int, arms: OpenedArms, cuda_graph: bool) -> list[CellSpec]:
     phases: tuple[Phase, ...] = ("decode",) if part else ("prefill", "decode") if arms.is_decoder else ("prefill",)
+    phases = ("denoise",) if arms.is_denoiser else phases
     return [CellSpec(batch, prompt, phase, cuda_graph) for batch, prompt in options.shapes for phase in phases]
 
 

@@ -49,7 +49,7 @@ def _own(paths: Iterable[Path]) -> list[Path]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has all files of one tokenizer, of whichever library."""
-    return is_whole_tokenizer(p.name for p in folder.iterdir())
+    return folder.is_dir() and is_whole_tokenizer(p.name for p in folder.iterdir())
 
 
 def copy_subfolders(folder: Path, target: Path) -> None:

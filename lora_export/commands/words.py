@@ -185,6 +185,7 @@ def benchmark_rows(result: BenchmarkResult) -> Rows:
         if cell.ratio is not None and cell.ci_low is not None and cell.ci_high is not None:
             ratio = f"; merged/base {cell.ratio:.4f} [{cell.ci_low:.4f}, {cell.ci_high:.4f}], {cell.verdict}"
         graph_mark = ", CUDA graph" if cell.cuda_graph else ""
-        name = f"  {cell.phase} b{cell.batch} p{cell.prompt}{graph_mark}"
+        of = "latent " if cell.phase == "denoise" else "p"
+        name = f"  {cell.phase} b{cell.batch} {of}{cell.prompt}{graph_mark}"
         rows.append((name, ", ".join(times) + ratio))
     return rows

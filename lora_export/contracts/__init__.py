@@ -12,6 +12,7 @@ from lora_export.contracts.benchmark import (
     GraphComparison,
     Machine,
     Percentile,
+    PictureTime,
     Reading,
     Samples,
 )
@@ -46,7 +47,7 @@ from lora_export.contracts.pipelines import (
 )
 from lora_export.contracts.progress import Progress, Source
 from lora_export.contracts.report import NamedAdapter, NamedSource, NamedSources, Report, ReportPages
-from lora_export.contracts.story import Story
+from lora_export.contracts.story import PipelineFacts, Story, StyleAdapter
 from lora_export.contracts.tensors import ByteSink, RowReader, TensorInfo, TensorSource
 from lora_export.contracts.tool_options import PackageOptions, RankOptions, VerifyOptions
 from lora_export.contracts.understanding import ModuleFigures, Truncation, TypeFigures, Understanding
@@ -112,8 +113,10 @@ __all__ = [
     "Percentile",
     "Perplexity",
     "Picture",
+    "PictureTime",
     "Piece",
     "Pipeline",
+    "PipelineFacts",
     "Progress",
     "Proof",
     "QuantizationOptions",
@@ -127,6 +130,7 @@ __all__ = [
     "Source",
     "Story",
     "StoryOptions",
+    "StyleAdapter",
     "TargetUpdate",
     "TensorInfo",
     "TensorRecord",

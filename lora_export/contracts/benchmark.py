@@ -1,11 +1,17 @@
 """What a benchmark is asked for, and what it measured."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_export.choices import Phase, Verdict
 from lora_export.contracts.figures import NOT_IN_JSON, Figure
+
+if TYPE_CHECKING:
+    import torch
+
+    Forward = Callable[[Mapping[str, torch.Tensor]], object]  # a graph's inputs, by name
 
 Samples = Mapping[str, Mapping[str, tuple[Figure, ...]]]  # cell → arm → milliseconds
 
@@ -33,13 +39,19 @@ class BenchmarkArm:
     """Something that is measured. graphs: .onnx files, an encoder's first; the last of several does a step.
 
     adapter: an .onnx_adapter file that is active whenever the graph runs; pytorch: folders of a base and an adapter
-    that PyTorch runs unmerged, in place of graphs.
+    that PyTorch runs unmerged, in place of graphs; forward: loads, on a device, what PyTorch runs in place of
+    `graphs`: it takes their inputs by name.
     """
 
     name: str
     graphs: tuple[Path, ...] = ()
     adapter: Path | None = None
     pytorch: tuple[Path, Path] | None = None
+    forward: "Callable[[str], Forward] | None" = None
+
+    @property
+    def in_pytorch(self) -> bool:
+        return self.pytorch is not None or self.forward is not None
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,9 @@ class Percentile:
 class ArmTimes:
     """One arm of one cell. ratio: of its block medians over the base's, with its 90 % interval.
 
-    tokens_per_second: new ones in a step, read ones in a prompt; first_token_ms: of a decoder's prompt, the time to
-    the logits of the first new token; memory_bytes: the most memory of the device that loading and running took.
+    tokens_per_second: new ones in a step, read ones in a prompt, and latents in a step of a denoiser;
+    first_token_ms: of a decoder's prompt, the time to the logits of the first new token; memory_bytes: the most
+    memory of the device that loading and running took.
     """
 
     p50: Percentile
@@ -74,6 +87,7 @@ class ArmTimes:
 class Cell:
     """One batch × prompt length × phase. Times are medians in milliseconds; ratio is merged over base.
 
+    prompt: tokens, or for a denoiser the side of the latent;
     sessions: how often its sessions were opened; kv_in_place: the cache is one buffer, which a step writes into;
     control: the arm that must be found slower, or else there is no verdict; reason: for a verdict that does not
     follow from the interval alone.
@@ -175,9 +189,21 @@ class Environment(Machine):
 
 
 @dataclass(frozen=True)
+class PictureTime:
+    """How long a whole picture takes: prompt, steps and decoding. seconds: the median of several, without loading;
+    size: its side in pixels."""
+
+    arm: str
+    seconds: Figure
+    steps: int
+    size: int
+
+
+@dataclass(frozen=True)
 class BenchmarkResult:
-    """graph_differences: those of `graph`; samples: every timing, for samples.json; conditions: cell → a reading
-    for each block, for conditions.json."""
+    """graph_identical: of a pipeline, of all its components; graphs: those of each component; pictures: of a
+    pipeline; graph_differences: those of `graph`; samples: every timing, for samples.json; conditions: cell → a
+    reading for each block, for conditions.json."""
 
     provider: str
     provider_verified: bool
@@ -190,5 +216,7 @@ class BenchmarkResult:
     graph: GraphComparison | None = None
     notes: tuple[str, ...] = ()
     graph_differences: tuple[str, ...] = ()
+    graphs: Mapping[str, GraphComparison] = field(default_factory=dict)
+    pictures: tuple[PictureTime, ...] = ()
     samples: Samples = field(default_factory=dict, repr=False, metadata=NOT_IN_JSON)
     conditions: Mapping[str, tuple[Reading, ...]] = field(default_factory=dict, repr=False, metadata=NOT_IN_JSON)

@@ -111,5 +111,6 @@ def kept(options: Any, default: Collection[str] = ()) -> dict[str, Any]:
         elif is_dataclass(value):
             document[name or each.name] = kept(value)
         else:
-            document[name or each.name] = value.name if isinstance(value, Path) else value
+            plain = list(value) if isinstance(value, tuple) else value
+            document[name or each.name] = value.name if isinstance(value, Path) else plain
     return document

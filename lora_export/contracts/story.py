@@ -1,5 +1,6 @@
 """The whole story: what a run is asked for, and what it left."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,13 +8,39 @@ from lora_export.contracts.benchmark import BenchmarkResult
 from lora_export.contracts.budget import BudgetSearch
 from lora_export.contracts.export import ExportResult
 from lora_export.contracts.merging import MergeResult
+from lora_export.contracts.pipelines import AdapterFormat
 from lora_export.contracts.validation import ValidationResult
+
+
+@dataclass(frozen=True)
+class StyleAdapter:
+    """An adapter of a pipeline, as it was understood. format: whose names it has; modules: component → how many it
+    trained there; kinds: how many modules are of each; vectors: new words; metadata: what was read of the file's."""
+
+    name: str
+    format: AdapterFormat
+    weight: float
+    modules: Mapping[str, int]
+    kinds: Mapping[str, int]
+    vectors: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PipelineFacts:
+    """A pipeline of images. class_name: None for a denoiser alone; models: component → its class; skipped: changed
+    by the adapter, and left as they are because the run says so."""
+
+    class_name: str | None
+    models: Mapping[str, str]
+    adapters: tuple[StyleAdapter, ...]
+    skipped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Story:
     """What a run left: its folder and the result of each stage that ran. budget: None where no size or share of the
-    adapter's effect was to be reached."""
+    adapter's effect was to be reached; pipeline: None for a model alone."""
 
     output: Path
     merge: MergeResult
@@ -21,6 +48,7 @@ class Story:
     export: ExportResult | None = None
     benchmark: BenchmarkResult | None = None
     budget: BudgetSearch | None = None
+    pipeline: PipelineFacts | None = None
     report: Path = field(init=False)  # the page to read
 
     def __post_init__(self) -> None:

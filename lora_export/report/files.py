@@ -8,6 +8,7 @@ from typing import Any
 from lora_export.contracts import Report, Samples
 from lora_export.contracts.report import SCHEMA_VERSION
 from lora_export.errors import InputError
+from lora_export.report import pictures
 from lora_export.report.comparison import comparison
 from lora_export.report.markdown import markdown
 from lora_export.report.page import html
@@ -76,7 +77,8 @@ def render(folder: Path) -> None:
     InputError as for `load`, and OutputError if a page is a link or a folder; nothing is written then.
     """
     report = load(folder)
-    pages = {HTML: html(report, load_samples(folder)), MARKDOWN: markdown(report)}
+    images = pictures.load(report, folder)
+    pages = {HTML: html(report, load_samples(folder), images), MARKDOWN: markdown(report)}
     with contextlib.ExitStack() as written:
         for name, text in pages.items():
             work = written.enter_context(output_file(folder / name, force=True))
@@ -88,7 +90,8 @@ def compare(folder: Path, other: Path, output: Path, *, force: bool = False, inp
     folder `output`, which may not be in one of `inputs`. The reports stay as they are: a run's manifest seals them.
     """
     report, samples = load(folder), load_samples(folder)
-    rows = comparison(report, load(other))
+    rows, images = comparison(report, load(other)), pictures.load(report, folder)
     with output_folder(output, force, inputs=[folder, other, *inputs]) as stage:
-        (stage / HTML).write_text(html(report, samples, rows), encoding="utf-8")
+        (stage / HTML).write_text(html(report, samples, images, rows), encoding="utf-8")
+        pictures.copy(images, folder, stage)
         (stage / MARKDOWN).write_text(markdown(report, rows), encoding="utf-8")

@@ -9,7 +9,10 @@ from lora_export.wording import count, interval, milliseconds, number, percent, 
 
 Row = tuple[str, ...]
 Pairs = tuple[tuple[str, str], ...]  # of each table cell the text, and its interval or nothing
-ARMS_HEAD = ("Arm", "p50, ms", "p95, ms", "p99, ms", "Tokens per second", "÷ base", "Memory")
+_RATE = "Tokens per second"
+ARMS_HEAD = ("Arm", "p50, ms", "p95, ms", "p99, ms", _RATE, "÷ base", "Memory")
+PARTS_HEAD = ("Part", "Optimized graph", "Nodes", "Canonical hash")
+PICTURES_HEAD = ("Arm", "A picture, seconds", "Steps", "Pixels")
 CONDITIONS_HEAD = ("Cell", "Reading", "Minimum", "Median", "Maximum")
 _READINGS = {
     "load": "load average",
@@ -26,7 +29,18 @@ _READINGS = {
 
 def cell_name(cell: Cell) -> str:
     graph = " · CUDA graph" if cell.cuda_graph else ""
+    if cell.phase == "denoise":
+        return f"denoiser step · batch {cell.batch} · latent {cell.prompt} × {cell.prompt}{graph}"
     return f"{cell.phase} · batch {cell.batch} · {cell.prompt} tokens{graph}"
+
+
+def of_pipeline(bench: BenchmarkResult) -> bool:
+    """Whether the step of a denoiser was measured, not a language model."""
+    return any(cell.phase == "denoise" for cell in bench.cells)
+
+
+def arms_head(bench: BenchmarkResult) -> Row:
+    return tuple("Latents per second" if of_pipeline(bench) and h == _RATE else h for h in ARMS_HEAD)
 
 
 def margin_of(bench: BenchmarkResult) -> float | None:
@@ -111,6 +125,23 @@ def between(p: Percentile) -> str:
     return f"{milliseconds(p.low)} … {milliseconds(p.high)}"
 
 
+def part_rows(bench: BenchmarkResult) -> list[Row]:
+    """The graphs of a pipeline's parts, merged beside base."""
+    return [
+        (
+            one_line(part),
+            "the base's own" if g.identical else "differs from the base's",
+            number(g.nodes),
+            _hashes(g),
+        )
+        for part, g in bench.graphs.items()
+    ]
+
+
+def picture_rows(bench: BenchmarkResult) -> list[Row]:
+    return [(one_line(p.arm), number(p.seconds), number(p.steps), f"{p.size} × {p.size}") for p in bench.pictures]
+
+
 def facts(bench: BenchmarkResult) -> list[Row]:
     identical = {True: "yes, so the graph cannot make a difference", False: "no", None: wording.GRAPH[None]}
     graph, margin = bench.graph, margin_of(bench)
@@ -191,9 +222,17 @@ def limits(bench: BenchmarkResult) -> list[str]:
     """What nobody should read into the verdict."""
     shapes = ", ".join(dict.fromkeys(f"{c.batch} × {c.prompt}" for c in bench.cells)) or "none"
     one_set = ", and for one set of sessions: --sessions measures how sets differ" if _sets(bench) == 1 else ""
+    of, beyond = (
+        ("batch sizes and sides of the latent", "The prompt's encoders, the scheduler and the picture's decoder")
+        if of_pipeline(bench)
+        else (
+            "batch sizes and prompt lengths",
+            "Tokenizing, sampling, scheduling requests and sending data to a client",
+        )
+    )
     texts = [
-        f"Only these batch sizes and prompt lengths were measured: {shapes}.",
-        "Tokenizing, sampling, scheduling requests and sending data to a client are not included.",
+        f"Only these {of} were measured: {shapes}.",
+        f"{beyond} are not included.",
         f"It holds for this machine, these versions and this execution provider{one_set}.",
         "It does not cover throughput under load, when many requests compete.",
     ]

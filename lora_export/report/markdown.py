@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lora_export.contracts import BenchmarkResult, Report, ValidationResult
 from lora_export.escape import markdown as escaped
-from lora_export.report import budget, latency, story
+from lora_export.report import budget, latency, pictures, story
 
 _TONES = {"good": "✅", "bad": "❌", "unsure": "⚠️", "off": "➖"}
 
@@ -15,6 +15,7 @@ def markdown(report: Report, comparison: Sequence[story.Row] = ()) -> str:
     lines = [f"# {escaped(report.title)}", "", status, "", escaped(" ".join(story.headline(report))), ""]
     lines += [" · ".join(f"{_TONES[b.tone]} {b.stage} {escaped(b.text)}" for b in story.badges(report)), ""]
     lines += [f"- {escaped(kind)}: {escaped(name)}" for kind, name in story.sources(report)]
+    lines += _images(report)
     lines += _validation(report.validate) if report.validate else []
     lines += _latency(report.benchmark) if report.benchmark else []
     lines += _facts("Merge", story.merge_facts(report.merge)) if report.merge else []
@@ -34,6 +35,25 @@ def markdown(report: Report, comparison: Sequence[story.Row] = ()) -> str:
         lines += ["", "## Compared with another run", "", *table]
     made = f"lora-export {escaped(report.tool_version)}, {escaped(report.created)}"
     return "\n".join([*lines, "", f"<sub>{made}. All figures: report.json, samples.json.</sub>", ""])
+
+
+def _images(report: Report) -> list[str]:
+    """The pictures of a pipeline, as files beside the page, its models and its adapters."""
+    lines: list[str] = []
+    if report.validate and report.validate.pictures:
+        lines += ["", "## Pictures"]
+        for row in (pictures.pictures(report.validate, {}), pictures.differences(report.validate, {})):
+            shown = [s for s in row if s is not None]
+            names = [escaped(s.name) for s in shown]
+            files = [f"![{name}]({pictures.FOLDER}/{s.file})" for name, s in zip(names, shown, strict=True)]
+            words = [escaped(s.words) for s in shown]
+            rule = ["---" for _ in shown]
+            lines += ["", *(f"| {' | '.join(cells)} |" for cells in (names, rule, files, words) if shown)]
+    if report.pipeline:
+        models = pictures.models(report.pipeline, report.merge)
+        lines += ["", "## The pipeline and the adapter", "", *_table(pictures.MODELS_HEAD, models, "llrrlrl")]
+        lines += ["", *_table(pictures.ADAPTERS_HEAD, pictures.adapters(report.pipeline), "llllr")]
+    return lines
 
 
 def _validation(validate: ValidationResult) -> list[str]:
@@ -59,7 +79,11 @@ def _latency(bench: BenchmarkResult) -> list[str]:
     lines += [f"- {escaped(note)}" for note in bench.notes]
     for name, arms in latency.arm_tables(bench):
         cells = [[f"{value} ({small})" if small else value for value, small in row] for row in arms]
-        lines += _folded(escaped(name), _table(latency.ARMS_HEAD, cells, "lrrrrrr"))
+        lines += _folded(escaped(name), _table(latency.arms_head(bench), cells, "lrrrrrr"))
+    if parts := latency.part_rows(bench):
+        lines += ["", *_table(latency.PARTS_HEAD, parts, "llrl")]
+    if pictures := latency.picture_rows(bench):
+        lines += ["", *_table(latency.PICTURES_HEAD, pictures, "lrrr")]
     differences = [f"- {escaped(text)}" for text in bench.graph_differences]
     lines += _folded("Where the graphs differ", differences)
     text = [escaped(" ".join(latency.method(bench))), "", *(f"- {escaped(text)}" for text in latency.limits(bench))]

@@ -1,12 +1,12 @@
 """The HTML page: one file, no script, nothing loaded from anywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_export.contracts import Report, Samples
 from lora_export.escape import one_line, printable
-from lora_export.report import budget, latency, latency_plots, plots, story
+from lora_export.report import budget, latency, latency_plots, pictures, plots, story
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -16,8 +16,8 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _MOST_LINES = 50  # of warnings, notes, differences
 
 
-def html(report: Report, samples: Samples, comparison: Sequence[story.Row] = ()) -> str:
-    """The whole page; the template escapes every string of the report."""
+def html(report: Report, samples: Samples, images: Mapping[str, str], comparison: Sequence[story.Row] = ()) -> str:
+    """The whole page; the template escapes every string of the report. images: data URIs by the name of a file."""
     from markupsafe import Markup
 
     return rendered(
@@ -27,6 +27,8 @@ def html(report: Report, samples: Samples, comparison: Sequence[story.Row] = ())
         story=story,
         latency=latency,
         budget=budget,
+        pictures=pictures,
+        images=images,
         plots={name: Markup(drawn) if drawn else None for name, drawn in _plots(report, samples).items()},
     )
 
@@ -61,6 +63,7 @@ def _plots(report: Report, samples: Samples) -> dict[str, str | None]:
     return {
         "layers": plots.layers(merge.records) if merge else None,
         "kl": plots.kl_by_position(validate.kl_by_position) if validate else None,
+        "errors": pictures.errors(validate) if validate else None,
         "frontier": budget.frontier(report.budget) if report.budget else None,
         "forest": latency_plots.forest(bench) if bench else None,
         "overheads": latency_plots.overheads(bench) if bench else None,

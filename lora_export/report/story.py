@@ -18,7 +18,7 @@ from lora_export.contracts import (
     ValidationResult,
 )
 from lora_export.escape import one_line
-from lora_export.report import latency
+from lora_export.report import latency, pictures
 from lora_export.storage.documents import as_json
 from lora_export.wording import DASH, count, number, percent, size
 
@@ -87,6 +87,7 @@ def headline(report: Report) -> list[str]:
         _merge_sentence(report.merge) if report.merge else "",
         _validation_sentence(validate) if validate else _NOT_VALIDATED,
         *((_deviation_sentence(validate), _perplexity_sentence(validate)) if validate else ()),
+        pictures.sentence(validate) if validate else "",
         latency.sentence(bench) if bench else "Latency was not compared with the base.",
         *(map(one_line, validate.advice) if validate else ()),
     ]

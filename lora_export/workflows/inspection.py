@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.adapters import CONFIG, AdapterFile, kinds, read_adapter, tokens
 from lora_export.checkpoint import Checkpoint, open_adapter_files, open_checkpoint
+from lora_export.checkpoint.adapter_files import single_file
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import Adapter, AdapterChoice, MergeOptions, TensorInfo
 from lora_export.errors import InputError, LoraExportError
@@ -19,7 +20,7 @@ from lora_export.quantization import describe, method_here, settings_of, with_se
 from lora_export.report import load as report_of
 from lora_export.storage.sealed import read_json
 from lora_export.workflows.parameters import parameters, parameters_of_base
-from lora_export.workflows.pipelines.inspecting import inspect_pipeline
+from lora_export.workflows.pipelines.inspecting import fit, inspect_file, inspect_pipeline
 
 if TYPE_CHECKING:
     from lora_export.merging.planning.plan import MergePlan
@@ -39,6 +40,8 @@ _SCALINGS = {
 
 def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
     """`kind` (package, run, adapter, onnx, base), and what a person wants to know about that kind."""
+    if folder.is_file():
+        return inspect_file(folder, base)
     if not folder.is_dir():
         raise InputError("no such folder", where=folder)
     if (folder / "adapter_config.json").is_file():
@@ -53,6 +56,8 @@ def inspect_folder(folder: Path, base: Path | None = None) -> dict[str, Any]:
         return inspect_pipeline(folder)
     if (folder / "config.json").is_file():
         return _base(open_checkpoint(folder))
+    if (single := single_file(folder)) is not None:
+        return inspect_file(single, base)
     raise InputError(
         "not a base, adapter, ONNX export, run or package",
         where=folder,
@@ -83,7 +88,8 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
 def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
     config, tensors = open_adapter_files(folder)
     document: dict[str, Any] = {"kind": "adapter", "peft_type": config.get("peft_type")}
-    planned = _planned(base, folder) if base else None
+    of_images = base is not None and is_pipeline(base)
+    planned = _planned(base, folder) if base and not of_images else None
     try:
         adapter = read_adapter(AdapterFile(tensors, config, folder / CONFIG))
     except LoraExportError as error:
@@ -109,6 +115,8 @@ def _adapter(folder: Path, base: Path | None) -> dict[str, Any]:
         "bytes": sum(t.nbytes for t in tensors.tensors.values()),
         "saved_by_peft": config.get("peft_version"),
     }
+    if base is not None and of_images:
+        return document | {k: v for k, v in fit(base, folder).items() if k != "kinds"}
     if isinstance(planned, LoraExportError):
         where = f" ({planned.tensor})" if planned.tensor else ""
         return document | {"fits_base": False, "why_not": f"{planned.found}{where}"}

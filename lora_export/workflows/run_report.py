@@ -44,6 +44,7 @@ def write_report(
         export=replace(export, output=_inside(root, export.output)) if export else None,
         benchmark=story.benchmark,
         budget=story.budget,
+        pipeline=story.pipeline,
     )
     write(report, stage / "report")
 

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lora_export import AdapterChoice, merge, verify
-from lora_export.contracts import VerifyOptions
+from lora_export.api import merge, verify
+from lora_export.contracts import AdapterChoice, VerifyOptions
 from tests.daily import daily
 from tests.diffusion.cases import CASES, Case
 from tests.diffusion.conftest import Bases

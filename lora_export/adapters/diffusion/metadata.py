@@ -79,7 +79,7 @@ class Alphas:
 
     def of(self, place: Place, keys: Mapping[str, str]) -> float | None:
         """None where nothing says it, which means the rank. AdapterError for one that cannot be meant."""
-        rank = _rank(self._file, keys)
+        rank = rank_of(self._file, keys)
         own = self._own(keys)
         told = self._configured(place, rank) if "lora_down" in keys and rank else None
         if own is not None and told is not None and not math.isclose(own, told, rel_tol=1e-2):
@@ -195,7 +195,7 @@ def _number(file: AdapterFile, key: str, dtype: str, data: bytes) -> float:
     return float(struct.unpack(_FORMATS[dtype], data)[0])
 
 
-def _rank(file: AdapterFile, keys: Mapping[str, str]) -> int:
+def rank_of(file: AdapterFile, keys: Mapping[str, str]) -> int:
     """Rows of the factor that is r high; 0 for a kind without a rank."""
     for part in ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2"):
         if part in keys:

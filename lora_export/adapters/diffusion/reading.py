@@ -14,6 +14,8 @@ from lora_export.contracts import DiffusionAdapter, Pipeline, TrainedModule
 from lora_export.contracts.pipelines import AdapterFormat
 from lora_export.patterns import TOTAL, within
 
+__all__ = ["component_of", "understand"]
+
 Groups = Mapping[str, Mapping[str, str]]
 SplitAlpha = Literal["file", "trained"] | None
 _LORA_PARTS = frozenset({"lora_down", "lora_up", "lora_up_bias", "magnitude", "alpha"})
@@ -46,7 +48,7 @@ def understand(
         modules, warnings = _modules(file, groups, Finder(file, pipeline, shapes), alphas, shapes)
         return DiffusionAdapter(
             path=file.folder,
-            format=_format(groups, metadata),
+            format=format_of(groups, metadata),
             weight=file.weight,
             modules=modules,
             kinds=_kinds(modules),
@@ -194,7 +196,7 @@ def _kinds(modules: Iterable[TrainedModule]) -> dict[str, int]:
     return counts
 
 
-def _format(groups: Groups, metadata: Mapping[str, str]) -> AdapterFormat:
+def format_of(groups: Groups, metadata: Mapping[str, str]) -> AdapterFormat:
     """Who wrote a file, by what its names have that others' have not."""
     spellings = list(groups)
     tensors = [key for keys in groups.values() for key in keys.values()]

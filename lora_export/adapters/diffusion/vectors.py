@@ -6,7 +6,7 @@ pivotal tuning) in a file of their own.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -92,11 +92,3 @@ def _tokens(file: AdapterFile, key: str, name: str, count: int) -> tuple[str, ..
             f"{name!r} cannot be a token", tensor=key, expected="a name of printable characters, such as <style>"
         )
     return (name, *(f"{name}_{i}" for i in range(1, count)))
-
-
-def listed(vectors: Collection[Vectors]) -> Iterator[tuple[str, str]]:
-    """(token, which encoder's) for people; of several vectors the first token stands for all."""
-    for one in vectors:
-        which = one.encoder or ("the encoder of its width" if one.number is None else f"encoder {one.number}")
-        many = f" ({len(one.tokens)} vectors)" if len(one.tokens) > 1 else ""
-        yield f"{one.tokens[0]}{many}", which

@@ -57,15 +57,17 @@ def merge_planned_pipeline(planned: PipelinePlan, output: Path, progress: Progre
             progress.stage(f"{name} ({pipeline.components[name].class_name})")
             results[name] = merge_planned(plan, stage / name, progress, force=False)
         write_pipeline_certificate(stage, planned)
+    checks = pipeline_checks(planned)
+    noticed = [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
     if left:
         more = f" and {len(left) - _MOST} more" if len(left) > _MOST else ""
-        progress.warn(f"not copied, as no component of the pipeline: {', '.join(left[:_MOST])}{more}")
-    checks = pipeline_checks(planned)
-    for check in checks:
-        if check.outcome == "differs":
-            progress.warn(f"is this the right base? {check.note}")
+        noticed.append(f"not copied, as no component of the pipeline: {', '.join(left[:_MOST])}{more}")
+    for text in noticed:
+        progress.warn(text)
     whole = _joined(results, output, time.monotonic() - started)
-    whole = replace(whole, warnings=(*planned.warnings, *whole.warnings), base_checks=(*checks, *whole.base_checks))
+    whole = replace(
+        whole, warnings=(*planned.warnings, *noticed, *whole.warnings), base_checks=(*checks, *whole.base_checks)
+    )
     return _with_components(whole, planned, results)
 
 
@@ -83,7 +85,7 @@ def to_copy(planned: PipelinePlan) -> tuple[list[Path], list[str]]:
         foreign = (inside and part not in parts) or path.suffix in SKIPPED_SUFFIXES - {".safetensors"}
         if foreign or (path.suffix in WEIGHT_SUFFIXES and not (inside and _is_chosen(path, planned, part))):
             left.append(name.as_posix())
-        elif name.as_posix() != NAME:
+        elif path.name != NAME:  # it would be of an earlier merge
             refuse_outward_link(path, root)
             files.append(path)
     return files, left

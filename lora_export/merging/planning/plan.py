@@ -147,7 +147,7 @@ def plan_merge(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOpti
     incomplete = refuse_incomplete(base, {name: t.shape for name, t in planned.items()}, changes)
     warnings = [*warnings, *incomplete]
     model = new.model if new else None
-    end = new_end(given.folder, {**given.config, **changes}, [a.folder for a in adapters])
+    end = new_end(given.folder, {**given.config, **changes}, [a.folder for a in adapters if a.folder.is_dir()])
     if end is not None:
         changes, warnings = {**changes, **end.config}, [*warnings, end.warning]
     return MergePlan(

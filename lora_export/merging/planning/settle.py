@@ -20,6 +20,7 @@ from lora_export.merging.planning.names import INPUT_EMBEDDINGS, OUTPUT_HEADS
 from lora_export.merging.planning.ties import Shared, changed, may_be_shared, shared_by_usual_names, shared_weights
 from lora_export.merging.planning.vocabulary import TIE, resizings, side_effects, untyings
 
+_UNTIED = frozenset({"CLIPTextModel", "CLIPTextModelWithProjection"})
 _PADDED = "final_logits_bias"  # of BART and its kin: transformers fills it with zeros
 
 
@@ -173,7 +174,7 @@ def settle(
     changes: of the configuration, for other reasons.
     """
     layout = Layout(dict(targets))
-    if not may_be_shared(targets, weights):
+    if _shares_nothing(base.config) or not may_be_shared(targets, weights):
         return layout
     known = architecture_of(base, changes)
     on_disk = known.loaded({n: w.shape for n, w in weights.items()}) if known else {}
@@ -199,6 +200,11 @@ def settle(
         else:
             _by_usual_keys(base, weights, adapters, layout, bool(apart))
     return layout
+
+
+def _shares_nothing(config: Mapping[str, Any]) -> bool:
+    """Whether no weights of such a model are shared: models of diffusers, and CLIP's text encoders."""
+    return "_class_name" in config or (config.get("architectures") or [""])[0] in _UNTIED
 
 
 def _spread(group: Shared, layout: Layout) -> None:

@@ -34,6 +34,8 @@ def write_beside(planned: MergePlan, companions: list[Path], stage: Path) -> lis
     changes = planned.base.config, planned.config_changes, planned.config_removals
     write_config(base / "config.json", stage / "config.json", *changes)
     for adapter in planned.adapters:
+        if not adapter.folder.is_dir():  # a file has nothing beside it that belongs to it
+            continue
         own = tokenizer_files(adapter.folder)
         differing = [
             p.name for p in own if not (stage / p.name).is_file() or (stage / p.name).read_bytes() != p.read_bytes()

@@ -46,7 +46,7 @@ class Magnitudes:
         model, rows = unmerged.base_model.model, {}
         for path, module in wrapped_modules(model).items():
             with streaming.present(module):
-                rows.update({f"{path}.{name}": sizes for name, sizes in _sizes(module)})
+                rows.update({f"{path}.{name}": sizes for name, sizes in sizes_of(module)})
         return cls(rows)
 
     def adapted(self, name: str, weight: torch.Tensor) -> torch.Tensor:
@@ -65,7 +65,7 @@ class Magnitudes:
         return (weight.square() * shrunk + (after - before).clamp_min(0)).sqrt()
 
 
-def _sizes(module: Any) -> list[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+def sizes_of(module: Any) -> list[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
     layer = base_layer(module)
     path = next(n for n, m in module.named_modules() if m is layer)
     if hasattr(module, "parameter_name"):

@@ -188,7 +188,7 @@ def _layer(
         dtype = types[f"{path}.{name}"]
         size = parameter.data.abs()
         arithmetic = ARITHMETIC * size + everywhere * size.max() + DEVIATIONS * deviation
-        parameter.data = _half_ulp(parameter.data, dtype) + arithmetic
+        parameter.data = half_ulp(parameter.data, dtype) + arithmetic
     weight = f"{path}.weight"
     with torch.no_grad():
         errors = [_worst(weight, actual(probe.inputs), wanted, bound(probe.inputs))]
@@ -242,7 +242,7 @@ def _stacked(
     worst = 0.0
     for where, base, wanted in blocks:
         actual, added = parameter.data[where].double(), (wanted - base).abs()
-        allowed = _half_ulp(actual, dtype) + ARITHMETIC * (actual.abs() + added + added.max())
+        allowed = half_ulp(actual, dtype) + ARITHMETIC * (actual.abs() + added + added.max())
         worst = max(worst, _worst(name, actual, wanted, allowed).worst)
     return TensorError(name, worst, len(parameter))
 
@@ -254,7 +254,7 @@ def _worst(name: str, actual: torch.Tensor, exact: torch.Tensor, allowed: torch.
     return TensorError(name, float(worst.nan_to_num(nan=float("inf"))), len(actual))
 
 
-def _half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     info = torch.finfo(dtype)
     magnitude = values.abs().clamp_min(info.smallest_normal)
     half: torch.Tensor = torch.exp2(torch.floor(torch.log2(magnitude))) * (info.eps / 2)

@@ -127,7 +127,7 @@ def _one(name: str, old: Stored, new: Stored, changed: Changed, dtype: str, dequ
         return
     elif old.shape != new.shape and not _resized(old, new):
         yield f"{name}: its shape is {list(new.shape)}, the base's is {list(old.shape)}"
-    elif old.shape == new.shape and not _equal(old, new):
+    elif old.shape == new.shape and not same_values(old, new):
         yield f"{name}: no adapter touches it, and it is not the base's"
 
 
@@ -172,7 +172,7 @@ def _in_a_layer(name: str) -> bool:
     return any(part.isdecimal() for part in name.split("."))
 
 
-def _equal(old: Stored, new: Stored) -> bool:
+def same_values(old: Stored, new: Stored) -> bool:
     """Bit for bit, after the base's values were rounded to the type of the merged ones."""
     if not old.shape or not prod(old.shape):
         return _same_bits(old.read(), new.read())

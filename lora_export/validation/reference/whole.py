@@ -86,7 +86,7 @@ def whole_probes(exact: Any, *others: nn.Module) -> Iterator[torch.Tensor] | Non
         if not low_rank(exact):
             return None
         for owner in (exact, *others):
-            _without_geometry(owner)
+            without_geometry(owner)
     one_hot = OneHot(layer)
     if getattr(layer, "groups", 1) == 1:
         for speaker in (layer, *others):
@@ -108,7 +108,7 @@ def _cheap(exact: Any, inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     return bool(counter.get_total_flops() < CHEAP * 2 * len(inputs) * weight.numel())
 
 
-def _without_geometry(owner: nn.Module) -> None:
+def without_geometry(owner: nn.Module) -> None:
     """Stride, padding and dilation are not the weight's: without them an image of the kernel's size has one answer,
     and a one-hot image asks for one element of each filter."""
     for module in owner.modules():

@@ -35,7 +35,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "lora": Kind(
             ("lora_down", "lora_up", "lora_mid", "lora_up_bias"), products.read_lora, ("lora_down", "lora_up"),
-            (*_SCALE, "diff_b"), True,
+            (*_SCALE, "diff_b", "reshape_weight"), True,
         ),
         "loha": Kind(
             (*_HADAMARD, "hada_t1", "hada_t2"), products.read_loha, _HADAMARD, (*_SCALE, "diff_b"), True

@@ -2,13 +2,15 @@
 
 import contextlib
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.diffusion.kinds.module import Trained, Whole
 from lora_export.adapters.diffusion.pieces import Shape
 from lora_export.adapters.kind import AdapterFile, float64
 from lora_export.adapters.saved import Replacement
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,15 @@ class AddedRows:
     key: str
     scaling: float
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return weight + self._addend(weight, rows)
 
-    def terms(self, weight: torch.Tensor, terms: torch.Tensor, rows: slice) -> torch.Tensor:
+    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
         return terms + self._addend(weight, rows).abs()
 
-    def _addend(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def _addend(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
         with float64() if weight.dtype == torch.float64 else contextlib.nullcontext():
             value = self.file.read(self.key, rows)
         return self.scaling * value.reshape(weight.shape).to(weight)

@@ -5,11 +5,13 @@ round: W·a2·a1 + b2·b1. Only the shapes tell.
 """
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.diffusion.kinds.module import Trained, Whole
 from lora_export.adapters.diffusion.pieces import Shape
+
+if TYPE_CHECKING:
+    import torch
 
 PARTS = ("a2", "a1", "b1", "b2")
 COPIES = 10
@@ -22,13 +24,13 @@ class InputMix:
     fp32; first (inputs, r), second (r, inputs), left (outputs, r), right (r, rest).
     """
 
-    first: torch.Tensor
-    second: torch.Tensor
-    left: torch.Tensor
-    right: torch.Tensor
+    first: "torch.Tensor"
+    second: "torch.Tensor"
+    left: "torch.Tensor"
+    right: "torch.Tensor"
     scaling: float
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         channels = weight.reshape(*weight.shape[:2], -1).transpose(1, 2)
         mixed = (channels @ self.first @ self.second).transpose(1, 2).reshape(weight.shape)
         return weight + self.scaling * (mixed + (self.left[rows] @ self.right).reshape(weight.shape))

@@ -23,6 +23,7 @@ from lora_export.errors import AdapterError
 if TYPE_CHECKING:
     import torch
 
+_NUMBERS = ("alpha", "scalar", "reshape_weight")
 OTHER_BASE = "give the base that the adapter was trained on"
 
 
@@ -183,11 +184,13 @@ def places_of(trained: Trained, leaf: str, outputs: int) -> list[Place]:
 
 def blocks(trained: Trained, places: list[Place]) -> "Iterator[tuple[slice, torch.Tensor]]":
     """Rows of the trained weight with the base's numbers, fp32 (within `float64`: in that), in the base's order."""
+    import torch
+
     assert trained.file.base is not None
     for place in places:
         start = 0
         for stored in trained.file.base.blocks(place.target):
-            block = stored.double() if is_float64() else stored
+            block = stored.to(torch.float64 if is_float64() else torch.float32, copy=True)  # updates work in place
             for run in place.within(start, start + len(block)):
                 yield slice(run.trained, run.trained + run.count), block[run.start : run.start + run.count]
             start += len(block)
@@ -228,7 +231,7 @@ def _without_points(rest: Shape) -> Shape:
 def _misfit(trained: Trained, whole: Whole, piece: Piece, target: str) -> AdapterError:
     rest = (whole.rest,) if isinstance(whole.rest, int) else whole.rest
     rows = f", of which rows {piece.rows[0]} to {piece.rows[1]} are meant" if piece.rows else ""
-    present = (p for p in whole.parts if p in trained.module.keys and p not in ("alpha", "scalar"))
+    present = (p for p in whole.parts if p in trained.module.keys and p not in _NUMBERS)
     said = ", ".join(f"{p} {list(trained.shape(p))}" for p in present)
     return trained.file.refuse(
         f"{said}: this is for a weight of shape {[whole.outputs, *rest]}{rows}; {target} of the base has "

@@ -6,13 +6,15 @@ only way before its version 3.1.1. PEFT's magnitude (out,) is for outputs.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.diffusion.kinds.module import Trained, Whole, blocks, check_covered, places_of
 from lora_export.adapters.diffusion.pieces import Place, Shape
 from lora_export.adapters.updates import terms_of
 from lora_export.contracts import Update
+
+if TYPE_CHECKING:
+    import torch
 
 SCALES = ("dora_scale", "magnitude")
 NAME = "DoRA"
@@ -23,18 +25,20 @@ class RowNormUpdate:
     """inner: W + Δ, row by row; magnitude: fp32 (rows,)."""
 
     inner: Update
-    magnitude: torch.Tensor
+    magnitude: "torch.Tensor"
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         changed = self.inner.apply(weight, rows)
         return changed.mul_(self._factor(changed, rows))
 
-    def terms(self, weight: torch.Tensor, terms: torch.Tensor, rows: slice) -> torch.Tensor:
+    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
         """m/‖V‖ times the numbers that V is summed up from."""
         changed = self.inner.apply(weight.clone(), rows)
         return terms_of(self.inner, weight, terms.clone(), rows) * self._factor(changed, rows).abs()
 
-    def _factor(self, changed: torch.Tensor, rows: slice) -> torch.Tensor:
+    def _factor(self, changed: "torch.Tensor", rows: slice) -> "torch.Tensor":
+        import torch
+
         norms = torch.linalg.vector_norm(changed.flatten(1), dim=1, dtype=torch.float64)
         factor: torch.Tensor = (self.magnitude[rows].double() / norms).to(changed.dtype)
         return factor.reshape(-1, *(1 for _ in changed.shape[1:]))
@@ -46,26 +50,28 @@ class ColumnNormUpdate:
     rows are given at once."""
 
     inner: Update
-    magnitude: torch.Tensor
-    norms: torch.Tensor | None = None
+    magnitude: "torch.Tensor"
+    norms: "torch.Tensor | None" = None
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         changed = self.inner.apply(weight, rows)
         return changed.mul_(self._factor(changed))
 
-    def terms(self, weight: torch.Tensor, terms: torch.Tensor, rows: slice) -> torch.Tensor:
+    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
         """m/‖V‖ times the numbers that V is summed up from."""
         changed = self.inner.apply(weight.clone(), rows)
         return terms_of(self.inner, weight, terms.clone(), rows) * self._factor(changed).abs()
 
-    def _factor(self, changed: torch.Tensor) -> torch.Tensor:
+    def _factor(self, changed: "torch.Tensor") -> "torch.Tensor":
         norms = squares(changed).sqrt() if self.norms is None else self.norms
         factor = (self.magnitude.double() / norms).to(changed.dtype)
         return factor.reshape(1, -1, *(1 for _ in changed.shape[2:]))
 
 
-def squares(rows: torch.Tensor) -> torch.Tensor:
+def squares(rows: "torch.Tensor") -> "torch.Tensor":
     """The sum of squares for each input channel, float64."""
+    import torch
+
     norms: torch.Tensor = torch.linalg.vector_norm(
         rows.reshape(*rows.shape[:2], -1), dim=(0, 2), dtype=torch.float64
     )
@@ -106,13 +112,15 @@ def _by_columns(trained: Trained, outer: Whole, inner: Whole, part: str) -> Whol
     )  # fmt: skip
 
 
-def _norms(trained: Trained, update: Update, places: list[Place]) -> torch.Tensor:
+def _norms(trained: Trained, update: Update, places: list[Place]) -> "torch.Tensor":
+    import torch
+
     total = sum(squares(block) for block in _changed(trained, update, places))
     assert isinstance(total, torch.Tensor)
     return total.sqrt()
 
 
-def _changed(trained: Trained, update: Update, places: list[Place]) -> Iterator[torch.Tensor]:
+def _changed(trained: Trained, update: Update, places: list[Place]) -> "Iterator[torch.Tensor]":
     for rows, block in blocks(trained, places):
         yield update.apply(block, rows)
 

@@ -3,7 +3,7 @@
 The scale is alpha/r, and what r is, is each kind's own: arXiv:2309.14859, section 3, and LyCORIS' modules.
 """
 
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.diffusion.kinds.direct import beside
 from lora_export.adapters.diffusion.kinds.module import Trained, Whole
@@ -12,6 +12,9 @@ from lora_export.adapters.loha import HadamardUpdate
 from lora_export.adapters.lokr import KroneckerUpdate
 from lora_export.adapters.lycoris import product
 from lora_export.adapters.updates import BiasUpdate, LowRankUpdate
+
+if TYPE_CHECKING:
+    import torch
 
 _PAIR = ("lora_down", "lora_up")
 _CORE = "lora_mid"
@@ -33,6 +36,7 @@ def lora(trained: Trained) -> Whole:
         if len(core) < 3 or core[:2] != (rank, rank) or any(n != 1 for n in down[2:]):
             raise trained.disagree("a core (r, r, kernel…), down (r, in, 1…) and up (out, r, 1…)", *_PAIR, _CORE)
         rest = (down[1], *core[2:])
+    _check_growth(trained, (up[0], *rest))
     scaling = trained.scaling(rank)
 
     def load(_: Shape) -> LowRankUpdate:
@@ -41,9 +45,25 @@ def lora(trained: Trained) -> Whole:
             right = product("ab...,bi->ai...", trained.read(_CORE), right).flatten(1)
         return LowRankUpdate.of(trained.matrix("lora_up"), right, trained.factor(scaling))
 
-    parts = (*_PAIR, _CORE, "alpha", "scalar")
+    parts = (*_PAIR, _CORE, "alpha", "scalar", "reshape_weight")
     kind = "lora_tucker" if trained.has(_CORE) else "lora"
     return Whole(kind, parts, up[0], rest, load, adds=True, low_rank=True)
+
+
+def _check_growth(trained: Trained, shape: Shape) -> None:
+    """A control adapter says with `reshape_weight` how large the weight was when it was trained."""
+    if not trained.has("reshape_weight"):
+        return
+    wanted = tuple(int(n) for n in trained.read("reshape_weight").reshape(-1))
+    stored = trained.stored("weight")
+    if wanted != stored or shape[:2] != stored[:2]:
+        raise trained.file.refuse(
+            f"it was trained on a weight of shape {list(wanted)}, with columns that the base's, "
+            f"{list(stored)}, does not have: the merged model would take other inputs than its class does",
+            tensor=trained.module.keys["reshape_weight"],
+            expected="a base whose weight has this shape",
+            next_step="serve this adapter unmerged, in diffusers' control pipeline",
+        )
 
 
 def lora_bias(trained: Trained) -> Whole:
@@ -93,7 +113,7 @@ def _size(trained: Trained, part: str, outer: int) -> Shape:
     return shape[2:] if part.startswith("hada_t") else shape[outer : outer + 1]
 
 
-def _hadamard(trained: Trained, number: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _hadamard(trained: Trained, number: str) -> "tuple[torch.Tensor, torch.Tensor]":
     """(outputs, r) and (r, rest)."""
     a, b = (trained.read(f"hada_w{number}_{side}") for side in "ab")
     core = f"hada_t{number}"
@@ -157,7 +177,7 @@ def _factor_shape(trained: Trained, number: str) -> tuple[Shape, int | None]:
     return (*rows, right[1], *kernel), rank[0]
 
 
-def _factor(trained: Trained, number: str) -> torch.Tensor:
+def _factor(trained: Trained, number: str) -> "torch.Tensor":
     whole, core = f"lokr_w{number}", f"lokr_t{number}"
     if trained.has(whole):
         return trained.read(whole)

@@ -6,12 +6,14 @@ number of outputs, where alpha is above 0. R = (I + Q)·(I − Q)⁻¹. OFT take
 """
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from lora_export.adapters.diffusion.kinds.module import Trained, Whole
 from lora_export.adapters.diffusion.pieces import Shape
 from lora_export.adapters.oft import cayley
+
+if TYPE_CHECKING:
+    import torch
 
 COPIES = (
     14  # in fp32: what was read, and in float64 the weight, its permutation, the product and its absolute value
@@ -28,11 +30,11 @@ class RowRotation:
     s·2^(factors−1).
     """
 
-    blocks: torch.Tensor
-    scales: torch.Tensor | None
+    blocks: "torch.Tensor"
+    scales: "torch.Tensor | None"
     butterfly: bool
 
-    def apply(self, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    def apply(self, weight: "torch.Tensor", rows: slice) -> "torch.Tensor":
         size, matrix = self.blocks.shape[-1], weight.double().flatten(1)
         mine = slice(rows.start // size, rows.start // size + len(matrix) // size)
         for factor, blocks in enumerate(self.blocks):
@@ -46,18 +48,20 @@ class RowRotation:
             matrix = matrix * self.scales[rows.start : rows.start + len(matrix), None].double()
         return matrix.reshape(weight.shape).to(weight.dtype)
 
-    def terms(self, weight: torch.Tensor, terms: torch.Tensor, rows: slice) -> torch.Tensor:
+    def terms(self, weight: "torch.Tensor", terms: "torch.Tensor", rows: slice) -> "torch.Tensor":
         """|W| and |W'|: all arithmetic between them is float64, so nothing else is rounded."""
         return terms + self.apply(weight, rows).abs()
 
 
-def _swapped(matrix: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
+def _swapped(matrix: "torch.Tensor", outer: int, inner: int) -> "torch.Tensor":
     """Row (i, j) of each group of outer × inner rows goes to (j, i)."""
     return matrix.reshape(-1, outer, inner, matrix.shape[1]).transpose(1, 2).reshape(matrix.shape)
 
 
 def read_oft(trained: Trained) -> list[Whole]:
     """oft_blocks: (n, s, s), or with the factors of BOFT (m, n, s, s); rescale: (out, 1, …)."""
+    import torch
+
     shape = trained.shape("oft_blocks")
     butterfly = len(shape) == 4
     factors, count, size = (shape[0] if butterfly else 1), *shape[-3:-1]
@@ -88,8 +92,10 @@ def read_oft(trained: Trained) -> list[Whole]:
     ]  # fmt: skip
 
 
-def _blocks(raw: torch.Tensor, limit: float) -> torch.Tensor:
+def _blocks(raw: "torch.Tensor", limit: float) -> "torch.Tensor":
     """The skew-symmetric blocks, of a norm that is at most the limit if there is one (above 0)."""
+    import torch
+
     skew = raw - raw.mT
     norm = float(torch.linalg.vector_norm(skew)) + _ZERO
     return skew * (limit / norm) if 0 < limit < norm else skew

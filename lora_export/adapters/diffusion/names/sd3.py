@@ -25,6 +25,7 @@ _BLOCK: dict[str, Target] = {
     "context_block.mlp.fc2": "ff_context.net.2",
 }
 _TOP: dict[str, Target] = {
+    "pos_embed": "pos_embed.pos_embed",
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",

@@ -1,0 +1,245 @@
+"""The validation of a pipeline from its folders to its checks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from lora_export.contracts import (
+    Check,
+    DiffusionAdapter,
+    ExportedPipeline,
+    Pipeline,
+    Progress,
+    ValidationOptions,
+    ValidationResult,
+)
+from lora_export.errors import CheckpointError, InputError
+from lora_export.validation.comparing.logits import largest
+from lora_export.validation.comparing.thresholds import reported
+from lora_export.validation.pipelines.loading import class_of, load, quiet, stored_tensors
+from lora_export.validation.pipelines.made_up import made_up_calls
+from lora_export.validation.pipelines.models import DRAWS, Unmerged, all_rounded, all_without_adapters
+from lora_export.validation.pipelines.outputs import (
+    Floor,
+    Outputs,
+    SampleFloor,
+    answers,
+    apart,
+    psnr,
+    rmse,
+    widest,
+)
+from lora_export.validation.pipelines.pictures import save_pictures
+from lora_export.validation.pipelines.sampling import Call, Sample, Sampler, open_sampler
+from lora_export.validation.pipelines.tensors import files_check, tensor_checks
+from lora_export.validation.run import seeded
+
+ROUNDING = "rounding errors of the merged weights, on the unmerged model"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is validated; fields as in `validate_pipeline`."""
+
+    base: Pipeline
+    adapters: Sequence[DiffusionAdapter]
+    merged: Pipeline
+    exports: Sequence[ExportedPipeline]
+    pictures: Path | None
+    options: ValidationOptions
+    progress: Progress
+
+    @property
+    def variant(self) -> str | None:
+        return self.options.merge.variant
+
+    def adapters_of(self, component: str) -> Sequence[DiffusionAdapter]:
+        return () if component in self.options.merge.skip else self.adapters
+
+    @property
+    def seed(self) -> int:
+        return self.options.seed or 0
+
+
+@dataclass
+class Known:
+    """What the unmerged pipeline answered, which everything else is held against.
+
+    calls: of each changed component; base, unmerged: its outputs for them; floors: how far rounding moves these;
+    samples: pictures by the model's name; sampling: the floor of the pictures.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    base: dict[str, list[Outputs]] = field(default_factory=dict)
+    floors: dict[str, Floor] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)
+    sampling: SampleFloor | None = None
+
+
+def validate_pipeline(
+    base: Pipeline,
+    adapters: Sequence[DiffusionAdapter],
+    merged: Pipeline,
+    *,
+    exports: Sequence[ExportedPipeline] = (),
+    pictures: Path | None = None,
+    options: ValidationOptions | None = None,
+    progress: Progress,
+) -> ValidationResult:
+    """Compare the merged components, and ONNX graphs made from them, with the unmerged ones in fp32.
+
+    base, merged: opened pipelines with the same components; adapters: understood, in the order of the merge, each
+    with its weight; exports: ONNX folders of the merged pipeline; pictures: a folder that exists, into which PNG
+    files are written, None for no files; options.merge: the options of the merge (variant, skip, dtype).
+    InputError for a class that neither diffusers nor transformers has, or a pipeline without the base's components.
+    """
+    options = seeded(options or ValidationOptions())
+    task = Task(base, adapters, merged, exports, pictures, options, progress)
+    _refuse_other_components(task)
+    with quiet(), torch.no_grad():
+        return replace(_validated(task), seed=options.seed)
+
+
+def _refuse_other_components(task: Task) -> None:
+    for component in task.base.components.values():
+        class_of(component)
+    other = task.base.components.keys() ^ task.merged.components.keys()
+    if other:
+        raise InputError(
+            f"the pipelines differ in their components: {', '.join(sorted(other))}",
+            where=task.merged.folder,
+            expected=", ".join(task.base.components),
+        )
+
+
+def _validated(task: Task) -> ValidationResult:
+    task.progress.stage("validate: loading the components, with the adapters beside their layers (fp32)")
+    models = {
+        name: Unmerged.of(component, task.adapters_of(name), task.variant)
+        for name, component in task.base.components.items()
+    }
+    task.progress.stage("validate: recomputing tensors in float64")
+    errors, checks = _tensors(task, models)
+    changed = {name: model for name, model in models.items() if model.changed}
+    sampler = _sampler(task, models)
+    known = _measured(task, models, changed, sampler)
+    checks += _outputs(task, known, models, sampler)
+    warning = _without_effect(task, known, changed)
+    result = ValidationResult(tuple(checks), weight_errors=errors, advice=warning)
+    if task.pictures is None or known.sampling is None:
+        return result
+    shown = {name: sample.picture for name, sample in known.samples.items()}
+    return replace(result, pictures=save_pictures(task.pictures, shown, "unmerged"))
+
+
+def _tensors(task: Task, models: Mapping[str, Unmerged]) -> tuple[tuple[str, ...], list[Check]]:
+    """Of every component, changed or not, and of the files beside them."""
+    errors: list[str] = []
+    checks: list[Check] = []
+    for name, model in models.items():
+        merged = stored_tensors(task.merged.components[name])
+        model.merged_as(merged)
+        before = stored_tensors(model.component, task.variant)
+        how = task.options.rows, task.options.merge.dtype, task.seed
+        faulty, found = tensor_checks(model.changes, _base_parameters(model), before, merged, name, *how)
+        errors += faulty
+        checks += found
+    files = files_check(task.base, task.merged, tokenizers=any(a.vectors for a in task.adapters))
+    return tuple(errors), [*checks, files]
+
+
+def _base_parameters(model: Unmerged) -> dict[str, torch.Tensor]:
+    """Parameters that no module owns, without what was added to them."""
+    with model.without_adapters():
+        return {n: model.model.get_parameter(n).data.clone() for n in model.changes.parameters}
+
+
+def _sampler(task: Task, models: Mapping[str, Unmerged]) -> Sampler | None:
+    """None for a component alone."""
+    if task.base.class_name is None:
+        return None
+    parts = {name: model.model for name, model in models.items()}
+    options = task.options
+    return open_sampler(task.base, parts, options.steps, options.size, task.seed)
+
+
+def _calls(models: Mapping[str, Unmerged], sampler: Sampler | None, seed: int) -> dict[str, list[Call]]:
+    if sampler is None:
+        return {n: made_up_calls(m.component, m.model, seed) for n, m in models.items()}
+    calls = sampler.calls()
+    for name in ("unet", "transformer"):
+        if name in calls:
+            calls[name] = sampler.at_times(calls[name][0], models[name].model)
+    return calls
+
+
+def _measured(
+    task: Task, models: Mapping[str, Unmerged], changed: Mapping[str, Unmerged], sampler: Sampler | None
+) -> Known:
+    task.progress.stage("validate: the unmerged models on the same inputs, and how far rounding moves them")
+    calls = _calls(models, sampler, task.seed)
+    known = Known({n: c for n, c in calls.items() if n in models})
+    for name, given in known.calls.items():
+        model = models[name]
+        reference = answers(model.model, given)
+        with model.without_adapters():
+            known.base[name] = answers(model.model, given)
+        drawn = []
+        for seed in range(DRAWS if model.changed else 0):
+            with model.rounded(seed):
+                drawn.append(apart(reference, answers(model.model, given)))
+        known.floors[name] = Floor(given, reference, [widest(drawn)] if drawn else [], ROUNDING)
+    if sampler is None:
+        return known
+    task.progress.stage(f"validate: pictures of {sampler.size} pixels in {sampler.steps} steps")
+    everything = list(changed.values())
+    with all_without_adapters(everything):
+        known.samples["base"] = sampler.sample()
+    known.samples["unmerged"] = sampler.sample()
+    moved = []
+    for seed in range(DRAWS):
+        with all_rounded(everything, seed):
+            moved.append(sampler.sample())
+    known.sampling = SampleFloor(known.samples["unmerged"], moved, ROUNDING)
+    return known
+
+
+def _outputs(task: Task, known: Known, models: dict[str, Unmerged], sampler: Sampler | None) -> list[Check]:
+    """The merged models, each on the inputs of the unmerged one, and then together."""
+    task.progress.stage("validate: the merged models on the same inputs")
+    checks, merged = [], {}
+    for name in [n for n, m in models.items() if m.changed]:
+        try:
+            merged[name] = load(task.merged.components[name])
+        except CheckpointError as error:
+            checks.append(Check(f"{name}_loads", 1.0, 0.0, False, error.found))
+            continue
+        floor = known.floors[name]
+        checks += floor.checks(name, answers(merged[name], floor.calls), task.options.tolerance)
+    if sampler is None or known.sampling is None or len(merged) < sum(m.changed for m in models.values()):
+        return checks
+    for name, model in merged.items():
+        setattr(sampler.pipe, name, model)
+    known.samples["merged"] = sampler.sample()
+    checks += known.sampling.checks(known.samples["merged"], task.options.tolerance)
+    effect = rmse(known.samples["unmerged"].picture, known.samples["base"].picture)
+    note = "dB, of the base's picture against the unmerged one: what the adapters change"
+    return [*checks, reported("adapter_effect_psnr", min(psnr(effect), 1.7e308), note)]
+
+
+def _without_effect(task: Task, known: Known, changed: Mapping[str, Unmerged]) -> tuple[str, ...]:
+    """A sentence where the adapters change no output at all."""
+    moved = [
+        difference
+        for name in changed
+        if name in known.floors
+        for each in apart(known.base[name], known.floors[name].reference)
+        for difference in each.values()
+    ]
+    if largest(moved) > 0:
+        return ()
+    text = "the adapters change no output of any component on these inputs: the merged pipeline is the base"
+    task.progress.warn(text)
+    return (text,)

@@ -1,0 +1,135 @@
+"""The benchmark of a pipeline: the step of its denoiser, timed in one process, and the graphs of all parts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_export.choices import GRIDS
+from lora_export.contracts import (
+    BenchmarkArm,
+    BenchmarkOptions,
+    BenchmarkResult,
+    GraphComparison,
+    Pipeline,
+    Progress,
+)
+from lora_export.errors import InputError
+
+GRAPH = "model.onnx"
+DENOISERS = ("unet", "transformer")
+_SIDE = 64  # of a latent, where no configuration says a size
+Loaded = Callable[[str], Any]  # device → a module of diffusers
+
+
+def measure(
+    base: Path,
+    merged: Path,
+    options: BenchmarkOptions,
+    progress: Progress,
+    pytorch: Mapping[str, Loaded] | None = None,
+) -> BenchmarkResult:
+    """Compare the graphs of all parts, and time the denoiser's step. base, merged: exported pipelines.
+
+    pytorch: further arms, which PyTorch runs: what loads the denoiser's module.
+    """
+    from lora_export.benchmarking import run
+
+    parts = _parts(base, merged)
+    denoiser = next(name for name in DENOISERS if name in parts)
+    progress.stage("benchmark: comparing the optimized graphs of base and merged, part by part")
+    graphs = compared(base, merged, parts, options.provider, progress)
+    arms = [BenchmarkArm("base", (base / denoiser / GRAPH,)), BenchmarkArm("merged", (merged / denoiser / GRAPH,))]
+    for name, load in (pytorch or {}).items():
+        arms.append(BenchmarkArm(name, arms[-1].graphs, forward=_forward(load)))
+    progress.stage(f"benchmark: {', '.join(arm.name for arm in arms)}, the step of {denoiser} in one process")
+    measured = run(arms, options=options, progress=progress, graph=graphs[denoiser])
+    differ = [f"{part}: {text}" for part, graph in graphs.items() for text in graph.differences]
+    same = all(graph.identical for graph in graphs.values())
+    return replace(measured, graphs=graphs, graph_identical=same, graph_differences=tuple(differ))
+
+
+def compared(
+    base: Path, merged: Path, parts: Sequence[str], provider: str, progress: Progress
+) -> dict[str, GraphComparison]:
+    """Part → its optimized graphs of base and merged."""
+    from lora_export.onnx_export.graphs.identity import compare
+
+    found = {}
+    for part in parts:
+        found[part] = compare((base / part / GRAPH,), (merged / part / GRAPH,), provider)
+        for warning in found[part].warnings:
+            progress.warn(f"{part}: {warning}")
+    return found
+
+
+def with_own_size(options: BenchmarkOptions, pipeline: Pipeline) -> BenchmarkOptions:
+    """A named grid's batches, with latents as large as the pipeline's own; other shapes as they are."""
+    if options.shapes not in GRIDS.values():
+        return options
+    side = own_side(pipeline)
+    return replace(options, shapes=tuple(dict.fromkeys((batch, side) for batch, _ in options.shapes)))
+
+
+def refuse_without_denoiser(pipeline: Pipeline) -> None:
+    """InputError for a pipeline without what is measured."""
+    if pipeline.denoiser is None:
+        raise InputError(
+            f"{pipeline.class_name or 'the model'} has neither a unet nor a transformer",
+            where=pipeline.folder,
+            expected="a pipeline whose denoiser is merged, exported and measured",
+            next_step="lora-export merge, which takes any component",
+        )
+
+
+def own_side(pipeline: Pipeline) -> int:
+    """Of the latent that the pipeline was made for: of the denoiser's configuration, or of its VAE's."""
+    denoiser, vae = pipeline.denoiser, pipeline.components.get("vae")
+    side = denoiser.config.get("sample_size") if denoiser else None
+    if side is None and vae is not None:
+        pixels = _first(vae.config.get("sample_size"))
+        side = pixels // pixels_each(pipeline) if pixels else None
+    return _first(side) or _SIDE
+
+
+def pixels_each(pipeline: Pipeline) -> int:
+    """Pixels along a side for each number of the latent."""
+    vae = pipeline.components.get("vae")
+    blocks = vae.config.get("block_out_channels") if vae else None
+    return int(2 ** (len(blocks) - 1)) if blocks else 8
+
+
+def _first(size: object) -> int | None:
+    """Configurations hold one side, or both."""
+    value = size[0] if isinstance(size, list | tuple) and size else size
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _parts(base: Path, merged: Path) -> list[str]:
+    """The parts of an exported pipeline. InputError unless both have the same, with a denoiser."""
+    found = [sorted(p.parent.name for p in folder.glob(f"*/{GRAPH}")) for folder in (base, merged)]
+    if found[0] != found[1] or not set(found[0]) & set(DENOISERS):
+        raise InputError(
+            f"the exports have the parts {', '.join(found[0]) or 'none'} and {', '.join(found[1]) or 'none'}",
+            where=merged,
+            expected="two exports of one pipeline, each with a unet or a transformer",
+        )
+    return found[0]
+
+
+def _forward(load: Loaded) -> Callable[[str], Callable[[Mapping[str, Any]], object]]:
+    """What PyTorch runs: the module, given a graph's inputs in its own type."""
+
+    def opened(device: str) -> Callable[[Mapping[str, Any]], object]:
+        from lora_export.graph_runs.denoiser import as_arguments
+
+        model = load(device)
+        dtype = next(model.parameters()).dtype
+
+        def forward(given: Mapping[str, Any]) -> object:
+            cast = {name: v.to(dtype) if v.is_floating_point() else v for name, v in given.items()}
+            return model(**as_arguments(cast), return_dict=False)
+
+        return forward
+
+    return opened

@@ -1,0 +1,170 @@
+"""The whole story of a pipeline of images: its models merged, exported and proven, the denoiser's step measured."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_export.contracts import (
+    AdapterChoice,
+    ExportedPipeline,
+    ExportOptions,
+    ExportResult,
+    Pipeline,
+    PipelineFacts,
+    Progress,
+    Source,
+    Story,
+    StoryOptions,
+    StyleAdapter,
+)
+from lora_export.errors import ExportError, InputError
+from lora_export.storage.disk import check_space
+from lora_export.workflows.pipelines.measuring import measure, with_own_size
+
+if TYPE_CHECKING:
+    from lora_export.merging.pipelines.planning import PipelinePlan
+
+PICTURES = Path("report", "pictures")
+
+
+def plan_story(
+    base: Source, adapters: Sequence[AdapterChoice], output: Path, options: StoryOptions
+) -> "PipelinePlan":
+    """What the merge will do; refuses everything that options, headers and configurations show."""
+    from lora_export.merging.pipelines.planning import plan_pipeline
+    from lora_export.onnx_export.diffusion.pipeline_export import check_pipeline
+    from lora_export.workflows.pipelines.measuring import refuse_without_denoiser
+
+    refuse_text_options(options)
+    planned = plan_pipeline(base.folder, adapters, options.merge)
+    refuse_without_denoiser(planned.pipeline)
+    check_pipeline(planned.pipeline, options.export)
+    # merged, and the graphs of base and merged; fp32 at most
+    check_space(output.absolute().parent, planned.nbytes * (1 + 2 * 2))
+    return planned
+
+
+def refuse_text_options(options: StoryOptions) -> None:
+    """InputError for options that are about language models."""
+    validation = options.validation
+    given = {
+        "--max-size": options.max_size is not None,
+        "--min-survival": validation.min_survival is not None,
+        "--prompts": validation.prompts is not None,
+        "--text": validation.text is not None,
+        "--arm plugged": "plugged" in options.extra_arms,
+        "--no-merged-folder": not options.merged_folder,
+    }
+    for flag, asked in given.items():
+        if asked:
+            raise InputError(
+                f"{flag} with a pipeline of images",
+                expected="options that pipelines have: lora-export merge-and-export --help names them",
+                next_step=f"the same command without {flag}",
+            )
+
+
+def tell_pipeline(
+    planned: "PipelinePlan", stage: Path, work: Path, options: StoryOptions, progress: Progress
+) -> Story:
+    """Merge, export with one set of graphs, prove, measure. Everything that stays goes into `stage`."""
+    from lora_export.checkpoint.pipeline import open_pipeline
+    from lora_export.merging.pipelines.merging import merge_planned_pipeline
+    from lora_export.validation.pipelines import validate_pipeline
+
+    base = planned.pipeline
+    # merge, and export with the graphs of the base
+    merge = merge_planned_pipeline(planned, stage / "merged", progress, force=False)
+    merged = open_pipeline(stage / "merged")
+    base_onnx = _exported(base, work / "base", options.export, progress, "the base, to compare with")
+    export = _with_graphs_of(base_onnx, merged, stage / "onnx", options.export, progress)
+    story = Story(stage, merge, export=export, pipeline=facts_of(planned))
+
+    # prove
+    (stage / PICTURES).mkdir(parents=True)
+    checked = validate_pipeline(
+        base,
+        planned.adapters,
+        merged,
+        exports=[ExportedPipeline(export.output, export.precision)],
+        pictures=stage / PICTURES,
+        options=options.validation,
+        progress=progress,
+    )
+    story = replace(story, validate=checked)
+    if not checked.passed:
+        return story
+
+    # measure
+    benchmark = replace(with_own_size(options.benchmark, base), provider=options.export.provider)
+    arms, notes = _unmerged(planned)
+    measured = measure(base_onnx.output, export.output, benchmark, progress, arms)
+    return replace(story, benchmark=replace(measured, notes=(*measured.notes, *notes)))
+
+
+def _exported(
+    pipeline: Pipeline, output: Path, options: ExportOptions, progress: Progress, what: str
+) -> ExportResult:
+    from lora_export.onnx_export.diffusion.pipeline_export import export_pipeline, reweight_pipeline
+    from lora_export.workflows.proving import prover
+
+    progress.stage(f"export: {what}")
+    if options.graph_from is not None:
+        return reweight_pipeline(options.graph_from, pipeline, output, progress=progress)
+    own = replace(options, force=False)
+    return export_pipeline(pipeline, output, own, prove=prover(options.proof), progress=progress)
+
+
+def _with_graphs_of(
+    earlier: ExportResult, merged: Pipeline, output: Path, options: ExportOptions, progress: Progress
+) -> ExportResult:
+    """The merged pipeline with the base's graphs; with its own where the merge changed more than weights."""
+    from lora_export.onnx_export.diffusion.pipeline_export import reweight_pipeline
+
+    progress.stage("export: the merged pipeline, with the graphs of the base")
+    try:
+        return reweight_pipeline(earlier.output, merged, output, progress=progress)
+    except ExportError as error:
+        if options.graph_from is not None:
+            raise
+        progress.detail(f"graphs of its own: {error.found}")
+    return _exported(merged, output, options, progress, "the merged pipeline")
+
+
+def _unmerged(planned: "PipelinePlan") -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The arm of the benchmark that PyTorch runs, or why there is none: its work lies beside the base's layers."""
+    denoiser = planned.pipeline.denoiser
+    if denoiser is None or denoiser.name not in planned.components:
+        return {}, ("no unmerged arm: the adapter does not change the denoiser",)
+
+    def load(device: str) -> Any:
+        from lora_export.validation.pipelines.injecting import inject
+        from lora_export.validation.pipelines.loading import load as load_component
+
+        model = load_component(denoiser, planned.options.variant)
+        inject(model, denoiser.name, planned.adapters)
+        return model.to(device)
+
+    why = "the arm pytorch is the unmerged denoiser in fp32 under PyTorch: its ratio holds another runtime, too"
+    return {"pytorch": load}, (why,)
+
+
+def facts_of(planned: "PipelinePlan") -> PipelineFacts:
+    """What the pipeline and its adapters are."""
+    pipeline = planned.pipeline
+    adapters = tuple(
+        StyleAdapter(
+            name=choice.folder.resolve().name,
+            format=adapter.format,
+            weight=choice.weight,
+            modules=dict(Counter(m.component for m in adapter.modules)),
+            kinds=dict(adapter.kinds),
+            vectors=adapter.vectors,
+            metadata=dict(adapter.metadata),
+        )
+        for choice, adapter in zip(planned.choices, planned.adapters, strict=True)
+    )
+    models = {name: part.class_name for name, part in pipeline.components.items()}
+    return PipelineFacts(pipeline.class_name, models, adapters, planned.skipped)
