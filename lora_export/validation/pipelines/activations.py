@@ -39,14 +39,12 @@ class Adapted(nn.Module):
         self.active = True
         self.errors: dict[str, torch.Tensor] = {}
 
-    @property
-    def weight(self) -> Any:
-        """Models look at its type."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Any:
-        return self.base_layer.bias
+    def __getattr__(self, name: str) -> Any:
+        """Models ask a layer for its weight's type, pipelines for how many inputs it has."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, x: torch.Tensor, *more: Any) -> torch.Tensor:
         layer: Layer = partial(self._plain, more)
