@@ -275,3 +275,17 @@ def test_part_of_a_weight_that_an_earlier_adapter_changed_is_refused(tmp_path: P
         refuse_changed(adapter(kind), [])
         with pytest.raises(AdapterError, match=r"with block\.k\.weight, which an adapter before"):
             refuse_changed(adapter(kind), [earlier])
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "glora"])
+def test_scalar_that_was_not_multiplied_in_is_a_factor(kind: str, tmp_path: Path) -> None:
+    plain = case(kind, (), tmp_path)
+    with_scalar = case(kind, (), tmp_path, tensors=plain.tensors | {"scalar": torch.tensor(0.5)})
+    half = case(kind, (), tmp_path, weight=0.5).merged()[f"{LAYER}.weight"]
+    assert torch.equal(with_scalar.merged()[f"{LAYER}.weight"], half)
+
+
+def test_constraint_above_the_norm_of_a_rotation_does_nothing(tmp_path: Path) -> None:
+    free, far = ({"oft_blocks": made("oft")["oft_blocks"], "alpha": torch.tensor(a)} for a in (0.0, 100.0))
+    expected = case("oft", (), tmp_path, tensors=free).merged()[f"{LAYER}.weight"]
+    assert torch.equal(case("oft", (), tmp_path, tensors=far).merged()[f"{LAYER}.weight"], expected)
