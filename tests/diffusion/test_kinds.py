@@ -279,10 +279,9 @@ def test_part_of_a_weight_that_an_earlier_adapter_changed_is_refused(tmp_path: P
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "glora"])
 def test_scalar_that_was_not_multiplied_in_is_a_factor(kind: str, tmp_path: Path) -> None:
-    plain = case(kind, (), tmp_path)
-    with_scalar = case(kind, (), tmp_path, tensors=plain.tensors | {"scalar": torch.tensor(0.5)})
     half = case(kind, (), tmp_path, weight=0.5).merged()[f"{LAYER}.weight"]
-    assert torch.equal(with_scalar.merged()[f"{LAYER}.weight"], half)
+    beside = case(kind, (), tmp_path, tensors=made(kind) | {"scalar": torch.tensor(0.5)})
+    assert torch.equal(beside.merged()[f"{LAYER}.weight"], half)
 
 
 def test_constraint_above_the_norm_of_a_rotation_does_nothing(tmp_path: Path) -> None:
