@@ -118,6 +118,14 @@ def test_lokr_of_whole_factors_has_no_scale(tmp_path: Path) -> None:
     assert torch.equal(adapted.merged()[f"{LAYER}.weight"], expected)
 
 
+def test_lokr_of_a_whole_second_factor_has_the_rank_of_the_first(tmp_path: Path) -> None:
+    tensors = made("lokr_both") | {"alpha": torch.tensor(3.0)}
+    adapted = case("lokr_both", (), tmp_path, tensors=tensors)
+    first = tensors["lokr_w1_a"].double() @ tensors["lokr_w1_b"].double()
+    expected = adapted.base[f"{LAYER}.weight"].double() + 3.0 / 2 * torch.kron(first, tensors["lokr_w2"].double())
+    assert torch.allclose(adapted.merged()[f"{LAYER}.weight"], expected, rtol=0, atol=1e-14)
+
+
 def test_glora_of_old_files_has_its_factors_the_other_way_round(tmp_path: Path) -> None:
     new = made("glora")
     old = {"a1": new["a2"], "a2": new["a1"], "b1": new["b2"], "b2": new["b1"], "alpha": new["alpha"]}
