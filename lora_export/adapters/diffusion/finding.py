@@ -107,13 +107,15 @@ class Finder:
             return self._encoder(match["name"], match["prefix"], name[match.end() :], tensor)
         if match := _DENOISER.match(name):
             return Asked(self._denoisers(match[0], tensor), _unwrapped(name[match.end() :]), prefix=match[0])
-        return self._bare(name)
+        return self._anywhere(name)
 
     def _flat(self, match: re.Match[str], spelling: str, tensor: str) -> Asked:
         prefix, name = f"{match['prefix']}_", spelling[match.end() :]
         if match["number"] is None:
             if "prior" in prefix and "prior" not in self._pipeline.components:
                 raise self._absent(prefix, "prior", tensor)
+            if prefix == "lycoris_":  # LyCORIS wraps any model so
+                return self._anywhere(name, flat=True, prefix=prefix)
             return Asked(self._denoisers(prefix, tensor), name, flat=True, prefix=prefix)
         encoders, number = self._encoders, int(match["number"] or 0)
         if not number:
@@ -127,14 +129,14 @@ class Finder:
             raise self._absent(prefix, component, tensor)
         return Asked((component,), name, flat=True, prefix=prefix)
 
-    def _bare(self, name: str) -> Asked:
-        """Without a prefix a name is the denoiser's, or that of whatever else has it."""
+    def _anywhere(self, name: str, flat: bool = False, prefix: str = "") -> Asked:
+        """Without the name of a model it is the denoiser's, or that of whatever else has it."""
         others = tuple(n for n in self._pipeline.components if n not in self.denoisers)
         for components in (self.denoisers, others):
-            have = tuple(c for c in components if self.table(c).dotted(name))
-            if have:
-                return Asked(have, name)
-        return Asked(self.denoisers or others, name)
+            asked = Asked(components, name, flat, prefix)
+            if any(self._look(c, asked) for c in components):
+                return asked
+        return Asked(self.denoisers or others, name, flat, prefix)
 
     def _encoder(self, role: str, prefix: str, name: str, tensor: str) -> Asked:
         clips = [e for e in self._encoders if self._class(e).startswith("CLIP")]
