@@ -186,8 +186,11 @@ _BLOCKS = r"^(?!blocks\.)"
 CONVENTIONS = {
     "wan of musubi": Convention(MODELS["wan"], "_convert_musubi_wan_lora_to_diffusers", True, _BLOCKS),
     "wan": Convention(MODELS["wan"], "_convert_non_diffusers_wan_lora_to_diffusers"),
-    # It cuts the shared factor of the refiner's qkv in three, as if it had the rows of q, k and v.
-    "hunyuan": Convention(MODELS["hunyuan video"], "_convert_hunyuan_video_lora_to_diffusers", but="self_attn_qkv"),
+    # It cuts the shared factor of the refiner's qkv in three, as if it had the rows of q, k and v, and swaps the
+    # halves of the last modulation in both factors.
+    "hunyuan": Convention(
+        MODELS["hunyuan video"], "_convert_hunyuan_video_lora_to_diffusers", but=r"self_attn_qkv|final_layer\.adaLN"
+    ),
     "lumina": Convention(
         MODELS["lumina"], "_convert_non_diffusers_lumina2_lora_to_diffusers", but=r"_embedder|final_layer"
     ),
