@@ -143,7 +143,8 @@ TO_Q = f"{ATTENTION}.attn1.to_q"
 IMAGE = [Piece(f"transformer_blocks.0.attn.{n}", (8 * i, 8 * i + 8)) for i, n in enumerate(QKV)]
 TEXT = [Piece(f"transformer_blocks.0.attn.add_{n}_proj", (8 * i, 8 * i + 8)) for i, n in enumerate("qkv")]
 SINGLE = [Piece(f"single_transformer_blocks.0.attn.{n}", (8 * i, 8 * i + 8)) for i, n in enumerate(QKV)]
-Q_PROJ = "text_model.encoder.layers.0.self_attn.q_proj"
+ENCODER = "text_model.encoder.layers.0"
+Q_PROJ = f"{ENCODER}.self_attn.q_proj"
 T5_Q = "encoder.block.0.layer.0.SelfAttention.q"
 DOWN, A, DEFAULT = ".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight"
 PLACES: list[tuple[str, str, str, str | Sequence[Piece]]] = [
@@ -168,6 +169,7 @@ PLACES: list[tuple[str, str, str, str | Sequence[Piece]]] = [
     ("sd", f"lora_te_{Q_PROJ.replace('.', '_')}{DOWN}", "text_encoder", Q_PROJ),
     ("sd", f"lora_te1_{Q_PROJ.replace('.', '_')}{DOWN}", "text_encoder", Q_PROJ),
     ("sd", f"text_encoder.{Q_PROJ}.lora_linear_layer.down.weight", "text_encoder", Q_PROJ),
+    ("sd", f"text_encoder.{ENCODER}.self_attn.to_q_lora.down.weight", "text_encoder", Q_PROJ),
     ("sd", f"text_encoder.{Q_PROJ}.to_q_lora.down.weight", "text_encoder", Q_PROJ),
     ("sd", f"{Q_PROJ}{A}", "text_encoder", Q_PROJ),
     ("sd", f"text_encoder.encoder.layers.0.self_attn.q_proj{A}", "text_encoder", Q_PROJ),
@@ -356,6 +358,15 @@ def test_unknown_name_of_a_module_suggests_the_closest(path: Path) -> None:
     assert f"the base has unet.{TO_Q}" in str(refused.value.expected)
 
 
+@pytest.mark.parametrize("ending", ["_lora.{}.weight", ".lora.{}.weight", ".lora_linear_layer.{}.weight"])
+def test_alpha_beside_the_first_lora_layers_belongs_to_them(ending: str, path: Path) -> None:
+    name = f"unet.{ATTENTION}.attn1.processor.to_q"
+    tensors: dict[str, Any] = {name + ending.format(n): s for n, s in (("down", (2, 8)), ("up", (8, 2)))}
+    tensors[f"{name}{ending.partition('.{}')[0]}.alpha"] = torch.tensor(3.0)
+    (module,) = read("sd", path, tensors).modules
+    assert module.alpha == 3
+
+
 ALPHAS: list[tuple[Tensor, float]] = [
     (torch.tensor(4.0), 4.0),
     (torch.tensor([0.7], dtype=torch.bfloat16), 0.69921875),
@@ -407,7 +418,7 @@ METADATA: list[tuple[dict[str, str], float | None]] = [
     (peft(r=8, rank_pattern={r"down_blocks\.0.*": 2}), 4.0),
     ({"unet.lora_alpha": "6", "unet.r": "2", "unet.use_rslora": "False"}, 6.0),
     ({"alpha": "8"}, 8.0),
-    ({"ss_network_alpha": "1", "ss_network_dim": "2"}, None),
+    ({"ss_network_alpha": "1", "ss_network_dim": "2", "ss_network_args": "[" * 100_000}, None),
 ]
 
 
@@ -431,6 +442,8 @@ def test_alpha_of_pefts_lokr_is_its_own_and_refused_for_whole_factors(path: Path
 
 BAD_METADATA = [
     ({"lora_adapter_metadata": "[1]"}, "no JSON object"),
+    ({"lora_adapter_metadata": "[" * 100_000}, "no JSON object"),
+    ({"unet.lora_alpha": "[" * 100_000, "unet.r": "2"}, "lora_alpha is"),
     (peft(r=4), "the configuration gives this module rank 4"),
     (peft(init_lora_weights="pissa"), "trained from pissa"),
     ({"alpha": "-2"}, "the metadata alpha is '-2'"),

@@ -18,7 +18,7 @@ _FLAT = re.compile(
 )
 _DENOISER = re.compile(r"(?:model\.diffusion_model|diffusion_model|pipe\.dit|dit|model|net)\.")
 _COMFY = re.compile(
-    r"(?P<prefix>(?:text_encoders\.)?(?P<name>clip_l|clip_g|(?:u?mt5|t5)\w*|(?<=text_encoders\.)\w+)\.)"
+    r"(?P<prefix>(?:text_encoders\.)?(?P<name>clip_l|clip_g|(?:u?m?t5)(?:_?xx?l)?|(?<=text_encoders\.)\w+)\.)"
     r"(?:transformer\.)?"
 )
 _CHECKPOINT = {

@@ -51,7 +51,7 @@ def configurations(file: AdapterFile, metadata: Mapping[str, str]) -> dict[str, 
     if PEFT_JSON in metadata:
         try:
             told = json.loads(metadata[PEFT_JSON])
-        except ValueError:
+        except (ValueError, RecursionError):
             told = None
         if not isinstance(told, dict):
             raise file.refuse(
@@ -66,7 +66,7 @@ def configurations(file: AdapterFile, metadata: Mapping[str, str]) -> dict[str, 
 def _plain(value: str) -> Any:
     try:
         return json.loads(value.lower())
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -74,7 +74,7 @@ def splits_qkv(metadata: Mapping[str, str]) -> bool:
     """Whether sd-scripts trained q, k and v of a fused weight apart, and saved one LoRA of three times the rank."""
     try:
         told = json.loads(metadata.get("ss_network_args", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(told, dict) and str(told.get("split_qkv", False)).lower() in ("true", "1")
 
