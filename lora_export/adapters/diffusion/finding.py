@@ -18,7 +18,7 @@ _FLAT = re.compile(
 )
 _DENOISER = re.compile(r"(?:model\.diffusion_model|diffusion_model|pipe\.dit|dit|model|net)\.")
 _COMFY = re.compile(
-    r"(?P<prefix>(?:text_encoders\.)?(?P<name>clip_l|clip_g|(?:u?m?t5)(?:_?xx?l)?|(?<=text_encoders\.)\w+)\.)"
+    r"(?P<prefix>(?:text_encoders\.)?(?P<name>clip_[lgh]|(?:u?m?t5)(?:_?xx?l)?|(?<=text_encoders\.)\w+)\.)"
     r"(?:transformer\.)?"
 )
 _CHECKPOINT = {
@@ -27,7 +27,9 @@ _CHECKPOINT = {
     "conditioner.embedders.0.transformer.": "clip_l",
     "conditioner.embedders.1.transformer.": "clip_g",
 }
-_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+_OUTER = ("base_model.model.", "module.")
+# torch.compile, activation checkpointing and FSDP put a name of their own into others.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _ROLES = re.compile(
     r"(?:unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|decoder|vae|image_encoder|controlnet)$"
 )
@@ -110,7 +112,8 @@ class Finder:
         return self._anywhere(name)
 
     def _flat(self, match: re.Match[str], spelling: str, tensor: str) -> Asked:
-        prefix, name = f"{match['prefix']}_", spelling[match.end() :]
+        # Early SimpleTuner files end every name in an underscore; torch.compile adds a name.
+        prefix, name = f"{match['prefix']}_", spelling[match.end() :].rstrip("_").removeprefix("orig_mod_")
         if match["number"] is None:
             if "prior" in prefix and "prior" not in self._pipeline.components:
                 raise self._absent(prefix, "prior", tensor)
@@ -224,9 +227,11 @@ class Finder:
 
 
 def _unwrapped(name: str) -> str:
-    """Without what PEFT, DDP and torch.compile put before a name."""
-    while name.startswith(_WRAPPERS):
-        name = next(name.removeprefix(w) for w in _WRAPPERS if name.startswith(w))
+    """Without what PEFT, DDP and torch.compile put before a name or into it."""
+    if "_mod" in name:
+        name = ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+    while name.startswith(_OUTER):
+        name = next(name.removeprefix(o) for o in _OUTER if name.startswith(o))
     return name
 
 
