@@ -12,7 +12,8 @@ TrainingQuantization = Literal["none", "nf4", "fp4", "int8"]
 Device = Literal["cpu", "cuda"]
 Quantizer = Literal["default", "rtn", "k_quant", "gptq"]
 Grid = Literal["quick", "standard", "paper"]
-ModelKind = Literal["decoder", "encoder", "seq2seq", "vision-language"]  # encoder: whatever does not generate
+# encoder: whatever does not generate; component: a model of a pipeline of diffusers; pipeline: several of them
+ModelKind = Literal["decoder", "encoder", "seq2seq", "vision-language", "component", "pipeline"]
 Optimize = Literal["none", "basic", "full"]
 ProofLevel = Literal["quick", "full"]
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]

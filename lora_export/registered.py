@@ -21,6 +21,7 @@ _BUILT_IN = {
     ENGINES: {
         "genai": "lora_export.onnx_export.engines.genai:ENGINE",
         "dynamo": "lora_export.onnx_export.engines.dynamo:ENGINE",
+        "diffusion": "lora_export.onnx_export.engines.diffusion:ENGINE",
     },
     TARGETS: {
         "genai": "lora_export.packages.targets.genai:TARGET",

@@ -83,7 +83,7 @@ def completed(signature: Signature, given: Mapping[str, Any], past: int = 0) -> 
                 where=signature.path,
                 expected=", ".join(dict.fromkeys((*given, MASK, POSITIONS, TYPES))),
             )
-        feed[name] = np.ascontiguousarray(array).astype(value.dtype, copy=False)
+        feed[name] = np.ascontiguousarray(array).reshape(array.shape).astype(value.dtype, copy=False)
     return feed
 
 

@@ -6,6 +6,7 @@ The next adapter of the same base needs no engine: `graph_from` takes the graph 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from lora_export.choices import Precision
 from lora_export.contracts import ExportOptions, ExportResult, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import InputError
 from lora_export.onnx_export import records
+from lora_export.onnx_export.diffusion.components import placed
 from lora_export.onnx_export.engines import engine_named
-from lora_export.onnx_export.engines.attempts import Prove, check_all, produce
+from lora_export.onnx_export.engines.attempts import Produced, Prove, check_all, produce
 from lora_export.onnx_export.engines.building import numbers_of, record_of
 from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.onnx_export.engines.protocol import ExportJob
@@ -60,6 +62,8 @@ def export(
     calibrated_on: TensorSource | None = None,
     inputs: Sequence[Path] = (),
     ready: tuple[Path, ...] = (),
+    part: str = "",
+    worker: Worker | None = None,
     progress: Progress,
 ) -> ExportResult:
     """Write `model` (a Hugging Face folder) as ONNX into the new folder `output`, all or nothing.
@@ -69,43 +73,52 @@ def export(
     prove: holds the graphs of a job against PyTorch, or raises ExportError (it is told whether `source` has the
     numbers), and then the next engine that takes the model is tried; calibrated_on: the numbers of the model that
     reads calibration texts, if not these; inputs: other folders that `output` must not touch; ready: other exports
-    of the same numbers, with the same statistics, from which is copied what they have alike. Raises CheckpointError
-    or ExportError before any work if it cannot be done.
+    of the same numbers, with the same statistics, from which is copied what they have alike; part: the place of a
+    model in its pipeline, which decides its graph; worker: the process to make it in, a new one if None. Raises
+    CheckpointError or ExportError before any work if it cannot be done.
     """
     started = time.monotonic()
-    config = read_config(model, adapter)
+    config = placed(read_config(model, adapter), part)
     provider = resolve_provider("auto") if options.provider == "auto" else options.provider
     precision, how = options.precision, options.quantization
     refuse_untold(how, model)
+    engine = engine_named(check_request(config, precision, provider, options.engine, how))
+    integers = how.activations != "float"
+    quantized = None if integers else blockwise(precision, provider, how, engine.generates(config))
     read = [model, *inputs, *([adapter] if adapter else [])]
-    with files.output_folder(output, options.force, inputs=read) as stage, Worker() as worker:
-        engine = engine_named(check_request(config, precision, provider, options.engine, how))
-        integers = how.activations != "float"
-        quantized = None if integers else blockwise(precision, provider, how, engine.generates(config))
+    with files.output_folder(output, options.force, inputs=read) as stage, _running(worker) as process:
         job = ExportJob(
-            model, config, stage, precision, provider, adapter, progress, worker, options.optimize, quantized,
+            model, config, stage, precision, provider, adapter, progress, process, options.optimize, quantized,
             None if integers else how.calibration, calibrated_on, ready,
         )  # fmt: skip
         produced = produce(job, options.engine, source, prove, integers)
-        job, made = produced.job, produced.made
-        refuse_unmatched(stage, made, how)
-        texts = activations.quantize(stage, model, made, how, config) if integers else None
-        more = finish(stage) if finish else {}
-        for name in made.graphs:
-            check_model(stage / name)
-            check_loads(stage / name, precision)
-        record = replace(
-            record_of(job, made, produced.engine.name, how.activations),
-            calibration=produced.calibration or texts,
-            proof=produced.proof,
-            tried=produced.tried,
-            seconds=round(time.monotonic() - started, 3),
-            made_by_engine=tuple(n for n in produced.own if n != weights_map.NAME),
-            graph_versions=records.versions(),
-            **more,
-        )
-        records.write_record(stage, record)
+        record = replace(_finished(produced, how, finish), part=part)
+        records.write_record(stage, replace(record, seconds=round(time.monotonic() - started, 3)))
     return load_export(output)
+
+
+def _finished(
+    produced: Produced, how: QuantizationOptions, finish: Callable[[Path], Mapping[str, Any]] | None
+) -> records.ExportRecord:
+    """What is left to do to an export, its checks, and its record."""
+    job, made = produced.job, produced.made
+    stage, texts = job.output, None
+    refuse_unmatched(stage, made, how)
+    if how.activations != "float":
+        texts = activations.quantize(stage, job.model, made, how, job.config)
+    more = finish(stage) if finish else {}
+    for name in made.graphs:
+        check_model(stage / name)
+        check_loads(stage / name, job.precision)
+    return replace(
+        record_of(job, made, produced.engine.name, how.activations),
+        calibration=produced.calibration or texts,
+        proof=produced.proof,
+        tried=produced.tried,
+        made_by_engine=tuple(n for n in produced.own if n != weights_map.NAME),
+        graph_versions=records.versions(),
+        **more,
+    )
 
 
 def reweight(
@@ -126,10 +139,10 @@ def reweight(
     started = time.monotonic()
     record = records.read_record(earlier)
     check_export(earlier, record.graphs)
-    config = read_config(model)
+    config = placed(read_config(model), record.part)
     described = read_map(earlier, record.graphs)
     inputs = [model] if output.exists() and output.samefile(earlier) else [model, earlier]
-    numbers = numbers_of(model, source)
+    numbers = numbers_of(model, source, config)
     with files.output_folder(output, force, inputs=inputs) as stage:
         hashes = weights_map.read(ready[0]).hashes if ready else hash_all(numbers)
         refuse_other_model(earlier, record, config, described, hashes)
@@ -168,13 +181,18 @@ def share(
     described = read_map(earlier, record.graphs)
     base = shared.Shared(earlier, described, record)
     inputs = [model] if root.exists() and root.samefile(earlier) else [model, earlier]
-    config, numbers = read_config(model), numbers_of(model, None)
+    config = placed(read_config(model), record.part)
+    numbers = numbers_of(model, None, config)
     hashes = hash_all(numbers)
     refuse_other_model(earlier, record, config, described, hashes)
     with shared.opened(root, base, inputs) as folder:
         graph = shared.add(folder, name, base, numbers, hashes, force, progress)
         shared.warn_of_companions(model, folder, progress)
     return replace(load_export(root / graph), seconds=time.monotonic() - started)
+
+
+def _running(worker: Worker | None) -> AbstractContextManager[Worker]:
+    return nullcontext(worker) if worker is not None else Worker()
 
 
 def check_request(

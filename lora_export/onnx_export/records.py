@@ -17,6 +17,19 @@ from lora_export.version import installed
 NAME = "export.json"
 
 
+@dataclass(frozen=True)
+class ComponentRecord:
+    """An export of a pipeline's model. class_name: of diffusers or transformers; source: the folder of the model in
+    the pipeline; note: why its precision is another than was asked for; record_sha256: of its export.json."""
+
+    class_name: str
+    source: str
+    precision: Precision
+    nodes: int
+    note: str = ""
+    record_sha256: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportRecord:
     """Fields with a default are those that an export of an older version may lack.
@@ -24,8 +37,9 @@ class ExportRecord:
     proof, tried, calibration: as in ExportResult; made_by_engine: files that the engine wrote, weights and their
     map aside; files: in a folder that adapters share, those of this adapter; pluggable: the adapters whose
     .onnx_adapter files lie beside the graph; sentence_modules: the classes in modules.json that the task and
-    `sentence_embedding` follow from; graph_versions: installed when the graphs were made; versions: when
-    the record was written.
+    `sentence_embedding` follow from; part: the place of a model in its pipeline; components: of a pipeline, by the
+    folders of their exports; graph_versions: installed when the graphs were made; versions: when the record was
+    written.
     """
 
     engine: str
@@ -50,6 +64,8 @@ class ExportRecord:
     made_by_engine: tuple[str, ...] = ()
     files: tuple[str, ...] | None = None
     pluggable: tuple[str, ...] | None = None
+    part: str = ""
+    components: Mapping[str, ComponentRecord] | None = None
     graph_versions: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -93,7 +109,8 @@ def read_record(folder: Path, name: str = NAME) -> ExportRecord:
         raise _no_export(folder, f"model.onnx and {name}")
     record = decode(sealed.read_json(path), ExportRecord, "the record of the export", path)
     for graph in record.graphs:
-        if not sealed.plain_name(graph) or not (folder / graph).is_file():
+        whole = sealed.plain_path(graph) if record.kind == "pipeline" else sealed.plain_name(graph)
+        if not whole or not (folder / graph).is_file():
             raise _no_export(folder, f"{graph!r}, which {path.name} names")
     if not record.graphs:
         raise _no_export(folder, f"a graph; {path.name} names none")
@@ -116,8 +133,8 @@ def write_record(folder: Path, record: ExportRecord, name: str = NAME) -> None:
 def document(record: ExportRecord) -> dict[str, Any]:
     """The record as JSON, without fields that this sort of export does not have."""
     fields: dict[str, Any] = as_json(record)
-    absent = {k for k in ("files", "pluggable", "calibration") if fields[k] is None}
-    absent |= {"sentence_modules"} if not record.sentence_modules else set()
+    absent = {k for k in ("files", "pluggable", "calibration", "components") if fields[k] is None}
+    absent |= {k for k in ("sentence_modules", "part") if not fields[k]}
     return {k: v for k, v in fields.items() if k not in absent}
 
 

@@ -19,10 +19,14 @@ def export_model(
     adapters: stay outside, as .onnx_adapter files of a graph with slots; or, with `unmerged`, the only one of them
     becomes operators of the graph. `check_export` has said what goes together.
     """
+    from lora_export.checkpoint.pipeline import is_pipeline
     from lora_export.onnx_export import export, reweight, share
+    from lora_export.workflows.pipelines.exporting import export_pipeline_folder
     from lora_export.workflows.pluggable import export_pluggable
     from lora_export.workflows.proving import prover
 
+    if is_pipeline(model.folder):
+        return export_pipeline_folder(model.folder, output, len(adapters), options, progress)
     if options.graph_from is not None and options.shared_as is not None:
         earlier, name = options.graph_from, options.shared_as
         return share(earlier, model.folder, output, name, force=options.force, progress=progress)
@@ -67,12 +71,16 @@ def check_export(adapters: int, options: ExportOptions) -> None:
 def planned_export(model: str, options: ExportOptions) -> dict[str, Any]:
     """The engine and the precision that an export will have; refuses what can be refused from config.json."""
     from lora_export.checkpoint import open_checkpoint
+    from lora_export.checkpoint.pipeline import is_pipeline
     from lora_export.checkpoint.sources import resolve
     from lora_export.onnx_export import check_request, load_export
     from lora_export.onnx_export.embedders import as_exported
     from lora_export.onnx_export.refusals import refuse_untold
+    from lora_export.workflows.pipelines.exporting import planned_pipeline_export
 
     folder = resolve(model).folder
+    if is_pipeline(folder):
+        return planned_pipeline_export(folder, options)
     config = as_exported(open_checkpoint(folder).config, folder)
     if options.graph_from is not None:
         like = load_export(options.graph_from)

@@ -62,7 +62,7 @@ def _far(engine: "Engine", job: "ExportJob", level: ProofLevel) -> dict[str, Any
         short = replace(job, model=model, output=output, config=config)
         made = engine.run(short)
         if made.described:
-            fill(output, numbers_of(job.model, None), job.progress, hashed=False)  # links out are refused
+            fill(output, numbers_of(job.model, None, config), job.progress, hashed=False)  # links out are refused
         verdict = _verdict(short, made, level, False, far_only=True)
         return verdict | {"case": f"{verdict['case']}, of the first {layers} layers"}
 
@@ -78,6 +78,7 @@ def _joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 def _verdict(
     job: "ExportJob", made: "Made", level: ProofLevel, streamed_numbers: bool, far_only: bool = False
 ) -> dict[str, Any]:
+    from lora_export.onnx_export.diffusion.components import part_of
     from lora_export.onnx_export.engines.protocol import architecture_of
     from lora_export.runtime import why_not
 
@@ -87,6 +88,7 @@ def _verdict(
         "export": str(job.output.resolve()),
         "graphs": list(made.graphs),
         "kind": made.kind,
+        "part": part_of(job.config) if made.kind == "component" else "",
         "architecture": architecture_of(job.config),
         "precision": job.precision,
         "provider": provider,

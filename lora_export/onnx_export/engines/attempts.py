@@ -111,7 +111,7 @@ def _produced(
         calibration = calibrate(job, plain)
     plain.remove()
     if made.described:
-        fill(job.output, numbers_of(job.model, source), job.progress, ready=job.ready)
+        fill(job.output, numbers_of(job.model, source, job.config), job.progress, ready=job.ready)
     attempt.stage = _PROOF
     proof = None
     if prove and chosen.comparable:

@@ -3,8 +3,10 @@
 import functools
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_export.checkpoint import TensorFiles, open_checkpoint
 from lora_export.checkpoint.hashing import hash_all
@@ -12,6 +14,7 @@ from lora_export.checkpoint.sentence import with_modules
 from lora_export.choices import Activations
 from lora_export.contracts import CalibrationRecord, Progress, TensorSource
 from lora_export.errors import ExportError
+from lora_export.onnx_export.diffusion.components import own_half
 from lora_export.onnx_export.embedders import KEY as SENTENCE_MODULES
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
 from lora_export.onnx_export.graphs.checks import count_nodes
@@ -24,9 +27,13 @@ from lora_export.onnx_export.weights.reuse import config_digest, refuse_undescri
 from lora_export.storage import disk, sealed
 
 
-def numbers_of(model: Path, source: TensorSource | None) -> TensorSource:
-    """Where the numbers of an export come from: `source`, or else the files of the model; and its modules."""
-    return with_modules(source or TensorFiles(open_checkpoint(model).tensors), model)
+def numbers_of(model: Path, source: TensorSource | None, config: Mapping[str, Any]) -> TensorSource:
+    """Where the numbers of an export come from: `source`, or else the files of the model; and its modules.
+
+    config: says which half of an autoencoder is meant.
+    """
+    numbers = source or TensorFiles(open_checkpoint(model).tensors)
+    return with_modules(own_half(numbers, config), model)
 
 
 def fill(
@@ -62,7 +69,7 @@ class PlainGraphs:
         self._folder.mkdir()
         plain = replace(self._job, output=self._folder, precision="fp32", provider="cpu", quantized=None)
         made = self._engine.run(plain)
-        numbers = self._job.calibrated_on or numbers_of(self._job.model, self._source)
+        numbers = self._job.calibrated_on or numbers_of(self._job.model, self._source, self._job.config)
         fill(self._folder, numbers, self._job.progress, hashed=False)
         return tuple(self._folder / name for name in made.graphs)
 

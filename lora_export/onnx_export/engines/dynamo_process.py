@@ -6,7 +6,7 @@ Besides the graphs, it writes the file that the request names as `result`: kind,
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,34 @@ from lora_export.errors import ExportError
 
 def main(request: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")  # torch warns about requested axes and names
+    from lora_export.onnx_export.engines.dynamo_passes import attention, experts
+
+    attention.register()
+    experts.register()
+    write(request, lambda: _parts(request))
+
+
+def write(
+    request: dict[str, Any],
+    parts: Callable[[], tuple[Any, Any]],
+    positions: Collection[str] = (),
+    finish: Callable[[Any], None] = lambda graph: None,
+) -> None:
+    """Trace what `parts` gives (a model without weights, and what is traced of it), and write its graphs.
+
+    positions: inputs of which sines and cosines are computed, in fp32 always; finish: a last pass over each graph.
+    """
     import onnx_ir as ir
 
-    from lora_export.onnx_export.engines.dynamo_passes import attention, experts, passes, tracing
+    from lora_export.onnx_export.engines.dynamo_passes import experts, passes, tracing
     from lora_export.onnx_export.engines.dynamo_passes.halving import halve
     from lora_export.onnx_export.engines.dynamo_passes.kept_wide import kept_by
     from lora_export.onnx_export.engines.dynamo_passes.traced_graph import TracedGraph
     from lora_export.onnx_export.graphs import files as graph_files
     from lora_export.onnx_export.quantize.settings import Blockwise
 
-    attention.register()
-    experts.register()
     try:
-        model, traced = _parts(request)
+        model, traced = parts()
         programs = [tracing.trace(part, model) for part in traced.parts]
     except ExportError as reason:
         raise ExportError(
@@ -47,7 +62,8 @@ def main(request: dict[str, Any]) -> None:
         _drop_unread_inputs(graph.model.graph)
         if request["precision"] in _HALVES:
             half = ir.DataType[_HALVES[request["precision"]]]
-            halve(graph.model, half, kept_by(model.model, half))
+            halve(graph.model, half, kept_by(model.model, half), positions)
+        finish(graph)
         own = []
         for weight, value in _weights(graph, part.data):
             own.append(weight)

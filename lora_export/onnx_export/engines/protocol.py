@@ -100,8 +100,9 @@ class Engine(ABC):
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """The class that a config.json names first."""
-    names = config.get("architectures")
+    """The class that a config.json names first, or that of diffusers which it belongs to."""
+    own = config.get("_class_name")
+    names = [own] if isinstance(own, str) else config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise ExportError(
             f"config.json names no architecture (model_type {config.get('model_type')!r})",

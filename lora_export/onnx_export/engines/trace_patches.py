@@ -20,9 +20,9 @@ Replacement = Callable[..., Any]
 def applied(model: Any) -> Iterator[None]:
     """Inside, code that asks for values of tensors does without them."""
     replaced = dict(_ALWAYS)
-    if model.config.is_encoder_decoder and type(model).__name__.endswith("ForSequenceClassification"):
+    if type(model).__name__.endswith("ForSequenceClassification") and model.config.is_encoder_decoder:
         replaced |= _LAST_END
-    with _Replaced(replaced), _symbolic_numbers(model), _nothing_remembered(model):
+    with Replaced(replaced), _symbolic_numbers(model), _nothing_remembered(model):
         yield
 
 
@@ -107,7 +107,7 @@ class _Int(metaclass=_Ints):
 _NUMBERS: Mapping[str, Any] = {"len": _len, "int": _Int, "torch_int": torch.sym_int}
 
 
-class _Replaced(TorchFunctionMode):
+class Replaced(TorchFunctionMode):
     """Calls a replacement first; the original where that returns NotImplemented."""
 
     def __init__(self, replaced: Mapping[Any, Replacement]) -> None:

@@ -47,11 +47,14 @@ def check_listed(path: Path, model: "onnx.ModelProto") -> None:
 def check_export(folder: Path, graphs: Iterable[str]) -> None:
     """Run check_model on graphs of a folder, and check the files beside them, before any runtime reads them.
 
-    Graphs that share a folder belong to one export, or to adapters; `graphs` are names in it.
+    Graphs that share a folder belong to one export, or to adapters; `graphs` are names in it, or in the folders of
+    a pipeline's models.
     """
-    check_onnx_folder(folder)
-    for name in graphs:
-        check_model(folder / name)
+    paths = [folder / name for name in graphs]
+    for place in dict.fromkeys([folder, *(path.parent for path in paths)]):
+        check_onnx_folder(place)
+    for path in paths:
+        check_model(path)
 
 
 def check_loads(path: Path, precision: Precision) -> None:

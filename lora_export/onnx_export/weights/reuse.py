@@ -16,7 +16,9 @@ from lora_export.storage import sealed
 
 _END = "eos_token_id"
 # What a config.json may say differently for the same graph: who saved it, in which type, from where.
-_NO_MATTER = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
+_NO_MATTER = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "_diffusers_version"}
+)
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

@@ -40,6 +40,10 @@ def battery_of(kind: str) -> Battery:
         from lora_export.validation.proof import vision_language  # its inputs bring PEFT, which takes a second
 
         return vision_language.trials
+    if kind == "component":
+        from lora_export.validation.proof import diffusion  # its own inputs, of no other model
+
+        return diffusion.trials
     return {"encoder": single.trials, "decoder": decoder.trials, "seq2seq": seq2seq.trials}[kind]
 
 

@@ -34,6 +34,12 @@ def loaded(request: Mapping[str, Any]) -> Iterator[Loaded]:
 
     A model whose weights in fp32 take more than half of the memory that is available is streamed from its files.
     """
+    if request["kind"] == "component":
+        from lora_export.validation.proof import diffusion
+
+        with diffusion.loaded(request) as component:
+            yield component
+        return
     folder, export = Path(request["model"]), Path(request["export"])
     graphs = [export / name for name in request["graphs"]]
     own = request["precision"] in QUANTIZED or request["streamed_numbers"]
@@ -60,7 +66,7 @@ def load(folder: Path, architecture: str) -> tuple[Any, bool]:
     import transformers
 
     cls = getattr(transformers, architecture)
-    weights = _fp32_bytes(folder)
+    weights = fp32_bytes(folder)
     if weights > psutil.virtual_memory().available // 2:
         from lora_export.validation.reference import streaming
 
@@ -71,7 +77,8 @@ def load(folder: Path, architecture: str) -> tuple[Any, bool]:
     return model.eval().requires_grad_(False), False
 
 
-def _fp32_bytes(folder: Path) -> int:
+def fp32_bytes(folder: Path) -> int:
+    """What the weights of a folder would take in fp32."""
     from safetensors import safe_open
 
     total = 0

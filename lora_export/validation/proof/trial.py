@@ -119,7 +119,7 @@ def _exact(graph: Path) -> Iterator[Path]:
 
 def fitting(value: Any, dtype: Any) -> Array:
     array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    return np.ascontiguousarray(array).astype(dtype, copy=False)
+    return np.ascontiguousarray(array).reshape(array.shape).astype(dtype, copy=False)  # it makes a row of a number
 
 
 @dataclass(eq=False)

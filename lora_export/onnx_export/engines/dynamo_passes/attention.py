@@ -24,6 +24,30 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
+def in_torch() -> contextlib.AbstractContextManager[Any]:
+    """Inside, torch's own scaled_dot_product_attention is the operator: diffusers asks no interface."""
+    from lora_export.onnx_export.engines.trace_patches import Replaced
+
+    return Replaced({torch.nn.functional.scaled_dot_product_attention: _scaled_dot_product})
+
+
+def _scaled_dot_product(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **others: Any,
+) -> Any:
+    """(batch, heads, length, size) → the same shape; torch's own where a mask or a rule comes with it."""
+    if attn_mask is not None or is_causal or query.dim() != 4 or others.get("enable_gqa"):
+        return NotImplemented
+    result, _ = attention(torch.nn.Identity(), query, key, value, None, scaling=scale)
+    return result.transpose(1, 2)
+
+
 @contextlib.contextmanager
 def cached(yes: bool) -> Iterator[None]:
     """Inside, the operator gets keys and values in the cache's layout, (batch, heads, length, head size)."""

@@ -12,15 +12,20 @@ LARGEST = {ir.DataType.FLOAT16: 65504.0, ir.DataType.BFLOAT16: 3.3e38}
 _ANGLES = ("Cos", "Sin")
 
 
-def halve(model: ir.Model, dtype: ir.DataType, kept: Callable[[str], bool] = lambda name: False) -> None:
+def halve(
+    model: ir.Model,
+    dtype: ir.DataType,
+    kept: Callable[[str], bool] = lambda name: False,
+    positions: Collection[str] = (),
+) -> None:
     """Change fp32 to `dtype` everywhere except at the graph's inputs and outputs, as Optimum does.
 
     kept: whether the initializer of a name stays in fp32, and with it what is computed of it. The angles of rotary
     embeddings stay fp32 until their cos and sin are known: fp16 has no number between 2,048 and 2,050 for a
-    position.
+    position. positions: floating-point inputs that such angles may be computed of, such as a step of 999.5.
     """
     graph = model.graph
-    angles = _angles(graph)
+    angles = _angles(graph, positions)
     _keep_constants(graph, angles)
     wide = wide_nodes(graph, kept) | angles
     for value in graph.initializers.values():
@@ -36,24 +41,24 @@ def halve(model: ir.Model, dtype: ir.DataType, kept: Callable[[str], bool] = lam
         for output in node.outputs:
             if output.dtype == ir.DataType.FLOAT:
                 output.dtype = dtype
-    _cast_ends(graph, dtype)
+    _cast_ends(graph, dtype, angles)
     join(graph, wide, dtype)
 
 
-def _angles(graph: Any) -> set[ir.Node]:
+def _angles(graph: Any, positions: Collection[str]) -> set[ir.Node]:
     """Cos and Sin, and all that they are computed of, where that is positions and constants alone."""
     found: set[ir.Node] = set()
     for node in graph:
         if node.op_type not in _ANGLES:
             continue
         before: set[ir.Node] = set()
-        if _gather(node, before):
+        if _gather(node, before, positions):
             found |= before
     return found
 
 
-def _gather(node: ir.Node, into: set[ir.Node]) -> bool:
-    """Add the node and its floating-point ancestors; False if one of them reads a floating-point input."""
+def _gather(node: ir.Node, into: set[ir.Node], positions: Collection[str]) -> bool:
+    """Add the node and its floating-point ancestors; False if one of them reads another floating-point input."""
     if node in into:
         return True
     into.add(node)
@@ -61,7 +66,9 @@ def _gather(node: ir.Node, into: set[ir.Node]) -> bool:
         if value is None or value.const_value is not None or value.dtype != ir.DataType.FLOAT:
             continue
         producer = value.producer()
-        if producer is None or not _gather(producer, into):
+        if producer is None and value.name in positions:
+            continue
+        if producer is None or not _gather(producer, into, positions):
             return False
     return True
 
@@ -87,10 +94,12 @@ def _narrow(tensor: Any, dtype: ir.DataType) -> Any:
     return ir.tensor(values.astype(dtype.numpy()), dtype=dtype, name=tensor.name)
 
 
-def _cast_ends(graph: Any, dtype: ir.DataType) -> None:
+def _cast_ends(graph: Any, dtype: ir.DataType, wide: Collection[ir.Node]) -> None:
     for value in graph.inputs:
         if value.dtype == ir.DataType.FLOAT:
-            uses = list(value.uses())
+            uses = [(user, index) for user, index in value.uses() if user not in wide]
+            if not uses:
+                continue
             node = ir.node("Cast", [value], {"to": int(dtype)}, num_outputs=1)
             node.outputs[0].dtype, node.outputs[0].shape = dtype, value.shape
             node.outputs[0].name = f"{value.name}_half"
