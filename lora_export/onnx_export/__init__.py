@@ -18,7 +18,7 @@ from lora_export.errors import InputError
 from lora_export.onnx_export import records
 from lora_export.onnx_export.diffusion.components import placed
 from lora_export.onnx_export.engines import engine_named
-from lora_export.onnx_export.engines.attempts import Prove, check_all, produce
+from lora_export.onnx_export.engines.attempts import Produced, Prove, check_all, produce
 from lora_export.onnx_export.engines.building import numbers_of, record_of
 from lora_export.onnx_export.engines.isolated import Worker
 from lora_export.onnx_export.engines.protocol import ExportJob
@@ -82,36 +82,43 @@ def export(
     provider = resolve_provider("auto") if options.provider == "auto" else options.provider
     precision, how = options.precision, options.quantization
     refuse_untold(how, model)
+    engine = engine_named(check_request(config, precision, provider, options.engine, how))
+    integers = how.activations != "float"
+    quantized = None if integers else blockwise(precision, provider, how, engine.generates(config))
     read = [model, *inputs, *([adapter] if adapter else [])]
     with files.output_folder(output, options.force, inputs=read) as stage, _running(worker) as process:
-        engine = engine_named(check_request(config, precision, provider, options.engine, how))
-        integers = how.activations != "float"
-        quantized = None if integers else blockwise(precision, provider, how, engine.generates(config))
         job = ExportJob(
             model, config, stage, precision, provider, adapter, progress, process, options.optimize, quantized,
             None if integers else how.calibration, calibrated_on, ready,
         )  # fmt: skip
         produced = produce(job, options.engine, source, prove, integers)
-        job, made = produced.job, produced.made
-        refuse_unmatched(stage, made, how)
-        texts = activations.quantize(stage, model, made, how, config) if integers else None
-        more = finish(stage) if finish else {}
-        for name in made.graphs:
-            check_model(stage / name)
-            check_loads(stage / name, precision)
-        record = replace(
-            record_of(job, made, produced.engine.name, how.activations),
-            part=part,
-            calibration=produced.calibration or texts,
-            proof=produced.proof,
-            tried=produced.tried,
-            seconds=round(time.monotonic() - started, 3),
-            made_by_engine=tuple(n for n in produced.own if n != weights_map.NAME),
-            graph_versions=records.versions(),
-            **more,
-        )
-        records.write_record(stage, record)
+        record = replace(_finished(produced, how, finish), part=part)
+        records.write_record(stage, replace(record, seconds=round(time.monotonic() - started, 3)))
     return load_export(output)
+
+
+def _finished(
+    produced: Produced, how: QuantizationOptions, finish: Callable[[Path], Mapping[str, Any]] | None
+) -> records.ExportRecord:
+    """What is left to do to an export, its checks, and its record."""
+    job, made = produced.job, produced.made
+    stage, texts = job.output, None
+    refuse_unmatched(stage, made, how)
+    if how.activations != "float":
+        texts = activations.quantize(stage, job.model, made, how, job.config)
+    more = finish(stage) if finish else {}
+    for name in made.graphs:
+        check_model(stage / name)
+        check_loads(stage / name, job.precision)
+    return replace(
+        record_of(job, made, produced.engine.name, how.activations),
+        calibration=produced.calibration or texts,
+        proof=produced.proof,
+        tried=produced.tried,
+        made_by_engine=tuple(n for n in produced.own if n != weights_map.NAME),
+        graph_versions=records.versions(),
+        **more,
+    )
 
 
 def reweight(

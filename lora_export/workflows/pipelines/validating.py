@@ -20,7 +20,7 @@ from lora_export.errors import InputError
 from lora_export.merging import CERTIFICATE
 from lora_export.merging.certificate.document import read_certificate
 from lora_export.merging.pipelines.document import is_merged_pipeline, read_pipeline_certificate
-from lora_export.merging.pipelines.planning import plan_pipeline
+from lora_export.merging.pipelines.planning import PipelinePlan, plan_pipeline
 from lora_export.storage.sealed import refuse_special
 
 ADDED = frozenset({"lora", "locon", "tucker", "loha", "lokr", "full"})
@@ -104,9 +104,14 @@ def refuse_text_options(options: ValidationOptions, beside: Sequence[Path] = ())
 def understood_adapters(
     base: Path, adapters: Sequence[AdapterChoice], merge: MergeOptions
 ) -> tuple[DiffusionAdapter, ...]:
+    """As `adapters_beside`, of a plan made anew."""
+    return adapters_beside(plan_pipeline(base, adapters, merge))
+
+
+def adapters_beside(planned: PipelinePlan) -> tuple[DiffusionAdapter, ...]:
     """Whose tensors are which module's, with the weights of the command. InputError for a combination that no
     unmerged forward shows."""
-    planned = plan_pipeline(base, adapters, merge)
+    base, merge = planned.pipeline.folder, planned.options
     kinds = {kind for adapter in planned.adapters for kind in adapter.kinds}
     if merge.combine not in ("none", "linear", "cat") or (merge.combine != "none" and merge.combine_on != "deltas"):
         raise InputError(
@@ -122,7 +127,7 @@ def understood_adapters(
             expected=f"--combine {merge.combine} of {', '.join(sorted(ADDED))}",
             next_step="lora-export verify, which computes the combination again",
         )
-    return tuple(replace(a, weight=c.weight) for a, c in zip(planned.adapters, adapters, strict=True))
+    return tuple(replace(a, weight=c.weight) for a, c in zip(planned.adapters, planned.choices, strict=True))
 
 
 def merged_as(merged: Path, options: ValidationOptions) -> MergeOptions:
