@@ -8,10 +8,22 @@ from typing import Any
 from lora_export.contracts import AdapterChoice, Finding, MergeOptions, QuantizationOptions, Source
 from lora_export.errors import InputError
 from lora_export.storage.documents import as_json, decode
-from lora_export.storage.sealed import FileHash, hash_folder, hashed, read_sealed, write_sealed
+from lora_export.storage.sealed import (
+    LARGEST_SETTINGS,
+    FileHash,
+    hash_folder,
+    hashed,
+    plain_name,
+    read_json,
+    read_sealed,
+    write_sealed,
+)
 from lora_export.version import __version__, installed
 
 NAME = "manifest.json"
+PIPELINE_INDEX = "model_index.json"
+_INPUTS = frozenset({".safetensors", ".json"})
+_VOCABULARIES = frozenset({".txt", ".model"})  # of the tokenizers of a pipeline
 _WRITTEN = {f"report/report.{kind}" for kind in ("json", "html", "md")} | {
     "report/samples.json", "report/conditions.json", "lora_export_certificate.json",
 }  # fmt: skip
@@ -101,16 +113,23 @@ def is_run(folder: Path) -> bool:
     return (folder / NAME).is_file() and any((folder / name).is_dir() for name in ("merged", "onnx"))
 
 
-def _input_hashes(source: Path) -> dict[str, FileHash]:
-    """Of weights and configuration: of a folder's own files and, in a pipeline, of its components'; of an adapter
-    that is one file."""
-    if source.is_file():
-        return {source.name: hashed(source)}
-    pipeline = (source / "model_index.json").is_file()
-    paths = sorted(source.glob("*/*")) if pipeline else []
-    paths += sorted(source.iterdir())
-    read = [p for p in paths if p.suffix in (".safetensors", ".json") and p.is_file()]
-    return {p.relative_to(source).as_posix(): hashed(p) for p in read}
+def _input_hashes(place: Path) -> dict[str, FileHash]:
+    """Of weights and configuration: a folder's own files, an adapter that is one file, or all of a pipeline."""
+    if place.is_file():
+        return {place.name: hashed(place)}
+    if (place / PIPELINE_INDEX).is_file():
+        return {p.relative_to(place).as_posix(): hashed(p, place) for p in _pipeline_files(place)}
+    paths = sorted(p for p in place.iterdir() if p.suffix in _INPUTS and p.is_file())
+    return {p.name: hashed(p) for p in paths}
+
+
+def _pipeline_files(folder: Path) -> list[Path]:
+    """What a merge reads or copies of a pipeline: its index, and the files of the folders that the index names."""
+    index = read_json(folder / PIPELINE_INDEX, limit=LARGEST_SETTINGS)
+    parts = [name for name, told in index.items() if isinstance(told, list) and plain_name(name)]
+    inside = (p for part in sorted(parts) for p in sorted((folder / part).rglob("*")))
+    kept = (p for p in inside if p.is_file() and p.suffix in _INPUTS | _VOCABULARIES)
+    return [folder / PIPELINE_INDEX, *(p for p in kept if not p.name.startswith("."))]
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """How results are worded, alike on the terminal, in reports and in packages: verdicts, checks, counts, figures."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import get_args
 
@@ -44,7 +45,17 @@ _CHECK_LABELS = {
     "tensor_errors": "Merged tensors off by more than rounding",
     "tensor_max_error": "Largest error of a merged tensor, in bounds of rounding",
     "stored_tensors_differ": "Untouched tensors that differ",
+    "pipeline_files_differ": "Files beside the weights that differ",
+    "latents_relative": "Relative difference of the latents after sampling",
+    "image_psnr": "PSNR of the picture, dB",
+    "adapter_effect_psnr": "PSNR of the base's picture, dB",
+    "max_abs": "Largest difference of outputs",
+    "loads": "Weights that its class does not take",
 }
+_COMPONENT = re.compile(
+    r"(?P<name>(?:unet|transformer|text_encoder|vae|prior|image_encoder|model)(?:_(?:\d|encoder|decoder))?)_"
+    r"(?:t(?P<time>\d+)_)?(?P<check>\w+)"
+)
 _MODELS = {"onnx_": " (ONNX)", "loaded_": " (in its own type)"}
 _OF_BASE = "base_"
 
@@ -125,8 +136,17 @@ def check_label(name: str) -> str:
     rest = rest.removeprefix(f"{precision}_")
     of_base = bool(prefix) and rest.startswith(_OF_BASE)
     rest = rest.removeprefix(_OF_BASE) if of_base else rest
-    label = _CHECK_LABELS.get(rest, rest.replace("_", " ").capitalize())
+    label = _CHECK_LABELS.get(rest) or _of_component(rest) or rest.replace("_", " ").capitalize()
     return label + (", base" if of_base else "") + (f" (ONNX {precision})" if precision else model)
+
+
+def _of_component(name: str) -> str:
+    """The label of a check of one model of a pipeline, perhaps at a timestep; nothing for other checks."""
+    match = _COMPONENT.fullmatch(name)
+    if match is None or match["check"] not in _CHECK_LABELS:
+        return ""
+    time = f" at timestep {match['time']}" if match["time"] else ""
+    return f"{_CHECK_LABELS[match['check']]}{time}, {match['name']}"
 
 
 def check_value(check: Check) -> str:
@@ -136,7 +156,7 @@ def check_value(check: Check) -> str:
 def check_threshold(check: Check) -> str:
     if check.threshold is None:
         return DASH
-    at_least = "agreement" in check.name or "survival" in check.name
+    at_least = any(word in check.name for word in ("agreement", "survival", "psnr"))
     return f"{'≥' if at_least else '≤'} {number(check.threshold, 4)}"
 
 

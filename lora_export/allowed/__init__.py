@@ -7,10 +7,12 @@ config.json names, a backend that config.pbtxt names. These functions are called
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_export.allowed import files, genai_config, hub, triton_config
+from lora_export.allowed import files, genai_config, hub, pipelines, triton_config
 from lora_export.errors import CheckpointError
 
-__all__ = ["check_adapter_folder", "check_model_folder", "check_onnx_folder", "check_package"]
+__all__ = [
+    "check_adapter_folder", "check_model_folder", "check_onnx_folder", "check_package", "check_pipeline_folder",
+]  # fmt: skip
 
 
 def check_model_folder(folder: Path) -> None:
@@ -41,6 +43,13 @@ def check_onnx_folder(folder: Path) -> None:
     _check_runtimes(folder.iterdir())
 
 
+def check_pipeline_folder(folder: Path) -> None:
+    """A folder that diffusers or Optimum is to load as a pipeline, with the folders of its models."""
+    pipelines.check_pipeline(folder)
+    for part in sorted(p for p in folder.iterdir() if p.is_dir()):
+        files.refuse_libraries(part)
+
+
 def check_package(folder: Path, also: Sequence[str] = ()) -> None:
     """A package: each of its files is of a known type, and what a runtime reads of it is on a list.
 
@@ -48,6 +57,10 @@ def check_package(folder: Path, also: Sequence[str] = ()) -> None:
     """
     files.refuse_strangers(folder, also)
     hub.check_files(folder)
+    if (folder / pipelines.INDEX).is_file():
+        pipelines.check_pipeline(folder)
+    if (folder / pipelines.PICTURE).is_file():
+        pipelines.check_picture(folder / pipelines.PICTURE)
     _check_runtimes(folder.rglob("*"))
 
 

@@ -26,8 +26,11 @@ _DOCUMENTS = TOKENIZER_FILES | {
     "config_sentence_transformers.json", "genai_config.json", "genai_config.cpu.json", "genai_config.cuda.json",
     "audio_processor_config.json", "vision_processor.json",
     "manifest.json", "bom.cdx.json", "model.safetensors.index.json",
-    "lora_export_certificate.json", "README.md", "model.sig", "config.pbtxt",
+    "lora_export_certificate.json", "README.md", "model.sig", "config.pbtxt", "model_index.json",
+    "scheduler_config.json",
 }  # fmt: skip
+_PICTURE = "sample.png"  # beside the README, which shows it
+_SHARDS = re.compile(r"(model|diffusion_pytorch_model)(\.[\w-]+)?\.safetensors\.index(\.[\w-]+)?\.json", re.ASCII)
 _LICENCE = re.compile(
     r"[^/]*(licen[cs]e|notice|copying|use_policy|usage_policy|copyright)[^/.]*(\.(txt|md|rst|pdf|html))?", re.I
 )
@@ -60,11 +63,11 @@ def refuse_strangers(folder: Path, also: Sequence[str] = ()) -> None:
 
 
 def _belongs(path: PurePosixPath) -> bool:
-    if path.name in _DOCUMENTS or _WEIGHTS.fullmatch(path.name):
+    if path.name in _DOCUMENTS or _WEIGHTS.fullmatch(path.name) or _SHARDS.fullmatch(path.name):
         return True
     if path.parent.name == "warmup":  # of Triton: a file for each input, named after it
         return path.suffix == ""
-    return len(path.parts) == 1 and _LICENCE.fullmatch(path.name) is not None
+    return len(path.parts) == 1 and (path.name == _PICTURE or _LICENCE.fullmatch(path.name) is not None)
 
 
 def _is_library(path: Path) -> bool:

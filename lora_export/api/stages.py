@@ -152,10 +152,20 @@ def validate(
         InputError: The folders do not belong together, an option contradicts the certificate, or an input cannot be
             read.
     """
+    from lora_export.checkpoint.pipeline import is_pipeline
     from lora_export.workflows.validating import validate_folder
 
+    source = resolve(base)
+    if is_pipeline(source.folder):
+        from lora_export.workflows.pipelines.validating import validate_pipeline_folder
+
+        beside = [Path(p) for p in (*base_onnx, *own_texts)]
+        how, graphs = options or ValidationOptions(), [Path(p) for p in onnx]
+        return validate_pipeline_folder(
+            source.folder, adapter_choices(adapters), Path(merged), graphs, how, progress, beside
+        )
     return validate_folder(
-        resolve(base),
+        source,
         adapter_choices(adapters),
         Path(merged),
         [Path(p) for p in onnx],

@@ -15,7 +15,7 @@ from lora_export.contracts.validation import ValidationResult
 @dataclass(frozen=True)
 class StyleAdapter:
     """An adapter of a pipeline, as it was understood. format: whose names it has; modules: component → how many it
-    trained there; kinds: how many modules are of each; vectors: new words; metadata: what was read of the file's."""
+    trained there; kinds: how many modules are of each; vectors: new words; metadata: what was read of it."""
 
     name: str
     format: AdapterFormat

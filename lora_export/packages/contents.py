@@ -11,6 +11,7 @@ from lora_export.errors import InputError
 from lora_export.manifest import RecordedAdapter, RecordedSource, Tool, same_files
 from lora_export.packages import bom
 from lora_export.packages.job import ADAPTER_SUFFIX, PackageFacts, Run, Sample
+from lora_export.packages.pipelines import laying
 from lora_export.packages.targets import target_named
 from lora_export.packages.tasks import task_of
 from lora_export.storage import sealed
@@ -101,7 +102,16 @@ def write(
         measured=measured,
         files=dict(sorted(hashes.items())),
     )
-    sealed.write_sealed(stage / NAME, as_json(manifest))
+    sealed.write_sealed(stage / NAME, _document(manifest))
+
+
+def _document(manifest: PackageManifest) -> dict[str, Any]:
+    """As JSON, without what only a picture has."""
+    document: dict[str, Any] = as_json(manifest)
+    sample = document["sample"]
+    if sample is not None and sample["drawing"] is None:
+        del sample["drawing"]
+    return document
 
 
 def _certificate(run: Run) -> dict[str, Any]:
@@ -161,16 +171,18 @@ def is_model_name(name: str) -> bool:
 
 def facts_of(folder: Path, manifest: PackageManifest) -> PackageFacts:
     """What running a package takes. InputError for a configuration that cannot be read."""
+    task = task_of(manifest.task, manifest.architecture)
     return PackageFacts(
         target=target_named(manifest.target),
         name=manifest.name,
-        task=task_of(manifest.task, manifest.architecture),
+        task=task,
         precision=manifest.precision,
         variants=manifest.variants,
         providers=manifest.providers,
         sample=manifest.sample,
-        config=sealed.read_json(folder / "config.json"),
+        config=sealed.read_json(folder / (laying.INDEX if task.draws else "config.json")),
         adapters=manifest.onnx_adapters,
+        weights=laying.weights_of(manifest.files),
     )
 
 

@@ -23,7 +23,8 @@ class Run:
 
     merged: the merged folder, None for a run without one; export: the run's own ONNX export; fp16_int4: whether its
     engine makes int4 graphs that compute in fp16; companions: the folder with config.json, tokenizer and licences;
-    manifest, report: the run's documents; merge, validation: of the report; config: of the model.
+    manifest, report: the run's documents; merge, validation: of the report; config: of the model, or the index of
+    a pipeline.
     """
 
     folder: Path
@@ -40,7 +41,26 @@ class Run:
 
     @property
     def architecture(self) -> str:
-        return str((self.config.get("architectures") or ["unknown"])[0])
+        return str((self.config.get("architectures") or [self.config.get("_class_name", "unknown")])[0])
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a picture is drawn, so that another runtime draws the same one.
+
+    seed: of numpy's RandomState, which gives the noise to begin with; guidance: classifier-free, or what FLUX was
+    distilled with; tokens: of a T5 encoder, None without one; width, height: in pixels; latents: shape of the
+    noise; precision: of the graphs that drew it.
+    """
+
+    seed: int
+    steps: int
+    guidance: float
+    tokens: int | None
+    width: int
+    height: int
+    latents: tuple[int, ...]
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -48,12 +68,13 @@ class Sample:
     """A prompt, and the unmerged model's answer to it or the validated graph's output.
 
     text: greedy, without special tokens; None for a model that does not generate text. numbers: the first of its
-    first output otherwise.
+    first output otherwise. drawing: of a pipeline, whose answer is a picture.
     """
 
     prompt: str
     text: str | None = None
     numbers: tuple[float, ...] = ()
+    drawing: Drawing | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +113,8 @@ class PackageFacts:
     """What running a package takes, as its manifest and config.json have it.
 
     name: of the model; variants: their names; providers: what it runs on, the default first; precision: of what
-    the program runs; adapters: names of the .onnx_adapter files beside a graph with slots, the run's own first.
+    the program runs; adapters: names of the .onnx_adapter files beside a graph with slots, the run's own first;
+    weights: variant in the names of a pipeline's weight files, such as fp16.
     """
 
     target: "PackageTarget"
@@ -104,6 +126,12 @@ class PackageFacts:
     sample: Sample | None
     config: Mapping[str, Any]
     adapters: tuple[str, ...] = ()
+    weights: str = ""
+
+    @property
+    def class_name(self) -> str:
+        """Of a pipeline of diffusers."""
+        return str(self.config.get("_class_name"))
 
 
 class PackageTarget(ABC):
@@ -119,6 +147,7 @@ class PackageTarget(ABC):
     title: ClassVar[str]
     needs_merged: ClassVar[bool] = False
     takes_adapters: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     for_hub: ClassVar[bool] = False
     file_names: ClassVar[tuple[str, ...]] = ()
 

@@ -8,10 +8,16 @@ from lora_export import wording
 from lora_export.escape import markdown, one_line
 from lora_export.manifest import RecordedAdapter, RecordedSource
 from lora_export.packages.companions import licences
-from lora_export.packages.job import PackageFacts, Run
+from lora_export.packages.job import Drawing, PackageFacts, Run
+from lora_export.packages.pipelines.programs import EQUAL, EXACT, LEAST_PSNR, SAMPLE, STEP
 
 NAME = "README.md"
 UNKNOWN = "unknown"  # as the Hub spells it
+_METHOD = {False: "W + scaling · B · A, rounded once", True: "W + the update of each module, rounded once"}
+_CERTIFICATE = {
+    False: "lora_export_certificate.json",
+    True: "lora_export_certificate.json, and one beside each merged model",
+}
 _INHERITED = ("language", "license_name", "license_link", "datasets")
 
 
@@ -59,13 +65,26 @@ def _how_to_run(facts: PackageFacts) -> list[str]:
     snippet, sample = facts.target.snippet(facts, "."), facts.sample
     lines = ["## Run it", "", "In this folder:", "", "```bash", snippet.setup, "```", ""]
     lines += ["```bash", f"{snippet.interpreter.command} <<'END'", snippet.code, "END", "```", ""]
-    if sample is not None:  # JSON, in which no fence can end
+    if sample is not None and sample.drawing is not None:
+        lines += [*_picture(sample.drawing), ""]
+    elif sample is not None:  # JSON, in which no fence can end
         answer = sample.text if sample.text is not None else list(sample.numbers)
         whose = "The unmerged model answers" if sample.text is not None else "The validated graph computes"
         lines += [f"{whose}:", "", "```json", json.dumps(answer, ensure_ascii=False), "```", ""]
     notes = facts.target.notes(facts)
     lines += [notes.rstrip(), ""] if notes else []
     return [*lines, "", "`lora-export verify .` checks every file, and with `--run` also the model's answer."]
+
+
+def _picture(drawing: Drawing) -> list[str]:
+    """What the program prints, and the picture that it is about."""
+    strict = f" At least {LEAST_PSNR:g} dB are expected: {STEP}." if drawing.precision == EXACT else ""
+    return [
+        "The program prints how close its picture comes to the one that the validated "
+        f'{drawing.precision} graphs drew, as PSNR in dB, or "{EQUAL}".{strict}',
+        "",
+        f"![sample]({SAMPLE})",
+    ]
 
 
 # --- the model card ------------------------------------------------------------------------------------------
@@ -78,7 +97,7 @@ def _model_card(run: Run, facts: PackageFacts, licence: str | None) -> str:
     data = ModelCardData(
         base_model=one_line(manifest.base.name.partition("@")[0]),
         base_model_relation="merge" if len(manifest.adapters) > 1 else "finetune",
-        library_name="transformers",
+        library_name="diffusers" if run.task.draws else "transformers",
         license=licence or UNKNOWN,
         pipeline_tag=run.task.pipeline,
         tags=["lora", "merged", "lora-export"],
@@ -108,10 +127,10 @@ def _how_made(run: Run) -> list[str]:
     rows = {
         "base": _named(run.manifest.base),
         **{f"adapter {i + 1}": f"{_named(a)}, weight {a.weight:g}" for i, a in enumerate(run.manifest.adapters)},
-        "method": options.combine if options.combine != "none" else "W + scaling · B · A, rounded once",
+        "method": options.combine if options.combine != "none" else _METHOD[run.task.draws],
         "base weights": run.merge.base_weights,
         "type": run.merge.dtype,
-        "certificate": "lora_export_certificate.json: each tensor's hash, rounding and surviving update",
+        "certificate": f"{_CERTIFICATE[run.task.draws]}: each tensor's hash, rounding and surviving update",
     }
     return [f"- {markdown(name)}: {markdown(value)}" for name, value in rows.items()]
 

@@ -10,7 +10,8 @@ from lora_export.errors import ExportError
 class PackageTask:
     """name: Optimum's; auto: the class of transformers; input: what the model reads; generates: whether the model
     generates text token by token; hub: the Hub's name, where it is another; own: whether Optimum has a class for
-    the task; javascript: the class of transformers.js, where it is another."""
+    the task; javascript: the class of transformers.js, where it is another; draws: whether it is a pipeline of
+    several models that makes pictures."""
 
     name: str
     auto: str
@@ -19,6 +20,7 @@ class PackageTask:
     hub: str = ""
     own: bool = True
     javascript: str = ""
+    draws: bool = False
 
     @property
     def sees_and_writes(self) -> bool:
@@ -68,6 +70,7 @@ _ALL = (
         "video-classification", "AutoModelForVideoClassification", "video", own=False, javascript="AutoModel"
     ),
     PackageTask("image-to-image", "AutoModelForImageToImage", "image"),
+    PackageTask("text-to-image", "DiffusionPipeline", draws=True),
     PackageTask("masked-im", "AutoModelForMaskedImageModeling", "image", own=False, javascript="AutoModel"),
     PackageTask("audio-frame-classification", "AutoModelForAudioFrameClassification", "audio"),
     PackageTask("audio-xvector", "AutoModelForAudioXVector", "audio", javascript="AutoModelForXVector"),

@@ -12,7 +12,8 @@ from lora_export import allowed
 from lora_export.contracts import Finding, Progress, Verification
 from lora_export.errors import InputError, LoraExportError
 from lora_export.packages import archive, contents, signature
-from lora_export.packages.job import PackageFacts
+from lora_export.packages.job import Drawing, PackageFacts
+from lora_export.packages.pipelines.programs import EQUAL, EXACT, LEAST_PSNR, STEP
 from lora_export.packages.targets import target_named
 from lora_export.storage import sealed
 from lora_export.workflows import confined
@@ -177,6 +178,8 @@ def _judged(answer: Any, facts: PackageFacts) -> Finding:
     sample = facts.sample
     if sample is None:
         return Finding("runs", bool(answer or answer == ""), "its runtime loads it and answers")
+    if sample.drawing is not None:
+        return _judged_picture(answer, sample.drawing)
     wanted = sample.text if sample.text is not None else list(sample.numbers)
     same = _same(answer, wanted)
     who = "the unmerged model" if sample.text is not None else "the validated graph"
@@ -186,6 +189,22 @@ def _judged(answer: Any, facts: PackageFacts) -> Finding:
         return Finding("runs", False, f"its runtime answers the sample with {answer!r}, and {who} with {wanted!r}")
     is_answer = isinstance(answer, str) and bool(answer) if sample.text is not None else _finite(answer)
     return Finding("runs", is_answer, f"its runtime answers, in {facts.precision} differently from {who}")
+
+
+def _judged_picture(answer: Any, drawing: Drawing) -> Finding:
+    """What the program printed: how close its picture comes to the packed one, in dB."""
+    whose = f"the picture of the validated {drawing.precision} graphs"
+    if answer == EQUAL:
+        return Finding("runs", True, f"its runtime draws {whose}, pixel by pixel")
+    if not _finite([answer]):
+        return Finding("runs", False, f"its program printed {answer!r} instead of a PSNR")
+    if drawing.precision != EXACT:
+        why = "whose rounding depends on the processor and its library, so no limit is set"
+        return Finding("runs", True, f"its runtime draws a picture, {answer:g} dB from {whose}, {why}")
+    limit = f"at least {LEAST_PSNR:g} dB: {STEP}"
+    return Finding(
+        "runs", answer >= LEAST_PSNR, f"its runtime draws a picture, {answer:g} dB from {whose} ({limit})"
+    )
 
 
 def _same(answer: Any, wanted: str | Sequence[float]) -> bool:

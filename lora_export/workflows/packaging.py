@@ -15,11 +15,13 @@ from lora_export.contracts.option import kept
 from lora_export.errors import ExportError, InputError, OutputError
 from lora_export.packages import archive, bom, companions, contents, readme, signature
 from lora_export.packages.job import RUNS_OWN, PackageFacts, PackageJob, PackageTarget, Run, Sample, Variant
+from lora_export.packages.pipelines import laying
 from lora_export.packages.programs import NUMBERS, PROMPT
 from lora_export.packages.targets import target_named
 from lora_export.packages.tasks import task_of
 from lora_export.storage import files, sealed
 from lora_export.workflows.delivered import refuse_other_answer
+from lora_export.workflows.pipelines import packaging as pictures
 from lora_export.workflows.verifying import check_run
 
 WORST_AGREEMENT = 0.8  # least share of positions at which a variant should choose the token of the run's export
@@ -39,7 +41,10 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
             expected=f"merged/, from which a package for {target} is made",
             next_step="repeat merge-and-export without --no-merged-folder, or choose another --for",
         )
-    companions.check(read)
+    if read.task.draws:
+        pictures.check(read, runtime)
+    else:
+        companions.check(read)
     variants = runtime.variants(read, options.variants)
     name = _name(options.name, read)
     if options.key is not None:
@@ -59,13 +64,16 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
             precision=next((e.precision for e in exports.values()), read.merge.dtype),
             variants=tuple(exports),
             providers=runtime.providers(read, options.provider),
-            sample=_sample(read),
+            sample=pictures.sample(read) if read.task.draws else _sample(read),
             config=read.config,
             adapters=adapters,
+            weights=laying.weights_of(read.manifest.files),
         )
         measured = _measured(read, exports, progress)
         progress.stage(f"package: {name} for {target}")
         runtime.lay(PackageJob(read, stage, exports, facts))
+        if read.task.draws:
+            pictures.lay_sample(stage, read, facts, progress)
         shutil.rmtree(work)
         if adapters:
             refuse_other_answer(stage, facts, progress)
@@ -155,9 +163,12 @@ def read_run(folder: Path, progress: Progress) -> Run:
     export = load_export(folder / "onnx")
     merged = folder / "merged" if (folder / "merged").is_dir() else None
     kept = merged or export.output
-    check_export(export.output, export.graphs)
-    check_model_folder(kept)
-    config = sealed.read_json(kept / "config.json")
+    if pictures.is_run_of_pipeline(folder):
+        config = pictures.index_of(export, kept)
+    else:
+        check_export(export.output, export.graphs)
+        check_model_folder(kept)
+        config = sealed.read_json(kept / "config.json")
     architecture = str((config.get("architectures") or [""])[0])
     task = task_of(export.task, architecture)
     return Run(

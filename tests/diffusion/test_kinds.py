@@ -8,9 +8,10 @@ import torch
 
 from lora_export.adapters.diffusion.kinds import kind_of
 from lora_export.adapters.diffusion.kinds.unchanged import is_unchanged
-from lora_export.adapters.diffusion.pieces import FusedTarget
+from lora_export.adapters.diffusion.pieces import FusedTarget, refuse_changed
 from lora_export.adapters.kind import float64
 from lora_export.adapters.updates import LowRankUpdate, terms_of
+from lora_export.contracts import Adapter
 from lora_export.contracts.pipelines import Piece
 from lora_export.errors import AdapterError
 from tests.diffusion.modules import ALL, IN, KERNEL, LAYER, OUT, Case, Tensors, applied, case, made, normal
@@ -257,3 +258,20 @@ def test_parts_say_which_weights_they_are_computed_with(tmp_path: Path) -> None:
     assert besides("lora") == besides("dora") == besides("glora") == besides("oft") == [(), ()]
     assert besides("oft_wide") == besides("boft") == [("block.k.weight",), ("block.q.weight",)]
     assert besides("dora_in") == [("block.q.weight", "block.k.weight")] * 2
+
+
+def test_part_of_a_weight_that_an_earlier_adapter_changed_is_refused(tmp_path: Path) -> None:
+    pieces = (Piece("block.q", (0, 24)), Piece("block.k", (24, OUT)))
+    base = {f"{piece.module}.weight": normal(5)(24, IN) for piece in pieces}
+
+    def adapter(kind: str, **changes: Any) -> Adapter:
+        updates = case(kind, (), tmp_path, **{"pieces": pieces, "base": base, **changes}).updates()
+        return Adapter(tmp_path, "kohya", {}, tuple(updates), {})
+
+    earlier = adapter("lora", tensors=made("lora", out=24), pieces=(Piece("block.k"),))
+    for kind in ("lora", "dora", "oft"):
+        refuse_changed(adapter(kind), [earlier])
+    for kind in ("dora_in", "boft"):
+        refuse_changed(adapter(kind), [])
+        with pytest.raises(AdapterError, match=r"with block\.k\.weight, which an adapter before"):
+            refuse_changed(adapter(kind), [earlier])

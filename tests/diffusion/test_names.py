@@ -18,8 +18,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Model:
-    """A class of diffusers with the widths of the real model and few layers, and its converter of checkpoints in the
-    original repository's names. scale: the weights of norms are called so there; prefix: of all names there."""
+    """A class of diffusers with the widths of the real model and few layers, and its converter of checkpoints in
+    the original repository's names. scale: the weights of norms are called so there; prefix: of all names there."""
 
     name: str
     converter: str

@@ -4,13 +4,14 @@ FLUX's `img_attn.qkv` is q, k and v below each other; the halves of `final_layer
 The update of the whole weight is finished first, and each weight of the base gets its rows of that.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_export.adapters.updates import LowRank, LowRankUpdate, terms_of
-from lora_export.contracts import TargetUpdate, Update
+from lora_export.contracts import Adapter, TargetUpdate, Update
 from lora_export.contracts.pipelines import Piece
+from lora_export.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +124,25 @@ class FusedTarget(TargetUpdate):
     other adapter may have changed them before."""
 
     beside: tuple[str, ...] = ()
+
+
+def refuse_changed(adapter: Adapter, before: Iterable[Adapter]) -> None:
+    """AdapterError for an update that is computed with other weights that an adapter before this one changes.
+
+    Those are read from the base.
+    """
+    changed = {update.target for other in before for update in other.updates}
+    for update in adapter.updates:
+        both = sorted(changed & set(update.beside)) if isinstance(update, FusedTarget) else []
+        if both:
+            raise AdapterError(
+                f"{update.kind} computes {update.target} with {', '.join(both)}, which an adapter before this one "
+                "changes",
+                where=adapter.folder,
+                tensor=update.keys[0],
+                expected="the base's own weights",
+                next_step="give this adapter first, or merge it alone",
+            )
 
 
 def cut(update: Update, place: Place, height: int) -> Update:

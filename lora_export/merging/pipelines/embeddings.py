@@ -72,7 +72,18 @@ class NewTokens:
         return {} if tokenizer.end in (None, _LEGACY_END) else {"eos_token_id": tokenizer.end}
 
     def planned(self, component: str, plan: MergePlan) -> MergePlan:
-        """The plan of a component with what its tokens change in its config.json."""
+        """The plan of a component with what its tokens change in its config.json. AdapterError where the plan has
+        no row for a token."""
+        for name, tensor in plan.tensors.items():
+            last = max((i for u in tensor.updates for i in u.tokens), default=-1)
+            if last >= tensor.height or (tensor.shape and last >= plan.config_changes.get("vocab_size", last + 1)):
+                raise AdapterError(
+                    f"the token {last} has no row in the merged model",
+                    where=self.pipeline.folder / component,
+                    tensor=name,
+                    expected=f"a text encoder whose vocabulary can grow, not {tensor.height} rows",
+                    next_step="use the embedding unmerged, with load_textual_inversion of diffusers",
+                )
         return replace(plan, config_changes={**plan.config_changes, **self.config(component)})
 
     def warnings(self, components: Collection[str]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.adapters.diffusion.finding import component_of
 from lora_export.adapters.diffusion.kinds import updates_of
+from lora_export.adapters.diffusion.pieces import refuse_changed
 from lora_export.adapters.diffusion.reading import understand
 from lora_export.checkpoint import Checkpoint, open_adapter_files
 from lora_export.checkpoint.adapter_files import open_single_file, single_file
@@ -98,6 +99,8 @@ def plan_pipeline(base: Path, adapters: Sequence[AdapterChoice], options: MergeO
         adapter, parts = _read(choice, pipeline, shapes, models, tokens, options)
         understood.append(adapter)
         for name, part in parts.items():
+            if options.combine == "none":
+                refuse_changed(part, read.get(name, ()))
             read.setdefault(name, []).append(part)
             merged_into.setdefault(name, []).append(choice)
     skipped = tuple(n for n in pipeline.components if n in read and n in options.skip)

@@ -174,7 +174,8 @@ def settle(
     changes: of the configuration, for other reasons.
     """
     layout = Layout(dict(targets))
-    if _shares_nothing(base.config) or not may_be_shared(targets, weights):
+    grows = any(u.tokens for updates in targets.values() for u in updates)
+    if (_shares_nothing(base.config) and not grows) or not may_be_shared(targets, weights):
         return layout
     known = architecture_of(base, changes)
     on_disk = known.loaded({n: w.shape for n, w in weights.items()}) if known else {}

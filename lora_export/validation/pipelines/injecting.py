@@ -22,7 +22,7 @@ from lora_export.validation.pipelines.activations import (
     axis_of,
     cut,
 )
-from lora_export.validation.pipelines.loading import find_module
+from lora_export.validation.pipelines.loading import Modules
 from lora_export.validation.pipelines.probing import squares
 from lora_export.validation.pipelines.turning import rotation_of
 from lora_export.validation.pipelines.updates import Parts, has_update, low_rank, update_of
@@ -73,7 +73,7 @@ class Target:
 
 def inject(model: nn.Module, component: str, adapters: Sequence[DiffusionAdapter]) -> Changes:
     """Put the adapters' work beside the layers of a component of the base, in place."""
-    changes = Changes()
+    changes, places = Changes(), Modules(model)
     for adapter in adapters:
         modules = [m for m in adapter.modules if m.component == component]
         if not modules:
@@ -82,7 +82,7 @@ def inject(model: nn.Module, component: str, adapters: Sequence[DiffusionAdapter
         with safe_open(file, framework="pt") as tensors:
             for module in modules:
                 parts = {part: _read(tensors, key) for part, key in module.keys.items()}
-                _apply(model, module, parts, adapter.weight, changes)
+                _apply(places, module, parts, adapter.weight, changes)
     return changes
 
 
@@ -91,12 +91,12 @@ def _read(tensors: Any, key: str) -> torch.Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def _apply(model: nn.Module, module: TrainedModule, parts: Parts, weight: float, changes: Changes) -> None:
+def _apply(places: Modules, module: TrainedModule, parts: Parts, weight: float, changes: Changes) -> None:
     bare = [p for p in module.pieces if p.bare]
     if bare:
-        _add_to_parameters(model, module, bare, parts, weight, changes)
+        _add_to_parameters(places.model, bare, parts, weight, changes)
         return
-    targets = [_target(model, piece, changes) for piece in module.pieces]
+    targets = [_target(places, piece, changes) for piece in module.pieces]
     used = _weights(module, parts, targets, weight)
     used |= _biases(parts, targets, weight)
     left = set(parts) - used - {"alpha", "on_input"}
@@ -108,13 +108,11 @@ def _apply(model: nn.Module, module: TrainedModule, parts: Parts, weight: float,
         )
 
 
-def _target(model: nn.Module, piece: Piece, changes: Changes) -> Target:
-    path, layer = find_module(model, piece.module)
+def _target(places: Modules, piece: Piece, changes: Changes) -> Target:
+    path, layer = places.find(piece.module)
     if not isinstance(layer, Adapted):
         adapted = Adapted(layer)
-        for place, found in list(model.named_modules(remove_duplicate=False)):
-            if found is layer:  # an embedding may stand in two places
-                model.set_submodule(place, adapted)
+        places.replace(layer, adapted)
         changes.layers[path] = layer = adapted
     for name, _ in layer.base_layer.named_parameters():
         changes.names[f"{piece.module}.{name}"] = (path, name)
@@ -214,7 +212,7 @@ def _biases(parts: Parts, targets: Sequence[Target], weight: float) -> set[str]:
 
 
 def _add_to_parameters(
-    model: nn.Module, module: TrainedModule, pieces: Sequence[Piece], parts: Parts, weight: float, changes: Changes
+    model: nn.Module, pieces: Sequence[Piece], parts: Parts, weight: float, changes: Changes
 ) -> None:
     """Parameters that no module owns have no activations of their own: the value is added before they are used."""
     known: Mapping[str, torch.Tensor] = dict(model.named_parameters())

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +36,18 @@ def diffusers_module() -> Any:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Inside, neither library writes to the terminal: deprecations, progress bars, advice to trainers."""
-    import transformers
-
-    diffusers = diffusers_module()
-    levels = transformers.logging.get_verbosity(), diffusers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    diffusers.logging.set_verbosity(logging.CRITICAL)
-    diffusers.logging.disable_progress_bar()
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            import transformers
+
+            transformers.logging.disable_progress_bar()
+            diffusers_module().logging.disable_progress_bar()
             yield
     finally:
-        transformers.logging.set_verbosity(levels[0])
-        diffusers.logging.set_verbosity(levels[1])
+        logging.disable(before)
 
 
 def class_of(component: Component) -> Any:
@@ -134,22 +131,36 @@ def _files(folder: Path, variant: str | None) -> set[str]:
     return chosen if chosen or variant is not None else set(found)
 
 
-def find_module(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """(path, module) of a module as the base's files call it.
+class Modules:
+    """The modules of a model as the base's files call them: transformers builds some classes without the prefix
+    that their files have, and some with one more."""
 
-    transformers builds some classes without the prefix that their files have, and some with one more. InputError
-    where no module, or more than one, can be meant.
-    """
-    modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if name in modules:
-        return name, modules[name]
-    alike = [p for p in modules if p and (name.endswith(f".{p}") or p.endswith(f".{name}"))]
-    longest = max((len(p) for p in alike), default=0)
-    nearest = [p for p in alike if len(p) == longest]
-    if len(nearest) != 1:
-        raise InputError(
-            f"{type(model).__name__} has {'several modules' if nearest else 'no module'} called so",
-            tensor=name,
-            expected="one module of the base for each that the adapter trained",
-        )
-    return nearest[0], modules[nearest[0]]
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._by_path: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self._places: dict[int, list[str]] = {}
+        for path, module in self._by_path.items():
+            self._places.setdefault(id(module), []).append(path)
+
+    def find(self, name: str) -> tuple[str, nn.Module]:
+        """(path, module). InputError where no module, or more than one, can be meant."""
+        if name in self._by_path:
+            return name, self._by_path[name]
+        alike = [p for p in self._by_path if p and (name.endswith(f".{p}") or p.endswith(f".{name}"))]
+        longest = max((len(p) for p in alike), default=0)
+        nearest = [p for p in alike if len(p) == longest]
+        if len(nearest) != 1:
+            raise InputError(
+                f"{type(self.model).__name__} has {'several modules' if nearest else 'no module'} called so",
+                tensor=name,
+                expected="one module of the base for each that the adapter trained",
+            )
+        return nearest[0], self._by_path[nearest[0]]
+
+    def replace(self, module: nn.Module, new: nn.Module) -> None:
+        """In all its places: an embedding may stand in two."""
+        places = self._places.pop(id(module))
+        self._places[id(new)] = places
+        for path in places:
+            self.model.set_submodule(path, new)
+            self._by_path[path] = new

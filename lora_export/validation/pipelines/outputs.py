@@ -35,17 +35,25 @@ def _tensors(output: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
 
 @dataclass(frozen=True)
 class Floor:
-    """draws: how far honest errors move each output of each call, one entry for each cause, largest of its draws;
-    scale: the largest number of each."""
+    """How far honest errors move each output of each call.
+
+    reference: the outputs without them; draws: one entry for each cause, the largest of its draws; known: the
+    shift that the very numbers of a quantized graph cause, which is no draw, so that no tolerance applies to it.
+    """
 
     calls: Sequence[Call]
     reference: Sequence[Outputs]
     draws: Sequence[Sequence[Mapping[str, float]]]
     where: str
+    known: Sequence[Mapping[str, float]] = ()
 
     def limit(self, call: int, output: str) -> float:
         scale = float(self.reference[call][output].abs().max())
         return sum(cause[call][output] for cause in self.draws) + scale * FP32_ARITHMETIC
+
+    @property
+    def _shift(self) -> str:
+        return "what the graph's numbers do in PyTorch + " if self.known else ""
 
     def checks(self, name: str, found: Sequence[Outputs], tolerance: float) -> list[Check]:
         """A check for each label: the output that is farthest away, in floors."""
@@ -54,6 +62,7 @@ class Floor:
             for output in self.reference[number].keys() & outputs.keys():
                 error = _apart(self.reference[number][output], outputs[output])
                 limit = tolerance * self.limit(number, output)
+                limit += self.known[number][output] if self.known else 0.0
                 share = error / limit if limit else math.inf
                 known = worst.get(call.label)
                 if known is None or not share <= known[0]:
@@ -61,7 +70,7 @@ class Floor:
         return [
             below(
                 f"{name}_{label}_max_abs" if label else f"{name}_max_abs", error, limit,
-                f"{tolerance:g} × the noise floor of {self.where}; output {output}",
+                f"{self._shift}{tolerance:g} × the noise floor of {self.where}; output {output}",
             )
             for label, (_, error, limit, output) in worst.items()
         ]  # fmt: skip
@@ -100,23 +109,32 @@ def psnr(error: float) -> float:
 
 @dataclass(frozen=True)
 class SampleFloor:
-    """reference: the unmerged picture; draws: the pictures of models that honest errors moved."""
+    """reference: the unmerged picture; draws: those of models that rounding errors moved; moved: those that other
+    causes moved, one of each; known: the relative error of the latents and the root mean square error of the
+    picture that the very numbers of quantized graphs cause."""
 
     reference: Sample
     draws: Sequence[Sample]
     where: str
+    moved: Sequence[Sample] = ()
+    known: tuple[float, float] = (0.0, 0.0)
 
-    def checks(self, found: Sample, tolerance: float, prefix: str = "", extra: float = 0.0) -> list[Check]:
-        """extra: more of the floor, in relative units, of a cause that no draw has."""
-        arithmetic = FP32_ARITHMETIC + extra
-        latents = largest(relative(self.reference.latents, d.latents) for d in self.draws) + arithmetic
-        picture = largest(rmse(self.reference.picture, d.picture) for d in self.draws) + arithmetic
-        error = rmse(self.reference.picture, found.picture)
-        note = f"{tolerance:g} × the error of the same sampling on models moved by {self.where}"
-        least = psnr(tolerance * picture)
+    def relative_to(self, other: Sample) -> float:
+        return relative(self.reference.latents, other.latents)
+
+    def checks(self, found: Sample, tolerance: float, prefix: str = "") -> list[Check]:
+        own = self.reference
+        latents = largest(self.relative_to(d) for d in self.draws) + sum(self.relative_to(m) for m in self.moved)
+        picture = largest(rmse(own.picture, d.picture) for d in self.draws)
+        picture += sum(rmse(own.picture, m.picture) for m in self.moved)
+        limits = [
+            k + tolerance * (f + FP32_ARITHMETIC) for k, f in zip(self.known, (latents, picture), strict=True)
+        ]
+        error = rmse(own.picture, found.picture)
+        shift = "what the graphs' numbers do in PyTorch + " if any(self.known) else ""
+        note = f"{shift}{tolerance:g} × the error of the same sampling on models moved by {self.where}"
         return [
-            below(f"{prefix}latents_relative", relative(self.reference.latents, found.latents),
-                  tolerance * latents, note),
-            Check(f"{prefix}image_psnr", psnr(error), least, error <= tolerance * picture < math.inf,
+            below(f"{prefix}latents_relative", self.relative_to(found), limits[0], note),
+            Check(f"{prefix}image_psnr", psnr(error), psnr(limits[1]), error <= limits[1] < math.inf,
                   f"dB, at least that of {note}"),
         ]  # fmt: skip

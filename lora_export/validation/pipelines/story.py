@@ -16,8 +16,10 @@ from lora_export.contracts import (
     ValidationResult,
 )
 from lora_export.errors import CheckpointError, InputError
+from lora_export.runtime import resolve_provider
 from lora_export.validation.comparing.logits import largest
 from lora_export.validation.comparing.thresholds import reported
+from lora_export.validation.pipelines.exported import Expected, Reference, expected_of, judge_export
 from lora_export.validation.pipelines.loading import class_of, load, quiet, stored_tensors
 from lora_export.validation.pipelines.made_up import made_up_calls
 from lora_export.validation.pipelines.models import DRAWS, Unmerged, all_rounded, all_without_adapters
@@ -68,7 +70,7 @@ class Known:
     """What the unmerged pipeline answered, which everything else is held against.
 
     calls: of each changed component; base, unmerged: its outputs for them; floors: how far rounding moves these;
-    samples: pictures by the model's name; sampling: the floor of the pictures.
+    samples: pictures by the model's name; sampling: the floor of the pictures; exports: what graphs should answer.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -76,6 +78,7 @@ class Known:
     floors: dict[str, Floor] = field(default_factory=dict)
     samples: dict[str, Sample] = field(default_factory=dict)
     sampling: SampleFloor | None = None
+    exports: list[Expected] = field(default_factory=list)
 
 
 def validate_pipeline(
@@ -96,9 +99,10 @@ def validate_pipeline(
     InputError for a class that neither diffusers nor transformers has, or a pipeline without the base's components.
     """
     options = seeded(options or ValidationOptions())
+    options = replace(options, provider=resolve_provider(options.provider) if exports else "cpu")
     task = Task(base, adapters, merged, exports, pictures, options, progress)
-    _refuse_other_components(task)
     with quiet(), torch.no_grad():
+        _refuse_other_components(task)
         return replace(_validated(task), seed=options.seed)
 
 
@@ -125,7 +129,12 @@ def _validated(task: Task) -> ValidationResult:
     changed = {name: model for name, model in models.items() if model.changed}
     sampler = _sampler(task, models)
     known = _measured(task, models, changed, sampler)
+    for export in task.exports:
+        parts = {name: model.model for name, model in models.items()}
+        reference = Reference(parts, known.floors, sampler, known.sampling)
+        known.exports.append(expected_of(export, task.base.components, reference, task.progress))
     checks += _outputs(task, known, models, sampler)
+    checks += _exports(task, known, sampler)
     warning = _without_effect(task, known, changed)
     result = ValidationResult(tuple(checks), weight_errors=errors, advice=warning)
     if task.pictures is None or known.sampling is None:
@@ -227,6 +236,19 @@ def _outputs(task: Task, known: Known, models: dict[str, Unmerged], sampler: Sam
     effect = rmse(known.samples["unmerged"].picture, known.samples["base"].picture)
     note = "dB, of the base's picture against the unmerged one: what the adapters change"
     return [*checks, reported("adapter_effect_psnr", min(psnr(effect), 1.7e308), note)]
+
+
+def _exports(task: Task, known: Known, sampler: Sampler | None) -> list[Check]:
+    """sampler: with the merged models, whose places the graphs take."""
+    checks: list[Check] = []
+    merged, options = task.merged.components, task.options
+    for export, expected in zip(task.exports, known.exports, strict=True):
+        how = known.sampling, sampler, options.tolerance, options.provider, task.progress
+        found, sample = judge_export(export, merged, expected, *how)
+        checks += found
+        if sample is not None:
+            known.samples[f"onnx {export.precision}"] = sample
+    return checks
 
 
 def _without_effect(task: Task, known: Known, changed: Mapping[str, Unmerged]) -> tuple[str, ...]:

@@ -58,7 +58,8 @@ def tensor_checks(
     note = "tensors that no adapter touches are the base's, bit for bit, and none is missing or in excess"
     note += "" if dtype == "keep" else f"; all are converted to {dtype}"
     stored = Check("stored_tensors_differ", len(different), 0, not different, listed(different) or note)
-    own = [Check(f"{name}_{c.name}", c.value, c.threshold, c.passed, c.note) for c in (*checks, stored)]
+    checks = [*checks, stored] if changes.names else [stored]
+    own = [Check(f"{name}_{c.name}", c.value, c.threshold, c.passed, c.note) for c in checks]
     return tuple(f"{name}: {n}" for n in faulty), own
 
 

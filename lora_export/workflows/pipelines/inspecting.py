@@ -159,7 +159,10 @@ def _summary(seen: Seen, metadata: Mapping[str, str], count: int, dtypes: Sequen
     kinds = " and ".join(k for k, _ in Counter(m.kind for m in seen.modules).most_common())
     ranks = sorted({m.rank for m in seen.modules if m.rank})
     span = f" of ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f" of rank {ranks[0]}" if ranks else ""
-    roles = ", ".join(f"{n} modules of {role}" for role, n in Counter(m.role for m in seen.modules).most_common())
+    roles = ", ".join(
+        f"{n} {'module' if n == 1 else 'modules'} of {role}"
+        for role, n in Counter(m.role for m in seen.modules).most_common()
+    )
     of = next((metadata[k] for k in ("modelspec.architecture", "ss_base_model_version") if metadata.get(k)), None)
     scales = sorted({m.scale for m in seen.modules if m.scale is not None})
     said = sum(m.alpha is not None for m in seen.modules if m.rank)

@@ -21,7 +21,7 @@ from lora_export.contracts import (
 )
 from lora_export.errors import ExportError, InputError
 from lora_export.storage.disk import check_space
-from lora_export.workflows.pipelines.measuring import measure, with_own_size
+from lora_export.workflows.pipelines.measuring import measure, refuse_without_denoiser, with_own_size
 
 if TYPE_CHECKING:
     from lora_export.merging.pipelines.planning import PipelinePlan
@@ -35,11 +35,12 @@ def plan_story(
     """What the merge will do; refuses everything that options, headers and configurations show."""
     from lora_export.merging.pipelines.planning import plan_pipeline
     from lora_export.onnx_export.diffusion.pipeline_export import check_pipeline
-    from lora_export.workflows.pipelines.measuring import refuse_without_denoiser
+    from lora_export.workflows.pipelines.validating import adapters_beside
 
     refuse_text_options(options)
     planned = plan_pipeline(base.folder, adapters, options.merge)
     refuse_without_denoiser(planned.pipeline)
+    adapters_beside(planned)
     check_pipeline(planned.pipeline, options.export)
     # merged, and the graphs of base and merged; fp32 at most
     check_space(output.absolute().parent, planned.nbytes * (1 + 2 * 2))
@@ -73,6 +74,7 @@ def tell_pipeline(
     from lora_export.checkpoint.pipeline import open_pipeline
     from lora_export.merging.pipelines.merging import merge_planned_pipeline
     from lora_export.validation.pipelines import validate_pipeline
+    from lora_export.workflows.pipelines.validating import adapters_beside
 
     base = planned.pipeline
     # merge, and export with the graphs of the base
@@ -86,7 +88,7 @@ def tell_pipeline(
     (stage / PICTURES).mkdir(parents=True)
     checked = validate_pipeline(
         base,
-        planned.adapters,
+        adapters_beside(planned),
         merged,
         exports=[ExportedPipeline(export.output, export.precision)],
         pictures=stage / PICTURES,
@@ -142,9 +144,10 @@ def _unmerged(planned: "PipelinePlan") -> tuple[Mapping[str, Any], tuple[str, ..
     def load(device: str) -> Any:
         from lora_export.validation.pipelines.injecting import inject
         from lora_export.validation.pipelines.loading import load as load_component
+        from lora_export.workflows.pipelines.validating import adapters_beside
 
         model = load_component(denoiser, planned.options.variant)
-        inject(model, denoiser.name, planned.adapters)
+        inject(model, denoiser.name, adapters_beside(planned))
         return model.to(device)
 
     why = "the arm pytorch is the unmerged denoiser in fp32 under PyTorch: its ratio holds another runtime, too"

@@ -20,7 +20,7 @@ from lora_export.errors import InputError
 from lora_export.merging import CERTIFICATE
 from lora_export.merging.certificate.document import read_certificate
 from lora_export.merging.pipelines.document import is_merged_pipeline, read_pipeline_certificate
-from lora_export.merging.pipelines.planning import plan_pipeline
+from lora_export.merging.pipelines.planning import PipelinePlan, plan_pipeline
 from lora_export.storage.sealed import refuse_special
 
 ADDED = frozenset({"lora", "locon", "tucker", "loha", "lokr", "full"})
@@ -30,16 +30,22 @@ def validate_pipeline_folder(
     base: Path,
     adapters: Sequence[AdapterChoice],
     merged: Path,
-    exports: Sequence[ExportedPipeline],
+    onnx: Sequence[Path],
     options: ValidationOptions,
     progress: Progress,
+    beside: Sequence[Path] = (),
     pictures: Path | None = None,
 ) -> ValidationResult:
-    """Validate a merged pipeline, or a merged model of diffusers alone. pictures: as in `validate_pipeline`."""
+    """Validate a merged pipeline, or a merged model of diffusers alone, and exports of it.
+
+    beside: exports of the base, and texts of the adapters, which pipelines have no use for; pictures: as in
+    `validate_pipeline`.
+    """
     from lora_export.validation.pipelines import validate_pipeline
 
-    for folder in (base, merged, *(e.folder for e in exports)):
+    for folder in (base, merged, *onnx):
         refuse_special(folder)
+    refuse_text_options(options, beside)
     if not is_pipeline(merged):
         raise InputError(
             "the base is a pipeline of diffusers, and this is none",
@@ -52,18 +58,60 @@ def validate_pipeline_folder(
     merge = merged_as(merged, options)
     understood = understood_adapters(base, adapters, merge)
     result = validate_pipeline(
-        opened[0], understood, opened[1], exports=exports, pictures=pictures,
+        opened[0], understood, opened[1], exports=exported(onnx), pictures=pictures,
         options=replace(options, merge=merge), progress=progress,
     )  # fmt: skip
     return replace(result, merge_options=_only_certified(merge, options.merge))
 
 
+def exported(folders: Sequence[Path]) -> tuple[ExportedPipeline, ...]:
+    """Exports of a pipeline, checked, with names for their checks. InputError for two in one precision."""
+    from lora_export.onnx_export import check_export, load_export
+
+    made: list[ExportedPipeline] = []
+    for folder in folders:
+        found = load_export(folder)
+        check_export(found.output, found.graphs)
+        if any(e.precision == found.precision for e in made):
+            raise InputError(
+                f"two of the exports are in {found.precision}",
+                where=folder,
+                expected="one --onnx for each precision, which names their checks",
+                next_step="validate them one at a time",
+            )
+        prefix = "onnx_" if not made else f"onnx_{found.precision}_"
+        made.append(ExportedPipeline(found.output, found.precision, prefix))
+    return tuple(made)
+
+
+def refuse_text_options(options: ValidationOptions, beside: Sequence[Path] = ()) -> None:
+    """InputError for options that are about language models."""
+    given = {
+        "--base-onnx, --own-text": bool(beside),
+        "--text": options.text is not None,
+        "--min-survival": options.min_survival is not None,
+        "--compare-bases": options.bases is not None,
+    }
+    for flag, asked in given.items():
+        if asked:
+            raise InputError(
+                f"{flag} with a pipeline of images",
+                expected="--prompts, --steps, --size, --tolerance and options of the merge",
+                next_step=f"the same command without {flag}",
+            )
+
+
 def understood_adapters(
     base: Path, adapters: Sequence[AdapterChoice], merge: MergeOptions
 ) -> tuple[DiffusionAdapter, ...]:
+    """As `adapters_beside`, of a plan made anew."""
+    return adapters_beside(plan_pipeline(base, adapters, merge))
+
+
+def adapters_beside(planned: PipelinePlan) -> tuple[DiffusionAdapter, ...]:
     """Whose tensors are which module's, with the weights of the command. InputError for a combination that no
     unmerged forward shows."""
-    planned = plan_pipeline(base, adapters, merge)
+    base, merge = planned.pipeline.folder, planned.options
     kinds = {kind for adapter in planned.adapters for kind in adapter.kinds}
     if merge.combine not in ("none", "linear", "cat") or (merge.combine != "none" and merge.combine_on != "deltas"):
         raise InputError(
@@ -79,7 +127,7 @@ def understood_adapters(
             expected=f"--combine {merge.combine} of {', '.join(sorted(ADDED))}",
             next_step="lora-export verify, which computes the combination again",
         )
-    return tuple(replace(a, weight=c.weight) for a, c in zip(planned.adapters, adapters, strict=True))
+    return tuple(replace(a, weight=c.weight) for a, c in zip(planned.adapters, planned.choices, strict=True))
 
 
 def merged_as(merged: Path, options: ValidationOptions) -> MergeOptions:

@@ -62,10 +62,6 @@ class Trained:
         """The same with the learned factor of LyCORIS (`use_scalar`), where it was not multiplied in on saving."""
         return scaling * float(self.read("scalar")) if self.has("scalar") else scaling
 
-    @property
-    def is_bare(self) -> bool:
-        return any(piece.bare for piece in self.module.pieces)
-
     def target(self, piece: Piece, leaf: str) -> str:
         """leaf: weight or bias; a parameter that no module owns has neither."""
         return piece.module if piece.bare else f"{piece.module}.{leaf}"
