@@ -119,8 +119,8 @@ def _sd3(model: Any) -> GraphPart:
 def _cropped(places: Any, height: Any, width: Any) -> torch.Tensor:
     """The middle of a table of places, for latents of this size: (1, patches, width of the model).
 
-    diffusers begins at (size − patches) // 2. A trace makes 8 + (−patches // 2) of it, and ONNX divides towards zero:
-    wrong for odd numbers. The same place is counted here from the middle on.
+    diffusers begins at (size − patches) // 2. A trace makes 8 + (−patches // 2) of it, and ONNX divides towards
+    zero, which is wrong for odd numbers. The same place is counted here from the middle on.
     """
     size = places.pos_embed_max_size
     rows, columns = height // places.patch_size, width // places.patch_size
