@@ -161,6 +161,11 @@ def check_threshold(check: Check) -> str:
     return f"{'≥' if at_least else '≤'} {number(check.threshold, 4)}"
 
 
+def decibels(psnr: float) -> str:
+    """How near two pictures are."""
+    return "the same, bit for bit" if psnr == math.inf else f"{number(psnr)} dB"
+
+
 # --- figures -------------------------------------------------------------------------------------------------
 
 

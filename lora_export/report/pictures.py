@@ -4,13 +4,13 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, isinf, isnan
+from math import inf, isnan
 from pathlib import Path
 
 from lora_export.contracts import Check, MergeResult, Picture, PipelineFacts, Report, ValidationResult
 from lora_export.escape import one_line
 from lora_export.report.drawing import BASE, MERGED, PLUGGED, PYTORCH, UNMERGED, drawable, figure, quiet, svg
-from lora_export.wording import DASH, number, percent
+from lora_export.wording import DASH, decibels, number, percent
 
 Row = tuple[str, ...]
 FOLDER = "pictures"  # beside report.json
@@ -110,12 +110,12 @@ def _in_words(picture: Picture) -> str:
     if picture.gain is not None:
         return "the differences" + (f" × {number(picture.gain)}" if picture.gain != 1 else ", as they are")
     what = _WORDS.get(picture.name, "through the graphs" if picture.name.startswith("onnx") else "")
-    return ", ".join(text for text in (what, decibels(picture.psnr, picture.name)) if text)
+    return ", ".join(text for text in (what, _near(picture.psnr, picture.name)) if text)
 
 
 def sentence(validate: ValidationResult) -> str:
     """For the head of the page: how near the pictures are."""
-    near = {p.name: decibels(p.psnr) for p in validate.pictures if p.gain is None and p.name != REFERENCE}
+    near = {p.name: _near(p.psnr) for p in validate.pictures if p.gain is None and p.name != REFERENCE}
     judged = [f"{one_line(name)}: {text}" for name, text in near.items() if name != "base"]
     if not judged:
         return ""
@@ -123,13 +123,11 @@ def sentence(validate: ValidationResult) -> str:
     return f"Against the unmerged pipeline's picture, by PSNR, {'; '.join(judged)}{base}."
 
 
-def decibels(psnr: float | None, name: str = "") -> str:
+def _near(psnr: float | None, name: str = "") -> str:
     """How near a picture is to the unmerged one."""
     if psnr is None:
         return ""
-    if isinf(psnr) and psnr > 0:
-        return "the same, bit for bit"
-    return f"{number(psnr)} dB from it" if name == "base" else f"{number(psnr)} dB"
+    return decibels(psnr) + (" from it" if name == "base" else "")
 
 
 # --- tables --------------------------------------------------------------------------------------------------
