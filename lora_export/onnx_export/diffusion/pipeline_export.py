@@ -7,7 +7,7 @@ from pathlib import Path
 from time import monotonic
 
 from lora_export import onnx_export
-from lora_export.checkpoint.companions import companion_files, copy_files
+from lora_export.checkpoint.companions import SKIPPED_SUFFIXES
 from lora_export.choices import Precision
 from lora_export.contracts import (
     ExportOptions,
@@ -228,12 +228,9 @@ def _copy_others(pipeline: Pipeline, stage: Path, progress: Progress) -> None:
             progress.warn(f"{name} is not exported: Optimum's pipelines take it from PyTorch, or do without")
             continue
         (stage / name).mkdir()
-        copy_files(companion_files(source) + _settings(source), stage / name)
-
-
-def _settings(folder: Path) -> list[Path]:
-    config = folder / "config.json"
-    return [config] if config.is_file() else []
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.suffix not in SKIPPED_SUFFIXES and not path.name.startswith("."):
+                sealed.copy(path, stage / name / path.name, pipeline.folder)
 
 
 def _joined(proofs: Mapping[str, Proof | None]) -> Proof | None:

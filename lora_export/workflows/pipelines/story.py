@@ -35,7 +35,6 @@ def plan_story(
     """What the merge will do; refuses everything that options, headers and configurations show."""
     from lora_export.merging.pipelines.planning import plan_pipeline
     from lora_export.onnx_export.diffusion.pipeline_export import check_pipeline
-
     from lora_export.workflows.pipelines.validating import adapters_beside
 
     refuse_text_options(options)
