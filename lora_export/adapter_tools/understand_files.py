@@ -1,4 +1,4 @@
-"""What an adapter of an image model has learnt: figures of a single file, or of what a merge into a pipeline changes."""
+"""What an adapter of an image model has learnt: figures of a file alone, or of its change of a pipeline."""
 
 from collections.abc import Iterator
 from dataclasses import replace
