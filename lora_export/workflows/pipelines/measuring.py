@@ -11,13 +11,17 @@ from lora_export.contracts import (
     BenchmarkOptions,
     BenchmarkResult,
     GraphComparison,
+    PictureTime,
     Pipeline,
     Progress,
 )
-from lora_export.errors import InputError
+from lora_export.errors import ExportError, InputError
+from lora_export.storage.sealed import read_json
 
 GRAPH = "model.onnx"
 DENOISERS = ("unet", "transformer")
+DECODER = "vae_decoder"
+_LONGEST = 20.0  # seconds of pictures, after which no further one of an arm is begun
 _SIDE = 64  # of a latent, where no configuration says a size
 Loaded = Callable[[str], Any]  # device → a module of diffusers
 
@@ -47,6 +51,29 @@ def measure(
     differ = [f"{part}: {text}" for part, graph in graphs.items() for text in graph.differences]
     same = all(graph.identical for graph in graphs.values())
     return replace(measured, graphs=graphs, graph_identical=same, graph_differences=tuple(differ))
+
+
+def with_pictures(
+    result: BenchmarkResult, base: Path, merged: Path, class_name: str | None, progress: Progress
+) -> BenchmarkResult:
+    """With the time of a whole picture by the graphs of each, or a note why there is none."""
+    from lora_export.packages.pipelines.families import PROMPT, drawing_of
+    from lora_export.workflows.pipelines.drawing import seconds_of
+
+    if class_name is None:
+        return replace(result, notes=(*result.notes, "no time of a picture: a denoiser alone makes none"))
+    taken = []
+    denoiser = next(name for name in DENOISERS if (merged / name / GRAPH).is_file())
+    own, vae = (read_json(merged / part / "config.json") for part in (denoiser, DECODER))
+    try:
+        how = drawing_of(class_name, own, vae, "", merged)
+        progress.stage(f"benchmark: a picture of {how.width} pixels in {how.steps} steps")
+        for name, folder in (("base", base), ("merged", merged)):
+            seconds = seconds_of(folder, class_name, PROMPT, how, _LONGEST)
+            taken.append(PictureTime(name, seconds, how.steps, how.width))
+    except ExportError as error:
+        return replace(result, notes=(*result.notes, f"no time of a picture: {error.found}"))
+    return replace(result, pictures=tuple(taken))
 
 
 def compared(

@@ -21,7 +21,12 @@ from lora_export.contracts import (
 )
 from lora_export.errors import ExportError, InputError
 from lora_export.storage.disk import check_space
-from lora_export.workflows.pipelines.measuring import measure, refuse_without_denoiser, with_own_size
+from lora_export.workflows.pipelines.measuring import (
+    measure,
+    refuse_without_denoiser,
+    with_own_size,
+    with_pictures,
+)
 
 if TYPE_CHECKING:
     from lora_export.merging.pipelines.planning import PipelinePlan
@@ -103,6 +108,7 @@ def tell_pipeline(
     benchmark = replace(with_own_size(options.benchmark, base), provider=options.export.provider)
     arms, notes = _unmerged(planned)
     measured = measure(base_onnx.output, export.output, benchmark, progress, arms)
+    measured = with_pictures(measured, base_onnx.output, export.output, base.class_name, progress)
     return replace(story, benchmark=replace(measured, notes=(*measured.notes, *notes)))
 
 
