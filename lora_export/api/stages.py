@@ -66,7 +66,7 @@ def merge(
     *,
     progress: Progress = SILENT,
 ) -> MergeResult:
-    """Merge adapters into base weights: W' = round(f(W)), f in fp32 and rounded once, streamed in bounded memory.
+    """Merge adapters into base weights: W' = round(f(W)), in fp32 or float64, rounded once, streamed.
 
     Args:
         base: Folder of safetensors, or a Hub ID; 4- and 8-bit weights are dequantized as training saw them. Or a

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.checkpoint.sources import Adapters, Model, adapter_choices, resolve
 from lora_export.contracts import (
     MergeOptions,
@@ -97,7 +98,7 @@ def extract(
     Args:
         base: Folder or Hub ID of the base.
         tuned: Folder or Hub ID of the tuned model.
-        output: New folder of a LoRA that PEFT loads.
+        output: New folder of a LoRA that PEFT loads; of two pipelines, with a file as diffusers names it.
         rank: A rank, or a share of ‖ΔW‖² to keep; one of them is needed.
         rest: Changed weights that are not matrices of a layer: saved whole, left out, or refused.
         progress: Receives how far it is.
@@ -110,10 +111,19 @@ def extract(
         InputError: No rank is given.
     """
     from lora_export.adapter_tools import extract as extract_adapter
+    from lora_export.adapter_tools import extract_pipeline
     from lora_export.adapter_tools.saving import Rank
 
     rank, folders = rank or RankOptions(), (resolve(base).folder, resolve(tuned).folder)
-    cut = Rank(rank.rank, rank.energy)
+    cut, of_pipelines = Rank(rank.rank, rank.energy), [is_pipeline(f) for f in folders]
+    if of_pipelines[0] != of_pipelines[1]:
+        raise InputError(
+            "one of the two is a pipeline of diffusers, the other is not",
+            where=folders[1],
+            expected=f"two pipelines, or two models; the base is {folders[0]}",
+        )
+    if of_pipelines[0]:
+        return extract_pipeline(*folders, Path(output), cut, rest, rank.dtype, rank.force, progress)
     return extract_adapter(*folders, Path(output), cut, rest, rank.dtype, rank.force, progress)
 
 

@@ -35,6 +35,7 @@ from lora_export.validation.pipelines.outputs import (
 )
 from lora_export.validation.pipelines.pictures import save_pictures
 from lora_export.validation.pipelines.sampling import Call, Sample, Sampler, open_sampler
+from lora_export.validation.pipelines.second_opinion import second_opinion
 from lora_export.validation.pipelines.tensors import files_check, tensor_checks
 from lora_export.validation.run import seeded
 
@@ -126,6 +127,7 @@ def _validated(task: Task) -> ValidationResult:
     }
     task.progress.stage("validate: recomputing tensors in float64")
     errors, checks = _tensors(task, models)
+    checks += _opinions(task, models)
     changed = {name: model for name, model in models.items() if model.changed}
     sampler = _sampler(task, models)
     known = _measured(task, models, changed, sampler)
@@ -157,6 +159,15 @@ def _tensors(task: Task, models: Mapping[str, Unmerged]) -> tuple[tuple[str, ...
         checks += found
     files = files_check(task.base, task.merged, tokenizers=any(a.vectors for a in task.adapters))
     return tuple(errors), [*checks, files]
+
+
+def _opinions(task: Task, models: Mapping[str, Unmerged]) -> list[Check]:
+    """On the names of each adapter."""
+    parts = {name: model.model for name, model in models.items()}
+    checks = [second_opinion(task.base, adapter, parts, task.seed) for adapter in task.adapters]
+    if len(checks) == 1:
+        return checks
+    return [replace(check, name=f"{check.name}_{number}") for number, check in enumerate(checks, 1)]
 
 
 def _base_parameters(model: Unmerged) -> dict[str, torch.Tensor]:
