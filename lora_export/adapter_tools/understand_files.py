@@ -63,7 +63,7 @@ def _alone(read: LoraFile, skipped: dict[str, str]) -> Iterator[ModuleFigures]:
             continue
         with float64():
             low = read.factors(module)
-        figures = figures_of(read.update(module), read.file, spectrum_of(low), low, None, "")
+        figures = figures_of(read.update(module, beside=True), read.file, spectrum_of(low), low, None, "")
         yield replace(figures, alpha=module.alpha, type=module.target)
 
 
