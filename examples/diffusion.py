@@ -100,10 +100,11 @@ def new_pipeline() -> Any:
     tokenizers = [transformers.CLIPTokenizer(vocab=words, merges=merges, model_max_length=TOKENS) for _ in range(2)]
     unet = diffusers.UNet2DConditionModel(
         sample_size=LATENT,
+        layers_per_block=1,
         block_out_channels=(32, 64),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=1,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         cross_attention_dim=2 * ENCODER_WIDTH,

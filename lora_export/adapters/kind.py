@@ -187,11 +187,12 @@ class AdapterFile:
             expected=f"{setting}: true, or a file without such tensors",
         )
 
-    def refuse_weight(self, kind: str) -> None:
+    def refuse_weight(self, kind: str, tensor: str | None = None) -> None:
         """For kinds whose update is no sum: a factor other than 1 has no meaning that PEFT shares."""
         if self.weight != 1.0:
             raise self.refuse(
                 f"{kind} is not a delta that a weight can scale, and the weight is {self.weight:g}",
+                tensor=tensor,
                 expected="weight 1",
                 next_step="give the adapter without a weight",
             )

@@ -163,7 +163,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
     export = load_export(folder / "onnx")
     merged = folder / "merged" if (folder / "merged").is_dir() else None
     kept = merged or export.output
-    if pictures.is_run_of_pipeline(folder):
+    if export.kind in ("pipeline", "component"):
         config = pictures.index_of(export, kept)
     else:
         check_export(export.output, export.graphs)
@@ -213,7 +213,7 @@ def _name(given: str | None, run: Run) -> str:
         if not contents.is_model_name(given):
             raise InputError(f"--name {given!r}", expected=contents.MODEL_NAME_WORDS)
         return given
-    names = "-".join(a.name.rpartition("/")[2] for a in run.manifest.adapters)
+    names = "-".join(a.name.rpartition("/")[2].removesuffix(".safetensors") for a in run.manifest.adapters)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", names).strip("-._")[:100] or "model"
 
 

@@ -1,6 +1,5 @@
 """Adapter files with one fault each: what is done to a good file of the tiny SD 1.5, what the refusal must name."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -99,10 +98,6 @@ def _grow(file: File, **parts: Tensor) -> None:
     file.tensors |= {f"{Q}.{part}": value for part, value in parts.items()}
 
 
-def _told(**metadata: str) -> Change:
-    return lambda f: f.metadata.update(metadata)
-
-
 _LOHA = {
     "hada_w1_a": ones(32, 2),
     "hada_w1_b": ones(2, 32),
@@ -148,10 +143,6 @@ BROKEN: dict[str, Broken] = {
     "alpha infinite": Broken(_set(f"{Q}.alpha", torch.tensor(float("inf"))), (f"{Q}.alpha",)),
     "alpha negative": Broken(_set(f"{Q}.alpha", torch.tensor(-1.0)), (f"{Q}.alpha",)),
     "alpha of two numbers": Broken(_set(f"{Q}.alpha", ones(2)), (f"{Q}.alpha",)),
-    "split_qkv": Broken(
-        _told(ss_network_module="networks.lora_flux", ss_network_args=json.dumps({"split_qkv": "True"})),
-        ("split_qkv", "--split-qkv-alpha"),
-    ),
     # shapes
     "down of too many inputs": Broken(_set(f"{Q}.lora_down.weight", ones(2, 33)), (Q,)),
     "up of too few rows": Broken(_set(f"{Q}.lora_up.weight", ones(31, 2)), (Q,)),
@@ -163,7 +154,7 @@ BROKEN: dict[str, Broken] = {
     "dora_scale alone": Broken(_only(dora_scale=ones(32, 1)), (Q,)),
     "numbers that are whole": Broken(_set(f"{Q}.lora_up.weight", ones(32, 2).int()), (f"{Q}.lora_up.weight",)),
     "numbers that are none": Broken(
-        lambda f: f.tensors[f"{Q}.lora_up.weight"].__setitem__((3, 1), float("nan")), ("attn1.to_q",)
+        lambda f: f.tensors[f"{Q}.lora_up.weight"].__setitem__((3, 1), float("nan")), (f"{Q}.lora_up.weight",)
     ),
     # other kinds
     "LoHa, half": Broken(_only(**{k: v for k, v in _LOHA.items() if k != "hada_w2_b"}), (Q, "hada_w2_b")),
@@ -223,7 +214,7 @@ BROKEN: dict[str, Broken] = {
     "hypernetwork": Broken(
         _replace({"768.0.linear.0.weight": ones(4, 4), "768.0.linear.0.bias": ones(4)}), ("768.0.linear.0",)
     ),
-    "embedding": Broken(_replace({"emb_params": ones(2, 32)}), ("emb_params",)),
+    "embedding of another width": Broken(_replace({"emb_params": ones(2, 31)}), ("emb_params",)),
     "embedding of SDXL": Broken(_replace({"clip_l": ones(2, 32), "clip_g": ones(2, 32)}), ("clip_",)),
     "a whole UNet": Broken(
         _replace({f"{OWN_Q}.weight": ones(32, 32), "conv_in.weight": ones(32, 4, 3, 3)}), (".weight",)

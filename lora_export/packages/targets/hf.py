@@ -51,10 +51,10 @@ class HubTarget(PackageTarget):
         if not facts.task.draws:
             return self.snippet(facts, folder)
         family_of(facts.class_name)  # a name from a list, as it becomes part of a program
-        given = ["torch_dtype=torch.float32"]
-        given += [f"variant={facts.weights!r}"] if facts.weights else []
+        given = [f"variant={facts.weights!r}"] if facts.weights else []
         given += ["safety_checker=None"] if laying.has_checker(facts.config) else []
-        return programs.picture_program(facts, folder, "diffusers", facts.class_name, given, _DRAWING)
+        whole = ".to(torch.float32)"  # by a call whose name no version of diffusers has changed
+        return programs.picture_program(facts, folder, "diffusers", facts.class_name, _DRAWING, given, whole)
 
     def notes(self, facts: PackageFacts) -> str:
         if facts.task.draws:

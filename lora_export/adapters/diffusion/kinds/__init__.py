@@ -30,6 +30,7 @@ class Kind:
 
 
 _SCALE = ("alpha", "scalar")
+_WHOLE = ("alpha", "on_input", "reshape_weight")  # which trainers store as whole numbers, too
 _HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
@@ -101,6 +102,15 @@ def _check_parts(trained: Trained, name: str, kind: Kind) -> None:
             f"{' and '.join(missing)} of {trained.module.spelling} {'are' if missing[1:] else 'is'} missing",
             tensor=next(iter(keys.values())),
             expected=", ".join(kind.needs),
+            next_step="use the file as the trainer saved it",
+        )
+    types = {part: trained.file.tensors[key].dtype for part, key in keys.items() if part not in _WHOLE}
+    integer = next((part for part, dtype in types.items() if not dtype.startswith(("F", "BF"))), None)
+    if integer:
+        raise trained.file.refuse(
+            f"{integer} of {trained.module.spelling} is {types[integer]}",
+            tensor=keys[integer],
+            expected="floating-point numbers",
             next_step="use the file as the trainer saved it",
         )
     known = {*kind.own, *kind.beside, *(normed.SCALES if kind.decomposes else ())}

@@ -75,8 +75,8 @@ def read_norm(trained: Trained) -> list[Whole]:
 
 def read_set(trained: Trained) -> list[Whole]:
     """The value itself in place of the weight."""
-    trained.file.refuse_weight("a value that replaces the base's")
     key, shape = trained.module.keys["set_weight"], trained.shape("set_weight")
+    trained.file.refuse_weight("a value that replaces the base's", key)
     if not shape:
         raise trained.disagree("a value for each row", "set_weight")
 

@@ -80,8 +80,8 @@ def squares(rows: "torch.Tensor") -> "torch.Tensor":
 
 def dora(trained: Trained, inner: Whole) -> Whole:
     """inner: the sum that the norm is taken of."""
-    trained.file.refuse_weight(NAME)
     part = next(scale for scale in SCALES if trained.has(scale))
+    trained.file.refuse_weight(NAME, trained.module.keys[part])
     parts = (*inner.parts, part)
     stem = "dora" if inner.kind.startswith("lora") else f"{inner.kind}_dora"
     if not _over_inputs(trained, inner, part):

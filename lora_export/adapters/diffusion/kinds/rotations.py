@@ -70,7 +70,7 @@ def read_oft(trained: Trained) -> list[Whole]:
     if butterfly and (size % 2 or count % 2 ** (factors - 1)):
         raise trained.disagree(f"blocks of an even size, their number a multiple of 2^{factors - 1}", "oft_blocks")
     name, outputs = "BOFT" if butterfly else "OFT", count * size
-    trained.file.refuse_weight(name)
+    trained.file.refuse_weight(name, trained.module.keys["oft_blocks"])
     if trained.has("rescale"):
         rows, *ones = trained.shape("rescale") or (0,)
         if rows != outputs or any(n != 1 for n in ones):

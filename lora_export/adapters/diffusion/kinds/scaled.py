@@ -9,7 +9,7 @@ from lora_export.adapters.ia3 import ColumnScale, RowScale
 
 def read_ia3(trained: Trained) -> list[Whole]:
     """weight: (n,) or (1, n, 1, …); on_input: 1 for input channels, 0 for outputs. The bias stays."""
-    trained.file.refuse_weight("(IA)³")
+    trained.file.refuse_weight("(IA)³", trained.module.keys["weight"])
     shape = trained.shape("weight")
     size = math.prod(shape)
     if not shape or (len(shape) > 1 and shape[1] != size) or size == 0:
