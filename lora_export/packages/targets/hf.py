@@ -13,7 +13,8 @@ from lora_export.packages.programs import python_program
 from lora_export.storage import sealed
 
 CERTIFICATE = "lora_export_certificate.json"
-_DRAWING = "pip install 'diffusers>=0.39' transformers torch"
+# transformers 5.6 reads the names of text encoders that it and older versions wrote; older ones, its own alone.
+_DRAWING = "pip install 'diffusers>=0.42' 'transformers>=5.6' torch"
 
 
 class HubTarget(PackageTarget):
