@@ -146,7 +146,8 @@ def _of_component(name: str) -> str:
     if match is None or match["check"] not in _CHECK_LABELS:
         return ""
     time = f" at timestep {match['time']}" if match["time"] else ""
-    return f"{_CHECK_LABELS[match['check']]}{time}, {match['name']}"
+    label = "Largest difference, same weights in PyTorch" if match["check"] == "graph_max_abs" else ""
+    return f"{label or _CHECK_LABELS[match['check']]}{time}, {match['name']}"
 
 
 def check_value(check: Check) -> str:
@@ -158,6 +159,11 @@ def check_threshold(check: Check) -> str:
         return DASH
     at_least = any(word in check.name for word in ("agreement", "survival", "psnr"))
     return f"{'≥' if at_least else '≤'} {number(check.threshold, 4)}"
+
+
+def decibels(psnr: float) -> str:
+    """How near two pictures are."""
+    return "the same, bit for bit" if psnr == math.inf else f"{number(psnr)} dB"
 
 
 # --- figures -------------------------------------------------------------------------------------------------

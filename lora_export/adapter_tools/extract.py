@@ -40,7 +40,7 @@ def extract(
     check_rank(wanted, needed=True)
     progress = progress or Silent()
     before, after = (plan_merge(open_checkpoint(folder), [], MergeOptions()) for folder in (base, tuned))
-    _check_alike(before, after)
+    check_alike(before, after)
     extraction = Extraction(before, after, _layers(base), wanted, rest, NewAdapter("extract"))
     names = list(before.tensors)
     for at, name in enumerate(names):
@@ -50,7 +50,8 @@ def extract(
     return extraction.new.write(output, dtype, force, [base, tuned])
 
 
-def _check_alike(base: MergePlan, tuned: MergePlan) -> None:
+def check_alike(base: MergePlan, tuned: MergePlan) -> None:
+    """CheckpointError unless the two have the same tensors of the same shapes."""
     missing = base.tensors.keys() ^ tuned.tensors.keys()
     if missing:
         name = min(missing)
@@ -100,7 +101,7 @@ class Extraction:
     def take(self, name: str) -> None:
         """What became of one weight."""
         module, _, leaf = name.rpartition(".")
-        before, after = (_read(plan, plan.tensors[name]) for plan in (self.base, self.tuned))
+        before, after = (read_float(plan, plan.tensors[name]) for plan in (self.base, self.tuned))
         if before is None or after is None or bool((before == after).all()):
             return
         kind = self.layers.get(self._path(module), "whole")
@@ -160,12 +161,12 @@ class Extraction:
             module, _, leaf = name.rpartition(".")
             key = f"{self._path(module)}.{leaf}"
             if module in saved and key not in self.new.whole:
-                value = _read(self.tuned, self.tuned.tensors[name])
+                value = read_float(self.tuned, self.tuned.tensors[name])
                 if value is not None:
                     self.new.whole[key] = value.float().contiguous()
 
 
-def _read(plan: MergePlan, tensor: PlannedTensor) -> torch.Tensor | None:
+def read_float(plan: MergePlan, tensor: PlannedTensor) -> torch.Tensor | None:
     """A weight in float64; None for what holds no floats."""
     if tensor.output.dtype not in FLOATS:
         return None

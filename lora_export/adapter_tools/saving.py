@@ -112,6 +112,15 @@ class NewAdapter:
     changes: dict[str, Any] = field(default_factory=dict)  # of the configuration
     dropped: list[str] = field(default_factory=list)
 
+    @property
+    def prefix(self) -> str:
+        """Before every name of the model."""
+        return _PREFIX
+
+    @property
+    def file(self) -> str:
+        return WEIGHTS
+
     def add(self, module: str, spectrum: Spectrum, rank: int, embedding: bool = False) -> None:
         """The delta (outputs, inputs), of an embedding (rows, width), by its `rank` largest singular values."""
         left, right = spectrum.factors(rank)
@@ -127,10 +136,7 @@ class NewAdapter:
             raise AdapterError("nothing is left of the change: every delta is zero", expected="a trained adapter")
         values = {}
         for pair in pairs:
-            names = (
-                ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
-            )
-            for name, value in zip(names, (pair.a, pair.b), strict=True):
+            for name, value in self.named(pair).items():
                 rounded = value.to(getattr(torch, dtype)).contiguous()
                 if not bool(torch.isfinite(rounded).all()):
                     raise AdapterError(
@@ -139,14 +145,26 @@ class NewAdapter:
                         expected="finite numbers",
                         next_step="--dtype float32",
                     )
-                values[f"{_PREFIX}{pair.module}.{name}"] = rounded
-        values |= {f"{_PREFIX}{name}": value for name, value in self.whole.items()}
+                values[f"{self.prefix}{name}"] = rounded
+        values |= {f"{self.prefix}{name}": value for name, value in self.whole.items()}
         check_space(output.absolute().parent, sum(v.nbytes for v in values.values()))
         with output_folder(output, force, inputs=inputs) as stage:
-            made_by = f"lora-export {__version__} {self.made_by}"
-            save_file(values, stage / WEIGHTS, {"format": "pt", "made_by": made_by})
-            write_json(stage / CONFIG, self._config(pairs))
+            save_file(values, stage / self.file, self.metadata(pairs))
+            self.write_beside(stage, pairs)
         return self._derived(output, pairs, sum(v.numel() for v in values.values()))
+
+    def named(self, pair: Pair) -> Mapping[str, torch.Tensor]:
+        """Its factors by the names of the file, without the prefix."""
+        names = ("lora_embedding_A", "lora_embedding_B") if pair.embedding else ("lora_A.weight", "lora_B.weight")
+        return {f"{pair.module}.{name}": value for name, value in zip(names, (pair.a, pair.b), strict=True)}
+
+    def metadata(self, pairs: Sequence[Pair]) -> dict[str, str]:
+        """Of the file's header."""
+        return {"format": "pt", "made_by": f"lora-export {__version__} {self.made_by}"}
+
+    def write_beside(self, stage: Path, pairs: Sequence[Pair]) -> None:
+        """The configuration."""
+        write_json(stage / CONFIG, self._config(pairs))
 
     def _config(self, pairs: Sequence[Pair]) -> dict[str, Any]:
         ranks = {p.module: p.rank for p in pairs}
@@ -177,7 +195,7 @@ class NewAdapter:
             output=output,
             ranks={p.module: p.rank for p in pairs},
             parameters=parameters,
-            bytes=(output / WEIGHTS).stat().st_size,
+            bytes=(output / self.file).stat().st_size,
             error=error,
             energy_kept=1 - error**2,
             worst=tuple(sorted(errors, key=lambda e: -e.error)[:5]),

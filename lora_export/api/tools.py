@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_export.checkpoint.adapter_files import single_file
+from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.checkpoint.sources import Adapters, Model, adapter_choices, resolve
 from lora_export.contracts import (
     MergeOptions,
@@ -76,11 +78,22 @@ def combine(
         InputError: The options do not go together.
     """
     from lora_export.adapter_tools import combine as combine_adapters
+    from lora_export.adapter_tools import combine_files
     from lora_export.adapter_tools.saving import Rank
 
     options, rank = options or MergeOptions(combine="linear"), rank or RankOptions()
-    cut = Rank(rank.rank, rank.energy)
-    return combine_adapters(adapter_choices(adapters), Path(output), options, cut, rank.dtype, rank.force)
+    cut, choices = Rank(rank.rank, rank.energy), adapter_choices(adapters)
+    files = [path for c in choices if (path := single_file(c.folder)) is not None]
+    if files and len(files) < len(choices):
+        raise InputError(
+            "single files of image models and PEFT folders together",
+            where=files[0],
+            expected="adapters of one form",
+            next_step="lora-export merge -b PIPELINE -a A -a B --combine …, then extract -b PIPELINE -m MERGED",
+        )
+    if files:
+        return combine_files(choices, files, Path(output), options, cut, rank.dtype, rank.force)
+    return combine_adapters(choices, Path(output), options, cut, rank.dtype, rank.force)
 
 
 def extract(
@@ -97,7 +110,7 @@ def extract(
     Args:
         base: Folder or Hub ID of the base.
         tuned: Folder or Hub ID of the tuned model.
-        output: New folder of a LoRA that PEFT loads.
+        output: New folder of a LoRA that PEFT loads; of two pipelines, with a file as diffusers names it.
         rank: A rank, or a share of ‖ΔW‖² to keep; one of them is needed.
         rest: Changed weights that are not matrices of a layer: saved whole, left out, or refused.
         progress: Receives how far it is.
@@ -110,10 +123,19 @@ def extract(
         InputError: No rank is given.
     """
     from lora_export.adapter_tools import extract as extract_adapter
+    from lora_export.adapter_tools import extract_pipeline
     from lora_export.adapter_tools.saving import Rank
 
     rank, folders = rank or RankOptions(), (resolve(base).folder, resolve(tuned).folder)
-    cut = Rank(rank.rank, rank.energy)
+    cut, of_pipelines = Rank(rank.rank, rank.energy), [is_pipeline(f) for f in folders]
+    if of_pipelines[0] != of_pipelines[1]:
+        raise InputError(
+            "one of the two is a pipeline of diffusers, the other is not",
+            where=folders[1],
+            expected=f"two pipelines, or two models; the base is {folders[0]}",
+        )
+    if of_pipelines[0]:
+        return extract_pipeline(*folders, Path(output), cut, rest, rank.dtype, rank.force, progress)
     return extract_adapter(*folders, Path(output), cut, rest, rank.dtype, rank.force, progress)
 
 
@@ -133,11 +155,14 @@ def truncate(adapter: Model, output: Folder, rank: RankOptions | None = None) ->
         InputError: No rank is given.
     """
     from lora_export.adapter_tools import truncate as truncate_adapter
+    from lora_export.adapter_tools import truncate_file
     from lora_export.adapter_tools.saving import Rank
 
-    rank = rank or RankOptions()
-    cut = Rank(rank.rank, rank.energy)
-    return truncate_adapter(resolve(adapter).folder, Path(output), cut, rank.dtype, rank.force)
+    rank, folder = rank or RankOptions(), resolve(adapter).folder
+    cut, file = Rank(rank.rank, rank.energy), single_file(folder)
+    if file is not None:
+        return truncate_file(file, Path(output), cut, rank.dtype, rank.force)
+    return truncate_adapter(folder, Path(output), cut, rank.dtype, rank.force)
 
 
 def inspect(path: Model, base: Model | None = None) -> dict[str, Any]:

@@ -156,6 +156,11 @@ def validation_row(result: ValidationResult) -> tuple[str, str]:
         parts.append(f"logits within {by_name['logits_max_abs']:.2g} (noise floor {floor:.2g})")
     if "onnx_logits_max_abs" in by_name:
         parts.append(f"ONNX within {by_name['onnx_logits_max_abs']:.2g}")
+    if "image_psnr" in by_name:
+        effect = by_name.get("adapter_effect_psnr", 0.0)
+        parts.append(f"picture {by_name['image_psnr']:.1f} dB from the unmerged one (the base's {effect:.1f} dB)")
+    if "onnx_image_psnr" in by_name:
+        parts.append(f"ONNX {by_name['onnx_image_psnr']:.1f} dB")
     for kept in (s for s in result.adapter_survival if s.share is not None):
         lost = "" if kept.kl_lost is None else f", KL {kept.kl_lost:.2g} nats from merged"
         parts.append(f"{shown(kept.model)} keeps {kept.share:.1%} of the adapter{lost}")
@@ -188,4 +193,8 @@ def benchmark_rows(result: BenchmarkResult) -> Rows:
         of = "latent " if cell.phase == "denoise" else "p"
         name = f"  {cell.phase} b{cell.batch} {of}{cell.prompt}{graph_mark}"
         rows.append((name, ", ".join(times) + ratio))
+    if result.pictures:
+        one = result.pictures[0]
+        times = [f"{p.arm} {p.seconds:.2f} s" for p in result.pictures]
+        rows.append((f"  picture of {one.size} pixels, {one.steps} steps", ", ".join(times)))
     return rows

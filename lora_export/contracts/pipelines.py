@@ -90,7 +90,8 @@ class DiffusionAdapter:
 
     path: the file, or the folder of a PEFT adapter; config: of a PEFT folder, or of diffusers' metadata; modules:
     of all components, empty for a PEFT folder of a kind that PEFT alone defines; kinds: how many modules are of
-    each; vectors: textual-inversion tensors beside the weights, by name; warnings: for people.
+    each; vectors: textual-inversion tensors beside the weights, by name; unused: tensors of zeros that no tool
+    applies; warnings: for people.
     """
 
     path: Path
@@ -101,4 +102,5 @@ class DiffusionAdapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     vectors: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

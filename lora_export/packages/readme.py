@@ -73,7 +73,8 @@ def _how_to_run(facts: PackageFacts) -> list[str]:
         lines += [f"{whose}:", "", "```json", json.dumps(answer, ensure_ascii=False), "```", ""]
     notes = facts.target.notes(facts)
     lines += [notes.rstrip(), ""] if notes else []
-    return [*lines, "", "`lora-export verify .` checks every file, and with `--run` also the model's answer."]
+    what = "picture" if facts.task.draws else "answer"
+    return [*lines, "", f"`lora-export verify .` checks every file, and with `--run` also the model's {what}."]
 
 
 def _picture(drawing: Drawing) -> list[str]:

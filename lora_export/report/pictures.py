@@ -4,17 +4,24 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isinf
+from math import inf, isnan
 from pathlib import Path
 
-from lora_export.contracts import MergeResult, Picture, PipelineFacts, Report, ValidationResult
+from lora_export.contracts import Check, MergeResult, Picture, PipelineFacts, Report, ValidationResult
 from lora_export.escape import one_line
 from lora_export.report.drawing import BASE, MERGED, PLUGGED, PYTORCH, UNMERGED, drawable, figure, quiet, svg
-from lora_export.wording import DASH, number, percent
+from lora_export.wording import DASH, decibels, number, percent
 
 Row = tuple[str, ...]
 FOLDER = "pictures"  # beside report.json
 MODELS_HEAD = ("Model", "Class", "Updated", "Copied", "Kinds", "Survived", "Type")
+CHECKS_HEAD = (
+    "Model",
+    "Wrong tensors",
+    "Merged against unmerged",
+    "Graph against PyTorch",
+    "Graph against unmerged",
+)
 ADAPTERS_HEAD = ("Adapter", "Format", "Modules", "Kinds", "Weight")
 REFERENCE = "unmerged"
 _LARGEST = 4 * 2**20  # bytes of a picture in the page
@@ -44,6 +51,13 @@ class Shown:
     @property
     def style(self) -> str:
         return "pixels" if self.width < _FEW else ""
+
+
+_OF_MODEL = re.compile(
+    r"(?P<graph>onnx_(?:(?:fp32|fp16|bf16|int8|int4|nf4)_)?)?"
+    r"(?P<model>(?:unet|transformer|text_encoder|vae|prior|image_encoder|model)(?:_(?:\d|encoder|decoder))?)_"
+    r"(?:t\d+_)?(?P<check>tensor_errors|stored_tensors_differ|weight_errors|graph_max_abs|max_abs)"
+)
 
 
 def load(report: Report, folder: Path) -> dict[str, str]:
@@ -96,12 +110,12 @@ def _in_words(picture: Picture) -> str:
     if picture.gain is not None:
         return "the differences" + (f" × {number(picture.gain)}" if picture.gain != 1 else ", as they are")
     what = _WORDS.get(picture.name, "through the graphs" if picture.name.startswith("onnx") else "")
-    return ", ".join(text for text in (what, decibels(picture.psnr, picture.name)) if text)
+    return ", ".join(text for text in (what, _near(picture.psnr, picture.name)) if text)
 
 
 def sentence(validate: ValidationResult) -> str:
     """For the head of the page: how near the pictures are."""
-    near = {p.name: decibels(p.psnr) for p in validate.pictures if p.gain is None and p.name != REFERENCE}
+    near = {p.name: _near(p.psnr) for p in validate.pictures if p.gain is None and p.name != REFERENCE}
     judged = [f"{one_line(name)}: {text}" for name, text in near.items() if name != "base"]
     if not judged:
         return ""
@@ -109,13 +123,11 @@ def sentence(validate: ValidationResult) -> str:
     return f"Against the unmerged pipeline's picture, by PSNR, {'; '.join(judged)}{base}."
 
 
-def decibels(psnr: float | None, name: str = "") -> str:
+def _near(psnr: float | None, name: str = "") -> str:
     """How near a picture is to the unmerged one."""
     if psnr is None:
         return ""
-    if isinf(psnr) and psnr > 0:
-        return "the same, bit for bit"
-    return f"{number(psnr)} dB from it" if name == "base" else f"{number(psnr)} dB"
+    return decibels(psnr) + (" from it" if name == "base" else "")
 
 
 # --- tables --------------------------------------------------------------------------------------------------
@@ -167,6 +179,39 @@ def _counts(values: Mapping[str, int]) -> str:
     return ", ".join(f"{one_line(name)} {number(count)}" for name, count in values.items()) or DASH
 
 
+def model_checks(validate: ValidationResult) -> list[Row]:
+    """Of each model that checks name: its wrong tensors, and how much of what is allowed its outputs differ by."""
+    found: dict[str, dict[str, Check]] = {}
+    for check in validate.checks:
+        match = _OF_MODEL.fullmatch(check.name)
+        if match:
+            column = ("graph " if match["graph"] else "") + match["check"]
+            known = found.setdefault(match["model"], {}).get(column)
+            if known is None or not _share(check) <= _share(known):
+                found[match["model"]][column] = check
+    rows: list[Row] = []
+    for model, checks in found.items():
+        stored = [
+            checks[n] for n in ("tensor_errors", "stored_tensors_differ", "graph weight_errors") if n in checks
+        ]
+        outputs = (checks.get(n) for n in ("max_abs", "graph graph_max_abs", "graph max_abs"))
+        wrong = DASH if not stored else number(sum(c.value for c in stored))
+        rows.append((one_line(model), wrong, *(_in_limits(c) for c in outputs)))
+    return rows
+
+
+def _in_limits(check: Check | None) -> str:
+    return DASH if check is None else f"{number(check.value, 2)}, {percent(_share(check), 0)} of the limit"
+
+
+def _share(check: Check) -> float:
+    """Of what is allowed; infinite where that is nothing, or the value is no number."""
+    allowed = check.threshold
+    if allowed and not isnan(check.value):
+        return check.value / allowed
+    return 0.0 if check.value == 0 else inf
+
+
 # --- the denoiser over the scheduler's range -----------------------------------------------------------------
 
 
@@ -202,6 +247,8 @@ def errors(validate: ValidationResult) -> str | None:
             times, values, limits = zip(*own, strict=True)
             ax.semilogy(times, values, "o-", color=colour, lw=1.2, ms=4, label=one_line(name).replace("_", " "))
             ax.semilogy(times, limits, ":", color=colour, lw=1)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low / 2, high * 3)
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         ax.yaxis.set_minor_formatter(lambda value, _: "")
         ax.set_xlabel("timestep")

@@ -196,7 +196,7 @@ def _judged_picture(answer: Any, drawing: Drawing) -> Finding:
     whose = f"the picture of the validated {drawing.precision} graphs"
     if answer == EQUAL:
         return Finding("runs", True, f"its runtime draws {whose}, pixel by pixel")
-    if not _finite([answer]):
+    if isinstance(answer, bool) or not _finite([answer]):
         return Finding("runs", False, f"its program printed {answer!r} instead of a PSNR")
     if drawing.precision != EXACT:
         why = "whose rounding depends on the processor and its library, so no limit is set"

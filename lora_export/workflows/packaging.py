@@ -57,18 +57,7 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         exports = {v.name: _export(v, read, work / v.name, progress) for v in variants}
         if plugged is not None:
             exports = {RUNS_OWN: plugged}
-        facts = PackageFacts(
-            target=runtime,
-            name=name,
-            task=read.task,
-            precision=next((e.precision for e in exports.values()), read.merge.dtype),
-            variants=tuple(exports),
-            providers=runtime.providers(read, options.provider),
-            sample=pictures.sample(read) if read.task.draws else _sample(read),
-            config=read.config,
-            adapters=adapters,
-            weights=laying.weights_of(read.manifest.files),
-        )
+        facts = _facts(read, runtime, name, exports, adapters, options)
         measured = _measured(read, exports, progress)
         progress.stage(f"package: {name} for {target}")
         runtime.lay(PackageJob(read, stage, exports, facts))
@@ -89,6 +78,28 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         archive=options.archive,
         signed=options.key is not None,
         seconds=time.monotonic() - started,
+    )
+
+
+def _facts(
+    run: Run,
+    target: PackageTarget,
+    name: str,
+    exports: Mapping[str, ExportResult],
+    adapters: tuple[str, ...],
+    options: PackageOptions,
+) -> PackageFacts:
+    return PackageFacts(
+        target=target,
+        name=name,
+        task=run.task,
+        precision=next((e.precision for e in exports.values()), run.merge.dtype),
+        variants=tuple(exports),
+        providers=target.providers(run, options.provider),
+        sample=pictures.sample(run) if run.task.draws else _sample(run),
+        config=run.config,
+        adapters=adapters,
+        weights=laying.weights_of(run.manifest.files),
     )
 
 
@@ -163,7 +174,7 @@ def read_run(folder: Path, progress: Progress) -> Run:
     export = load_export(folder / "onnx")
     merged = folder / "merged" if (folder / "merged").is_dir() else None
     kept = merged or export.output
-    if pictures.is_run_of_pipeline(folder):
+    if export.kind in ("pipeline", "component"):
         config = pictures.index_of(export, kept)
     else:
         check_export(export.output, export.graphs)
@@ -213,7 +224,7 @@ def _name(given: str | None, run: Run) -> str:
         if not contents.is_model_name(given):
             raise InputError(f"--name {given!r}", expected=contents.MODEL_NAME_WORDS)
         return given
-    names = "-".join(a.name.rpartition("/")[2] for a in run.manifest.adapters)
+    names = "-".join(a.name.rpartition("/")[2].removesuffix(".safetensors") for a in run.manifest.adapters)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", names).strip("-._")[:100] or "model"
 
 

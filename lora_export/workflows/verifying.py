@@ -56,6 +56,7 @@ def verify(
 def check_run(run: Path, base: Path | None, adapters: Sequence[AdapterChoice]) -> tuple[list[Finding], list[str]]:
     """The files of a run against its manifest, and that against the certificate; (checks, what was not checked)."""
     from lora_export.merging.certificate.document import NAME, read_certificate
+    from lora_export.merging.pipelines.document import is_merged_pipeline, read_pipeline_certificate
 
     as_given = names(MergeOptions, lambda option: not option.conditional and option.json is not None)
     checks, not_checked = manifest.verify(run, base, adapters)
@@ -63,7 +64,8 @@ def check_run(run: Path, base: Path | None, adapters: Sequence[AdapterChoice]) -
         if checks[0].passed and (folder / NAME).is_file():
             given = manifest.read(run).recorded_options.merge
             try:
-                recorded = read_certificate(folder).options
+                own = read_pipeline_certificate if is_merged_pipeline(folder) else read_certificate
+                recorded = own(folder).options
             except LoraExportError:  # the check of the certificate reports it
                 continue
             if any(getattr(given, k) != getattr(recorded, k) for k in as_given):
@@ -82,7 +84,12 @@ def verify_run(
         return results[0]
     document = manifest.read(run)
     given = base is not None and len(adapters) == len(document.adapters)
-    if (run / "merged").is_dir():
+    if _is_pipeline(run / "merged"):
+        from lora_export.workflows.pipelines.verifying import verify_models
+
+        why_not = None if given else f"{_ONNX_UNKNOWN}: {_TAKES_ALL}"
+        results += verify_models(run, base, adapters, document.recorded_options, how, progress, why_not)
+    elif (run / "merged").is_dir():
         results += _with_merged_folder(run, base, adapters, document, how, progress, given)
     else:
         results += _streamed(run, base if given else None, adapters, document, how, progress)
@@ -91,6 +98,16 @@ def verify_run(
     return Verification(
         tuple(c for v in results for c in v.checks), tuple(dict.fromkeys(n for v in results for n in v.not_checked))
     )
+
+
+def _is_pipeline(folder: Path) -> bool:
+    """Whether a merged folder is a pipeline; False for a damaged one, of which its check says what is wrong."""
+    from lora_export.checkpoint.pipeline import is_pipeline
+
+    try:
+        return is_pipeline(folder)
+    except InputError:
+        return False
 
 
 def _with_merged_folder(
@@ -184,15 +201,20 @@ def _same_options(run: Path, base: Path, adapters: Sequence[AdapterChoice], docu
     """Whether the options in the manifest, as far as the bytes depend on them, lead to those of the certificate."""
     from lora_export.merging import plan
     from lora_export.merging.certificate.document import NAME, effective_options, read_certificate
+    from lora_export.workflows.pipelines.verifying import odd_options
 
     folder = run / "merged" if (run / "merged" / NAME).is_file() else run
     options = document.recorded_options
     try:
-        recorded = read_certificate(folder).options
-        effective = effective_options(plan(base, adapters, options.merge))
+        if _is_pipeline(folder):
+            other = odd_options(folder, base, adapters, options)
+        else:
+            recorded = read_certificate(folder).options
+            effective = effective_options(plan(base, adapters, options.merge))
+            every = (f.name for f in fields(effective))
+            other = sorted(n for n in every if getattr(effective, n) != getattr(recorded, n))
     except LoraExportError as error:
         return Verification((Finding("manifest", False, f"its merge options are not valid: {error.found}"),))
-    other = sorted(f.name for f in fields(effective) if getattr(effective, f.name) != getattr(recorded, f.name))
     record = run / "onnx" / "export.json"
     if record.is_file() and options.precision:
         other += ["precision"] * (options.precision != read_json(record).get("precision"))

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lora_export.adapters.diffusion.kinds import kind_of
-from lora_export.adapters.diffusion.kinds.unchanged import is_unchanged
 from lora_export.adapters.diffusion.pieces import FusedTarget, refuse_changed
 from lora_export.adapters.kind import float64
 from lora_export.adapters.updates import LowRankUpdate, terms_of
@@ -118,6 +117,14 @@ def test_lokr_of_whole_factors_has_no_scale(tmp_path: Path) -> None:
     assert torch.equal(adapted.merged()[f"{LAYER}.weight"], expected)
 
 
+def test_lokr_of_a_whole_second_factor_has_the_rank_of_the_first(tmp_path: Path) -> None:
+    tensors = made("lokr_both") | {"alpha": torch.tensor(3.0)}
+    adapted = case("lokr_both", (), tmp_path, tensors=tensors)
+    first = tensors["lokr_w1_a"].double() @ tensors["lokr_w1_b"].double()
+    expected = adapted.base[f"{LAYER}.weight"].double() + 3.0 / 2 * torch.kron(first, tensors["lokr_w2"].double())
+    assert torch.allclose(adapted.merged()[f"{LAYER}.weight"], expected, rtol=0, atol=1e-14)
+
+
 def test_glora_of_old_files_has_its_factors_the_other_way_round(tmp_path: Path) -> None:
     new = made("glora")
     old = {"a1": new["a2"], "a2": new["a1"], "b1": new["b2"], "b2": new["b1"], "alpha": new["alpha"]}
@@ -223,24 +230,15 @@ def test_kind_is_said_by_the_parts() -> None:
     ("kind", "zero"),
     [
         ("lora", "lora_up"), ("loha", "hada_w2_a"), ("lokr", "lokr_w2_b"), ("ia3", "weight"),
-        ("oft_wide", "oft_blocks"),
-        ("glora", "a2 b2"), ("full", "diff diff_b"),
+        ("oft_wide", "oft_blocks"), ("glora", "a2 b2"), ("full", "diff diff_b"),
     ],
 )  # fmt: skip
-def test_module_of_zeros_is_known_to_change_nothing(kind: str, zero: str, tmp_path: Path) -> None:
+def test_module_of_zeros_changes_nothing(kind: str, zero: str, tmp_path: Path) -> None:
     tensors = made(kind)
-    assert not is_unchanged((changing := case(kind, (), tmp_path)).file, changing.module)
-    names = zero.split()
-    for name in names:  # each of them has to be zero
-        some = tensors | {n: torch.zeros_like(tensors[n]) for n in names if n != name}
-        adapted = case(kind, (), tmp_path, tensors=some)
-        assert not is_unchanged(adapted.file, adapted.module)
-    adapted = case(kind, (), tmp_path, tensors=tensors | {n: torch.zeros_like(tensors[n]) for n in names})
-    assert is_unchanged(adapted.file, adapted.module)
-    assert torch.equal(adapted.merged()[f"{LAYER}.weight"], adapted.base[f"{LAYER}.weight"].double())
-    if kind == "lora":
-        dora = case(kind, (), tmp_path, tensors=adapted.tensors | {"dora_scale": torch.ones(OUT, 1)})
-        assert not is_unchanged(dora.file, dora.module)
+    zeros = {name: torch.zeros_like(tensors[name]) for name in zero.split()}
+    adapted = case(kind, (), tmp_path, tensors=tensors | zeros)
+    for name, value in adapted.merged(wide=False).items():
+        assert torch.equal(value, adapted.base[name])
 
 
 def test_parts_say_which_weights_they_are_computed_with(tmp_path: Path) -> None:
@@ -275,3 +273,16 @@ def test_part_of_a_weight_that_an_earlier_adapter_changed_is_refused(tmp_path: P
         refuse_changed(adapter(kind), [])
         with pytest.raises(AdapterError, match=r"with block\.k\.weight, which an adapter before"):
             refuse_changed(adapter(kind), [earlier])
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "glora"])
+def test_scalar_that_was_not_multiplied_in_is_a_factor(kind: str, tmp_path: Path) -> None:
+    half = case(kind, (), tmp_path, weight=0.5).merged()[f"{LAYER}.weight"]
+    beside = case(kind, (), tmp_path, tensors=made(kind) | {"scalar": torch.tensor(0.5)})
+    assert torch.equal(beside.merged()[f"{LAYER}.weight"], half)
+
+
+def test_constraint_above_the_norm_of_a_rotation_does_nothing(tmp_path: Path) -> None:
+    free, far = ({"oft_blocks": made("oft")["oft_blocks"], "alpha": torch.tensor(a)} for a in (0.0, 100.0))
+    expected = case("oft", (), tmp_path, tensors=free).merged()[f"{LAYER}.weight"]
+    assert torch.equal(case("oft", (), tmp_path, tensors=far).merged()[f"{LAYER}.weight"], expected)

@@ -8,7 +8,7 @@ from lora_export.adapters.kind import AdapterFile
 from lora_export.errors import AdapterError
 
 # PEFT puts the adapter's own name between the part and its leaf: lora_A.default.weight.
-_ADAPTER = r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?"
+_ADAPTER = r"(?:\.(?!(?:weight|bias)(?:\.|$))(?P<adapter>[^.]+))?"
 _PARTS = {
     "lora_A": "lora_down",
     "lora_B": "lora_up",
@@ -30,13 +30,13 @@ _ENDINGS = tuple(
     re.compile(rf"(?P<spelling>.+?){ending}")
     for ending in (
         rf"\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora_mid){_ADAPTER}(?:\.(?P<leaf>weight|bias))?",
+        r"(?:\.lora|\.lora_linear_layer|(?<!\.qkv)(?<!\.proj)_lora)\.(?P<part>alpha)",
         rf"\.(?P<part>{'|'.join(_BARE)})(?:\.(?P<adapter>default))?",
         # XLabs numbers its streams, and the number belongs to the module: qkv_lora1.down.weight.
         r"(?<=\.processor)(?P<tail>\.(?:qkv|proj)_lora[12]?)\.(?P<part>down|up)\.(?P<leaf>weight)",
         r"(?:\.lora_linear_layer|\.lora|_lora)\.(?P<part>down|up)\.(?P<leaf>weight)",
         rf"\.(?P<part>lora_magnitude_vector){_ADAPTER}(?:\.weight)?",
         r"\.(?P<part>[ab][12]\.weight)",
-        r"(?:\.lora)?\.(?P<part>alpha)",
     )
 )
 # Black Forest Labs' control files hold whole scales of norms beside their LoRA, which replace the base's.

@@ -18,7 +18,7 @@ _FLAT = re.compile(
 )
 _DENOISER = re.compile(r"(?:model\.diffusion_model|diffusion_model|pipe\.dit|dit|model|net)\.")
 _COMFY = re.compile(
-    r"(?P<prefix>(?:text_encoders\.)?(?P<name>clip_l|clip_g|(?:u?mt5|t5)\w*|(?<=text_encoders\.)\w+)\.)"
+    r"(?P<prefix>(?:text_encoders\.)?(?P<name>clip_[lgh]|(?:u?m?t5)(?:_?xx?l)?|(?<=text_encoders\.)\w+)\.)"
     r"(?:transformer\.)?"
 )
 _CHECKPOINT = {
@@ -27,7 +27,9 @@ _CHECKPOINT = {
     "conditioner.embedders.0.transformer.": "clip_l",
     "conditioner.embedders.1.transformer.": "clip_g",
 }
-_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+_OUTER = ("base_model.model.", "module.")
+# torch.compile, activation checkpointing and FSDP put a name of their own into others.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _ROLES = re.compile(
     r"(?:unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|decoder|vae|image_encoder|controlnet)$"
 )
@@ -107,13 +109,16 @@ class Finder:
             return self._encoder(match["name"], match["prefix"], name[match.end() :], tensor)
         if match := _DENOISER.match(name):
             return Asked(self._denoisers(match[0], tensor), _unwrapped(name[match.end() :]), prefix=match[0])
-        return self._bare(name)
+        return self._anywhere(name)
 
     def _flat(self, match: re.Match[str], spelling: str, tensor: str) -> Asked:
-        prefix, name = f"{match['prefix']}_", spelling[match.end() :]
+        # Early SimpleTuner files end every name in an underscore; torch.compile adds a name.
+        prefix, name = f"{match['prefix']}_", spelling[match.end() :].rstrip("_").removeprefix("orig_mod_")
         if match["number"] is None:
             if "prior" in prefix and "prior" not in self._pipeline.components:
                 raise self._absent(prefix, "prior", tensor)
+            if prefix == "lycoris_":  # LyCORIS wraps any model so
+                return self._anywhere(name, flat=True, prefix=prefix)
             return Asked(self._denoisers(prefix, tensor), name, flat=True, prefix=prefix)
         encoders, number = self._encoders, int(match["number"] or 0)
         if not number:
@@ -127,14 +132,14 @@ class Finder:
             raise self._absent(prefix, component, tensor)
         return Asked((component,), name, flat=True, prefix=prefix)
 
-    def _bare(self, name: str) -> Asked:
-        """Without a prefix a name is the denoiser's, or that of whatever else has it."""
+    def _anywhere(self, name: str, flat: bool = False, prefix: str = "") -> Asked:
+        """Without the name of a model it is the denoiser's, or that of whatever else has it."""
         others = tuple(n for n in self._pipeline.components if n not in self.denoisers)
         for components in (self.denoisers, others):
-            have = tuple(c for c in components if self.table(c).dotted(name))
-            if have:
-                return Asked(have, name)
-        return Asked(self.denoisers or others, name)
+            asked = Asked(components, name, flat, prefix)
+            if any(self._look(c, asked) for c in components):
+                return asked
+        return Asked(self.denoisers or others, name, flat, prefix)
 
     def _encoder(self, role: str, prefix: str, name: str, tensor: str) -> Asked:
         clips = [e for e in self._encoders if self._class(e).startswith("CLIP")]
@@ -222,9 +227,11 @@ class Finder:
 
 
 def _unwrapped(name: str) -> str:
-    """Without what PEFT, DDP and torch.compile put before a name."""
-    while name.startswith(_WRAPPERS):
-        name = next(name.removeprefix(w) for w in _WRAPPERS if name.startswith(w))
+    """Without what PEFT, DDP and torch.compile put before a name or into it."""
+    if "_mod" in name:
+        name = ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+    while name.startswith(_OUTER):
+        name = next(name.removeprefix(o) for o in _OUTER if name.startswith(o))
     return name
 
 

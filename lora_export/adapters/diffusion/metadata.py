@@ -5,9 +5,19 @@ import math
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from lora_export.adapters.config import LARGEST, parse_lora
+from lora_export.adapters.config import (
+    LARGEST,
+    LoraConfig,
+    Number,
+    PatternedRank,
+    PositiveNumber,
+    match_pattern,
+    parse_lora,
+    settings,
+)
 from lora_export.adapters.diffusion.endings import terms
 from lora_export.adapters.diffusion.finding import Place
 from lora_export.adapters.kind import AdapterFile
@@ -19,6 +29,14 @@ _FORMATS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I1
 _UNSCALED = frozenset(
     {"oft_blocks", "on_input", "diff", "diff_b", "diff_m", "set_weight", "w_norm", "b_norm", "weight"}
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(PatternedRank):
+    """Of PEFT's LoHa and LoKr."""
+
+    alpha: Number
+    alpha_pattern: Mapping[str, PositiveNumber] | None = None
 
 
 def configurations(file: AdapterFile, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -33,7 +51,7 @@ def configurations(file: AdapterFile, metadata: Mapping[str, str]) -> dict[str, 
     if PEFT_JSON in metadata:
         try:
             told = json.loads(metadata[PEFT_JSON])
-        except ValueError:
+        except (ValueError, RecursionError):
             told = None
         if not isinstance(told, dict):
             raise file.refuse(
@@ -48,7 +66,7 @@ def configurations(file: AdapterFile, metadata: Mapping[str, str]) -> dict[str, 
 def _plain(value: str) -> Any:
     try:
         return json.loads(value.lower())
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -56,7 +74,7 @@ def splits_qkv(metadata: Mapping[str, str]) -> bool:
     """Whether sd-scripts trained q, k and v of a fused weight apart, and saved one LoRA of three times the rank."""
     try:
         told = json.loads(metadata.get("ss_network_args", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(told, dict) and str(told.get("split_qkv", False)).lower() in ("true", "1")
 
@@ -74,14 +92,19 @@ class Alphas:
         self.warnings: list[str] = []
         self._file, self._configs, self._split = file, configs, split
         self._parsed = {c: self._parse(c) for c in configs if "lora_alpha" in configs[c]}
+        self._lycoris = {
+            c: settings(config, Settings, file.where)
+            for c, config in configs.items()
+            if config.get("peft_type") in ("LOHA", "LOKR")
+        }
         self._splits = splits_qkv(metadata)
-        self._whole = self._whole_file(metadata)
+        self._whole = whole_alpha(file, metadata)
 
     def of(self, place: Place, keys: Mapping[str, str]) -> float | None:
         """None where nothing says it, which means the rank. AdapterError for one that cannot be meant."""
         rank = rank_of(self._file, keys)
         own = self._own(keys)
-        told = self._configured(place, rank) if "lora_down" in keys and rank else None
+        told = self._configured(place, keys, rank)
         if own is not None and told is not None and not math.isclose(own, told, rel_tol=1e-2):
             raise self._file.refuse(
                 f"alpha is {own:g} in the tensor and {told:g} in the metadata or configuration",
@@ -105,11 +128,23 @@ class Alphas:
             return None
         return read_alpha(self._file, keys["alpha"])
 
-    def _configured(self, place: Place, rank: int) -> float | None:
-        config = self._parsed.get(place.component)
-        return None if config is None else config.scaling(place.name, rank) * rank
+    def _configured(self, place: Place, keys: Mapping[str, str], rank: int) -> float | None:
+        if "lora_down" in keys and rank and place.component in self._parsed:
+            return self._parsed[place.component].scaling(place.name, rank) * rank
+        lycoris = self._lycoris.get(place.component)
+        if lycoris is None or not any(part.startswith(("hada_", "lokr_")) for part in keys):
+            return None
+        alpha = match_pattern(lycoris.alpha_pattern, place.name, lycoris.alpha)
+        if not rank and alpha != lycoris.rank(place.name):
+            raise self._file.refuse(
+                f"PEFT scales this module by {alpha:g}/{lycoris.rank(place.name)}, and LyCORIS, whose names these "
+                "are, scales none whose factors are whole",
+                tensor=next(iter(keys.values())),
+                expected="alpha as the rank, or factors that are products",
+            )
+        return alpha
 
-    def _parse(self, component: str) -> Any:
+    def _parse(self, component: str) -> LoraConfig:
         config = parse_lora(self._configs[component], self._file.where)
         if config.residual:
             raise self._file.refuse(
@@ -118,20 +153,6 @@ class Alphas:
                 next_step="save it converted: path_initial_model_for_weight_conversion",
             )
         return config
-
-    def _whole_file(self, metadata: Mapping[str, str]) -> float | None:
-        """One alpha for a file without tensors of it."""
-        if "alpha" not in metadata:
-            return None
-        try:
-            alpha = float(metadata["alpha"])
-        except ValueError:
-            alpha = math.nan
-        if not 0 < alpha <= LARGEST:
-            raise self._file.refuse(
-                f"the metadata alpha is {metadata['alpha']!r}", expected="a positive number, or none"
-            )
-        return alpha
 
     def _refuse_zero(self, keys: Mapping[str, str]) -> None:
         if all(any(self._is_zero(key) for key in term) for term in terms(keys)):
@@ -172,6 +193,19 @@ class Alphas:
     def _warn(self, warning: str) -> None:
         if warning not in self.warnings:
             self.warnings.append(warning)
+
+
+def whole_alpha(file: AdapterFile, metadata: Mapping[str, str]) -> float | None:
+    """One alpha for a file without tensors of it. AdapterError unless it is a positive number."""
+    if "alpha" not in metadata:
+        return None
+    try:
+        alpha = float(metadata["alpha"])
+    except ValueError:
+        alpha = math.nan
+    if not 0 < alpha <= LARGEST:
+        raise file.refuse(f"the metadata alpha is {metadata['alpha']!r}", expected="a positive number, or none")
+    return alpha
 
 
 def read_alpha(file: AdapterFile, key: str) -> float:

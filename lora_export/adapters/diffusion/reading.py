@@ -45,7 +45,9 @@ def understand(
             raise refuse_other(file, set(others) - set(embedded))
         configs = configurations(file, metadata)
         alphas = Alphas(file, metadata, configs, split_qkv_alpha)
-        modules, warnings = _modules(file, groups, Finder(file, pipeline, shapes), alphas, shapes)
+        modules, unused = _modules(file, groups, Finder(file, pipeline, shapes), alphas, shapes)
+        if unused:
+            alphas.warnings.append(f"{len(unused)} tensors belong to factors of zeros that no tool applies")
         return DiffusionAdapter(
             path=file.folder,
             format=format_of(groups, metadata),
@@ -55,7 +57,8 @@ def understand(
             metadata=dict(metadata),
             config=configs,
             vectors=tuple(embedded),
-            warnings=(*alphas.warnings, *warnings),
+            unused=unused,
+            warnings=tuple(alphas.warnings),
         )
 
 
@@ -68,16 +71,11 @@ def _peft_folder(
     kind = str(file.config.get("peft_type"))
     plain = kind == "LORA" and not others and all(keys.keys() <= _LORA_PARTS for keys in groups.values())
     modules: tuple[TrainedModule, ...] = ()
-    warnings: list[str] = []
     if plain and not _starts_elsewhere(file.config):
         alphas = Alphas(file, metadata, {component: file.config}, split)
-        finder = Finder(file, pipeline, shapes, only=component)
-        modules, warnings = _modules(file, groups, finder, alphas, shapes)
-        warnings = [*alphas.warnings, *warnings]
+        modules, _ = _modules(file, groups, Finder(file, pipeline, shapes, only=component), alphas, shapes)
     kinds = _kinds(modules) if modules else {kind.lower(): len(groups) or 1}
-    return DiffusionAdapter(
-        file.folder, "peft", file.weight, modules, kinds, dict(metadata), file.config, (), tuple(warnings)
-    )
+    return DiffusionAdapter(file.folder, "peft", file.weight, modules, kinds, dict(metadata), file.config)
 
 
 def _starts_elsewhere(config: Mapping[str, Any]) -> bool:
@@ -88,8 +86,8 @@ def _starts_elsewhere(config: Mapping[str, Any]) -> bool:
 
 def _modules(
     file: AdapterFile, groups: Groups, finder: Finder, alphas: Alphas, shapes: Shapes
-) -> tuple[tuple[TrainedModule, ...], list[str]]:
-    """The trained modules of a file in its order, and warnings."""
+) -> tuple[tuple[TrainedModule, ...], tuple[str, ...]]:
+    """The trained modules of a file in its order, and tensors of zeros that belong to none."""
     places: dict[str, Place] = {}
     unknown: dict[str, str] = {}
     for spelling, keys in groups.items():
@@ -113,12 +111,7 @@ def _modules(
         alpha = alphas.of(place, keys)
         parts = {part: key for part, key in keys.items() if part != "alpha"}
         made.append(TrainedModule(spelling, place.component, place.pieces, parts, alpha, keys.get("alpha")))
-    warnings = []
-    if leftovers:
-        warnings.append(
-            f"{len(leftovers)} modules of the file hold zeros that no tool ever used: they are left out"
-        )
-    return tuple(made), warnings
+    return tuple(made), tuple(key for spelling in leftovers for key in groups[spelling].values())
 
 
 def _parameter(spelling: str, keys: Mapping[str, str]) -> str:

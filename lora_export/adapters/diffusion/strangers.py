@@ -25,7 +25,9 @@ _STRANGERS = (
     (r"^(?:adapter|body)\.\d+\.|^motion_adapter\.", "another network beside the denoiser"),
     (r"^first_stage_model\.|^model\.diffusion_model\..*\.(?:weight|bias)$", "a whole checkpoint, not an adapter"),
 )
-_ADAPTED = re.compile(r"lora|hada_|lokr_|oft_blocks|\.diff|\.[ab][12]\.weight$|on_input$|_norm$|set_weight$")
+_ADAPTED = re.compile(
+    r"lora|hada_|lokr_|oft_blocks|\.diff(?:_[bm])?$|\.[ab][12]\.weight$|on_input$|_norm$|set_weight$"
+)
 _VECTORS = re.compile(
     r"bundle_emb\..+|string_to_param(?:\..+)?|emb_params|clip_[lg]|t5(?:xxl)?|text_encoders_\d|<[^<>]+>"
 )

@@ -217,8 +217,8 @@ def _exact(plan: MergePlan) -> MergePlan:
 
 
 def _check_claims(file: AdapterFile, adapter: DiffusionAdapter) -> None:
-    """Every tensor belongs to exactly one module, or is a vector of textual inversion."""
-    claimed: set[str] = set(adapter.vectors)
+    """Every tensor belongs to exactly one module, or is a vector of textual inversion, or is known to be zero."""
+    claimed: set[str] = {*adapter.vectors, *adapter.unused}
     for module in adapter.modules:
         for key in (*module.keys.values(), *([module.alpha_key] if module.alpha_key else [])):
             if key in claimed:

@@ -12,15 +12,18 @@ from typing import Any
 def main(request: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")
     from lora_export.onnx_export.engines import dynamo_process
-    from lora_export.onnx_export.engines.dynamo_passes import attention
+    from lora_export.onnx_export.engines.dynamo_passes import attention, group_norm
     from lora_export.onnx_export.engines.parts import diffusion
 
     attention.register()
-    fused = request["optimize"] == "full"
-    with attention.in_torch() if fused else contextlib.nullcontext():
+    with contextlib.ExitStack() as replaced:
+        if request["optimize"] == "full":
+            replaced.enter_context(attention.in_torch())
+            if request["provider"] == "cuda":
+                replaced.enter_context(group_norm.in_torch())
         model = _load(request)
         traced = diffusion.parts_of(model.model, request["part"])
-        dynamo_process.write(request, lambda: (model, traced), diffusion.WIDE)
+        dynamo_process.write(request, lambda: (model, traced), diffusion.WIDE, group_norm.finish)
 
 
 def _load(request: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ This is the one file that handles ONNX's protobuf: what is not trusted is inspec
 reads and changes graphs everywhere else, drops what it does not know and merges duplicates.
 """
 
+import contextlib
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -69,11 +70,29 @@ def check_loads(path: Path, precision: Precision) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        open_session(path, "cpu", options=options)
+        with opened_anywhere(path) as own:
+            open_session(own, "cpu", options=options)
     except Exception as error:
         raise ExportError(
             f"the engine wrote a graph that does not load: {error}", expected="a graph that opens"
         ) from error
+
+
+@contextlib.contextmanager
+def opened_anywhere(path: Path) -> Iterator[Path]:
+    """The graph, or a copy beside it in which operators of CUDA alone are taken apart."""
+    from lora_export.graph_runs.taken_apart import NAME, take_apart
+
+    if not any(node.op_type == NAME for node in load_graph(path).graph.node):
+        yield path
+        return
+    model, copy = open_model(path), path.with_name(f".apart-{path.name}")
+    take_apart(model)
+    try:
+        copy.write_bytes(serialized(model))
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def count_nodes(path: Path) -> int:

@@ -11,6 +11,7 @@ from lora_export.storage import sealed
 from lora_export.storage.documents import walk
 
 SUFFIX = ".onnx"
+_RECORD = "export.json"
 _GRAPH = 7  # the field of a ModelProto
 _FLAT = b"ORTM"  # at byte 4 of ONNX Runtime's own format, which cannot be checked here
 _FLAT_SUFFIX = ".ort"
@@ -36,8 +37,10 @@ def find_graphs(folder: Path) -> list[Path]:
 
 
 def _beside(config: Path, name: str) -> set[Path]:
-    """The files that a configuration names. Triton's are in version folders, and may be folders."""
-    if not sealed.plain_name(name):
+    """The files that a configuration names. Triton's are in version folders, and may be folders; those of a
+    pipeline's record are in a folder for each model."""
+    inside = sealed.plain_path if config.name == _RECORD else sealed.plain_name
+    if not inside(name):
         raise ExportError(
             f"a model named {name!r}",
             where=config,
@@ -58,7 +61,7 @@ def named_models(path: Path) -> list[str]:
     if path.name == "config.pbtxt":
         text = path.read_text(encoding="utf-8", errors="replace")
         return [name for _, name in _TRITON.findall(text) if name]
-    if path.name == "export.json" or path.name.endswith(".export.json"):
+    if path.name == _RECORD or path.name.endswith(f".{_RECORD}"):
         graphs = _json(path).get("graphs", [])
         return [g for g in graphs if isinstance(g, str)] if isinstance(graphs, list) else []
     return []

@@ -15,6 +15,7 @@ from lora_export.checkpoint.sentence import module_tensors, with_modules
 from lora_export.contracts import ExportOptions, Finding, Findings, Progress, QuantizationOptions, TensorSource
 from lora_export.errors import ExportError, LoraExportError, plain
 from lora_export.onnx_export import records
+from lora_export.onnx_export.diffusion.components import own_half, placed
 from lora_export.onnx_export.engines import choose
 from lora_export.onnx_export.engines.building import record_of
 from lora_export.onnx_export.engines.isolated import Worker
@@ -74,7 +75,7 @@ def recheck(folder: Path, model: Model, rebuild: bool, progress: Progress) -> Fi
             raise ExportError("the adapter of this export is not part of its weights", where=folder)
         with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, Worker() as worker:
             job, chosen = _job(record, model, Path(scratch), worker, progress)
-            _compare(findings, folder, record, model, job, chosen, rebuild)
+            _compare(findings, folder, record, _half_of(model, job.config), job, chosen, rebuild)
     except LoraExportError as error:
         findings.judge("onnx", "", [f"{error.found} ({error.where})" if error.where else error.found])
     return findings
@@ -85,6 +86,14 @@ def _with_modules(model: Model) -> Model:
     source, beside = with_modules(model.source, model.folder), module_tensors(model.folder)
     hashes = {**model.hashes, **hash_all(source, beside)}
     return replace(model, source=source, hashes=dict(sorted(hashes.items())))
+
+
+def _half_of(model: Model, config: Mapping[str, Any]) -> Model:
+    """Without the tensors of an autoencoder's other graph."""
+    source = own_half(model.source, config)
+    if source is model.source:
+        return model
+    return replace(model, source=source, hashes={n: h for n, h in model.hashes.items() if n in source.tensors})
 
 
 def _compare(
@@ -115,7 +124,7 @@ def _compare(
     described = weights_map.read(stage)
     weights_map.write(stage, replace(described, hashes=model.hashes))
     statistics = certificate.statistics_beside(folder, described)
-    wanted = record_of(job, made, chosen.name, "float")
+    wanted = replace(record_of(job, made, chosen.name, "float"), part=record.part)
     wanted = replace(wanted, calibration=statistics.calibration if statistics else record.calibration)
     made_by_engine = tuple(n for n in own if n != weights_map.NAME)
     _judge_record(findings, folder, replace(wanted, made_by_engine=made_by_engine))
@@ -147,7 +156,7 @@ def _job(
     record: ExportRecord, model: Model, stage: Path, worker: Worker, progress: Progress
 ) -> tuple[ExportJob, Engine]:
     """The job that made the export. ExportError for a record of what no engine does."""
-    config = read_config(model.folder)
+    config = placed(read_config(model.folder), record.part)
     chosen = choose(config, record.engine)
     if record.quantization:
         record.quantization.check()

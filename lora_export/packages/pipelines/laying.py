@@ -5,7 +5,7 @@ runs: there, and only there, a spelling that both read replaces it.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,11 @@ def lay_graphs(export: ExportResult, stage: Path) -> None:
     for part in parts_in(index):
         if (export.output / part).is_dir() and part not in models:
             _copy(export.output / part, stage / part, _SETTINGS.__contains__)
-    changed: dict[str, Any] = {
-        part: told for part in parts_in(index) if (told := _for_4(stage / part, index[part])) != index[part]
-    }
-    if _CHECKER in index:
-        changed |= {_CHECKER: [None, None], _ASKED_FOR: False}
-    if changed:
-        sealed.write_settings(stage / INDEX, index | changed)
+    wanted = index | {part: _for_4(stage / part, index[part]) for part in parts_in(index)}
+    if has_checker(index):
+        wanted |= {_CHECKER: [None, None], _ASKED_FOR: False}
+    if wanted != index:
+        sealed.write_settings(stage / INDEX, wanted)
     else:
         sealed.copy(export.output / INDEX, stage / INDEX)
 
@@ -85,7 +83,8 @@ def _for_4(folder: Path, told: list[Any]) -> list[Any]:
     return [library, f"{name}Fast"] if fast else told
 
 
-def _copy(source: Path, target: Path, wanted: Any) -> None:
+def _copy(source: Path, target: Path, wanted: Callable[[str], bool]) -> None:
+    """The files of a part whose names are wanted."""
     if not source.is_dir():
         raise InputError(
             f"the pipeline has no folder {source.name}", where=source.parent, expected="each part of its index"

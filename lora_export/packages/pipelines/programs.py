@@ -15,11 +15,17 @@ EQUAL = "equal"  # what the program prints where no pixel differs: JSON has no i
 
 
 def picture_program(
-    facts: PackageFacts, folder: str, library: str, name: str, arguments: Sequence[str], setup: str
+    facts: PackageFacts,
+    folder: str,
+    library: str,
+    name: str,
+    setup: str,
+    arguments: Sequence[str] = (),
+    then: str = "",
 ) -> Snippet:
     """For a class of `library` with from_pretrained and the call of diffusers' pipelines.
 
-    arguments: of from_pretrained, beside the folder.
+    arguments: of from_pretrained, beside the folder; then: what is called of the pipeline.
     """
     drawing, prompt = drawing_in(facts)
     called = {
@@ -36,7 +42,7 @@ def picture_program(
         "from PIL import Image",
         f"from {library} import {name}",
         f"folder = {folder!r}",
-        f"pipeline = {name}.from_pretrained({', '.join(['folder', *arguments])})",
+        f"pipeline = {name}.from_pretrained({', '.join(['folder', *arguments])}){then}",
         "pipeline.set_progress_bar_config(disable=True)",
         f"noise = np.random.RandomState({drawing.seed}).standard_normal({drawing.latents!r})",
         "drawn = pipeline(",

@@ -34,9 +34,8 @@ class OptimumTarget(PackageTarget):
         if not facts.task.draws:
             return self.snippet(facts, folder)
         family_of(facts.class_name)  # a name from a list, as it becomes part of a program
-        return programs.picture_program(
-            facts, folder, "optimum.onnxruntime", f"ORT{facts.class_name}", (), _DRAWING
-        )
+        name = f"ORT{facts.class_name}"
+        return programs.picture_program(facts, folder, "optimum.onnxruntime", name, _DRAWING)
 
     def notes(self, facts: PackageFacts) -> str:
         return programs.notes(facts, checked=False) if facts.task.draws else ""

@@ -40,7 +40,7 @@ class Adapted(nn.Module):
         self.errors: dict[str, torch.Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """Models ask a layer for its weight's type, pipelines for how many inputs it has."""
+        """Models look at a weight's type, and pipelines at the width of a layer: at the base's."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -85,6 +85,21 @@ class Change(nn.Module):
     def along(self, values: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """A value for each output, such that it can be multiplied with `y`."""
         return values.to(y.dtype).reshape(-1, *[1] * (y.dim() - 2)) if self.axis == 1 else values.to(y.dtype)
+
+
+class Through(Change):
+    """A layer of PEFT around the base's, whose own work this is. weight: of what it adds to the base's outputs."""
+
+    def __init__(self, axis: int, layer: nn.Module, weight: float) -> None:
+        super().__init__(axis)
+        self.layer, self.weight = layer, weight
+
+    def forward(self, x: torch.Tensor, inner: Layer) -> torch.Tensor:
+        y: torch.Tensor = self.layer(x)
+        if self.weight == 1.0:
+            return y
+        before = inner(x)
+        return before + self.weight * (y - before)
 
 
 class Added(Change):

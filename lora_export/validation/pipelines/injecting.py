@@ -19,6 +19,7 @@ from lora_export.validation.pipelines.activations import (
     Replaced,
     Scaled,
     Shifted,
+    Through,
     axis_of,
     cut,
 )
@@ -26,6 +27,8 @@ from lora_export.validation.pipelines.loading import Modules
 from lora_export.validation.pipelines.probing import squares
 from lora_export.validation.pipelines.turning import rotation_of
 from lora_export.validation.pipelines.updates import Parts, has_update, low_rank, update_of
+from lora_export.validation.reference.files import START
+from lora_export.validation.reference.probes import base_layer, wrapped_modules
 
 WEIGHTS = "adapter_model.safetensors"  # of a PEFT folder
 
@@ -75,6 +78,10 @@ def inject(model: nn.Module, component: str, adapters: Sequence[DiffusionAdapter
     """Put the adapters' work beside the layers of a component of the base, in place."""
     changes, places = Changes(), Modules(model)
     for adapter in adapters:
+        if not adapter.modules and not adapter.vectors:
+            changes = _through_peft(model, adapter, changes)
+            places = Modules(model)
+            continue
         modules = [m for m in adapter.modules if m.component == component]
         if not modules:
             continue
@@ -83,6 +90,37 @@ def inject(model: nn.Module, component: str, adapters: Sequence[DiffusionAdapter
             for module in modules:
                 parts = {part: _read(tensors, key) for part, key in module.keys.items()}
                 _apply(places, module, parts, adapter.weight, changes)
+    return changes
+
+
+def _through_peft(model: nn.Module, adapter: DiffusionAdapter, changes: Changes) -> Changes:
+    """A kind that PEFT alone defines: its own layers around those of the component that has its modules."""
+    import peft
+
+    with safe_open(adapter.path / WEIGHTS, framework="pt") as tensors:
+        held = [name.removeprefix(START) for name in tensors.keys() if name.startswith(START)]  # noqa: SIM118
+    owners = {name.rpartition(".")[0] for name in held}
+    paths = {path for path, _ in model.named_modules() if path}
+    if not all(any(owner == p or owner.startswith(f"{p}.") for p in paths) for owner in owners):
+        return changes  # of another component
+    if changes.layers:
+        raise AdapterError(
+            "an adapter of a kind that PEFT alone defines, after another one",
+            where=adapter.path,
+            expected="one such adapter alone, so that PEFT's own model shows what it does",
+            next_step="merge the adapters one after another, and validate each result",
+        )
+    wrapped = peft.PeftModel.from_pretrained(model, str(adapter.path)).eval()
+    wrapped.requires_grad_(False)
+    places = Modules(model)
+    for path, module in wrapped_modules(model).items():
+        layer = base_layer(module)
+        adapted = Adapted(layer)
+        adapted.changes.append(Through(axis_of(layer), module, adapter.weight))
+        places.replace(module, adapted)
+        changes.layers[path] = adapted
+        for name, _ in layer.named_parameters():
+            changes.names[f"{path}.{name}"] = (path, name)
     return changes
 
 

@@ -27,7 +27,7 @@ Feed = Mapping[str, torch.Tensor]
 # Numbers of which sines are taken: a pipeline in 16 bits gives them in 32 as well.
 _WIDE = ("timestep", "guidance", "txt_ids", "img_ids", "time_ids")
 _STEPS = (981.0, 1.25, 499.5, 20.0)
-_GUIDANCE, _PIXELS = 3.5, 1024
+_ALL_STEPS, _GUIDANCE, _PIXELS = 1000, 3.5, 1024
 _FILE = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.([\w-]+?))?(?:-\d+-of-\d+(?:\.([\w-]+))?)?\.safetensors")
 
 
@@ -235,6 +235,8 @@ def _feed(signature: Signature, case: _Case, config: Any, seed: object) -> dict[
     for name, of in signature.inputs.items():
         shape = [case.size(axis, scale) for axis in of.shape]
         feed[name] = rounded(_value(name, shape, case, config, seed), of)
+    if "img_ids" in feed:  # FLUX counts its steps from 1 to 0
+        feed["timestep"] = feed["timestep"] / _ALL_STEPS
     return feed
 
 

@@ -13,6 +13,7 @@ import torch
 from lora_export.errors import LoraExportError
 from lora_export.graph_runs.runs import GraphRun
 from lora_export.graph_runs.signature import Array, Signature
+from lora_export.graph_runs.taken_apart import take_apart
 
 Expected = Mapping[str, torch.Tensor]
 _PRESENT = ("present", "past")
@@ -48,11 +49,13 @@ class Extent:
 
 
 class Graphs:
-    """The graphs of an export in sessions that are opened when they are needed. provider: cpu or cuda."""
+    """The graphs of an export in sessions that are opened when they are needed. provider: cpu or cuda; taken_apart:
+    how many operators of CUDA alone were replaced."""
 
     def __init__(self, folder: Path, names: Sequence[str], provider: str) -> None:
         self.folder, self.names, self.provider = folder, tuple(names), provider
         self._runs: dict[str, GraphRun] = {}
+        self.taken_apart = 0
 
     @property
     def _small(self) -> bool:
@@ -89,32 +92,34 @@ class Graphs:
 
     def _run(self, name: str) -> GraphRun:
         if name not in self._runs:
-            with _exact(self.folder / name) as path:
+            with self._exact(self.folder / name) as path:
                 self._runs[name] = GraphRun(path, self.provider, packed=self._small)
         return self._runs[name]
 
+    @contextlib.contextmanager
+    def _exact(self, graph: Path) -> Iterator[Path]:
+        """The graph, or a copy whose quantized products read their inputs as they are.
 
-@contextlib.contextmanager
-def _exact(graph: Path) -> Iterator[Path]:
-    """The graph, or a copy whose quantized products read their inputs as they are.
+        MatMulNBits may round them to 8 bits first, which hides what else a graph does; how is the operator's
+        business. Operators that CUDA alone has are taken apart for the CPU.
+        """
+        import onnx_ir as ir
 
-    MatMulNBits may round them to 8 bits first, which hides what else a graph does; how is the operator's business.
-    """
-    import onnx_ir as ir
-
-    model = ir.load(graph)
-    rounding = [n for n in model.graph.all_nodes() if n.attributes.get_int(_ACCURACY, 0) > _FP32]
-    for node in rounding:
-        node.attributes[_ACCURACY] = ir.AttrInt64(_ACCURACY, 0)
-    if not rounding:
-        yield graph
-        return
-    path = graph.with_name(EXACT)
-    try:
-        ir.save(model, path)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+        model = ir.load(graph)
+        rounding = [n for n in model.graph.all_nodes() if n.attributes.get_int(_ACCURACY, 0) > _FP32]
+        for node in rounding:
+            node.attributes[_ACCURACY] = ir.AttrInt64(_ACCURACY, 0)
+        apart = take_apart(model) if self.provider == "cpu" else 0
+        self.taken_apart += apart
+        if not rounding and not apart:
+            yield graph
+            return
+        path = graph.with_name(EXACT)
+        try:
+            ir.save(model, path)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def fitting(value: Any, dtype: Any) -> Array:

@@ -16,15 +16,17 @@ from lora_export.storage import sealed
 from lora_export.workflows.pipelines.drawing import CONFIG, DECODER, DENOISERS, draw
 
 
-def is_run_of_pipeline(folder: Path) -> bool:
-    """Whether merge-and-export left this folder, of a pipeline."""
-    return any((folder / part / INDEX).is_file() for part in ("merged", "onnx"))
-
-
 def index_of(export: ExportResult, kept: Path) -> Mapping[str, Any]:
     """The index of a pipeline whose graphs can be packaged. InputError for one that no library may load."""
     from lora_export.onnx_export import check_export
 
+    if not (export.output / INDEX).is_file():
+        raise InputError(
+            "the run is of a model of diffusers alone, which draws no pictures",
+            where=export.output,
+            expected="the run of a whole pipeline, with model_index.json",
+            next_step="merge-and-export -b PIPELINE, the folder that the model is a part of",
+        )
     check_pipeline_folder(export.output)
     if kept != export.output:
         check_pipeline_folder(kept)

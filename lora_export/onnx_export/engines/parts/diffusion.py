@@ -4,6 +4,7 @@ A denoiser is traced at an odd size where it takes one: UNets then upsample to t
 right at every size, and not by two.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,6 +102,7 @@ def _transformer(model: Any) -> GraphPart:
 
 def _sd3(model: Any) -> GraphPart:
     config, patch = model.config, model.config.patch_size
+    model.pos_embed.cropped_pos_embed = functools.partial(_cropped, model.pos_embed)
     size = 6 * patch, 9 * patch
     inputs = {
         "hidden_states": _floats(BATCH, config.in_channels, *size, batch_size=0, height=2, width=3),
@@ -112,6 +114,20 @@ def _sd3(model: Any) -> GraphPart:
     }
     outputs: Mapping[str, Axes] = {"out_hidden_states": {0: "batch_size", 2: "height", 3: "width"}}
     return _part(_by_name(model, inputs), inputs, outputs)
+
+
+def _cropped(places: Any, height: Any, width: Any) -> torch.Tensor:
+    """The middle of a table of places, for latents of this size: (1, patches, width of the model).
+
+    diffusers begins at (size − patches) // 2. A trace makes 8 + (−patches // 2) of it, and ONNX divides towards
+    zero, which is wrong for odd numbers. The same place is counted here from the middle on.
+    """
+    size = places.pos_embed_max_size
+    rows, columns = height // places.patch_size, width // places.patch_size
+    top, left = (size // 2 - (n + 1 - size % 2) // 2 for n in (rows, columns))
+    every: torch.Tensor = places.pos_embed.reshape(1, size, size, -1)
+    table = every[:, top : top + rows, left : left + columns, :]
+    return table.reshape(1, -1, table.shape[-1])
 
 
 def _flux(model: Any) -> GraphPart:
