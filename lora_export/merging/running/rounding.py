@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     import torch
 
 _LOST = 2**29 - 1  # bits of a float64 number that fp32 has no room for
+_PIECE = 2**16  # numbers that a cache holds
 
 
 def round_once(values: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
@@ -19,9 +20,14 @@ def round_once(values: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
 
     if values.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
         return values.to(dtype)
-    exact = values.contiguous().view(torch.int64)
-    odd = exact & _LOST
-    odd += _LOST  # which carries into the last bit that stays
-    odd |= exact
-    odd &= ~_LOST
-    return odd.view(torch.float64).float().to(dtype)
+    exact = values.reshape(-1).view(torch.int64)
+    rounded = torch.empty(len(exact), dtype=dtype, device=values.device)
+    odd = exact.new_empty(min(len(exact), _PIECE))
+    for start in range(0, len(exact), _PIECE):
+        some = exact[start : start + _PIECE]
+        kept = torch.bitwise_and(some, _LOST, out=odd[: len(some)])
+        kept += _LOST  # which carries into the last bit that stays
+        kept |= some
+        kept &= ~_LOST
+        rounded[start : start + _PIECE] = kept.view(torch.float64).float()
+    return rounded.reshape(values.shape)
