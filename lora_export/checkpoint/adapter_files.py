@@ -27,7 +27,7 @@ _NAMES = (
 _ELSEWHERE = {
     "pytorch_lora_weights.safetensors": (
         "a diffusers adapter, which belongs to an image model",
-        "in diffusers: pipe.fuse_lora()",
+        "give its pipeline as -b, the folder with model_index.json",
     ),
     "pytorch_model_fsdp_0": ("unmerged FSDP shards", "accelerate merge-weights DIR/pytorch_model_fsdp_0 OUT"),
     "lora.safetensors": (
@@ -51,6 +51,13 @@ _ELSEWHERE = {
 
 def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
     """adapter_config.json and the tensors of an adapter folder. Pickled weights are refused."""
+    if folder.is_file():
+        raise InputError(
+            "this file is an adapter of an image model, and the base is no pipeline",
+            where=folder,
+            expected=f"an adapter folder with {CONFIG} and {WEIGHTS}",
+            next_step="give its pipeline as -b, the folder with model_index.json",
+        )
     if not folder.is_dir():
         raise InputError(
             "there is no such folder",
