@@ -5,7 +5,6 @@ models. So a graph whose exporter confuses two of them differs.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ Feed = Mapping[str, torch.Tensor]
 _WIDE = ("timestep", "guidance", "txt_ids", "img_ids", "time_ids")
 _STEPS = (981.0, 1.25, 499.5, 20.0)
 _ALL_STEPS, _GUIDANCE, _PIXELS = 1000, 3.5, 1024
-_FILE = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.([\w-]+?))?(?:-\d+-of-\d+(?:\.([\w-]+))?)?\.safetensors")
 
 
 # --- the model ---------------------------------------------------------------------------------------------
@@ -62,7 +60,7 @@ def _load(folder: Path, architecture: str) -> tuple[Any, bool]:
     model = getattr(diffusers, architecture).from_pretrained(
         folder,
         torch_dtype=_stored_type(folder) if large else torch.float32,
-        variant=variant_of(folder),
+        variant=reference.variant_of(folder),
         use_safetensors=True,
         local_files_only=True,
     )
@@ -77,13 +75,6 @@ def _stored_type(folder: Path) -> torch.dtype:
     file = min(folder.glob("*.safetensors"))
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(next(iter(tensors.keys()))).dtype  # type: ignore[no-any-return]
-
-
-def variant_of(folder: Path) -> str | None:
-    """The variant of the weight files in a folder, where it has no other."""
-    names = [m for p in folder.iterdir() if (m := _FILE.fullmatch(p.name))]
-    variants = {m[1] or m[2] or "" for m in names}
-    return None if "" in variants or not variants else min(variants)
 
 
 def _widen_while_running(model: torch.nn.Module) -> None:
