@@ -156,13 +156,14 @@ def validation_row(result: ValidationResult) -> tuple[str, str]:
         parts.append(f"logits within {by_name['logits_max_abs']:.2g} (noise floor {floor:.2g})")
     if "onnx_logits_max_abs" in by_name:
         parts.append(f"ONNX within {by_name['onnx_logits_max_abs']:.2g}")
+    if "image_psnr" in by_name:
+        effect = by_name.get("adapter_effect_psnr", 0.0)
+        parts.append(f"picture {by_name['image_psnr']:.1f} dB from the unmerged one (the base's {effect:.1f} dB)")
+    if "onnx_image_psnr" in by_name:
+        parts.append(f"ONNX {by_name['onnx_image_psnr']:.1f} dB")
     for kept in (s for s in result.adapter_survival if s.share is not None):
         lost = "" if kept.kl_lost is None else f", KL {kept.kl_lost:.2g} nats from merged"
         parts.append(f"{shown(kept.model)} keeps {kept.share:.1%} of the adapter{lost}")
-    near = {p.name: wording.decibels(p.psnr) for p in result.pictures if p.gain is None and p.psnr is not None}
-    if near:
-        pictures = ", ".join(f"{shown(name)} {psnr}" for name, psnr in near.items())
-        parts.append(f"pictures against the unmerged one: {pictures}")
     return "validation", ", ".join(parts)
 
 

@@ -117,7 +117,7 @@ def pipeline_certificate(folder: Path, planned: PipelinePlan) -> PipelineCertifi
         options=replace(planned.options, force=False),
         adapters=tuple(
             PipelineAdapter(
-                a.format, c.weight, dict(sorted(a.kinds.items())), _hashes(c.folder), a.metadata, a.vectors
+                a.format, c.weight, dict(sorted(a.kinds.items())), sha256_of_files(c.folder), a.metadata, a.vectors
             )
             for a, c in zip(planned.adapters, planned.choices, strict=True)
         ),
@@ -153,7 +153,8 @@ def blake3_of(path: Path) -> str:
     return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
 
 
-def _hashes(adapter: Path) -> dict[str, str]:
+def sha256_of_files(adapter: Path) -> dict[str, str]:
+    """By name, of a single file or of an adapter's folder."""
     if adapter.is_file():
         return {adapter.name: sha256(adapter)}
     return adapter_hashes(adapter, set(adapter.glob("*.safetensors")))

@@ -170,7 +170,7 @@ def _read(
     for module in adapter.modules:
         name = module.component
         own = replace(file, base=models[name], base_shapes=shapes[name])
-        updates.setdefault(name, []).extend(updates_of(own, module, shapes[name]))
+        updates.setdefault(name, []).extend(map(_wide, updates_of(own, module, shapes[name])))
     _check_claims(file, adapter)
     for name, rows in tokens.take(file, adapter, options).items():
         updates.setdefault(name, []).extend(rows)
@@ -196,7 +196,14 @@ def _of_peft(
 ) -> dict[str, Adapter]:
     name = component_of(file, shapes)
     own = replace(file, base=models[name], base_shapes=shapes[name])
-    return {name: replace(read_adapter(own), weight=choice.weight)}
+    adapter = read_adapter(own)
+    return {name: replace(adapter, weight=choice.weight, updates=tuple(map(_wide, adapter.updates)))}
+
+
+def _wide(update: TargetUpdate) -> TargetUpdate:
+    """In float64, whatever is written. An update of an image model may be as large as the weight, and where the two
+    cancel, fp32 leaves few right digits; of sums in fp16 it rounds up to two of ten thousand the wrong way."""
+    return replace(update, wide=True)
 
 
 def _check_claims(file: AdapterFile, adapter: DiffusionAdapter) -> None:

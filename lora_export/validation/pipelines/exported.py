@@ -47,6 +47,16 @@ class Expected:
     moved: Sequence[Sample]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """checks: of every graph, and of the picture that all of them make; outputs: of each part's graph; sample: that
+    picture, None for a component alone."""
+
+    checks: tuple[Check, ...]
+    outputs: Mapping[str, Sequence[Outputs]]
+    sample: Sample | None
+
+
 def precision_of(part: Part, export: ExportedPipeline) -> Precision:
     """A graph may be in another precision than the pipeline: an autoencoder that fp16 is too narrow for."""
     record = part.path.parent / RECORD
@@ -141,11 +151,11 @@ def judge_export(
     tolerance: float,
     provider: str,
     progress: Progress,
-) -> tuple[list[Check], Sample | None]:
-    """The checks of every graph, and of the picture that all of them make. sampler: with the merged models."""
+) -> Judged:
+    """sampler: with the merged models."""
     progress.stage(f"validate: the exported graphs in {export.precision}, in ONNX Runtime")
     checks: list[Check] = []
-    graphs, exact = [], {}
+    graphs, exact, outputs = [], {}, {}
     shifted = False
     for part in parts_of(export, merged):
         graph = Graph(part, provider)
@@ -153,12 +163,13 @@ def judge_export(
         found, quantized = numbers_into(model, graph, merged[part.component], export.prefix)
         checks += found
         own = answers(_method(model, part.name), expected.calls[part.name])
-        checks += _graph_checks(export, part, expected, graph, own, quantized, tolerance)
+        outputs[part.name] = graph.answers(expected.calls[part.name], expected.reference[part.name])
+        checks += _graph_checks(export, part, expected, outputs[part.name], own, quantized, tolerance)
         graphs.append(graph)
         exact[part.name] = model
         shifted = shifted or quantized
     if sampler is None or sampling is None or not any(g.part.component in DENOISERS for g in graphs):
-        return checks, None
+        return Judged(tuple(checks), outputs, None)
     known = 0.0, 0.0
     if shifted:
         with _models_in_place(sampler, graphs, exact):
@@ -170,7 +181,7 @@ def judge_export(
     floor = replace(
         sampling, moved=expected.moved, known=known, where=f"{sampling.where}, arithmetic of the graphs"
     )
-    return [*checks, *floor.checks(picture, tolerance, export.prefix)], picture
+    return Judged((*checks, *floor.checks(picture, tolerance, export.prefix)), outputs, picture)
 
 
 @contextlib.contextmanager
@@ -191,14 +202,13 @@ def _graph_checks(
     export: ExportedPipeline,
     part: Part,
     expected: Expected,
-    graph: Graph,
+    found: Sequence[Outputs],
     own: Sequence[Outputs],
     quantized: bool,
     tolerance: float,
 ) -> list[Check]:
     """Against PyTorch with the graph's numbers, where arithmetic alone differs, and against the unmerged model."""
     calls, reference = expected.calls[part.name], expected.reference[part.name]
-    found = graph.answers(calls, reference)
     how = f"arithmetic in {precision_of(part, export)}"
     alone = Floor(calls, own, expected.arithmetic[part.name], f"{how}, against PyTorch with the graph's numbers")
     name = f"{export.prefix}{part.name}"

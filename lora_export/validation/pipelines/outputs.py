@@ -87,6 +87,18 @@ def widest(draws: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, flo
     return [{n: largest(d[n] for d in each) for n in each[0]} for each in zip(*draws, strict=True)]
 
 
+def kept(base: Sequence[Outputs], unmerged: Sequence[Outputs], other: Sequence[Outputs]) -> float | None:
+    """The share of the adapters' effect on the outputs that another model has: along the direction of the effect,
+    over all calls. None where there is no effect."""
+    along = whole = 0.0
+    for b, u, o in zip(base, unmerged, other, strict=True):
+        for name in b.keys() & u.keys() & o.keys():
+            effect = u[name].double() - b[name].double()
+            whole += float(effect.square().sum())
+            along += float((effect * (o[name].double() - b[name].double())).sum())
+    return along / whole if whole > 0 else None
+
+
 def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return max_abs(a, b) if a.shape == b.shape else math.inf
 

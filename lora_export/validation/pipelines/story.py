@@ -1,5 +1,6 @@
 """The validation of a pipeline from its folders to its checks."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lora_export.contracts import (
+    AdapterSurvival,
     Check,
     DiffusionAdapter,
     ExportedPipeline,
@@ -19,7 +21,13 @@ from lora_export.errors import CheckpointError, InputError
 from lora_export.runtime import resolve_provider
 from lora_export.validation.comparing.logits import largest
 from lora_export.validation.comparing.thresholds import reported
-from lora_export.validation.pipelines.exported import Expected, Reference, expected_of, judge_export
+from lora_export.validation.pipelines.exported import (
+    DENOISERS,
+    Expected,
+    Reference,
+    expected_of,
+    judge_export,
+)
 from lora_export.validation.pipelines.loading import class_of, load, quiet, stored_tensors
 from lora_export.validation.pipelines.made_up import made_up_calls
 from lora_export.validation.pipelines.models import DRAWS, Unmerged, all_rounded, all_without_adapters
@@ -29,6 +37,7 @@ from lora_export.validation.pipelines.outputs import (
     SampleFloor,
     answers,
     apart,
+    kept,
     psnr,
     rmse,
     widest,
@@ -37,6 +46,7 @@ from lora_export.validation.pipelines.pictures import save_pictures
 from lora_export.validation.pipelines.sampling import Call, Sample, Sampler, open_sampler
 from lora_export.validation.pipelines.second_opinion import second_opinion
 from lora_export.validation.pipelines.tensors import files_check, tensor_checks
+from lora_export.validation.pipelines.vectors import Vectors
 from lora_export.validation.run import seeded
 
 ROUNDING = "rounding errors of the merged weights, on the unmerged model"
@@ -135,10 +145,11 @@ def _validated(task: Task) -> ValidationResult:
         parts = {name: model.model for name, model in models.items()}
         reference = Reference(parts, known.floors, sampler, known.sampling)
         known.exports.append(expected_of(export, task.base.components, reference, task.progress))
-    checks += _outputs(task, known, models, sampler)
-    checks += _exports(task, known, sampler)
+    survival: list[AdapterSurvival] = []
+    checks += _outputs(task, known, models, sampler, survival)
+    checks += _exports(task, known, sampler, survival)
     warning = _without_effect(task, known, changed)
-    result = ValidationResult(tuple(checks), weight_errors=errors, advice=warning)
+    result = ValidationResult(tuple(checks), weight_errors=errors, advice=warning, adapter_survival=tuple(survival))
     if task.pictures is None or known.sampling is None:
         return result
     shown = {name: sample.picture for name, sample in known.samples.items()}
@@ -149,16 +160,17 @@ def _tensors(task: Task, models: Mapping[str, Unmerged]) -> tuple[tuple[str, ...
     """Of every component, changed or not, and of the files beside them."""
     errors: list[str] = []
     checks: list[Check] = []
+    vectors = Vectors.of(task.adapters)
     for name, model in models.items():
         merged = stored_tensors(task.merged.components[name])
         model.merged_as(merged)
         before = stored_tensors(model.component, task.variant)
-        how = task.options.rows, task.options.merge.dtype, task.seed
+        how = vectors, task.options.rows, task.options.merge.dtype, task.seed
         faulty, found = tensor_checks(model.changes, _base_parameters(model), before, merged, name, *how)
         errors += faulty
         checks += found
     files = files_check(task.base, task.merged, tokenizers=any(a.vectors for a in task.adapters))
-    return tuple(errors), [*checks, files]
+    return tuple(errors), [*checks, files, *([vectors.check()] if vectors.rows else [])]
 
 
 def _opinions(task: Task, models: Mapping[str, Unmerged]) -> list[Check]:
@@ -226,7 +238,13 @@ def _measured(
     return known
 
 
-def _outputs(task: Task, known: Known, models: dict[str, Unmerged], sampler: Sampler | None) -> list[Check]:
+def _outputs(
+    task: Task,
+    known: Known,
+    models: dict[str, Unmerged],
+    sampler: Sampler | None,
+    survival: list[AdapterSurvival],
+) -> list[Check]:
     """The merged models, each on the inputs of the unmerged one, and then together."""
     task.progress.stage("validate: the merged models on the same inputs")
     checks, merged = [], {}
@@ -237,7 +255,10 @@ def _outputs(task: Task, known: Known, models: dict[str, Unmerged], sampler: Sam
             checks.append(Check(f"{name}_loads", 1.0, 0.0, False, error.found))
             continue
         floor = known.floors[name]
-        checks += floor.checks(name, answers(merged[name], floor.calls), task.options.tolerance)
+        found = answers(merged[name], floor.calls)
+        checks += floor.checks(name, found, task.options.tolerance)
+        if name in DENOISERS:
+            survival.append(AdapterSurvival("merged", kept(known.base[name], floor.reference, found), None, None))
     if sampler is None or known.sampling is None or len(merged) < sum(m.changed for m in models.values()):
         return checks
     for name, model in merged.items():
@@ -249,17 +270,31 @@ def _outputs(task: Task, known: Known, models: dict[str, Unmerged], sampler: Sam
     return [*checks, reported("adapter_effect_psnr", min(psnr(effect), 1.7e308), note)]
 
 
-def _exports(task: Task, known: Known, sampler: Sampler | None) -> list[Check]:
+def _exports(task: Task, known: Known, sampler: Sampler | None, survival: list[AdapterSurvival]) -> list[Check]:
     """sampler: with the merged models, whose places the graphs take."""
     checks: list[Check] = []
     merged, options = task.merged.components, task.options
     for export, expected in zip(task.exports, known.exports, strict=True):
         how = known.sampling, sampler, options.tolerance, options.provider, task.progress
-        found, sample = judge_export(export, merged, expected, *how)
-        checks += found
-        if sample is not None:
-            known.samples[f"onnx {export.precision}"] = sample
+        judged = judge_export(export, merged, expected, *how)
+        checks += judged.checks
+        name = f"onnx {export.precision}"
+        if judged.sample is not None:
+            known.samples[name] = judged.sample
+        for part in (p for p in DENOISERS if p in judged.outputs):
+            share = kept(known.base[part], known.floors[part].reference, judged.outputs[part])
+            survival.append(AdapterSurvival(name, share, None, None))
+            checks += _survival_check(export, share, options.least_survival)
     return checks
+
+
+def _survival_check(export: ExportedPipeline, share: float | None, least: float) -> list[Check]:
+    """What quantized numbers do is known, so that only this check says whether it is too much."""
+    if share is None:
+        return []
+    note = f"share of the adapters' effect on the denoiser's outputs that {export.precision} keeps"
+    passed = share >= least if least else math.isfinite(share)
+    return [Check(f"{export.prefix}adapter_survival", share, least or None, passed, note)]
 
 
 def _without_effect(task: Task, known: Known, changed: Mapping[str, Unmerged]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lora_export.contracts import Check, Pipeline
+from lora_export.storage.sealed import read_json
 from lora_export.validation.comparing.tensors import (
     ARITHMETIC,
     COMBINATIONS,
@@ -29,11 +31,13 @@ from lora_export.validation.pipelines.probing import (
     some_columns,
     width_of,
 )
+from lora_export.validation.pipelines.vectors import Vectors
 from lora_export.validation.reference.files import FLOATS, Stored
 from lora_export.validation.reference.probes import generator_of
 from lora_export.validation.reference.whole import without_geometry
 
 MOST = 2.0**34  # multiplications for one tensor; beyond it a sample of its columns stands for the others
+_WORDS = ("vocab_size", "eos_token_id")
 SAMPLE = 64  # one-hot inputs on which the fp32 error of a layer is measured
 
 
@@ -43,6 +47,7 @@ def tensor_checks(
     base: Mapping[str, Stored],
     merged: Mapping[str, Stored],
     name: str,
+    vectors: Vectors,
     rows: int | None,
     dtype: str,
     seed: int,
@@ -50,11 +55,11 @@ def tensor_checks(
     """(tensors that are not what the adapters make of the base, worst first; the checks of a component).
 
     changes: of the base's model in fp32; parameters: the model's own that no module owns; base, merged: stored
-    tensors by name; name: of the component; dtype: of --dtype.
+    tensors by name; name: of the component; vectors: of textual inversion; dtype: of --dtype.
     """
     errors = list(_errors(changes, parameters, merged, rows, seed))
     faulty, checks = verdict(errors, seed)
-    different = list(_differences(changes, base, merged, dtype))
+    different = list(_differences(changes, base, merged, vectors, dtype))
     note = "tensors that no adapter touches are the base's, bit for bit, and none is missing or in excess"
     note += "" if dtype == "keep" else f"; all are converted to {dtype}"
     stored = Check("stored_tensors_differ", len(different), 0, not different, listed(different) or note)
@@ -64,7 +69,7 @@ def tensor_checks(
 
 
 def _differences(
-    changes: Changes, base: Mapping[str, Stored], merged: Mapping[str, Stored], dtype: str
+    changes: Changes, base: Mapping[str, Stored], merged: Mapping[str, Stored], vectors: Vectors, dtype: str
 ) -> Iterator[str]:
     yield from (f"{name}: missing" for name in sorted(base.keys() - merged.keys()))
     yield from (f"{name}: the base has no such tensor" for name in sorted(merged.keys() - base.keys()))
@@ -74,6 +79,8 @@ def _differences(
         wanted = old.dtype if kept else next(n for n, t in FLOATS.items() if str(t) == f"torch.{dtype}")
         if new.dtype != wanted:
             yield f"{name}: stored as {new.dtype}, should be {wanted}"
+        elif vectors.takes(name) and name not in changes.names:
+            yield from vectors.differences(name, old, new)
         elif old.shape != new.shape:
             yield f"{name}: its shape is {list(new.shape)}, the base's is {list(old.shape)}"
         elif name not in changes.names and not same_values(old, new):
@@ -222,9 +229,16 @@ def files_check(base: Pipeline, merged: Pipeline, tokenizers: bool) -> Check:
         if tokenizers and top.startswith("tokenizer"):
             continue
         other = merged.folder / name
+        grown = tokenizers and top.startswith("text_encoder") and file.name == "config.json"
         if not other.is_file():
             different.append(f"{name}: missing")
-        elif other.read_bytes() != file.read_bytes():
+        elif not (_same_but_words(file, other) if grown else other.read_bytes() == file.read_bytes()):
             different.append(f"{name}: not the base's")
     note = "the index, configurations, scheduler and tokenizers are the base's, byte for byte"
     return Check("pipeline_files_differ", len(different), 0, not different, listed(different) or note)
+
+
+def _same_but_words(file: Path, other: Path) -> bool:
+    """What new tokens change in a text encoder's configuration."""
+    own, theirs = ({k: v for k, v in read_json(p).items() if k not in _WORDS} for p in (file, other))
+    return own == theirs

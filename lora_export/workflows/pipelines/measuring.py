@@ -1,22 +1,28 @@
 """The benchmark of a pipeline: the step of its denoiser, timed in one process, and the graphs of all parts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from lora_export.allowed import check_pipeline_folder
+from lora_export.checkpoint.pipeline import INDEX
 from lora_export.choices import GRIDS
 from lora_export.contracts import (
     BenchmarkArm,
     BenchmarkOptions,
     BenchmarkResult,
+    Component,
     GraphComparison,
     PictureTime,
     Pipeline,
     Progress,
 )
 from lora_export.errors import ExportError, InputError
+from lora_export.storage.files import output_folder
 from lora_export.storage.sealed import read_json
+from lora_export.workflows.latency import refuse_slower
+from lora_export.workflows.run_report import new_report
 
 GRAPH = "model.onnx"
 DENOISERS = ("unet", "transformer")
@@ -24,6 +30,64 @@ DECODER = "vae_decoder"
 _LONGEST = 20.0  # seconds of pictures, after which no further one of an arm is begun
 _SIDE = 64  # of a latent, where no configuration says a size
 Loaded = Callable[[str], Any]  # device → a module of diffusers
+
+
+def benchmark_pipelines(
+    merged: Path,
+    base: Path | None,
+    output: Path,
+    options: BenchmarkOptions,
+    progress: Progress,
+    *,
+    force: bool = False,
+) -> BenchmarkResult:
+    """Compare two exported pipelines on the disk, and write a report and every raw sample into the new folder
+    `output`. GateFailed if merged is slower: then everything is in `output.failed`."""
+    from lora_export.report import write
+    from lora_export.runtime import resolve_provider
+
+    if base is None:
+        raise InputError(
+            "an exported pipeline is measured against its base", where=merged, next_step="-b BASE_ONNX"
+        )
+    for folder in (base, merged):
+        check_pipeline_folder(folder)
+    pipeline = exported(merged)
+    options = replace(with_own_size(options, pipeline), provider=resolve_provider(options.provider))
+    with output_folder(output, force, inputs=[base, merged]) as stage:
+        result = with_pictures(
+            measure(base, merged, options, progress), base, merged, pipeline.class_name, progress
+        )
+        report = new_report("benchmark", {"benchmark": asdict(options) | {"arms": ["base", "merged"]}})
+        write(replace(report, status="failed" if result.verdict == "slower" else "passed", benchmark=result), stage)
+        refuse_slower(result, output, "report.html")
+    return result
+
+
+def refuse_arms(names: Sequence[str]) -> None:
+    """InputError for arms that a pipeline's benchmark has not."""
+    if names:
+        raise InputError(
+            f"--{', --'.join(names)} with an exported pipeline",
+            expected="its base and itself: -b BASE_ONNX -m MERGED_ONNX",
+            next_step="lora-export merge-and-export, which measures the unmerged denoiser under PyTorch, too",
+        )
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether this is a pipeline in Optimum's layout."""
+    return (folder / INDEX).is_file() and any((folder / name / GRAPH).is_file() for name in DENOISERS)
+
+
+def exported(folder: Path) -> Pipeline:
+    """An exported pipeline, as far as its sizes are told: the denoiser and the VAE by their configurations."""
+    parts = {}
+    for name, part in (*((n, n) for n in DENOISERS), ("vae", DECODER)):
+        if (folder / part / GRAPH).is_file():
+            config = read_json(folder / part / "config.json")
+            parts[name] = Component(name, folder / part, "diffusers", str(config.get("_class_name")), config)
+    class_name = read_json(folder / INDEX).get("_class_name")
+    return Pipeline(folder, class_name if isinstance(class_name, str) else None, parts)
 
 
 def measure(

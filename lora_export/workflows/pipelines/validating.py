@@ -88,15 +88,15 @@ def refuse_text_options(options: ValidationOptions, beside: Sequence[Path] = ())
     """InputError for options that are about language models."""
     given = {
         "--base-onnx, --own-text": bool(beside),
+        "--prompts": options.prompts is not None,
         "--text": options.text is not None,
-        "--min-survival": options.min_survival is not None,
         "--compare-bases": options.bases is not None,
     }
     for flag, asked in given.items():
         if asked:
             raise InputError(
                 f"{flag} with a pipeline of images",
-                expected="--prompts, --steps, --size, --tolerance and options of the merge",
+                expected="--steps, --size, --tolerance, --min-survival and options of the merge",
                 next_step=f"the same command without {flag}",
             )
 
