@@ -39,20 +39,25 @@ def combine(
     options = replace(options, svd_rank=None)
     check_options(options)
     sources = [_read(choice, options) for choice in adapters]
+    new = NewAdapter(
+        f"combine {options.combine}", sources[0].config, changes={"modules_to_save": None, "bias": "none"}
+    )
+    as_one(new, sources, options, wanted)
+    return new.write(output, dtype, force, [a.folder for a in sources])
+
+
+def as_one(new: NewAdapter, sources: Sequence[Adapter], options: MergeOptions, wanted: Rank) -> None:
+    """What the adapters make of each weight together, added to `new`. AdapterError for what is no delta."""
     targets: dict[str, list[TargetUpdate]] = {}
     for owner, adapter in enumerate(sources):
         for update in adapter.updates:
             _check(adapter, update)
             targets.setdefault(update.target, []).append(replace(update, owner=owner))
-    new = NewAdapter(
-        f"combine {options.combine}", sources[0].config, changes={"modules_to_save": None, "bias": "none"}
-    )
     for target, updates in targets.items():
         (update,) = combined(target, updates, sources, options)
         delta, largest = _spectrum(update, _turned(updates[0], sources[0]))
         rank = wanted if wanted.asked else Rank(_default_rank(update, sources, options, largest))
         new.add(target.removesuffix(".weight"), delta, rank.of(delta), "embedding" in updates[0].kind)
-    return new.write(output, dtype, force, [a.folder for a in sources])
 
 
 def _read(choice: AdapterChoice, options: MergeOptions) -> Adapter:

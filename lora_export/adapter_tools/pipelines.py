@@ -15,6 +15,7 @@ import torch
 
 from lora_export.adapter_tools.extract import Rest, check_alike, read_float
 from lora_export.adapter_tools.saving import Derived, DType, NewAdapter, Pair, Rank, check_rank
+from lora_export.adapters.diffusion.metadata import PEFT_JSON
 from lora_export.checkpoint.adapter_files import DIFFUSERS
 from lora_export.checkpoint.pipeline import open_component, open_pipeline
 from lora_export.contracts import MergeOptions, Pipeline, Progress
@@ -25,7 +26,6 @@ from lora_export.progress import Silent
 
 # Modules whose weight is a table, of CLIP and T5: a LoRA of those has other names, which diffusers does not read.
 _TABLES = ("token_embedding", "position_embedding", "shared", "embed_tokens", "relative_attention_bias")
-_METADATA = "lora_adapter_metadata"
 
 
 def extract_pipeline(
@@ -122,40 +122,57 @@ class _Change:
 class NewFile(NewAdapter):
     """A single file in diffusers' naming. shapes: module → the shape of its weight without the outputs."""
 
-    PREFIX, FILE = "", DIFFUSERS
-
     def __init__(self, made_by: str) -> None:
         super().__init__(made_by)
         self.shapes: dict[str, tuple[int, ...]] = {}
 
+    @property
+    def prefix(self) -> str:
+        return ""
+
+    @property
+    def file(self) -> str:
+        return DIFFUSERS
+
     def named(self, pair: Pair) -> Mapping[str, torch.Tensor]:
-        shape = self.shapes[pair.module]
-        flat = (1,) * (len(shape) - 1)
-        return {
-            f"{pair.module}.lora_A.weight": pair.a.reshape(-1, *shape),
-            f"{pair.module}.lora_B.weight": pair.b.reshape(*pair.b.shape, *flat),
-        }
+        down, up = as_stored(pair, self.shapes[pair.module])
+        return {f"{pair.module}.lora_A.weight": down, f"{pair.module}.lora_B.weight": up}
 
     def metadata(self, pairs: Sequence[Pair]) -> dict[str, str]:
-        settings: dict[str, Any] = {}
-        for component in dict.fromkeys(p.module.partition(".")[0] for p in pairs):
-            own = {p.module.removeprefix(f"{component}."): p.rank for p in pairs if _is_of(p.module, component)}
-            most = max(own.values())
-            # A pattern is met by the end of a name, so longer ones come first.
-            differing = {m: own[m] for m in sorted(own, key=len, reverse=True) if own[m] != most or _ends(m, own)}
-            told = {"r": most, "lora_alpha": most, "rank_pattern": differing, "alpha_pattern": differing,
-                    "target_modules": sorted(own)}  # fmt: skip
-            settings |= {f"{component}.{key}": value for key, value in told.items()}
-        return {**super().metadata(pairs), _METADATA: json.dumps(settings)}
+        return {**super().metadata(pairs), PEFT_JSON: scalings(pairs)}
 
     def write_beside(self, stage: Path, pairs: Sequence[Pair]) -> None:
         """Nothing: the metadata of the file says everything."""
 
 
-def _is_of(module: str, component: str) -> bool:
-    return module.startswith(f"{component}.")
+def as_stored(pair: Pair, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in, k…) and B (out, r, 1…). shape: of the weight without its outputs."""
+    return pair.a.reshape(-1, *shape), pair.b.reshape(*pair.b.shape, *(1,) * (len(shape) - 1))
 
 
-def _ends(module: str, others: Mapping[str, int]) -> bool:
-    """Whether the end of this name is another's: a pattern of that would meet it, too."""
+def scalings(pairs: Sequence[Pair]) -> str:
+    """PEFT's configuration of each component as diffusers writes it into a header: scaling 1 at every rank.
+
+    A pattern is met by the end of a name, so longer ones come first.
+    """
+    settings: dict[str, Any] = {}
+    for component in dict.fromkeys(p.module.partition(".")[0] for p in pairs):
+        start = f"{component}."
+        own = {p.module.removeprefix(start): p.rank for p in pairs if p.module.startswith(start)}
+        most = max(own.values())
+        longest_first = sorted(own, key=len, reverse=True)
+        differing = {m: own[m] for m in longest_first if own[m] != most or _ends_as_another(m, own)}
+        told = {
+            "r": most,
+            "lora_alpha": most,
+            "rank_pattern": differing,
+            "alpha_pattern": differing,
+            "target_modules": sorted(own),
+        }
+        settings |= {f"{start}{key}": value for key, value in told.items()}
+    return json.dumps(settings)
+
+
+def _ends_as_another(module: str, others: Mapping[str, int]) -> bool:
+    """Whether a pattern of another module would meet this one."""
     return any(module.endswith(f".{other}") for other in others)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -112,8 +112,14 @@ class NewAdapter:
     changes: dict[str, Any] = field(default_factory=dict)  # of the configuration
     dropped: list[str] = field(default_factory=list)
 
-    PREFIX: ClassVar[str] = _PREFIX
-    FILE: ClassVar[str] = WEIGHTS
+    @property
+    def prefix(self) -> str:
+        """Before every name of the model."""
+        return _PREFIX
+
+    @property
+    def file(self) -> str:
+        return WEIGHTS
 
     def add(self, module: str, spectrum: Spectrum, rank: int, embedding: bool = False) -> None:
         """The delta (outputs, inputs), of an embedding (rows, width), by its `rank` largest singular values."""
@@ -139,11 +145,11 @@ class NewAdapter:
                         expected="finite numbers",
                         next_step="--dtype float32",
                     )
-                values[f"{self.PREFIX}{name}"] = rounded
-        values |= {f"{self.PREFIX}{name}": value for name, value in self.whole.items()}
+                values[f"{self.prefix}{name}"] = rounded
+        values |= {f"{self.prefix}{name}": value for name, value in self.whole.items()}
         check_space(output.absolute().parent, sum(v.nbytes for v in values.values()))
         with output_folder(output, force, inputs=inputs) as stage:
-            save_file(values, stage / self.FILE, self.metadata(pairs))
+            save_file(values, stage / self.file, self.metadata(pairs))
             self.write_beside(stage, pairs)
         return self._derived(output, pairs, sum(v.numel() for v in values.values()))
 
@@ -189,7 +195,7 @@ class NewAdapter:
             output=output,
             ranks={p.module: p.rank for p in pairs},
             parameters=parameters,
-            bytes=(output / self.FILE).stat().st_size,
+            bytes=(output / self.file).stat().st_size,
             error=error,
             energy_kept=1 - error**2,
             worst=tuple(sorted(errors, key=lambda e: -e.error)[:5]),

@@ -34,10 +34,10 @@ def alone(file: AdapterFile, adapter: Adapter, skipped: dict[str, str]) -> Itera
         with float64():
             if update.kind == "dora":
                 low, note = lora.factors(file, update.target), "of B·A, before the magnitudes"
-                values = _spectrum(low)
+                values = spectrum_of(low)
             elif update.low_rank and None not in shape:
                 low = low_rank_of(update.load(tuple(n or 0 for n in shape)))
-                values = _spectrum(low)
+                values = spectrum_of(low)
             elif update.adds and len(shape) == 2 and None not in shape:
                 known = tuple(n or 0 for n in shape)
                 zeros = torch.zeros(known, dtype=torch.float64)
@@ -45,7 +45,7 @@ def alone(file: AdapterFile, adapter: Adapter, skipped: dict[str, str]) -> Itera
             else:
                 skipped[update.target] = f"{update.kind}: {_why_skipped(update)}"
                 continue
-        yield _module(update, file, values, low, None, note)
+        yield figures_of(update, file, values, low, None, note)
 
 
 def _why_skipped(update: TargetUpdate) -> str:
@@ -71,10 +71,10 @@ def with_base(planned: MergePlan, file: AdapterFile) -> Iterator[ModuleFigures]:
         if len(tensor.updates) == 1 and update.low_rank:
             with float64():
                 low = low_rank_of(update.load(tensor.shape))
-            values = _spectrum(low)
+            values = spectrum_of(low)
         else:
             values = _dense(before, load_updates(tensor, wide=True))
-        yield _module(update, file, values, low, float(before.norm()), "")
+        yield figures_of(update, file, values, low, float(before.norm()), "")
 
 
 def _dense(before: torch.Tensor, updates: Sequence[Any]) -> Spectrum:
@@ -83,7 +83,7 @@ def _dense(before: torch.Tensor, updates: Sequence[Any]) -> Spectrum:
     return spectrum.of_matrix(delta.reshape(-1, delta.shape[-1]) if delta.dim() == 3 else delta.flatten(1))
 
 
-def _spectrum(low: LowRank) -> Spectrum:
+def spectrum_of(low: LowRank) -> Spectrum:
     """Of factors; of such that hold NaN or infinity, singular values that are NaN."""
     left = low.scaling * low.left
     if not bool(torch.isfinite(left).all() and torch.isfinite(low.right).all()):
@@ -91,7 +91,7 @@ def _spectrum(low: LowRank) -> Spectrum:
     return spectrum.of_factors(left, low.right)
 
 
-def _module(
+def figures_of(
     update: TargetUpdate,
     file: AdapterFile,
     values: Spectrum,
@@ -99,6 +99,7 @@ def _module(
     weight_norm: float | None,
     note: str,
 ) -> ModuleFigures:
+    """Of one weight: its update, the adapter, the singular values, the factors if it has such, and ‖W‖."""
     finite = math.isfinite(values.norm)
     energy = values.energy.tolist()
     return ModuleFigures(

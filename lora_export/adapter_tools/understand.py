@@ -1,13 +1,15 @@
 """What an adapter has learnt, from its numbers: the sizes and singular values of its deltas, and what they mean."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lora_export.adapter_tools.advice import config_trouble, sentences, trouble
 from lora_export.adapter_tools.spectrum import alone, by_layer, by_type, truncation, with_base, with_share
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
 from lora_export.adapters.spelling import respelled
 from lora_export.checkpoint import open_adapter_files
-from lora_export.contracts import AdapterChoice, MergeOptions, Progress, Understanding
+from lora_export.contracts import AdapterChoice, MergeOptions, ModuleFigures, Progress, Understanding
 from lora_export.errors import InputError
 from lora_export.merging import plan
 from lora_export.progress import Silent
@@ -35,6 +37,17 @@ def understand(adapter: Path, base: Path | None = None, progress: Progress | Non
             expected="the base beside it",
             next_step=f"lora-export inspect -a {adapter} -b BASE",
         )
+    return understood(adapter, modules, skipped, config, file)
+
+
+def understood(
+    adapter: Path,
+    modules: list[ModuleFigures],
+    skipped: Mapping[str, str],
+    config: Mapping[str, Any],
+    file: AdapterFile,
+) -> Understanding:
+    """What the figures of all weights say together."""
     modules.sort(key=by_layer)
     total = sum(m.norm**2 for m in modules if m.finite)
     shared = tuple(with_share(m, total) for m in modules)

@@ -225,7 +225,8 @@ def benchmark(
     """Measure the latency of ONNX graphs side by side in one process, after comparing their structure.
 
     Args:
-        merged: ONNX folder or file of the merged model.
+        merged: ONNX folder or file of the merged model; of an exported pipeline of diffusers its folder, whose
+            denoiser's step is measured.
         output: New folder for the report and every raw sample.
         base: That of the base; without it there is no verdict.
         unmerged: That of the unmerged model, the positive control.
@@ -245,7 +246,14 @@ def benchmark(
         InputError: The graphs cannot be compared.
     """
     from lora_export.workflows import latency
+    from lora_export.workflows.pipelines import measuring
 
+    how = options or BenchmarkOptions()
+    if measuring.is_exported(Path(merged)):
+        others = {"unmerged": unmerged, "plugged": plugged, "pytorch": pytorch, "beside": beside}
+        measuring.refuse_arms([name for name, given in others.items() if given])
+        base_folder, out = as_path(base), Path(output)
+        return measuring.benchmark_pipelines(Path(merged), base_folder, out, how, progress, force=force)
     arms = latency.arms_of(
         Path(merged),
         as_path(base),
@@ -254,7 +262,7 @@ def benchmark(
         (resolve(pytorch[0]).folder, resolve(pytorch[1]).folder) if pytorch else None,
         [(name, Path(folder)) for name, folder in beside],
     )
-    return latency.benchmark_folder(arms, Path(output), options or BenchmarkOptions(), progress, force=force)
+    return latency.benchmark_folder(arms, Path(output), how, progress, force=force)
 
 
 def package(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_export.checkpoint.adapter_files import single_file
 from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.checkpoint.sources import Adapters, Model, adapter_choices, resolve
 from lora_export.contracts import (
@@ -77,11 +78,22 @@ def combine(
         InputError: The options do not go together.
     """
     from lora_export.adapter_tools import combine as combine_adapters
+    from lora_export.adapter_tools import combine_files
     from lora_export.adapter_tools.saving import Rank
 
     options, rank = options or MergeOptions(combine="linear"), rank or RankOptions()
-    cut = Rank(rank.rank, rank.energy)
-    return combine_adapters(adapter_choices(adapters), Path(output), options, cut, rank.dtype, rank.force)
+    cut, choices = Rank(rank.rank, rank.energy), adapter_choices(adapters)
+    files = [path for c in choices if (path := single_file(c.folder)) is not None]
+    if files and len(files) < len(choices):
+        raise InputError(
+            "single files of image models and PEFT folders together",
+            where=files[0],
+            expected="adapters of one form",
+            next_step="lora-export merge -b PIPELINE -a A -a B --combine …, then extract -b PIPELINE -m MERGED",
+        )
+    if files:
+        return combine_files(choices, files, Path(output), options, cut, rank.dtype, rank.force)
+    return combine_adapters(choices, Path(output), options, cut, rank.dtype, rank.force)
 
 
 def extract(
@@ -143,11 +155,14 @@ def truncate(adapter: Model, output: Folder, rank: RankOptions | None = None) ->
         InputError: No rank is given.
     """
     from lora_export.adapter_tools import truncate as truncate_adapter
+    from lora_export.adapter_tools import truncate_file
     from lora_export.adapter_tools.saving import Rank
 
-    rank = rank or RankOptions()
-    cut = Rank(rank.rank, rank.energy)
-    return truncate_adapter(resolve(adapter).folder, Path(output), cut, rank.dtype, rank.force)
+    rank, folder = rank or RankOptions(), resolve(adapter).folder
+    cut, file = Rank(rank.rank, rank.energy), single_file(folder)
+    if file is not None:
+        return truncate_file(file, Path(output), cut, rank.dtype, rank.force)
+    return truncate_adapter(folder, Path(output), cut, rank.dtype, rank.force)
 
 
 def inspect(path: Model, base: Model | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class ModuleFigures:
     rank: that it was trained with (None: the kind has none); singular_values: falling, the first few hundred;
     energy: share of ‖ΔW‖² that the first 1, 2, … have; enough: least rank for 99 % of it; share: of ‖ΔW‖² of the
     adapter. note: what the figures are of, where that is not the whole change. name: as records of a merge have it;
-    type: q_proj of model.layers.0.self_attn.q_proj.weight.
+    type: q_proj of model.layers.0.self_attn.q_proj.weight, net.2 of ff.net.2.weight, unless it is given.
     """
 
     name: str
@@ -33,10 +33,12 @@ class ModuleFigures:
     share: Figure = 0.0
     finite: bool = True
     note: str = ""
-    type: str = field(init=False)
+    type: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "type", self.name.rpartition(".")[0].rpartition(".")[2])
+        rest, _, leaf = self.name.rpartition(".")[0].rpartition(".")
+        own = f"{rest.rpartition('.')[2]}.{leaf}" if leaf.isdigit() and rest else leaf
+        object.__setattr__(self, "type", self.type or own)
 
 
 @dataclass(frozen=True)

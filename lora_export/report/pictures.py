@@ -247,6 +247,8 @@ def errors(validate: ValidationResult) -> str | None:
             times, values, limits = zip(*own, strict=True)
             ax.semilogy(times, values, "o-", color=colour, lw=1.2, ms=4, label=one_line(name).replace("_", " "))
             ax.semilogy(times, limits, ":", color=colour, lw=1)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low / 2, high * 3)
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
         ax.yaxis.set_minor_formatter(lambda value, _: "")
         ax.set_xlabel("timestep")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from lora_export.checkpoint.adapter_files import single_file
+from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import Progress, Understanding
 from lora_export.errors import InputError, OutputError
 from lora_export.storage.files import output_file
@@ -15,11 +17,13 @@ def understand_adapter(
     """Read the adapter's numbers, and draw them into `picture`. What is wrong with it is refused before any
     work."""
     from lora_export.adapter_tools.understand import understand
+    from lora_export.adapter_tools.understand_files import understand_of_images
     from lora_export.report.adapter_page import picture as drawn
 
     if picture is not None:
         _check_picture(picture, force)
-    learnt = understand(adapter, base, progress)
+    of_images = single_file(adapter) is not None or (base is not None and is_pipeline(base))
+    learnt = (understand_of_images if of_images else understand)(adapter, base, progress)
     if picture is not None:
         with output_file(picture, force) as work:
             (work / picture.name).write_text(drawn(learnt, picture), encoding="utf-8")

@@ -98,7 +98,7 @@ class Alphas:
             if config.get("peft_type") in ("LOHA", "LOKR")
         }
         self._splits = splits_qkv(metadata)
-        self._whole = self._whole_file(metadata)
+        self._whole = whole_alpha(file, metadata)
 
     def of(self, place: Place, keys: Mapping[str, str]) -> float | None:
         """None where nothing says it, which means the rank. AdapterError for one that cannot be meant."""
@@ -154,20 +154,6 @@ class Alphas:
             )
         return config
 
-    def _whole_file(self, metadata: Mapping[str, str]) -> float | None:
-        """One alpha for a file without tensors of it."""
-        if "alpha" not in metadata:
-            return None
-        try:
-            alpha = float(metadata["alpha"])
-        except ValueError:
-            alpha = math.nan
-        if not 0 < alpha <= LARGEST:
-            raise self._file.refuse(
-                f"the metadata alpha is {metadata['alpha']!r}", expected="a positive number, or none"
-            )
-        return alpha
-
     def _refuse_zero(self, keys: Mapping[str, str]) -> None:
         if all(any(self._is_zero(key) for key in term) for term in terms(keys)):
             self._warn("alpha is 0 in modules whose factors are zero: they change nothing")
@@ -207,6 +193,19 @@ class Alphas:
     def _warn(self, warning: str) -> None:
         if warning not in self.warnings:
             self.warnings.append(warning)
+
+
+def whole_alpha(file: AdapterFile, metadata: Mapping[str, str]) -> float | None:
+    """One alpha for a file without tensors of it. AdapterError unless it is a positive number."""
+    if "alpha" not in metadata:
+        return None
+    try:
+        alpha = float(metadata["alpha"])
+    except ValueError:
+        alpha = math.nan
+    if not 0 < alpha <= LARGEST:
+        raise file.refuse(f"the metadata alpha is {metadata['alpha']!r}", expected="a positive number, or none")
+    return alpha
 
 
 def read_alpha(file: AdapterFile, key: str) -> float:

@@ -9,7 +9,14 @@ from typing import Any
 from lora_export.adapters.config import parse_lora
 from lora_export.adapters.diffusion.endings import grouped, refuse_incomplete
 from lora_export.adapters.diffusion.kinds import kind_of
-from lora_export.adapters.diffusion.metadata import PEFT_JSON, configurations, rank_of, read_alpha, splits_qkv
+from lora_export.adapters.diffusion.metadata import (
+    PEFT_JSON,
+    configurations,
+    rank_of,
+    read_alpha,
+    splits_qkv,
+    whole_alpha,
+)
 from lora_export.adapters.diffusion.reading import format_of
 from lora_export.adapters.diffusion.strangers import refuse_empty, refuse_strangers
 from lora_export.adapters.diffusion.vectors import Vectors, vector_names, vectors_of
@@ -83,7 +90,7 @@ def look_at(file: AdapterFile, metadata: Mapping[str, str]) -> Seen:
     modules = []
     for spelling, keys in groups.items():
         try:
-            modules.append(_module(file, spelling, keys, configs))
+            modules.append(_module(file, spelling, keys, configs, metadata))
         except LoraExportError as error:
             problems.append(f"{error.found} ({error.tensor})" if error.tensor else error.found)
     vectors: tuple[Vectors, ...] = ()
@@ -104,7 +111,11 @@ def _configs(file: AdapterFile, metadata: Mapping[str, str]) -> tuple[dict[str, 
 
 
 def _module(
-    file: AdapterFile, spelling: str, keys: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]]
+    file: AdapterFile,
+    spelling: str,
+    keys: Mapping[str, str],
+    configs: Mapping[str, Mapping[str, Any]],
+    metadata: Mapping[str, str],
 ) -> SeenModule:
     refuse_incomplete(file, spelling, keys)
     parts = {part: key for part, key in keys.items() if part != "alpha"}
@@ -116,6 +127,8 @@ def _module(
     if alpha is None and rank and "lora_alpha" in config:
         name = spelling.removeprefix(f"{role}.")
         alpha = parse_lora(config, file.where).scaling(name, rank) * rank
+    if alpha is None and rank:
+        alpha = whole_alpha(file, metadata)
     return SeenModule(spelling, role, target_of(spelling), kind, rank, alpha)
 
 

@@ -1,29 +1,93 @@
 """The benchmark of a pipeline: the step of its denoiser, timed in one process, and the graphs of all parts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from lora_export.allowed import check_pipeline_folder
+from lora_export.checkpoint.pipeline import INDEX
 from lora_export.choices import GRIDS
 from lora_export.contracts import (
     BenchmarkArm,
     BenchmarkOptions,
     BenchmarkResult,
+    Component,
     GraphComparison,
     PictureTime,
     Pipeline,
     Progress,
 )
 from lora_export.errors import ExportError, InputError
+from lora_export.storage.files import output_folder
 from lora_export.storage.sealed import read_json
+from lora_export.workflows.latency import refuse_slower
+from lora_export.workflows.run_report import new_report
 
 GRAPH = "model.onnx"
-DENOISERS = ("unet", "transformer")
+DENOISERS, ALONE = ("unet", "transformer"), "denoiser"
 DECODER = "vae_decoder"
 _LONGEST = 20.0  # seconds of pictures, after which no further one of an arm is begun
 _SIDE = 64  # of a latent, where no configuration says a size
 Loaded = Callable[[str], Any]  # device → a module of diffusers
+
+
+def benchmark_pipelines(
+    merged: Path,
+    base: Path | None,
+    output: Path,
+    options: BenchmarkOptions,
+    progress: Progress,
+    *,
+    force: bool = False,
+) -> BenchmarkResult:
+    """Compare two exported pipelines on the disk, and write a report and every raw sample into the new folder
+    `output`. GateFailed if merged is slower: then everything is in `output.failed`."""
+    from lora_export.report import write
+    from lora_export.runtime import resolve_provider
+
+    if base is None:
+        raise InputError(
+            "an exported pipeline is measured against its base", where=merged, next_step="-b BASE_ONNX"
+        )
+    for folder in (base, merged):
+        check_pipeline_folder(folder)
+    pipeline = exported(merged)
+    options = replace(with_own_size(options, pipeline), provider=resolve_provider(options.provider))
+    with output_folder(output, force, inputs=[base, merged]) as stage:
+        result = with_pictures(
+            measure(base, merged, options, progress), base, merged, pipeline.class_name, progress
+        )
+        report = new_report("benchmark", {"benchmark": asdict(options) | {"arms": ["base", "merged"]}})
+        write(replace(report, status="failed" if result.verdict == "slower" else "passed", benchmark=result), stage)
+        refuse_slower(result, output, "report.html")
+    return result
+
+
+def refuse_arms(names: Sequence[str]) -> None:
+    """InputError for arms that a pipeline's benchmark has not."""
+    if names:
+        raise InputError(
+            f"--{', --'.join(names)} with an exported pipeline",
+            expected="its base and itself: -b BASE_ONNX -m MERGED_ONNX",
+            next_step="lora-export merge-and-export, which measures the unmerged denoiser under PyTorch, too",
+        )
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether this is a pipeline in Optimum's layout."""
+    return (folder / INDEX).is_file() and any((folder / name / GRAPH).is_file() for name in DENOISERS)
+
+
+def exported(folder: Path) -> Pipeline:
+    """An exported pipeline, as far as its sizes are told: the denoiser and the VAE by their configurations."""
+    parts = {}
+    for name, part in (*((n, n) for n in DENOISERS), ("vae", DECODER)):
+        if (folder / part / GRAPH).is_file():
+            config = read_json(folder / part / "config.json")
+            parts[name] = Component(name, folder / part, "diffusers", str(config.get("_class_name")), config)
+    class_name = read_json(folder / INDEX).get("_class_name")
+    return Pipeline(folder, class_name if isinstance(class_name, str) else None, parts)
 
 
 def measure(
@@ -40,10 +104,10 @@ def measure(
     from lora_export.benchmarking import run
 
     parts = _parts(base, merged)
-    denoiser = next(name for name in DENOISERS if name in parts)
+    denoiser = next(name for name in (*DENOISERS, ALONE) if name in parts)
     progress.stage("benchmark: comparing the optimized graphs of base and merged, part by part")
-    graphs = compared(base, merged, parts, options.provider, progress)
-    arms = [BenchmarkArm("base", (base / denoiser / GRAPH,)), BenchmarkArm("merged", (merged / denoiser / GRAPH,))]
+    graphs = compared(parts, options.provider, progress)
+    arms = [BenchmarkArm(name, (graph,)) for name, graph in zip(("base", "merged"), parts[denoiser], strict=True)]
     for name, load in (pytorch or {}).items():
         arms.append(BenchmarkArm(name, arms[-1].graphs, forward=_forward(load)))
     progress.stage(f"benchmark: {', '.join(arm.name for arm in arms)}, the step of {denoiser} in one process")
@@ -77,14 +141,14 @@ def with_pictures(
 
 
 def compared(
-    base: Path, merged: Path, parts: Sequence[str], provider: str, progress: Progress
+    parts: Mapping[str, tuple[Path, Path]], provider: str, progress: Progress
 ) -> dict[str, GraphComparison]:
     """Part → its optimized graphs of base and merged."""
     from lora_export.onnx_export.graphs.identity import compare
 
     found = {}
-    for part in parts:
-        found[part] = compare((base / part / GRAPH,), (merged / part / GRAPH,), provider)
+    for part, (base, merged) in parts.items():
+        found[part] = compare((base,), (merged,), provider)
         for warning in found[part].warnings:
             progress.warn(f"{part}: {warning}")
     return found
@@ -132,16 +196,23 @@ def _first(size: object) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _parts(base: Path, merged: Path) -> list[str]:
-    """The parts of an exported pipeline. InputError unless both have the same, with a denoiser."""
-    found = [sorted(p.parent.name for p in folder.glob(f"*/{GRAPH}")) for folder in (base, merged)]
-    if found[0] != found[1] or not set(found[0]) & set(DENOISERS):
+def _parts(base: Path, merged: Path) -> dict[str, tuple[Path, Path]]:
+    """Part → its graphs of base and merged. InputError unless both have the same parts, with a denoiser."""
+    own, other = _graphs(base), _graphs(merged)
+    if own.keys() != other.keys() or not own.keys() & {*DENOISERS, ALONE}:
         raise InputError(
-            f"the exports have the parts {', '.join(found[0]) or 'none'} and {', '.join(found[1]) or 'none'}",
+            f"the exports have the parts {', '.join(own) or 'none'} and {', '.join(other) or 'none'}",
             where=merged,
             expected="two exports of one pipeline, each with a unet or a transformer",
         )
-    return found[0]
+    return {name: (own[name], other[name]) for name in own}
+
+
+def _graphs(folder: Path) -> dict[str, Path]:
+    """Part → its graph, of a pipeline or of a denoiser alone."""
+    if (folder / GRAPH).is_file():
+        return {ALONE: folder / GRAPH}
+    return {p.parent.name: p for p in sorted(folder.glob(f"*/{GRAPH}"))}
 
 
 def _forward(load: Loaded) -> Callable[[str], Callable[[Mapping[str, Any]], object]]:

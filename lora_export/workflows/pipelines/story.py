@@ -1,5 +1,7 @@
 """The whole story of a pipeline of images: its models merged, exported and proven, the denoiser's step measured."""
 
+import copy
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_export.contracts import (
     AdapterChoice,
+    BenchmarkResult,
     ExportedPipeline,
     ExportOptions,
     ExportResult,
@@ -22,6 +25,7 @@ from lora_export.contracts import (
 from lora_export.errors import ExportError, InputError
 from lora_export.storage.disk import check_space
 from lora_export.workflows.pipelines.measuring import (
+    Loaded,
     measure,
     refuse_without_denoiser,
     with_own_size,
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from lora_export.merging.pipelines.planning import PipelinePlan
 
 PICTURES = Path("report", "pictures")
+PYTORCH, PYTORCH_BASE = "pytorch", "pytorch_base"  # arms: the unmerged denoiser, and the base's
 
 
 def plan_story(
@@ -39,13 +44,15 @@ def plan_story(
 ) -> "PipelinePlan":
     """What the merge will do; refuses everything that options, headers and configurations show."""
     from lora_export.merging.pipelines.planning import plan_pipeline
-    from lora_export.onnx_export.diffusion.pipeline_export import check_pipeline
+    from lora_export.onnx_export.diffusion.pipeline_export import check_earlier, check_pipeline
     from lora_export.workflows.pipelines.validating import adapters_beside
 
     refuse_text_options(options)
     planned = plan_pipeline(base.folder, adapters, options.merge)
     refuse_without_denoiser(planned.pipeline)
     adapters_beside(planned)
+    if options.export.graph_from is not None:
+        check_earlier(options.export.graph_from, planned.pipeline)
     check_pipeline(planned.pipeline, options.export)
     # merged, and the graphs of base and merged; fp32 at most
     check_space(output.absolute().parent, planned.nbytes * (1 + 2 * 2))
@@ -90,13 +97,15 @@ def tell_pipeline(
     story = Story(stage, merge, export=export, pipeline=facts_of(planned))
 
     # prove
-    (stage / PICTURES).mkdir(parents=True)
+    pictures = stage / PICTURES if base.class_name is not None else None  # a denoiser alone paints none
+    if pictures is not None:
+        pictures.mkdir(parents=True)
     checked = validate_pipeline(
         base,
         adapters_beside(planned),
         merged,
         exports=[ExportedPipeline(export.output, export.precision)],
-        pictures=stage / PICTURES,
+        pictures=pictures,
         options=options.validation,
         progress=progress,
     )
@@ -106,10 +115,9 @@ def tell_pipeline(
 
     # measure
     benchmark = replace(with_own_size(options.benchmark, base), provider=options.export.provider)
-    arms, notes = _unmerged(planned)
-    measured = measure(base_onnx.output, export.output, benchmark, progress, arms)
-    measured = with_pictures(measured, base_onnx.output, export.output, base.class_name, progress)
-    return replace(story, benchmark=replace(measured, notes=(*measured.notes, *notes)))
+    measured = measure(base_onnx.output, export.output, benchmark, progress, _in_pytorch(planned))
+    measured = with_pictures(told(measured), base_onnx.output, export.output, base.class_name, progress)
+    return replace(story, benchmark=measured)
 
 
 def _exported(
@@ -141,23 +149,41 @@ def _with_graphs_of(
     return _exported(merged, output, options, progress, "the merged pipeline")
 
 
-def _unmerged(planned: "PipelinePlan") -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The arm of the benchmark that PyTorch runs, or why there is none: its work lies beside the base's layers."""
+def _in_pytorch(planned: "PipelinePlan") -> Mapping[str, Loaded]:
+    """Arms of the benchmark that PyTorch runs: the base's denoiser, and the same weights with the adapters' work
+    beside its layers. None where the adapters do not change the denoiser."""
     denoiser = planned.pipeline.denoiser
     if denoiser is None or denoiser.name not in planned.components:
-        return {}, ("no unmerged arm: the adapter does not change the denoiser",)
+        return {}
 
-    def load(device: str) -> Any:
+    @functools.cache
+    def base(device: str) -> Any:
+        from lora_export.validation.pipelines.loading import load
+
+        return load(denoiser, planned.options.variant).to(device)
+
+    def unmerged(device: str) -> Any:
         from lora_export.validation.pipelines.injecting import inject
-        from lora_export.validation.pipelines.loading import load as load_component
         from lora_export.workflows.pipelines.validating import adapters_beside
 
-        model = load_component(denoiser, planned.options.variant)
-        inject(model, denoiser.name, adapters_beside(planned))
-        return model.to(device)
+        weights = (*base(device).parameters(), *base(device).buffers())
+        twin = copy.deepcopy(base(device), {id(one): one for one in weights})  # layers of its own, weights shared
+        inject(twin, denoiser.name, adapters_beside(planned))
+        return twin.to(device)
 
-    why = "the arm pytorch is the unmerged denoiser in fp32 under PyTorch: its ratio holds another runtime, too"
-    return {"pytorch": load}, (why,)
+    return {PYTORCH_BASE: base, PYTORCH: unmerged}
+
+
+def told(result: BenchmarkResult) -> BenchmarkResult:
+    """With what merging saves where the unmerged denoiser can run: under PyTorch, which has both arms."""
+    saved = []
+    for cell in result.cells:
+        arms = cell.arms
+        if arms.keys() >= {PYTORCH, PYTORCH_BASE}:
+            times = arms[PYTORCH].p50.ms / arms[PYTORCH_BASE].p50.ms
+            saved.append(f"{cell.key}: under PyTorch in fp32, the unmerged step takes {times:.2f} times the base's")
+    without = () if saved else ("no unmerged arm: the adapters do not change the denoiser",)
+    return replace(result, notes=(*result.notes, *saved, *without))
 
 
 def facts_of(planned: "PipelinePlan") -> PipelineFacts:
