@@ -13,6 +13,7 @@ from lora_export.storage.sealed import LARGEST_SETTINGS, read_json, refuse_outwa
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
+MLX = "adapters.safetensors"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Before axolotl's pull request 3585, an adapter that was gathered from FSDP shards kept the name of a model.
@@ -20,7 +21,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NAMES = (
     (WEIGHTS, INDEX),
     ("model.safetensors", "model.safetensors.index.json"),
-    ("adapters.safetensors", "adapters.safetensors.index.json"),
+    (MLX, f"{MLX}.index.json"),
 )
 # Other adapters, by a file's name or pattern: what it is, what helps.
 _ELSEWHERE = {
@@ -84,7 +85,8 @@ def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
 
 
 def single_file(path: Path) -> Path | None:
-    """The one file of an adapter without a configuration, as image models have them; None for PEFT's folder.
+    """The one file of an adapter without a configuration, as image models have them; None for PEFT's folder, also
+    for one that lacks its configuration.
 
     path: the file, or a folder with exactly one, or with diffusers' own name for it. InputError for several.
     """
@@ -102,6 +104,8 @@ def single_file(path: Path) -> Path | None:
     if (path / DIFFUSERS).is_file():
         return path / DIFFUSERS
     files = sorted(path.glob("*.safetensors"))
+    if any(p.name in (WEIGHTS, MLX) for p in files):
+        return None
     if len(files) > 1:
         raise InputError(
             f"{len(files)} adapters here: {', '.join(p.name for p in files[:4])}",

@@ -15,11 +15,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import Component, ExportOptions, ExportResult, Pipeline, QuantizationOptions
 from lora_export.errors import ExportError, InputError, RuntimeUnavailable
 from lora_export.graph_runs.taken_apart import take_apart
-from lora_export.onnx_export import export
+from lora_export.onnx_export import export, reweight
 from lora_export.onnx_export.diffusion import pipeline_export
 from lora_export.onnx_export.diffusion.components import own_half, parts_of, placed
 from lora_export.onnx_export.engines.dynamo_passes import group_norm
@@ -77,6 +79,21 @@ def test_decoders_map_knows_nothing_of_the_encoder(decoder: ExportResult) -> Non
     assert not [n for n in described.hashes if n.startswith(("encoder.", "quant_conv."))]
 
 
+def _verdict(folder: Path, model: Path) -> dict[str, Any]:
+    """The proof of a decoder's export against a folder in PyTorch."""
+    from lora_export.validation.proof import process
+
+    request = {
+        "model": str(model), "export": str(folder), "graphs": ["model.onnx"], "kind": "component",
+        "part": "vae_decoder", "architecture": "AutoencoderKL", "precision": "fp32", "provider": "cpu",
+        "elsewhere": "", "level": "quick", "streamed_numbers": False, "far_only": False, "adapter": None,
+        "result": "proof.json",
+    }  # fmt: skip
+    process.main(request)
+    verdict: dict[str, Any] = json.loads((folder / "proof.json").read_text())
+    return verdict
+
+
 def test_changed_weight_in_the_data_file_fails_the_proof(
     decoder: ExportResult, bases: Bases, tmp_path: Path
 ) -> None:
@@ -88,18 +105,52 @@ def test_changed_weight_in_the_data_file_fails_the_proof(
     data = np.memmap(folder / weight.file, np.float32, "r+", weight.offset, (weight.nbytes // 4,))
     data *= 1.02
     data.flush()
-    from lora_export.validation.proof import process
-
-    request = {
-        "model": str(bases("sd15") / "vae"), "export": str(folder), "graphs": ["model.onnx"], "kind": "component",
-        "part": "vae_decoder", "architecture": "AutoencoderKL", "precision": "fp32", "provider": "cpu",
-        "elsewhere": "", "level": "quick", "streamed_numbers": False, "far_only": False, "adapter": None,
-        "result": "proof.json",
-    }  # fmt: skip
-    process.main(request)
-    verdict = json.loads((folder / "proof.json").read_text())
+    verdict = _verdict(folder, bases("sd15") / "vae")
     assert not verdict["passed"] and float(verdict["difference"]) > 2 * float(verdict["allowed"])
     assert "up_blocks.1.resnets.0" in verdict["module"]
+
+
+def changed(source: Path, target: Path, *patterns: str) -> Path:
+    """A copy of a model's folder with other numbers in the weights whose names end so."""
+    shutil.copytree(source, target)
+    (file,) = target.glob("*.safetensors")
+    tensors = load_file(file)
+    names = [n for n in tensors if n.endswith(patterns)]
+    assert names
+    save_file(tensors | {n: tensors[n] * 1.5 + 0.01 for n in names}, file)
+    return target
+
+
+def test_next_adapters_decoder_takes_the_graph_and_its_own_weights(
+    decoder: ExportResult, bases: Bases, tmp_path: Path
+) -> None:
+    model = changed(bases("sd15") / "vae", tmp_path / "vae", "up_blocks.1.resnets.0.conv1.weight", "to_q.weight")
+    result = reweight(decoder.output, model, tmp_path / "onnx", progress=Silent())
+    graph = (decoder.output / "model.onnx").read_bytes()
+    assert (result.output / "model.onnx").read_bytes() == graph
+    assert (result.output / "model.onnx_data").read_bytes() != (decoder.output / "model.onnx_data").read_bytes()
+    assert _verdict(result.output, model)["passed"]
+    assert not _verdict(result.output, bases("sd15") / "vae")["passed"]
+
+
+def test_model_that_is_widened_while_it_runs_computes_in_fp32(
+    bases: Bases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_export.validation.proof import diffusion, reference
+
+    folder = bases("sd15", torch.bfloat16) / "vae"
+    feed = {"latent_sample": torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))}
+    results = []
+    for size in (0, 2**60):
+        monkeypatch.setattr(reference, "fp32_bytes", lambda _, size=size: size)
+        model, streamed = diffusion._load(folder, "AutoencoderKL")
+        assert streamed is bool(size)
+        kept = {p.dtype for p in model.parameters()}
+        assert kept == ({torch.bfloat16} if streamed else {torch.float32})
+        with torch.no_grad():
+            results.append(diffusion._Component(model, "vae_decoder", streamed)(feed)["sample"])
+        assert {p.dtype for p in model.parameters()} == kept
+    assert torch.equal(*results) and results[0].dtype == torch.float32
 
 
 # --- passes ------------------------------------------------------------------------------------------------

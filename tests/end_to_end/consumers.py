@@ -13,6 +13,7 @@ from typing import Any
 
 CACHE = Path(os.environ.get("LORA_EXPORT_CACHE", Path(__file__).parents[2] / ".cache")) / "consumers"
 OPTIMUM = ("torch==2.13.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "onnxruntime==1.32.0")
+DIFFUSION = (*OPTIMUM, "diffusers==0.39.0", "sentencepiece", "protobuf")
 SENTENCES = (*OPTIMUM, "sentence-transformers==5.7.0", "fastembed==0.9.1")
 TRANSFORMERS_JS = "@huggingface/transformers@4.3.0"
 _CHROMIUM = (
@@ -24,6 +25,11 @@ _CHROMIUM = (
 def optimum_python() -> Path:
     """The interpreter of an environment with optimum-onnx 0.1.0 and transformers 4.57."""
     return _installed("optimum", OPTIMUM)
+
+
+def diffusion_python() -> Path:
+    """The interpreter of an environment with optimum-onnx 0.1.0, transformers 4.57 and diffusers 0.39."""
+    return _installed("optimum-diffusion", DIFFUSION)
 
 
 def sentence_python() -> Path:
