@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from lora_export.contracts import Component, ExportOptions, ExportResult, Pipeline, QuantizationOptions
@@ -130,6 +131,26 @@ def test_next_adapters_decoder_takes_the_graph_and_its_own_weights(
     assert (result.output / "model.onnx_data").read_bytes() != (decoder.output / "model.onnx_data").read_bytes()
     assert _verdict(result.output, model)["passed"]
     assert not _verdict(result.output, bases("sd15") / "vae")["passed"]
+
+
+def test_model_that_is_widened_while_it_runs_computes_in_fp32(
+    bases: Bases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_export.validation.proof import diffusion, reference
+
+    folder = bases("sd15", torch.bfloat16) / "vae"
+    feed = {"latent_sample": torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))}
+    results = []
+    for size in (0, 2**60):
+        monkeypatch.setattr(reference, "fp32_bytes", lambda _, size=size: size)
+        model, streamed = diffusion._load(folder, "AutoencoderKL")
+        assert streamed is bool(size)
+        kept = {p.dtype for p in model.parameters()}
+        assert kept == ({torch.bfloat16} if streamed else {torch.float32})
+        with torch.no_grad():
+            results.append(diffusion._Component(model, "vae_decoder", streamed)(feed)["sample"])
+        assert {p.dtype for p in model.parameters()} == kept
+    assert torch.equal(*results) and results[0].dtype == torch.float32
 
 
 # --- passes ------------------------------------------------------------------------------------------------

@@ -361,3 +361,37 @@ def test_switch_refuses_other_adapter_other_base_and_missing_base(base: Path, tm
     with pytest.raises(LoraExportError, match="is not the one that the pipeline was merged from"):
         api.switch(model, one, two, filled(tmp_path / "other", seed=5))
     assert contents(model) == before
+
+
+# --- a single file where it has no place -------------------------------------------------------------------
+
+
+def test_file_with_language_model_is_refused_in_words(base: Path, tmp_path: Path) -> None:
+    file = kohya_file(tmp_path / "style.safetensors", 1)
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "llm" / "model.safetensors")
+    with pytest.raises(LoraExportError, match="the base is no pipeline"):
+        api.merge(tmp_path / "llm", file, tmp_path / "out")
+    with pytest.raises(LoraExportError, match="of an image model, and the base is none"):
+        api.understand(file, tmp_path / "llm")
+    with pytest.raises(LoraExportError, match="the base is no pipeline"):
+        api.verify(merged(base, tmp_path / "model", file), tmp_path / "llm", file)
+
+
+def test_single_file_as_model_is_refused(base: Path, tmp_path: Path) -> None:
+    file = kohya_file(tmp_path / "style.safetensors", 1)
+    for call in (
+        lambda: api.merge(file, file, tmp_path / "out"),
+        lambda: api.export(file, tmp_path / "out"),
+        lambda: api.extract(base, file, tmp_path / "out", RankOptions(rank=1)),
+    ):
+        with pytest.raises(LoraExportError, match="this is a single file, and a model is a folder here"):
+            call()
+
+
+def test_verify_of_what_was_not_merged_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoraExportError, match=r"there is no lora_export_certificate\.json here"):
+        api.verify(base)
+    with pytest.raises(LoraExportError, match="this file is no package"):
+        api.verify(kohya_file(tmp_path / "style.safetensors", 1))

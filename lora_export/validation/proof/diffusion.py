@@ -5,7 +5,6 @@ models. So a graph whose exporter confuses two of them differs.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import safe_open
 
 from lora_export.graph_runs.signature import IDS, Signature
 from lora_export.validation.graphs import weights as graph_weights
@@ -28,7 +28,6 @@ Feed = Mapping[str, torch.Tensor]
 _WIDE = ("timestep", "guidance", "txt_ids", "img_ids", "time_ids")
 _STEPS = (981.0, 1.25, 499.5, 20.0)
 _ALL_STEPS, _GUIDANCE, _PIXELS = 1000, 3.5, 1024
-_FILE = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.([\w-]+?))?(?:-\d+-of-\d+(?:\.([\w-]+))?)?\.safetensors")
 
 
 # --- the model ---------------------------------------------------------------------------------------------
@@ -50,7 +49,7 @@ def loaded(request: Mapping[str, Any]) -> Iterator[reference.Loaded]:
         wrong = _take_over(model, folder, Path(request["export"]), request)
         words = f"{type(model).__name__} of diffusers in fp32, with the weights that the graph holds"
     words += ", read from their files when they are needed" if streamed else ""
-    yield reference.Loaded(_Component(model, part), words, tuple(wrong))
+    yield reference.Loaded(_Component(model, part, streamed), words, tuple(wrong), streamed)
 
 
 def _load(folder: Path, architecture: str) -> tuple[Any, bool]:
@@ -60,8 +59,8 @@ def _load(folder: Path, architecture: str) -> tuple[Any, bool]:
     large = reference.fp32_bytes(folder) > psutil.virtual_memory().available // 2
     model = getattr(diffusers, architecture).from_pretrained(
         folder,
-        torch_dtype="auto" if large else torch.float32,
-        variant=variant_of(folder),
+        torch_dtype=_stored_type(folder) if large else torch.float32,
+        variant=reference.variant_of(folder),
         use_safetensors=True,
         local_files_only=True,
     )
@@ -71,11 +70,11 @@ def _load(folder: Path, architecture: str) -> tuple[Any, bool]:
     return model, large
 
 
-def variant_of(folder: Path) -> str | None:
-    """The variant of the weight files in a folder, where it has no other."""
-    names = [m for p in folder.iterdir() if (m := _FILE.fullmatch(p.name))]
-    variants = {m[1] or m[2] or "" for m in names}
-    return None if "" in variants or not variants else min(variants)
+def _stored_type(folder: Path) -> torch.dtype:
+    """The type of the first tensor in a folder's files."""
+    file = min(folder.glob("*.safetensors"))
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(next(iter(tensors.keys()))).dtype  # type: ignore[no-any-return]
 
 
 def _widen_while_running(model: torch.nn.Module) -> None:
@@ -114,15 +113,17 @@ def _take_over(model: Any, folder: Path, export: Path, request: Mapping[str, Any
 
 
 class _Component(torch.nn.Module):
-    """feed: a graph's inputs, by name → its outputs, by name."""
+    """feed: a graph's inputs, by name → its outputs, by name. widened: whether it computes in fp32, whatever type
+    its weights have meanwhile."""
 
-    def __init__(self, model: Any, part: str) -> None:
+    def __init__(self, model: Any, part: str, widened: bool = False) -> None:
         super().__init__()
-        self.model, self._part = model, part
+        self.model, self._part, self._widened = model, part, widened
         self.config = model.config
 
     def forward(self, feed: Feed) -> dict[str, torch.Tensor]:
-        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        own = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        dtype = torch.float32 if self._widened else own
         given = {
             name: value if not value.is_floating_point() or name in _WIDE else value.to(dtype)
             for name, value in feed.items()

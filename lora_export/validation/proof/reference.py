@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from lora_export.validation.comparing import sentence
 
 QUANTIZED = ("int4", "int8", "nf4")
 _MAP = "weights-map.json"
+_FILE = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.([\w-]+?))?(?:-\d+-of-\d+(?:\.([\w-]+))?)?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,17 @@ def load(folder: Path, architecture: str) -> tuple[Any, bool]:
         model, _ = streaming.load_streamed(cls, folder, torch.float32, 0)
         streaming.attach(model, ())
         return model.eval(), True
-    model = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    variant = variant_of(folder)
+    more = {"variant": variant} if variant else {}
+    model = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, **more)
     return model.eval().requires_grad_(False), False
+
+
+def variant_of(folder: Path) -> str | None:
+    """The variant of the weight files in a folder, where it has no other."""
+    names = [m for p in folder.iterdir() if (m := _FILE.fullmatch(p.name))]
+    variants = {m[1] or m[2] or "" for m in names}
+    return None if "" in variants or not variants else min(variants)
 
 
 def fp32_bytes(folder: Path) -> int:
