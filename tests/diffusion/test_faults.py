@@ -25,7 +25,6 @@ MODULES: dict[Family, Plan] = {
     "sdxl": Plan(ranks=(4, 8), alphas=(2.0, 1.0)),
     "flux": Plan(ranks=(4, 8), alphas=(2.0, 1.0)),
 }
-CONV = "down_blocks.0.resnets.0.conv1.weight"
 
 
 @dataclass
@@ -78,12 +77,13 @@ def halves_unswapped(scene: Scene) -> None:
 def mid_ignored(scene: Scene) -> None:
     """up · down, which are 1 × 1, at the middle of the kernel."""
     base, _ = scene.weights("unet")
-    stored, start = load_file(scene.adapter), f"lora_unet_{CONV.removesuffix('.weight').replace('.', '_')}"
-    assert f"{start}.lora_mid.weight" in stored
+    stored = load_file(scene.adapter)
+    start = next(n.removesuffix(".lora_mid.weight") for n in stored if n.endswith(".lora_mid.weight"))
+    name = next(n for n in base if f"lora_unet_{n.removesuffix('.weight').replace('.', '_')}" == start)
     down, up = (stored[f"{start}.lora_{x}.weight"].double().flatten(1) for x in ("down", "up"))
-    value = base[CONV].clone()
+    value = base[name].clone()
     value[:, :, 1, 1] += up @ down * (float(stored[f"{start}.alpha"]) / len(down))
-    scene.change("unet", {CONV: value})
+    scene.change("unet", {name: value})
 
 
 def one_block_stronger(scene: Scene) -> None:
