@@ -46,8 +46,6 @@ def verify(
         raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
     if not path.is_dir():
         raise InputError("this file is no package", where=path, expected="a merged folder, a run, or a package")
-            "this file is no package", where=path, expected="a merged folder, a whole run, or a package"
-        )
     if manifest.is_run(path):
         return verify_run(path, base, adapters, options, progress)
     pipeline = is_pipeline(path) or (base is not None and base.is_dir() and is_pipeline(base))
