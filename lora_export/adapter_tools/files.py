@@ -26,6 +26,7 @@ from lora_export.errors import AdapterError
 from lora_export.merging.planning.combine import check_options
 
 _PLAIN = frozenset({"lora_down", "lora_up", "alpha"})
+_BESIDE = frozenset({"diff_b"})  # of a bias, which no rank changes
 _CARRIED = frozenset({"full", "bias", "norm", "set", "parameter"})
 # Of sd-scripts' metadata: what is not true of another file.
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -43,6 +44,7 @@ def truncate_file(path: Path, output: Path, wanted: Rank, dtype: DType = "float3
         if module.kind in _CARRIED:
             new.whole |= {key: source.file.source.read(key) for key in keys.values()}
             continue
+        new.whole |= {keys[part]: source.file.source.read(keys[part]) for part in _BESIDE if part in keys}
         low = source.factors(module).double()
         values = spectrum.of_factors(low.scaling * low.left, low.right)
         new.add(module.spelling, values, wanted.of(values))
@@ -119,9 +121,9 @@ class LoraFile:
         ranks = [m.rank for m in self.seen.modules if m.rank]
         return Adapter(self.file.folder, "lora", {"r": max(ranks, default=0)}, updates, self.file.tensors, weight)
 
-    def update(self, module: SeenModule) -> TargetUpdate:
-        """Of a module that is plain LoRA. AdapterError for others."""
-        if not self.is_plain(module):
+    def update(self, module: SeenModule, beside: bool = False) -> TargetUpdate:
+        """Of the weight of a module that is plain LoRA. AdapterError for others; beside: it may change a bias."""
+        if not self.is_plain(module) or (not beside and _BESIDE & self.groups[module.spelling].keys()):
             raise self._no_factors(module)
         keys = self.groups[module.spelling]
         down, up = (self.file.tensors[keys[part]].shape for part in ("lora_down", "lora_up"))
@@ -134,8 +136,8 @@ class LoraFile:
         return TargetUpdate(f"{module.spelling}.weight", "lora", names, (shape,), load, adds=True, low_rank=True)
 
     def is_plain(self, module: SeenModule) -> bool:
-        """Whether it is two matrices and their alpha."""
-        return self.groups[module.spelling].keys() <= _PLAIN and bool(module.scale)
+        """Whether its weight is changed by two matrices and their alpha."""
+        return self.groups[module.spelling].keys() <= _PLAIN | _BESIDE and bool(module.scale)
 
 
 def open_lora(path: Path, *, allow_nonfinite: bool = False) -> LoraFile:

@@ -11,6 +11,7 @@ from lora_export.adapters import CONFIG
 from lora_export.adapters.kind import AdapterFile, float64
 from lora_export.checkpoint import open_adapter_files
 from lora_export.checkpoint.adapter_files import open_single_file, single_file
+from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import AdapterChoice, MergeOptions, ModuleFigures, Progress, Understanding
 from lora_export.errors import InputError
 from lora_export.merging.pipelines.planning import PipelinePlan, plan_pipeline
@@ -31,6 +32,12 @@ def understand_of_images(
         read = open_lora(path, allow_nonfinite=True)
         file, skipped = read.file, dict[str, str]()
         source, count = _alone(read, skipped), len(read.seen.modules)
+    elif not is_pipeline(base):
+        raise InputError(
+            "this is an adapter of an image model, and the base is none",
+            where=base,
+            expected="a folder with model_index.json, or a model of diffusers",
+        )
     else:
         planned = plan_pipeline(base, [AdapterChoice(adapter)], MergeOptions(allow_nonfinite=True))
         file, skipped = _file(adapter, path), {}
@@ -63,7 +70,7 @@ def _alone(read: LoraFile, skipped: dict[str, str]) -> Iterator[ModuleFigures]:
             continue
         with float64():
             low = read.factors(module)
-        figures = figures_of(read.update(module), read.file, spectrum_of(low), low, None, "")
+        figures = figures_of(read.update(module, beside=True), read.file, spectrum_of(low), low, None, "")
         yield replace(figures, alpha=module.alpha, type=module.target)
 
 

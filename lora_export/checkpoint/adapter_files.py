@@ -13,6 +13,7 @@ from lora_export.storage.sealed import LARGEST_SETTINGS, read_json, refuse_outwa
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
+MLX = "adapters.safetensors"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Before axolotl's pull request 3585, an adapter that was gathered from FSDP shards kept the name of a model.
@@ -20,13 +21,13 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _NAMES = (
     (WEIGHTS, INDEX),
     ("model.safetensors", "model.safetensors.index.json"),
-    ("adapters.safetensors", "adapters.safetensors.index.json"),
+    (MLX, f"{MLX}.index.json"),
 )
 # Other adapters, by a file's name or pattern: what it is, what helps.
 _ELSEWHERE = {
     "pytorch_lora_weights.safetensors": (
         "a diffusers adapter, which belongs to an image model",
-        "in diffusers: pipe.fuse_lora()",
+        "give its pipeline as -b, the folder with model_index.json",
     ),
     "pytorch_model_fsdp_0": ("unmerged FSDP shards", "accelerate merge-weights DIR/pytorch_model_fsdp_0 OUT"),
     "lora.safetensors": (
@@ -50,6 +51,13 @@ _ELSEWHERE = {
 
 def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
     """adapter_config.json and the tensors of an adapter folder. Pickled weights are refused."""
+    if folder.is_file():
+        raise InputError(
+            "this file is an adapter of an image model, and the base is no pipeline",
+            where=folder,
+            expected=f"an adapter folder with {CONFIG} and {WEIGHTS}",
+            next_step="give its pipeline as -b, the folder with model_index.json",
+        )
     if not folder.is_dir():
         raise InputError(
             "there is no such folder",
@@ -77,7 +85,8 @@ def open_adapter_files(folder: Path) -> tuple[dict[str, Any], TensorFiles]:
 
 
 def single_file(path: Path) -> Path | None:
-    """The one file of an adapter without a configuration, as image models have them; None for PEFT's folder.
+    """The one file of an adapter without a configuration, as image models have them; None for PEFT's folder, also
+    for one that lacks its configuration.
 
     path: the file, or a folder with exactly one, or with diffusers' own name for it. InputError for several.
     """
@@ -95,6 +104,8 @@ def single_file(path: Path) -> Path | None:
     if (path / DIFFUSERS).is_file():
         return path / DIFFUSERS
     files = sorted(path.glob("*.safetensors"))
+    if any(p.name in (WEIGHTS, MLX) for p in files):
+        return None
     if len(files) > 1:
         raise InputError(
             f"{len(files)} adapters here: {', '.join(p.name for p in files[:4])}",

@@ -8,7 +8,7 @@ from lora_export.checkpoint.reader import Checkpoint, open_checkpoint, refuse_co
 from lora_export.checkpoint.weight_files import weight_files
 from lora_export.contracts import Component, Pipeline
 from lora_export.contracts.pipelines import Library
-from lora_export.errors import CheckpointError, InputError
+from lora_export.errors import CheckpointError, InputError, LoraExportError
 from lora_export.storage.sealed import LARGEST_SETTINGS, plain_name, read_json
 
 INDEX = "model_index.json"
@@ -19,8 +19,10 @@ def is_pipeline(folder: Path) -> bool:
     """Whether this is a folder of components, or a model of diffusers alone."""
     if (folder / INDEX).is_file():
         return True
-    config = folder / "config.json"
-    return config.is_file() and "_class_name" in read_json(config, limit=LARGEST_SETTINGS)
+    try:
+        return "_class_name" in read_json(folder / "config.json", limit=LARGEST_SETTINGS)
+    except LoraExportError:  # none, or one that whoever opens the model refuses
+        return False
 
 
 def open_pipeline(folder: Path) -> Pipeline:

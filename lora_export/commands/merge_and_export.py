@@ -26,9 +26,13 @@ def merge_and_export(
     earlier run) provides it, and the adapter costs a copy of the weights. With --no-merged-folder the merged
     weights are written once, into onnx/, instead of twice.
 
+    A base with model_index.json is a pipeline of images, and an adapter may be a .safetensors file: each model is
+    merged, exported and compared, the denoiser's step is measured, and the report shows pictures.
+
     \b
         lora-export merge-and-export -b HuggingFaceTB/SmolLM2-135M -a ./my-lora -o ./out
         lora-export merge-and-export -b ./base -a ./my-qlora --training-quantization nf4 -o ./out
+        lora-export merge-and-export -b ./sdxl -a style.safetensors:0.8 -o ./out
     """
     from lora_export import api
     from lora_export.commands import words

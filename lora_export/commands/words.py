@@ -164,10 +164,6 @@ def validation_row(result: ValidationResult) -> tuple[str, str]:
     for kept in (s for s in result.adapter_survival if s.share is not None):
         lost = "" if kept.kl_lost is None else f", KL {kept.kl_lost:.2g} nats from merged"
         parts.append(f"{shown(kept.model)} keeps {kept.share:.1%} of the adapter{lost}")
-    near = {p.name: wording.decibels(p.psnr) for p in result.pictures if p.gain is None and p.psnr is not None}
-    if near:
-        pictures = ", ".join(f"{shown(name)} {psnr}" for name, psnr in near.items())
-        parts.append(f"pictures against the unmerged one: {pictures}")
     return "validation", ", ".join(parts)
 
 

@@ -276,7 +276,8 @@ class BenchmarkSizes:
         (), "Batch size, in place of the grid's. May be given more than once.", flags=("--batch",), minimum=1
     )
     lengths: tuple[int, ...] = option(
-        (), "Tokens in the prompt, in place of the grid's. May be given more than once.",
+        (), "Tokens in the prompt, in place of the grid's; of a pipeline of images, the side of the "
+        "latent. May be given more than once.",
         flags=("--prompt-length",), minimum=1,
     )
 

@@ -104,10 +104,10 @@ def merge(
 ) -> MergeResult:
     """Merge adapter folders into a base folder and write a Hugging Face folder, all or nothing.
 
-    Arithmetic is fp32, or float64 where fp16 or fp32 is written, and rounded once. Raises LoraExportError before
-    the first byte for whatever headers can tell, and leaves nothing behind if something fails later.
-    certified=False leaves out hashes and the comparison with float64, to see what they cost; such a folder cannot
-    be verified.
+    Arithmetic is fp32, or float64 where fp32 is written and for image models, and rounded once. Raises
+    LoraExportError before the first byte for whatever headers can tell, and leaves nothing behind if something
+    fails later. certified=False leaves out hashes and the comparison with float64, to see what they cost; such a
+    folder cannot be verified.
     """
     options = options or MergeOptions()
     planned = plan(base, adapters, options)

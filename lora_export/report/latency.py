@@ -188,6 +188,15 @@ def forest_caption(bench: BenchmarkResult) -> str:
     return f"{text} The band is the margin of {_margin(bench, 1)}." if margin_of(bench) else text
 
 
+def overheads_caption(bench: BenchmarkResult) -> str:
+    if of_pipeline(bench):
+        return (
+            "What the other arms cost against the base's graph. PyTorch is another runtime: what merging saves "
+            "there is the way from pytorch_base to pytorch, the denoiser without and with the adapter beside it."
+        )
+    return "What merging saves: how much slower than the base the other arms were, with 90 % intervals."
+
+
 # --- in words ----------------------------------------------------------------------------------------------
 
 

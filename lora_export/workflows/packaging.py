@@ -57,18 +57,7 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         exports = {v.name: _export(v, read, work / v.name, progress) for v in variants}
         if plugged is not None:
             exports = {RUNS_OWN: plugged}
-        facts = PackageFacts(
-            target=runtime,
-            name=name,
-            task=read.task,
-            precision=next((e.precision for e in exports.values()), read.merge.dtype),
-            variants=tuple(exports),
-            providers=runtime.providers(read, options.provider),
-            sample=pictures.sample(read) if read.task.draws else _sample(read),
-            config=read.config,
-            adapters=adapters,
-            weights=laying.weights_of(read.manifest.files),
-        )
+        facts = _facts(read, runtime, name, exports, adapters, options)
         measured = _measured(read, exports, progress)
         progress.stage(f"package: {name} for {target}")
         runtime.lay(PackageJob(read, stage, exports, facts))
@@ -89,6 +78,28 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         archive=options.archive,
         signed=options.key is not None,
         seconds=time.monotonic() - started,
+    )
+
+
+def _facts(
+    run: Run,
+    target: PackageTarget,
+    name: str,
+    exports: Mapping[str, ExportResult],
+    adapters: tuple[str, ...],
+    options: PackageOptions,
+) -> PackageFacts:
+    return PackageFacts(
+        target=target,
+        name=name,
+        task=run.task,
+        precision=next((e.precision for e in exports.values()), run.merge.dtype),
+        variants=tuple(exports),
+        providers=target.providers(run, options.provider),
+        sample=pictures.sample(run) if run.task.draws else _sample(run),
+        config=run.config,
+        adapters=adapters,
+        weights=laying.weights_of(run.manifest.files),
     )
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint import open_adapter_files
+from lora_export.checkpoint.adapter_files import single_file
 from lora_export.checkpoint.hashing import hash_all
+from lora_export.checkpoint.pipeline import is_pipeline
 from lora_export.contracts import AdapterChoice, MergeOptions, Progress, TensorRecord
 from lora_export.errors import CheckpointError, InputError
 from lora_export.manifest import is_run
@@ -22,6 +24,7 @@ from lora_export.merging import CERTIFICATE, MergedSource, MergePlan, begin_stre
 from lora_export.merging.certificate.document import Certificate, FileRecord, adapter_hashes, read_certificate
 from lora_export.merging.running.layout import one_thread_each
 from lora_export.packages.contents import is_package
+from lora_export.workflows.pipelines.switching import switch_pipeline
 
 CONFIG = "config.json"
 LOOKED_AT = 3  # tensors of an export that each adapter changes, or leaves, by which it is recognized
@@ -63,10 +66,20 @@ def switch(
     """
     _refuse_run(folder)
     started = time.monotonic()
-    if (folder / CERTIFICATE).is_file():
+    if (folder / CERTIFICATE).is_file() and is_pipeline(base):
+        tensors, nbytes = switch_pipeline(folder, base, before, after, progress)
+        switched = Switched(folder, "merged", tensors, nbytes)
+    elif (folder / CERTIFICATE).is_file():
         switched = _merged_folder(folder, base, before, after, progress)
-    elif (folder / "weights-map.json").is_file():
+    elif (folder / "weights-map.json").is_file() and not is_pipeline(base):
         switched = _export(folder, base, before, after, progress, options or MergeOptions())
+    elif is_pipeline(base):
+        raise InputError(
+            "not a merged pipeline",
+            where=folder,
+            expected=f"a folder with {CERTIFICATE}; the base is a pipeline",
+            next_step="for an export: lora-export export -m MERGED --graph-from ONNX -o NEW",
+        )
     else:
         raise InputError(
             "neither a merged folder nor an export",
@@ -100,7 +113,8 @@ def _refuse_run(folder: Path) -> None:
 
 def base_of(adapter: Path) -> str:
     """The base that an adapter names. InputError if it names none."""
-    base = open_adapter_files(adapter)[0].get("base_model_name_or_path")
+    single = single_file(adapter)
+    base = None if single else open_adapter_files(adapter)[0].get("base_model_name_or_path")
     if not base:
         raise InputError(
             "the adapter does not name its base",

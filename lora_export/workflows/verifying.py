@@ -45,7 +45,7 @@ def verify(
     if options.key or options.run or options.runtime:
         raise InputError("--key, --run or --runtime without a package", where=path, expected="a package")
     if not path.is_dir():
-        raise InputError("no such folder", where=path, expected="a merged folder, or the folder of a whole run")
+        raise InputError("this file is no package", where=path, expected="a merged folder, a run, or a package")
     if manifest.is_run(path):
         return verify_run(path, base, adapters, options, progress)
     pipeline = is_pipeline(path) or (base is not None and base.is_dir() and is_pipeline(base))

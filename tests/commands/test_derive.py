@@ -107,7 +107,7 @@ def test_derive_field_can_be_set_by_file_and_variable(monkeypatch: pytest.Monkey
 
 def test_derive_field_round_trips_json() -> None:
     document = kept(replace(Added(), folder=Path("/some/where"), inner=Inner(2)))
-    assert document == {"speed": "slow", "size": 10, "tags": (), "place": "where", "depth": 2}
+    assert document == {"speed": "slow", "size": 10, "tags": [], "place": "where", "depth": 2}
     assert kept(Added("fast"), default=("speed",))["speed"] == "slow"  # it did not matter
 
 

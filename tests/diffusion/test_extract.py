@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -217,3 +218,180 @@ def test_dare_of_two_files_drops_and_rescales(base: Path, tmp_path: Path) -> Non
         possible = torch.stack([torch.zeros_like(first), first, second, first + second])
         assert float((possible - made).abs().amin(0).max()) < 1e-6
         assert 0 < float((made.abs() < 1e-6).double().mean()) < 0.5
+
+
+# --- truncate ----------------------------------------------------------------------------------------------
+
+
+def cut(delta: torch.Tensor, rank: int) -> torch.Tensor:
+    """The nearest of that rank (Eckart and Young, 1936), by numpy."""
+    left, sizes, right = np.linalg.svd(delta.flatten(1).numpy(), full_matrices=False)
+    return torch.from_numpy((left[:, :rank] * sizes[:rank]) @ right[:rank]).reshape(delta.shape)
+
+
+def added(base: Path, out: Path, name: str) -> torch.Tensor:
+    after, before = load_file(out / UNET)[f"{name}.weight"], load_file(base / UNET)[f"{name}.weight"]
+    return after.double() - before.double()
+
+
+def test_truncate_keeps_names_and_largest_singular_values(base: Path, tmp_path: Path) -> None:
+    file = kohya_file(tmp_path / "style.safetensors", 1)
+    more = {"lora_unet_conv_in.diff_b": torch.ones(8), "bundle_emb.<x>.clip_l": torch.ones(1, 6)}
+    save_file(load_file(file) | more, file, {"ss_network_dim": "2", "ss_network_alpha": "1", "ss_tag": "kept"})
+    made = api.truncate(file, tmp_path / "small", RankOptions(rank=1))
+    small = tmp_path / "small" / "style.safetensors"
+    assert set(made.ranks.values()) == {1} and load_file(small).keys() == load_file(file).keys()
+    assert load_file(small)["lora_unet_conv_in.lora_down.weight"].shape == (1, 4, 3, 3)
+    assert torch.equal(load_file(small)["bundle_emb.<x>.clip_l"], torch.ones(1, 6))
+    with safe_open(small, "pt") as opened:
+        told = opened.metadata()
+    assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_tag"]) == ("1", "1", "kept")
+    save_file({k: v for k, v in load_file(small).items() if "bundle" not in k}, tmp_path / "merged.safetensors")
+    out = merged(base, tmp_path / "out", tmp_path / "merged.safetensors")
+    for name in ("conv_in", Q):
+        assert torch.allclose(added(base, out, name), cut(delta_of(file, name), 1), rtol=0, atol=1e-6)
+    assert torch.allclose(load_file(out / UNET)["conv_in.bias"], load_file(base / UNET)["conv_in.bias"] + 1)
+
+
+def test_truncate_rewrites_alpha_of_diffusers_metadata(base: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        f"unet.{Q}.lora_A.weight": torch.randn(2, 8, generator=generator),
+        f"unet.{Q}.lora_B.weight": torch.randn(8, 2, generator=generator),
+    }
+    file = tmp_path / "style.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 6})})
+    api.truncate(file, tmp_path / "small", RankOptions(rank=1))
+    out = merged(base, tmp_path / "out", tmp_path / "small")
+    whole = 3 * (tensors[f"unet.{Q}.lora_B.weight"].double() @ tensors[f"unet.{Q}.lora_A.weight"].double())
+    assert torch.allclose(added(base, out, Q), cut(whole, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "metadata", "said"),
+    [
+        (["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"], {}, "is loha .* not two matrices of one rank"),
+        (["lora_down.weight", "lora_up.weight", "dora_scale"], {}, "is dora"),
+        (["lora_up.weight"], {}, "has lora_up without lora_down"),
+        (["lora_down.weight", "lora_up.weight"], {"ss_network_args": '{"split_qkv": true}'}, "split_qkv"),
+    ],
+)
+def test_truncate_refuses_what_has_no_two_factors(
+    tmp_path: Path, names: list[str], metadata: dict[str, str], said: str
+) -> None:
+    save_file({f"lora_unet_conv_in.{n}": torch.ones(2, 2) for n in names}, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(LoraExportError, match=said):
+        api.truncate(tmp_path / "x.safetensors", tmp_path / "out", RankOptions(rank=1))
+    assert not (tmp_path / "out").exists()
+
+
+# --- combine -----------------------------------------------------------------------------------------------
+
+
+def test_combine_of_two_files_is_their_exact_sum(base: Path, tmp_path: Path) -> None:
+    files = [kohya_file(tmp_path / "a.safetensors", 1), kohya_file(tmp_path / "b.safetensors", 2, (Q,))]
+    made = api.combine([(files[0], 0.75), (files[1], -0.5)], tmp_path / "both")
+    assert sorted(made.ranks.values()) == [2, 4] and made.error < 1e-6
+    out = merged(base, tmp_path / "out", tmp_path / "both")
+    wanted = 0.75 * delta_of(files[0], Q) - 0.5 * delta_of(files[1], Q)
+    assert torch.allclose(added(base, out, Q), wanted, rtol=0, atol=1e-5)
+    assert torch.allclose(added(base, out, "conv_in"), 0.75 * delta_of(files[0], "conv_in"), rtol=0, atol=1e-5)
+
+
+def test_combine_of_files_of_other_names_is_refused(tmp_path: Path) -> None:
+    tensors = {f"unet.{Q}.lora_{part}.weight": torch.ones(8, 8) for part in "AB"}
+    save_file(tensors, tmp_path / "b.safetensors")
+    files = [kohya_file(tmp_path / "a.safetensors", 1), tmp_path / "b.safetensors"]
+    with pytest.raises(LoraExportError, match="spelled in different ways: diffusers, kohya"):
+        api.combine(files, tmp_path / "both")
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    with pytest.raises(LoraExportError, match="single files of image models and PEFT folders together"):
+        api.combine([files[0], tmp_path / "peft"], tmp_path / "both")
+
+
+# --- what an adapter has learnt ----------------------------------------------------------------------------
+
+
+def test_understand_of_file_has_norms_ranks_and_alphas(tmp_path: Path) -> None:
+    file = kohya_file(tmp_path / "style.safetensors", 1)
+    learnt = {m.type: m for m in api.understand(file).modules}
+    assert set(learnt) == {"conv_in", "attn1_to_q"}
+    for name, type_ in (("conv_in", "conv_in"), (Q, "attn1_to_q")):
+        module, delta = learnt[type_], delta_of(file, name)
+        assert module.norm == pytest.approx(float(delta.norm())) and (module.rank, module.alpha) == (2, 1.0)
+        sizes = np.linalg.svd(delta.flatten(1).numpy(), compute_uv=False)
+        assert module.singular_values == pytest.approx(tuple(sizes[:2]))
+
+
+def test_understand_of_file_with_pipeline_has_sizes_relative_to_weights(base: Path, tmp_path: Path) -> None:
+    file = kohya_file(tmp_path / "style.safetensors", 1)
+    learnt = {m.name: m for m in api.understand(file, base).modules}
+    assert set(learnt) == {"unet.conv_in.weight", f"unet.{Q}.weight"}
+    weight = load_file(base / UNET)[f"{Q}.weight"].double()
+    module = learnt[f"unet.{Q}.weight"]
+    assert module.relative == pytest.approx(float(delta_of(file, Q).norm() / weight.norm())) and module.alpha == 1
+
+
+# --- switch ------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_switched_pipeline_is_byte_for_byte_fresh_merge(base: Path, tmp_path: Path, part: str) -> None:
+    one, two = (kohya_file(tmp_path / f"{i}.safetensors", i) for i in (1, 2))
+    fresh = merged(base / part, tmp_path / "fresh", two)
+    model = merged(base / part, tmp_path / "model", one)
+    assert contents(model) != contents(fresh)
+    switched = api.switch(model, one, two, base / part)
+    assert switched.tensors == 2 and contents(model) == contents(fresh)
+
+
+def test_switch_refuses_other_adapter_other_base_and_missing_base(base: Path, tmp_path: Path) -> None:
+    one, two = (kohya_file(tmp_path / f"{i}.safetensors", i) for i in (1, 2))
+    model = merged(base, tmp_path / "model", one)
+    before = contents(model)
+    with pytest.raises(LoraExportError, match="not merged from the adapters of --from"):
+        api.switch(model, two, one, base)
+    with pytest.raises(LoraExportError, match="does not name its base"):
+        api.switch(model, one, two)
+    with pytest.raises(LoraExportError, match="is not the one that the pipeline was merged from"):
+        api.switch(model, one, two, filled(tmp_path / "other", seed=5))
+    assert contents(model) == before
+
+
+# --- a single file where it has no place -------------------------------------------------------------------
+
+
+def test_file_with_language_model_is_refused_in_words(base: Path, tmp_path: Path) -> None:
+    file = kohya_file(tmp_path / "style.safetensors", 1)
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text('{"model_type": "llama"}')
+    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "llm" / "model.safetensors")
+    with pytest.raises(LoraExportError, match="the base is no pipeline"):
+        api.merge(tmp_path / "llm", file, tmp_path / "out")
+    with pytest.raises(LoraExportError, match="of an image model, and the base is none"):
+        api.understand(file, tmp_path / "llm")
+    with pytest.raises(LoraExportError, match="the base is no pipeline"):
+        api.verify(merged(base, tmp_path / "model", file), tmp_path / "llm", file)
+
+
+def test_single_file_as_model_is_refused(base: Path, tmp_path: Path) -> None:
+    file = kohya_file(tmp_path / "style.safetensors", 1)
+    for call in (
+        lambda: api.merge(file, file, tmp_path / "out"),
+        lambda: api.export(file, tmp_path / "out"),
+        lambda: api.extract(base, file, tmp_path / "out", RankOptions(rank=1)),
+    ):
+        with pytest.raises(LoraExportError, match="this is a single file, and a model is a folder here"):
+            call()
+
+
+def test_verify_of_what_was_not_merged_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoraExportError, match=r"there is no lora_export_certificate\.json here"):
+        api.verify(base)
+    with pytest.raises(LoraExportError, match="this file is no package"):
+        api.verify(kohya_file(tmp_path / "style.safetensors", 1))

@@ -176,6 +176,7 @@ REFUSED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
     "on_input": (made("ia3") | {"on_input": torch.tensor(2)}, {}, "on_input"),
     "IA3 of another size": (made("ia3") | {"weight": torch.ones(OUT - 1)}, {}, r"has \[48, 20\]"),
     "blocks": ({"oft_blocks": torch.ones(4, 8, 6)}, {}, "oft_blocks"),
+    "one block": ({"oft_blocks": torch.ones(8, 8)}, {}, "oft_blocks"),
     "butterfly": ({"oft_blocks": torch.ones(3, 6, 8, 8)}, {}, "multiple of 2"),
     "rescale": (made("oft") | {"rescale": torch.ones(OUT - 1, 1)}, {}, "the shapes do not match"),
     "no bias": (made("full"), {"base": {f"{LAYER}.weight": torch.ones(OUT, IN)}}, f"no {LAYER}.bias"),

@@ -15,7 +15,13 @@ from lora_export.errors import InputError
 from lora_export.graph_runs.denoiser import as_arguments, is_denoiser, step_feed
 from lora_export.graph_runs.signature import GraphValue, Signature
 from lora_export.progress import Silent
-from lora_export.workflows.pipelines.measuring import measure, own_side, refuse_without_denoiser, with_own_size
+from lora_export.workflows.pipelines.measuring import (
+    measure,
+    own_side,
+    refuse_without_denoiser,
+    with_own_size,
+    with_pictures,
+)
 
 B, N = "batch_size", "sequence_length"
 
@@ -178,3 +184,11 @@ def test_with_own_size_takes_the_batches_of_a_grid_and_leaves_other_shapes() -> 
 def test_refuse_without_denoiser_names_the_class() -> None:
     with pytest.raises(InputError, match="StableDiffusionPipeline has neither a unet nor a transformer"):
         refuse_without_denoiser(pipeline(None, {}))
+
+
+def test_measure_of_a_denoiser_alone_takes_its_only_graph(tmp_path: Path) -> None:
+    base, merged = export(tmp_path / "base", 0.1), export(tmp_path / "merged", 0.2)
+    result = measure(base / "unet", merged / "unet", OPTIONS, Silent())
+    assert result.graphs.keys() == {"denoiser"} and result.cells[0].phase == "denoise"
+    told = with_pictures(result, base / "unet", merged / "unet", None, Silent())
+    assert "no time of a picture: a denoiser alone makes none" in told.notes

@@ -19,13 +19,15 @@ Shapes = dict[str, tuple[int, ...]]
 @dataclass(frozen=True)
 class Model:
     """A class of diffusers with the widths of the real model and few layers, and its converter of checkpoints in
-    the original names. scale: the weights of norms are called so there; prefix: of all names there."""
+    the original names. scale: the weights of norms are called so there; prefix: of all names there; more: tensors
+    that diffusers leaves out."""
 
     name: str
     converter: str
     config: Mapping[str, Any] = field(default_factory=dict)
     scale: bool = False
     prefix: str = ""
+    more: tuple[str, ...] = ()
 
 
 FLUX = {"num_layers": 2, "num_single_layers": 2}
@@ -100,6 +102,25 @@ MODELS = {
         "convert_z_image_transformer_checkpoint_to_diffusers",
         {"n_layers": 2, "n_refiner_layers": 2},
     ),
+    # The converter counts on 48 layers.
+    "mochi": Model("MochiTransformer3DModel", "convert_mochi_transformer_checkpoint_to_diffusers"),
+    "auraflow": Model(
+        "AuraFlowTransformer2DModel",
+        "convert_auraflow_transformer_checkpoint_to_diffusers",
+        {"num_mmdit_layers": 2, "num_single_dit_layers": 2},
+    ),
+    "sana": Model(
+        "SanaTransformer2DModel",
+        "convert_sana_transformer_to_diffusers",
+        {"num_layers": 2},
+        more=("pos_embed", "y_embedder.y_embedding"),
+    ),
+    "cosmos": Model(
+        "CosmosTransformer3DModel",
+        "convert_cosmos_transformer_checkpoint_to_diffusers",
+        {"num_layers": 2, "extra_pos_embed_type": None},
+        prefix="net.",
+    ),
     "ltx": Model(
         "LTXVideoTransformer3DModel", "convert_ltx_transformer_checkpoint_to_diffusers", {"num_layers": 2}
     ),
@@ -160,6 +181,7 @@ def test_original_names_of_a_family_are_what_diffusers_converts(family: str) -> 
     checkpoint = original(base_of(model.name, tensors), tensors, model.scale)
     assert len(set(checkpoint) - set(tensors)) > 0.2 * len(checkpoint)
     checkpoint = {model.prefix + n: t for n, t in checkpoint.items()}
+    checkpoint |= {n: torch.zeros(1) for n in model.more}
     converted = getattr(single_file_utils, model.converter)(checkpoint, config=config)
     converted = {n: t for n, t in converted.items() if t is not None}
     assert set(converted) == set(tensors)

@@ -38,8 +38,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that only copy draw nothing: a picture of noise stands for theirs."""
 
-    def draw(folder: Path, class_name: str, prompt: str, how: Any, target: Path, progress: Any) -> None:
-        assert (class_name, how.width) == ("StableDiffusionPipeline", 16)
+    def draw(
+        folder: Path, class_name: str, prompt: str, how: Any, target: Path, provider: str, progress: Any
+    ) -> None:
+        assert (class_name, how.width, provider) == ("StableDiffusionPipeline", 16, "cpu")
         picture(target)
 
     monkeypatch.setattr(of_pipelines, "draw", draw)
@@ -211,6 +213,14 @@ def test_program_takes_class_from_list_alone(packed: Packed) -> None:
         facts.target.check(odd, "here")
 
 
+def test_program_marks_no_picture_and_names_provider(packed: Packed) -> None:
+    facts = contents.facts_of(packed("optimum"), contents.read(packed("optimum")))
+    sdxl = replace(facts, config={"_class_name": "StableDiffusionXLPipeline"}, providers=("cuda", "cpu"))
+    snippet = facts.target.check(sdxl, "here")
+    words = 'from_pretrained(folder, provider="CUDAExecutionProvider", add_watermarker=False)'
+    assert f"ORTStableDiffusionXLPipeline.{words}" in snippet.code and "onnxruntime-gpu" in snippet.setup
+
+
 @pytest.mark.parametrize(
     ("name", "denoiser", "shape", "size"),
     [
@@ -218,6 +228,7 @@ def test_program_takes_class_from_list_alone(packed: Packed) -> None:
         ("StableDiffusionXLPipeline", {"in_channels": 4, "sample_size": [128, 128]}, (1, 4, 64, 64), 512),
         ("StableDiffusion3Pipeline", {"in_channels": 16, "sample_size": 128}, (1, 16, 64, 64), 512),
         ("FluxPipeline", {"in_channels": 64}, (1, 256, 64), 256),
+        ("StableDiffusionPipeline", {"in_channels": 4, "sample_size": 50}, (1, 4, 24, 24), 192),
     ],
 )
 def test_drawing_has_latents_that_pipeline_takes(

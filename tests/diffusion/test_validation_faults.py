@@ -65,7 +65,7 @@ def _only_middle(core: torch.Tensor) -> torch.Tensor:
 def _transposed(tensors: Tensors) -> None:
     """The update of a square convolution of one pixel, turned round."""
     for name in [n for n in tensors if n.endswith("proj_in.lora_down.weight")]:
-        up = name.replace("down", "up")
+        up = name.replace("lora_down", "lora_up")
         down, tensors[name] = tensors[name], tensors[up].squeeze().T.reshape(tensors[name].shape).contiguous()
         tensors[up] = down.squeeze().T.reshape(tensors[up].shape).contiguous()
 

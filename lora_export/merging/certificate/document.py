@@ -161,7 +161,7 @@ def certificate_of(audit: Auditor, checks: Sequence[BaseCheck], files: Files) ->
         schema_version=SCHEMA_VERSION,
         tool=MergeTool("lora-export", __version__),
         versions=versions(plan),
-        arithmetic="fp32, or float64 where fp16 or fp32 is written; rounded once to the output type, ties to even",
+        arithmetic="fp32, or float64 for fp32 and image models; rounded once to the output type, ties to even",
         bound="½ ulp + 2⁻²⁰·(|W| + s·|B|·|A|) from float64; hashes of tensors: BLAKE3 of leaves of 2^18 bytes",
         options=effective_options(plan),
         base=BaseFiles({file.name: BaseFile(source.file_size(file)) for file, source in inputs}),

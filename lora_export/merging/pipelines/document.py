@@ -17,6 +17,7 @@ from lora_export.contracts.option import kept
 from lora_export.errors import InputError
 from lora_export.merging.certificate.document import NAME, MergeTool, adapter_hashes, read_certificate
 from lora_export.merging.pipelines.planning import PipelinePlan
+from lora_export.storage.disk import regular_size
 from lora_export.storage.documents import as_json, decode
 from lora_export.storage.sealed import read_sealed, sha256, write_sealed
 from lora_export.version import __version__
@@ -117,7 +118,7 @@ def pipeline_certificate(folder: Path, planned: PipelinePlan) -> PipelineCertifi
         options=replace(planned.options, force=False),
         adapters=tuple(
             PipelineAdapter(
-                a.format, c.weight, dict(sorted(a.kinds.items())), _hashes(c.folder), a.metadata, a.vectors
+                a.format, c.weight, dict(sorted(a.kinds.items())), sha256_of_files(c.folder), a.metadata, a.vectors
             )
             for a, c in zip(planned.adapters, planned.choices, strict=True)
         ),
@@ -145,7 +146,7 @@ def copied_files(folder: Path, merged: Mapping[str, object]) -> dict[str, Copied
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != NAME and name.partition("/")[0] not in merged:
-            files[name] = CopiedFile(path.stat().st_size, blake3_of(path))
+            files[name] = CopiedFile(regular_size(path) or 0, blake3_of(path))
     return files
 
 
@@ -153,7 +154,8 @@ def blake3_of(path: Path) -> str:
     return str(blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest())
 
 
-def _hashes(adapter: Path) -> dict[str, str]:
+def sha256_of_files(adapter: Path) -> dict[str, str]:
+    """By name, of a single file or of an adapter's folder."""
     if adapter.is_file():
         return {adapter.name: sha256(adapter)}
     return adapter_hashes(adapter, set(adapter.glob("*.safetensors")))

@@ -2,13 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lora_export.checkpoint.companions import SKIPPED_SUFFIXES, WEIGHT_SUFFIXES
 from lora_export.checkpoint.weight_files import named
-from lora_export.contracts import AdapterChoice, ComponentMerge, MergeOptions, MergeResult, Progress
+from lora_export.contracts import AdapterChoice, ComponentMerge, MergeOptions, MergeResult, Progress, TensorRecord
 from lora_export.errors import InputError
 from lora_export.merging import merge_planned, peak_rss
 from lora_export.merging.certificate.document import NAME
@@ -19,6 +19,7 @@ from lora_export.storage.disk import check_space
 from lora_export.storage.files import output_folder
 from lora_export.storage.sealed import copy, refuse_outward_link
 
+Accept = Callable[[str, Sequence[TensorRecord]], None]
 _MOST = 6  # names in a warning
 
 
@@ -30,8 +31,19 @@ def merge_pipeline(
     return merge_planned_pipeline(planned, output, progress, force=options.force)
 
 
-def merge_planned_pipeline(planned: PipelinePlan, output: Path, progress: Progress, *, force: bool) -> MergeResult:
-    """Write the folder of a plan, as `merge_pipeline` says."""
+def merge_planned_pipeline(
+    planned: PipelinePlan,
+    output: Path,
+    progress: Progress,
+    *,
+    force: bool,
+    accept: Accept | None = None,
+) -> MergeResult:
+    """Write the folder of a plan, as `merge_pipeline` says.
+
+    accept: is shown what was made of each component's tensors before the output is replaced; it may raise to keep
+    what is there.
+    """
     pipeline, started = planned.pipeline, time.monotonic()
     if not planned.components:
         raise InputError(
@@ -40,8 +52,7 @@ def merge_planned_pipeline(planned: PipelinePlan, output: Path, progress: Progre
     for text in planned.warnings:
         progress.warn(text)
     if pipeline.class_name is None:  # a model alone: its folder is the output
-        (plan,) = planned.components.values()
-        return _with_components(merge_planned(plan, output, progress, force=force), planned, {})
+        return _alone(planned, output, progress, force, accept)
     inputs = [pipeline.folder, *(c.folder for c in planned.choices)]
     files, left = to_copy(planned)
     results: dict[str, MergeResult] = {}
@@ -57,6 +68,9 @@ def merge_planned_pipeline(planned: PipelinePlan, output: Path, progress: Progre
             progress.stage(f"{name} ({pipeline.components[name].class_name})")
             results[name] = merge_planned(plan, stage / name, progress, force=False)
         write_pipeline_certificate(stage, planned)
+        if accept is not None:
+            for name, result in results.items():
+                accept(name, result.records)
     checks = pipeline_checks(planned)
     noticed = [f"is this the right base? {c.note}" for c in checks if c.outcome == "differs"]
     if left:
@@ -69,6 +83,19 @@ def merge_planned_pipeline(planned: PipelinePlan, output: Path, progress: Progre
         whole, warnings=(*planned.warnings, *noticed, *whole.warnings), base_checks=(*checks, *whole.base_checks)
     )
     return _with_components(whole, planned, results)
+
+
+def _alone(
+    planned: PipelinePlan,
+    output: Path,
+    progress: Progress,
+    force: bool,
+    accept: Accept | None,
+) -> MergeResult:
+    ((name, plan),) = planned.components.items()
+    shown = None if accept is None else lambda stage, records: accept(name, records)
+    result = merge_planned(plan, output, progress, force=force, accept=shown)
+    return _with_components(result, planned, {})
 
 
 def to_copy(planned: PipelinePlan) -> tuple[list[Path], list[str]]:

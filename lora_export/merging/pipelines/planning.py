@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from lora_export.adapters import CONFIG, AdapterFile, read_adapter
@@ -30,6 +31,7 @@ from lora_export.merging.running.interference import interference
 from lora_export.merging.running.read_base import ReadBase
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
+_LARGE = 2**20  # numbers; there are few of them in a small weight, and each counts
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def plan_pipeline(base: Path, adapters: Sequence[AdapterChoice], options: MergeO
             merged_into.setdefault(name, []).append(choice)
     skipped = tuple(n for n in pipeline.components if n in read and n in options.skip)
     plans = {
-        n: tokens.planned(n, plan_merge(checkpoints[n], read[n], options))
+        n: tokens.planned(n, _exact(plan_merge(checkpoints[n], read[n], options)))
         for n in pipeline.components
         if n in read and n not in skipped
     }
@@ -197,6 +199,21 @@ def _of_peft(
     name = component_of(file, shapes)
     own = replace(file, base=models[name], base_shapes=shapes[name])
     return {name: replace(read_adapter(own), weight=choice.weight)}
+
+
+def _exact(plan: MergePlan) -> MergePlan:
+    """The same in float64, whatever is written, but for large weights in fp16.
+
+    An update of an image model may be as large as the weight. Where the two cancel, fp32 leaves few digits, and
+    bf16 numbers so small need all of theirs. fp16 has no such small numbers: in fp32 one or two of ten thousand
+    are rounded to the other neighbour, and a merge of 5 GB takes a third less time.
+    """
+    tensors = dict(plan.tensors)
+    for name, tensor in tensors.items():
+        if tensor.output.dtype != "F16" or prod(tensor.shape) <= _LARGE:
+            updates = tuple(replace(update, wide=True) for update in tensor.updates)
+            tensors[name] = replace(tensor, updates=updates)
+    return replace(plan, tensors=tensors)
 
 
 def _check_claims(file: AdapterFile, adapter: DiffusionAdapter) -> None:

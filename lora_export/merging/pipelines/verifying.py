@@ -34,6 +34,15 @@ def verify_pipeline(
     """
     if not (folder / INDEX).is_file():
         return verify_folder(folder, base, adapters, how, progress, _alone(base, adapters))
+    if not (folder / NAME).is_file():
+        raise InputError(
+            f"there is no {NAME} here",
+            where=folder,
+            expected="a pipeline that lora-export merge wrote",
+            next_step="give the folder that was named with -o",
+        )
+    if base is not None and not (base / INDEX).is_file():
+        raise InputError("the base is no pipeline", where=base, expected=f"a folder with {INDEX}")
     findings = Findings()
     try:
         recorded = read_pipeline_certificate(folder)

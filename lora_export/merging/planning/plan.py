@@ -47,10 +47,8 @@ class PlannedTensor:
 
     @property
     def wide(self) -> bool:
-        """Whether it is computed in float64: fp32 arithmetic would round one of two fp32 numbers, and up to two of
-        ten thousand fp16 numbers, the wrong way."""
-        exact = self.output.dtype in ("F16", "F32", "F64")
-        return bool(self.updates) and (exact or any(u.wide for u in self.updates))
+        """Whether it is computed in float64: fp32 arithmetic would round one of two fp32 numbers the wrong way."""
+        return bool(self.updates) and (self.output.dtype in ("F32", "F64") or any(u.wide for u in self.updates))
 
     @property
     def copies(self) -> int:

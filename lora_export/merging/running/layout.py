@@ -139,7 +139,7 @@ class TensorPass:
 def _block(plan: MergePlan, tensor: PlannedTensor, workers: int) -> tuple[int, int]:
     """Rows of a block, and the memory that one takes. All rows where the result of one depends on others."""
     row = 4 * prod(tensor.shape[1:])  # bytes in fp32
-    block = BLOCK // _SMALLER if any(u.wide for u in tensor.updates) else BLOCK
+    block = BLOCK // _SMALLER if any(u.wide and u.parts for u in tensor.updates) else BLOCK
     limit = min(block, plan.options.max_memory // (workers * tensor.copies))
     rows = max(1, limit // max(1, row)) if tensor.row_wise else max(1, tensor.height)
     kept = getattr(tensor.quantized, "kept", tensor.quantized.parts) if tensor.quantized else ()

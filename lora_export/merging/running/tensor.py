@@ -10,6 +10,7 @@ from lora_export.contracts.tensors import file_dtype, torch_dtype
 from lora_export.errors import CheckpointError
 from lora_export.finite import all_below
 from lora_export.merging.planning.plan import FLOATS, PlannedTensor
+from lora_export.merging.running.rounding import round_once
 from lora_export.merging.running.rows import base_rows, load_updates, moved
 from lora_export.merging.running.survival import Survival, sampled
 
@@ -66,7 +67,7 @@ class TensorWork:
         before = (result if some is None else result[some]).clone() if updates else None
         for update in updates:
             result = update.apply(result, rows)
-        rounded = result.to(dtype).contiguous()
+        rounded = round_once(result, dtype).contiguous()
         self._check_range(result, rounded, start, stop)
         if before is not None:
             self._survey(before, result, rounded, some, start, stop)

@@ -87,20 +87,11 @@ def reweight_pipeline(
     The result is, byte for byte, what a fresh export with the options of `earlier` gives.
     """
     sources = sources or {}
-    record = records.read_record(earlier)
-    parts = parts_of(pipeline)
-    if _alone(pipeline, parts) and record.kind == "component":
+    record, parts = check_earlier(earlier, pipeline)
+    if record.kind == "component":
         folder, source = parts[0].component.folder, sources.get(parts[0].component.name)
         return onnx_export.reweight(earlier, folder, output, source=source, force=force, progress=progress)
     before = record.components or {}
-    if record.kind != "pipeline" or before.keys() != {p.folder for p in parts}:
-        raise ExportError(
-            f"the earlier export has {', '.join(before) or 'one graph'}, and this pipeline "
-            f"{', '.join(p.folder for p in parts)}",
-            where=earlier,
-            expected="an export of the same base, before or after another adapter was merged",
-            next_step="export the pipeline without --graph-from",
-        )
 
     def export(part: Part, folder: Path, told: Progress) -> str:
         source = sources.get(part.component.name)
@@ -113,6 +104,24 @@ def reweight_pipeline(
         precision=record.precision, provider=record.provider, optimize=record.optimize, force=force
     )
     return _written(pipeline, parts, output, options, export, () if itself else (earlier,), progress)
+
+
+def check_earlier(earlier: Path, pipeline: Pipeline) -> tuple[ExportRecord, tuple[Part, ...]]:
+    """The record of an earlier export, and the graphs of a pipeline that is to take them. ExportError where it has
+    others."""
+    record, parts = records.read_record(earlier), parts_of(pipeline)
+    if _alone(pipeline, parts) and record.kind == "component":
+        return record, parts
+    before = record.components or {}
+    if record.kind != "pipeline" or before.keys() != {p.folder for p in parts}:
+        raise ExportError(
+            f"the earlier export has {', '.join(before) or 'one graph'}, and this pipeline "
+            f"{', '.join(p.folder for p in parts)}",
+            where=earlier,
+            expected="an export of the same base, before or after another adapter was merged",
+            next_step="export the pipeline without --graph-from",
+        )
+    return record, parts
 
 
 def check_pipeline(pipeline: Pipeline, options: ExportOptions) -> tuple[Part, ...]:

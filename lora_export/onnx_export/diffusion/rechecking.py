@@ -9,7 +9,7 @@ from lora_export.contracts import Findings, Pipeline, Progress
 from lora_export.errors import LoraExportError
 from lora_export.onnx_export import records
 from lora_export.onnx_export.diffusion.components import Part, parts_of
-from lora_export.onnx_export.diffusion.pipeline_export import GRAPH, INDEX
+from lora_export.onnx_export.diffusion.pipeline_export import ENGINE, GRAPH, INDEX, TASK
 from lora_export.onnx_export.weights.recheck import Model, recheck
 from lora_export.storage import sealed
 
@@ -47,6 +47,8 @@ def _records(folder: Path, pipeline: Pipeline, parts: tuple[Part, ...]) -> Itera
     architecture = pipeline.class_name or parts[0].component.class_name
     if (record.kind, record.graphs, record.architecture) != ("pipeline", graphs, architecture):
         yield f"it is of {record.architecture} with {', '.join(record.graphs)}, and not of {', '.join(graphs)}"
+    if (record.engine, record.task) != (ENGINE, TASK):
+        yield f"it names the engine {record.engine} and the task {record.task}"
     for part in parts:
         own, path = told.get(part.folder), folder / part.folder / records.NAME
         if own is None:
@@ -60,6 +62,11 @@ def _records(folder: Path, pipeline: Pipeline, parts: tuple[Part, ...]) -> Itera
             yield f"what it says of {part.folder} is not what {part.folder}/{records.NAME} says"
         if own.precision != record.precision and not own.note:
             yield f"{part.folder} is {own.precision}, and the export {record.precision}"
+        if (one.provider, one.optimize) != (record.provider, record.optimize):
+            yield f"{part.folder} is for {one.provider}, {one.optimize}, and the export for {record.provider}"
+    quantized = (records.read_record(folder / part.folder).quantization for part in parts)
+    if record.quantization != next((how for how in quantized if how), None):
+        yield "its quantization is not that of its models"
     if told.keys() - {part.folder for part in parts}:
         yield f"the pipeline has no {', '.join(sorted(told.keys() - {part.folder for part in parts}))}"
     if record.nodes != sum(one.nodes for one in told.values()):

@@ -13,6 +13,7 @@ SEED = 1  # of numpy's RandomState, whose stream is the same in every version
 STEPS = 4
 _TOKENS = 256  # of T5: FLUX.1 [schnell] takes no more
 _SIDE = 64  # numbers of a latent, where no configuration says how many
+_DIVIDED = 8  # what a UNet's levels divide a side by
 _PACKED = 2  # numbers along a side that FLUX packs into one position
 LARGEST_SIDE = 4096  # pixels
 HALF = 2  # of the own size along a side, which costs a quarter
@@ -21,17 +22,23 @@ HALF = 2  # of the own size along a side, which costs a quarter
 @dataclass(frozen=True)
 class Family:
     """guidance: how far a picture follows its prompt, by default; tokens: of its T5 encoder; packed: whether its
-    latents are a row of positions."""
+    latents are a row of positions; marks: whether diffusers marks its pictures where it finds a library for it."""
 
     guidance: float
     tokens: int | None = None
     packed: bool = False
+    marks: bool = False
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Of from_pretrained, so that a picture is as the model draws it."""
+        return ("add_watermarker=False",) if self.marks else ()
 
 
 # Class of diffusers → what is special. Optimum's class has "ORT" before this name.
 FAMILIES: Mapping[str, Family] = {
     "StableDiffusionPipeline": Family(7.5),
-    "StableDiffusionXLPipeline": Family(5.0),
+    "StableDiffusionXLPipeline": Family(5.0, marks=True),
     "StableDiffusion3Pipeline": Family(7.0, _TOKENS),
     "FluxPipeline": Family(3.5, _TOKENS, packed=True),
 }
@@ -57,7 +64,7 @@ def drawing_of(
     """
     family, each, channels = family_of(class_name), pixels_each(vae), denoiser.get("in_channels")
     side = _side(denoiser.get("sample_size")) // HALF
-    side -= side % _PACKED
+    side -= side % (_DIVIDED if side >= _DIVIDED else _PACKED)
     if not isinstance(channels, int) or not 0 < side * each <= LARGEST_SIDE:
         raise ExportError(
             f"its configuration says in_channels {channels!r}, and {side} × {each} pixels along a side",

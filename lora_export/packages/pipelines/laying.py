@@ -9,12 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from lora_export.contracts import ExportResult
 from lora_export.errors import InputError
 from lora_export.folder_files import TOKENIZER_FILES
-from lora_export.packages import graphs
 from lora_export.packages.companions import tokenizer_for_both
 from lora_export.packages.job import Run
 from lora_export.storage import sealed
@@ -50,6 +47,10 @@ def _is_of_model(name: str) -> bool:
 
 def lay_graphs(export: ExportResult, stage: Path) -> None:
     """The graphs of a pipeline in Optimum's folders, each with its configuration; scheduler and tokenizers."""
+    import onnx_ir as ir  # takes a second, and manifests of packages are read without it
+
+    from lora_export.packages import graphs
+
     index = sealed.read_json(export.output / INDEX)
     for path in export.paths:
         target = stage / path.parent.relative_to(export.output)

@@ -13,7 +13,8 @@ from lora_export.packages.programs import python_program
 from lora_export.storage import sealed
 
 CERTIFICATE = "lora_export_certificate.json"
-_DRAWING = "pip install 'diffusers>=0.39' transformers torch"
+# transformers 5.6 reads the names of text encoders that it and older versions wrote; older ones, its own alone.
+_DRAWING = "pip install 'diffusers>=0.42' 'transformers>=5.6' torch"
 
 
 class HubTarget(PackageTarget):
@@ -50,8 +51,9 @@ class HubTarget(PackageTarget):
     def check(self, facts: PackageFacts, folder: str) -> Snippet:
         if not facts.task.draws:
             return self.snippet(facts, folder)
-        family_of(facts.class_name)  # a name from a list, as it becomes part of a program
+        family = family_of(facts.class_name)  # a name from a list, as it becomes part of a program
         given = [f"variant={facts.weights!r}"] if facts.weights else []
+        given += family.arguments
         given += ["safety_checker=None"] if laying.has_checker(facts.config) else []
         whole = ".to(torch.float32)"  # by a call whose name no version of diffusers has changed
         return programs.picture_program(facts, folder, "diffusers", facts.class_name, _DRAWING, given, whole)

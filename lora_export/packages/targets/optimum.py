@@ -33,9 +33,11 @@ class OptimumTarget(PackageTarget):
     def check(self, facts: PackageFacts, folder: str) -> Snippet:
         if not facts.task.draws:
             return self.snippet(facts, folder)
-        family_of(facts.class_name)  # a name from a list, as it becomes part of a program
-        name = f"ORT{facts.class_name}"
-        return programs.picture_program(facts, folder, "optimum.onnxruntime", name, _DRAWING)
+        family = family_of(facts.class_name)  # a name from a list, as it becomes part of a program
+        name, given, setup = f"ORT{facts.class_name}", list(family.arguments), _DRAWING
+        if facts.providers[0] == "cuda":
+            given, setup = ['provider="CUDAExecutionProvider"', *given], f"{_DRAWING}-gpu"
+        return programs.picture_program(facts, folder, "optimum.onnxruntime", name, setup, given)
 
     def notes(self, facts: PackageFacts) -> str:
         return programs.notes(facts, checked=False) if facts.task.draws else ""

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from lora_export.choices import Precision
 from lora_export.validation.comparing.arithmetic import Arithmetic, in_double
 
-UNIT = 2.0**-23  # of a timestep: what its product with a frequency may be off by
+UNIT = 2.0**-23  # of a timestep: what its product with a rounded frequency may be off by
 _TIMES = ("timestep", "guidance")
 
 

@@ -155,16 +155,15 @@ def numbers_into(model: Any, graph: Graph, merged: Component, prefix: str) -> tu
     for held in graph_weights.read([graph.part.path], shapes):
         seen.judge(held, expected(held), None)
         quantized = quantized or held.quantized is not None
-        parameter = _parameter(modules, held.tensor)
-        rows = parameter.data.reshape(parameter.shape[0] if parameter.dim() else 1, -1)
+        tensor = _tensor(modules, held.tensor)
+        rows = tensor.data.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
         rows[held.start : held.stop] = held.values.reshape(held.stop - held.start, -1)
-        parameter.data = rows.reshape(parameter.shape)
+        tensor.data = rows.reshape(tensor.shape)
     return seen.checks(f"{prefix}{graph.part.name}_", "the merged component"), quantized
 
 
-def _parameter(modules: Modules, name: str) -> torch.nn.Parameter:
+def _tensor(modules: Modules, name: str) -> torch.Tensor:
+    """A parameter, or a buffer that is stored: SD3's positions are one."""
     owner, _, last = name.rpartition(".")
-    if not owner:
-        return modules.model.get_parameter(name)
-    found: torch.nn.Parameter = modules.find(owner)[1].get_parameter(last)
+    found: torch.Tensor = getattr(modules.find(owner)[1] if owner else modules.model, last)
     return found

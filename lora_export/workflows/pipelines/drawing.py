@@ -39,7 +39,9 @@ _STATE = "hidden_states."
 _TIMES = 3
 
 
-def draw(folder: Path, class_name: str, prompt: str, how: Drawing, target: Path, progress: Progress) -> None:
+def draw(
+    folder: Path, class_name: str, prompt: str, how: Drawing, target: Path, provider: str, progress: Progress
+) -> None:
     """Draw a picture with the graphs of `folder`, in Optimum's layout, and write it to `target`, a PNG.
 
     ExportError for a picture that proves nothing: of one colour, or not of numbers. RuntimeUnavailable without
@@ -47,7 +49,7 @@ def draw(folder: Path, class_name: str, prompt: str, how: Drawing, target: Path,
     """
     progress.stage(f"sample: a picture of {how.width} × {how.height} pixels in {how.steps} steps, by the graphs")
     with _quiet():
-        drawn = _drawn(folder, class_name, prompt, how)
+        drawn = _called(_pipeline(folder, class_name, provider), prompt, how)
     pixels = np.round(255 * drawn).astype(np.uint8) if np.isfinite(drawn).all() else None
     if pixels is None or (pixels == pixels[0, 0]).all():
         raise ExportError(
@@ -75,12 +77,8 @@ def seconds_of(folder: Path, class_name: str, prompt: str, how: Drawing, longest
     return statistics.median(taken)
 
 
-def _drawn(folder: Path, class_name: str, prompt: str, how: Drawing) -> "np.ndarray[Any, Any]":
-    """(height, width, 3), from 0 to 1."""
-    return _called(_pipeline(folder, class_name), prompt, how)
-
-
 def _called(pipeline: Any, prompt: str, how: Drawing) -> "np.ndarray[Any, Any]":
+    """(height, width, 3), from 0 to 1."""
     import torch
 
     noise = np.random.RandomState(how.seed).standard_normal(how.latents)
@@ -99,7 +97,7 @@ def _called(pipeline: Any, prompt: str, how: Drawing) -> "np.ndarray[Any, Any]":
     return np.asarray(made.images[0])
 
 
-def _pipeline(folder: Path, class_name: str, keep: bool = False) -> Any:
+def _pipeline(folder: Path, class_name: str, provider: str = "cpu", keep: bool = False) -> Any:
     """diffusers' pipeline over the graphs. What an exported folder has no graph of is absent. keep: all sessions
     stay open, not only those of one stage."""
     try:
@@ -118,12 +116,12 @@ def _pipeline(folder: Path, class_name: str, keep: bool = False) -> Any:
     for name in parts_in(index):
         graph = DECODER if name == "vae" else name
         if (folder / graph / GRAPH).is_file():
-            given[name] = _module(_Graph(folder / graph, [] if keep else open_graphs))
+            given[name] = _module(_Graph(folder / graph, provider, [] if keep else open_graphs))
         elif name == "scheduler" or name.startswith("tokenizer"):
             library = diffusers if name == "scheduler" else transformers
             given[name] = getattr(library, str(index[name][1])).from_pretrained(folder / name)
     given |= {k: v for k, v in index.items() if not (isinstance(v, list) or k.startswith("_"))}
-    given |= {"requires_safety_checker": False}
+    given |= {"requires_safety_checker": False, "add_watermarker": False}
     known = inspect.signature(cls.__init__).parameters
     made = cls(**{name: given.get(name) for name in known if name in given or _is_needed(known[name])})
     made.set_progress_bar_config(disable=True)
@@ -137,8 +135,8 @@ def _is_needed(parameter: inspect.Parameter) -> bool:
 class _Graph:
     """A session, open from its first run until a later stage of the pipeline begins."""
 
-    def __init__(self, folder: Path, opened: "list[_Graph]") -> None:
-        self.folder, self.opened = folder, opened
+    def __init__(self, folder: Path, provider: str, opened: "list[_Graph]") -> None:
+        self.folder, self.provider, self.opened = folder, provider, opened
         self.config = sealed.read_json(folder / CONFIG)
         self._session: onnxruntime.InferenceSession | None = None
 
@@ -172,7 +170,7 @@ class _Graph:
             for earlier in [g for g in self.opened if g._stage < self._stage]:
                 earlier._session = None
                 self.opened.remove(earlier)
-            self._session = open_session(self.folder / GRAPH, "cpu")
+            self._session = open_session(self.folder / GRAPH, self.provider)
             self.opened.append(self)
         return self._session
 

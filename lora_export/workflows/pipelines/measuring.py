@@ -25,7 +25,7 @@ from lora_export.workflows.latency import refuse_slower
 from lora_export.workflows.run_report import new_report
 
 GRAPH = "model.onnx"
-DENOISERS = ("unet", "transformer")
+DENOISERS, ALONE = ("unet", "transformer"), "denoiser"
 DECODER = "vae_decoder"
 _LONGEST = 20.0  # seconds of pictures, after which no further one of an arm is begun
 _SIDE = 64  # of a latent, where no configuration says a size
@@ -104,10 +104,10 @@ def measure(
     from lora_export.benchmarking import run
 
     parts = _parts(base, merged)
-    denoiser = next(name for name in DENOISERS if name in parts)
+    denoiser = next(name for name in (*DENOISERS, ALONE) if name in parts)
     progress.stage("benchmark: comparing the optimized graphs of base and merged, part by part")
-    graphs = compared(base, merged, parts, options.provider, progress)
-    arms = [BenchmarkArm("base", (base / denoiser / GRAPH,)), BenchmarkArm("merged", (merged / denoiser / GRAPH,))]
+    graphs = compared(parts, options.provider, progress)
+    arms = [BenchmarkArm(name, (graph,)) for name, graph in zip(("base", "merged"), parts[denoiser], strict=True)]
     for name, load in (pytorch or {}).items():
         arms.append(BenchmarkArm(name, arms[-1].graphs, forward=_forward(load)))
     progress.stage(f"benchmark: {', '.join(arm.name for arm in arms)}, the step of {denoiser} in one process")
@@ -141,14 +141,14 @@ def with_pictures(
 
 
 def compared(
-    base: Path, merged: Path, parts: Sequence[str], provider: str, progress: Progress
+    parts: Mapping[str, tuple[Path, Path]], provider: str, progress: Progress
 ) -> dict[str, GraphComparison]:
     """Part → its optimized graphs of base and merged."""
     from lora_export.onnx_export.graphs.identity import compare
 
     found = {}
-    for part in parts:
-        found[part] = compare((base / part / GRAPH,), (merged / part / GRAPH,), provider)
+    for part, (base, merged) in parts.items():
+        found[part] = compare((base,), (merged,), provider)
         for warning in found[part].warnings:
             progress.warn(f"{part}: {warning}")
     return found
@@ -196,16 +196,23 @@ def _first(size: object) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _parts(base: Path, merged: Path) -> list[str]:
-    """The parts of an exported pipeline. InputError unless both have the same, with a denoiser."""
-    found = [sorted(p.parent.name for p in folder.glob(f"*/{GRAPH}")) for folder in (base, merged)]
-    if found[0] != found[1] or not set(found[0]) & set(DENOISERS):
+def _parts(base: Path, merged: Path) -> dict[str, tuple[Path, Path]]:
+    """Part → its graphs of base and merged. InputError unless both have the same parts, with a denoiser."""
+    own, other = _graphs(base), _graphs(merged)
+    if own.keys() != other.keys() or not own.keys() & {*DENOISERS, ALONE}:
         raise InputError(
-            f"the exports have the parts {', '.join(found[0]) or 'none'} and {', '.join(found[1]) or 'none'}",
+            f"the exports have the parts {', '.join(own) or 'none'} and {', '.join(other) or 'none'}",
             where=merged,
             expected="two exports of one pipeline, each with a unet or a transformer",
         )
-    return found[0]
+    return {name: (own[name], other[name]) for name in own}
+
+
+def _graphs(folder: Path) -> dict[str, Path]:
+    """Part → its graph, of a pipeline or of a denoiser alone."""
+    if (folder / GRAPH).is_file():
+        return {ALONE: folder / GRAPH}
+    return {p.parent.name: p for p in sorted(folder.glob(f"*/{GRAPH}"))}
 
 
 def _forward(load: Loaded) -> Callable[[str], Callable[[Mapping[str, Any]], object]]:

@@ -12,6 +12,7 @@ from lora_export.packages.pipelines.families import PROMPT, drawing_of, family_o
 from lora_export.packages.pipelines.laying import INDEX, parts_in
 from lora_export.packages.pipelines.programs import SAMPLE
 from lora_export.packages.targets import targets
+from lora_export.runtime import why_not
 from lora_export.storage import sealed
 from lora_export.workflows.pipelines.drawing import CONFIG, DECODER, DENOISERS, draw
 
@@ -77,4 +78,6 @@ def sample(run: Run) -> Sample:
 def lay_sample(stage: Path, run: Run, facts: PackageFacts, progress: Progress) -> None:
     """Draw the sample with the graphs of the run, into the package."""
     assert facts.sample is not None and facts.sample.drawing is not None
-    draw(run.export.output, facts.class_name, facts.sample.prompt, facts.sample.drawing, stage / SAMPLE, progress)
+    provider = facts.providers[0] if why_not(facts.providers[0]) is None else "cpu"
+    prompt, how = facts.sample.prompt, facts.sample.drawing
+    draw(run.export.output, facts.class_name, prompt, how, stage / SAMPLE, provider, progress)

@@ -44,13 +44,15 @@ def plan_story(
 ) -> "PipelinePlan":
     """What the merge will do; refuses everything that options, headers and configurations show."""
     from lora_export.merging.pipelines.planning import plan_pipeline
-    from lora_export.onnx_export.diffusion.pipeline_export import check_pipeline
+    from lora_export.onnx_export.diffusion.pipeline_export import check_earlier, check_pipeline
     from lora_export.workflows.pipelines.validating import adapters_beside
 
     refuse_text_options(options)
     planned = plan_pipeline(base.folder, adapters, options.merge)
     refuse_without_denoiser(planned.pipeline)
     adapters_beside(planned)
+    if options.export.graph_from is not None:
+        check_earlier(options.export.graph_from, planned.pipeline)
     check_pipeline(planned.pipeline, options.export)
     # merged, and the graphs of base and merged; fp32 at most
     check_space(output.absolute().parent, planned.nbytes * (1 + 2 * 2))
@@ -95,13 +97,15 @@ def tell_pipeline(
     story = Story(stage, merge, export=export, pipeline=facts_of(planned))
 
     # prove
-    (stage / PICTURES).mkdir(parents=True)
+    pictures = stage / PICTURES if base.class_name is not None else None  # a denoiser alone paints none
+    if pictures is not None:
+        pictures.mkdir(parents=True)
     checked = validate_pipeline(
         base,
         adapters_beside(planned),
         merged,
         exports=[ExportedPipeline(export.output, export.precision)],
-        pictures=stage / PICTURES,
+        pictures=pictures,
         options=options.validation,
         progress=progress,
     )

@@ -63,10 +63,10 @@ def read_oft(trained: Trained) -> list[Whole]:
     import torch
 
     shape = trained.shape("oft_blocks")
+    if len(shape) not in (3, 4) or shape[-2] != shape[-1] or 0 in shape:
+        raise trained.disagree("(n, s, s), or (m, n, s, s) for BOFT", "oft_blocks")
     butterfly = len(shape) == 4
     factors, count, size = (shape[0] if butterfly else 1), *shape[-3:-1]
-    if len(shape) not in (3, 4) or size != shape[-1] or 0 in shape:
-        raise trained.disagree("(n, s, s), or (m, n, s, s) for BOFT", "oft_blocks")
     if butterfly and (size % 2 or count % 2 ** (factors - 1)):
         raise trained.disagree(f"blocks of an even size, their number a multiple of 2^{factors - 1}", "oft_blocks")
     name, outputs = "BOFT" if butterfly else "OFT", count * size

@@ -9,14 +9,18 @@ from itertools import chain
 from types import ModuleType
 
 from lora_export.adapters.diffusion.names import (
+    auraflow,
     clip,
+    cosmos,
     flux,
     flux2,
     hunyuan,
     language,
     ltx,
     lumina,
+    mochi,
     plain,
+    sana,
     sd3,
     t5,
     unet,
@@ -26,7 +30,9 @@ from lora_export.adapters.diffusion.names.tables import Base, Spelling, Table
 from lora_export.contracts import Component
 
 # Each names its CLASSES (of diffusers or transformers) and gives spellings(base).
-FAMILIES: tuple[ModuleType, ...] = (unet, sd3, flux, flux2, wan, hunyuan, lumina, ltx, clip, t5, language)
+FAMILIES: tuple[ModuleType, ...] = (
+    unet, sd3, flux, flux2, wan, hunyuan, lumina, ltx, mochi, sana, auraflow, cosmos, clip, t5, language,
+)  # fmt: skip
 
 
 def table(component: Component, shapes: Mapping[str, tuple[int, ...]]) -> Table:

@@ -125,7 +125,8 @@ def _cropped(places: Any, height: Any, width: Any) -> torch.Tensor:
     size = places.pos_embed_max_size
     rows, columns = height // places.patch_size, width // places.patch_size
     top, left = (size // 2 - (n + 1 - size % 2) // 2 for n in (rows, columns))
-    table: torch.Tensor = places.pos_embed.reshape(1, size, size, -1)[:, top : top + rows, left : left + columns, :]
+    every: torch.Tensor = places.pos_embed.reshape(1, size, size, -1)
+    table = every[:, top : top + rows, left : left + columns, :]
     return table.reshape(1, -1, table.shape[-1])
 
 
