@@ -158,7 +158,7 @@ def truncate(adapter: Model, output: Folder, rank: RankOptions | None = None) ->
     from lora_export.adapter_tools import truncate_file
     from lora_export.adapter_tools.saving import Rank
 
-    rank, folder = rank or RankOptions(), resolve(adapter).folder
+    rank, folder = rank or RankOptions(), resolve(adapter, single=True).folder
     cut, file = Rank(rank.rank, rank.energy), single_file(folder)
     if file is not None:
         return truncate_file(file, Path(output), cut, rank.dtype, rank.force)
@@ -180,7 +180,7 @@ def inspect(path: Model, base: Model | None = None) -> dict[str, Any]:
     """
     from lora_export.workflows.inspection import inspect_folder
 
-    return inspect_folder(resolve(path).folder, resolve(base).folder if base else None)
+    return inspect_folder(resolve(path, single=True).folder, resolve(base).folder if base else None)
 
 
 def understand(
@@ -209,7 +209,7 @@ def understand(
     """
     from lora_export.workflows.understanding import understand_adapter
 
-    folders = resolve(adapter).folder, resolve(base).folder if base else None
+    folders = resolve(adapter, single=True).folder, resolve(base).folder if base else None
     return understand_adapter(*folders, as_path(picture), force, progress)
 
 

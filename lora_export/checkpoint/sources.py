@@ -21,8 +21,11 @@ AdapterReference = Model | tuple[Model, float] | AdapterChoice  # a string may e
 Adapters = Model | AdapterChoice | Sequence[AdapterReference]
 
 
-def resolve(model: Model) -> Source:
-    """The folder behind a name. A Hub ID is downloaded (or read from the cache) and pinned to a commit."""
+def resolve(model: Model, *, single: bool = False) -> Source:
+    """The folder behind a name. A Hub ID is downloaded (or read from the cache) and pinned to a commit.
+
+    single: an adapter may be one .safetensors file. InputError for what is not there, and for a model in one file.
+    """
     refuse_unreadable(model)
     name, folder = str(model), Path(model)
     if folder.is_dir():
@@ -31,7 +34,15 @@ def resolve(model: Model) -> Source:
         gguf_file(folder.parent)  # the only one there
         return Source(name, folder.parent)
     if folder.suffix == SAFETENSORS and folder.is_file():
-        return Source(name, folder)
+        if single:
+            return Source(name, folder)
+        raise InputError(
+            "this is a single file, and a model is a folder here",
+            where=folder,
+            expected="a folder with config.json, or with model_index.json",
+            next_step="an adapter goes to -a; of a checkpoint in one file, diffusers makes a folder: "
+            "from_single_file(FILE).save_pretrained(DIR)",
+        )
     match = _HUB_ID.fullmatch(name)
     if match is None or folder.exists():
         raise InputError(
@@ -94,5 +105,5 @@ def _choice(adapter: AdapterReference) -> AdapterChoice:
         name, _, tail = adapter.rpartition(":")
         with contextlib.suppress(ValueError):  # then the colon belongs to the name
             model, weight = (name, float(tail)) if name else (adapter, 1.0)
-    source = resolve(model)
+    source = resolve(model, single=True)
     return AdapterChoice(source.folder, float(weight), source.name, source.commit)

@@ -53,6 +53,10 @@ def validate(
     tool merged has none: then say how with the options of `lora-export merge` (--base-weights,
     --training-quantization, --combine, --task, …). One that contradicts a certificate is refused.
 
+    A pipeline of diffusers, or one of its models alone: each model that adapters change is compared with the base's
+    model and the adapters beside its layers, on the same inputs, the denoiser at five timesteps; then the pictures
+    that all models make together. --onnx takes one folder of its graphs for each precision.
+
     Decoders, text encoders with any head, encoder-decoders, vision, audio and two-tower models are each run on
     inputs of their own kind.
 

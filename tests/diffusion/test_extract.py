@@ -379,6 +379,17 @@ def test_file_with_language_model_is_refused_in_words(base: Path, tmp_path: Path
         api.verify(merged(base, tmp_path / "model", file), tmp_path / "llm", file)
 
 
+def test_single_file_as_model_is_refused(base: Path, tmp_path: Path) -> None:
+    file = kohya_file(tmp_path / "style.safetensors", 1)
+    for call in (
+        lambda: api.merge(file, file, tmp_path / "out"),
+        lambda: api.export(file, tmp_path / "out"),
+        lambda: api.extract(base, file, tmp_path / "out", RankOptions(rank=1)),
+    ):
+        with pytest.raises(LoraExportError, match="this is a single file, and a model is a folder here"):
+            call()
+
+
 def test_verify_of_what_was_not_merged_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(LoraExportError, match=r"there is no lora_export_certificate\.json here"):
         api.verify(base)

@@ -103,6 +103,9 @@ def test_validation_of_a_unet_alone_shows_a_scaled_weight(bases: Bases, tmp_path
     assert failed(result) == {"unet_tensor_errors", "unet_tensor_max_error"}
     assert len(result.weight_errors) == 1 and result.weight_errors[0].startswith("unet: ")
 
+    change(merged, lambda t: t.pop("conv_out.bias"))
+    assert failed(validated(base / "unet", made, merged)) >= {"unet_loads", "unet_stored_tensors_differ"}
+
 
 def test_validation_with_other_options_than_the_certificate_is_refused(bases: Bases, tmp_path: Path) -> None:
     base = bases("sd15", HALF)

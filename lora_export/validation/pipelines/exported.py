@@ -156,7 +156,6 @@ def judge_export(
     progress.stage(f"validate: the exported graphs in {export.precision}, in ONNX Runtime")
     checks: list[Check] = []
     graphs, exact, outputs = [], {}, {}
-    shifted = False
     for part in parts_of(export, merged):
         graph = Graph(part, provider)
         model = load(merged[part.component])
@@ -166,12 +165,12 @@ def judge_export(
         outputs[part.name] = graph.answers(expected.calls[part.name], expected.reference[part.name])
         checks += _graph_checks(export, part, expected, outputs[part.name], own, quantized, tolerance)
         graphs.append(graph)
-        exact[part.name] = model
-        shifted = shifted or quantized
+        if quantized:
+            exact[part.name] = model
     if sampler is None or sampling is None or not any(g.part.component in DENOISERS for g in graphs):
         return Judged(tuple(checks), outputs, None)
     known = 0.0, 0.0
-    if shifted:
+    if exact:
         with _models_in_place(sampler, graphs, exact):
             picture = sampler.sample()
         known = sampling.relative_to(picture), rmse(sampling.reference.picture, picture.picture)
@@ -189,7 +188,7 @@ def _models_in_place(sampler: Sampler, graphs: Sequence[Graph], exact: Mapping[s
     """Inside, the pipeline has the models with the graphs' numbers; of an autoencoder those of its decoder."""
     before = {g.part.component: getattr(sampler.pipe, g.part.component) for g in graphs}
     for graph in graphs:
-        if graph.part.name != ENCODER:
+        if graph.part.name in exact and graph.part.name != ENCODER:
             setattr(sampler.pipe, graph.part.component, exact[graph.part.name])
     try:
         yield

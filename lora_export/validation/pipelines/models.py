@@ -3,7 +3,7 @@
 import contextlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ class Unmerged:
     def merged_as(self, stored: Mapping[str, Stored]) -> None:
         """Learn the types that the merged tensors have."""
         self.types = {n: FLOATS[s.dtype] for n, s in stored.items() if s.dtype in FLOATS}
+
+    def release(self) -> None:
+        """Free the memory of the model, which answers nothing any more."""
+        self.model, self.sizes, self.changes = None, None, replace(self.changes, layers={}, parameters={})
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:

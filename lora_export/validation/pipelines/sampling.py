@@ -9,10 +9,13 @@ from typing import Any
 import torch
 
 from lora_export.contracts import Pipeline
+from lora_export.errors import InputError
 from lora_export.validation.pipelines.loading import pipeline_class
 
 PROMPTS = ("a photograph of an old lighthouse at dusk", "a bowl of red apples, watercolour")
 TIMES = (0.001, 0.25, 0.5, 0.75, 0.999)  # of the scheduler's own range
+LONGEST = 300  # characters of a library's message
+FRAMES = 5  # of a film, whose first one is shown
 UNIT = 8  # pixels that sizes are multiples of, at least
 
 
@@ -48,7 +51,8 @@ class Sampler:
         """One picture, from the same noise each time."""
         with _decoded(self.pipe.vae) as latents:
             made = self._run(list(self.prompts[:1]), self.steps, "pt")
-        return Sample(latents[0].float(), made.images[0].float().permute(1, 2, 0).cpu())
+        images = made.images if hasattr(made, "images") else made.frames[0]
+        return Sample(latents[0].float(), images[0].float().permute(1, 2, 0).cpu())
 
     def calls(self) -> dict[str, list[Call]]:
         """Component → what it is given for two prompts without guidance: the first step's call of the denoiser,
@@ -71,16 +75,27 @@ class Sampler:
 
     def _run(self, prompts: list[str], steps: int, output: str, **more: Any) -> Any:
         self.pipe.set_progress_bar_config(disable=True)
-        return self.pipe(
-            prompts, num_inference_steps=steps, generator=torch.Generator().manual_seed(self.seed),
-            height=self.size, width=self.size, output_type=output, **more,
-        )  # fmt: skip
+        if "num_frames" in inspect.signature(type(self.pipe).__call__).parameters:
+            more["num_frames"] = FRAMES
+        try:
+            return self.pipe(
+                prompt=prompts, num_inference_steps=steps, generator=torch.Generator().manual_seed(self.seed),
+                height=self.size, width=self.size, output_type=output, **more,
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{type(self.pipe).__name__} makes no picture of a prompt alone: {str(error)[:LONGEST]}",
+                expected="a pipeline from text to image",
+                next_step="validate its models one by one: -b BASE/transformer -m MERGED/transformer",
+            ) from error
 
     def at_times(self, call: Call, denoiser: Any) -> list[Call]:
         """The denoiser's call with seeded latents, at timesteps over the scheduler's whole range."""
         last = int(self.pipe.scheduler.config.num_train_timesteps)
         first = "sample" if "sample" in call.arguments else "hidden_states"
-        told = call.arguments["timestep"]
+        told = call.arguments.get("timestep")
+        if not isinstance(call.arguments.get(first), torch.Tensor) or told is None:
+            return [call]
         told = told if isinstance(told, torch.Tensor) else torch.tensor(float(told))
         # FLUX is told the share of the range, the others the timestep.
         whole = 1.0 if float(told.flatten()[0]) <= 1.0 < float(self.pipe.scheduler.timesteps[0]) else float(last)

@@ -1,7 +1,7 @@
 """The validation of a pipeline from its folders to its checks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,6 +49,7 @@ from lora_export.validation.pipelines.tensors import files_check, tensor_checks
 from lora_export.validation.pipelines.vectors import Vectors
 from lora_export.validation.run import seeded
 
+LOADS = "_loads"  # ends the name of a check that only a component which does not load gets
 ROUNDING = "rounding errors of the merged weights, on the unmerged model"
 
 
@@ -145,11 +146,16 @@ def _validated(task: Task) -> ValidationResult:
         parts = {name: model.model for name, model in models.items()}
         reference = Reference(parts, known.floors, sampler, known.sampling)
         known.exports.append(expected_of(export, task.base.components, reference, task.progress))
+    for name, model in changed.items():
+        model.release()
+        if sampler is not None:
+            setattr(sampler.pipe, name, None)
     survival: list[AdapterSurvival] = []
-    checks += _outputs(task, known, models, sampler, survival)
-    checks += _exports(task, known, sampler, survival)
-    warning = _without_effect(task, known, changed)
-    result = ValidationResult(tuple(checks), weight_errors=errors, advice=warning, adapter_survival=tuple(survival))
+    checks += _outputs(task, known, list(changed), sampler, survival)
+    if all(c.passed for c in checks if c.name.endswith(LOADS)):
+        checks += _exports(task, known, sampler, survival)
+    advice = (*_without_inputs(task, known, changed), *_without_effect(task, known, changed))
+    result = ValidationResult(tuple(checks), weight_errors=errors, advice=advice, adapter_survival=tuple(survival))
     if task.pictures is None or known.sampling is None:
         return result
     shown = {name: sample.picture for name, sample in known.samples.items()}
@@ -199,7 +205,8 @@ def _sampler(task: Task, models: Mapping[str, Unmerged]) -> Sampler | None:
 
 def _calls(models: Mapping[str, Unmerged], sampler: Sampler | None, seed: int) -> dict[str, list[Call]]:
     if sampler is None:
-        return {n: made_up_calls(m.component, m.model, seed) for n, m in models.items()}
+        made = {n: made_up_calls(m.component, m.model, seed) for n, m in models.items()}
+        return {name: calls for name, calls in made.items() if calls}
     calls = sampler.calls()
     for name in ("unet", "transformer"):
         if name in calls:
@@ -241,25 +248,27 @@ def _measured(
 def _outputs(
     task: Task,
     known: Known,
-    models: dict[str, Unmerged],
+    changed: Sequence[str],
     sampler: Sampler | None,
     survival: list[AdapterSurvival],
 ) -> list[Check]:
     """The merged models, each on the inputs of the unmerged one, and then together."""
     task.progress.stage("validate: the merged models on the same inputs")
     checks, merged = [], {}
-    for name in [n for n, m in models.items() if m.changed]:
+    for name in changed:
         try:
             merged[name] = load(task.merged.components[name])
         except CheckpointError as error:
-            checks.append(Check(f"{name}_loads", 1.0, 0.0, False, error.found))
+            checks.append(Check(f"{name}{LOADS}", 1.0, 0.0, False, error.found))
             continue
-        floor = known.floors[name]
+        floor = known.floors.get(name)
+        if floor is None:
+            continue
         found = answers(merged[name], floor.calls)
         checks += floor.checks(name, found, task.options.tolerance)
         if name in DENOISERS:
             survival.append(AdapterSurvival("merged", kept(known.base[name], floor.reference, found), None, None))
-    if sampler is None or known.sampling is None or len(merged) < sum(m.changed for m in models.values()):
+    if sampler is None or known.sampling is None or len(merged) < len(changed):
         return checks
     for name, model in merged.items():
         setattr(sampler.pipe, name, model)
@@ -297,7 +306,18 @@ def _survival_check(export: ExportedPipeline, share: float | None, least: float)
     return [Check(f"{export.prefix}adapter_survival", share, least or None, passed, note)]
 
 
-def _without_effect(task: Task, known: Known, changed: Mapping[str, Unmerged]) -> tuple[str, ...]:
+def _without_inputs(task: Task, known: Known, changed: Collection[str]) -> tuple[str, ...]:
+    """A sentence where the outputs of a model alone were not compared."""
+    unknown = [n for n in changed if n not in known.floors]
+    if not unknown:
+        return ()
+    name = task.base.components[unknown[0]].class_name
+    text = f"the {name} got no inputs here: its tensors were compared, and not its outputs"
+    task.progress.warn(text)
+    return (text,)
+
+
+def _without_effect(task: Task, known: Known, changed: Collection[str]) -> tuple[str, ...]:
     """A sentence where the adapters change no output at all."""
     moved = [
         difference
@@ -306,7 +326,9 @@ def _without_effect(task: Task, known: Known, changed: Mapping[str, Unmerged]) -
         for each in apart(known.base[name], known.floors[name].reference)
         for difference in each.values()
     ]
-    if largest(moved) > 0:
+    if largest(moved) != 0:
+        return ()
+    if not moved:
         return ()
     text = "the adapters change no output of any component on these inputs: the merged pipeline is the base"
     task.progress.warn(text)
