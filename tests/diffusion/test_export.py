@@ -231,6 +231,32 @@ def test_steps_stay_in_fp32_until_their_sine_is_known(positions: tuple[str, ...]
     assert np.abs(found - np.sin([2.5, 1.25])).max() < 1e-3
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_distances_stay_in_fp32_until_they_are_buckets(trained: bool) -> None:
+    """As T5 counts them: ⌊8 · log(distance / 8) / log 16⌋. What weights take part in is no count."""
+    text = """
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (int64[n] distances) => (int64[n] buckets)
+        <float factor = {2.885390082}, float eight = {8.0}>
+        {
+            numbers = Cast <to = 1> (distances)
+            share = Div (numbers, eight)
+            logarithm = Log (share)
+            scaled = Mul (logarithm, factor)
+            buckets = Cast <to = 7> (scaled)
+        }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    for node in model.graph:
+        node.outputs[0].dtype = ir.DataType.INT64 if node.outputs[0].name == "buckets" else ir.DataType.FLOAT
+    if trained:
+        factor = model.graph.initializers["factor"]
+        factor.const_value = ir.ExternalTensor("", 0, 0, ir.DataType.FLOAT, shape=ir.Shape([]), name="factor")
+    halve(model, ir.DataType.FLOAT16)
+    (logarithm,) = (node for node in model.graph if node.op_type == "Log")
+    assert logarithm.outputs[0].dtype == (ir.DataType.FLOAT16 if trained else ir.DataType.FLOAT)
+    assert model.graph.outputs[0].dtype == ir.DataType.INT64
+
+
 # --- what is refused, before any work ----------------------------------------------------------------------
 
 

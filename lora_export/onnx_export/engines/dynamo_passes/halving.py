@@ -22,7 +22,8 @@ def halve(
 
     kept: whether the initializer of a name stays in fp32, and with it what is computed of it. The angles of rotary
     embeddings stay fp32 until their cos and sin are known: fp16 has no number between 2,048 and 2,050 for a
-    position. positions: floating-point inputs that such angles may be computed of, such as a step of 999.5.
+    position. So do distances between tokens until they are the number of a bucket, as T5 counts them. positions:
+    floating-point inputs that such angles may be computed of, such as a step of 999.5.
     """
     graph = model.graph
     angles = _angles(graph, positions)
@@ -49,12 +50,24 @@ def _angles(graph: Any, positions: Collection[str]) -> set[ir.Node]:
     """Cos and Sin, and all that they are computed of, where that is positions and constants alone."""
     found: set[ir.Node] = set()
     for node in graph:
-        if node.op_type not in _ANGLES:
+        if node.op_type not in _ANGLES and not _becomes_whole(node):
             continue
         before: set[ir.Node] = set()
-        if _gather(node, before, positions):
+        if _gather(node, before, positions) and (node.op_type in _ANGLES or not _reads_weights(before)):
             found |= before
     return found
+
+
+def _becomes_whole(node: ir.Node) -> bool:
+    """Whether a floating-point number becomes an integer here."""
+    if node.op_type != "Cast" or node.inputs[0] is None or node.inputs[0].dtype != ir.DataType.FLOAT:
+        return False
+    return bool(ir.DataType(node.attributes["to"].as_int()).is_integer())
+
+
+def _reads_weights(nodes: Collection[ir.Node]) -> bool:
+    """Whether numbers of the checkpoint, which have no values here, take part."""
+    return any(isinstance(v.const_value, ir.ExternalTensor) for n in nodes for v in n.inputs if v is not None)
 
 
 def _gather(node: ir.Node, into: set[ir.Node], positions: Collection[str]) -> bool:
