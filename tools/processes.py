@@ -126,11 +126,12 @@ def circumstances(work: Path, out: Path) -> dict[str, Any]:
     """Machine, versions and file systems, with nothing that names the machine or its user."""
     from lora_export.benchmarking.environment import describe
     from lora_export.manifest import versions
+    from lora_export.storage.documents import as_json
 
     code = str(Path(lora_export.__file__).parent)
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "machine": describe(),
+        "machine": as_json(describe()),
         "file_systems": {"inputs": file_system(work), "output": file_system(out)},
         "versions": versions()
         | {"lora-export": first_line("git", "-C", code, "describe", "--always", "--dirty")}

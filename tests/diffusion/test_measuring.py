@@ -1,5 +1,6 @@
 """The benchmark of a pipeline: what a denoiser is fed, which arms there are, what is said of the graphs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from lora_export.benchmarking.buffers import Shape
+from lora_export.commands.main import cli
 from lora_export.contracts import BenchmarkOptions, Component, Pipeline
 from lora_export.errors import InputError
 from lora_export.graph_runs.denoiser import as_arguments, is_denoiser, step_feed
 from lora_export.graph_runs.signature import GraphValue, Signature
 from lora_export.progress import Silent
+from lora_export.report import load
 from lora_export.workflows.pipelines.measuring import (
     measure,
     own_side,
@@ -192,3 +196,39 @@ def test_measure_of_a_denoiser_alone_takes_its_only_graph(tmp_path: Path) -> Non
     assert result.graphs.keys() == {"denoiser"} and result.cells[0].phase == "denoise"
     told = with_pictures(result, base / "unet", merged / "unet", None, Silent())
     assert "no time of a picture: a denoiser alone makes none" in told.notes
+
+
+def test_benchmark_of_exported_pipelines_writes_a_report(tmp_path: Path) -> None:
+    folders, parts = [], {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index = {"_class_name": "KandinskyPipeline", **parts}
+    for name, value in (("base", 0.1), ("merged", 0.2)):
+        folder = export(tmp_path / name, value)
+        (folder / "model_index.json").write_text(json.dumps(index))
+        (folder / "unet" / "config.json").write_text(json.dumps({"sample_size": 10}))
+        (folder / "vae_decoder" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8]}))
+        folders.append(str(folder))
+    out = tmp_path / "latency"
+    told = [
+        "benchmark",
+        "-b",
+        folders[0],
+        "-m",
+        folders[1],
+        "-o",
+        str(out),
+        "--max-time",
+        "1s",
+        "--margin",
+        "50%",
+    ]
+    result = CliRunner().invoke(cli, told)
+    assert result.exit_code == 0, result.output
+    assert "denoise b1 latent 10" in result.output
+    bench = load(out).benchmark
+    assert bench and bench.graphs.keys() == {"unet", "vae_decoder"} and bench.pictures == ()
+    assert any("no package is made of KandinskyPipeline" in note for note in bench.notes)
+    for more, words in ((["-u", folders[0]], "--unmerged with an exported"), ([], "measured against its base")):
+        told = ["benchmark", *(["-b", folders[0]] if more else []), "-m", folders[1], "-o", str(tmp_path / "other")]
+        result = CliRunner().invoke(cli, [*told, *more])
+        assert result.exit_code == 1 and words in result.output, result.output
+    assert not (tmp_path / "other").exists()

@@ -169,7 +169,7 @@ def eight_bit_inputs(unmerged: Any, block: int, layers: Collection[str] | None) 
     paths = linear if layers is None or not set(layers) <= linear.keys() else layers
 
     def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (_eight_bits(args[0], block), *args[1:])
+        return (eight_bits(args[0], block), *args[1:])
 
     with contextlib.ExitStack() as stack:
         for path in paths:
@@ -188,7 +188,7 @@ def eight_bit_weights(unmerged: Any) -> Iterator[None]:
         if name not in names:
             return weight
         rows = weight.T if names[name] == 0 else weight
-        eight = _eight_bits(rows, rows.shape[-1])
+        eight = eight_bits(rows, rows.shape[-1])
         return eight.T.contiguous() if names[name] == 0 else eight
 
     with streaming.changing(unmerged, rounded):
@@ -208,7 +208,7 @@ def _wraps_linear(module: Any) -> bool:
     return isinstance(getattr(module, "base_layer", None), nn.Linear | Conv1D)
 
 
-def _eight_bits(values: torch.Tensor, block: int) -> torch.Tensor:
+def eight_bits(values: torch.Tensor, block: int) -> torch.Tensor:
     if not values.is_floating_point():
         return values
     width = values.shape[-1]

@@ -6,24 +6,35 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from lora_export.choices import Precision
-from lora_export.validation.comparing.arithmetic import Arithmetic, in_double
+from lora_export.validation.comparing.arithmetic import Arithmetic, eight_bits, in_double
+from lora_export.validation.pipelines.loading import Modules
 
 UNIT = 2.0**-23  # of a timestep: what its product with a rounded frequency may be off by
 _TIMES = ("timestep", "guidance")
 
 
-def arithmetic_of(precision: Precision, narrow: torch.dtype = torch.float16) -> Arithmetic:
-    """How a graph in a precision computes. narrow: of fp16, or the wider type where fp16 overflows."""
-    return Arithmetic(narrow if precision == "fp16" else torch.float32)
-
-
 def computing(how: Arithmetic) -> contextlib.AbstractContextManager[Any]:
     """Inside, models in fp32 compute in a type; fp32 itself is held against float64."""
     return in_double() if how.dtype == torch.float32 else _InType(how.dtype)
+
+
+@contextlib.contextmanager
+def eight_bit_inputs(model: nn.Module, how: Arithmetic) -> Iterator[None]:
+    """Inside, the layers whose products a quantized graph computes on 8 bits get inputs of 8 bits."""
+    block = how.inputs
+
+    def rounded(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (eight_bits(args[0], block or 0), *args[1:])
+
+    with contextlib.ExitStack() as stack:
+        places = Modules(model)
+        for name in how.layers or () if block is not None else ():
+            stack.callback(places.find(name)[1].register_forward_pre_hook(rounded).remove)
+        yield
 
 
 class _InType(TorchDispatchMode):  # type: ignore[no-untyped-call]

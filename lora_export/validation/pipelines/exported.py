@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from lora_export.choices import Precision
-from lora_export.contracts import Check, Component, ExportedPipeline, Progress
+from lora_export.contracts import Check, Component, ExportedPair, ExportedPipeline, Progress
 from lora_export.storage.sealed import read_json
 from lora_export.validation.comparing.arithmetic import Arithmetic
-from lora_export.validation.pipelines.arithmetic import arithmetic_of, computing, moved_times
+from lora_export.validation.graphs.exports import arithmetic_of
+from lora_export.validation.pipelines.arithmetic import computing, eight_bit_inputs, moved_times
 from lora_export.validation.pipelines.graphs import DECODER, ENCODER, Graph, Part, in_place, numbers_into, parts_of
 from lora_export.validation.pipelines.loading import load
 from lora_export.validation.pipelines.outputs import Floor, Outputs, SampleFloor, answers, apart, rmse
@@ -65,6 +66,12 @@ def precision_of(part: Part, export: ExportedPipeline) -> Precision:
     return precision
 
 
+def computed_as(part: Part, export: ExportedPipeline) -> Arithmetic:
+    """The arithmetic of a graph: of its type, and of what it does with inputs of 8 bits."""
+    folder = part.path.parent
+    return arithmetic_of(ExportedPair(folder, folder, precision_of(part, export), 0), (part.path,))
+
+
 def expected_of(
     export: ExportedPipeline, components: Mapping[str, Component], reference: Reference, progress: Progress
 ) -> Expected:
@@ -81,8 +88,9 @@ def expected_of(
         given = calls[part.name]
         outputs[part.name] = floor.reference if floor else answers(model, given)
         rounding[part.name] = floor.draws if floor else []
-        how = arithmetic_of(precision_of(part, export))
-        found = _computed(model, given, how)
+        how = computed_as(part, export)
+        with eight_bit_inputs(reference.models[part.component], how):
+            found = _computed(model, given, how)
         causes = [apart(outputs[part.name], found)] * how.times
         if part.component in DENOISERS:
             with moved_times(reference.models[part.component]):
@@ -105,12 +113,15 @@ def _moved(export: ExportedPipeline, parts: Sequence[Part], reference: Reference
     if sampler is None:
         return []
     denoiser = next(reference.models[p.component] for p in parts if p.component in DENOISERS)
-    how = arithmetic_of(export.precision)
-    with computing(how):
-        moved = [sampler.sample()]
-    if not bool(moved[0].picture.isfinite().all()):
-        with computing(how.in_bfloat16()):
+    how = computed_as(next(p for p in parts if p.component in DENOISERS), export)
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(eight_bit_inputs(reference.models[part.component], computed_as(part, export)))
+        with computing(how):
             moved = [sampler.sample()]
+        if not bool(moved[0].picture.isfinite().all()):
+            with computing(how.in_bfloat16()):
+                moved = [sampler.sample()]
     with moved_times(denoiser):
         moved.append(sampler.sample())
     return moved
@@ -208,7 +219,7 @@ def _graph_checks(
 ) -> list[Check]:
     """Against PyTorch with the graph's numbers, where arithmetic alone differs, and against the unmerged model."""
     calls, reference = expected.calls[part.name], expected.reference[part.name]
-    how = f"arithmetic in {precision_of(part, export)}"
+    how = computed_as(part, export).words
     alone = Floor(calls, own, expected.arithmetic[part.name], f"{how}, against PyTorch with the graph's numbers")
     name = f"{export.prefix}{part.name}"
     known = apart(reference, own) if quantized else ()

@@ -159,7 +159,8 @@ def numbers_into(model: Any, graph: Graph, merged: Component, prefix: str) -> tu
         rows = tensor.data.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
         rows[held.start : held.stop] = held.values.reshape(held.stop - held.start, -1)
         tensor.data = rows.reshape(tensor.shape)
-    return seen.checks(f"{prefix}{graph.part.name}_", "the merged component"), quantized
+    checks = seen.checks(f"{prefix}{graph.part.name}_", "the merged component")
+    return checks, quantized and not seen.wrong  # what wrong numbers do is no shift to be allowed for
 
 
 def _tensor(modules: Modules, name: str) -> torch.Tensor:
