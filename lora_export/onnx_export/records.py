@@ -134,7 +134,8 @@ def document(record: ExportRecord) -> dict[str, Any]:
     """The record as JSON, without fields that this sort of export does not have."""
     fields: dict[str, Any] = as_json(record)
     absent = {k for k in ("files", "pluggable", "calibration", "components") if fields[k] is None}
-    absent |= {k for k in ("sentence_modules", "part") if not fields[k]}
+    absent |= {"sentence_modules"} if not record.sentence_modules else set()
+    absent |= {"part"} if not record.part else set()
     return {k: v for k, v in fields.items() if k not in absent}
 
 

@@ -36,13 +36,13 @@ def _scaled_dot_product(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
+    *dropout: Any,
     is_causal: bool = False,
     scale: float | None = None,
     **others: Any,
 ) -> Any:
     """(batch, heads, length, size) → the same shape; torch's own where a mask or a rule comes with it."""
-    if attn_mask is not None or is_causal or query.dim() != 4 or others.get("enable_gqa"):
+    if attn_mask is not None or is_causal or query.dim() != 4 or dropout or others.get("enable_gqa"):
         return NotImplemented
     result, _ = attention(torch.nn.Identity(), query, key, value, None, scaling=scale)
     return result.transpose(1, 2)

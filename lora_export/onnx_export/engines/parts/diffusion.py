@@ -102,7 +102,7 @@ def _transformer(model: Any) -> GraphPart:
 
 def _sd3(model: Any) -> GraphPart:
     config, patch = model.config, model.config.patch_size
-    model.pos_embed.cropped_pos_embed = functools.partial(_cropped, model.pos_embed)
+    vars(model.pos_embed)["cropped_pos_embed"] = functools.partial(_cropped, model.pos_embed)
     size = 6 * patch, 9 * patch
     inputs = {
         "hidden_states": _floats(BATCH, config.in_channels, *size, batch_size=0, height=2, width=3),
