@@ -57,5 +57,6 @@ def _check_graph(architecture: Architecture, result: ExportResult) -> None:
 def test_export_matrix_has_every_family() -> None:
     assert len(ALL) >= 20
     assert ALL.keys() >= QUICK
-    for engine in engines().values():
-        assert any(engine.exports({"architectures": [name]}) for name in ALL)
+    for name, engine in engines().items():
+        if name != "diffusion":  # tests/diffusion/test_export.py has its families
+            assert any(engine.exports({"architectures": [each]}) for each in ALL)

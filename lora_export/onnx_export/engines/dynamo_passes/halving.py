@@ -62,7 +62,7 @@ def _becomes_whole(node: ir.Node) -> bool:
     """Whether a floating-point number becomes an integer here."""
     if node.op_type != "Cast" or node.inputs[0] is None or node.inputs[0].dtype != ir.DataType.FLOAT:
         return False
-    return ir.DataType(node.attributes["to"].as_int()).is_integer()
+    return bool(ir.DataType(node.attributes["to"].as_int()).is_integer())
 
 
 def _reads_weights(nodes: Collection[ir.Node]) -> bool:
