@@ -180,9 +180,7 @@ def _module(graph: _Graph) -> Any:
     import torch
     from diffusers.configuration_utils import FrozenDict
 
-    first = (
-        ("input_ids", "attention_mask") if graph._stage == 0 else ("sample", "timestep", "encoder_hidden_states")
-    )
+    first = _OF_DENOISER if graph.folder.name in DENOISERS else _OF_ENCODER
 
     class Module(torch.nn.Module):
         dtype = torch.float32
@@ -191,11 +189,11 @@ def _module(graph: _Graph) -> Any:
         # SDXL asks its UNet for the width of what it adds to a step.
         add_embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=graph.config.get(_ADDED_WIDTH)))
 
-        def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
             given = dict(zip(first, args, strict=False)) | kwargs | (kwargs.get(_ADDED) or {})
             return _Outputs(graph.run(given))
 
-        def decode(self, latents: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        def decode(self, latents: Any, **kwargs: Any) -> Any:
             return _Outputs(graph.run({"latent_sample": latents}))
 
         @contextlib.contextmanager
