@@ -1069,4 +1069,30 @@ MUTATIONS = (
         "pieces = [pieces[i] for i in _even(len(pieces), count)]", "pieces = pieces[:count]",
         "tests/onnx_export/test_statistics.py::test_windows_are_whole_and_taken_at_even_distances",
     ),
+    Mutation(
+        "alpha of a module in a style file is forgotten", "adapters/diffusion/kinds/module.py",
+        "(self.module.alpha / rank if self.module.alpha else 1.0)", "1.0",
+        "tests/diffusion/test_kinds.py::test_scale_is_alpha_by_rank_and_one_without_alpha",
+    ),
+    Mutation(
+        "swapped halves of a fused weight stay where they were", "adapters/diffusion/pieces.py",
+        "return Place(target, (Run(0, start + half, half), Run(half, start, half)))",
+        "return Place(target, (Run(0, start, half), Run(half, start + half, half)))",
+        "tests/diffusion/test_formats.py::test_merge_of_a_format_is_exact[flux kohya-fp32]",
+    ),
+    Mutation(
+        "every part of a fused weight gets the first rows", "adapters/diffusion/pieces.py",
+        "return Place(target, (Run(0, start, stop - start),))", "return Place(target, (Run(0, 0, stop - start),))",
+        "tests/diffusion/test_formats.py::test_merge_of_a_format_is_exact[sd3 kohya-bf16]",
+    ),
+    Mutation(
+        "float64 goes to 16 bits by way of fp32", "merging/running/rounding.py",
+        "if values.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):", "if True:",
+        "tests/merging/test_rounding.py",
+    ),
+    Mutation(
+        "copied components of a pipeline are not compared with the base's", "merging/pipelines/verifying.py",
+        "!= recorded.files[n].blake3", "is None",
+        "tests/diffusion/test_pipeline_merge.py::test_pipeline_verify_finds_another_base_and_another_adapter",
+    ),
 )  # fmt: skip
