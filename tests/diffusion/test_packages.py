@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -282,10 +284,7 @@ class Pipeline:
         assert drawn.shape == (height, width, 3) and latents.shape == (1, 4, 8, 8)
         OFF
         return types.SimpleNamespace(images=[drawn])
-module = types.ModuleType("optimum.onnxruntime")
-module.ORTStableDiffusionPipeline = Pipeline
-sys.modules["optimum"] = types.ModuleType("optimum")
-sys.modules["optimum.onnxruntime"] = module
+sys.modules["optimum.onnxruntime"].ORTStableDiffusionPipeline = Pipeline
 """
 
 
@@ -294,9 +293,11 @@ sys.modules["optimum.onnxruntime"] = module
     [("", "equal"), ("drawn[0, 0, 0] = (255 * drawn[0, 0, 0] + 128) % 256 / 255", 34.84), ("drawn[:] = 0", None)],
 )
 def test_program_prints_psnr_against_sample(
-    off: str, answer: Any, packed: Packed, capsys: pytest.CaptureFixture[str]
+    off: str, answer: Any, packed: Packed, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = packed("optimum")
+    for name in ("optimum", "optimum.onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
     facts = contents.facts_of(folder, contents.read(folder))
     code = facts.target.check(facts, str(folder)).code
     exec(FAKE.replace("OFF", off) + code, {})
