@@ -5,7 +5,6 @@ graphs, and the text encoder of a pipeline other outputs than one that stands al
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +12,9 @@ from lora_export.choices import Precision
 from lora_export.errors import ExportError
 from lora_export.onnx_export.diffusion.components import CLASSES, PART, part_of
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
+from lora_export.onnx_export.engines.requested import requested
 from lora_export.onnx_export.quantize.settings import AUTO, GPTQ
 from lora_export.storage import sealed
-
-_RESULT = "made.json"
 
 
 class DiffusionEngine(Engine):
@@ -55,23 +53,14 @@ class DiffusionEngine(Engine):
         return False
 
     def run(self, job: ExportJob) -> Made:
-        request = {
-            "model": str(job.model.resolve()),
-            "output": str(job.output.resolve()),
-            "precision": job.precision,
-            "provider": job.provider,
-            "optimize": job.optimize,
-            "quantized": asdict(job.quantized) if job.quantized else None,
-            "architecture": architecture_of(job.config),
-            "library": "diffusers" if "_class_name" in job.config else "transformers",
-            "part": part_of(job.config),
-            "result": _RESULT,
-        }
-        job.worker.run("lora_export.onnx_export.engines.diffusion_process", request, engine=self.name)
-        path = Path(job.output, _RESULT)
-        made: dict[str, Any] = sealed.read_json(path)
-        path.unlink()
-        return Made(made["kind"], made["task"], tuple(made["graphs"]), True)
+        return requested(
+            job,
+            self.name,
+            "lora_export.onnx_export.engines.diffusion_process",
+            provider=job.provider,
+            library="diffusers" if "_class_name" in job.config else "transformers",
+            part=part_of(job.config),
+        )
 
     def accompany(self, model: Path, output: Path) -> None:
         """config.json alone: a pipeline's other files lie beside its models."""

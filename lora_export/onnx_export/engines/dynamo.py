@@ -1,17 +1,13 @@
 """Every other model through torch.onnx.export(dynamo=True), fused for ONNX Runtime, with Optimum's names."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export.choices import Precision
 from lora_export.errors import ExportError
 from lora_export.onnx_export.engines.export_tasks import task_of
 from lora_export.onnx_export.engines.protocol import Engine, ExportJob, Made, architecture_of
-from lora_export.storage import sealed
-
-_RESULT = "made.json"
+from lora_export.onnx_export.engines.requested import requested
 
 
 class DynamoEngine(Engine):
@@ -48,21 +44,8 @@ class DynamoEngine(Engine):
         return True
 
     def run(self, job: ExportJob) -> Made:
-        request = {
-            "model": str(job.model.resolve()),
-            "output": str(job.output.resolve()),
-            "precision": job.precision,
-            "optimize": job.optimize,
-            "quantized": asdict(job.quantized) if job.quantized else None,
-            "architecture": architecture_of(job.config),
-            "task": task_of(architecture_of(job.config)),
-            "result": _RESULT,
-        }
-        job.worker.run("lora_export.onnx_export.engines.dynamo_process", request, engine=self.name)
-        path = Path(job.output, _RESULT)
-        made: dict[str, Any] = sealed.read_json(path)
-        path.unlink()
-        return Made(made["kind"], made["task"], tuple(made["graphs"]), True)
+        module, task = "lora_export.onnx_export.engines.dynamo_process", task_of(architecture_of(job.config))
+        return requested(job, self.name, module, task=task)
 
 
 ENGINE = DynamoEngine()
