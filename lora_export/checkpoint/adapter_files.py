@@ -7,6 +7,7 @@ from lora_export.checkpoint.header import read_header
 from lora_export.checkpoint.reader import read_tensors, refuse_code
 from lora_export.checkpoint.tensor_files import TensorFiles
 from lora_export.checkpoint.trained_beside import refuse_lost
+from lora_export.checkpoint.weight_files import PICKLED
 from lora_export.errors import CheckpointError, InputError
 from lora_export.storage.sealed import LARGEST_SETTINGS, read_json, refuse_outward_link
 
@@ -15,7 +16,6 @@ WEIGHTS = "adapter_model.safetensors"
 INDEX = "adapter_model.safetensors.index.json"
 MLX = "adapters.safetensors"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Before axolotl's pull request 3585, an adapter that was gathered from FSDP shards kept the name of a model.
 # mlx-lm's name for the file comes last: a folder may hold PEFT's form of the same adapter, too.
 _NAMES = (
@@ -25,7 +25,7 @@ _NAMES = (
 )
 # Other adapters, by a file's name or pattern: what it is, what helps.
 _ELSEWHERE = {
-    "pytorch_lora_weights.safetensors": (
+    DIFFUSERS: (
         "a diffusers adapter, which belongs to an image model",
         "give its pipeline as -b, the folder with model_index.json",
     ),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_export.checkpoint.reader import Checkpoint, open_checkpoint, refuse_code
-from lora_export.checkpoint.weight_files import weight_files
+from lora_export.checkpoint.weight_files import PICKLED, variants_in, weight_files
 from lora_export.contracts import Component, Pipeline
 from lora_export.contracts.pipelines import Library
 from lora_export.errors import CheckpointError, InputError, LoraExportError
@@ -69,17 +69,14 @@ def open_pipeline(folder: Path) -> Pipeline:
 
 def open_component(component: Component, variant: str | None = None) -> Checkpoint:
     """The checkpoint of a component, with the weights of a variant where the component has such."""
-    has = variant is not None and any(f".{variant}" in p.name for p in component.folder.iterdir())
-    return open_checkpoint(component.folder, variant if has else None)
+    return open_checkpoint(component.folder, variant if variant in variants_in(component.folder) else None)
 
 
 def refuse_missing_variant(pipeline: Pipeline, variant: str | None) -> None:
     """InputError for a variant that no component has."""
-    if variant is not None:
-        for component in pipeline.components.values():
-            if any(f".{variant}" in p.name for p in component.folder.iterdir()):
-                return
-        weight_files(next(iter(pipeline.components.values())).folder, variant)
+    folders = [c.folder for c in pipeline.components.values()]
+    if variant is not None and not any(variant in variants_in(folder) for folder in folders):
+        weight_files(folders[0], variant)  # says which there are
 
 
 def _has_weights(folder: Path) -> bool:
@@ -87,7 +84,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _pickled(folder: Path) -> bool:
-    return any(p.suffix in (".bin", ".pt", ".pth", ".ckpt") for p in folder.iterdir())
+    return any(p.suffix in PICKLED for p in folder.iterdir())
 
 
 def _component(name: str, folder: Path, library: Library, class_name: str) -> Component:

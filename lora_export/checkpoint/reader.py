@@ -9,7 +9,7 @@ from typing import Any
 from lora_export.allowed import hub
 from lora_export.checkpoint.gguf import gguf_file, read_gguf
 from lora_export.checkpoint.header import read_header
-from lora_export.checkpoint.weight_files import PLAIN, WeightFiles, weight_files
+from lora_export.checkpoint.weight_files import PICKLED, PLAIN, WeightFiles, weight_files
 from lora_export.contracts import TensorInfo, TensorSource
 from lora_export.errors import CheckpointError, InputError
 from lora_export.storage.documents import decode
@@ -149,7 +149,7 @@ def _regular(path: Path) -> Path:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLED)
     if pickles:
         return CheckpointError(
             f"only pickled weights here ({', '.join(pickles[:3])}), which can run code when they are loaded",

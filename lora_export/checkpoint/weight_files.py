@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_export.errors import CheckpointError, InputError
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")  # endings of weights that can run code when they are loaded
 STEMS = ("model", "diffusion_pytorch_model")  # of transformers, of diffusers
 _NAME = re.compile(
     r"(?P<stem>model|diffusion_pytorch_model)(?:\.(?P<variant>[\w-]+?))?(?:-\d{5}-of-\d{5}(?:\.(?P<later>[\w-]+))?)?"

@@ -103,11 +103,17 @@ def read_pipeline_certificate(folder: Path) -> PipelineCertificate:
 
 def write_pipeline_certificate(stage: Path, planned: PipelinePlan) -> None:
     """Written last: it names every other file of the folder."""
-    write_sealed(stage / NAME, pipeline_certificate(stage, planned).as_json())
+    files = copied_files(stage, planned.components)
+    write_sealed(stage / NAME, pipeline_certificate(stage, planned, files).as_json())
 
 
-def pipeline_certificate(folder: Path, planned: PipelinePlan) -> PipelineCertificate:
-    """What a certificate says of a folder that was merged as planned; component certificates are read."""
+def pipeline_certificate(
+    folder: Path, planned: PipelinePlan, files: Mapping[str, CopiedFile]
+) -> PipelineCertificate:
+    """What a certificate says of a folder that was merged as planned; component certificates are read.
+
+    files: of `copied_files`.
+    """
     assert planned.pipeline.class_name is not None
     recorded = {n: read_certificate(folder / n) for n in planned.components}
     return PipelineCertificate(
@@ -136,7 +142,7 @@ def pipeline_certificate(folder: Path, planned: PipelinePlan) -> PipelineCertifi
             if t.operation == "updated" and t.relative_delta == 0
         ),
         tokens=planned.tokens.ids(planned.components),
-        files=copied_files(folder, planned.components),
+        files=files,
     )
 
 

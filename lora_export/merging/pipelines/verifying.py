@@ -1,6 +1,6 @@
 """A merged pipeline checked again: its certificate, what was copied, and each merged component as a model alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lora_export.merging.certificate.as_recorded import words
 from lora_export.merging.certificate.document import NAME
 from lora_export.merging.certificate.verify import Replan, verify_folder
 from lora_export.merging.pipelines.document import (
+    CopiedFile,
     PipelineCertificate,
     blake3_of,
     copied_files,
@@ -51,12 +52,16 @@ def verify_pipeline(
         findings.not_checked.append("everything else: the certificate was changed, so nothing it says is known")
         return findings.result()
     findings.judge("certificate", "complete, and agrees with its own digest", ())
-    findings.judge("files", f"{len(recorded.files)} copied files are as recorded", _files(folder, recorded))
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            refuse_outward_link(path, folder)
+    there = copied_files(folder, recorded.components)
+    findings.judge("files", f"{len(recorded.files)} copied files are as recorded", _files(folder, recorded, there))
     planned = None
     if base is not None and len(adapters) == len(recorded.adapters):
         planned = _planned(findings, recorded, base, adapters)
     if planned is not None:
-        _as_planned(findings, folder, recorded, planned)
+        _as_planned(findings, folder, recorded, planned, there)
     results = [findings.result()]
     for name in recorded.components:
         if (folder / name / NAME).is_file():
@@ -88,12 +93,8 @@ def _planned(
         return None
 
 
-def _files(folder: Path, recorded: PipelineCertificate) -> Iterator[str]:
+def _files(folder: Path, recorded: PipelineCertificate, there: Mapping[str, CopiedFile]) -> Iterator[str]:
     """How the files of a folder differ from the certificate's."""
-    for path in folder.rglob("*"):
-        if path.is_symlink():
-            refuse_outward_link(path, folder)
-    there = copied_files(folder, recorded.components)
     for name in sorted(there.keys() | recorded.files.keys()):
         if name not in there:
             yield f"{name} is missing"
@@ -109,7 +110,13 @@ def _files(folder: Path, recorded: PipelineCertificate) -> Iterator[str]:
             yield f"{name}/{NAME} is not the one that was written"
 
 
-def _as_planned(findings: Findings, folder: Path, recorded: PipelineCertificate, planned: PipelinePlan) -> None:
+def _as_planned(
+    findings: Findings,
+    folder: Path,
+    recorded: PipelineCertificate,
+    planned: PipelinePlan,
+    there: Mapping[str, CopiedFile],
+) -> None:
     """The certificate against one made anew of base and adapters, and what was copied against the base."""
     root = planned.pipeline.folder
     files = {p.relative_to(root).as_posix(): blake3_of(p) for p in to_copy(planned)[0]}
@@ -126,7 +133,7 @@ def _as_planned(findings: Findings, folder: Path, recorded: PipelineCertificate,
     more = f"; {len(extended)} have the adapters' tokens besides" if extended else ""
     findings.judge("copied_files", as_base + more, failures)
     try:
-        again = pipeline_certificate(folder, planned).as_json()
+        again = pipeline_certificate(folder, planned, there).as_json()
     except LoraExportError as error:
         findings.fail("pipeline", words(error))
         return
