@@ -14,6 +14,8 @@ from lora_export import merge, verify
 from lora_export.commands.main import cli
 from lora_export.contracts import AdapterChoice, MergeOptions
 from lora_export.errors import InputError, LoraExportError
+from lora_export.merging.certificate.document import NAME
+from lora_export.storage.sealed import read_sealed, write_sealed
 
 UNET, ENCODER = "down_blocks.0.attn.to_q", "text_model.encoder.layers.0.self_attn.q_proj"
 
@@ -221,3 +223,16 @@ def test_pipeline_verify_finds_another_base_and_another_adapter(base: Path, adap
     assert verify(out, base, adapter).verified
     save_file(load_file(adapter) | spelled("lora_unet_", UNET, 6, 9), adapter)
     assert "pipeline" in {c.name for c in verify(out, base, adapter).checks if not c.passed}
+
+
+def test_pipeline_merged_on_another_device_is_verified_on_the_cpu(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """No byte depends on the device, which is all that the certificates of such a merge say otherwise."""
+    out = tmp_path / "out"
+    merge(base, adapter, out)
+    path = out / NAME
+    document = {k: v for k, v in read_sealed(path).items() if k != "digest"}
+    document["options"]["device"] = "cuda"
+    write_sealed(path, document)
+    assert verify(out, base, adapter).verified

@@ -133,11 +133,12 @@ def _as_planned(
     more = f"; {len(extended)} have the adapters' tokens besides" if extended else ""
     findings.judge("copied_files", as_base + more, failures)
     try:
-        again = pipeline_certificate(folder, planned, there).as_json()
+        made = pipeline_certificate(folder, planned, there)
     except LoraExportError as error:
         findings.fail("pipeline", words(error))
         return
-    claimed = recorded.as_json()
+    # The plan follows from the recorded options; it is carried out on the CPU, on whatever device it was before.
+    claimed, again = recorded.as_json(), replace(made, options=recorded.options).as_json()
     odd = [n for n in claimed if n != "tool" and claimed[n] != again.get(n)]
     findings.judge(
         "pipeline", "base and adapters make this certificate again", [f"{n} is not what they make" for n in odd]
