@@ -82,7 +82,7 @@ def validate_folder(
             base.folder, adapters, merged, exports=pairs, dequantized=readable, progress=progress,
             options=replace(options, provider=provider, again=again),
         )  # fmt: skip
-        result = replace(result, merge_options=_only_certified(options.merge, given))
+        result = replace(result, merge_options=only_certified(options.merge, given))
         if not own_texts:
             return result
         kept = measure(base.folder, adapters, merged, own_texts, options.merge, readable, progress)
@@ -134,7 +134,7 @@ def merged_with(
     return replace(recorded, **own)
 
 
-def _only_certified(merged: MergeOptions, given: MergeOptions) -> tuple[str, ...]:
+def only_certified(merged: MergeOptions, given: MergeOptions) -> tuple[str, ...]:
     """The options that decide what is right, and that the caller did not state: the merged folder's own word."""
     changing = names(MergeOptions, lambda how: how.changes_result)
     return tuple(f"{n} {getattr(merged, n)}" for n in changing if getattr(merged, n) != getattr(given, n))

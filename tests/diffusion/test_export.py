@@ -7,6 +7,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -329,3 +330,15 @@ def test_half_of_an_autoencoder_leaves_out_the_other(bases: Bases) -> None:
     halves = [own_half(whole, placed({}, part)).tensors.keys() for part in ("vae_encoder", "vae_decoder")]
     assert halves[0] | halves[1] == whole.tensors.keys() and not halves[0] & halves[1]
     assert own_half(whole, placed({}, "unet")) is whole
+
+
+def test_other_files_of_a_pipeline_leave_out_checker_code_and_weights(tmp_path: Path) -> None:
+    """An export has these files, and `verify` asks for no others: Stable Diffusion 1.5 has a checker."""
+    made = ("scheduler/scheduler_config.json", "scheduler/code.py", "tokenizer/vocab.json", "tokenizer/old.bin")
+    for name in (*made, "safety_checker/config.json", "safety_checker/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    pipeline = Pipeline(tmp_path, "StableDiffusionPipeline", {}, ("scheduler", "tokenizer", "safety_checker"))
+    found = [p.relative_to(tmp_path).as_posix() for p in pipeline_export.other_files(pipeline)]
+    assert found == ["model_index.json", made[0], made[2]]
+    assert pipeline_export.other_files(replace(pipeline, class_name=None)) == []

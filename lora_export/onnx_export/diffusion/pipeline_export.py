@@ -194,18 +194,18 @@ def _written(
     started = monotonic()
     with files.output_folder(output, options.force, inputs=[pipeline.folder, *inputs]) as stage:
         made: dict[str, ComponentRecord] = {}
+        own: dict[str, ExportRecord] = {}
         for part in parts:
             progress.detail(f"{part.folder}: {part.component.class_name}")
             folder = stage / part.folder
             note = export(part, folder, progress)
-            one = records.read_record(folder)
+            own[part.folder] = one = records.read_record(folder)
             made[part.folder] = ComponentRecord(
                 part.component.class_name, part.component.name, one.precision, one.nodes, note,
                 sealed.sha256(folder / records.NAME),
             )  # fmt: skip
         _copy_others(pipeline, stage, progress)
         provider = resolve_provider("auto") if options.provider == "auto" else options.provider
-        own = {part.folder: records.read_record(stage / part.folder) for part in parts}
         record = ExportRecord(
             engine=ENGINE,
             precision=options.precision,
@@ -226,20 +226,25 @@ def _written(
     return load_export(output)
 
 
-def _copy_others(pipeline: Pipeline, stage: Path, progress: Progress) -> None:
-    """The scheduler, tokenizers and their like, byte for byte. What has weights of its own is left out."""
+def other_files(pipeline: Pipeline) -> list[Path]:
+    """What an export has besides models: the index, and all of the scheduler, tokenizers and their like but code
+    and weights. What has weights of its own and no graph is left out."""
     if pipeline.class_name is None:
-        return
-    sealed.copy(pipeline.folder / INDEX, stage / INDEX, pipeline.folder)
-    for name in (*pipeline.others, *(LEFT_OUT & pipeline.components.keys())):
-        source = pipeline.folder / name
-        if name in LEFT_OUT:
-            progress.warn(f"{name} is not exported: Optimum's pipelines take it from PyTorch, or do without")
-            continue
-        (stage / name).mkdir()
-        for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix not in SKIPPED_SUFFIXES and not path.name.startswith("."):
-                sealed.copy(path, stage / name / path.name, pipeline.folder)
+        return []
+    parts = [pipeline.folder / name for name in pipeline.others if name not in LEFT_OUT]
+    inside = [p for part in parts for p in sorted(part.iterdir())]
+    kept = (p for p in inside if p.suffix not in SKIPPED_SUFFIXES and not p.name.startswith("."))
+    return [pipeline.folder / INDEX, *(p for p in kept if p.is_file())]
+
+
+def _copy_others(pipeline: Pipeline, stage: Path, progress: Progress) -> None:
+    """Byte for byte."""
+    for name in sorted(LEFT_OUT & {*pipeline.others, *pipeline.components}):
+        progress.warn(f"{name} is not exported: Optimum's pipelines take it from PyTorch, or do without")
+    for path in other_files(pipeline):
+        target = stage / path.relative_to(pipeline.folder)
+        target.parent.mkdir(exist_ok=True)
+        sealed.copy(path, target, pipeline.folder)
 
 
 def _joined(proofs: Mapping[str, Proof | None]) -> Proof | None:

@@ -4,12 +4,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lora_export.checkpoint.companions import SKIPPED_SUFFIXES
 from lora_export.contracts import Findings, Pipeline, Progress
 from lora_export.errors import LoraExportError
 from lora_export.onnx_export import records
 from lora_export.onnx_export.diffusion.components import Part, parts_of
-from lora_export.onnx_export.diffusion.pipeline_export import ENGINE, GRAPH, INDEX, TASK
+from lora_export.onnx_export.diffusion.pipeline_export import ENGINE, GRAPH, TASK, other_files
 from lora_export.onnx_export.weights.recheck import Model, recheck
 from lora_export.storage import sealed
 
@@ -28,7 +27,7 @@ def recheck_pipeline(
     except LoraExportError as error:
         findings.fail("onnx_record", f"{error.found} ({error.where})" if error.where else error.found)
         return findings
-    known = _copied(pipeline)
+    known = {p.relative_to(pipeline.folder).as_posix() for p in other_files(pipeline)}
     passed = f"{len(known)} files beside the models are the pipeline's"
     findings.judge("onnx_files", passed, _others(folder, pipeline.folder, parts, known))
     for part in parts:
@@ -71,16 +70,6 @@ def _records(folder: Path, pipeline: Pipeline, parts: tuple[Part, ...]) -> Itera
         yield f"the pipeline has no {', '.join(sorted(told.keys() - {part.folder for part in parts}))}"
     if record.nodes != sum(one.nodes for one in told.values()):
         yield f"it has {record.nodes} nodes, its models {sum(one.nodes for one in told.values())}"
-
-
-def _copied(pipeline: Pipeline) -> set[str]:
-    """The files of a pipeline that its export has besides models: all of its scheduler, tokenizers and their like,
-    but code and weights."""
-    paths = [pipeline.folder / INDEX] if pipeline.class_name is not None else []
-    for name in pipeline.others:
-        inside = sorted((pipeline.folder / name).iterdir())
-        paths += [p for p in inside if p.suffix not in SKIPPED_SUFFIXES and not p.name.startswith(".")]
-    return {p.relative_to(pipeline.folder).as_posix() for p in paths if p.is_file()}
 
 
 def _others(folder: Path, pipeline: Path, parts: tuple[Part, ...], known: Collection[str]) -> Iterator[str]:

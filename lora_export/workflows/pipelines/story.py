@@ -22,7 +22,7 @@ from lora_export.contracts import (
     StoryOptions,
     StyleAdapter,
 )
-from lora_export.errors import ExportError, InputError
+from lora_export.errors import ExportError
 from lora_export.storage.disk import check_space
 from lora_export.workflows.pipelines.measuring import (
     Loaded,
@@ -61,6 +61,8 @@ def plan_story(
 
 def refuse_text_options(options: StoryOptions) -> None:
     """InputError for options that are about language models."""
+    from lora_export.workflows.pipelines.validating import refuse_given
+
     validation = options.validation
     given = {
         "--max-size": options.max_size is not None,
@@ -70,13 +72,7 @@ def refuse_text_options(options: StoryOptions) -> None:
         "--arm plugged": "plugged" in options.extra_arms,
         "--no-merged-folder": not options.merged_folder,
     }
-    for flag, asked in given.items():
-        if asked:
-            raise InputError(
-                f"{flag} with a pipeline of images",
-                expected="options that pipelines have: lora-export merge-and-export --help names them",
-                next_step=f"the same command without {flag}",
-            )
+    refuse_given(given, "options that pipelines have: lora-export merge-and-export --help names them")
 
 
 def tell_pipeline(

@@ -1,6 +1,6 @@
 """A merged pipeline and its ONNX exports against the unmerged pipeline, as an earlier run left them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from lora_export.merging.certificate.document import read_certificate
 from lora_export.merging.pipelines.document import is_merged_pipeline, read_pipeline_certificate
 from lora_export.merging.pipelines.planning import PipelinePlan, plan_pipeline
 from lora_export.storage.sealed import refuse_special
+from lora_export.workflows.validating import only_certified
 
 ADDED = frozenset({"lora", "locon", "tucker", "loha", "lokr", "full"})
 
@@ -61,7 +62,7 @@ def validate_pipeline_folder(
         opened[0], understood, opened[1], exports=exported(onnx), pictures=pictures,
         options=replace(options, merge=merge), progress=progress,
     )  # fmt: skip
-    return replace(result, merge_options=_only_certified(merge, options.merge))
+    return replace(result, merge_options=only_certified(merge, options.merge))
 
 
 def exported(folders: Sequence[Path]) -> tuple[ExportedPipeline, ...]:
@@ -92,11 +93,16 @@ def refuse_text_options(options: ValidationOptions, beside: Sequence[Path] = ())
         "--text": options.text is not None,
         "--compare-bases": options.bases is not None,
     }
+    refuse_given(given, "--steps, --size, --tolerance, --min-survival and options of the merge")
+
+
+def refuse_given(given: Mapping[str, bool], expected: str) -> None:
+    """InputError for the first option that was given although pipelines have no use for it."""
     for flag, asked in given.items():
         if asked:
             raise InputError(
                 f"{flag} with a pipeline of images",
-                expected="--steps, --size, --tolerance, --min-survival and options of the merge",
+                expected=expected,
                 next_step=f"the same command without {flag}",
             )
 
@@ -154,9 +160,3 @@ def merged_as(merged: Path, options: ValidationOptions) -> MergeOptions:
                 next_step=f"the same command without {flag}",
             )
     return replace(recorded, **{name: getattr(given, name) for name in free})
-
-
-def _only_certified(merged: MergeOptions, given: MergeOptions) -> tuple[str, ...]:
-    """The options that decide what is right, and that the caller did not state: the merged folder's own word."""
-    changing = names(MergeOptions, lambda how: how.changes_result)
-    return tuple(f"{n} {getattr(merged, n)}" for n in changing if getattr(merged, n) != getattr(given, n))
