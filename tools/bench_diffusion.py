@@ -15,7 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from processes import LORA_EXPORT, Arm, Command, Sample, circumstances, in_turn, measure, save, shown, spread
+from processes import (
+    LORA_EXPORT,
+    Arm,
+    Command,
+    Sample,
+    circumstances,
+    in_turn,
+    measure,
+    parsed,
+    save,
+    shown,
+    spread,
+)
 from random_models import written_once
 
 RANK, ALPHA = 32, 16.0
@@ -184,13 +196,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, help="JSON file to write (default: a new one in benchmarks/results)")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--fuse", nargs=3, type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.repeat < 1:
-        parser.error("--repeat must be at least 1")
-    options.out = options.out or options.work
-    for folder in (options.work, options.out):
-        folder.mkdir(parents=True, exist_ok=True)
-    return options
+    return parsed(parser)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from processes import (
     Sample,
     circumstances,
     in_turn,
+    parsed,
     save,
     shown,
     spread,
@@ -155,13 +156,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="folder for the outputs, such as /dev/shm (default: --work)")
     parser.add_argument("--save", type=Path, help="JSON file to write (default: a new one in benchmarks/results)")
-    options = parser.parse_args()
-    if options.repeat < 1:
-        parser.error("--repeat must be at least 1")
-    options.out = options.out or options.work
-    for folder in (options.work, options.out):
-        folder.mkdir(parents=True, exist_ok=True)
-    return options
+    return parsed(parser)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ A repetition runs each arm once, in the other order every second time; ratios ar
 a run, its inputs are read once and the last output is removed.
 """
 
+import argparse
 import os
 import shutil
 import statistics
@@ -120,6 +121,18 @@ def spread(values: Sequence[float]) -> Spread:
 def shown(values: Spread, unit: float, form: str) -> str:
     median, least, most = (format(values[k] / unit, form) for k in ("median", "min", "max"))
     return f"{median} ({least}–{most})"
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options `repeat`, `work` and `out` (None: as `work`) of a benchmark and its others, checked; the folders
+    are there."""
+    options = parser.parse_args()
+    if options.repeat < 1:
+        parser.error("--repeat must be at least 1")
+    options.out = options.out or options.work
+    for folder in (options.work, options.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    return options
 
 
 def circumstances(work: Path, out: Path) -> dict[str, Any]:
