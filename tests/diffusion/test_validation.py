@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_export.adapters.diffusion.kinds import kind_of
 from lora_export.contracts import AdapterChoice, Check, MergeOptions, ValidationOptions, ValidationResult
+from lora_export.contracts.pipelines import TrainedModule
 from lora_export.errors import InputError
 from lora_export.merging.pipelines.merging import merge_pipeline
 from lora_export.progress import Silent
-from lora_export.workflows.pipelines.validating import validate_pipeline_folder
+from lora_export.workflows.pipelines.validating import ADDED, validate_pipeline_folder
 from tests.diffusion.conftest import Bases
 from tests.diffusion.files import Plan, make
 
@@ -117,3 +119,11 @@ def test_validation_with_other_options_than_the_certificate_is_refused(bases: Ba
         validated(base, made, merged, replace(QUICK, text=made))
     with pytest.raises(InputError, match="this is none"):
         validated(base, made, base / "tokenizer")
+
+
+def test_sums_that_an_unmerged_forward_shows_are_named_as_kinds_are() -> None:
+    def kind(*parts: str) -> str:
+        return kind_of(TrainedModule("a", "unet", (), {part: part for part in parts}))
+
+    made = {kind("lora_down", "lora_up"), kind("lora_down", "lora_up", "lora_mid"), kind("hada_w1_a"), kind("diff")}
+    assert made | {kind("lokr_w1")} == ADDED

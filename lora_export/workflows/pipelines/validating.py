@@ -24,7 +24,7 @@ from lora_export.merging.pipelines.planning import PipelinePlan, plan_pipeline
 from lora_export.storage.sealed import refuse_special
 from lora_export.workflows.validating import only_certified
 
-ADDED = frozenset({"lora", "locon", "tucker", "loha", "lokr", "full"})
+ADDED = frozenset({"lora", "lora_tucker", "loha", "lokr", "full"})
 
 
 def validate_pipeline_folder(
