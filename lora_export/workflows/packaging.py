@@ -13,17 +13,18 @@ from lora_export.allowed import check_model_folder, check_package
 from lora_export.contracts import ExportOptions, ExportResult, PackageOptions, PackageResult, Progress
 from lora_export.contracts.option import kept
 from lora_export.errors import ExportError, InputError, OutputError
-from lora_export.packages import archive, bom, companions, contents, readme, signature
+from lora_export.packages import archive, bom, code, companions, contents, readme, signature
 from lora_export.packages.job import RUNS_OWN, PackageFacts, PackageJob, PackageTarget, Run, Sample, Variant
 from lora_export.packages.pipelines import laying
 from lora_export.packages.programs import NUMBERS, PROMPT
-from lora_export.packages.targets import target_named
+from lora_export.packages.targets import target_named, targets
 from lora_export.packages.tasks import task_of
 from lora_export.storage import files, sealed
 from lora_export.workflows.delivered import refuse_other_answer
 from lora_export.workflows.pipelines import packaging as pictures
 from lora_export.workflows.verifying import check_run
 
+_OF_ONE_TARGET = ("backend", "converter")
 WORST_AGREEMENT = 0.8  # least share of positions at which a variant should choose the token of the run's export
 
 
@@ -33,7 +34,9 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
     All or nothing. InputError for a run that failed, was changed since, or lacks what the runtime needs.
     """
     started = time.monotonic()
-    runtime, read = target_named(target), read_run(run, progress)
+    runtime = target_named(target)
+    _refuse_options(runtime, options)
+    read = read_run(run, progress)
     if runtime.needs_merged and read.merged is None:
         raise InputError(
             "the run has no merged folder (--no-merged-folder)",
@@ -60,7 +63,8 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         facts = _facts(read, runtime, name, exports, adapters, options)
         measured = _measured(read, exports, progress)
         progress.stage(f"package: {name} for {target}")
-        runtime.lay(PackageJob(read, stage, exports, facts))
+        runtime.lay(PackageJob(read, stage, exports, facts, options, progress))
+        code.write(stage, runtime.code(facts))
         if read.task.draws:
             pictures.lay_sample(stage, read, facts, progress)
         shutil.rmtree(work)
@@ -100,7 +104,16 @@ def _facts(
         config=run.config,
         adapters=adapters,
         weights=laying.weights_of(run.manifest.files),
+        backend=options.backend or "",
     )
+
+
+def _refuse_options(target: PackageTarget, options: PackageOptions) -> None:
+    """InputError for an option of another runtime."""
+    for field in _OF_ONE_TARGET:
+        if getattr(options, field) is not None and field not in target.own_options:
+            takers = [t.name for t in targets().values() if field in t.own_options]
+            raise InputError(f"--{field} with --for {target.name}", expected=f"--for {' or '.join(takers)} with it")
 
 
 def _complete(
@@ -118,7 +131,7 @@ def _complete(
     contents.write(stage, run, facts, kept(options), measured, hashes)
     if options.key is not None:
         signature.sign(stage, options.key)
-    check_package(stage, facts.target.file_names)
+    check_package(stage, code.names(facts))
     facts.target.check_folder(stage)
 
 

@@ -14,10 +14,10 @@ from lora_export.onnx_export import check_export, load_export
 from lora_export.onnx_export.weights import map as weights_map
 from lora_export.progress import Silent
 from lora_export.workflows.pipelines.exporting import export_pipeline_folder
+from tests.consumers.environments import diffusion_python, python
 from tests.diffusion.conftest import Bases
 from tests.diffusion.test_export import changed as change
 from tests.diffusion.tiny import PROMPT
-from tests.end_to_end.consumers import diffusion_python, python
 
 _DENOISER = {"sd15": "unet", "sdxl": "unet", "sd3": "transformer", "flux": "transformer"}
 _INPUTS = {

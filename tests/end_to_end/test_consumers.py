@@ -19,7 +19,7 @@ from lora_export.packages.targets import transformers_js
 from lora_export.progress import Silent
 from lora_export.workflows import delivered
 from lora_export.workflows.packaging import package
-from tests.end_to_end import consumers
+from tests.consumers import environments as consumers
 from tests.end_to_end.conftest import ROOT, Run, prepared
 from tests.packages.conftest import save_decoder
 from tests.packages.test_packages import FAKE_TRITON, PROMPT, run_readme

@@ -17,8 +17,8 @@ from lora_export.progress import Silent
 from lora_export.storage.documents import as_json
 from lora_export.storage.sealed import hash_folder, write_sealed
 from lora_export.workflows import delivered, verifying
+from tests.consumers import environments as consumers
 from tests.diffusion.files import Plan, make
-from tests.end_to_end import consumers
 from tests.end_to_end.conftest import ROOT, Run
 
 pytestmark = pytest.mark.slow

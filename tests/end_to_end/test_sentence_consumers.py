@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from tests.end_to_end import consumers
+from tests.consumers import environments as consumers
 from tests.end_to_end.conftest import Run, prepared
 from tests.onnx_export.conftest import save_tokenizer
 from tests.onnx_export.sentences import save_modules

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.end_to_end import consumers
+from tests.consumers import environments as consumers
 from tests.end_to_end.conftest import Run
 from tests.end_to_end.test_consumers import program
 from tests.onnx_export.conftest import VOCABULARY, save_tokenizer

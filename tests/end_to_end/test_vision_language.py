@@ -18,7 +18,7 @@ from lora_export.onnx_export import export, reweight
 from lora_export.progress import Silent
 from lora_export.report import load as load_report
 from tests import seeing
-from tests.end_to_end import consumers
+from tests.consumers import environments as consumers
 from tests.end_to_end.conftest import Run
 from tests.onnx_export.test_reweight import same_files
 

@@ -24,27 +24,37 @@ _CHROMIUM = (
 
 def optimum_python() -> Path:
     """The interpreter of an environment with optimum-onnx 0.1.0 and transformers 4.57."""
-    return _installed("optimum", OPTIMUM)
+    return installed("optimum", OPTIMUM)
 
 
 def diffusion_python() -> Path:
     """The interpreter of an environment with optimum-onnx 0.1.0, transformers 4.57 and diffusers 0.39."""
-    return _installed("optimum-diffusion", DIFFUSION)
+    return installed("optimum-diffusion", DIFFUSION)
 
 
 def sentence_python() -> Path:
     """The interpreter of an environment with sentence-transformers, its ONNX backend, and fastembed."""
-    return _installed("sentence-transformers", SENTENCES)
+    return installed("sentence-transformers", SENTENCES)
 
 
-def _installed(name: str, packages: Sequence[str]) -> Path:
+def installed(name: str, packages: Sequence[str], without: Sequence[str] = ()) -> Path:
+    """The interpreter of an environment of its own. without: what pip brings along and nothing here runs."""
     place = CACHE / name
-    ready = place / ".ready"
-    if not ready.is_file():
-        subprocess.run([sys.executable, "-m", "venv", place], check=True)
-        subprocess.run([place / "bin" / "pip", "install", "--quiet", *packages], check=True)
-        ready.touch()
+    ready, wanted = place / ".ready", "\n".join([*packages, *(f"without {w}" for w in without)])
+    if not ready.is_file() or ready.read_text() != wanted:
+        pip = [place / "bin" / "python", "-m", "pip"]
+        subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
+        subprocess.run([*pip, "install", "--quiet", *packages], check=True)
+        if without:
+            subprocess.run([*pip, "uninstall", "--quiet", "--yes", *without], check=True)
+        ready.write_text(wanted)
     return place / "bin" / "python"
+
+
+def version(interpreter: Path, package: str) -> str:
+    """The version of a package in an environment."""
+    asked = f"import importlib.metadata as m, json; print(json.dumps(m.version({package!r})))"
+    return str(python(interpreter, asked))
 
 
 def node_folder() -> Path:
