@@ -86,8 +86,8 @@ def deliver(kind: str, root: Path, call: Run) -> Delivered:
         root.mkdir(parents=True, exist_ok=True)
         build(root)
         # Latency is measured elsewhere: two seconds beside other tests are no measurement.
-        words = ["-b", root / "base", "-a", root / "adapter", "-o", root / "run", "--max-time", "2s", "--margin", "50%", "--force"]
-        code, _, talk = call("merge-and-export", *words)
+        words = ["-b", root / "base", "-a", root / "adapter", "-o", root / "run", "--force"]
+        code, _, talk = call("merge-and-export", *words, "--max-time", "2s", "--margin", "50%")
         assert code == 0, talk
         (root / "wanted.json").write_text(json.dumps(asdict(ask(root, prompts))))
     wanted = json.loads((root / "wanted.json").read_text())
