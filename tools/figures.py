@@ -278,7 +278,9 @@ def _cells() -> list[dict[str, Any]]:
 
 
 def _who(cell: dict[str, Any]) -> str:
-    return f"{cell['consumer']} {cell['version']}"
+    """With its version, of which a name such as "transformers 4" has the beginning."""
+    name, number = cell["consumer"], cell["version"]
+    return f"{name.removesuffix(' ' + number.partition('.')[0])} {number}"
 
 
 def _found(cell: dict[str, Any]) -> str:
@@ -315,19 +317,26 @@ def runtimes() -> str:
 
 
 def runtime_commands() -> str:
-    kinds: dict[tuple[str, str, str], list[str]] = {}
+    rows: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
     for c in (c for c in _cells() if c["result"] == "ok"):
-        kinds.setdefault((c["consumer"], c["package"], c["command"]), []).append(c["model"])
-    rows = [
-        [consumer, f"`{package}`", ", ".join(dict.fromkeys(models)), f"`{command.replace('|', chr(92) + '|')}`"]
-        for (consumer, package, command), models in kinds.items()
+        packages, models = rows.setdefault((c["consumer"], c["command"]), ([], []))
+        packages.append(f"`{c['package']}`")
+        models.append(c["model"])
+    told = [
+        [consumer, f"`{_cut(command)}`", *(", ".join(dict.fromkeys(some)) for some in lists)]
+        for (consumer, command), lists in rows.items()
     ]
-    return table(["runtime", "package", "model", "loads it"], rows)
+    return table(["runtime", "loads it", "package", "model"], told)
+
+
+def _cut(text: str) -> str:
+    """For a cell of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def runtimes_refused() -> str:
     rows = [
-        [_who(c), f"`{c['package']}`", f"{c['model']} ({c['name']})", c["said"].replace("|", chr(92) + "|")]
+        [_who(c), f"`{c['package']}`", f"{c['model']} ({c['name']})", _cut(c["said"])]
         for c in _cells() if c["result"] == "refused"
     ]  # fmt: skip
     return table(["runtime", "package", "model", "what it says"], rows)

@@ -12,7 +12,7 @@ from tests.consumers.environments import python
 from tests.consumers.models import TOKENS, Delivered
 
 pytestmark = pytest.mark.slow
-CONSUMER, COMMAND = "onnxruntime-genai", 'onnxruntime_genai.Model("genai")'
+CONSUMER, COMMAND = "onnxruntime-genai", 'onnxruntime_genai.Model("PACKAGE")'
 _HERE = Path(sys.executable)
 
 _CONTINUE = """

@@ -14,7 +14,7 @@ CONSUMER = "ONNX Runtime (Python)"
 
 
 def test_onnxruntime_continues_as_unmerged_decoder(decoder: Delivered) -> None:
-    command = 'onnxruntime.InferenceSession("optimum/model.onnx")'
+    command = 'onnxruntime.InferenceSession("PACKAGE/model.onnx")'
     with cell(CONSUMER, ort.__version__, "optimum", decoder.kind, decoder.name, command) as told:
         folder = decoder.package("optimum")
         session = ort.InferenceSession(folder / "model.onnx")
@@ -23,7 +23,7 @@ def test_onnxruntime_continues_as_unmerged_decoder(decoder: Delivered) -> None:
 
 
 def test_onnxruntime_encodes_as_unmerged_encoder(encoder: Delivered) -> None:
-    command = 'onnxruntime.InferenceSession("optimum/model.onnx")'
+    command = 'onnxruntime.InferenceSession("PACKAGE/model.onnx")'
     with cell(CONSUMER, ort.__version__, "optimum", encoder.kind, encoder.name, command) as told:
         folder = encoder.package("optimum")
         session = ort.InferenceSession(folder / "model.onnx")
@@ -37,7 +37,7 @@ def test_onnxruntime_encodes_as_unmerged_encoder(encoder: Delivered) -> None:
 @pytest.mark.parametrize("kind", ["encoder_decoder", "speech"])
 def test_onnxruntime_generates_as_unmerged_model(kind: str, request: pytest.FixtureRequest) -> None:
     delivered: Delivered = request.getfixturevalue(kind)
-    command = 'onnxruntime.InferenceSession("optimum/decoder_model_merged.onnx")'
+    command = 'onnxruntime.InferenceSession("PACKAGE/decoder_model_merged.onnx")'
     with cell(CONSUMER, ort.__version__, "optimum", delivered.kind, delivered.name, command) as told:
         folder = delivered.package("optimum")
         encoder, decoder = (

@@ -48,7 +48,7 @@ def test_optimum_answers_as_unmerged_model(kind: str, request: pytest.FixtureReq
     delivered: Delivered = request.getfixturevalue(kind.replace("-", "_"))
     interpreter, name = optimum_python(), CLASSES[kind]
     release = version(interpreter, "optimum-onnx")
-    command = f'{name}.from_pretrained("optimum")'
+    command = f'{name}.from_pretrained("PACKAGE")'
     with cell("Optimum", release, "optimum", kind, delivered.name, command) as told:
         folder = str(delivered.package("optimum"))
         code = _HEAD.format(name=name, folder=folder)

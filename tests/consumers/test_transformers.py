@@ -69,7 +69,7 @@ def test_transformers_answers_as_unmerged_model(
     delivered: Delivered = request.getfixturevalue(kind.replace("-", "_"))
     interpreter = Path(sys.executable) if consumer == NEW else optimum_python()
     release = version(interpreter, "transformers")
-    command = f'{CLASSES[kind]}.from_pretrained("{package}")'
+    command = f'{CLASSES[kind]}.from_pretrained("PACKAGE")'
     with cell(consumer, release, package, kind, delivered.name, command) as told:
         folder = delivered.merged if package == "merged" else delivered.package(package)
         told.same(*compared(python(interpreter, code_for(folder, delivered)), delivered))
@@ -78,7 +78,7 @@ def test_transformers_answers_as_unmerged_model(
 def test_transformers_4_refuses_tokenizer_of_merged_folder(decoder: Delivered) -> None:
     """Which has the base's settings, in the spelling of transformers 5."""
     interpreter = optimum_python()
-    command = f'{CLASSES["decoder"]}.from_pretrained("merged")'
+    command = f'{CLASSES["decoder"]}.from_pretrained("PACKAGE")'
     with cell(OLD, version(interpreter, "transformers"), "merged", "decoder", decoder.name, command) as told:
         with pytest.raises(AssertionError) as failed:
             python(interpreter, code_for(decoder.merged, decoder))

@@ -97,5 +97,5 @@ def test_table_says_what_each_cell_says(monkeypatch: pytest.MonkeyPatch) -> None
         "`hf`: 192 of 192 tokens, 1 more model ok | not run |",
         "| fastembed 0.32 | not run | `hf`: 4e-7 |",
     ]
-    assert "| vLLM | `hf` | decoder | `vllm serve .` |" in figures.runtime_commands()
+    assert "| vLLM | `vllm serve .` | `hf`, `merged` | decoder |" in figures.runtime_commands()
     assert "| vLLM 0.32 | `gguf` | decoder (SmolLM2) | no \\| GGUF |" in figures.runtimes_refused()
