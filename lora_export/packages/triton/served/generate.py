@@ -59,7 +59,7 @@ class TritonPythonModel:
                 text = self.arrived.get()
                 if text is None:
                     for text in waiting:
-                        refuse(text.sender, "the server is stopping", triton.TritonError.UNAVAILABLE)
+                        refuse(text.sender, "the server is stopping", "UNAVAILABLE")
                     return
                 waiting.append(text)
             active = [waiting.popleft() for _ in range(min(ACTIVE, len(waiting)))]
@@ -70,7 +70,7 @@ class TritonPythonModel:
         try:
             if text.sender.is_cancelled():
                 triton.Logger.log_info(f"cancelled after {len(text.said)} of {text.most} tokens")
-                refuse(text.sender, "the client cancelled the request", triton.TritonError.CANCELLED)
+                refuse(text.sender, "the client cancelled the request", "CANCELLED")
                 return False
             token = text.settings.choose(self.decoder.step(text))
             if token not in self.ends:
@@ -79,12 +79,13 @@ class TritonPythonModel:
             text.send(over)
             return not over
         except Exception as error:  # told to this client; other texts go on
-            refuse(text.sender, f"{type(error).__name__}: {error}", triton.TritonError.INTERNAL)
+            refuse(text.sender, f"{type(error).__name__}: {error}", "INTERNAL")
             return False
 
 
-def refuse(sender: Any, words: str, code: int = triton.TritonError.INVALID_ARG) -> None:
-    response = triton.InferenceResponse(error=triton.TritonError(words, code))
+def refuse(sender: Any, words: str, code: str = "INVALID_ARG") -> None:
+    """End a request with an error. The server adds its error class after it has imported this file."""
+    response = triton.InferenceResponse(error=triton.TritonError(words, getattr(triton.TritonError, code)))
     sender.send(response, flags=triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
