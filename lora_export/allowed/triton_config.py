@@ -1,9 +1,9 @@
 """config.pbtxt of a model repository, as the Triton Inference Server would read it.
 
 Left out of the lists, and so refused: other backends, which are shared libraries or programs; `runtime`,
-`model_operations` and parameters such as EXECUTION_ENV_PATH, all of which name code to load. The Python backend runs
-the file that default_model_filename names, so only its default is allowed: model.py, which `verify` compares with
-this project's.
+`model_operations` and parameters such as EXECUTION_ENV_PATH, all of which name code to load. The Python backend
+runs the file that default_model_filename names, so only its default is allowed: model.py, which `verify` compares
+with this project's.
 """
 
 from pathlib import Path
@@ -30,7 +30,8 @@ _COMMON: Rule = {
 }
 _FOLDER = Value("the plain name of a model beside it", lambda v: isinstance(v, str) and sealed.plain_name(v))
 _NUMBERS = Value(
-    "digits and spaces", lambda v: isinstance(v, str) and v.isascii() and v.replace(" ", "0").isdigit() and len(v) < 200
+    "digits and spaces",
+    lambda v: isinstance(v, str) and v.isascii() and v.replace(" ", "0").isdigit() and len(v) < 200,
 )
 _CONFIGS: dict[str, Rule] = {
     "onnxruntime": {
@@ -65,10 +66,14 @@ def check_config(path: Path) -> tuple[str, str]:
         raise InputError(f"a configuration of more than {LIMIT} bytes", where=path)
     fields = _parsed(path)
     backend = (fields.get("backend") or [""])[0]
-    check(fields, _CONFIGS.get(backend if isinstance(backend, str) else "", _CONFIGS["onnxruntime"]), path.name, path)
+    check(
+        fields, _CONFIGS.get(backend if isinstance(backend, str) else "", _CONFIGS["onnxruntime"]), path.name, path
+    )
     for field in ("name", "backend"):
         if len(fields.get(field, [])) != 1:
-            raise InputError(f"{path.name} sets {field} {len(fields.get(field, []))} times", where=path, expected="once")
+            raise InputError(
+                f"{path.name} sets {field} {len(fields.get(field, []))} times", where=path, expected="once"
+            )
     return str(fields["name"][0]), str(backend)
 
 

@@ -86,8 +86,9 @@ def serving(repository: Path, work: Path, *words: str) -> Iterator[Server]:
     log = work / "server.log"
     command = [
         str(_home(interpreter) / "bin" / "tritonserver"), f"--model-repository={repository}",
-        f"--backend-directory={_backends(interpreter, work)}", "--http-address=127.0.0.1", f"--http-port={ports[0]}",
-        "--grpc-address=127.0.0.1", f"--grpc-port={ports[1]}", "--allow-metrics=false", "--exit-timeout-secs=5",
+        f"--backend-directory={_backends(interpreter, work)}", "--http-address=127.0.0.1",
+        f"--http-port={ports[0]}", "--grpc-address=127.0.0.1", f"--grpc-port={ports[1]}", "--allow-metrics=false",
+        "--exit-timeout-secs=5", "--log-verbose=1",
         f"--backend-config=python,shm-region-prefix-name=lora-export-{os.getpid()}-{ports[0]}", *words,
     ]  # fmt: skip
     with log.open("wb") as out:
@@ -127,7 +128,9 @@ def _environment(interpreter: Path) -> dict[str, str]:
     site = _home(interpreter).parents[1]
     asked = "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"
     python = subprocess.run([interpreter, "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
-    libraries = ":".join(filter(None, [str(site / "nvidia_pytriton.libs"), python, os.environ.get("LD_LIBRARY_PATH")]))
+    libraries = ":".join(
+        filter(None, [str(site / "nvidia_pytriton.libs"), python, os.environ.get("LD_LIBRARY_PATH")])
+    )
     path = f"{interpreter.parent}:{os.environ['PATH']}"
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return kept | _NO_BYTECODE | {"PATH": path, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(site)}
@@ -149,4 +152,6 @@ def _wait(server: Server) -> None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{server.address}/v2/health/ready", timeout=5):
             return
         time.sleep(0.2)
-    raise NotStarted(server.log.read_text(errors="replace")[-6000:])
+    log = server.log.read_text(errors="replace")
+    told = [line for line in log.splitlines() if line.startswith("E") or "UNAVAILABLE" in line]
+    raise NotStarted("\n".join([*told, log[-500:]]))

@@ -1,5 +1,4 @@
-"""config.pbtxt of a model repository, built with Triton's own protobuf classes, which quote every name correctly.
-"""
+"""config.pbtxt of a graph, built with Triton's own protobuf classes, which quote every name correctly."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -93,11 +92,11 @@ def _dims(value: ir.Value, batched: bool) -> list[int]:
 
 def _warm_up(pb: Any, config: Any, inputs: Sequence[ir.Value], batched: bool) -> "dict[str, np.ndarray[Any, Any]]":
     """One request, for which the server loads kernels and memory before the first user comes. Masks are ones, which
-    takes a file."""
+    takes a file. The server skips a request whose batch_size is not 1 or more, also of a model without batches."""
     import numpy as np
 
     files: dict[str, np.ndarray[Any, Any]] = {}
-    warm = config.model_warmup.add(name="first request", batch_size=1 if batched else 0)
+    warm = config.model_warmup.add(name="first request", batch_size=1)
     past = any(str(v.name).startswith("past") for v in inputs)
     for value in inputs:
         name, dims = str(value.name), [_warm_size(size, past) for size in sizes(value)[int(batched) :]]

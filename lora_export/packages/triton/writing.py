@@ -1,7 +1,7 @@
 """The model that takes and gives text, beside the graph of a decoder: its config.pbtxt, tokenizer and warm-up.
 
-It has no graph of its own: it opens that of the model beside it. Its tensors have the names of the generate endpoint's
-users: those of Triton's vLLM and TensorRT-LLM backends.
+It has no graph of its own: it opens that of the model beside it. Its tensors have the names that clients of the
+generate endpoint know from Triton's vLLM and TensorRT-LLM backends.
 """
 
 from collections.abc import Mapping
@@ -60,13 +60,15 @@ def _configured(facts: PackageFacts, generation: Mapping[str, Any]) -> Any:
     length = next((facts.config[n] for n in _LENGTHS if isinstance(facts.config.get(n), int)), None)
     parameters = {
         "graph": facts.name,
-        "end_tokens": " ".join(str(end) for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)),
+        "end_tokens": " ".join(
+            str(end) for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)
+        ),
         "context_length": str(length or ""),
     }
     for key, value in parameters.items():
         if value:
             made.parameters[key].string_value = value
-    warm = made.model_warmup.add(name="first request")
+    warm = made.model_warmup.add(name="first request", batch_size=1)
     sent = warm.inputs["text_input"]
     sent.MergeFrom(type(sent)(data_type=pb.DataType.Value("TYPE_STRING"), dims=[1], input_data_file="text_input"))
     return made
@@ -109,7 +111,9 @@ def _refuse_states(model: ir.Model) -> None:
     ]
     if other or unsized or "logits" not in {v.name for v in graph.outputs}:
         raise InputError(
-            f"the graph takes {', '.join(other or unsized)}, which no text says" if other or unsized else "no logits",
+            f"the graph takes {', '.join(other or unsized)}, which no text says"
+            if other or unsized
+            else "no logits",
             expected="a decoder that takes tokens and a cache",
             next_step=_INSTEAD,
         )

@@ -5,7 +5,6 @@ other. At most ACTIVE have a cache at a time; others wait.
 """
 
 import collections
-import json
 import math
 import queue
 import threading
@@ -98,7 +97,8 @@ class Settings:
             return default if tensor is None else tensor.as_numpy().flatten()[0]
 
         try:
-            self.prompt: str = given("text_input", b"").decode("utf-8")
+            text = given("text_input", None)
+            self.prompt: str = "" if text is None else text.decode("utf-8")
         except UnicodeDecodeError:
             raise ValueError("text_input is not UTF-8") from None
         self.tokens = int(given("max_tokens", MOST_TOKENS))
@@ -139,9 +139,11 @@ class Text:
         self.sender, self.settings, self.tokenizer = sender, settings, tokenizer
         self.prompt: list[int] = tokenizer.encode(settings.prompt).ids
         if not self.prompt:
-            raise ValueError("text_input has no tokens")
+            raise ValueError("text_input is missing, or has no tokens")
         if len(self.prompt) >= longest:
-            raise ValueError(f"text_input has {len(self.prompt)} tokens, and text is at most {longest} with its answer")
+            raise ValueError(
+                f"text_input has {len(self.prompt)} tokens, and text is at most {longest} with its answer"
+            )
         self.most = min(settings.tokens, longest - len(self.prompt))
         self.said: list[int] = []
         self.states: dict[str, Any] = {}

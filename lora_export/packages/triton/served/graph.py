@@ -48,7 +48,9 @@ class TritonPythonModel:
     def _answer(self, request: Any, values: Sequence[Any]) -> Any:
         wanted = set(request.requested_output_names())
         named = zip(self.outputs, values, strict=True)
-        return triton.InferenceResponse([triton.Tensor(n, np.ascontiguousarray(v)) for n, v in named if n in wanted])
+        return triton.InferenceResponse(
+            [triton.Tensor(n, np.ascontiguousarray(v)) for n, v in named if n in wanted]
+        )
 
 
 def _refusal(error: Exception) -> Any:

@@ -46,4 +46,6 @@ class TritonPythonModel:
     def _answer(self, request: Any, values: Sequence[Any]) -> Any:
         wanted = request.requested_output_names()
         named = zip(self.outputs, values, strict=True)
-        return triton.InferenceResponse([triton.Tensor(n, np.ascontiguousarray(v)) for n, v in named if n in wanted])
+        return triton.InferenceResponse(
+            [triton.Tensor(n, np.ascontiguousarray(v)) for n, v in named if n in wanted]
+        )
