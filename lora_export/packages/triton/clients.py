@@ -71,8 +71,8 @@ for _ in range({tokens}):
     cache = {{n.replace("present", "past_key_values"): v for n, v in out.items() if n != "logits"}}
 print(json.dumps({words}.decode(said, skip_special_tokens=True)))"""
 
-TEXT_NOTES = """`{name}` takes and gives text; its tokenizer runs in the server. The prompt is taken as it is: if the
-model has a chat template, apply it before you send the prompt.
+TEXT_NOTES = """`{name}` takes and gives text; its tokenizer runs in the server. The prompt is taken as it is: if
+the model has a chat template, apply it before you send the prompt.
 
 ```bash
 curl -s localhost:8000/v2/models/{name}/generate -d '{{"text_input": "Once upon", "max_tokens": 32}}'
