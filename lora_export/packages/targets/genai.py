@@ -64,7 +64,6 @@ class GenaiTarget(PackageTarget):
         extra = export.output / "audio_processor_config.json"
         if extra.is_file():
             sealed.copy(extra, job.stage / extra.name)
-        self._bound_length(job)
         self._configure(job, sealed.read_json(export.output / CONFIG))
 
     def _configure(self, job: PackageJob, made: Mapping[str, Any]) -> None:
@@ -72,14 +71,6 @@ class GenaiTarget(PackageTarget):
             config = configured(made, job.run, name)
             file = CONFIG if name == job.facts.providers[0] else f"genai_config.{name}.json"
             sealed.write_json(job.stage / file, config)
-
-    def _bound_length(self, job: PackageJob) -> None:
-        """tokenizer_config.json as the export bounded it: genai reads "no limit" as a 64-bit integer."""
-        path, made = job.stage / "tokenizer_config.json", job.exports[RUNS_OWN].output / "tokenizer_config.json"
-        if path.is_file() and made.is_file():
-            length = sealed.read_json(made).get("model_max_length")
-            bound = {"model_max_length": length} if length else {}
-            sealed.write_json(path, sealed.read_json(path) | bound)
 
     def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
         build, prompt = (_TEXT, prompt_of(facts)) if facts.task.input == "text" else (_SPEECH, _begun(facts))
