@@ -31,13 +31,12 @@ def _found(cell: dict[str, Any]) -> str:
 
 
 def _in_words(cells: Sequence[dict[str, Any]], common: Counter[str]) -> str:
-    """What a runtime makes of one kind of model: packages with one result together, further models by number."""
+    """What a runtime makes of one kind of model: packages with one result together, further models by name."""
     found: dict[str, list[str]] = {}
     for package in sorted({c["package"] for c in cells}, key=lambda name: (name != "merged", name)):
-        some = sorted((c for c in cells if c["package"] == package), key=lambda c: -common[c["name"]])
-        more = Counter("ok" if c["result"] == "ok" else c["result"] for c in some[1:])
-        words = [_found(some[0]), *(f"{n} more models {what}" for what, n in sorted(more.items()))]
-        found.setdefault(", ".join(words).replace("1 more models", "1 more model"), []).append(f"`{package}`")
+        first, *more = sorted((c for c in cells if c["package"] == package), key=lambda c: -common[c["name"]])
+        words = [_found(first), *(f"{c['name'].removeprefix(first['name'] + ', ')}: {_found(c)}" for c in more)]
+        found.setdefault("; ".join(words), []).append(f"`{package}`")
     return "<br>".join(f"{', '.join(packages)}: {words}" for words, packages in found.items()) or "not run"
 
 
