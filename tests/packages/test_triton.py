@@ -229,8 +229,6 @@ def test_triton_generate_refuses_graph_that_is_not_continued_by_tokens(
 def test_package_backend_of_triton_for_other_target_is_refused(
     target: str, decoder_run: Path, tmp_path: Path
 ) -> None:
-    target: str, decoder_run: Path, tmp_path: Path
-) -> None:
     result = run("package", decoder_run, "--for", target, "--backend", "python", "-o", tmp_path / "p")
     assert result.exit_code == 1 and "--backend with --for" in result.stdout
     assert not list(tmp_path.iterdir())
