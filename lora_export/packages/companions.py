@@ -2,7 +2,8 @@
 
 Configurations are written so that transformers 4.57 and 5 read them alike. 5 writes the rotary embedding as
 `rope_parameters` and has a tokenizer class of its own; 4.57 silently takes the default theta instead of the first,
-and stops at the second. Each version reads its own spelling, so both are written.
+and stops at the second. Each version reads its own spelling, so both are written. A tokenizer without a limit gets
+the model's own.
 """
 
 from collections.abc import Mapping
@@ -12,14 +13,16 @@ from typing import Any
 from lora_export.allowed.files import TEXTS
 from lora_export.errors import InputError
 from lora_export.folder_files import SENTENCE_MODULES, TOKENIZER_FILES, is_whole_tokenizer
+from lora_export.packages import text_length
 from lora_export.packages.job import Run
 from lora_export.storage import sealed
 
 _TOKENIZER_CONFIG, _FAST = "tokenizer_config.json", "tokenizer.json"
+_SENTENCE = "sentence_bert_config.json"
 # What processors and generation read. tokenizer_config.json is written anew.
 _READ = (TOKENIZER_FILES - {_TOKENIZER_CONFIG}) | {
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json",
-    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "modules.json", _SENTENCE, "config_sentence_transformers.json",
 }  # fmt: skip
 _LICENCES = ("licence", "license", "notice", "copying", "use_policy", "usage_policy", "copyright")
 _CLASS_OF_5, _CLASS_OF_4 = "TokenizersBackend", "PreTrainedTokenizerFast"
@@ -96,7 +99,9 @@ def _lay_tokenizer(run: Run, target: Path) -> None:
     settings = next((p for p in places if p.is_file()), None)
     if settings is not None or (target / _FAST).is_file():
         config = sealed.read_json(settings) if settings else {"tokenizer_class": _CLASS_OF_5}
-        sealed.write_settings(target / _TOKENIZER_CONFIG, tokenizer_for_both(config))
+        sentence = run.companions / _SENTENCE
+        most = text_length.most_tokens(run.config, sealed.read_json(sentence) if sentence.is_file() else {})
+        sealed.write_settings(target / _TOKENIZER_CONFIG, text_length.bounded(tokenizer_for_both(config), most))
 
 
 def licences(run: Run) -> list[Path]:
