@@ -40,7 +40,8 @@ class TritonTarget(PackageTarget):
             _refuse_for_python(facts, models)
         companions.lay(job.run, job.stage, modules=False)
         for part, model in models.items():
-            _lay_graph(job, clients.model_name(facts.name, part), model)
+            encoded = config.always_encoded(models)
+            _lay_graph(job, clients.model_name(facts.name, part), model, encoded)
         if writing.is_offered(facts):
             generation = job.run.companions / "generation_config.json"
             settings = sealed.read_json(generation) if generation.is_file() else {}
@@ -111,11 +112,12 @@ def _refuse_for_python(facts: PackageFacts, models: Mapping[str, ir.Model]) -> N
         )
 
 
-def _lay_graph(job: PackageJob, name: str, model: ir.Model) -> None:
+def _lay_graph(job: PackageJob, name: str, model: ir.Model, encoded: int | None) -> None:
     version = job.stage / name / "1" / "model.onnx"
     version.mkdir(parents=True)
     graphs.save(model, version / "model.onnx", "model.onnx.data", largest=2**62)
-    made, warm = config.configured(name, model, job.facts.providers[0], job.facts.backend or "onnxruntime")
+    backend = job.facts.backend or "onnxruntime"
+    made, warm = config.configured(name, model, job.facts.providers[0], backend, encoded)
     (job.stage / name / "config.pbtxt").write_text(config.as_text(made), encoding="utf-8")
     for file, value in warm.items():
         (job.stage / name / "warmup").mkdir(exist_ok=True)

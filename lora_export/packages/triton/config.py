@@ -1,6 +1,6 @@
 """config.pbtxt of a graph, built with Triton's own protobuf classes, which quote every name correctly."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -15,6 +15,7 @@ LARGEST_BATCH = 8
 QUEUE_MICROSECONDS = 1000  # that a request waits for others to batch with
 _BATCHED = (["batch"], ["batch_size"])
 _WARM_LENGTH, _WARM_PAST = 8, 1
+_ENCODED = ("encoder_hidden_states", "encoder_attention_mask")
 _TYPES = {
     "FLOAT": "TYPE_FP32", "FLOAT16": "TYPE_FP16", "BFLOAT16": "TYPE_BF16", "DOUBLE": "TYPE_FP64",
     "INT64": "TYPE_INT64", "INT32": "TYPE_INT32", "BOOL": "TYPE_BOOL", "UINT8": "TYPE_UINT8", "INT8": "TYPE_INT8",
@@ -43,9 +44,10 @@ def as_text(config: Any) -> str:
 
 
 def configured(
-    name: str, model: ir.Model, provider: str, backend: str
+    name: str, model: ir.Model, provider: str, backend: str, encoded: int | None = None
 ) -> "tuple[Any, dict[str, np.ndarray[Any, Any]]]":
-    """The ModelConfig of a graph, and the files that its warm-up reads. backend: onnxruntime or python."""
+    """The ModelConfig of a graph, and the files that its warm-up reads. backend: onnxruntime or python; encoded:
+    how many states the encoder beside it always has, None if that is up to its input."""
     pb = classes()
     graph = model.graph
     inputs = [value for value in graph.inputs if value.name not in graph.initializers]
@@ -62,7 +64,7 @@ def configured(
         config.default_model_filename = "model.onnx"
         for key, value in (_CUDA if provider == "cuda" else {}).items():
             config.parameters[key].string_value = value
-    return config, _warm_up(pb, config, inputs, batched)
+    return config, _warm_up(pb, config, inputs, batched, encoded or _WARM_LENGTH)
 
 
 def place(pb: Any, config: Any, provider: str) -> None:
@@ -90,7 +92,16 @@ def _dims(value: ir.Value, batched: bool) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in sizes(value)[int(batched) :]] or [1]
 
 
-def _warm_up(pb: Any, config: Any, inputs: Sequence[ir.Value], batched: bool) -> "dict[str, np.ndarray[Any, Any]]":
+def always_encoded(models: Mapping[str, ir.Model]) -> int | None:
+    """How many states an encoder among the models gives for every input, as Whisper's does; None if they vary."""
+    encoder = models.get("encoder_model")
+    length = sizes(encoder.graph.outputs[0])[1] if encoder is not None else None
+    return length if isinstance(length, int) else None
+
+
+def _warm_up(
+    pb: Any, config: Any, inputs: Sequence[ir.Value], batched: bool, encoded: int
+) -> "dict[str, np.ndarray[Any, Any]]":
     """One request, for which the server loads kernels and memory before the first user comes. Masks are ones, which
     takes a file. The server skips a request whose batch_size is not 1 or more, also of a model without batches."""
     import numpy as np
@@ -99,7 +110,9 @@ def _warm_up(pb: Any, config: Any, inputs: Sequence[ir.Value], batched: bool) ->
     warm = config.model_warmup.add(name="first request", batch_size=1)
     past = any(str(v.name).startswith("past") for v in inputs)
     for value in inputs:
-        name, dims = str(value.name), [_warm_size(size, past) for size in sizes(value)[int(batched) :]]
+        name = str(value.name)
+        length = encoded if name in _ENCODED else _WARM_LENGTH
+        dims = [_warm_size(size, past, length) for size in sizes(value)[int(batched) :]]
         sent = warm.inputs[name]
         sent.MergeFrom(type(sent)(data_type=_type(pb, value), dims=dims))
         if "mask" in name and value.dtype is not None:
@@ -110,11 +123,11 @@ def _warm_up(pb: Any, config: Any, inputs: Sequence[ir.Value], batched: bool) ->
     return files
 
 
-def _warm_size(size: int | str, past: bool) -> int:
+def _warm_size(size: int | str, past: bool, length: int) -> int:
     if isinstance(size, int):
         return size
     if "batch" in size:
         return 1
     if "total" in size or "+" in size:
         return _WARM_LENGTH + _WARM_PAST * past
-    return _WARM_PAST if "past" in size else _WARM_LENGTH
+    return _WARM_PAST if "past" in size else length
