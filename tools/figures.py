@@ -197,6 +197,16 @@ def serving() -> str:
     return table(["", *phases], rows)
 
 
+def vllm() -> str:
+    rows = []
+    for mode in ("compiled", "eager"):
+        for c in read(f"vllm-{mode}-*.json")["cells"]:
+            arms = [band(c["arms"][a]) for a in ("base again", "merged", "base, LoRA on", "unmerged")]
+            rows.append([f"{mode}, {c['phase']}, batch {c['batch']}", *arms])
+    head = ["time ÷ base's (90 % interval)", "base again", "merged", "a base request, LoRA on", "unmerged adapter"]
+    return table(head, rows)
+
+
 def continued() -> str:
     return "\n" + (RESULTS / "training-2026-11-26" / "continued.md").read_text(encoding="utf-8").strip() + "\n\n"
 
@@ -258,7 +268,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        graph_faults, combining, serving, continued, sizes, bases, mutants,
+        graph_faults, combining, serving, vllm, continued, sizes, bases, mutants,
         demo, inspected, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
     )
 }  # fmt: skip
