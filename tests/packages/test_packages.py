@@ -34,7 +34,7 @@ from lora_export.workflows.pluggable import export_pluggable
 from tests.daily import daily, later
 from tests.packages.conftest import Packed, save_decoder, save_lora
 
-DECODER_TARGETS = ["genai", "optimum", "triton", "transformers-js", "hf"]
+DECODER_TARGETS = ["genai", "optimum", "triton", "transformers-js", "hf", "mlflow"]
 ALL = [("decoder_run", t) for t in DECODER_TARGETS] + [("encoder_run", t) for t in DECODER_TARGETS[1:]]
 PROMPT = "The capital of France is"
 
