@@ -1,11 +1,15 @@
 """A folder for transformers.js: onnx/model_q4.onnx and so on, with data files that config.json counts."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import onnx_ir as ir
+
+from lora_export.contracts import Progress
 from lora_export.errors import ExportError, InputError
-from lora_export.packages import companions
+from lora_export.packages import browsers, companions
 from lora_export.packages.graphs import LARGEST_CHUNK
 from lora_export.packages.job import PackageFacts, PackageJob, PackageTarget, Run, Snippet, Variant
 from lora_export.packages.programs import javascript_program
@@ -58,7 +62,8 @@ class TransformersJsTarget(PackageTarget):
         folder.mkdir()
         chunks: dict[str, int] = {}
         for name, export in job.exports.items():
-            chunks |= hub_graphs.lay(export, folder, SUFFIXES[name], LARGEST_CHUNK)
+            adapt = partial(_adapt, job.progress, name)
+            chunks |= hub_graphs.lay(export, folder, SUFFIXES[name], LARGEST_CHUNK, adapt)
         many = next((n for n, count in chunks.items() if count > _MOST_CHUNKS), None)
         if many:
             raise ExportError(
@@ -86,6 +91,14 @@ class TransformersJsTarget(PackageTarget):
             f"The variants are {words}. In a browser, serve the folder and set `env.localModelPath` to its URL. "
             "Without a dtype, transformers.js takes fp32 on Node and q8 on WASM.\n"
         )
+
+
+def _adapt(progress: Progress, variant: str, model: ir.Model) -> None:
+    """Make a graph run in browsers as well, or warn that it does not."""
+    browsers.adapt(model)
+    left = list(browsers.remaining(model))
+    if left:
+        progress.warn(f"{variant} runs on Node only: browsers have no operator for {left[0]}")
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
