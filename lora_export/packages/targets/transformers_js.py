@@ -12,7 +12,7 @@ from lora_export.errors import ExportError, InputError
 from lora_export.packages import browsers, companions
 from lora_export.packages.graphs import LARGEST_CHUNK
 from lora_export.packages.job import PackageFacts, PackageJob, PackageTarget, Run, Snippet, Variant
-from lora_export.packages.programs import javascript_program
+from lora_export.packages.programs import javascript_program, web_page
 from lora_export.packages.targets import hub_graphs
 from lora_export.storage import sealed
 
@@ -28,6 +28,7 @@ _PRECISIONS = {
 _FP16_INT4 = ("q4f16",)  # of engines whose int4 graphs for CUDA compute in fp16; others' compute in fp32
 USUAL = ("fp32", "q8", "q4")  # the default of Node, that of browsers, and the smallest for both
 _MOST_CHUNKS = 100
+_FOLDER = "model"  # of a page
 _SETUP = "npm install --prefix .. @huggingface/transformers"
 
 
@@ -88,8 +89,11 @@ class TransformersJsTarget(PackageTarget):
     def notes(self, facts: PackageFacts) -> str:
         words = ", ".join(f'"{v}"' for v in facts.variants)
         return (
-            f"The variants are {words}. In a browser, serve the folder and set `env.localModelPath` to its URL. "
-            "Without a dtype, transformers.js takes fp32 on Node and q8 on WASM.\n"
+            f"The variants are {words}. Without a dtype, transformers.js takes fp32 on Node and on WebGPU, and q8 on "
+            "WASM. fp16 and q4f16 need a graphics card that computes in fp16.\n\n"
+            f"In a browser, on WebGPU or else on WASM: save this page beside this folder, which it calls `{_FOLDER}`, "
+            "and beside node_modules, and serve the three.\n\n"
+            f"```html\n{web_page(facts, _FOLDER, facts.variants[0])}```\n"
         )
 
 
