@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -267,12 +268,86 @@ def inspected() -> str:
     return f"\n```text\n{(RESULTS / 'inspect-lora-speeches.txt').read_text(encoding='utf-8').strip()}\n```\n\n"
 
 
+# --- runtimes --------------------------------------------------------------------------------------------------
+
+_KINDS = ("decoder", "encoder", "encoder-decoder", "speech", "vision-language", "pipeline")
+
+
+def _cells() -> list[dict[str, Any]]:
+    return list(read("runtimes-*.json")["cells"])
+
+
+def _who(cell: dict[str, Any]) -> str:
+    """With its version, of which a name such as "transformers 4" has the beginning."""
+    name, number = cell["consumer"], cell["version"]
+    return f"{name.removesuffix(' ' + number.partition('.')[0])} {number}"
+
+
+def _found(cell: dict[str, Any]) -> str:
+    if cell["result"] != "ok":
+        return str(cell["result"])
+    if cell["figure"] is not None:
+        return f"{cell['figure']:.0e}".replace("e-0", "e-")
+    tokens = re.search(r"\d[\d,]* of \d[\d,]* tokens", cell["compared"])
+    return tokens[0] if tokens else str(cell["compared"])
+
+
+def _in_words(cells: Sequence[dict[str, Any]], common: Counter[str]) -> str:
+    """What a runtime makes of one kind of model: packages with one result together, further models by number."""
+    found: dict[str, list[str]] = {}
+    for package in sorted({c["package"] for c in cells}, key=lambda name: (name != "merged", name)):
+        some = sorted((c for c in cells if c["package"] == package), key=lambda c: -common[c["name"]])
+        more = Counter("ok" if c["result"] == "ok" else c["result"] for c in some[1:])
+        words = [_found(some[0]), *(f"{n} more models {what}" for what, n in sorted(more.items()))]
+        found.setdefault(", ".join(words).replace("1 more models", "1 more model"), []).append(f"`{package}`")
+    return "<br>".join(f"{', '.join(packages)}: {words}" for words, packages in found.items()) or "not run"
+
+
+def runtimes() -> str:
+    cells = _cells()
+    common = Counter(c["name"] for c in cells)
+    kinds = [k for k in _KINDS if any(c["model"] == k for c in cells)]
+    names = (max((c["name"] for c in cells if c["model"] == k), key=common.__getitem__) for k in kinds)
+    head = ["", *(f"{kind}<br>{name}" for kind, name in zip(kinds, names, strict=True))]
+    rows = []
+    for who in dict.fromkeys(map(_who, cells)):
+        own = [c for c in cells if _who(c) == who]
+        rows.append([who, *(_in_words([c for c in own if c["model"] == k], common) for k in kinds)])
+    return table(head, rows)
+
+
+def runtime_commands() -> str:
+    rows: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
+    for c in (c for c in _cells() if c["result"] == "ok"):
+        packages, models = rows.setdefault((c["consumer"], c["command"]), ([], []))
+        packages.append(f"`{c['package']}`")
+        models.append(c["model"])
+    told = [
+        [consumer, f"`{_cut(command)}`", *(", ".join(dict.fromkeys(some)) for some in lists)]
+        for (consumer, command), lists in rows.items()
+    ]
+    return table(["runtime", "loads it", "package", "model"], told)
+
+
+def _cut(text: str) -> str:
+    """For a cell of a table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def runtimes_refused() -> str:
+    rows = [
+        [_who(c), f"`{c['package']}`", f"{c['model']} ({c['name']})", _cut(c["said"])]
+        for c in _cells() if c["result"] == "refused"
+    ]  # fmt: skip
+    return table(["runtime", "package", "model", "what it says"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
         graph_faults, combining, serving, continued, sizes, bases, mutants,
-        demo, inspected,
+        demo, inspected, runtimes, runtime_commands, runtimes_refused,
     )
 }  # fmt: skip
 

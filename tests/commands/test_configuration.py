@@ -90,7 +90,7 @@ ASKED_FOR = {
         adapter base base-onnx beside compare from graph-from merged model onnx original-base own-text pluggable
         plugged pytorch to tuned unmerged""",
     "what comes out": """
-        accuracy-level activations archive base-weights block-size calibration combine combine-on density
+        accuracy-level activations archive backend base-weights block-size calibration combine combine-on density
         dtype energy expert-layout expert-packing for keep license majority-sign name no-merged-folder
         picture precision quantizer rank rest seed shared-as skip split-qkv-alpha svd-rank task
         training-double-quant training-quantization variant""",
@@ -99,7 +99,7 @@ ASKED_FOR = {
         sessions size steps text validation-memory validation-seed""",
     "what passes": "allow-nonfinite margin min-survival tolerance",
     "what is said": "quiet",
-    "where it is written, and what is run": "dry-run force key output private push run runtime sign",
+    "where it is written, and what is run": "converter dry-run force key output private push run runtime sign",
 }
 
 
@@ -210,7 +210,9 @@ def test_configuration_bad_file_is_refused(here: Path, seen: dict[str, Any], tex
 
 
 def test_configuration_variables_cannot_set_outputs_or_programs() -> None:
-    names = {"output", "force", "dry-run", "run", "runtime", "key", "sign", "push", "private"}
+    names = {
+        "output", "force", "dry-run", "run", "runtime", "converter", "key", "sign", "push", "private",
+    }  # fmt: skip
     unset = [item for c in cli.commands.values() for item in configuration.options(c).items() if item[0] in names]
     assert {name for name, _ in unset} == names and not any(option.envvar for _, option in unset)
 

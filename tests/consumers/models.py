@@ -78,7 +78,7 @@ class Delivered:
         folder = self.root / "packages" / "refused"
         code, said, talk = self.call("package", self.root / "run", "--for", target, "-o", folder, *words)
         assert code == 1 and not folder.exists(), talk
-        return str(said.get("error", talk))
+        return str(said["found"])
 
 
 def deliver(kind: str, root: Path, call: Run) -> Delivered:

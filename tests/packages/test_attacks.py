@@ -113,7 +113,7 @@ def test_triton_package_with_a_python_backend_is_refused(decoder_run: Path, copi
     config.write_text(config.read_text().replace('"onnxruntime"', '"python"'))
     reseal(folder)
     result = run("verify", folder)
-    assert result.exit_code == 1 and "backend" in result.stdout and "config.pbtxt" in result.stdout
+    assert result.exit_code == 1 and "default_model_filename" in result.stdout and "config.pbtxt" in result.stdout
     config.write_text(config.read_text().replace('"python"', '"onnxruntime"'))
     (config.parent / "1" / "model.py").write_text("raise SystemExit")
     reseal(folder)

@@ -69,6 +69,14 @@ def test_verify_package_passes(made: tuple[Path, Path, str]) -> None:
     assert any("not signed" in text for text in found.not_checked)
 
 
+def test_package_tokenizer_states_length_of_model(made: tuple[Path, Path, str]) -> None:
+    """The bases' state none: other runtimes read transformers' 10^30 as a number of 64 bits, or refuse it."""
+    run, folder, _ = made
+    (settings,) = folder.rglob("tokenizer_config.json")
+    found = json.loads(settings.read_text())["model_max_length"]
+    assert found == json.loads((run / "onnx" / "config.json").read_text())["max_position_embeddings"]
+
+
 def test_package_is_reproducible(made: tuple[Path, Path, str], tmp_path: Path) -> None:
     run, folder, target = made
     again = package(run, target, tmp_path / "elsewhere", PackageOptions(**_quick(target)), Silent()).output
