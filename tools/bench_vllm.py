@@ -7,7 +7,7 @@
 Five arms: the base, the base again, the merged model, and an engine with LoRA switched on, asked for the base and
 for the adapter. Each engine is a process of its own and all live side by side; they are asked in turn, in a random
 order within a round. A step is a call of the engine: a prompt read, or a token generated for every row. Ratios are
-taken within a round, of medians, to both arms of the base together; intervals are those of lora_export.benchmarking.
+taken within a round, of medians, to both arms of the base together; intervals as in `lora-export benchmark`.
 
 vLLM does not compile the model on the CPU when LoRA is on (vllm/platforms/cpu.py), whatever it is told. Compiled,
 the ratio of the unmerged adapter holds that too; `--eager` compiles none. The base's request in the engine with
@@ -66,9 +66,9 @@ class Engine:
         )  # fmt: skip
         self.described = self._read()
 
-    def steps(self, cell: Cell, adapter: bool) -> list[float]:
+    def ask(self, phase: str, batch: int, steps: int, adapter: bool) -> list[Any]:
         assert self._process.stdin is not None
-        wanted = asdict(cell) | {"steps": STEPS[cell.phase], "adapter": adapter}
+        wanted = {"phase": phase, "batch": batch, "steps": steps, "adapter": adapter}
         self._process.stdin.write(json.dumps(wanted) + "\n")
         self._process.stdin.flush()
         return list(self._read())
@@ -100,6 +100,14 @@ def opened(asked: argparse.Namespace, merged: Path) -> dict[str, Engine]:
     return engines
 
 
+def agree(engines: dict[str, Engine]) -> None:
+    """SystemExit unless every arm is the model that it is called: the adapter changes tokens, merged and unmerged
+    alike."""
+    said = {arm: engines[name].ask("tokens", 1, 16, adapter) for arm, (name, adapter) in ARMS.items()}
+    if not said["base"] == said["base again"] == said["base, LoRA on"] != said["merged"] == said["unmerged"]:
+        raise SystemExit(f"the arms are not the models that they are called: {said}")
+
+
 def measured(
     engines: dict[str, Engine], cells: Sequence[Cell], rounds: int, seconds: float
 ) -> dict[Cell, dict[str, list[list[float]]]]:
@@ -110,7 +118,7 @@ def measured(
         for cell in cells:
             for arm in order.sample(list(ARMS), len(ARMS)):
                 name, adapter = ARMS[arm]
-                block = engines[name].steps(cell, adapter)
+                block = engines[name].ask(cell.phase, cell.batch, STEPS[cell.phase], adapter)
                 if at:
                     taken[cell][arm].append(block)
         print(f"round {at} of {rounds}", file=sys.stderr, flush=True)
@@ -139,6 +147,8 @@ def main() -> None:
         merged = merge(asked.base, [AdapterChoice(asked.adapter)], Path(scratch) / "merged").output
         engines = opened(asked, merged)
         try:
+            if asked.dtype == "float32":  # in 16 bits, rounding alone can choose another token
+                agree(engines)
             taken = measured(engines, cells, asked.rounds, 60 * asked.minutes)
         finally:
             for engine in engines.values():

@@ -7,31 +7,17 @@ A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. NAME is a fu
 """
 
 import argparse
-import json
 import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from generated import ROOT, settle
+from runtime_tables import runtime_commands, runtimes, runtimes_pictures, runtimes_refused
+from tables import RESULTS, read, table
 
-RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
-
-
-def read(pattern: str) -> Any:
-    """The newest result of this name."""
-    found = sorted(RESULTS.glob(pattern))
-    if not found:
-        raise SystemExit(f"no result {pattern} in {RESULTS}")
-    return json.loads(found[-1].read_text(encoding="utf-8"))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in lines) + "\n"
 
 
 def mb(size: float) -> str:
@@ -211,6 +197,16 @@ def serving() -> str:
     return table(["", *phases], rows)
 
 
+def vllm() -> str:
+    rows = []
+    for mode in ("compiled", "eager"):
+        for c in read(f"vllm-{mode}-*.json")["cells"]:
+            arms = [band(c["arms"][a]) for a in ("base again", "merged", "base, LoRA on", "unmerged")]
+            rows.append([f"{mode}, {c['phase']}, batch {c['batch']}", *arms])
+    head = ["time ÷ base's (90 % interval)", "base again", "merged", "a base request, LoRA on", "unmerged adapter"]
+    return table(head, rows)
+
+
 def continued() -> str:
     return "\n" + (RESULTS / "training-2026-11-26" / "continued.md").read_text(encoding="utf-8").strip() + "\n\n"
 
@@ -297,86 +293,12 @@ def inspected() -> str:
     return f"\n```text\n{(RESULTS / 'inspect-lora-speeches.txt').read_text(encoding='utf-8').strip()}\n```\n\n"
 
 
-# --- runtimes --------------------------------------------------------------------------------------------------
-
-_KINDS = ("decoder", "encoder", "encoder-decoder", "speech", "vision-language", "pipeline")
-
-
-def _cells() -> list[dict[str, Any]]:
-    return list(read("runtimes-*.json")["cells"])
-
-
-def _who(cell: dict[str, Any]) -> str:
-    """With its version, of which a name such as "transformers 4" has the beginning."""
-    name, number = cell["consumer"], cell["version"]
-    return f"{name.removesuffix(' ' + number.partition('.')[0])} {number}"
-
-
-def _found(cell: dict[str, Any]) -> str:
-    if cell["result"] != "ok":
-        return str(cell["result"])
-    if cell["figure"] is not None:
-        return f"{cell['figure']:.0e}".replace("e-0", "e-")
-    tokens = re.search(r"\d[\d,]* of \d[\d,]* tokens", cell["compared"])
-    return tokens[0] if tokens else str(cell["compared"])
-
-
-def _in_words(cells: Sequence[dict[str, Any]], common: Counter[str]) -> str:
-    """What a runtime makes of one kind of model: packages with one result together, further models by number."""
-    found: dict[str, list[str]] = {}
-    for package in sorted({c["package"] for c in cells}, key=lambda name: (name != "merged", name)):
-        some = sorted((c for c in cells if c["package"] == package), key=lambda c: -common[c["name"]])
-        more = Counter("ok" if c["result"] == "ok" else c["result"] for c in some[1:])
-        words = [_found(some[0]), *(f"{n} more models {what}" for what, n in sorted(more.items()))]
-        found.setdefault(", ".join(words).replace("1 more models", "1 more model"), []).append(f"`{package}`")
-    return "<br>".join(f"{', '.join(packages)}: {words}" for words, packages in found.items()) or "not run"
-
-
-def runtimes() -> str:
-    cells = _cells()
-    common = Counter(c["name"] for c in cells)
-    kinds = [k for k in _KINDS if any(c["model"] == k for c in cells)]
-    names = (max((c["name"] for c in cells if c["model"] == k), key=common.__getitem__) for k in kinds)
-    head = ["", *(f"{kind}<br>{name}" for kind, name in zip(kinds, names, strict=True))]
-    rows = []
-    for who in dict.fromkeys(map(_who, cells)):
-        own = [c for c in cells if _who(c) == who]
-        rows.append([who, *(_in_words([c for c in own if c["model"] == k], common) for k in kinds)])
-    return table(head, rows)
-
-
-def runtime_commands() -> str:
-    rows: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
-    for c in (c for c in _cells() if c["result"] == "ok"):
-        packages, models = rows.setdefault((c["consumer"], c["command"]), ([], []))
-        packages.append(f"`{c['package']}`")
-        models.append(c["model"])
-    told = [
-        [consumer, f"`{_cut(command)}`", *(", ".join(dict.fromkeys(some)) for some in lists)]
-        for (consumer, command), lists in rows.items()
-    ]
-    return table(["runtime", "loads it", "package", "model"], told)
-
-
-def _cut(text: str) -> str:
-    """For a cell of a table."""
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def runtimes_refused() -> str:
-    rows = [
-        [_who(c), f"`{c['package']}`", f"{c['model']} ({c['name']})", _cut(c["said"])]
-        for c in _cells() if c["result"] == "refused"
-    ]  # fmt: skip
-    return table(["runtime", "package", "model", "what it says"], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        graph_faults, combining, serving, continued, sizes, triton, bases, mutants,
-        demo, inspected, runtimes, runtime_commands, runtimes_refused,
+        graph_faults, combining, serving, vllm, continued, sizes, triton, bases, mutants,
+        demo, inspected, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
     )
 }  # fmt: skip
 

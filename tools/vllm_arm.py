@@ -2,9 +2,9 @@
 
     python vllm_arm.py '{"folder": …, "adapter": …, "dtype": …, "eager": …, "tokens": …, "batch": …}'
 
-The first line that is written says that the engine is ready. A request has `batch`, `phase` (prefill or decode),
-`steps` and `adapter` (whether it asks for it). The answer is the seconds of each step of the engine: of `steps`
-prompts that are read, or of `steps` tokens that are generated behind a short one.
+The first line that is written says that the engine is ready. A request has `batch`, `phase`, `steps` and `adapter`
+(whether it asks for it). The answer is the seconds of each step of the engine: of `steps` prompts that are read
+(prefill), or of `steps` tokens that are generated behind a short one (decode); or those tokens themselves (tokens).
 """
 
 import json
@@ -34,22 +34,24 @@ def main() -> None:
     adapter = LoRARequest("adapter", 1, asked["adapter"]) if asked["adapter"] else None
     count = 0
 
-    def steps(batch: int, length: int, tokens: int, chosen: object) -> list[float]:
-        """Seconds of each step until `batch` prompts have got their tokens; the first reads the prompts."""
+    def steps(batch: int, length: int, tokens: int, chosen: object) -> tuple[list[float], list[int]]:
+        """Seconds of each step until `batch` prompts have got their tokens, and the first one's tokens. The first
+        step reads the prompts."""
         nonlocal count
         sampling = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         for row in range(batch):
             count += 1
             ids = [100 + (7 * i + 13 * row) % 1000 for i in range(length)]
             engine.add_request(str(count), {"prompt_token_ids": ids}, sampling, lora_request=chosen)
-        taken = []
+        taken, said, first = [], [], str(count - batch + 1)
         while engine.has_unfinished_requests():
             started = time.perf_counter()
-            engine.step()
+            outputs = engine.step()
             taken.append(time.perf_counter() - started)
+            said = next((list(o.outputs[0].token_ids) for o in outputs if o.request_id == first), said)
         if len(taken) != tokens:
             raise SystemExit(f"{len(taken)} steps for {tokens} tokens: the prompts were not read in one")
-        return taken
+        return taken, said
 
     def answer(value: object) -> None:
         answers.write(json.dumps(value) + "\n")
@@ -60,9 +62,10 @@ def main() -> None:
         wanted = json.loads(line)
         chosen = adapter if wanted["adapter"] else None
         if wanted["phase"] == "prefill":
-            answer([steps(wanted["batch"], asked["tokens"], 1, chosen)[0] for _ in range(wanted["steps"])])
-        else:
-            answer(steps(wanted["batch"], SHORT, wanted["steps"] + 1, chosen)[1:])
+            answer([steps(wanted["batch"], asked["tokens"], 1, chosen)[0][0] for _ in range(wanted["steps"])])
+            continue
+        taken, said = steps(wanted["batch"], SHORT, wanted["steps"] + 1, chosen)
+        answer(said if wanted["phase"] == "tokens" else taken[1:])
 
 
 if __name__ == "__main__":

@@ -99,6 +99,7 @@ def _continued(model: Any, prompt: tuple[int, ...]) -> list[int]:
 
 DECODERS: dict[str, DecoderFamily] = {
     "Llama": DecoderFamily("LlamaForCausalLM", _GROUPED, GATED),
+    "Llama, DoRA": DecoderFamily("LlamaForCausalLM", _GROUPED, GATED, {"use_dora": True}),
     "Llama, tied, its head trained": DecoderFamily(
         "LlamaForCausalLM", _TIED, GATED, {"modules_to_save": ["lm_head"]}
     ),

@@ -87,3 +87,12 @@ def test_transformers_4_refuses_tokenizer_of_merged_folder(decoder: Delivered) -
         )
         assert said
         told.refused(said[1])
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_base_does_not_answer_as_unmerged_model(kind: str, request: pytest.FixtureRequest) -> None:
+    """Otherwise no test of a runtime would tell a merged model from its base."""
+    delivered: Delivered = request.getfixturevalue(kind.replace("-", "_"))
+    answers = python(Path(sys.executable), code_for(delivered.root / "base", delivered))
+    with pytest.raises(AssertionError):
+        compared(answers, delivered)

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 
 from lora_export import merge
 from tests.consumers import answers
 from tests.consumers.decoder_families import DECODERS, PROMPTS
 from tests.consumers.environments import version
-from tests.consumers.models import TOKENS, Delivered
+from tests.consumers.models import TEXTS, TOKENS, Delivered
 from tests.consumers.vllm_engine import Question, answered, asked, serving, vllm_python
+from tests.packages.conftest import VOCABULARY, save_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -74,21 +78,109 @@ def posted(address: str, body: dict[str, Any]) -> Any:
         return json.load(answer)
 
 
+TINY = {"max_model_len": 64, "block_size": 32}
+EXACTLY = GREEDY | {"ignore_eos": True}
+
+
 def test_vllm_families_give_unmerged_tokens(tmp_path: Path) -> None:
-    """Tiny decoders of many architectures, merged; some with a head of their own or added tokens."""
+    """Tiny decoders of many architectures, merged; some with a DoRA, a head of their own or added tokens."""
     wanted, questions = {}, []
-    settings = {"max_model_len": 64, "block_size": 32}
     for name, family in DECODERS.items():
         root = tmp_path / name
         family.save(root)
         wanted[name] = family.answers(root)
         merge(root / "base", [root / "adapter"], root / "merged")
-        questions.append(Question(root / "merged", PROMPTS, "generate", settings, GREEDY | {"ignore_eos": True}))
+        questions.append(Question(root / "merged", PROMPTS, "generate", TINY, EXACTLY))
     said = dict(zip(DECODERS, answered(questions), strict=True))
     other = {n: a for n, a in said.items() if a.get("said") != wanted[n]}
-    with cell("merged", "decoder", f"{len(DECODERS)} tiny architectures", "vllm serve . --dtype float32") as made:
+    with cell("merged", "decoder", f"{len(DECODERS)} tiny decoders", "vllm serve . --dtype float32") as made:
         assert other == {}
         made.same(f"{len(DECODERS) * len(PROMPTS) * TOKENS:,} tokens")
+
+
+ONLY_MERGED = {  # family → what vLLM says of its adapter; all of them are in the test of merged families
+    "Llama, DoRA": "does not yet support DoRA",
+    "Llama, tied, its head trained": "Unsupported modules_to_save: ['lm_head']",
+}
+
+
+def test_vllm_refuses_adapters_that_it_serves_merged(tmp_path: Path) -> None:
+    settings = TINY | {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
+    names, questions = ["Llama", *ONLY_MERGED], []
+    for name in names:
+        root = tmp_path / name
+        DECODERS[name].save(root)
+        questions.append(Question(root / "base", PROMPTS, "generate", settings, EXACTLY, root / "adapter"))
+    plain, *others = answered(questions)
+    assert plain == {"said": DECODERS["Llama"].answers(tmp_path / "Llama")}
+    for words, found in zip(ONLY_MERGED.values(), others, strict=True):
+        assert words in found["refused"]
+
+
+_CLASSIFIER: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "num_labels": 3,
+    "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
+_DISTILLED = {"dim": 64, "n_heads": 2, "n_layers": 2, "hidden_dim": 80}
+CLASSIFIERS = {  # class → further sizes, and modules that get a LoRA
+    "BertForSequenceClassification": ({}, ["query", "value"]),
+    "RobertaForSequenceClassification": ({}, ["query", "value"]),
+    "ModernBertForSequenceClassification": ({}, ["Wqkv"]),
+    "LlamaForSequenceClassification": ({"num_key_value_heads": 1}, ["q_proj", "v_proj"]),
+    "Qwen2ForSequenceClassification": ({"num_key_value_heads": 1}, ["q_proj", "v_proj"]),
+    "DistilBertForSequenceClassification": (_DISTILLED, ["q_lin", "v_lin"]),
+}
+REFUSED = {"DistilBertForSequenceClassification": "does not dispatch through the Transformers attention interface"}
+
+
+def _classified(name: str, root: Path) -> list[list[float]]:
+    """Probabilities of the unmerged model, whose head was trained too, for TEXTS; root/merged is there then."""
+    sizes, modules = CLASSIFIERS[name]
+    made = getattr(transformers, name)
+    torch.manual_seed(3)
+    model = made(made.config_class(**_CLASSIFIER | sizes)).eval()
+    model.save_pretrained(root / "base")
+    save_tokenizer(root / "base", *(["token_type_ids"] if name.startswith("Bert") else []))
+    lora = peft.LoraConfig(r=8, lora_alpha=12, target_modules=modules, task_type="SEQ_CLS")
+    tuned = peft.get_peft_model(model, lora).eval()
+    for parameter_name, parameter in tuned.named_parameters():
+        if "lora_B" in parameter_name or "modules_to_save" in parameter_name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    tuned.save_pretrained(root / "adapter")
+    merge(root / "base", [root / "adapter"], root / "merged")
+    reader = transformers.AutoTokenizer.from_pretrained(root / "base")
+    with torch.no_grad():
+        return [tuned(**reader(t, return_tensors="pt")).logits[0].softmax(-1).tolist() for t in TEXTS]
+
+
+def test_vllm_classifies_as_unmerged_models(tmp_path: Path) -> None:
+    """Encoders and decoders with a head for classes. One of them it does not take, and says so."""
+    wanted = {name: _classified(name, tmp_path / name) for name in CLASSIFIERS}
+    settings = {"runner": "pooling", "max_model_len": 64}
+    found = answered([Question(tmp_path / n / "merged", TEXTS, "classify", settings) for n in CLASSIFIERS])
+    said = dict(zip(CLASSIFIERS, found, strict=True))
+    command = "vllm serve . --runner pooling --dtype float32"
+    for name, words in REFUSED.items():
+        with cell("merged", "encoder", f"tiny {name}", command) as made:
+            assert words in said[name]["refused"]
+            made.refused(words)
+    taken = [n for n in CLASSIFIERS if n not in REFUSED]
+    with cell("merged", "encoder", f"{len(taken)} tiny classifiers", command) as made:
+        differences = {n: float(np.abs(np.array(said[n]["said"]) - np.array(wanted[n])).max()) for n in taken}
+        assert max(differences.values()) <= 1e-4, differences
+        made.same(f"{len(taken) * len(TEXTS)} distributions", max(differences.values()))
+
+
+def test_vllm_transcribes_as_unmerged_whisper(speech: Delivered) -> None:
+    folders = {"merged": speech.merged, "hf": speech.package("hf")}
+    sounds = [str(speech.root / name) for name in speech.prompts]
+    said = asked([Question(f, sounds, "transcribe", {}, GREEDY) for f in folders.values()])
+    ends = json.loads((speech.merged / "generation_config.json").read_text())["eos_token_id"]
+    for package, tokens in zip(folders, said, strict=True):
+        with cell(package, "speech", speech.name, "vllm serve . --dtype float32") as made:
+            # transformers counts <|notimestamps|> among what is new, and leaves out the end.
+            made.same(counted(tokens, [[*w[1:], ends] for w in speech.wanted.tokens]))
 
 
 def test_vllm_embeds_as_unmerged_encoder(encoder: Delivered) -> None:

@@ -30,36 +30,49 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Question:
-    """What one engine is asked. folder: of the model; prompts: texts or ids; what: to do with them; settings: of
-    the engine; sampling: of the tokens."""
+    """What one engine is asked. folder: of the model; prompts: texts, ids, or names of WAV files; what: to do with
+    them; settings: of the engine; sampling: of the tokens; adapter: that is served unmerged."""
 
     folder: Path
     prompts: Sequence[str | Sequence[int]]
     what: str = "generate"
     settings: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
+    adapter: Path | None = None
 
 
 _PROGRAM = """
-import faulthandler, gc, json, os
+import faulthandler, gc, json, os, wave
 faulthandler.dump_traceback_later(1500, exit=True)
 os.environ.update(SETTINGS, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-import vllm
+import numpy, vllm
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import registry
 
 # It looks at each architecture in a process of its own, so that CUDA is not touched: ten seconds of imports each.
 registry._run_in_subprocess = lambda look: look()
 
+def heard(name):
+    with wave.open(name) as file:
+        samples = numpy.frombuffer(file.readframes(file.getnframes()), "<i2").astype("float32") / 32768
+        sound = {"audio": (samples, file.getframerate())}
+    prompt = {"prompt": "", "multi_modal_data": sound}
+    return {"encoder_prompt": prompt, "decoder_prompt": "<|startoftranscript|><|notimestamps|>"}
+
 def ask(question):
     given = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in question["prompts"]]
+    if question["what"] == "transcribe":
+        given = [heard(name) for name in question["prompts"]]
     engine = vllm.LLM(question["folder"], **question["settings"])
     if question["what"] == "embed":
         return [list(o.outputs.embedding) for o in engine.embed(given, use_tqdm=False)]
     if question["what"] == "classify":
         return [list(o.outputs.probs) for o in engine.classify(given, use_tqdm=False)]
     sampling = vllm.SamplingParams(**question["sampling"])
-    return [list(o.outputs[0].token_ids) for o in engine.generate(given, sampling, use_tqdm=False)]
+    adapter = LoRARequest("adapter", 1, question["adapter"]) if question["adapter"] else None
+    said = engine.generate(given, sampling, use_tqdm=False, lora_request=adapter)
+    return [list(o.outputs[0].token_ids) for o in said]
 
 answers = []
 for question in json.loads(QUESTIONS):
@@ -89,8 +102,9 @@ def asked(questions: Sequence[Question]) -> list[Any]:
 def answered(questions: Sequence[Question]) -> list[dict[str, Any]]:
     """`said` or `refused` of each question, from engines that one process opens in turn."""
     common = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, "kv_cache_memory_bytes": 2**28}
-    asked = [asdict(q) | {"folder": str(q.folder), "settings": common | q.settings} for q in questions]
-    program = _PROGRAM.replace("SETTINGS", repr(SETTINGS)).replace("QUESTIONS", repr(json.dumps(asked)))
+    asked = [asdict(q) | {"settings": common | q.settings} for q in questions]
+    written = json.dumps(asked, default=str)  # folders
+    program = _PROGRAM.replace("SETTINGS", repr(SETTINGS)).replace("QUESTIONS", repr(written))
     return python(vllm_python(), program)  # type: ignore[no-any-return]
 
 

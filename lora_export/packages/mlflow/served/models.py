@@ -49,6 +49,8 @@ def rows_of(data: Any, columns: Sequence[str]) -> list[dict[str, Any]]:
     a row for each: that is what MLflow makes of {"inputs": {column: [text, …]}}.
     """
     if hasattr(data, "to_dict"):
+        if not any(column in data for column in columns):  # MLflow drops others, and all rows with the last of them
+            raise Refused(f"the table has no column {' or '.join(map(repr, columns))}")
         given = data.to_dict("records")
     elif isinstance(data, Mapping | str):
         given = [data]
