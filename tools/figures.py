@@ -230,6 +230,35 @@ def sizes() -> str:
     return table(["export", "folder", "embeddings and head", "what is kept", "perplexity"], rows)
 
 
+def triton() -> str:
+    """Load on Triton's server: a row a level of concurrency."""
+    found = read("triton-*.json")
+    rows = [
+        [
+            load["what"],
+            f"{load['concurrency']}",
+            f"{load['requests']:,}",
+            f"{load['errors']} and {load['wrong']}",
+            f"{load['per_second']:,.1f}",
+            f"{load['p50_ms']:,.1f} ms",
+            f"{load['p99_ms']:,.1f} ms",
+            f"{load['requests'] / load['runs']:.1f}" if load["runs"] else "–",
+        ]
+        for load in found["loads"]
+    ]
+    head = [
+        "Triton " + found["server"],
+        "at once",
+        "requests",
+        "errors and wrong answers",
+        "a second",
+        "p50",
+        "p99",
+        "in a run",
+    ]
+    return table(head, rows)
+
+
 def bases() -> str:
     found = read("quality-SmolLM2-*.json")["bases"]
     words = {
@@ -268,7 +297,7 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        graph_faults, combining, serving, vllm, continued, sizes, bases, mutants,
+        graph_faults, combining, serving, vllm, continued, sizes, triton, bases, mutants,
         demo, inspected, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
     )
 }  # fmt: skip

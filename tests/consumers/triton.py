@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -27,6 +28,8 @@ PACKAGES = (
 )  # fmt: skip
 SECONDS = 180  # in which a server starts
 _BACKENDS = Path(__file__).parent / "backends"
+# Starts a command that is ended by SIGTERM when this process ends, however that happens (prctl, PR_SET_PDEATHSIG).
+_LEASHED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 _NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}  # a package that lies on a writable disk stays as it is
 
 
@@ -85,6 +88,7 @@ def serving(repository: Path, work: Path, *words: str) -> Iterator[Server]:
     work.mkdir(parents=True, exist_ok=True)
     log = work / "server.log"
     command = [
+        sys.executable, "-c", _LEASHED,
         str(_home(interpreter) / "bin" / "tritonserver"), f"--model-repository={repository}",
         f"--backend-directory={_backends(interpreter, work)}", "--http-address=127.0.0.1",
         f"--http-port={ports[0]}", "--grpc-address=127.0.0.1", f"--grpc-port={ports[1]}", "--allow-metrics=false",
