@@ -7,30 +7,17 @@ A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. NAME is a fu
 """
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from generated import ROOT, settle
+from runtime_tables import runtime_commands, runtimes, runtimes_pictures, runtimes_refused
+from tables import RESULTS, read, table
 
-RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
-
-
-def read(pattern: str) -> Any:
-    """The newest result of this name."""
-    found = sorted(RESULTS.glob(pattern))
-    if not found:
-        raise SystemExit(f"no result {pattern} in {RESULTS}")
-    return json.loads(found[-1].read_text(encoding="utf-8"))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in lines) + "\n"
 
 
 def mb(size: float) -> str:
@@ -282,7 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
         graph_faults, combining, serving, vllm, continued, sizes, bases, mutants,
-        demo, inspected,
+        demo, inspected, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
     )
 }  # fmt: skip
 
