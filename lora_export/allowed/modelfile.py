@@ -32,9 +32,7 @@ def check_modelfile(path: Path) -> None:
         raise InputError("the Modelfile is not text", where=path, expected=_EXPECTED) from None
     model = _FROM.fullmatch(first)
     if model is None or not sealed.plain_name(model[1]) or not (path.parent / model[1]).is_file():
-        raise InputError(
-            f"the Modelfile begins with {first!r}", where=path, expected="FROM ./NAME.gguf"
-        )
+        raise InputError(f"the Modelfile begins with {first!r}", where=path, expected="FROM ./NAME.gguf")
     wrong = next((line for line in others if not _LINES.fullmatch(line)), None)
     if wrong is not None:
         raise InputError(f"the Modelfile says {wrong!r}", where=path, expected=_EXPECTED)
