@@ -30,6 +30,7 @@ _BUILT_IN = {
         "transformers-js": "lora_export.packages.targets.transformers_js:TARGET",
         "hf": "lora_export.packages.targets.hf:TARGET",
         "gguf": "lora_export.packages.targets.gguf:TARGET",
+        "mlflow": "lora_export.packages.targets.mlflow:TARGET",
     },
 }
 

@@ -7,7 +7,7 @@ config.json names, a backend that config.pbtxt names. These functions are called
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_export.allowed import files, genai_config, hub, modelfile, pipelines, triton_config
+from lora_export.allowed import files, genai_config, hub, mlflow_model, modelfile, pipelines, triton_config
 from lora_export.allowed.gguf_settings import check_gguf
 from lora_export.errors import CheckpointError
 
@@ -64,6 +64,8 @@ def check_package(folder: Path, also: Sequence[str] = ()) -> None:
     if (folder / pipelines.PICTURE).is_file():
         pipelines.check_picture(folder / pipelines.PICTURE)
     _check_runtimes(folder.rglob("*"))
+    for path in sorted(p for p in folder.rglob("*") if p.name in mlflow_model.FILES and p.is_file()):
+        mlflow_model.check_file(path)
 
 
 def _check_runtimes(paths: Iterable[Path]) -> None:

@@ -2,7 +2,8 @@
 
 Configurations are written so that transformers 4.57 and 5 read them alike. 5 writes the rotary embedding as
 `rope_parameters` and has a tokenizer class of its own; 4.57 silently takes the default theta instead of the first,
-and stops at the second. Each version reads its own spelling, so both are written.
+and stops at the second. Each version reads its own spelling, so both are written. A tokenizer without a limit gets
+the model's own.
 """
 
 from collections.abc import Mapping
@@ -11,15 +12,17 @@ from typing import Any
 
 from lora_export.allowed.files import TEXTS
 from lora_export.errors import InputError
-from lora_export.folder_files import TOKENIZER_FILES, is_whole_tokenizer
+from lora_export.folder_files import SENTENCE_MODULES, TOKENIZER_FILES, is_whole_tokenizer
+from lora_export.packages import text_length
 from lora_export.packages.job import Run
 from lora_export.storage import sealed
 
 _TOKENIZER_CONFIG, _FAST = "tokenizer_config.json", "tokenizer.json"
+_SENTENCE = "sentence_bert_config.json"
 # What processors and generation read. tokenizer_config.json is written anew.
 _READ = (TOKENIZER_FILES - {_TOKENIZER_CONFIG}) | {
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "normalizer.json",
-    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "modules.json", _SENTENCE, "config_sentence_transformers.json",
 }  # fmt: skip
 _LICENCES = ("licence", "license", "notice", "copying", "use_policy", "usage_policy", "copyright")
 _CLASS_OF_5, _CLASS_OF_4 = "TokenizersBackend", "PreTrainedTokenizerFast"
@@ -69,13 +72,16 @@ def _missing(run: Run, found: str, expected: str) -> InputError:
     )
 
 
-def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None) -> None:
-    """Write configuration, tokenizer and processor into `target`. changes: further keys of config.json."""
+def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None, *, modules: bool = True) -> None:
+    """Write configuration, tokenizer and processor into `target`. changes: further keys of config.json; modules:
+    whether with the folders of sentence-transformers' modules and their list."""
     sealed.write_settings(target / "config.json", for_both(run.config) | dict(changes or {}))
     _lay_tokenizer(run, target)
-    if (run.companions / "modules.json").is_file():  # sentence-transformers
-        modules = (*run.companions.glob("*/config.json"), *run.companions.glob("*/model.safetensors"))
-        for path in sorted(modules):
+    if not modules:
+        (target / SENTENCE_MODULES).unlink(missing_ok=True)
+    elif (run.companions / SENTENCE_MODULES).is_file():
+        files = (*run.companions.glob("*/config.json"), *run.companions.glob("*/model.safetensors"))
+        for path in sorted(files):
             sealed.refuse_outward_link(path, run.companions)
             (target / path.parent.name).mkdir(exist_ok=True)
             sealed.copy(path, target / path.parent.name / path.name, run.companions)
@@ -93,7 +99,9 @@ def _lay_tokenizer(run: Run, target: Path) -> None:
     settings = next((p for p in places if p.is_file()), None)
     if settings is not None or (target / _FAST).is_file():
         config = sealed.read_json(settings) if settings else {"tokenizer_class": _CLASS_OF_5}
-        sealed.write_settings(target / _TOKENIZER_CONFIG, tokenizer_for_both(config))
+        sentence = run.companions / _SENTENCE
+        most = text_length.most_tokens(run.config, sealed.read_json(sentence) if sentence.is_file() else {})
+        sealed.write_settings(target / _TOKENIZER_CONFIG, text_length.bounded(tokenizer_for_both(config), most))
 
 
 def licences(run: Run) -> list[Path]:

@@ -34,7 +34,7 @@ from lora_export.workflows.pluggable import export_pluggable
 from tests.daily import daily, later
 from tests.packages.conftest import Packed, save_decoder, save_lora
 
-DECODER_TARGETS = ["genai", "optimum", "triton", "transformers-js", "hf"]
+DECODER_TARGETS = ["genai", "optimum", "triton", "transformers-js", "hf", "mlflow"]
 ALL = [("decoder_run", t) for t in DECODER_TARGETS] + [("encoder_run", t) for t in DECODER_TARGETS[1:]]
 PROMPT = "The capital of France is"
 
@@ -67,6 +67,14 @@ def test_verify_package_passes(made: tuple[Path, Path, str]) -> None:
         {"graphs"} if target != "hf" else set()
     )
     assert any("not signed" in text for text in found.not_checked)
+
+
+def test_package_tokenizer_states_length_of_model(made: tuple[Path, Path, str]) -> None:
+    """The bases' state none: other runtimes read transformers' 10^30 as a number of 64 bits, or refuse it."""
+    run, folder, _ = made
+    (settings,) = folder.rglob("tokenizer_config.json")
+    found = json.loads(settings.read_text())["model_max_length"]
+    assert found == json.loads((run / "onnx" / "config.json").read_text())["max_position_embeddings"]
 
 
 def test_package_is_reproducible(made: tuple[Path, Path, str], tmp_path: Path) -> None:

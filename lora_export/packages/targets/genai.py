@@ -64,7 +64,6 @@ class GenaiTarget(PackageTarget):
         extra = export.output / "audio_processor_config.json"
         if extra.is_file():
             sealed.copy(extra, job.stage / extra.name)
-        self._bound_length(job)
         self._configure(job, sealed.read_json(export.output / CONFIG))
 
     def _configure(self, job: PackageJob, made: Mapping[str, Any]) -> None:
@@ -73,19 +72,11 @@ class GenaiTarget(PackageTarget):
             file = CONFIG if name == job.facts.providers[0] else f"genai_config.{name}.json"
             sealed.write_json(job.stage / file, config)
 
-    def _bound_length(self, job: PackageJob) -> None:
-        """tokenizer_config.json as the export bounded it: genai reads "no limit" as a 64-bit integer."""
-        path, made = job.stage / "tokenizer_config.json", job.exports[RUNS_OWN].output / "tokenizer_config.json"
-        if path.is_file() and made.is_file():
-            length = sealed.read_json(made).get("model_max_length")
-            bound = {"model_max_length": length} if length else {}
-            sealed.write_json(path, sealed.read_json(path) | bound)
-
     def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
-        build = _TEXT if facts.task.input == "text" else _SPEECH
-        prompt = prompt_of(facts)
+        build, prompt = (_TEXT, prompt_of(facts)) if facts.task.input == "text" else (_SPEECH, _begun(facts))
         if facts.task.sees_and_writes:
-            build, prompt = _PICTURE, genai_vision.PICTURE[str(facts.config["model_type"])] + prompt
+            picture = genai_vision.PICTURE[str(facts.config["model_type"])]
+            build, prompt = _PICTURE, picture + prompt_of(facts)
         plug, active = "", ""
         if facts.adapters:
             name = repr(facts.adapters[0])
@@ -104,7 +95,7 @@ class GenaiTarget(PackageTarget):
             )
 
     def notes(self, facts: PackageFacts) -> str:
-        words = _BATCHES if facts.task.input == "text" else ""
+        words = {"text": _BATCHES, "audio": _SPOKEN if _is_multilingual(facts) else ""}.get(facts.task.input, "")
         if facts.adapters[1:]:
             names = ", ".join(f"`{markdown(n)}`" for n in facts.adapters[1:])
             words += f"The package also has the adapters {names}: load and activate them in the same way.\n\n"
@@ -123,6 +114,9 @@ _BATCHES = (
     "Texts of one batch are padded on the right, as by `tokenizer.encode_batch`. A model with convolutions or "
     "other states takes texts of equal length.\n\n"
 )
+
+_SPOKEN = "`<|en|>` is the language of the sound: put its own code there, such as `<|de|>`.\n\n"
+_ENGLISH_ALONE = 51_864  # tokens of Whisper's English models, whose prompts name no language and no task
 
 _TEXT = """import json
 import onnxruntime_genai as og
@@ -151,7 +145,7 @@ params = og.GeneratorParams(model)
 params.set_search_options(max_length={tokens}, do_sample=False, num_beams=1)
 generator = og.Generator(model, params)
 audios = og.Audios.open_bytes(sound.getvalue())
-generator.set_inputs(processor(["<|startoftranscript|><|notimestamps|>"], audios=audios))
+generator.set_inputs(processor([{prompt}], audios=audios))
 while not generator.is_done():
     generator.generate_next_token()
 print(json.dumps(processor.decode(generator.get_sequence(0))))"""
@@ -174,6 +168,17 @@ start = generator.token_count()
 while not generator.is_done():
     generator.generate_next_token()
 print(json.dumps(processor.decode(generator.get_sequence(0)[start:])))"""
+
+
+def _is_multilingual(facts: PackageFacts) -> bool:
+    size = facts.config.get("vocab_size")
+    return isinstance(size, int) and size > _ENGLISH_ALONE
+
+
+def _begun(facts: PackageFacts) -> str:
+    """The tokens that Whisper's text begins with; genai adds none by itself."""
+    spoken = "<|en|><|transcribe|>" if _is_multilingual(facts) else ""
+    return f"<|startoftranscript|>{spoken}<|notimestamps|>"
 
 
 def configured(config: Mapping[str, Any], run: Run, provider: str) -> dict[str, Any]:
