@@ -127,6 +127,15 @@ def test_vllm_refuses_adapters_that_it_serves_merged(tmp_path: Path) -> None:
         assert words in found["refused"]
 
 
+def test_vllm_refuses_t5(encoder_decoder: Delivered) -> None:
+    """It has no T5 of its own, and tries that of transformers, which is not written for it."""
+    words = "Argument position_ids not found in the forward method of"
+    (found,) = answered([Question(encoder_decoder.merged, encoder_decoder.prompts, "generate", TINY, GREEDY)])
+    with cell("merged", "encoder-decoder", encoder_decoder.name, "vllm serve . --dtype float32") as made:
+        assert words in found["refused"] and "T5Stack" in found["refused"]
+        made.refused(f"{words} T5Stack")
+
+
 _CLASSIFIER: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2,
     "num_attention_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "num_labels": 3,
