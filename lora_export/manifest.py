@@ -161,7 +161,7 @@ def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tu
     checks = [Finding("manifest", True, "complete, and matches its digest")]
     checks += same_files("run_files", manifest.files, actual, _foreign(run))
     if base is not None:
-        checks += same_files("base_files", manifest.base.files, _input_hashes(base))
+        checks += same_inputs("base_files", manifest.base.files, base)
     if choices and len(choices) != len(manifest.adapters):
         note = f"{len(choices)} adapters were given, the manifest names {len(manifest.adapters)}"
         checks.append(Finding("adapter_files", False, note))
@@ -169,12 +169,17 @@ def verify(run: Path, base: Path | None, choices: Sequence[AdapterChoice]) -> tu
         if choice.weight != entry.weight:
             note = f"the weight is {choice.weight:g}, the manifest has {entry.weight:g}"
             checks.append(Finding("adapter_files", False, note))
-        checks += same_files("adapter_files", entry.files, _input_hashes(choice.folder))
+        checks += same_inputs("adapter_files", entry.files, choice.folder)
     unproved = (
         "the report with its figures, and names, tool, versions and the options of validation and benchmark in the "
         "manifest: nothing else of the run depends on them"
     )
     return checks, [unproved, *([] if base and choices else ["the files of base and adapters that were not given"])]
+
+
+def same_inputs(name: str, wanted: Mapping[str, FileHash], place: Path) -> list[Finding]:
+    """Whether a base or an adapter that is given again has the files of a manifest."""
+    return same_files(name, wanted, _input_hashes(place))
 
 
 def _foreign(run: Path) -> list[str]:

@@ -618,7 +618,7 @@ MUTATIONS = (
         'tests/packages/test_commands.py::test_package_unusual_names_stay_text[<script>alert(1)</script>]',
     ),
     Mutation(
-        'the warm-up masks everything', 'packages/targets/triton.py',
+        'the warm-up masks everything', 'packages/triton/config.py',
         'files[name] = np.ones(dims, value.dtype.numpy())',
         'files[name] = np.zeros(dims, value.dtype.numpy())',
         'tests/packages/test_packages.py::test_package_triton_warm_up_runs[decoder_run]',

@@ -7,30 +7,17 @@ A table stands between `<!-- figures: NAME -->` and `<!-- end -->`. NAME is a fu
 """
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from generated import ROOT, settle
+from runtime_tables import runtime_commands, runtimes, runtimes_pictures, runtimes_refused
+from tables import RESULTS, read, table
 
-RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"<!-- figures: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
-
-
-def read(pattern: str) -> Any:
-    """The newest result of this name."""
-    found = sorted(RESULTS.glob(pattern))
-    if not found:
-        raise SystemExit(f"no result {pattern} in {RESULTS}")
-    return json.loads(found[-1].read_text(encoding="utf-8"))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n" + "".join(f"| {' | '.join(row)} |\n" for row in lines) + "\n"
 
 
 def mb(size: float) -> str:
@@ -210,6 +197,16 @@ def serving() -> str:
     return table(["", *phases], rows)
 
 
+def vllm() -> str:
+    rows = []
+    for mode in ("compiled", "eager"):
+        for c in read(f"vllm-{mode}-*.json")["cells"]:
+            arms = [band(c["arms"][a]) for a in ("base again", "merged", "base, LoRA on", "unmerged")]
+            rows.append([f"{mode}, {c['phase']}, batch {c['batch']}", *arms])
+    head = ["time ÷ base's (90 % interval)", "base again", "merged", "a base request, LoRA on", "unmerged adapter"]
+    return table(head, rows)
+
+
 def continued() -> str:
     return "\n" + (RESULTS / "training-2026-11-26" / "continued.md").read_text(encoding="utf-8").strip() + "\n\n"
 
@@ -231,6 +228,35 @@ def sizes() -> str:
         for r in found["all-MiniLM-L6-v2"]
     ]
     return table(["export", "folder", "embeddings and head", "what is kept", "perplexity"], rows)
+
+
+def triton() -> str:
+    """Load on Triton's server: a row a level of concurrency."""
+    found = read("triton-*.json")
+    rows = [
+        [
+            load["what"],
+            f"{load['concurrency']}",
+            f"{load['requests']:,}",
+            f"{load['errors']} and {load['wrong']}",
+            f"{load['per_second']:,.1f}",
+            f"{load['p50_ms']:,.1f} ms",
+            f"{load['p99_ms']:,.1f} ms",
+            f"{load['requests'] / load['runs']:.1f}" if load["runs"] else "–",
+        ]
+        for load in found["loads"]
+    ]
+    head = [
+        "Triton " + found["server"],
+        "at once",
+        "requests",
+        "errors and wrong answers",
+        "a second",
+        "p50",
+        "p99",
+        "in a run",
+    ]
+    return table(head, rows)
 
 
 def bases() -> str:
@@ -285,8 +311,8 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        graph_faults, combining, serving, continued, sizes, bases, mutants,
-        demo, inspected, openvino,
+        graph_faults, combining, serving, vllm, continued, sizes, triton, bases, mutants,
+        demo, inspected, openvino, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
     )
 }  # fmt: skip
 

@@ -7,11 +7,13 @@ config.json names, a backend that config.pbtxt names. These functions are called
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_export.allowed import files, genai_config, hub, pipelines, triton_config
+from lora_export.allowed import files, genai_config, hub, mlflow_model, modelfile, pipelines, triton_config
+from lora_export.allowed.gguf_settings import check_gguf
 from lora_export.errors import CheckpointError
 
 __all__ = [
-    "check_adapter_folder", "check_model_folder", "check_onnx_folder", "check_package", "check_pipeline_folder",
+    "check_adapter_folder", "check_gguf", "check_model_folder", "check_onnx_folder", "check_package",
+    "check_pipeline_folder",
 ]  # fmt: skip
 
 
@@ -62,6 +64,8 @@ def check_package(folder: Path, also: Sequence[str] = ()) -> None:
     if (folder / pipelines.PICTURE).is_file():
         pipelines.check_picture(folder / pipelines.PICTURE)
     _check_runtimes(folder.rglob("*"))
+    for path in sorted(p for p in folder.rglob("*") if p.name in mlflow_model.FILES and p.is_file()):
+        mlflow_model.check_file(path)
 
 
 def _check_runtimes(paths: Iterable[Path]) -> None:
@@ -74,3 +78,5 @@ def _check_runtimes(paths: Iterable[Path]) -> None:
             genai_config.check_vision(path)
         elif path.name == triton_config.NAME:
             triton_config.check_config(path)
+        elif path.name == modelfile.NAME:
+            modelfile.check_modelfile(path)

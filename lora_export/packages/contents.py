@@ -9,7 +9,7 @@ from typing import Any
 from lora_export.contracts import Finding
 from lora_export.errors import InputError
 from lora_export.manifest import RecordedAdapter, RecordedSource, Tool, same_files
-from lora_export.packages import bom
+from lora_export.packages import bom, gguf
 from lora_export.packages.job import ADAPTER_SUFFIX, PackageFacts, Run, Sample
 from lora_export.packages.pipelines import laying
 from lora_export.packages.targets import target_named
@@ -156,7 +156,7 @@ def _check_words(manifest: PackageManifest, path: Path) -> None:
     for what, holds, expected in (
         ("name", is_model_name(manifest.name), MODEL_NAME_WORDS),
         ("providers", {*manifest.providers} in ({"cpu"}, {"cuda"}, {"cpu", "cuda"}), "cpu, cuda"),
-        ("variants", all(map(str.isalnum, manifest.variants)), "letters and digits"),
+        ("variants", all(re.fullmatch(r"\w+", v, re.ASCII) for v in manifest.variants), "letters, digits and '_'"),
         ("onnx_adapters", all(name in manifest.files for name in adapters), "files of the package"),
     ):
         if not holds:
@@ -184,6 +184,7 @@ def facts_of(folder: Path, manifest: PackageManifest) -> PackageFacts:
         adapters=manifest.onnx_adapters,
         weights=laying.weights_of(manifest.files),
         backend=str(manifest.options.get("package", {}).get("backend") or ""),
+        lora=gguf.lora_file(manifest.name) in manifest.files,
     )
 
 

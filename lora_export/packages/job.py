@@ -116,7 +116,8 @@ class PackageFacts:
 
     name: of the model; variants: their names; providers: what it runs on, the default first; precision: of what
     the program runs; adapters: names of the .onnx_adapter files beside a graph with slots, the run's own first;
-    weights: variant in the names of a pipeline's weight files, such as fp16; backend: of Triton.
+    weights: variant in the names of a pipeline's weight files, such as fp16; backend: of Triton; lora: whether the
+    run's adapter lies beside a GGUF model.
     """
 
     target: "PackageTarget"
@@ -130,6 +131,7 @@ class PackageFacts:
     adapters: tuple[str, ...] = ()
     weights: str = ""
     backend: str = ""
+    lora: bool = False
 
     @property
     def class_name(self) -> str:
@@ -165,6 +167,13 @@ class PackageTarget(ABC):
                 next_step="merge-and-export --precision for another, or --for transformers-js for several",
             )
         return (Variant(RUNS_OWN, run.export.precision),)
+
+    def types(self, run: Run, names: Sequence[str]) -> tuple[str, ...]:
+        """The types that the merged weights are converted to, the most exact first; none for a target of exports.
+
+        names: as in --variant. Refuses what cannot be made.
+        """
+        return ()
 
     def providers(self, run: Run, wanted: str | None) -> tuple[str, ...]:
         """What the package runs on, the default first. wanted: which one that is to be; None: as the run."""

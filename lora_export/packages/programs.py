@@ -4,6 +4,7 @@ A README shows them and `verify --run` runs them. They contain no names from a m
 """
 
 import json
+from collections.abc import Sequence
 
 from lora_export.packages.interpreters import Node, Python
 from lora_export.packages.job import PackageFacts, Snippet
@@ -84,8 +85,38 @@ def _continues(task: PackageTask) -> bool:
     return task.name == "text-generation" or task.sees_and_writes
 
 
+_PAGE = """<!doctype html>
+<meta charset="utf-8">
+<script type="importmap">
+{{"imports": {{"@huggingface/transformers": "./node_modules/@huggingface/transformers/dist/transformers.min.js"}}}}
+</script>
+<body><script type="module">
+{program}
+</script></body>
+"""
+_OF_PAGE = (
+    "env.allowLocalModels = true;",
+    'env.localModelPath = "./";',
+    'env.backends.onnx.wasm.wasmPaths = new URL("node_modules/onnxruntime-web/dist/", location.href).href;',
+    'const device = (await navigator.gpu?.requestAdapter()) ? "webgpu" : "wasm";',
+)
+
+
+def web_page(facts: PackageFacts, folder: str, dtype: str) -> str:
+    """A page beside the folder and node_modules, which shows the answer to the sample."""
+    options, show = f"dtype: {json.dumps(dtype)}, device", "document.body.textContent = {};"
+    program = _javascript(facts, folder, options, _OF_PAGE, show)
+    return _PAGE.format(program=program.replace("<", "\\u003c"))  # a prompt must not end the script
+
+
 def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str) -> Snippet:
     """For transformers.js on Node."""
+    code = _javascript(facts, folder, f"dtype: {json.dumps(dtype)}", (), "console.log({});")
+    return Snippet(Node(), setup, code)
+
+
+def _javascript(facts: PackageFacts, folder: str, options: str, settings: Sequence[str], show: str) -> str:
+    """options: of from_pretrained; settings: lines; show: the statement that shows a text."""
     task = facts.task
     reader = "AutoTokenizer" if task.input == "text" else "AutoProcessor"
     tokenizes = task.generates or task.input == "both"
@@ -93,9 +124,10 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
     lines = [
         f'import {{ {", ".join(names)} }} from "@huggingface/transformers";',
         "env.allowRemoteModels = false;",
+        *settings,
         f"const folder = {json.dumps(folder)};",
         f"const reader = await {reader}.from_pretrained(folder);",
-        f"const model = await {task.js}.from_pretrained(folder, {{ dtype: {json.dumps(dtype)} }});",
+        f"const model = await {task.js}.from_pretrained(folder, {{ {options} }});",
     ]
     text = json.dumps(prompt_of(facts))
     if task.input == "audio":
@@ -126,14 +158,14 @@ def javascript_program(facts: PackageFacts, folder: str, dtype: str, setup: str)
         lines += [
             f"const tokens = await model.generate({{ ...inputs, max_new_tokens: {TOKENS}, do_sample: false }});",
             f"const said = {decoder}.decode(tokens.tolist()[0].slice({start}), {{ skip_special_tokens: true }});",
-            "console.log(JSON.stringify(said));",
+            show.format("JSON.stringify(said)"),
         ]
     else:
         lines += [
             "const first = Object.values(await model(inputs))[0];",
-            f'console.log(JSON.stringify(Array.from(first.to("float32").data.slice(0, {NUMBERS}))));',
+            show.format(f'JSON.stringify(Array.from(first.to("float32").data.slice(0, {NUMBERS})))'),
         ]
-    return Snippet(Node(), setup, "\n".join(lines))
+    return "\n".join(lines)
 
 
 def _picture_and_text(text: str, image: str, kind: str) -> list[str]:

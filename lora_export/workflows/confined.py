@@ -42,14 +42,23 @@ class Outcome:
     network: str
 
 
-def run(command: Sequence[str], program: str, place: Path, *, memory: int, seconds: int = SECONDS) -> Outcome:
+def run(
+    command: Sequence[str], program: str, place: Path, *, memory: int, seconds: int = SECONDS,
+    largest: int = _LARGEST_FILE,
+) -> Outcome:  # fmt: skip
     """Run `command` in the folder `place` with `program` as its input. OSError if it cannot be started.
 
-    memory: bytes of data of the process. All processes that it started end with it.
+    memory: bytes of data of the process; largest: bytes of a file that it may write, if they are more than any
+    program may. All processes that it started end with it.
     """
     with tempfile.TemporaryDirectory(prefix="lora-export-") as scratch, contextlib.ExitStack() as files:
         out, err, notes = (files.enter_context((Path(scratch) / n).open("w+b")) for n in ("out", "err", "notes"))
-        limits = {"memory": memory, "seconds": seconds, "file": _LARGEST_FILE, "notes": notes.fileno()}
+        limits = {
+            "memory": memory,
+            "seconds": seconds,
+            "file": max(largest, _LARGEST_FILE),
+            "notes": notes.fileno(),
+        }
         process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _LAUNCHER, json.dumps(limits), *command],
             stdin=subprocess.PIPE, stdout=out, stderr=err, cwd=place, env=_environment(scratch),

@@ -15,7 +15,7 @@ from lora_export.packages import archive, code, contents, signature
 from lora_export.packages.job import Drawing, PackageFacts
 from lora_export.packages.pipelines.programs import EQUAL, EXACT, LEAST_PSNR, STEP
 from lora_export.storage import sealed
-from lora_export.workflows import confined
+from lora_export.workflows import confined, gguf
 
 MODEL_SHARE = 6  # bytes of memory per byte of a package: fp16 is computed in fp32, and weights are packed again
 RELATIVE = 1e-3  # of the largest number of a sample: fp32 additions in another order
@@ -85,6 +85,7 @@ def _allowed(folder: Path, manifest: contents.PackageManifest) -> list[Finding]:
         allowed.check_package(folder, code.names(facts))
         code.check(folder, facts)
         facts.target.check_folder(folder)
+        gguf.check_files(folder, facts.name)
     except LoraExportError as error:
         where = f" ({error.where})" if error.where else ""
         return [Finding("contents", False, f"{error.found}{where}")]

@@ -14,17 +14,19 @@ from lora_export.contracts import ExportOptions, ExportResult, PackageOptions, P
 from lora_export.contracts.option import kept
 from lora_export.errors import ExportError, InputError, OutputError
 from lora_export.packages import archive, bom, code, companions, contents, readme, signature
+from lora_export.packages.gguf import precision
 from lora_export.packages.job import RUNS_OWN, PackageFacts, PackageJob, PackageTarget, Run, Sample, Variant
 from lora_export.packages.pipelines import laying
 from lora_export.packages.programs import NUMBERS, PROMPT
 from lora_export.packages.targets import target_named, targets
 from lora_export.packages.tasks import task_of
 from lora_export.storage import files, sealed
+from lora_export.workflows import gguf
 from lora_export.workflows.delivered import refuse_other_answer
 from lora_export.workflows.pipelines import packaging as pictures
 from lora_export.workflows.verifying import check_run
 
-_OF_ONE_TARGET = ("backend", "converter")
+_OF_ONE_TARGET = ("backend", "converter", "adapter")
 WORST_AGREEMENT = 0.8  # least share of positions at which a variant should choose the token of the run's export
 
 
@@ -48,20 +50,24 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         pictures.check(read, runtime)
     else:
         companions.check(read)
-    variants = runtime.variants(read, options.variants)
+    variants, types = runtime.variants(read, options.variants), runtime.types(read, options.variants)
+    planned = gguf.plan(read, options, progress) if types else None
     name = _name(options.name, read)
     if options.key is not None:
         signature.check_key(options.key)
     plugged, adapters = _plugged(options.pluggable, runtime, read)
     final = archive.named(output, options.archive) if options.archive else output
-    with _stage(final, options, [run, *(p for p in (options.key, options.pluggable) if p)]) as stage:
+    inputs = (options.key, options.pluggable, options.adapter)
+    with _stage(final, options, [run, *(p for p in inputs if p)]) as stage:
         work = stage / ".work"
         work.mkdir()
         exports = {v.name: _export(v, read, work / v.name, progress) for v in variants}
         if plugged is not None:
             exports = {RUNS_OWN: plugged}
-        facts = _facts(read, runtime, name, exports, adapters, options)
+        facts = _facts(read, runtime, name, exports, types, adapters, options)
         measured = _measured(read, exports, progress)
+        if planned is not None:
+            measured = gguf.make(planned, read, facts, options, stage, work, progress)
         progress.stage(f"package: {name} for {target}")
         runtime.lay(PackageJob(read, stage, exports, facts, options, progress))
         code.write(stage, runtime.code(facts))
@@ -77,7 +83,7 @@ def package(run: Path, target: str, output: Path, options: PackageOptions, progr
         target=target,
         name=name,
         files=sizes,
-        variants=tuple(exports),
+        variants=facts.variants,
         measured=measured,
         archive=options.archive,
         signed=options.key is not None,
@@ -90,21 +96,24 @@ def _facts(
     target: PackageTarget,
     name: str,
     exports: Mapping[str, ExportResult],
+    types: tuple[str, ...],
     adapters: tuple[str, ...],
     options: PackageOptions,
 ) -> PackageFacts:
+    precisions = [*(e.precision for e in exports.values()), *(precision(t, run.merge.dtype) for t in types)]
     return PackageFacts(
         target=target,
         name=name,
         task=run.task,
-        precision=next((e.precision for e in exports.values()), run.merge.dtype),
-        variants=tuple(exports),
+        precision=next(iter(precisions), run.merge.dtype),
+        variants=tuple(exports) or types,
         providers=target.providers(run, options.provider),
         sample=pictures.sample(run) if run.task.draws else _sample(run),
         config=run.config,
         adapters=adapters,
         weights=laying.weights_of(run.manifest.files),
         backend=options.backend or "",
+        lora=options.adapter is not None,
     )
 
 

@@ -313,8 +313,12 @@ model_warmup { name: "first request" batch_size: 1
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ('backend: "onnxruntime"', 'backend: "python"', "backend"),
+        ('backend: "onnxruntime"', 'backend: "python"', "default_model_filename"),  # a program of that name
         ('backend: "onnxruntime"', 'backend: "onnxruntime" backend: "python"', "backend"),
+        ('backend: "onnxruntime"', 'backend: "onnxruntime" backend: "onnxruntime"', "backend 2 times"),
+        ('backend: "onnxruntime"', "", "backend 0 times"),
+        ('name: "m"', 'name: "m" model_transaction_policy { decoupled: true }', "model_transaction_policy"),
+        ('backend: "onnxruntime"', 'backend: "vllm"', "backend"),
         ('backend: "onnxruntime"', 'platform: "tensorrt_plan"', "platform"),
         ('backend: "onnxruntime"', 'runtime: "libtriton_evil.so"', "runtime"),
         ('"arena_extend_strategy"', '"EXECUTION_ENV_PATH"', "EXECUTION_ENV_PATH"),
@@ -331,6 +335,34 @@ def test_triton_config_unlisted_field_is_refused(old: str, new: str, told: str, 
     check_triton(written(tmp_path, "config.pbtxt", PBTXT))
     with pytest.raises(InputError, match=told):
         check_triton(written(tmp_path, "config.pbtxt", PBTXT.replace(old, new)))
+
+
+PYTHON = """name: "m"
+backend: "python"
+model_transaction_policy { decoupled: true }
+input { name: "text_input" data_type: TYPE_STRING dims: 1 optional: true }
+parameters { key: "graph" value { string_value: "other.model" } }
+parameters { key: "end_tokens" value { string_value: "2 151645" } }
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('backend: "python"', 'backend: "python" default_model_filename: "model.onnx"', "default_model_filename"),
+        ('backend: "python"', 'backend: "python" runtime: "x.so"', "runtime"),
+        ('"graph"', '"EXECUTION_ENV_PATH"', "EXECUTION_ENV_PATH"),
+        ('"graph"', '"FORCE_CPU_ONLY_INPUT_TENSORS"', "FORCE_CPU_ONLY_INPUT_TENSORS"),
+        ('"other.model"', '"../other"', "string_value"),
+        ('"other.model"', '".."', "string_value"),
+        ('"2 151645"', '"2/151645"', "string_value"),
+        ("optional: true", 'optional: "yes"', "optional"),
+    ],
+)
+def test_triton_python_config_unlisted_field_is_refused(old: str, new: str, told: str, tmp_path: Path) -> None:
+    assert check_triton(written(tmp_path, "config.pbtxt", PYTHON)) == ("m", "python")
+    with pytest.raises(InputError, match=told):
+        check_triton(written(tmp_path, "config.pbtxt", PYTHON.replace(old, new)))
 
 
 @pytest.mark.parametrize(

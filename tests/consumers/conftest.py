@@ -15,6 +15,12 @@ def decoder(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Delivered:
 
 
 @pytest.fixture(scope="session")
+def tiny_decoder(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Delivered:
+    """A tiny Llama with a LoRA."""
+    return deliver("tiny-decoder", tmp_path_factory.mktemp("tiny-decoder"), run)
+
+
+@pytest.fixture(scope="session")
 def encoder(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Delivered:
     """all-MiniLM-L6-v2, a sentence-transformers folder, with a LoRA."""
     return deliver("encoder", tmp_path_factory.mktemp("encoder"), run)

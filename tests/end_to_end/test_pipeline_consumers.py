@@ -18,6 +18,7 @@ from lora_export.storage.documents import as_json
 from lora_export.storage.sealed import hash_folder, write_sealed
 from lora_export.workflows import delivered, verifying
 from tests.consumers import environments as consumers
+from tests.consumers.answers import cell
 from tests.diffusion.files import Plan, make
 from tests.end_to_end.conftest import ROOT, Run
 
@@ -56,14 +57,20 @@ def psnr(note: str) -> float:
     return float(told[1])
 
 
-def test_optimum_draws_picture_of_package(told: Path) -> None:
-    verified, note = verdict(told / "optimum", consumers.diffusion_python())
-    assert verified and psnr(note) >= 60, note
-
-
-def test_diffusers_draws_picture_of_package(told: Path) -> None:
-    verified, note = verdict(told / "hf", None)
-    assert verified and psnr(note) >= 60, note
+@pytest.mark.parametrize(
+    ("consumer", "package", "command"),
+    [
+        ("Optimum", "optimum", 'ORTStableDiffusionPipeline.from_pretrained("PACKAGE")'),
+        ("diffusers", "hf", 'StableDiffusionPipeline.from_pretrained("PACKAGE")'),
+    ],
+)
+def test_consumer_draws_picture_of_package(consumer: str, package: str, command: str, told: Path) -> None:
+    other = consumers.diffusion_python() if package == "optimum" else None
+    release = consumers.version(other or Path(sys.executable), "optimum-onnx" if other else "diffusers")
+    with cell(consumer, release, package, "pipeline", "tiny Stable Diffusion", command) as kept:
+        verified, note = verdict(told / package, other)
+        assert verified and psnr(note) >= 60, note
+        kept.same(f"the validated picture, to {min(psnr(note), 100):.0f} dB or more")
 
 
 def test_readme_of_package_draws_picture(told: Path, tmp_path: Path) -> None:

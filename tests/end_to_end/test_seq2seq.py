@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from tests.consumers import environments as consumers
+from tests.consumers.test_readmes import program
 from tests.end_to_end.conftest import Run
-from tests.end_to_end.test_consumers import program
 from tests.onnx_export.conftest import VOCABULARY, save_tokenizer
 from tests.onnx_export.test_fast_tokenizer import _marian as save_marian_tokenizer
 

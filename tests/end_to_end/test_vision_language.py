@@ -19,11 +19,13 @@ from lora_export.progress import Silent
 from lora_export.report import load as load_report
 from tests import seeing
 from tests.consumers import environments as consumers
+from tests.consumers.answers import cell
 from tests.end_to_end.conftest import Run
 from tests.onnx_export.test_reweight import same_files
 
 pytestmark = pytest.mark.slow
-COUNT = 12
+COUNT, NAME = 12, "tiny Qwen2.5-VL"
+EQUAL = f"{COUNT} of {COUNT} tokens behind a picture and a text"
 PROMPT = "ab<|vision_start|><|vision_end|>cd"
 
 
@@ -93,15 +95,19 @@ def test_transformers_js_says_what_the_unmerged_model_says(made: Made) -> None:
         kind, array = kinds[value.dtype]
         data = array.format(json.dumps(value.flatten().tolist()))
         tensors.append(f"{name}: new Tensor({kind!r}, {data}, {list(value.shape)})")
-    said = consumers.node(f"""
+    program = f"""
         import {{ AutoModelForImageTextToText, Tensor, env }} from "@huggingface/transformers";
         Object.assign(env, {{ allowRemoteModels: false, localModelPath: "{made.root}/" }});
         const model = await AutoModelForImageTextToText.from_pretrained("transformers-js", {{ dtype: "fp32" }});
         const how = {{ max_new_tokens: {COUNT}, min_new_tokens: {COUNT}, do_sample: false, eos_token_id: 37 }};
         const out = await model.generate({{ {", ".join(tensors)}, ...how }});
         console.log(JSON.stringify(out.tolist()[0].map(Number).slice({made.inputs["input_ids"].shape[1]})));
-    """)
-    assert said == made.said
+    """
+    release = consumers.TRANSFORMERS_JS.rpartition("@")[2]
+    command = 'AutoModelForImageTextToText.from_pretrained("PACKAGE")'
+    with cell("transformers.js (Node)", release, "transformers-js", "vision-language", NAME, command) as told:
+        assert consumers.node(program) == made.said
+        told.same(EQUAL)
 
 
 def test_transformers_js_prepares_the_picture(made: Made) -> None:
@@ -127,18 +133,21 @@ def test_genai_says_what_the_unmerged_model_says(made: Made) -> None:
 
     file = io.BytesIO()
     Image.fromarray(seeing.picture()).save(file, "PNG")
-    model = og.Model(og.Config(str(made.root / "genai")))
-    inputs = model.create_multimodal_processor()(PROMPT, images=og.Images.open_bytes(file.getvalue()))
-    ids: Any = inputs["input_ids"].as_numpy()
-    assert ids.tolist() == made.inputs["input_ids"].tolist()
-    params = og.GeneratorParams(model)
-    length = ids.shape[1] + COUNT
-    params.set_search_options(max_length=length, min_length=length, do_sample=False)
-    generator = og.Generator(model, params)
-    generator.set_inputs(inputs)
-    while not generator.is_done():
-        generator.generate_next_token()
-    assert [int(i) for i in generator.get_sequence(0)[ids.shape[1] :]] == made.said
+    command = 'onnxruntime_genai.Model("PACKAGE")'
+    with cell("onnxruntime-genai", og.__version__, "genai", "vision-language", NAME, command) as told:
+        model = og.Model(og.Config(str(made.root / "genai")))
+        inputs = model.create_multimodal_processor()(PROMPT, images=og.Images.open_bytes(file.getvalue()))
+        ids: Any = inputs["input_ids"].as_numpy()
+        assert ids.tolist() == made.inputs["input_ids"].tolist()
+        params = og.GeneratorParams(model)
+        length = ids.shape[1] + COUNT
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = og.Generator(model, params)
+        generator.set_inputs(inputs)
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert [int(i) for i in generator.get_sequence(0)[ids.shape[1] :]] == made.said
+        told.same(EQUAL)
 
 
 def test_next_adapter_is_byte_equal_to_a_fresh_export(made: Made, tmp_path: Path) -> None:

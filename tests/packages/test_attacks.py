@@ -108,13 +108,16 @@ def test_package_without_genai_config_is_refused(decoder_run: Path, copied: Copi
 
 
 def test_triton_package_with_a_python_backend_is_refused(decoder_run: Path, copied: Copied) -> None:
+    """Whose program would be the file that default_model_filename names, or model.py."""
     folder = copied(decoder_run, "triton")
     config = next(folder.rglob("config.pbtxt"))
     config.write_text(config.read_text().replace('"onnxruntime"', '"python"'))
     reseal(folder)
     result = run("verify", folder)
-    assert result.exit_code == 1 and "backend" in result.stdout and "config.pbtxt" in result.stdout
-    config.write_text(config.read_text().replace('"python"', '"onnxruntime"'))
+    assert result.exit_code == 1 and "default_model_filename" in result.stdout and "config.pbtxt" in result.stdout
+    config.write_text(config.read_text().replace('default_model_filename: "model.onnx"', ""))
+    reseal(folder)
+    assert "adapter has no 1/model.py, which its backend python loads" in run("verify", folder).stdout
     (config.parent / "1" / "model.py").write_text("raise SystemExit")
     reseal(folder)
     assert "1/model.py is not a type of file that a package contains" in run("verify", folder).stdout

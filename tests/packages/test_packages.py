@@ -34,7 +34,7 @@ from lora_export.workflows.pluggable import export_pluggable
 from tests.daily import daily, later
 from tests.packages.conftest import Packed, save_decoder, save_lora
 
-DECODER_TARGETS = ["genai", "optimum", "triton", "transformers-js", "hf"]
+DECODER_TARGETS = ["genai", "optimum", "triton", "transformers-js", "hf", "mlflow"]
 ALL = [("decoder_run", t) for t in DECODER_TARGETS] + [("encoder_run", t) for t in DECODER_TARGETS[1:]]
 PROMPT = "The capital of France is"
 
@@ -56,7 +56,7 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def test_package_registry_has_every_target() -> None:
-    assert list(targets()) == DECODER_TARGETS
+    assert list(targets()) == [*DECODER_TARGETS, "gguf"]
 
 
 def test_verify_package_passes(made: tuple[Path, Path, str]) -> None:
@@ -249,7 +249,7 @@ def test_package_encoder_matches_unmerged_model(
     assert delivered.verify(folder, None, True, None, Silent()).verified
 
 
-@pytest.mark.parametrize("target", DECODER_TARGETS)
+@pytest.mark.parametrize("target", [*DECODER_TARGETS, "gguf"])
 def test_package_program_escapes_prompts(target: str) -> None:
     """The prompt is somebody's text, and the program is code."""
     import ast

@@ -332,12 +332,12 @@ def _refuse_expansion(path: Path, model: "onnx.ModelProto") -> None:
 def _check_graph(path: Path, model: "onnx.ModelProto") -> None:
     """onnx.checker on a copy without weights, in which ONNX Runtime's own operators have its own domain.
 
-    The genai builder puts SimplifiedLayerNormalization into the standard domain, where ONNX Runtime finds it and
-    the checker does not. `model` is changed.
+    The genai builder and ONNX Runtime's fusions put SimplifiedLayerNormalization into the standard domain, where
+    ONNX Runtime finds it and the checker does not; in branches too. `model` is changed.
     """
     import onnx
 
-    for node in model.graph.node:
+    for node in (node for graph in _every_graph(model) for node in graph.node):
         if isinstance(node.op_type, bytes):  # text that is not UTF-8
             raise ExportError(f"an operator is named {node.op_type!r}", where=path, expected="a name in UTF-8")
         if node.domain in _DEFAULT_DOMAINS and not onnx.defs.has(node.op_type, ""):

@@ -73,10 +73,10 @@ class GenaiTarget(PackageTarget):
             sealed.write_json(job.stage / file, config)
 
     def snippet(self, facts: PackageFacts, folder: str) -> Snippet:
-        build = _TEXT if facts.task.input == "text" else _SPEECH
-        prompt = prompt_of(facts)
+        build, prompt = (_TEXT, prompt_of(facts)) if facts.task.input == "text" else (_SPEECH, _begun(facts))
         if facts.task.sees_and_writes:
-            build, prompt = _PICTURE, genai_vision.PICTURE[str(facts.config["model_type"])] + prompt
+            picture = genai_vision.PICTURE[str(facts.config["model_type"])]
+            build, prompt = _PICTURE, picture + prompt_of(facts)
         plug, active = "", ""
         if facts.adapters:
             name = repr(facts.adapters[0])
@@ -95,7 +95,7 @@ class GenaiTarget(PackageTarget):
             )
 
     def notes(self, facts: PackageFacts) -> str:
-        words = _BATCHES if facts.task.input == "text" else ""
+        words = {"text": _BATCHES, "audio": _SPOKEN if _is_multilingual(facts) else ""}.get(facts.task.input, "")
         if facts.adapters[1:]:
             names = ", ".join(f"`{markdown(n)}`" for n in facts.adapters[1:])
             words += f"The package also has the adapters {names}: load and activate them in the same way.\n\n"
@@ -114,6 +114,9 @@ _BATCHES = (
     "Texts of one batch are padded on the right, as by `tokenizer.encode_batch`. A model with convolutions or "
     "other states takes texts of equal length.\n\n"
 )
+
+_SPOKEN = "`<|en|>` is the language of the sound: put its own code there, such as `<|de|>`.\n\n"
+_ENGLISH_ALONE = 51_864  # tokens of Whisper's English models, whose prompts name no language and no task
 
 _TEXT = """import json
 import onnxruntime_genai as og
@@ -142,7 +145,7 @@ params = og.GeneratorParams(model)
 params.set_search_options(max_length={tokens}, do_sample=False, num_beams=1)
 generator = og.Generator(model, params)
 audios = og.Audios.open_bytes(sound.getvalue())
-generator.set_inputs(processor(["<|startoftranscript|><|notimestamps|>"], audios=audios))
+generator.set_inputs(processor([{prompt}], audios=audios))
 while not generator.is_done():
     generator.generate_next_token()
 print(json.dumps(processor.decode(generator.get_sequence(0))))"""
@@ -165,6 +168,17 @@ start = generator.token_count()
 while not generator.is_done():
     generator.generate_next_token()
 print(json.dumps(processor.decode(generator.get_sequence(0)[start:])))"""
+
+
+def _is_multilingual(facts: PackageFacts) -> bool:
+    size = facts.config.get("vocab_size")
+    return isinstance(size, int) and size > _ENGLISH_ALONE
+
+
+def _begun(facts: PackageFacts) -> str:
+    """The tokens that Whisper's text begins with; genai adds none by itself."""
+    spoken = "<|en|><|transcribe|>" if _is_multilingual(facts) else ""
+    return f"<|startoftranscript|>{spoken}<|notimestamps|>"
 
 
 def configured(config: Mapping[str, Any], run: Run, provider: str) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """The merged folder as transformers, vLLM and TGI load it, or a pipeline as diffusers does, with a model card."""
 
-import json
 from collections.abc import Sequence
 from typing import ClassVar
 
 from lora_export.errors import InputError
-from lora_export.packages import companions
+from lora_export.packages import companions, servers
 from lora_export.packages.job import PackageFacts, PackageJob, PackageTarget, Run, Snippet, Variant
 from lora_export.packages.pipelines import laying, programs
 from lora_export.packages.pipelines.families import family_of
@@ -61,14 +60,7 @@ class HubTarget(PackageTarget):
     def notes(self, facts: PackageFacts) -> str:
         if facts.task.draws:
             return programs.notes(facts, checked=laying.has_checker(facts.config))
-        if not facts.task.generates or facts.task.input != "text":
-            return ""
-        name = json.dumps(facts.name)
-        return (
-            "vLLM and TGI load the same folder:\n\n```bash\n"
-            f"vllm serve . --served-model-name {name}\n"
-            "text-generation-launcher --model-id .\n```\n"
-        )
+        return servers.notes(facts)
 
 
 TARGET = HubTarget()

@@ -1,5 +1,6 @@
 """Graphs under the names that Optimum and transformers.js look for: model, encoder_model, decoder_model_merged."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,14 +12,20 @@ _TWO_STEPS = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_mod
 
 
 def lay(
-    export: ExportResult, folder: Path, suffix: str = "", largest: int = graphs.LARGEST_CHUNK
+    export: ExportResult,
+    folder: Path,
+    suffix: str = "",
+    largest: int = graphs.LARGEST_CHUNK,
+    adapt: Callable[[ir.Model], None] | None = None,
 ) -> dict[str, int]:
     """Write the graphs of an export into `folder`: file name → number of data files (NAME_data, NAME_data_1, …).
 
-    suffix: of the names before .onnx; largest: bytes of a data file.
+    suffix: of the names before .onnx; largest: bytes of a data file; adapt: changes each graph in place.
     """
     counts = {}
     for name, model in models(export).items():
+        if adapt is not None:
+            adapt(model)
         file = f"{name}{suffix}.onnx"
         counts[file] = graphs.save(model, folder / file, f"{file}_data", largest)
     return counts

@@ -1,14 +1,18 @@
 """A folder for transformers.js: onnx/model_q4.onnx and so on, with data files that config.json counts."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import onnx_ir as ir
+
+from lora_export.contracts import Progress
 from lora_export.errors import ExportError, InputError
-from lora_export.packages import companions
+from lora_export.packages import browsers, companions
 from lora_export.packages.graphs import LARGEST_CHUNK
 from lora_export.packages.job import PackageFacts, PackageJob, PackageTarget, Run, Snippet, Variant
-from lora_export.packages.programs import javascript_program
+from lora_export.packages.programs import javascript_program, web_page
 from lora_export.packages.targets import hub_graphs
 from lora_export.storage import sealed
 
@@ -24,6 +28,7 @@ _PRECISIONS = {
 _FP16_INT4 = ("q4f16",)  # of engines whose int4 graphs for CUDA compute in fp16; others' compute in fp32
 USUAL = ("fp32", "q8", "q4")  # the default of Node, that of browsers, and the smallest for both
 _MOST_CHUNKS = 100
+_FOLDER = "model"  # of a page
 _SETUP = "npm install --prefix .. @huggingface/transformers"
 
 
@@ -58,7 +63,8 @@ class TransformersJsTarget(PackageTarget):
         folder.mkdir()
         chunks: dict[str, int] = {}
         for name, export in job.exports.items():
-            chunks |= hub_graphs.lay(export, folder, SUFFIXES[name], LARGEST_CHUNK)
+            adapt = partial(_adapt, job.progress, name)
+            chunks |= hub_graphs.lay(export, folder, SUFFIXES[name], LARGEST_CHUNK, adapt)
         many = next((n for n, count in chunks.items() if count > _MOST_CHUNKS), None)
         if many:
             raise ExportError(
@@ -83,9 +89,20 @@ class TransformersJsTarget(PackageTarget):
     def notes(self, facts: PackageFacts) -> str:
         words = ", ".join(f'"{v}"' for v in facts.variants)
         return (
-            f"The variants are {words}. In a browser, serve the folder and set `env.localModelPath` to its URL. "
-            "Without a dtype, transformers.js takes fp32 on Node and q8 on WASM.\n"
+            f"The variants are {words}. Without a dtype, transformers.js takes fp32 on Node and on WebGPU, and q8 "
+            "on WASM. fp16 and q4f16 need a graphics card that computes in fp16.\n\n"
+            "In a browser, on WebGPU or else on WASM: save this page beside this folder, which it calls "
+            f"`{_FOLDER}`, and beside node_modules, and serve the three.\n\n"
+            f"```html\n{web_page(facts, _FOLDER, facts.variants[0])}```\n"
         )
+
+
+def _adapt(progress: Progress, variant: str, model: ir.Model) -> None:
+    """Make a graph run in browsers as well, or warn that it does not."""
+    browsers.adapt(model)
+    left = list(browsers.remaining(model))
+    if left:
+        progress.warn(f"{variant} runs on Node only: browsers have no operator for {left[0]}")
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,50 @@
+"""A session of ONNX Runtime where Triton wants an instance of a model, for the model.py beside this file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import triton_python_backend_utils as triton
+
+_CUDA = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "EXHAUSTIVE"}
+
+
+def opened(args: dict[str, str], home: Path) -> "onnxruntime.InferenceSession":
+    """The graph of the version in the folder `home`. args: what Triton gives to `initialize`.
+
+    TritonModelException if the graph or its processor is not there: nothing runs on the CPU that was meant for a
+    GPU.
+    """
+    _refuse_broken_numpy()
+    path = home / args["model_version"] / "model.onnx" / "model.onnx"
+    if not path.is_file():
+        raise triton.TritonModelException(f"{path} is missing: keep the models of the repository side by side")
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if args["model_instance_kind"] == "GPU":
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise triton.TritonModelException(
+                "the onnxruntime of this Python has no CUDA provider: pip install onnxruntime-gpu, or set "
+                "KIND_CPU in config.pbtxt"
+            )
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": args["model_instance_device_id"], **_CUDA}))
+    session = onnxruntime.InferenceSession(path, providers=providers)
+    if args["model_instance_kind"] == "GPU" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise triton.TritonModelException("CUDA does not start: see the warnings of onnxruntime above")
+    return session
+
+
+def parameter(args: dict[str, str], name: str) -> str:
+    """Of config.pbtxt; '' if it is not set."""
+    found = json.loads(args["model_config"]).get("parameters", {}).get(name, {})
+    return str(found.get("string_value", ""))
+
+
+def _refuse_broken_numpy() -> None:
+    """Some servers read arrays of numpy 2 as empty, without an error."""
+    sent = np.arange(3, dtype=np.int64)
+    if not np.array_equal(triton.Tensor("x", sent).as_numpy(), sent):
+        raise triton.TritonModelException(
+            f"the Python backend of this server loses arrays of numpy {np.__version__}: pip install 'numpy<2'"
+        )
