@@ -64,6 +64,10 @@ class Engine:
             [vllm_python(), HERE / "vllm_arm.py", json.dumps(settings)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment, cwd=tempfile.gettempdir(),
         )  # fmt: skip
+        self.described: dict[str, str] = {}
+
+    def wait(self) -> None:
+        """Until it is ready."""
         self.described = self._read()
 
     def ask(self, phase: str, batch: int, steps: int, adapter: bool) -> list[Any]:
@@ -96,7 +100,6 @@ def opened(asked: argparse.Namespace, merged: Path) -> dict[str, Engine]:
             "dtype": asked.dtype, "eager": asked.eager, "tokens": asked.tokens, "batch": max(asked.batch),
         }  # fmt: skip
         engines[name] = Engine(settings, asked.threads)
-        print(f"{name}: {engines[name].described}", file=sys.stderr, flush=True)
     return engines
 
 
@@ -147,6 +150,9 @@ def main() -> None:
         merged = merge(asked.base, [AdapterChoice(asked.adapter)], Path(scratch) / "merged").output
         engines = opened(asked, merged)
         try:
+            for name, engine in engines.items():
+                engine.wait()
+                print(f"{name}: {engine.described}", file=sys.stderr, flush=True)
             if asked.dtype == "float32":  # in 16 bits, rounding alone can choose another token
                 agree(engines)
             taken = measured(engines, cells, asked.rounds, 60 * asked.minutes)

@@ -1,8 +1,8 @@
 """How vLLM and TGI serve a folder of weights: the commands, and a request to each.
 
 vLLM's `--dtype auto` computes in the type that config.json names, but in 16 bits where that is fp32: bf16, or fp16
-for an embedder. It refuses fp16 for a few architectures and computes those in bf16. TGI computes in fp16 unless it
-is told to use bf16, and knows no other type (its launcher's `--dtype`).
+for an embedder. It refuses fp16 for a few architectures and computes those in bf16. TGI computes most models in
+fp16 unless it is told to use bf16, and knows no other type (its launcher's `--dtype`).
 """
 
 import json

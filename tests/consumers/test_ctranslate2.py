@@ -126,9 +126,13 @@ def test_ctranslate2_embeds_as_unmerged_model(
 def test_ctranslate2_translates_as_unmerged_model(
     interpreter: Path, encoder_decoder: Delivered, converted: Path
 ) -> None:
+    """The tokenizer has no unknown token, which CTranslate2 asks for at its first request."""
     package = encoder_decoder.package("hf")
     with _opened(interpreter, "hf", encoder_decoder) as answer:
         assert _convert(interpreter, package, converted) == ""
+        settings = json.loads((converted / "config.json").read_text())
+        assert settings["unk_token"] is None
+        (converted / "config.json").write_text(json.dumps(settings | {"unk_token": settings["eos_token"]}))
         rows = _rows(encoder_decoder, package)
         said = _ask(interpreter, _TRANSLATE, folder=str(converted), rows=rows, most=TOKENS)
         reader = transformers.AutoTokenizer.from_pretrained(package)

@@ -32,19 +32,19 @@ def opened(name):
     return core.compile_model(folder + "/" + name, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
 
+def size(at, dimension):
+    return 1 if at == 0 else 0 if dimension.is_dynamic else dimension.get_length()
+
+
 def empty(model):
     "A cache without tokens."
     inputs = ((i.any_name, i.partial_shape) for i in model.inputs if "past" in i.any_name)
-    return {n: np.zeros([1 if j == 0 else 0 if d.is_dynamic else d.get_length() for j, d in enumerate(s)], np.float32)
-            for n, s in inputs}
+    return {n: np.zeros([size(j, d) for j, d in enumerate(shape)], np.float32) for n, shape in inputs}
 
 
 def run(model, feeds):
-    names = {i.any_name for i in model.inputs}
-    kinds = {i.any_name: np.int32 if "i32" in str(i.element_type) or "int32" in str(i.element_type) else None
-             for i in model.inputs}
-    feeds = {n: np.asarray(v, kinds[n]) if kinds.get(n) else v for n, v in feeds.items() if n in names}
-    return {o.any_name: v for o, v in model(feeds).items()}
+    types = {i.any_name: i.element_type.to_dtype() for i in model.inputs}
+    return {o.any_name: v for o, v in model({n: np.asarray(feeds[n], t) for n, t in types.items()}).items()}
 """
 
 _DECODE = (
@@ -62,6 +62,17 @@ for ids in prompts:
         state = {n: out[n.replace("past_key_values", "present")] for n in state}
         tokens += given
     said.append(tokens)
+print(json.dumps(said))
+"""
+)
+
+_OPEN = (
+    _READ
+    + """
+try:
+    said = opened(file) and ""
+except RuntimeError as error:
+    said = str(error)
 print(json.dumps(said))
 """
 )
@@ -194,3 +205,15 @@ def test_openvino_transcribes_as_unmerged_model(
         assert tuple(map(tuple, found)) == tuple((*said, ends["end"]) for said in speech.wanted.tokens)
         count = sum(map(len, found))
         answer.same(f"{count} of {count} tokens of {len(rows)} sounds")
+
+
+@pytest.mark.parametrize("variant", ["q8", "q4"])
+def test_openvino_refuses_quantized_embeddings(interpreter: Path, encoder: Delivered, variant: str) -> None:
+    """Of the variants for transformers.js. Its frontend takes GatherBlockQuantized of a stored tensor alone; ours
+    gets a Reshape of one."""
+    package = encoder.package("transformers-js")
+    file = f"onnx/model_{'quantized' if variant == 'q8' else variant}.onnx"
+    with _opened(interpreter, f"transformers-js {variant}", encoder, file) as answer:
+        said = _ask(interpreter, _OPEN, folder=str(package), file=file)
+        assert "GatherBlockQuantized: 'data' must be a constant" in said
+        answer.refused("GatherBlockQuantized: 'data' must be a constant")

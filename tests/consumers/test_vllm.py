@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import transformers
 
 from lora_export import merge
+from lora_export.packages.companions import for_both, tokenizer_for_both
 from tests.consumers import answers
 from tests.consumers.decoder_families import DECODERS, PROMPTS
 from tests.consumers.environments import version
@@ -82,17 +84,25 @@ TINY = {"max_model_len": 64, "block_size": 32}
 EXACTLY = GREEDY | {"ignore_eos": True}
 
 
+SPELLED = ("Llama 3", "Gemma 3", "Phi-3")  # with scaled, local and fused rotary embeddings
+
+
 def test_vllm_families_give_unmerged_tokens(tmp_path: Path) -> None:
-    """Tiny decoders of many architectures, merged; some with a DoRA, a head of their own or added tokens."""
-    wanted, questions = {}, []
+    """Tiny decoders of many architectures, merged; some with a DoRA, a head of their own or added tokens. A few are
+    read with the configuration of a package, too."""
+    wanted, folders = {}, {}
     for name, family in DECODERS.items():
         root = tmp_path / name
         family.save(root)
         wanted[name] = family.answers(root)
-        merge(root / "base", [root / "adapter"], root / "merged")
-        questions.append(Question(root / "merged", PROMPTS, "generate", TINY, EXACTLY))
-    said = dict(zip(DECODERS, answered(questions), strict=True))
-    other = {n: a for n, a in said.items() if a.get("said") != wanted[n]}
+        folders[name] = merge(root / "base", [root / "adapter"], root / "merged").output
+    for name in SPELLED:
+        folder = folders[f"{name}, as packaged"] = Path(shutil.copytree(folders[name], tmp_path / name / "hf"))
+        wanted[f"{name}, as packaged"] = wanted[name]
+        for file, both in (("config.json", for_both), ("tokenizer_config.json", tokenizer_for_both)):
+            (folder / file).write_text(json.dumps(both(json.loads((folder / file).read_text()))))
+    found = answered([Question(f, PROMPTS, "generate", TINY, EXACTLY) for f in folders.values()])
+    other = {n: a for n, a in zip(folders, found, strict=True) if a.get("said") != wanted[n]}
     with cell("merged", "decoder", f"{len(DECODERS)} tiny decoders", "vllm serve . --dtype float32") as made:
         assert other == {}
         made.same(f"{len(DECODERS) * len(PROMPTS) * TOKENS:,} tokens")
@@ -115,6 +125,15 @@ def test_vllm_refuses_adapters_that_it_serves_merged(tmp_path: Path) -> None:
     assert plain == {"said": DECODERS["Llama"].answers(tmp_path / "Llama")}
     for words, found in zip(ONLY_MERGED.values(), others, strict=True):
         assert words in found["refused"]
+
+
+def test_vllm_refuses_t5(encoder_decoder: Delivered) -> None:
+    """It has no T5 of its own, and tries that of transformers, which is not written for it."""
+    words = "Argument position_ids not found in the forward method of"
+    (found,) = answered([Question(encoder_decoder.merged, encoder_decoder.prompts, "generate", TINY, GREEDY)])
+    with cell("merged", "encoder-decoder", encoder_decoder.name, "vllm serve . --dtype float32") as made:
+        assert words in found["refused"] and "T5Stack" in found["refused"]
+        made.refused(f"{words} T5Stack")
 
 
 _CLASSIFIER: dict[str, Any] = {

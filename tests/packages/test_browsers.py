@@ -1,5 +1,7 @@
 """What stands for operators that browsers lack computes the same, in ONNX Runtime on the processor."""
 
+import json
+import re
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,10 @@ import onnxruntime as ort
 import pytest
 
 from lora_export.packages import browsers
+from lora_export.packages.job import PackageFacts, Sample
+from lora_export.packages.programs import web_page
 from lora_export.packages.targets import transformers_js
+from lora_export.packages.tasks import task_of
 from lora_export.progress import Silent
 
 FLOAT, HALF, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT32, ir.DataType.INT64
@@ -148,3 +153,17 @@ def test_lay_warns_of_table_that_browsers_cannot_read() -> None:
     transformers_js._adapt(Talk(), "q4", model)
     assert operators(model) == {"GatherBlockQuantized"}
     assert warned == ["q4 runs on Node only: browsers have no operator for node"]
+
+
+def test_page_of_readme_quotes_prompt() -> None:
+    """A prompt cannot end the script, nor the block of code in the README."""
+    prompt = "</script><img>\n```\n'"
+    task = task_of("text-generation-with-past", "LlamaForCausalLM")
+    facts = PackageFacts(
+        transformers_js.TARGET, "name", task, "fp32", ("fp32", "q4"), ("cpu",), Sample(prompt, "said"), {}
+    )
+    page = web_page(facts, "model", "fp32")
+    assert page.count("</script>") == 2 and "<img>" not in page and "\n```" not in page
+    quoted = re.search(r"await reader\((.*)\);", page)
+    assert quoted and json.loads(quoted[1]) == prompt
+    assert page in transformers_js.TARGET.notes(facts)

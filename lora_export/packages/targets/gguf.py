@@ -65,7 +65,8 @@ class GgufTarget(PackageTarget):
         lines = ["The same by llama.cpp's own programs, and by Ollama:", "", "```bash"]
         if facts.task.generates:
             lines += [
-                f"llama-cli -m {first} -n {TOKENS} --temp 0 -no-cnv -p 'The capital of France is'",
+                f"llama-completion -m {first} -no-cnv --temp 0 -n {TOKENS} -p 'The capital of France is'",
+                f"llama-cli -m {first}    # a chat",
                 f"llama-server -m {first}",
                 f"ollama create {facts.name.lower()} -f {modelfile.NAME}",
             ]
