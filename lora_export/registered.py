@@ -29,8 +29,8 @@ _BUILT_IN = {
         "triton": "lora_export.packages.targets.triton:TARGET",
         "transformers-js": "lora_export.packages.targets.transformers_js:TARGET",
         "hf": "lora_export.packages.targets.hf:TARGET",
-        "gguf": "lora_export.packages.targets.gguf:TARGET",
         "mlflow": "lora_export.packages.targets.mlflow:TARGET",
+        "gguf": "lora_export.packages.targets.gguf:TARGET",
     },
 }
 

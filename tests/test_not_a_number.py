@@ -36,6 +36,7 @@ from lora_export.progress import Silent
 from lora_export.storage import documents, sealed
 from lora_export.validation.proof import judge as judging
 from lora_export.workflows import delivered, packaging
+from lora_export.workflows.gguf import checking as gguf_files
 from tests.report.conftest import full_report, write
 
 NAN, INF = math.nan, math.inf
@@ -53,6 +54,21 @@ def judge(part: str, field: str) -> Callable[[float], bool]:
 
 def fused(number: float) -> bool:
     return against_plain.difference(np.ones(2), np.array([1, number])) <= against_plain.RELATIVE
+
+
+def gguf_weights(number: float) -> bool:
+    """One number of a block of 32 in a GGUF file; the merged ones are 1."""
+    stored, merged = torch.ones(1, 32), torch.ones(1, 32)
+    stored[0, 7] = number
+    weight: Any = SimpleNamespace(
+        load=lambda _: SimpleNamespace(rows=lambda start, stop: stored), weight="w", parts=("w",), shape=(1, 32)
+    )
+    read: Any = SimpleNamespace(tensors={"w": SimpleNamespace(dtype="Q8_0")})
+    base: Any = SimpleNamespace(tensors={"w": SimpleNamespace(nbytes=128)}, read_rows=lambda n, a, b: merged)
+    try:
+        return gguf_files._compared(weight, read, base, Path("m.gguf")) >= 0
+    except ExportError:
+        return False
 
 
 def plain(number: float) -> bool:
@@ -143,11 +159,11 @@ def recomputed(number: float) -> bool:
 
 
 def runtime_s_numbers(number: float) -> bool:
-    return delivered._same([1.0, number], [1.0, 2.0])
+    return delivered._same([1.0, number], [1.0, 2.0], 1e-3)
 
 
 def validated_numbers(number: float) -> bool:
-    return delivered._same([1.0, 2.0], [1.0, number])
+    return delivered._same([1.0, 2.0], [1.0, number], 1e-3)
 
 
 def same_tokens(number: float) -> bool:
@@ -186,7 +202,7 @@ CHECKS: dict[str, Callable[[float], bool]] = {
     **{f.__name__: f for f in (
         fused, plain, proven, proven_both, damage, damaged_reference, exact, largest, survival, warned_of,
         opposed, recomputed, runtime_s_numbers, validated_numbers, same_tokens, warm, quiet,
-        kept_share, kept_nearness,
+        kept_share, kept_nearness, gguf_weights,
     )},
 }  # fmt: skip
 
@@ -209,6 +225,7 @@ def test_check_of_good_figures_passes() -> None:
     assert CHECKS["proven"](1) and CHECKS["proven_both"](-INF) and not CHECKS["proven_both"](INF)
     assert CHECKS["fused"](1) and CHECKS["plain"](1) and CHECKS["damage"](1) and CHECKS["top1_agreement"](0)
     assert CHECKS["warned_of"](0.99) and CHECKS["recomputed"](0.9) and CHECKS["runtime_s_numbers"](2)
+    assert CHECKS["gguf_weights"](1) and CHECKS["gguf_weights"](1.003)
     assert CHECKS["kept_share"](0.5) and CHECKS["kept_nearness"](0.5)
     assert CHECKS["same_tokens"](1) and CHECKS["warm"](1) and CHECKS["quiet"](0) and CHECKS["opposed"](0.5)
 
@@ -237,7 +254,7 @@ ASKED = {  # functions that CHECKS calls, and the comparison in them that stands
     "onnx_export/graphs/fusions.py:compare", "benchmarking/statistics.py:judge", "benchmarking/measure.py:warm_up",
     "benchmarking/conditions.py:unsteady", "merging/__init__.py:_interference", "merging/__init__.py:_judge",
     "merging/running/exact.py:_judge_some", "workflows/delivered.py:_same", "workflows/packaging.py:_measured",
-    "onnx_export/quantize/sensitivity.py:mark",
+    "onnx_export/quantize/sensitivity.py:mark", "workflows/gguf/checking.py:_compared",
 }  # fmt: skip
 PASSES_BY_HOLDING = {  # `x <= limit` is what makes them pass, which NaN never does
     "benchmarking/sessions.py:kv_in_place", "merging/planning/base_checks.py:_magnitudes",

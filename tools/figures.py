@@ -231,6 +231,35 @@ def sizes() -> str:
     return table(["export", "folder", "embeddings and head", "what is kept", "perplexity"], rows)
 
 
+def triton() -> str:
+    """Load on Triton's server: a row a level of concurrency."""
+    found = read("triton-*.json")
+    rows = [
+        [
+            load["what"],
+            f"{load['concurrency']}",
+            f"{load['requests']:,}",
+            f"{load['errors']} and {load['wrong']}",
+            f"{load['per_second']:,.1f}",
+            f"{load['p50_ms']:,.1f} ms",
+            f"{load['p99_ms']:,.1f} ms",
+            f"{load['requests'] / load['runs']:.1f}" if load["runs"] else "–",
+        ]
+        for load in found["loads"]
+    ]
+    head = [
+        "Triton " + found["server"],
+        "at once",
+        "requests",
+        "errors and wrong answers",
+        "a second",
+        "p50",
+        "p99",
+        "in a run",
+    ]
+    return table(head, rows)
+
+
 def bases() -> str:
     found = read("quality-SmolLM2-*.json")["bases"]
     words = {
@@ -261,6 +290,20 @@ def mutants() -> str:
     return table(["file", "mutants", "noticed", ""], rows)
 
 
+def openvino() -> str:
+    found = read("openvino-*.json")
+    rows = []
+    for phase, told in found["phases"].items():
+        for runtime, words in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+            arms = [told["ratios"][f"{runtime} {arm} / {runtime} base"] for arm in ("merged", "again")]
+            beside = told["ratios"]["openvino merged / onnxruntime merged"]
+            other = band(beside) if runtime == "openvino" else "1"
+            rows.append([phase, words, f"{told['median_ms'][f'{runtime} merged']:.1f} ms", other, *map(band, arms)])
+    threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
+    head = ["merged ÷ ONNX Runtime's (90 % interval)", "merged ÷ base", "base ÷ base, the noise"]
+    return table([f"{found['model']}, fp32, {threads}", "", "merged", *head], rows)
+
+
 def inspected() -> str:
     return f"\n```text\n{(RESULTS / 'inspect-lora-speeches.txt').read_text(encoding='utf-8').strip()}\n```\n\n"
 
@@ -269,8 +312,8 @@ TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
-        graph_faults, combining, serving, vllm, continued, sizes, bases, mutants,
-        demo, inspected, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
+        graph_faults, combining, serving, vllm, continued, sizes, triton, bases, mutants,
+        demo, inspected, openvino, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
     )
 }  # fmt: skip
 

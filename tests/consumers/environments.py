@@ -14,7 +14,8 @@ OPTIMUM = ("torch==2.13.0", "optimum-onnx==0.1.0", "transformers==4.57.6", "onnx
 DIFFUSION = (*OPTIMUM, "diffusers==0.39.0", "sentencepiece", "protobuf")
 SENTENCES = (*OPTIMUM, "sentence-transformers==5.7.0", "fastembed==0.9.1")
 # transformers.js names the exact onnxruntime-web that it needs; onnxruntime-node has its CPU libraries inside.
-MODULES = ("@huggingface/transformers@4.3.0", "onnxruntime-node@1.30.0")
+TRANSFORMERS_JS = "@huggingface/transformers@4.3.0"
+MODULES = (TRANSFORMERS_JS, "onnxruntime-node@1.30.0")
 
 
 def optimum_python() -> Path:

@@ -16,6 +16,7 @@ params = xllamacpp.CommonParams()
 params.model.path = job["model"]
 params.n_ctx = params.n_batch = params.n_ubatch = 512
 params.n_parallel, params.warmup, params.verbosity = 1, False, -1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # its threads spin where they wait
 if job["exact"]:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -13,6 +13,7 @@ from tests.consumers.answers import cell
 from tests.consumers.environments import module_version, node_folder
 from tests.consumers.javascript import CONSUMERS, Place, arrays, ask, compare, folder_of, placed
 from tests.consumers.models import Delivered
+from tests.docs.pages import ROOT, blocks
 
 pytestmark = pytest.mark.slow
 COMMAND = 'AutoModel.from_pretrained("model", {{ dtype: "fp32", device: "{place}" }})'
@@ -75,6 +76,14 @@ def test_page_of_readme_shows_answer(webgpu: bool, encoder: Delivered) -> None:
     modules = node_folder() / "node_modules"
     said = browser.shown(page[1], {"model": folder, "node_modules": modules}, webgpu)
     np.testing.assert_allclose(said, json.loads(answer[1]), atol=1e-4)
+
+
+def test_page_of_documentation_shows_text_of_unmerged_decoder(tiny_decoder: Delivered) -> None:
+    page = next(b.code for b in blocks(ROOT / "docs" / "how-to" / "browser.md") if b.language == "html")
+    assert tiny_decoder.prompts[0] in page
+    modules = node_folder() / "node_modules"
+    said = browser.shown(page, {"model": folder_of(tiny_decoder), "node_modules": modules}, webgpu=True)
+    assert said == tiny_decoder.wanted.texts[0]
 
 
 def test_threads_are_there_for_isolated_pages(encoder: Delivered) -> None:

@@ -1,4 +1,4 @@
-"""mistral.rs generates what the unmerged model does from an hf package, and refuses what transformers 5 writes alone.
+"""mistral.rs generates what the unmerged model does from an hf package, and refuses a folder of transformers 5.
 
 A merge keeps the base's config.json as it is. `package --for hf` also writes the older spelling of the rotary
 embedding and of tokenizers, without which this reader stops.

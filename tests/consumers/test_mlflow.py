@@ -271,13 +271,14 @@ def test_mlflow_onnx_loads_encoder(encoder: Delivered, mlflow: Path) -> None:
 
 
 REGISTERED = """
-import json, mlflow, pathlib, tempfile
+import json, mlflow, pathlib, shutil, tempfile
 with tempfile.TemporaryDirectory() as store:
     mlflow.set_tracking_uri(f"sqlite:///{{store}}/mlflow.db")
     mlflow.set_registry_uri(f"sqlite:///{{store}}/mlflow.db")
     place = pathlib.Path(store, "artifacts").as_uri()
     mlflow.set_experiment(experiment_id=mlflow.create_experiment("e", artifact_location=place))
-    straight = mlflow.register_model(pathlib.Path({folder!r}).as_uri(), "straight")
+    own = shutil.copytree({folder!r}, pathlib.Path(store, "own"))  # MLflow writes into what it loads in its place
+    straight = mlflow.register_model(own.as_uri(), "straight")
     with mlflow.start_run() as run:
         mlflow.log_artifacts({folder!r}, "model")
     logged = mlflow.register_model(f"runs:/{{run.info.run_id}}/model", "logged")

@@ -309,13 +309,16 @@ def test_triton_generates_text_of_unmerged_model(decoder: Delivered, served: Ser
         cell.same(f"{len(said)} of {len(said)} texts of {TOKENS} tokens, at once and in pieces")
 
 
-def test_triton_generates_characters_of_several_tokens_whole(decoder: Delivered, served: Served) -> None:
-    """Sampled from a prompt of signs that take several tokens each."""
+@pytest.mark.parametrize(("prompt", "sign"), [("東京 東京 東京 東京 東京", "東京"), ("🎉🎉🎉🎉🎉🎉", "🎉")])
+def test_triton_generates_characters_of_several_tokens_whole(
+    prompt: str, sign: str, decoder: Delivered, served: Served
+) -> None:
+    """The last may be cut by the limit of tokens; no other is."""
     server = served(decoder, "python")
-    settings = {"temperature": 1.5, "top_k": 400, "seed": 5, "max_tokens": 48}
-    pieces = streamed(server, "東京 😀 Москва 東京 😀 Москва 東京 😀", **settings)
-    assert "".join(pieces) == generated(server, "東京 😀 Москва 東京 😀 Москва 東京 😀", **settings)
-    assert any(ord(c) > 127 for c in "".join(pieces)), pieces
+    whole = generated(server, prompt, max_tokens=16)
+    pieces = streamed(server, prompt, max_tokens=16)
+    assert "".join(pieces) == whole and whole.count(sign) > 2
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces[:-1])
 
 
 def test_triton_generates_by_settings(decoder: Delivered, served: Served) -> None:
@@ -361,7 +364,7 @@ def test_triton_client_that_goes_away_ends_its_text(decoder: Delivered, served: 
     document = {"text_input": PROMPTS[0], "max_tokens": 2000, "stream": True}
     client.request("POST", f"/{GENERATE}/generate_stream", json.dumps(document))
     answer = client.getresponse()
-    assert b"text_output" in answer.read(60)
+    assert b"text_output" in answer.readline()
     answer.close()
     client.close()
     end = time.monotonic() + 60
@@ -379,7 +382,7 @@ def test_triton_killed_server_leaves_package_unharmed(decoder: Delivered, served
         client = http.client.HTTPConnection("127.0.0.1", server.http)
         document = {"text_input": PROMPTS[0], "max_tokens": 2000, "stream": True}
         client.request("POST", f"/{GENERATE}/generate_stream", json.dumps(document))
-        assert b"text_output" in client.getresponse().read(60)
+        assert b"text_output" in client.getresponse().readline()
         server.process.send_signal(signal.SIGKILL)
         assert server.process.wait(30) == -signal.SIGKILL
     found = delivered.verify(folder, None, False, None, Silent())

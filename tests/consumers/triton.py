@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -27,12 +28,18 @@ PACKAGES = (
 )  # fmt: skip
 SECONDS = 180  # in which a server starts
 _BACKENDS = Path(__file__).parent / "backends"
-_NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}  # a package that lies on a writable disk stays as it is
+# Starts a command that is ended by SIGTERM when this process ends, however that happens (prctl, PR_SET_PDEATHSIG).
+_LEASHED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+# Of the server's Python, which reads no variables of the environment: a package that lies on a writable disk stays
+# as it is.
+_SITE = "import sys\nsys.dont_write_bytecode = True\n"
 
 
 def triton_python() -> Path:
     """The interpreter of an environment with tritonserver 2.51, its clients and what its models import."""
-    return installed("triton", PACKAGES)
+    found = installed("triton", PACKAGES)
+    (_home(found).parents[1] / "sitecustomize.py").write_text(_SITE)
+    return found
 
 
 class NotStarted(RuntimeError):
@@ -85,6 +92,7 @@ def serving(repository: Path, work: Path, *words: str) -> Iterator[Server]:
     work.mkdir(parents=True, exist_ok=True)
     log = work / "server.log"
     command = [
+        sys.executable, "-c", _LEASHED,
         str(_home(interpreter) / "bin" / "tritonserver"), f"--model-repository={repository}",
         f"--backend-directory={_backends(interpreter, work)}", "--http-address=127.0.0.1",
         f"--http-port={ports[0]}", "--grpc-address=127.0.0.1", f"--grpc-port={ports[1]}", "--allow-metrics=false",
@@ -133,7 +141,7 @@ def _environment(interpreter: Path) -> dict[str, str]:
     )
     path = f"{interpreter.parent}:{os.environ['PATH']}"
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return kept | _NO_BYTECODE | {"PATH": path, "LD_LIBRARY_PATH": libraries, "PYTHONPATH": str(site)}
+    return kept | {"PATH": path, "LD_LIBRARY_PATH": libraries}
 
 
 def _free_ports(count: int) -> list[int]:

@@ -21,7 +21,7 @@ from tests.docs.pages import ROOT, RUN, Block, blocks, name, pages, scenery
 from tests.docs.scenery import SCENERIES
 
 ALL = [b for page in pages() for b in blocks(page)]
-LANGUAGES = {"text", "bash", "python", "toml", "yaml", "json"}
+LANGUAGES = {"text", "bash", "python", "toml", "yaml", "json", "html"}
 
 
 def of(language: str) -> list[object]:

@@ -3,6 +3,7 @@
 The converter itself is run in tests/consumers/test_gguf.py.
 """
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,15 +20,18 @@ from lora_export.allowed.modelfile import check_modelfile
 from lora_export.checkpoint.gguf import read_gguf
 from lora_export.contracts import PackageOptions
 from lora_export.errors import AdapterError, CheckpointError, ExportError, InputError, RuntimeUnavailable
-from lora_export.packages.gguf import modelfile
-from lora_export.packages.job import Run
+from lora_export.packages.gguf import model_file, modelfile
+from lora_export.packages.job import PackageFacts, Run
 from lora_export.progress import Silent
+from lora_export.storage.documents import as_json
+from lora_export.storage.sealed import hash_folder, hashed, read_sealed, write_sealed
+from lora_export.workflows import delivered
 from lora_export.workflows.confined import Outcome
 from lora_export.workflows.gguf import adapter, checking, converting, environment
 from lora_export.workflows.gguf.converting import Conversion, Place
 from lora_export.workflows.packaging import package, read_run
 from tests.builders import save_adapter
-from tests.quantization.test_gguf import in_pairs, save_gguf
+from tests.quantization.test_gguf import in_pairs
 
 
 class Heard(Silent):
@@ -168,7 +172,9 @@ def test_gguf_settings_off_the_list_are_refused(
         check_gguf(settings, tensors, tmp_path, is_adapter)
 
 
-def converted(run: Run, path: Path, kind: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+def converted(
+    run: Run, path: Path, kind: str, change: Callable[[dict[str, torch.Tensor]], None], template: str | None = None
+) -> Path:
     """The merged model in a GGUF file, as the converter writes it, after a change of its weights.
 
     Rows that are no multiple of 32 numbers become F16 where Q8_0 is asked for.
@@ -178,8 +184,23 @@ def converted(run: Run, path: Path, kind: str, change: Callable[[dict[str, torch
     assert run.merged is not None
     values = load_file(run.merged / "model.safetensors")
     change(values)
-    wide = "F16" if kind == "Q8_0" else kind
-    save_gguf(path, gguf.MODEL_ARCH.LLAMA, values, lambda name: wide if "down_proj" in name else kind)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(gguf.GGUFType.MODEL)
+    if template is not None:
+        writer.add_chat_template(template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    heads = {"q_proj": 4, "k_proj": 2}
+    for name, value in values.items():
+        leaf = name.split(".")[-2]
+        moved = in_pairs(value, heads[leaf]) if leaf in heads else value
+        fits = "F16" if kind == "Q8_0" and moved.shape[-1] % 32 else kind
+        stored = gguf.GGMLQuantizationType[fits if moved.dim() > 1 else "F32"]
+        called = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(called, gguf.quantize(moved.numpy(), stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 
@@ -203,6 +224,62 @@ def test_gguf_weights_are_compared_with_merged_ones(kind: str, run: Run, tmp_pat
 def test_gguf_without_chat_template_of_base_is_refused(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="chat template"):
         checking.compare(converted(run, tmp_path / "m.gguf", "F32", lambda _: None), run, tmp_path)
+
+
+@pytest.fixture
+def unconverted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converter's part is done by this file."""
+
+    def convert(run: Run, facts: PackageFacts, *given: Any) -> Conversion:
+        template, stage = checking.template_of(run.companions), given[-3]
+        for kind in facts.variants:
+            converted(run, stage / model_file(facts.name, kind), kind.upper(), lambda _: None, template)
+        places = {
+            name: Place(f"blk.{name.split('.')[2]}.attn_v.weight", False, None, None)
+            for name in given[1]
+            if "v_proj" in name
+        }
+        return Conversion("0.1.1", "llama", places)
+
+    monkeypatch.setattr(converting, "convert", convert)
+    monkeypatch.setattr("lora_export.workflows.gguf.converter", lambda given, progress: None)
+
+
+@pytest.mark.usefixtures("unconverted")
+def test_package_gguf_is_complete_reproducible_and_checked(decoder_run: Path, tmp_path: Path) -> None:
+    options = PackageOptions(name="tiny", variants=("q8_0", "f32"))
+    made = package(decoder_run, "gguf", tmp_path / "p", options, Silent())
+    assert made.variants == ("f32", "q8_0") and {m["weights"] for m in made.measured.values()} == {21}
+    assert {*made.files} == {
+        "tiny-F32.gguf", "tiny-Q8_0.gguf", "Modelfile", "config.json", "README.md", "manifest.json", "bom.cdx.json",
+        "LICENSE.txt", "NOTICE",
+    }  # fmt: skip
+    assert (tmp_path / "p" / "Modelfile").read_text() == (
+        'FROM ./tiny-F32.gguf\nPARAMETER temperature 0.7\nPARAMETER top_k 13\nLICENSE """apache-2.0"""\n'
+    )
+    assert "llama-server -m tiny-F32.gguf\n" in (tmp_path / "p" / "README.md").read_text()
+    document = read_sealed(tmp_path / "p" / "manifest.json")
+    assert document["precision"] == "float32" and document["variants"] == ["f32", "q8_0"]
+    again = package(decoder_run, "gguf", tmp_path / "again", options, Silent())
+    assert hash_folder(again.output) == hash_folder(tmp_path / "p")
+    assert delivered.verify(tmp_path / "p", None, False, None, Silent()).verified
+
+    for name, text in (("Modelfile", b"FROM llama3\n"), ("tiny-Q8_0.gguf", b"GGUF\3\0\0\0")):
+        other = Path(shutil.copytree(tmp_path / "p", tmp_path / f"with-{name}"))
+        (other / name).write_bytes(text)
+        changed = {**document["files"], name: as_json(hashed(other / name))}
+        write_sealed(other / "manifest.json", document | {"files": changed})
+        found = delivered.verify(other, None, True, None, Silent())
+        assert [c.name for c in found.checks if not c.passed] == ["contents"], found
+
+
+@pytest.mark.usefixtures("unconverted")
+def test_package_gguf_with_a_lora_that_has_no_place_leaves_nothing(
+    decoder: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterError, match="no place"):
+        package(decoder[2], "gguf", tmp_path / "p", PackageOptions(adapter=decoder[1]), Silent())
+    assert not list(tmp_path.iterdir())
 
 
 # --- the adapter ---------------------------------------------------------------------------------------------
@@ -248,8 +325,6 @@ def test_gguf_lora_without_a_place_is_refused(
 
 
 def test_gguf_lora_of_other_files_is_refused(run: Run, decoder: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    import shutil
-
     other = Path(shutil.copytree(decoder[1], tmp_path / "other"))
     (other / "adapter_config.json").write_text((other / "adapter_config.json").read_text() + " ")
     with pytest.raises(InputError, match="not the adapter that the run merged"):

@@ -25,6 +25,7 @@ class GgufTarget(PackageTarget):
     needs_merged: ClassVar[bool] = True
     file_names: ClassVar[tuple[str, ...]] = ("*.gguf", modelfile.NAME)
     own_options: ClassVar[tuple[str, ...]] = ("converter", "adapter")
+    relative: ClassVar[float] = 5e-3  # llama.cpp looks GELU up in a table of its tanh approximation, in fp16
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
         if run.task.name not in _TASKS:
@@ -65,7 +66,8 @@ class GgufTarget(PackageTarget):
         lines = ["The same by llama.cpp's own programs, and by Ollama:", "", "```bash"]
         if facts.task.generates:
             lines += [
-                f"llama-cli -m {first} -n {TOKENS} --temp 0 -no-cnv -p 'The capital of France is'",
+                f"llama-completion -m {first} -no-cnv --temp 0 -n {TOKENS} -p 'The capital of France is'",
+                f"llama-cli -m {first}    # a chat",
                 f"llama-server -m {first}",
                 f"ollama create {facts.name.lower()} -f {modelfile.NAME}",
             ]

@@ -89,10 +89,10 @@ class TransformersJsTarget(PackageTarget):
     def notes(self, facts: PackageFacts) -> str:
         words = ", ".join(f'"{v}"' for v in facts.variants)
         return (
-            f"The variants are {words}. Without a dtype, transformers.js takes fp32 on Node and on WebGPU, and q8 on "
-            "WASM. fp16 and q4f16 need a graphics card that computes in fp16.\n\n"
-            f"In a browser, on WebGPU or else on WASM: save this page beside this folder, which it calls `{_FOLDER}`, "
-            "and beside node_modules, and serve the three.\n\n"
+            f"The variants are {words}. Without a dtype, transformers.js takes fp32 on Node and on WebGPU, and q8 "
+            "on WASM. fp16 and q4f16 need a graphics card that computes in fp16.\n\n"
+            "In a browser, on WebGPU or else on WASM: save this page beside this folder, which it calls "
+            f"`{_FOLDER}`, and beside node_modules, and serve the three.\n\n"
             f"```html\n{web_page(facts, _FOLDER, facts.variants[0])}```\n"
         )
 

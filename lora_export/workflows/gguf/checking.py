@@ -101,9 +101,10 @@ def _compared(weight: "QuantizedWeight", read: TensorSource, merged: TensorSourc
     for start in range(0, height, step):
         stop = min(start + step, height)
         wanted = merged.read_rows(weight.weight, start, stop).float()
-        worst = max(worst, _error(rows.rows(start, stop), (wanted + added) - added, kind))
-    if not worst <= (_Q8_ERROR if kind == "Q8_0" else 0.0):
-        raise _other(path, weight.weight, f"an error of {worst:.2g} in {kind}")
+        error = _error(rows.rows(start, stop), (wanted + added) - added, kind)
+        if not error <= (_Q8_ERROR if kind == "Q8_0" else 0.0):  # NaN is an error as well, and no maximum keeps it
+            raise _other(path, weight.weight, f"an error of {error:.2g} in {kind}")
+        worst = max(worst, error)
     return worst
 
 

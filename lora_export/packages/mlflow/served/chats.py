@@ -26,7 +26,8 @@ def template_of(folder: Path, settings: Mapping[str, Any]) -> Callable[[Iterable
 
     def words(chat: Iterable[Any]) -> str:
         messages = [dict(message) for message in chat]
-        return str(template.render({**tokens, "messages": messages, "add_generation_prompt": True}))
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+        return str(template.render(tokens | given))
 
     return words
 

@@ -26,14 +26,15 @@ class TritonPythonModel:
         return [self._alone(request) for request in requests]
 
     def _together(self, requests: Sequence[Any]) -> list[Any]:
-        """The server batches requests of equal shapes alone, so rows are all that differs."""
+        """The server batches requests of equal shapes alone, so rows are all that differs. If one of them fails,
+        the others are run without it."""
         read = [self._feeds(request) for request in requests]
         feeds = {name: np.concatenate([one[name] for one in read]) for name in self.inputs}
         ends = np.cumsum([len(one[self.inputs[0]]) for one in read])[:-1]
         try:
             parts = [np.split(value, ends) for value in self.session.run(self.outputs, feeds)]
-        except Exception as error:
-            return [_refusal(error) for _ in requests]
+        except Exception:
+            return [self._alone(request) for request in requests]
         return [self._answer(r, values) for r, values in zip(requests, zip(*parts, strict=True), strict=True)]
 
     def _alone(self, request: Any) -> Any:
