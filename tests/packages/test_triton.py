@@ -136,7 +136,7 @@ def test_triton_python_package_has_code_of_this_project_alone(
     assert run("verify", folder, "--run").exit_code == 0
     again = package(made, "triton", tmp_path / "again", PackageOptions(backend="python"), Silent()).output
     assert hash_folder(again) == hash_folder(folder)
-    assert "pip install onnxruntime tokenizers" in (folder / "README.md").read_text()
+    assert "pip install onnxruntime tokenizers 'numpy<2'" in (folder / "README.md").read_text()
 
 
 def test_triton_default_backend_is_onnxruntime(packed: Packed, decoder_run: Path) -> None:
@@ -403,17 +403,12 @@ def test_triton_graph_answers_a_batch_as_one_by_one(loaded: Callable[..., Any]) 
     np.testing.assert_allclose(answers[1].tensors["logits"], alone[0], atol=1e-5)
 
 
-def test_triton_session_refuses_what_would_be_silent(
-    loaded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No GPU, a graph that is not beside it, and a numpy that the server does not read."""
+def test_triton_session_refuses_what_would_be_silent(loaded: Callable[..., Any]) -> None:
+    """No GPU, and a graph that is not beside it."""
     with pytest.raises(RuntimeError, match="CUDA"):
         loaded("adapter", model_instance_kind="GPU")
     with pytest.raises(RuntimeError, match="side by side"):
         loaded("adapter-generate", model_config=json.dumps({"parameters": {"graph": {"string_value": "x"}}}))
-    monkeypatch.setattr(Tensor, "as_numpy", lambda self: np.array([], dtype=np.int64))
-    with pytest.raises(RuntimeError, match="loses arrays of numpy"):
-        loaded("adapter")
 
 
 def test_verify_run_of_triton_python_package_answers(packed: Packed, decoder_run: Path) -> None:

@@ -74,11 +74,11 @@ class TritonTarget(PackageTarget):
         on_python = facts.backend == config.PYTHON
         words = f"Start the server first, in this folder:\n\n```bash\n{_start(facts)}\n```\n\n"
         if on_python:
-            wheel = "onnxruntime-gpu" if facts.providers[0] == "cuda" else "onnxruntime"
             words += (
                 "The models run in the server's Python backend. Its Python needs the packages that are installed "
-                f"here: `pip install {wheel} tokenizers`, with a version of numpy that the server knows. Mount "
-                "the folder read-only, as here: Python would write its caches into it.\n\n"
+                f"here: `pip install {_wheels(facts)}`. Some servers, 2.51 among them, lose arrays of numpy 2: "
+                "outputs arrive empty. Mount the folder read-only, as here: Python would write its caches into "
+                "it.\n\n"
             )
         if writing.is_offered(facts):
             return words + clients.TEXT_NOTES.format(name=facts.name + writing.SUFFIX)
@@ -151,7 +151,11 @@ def _start(facts: PackageFacts) -> str:
     server = "tritonserver --model-repository=/models"
     if facts.backend != config.PYTHON:
         return f"docker run --rm {gpus}-p 8001:8001 {mount} \\\n  {server}"
-    wheel = "onnxruntime-gpu" if facts.providers[0] == "cuda" else "onnxruntime"
     ports = "-p 8000:8000 -p 8001:8001"
-    install = f"pip install {wheel} tokenizers && {server}"
+    install = f"pip install {_wheels(facts)} && {server}"
     return f'docker run --rm {gpus}--shm-size=1g {ports} {mount} \\\n  bash -c "{install}"'
+
+
+def _wheels(facts: PackageFacts) -> str:
+    """What the programs import, for the server's Python."""
+    return f"onnxruntime{'-gpu' * (facts.providers[0] == 'cuda')} tokenizers 'numpy<2'"

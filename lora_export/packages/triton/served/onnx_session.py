@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import triton_python_backend_utils as triton
 
@@ -17,7 +16,6 @@ def opened(args: dict[str, str], home: Path) -> "onnxruntime.InferenceSession":
     TritonModelException if the graph or its processor is not there: nothing runs on the CPU that was meant for a
     GPU.
     """
-    _refuse_broken_numpy()
     path = home / args["model_version"] / "model.onnx" / "model.onnx"
     if not path.is_file():
         raise triton.TritonModelException(f"{path} is missing: keep the models of the repository side by side")
@@ -39,12 +37,3 @@ def parameter(args: dict[str, str], name: str) -> str:
     """Of config.pbtxt; '' if it is not set."""
     found = json.loads(args["model_config"]).get("parameters", {}).get(name, {})
     return str(found.get("string_value", ""))
-
-
-def _refuse_broken_numpy() -> None:
-    """Some servers read arrays of numpy 2 as empty, without an error."""
-    sent = np.arange(3, dtype=np.int64)
-    if not np.array_equal(triton.Tensor("x", sent).as_numpy(), sent):
-        raise triton.TritonModelException(
-            f"the Python backend of this server loses arrays of numpy {np.__version__}: pip install 'numpy<2'"
-        )
