@@ -29,7 +29,7 @@ def test_page_answers_as_unmerged_model(place: Place, kind: str, request: pytest
         compare(told, ask(place, delivered, folder_of(delivered), "fp32"), delivered)
 
 
-# Of the largest value. Products round their inputs to 8 bits, and each build of ONNX Runtime does so in its own way.
+# Of the largest value. Products round their inputs to 8 bits, each build of ONNX Runtime in its own way.
 BOUNDS = {"q4": 0.05, "q8": 0.05}
 QUANTIZED = ["encoder"]
 
