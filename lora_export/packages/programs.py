@@ -98,7 +98,10 @@ _OF_PAGE = (
     "env.allowLocalModels = true;",
     'env.localModelPath = "./";',
     'env.backends.onnx.wasm.wasmPaths = new URL("node_modules/onnxruntime-web/dist/", location.href).href;',
-    'const device = (await navigator.gpu?.requestAdapter()) ? "webgpu" : "wasm";',
+    "const graphics = await navigator.gpu?.requestAdapter();",
+    # With subgroups of 4, the kernel for attention of onnxruntime-web 1.31 computes something else for long prompts.
+    'const narrow = graphics?.features.has("subgroups") && !(graphics.info.subgroupMinSize >= 8);',
+    'const device = graphics && !narrow ? "webgpu" : "wasm";',
 )
 
 

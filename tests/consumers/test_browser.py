@@ -18,7 +18,7 @@ from tests.docs.pages import ROOT, blocks
 pytestmark = pytest.mark.slow
 COMMAND = 'AutoModel.from_pretrained("model", {{ dtype: "fp32", device: "{place}" }})'
 ON_WASM = ["tiny_decoder", "encoder", "encoder_decoder", "speech"]
-ON_WEBGPU = ["encoder", "encoder_decoder"]
+ON_WEBGPU = ["tiny_decoder", "encoder", "encoder_decoder"]
 
 
 @pytest.mark.parametrize(("place", "kind"), [*(("wasm", k) for k in ON_WASM), *(("webgpu", k) for k in ON_WEBGPU)])
