@@ -85,8 +85,10 @@ class Engine:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            code = self._process.wait()
             self._errors.seek(0)
-            raise SystemExit(self._errors.read().decode(errors="replace")[-4000:])
+            said = self._errors.read().decode(errors="replace")[-4000:]
+            raise SystemExit(f"{said}\nan engine ended with {code}")
         return json.loads(line)
 
 

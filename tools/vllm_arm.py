@@ -27,10 +27,11 @@ def main() -> None:
     lora = {"enable_lora": True, "max_lora_rank": asked["rank"], "max_loras": 1} if asked["adapter"] else {}
     model = vllm.LLM(
         asked["folder"], dtype=asked["dtype"], enforce_eager=asked["eager"], enable_prefix_caching=False,
-        max_model_len=asked["tokens"] + 256, max_num_seqs=asked["batch"], kv_cache_memory_bytes=2**28,
+        max_model_len=asked["tokens"] + 64, max_num_seqs=asked["batch"], kv_cache_memory_bytes=2**28,
         max_num_batched_tokens=asked["batch"] * asked["tokens"], **lora,
     )  # fmt: skip
     engine = model.llm_engine
+    words = min(1000, engine.model_config.get_vocab_size())
     adapter = LoRARequest("adapter", 1, asked["adapter"]) if asked["adapter"] else None
     count = 0
 
@@ -41,7 +42,7 @@ def main() -> None:
         sampling = vllm.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         for row in range(batch):
             count += 1
-            ids = [100 + (7 * i + 13 * row) % 1000 for i in range(length)]
+            ids = [(100 + 7 * i + 13 * row) % words for i in range(length)]
             engine.add_request(str(count), {"prompt_token_ids": ids}, sampling, lora_request=chosen)
         taken, said, first = [], [], str(count - batch + 1)
         while engine.has_unfinished_requests():

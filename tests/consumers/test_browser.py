@@ -18,7 +18,7 @@ from tests.docs.pages import ROOT, blocks
 pytestmark = pytest.mark.slow
 COMMAND = 'AutoModel.from_pretrained("model", {{ dtype: "fp32", device: "{place}" }})'
 ON_WASM = ["tiny_decoder", "encoder", "encoder_decoder", "speech"]
-ON_WEBGPU = ["tiny_decoder", "encoder", "encoder_decoder", "speech"]
+ON_WEBGPU = ["encoder", "encoder_decoder"]
 
 
 @pytest.mark.parametrize(("place", "kind"), [*(("wasm", k) for k in ON_WASM), *(("webgpu", k) for k in ON_WEBGPU)])
@@ -29,9 +29,9 @@ def test_page_answers_as_unmerged_model(place: Place, kind: str, request: pytest
         compare(told, ask(place, delivered, folder_of(delivered), "fp32"), delivered)
 
 
-# Of the largest value. 8-bit products round their inputs too, and an input between two integers goes either way.
+# Of the largest value. Products round their inputs to 8 bits, each build of ONNX Runtime in its own way.
 BOUNDS = {"q4": 0.05, "q8": 0.05}
-QUANTIZED = ["tiny_decoder", "encoder", "encoder_decoder"]
+QUANTIZED = ["encoder"]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

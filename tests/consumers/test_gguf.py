@@ -103,7 +103,9 @@ def test_gguf_perplexity_is_that_of_merged_model(
 ) -> None:
     """On a text that nobody was trained on, in windows, with llama.cpp's own settings."""
     reader = transformers.AutoTokenizer.from_pretrained(decoder.merged)
-    ids = reader((ROOT / "docs" / "architecture.md").read_text()).input_ids[: WINDOW * WINDOWS]
+    # ASCII: the server tells no probability of a token that is part of a character.
+    text = (ROOT / "docs" / "architecture.md").read_text().encode("ascii", "ignore").decode()
+    ids = reader(text).input_ids[: WINDOW * WINDOWS]
     windows = [ids[i : i + WINDOW] for i in range(0, len(ids), WINDOW)]
     model = transformers.AutoModelForCausalLM.from_pretrained(decoder.merged, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -195,7 +197,7 @@ def models(decoder: Delivered, tmp_path_factory: pytest.TempPathFactory) -> Path
         model.generation_config.eos_token_id = None
         model.save_pretrained(base)
         save_lora(model, root / kind / "adapter", targets, std=0.2)
-    plainly_converted({kind: root / kind / "base" for kind in ARCHITECTURES}, root)
+    plainly_converted({kind: root / kind / "base" for kind in ARCHITECTURES if kind != "gpt2"}, root)
     return root
 
 
@@ -255,9 +257,11 @@ def test_gguf_architecture_tokens_equal_unmerged(kind: str, models: Path, any_ru
     prompts = torch.randint(10, size, (3, 9), generator=torch.Generator().manual_seed(1))
     wanted = [tuple(model.generate(p[None], max_new_tokens=32, do_sample=False)[0, 9:].tolist()) for p in prompts]
     said = llama_cpp.continued(tmp_path / "out" / model_file("tiny", "f32"), prompts.tolist(), 32)
-    beside = llama_cpp.continued(
-        models / f"{kind}.gguf", prompts.tolist(), 32, lora=tmp_path / "out" / lora_file("tiny")
-    )
+    plain = models / f"{kind}.gguf"
+    if not plain.is_file():  # the converter misses a key of a GPT-2 that transformers 5 has saved
+        converted(run_of(any_run, base), tmp_path / "base")
+        plain = tmp_path / "base" / model_file("tiny", "f32")
+    beside = llama_cpp.continued(plain, prompts.tolist(), 32, lora=tmp_path / "out" / lora_file("tiny"))
     assert _same(said, wanted) and _same(beside, wanted)
 
 

@@ -157,3 +157,28 @@ def test_check_export_does_not_change_file(tmp_path: Path) -> None:
     before = model.read_bytes()
     check_model(model)
     assert model.read_bytes() == before
+
+
+def test_check_model_norm_of_onnx_runtime_in_a_branch_passes(tmp_path: Path) -> None:
+    """It stands in the standard domain, as ONNX Runtime's fusions write it, and two-step decoders have branches."""
+    sizes = ["rows", 4]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes) for n in ("x", "y"))
+    switch = helper.make_tensor_value_info("switch", TensorProto.BOOL, [1])
+    weight = helper.make_tensor("weight", TensorProto.FLOAT, [4], [1.0] * 4)
+
+    def branch(name: str, kind: str) -> onnx.GraphProto:
+        node = helper.make_node(kind, ["x", "weight"], [name])
+        return helper.make_graph([node], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)])
+
+    def saved(name: str, kind: str) -> Path:
+        branches = {"then_branch": branch("a", kind), "else_branch": branch("b", "Add")}
+        graph = helper.make_graph(
+            [helper.make_node("If", ["switch"], ["y"], **branches)], "g", [x, switch], [y], [weight]
+        )
+        domains = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+        onnx.save(helper.make_model(graph, opset_imports=domains), tmp_path / name)
+        return tmp_path / name
+
+    check_model(saved("norm.onnx", "SimplifiedLayerNormalization"))
+    with pytest.raises(ExportError):
+        check_model(saved("unknown.onnx", "NoSuchNormalization"))

@@ -58,7 +58,7 @@ def convert(
     assert run.merged is not None
     model, answer = work / "model", work / "answer.json"
     model.mkdir()
-    companions.lay(run, model)
+    companions.lay(run, model, _older_names(run.config))
     for path in run.merged.iterdir():
         if path.suffix == ".safetensors" or path.name == "model.safetensors.index.json":
             (model / path.name).symlink_to(path.resolve())
@@ -84,6 +84,11 @@ def convert(
     if done.code != 0 or not answer.is_file():
         raise _failure(done, run)
     return _conversion(sealed.read_json(answer))
+
+
+def _older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that the converter reads and transformers 5 no longer writes."""
+    return {"n_ctx": config["n_positions"]} if "n_positions" in config and "n_ctx" not in config else {}
 
 
 def _metadata(run: Run, facts: PackageFacts, licence: str | None) -> dict[str, Any]:
