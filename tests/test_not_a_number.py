@@ -159,11 +159,11 @@ def recomputed(number: float) -> bool:
 
 
 def runtime_s_numbers(number: float) -> bool:
-    return delivered._same([1.0, number], [1.0, 2.0])
+    return delivered._same([1.0, number], [1.0, 2.0], 1e-3)
 
 
 def validated_numbers(number: float) -> bool:
-    return delivered._same([1.0, 2.0], [1.0, number])
+    return delivered._same([1.0, 2.0], [1.0, number], 1e-3)
 
 
 def same_tokens(number: float) -> bool:

@@ -68,7 +68,7 @@ class Engine:
 
     def wait(self) -> None:
         """Until it is ready."""
-        self.described = self._read()
+        self.described = self.described or self._read()
 
     def ask(self, phase: str, batch: int, steps: int, adapter: bool) -> list[Any]:
         assert self._process.stdin is not None
@@ -100,6 +100,10 @@ def opened(asked: argparse.Namespace, merged: Path) -> dict[str, Engine]:
             "dtype": asked.dtype, "eager": asked.eager, "tokens": asked.tokens, "batch": max(asked.batch),
         }  # fmt: skip
         engines[name] = Engine(settings, asked.threads)
+        if name == "base":
+            engines[name].wait()  # what it compiles, the others find in the cache
+    for engine in engines.values():
+        engine.wait()
     return engines
 
 
@@ -150,9 +154,6 @@ def main() -> None:
         merged = merge(asked.base, [AdapterChoice(asked.adapter)], Path(scratch) / "merged").output
         engines = opened(asked, merged)
         try:
-            for name, engine in engines.items():
-                engine.wait()
-                print(f"{name}: {engine.described}", file=sys.stderr, flush=True)
             if asked.dtype == "float32":  # in 16 bits, rounding alone can choose another token
                 agree(engines)
             taken = measured(engines, cells, asked.rounds, 60 * asked.minutes)

@@ -200,7 +200,8 @@ def serving() -> str:
 def vllm() -> str:
     rows = []
     for mode in ("compiled", "eager"):
-        for c in read(f"vllm-{mode}-*.json")["cells"]:
+        name = f"vllm-{mode}-*.json"
+        for c in read(name)["cells"] if mode == "compiled" or any(RESULTS.glob(name)) else []:
             arms = [band(c["arms"][a]) for a in ("base again", "merged", "base, LoRA on", "unmerged")]
             rows.append([f"{mode}, {c['phase']}, batch {c['batch']}", *arms])
     head = ["time ÷ base's (90 % interval)", "base again", "merged", "a base request, LoRA on", "unmerged adapter"]
@@ -289,6 +290,20 @@ def mutants() -> str:
     return table(["file", "mutants", "noticed", ""], rows)
 
 
+def openvino() -> str:
+    found = read("openvino-*.json")
+    rows = []
+    for phase, told in found["phases"].items():
+        for runtime, words in (("onnxruntime", "ONNX Runtime"), ("openvino", "OpenVINO")):
+            arms = [told["ratios"][f"{runtime} {arm} / {runtime} base"] for arm in ("merged", "again")]
+            beside = told["ratios"]["openvino merged / onnxruntime merged"]
+            other = band(beside) if runtime == "openvino" else "1"
+            rows.append([phase, words, f"{told['median_ms'][f'{runtime} merged']:.1f} ms", other, *map(band, arms)])
+    threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
+    head = ["merged ÷ ONNX Runtime's (90 % interval)", "merged ÷ base", "base ÷ base, the noise"]
+    return table([f"{found['model']}, fp32, {threads}", "", "merged", *head], rows)
+
+
 def inspected() -> str:
     return f"\n```text\n{(RESULTS / 'inspect-lora-speeches.txt').read_text(encoding='utf-8').strip()}\n```\n\n"
 
@@ -298,7 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for f in (
         merging, others, certificate, exporting, exporting_large, encoder, memory, latency, verdicts, sensitivity,
         graph_faults, combining, serving, vllm, continued, sizes, triton, bases, mutants,
-        demo, inspected, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
+        demo, inspected, openvino, runtimes, runtimes_pictures, runtime_commands, runtimes_refused,
     )
 }  # fmt: skip
 

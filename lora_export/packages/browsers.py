@@ -59,7 +59,7 @@ def _spell_out_lookup(node: ir.Node) -> None:
     bits, block = found.get("bits", 4), found.get("block_size", 128)
     table, ids, scales, zeros = [*node.inputs, None][:4]
     assert table is not None and ids is not None and scales is not None
-    dtype, shape = _dtype(scales), scales.shape
+    dtype, shape = _dtype(scales), scales.const_value.shape if scales.const_value is not None else scales.shape
     usual = bits in (4, 8) and found.get("gather_axis", 0) == 0 and found.get("quantize_axis", 1) in (1, -1)
     if not usual or dtype is None or shape is None or len(shape) != 2 or _is_int4(table):
         return
@@ -178,15 +178,17 @@ def _of_direction(chain: _Chain, query: ir.Value, past: ir.Value | None) -> ir.V
     keys = chain.add("Range", zero, end, one)
     places = chain.add("Unsqueeze", chain.add("Range", before, end, one), chain.constant([1]))
     allowed = chain.add("LessOrEqual", keys, places)
-    dtype = _dtype(query) or ir.DataType.FLOAT
+    dtype = _dtype(query) or ir.DataType.FLOAT16  # the lowest number of both types hides a key
     added = _where(chain, query, allowed, float(np.finfo(dtype.numpy()).min))
     return chain.add("Unsqueeze", added, chain.constant([0, 1]))
 
 
 def _where(chain: _Chain, query: ir.Value, allowed: ir.Value, otherwise: float) -> ir.Value:
     """0 or `otherwise`, of the query's type."""
-    kind = (_dtype(query) or ir.DataType.FLOAT).numpy().type
-    return chain.add("Where", allowed, chain.constant(0, kind), chain.constant(otherwise, kind))
+    dtype = _dtype(query)
+    kind = np.float32 if dtype is None else dtype.numpy().type
+    added = chain.add("Where", allowed, chain.constant(0, kind), chain.constant(otherwise, kind))
+    return added if dtype is not None else chain.add("CastLike", added, query)
 
 
 def remaining(model: ir.Model) -> Iterator[str]:

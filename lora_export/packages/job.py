@@ -146,7 +146,7 @@ class PackageTarget(ABC):
     folder; takes_adapters: whether a graph with slots can be packaged, with adapters beside it; for_hub: whether
     the README is a model card, and the package can be pushed to the Hub; file_names: patterns of the names of
     files that it has beyond those that any package may have; own_options: fields of PackageOptions that it takes
-    and others refuse.
+    and others refuse; relative: how far the numbers of a sample may be off, by the largest of them.
     """
 
     name: ClassVar[str]
@@ -157,6 +157,7 @@ class PackageTarget(ABC):
     for_hub: ClassVar[bool] = False
     file_names: ClassVar[tuple[str, ...]] = ()
     own_options: ClassVar[tuple[str, ...]] = ()
+    relative: ClassVar[float] = 1e-3  # fp32 additions in another order
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
         """The exports to put into a package: those of `names`, or the default ones. Refuses what cannot be made."""

@@ -18,7 +18,6 @@ from lora_export.storage import sealed
 from lora_export.workflows import confined, gguf
 
 MODEL_SHARE = 6  # bytes of memory per byte of a package: fp16 is computed in fp32, and weights are packed again
-RELATIVE = 1e-3  # of the largest number of a sample: fp32 additions in another order
 _EXACT = frozenset({"fp32", "float32"})  # precisions in which a runtime must answer as the unmerged model does
 _UNSIGNED = "who made it: it is not signed, and anybody who changes a file can also rewrite the manifest"
 
@@ -182,7 +181,7 @@ def _judged(answer: Any, facts: PackageFacts) -> Finding:
     if sample.drawing is not None:
         return _judged_picture(answer, sample.drawing)
     wanted = sample.text if sample.text is not None else list(sample.numbers)
-    same = _same(answer, wanted)
+    same = _same(answer, wanted, facts.target.relative)
     who = "the unmerged model" if sample.text is not None else "the validated graph"
     if same:
         return Finding("runs", True, f"its runtime answers the sample as {who} does")
@@ -208,14 +207,14 @@ def _judged_picture(answer: Any, drawing: Drawing) -> Finding:
     )
 
 
-def _same(answer: Any, wanted: str | Sequence[float]) -> bool:
+def _same(answer: Any, wanted: str | Sequence[float], relative: float) -> bool:
     if isinstance(wanted, str):
         # The sample continues after an end of text, and a runtime stops there; both have a limit of tokens.
         return isinstance(answer, str) and bool(answer) and (wanted.startswith(answer) or answer.startswith(wanted))
     if not _finite(answer) or not _finite(list(wanted)) or len(answer) != len(wanted):
         return False
     scale = max(abs(x) for x in wanted)
-    return all(abs(a - b) <= RELATIVE * scale for a, b in zip(answer, wanted, strict=True))
+    return all(abs(a - b) <= relative * scale for a, b in zip(answer, wanted, strict=True))
 
 
 def _finite(answer: Any) -> bool:

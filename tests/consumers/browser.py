@@ -1,6 +1,8 @@
 """A page in headless Chromium, served from here: modules of npm, packages, and a program that answers."""
 
 import json
+import os
+import signal
 import subprocess
 import tempfile
 import threading
@@ -92,16 +94,21 @@ def shown(page: str, folders: Mapping[str, Path], webgpu: bool = False, seconds:
 
 def opened(files: Mapping[str, str], folders: Mapping[str, Path], webgpu: bool, seconds: int) -> Any:
     """What a page posts to /done. files: texts by their addresses, the page's own being empty."""
-    with _served(files, folders) as (address, came), tempfile.TemporaryDirectory() as profile:
+    # Chromium's processes end a moment later than the first, and write until then.
+    profiles = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with _served(files, folders) as (address, came), profiles as profile:
         flags = _SOFTWARE_ADAPTER if webgpu else _WITHOUT_GPU
         command = [*_CHROMIUM, *flags, f"--user-data-dir={profile}", address]
-        seen = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seen = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            env=os.environ | {"TMPDIR": profile},
+        )  # fmt: skip
         try:
             return came.get(timeout=seconds)
         except Empty:
             raise AssertionError(f"the page gave no answer in {seconds} s") from None
         finally:
-            seen.kill()
+            os.killpg(seen.pid, signal.SIGKILL)
             seen.wait()
 
 

@@ -16,8 +16,9 @@ import pytest
 import transformers
 
 from tests.consumers.answers import cell
-from tests.consumers.environments import installed, python, version
-from tests.consumers.models import RATE, TOKENS, Delivered, sound_of
+from tests.consumers.environments import installed, version
+from tests.consumers.models import TOKENS, Delivered
+from tests.consumers.programs import ask, heard
 
 pytestmark = pytest.mark.slow
 COMMAND = "ct2-transformers-converter --model PACKAGE --output_dir CT2"
@@ -76,11 +77,6 @@ def _opened(interpreter: Path, package: str, delivered: Delivered) -> Any:
     return cell("CTranslate2", version(interpreter, "ctranslate2"), *told)
 
 
-def _ask(interpreter: Path, program: str, **data: Any) -> Any:
-    given = "".join(f"{name} = json.loads({json.dumps(value)!r})\n" for name, value in data.items())
-    return python(interpreter, f"import json\n{given}{program}")
-
-
 def _rows(delivered: Delivered, package: Path) -> list[list[str]]:
     """Tokens of each text, in words."""
     reader = transformers.AutoTokenizer.from_pretrained(package)
@@ -92,7 +88,7 @@ def test_ctranslate2_generates_as_unmerged_model(interpreter: Path, decoder: Del
     with _opened(interpreter, "hf", decoder) as answer:
         assert _convert(interpreter, package, converted) == ""
         rows = _rows(decoder, package)
-        found = _ask(interpreter, _CONTINUE, folder=str(converted), rows=rows, most=TOKENS)
+        found = ask(interpreter, _CONTINUE, folder=str(converted), rows=rows, most=TOKENS)
         assert tuple(map(tuple, found)) == decoder.wanted.tokens
         answer.same(f"{TOKENS * len(rows)} of {TOKENS * len(rows)} tokens of {len(rows)} prompts")
 
@@ -116,7 +112,7 @@ def test_ctranslate2_embeds_as_unmerged_model(
     with _opened(interpreter, package, encoder) as answer:
         assert _convert(interpreter, folder, converted) == ""
         rows = _rows(encoder, folder)
-        found = _ask(interpreter, _EMBED, folder=str(converted), rows=rows)
+        found = ask(interpreter, _EMBED, folder=str(converted), rows=rows)
         pairs = zip(found, encoder.wanted.states, strict=True)
         worst = max(float(np.abs(np.array(a) - np.array(b)).max()) for a, b in pairs)
         assert worst < CLOSE
@@ -134,7 +130,7 @@ def test_ctranslate2_translates_as_unmerged_model(
         assert settings["unk_token"] is None
         (converted / "config.json").write_text(json.dumps(settings | {"unk_token": settings["eos_token"]}))
         rows = _rows(encoder_decoder, package)
-        said = _ask(interpreter, _TRANSLATE, folder=str(converted), rows=rows, most=TOKENS)
+        said = ask(interpreter, _TRANSLATE, folder=str(converted), rows=rows, most=TOKENS)
         reader = transformers.AutoTokenizer.from_pretrained(package)
         found = tuple(tuple(reader.convert_tokens_to_ids(tokens)) for tokens in said)
         assert found == encoder_decoder.wanted.tokens
@@ -147,17 +143,12 @@ def test_ctranslate2_transcribes_as_unmerged_model(
     interpreter: Path, speech: Delivered, package: str, converted: Path, tmp_path: Path
 ) -> None:
     folder = speech.merged if package == "merged" else speech.package(package)
-    reader = transformers.AutoProcessor.from_pretrained(speech.root / "base")
-    rows = []
-    for name in speech.prompts:
-        heard = reader(sound_of(speech.root / name), sampling_rate=RATE, return_tensors="np").input_features
-        np.save(tmp_path / f"{name}.npy", heard)
-        rows.append(str(tmp_path / f"{name}.npy"))
+    rows = heard(speech, tmp_path)
     with _opened(interpreter, package, speech) as answer:
         assert _convert(interpreter, folder, converted) == ""
         start = json.loads((folder / "config.json").read_text())["decoder_start_token_id"]
         first = [start, speech.wanted.tokens[0][0]]  # the second says that there are no time stamps
-        found = _ask(interpreter, _TRANSCRIBE, folder=str(converted), rows=rows, first=first, most=TOKENS)
+        found = ask(interpreter, _TRANSCRIBE, folder=str(converted), rows=rows, first=first, most=TOKENS)
         assert tuple((first[1], *said) for said in found) == speech.wanted.tokens
         count = sum(map(len, found))
         answer.same(f"{count} of {count} tokens of {len(rows)} sounds")

@@ -12,13 +12,13 @@ import pytest
 import transformers
 
 from tests.consumers.answers import cell
-from tests.consumers.environments import installed, python, version
-from tests.consumers.models import RATE, Delivered, sound_of
+from tests.consumers.environments import installed, version
+from tests.consumers.models import TOKENS, Delivered
+from tests.consumers.programs import ask, heard
 
 pytestmark = pytest.mark.slow
 COMMAND = 'openvino.Core().compile_model("PACKAGE/{}", "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})'
 CLOSE = 1e-4
-TOKENS = 32
 
 _READ = """
 import json
@@ -134,12 +134,6 @@ def interpreter() -> Path:
     return installed("openvino", ("openvino==2026.4.1",))
 
 
-def _ask(interpreter: Path, program: str, **data: Any) -> Any:
-    """What a program prints. data: what it begins with, by name."""
-    given = "".join(f"{name} = json.loads({json.dumps(value)!r})\n" for name, value in data.items())
-    return python(interpreter, f"import json\n{given}{program}")
-
-
 def _opened(interpreter: Path, target: str, delivered: Delivered, file: str = "model.onnx") -> Any:
     told = (target, delivered.kind, delivered.name, COMMAND.format(file))
     return cell("OpenVINO", version(interpreter, "openvino"), *told)
@@ -151,7 +145,7 @@ def test_openvino_generates_as_unmerged_model(interpreter: Path, decoder: Delive
     reader = transformers.AutoTokenizer.from_pretrained(package)
     prompts = [reader(prompt)["input_ids"] for prompt in decoder.prompts]
     with _opened(interpreter, target, decoder) as answer:
-        found = _ask(interpreter, _DECODE, folder=str(package), prompts=prompts, most=TOKENS)
+        found = ask(interpreter, _DECODE, folder=str(package), prompts=prompts, most=TOKENS)
         assert tuple(map(tuple, found)) == decoder.wanted.tokens
         answer.same(f"{TOKENS * len(prompts)} of {TOKENS * len(prompts)} tokens of {len(prompts)} prompts")
 
@@ -161,7 +155,7 @@ def test_openvino_embeds_as_unmerged_model(interpreter: Path, encoder: Delivered
     reader = transformers.AutoTokenizer.from_pretrained(package)
     rows = [dict(reader(text)) for text in encoder.prompts]
     with _opened(interpreter, "optimum", encoder) as answer:
-        found = _ask(interpreter, _EMBED, folder=str(package), rows=rows)
+        found = ask(interpreter, _EMBED, folder=str(package), rows=rows)
         pairs = zip(found, encoder.wanted.states, encoder.wanted.embeddings, strict=True)
         worst = max(
             float(np.abs(np.array(a) - np.array(b)).max())
@@ -179,7 +173,7 @@ def test_openvino_translates_as_unmerged_model(interpreter: Path, encoder_decode
     rows = [{n: v for n, v in reader(t).items() if n != "token_type_ids"} for t in encoder_decoder.prompts]
     ends = {"start": config["decoder_start_token_id"], "end": config["eos_token_id"], "most": TOKENS}
     with _opened(interpreter, "optimum", encoder_decoder, "decoder_model_merged.onnx") as answer:
-        found = _ask(interpreter, _TRANSLATE, folder=str(package), rows=rows, **ends)
+        found = ask(interpreter, _TRANSLATE, folder=str(package), rows=rows, **ends)
         assert tuple(map(tuple, found)) == encoder_decoder.wanted.tokens
         count = sum(map(len, found))
         answer.same(f"{count} of {count} tokens of {len(rows)} texts")
@@ -190,18 +184,13 @@ def test_openvino_transcribes_as_unmerged_model(
     interpreter: Path, speech: Delivered, target: str, tmp_path: Path
 ) -> None:
     package = speech.package(target)
-    reader = transformers.AutoProcessor.from_pretrained(speech.root / "base")
-    rows = []
-    for name in speech.prompts:
-        heard = reader(sound_of(speech.root / name), sampling_rate=RATE, return_tensors="np").input_features
-        np.save(tmp_path / f"{name}.npy", heard)
-        rows.append({"input_features": str(tmp_path / f"{name}.npy")})
+    rows = [{"input_features": file} for file in heard(speech, tmp_path)]
     config = json.loads((package / "config.json").read_text())
     ends = {"start": config["decoder_start_token_id"], "end": config["eos_token_id"], "most": TOKENS}
     optimum = (_TRANSLATE, "decoder_model_merged.onnx")
     program, file = optimum if target == "optimum" else (_TRANSCRIBE_GENAI, "decoder.onnx")
     with _opened(interpreter, target, speech, file) as answer:
-        found = _ask(interpreter, program, folder=str(package), rows=rows, **ends)
+        found = ask(interpreter, program, folder=str(package), rows=rows, **ends)
         assert tuple(map(tuple, found)) == tuple((*said, ends["end"]) for said in speech.wanted.tokens)
         count = sum(map(len, found))
         answer.same(f"{count} of {count} tokens of {len(rows)} sounds")
@@ -214,6 +203,6 @@ def test_openvino_refuses_quantized_embeddings(interpreter: Path, encoder: Deliv
     package = encoder.package("transformers-js")
     file = f"onnx/model_{'quantized' if variant == 'q8' else variant}.onnx"
     with _opened(interpreter, f"transformers-js {variant}", encoder, file) as answer:
-        said = _ask(interpreter, _OPEN, folder=str(package), file=file)
+        said = ask(interpreter, _OPEN, folder=str(package), file=file)
         assert "GatherBlockQuantized: 'data' must be a constant" in said
         answer.refused("GatherBlockQuantized: 'data' must be a constant")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from lora_export.packages import browsers
+from lora_export.packages import browsers, graphs
 from lora_export.packages.job import PackageFacts, Sample
 from lora_export.packages.programs import web_page
 from lora_export.packages.targets import transformers_js
@@ -46,10 +46,14 @@ def operators(model: ir.Model) -> set[str]:
     return {node.op_type for node in model.graph}
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("bits", "blocks"), [(8, 2), (4, 2), (4, 3)])
-def test_adapt_lookup_of_blocks_gives_equal_numbers(bits: int, blocks: int, zeros: bool, dtype: Any) -> None:
+def test_adapt_lookup_of_blocks_gives_equal_numbers(
+    bits: int, blocks: int, zeros: bool, dtype: Any, known: bool
+) -> None:
+    """known: whether the graph's types are, which those that were taken apart have forgotten."""
     random = np.random.default_rng(3)
     rows, block = 7, 16
     table = initializer("table", random.integers(0, 256, (rows, blocks * block * bits // 8), np.uint8))
@@ -63,6 +67,9 @@ def test_adapt_lookup_of_blocks_gives_equal_numbers(bits: int, blocks: int, zero
     feeds = {"ids": np.array([[0, 6, 3], [2, 2, 5]])}
     wanted = run(model, feeds)
     assert wanted.shape == (2, 3, blocks * block) and len(np.unique(wanted)) > 50
+    if not known:
+        graphs.forget_types(model)
+        scales.type = scales.shape = None
     browsers.adapt(model)
     assert "GatherBlockQuantized" not in operators(model)
     np.testing.assert_array_equal(run(model, feeds), wanted)
@@ -96,8 +103,9 @@ def test_adapt_masked_multi_head_attention_gives_near_numbers(filtered: float | 
     check(model, {**feeds_of("query", "key", "value"), "mask": MASK}, "mask", np.ones_like(MASK))
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("past", [0, 3])
-def test_adapt_one_way_attention_behind_cache_gives_near_numbers(past: int) -> None:
+def test_adapt_one_way_attention_behind_cache_gives_near_numbers(past: int, known: bool) -> None:
     query, key, value = (ir.val(n, FLOAT, ["rows", "length", WIDTH]) for n in ("query", "key", "value"))
     bias = ir.val("bias", FLOAT, [1, 1, "length", "total"])
     cache = [ir.val(n, FLOAT, ["rows", HEADS, "past", SIZE]) for n in ("past_key", "past_value")]
@@ -108,6 +116,10 @@ def test_adapt_one_way_attention_behind_cache_gives_near_numbers(past: int) -> N
     pasts = {c.name: random.normal(size=(2, HEADS, past, SIZE)).astype(np.float32) for c in cache}
     added = random.normal(size=(1, 1, 5, past + 5)).astype(np.float32)
     feeds = {**feeds_of("query", "key", "value"), **pasts, "bias": added}
+    if not known:
+        model.graph.insert_before(model.graph[0], made := ir.node("Identity", [query], name="before"))
+        made.outputs[0].name = "made"
+        model.graph[1].replace_input_with(0, made.outputs[0])
     check(model, feeds, "bias", np.zeros_like(added))
 
 

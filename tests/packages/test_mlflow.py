@@ -207,6 +207,7 @@ def resealed(folder: Path) -> None:
             "loader_module",
         ),
         ("MLmodel", "    code: code\n", "    code: elsewhere\n", "code to 'elsewhere'"),
+        ("MLmodel", "MODULE", "lora_export_served_00000000", "MLmodel loads lora_export_served_00000000"),
         ("requirements.txt", "numpy==", "evil==1.0\nnumpy==", "requirements.txt sets line to 'evil==1.0'"),
     ],
 )
@@ -214,7 +215,7 @@ def test_verify_mlflow_changed_package_is_not_run(
     file: str, old: str, new: str, words: str, encoder_run: Path, copied: Copied
 ) -> None:
     folder = copied(encoder_run, "mlflow")
-    path = folder / file.replace("MODULE", module())
+    path, old = folder / file.replace("MODULE", module()), old.replace("MODULE", module())
     text = path.read_text() if path.is_file() else ""
     assert old in text
     path.write_text(text.replace(old, new, 1) if old else new)

@@ -25,6 +25,7 @@ class GgufTarget(PackageTarget):
     needs_merged: ClassVar[bool] = True
     file_names: ClassVar[tuple[str, ...]] = ("*.gguf", modelfile.NAME)
     own_options: ClassVar[tuple[str, ...]] = ("converter", "adapter")
+    relative: ClassVar[float] = 5e-3  # llama.cpp looks GELU up in a table of its tanh approximation, in fp16
 
     def variants(self, run: Run, names: Sequence[str]) -> tuple[Variant, ...]:
         if run.task.name not in _TASKS:
