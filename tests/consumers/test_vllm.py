@@ -176,7 +176,7 @@ def _classified(name: str, root: Path) -> list[list[float]]:
 def test_vllm_classifies_as_unmerged_models(tmp_path: Path) -> None:
     """Encoders and decoders with a head for classes. One of them it does not take, and says so."""
     wanted = {name: _classified(name, tmp_path / name) for name in CLASSIFIERS}
-    settings = {"runner": "pooling", "max_model_len": 64}
+    settings = {"runner": "pooling", "max_model_len": 96}
     found = answered([Question(tmp_path / n / "merged", TEXTS, "classify", settings) for n in CLASSIFIERS])
     said = dict(zip(CLASSIFIERS, found, strict=True))
     command = "vllm serve . --runner pooling --dtype float32"
@@ -186,6 +186,7 @@ def test_vllm_classifies_as_unmerged_models(tmp_path: Path) -> None:
             made.refused(words)
     taken = [n for n in CLASSIFIERS if n not in REFUSED]
     with cell("merged", "encoder", f"{len(taken)} tiny classifiers", command) as made:
+        assert {n: said[n]["refused"] for n in taken if "refused" in said[n]} == {}
         differences = {n: float(np.abs(np.array(said[n]["said"]) - np.array(wanted[n])).max()) for n in taken}
         assert max(differences.values()) <= 1e-4, differences
         made.same(f"{len(taken) * len(TEXTS)} distributions", max(differences.values()))
