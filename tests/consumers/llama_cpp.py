@@ -50,10 +50,12 @@ def ask(
 
 
 def continued(
-    model: Path, prompts: Sequence[str | Sequence[int]], count: int, lora: Path | None = None
-) -> list[tuple[int, ...]]:
-    """Greedy tokens after each prompt, a text or tokens; an end of text is not among them."""
-    requests = [{"prompt": p, "max_tokens": count, "temperature": 0, "logprobs": 1} for p in prompts]
+    model: Path, prompts: Sequence[str | Sequence[int]], count: int, lora: Path | None = None,
+    banned: Sequence[int] = (),
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """Greedy tokens after each prompt, a text or tokens, none of them banned; an end of text is not among them."""
+    settings = {"max_tokens": count, "temperature": 0, "logprobs": 1, "logit_bias": [[t, -1e9] for t in banned]}
+    requests = [{"prompt": p, **settings} for p in prompts]
     answers = ask(model, "handle_completions", requests, lora)
     return [tuple(t["id"] for t in a["choices"][0]["logprobs"]["content"]) for a in answers]
 
