@@ -99,7 +99,7 @@ _OF_PAGE = (
     'env.localModelPath = "./";',
     'env.backends.onnx.wasm.wasmPaths = new URL("node_modules/onnxruntime-web/dist/", location.href).href;',
     "const graphics = await navigator.gpu?.requestAdapter();",
-    # With subgroups of 4, the kernel for attention of onnxruntime-web 1.31 computes something else for long prompts.
+    # With subgroups of 4, onnxruntime-web 1.31 computes attention wrong for prompts of more than 32 tokens.
     'const narrow = graphics?.features.has("subgroups") && !(graphics.info.subgroupMinSize >= 8);',
     'const device = graphics && !narrow ? "webgpu" : "wasm";',
 )
