@@ -38,8 +38,8 @@ try {
 } catch (error) { await done({ error: String(error?.stack ?? error) }); }
 </script>"""
 
-# The software adapter has subgroups of 4, for which onnxruntime-web's attention of long prompts is wrong from the fifth
-# token on. A page without subgroups takes another kernel, which is right.
+# The software adapter has subgroups of 4, for which onnxruntime-web's attention of long prompts is wrong from the
+# fifth token on. A page without subgroups takes another kernel, which is right.
 _WITHOUT_SUBGROUPS = """<script>
 const without = (names) => [...(names ?? [])].filter((name) => !name.startsWith("subgroup"));
 for (const kind of [GPUAdapter, GPUDevice]) {
