@@ -220,8 +220,9 @@ def test_triton_generate_refuses_graph_that_is_not_continued_by_tokens(
     inputs: dict[str, list[Any]], told: str
 ) -> None:
     values = [ir.val(name, ir.DataType.FLOAT, shape) for name, shape in inputs.items()]
+    outputs = [] if told == "no logits" else [ir.val("logits", ir.DataType.FLOAT, ["batch", "n", 9])]
     with pytest.raises(InputError, match=told):
-        writing._refuse_states(ir.Model(ir.Graph(values, [], nodes=[]), ir_version=10))
+        writing._refuse_states(ir.Model(ir.Graph(values, outputs, nodes=[]), ir_version=10))
 
 
 @pytest.mark.parametrize("target", ["genai", "hf", "optimum"])
