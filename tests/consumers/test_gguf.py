@@ -157,7 +157,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "gemma2": ({"head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True}, "pieces", ATTENTION),
     "phi3": ({}, "pieces", ["qkv_proj", "gate_up_proj", "down_proj"]),
     "gpt2": (
-        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "n_inner": 96, "tie_word_embeddings": True},
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "tie_word_embeddings": True},
         "bytes",
         ["c_attn", "c_proj", "c_fc"],
     ),
