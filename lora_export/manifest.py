@@ -60,6 +60,7 @@ class RecordedOptions:
     merge: MergeOptions
     precision: str = ""
     provider: str = ""
+    engine: str | None = None
     quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
 
 

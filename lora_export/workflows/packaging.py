@@ -258,12 +258,13 @@ def _export(variant: Variant, run: Run, output: Path, progress: Progress) -> Exp
     from lora_export.onnx_export import export
     from lora_export.workflows.proving import prover
 
-    made_for = run.manifest.recorded_options.provider
-    if variant.name == RUNS_OWN or (variant.precision, variant.provider) == (run.export.precision, made_for):
+    asked = run.manifest.recorded_options
+    if variant.name == RUNS_OWN or (variant.precision, variant.provider) == (run.export.precision, asked.provider):
         return run.export
     assert run.merged is not None
     progress.stage(f"export: {variant.name}")
-    options = ExportOptions(variant.precision, variant.provider, run.export.engine)
+    # The run's engine comes first of all, unless another was asked for; it may be wrong in this precision alone.
+    options = ExportOptions(variant.precision, variant.provider, asked.engine)
     return export(run.merged, output, options, prove=prover(options.proof), progress=progress)
 
 
