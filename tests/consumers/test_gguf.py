@@ -343,7 +343,7 @@ def test_gguf_encoder_vectors_are_those_of_unmerged(encoder: Delivered) -> None:
         worst = float(np.abs(vectors - np.array(encoder.wanted.embeddings)).max())
         assert worst <= 5e-4
         cell.same(f"{len(vectors)} embeddings", worst)
-    assert float(np.abs(vectors - with_gelu_of_llama_cpp(encoder)).max()) <= 2e-5
+    assert float(np.abs(vectors - with_gelu_of_llama_cpp(encoder)).max()) <= 1e-4
 
 
 def with_gelu_of_llama_cpp(encoder: Delivered) -> Any:
