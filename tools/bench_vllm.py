@@ -95,15 +95,18 @@ class Engine:
 def opened(asked: argparse.Namespace, merged: Path) -> dict[str, Engine]:
     folders = {"base": asked.base, "base again": asked.base, "merged": merged, "lora": asked.base}
     rank = json.loads((asked.adapter / "adapter_config.json").read_text())["r"]
-    engines: dict[str, Engine] = {}
-    for name, folder in folders.items():
-        settings = {
+    settings = {
+        name: {
             "folder": str(folder), "adapter": str(asked.adapter) if name == "lora" else None, "rank": rank,
             "dtype": asked.dtype, "eager": asked.eager, "tokens": asked.tokens, "batch": max(asked.batch),
-        }  # fmt: skip
-        engines[name] = Engine(settings, asked.threads)
-        if name == "base":
-            engines[name].wait()  # what it compiles, the others find in the cache
+        }
+        for name, folder in folders.items()
+    }  # fmt: skip
+    # An engine that compiles is slower afterwards than those that find the result in the cache. No arm compiles.
+    first = Engine(settings["base"], asked.threads)
+    first.wait()
+    first.close()
+    engines = {name: Engine(given, asked.threads) for name, given in settings.items()}
     for engine in engines.values():
         engine.wait()
     return engines
