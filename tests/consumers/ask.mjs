@@ -25,8 +25,11 @@ export async function ask(library, given) {
       continue;
     }
     const said = await model.generate({ ...inputs, max_new_tokens: tokens, do_sample: false });
-    const start = { decoder: inputs.input_ids?.dims[1], "encoder-decoder": 1, speech: 0 }[kind];
-    answers.push(said.tolist()[0].slice(start).map(Number));
+    const start = { decoder: inputs.input_ids?.dims[1], "encoder-decoder": 1, speech: 1 }[kind];
+    const row = said.tolist()[0].slice(start).map(Number);
+    // Whisper's generate in transformers leaves out the token that ends a text.
+    if (kind === "speech" && row.at(-1) === model.config.eos_token_id) row.pop();
+    answers.push(row);
   }
   await model.dispose();
   return answers;
