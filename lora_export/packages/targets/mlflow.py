@@ -157,11 +157,11 @@ def module() -> str:
 
 def _is_plain(path: Path) -> bool:
     """Whether onnx.checker, which mlflow.onnx asks first, accepts a graph as it lies there."""
-    import onnx
+    from onnx.checker import ValidationError, check_model
 
     try:
-        onnx.checker.check_model(str(path))
-    except (onnx.checker.ValidationError, ValueError):
+        check_model(str(path))
+    except (ValidationError, ValueError):
         return False
     return True
 
