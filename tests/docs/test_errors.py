@@ -70,8 +70,8 @@ def _calls(block: ast.With) -> bool:
 
 
 def test_error_classes_are_in_one_module() -> None:
-    """All that is told in words is of errors.py, so that a caller finds it there. Programs in packages import nothing
-    of this project."""
+    """All that is told in words is of errors.py, so that a caller finds it there. Programs in packages import
+    nothing of this project."""
     package = Path(errors.__file__).parent
     for file in [f for f in package.rglob("*.py") if f.parent.name != "served"]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
