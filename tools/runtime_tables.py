@@ -30,12 +30,14 @@ def _found(cell: dict[str, Any]) -> str:
     return tokens[0] if tokens else str(cell["compared"])
 
 
-def _in_words(cells: Sequence[dict[str, Any]], common: Counter[str]) -> str:
-    """What a runtime makes of one kind of model: packages with one result together, further models by name."""
+def _in_words(cells: Sequence[dict[str, Any]], common: Counter[str], usual: str) -> str:
+    """What a runtime makes of one kind of model: packages with one result together, models other than the usual one
+    by name."""
     found: dict[str, list[str]] = {}
     for package in sorted({c["package"] for c in cells}, key=lambda name: (name != "merged", name)):
         first, *more = sorted((c for c in cells if c["package"] == package), key=lambda c: -common[c["name"]])
-        words = [_found(first), *(f"{c['name'].removeprefix(first['name'] + ', ')}: {_found(c)}" for c in more)]
+        named = _found(first) if first["name"] == usual else f"{first['name']}: {_found(first)}"
+        words = [named, *(f"{c['name'].removeprefix(first['name'] + ', ')}: {_found(c)}" for c in more)]
         found.setdefault("; ".join(words), []).append(f"`{package}`")
     return "<br>".join(f"{', '.join(packages)}: {words}" for words, packages in found.items()) or "not run"
 
@@ -45,12 +47,12 @@ def _grid(kinds: Sequence[str]) -> str:
     cells = [c for c in _cells() if c["model"] in kinds]
     common = Counter(c["name"] for c in cells)
     kinds = [k for k in kinds if any(c["model"] == k for c in cells)]
-    names = (max((c["name"] for c in cells if c["model"] == k), key=common.__getitem__) for k in kinds)
-    head = ["", *(f"{kind}<br>{name}" for kind, name in zip(kinds, names, strict=True))]
+    names = {k: max((c["name"] for c in cells if c["model"] == k), key=common.__getitem__) for k in kinds}
+    head = ["", *(f"{kind}<br>{name}" for kind, name in names.items())]
     rows = []
     for who in dict.fromkeys(map(_who, cells)):
         own = [c for c in cells if _who(c) == who]
-        rows.append([who, *(_in_words([c for c in own if c["model"] == k], common) for k in kinds)])
+        rows.append([who, *(_in_words([c for c in own if c["model"] == k], common, names[k]) for k in kinds)])
     return table(head, rows)
 
 
