@@ -153,7 +153,8 @@ print(json.dumps([by_http, by_grpc]))
 def test_triton_batches_concurrent_requests(backend: str, encoder: Delivered, served: Served) -> None:
     """64 at once over HTTP, then one after the other over gRPC: the same numbers, in fewer runs."""
     server = served(encoder, backend)
-    rows = np.random.default_rng(7).integers(1000, 20000, (64, 12)).tolist()
+    # So long that the client asks faster than the server answers.
+    rows = np.random.default_rng(7).integers(1000, 20000, (64, 192)).tolist()
     before = server.statistics("adapter")
     code = CONCURRENT.format(rows=rows, http=server.http, grpc=server.grpc)
     at_once, alone = (np.array(v) for v in python(triton_python(), code))
