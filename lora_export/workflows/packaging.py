@@ -26,7 +26,6 @@ from lora_export.workflows.delivered import refuse_other_answer
 from lora_export.workflows.pipelines import packaging as pictures
 from lora_export.workflows.verifying import check_run
 
-_OF_ONE_TARGET = ("backend", "converter", "adapter")
 WORST_AGREEMENT = 0.8  # least share of positions at which a variant should choose the token of the run's export
 
 
@@ -119,9 +118,10 @@ def _facts(
 
 def _refuse_options(target: PackageTarget, options: PackageOptions) -> None:
     """InputError for an option of another runtime."""
-    for field in _OF_ONE_TARGET:
+    known = targets().values()
+    for field in dict.fromkeys(f for t in known for f in t.own_options):
         if getattr(options, field) is not None and field not in target.own_options:
-            takers = [t.name for t in targets().values() if field in t.own_options]
+            takers = [t.name for t in known if field in t.own_options]
             raise InputError(f"--{field} with --for {target.name}", expected=f"--for {' or '.join(takers)} with it")
 
 
