@@ -43,6 +43,7 @@ ROOMS = {
     "packages",
     "deltas",
     "adapter_tools",
+    "fleet",
 }
 EVERYTHING = (
     TOP

@@ -1,0 +1,1 @@
+"""Many adapters of a few bases: jobs, keys, stores, engines, and the driver that joins them."""

@@ -1,0 +1,51 @@
+"""What a fleet asks of the place that its objects lie in."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from lora_export.contracts.fleet import Record
+
+
+class Store(Protocol):
+    """A root. Names are relative, with slashes. OutputError, with what to do, for a store that is full, slow beyond
+    its time, or refuses its credentials; the caller has lost nothing then and may try again."""
+
+    where: str  # folder or URL, without secrets
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a small file, None if there is none."""
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a file that does not exist, in one step; False if it exists."""
+
+    def replace(self, name: str, content: bytes) -> None:
+        """Write a file in one step, over another or not."""
+
+    def names(self, place: str) -> Iterator[str]:
+        """Every file below a folder, with the folder."""
+
+    def records(self, place: str) -> Mapping[str, bytes]:
+        """KEY → record.json of every PLACE/KEY/, in as few requests as the store allows."""
+
+    def publish(self, folder: Path, place: str, record: Record, *, again: bool = False) -> bool:
+        """Put a local folder at PLACE, its record last; False if another writer was first, whose object stays as it
+        is. again: take the place of an object that is there (a verdict), in one step. The record's `files` and `at`
+        are set here."""
+
+    def fetch(self, place: str, folder: Path) -> Record | None:
+        """Bring an object into a new local folder, each file compared with its record; None if there is none.
+        InputError for one that was changed."""
+
+    def remove(self, place: str) -> None: ...
+
+
+def opened(root: str) -> Store:
+    """The store at a folder or URL. InputError for one that cannot be."""
+    if "://" in root:
+        from lora_export.fleet.stores.objects import ObjectStore
+
+        return ObjectStore(root)
+    from lora_export.fleet.stores.folder import FolderStore
+
+    return FolderStore(Path(root))

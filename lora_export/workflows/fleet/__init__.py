@@ -1,0 +1,1 @@
+"""A fleet from its jobs file to its report."""
