@@ -22,28 +22,29 @@ class FleetOptions:
 
     SECTION: ClassVar[str] = "Fleet"
     on: str = option(
-        "local", "Where rows are worked on: local (processes of this machine), ray (a cluster that is there, or one "
-        "of this machine), or ray://HOST:PORT.", metavar="ENGINE", json=None,
+        "local", "Where rows are worked on: local (processes of this machine), ray (a cluster that is there, or "
+        "one of this machine), or ray://HOST:PORT.", metavar="ENGINE", json=None,
     )
     workers: int | None = option(
         None, "Rows that are worked on at once; the cores are shared out among them.", minimum=1, json=None,
         default_text="one for every two cores, at least one; ray: as many as the cluster has room for",
     )
     shard: str | None = option(
-        None, "I/N, counted from 0: only the rows whose key is I modulo N. For indexed jobs of Kubernetes, arrays of "
-        "Slurm and the like, with no cluster of ours.", metavar="I/N", default_text="all rows", json=None,
+        None, "I/N, counted from 0: only the rows whose key is I modulo N. For indexed jobs of Kubernetes, arrays "
+        "of Slurm and the like, with no cluster of ours.", metavar="I/N", default_text="all rows", json=None,
     )
     retries: int = option(2, "How often a row is tried again whose worker died.", minimum=0, maximum=100, json=None)
     timeout: float = option(
-        1800.0, "Time for one row, as 90s, 30m or 2h.", unit="seconds", metavar="TIME", default_text="30m", json=None,
+        1800.0, "Time for one row, as 90s, 30m or 2h.", unit="seconds", metavar="TIME", default_text="30m",
+        json=None,
     )
     scratch: Path | None = option(
         None, "Folder on a disk of each node for work in progress.", metavar="DIR", json=None,
         configurable="command line", default_text="the folder for temporary files",
     )
     disk: int | None = option(
-        None, "Scratch that may be in use at once on a node, such as 200GB.", unit="bytes", metavar="SIZE", json=None,
-        default_text="nine tenths of what is free there",
+        None, "Scratch that may be in use at once on a node, such as 200GB.", unit="bytes", metavar="SIZE",
+        json=None, default_text="nine tenths of what is free there",
     )
     again: Literal["failed", "refused"] | None = option(
         None, "Try rows again that failed a gate (failed), or that were refused.", json=None,
@@ -58,7 +59,7 @@ class FleetRow:
     """One adapter as the jobs file asks for it, options resolved.
 
     name: unique, and what a deployment reads; base: its name in the jobs file; model: the base as given (a folder,
-    Hub ID or URL); adapters: as given to -a, with weights; target: a runtime to package for; keep: what stays of it.
+    Hub ID or URL); adapters: as given to -a, with weights; target: a runtime to package for; keep: what stays.
     `options.validation.seed` None: a function of the base's key.
     """
 
@@ -76,8 +77,8 @@ class FleetRow:
 class PlannedRow:
     """A row with what headers and hashes tell.
 
-    key: of its object; base_key: of the base's preparation that it shares, "" where it stands alone, and `alone` says
-    why; nbytes: scratch that it needs at once; output_bytes: what it will write to the root, about; state: None for
+    key: of its object; base_key: of the base's preparation that it shares, "" where it stands alone, and `alone`
+    says why; nbytes: scratch that it needs at once; output_bytes: what it will write to the root, about; state: None for
     one that is to be done, else skipped (its object exists) or a verdict that stands; error: of a refused row, as
     `LoraExportError.as_json`.
     """
@@ -95,7 +96,8 @@ class PlannedRow:
 @dataclass(frozen=True)
 class Task:
     """What a worker is asked to do: prepare a base (for `planned.base_key`, with this row as the one that is
-    measured), or make a row's object. root: folder or URL; scratch: a folder of the node; threads: cores of the worker.
+    measured), or make a row's object. root: folder or URL; scratch: a folder of the node; threads: cores of the
+    worker.
     """
 
     kind: Literal["base", "row"]
@@ -109,8 +111,8 @@ class Task:
 class RowFigures:
     """What the report of a fleet shows of a row; None where it was not measured.
 
-    survival: least share of the adapter's effect that its exports keep; delta_survival: share of the change that the
-    merged weights keep; kl: largest mean KL(merged ‖ export) in nats; ratio: latency merged ÷ base of its graph;
+    survival: least share of the adapter's effect that its exports keep; delta_survival: share of the change that
+    the merged weights keep; kl: largest mean KL(merged ‖ export) in nats; ratio: latency merged ÷ base of its graph;
     nbytes: of the object; checks, failed: how many.
     """
 
@@ -126,7 +128,7 @@ class RowFigures:
 @dataclass(frozen=True)
 class RowOutcome:
     """What became of a task. attempts: how often a worker took it up; stages: stage → seconds; memory_bytes: peak of
-    the worker; worker: which one, for people; report: of the page, below the root; place: folder below the root."""
+    the worker; worker: which one, for people; report: the page, below the root; place: folder below the root."""
 
     name: str
     key: str
@@ -155,9 +157,9 @@ class StoredFile:
 class Record:
     """record.json, written last and never over another: the object is whole where it exists.
 
-    files: below `at`, a folder below the record's own ("" for that itself; a store without renames gives every attempt
-    its own); inputs: what the key is made of, as `fleet.keys` spells it; outcome: as the worker left it; base_key: of
-    the preparation that it shares; claim: in words, what was measured for this graph and when.
+    files: below `at`, a folder below the record's own ("" for that itself; a store without renames gives every
+    attempt its own); inputs: what the key is made of, as `fleet.keys` spells it; outcome: as the worker left it;
+    base_key: of the preparation that it shares; claim: in words, what was measured for this graph and when.
     """
 
     schema_version: int

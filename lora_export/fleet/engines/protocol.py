@@ -10,15 +10,15 @@ Work = Callable[[Task], RowOutcome]  # a function of a module: workers import it
 
 
 class Slot(Protocol):
-    """Room for one task at a time, in a worker process that is kept for many: its imports and the base that it holds in
-    memory stay. A worker that died is replaced before the next task."""
+    """Room for one task at a time, in a worker process that is kept for many: its imports and the base that it holds
+    in memory stay. A worker that died is replaced before the next task."""
 
     node: str  # whose scratch it uses
 
     def submit(self, task: Task, timeout: float) -> "Future[RowOutcome]":
-        """A future that never raises for what happens to the worker: a dead one is an outcome `died` with how it ended
-        (signal or exit status), one that took longer than `timeout` seconds is ended and is `timeout`. An exception of
-        `Work` itself is a fault of ours, and is raised."""
+        """A future that never raises for what happens to the worker: a dead one is an outcome `died` with how it
+        ended (signal or exit status), one that took longer than `timeout` seconds is ended and is `timeout`. An
+        exception of `Work` itself is a fault of ours, and is raised."""
 
     def renew(self) -> None:
         """End the idle worker; the next task gets a new one."""
