@@ -20,7 +20,7 @@ from lora_export.checkpoint.sources import adapter_choices, resolve
 from lora_export.contracts import AdapterChoice, FleetOptions, FleetRow, PlannedRow, Progress
 from lora_export.contracts.fleet import KEPT, State
 from lora_export.errors import InputError, LoraExportError
-from lora_export.fleet.hashes import Hashes
+from lora_export.fleet.hashes import Contents, Hashes
 from lora_export.fleet.keys import Spelled, base_inputs, key_of, row_inputs
 from lora_export.fleet.records import decoded
 from lora_export.fleet.stores.protocol import Store
@@ -118,8 +118,12 @@ class _Inputs:
     spelled: Spelled = field(default_factory=Spelled)
     models: dict[str, Path | LoraExportError] = field(default_factory=dict)
     choices: dict[str, AdapterChoice | LoraExportError] = field(default_factory=dict)
-    files: Mapping[Path, Mapping[str, str] | LoraExportError] = field(default_factory=dict)
+    files: Mapping[Path, Contents | LoraExportError] = field(default_factory=dict)
     _checked: dict[tuple[object, ...], LoraExportError | None] = field(default_factory=dict)
+    _sound: set[tuple[object, ...]] = field(default_factory=set)
+    _pipelines: dict[Path, bool] = field(default_factory=dict)
+    _alone: dict[tuple[object, ...], str] = field(default_factory=dict)
+    _base_keys: dict[tuple[object, ...], str] = field(default_factory=dict)
     _weights: dict[tuple[object, ...], _Weights | LoraExportError] = field(default_factory=dict)
 
     def find(self, rows: Sequence[FleetRow]) -> None:
@@ -137,8 +141,9 @@ class _Inputs:
         """With its key, or refused where an input cannot be read."""
         try:
             base, adapters = self.base_of(row), self.adapters_of(row)
-            pairs = [(_found(self.files[a.folder]), a.weight) for a in adapters]
-            return PlannedRow(row, key_of(row_inputs(row, _found(self.files[base]), pairs, self.spelled)))
+            pairs = [(self._contents(a.folder).files, a.weight) for a in adapters]
+            inputs = row_inputs(row, self._contents(base).files, pairs, self.spelled)
+            return PlannedRow(row, key_of(inputs, self.spelled))
         except LoraExportError as error:
             return PlannedRow(row, "", state="refused", error=error.as_json())
         except OSError as error:
@@ -155,20 +160,18 @@ class _Inputs:
         """With its base and its needs, if it is to be done; or refused by what headers show."""
         if planned.state is not None:
             return planned
-        from lora_export.workflows.fleet.base import why_alone
-
         row = planned.row
         try:
             base, adapters = self.base_of(row), self.adapters_of(row)
             self._refuse(row, base, adapters)
             weights = self._weights_of(row, base)
-            alone = why_alone(row, base, adapters)
+            alone = self._why_alone(row, base, adapters)
         except LoraExportError as error:
             return replace(planned, state="refused", error=error.as_json())
         except OSError as error:
             told = InputError(f"the file cannot be read: {error.strerror}", where=error.filename)
             return replace(planned, state="refused", error=told.as_json())
-        base_key = "" if alone else key_of(base_inputs(row, _found(self.files[base]), self.spelled))
+        base_key = "" if alone else self._base_key(row, base)
         return replace(
             planned,
             alone=alone,
@@ -204,7 +207,8 @@ class _Inputs:
         """LoraExportError for what a run of this row would refuse by files, names and headers."""
         options = row.options
         self._once(("base", base), lambda: _refuse_base(base))
-        if not is_pipeline(base):
+        pictures = self._is_pipeline(base)
+        if not pictures:
             self._once(("export", base, id(options.export)), lambda: _refuse_export(base, row))
         for text in (options.validation.prompts, options.validation.text, options.export.quantization.calibration):
             if text is not None:
@@ -212,9 +216,10 @@ class _Inputs:
         if row.target is not None:
             self._once(("package", row.target, id(options)), lambda: _refuse_package(row))
         for adapter in adapters:
-            check_adapter_folder(adapter.folder)
-            if not is_pipeline(base) or single_file(adapter.folder) is None:
-                open_adapter_files(adapter.folder)
+            what = pictures, self._contents(adapter.folder).form
+            if what not in self._sound:  # a refusal names this adapter's own files
+                _refuse_adapter(adapter.folder, single=pictures)
+                self._sound.add(what)
 
     def _once(self, what: tuple[object, ...], check: Callable[[], None]) -> None:
         """A check that many rows share."""
@@ -227,6 +232,30 @@ class _Inputs:
         refused = self._checked[what]
         if refused is not None:
             raise refused
+
+    def _is_pipeline(self, base: Path) -> bool:
+        if base not in self._pipelines:
+            self._pipelines[base] = is_pipeline(base)
+        return self._pipelines[base]
+
+    def _why_alone(self, row: FleetRow, base: Path, adapters: Sequence[AdapterChoice]) -> str:
+        """Of adapters that differ in numbers alone it is asked once."""
+        from lora_export.workflows.fleet.base import why_alone
+
+        forms = [(self._contents(a.folder).form, a.weight) for a in adapters]
+        what = (base, id(row.options), *forms)
+        if what not in self._alone:
+            self._alone[what] = why_alone(row, base, adapters)
+        return self._alone[what]
+
+    def _base_key(self, row: FleetRow, base: Path) -> str:
+        what = base, id(row.options.merge), id(row.options.export)
+        if what not in self._base_keys:
+            self._base_keys[what] = key_of(base_inputs(row, self._contents(base).files, self.spelled))
+        return self._base_keys[what]
+
+    def _contents(self, place: Path) -> Contents:
+        return _found(self.files[place])
 
     def _weights_of(self, row: FleetRow, base: Path) -> _Weights:
         what = (base, row.options.merge)
@@ -261,6 +290,13 @@ def _found(one: T | LoraExportError) -> T:
     if isinstance(one, LoraExportError):
         raise one
     return one
+
+
+def _refuse_adapter(folder: Path, *, single: bool) -> None:
+    """single: it may be a file, as image models have them."""
+    check_adapter_folder(folder)
+    if not single or single_file(folder) is None:
+        open_adapter_files(folder)
 
 
 def _refuse_base(base: Path) -> None:
