@@ -10,8 +10,8 @@ Work = Callable[[Task], RowOutcome]  # a function of a module: workers import it
 
 
 class Slot(Protocol):
-    """Room for one task at a time, in a worker process that is kept for many: its imports and the base that it holds
-    in memory stay. A worker that died is replaced before the next task."""
+    """Room for one task at a time, in a worker process that is kept for many: its imports and the base that it
+    holds in memory stay. A worker that died is replaced before the next task."""
 
     node: str  # whose scratch it uses
 
