@@ -317,6 +317,12 @@ _KINDS = (
         answered=False,
     ),
     _Kind(
+        lambda error, status, code: type(error).__name__ == "InvalidPathError",
+        "the store holds a file whose name has empty or special parts",
+        "plain names, such as a/b.json",
+        "rename it, or choose another place; then ",
+    ),
+    _Kind(
         lambda error, status, code: status == 0,
         "the store cannot be reached, or ended the connection",
         "a store that works, at the address that the environment names",

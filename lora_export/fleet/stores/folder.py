@@ -130,7 +130,7 @@ class FolderStore:
         self._make_parents(path)
         if there is not None and self.read(f"{path.relative_to(self.root).as_posix()}/{NAME}") not in (there, None):
             return False  # another one took the same object's place meanwhile
-        return _put(work.path, path, there is not None)
+        return put_folder(work.path, path, there is not None)
 
     def fetch(self, place: str, folder: Path) -> Record | None:
         path = self._path(place)
@@ -248,7 +248,7 @@ def _copies(folder: Path, work: Writing) -> dict[str, StoredFile]:
     return files
 
 
-def _put(stage: Path, path: Path, again: bool) -> bool:
+def put_folder(stage: Path, path: Path, again: bool) -> bool:
     """Rename a folder to a name that is free; or, with `again`, exchange it with what has the name."""
     while True:
         try:
