@@ -92,7 +92,7 @@ CALLS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "inspect": ("P", "inspect", {"path": "P"}),
     "inspect -a": ("-a A", "understand", {"adapter": "A"}),
     "report": ("R", "report", {"run": Path("R")}),
-    "verify": ("P", "verify", {"path": Path("P"), "options": VerifyOptions()}),
+    "verify": ("P", "verify", {"path": "P", "options": VerifyOptions()}),
     "env": ("", "env", {}),
 }  # fmt: skip
 
