@@ -1,0 +1,292 @@
+"""A root in a folder of a disk, also one that several machines share.
+
+Everything is written below ROOT/.writing first and gets its name in one step: a file by a hard link (create) or a
+rename (replace), an object by renaming its whole folder. `rename` puts no folder over one that has files, so of
+several writers one wins, and the others find out.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lora_export.contracts.fleet import Record, StoredFile
+from lora_export.errors import InputError, OutputError
+from lora_export.fleet.records import LARGEST, NAME, encoded, finished
+from lora_export.fleet.stores.files import (
+    changed,
+    checked_name,
+    copied,
+    differences,
+    disk_errors,
+    hashed,
+    nothing,
+    record_of,
+    regular_files,
+)
+from lora_export.fleet.stores.writing import FOLDER, Writing, writing
+from lora_export.storage import disk, sealed
+
+READERS = 8  # threads that read records: a network file system answers them together
+CLAIM = 30.0  # seconds after which the claim of a killed process does not count
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL})
+_TAKEN = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})
+
+
+class FolderStore:
+    """See `Store`. An object is moved, not copied, where the caller's folder lies on the same file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.where = str(root)
+        if os.path.lexists(self.root) and not self.root.is_dir():
+            raise InputError("the root of a fleet is not a folder", where=root, expected="a folder, or nothing")
+
+    def read(self, name: str) -> bytes | None:
+        path = self._path(name)
+        with disk_errors(self.where):
+            try:
+                with sealed.opened(path, self.root) as file:
+                    raw = file.read(LARGEST + 1)
+            except FileNotFoundError:
+                return None
+        if len(raw) > LARGEST:
+            raise InputError(f"a file of more than {LARGEST:,} bytes", where=path)
+        return raw
+
+    def create(self, name: str, content: bytes) -> bool:
+        path = self._path(name)
+        if os.path.lexists(path):
+            return False
+        with self._writing() as work:
+            _write(work.path, content)
+            self._make_parents(path)
+            try:
+                os.link(work.path, path, follow_symlinks=False)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                if not _renamed_to_free(work, path):
+                    return False
+            disk.sync(path.parent)
+        return True
+
+    def replace(self, name: str, content: bytes) -> None:
+        path = self._path(name)
+        with self._writing() as work:
+            _write(work.path, content)
+            self._make_parents(path)
+            work.path.replace(path)
+            disk.sync(path.parent)
+
+    def names(self, place: str) -> Iterator[str]:
+        folder = self._path(place) if place else self.root
+        for root, folders, files in os.walk(folder):
+            below = Path(root).relative_to(self.root)
+            folders[:] = sorted(f for f in folders if (root, f) != (str(self.root), FOLDER))
+            links = [f for f in folders if Path(root, f).is_symlink()]
+            for name in sorted((*files, *links)):
+                yield (below / name).as_posix()
+
+    def records(self, place: str) -> Mapping[str, bytes]:
+        folder = self._path(place)
+        with disk_errors(self.where):
+            try:
+                with os.scandir(folder) as entries:
+                    keys = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+            except FileNotFoundError:
+                return {}
+        with ThreadPoolExecutor(READERS, "records") as pool:
+            raws = pool.map(lambda key: self.read(f"{place}/{key}/{NAME}"), keys)
+            return {key: raw for key, raw in zip(keys, raws, strict=True) if raw is not None}
+
+    def publish(self, folder: Path, place: str, record: Record, *, again: bool = False) -> bool:
+        path = self._path(place)
+        first = again or not os.path.lexists(path / NAME)
+        if first:
+            with self._writing() as work:
+                with _moved(folder, work) as moved:
+                    first = self._publish(None if moved else folder, work, path, record, again)
+                disk.sync(path.parent)
+        shutil.rmtree(folder, ignore_errors=True)
+        return first
+
+    def _publish(self, source: Path | None, work: Writing, path: Path, record: Record, again: bool) -> bool:
+        if source is None:
+            files = {}
+            for name, file in regular_files(work.path).items():
+                with file.open("rb", buffering=0) as one:
+                    files[name] = hashed(one, work.alive)
+        else:
+            files = _copies(source, work)
+        files.pop(NAME, None)
+        work.path.joinpath(NAME).unlink(missing_ok=True)
+        _write(work.path / NAME, encoded(finished(record, files)))
+        disk.sync_tree(work.path)
+        self._make_parents(path)
+        return _put(work.path, path, again)
+
+    def fetch(self, place: str, folder: Path) -> Record | None:
+        path = self._path(place)
+        record = record_of(self.read(f"{place}/{NAME}"), str(path))
+        if record is None:
+            return None
+        with disk_errors(str(folder)), _new_folder(folder) as stage:
+            there: dict[str, StoredFile] = {}
+            for name in record.files:
+                source = path / record.at / name
+                try:
+                    with sealed.opened(source, self.root) as file:
+                        there[name] = copied(file, stage / name, nothing)
+                except FileNotFoundError:
+                    break  # missing, which is said below
+            wrong = next(differences(record.files, there), None)
+            if wrong is not None:
+                raise changed(str(path), wrong)
+        return record
+
+    def remove(self, place: str) -> None:
+        path = self._path(place)
+        if not os.path.lexists(path):
+            return
+        with self._writing() as work, contextlib.suppress(FileNotFoundError):
+            path.rename(work.path)  # gone in one step, also where it has many files
+            disk.sync(path.parent)
+
+    def _path(self, name: str) -> Path:
+        """The path of a name. InputError if it, or a link on its way, leads out of the root."""
+        path = self.root / checked_name(name, self.where)
+        if name.split("/", 1)[0] == FOLDER:
+            raise InputError("this folder of a root is for work in progress", where=path)
+        if path.parent != self.root and not path.parent.resolve().is_relative_to(self.root.resolve()):
+            raise InputError(
+                "a link in the root leads out of it", where=path.parent, expected="a folder within the root",
+                next_step="replace the link by the folder that it leads to",
+            )  # fmt: skip
+        return path
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Writing]:
+        with disk_errors(self.where), writing(self.root) as work:
+            yield work
+
+    def _make_parents(self, path: Path) -> None:
+        missing = [p for p in path.parents if not p.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for parent in missing:
+            disk.sync(parent.parent)
+
+
+def _write(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        disk.write_at(fd, content, 0)
+        os.fsync(fd)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _moved(folder: Path, work: Writing) -> Iterator[bool]:
+    """Move a folder into the root, if it lies on the same file system and nothing else names its files; after an
+    error it goes back, so that its owner may try again."""
+    shared = any(p.lstat().st_nlink > 1 for p in regular_files(folder).values())
+    try:
+        if not shared:
+            folder.rename(work.path)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EACCES):
+            raise
+        shared = True
+    try:
+        yield not shared
+    except BaseException:
+        if not shared:
+            with contextlib.suppress(OSError):
+                work.path.joinpath(NAME).unlink(missing_ok=True)
+                work.path.rename(folder)
+        raise
+
+
+def _copies(folder: Path, work: Writing) -> dict[str, StoredFile]:
+    sources = regular_files(folder)
+    needed = sum(p.lstat().st_size for p in sources.values())
+    free = shutil.disk_usage(work.path.parent).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work.path.parent))
+    work.path.mkdir()
+    files = {}
+    for name, path in sources.items():
+        with path.open("rb", buffering=0) as source:
+            files[name] = copied(source, work.path / name, work.alive)
+    return files
+
+
+def _put(stage: Path, path: Path, again: bool) -> bool:
+    """Rename a folder to a name that is free; or, with `again`, exchange it with what has the name."""
+    while True:
+        try:
+            stage.rename(path)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+        else:
+            return True
+        if not again:
+            return False
+        with contextlib.suppress(FileNotFoundError):  # somebody removed it meanwhile
+            if not disk.exchange_names(stage, path):
+                old = stage.with_name(f"{stage.name}.old")  # as `clean` knows it
+                path.rename(old)
+                try:
+                    stage.rename(path)
+                finally:
+                    shutil.rmtree(old, ignore_errors=True)
+            return True
+
+
+def _renamed_to_free(work: Writing, path: Path) -> bool:
+    """`os.link` for file systems that have none: whoever creates the claim looks and renames, one at a time."""
+    claim = work.lock.with_name(f"{path.name}.claim")
+    while True:
+        try:
+            os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        except FileExistsError:
+            os.utime(work.fd)
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(work.fd).st_mtime - claim.lstat().st_mtime > CLAIM:
+                    claim.unlink()
+            time.sleep(0.01)
+            continue
+        try:
+            if os.path.lexists(path):
+                return False
+            work.path.rename(path)
+            return True
+        finally:
+            claim.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden sibling, which becomes the folder at the end. OutputError if there is one."""
+    if os.path.lexists(folder):
+        raise OutputError("the folder exists", where=folder, expected="a folder that does not exist yet")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stage = folder.with_name(f".{folder.name}.{secrets.token_hex(16)}")
+    stage.mkdir()
+    try:
+        yield stage
+        stage.rename(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
