@@ -10,10 +10,11 @@ Work = Callable[[Task], RowOutcome]  # a function of a module: workers import it
 
 
 class Slot(Protocol):
-    """Room for one task at a time, in a worker process that is kept for many: its imports and the base that it holds
-    in memory stay. A worker that died is replaced before the next task."""
+    """Room for one task at a time, in a worker process that is kept for many: its imports and the base that it
+    holds in memory stay. A worker that died is replaced before the next task."""
 
     node: str  # whose scratch it uses
+    name: str  # of its workers' folders there (`scratch.folders_of`), "" where that is on another machine
 
     def submit(self, task: Task, timeout: float) -> "Future[RowOutcome]":
         """A future that never raises for what happens to the worker: a dead one is an outcome `died` with how it
