@@ -78,9 +78,9 @@ class PlannedRow:
     """A row with what headers and hashes tell.
 
     key: of its object; base_key: of the base's preparation that it shares, "" where it stands alone, and `alone`
-    says why; nbytes: scratch that it needs at once; output_bytes: what it will write to the root, about; state: None for
-    one that is to be done, else skipped (its object exists) or a verdict that stands; error: of a refused row, as
-    `LoraExportError.as_json`.
+    says why; nbytes: scratch that it needs at once; output_bytes: what it will write to the root, about; state:
+    None for one that is to be done, else skipped (its object exists) or a verdict that stands; error: of a refused
+    row, as `LoraExportError.as_json`.
     """
 
     row: FleetRow
@@ -112,8 +112,8 @@ class RowFigures:
     """What the report of a fleet shows of a row; None where it was not measured.
 
     survival: least share of the adapter's effect that its exports keep; delta_survival: share of the change that
-    the merged weights keep; kl: largest mean KL(merged ‖ export) in nats; ratio: latency merged ÷ base of its graph;
-    nbytes: of the object; checks, failed: how many.
+    the merged weights keep; kl: largest mean KL(merged ‖ export) in nats; ratio: latency merged ÷ base of its
+    graph; nbytes: of the object; checks, failed: how many.
     """
 
     survival: float | None = None
@@ -127,8 +127,9 @@ class RowFigures:
 
 @dataclass(frozen=True)
 class RowOutcome:
-    """What became of a task. attempts: how often a worker took it up; stages: stage → seconds; memory_bytes: peak of
-    the worker; worker: which one, for people; report: the page, below the root; place: folder below the root."""
+    """What became of a task. attempts: how often a worker took it up; stages: stage → seconds; memory_bytes: peak
+    of the worker; worker: which one, for people; report: the page, below the root; place: folder below the root.
+    """
 
     name: str
     key: str
